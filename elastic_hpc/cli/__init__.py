@@ -1,0 +1,1 @@
+"""The commands: elastic-sbatch, elastic-srun, elastic-hpc."""

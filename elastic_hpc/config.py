@@ -1,0 +1,167 @@
+"""Where settings come from: site, user and project files in TOML, then the command line. Reads files and the environment.
+
+Later wins. Set-up lines add up in this order, environment variables by name; each value remembers its source::
+
+    max-restarts = 5                       # any long option of elastic-sbatch
+    setup = ["module load cuda"]
+    [sbatch]
+    partition = "gpu"                      # any long option of sbatch
+    exclusive = true                       # true: without a value; false: not at all
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, check
+from elastic_hpc.spec import LAUNCH_OPTIONS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    **{option.flag.removeprefix("--"): option.parse for option in LAUNCH_OPTIONS},
+    "log-dir": os.path.expanduser,
+    "template": os.path.expanduser,
+}
+_LISTS = ("setup", "env")
+KEYS = (*_PARSERS, *_LISTS)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it came from."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all layers so far say. ``options`` by long name, parsed; ``sbatch`` in the order given."""
+
+    options: Mapping[str, Setting] = field(default_factory=dict)
+    setup: tuple[Setting, ...] = ()
+    env: Mapping[str, Setting] = field(default_factory=dict)
+    sbatch: tuple[Given, ...] = ()
+
+    def with_layer(
+        self,
+        source: str,
+        options: Iterable[tuple[str, str]],
+        sbatch: Sequence[Given] = (),
+        unset: Collection[str] = (),
+    ) -> Settings:
+        """These settings with a layer on top. ``unset`` sbatch options of the layers below are taken back."""
+        merged, setup, env = dict(self.options), list(self.setup), dict(self.env)
+        for name, text in options:
+            if name == "setup":
+                setup.append(Setting(_setup_line(text), source))
+            elif name == "env":
+                variable, value = _variable(text)
+                env[variable] = Setting(value, source)
+            else:
+                merged[name] = Setting(_PARSERS[name](text), source)
+        replaced = {given.name for given in sbatch} | set(unset)
+        kept = [given for given in self.sbatch if given.name not in replaced]
+        added = [given for given in sbatch if check(given)]
+        return Settings(merged, tuple(setup), env, (*kept, *added))
+
+
+def _setup_line(text: str) -> str:
+    if re.search(r"[\r\0]", text):
+        raise UsageError(f"--setup {text!r}: sbatch refuses scripts with DOS line breaks; expected plain lines")
+    return text
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
+        raise UsageError(f"--env {text!r}: expected NAME=VALUE, for example --env OMP_NUM_THREADS=8")
+    return name, value
+
+
+def load(environ: Mapping[str, str], directory: Path) -> Settings:
+    """The settings of the site's, the user's and the project's file, as far as they exist."""
+    settings = Settings()
+    site = environ.get("ELASTIC_HPC_CONFIG")
+    if site:
+        settings = _with_file(settings, Path(site), site)
+    home = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
+    for path, source in (
+        (home / "elastic_hpc" / "config.toml", str(home / "elastic_hpc" / "config.toml")),
+        (directory / "elastic_hpc.toml", "./elastic_hpc.toml"),
+    ):
+        if path.exists():
+            settings = _with_file(settings, path, source)
+    return settings
+
+
+def _with_file(settings: Settings, path: Path, source: str) -> Settings:
+    try:
+        table = tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise UsageError(f"configuration file {source}: {error.strerror}") from None
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise UsageError(f"configuration file {source}: {error}") from None
+    try:
+        sbatch = table.pop("sbatch", {})
+        if not isinstance(sbatch, dict):
+            raise UsageError("sbatch: expected a table, [sbatch]")
+        given, unset = _sbatch_table(sbatch, source)
+        return settings.with_layer(source, list(_pairs(table, path)), given, unset)
+    except UsageError as error:
+        raise UsageError(f"configuration file {source}: {error}") from None
+
+
+def _pairs(table: dict[str, Any], path: Path) -> Iterable[tuple[str, str]]:
+    for key, value in table.items():
+        if key not in KEYS:
+            raise UsageError(f"{key}: unknown key{_closest(key, KEYS)}; sbatch's own options go under [sbatch]")
+        if key in _LISTS:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise UsageError(f"{key} = {value!r}: expected a list of strings, for example {key} = [\"...\"]")
+            yield from ((key, item) for item in value)
+        elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise UsageError(f"{key} = {value!r}: expected a string or a number")
+        elif key == "template" and os.sep in str(value):
+            yield key, str(path.parent / os.path.expanduser(str(value)))
+        else:
+            yield key, str(value)
+
+
+def _sbatch_table(table: dict[str, Any], source: str) -> tuple[list[Given], list[str]]:
+    given, unset = [], []
+    for key, value in table.items():
+        if key == "nodes" or key in COMMAND_LINE_ONLY:
+            raise UsageError(f"[sbatch] {key}: " + ("write it above [sbatch], as nodes = \"MIN:MAX\"" if key == "nodes"
+                             else "belongs on the command line"))
+        if len(key) < 2 or not re.fullmatch(r"[a-z][\w-]*", key):
+            raise UsageError(f"[sbatch] {key}: expected a long option of sbatch without the dashes")
+        option = SBATCH.get(key) or Option(key, value="[=]")
+        if value is False:
+            unset.append(key)
+        elif value is True and option.value != "=":
+            given.append(Given(option, None, source))
+        elif value is True or not isinstance(value, (str, int, float)) or not option.value:
+            expected = "a string or a number" if option.value else "true or false"
+            raise UsageError(f"[sbatch] {key} = {value!r}: expected {expected}")
+        else:
+            given.append(Given(option, str(value), source))
+    return given, unset
+
+
+def _closest(key: str, known: Collection[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(key, known, n=1)
+    return f", did you mean {close[0]}?" if close else f", expected one of {', '.join(known)}"

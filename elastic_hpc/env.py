@@ -1,0 +1,98 @@
+"""What Slurm, or the launcher of ``elastic-srun --local``, tells an agent: read once from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from elastic_hpc.errors import ElasticError
+
+LOCAL_NODE, LOCAL_NODES = "ELASTIC_HPC_LOCAL_NODE", "ELASTIC_HPC_LOCAL_NODES"
+
+TASK_SHAPE = (
+    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_GTIDS", "SLURM_TASK_PID",
+    "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_DISTRIBUTION", "PMI_RANK", "PMI_SIZE", "PMIX_RANK",
+)
+"""Variables that describe the agents. Workers that saw them would take themselves for what Slurm launched."""
+
+
+@dataclass(frozen=True)
+class AgentEnv:
+    """One agent's place in the job step."""
+
+    job: str
+    """What ``scontrol`` calls this job; for an array task ``ARRAY_TASK``."""
+    node: int
+    """Index of this node in Slurm's order."""
+    name: str
+    """Slurm's name of this node."""
+    nodes: int
+    """Number of nodes of the step."""
+    run: int
+    """How often the job was requeued before, for whatever cause."""
+    cpus: int
+    """Cores this agent's workers may use."""
+    gpus: int | None
+    """GPUs granted on this node; None if Slurm does not say."""
+    submit_host: str | None
+    local: bool
+
+
+def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
+    """Raises ElasticError if this process is no agent of a job step with one agent per node."""
+    usable = len(os.sched_getaffinity(0))
+    if LOCAL_NODE in environ:
+        count = int(environ[LOCAL_NODES])
+        node = int(environ[LOCAL_NODE])
+        return AgentEnv("local", node, f"local{node}", count, 0, max(1, usable // count), None, None, local=True)
+    try:
+        job, node = environ["SLURM_JOB_ID"], int(environ["SLURM_NODEID"])
+        name, count = environ["SLURMD_NODENAME"], int(environ["SLURM_STEP_NUM_NODES"])
+        tasks = int(environ["SLURM_STEP_NUM_TASKS"])
+    except KeyError as missing:
+        raise ElasticError(
+            f"{missing.args[0]} is not set: an agent runs in a Slurm job step, started by elastic-sbatch or elastic-srun; "
+            "on this machine alone type: elastic-srun --standalone SCRIPT"
+        ) from None
+    if tasks != count:
+        raise ElasticError(f"{tasks} agents on {count} nodes: expected one per node, "
+                           "for example srun --ntasks-per-node=1 python -m elastic_hpc.agent ...")
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    granted = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE")
+    gpus = environ.get("SLURM_GPUS_ON_NODE")
+    return AgentEnv(
+        job=job, node=node, name=name, nodes=count,
+        run=int(environ.get("SLURM_RESTART_COUNT", 0)), cpus=min(usable, int(granted)) if granted else usable,
+        gpus=int(gpus) if gpus else None, submit_host=environ.get("SLURM_LAUNCH_NODE_IPADDR"), local=False,
+    )
+
+
+def workers_per_node(wanted: str | None, env: AgentEnv, visible_gpus: int) -> int:
+    """Number of workers for ``--nproc-per-node``. ``visible_gpus`` counts when Slurm does not say how many it granted.
+    Raises ElasticError for ``gpu`` on a node without any."""
+    gpus = env.gpus if env.gpus is not None else visible_gpus
+    if wanted is None:
+        return gpus or 1
+    if wanted == "auto":
+        return gpus or env.cpus
+    if wanted == "cpu":
+        return env.cpus
+    if wanted == "gpu":
+        if not gpus:
+            raise ElasticError(f"--nproc-per-node gpu: {env.name} has no GPU granted; ask for some, "
+                               "for example --gpus-per-node=4, or use --nproc-per-node cpu")
+        return gpus
+    return int(wanted)
+
+
+def prepare_worker_env(environ: MutableMapping[str, str], env: AgentEnv, nproc: int, token: str) -> None:
+    """Change ``environ`` into what the workers shall inherit."""
+    for name in TASK_SHAPE:
+        environ.pop(name, None)
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, env.cpus // nproc)))
+    environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # a name server that is gone costs seconds, not minutes
+    environ["ELASTIC_HPC_AGENT"] = token
+    environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # ranks follow from the plan; no store traffic

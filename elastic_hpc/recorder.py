@@ -1,0 +1,86 @@
+"""Writes the leader's record from a thread of its own: a full, read-only or stalled file system never stops training."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from elastic_hpc.rundir import RunDir
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Events, state and verdict of one job. No method blocks; a write that fails is told once."""
+
+    def __init__(self, rundir: RunDir, run: int) -> None:
+        self._rundir = rundir
+        self._run = run
+        self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
+        self._complained = False
+        self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
+        self._thread.start()
+
+    def event(self, name: str, fields: dict[str, Any]) -> None:
+        """Append an event; also shown on the agent's stderr."""
+        when = time.time()
+        log.info("%s", _sentence(name, fields))
+        self._put(lambda: self._rundir.append_event(when, name, fields))
+
+    def state(self, **state: int) -> None:
+        """Replace ``state.json``."""
+        self._put(lambda: self._rundir.write("state.json", {**state, "run": self._run}))
+
+    def verdict(self, verdict: dict[str, Any]) -> Future[None]:
+        """Replace ``verdict.json``; the future is done when it is on disk, or has the OSError."""
+        return self._put(lambda: self._rundir.write("verdict.json", {**verdict, "run": self._run, "time": time.time()}))
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Wait for what is queued, at most ``timeout`` seconds."""
+        self._queue.put(None)
+        self._thread.join(timeout)
+
+    def _put(self, write: Callable[[], None]) -> Future[None]:
+        done: Future[None] = Future()
+        self._queue.put((write, done))
+        return done
+
+    def _write(self) -> None:
+        while (item := self._queue.get()) is not None:
+            write, done = item
+            try:
+                write()
+            except OSError as error:
+                if not self._complained:
+                    log.warning("the run directory cannot be written (%s); training goes on without its record", error)
+                self._complained = True
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+
+def _sentence(name: str, fields: dict[str, Any]) -> str:
+    """One line for a person; the full record is in events.jsonl."""
+    match name:
+        case "join":
+            return f"{fields['node']} joined"
+        case "lost":
+            return f"{fields['node']} is lost: {fields['reason']}"
+        case "round":
+            nodes = fields["nodes"]
+            return (f"round {fields['round']}: {len(nodes)} nodes ({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''}), "
+                    f"{fields['world_size']} workers, restart {fields['restarts']}")
+        case "failure":
+            first = "failed" if fields["first"] else "failed too"
+            return f"rank {fields['rank']} on {fields['node']} {first}: {fields['message']}"
+        case "restart":
+            return f"restart {fields['restarts']}: {fields['reason']}"
+        case "verdict":
+            return f"{fields['outcome']}: {fields['reason']}"
+        case _:
+            return f"{name}: " + ", ".join(f"{key} {value}" for key, value in fields.items())

@@ -1,0 +1,104 @@
+"""The run directory: one folder per job on the shared file system, the job's memory. For the job's owner only."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from elastic_hpc.errors import ElasticError
+
+
+class RunDir:
+    """Paths and files of one job.
+
+    ``secret``: key of the control connections. ``spec.json``: what was asked for. ``endpoint.json``: where the leader
+    listens. ``state.json``: round and budgets, carried over requeues. ``events.jsonl``: what happened, one JSON object
+    a line. ``verdict.json``: how the last run ended. ``logs/``: output of the workers.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def create(self) -> RunDir:
+        """Make the folder, mode 0700. Raises ElasticError when that cannot be done."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ElasticError(
+                f"run directory {self.path}: {error.strerror}; choose a folder that all nodes share: --log-dir DIR"
+            ) from error
+        return self
+
+    def make_secret(self) -> bytes:
+        """The job's secret; made at the first call, the same for all agents and after a requeue."""
+        path = self.path / "secret"
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return self.read_secret()
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_hex(32).encode())
+        return self.read_secret()
+
+    def read_secret(self) -> bytes:
+        """The job's secret. Raises ElasticError while there is none, or if others could read it."""
+        path = self.path / "secret"
+        try:
+            mode = path.stat().st_mode
+            secret = path.read_bytes()
+        except OSError as error:
+            raise ElasticError(f"{path}: {error.strerror}") from error
+        if mode & 0o077 or len(secret) < 32:
+            raise ElasticError(f"{path}: expected a file of mode 0600 with the job's secret; remove it and start again")
+        return secret
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in ``name``, or None if there is no such file yet. Raises ElasticError if it is damaged."""
+        os.scandir(self.path).close()  # has NFS look again, also for a name that was missing a moment ago
+        try:
+            body = json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ElasticError(f"{self.path / name}: {error}") from error
+        if not isinstance(body, dict):
+            raise ElasticError(f"{self.path / name}: expected a JSON object")
+        return body
+
+    def write(self, name: str, body: dict[str, Any]) -> None:
+        """Replace ``name`` atomically: a reader sees the old object or the new one, whole. Raises OSError."""
+        temporary = self.path / f".{name}.{os.getpid()}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(body, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / name)
+
+    def append_event(self, when: float, event: str, fields: dict[str, Any]) -> None:
+        """Append one line to ``events.jsonl``: ``time`` (``when``, seconds since the epoch), ``event``, ``fields``."""
+        line = json.dumps({"time": when, "event": event, **fields}) + "\n"
+        descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far; a line that is damaged or not complete yet is left out."""
+        found = []
+        try:
+            lines = (self.path / "events.jsonl").read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        for line in lines:
+            try:
+                body = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(body, dict) and "event" in body and "time" in body:
+                found.append(body)
+        return found

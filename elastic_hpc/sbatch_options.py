@@ -1,0 +1,183 @@
+"""sbatch's command line: one table of its options, a scanner that stops at the script, and what we refuse. Pure."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from elastic_hpc.errors import UsageError
+
+# In the manual's notation: --name= takes a value, --name[=] may take one, --name takes none. Slurm 22.05 to 26.05, and the
+# older names that sbatch still accepts. `-K` is srun's; it is here to be refused by name.
+_TABLE = """
+-A,--account= --acctg-freq= -a,--array= --batch= --bb= --bbf= -b,--begin= -D,--chdir= --cluster-constraint=
+-M,--clusters= --comment= --consolidate-segments -C,--constraint= --container= --container-id= --container-type=
+--contiguous -S,--core-spec= --cores-per-socket= --cpu-freq= --cpus-per-gpu= -c,--cpus-per-task= --deadline=
+--delay-boot= -d,--dependency= -m,--distribution= -e,--error= -x,--exclude= --exclusive[=] --export= --export-file=
+--extra= -B,--extra-node-info= --get-user-env[=] --gid= --gpu-bind= --gpu-freq= -G,--gpus= --gpus-per-node=
+--gpus-per-socket= --gpus-per-task= --gres= --gres-flags= -h,--help --hint= -H,--hold --ignore-pbs -i,--input=
+-J,--job-name= -K,--kill-on-bad-exit[=] --kill-on-invalid-dep= -L,--licenses= --mail-type= --mail-user= --mcs-label=
+--mem= --mem-bind= --mem-per-cpu= --mem-per-gpu= --mem-update= --mincpus= --network= --nice[=] -k,--no-kill[=]
+--no-requeue -F,--nodefile= -w,--nodelist= -N,--nodes= -n,--ntasks= --ntasks-per-core= --ntasks-per-gpu=
+--ntasks-per-node= --ntasks-per-socket= --ntasks-per-tres= --oom-kill-step[=] --open-mode= -o,--output=
+-O,--overcommit -s,--oversubscribe --parsable -p,--partition= --power= --prefer= --priority= --profile=
+--propagate[=] -q,--qos= -Q,--quiet --reboot --requeue[=] --reservation= --resources= --resv-ports[=] --segment=
+--share --signal= --sockets-per-node= --spread-job --spread-segments --stepmgr --switches= --tasks-per-node=
+--test-only --thread-spec= --threads-per-core= -t,--time= --time-min= --tmp= --tres-bind= --tres-per-task= --uid=
+--usage --use-min-nodes -v,--verbose -V,--version -W,--wait --wait-all-nodes= --wckey= --wrap=
+"""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. ``value`` is ``"="`` (takes one), ``"[=]"`` (may take one) or empty."""
+
+    name: str
+    letter: str = ""
+    value: str = "="
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name}"
+
+
+@dataclass(frozen=True)
+class Given:
+    """An option as somebody gave it, and where: the command line, or a configuration file."""
+
+    option: Option
+    value: str | None
+    source: str = "command line"
+
+    @property
+    def name(self) -> str:
+        return self.option.name
+
+
+def _rows(table: str) -> Iterable[Option]:
+    for row in table.split():
+        match = re.fullmatch(r"(?:-(\w),)?--([\w-]+)(=|\[=\])?", row)
+        assert match, row
+        yield Option(match[2], match[1] or "", match[3] or "")
+
+
+SBATCH = {option.name: option for option in _rows(_TABLE)}
+
+_TASKS = (
+    "with a task count Slurm grants only MIN nodes, and elastic-sbatch starts one agent per node by itself; "
+    "use --nodes MIN:MAX, and --nproc-per-node N for the workers of a node"
+)
+_GPUS = "it hides the GPUs of a node's workers from each other, which breaks peer-to-peer; use --gpus-per-node=N"
+_REFUSED = {
+    **{name: _TASKS for name in SBATCH if "tasks" in name and not name.startswith(("cpus", "gpus", "tres"))},
+    "gpus-per-task": _GPUS,
+    "tres-per-task": _GPUS,
+    "no-requeue": "an elastic job comes back through the queue when nodes are lost; "
+                  "leave it out, and use --max-requeues 0 to give up at the first loss below MIN",
+    "kill-on-bad-exit": "it would end the job with the first node that fails; leave it out, "
+                        "and use --max-restarts 0 to give up at the first failure",
+    "use-min-nodes": "it makes Slurm prefer MIN nodes to MAX; use --nodes N for a job of fixed size",
+    "wrap": "elastic-sbatch writes the batch script itself; "
+            "give the training script as in: elastic-sbatch --nodes 2:4 train.py, and --setup LINE for shell lines",
+}  # fmt: skip
+
+COMMAND_LINE_ONLY = frozenset({"help", "usage", "version", "parsable", "wait", "quiet", "verbose", "test-only"})
+"""Options that speak to sbatch rather than describe the job: never directives."""
+
+
+def check(given: Given) -> bool:
+    """Refuse what breaks an elastic job. False when our own directives say the same already."""
+    name, value = given.name, given.value
+    shown = given.option.flag if value is None else f"{given.option.flag}={value}"
+    for refused, reason in _REFUSED.items():
+        # getopt accepts unambiguous abbreviations, so --ntask=4 would reach sbatch as --ntasks=4
+        if name == refused or (name not in SBATCH and refused.startswith(name)):
+            raise UsageError(f"{shown}: {reason}")
+    if name == "no-kill" and value is not None:
+        raise UsageError(f"{shown}: then a lost node ends the whole job; leave it out")
+    if name == "open-mode" and value != "append":
+        raise UsageError(f"{shown}: a requeue would wipe the log; leave it out, the mode is append")
+    if name == "export" and (value or "").split(",")[0] != "ALL":
+        raise UsageError(
+            f"{shown}: the agents need the environment of the submission; "
+            "use --export=ALL,NAME=VALUE or --env NAME=VALUE"
+        )
+    if name == "signal":
+        WarningSignal.parse(value or "")
+    return not (name in {"no-kill", "open-mode"} or (name == "requeue" and value is None))
+
+
+def scan(argv: Sequence[str], own: Sequence[Option]) -> tuple[list[Given], list[str]]:
+    """Split ``argv`` into the options and, untouched, the script with its arguments. ``own`` options win over sbatch's."""
+    by_name = SBATCH | {option.name: option for option in own}
+    by_letter = {o.letter: o for o in (*SBATCH.values(), *own) if o.letter}
+    given: list[Given] = []
+    rest = list(argv)
+    while rest and rest[0].startswith("-") and rest[0] != "-":
+        word = rest.pop(0)
+        if word == "--":
+            break
+        if word.startswith("--"):
+            name, equals, text = word[2:].partition("=")
+            option = by_name.get(name) or _unknown(name, equals, by_name)
+            given.append(_with_value(option, option.flag, text if equals else None, rest))
+            continue
+        letters = word[1:]
+        while letters:
+            letter, letters = letters[0], letters[1:]
+            if letter not in by_letter:
+                raise UsageError(f"-{letter} in {word!r}: unknown option; see elastic-sbatch --help")
+            option = by_letter[letter]
+            text, letters = (letters, "") if option.value else ("", letters)
+            given.append(_with_value(option, f"-{letter}", text or None, rest))
+    return given, rest
+
+
+def _with_value(option: Option, shown: str, value: str | None, rest: list[str]) -> Given:
+    if option.value == "=" and value is None:
+        if not rest:
+            raise UsageError(f"{shown}: expected a value, for example {option.flag}=VALUE")
+        value = rest.pop(0)
+    elif not option.value and value is not None:
+        raise UsageError(f"{shown}={value}: expected no value, for example {option.flag}")
+    return Given(option, value)
+
+
+def _unknown(name: str, equals: str, known: Iterable[str]) -> Option:
+    if equals and re.fullmatch(r"[a-z][\w-]*", name):
+        return Option(name, value="[=]")  # an option of a newer sbatch, or a typing error: sbatch judges
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean --{close[0]}? " if close else ""
+    raise UsageError(
+        f"--{name}: unknown option; {hint}An sbatch option that is not known here needs its value after '=': --{name}=VALUE"
+    )
+
+
+@dataclass(frozen=True)
+class WarningSignal:
+    """sbatch's ``--signal``: sent to the batch shell ``lead`` before the time limit or, where the site says so, preemption."""
+
+    name: str = "USR2"
+    lead: timedelta = timedelta(seconds=120)
+
+    @classmethod
+    def parse(cls, text: str) -> WarningSignal:
+        match = re.fullmatch(r"(?:B:)?(?:SIG)?([A-Z]+\d?|\d{1,2})(?:@(\d{1,5}))?", text)
+        name = match[1] if match else ""
+        if name.isdecimal() and int(name) in set(signal.Signals):
+            name = signal.Signals(int(name)).name.removeprefix("SIG")
+        if match and f"SIG{name}" in signal.Signals.__members__ and int(match[2] or 0) <= 65535:
+            if name in {"TERM", "CONT", "KILL", "STOP", "INT", "CHLD"}:
+                raise UsageError(
+                    f"--signal={text}: Slurm or the shell needs SIG{name} itself; use --signal=USR2@120"
+                )
+            return cls(name, timedelta(seconds=int(match[2])) if match[2] else cls.lead)
+        raise UsageError(f"--signal={text}: expected [B:]SIGNAL[@SECONDS], for example --signal=USR2@120")
+
+    def __str__(self) -> str:
+        return f"B:{self.name}@{self.lead.total_seconds():.0f}"

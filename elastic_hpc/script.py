@@ -1,0 +1,198 @@
+"""The batch script: the one ``srun`` line, quoting for bash and for sbatch, and the Jinja2 templates. Reads template files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from elastic_hpc import __version__
+from elastic_hpc.config import Setting
+from elastic_hpc.errors import UsageError
+from elastic_hpc.sbatch_options import Given, WarningSignal
+from elastic_hpc.spec import LaunchSpec
+
+COMMAND_LINE = "command line"
+_LINE_LENGTH = 110
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A batch job, complete: ``render`` needs nothing else."""
+
+    launch: LaunchSpec
+    log_dir: str  # absolute
+    sbatch: tuple[Given, ...] = ()  # passed through
+    signal: WarningSignal = WarningSignal()
+    setup: tuple[Setting, ...] = ()
+    env: Mapping[str, Setting] = field(default_factory=dict)
+    template: str = "elastic"  # built in, or the path of a file
+    python: str = sys.executable  # absolute; a virtual environment's own link, not what it points to
+    sources: Mapping[str, str] = field(default_factory=dict)  # long option -> where its value came from
+
+    def has(self, name: str) -> bool:
+        """Whether the sbatch option ``name`` is passed through."""
+        return any(given.name == name for given in self.sbatch)
+
+    def settings(self) -> list[tuple[str, str, str]]:
+        """Every setting of ours as (name, value, where it came from)."""
+        rows = [*self.launch.options(), ("--log-dir", self.log_dir), ("--template", self.template)]
+        shown = [(flag, text, self.sources.get(flag.removeprefix("--"), "default")) for flag, text in rows]
+        shown += [("--setup", line.value, line.source) for line in self.setup]
+        shown += [("--env", f"{name}={value.value}", value.source) for name, value in self.env.items()]
+        return shown
+
+
+class Shell(str):
+    """Text that is shell syntax already, such as ``"$run_dir"`` with its quotes: never quoted again."""
+
+    __slots__ = ()
+
+
+def _join(prefix: str, value: str, suffix: str = "") -> str:
+    """``prefix + value + suffix`` as one word; still shell syntax if ``value`` is. Prefix and suffix need no quotes."""
+    text = f"{prefix}{value}{suffix}"
+    return Shell(text) if isinstance(value, Shell) else text
+
+
+def srun_options(nodes: str, cpus_per_task: str | None = None) -> list[str]:
+    """srun's options for one agent per node that outlives other nodes, as elastic-srun and the script use them.
+
+    ``cpus_per_task`` where the job asked for it: srun does not take it over from sbatch since Slurm 22.05.
+    """
+    options = [
+        _join("--nodes=", nodes),
+        _join("--ntasks=", nodes),
+        "--ntasks-per-node=1",
+        "--no-kill",
+        "--kill-on-bad-exit=0",
+        "--wait=0",
+        "--cpu-bind=none",
+    ]
+    if cpus_per_task is not None:
+        options.append(_join("--cpus-per-task=", cpus_per_task))
+    return options
+
+
+def agent_command(launch: LaunchSpec, *, head: str, run_dir: str, python: str) -> list[str]:
+    """The command each agent runs. ``head`` hosts the rendezvous unless the user named a host."""
+    words = [python, "-u", "-m", "elastic_hpc.agent"]
+    for flag, value in launch.options():
+        if flag == "--rdzv-endpoint" and launch.rdzv_endpoint.host is None:
+            value = _join("", head, f":{launch.rdzv_endpoint.port}")
+        words += [flag, value]
+    return [*words, "--run-dir", run_dir, *launch.command()]
+
+
+def torchrun_command(launch: LaunchSpec, *, head: str, job_id: str, python: str) -> list[str]:
+    """The quickstart's own command for the same job."""
+    endpoint = launch.rdzv_endpoint
+    words = [python, "-u", "-m", "torch.distributed.run", f"--nnodes={launch.nodes}"]
+    if launch.nproc_per_node is not None:
+        words.append(f"--nproc-per-node={launch.nproc_per_node}")
+    words += [
+        f"--max-restarts={launch.max_restarts}",
+        _join("--rdzv-id=", launch.rdzv_id or job_id),
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={endpoint}" if endpoint.host else _join("--rdzv-endpoint=", head, f":{endpoint.port}"),
+    ]
+    return [*words, *launch.command()]
+
+
+def quote(word: str) -> str:
+    """``word`` as bash reads it back byte for byte, on one line and in valid UTF-8 whatever its bytes."""
+    if isinstance(word, Shell):
+        return word
+    if not re.search(r"[\x00-\x1f\x7f\udc80-\udcff]", word):
+        return shlex.quote(word)
+    named = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "'": r"\'", "\\": r"\\"}
+
+    def escaped(char: str) -> str:
+        if re.match(r"[\x00-\x1f\x7f\udc80-\udcff]", char):  # the last: a byte that is not UTF-8
+            return rf"\x{ord(char) & 0xFF:02x}"
+        return char
+
+    return "$'" + "".join(named.get(char) or escaped(char) for char in word) + "'"
+
+
+def quote_all(words: Sequence[str], indent: int = 2) -> str:
+    """``words`` quoted for bash, folded with backslashes into lines of readable length."""
+    lines, line = [], ""
+    for word in map(quote, words):
+        if line and len(line) + 1 + len(word) > _LINE_LENGTH - indent:
+            lines.append(line)
+            line = ""
+        line += f" {word}" if line else word
+    return f" \\\n{' ' * indent}".join([*lines, line])
+
+
+def directive(option: str, value: object = None, reason: str = "") -> str:
+    """An ``#SBATCH`` line. sbatch has its own quoting there: double quotes, backslashes, and ``#`` begins a comment."""
+    text = option
+    if value is not None:
+        given = str(value)
+        if re.search(r"[\x00-\x1f\x7f]", given):
+            raise UsageError(f"{option}={given!r}: expected one line without control characters")
+        text += f"={given}" if re.fullmatch(r"[\w@%+=:,./^*-]+", given) else '="' + re.sub(r'(["\\])', r"\\\1", given) + '"'
+    return f"#SBATCH {text:<32} # {comment(reason)}" if reason else f"#SBATCH {text}"
+
+
+def comment(text: str) -> str:
+    """``text`` on one line, fit for a comment."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def template_folder() -> Path:
+    """The built-in templates: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    packaged = package / "slurm_templates"
+    return packaged if packaged.is_dir() else package.parent / "slurm_templates"
+
+
+def built_in_templates() -> list[str]:
+    return sorted(path.name.removesuffix(".sbatch.j2") for path in template_folder().glob("*.sbatch.j2"))
+
+
+def render(job: JobSpec) -> str:
+    """The batch script of ``job``. UsageError if a template is missing or broken, or a value does not fit."""
+    import jinja2
+
+    path = Path(job.template)
+    if job.template in built_in_templates():
+        path = template_folder() / f"{job.template}.sbatch.j2"
+    elif not path.is_file():
+        known = ", ".join(built_in_templates())
+        raise UsageError(f"--template {job.template!r}: expected {known}, or a file that exists")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([path.parent, template_folder()]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701  (the output is a shell script; `quote` is applied to every value)
+    )
+    environment.filters.update(quote=quote, quote_all=quote_all, comment=comment)
+    environment.globals["directive"] = directive
+    head = Shell('"$head_node"')
+    cpus = Shell('"$SLURM_CPUS_PER_TASK"') if job.has("cpus-per-task") else None
+    try:
+        return environment.get_template(path.name).render(
+            version=__version__,
+            job=job,
+            launch=job.launch,
+            python=job.python,
+            srun_options=srun_options(Shell('"$SLURM_JOB_NUM_NODES"'), cpus),
+            agent_command=agent_command(job.launch, head=head, run_dir=Shell('"$run_dir"'), python=job.python),
+            torchrun_command=torchrun_command(
+                job.launch, head=head, job_id=Shell('"$SLURM_JOB_ID"'), python=job.python
+            ),
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise UsageError(f"--template {job.template}: line {error.lineno}: {error.message}") from None
+    except jinja2.TemplateError as error:
+        raise UsageError(f"--template {job.template}: {error.message}") from None
+    except OSError as error:
+        raise UsageError(f"--template {job.template}: {error.strerror}") from None

@@ -1,0 +1,211 @@
+"""What a user asks for, parsed once at the edge into frozen objects. Pure: touches no file, no environment."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from typing import Any
+
+from elastic_hpc.errors import UsageError
+
+DEFAULT_PORT = 29400
+
+
+@dataclass(frozen=True)
+class NodeRange:
+    """``MIN:MAX`` nodes, as in ``torchrun --nnodes``. One number means a job of fixed size."""
+
+    min: int
+    max: int
+
+    @classmethod
+    def parse(cls, text: str) -> NodeRange:
+        match = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", text)
+        if match:
+            low, high = int(match[1]), int(match[2] or match[1])
+            if 1 <= low <= high:
+                return cls(low, high)
+        raise UsageError(
+            f"--nodes {text!r}: expected N or MIN:MAX with 1 <= MIN <= MAX, for example --nodes 4:8"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.max}"
+
+    @property
+    def slurm(self) -> str:
+        """The range in sbatch's own notation: ``4-8``, or ``4``."""
+        return f"{self.min}-{self.max}" if self.min < self.max else str(self.min)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """``HOST[:PORT]`` of the c10d rendezvous. ``host`` is None for the first host of the step."""
+
+    host: str | None = None
+    port: int = DEFAULT_PORT
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]*)(?::(\d{1,5}))?", text)
+        if match and text:
+            port = int(match[2] or DEFAULT_PORT)
+            if 0 < port < 65536:
+                return cls(match[1].strip("[]") or None, port)
+        raise UsageError(
+            f"--rdzv-endpoint {text!r}: expected HOST[:PORT] or :PORT, for example --rdzv-endpoint node01:29400"
+        )
+
+    def __str__(self) -> str:
+        host = self.host or ""
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+
+def _nproc(text: str) -> str:
+    if text in {"auto", "gpu", "cpu"} or (text.isdecimal() and int(text) > 0):
+        return text
+    raise UsageError(f"--nproc-per-node {text!r}: expected gpu, cpu, auto or a number above 0, for example 8")
+
+
+def _count(text: str) -> int:
+    if text.isdecimal():
+        return int(text)
+    raise UsageError(f"{text!r}: expected a whole number, 0 or more, for example 10")
+
+
+def _seconds(text: str) -> timedelta:
+    try:
+        value = timedelta(seconds=float(text))
+    except (ValueError, OverflowError):
+        value = timedelta(0)
+    if value <= timedelta(0):
+        raise UsageError(f"{text!r}: expected a number of seconds above 0, for example 5")
+    return value
+
+
+@dataclass(frozen=True)
+class RdzvConf:
+    """``--rdzv-conf KEY=VALUE,...`` with torchrun's keys, both in seconds.
+
+    ``join_timeout``: how long a start waits for MIN nodes before it gives the allocation back.
+    ``last_call_timeout``: how long it waits, once MIN are there, for the rest of the granted nodes.
+    """
+
+    join_timeout: timedelta = timedelta(seconds=600)
+    last_call_timeout: timedelta = timedelta(seconds=30)
+
+    @classmethod
+    def parse(cls, text: str) -> RdzvConf:
+        values: dict[str, timedelta] = {}
+        for pair in filter(None, text.split(",")):
+            key, _, value = pair.partition("=")
+            if key not in {f.name for f in fields(cls)}:
+                known = ", ".join(f.name for f in fields(cls))
+                raise UsageError(
+                    f"--rdzv-conf {pair!r}: expected KEY=SECONDS with KEY one of {known}, "
+                    "for example --rdzv-conf last_call_timeout=60"
+                )
+            values[key] = _seconds(value)
+        return cls(**values)
+
+    def __str__(self) -> str:
+        return ",".join(f"{f.name}={getattr(self, f.name).total_seconds():g}" for f in fields(self))
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """How the agents run the workers. The same for a batch job, a step in an allocation, and this machine alone."""
+
+    script: str
+    script_args: tuple[str, ...] = ()
+    module: bool = False
+    nodes: NodeRange = NodeRange(1, 1)
+    nproc_per_node: str | None = None
+    max_restarts: int = 10
+    max_requeues: int = 5
+    rdzv_endpoint: Endpoint = Endpoint()
+    rdzv_id: str | None = None
+    rdzv_conf: RdzvConf = RdzvConf()
+    heartbeat_timeout: timedelta = timedelta(seconds=5)
+    interface: str | None = None
+
+    @classmethod
+    def from_namespace(cls, namespace: argparse.Namespace) -> LaunchSpec:
+        """Build from what ``add_launch_options`` parsed; options that were not given take the defaults above."""
+        given = {f.name: getattr(namespace, f.name, None) for f in fields(cls)}
+        values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        values["script_args"] = tuple(values.get("script_args", ()))
+        return cls(**values)
+
+    def options(self) -> list[tuple[str, str]]:
+        """The launch options that are set, as ``(--option, value)`` pairs, for a command line."""
+        pairs: list[tuple[str, str]] = []
+        for option in LAUNCH_OPTIONS:
+            value = getattr(self, option.dest)
+            if isinstance(value, timedelta):
+                value = f"{value.total_seconds():g}"
+            if value is not None:
+                pairs.append((option.flag, str(value)))
+        return pairs
+
+    def command(self) -> list[str]:
+        """The tail of an agent's command line: ``[--module] -- SCRIPT ARGS``."""
+        return [*(["--module"] if self.module else []), "--", self.script, *self.script_args]
+
+
+@dataclass(frozen=True)
+class LaunchOption:
+    """One launch option: the single place for its flag, type and help."""
+
+    flag: str
+    metavar: str
+    type: Any
+    help: str
+
+    @property
+    def dest(self) -> str:
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    def parse(self, text: str) -> Any:
+        """The value of ``text``. Every refusal names the option, whichever parser refused."""
+        try:
+            return self.type(text)
+        except UsageError as error:
+            message = str(error)
+            raise UsageError(message if message.startswith("--") else f"{self.flag} {message}") from None
+
+
+LAUNCH_OPTIONS = (
+    LaunchOption("--nodes", "N|MIN:MAX", NodeRange.parse,
+                 "nodes to run on; with MIN:MAX the job starts when MIN are free, uses up to MAX, "
+                 "and goes on while MIN are left"),
+    LaunchOption("--nproc-per-node", "gpu|cpu|auto|N", _nproc,
+                 "workers on each node; gpu: one per granted GPU, cpu: one per usable core, auto: gpu where there "
+                 "are GPUs, else cpu (default: gpu where there are GPUs, else 1)"),
+    LaunchOption("--max-restarts", "N", _count,
+                 "restarts of the workers in the whole job before giving up, whatever the cause: failure or "
+                 "membership change (default: 10)"),
+    LaunchOption("--max-requeues", "N", _count,
+                 "requeues after failures in the whole job before giving up; preemption and the time limit are "
+                 "not counted (default: 5)"),
+    LaunchOption("--rdzv-endpoint", "HOST[:PORT]", Endpoint.parse,
+                 "node that hosts the c10d rendezvous, and its port (default: the first host, 29400)"),
+    LaunchOption("--rdzv-id", "ID", str, "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id)"),
+    LaunchOption("--rdzv-conf", "KEY=VALUE,...", RdzvConf.parse,
+                 "torchrun's join_timeout and last_call_timeout, in seconds (default: 600 and 30)"),
+    LaunchOption("--heartbeat-timeout", "SECONDS", _seconds,
+                 "silence after which a node is taken for lost (default: 5)"),
+    LaunchOption("--interface", "IFNAME", str,
+                 "network interface the nodes talk over, for example ib0 (default: the one Slurm's node name leads to)"),
+)
+
+
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """Add the launch options and ``-m/--module`` to ``parser``. All default to None: not given."""
+    group = parser.add_argument_group("launch options")
+    for option in LAUNCH_OPTIONS:
+        group.add_argument(option.flag, metavar=option.metavar, type=option.parse, help=option.help)
+    group.add_argument("-m", "--module", action="store_true", default=None,
+                       help="run SCRIPT as a Python module, like python -m")

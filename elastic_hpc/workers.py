@@ -1,0 +1,197 @@
+"""torch's ``LocalElasticAgent`` with the waiting done on events: the one place that leans on its inner workings.
+
+The methods overridden here are the ones that torch's documentation names as extension points; their signatures drift
+between releases, hence ``*args, **kwargs``. ``tests/unit/test_torch_contract.py`` fails when torch changes what is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
+
+from elastic_hpc.control import Control
+from elastic_hpc.protocol import Failure
+from elastic_hpc.rendezvous import ElasticRendezvousHandler
+
+_GRACE = 20
+"""Seconds that workers get to leave when the agent was told to by a signal; Slurm kills all after KillWait, 30 s."""
+
+
+class NodeLogs(LogsSpecs):
+    """``logs/<requeue>.<round>/<node>/rank<k>.{out,err}`` in the run directory, also shown on the agent's own output.
+
+    Where the folder cannot be made, the workers write to the agent's output alone.
+    """
+
+    def __init__(self, root: Path, run: int, node: str) -> None:
+        super().__init__(log_dir=str(root))
+        self._root, self._run, self._node = root, run, node
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._root)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        folder = self._root / f"{self._run}.{os.environ['ELASTIC_HPC_ROUND']}" / self._node
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"{folder}: {error.strerror}; the workers' output goes to this agent's alone", file=sys.stderr)
+            return LogsDest(dict.fromkeys(envs, ""), dict.fromkeys(envs, ""), {}, {}, dict.fromkeys(envs, os.devnull))
+        paths: dict[str, dict[int, str]] = {
+            kind: {local: str(folder / f"rank{env['RANK']}.{kind}") for local, env in envs.items()}
+            for kind in ("out", "err", "error.json")
+        }
+        for local, env in envs.items():
+            env["TORCHELASTIC_ERROR_FILE"] = paths["error.json"][local]
+        return LogsDest(paths["out"], paths["err"], paths["out"], paths["err"], paths["error.json"])
+
+
+class ElasticAgent(LocalElasticAgent):
+    """Runs one node's workers; the leader, through ``control``, says when they start and stop."""
+
+    def __init__(self, spec: WorkerSpec, logs: NodeLogs, control: Control, node: str) -> None:
+        super().__init__(spec, logs_specs=logs, log_line_prefix_template="[rank${rank}]: ")
+        self._control = control
+        self._node = node
+        self._exits: dict[int, int] = {}
+        """pidfd of every worker of the round, by its pid, which is its session too."""
+
+    @property
+    def _handler(self) -> ElasticRendezvousHandler:
+        handler = self._worker_group.spec.rdzv_handler
+        assert isinstance(handler, ElasticRendezvousHandler)
+        return handler
+
+    @property
+    def _round(self) -> int:
+        return self._handler.seat.round if self._handler.seat else 0
+
+    def _start_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> dict[int, Any]:
+        seat = self._handler.seat
+        assert seat is not None
+        # torch derives TORCHELASTIC_RESTART_COUNT from this agent's own remaining restarts; the job's count replaces it
+        self._remaining_restarts = worker_group.spec.max_restarts - seat.plan.restart_count
+        ids: dict[int, Any] = super()._start_workers(worker_group, *args, **kwargs)
+        self._control.report("running", seat.round)
+        self._exits = {pid: os.pidfd_open(pid) for pid in ids.values()}
+        return ids
+
+    def _monitor_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> RunResult:
+        """Sleep until a worker exits or the leader has news. A failure is the leader's to judge, never this node's:
+        it is reported, and torch is told to restart, which waits for the next round."""
+        self._wait_for_news()
+        if self._control.must_stop(self._round):
+            return self._stop_for_next_round()
+        failed = [worker for worker in worker_group.workers if self._exit_code(worker)]
+        if failed:
+            self._control.report("failed", self._round, self._failure(failed))
+            return self._stop_for_next_round()
+        result: RunResult = super()._monitor_workers(worker_group, *args, **kwargs)
+        if result.state is WorkerState.HEALTHY:
+            return result
+        self._kill_workers()  # what they left running in their sessions
+        self._control.report("succeeded", self._round)
+        while not self._control.must_stop(self._round):  # raises JobEnded when all nodes have finished
+            self._wait_for_news()
+        return self._stop_for_next_round()
+
+    def _stop_for_next_round(self) -> RunResult:
+        self._handler.restart_wanted = True
+        return RunResult(state=WorkerState.HEALTHY)
+
+    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+        """Workers of a broken round are stuck in a collective: they are killed at once. Only a signal to this agent,
+        which Slurm sends to the workers too, leaves them time."""
+        if isinstance(sys.exc_info()[1], SignalException):
+            super()._shutdown(*args, **{**kwargs, "timeout": _GRACE})
+        self._kill_workers()
+        context, self._pcontext = self._pcontext, None
+        super()._shutdown(*args, **kwargs)
+        if context:  # reaps, and shows the last lines of output; the next round does not wait for that
+            closing = threading.Thread(target=context.close, name="close", daemon=True)
+            closing.start()
+            if not self._handler.restart_wanted:
+                closing.join(timeout=5)
+        for fd in self._exits.values():
+            os.close(fd)
+        self._exits = {}
+
+    def _wait_for_news(self) -> None:
+        poll = select.poll()
+        poll.register(self._control.wake_fd, select.POLLIN)
+        for worker in self._worker_group.workers:
+            if self._exit_code(worker) is None:
+                poll.register(self._exits[worker.id], select.POLLIN)
+        poll.poll(1000)
+
+    def _exit_code(self, worker: Worker) -> int | None:
+        """Exit code of ``worker``, minus the signal if one killed it; not reaped. None while it lives."""
+        try:
+            seen = os.waitid(os.P_PIDFD, self._exits[worker.id], os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return 0  # torch has reaped it, which it does only when all have succeeded
+        if seen is None:
+            return None
+        return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
+
+    def _kill_workers(self) -> None:
+        """SIGKILL to the whole session of every worker, each leads its own, and wait until the workers are dead."""
+        if not self._exits:
+            return
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdecimal():
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                fields = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()
+                if int(fields[3]) in self._exits and fields[0] != b"Z":
+                    os.kill(int(entry.name), signal.SIGKILL)
+        for fd in self._exits.values():
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll()
+
+    def _failure(self, failed: list[Worker]) -> Failure:
+        """The first failure among ``failed``: the one whose error file is oldest, else the lowest rank."""
+        assert self._pcontext is not None
+        reports = []
+        for worker in failed:
+            code = self._exit_code(worker) or 0
+            when, kind = time.time(), "signal" if code < 0 else "exit"
+            message = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                recorded = json.loads(Path(self._pcontext.error_files[worker.local_rank]).read_text())["message"]
+                kind, message = "exception", recorded["message"] if isinstance(recorded, dict) else str(recorded)
+                when = float(recorded["extraInfo"]["timestamp"])
+            if kind == "exit" and (last := _last_line(self._pcontext.stderrs[worker.local_rank])):
+                message += f": {last}"
+            reports.append(Failure(kind, self._node, worker.global_rank, worker.local_rank, code, message[:2000], when))
+        return min(reports, key=lambda report: report.time)
+
+
+def _last_line(path: str) -> str:
+    """The last line of a worker's stderr that says something: for a Python exception its type and message."""
+    with contextlib.suppress(OSError):
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 4096))
+            lines = file.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return ""
