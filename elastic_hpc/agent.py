@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from elastic_hpc import guard, net
+from elastic_hpc.conclude import requeue_without_leader
 from elastic_hpc.control import Control, LeaderAddress
 from elastic_hpc.decide import Policy
 from elastic_hpc.env import AgentEnv, prepare_worker_env, read_agent_env, workers_per_node
@@ -161,10 +162,12 @@ def main(argv: list[str] | None = None) -> int:
         ElasticAgent(worker_spec, NodeLogs(Path(rundir.path, "logs"), env.run, env.name), control, env.name).run()
         raise AssertionError("torch's agent returned; only the leader ends a job")
     except JobEnded as ended:
-        if not lead or ended.outcome in {"failed", "lost"}:
+        if not lead or ended.outcome == "lost":
             log.info("%s: %s", ended.outcome, ended.reason)
         code = EXIT_CODES[ended.outcome]
         leave = LEAVE_TIMEOUT + 5
+        if ended.outcome == "lost" and handler.seat and policy.can_requeue:
+            requeue_without_leader(rundir, env, handler.seat.round, policy.heartbeat_timeout)
     except SignalException as error:
         log.info("%s: leaving", error)
         code, leave = 128 + error.sigval, 0.5

@@ -1,4 +1,4 @@
-"""Where settings come from: site, user and project files in TOML, then the command line. Reads files and the environment.
+"""Where settings come from: site, user and project files in TOML, then the command line. Reads files.
 
 Later wins. Set-up lines add up in this order, environment variables by name; each value remembers its source::
 
@@ -114,10 +114,7 @@ def _with_file(settings: Settings, path: Path, source: str) -> Settings:
     except ValueError as error:  # not TOML, or not UTF-8
         raise UsageError(f"configuration file {source}: {error}") from None
     try:
-        sbatch = table.pop("sbatch", {})
-        if not isinstance(sbatch, dict):
-            raise UsageError("sbatch: expected a table, [sbatch]")
-        given, unset = _sbatch_table(sbatch, source)
+        given, unset = _sbatch_table(table.pop("sbatch", {}), source)
         return settings.with_layer(source, list(_pairs(table, path)), given, unset)
     except UsageError as error:
         raise UsageError(f"configuration file {source}: {error}") from None
@@ -129,7 +126,7 @@ def _pairs(table: dict[str, Any], path: Path) -> Iterable[tuple[str, str]]:
             raise UsageError(f"{key}: unknown key{_closest(key, KEYS)}; sbatch's own options go under [sbatch]")
         if key in _LISTS:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise UsageError(f"{key} = {value!r}: expected a list of strings, for example {key} = [\"...\"]")
+                raise UsageError(f"{key} = {value!r}: expected a list of strings, for example {key} = ['...']")
             yield from ((key, item) for item in value)
         elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise UsageError(f"{key} = {value!r}: expected a string or a number")
@@ -139,12 +136,15 @@ def _pairs(table: dict[str, Any], path: Path) -> Iterable[tuple[str, str]]:
             yield key, str(value)
 
 
-def _sbatch_table(table: dict[str, Any], source: str) -> tuple[list[Given], list[str]]:
+def _sbatch_table(table: object, source: str) -> tuple[list[Given], list[str]]:
+    if not isinstance(table, dict):
+        raise UsageError(f"sbatch = {table!r}: expected a table, [sbatch]")
     given, unset = [], []
     for key, value in table.items():
-        if key == "nodes" or key in COMMAND_LINE_ONLY:
-            raise UsageError(f"[sbatch] {key}: " + ("write it above [sbatch], as nodes = \"MIN:MAX\"" if key == "nodes"
-                             else "belongs on the command line"))
+        if key == "nodes":
+            raise UsageError("[sbatch] nodes: write nodes = 'MIN:MAX' above [sbatch]")
+        if key in COMMAND_LINE_ONLY:
+            raise UsageError(f"[sbatch] {key}: belongs on the command line")
         if len(key) < 2 or not re.fullmatch(r"[a-z][\w-]*", key):
             raise UsageError(f"[sbatch] {key}: expected a long option of sbatch without the dashes")
         option = SBATCH.get(key) or Option(key, value="[=]")

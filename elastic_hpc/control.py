@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from elastic_hpc import channel, protocol
+from elastic_hpc import channel, member, protocol
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.protocol import Failure, Order, Plan, State, Status
 
@@ -67,18 +67,15 @@ class Control:
     def start(self) -> None:
         self._thread.start()
 
-    def next_seat(self, after: int) -> Seat:
-        """Wait for a place in a round later than ``after``, with no worker alive. Raises JobEnded."""
+    def next_seat(self) -> Seat:
+        """Wait for a place in the next round; none of this node's workers may be alive. Raises JobEnded."""
         with self._changed:
             while True:
-                order = self._live_order()
-                if order is not None and order.stage == "gather" and (self._status.round, self._status.state) != (order.round, "idle"):
-                    self._report(state="idle", round=order.round, failure=None)
-                elif order is None and self._status.state != "idle":
-                    self._report(state="idle", round=0, failure=None)
-                elif (order is not None and order.plan and order.stage == "run" and order.round > after
-                      and order.round == self._status.round and self._channel):
-                    return Seat(order.round, order.plan, self._channel.peer, self._channel.local)
+                match self._step(workers=0):
+                    case member.Acknowledge(round):
+                        self._report(state="idle", round=round, failure=None)
+                    case member.Start(round, plan) if self._channel:
+                        return Seat(round, plan, self._channel.peer, self._channel.local)
                 self._changed.wait()
 
     def must_stop(self, round: int) -> str | None:
@@ -86,10 +83,10 @@ class Control:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake_fd)
         with self._changed:
-            order = self._live_order()
-            if order is None:
-                return "the leader is lost"
-            return None if order.stage == "run" and order.round == round else order.reason
+            match self._step(workers=round):
+                case member.Stop(reason):
+                    return reason
+        return None
 
     def report(self, state: State, round: int, failure: Failure | None = None) -> None:
         """Tell the leader what the workers of ``round`` do."""
@@ -101,12 +98,13 @@ class Control:
         self._loop.call_soon_threadsafe(self._leave)
         self._thread.join(timeout)
 
-    def _live_order(self) -> Order | None:
+    def _step(self, workers: int) -> member.Wait | member.Stop | member.Acknowledge | member.Start:
         if self._over:
             raise self._over
-        if self._order is not None and self._order.stage == "end":
-            raise JobEnded(self._order.outcome or "failed", self._order.reason)
-        return self._order
+        what = member.step(self._order, self._status, workers)
+        if isinstance(what, member.Leave):
+            raise JobEnded(what.outcome, what.reason)
+        return what
 
     def _report(self, **changes: object) -> None:
         self._status = replace(self._status, **changes)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ class ElasticRendezvousHandler(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the next round. Raises JobEnded, which torch's agent hands through."""
-        seat = self.seat = self._control.next_seat(after=self.seat.round if self.seat else 0)
+        seat = self.seat = self._control.next_seat()
         self.restart_wanted = False
         os.environ["ELASTIC_HPC_ROUND"] = str(seat.round)
         os.environ["ELASTIC_HPC_RANK0_ADDR"] = seat.plan.rank0_addr

@@ -10,8 +10,8 @@ from datetime import timedelta
 
 from elastic_hpc.errors import UsageError
 
-# In the manual's notation: --name= takes a value, --name[=] may take one, --name takes none. Slurm 22.05 to 26.05, and the
-# older names that sbatch still accepts. `-K` is srun's; it is here to be refused by name.
+# In the manual's notation: --name= takes a value, --name[=] may take one, --name takes none. Slurm 22.05 to 26.05,
+# and the older names that sbatch still accepts. `-K` is srun's; it is here to be refused by name.
 _TABLE = """
 -A,--account= --acctg-freq= -a,--array= --batch= --bb= --bbf= -b,--begin= -D,--chdir= --cluster-constraint=
 -M,--clusters= --comment= --consolidate-segments -C,--constraint= --container= --container-id= --container-type=
@@ -111,7 +111,7 @@ def check(given: Given) -> bool:
 
 
 def scan(argv: Sequence[str], own: Sequence[Option]) -> tuple[list[Given], list[str]]:
-    """Split ``argv`` into the options and, untouched, the script with its arguments. ``own`` options win over sbatch's."""
+    """Split ``argv`` into its options and, untouched, the script with its arguments. ``own`` win over sbatch's."""
     by_name = SBATCH | {option.name: option for option in own}
     by_letter = {o.letter: o for o in (*SBATCH.values(), *own) if o.letter}
     given: list[Given] = []
@@ -154,13 +154,13 @@ def _unknown(name: str, equals: str, known: Iterable[str]) -> Option:
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean --{close[0]}? " if close else ""
     raise UsageError(
-        f"--{name}: unknown option; {hint}An sbatch option that is not known here needs its value after '=': --{name}=VALUE"
+        f"--{name}: unknown option; {hint}one that only sbatch knows needs its value after '=': --{name}=VALUE"
     )
 
 
 @dataclass(frozen=True)
 class WarningSignal:
-    """sbatch's ``--signal``: sent to the batch shell ``lead`` before the time limit or, where the site says so, preemption."""
+    """sbatch's ``--signal``: sent to the batch shell ``lead`` before the time limit and, at some sites, preemption."""
 
     name: str = "USR2"
     lead: timedelta = timedelta(seconds=120)

@@ -1,4 +1,4 @@
-"""The batch script: the one ``srun`` line, quoting for bash and for sbatch, and the Jinja2 templates. Reads template files."""
+"""The batch script: the one ``srun`` line, quoting for bash and for sbatch, the Jinja2 templates. Reads templates."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _join(prefix: str, value: str, suffix: str = "") -> str:
 
 
 def srun_options(nodes: str, cpus_per_task: str | None = None) -> list[str]:
-    """srun's options for one agent per node that outlives other nodes, as elastic-srun and the script use them.
+    """Options of srun for one agent per node that outlives other nodes, for elastic-srun and the script alike.
 
     ``cpus_per_task`` where the job asked for it: srun does not take it over from sbatch since Slurm 22.05.
     """
@@ -82,8 +82,9 @@ def agent_command(launch: LaunchSpec, *, head: str, run_dir: str, python: str) -
     words = [python, "-u", "-m", "elastic_hpc.agent"]
     for flag, value in launch.options():
         if flag == "--rdzv-endpoint" and launch.rdzv_endpoint.host is None:
-            value = _join("", head, f":{launch.rdzv_endpoint.port}")
-        words += [flag, value]
+            words += [flag, _join("", head, f":{launch.rdzv_endpoint.port}")]
+        else:
+            words += [flag, value]
     return [*words, "--run-dir", run_dir, *launch.command()]
 
 
@@ -136,7 +137,9 @@ def directive(option: str, value: object = None, reason: str = "") -> str:
         given = str(value)
         if re.search(r"[\x00-\x1f\x7f]", given):
             raise UsageError(f"{option}={given!r}: expected one line without control characters")
-        text += f"={given}" if re.fullmatch(r"[\w@%+=:,./^*-]+", given) else '="' + re.sub(r'(["\\])', r"\\\1", given) + '"'
+        if not re.fullmatch(r"[\w@%+=:,./^*-]+", given, re.ASCII):
+            given = '"' + re.sub(r'(["\\])', r"\\\1", given) + '"'
+        text += f"={given}"
     return f"#SBATCH {text:<32} # {comment(reason)}" if reason else f"#SBATCH {text}"
 
 

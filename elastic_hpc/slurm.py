@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from elastic_hpc.errors import SlurmError, UsageError
 
-_TIMEOUT = timedelta(seconds=60)
+_SECONDS = 60  # for an answer of slurmctld; its own clients give up after 10 to 30
 # Needed to find and enter the cluster. Every other SLURM_* and SBATCH_* variable overrides the script's directives,
 # or is a leftover of the job that we are called from.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"})
@@ -37,7 +37,7 @@ def sbatch(
 ) -> int:
     """Submit ``script`` and return sbatch's exit code, with ``--wait`` the job's.
 
-    ``on_submitted`` is called at once with ``ID[;CLUSTER]``; ``on_message`` with what an accepting sbatch says on stderr.
+    ``on_submitted`` is called at once with ``ID[;CLUSTER]``; ``on_message`` with what sbatch says besides.
     Raises UsageError if Slurm refuses the job, SlurmError if it could not be asked.
     """
     with tempfile.TemporaryFile() as said:
@@ -62,15 +62,17 @@ def sbatch(
                 process.stdin.close()
             except BrokenPipeError:
                 pass  # sbatch refused its options before it read the script; its message follows
-            if not select.select([process.stdout], [], [], _TIMEOUT.total_seconds())[0]:
+            if not select.select([process.stdout], [], [], _SECONDS)[0]:
                 process.kill()
-                raise SlurmError(
-                    f"sbatch: no answer in {_TIMEOUT.total_seconds():.0f} s; the job may be queued or not, look with: squeue --me"
-                )
+                raise SlurmError(f"sbatch: no answer in {_SECONDS} s; the job may be queued or not: squeue --me")
             job = process.stdout.readline().decode().strip()
             if job:
                 on_submitted(job)
-            process.wait()
+            try:
+                process.wait()
+            except KeyboardInterrupt:  # the user waits no longer; the job goes on
+                process.kill()
+                raise
         said.seek(0)
         messages = said.read().decode(errors="replace")
         if job or process.returncode == 0:  # --test-only succeeds without a job
@@ -90,10 +92,11 @@ def condensed(messages: str) -> str:
 
 
 def requeue(job: str, *, start_after: timedelta, exclude: Sequence[str] = ()) -> str | None:
-    """Send ``job`` (for an array task ``JOB_TASK``) back to the queue, to start after ``start_after`` without ``exclude``.
+    """Send ``job``, for an array task ``JOB_TASK``, back to the queue, to start after ``start_after``.
 
-    The offset must outlast the completion of the job, else Slurm sets its own start time, two minutes away. Raises
-    SlurmError if Slurm does not requeue. Returns what it did not accept after that, None if all went well.
+    ``exclude`` adds to the nodes that the job excludes already. ``start_after`` must outlast the completion of the
+    job, else Slurm sets a start time of its own, two minutes away. Raises SlurmError if Slurm does not requeue; returns
+    what it did not accept after that, None if all went well.
     """
     _scontrol("requeue", job)
     try:
@@ -115,13 +118,12 @@ def _excluded(job: str) -> list[str]:
 def _scontrol(*arguments: str) -> str:
     command = ["scontrol", *arguments]
     try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=_TIMEOUT.total_seconds(), check=False, env=clean_environment(os.environ)
-        )
+        environ = clean_environment(os.environ)
+        done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False, env=environ)
     except OSError as error:
         raise SlurmError(f"{' '.join(command)}: {error.strerror}") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{' '.join(command)}: no answer in {_TIMEOUT.total_seconds():.0f} s") from None
+        raise SlurmError(f"{' '.join(command)}: no answer in {_SECONDS} s") from None
     if done.returncode:
         reason = condensed(done.stderr.decode(errors="replace")) or f"exit code {done.returncode}"
         raise SlurmError(f"{' '.join(command)}: {reason}")

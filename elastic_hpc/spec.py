@@ -192,13 +192,15 @@ LAUNCH_OPTIONS = (
                  "not counted (default: 5)"),
     LaunchOption("--rdzv-endpoint", "HOST[:PORT]", Endpoint.parse,
                  "node that hosts the c10d rendezvous, and its port (default: the first host, 29400)"),
-    LaunchOption("--rdzv-id", "ID", str, "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id)"),
+    LaunchOption("--rdzv-id", "ID", str,
+                 "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id)"),
     LaunchOption("--rdzv-conf", "KEY=VALUE,...", RdzvConf.parse,
                  "torchrun's join_timeout and last_call_timeout, in seconds (default: 600 and 30)"),
     LaunchOption("--heartbeat-timeout", "SECONDS", _seconds,
                  "silence after which a node is taken for lost (default: 5)"),
     LaunchOption("--interface", "IFNAME", str,
-                 "network interface the nodes talk over, for example ib0 (default: the one Slurm's node name leads to)"),
+                 "network interface the nodes talk over, for example ib0 (default: the one that Slurm's node "
+                 "name leads to)"),
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -193,5 +194,6 @@ def _last_line(path: str) -> str:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - 4096))
             lines = file.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return re.sub(r"^\[rank\d+\]: ", "", line)  # torch's own
     return ""

@@ -1,0 +1,27 @@
+"""Ask a running job's leader for something, from outside its agents: the batch script's trap, Ctrl-C, a user."""
+
+from __future__ import annotations
+
+import asyncio
+
+from elastic_hpc import channel
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.protocol import ProtocolError, Request
+from elastic_hpc.rundir import RunDir
+
+
+def ask_leader(rundir: RunDir, request: Request) -> None:
+    """Send ``request`` to the leader of the job in ``rundir``. Raises ElasticError if it cannot be reached."""
+    endpoint = rundir.read("endpoint.json")
+    if endpoint is None:
+        raise ElasticError(f"{rundir.path}: no leader has been started yet")
+
+    async def send() -> None:
+        link = await channel.connect(endpoint["addresses"], endpoint["port"], rundir.read_secret())
+        link.send({"request": request})
+        await link.flush()
+
+    try:
+        asyncio.run(send())
+    except (OSError, ProtocolError, asyncio.TimeoutError) as error:
+        raise ElasticError(f"the leader on {endpoint['host']} port {endpoint['port']} did not answer: {error}") from error

@@ -1,0 +1,245 @@
+"""``elastic-sbatch``: argv -> JobSpec -> batch script -> sbatch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+
+from elastic_hpc import __version__, slurm
+from elastic_hpc.config import Settings, load
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, WarningSignal, scan
+from elastic_hpc.script import COMMAND_LINE, JobSpec, render
+from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec
+
+_JOB_OPTIONS = {
+    "log-dir": (
+        "DIR",
+        "parent of the jobs' run directories, on a file system that all nodes share (default: ./elastic-logs)",
+    ),
+    "setup": (
+        "LINE",
+        "shell line for the first node, before the agents start: 'module load cuda', 'source env.sh'; may be repeated",
+    ),
+    "env": ("NAME=VALUE", "environment variable for the workers; may be repeated"),
+    "template": (
+        "NAME|FILE",
+        "elastic, torchrun (the quickstart's plain command), or a Jinja2 file of your own (default: elastic)",
+    ),
+}
+_SWITCHES = {
+    "module": ("m", "run SCRIPT as a Python module, like python -m"),
+    "dry-run": ("", "print the batch script, with a reason beside each line, and submit nothing"),
+    "parsable": ("", "print the job id alone"),
+    "wait": ("W", "wait for the job and return its exit code"),
+    "test-only": ("", "let Slurm check the job and estimate its start; submit nothing"),
+    "quiet": ("Q", "say nothing on success"),
+    "verbose": ("v", "let sbatch tell more"),
+    "help": ("h", "show this help and exit"),
+    "version": ("V", "show the version and exit"),
+}
+_OWN = (
+    *(Option(o.flag.removeprefix("--"), "N" if o.flag == "--nodes" else "") for o in LAUNCH_OPTIONS),
+    *(Option(name) for name in _JOB_OPTIONS),
+    *(Option(name, letter, "") for name, (letter, _) in _SWITCHES.items()),
+    Option("usage", value=""),
+)
+_NOT_FOR_TORCHRUN = ("max-requeues", "heartbeat-timeout", "interface", "rdzv-conf", "signal")
+
+_USAGE = "elastic-sbatch [options] SCRIPT [args...]"
+_HELP = f"""\
+usage: {_USAGE}
+
+Submit a PyTorch training script to Slurm as an elastic job: it starts when MIN nodes are free, uses up to MAX, goes on
+when nodes are lost, and comes back by itself when Slurm takes everything away.
+
+  elastic-sbatch --nodes 4:8 train.py --lr 1e-3
+  elastic-sbatch -N 2:4 -p gpu -t 8:00:00 --gpus-per-node=8 train.py
+  elastic-sbatch -N 2:4 --setup 'module load cuda' --env NCCL_DEBUG=INFO -m my_package.train --lr 1e-3
+  elastic-sbatch --dry-run -N 2:4 train.py        # read the batch script first
+
+Everything after SCRIPT belongs to the script. Every sbatch option that is not listed here is passed through, in any
+form: -p gpu, --partition gpu, --partition=gpu. Those that would break an elastic job are refused with the reason.
+"""
+_HELP_END = """
+Defaults come from the TOML files $ELASTIC_HPC_CONFIG, ~/.config/elastic_hpc/config.toml and ./elastic_hpc.toml. Later
+ones win, the command line wins over all, --setup lines add up:
+
+  nodes = "2:4"
+  setup = ["module load cuda"]
+  [sbatch]
+  partition = "gpu"
+
+Exit codes: 0 submitted, 1 Slurm could not be asked, 2 the request was refused and nothing was submitted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit code."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ElasticError as error:
+        print(f"elastic-sbatch: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # --dry-run | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    given, rest = scan(argv, _OWN)
+    switches = {g.name for g in given if not g.option.value}
+    if switches & {"help", "usage"}:
+        print(_help())
+        return 0
+    if "version" in switches:
+        print(f"elastic-sbatch {__version__}")
+        return 0
+    job = _job(given, rest)
+    script = os.fsencode(render(job))
+    if "dry-run" in switches:
+        sys.stdout.buffer.write(script)
+        sys.stdout.buffer.flush()
+        return 0
+    _prepare_log_dir(job.log_dir)
+    return _submit(job, script, given)
+
+
+def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
+    try:
+        directory = Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the current directory does not exist any more; cd to one that does") from None
+    own = {option.name for option in _OWN}
+    settings = load(os.environ, directory).with_layer(
+        COMMAND_LINE,
+        [(g.name, g.value) for g in given if g.name in own and g.value is not None],
+        [g for g in given if g.name not in own | COMMAND_LINE_ONLY],
+    )
+    options = dict(settings.options)
+    if "nodes" not in options:
+        raise UsageError("--nodes: missing before the script, for example: elastic-sbatch --nodes 2:4 train.py")
+    module = any(g.name == "module" for g in given)
+    script = _script(rest, module=module, chdir=_value(settings, "chdir") or ".")
+    sources = {name: setting.source for name, setting in options.items()}
+    log_dir = options.pop("log-dir", None)
+    template = options.pop("template", None)
+    if template and template.value == "torchrun":
+        _refuse_for_torchrun(settings)
+    launch = LaunchSpec(
+        script=script,
+        script_args=tuple(rest[1:]),
+        module=module,
+        **{name.replace("-", "_"): setting.value for name, setting in options.items()},
+    )
+    passed = [g for g in settings.sbatch if g.name != "signal"]
+    if not any(g.name == "job-name" for g in passed):
+        name = script if module else Path(script).stem
+        passed.insert(0, Given(SBATCH["job-name"], name, "the script's name"))
+    signal = _value(settings, "signal")
+    return JobSpec(
+        launch=launch,
+        log_dir=os.path.abspath(log_dir.value if log_dir else "elastic-logs"),
+        sbatch=tuple(passed),
+        signal=WarningSignal.parse(signal) if signal else WarningSignal(),
+        setup=settings.setup,
+        env=settings.env,
+        template=template.value if template else "elastic",
+        sources=sources,
+    )
+
+
+def _value(settings: Settings, name: str) -> str | None:
+    """The value of a passed-through sbatch option; of several the last counts, as for sbatch."""
+    return next((g.value for g in reversed(settings.sbatch) if g.name == name), None)
+
+
+def _script(rest: Sequence[str], *, module: bool, chdir: str) -> str:
+    if not rest or rest[0] in {"", "-"}:
+        raise UsageError(f"expected a training script: {_USAGE}")
+    script = rest[0]
+    if script == ":":
+        raise UsageError("':': heterogeneous jobs are not elastic; submit one job with --nodes MIN:MAX")
+    if module:
+        if not all(part.isidentifier() for part in script.split(".")):
+            raise UsageError(
+                f"-m {script!r}: expected the name of a Python module; "
+                f"sbatch's -m is written --distribution={script} here"
+            )
+        return script
+    try:
+        with open(os.path.join(chdir, script), "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise UsageError(f"script {script!r}: {error.strerror}; expected a Python file that can be read") from None
+    return script
+
+
+def _refuse_for_torchrun(settings: Settings) -> None:
+    given = {name for name, setting in settings.options.items() if setting.source == COMMAND_LINE}
+    given |= {g.name for g in settings.sbatch if g.source == COMMAND_LINE}
+    for name in _NOT_FOR_TORCHRUN:
+        if name in given:
+            raise UsageError(f"--{name}: plain torchrun has no use for it; leave it out, or use --template elastic")
+
+
+def _prepare_log_dir(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UsageError(
+            f"--log-dir {path!r}: {error.strerror}; expected a folder that can be written and that all nodes share"
+        ) from None
+
+
+def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
+    passed = [g.option.flag for g in given if g.name in {"test-only", "wait", "verbose", "quiet"}]
+    parsable = any(g.name == "parsable" for g in given)
+    quiet = any(g.name == "quiet" for g in given)
+
+    def on_submitted(answer: str) -> None:
+        number, _, cluster = answer.partition(";")
+        if parsable:
+            print(answer, flush=True)
+        elif not quiet:
+            print(f"Submitted batch job {number}" + (f" on cluster {cluster}" if cluster else ""), flush=True)
+            if job.template != "torchrun":
+                tasks = "_TASK" if job.has("array") else ""
+                print(f"run directory: {os.path.join(job.log_dir, number)}{tasks}", file=sys.stderr)
+
+    dropped = [name for name in sorted(os.environ) if name.startswith("SBATCH_")]
+    if dropped and "SLURM_JOB_ID" not in os.environ and not quiet:
+        print(
+            f"elastic-sbatch: not used, because they override the script: {', '.join(dropped)}; "
+            "use options, or [sbatch] in a configuration file",
+            file=sys.stderr,
+        )
+    return slurm.sbatch(script, passed, os.environ, on_submitted, lambda text: print(text, end="", file=sys.stderr))
+
+
+def _help() -> str:
+    groups = {
+        "launch options": [(o.flag, o.metavar, o.help) for o in LAUNCH_OPTIONS],
+        "job options": [(f"--{name}", *rest) for name, rest in _JOB_OPTIONS.items()],
+        "what to do": [(f"--{name}", "", text) for name, (_, text) in _SWITCHES.items()],
+    }
+    letters = {o.flag: f"-{o.letter}, " for o in _OWN if o.letter}
+    parts = [_HELP]
+    for title, rows in groups.items():
+        parts.append(f"{title}:")
+        for flag, metavar, text in rows:
+            parts.append(f"  {letters.get(flag, '')}{flag} {metavar}".rstrip())
+            parts.append(fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        parts.append("")
+    return "\n".join(parts).rstrip() + "\n" + _HELP_END.rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""``elastic-srun``: the agents of an elastic job in the allocation one is in, or on this machine alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES
+from elastic_hpc.errors import ElasticError, SlurmError, UsageError
+from elastic_hpc.rundir import RunDir
+from elastic_hpc.script import agent_command, srun_options
+from elastic_hpc.spec import LaunchSpec, NodeRange, add_launch_options
+
+_EPILOG = """examples:
+  salloc --nodes 4 elastic-srun train.py --lr 1e-3     in an allocation; goes on while 1 of its nodes is left
+  elastic-srun --nodes 2:4 train.py                    at least 2, at most 4 of the allocation's nodes
+  elastic-srun --standalone --nproc-per-node 2 train.py     this machine, no Slurm, as torchrun --standalone
+  elastic-srun --local 4 train.py                      rehearse with 4 agents on this machine
+
+exit code: 0 if the workers finished, 1 if the job failed, 75 if it may be started again, 130 after Ctrl-C
+Ctrl-C once asks the job to stop, twice kills it."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elastic-srun", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="elastic-srun [options] SCRIPT [ARGS...]",
+        description="Run SCRIPT on the nodes of the Slurm allocation you are in; it survives the loss of nodes.",
+    )
+    where = parser.add_argument_group("where it runs").add_mutually_exclusive_group()
+    where.add_argument("--local", type=int, metavar="N", help="N agents as processes of this machine, without Slurm")
+    where.add_argument("--standalone", action="store_true", help="one agent on this machine, without Slurm")
+    parser.add_argument("--log-dir", metavar="DIR", default="elastic-logs",
+                        help="folder for run directories, on a file system that all nodes share (default: ./elastic-logs)")
+    add_launch_options(parser)
+    parser.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
+    parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="everything after SCRIPT is its own")
+    return parser
+
+
+def _nodes_here(args: argparse.Namespace) -> int:
+    """How many agents can be started."""
+    if args.standalone:
+        return 1
+    if args.local is not None:
+        if args.local < 1:
+            raise UsageError(f"--local {args.local}: expected a number of agents above 0, for example --local 4")
+        return int(args.local)
+    try:
+        return int(os.environ["SLURM_JOB_NUM_NODES"])
+    except KeyError:
+        raise UsageError("not inside a Slurm allocation; get one, for example: salloc --nodes 4 elastic-srun "
+                         f"{args.script}, or run on this machine alone: elastic-srun --standalone {args.script}") from None
+
+
+def _commands(launch: LaunchSpec, count: int, rundir: RunDir, *, local: bool) -> list[tuple[list[str], dict[str, str]]]:
+    """The processes to start, each with what it needs in its environment."""
+    agent = agent_command(launch, head="", run_dir=str(rundir.path), python=sys.executable)
+    at = agent.index("--run-dir")
+    agent[at:at] = ["--no-requeue"]
+    if local:
+        return [(agent, {LOCAL_NODE: str(node), LOCAL_NODES: str(count)}) for node in range(count)]
+    options = srun_options(str(count), os.environ.get("SLURM_CPUS_PER_TASK"))
+    return [(["srun", "--overlap", "--input=none", "--unbuffered", *options, *agent], {})]
+
+
+def _new_run_dir(log_dir: str, job: str) -> RunDir:
+    for number in range(10_000):
+        rundir = RunDir(Path(log_dir).absolute() / f"{job}.{number}")
+        if not rundir.path.exists():
+            return rundir.create()
+    raise UsageError(f"--log-dir {log_dir!r}: no free name left; remove old run directories")
+
+
+class _Run:
+    """The running agents, and what Ctrl-C does to them."""
+
+    def __init__(self, rundir: RunDir, commands: list[tuple[list[str], dict[str, str]]]) -> None:
+        self._rundir = rundir
+        self._asked = False
+        self.interrupted = False
+        # sessions of their own: Ctrl-C reaches this process alone, which asks the leader to stop in good order
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for command, extra in commands:
+                self._processes.append(
+                    subprocess.Popen(command, env={**os.environ, **extra}, stdin=subprocess.DEVNULL, start_new_session=True)
+                )
+        except OSError as error:
+            self._end()
+            raise SlurmError(f"{commands[0][0][0]}: {error.strerror}; is Slurm's module loaded?") from None
+
+    def on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        self.interrupted = self.interrupted or signum == signal.SIGINT
+        if self._asked:
+            self._end()
+            return
+        self._asked = True
+        print("elastic-srun: stopping; once more to kill", file=sys.stderr)
+        from elastic_hpc.ask import ask_leader
+
+        try:
+            ask_leader(self._rundir, "stop")
+        except ElasticError:
+            self._end()
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.terminate()
+
+    def wait(self) -> None:
+        for process in self._processes:
+            process.wait()
+
+
+def _outcome(rundir: RunDir) -> int:
+    verdict = rundir.read("verdict.json")
+    if verdict is None:
+        print("elastic-srun: the agents left no verdict; see their messages above", file=sys.stderr)
+        return 1
+    print(f"elastic-srun: {verdict['outcome']}: {verdict['reason']} ({rundir.path})", file=sys.stderr)
+    return {"finished": 0, "failed": 1, "requeue": 75}[verdict["outcome"]]
+
+
+def _main(argv: list[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    here = _nodes_here(args)
+    launch = LaunchSpec.from_namespace(args)
+    if args.nodes is None:
+        launch = replace(launch, nodes=NodeRange(1, here))
+    if launch.nodes.min > here:
+        raise UsageError(f"--nodes {launch.nodes}: expected at most the {here} nodes there are, for example --nodes {here}")
+    if not launch.module and not os.access(launch.script, os.R_OK):
+        raise UsageError(f"{launch.script}: no such readable script")
+    local = args.standalone or args.local is not None
+    job = "local" if local else os.environ["SLURM_JOB_ID"]
+    rundir = _new_run_dir(args.log_dir, job)
+    run = _Run(rundir, _commands(launch, min(here, launch.nodes.max), rundir, local=local))
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, run.on_signal)
+    run.wait()
+    code = _outcome(rundir)
+    return 130 if run.interrupted else code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the answer is the exit code."""
+    try:
+        return _main(argv)
+    except ElasticError as error:
+        print(f"elastic-srun: {error}", file=sys.stderr)
+        return error.exit_code
