@@ -48,6 +48,7 @@ _OWN = (
     *(Option(name, letter, "") for name, (letter, _) in _SWITCHES.items()),
     Option("usage", value=""),
 )
+_DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # what sbatch's own -m, --distribution, takes
 _NOT_FOR_TORCHRUN = ("max-requeues", "heartbeat-timeout", "interface", "rdzv-conf", "signal")
 
 _USAGE = "elastic-sbatch [options] SCRIPT [args...]"
@@ -122,11 +123,11 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
         [(g.name, g.value) for g in given if g.name in own and g.value is not None],
         [g for g in given if g.name not in own | COMMAND_LINE_ONLY],
     )
+    module = any(g.name == "module" for g in given)
+    script = _script(rest, module=module, chdir=_value(settings, "chdir") or ".")
     options = dict(settings.options)
     if "nodes" not in options:
         raise UsageError("--nodes: missing before the script, for example: elastic-sbatch --nodes 2:4 train.py")
-    module = any(g.name == "module" for g in given)
-    script = _script(rest, module=module, chdir=_value(settings, "chdir") or ".")
     sources = {name: setting.source for name, setting in options.items()}
     log_dir = options.pop("log-dir", None)
     template = options.pop("template", None)
@@ -167,7 +168,7 @@ def _script(rest: Sequence[str], *, module: bool, chdir: str) -> str:
     if script == ":":
         raise UsageError("':': heterogeneous jobs are not elastic; submit one job with --nodes MIN:MAX")
     if module:
-        if not all(part.isidentifier() for part in script.split(".")):
+        if script in _DISTRIBUTIONS or not all(part.isidentifier() for part in script.split(".")):
             raise UsageError(
                 f"-m {script!r}: expected the name of a Python module; "
                 f"sbatch's -m is written --distribution={script} here"

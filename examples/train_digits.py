@@ -1,0 +1,99 @@
+"""Train a conv net on scikit-learn's handwritten digits. It may be killed at any moment and goes on at any world size.
+
+elastic-sbatch --nodes 2:4 examples/train_digits.py       elastic-srun --local 4 examples/train_digits.py
+torchrun --nproc-per-node 2 examples/train_digits.py      python examples/train_digits.py
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--epochs", type=int, default=50)
+parser.add_argument("--batch-size", type=int, default=96, help="of all workers together, however many there are")
+parser.add_argument("--lr", type=float, default=1e-3)
+parser.add_argument("--checkpoint-every", type=int, default=20, metavar="STEPS")
+parser.add_argument("--checkpoint", type=Path, help="default: in the job's run directory, else ./digits",
+                    default=Path(os.environ.get("ELASTIC_HPC_RUN_DIR", "digits"), "checkpoint.pt"))
+args = parser.parse_args()
+
+# Rank and world size come from the launcher and differ from one round to the next. Without a launcher: one process.
+rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+if device.type == "cuda":
+    torch.cuda.set_device(device)
+if world_size > 1:
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+digits = load_digits()
+images = torch.tensor(digits.images, dtype=torch.float32, device=device).unsqueeze(1) / 16
+labels = torch.tensor(digits.target, device=device)
+shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+held_out, train = shuffled[:360], shuffled[360:]
+
+torch.manual_seed(0)
+net = nn.Sequential(
+    nn.Conv2d(1, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+    nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1024, 10)).to(device)
+optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr)
+
+# Steps done and samples consumed: with the model and the optimizer that is all a world of any size needs to go on.
+step, consumed, end = 0, 0, args.epochs * len(train)
+saved = [torch.load(args.checkpoint, map_location=device) if rank == 0 and args.checkpoint.exists() else None]
+if world_size > 1:
+    dist.broadcast_object_list(saved, device=device)  # one reader, so that all ranks go on from the same step
+if saved[0]:
+    net.load_state_dict(saved[0]["net"])
+    optimizer.load_state_dict(saved[0]["optimizer"])
+    step, consumed = saved[0]["step"], saved[0]["consumed"]
+model = DistributedDataParallel(net) if world_size > 1 else net
+if rank == 0:
+    args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    record = args.checkpoint.with_name("steps.jsonl").open("a", buffering=1)
+    print(f"{world_size} workers, going on after step {step}", flush=True)
+
+while consumed < end:
+    epoch, position = divmod(consumed, len(train))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))  # the same in every world
+    batch = train[order[position:position + args.batch_size]]
+    mine = batch[rank::world_size]
+    # DDP averages gradients over the ranks. Scaled like this the average is the gradient of the batch's mean loss.
+    loss = cross_entropy(model(images[mine]), labels[mine], reduction="sum") * world_size / len(batch)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    step, consumed, mean = step + 1, consumed + len(batch), loss.detach() / world_size
+    if world_size > 1:
+        dist.all_reduce(mean)
+    if rank == 0:
+        line = {"step": step, "time": time.time(), "loss": mean.item(), "world_size": world_size,
+                "round": int(os.environ.get("ELASTIC_HPC_ROUND", "0")),
+                "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))}
+        record.write(json.dumps(line) + "\n")
+        if step % 20 == 0:
+            print(f"epoch {epoch + 1}, step {step}: loss {mean:.4f}, {world_size} workers", flush=True)
+        if step % args.checkpoint_every == 0 or consumed == end:
+            temporary = args.checkpoint.with_suffix(".tmp")
+            with temporary.open("wb") as file:
+                torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(),
+                            "step": step, "consumed": consumed}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, args.checkpoint)  # a reader finds the old one or the new one, never a half
+
+# On every rank: one that ends right after its last collective may meet gloo's threads and abort (pytorch 190489).
+with torch.no_grad():
+    accuracy = (net(images[held_out]).argmax(1) == labels[held_out]).float().mean()
+if rank == 0:
+    print(f"step {step}: accuracy {accuracy:.4f} on {len(held_out)} digits that were held out", flush=True)
+if world_size > 1:
+    dist.destroy_process_group()

@@ -1,0 +1,205 @@
+"""One real Slurm for all tests of this directory, and the jobs that run on it.
+
+The cluster is ``bin/mini-slurm``'s. Set MINI_SLURM_STATE to use one that is already up; it is then left up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MINI = ROOT / "bin" / "mini-slurm"
+STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker("slurm")
+            if os.geteuid() != 0:
+                item.add_marker(pytest.mark.skip(reason="a real Slurm needs root: sudo make test"))
+
+
+T = TypeVar("T")
+
+
+def wait_for(what: str, look: Callable[[], T | None | bool], deadline: float = 90) -> T:
+    """The first answer of ``look`` that is not empty. Fails when ``deadline`` seconds have passed."""
+    end = time.monotonic() + deadline
+    while not (found := look()):
+        if time.monotonic() > end:
+            pytest.fail(f"waited {deadline:g} s in vain for {what}")
+        time.sleep(0.1)
+    return cast(T, found)
+
+
+class Cluster:
+    """The cluster as its unprivileged user sees it."""
+
+    def mini(self, *args: str, timeout: float = 180, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [str(MINI), "--state", str(STATE), *args], capture_output=True, text=True, errors="surrogateescape",
+            timeout=timeout, check=False,
+        )
+        if check and done.returncode:
+            pytest.fail(f"mini-slurm {' '.join(args)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def command(self, argv: Sequence[str], node: str | None = None, cwd: Path | None = None) -> list[str]:
+        """``argv`` as the unprivileged user on the login side, or on ``node``."""
+        at = ["env", f"--chdir={cwd}"] if cwd else []
+        where = ["--node", node] if node else []
+        return [str(MINI), "--state", str(STATE), "exec", *where, "--", *at, *argv]
+
+    def exec(self, argv: Sequence[str], node: str | None = None, timeout: float = 60, *, check: bool = True,
+             cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        command = self.command(argv, node, cwd)
+        done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", timeout=timeout, check=False)
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(argv)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    @property
+    def home(self) -> Path:
+        return STATE / "home"
+
+    def job_field(self, job: str, name: str) -> str:
+        shown = self.exec(["scontrol", "show", "job", "--oneliner", job]).stdout
+        found = re.search(rf"\b{name}=(\S*)", shown)
+        assert found, shown
+        return found[1]
+
+    def processes(self, text: str, node: str) -> list[int]:
+        """Pids, as this machine sees them, of processes on ``node`` whose command line contains ``text``."""
+        uts = self.exec(["readlink", "/proc/self/ns/uts"], node=node).stdout.strip()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    if os.readlink(entry / "ns" / "uts") == uts and text in (entry / "cmdline").read_bytes().decode():
+                        found.append(int(entry.name))
+                except (OSError, UnicodeDecodeError):
+                    continue
+        return found
+
+    def reset(self) -> None:
+        """End all jobs, bring all nodes back."""
+        self.exec(["scancel", "--user", "minislurm"], check=False)
+        for node in ("n1", "n2", "n3", "n4"):
+            self.mini("heal", node)
+        wait_for("an empty queue", lambda: not self.exec(["squeue", "--noheader"]).stdout.strip(), 120)
+
+
+@dataclass
+class Job:
+    """A job of ours, and its run directory."""
+
+    cluster: Cluster
+    id: str
+    folder: Path
+    """Where it was submitted."""
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "elastic-logs" / self.id
+
+    @staticmethod
+    def _lines(path: Path) -> list[dict[str, Any]]:
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        return [event for event in self._lines(self.run_dir / "events.jsonl") if name in {None, event["event"]}]
+
+    def steps(self) -> list[dict[str, Any]]:
+        return self._lines(self.run_dir / "steps.jsonl")
+
+    def verdict(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.run_dir / "verdict.json").read_text())
+        return found
+
+    def output(self) -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("slurm-*.out")))
+
+    def wait_event(self, name: str, count: int = 1, deadline: float = 90) -> dict[str, Any]:
+        return wait_for(f"{count} x {name} of job {self.id}", lambda: self.events(name)[count - 1 : count], deadline)[0]
+
+    def wait_steps(self, count: int, round: int = 1, deadline: float = 90) -> None:
+        """Wait until ``round`` has done ``count`` steps."""
+        wait_for(f"step {count} in round {round} of job {self.id}",
+                 lambda: sum(step["round"] == round for step in self.steps()) >= count, deadline)
+
+    def wait_state(self, *states: str, deadline: float = 150) -> str:
+        return wait_for(f"job {self.id} to be {' or '.join(states)}",
+                        lambda: (state := self.cluster.job_field(self.id, "JobState")) in states and state, deadline)
+
+    def worlds(self) -> list[int]:
+        """World sizes that made steps, in order of the rounds."""
+        return list({step["round"]: step["world_size"] for step in self.steps()}.values())
+
+    def assert_steps_contiguous(self, checkpoint_every: int) -> None:
+        """Every round goes on right after a checkpoint and never skips or repeats a step of its own."""
+        steps = self.steps()
+        assert steps
+        assert steps[0]["step"] == 1
+        for before, after in pairwise(steps):
+            if before["round"] == after["round"]:
+                assert after["step"] == before["step"] + 1, (before, after)
+            else:
+                assert (after["step"] - 1) % checkpoint_every == 0, (before, after)
+                assert before["step"] - checkpoint_every <= after["step"] - 1 <= before["step"], (before, after)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    made = Cluster()
+    was_up = made.mini("status", check=False).returncode == 0
+    if not was_up:
+        made.mini("down")
+        made.mini("up", timeout=400)
+    yield made
+    if not was_up:
+        made.mini("down")
+
+
+@pytest.fixture
+def fresh(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster with all nodes idle, before and after."""
+    cluster.reset()
+    yield cluster
+    cluster.reset()
+
+
+@pytest.fixture
+def folder(fresh: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder of the unprivileged user on the shared file system."""
+    path = fresh.home / re.sub(r"\W+", "_", request.node.name)[:60]
+    fresh.exec(["mkdir", "-p", str(path)])
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def submit(fresh: Cluster, folder: Path) -> Callable[..., Job]:
+    """Submit with elastic-sbatch: ``submit("--nodes", "2:4", ..., script=..., args=[...])``."""
+
+    def do(*options: str, script: str | Path = ROOT / "examples" / "train_digits.py", args: Sequence[str] = ()) -> Job:
+        done = fresh.exec([str(Path(sys.executable).with_name("elastic-sbatch")), "--parsable", *options, str(script), *args], cwd=folder)
+        return Job(fresh, done.stdout.strip(), folder)
+
+    return do

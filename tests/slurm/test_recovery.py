@@ -1,0 +1,180 @@
+"""Training survives real losses on a real Slurm, in the allocation or through the queue."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Cluster, Job, wait_for
+
+Submit = Callable[..., Job]
+EVERY = 10
+ARGS = ["--checkpoint-every", str(EVERY), "--epochs", "12"]
+
+
+def finish(job: Job, deadline: float = 150) -> None:
+    """Wait until the job is completed; its training must have gone through all steps and have learned."""
+    assert job.wait_state("COMPLETED", "FAILED", "CANCELLED", deadline=deadline) == "COMPLETED", job.output()[-3000:]
+    job.assert_steps_contiguous(EVERY)
+    accuracy = float(job.output().rpartition("accuracy ")[2].split()[0])
+    assert accuracy > 0.95
+    assert job.verdict()["outcome"] == "finished"
+
+
+def agents(cluster: Cluster, node: str) -> list[int]:
+    """Pids of the agents on ``node``: python itself, not the step daemon that was given its command line."""
+    return [pid for pid in cluster.processes("elastic_hpc.agent", node)
+            if Path(f"/proc/{pid}/exe").resolve().name.startswith("python")]
+
+
+def workers(cluster: Cluster, node: str) -> list[int]:
+    """Pids of the training processes on ``node``."""
+    return [pid for pid in cluster.processes("train_digits.py", node)
+            if "elastic_hpc.agent" not in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def test_the_world_has_all_granted_nodes_and_every_rank_sees_the_same_restart_count(submit: Submit, folder: Path) -> None:
+    script = folder / "report.py"
+    script.write_text(
+        "import json, os, pathlib, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "keep = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'TORCHELASTIC_RESTART_COUNT', 'OMP_NUM_THREADS', 'SLURMD_NODENAME']\n"
+        "seen = {k: os.environ[k] for k in keep} | {'hidden': [k for k in os.environ if k in ('SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')]}\n"
+        "run = pathlib.Path(os.environ['ELASTIC_HPC_RUN_DIR'])\n"
+        "(run / f\"seen.{os.environ['ELASTIC_HPC_ROUND']}.{os.environ['RANK']}\").write_text(json.dumps(seen))\n"
+        "dist.barrier()\n"
+        "if os.environ['ELASTIC_HPC_ROUND'] == '1': os._exit(3 if os.environ['RANK'] == '1' else 0)\n"
+    )
+    job = submit("--nodes", "2:4", "--nproc-per-node", "2", script=script)
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    for round, restarts in ((1, "0"), (2, "1")):
+        seen = [json.loads(path.read_text()) for path in job.run_dir.glob(f"seen.{round}.*")]
+        assert sorted(int(rank["RANK"]) for rank in seen) == list(range(8))
+        assert {(rank["WORLD_SIZE"], rank["TORCHELASTIC_RESTART_COUNT"], rank["MASTER_ADDR"]) for rank in seen} == {
+            ("8", restarts, "10.213.0.1")}
+        assert all(rank["hidden"] == [] for rank in seen)
+        assert {rank["OMP_NUM_THREADS"] for rank in seen} == {"1"}
+        assert [rank["SLURMD_NODENAME"] for rank in sorted(seen, key=lambda rank: int(rank["RANK"]))] == [
+            "n1", "n1", "n2", "n2", "n3", "n3", "n4", "n4"]
+    assert job.events("failure")[0]["message"] == "exit code 3"
+
+
+def test_training_goes_on_from_its_checkpoint_when_a_worker_crashes(submit: Submit, fresh: Cluster) -> None:
+    job = submit("--nodes", "2:4", args=ARGS)
+    job.wait_steps(25)
+    os.kill(workers(fresh, "n2")[0], signal.SIGKILL)
+    finish(job)
+    assert job.worlds() == [4, 4]
+    assert "killed by SIGKILL" in job.events("failure")[0]["message"]
+
+
+def test_training_goes_on_with_the_survivors_when_an_agent_is_killed(submit: Submit, fresh: Cluster) -> None:
+    job = submit("--nodes", "2:4", args=ARGS)
+    job.wait_steps(25)
+    (agent,) = agents(fresh, "n3")
+    os.kill(agent, signal.SIGKILL)
+    job.wait_event("round", 2)
+    wait_for("its workers to be gone", lambda: not fresh.processes("train_digits.py", "n3"), 10)
+    finish(job)
+    assert job.worlds() == [4, 3]
+
+
+def test_training_goes_on_with_the_survivors_when_a_node_loses_power(submit: Submit, fresh: Cluster) -> None:
+    job = submit("--nodes", "2:4", args=ARGS)
+    job.wait_steps(25)
+    fresh.mini("kill", "n4")
+    finish(job)
+    assert job.worlds() == [4, 3]
+    assert job.events("lost")[0]["node"] == "n4"
+
+
+def test_below_min_the_job_is_requeued_and_finishes_with_its_counters(submit: Submit, fresh: Cluster) -> None:
+    job = submit("--nodes", "3:4", args=ARGS)
+    job.wait_steps(25)
+    fresh.mini("kill", "n4")
+    fresh.mini("kill", "n3")
+    wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1")
+    fresh.mini("heal", "n3")
+    finish(job)
+    assert job.worlds()[0] == 4
+    assert job.worlds()[-1] == 3
+    last = job.verdict()
+    assert (last["run"], last["requeues"]) == (1, 1)
+    assert last["restarts"] >= 1
+    assert {step["restart"] for step in job.steps() if step["world_size"] == 3} == {last["restarts"]}
+
+
+def test_the_budget_ends_the_job_with_a_reason(submit: Submit, folder: Path) -> None:
+    script = folder / "broken.py"
+    script.write_text("raise ValueError('no such data set')\n")
+    job = submit("--nodes", "2", "--max-restarts", "2", script=script)
+    assert job.wait_state("COMPLETED", "FAILED") == "FAILED"
+    assert len(job.events("round")) == 3
+    assert "ValueError: no such data set; all 2 restarts (--max-restarts) are used up" in job.verdict()["reason"]
+    assert "all 2 restarts (--max-restarts) are used up" in job.output()
+
+
+def test_a_lost_head_brings_the_job_back_through_the_queue(submit: Submit, fresh: Cluster) -> None:
+    job = submit("--nodes", "2:4", args=ARGS)
+    job.wait_steps(25)
+    fresh.mini("kill", "n1")
+    wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1", 120)
+    finish(job, deadline=240)
+    assert job.worlds() == [4, 3]
+
+
+def test_the_warning_signal_brings_the_job_back_without_a_charge(submit: Submit, fresh: Cluster) -> None:
+    job = submit("--nodes", "2:4", args=ARGS)
+    job.wait_steps(25)
+    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1")
+    finish(job)
+    assert (job.verdict()["requeues"], job.verdict()["restarts"]) == (0, 0)
+
+
+def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(submit: Submit, fresh: Cluster) -> None:
+    job = submit("--nodes", "2:4", args=ARGS)
+    job.wait_steps(5)
+    fresh.exec(["scancel", job.id])
+    job.wait_state("CANCELLED")
+    for node in ("n1", "n2", "n3", "n4"):
+        wait_for(f"no process on {node}",
+                 lambda node=node: not fresh.processes("train_digits.py", node) and not fresh.processes("elastic_hpc", node), 60)
+    assert fresh.job_field(job.id, "Restarts") == "0"
+
+
+def test_two_jobs_on_the_same_nodes_do_not_meet_at_a_port(submit: Submit) -> None:
+    jobs = [submit("--nodes", "4", "--cpus-per-task", "1", args=["--epochs", "3"]) for _ in range(2)]
+    rounds = [job.wait_event("round") for job in jobs]
+    assert [len(event["nodes"]) for event in rounds] == [4, 4]
+    for job in jobs:
+        assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+        assert job.verdict()["restarts"] == 0
+    ports = {json.loads((job.run_dir / "endpoint.json").read_text())["port"] for job in jobs}
+    assert len(ports) == 2
+
+
+@pytest.mark.parametrize("options", [["--interface", "ib0"], ["--rdzv-endpoint", "n2.mini.cluster:29500"]])
+def test_names_with_a_domain_and_a_second_network_are_served(submit: Submit, options: list[str]) -> None:
+    job = submit("--nodes", "2:4", *options, args=["--epochs", "2"])
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    endpoint = json.loads((job.run_dir / "endpoint.json").read_text())
+    if "--interface" in options:
+        assert endpoint["addresses"] == ["10.214.0.1"]
+    else:
+        assert (endpoint["host"], endpoint["rdzv_port"]) == ("n2", 29500)
+
+
+def test_each_task_of_an_array_has_its_own_run_and_returns_alone(submit: Submit, fresh: Cluster) -> None:
+    array = submit("--nodes", "2", "--array", "0-1", args=[*ARGS])
+    tasks = [Job(fresh, f"{array.id}_{index}", array.folder) for index in (0, 1)]
+    for task in tasks:
+        task.wait_steps(15)
+    fresh.exec(["scancel", "--batch", "--signal=USR2", tasks[0].id])
+    for task in tasks:
+        finish(task)
+    assert [task.verdict()["run"] for task in tasks] == [1, 0]

@@ -1,0 +1,215 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elastic_hpc.cli.sbatch import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A directory with a script, without configuration files, and a stub of sbatch that keeps what it was given."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "ELASTIC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "train.py").write_text("")
+    monkeypatch.chdir(folder)
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+
+    def sbatch(text):
+        path = bin_folder / "sbatch"
+        path.write_text(f"#!/bin/sh\necho $* > {tmp_path}/argv; env > {tmp_path}/env\n{text}\n")
+        path.chmod(0o755)
+
+    sbatch(f"cat > {tmp_path}/script; echo 17")
+    return Project(folder, tmp_path, sbatch)
+
+
+class Project:
+    def __init__(self, folder, recorded, sbatch):
+        self.folder, self.recorded, self.sbatch = folder, recorded, sbatch
+
+    def seen(self, what):
+        path = self.recorded / what
+        return path.read_text() if path.exists() else None
+
+
+def test_a_job_is_submitted_and_answered_like_sbatch(project, capsys):
+    assert main(["-N", "2:4", "-p", "gpu", "train.py", "--nodes", "x"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Submitted batch job 17\n"
+    assert err == f"run directory: {project.folder}/elastic-logs/17\n"
+    assert project.seen("argv") == "--parsable\n"
+    assert "#SBATCH --partition=gpu" in project.seen("script")
+    assert project.seen("script").count("-- train.py --nodes x &") == 1
+    assert (project.folder / "elastic-logs").is_dir()
+
+
+def test_the_dry_run_prints_exactly_what_is_submitted_and_submits_nothing(project, capsysbinary):
+    argv = ["--nodes", "2:4", "--log-dir", "logs", "train.py", "a b", "\udcff"]
+    assert main(["--dry-run", *argv]) == 0
+    printed = capsysbinary.readouterr().out
+    assert project.seen("script") is None
+    assert not (project.folder / "logs").exists()
+    assert main(argv) == 0
+    assert (project.recorded / "script").read_bytes() == printed
+
+
+def test_parsable_prints_the_id_alone(project, capsys):
+    project.sbatch("cat > /dev/null; echo '17;east'")
+    assert main(["--parsable", "-N1", "train.py"]) == 0
+    assert capsys.readouterr() == ("17;east\n", "")
+    assert main(["-N1", "train.py"]) == 0
+    assert capsys.readouterr().out == "Submitted batch job 17 on cluster east\n"
+
+
+def test_wait_returns_the_jobs_exit_code(project, capsys):
+    project.sbatch("cat > /dev/null; echo 17; exit 5")
+    assert main(["--wait", "-N1", "train.py"]) == 5
+    assert capsys.readouterr().out == "Submitted batch job 17\n"
+    assert project.seen("argv") == "--parsable --wait\n"
+
+
+def test_options_for_sbatch_itself_go_to_its_command_line(project, capsys):
+    project.sbatch("cat > /dev/null; echo 'sbatch: Job 3 to start soon' >&2")
+    assert main(["--test-only", "-vv", "-Q", "-N1", "train.py"]) == 0
+    assert project.seen("argv") == "--parsable --test-only --verbose --verbose --quiet\n"
+    assert capsys.readouterr() == ("", "sbatch: Job 3 to start soon\n")
+
+
+def test_variables_of_slurm_do_not_reach_the_submission_except_how_to_find_the_cluster(project, monkeypatch, capsys):
+    for name in ("SBATCH_PARTITION", "SBATCH_NO_REQUEUE", "SLURM_CPU_BIND", "SLURM_JOBID", "SLURM_CONF", "KEPT"):
+        monkeypatch.setenv(name, "x")
+    assert main(["-N1", "train.py"]) == 0
+    names = {line.partition("=")[0] for line in project.seen("env").splitlines()}
+    assert {"SLURM_CONF", "KEPT"} <= names
+    assert not names & {"SBATCH_PARTITION", "SBATCH_NO_REQUEUE", "SLURM_CPU_BIND", "SLURM_JOBID"}
+    assert "not used, because they override the script: SBATCH_NO_REQUEUE, SBATCH_PARTITION" in capsys.readouterr().err
+
+
+def test_the_job_is_named_after_the_script_unless_told_otherwise(project, capsys):
+    main(["-N1", "train.py"])
+    assert "#SBATCH --job-name=train " in project.seen("script")
+    main(["-N1", "-m", "pkg.train"])
+    assert "#SBATCH --job-name=pkg.train " in project.seen("script")
+    main(["-N1", "-J", "mine", "train.py"])
+    assert project.seen("script").count("--job-name") == 1
+
+
+def test_the_script_is_looked_for_where_the_job_will_run(project):
+    (project.folder / "sub").mkdir()
+    (project.folder / "sub" / "other.py").write_text("")
+    assert main(["-N1", "-D", "sub", "other.py"]) == 0
+    assert main(["-N1", "-D", "sub", "train.py"]) == 2
+
+
+def test_defaults_come_from_the_projects_file(project):
+    (project.folder / "elastic_hpc.toml").write_text("nodes = '2:4'\n[sbatch]\npartition = 'gpu'\n")
+    assert main(["train.py"]) == 0
+    assert "#SBATCH --partition=gpu                  # ./elastic_hpc.toml\n" in project.seen("script")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train.py"], "--nodes: missing before the script, for example: elastic-sbatch --nodes 2:4 train.py"),
+        (["-N", "2:4"], "expected a training script"),
+        ([], "expected a training script: elastic-sbatch [options] SCRIPT"),
+        (["-N", "4:2", "train.py"], "--nodes '4:2': expected N or MIN:MAX with 1 <= MIN <= MAX"),
+        (["-N", "2-4", "train.py"], "--nodes '2-4': expected N or MIN:MAX"),
+        (["-N", "2", "nope.py"], "script 'nope.py': No such file or directory"),
+        (["-N", "2", "."], "script '.': Is a directory"),
+        (["-N", "2", "-p", "a", ":", "-p", "b", "train.py"], "':': heterogeneous jobs are not elastic"),
+        (["-N", "2", "-m", "plane=4", "train.py"], "-m 'plane=4': expected the name of a Python module; sbatch's -m"),
+        (["-m", "block", "-N2", "train.py"], "-m 'block': expected the name of a Python module; sbatch's -m"),
+        (["-N", "2", "--max-restarts", "many", "train.py"], "--max-restarts 'many': expected a whole number"),
+        (["-N", "2", "--env", "A-B=1", "train.py"], "--env 'A-B=1': expected NAME=VALUE"),
+        (["-N", "2", "--comment=a\nb", "train.py"], "--comment='a\\nb': expected one line"),
+        (["-N", "2", "--template", "nope", "train.py"], "--template 'nope': expected elastic, torchrun, or a file"),
+        (["-N", "2", "--log-dir", "train.py/x", "train.py"], "--log-dir '"),
+        (["-N", "2", "--template=torchrun", "--signal=USR1", "train.py"], "--signal: plain torchrun has no use for it"),
+        (["-N", "2", "-n", "8", "train.py"], "--ntasks=8: with a task count"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_submitted(project, capsys, argv, message):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"elastic-sbatch: {message}")
+    assert err.count("\n") == 1
+    assert project.seen("argv") is None
+
+
+def test_what_slurm_refuses_is_one_line_and_exit_code_2(project, capsys):
+    project.sbatch("echo 'sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: "
+                   "Invalid partition name specified' >&2; exit 1")  # fmt: skip
+    assert main(["-N1", "train.py"]) == 2
+    assert capsys.readouterr().err == (
+        "elastic-sbatch: Slurm refused the job: invalid partition specified: x; "
+        "Batch job submission failed: Invalid partition name specified\n"
+    )
+
+
+def test_a_cluster_that_does_not_answer_is_not_a_refusal(project, capsys):
+    project.sbatch("echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller' >&2; exit 1")
+    assert main(["-N1", "train.py"]) == 1
+    assert capsys.readouterr().err.startswith("elastic-sbatch: sbatch: Batch job submission failed: Unable")
+
+
+def test_without_slurm_the_error_says_where_to_look(project, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(project.folder))
+    assert main(["-N1", "train.py"]) == 1
+    assert "is this a login node" in capsys.readouterr().err
+
+
+def test_a_large_script_is_refused_without_a_traceback(project, capsys):
+    project.sbatch("echo 'sbatch: error: no' >&2; exit 1")  # reads nothing: the pipe breaks
+    assert main(["-N1", "train.py", *["x" * 1000] * 300]) == 2
+    assert capsys.readouterr().err == "elastic-sbatch: Slurm refused the job: no\n"
+
+
+def test_the_help_teaches_and_needs_no_other_option(project, capsys):
+    assert main(["-p", "gpu", "--help"]) == 0
+    out = capsys.readouterr().out
+    for text in ("elastic-sbatch --nodes 4:8 train.py", "passed through", "-N, --nodes N|MIN:MAX", "--dry-run"):
+        assert text in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_help_after_the_script_belongs_to_the_script(project):
+    assert main(["-N1", "train.py", "--help"]) == 0
+    assert "-- train.py --help &" in project.seen("script")
+
+
+def test_control_c_ends_quietly(project, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("elastic_hpc.cli.sbatch.render", interrupted)
+    assert main(["-N1", "train.py"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_reader_that_closes_early_is_no_error_to_show(project):
+    command = f"'{sys.executable}' '{ROOT}/bin/elastic-sbatch' --dry-run -N1 train.py {'x' * 100_000} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"#!/bin/bash\n", b"")
+
+
+def test_submitting_imports_neither_torch_nor_submitit_nor_other_heavy_packages(project):
+    code = (
+        "import sys; from elastic_hpc.cli.sbatch import main; assert main(['-N1', 'train.py']) == 0\n"
+        "print({name.partition('.')[0] for name in sys.modules} & "
+        "{'torch', 'numpy', 'submitit', 'ClusterShell', 'rich', 'asyncio', 'multiprocessing'})"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environ)
+    assert done.stdout.decode().splitlines() == ["Submitted batch job 17", "set()"]

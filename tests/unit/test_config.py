@@ -1,0 +1,110 @@
+import pytest
+
+from elastic_hpc.config import Settings, load
+from elastic_hpc.errors import UsageError
+from elastic_hpc.sbatch_options import SBATCH, Given
+from elastic_hpc.spec import NodeRange
+
+
+@pytest.fixture
+def site(tmp_path):
+    """Writes configuration files and loads them."""
+    return Site(tmp_path)
+
+
+class Site:
+    def __init__(self, folder):
+        self.environ = {"ELASTIC_HPC_CONFIG": str(folder / "site.toml"), "XDG_CONFIG_HOME": str(folder / "xdg")}
+        self.project = folder / "project"
+        self.files = {
+            "site": folder / "site.toml",
+            "user": folder / "xdg" / "elastic_hpc" / "config.toml",
+            "project": self.project / "elastic_hpc.toml",
+        }
+
+    def load(self, **texts):
+        for name, text in {"site": "", **texts}.items():
+            self.files[name].parent.mkdir(parents=True, exist_ok=True)
+            self.files[name].write_text(text)
+        return load(self.environ, self.project)
+
+
+def test_later_files_win_and_every_value_remembers_its_source(site):
+    settings = site.load(
+        site="max-restarts = 1\nmax-requeues = 1\nheartbeat-timeout = 2.5",
+        user="max-restarts = 2\nnodes = '2:4'",
+        project="max-restarts = 3",
+    )
+    assert {name: (str(s.value), s.source) for name, s in settings.options.items()} == {
+        "max-restarts": ("3", "./elastic_hpc.toml"),
+        "max-requeues": ("1", str(site.files["site"])),
+        "heartbeat-timeout": ("0:00:02.500000", str(site.files["site"])),
+        "nodes": ("2:4", str(site.files["user"])),
+    }
+
+
+def test_the_command_line_wins_over_all_files(site):
+    settings = site.load(site="nodes = 3\n[sbatch]\npartition = 'a'\nqos = 'b'").with_layer(
+        "command line", [("nodes", "1:2")], [Given(SBATCH["partition"], "c")]
+    )
+    assert settings.options["nodes"].value == NodeRange(1, 2)
+    assert [(g.name, g.value) for g in settings.sbatch] == [("qos", "b"), ("partition", "c")]
+
+
+def test_setup_lines_add_up_and_variables_merge_by_name(site):
+    settings = site.load(
+        site="setup = ['module load a']\nenv = ['A=1', 'B=1']", project="setup = ['module load b']\nenv = ['B=x=y']"
+    )
+    assert [line.value for line in settings.setup] == ["module load a", "module load b"]
+    assert {name: s.value for name, s in settings.env.items()} == {"A": "1", "B": "x=y"}
+
+
+def test_sbatch_options_are_strings_numbers_flags_and_unset_by_false(site):
+    settings = site.load(
+        site="[sbatch]\npartition = 'gpu'\nexclusive = true\nhold = true\nfrom-the-future = true",
+        project="[sbatch]\ngpus-per-node = 8\nhold = false",
+    )
+    assert [(g.name, g.value) for g in settings.sbatch] == [
+        ("partition", "gpu"), ("exclusive", None), ("from-the-future", None), ("gpus-per-node", "8")]  # fmt: skip
+
+
+def test_a_template_path_is_relative_to_its_file_and_a_name_is_not(site):
+    assert site.load(project="template = './my.j2'").options["template"].value == str(site.project / "my.j2")
+    assert site.load(project="template = 'torchrun'").options["template"].value == "torchrun"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max-restart = 1", "max-restart: unknown key, did you mean max-restarts?"),
+        ("partition = 'gpu'", r"partition: unknown key, .*sbatch's own options go under \[sbatch\]"),
+        ("max-restarts = 'x'", "--max-restarts 'x': expected a whole number"),
+        ("nodes = '4-8'", "--nodes '4-8': expected N or MIN:MAX"),
+        ("nodes = true", "nodes = True: expected a string or a number"),
+        ("setup = 'module load a'", "setup = .*: expected a list of strings"),
+        ("env = ['1A=2']", "--env '1A=2': expected NAME=VALUE"),
+        (r'setup = ["a\r\nb"]', "DOS line breaks"),
+        ("sbatch = 1", r"expected a table, \[sbatch\]"),
+        ("[sbatch]\nntasks = 8", "--ntasks=8: with a task count"),
+        ("[sbatch]\nnodes = 8", "above"),
+        ("[sbatch]\ntest-only = true", "belongs on the command line"),
+        ("[sbatch]\npartition = true", "partition = True: expected a string or a number"),
+        ("[sbatch]\nhold = 'x'", "hold = 'x': expected true or false"),
+        ("[sbatch]\np = 'gpu'", "expected a long option"),
+        ("[sbatch]\n'a b' = 1", "expected a long option"),
+        ("not toml", "Expected"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_with_the_files_name(site, text, message):
+    with pytest.raises(UsageError, match=rf"(?s)^configuration file \./elastic_hpc\.toml: .*{message}") as caught:
+        site.load(project=text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_site_file_that_is_named_must_be_readable(site, tmp_path):
+    with pytest.raises(UsageError, match=r"configuration file .*site\.toml: No such file"):
+        load(site.environ, tmp_path)
+
+
+def test_no_file_at_all_is_fine(tmp_path):
+    assert load({"XDG_CONFIG_HOME": str(tmp_path)}, tmp_path) == Settings()

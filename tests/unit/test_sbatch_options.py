@@ -1,0 +1,150 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, WarningSignal, check, scan
+
+values = st.text(min_size=1).filter(lambda text: "\0" not in text)
+taking = st.sampled_from([o for o in SBATCH.values() if o.value])
+flags = st.sampled_from([o for o in SBATCH.values() if not o.value])
+
+
+def forms(option, value):
+    """Every way to give ``option`` the value."""
+    yield [f"{option.flag}={value}"]
+    if option.value == "=":
+        yield [option.flag, value]
+    if option.letter:
+        yield [f"-{option.letter}{value}"]
+        if option.value == "=":
+            yield [f"-{option.letter}", value]
+
+
+@given(taking, values, st.lists(st.text()))
+def test_every_option_is_understood_in_every_form_and_the_script_keeps_its_arguments(option, value, arguments):
+    for form in forms(option, value):
+        given_options, rest = scan([*form, "train.py", *arguments], ())
+        assert [(g.option, g.value) for g in given_options] == [(option, value)]
+        assert rest == ["train.py", *arguments]
+
+
+@given(flags, st.lists(st.text()))
+def test_a_flag_takes_no_value(option, arguments):
+    assert scan([option.flag, "train.py", *arguments], ()) == ([Given(option, None)], ["train.py", *arguments])
+    with pytest.raises(UsageError, match="expected no value"):
+        scan([f"{option.flag}=1", "train.py"], ())
+
+
+def test_an_optional_value_is_never_the_next_word():
+    given_options, rest = scan(["--exclusive", "train.py"], ())
+    assert [(g.name, g.value) for g in given_options] == [("exclusive", None)]
+    assert rest == ["train.py"]
+
+
+def test_letters_may_be_clustered_and_the_last_may_take_the_rest_or_the_next_word():
+    for argv in (["-HOpgpu", "x"], ["-HOp", "gpu", "x"]):
+        given_options, rest = scan(argv, ())
+        assert [(g.name, g.value) for g in given_options] == [
+            ("hold", None), ("overcommit", None), ("partition", "gpu")]  # fmt: skip
+        assert rest == ["x"]
+
+
+def test_options_may_be_repeated_and_keep_their_order():
+    given_options, _ = scan(["--mail-user=a", "-d", "1", "--mail-user", "b"], ())
+    assert [g.value for g in given_options] == ["a", "1", "b"]
+
+
+def test_two_dashes_end_the_options():
+    assert scan(["--hold", "--", "--odd.py", "--hold"], ())[1] == ["--odd.py", "--hold"]
+
+
+def test_our_own_options_win_over_sbatchs():
+    module = Option("module", "m", "")
+    assert scan(["-m", "pkg.train"], [module]) == ([Given(module, None)], ["pkg.train"])
+
+
+def test_an_unknown_option_with_a_value_is_left_to_sbatch():
+    given_options, _ = scan(["--from-the-future=7", "train.py"], ())
+    assert (given_options[0].name, given_options[0].value) == ("from-the-future", "7")
+    assert check(given_options[0])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--partitoin", "gpu"], "did you mean --partition.* --partitoin=VALUE"),
+        (["--partition"], "expected a value, for example --partition=VALUE"),
+        (["-p"], "-p: expected a value, for example --partition=VALUE"),
+        (["-Hz"], "-z in '-Hz': unknown option"),
+        (["--Foo=1"], "unknown option"),
+    ],
+)
+def test_a_mistyped_option_is_answered_with_what_to_type(argv, message):
+    with pytest.raises(UsageError, match=message):
+        scan(argv, ())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-n", "8"], "--ntasks=8: with a task count Slurm grants only MIN.*--nproc-per-node"),
+        (["--ntasks-per-node=8"], "use --nodes MIN:MAX"),
+        (["--tasks-per-node=8"], "use --nodes MIN:MAX"),
+        (["--ntasks-per-gpu=8"], "use --nodes MIN:MAX"),
+        (["--ntask=8"], "use --nodes MIN:MAX"),  # getopt's abbreviation
+        (["--gpus-per-task=1"], "use --gpus-per-node=N"),
+        (["--tres-per-task=gres/gpu:1"], "use --gpus-per-node=N"),
+        (["--no-requeue"], "--max-requeues 0"),
+        (["-K"], "--max-restarts 0"),
+        (["--kill-on-bad-exit=1"], "--max-restarts 0"),
+        (["--no-kill=off"], "a lost node ends the whole job"),
+        (["--use-min-nodes"], "--nodes N"),
+        (["--open-mode=truncate"], "wipe the log"),
+        (["--wrap=hostname"], "train.py"),
+        (["--export=NONE"], "--export=ALL,NAME=VALUE or --env"),
+        (["--export=FOO"], "--export=ALL,NAME=VALUE or --env"),
+        (["--signal=TERM@60"], "use --signal=USR2@120"),
+        (["--signal=R:USR1@60"], r"\[B:\]SIGNAL"),
+        (["--signal=USR1@65536"], r"\[B:\]SIGNAL"),
+    ],
+)
+def test_an_option_that_breaks_elasticity_is_refused_with_the_one_to_use(argv, message):
+    with pytest.raises(UsageError, match=message):
+        check(scan(argv, ())[0][0])
+
+
+@pytest.mark.parametrize("argv", [["--no-kill"], ["-k"], ["--requeue"], ["--open-mode=append"]])
+def test_what_the_script_says_already_is_accepted_once(argv):
+    assert not check(scan(argv, ())[0][0])
+
+
+def test_requeue_modes_of_newer_slurm_and_export_lists_with_all_pass():
+    assert all(check(g) for g in scan(["--requeue=expedite", "--export=ALL,A=1", "--signal=B:USR1@30"], ())[0])
+
+
+def test_no_option_of_ours_or_sbatchs_is_refused_by_an_accident_of_its_name():
+    refused = set()
+    for option in SBATCH.values():
+        try:
+            check(Given(option, {"open-mode": "append", "export": "ALL", "signal": "USR2"}.get(option.name)))
+        except UsageError:
+            refused.add(option.name)
+    assert refused == {
+        "ntasks", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-node", "ntasks-per-socket", "ntasks-per-tres",
+        "tasks-per-node", "gpus-per-task", "tres-per-task", "no-requeue", "kill-on-bad-exit", "use-min-nodes", "wrap",
+    }  # fmt: skip
+    assert set(SBATCH) >= COMMAND_LINE_ONLY
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("USR1", "B:USR1@120"),
+        ("B:SIGUSR1@30", "B:USR1@30"),
+        ("10@60", "B:USR1@60"),
+        ("HUP@0", "B:HUP@0"),
+    ],
+)
+def test_the_warning_signal_always_goes_to_the_batch_shell(text, expected):
+    assert str(WarningSignal.parse(text)) == expected

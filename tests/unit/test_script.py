@@ -1,0 +1,282 @@
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_hpc.config import Setting
+from elastic_hpc.errors import UsageError
+from elastic_hpc.sbatch_options import SBATCH, Given, WarningSignal
+from elastic_hpc.script import (
+    JobSpec,
+    Shell,
+    agent_command,
+    built_in_templates,
+    directive,
+    quote,
+    quote_all,
+    render,
+    srun_options,
+)
+from elastic_hpc.spec import Endpoint, LaunchSpec, NodeRange
+
+# What argv can hold: any bytes but NUL. The interesting ones more often than chance would have it.
+arguments = st.one_of(
+    st.binary(max_size=12),
+    st.text(max_size=12).map(lambda text: text.encode(errors="ignore")),
+    st.sampled_from([b"", b"-", b"--", b"-x", b"a b", b"it's", b'"', b"\\", b"\n", b"\r\n", b"$HOME", b"`id`", b"!!"]),
+).map(lambda data: os.fsdecode(data.replace(b"\0", b"")))
+
+
+def stub(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def node():
+    """A batch host without Slurm: srun writes its arguments, scontrol names a host, python writes what it was asked."""
+    folder = Path(tempfile.mkdtemp())
+    stub(folder, "srun", f"printf '%s\\0' \"$@\" > {folder}/argv; . {folder}/srun_does")
+    stub(folder, "scontrol", "echo n1; echo n2")
+    stub(folder, "python", f"echo $* >> {folder}/asked")
+    (folder / "srun_does").write_text("")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def job(node, *script_args, **changes):
+    launch = LaunchSpec("train.py", script_args, nodes=NodeRange(2, 4))
+    return JobSpec(**{"launch": launch, "log_dir": str(node / "logs"), "python": str(node / "python"), **changes})
+
+
+def start(node, spec, **environ):
+    """The script of ``spec`` as sbatch would start it."""
+    script = node / "script"
+    script.write_bytes(os.fsencode(render(spec)))
+    environ = {
+        "PATH": f"{node}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4",
+        "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_CPUS_PER_TASK": "3", **environ,
+    }  # fmt: skip
+    return subprocess.Popen(["bash", script], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def srun_argv(node, spec, **environ):
+    process = start(node, spec, **environ)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, b"", b"")
+    return [os.fsdecode(word) for word in (node / "argv").read_bytes().split(b"\0")[:-1]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(words=st.lists(arguments, max_size=6))
+def test_the_scripts_arguments_arrive_byte_for_byte_through_bash(node, words):
+    argv = srun_argv(node, job(node, *words))
+    assert argv[argv.index("--") :] == ["--", "train.py", *words]
+
+
+@settings(deadline=None, max_examples=60)
+@given(words=st.lists(arguments, min_size=1, max_size=20))
+def test_quoted_words_are_valid_utf_8_without_control_characters(words):
+    text = quote_all(words)
+    assert text.encode()
+    assert all(char.isprintable() or ord(char) >= 128 for char in text.replace(" \\\n", ""))
+    printed = subprocess.run(["bash", "-c", f"printf '%s\\0' {text}"], capture_output=True, check=True).stdout
+    assert printed == b"".join(os.fsencode(word) + b"\0" for word in words)
+
+
+@settings(deadline=None, max_examples=15)
+@given(value=arguments)
+def test_variables_and_the_log_directory_arrive_byte_for_byte(node, value):
+    name = value.replace("/", "_").strip(".") or "x"
+    spec = job(node, env={"A_1": Setting(value, "command line")}, log_dir=str(node / f"logs{name}"))
+    (node / "srun_does").write_text(f'printf %s "$A_1" > {node}/seen')
+    argv = srun_argv(node, spec)
+    (node / "srun_does").write_text("")
+    assert (node / "seen").read_bytes() == os.fsencode(value)
+    assert argv[argv.index("--run-dir") + 1] == f"{spec.log_dir}/7"
+    assert Path(spec.log_dir, "7", "script.sbatch").is_file()
+    assert Path(spec.log_dir, "7").stat().st_mode & 0o777 == 0o700
+
+
+def test_srun_starts_one_agent_on_each_granted_node_and_the_first_host_is_the_endpoint(node):
+    argv = srun_argv(node, job(node))
+    assert {"--nodes=4", "--ntasks=4", "--ntasks-per-node=1"} <= {*argv}
+    assert {"--no-kill", "--kill-on-bad-exit=0", "--wait=0"} <= {*argv}
+    assert not any(word.startswith("--cpus-per-task") for word in argv)
+    assert argv[argv.index("--rdzv-endpoint") + 1] == "n1:29400"
+
+
+def test_cores_asked_for_are_restated_on_the_srun_line(node):
+    (node / "srun_does").write_text('[ "$SRUN_CPUS_PER_TASK" = 3 ] || echo no >&2')
+    assert "--cpus-per-task=3" in srun_argv(node, job(node, sbatch=(Given(SBATCH["cpus-per-task"], "3"),)))
+    (node / "srun_does").write_text("")
+
+
+def test_the_users_own_endpoint_is_taken_as_it_is(node):
+    launch = LaunchSpec("train.py", nodes=NodeRange(2, 2), rdzv_endpoint=Endpoint("n2", 1234))
+    argv = srun_argv(node, job(node, launch=launch))
+    assert argv[argv.index("--rdzv-endpoint") + 1] == "n2:1234"
+
+
+def test_each_task_of_an_array_has_its_own_run_directory(node):
+    argv = srun_argv(node, job(node), SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2")
+    assert argv[argv.index("--run-dir") + 1] == f"{node}/logs/5_2"
+
+
+def test_setup_lines_run_as_written_before_srun(node):
+    (node / "srun_does").write_text('[ "$A" = "1 2" ] || echo "A is $A" >&2')
+    spec = job(node, setup=(Setting('A="1 $((1 + 1))"\nexport A', "x"), Setting("true # $(", "x")))
+    assert srun_argv(node, spec)
+    (node / "srun_does").write_text("")
+
+
+@pytest.mark.parametrize("name", ["USR2", "HUP"])
+def test_the_warning_reaches_the_agents_and_sruns_own_exit_code_survives_it(node, name):
+    (node / "asked").unlink(missing_ok=True)
+    (node / "srun_does").write_text(f"touch {node}/ready; sleep 1; exit 3")
+    (node / "ready").unlink(missing_ok=True)
+    process = start(node, job(node, signal=WarningSignal(name, timedelta(seconds=60))))
+    while not (node / "ready").exists():
+        time.sleep(0.02)
+    for _ in range(2):
+        process.send_signal(signal.Signals[f"SIG{name}"])
+        time.sleep(0.2)
+    assert process.communicate(timeout=20) == (b"", b"")
+    (node / "srun_does").write_text("")
+    drain, conclude = f"-m elastic_hpc drain {node}/logs/7\n", f"-m elastic_hpc conclude {node}/logs/7 3\n"
+    assert (node / "asked").read_text() == drain + drain + conclude
+
+
+def full_job(node, template):
+    return job(
+        node,
+        "it's", "\r\n", "\udcff", "*",
+        template=template,
+        sbatch=(
+            Given(SBATCH["cpus-per-task"], "4", "site.toml"),
+            Given(SBATCH["comment"], 'a # "b"'),
+            Given(SBATCH["array"], "1-3%2"),
+            Given(SBATCH["hold"], None),
+        ),
+        setup=(Setting("true", "command line"),),
+        env={"A": Setting("b\nc", "command line")},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("template", built_in_templates())
+def test_every_built_in_script_is_clean(node, template):
+    path = node / f"{template}.sh"
+    path.write_bytes(os.fsencode(render(full_job(node, template))))
+    subprocess.run(["bash", "-n", path], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    subprocess.run(["shellcheck", path], check=True)
+
+
+@pytest.mark.parametrize("template", built_in_templates())
+def test_the_directives_keep_the_job_elastic_and_never_count_tasks(node, template):
+    text = render(full_job(node, template))
+    directives = [line.split(" # ")[0].strip() for line in text.splitlines() if line.startswith("#SBATCH")]
+    for line in ("--nodes=2-4", "--no-kill", "--requeue", "--open-mode=append", "--array=1-3%2", "--hold"):
+        assert f"#SBATCH {line}" in directives
+    assert ("#SBATCH --signal=B:USR2@120" in directives) == (template == "elastic")
+    assert not any("ntasks" in line for line in directives)
+    assert re.search(r"--cpus-per-task=4 +# site\.toml$", text, re.MULTILINE)
+
+
+def test_each_setting_is_listed_with_its_source(node):
+    text = render(job(node, sources={"nodes": "/etc/elastic.toml"}))
+    assert re.search(r"^# --nodes +2:4 +/etc/elastic\.toml$", text, re.MULTILINE)
+    assert re.search(r"^# --max-restarts +10 +default$", text, re.MULTILINE)
+
+
+def test_the_torchrun_template_writes_the_quickstarts_command(node):
+    launch = LaunchSpec("train.py", ("--lr", "1"), nodes=NodeRange(2, 4), nproc_per_node="8", max_restarts=3)
+    argv = srun_argv(node, job(node, launch=launch, template="torchrun"))
+    assert argv[argv.index("torch.distributed.run") :] == [
+        "torch.distributed.run", "--nnodes=2:4", "--nproc-per-node=8", "--max-restarts=3", "--rdzv-id=7",
+        "--rdzv-backend=c10d", "--rdzv-endpoint=n1:29400", "--", "train.py", "--lr", "1",
+    ]  # fmt: skip
+
+
+def test_a_users_template_has_the_same_variables_and_may_include_ours(node):
+    path = node / "my.j2"
+    path.write_text('#!/bin/sh\n{% include "directives.j2" %}\necho {{ launch.script_args | list | quote_all }}\n')
+    assert render(job(node, "a b", template=str(path))).endswith("\necho 'a b'\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{{ nope }}", "'nope' is undefined"), ("\n{% if %}", "line 2"), ("{% include 'nope' %}", "nope")],
+)
+def test_a_broken_template_is_one_line(node, text, message):
+    path = node / "broken.j2"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=f"--template .*broken.j2.*{message}"):
+        render(job(node, template=str(path)))
+
+
+def test_a_missing_template_names_those_there_are(node):
+    with pytest.raises(UsageError, match="--template 'nope': expected elastic, torchrun, or a file"):
+        render(job(node, template="nope"))
+
+
+def sbatch_reads(line):
+    """How sbatch itself reads a directive, by its source: words, quotes, backslashes, comments."""
+    words, word, quoted, escaped = [], None, "", False
+    for char in line.removeprefix("#SBATCH"):
+        if escaped:
+            word, escaped = word + char, False
+        elif char == "\\":
+            word, escaped = word or "", True
+        elif quoted:
+            word, quoted = (word, "") if char == quoted else (word + char, quoted)
+        elif char in "\"'":
+            word, quoted = word or "", char
+        elif char == "#":
+            break
+        elif char.isspace():
+            words, word = words + [word] * (word is not None), None
+        else:
+            word = (word or "") + char
+    assert not quoted
+    return words + [word] * (word is not None)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"])), st.sampled_from(["", "a # reason's"]))
+def test_every_value_on_one_line_survives_sbatchs_own_quoting(value, reason):
+    assert sbatch_reads(directive("--comment", value, reason)) == [f"--comment={value}"]
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\r", "\x1b"])
+def test_a_directive_with_a_line_break_is_refused(value):
+    with pytest.raises(UsageError, match=r"--comment=.*expected one line"):
+        directive("--comment", value)
+
+
+def test_the_same_srun_line_serves_an_allocation_with_plain_values():
+    words = [
+        "srun",
+        *srun_options("4", "2"),
+        *agent_command(LaunchSpec("t.py"), head="n1", run_dir="/r d", python="/p"),
+    ]
+    assert "--nodes=4" in words
+    assert words[words.index("--run-dir") + 1] == "/r d"
+    assert "n1:29400" in words
+    assert not any(isinstance(word, Shell) for word in words)
+
+
+def test_shell_syntax_is_never_quoted_again():
+    assert quote(Shell('"$x"')) == '"$x"'
+    assert quote('"$x"') == "'\"$x\"'"
