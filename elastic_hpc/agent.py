@@ -1,4 +1,4 @@
-"""One node's agent: ``python -m elastic_hpc.agent [options] --run-dir DIR -- SCRIPT ARGS``, started by srun on each node."""
+"""One node's agent: ``python -m elastic_hpc.agent [options] --run-dir DIR -- SCRIPT ARGS``, one per node by srun."""
 
 from __future__ import annotations
 
@@ -42,11 +42,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[LaunchSpec, argparse.Name
     parser = argparse.ArgumentParser(
         prog="python -m elastic_hpc.agent",
         description="Run one node's workers of an elastic job. Started once per node by elastic-sbatch's script or by "
-                    "elastic-srun; by hand: srun --ntasks-per-node=1 python -m elastic_hpc.agent ... -- train.py",
+        "elastic-srun; by hand: srun --ntasks-per-node=1 python -m elastic_hpc.agent ... -- train.py",
     )
     add_launch_options(parser)
     parser.add_argument("--run-dir", required=True, help="the job's folder on a file system that all nodes share")
-    parser.add_argument("--no-requeue", action="store_true", help="nobody acts on a requeue verdict: end the job instead")
+    parser.add_argument(
+        "--no-requeue", action="store_true", help="nobody acts on a requeue verdict: end the job instead"
+    )
     parser.add_argument("script", help="the training script, or with -m the module")
     parser.add_argument("script_args", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args(argv)
@@ -60,7 +62,7 @@ def _log_to_stderr(node: str) -> logging.handlers.QueueListener:
     handler.setFormatter(logging.Formatter(f"%(asctime)s elastic_hpc[{node}]: %(message)s", "%H:%M:%S"))
     listener = logging.handlers.QueueListener(records, handler)
     listener.start()
-    log.addHandler(logging.handlers.QueueHandler(records))  # type: ignore[arg-type]
+    log.addHandler(logging.handlers.QueueHandler(records))
     log.setLevel(logging.INFO)
     log.propagate = False
     return listener
@@ -69,9 +71,12 @@ def _log_to_stderr(node: str) -> logging.handlers.QueueListener:
 def _start_guard(token: str) -> int:
     """Start the guard; the answer is the pipe's end whose closing sets it off."""
     theirs, ours = os.pipe()
-    subprocess.Popen(  # noqa: S603 - our own interpreter and file
-        [sys.executable, "-I", "-S", guard.__file__, token], stdin=theirs, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
+    subprocess.Popen(
+        [sys.executable, "-I", "-S", guard.__file__, token],
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     os.close(theirs)
     return ours
@@ -79,15 +84,20 @@ def _start_guard(token: str) -> int:
 
 def _policy(spec: LaunchSpec, *, can_requeue: bool) -> Policy:
     return Policy(
-        min_nodes=spec.nodes.min, max_nodes=spec.nodes.max, max_restarts=spec.max_restarts,
-        max_requeues=spec.max_requeues, heartbeat_timeout=spec.heartbeat_timeout.total_seconds(),
+        min_nodes=spec.nodes.min,
+        max_nodes=spec.nodes.max,
+        max_restarts=spec.max_restarts,
+        max_requeues=spec.max_requeues,
+        heartbeat_timeout=spec.heartbeat_timeout.total_seconds(),
         join_timeout=spec.rdzv_conf.join_timeout.total_seconds(),
-        last_call_timeout=spec.rdzv_conf.last_call_timeout.total_seconds(), can_requeue=can_requeue,
+        last_call_timeout=spec.rdzv_conf.last_call_timeout.total_seconds(),
+        can_requeue=can_requeue,
     )
 
 
-def _make_leader(spec: LaunchSpec, env: AgentEnv, rundir: RunDir, nproc: int, policy: Policy,
-                 recorder: Recorder) -> LeaderServer:
+def _make_leader(
+    spec: LaunchSpec, env: AgentEnv, rundir: RunDir, nproc: int, policy: Policy, recorder: Recorder
+) -> LeaderServer:
     """Bind, publish, and be ready to serve."""
     from elastic_hpc.store import StoreHost
 
@@ -95,13 +105,38 @@ def _make_leader(spec: LaunchSpec, env: AgentEnv, rundir: RunDir, nproc: int, po
     listener = net.listen_from(spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
     secret = rundir.make_secret()
     state = rundir.read("state.json") or {}
-    rundir.write("spec.json", {**{f: str(v) for f, v in spec.options()}, "script": spec.script,
-                               "script_args": spec.script_args, "module": spec.module, "job": env.job})
-    rundir.write("endpoint.json", {"run": env.run, "host": env.name, "addresses": addresses,
-                                   "port": listener.getsockname()[1], "rdzv_port": spec.rdzv_endpoint.port})
-    recorder.event("start", {"run": env.run, "job": env.job, "granted": env.nodes, "nproc_per_node": nproc, **asdict(policy)})
-    leader = Leader(policy, granted=env.nodes, nproc=nproc, now=time.monotonic(), round=state.get("round", 0),
-                    restarts=state.get("restarts", 0), requeues=state.get("requeues", 0))
+    rundir.write(
+        "spec.json",
+        {
+            **{f: str(v) for f, v in spec.options()},
+            "script": spec.script,
+            "script_args": spec.script_args,
+            "module": spec.module,
+            "job": env.job,
+        },
+    )
+    rundir.write(
+        "endpoint.json",
+        {
+            "run": env.run,
+            "host": env.name,
+            "addresses": addresses,
+            "port": listener.getsockname()[1],
+            "rdzv_port": spec.rdzv_endpoint.port,
+        },
+    )
+    recorder.event(
+        "start", {"run": env.run, "job": env.job, "granted": env.nodes, "nproc_per_node": nproc, **asdict(policy)}
+    )
+    leader = Leader(
+        policy,
+        granted=env.nodes,
+        nproc=nproc,
+        now=time.monotonic(),
+        round=state.get("round", 0),
+        restarts=state.get("restarts", 0),
+        requeues=state.get("requeues", 0),
+    )
     return LeaderServer(leader, listener, secret, recorder, StoreHost(spec.rdzv_endpoint.port).open)
 
 
@@ -139,8 +174,12 @@ def main(argv: list[str] | None = None) -> int:
         recorder = Recorder(rundir, env.run)
         lead = _make_leader(spec, env, rundir, nproc, policy, recorder).run
     control = Control(
-        Status(0, env.node, env.name, nproc), rundir.read_secret, lambda: _find_leader(rundir, env.run),
-        heartbeat_timeout=policy.heartbeat_timeout, join_timeout=policy.join_timeout, lead=lead,
+        Status(0, env.node, env.name, nproc),
+        rundir.read_secret,
+        lambda: _find_leader(rundir, env.run),
+        heartbeat_timeout=policy.heartbeat_timeout,
+        join_timeout=policy.join_timeout,
+        lead=lead,
     )
 
     def terminated(signum: int, _frame: FrameType | None) -> None:
@@ -153,11 +192,18 @@ def main(argv: list[str] | None = None) -> int:
         control.start()
         handler = ElasticRendezvousHandler(control, spec.rdzv_id or env.job, gloo_interface)
         worker_spec = WorkerSpec(
-            role="default", local_world_size=nproc, rdzv_handler=handler, max_restarts=spec.max_restarts,
+            role="default",
+            local_world_size=nproc,
+            rdzv_handler=handler,
+            max_restarts=spec.max_restarts,
             monitor_interval=0.001,  # the waiting is done on events in ElasticAgent
             entrypoint=sys.executable,
             # torch expands $-macros in these; the arguments are the script's, byte for byte
-            args=("-u", *(["-m"] if spec.module else []), *(a.replace("$", "$$") for a in (spec.script, *spec.script_args))),
+            args=(
+                "-u",
+                *(["-m"] if spec.module else []),
+                *(a.replace("$", "$$") for a in (spec.script, *spec.script_args)),
+            ),
         )
         ElasticAgent(worker_spec, NodeLogs(Path(rundir.path, "logs"), env.run, env.name), control, env.name).run()
         raise AssertionError("torch's agent returned; only the leader ends a job")

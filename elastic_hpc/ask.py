@@ -24,4 +24,6 @@ def ask_leader(rundir: RunDir, request: Request) -> None:
     try:
         asyncio.run(send())
     except (OSError, ProtocolError, asyncio.TimeoutError) as error:
-        raise ElasticError(f"the leader on {endpoint['host']} port {endpoint['port']} did not answer: {error}") from error
+        raise ElasticError(
+            f"the leader on {endpoint['host']} port {endpoint['port']} did not answer: {error}"
+        ) from error

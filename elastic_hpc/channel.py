@@ -67,7 +67,8 @@ async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sec
 
 async def connect(addresses: Iterable[str], port: int, secret: bytes) -> Channel:
     """Dial the leader at the first of ``addresses`` that answers. Raises OSError, ProtocolError or TimeoutError with
-    what the last one said."""
+    what the last one said.
+    """
     problem: Exception = ConnectionRefusedError("no address to dial")
     for address in addresses:
         try:

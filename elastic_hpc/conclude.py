@@ -54,8 +54,11 @@ def _requeue(job: str) -> int:
     try:
         problem = slurm.requeue(job, start_after=REQUEUE_DELAY)
     except SlurmError as error:
-        print(f"elastic_hpc: the job cannot be requeued: {error}; submit it again, the training goes on from its last "
-              "checkpoint", file=sys.stderr)
+        print(
+            f"elastic_hpc: the job cannot be requeued: {error}; submit it again, the training goes on from its last "
+            "checkpoint",
+            file=sys.stderr,
+        )
         return 1
     if problem:
         print(f"elastic_hpc: requeued, but with Slurm's own delay of about two minutes: {problem}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""An agent's end of the control connection, on a thread of its own that touches no file and never waits for the main one.
+"""An agent's end of the control connection, on a thread that touches no file and never waits for the main one.
 
 The main thread, which torch's agent runs on, reads the leader's latest order and reports what its workers do.
 """
@@ -45,8 +45,16 @@ class Seat:
 class Control:
     """Keeps this agent in touch with the leader; ``find_leader`` may block, ``lead`` runs beside it on the leader."""
 
-    def __init__(self, status: Status, secret: Callable[[], bytes], find_leader: Callable[[], LeaderAddress | None], *,
-                 heartbeat_timeout: float, join_timeout: float, lead: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self,
+        status: Status,
+        secret: Callable[[], bytes],
+        find_leader: Callable[[], LeaderAddress | None],
+        *,
+        heartbeat_timeout: float,
+        join_timeout: float,
+        lead: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._status = status
         self._secret = secret
         self._find_leader = find_leader
@@ -57,7 +65,8 @@ class Control:
         self._channel: channel.Channel | None = None
         self._over: JobEnded | None = None
         self._changed = threading.Condition()
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Readable when a new order came."""
@@ -66,6 +75,7 @@ class Control:
 
     def start(self) -> None:
         self._thread.start()
+        self._started.wait()
 
     def next_seat(self) -> Seat:
         """Wait for a place in the next round; none of this node's workers may be alive. Raises JobEnded."""
@@ -95,7 +105,7 @@ class Control:
 
     def close(self, timeout: float) -> None:
         """Leave; on the leader wait, at most ``timeout`` seconds, until all others have left."""
-        self._loop.call_soon_threadsafe(self._leave)
+        self._call(self._leave)
         self._thread.join(timeout)
 
     def _step(self, workers: int) -> member.Wait | member.Stop | member.Acknowledge | member.Start:
@@ -108,19 +118,25 @@ class Control:
 
     def _report(self, **changes: object) -> None:
         self._status = replace(self._status, **changes)  # type: ignore[arg-type]
-        self._loop.call_soon_threadsafe(self._send)
+        self._call(self._send)
+
+    def _call(self, act: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the thread has ended, there is nobody left to tell
+            if self._loop:
+                self._loop.call_soon_threadsafe(act)
 
     # on the control thread
 
     def _run(self) -> None:
         try:
-            self._loop.run_until_complete(self._main())
+            asyncio.run(self._main())
         except Exception as error:  # a bug here must not leave the main thread waiting for ever
             log.exception("the control thread failed")
             self._end(JobEnded("lost", f"the control thread failed: {error}"))
 
     async def _main(self) -> None:
-        self._leaving = asyncio.Event()
+        self._loop, self._leaving = asyncio.get_running_loop(), asyncio.Event()
+        self._started.set()
         led = asyncio.ensure_future(self._lead()) if self._lead else None
         following = asyncio.ensure_future(self._follow())
         leaving = asyncio.ensure_future(self._leaving.wait())
@@ -149,10 +165,15 @@ class Control:
                 problem = str(error) or type(error).__name__
             waited = time.monotonic() - reached
             if waited > self._patience:
-                self._end(JobEnded("lost", f"the leader{tried or ' (it has not published its address)'} was not reached "
-                                           f"for {waited:.0f} s: {problem or 'is the run directory shared by all nodes?'}"))
+                self._end(
+                    JobEnded(
+                        "lost",
+                        f"the leader{tried or ' (it has not published its address)'} was not reached "
+                        f"for {waited:.0f} s: {problem or 'is the run directory shared by all nodes?'}",
+                    )
+                )
                 return
-            await asyncio.sleep(random.uniform(0.05, 0.2))
+            await asyncio.sleep(random.uniform(0.05, 0.2))  # noqa: S311 - jitter
 
     async def _session(self, link: channel.Channel) -> str:
         """Follow the leader's orders until the connection ends; the answer says why it did."""

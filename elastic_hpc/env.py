@@ -11,9 +11,21 @@ from elastic_hpc.errors import ElasticError
 LOCAL_NODE, LOCAL_NODES = "ELASTIC_HPC_LOCAL_NODE", "ELASTIC_HPC_LOCAL_NODES"
 
 TASK_SHAPE = (
-    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_GTIDS", "SLURM_TASK_PID",
-    "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE",
-    "SLURM_DISTRIBUTION", "PMI_RANK", "PMI_SIZE", "PMIX_RANK",
+    "SLURM_NTASKS",
+    "SLURM_NPROCS",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_GTIDS",
+    "SLURM_TASK_PID",
+    "SLURM_TASKS_PER_NODE",
+    "SLURM_NTASKS_PER_NODE",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_DISTRIBUTION",
+    "PMI_RANK",
+    "PMI_SIZE",
+    "PMIX_RANK",
 )
 """Variables that describe the agents. Workers that saw them would take themselves for what Slurm launched."""
 
@@ -53,26 +65,35 @@ def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
         tasks = int(environ["SLURM_STEP_NUM_TASKS"])
     except KeyError as missing:
         raise ElasticError(
-            f"{missing.args[0]} is not set: an agent runs in a Slurm job step, started by elastic-sbatch or elastic-srun; "
-            "on this machine alone type: elastic-srun --standalone SCRIPT"
+            f"{missing.args[0]} is not set: an agent runs in a Slurm job step, from elastic-sbatch or elastic-srun;"
+            " on this machine alone type: elastic-srun --standalone SCRIPT"
         ) from None
     if tasks != count:
-        raise ElasticError(f"{tasks} agents on {count} nodes: expected one per node, "
-                           "for example srun --ntasks-per-node=1 python -m elastic_hpc.agent ...")
+        raise ElasticError(
+            f"{tasks} agents on {count} nodes: expected one per node, "
+            "for example srun --ntasks-per-node=1 python -m elastic_hpc.agent ..."
+        )
     if "SLURM_ARRAY_JOB_ID" in environ:
         job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     granted = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE")
     gpus = environ.get("SLURM_GPUS_ON_NODE")
     return AgentEnv(
-        job=job, node=node, name=name, nodes=count,
-        run=int(environ.get("SLURM_RESTART_COUNT", 0)), cpus=min(usable, int(granted)) if granted else usable,
-        gpus=int(gpus) if gpus else None, submit_host=environ.get("SLURM_LAUNCH_NODE_IPADDR"), local=False,
+        job=job,
+        node=node,
+        name=name,
+        nodes=count,
+        run=int(environ.get("SLURM_RESTART_COUNT", 0)),
+        cpus=min(usable, int(granted)) if granted else usable,
+        gpus=int(gpus) if gpus else None,
+        submit_host=environ.get("SLURM_LAUNCH_NODE_IPADDR"),
+        local=False,
     )
 
 
 def workers_per_node(wanted: str | None, env: AgentEnv, visible_gpus: int) -> int:
     """Number of workers for ``--nproc-per-node``. ``visible_gpus`` counts when Slurm does not say how many it granted.
-    Raises ElasticError for ``gpu`` on a node without any."""
+    Raises ElasticError for ``gpu`` on a node without any.
+    """
     gpus = env.gpus if env.gpus is not None else visible_gpus
     if wanted is None:
         return gpus or 1
@@ -82,8 +103,10 @@ def workers_per_node(wanted: str | None, env: AgentEnv, visible_gpus: int) -> in
         return env.cpus
     if wanted == "gpu":
         if not gpus:
-            raise ElasticError(f"--nproc-per-node gpu: {env.name} has no GPU granted; ask for some, "
-                               "for example --gpus-per-node=4, or use --nproc-per-node cpu")
+            raise ElasticError(
+                f"--nproc-per-node gpu: {env.name} has no GPU granted; ask for some, "
+                "for example --gpus-per-node=4, or use --nproc-per-node cpu"
+            )
         return gpus
     return int(wanted)
 

@@ -4,6 +4,7 @@ When the agent is gone, however it died, its end of the pipe closes. Every proce
 its environment, workers in sessions of their own and what they started, is then killed.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -15,12 +16,9 @@ def marked(token: bytes) -> list[int]:
     found = []
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            try:
-                with open(f"/proc/{entry.name}/environ", "rb") as environ:
-                    if token in environ.read():
-                        found.append(int(entry.name))
-            except OSError:
-                continue
+            with contextlib.suppress(OSError), open(f"/proc/{entry.name}/environ", "rb") as environ:
+                if token in environ.read():
+                    found.append(int(entry.name))
     return found
 
 
@@ -33,10 +31,8 @@ def main() -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and (left := marked(token)):
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.02)
 
 

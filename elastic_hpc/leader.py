@@ -13,12 +13,10 @@ from elastic_hpc.decide import Action, Decision, Policy, View, decide
 from elastic_hpc.protocol import Failure, Order, Plan, Request, Stage, Status
 
 STOP_TIMEOUT = 60.0
-"""Seconds an agent may take to report that its workers are gone, before it is given up (a worker that cannot be killed)."""
+"""Seconds an agent may take to report that its workers are gone, before it is given up: one that cannot be killed."""
 
 Outcome = Literal["finished", "failed", "requeue"]
-_OUTCOMES: dict[Action, Outcome] = {
-    Action.FINISH: "finished", Action.FAIL: "failed", Action.REQUEUE: "requeue"
-}
+_OUTCOMES: dict[Action, Outcome] = {Action.FINISH: "finished", Action.FAIL: "failed", Action.REQUEUE: "requeue"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,17 @@ class _Peer:
 class Leader:
     """Membership and rounds of one job. ``now`` is always the leader's own monotonic clock, in seconds."""
 
-    def __init__(self, policy: Policy, *, granted: int, nproc: int, now: float,
-                 round: int = 0, restarts: int = 0, requeues: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        granted: int,
+        nproc: int,
+        now: float,
+        round: int = 0,
+        restarts: int = 0,
+        requeues: int = 0,
+    ) -> None:
         self.policy = policy
         self.round = round + 1
         self.restarts = restarts
@@ -66,7 +73,7 @@ class Leader:
         self._plans: dict[int, Plan] = {}
         self._stores: dict[int, int] = {}
         self._request: Request | None = None
-        self._reason = self._told = "waiting for nodes"
+        self._reason = self._waiting = self._told = "waiting for nodes"
         self._first = True
         self._started = self._gathered = self._below_min = self._ticked = now
         self._min_since: float | None = None
@@ -84,8 +91,10 @@ class Leader:
         peer = self._peers.get(conn)
         if peer is None:
             if status.nproc != self._nproc:
-                self._refused[conn] = (f"{status.name} would start {status.nproc} workers, the first host {self._nproc}: "
-                                       "all nodes must start the same number (--nproc-per-node)")
+                self._refused[conn] = (
+                    f"{status.name} would start {status.nproc} workers, the first host {self._nproc}: "
+                    "all nodes must start the same number (--nproc-per-node)"
+                )
                 self._granted -= status.node not in self._seen
                 self._event("refused", node=status.name, reason=self._refused[conn])
                 return
@@ -141,7 +150,8 @@ class Leader:
 
     def on_tick(self, now: float) -> None:
         """To be called a few times per heartbeat. A leader that was itself frozen does not blame the others: the time
-        it did not look at its connections is not held against them."""
+        it did not look at its connections is not held against them.
+        """
         timeout = self.policy.heartbeat_timeout
         stalled = now - self._ticked - timeout / 4
         self._ticked = now
@@ -151,12 +161,17 @@ class Leader:
         for conn, peer in list(self._peers.items()):
             if now - peer.last_heard > timeout:
                 self.on_lost(conn, f"nothing heard for {timeout:g} s", now)
-            elif self._stage == "gather" and peer.joined and not self._is_ready(peer.status) and now - self._gathered > STOP_TIMEOUT:
+            elif (
+                self._stage == "gather"
+                and peer.joined
+                and not self._is_ready(peer.status)
+                and now - self._gathered > STOP_TIMEOUT
+            ):
                 self.on_lost(conn, f"its workers did not stop within {STOP_TIMEOUT:g} s", now)
         self._advance(now)
-        if self._stage == "gather" and self._reason != self._told and now - self._gathered > 1 and not self.verdict:
-            self._told = self._reason
-            self._event("waiting", round=self.round, reason=self._reason)
+        if self._stage == "gather" and self._waiting != self._told and now - self._gathered > 1 and not self.verdict:
+            self._told = self._waiting
+            self._event("waiting", round=self.round, reason=self._waiting)
 
     def on_saved(self) -> None:
         """The verdict is on disk (or cannot be written): the agents may leave."""
@@ -237,7 +252,7 @@ class Leader:
             view = self._view(now)
             decision = decide(view, self.policy)
             if decision.action is Action.WAIT:
-                self._reason = decision.reason
+                self._waiting = decision.reason
                 return
             self._act(decision, now)
 
@@ -258,12 +273,18 @@ class Leader:
         names = {peer.status.node: peer.status.name for peer in self._peers.values()}
         self._stage, self._first, self._formed = "run", False, decision.nodes
         self._plans = {
-            node: Plan(group_rank, len(decision.nodes), self.restarts, self._stores[self.round],
-                       addresses[decision.nodes[0]])
+            node: Plan(
+                group_rank, len(decision.nodes), self.restarts, self._stores[self.round], addresses[decision.nodes[0]]
+            )
             for group_rank, node in enumerate(decision.nodes)
         }
-        self._event("round", round=self.round, nodes=[names[node] for node in decision.nodes],
-                    world_size=len(decision.nodes) * self._nproc, restarts=self.restarts)
+        self._event(
+            "round",
+            round=self.round,
+            nodes=[names[node] for node in decision.nodes],
+            world_size=len(decision.nodes) * self._nproc,
+            restarts=self.restarts,
+        )
 
     def _clear_round(self, now: float) -> None:
         self.round += 1
@@ -277,8 +298,14 @@ class Leader:
             self.requeues += decision.charged
         if outcome != "finished":
             self._clear_round(now)
-        self.verdict = Verdict(outcome, decision.reason, None if outcome == "finished" else self._last_failure,
-                               self.restarts, self.requeues, ended)
+        self.verdict = Verdict(
+            outcome,
+            decision.reason,
+            None if outcome == "finished" else self._last_failure,
+            self.restarts,
+            self.requeues,
+            ended,
+        )
         self._event("verdict", **asdict(self.verdict))
 
     def _event(self, name: str, **fields: Any) -> None:

@@ -44,7 +44,8 @@ class Leave:
 
 def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Acknowledge | Start | Leave:
     """``order`` is the leader's latest, None while it is not connected; ``workers`` the round whose workers are alive
-    on this node or have just ended, 0 for none."""
+    on this node or have just ended, 0 for none.
+    """
     if order is not None and order.stage == "end":
         return Leave(order.outcome or "failed", order.reason)
     if workers:

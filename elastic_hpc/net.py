@@ -38,8 +38,10 @@ def addresses_to_publish(node: str, interface: str | None, submit_host: str | No
     own = interface_addresses()
     if interface is not None:
         if interface not in own:
-            raise ElasticError(f"--interface {interface!r}: {node} has no such interface with an address, "
-                               f"expected one of {', '.join(sorted(own))}")
+            raise ElasticError(
+                f"--interface {interface!r}: {node} has no such interface with an address, "
+                f"expected one of {', '.join(sorted(own))}"
+            )
         return (own[interface],)
     candidates = [*_resolve(node), *_route_to(submit_host), *own.values()]
     usable = [a for a in dict.fromkeys(candidates) if a in own.values() and not a.startswith("127.")]

@@ -72,7 +72,8 @@ class Plan:
 @dataclass(frozen=True)
 class Order:
     """Leader to agent. ``gather``: stop your workers and say so; ``run``: start them (``plan``), or wait as a spare
-    (no plan); ``end``: leave."""
+    (no plan); ``end``: leave.
+    """
 
     seq: int
     stage: Stage
@@ -125,11 +126,14 @@ def new_nonce() -> str:
 
 def proof(secret: bytes, role: Literal["agent", "leader"], theirs: str, ours: str) -> str:
     """Answer to the challenge ``theirs``; ``ours`` is the challenge sent along. The role keeps one side's proof from
-    being played back to it as the other side's."""
+    being played back to it as the other side's.
+    """
     return hmac.new(secret, f"{role}:{theirs}:{ours}".encode(), hashlib.sha256).hexdigest()
 
 
 def check_proof(secret: bytes, role: Literal["agent", "leader"], theirs: str, ours: str, given: object) -> None:
     """Raise ProtocolError unless ``given`` is ``proof(...)`` of the same arguments."""
-    if not isinstance(given, str) or not hmac.compare_digest(proof(secret, role, theirs, ours).encode(), given.encode()):
+    if not isinstance(given, str) or not hmac.compare_digest(
+        proof(secret, role, theirs, ours).encode(), given.encode()
+    ):
         raise ProtocolError(f"the peer does not hold this job's secret (it claimed to be the {role})")

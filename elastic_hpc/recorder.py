@@ -1,4 +1,4 @@
-"""Writes the leader's record from a thread of its own: a full, read-only or stalled file system never stops training."""
+"""Writes the leader's record on its own thread: a full, read-only or stalled file system never stops training."""
 
 from __future__ import annotations
 
@@ -73,8 +73,11 @@ def _sentence(name: str, fields: dict[str, Any]) -> str:
             return f"{fields['node']} is lost: {fields['reason']}"
         case "round":
             nodes = fields["nodes"]
-            return (f"round {fields['round']}: {len(nodes)} nodes ({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''}), "
-                    f"{fields['world_size']} workers, restart {fields['restarts']}")
+            shown = ", ".join(nodes[:8]) + (", ..." if len(nodes) > 8 else "")
+            return (
+                f"round {fields['round']}: {len(nodes)} nodes ({shown}), "
+                f"{fields['world_size']} workers, restart {fields['restarts']}"
+            )
         case "failure":
             first = "failed" if fields["first"] else "failed too"
             return f"rank {fields['rank']} on {fields['node']} {first}: {fields['message']}"

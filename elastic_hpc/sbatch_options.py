@@ -173,9 +173,7 @@ class WarningSignal:
             name = signal.Signals(int(name)).name.removeprefix("SIG")
         if match and f"SIG{name}" in signal.Signals.__members__ and int(match[2] or 0) <= 65535:
             if name in {"TERM", "CONT", "KILL", "STOP", "INT", "CHLD"}:
-                raise UsageError(
-                    f"--signal={text}: Slurm or the shell needs SIG{name} itself; use --signal=USR2@120"
-                )
+                raise UsageError(f"--signal={text}: Slurm or the shell needs SIG{name} itself; use --signal=USR2@120")
             return cls(name, timedelta(seconds=int(match[2])) if match[2] else cls.lead)
         raise UsageError(f"--signal={text}: expected [B:]SIGNAL[@SECONDS], for example --signal=USR2@120")
 

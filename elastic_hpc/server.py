@@ -28,8 +28,14 @@ LEAVE_TIMEOUT = 10.0
 class LeaderServer:
     """Serves ``leader`` on ``listener``. ``open_store(round)`` starts a store and answers with its port."""
 
-    def __init__(self, leader: Leader, listener: socket.socket, secret: bytes, recorder: Recorder,
-                 open_store: Callable[[int], Future[int]]) -> None:
+    def __init__(
+        self,
+        leader: Leader,
+        listener: socket.socket,
+        secret: bytes,
+        recorder: Recorder,
+        open_store: Callable[[int], Future[int]],
+    ) -> None:
         self._leader = leader
         self._listener = listener
         self._secret = secret
@@ -74,7 +80,7 @@ class LeaderServer:
         try:
             await asyncio.wait_for(asyncio.wrap_future(written), LEAVE_TIMEOUT)
         except (OSError, asyncio.TimeoutError) as error:
-            log.error("the verdict could not be written: %s", error or "the file system does not answer")
+            log.warning("the verdict could not be written: %s", error or "the file system does not answer")
         self._leader.on_saved()
         self._after_input()
 
@@ -87,7 +93,9 @@ class LeaderServer:
             writer.transport.abort()
             self._strangers += 1
             if self._strangers <= 20:
-                self._recorder.event("stranger", {"addr": str(writer.get_extra_info("peername")), "reason": repr(error)})
+                self._recorder.event(
+                    "stranger", {"addr": str(writer.get_extra_info("peername")), "reason": repr(error)}
+                )
             return
         self._channels[conn] = peer
         reason = "its connection was closed"
@@ -114,8 +122,9 @@ class LeaderServer:
         for name, fields in self._leader.take_events():
             self._recorder.event(name, fields)
             if name in {"round", "restart", "verdict"}:
-                self._recorder.state(round=self._leader.round, restarts=self._leader.restarts,
-                                     requeues=self._leader.requeues)
+                self._recorder.state(
+                    round=self._leader.round, restarts=self._leader.restarts, requeues=self._leader.requeues
+                )
         for conn in self._leader.take_dropped():
             if conn in self._channels:
                 self._channels[conn].close()
@@ -134,7 +143,7 @@ class LeaderServer:
     async def _bring_store(self, wanted: int) -> None:
         try:
             port = await asyncio.wrap_future(self._open_store(wanted))
-        except Exception as error:  # noqa: BLE001 - whatever keeps a store from opening is told and tried again
+        except Exception as error:  # noqa: BLE001 - whatever keeps a store from opening is told, and tried again
             self._recorder.event("store_failed", {"round": wanted, "reason": str(error)})
             await asyncio.sleep(1.0)
             self._opening = None

@@ -27,9 +27,7 @@ class NodeRange:
             low, high = int(match[1]), int(match[2] or match[1])
             if 1 <= low <= high:
                 return cls(low, high)
-        raise UsageError(
-            f"--nodes {text!r}: expected N or MIN:MAX with 1 <= MIN <= MAX, for example --nodes 4:8"
-        )
+        raise UsageError(f"--nodes {text!r}: expected N or MIN:MAX with 1 <= MIN <= MAX, for example --nodes 4:8")
 
     def __str__(self) -> str:
         return f"{self.min}:{self.max}"
@@ -178,29 +176,58 @@ class LaunchOption:
 
 
 LAUNCH_OPTIONS = (
-    LaunchOption("--nodes", "N|MIN:MAX", NodeRange.parse,
-                 "nodes to run on; with MIN:MAX the job starts when MIN are free, uses up to MAX, "
-                 "and goes on while MIN are left"),
-    LaunchOption("--nproc-per-node", "gpu|cpu|auto|N", _nproc,
-                 "workers on each node; gpu: one per granted GPU, cpu: one per usable core, auto: gpu where there "
-                 "are GPUs, else cpu (default: gpu where there are GPUs, else 1)"),
-    LaunchOption("--max-restarts", "N", _count,
-                 "restarts of the workers in the whole job before giving up, whatever the cause: failure or "
-                 "membership change (default: 10)"),
-    LaunchOption("--max-requeues", "N", _count,
-                 "requeues after failures in the whole job before giving up; preemption and the time limit are "
-                 "not counted (default: 5)"),
-    LaunchOption("--rdzv-endpoint", "HOST[:PORT]", Endpoint.parse,
-                 "node that hosts the c10d rendezvous, and its port (default: the first host, 29400)"),
-    LaunchOption("--rdzv-id", "ID", str,
-                 "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id)"),
-    LaunchOption("--rdzv-conf", "KEY=VALUE,...", RdzvConf.parse,
-                 "torchrun's join_timeout and last_call_timeout, in seconds (default: 600 and 30)"),
-    LaunchOption("--heartbeat-timeout", "SECONDS", _seconds,
-                 "silence after which a node is taken for lost (default: 5)"),
-    LaunchOption("--interface", "IFNAME", str,
-                 "network interface the nodes talk over, for example ib0 (default: the one that Slurm's node "
-                 "name leads to)"),
+    LaunchOption(
+        "--nodes",
+        "N|MIN:MAX",
+        NodeRange.parse,
+        "nodes to run on; with MIN:MAX the job starts when MIN are free, uses up to MAX, "
+        "and goes on while MIN are left",
+    ),
+    LaunchOption(
+        "--nproc-per-node",
+        "gpu|cpu|auto|N",
+        _nproc,
+        "workers on each node; gpu: one per granted GPU, cpu: one per usable core, auto: gpu where there "
+        "are GPUs, else cpu (default: gpu where there are GPUs, else 1)",
+    ),
+    LaunchOption(
+        "--max-restarts",
+        "N",
+        _count,
+        "restarts of the workers in the whole job before giving up, whatever the cause: failure or "
+        "membership change (default: 10)",
+    ),
+    LaunchOption(
+        "--max-requeues",
+        "N",
+        _count,
+        "requeues after failures in the whole job before giving up; preemption and the time limit are "
+        "not counted (default: 5)",
+    ),
+    LaunchOption(
+        "--rdzv-endpoint",
+        "HOST[:PORT]",
+        Endpoint.parse,
+        "node that hosts the c10d rendezvous, and its port (default: the first host, 29400)",
+    ),
+    LaunchOption(
+        "--rdzv-id", "ID", str, "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id)"
+    ),
+    LaunchOption(
+        "--rdzv-conf",
+        "KEY=VALUE,...",
+        RdzvConf.parse,
+        "torchrun's join_timeout and last_call_timeout, in seconds (default: 600 and 30)",
+    ),
+    LaunchOption(
+        "--heartbeat-timeout", "SECONDS", _seconds, "silence after which a node is taken for lost (default: 5)"
+    ),
+    LaunchOption(
+        "--interface",
+        "IFNAME",
+        str,
+        "network interface the nodes talk over, for example ib0 (default: the one that Slurm's node name leads to)",
+    ),
 )
 
 
@@ -209,5 +236,6 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("launch options")
     for option in LAUNCH_OPTIONS:
         group.add_argument(option.flag, metavar=option.metavar, type=option.parse, help=option.help)
-    group.add_argument("-m", "--module", action="store_true", default=None,
-                       help="run SCRIPT as a Python module, like python -m")
+    group.add_argument(
+        "-m", "--module", action="store_true", default=None, help="run SCRIPT as a Python module, like python -m"
+    )

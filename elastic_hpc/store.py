@@ -33,9 +33,15 @@ class StoreHost:
             try:
                 listener = listen_from(self._port + (round - 1) % _PORTS)
                 port = listener.getsockname()[1]
-                store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False,
-                                 timeout=timedelta(seconds=60), master_listen_fd=listener.detach())
-            except Exception as error:  # handed to whoever waits for the store
+                store = TCPStore(
+                    "127.0.0.1",
+                    port,
+                    is_master=True,
+                    wait_for_workers=False,
+                    timeout=timedelta(seconds=60),
+                    master_listen_fd=listener.detach(),
+                )
+            except Exception as error:  # noqa: BLE001 - handed to whoever waits for the store
                 opened.set_exception(error)
                 return
             for old in [r for r in self._stores if r < round - 1]:

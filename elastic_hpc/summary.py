@@ -49,8 +49,17 @@ def rounds(events: list[dict[str, Any]]) -> list[Round]:
 
 
 def _close(event: dict[str, Any], ended: float | None, cause: str) -> Round:
-    return Round(event["round"], event["run"], tuple(event["nodes"]), event["world_size"], event["restarts"],
-                 event["time"], ended, cause, event["gap"])
+    return Round(
+        event["round"],
+        event["run"],
+        tuple(event["nodes"]),
+        event["world_size"],
+        event["restarts"],
+        event["time"],
+        ended,
+        cause,
+        event["gap"],
+    )
 
 
 def render(events: list[dict[str, Any]]) -> Any:
@@ -62,8 +71,13 @@ def render(events: list[dict[str, Any]]) -> Any:
         table.add_column(name, justify="left" if name in {"nodes", "ended by"} else "right")
     for one in rounds(events):
         table.add_row(
-            str(one.number), str(one.run), " ".join(one.nodes), str(one.world_size), str(one.restarts),
+            str(one.number),
+            str(one.run),
+            " ".join(one.nodes),
+            str(one.world_size),
+            str(one.restarts),
             "" if one.gap is None else f"{one.gap:.2f} s",
-            "" if one.ended is None else f"{one.ended - one.formed:.1f} s", one.cause or "still running",
+            "" if one.ended is None else f"{one.ended - one.formed:.1f} s",
+            one.cause or "still running",
         )
     return table

@@ -1,7 +1,7 @@
 """torch's ``LocalElasticAgent`` with the waiting done on events: the one place that leans on its inner workings.
 
-The methods overridden here are the ones that torch's documentation names as extension points; their signatures drift
-between releases, hence ``*args, **kwargs``. ``tests/unit/test_torch_contract.py`` fails when torch changes what is used.
+The methods overridden here are the ones that torch's documentation names as extension points; their signatures
+drift between releases, hence ``*args, **kwargs``. ``tests/unit/test_torch_contract.py`` notices when torch changes them.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class NodeLogs(LogsSpecs):
 class ElasticAgent(LocalElasticAgent):
     """Runs one node's workers; the leader, through ``control``, says when they start and stop."""
 
+    _pcontext: Any
+
     def __init__(self, spec: WorkerSpec, logs: NodeLogs, control: Control, node: str) -> None:
         super().__init__(spec, logs_specs=logs, log_line_prefix_template="[rank${rank}]: ")
         self._control = control
@@ -98,7 +100,8 @@ class ElasticAgent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> RunResult:
         """Sleep until a worker exits or the leader has news. A failure is the leader's to judge, never this node's:
-        it is reported, and torch is told to restart, which waits for the next round."""
+        it is reported, and torch is told to restart, which waits for the next round.
+        """
         self._wait_for_news()
         if self._control.must_stop(self._round):
             return self._stop_for_next_round()
@@ -121,7 +124,8 @@ class ElasticAgent(LocalElasticAgent):
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         """Workers of a broken round are stuck in a collective: they are killed at once. Only a signal to this agent,
-        which Slurm sends to the workers too, leaves them time."""
+        which Slurm sends to the workers too, leaves them time.
+        """
         if isinstance(sys.exc_info()[1], SignalException):
             super()._shutdown(*args, **{**kwargs, "timeout": _GRACE})
         self._kill_workers()
@@ -177,7 +181,7 @@ class ElasticAgent(LocalElasticAgent):
         for worker in failed:
             code = self._exit_code(worker) or 0
             when, kind = time.time(), "signal" if code < 0 else "exit"
-            message = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            message = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 recorded = json.loads(Path(self._pcontext.error_files[worker.local_rank]).read_text())["message"]
                 kind, message = "exception", recorded["message"] if isinstance(recorded, dict) else str(recorded)
@@ -186,6 +190,10 @@ class ElasticAgent(LocalElasticAgent):
                 message += f": {last}"
             reports.append(Failure(kind, self._node, worker.global_rank, worker.local_rank, code, message[:2000], when))
         return min(reports, key=lambda report: report.time)
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _last_line(path: str) -> str:

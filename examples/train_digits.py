@@ -22,13 +22,14 @@ parser.add_argument("--epochs", type=int, default=50)
 parser.add_argument("--batch-size", type=int, default=96, help="of all workers together, however many there are")
 parser.add_argument("--lr", type=float, default=1e-3)
 parser.add_argument("--checkpoint-every", type=int, default=20, metavar="STEPS")
-parser.add_argument("--checkpoint", type=Path, help="default: in the job's run directory, else ./digits",
-                    default=Path(os.environ.get("ELASTIC_HPC_RUN_DIR", "digits"), "checkpoint.pt"))
+default = Path(os.environ.get("ELASTIC_HPC_RUN_DIR", "digits"), "checkpoint.pt")
+parser.add_argument("--checkpoint", type=Path, default=default, help="default: in the run directory, else in ./digits")
 args = parser.parse_args()
 
-# Rank and world size come from the launcher and differ from one round to the next. Without a launcher: one process.
-rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+# What the launcher says differs from one round to the next. Without a launcher there is one process.
+alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "ELASTIC_HPC_ROUND": 0, "TORCHELASTIC_RESTART_COUNT": 0}
+rank, world_size, local_rank, round_, restart = (int(os.environ.get(name, alone[name])) for name in alone)
+device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
 if device.type == "cuda":
     torch.cuda.set_device(device)
 if world_size > 1:
@@ -41,14 +42,14 @@ shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0
 held_out, train = shuffled[:360], shuffled[360:]
 
 torch.manual_seed(0)
-net = nn.Sequential(
-    nn.Conv2d(1, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-    nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1024, 10)).to(device)
+layers = [nn.Conv2d(1, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+layers += [nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1024, 10)]
+net = nn.Sequential(*layers).to(device)
 optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr)
 
 # Steps done and samples consumed: with the model and the optimizer that is all a world of any size needs to go on.
 step, consumed, end = 0, 0, args.epochs * len(train)
-saved = [torch.load(args.checkpoint, map_location=device) if rank == 0 and args.checkpoint.exists() else None]
+saved = [torch.load(args.checkpoint, map_location="cpu") if rank == 0 and args.checkpoint.exists() else None]
 if world_size > 1:
     dist.broadcast_object_list(saved, device=device)  # one reader, so that all ranks go on from the same step
 if saved[0]:
@@ -59,12 +60,13 @@ model = DistributedDataParallel(net) if world_size > 1 else net
 if rank == 0:
     args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     record = args.checkpoint.with_name("steps.jsonl").open("a", buffering=1)
+    world = {"world_size": world_size, "round": round_, "restart": restart}
     print(f"{world_size} workers, going on after step {step}", flush=True)
 
 while consumed < end:
     epoch, position = divmod(consumed, len(train))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))  # the same in every world
-    batch = train[order[position:position + args.batch_size]]
+    batch = train[order[position : position + args.batch_size]]
     mine = batch[rank::world_size]
     # DDP averages gradients over the ranks. Scaled like this the average is the gradient of the batch's mean loss.
     loss = cross_entropy(model(images[mine]), labels[mine], reduction="sum") * world_size / len(batch)
@@ -75,17 +77,14 @@ while consumed < end:
     if world_size > 1:
         dist.all_reduce(mean)
     if rank == 0:
-        line = {"step": step, "time": time.time(), "loss": mean.item(), "world_size": world_size,
-                "round": int(os.environ.get("ELASTIC_HPC_ROUND", "0")),
-                "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))}
-        record.write(json.dumps(line) + "\n")
+        record.write(json.dumps({"step": step, "time": time.time(), "loss": mean.item(), **world}) + "\n")
         if step % 20 == 0:
             print(f"epoch {epoch + 1}, step {step}: loss {mean:.4f}, {world_size} workers", flush=True)
         if step % args.checkpoint_every == 0 or consumed == end:
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "consumed": consumed}
             temporary = args.checkpoint.with_suffix(".tmp")
             with temporary.open("wb") as file:
-                torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(),
-                            "step": step, "consumed": consumed}, file)
+                torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, args.checkpoint)  # a reader finds the old one or the new one, never a half

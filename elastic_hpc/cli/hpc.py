@@ -13,7 +13,8 @@ from elastic_hpc.rundir import RunDir
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="elastic-hpc", description="Look at an elastic job, or tell it something. RUN_DIR is the job's folder under "
+        prog="elastic-hpc",
+        description="Look at an elastic job, or tell it something. RUN_DIR is the job's folder under "
         "--log-dir, for example elastic-logs/4711.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -29,18 +29,26 @@ Ctrl-C once asks the job to stop, twice kills it."""
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="elastic-srun", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="elastic-srun",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="elastic-srun [options] SCRIPT [ARGS...]",
         description="Run SCRIPT on the nodes of the Slurm allocation you are in; it survives the loss of nodes.",
     )
     where = parser.add_argument_group("where it runs").add_mutually_exclusive_group()
     where.add_argument("--local", type=int, metavar="N", help="N agents as processes of this machine, without Slurm")
     where.add_argument("--standalone", action="store_true", help="one agent on this machine, without Slurm")
-    parser.add_argument("--log-dir", metavar="DIR", default="elastic-logs",
-                        help="folder for run directories, on a file system that all nodes share (default: ./elastic-logs)")
+    parser.add_argument(
+        "--log-dir",
+        metavar="DIR",
+        default="elastic-logs",
+        help="folder for run directories, on a file system that all nodes share (default: ./elastic-logs)",
+    )
     add_launch_options(parser)
     parser.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
-    parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="everything after SCRIPT is its own")
+    parser.add_argument(
+        "script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="everything after SCRIPT is its own"
+    )
     return parser
 
 
@@ -55,8 +63,10 @@ def _nodes_here(args: argparse.Namespace) -> int:
     try:
         return int(os.environ["SLURM_JOB_NUM_NODES"])
     except KeyError:
-        raise UsageError("not inside a Slurm allocation; get one, for example: salloc --nodes 4 elastic-srun "
-                         f"{args.script}, or run on this machine alone: elastic-srun --standalone {args.script}") from None
+        raise UsageError(
+            "not inside a Slurm allocation; get one, for example: salloc --nodes 4 elastic-srun "
+            f"{args.script}, or run on this machine alone: elastic-srun --standalone {args.script}"
+        ) from None
 
 
 def _commands(launch: LaunchSpec, count: int, rundir: RunDir, *, local: bool) -> list[tuple[list[str], dict[str, str]]]:
@@ -90,7 +100,9 @@ class _Run:
         try:
             for command, extra in commands:
                 self._processes.append(
-                    subprocess.Popen(command, env={**os.environ, **extra}, stdin=subprocess.DEVNULL, start_new_session=True)
+                    subprocess.Popen(
+                        command, env={**os.environ, **extra}, stdin=subprocess.DEVNULL, start_new_session=True
+                    )
                 )
         except OSError as error:
             self._end()
@@ -135,7 +147,9 @@ def _main(argv: list[str] | None) -> int:
     if args.nodes is None:
         launch = replace(launch, nodes=NodeRange(1, here))
     if launch.nodes.min > here:
-        raise UsageError(f"--nodes {launch.nodes}: expected at most the {here} nodes there are, for example --nodes {here}")
+        raise UsageError(
+            f"--nodes {launch.nodes}: expected at most the {here} nodes there are, for example --nodes {here}"
+        )
     if not launch.module and not os.access(launch.script, os.R_OK):
         raise UsageError(f"{launch.script}: no such readable script")
     local = args.standalone or args.local is not None

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 T = TypeVar("T")
 
 
-def wait_for(what: str, look: Callable[[], T | None | bool], deadline: float = 90) -> T:
+def wait_for(what: str, look: Callable[[], T | bool | None], deadline: float = 90) -> T:
     """The first answer of ``look`` that is not empty. Fails when ``deadline`` seconds have passed."""
     end = time.monotonic() + deadline
     while not (found := look()):
@@ -52,8 +52,12 @@ class Cluster:
 
     def mini(self, *args: str, timeout: float = 180, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [str(MINI), "--state", str(STATE), *args], capture_output=True, text=True, errors="surrogateescape",
-            timeout=timeout, check=False,
+            [str(MINI), "--state", str(STATE), *args],
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=timeout,
+            check=False,
         )
         if check and done.returncode:
             pytest.fail(f"mini-slurm {' '.join(args)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
@@ -65,10 +69,19 @@ class Cluster:
         where = ["--node", node] if node else []
         return [str(MINI), "--state", str(STATE), "exec", *where, "--", *at, *argv]
 
-    def exec(self, argv: Sequence[str], node: str | None = None, timeout: float = 60, *, check: bool = True,
-             cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def exec(
+        self,
+        argv: Sequence[str],
+        node: str | None = None,
+        timeout: float = 60,
+        *,
+        check: bool = True,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
         command = self.command(argv, node, cwd)
-        done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", timeout=timeout, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="surrogateescape", timeout=timeout, check=False
+        )
         if check and done.returncode:
             pytest.fail(f"{' '.join(argv)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
         return done
@@ -141,12 +154,18 @@ class Job:
 
     def wait_steps(self, count: int, round: int = 1, deadline: float = 90) -> None:
         """Wait until ``round`` has done ``count`` steps."""
-        wait_for(f"step {count} in round {round} of job {self.id}",
-                 lambda: sum(step["round"] == round for step in self.steps()) >= count, deadline)
+        wait_for(
+            f"step {count} in round {round} of job {self.id}",
+            lambda: sum(step["round"] == round for step in self.steps()) >= count,
+            deadline,
+        )
 
     def wait_state(self, *states: str, deadline: float = 150) -> str:
-        return wait_for(f"job {self.id} to be {' or '.join(states)}",
-                        lambda: (state := self.cluster.job_field(self.id, "JobState")) in states and state, deadline)
+        return wait_for(
+            f"job {self.id} to be {' or '.join(states)}",
+            lambda: (state := self.cluster.job_field(self.id, "JobState")) in states and state,
+            deadline,
+        )
 
     def worlds(self) -> list[int]:
         """World sizes that made steps, in order of the rounds."""
@@ -199,7 +218,10 @@ def submit(fresh: Cluster, folder: Path) -> Callable[..., Job]:
     """Submit with elastic-sbatch: ``submit("--nodes", "2:4", ..., script=..., args=[...])``."""
 
     def do(*options: str, script: str | Path = ROOT / "examples" / "train_digits.py", args: Sequence[str] = ()) -> Job:
-        done = fresh.exec([str(Path(sys.executable).with_name("elastic-sbatch")), "--parsable", *options, str(script), *args], cwd=folder)
+        done = fresh.exec(
+            [str(Path(sys.executable).with_name("elastic-sbatch")), "--parsable", *options, str(script), *args],
+            cwd=folder,
+        )
         return Job(fresh, done.stdout.strip(), folder)
 
     return do

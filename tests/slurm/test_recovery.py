@@ -27,23 +27,32 @@ def finish(job: Job, deadline: float = 150) -> None:
 
 def agents(cluster: Cluster, node: str) -> list[int]:
     """Pids of the agents on ``node``: python itself, not the step daemon that was given its command line."""
-    return [pid for pid in cluster.processes("elastic_hpc.agent", node)
-            if Path(f"/proc/{pid}/exe").resolve().name.startswith("python")]
+    return [
+        pid
+        for pid in cluster.processes("elastic_hpc.agent", node)
+        if Path(f"/proc/{pid}/exe").resolve().name.startswith("python")
+    ]
 
 
 def workers(cluster: Cluster, node: str) -> list[int]:
     """Pids of the training processes on ``node``."""
-    return [pid for pid in cluster.processes("train_digits.py", node)
-            if "elastic_hpc.agent" not in Path(f"/proc/{pid}/cmdline").read_text()]
+    return [
+        pid
+        for pid in cluster.processes("train_digits.py", node)
+        if "elastic_hpc.agent" not in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
 
 
-def test_the_world_has_all_granted_nodes_and_every_rank_sees_the_same_restart_count(submit: Submit, folder: Path) -> None:
+def test_the_world_has_all_granted_nodes_and_every_rank_sees_the_same_restart_count(
+    submit: Submit, folder: Path
+) -> None:
     script = folder / "report.py"
     script.write_text(
         "import json, os, pathlib, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
-        "keep = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'TORCHELASTIC_RESTART_COUNT', 'OMP_NUM_THREADS', 'SLURMD_NODENAME']\n"
-        "seen = {k: os.environ[k] for k in keep} | {'hidden': [k for k in os.environ if k in ('SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')]}\n"
+        "keep = 'RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR TORCHELASTIC_RESTART_COUNT OMP_NUM_THREADS SLURMD_NODENAME'\n"
+        "seen = {k: os.environ[k] for k in keep.split()}\n"
+        "seen['hidden'] = [k for k in ('SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID') if k in os.environ]\n"
         "run = pathlib.Path(os.environ['ELASTIC_HPC_RUN_DIR'])\n"
         "(run / f\"seen.{os.environ['ELASTIC_HPC_ROUND']}.{os.environ['RANK']}\").write_text(json.dumps(seen))\n"
         "dist.barrier()\n"
@@ -55,11 +64,20 @@ def test_the_world_has_all_granted_nodes_and_every_rank_sees_the_same_restart_co
         seen = [json.loads(path.read_text()) for path in job.run_dir.glob(f"seen.{round}.*")]
         assert sorted(int(rank["RANK"]) for rank in seen) == list(range(8))
         assert {(rank["WORLD_SIZE"], rank["TORCHELASTIC_RESTART_COUNT"], rank["MASTER_ADDR"]) for rank in seen} == {
-            ("8", restarts, "10.213.0.1")}
+            ("8", restarts, "10.213.0.1")
+        }
         assert all(rank["hidden"] == [] for rank in seen)
         assert {rank["OMP_NUM_THREADS"] for rank in seen} == {"1"}
         assert [rank["SLURMD_NODENAME"] for rank in sorted(seen, key=lambda rank: int(rank["RANK"]))] == [
-            "n1", "n1", "n2", "n2", "n3", "n3", "n4", "n4"]
+            "n1",
+            "n1",
+            "n2",
+            "n2",
+            "n3",
+            "n3",
+            "n4",
+            "n4",
+        ]
     assert job.events("failure")[0]["message"] == "exit code 3"
 
 
@@ -95,17 +113,15 @@ def test_training_goes_on_with_the_survivors_when_a_node_loses_power(submit: Sub
 def test_below_min_the_job_is_requeued_and_finishes_with_its_counters(submit: Submit, fresh: Cluster) -> None:
     job = submit("--nodes", "3:4", args=ARGS)
     job.wait_steps(25)
-    fresh.mini("kill", "n4")
-    fresh.mini("kill", "n3")
+    for node in ("n3", "n4"):
+        os.kill(agents(fresh, node)[0], signal.SIGKILL)
     wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1")
-    fresh.mini("heal", "n3")
     finish(job)
-    assert job.worlds()[0] == 4
-    assert job.worlds()[-1] == 3
+    assert job.worlds() == [4, 4]
     last = job.verdict()
-    assert (last["run"], last["requeues"]) == (1, 1)
-    assert last["restarts"] >= 1
-    assert {step["restart"] for step in job.steps() if step["world_size"] == 3} == {last["restarts"]}
+    assert (last["run"], last["requeues"], last["restarts"]) == (1, 1, 1)
+    assert [step["restart"] for step in job.steps()][-1] == 1
+    assert [event["run"] for event in job.events("start")] == [0, 1]
 
 
 def test_the_budget_ends_the_job_with_a_reason(submit: Submit, folder: Path) -> None:
@@ -142,8 +158,11 @@ def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(submit: Submit, f
     fresh.exec(["scancel", job.id])
     job.wait_state("CANCELLED")
     for node in ("n1", "n2", "n3", "n4"):
-        wait_for(f"no process on {node}",
-                 lambda node=node: not fresh.processes("train_digits.py", node) and not fresh.processes("elastic_hpc", node), 60)
+        wait_for(
+            f"no process on {node}",
+            lambda node=node: not fresh.processes("train_digits.py", node) and not fresh.processes("elastic_hpc", node),
+            60,
+        )
     assert fresh.job_field(job.id, "Restarts") == "0"
 
 

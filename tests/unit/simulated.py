@@ -204,8 +204,12 @@ class Simulation:
         if agent.alive and not agent.busy:
             agent.alive = False
             failure = Failure("exit", f"n{agent.node}", agent.node, 0, 1, "exit code 1", self.now)
-            self._report(agent, state="failed" if failed else "succeeded", round=agent.workers,
-                         failure=failure if failed else None)
+            self._report(
+                agent,
+                state="failed" if failed else "succeeded",
+                round=agent.workers,
+                failure=failure if failed else None,
+            )
 
     def freeze_leader(self, seconds: float) -> None:
         self.frozen_until = max(self.frozen_until, self.now + seconds)

@@ -1,4 +1,4 @@
-"""The leader and its agents as a distributed protocol, under a simulated network (seeded, so that a failure repeats)."""
+"""The leader and its agents as a distributed protocol, under a simulated network; seeded, so that a failure repeats."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from elastic_hpc.decide import Policy
 from elastic_hpc.leader import STOP_TIMEOUT, Leader
 from elastic_hpc.protocol import Failure, Order, Status
 
-POLICY = Policy(min_nodes=2, max_nodes=4, max_restarts=100, max_requeues=2, heartbeat_timeout=5.0, join_timeout=60.0,
-                last_call_timeout=10.0, can_requeue=True)
+POLICY = Policy(
+    min_nodes=2,
+    max_nodes=4,
+    max_restarts=100,
+    max_requeues=2,
+    heartbeat_timeout=5.0,
+    join_timeout=60.0,
+    last_call_timeout=10.0,
+    can_requeue=True,
+)
 SEEDS = st.integers(0, 2**32)
 
 
@@ -79,7 +87,7 @@ def test_the_budget_is_never_exceeded_and_ends_the_job(seed: int, max_restarts: 
 def test_silent_nodes_are_given_up_and_the_rest_goes_on_or_is_requeued(seed: int, nodes: int, lost: int) -> None:
     simulation = Simulation(seed, nodes=nodes, policy=POLICY, loss=0.0)
     assert simulation.run(60, until=lambda: training(simulation))
-    for agent in simulation.agents[-min(lost, nodes):]:
+    for agent in simulation.agents[-min(lost, nodes) :]:
         simulation.lose(agent)
     left = max(0, nodes - lost)
     before = simulation.leader.round
@@ -141,7 +149,9 @@ def leader(now: float = 0.0, granted: int = 2, **changes: object) -> Leader:
 
 
 def say(target: Leader, conn: int, seq: int, now: float, **fields: object) -> dict[int, Order]:
-    target.on_status(conn, "10.0.0.1", Status(**{"seq": seq, "node": conn, "name": f"n{conn}", "nproc": 2, **fields}), now)  # type: ignore[arg-type]
+    target.on_status(
+        conn, "10.0.0.1", Status(**{"seq": seq, "node": conn, "name": f"n{conn}", "nproc": 2, **fields}), now
+    )  # type: ignore[arg-type]
     return target.take_orders()
 
 

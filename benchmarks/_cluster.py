@@ -1,0 +1,166 @@
+"""What both benchmarks need: a mini-slurm, waiting with a deadline, and the words on where a figure was measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+MINI_SLURM = ROOT / "bin" / "mini-slurm"
+DEFAULT_STATE = os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-benchmarks")
+_POLL = 0.02  # seconds between two looks; no measured time comes from when we looked
+
+T = TypeVar("T")
+
+
+class BenchmarkError(Exception):
+    """A run that says nothing about the launchers: the message goes to the user as it is."""
+
+
+def wait_for(what: str, look: Callable[[], T | None], seconds: float) -> T:
+    """The first answer of ``look`` that is not None. BenchmarkError after ``seconds``."""
+    end = time.monotonic() + seconds
+    while (found := look()) is None:
+        if time.monotonic() > end:
+            raise BenchmarkError(f"waited {seconds:g} s in vain for {what}")
+        time.sleep(_POLL)
+    return found
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in ``path``, one a line; without the last line while it is being written, [] without a file."""
+    try:
+        lines = path.read_text(errors="replace").split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # two writers of one file, as torchrun's attempts may be
+            found.append(json.loads(line))
+    return found
+
+
+class Cluster:
+    """A mini-slurm that is up. ``run`` is the unprivileged user on its login machine, ``mini`` the tool itself."""
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        status = json.loads(self.mini("status", "--json"))
+        self.home = Path(status["home"])
+        self.nodes: tuple[str, ...] = tuple(status["nodes"])
+
+    def mini(self, *args: str) -> str:
+        return _mini(self._state, *args).stdout
+
+    def run(self, *argv: str, cwd: Path | None = None, check: bool = True) -> str:
+        there = ["env", f"--chdir={cwd}"] if cwd else []
+        return _mini(self._state, "exec", "--", *there, *argv, check=check).stdout
+
+    def is_powered(self, node: str) -> bool:
+        return bool(json.loads(self.mini("status", "--json"))["nodes"][node]["power"])
+
+    def pids(self, node: str, *words: str, but: Sequence[str] = ()) -> list[int]:
+        """Python processes on ``node``, numbered as this machine sees them, whose command line has all ``words`` and
+        none of ``but``.
+        """
+        init = json.loads(self.mini("status", "--json"))["nodes"][node]["init_pid"]
+        machine = os.readlink(f"/proc/{init}/ns/uts")
+        found = []
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdecimal():
+                continue
+            with contextlib.suppress(OSError):
+                if os.readlink(f"{entry.path}/ns/uts") != machine:
+                    continue
+                if not os.path.basename(os.readlink(f"{entry.path}/exe")).startswith("python"):
+                    continue  # srun and slurmstepd carry the same words
+                line = Path(entry.path, "cmdline").read_bytes().split(b"\0")
+                given = {os.fsdecode(word) for word in line}
+                if given.issuperset(words) and given.isdisjoint(but):
+                    found.append(int(entry.name))
+        return found
+
+    def job_state(self, job: str) -> str:
+        """Slurm's word for the state of ``job``; "" when Slurm has forgotten it."""
+        return self.run("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}", check=False).strip()
+
+    def reset(self) -> None:
+        """No jobs, all nodes in service."""
+        self.run("scancel", "--user", "minislurm", check=False)
+        for node in self.nodes:
+            if not self.is_powered(node):
+                self.mini("heal", node)
+        wait_for("an empty queue", lambda: None if self.run("squeue", "--noheader").strip() else True, 120)
+        for node in self.nodes:
+            self.mini("heal", node)
+
+    def slurm_version(self) -> str:
+        return self.run("sbatch", "--version").split()[-1]
+
+
+@contextlib.contextmanager
+def cluster(state: Path) -> Iterator[Cluster]:
+    """The cluster in ``state``; started, and taken down at the end, unless it was up."""
+    if os.geteuid() != 0:
+        raise BenchmarkError(f"mini-slurm needs root: type  sudo {sys.executable} {' '.join(sys.argv)}")
+    was_up = _mini(state, "status", check=False).returncode == 0
+    if not was_up:
+        _mini(state, "down")
+        _mini(state, "up")
+    try:
+        yield Cluster(state)
+    finally:
+        if not was_up:
+            _mini(state, "down")
+
+
+def _mini(state: Path, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [str(MINI_SLURM), "--state", str(state), *args]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=400, check=False)
+    if check and done.returncode:
+        said = (done.stdout + done.stderr).strip()
+        raise BenchmarkError(f"mini-slurm {' '.join(args)}: exit code {done.returncode}: {said}")
+    return done
+
+
+def machine() -> dict[str, Any]:
+    """Where this is measured: a figure without it means nothing."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M %z"),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "elastic_hpc": version("elastic_hpc"),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "load_average": os.getloadavg(),
+    }
+
+
+def busy(seconds: float = 1.0) -> float:
+    """How much of this machine works during the next ``seconds``, 0 to 1: others' share while nothing of ours runs."""
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]  # idle and waiting for a disk
+
+    total, idle = ticks()
+    time.sleep(seconds)
+    later_total, later_idle = ticks()
+    return 1 - (later_idle - idle) / max(1, later_total - total)
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number above 0."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0, for example 3")

@@ -1,0 +1,328 @@
+"""Seconds from a fault to the first step of the new world: elastic_hpc against plain torchrun.
+
+Every run submits examples/train_digits.py to a real Slurm (bin/mini-slurm), waits until it trains on all nodes, breaks
+something on one node that is not the head, and reads from what the training wrote when it went on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from _cluster import (
+    DEFAULT_STATE,
+    ROOT,
+    BenchmarkError,
+    Cluster,
+    busy,
+    cluster,
+    json_lines,
+    machine,
+    positive,
+    wait_for,
+)
+from rich.console import Console
+from rich.table import Table
+
+SCRIPT = str(ROOT / "examples" / "train_digits.py")
+CHECKPOINT_EVERY = 20
+START_DEADLINE = 240.0
+"""Seconds for a job to start training; with four imports of torch on two cores it takes some 20."""
+
+LAUNCHERS = {
+    "elastic": [],
+    "torchrun": ["--template", "torchrun"],
+    "torchrun-own-store": ["--template", "torchrun", "--env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"],
+}
+OURS = "elastic"
+FAULTS = {
+    "worker": "SIGKILL to the worker of one node",
+    "agent": "SIGKILL to the agent of one node (torchrun: to it and its workers at once, nothing else ends them)",
+    "power": "power loss of one node: its links go down, then all of its processes are killed",
+}
+PHASES = ("detection", "round", "start", "total")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fault. Times in seconds."""
+
+    fault: str
+    launcher: str
+    outcome: str
+    """recovered; hung: no step within ``waited``; ended: the job left the queue after ``waited``."""
+    waited: float
+    total: float | None = None
+    """Fault to the end of the new world's first step."""
+    detection: float | None = None
+    """Fault to the leader's decision to restart. Only of ours, as the next two."""
+    round: float | None = None
+    """Decision to the new round: workers stopped, world formed."""
+    start: float | None = None
+    """Round to the end of its first step: interpreter, imports, process group, checkpoint, one step."""
+    rounds: int | None = None
+    """New rounds until one made a step; 1 when all went well."""
+    world_size: int | None = None
+    steps_lost: int | None = None
+    """Steps that the new world repeated."""
+    busy_before: float = 0.0
+    """Share of the machine that others used just before the job was submitted, 0 to 1."""
+    load_average: float = 0.0
+    """Of one minute, at the fault: our own workers are in it."""
+    job: str = ""
+
+
+class Job:
+    """One job of one launcher, in a folder of its own."""
+
+    def __init__(self, at: Cluster, launcher: str, folder: Path) -> None:
+        self._at = at
+        self.launcher = launcher
+        self.folder = folder
+        at.run("mkdir", "-p", str(folder))
+        checkpoint = folder / "digits" / "checkpoint.pt"
+        self._steps = checkpoint.with_name("steps.jsonl")
+        submitter = str(Path(sys.executable).with_name("elastic-sbatch"))
+        options = ["--parsable", f"--nodes=2:{len(at.nodes)}", "--nproc-per-node=1", *LAUNCHERS[launcher]]
+        arguments = [f"--checkpoint={checkpoint}", f"--checkpoint-every={CHECKPOINT_EVERY}", "--epochs=100000"]
+        self.id = at.run(submitter, *options, SCRIPT, *arguments, cwd=folder).strip()
+
+    def steps(self) -> list[dict[str, Any]]:
+        return json_lines(self._steps)
+
+    def events(self) -> list[dict[str, Any]]:
+        return json_lines(self.folder / "elastic-logs" / self.id / "events.jsonl")
+
+    def output(self) -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("slurm-*.out")))
+
+    def wait_until_it_trains(self) -> None:
+        """Wait for steps of a world of all nodes, a few after a checkpoint: a restart must show in the step numbers."""
+
+        def trains() -> bool | None:
+            last = (self.steps() or [{"step": 0}])[-1]
+            if last["step"] <= CHECKPOINT_EVERY or not 2 <= last["step"] % CHECKPOINT_EVERY <= CHECKPOINT_EVERY // 2:
+                return None
+            return last["world_size"] == len(self._at.nodes)
+
+        try:
+            right_size = wait_for("the first steps", trains, START_DEADLINE)
+        except BenchmarkError as error:
+            raise BenchmarkError(f"job {self.id}: {error}\n{self.output()[-2000:]}") from None
+        if not right_size:
+            raise BenchmarkError(
+                f"job {self.id} trains on {self.steps()[-1]['world_size']} of {len(self._at.nodes)} nodes"
+            )
+
+    def first_step_of_new_world(self) -> tuple[dict[str, Any], int] | None:
+        """The step, and how many steps it and what follows repeat."""
+        for before, after in pairwise(self.steps()):
+            same = all(before[key] == after[key] for key in ("round", "restart", "world_size"))
+            if not same or after["step"] != before["step"] + 1:
+                return after, before["step"] + 1 - after["step"]
+        return None
+
+
+def inject(at: Cluster, job: Job, fault: str, node: str) -> float:
+    """Break something on ``node``; the answer is when, in seconds since the epoch."""
+    if fault == "power":
+        return float(at.mini("kill", node).split()[0])
+    launcher = "elastic_hpc.agent" if job.launcher == OURS else "torch.distributed.run"
+    agents = at.pids(node, launcher, SCRIPT)
+    workers = at.pids(node, SCRIPT, but=[launcher])
+    if len(agents) != 1 or len(workers) != 1:
+        raise BenchmarkError(f"{node}: expected one agent and one worker, found {len(agents)} and {len(workers)}")
+    victims = workers if fault == "worker" else agents if job.launcher == OURS else agents + workers
+    moment = time.time()
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    return moment
+
+
+def measure(at: Cluster, fault: str, launcher: str, node: str, bound: float, keep: Path | None) -> Run:
+    """One run, from the submission of a job to its end."""
+    at.reset()
+    others = busy()
+    folder = at.home / f"recovery-{fault}-{launcher}"
+    job = Job(at, launcher, folder)
+    try:
+        job.wait_until_it_trains()
+        load = os.getloadavg()[0]
+        moment = inject(at, job, fault, node)
+        outcome, found = "hung", None
+        asked = time.monotonic()
+        while found is None and (waited := time.time() - moment) < bound:
+            found = job.first_step_of_new_world()
+            if found is None and time.monotonic() - asked > 2:
+                asked = time.monotonic()
+                if at.job_state(job.id) not in {"RUNNING", "COMPLETING", "PENDING", "REQUEUED"}:
+                    outcome = "ended"
+                    break
+            time.sleep(0.05)
+        common = Run(fault, launcher, outcome, waited, busy_before=others, load_average=load, job=job.id)
+        return _split(common, job, moment, *found) if found else common
+    finally:
+        at.run("scancel", job.id, check=False)
+        if keep:
+            shutil.copytree(folder, keep / f"{job.id}-{fault}-{launcher}", dirs_exist_ok=True)
+        at.reset()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _split(run: Run, job: Job, moment: float, step: dict[str, Any], lost: int) -> Run:
+    known: dict[str, Any] = asdict(run) | {
+        "outcome": "recovered",
+        "total": step["time"] - moment,
+        "world_size": step["world_size"],
+        "steps_lost": lost,
+    }
+    if run.launcher == OURS:
+        after = [event for event in job.events() if event["time"] >= moment]
+        restart = next(event for event in after if event["event"] == "restart")
+        rounds = [event for event in after if event["event"] == "round" and event["round"] <= step["round"]]
+        known |= {
+            "detection": restart["time"] - moment,
+            "round": rounds[0]["time"] - restart["time"],
+            "start": step["time"] - rounds[0]["time"],
+            "rounds": len(rounds),
+        }
+    return Run(**known)
+
+
+def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row for each fault and launcher: counts, median, least and most of each phase, ratio to ours."""
+    rows: list[dict[str, Any]] = []
+    for fault in FAULTS:
+        for launcher in LAUNCHERS:
+            mine = [run for run in runs if (run.fault, run.launcher) == (fault, launcher)]
+            if not mine:
+                continue
+            row: dict[str, Any] = {"fault": fault, "launcher": launcher, "runs": len(mine)}
+            row |= {word: sum(run.outcome == word for run in mine) for word in ("recovered", "hung", "ended")}
+            row["bound"] = max((run.waited for run in mine if run.outcome == "hung"), default=None)
+            for phase in PHASES:
+                values = [value for run in mine if (value := getattr(run, phase)) is not None]
+                row[phase] = (
+                    {"median": statistics.median(values), "min": min(values), "max": max(values)} if values else None
+                )
+            rows.append(row)
+    totals = {row["fault"]: row["total"]["median"] for row in rows if row["launcher"] == OURS and row["total"]}
+    for row in rows:
+        ours = totals.get(row["fault"])
+        row["times_ours"] = row["total"]["median"] / ours if ours and row["total"] and row["launcher"] != OURS else None
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    made = Table(
+        title="seconds from the fault: median (least to most) of the runs that recovered", title_justify="left"
+    )
+    for name in ("fault", "launcher", "recovered", "detection", "new round", "worker start", "total", "of ours"):
+        made.add_column(name, justify="left" if name in {"fault", "launcher"} else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(row["fault"], row["launcher"], f"{row['recovered']} of {row['runs']}", *_cells(row))
+    return made
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    for phase in PHASES:
+        digits = 2 if phase in {"detection", "round"} else 1
+        if spread := row[phase]:
+            least, most = f"{spread['min']:.{digits}f}", f"{spread['max']:.{digits}f}"
+            text = f"{spread['median']:.{digits}f} ({least} to {most})"
+        else:
+            text = "-"
+        if phase == "total":
+            text = "" if text == "-" else text
+            if row["hung"]:
+                text += f"\n{row['hung']} hung: nothing in {row['bound']:.0f} s"
+            if row["ended"]:
+                text += f"\n{row['ended']} ended the job"
+        yield text.strip()
+    yield f"x {row['times_ours']:.1f}" if row["times_ours"] else ""
+
+
+def parse_arguments() -> argparse.Namespace:
+    lines = [f"  {name:<20}{text}" for name, text in FAULTS.items()]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="faults:\n" + "\n".join(lines) + "\n\nexamples:\n"
+        "  sudo benchmarks/recovery.py                                    # all, about 20 minutes\n"
+        "  sudo benchmarks/recovery.py --launchers elastic --runs 5       # ours alone\n"
+        "  sudo benchmarks/recovery.py --faults power --bound 120 --json power.json",
+    )
+    add = parser.add_argument
+    add("--runs", type=positive, default=3, metavar="N", help="of each fault and launcher (default: 3)")
+    add("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="default: all")
+    add("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS), help="default: all")
+    add("--node", default="n3", help="where the fault happens; n1 is the head (default: n3)")
+    add(
+        "--bound",
+        type=positive,
+        default=60,
+        metavar="SECONDS",
+        help="how long to wait for a step before a run counts as hung (default: 60)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write all runs, the summary and where it was measured")
+    add("--keep", type=Path, metavar="DIR", help="copy each job's logs and steps there")
+    text = "mini-slurm's directory; one that is up is used and left up (default: $MINI_SLURM_STATE or %(default)s)"
+    add("--state", type=Path, default=DEFAULT_STATE, metavar="DIR", help=text)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    runs: list[Run] = []
+    report: dict[str, Any] = {}
+    try:
+        with cluster(args.state) as at:
+            if args.node not in at.nodes[1:]:
+                raise BenchmarkError(f"--node {args.node!r}: expected one of {', '.join(at.nodes[1:])}")
+            report = {"machine": machine() | {"slurm": at.slurm_version()}, "bound": args.bound}
+            plan = [(fault, who) for _ in range(args.runs) for fault in args.faults for who in args.launchers]
+            for number, (fault, launcher) in enumerate(plan, 1):
+                run = measure(at, fault, launcher, args.node, args.bound, args.keep)
+                runs.append(run)
+                parts = [f"{name} {getattr(run, name):.2f}" for name in PHASES if getattr(run, name) is not None]
+                told = ", ".join(parts) or f"{run.outcome} after {run.waited:.0f} s"
+                world = f", world of {run.world_size}, {run.steps_lost} steps repeated" if run.world_size else ""
+                print(
+                    f"{number}/{len(plan)} {fault} {launcher}: {told}{world}; "
+                    f"others {run.busy_before:.0%}, load {run.load_average:.1f}",
+                    flush=True,
+                )
+                if args.json:
+                    report |= {"summary": summarize(runs), "runs": [asdict(one) for one in runs]}
+                    args.json.write_text(json.dumps(report, indent=1) + "\n")
+    except (BenchmarkError, OSError) as error:
+        print(f"recovery.py: {error}", file=sys.stderr)
+        if not runs:
+            return 1
+    except KeyboardInterrupt:
+        print(f"recovery.py: stopped after {len(runs)} runs", file=sys.stderr)
+    console.print(table(summarize(runs)))
+    where = report["machine"]
+    print(
+        f"{where['date']}: torch {where['torch']}, Slurm {where['slurm']}, Python {where['python']}, "
+        f"{where['cores']} cores; others used "
+        f"{min(r.busy_before for r in runs):.0%} to {max(r.busy_before for r in runs):.0%} of them before the runs, "
+        f"load at the fault {min(r.load_average for r in runs):.1f} to {max(r.load_average for r in runs):.1f}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""``elastic-srun`` inside a real allocation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT, Cluster, wait_for
+
+SRUN = str(Path(sys.executable).with_name("elastic-srun"))
+TRAIN = str(ROOT / "examples" / "train_digits.py")
+
+
+def salloc(*options: str) -> list[str]:
+    return ["salloc", "--quiet", *options]
+
+
+def test_a_job_in_an_allocation_is_shown_live_and_ends_with_its_verdict(fresh: Cluster, folder: Path) -> None:
+    done = fresh.exec([*salloc("--nodes=3"), SRUN, TRAIN, "--epochs", "2"], cwd=folder, timeout=120)
+    assert "accuracy" in done.stdout
+    assert "[rank0]: " in done.stdout
+    assert "elastic-srun: finished: all workers finished" in done.stderr
+    (run_dir,) = (folder / "elastic-logs").iterdir()
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [event["world_size"] for event in events if event["event"] == "round"] == [3]
+    for node in range(3):
+        assert (run_dir / "logs" / "0.1" / f"n{node + 1}" / f"rank{node}.out").exists()
+
+
+def test_granted_gpus_decide_the_number_of_workers_and_a_subset_of_the_nodes_can_be_used(
+    fresh: Cluster, folder: Path
+) -> None:
+    script = folder / "gpus.py"
+    script.write_text(
+        "import os\n"
+        "print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'CUDA_VISIBLE_DEVICES')))\n"
+    )
+    allocated = salloc("--nodes=3", "--gpus-per-node=2")
+    done = fresh.exec([*allocated, SRUN, "--nodes", "2", str(script)], cwd=folder, timeout=120)
+    assert sorted(done.stdout.splitlines()) == [f"[rank{rank}]: {rank} 4 2 0,1" for rank in range(4)]
+
+
+def test_a_failure_is_told_and_gives_exit_code_1(fresh: Cluster, folder: Path) -> None:
+    script = folder / "broken.py"
+    script.write_text("raise SystemExit(7)\n")
+    done = fresh.exec(
+        [*salloc("--nodes=2"), SRUN, "--max-restarts", "0", str(script)], cwd=folder, check=False, timeout=120
+    )
+    assert done.returncode == 1
+    assert "exit code 7; all 0 restarts (--max-restarts) are used up" in done.stderr
+
+
+def test_ctrl_c_stops_all_workers_in_good_order(fresh: Cluster, folder: Path) -> None:
+    command = fresh.command([*salloc("--nodes=2"), SRUN, TRAIN], cwd=folder)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        steps = wait_for("training", lambda: list((folder / "elastic-logs").glob("*/steps.jsonl")))
+        wait_for("its processes", lambda: fresh.processes("train_digits.py", "n2"))
+        (tool,) = [
+            pid
+            for pid in fresh.processes("elastic-srun", "login")
+            if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1].endswith("elastic-srun")
+        ]
+        os.kill(tool, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert "stopped by the user" in told
+    assert json.loads((steps[0].parent / "verdict.json").read_text())["reason"] == "stopped by the user"
+    for node in ("n1", "n2"):
+        wait_for(f"no process on {node}", lambda node=node: not fresh.processes("elastic_hpc", node), 30)

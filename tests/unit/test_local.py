@@ -1,0 +1,152 @@
+"""``elastic-srun --local``: the same agents and the same workers as on Slurm, as processes of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+SRUN = Path(sys.executable).with_name("elastic-srun")
+TRAIN = """
+import json, os, sys, time
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+run, rank, round = os.environ["ELASTIC_HPC_RUN_DIR"], dist.get_rank(), os.environ["ELASTIC_HPC_ROUND"]
+open(f"{run}/args.{rank}", "w").write(json.dumps(sys.argv[1:]))
+step = 0
+while not os.path.exists(f"{run}/enough"):
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    step += 1
+    print(f"round {round} rank {rank} pid {os.getpid()} step {step}", flush=True)
+    restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    open(f"{run}/stepped.{round}.{rank}", "w").write(f"{os.getpid()} {int(total)} {restarts}")
+    time.sleep(0.02)
+    stop = torch.tensor([float(os.path.exists(f"{run}/enough"))])
+    dist.all_reduce(stop)
+    if stop:
+        break
+dist.destroy_process_group()
+"""
+
+
+class Local:
+    """A running ``elastic-srun --local``."""
+
+    def __init__(self, folder: Path, *options: str, args: tuple[str, ...] = ()) -> None:
+        script = folder / "train.py"
+        script.write_text(TRAIN)
+        self.run_dir = folder / "elastic-logs" / "local.0"
+        self.output = folder / "output"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [str(SRUN), *options, str(script), *args], cwd=folder, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def wait_for(self, what: Callable[[], object], seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < end, self.output.read_text()
+            assert self.process.poll() is None, self.output.read_text()
+            time.sleep(0.05)
+
+    def stepped(self, round: int, rank: int) -> list[int]:
+        """pid, world size and restart count of ``rank`` once it has stepped in ``round``."""
+        path = self.run_dir / f"stepped.{round}.{rank}"
+        self.wait_for(lambda: path.exists() and path.read_text())
+        return [int(word) for word in path.read_text().split()]
+
+    def agent(self, node: int) -> int:
+        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            if f"ELASTIC_HPC_LOCAL_NODE={node}\0" in Path(f"/proc/{pid}/environ").read_text():
+                return int(pid)
+        raise AssertionError(f"no agent {node}")
+
+    def finish(self) -> int:
+        (self.run_dir / "enough").touch()
+        return self.process.wait(timeout=60)
+
+    def verdict(self) -> dict[str, object]:
+        found: dict[str, object] = json.loads((self.run_dir / "verdict.json").read_text())
+        return found
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Callable[..., Local]]:
+    started: list[Local] = []
+
+    def start(*options: str, args: tuple[str, ...] = ()) -> Local:
+        started.append(Local(tmp_path, *options, args=args))
+        return started[-1]
+
+    yield start
+    for one in started:
+        for _ in range(2):
+            if one.process.poll() is None:
+                one.process.terminate()
+        one.process.wait(timeout=60)
+
+
+def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[..., Local]) -> None:
+    awkward = ("--lr", "1e-3", "", "a b", "$HOME ${local_rank} $$", "it's", "ü\n")
+    job = local("--local", "3", "--nodes", "2:3", args=awkward)
+    pid, world, restarts = job.stepped(1, 2)
+    assert (world, restarts) == (3, 0)
+    os.kill(pid, signal.SIGKILL)
+    pid, world, restarts = job.stepped(2, 2)
+    assert (world, restarts) == (3, 1)
+    os.kill(job.agent(2), signal.SIGKILL)
+    assert job.stepped(3, 0)[1:] == job.stepped(3, 1)[1:] == [2, 2]
+    assert not Path(f"/proc/{pid}").exists(), "the lost agent's worker is killed, too"
+    assert job.finish() == 0
+    assert (job.verdict()["outcome"], job.verdict()["restarts"]) == ("finished", 2)
+    assert tuple(json.loads((job.run_dir / "args.0").read_text())) == awkward
+    for round, ranks in ((1, 3), (2, 3), (3, 2)):
+        for rank in range(ranks):
+            log = job.run_dir / "logs" / f"0.{round}" / f"local{rank}" / f"rank{rank}.out"
+            assert f"round {round} rank {rank}" in log.read_text()
+    assert "[rank1]: round 3 rank 1" in job.output.read_text()
+
+
+def test_ctrl_c_stops_in_good_order(local: Callable[..., Local]) -> None:
+    job = local("--standalone", "--nproc-per-node", "2")
+    pid = job.stepped(1, 1)[0]
+    job.process.send_signal(signal.SIGINT)
+    assert job.process.wait(timeout=30) == 130
+    assert job.verdict()["reason"] == "stopped by the user"
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_fewer_than_min_ends_a_job_that_cannot_be_requeued(local: Callable[..., Local]) -> None:
+    job = local("--local", "2", "--nodes", "2", "--heartbeat-timeout", "1")
+    job.stepped(1, 1)
+    os.kill(job.agent(1), signal.SIGKILL)
+    assert job.process.wait(timeout=30) == 1
+    assert job.verdict()["reason"] == "1 nodes are left, fewer than MIN 2; this job cannot be requeued"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nodes", "4-8"], "--nodes '4-8': expected N or MIN:MAX"),
+        (["--local", "0"], "--local 0: expected a number of agents above 0"),
+        (["--local", "2", "--nodes", "3:4"], "--nodes 3:4: expected at most the 2 nodes there are"),
+        ([], "not inside a Slurm allocation"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, options: list[str], message: str) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run([str(SRUN), *options, str(script)], capture_output=True, text=True, check=False, env=clean)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "elastic-logs").exists()
