@@ -66,6 +66,11 @@ class Cluster:
         there = ["env", f"--chdir={cwd}"] if cwd else []
         return _mini(self._state, "exec", "--", *there, *argv, check=check).stdout
 
+    def expect_node(self, name: str) -> None:
+        """BenchmarkError unless ``name`` is a node, and not the head."""
+        if name not in self.nodes[1:]:
+            raise BenchmarkError(f"--node {name!r}: expected one of {', '.join(self.nodes[1:])}, not the head")
+
     def is_powered(self, node: str) -> bool:
         return bool(json.loads(self.mini("status", "--json"))["nodes"][node]["power"])
 

@@ -61,7 +61,7 @@ class Run:
     fault: str
     launcher: str
     outcome: str
-    """recovered; hung: no step within ``waited``; ended: the job left the queue after ``waited``."""
+    """recovered; stuck: the job ran on, no step in ``waited``; ended: the job left the queue after ``waited``."""
     waited: float
     total: float | None = None
     """Fault to the end of the new world's first step."""
@@ -114,7 +114,7 @@ class Job:
             last = (self.steps() or [{"step": 0}])[-1]
             if last["step"] <= CHECKPOINT_EVERY or not 2 <= last["step"] % CHECKPOINT_EVERY <= CHECKPOINT_EVERY // 2:
                 return None
-            return last["world_size"] == len(self._at.nodes)
+            return bool(last["world_size"] == len(self._at.nodes))
 
         try:
             right_size = wait_for("the first steps", trains, START_DEADLINE)
@@ -160,12 +160,12 @@ def measure(at: Cluster, fault: str, launcher: str, node: str, bound: float, kee
         job.wait_until_it_trains()
         load = os.getloadavg()[0]
         moment = inject(at, job, fault, node)
-        outcome, found = "hung", None
-        asked = time.monotonic()
+        outcome, found = "stuck", None
+        asked = 0.0
         while found is None and (waited := time.time() - moment) < bound:
             found = job.first_step_of_new_world()
-            if found is None and time.monotonic() - asked > 2:
-                asked = time.monotonic()
+            if found is None and waited - asked > 2:
+                asked = waited
                 if at.job_state(job.id) not in {"RUNNING", "COMPLETING", "PENDING", "REQUEUED"}:
                     outcome = "ended"
                     break
@@ -175,7 +175,8 @@ def measure(at: Cluster, fault: str, launcher: str, node: str, bound: float, kee
     finally:
         at.run("scancel", job.id, check=False)
         if keep:
-            shutil.copytree(folder, keep / f"{job.id}-{fault}-{launcher}", dirs_exist_ok=True)
+            to = keep / f"{job.id}-{fault}-{launcher}"
+            shutil.copytree(folder, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("secret"))
         at.reset()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -209,8 +210,8 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
             if not mine:
                 continue
             row: dict[str, Any] = {"fault": fault, "launcher": launcher, "runs": len(mine)}
-            row |= {word: sum(run.outcome == word for run in mine) for word in ("recovered", "hung", "ended")}
-            row["bound"] = max((run.waited for run in mine if run.outcome == "hung"), default=None)
+            row |= {word: sum(run.outcome == word for run in mine) for word in ("recovered", "stuck", "ended")}
+            row["bound"] = max((run.waited for run in mine if run.outcome == "stuck"), default=None)
             for phase in PHASES:
                 values = [value for run in mine if (value := getattr(run, phase)) is not None]
                 row[phase] = (
@@ -245,8 +246,8 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
             text = "-"
         if phase == "total":
             text = "" if text == "-" else text
-            if row["hung"]:
-                text += f"\n{row['hung']} hung: nothing in {row['bound']:.0f} s"
+            if row["stuck"]:
+                text += f"\n{row['stuck']} stuck: no step in {row['bound']:.0f} s"
             if row["ended"]:
                 text += f"\n{row['ended']} ended the job"
         yield text.strip()
@@ -273,7 +274,7 @@ def parse_arguments() -> argparse.Namespace:
         type=positive,
         default=60,
         metavar="SECONDS",
-        help="how long to wait for a step before a run counts as hung (default: 60)",
+        help="how long to wait for a step before a run counts as stuck (default: 60)",
     )
     add("--json", type=Path, metavar="FILE", help="write all runs, the summary and where it was measured")
     add("--keep", type=Path, metavar="DIR", help="copy each job's logs and steps there")
@@ -287,10 +288,12 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     runs: list[Run] = []
     report: dict[str, Any] = {}
+    if args.json and not args.json.parent.is_dir():
+        print(f"recovery.py: --json {str(args.json)!r}: expected a file in a folder that exists", file=sys.stderr)
+        return 2
     try:
         with cluster(args.state) as at:
-            if args.node not in at.nodes[1:]:
-                raise BenchmarkError(f"--node {args.node!r}: expected one of {', '.join(at.nodes[1:])}")
+            at.expect_node(args.node)
             report = {"machine": machine() | {"slurm": at.slurm_version()}, "bound": args.bound}
             plan = [(fault, who) for _ in range(args.runs) for fault in args.faults for who in args.launchers]
             for number, (fault, launcher) in enumerate(plan, 1):

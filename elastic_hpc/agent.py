@@ -31,7 +31,7 @@ from elastic_hpc.spec import LaunchSpec, add_launch_options
 
 log = logging.getLogger("elastic_hpc")
 
-EXIT_CODES = {"finished": 0, "failed": 1, "requeue": 75, "lost": 76}
+EXIT_CODES = {"finished": 0, "failed": 1, "requeue": 0, "lost": 1}
 """Exit code of an agent by outcome; a hint only, the verdict is in the run directory."""
 
 _CONTROL_PORT_OFFSET = 32
@@ -166,6 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     gloo_interface = os.environ.get("GLOO_SOCKET_IFNAME")
     prepare_worker_env(os.environ, env, nproc, token)
     os.environ["ELASTIC_HPC_RUN_DIR"] = str(rundir.path)
+    if spec.interface:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", spec.interface)
 
     lead = recorder = None
     policy = _policy(spec, can_requeue=not (args.no_requeue or env.local))
@@ -227,9 +229,9 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         status = main()
-    except ElasticError as error:
+    except (ElasticError, OSError) as error:
         print(f"elastic_hpc.agent: {error}", file=sys.stderr)
-        status = error.exit_code
+        status = getattr(error, "exit_code", 1)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # threads that wait for a dead store or file system must not keep the node

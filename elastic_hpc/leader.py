@@ -95,7 +95,7 @@ class Leader:
                     f"{status.name} would start {status.nproc} workers, the first host {self._nproc}: "
                     "all nodes must start the same number (--nproc-per-node)"
                 )
-                self._granted -= status.node not in self._seen
+                self._seen.add(status.node)  # it is not waited for
                 self._event("refused", node=status.name, reason=self._refused[conn])
                 return
             for other, old in list(self._peers.items()):

@@ -52,10 +52,10 @@ def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Ack
         if order is None:
             return Stop("the leader is lost")
         return Wait() if order.stage == "run" and order.round == workers else Stop(order.reason)
-    if order is None:
-        return Wait() if status.state == "idle" else Acknowledge(0)
-    if order.stage == "gather":
+    if order is not None and order.stage == "gather":
         return Wait() if (status.state, status.round) == ("idle", order.round) else Acknowledge(order.round)
-    if order.plan and (status.state, status.round) == ("idle", order.round):
+    if status.state != "idle":  # its workers have been stopped since: it is a newcomer now
+        return Acknowledge(0)
+    if order is not None and order.plan and status.round == order.round:
         return Start(order.round, order.plan)
     return Wait()

@@ -81,6 +81,14 @@ def test_the_world_has_all_granted_nodes_and_every_rank_sees_the_same_restart_co
     assert job.events("failure")[0]["message"] == "exit code 3"
 
 
+def test_a_job_starts_with_min_nodes_when_the_others_are_busy(submit: Submit, fresh: Cluster, folder: Path) -> None:
+    fresh.exec(["sbatch", "--nodes=2", "--exclusive", "--nodelist=n[3-4]", "--wrap=srun sleep 600"], cwd=folder)
+    wait_for("the other job", lambda: "RUNNING" in fresh.exec(["squeue", "--format=%T"]).stdout)
+    job = submit("--nodes", "2:4", args=["--epochs", "1"])
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    assert job.worlds() == [2]
+
+
 def test_training_goes_on_from_its_checkpoint_when_a_worker_crashes(submit: Submit, fresh: Cluster) -> None:
     job = submit("--nodes", "2:4", args=ARGS)
     job.wait_steps(25)
@@ -113,8 +121,8 @@ def test_training_goes_on_with_the_survivors_when_a_node_loses_power(submit: Sub
 def test_below_min_the_job_is_requeued_and_finishes_with_its_counters(submit: Submit, fresh: Cluster) -> None:
     job = submit("--nodes", "3:4", args=ARGS)
     job.wait_steps(25)
-    for node in ("n3", "n4"):
-        os.kill(agents(fresh, node)[0], signal.SIGKILL)
+    for (agent,) in [agents(fresh, "n3"), agents(fresh, "n4")]:
+        os.kill(agent, signal.SIGKILL)
     wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1")
     finish(job)
     assert job.worlds() == [4, 4]

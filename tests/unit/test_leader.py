@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from simulated import Simulation
 
@@ -53,6 +53,7 @@ def inject(simulation: Simulation, *, seconds: float) -> None:
 
 
 @given(SEEDS, st.integers(2, 6))
+@example(4451174, 4)  # reconnected while its workers were being stopped, and never said that they were gone
 @settings(max_examples=150, deadline=None)
 def test_the_job_trains_again_after_any_faults_and_never_overlaps_rounds(seed: int, nodes: int) -> None:
     simulation = Simulation(seed, nodes=nodes, policy=POLICY)
