@@ -56,6 +56,8 @@ class Leader:
     ) -> None:
         self.policy = policy
         self.round = round + 1
+        self.formed_round = round
+        """The last round that was formed, in this run of the job or in one before it."""
         self.restarts = restarts
         self.requeues = requeues
         self.verdict: Verdict | None = None
@@ -272,6 +274,7 @@ class Leader:
         addresses = {peer.status.node: peer.addr for peer in self._peers.values()}
         names = {peer.status.node: peer.status.name for peer in self._peers.values()}
         self._stage, self._first, self._formed = "run", False, decision.nodes
+        self.formed_round = self.round
         self._plans = {
             node: Plan(
                 group_rank, len(decision.nodes), self.restarts, self._stores[self.round], addresses[decision.nodes[0]]

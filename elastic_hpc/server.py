@@ -123,7 +123,7 @@ class LeaderServer:
             self._recorder.event(name, fields)
             if name in {"round", "restart", "verdict"}:
                 self._recorder.state(
-                    round=self._leader.round, restarts=self._leader.restarts, requeues=self._leader.requeues
+                    round=self._leader.formed_round, restarts=self._leader.restarts, requeues=self._leader.requeues
                 )
         for conn in self._leader.take_dropped():
             if conn in self._channels:

@@ -1,7 +1,7 @@
 """torch's ``LocalElasticAgent`` with the waiting done on events: the one place that leans on its inner workings.
 
 The methods overridden here are the ones that torch's documentation names as extension points; their signatures
-drift between releases, hence ``*args, **kwargs``. ``tests/unit/test_torch_contract.py`` notices when torch changes them.
+drift between releases, hence ``*args, **kwargs``. ``tests/unit/test_torch_contract.py`` notices when torch changes.
 """
 
 from __future__ import annotations

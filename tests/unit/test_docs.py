@@ -1,0 +1,103 @@
+"""What the documents say exists: commands, options, variables, files."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from elastic_hpc.sbatch_options import SBATCH
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+OURS = {"elastic-sbatch", "elastic-srun", "elastic-hpc", "mini-slurm"}
+OTHERS = {"salloc", "apt-get", "git", "pip", "make", "cd"}
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@cache
+def help_of(*command: str) -> str:
+    path = [sys.executable, str(ROOT / "bin" / command[0]), *command[1:], "--help"]
+    return subprocess.run(path, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def options_of(command: str) -> set[str]:
+    """Long options that ``command`` accepts before the script."""
+    subcommands = re.findall(r"^    ([a-z]+) ", help_of(command), re.MULTILINE) if command != "elastic-sbatch" else []
+    known = set(OPTION.findall(" ".join([help_of(command), *(help_of(command, name) for name in subcommands)])))
+    return known | ({f"--{name}" for name in SBATCH} if command == "elastic-sbatch" else set())
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return [text for found, text in BLOCK.findall(document.read_text()) if found == language]
+
+
+def command_lines(document: Path) -> list[list[str]]:
+    lines = [line for block in blocks(document, "sh") for line in block.splitlines()]
+    shown = [line[2:] for block in blocks(document, "text") for line in block.splitlines() if line.startswith("$ ")]
+    parts = [part for line in [*lines, *shown] for part in line.split(" && ")]
+    return [words for part in parts if (words := shlex.split(part.removeprefix("sudo "), comments=True))]
+
+
+@each_document
+def test_commands_in_code_blocks_exist_and_accept_their_options(document: Path) -> None:
+    for words in command_lines(document):
+        names = [os.path.basename(word) for word in words]
+        assert names[0] in OURS | OTHERS, words
+        if names[0] == "make":
+            targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert targets
+            assert words[1] in targets[1].split(), words
+        for at, name in enumerate(names):
+            if name in OURS:
+                script = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))
+                given = {match for word in words[at:script] for match in OPTION.findall(word)}
+                assert given <= options_of(name), words
+                if name in {"elastic-hpc", "mini-slurm"}:
+                    assert re.search(rf"^    {words[at + 1]} ", help_of(name), re.MULTILINE), words
+
+
+@each_document
+def test_options_and_variables_named_in_the_text_exist(document: Path) -> None:
+    text = BLOCK.sub("", document.read_text())
+    known = {"--help", "--standalone"} | {f"--{name}" for name in SBATCH}
+    known = known.union(*(options_of(command) for command in OURS))
+    code = " ".join(re.findall(r"`([^`\n]+)`", text))
+    assert set(OPTION.findall(code)) <= known
+    sources = "".join(path.read_text() for path in ROOT.glob("elastic_hpc/**/*.py"))
+    sources += (ROOT / "bin" / "mini-slurm").read_text()
+    for name in re.findall(r"\b(?:ELASTIC_HPC|MINI_SLURM)_[A-Z0-9_]+", text):
+        assert name in sources, name
+
+
+@each_document
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
+        if not target.startswith("https://"):
+            assert (document.parent / target).exists(), target
+
+
+@each_document
+def test_python_blocks_run(document: Path) -> None:
+    for block in blocks(document, "python"):
+        for node in ast.walk(ast.parse(block)):
+            for alias in node.names if isinstance(node, ast.Import) else []:
+                importlib.import_module(alias.name)
+        exec(compile(block, str(document), "exec"), {})
+
+
+def test_every_module_is_in_the_contributors_list() -> None:
+    listed = set(re.findall(r"^\| `([a-z_]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
+    modules = {path.stem for path in (ROOT / "elastic_hpc").glob("*.py")} - {"__init__", "__main__"}
+    assert listed == modules
