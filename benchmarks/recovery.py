@@ -230,7 +230,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         title="seconds from the fault: median (least to most) of the runs that recovered", title_justify="left"
     )
     for name in ("fault", "launcher", "recovered", "detection", "new round", "worker start", "total", "of ours"):
-        made.add_column(name, justify="left" if name in {"fault", "launcher"} else "right", no_wrap=True)
+        made.add_column(name, justify="left" if name in {"fault", "launcher"} else "right", no_wrap=name != "total")
     for row in rows:
         made.add_row(row["fault"], row["launcher"], f"{row['recovered']} of {row['runs']}", *_cells(row))
     return made
@@ -285,7 +285,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     runs: list[Run] = []
     report: dict[str, Any] = {}
     if args.json and not args.json.parent.is_dir():

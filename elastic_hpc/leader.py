@@ -122,8 +122,8 @@ class Leader:
             self._event("failure", round=self.round, first=self._failure is None, **asdict(status.failure))
             self._failure = self._failure or status.failure
 
-    def on_lost(self, conn: int, reason: str, now: float) -> None:
-        """Connection ``conn`` is gone, or must be given up for ``reason``."""
+    def on_lost(self, conn: int, reason: str, now: float, *, silent: float = 0.0) -> None:
+        """Connection ``conn`` is gone, or must be given up for ``reason``, after ``silent`` seconds of silence."""
         self._sent.pop(conn, None)
         self._refused.pop(conn, None)
         peer = self._peers.pop(conn, None)
@@ -133,7 +133,7 @@ class Leader:
         if self.verdict or not peer.joined:
             return
         status = peer.status
-        self._event("lost", node=status.name, reason=reason, round=self.round, silent=round(now - peer.last_heard, 3))
+        self._event("lost", node=status.name, reason=reason, round=self.round, silent=round(silent, 3))
         if status.node in self._plans and status.node not in self._succeeded:
             self._lost[status.node] = f"{status.name} lost: {reason}"
         self._advance(now)
@@ -162,7 +162,7 @@ class Leader:
                 peer.last_heard = min(now, peer.last_heard + stalled)
         for conn, peer in list(self._peers.items()):
             if now - peer.last_heard > timeout:
-                self.on_lost(conn, f"nothing heard for {timeout:g} s", now)
+                self.on_lost(conn, f"nothing heard for {timeout:g} s", now, silent=now - peer.last_heard)
             elif (
                 self._stage == "gather"
                 and peer.joined
@@ -206,6 +206,12 @@ class Leader:
         """Connections that are to be closed."""
         dropped, self._drop = self._drop, []
         return dropped
+
+    @property
+    def next_expiry(self) -> float:
+        """When, on the leader's clock, the next agent is taken for lost unless it is heard before."""
+        heard = (peer.last_heard for peer in self._peers.values())
+        return min(heard, default=float("inf")) + self.policy.heartbeat_timeout
 
     @property
     def wanted_store(self) -> int | None:

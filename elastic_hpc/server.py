@@ -58,8 +58,9 @@ class LeaderServer:
             saving: asyncio.Future[None] | None = None
             leave_at = float("inf")
             while not (saving and saving.done() and (not self._channels or loop.time() > leave_at)):
+                wait = min(interval, max(0.01, self._leader.next_expiry + 0.001 - time.monotonic()))
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), interval)
+                    await asyncio.wait_for(self._changed.wait(), wait)
                 self._changed.clear()
                 self._leader.on_tick(time.monotonic())
                 self._after_input(beat=True)

@@ -35,7 +35,7 @@ def rounds(events: list[dict[str, Any]]) -> list[Round]:
             case "failure":
                 broken = broken or when
             case "lost" if current:
-                broken = broken or when - event.get("silent", 0.0)
+                broken = broken or when - event["silent"]
             case "restart" | "verdict":
                 if current:
                     found.append(_close(current, broken or when, event["reason"]))

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 examples/train_digits.py      python examples/train_
 """
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -34,13 +35,11 @@ if device.type == "cuda":
     torch.cuda.set_device(device)
 if world_size > 1:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32, device=device).unsqueeze(1) / 16
 labels = torch.tensor(digits.target, device=device)
 shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
 held_out, train = shuffled[:360], shuffled[360:]
-
 torch.manual_seed(0)
 layers = [nn.Conv2d(1, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
 layers += [nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1024, 10)]
@@ -89,10 +88,11 @@ while consumed < end:
                 os.fsync(file.fileno())
             os.replace(temporary, args.checkpoint)  # a reader finds the old one or the new one, never a half
 
-# On every rank: one that ends right after its last collective may meet gloo's threads and abort (pytorch 190489).
-with torch.no_grad():
-    accuracy = (net(images[held_out]).argmax(1) == labels[held_out]).float().mean()
 if rank == 0:
+    with torch.no_grad():
+        accuracy = (net(images[held_out]).argmax(1) == labels[held_out]).float().mean()
     print(f"step {step}: accuracy {accuracy:.4f} on {len(held_out)} digits that were held out", flush=True)
 if world_size > 1:
+    model = loss = None  # DDP keeps gloo's threads alive, which may abort while Python shuts down (pytorch 190489)
+    gc.collect()
     dist.destroy_process_group()
