@@ -95,7 +95,8 @@ def test_training_goes_on_from_the_last_checkpoint_when_a_worker_is_killed(tmp_p
 
 def test_a_run_that_changes_its_world_size_trains_like_one_that_does_not(tmp_path: Path) -> None:
     changing, steady = tmp_path / "changing", tmp_path / "steady"
-    train([*TORCHRUN, "--nproc-per-node", "2"], changing, "--epochs", "1")
+    torchrun = [*TORCHRUN, "--standalone", "--log-dir", str(tmp_path / "torchrun"), "--nproc-per-node", "2"]
+    train(torchrun, changing, "--epochs", "1")
     train([*SRUN, "--local", "3", "--log-dir", str(tmp_path / "logs")], changing, "--epochs", "2")
     train([sys.executable], changing, "--epochs", "3")
     train([sys.executable], steady, "--epochs", "3")
