@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         code = EXIT_CODES[ended.outcome]
         leave = LEAVE_TIMEOUT + 5
         if ended.outcome == "lost" and handler.seat and policy.can_requeue:
-            requeue_without_leader(rundir, env, handler.seat.round, policy.heartbeat_timeout)
+            requeue_without_leader(rundir, env, handler.seat.round, policy)
     except SignalException as error:
         log.info("%s: leaving", error)
         code, leave = 128 + error.sigval, 0.5

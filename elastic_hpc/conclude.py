@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 
 from elastic_hpc import slurm
+from elastic_hpc.decide import Policy
 from elastic_hpc.env import AgentEnv
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.rundir import RunDir
@@ -31,22 +32,28 @@ def conclude(rundir: RunDir, job: str, run: int, status: int) -> int:
     return 1 if verdict["outcome"] == "failed" else 0
 
 
-def requeue_without_leader(rundir: RunDir, env: AgentEnv, round: int, heartbeat_timeout: float) -> None:
+def requeue_without_leader(rundir: RunDir, env: AgentEnv, round: int, policy: Policy) -> None:
     """The leader is lost: bring the job back, unless the record shows that it lives and only this node is cut off.
 
-    Survivors wait for their turn, in node order; the first one's requeue ends the others.
+    Survivors wait for their turn, in node order; the first one's requeue ends the others. The loss is charged as the
+    leader would have done.
     """
-    time.sleep(2 * heartbeat_timeout + 3 * env.node)  # SIGTERM from somebody else's requeue ends this wait
+    time.sleep(2 * policy.heartbeat_timeout + 3 * min(env.node, 20))  # SIGTERM from another's requeue ends this wait
     state = rundir.read("state.json") or {}
-    verdict = rundir.read("verdict.json") or {}
-    if state.get("round", 0) > round or verdict.get("run") == env.run:
+    if state.get("round", 0) > round or (rundir.read("verdict.json") or {}).get("run") == env.run:
         return
-    budgets = {"round": round, "restarts": state.get("restarts", 0) + 1, "requeues": state.get("requeues", 0) + 1}
-    reason = "the head is lost"
-    rundir.append_event(time.time(), "verdict", {"outcome": "requeue", "reason": reason, "node": env.name, **budgets})
+    restarts, requeues = state.get("restarts", 0), state.get("requeues", 0)
+    verdict = {"outcome": "requeue", "reason": "the head is lost", "failure": None, "run": env.run, "time": time.time()}
+    if restarts >= policy.max_restarts or requeues >= policy.max_requeues:
+        verdict |= {"outcome": "failed", "reason": "the head is lost; no restart or no requeue is left"}
+    else:
+        restarts, requeues = restarts + 1, requeues + 1
+    budgets = {"round": round, "restarts": restarts, "requeues": requeues}
+    rundir.append_event(time.time(), "verdict", {**verdict, **budgets, "node": env.name})
     rundir.write("state.json", {**budgets, "run": env.run})
-    rundir.write("verdict.json", {"outcome": "requeue", "reason": reason, "acted": True, **budgets, "run": env.run})
-    _requeue(env.job)
+    rundir.write("verdict.json", {**verdict, **budgets})
+    if verdict["outcome"] == "requeue" and _requeue(env.job) == 0:
+        rundir.write("verdict.json", {**verdict, **budgets, "acted": True})  # the batch script, if it lives, need not
 
 
 def _requeue(job: str) -> int:

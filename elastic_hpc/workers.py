@@ -98,20 +98,19 @@ class ElasticAgent(LocalElasticAgent):
         self._exits = {pid: os.pidfd_open(pid) for pid in ids.values()}
         return ids
 
-    def _monitor_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> RunResult:
+    def _monitor_workers(self, worker_group: WorkerGroup, *_args: Any, **_kwargs: Any) -> RunResult:
         """Sleep until a worker exits or the leader has news. A failure is the leader's to judge, never this node's:
         it is reported, and torch is told to restart, which waits for the next round.
         """
         self._wait_for_news()
         if self._control.must_stop(self._round):
             return self._stop_for_next_round()
-        failed = [worker for worker in worker_group.workers if self._exit_code(worker)]
-        if failed:
+        codes = {worker: self._exit_code(worker) for worker in worker_group.workers}
+        if failed := [worker for worker, code in codes.items() if code]:
             self._control.report("failed", self._round, self._failure(failed))
             return self._stop_for_next_round()
-        result: RunResult = super()._monitor_workers(worker_group, *args, **kwargs)
-        if result.state is WorkerState.HEALTHY:
-            return result
+        if None in codes.values():
+            return RunResult(state=WorkerState.HEALTHY)
         self._kill_workers()  # what they left running in their sessions
         self._control.report("succeeded", self._round)
         while not self._control.must_stop(self._round):  # raises JobEnded when all nodes have finished

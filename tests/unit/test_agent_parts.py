@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from elastic_hpc import guard, net
+from elastic_hpc.conclude import conclude, requeue_without_leader
+from elastic_hpc.decide import Policy
 from elastic_hpc.env import AgentEnv, prepare_worker_env, read_agent_env, workers_per_node
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.rundir import RunDir
@@ -166,8 +168,6 @@ def test_the_guard_kills_everything_an_agent_left_behind_when_its_pipe_closes() 
 
 
 def test_the_verdict_of_another_run_is_not_acted_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from elastic_hpc.conclude import conclude
-
     rundir = RunDir(tmp_path)
     assert conclude(rundir, "7", 0, 9) == 9
     rundir.write("verdict.json", {"outcome": "finished", "reason": "all workers finished", "run": 0})
@@ -195,3 +195,32 @@ def test_the_summary_tells_rounds_causes_and_gaps(tmp_path: Path) -> None:
     assert (second.gap, second.world_size, second.ended) == (5.5, 2, 50.0)
     assert rounds(events[:2])[0].ended is None
     assert render(json.loads(json.dumps(events))).row_count == 2
+
+
+POLICY = Policy(
+    min_nodes=1,
+    max_nodes=2,
+    max_restarts=3,
+    max_requeues=2,
+    heartbeat_timeout=0.0,
+    join_timeout=1.0,
+    last_call_timeout=1.0,
+    can_requeue=True,
+)
+
+
+@pytest.mark.parametrize("state", [{"restarts": 3, "requeues": 0}, {"restarts": 0, "requeues": 2}])
+def test_a_head_that_is_lost_again_and_again_does_not_requeue_for_ever(tmp_path: Path, state: dict[str, int]) -> None:
+    rundir = RunDir(tmp_path)
+    rundir.write("state.json", {**state, "round": 4})
+    requeue_without_leader(rundir, AgentEnv("7", 0, "n1", 2, 1, 2, None, None, local=False), 4, POLICY)
+    verdict = rundir.read("verdict.json")
+    assert verdict
+    assert (verdict["outcome"], verdict["run"], verdict["restarts"]) == ("failed", 1, state["restarts"])
+
+
+def test_a_node_that_was_cut_off_leaves_the_living_job_alone(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path)
+    rundir.write("state.json", {"restarts": 1, "requeues": 0, "round": 5})
+    requeue_without_leader(rundir, AgentEnv("7", 0, "n1", 2, 1, 2, None, None, local=False), 4, POLICY)
+    assert rundir.read("verdict.json") is None
