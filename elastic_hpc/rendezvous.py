@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from torch.distributed import HashStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
@@ -63,6 +62,3 @@ class ElasticRendezvousHandler(RendezvousHandler):
 
     def shutdown(self) -> bool:
         return True
-
-    def __getstate__(self) -> Any:
-        raise TypeError("a rendezvous handler belongs to one process")

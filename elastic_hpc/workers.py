@@ -77,6 +77,7 @@ class ElasticAgent(LocalElasticAgent):
         self._node = node
         self._exits: dict[int, int] = {}
         """pidfd of every worker of the round, by its pid, which is its session too."""
+        self._closing: threading.Thread | None = None
 
     @property
     def _handler(self) -> ElasticRendezvousHandler:
@@ -125,16 +126,17 @@ class ElasticAgent(LocalElasticAgent):
         """Workers of a broken round are stuck in a collective: they are killed at once. Only a signal to this agent,
         which Slurm sends to the workers too, leaves them time.
         """
-        if isinstance(sys.exc_info()[1], SignalException):
+        leaving = sys.exc_info()[1]
+        if isinstance(leaving, SignalException):
             super()._shutdown(*args, **{**kwargs, "timeout": _GRACE})
         self._kill_workers()
         context, self._pcontext = self._pcontext, None
         super()._shutdown(*args, **kwargs)
         if context:  # reaps, and shows the last lines of output; the next round does not wait for that
-            closing = threading.Thread(target=context.close, name="close", daemon=True)
-            closing.start()
-            if not self._handler.restart_wanted:
-                closing.join(timeout=5)
+            self._closing = threading.Thread(target=context.close, name="close", daemon=True)
+            self._closing.start()
+        if leaving and self._closing:
+            self._closing.join(timeout=5)
         for fd in self._exits.values():
             os.close(fd)
         self._exits = {}

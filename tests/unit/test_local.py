@@ -132,6 +132,17 @@ def test_fewer_than_min_ends_a_job_that_cannot_be_requeued(local: Callable[..., 
     assert job.verdict()["reason"] == "1 nodes are left, fewer than MIN 2; this job cannot be requeued"
 
 
+def test_the_last_words_of_the_last_worker_are_shown(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text("print('loading', flush=True)\nraise ValueError('no such data set')\n")
+    command = [str(SRUN), "--standalone", "--max-restarts", "0", str(script)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "[rank0]: loading" in done.stdout
+    assert "ValueError: no such data set" in done.stderr.split("elastic-srun: failed")[0]
+    assert "Traceback" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
