@@ -189,7 +189,8 @@ def main(argv: list[str] | None = None) -> int:
 
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(name, terminated)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the warning comes as a request over the control connection
+    # Slurm's warning comes as a request over the control connection. Not SIG_IGN: the workers would inherit that.
+    signal.signal(signal.SIGUSR2, lambda *_: None)
     try:
         control.start()
         handler = ElasticRendezvousHandler(control, spec.rdzv_id or env.job, gloo_interface)

@@ -144,7 +144,8 @@ class Control:
         if led:
             if not led.done() and self._order is None:
                 led.cancel()
-            await led
+            with contextlib.suppress(asyncio.CancelledError):
+                await led
         await leaving
         following.cancel()
 
@@ -177,7 +178,8 @@ class Control:
 
     async def _session(self, link: channel.Channel) -> str:
         """Follow the leader's orders until the connection ends; the answer says why it did."""
-        self._channel = link
+        with self._changed:
+            self._channel = link
         self._heard = time.monotonic()
         beating = asyncio.ensure_future(self._beat(link))
         self._send()
@@ -194,7 +196,8 @@ class Control:
         finally:
             beating.cancel()
             link.close()
-            self._channel = None
+            with self._changed:
+                self._channel = None
             if not (self._order and self._order.stage == "end"):
                 self._set_order(None)
 
