@@ -52,6 +52,18 @@ class AgentEnv:
     local: bool
 
 
+def job_name(environ: Mapping[str, str]) -> str:
+    """What ``scontrol`` calls the job that this process is part of. Raises KeyError outside of one."""
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ["SLURM_JOB_ID"]
+
+
+def run_number(environ: Mapping[str, str]) -> int:
+    """How often Slurm has requeued this job; it says nothing in the first run."""
+    return int(environ.get("SLURM_RESTART_COUNT", 0))
+
+
 def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
     """Raises ElasticError if this process is no agent of a job step with one agent per node."""
     usable = len(os.sched_getaffinity(0))
@@ -60,7 +72,7 @@ def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
         node = int(environ[LOCAL_NODE])
         return AgentEnv("local", node, f"local{node}", count, 0, max(1, usable // count), None, None, local=True)
     try:
-        job, node = environ["SLURM_JOB_ID"], int(environ["SLURM_NODEID"])
+        job, node = job_name(environ), int(environ["SLURM_NODEID"])
         name, count = environ["SLURMD_NODENAME"], int(environ["SLURM_STEP_NUM_NODES"])
         tasks = int(environ["SLURM_STEP_NUM_TASKS"])
     except KeyError as missing:
@@ -73,8 +85,6 @@ def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
             f"{tasks} agents on {count} nodes: expected one per node, "
             "for example srun --ntasks-per-node=1 python -m elastic_hpc.agent ..."
         )
-    if "SLURM_ARRAY_JOB_ID" in environ:
-        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     granted = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE")
     gpus = environ.get("SLURM_GPUS_ON_NODE")
     return AgentEnv(
@@ -82,7 +92,7 @@ def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
         node=node,
         name=name,
         nodes=count,
-        run=int(environ.get("SLURM_RESTART_COUNT", 0)),
+        run=run_number(environ),
         cpus=min(usable, int(granted)) if granted else usable,
         gpus=int(gpus) if gpus else None,
         submit_host=environ.get("SLURM_LAUNCH_NODE_IPADDR"),

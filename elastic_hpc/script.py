@@ -77,7 +77,7 @@ def srun_options(nodes: str, cpus_per_task: str | None = None) -> list[str]:
     return options
 
 
-def agent_command(launch: LaunchSpec, *, head: str, run_dir: str, python: str) -> list[str]:
+def agent_command(launch: LaunchSpec, *, head: str, run_dir: str, python: str, can_requeue: bool = True) -> list[str]:
     """The command each agent runs. ``head`` hosts the rendezvous unless the user named a host."""
     words = [python, "-u", "-m", "elastic_hpc.agent"]
     for flag, value in launch.options():
@@ -85,6 +85,8 @@ def agent_command(launch: LaunchSpec, *, head: str, run_dir: str, python: str) -
             words += [flag, _join("", head, f":{launch.rdzv_endpoint.port}")]
         else:
             words += [flag, value]
+    if not can_requeue:
+        words.append("--no-requeue")
     return [*words, "--run-dir", run_dir, *launch.command()]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -26,7 +26,9 @@ class Round:
 def rounds(events: list[dict[str, Any]]) -> list[Round]:
     """The rounds in ``events`` (``RunDir.events``), oldest first."""
     found: list[Round] = []
-    run, broken, current = 0, None, None
+    current: Round | None = None
+    broken: float | None = None
+    run = 0
     for event in events:
         when = event["time"]
         match event["event"]:
@@ -36,30 +38,24 @@ def rounds(events: list[dict[str, Any]]) -> list[Round]:
                 broken = broken or when
             case "lost" if current:
                 broken = broken or when - event["silent"]
-            case "restart" | "verdict":
-                if current:
-                    found.append(_close(current, broken or when, event["reason"]))
-                    broken, current = broken or when, None
+            case "restart" | "verdict" if current:
+                broken = broken or when
+                found.append(replace(current, ended=broken, cause=event["reason"]))
+                current = None
             case "round":
-                current = {**event, "run": run, "gap": when - broken if broken else None}
+                current = Round(
+                    number=event["round"],
+                    run=run,
+                    nodes=tuple(event["nodes"]),
+                    world_size=event["world_size"],
+                    restarts=event["restarts"],
+                    formed=when,
+                    ended=None,
+                    cause="",
+                    gap=when - broken if broken else None,
+                )
                 broken = None
-    if current:
-        found.append(_close(current, None, ""))
-    return found
-
-
-def _close(event: dict[str, Any], ended: float | None, cause: str) -> Round:
-    return Round(
-        event["round"],
-        event["run"],
-        tuple(event["nodes"]),
-        event["world_size"],
-        event["restarts"],
-        event["time"],
-        ended,
-        cause,
-        event["gap"],
-    )
+    return [*found, current] if current else found
 
 
 def render(events: list[dict[str, Any]]) -> Any:

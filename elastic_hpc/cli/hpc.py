@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from elastic_hpc.env import job_name, run_number
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.rundir import RunDir
 
@@ -43,11 +44,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.command == "conclude":
         from elastic_hpc.conclude import conclude
 
-        environ = os.environ
-        job = environ.get("SLURM_JOB_ID", "")
-        if "SLURM_ARRAY_JOB_ID" in environ:
-            job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-        return conclude(rundir, job, int(environ.get("SLURM_RESTART_COUNT", 0)), args.status)
+        job = job_name(os.environ) if "SLURM_JOB_ID" in os.environ else ""
+        return conclude(rundir, job, run_number(os.environ), args.status)
     if args.command == "summary":
         from rich.console import Console
 

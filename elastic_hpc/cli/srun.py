@@ -71,9 +71,7 @@ def _nodes_here(args: argparse.Namespace) -> int:
 
 def _commands(launch: LaunchSpec, count: int, rundir: RunDir, *, local: bool) -> list[tuple[list[str], dict[str, str]]]:
     """The processes to start, each with what it needs in its environment."""
-    agent = agent_command(launch, head="", run_dir=str(rundir.path), python=sys.executable)
-    at = agent.index("--run-dir")
-    agent[at:at] = ["--no-requeue"]
+    agent = agent_command(launch, head="", run_dir=str(rundir.path), python=sys.executable, can_requeue=False)
     if local:
         return [(agent, {LOCAL_NODE: str(node), LOCAL_NODES: str(count)}) for node in range(count)]
     options = srun_options(str(count), os.environ.get("SLURM_CPUS_PER_TASK"))
