@@ -1,14 +1,27 @@
-"""Kills what an agent leaves behind. Run by path, without torch: ``python -I -S guard.py TOKEN``, stdin from the agent.
+"""Kills what an agent leaves behind, and removes its FOLDER. Run by path, without torch, stdin from the agent:
+``python -I -S guard.py TOKEN [SILENCE [FOLDER]]``.
 
 When the agent is gone, however it died, its end of the pipe closes. Every process that inherited the agent's token in
 its environment, workers in sessions of their own and what they started, is then killed.
+
+An agent that is frozen closes nothing. With ``SILENCE``, a number of seconds, the agent calls ``beat`` with every
+heartbeat, and is frozen when that long nothing came: the same processes are killed, again and again, until it beats
+once more. Nobody is frozen before the first beat, nor for the time in which the guard itself did not run.
 """
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import time
+
+
+def beat(pipe: int) -> None:
+    """Tell the guard at the other end of ``pipe`` that this process is alive. Never waits, never raises."""
+    with contextlib.suppress(OSError):  # full: the guard is behind; broken: it was killed
+        os.set_blocking(pipe, False)
+        os.write(pipe, b".")
 
 
 def marked(token: bytes) -> list[int]:
@@ -22,18 +35,47 @@ def marked(token: bytes) -> list[int]:
     return found
 
 
+def kill_marked(token: bytes) -> int:
+    """SIGKILL to every process that carries ``token``; how many there were."""
+    pids = marked(token)
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    return len(pids)
+
+
+def watch(token: bytes, limit: float) -> None:
+    """Return when the agent has closed the pipe; kill while it has been silent for ``limit`` seconds."""
+    tick = max(0.1, min(limit / 8, 1.0))
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    silence, beaten, ticked = 0.0, False, time.monotonic()
+    while True:
+        ready = poll.poll(tick * 1000 if beaten and limit < float("inf") else None)
+        now = time.monotonic()
+        if ready:
+            if not os.read(0, 65536):
+                return
+            silence, beaten = 0.0, True
+        elif beaten:
+            silence += min(now - ticked, 2 * tick)  # not for how long this process was frozen too
+        ticked = now
+        if silence >= limit:
+            kill_marked(token)
+
+
 def main() -> None:
     token = b"ELASTIC_HPC_AGENT=" + sys.argv[1].encode() + b"\0"
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
-    while os.read(0, 1):
-        pass
+    watch(token, float(sys.argv[2]) if len(sys.argv) > 2 else float("inf"))
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and (left := marked(token)):
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while time.monotonic() < deadline and kill_marked(token):
         time.sleep(0.02)
+    if len(sys.argv) > 3:
+        import shutil  # noqa: PLC0415 - takes memory, and is needed at the end
+
+        shutil.rmtree(sys.argv[3], ignore_errors=True)
 
 
 if __name__ == "__main__":

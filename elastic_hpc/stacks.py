@@ -1,0 +1,98 @@
+"""Where stuck processes are: their stacks by py-spy, or what the kernel tells about them. Nothing is asked of them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+_INSTALL = "pip install py-spy, in the environment of the job,"
+_ALLOW = "sysctl kernel.yama.ptrace_scope=0, by an administrator,"
+
+
+def dump(processes: Mapping[str, int], folder: Path, *, timeout: float = 10.0) -> list[Path]:
+    """Write the stack of every process, pid by name, into ``folder``/NAME.stacks; the answer is what was written.
+
+    Takes ``timeout`` seconds at most for all together, and never raises: a process that is gone or that nobody may
+    look at, and a folder that cannot be written, are no reason to fail.
+    """
+    deadline = time.monotonic() + timeout
+    program = _py_spy()
+    written: list[Path] = []
+
+    def one(name: str, pid: int) -> None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            text = _stack(program, pid, deadline - 0.5)
+            path = folder / f"{name}.stacks"
+            path.write_text(text)
+            written.append(path)
+
+    threads = [threading.Thread(target=one, args=item, name="stacks", daemon=True) for item in processes.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return sorted(written)
+
+
+def _py_spy() -> str | None:
+    beside = Path(sys.executable).with_name("py-spy")
+    return str(beside) if beside.exists() else shutil.which("py-spy")
+
+
+def _stack(program: str | None, pid: int, deadline: float) -> str:
+    if program is None:
+        return f"{_kernel_view(pid)}\nFor the Python stack: {_INSTALL} shows it next time.\n"
+    why = ""
+    for options in ([], ["--nonblocking"]):  # a process that is stopped cannot be halted for the look
+        try:
+            done = subprocess.run(
+                [program, "dump", *options, "--pid", str(pid)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=max(0.1, (deadline - time.monotonic()) / (1 if options else 2)),
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            why = str(error)
+            continue
+        if done.returncode == 0 and "Thread " in done.stdout:
+            return done.stdout
+        why = " ".join(done.stderr.partition("Stack backtrace")[0].split()) or f"exit code {done.returncode}"
+        if "permission denied" in why.lower():
+            why = f"permission denied; {_ALLOW} allows it"
+            break
+    return f"{_kernel_view(pid)}\npy-spy could not read the Python stack: {why}\n"
+
+
+def _kernel_view(pid: int) -> str:
+    """State, and the call that it waits in, of every thread."""
+    command = " ".join(_read(f"/proc/{pid}/cmdline").replace("\0", " ").split())
+    lines = [f"Process {pid}: {command[:300] or 'gone'}"]
+    with contextlib.suppress(OSError):
+        for task in sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda path: int(path.name)):
+            state = next(
+                (line[6:].strip() for line in _read(task / "status").splitlines() if line[:6] == "State:"), "?"
+            )
+            call = _read(task / "syscall").split(" ")[0] or "?"  # "running", or the number of the system call
+            lines.append(
+                f"Thread {task.name} ({_read(task / 'comm').strip()}): {state}, "
+                f"in {_read(task / 'wchan').strip('0 ') or '?'}, system call {call.strip()}"
+            )
+            if kernel := _read(task / "stack").strip():
+                lines.append(kernel)
+    return "\n".join(lines) + "\n"
+
+
+def _read(path: str | Path) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(errors="replace")
+    return ""

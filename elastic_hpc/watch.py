@@ -1,0 +1,88 @@
+"""Whether one node's workers get on: what they report, what they write, whether they were stopped. Reads files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, read_progress
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Workers that stand still; ``pid`` is one of them."""
+
+    kind: str
+    message: str
+    pid: int
+
+
+class Watch:
+    """The workers of one node, round after round."""
+
+    def __init__(self, hang_timeout: timedelta | None, stop_timeout: float) -> None:
+        """A worker that is stopped (SIGSTOP) for ``stop_timeout`` seconds is in trouble."""
+        self._pids: list[int] = []
+        self._outputs: list[str] = []
+        self._hang_timeout = hang_timeout.total_seconds() if hang_timeout else None
+        self._stop_timeout = stop_timeout
+        self.stop()
+
+    def start(self, pids: Sequence[int], outputs: Sequence[str]) -> None:
+        """A round has started. ``outputs`` are the files that the workers write to."""
+        self.stop()
+        self._pids, self._outputs = list(pids), list(outputs)
+        self._moved = time.monotonic()
+
+    def stop(self) -> None:
+        self.step, self.drained, self.listens, self.stacks_recorded = -1, False, False, False
+        self._pids, self._outputs = [], []
+        self._moved = 0.0
+        self._written = -1
+        self._stopped: dict[int, float] = {}
+
+    def look(self) -> None:
+        """See what has changed."""
+        now = time.monotonic()
+        found = [
+            read_progress(Path(os.environ[LOCAL_DIR], PROGRESS_FILE.format(local_rank=local)))
+            for local in range(len(self._pids))
+        ]
+        told = [progress for progress in found if progress]
+        step = max((progress.step for progress in told), default=-1)
+        self.drained = any(progress.drained for progress in told)
+        self.listens = any(progress.listens for progress in told)
+        written = sum(map(_size, self._outputs))
+        if step != self.step or (step < 0 and written != self._written):
+            self._moved = now
+        self.step, self._written = step, written
+        stopped = {pid for pid in self._pids if _is_stopped(pid)}
+        self._stopped = {pid: self._stopped.get(pid, now) for pid in stopped}
+
+    def trouble(self) -> Trouble | None:
+        """What is wrong with them, if anything."""
+        now = time.monotonic()
+        for pid, since in self._stopped.items():
+            if now - since > self._stop_timeout:
+                return Trouble("stopped", f"stopped by a signal for {self._stop_timeout:g} s (SIGSTOP)", pid)
+        if self._hang_timeout and self._pids and now - self._moved > self._hang_timeout:
+            what = f"no progress after step {self.step}" if self.step >= 0 else "no output"
+            return Trouble("hang", f"{what} for {self._hang_timeout:g} s (--hang-timeout)", self._pids[0])
+        return None
+
+
+def _size(path: str) -> int:
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path)
+    return 0
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+    return False

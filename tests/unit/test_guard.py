@@ -1,0 +1,201 @@
+"""The guard of an agent, with real processes: it kills what is left behind, and what a frozen agent no longer leads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic_hpc import guard
+
+AGENT = """
+import os, subprocess, sys, time
+sys.path.insert(0, {root!r})
+from elastic_hpc import guard
+theirs, pipe = os.pipe()
+argv = [sys.executable, "-I", "-S", guard.__file__, *{argv!r}]
+watcher = subprocess.Popen(argv, stdin=theirs, start_new_session=True)
+os.close(theirs)
+print(watcher.pid, flush=True)
+sys.stdin.readline()
+while True:
+    guard.beat(pipe)
+    time.sleep(0.1)
+"""
+WORKER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+
+
+class Agent:
+    """A process that starts a guard as an agent does, and beats once it is told to."""
+
+    def __init__(self, *argv: str) -> None:
+        self.token = secrets.token_hex(8)
+        code = AGENT.format(root=str(Path(guard.__file__).parents[1]), argv=[self.token, *argv])
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdout
+        self.guard = int(self.process.stdout.readline())
+        self.left: list[subprocess.Popen[bytes]] = []
+
+    def beats(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+
+    def worker(self) -> subprocess.Popen[bytes]:
+        """A marked process in a session of its own, up and running."""
+        worker = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env={**os.environ, "ELASTIC_HPC_AGENT": self.token},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+        )
+        self.left.append(worker)
+        assert worker.stdout
+        assert worker.stdout.read(3) in {b"up\n", b""}  # nothing if it was killed before
+        return worker
+
+    def stop(self, *pids: int) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda pid=pid: state(pid) == "T")  # type: ignore[misc]
+
+    def end(self) -> None:
+        for pid in (self.process.pid, self.guard):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in (*self.left, self.process):
+            process.kill()
+            process.communicate()
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_until(happened: Callable[[], object], timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def lives_on(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether ``process`` does not end for that long; it returns at once if it does."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.poll() is None
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Agent]]:
+    agents: list[Agent] = []
+
+    def made(*argv: str) -> Agent:
+        agents.append(Agent(*argv))
+        return agents[-1]
+
+    yield made
+    for agent in agents:
+        agent.end()
+
+
+@pytest.mark.parametrize("argv", [(), ("0.8",)])
+def test_what_a_dead_agent_leaves_behind_is_killed(start: Callable[..., Agent], argv: tuple[str, ...]) -> None:
+    agent = start(*argv)
+    agent.beats()
+    worker, innocent = agent.worker(), start().worker()
+    os.kill(agent.guard, signal.SIGTERM)  # Slurm's warning hits the guard too
+    agent.process.kill()
+    assert worker.wait(10) == -signal.SIGKILL
+    assert innocent.poll() is None
+    ended = os.pidfd_open(agent.guard) if Path(f"/proc/{agent.guard}").exists() else None
+    if ended is not None:
+        assert select.select([ended], [], [], 10)[0]
+        os.close(ended)
+
+
+def test_the_workers_of_a_frozen_agent_are_killed_and_those_it_starts_when_it_is_back_live(
+    start: Callable[..., Agent],
+) -> None:
+    agent = start("0.8")
+    agent.beats()
+    worker = agent.worker()
+    assert lives_on(worker, 2.0)  # an agent that beats is left alone
+    frozen = time.monotonic()
+    agent.stop(agent.process.pid)
+    assert worker.wait(10) == -signal.SIGKILL
+    took = time.monotonic() - frozen
+    assert 0.5 < took < 3
+    assert agent.worker().wait(10) == -signal.SIGKILL  # started just before the agent froze, say
+    os.kill(agent.process.pid, signal.SIGCONT)
+    wait_until(lambda: state(agent.process.pid) in "SR")
+    wait_until(lambda: lives_on(agent.worker(), 1.5))
+    assert agent.process.poll() is None
+
+
+def test_without_a_limit_a_frozen_agent_keeps_its_workers(start: Callable[..., Agent]) -> None:
+    agent = start()
+    agent.beats()
+    worker = agent.worker()
+    agent.stop(agent.process.pid)
+    assert lives_on(worker, 2.0)
+
+
+def test_an_agent_that_has_not_beaten_yet_is_not_frozen(start: Callable[..., Agent]) -> None:
+    agent = start("0.5")
+    worker = agent.worker()
+    agent.stop(agent.process.pid)  # it imports torch
+    assert lives_on(worker, 2.0)
+
+
+def test_a_guard_that_was_frozen_itself_kills_nobody(start: Callable[..., Agent]) -> None:
+    """The whole node was paused: agent and guard go on at the same time."""
+    agent = start("1.0")
+    agent.beats()
+    worker = agent.worker()
+    assert lives_on(worker, 0.5)
+    for _ in range(2):
+        agent.stop(agent.guard, agent.process.pid)
+        assert lives_on(worker, 1.8)
+        os.kill(agent.guard, signal.SIGCONT)  # the guard first
+        wait_until(lambda: state(agent.guard) == "S")
+        os.kill(agent.process.pid, signal.SIGCONT)
+        assert lives_on(worker, 1.2)
+
+
+def test_a_guard_that_alone_was_frozen_finds_the_beats_it_missed(start: Callable[..., Agent]) -> None:
+    agent = start("1.0")
+    agent.beats()
+    worker = agent.worker()
+    agent.stop(agent.guard)
+    assert lives_on(worker, 2.0)
+    os.kill(agent.guard, signal.SIGCONT)
+    assert lives_on(worker, 2.0)
+
+
+def test_a_beat_never_waits_and_never_fails() -> None:
+    theirs, ours = os.pipe()
+    for _ in range(100_000):  # more than a pipe holds
+        guard.beat(ours)
+    os.close(theirs)
+    guard.beat(ours)  # the guard was killed
+    os.close(ours)
+    guard.beat(ours)
+
+
+def test_the_guard_is_small(start: Callable[..., Agent]) -> None:
+    agent = start("5")
+    agent.beats()
+    status = Path(f"/proc/{agent.guard}/status")
+    wait_until(lambda: state(agent.guard) == "S")
+    private = [int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+    assert private < [8 * 1024]  # KiB

@@ -1,0 +1,123 @@
+"""The stacks of processes that are stuck, read from real ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic_hpc import stacks
+
+STUCK = """
+import threading
+def wait_for_a_lost_peer(lock):
+    print("up", flush=True)
+    lock.acquire()
+def load_samples(event):
+    event.wait()
+threading.Thread(target=load_samples, args=[threading.Event()], name="loader", daemon=True).start()
+lock = threading.Lock()
+lock.acquire()
+wait_for_a_lost_peer(lock)
+"""
+needs_py_spy = pytest.mark.skipif(stacks._py_spy() is None, reason="py-spy is not installed")
+
+
+@pytest.fixture
+def stuck() -> Iterator[list[int]]:
+    """Two processes that wait for ever."""
+    processes = [subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == b"up\n"
+    yield [process.pid for process in processes]
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@needs_py_spy
+def test_the_stacks_of_all_threads_are_written(stuck: list[int], tmp_path: Path) -> None:
+    folder = tmp_path / "stacks" / "n1"
+    written = stacks.dump({"rank0": stuck[0], "rank1": stuck[1]}, folder)
+    assert written == [folder / "rank0.stacks", folder / "rank1.stacks"]
+    for path, pid in zip(written, stuck, strict=True):
+        text = path.read_text()
+        assert str(pid) in text
+        assert "wait_for_a_lost_peer (<string>:" in text
+        assert "load_samples" in text
+
+
+@needs_py_spy
+def test_a_process_that_was_stopped_shows_its_stack_and_stays_stopped(stuck: list[int], tmp_path: Path) -> None:
+    os.kill(stuck[0], signal.SIGSTOP)
+    os.waitid(os.P_PID, stuck[0], os.WSTOPPED)
+    (path,) = stacks.dump({"rank0": stuck[0]}, tmp_path)
+    assert "wait_for_a_lost_peer (<string>:" in path.read_text()
+    assert "State:\tT" in Path(f"/proc/{stuck[0]}/status").read_text()
+
+
+def test_without_py_spy_the_kernels_view_and_how_to_get_more_are_written(
+    stuck: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (path,) = stacks.dump({"rank0": stuck[0]}, tmp_path)
+    text = path.read_text()
+    assert "wait_for_a_lost_peer" in text.splitlines()[0]  # of the command line
+    assert text.count(", system call ") == 2
+    assert "futex" in text
+    assert "pip install py-spy" in text
+
+
+@needs_py_spy
+def test_where_tracing_is_refused_the_kernels_view_says_so(stuck: list[int]) -> None:
+    """Another user's processes are refused as yama refuses one's own."""
+    pid = stuck[0] if os.geteuid() == 0 else 1
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        code = f"""
+import os
+if os.geteuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+from pathlib import Path
+from elastic_hpc.stacks import dump
+print(*dump({{"rank0": {pid}}}, Path({folder!r})))
+"""
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=30, check=False)
+        assert done.stdout.strip() == f"{folder}/rank0.stacks", done.stderr
+        text = Path(folder, "rank0.stacks").read_text()
+    assert f"Thread {pid}" in text
+    assert "permission denied; sysctl kernel.yama.ptrace_scope=0" in text
+
+
+def test_a_py_spy_that_hangs_costs_no_more_than_the_timeout(
+    stuck: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "py-spy"
+    fake.write_text("#!/bin/sh\nexec sleep 60\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(stacks, "_py_spy", lambda: str(fake))
+    started = time.monotonic()
+    (path,) = stacks.dump({"rank0": stuck[0]}, tmp_path, timeout=1.5)
+    assert time.monotonic() - started < 5
+    assert "timed out" in path.read_text()
+    assert f"Thread {stuck[0]}" in path.read_text()
+
+
+def test_nothing_is_raised_for_what_is_gone_or_cannot_be_written(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (path,) = stacks.dump({"rank0": gone.pid}, tmp_path)
+    assert f"Process {gone.pid}: gone" in path.read_text()
+    (tmp_path / "file").touch()
+    assert stacks.dump({"rank0": os.getpid()}, tmp_path / "file" / "below") == []
+    assert stacks.dump({}, tmp_path) == []

@@ -1,0 +1,203 @@
+"""Whether workers get on, as their agent sees it: real files, and real processes that are stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import wait_for
+
+from elastic_hpc import watch
+from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, Worker
+from elastic_hpc.watch import Watch
+
+HANG = timedelta(seconds=100)
+
+
+class Clock:
+    """Time that passes only when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(watch, "time", made)
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(LOCAL_DIR, str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as started:
+        yield started
+        with contextlib.suppress(ProcessLookupError):
+            started.kill()
+
+
+def watching(*outputs: Path, workers: int = 2, **options: Any) -> Watch:
+    made = Watch(options.get("hang", HANG), options.get("stop", 5.0))
+    made.start([os.getpid()] * workers, [str(path) for path in outputs])
+    return made
+
+
+def worker(folder: Path, rank: int) -> Worker:
+    return Worker(str(folder), str(rank))
+
+
+def test_before_anything_is_told_there_is_no_step(folder: Path) -> None:
+    seen = watching()
+    seen.look()
+    assert (seen.step, seen.drained, seen.listens) == (-1, False, False)
+
+
+def test_the_step_is_that_of_the_worker_that_is_ahead(folder: Path) -> None:
+    seen = watching()
+    worker(folder, 0).report(4)
+    worker(folder, 1).report(7)
+    seen.look()
+    assert seen.step == 7
+
+
+def test_a_step_keeps_the_alarm_quiet_and_its_absence_sets_it_off(folder: Path, clock: Clock) -> None:
+    seen, told = watching(), worker(folder, 0)
+    for step in range(5):
+        clock.now += 90
+        told.report(step)
+        seen.look()
+        assert seen.trouble() is None
+    clock.now += 99
+    seen.look()
+    assert seen.trouble() is None
+    clock.now += 2
+    seen.look()
+    trouble = seen.trouble()
+    assert trouble
+    assert (trouble.kind, trouble.pid) == ("hang", os.getpid())
+    assert trouble.message == "no progress after step 4 for 100 s (--hang-timeout)"
+
+
+def test_output_counts_only_where_no_steps_are_reported(folder: Path, clock: Clock) -> None:
+    output = folder / "rank0.out"
+    output.touch()
+    seen = watching(output, folder / "not-there-yet")
+    for _ in range(3):
+        clock.now += 90
+        with output.open("a") as file:
+            file.write("loss 0.1\n")
+        seen.look()
+        assert seen.trouble() is None
+    worker(folder, 0).report(1)
+    seen.look()
+    clock.now += 101
+    with output.open("a") as file:
+        file.write("waiting for a lock\n")
+    seen.look()
+    assert seen.trouble()
+
+
+def test_silent_workers_that_report_no_steps_hang(folder: Path, clock: Clock) -> None:
+    seen = watching()
+    seen.look()
+    clock.now += 101
+    seen.look()
+    trouble = seen.trouble()
+    assert trouble
+    assert trouble.message == "no output for 100 s (--hang-timeout)"
+
+
+def test_without_a_hang_timeout_nobody_hangs(folder: Path, clock: Clock) -> None:
+    seen = watching(hang=None)
+    clock.now += 1e6
+    seen.look()
+    assert seen.trouble() is None
+
+
+def test_a_new_round_starts_with_nothing_seen(folder: Path, clock: Clock) -> None:
+    seen, told = watching(), worker(folder, 0)
+    told.report(9)
+    told.drain_requested(1)
+    seen.look()
+    assert (seen.step, seen.listens) == (9, True)
+    clock.now += 500
+    (folder / PROGRESS_FILE.format(local_rank=0)).unlink()
+    seen.start([os.getpid()], [])
+    assert (seen.step, seen.listens, seen.drained, seen.trouble()) == (-1, False, False, None)
+
+
+def test_between_rounds_nobody_is_in_trouble(folder: Path, clock: Clock) -> None:
+    seen = watching()
+    seen.stop()
+    clock.now += 500
+    seen.look()
+    assert seen.trouble() is None
+
+
+def test_the_drain_file_is_what_a_worker_hears_and_what_it_answers_is_seen(folder: Path) -> None:
+    seen, told = watching(), worker(folder, 1)
+    assert not told.drain_requested(1)
+    seen.look()
+    assert (seen.listens, seen.drained) == (True, False)
+    (folder / "drain").touch()
+    assert told.drain_requested(1)
+    seen.look()
+    assert (seen.listens, seen.drained) == (True, True)
+
+
+def test_a_stopped_process_is_in_trouble_after_a_while_and_not_when_it_goes_on(
+    folder: Path, clock: Clock, process: subprocess.Popen[bytes]
+) -> None:
+    seen = Watch(None, 5.0)
+    seen.start([os.getpid(), process.pid], [])
+    seen.look()
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_for(lambda: watch._is_stopped(process.pid))
+    seen.look()
+    clock.now += 4
+    assert seen.trouble() is None
+    os.kill(process.pid, signal.SIGCONT)
+    wait_for(lambda: not watch._is_stopped(process.pid))
+    seen.look()
+    clock.now += 4
+    assert seen.trouble() is None, "it went on in between"
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_for(lambda: watch._is_stopped(process.pid))
+    seen.look()
+    clock.now += 6
+    seen.look()
+    trouble = seen.trouble()
+    assert trouble
+    assert (trouble.kind, trouble.pid, trouble.message) == (
+        "stopped",
+        process.pid,
+        "stopped by a signal for 5 s (SIGSTOP)",
+    )
+
+
+def test_a_process_that_is_gone_is_not_stopped(folder: Path, clock: Clock, process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    seen = Watch(None, 5.0)
+    seen.start([process.pid], ["/nowhere/rank0.out"])
+    seen.look()
+    clock.now += 100
+    seen.look()
+    assert seen.trouble() is None
