@@ -10,6 +10,9 @@ from elastic_hpc.errors import ElasticError
 
 LOCAL_NODE, LOCAL_NODES = "ELASTIC_HPC_LOCAL_NODE", "ELASTIC_HPC_LOCAL_NODES"
 
+AGENT_MARK = "ELASTIC_HPC_AGENT"
+"""Marks an agent's workers; its guard kills all that have it."""
+
 TASK_SHAPE = (
     "SLURM_NTASKS",
     "SLURM_NPROCS",
@@ -43,7 +46,7 @@ class AgentEnv:
     nodes: int
     """Number of nodes of the step."""
     run: int
-    """How often the job was requeued before, for whatever cause."""
+    """How often the job has started before, for whatever cause."""
     cpus: int
     """Cores this agent's workers may use."""
     gpus: int | None
@@ -59,9 +62,14 @@ def job_name(environ: Mapping[str, str]) -> str:
     return environ["SLURM_JOB_ID"]
 
 
-def run_number(environ: Mapping[str, str]) -> int:
+def restart_count(environ: Mapping[str, str]) -> int:
     """How often Slurm has requeued this job; it says nothing in the first run."""
     return int(environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def run_number(environ: Mapping[str, str]) -> int:
+    """How often the job has started before, counting the jobs that it goes on for (``slurm.resubmit``)."""
+    return restart_count(environ) + int(environ.get("ELASTIC_HPC_FIRST_RUN", 0))
 
 
 def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
@@ -127,5 +135,5 @@ def prepare_worker_env(environ: MutableMapping[str, str], env: AgentEnv, nproc: 
         environ.pop(name, None)
     environ.setdefault("OMP_NUM_THREADS", str(max(1, env.cpus // nproc)))
     environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # a name server that is gone costs seconds, not minutes
-    environ["ELASTIC_HPC_AGENT"] = token
+    environ[AGENT_MARK] = token
     environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # ranks follow from the plan; no store traffic

@@ -80,10 +80,11 @@ def connected(server: str, client: str, *, answer_within_s: float) -> Iterator[C
 
 
 class TestRunningCluster:
-    def test_all_nodes_are_idle_in_both_partitions(self, cluster: Any) -> None:
+    def test_all_nodes_are_idle_in_all_partitions(self, cluster: Any) -> None:
         assert {facts["slurm"] for facts in status(cluster)["nodes"].values()} == {"IDLE"}
         partitions = cluster.exec(["sinfo", "-h", "-o", "%P %l %D"]).stdout.splitlines()
-        assert partitions == ["main* infinite 4", "short 2:00 4"]
+        preemption = ["low infinite 4", "lowcancel infinite 4", "high infinite 4"]
+        assert partitions == ["main* infinite 4", "short 2:00 4", *preemption]
 
     def test_a_job_runs_as_the_unprivileged_user_on_all_nodes(self, cluster: Any) -> None:
         done = cluster.exec(["srun", "-N4", "sh", "-c", 'echo "$(hostname) $(id -un) $HOME"'])

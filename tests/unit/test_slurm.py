@@ -1,0 +1,185 @@
+"""What cannot be shown on a real Slurm of one version: other answers, late ones, none."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from elastic_hpc import slurm
+from elastic_hpc.errors import SlurmError
+
+SOON = timedelta(seconds=8)
+JOB = (
+    "JobId=7 JobName=evil JobState=FAILED UserId=me(1) JobState={state} Reason={reason} Dependency=(null) "
+    "Requeue=1 Restarts={restarts} PreemptEligibleTime=t0 PreemptTime={preempted} EndTime=t1 Partition=a,b "
+    "ReqNodeList=(null) ExcNodeList={excluded} NodeList=n[1-2] BatchHost=n1 WorkDir=/home/my dir StdErr=/dev/null"
+)
+RUNNING = {"state": "RUNNING", "reason": "None", "restarts": 0, "preempted": "None", "excluded": "(null)"}
+
+PARTITIONS = """\
+PartitionName=main Default=YES GraceTime=0 OverTimeLimit=NONE PreemptMode=OFF
+PartitionName=low Default=NO GraceTime=90 OverTimeLimit=5 PreemptMode=REQUEUE
+"""
+CONFIG = """\
+Configuration data as of 2026-01-01T00:00:00
+JobRequeue              = 0
+KillWait                = 30 sec
+OverTimeLimit           = UNLIMITED
+PreemptType             = preempt/partition_prio
+SlurmctldParameters     = enable_configless,preempt_send_user_signal
+SlurmdTimeout           = 300 sec
+"""
+
+
+HELD = """\
+case "$1" in
+  update) exec sleep 30;;
+  requeue) sed -i s/Restarts=0/Restarts=1/ "{folder}/answer.show job";;
+esac
+"""
+
+
+class Fake:
+    """A ``scontrol`` that writes down how it was called and answers from files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.program("scontrol", 'case "$1 $2" in "show hostnames") echo "$3" | tr , "\\n";; esac')
+        self.tell("show job", JOB.format(**RUNNING))
+
+    def program(self, name: str, body: str) -> None:
+        path = self.folder / name
+        answer = f'answer="{self.folder}/answer.$1 $2"; [ ! -e "$answer" ] || cat "$answer"'
+        path.write_text(f'#!/bin/sh\necho "$*" >> {self.folder}/calls\n{answer}\n{body}\n')
+        path.chmod(0o755)
+
+    def tell(self, command: str, text: str) -> None:
+        (self.folder / f"answer.{command}").write_text(text)
+
+    def calls(self, start: str = "") -> list[str]:
+        return sorted(c for c in (self.folder / "calls").read_text().splitlines() if c.startswith(start))
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return Fake(tmp_path)
+
+
+def job(**changes: object) -> slurm.Job:
+    fields = {"state": "COMPLETING", "reason": "None", "restarts": 0, "may_requeue": True, "partitions": ("a",)}
+    fields |= dict.fromkeys(("nodes", "batch_host", "required", "excluded", "folder", "preempt_time", "end_time"), "")
+    return slurm.Job(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shown", "becomes"),
+    [
+        (job(state="RUNNING", preempt_time="t1"), "RUNNING"),
+        (job(), "CANCELLED"),
+        (job(reason="TimeLimit"), "TIMEOUT"),
+        (job(reason="NonZeroExitCode"), "FAILED"),
+        (job(restarts=1), "REQUEUED"),
+        (job(preempt_time="t1", end_time="t1"), "PREEMPTED"),
+        (job(preempt_time="t0", end_time="t1"), "CANCELLED"),  # by its user, after preemption had been announced
+        (job(state="NODE_FAIL"), "NODE_FAIL"),
+    ],
+)
+def test_a_completing_job_is_taken_for_what_it_becomes(shown: slurm.Job, becomes: str):
+    assert shown.becomes(run=0) == becomes
+
+
+def test_what_slurm_says_of_a_job_is_read_past_the_name_that_its_user_chose(fake: Fake):
+    shown = slurm.show_job("7")
+    assert (shown.state, shown.partitions, shown.folder) == ("RUNNING", ("a", "b"), "/home/my dir")
+    assert (shown.required, shown.nodes, shown.preempt_time) == ("", "n[1-2]", "")
+
+
+def test_a_change_that_slurm_holds_back_is_not_waited_for(fake: Fake):
+    fake.program("scontrol", HELD.format(folder=fake.folder))
+    begin = time.monotonic()
+    assert slurm.requeue("7", start_after=SOON, run=0) is None
+    assert time.monotonic() - begin < 10
+    assert fake.calls("update") == ["update JobId=7 StartTime=now+8"]
+
+
+def test_a_refused_exclusion_does_not_cost_the_early_start(fake: Fake):
+    fake.tell("show job", JOB.format(**{**RUNNING, "restarts": 1, "state": "COMPLETING"}))
+    fake.program("scontrol", 'case "$*" in *Exc*) echo "slurm_update error: Invalid node name" >&2; exit 1;; esac')
+    refused = slurm.requeue("7", start_after=SOON, exclude=["n1"], run=0)
+    assert refused == "scontrol update JobId=7 ExcNodeList=n1: slurm_update error: Invalid node name"
+    assert "update JobId=7 StartTime=now+8" in fake.calls("update")
+
+
+def test_exclusions_are_added_to_those_of_the_user_and_expired_ones_are_taken_off(fake: Fake):
+    fake.tell("show job", JOB.format(**{**RUNNING, "restarts": 1, "state": "COMPLETING", "excluded": "n8,n9"}))
+    assert slurm.requeue("7", start_after=SOON, exclude=["n1"], readmit=["n9"], run=0) is None
+    assert fake.calls("update JobId=7 Exc") == ["update JobId=7 ExcNodeList=n1,n8"]
+
+
+def test_a_job_that_was_cancelled_while_it_was_asked_for_is_not_requeued(fake: Fake):
+    with pytest.raises(SlurmError, match="ended before it could be requeued"):  # Slurm itself says nothing
+        slurm.requeue("7", start_after=SOON, run=0)
+    assert fake.calls("requeue") == ["requeue incomplete 7"]
+    assert fake.calls("update") == []
+
+
+def test_a_job_that_cannot_be_asked_for_is_not_cancelled(fake: Fake):
+    fake.program("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    fake.program("scancel", "")
+    with pytest.raises(SlurmError, match="Unable to contact"):
+        slurm.complete("7", start_after=SOON)
+    assert fake.calls("7") == []
+
+
+def test_the_site_is_read_for_the_job_s_partition(fake: Fake):
+    fake.tell("show config", CONFIG)
+    fake.tell("show partition", PARTITIONS)
+    low = slurm.site("low,main")
+    assert low == slurm.Site(
+        kill_wait=timedelta(seconds=30),
+        grace_time=timedelta(seconds=90),
+        over_time_limit=timedelta(minutes=5),
+        slurmd_timeout=timedelta(minutes=5),
+        job_requeue=False,
+        preempt_mode="REQUEUE",
+        warns_before_preemption=True,
+    )
+    assert slurm.site(None).over_time_limit is None
+    with pytest.raises(SlurmError, match="partition 'x': unknown"):
+        slurm.site("x")
+
+
+def test_a_slow_slurm_does_not_hold_up_a_submission(fake: Fake):
+    fake.program("scontrol", "exec sleep 30")
+    begin = time.monotonic()
+    with pytest.raises(SlurmError, match="no answer in 2 s"):
+        slurm.site(None)
+    assert time.monotonic() - begin < 10
+
+
+def test_settings_that_are_not_there_are_an_error_and_not_a_guess(fake: Fake):
+    fake.tell("show config", "KillWait = 30 sec\n")
+    fake.tell("show partition", PARTITIONS)
+    with pytest.raises(SlurmError, match="expected"):
+        slurm.site(None)
+
+
+def test_nodes_that_are_down_drained_silent_or_elsewhere_are_not_usable(fake: Fake):
+    states = {
+        "n1": "IDLE", "n2": "ALLOCATED+NOT_RESPONDING", "n3": "DOWN*", "n4": "IDLE+DRAIN",
+        "n5": "IDLE+CLOUD+POWERED_DOWN", "n6": "MIXED+COMPLETING",
+    }  # fmt: skip
+    lines = [f"NodeName={name} State={state} Partitions=x,b" for name, state in states.items()]
+    fake.tell("show node", "\n".join([*lines, "NodeName=n7 State=IDLE Partitions=c"]))
+    assert slurm.usable_nodes("7") == {"n1", "n5", "n6"}
+
+
+def test_without_slurm_the_error_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SlurmError, match=r"scontrol show job --oneliner 7: No such file"):
+        slurm.job_state("7")
