@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import logging.handlers
 import os
 import queue
 import secrets
 import signal
+import socket
 import subprocess
 import sys
-import time
-from dataclasses import asdict
+import tempfile
+import threading
 from pathlib import Path
-from types import FrameType
 
-from elastic_hpc import guard, net
-from elastic_hpc.conclude import requeue_without_leader
-from elastic_hpc.control import Control, LeaderAddress
+from elastic_hpc import guard, net, preflight
+from elastic_hpc.channel import Network
+from elastic_hpc.control import Control
 from elastic_hpc.decide import Policy
 from elastic_hpc.env import AgentEnv, prepare_worker_env, read_agent_env, workers_per_node
 from elastic_hpc.errors import ElasticError, JobEnded
-from elastic_hpc.leader import Leader
-from elastic_hpc.protocol import Status
-from elastic_hpc.recorder import Recorder
+from elastic_hpc.leading import Leading
+from elastic_hpc.protocol import Host
 from elastic_hpc.rundir import RunDir
-from elastic_hpc.server import LEAVE_TIMEOUT, LeaderServer
+from elastic_hpc.server import LEAVE_TIMEOUT
 from elastic_hpc.spec import LaunchSpec, add_launch_options
 
 log = logging.getLogger("elastic_hpc")
@@ -55,24 +55,34 @@ def parse_args(argv: list[str] | None = None) -> tuple[LaunchSpec, argparse.Name
     return LaunchSpec.from_namespace(args), args
 
 
-def _log_to_stderr(node: str) -> logging.handlers.QueueListener:
-    """Log records go through a queue: the control thread must not wait for a stalled stderr."""
+def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
+    """To stderr, and to a file, because srun may be lost with the first node. Records go through a queue: the control
+    thread must not wait for a stalled stderr or file system.
+    """
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"%(asctime)s elastic_hpc[{node}]: %(message)s", "%H:%M:%S"))
-    listener = logging.handlers.QueueListener(records, handler)
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    try:
+        folder = rundir.path / "logs"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        handlers.append(logging.FileHandler(folder / f"{env.run}.agent-{env.name}.log"))
+    except OSError as error:
+        print(f"elastic_hpc[{env.name}]: no log file: {error}", file=sys.stderr)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s elastic_hpc[{env.name}]: %(message)s", "%H:%M:%S"))
+    listener = logging.handlers.QueueListener(records, *handlers)
     listener.start()
     log.addHandler(logging.handlers.QueueHandler(records))
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.raiseExceptions = False  # a full file system is told once, by the recorder
     return listener
 
 
-def _start_guard(token: str) -> int:
-    """Start the guard; the answer is the pipe's end whose closing sets it off."""
+def _start_guard(token: str, silence: float, folder: str) -> int:
+    """Start the guard; the answer is the pipe on which it is kept quiet, and whose closing sets it off."""
     theirs, ours = os.pipe()
     subprocess.Popen(
-        [sys.executable, "-I", "-S", guard.__file__, token],
+        [sys.executable, "-I", "-S", guard.__file__, token, f"{silence:g}", folder],
         stdin=theirs,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -91,69 +101,40 @@ def _policy(spec: LaunchSpec, *, can_requeue: bool) -> Policy:
         heartbeat_timeout=spec.heartbeat_timeout.total_seconds(),
         join_timeout=spec.rdzv_conf.join_timeout.total_seconds(),
         last_call_timeout=spec.rdzv_conf.last_call_timeout.total_seconds(),
+        grace=spec.grace.total_seconds(),
         can_requeue=can_requeue,
     )
 
 
-def _make_leader(
-    spec: LaunchSpec, env: AgentEnv, rundir: RunDir, nproc: int, policy: Policy, recorder: Recorder
-) -> LeaderServer:
-    """Bind, publish, and be ready to serve."""
-    from elastic_hpc.store import StoreHost
-
-    addresses = ("127.0.0.1",) if env.local else net.addresses_to_publish(env.name, spec.interface, env.submit_host)
-    listener = net.listen_from(spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
-    secret = rundir.make_secret()
-    state = rundir.read("state.json") or {}
-    rundir.write(
-        "spec.json",
-        {
-            **{f: str(v) for f, v in spec.options()},
-            "script": spec.script,
-            "script_args": spec.script_args,
-            "module": spec.module,
-            "job": env.job,
-        },
+def _preflight(spec: LaunchSpec, env: AgentEnv, rundir: RunDir, unfit: list[str]) -> None:
+    """Add to ``unfit`` why this node should not take part, if so."""
+    problems = preflight.check(
+        rundir.path, gpus=env.gpus, cuda_visible=os.environ.get("CUDA_VISIBLE_DEVICES"), command=spec.preflight
     )
-    rundir.write(
-        "endpoint.json",
-        {
-            "run": env.run,
-            "host": env.name,
-            "addresses": addresses,
-            "port": listener.getsockname()[1],
-            "rdzv_port": spec.rdzv_endpoint.port,
-        },
-    )
-    recorder.event(
-        "start", {"run": env.run, "job": env.job, "granted": env.nodes, "nproc_per_node": nproc, **asdict(policy)}
-    )
-    leader = Leader(
-        policy,
-        granted=env.nodes,
-        nproc=nproc,
-        now=time.monotonic(),
-        round=state.get("round", 0),
-        restarts=state.get("restarts", 0),
-        requeues=state.get("requeues", 0),
-    )
-    return LeaderServer(leader, listener, secret, recorder, StoreHost(spec.rdzv_endpoint.port).open)
+    for problem in problems:
+        log.warning("preflight: %s", problem.what)
+        if problem.fatal:
+            unfit.append(problem.what)
 
 
-def _find_leader(rundir: RunDir, run: int) -> LeaderAddress | None:
-    found = rundir.read("endpoint.json")
-    if not found or found.get("run") != run:
-        return None
-    return LeaderAddress(tuple(found["addresses"]), found["port"])
+def _local_folder() -> str:
+    """Where the agent meets its workers: in memory if possible, for its owner only."""
+    shared = "/dev/shm"  # noqa: S108 - a folder of our own, mode 0700, is made in it
+    return tempfile.mkdtemp(prefix="elastic-hpc-", dir=shared if os.access(shared, os.W_OK) else None)
 
 
 def main(argv: list[str] | None = None) -> int:
     spec, args = parse_args(argv)
     env = read_agent_env(os.environ)
-    listener = _log_to_stderr(env.name)
     rundir = RunDir(args.run_dir).create()
+    listener = _start_log(rundir, env)
+    policy = _policy(spec, can_requeue=not (args.no_requeue or env.local))
     token = secrets.token_hex(8)
-    _start_guard(token)
+    local_folder = _local_folder()
+    pipe = _start_guard(token, 1.5 * policy.heartbeat_timeout, local_folder)
+    unfit: list[str] = []
+    checking = threading.Thread(target=_preflight, args=(spec, env, rundir, unfit))
+    checking.start()
 
     import torch  # late: a refusal above must not wait for it
     from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -169,62 +150,77 @@ def main(argv: list[str] | None = None) -> int:
     if spec.interface:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", spec.interface)
 
-    lead = recorder = None
-    policy = _policy(spec, can_requeue=not (args.no_requeue or env.local))
-    host = spec.rdzv_endpoint.host
-    if net.is_me(host, env.name) if host and not env.local else env.node == 0:
-        recorder = Recorder(rundir, env.run)
-        lead = _make_leader(spec, env, rundir, nproc, policy, recorder).run
+    server_socket = net.listen_from(spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
+    addresses = ("127.0.0.1",) if env.local else net.addresses_to_publish(env.name, spec.interface, env.submit_host)
+    me = Host(env.node, env.name, addresses, server_socket.getsockname()[1])
+    leading = Leading(spec, env, me, nproc, policy, rundir)
+    head = spec.rdzv_endpoint.host
+    first = net.is_me(head, env.name) if head and not env.local else env.node == 0
+    if first:
+        leading.prepare()
+    checking.join()
     control = Control(
-        Status(0, env.node, env.name, nproc),
-        rundir.read_secret,
-        lambda: _find_leader(rundir, env.run),
+        me,
+        nproc,
+        lambda: _network(server_socket, rundir, policy),
+        leading,
         heartbeat_timeout=policy.heartbeat_timeout,
         join_timeout=policy.join_timeout,
-        lead=lead,
+        first=first,
+        unfit="; ".join(unfit),
+        beat=lambda: guard.beat(pipe),
     )
+    handler = ElasticRendezvousHandler(control, spec.rdzv_id or env.job, gloo_interface, local_folder)
+    worker_spec = WorkerSpec(
+        role="default",
+        local_world_size=nproc,
+        rdzv_handler=handler,
+        max_restarts=spec.max_restarts,
+        monitor_interval=0.001,  # the waiting is done on events in ElasticAgent
+        entrypoint=sys.executable,
+        # torch expands $-macros in these; the arguments are the script's, byte for byte
+        args=(
+            "-u",
+            *(["-m"] if spec.module else []),
+            *(a.replace("$", "$$") for a in (spec.script, *spec.script_args)),
+        ),
+    )
+    logs = NodeLogs(Path(rundir.path, "logs"), env.run, env.name)
+    agent = ElasticAgent(worker_spec, logs, control, env.name, policy, spec.hang_timeout)
 
-    def terminated(signum: int, _frame: FrameType | None) -> None:
-        raise SignalException(f"got {signal.Signals(signum).name}", signal.Signals(signum))
-
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(name, terminated)
+    agent.handle_signals()
     # Slurm's warning comes as a request over the control connection. Not SIG_IGN: the workers would inherit that.
     signal.signal(signal.SIGUSR2, lambda *_: None)
+    leads = False
     try:
         control.start()
-        handler = ElasticRendezvousHandler(control, spec.rdzv_id or env.job, gloo_interface)
-        worker_spec = WorkerSpec(
-            role="default",
-            local_world_size=nproc,
-            rdzv_handler=handler,
-            max_restarts=spec.max_restarts,
-            monitor_interval=0.001,  # the waiting is done on events in ElasticAgent
-            entrypoint=sys.executable,
-            # torch expands $-macros in these; the arguments are the script's, byte for byte
-            args=(
-                "-u",
-                *(["-m"] if spec.module else []),
-                *(a.replace("$", "$$") for a in (spec.script, *spec.script_args)),
-            ),
-        )
-        ElasticAgent(worker_spec, NodeLogs(Path(rundir.path, "logs"), env.run, env.name), control, env.name).run()
+        agent.run()
         raise AssertionError("torch's agent returned; only the leader ends a job")
     except JobEnded as ended:
-        if not lead or ended.outcome == "lost":
+        leads = leading.recorder is not None
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller, who has more to do
+        if not leads or ended.outcome == "lost":
             log.info("%s: %s", ended.outcome, ended.reason)
-        code = EXIT_CODES[ended.outcome]
-        leave = LEAVE_TIMEOUT + 5
-        if ended.outcome == "lost" and handler.seat and policy.can_requeue:
-            requeue_without_leader(rundir, env, handler.seat.round, policy)
+        code, leave = EXIT_CODES[ended.outcome], LEAVE_TIMEOUT + 20
     except SignalException as error:
         log.info("%s: leaving", error)
         code, leave = 128 + error.sigval, 0.5
     control.close(timeout=leave)
-    if recorder:
-        recorder.close()
+    if leading.recorder:
+        leading.recorder.close()
     listener.stop()
     return code
+
+
+def _network(listener: socket.socket, rundir: RunDir, policy: Policy) -> Network:
+    known: list[bytes] = []
+
+    async def secret() -> bytes:
+        if not known:
+            known.append(await asyncio.to_thread(rundir.read_secret))
+        return known[0]
+
+    return Network(listener, secret, max(0.5, policy.heartbeat_timeout / 5))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,17 @@ from elastic_hpc.protocol import ProtocolError, Request
 from elastic_hpc.rundir import RunDir
 
 
-def ask_leader(rundir: RunDir, request: Request) -> None:
-    """Send ``request`` to the leader of the job in ``rundir``. Raises ElasticError if it cannot be reached."""
+def ask_leader(rundir: RunDir, request: Request, reason: str = "user") -> None:
+    """Send ``request`` to the leader of the job in ``rundir``, with its ``reason``: ``time limit``, ``preempted`` or
+    ``user``. Raises ElasticError if it cannot be reached.
+    """
     endpoint = rundir.read("endpoint.json")
     if endpoint is None:
         raise ElasticError(f"{rundir.path}: no leader has been started yet")
 
     async def send() -> None:
         link = await channel.connect(endpoint["addresses"], endpoint["port"], rundir.read_secret())
-        link.send({"request": request})
+        link.send({"request": request, "reason": reason})
         await link.flush()
 
     try:

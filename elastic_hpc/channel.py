@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from elastic_hpc import protocol
+from elastic_hpc.errors import ElasticError
 
 HANDSHAKE_TIMEOUT = 5.0
+_STRANGERS = 256
+"""Connections that may be waiting to prove themselves; beyond that the oldest goes."""
 _SLOW_READER = 4 * protocol.MAX_LINE
 
 
@@ -53,37 +56,80 @@ class Channel:
             self.close()
 
 
-async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> Channel:
-    """The leader's side of the handshake. Raises ProtocolError, ConnectionError or TimeoutError for a stranger."""
-    channel = Channel(reader, writer)
-    mine = protocol.new_nonce()
-    channel.send({"challenge": mine})
-    answer = protocol.decode(await asyncio.wait_for(channel.read(), HANDSHAKE_TIMEOUT))
-    theirs = str(answer.get("challenge"))
-    protocol.check_proof(secret, "agent", mine, theirs, answer.get("proof"))
-    channel.send({"proof": protocol.proof(secret, "leader", theirs, mine)})
-    return channel
+class Network:
+    """The control connections of one agent: those it accepts on ``listener``, and those it dials.
+
+    ``secret`` may raise ElasticError as long as there is none.
+    """
+
+    def __init__(self, listener: socket.socket, secret: Callable[[], Awaitable[bytes]], dial_timeout: float) -> None:
+        self._listener = listener
+        self._secret = secret
+        self._dial_timeout = dial_timeout
+        self._strangers: dict[asyncio.StreamWriter, None] = {}
+        self.on_stranger: Callable[[str, str], None] = lambda _addr, _reason: None
+        """Told the address of who was refused, and why."""
+
+    async def serve(self, attend: Callable[[Channel], Awaitable[None]]) -> asyncio.AbstractServer:
+        """Accept from now on; each peer that proves itself is handed to ``attend``."""
+
+        async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self._strangers[writer] = None
+            if len(self._strangers) > _STRANGERS:
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]  # it notices later, and meanwhile others come
+                oldest.transport.abort()
+            try:
+                channel = await self._accept(reader, writer)
+            except (OSError, asyncio.TimeoutError, protocol.ProtocolError, ElasticError) as error:
+                writer.transport.abort()
+                if isinstance(error, protocol.ProtocolError):  # an agent that gave up, or was looked for, is none
+                    self.on_stranger(str(writer.get_extra_info("peername")), str(error))
+                return
+            finally:
+                self._strangers.pop(writer, None)
+            try:
+                await attend(channel)
+            finally:
+                channel.close()
+
+        return await asyncio.start_server(met, sock=self._listener, limit=protocol.MAX_LINE)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+        channel = Channel(reader, writer)
+        secret = await self._secret()
+        mine = protocol.new_nonce()
+        channel.send({"challenge": mine})
+        answer = protocol.decode(await asyncio.wait_for(channel.read(), HANDSHAKE_TIMEOUT))
+        theirs = str(answer.get("challenge"))
+        protocol.check_proof(secret, "agent", mine, theirs, answer.get("proof"))
+        channel.send({"proof": protocol.proof(secret, "leader", theirs, mine)})
+        return channel
+
+    async def dial(self, addresses: Sequence[str], port: int) -> Channel:
+        """Connect to an agent. Raises OSError, ProtocolError, ElasticError or TimeoutError with what went wrong."""
+        return await connect(addresses, port, await self._secret(), timeout=self._dial_timeout)
 
 
-async def connect(addresses: Iterable[str], port: int, secret: bytes) -> Channel:
-    """Dial the leader at the first of ``addresses`` that answers. Raises OSError, ProtocolError or TimeoutError with
-    what the last one said.
+async def connect(addresses: Sequence[str], port: int, secret: bytes, *, timeout: float = HANDSHAKE_TIMEOUT) -> Channel:
+    """Dial the first of ``addresses`` that answers within ``timeout`` seconds. Raises OSError, ProtocolError or
+    TimeoutError with what the last one said.
     """
     problem: Exception = ConnectionRefusedError("no address to dial")
     for address in addresses:
         try:
             reader, writer = await asyncio.wait_for(
-                asyncio.open_connection(address, port, limit=protocol.MAX_LINE), HANDSHAKE_TIMEOUT
+                asyncio.open_connection(address, port, limit=protocol.MAX_LINE), timeout
             )
         except (OSError, asyncio.TimeoutError) as error:
             problem = error
             continue
         channel = Channel(reader, writer)
         try:
-            hello = protocol.decode(await asyncio.wait_for(channel.read(), HANDSHAKE_TIMEOUT))
+            hello = protocol.decode(await asyncio.wait_for(channel.read(), timeout))
             theirs, mine = str(hello.get("challenge")), protocol.new_nonce()
             channel.send({"challenge": mine, "proof": protocol.proof(secret, "agent", theirs, mine)})
-            answer = protocol.decode(await asyncio.wait_for(channel.read(), HANDSHAKE_TIMEOUT))
+            answer = protocol.decode(await asyncio.wait_for(channel.read(), timeout))
             protocol.check_proof(secret, "leader", mine, theirs, answer.get("proof"))
         except (OSError, asyncio.TimeoutError, protocol.ProtocolError) as error:
             channel.close()

@@ -2,71 +2,170 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
-from elastic_hpc import slurm
-from elastic_hpc.decide import Policy
-from elastic_hpc.env import AgentEnv
-from elastic_hpc.errors import SlurmError
+from elastic_hpc import slurm, strikes
+from elastic_hpc.env import AgentEnv, job_name, restart_count, run_number
+from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.rundir import RunDir
 
 REQUEUE_DELAY = timedelta(seconds=8)
 """Start time asked for after a requeue. It must lie beyond the job's completion, else Slurm puts it two minutes off."""
 
+_ALONE_TIMEOUT = timedelta(seconds=60)
+"""How long to wait until the agents' step is over, when the batch host is lost; then the requeue takes longer."""
 
-def conclude(rundir: RunDir, job: str, run: int, status: int) -> int:
-    """Act on the verdict of ``run`` (SLURM_RESTART_COUNT); the answer is the batch script's exit code.
+_ACTED = "acted.{run}"
+"""In the run directory: the requeue, or the job that goes on in its place, is on its way."""
+
+_DEPUTY_TIMEOUT = timedelta(minutes=10)
+
+_OVER = "over"
+"""In the run directory, with the exit code: the batch script, started once more, ends at once."""
+
+
+def conclude(rundir: RunDir, environ: Mapping[str, str], status: int) -> int:
+    """Act on the verdict of this run; the answer is the batch script's exit code.
 
     ``status`` is srun's exit code; it counts only where the agents left no verdict.
     """
     verdict = rundir.read("verdict.json")
-    if verdict is None or verdict["run"] != run:
+    if verdict is None or verdict["run"] != run_number(environ):
         print(f"elastic_hpc: the agents left no verdict; srun ended with exit code {status}", file=sys.stderr)
         return status or 1
     print(f"elastic_hpc: {verdict['outcome']}: {verdict['reason']}", file=sys.stderr)
-    if verdict["outcome"] == "requeue" and not verdict.get("acted"):
-        return _requeue(job)
+    if verdict.get("failure"):
+        print(verdict["failure"]["traceback"], file=sys.stderr)
+    if verdict["outcome"] == "requeue":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
+        return 0 if _acted(rundir, environ).exists() else _requeue(rundir, environ)
     return 1 if verdict["outcome"] == "failed" else 0
 
 
-def requeue_without_leader(rundir: RunDir, env: AgentEnv, round: int, policy: Policy) -> None:
-    """The leader is lost: bring the job back, unless the record shows that it lives and only this node is cut off.
-
-    Survivors wait for their turn, in node order; the first one's requeue ends the others. The loss is charged as the
-    leader would have done.
+def act(
+    rundir: RunDir,
+    env: AgentEnv,
+    verdict: Mapping[str, Any],
+    lost: Collection[str],
+    *,
+    alone: bool,
+    others: Sequence[str],
+) -> str | None:
+    """An agent, on this node, requeues the job. ``alone``: the batch host is lost, and with it the batch script and
+    srun; then the agent sees to the end of the job too: a job step is started that waits until the agents have left,
+    and on one of the ``others`` a deputy, which acts if that step is lost. The answer is the problem, if Slurm could
+    not be asked.
     """
-    time.sleep(2 * policy.heartbeat_timeout + 3 * min(env.node, 20))  # SIGTERM from another's requeue ends this wait
-    state = rundir.read("state.json") or {}
-    if state.get("round", 0) > round or (rundir.read("verdict.json") or {}).get("run") == env.run:
-        return
-    restarts, requeues = state.get("restarts", 0), state.get("requeues", 0)
-    verdict = {"outcome": "requeue", "reason": "the head is lost", "failure": None, "run": env.run, "time": time.time()}
-    if restarts >= policy.max_restarts or requeues >= policy.max_requeues:
-        verdict |= {"outcome": "failed", "reason": "the head is lost; no restart or no requeue is left"}
-    else:
-        restarts, requeues = restarts + 1, requeues + 1
-    budgets = {"round": round, "restarts": restarts, "requeues": requeues}
-    rundir.append_event(time.time(), "verdict", {**verdict, **budgets, "node": env.name})
-    rundir.write("state.json", {**budgets, "run": env.run})
-    rundir.write("verdict.json", {**verdict, **budgets})
-    if verdict["outcome"] == "requeue" and _requeue(env.job) == 0:
-        rundir.write("verdict.json", {**verdict, **budgets, "acted": True})  # the batch script, if it lives, need not
-
-
-def _requeue(job: str) -> int:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue itself sends it, and the start time comes after
+    if env.local:
+        return None
+    if not alone:
+        return None if _requeue(rundir, os.environ, lost) == 0 else "not requeued"
+    command = [sys.executable, "-m", "elastic_hpc", "conclude-alone", str(rundir.path), verdict["outcome"]]
+    log = rundir.path / "logs" / "conclude.log"
     try:
-        problem = slurm.requeue(job, start_after=REQUEUE_DELAY)
+        slurm.start_step(os.environ["SLURM_JOB_ID"], env.name, command, log)
+        for node in others[:1]:
+            slurm.start_step(os.environ["SLURM_JOB_ID"], node, [*command, "--deputy"], log)
     except SlurmError as error:
+        return str(error)
+    return None
+
+
+def cancel(env: AgentEnv) -> str | None:
+    """The user's batch script, which ran ``elastic-srun``, is lost with its node: nobody else ends the job."""
+    print("elastic_hpc: the batch script is lost with its node; the job is cancelled", file=sys.stderr)
+    try:
+        slurm.cancel(env.job)
+    except SlurmError as error:
+        return str(error)
+    return None
+
+
+def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, deputy: bool) -> int:
+    """What the steps that ``act`` starts do. SIGTERM ends a deputy that waits: the job is on its way then."""
+    job, step = job_name(environ), environ["SLURM_STEP_ID"]
+    if deputy:
+        slurm.wait_until_alone(job, step, deadline=_DEPUTY_TIMEOUT, deputy=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
+    if not deputy:
+        slurm.wait_until_alone(job, step, deadline=_ALONE_TIMEOUT)
+    if outcome == "requeue":
+        return _requeue(rundir, environ)
+    (rundir.path / _OVER).write_text("0" if outcome == "finished" else "1")
+    try:
+        problem = slurm.complete(job, start_after=REQUEUE_DELAY, run=restart_count(environ))
+    except SlurmError as error:
+        problem = str(error)
+    if problem:
+        print(f"elastic_hpc: {problem}", file=sys.stderr)
+    return 0
+
+
+def _acted(rundir: RunDir, environ: Mapping[str, str]) -> Path:
+    return rundir.path / _ACTED.format(run=run_number(environ))
+
+
+def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] = ()) -> int:
+    """SIGTERM, which the requeue sends to its own caller, must be ignored before."""
+    job, count = job_name(environ), restart_count(environ)
+    exclude, readmit = _nodes_to_avoid(rundir, job)
+    if exclude:
+        print(f"elastic_hpc: nodes that failed are avoided: {', '.join(exclude)}", file=sys.stderr)
+    try:
+        problem = slurm.requeue(job, start_after=REQUEUE_DELAY, exclude=exclude, readmit=readmit, lost=lost, run=count)
+    except SlurmError as error:
+        return _instead(rundir, environ, job, error)
+    _acted(rundir, environ).touch()
+    if problem:
+        print(f"elastic_hpc: requeued, but not all was accepted, it may take two minutes: {problem}", file=sys.stderr)
+    return 0
+
+
+def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmError) -> int:
+    """The job was not requeued. If it may not be, a new one takes its place."""
+    try:
+        shown = slurm.show_job(job)
+        if shown.may_requeue:
+            print(f"elastic_hpc: not requeued: {error}", file=sys.stderr)
+            if shown.becomes(restart_count(environ)) == "CANCELLED":
+                _cancelled(rundir)
+            return 1
+        exports = {"ELASTIC_HPC_CONTINUE": str(rundir.path), "ELASTIC_HPC_FIRST_RUN": str(run_number(environ) + 1)}
+        new = slurm.resubmit(job, rundir.path / "script.sbatch", environ, exports)
+    except SlurmError as again:
         print(
-            f"elastic_hpc: the job cannot be requeued: {error}; submit it again, the training goes on from its last "
-            "checkpoint",
+            f"elastic_hpc: the job cannot be requeued: {error}; nor submitted again: {again}; submit it yourself, the "
+            "training goes on from its last checkpoint",
             file=sys.stderr,
         )
         return 1
-    if problem:
-        print(f"elastic_hpc: requeued, but with Slurm's own delay of about two minutes: {problem}", file=sys.stderr)
+    _acted(rundir, environ).touch()
+    print(f"elastic_hpc: {error}; job {new} goes on in its place, in the same run directory", file=sys.stderr)
     return 0
+
+
+def _cancelled(rundir: RunDir) -> None:
+    """The user ended the job with scancel, which the agents could not tell from other ends."""
+    verdict = {**(rundir.read("verdict.json") or {}), "outcome": "failed", "cause": "user", "reason": "scancel"}
+    rundir.append_event(time.time(), "verdict", verdict)
+    rundir.write("verdict.json", verdict)
+
+
+def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Nodes to exclude, and nodes that need not be any more. None of either where that cannot be told."""
+    try:
+        known = strikes.load((rundir.read("state.json") or {}).get("strikes", ()))
+        if not known:
+            return (), ()
+        wanted = (rundir.read("spec.json") or {}).get("--nodes", "1:1").partition(":")
+        exclude = strikes.excluded(known, time.time(), slurm.usable_nodes(job), int(wanted[2] or wanted[0]))
+        return exclude, strikes.readmitted(known, exclude)
+    except (ElasticError, OSError, ValueError):
+        return (), ()

@@ -1,6 +1,5 @@
-"""An agent's end of the control connection, on a thread that touches no file and never waits for the main one.
-
-The main thread, which torch's agent runs on, reads the leader's latest order and reports what its workers do.
+"""The bridge between an agent's two threads: membership runs on one that touches no file and never waits for the
+other; torch's agent runs on the main one, reads the leader's latest order and reports what its workers do.
 """
 
 from __future__ import annotations
@@ -9,25 +8,21 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import threading
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from elastic_hpc import channel, member, protocol
-from elastic_hpc.errors import ElasticError, JobEnded
-from elastic_hpc.protocol import Failure, Order, Plan, State, Status
+from elastic_hpc import member
+from elastic_hpc.errors import JobEnded
+from elastic_hpc.membership import Membership, Network
+from elastic_hpc.protocol import Failure, Host, Order, Plan, Roster, State, Status
+from elastic_hpc.server import LeaderServer, Link
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class LeaderAddress:
-    """Where the leader of this run listens."""
-
-    addresses: tuple[str, ...]
-    port: int
+_FILE_TIMEOUT = 0.5
+"""Seconds a look at the run directory may take; a file system that stalls must not delay a take-over."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +37,46 @@ class Seat:
     """This node's own address on that network."""
 
 
+class Outside(Protocol):
+    """What membership needs of the rest of the agent (``leading.Leading``). The first two may block."""
+
+    def find_leader(self) -> Host | None: ...
+    def give_up(self, roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None: ...
+    def lead(self, roster: Roster | None, reason: str) -> LeaderServer: ...
+
+
 class Control:
-    """Keeps this agent in touch with the leader; ``find_leader`` may block, ``lead`` runs beside it on the leader."""
+    """Keeps this agent in touch with the leader."""
 
     def __init__(
         self,
-        status: Status,
-        secret: Callable[[], bytes],
-        find_leader: Callable[[], LeaderAddress | None],
+        host: Host,
+        nproc: int,
+        make_network: Callable[[], Network],
+        outside: Outside,
         *,
         heartbeat_timeout: float,
         join_timeout: float,
-        lead: Callable[[], Awaitable[None]] | None = None,
+        first: bool,
+        unfit: str = "",
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self._status = status
-        self._secret = secret
-        self._find_leader = find_leader
-        self._heartbeat_timeout = heartbeat_timeout
-        self._patience = join_timeout
-        self._lead = lead
+        """``unfit``: why this node should not take part. ``beat`` is called a few times per heartbeat timeout, as long
+        as the control thread is alive.
+        """
+        self._beat_outside = beat
+        self._status = Status(0, host, nproc, unfit=unfit)
+        self._outside = outside
+        self._make_network = make_network
+        self._beat_interval = heartbeat_timeout / 5
+        self._member: Callable[[Network], Membership] = lambda network: Membership(
+            host, self, network, heartbeat_timeout=heartbeat_timeout, join_timeout=join_timeout, first=first
+        )
+        self._membership: Membership | None = None
         self._order: Order | None = None
-        self._channel: channel.Channel | None = None
+        self._ends: tuple[str, str] | None = None
         self._over: JobEnded | None = None
+        self._looking: asyncio.Future[Any] | None = None
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
@@ -83,9 +96,9 @@ class Control:
             while True:
                 match self._step(workers=0):
                     case member.Acknowledge(round):
-                        self._report(state="idle", round=round, failure=None)
-                    case member.Start(round, plan) if self._channel:
-                        return Seat(round, plan, self._channel.peer, self._channel.local)
+                        self._report(state="idle", round=round, failure=None, drained=False)
+                    case member.Start(round, plan) if self._ends:
+                        return Seat(round, plan, *self._ends)
                 self._changed.wait()
 
     def must_stop(self, round: int) -> str | None:
@@ -98,14 +111,29 @@ class Control:
                     return reason
         return None
 
-    def report(self, state: State, round: int, failure: Failure | None = None) -> None:
+    @property
+    def order(self) -> Order | None:
+        """The leader's latest order."""
+        return self._order
+
+    def report(self, state: State, round: int, failure: Failure | None = None, *, drained: bool = False) -> None:
         """Tell the leader what the workers of ``round`` do."""
         with self._changed:
-            self._report(state=state, round=round, failure=failure)
+            self._report(state=state, round=round, failure=failure, drained=drained)
+
+    def report_step(self, step: int) -> None:
+        """Tell the leader, with the next heartbeat, how far the workers are."""
+        with self._changed:
+            self._status = replace(self._status, step=step)
+
+    def on_signal(self) -> None:
+        """This agent got SIGTERM. So did all others, if this is Slurm's doing; the leader's agent says so for all."""
+        self._call(lambda: self._membership.terminated() if self._membership else None)
+        os.eventfd_write(self.wake_fd, 1)
 
     def close(self, timeout: float) -> None:
         """Leave; on the leader wait, at most ``timeout`` seconds, until all others have left."""
-        self._call(self._leave)
+        self._call(lambda: self._membership.leave() if self._membership else None)
         self._thread.join(timeout)
 
     def _step(self, workers: int) -> member.Wait | member.Stop | member.Acknowledge | member.Start:
@@ -116,126 +144,68 @@ class Control:
             raise JobEnded(what.outcome, what.reason)
         return what
 
-    def _report(self, **changes: object) -> None:
-        self._status = replace(self._status, **changes)  # type: ignore[arg-type]
-        self._call(self._send)
+    def _report(self, **changes: Any) -> None:
+        self._status = replace(self._status, **changes)
+        self._call(lambda: self._membership.say() if self._membership else None)
 
     def _call(self, act: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the thread has ended, there is nobody left to tell
             if self._loop:
                 self._loop.call_soon_threadsafe(act)
 
-    # on the control thread
+    # for membership, on the control thread
+
+    def status(self) -> Status:
+        return self._status
+
+    def set_order(self, order: Order | None, link: Link | None) -> None:
+        with self._changed:
+            before = self._order
+            news = (before and replace(before, seq=0)) != (order and replace(order, seq=0))
+            self._order, self._ends = order, (link.peer, link.local) if link else None
+            self._changed.notify_all()
+        if news:
+            os.eventfd_write(self.wake_fd, 1)
+
+    def ended(self, over: JobEnded) -> None:
+        with self._changed:
+            self._over = over
+            self._changed.notify_all()
+        os.eventfd_write(self.wake_fd, 1)
+
+    async def published(self) -> Host | None:
+        """Asks again only when the look before has come back."""
+        if self._looking is None:
+            self._looking = asyncio.ensure_future(asyncio.to_thread(self._outside.find_leader))
+        done, _ = await asyncio.wait([self._looking], timeout=_FILE_TIMEOUT)
+        if not done:
+            return None
+        looked, self._looking = self._looking, None
+        found: Host | None = looked.result()
+        return found
+
+    async def give_up(self, roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None:
+        return await asyncio.to_thread(self._outside.give_up, roster, waited, patient=patient)
+
+    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
+        return self._outside.lead(roster, reason)
 
     def _run(self) -> None:
         try:
             asyncio.run(self._main())
         except Exception as error:  # a bug here must not leave the main thread waiting for ever
             log.exception("the control thread failed")
-            self._end(JobEnded("lost", f"the control thread failed: {error}"))
+            self.ended(JobEnded("lost", f"the control thread failed: {error}"))
 
     async def _main(self) -> None:
-        self._loop, self._leaving = asyncio.get_running_loop(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._membership = self._member(self._make_network())
         self._started.set()
-        led = asyncio.ensure_future(self._lead()) if self._lead else None
-        following = asyncio.ensure_future(self._follow())
-        leaving = asyncio.ensure_future(self._leaving.wait())
-        await asyncio.wait([following, leaving, *([led] if led else [])], return_when=asyncio.FIRST_COMPLETED)
-        if led:
-            if not led.done() and self._order is None:
-                led.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await led
-        await leaving
-        following.cancel()
+        beating = asyncio.ensure_future(self._beat())
+        await self._membership.run()
+        beating.cancel()
 
-    async def _follow(self) -> None:
-        """Stay connected. Returns when the leader has not been reached for too long."""
-        reached = time.monotonic()
-        tried, problem = "", ""
+    async def _beat(self) -> None:
         while True:
-            try:
-                address = await asyncio.to_thread(self._find_leader)
-                if address:
-                    tried = f" at {' or '.join(address.addresses)} port {address.port}"
-                    secret = await asyncio.to_thread(self._secret)
-                    link = await channel.connect(address.addresses, address.port, secret)
-                    problem = await self._session(link)
-                    reached, self._patience = time.monotonic(), self._heartbeat_timeout
-            except (OSError, ElasticError, asyncio.TimeoutError, protocol.ProtocolError) as error:
-                problem = str(error) or type(error).__name__
-            waited = time.monotonic() - reached
-            if waited > self._patience:
-                self._end(
-                    JobEnded(
-                        "lost",
-                        f"the leader{tried or ' (it has not published its address)'} was not reached "
-                        f"for {waited:.0f} s: {problem or 'is the run directory shared by all nodes?'}",
-                    )
-                )
-                return
-            await asyncio.sleep(random.uniform(0.05, 0.2))  # noqa: S311 - jitter
-
-    async def _session(self, link: channel.Channel) -> str:
-        """Follow the leader's orders until the connection ends; the answer says why it did."""
-        with self._changed:
-            self._channel = link
-        self._heard = time.monotonic()
-        beating = asyncio.ensure_future(self._beat(link))
-        self._send()
-        last = -1
-        try:
-            while True:
-                order = protocol.decode_order(await link.read())
-                self._heard = time.monotonic()
-                if order.seq > last:
-                    last = order.seq
-                    self._set_order(order)
-        except (OSError, protocol.ProtocolError) as error:
-            return str(error) or type(error).__name__
-        finally:
-            beating.cancel()
-            link.close()
-            with self._changed:
-                self._channel = None
-            if not (self._order and self._order.stage == "end"):
-                self._set_order(None)
-
-    async def _beat(self, link: channel.Channel) -> None:
-        interval = self._heartbeat_timeout / 5
-        ticked = time.monotonic()
-        while True:
-            await asyncio.sleep(interval)
-            now = time.monotonic()
-            self._heard += max(0.0, now - ticked - 2 * interval)  # while this process was frozen nobody could be heard
-            ticked = now
-            if now - self._heard > self._heartbeat_timeout:
-                link.close()
-                return
-            self._send()
-
-    def _send(self) -> None:
-        with self._changed:
-            self._status = replace(self._status, seq=self._status.seq + 1)
-            if self._channel:
-                self._channel.send(self._status)
-
-    def _set_order(self, order: Order | None) -> None:
-        with self._changed:
-            before = self._order
-            news = (before and replace(before, seq=0)) != (order and replace(order, seq=0))
-            self._order = order
-            self._changed.notify_all()
-        if news:
-            os.eventfd_write(self.wake_fd, 1)
-
-    def _end(self, over: JobEnded) -> None:
-        with self._changed:
-            self._over = over
-            self._changed.notify_all()
-        os.eventfd_write(self.wake_fd, 1)
-
-    def _leave(self) -> None:
-        if self._channel:
-            self._channel.close()
-        self._leaving.set()
+            self._beat_outside()
+            await asyncio.sleep(self._beat_interval)

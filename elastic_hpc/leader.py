@@ -6,14 +6,22 @@ it to the network, the tests to a simulated one.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from elastic_hpc.decide import Action, Decision, Policy, View, decide
-from elastic_hpc.protocol import Failure, Order, Plan, Request, Stage, Status
+from elastic_hpc.causes import signature
+from elastic_hpc.decide import Action, Decision, Policy, View, decide, give_back
+from elastic_hpc.election import Base, extended, has_quorum, relevant
+from elastic_hpc.protocol import Failure, Order, Plan, Request, Roster, Stage, Status
 
 STOP_TIMEOUT = 60.0
 """Seconds an agent may take to report that its workers are gone, before it is given up: one that cannot be killed."""
+
+SETTLE = 0.25
+"""Seconds in which the cause of a failure may still be reported, when its echo was faster."""
+
+ALIVE_IS_PROGRESS = 60.0
+"""A round that lived for so many seconds has got on, if its workers report no steps."""
 
 Outcome = Literal["finished", "failed", "requeue"]
 _OUTCOMES: dict[Action, Outcome] = {Action.FINISH: "finished", Action.FAIL: "failed", Action.REQUEUE: "requeue"}
@@ -24,6 +32,7 @@ class Verdict:
     """How this run of the job ends. Written to the run directory before any agent leaves."""
 
     outcome: Outcome
+    cause: str
     reason: str
     failure: Failure | None
     restarts: int
@@ -37,7 +46,22 @@ class _Peer:
     addr: str
     last_heard: float
     joined: bool = False
-    """It has been seen without workers; before that it holds nobody up."""
+    """It has been seen without workers, or comes from the world that is taken over; others hold nobody up."""
+
+
+@dataclass
+class _World:
+    """The round that runs, or nothing while one is gathered."""
+
+    formed: tuple[int, ...] = ()
+    plans: dict[int, Plan] = field(default_factory=dict)
+    since: float = 0.0
+    lost: dict[int, str] = field(default_factory=dict)
+    succeeded: set[int] = field(default_factory=set)
+    drained: bool = False
+    failure: Failure | None = None
+    failed_at: float = 0.0
+    repeated: bool = False
 
 
 class Leader:
@@ -47,40 +71,58 @@ class Leader:
         self,
         policy: Policy,
         *,
-        granted: int,
+        node: int,
         nproc: int,
         now: float,
+        granted: int = 0,
         round: int = 0,
         restarts: int = 0,
         requeues: int = 0,
+        inherited: Roster | None = None,
+        reason: str = "",
     ) -> None:
+        """Lead from the start, with the counters of the run before; or take over what ``inherited`` says, because of
+        ``reason``, as soon as a majority agrees.
+        """
         self.policy = policy
-        self.round = round + 1
-        self.formed_round = round
-        """The last round that was formed, in this run of the job or in one before it."""
-        self.restarts = restarts
-        self.requeues = requeues
+        self.roster = inherited or Roster(round, (), (), restarts, requeues)
+        """What the agents hold since the last round was formed."""
+        self.round = self.roster.round + 1
+        self.restarts = self.roster.restarts
+        self.requeues = self.roster.requeues
+        self.leads = inherited is None
+        """Whether enough nodes agree: only then it decides."""
+        self.has_led = self.leads
+        self.abdicated = ""
+        """Why it stopped to lead without a verdict."""
         self.verdict: Verdict | None = None
+        self._node = node
         self._nproc = nproc
         self._granted = granted
+        self._bases = self.roster.bases
+        self._inherited = reason if inherited else ""
         self._peers: dict[int, _Peer] = {}
         self._refused: dict[int, str] = {}
         self._seen: set[int] = set()
+        self._hosts = {host.node: host for host in self.roster.hosts}
+        self._held: dict[int, int] = {}  # newest roster that each node is known to hold
+        self._highest = 0  # round that any agent was told of, by whichever leader
         self._stage: Stage = "gather"
-        self._formed: tuple[int, ...] = ()
-        self._lost: dict[int, str] = {}
-        self._succeeded: set[int] = set()
-        self._failure: Failure | None = None
+        self._world = _World()
         self._last_failure: Failure | None = None
-        self._plans: dict[int, Plan] = {}
+        self._failed_with, self._failed_at_step = "", -1
+        self._step = -1
         self._stores: dict[int, int] = {}
         self._request: Request | None = None
-        self._reason = self._waiting = self._told = "waiting for nodes"
-        self._first = True
+        self._requested_for = ""
+        self._reason = self._waiting = self._told = reason or "waiting for nodes"
+        self._first = inherited is None
         self._started = self._gathered = self._below_min = self._ticked = now
+        self._led_since = self._without_quorum = self._requested = now
         self._min_since: float | None = None
         self._seq = 0
         self._sent: dict[int, tuple[Any, ...]] = {}
+        self._rosters_sent: dict[int, int] = {}
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._drop: list[int] = []
 
@@ -92,56 +134,69 @@ class Leader:
             return
         peer = self._peers.get(conn)
         if peer is None:
-            if status.nproc != self._nproc:
-                self._refused[conn] = (
-                    f"{status.name} would start {status.nproc} workers, the first host {self._nproc}: "
-                    "all nodes must start the same number (--nproc-per-node)"
-                )
-                self._seen.add(status.node)  # it is not waited for
-                self._event("refused", node=status.name, reason=self._refused[conn])
+            if refusal := self._refusal(status):
+                self._refuse(conn, status, refusal)
+                if status.node == self._node and self._first:
+                    self._end(give_back(refusal, self.requeues, self.policy), now)
                 return
             for other, old in list(self._peers.items()):
                 if old.status.node == status.node:
                     self.on_lost(other, "a new agent of the same node came", now)
             peer = self._peers[conn] = _Peer(status, addr, now)
+            if self._stage == "gather" and status.seen >= self.round:
+                # another leader may have formed that round from those who were with it
+                self.round, self._gathered = status.seen + 1, now
         elif status.seq <= peer.status.seq:
             return
         peer.status, peer.last_heard = status, now
-        if status.state == "idle" and not peer.joined:
+        self._hosts[status.node] = status.host
+        self._highest = max(self._highest, status.seen)
+        if status.roster == self.roster.round >= status.seen:  # else it may be bound to a round that ignores this one
+            self._held[status.node] = status.roster
+        self._bases = relevant(self._bases, self._held)
+        if not peer.joined and (status.state == "idle" or self._was_member(status.node)):
             peer.joined = True
             self._seen.add(status.node)
             self._event("join", node=status.name, addr=addr)
-        if self._stage == "run" and status.round == self.round and status.node in self._plans:
-            self._on_progress(status)
+        if self._stage == "run" and status.node in self._world.plans:
+            if status.round == self.round:
+                self._on_progress(status, now)
+            elif status.state == "idle":
+                self._world.lost[status.node] = f"{status.name} lost: it has left the round"
         self._advance(now)
 
-    def _on_progress(self, status: Status) -> None:
-        if status.state == "succeeded":
-            self._succeeded.add(status.node)
-        elif status.state == "failed" and status.failure:
-            self._event("failure", round=self.round, first=self._failure is None, **asdict(status.failure))
-            self._failure = self._failure or status.failure
+    def on_roster(self, roster: Roster, now: float) -> None:
+        """An agent knows of a later round than the one that was inherited."""
+        if not self.leads and self._stage == "gather" and roster.round > self.roster.round:
+            self.roster, self._bases, self._held = roster, roster.bases, {}
+            self.restarts, self.requeues = max(self.restarts, roster.restarts), roster.requeues
+            self.round = max(self.round, roster.round + 1)
+            self._advance(now)
 
     def on_lost(self, conn: int, reason: str, now: float, *, silent: float = 0.0) -> None:
         """Connection ``conn`` is gone, or must be given up for ``reason``, after ``silent`` seconds of silence."""
-        self._sent.pop(conn, None)
-        self._refused.pop(conn, None)
+        for sent in (self._sent, self._rosters_sent, self._refused):
+            sent.pop(conn, None)
         peer = self._peers.pop(conn, None)
         if peer is None:
             return
         self._drop.append(conn)
-        if self.verdict or not peer.joined:
+        if self.verdict or self.abdicated or not peer.joined:
             return
         status = peer.status
         self._event("lost", node=status.name, reason=reason, round=self.round, silent=round(silent, 3))
-        if status.node in self._plans and status.node not in self._succeeded:
-            self._lost[status.node] = f"{status.name} lost: {reason}"
+        if status.node in self._world.plans and status.node not in self._world.succeeded:
+            self._world.lost[status.node] = f"{status.name} lost: {reason}"
         self._advance(now)
 
-    def on_request(self, request: Request, addr: str, now: float) -> None:
-        """Somebody who holds the secret asks to drain or stop the job."""
-        self._event("request", request=request, addr=addr)
-        if self._request != "stop":
+    def on_request(self, request: Request, reason: str, now: float) -> None:
+        """Somebody who holds the secret asks to drain or stop the job, because of ``reason``: ``time limit``,
+        ``preempted`` or ``user``.
+        """
+        self._event("request", request=request, reason=reason)
+        if self._request is None:
+            self._requested, self._requested_for = now, reason
+        if self._request is None or request == "stop" or (request, self._request) == ("save-and-stop", "drain"):
             self._request = request
         self._advance(now)
 
@@ -176,25 +231,32 @@ class Leader:
             self._event("waiting", round=self.round, reason=self._waiting)
 
     def on_saved(self) -> None:
-        """The verdict is on disk (or cannot be written): the agents may leave."""
+        """The verdict is on disk, or cannot be written: the agents may leave."""
         self._stage = "end"
 
     # outputs
 
-    def take_orders(self, *, beat: bool = False) -> dict[int, Order]:
-        """Orders to send, by connection: the ones that changed, or with ``beat`` one for everybody."""
-        orders: dict[int, Order] = {}
+    def take_orders(self, *, beat: bool = False) -> dict[int, list[Order | Roster]]:
+        """What to send, by connection: the orders that changed, or with ``beat`` one for everybody; before them the
+        roster to those who do not have it.
+        """
+        orders: dict[int, list[Order | Roster]] = {}
         for conn, refusal in self._refused.items():
             if self._sent.get(conn) != (refusal,):
                 self._sent[conn] = (refusal,)
-                orders[conn] = self._order("end", refusal, outcome="failed")
+                orders[conn] = [self._order("end", refusal, None, "failed")]
+        drain = self._request in {"drain", "save-and-stop"} and self._stage == "run"
         for conn, peer in self._peers.items():
-            plan = self._plans.get(peer.status.node) if self._stage == "run" else None
-            content = (self._stage, self.round, plan)
+            plan = self._world.plans.get(peer.status.node) if self._stage == "run" and self._is_settled else None
+            content = (self._stage, self.round, plan, self._oldest, drain, self.leads)
             if beat or self._sent.get(conn) != content:
                 self._sent[conn] = content
                 outcome = self.verdict.outcome if self.verdict and self._stage == "end" else None
-                orders[conn] = self._order(self._stage, self._reason, plan, outcome)
+                orders[conn] = [self._order(self._stage, self._reason, plan, outcome, drain=drain)]
+                behind = self.leads and self.roster.bases and peer.status.roster < self.roster.round
+                if behind and (beat or self._rosters_sent.get(conn) != self.roster.round):
+                    self._rosters_sent[conn] = self.roster.round
+                    orders[conn].insert(0, self.roster)
         return orders
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
@@ -208,109 +270,233 @@ class Leader:
         return dropped
 
     @property
+    def nodes(self) -> set[int]:
+        """Nodes whose agents are in touch."""
+        return {peer.status.node for peer in self._peers.values()}
+
+    @property
+    def lost_names(self) -> list[str]:
+        """Slurm's names of the nodes that were here, and are not any more."""
+        here = self.nodes
+        return [host.name for node, host in sorted(self._hosts.items()) if node not in here]
+
+    @property
+    def other_names(self) -> list[str]:
+        """Slurm's names of the nodes that are here besides this one."""
+        return [self._hosts[node].name for node in sorted(self.nodes - {self._node})]
+
+    @property
     def next_expiry(self) -> float:
-        """When, on the leader's clock, the next agent is taken for lost unless it is heard before."""
+        """When, on the leader's clock, something is due even if nothing arrives before."""
         heard = (peer.last_heard for peer in self._peers.values())
-        return min(heard, default=float("inf")) + self.policy.heartbeat_timeout
+        silence = min(heard, default=float("inf")) + self.policy.heartbeat_timeout
+        return min(silence, self._world.failed_at + SETTLE) if self._world.failure else silence
 
     @property
     def wanted_store(self) -> int | None:
         """The round whose store should be opened next. One is always opened ahead of its need."""
         wanted = self.round + (self._stage == "run")
-        return wanted if wanted not in self._stores and not self.verdict else None
+        return wanted if wanted not in self._stores and self.leads and not self.verdict else None
 
     # inside
 
-    def _order(self, stage: Stage, reason: str, plan: Plan | None = None, outcome: Outcome | None = None) -> Order:
+    @property
+    def _oldest(self) -> int:
+        return self._bases[0].round if self._bases else 0
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether nobody could form another world without the members of this one: too few of the older rounds' members
+        do not hold it. Members hold it before they start; nodes that are left over, as MAX is reached, have to say so.
+        """
+        held = self._held | dict.fromkeys(self._world.formed, self.roster.round)
+        return len(relevant(self._bases, held)) <= 1
+
+    def _was_member(self, node: int) -> bool:
+        """Whether it comes from the world that is taken over: its workers are being stopped, it is waited for."""
+        return not self._first and self._inherited != "" and node in self.roster.bases[-1].members
+
+    def _refusal(self, status: Status) -> str:
+        if status.unfit:
+            return f"{status.name} is not fit: {status.unfit}"
+        if status.nproc != self._nproc:
+            return (
+                f"{status.name} would start {status.nproc} workers, the leader's node {self._nproc}: "
+                "all nodes must start the same number (--nproc-per-node)"
+            )
+        return ""
+
+    def _refuse(self, conn: int, status: Status, reason: str) -> None:
+        self._refused[conn] = reason
+        self._seen.add(status.node)  # it is not waited for
+        self._event("unfit" if status.unfit else "refused", node=status.name, reason=reason)
+
+    def _on_progress(self, status: Status, now: float) -> None:
+        world = self._world
+        self._step = max(self._step, status.step)
+        if status.state == "succeeded":
+            world.succeeded.add(status.node)
+            world.drained = world.drained or status.drained
+        elif status.state == "failed" and status.failure:
+            failure = status.failure
+            first = world.failure is None or (world.failure.collateral and not failure.collateral)
+            self._event("failure", round=self.round, first=first, **asdict(failure))
+            if world.failure is None:
+                world.failed_at = now
+            if first:
+                world.failure = failure
+                world.repeated = self._is_repeated(failure, now)
+
+    def _is_repeated(self, failure: Failure, now: float) -> bool:
+        """Whether the job stands still: it fails as the round before it did. A signal may well come twice."""
+        if failure.collateral or failure.kind in {"signal", "stopped"}:
+            return False
+        known, self._failed_with = self._failed_with, signature(failure.kind, failure.message)
+        before, self._failed_at_step = self._failed_at_step, self._step
+        got_on = self._step > before if self._step >= 0 else now - self._world.since > ALIVE_IS_PROGRESS
+        return known == self._failed_with and not got_on
+
+    def _order(
+        self, stage: Stage, reason: str, plan: Plan | None, outcome: Outcome | None, *, drain: bool = False
+    ) -> Order:
         self._seq += 1
-        return Order(self._seq, stage, self.round, reason, plan, outcome)
+        failure = self._last_failure
+        return Order(
+            self._seq,
+            stage,
+            self.round,
+            reason,
+            plan,
+            outcome,
+            roster=self.roster.round,
+            leads=self.leads,
+            oldest=self._oldest,
+            drain=drain,
+            stacks=bool(stage == "gather" and failure and failure.kind == "hang"),
+        )
 
     def _is_ready(self, status: Status) -> bool:
         return status.state == "idle" and (self._stage == "run" or status.round == self.round)
 
     def _view(self, now: float) -> View:
-        live = {peer.status.node for peer in self._peers.values() if peer.joined}
-        enough = len(live) >= self.policy.min_nodes
-        if enough:
+        joined = [peer.status for peer in self._peers.values() if peer.joined]
+        live = {status.node for status in joined}
+        if len(live) >= self.policy.min_nodes:
             self._min_since = now if self._min_since is None else self._min_since
             self._below_min = now
         else:
             self._min_since = None
-        first_loss = next(iter(self._lost.values()), None)
+        quorum = has_quorum(self._bases, live) and all(status.roster <= self.roster.round for status in joined)
+        if self._stage == "run" and now - self._world.since > self.policy.heartbeat_timeout and not self._is_settled:
+            quorum = False
+        if quorum and not self.leads:
+            self._led_since = now
+        if quorum:
+            self._without_quorum = now
+        if quorum and not self.has_led:
+            self.has_led = True
+            self._event("take_over", round=self.round, reason=self._inherited)
+        self.leads = quorum
+        world = self._world
+        lost = next(iter(world.lost.values()), "") or self._inherited
+        last = self.roster.bases[-1:]
         return View(
-            formed=frozenset(self._formed) - self._lost.keys(),
-            lost=frozenset(self._lost),
-            succeeded=frozenset(self._succeeded),
-            failure=str(self._failure) if self._failure else first_loss,
-            ready=frozenset(p.status.node for p in self._peers.values() if self._is_ready(p.status)),
+            formed=frozenset(world.formed) - world.lost.keys(),
+            lost=frozenset(world.lost),
+            succeeded=frozenset(world.succeeded),
+            failure=str(world.failure) if world.failure and not (world.failure.collateral and lost) else lost or None,
+            cause=world.failure.kind if world.failure and not (world.failure.collateral and lost) else "node lost",
+            settling=bool(world.failure and world.failure.collateral) and now - world.failed_at < SETTLE,
+            repeated=world.repeated,
+            ready=frozenset(status.node for status in joined if self._is_ready(status)),
             live=frozenset(live),
             absent=max(0, self._granted - len(self._seen)),
             first=self._first,
             since_start=now - self._started,
             since_min=now - self._min_since if self._min_since is not None else 0.0,
             below_min=now - self._below_min,
+            quorum=quorum,
+            without_quorum=now - self._without_quorum,
+            expected=len(set(last[0].members) - live - {last[0].leader}) if last and not world.formed else 0,
+            since_quorum=now - self._led_since,
             store_ready=self.round in self._stores,
             restarts=self.restarts,
             requeues=self.requeues,
             request=self._request,
+            requested_for=self._requested_for,
+            since_request=now - self._requested,
+            drained=world.drained,
         )
 
     def _advance(self, now: float) -> None:
-        while not self.verdict:
-            view = self._view(now)
-            decision = decide(view, self.policy)
+        while not self.verdict and not self.abdicated:
+            decision = decide(self._view(now), self.policy)
             if decision.action is Action.WAIT:
                 self._waiting = decision.reason
                 return
             self._act(decision, now)
 
     def _act(self, decision: Decision, now: float) -> None:
+        if decision.action is Action.ABDICATE:
+            self.abdicated = decision.reason
+            if self.has_led:
+                self._event("abdicate", round=self.round, reason=decision.reason)
+            return
         self._reason = decision.reason
-        self._last_failure = self._failure or self._last_failure
+        self._last_failure = self._world.failure or self._last_failure
         if decision.action is Action.FORM:
-            self._form(decision)
+            self._form(decision, now)
         elif decision.action is Action.GATHER:
-            self._clear_round(now)
+            if not self._world.failure:
+                self._failed_with = ""
+            if self._inherited:  # the round that is being gathered is a new one already
+                self._inherited = ""
+            else:
+                self._clear_round(now)
             self.restarts += decision.charged
             self._event("restart", round=self.round, restarts=self.restarts, reason=decision.reason)
         else:
             self._end(decision, now)
 
-    def _form(self, decision: Decision) -> None:
-        addresses = {peer.status.node: peer.addr for peer in self._peers.values()}
-        names = {peer.status.node: peer.status.name for peer in self._peers.values()}
-        self._stage, self._first, self._formed = "run", False, decision.nodes
-        self.formed_round = self.round
-        self._plans = {
-            node: Plan(
-                group_rank, len(decision.nodes), self.restarts, self._stores[self.round], addresses[decision.nodes[0]]
-            )
-            for group_rank, node in enumerate(decision.nodes)
+    def _form(self, decision: Decision, now: float) -> None:
+        peers = {peer.status.node: peer for peer in self._peers.values()}
+        first = peers[decision.nodes[0]]
+        addr = first.status.host.addresses[0] if first.addr.startswith("127.") else first.addr
+        size = len(decision.nodes)
+        plans = {
+            node: Plan(rank, size, self.restarts, self._stores[self.round], addr)
+            for rank, node in enumerate(decision.nodes)
         }
+        self._stage, self._first = "run", False
+        self._world = _World(decision.nodes, plans, now)
+        self._bases = extended(self._bases, Base(self.round, self._node, decision.nodes))
+        hosts = tuple(peer.status.host for _, peer in sorted(peers.items()) if peer.joined)
+        self.roster = Roster(self.round, hosts, self._bases, self.restarts, self.requeues)
         self._event(
             "round",
             round=self.round,
-            nodes=[names[node] for node in decision.nodes],
-            world_size=len(decision.nodes) * self._nproc,
+            nodes=[peers[node].status.name for node in decision.nodes],
+            world_size=size * self._nproc,
             restarts=self.restarts,
+            leader=peers[self._node].status.name if self._node in peers else None,
         )
 
     def _clear_round(self, now: float) -> None:
-        self.round += 1
-        self._stage, self._formed, self._plans, self._gathered = "gather", (), {}, now
-        self._lost, self._succeeded, self._failure = {}, set(), None
+        self.round = max(self.round, self._highest) + 1
+        self._stage, self._world, self._gathered = "gather", _World(), now
 
     def _end(self, decision: Decision, now: float) -> None:
         outcome = _OUTCOMES[decision.action]
-        ended = self.round
+        ended, failure = self.round, self._last_failure
         if outcome == "requeue":
             self.requeues += decision.charged
         if outcome != "finished":
             self._clear_round(now)
         self.verdict = Verdict(
             outcome,
+            decision.cause,
             decision.reason,
-            None if outcome == "finished" else self._last_failure,
+            None if outcome == "finished" else failure,
             self.restarts,
             self.requeues,
             ended,

@@ -54,6 +54,8 @@ def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Ack
         return Wait() if order.stage == "run" and order.round == workers else Stop(order.reason)
     if order is not None and order.stage == "gather":
         return Wait() if (status.state, status.round) == ("idle", order.round) else Acknowledge(order.round)
+    if status.state == "failed" and order is not None and order.round == status.round:
+        return Wait()  # until the leader has heard of it: it says so by gathering the next round
     if status.state != "idle":  # its workers have been stopped since: it is a newcomer now
         return Acknowledge(0)
     if order is not None and order.plan and status.round == order.round:

@@ -10,17 +10,27 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import operator
 import secrets
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar, cast, get_args
 
-MAX_LINE = 256 * 1024
+from elastic_hpc.election import Base
+
+MAX_LINE = 1024 * 1024
 """Longest line, in bytes, that either side accepts."""
 
 State = Literal["idle", "running", "succeeded", "failed"]
 Stage = Literal["gather", "run", "end"]
-Request = Literal["drain", "stop"]
-"""What may be asked of the leader: ``drain``, the warning signal came; ``stop``, the user wants the job to end."""
+Request = Literal["drain", "save-and-stop", "stop"]
+"""What may be asked of the leader: ``drain``, save and return through the queue; ``save-and-stop``, save and end the
+job; ``stop``, end it at once.
+"""
+REQUESTS: tuple[Request, ...] = get_args(Request)
+WHO = "who"
+"""Asks an agent, leader or not, whom it follows. Answered by a ``Redirect``; commits to nothing."""
+_T = TypeVar("_T", "Status", "Failure", "Host", "Roster", Base)
+_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str, "bool": bool}
 
 
 class ProtocolError(Exception):
@@ -32,7 +42,7 @@ class Failure:
     """Why an agent's workers stopped: the first failing rank of that agent."""
 
     kind: str
-    """``exception`` (torch's error file tells which), ``signal`` or ``exit``."""
+    """``exception``, ``out of memory``, ``signal``, ``exit``, ``hang`` or ``stopped``."""
     node: str
     rank: int
     local_rank: int
@@ -40,9 +50,36 @@ class Failure:
     message: str
     time: float
     """When the worker was seen dead, seconds since the epoch on its own node."""
+    traceback: str = ""
+    """The worker's last Python traceback."""
+    collateral: bool = False
+    """Whether this looks like the echo of another rank's death, such as a connection closed by the peer."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where the agent of a node listens. ``node`` is its index in Slurm's order."""
+
+    node: int
+    name: str
+    addresses: tuple[str, ...]
+    port: int
+
+
+@dataclass(frozen=True)
+class Roster:
+    """What every agent holds so that it can take over: who listens where, who decides (``elastic_hpc.election``), and
+    what has been charged when ``round`` was formed.
+    """
+
+    round: int
+    hosts: tuple[Host, ...]
+    bases: tuple[Base, ...]
+    restarts: int
+    requeues: int
 
 
 @dataclass(frozen=True)
@@ -50,12 +87,29 @@ class Status:
     """Agent to leader. ``idle`` in round r means: told to gather for r, and none of its workers is alive."""
 
     seq: int
-    node: int
-    name: str
+    host: Host
     nproc: int
     state: State = "idle"
     round: int = 0
     failure: Failure | None = None
+    seen: int = 0
+    """Highest round that this agent was ever told of."""
+    roster: int = -1
+    """Round of the roster that this agent holds."""
+    step: int = -1
+    """Last training step that one of its workers reported; -1 for none."""
+    unfit: str = ""
+    """Why this node should not take part, as its preflight found."""
+    drained: bool = False
+    """``succeeded``, because the workers stopped for a drain."""
+
+    @property
+    def node(self) -> int:
+        return self.host.node
+
+    @property
+    def name(self) -> str:
+        return self.host.name
 
 
 @dataclass(frozen=True)
@@ -81,11 +135,36 @@ class Order:
     reason: str
     plan: Plan | None = None
     outcome: Literal["finished", "failed", "requeue"] | None = None
+    roster: int = -1
+    """Round of the roster that the leader holds."""
+    leads: bool = True
+    """False while it has no majority yet, or any more."""
+    oldest: int = 0
+    """Members of rounds before this one are not asked any more (``elastic_hpc.election``)."""
+    drain: bool = False
+    """The workers shall save and stop."""
+    stacks: bool = False
+    """Record where the workers stand before they are stopped."""
 
 
-def encode(message: Status | Order | dict[str, Any]) -> bytes:
-    """One JSON line."""
+@dataclass(frozen=True)
+class Redirect:
+    """Agent to agent: whom I follow, myself if I lead or want to, None if I look for a leader. ``leads``: it has a
+    majority.
+    """
+
+    to: Host | None
+    leads: bool = False
+
+
+Message = Status | Order | Roster | Redirect | dict[str, Any]
+
+
+def encode(message: Message) -> bytes:
+    """One JSON line. A roster and a redirect are marked as what they are."""
     body = message if isinstance(message, dict) else asdict(message)
+    if isinstance(message, (Roster, Redirect)):
+        body = {type(message).__name__.lower(): body}
     return json.dumps(body, separators=(",", ":")).encode() + b"\n"
 
 
@@ -93,31 +172,68 @@ def decode(line: bytes) -> dict[str, Any]:
     """The JSON object on ``line``. Raises ProtocolError for anything else."""
     try:
         body = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"not JSON: {line[:60]!r}") from error
     if not isinstance(body, dict):
         raise ProtocolError(f"not an object: {line[:60]!r}")
     return body
 
 
-def decode_status(line: bytes) -> Status | Request:
+def decode_from_agent(line: bytes) -> Status | Roster | Request | Literal["who"]:
+    """What an agent, or somebody who asks for something, says to a leader. Raises ProtocolError."""
     body = decode(line)
-    if body.get("request") in {"drain", "stop"}:
-        return cast(Request, body["request"])
     try:
-        failure = body.pop("failure", None)
-        return Status(**body, failure=Failure(**failure) if failure else None)
-    except TypeError as error:
+        if body.get("request") in (*REQUESTS, WHO):
+            return cast(Request, body["request"])
+        if "roster" in body and "seq" not in body:
+            return _roster(body["roster"])
+        return _status(body)
+    except (TypeError, KeyError, AttributeError) as error:
         raise ProtocolError(f"not a status: {error}") from error
 
 
-def decode_order(line: bytes) -> Order:
+def decode_from_leader(line: bytes) -> Order | Roster | Redirect:
+    """What a leader, or an agent that was taken for one, says. Raises ProtocolError."""
     body = decode(line)
     try:
+        if "roster" in body and "seq" not in body:
+            return _roster(body["roster"])
+        if "redirect" in body:
+            to = body["redirect"]["to"]
+            return Redirect(_host(to) if to else None, bool(body["redirect"]["leads"]))
         plan = body.pop("plan", None)
         return Order(**body, plan=Plan(**plan) if plan else None)
-    except TypeError as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ProtocolError(f"not an order: {error}") from error
+
+
+def _status(body: dict[str, Any]) -> Status:
+    failure = body.pop("failure", None)
+    status = Status(**{**body, "host": _host(body["host"])}, failure=_checked(Failure(**failure)) if failure else None)
+    if status.state not in get_args(State):
+        raise TypeError(f"state {status.state!r}: expected one of {', '.join(get_args(State))}")
+    return _checked(status)
+
+
+def _host(body: dict[str, Any]) -> Host:
+    return _checked(Host(**{**body, "addresses": tuple(map(str, body["addresses"]))}))
+
+
+def _roster(body: dict[str, Any]) -> Roster:
+    hosts = tuple(map(_host, body["hosts"]))
+    bases = tuple(
+        _checked(Base(**{**base, "members": tuple(map(operator.index, base["members"]))})) for base in body["bases"]
+    )
+    return _checked(Roster(**{**body, "hosts": hosts, "bases": bases}))
+
+
+def _checked(said: _T) -> _T:
+    """``said``, a dataclass, if its numbers are numbers and its strings are strings. Raises TypeError."""
+    for field in fields(said):
+        kind, value = _KINDS.get(str(field.type)), getattr(said, field.name)
+        if kind and not isinstance(value, kind):
+            raise TypeError(f"{field.name} {value!r}: expected {field.type}")
+    return said
 
 
 def new_nonce() -> str:

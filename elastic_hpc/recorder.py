@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -10,31 +11,58 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.protocol import Host
 from elastic_hpc.rundir import RunDir
+from elastic_hpc.strikes import Strike, dump, live, load
 
 log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Events, state and verdict of one job. No method blocks; a write that fails is told once."""
+    """Events, state and verdict of one job, written by the leader on ``host``. No method blocks; a write that fails is
+    told once.
+    """
 
-    def __init__(self, rundir: RunDir, run: int) -> None:
+    def __init__(self, rundir: RunDir, run: int, host: Host) -> None:
         self._rundir = rundir
         self._run = run
+        self._host = host
+        self._strikes: tuple[Strike, ...] = ()  # for the thread alone
+        self._beaten = 0.0
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._complained = False
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
+        self._put(self._load_strikes)
+
+    def publish(self) -> None:
+        """Say in ``endpoint.json`` that the leader is here."""
+        where = {"run": self._run, "node": self._host.node, "host": self._host.name}
+        listens = {"addresses": self._host.addresses, "port": self._host.port}
+        self._put(lambda: self._rundir.write("endpoint.json", {**where, **listens}))
+
+    def beat(self) -> None:
+        """Say by the time of ``endpoint.json`` that somebody leads; needs no space on the file system."""
+        if time.monotonic() - self._beaten > 1.0:
+            self._beaten = time.monotonic()
+            self._put(lambda: os.utime(self._rundir.path / "endpoint.json"))
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
         """Append an event; also shown on the agent's stderr."""
         when = time.time()
+        if name in {"lost", "unfit"}:
+            self._put(lambda: self._strike(Strike(fields["node"], when, fields["reason"])))
         log.info("%s", _sentence(name, fields))
         self._put(lambda: self._rundir.append_event(when, name, fields))
 
     def state(self, **state: int) -> None:
         """Replace ``state.json``."""
-        self._put(lambda: self._rundir.write("state.json", {**state, "run": self._run}))
+
+        def write() -> None:
+            self._rundir.write("state.json", {**state, "run": self._run, "strikes": dump(self._strikes)})
+
+        self._put(write)
 
     def verdict(self, verdict: dict[str, Any]) -> Future[None]:
         """Replace ``verdict.json``; the future is done when it is on disk, or has the OSError."""
@@ -49,6 +77,17 @@ class Recorder:
         done: Future[None] = Future()
         self._queue.put((write, done))
         return done
+
+    def _load_strikes(self) -> None:
+        """Of nodes that failed before this recorder was made."""
+        try:
+            known = load((self._rundir.read("state.json") or {}).get("strikes", ()))
+        except ElasticError as error:
+            raise OSError(str(error)) from error
+        self._strikes = live((*known, *self._strikes), time.time())
+
+    def _strike(self, strike: Strike) -> None:
+        self._strikes = (*self._strikes, strike)
 
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -85,5 +124,9 @@ def _sentence(name: str, fields: dict[str, Any]) -> str:
             return f"restart {fields['restarts']}: {fields['reason']}"
         case "verdict":
             return f"{fields['outcome']}: {fields['reason']}"
+        case "take_over":
+            return f"this node leads now: {fields['reason']}"
+        case "abdicate":
+            return f"this node leads no more: {fields['reason']}"
         case _:
             return f"{name}: " + ", ".join(f"{key} {value}" for key, value in fields.items())

@@ -9,15 +9,17 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 from elastic_hpc import net
 from elastic_hpc.control import Control, Seat
+from elastic_hpc.training import LOCAL_DIR
 
 
 class ElasticRendezvousHandler(RendezvousHandler):
     """Gives torch's agent the place that the leader decided on. No method touches a store or waits for absent nodes."""
 
-    def __init__(self, control: Control, run_id: str, gloo_interface: str | None) -> None:
+    def __init__(self, control: Control, run_id: str, gloo_interface: str | None, local_folder: str) -> None:
         self._control = control
         self._run_id = run_id
         self._gloo_interface = gloo_interface
+        self._local_folder = local_folder
         self.seat: Seat | None = None
         """This node's place in the current round."""
         self.restart_wanted = False
@@ -36,6 +38,8 @@ class ElasticRendezvousHandler(RendezvousHandler):
         seat = self.seat = self._control.next_seat()
         self.restart_wanted = False
         os.environ["ELASTIC_HPC_ROUND"] = str(seat.round)
+        os.environ[LOCAL_DIR] = os.path.join(self._local_folder, str(seat.round))
+        os.mkdir(os.environ[LOCAL_DIR], 0o700)
         os.environ["ELASTIC_HPC_RANK0_ADDR"] = seat.plan.rank0_addr
         interface = self._gloo_interface or net.interface_of(seat.local_addr)
         if interface:

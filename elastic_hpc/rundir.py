@@ -70,7 +70,7 @@ class RunDir:
 
     def write(self, name: str, body: dict[str, Any]) -> None:
         """Replace ``name`` atomically: a reader sees the old object or the new one, whole. Raises OSError."""
-        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary = self.path / f".{name}.{os.uname().nodename}.{os.getpid()}"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(body, file, indent=1)

@@ -1,7 +1,7 @@
-"""The leader on the network: connections in, orders out. Runs on the control thread and never blocks it.
+"""The leader on the network: what its agents say goes in, what they are told goes out. Never blocks.
 
-Files are written by the recorder's thread and stores are opened by ``open_store`` in a thread that can be abandoned,
-so that a stalled file system or name server cannot keep the leader from answering.
+Files are written by the recorder's thread, stores are opened in threads that can be abandoned, and Slurm is asked in
+threads, so that a stalled file system or name server cannot keep the leader from answering.
 """
 
 from __future__ import annotations
@@ -9,145 +9,205 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import asdict
+from typing import Any, Protocol
 
-from elastic_hpc import channel, protocol
-from elastic_hpc.leader import Leader
-from elastic_hpc.recorder import Recorder
+from elastic_hpc import protocol
+from elastic_hpc.leader import Leader, Verdict
+from elastic_hpc.protocol import Message, Request, Roster, Status
 
 log = logging.getLogger(__name__)
+
+BATCH_HOST = 0
+"""Index of the node on which the batch script runs."""
 
 LEAVE_TIMEOUT = 10.0
 """Seconds the agents get to take notice of the verdict before the leader leaves."""
 
 
+class Link(Protocol):
+    """An open control connection; ``channel.Channel``, or a simulated one."""
+
+    peer: str
+    local: str
+
+    async def read(self) -> bytes: ...
+    def send(self, message: Message) -> None: ...
+    def close(self) -> None: ...
+
+
+class Record(Protocol):
+    """Where the leader's record goes; ``recorder.Recorder``, or a list. No method blocks."""
+
+    def publish(self) -> None: ...
+    def beat(self) -> None: ...
+    def event(self, name: str, fields: dict[str, Any]) -> None: ...
+    def state(self, **state: int) -> None: ...
+    def verdict(self, verdict: dict[str, Any]) -> Future[None]: ...
+
+
+class Act(Protocol):
+    """Does what a verdict asks for. ``lost`` are the names of lost nodes, ``alone``: the batch host is among them,
+    ``others``: the names of the nodes that are left besides this one.
+    """
+
+    async def __call__(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None: ...
+
+
 class LeaderServer:
-    """Serves ``leader`` on ``listener``. ``open_store(round)`` starts a store and answers with its port."""
+    """Serves ``leader``. ``open_store(round)`` starts a store and answers with its port."""
 
     def __init__(
         self,
         leader: Leader,
-        listener: socket.socket,
-        secret: bytes,
-        recorder: Recorder,
-        open_store: Callable[[int], Future[int]],
+        record: Record,
+        open_store: Callable[[int], Awaitable[int]],
+        act: Act,
     ) -> None:
-        self._leader = leader
-        self._listener = listener
-        self._secret = secret
-        self._recorder = recorder
+        self.leader = leader
+        self.record = record
         self._open_store = open_store
+        self._act = act
         self._opening: int | None = None
-        self._channels: dict[int, channel.Channel] = {}
+        self._links: dict[int, Link] = {}
         self._next = 0
         self._strangers = 0
+        self._published = self._over = self._batch_host_is_lost = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
-    async def run(self) -> None:
-        """Lead until every agent has left after the verdict."""
+    async def run(self) -> str:
+        """Lead until every agent has left after the verdict, or until this leader abdicates; the answer says why it
+        did, or is empty.
+        """
         loop = asyncio.get_running_loop()
-        interval = self._leader.policy.heartbeat_timeout / 5
-        server = await asyncio.start_server(self._serve, sock=self._listener, limit=protocol.MAX_LINE)
+        interval = self.leader.policy.heartbeat_timeout / 5
+        saving: asyncio.Future[list[str]] | None = None
+        leave_at = float("inf")
         try:
             self._after_input()
-            saving: asyncio.Future[None] | None = None
-            leave_at = float("inf")
-            while not (saving and saving.done() and (not self._channels or loop.time() > leave_at)):
-                wait = min(interval, max(0.01, self._leader.next_expiry + 0.001 - time.monotonic()))
+            while not (saving and saving.done() and (not self._links or loop.time() > leave_at)):
+                wait = min(interval, max(0.01, self.leader.next_expiry + 0.001 - loop.time()))
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), wait)
                 self._changed.clear()
-                self._leader.on_tick(time.monotonic())
+                self.leader.on_tick(loop.time())
                 self._after_input(beat=True)
-                if self._leader.verdict and saving is None:
-                    saving = asyncio.ensure_future(self._save())
+                if self.leader.abdicated:
+                    return self.leader.abdicated
+                if self.leader.leads:
+                    self.record.beat()
+                if self.leader.verdict and saving is None:
+                    saving = asyncio.ensure_future(self._save(self.leader.verdict))
                     saving.add_done_callback(lambda _: self._changed.set())
                 elif saving and saving.done() and leave_at == float("inf"):
                     leave_at = loop.time() + LEAVE_TIMEOUT
+            verdict = self.leader.verdict
+            if verdict and verdict.outcome == "requeue" and not self._batch_host_is_lost:
+                # not left to the batch script: srun waits for lost nodes until Slurm notices, which may take minutes
+                await self._do(verdict, saving.result(), alone=False, others=[])
+            return ""
         finally:
-            server.close()
-            for peer in self._channels.values():
-                peer.close()
+            for task in self._tasks:
+                task.cancel()
+            for link in self._links.values():
+                link.close()
 
-    async def _save(self) -> None:
-        verdict = self._leader.verdict
-        assert verdict is not None
-        written = self._recorder.verdict(asdict(verdict))
-        try:
-            await asyncio.wait_for(asyncio.wrap_future(written), LEAVE_TIMEOUT)
-        except (OSError, asyncio.TimeoutError) as error:
-            log.warning("the verdict could not be written: %s", error or "the file system does not answer")
-        self._leader.on_saved()
-        self._after_input()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def attend(self, link: Link, first: Status) -> None:
+        """Listen to one agent until its connection ends."""
         self._next += 1
         conn = self._next
-        try:
-            peer = await channel.accept(reader, writer, self._secret)
-        except (OSError, asyncio.TimeoutError, protocol.ProtocolError) as error:
-            writer.transport.abort()
-            self._strangers += 1
-            if self._strangers <= 20:
-                self._recorder.event(
-                    "stranger", {"addr": str(writer.get_extra_info("peername")), "reason": repr(error)}
-                )
-            return
-        self._channels[conn] = peer
+        self._links[conn] = link
+        now = asyncio.get_running_loop().time
         reason = "its connection was closed"
+        said: Status | Roster | str = first
         try:
             while True:
-                said = protocol.decode_status(await peer.read())
-                if isinstance(said, protocol.Status):
-                    self._leader.on_status(conn, peer.peer, said, time.monotonic())
-                else:
-                    self._leader.on_request(said, peer.peer, time.monotonic())
+                if isinstance(said, Status):
+                    self.leader.on_status(conn, link.peer, said, now())
+                elif isinstance(said, Roster):
+                    self.leader.on_roster(said, now())
                 self._after_input()
+                said = protocol.decode_from_agent(await link.read())
         except OSError:
             pass
         except protocol.ProtocolError as error:
             reason = f"it sent what this leader does not understand: {error}"
         finally:
-            peer.close()
-            self._channels.pop(conn, None)
-            self._leader.on_lost(conn, reason, time.monotonic())
+            link.close()
+            self._links.pop(conn, None)
+            self.leader.on_lost(conn, reason, now())
             self._after_input()
             self._changed.set()
 
+    def on_request(self, request: Request, reason: str) -> None:
+        """Somebody asks for a drain or the end."""
+        self.leader.on_request(request, reason, asyncio.get_running_loop().time())
+        self._after_input()
+
+    def on_stranger(self, addr: str, reason: str) -> None:
+        """Somebody without the secret was refused."""
+        self._strangers += 1
+        if self._strangers <= 20:
+            self.record.event("stranger", {"addr": addr, "reason": reason})
+
+    async def _save(self, verdict: Verdict) -> list[str]:
+        self._batch_host_is_lost = BATCH_HOST not in self.leader.nodes
+        actor = "agents" if self._batch_host_is_lost else "batch script"
+        written = self.record.verdict({**asdict(verdict), "actor": actor})
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(written), LEAVE_TIMEOUT)
+        except (OSError, asyncio.TimeoutError) as error:
+            log.warning("the verdict could not be written: %s", error or "the file system does not answer")
+        lost = self.leader.lost_names
+        if self._batch_host_is_lost:
+            # before anybody leaves: if this node dies now, the others act
+            await self._do(verdict, lost, alone=True, others=self.leader.other_names)
+        self.leader.on_saved()
+        self._after_input()
+        return lost
+
+    async def _do(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None:
+        try:
+            await self._act(verdict, lost, alone=alone, others=others)
+        except Exception:  # a fault here must not keep the agents, whose end the others may act upon
+            log.exception("the verdict could not be acted upon")
+
     def _after_input(self, *, beat: bool = False) -> None:
-        for name, fields in self._leader.take_events():
-            self._recorder.event(name, fields)
+        leader = self.leader
+        if leader.has_led and not self._published:
+            self._published = True
+            self.record.publish()
+        for name, fields in leader.take_events() if leader.has_led else ():
+            self.record.event(name, fields)
             if name in {"round", "restart", "verdict"}:
-                self._recorder.state(
-                    round=self._leader.formed_round, restarts=self._leader.restarts, requeues=self._leader.requeues
-                )
-        for conn in self._leader.take_dropped():
-            if conn in self._channels:
-                self._channels[conn].close()
-        for conn, order in self._leader.take_orders(beat=beat).items():
-            if conn in self._channels:
-                self._channels[conn].send(order)
-        wanted = self._leader.wanted_store
+                self.record.state(round=leader.roster.round, restarts=leader.restarts, requeues=leader.requeues)
+        for conn in leader.take_dropped():
+            if conn in self._links:
+                self._links[conn].close()
+        for conn, messages in leader.take_orders(beat=beat).items():
+            for message in messages:
+                if conn in self._links:
+                    self._links[conn].send(message)
+        wanted = leader.wanted_store
         if wanted is not None and wanted != self._opening:
             self._opening = wanted
             task = asyncio.ensure_future(self._bring_store(wanted))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        if self._leader.verdict:
+        if (leader.verdict or leader.abdicated) and not self._over:
+            self._over = True
             self._changed.set()
 
     async def _bring_store(self, wanted: int) -> None:
         try:
-            port = await asyncio.wrap_future(self._open_store(wanted))
+            port = await self._open_store(wanted)
         except Exception as error:  # noqa: BLE001 - whatever keeps a store from opening is told, and tried again
-            self._recorder.event("store_failed", {"round": wanted, "reason": str(error)})
+            self.record.event("store_failed", {"round": wanted, "reason": str(error)})
             await asyncio.sleep(1.0)
             self._opening = None
             return
-        self._leader.on_store(wanted, port, time.monotonic())
+        self.leader.on_store(wanted, port, asyncio.get_running_loop().time())
         self._after_input()

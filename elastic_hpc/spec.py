@@ -127,6 +127,9 @@ class LaunchSpec:
     rdzv_id: str | None = None
     rdzv_conf: RdzvConf = RdzvConf()
     heartbeat_timeout: timedelta = timedelta(seconds=5)
+    grace: timedelta = timedelta(seconds=90)
+    hang_timeout: timedelta | None = None
+    preflight: str | None = None
     interface: str | None = None
 
     @classmethod
@@ -221,6 +224,26 @@ LAUNCH_OPTIONS = (
     ),
     LaunchOption(
         "--heartbeat-timeout", "SECONDS", _seconds, "silence after which a node is taken for lost (default: 5)"
+    ),
+    LaunchOption(
+        "--grace",
+        "SECONDS",
+        _seconds,
+        "how long the workers may take to save and stop, when the time limit or a preemption nears, or the user asks "
+        "(default: 90)",
+    ),
+    LaunchOption(
+        "--hang-timeout",
+        "SECONDS",
+        _seconds,
+        "take the workers for hung when none of a node has reported progress, or written anything if they never do, "
+        "for so long; their stacks are kept beside their logs (default: never)",
+    ),
+    LaunchOption(
+        "--preflight",
+        "COMMAND",
+        str,
+        "the site's own check of a node before it takes part, for example a GPU test; a node where it fails stays out",
     ),
     LaunchOption(
         "--interface",

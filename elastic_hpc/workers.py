@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
-import re
 import select
 import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import (
@@ -28,12 +30,19 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 
+from elastic_hpc import stacks
+from elastic_hpc.causes import OomWatch, explain, tail
 from elastic_hpc.control import Control
+from elastic_hpc.decide import TERM_GRACE, Policy
 from elastic_hpc.protocol import Failure
 from elastic_hpc.rendezvous import ElasticRendezvousHandler
+from elastic_hpc.training import DRAIN_FILE, LOCAL_DIR
+from elastic_hpc.watch import Watch
 
-_GRACE = 20
-"""Seconds that workers get to leave when the agent was told to by a signal; Slurm kills all after KillWait, 30 s."""
+log = logging.getLogger(__name__)
+
+_STACKS_TIMEOUT = 8.0
+"""Seconds that recording the stacks of hung workers may take."""
 
 
 class NodeLogs(LogsSpecs):
@@ -50,10 +59,18 @@ class NodeLogs(LogsSpecs):
     def root_log_dir(self) -> str:
         return str(self._root)
 
+    @property
+    def folder(self) -> Path:
+        """Of the current round."""
+        return self._root / f"{self._run}.{os.environ['ELASTIC_HPC_ROUND']}" / self._node
+
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        folder = self._root / f"{self._run}.{os.environ['ELASTIC_HPC_ROUND']}" / self._node
+        folder = self.folder
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for env in envs.values():  # torch would fail where it opens them
+                for kind in ("out", "err"):
+                    (folder / f"rank{env['RANK']}.{kind}").touch(mode=0o600)
         except OSError as error:
             print(f"{folder}: {error.strerror}; the workers' output goes to this agent's alone", file=sys.stderr)
             return LogsDest(dict.fromkeys(envs, ""), dict.fromkeys(envs, ""), {}, {}, dict.fromkeys(envs, os.devnull))
@@ -71,13 +88,42 @@ class ElasticAgent(LocalElasticAgent):
 
     _pcontext: Any
 
-    def __init__(self, spec: WorkerSpec, logs: NodeLogs, control: Control, node: str) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs: NodeLogs,
+        control: Control,
+        node: str,
+        policy: Policy,
+        hang_timeout: timedelta | None,
+    ) -> None:
         super().__init__(spec, logs_specs=logs, log_line_prefix_template="[rank${rank}]: ")
         self._control = control
+        self._logs = logs
         self._node = node
+        self._policy = policy
         self._exits: dict[int, int] = {}
         """pidfd of every worker of the round, by its pid, which is its session too."""
         self._closing: threading.Thread | None = None
+        self._watch = Watch(hang_timeout, policy.heartbeat_timeout)
+        self._oom = OomWatch()
+        self._told_to_drain = False
+        self._signalled: tuple[SignalException, float] | None = None
+
+    def handle_signals(self) -> None:
+        """In the main thread. torch sets handlers of its own whenever it starts workers."""
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(name, self._on_signal)
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        """Slurm wants the job to end, or somebody wants this agent to."""
+        number = signal.Signals(signum)
+        leaving = SignalException(f"got {number.name}", number)
+        if not self._exits:
+            raise leaving
+        if self._signalled is None:
+            self._signalled = leaving, time.monotonic()
+            self._control.on_signal()
 
     @property
     def _handler(self) -> ElasticRendezvousHandler:
@@ -94,9 +140,14 @@ class ElasticAgent(LocalElasticAgent):
         assert seat is not None
         # torch derives TORCHELASTIC_RESTART_COUNT from this agent's own remaining restarts; the job's count replaces it
         self._remaining_restarts = worker_group.spec.max_restarts - seat.plan.restart_count
+        self._oom = OomWatch()
+        self._told_to_drain = False
         ids: dict[int, Any] = super()._start_workers(worker_group, *args, **kwargs)
+        self.handle_signals()
         self._control.report("running", seat.round)
         self._exits = {pid: os.pidfd_open(pid) for pid in ids.values()}
+        outputs = [path for paths in (self._pcontext.stdouts, self._pcontext.stderrs) for path in paths.values()]
+        self._watch.start(list(ids.values()), outputs)
         return ids
 
     def _monitor_workers(self, worker_group: WorkerGroup, *_args: Any, **_kwargs: Any) -> RunResult:
@@ -105,18 +156,57 @@ class ElasticAgent(LocalElasticAgent):
         """
         self._wait_for_news()
         if self._control.must_stop(self._round):
+            order = self._control.order
+            if order and order.stacks:
+                self._record_stacks()
             return self._stop_for_next_round()
         codes = {worker: self._exit_code(worker) for worker in worker_group.workers}
         if failed := [worker for worker, code in codes.items() if code]:
             self._control.report("failed", self._round, self._failure(failed))
             return self._stop_for_next_round()
         if None in codes.values():
+            self._look_after(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
         self._kill_workers()  # what they left running in their sessions
-        self._control.report("succeeded", self._round)
+        self._watch.look()
+        self._control.report("succeeded", self._round, drained=self._watch.drained)
         while not self._control.must_stop(self._round):  # raises JobEnded when all nodes have finished
             self._wait_for_news()
         return self._stop_for_next_round()
+
+    def _look_after(self, worker_group: WorkerGroup) -> None:
+        """What is to be done while workers run: pass on a drain, see how far they are, and whether they stand still."""
+        order = self._control.order
+        if order and order.drain and order.round == self._round and not self._told_to_drain:
+            self._told_to_drain = True
+            Path(os.environ[LOCAL_DIR], DRAIN_FILE).touch()
+        self._watch.look()
+        if self._watch.step >= 0:
+            self._control.report_step(self._watch.step)
+        if self._signalled:
+            leaving, since = self._signalled
+            patience = min(TERM_GRACE, self._policy.grace) if self._watch.listens and self._told_to_drain else 1.0
+            if not self._watch.listens or time.monotonic() - since > patience:
+                raise leaving
+        elif trouble := self._watch.trouble():
+            worker = next((w for w in worker_group.workers if w.id == trouble.pid), worker_group.workers[0])
+            if trouble.kind == "hang":
+                self._record_stacks()
+            failure = Failure(
+                trouble.kind, self._node, worker.global_rank, worker.local_rank, 0, trouble.message, time.time()
+            )
+            self._control.report("failed", self._round, failure)
+            self._watch.stop()
+            while not self._control.must_stop(self._round):
+                self._wait_for_news()
+
+    def _record_stacks(self) -> None:
+        if self._watch.stacks_recorded:
+            return
+        self._watch.stacks_recorded = True
+        pids = {f"rank{worker.global_rank}": worker.id for worker in self._worker_group.workers}
+        written = stacks.dump(pids, self._logs.folder, timeout=_STACKS_TIMEOUT)
+        log.info("the workers stand still; their stacks are in %s", ", ".join(map(str, written)) or "no file")
 
     def _stop_for_next_round(self) -> RunResult:
         self._handler.restart_wanted = True
@@ -128,7 +218,7 @@ class ElasticAgent(LocalElasticAgent):
         """
         leaving = sys.exc_info()[1]
         if isinstance(leaving, SignalException):
-            super()._shutdown(*args, **{**kwargs, "timeout": _GRACE})
+            super()._shutdown(*args, **{**kwargs, "timeout": int(min(TERM_GRACE, self._policy.grace))})
         self._kill_workers()
         context, self._pcontext = self._pcontext, None
         super()._shutdown(*args, **kwargs)
@@ -176,33 +266,29 @@ class ElasticAgent(LocalElasticAgent):
             poll.poll()
 
     def _failure(self, failed: list[Worker]) -> Failure:
-        """The first failure among ``failed``: the one whose error file is oldest, else the lowest rank."""
+        """The first failure among ``failed`` that is no echo of another: the one whose error file is oldest, else the
+        lowest rank.
+        """
         assert self._pcontext is not None
         reports = []
         for worker in failed:
-            code = self._exit_code(worker) or 0
-            when, kind = time.time(), "signal" if code < 0 else "exit"
-            message = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
+            code, local = self._exit_code(worker) or 0, worker.local_rank
+            cause = explain(code, tail(self._pcontext.stderrs[local]), oom=self._oom.happened())
+            when = time.time()
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                recorded = json.loads(Path(self._pcontext.error_files[worker.local_rank]).read_text())["message"]
-                kind, message = "exception", recorded["message"] if isinstance(recorded, dict) else str(recorded)
+                recorded = json.loads(Path(self._pcontext.error_files[local]).read_text())["message"]
                 when = float(recorded["extraInfo"]["timestamp"])
-            if kind == "exit" and (last := _last_line(self._pcontext.stderrs[worker.local_rank])):
-                message += f": {last}"
-            reports.append(Failure(kind, self._node, worker.global_rank, worker.local_rank, code, message[:2000], when))
-        return min(reports, key=lambda report: report.time)
-
-
-def _signal_name(number: int) -> str:
-    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-
-
-def _last_line(path: str) -> str:
-    """The last line of a worker's stderr that says something: for a Python exception its type and message."""
-    with contextlib.suppress(OSError):
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - 4096))
-            lines = file.read().decode(errors="replace").split("\n")
-        line = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return re.sub(r"^\[rank\d+\]: ", "", line)  # torch's own
-    return ""
+            reports.append(
+                Failure(
+                    cause.kind,
+                    self._node,
+                    worker.global_rank,
+                    local,
+                    code,
+                    cause.message[:2000],
+                    when,
+                    (cause.traceback or "")[:8192],
+                    cause.collateral,
+                )
+            )
+        return min(reports, key=lambda report: (report.collateral, report.time))

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from elastic_hpc.env import job_name, run_number
+from elastic_hpc.env import job_name
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.rundir import RunDir
 
@@ -15,37 +15,48 @@ from elastic_hpc.rundir import RunDir
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="elastic-hpc",
-        description="Look at an elastic job, or tell it something. RUN_DIR is the job's folder under "
-        "--log-dir, for example elastic-logs/4711.",
+        description="Look at an elastic job, or tell it something. JOB is its id, if ./elastic-logs has it, or its "
+        "folder under --log-dir, for example elastic-logs/4711.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        added.add_argument("run_dir", metavar="RUN_DIR", type=_run_dir)
+        added.add_argument("run_dir", metavar="JOB", type=_run_dir)
         return added
 
     command("summary", "show the rounds of a job: world sizes, causes, and what each restart cost")
-    command("drain", "have a running job stop and return through the queue, as before its time limit")
-    command("stop", "end a running job: it does not come back")
+    command("drain", "have a running job save, stop and return through the queue, as before its time limit")
+    stop = command("stop", "end a job, running or waiting in the queue: it does not come back")
+    stop.add_argument(
+        "--after-checkpoint", action="store_true", help="let the workers save first; they have as long as --grace says"
+    )
     conclude = command("conclude", "act on a job's verdict; the last line of the batch script")
     conclude.add_argument("status", type=int, help="exit code of srun")
+    alone = command("conclude-alone", "act on a job's verdict where the batch script was lost; started by an agent")
+    alone.add_argument("outcome", help="finished, failed or requeue")
+    alone.add_argument("--deputy", action="store_true", help="act only if the other one is lost")
     return parser
 
 
 def _run_dir(text: str) -> RunDir:
-    if not Path(text).is_dir():
-        raise UsageError(f"{text!r}: expected the run directory of a job, for example elastic-logs/4711")
-    return RunDir(text)
+    found = next((path for path in (Path(text), Path("elastic-logs", text)) if path.is_dir()), None)
+    if not text or found is None:
+        raise UsageError(
+            f"{text!r}: expected a job's id, where ./elastic-logs has it, or its run directory, "
+            "for example elastic-logs/4711"
+        )
+    return RunDir(found)
 
 
 def _run(args: argparse.Namespace) -> int:
     rundir: RunDir = args.run_dir
-    if args.command == "conclude":
-        from elastic_hpc.conclude import conclude
+    if args.command.startswith("conclude"):
+        from elastic_hpc import conclude
 
-        job = job_name(os.environ) if "SLURM_JOB_ID" in os.environ else ""
-        return conclude(rundir, job, run_number(os.environ), args.status)
+        if args.command == "conclude":
+            return conclude.conclude(rundir, os.environ, args.status)
+        return conclude.conclude_alone(rundir, os.environ, args.outcome, deputy=args.deputy)
     if args.command == "summary":
         from rich.console import Console
 
@@ -55,9 +66,37 @@ def _run(args: argparse.Namespace) -> int:
         verdict = rundir.read("verdict.json")
         print(f"{verdict['outcome']}: {verdict['reason']}" if verdict else "no verdict yet")
         return 0
+    if args.command == "drain":
+        from elastic_hpc.ask import ask_leader
+
+        ask_leader(rundir, "drain", _why_drained())
+        return 0
+    return _stop(rundir, after_checkpoint=args.after_checkpoint)
+
+
+def _why_drained() -> str:
+    """The batch script calls when Slurm warns it."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return "user"
+    from elastic_hpc import slurm
+
+    try:
+        return "preempted" if slurm.show_job(job_name(os.environ)).preempt_time else "time limit"
+    except ElasticError:
+        return "time limit"
+
+
+def _stop(rundir: RunDir, *, after_checkpoint: bool) -> int:
+    from elastic_hpc import slurm
     from elastic_hpc.ask import ask_leader
 
-    ask_leader(rundir, args.command)
+    job = (rundir.read("spec.json") or {}).get("job", "local")
+    state = slurm.show_job(job).state if job != "local" else "RUNNING"
+    if state in {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}:
+        slurm.cancel(job)
+        print(f"job {job} was waiting in the queue and is cancelled")
+    else:
+        ask_leader(rundir, "save-and-stop" if after_checkpoint else "stop")
     return 0
 
 

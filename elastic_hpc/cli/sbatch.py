@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from textwrap import fill
 
@@ -49,7 +50,12 @@ _OWN = (
     Option("usage", value=""),
 )
 _DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # what sbatch's own -m, --distribution, takes
-_NOT_FOR_TORCHRUN = ("max-requeues", "heartbeat-timeout", "interface", "rdzv-conf", "signal")
+_NOT_FOR_TORCHRUN = (
+    *("max-requeues", "heartbeat-timeout", "interface", "rdzv-conf", "signal"),
+    *("grace", "hang-timeout", "preflight"),
+)
+_KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM
+_AFTER_GRACE = timedelta(seconds=30)  # to requeue, between the end of --grace and that of the allocation
 
 _USAGE = "elastic-sbatch [options] SCRIPT [args...]"
 _HELP = f"""\
@@ -148,7 +154,7 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
         launch=launch,
         log_dir=os.path.abspath(log_dir.value if log_dir else "elastic-logs"),
         sbatch=tuple(passed),
-        signal=WarningSignal.parse(signal) if signal else WarningSignal(),
+        signal=WarningSignal.parse(signal) if signal else WarningSignal(lead=launch.grace + _AFTER_GRACE),
         setup=settings.setup,
         env=settings.env,
         template=template.value if template else "elastic",
@@ -222,7 +228,35 @@ def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
             "use options, or [sbatch] in a configuration file",
             file=sys.stderr,
         )
-    return slurm.sbatch(script, passed, os.environ, on_submitted, lambda text: print(text, end="", file=sys.stderr))
+    code = slurm.sbatch(script, passed, os.environ, on_submitted, lambda text: print(text, end="", file=sys.stderr))
+    if not (parsable or quiet or job.template == "torchrun"):
+        _warn_of_short_times(job)
+    return code
+
+
+def _warn_of_short_times(job: JobSpec) -> None:
+    """What the site grants at an end may be less than what the workers are promised."""
+    grace, lead = job.launch.grace, job.signal.lead
+    if lead < grace:
+        _warn(f"--signal comes {lead.seconds} s before the time limit, less than the {grace.seconds} s of --grace")
+    try:
+        site = slurm.site(next((g.value for g in job.sbatch if g.name == "partition"), None))
+    except ElasticError:
+        return
+    if not site.job_requeue:
+        _warn("this site does not requeue jobs (JobRequeue=0): where one would be, a new job goes on in its place")
+    preempted = site.preempt_mode not in {"OFF", ""} and not site.warns_before_preemption
+    if preempted and site.grace_time < grace:
+        _warn(
+            f"a preempted job has {site.grace_time.seconds} s here (GraceTime), less than --grace {grace.seconds}: "
+            "save often enough"
+        )
+    if site.kill_wait < _KILL_WAIT:
+        _warn(f"after SIGTERM the site waits {site.kill_wait.seconds} s (KillWait): too short for workers to save")
+
+
+def _warn(text: str) -> None:
+    print(f"elastic-sbatch: {text}", file=sys.stderr)
 
 
 def _help() -> str:

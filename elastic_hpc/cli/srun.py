@@ -24,7 +24,7 @@ _EPILOG = """examples:
   elastic-srun --local 4 train.py                      rehearse with 4 agents on this machine
 
 exit code: 0 if the workers finished, 1 if the job failed, 75 if it may be started again, 130 after Ctrl-C
-Ctrl-C once asks the job to stop, twice kills it."""
+Ctrl-C once lets the workers save and stop (--grace), twice stops them at once, a third time kills the agents."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +91,7 @@ class _Run:
 
     def __init__(self, rundir: RunDir, commands: list[tuple[list[str], dict[str, str]]]) -> None:
         self._rundir = rundir
-        self._asked = False
+        self._asked = 0
         self.interrupted = False
         # sessions of their own: Ctrl-C reaches this process alone, which asks the leader to stop in good order
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -108,15 +108,17 @@ class _Run:
 
     def on_signal(self, signum: int, _frame: FrameType | None) -> None:
         self.interrupted = self.interrupted or signum == signal.SIGINT
-        if self._asked:
+        self._asked += 1
+        if self._asked > 2:
             self._end()
             return
-        self._asked = True
-        print("elastic-srun: stopping; once more to kill", file=sys.stderr)
+        first = self._asked == 1
+        told = "the workers may save first; once more to stop them at once" if first else "once more to kill"
+        print(f"elastic-srun: stopping; {told}", file=sys.stderr)
         from elastic_hpc.ask import ask_leader
 
         try:
-            ask_leader(self._rundir, "stop")
+            ask_leader(self._rundir, "save-and-stop" if first else "stop")
         except ElasticError:
             self._end()
 

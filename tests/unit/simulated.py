@@ -1,219 +1,436 @@
-"""A leader and its agents under a simulated network that delays, reorders, drops and doubles, with a simulated clock.
+"""Whole jobs in simulated time: the real membership, server and leader of several nodes, on an event loop whose clock
+jumps, over a network that delays, reorders, drops and doubles messages and can be cut.
 
-The agents decide with ``elastic_hpc.member`` and the leader with ``elastic_hpc.leader``, as the real ones do; only
-sockets, threads and processes are replaced.
+Only sockets, threads, files and processes are replaced. The invariants are asserted wherever workers start: no round is
+formed twice, and never do two worlds train at the same time, or an older one after a newer one.
 """
 
 from __future__ import annotations
 
-import heapq
+import asyncio
+import contextlib
+import itertools
 import random
-from collections.abc import Callable
+import selectors
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from elastic_hpc import member
+from elastic_hpc import member, protocol
 from elastic_hpc.decide import Policy
-from elastic_hpc.leader import Leader
-from elastic_hpc.protocol import Failure, Order, Plan, Status
+from elastic_hpc.errors import JobEnded
+from elastic_hpc.leader import Leader, Verdict
+from elastic_hpc.membership import Membership
+from elastic_hpc.protocol import Failure, Host, Order, Roster, Status
+from elastic_hpc.server import LeaderServer
 
-BEAT = 1.0
+TIMEOUT = 5.0
+
+
+class _Jump(selectors.SelectSelector):
+    """Instead of waiting the time passes."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        assert timeout is not None, "nothing is left to happen"
+        self.now += max(0.0, timeout)
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._jump = _Jump()
+        super().__init__(self._jump)
+
+    def time(self) -> float:
+        return self._jump.now
+
+
+class SimLink:
+    """One end of a connection."""
+
+    def __init__(self, job: Job, mine: SimNode, theirs: SimNode) -> None:
+        self.job, self.mine, self.theirs = job, mine, theirs
+        self.other: SimLink
+        self.peer, self.local = f"10.0.0.{theirs.index}", f"10.0.0.{mine.index}"
+        self.inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.closed = False
+
+    async def read(self) -> bytes:
+        line = None if self.closed else await self.inbox.get()
+        while self.mine.frozen:
+            await asyncio.sleep(0.5)
+        if line is None:
+            self.inbox.put_nowait(None)
+            raise ConnectionResetError("the connection was closed")
+        return line
+
+    def send(self, message: protocol.Message) -> None:
+        if self.closed or self.mine.dead:
+            return
+        dice = self.job.random.random()
+        lossy = isinstance(message, (Status, Order, Roster))
+        copies = 0 if lossy and dice < self.job.loss else 2 if lossy and dice < 2 * self.job.loss else 1
+        for _ in range(copies):
+            self._later(protocol.encode(message))
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.inbox.put_nowait(None)
+            if not self.mine.dead:
+                self._later(None)
+
+    def _later(self, line: bytes | None) -> None:
+        delay = self.job.latency()
+        if line is None:
+            delay += 1.5  # what was sent before arrives first
+        asyncio.get_running_loop().call_later(delay, self._arrive, line)
+
+    def _arrive(self, line: bytes | None) -> None:
+        if self.job.connected(self.mine, self.theirs) and not self.theirs.dead:
+            if line is None:
+                self.other.closed = True
+            self.other.inbox.put_nowait(line)
 
 
 @dataclass
-class Agent:
-    node: int
-    conn: int = 0
-    status: Status = None  # type: ignore[assignment]
-    order: Order | None = None
-    workers: int = 0
-    """Round whose workers are alive or have just ended."""
+class SimNetwork:
+    job: Job
+    node: SimNode
+    on_stranger: Callable[[str, str], None] = lambda _addr, _reason: None
+
+    async def serve(self, attend: Callable[[Any], Awaitable[None]]) -> None:
+        self.node.attend = attend
+
+    async def dial(self, addresses: Sequence[str], port: int) -> SimLink:
+        target = self.job.nodes[port]
+        await asyncio.sleep(self.job.latency())
+        while target.frozen and not target.dead:
+            await asyncio.sleep(0.5)
+        if not self.job.connected(self.node, target) or target.dead == "power":
+            await asyncio.sleep(1.0)
+            raise asyncio.TimeoutError
+        if target.dead or target.attend is None:
+            raise ConnectionRefusedError
+        mine, theirs = SimLink(self.job, self.node, target), SimLink(self.job, target, self.node)
+        mine.other, theirs.other = theirs, mine
+        self.node.links.append(mine)
+        target.links.append(theirs)
+        target.spawn(target.attend(theirs))
+        return mine
+
+
+class SimRecord:
+    """The leader's record, in the job's shared folder."""
+
+    def __init__(self, job: Job, node: SimNode) -> None:
+        self.job, self.node = job, node
+
+    def publish(self) -> None:
+        self.job.endpoint = self.node.host
+
+    def beat(self) -> None:
+        self.job.beats += 1
+
+    def event(self, name: str, fields: dict[str, Any]) -> None:
+        if self.node.dead:
+            return
+        self.job.events.append((self.job.now, self.node.index, name, fields))
+        if name == "round":
+            assert self.job.policy.min_nodes <= len(fields["nodes"]) <= self.job.policy.max_nodes
+            assert fields["nodes"] == sorted(fields["nodes"]), "group ranks follow Slurm's node order"
+            assert fields["restarts"] <= self.job.policy.max_restarts
+
+    def state(self, **state: int) -> None:
+        pass
+
+    def verdict(self, verdict: dict[str, Any]) -> Future[None]:
+        assert self.job.verdict is None, "two verdicts"
+        self.job.verdict = verdict
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+@dataclass
+class Workers:
+    """The processes of one node."""
+
+    round: int = 0
     alive: bool = False
-    """Whether processes of that round are alive."""
-    busy: bool = False
-    left: str = ""
-    started: list[tuple[int, Plan]] = field(default_factory=list)
+    """Whether they run; else they have ended by themselves."""
 
 
-class Simulation:
-    """``loss``: share of messages that are dropped, and of those that are doubled, while faults are injected."""
+class SimNode:
+    """A node: its agent's main thread, and what Membership needs of it."""
 
-    def __init__(self, seed: int, *, nodes: int, policy: Policy, loss: float = 0.1) -> None:
-        self.random = random.Random(seed)
-        self.now = 0.0
-        self.loss = loss
-        self.policy = policy
-        self.leader = Leader(policy, granted=nodes, nproc=1, now=0.0)
-        self.agents = [Agent(node, status=Status(0, node, f"n{node}", 1)) for node in range(nodes)]
-        self.events: list[tuple[str, dict[str, object]]] = []
-        self.frozen_until = 0.0
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
-        self._count = self._conns = 0
-        for agent in self.agents:
-            self.after(self.random.uniform(0, 5), lambda agent=agent: self.connect(agent))
-        self._every(BEAT / 2, self._tick)
-        self._every(BEAT, lambda: [self._send_status(agent) for agent in self.agents])
+    def __init__(self, job: Job, index: int) -> None:
+        self.job, self.index = job, index
+        self.host = Host(index, f"n{index}", (f"10.0.0.{index}",), index)
+        self.attend: Callable[[Any], Awaitable[None]] | None = None
+        self.dead = ""
+        """How it was lost: ``power``: in silence; ``killed``: its connections are closed."""
+        self.frozen = False
+        self.left = ""
+        self.workers = Workers()
+        self.started: list[tuple[int, protocol.Plan]] = []
+        self.membership: Membership
+        self._status = Status(0, self.host, 1)
+        self.order: Order | None = None
+        self.links: list[SimLink] = []
+        self._busy = False
+        self._beats = (-1, 0.0)
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    # clock
+    def spawn(self, work: Awaitable[Any]) -> None:
+        async def guarded() -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                try:
+                    await work
+                except Exception as error:
+                    self.job.bugs.append(error)
+                    raise
 
-    def after(self, delay: float, act: Callable[[], object]) -> None:
-        self._count += 1
-        heapq.heappush(self._queue, (self.now + delay, self._count, act))  # type: ignore[arg-type]
+        task = asyncio.ensure_future(guarded())
+        self._tasks.add(task)
 
-    def _every(self, period: float, act: Callable[[], object]) -> None:
-        def again() -> None:
-            act()
-            self.after(period, again)
+    def start(self) -> None:
+        self.membership = Membership(
+            self.host,
+            self,
+            SimNetwork(self.job, self),
+            heartbeat_timeout=TIMEOUT,
+            join_timeout=self.job.policy.join_timeout,
+            first=self.index == 0,
+        )
+        self.spawn(self.membership.run())
 
-        self.after(self.random.uniform(0, period), again)
+    # what membership needs
 
-    def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-        """Let time pass; True as soon as ``until`` holds."""
-        end = self.now + seconds
-        while self._queue[0][0] <= end:
-            self.now, _, act = heapq.heappop(self._queue)
-            act()
-            self._settle_leader()
-            if until():
-                return True
-        self.now = end
-        return False
+    def status(self) -> Status:
+        return self._status
 
-    # leader
+    def set_order(self, order: Order | None, link: Any) -> None:
+        self.order = order
+        self._act()
 
-    def _tick(self) -> None:
-        if self.now >= self.frozen_until:
-            self.leader.on_tick(self.now)
-            self._deliver_orders(beat=True)
+    def ended(self, over: JobEnded) -> None:
+        self.leave(over.outcome)
 
-    def _settle_leader(self) -> None:
-        if self.now < self.frozen_until:
+    async def published(self) -> Host | None:
+        await asyncio.sleep(0.01)
+        return self.job.endpoint if self.job.files else None
+
+    async def give_up(self, roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None:
+        if self._beats[0] != self.job.beats:
+            self._beats = (self.job.beats, self.job.now)
+        if self.job.now - self._beats[1] < 2 * TIMEOUT or patient:
+            return None
+        if self.job.verdict is None:
+            self.job.verdict = {"outcome": "requeue", "reason": "no leader", "cause": "node lost"}
+        self.job.requeued = True
+        return JobEnded("lost", "no leader")
+
+    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
+        leader = Leader(
+            self.job.policy,
+            node=self.index,
+            nproc=1,
+            now=self.job.now,
+            granted=0 if roster else len(self.job.nodes),
+            inherited=roster,
+            reason=reason,
+        )
+        return LeaderServer(leader, SimRecord(self.job, self), self._open_store, self._act_on)
+
+    async def _open_store(self, round: int) -> int:
+        await asyncio.sleep(self.job.random.uniform(0, 0.2))
+        return next(self.job.ports)
+
+    async def _act_on(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None:
+        pass
+
+    # the main thread
+
+    def _act(self) -> None:
+        if self._busy or self.left or self.dead or self.frozen:
             return
-        wanted = self.leader.wanted_store
-        if wanted is not None:
-            self.after(self.random.uniform(0, 0.2), lambda: self.leader.on_store(wanted, 1000 + wanted, self.now))
-        if self.leader.verdict:
-            self.leader.on_saved()
-        for name, fields in self.leader.take_events():
-            self.events.append((name, fields))
-            if name == "round":
-                self._check_new_round(fields)
-        for conn in self.leader.take_dropped():
-            self.after(self._latency(), lambda conn=conn: self._on_closed(conn))
-        self._deliver_orders(beat=False)
-
-    def _deliver_orders(self, *, beat: bool) -> None:
-        for conn, order in self.leader.take_orders(beat=beat).items():
-            for _ in range(self._copies()):
-                self.after(self._latency(), lambda conn=conn, order=order: self._on_order(conn, order))
-
-    def _check_new_round(self, fields: dict[str, object]) -> None:
-        nodes = [int(str(name)[1:]) for name in fields["nodes"]]  # type: ignore[attr-defined]
-        assert self.policy.min_nodes <= len(nodes) <= self.policy.max_nodes
-        assert nodes == sorted(set(nodes)), "group ranks follow Slurm's node order"
-        assert self.leader.restarts <= self.policy.max_restarts
-        for node in nodes:
-            assert not self.agents[node].alive, f"workers of node {node} still run when a new round is formed"
-
-    # network
-
-    def _latency(self) -> float:
-        return self.random.choice((0.001, 0.01, self.random.uniform(0, 1.5)))
-
-    def _copies(self) -> int:
-        dice = self.random.random()
-        return 0 if dice < self.loss else 2 if dice < 2 * self.loss else 1
-
-    def connect(self, agent: Agent) -> None:
-        if agent.conn == 0 and not agent.left:
-            self._conns += 1
-            agent.conn = self._conns
-            agent.order = None
-            self._send_status(agent)
-
-    def disconnect(self, agent: Agent) -> None:
-        """The connection breaks; either side learns of it in its own time."""
-        conn = agent.conn
-        if conn:
-            self.after(self._latency(), lambda: self._on_closed(conn))
-            self.after(self._latency(), lambda: self._leader_lost(conn))
-
-    def _leader_lost(self, conn: int) -> None:
-        if self.now < self.frozen_until:
-            self.after(self.frozen_until - self.now + 0.01, lambda: self._leader_lost(conn))
-        else:
-            self.leader.on_lost(conn, "its connection was closed", self.now)
-
-    def _send_status(self, agent: Agent) -> None:
-        if not agent.conn:
-            return
-        agent.status = replace(agent.status, seq=agent.status.seq + 1)
-        for _ in range(self._copies()):
-            self.after(self._latency(), lambda conn=agent.conn, status=agent.status: self._on_status(conn, status))
-
-    def _on_status(self, conn: int, status: Status) -> None:
-        if self.now < self.frozen_until:
-            self.after(self.frozen_until - self.now + 0.01, lambda: self._on_status(conn, status))
-        elif any(agent.conn == conn for agent in self.agents):  # else the connection is closed
-            self.leader.on_status(conn, f"10.0.0.{status.node}", status, self.now)
-
-    def _on_order(self, conn: int, order: Order) -> None:
-        for agent in self.agents:
-            if agent.conn == conn and (agent.order is None or order.seq > agent.order.seq):
-                agent.order = order
-                self._act(agent)
-
-    def _on_closed(self, conn: int) -> None:
-        for agent in self.agents:
-            if agent.conn == conn:
-                agent.conn, agent.order = 0, None
-                self._act(agent)
-                self.after(self.random.uniform(0.05, 2), lambda agent=agent: self.connect(agent))
-
-    # an agent's main thread
-
-    def _act(self, agent: Agent) -> None:
-        if agent.busy or agent.left:
-            return
-        match member.step(agent.order, agent.status, agent.workers):
+        match member.step(self.order, self._status, self.workers.round):
             case member.Leave(outcome, _):
-                agent.left, agent.conn, agent.alive = outcome, 0, False
+                self.leave(outcome)
             case member.Stop():
-                agent.busy = True
-                self.after(self.random.uniform(0, 1), lambda: self._stopped(agent))
+                self._busy = True
+                asyncio.get_running_loop().call_later(self.job.random.uniform(0, 1), self._stopped)
             case member.Acknowledge(round):
-                self._report(agent, state="idle", round=round, failure=None)
+                self._report(state="idle", round=round, failure=None, drained=False)
             case member.Start(round, plan):
-                assert not agent.alive
-                agent.started.append((round, plan))
-                agent.workers, agent.alive = round, True
-                self._report(agent, state="running", round=round)
+                self.workers = Workers(round, alive=True)
+                self.started.append((round, plan))
+                self._report(state="running", round=round)
+                self.job.check()
 
-    def _stopped(self, agent: Agent) -> None:
-        agent.workers, agent.alive, agent.busy = 0, False, False
-        self._act(agent)
+    def _stopped(self) -> None:
+        if not self.dead:
+            self.workers, self._busy = Workers(), False
+            self._act()
 
-    def _report(self, agent: Agent, **changes: object) -> None:
-        agent.status = replace(agent.status, **changes)  # type: ignore[arg-type]
-        self._send_status(agent)
-        self._act(agent)
+    def _report(self, **changes: Any) -> None:
+        self._status = replace(self._status, **changes)
+        self.membership.say()
+        self._act()
+
+    def leave(self, outcome: str) -> None:
+        self.left, self.workers = outcome, Workers()
+        self.membership.leave()
 
     # faults
 
-    def end_workers(self, agent: Agent, *, failed: bool) -> None:
-        """Its workers end: they crash, or they finish."""
-        if agent.alive and not agent.busy:
-            agent.alive = False
-            failure = Failure("exit", f"n{agent.node}", agent.node, 0, 1, "exit code 1", self.now)
+    def end_workers(self, *, failed: bool, drained: bool = False, message: str = "exit code 1", step: int = -1) -> None:
+        """They crash, or they finish."""
+        if self.workers.alive and not self._busy and not self.dead and not self.frozen:
+            self.workers.alive = False
+            failure = Failure("signal", self.host.name, self.index, 0, -9, message, self.job.now)
             self._report(
-                agent,
                 state="failed" if failed else "succeeded",
-                round=agent.workers,
+                round=self.workers.round,
                 failure=failure if failed else None,
+                drained=drained,
+                step=step,
             )
 
-    def freeze_leader(self, seconds: float) -> None:
-        self.frozen_until = max(self.frozen_until, self.now + seconds)
+    def power_off(self) -> None:
+        self._die("power")
 
-    def lose(self, agent: Agent) -> None:
-        """Power loss: nothing is said, nothing is closed."""
-        agent.left, agent.conn, agent.alive, agent.order = "dead", 0, False, None
+    def kill(self) -> None:
+        """The agent dies, and the guard kills its workers."""
+        self._die("killed")
+
+    def freeze(self, seconds: float) -> None:
+        """Its agent stands still; its workers go on."""
+        if self.dead or self.frozen or self.left:
+            return
+        self.frozen = True
+
+        def thaw() -> None:
+            self.frozen = False
+            self._act()
+
+        asyncio.get_running_loop().call_later(seconds, thaw)
+
+    def _die(self, how: str) -> None:
+        if self.dead or self.left:
+            return
+        if how == "killed":
+            for link in self.links:
+                link.close()
+        self.dead, self.workers = how, Workers()
+        for task in self._tasks:
+            task.cancel()
+
+
+@dataclass
+class Job:
+    """``loss``: share of messages that are dropped, and of those that are doubled, while faults are injected."""
+
+    seed: int
+    size: int
+    policy: Policy
+    loss: float = 0.1
+    files: bool = True
+    """Whether the shared folder answers."""
+    events: list[tuple[float, int, str, dict[str, Any]]] = field(default_factory=list)
+    verdict: dict[str, Any] | None = None
+    requeued: bool = False
+    endpoint: Host | None = None
+    beats: int = 0
+    bugs: list[Exception] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.ports = itertools.count(1000)
+        self.nodes = [SimNode(self, index) for index in range(self.size)]
+        self.cuts: set[frozenset[int]] = set()
+        self.trained = 0
+        self._formed: dict[int, int] = {}
+
+    @property
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    @property
+    def left(self) -> list[SimNode]:
+        return [node for node in self.nodes if not node.left and not node.dead]
+
+    def latency(self) -> float:
+        return self.random.choice((0.001, 0.01, self.random.uniform(0, 0.3 if not self.loss else 1.5)))
+
+    def connected(self, one: SimNode, other: SimNode) -> bool:
+        return frozenset((one.index, other.index)) not in self.cuts
+
+    def cut(self, nodes: Sequence[int]) -> None:
+        """Between ``nodes`` and all others nothing passes."""
+        rest = set(range(self.size)) - set(nodes)
+        self.cuts = {frozenset((a, b)) for a in nodes for b in rest}
+
+    def heal(self) -> None:
+        self.cuts = set()
+
+    def check(self) -> None:
+        """No round is formed twice, and only one world trains: the newest."""
+        for bug in self.bugs:
+            raise bug
+        training = []
+        for round in {node.workers.round for node in self.nodes if node.workers.alive}:
+            members = [node for node in self.nodes if node.workers.round == round and node.workers.alive]
+            plans = [node.started[-1][1] for node in members]
+            ports = {plan.store_port for plan in plans} | {self._formed.setdefault(round, plans[0].store_port)}
+            assert len(ports) == 1, f"round {round} was formed twice"
+            assert len({plan.group_rank for plan in plans}) == len(plans)
+            if len(members) == plans[0].group_world_size:
+                training.append(round)
+        assert len(training) <= 1, f"two worlds train: rounds {training} at {self.now}"
+        if training:
+            assert training[0] >= self.trained, f"round {training[0]} trains after round {self.trained}"
+            self.trained = training[0]
+
+    def training(self) -> bool:
+        """Everybody who is left trains in one world, or waits beside a full one."""
+        rounds = {node.workers.round for node in self.left if node.workers.alive}
+        running = [node for node in self.left if node.workers.alive]
+        return len(rounds) == 1 and len(running) == min(len(self.left), self.policy.max_nodes)
+
+    def over(self) -> bool:
+        return self.verdict is not None
+
+    async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Let time pass until ``condition`` holds, at most ``seconds``."""
+        end = self.now + seconds
+        while self.now < end:
+            if condition():
+                return True
+            self.check()
+            await asyncio.sleep(0.05)
+        return condition()
+
+    def run(self, story: Callable[[], Awaitable[None]]) -> None:
+        """Start all nodes and play ``story``."""
+
+        async def play() -> None:
+            random.seed(self.seed)
+            for node in self.nodes:
+                asyncio.get_running_loop().call_later(self.random.uniform(0, 3) if node.index else 0, node.start)
+            await story()
+
+        loop = VirtualLoop()
+        try:
+            loop.run_until_complete(play())
+        finally:
+            pending = asyncio.all_tasks(loop)
+            for task in pending:
+                task.cancel()
+            if pending:
+                loop.run_until_complete(asyncio.wait(pending))
+            loop.close()

@@ -1,24 +1,28 @@
-"""The parts an agent is made of: its environment, its addresses, the run directory, the guard."""
+"""The parts an agent is made of: its environment, its addresses, the run directory, what it does when it is alone."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import secrets
-import signal
 import socket
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cluster import wait_for
 
-from elastic_hpc import guard, net
-from elastic_hpc.conclude import conclude, requeue_without_leader
+from elastic_hpc import net
+from elastic_hpc.conclude import conclude
 from elastic_hpc.decide import Policy
+from elastic_hpc.election import Base
 from elastic_hpc.env import AgentEnv, prepare_worker_env, read_agent_env, workers_per_node
 from elastic_hpc.errors import ElasticError
+from elastic_hpc.leading import Leading
+from elastic_hpc.protocol import Host, Roster
 from elastic_hpc.rundir import RunDir
+from elastic_hpc.spec import LaunchSpec, add_launch_options
 
 STEP = {
     "SLURM_JOB_ID": "7",
@@ -135,47 +139,16 @@ def test_damaged_records_are_told_and_damaged_events_left_out(tmp_path: Path) ->
     assert [event["event"] for event in rundir.events()] == ["join"]
 
 
-def test_the_guard_kills_everything_an_agent_left_behind_when_its_pipe_closes() -> None:
-    token = secrets.token_hex(8)
-    theirs, ours = os.pipe()
-    watcher = subprocess.Popen([sys.executable, "-I", "-S", guard.__file__, token], stdin=theirs)
-    os.close(theirs)
-    marked = {**os.environ, "ELASTIC_HPC_AGENT": token}
-    # a worker in a session of its own that started a child in yet another one; both ignore SIGTERM
-    child = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
-    )
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
-    left = subprocess.Popen([sys.executable, "-c", parent], env=marked, start_new_session=True, stdout=subprocess.PIPE)
-    innocent = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
-    try:
-        assert left.stdout
-        assert innocent.stdout
-        assert left.stdout.readline() == b"up\n" == innocent.stdout.readline()
-        watcher.send_signal(signal.SIGTERM)  # Slurm's warning hits the guard too
-        assert len(guard.marked(f"ELASTIC_HPC_AGENT={token}\0".encode())) == 2
-        os.close(ours)
-        assert left.wait(timeout=10) == -signal.SIGKILL
-        assert watcher.wait(timeout=10) == 0
-        assert guard.marked(f"ELASTIC_HPC_AGENT={token}\0".encode()) == []
-        assert innocent.poll() is None
-    finally:
-        innocent.kill()
-        innocent.wait()
-        for pipe in (left.stdout, innocent.stdout):
-            assert pipe
-            pipe.close()
-
-
 def test_the_verdict_of_another_run_is_not_acted_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rundir = RunDir(tmp_path)
-    assert conclude(rundir, "7", 0, 9) == 9
+    first, second = {"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    assert conclude(rundir, first, 9) == 9
     rundir.write("verdict.json", {"outcome": "finished", "reason": "all workers finished", "run": 0})
-    assert conclude(rundir, "7", 0, 137) == 0
-    assert conclude(rundir, "7", 1, 0) == 1
+    assert conclude(rundir, first, 137) == 0
+    assert conclude(rundir, second, 0) == 1
     assert "the agents left no verdict" in capsys.readouterr().err
-    rundir.write("verdict.json", {"outcome": "requeue", "reason": "below MIN", "run": 1, "acted": True})
-    assert conclude(rundir, "7", 1, 75) == 0
+    rundir.write("verdict.json", {"outcome": "failed", "reason": "exit code 1", "run": 1})
+    assert conclude(rundir, second, 0) == 1
 
 
 def test_the_summary_tells_rounds_causes_and_gaps(tmp_path: Path) -> None:
@@ -205,22 +178,112 @@ POLICY = Policy(
     heartbeat_timeout=0.0,
     join_timeout=1.0,
     last_call_timeout=1.0,
+    grace=30.0,
     can_requeue=True,
 )
+HOST = Host(1, "n2", ("10.0.0.2",), 29432)
 
 
-@pytest.mark.parametrize("state", [{"restarts": 3, "requeues": 0}, {"restarts": 0, "requeues": 2}])
-def test_a_head_that_is_lost_again_and_again_does_not_requeue_for_ever(tmp_path: Path, state: dict[str, int]) -> None:
+def agent(rundir: RunDir, run: int = 1, **changes: Any) -> Leading:
+    """One that has lost all others, where nobody has Slurm."""
+    env = AgentEnv("7", 1, "n2", 2, run, 2, None, None, local=True)
+    return Leading(None, env, HOST, 1, replace(POLICY, **changes), rundir)  # type: ignore[arg-type]
+
+
+def roster(restarts: int, requeues: int) -> Roster:
+    return Roster(4, (HOST,), (Base(4, 0, (0, 1)),), restarts, requeues)
+
+
+def test_a_node_that_is_alone_returns_the_job_through_the_queue(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    rundir.write("state.json", {**state, "round": 4})
-    requeue_without_leader(rundir, AgentEnv("7", 0, "n1", 2, 1, 2, None, None, local=False), 4, POLICY)
+    rundir.write("state.json", {"round": 3, "restarts": 1, "requeues": 0})
+    ended = agent(rundir).give_up(roster(restarts=2, requeues=0), 9.0, patient=False)
+    assert ended
+    assert ended.outcome == "lost"
+    verdict = rundir.read("verdict.json")
+    state = rundir.read("state.json")
+    assert verdict
+    assert state
+    known = (verdict["outcome"], verdict["run"], verdict["restarts"], verdict["requeues"], verdict["actor"])
+    assert known == ("requeue", 1, 2, 1, "agents")
+    assert (state["round"], state["restarts"], state["requeues"]) == (4, 2, 1), "the next run goes on from there"
+    assert [event["event"] for event in rundir.events()] == ["verdict"]
+
+
+@pytest.mark.parametrize("held", [roster(0, 2), None])
+def test_a_head_that_is_lost_again_and_again_does_not_requeue_for_ever(tmp_path: Path, held: Roster | None) -> None:
+    rundir = RunDir(tmp_path)
+    if held is None:
+        rundir.write("state.json", {"round": 4, "restarts": 0, "requeues": 2})
+    assert agent(rundir).give_up(held, 9.0, patient=False)
     verdict = rundir.read("verdict.json")
     assert verdict
-    assert (verdict["outcome"], verdict["run"], verdict["restarts"]) == ("failed", 1, state["restarts"])
+    assert (verdict["outcome"], verdict["cause"], verdict["requeues"]) == ("failed", "budget", 2)
 
 
-def test_a_node_that_was_cut_off_leaves_the_living_job_alone(tmp_path: Path) -> None:
+def test_a_node_that_is_alone_in_a_job_that_cannot_be_requeued_ends_it(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    rundir.write("state.json", {"restarts": 1, "requeues": 0, "round": 5})
-    requeue_without_leader(rundir, AgentEnv("7", 0, "n1", 2, 1, 2, None, None, local=False), 4, POLICY)
+    assert agent(rundir, can_requeue=False).give_up(None, 9.0, patient=False)
+    assert (rundir.read("verdict.json") or {})["outcome"] == "failed"
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_node_that_was_cut_off_leaves_the_living_job_alone(tmp_path: Path, *, published: bool) -> None:
+    """It has to see for two heartbeat timeouts that nobody touches the record."""
+    rundir = RunDir(tmp_path)
+    if published:
+        rundir.write("endpoint.json", {"run": 1})
+    assert agent(rundir, heartbeat_timeout=60.0).give_up(roster(0, 0), 99.0, patient=False) is None
+    patient = agent(rundir)
+    assert patient.give_up(roster(0, 0), 9.0, patient=True) is None
     assert rundir.read("verdict.json") is None
+
+
+def test_each_time_the_record_is_touched_a_node_that_was_cut_off_begins_to_wait_anew(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path)
+    rundir.write("endpoint.json", {"run": 1})
+    alone = agent(rundir, heartbeat_timeout=0.05)
+    assert alone.give_up(None, 9.0, patient=False) is None
+    since = alone._beat[1]
+    os.utime(rundir.path / "endpoint.json", (1, 1))
+    assert alone.give_up(None, 9.0, patient=False) is None
+    assert alone._beat[1] > since
+    wait_for(lambda: alone.give_up(None, 9.0, patient=False))
+
+
+def test_the_verdict_that_there_is_already_is_kept(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path)
+    said = {"outcome": "finished", "reason": "all workers finished", "run": 1, "actor": "batch script"}
+    rundir.write("verdict.json", said)
+    ended = agent(rundir).give_up(roster(0, 0), 9.0, patient=False)
+    assert ended
+    assert (ended.outcome, ended.reason) == ("finished", "all workers finished")
+    ended = agent(rundir, run=2).give_up(roster(0, 0), 9.0, patient=False)
+    assert ended
+    assert ended.outcome == "lost", "that was the verdict of the run before"
+    assert (rundir.read("verdict.json") or {})["run"] == 2
+
+
+def test_the_leader_of_another_run_is_not_asked(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path)
+    assert agent(rundir).find_leader() is None
+    where = {"run": 0, "node": 1, "host": "n2", "addresses": ["10.0.0.2"], "port": 29432}
+    rundir.write("endpoint.json", where)
+    assert agent(rundir).find_leader() is None
+    assert agent(rundir, run=0).find_leader() == HOST
+
+
+def test_a_leader_that_takes_over_goes_on_with_what_the_last_one_had_charged(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_launch_options(parser)
+    args = parser.parse_args([])
+    args.script, args.script_args = "train.py", []
+    leading = agent(RunDir(tmp_path))
+    leading.spec = LaunchSpec.from_namespace(args)
+    leader = leading.lead(roster(2, 1), "n1 lost").leader
+    assert (leader.round, leader.restarts, leader.requeues, leader.leads) == (5, 2, 1, False)
+    RunDir(tmp_path).write("state.json", {"round": 7, "restarts": 2, "requeues": 1})
+    leader = leading.lead(None, "").leader
+    assert (leader.round, leader.restarts, leader.requeues, leader.leads) == (8, 2, 1, True)
+    assert leading.recorder
+    leading.recorder.close()

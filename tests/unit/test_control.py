@@ -1,4 +1,4 @@
-"""Leader and agents over real sockets on loopback: who gets in, who is dropped, who does not disturb."""
+"""Leader and agents over real sockets on loopback: rounds, the loss of an agent, the loss of the leader, requests."""
 
 from __future__ import annotations
 
@@ -6,101 +6,34 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster import POLICY, Cluster, Node, wait_for
 
-from elastic_hpc import channel, net, protocol
+from elastic_hpc import channel, protocol
 from elastic_hpc.ask import ask_leader
-from elastic_hpc.control import Control, LeaderAddress, Seat
-from elastic_hpc.decide import Policy
+from elastic_hpc.control import Control
 from elastic_hpc.errors import ElasticError, JobEnded
-from elastic_hpc.leader import Leader
-from elastic_hpc.protocol import Failure, Status
+from elastic_hpc.protocol import WHO, Failure, Host, Redirect
 from elastic_hpc.recorder import Recorder
 from elastic_hpc.rundir import RunDir
-from elastic_hpc.server import LeaderServer
-
-POLICY = Policy(
-    min_nodes=1,
-    max_nodes=3,
-    max_restarts=3,
-    max_requeues=1,
-    heartbeat_timeout=2.0,
-    join_timeout=20.0,
-    last_call_timeout=5.0,
-    can_requeue=False,
-)
-
-
-class Cluster:
-    """One leader and some agents, all in this process."""
-
-    def __init__(self, path: Path, granted: int) -> None:
-        self.rundir = RunDir(path / "run").create()
-        self.secret = self.rundir.make_secret()
-        self.recorder = Recorder(self.rundir, run=0)
-        listener = net.listen_from(42000)
-        self.port: int = listener.getsockname()[1]
-        self.rundir.write("endpoint.json", {"run": 0, "host": "n0", "addresses": ["127.0.0.1"], "port": self.port})
-        self.leader = Leader(POLICY, granted=granted, nproc=1, now=time.monotonic())
-        self.server = LeaderServer(self.leader, listener, self.secret, self.recorder, self._store)
-        self.controls: list[Control] = []
-        for node in range(granted):
-            self.add(node, lead=self.server.run if node == 0 else None)
-
-    @staticmethod
-    def _store(round: int) -> Future[int]:
-        opened: Future[int] = Future()
-        opened.set_result(1000 + round)
-        return opened
-
-    def add(self, node: int, **options: object) -> Control:
-        control = Control(
-            Status(0, node, f"n{node}", 1),
-            self.rundir.read_secret,
-            lambda: LeaderAddress(("127.0.0.1",), self.port),
-            heartbeat_timeout=POLICY.heartbeat_timeout,
-            join_timeout=POLICY.join_timeout,
-            **options,  # type: ignore[arg-type]
-        )
-        control.start()
-        self.controls.append(control)
-        return control
-
-    def seats(self) -> list[Seat]:
-        """The places of all agents in the next round; each waits on a thread of its own, as in life."""
-        with ThreadPoolExecutor(len(self.controls)) as threads:
-            return list(threads.map(Control.next_seat, self.controls))
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=5)
-
-    def events(self, name: str) -> list[dict[str, object]]:
-        return [event for event in self.rundir.events() if event["event"] == name]
-
-    def close(self) -> None:
-        self.leader.on_request("stop", "test", time.monotonic())
-        for control in reversed(self.controls):
-            control.close(timeout=10)
-        self.recorder.close()
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(tmp_path, granted=3)
+    made = Cluster(tmp_path)
     yield made
     made.close()
 
 
-def wait_for(look: Callable[[], object], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not look():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+def end_of(control: Control, round: int) -> JobEnded:
+    """How the job ends for this agent, whose workers of ``round`` are stopped when they are told to."""
+    with pytest.raises(JobEnded) as ended:  # noqa: PT012 - it ends at the one call or at the other
+        wait_for(lambda: control.must_stop(round))
+        control.next_seat()
+    return ended.value
 
 
 def test_a_round_forms_restarts_after_a_failure_and_finishes(cluster: Cluster) -> None:
@@ -116,70 +49,98 @@ def test_a_round_forms_restarts_after_a_failure_and_finishes(cluster: Cluster) -
         control.report("running", 2)
         assert control.must_stop(2) is None
         control.report("succeeded", 2)
-    for control in cluster.controls:
-        with pytest.raises(JobEnded, match="all workers finished"):
-            wait_for(lambda control=control: control.must_stop(2))
+    assert {end_of(control, 2).outcome for control in cluster.controls} == {"finished"}
     verdict = cluster.rundir.read("verdict.json")
     assert verdict
     assert (verdict["outcome"], verdict["restarts"], verdict["round"]) == ("finished", 1, 2)
+    assert verdict["actor"] == "batch script"
 
 
 def test_a_closed_connection_is_a_loss_at_once(cluster: Cluster) -> None:
     cluster.seats()
     began = time.monotonic()
-    cluster.controls.pop().close(timeout=5)
+    cluster.nodes[2].die()
     wait_for(lambda: cluster.controls[1].must_stop(1))
     assert time.monotonic() - began < POLICY.heartbeat_timeout, "it was noticed before any heartbeat was missed"
     assert {seat.plan.group_world_size for seat in cluster.seats()} == {2}
+    assert [event["node"] for event in cluster.events("lost")] == ["n2"]
 
 
-def test_strangers_are_refused_recorded_and_do_not_disturb(cluster: Cluster) -> None:
-    with ExitStack() as open_connections:
-        for noise in (
-            b"",
-            b"GET / HTTP/1.1\r\n\r\n",
-            b"{}\n",
-            b"\xff" * 300_000,
-            b'{"proof": "x", "challenge": "y"}\n',
-        ):
-            stranger = open_connections.enter_context(cluster.connect())
-            if noise:
-                try:
-                    stranger.sendall(noise)
-                except OSError:
-                    continue  # it was thrown out while it still shouted
-        for _ in range(300):
-            open_connections.enter_context(cluster.connect())
-        assert {seat.plan.group_world_size for seat in cluster.seats()} == {3}
-        wait_for(lambda: len(cluster.events("stranger")) >= 4)
-        assert all(control.must_stop(1) is None for control in cluster.controls)
-    assert not cluster.events("lost")
+def test_the_next_agent_leads_when_the_first_is_gone(cluster: Cluster) -> None:
+    cluster.seats()
+    cluster.nodes[0].die()
+    for control in cluster.controls:
+        wait_for(lambda control=control: control.must_stop(1))
+    seats = cluster.seats()
+    assert [(seat.plan.group_rank, seat.plan.group_world_size) for seat in seats] == [(0, 2), (1, 2)]
+    assert {seat.plan.restart_count for seat in seats} == {1}
+    (round,) = {seat.round for seat in seats}
+    assert round > 1
+    wait_for(lambda: cluster.events("take_over"))
+    assert "n0 lost" in cluster.events("take_over")[0]["reason"]
+    assert cluster.nodes[0].find_leader() == cluster.nodes[0].host
+    for control in cluster.controls:
+        control.report("succeeded", round)
+    assert {end_of(control, round).outcome for control in cluster.controls} == {"finished"}
+    wait_for(lambda: cluster.rundir.read("verdict.json"))
+    verdict = cluster.rundir.read("verdict.json")
+    assert verdict
+    assert (verdict["outcome"], verdict["actor"]) == ("finished", "agents"), "the batch host is gone"
+    assert [(lost, alone) for _, lost, alone in cluster.acted] == [(["n0"], True)]
 
 
-def test_half_a_message_of_an_authenticated_peer_costs_only_its_own_connection(cluster: Cluster) -> None:
-    async def talk() -> None:
-        link = await channel.connect(["127.0.0.1"], cluster.port, cluster.secret)
-        link._writer.write(b'{"seq": 1, "node"')
-        await link.flush()
+def test_two_agents_left_of_three_survive_the_next_loss_too(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    try:
+        cluster.seats()
+        for left in (2, 1):
+            before = cluster.nodes[1].control.order
+            assert before
+            cluster.nodes[0].die()
+            for control in cluster.controls:
+                wait_for(lambda control=control, before=before: control.must_stop(before.round))
+            if left == 2:
+                assert {seat.plan.group_world_size for seat in cluster.seats()} == {2}
+        # one of two, and not the one that led, cannot know whether the other goes on
+        survivor = cluster.nodes[0]
+        wait_for(lambda: survivor.gave_up)
+        assert survivor.leader
+        assert not survivor.leader.leads
+    finally:
+        cluster.close()
 
-    asyncio.run(talk())
-    assert {seat.plan.group_world_size for seat in cluster.seats()} == {3}
+
+def test_anybody_who_holds_the_secret_is_told_who_leads(cluster: Cluster) -> None:
+    cluster.seats()
+
+    async def ask(host: Host) -> Redirect:
+        link = await channel.connect(host.addresses, host.port, cluster.secret)
+        link.send({"request": WHO})
+        said = protocol.decode_from_leader(await link.read())
+        link.close()
+        assert isinstance(said, Redirect)
+        return said
+
+    for node in cluster.nodes:
+        assert asyncio.run(ask(node.host)) == Redirect(cluster.nodes[0].host, leads=True)
+    assert all(control.must_stop(1) is None for control in cluster.controls)
 
 
-def test_a_leader_without_the_secret_is_not_believed(tmp_path: Path) -> None:
+def test_a_leader_without_the_secret_is_not_believed() -> None:
     async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = channel.Channel(reader, writer)
         link.send({"challenge": protocol.new_nonce()})
         await link.read()
         link.send({"proof": "0" * 64})
-        link.close()
+        await link.flush()
 
     async def dial() -> None:
         server = await asyncio.start_server(impostor, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises((protocol.ProtocolError, OSError)):
+        with pytest.raises(protocol.ProtocolError, match="does not hold this job's secret"):
             await channel.connect(["127.0.0.1"], port, b"secret" * 8)
         server.close()
+        await server.wait_closed()
 
     asyncio.run(dial())
 
@@ -192,39 +153,65 @@ def test_an_agents_proof_cannot_be_played_back_as_the_leaders() -> None:
 
 def test_the_batch_script_can_ask_for_a_drain_with_nothing_but_the_run_directory(cluster: Cluster) -> None:
     cluster.seats()
-    ask_leader(cluster.rundir, "drain")
     for control in cluster.controls:
-        with pytest.raises(JobEnded, match="warned by Slurm"):  # noqa: PT012 - it ends at the one call or at the other
-            wait_for(lambda control=control: control.must_stop(1))
-            control.next_seat()
+        control.report("running", 1)
+    wait_for(lambda: cluster.rundir.read("endpoint.json"))
+    ask_leader(cluster.rundir, "drain", "time limit")
+    for control in cluster.controls:
+        wait_for(lambda control=control: control.order and control.order.drain)
+        assert control.must_stop(1) is None, "they save first"
+    for control in cluster.controls:
+        control.report("succeeded", 1, drained=True)
+    reasons = {end_of(control, 1).reason for control in cluster.controls}
+    assert reasons == {"time limit: the workers saved and stopped; this job cannot be requeued"}
+
+
+def test_sigterm_of_the_leaders_agent_is_taken_for_the_end_of_the_allocation(cluster: Cluster) -> None:
+    cluster.seats()
+    cluster.controls[1].on_signal()
+    cluster.controls[0].on_signal()
+    for control in cluster.controls:
+        wait_for(lambda control=control: control.order and control.order.drain)
+    assert [event["reason"] for event in cluster.events("request")] == ["terminated"]
 
 
 def test_an_unreachable_leader_is_told_with_its_address(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    rundir = RunDir(tmp_path)
-    rundir.make_secret()
-    rundir.write("endpoint.json", {"run": 0, "host": "n0", "addresses": ["127.0.0.1"], "port": port})
+    cluster = Cluster(tmp_path, granted=0, heartbeat_timeout=0.5, join_timeout=1.0)
+    where = {"run": 0, "node": 0, "host": "n0", "addresses": ["127.0.0.1"], "port": port}
+    cluster.rundir.write("endpoint.json", where)
     with pytest.raises(ElasticError, match=f"the leader on n0 port {port} did not answer"):
-        ask_leader(rundir, "stop")
-    control = Control(
-        Status(0, 1, "n1", 1),
-        rundir.read_secret,
-        lambda: LeaderAddress(("127.0.0.1",), port),
-        heartbeat_timeout=1.0,
-        join_timeout=0.5,
-    )
-    control.start()
-    with pytest.raises(JobEnded, match=f"the leader at 127.0.0.1 port {port} was not reached") as ended:
-        control.next_seat()
+        ask_leader(cluster.rundir, "stop")
+    cluster.nodes.append(Node(cluster, 1, first=False))
+    with pytest.raises(JobEnded, match=f"n0 at 127.0.0.1 port {port}") as ended:
+        cluster.controls[0].next_seat()
     assert ended.value.outcome == "lost"
-    control.close(timeout=5)
+    assert len(cluster.nodes[0].gave_up) > 1, "it was patient at first"
+    cluster.close()
+
+
+def test_the_agent_outside_is_kept_quiet_as_long_as_the_control_thread_lives(cluster: Cluster) -> None:
+    wait_for(lambda: all(node.beats >= 2 for node in cluster.nodes))
+
+
+def test_news_make_the_descriptor_readable_that_the_main_thread_waits_on(cluster: Cluster) -> None:
+    import select
+
+    cluster.seats()
+    assert cluster.controls[1].must_stop(1) is None
+    poll = select.poll()
+    poll.register(cluster.controls[1].wake_fd, select.POLLIN)
+    assert poll.poll(0) == []
+    cluster.nodes[2].die()
+    assert poll.poll(10_000)
+    wait_for(lambda: cluster.controls[1].must_stop(1))
 
 
 def test_a_record_that_cannot_be_written_does_not_stop_the_job(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recorder = Recorder(RunDir(tmp_path / "missing"), run=0)
+    recorder = Recorder(RunDir(tmp_path / "missing"), 0, Host(0, "n0", ("127.0.0.1",), 1))
     recorder.event("join", {"node": "n0"})
     with pytest.raises(OSError, match="missing"):
         recorder.verdict({"outcome": "finished"}).result(timeout=5)

@@ -89,7 +89,8 @@ def test_links_lead_to_files(document: Path) -> None:
 
 
 @each_document
-def test_python_blocks_run(document: Path) -> None:
+def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for block in blocks(document, "python"):
         for node in ast.walk(ast.parse(block)):
             for alias in node.names if isinstance(node, ast.Import) else []:

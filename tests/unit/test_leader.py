@@ -1,17 +1,15 @@
-"""The leader and its agents as a distributed protocol, under a simulated network; seeded, so that a failure repeats."""
+"""Single steps of the leader, without a network; ``test_membership.py`` has whole jobs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from simulated import Simulation
 
-from elastic_hpc.decide import Policy
-from elastic_hpc.leader import STOP_TIMEOUT, Leader
-from elastic_hpc.protocol import Failure, Order, Status
+from elastic_hpc.decide import TERM_GRACE, Policy
+from elastic_hpc.leader import ALIVE_IS_PROGRESS, SETTLE, STOP_TIMEOUT, Leader
+from elastic_hpc.protocol import Failure, Host, Order, Request, Roster, Status
 
 POLICY = Policy(
     min_nodes=2,
@@ -21,230 +19,491 @@ POLICY = Policy(
     heartbeat_timeout=5.0,
     join_timeout=60.0,
     last_call_timeout=10.0,
+    grace=30.0,
     can_requeue=True,
 )
-SEEDS = st.integers(0, 2**32)
 
 
-def training(simulation: Simulation) -> bool:
-    """Every agent that is left runs the leader's round, or waits beside a full world."""
-    left = [agent for agent in simulation.agents if not agent.left]
-    running = [agent for agent in left if agent.alive and agent.workers == simulation.leader.round]
-    return len(running) == min(len(left), simulation.policy.max_nodes)
+def host(node: int) -> Host:
+    return Host(node, f"n{node}", ("10.0.0.1",), 29432)
 
 
-def inject(simulation: Simulation, *, seconds: float) -> None:
-    """Random faults for ``seconds``."""
-    dice = simulation.random
-    end = simulation.now + seconds
-    while simulation.now < end and not simulation.leader.verdict:
-        agent = dice.choice(simulation.agents)
-        match dice.randrange(5):
-            case 0:
-                simulation.end_workers(agent, failed=True)
-            case 1:
-                simulation.disconnect(agent)
-            case 2:
-                simulation.freeze_leader(dice.uniform(0, 12))
-            case 3:
-                simulation.end_workers(agent, failed=True)
-                simulation.disconnect(dice.choice(simulation.agents))
-        simulation.run(dice.choice((0.0, 0.01, 0.3, dice.uniform(0, 8))))
+def failure(node: int = 0, message: str = "exit code 1", **fields: Any) -> Failure:
+    known = {"kind": "exit", "node": f"n{node}", "rank": node, "local_rank": 0, "exitcode": 1, "time": 0.0}
+    return Failure(**{**known, "message": message, **fields})
 
 
-@given(SEEDS, st.integers(2, 6))
-@example(4451174, 4)  # reconnected while its workers were being stopped, and never said that they were gone
-@settings(max_examples=150, deadline=None)
-def test_the_job_trains_again_after_any_faults_and_never_overlaps_rounds(seed: int, nodes: int) -> None:
-    simulation = Simulation(seed, nodes=nodes, policy=POLICY)
-    inject(simulation, seconds=60)
-    simulation.loss = 0.0
-    verdict = lambda: simulation.leader.verdict is not None  # noqa: E731 - read at each step
-    assert simulation.run(300, until=lambda: training(simulation) or verdict()), simulation.events[-5:]
-    if not verdict():
-        started = {round: plan.group_world_size for agent in simulation.agents for round, plan in agent.started}
-        for round, size in started.items():
-            plans = [plan for agent in simulation.agents for r, plan in agent.started if r == round]
-            assert {plan.group_world_size for plan in plans} == {size}
-            assert len({plan.group_rank for plan in plans}) == len(plans)
-            assert len({(plan.restart_count, plan.store_port) for plan in plans}) == 1
+class Job:
+    """A leader whose agents, one per connection of the same number, say what the test says."""
+
+    def __init__(self, granted: int = 2, inherited: Roster | None = None, **changes: Any) -> None:
+        self.now = 0.0
+        self.leader = Leader(
+            replace(POLICY, **changes),
+            node=0,
+            nproc=2,
+            now=0.0,
+            granted=granted,
+            inherited=inherited,
+            reason="n9 lost" if inherited else "",
+        )
+        self.seq = 0
+        self.store()
+
+    def store(self) -> None:
+        wanted = self.leader.wanted_store
+        if wanted is not None:
+            self.leader.on_store(wanted, 29400 + wanted, self.now)
+
+    def say(self, node: int, conn: int | None = None, **fields: Any) -> dict[int, list[Order | Roster]]:
+        self.seq += 1
+        status = Status(**{"seq": self.seq, "host": host(node), "nproc": 2, **fields})
+        self.leader.on_status(node if conn is None else conn, f"10.0.0.{node}", status, self.now)
+        self.store()
+        return self.leader.take_orders()
+
+    def wait(self, seconds: float) -> None:
+        """Time passes, in which everybody's connection is alive."""
+        self.now += seconds
+        for peer in self.leader._peers.values():
+            peer.last_heard = self.now
+        self.leader._ticked = self.now
+        self.leader.on_tick(self.now)
+
+    def ready(self, *nodes: int) -> dict[int, list[Order | Roster]]:
+        """``nodes`` have no workers alive; the answer is what is sent for that."""
+        sent: dict[int, list[Order | Roster]] = {}
+        for node in nodes:
+            sent |= self.say(node, round=self.leader.round)
+        return sent
+
+    def fail(self, node: int, what: Failure | None = None, **fields: Any) -> None:
+        self.say(node, state="failed", round=self.leader.round, failure=what or failure(node), **fields)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [fields for event, fields in self.leader.take_events() if event == name]
+
+    @property
+    def verdict(self) -> Any:
+        return self.leader.verdict
 
 
-@given(SEEDS, st.integers(0, 6))
-@settings(max_examples=60, deadline=None)
-def test_the_budget_is_never_exceeded_and_ends_the_job(seed: int, max_restarts: int) -> None:
-    simulation = Simulation(seed, nodes=3, policy=replace(POLICY, max_restarts=max_restarts))
-    for _ in range(max_restarts + 20):
-        simulation.run(200, until=lambda: training(simulation) or bool(simulation.leader.verdict))
-        simulation.end_workers(simulation.agents[0], failed=True)
-    assert simulation.leader.verdict
-    assert simulation.leader.verdict.outcome == "failed"
-    assert simulation.leader.restarts == max_restarts
-    assert simulation.run(60, until=lambda: all(agent.left == "failed" for agent in simulation.agents))
+def formed(granted: int = 2, **changes: Any) -> Job:
+    """Round 1 runs on ``granted`` nodes."""
+    job = Job(granted, **changes)
+    job.ready(*range(granted))
+    assert job.leader.roster.round == 1
+    job.wait(POLICY.heartbeat_timeout)
+    return job
 
 
-@given(SEEDS, st.integers(2, 5), st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
-def test_silent_nodes_are_given_up_and_the_rest_goes_on_or_is_requeued(seed: int, nodes: int, lost: int) -> None:
-    simulation = Simulation(seed, nodes=nodes, policy=POLICY, loss=0.0)
-    assert simulation.run(60, until=lambda: training(simulation))
-    for agent in simulation.agents[-min(lost, nodes) :]:
-        simulation.lose(agent)
-    left = max(0, nodes - lost)
-    before = simulation.leader.round
-    if left >= POLICY.min_nodes and nodes <= POLICY.max_nodes:
-        assert simulation.run(60, until=lambda: training(simulation) and simulation.leader.round > before)
-    elif left < POLICY.min_nodes:
-        assert simulation.run(60, until=lambda: bool(simulation.leader.verdict))
-        assert simulation.leader.verdict
-        assert simulation.leader.verdict.outcome == "requeue"
-
-
-@given(SEEDS)
-@settings(max_examples=60, deadline=None)
-def test_a_job_is_finished_only_when_all_of_one_round_have_finished(seed: int) -> None:
-    simulation = Simulation(seed, nodes=3, policy=POLICY)
-    assert simulation.run(300, until=lambda: training(simulation))
-    simulation.end_workers(simulation.agents[0], failed=False)
-    simulation.end_workers(simulation.agents[1], failed=False)
-    assert not simulation.run(20, until=lambda: bool(simulation.leader.verdict))
-    simulation.end_workers(simulation.agents[2], failed=True)  # the others must run again
-    assert simulation.run(300, until=lambda: training(simulation))
-    for agent in simulation.agents:
-        simulation.end_workers(agent, failed=False)
-    assert simulation.run(60, until=lambda: all(agent.left == "finished" for agent in simulation.agents))
-
-
-def test_a_node_that_leaves_after_its_part_is_done_does_not_restart_the_others() -> None:
-    simulation = Simulation(1, nodes=3, policy=POLICY, loss=0.0)
-    assert simulation.run(60, until=lambda: training(simulation))
-    simulation.end_workers(simulation.agents[2], failed=False)
-    simulation.run(3)
-    simulation.lose(simulation.agents[2])
-    simulation.run(20)
-    for agent in simulation.agents[:2]:
-        simulation.end_workers(agent, failed=False)
-    assert simulation.run(20, until=lambda: bool(simulation.leader.verdict))
-    assert simulation.leader.verdict
-    assert (simulation.leader.verdict.outcome, simulation.leader.restarts) == ("finished", 0)
-
-
-def test_a_late_node_is_taken_in_by_a_new_round() -> None:
-    simulation = Simulation(2, nodes=4, policy=POLICY, loss=0.0)
-    late = simulation.agents[3]
-    late.left = "late"
-    assert simulation.run(60, until=lambda: len(simulation.agents[0].started) == 1)
-    assert simulation.agents[0].started[0][1].group_world_size == 3
-    late.left = ""
-    simulation.connect(late)
-    assert simulation.run(30, until=lambda: training(simulation))
-    assert simulation.agents[0].started[-1][1].group_world_size == 4
-    assert simulation.leader.restarts == 1
-
-
-# single steps of the leader, without a network
-
-
-def leader(now: float = 0.0, granted: int = 2, **changes: object) -> Leader:
-    return Leader(replace(POLICY, **changes), granted=granted, nproc=2, now=now)  # type: ignore[arg-type]
-
-
-def say(target: Leader, conn: int, seq: int, now: float, **fields: object) -> dict[int, Order]:
-    target.on_status(
-        conn, "10.0.0.1", Status(**{"seq": seq, "node": conn, "name": f"n{conn}", "nproc": 2, **fields}), now
-    )  # type: ignore[arg-type]
-    return target.take_orders()
-
-
-def formed(now: float = 0.0, **changes: object) -> Leader:
-    target = leader(now, **changes)
-    target.on_store(1, 29400, now)
-    for conn in (0, 1):
-        say(target, conn, 1, now, round=1)
-    assert target.take_orders() == {}
-    return target
+def orders(sent: dict[int, list[Order | Roster]]) -> dict[int, Order]:
+    return {conn: messages[-1] for conn, messages in sent.items() if isinstance(messages[-1], Order)}
 
 
 def test_a_round_forms_without_any_wait_when_all_granted_nodes_are_there() -> None:
-    target = leader()
-    target.on_store(1, 29400, 0.0)
-    assert say(target, 0, 1, 0.1)[0].stage == "gather"
-    say(target, 0, 2, 0.1, round=1)
-    assert say(target, 1, 1, 0.2)[1].stage == "gather"
-    orders = say(target, 1, 2, 0.2, round=1)
-    assert {order.stage for order in orders.values()} == {"run"}
-    assert [orders[conn].plan.group_rank for conn in (0, 1)] == [0, 1]  # type: ignore[union-attr]
+    job = Job()
+    assert orders(job.say(0))[0].stage == "gather"
+    assert job.say(0, round=1) == {}
+    assert orders(job.say(1))[1].stage == "gather"
+    sent = orders(job.say(1, round=1))
+    assert {order.stage for order in sent.values()} == {"run"}
+    assert [sent[conn].plan.group_rank for conn in (0, 1)] == [0, 1]  # type: ignore[union-attr]
+
+
+def test_the_roster_goes_before_the_run_order_and_only_to_those_who_do_not_have_it() -> None:
+    job = Job(3)
+    sent = job.ready(0, 1, 2)
+    for conn in (0, 1, 2):
+        roster, order = sent[conn]
+        assert isinstance(roster, Roster)
+        assert isinstance(order, Order)
+        assert (roster.round, order.roster, order.stage) == (1, 1, "run")
+        assert roster.bases[-1].members == (0, 1, 2)
+        assert [known.name for known in roster.hosts] == ["n0", "n1", "n2"]
+    assert job.say(0, state="running", round=1, roster=1) == {}
+    beat = job.leader.take_orders(beat=True)
+    assert [len(beat[conn]) for conn in (0, 1, 2)] == [1, 2, 2], "to the others once more with each heartbeat"
+
+
+def test_before_the_first_round_there_is_no_roster_to_send() -> None:
+    job = Job()
+    assert [type(message) for message in job.say(0)[0]] == [Order]
+
+
+def test_the_oldest_round_that_is_asked_is_the_new_one_once_enough_members_hold_its_roster() -> None:
+    job = formed(3)
+    for node in (0, 1, 2):
+        job.say(node, state="running", round=1, seen=1, roster=1)
+    job.leader.on_lost(2, "gone", job.now)
+    job.ready(0, 1)
+    assert job.leader.roster.round == 2
+    assert {order.oldest for order in orders(job.leader.take_orders(beat=True)).values()} == {1}
+    assert orders(job.say(1, state="running", round=2, seen=2, roster=2))[1].oldest == 2  # 0 formed it, 1 holds it
+
+
+def test_only_who_holds_this_leaders_own_newest_roster_is_taken_to_know_it() -> None:
+    job = formed(3)
+    for node in (0, 1, 2):
+        job.say(node, state="running", round=1, seen=1, roster=1)
+    job.leader.on_lost(2, "gone", job.now)
+    job.ready(0, 1)
+    assert job.leader.roster.round == 2
+    for fields in ({"seen": 3, "roster": 2}, {"seen": 3, "roster": 3}, {"seen": 2, "roster": 1}):
+        job.say(1, state="running", round=2, **fields)
+        assert orders(job.leader.take_orders(beat=True))[0].oldest == 1, fields
 
 
 def test_a_statement_about_an_old_round_changes_nothing() -> None:
-    target = formed()
-    failure = Failure("exit", "n1", 1, 0, 1, "exit code 1", 0.0)
-    say(target, 1, 2, 1.0, state="failed", round=1, failure=failure)
-    assert target.round == 2
-    say(target, 0, 2, 1.1, state="failed", round=1, failure=failure)
-    assert (target.round, target.restarts) == (2, 1)
+    job = formed()
+    job.fail(1)
+    assert job.leader.round == 2
+    job.say(0, state="failed", round=1, failure=failure())
+    assert (job.leader.round, job.leader.restarts) == (2, 1)
 
 
 def test_the_first_failure_of_a_round_is_the_cause() -> None:
-    target = formed(max_restarts=0)
-    for conn, message in ((1, "out of memory"), (0, "connection reset")):
-        failure = Failure("exit", f"n{conn}", conn, 0, 1, message, 0.0)
-        say(target, conn, 2, 1.0, state="failed", round=1, failure=failure)
-    assert target.verdict
-    assert target.verdict.failure
-    assert target.verdict.failure.message == "out of memory"
+    job = formed(max_restarts=0)
+    job.fail(1, failure(1, "out of memory"))
+    job.say(0, state="failed", round=1, failure=failure(0, "connection reset"))
+    assert job.verdict.failure.message == "out of memory"
+    assert job.verdict.cause == "budget"
+
+
+def test_an_echo_waits_a_moment_for_the_failure_that_it_is_the_echo_of() -> None:
+    job = formed()
+    job.fail(0, failure(0, "connection closed by peer", collateral=True))
+    assert job.leader.round == 1
+    assert job.leader.next_expiry == job.now + SETTLE
+    job.fail(1, failure(1, "out of memory"))
+    assert job.leader.round == 2
+    assert [event["reason"] for event in job.events("restart")] == ["rank 1 on n1: out of memory"]
+
+
+def test_an_echo_alone_is_believed_after_a_moment() -> None:
+    job = formed()
+    job.fail(0, failure(0, "connection closed by peer", collateral=True))
+    job.wait(SETTLE / 2)
+    assert job.leader.round == 1
+    job.wait(SETTLE)
+    assert [event["reason"] for event in job.events("restart")] == ["rank 0 on n0: connection closed by peer"]
+
+
+def test_a_lost_node_is_the_cause_of_the_echo_that_was_faster() -> None:
+    job = formed(3)
+    job.fail(0, failure(0, "connection closed by peer", collateral=True))
+    job.leader.on_lost(2, "its connection was closed", job.now)
+    assert [event["reason"] for event in job.events("restart")] == ["n2 lost: its connection was closed"]
+
+
+def test_the_same_failure_without_a_step_in_between_ends_the_job() -> None:
+    job = formed()
+    job.fail(0, failure(message="ValueError: no such data set"), step=5)
+    job.ready(0, 1)
+    job.fail(1, failure(1, message="ValueError: no such data set"), step=5)
+    assert job.verdict.outcome == "failed"
+    assert job.verdict.cause == "exit"
+    assert "the same failure as before, without progress in between" in job.verdict.reason
+    assert job.verdict.restarts == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"message": "ValueError: a"}, {"message": "TypeError: b"}),
+        ({"kind": "signal", "message": "killed"}, {"kind": "signal", "message": "killed"}),
+        ({"kind": "stopped", "message": "SIGSTOP"}, {"kind": "stopped", "message": "SIGSTOP"}),
+    ],
+)
+def test_another_failure_or_one_from_outside_is_not_held_against_the_job(first: Any, then: Any) -> None:
+    job = formed()
+    job.fail(0, failure(**first))
+    job.ready(0, 1)
+    job.fail(0, failure(**then))
+    assert job.verdict is None
+    assert job.leader.restarts == 2
+
+
+def test_an_echo_in_between_is_not_taken_for_another_failure() -> None:
+    job = formed()
+    job.fail(0, failure(message="ValueError: a"))
+    job.ready(0, 1)
+    job.fail(0, failure(message="connection closed", collateral=True))
+    job.wait(SETTLE * 2)
+    job.ready(0, 1)
+    job.fail(0, failure(message="ValueError: a"))
+    assert job.verdict
+    assert job.verdict.outcome == "failed"
+
+
+def test_a_step_that_was_done_in_between_is_progress() -> None:
+    job = formed()
+    for step in (5, 6, 7):
+        job.fail(0, step=step)
+        job.ready(0, 1)
+    assert job.verdict is None
+    job.fail(0, step=7)
+    assert job.verdict
+
+
+def test_a_round_that_lived_long_enough_is_progress_where_no_steps_are_reported() -> None:
+    job = formed()
+    job.fail(0)
+    job.ready(0, 1)
+    job.wait(ALIVE_IS_PROGRESS + 1)
+    job.fail(0)
+    assert job.verdict is None
+    job.ready(0, 1)
+    job.wait(ALIVE_IS_PROGRESS - 1)
+    job.fail(0)
+    assert job.verdict
 
 
 def test_a_leader_that_was_frozen_does_not_blame_its_agents() -> None:
-    target = formed()
-    target.on_tick(1.0)
-    target.on_tick(100.0)
-    assert target.take_dropped() == []
-    target.on_tick(101.0)
-    target.on_tick(102.0)
-    target.on_tick(103.0)
-    target.on_tick(104.0)
-    target.on_tick(105.2)
-    assert sorted(target.take_dropped()) == [0, 1]
+    job = formed()
+    job.leader.on_tick(job.now + 1.0)
+    job.leader.on_tick(job.now + 100.0)
+    assert job.leader.take_dropped() == []
+    for second in (101.0, 102.0, 103.0, 104.0, 105.2):
+        job.leader.on_tick(job.now + second)
+    assert sorted(job.leader.take_dropped()) == [0, 1]
 
 
 def test_workers_that_cannot_be_stopped_do_not_hold_up_the_others_for_ever() -> None:
-    target = formed(granted=3, last_call_timeout=0.0, min_nodes=1)
-    say(target, 0, 2, 1.0, state="failed", round=1, failure=Failure("exit", "n0", 0, 0, 1, "exit code 1", 0.0))
-    target.on_store(2, 29401, 1.0)
-    now = 1.0
-    for beat in range(int(STOP_TIMEOUT) + 5):
-        now += 1
-        say(target, 0, 10 + beat, now, round=2)
-        say(target, 1, 10 + beat, now, state="running", round=1)
-        target.on_tick(now)
-    assert target.take_dropped() == [1]
-    assert target.take_orders(beat=True)[0].plan
-    assert say(target, 2, 1, now, state="running", round=1)[2].stage == "run"
-    assert target.round == 2  # it is no newcomer before its workers are gone
+    job = formed(3, last_call_timeout=0.0, min_nodes=1)
+    for node in (0, 1, 2):
+        job.say(node, state="running", round=1, seen=1, roster=1)
+    job.fail(0)
+    for _ in range(int(STOP_TIMEOUT) + 5):
+        job.ready(0, 2)
+        job.say(1, state="running", round=1)
+        job.wait(1.0)
+    assert job.leader.take_dropped() == [1]
+    assert orders(job.leader.take_orders(beat=True))[0].plan
+    assert orders(job.say(1, conn=7, state="running", round=1))[7].stage == "run"
+    assert job.leader.round == 2  # it is no newcomer before its workers are gone
 
 
 def test_a_node_with_another_number_of_workers_is_refused_with_the_reason() -> None:
-    target = leader()
-    orders = say(target, 1, 1, 0.0, nproc=1)
-    assert orders[1].stage == "end"
-    assert "n1 would start 1 workers, the first host 2" in orders[1].reason
-    assert target.verdict is None
+    job = Job()
+    order = orders(job.say(1, nproc=1))[1]
+    assert (order.stage, order.outcome) == ("end", "failed")
+    assert "n1 would start 1 workers, the leader's node 2" in order.reason
+    assert job.verdict is None
 
 
 def test_a_second_agent_of_a_node_replaces_the_first() -> None:
-    target = formed()
-    target.on_status(7, "10.0.0.1", Status(1, 1, "n1", 2), 1.0)
-    assert target.take_dropped() == [1]
-    assert target.round == 2
+    job = formed()
+    job.say(1, conn=7)
+    assert job.leader.take_dropped() == [1]
+    assert job.leader.round == 2
 
 
-@pytest.mark.parametrize(("request_", "outcome", "requeues"), [("drain", "requeue", 0), ("stop", "failed", 0)])
-def test_a_request_ends_the_job_without_a_charge(request_: str, outcome: str, requeues: int) -> None:
-    target = formed()
-    target.on_request(request_, "10.0.0.9", 1.0)  # type: ignore[arg-type]
-    assert target.verdict
-    assert (target.verdict.outcome, target.verdict.requeues, target.verdict.restarts) == (outcome, requeues, 0)
-    assert target.take_orders()[0].stage == "gather"  # workers stop; nobody leaves before the verdict is on disk
-    target.on_saved()
-    assert target.take_orders()[0].outcome == outcome
+# requests
+
+
+@pytest.mark.parametrize("drained", [True, False])
+@pytest.mark.parametrize(
+    ("request_", "outcome", "cause"), [("drain", "requeue", "time limit"), ("save-and-stop", "failed", "user")]
+)
+def test_workers_that_are_asked_to_save_get_the_time_to(
+    request_: Request, outcome: str, cause: str, *, drained: bool
+) -> None:
+    job = formed()
+    job.leader.on_request(request_, "time limit" if request_ == "drain" else "user", job.now)
+    assert job.verdict is None
+    assert {(order.stage, order.drain) for order in orders(job.leader.take_orders()).values()} == {("run", True)}
+    job.say(0, state="succeeded", round=1, drained=drained)
+    job.wait(POLICY.grace - 1)
+    assert job.verdict is None
+    job.say(1, state="succeeded", round=1)
+    if drained:
+        assert (job.verdict.outcome, job.verdict.cause) == (outcome, cause)
+        assert "the workers saved and stopped" in job.verdict.reason
+        assert (job.verdict.requeues, job.verdict.restarts) == (0, 0), "nothing is charged"
+    else:
+        assert job.verdict.outcome == "finished", "they were through before they saw the request"
+
+
+def test_workers_that_do_not_stop_in_time_are_not_waited_for() -> None:
+    job = formed()
+    job.leader.on_request("drain", "preempted", job.now)
+    job.wait(POLICY.grace - 0.1)
+    assert job.verdict is None
+    job.wait(0.2)
+    assert (job.verdict.outcome, job.verdict.cause, job.verdict.requeues) == ("requeue", "preempted", 0)
+    assert "did not stop within 30 s (--grace)" in job.verdict.reason
+    assert {order.stage for order in orders(job.leader.take_orders()).values()} == {"gather"}, "nobody leaves yet"
+    job.leader.on_saved()
+    assert {order.outcome for order in orders(job.leader.take_orders()).values()} == {"requeue"}
+
+
+def test_after_slurms_sigterm_there_is_less_time() -> None:
+    job = formed()
+    job.leader.on_request("drain", "terminated", job.now)
+    job.wait(TERM_GRACE - 0.1)
+    assert job.verdict is None
+    job.wait(0.2)
+    assert job.verdict.cause == "terminated"
+    assert f"within {TERM_GRACE:g} s" in job.verdict.reason
+
+
+def test_a_grace_below_what_slurm_leaves_is_kept() -> None:
+    job = formed(grace=3.0)
+    job.leader.on_request("drain", "terminated", job.now)
+    job.wait(3.1)
+    assert job.verdict.outcome == "requeue"
+
+
+@pytest.mark.parametrize("lose", [True, False])
+def test_a_failure_while_workers_save_does_not_start_them_again(*, lose: bool) -> None:
+    job = formed(3)
+    job.leader.on_request("drain", "time limit", job.now)
+    if lose:
+        job.leader.on_lost(2, "its connection was closed", job.now)
+    else:
+        job.fail(2)
+    assert job.verdict.outcome == "requeue"
+    assert "while they were saving" in job.verdict.reason
+    assert job.verdict.restarts == 0
+
+
+def test_stop_ends_the_job_at_once_also_after_a_drain_has_begun() -> None:
+    job = formed()
+    job.leader.on_request("drain", "user", job.now)
+    job.leader.on_request("save-and-stop", "user", job.now)
+    assert job.verdict is None
+    job.leader.on_request("drain", "user", job.now)
+    job.leader.on_request("stop", "user", job.now)
+    assert (job.verdict.outcome, job.verdict.cause, job.verdict.reason) == ("failed", "user", "stopped by the user")
+
+
+def test_a_second_request_gives_no_new_grace() -> None:
+    job = formed()
+    job.leader.on_request("drain", "user", job.now)
+    job.wait(POLICY.grace - 1)
+    job.leader.on_request("save-and-stop", "user", job.now)
+    job.wait(1.5)
+    assert (job.verdict.outcome, job.verdict.cause) == ("failed", "user")
+
+
+def test_a_drain_before_the_first_round_returns_at_once() -> None:
+    job = Job()
+    job.say(0)
+    job.leader.on_request("drain", "preempted", job.now)
+    assert (job.verdict.outcome, job.verdict.reason) == ("requeue", "preempted: no worker ran")
+
+
+def test_a_drain_of_a_job_that_cannot_be_requeued_is_its_end() -> None:
+    job = formed(can_requeue=False)
+    job.leader.on_request("drain", "time limit", job.now)
+    job.wait(POLICY.grace + 1)
+    assert (job.verdict.outcome, job.verdict.cause) == ("failed", "time limit")
+
+
+def test_nobody_is_taken_in_while_workers_save() -> None:
+    job = formed()
+    job.leader.on_request("drain", "time limit", job.now)
+    job.say(2)
+    assert (job.leader.round, job.verdict) == (1, None)
+
+
+# causes of the end
+
+
+def test_too_few_nodes_return_through_the_queue_and_are_charged() -> None:
+    job = formed()
+    job.leader.on_lost(1, "its connection was closed", job.now)
+    job.wait(POLICY.heartbeat_timeout + 0.1)
+    assert (job.verdict.outcome, job.verdict.cause, job.verdict.requeues) == ("requeue", "node lost", 1)
+    assert job.verdict.round == 2
+
+
+def test_a_failure_beyond_the_budget_names_the_budget_and_keeps_the_failure() -> None:
+    job = formed(max_restarts=0)
+    job.fail(1, failure(1, "out of memory", kind="out of memory"))
+    assert (job.verdict.outcome, job.verdict.cause) == ("failed", "budget")
+    assert job.verdict.failure.kind == "out of memory"
+    assert "all 0 restarts (--max-restarts) are used up" in job.verdict.reason
+
+
+def test_finished_means_all_workers_of_one_round() -> None:
+    job = formed()
+    job.say(0, state="succeeded", round=1)
+    assert job.verdict is None
+    job.say(1, state="succeeded", round=1)
+    assert (job.verdict.outcome, job.verdict.round, job.verdict.failure) == ("finished", 1, None)
+
+
+# taking over
+
+
+def inherited(restarts: int = 3) -> Roster:
+    """What the nodes of round 1 hold after its leader, node 9, was lost."""
+    job = Job(1, min_nodes=1)
+    job.ready(0)
+    roster = job.leader.roster
+    base = replace(roster.bases[-1], leader=9, members=(0, 1, 2, 9))
+    return replace(roster, bases=(base,), hosts=tuple(map(host, (0, 1, 2, 9))), restarts=restarts)
+
+
+def test_who_takes_over_decides_nothing_before_a_majority_is_with_it() -> None:
+    job = Job(inherited=inherited())
+    for node in (0, 1):
+        order = orders(job.say(node, seen=1, roster=1))[node]
+        assert (order.stage, order.leads, order.round) == ("gather", False, 2)
+    sent = orders(job.say(2, seen=1, roster=1))
+    assert sent[2].leads
+    assert [event["reason"] for event in job.events("take_over")] == ["n9 lost"]
+    job.wait(POLICY.heartbeat_timeout)
+    job.ready(0, 1, 2)
+    assert job.leader.roster.restarts == 4, "the loss of the leader is charged as any other"
+    assert job.leader.roster.bases[-1].members == (0, 1, 2)
+
+
+def test_who_takes_over_learns_of_a_later_round_before_it_decides() -> None:
+    job = Job(inherited=inherited())
+    for node in (0, 1):
+        job.say(node, seen=1, roster=1)
+    sent = orders(job.say(2, seen=4, roster=4))
+    assert not sent[2].leads, "node 2 knows what this one does not"
+    later = inherited(restarts=5)
+    job.leader.on_roster(replace(later, round=4, bases=(replace(later.bases[-1], round=4),)), job.now)
+    assert job.leader.round == 5
+    assert job.leader.leads
+    assert job.leader.restarts >= 5
+
+
+def test_who_takes_over_in_vain_gives_up_without_a_word() -> None:
+    job = Job(inherited=inherited())
+    job.say(0, seen=1, roster=1)
+    job.wait(POLICY.heartbeat_timeout + 0.1)
+    assert job.leader.abdicated
+    assert (job.verdict, job.events("abdicate")) == (None, [])
+
+
+def test_a_leader_without_a_majority_stops_to_lead_and_leaves_no_verdict() -> None:
+    job = formed(4)
+    for node in (1, 2):
+        job.leader.on_lost(node, "gone", job.now)
+    job.wait(POLICY.heartbeat_timeout + 0.1)
+    assert not job.leader.abdicated, "half of them and the leader may go on"
+    job.leader.on_lost(3, "gone", job.now)
+    assert not job.leader.abdicated, "they may be back in a moment"
+    job.wait(POLICY.heartbeat_timeout + 0.1)
+    assert job.leader.abdicated
+    assert job.verdict is None
+    assert len(job.events("abdicate")) == 1
+
+
+def test_a_leader_whose_workers_run_without_a_majority_stops_them_at_once() -> None:
+    job = formed(4, max_nodes=3)
+    job.leader.on_lost(1, "gone", job.now)
+    job.ready(0, 2, 3)
+    assert job.leader.roster.bases[-1].members == (0, 2, 3)
+    for node in (0, 2, 3):
+        job.say(node, state="running", round=2, seen=2, roster=2)
+    job.say(2, state="succeeded", round=2)
+    job.leader.on_lost(2, "gone", job.now)
+    job.leader.on_lost(0, "gone", job.now)
+    assert job.leader.abdicated

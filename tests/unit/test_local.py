@@ -10,8 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from elastic_hpc.rundir import RunDir
 
 SRUN = Path(sys.executable).with_name("elastic-srun")
 TRAIN = """
@@ -37,17 +40,35 @@ dist.destroy_process_group()
 """
 
 
+LISTEN = """
+import os, time
+import torch.distributed as dist
+from elastic_hpc.training import drain_requested, report_progress
+dist.init_process_group("gloo")
+run, rank, round = os.environ["ELASTIC_HPC_RUN_DIR"], dist.get_rank(), os.environ["ELASTIC_HPC_ROUND"]
+step = 0
+while not drain_requested():
+    step += 1
+    report_progress(step)
+    restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    open(f"{run}/stepped.{round}.{rank}", "w").write(f"{os.getpid()} {dist.get_world_size()} {restarts}")
+    time.sleep(0.02)
+open(f"{run}/saved.{round}.{rank}", "w").close()
+dist.destroy_process_group()
+"""
+
+
 class Local:
     """A running ``elastic-srun --local``."""
 
-    def __init__(self, folder: Path, *options: str, args: tuple[str, ...] = ()) -> None:
-        script = folder / "train.py"
-        script.write_text(TRAIN)
+    def __init__(self, folder: Path, *options: str, args: tuple[str, ...] = (), script: str = TRAIN) -> None:
+        train = folder / "train.py"
+        train.write_text(script)
         self.run_dir = folder / "elastic-logs" / "local.0"
         self.output = folder / "output"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [str(SRUN), *options, str(script), *args], cwd=folder, stdout=output, stderr=subprocess.STDOUT
+                [str(SRUN), *options, str(train), *args], cwd=folder, stdout=output, stderr=subprocess.STDOUT
             )
 
     def wait_for(self, what: Callable[[], object], seconds: float = 60) -> None:
@@ -73,6 +94,9 @@ class Local:
         (self.run_dir / "enough").touch()
         return self.process.wait(timeout=60)
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [event for event in RunDir(self.run_dir).events() if event["event"] == name]
+
     def verdict(self) -> dict[str, object]:
         found: dict[str, object] = json.loads((self.run_dir / "verdict.json").read_text())
         return found
@@ -82,15 +106,17 @@ class Local:
 def local(tmp_path: Path) -> Iterator[Callable[..., Local]]:
     started: list[Local] = []
 
-    def start(*options: str, args: tuple[str, ...] = ()) -> Local:
-        started.append(Local(tmp_path, *options, args=args))
+    def start(*options: str, args: tuple[str, ...] = (), script: str = TRAIN) -> Local:
+        started.append(Local(tmp_path, *options, args=args, script=script))
         return started[-1]
 
     yield start
     for one in started:
-        for _ in range(2):
+        for asked in range(1, 4):  # to save, to stop, to be killed
             if one.process.poll() is None:
                 one.process.terminate()
+                while one.process.poll() is None and one.output.read_text().count("elastic-srun: stopping") < asked < 3:
+                    time.sleep(0.05)
         one.process.wait(timeout=60)
 
 
@@ -115,13 +141,53 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
     assert "[rank1]: round 3 rank 1" in job.output.read_text()
 
 
-def test_ctrl_c_stops_in_good_order(local: Callable[..., Local]) -> None:
+def test_ctrl_c_twice_stops_also_a_script_that_does_not_listen(local: Callable[..., Local]) -> None:
     job = local("--standalone", "--nproc-per-node", "2")
     pid = job.stepped(1, 1)[0]
+    job.process.send_signal(signal.SIGINT)
+    job.wait_for(lambda: "the workers may save first; once more to stop them at once" in job.output.read_text())
     job.process.send_signal(signal.SIGINT)
     assert job.process.wait(timeout=30) == 130
     assert job.verdict()["reason"] == "stopped by the user"
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_ctrl_c_lets_a_script_that_listens_save_and_it_hears_of_it_in_no_later_round(
+    local: Callable[..., Local],
+) -> None:
+    job = local("--local", "2", "--nodes", "2", script=LISTEN)
+    os.kill(job.stepped(1, 1)[0], signal.SIGKILL)
+    assert job.stepped(2, 1)[1:] == [2, 1]
+    job.process.send_signal(signal.SIGINT)
+    assert job.process.wait(timeout=60) == 130
+    verdict = job.verdict()
+    assert (verdict["outcome"], verdict["cause"]) == ("failed", "user")
+    assert verdict["reason"] == "stopped by the user; the workers saved and stopped"
+    saved = [(job.run_dir / f"saved.{round}.{rank}").exists() for round in (1, 2) for rank in (0, 1)]
+    assert saved == [False, False, True, True]
+
+
+def test_a_worker_that_is_stopped_is_noticed_and_restarted(local: Callable[..., Local]) -> None:
+    job = local("--local", "2", "--nodes", "2", "--heartbeat-timeout", "1")
+    pid = job.stepped(1, 1)[0]
+    os.kill(pid, signal.SIGSTOP)
+    assert job.stepped(2, 1)[1:] == [2, 1]
+    assert not Path(f"/proc/{pid}").exists()
+    assert job.finish() == 0
+    (failure,) = [event for event in job.events("failure") if event["first"]]
+    assert (failure["kind"], failure["node"]) == ("stopped", "local1")
+
+
+def test_the_job_goes_on_without_the_agent_that_led(local: Callable[..., Local]) -> None:
+    job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "2")
+    job.stepped(1, 2)
+    os.kill(job.agent(0), signal.SIGKILL)
+    job.wait_for(lambda: len(job.events("round")) == 2)
+    assert [event["round"] > 1 for event in job.events("take_over")] == [True]
+    round = job.events("round")[1]["round"]
+    assert job.stepped(round, 0)[1:] == job.stepped(round, 1)[1:] == [2, 1]
+    assert job.finish() == 0
+    assert (job.verdict()["outcome"], job.verdict()["restarts"]) == ("finished", 1)
 
 
 def test_fewer_than_min_ends_a_job_that_cannot_be_requeued(local: Callable[..., Local]) -> None:

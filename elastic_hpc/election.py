@@ -1,0 +1,53 @@
+"""Who may lead: majorities over the members of the last rounds. Pure.
+
+An agent obeys one leader at a time, and kills its workers before it turns to another; a world trains only while all its
+members obey the same one. So there are never two worlds as long as any two groups of nodes that may go on have a node
+in common. Each round changes the nodes that count. As in Raft's joint consensus the members of the old round and those
+of the new one must both agree, until so many have said that they know the new one that the others cannot decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Base:
+    """The members of ``round``, and the node that formed it."""
+
+    round: int
+    leader: int
+    members: tuple[int, ...]
+
+    def agrees(self, nodes: Collection[int]) -> bool:
+        """Whether ``nodes`` hold more than half of the members, or exactly half with the one that led."""
+        there = sum(node in nodes for node in self.members)
+        return 2 * there > len(self.members) or (2 * there == len(self.members) and self.leader in nodes)
+
+
+def has_quorum(bases: Iterable[Base], nodes: Collection[int]) -> bool:
+    """Whether ``nodes`` may go on. No base, before the first round, asks for nobody."""
+    return all(base.agrees(nodes) for base in bases)
+
+
+def extended(bases: tuple[Base, ...], new: Base) -> tuple[Base, ...]:
+    """``bases`` with those of a round that was just formed. Older ones that ask for the same are dropped."""
+    return (*(b for b in bases if (b.leader, b.members) != (new.leader, new.members)), new)
+
+
+def relevant(bases: tuple[Base, ...], held: Mapping[int, int]) -> tuple[Base, ...]:
+    """``bases`` without those that cannot decide any more: too few of their members do not know of a newer one.
+
+    ``held``: the round of the newest base that each node is known to hold; who formed a round holds its base.
+    """
+    known = dict(held)
+    for base in bases:
+        known[base.leader] = max(base.round, known.get(base.leader, 0))
+    kept = [b for b in bases[:-1] if b.agrees({n for n in (*b.members, b.leader) if known.get(n, 0) <= b.round})]
+    return (*kept, *bases[-1:])
+
+
+def order_of_succession(nodes: Iterable[int], *, lost: int | None, me: int) -> list[int]:
+    """Nodes that ``me`` asks before it leads itself: those before it in Slurm's order, the lost leader last."""
+    return sorted((node for node in nodes if node < me), key=lambda node: (node == lost, node))

@@ -1,0 +1,167 @@
+"""What an agent needs besides its connections to lead, or to end the job when nobody leads: record, stores, Slurm."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_hpc import conclude
+from elastic_hpc.decide import Action, Policy, give_back
+from elastic_hpc.env import AgentEnv
+from elastic_hpc.errors import ElasticError, JobEnded
+from elastic_hpc.leader import Leader, Verdict
+from elastic_hpc.protocol import Host, Roster
+from elastic_hpc.recorder import Recorder
+from elastic_hpc.rundir import RunDir
+from elastic_hpc.server import LeaderServer
+from elastic_hpc.spec import LaunchSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Leading:
+    """One agent's side of it. ``give_up`` and ``find_leader`` may block."""
+
+    spec: LaunchSpec
+    env: AgentEnv
+    host: Host
+    nproc: int
+    policy: Policy
+    rundir: RunDir
+    recorder: Recorder | None = None
+    _beat: tuple[int, float] = field(default=(0, 0.0))
+
+    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
+        """A leader on this node. ``roster`` is None for the first one, which goes on from ``state.json``."""
+        from elastic_hpc.store import StoreHost
+
+        stores = StoreHost(self.spec.rdzv_endpoint.port)
+        self.recorder = self.recorder or Recorder(self.rundir, self.env.run, self.host)
+        if roster:
+            leader = Leader(
+                self.policy,
+                node=self.env.node,
+                nproc=self.nproc,
+                now=time.monotonic(),
+                inherited=roster,
+                reason=reason,
+            )
+        else:
+            leader = self._first_leader(self.recorder)
+
+        async def open_store(round: int) -> int:
+            return await asyncio.wrap_future(stores.open(round))
+
+        return LeaderServer(leader, self.recorder, open_store, self._act)
+
+    def _first_leader(self, recorder: Recorder) -> Leader:
+        state = self.rundir.read("state.json") or {}
+        start = {"run": self.env.run, "job": self.env.job, "granted": self.env.nodes, "nproc_per_node": self.nproc}
+        recorder.event("start", {**start, **vars(self.policy)})
+        return Leader(
+            self.policy,
+            node=self.env.node,
+            nproc=self.nproc,
+            now=time.monotonic(),
+            granted=self.env.nodes,
+            round=state.get("round", 0),
+            restarts=state.get("restarts", 0),
+            requeues=state.get("requeues", 0),
+        )
+
+    def prepare(self) -> None:
+        """The job's secret, and what was asked for."""
+        self.rundir.make_secret()
+        self.rundir.write(
+            "spec.json",
+            {
+                **{f: str(v) for f, v in self.spec.options()},
+                "script": self.spec.script,
+                "script_args": self.spec.script_args,
+                "module": self.spec.module,
+                "job": self.env.job,
+            },
+        )
+
+    def find_leader(self) -> Host | None:
+        """Where the leader of this run listens, as the run directory says."""
+        found = self.rundir.read("endpoint.json")
+        if not found or found.get("run") != self.env.run:
+            return None
+        return Host(found["node"], found["host"], tuple(found["addresses"]), found["port"])
+
+    def give_up(self, roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None:
+        """This node has been without a leader for ``waited`` seconds. As long as the record is touched somebody leads.
+        Else, unless ``patient``, the job returns through the queue, or ends.
+        """
+        if self._somebody_leads() or patient:
+            return None
+        said = self._verdict_of_this_run()
+        if said is None:
+            said = self._own_verdict(roster, waited)
+        elif said.get("actor") == "batch script":  # it acts, when the last agent has left
+            return JobEnded(said["outcome"], said["reason"])
+        problem = self._do(said, [], alone=True, others=())
+        return None if problem else JobEnded("lost", said["reason"])
+
+    def _do(self, said: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
+        """Act on a verdict. What ``elastic-srun`` runs in is not ours to requeue, or to start once more."""
+        if self.policy.can_requeue:
+            return conclude.act(self.rundir, self.env, said, lost, alone=alone, others=others)
+        if alone and os.environ.get("ENVIRONMENT") == "BATCH":
+            return conclude.cancel(self.env)
+        return None
+
+    def _somebody_leads(self) -> bool:
+        try:
+            with open(self.rundir.path / "endpoint.json", "rb") as file:  # opened, so that NFS asks the server
+                touched = os.fstat(file.fileno()).st_mtime_ns
+        except OSError:
+            touched = 0  # nobody has ever led, or it cannot be told: then Slurm is asked
+        now = time.monotonic()
+        if touched != self._beat[0] or not self._beat[1]:
+            self._beat = touched, now
+        return now - self._beat[1] < 2 * self.policy.heartbeat_timeout
+
+    def _verdict_of_this_run(self) -> dict[str, Any] | None:
+        try:
+            said = self.rundir.read("verdict.json")
+        except (ElasticError, OSError):
+            return None
+        return said if said and said["run"] == self.env.run else None
+
+    def _own_verdict(self, roster: Roster | None, waited: float) -> dict[str, Any]:
+        try:
+            state = self.rundir.read("state.json") or {}
+        except (ElasticError, OSError):
+            state = {}
+        restarts = max(state.get("restarts", 0), roster.restarts if roster else 0)
+        requeues = max(state.get("requeues", 0), roster.requeues if roster else 0)
+        decision = give_back(
+            f"no leader was found for {waited:.0f} s, and too few nodes to have another", requeues, self.policy
+        )
+        outcome = {Action.FAIL: "failed", Action.REQUEUE: "requeue"}[decision.action]
+        requeues += decision.action is Action.REQUEUE
+        counters = {"round": roster.round if roster else 0, "restarts": restarts, "requeues": requeues}
+        recorder = self.recorder or Recorder(self.rundir, self.env.run, self.host)
+        recorder.state(**{**counters, "round": max(counters["round"], state.get("round", 0))})
+        said = {"outcome": outcome, "cause": decision.cause, "reason": decision.reason, "failure": None, **counters}
+        said["actor"] = "agents"
+        recorder.event("verdict", said)
+        recorder.verdict(said)
+        recorder.close()
+        return said
+
+    async def _act(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None:
+        said = {"outcome": verdict.outcome, "reason": verdict.reason}
+        act = functools.partial(self._do, said, lost, alone=alone, others=others)
+        problem = await asyncio.to_thread(act)
+        if problem:
+            log.warning("%s", problem)

@@ -1,0 +1,179 @@
+"""Some agents of one job in this process: real control threads, real sockets on loopback, a real run directory; only
+workers, stores and Slurm are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from elastic_hpc import net
+from elastic_hpc.channel import Channel, Network
+from elastic_hpc.control import Control, Seat
+from elastic_hpc.decide import Policy
+from elastic_hpc.errors import JobEnded
+from elastic_hpc.leader import Leader, Verdict
+from elastic_hpc.protocol import Host, Roster
+from elastic_hpc.recorder import Recorder
+from elastic_hpc.rundir import RunDir
+from elastic_hpc.server import LeaderServer
+
+POLICY = Policy(
+    min_nodes=1,
+    max_nodes=3,
+    max_restarts=3,
+    max_requeues=1,
+    heartbeat_timeout=2.0,
+    join_timeout=20.0,
+    last_call_timeout=5.0,
+    grace=5.0,
+    can_requeue=False,
+)
+
+
+def wait_for(look: Callable[[], object], seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not look():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+class ClosedInTheEnd(Network):
+    """In life the process ends; here nothing may be accepted while the control thread ends."""
+
+    async def serve(self, attend: Callable[[Channel], Awaitable[None]]) -> asyncio.AbstractServer:
+        self.server = await super().serve(attend)
+        return self.server
+
+
+class Node:
+    """One agent, and what its control thread needs of the rest of it."""
+
+    def __init__(self, cluster: Cluster, index: int, *, first: bool) -> None:
+        self.cluster = cluster
+        self.listener = net.listen_from(42000)
+        self.host = Host(index, f"n{index}", ("127.0.0.1",), self.listener.getsockname()[1])
+        self.recorder: Recorder | None = None
+        self.leader: Leader | None = None
+        self.beats = 0
+        self.gave_up: list[float] = []
+        policy = cluster.policy
+        self.control = Control(
+            self.host,
+            1,
+            self._network,
+            self,
+            heartbeat_timeout=policy.heartbeat_timeout,
+            join_timeout=policy.join_timeout,
+            first=first,
+            beat=self._beat,
+        )
+        self.control.start()
+
+    def _beat(self) -> None:
+        self.beats += 1
+
+    def _network(self) -> Network:
+        async def secret() -> bytes:
+            return self.cluster.rundir.read_secret()
+
+        self.network = ClosedInTheEnd(self.listener, secret, self.cluster.policy.heartbeat_timeout / 5)
+        return self.network
+
+    def find_leader(self) -> Host | None:
+        found = self.cluster.rundir.read("endpoint.json")
+        return found and Host(found["node"], found["host"], tuple(found["addresses"]), found["port"])
+
+    def give_up(self, _roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None:
+        self.gave_up.append(waited)
+        return None if patient else JobEnded("lost", f"no leader: {self.control._membership._lost_why}")
+
+    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
+        self.recorder = self.recorder or Recorder(self.cluster.rundir, 0, self.host)
+        self.leader = Leader(
+            self.cluster.policy,
+            node=self.host.node,
+            nproc=1,
+            now=time.monotonic(),
+            granted=0 if roster else self.cluster.granted,
+            inherited=roster,
+            reason=reason,
+        )
+        return LeaderServer(self.leader, self.recorder, self._open_store, self._act)
+
+    async def _open_store(self, round: int) -> int:
+        return 1000 + round
+
+    async def _act(self, verdict: Verdict, lost: list[str], *, alone: bool, **_: object) -> None:
+        self.cluster.acted.append((verdict, lost, alone))
+
+    def in_loop(self, work: Callable[[], Any]) -> Any:
+        """The result of ``work``, which runs on the control thread."""
+
+        async def run() -> Any:
+            return work()
+
+        assert self.control._loop
+        return asyncio.run_coroutine_threadsafe(run(), self.control._loop).result(timeout=10)
+
+    def close(self) -> None:
+        """Its agent ends; nothing of it answers any more."""
+        self.in_loop(self.network.server.close)
+        self.control.close(timeout=10)
+        self.listener.close()
+        if self.recorder:
+            self.recorder.close()
+
+    def die(self) -> None:
+        self.cluster.nodes.remove(self)
+        self.close()
+
+
+class Cluster:
+    """``granted`` agents; the first one leads."""
+
+    def __init__(self, path: Path, granted: int = 3, **changes: Any) -> None:
+        self.policy = replace(POLICY, **changes)
+        self.granted = granted
+        self.rundir = RunDir(path / "run").create()
+        self.secret = self.rundir.make_secret()
+        self.acted: list[tuple[Verdict, list[str], bool]] = []
+        self.nodes: list[Node] = []
+        for index in range(granted):
+            self.nodes.append(Node(self, index, first=index == 0))
+
+    @property
+    def controls(self) -> list[Control]:
+        return [node.control for node in self.nodes]
+
+    @property
+    def port(self) -> int:
+        """Where the leader listens."""
+        return next(node.host.port for node in self.nodes if node.leader)
+
+    def seats(self, nodes: Sequence[Node] = ()) -> list[Seat]:
+        """The places of all agents in the next round; each waits on a thread of its own, as in life."""
+        controls = [node.control for node in nodes or self.nodes]
+        with ThreadPoolExecutor(len(controls)) as threads:
+            return list(threads.map(Control.next_seat, controls))
+
+    def connect(self) -> socket.socket:
+        """A connection to the leader that has said nothing yet."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [event for event in self.rundir.events() if event["event"] == name]
+
+    def close(self) -> None:
+        for node in self.nodes:
+            leader = node.control._membership and node.control._membership._server
+            if leader:
+                node.in_loop(lambda leader=leader: leader.on_request("stop", "test"))
+        for node in reversed(self.nodes):
+            node.close()

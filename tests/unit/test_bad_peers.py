@@ -1,0 +1,319 @@
+"""Peers that mean harm, or are broken, against the leader of a running round: whatever they do, its agents notice
+nothing. Real sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from cluster import Cluster, wait_for
+
+from elastic_hpc import channel, protocol
+from elastic_hpc.protocol import WHO, Host, Status
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One for all: whatever comes, it goes on."""
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    assert {seat.round for seat in made.seats()} == {1}
+    for control in made.controls:
+        control.report("running", 1)
+    yield made
+    made.close()
+
+
+def assert_undisturbed(cluster: Cluster, *, record: bool = True) -> None:
+    """The real agents are connected, their round goes on, and so do the heartbeats, both ways."""
+    leader = cluster.nodes[0].leader
+    assert leader
+
+    def heard() -> list[int]:
+        return [peer.status.seq for peer in leader._peers.values() if peer.joined]
+
+    def told() -> list[int]:
+        return [control.order.seq if control.order else -1 for control in cluster.controls]
+
+    said, ordered = cluster.nodes[0].in_loop(heard), told()
+    assert len(said) == 3
+    wait_for(lambda: min(new - old for new, old in zip(told(), ordered, strict=True)) > 0)
+    wait_for(lambda: all(new - old > 0 for new, old in zip(cluster.nodes[0].in_loop(heard), said, strict=True)))
+    assert all(control.must_stop(1) is None for control in cluster.controls)
+    assert (leader.round, leader.restarts, leader.leads, leader.verdict) == (1, 0, True, None)
+    assert cluster.nodes[0].in_loop(lambda: leader.nodes) == {0, 1, 2}
+    if record:
+        assert not cluster.events("lost")
+        assert not cluster.events("restart")
+        assert not cluster.events("refused")
+
+
+class Peer:
+    """A bare connection to the leader."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.socket = cluster.connect()
+        self.lines = self.socket.makefile("rb")
+        self.cluster = cluster
+
+    def __enter__(self) -> Peer:  # noqa: PYI034 - Self is not in Python 3.10
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lines.close()
+        self.socket.close()
+
+    def hear(self) -> dict[str, Any]:
+        said: dict[str, Any] = json.loads(self.lines.readline())
+        return said
+
+    def send(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # it was thrown out while it still shouted
+            self.socket.sendall(data)
+
+    def prove(self) -> Peer:
+        theirs, mine = self.hear()["challenge"], protocol.new_nonce()
+        self.send(
+            protocol.encode({"challenge": mine, "proof": protocol.proof(self.cluster.secret, "agent", theirs, mine)})
+        )
+        assert self.hear().keys() == {"proof"}
+        return self
+
+    def is_thrown_out(self) -> bool:
+        """Whether the leader closes the connection, after whatever it still says."""
+        try:
+            while self.lines.readline():
+                pass
+        except ConnectionResetError:
+            return True
+        return True
+
+
+def status(**fields: Any) -> bytes:
+    return protocol.encode(Status(**{"seq": 1, "host": Host(7, "n7", ("127.0.0.1",), 1), "nproc": 1, **fields}))
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"{}\n",
+        b"[]\n",
+        b"\n",
+        b"\xff\xfe\n",
+        b'{"challenge": "y"}\n',
+        b'{"proof": "x", "challenge": "y"}\n',
+        b'{"proof": {"a": 1}, "challenge": ["y"]}\n',
+        '{"proof": "\u00e9"}\n'.encode(),
+        b"[" * 100_000 + b"\n",
+        b'{"challenge": ' + b"9" * 10_000 + b"}\n",
+        b"x" * (3 * protocol.MAX_LINE),
+        b'{"half": ',
+        b"",
+    ],
+    ids=lambda noise: repr(noise[:24]),
+)
+def test_who_does_not_hold_the_secret_is_refused(
+    cluster: Cluster, noise: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    def strangers() -> int:
+        server = cluster.nodes[0].control._membership._server  # type: ignore[union-attr]
+        return server._strangers  # type: ignore[union-attr]
+
+    before = strangers()
+    with Peer(cluster) as peer:
+        peer.hear()
+        peer.send(noise)
+        if noise.endswith(b"\n") or len(noise) > protocol.MAX_LINE:
+            assert peer.is_thrown_out()
+            wait_for(lambda: strangers() > before)
+        assert_undisturbed(cluster)
+    assert not caplog.records
+
+
+def test_half_a_line_is_not_waited_for_long(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "HANDSHAKE_TIMEOUT", 0.2)
+    with Peer(cluster) as peer:
+        peer.send(b'{"challenge": "y", ')
+        assert peer.is_thrown_out()
+        assert_undisturbed(cluster)
+
+
+def test_a_proof_that_was_overheard_opens_no_other_connection(cluster: Cluster) -> None:
+    with Peer(cluster) as first, Peer(cluster) as second:
+        theirs, mine = first.hear()["challenge"], protocol.new_nonce()
+        overheard = protocol.encode({"challenge": mine, "proof": protocol.proof(cluster.secret, "agent", theirs, mine)})
+        first.send(overheard)
+        assert first.hear().keys() == {"proof"}
+        second.send(overheard)
+        second.hear()
+        assert second.is_thrown_out()
+        assert_undisturbed(cluster)
+
+
+def test_what_the_leader_proves_to_one_is_of_no_use_for_another(cluster: Cluster) -> None:
+    """Its answer to a challenge is made for the other role."""
+    with Peer(cluster) as peer, Peer(cluster) as oracle:
+        theirs = peer.hear()["challenge"]
+        asked, mine = oracle.hear()["challenge"], theirs
+        oracle.send(protocol.encode({"challenge": mine, "proof": protocol.proof(cluster.secret, "agent", asked, mine)}))
+        answer = oracle.hear()["proof"]
+        peer.send(protocol.encode({"challenge": asked, "proof": answer}))
+        assert peer.is_thrown_out()
+        assert_undisturbed(cluster)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"rubbish\n",
+        b"{}\n",
+        b"[]\n",
+        b'"who"\n',
+        b'{"request": "dance"}\n',
+        b'{"request": ["stop"]}\n',
+        b'{"seq": 1}\n',
+        b'{"seq": 1, "host": 7, "nproc": 1}\n',
+        b'{"roster": 5}\n',
+        b'{"roster": {"round": 9, "hosts": [], "bases": [7], "restarts": 0, "requeues": 0}}\n',
+        b"[" * 100_000 + b"\n",
+        b"y" * (2 * protocol.MAX_LINE),
+        status().replace(b'"step"', b'"stop"'),
+        status(seq="1"),
+        status(nproc="1"),
+        status(round=None),
+        status(seen="9"),
+        status(seen=1e300),
+        status(roster=[1]),
+        status(step="far"),
+        status(state="dancing"),
+        status(host=Host("7", "n7", ("127.0.0.1",), 1)),  # type: ignore[arg-type]
+        status(host=Host(7, None, ("127.0.0.1",), 1)),  # type: ignore[arg-type]
+        status(host=Host(7, "n7", "x", "y")),  # type: ignore[arg-type]
+        status(failure=None).replace(b'"failure":null', b'"failure":{"kind":1}'),
+    ],
+    ids=lambda nonsense: repr(nonsense[:90]),
+)
+def test_nonsense_from_who_holds_the_secret_costs_its_own_connection_only(
+    cluster: Cluster, nonsense: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Peer(cluster).prove() as fresh, Peer(cluster).prove() as joined:
+        fresh.send(nonsense)
+        assert fresh.is_thrown_out()
+        joined.send(status(state="running", round=9))  # it has workers of another round: not a newcomer yet
+        joined.hear()
+        joined.send(nonsense)
+        assert joined.is_thrown_out()
+        assert_undisturbed(cluster)
+    assert not caplog.records
+
+
+def test_who_says_nothing_after_it_has_proved_itself_is_given_up(cluster: Cluster) -> None:
+    with Peer(cluster).prove() as silent, Peer(cluster).prove() as half:
+        half.send(b'{"seq": 1, "host"')
+        assert silent.is_thrown_out()
+        assert half.is_thrown_out()
+        assert_undisturbed(cluster)
+
+
+def test_a_spare_that_falls_silent_is_given_up_without_a_restart(cluster: Cluster) -> None:
+    with Peer(cluster).prove() as spare:
+        spare.send(status(state="running", round=9))
+        assert "roster" in spare.hear()
+        assert spare.hear()["stage"] == "run"
+        assert spare.is_thrown_out()
+        assert_undisturbed(cluster)
+
+
+def test_a_reader_that_is_too_slow_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks, and does not read the answers."""
+    monkeypatch.setattr(channel, "_SLOW_READER", 64 * 1024)
+    questions = protocol.encode({"request": WHO, "and": "so on" * 100}) * 100
+
+    def attended() -> int:
+        return len([task for task in asyncio.all_tasks() if "Network.serve" in repr(task.get_coro())])
+
+    leader = cluster.nodes[0]
+    wait_for(lambda: leader.in_loop(attended) == 3)
+    with Peer(cluster).prove() as slow:
+        assert leader.in_loop(attended) == 4
+        slow.socket.settimeout(5)
+        while leader.in_loop(attended) == 4:
+            slow.send(questions)
+        assert_undisturbed(cluster)
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("this user may not open enough files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_files")
+def test_a_thousand_idle_connections_do_not_keep_the_next_agent_out(cluster: Cluster) -> None:
+    waiting = cluster.nodes[0].network._strangers
+    with ExitStack() as idle:
+        for _ in range(1000):
+            idle.enter_context(cluster.connect())
+        assert_undisturbed(cluster)
+        assert cluster.nodes[0].in_loop(lambda: len(waiting)) <= channel._STRANGERS
+        with Peer(cluster).prove() as agent:
+            agent.send(protocol.encode({"request": WHO}))
+            assert agent.hear()["redirect"]["leads"]
+    assert_undisturbed(cluster)
+
+
+CROWD = """
+import socket, sys, time
+crowd = []
+while len(crowd) < 200:
+    crowd.append(socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=10))
+print("here", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def no_more_files_than(number: int) -> Iterator[None]:
+    """This process can open so many more files and connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + number, hard))
+    filling = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                filling.append(os.open("/dev/null", os.O_RDONLY))
+        for _ in range(number):
+            os.close(filling.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in filling:
+            os.close(fd)
+
+
+def test_an_agent_that_can_open_no_more_files_keeps_those_that_are_connected(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    argv = [sys.executable, "-c", CROWD, str(cluster.port)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as crowd, no_more_files_than(10):
+        assert crowd.stdout
+        assert crowd.stdout.readline() == b"here\n"
+        wait_for(lambda: "out of system resource" in caplog.text)
+        assert_undisturbed(cluster, record=False)
+        crowd.communicate()
+    with Peer(cluster).prove():  # as soon as there is room, who comes is let in again
+        assert_undisturbed(cluster)

@@ -1,0 +1,202 @@
+"""The policy over all views there are: what it never does, and that no state waits for ever."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from elastic_hpc.decide import Action, Policy, View, decide
+
+NODES = st.frozensets(st.integers(0, 7), max_size=8)
+SECONDS = st.floats(0, 200)
+COUNTS = st.integers(0, 4)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    least, more = draw(st.integers(1, 5)), draw(st.integers(0, 4))
+    return Policy(
+        min_nodes=least,
+        max_nodes=least + more,
+        max_restarts=draw(COUNTS),
+        max_requeues=draw(COUNTS),
+        heartbeat_timeout=draw(st.floats(0.1, 30)),
+        join_timeout=draw(SECONDS),
+        last_call_timeout=draw(SECONDS),
+        grace=draw(SECONDS),
+        can_requeue=draw(st.booleans()),
+    )
+
+
+ANY_VIEWS = st.builds(
+    View,
+    formed=NODES,
+    lost=NODES,
+    succeeded=NODES,
+    failure=st.sampled_from([None, "rank 0 on n0: exit code 1"]),
+    cause=st.sampled_from(["exit", "node lost"]),
+    settling=st.booleans(),
+    repeated=st.booleans(),
+    ready=NODES,
+    live=NODES,
+    absent=COUNTS,
+    first=st.booleans(),
+    since_start=SECONDS,
+    since_min=SECONDS,
+    below_min=SECONDS,
+    quorum=st.booleans(),
+    without_quorum=SECONDS,
+    expected=COUNTS,
+    since_quorum=SECONDS,
+    store_ready=st.booleans(),
+    restarts=COUNTS,
+    requeues=COUNTS,
+    request=st.sampled_from([None, "drain", "save-and-stop", "stop"]),
+    requested_for=st.sampled_from(["time limit", "preempted", "user", "terminated"]),
+    since_request=SECONDS,
+    drained=st.booleans(),
+)
+
+
+def gathering(view: View) -> View:
+    """All who are there are ready, and nothing else is the matter."""
+    calm = replace(view, formed=frozenset(), lost=frozenset(), failure=None, request=None, ready=view.live)
+    return replace(calm, quorum=True, store_ready=True)
+
+
+def training(view: View) -> View:
+    return replace(view, formed=view.formed | {0}, lost=view.lost - view.formed - {0}, quorum=True)
+
+
+VIEWS = ANY_VIEWS | ANY_VIEWS.map(gathering) | ANY_VIEWS.map(training)
+EVERYTHING = settings(max_examples=200, deadline=None)
+
+
+def after_long(view: View, policy: Policy) -> View:
+    """The same state when nothing has happened for a day; only the times that the leader lets grow in it have grown."""
+    enough = len(view.live) >= policy.min_nodes
+    day = 86400.0
+    return replace(
+        view,
+        settling=False,  # it lasts SETTLE seconds
+        since_start=view.since_start + day,
+        since_min=view.since_min + day if enough else 0.0,
+        below_min=0.0 if enough else view.below_min + day,
+        without_quorum=0.0 if view.quorum else view.without_quorum + day,
+        since_quorum=view.since_quorum + day,
+        since_request=view.since_request + day,
+    )
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_without_a_majority_it_decides_nothing_but_to_wait_or_to_stop_leading(view: View, policy: Policy) -> None:
+    decision = decide(replace(view, quorum=False), policy)
+    assert decision.action in {Action.WAIT, Action.ABDICATE}
+    if view.formed:
+        assert decision.action is Action.ABDICATE, "workers run: they stop at once"
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_with_a_majority_it_never_stops_leading_without_a_verdict(view: View, policy: Policy) -> None:
+    assert decide(replace(view, quorum=True), policy).action is not Action.ABDICATE
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_a_world_has_between_min_and_max_nodes_all_of_which_are_ready(view: View, policy: Policy) -> None:
+    decision = decide(view, policy)
+    assert bool(decision.nodes) == (decision.action is Action.FORM)
+    if decision.action is Action.FORM:
+        assert policy.min_nodes <= len(decision.nodes) <= policy.max_nodes
+        assert list(decision.nodes) == sorted(set(decision.nodes)), "ranks follow Slurm's order"
+        assert set(decision.nodes) <= view.ready == view.live
+        assert view.quorum
+        assert view.store_ready
+        assert not view.running, "no round runs"
+        assert not view.request
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_what_is_charged_is_within_its_budget(view: View, policy: Policy) -> None:
+    decision = decide(view, policy)
+    if decision.action is Action.GATHER:
+        assert decision.charged
+        assert view.restarts < policy.max_restarts
+        assert view.running, "a round that is gathered is not broken off for another"
+    if decision.action is Action.REQUEUE:
+        assert policy.can_requeue
+        assert view.requeues < policy.max_requeues if decision.charged else view.request
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_every_decision_has_a_reason_and_every_failure_a_cause(view: View, policy: Policy) -> None:
+    decision = decide(view, policy)
+    assert decision.reason
+    assert bool(decision.cause) == (decision.action in {Action.FAIL, Action.REQUEUE})
+    assert decision == decide(view, policy)
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_finished_means_that_all_who_are_left_of_an_unbroken_round_have_finished(view: View, policy: Policy) -> None:
+    if decide(view, policy).action is Action.FINISH:
+        assert view.formed
+        assert view.formed <= view.succeeded
+        assert not view.lost
+        assert view.request != "stop"
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_no_state_waits_for_ever(view: View, policy: Policy) -> None:
+    """After a day in which nothing happens nobody waits, but in these three states, whose ends lie elsewhere:
+
+    * a whole round trains and nobody has asked for anything: its end are its workers, ``--hang-timeout``, Slurm;
+    * workers of the last round are being stopped: ``Leader.on_tick`` gives a node up after ``STOP_TIMEOUT``;
+    * the store of the next round is being opened: ``LeaderServer`` tries again each second.
+    """
+    view = after_long(view, policy)
+    decision = decide(view, policy)
+    if decision.action is not Action.WAIT:
+        return
+    assert view.quorum
+    assert view.request is None
+    if view.running:
+        assert view.formed
+        assert not view.formed <= view.succeeded
+        assert not view.lost
+        assert view.failure is None
+    else:
+        assert len(view.live) >= policy.min_nodes
+        assert view.ready != view.live or not view.store_ready
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_a_request_ends_the_job_or_its_reign(view: View, policy: Policy) -> None:
+    assume(view.request)
+    assert decide(after_long(view, policy), policy).action in {
+        Action.FAIL,
+        Action.REQUEUE,
+        Action.FINISH,
+        Action.ABDICATE,
+    }
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_whoever_waits_for_time_to_pass_does_so_within_the_users_timeouts(view: View, policy: Policy) -> None:
+    """A wait that a day ends is ended by the longest timeout as well."""
+    late = after_long(view, policy)
+    if decide(late, policy).action is Action.WAIT:
+        return
+    longest = max(policy.heartbeat_timeout, policy.join_timeout, policy.last_call_timeout, policy.grace)
+    names = ("since_start", "since_min", "below_min", "without_quorum", "since_quorum", "since_request")
+    bounded = replace(late, **{name: min(getattr(late, name), longest) for name in names})
+    assert decide(bounded, policy).action is not Action.WAIT

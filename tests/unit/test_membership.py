@@ -1,0 +1,276 @@
+"""The job as a distributed protocol: seeded faults on simulated nodes, networks and clocks; failures repeat."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from simulated import Job, SimNode
+
+from elastic_hpc.decide import Policy
+
+POLICY = Policy(
+    min_nodes=2,
+    max_nodes=4,
+    max_restarts=1000,
+    max_requeues=2,
+    heartbeat_timeout=5.0,
+    join_timeout=60.0,
+    last_call_timeout=10.0,
+    grace=30.0,
+    can_requeue=True,
+)
+SEEDS = st.integers(0, 2**32)
+
+
+async def inject(job: Job, seconds: float) -> None:
+    """Random faults for ``seconds``; nodes are cut off and frozen, but not lost for good."""
+    dice = job.random
+    end = job.now + seconds
+    while job.now < end and not job.over():
+        node: SimNode = dice.choice(job.nodes)
+        match dice.randrange(6):
+            case 0:
+                node.end_workers(failed=True)
+            case 1:
+                job.cut(dice.sample(range(job.size), dice.randrange(1, job.size)))
+            case 2:
+                job.heal()
+            case 3:
+                node.freeze(dice.uniform(0, 12))
+            case 4:
+                node.end_workers(failed=True)
+                job.cut([node.index])
+            case 5:
+                job.files = not job.files
+        await job.until(job.over, dice.choice((0.0, 0.01, 0.3, dice.uniform(0, 12))))
+    job.heal()
+    job.loss, job.files = 0.0, True
+
+
+@given(SEEDS, st.integers(2, 6))
+@example(11, 5)  # an empty roster was taken for knowledge of a round
+@example(271, 5)  # members of newer rounds were dropped from an older roster
+@example(1003, 5)  # a leader forgot the roster that it had formed itself
+@settings(max_examples=60, deadline=None)
+def test_the_job_trains_again_after_any_faults_and_never_in_two_worlds(seed: int, nodes: int) -> None:
+    job = Job(seed, nodes, POLICY)
+
+    async def story() -> None:
+        await inject(job, 90)
+        assert await job.until(lambda: job.training() or job.over(), 200), job.events[-8:]
+
+    job.run(story)
+
+
+@given(SEEDS, st.integers(3, 6), st.sampled_from(["power", "kill"]))
+@settings(max_examples=40, deadline=None)
+def test_the_next_node_takes_over_when_the_head_is_lost(seed: int, nodes: int, how: str) -> None:
+    job = Job(seed, nodes, replace(POLICY, max_nodes=6), loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        lost_at, before = job.now, job.trained
+        job.nodes[0].power_off() if how == "power" else job.nodes[0].kill()
+        assert await job.until(lambda: job.training() and job.trained > before, 30), job.events[-5:]
+        # heartbeat timeout + 1 s, besides the second that this network and these workers take
+        assert job.now - lost_at < 5.0 + 1.0 + 3.0
+        assert [index for _, index, name, _ in job.events if name == "take_over"] == [1]
+        formed = [fields for _, _, name, fields in job.events if name == "round"][-1]
+        assert (len(formed["nodes"]), formed["restarts"], formed["leader"]) == (nodes - 1, 1, "n1")
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_one_head_after_the_other_is_survived(seed: int) -> None:
+    job = Job(seed, 6, replace(POLICY, max_nodes=6), loss=0.0)
+
+    async def story() -> None:
+        for lost in range(4):
+            assert await job.until(job.training, 60), job.events[-5:]
+            job.nodes[lost].power_off()
+            before = job.trained
+            assert await job.until(lambda before=before: job.trained > before, 60), job.events[-5:]
+
+    job.run(story)
+
+
+@given(SEEDS, st.integers(3, 6), st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_majority_goes_on_and_the_others_come_back_as_newcomers(seed: int, nodes: int, data: st.DataObject) -> None:
+    job = Job(seed, nodes, replace(POLICY, max_nodes=6), loss=0.0)
+    away = data.draw(st.lists(st.integers(0, nodes - 1), min_size=1, max_size=(nodes - 1) // 2, unique=True))
+    files = data.draw(st.booleans())
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        before = job.trained
+        job.files = files
+        job.cut(away)
+        stay = [node for node in job.nodes if node.index not in away]
+        if len(stay) < POLICY.min_nodes:
+            assert await job.until(job.over, 60)
+            return
+        assert await job.until(
+            lambda: job.trained > before and not any(job.nodes[index].workers.round for index in away), 30
+        ), job.events[-5:]
+        assert all(node.workers.round == job.trained for node in stay)
+        job.heal()
+        assert await job.until(job.training, 60), job.events[-5:]
+        assert not job.over()
+
+    job.run(story)
+
+
+@given(seed=SEEDS, files=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_of_two_halves_the_one_with_the_leader_goes_on(*, seed: int, files: bool) -> None:
+    job = Job(seed, 4, POLICY, loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        before = job.trained
+        job.files = files
+        job.cut([2, 3])
+        assert await job.until(lambda: job.trained > before, 30)
+        assert [node.workers.round > before for node in job.nodes] == [True, True, False, False]
+        job.heal()
+        job.files = True
+        assert await job.until(job.training, 60)
+
+    job.run(story)
+
+
+@given(SEEDS, st.integers(2, 6), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_an_allocation_of_too_few_nodes_is_never_kept(seed: int, nodes: int, lost: int) -> None:
+    job = Job(seed, nodes, replace(POLICY, max_nodes=6), loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        order = job.random.sample(range(nodes), min(lost, nodes - 1))
+        for index in order:
+            job.nodes[index].power_off()
+            await job.until(job.over, job.random.choice((0.0, 3.0)))
+        assert await job.until(lambda: job.over() or (job.training() and len(job.left) >= POLICY.min_nodes), 120)
+        if len(job.left) < POLICY.min_nodes:
+            assert job.over()
+
+    job.run(story)
+
+
+@given(SEEDS, st.integers(0, 6))
+@settings(max_examples=25, deadline=None)
+def test_the_budget_is_never_exceeded_and_ends_the_job(seed: int, max_restarts: int) -> None:
+    job = Job(seed, 3, replace(POLICY, max_restarts=max_restarts))
+
+    async def story() -> None:
+        while not job.over():
+            assert await job.until(lambda: job.training() or job.over(), 200)
+            job.random.choice(job.nodes).end_workers(failed=True)
+            await job.until(job.over, 0.5)
+        assert job.verdict
+        assert (job.verdict["outcome"], job.verdict["cause"], job.verdict["restarts"]) == (
+            "failed",
+            "budget",
+            max_restarts,
+        )
+        assert await job.until(lambda: all(node.left for node in job.nodes), 30)
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=25, deadline=None)
+def test_a_job_is_finished_only_when_all_of_one_round_have_finished(seed: int) -> None:
+    job = Job(seed, 3, POLICY)
+
+    async def story() -> None:
+        assert await job.until(job.training, 100)
+        job.nodes[0].end_workers(failed=False)
+        job.nodes[1].end_workers(failed=False)
+        assert not await job.until(job.over, 20)
+        job.nodes[2].end_workers(failed=True)  # the others must run again
+        while not job.over():
+            assert await job.until(lambda: job.training() or job.over(), 100)
+            for node in job.nodes:
+                node.end_workers(failed=False)
+            await job.until(job.over, 1)
+        assert await job.until(lambda: all(node.left == "finished" for node in job.nodes), 60)
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_nodes_that_were_left_over_and_cut_off_as_the_round_was_formed_are_no_second_world(seed: int) -> None:
+    """MAX is 3: round 1 is of 0, 3 and 4, round 2 of 0, 1 and 2, and in that moment 3 and 4, who do not know of it yet
+    and are the majority of round 1, are on their own.
+    """
+    job = Job(seed, 5, replace(POLICY, max_nodes=3), loss=0.0)
+    late = [(node, node.start) for node in job.nodes[1:3]]
+    for node, _ in late:
+        node.start = lambda: None  # type: ignore[method-assign]
+
+    async def story() -> None:
+        assert await job.until(lambda: job.trained == 1, 60)
+        assert [node.index for node in job.nodes if node.workers.alive] == [0, 3, 4]
+        for _, start in late:
+            start()
+        await job.until(lambda: False, 5)
+        job.nodes[3].end_workers(failed=True)
+        for _ in range(20_000):
+            if any(name == "round" and fields["round"] == 2 for _, _, name, fields in job.events):
+                break
+            await asyncio.sleep(0.0005)
+        job.cut([3, 4])
+        job.files = False
+        for _ in range(10_000):
+            job.check()
+            await asyncio.sleep(0.001)
+        assert job.trained > 1
+        job.heal()
+        job.files = True
+        assert await job.until(job.training, 100), job.events[-8:]
+
+    job.run(story)
+
+
+def test_a_late_node_is_taken_in_by_a_new_round() -> None:
+    job = Job(2, 4, POLICY, loss=0.0)
+    late = job.nodes[3]
+    start, late.start = late.start, lambda: None  # type: ignore[method-assign]
+
+    async def story() -> None:
+        assert await job.until(lambda: len(job.nodes[0].started) == 1, 60)
+        assert job.nodes[0].started[0][1].group_world_size == 3
+        start()
+        assert await job.until(job.training, 30)
+        assert job.nodes[0].started[-1][1].group_world_size == 4
+        assert job.nodes[0].started[-1][1].restart_count == 1
+
+    job.run(story)
+
+
+@pytest.mark.parametrize("how", ["power_off", "kill"])
+def test_a_node_that_is_lost_after_its_part_is_done_does_not_restart_the_others(how: str) -> None:
+    job = Job(1, 3, POLICY, loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        job.nodes[2].end_workers(failed=False)
+        await job.until(job.over, 3)
+        getattr(job.nodes[2], how)()
+        await job.until(job.over, 20)
+        for node in job.nodes[:2]:
+            node.end_workers(failed=False)
+        assert await job.until(job.over, 20)
+        assert job.verdict
+        assert (job.verdict["outcome"], job.verdict["restarts"]) == ("finished", 0)
+
+    job.run(story)
