@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI_SLURM = ROOT / "bin" / "mini-slurm"
@@ -27,13 +28,13 @@ class BenchmarkError(Exception):
     """A run that says nothing about the launchers: the message goes to the user as it is."""
 
 
-def wait_for(what: str, look: Callable[[], T | None], seconds: float) -> T:
+def wait_for(what: str, look: Callable[[], T | None], seconds: float, *, every: float = _POLL) -> T:
     """The first answer of ``look`` that is not None. BenchmarkError after ``seconds``."""
     end = time.monotonic() + seconds
     while (found := look()) is None:
         if time.monotonic() > end:
             raise BenchmarkError(f"waited {seconds:g} s in vain for {what}")
-        time.sleep(_POLL)
+        time.sleep(every)
     return found
 
 
@@ -50,6 +51,23 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def wrong_steps(steps: Sequence[dict[str, Any]], checkpoint_every: int) -> list[str]:
+    """Where the training of examples/train_digits.py did not go as it must: every round goes on right after a
+    checkpoint, never skips or repeats a step of its own, and writes nothing once a later round does.
+    """
+    wrong = [] if steps and steps[0]["step"] == 1 else ["the first step is missing"]
+    for before, after in pairwise(steps):
+        done = after["step"] - 1
+        if before["round"] == after["round"]:
+            right = done == before["step"]
+        else:
+            right = before["round"] < after["round"] and done % checkpoint_every == 0
+            right = right and before["step"] - checkpoint_every <= done <= before["step"]
+        if not right:
+            wrong.append(f"step {after} after {before}")
+    return wrong
+
+
 class Cluster:
     """A mini-slurm that is up. ``run`` is the unprivileged user on its login machine, ``mini`` the tool itself."""
 
@@ -61,6 +79,11 @@ class Cluster:
 
     def mini(self, *args: str) -> str:
         return _mini(self._state, *args).stdout
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        """``mini`` in the background."""
+        command = [str(MINI_SLURM), "--state", str(self._state), *args]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def run(self, *argv: str, cwd: Path | None = None, check: bool = True) -> str:
         there = ["env", f"--chdir={cwd}"] if cwd else []
@@ -74,30 +97,48 @@ class Cluster:
     def is_powered(self, node: str) -> bool:
         return bool(json.loads(self.mini("status", "--json"))["nodes"][node]["power"])
 
-    def pids(self, node: str, *words: str, but: Sequence[str] = ()) -> list[int]:
-        """Python processes on ``node``, numbered as this machine sees them, whose command line has all ``words`` and
-        none of ``but``.
-        """
-        init = json.loads(self.mini("status", "--json"))["nodes"][node]["init_pid"]
-        machine = os.readlink(f"/proc/{init}/ns/uts")
-        found = []
+    def processes(self, node: str) -> dict[int, list[str]]:
+        """Command lines of the Python processes on ``node``, by pid as this machine sees it."""
+        init = (self._state / "machines" / node).read_text().split()[0]
+        found: dict[int, list[str]] = {}
+        try:
+            machine = os.readlink(f"/proc/{init}/ns/uts")
+        except FileNotFoundError:
+            return found  # without power
         for entry in os.scandir("/proc"):
             if not entry.name.isdecimal():
                 continue
             with contextlib.suppress(OSError):
                 if os.readlink(f"{entry.path}/ns/uts") != machine:
                     continue
-                if not os.path.basename(os.readlink(f"{entry.path}/exe")).startswith("python"):
-                    continue  # srun and slurmstepd carry the same words
-                line = Path(entry.path, "cmdline").read_bytes().split(b"\0")
-                given = {os.fsdecode(word) for word in line}
-                if given.issuperset(words) and given.isdisjoint(but):
-                    found.append(int(entry.name))
+                if os.path.basename(os.readlink(f"{entry.path}/exe")).startswith("python"):
+                    # srun and slurmstepd carry the same words
+                    line = Path(entry.path, "cmdline").read_bytes().split(b"\0")
+                    found[int(entry.name)] = [os.fsdecode(word) for word in line]
         return found
+
+    def pids(self, node: str, *words: str, but: Sequence[str] = ()) -> list[int]:
+        """Processes on ``node`` whose command line has all ``words`` and none of ``but``."""
+        lines = self.processes(node).items()
+        return [pid for pid, line in lines if set(line).issuperset(words) and set(line).isdisjoint(but)]
+
+    def slurmctld(self, what: Literal["stop", "start"]) -> None:
+        """Stop it as a service manager does, or start it; it is not ready when this returns."""
+        pid, conf = self._state / "run" / "slurmctld-login.pid", self._state / "etc" / "slurm" / "slurm.conf"
+        script = {
+            "stop": 'pid=$(cat "$1") && kill "$pid" && while kill -0 "$pid"; do sleep 0.05; done',
+            "start": 'slurmctld -f "$2"',
+        }[what]
+        self.mini("exec", "--root", "--", "sh", "-c", f"({script}) >/dev/null 2>&1", "sh", str(pid), str(conf))
 
     def job_state(self, job: str) -> str:
         """Slurm's word for the state of ``job``; "" when Slurm has forgotten it."""
         return self.run("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}", check=False).strip()
+
+    def started(self, job: str) -> int:
+        """When ``job`` last started to run, in whole seconds since the epoch."""
+        shown = self.run("env", "SLURM_TIME_FORMAT=%s", "scontrol", "show", "job", "--oneliner", job)
+        return int(shown.partition(" StartTime=")[2].split()[0])
 
     def reset(self) -> None:
         """No jobs, all nodes in service."""

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,6 +21,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MINI = ROOT / "bin" / "mini-slurm"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from _cluster import wrong_steps  # noqa: E402
+
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 
 
@@ -149,6 +151,10 @@ class Job:
     def output(self) -> str:
         return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("slurm-*.out")))
 
+    def worker_output(self) -> str:
+        """What the workers wrote, round after round; kept also when srun is lost."""
+        return "".join(path.read_text() for path in sorted(self.run_dir.glob("logs/*/*/rank*.out")))
+
     def wait_event(self, name: str, count: int = 1, deadline: float = 90) -> dict[str, Any]:
         return wait_for(f"{count} x {name} of job {self.id}", lambda: self.events(name)[count - 1 : count], deadline)[0]
 
@@ -173,15 +179,7 @@ class Job:
 
     def assert_steps_contiguous(self, checkpoint_every: int) -> None:
         """Every round goes on right after a checkpoint and never skips or repeats a step of its own."""
-        steps = self.steps()
-        assert steps
-        assert steps[0]["step"] == 1
-        for before, after in pairwise(steps):
-            if before["round"] == after["round"]:
-                assert after["step"] == before["step"] + 1, (before, after)
-            else:
-                assert (after["step"] - 1) % checkpoint_every == 0, (before, after)
-                assert before["step"] - checkpoint_every <= after["step"] - 1 <= before["step"], (before, after)
+        assert wrong_steps(self.steps(), checkpoint_every) == []
 
 
 @pytest.fixture(scope="session")

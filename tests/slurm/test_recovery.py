@@ -20,7 +20,7 @@ def finish(job: Job, deadline: float = 150) -> None:
     """Wait until the job is completed; its training must have gone through all steps and have learned."""
     assert job.wait_state("COMPLETED", "FAILED", "CANCELLED", deadline=deadline) == "COMPLETED", job.output()[-3000:]
     job.assert_steps_contiguous(EVERY)
-    accuracy = float(job.output().rpartition("accuracy ")[2].split()[0])
+    accuracy = float(job.worker_output().rpartition("accuracy ")[2].split()[0])
     assert accuracy > 0.95
     assert job.verdict()["outcome"] == "finished"
 
@@ -134,21 +134,67 @@ def test_below_min_the_job_is_requeued_and_finishes_with_its_counters(submit: Su
 
 def test_the_budget_ends_the_job_with_a_reason(submit: Submit, folder: Path) -> None:
     script = folder / "broken.py"
-    script.write_text("raise ValueError('no such data set')\n")
+    script.write_text("import os\nos.kill(os.getpid(), 9)\n")
     job = submit("--nodes", "2", "--max-restarts", "2", script=script)
     assert job.wait_state("COMPLETED", "FAILED") == "FAILED"
     assert len(job.events("round")) == 3
-    assert "ValueError: no such data set; all 2 restarts (--max-restarts) are used up" in job.verdict()["reason"]
+    assert "killed by SIGKILL; all 2 restarts (--max-restarts) are used up" in job.verdict()["reason"]
+    assert job.verdict()["cause"] == "budget"
     assert "all 2 restarts (--max-restarts) are used up" in job.output()
 
 
-def test_a_lost_head_brings_the_job_back_through_the_queue(submit: Submit, fresh: Cluster) -> None:
+def test_the_same_failure_without_progress_ends_the_job_with_its_traceback(submit: Submit, folder: Path) -> None:
+    script = folder / "broken.py"
+    script.write_text("def load():\n    raise ValueError('no such data set')\nload()\n")
+    job = submit("--nodes", "2", script=script)
+    assert job.wait_state("COMPLETED", "FAILED") == "FAILED"
+    assert len(job.events("round")) == 2
+    verdict = job.verdict()
+    assert "ValueError: no such data set; the same failure as before, without progress" in verdict["reason"]
+    assert verdict["cause"] == "exception"
+    assert "in load\n" in verdict["failure"]["traceback"]
+    assert "in load\n" in job.output()
+
+
+def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_completes(
+    submit: Submit, fresh: Cluster, folder: Path
+) -> None:
     job = submit("--nodes", "2:4", args=ARGS)
+    after = fresh.exec(
+        ["sbatch", "--parsable", f"--dependency=afterok:{job.id}", "--wrap=true"], cwd=folder
+    ).stdout.strip()
+    job.wait_steps(25)
+    fresh.mini("kill", "n1")
+    finish(job, deadline=240)
+    assert job.worlds() == [4, 3]
+    assert fresh.job_field(job.id, "Restarts") == "1"  # for the record of Slurm alone
+    (taken,) = job.events("take_over")
+    assert taken["reason"] == "n1 lost: nothing heard for 5 s"
+    assert [event["leader"] for event in job.events("round")] == ["n1", "n2"]
+    wait_for("the dependent job", lambda: fresh.job_field(after, "JobState") == "COMPLETED", 60)
+    assert "this node leads now" in (job.run_dir / "logs" / "0.agent-n2.log").read_text()
+
+
+def test_nothing_keeps_the_allocation_when_who_ends_the_job_is_lost_too(submit: Submit, fresh: Cluster) -> None:
+    job = submit("--nodes", "2:4", args=["--checkpoint-every", str(EVERY), "--epochs", "6"])
+    job.wait_steps(15)
+    fresh.mini("kill", "n1")
+    job.wait_event("verdict")
+    (deputy, *_) = wait_for("the deputy", lambda: fresh.processes("--deputy", "n3"))
+    for pid in fresh.processes("conclude-alone", "n2"):
+        os.kill(pid, signal.SIGKILL)
+    assert Path(f"/proc/{deputy}").exists()
+    finish(job, deadline=240)
+
+
+def test_one_survivor_of_two_brings_the_job_back_when_the_head_loses_power(submit: Submit, fresh: Cluster) -> None:
+    job = submit("--nodes", "1:2", args=ARGS)
     job.wait_steps(25)
     fresh.mini("kill", "n1")
     wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1", 120)
     finish(job, deadline=240)
-    assert job.worlds() == [4, 3]
+    assert [event["run"] for event in job.events("start")] == [0, 1]
+    assert "n1" not in job.events("round")[-1]["nodes"]
 
 
 def test_the_warning_signal_brings_the_job_back_without_a_charge(submit: Submit, fresh: Cluster) -> None:

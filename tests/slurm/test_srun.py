@@ -54,6 +54,20 @@ def test_a_failure_is_told_and_gives_exit_code_1(fresh: Cluster, folder: Path) -
     assert "exit code 7; all 0 restarts (--max-restarts) are used up" in done.stderr
 
 
+def test_in_a_batch_script_that_is_lost_with_the_head_training_ends_and_nothing_keeps_the_allocation(
+    fresh: Cluster, folder: Path
+) -> None:
+    train = f"{SRUN} --nodes 2:4 {TRAIN} --epochs 8 --checkpoint-every 10"
+    wrapped = ["sbatch", "--parsable", "--nodes=4", "--no-kill", f"--wrap={train}"]
+    job = fresh.exec(wrapped, cwd=folder).stdout.strip()
+    (run_dir,) = wait_for("its run directory", lambda: list((folder / "elastic-logs").glob("*")))
+    wait_for("training", (run_dir / "steps.jsonl").exists)
+    fresh.mini("kill", "n1")
+    wait_for("the end", lambda: fresh.job_field(job, "JobState") == "CANCELLED", 120)
+    assert json.loads((run_dir / "verdict.json").read_text())["outcome"] == "finished"
+    assert fresh.job_field(job, "Restarts") == "0"
+
+
 def test_ctrl_c_stops_all_workers_in_good_order(fresh: Cluster, folder: Path) -> None:
     command = fresh.command([*salloc("--nodes=2"), SRUN, TRAIN], cwd=folder)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

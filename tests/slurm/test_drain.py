@@ -1,0 +1,202 @@
+"""Workers are told to save and stop: before the time limit, on a preemption, when the user asks; and what follows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Cluster, Job, wait_for
+
+Submit = Callable[..., Job]
+TOOL = str(Path(sys.executable).with_name("elastic-hpc"))
+
+LISTENS = """\
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from elastic_hpc.training import drain_requested, report_progress
+dist.init_process_group("gloo")
+run = Path(os.environ["ELASTIC_HPC_RUN_DIR"])
+saved = run / "saved"
+step = int(saved.read_text()) if saved.exists() else 0
+drain_requested()
+(run / f"training.{os.environ['ELASTIC_HPC_ROUND']}.{dist.get_rank()}").touch()
+while step < int(sys.argv[1]) and not drain_requested():
+    time.sleep(0.05)
+    dist.barrier()
+    step += 1
+    report_progress(step)
+if dist.get_rank() == 0:
+    saved.write_text(str(step))
+    print("saved step", step, flush=True)
+(run / f"stopped.{os.environ['ELASTIC_HPC_ROUND']}.{dist.get_rank()}").write_text(str(step))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+IGNORES = """\
+import os, signal, time
+for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(name, signal.SIG_IGN)
+print("started", flush=True)
+time.sleep(0 if int(os.environ["ELASTIC_HPC_ROUND"]) > 1 else 1000)
+"""
+
+
+@pytest.fixture
+def listens(folder: Path) -> Path:
+    script = folder / "listens.py"
+    script.write_text(LISTENS)
+    return script
+
+
+@pytest.fixture
+def ignores(folder: Path) -> Path:
+    script = folder / "ignores.py"
+    script.write_text(IGNORES)
+    return script
+
+
+def wait_training(job: Job, ranks: int, round: int = 1) -> None:
+    wait_for(f"{ranks} ranks to train", lambda: len(list(job.run_dir.glob(f"training.{round}.*"))) == ranks, 60)
+
+
+def stopped_at(job: Job, round: int, ranks: int) -> int:
+    """The step at which all ranks of ``round`` have stopped."""
+    found = wait_for(
+        f"{ranks} ranks to stop",
+        lambda: len(paths := list(job.run_dir.glob(f"stopped.{round}.*"))) == ranks and paths,
+        60,
+    )
+    steps = {int(path.read_text()) for path in found}
+    assert len(steps) == 1, "all ranks stop at the same step"
+    return steps.pop()
+
+
+def test_at_the_warning_all_ranks_save_the_same_step_and_the_job_goes_on_after_a_requeue(
+    submit: Submit, fresh: Cluster, listens: Path
+) -> None:
+    job = submit("--nodes", "2:3", script=listens, args=["400"])
+    wait_training(job, 3)
+    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    step = stopped_at(job, 1, 3)
+    wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1", 60)
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    assert stopped_at(job, 2, 3) == 400 > step
+    first = next(event for event in job.events("verdict") if event["outcome"] == "requeue")
+    assert (first["cause"], first["restarts"], first["requeues"]) == ("time limit", 0, 0)
+    assert "the workers saved and stopped" in first["reason"]
+
+
+def test_a_script_that_ignores_everything_is_stopped_in_time_and_requeued(
+    submit: Submit, fresh: Cluster, ignores: Path
+) -> None:
+    job = submit("--nodes", "2", "--grace", "4", script=ignores)
+    wait_for("its workers", lambda: "started" in job.worker_output())
+    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    first = next(event for event in job.events("verdict") if event["outcome"] == "requeue")
+    assert "did not stop within 4 s (--grace)" in first["reason"]
+
+
+def test_the_time_limit_brings_the_job_back_without_a_charge(submit: Submit, fresh: Cluster, listens: Path) -> None:
+    job = submit("--nodes", "2", "--time", "1", "--signal", "USR2@50", script=listens, args=["450"])
+    assert job.wait_state("COMPLETED", "FAILED", "TIMEOUT", deadline=200) == "COMPLETED", job.output()
+    outcomes = [(event["outcome"], event["cause"], event["requeues"]) for event in job.events("verdict")]
+    assert outcomes[0] == ("requeue", "time limit", 0)
+    assert outcomes[-1][0] == "finished"
+
+
+def test_a_preempted_job_saves_and_returns(submit: Submit, fresh: Cluster, folder: Path, listens: Path) -> None:
+    job = submit("--nodes", "4", "--partition", "low", script=listens, args=["300"])
+    wait_training(job, 4)
+    other = fresh.exec(
+        ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=srun sleep 3"], cwd=folder
+    ).stdout.strip()
+    step = stopped_at(job, 1, 4)
+    assert step < 300
+    wait_for("the other job", lambda: fresh.job_field(other, "JobState") == "COMPLETED", 60)
+    assert job.wait_state("COMPLETED", "FAILED", deadline=240) == "COMPLETED", job.output()
+    assert fresh.job_field(job.id, "Restarts") == "1"
+    assert job.verdict()["requeues"] == 0
+
+
+def test_scancel_never_requeues(submit: Submit, fresh: Cluster, listens: Path) -> None:
+    job = submit("--nodes", "2", script=listens, args=["100000"])
+    wait_training(job, 2)
+    fresh.exec(["scancel", job.id])
+    stopped_at(job, 1, 2)
+    job.wait_state("CANCELLED", deadline=60)
+    wait_for("no process", lambda: not fresh.processes("listens.py", "n2"), 30)
+    assert fresh.job_field(job.id, "Restarts") == "0"
+    assert job.wait_state("CANCELLED", "PENDING", "RUNNING") == "CANCELLED"
+
+
+def test_the_user_stops_a_job_after_its_checkpoint(submit: Submit, fresh: Cluster, listens: Path) -> None:
+    job = submit("--nodes", "2", script=listens, args=["100000"])
+    wait_training(job, 2)
+    fresh.exec([TOOL, "stop", "--after-checkpoint", job.id], cwd=job.folder)
+    stopped_at(job, 1, 2)
+    assert job.wait_state("COMPLETED", "FAILED") == "FAILED"
+    verdict = job.verdict()
+    assert (verdict["outcome"], verdict["cause"]) == ("failed", "user")
+    assert "the workers saved and stopped" in verdict["reason"]
+
+
+def test_a_job_that_may_not_be_requeued_goes_on_as_another_one(submit: Submit, fresh: Cluster, listens: Path) -> None:
+    job = submit("--nodes", "2", script=listens, args=["300"])
+    wait_training(job, 2)
+    fresh.exec(["scontrol", "update", f"JobId={job.id}", "Requeue=0"])
+    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    step = stopped_at(job, 1, 2)
+    assert stopped_at(job, 2, 2) == 300 > step
+    wait_for("the end", lambda: job.verdict()["outcome"] == "finished")
+    assert "goes on in its place" in job.output()
+    assert [event["run"] for event in job.events("start")] == [0, 1]
+
+
+def test_a_stopped_requeued_job_leaves_the_queue(submit: Submit, fresh: Cluster, listens: Path) -> None:
+    job = submit("--nodes", "2", script=listens, args=["100000"])
+    wait_training(job, 2)
+    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    job.wait_state("PENDING", deadline=60)
+    fresh.exec([TOOL, "stop", job.id], cwd=job.folder)
+    assert job.wait_state("CANCELLED") == "CANCELLED"
+
+
+def test_a_node_that_fails_its_preflight_stays_out_and_is_remembered(
+    submit: Submit, fresh: Cluster, folder: Path, listens: Path
+) -> None:
+    check = folder / "check.sh"
+    check.write_text("#!/bin/sh\n[ $(hostname -s) != n2 ] || { echo 'the fan is broken'; exit 1; }\n")
+    check.chmod(0o755)
+    job = submit("--nodes", "2:3", "--preflight", str(check), script=listens, args=["5"])
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    assert job.events("round")[0]["nodes"] == ["n1", "n3"]
+    (unfit,) = job.events("unfit")
+    assert "n2 is not fit" in unfit["reason"]
+    assert "the fan is broken" in unfit["reason"]
+    state = json.loads((job.run_dir / "state.json").read_text())
+    assert [strike["node"] for strike in state["strikes"]] == ["n2"]
+
+
+def test_workers_that_hang_are_found_their_stacks_are_kept_and_training_goes_on(
+    submit: Submit, fresh: Cluster, folder: Path
+) -> None:
+    script = folder / "hangs.py"
+    script.write_text(
+        "import os, time\nimport torch.distributed as dist\n"
+        "from elastic_hpc.training import report_progress\n"
+        "dist.init_process_group('gloo')\nreport_progress(1)\n"
+        "def stuck_here():\n    time.sleep(1000)\n"
+        "if os.environ['ELASTIC_HPC_ROUND'] == '1': stuck_here()\n"
+    )
+    job = submit("--nodes", "2", "--hang-timeout", "4", script=script)
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    assert job.events("failure")[0]["kind"] == "hang"
+    stacks = sorted(job.run_dir.glob("logs/0.1/*/rank*.stacks"))
+    assert len(stacks) == 2
+    assert all("stuck_here" in path.read_text() for path in stacks)
