@@ -72,7 +72,7 @@ def act(
     try:
         slurm.start_step(os.environ["SLURM_JOB_ID"], env.name, command, log)
         for node in others[:1]:
-            slurm.start_step(os.environ["SLURM_JOB_ID"], node, [*command, "--deputy"], log)
+            slurm.start_step(os.environ["SLURM_JOB_ID"], node, [*command, "--deputy-of", env.name], log)
     except SlurmError as error:
         return str(error)
     return None
@@ -88,13 +88,13 @@ def cancel(env: AgentEnv) -> str | None:
     return None
 
 
-def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, deputy: bool) -> int:
+def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, deputy_of: str | None) -> int:
     """What the steps that ``act`` starts do. SIGTERM ends a deputy that waits: the job is on its way then."""
     job, step = job_name(environ), environ["SLURM_STEP_ID"]
-    if deputy:
-        slurm.wait_until_alone(job, step, deadline=_DEPUTY_TIMEOUT, deputy=True)
+    if deputy_of:
+        slurm.wait_until_alone(job, step, deadline=_DEPUTY_TIMEOUT, deputy_of=deputy_of)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
-    if not deputy:
+    if not deputy_of:
         slurm.wait_until_alone(job, step, deadline=_ALONE_TIMEOUT)
     if outcome == "requeue":
         return _requeue(rundir, environ)

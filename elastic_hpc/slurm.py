@@ -305,29 +305,32 @@ def start_step(job_id: str, node: str, command: Sequence[str], log: Path) -> Non
         raise SlurmError(_answer(process, _SECONDS) or f"srun --jobid={job_id}: the step ended at once")
 
 
-def wait_until_alone(job: str, step: str, *, deadline: timedelta, deputy: bool = False) -> bool:
+def wait_until_alone(job: str, step: str, *, deadline: timedelta, deputy_of: str | None = None) -> bool:
     """Wait until ``step`` (SLURM_STEP_ID) is the last one of ``job``, whose batch host is lost, and Slurm knows it.
-    Other steps that ``start_step`` has started are not waited for, except by a ``deputy`` of theirs.
+    Another step that ``start_step`` has started is not waited for, except by its deputy, while its node is there.
 
     False if that is not so at ``deadline``: a requeue then takes longer.
     """
     begin = time.monotonic()
     while True:
         with contextlib.suppress(SlurmError):  # unknown is not alone
-            lost = (shown := show_job(job)).batch_host not in _expand(shown.nodes)
-            others = _other_steps(job, step, deputy=deputy)
-            if lost and (not others or (not deputy and time.monotonic() - begin > _STEP_SECONDS)):
+            nodes = _expand((shown := show_job(job)).nodes)
+            lost = shown.batch_host not in nodes
+            others = _other_steps(job, step)
+            first_is_at_it = deputy_of in nodes and STEP_NAME in others
+            if lost and not first_is_at_it and (others <= {STEP_NAME} or time.monotonic() - begin > _STEP_SECONDS):
                 return True
         if time.monotonic() - begin > deadline.total_seconds():
             return False
         time.sleep(0.5)
 
 
-def _other_steps(job: str, step: str, *, deputy: bool) -> set[str]:
-    """Job steps beside ``step``, those of the batch script and of Slurm itself left out."""
+def _other_steps(job: str, step: str) -> set[str]:
+    """Names of the job steps beside ``step``, those of the batch script and of Slurm itself left out."""
     listed = _run("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i %j").splitlines()
-    found = {tuple(line.rpartition(".")[2].split(" ", 1)) for line in listed}
-    return {other for other, name in found if other.isdecimal() and other != step and (deputy or name != STEP_NAME)}
+    found = [line.partition(" ") for line in listed]
+    others = [(each.rpartition(".")[2], name) for each, _, name in found]
+    return {name for other, name in others if other.isdecimal() and other != step}
 
 
 def resubmit(job: str, script: Path, environ: Mapping[str, str], exports: Mapping[str, str]) -> str:

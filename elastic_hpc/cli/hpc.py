@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     conclude.add_argument("status", type=int, help="exit code of srun")
     alone = command("conclude-alone", "act on a job's verdict where the batch script was lost; started by an agent")
     alone.add_argument("outcome", help="finished, failed or requeue")
-    alone.add_argument("--deputy", action="store_true", help="act only if the other one is lost")
+    alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")
     return parser
 
 
@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
 
         if args.command == "conclude":
             return conclude.conclude(rundir, os.environ, args.status)
-        return conclude.conclude_alone(rundir, os.environ, args.outcome, deputy=args.deputy)
+        return conclude.conclude_alone(rundir, os.environ, args.outcome, deputy_of=args.deputy_of)
     if args.command == "summary":
         from rich.console import Console
 
