@@ -79,6 +79,8 @@ def test_ctrl_c_stops_all_workers_in_good_order(fresh: Cluster, folder: Path) ->
             for pid in fresh.processes("elastic-srun", "login")
             if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1].endswith("elastic-srun")
         ]
+        os.kill(tool, signal.SIGINT)  # the workers may save and stop; these do not listen
+        wait_for("the request", lambda: "save-and-stop" in (steps[0].parent / "events.jsonl").read_text())
         os.kill(tool, signal.SIGINT)
         _, told = process.communicate(timeout=60)
     finally:
