@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import time
@@ -161,7 +160,6 @@ class Leading:
 
     async def _act(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None:
         said = {"outcome": verdict.outcome, "reason": verdict.reason}
-        act = functools.partial(self._do, said, lost, alone=alone, others=others)
-        problem = await asyncio.to_thread(act)
+        problem = await asyncio.to_thread(self._do, said, lost, alone=alone, others=others)
         if problem:
             log.warning("%s", problem)

@@ -26,6 +26,17 @@ from elastic_hpc.protocol import Failure, Host, Order, Roster, Status
 from elastic_hpc.server import LeaderServer
 
 TIMEOUT = 5.0
+POLICY = Policy(
+    min_nodes=2,
+    max_nodes=4,
+    max_restarts=1000,
+    max_requeues=2,
+    heartbeat_timeout=TIMEOUT,
+    join_timeout=60.0,
+    last_call_timeout=10.0,
+    grace=30.0,
+    can_requeue=True,
+)
 
 
 class _Jump(selectors.SelectSelector):

@@ -6,22 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import simulated
 
-from elastic_hpc.decide import TERM_GRACE, Policy
+from elastic_hpc.decide import TERM_GRACE
 from elastic_hpc.leader import ALIVE_IS_PROGRESS, SETTLE, STOP_TIMEOUT, Leader
 from elastic_hpc.protocol import Failure, Host, Order, Request, Roster, Status
 
-POLICY = Policy(
-    min_nodes=2,
-    max_nodes=4,
-    max_restarts=100,
-    max_requeues=2,
-    heartbeat_timeout=5.0,
-    join_timeout=60.0,
-    last_call_timeout=10.0,
-    grace=30.0,
-    can_requeue=True,
-)
+POLICY = replace(simulated.POLICY, max_restarts=100)
 
 
 def host(node: int) -> Host:

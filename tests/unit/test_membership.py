@@ -8,21 +8,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from simulated import Job, SimNode
+from simulated import POLICY, Job, SimNode
 
-from elastic_hpc.decide import Policy
-
-POLICY = Policy(
-    min_nodes=2,
-    max_nodes=4,
-    max_restarts=1000,
-    max_requeues=2,
-    heartbeat_timeout=5.0,
-    join_timeout=60.0,
-    last_call_timeout=10.0,
-    grace=30.0,
-    can_requeue=True,
-)
 SEEDS = st.integers(0, 2**32)
 
 
