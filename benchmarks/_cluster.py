@@ -123,13 +123,7 @@ class Cluster:
         return [pid for pid, line in lines if set(line).issuperset(words) and set(line).isdisjoint(but)]
 
     def slurmctld(self, what: Literal["stop", "start"]) -> None:
-        """Stop it as a service manager does, or start it; it is not ready when this returns."""
-        pid, conf = self._state / "run" / "slurmctld-login.pid", self._state / "etc" / "slurm" / "slurm.conf"
-        script = {
-            "stop": 'pid=$(cat "$1") && kill "$pid" && while kill -0 "$pid"; do sleep 0.05; done',
-            "start": 'slurmctld -f "$2"',
-        }[what]
-        self.mini("exec", "--root", "--", "sh", "-c", f"({script}) >/dev/null 2>&1", "sh", str(pid), str(conf))
+        slurmctld(self._state, what)
 
     def job_state(self, job: str) -> str:
         """Slurm's word for the state of ``job``; "" when Slurm has forgotten it."""
@@ -177,6 +171,16 @@ def _mini(state: Path, *args: str, check: bool = True) -> subprocess.CompletedPr
         said = (done.stdout + done.stderr).strip()
         raise BenchmarkError(f"mini-slurm {' '.join(args)}: exit code {done.returncode}: {said}")
     return done
+
+
+def slurmctld(state: Path, what: Literal["stop", "start"]) -> None:
+    """Stop it as a service manager does, or start it; it is not ready when this returns."""
+    pid, conf = state / "run" / "slurmctld-login.pid", state / "etc" / "slurm" / "slurm.conf"
+    script = {
+        "stop": 'pid=$(cat "$1") && kill "$pid" && while kill -0 "$pid"; do sleep 0.05; done',
+        "start": 'slurmctld -f "$2"',
+    }[what]
+    _mini(state, "exec", "--root", "--", "sh", "-c", f"({script}) >/dev/null 2>&1", "sh", str(pid), str(conf))
 
 
 def machine() -> dict[str, Any]:

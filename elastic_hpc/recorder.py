@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -20,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Events, state and verdict of one job, written by the leader on ``host``. No method blocks; a write that fails is
-    told once.
+    """Events, state and verdict of one job, written by the leader on ``host``. No method blocks; that a write fails is
+    told once. Events and state that could not be written are, as soon as that is possible again.
     """
 
     def __init__(self, rundir: RunDir, run: int, host: Host) -> None:
@@ -29,6 +30,8 @@ class Recorder:
         self._run = run
         self._host = host
         self._strikes: tuple[Strike, ...] = ()  # for the thread alone
+        self._unwritten: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=1000)  # this and the next: the same
+        self._unwritten_state: dict[str, Any] | None = None
         self._beaten = 0.0
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._complained = False
@@ -46,7 +49,7 @@ class Recorder:
         """Say by the time of ``endpoint.json`` that somebody leads; needs no space on the file system."""
         if time.monotonic() - self._beaten > 1.0:
             self._beaten = time.monotonic()
-            self._put(lambda: os.utime(self._rundir.path / "endpoint.json"))
+            self._put(self._beat)
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
         """Append an event; also shown on the agent's stderr."""
@@ -54,13 +57,19 @@ class Recorder:
         if name in {"lost", "unfit"}:
             self._put(lambda: self._strike(Strike(fields["node"], when, fields["reason"])))
         log.info("%s", _sentence(name, fields))
-        self._put(lambda: self._rundir.append_event(when, name, fields))
+
+        def write() -> None:
+            self._unwritten.append((when, name, fields))
+            self._catch_up()
+
+        self._put(write)
 
     def state(self, **state: int) -> None:
         """Replace ``state.json``."""
 
         def write() -> None:
-            self._rundir.write("state.json", {**state, "run": self._run, "strikes": dump(self._strikes)})
+            self._unwritten_state = {**state, "run": self._run, "strikes": dump(self._strikes)}
+            self._catch_up()
 
         self._put(write)
 
@@ -70,6 +79,7 @@ class Recorder:
 
     def close(self, timeout: float = 5.0) -> None:
         """Wait for what is queued, at most ``timeout`` seconds."""
+        self._put(self._catch_up)
         self._queue.put(None)
         self._thread.join(timeout)
 
@@ -85,6 +95,18 @@ class Recorder:
         except ElasticError as error:
             raise OSError(str(error)) from error
         self._strikes = live((*known, *self._strikes), time.time())
+
+    def _beat(self) -> None:
+        os.utime(self._rundir.path / "endpoint.json")
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        while self._unwritten:
+            self._rundir.append_event(*self._unwritten[0])
+            self._unwritten.popleft()
+        if self._unwritten_state is not None:
+            self._rundir.write("state.json", self._unwritten_state)
+            self._unwritten_state = None
 
     def _strike(self, strike: Strike) -> None:
         self._strikes = (*self._strikes, strike)

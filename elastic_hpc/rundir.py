@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -79,11 +80,17 @@ class RunDir:
         os.replace(temporary, self.path / name)
 
     def append_event(self, when: float, event: str, fields: dict[str, Any]) -> None:
-        """Append one line to ``events.jsonl``: ``time`` (``when``, seconds since the epoch), ``event``, ``fields``."""
-        line = json.dumps({"time": when, "event": event, **fields}) + "\n"
-        descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        """Append one line to ``events.jsonl``: ``time`` (``when``, seconds since the epoch), ``event``, ``fields``.
+        On a new line, also after one of which only a part was written. Raises OSError.
+        """
+        line = (json.dumps({"time": when, "event": event, **fields}) + "\n").encode()
+        descriptor = os.open(self.path / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.write(descriptor, line.encode())
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
 

@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 MINI = ROOT / "bin" / "mini-slurm"
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from _cluster import wrong_steps  # noqa: E402
+from _cluster import slurmctld, wrong_steps  # noqa: E402
 
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 
@@ -92,6 +92,17 @@ class Cluster:
     def home(self) -> Path:
         return STATE / "home"
 
+    def slurmctld(self, what: Literal["stop", "start"]) -> None:
+        """When it is started this returns as soon as it answers."""
+        slurmctld(STATE, what)
+        if what == "start":
+            wait_for("slurmctld", lambda: self.exec(["scontrol", "ping"], check=False).returncode == 0)
+
+    def seen_from_login(self, path: Path) -> Path:
+        """``path`` with what is mounted there inside the machines."""
+        init = (STATE / "machines" / "login").read_text().split()[0]
+        return Path(f"/proc/{init}/root{path}")
+
     def job_field(self, job: str, name: str) -> str:
         shown = self.exec(["scontrol", "show", "job", "--oneliner", job]).stdout
         found = re.search(rf"\b{name}=(\S*)", shown)
@@ -133,16 +144,16 @@ class Job:
         return self.folder / "elastic-logs" / self.id
 
     @staticmethod
-    def _lines(path: Path) -> list[dict[str, Any]]:
+    def lines(path: Path) -> list[dict[str, Any]]:
         if not path.exists():
             return []
         return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        return [event for event in self._lines(self.run_dir / "events.jsonl") if name in {None, event["event"]}]
+        return [event for event in self.lines(self.run_dir / "events.jsonl") if name in {None, event["event"]}]
 
     def steps(self) -> list[dict[str, Any]]:
-        return self._lines(self.run_dir / "steps.jsonl")
+        return self.lines(self.run_dir / "steps.jsonl")
 
     def verdict(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.run_dir / "verdict.json").read_text())

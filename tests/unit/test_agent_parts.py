@@ -137,6 +137,8 @@ def test_damaged_records_are_told_and_damaged_events_left_out(tmp_path: Path) ->
         rundir.read("verdict.json")
     (tmp_path / "events.jsonl").write_text('{"time": 1, "event": "join"}\nrubbish\n[1]\n{"time": 2, "ev')
     assert [event["event"] for event in rundir.events()] == ["join"]
+    rundir.append_event(2.5, "lost", {})
+    assert [event["event"] for event in rundir.events()] == ["join", "lost"]
 
 
 def test_the_verdict_of_another_run_is_not_acted_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,10 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from memory import memory_cgroup
 
 from elastic_hpc.causes import (
     Cause,
@@ -226,45 +226,23 @@ def test_one_handled_lack_of_memory_is_not_what_ended_the_process(tmp_path: Path
     assert death(script, tmp_path).kind == "exception"
 
 
-@pytest.fixture
-def cgroup() -> Iterator[tuple[Path, str]]:
-    """A memory cgroup of 64 MiB, and the name of the file to enter it by."""
-    for top, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
-        folder = Path(top, f"elastic_hpc_test_{os.getpid()}")
-        if not Path(top, "cgroup.procs").exists():
-            continue
-        try:
-            folder.mkdir()
-        except OSError as error:
-            pytest.skip(f"no memory cgroup can be made: {error}")
-        try:
-            if not (folder / limit).exists():
-                pytest.skip(f"{folder} has no {limit}")
-            (folder / limit).write_text(str(64 << 20))
-            yield folder, "cgroup.procs"
-        finally:
-            folder.rmdir()
-        return
-    pytest.skip("no cgroups are mounted")
-
-
 @pytest.mark.parametrize(
     ("act", "kind"), [("x = b'x' * (1 << 30)", "out of memory"), ("os.kill(os.getpid(), 9)", "signal")]
 )
-def test_a_worker_killed_by_the_kernel_for_its_memory_is_told_from_one_killed_by_hand(
-    cgroup: tuple[Path, str], act: str, kind: str
-) -> None:
-    folder, procs = cgroup
-    agent = f"""
+def test_a_worker_killed_by_the_kernel_for_its_memory_is_told_from_one_killed_by_hand(act: str, kind: str) -> None:
+    agent = """
 import subprocess, sys
-open({str(folder / procs)!r}, 'w').write('0')
+open(sys.argv[1], 'w').write('0')
 from elastic_hpc.causes import OomWatch, explain
 watch = OomWatch()
-worker = subprocess.run([sys.executable, '-c', 'import os; ' + {act!r}])
+worker = subprocess.run([sys.executable, '-c', 'import os; ' + sys.argv[2]])
 cause = explain(worker.returncode, '', oom=watch.happened())
 print(worker.returncode, cause.kind, cause.message, sep='|')
 """
-    done = subprocess.run([sys.executable, "-c", agent], capture_output=True, text=True, timeout=60, check=False)
+    with memory_cgroup() as cgroup:
+        cgroup.limit(64 << 20)
+        command = [sys.executable, "-c", agent, str(cgroup.procs), act]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     code, found, message = done.stdout.strip().split("|")
     assert (code, found) == ("-9", kind), done.stderr
     assert message.startswith("killed by SIGKILL")

@@ -219,6 +219,20 @@ def test_a_record_that_cannot_be_written_does_not_stop_the_job(
     assert "training goes on without its record" in caplog.text
 
 
+def test_what_could_not_be_written_is_written_later_in_order(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path / "late")
+    recorder = Recorder(rundir, 0, Host(0, "n0", ("127.0.0.1",), 1))
+    recorder.state(round=1)
+    for name in ("n0", "n1"):
+        recorder.event("join", {"node": name})
+    with pytest.raises(OSError, match="late"):
+        recorder.verdict({}).result(timeout=5)
+    rundir.create()
+    recorder.close()
+    assert [event["node"] for event in rundir.events()] == ["n0", "n1"]
+    assert (rundir.read("state.json") or {})["round"] == 1
+
+
 def test_events_are_one_json_object_a_line(cluster: Cluster) -> None:
     cluster.seats()
     wait_for(lambda: cluster.events("round"))

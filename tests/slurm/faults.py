@@ -1,0 +1,369 @@
+"""Every fault that test_faults.py injects, and what the job's record must say about it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conftest import STATE, Cluster, Job, wait_for
+from memory import MemoryCgroup, memory_cgroup
+
+NODES = ("n1", "n2", "n3", "n4")
+DISK_SIZE = 1200 << 20  # sparse; less would be refused by the preflight
+PORTS = range(29400, 29500)
+LOST = "lost: nothing heard for 5 s"
+PROVOKED = "killed by SIGKILL"
+
+
+@dataclass
+class Scene:
+    """A job of ours on four nodes, all at one moment of the training, and what was prepared for the fault."""
+
+    cluster: Cluster
+    job: Job
+    data: Path
+    """Folder of the training script."""
+    moment: str
+    end: contextlib.ExitStack
+    """Undoes at the end of the test what was done to the machines."""
+    prepared: Any = None
+    asleep: list[int] = field(default_factory=list)
+
+    def agent(self, node: str) -> int:
+        (pid,) = [pid for pid, worker in self._python(node) if not worker]
+        return pid
+
+    def worker(self, node: str) -> int:
+        (pid,) = [pid for pid, worker in self._python(node) if worker]
+        return pid
+
+    def has_workers(self, node: str) -> bool:
+        return any(worker for _, worker in self._python(node))
+
+    def _python(self, node: str) -> list[tuple[int, bool]]:
+        """The agents and workers of ``node``, and which they are."""
+        found = []
+        for pid in self.cluster.processes("matrix.py", node):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/exe").resolve().name.startswith("python"):
+                    found.append((pid, "elastic_hpc.agent" not in Path(f"/proc/{pid}/cmdline").read_text()))
+        return found
+
+    def touch(self, name: str) -> None:
+        self.cluster.exec(["touch", str(self.data / name)])
+
+    def at_node(self, node: str, *command: str) -> None:
+        """Run ``command`` as root."""
+        self.cluster.mini("exec", "--root", "--node", node, "--", *command)
+
+    def in_background(self, node: str, code: str) -> None:
+        """Run Python ``code`` as root, and wait until it is done; what it has opened stays open for ten minutes."""
+        ready = self.data / f"ready.{node}"
+        code = f"{code}\nimport time; open({str(ready)!r}, 'w'); time.sleep(600)"
+        self.at_node(node, "sh", "-c", '"$@" >/dev/null 2>&1 &', "sh", sys.executable, "-c", code)
+        wait_for(f"{code} on {node}", ready.exists)
+
+    def provoke(self) -> None:
+        """A new round. While one is formed there is no need to."""
+        if self.moment != "forming":
+            os.kill(self.worker("n3"), signal.SIGKILL)
+
+    def release(self) -> None:
+        """Let the training go on from the moment that it was held at."""
+        for path in self.data.glob("hold.*"):
+            path.unlink()
+        while self.asleep:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.asleep.pop(), signal.SIGCONT)
+
+    def wait_noticed(self, cause: str) -> None:
+        """Until a round has been formed because of ``cause``."""
+
+        def look() -> bool:
+            events = self.job.events()
+            seen = next((i for i, e in enumerate(events) if e["event"] == "restart" and cause in e["reason"]), None)
+            return seen is not None and any(event["event"] == "round" for event in events[seen:])
+
+        wait_for(f"a round because of {cause!r}", look)
+
+    def steps(self) -> list[dict[str, Any]]:
+        return self.job.lines(self.data / "steps.jsonl")
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    strike: Callable[[Scene], None]
+    cause: str | None
+    """Part of the reason of a restart; None if the fault must not be noticed at all."""
+    off: tuple[str, ...] = ()
+    """Nodes that have no power afterwards."""
+    prepare: Callable[[Cluster, Path, contextlib.ExitStack], Any] | None = None
+    """Before the job is submitted, with the folder that it is submitted from."""
+    environ: tuple[str, ...] = ()
+    """NAME=VALUE for the job."""
+
+
+# of workers and agents
+
+
+def raise_in_worker(scene: Scene) -> None:
+    scene.touch("raise.1.2")
+
+
+def kill_worker(scene: Scene) -> None:
+    os.kill(scene.worker("n3"), signal.SIGKILL)
+
+
+def stop_worker(scene: Scene) -> None:
+    os.kill(scene.worker("n3"), signal.SIGSTOP)
+
+
+def n3_in_a_cgroup(cluster: Cluster, folder: Path, end: contextlib.ExitStack) -> MemoryCgroup:
+    """The slurmd of n3, and with it all that it starts, as on a site that bounds the memory of jobs."""
+    slurmd = next(iter(cluster.processes("slurmd", "n3")))
+    home = next(
+        line
+        for line in Path(f"/proc/{slurmd}/cgroup").read_text().splitlines()
+        if ":memory:" in line or line.startswith("0::")
+    )
+    cgroup = end.enter_context(memory_cgroup())
+
+    def leave() -> None:
+        top = cgroup.folder.parent / home.rpartition(":")[2].strip("/")
+        (top / "cgroup.procs").write_text(str(slurmd))
+        wait_for("the cgroup to be empty", lambda: not cgroup.procs.read_text(), 60)
+
+    end.callback(leave)
+    cgroup.procs.write_text(str(slurmd))
+    return cgroup
+
+
+def starve_worker(scene: Scene) -> None:
+    scene.prepared.limit(scene.prepared.used + (128 << 20))
+    scene.touch("eat.1.2")
+
+
+def kill_agent(node: str) -> Callable[[Scene], None]:
+    return lambda scene: os.kill(scene.agent(node), signal.SIGKILL)
+
+
+def freeze_agent(node: str) -> Callable[[Scene], None]:
+    def strike(scene: Scene) -> None:
+        pid = scene.agent(node)
+        os.kill(pid, signal.SIGSTOP)
+        scene.release()
+        scene.wait_noticed(f"{node} {LOST}")
+        os.kill(pid, signal.SIGCONT)
+
+    return strike
+
+
+# of nodes and the network
+
+
+def power_off(node: str) -> Callable[[Scene], None]:
+    return lambda scene: scene.cluster.mini("kill", node) and None
+
+
+def head_then_next(scene: Scene) -> None:
+    scene.cluster.mini("kill", "n1")
+    scene.release()
+    scene.wait_noticed(f"n1 {LOST}")
+    scene.cluster.mini("kill", "n2")
+
+
+def cut(*nodes: str) -> Callable[[Scene], None]:
+    def strike(scene: Scene) -> None:
+        for node in nodes:
+            scene.cluster.mini("cut", node)
+        scene.release()
+        scene.wait_noticed(f"{nodes[0]} {LOST}")
+        for node in nodes:
+            scene.cluster.mini("heal", node)
+
+    return strike
+
+
+def cut_the_heads_half(scene: Scene) -> None:
+    """No side may go on: n1 and n2 see nobody, n3 and n4 are half of the world without its leader."""
+    for node in ("n1", "n2"):
+        scene.cluster.mini("cut", node)
+    wait_for("all workers to be stopped", lambda: not any(map(scene.has_workers, NODES)))
+    for node in ("n1", "n2"):
+        scene.cluster.mini("heal", node)
+
+
+TAKE_PORTS = f"""
+import contextlib, socket
+taken = []
+for port in {PORTS}:
+    with contextlib.suppress(OSError):  # the agent has it
+        taken.append(socket.create_server(("", port)))
+"""
+
+
+def ports_taken_then_head_lost(scene: Scene) -> None:
+    scene.in_background("n2", TAKE_PORTS)
+    scene.cluster.mini("kill", "n1")
+
+
+# of what the nodes share
+
+
+def slurmctld_away(scene: Scene) -> None:
+    """Until the training is over."""
+    scene.cluster.slurmctld("stop")
+    scene.end.callback(scene.cluster.slurmctld, "start")
+    scene.release()
+    wait_for("the last step", lambda: scene.steps()[-1:] and scene.steps()[-1]["step"] == 60)
+    scene.end.pop_all().close()
+
+
+def a_disk(cluster: Cluster, folder: Path, end: contextlib.ExitStack) -> Path:
+    """The run directory lies on a small file system of its own, which all machines have mounted."""
+    image, target = folder / "disk", folder / "elastic-logs"
+    cluster.exec(["mkdir", str(target)])
+    with image.open("wb") as file:
+        file.truncate(DISK_SIZE)
+    owner = os.stat(folder)
+    subprocess.run(
+        [
+            "mke2fs",
+            "-q",
+            "-t",
+            "ext4",
+            "-O",
+            "^has_journal",
+            "-E",
+            f"root_owner={owner.st_uid}:{owner.st_gid}",
+            "-m",
+            "0",
+            image,
+        ],
+        check=True,
+    )
+    cluster.mini("exec", "--root", "--", "mount", "-o", "loop", str(image), str(target))
+    device = subprocess.run(["losetup", "-n", "-O", "NAME", "-j", image], check=True, capture_output=True, text=True)
+    for node in NODES:
+        cluster.mini("exec", "--root", "--node", node, "--", "mount", device.stdout.strip(), str(target))
+
+    def unmount() -> None:
+        for machine in ("login", *NODES):
+            cluster.mini("exec", "--root", "--node", machine, "--", "umount", "--lazy", str(target), check=False)
+
+    end.callback(unmount)
+    return target
+
+
+FILL = """\
+fallocate -l $(stat -f -c '%a * %S' "${0%/*}" | xargs -I{} sh -c 'echo $(({} - 1048576))') "$0"
+cat /dev/zero >>"$0" 2>/dev/null || :
+"""
+
+
+def fill_disk(scene: Scene) -> None:
+    full = scene.prepared / "full"
+    scene.at_node("n4", "sh", "-c", FILL, str(full))
+    scene.provoke()
+    scene.release()
+    wait_for("steps of the next round", lambda: any(step["round"] == 2 for step in scene.steps()))
+    scene.at_node("n4", "rm", str(full))
+
+
+def write_protect(scene: Scene) -> None:
+    """Nothing can be made or opened for writing; files that are open already stay so."""
+    folder = str(scene.data / "elastic-logs")
+    for node in NODES:
+        scene.at_node(node, "mount", "--bind", folder, folder)
+        scene.at_node(node, "mount", "-o", "remount,bind,ro", folder)
+    scene.provoke()
+    scene.release()
+    wait_for("steps of the next round", lambda: any(step["round"] == 2 for step in scene.steps()))
+    for node in NODES:
+        scene.at_node(node, "umount", folder)
+
+
+CLOCK = """\
+import time
+def _shifted(real, unit):
+    def now():
+        try:
+            with open("/dev/shm/clock") as file:
+                return real() + int(file.read()) * unit
+        except OSError:
+            return real()
+    return now
+time.time, time.time_ns = _shifted(time.time, 1), _shifted(time.time_ns, 10**9)
+"""
+
+
+def a_clock(cluster: Cluster, folder: Path, end: contextlib.ExitStack) -> None:
+    """What Python takes for the time can be shifted on each node: the kernel's clock is this machine's."""
+    cluster.exec(["mkdir", str(folder / "site")])
+    (folder / "site" / "sitecustomize.py").write_text(CLOCK)
+    for node in NODES:
+        end.callback(cluster.exec, ["rm", "-f", "/dev/shm/clock"], node)
+
+
+def shift_clocks(scene: Scene) -> None:
+    for node, seconds in (("n1", 3600), ("n2", -3600), ("n3", 20)):
+        scene.cluster.exec(["sh", "-c", f"echo {seconds} >/dev/shm/clock"], node)
+    scene.release()
+    wait_for("the verdict", (scene.job.run_dir / "verdict.json").exists)
+    assert scene.job.verdict()["time"] > time.time() + 3000
+
+
+def kill_name_server(scene: Scene) -> None:
+    """The nodes' names are in no /etc/hosts any more, and the name server takes questions and does not answer."""
+    hosts = STATE / "hosts"
+    known = (STATE / "etc" / "hosts").read_text().splitlines(keepends=True)
+    hosts.write_text("".join(line for line in known if "localhost" in line or "login" in line))
+    texts = {
+        "resolv.conf": "nameserver 127.0.0.1\n",
+        "nsswitch.conf": "hosts: files dns\npasswd: files\ngroup: files\n",
+    }
+    for name, text in texts.items():
+        (STATE / name).write_text(text)
+    for node in NODES:
+        scene.in_background(node, "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('127.0.0.1', 53))")
+        for name in ("hosts", *texts):
+            scene.at_node(node, "mount", "--bind", str(STATE / name), f"/etc/{name}")
+            scene.end.callback(scene.at_node, node, "umount", f"/etc/{name}")
+    assert scene.cluster.exec(["timeout", "1", "getent", "hosts", "n2"], "n1", check=False).returncode == 124
+    scene.provoke()
+
+
+OF_WORKERS = (
+    Fault("worker_exception", raise_in_worker, "RuntimeError: injected"),
+    Fault("worker_SIGKILL", kill_worker, "killed by SIGKILL"),
+    Fault("worker_SIGSTOP", stop_worker, "stopped by a signal for 5 s"),
+    Fault("worker_out_of_memory", starve_worker, "out of memory", prepare=n3_in_a_cgroup),
+)
+OF_MORE = (
+    Fault("agent_SIGKILL", kill_agent("n3"), "n3 lost"),
+    Fault("agent_SIGSTOP", freeze_agent("n3"), f"n3 {LOST}"),
+    Fault("head_agent_SIGKILL", kill_agent("n1"), "n1 lost"),
+    Fault("head_agent_SIGSTOP", freeze_agent("n1"), f"n1 {LOST}"),
+    Fault("power_loss", power_off("n3"), f"n3 {LOST}", off=("n3",)),
+    Fault("head_power_loss", power_off("n1"), f"n1 {LOST}", off=("n1",)),
+    Fault("head_then_next_head", head_then_next, f"n2 {LOST}", off=("n1", "n2")),
+    Fault("partition_of_one", cut("n3"), f"n3 {LOST}"),
+    Fault("partition_of_the_head", cut("n1"), f"n1 {LOST}"),
+    Fault("partition_of_half", cut("n3", "n4"), f"n3 {LOST}"),
+    Fault("partition_of_the_heads_half", cut_the_heads_half, LOST),
+    Fault("store_port_taken", ports_taken_then_head_lost, f"n1 {LOST}", off=("n1",)),
+    Fault("slurmctld_restarted", slurmctld_away, None),
+    Fault("shared_directory_full", fill_disk, PROVOKED, prepare=a_disk),
+    Fault("shared_directory_read_only", write_protect, PROVOKED),
+    Fault("clock_jump", shift_clocks, None, prepare=a_clock, environ=("PYTHONPATH=site",)),
+    Fault("name_server_silent", kill_name_server, PROVOKED),
+)
