@@ -1,51 +1,25 @@
-"""Checkpoints that are whole or not there: saved by any number of ranks, never by a worker of a round that is over.
-
-In the folder, for a job JOB in its round 7:
-
-``step-00000120``             complete, the rename to this name is the commit; ``step-00000120.1`` if saved once more
-``.tmp-step-00000120.JOB.r7`` being written
-``.pruned.JOB.r7``            what the round prunes goes through here
-``.fence.JOB.r7``             the fence: no later round has opened the folder
-``.trash-...``                out of everybody's reach, being deleted
-
-A worker may sleep at any place for any time and then go on, hence the order. Who opens: put up the own fence, take down
-those of the rounds before, rename their ``.tmp`` and ``.pruned`` away, and only then list. Who writes: make the
-``.tmp``, fill it, and only then look for the own fence and rename. A late writer's ``.tmp`` was either there to be
-renamed away, and then its commit came before the listing or fails; or it was not, and then its fence was down before.
-Nobody replaces a complete checkpoint, and pruning is a rename into a folder that can be renamed away, so the same holds
-for them. All it takes is a file system on which all nodes see renames in one order.
-"""
+"""Checkpoints that are whole or not there: saved by any number of ranks, never by a worker of a round that is over."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import re
-import secrets
-import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
+from elastic_hpc.checkpoint_folder import Files
 from elastic_hpc.errors import ElasticError, UsageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_COMPLETE = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-_OWNED = re.compile(r"\.(tmp-step-\d+|pruned|fence)\.(.*)\.r(\d+)")
-
 
 class CheckpointError(ElasticError):
     """A checkpoint was not committed, or none of those that exist can be loaded. Raised on all ranks alike."""
-
-
-class FencedOut(ElasticError):
-    """A later round of the job has opened the folder: this worker is a leftover and may not save. Let it end."""
 
 
 class Checkpoints:
@@ -120,147 +94,6 @@ class Checkpoints:
         """Raises CheckpointError unless all ranks see ``name``; has NFS look again."""
         with _agree(f"{self.folder}: expected a folder that the nodes of all ranks share"):
             os.scandir(self.folder / name).close()
-
-
-class Files:
-    """What rank 0 does to the folder. Raises FencedOut, and OSError."""
-
-    def __init__(self, folder: Path, job: str, round: int, keep: int, *, fenced: bool = True) -> None:
-        self._folder = folder
-        self._job, self._round, self._fenced = quote(job, safe="")[:100], round, fenced
-        self._owner = f"{self._job}.r{round}"
-        self._keep = keep
-
-    def open(self) -> None:
-        """Shut out all rounds before this one. Of another job, that is any round: who opens last has the folder."""
-        os.makedirs(self._folder, exist_ok=True)
-        if not self._fenced:
-            return
-        fence = self._folder / f".fence.{self._owner}"
-        os.close(os.open(fence, os.O_WRONLY | os.O_CREAT, 0o600))
-        _sync(self._folder)
-        try:
-            before = self._fences_before()
-        except FencedOut:
-            fence.unlink(missing_ok=True)
-            raise
-        for name in before:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._folder / name)
-        self._sweep(self._is_before)
-
-    def begin(self, step: int) -> str:
-        """Name of a new, empty folder for ``step``."""
-        self._sweep(lambda owned: (owned[2], int(owned[3])) == (self._job, self._round))  # left by saves that failed
-        name = f".tmp-step-{step:08d}.{self._owner}"
-        os.mkdir(self._folder / name)
-        try:
-            self._check()  # commit does it too: this one saves the trouble of writing
-        except FencedOut:
-            self.discard(name)
-            raise
-        return name
-
-    def commit(self, step: int, name: str) -> None:
-        """Make the folder that ``begin`` named the newest checkpoint of ``step``, then prune."""
-        taken = [again for other, again in map(_parse, self.complete()) if other == step]
-        final = f"step-{step:08d}" + (f".{max(taken) + 1}" if taken else "")
-        try:
-            _sync_all(self._folder / name)
-            self._check()
-            os.rename(self._folder / name, self._folder / final)
-        except FileNotFoundError:
-            self._check()
-            raise
-        _sync(self._folder)
-        try:
-            self._prune(step)
-        except OSError as error:
-            log.warning("cannot prune old checkpoints: %s", error)
-
-    def complete(self) -> list[str]:
-        """Names of the complete checkpoints, newest first: by step, and of one step that which was saved last."""
-        return sorted(filter(_COMPLETE.fullmatch, os.listdir(self._folder)), key=_parse, reverse=True)
-
-    def discard(self, name: str) -> None:
-        """Take ``name`` out of everybody's reach at once, then delete it. Gone already is fine."""
-        trash = self._folder / f".trash-{secrets.token_hex(8)}"
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._folder / name, trash)
-            shutil.rmtree(trash, ignore_errors=True)
-
-    def _sweep(self, whose: Callable[[re.Match[str]], bool]) -> None:
-        for name in os.listdir(self._folder):
-            owned = _OWNED.fullmatch(name)
-            if name.startswith(".trash-") or (owned and owned[1] != "fence" and whose(owned)):
-                self.discard(name)
-
-    def _prune(self, step: int) -> None:
-        kept: set[int] = set()
-        old = []
-        for name in self.complete():
-            other, _ = _parse(name)
-            if other > step:
-                continue  # refused by the loader, or training would have gone on from it
-            if other in kept or len(kept) == self._keep:
-                old.append(name)
-            kept.add(other)
-        if not old:
-            return
-        grave = self._folder / f".pruned.{self._owner}"
-        os.mkdir(grave)
-        self._check()
-        for name in old:
-            os.rename(self._folder / name, grave / name)
-        self.discard(grave.name)
-
-    def _check(self) -> None:
-        """Raises FencedOut unless the own fence stands."""
-        if not self._fenced:
-            return
-        fence = self._folder / f".fence.{self._owner}"
-        try:
-            os.close(os.open(fence, os.O_RDONLY))  # unlike stat, open asks an NFS server
-        except FileNotFoundError:
-            self._fences_before()
-            raise FencedOut(
-                f"{self._folder}: {fence.name} is gone, another job has opened the folder; give each job its own"
-            ) from None
-
-    def _fences_before(self) -> list[str]:
-        """Names of the fences of rounds before this one. Raises FencedOut if there is one of a later round."""
-        found = [owned for owned in map(_OWNED.fullmatch, os.listdir(self._folder)) if owned and owned[1] == "fence"]
-        for owned in found:
-            if owned[2] == self._job and int(owned[3]) > self._round:
-                raise FencedOut(
-                    f"{self._folder}: opened by round {owned[3]} of this job; this is round {self._round} and may not "
-                    f"save any more; if the rounds were made to count from 1 again, remove {owned[0]} there"
-                )
-        return [owned[0] for owned in found if self._is_before(owned)]
-
-    def _is_before(self, owned: re.Match[str]) -> bool:
-        return owned[2] != self._job or int(owned[3]) < self._round
-
-
-def _parse(name: str) -> tuple[int, int]:
-    found = _COMPLETE.fullmatch(name)
-    assert found
-    return int(found[1]), int(found[2] or 0)
-
-
-def _sync(path: str | os.PathLike[str]) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_all(folder: Path) -> None:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            (_sync_all if entry.is_dir() else _sync)(folder / entry.name)
-    _sync(folder)
 
 
 def world() -> tuple[int, int]:

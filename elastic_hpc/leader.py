@@ -6,22 +6,18 @@ it to the network, the tests to a simulated one.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from elastic_hpc.causes import signature
 from elastic_hpc.decide import Action, Decision, Policy, View, decide, give_back
-from elastic_hpc.election import Base, extended, has_quorum, relevant
+from elastic_hpc.election import Base
+from elastic_hpc.mandate import Mandate
+from elastic_hpc.peers import Peer, Peers
 from elastic_hpc.protocol import Failure, Order, Plan, Request, Roster, Stage, Status
+from elastic_hpc.world import SETTLE, Progress, World
 
 STOP_TIMEOUT = 60.0
 """Seconds an agent may take to report that its workers are gone, before it is given up: one that cannot be killed."""
-
-SETTLE = 0.25
-"""Seconds in which the cause of a failure may still be reported, when its echo was faster."""
-
-ALIVE_IS_PROGRESS = 60.0
-"""A round that lived for so many seconds has got on, if its workers report no steps."""
 
 Outcome = Literal["finished", "failed", "requeue"]
 _OUTCOMES: dict[Action, Outcome] = {Action.FINISH: "finished", Action.FAIL: "failed", Action.REQUEUE: "requeue"}
@@ -38,30 +34,6 @@ class Verdict:
     restarts: int
     requeues: int
     round: int
-
-
-@dataclass
-class _Peer:
-    status: Status
-    addr: str
-    last_heard: float
-    joined: bool = False
-    """It has been seen without workers, or comes from the world that is taken over; others hold nobody up."""
-
-
-@dataclass
-class _World:
-    """The round that runs, or nothing while one is gathered."""
-
-    formed: tuple[int, ...] = ()
-    plans: dict[int, Plan] = field(default_factory=dict)
-    since: float = 0.0
-    lost: dict[int, str] = field(default_factory=dict)
-    succeeded: set[int] = field(default_factory=set)
-    drained: bool = False
-    failure: Failure | None = None
-    failed_at: float = 0.0
-    repeated: bool = False
 
 
 class Leader:
@@ -85,40 +57,31 @@ class Leader:
         ``reason``, as soon as a majority agrees.
         """
         self.policy = policy
-        self.roster = inherited or Roster(round, (), (), restarts, requeues)
-        """What the agents hold since the last round was formed."""
-        self.round = self.roster.round + 1
-        self.restarts = self.roster.restarts
-        self.requeues = self.roster.requeues
-        self.leads = inherited is None
-        """Whether enough nodes agree: only then it decides."""
-        self.has_led = self.leads
+        roster = inherited or Roster(round, (), (), restarts, requeues)
+        self._mandate = Mandate(roster, inherited=inherited is not None, now=now)
+        self.round = roster.round + 1
+        self.restarts = roster.restarts
+        self.requeues = roster.requeues
         self.abdicated = ""
         """Why it stopped to lead without a verdict."""
         self.verdict: Verdict | None = None
         self._node = node
         self._nproc = nproc
         self._granted = granted
-        self._bases = self.roster.bases
         self._inherited = reason if inherited else ""
-        self._peers: dict[int, _Peer] = {}
+        self._peers = Peers(roster.hosts, policy.heartbeat_timeout, now)
         self._refused: dict[int, str] = {}
-        self._seen: set[int] = set()
-        self._hosts = {host.node: host for host in self.roster.hosts}
-        self._held: dict[int, int] = {}  # newest roster that each node is known to hold
         self._highest = 0  # round that any agent was told of, by whichever leader
         self._stage: Stage = "gather"
-        self._world = _World()
-        self._last_failure: Failure | None = None
-        self._failed_with, self._failed_at_step = "", -1
-        self._step = -1
+        self._world = World()
+        self._progress = Progress()
         self._stores: dict[int, int] = {}
         self._request: Request | None = None
         self._requested_for = ""
         self._reason = self._waiting = self._told = reason or "waiting for nodes"
         self._first = inherited is None
-        self._started = self._gathered = self._below_min = self._ticked = now
-        self._led_since = self._without_quorum = self._requested = now
+        self._started = self._gathered = self._below_min = now
+        self._requested = now
         self._min_since: float | None = None
         self._seq = 0
         self._sent: dict[int, tuple[Any, ...]] = {}
@@ -139,24 +102,20 @@ class Leader:
                 if status.node == self._node and self._first:
                     self._end(give_back(refusal, self.requeues, self.policy), now)
                 return
-            for other, old in list(self._peers.items()):
-                if old.status.node == status.node:
-                    self.on_lost(other, "a new agent of the same node came", now)
-            peer = self._peers[conn] = _Peer(status, addr, now)
+            for old in self._peers.of_node(status.node):
+                self.on_lost(old, "a new agent of the same node came", now)
+            peer = self._peers[conn] = Peer(status, addr, now)
             if self._stage == "gather" and status.seen >= self.round:
                 # another leader may have formed that round from those who were with it
                 self.round, self._gathered = status.seen + 1, now
         elif status.seq <= peer.status.seq:
             return
-        peer.status, peer.last_heard = status, now
-        self._hosts[status.node] = status.host
+        self._peers.hear(peer, status, now)
         self._highest = max(self._highest, status.seen)
-        if status.roster == self.roster.round >= status.seen:  # else it may be bound to a round that ignores this one
-            self._held[status.node] = status.roster
-        self._bases = relevant(self._bases, self._held)
+        self._mandate.on_status(status)
         if not peer.joined and (status.state == "idle" or self._was_member(status.node)):
             peer.joined = True
-            self._seen.add(status.node)
+            self._peers.seen.add(status.node)
             self._event("join", node=status.name, addr=addr)
         if self._stage == "run" and status.node in self._world.plans:
             if status.round == self.round:
@@ -167,8 +126,7 @@ class Leader:
 
     def on_roster(self, roster: Roster, now: float) -> None:
         """An agent knows of a later round than the one that was inherited."""
-        if not self.leads and self._stage == "gather" and roster.round > self.roster.round:
-            self.roster, self._bases, self._held = roster, roster.bases, {}
+        if not self.leads and self._stage == "gather" and self._mandate.on_roster(roster):
             self.restarts, self.requeues = max(self.restarts, roster.restarts), roster.requeues
             self.round = max(self.round, roster.round + 1)
             self._advance(now)
@@ -206,25 +164,13 @@ class Leader:
         self._advance(now)
 
     def on_tick(self, now: float) -> None:
-        """To be called a few times per heartbeat. A leader that was itself frozen does not blame the others: the time
-        it did not look at its connections is not held against them.
-        """
-        timeout = self.policy.heartbeat_timeout
-        stalled = now - self._ticked - timeout / 4
-        self._ticked = now
-        if stalled > 0:
-            for peer in self._peers.values():
-                peer.last_heard = min(now, peer.last_heard + stalled)
-        for conn, peer in list(self._peers.items()):
-            if now - peer.last_heard > timeout:
-                self.on_lost(conn, f"nothing heard for {timeout:g} s", now, silent=now - peer.last_heard)
-            elif (
-                self._stage == "gather"
-                and peer.joined
-                and not self._is_ready(peer.status)
-                and now - self._gathered > STOP_TIMEOUT
-            ):
-                self.on_lost(conn, f"its workers did not stop within {STOP_TIMEOUT:g} s", now)
+        """To be called a few times per heartbeat."""
+        for conn, silent in self._peers.silent(now).items():
+            self.on_lost(conn, f"nothing heard for {self.policy.heartbeat_timeout:g} s", now, silent=silent)
+        if self._stage == "gather" and now - self._gathered > STOP_TIMEOUT:
+            for conn, peer in list(self._peers.items()):
+                if peer.joined and not self._is_ready(peer.status):
+                    self.on_lost(conn, f"its workers did not stop within {STOP_TIMEOUT:g} s", now)
         self._advance(now)
         if self._stage == "gather" and self._waiting != self._told and now - self._gathered > 1 and not self.verdict:
             self._told = self._waiting
@@ -235,6 +181,20 @@ class Leader:
         self._stage = "end"
 
     # outputs
+
+    @property
+    def leads(self) -> bool:
+        """Whether enough nodes agree: only then it decides."""
+        return self._mandate.granted
+
+    @property
+    def has_led(self) -> bool:
+        return self._mandate.ever_granted
+
+    @property
+    def roster(self) -> Roster:
+        """What the agents hold since the last round was formed."""
+        return self._mandate.roster
 
     def take_orders(self, *, beat: bool = False) -> dict[int, list[Order | Roster]]:
         """What to send, by connection: the orders that changed, or with ``beat`` one for everybody; before them the
@@ -248,7 +208,7 @@ class Leader:
         drain = self._request in {"drain", "save-and-stop"} and self._stage == "run"
         for conn, peer in self._peers.items():
             plan = self._world.plans.get(peer.status.node) if self._stage == "run" and self._is_settled else None
-            content = (self._stage, self.round, plan, self._oldest, drain, self.leads)
+            content = (self._stage, self.round, plan, self._mandate.oldest, drain, self.leads)
             if beat or self._sent.get(conn) != content:
                 self._sent[conn] = content
                 outcome = self.verdict.outcome if self.verdict and self._stage == "end" else None
@@ -272,24 +232,22 @@ class Leader:
     @property
     def nodes(self) -> set[int]:
         """Nodes whose agents are in touch."""
-        return {peer.status.node for peer in self._peers.values()}
+        return set(self._peers.by_node)
 
     @property
     def lost_names(self) -> list[str]:
         """Slurm's names of the nodes that were here, and are not any more."""
-        here = self.nodes
-        return [host.name for node, host in sorted(self._hosts.items()) if node not in here]
+        return self._peers.lost_names
 
     @property
     def other_names(self) -> list[str]:
         """Slurm's names of the nodes that are here besides this one."""
-        return [self._hosts[node].name for node in sorted(self.nodes - {self._node})]
+        return self._peers.names(but=self._node)
 
     @property
     def next_expiry(self) -> float:
         """When, on the leader's clock, something is due even if nothing arrives before."""
-        heard = (peer.last_heard for peer in self._peers.values())
-        silence = min(heard, default=float("inf")) + self.policy.heartbeat_timeout
+        silence = self._peers.next_silence
         return min(silence, self._world.failed_at + SETTLE) if self._world.failure else silence
 
     @property
@@ -301,20 +259,13 @@ class Leader:
     # inside
 
     @property
-    def _oldest(self) -> int:
-        return self._bases[0].round if self._bases else 0
-
-    @property
     def _is_settled(self) -> bool:
-        """Whether nobody could form another world without the members of this one: too few of the older rounds' members
-        do not hold it. Members hold it before they start; nodes that are left over, as MAX is reached, have to say so.
-        """
-        held = self._held | dict.fromkeys(self._world.formed, self.roster.round)
-        return len(relevant(self._bases, held)) <= 1
+        return self._mandate.is_settled(self._world.formed)
 
     def _was_member(self, node: int) -> bool:
         """Whether it comes from the world that is taken over: its workers are being stopped, it is waited for."""
-        return not self._first and self._inherited != "" and node in self.roster.bases[-1].members
+        last = self._mandate.last
+        return not self._first and self._inherited != "" and last is not None and node in last.members
 
     def _refusal(self, status: Status) -> str:
         if status.unfit:
@@ -328,39 +279,24 @@ class Leader:
 
     def _refuse(self, conn: int, status: Status, reason: str) -> None:
         self._refused[conn] = reason
-        self._seen.add(status.node)  # it is not waited for
+        self._peers.seen.add(status.node)
         self._event("unfit" if status.unfit else "refused", node=status.name, reason=reason)
 
     def _on_progress(self, status: Status, now: float) -> None:
-        world = self._world
-        self._step = max(self._step, status.step)
+        self._progress.step = max(self._progress.step, status.step)
         if status.state == "succeeded":
-            world.succeeded.add(status.node)
-            world.drained = world.drained or status.drained
-        elif status.state == "failed" and status.failure:
-            failure = status.failure
-            first = world.failure is None or (world.failure.collateral and not failure.collateral)
+            self._world.on_success(status)
+        elif status.state == "failed" and (failure := status.failure):
+            first = self._world.on_failure(failure, now)
             self._event("failure", round=self.round, first=first, **asdict(failure))
-            if world.failure is None:
-                world.failed_at = now
             if first:
-                world.failure = failure
-                world.repeated = self._is_repeated(failure, now)
-
-    def _is_repeated(self, failure: Failure, now: float) -> bool:
-        """Whether the job stands still: it fails as the round before it did. A signal may well come twice."""
-        if failure.collateral or failure.kind in {"signal", "stopped"}:
-            return False
-        known, self._failed_with = self._failed_with, signature(failure.kind, failure.message)
-        before, self._failed_at_step = self._failed_at_step, self._step
-        got_on = self._step > before if self._step >= 0 else now - self._world.since > ALIVE_IS_PROGRESS
-        return known == self._failed_with and not got_on
+                self._world.repeated = self._progress.is_repeated(failure, now - self._world.since)
 
     def _order(
         self, stage: Stage, reason: str, plan: Plan | None, outcome: Outcome | None, *, drain: bool = False
     ) -> Order:
         self._seq += 1
-        failure = self._last_failure
+        failure = self._progress.last_failure
         return Order(
             self._seq,
             stage,
@@ -370,7 +306,7 @@ class Leader:
             outcome,
             roster=self.roster.round,
             leads=self.leads,
-            oldest=self._oldest,
+            oldest=self._mandate.oldest,
             drain=drain,
             stacks=bool(stage == "gather" and failure and failure.kind == "hang"),
         )
@@ -379,46 +315,38 @@ class Leader:
         return status.state == "idle" and (self._stage == "run" or status.round == self.round)
 
     def _view(self, now: float) -> View:
-        joined = [peer.status for peer in self._peers.values() if peer.joined]
+        joined = self._peers.joined
         live = {status.node for status in joined}
         if len(live) >= self.policy.min_nodes:
             self._min_since = now if self._min_since is None else self._min_since
             self._below_min = now
         else:
             self._min_since = None
-        quorum = has_quorum(self._bases, live) and all(status.roster <= self.roster.round for status in joined)
-        if self._stage == "run" and now - self._world.since > self.policy.heartbeat_timeout and not self._is_settled:
-            quorum = False
-        if quorum and not self.leads:
-            self._led_since = now
-        if quorum:
-            self._without_quorum = now
-        if quorum and not self.has_led:
-            self.has_led = True
+        late = self._stage == "run" and now - self._world.since > self.policy.heartbeat_timeout
+        if self._mandate.renew(joined, now, stale=late and not self._is_settled):
             self._event("take_over", round=self.round, reason=self._inherited)
-        self.leads = quorum
         world = self._world
-        lost = next(iter(world.lost.values()), "") or self._inherited
-        last = self.roster.bases[-1:]
+        ended, cause = world.end(self._inherited)
+        last = self._mandate.last
         return View(
             formed=frozenset(world.formed) - world.lost.keys(),
             lost=frozenset(world.lost),
             succeeded=frozenset(world.succeeded),
-            failure=str(world.failure) if world.failure and not (world.failure.collateral and lost) else lost or None,
-            cause=world.failure.kind if world.failure and not (world.failure.collateral and lost) else "node lost",
-            settling=bool(world.failure and world.failure.collateral) and now - world.failed_at < SETTLE,
+            failure=ended,
+            cause=cause,
+            settling=world.is_settling(now),
             repeated=world.repeated,
             ready=frozenset(status.node for status in joined if self._is_ready(status)),
             live=frozenset(live),
-            absent=max(0, self._granted - len(self._seen)),
+            absent=max(0, self._granted - len(self._peers.seen)),
             first=self._first,
             since_start=now - self._started,
             since_min=now - self._min_since if self._min_since is not None else 0.0,
             below_min=now - self._below_min,
-            quorum=quorum,
-            without_quorum=now - self._without_quorum,
-            expected=len(set(last[0].members) - live - {last[0].leader}) if last and not world.formed else 0,
-            since_quorum=now - self._led_since,
+            quorum=self.leads,
+            without_quorum=now - self._mandate.last_granted,
+            expected=len(set(last.members) - live - {last.leader}) if last and not world.formed else 0,
+            since_quorum=now - self._mandate.since,
             store_ready=self.round in self._stores,
             restarts=self.restarts,
             requeues=self.requeues,
@@ -443,12 +371,10 @@ class Leader:
                 self._event("abdicate", round=self.round, reason=decision.reason)
             return
         self._reason = decision.reason
-        self._last_failure = self._world.failure or self._last_failure
         if decision.action is Action.FORM:
             self._form(decision, now)
         elif decision.action is Action.GATHER:
-            if not self._world.failure:
-                self._failed_with = ""
+            self._progress.on_end(self._world.failure)
             if self._inherited:  # the round that is being gathered is a new one already
                 self._inherited = ""
             else:
@@ -468,10 +394,10 @@ class Leader:
             for rank, node in enumerate(decision.nodes)
         }
         self._stage, self._first = "run", False
-        self._world = _World(decision.nodes, plans, now)
-        self._bases = extended(self._bases, Base(self.round, self._node, decision.nodes))
+        self._world = World(decision.nodes, plans, now)
+        bases = self._mandate.add(Base(self.round, self._node, decision.nodes))
         hosts = tuple(peer.status.host for _, peer in sorted(peers.items()) if peer.joined)
-        self.roster = Roster(self.round, hosts, self._bases, self.restarts, self.requeues)
+        self._mandate.roster = Roster(self.round, hosts, bases, self.restarts, self.requeues)
         self._event(
             "round",
             round=self.round,
@@ -483,11 +409,12 @@ class Leader:
 
     def _clear_round(self, now: float) -> None:
         self.round = max(self.round, self._highest) + 1
-        self._stage, self._world, self._gathered = "gather", _World(), now
+        self._stage, self._world, self._gathered = "gather", World(), now
 
     def _end(self, decision: Decision, now: float) -> None:
         outcome = _OUTCOMES[decision.action]
-        ended, failure = self.round, self._last_failure
+        self._progress.on_end(self._world.failure)
+        ended, failure = self.round, self._progress.last_failure
         if outcome == "requeue":
             self.requeues += decision.charged
         if outcome != "finished":

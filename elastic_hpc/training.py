@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from elastic_hpc.checkpoint import CheckpointError, Checkpoints, FencedOut, control_group, world
+from elastic_hpc.checkpoint import CheckpointError, Checkpoints, control_group, world
+from elastic_hpc.checkpoint_folder import FencedOut
 from elastic_hpc.errors import UsageError
 
 __all__ = [

@@ -31,11 +31,13 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 
 from elastic_hpc import stacks
-from elastic_hpc.causes import OomWatch, explain, tail
+from elastic_hpc.causes import explain
 from elastic_hpc.control import Control
 from elastic_hpc.decide import TERM_GRACE, Policy
+from elastic_hpc.oom import OomWatch
 from elastic_hpc.protocol import Failure
 from elastic_hpc.rendezvous import ElasticRendezvousHandler
+from elastic_hpc.stderr import tail
 from elastic_hpc.training import DRAIN_FILE, LOCAL_DIR
 from elastic_hpc.watch import Watch
 

@@ -10,20 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from memory import memory_cgroup
 
-from elastic_hpc.causes import (
-    Cause,
-    OomWatch,
-    explain,
-    is_collateral,
-    kind_of,
-    last_line,
-    message_of,
-    signature,
-    tail,
-    traceback_of,
-)
+from elastic_hpc.causes import Cause, explain, is_collateral, kind_of, signature
+from elastic_hpc.stderr import last_line, message_of, tail, traceback_of
 
 
 def die(script: str, tmp_path: Path, **environ: str) -> tuple[int, str]:
@@ -224,33 +213,6 @@ def test_real_memory_errors_are_out_of_memory(tmp_path: Path) -> None:
 def test_one_handled_lack_of_memory_is_not_what_ended_the_process(tmp_path: Path) -> None:
     script = "try:\n    bytearray(1 << 60)\nexcept MemoryError:\n    pass\nraise ValueError('x')  # MemoryError"
     assert death(script, tmp_path).kind == "exception"
-
-
-@pytest.mark.parametrize(
-    ("act", "kind"), [("x = b'x' * (1 << 30)", "out of memory"), ("os.kill(os.getpid(), 9)", "signal")]
-)
-def test_a_worker_killed_by_the_kernel_for_its_memory_is_told_from_one_killed_by_hand(act: str, kind: str) -> None:
-    agent = """
-import subprocess, sys
-open(sys.argv[1], 'w').write('0')
-from elastic_hpc.causes import OomWatch, explain
-watch = OomWatch()
-worker = subprocess.run([sys.executable, '-c', 'import os; ' + sys.argv[2]])
-cause = explain(worker.returncode, '', oom=watch.happened())
-print(worker.returncode, cause.kind, cause.message, sep='|')
-"""
-    with memory_cgroup() as cgroup:
-        cgroup.limit(64 << 20)
-        command = [sys.executable, "-c", agent, str(cgroup.procs), act]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    code, found, message = done.stdout.strip().split("|")
-    assert (code, found) == ("-9", kind), done.stderr
-    assert message.startswith("killed by SIGKILL")
-    assert ("--mem" in message) == (kind == "out of memory")
-
-
-def test_nothing_happened_to_this_process() -> None:
-    assert not OomWatch().happened()
 
 
 # echoes

@@ -99,6 +99,7 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_every_module_is_in_the_contributors_list() -> None:
-    listed = set(re.findall(r"^\| `([a-z_]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
+    listed = set(re.findall(r"^\| `([a-z_]+/?)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
     modules = {path.stem for path in (ROOT / "elastic_hpc").glob("*.py")} - {"__init__", "__main__"}
-    assert listed == modules
+    packages = {f"{path.parent.name}/" for path in (ROOT / "elastic_hpc").glob("*/__init__.py")}
+    assert listed == modules | packages

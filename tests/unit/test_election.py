@@ -278,7 +278,7 @@ class Nodes:
                 leader = self.agents[node].leader
                 if has_quorum(roster.bases, group):
                     return True
-                if leader and leader.roster.round == newest and has_quorum(leader._bases, group):
+                if leader and leader.roster.round == newest and has_quorum(leader._mandate.bases, group):
                     return True
         return False
 

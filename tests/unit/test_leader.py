@@ -9,8 +9,9 @@ import pytest
 import simulated
 
 from elastic_hpc.decide import TERM_GRACE
-from elastic_hpc.leader import ALIVE_IS_PROGRESS, SETTLE, STOP_TIMEOUT, Leader
+from elastic_hpc.leader import STOP_TIMEOUT, Leader
 from elastic_hpc.protocol import Failure, Host, Order, Request, Roster, Status
+from elastic_hpc.world import ALIVE_IS_PROGRESS, SETTLE
 
 POLICY = replace(simulated.POLICY, max_restarts=100)
 
@@ -58,7 +59,7 @@ class Job:
         self.now += seconds
         for peer in self.leader._peers.values():
             peer.last_heard = self.now
-        self.leader._ticked = self.now
+        self.leader._peers._looked = self.now
         self.leader.on_tick(self.now)
 
     def ready(self, *nodes: int) -> dict[int, list[Order | Roster]]:

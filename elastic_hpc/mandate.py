@@ -1,0 +1,70 @@
+"""Whether a leader leads: which rounds' members must agree to it, and who is known to hold what. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from elastic_hpc.election import Base, extended, has_quorum, relevant
+from elastic_hpc.protocol import Roster, Status
+
+
+class Mandate:
+    """Of the first leader of a job (``inherited`` is false), or of one that takes over ``roster``. It is ``granted``
+    while enough nodes agree.
+    """
+
+    def __init__(self, roster: Roster, *, inherited: bool, now: float) -> None:
+        self.roster = roster
+        """What the agents hold since the last round was formed."""
+        self.bases = roster.bases
+        self.granted = self.ever_granted = not inherited
+        self.since = self.last_granted = now
+        self._held: dict[int, int] = {}  # newest roster that each node is known to hold
+
+    @property
+    def oldest(self) -> int:
+        """Members of rounds before this one are not asked any more."""
+        return self.bases[0].round if self.bases else 0
+
+    @property
+    def last(self) -> Base | None:
+        """The round that runs or, while one is gathered, the one before it."""
+        return self.roster.bases[-1] if self.roster.bases else None
+
+    def on_status(self, status: Status) -> None:
+        if status.roster == self.roster.round >= status.seen:  # else it may be bound to a round that ignores this one
+            self._held[status.node] = status.roster
+        self.bases = relevant(self.bases, self._held)
+
+    def on_roster(self, roster: Roster) -> bool:
+        """Whether ``roster``, which an agent knows, is a later one; it is the one to inherit then."""
+        if roster.round <= self.roster.round:
+            return False
+        self.roster, self.bases, self._held = roster, roster.bases, {}
+        return True
+
+    def add(self, base: Base) -> tuple[Base, ...]:
+        """A round was formed; its members count too from now on."""
+        self.bases = extended(self.bases, base)
+        return self.bases
+
+    def is_settled(self, formed: Collection[int]) -> bool:
+        """Whether nobody could form another world without the members of this one, ``formed``: too few of the older
+        rounds' members do not hold it. Members hold it before they start; nodes that are left over, as MAX is reached,
+        have to say so.
+        """
+        return len(relevant(self.bases, self._held | dict.fromkeys(formed, self.roster.round))) <= 1
+
+    def renew(self, joined: Collection[Status], now: float, *, stale: bool) -> bool:
+        """Look whether those who have ``joined`` agree; True if that makes a leader of one who never was. ``stale``:
+        the world runs, and could not be settled in time.
+        """
+        quorum = has_quorum(self.bases, {status.node for status in joined}) and not stale
+        quorum = quorum and all(status.roster <= self.roster.round for status in joined)
+        if quorum and not self.granted:
+            self.since = now
+        if quorum:
+            self.last_granted = now
+        news = quorum and not self.ever_granted
+        self.granted, self.ever_granted = quorum, quorum or self.ever_granted
+        return news

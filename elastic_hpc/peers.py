@@ -1,0 +1,73 @@
+"""The agents that a leader is in touch with, and the nodes that it has heard of. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from elastic_hpc.protocol import Host, Status
+
+
+@dataclass
+class Peer:
+    """An agent, as far as its last status says."""
+
+    status: Status
+    addr: str
+    last_heard: float
+    joined: bool = False
+    """It has been seen without workers, or comes from the world that is taken over; others hold nobody up."""
+
+
+class Peers(dict[int, Peer]):
+    """By connection. Times are the leader's, in seconds."""
+
+    def __init__(self, known: Iterable[Host], heartbeat_timeout: float, now: float) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        """Nodes that are not waited for any more: they have joined once, or were refused."""
+        self._timeout = heartbeat_timeout
+        self._hosts = {host.node: host for host in known}
+        self._looked = now
+
+    def hear(self, peer: Peer, status: Status, now: float) -> None:
+        peer.status, peer.last_heard = status, now
+        self._hosts[status.node] = status.host
+
+    @property
+    def joined(self) -> list[Status]:
+        return [peer.status for peer in self.values() if peer.joined]
+
+    @property
+    def by_node(self) -> dict[int, Peer]:
+        return {peer.status.node: peer for peer in self.values()}
+
+    def of_node(self, node: int) -> Iterator[int]:
+        """Connections of ``node``, which has a second one when its agent was started anew."""
+        return (conn for conn, peer in list(self.items()) if peer.status.node == node)
+
+    @property
+    def lost_names(self) -> list[str]:
+        """Slurm's names of the nodes that were here, and are not any more."""
+        here = self.by_node
+        return [host.name for node, host in sorted(self._hosts.items()) if node not in here]
+
+    def names(self, *, but: int) -> list[str]:
+        """Slurm's names of the nodes that are here, without ``but``."""
+        return [peer.status.name for node, peer in sorted(self.by_node.items()) if node != but]
+
+    @property
+    def next_silence(self) -> float:
+        """When the first one will have been silent for too long, if nothing arrives."""
+        return min((peer.last_heard for peer in self.values()), default=float("inf")) + self._timeout
+
+    def silent(self, now: float) -> dict[int, float]:
+        """Connections on which nothing was heard for too long, and for how long. To be called a few times per
+        heartbeat: the time in which a leader that was itself frozen did not look is not held against the others.
+        """
+        stalled = now - self._looked - self._timeout / 4
+        self._looked = now
+        if stalled > 0:
+            for peer in self.values():
+                peer.last_heard = min(now, peer.last_heard + stalled)
+        return {c: now - peer.last_heard for c, peer in self.items() if now - peer.last_heard > self._timeout}

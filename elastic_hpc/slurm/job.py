@@ -1,0 +1,81 @@
+"""What Slurm says about a job, and the end of one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from elastic_hpc.slurm import client
+
+
+@dataclass(frozen=True)
+class Job:
+    """What slurmctld says about a job. Lists of nodes are in Slurm's notation, empty for none."""
+
+    state: str
+    """Slurm's word, RUNNING for one. As long as a job is COMPLETING, Slurm does not say what it will be then."""
+    reason: str
+    restarts: int
+    """Requeues, for whatever cause; counted as soon as one is accepted."""
+    may_requeue: bool
+    """False after ``--no-requeue``, where the site has JobRequeue=0, or when an administrator took it back."""
+    partitions: tuple[str, ...]
+    """One once it has started."""
+    nodes: str
+    """Allocated and not yet lost in Slurm's eyes."""
+    batch_host: str
+    required: str
+    excluded: str
+    folder: str
+    """Working directory."""
+    preempt_time: str
+    """When its end by preemption was announced, while it is running; then, when it came. Empty for never."""
+    end_time: str
+
+    def becomes(self, run: int | None) -> str:
+        """``state``, or if that is COMPLETING, what the rest says to a process of ``run`` (SLURM_RESTART_COUNT):
+
+        REQUEUED by whomever, TIMEOUT, PREEMPTED where the site does not requeue then, FAILED, or CANCELLED, which is
+        also what every other end looks like. At the moment of SIGTERM, RUNNING may still be said for a second.
+        """
+        if self.state != "COMPLETING":
+            return self.state
+        if run is not None and self.restarts > run:
+            return "REQUEUED"
+        if self.preempt_time and self.preempt_time == self.end_time:  # else cancelled in its grace time
+            return "PREEMPTED"
+        return {"TimeLimit": "TIMEOUT", "NonZeroExitCode": "FAILED"}.get(self.reason, "CANCELLED")
+
+
+def show_job(job: str) -> Job:
+    """Ask for ``job``, for an array task ``JOB_TASK``. Raises SlurmError if Slurm knows it no longer."""
+    said = client.scontrol("show", "job", "--oneliner", job).partition(" UserId=")[2]  # a job's name may hold anything
+
+    def field(name: str, value: str = r"\S*") -> str:
+        match = re.search(rf" {name}=({value})", said)
+        return "" if match is None or match[1] == "(null)" else match[1]
+
+    return Job(
+        state=field("JobState"),
+        reason=field("Reason"),
+        restarts=int(field("Restarts") or 0),
+        may_requeue=field("Requeue") == "1",
+        partitions=tuple(filter(None, field("Partition").split(","))),
+        nodes=field("NodeList"),
+        batch_host=field("BatchHost"),
+        required=field("ReqNodeList"),
+        excluded=field("ExcNodeList"),
+        preempt_time=field("PreemptTime").removeprefix("None"),
+        end_time=field("EndTime"),
+        folder=field("WorkDir", r".*?(?= Std(?:Err|In|Out)=| \w+=|\s*$)"),
+    )
+
+
+def job_state(job: str, run: int | None = None) -> str:
+    """Slurm's word for the state of ``job``, or what it becomes when it is completing; see ``Job.becomes``."""
+    return show_job(job).becomes(run)
+
+
+def cancel(job: str) -> None:
+    """End ``job``, running or waiting. Raises SlurmError."""
+    client.run("scancel", job)

@@ -1,0 +1,120 @@
+"""Back to the queue: to go on, or to end as the batch script would have ended."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Sequence
+from datetime import timedelta
+
+from elastic_hpc.errors import SlurmError
+from elastic_hpc.slurm import client
+from elastic_hpc.slurm.job import Job, cancel, show_job
+from elastic_hpc.slurm.nodes import expand
+
+# slurmctld holds a change that it cannot make yet back for 5 seconds, and makes it then even if the client is gone.
+# A process of the job must not wait that long: the job does not complete while it lives.
+_CHANGE_SECONDS = 1
+
+
+def requeue(
+    job: str,
+    *,
+    start_after: timedelta,
+    exclude: Collection[str] = (),
+    readmit: Collection[str] = (),
+    lost: Collection[str] = (),
+    run: int | None = None,
+) -> str | None:
+    """Send ``job``, for an array task ``JOB_TASK``, back to the queue, to start after ``start_after``.
+
+    ``start_after`` must outlast the completion of the job, else Slurm sets a start time of its own, two minutes away.
+    Nodes of ``exclude`` are added to those that the job excludes, nodes of ``readmit`` are taken off again. For
+    ``lost`` nodes, other than the batch host, the completion does not wait until Slurm notices the loss too. With
+    ``run``, the caller's SLURM_RESTART_COUNT, a requeue by somebody else is taken for this one.
+
+    Every process of the job should end as soon as this returns, the caller included: where Slurm has taken a lost node
+    from the job and has no slurmdbd, it accepts a start time only when the job has completed, and waits 5 seconds for
+    that. If the batch host is lost, that takes longer: see ``steps.start_step``.
+
+    Raises SlurmError if the job is not requeued. Returns what Slurm refused after that, None if nothing.
+    """
+    before = show_job(job)
+    _requeue(job, before, run, lost)
+    return _change(job, [_start(start_after), *_excluding(before, exclude, readmit)])
+
+
+def complete(job: str, *, start_after: timedelta, exclude: Collection[str] = (), run: int | None = None) -> str | None:
+    """End ``job``, whose batch script is gone, as that script would have: COMPLETED, or FAILED.
+
+    For that it runs once more, on any one node, where the batch script must find the verdict and exit at once. What is
+    said of ``requeue`` holds here. A job that may not be requeued is cancelled, so that it does not hold its nodes
+    until the time limit, and SlurmError says so.
+    """
+    before = show_job(job)
+    try:
+        _requeue(job, before, run)
+    except SlurmError as error:
+        cancel(job)
+        raise SlurmError(f"{error}; cancelled it instead") from None
+    least = [["NumNodes=1"], ["TimeLimit=1"]]  # the time limit for backfill
+    if before.required:
+        least.append(["ReqNodeList="])
+    return _change(job, [*_excluding(before, exclude, ()), *least, _start(start_after)])
+
+
+def _requeue(job: str, before: Job, run: int | None, lost: Collection[str] = ()) -> None:
+    """Requeue ``job`` unless that is done already. Never brings a cancelled job back."""
+    becomes = before.becomes(run)
+    if becomes == "REQUEUED":
+        return
+    if not before.may_requeue:
+        raise SlurmError(f"job {job} may not be requeued: --no-requeue, JobRequeue=0 of the site, or an administrator")
+    if becomes in {"TIMEOUT", "PREEMPTED"}:
+        client.scontrol("requeue", job)
+        return
+    if before.state == "COMPLETING":
+        raise SlurmError(f"job {job} is {becomes}: not requeued")
+    _release(before, job, lost)
+    client.scontrol("requeue", "incomplete", job)  # without a word, does nothing if the job was cancelled this moment
+    if show_job(job).restarts == before.restarts:
+        raise SlurmError(f"job {job} ended before it could be requeued")
+
+
+def _release(before: Job, job: str, lost: Collection[str]) -> None:
+    """Take ``lost`` nodes from the running job.
+
+    Only for a requeue at once, which ends srun: nobody tells srun, which would wait for their tasks for ever.
+    """
+    kept = [node for node in expand(before.nodes) if node not in lost]
+    if lost and before.batch_host in kept:
+        with contextlib.suppress(SlurmError):  # it has noticed by itself; at worst, the requeue takes longer
+            client.scontrol("update", f"JobId={job}", f"NodeList={','.join(kept)}")
+
+
+def _start(after: timedelta) -> list[str]:
+    return [f"StartTime=now+{after.total_seconds():.0f}"]
+
+
+def _excluding(before: Job, exclude: Collection[str], readmit: Collection[str]) -> list[list[str]]:
+    """The change of ExcNodeList, if any: an update replaces the list."""
+    exclude = set(exclude) - set(expand(before.required))  # else the job would never start
+    if not exclude and not readmit:
+        return []
+    nodes = set(expand(before.excluded)) - set(readmit) | exclude
+    return [[f"ExcNodeList={','.join(sorted(nodes))}"]]
+
+
+def _change(job: str, changes: Sequence[Sequence[str]]) -> str | None:
+    """Make ``changes`` independently of each other. The refusals, None if there are none so far."""
+    asked = [client.ask("scontrol", "update", f"JobId={job}", *change) for change in changes]
+    end = time.monotonic() + _CHANGE_SECONDS
+    refused = []
+    for process in asked:
+        try:
+            client.answer(process, max(0.0, end - time.monotonic()))
+        except TimeoutError:
+            continue  # slurmctld has it
+        except SlurmError as error:
+            refused.append(str(error))
+    return "; ".join(refused) or None

@@ -1,0 +1,99 @@
+"""sbatch: a job, or a job again."""
+
+from __future__ import annotations
+
+import re
+import select
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from elastic_hpc.errors import SlurmError, UsageError
+from elastic_hpc.slurm import client
+from elastic_hpc.slurm.job import show_job
+
+# sbatch has one exit code for everything. These are not the user's input.
+_UNREACHABLE = re.compile(
+    "unable to contact|timed out|connection (failure|refused)|configuration source|zero bytes|munge|authentication",
+    re.IGNORECASE,
+)
+
+
+def sbatch(
+    script: bytes,
+    options: Sequence[str],
+    environ: Mapping[str, str],
+    on_submitted: Callable[[str], None],
+    on_message: Callable[[str], None],
+) -> int:
+    """Submit ``script`` and return sbatch's exit code, with ``--wait`` the job's.
+
+    ``on_submitted`` is called at once with ``ID[;CLUSTER]``; ``on_message`` with what sbatch says besides.
+    Raises UsageError if Slurm refuses the job, SlurmError if it could not be asked.
+    """
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(
+                ["sbatch", "--parsable", *options],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                env=client.clean_environment(environ),
+            )
+        except OSError as error:
+            raise SlurmError(
+                f"sbatch: {error.strerror}; is this a login node of the cluster, and is Slurm's module loaded?"
+            ) from None
+
+        with process:
+            assert process.stdin
+            assert process.stdout
+            try:
+                process.stdin.write(script)
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # sbatch refused its options before it read the script; its message follows
+            if not select.select([process.stdout], [], [], client.SECONDS)[0]:
+                process.kill()
+                raise SlurmError(f"sbatch: no answer in {client.SECONDS} s; the job may be queued or not: squeue --me")
+            job = process.stdout.readline().decode().strip()
+            if job:
+                on_submitted(job)
+            try:
+                process.wait()
+            except KeyboardInterrupt:  # the user waits no longer; the job goes on
+                process.kill()
+                raise
+        said.seek(0)
+        messages = said.read().decode(errors="replace")
+        if job or process.returncode == 0:  # --test-only succeeds without a job
+            on_message(messages)
+            return process.returncode
+        reason = client.condensed(messages) or f"sbatch ended with exit code {process.returncode}"
+        if _UNREACHABLE.search(reason):
+            raise SlurmError(f"sbatch: {reason}")
+        raise UsageError(f"Slurm refused the job: {reason}")
+
+
+def resubmit(job: str, script: Path, environ: Mapping[str, str], exports: Mapping[str, str]) -> str:
+    """Submit the batch script of ``job`` again, to start when ``job`` has ended, and return the new job's id.
+
+    For a job that may not be requeued. The options are the directives of ``script``; ``exports`` are variables for the
+    new job, which must not be hidden by ``--export`` among them. Of an array, only this task is submitted, with the
+    same index. Raises SlurmError.
+    """
+    folder = show_job(job).folder
+    options = [f"--dependency=afterany:{job}", *([f"--chdir={folder}"] if folder else [])]
+    _, _, task = job.partition("_")
+    if task:
+        options.append(f"--array={task}")
+    submitted: list[str] = []
+    try:
+        body = script.read_bytes()
+        sbatch(body, options, {**client.clean_environment(environ), **exports}, submitted.append, lambda _: None)
+    except (OSError, UsageError) as error:
+        raise SlurmError(f"sbatch {script}: {error}") from None
+    if not submitted:
+        raise SlurmError(f"sbatch {script}: no job id")
+    return submitted[0].partition(";")[0] + (f"_{task}" if task else "")

@@ -1,0 +1,83 @@
+"""The round that runs, as its leader sees it: who is in it, what went wrong first, does the job get on. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from elastic_hpc.causes import signature
+from elastic_hpc.protocol import Failure, Plan, Status
+
+SETTLE = 0.25
+"""Seconds in which the cause of a failure may still be reported, when its echo was faster."""
+
+ALIVE_IS_PROGRESS = 60.0
+"""A round that lived for so many seconds has got on, if its workers report no steps."""
+
+
+@dataclass
+class World:
+    """A round, or nothing while one is gathered. Nodes are indices in Slurm's order, times the leader's."""
+
+    formed: tuple[int, ...] = ()
+    plans: dict[int, Plan] = field(default_factory=dict)
+    since: float = 0.0
+    lost: dict[int, str] = field(default_factory=dict)
+    """Nodes that were lost before they finished, and why."""
+    succeeded: set[int] = field(default_factory=set)
+    drained: bool = False
+    failure: Failure | None = None
+    """The first one, of which others may be echoes."""
+    failed_at: float = 0.0
+    repeated: bool = False
+    """The round before ended with the same failure, and no step was done in between."""
+
+    def on_success(self, status: Status) -> None:
+        self.succeeded.add(status.node)
+        self.drained = self.drained or status.drained
+
+    def on_failure(self, failure: Failure, now: float) -> bool:
+        """Whether it is the first one so far: none was known, or only an echo of it."""
+        if self.failure is None:
+            self.failed_at = now
+        elif failure.collateral or not self.failure.collateral:
+            return False
+        self.failure = failure
+        return True
+
+    def is_settling(self, now: float) -> bool:
+        """Only the echo of a failure is known, and for so short a time that its cause may follow."""
+        return bool(self.failure and self.failure.collateral) and now - self.failed_at < SETTLE
+
+    def end(self, inherited: str) -> tuple[str | None, str]:
+        """Why the round is over, None if it is not, and the kind of that. ``inherited``: why the leader was lost."""
+        lost = next(iter(self.lost.values()), "") or inherited
+        if self.failure and not (self.failure.collateral and lost):
+            return str(self.failure), self.failure.kind
+        return lost or None, "node lost"
+
+
+class Progress:
+    """Whether the job gets on from one failure to the next."""
+
+    def __init__(self) -> None:
+        self.step = -1
+        """Last training step that a worker reported, -1 for none."""
+        self.last_failure: Failure | None = None
+        self._failed_with, self._failed_at_step = "", -1
+
+    def is_repeated(self, failure: Failure, alive: float) -> bool:
+        """Whether the job stands still: it fails as the round before it did. This round lived for ``alive`` seconds. A
+        signal may well come twice.
+        """
+        if failure.collateral or failure.kind in {"signal", "stopped"}:
+            return False
+        known, self._failed_with = self._failed_with, signature(failure.kind, failure.message)
+        before, self._failed_at_step = self._failed_at_step, self.step
+        got_on = self.step > before if self.step >= 0 else alive > ALIVE_IS_PROGRESS
+        return known == self._failed_with and not got_on
+
+    def on_end(self, failure: Failure | None) -> None:
+        """A round ended, because of ``failure`` or of something else."""
+        self.last_failure = failure or self.last_failure
+        if failure is None:
+            self._failed_with = ""
