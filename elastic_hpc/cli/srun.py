@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -87,12 +88,16 @@ def _new_run_dir(log_dir: str, job: str) -> RunDir:
 
 
 class _Run:
-    """The running agents, and what Ctrl-C does to them."""
+    """The running agents, and what Ctrl-C does to them. Signals are taken from here on, and acted upon in ``wait``: one
+    that comes while another is acted upon must not cut in.
+    """
 
     def __init__(self, rundir: RunDir, commands: list[tuple[list[str], dict[str, str]]]) -> None:
         self._rundir = rundir
-        self._asked = 0
-        self.interrupted = False
+        self._signals: list[int] = []
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(name, self._on_signal)
         # sessions of their own: Ctrl-C reaches this process alone, which asks the leader to stop in good order
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -106,29 +111,52 @@ class _Run:
             self._end()
             raise SlurmError(f"{commands[0][0][0]}: {error.strerror}; is Slurm's module loaded?") from None
 
-    def on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        self.interrupted = self.interrupted or signum == signal.SIGINT
-        self._asked += 1
-        if self._asked > 2:
+    @property
+    def interrupted(self) -> bool:
+        return signal.SIGINT in self._signals
+
+    def wait(self) -> None:
+        """Until all agents have left."""
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        left = {os.pidfd_open(process.pid): process for process in self._processes}
+        for pidfd in left:
+            poll.register(pidfd, select.POLLIN)
+        asked = 0
+        while left:
+            while asked < len(self._signals):
+                asked += 1
+                self._stop(asked)
+            for ready, _ in poll.poll():
+                if ready == self._wake:
+                    os.eventfd_read(self._wake)
+                else:
+                    poll.unregister(ready)
+                    left.pop(ready).wait()
+                    os.close(ready)
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        self._signals.append(signum)
+        os.eventfd_write(self._wake, 1)
+        if len(self._signals) > 2:
             self._end()
+
+    def _stop(self, asked: int) -> None:
+        """Do what the first or second signal asks for."""
+        if asked > 2:
             return
-        first = self._asked == 1
-        told = "the workers may save first; once more to stop them at once" if first else "once more to kill"
+        told = "the workers may save first; once more to stop them at once" if asked == 1 else "once more to kill"
         print(f"elastic-srun: stopping; {told}", file=sys.stderr)
         from elastic_hpc.ask import ask_leader
 
         try:
-            ask_leader(self._rundir, "save-and-stop" if first else "stop")
+            ask_leader(self._rundir, "save-and-stop" if asked == 1 else "stop")
         except ElasticError:
             self._end()
 
     def _end(self) -> None:
         for process in self._processes:
             process.terminate()
-
-    def wait(self) -> None:
-        for process in self._processes:
-            process.wait()
 
 
 def _outcome(rundir: RunDir) -> int:
@@ -156,8 +184,6 @@ def _main(argv: list[str] | None) -> int:
     job = "local" if local else os.environ["SLURM_JOB_ID"]
     rundir = _new_run_dir(args.log_dir, job)
     run = _Run(rundir, _commands(launch, min(here, launch.nodes.max), rundir, local=local))
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, run.on_signal)
     run.wait()
     code = _outcome(rundir)
     return 130 if run.interrupted else code

@@ -152,6 +152,16 @@ def test_ctrl_c_twice_stops_also_a_script_that_does_not_listen(local: Callable[.
     assert not Path(f"/proc/{pid}").exists()
 
 
+def test_a_second_signal_while_the_first_is_acted_upon_is_acted_upon_next(local: Callable[..., Local]) -> None:
+    job = local("--standalone", "--nproc-per-node", "2")
+    pid = job.stepped(1, 1)[0]
+    job.process.send_signal(signal.SIGINT)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.process.wait(timeout=30) == 130, job.output.read_text()
+    assert job.verdict()["reason"] == "stopped by the user"
+    assert not Path(f"/proc/{pid}").exists()
+
+
 def test_ctrl_c_lets_a_script_that_listens_save_and_it_hears_of_it_in_no_later_round(
     local: Callable[..., Local],
 ) -> None:
