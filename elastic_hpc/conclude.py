@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -112,6 +113,11 @@ def _acted(rundir: RunDir, environ: Mapping[str, str]) -> Path:
     return rundir.path / _ACTED.format(run=run_number(environ))
 
 
+def _mark_acted(rundir: RunDir, environ: Mapping[str, str]) -> None:
+    with contextlib.suppress(OSError):  # then the batch script finds that the job was requeued already
+        _acted(rundir, environ).touch()
+
+
 def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] = ()) -> int:
     """SIGTERM, which the requeue sends to its own caller, must be ignored before."""
     job, count = job_name(environ), restart_count(environ)
@@ -122,7 +128,7 @@ def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] =
         problem = slurm.requeue(job, start_after=REQUEUE_DELAY, exclude=exclude, readmit=readmit, lost=lost, run=count)
     except SlurmError as error:
         return _instead(rundir, environ, job, error)
-    _acted(rundir, environ).touch()
+    _mark_acted(rundir, environ)
     if problem:
         print(f"elastic_hpc: requeued, but not all was accepted, it may take two minutes: {problem}", file=sys.stderr)
     return 0
@@ -146,7 +152,7 @@ def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmE
             file=sys.stderr,
         )
         return 1
-    _acted(rundir, environ).touch()
+    _mark_acted(rundir, environ)
     print(f"elastic_hpc: {error}; job {new} goes on in its place, in the same run directory", file=sys.stderr)
     return 0
 
@@ -161,7 +167,7 @@ def _cancelled(rundir: RunDir) -> None:
 def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Nodes to exclude, and nodes that need not be any more. None of either where that cannot be told."""
     try:
-        known = strikes.load((rundir.read("state.json") or {}).get("strikes", ()))
+        known = strikes.load([*(rundir.read("state.json") or {}).get("strikes", ()), *rundir.unfit()])
         if not known:
             return (), ()
         wanted = (rundir.read("spec.json") or {}).get("--nodes", "1:1").partition(":")

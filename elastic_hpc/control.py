@@ -41,7 +41,7 @@ class Outside(Protocol):
     """What membership needs of the rest of the agent (``leading.Leading``). The first two may block."""
 
     def find_leader(self) -> Host | None: ...
-    def give_up(self, roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None: ...
+    def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None: ...
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer: ...
 
 
@@ -184,8 +184,8 @@ class Control:
         found: Host | None = looked.result()
         return found
 
-    async def give_up(self, roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None:
-        return await asyncio.to_thread(self._outside.give_up, roster, waited, patient=patient)
+    async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
+        return await asyncio.to_thread(self._outside.give_up, roster, waited, why, patient=patient)
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
         return self._outside.lead(roster, reason)

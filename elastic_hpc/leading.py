@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -36,6 +37,7 @@ class Leading:
     rundir: RunDir
     recorder: Recorder | None = None
     _beat: tuple[int, float] = field(default=(0, 0.0))
+    _stays_out: bool = False
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
         """A leader on this node. ``roster`` is None for the first one, which goes on from ``state.json``."""
@@ -96,15 +98,21 @@ class Leading:
             return None
         return Host(found["node"], found["host"], tuple(found["addresses"]), found["port"])
 
-    def give_up(self, roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None:
-        """This node has been without a leader for ``waited`` seconds. As long as the record is touched somebody leads.
-        Else, unless ``patient``, the job returns through the queue, or ends.
+    def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
+        """This node has been without a leader for ``waited`` seconds, because of ``why``. As long as the record is
+        touched somebody leads. Else, unless ``patient``, the job returns through the queue, or ends.
         """
-        if self._somebody_leads() or patient:
+        if self._somebody_leads():
+            if roster is None and waited > 2 * self.policy.heartbeat_timeout and self.find_leader():
+                self._stay_out(why)
+            return None
+        if patient:
             return None
         said = self._verdict_of_this_run()
         if said is None:
-            said = self._own_verdict(roster, waited)
+            said = self._own_verdict(
+                roster, f"no leader was found for {waited:.0f} s ({why}), and too few nodes to have another"
+            )
         elif said.get("actor") == "batch script":  # it acts, when the last agent has left
             return JobEnded(said["outcome"], said["reason"])
         problem = self._do(said, [], alone=True, others=())
@@ -117,6 +125,21 @@ class Leading:
         if alone and os.environ.get("ENVIRONMENT") == "BATCH":
             return conclude.cancel(self.env)
         return None
+
+    def _stay_out(self, why: str) -> None:
+        """The leader cannot be reached from here: the job goes on without this node, and avoids it when it comes back
+        from the queue.
+        """
+        if self._stays_out:
+            return
+        self._stays_out = True
+        log.warning(
+            "the leader cannot be reached: %s; name the interface that all nodes share: --interface IFNAME, or have "
+            "its port opened between the nodes",
+            why,
+        )
+        with contextlib.suppress(OSError):
+            self.rundir.write_unfit(self.env.name, time.time(), f"the leader could not be reached: {why}")
 
     def _somebody_leads(self) -> bool:
         try:
@@ -136,16 +159,14 @@ class Leading:
             return None
         return said if said and said["run"] == self.env.run else None
 
-    def _own_verdict(self, roster: Roster | None, waited: float) -> dict[str, Any]:
+    def _own_verdict(self, roster: Roster | None, reason: str) -> dict[str, Any]:
         try:
             state = self.rundir.read("state.json") or {}
         except (ElasticError, OSError):
             state = {}
         restarts = max(state.get("restarts", 0), roster.restarts if roster else 0)
         requeues = max(state.get("requeues", 0), roster.requeues if roster else 0)
-        decision = give_back(
-            f"no leader was found for {waited:.0f} s, and too few nodes to have another", requeues, self.policy
-        )
+        decision = give_back(reason, requeues, self.policy)
         outcome = {Action.FAIL: "failed", Action.REQUEUE: "requeue"}[decision.action]
         requeues += decision.action is Action.REQUEUE
         counters = {"round": roster.round if roster else 0, "restarts": restarts, "requeues": requeues}

@@ -50,8 +50,10 @@ class Node(Protocol):
     async def published(self) -> Host | None:
         """The leader that the run directory names."""
 
-    async def give_up(self, roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None:
-        """No leader for ``waited`` seconds. Unless ``patient`` see to it that the job returns or ends."""
+    async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
+        """No leader for ``waited`` seconds, because of ``why``; none ever if there is no ``roster``. Unless ``patient``
+        see to it that the job returns or ends.
+        """
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
         """A leader on this node: the first one, or one that takes over."""
@@ -306,7 +308,8 @@ class Membership:
             await asyncio.sleep(self._timeout / 5)
             waited = self._now() - self._led_at
             if waited > self._timeout:
-                over = await self._node.give_up(self._known(), waited, patient=waited < self._patience)
+                patient = waited < self._patience
+                over = await self._node.give_up(self._known(), waited, self._lost_why, patient=patient)
                 if over:
                     self._node.ended(over)
                     return

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import select
 import shlex
 import signal
 import socket
@@ -13,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,15 +59,14 @@ class _Check:
 def check(
     rundir: Path,
     *,
-    head: Sequence[tuple[str, int]] = (),
     gpus: int | None = None,
     cuda_visible: str | None = None,
     command: str | None = None,
 ) -> list[Problem]:
     """What is wrong with this node, what is fatal first. A check that hangs is a problem, and is left behind.
 
-    ``head``: addresses and ports of the leader, of which one must answer. ``gpus``: how many Slurm granted here.
-    ``cuda_visible``: the value of ``CUDA_VISIBLE_DEVICES``. ``command``: the site's own check, a command line.
+    ``gpus``: how many Slurm granted here. ``cuda_visible``: the value of ``CUDA_VISIBLE_DEVICES``.
+    ``command``: the site's own check, a command line.
     """
     silent = f"no answer within {LIMIT:.0f} s"
     checks = [
@@ -77,8 +74,6 @@ def check(
         _Check(LIMIT, partial(_run_dir, rundir), Problem(f"run directory {rundir}: {silent}; {_SHARED}", fatal=True)),
         _Check(LIMIT, _temp_dir, Problem(f"temporary directory: {silent}; set TMPDIR", fatal=True)),
     ]
-    if head:
-        checks.append(_Check(LIMIT, partial(_head, head), Problem(_unreached(head, silent), fatal=True)))
     if gpus:
         hung = f"nvidia-smi: no answer within {GPU_LIMIT:.0f} s; the driver or a GPU hangs, have this node drained"
         checks.append(_Check(GPU_LIMIT, partial(_gpus, gpus, cuda_visible), Problem(hung, fatal=True)))
@@ -160,36 +155,6 @@ def _names() -> Iterator[Problem]:
     with contextlib.suppress(OSError):  # no name, but an answer
         socket.gethostbyaddr(f"::ffff:{_own_address()}")
     yield from ()
-
-
-def _unreached(head: Sequence[tuple[str, int]], why: str) -> str:
-    return (
-        f"the leader at {' or '.join(f'{address} port {port}' for address, port in head)} cannot be reached: {why}; "
-        "name the interface that all nodes share: --interface IFNAME, or have the port opened between the nodes"
-    )
-
-
-def _head(head: Sequence[tuple[str, int]]) -> Iterator[Problem]:
-    """Dial all addresses at once; the first that answers will do."""
-    why, poll, dialled = "no answer", select.poll(), {}
-    deadline = time.monotonic() + LIMIT / 2
-    with contextlib.ExitStack() as stack:
-        for address, port in head:
-            link = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET))
-            link.settimeout(0)
-            if (code := link.connect_ex((address, port))) in {0, errno.EINPROGRESS}:
-                dialled[link.fileno()] = link
-                poll.register(link, select.POLLOUT)
-            else:
-                why = os.strerror(code)
-        while dialled and (left := deadline - time.monotonic()) > 0:
-            for descriptor, _ in poll.poll(left * 1000):
-                poll.unregister(descriptor)
-                code = dialled.pop(descriptor).getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if not code:
-                    return
-                why = os.strerror(code)
-    yield Problem(_unreached(head, why), fatal=True)
 
 
 def _gpus(granted: int, cuda_visible: str | None) -> Iterator[Problem]:

@@ -79,6 +79,14 @@ class RunDir:
             os.fsync(file.fileno())
         os.replace(temporary, self.path / name)
 
+    def write_unfit(self, node: str, when: float, reason: str) -> None:
+        """``node`` says itself why it could not take part, as no leader can know. Raises OSError."""
+        self.write(f"unfit.{node}.json", {"node": node, "time": when, "reason": reason})
+
+    def unfit(self) -> list[dict[str, Any]]:
+        """What ``write_unfit`` has left. Raises ElasticError for a damaged file."""
+        return [body for path in self.path.glob("unfit.*.json") if (body := self.read(path.name))]
+
     def append_event(self, when: float, event: str, fields: dict[str, Any]) -> None:
         """Append one line to ``events.jsonl``: ``time`` (``when``, seconds since the epoch), ``event``, ``fields``.
         On a new line, also after one of which only a part was written. Raises OSError.

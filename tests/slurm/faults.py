@@ -186,7 +186,7 @@ def cut(*nodes: str) -> Callable[[Scene], None]:
         for node in nodes:
             scene.cluster.mini("cut", node)
         scene.release()
-        scene.wait_noticed(f"{nodes[0]} {LOST}")
+        scene.wait_noticed(f"{nodes[0]} {LOST}" if len(nodes) == 1 else LOST)
         for node in nodes:
             scene.cluster.mini("heal", node)
 
@@ -358,7 +358,7 @@ OF_MORE = (
     Fault("head_then_next_head", head_then_next, f"n2 {LOST}", off=("n1", "n2")),
     Fault("partition_of_one", cut("n3"), f"n3 {LOST}"),
     Fault("partition_of_the_head", cut("n1"), f"n1 {LOST}"),
-    Fault("partition_of_half", cut("n3", "n4"), f"n3 {LOST}"),
+    Fault("partition_of_half", cut("n3", "n4"), LOST),
     Fault("partition_of_the_heads_half", cut_the_heads_half, LOST),
     Fault("store_port_taken", ports_taken_then_head_lost, f"n1 {LOST}", off=("n1",)),
     Fault("slurmctld_restarted", slurmctld_away, None),

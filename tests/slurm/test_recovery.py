@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,23 @@ def workers(cluster: Cluster, node: str) -> list[int]:
         for pid in cluster.processes("train_digits.py", node)
         if "elastic_hpc.agent" not in Path(f"/proc/{pid}/cmdline").read_text()
     ]
+
+
+def test_a_node_that_cannot_reach_the_leader_stays_out_and_is_avoided_next_time(submit: Submit, fresh: Cluster) -> None:
+    blocked = ["ipproto", "tcp", "dport", "29432", "prohibit"]
+    fresh.mini("exec", "--root", "--node", "n3", "--", "ip", "rule", "add", *blocked)
+    try:
+        job = submit("--nodes", "2:3", "--rdzv-conf", "last_call_timeout=3", "--grace", "5", args=ARGS)
+        assert job.wait_event("round")["nodes"] == ["n1", "n2"]
+        wait_for("n3 to say so", (job.run_dir / "unfit.n3.json").exists)
+        assert "n3]: the leader cannot be reached: n1 at 10.213.0.1" in job.output()
+        fresh.exec([str(Path(sys.executable).with_name("elastic-hpc")), "drain", str(job.run_dir)])
+        wait_for("a start without n3", lambda: job.events("start")[1:])
+        assert fresh.job_field(job.id, "ExcNodeList") == "n3"
+        finish(job)
+    finally:
+        fresh.mini("exec", "--root", "--node", "n3", "--", "ip", "rule", "del", *blocked)
+    assert job.events("round")[-1]["nodes"] == ["n1", "n2", "n4"]
 
 
 def test_the_world_has_all_granted_nodes_and_every_rank_sees_the_same_restart_count(

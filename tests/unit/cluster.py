@@ -90,9 +90,9 @@ class Node:
         found = self.cluster.rundir.read("endpoint.json")
         return found and Host(found["node"], found["host"], tuple(found["addresses"]), found["port"])
 
-    def give_up(self, _roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None:
+    def give_up(self, _roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
         self.gave_up.append(waited)
-        return None if patient else JobEnded("lost", f"no leader: {self.control._membership._lost_why}")
+        return None if patient else JobEnded("lost", f"no leader: {why}")
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
         self.recorder = self.recorder or Recorder(self.cluster.rundir, 0, self.host)

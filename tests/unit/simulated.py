@@ -235,7 +235,7 @@ class SimNode:
         await asyncio.sleep(0.01)
         return self.job.endpoint if self.job.files else None
 
-    async def give_up(self, roster: Roster | None, waited: float, *, patient: bool) -> JobEnded | None:
+    async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
         if self._beats[0] != self.job.beats:
             self._beats = (self.job.beats, self.job.now)
         if self.job.now - self._beats[1] < 2 * TIMEOUT or patient:

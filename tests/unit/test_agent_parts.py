@@ -184,6 +184,8 @@ POLICY = Policy(
     can_requeue=True,
 )
 HOST = Host(1, "n2", ("10.0.0.2",), 29432)
+ENDPOINT = {"run": 1, "node": 0, "host": "n1", "addresses": ["10.0.0.1"], "port": 29432}
+WHY = "n1 at 10.0.0.1 port 29432: Connection refused"
 
 
 def agent(rundir: RunDir, run: int = 1, **changes: Any) -> Leading:
@@ -199,7 +201,7 @@ def roster(restarts: int, requeues: int) -> Roster:
 def test_a_node_that_is_alone_returns_the_job_through_the_queue(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     rundir.write("state.json", {"round": 3, "restarts": 1, "requeues": 0})
-    ended = agent(rundir).give_up(roster(restarts=2, requeues=0), 9.0, patient=False)
+    ended = agent(rundir).give_up(roster(restarts=2, requeues=0), 9.0, WHY, patient=False)
     assert ended
     assert ended.outcome == "lost"
     verdict = rundir.read("verdict.json")
@@ -217,7 +219,7 @@ def test_a_head_that_is_lost_again_and_again_does_not_requeue_for_ever(tmp_path:
     rundir = RunDir(tmp_path)
     if held is None:
         rundir.write("state.json", {"round": 4, "restarts": 0, "requeues": 2})
-    assert agent(rundir).give_up(held, 9.0, patient=False)
+    assert agent(rundir).give_up(held, 9.0, WHY, patient=False)
     verdict = rundir.read("verdict.json")
     assert verdict
     assert (verdict["outcome"], verdict["cause"], verdict["requeues"]) == ("failed", "budget", 2)
@@ -225,7 +227,7 @@ def test_a_head_that_is_lost_again_and_again_does_not_requeue_for_ever(tmp_path:
 
 def test_a_node_that_is_alone_in_a_job_that_cannot_be_requeued_ends_it(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    assert agent(rundir, can_requeue=False).give_up(None, 9.0, patient=False)
+    assert agent(rundir, can_requeue=False).give_up(None, 9.0, WHY, patient=False)
     assert (rundir.read("verdict.json") or {})["outcome"] == "failed"
 
 
@@ -234,33 +236,47 @@ def test_a_node_that_was_cut_off_leaves_the_living_job_alone(tmp_path: Path, *, 
     """It has to see for two heartbeat timeouts that nobody touches the record."""
     rundir = RunDir(tmp_path)
     if published:
-        rundir.write("endpoint.json", {"run": 1})
-    assert agent(rundir, heartbeat_timeout=60.0).give_up(roster(0, 0), 99.0, patient=False) is None
+        rundir.write("endpoint.json", ENDPOINT)
+    assert agent(rundir, heartbeat_timeout=60.0).give_up(roster(0, 0), 99.0, WHY, patient=False) is None
     patient = agent(rundir)
-    assert patient.give_up(roster(0, 0), 9.0, patient=True) is None
+    assert patient.give_up(roster(0, 0), 9.0, WHY, patient=True) is None
     assert rundir.read("verdict.json") is None
 
 
 def test_each_time_the_record_is_touched_a_node_that_was_cut_off_begins_to_wait_anew(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    rundir.write("endpoint.json", {"run": 1})
+    rundir.write("endpoint.json", ENDPOINT)
     alone = agent(rundir, heartbeat_timeout=0.05)
-    assert alone.give_up(None, 9.0, patient=False) is None
+    assert alone.give_up(None, 9.0, WHY, patient=False) is None
     since = alone._beat[1]
     os.utime(rundir.path / "endpoint.json", (1, 1))
-    assert alone.give_up(None, 9.0, patient=False) is None
+    assert alone.give_up(None, 9.0, WHY, patient=False) is None
     assert alone._beat[1] > since
-    wait_for(lambda: alone.give_up(None, 9.0, patient=False))
+    wait_for(lambda: alone.give_up(None, 9.0, WHY, patient=False))
+
+
+def test_a_node_that_cannot_reach_the_leader_stays_out_and_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rundir = RunDir(tmp_path)
+    rundir.write("endpoint.json", ENDPOINT)
+    outside = agent(rundir, heartbeat_timeout=5.0)
+    for waited in (9.0, 11.0, 12.0):
+        assert outside.give_up(None, waited, WHY, patient=False) is None
+        assert len(rundir.unfit()) == (waited > 10)
+    assert (rundir.unfit()[0]["node"], rundir.unfit()[0]["reason"].rpartition(": ")[2]) == ("n2", "Connection refused")
+    assert caplog.text.count(WHY) == 1
+    assert "--interface IFNAME" in caplog.text
 
 
 def test_the_verdict_that_there_is_already_is_kept(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     said = {"outcome": "finished", "reason": "all workers finished", "run": 1, "actor": "batch script"}
     rundir.write("verdict.json", said)
-    ended = agent(rundir).give_up(roster(0, 0), 9.0, patient=False)
+    ended = agent(rundir).give_up(roster(0, 0), 9.0, WHY, patient=False)
     assert ended
     assert (ended.outcome, ended.reason) == ("finished", "all workers finished")
-    ended = agent(rundir, run=2).give_up(roster(0, 0), 9.0, patient=False)
+    ended = agent(rundir, run=2).give_up(roster(0, 0), 9.0, WHY, patient=False)
     assert ended
     assert ended.outcome == "lost", "that was the verdict of the run before"
     assert (rundir.read("verdict.json") or {})["run"] == 2
