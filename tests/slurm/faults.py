@@ -65,11 +65,18 @@ class Scene:
         self.cluster.mini("exec", "--root", "--node", node, "--", *command)
 
     def in_background(self, node: str, code: str) -> None:
-        """Run Python ``code`` as root, and wait until it is done; what it has opened stays open for ten minutes."""
+        """Run Python ``code`` as root, and wait until it is done; what it has opened stays open until the test ends."""
         ready = self.data / f"ready.{node}"
-        code = f"{code}\nimport time; open({str(ready)!r}, 'w'); time.sleep(600)"
+        code = (
+            f"{code}\nimport os, time\nopen({str(ready)!r}, 'w')\nwhile os.path.exists({str(ready)!r}): time.sleep(0.1)"
+        )
         self.at_node(node, "sh", "-c", '"$@" >/dev/null 2>&1 &', "sh", sys.executable, "-c", code)
         wait_for(f"{code} on {node}", ready.exists)
+        self.end.callback(ready.unlink)
+
+    def wait_next_round(self) -> None:
+        """Until a worker of the next round runs."""
+        wait_for("the next round", lambda: list(self.data.glob("at.start.2.*")))
 
     def provoke(self) -> None:
         """A new round. While one is formed there is no need to."""
@@ -275,7 +282,7 @@ def fill_disk(scene: Scene) -> None:
     scene.at_node("n4", "sh", "-c", FILL, str(full))
     scene.provoke()
     scene.release()
-    wait_for("steps of the next round", lambda: any(step["round"] == 2 for step in scene.steps()))
+    scene.wait_next_round()
     scene.at_node("n4", "rm", str(full))
 
 
@@ -287,7 +294,7 @@ def write_protect(scene: Scene) -> None:
         scene.at_node(node, "mount", "-o", "remount,bind,ro", folder)
     scene.provoke()
     scene.release()
-    wait_for("steps of the next round", lambda: any(step["round"] == 2 for step in scene.steps()))
+    scene.wait_next_round()
     for node in NODES:
         scene.at_node(node, "umount", folder)
 
