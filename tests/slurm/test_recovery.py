@@ -48,7 +48,9 @@ def test_a_node_that_cannot_reach_the_leader_stays_out_and_is_avoided_next_time(
     blocked = ["ipproto", "tcp", "dport", "29432", "prohibit"]
     fresh.mini("exec", "--root", "--node", "n3", "--", "ip", "rule", "add", *blocked)
     try:
-        job = submit("--nodes", "2:3", "--rdzv-conf", "last_call_timeout=3", "--grace", "5", args=ARGS)
+        job = submit(
+            "--nodes", "2:3", "--rdzv-conf", "last_call_timeout=3", "--grace", "5", args=[*ARGS, "--epochs", "60"]
+        )
         assert job.wait_event("round")["nodes"] == ["n1", "n2"]
         wait_for("n3 to say so", (job.run_dir / "unfit.n3.json").exists)
         wait_for("the user to be told", lambda: "n3]: the leader cannot be reached: n1 at 10.213.0.1" in job.output())
