@@ -154,6 +154,7 @@ class Soak:
         self.faults: list[Fault] = []
         self._undo: list[tuple[float, str, Callable[[], subprocess.Popen[str] | None]]] = []
         self._healing: dict[str, subprocess.Popen[str]] = {}
+        self._killed: dict[str, int] = {}  # round in which an agent was killed, by its node
         self._script = str(folder / "train.py")
         self._asked = 0.0
         at.run("mkdir", "-p", str(folder))
@@ -297,17 +298,20 @@ class Soak:
         host: str = json.loads(self._text("endpoint.json"))["host"]
         return host
 
-    def _free(self, kind: str) -> list[str]:
-        """Nodes for a fault of ``kind``: in the world, and not being healed of another one."""
-        broken = {node for _, node, _ in self._undo} | set(self._healing)
+    def _free(self, kind: str) -> list[str] | None:
+        """Nodes for a fault of ``kind``: in the world, and not broken by another one; None while there is none. One
+        agent is always left: nobody else could bring the job back.
+        """
+        broken = {node for node, round in self._killed.items() if round == self._round()}
+        broken |= {node for _, node, _ in self._undo} | set(self._healing)
         nodes = [node for node in self._world() if node not in broken]
-        if kind == "half-cut":
-            return nodes if len(nodes) > 1 else []
+        if kind in {"half-cut", "agent-kill", "node-power", "head-power"} and len(nodes) < 2:
+            return None
         if kind.startswith("head-"):
-            return [node for node in nodes if node == self._leader()]
+            nodes = [node for node in nodes if node == self._leader()]
         if kind.startswith("node-"):
-            return [node for node in nodes if node != self._leader()]
-        return nodes
+            nodes = [node for node in nodes if node != self._leader()]
+        return nodes or None
 
     def _wait_for_moment(self, draw: Draw, first: float) -> None:
         if draw.moment == "any":
@@ -347,6 +351,8 @@ class Soak:
             what, how = draw.kind.split("-")
             pid = self._pid(nodes[0], worker=what == "worker")
             moment = time.time()
+            if draw.kind == "agent-kill":
+                self._killed[nodes[0]] = round_
             number = {"kill": signal.SIGKILL, "crash": draw.crash, "freeze": signal.SIGSTOP}[how]
             os.kill(pid, number)
             if how == "freeze":
