@@ -206,8 +206,9 @@ class Leader:
                 self._sent[conn] = (refusal,)
                 orders[conn] = [self._order("end", refusal, None, "failed")]
         drain = self._request in {"drain", "save-and-stop"} and self._stage == "run"
+        plans = self._world.plans if self._stage == "run" and self._is_settled else {}
         for conn, peer in self._peers.items():
-            plan = self._world.plans.get(peer.status.node) if self._stage == "run" and self._is_settled else None
+            plan = plans.get(peer.status.node)
             content = (self._stage, self.round, plan, self._mandate.oldest, drain, self.leads)
             if beat or self._sent.get(conn) != content:
                 self._sent[conn] = content
@@ -385,7 +386,7 @@ class Leader:
             self._end(decision, now)
 
     def _form(self, decision: Decision, now: float) -> None:
-        peers = {peer.status.node: peer for peer in self._peers.values()}
+        peers = self._peers.by_node
         first = peers[decision.nodes[0]]
         addr = first.status.host.addresses[0] if first.addr.startswith("127.") else first.addr
         size = len(decision.nodes)

@@ -123,24 +123,24 @@ def test_before_the_first_round_there_is_no_roster_to_send() -> None:
     assert [type(message) for message in job.say(0)[0]] == [Order]
 
 
-def test_the_oldest_round_that_is_asked_is_the_new_one_once_enough_members_hold_its_roster() -> None:
+def formed_again_without_2() -> Job:
     job = formed(3)
     for node in (0, 1, 2):
         job.say(node, state="running", round=1, seen=1, roster=1)
     job.leader.on_lost(2, "gone", job.now)
     job.ready(0, 1)
     assert job.leader.roster.round == 2
+    return job
+
+
+def test_the_oldest_round_that_is_asked_is_the_new_one_once_enough_members_hold_its_roster() -> None:
+    job = formed_again_without_2()
     assert {order.oldest for order in orders(job.leader.take_orders(beat=True)).values()} == {1}
     assert orders(job.say(1, state="running", round=2, seen=2, roster=2))[1].oldest == 2  # 0 formed it, 1 holds it
 
 
 def test_only_who_holds_this_leaders_own_newest_roster_is_taken_to_know_it() -> None:
-    job = formed(3)
-    for node in (0, 1, 2):
-        job.say(node, state="running", round=1, seen=1, roster=1)
-    job.leader.on_lost(2, "gone", job.now)
-    job.ready(0, 1)
-    assert job.leader.roster.round == 2
+    job = formed_again_without_2()
     for fields in ({"seen": 3, "roster": 2}, {"seen": 3, "roster": 3}, {"seen": 2, "roster": 1}):
         job.say(1, state="running", round=2, **fields)
         assert orders(job.leader.take_orders(beat=True))[0].oldest == 1, fields
