@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI_SLURM = ROOT / "bin" / "mini-slurm"
-DEFAULT_STATE = os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-benchmarks")
+_DEFAULT_STATE = os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-benchmarks")
 _POLL = 0.02  # seconds between two looks; no measured time comes from when we looked
 
 T = TypeVar("T")
@@ -207,6 +207,12 @@ def busy(seconds: float = 1.0) -> float:
     time.sleep(seconds)
     later_total, later_idle = ticks()
     return 1 - (later_idle - idle) / max(1, later_total - total)
+
+
+def add_state(parser: argparse.ArgumentParser) -> None:
+    """The option for ``cluster``'s directory."""
+    text = "mini-slurm's directory; one that is up is used and left up (default: $MINI_SLURM_STATE or %(default)s)"
+    parser.add_argument("--state", type=Path, default=_DEFAULT_STATE, metavar="DIR", help=text)
 
 
 def positive(text: str) -> int:

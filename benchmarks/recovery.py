@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from _cluster import (
-    DEFAULT_STATE,
     ROOT,
     BenchmarkError,
     Cluster,
+    add_state,
     busy,
     cluster,
     json_lines,
@@ -332,8 +332,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--json", type=Path, metavar="FILE", help="write all runs, the summary and where it was measured")
     add("--keep", type=Path, metavar="DIR", help="copy each job's logs and steps there")
-    text = "mini-slurm's directory; one that is up is used and left up (default: $MINI_SLURM_STATE or %(default)s)"
-    add("--state", type=Path, default=DEFAULT_STATE, metavar="DIR", help=text)
+    add_state(parser)
     return parser.parse_args()
 
 

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from _cluster import (
-    DEFAULT_STATE,
     ROOT,
     BenchmarkError,
     Cluster,
+    add_state,
     cluster,
     json_lines,
     machine,
@@ -513,8 +513,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--deadline", type=positive, default=240, metavar="SECONDS", help=text)
     add("--json", type=Path, metavar="FILE", help="write all faults, the summary and where it was measured")
     add("--keep", type=Path, metavar="DIR", help="copy the job's logs, events and steps there")
-    text = "mini-slurm's directory; one that is up is used and left up (default: $MINI_SLURM_STATE or %(default)s)"
-    add("--state", type=Path, default=DEFAULT_STATE, metavar="DIR", help=text)
+    add_state(parser)
     return parser.parse_args()
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _cluster import DEFAULT_STATE, ROOT, BenchmarkError, busy, cluster, machine, positive
+from _cluster import ROOT, BenchmarkError, add_state, busy, cluster, machine, positive
 from rich.console import Console
 from rich.table import Table
 
@@ -150,8 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--pairs", type=positive, default=15, metavar="N", help="submissions each way (default: 15)")
     add("--json", type=Path, metavar="FILE", help="write all figures and where they were measured")
     add("--here", action="store_true", help="use the Slurm of this machine, as the present user")
-    text = "mini-slurm's directory; one that is up is used and left up (default: $MINI_SLURM_STATE or %(default)s)"
-    add("--state", type=Path, default=DEFAULT_STATE, metavar="DIR", help=text)
+    add_state(parser)
     add("--raw", action="store_true", help="print the figures as JSON and nothing else")
     return parser.parse_args()
 
