@@ -23,6 +23,7 @@ from elastic_hpc.control import Control
 from elastic_hpc.decide import Policy
 from elastic_hpc.env import AgentEnv, prepare_worker_env, read_agent_env, workers_per_node
 from elastic_hpc.errors import ElasticError, JobEnded
+from elastic_hpc.joiners import enter
 from elastic_hpc.leading import Leading
 from elastic_hpc.protocol import Host
 from elastic_hpc.rundir import RunDir
@@ -92,10 +93,17 @@ def _start_guard(token: str, silence: float, folder: str) -> int:
     return ours
 
 
-def _policy(spec: LaunchSpec, *, can_requeue: bool) -> Policy:
+def _policy(spec: LaunchSpec, nproc: int, *, can_requeue: bool) -> Policy:
+    sizes = spec.sizes(nproc)
     return Policy(
-        min_nodes=spec.nodes.min,
-        max_nodes=spec.nodes.max,
+        min_nodes=sizes[0],
+        max_nodes=sizes[-1],
+        sizes=sizes,
+        spares=spec.spares,
+        grow=spec.grow,
+        free_growth=spec.free_growth,
+        grow_every=spec.grow_every.total_seconds(),
+        wait_for_nodes=spec.wait_for_nodes.total_seconds(),
         max_restarts=spec.max_restarts,
         max_requeues=spec.max_requeues,
         heartbeat_timeout=spec.heartbeat_timeout.total_seconds(),
@@ -125,13 +133,18 @@ def _local_folder() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     spec, args = parse_args(argv)
-    env = read_agent_env(os.environ)
+    environ, env = dict(os.environ), read_agent_env(os.environ)
     rundir = RunDir(args.run_dir).create()
+    if env.joins:
+        try:
+            env = enter(env, rundir)
+        except JobEnded as over:
+            print(f"elastic_hpc[{env.name}]: {over.reason}: nothing to join", file=sys.stderr)
+            return 0
     listener = _start_log(rundir, env)
-    policy = _policy(spec, can_requeue=not (args.no_requeue or env.local))
     token = secrets.token_hex(8)
     local_folder = _local_folder()
-    pipe = _start_guard(token, 1.5 * policy.heartbeat_timeout, local_folder)
+    pipe = _start_guard(token, 1.5 * spec.heartbeat_timeout.total_seconds(), local_folder)
     unfit: list[str] = []
     checking = threading.Thread(target=_preflight, args=(spec, env, rundir, unfit))
     checking.start()
@@ -144,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     from elastic_hpc.workers import ElasticAgent, NodeLogs
 
     nproc = workers_per_node(spec.nproc_per_node, env, torch.cuda.device_count())
+    policy = _policy(spec, nproc, can_requeue=not (args.no_requeue or env.local))
     gloo_interface = os.environ.get("GLOO_SOCKET_IFNAME")
     prepare_worker_env(os.environ, env, nproc, token)
     os.environ["ELASTIC_HPC_RUN_DIR"] = str(rundir.path)
@@ -153,9 +167,9 @@ def main(argv: list[str] | None = None) -> int:
     server_socket = net.listen_from(spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
     addresses = ("127.0.0.1",) if env.local else net.addresses_to_publish(env.name, spec.interface, env.submit_host)
     me = Host(env.node, env.name, addresses, server_socket.getsockname()[1])
-    leading = Leading(spec, env, me, nproc, policy, rundir)
+    leading = Leading(spec, env, me, nproc, policy, rundir, environ)
     head = spec.rdzv_endpoint.host
-    first = net.is_me(head, env.name) if head and not env.local else env.node == 0
+    first = not env.late and (net.is_me(head, env.name) if head and not env.local else env.node == 0)
     if first:
         leading.prepare()
     checking.join()
@@ -201,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller, who has more to do
         if not leads or ended.outcome == "lost":
             log.info("%s: %s", ended.outcome, ended.reason)
-        code, leave = EXIT_CODES[ended.outcome], LEAVE_TIMEOUT + 20
+        code, leave = 0 if env.joins else EXIT_CODES[ended.outcome], LEAVE_TIMEOUT + 20
     except SignalException as error:
         log.info("%s: leaving", error)
         code, leave = 128 + error.sigval, 0.5

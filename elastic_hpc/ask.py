@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from elastic_hpc import channel
 from elastic_hpc.errors import ElasticError
-from elastic_hpc.protocol import ProtocolError, Request
+from elastic_hpc.protocol import LEAVE, ProtocolError, Request
 from elastic_hpc.rundir import RunDir
 
 
@@ -14,13 +15,22 @@ def ask_leader(rundir: RunDir, request: Request, reason: str = "user") -> None:
     """Send ``request`` to the leader of the job in ``rundir``, with its ``reason``: ``time limit``, ``preempted`` or
     ``user``. Raises ElasticError if it cannot be reached.
     """
+    _tell(rundir, {"request": request, "reason": reason})
+
+
+def ask_to_leave(rundir: RunDir, node: int, reason: str) -> None:
+    """Have the leader of the job in ``rundir`` let the joiner ``node`` go. Raises ElasticError as ``ask_leader``."""
+    _tell(rundir, {"request": LEAVE, "node": node, "reason": reason})
+
+
+def _tell(rundir: RunDir, message: dict[str, Any]) -> None:
     endpoint = rundir.read("endpoint.json")
     if endpoint is None:
         raise ElasticError(f"{rundir.path}: no leader has been started yet")
 
     async def send() -> None:
         link = await channel.connect(endpoint["addresses"], endpoint["port"], rundir.read_secret())
-        link.send({"request": request, "reason": reason})
+        link.send(message)
         await link.flush()
 
     try:

@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from elastic_hpc import slurm, strikes
-from elastic_hpc.env import AgentEnv, job_name, restart_count, run_number
+from elastic_hpc.ask import ask_leader
+from elastic_hpc.env import JOIN, AgentEnv, job_name, restart_count, run_number
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.rundir import RunDir
 
@@ -32,13 +33,17 @@ _OVER = "over"
 """In the run directory, with the exit code: the batch script, started once more, ends at once."""
 
 
-def conclude(rundir: RunDir, environ: Mapping[str, str], status: int) -> int:
+def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning: str = "USR2") -> int:
     """Act on the verdict of this run; the answer is the batch script's exit code.
 
-    ``status`` is srun's exit code; it counts only where the agents left no verdict.
+    ``status`` is srun's exit code; it counts only where the agents left no verdict, and for a joiner, who has none to
+    act upon. ``warning`` is the name of the signal by which Slurm warns, for as long as agents go on without this srun.
     """
-    verdict = rundir.read("verdict.json")
-    if verdict is None or verdict["run"] != run_number(environ):
+    if JOIN in environ:
+        return status
+    verdict = await_verdict(rundir, run_number(environ), _pass_on(rundir, warning))
+    _cancel_joiners(rundir, job_name(environ))
+    if verdict is None:
         print(f"elastic_hpc: the agents left no verdict; srun ended with exit code {status}", file=sys.stderr)
         return status or 1
     print(f"elastic_hpc: {verdict['outcome']}: {verdict['reason']}", file=sys.stderr)
@@ -48,6 +53,41 @@ def conclude(rundir: RunDir, environ: Mapping[str, str], status: int) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
         return 0 if _acted(rundir, environ).exists() else _requeue(rundir, environ)
     return 1 if verdict["outcome"] == "failed" else 0
+
+
+def await_verdict(rundir: RunDir, run: int, each: Callable[[], None]) -> dict[str, Any] | None:
+    """The verdict of ``run``, when its srun has ended. Agents that were started anew are steps of their own, and go on
+    when the last of the first ones has died: as long as somebody leads, there may be a verdict yet. None if there is
+    none. ``each`` is called twice a second meanwhile.
+    """
+    beat, since = 0, 0.0
+    while True:
+        verdict = rundir.read("verdict.json")
+        if verdict and verdict["run"] == run:
+            return verdict
+        if (rundir.read("endpoint.json") or {}).get("run") != run:
+            return None
+        if beat != (beat := rundir.heartbeat()):
+            since = time.monotonic()
+        silence = float((rundir.read("spec.json") or {}).get("--heartbeat-timeout", 5))
+        if time.monotonic() - since > 3 * silence:
+            return None
+        each()
+        time.sleep(0.5)
+
+
+def _pass_on(rundir: RunDir, warning: str) -> Callable[[], None]:
+    """From now on hear the signal of that name; the answer, called again and again, tells the leader of one."""
+    came: list[int] = []
+    signal.signal(signal.Signals[f"SIG{warning}"], lambda number, _: came.append(number))
+
+    def look() -> None:
+        if came:
+            came.clear()
+            with contextlib.suppress(ElasticError):
+                ask_leader(rundir, "drain", "time limit")
+
+    return look
 
 
 def act(
@@ -67,6 +107,7 @@ def act(
     if env.local:
         return None
     if not alone:
+        _cancel_joiners(rundir, env.job)
         return None if _requeue(rundir, os.environ, lost) == 0 else "not requeued"
     command = [sys.executable, "-m", "elastic_hpc", "conclude-alone", str(rundir.path), verdict["outcome"]]
     log = rundir.path / "logs" / "conclude.log"
@@ -97,6 +138,7 @@ def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
     if not deputy_of:
         slurm.wait_until_alone(job, step, deadline=_ALONE_TIMEOUT)
+    _cancel_joiners(rundir, job)
     if outcome == "requeue":
         return _requeue(rundir, environ)
     (rundir.path / _OVER).write_text("0" if outcome == "finished" else "1")
@@ -107,6 +149,13 @@ def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, 
     if problem:
         print(f"elastic_hpc: {problem}", file=sys.stderr)
     return 0
+
+
+def _cancel_joiners(rundir: RunDir, job: str) -> None:
+    """Those that wait in the queue, or have not left. One that cannot be cancelled leaves as soon as it starts."""
+    with contextlib.suppress(ElasticError):
+        if (rundir.read("spec.json") or {}).get("--grow") == "on":
+            slurm.cancel(*(joiner.id for joiner in slurm.joiners(job)))
 
 
 def _acted(rundir: RunDir, environ: Mapping[str, str]) -> Path:

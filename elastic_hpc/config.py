@@ -3,6 +3,7 @@
 Later wins. Set-up lines add up in this order, environment variables by name; each value remembers its source::
 
     max-restarts = 5                       # any long option of elastic-sbatch
+    grow = true                            # or "on"; false or "off"
     setup = ["module load cuda"]
     [sbatch]
     partition = "gpu"                      # any long option of sbatch
@@ -33,6 +34,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "log-dir": os.path.expanduser,
     "template": os.path.expanduser,
 }
+_ON_OFF = frozenset(option.flag.removeprefix("--") for option in LAUNCH_OPTIONS if option.is_switch)
 _LISTS = ("setup", "env")
 KEYS = (*_PARSERS, *_LISTS)
 
@@ -128,6 +130,10 @@ def _pairs(table: dict[str, Any], path: Path) -> Iterable[tuple[str, str]]:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise UsageError(f"{key} = {value!r}: expected a list of strings, for example {key} = ['...']")
             yield from ((key, item) for item in value)
+        elif key in _ON_OFF:
+            if not isinstance(value, (bool, str)):
+                raise UsageError(f"{key} = {value!r}: expected true or false")
+            yield key, value if isinstance(value, str) else "on" if value else "off"
         elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise UsageError(f"{key} = {value!r}: expected a string or a number")
         elif key == "template" and os.sep in str(value):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from elastic_hpc import member
+from elastic_hpc.election import votes
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import Membership, Network
 from elastic_hpc.protocol import Failure, Host, Order, Plan, Roster, State, Status
@@ -119,16 +120,23 @@ class Control:
     def report(self, state: State, round: int, failure: Failure | None = None, *, drained: bool = False) -> None:
         """Tell the leader what the workers of ``round`` do."""
         with self._changed:
-            self._report(state=state, round=round, failure=failure, drained=drained)
+            listens = self._status.listens and state != "running"  # new workers have not said so yet
+            self._report(state=state, round=round, failure=failure, drained=drained, listens=listens)
 
-    def report_step(self, step: int) -> None:
-        """Tell the leader, with the next heartbeat, how far the workers are."""
+    def report_progress(self, step: int, *, listens: bool) -> None:
+        """Tell the leader, with the next heartbeat, how far the workers are, and whether they can be told to stop."""
         with self._changed:
-            self._status = replace(self._status, step=step)
+            self._status = replace(self._status, step=step, listens=listens)
 
     def on_signal(self) -> None:
-        """This agent got SIGTERM. So did all others, if this is Slurm's doing; the leader's agent says so for all."""
-        self._call(lambda: self._membership.terminated() if self._membership else None)
+        """This agent got SIGTERM. So did all others, if this is Slurm's doing; the leader's agent says so for all. The
+        job that brings a joiner ends alone.
+        """
+        if votes(self._status.node):
+            self._call(lambda: self._membership.terminated() if self._membership else None)
+        else:
+            with self._changed:
+                self._report(leaving="terminated")
         os.eventfd_write(self.wake_fd, 1)
 
     def close(self, timeout: float) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from elastic_hpc.election import votes
 from elastic_hpc.protocol import Request
 
 
@@ -14,7 +16,11 @@ class Action(Enum):
     WAIT = "wait"
     GATHER = "gather"
     """Stop the round: all workers stop, a new world is formed. Charged to ``--max-restarts``."""
+    DRAIN = "drain"
+    """Have the workers save and stop, as a new world is to be formed that need not be formed at once."""
     FORM = "form"
+    RELEASE = "release"
+    """Let nodes go that are of no use, or that have to go."""
     ABDICATE = "abdicate"
     """Stop leading, without a verdict: others may lead by now."""
     FINISH = "finish"
@@ -27,6 +33,12 @@ TAKE_OVER_WAIT = 0.3
 notice the loss of the old one within a heartbeat, a fifth of the timeout, of each other.
 """
 
+TOGETHER = 1.0
+"""Seconds without another newcomer after which those that came join in one round."""
+
+STARTING = 20.0
+"""The same, while it is known that the agents of others are just starting."""
+
 
 TERM_GRACE = 20.0
 """Seconds that workers get at most to save after SIGTERM: Slurm kills all after KillWait, by default 30 s."""
@@ -38,6 +50,18 @@ class Policy:
 
     min_nodes: int
     max_nodes: int
+    sizes: tuple[int, ...]
+    """The numbers of nodes that a world may have, ascending; empty for all between the two."""
+    spares: int
+    """Nodes beside a full world that wait for their turn."""
+    grow: bool
+    """Whether further jobs bring more nodes."""
+    free_growth: bool
+    """A larger world is not charged to ``max_restarts``."""
+    grow_every: float
+    """So long there is between two growths, at least."""
+    wait_for_nodes: float
+    """How long fewer than MIN nodes are kept, when more are on their way."""
     max_restarts: int
     max_requeues: int
     heartbeat_timeout: float
@@ -47,10 +71,24 @@ class Policy:
     """How long workers may take to save and stop, when they are asked to."""
     can_requeue: bool
 
+    def fit(self, nodes: Collection[int]) -> int:
+        """The size of the largest world of ``nodes``; 0 if they are too few for any, or none is the job's own."""
+        count = len(nodes)
+        if not any(map(votes, nodes)):
+            return 0
+        if not self.sizes:
+            return min(count, self.max_nodes) if count >= self.min_nodes else 0
+        return max((size for size in self.sizes if size <= count), default=0)
+
+    @property
+    def wanted(self) -> int:
+        """How many nodes the job may hold."""
+        return self.max_nodes + self.spares
+
 
 @dataclass(frozen=True)
 class View:
-    """A frozen picture of the job, as the leader sees it. Nodes are indices in Slurm's order."""
+    """A frozen picture of the job, as the leader sees it. Nodes are indices in Slurm's order, or joiners' numbers."""
 
     formed: frozenset[int]
     """Nodes of the running round that are still there or have finished their part; empty while a round is gathered."""
@@ -68,15 +106,32 @@ class View:
     ready: frozenset[int]
     """Live nodes that wait for a place with no worker alive."""
     live: frozenset[int]
+    """In touch, and not about to go."""
+    leaving: frozenset[int]
+    """In touch, but they have to go."""
+    idle: frozenset[int]
+    """In touch, with no worker alive."""
+    since_newcomer: float
+    """Seconds since the last one of those that are ready but not in the round came; 0 for none."""
+    starting: int
+    """Nodes whose agents are known to be starting."""
+    coming: int
+    """Nodes that may come: ``starting``, and those that Slurm has been asked for."""
+    since_growth: float
+    listens: bool
+    """All workers of the round ask whether they are to save and stop."""
+    change: Decision | None
+    """Why they were asked to, for a new world; None if they were not."""
+    since_change: float
     absent: int
     """Granted nodes that have never been heard of. They are waited for at the start only."""
     first: bool
     """No round has been formed in this allocation yet."""
     since_start: float
     since_min: float
-    """Seconds since at least MIN nodes are live; 0 while they are not."""
+    """Seconds since enough nodes are live; 0 while they are not."""
     below_min: float
-    """Seconds since fewer than MIN nodes are live; 0 while enough are."""
+    """Seconds since too few nodes are live; 0 while enough are."""
     quorum: bool
     """Enough members of the last rounds are live to decide (``elastic_hpc.election``)."""
     without_quorum: float
@@ -106,9 +161,11 @@ class Decision:
     cause: str = ""
     """For the verdict, one word or two: ``budget``, ``user``, ``time limit``, ``node lost``, ..."""
     nodes: tuple[int, ...] = ()
-    """FORM: the nodes of the new world, in rank order."""
+    """FORM: the nodes of the new world, in rank order. RELEASE: who may go."""
     charged: bool = True
     """Whether a restart or requeue counts against its budget."""
+    grows: bool = False
+    """GATHER, DRAIN: because there may be a larger world."""
 
 
 def decide(view: View, policy: Policy) -> Decision:
@@ -119,11 +176,34 @@ def decide(view: View, policy: Policy) -> Decision:
         return Decision(Action.ABDICATE, "fewer than half of the last round's nodes are in touch")
     if view.request == "stop":
         return Decision(Action.FAIL, "stopped by the user", "user")
-    if view.formed and view.formed <= view.succeeded and not view.lost and not (view.request and view.drained):
+    if _is_done(view) and not view.drained:
         return Decision(Action.FINISH, "all workers finished")
     if view.request and not _still_draining(view, policy):
         return _drained(view, policy)
+    if going := _released(view, policy):
+        return going
     return _while_running(view, policy) if view.running else _while_gathering(view, policy)
+
+
+def _is_done(view: View) -> bool:
+    return bool(view.formed) and view.formed <= view.succeeded and not view.lost
+
+
+def _released(view: View, policy: Policy) -> Decision | None:
+    """Nodes that the job holds for nothing. Its own are not given back: Slurm could not use them."""
+    if go := view.leaving & view.idle - view.formed:
+        return Decision(Action.RELEASE, "its job ends", nodes=tuple(go))
+    free = sorted(node for node in view.ready - view.formed if not votes(node))
+    excess = len(view.live | view.formed) - policy.wanted
+    if view.running and not _may_grow(view, policy):
+        return Decision(Action.RELEASE, "no restart is left to take it in", nodes=tuple(free)) if free else None
+    if free and excess > 0:
+        return Decision(Action.RELEASE, "the job has all nodes that it may use", nodes=tuple(free[-excess:]))
+    return None
+
+
+def _may_grow(view: View, policy: Policy) -> bool:
+    return policy.free_growth or view.restarts < policy.max_restarts
 
 
 def _still_draining(view: View, policy: Policy) -> bool:
@@ -160,37 +240,77 @@ def _while_running(view: View, policy: Policy) -> Decision:
             return Decision(Action.WAIT, f"looking for the cause of: {why}")
         if view.repeated:
             return Decision(Action.FAIL, f"{why}; the same failure as before, without progress in between", view.cause)
-        if view.restarts >= policy.max_restarts:
-            return Decision(
-                Action.FAIL, f"{why}; all {policy.max_restarts} restarts (--max-restarts) are used up", "budget"
-            )
-        return Decision(Action.GATHER, why)
+        return _restart(Decision(Action.GATHER, why), view, policy)
+    if _is_done(view):
+        why = "the workers saved and stopped, as a signal or a worker had told them to"
+        return _restart(view.change or Decision(Action.GATHER, why), view, policy)
+    if view.change:
+        return _while_changing(view, view.change, policy)
+    if view.succeeded or view.request:
+        return Decision(Action.WAIT, "training")
+    change = _change(view, policy)
+    if change.action is Action.GATHER and view.listens:
+        return replace(change, action=Action.DRAIN)
+    return change
+
+
+def _restart(decision: Decision, view: View, policy: Policy) -> Decision:
+    """``decision`` carried out now, if the budget allows it."""
+    if decision.charged and view.restarts >= policy.max_restarts:
+        why = f"{decision.reason}; all {policy.max_restarts} restarts (--max-restarts) are used up"
+        return Decision(Action.FAIL, why, "budget")
+    return replace(decision, action=Action.GATHER)
+
+
+def _change(view: View, policy: Policy) -> Decision:
+    """A new world that is formed although the one that trains could go on."""
+    if (go := view.leaving & view.formed) and view.restarts < policy.max_restarts:
+        return Decision(Action.GATHER, f"{len(go)} node(s) have to go")
     newcomers = view.ready - view.formed
-    if newcomers and len(view.formed) < policy.max_nodes and not view.succeeded and not view.request:
-        if view.restarts >= policy.max_restarts:
-            return Decision(Action.WAIT, "a node is ready to join, but no restart is left to take it in")
-        return Decision(Action.GATHER, f"{len(newcomers)} more node(s) joined")
-    return Decision(Action.WAIT, "training")
+    if not newcomers or policy.fit(view.live) <= len(view.formed):
+        return Decision(Action.WAIT, "training")
+    if not _may_grow(view, policy):
+        return Decision(Action.WAIT, "a node is ready to join, but no restart is left to take it in")
+    if view.since_growth < policy.grow_every:
+        return Decision(Action.WAIT, f"a node is ready to join, {policy.grow_every:g} s after the last (--grow-every)")
+    if view.since_newcomer < TOGETHER or (view.starting and view.since_newcomer < STARTING):
+        return Decision(Action.WAIT, "a node is ready to join; others may follow")
+    return Decision(Action.GATHER, f"{len(newcomers)} more node(s) joined", charged=not policy.free_growth, grows=True)
+
+
+def _while_changing(view: View, change: Decision, policy: Policy) -> Decision:
+    if view.since_change < policy.grace:
+        return Decision(Action.WAIT, "the workers save and stop")
+    return _restart(change, view, policy)
 
 
 def _while_gathering(view: View, policy: Policy) -> Decision:
-    enough = len(view.live) >= policy.min_nodes
+    size = policy.fit(view.live)
     if view.expected and view.since_quorum < TAKE_OVER_WAIT * policy.heartbeat_timeout:
         return Decision(Action.WAIT, f"{view.expected} node(s) of the last round have not come yet")
-    if not enough:
-        patience = policy.join_timeout if view.first else policy.heartbeat_timeout
-        waited = view.since_start if view.first else view.below_min
-        if waited < patience:
-            return Decision(Action.WAIT, f"{len(view.live)} of at least {policy.min_nodes} nodes are here")
-        return give_back(f"{len(view.live)} nodes are left, fewer than MIN {policy.min_nodes}", view.requeues, policy)
+    if not size:
+        return _while_too_few(view, policy)
     if view.first and view.absent and view.since_min < policy.last_call_timeout:
         return Decision(Action.WAIT, f"{view.absent} granted node(s) have not joined yet")
-    if view.ready != view.live:
+    if view.ready != view.live or view.leaving - view.idle:
         return Decision(Action.WAIT, "workers of the last round are being stopped")
     if not view.store_ready:
         return Decision(Action.WAIT, "the store of the next round is being opened")
-    nodes = tuple(sorted(view.ready)[: policy.max_nodes])
-    return Decision(Action.FORM, f"{len(nodes)} nodes are ready", nodes=nodes)
+    return Decision(Action.FORM, f"{size} nodes are ready", nodes=tuple(sorted(view.ready)[:size]))
+
+
+def _while_too_few(view: View, policy: Policy) -> Decision:
+    least = policy.sizes[0] if policy.sizes else policy.min_nodes
+    if view.first:
+        waited, patience = view.since_start, policy.join_timeout
+    else:
+        waited, patience = view.below_min, policy.heartbeat_timeout
+        if view.coming:
+            patience = max(patience, policy.wait_for_nodes)
+    if waited < patience:
+        more = f", {view.coming} on the way" if view.coming else ""
+        return Decision(Action.WAIT, f"{len(view.live)} of at least {least} nodes are here{more}")
+    return give_back(f"{len(view.live)} nodes are left, fewer than MIN {least}", view.requeues, policy)
 
 
 def give_back(why: str, requeues: int, policy: Policy) -> Decision:

@@ -4,6 +4,9 @@ An agent obeys one leader at a time, and kills its workers before it turns to an
 members obey the same one. So there are never two worlds as long as any two groups of nodes that may go on have a node
 in common. Each round changes the nodes that count. As in Raft's joint consensus the members of the old round and those
 of the new one must both agree, until so many have said that they know the new one that the others cannot decide.
+
+Only nodes of the job's own allocation vote and lead. Joiners, which further jobs bring, train as members of a world
+like any other, obey one leader at a time too, and leave when nobody of the job's own nodes leads.
 """
 
 from __future__ import annotations
@@ -11,10 +14,25 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+FIRST_JOINER = 1 << 20
+"""Nodes from this number on are joiners: this number and the id of the job that brings them, which is never used again.
+Those before are indices in Slurm's order of the job's own nodes.
+"""
+
+
+def joiner(job_id: str) -> int:
+    """The number of the node that the job ``job_id`` brings."""
+    return FIRST_JOINER + int(job_id)
+
+
+def votes(node: int) -> bool:
+    """Whether ``node`` is of the job's own allocation."""
+    return node < FIRST_JOINER
+
 
 @dataclass(frozen=True)
 class Base:
-    """The members of ``round``, and the node that formed it."""
+    """The members of ``round`` that vote, and the node that formed it."""
 
     round: int
     leader: int

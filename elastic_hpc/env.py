@@ -6,9 +6,16 @@ import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from elastic_hpc.election import joiner, votes
 from elastic_hpc.errors import ElasticError
 
 LOCAL_NODE, LOCAL_NODES = "ELASTIC_HPC_LOCAL_NODE", "ELASTIC_HPC_LOCAL_NODES"
+
+JOIN = "ELASTIC_HPC_JOIN"
+"""The run directory of another job, which this one brings a node for."""
+
+AGAIN = "ELASTIC_HPC_AGAIN"
+"""Index of the node, in the job, whose agent is started anew."""
 
 AGENT_MARK = "ELASTIC_HPC_AGENT"
 """Marks an agent's workers; its guard kills all that have it."""
@@ -40,7 +47,7 @@ class AgentEnv:
     job: str
     """What ``scontrol`` calls this job; for an array task ``ARRAY_TASK``."""
     node: int
-    """Index of this node in Slurm's order."""
+    """Index of this node in Slurm's order, or a joiner's number (``election.FIRST_JOINER``)."""
     name: str
     """Slurm's name of this node."""
     nodes: int
@@ -53,6 +60,13 @@ class AgentEnv:
     """GPUs granted on this node; None if Slurm does not say."""
     submit_host: str | None
     local: bool
+    late: bool = False
+    """It comes when the job runs already: a joiner, or an agent that is started anew."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether a job of its own has brought this node."""
+        return not votes(self.node)
 
 
 def job_name(environ: Mapping[str, str]) -> str:
@@ -80,7 +94,9 @@ def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
         node = int(environ[LOCAL_NODE])
         return AgentEnv("local", node, f"local{node}", count, 0, max(1, usable // count), None, None, local=True)
     try:
-        job, node = job_name(environ), int(environ["SLURM_NODEID"])
+        job, node = job_name(environ), int(environ.get(AGAIN) or environ["SLURM_NODEID"])
+        if JOIN in environ:
+            node = joiner(environ["SLURM_JOB_ID"])
         name, count = environ["SLURMD_NODENAME"], int(environ["SLURM_STEP_NUM_NODES"])
         tasks = int(environ["SLURM_STEP_NUM_TASKS"])
     except KeyError as missing:
@@ -105,6 +121,7 @@ def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
         gpus=int(gpus) if gpus else None,
         submit_host=environ.get("SLURM_LAUNCH_NODE_IPADDR"),
         local=False,
+        late=JOIN in environ or AGAIN in environ,
     )
 
 
@@ -131,7 +148,7 @@ def workers_per_node(wanted: str | None, env: AgentEnv, visible_gpus: int) -> in
 
 def prepare_worker_env(environ: MutableMapping[str, str], env: AgentEnv, nproc: int, token: str) -> None:
     """Change ``environ`` into what the workers shall inherit."""
-    for name in TASK_SHAPE:
+    for name in (*TASK_SHAPE, JOIN, AGAIN):
         environ.pop(name, None)
     environ.setdefault("OMP_NUM_THREADS", str(max(1, env.cpus // nproc)))
     environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # a name server that is gone costs seconds, not minutes

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from elastic_hpc.decide import Action, Decision, Policy, View, decide, give_back
-from elastic_hpc.election import Base
+from elastic_hpc.election import Base, votes
+from elastic_hpc.growth import Needs
 from elastic_hpc.mandate import Mandate
 from elastic_hpc.peers import Peer, Peers
 from elastic_hpc.protocol import Failure, Order, Plan, Request, Roster, Stage, Status
@@ -52,9 +53,10 @@ class Leader:
         requeues: int = 0,
         inherited: Roster | None = None,
         reason: str = "",
+        supplied: bool = False,
     ) -> None:
         """Lead from the start, with the counters of the run before; or take over what ``inherited`` says, because of
-        ``reason``, as soon as a majority agrees.
+        ``reason``, as soon as a majority agrees. ``supplied``: somebody answers to ``needs``.
         """
         self.policy = policy
         roster = inherited or Roster(round, (), (), restarts, requeues)
@@ -71,6 +73,10 @@ class Leader:
         self._inherited = reason if inherited else ""
         self._peers = Peers(roster.hosts, policy.heartbeat_timeout, now)
         self._refused: dict[int, str] = {}
+        self._leaving: dict[int, str] = {}
+        self._starting = self._pending = 0
+        self._supplied, self._supply_knows = supplied, True
+        self._grown = -float("inf")
         self._highest = 0  # round that any agent was told of, by whichever leader
         self._stage: Stage = "gather"
         self._world = World()
@@ -104,7 +110,8 @@ class Leader:
                 return
             for old in self._peers.of_node(status.node):
                 self.on_lost(old, "a new agent of the same node came", now)
-            peer = self._peers[conn] = Peer(status, addr, now)
+            forgetful = status.roster < 0 and self._mandate.is_member(status.node)
+            peer = self._peers[conn] = Peer(status, addr, now, since=now, forgetful=forgetful)
             if self._stage == "gather" and status.seen >= self.round:
                 # another leader may have formed that round from those who were with it
                 self.round, self._gathered = status.seen + 1, now
@@ -114,9 +121,10 @@ class Leader:
         self._highest = max(self._highest, status.seen)
         self._mandate.on_status(status)
         if not peer.joined and (status.state == "idle" or self._was_member(status.node)):
-            peer.joined = True
-            self._peers.seen.add(status.node)
+            peer.joined, peer.since = True, now
+            self._saw(status.node)
             self._event("join", node=status.name, addr=addr)
+            self._supply_knows = not self._supplied or self._first
         if self._stage == "run" and status.node in self._world.plans:
             if status.round == self.round:
                 self._on_progress(status, now)
@@ -142,7 +150,10 @@ class Leader:
         if self.verdict or self.abdicated or not peer.joined:
             return
         status = peer.status
-        self._event("lost", node=status.name, reason=reason, round=self.round, silent=round(silent, 3))
+        why = self._why_leaving(status)
+        name, reason = ("left", why) if why else ("lost", reason)
+        self._event(name, node=status.name, reason=reason, round=self.round, silent=round(silent, 3))
+        self._supply_knows = not self._supplied
         if status.node in self._world.plans and status.node not in self._world.succeeded:
             self._world.lost[status.node] = f"{status.name} lost: {reason}"
         self._advance(now)
@@ -156,6 +167,17 @@ class Leader:
             self._requested, self._requested_for = now, reason
         if self._request is None or request == "stop" or (request, self._request) == ("save-and-stop", "drain"):
             self._request = request
+        self._advance(now)
+
+    def on_leave(self, node: int, reason: str, now: float) -> None:
+        """``node`` has to go, because of ``reason``: its job is about to end."""
+        if self._leaving.setdefault(node, reason) == reason:
+            self._advance(now)
+
+    def on_coming(self, needs: Needs, starting: int, pending: int, now: float) -> None:
+        """What is on its way, in answer to ``needs``: agents that are starting, and nodes that Slurm was asked for."""
+        self._starting, self._pending = starting, pending
+        self._supply_knows = self._supply_knows or needs == self.needs
         self._advance(now)
 
     def on_store(self, round: int, port: int, now: float) -> None:
@@ -205,7 +227,8 @@ class Leader:
             if self._sent.get(conn) != (refusal,):
                 self._sent[conn] = (refusal,)
                 orders[conn] = [self._order("end", refusal, None, "failed")]
-        drain = self._request in {"drain", "save-and-stop"} and self._stage == "run"
+        asked = self._request in {"drain", "save-and-stop"} or self._world.change
+        drain = bool(asked) and self._stage == "run"
         plans = self._world.plans if self._stage == "run" and self._is_settled else {}
         for conn, peer in self._peers.items():
             plan = plans.get(peer.status.node)
@@ -242,8 +265,22 @@ class Leader:
 
     @property
     def other_names(self) -> list[str]:
-        """Slurm's names of the nodes that are here besides this one."""
+        """Slurm's names of the job's own nodes that are here besides this one."""
         return self._peers.names(but=self._node)
+
+    @property
+    def needs(self) -> Needs | None:
+        """What the job could use besides the nodes that are in touch; None while this leader may not say."""
+        joiners = frozenset(node for node in self._peers.by_node if not votes(node))
+        names = frozenset(peer.status.name for peer in self._peers.values())
+        if self.verdict or self._request:
+            return Needs(0, joiners, names, (), over=True)
+        if self._first or not self.leads:
+            return None
+        left = self.policy.free_growth or self.restarts < self.policy.max_restarts or self._stage == "gather"
+        staying = sum(not self._why_leaving(peer.status) for peer in self._peers.values())
+        nodes, missing = max(0, self.policy.wanted - staying), tuple(self._peers.missing)
+        return Needs(nodes * left, joiners, names, missing * left, over=False)
 
     @property
     def next_expiry(self) -> float:
@@ -265,8 +302,14 @@ class Leader:
 
     def _was_member(self, node: int) -> bool:
         """Whether it comes from the world that is taken over: its workers are being stopped, it is waited for."""
-        last = self._mandate.last
-        return not self._first and self._inherited != "" and last is not None and node in last.members
+        return not self._first and self._inherited != "" and node in self.roster.members
+
+    def _why_leaving(self, status: Status) -> str:
+        return status.leaving or self._leaving.get(status.node, "")
+
+    def _saw(self, node: int) -> None:
+        if votes(node):
+            self._peers.seen.add(node)
 
     def _refusal(self, status: Status) -> str:
         if status.unfit:
@@ -276,11 +319,13 @@ class Leader:
                 f"{status.name} would start {status.nproc} workers, the leader's node {self._nproc}: "
                 "all nodes must start the same number (--nproc-per-node)"
             )
+        if not votes(status.node) and status.name in {s.name for s in self._peers.joined if s.node != status.node}:
+            return f"{status.name} runs an agent of this job already"
         return ""
 
     def _refuse(self, conn: int, status: Status, reason: str) -> None:
         self._refused[conn] = reason
-        self._peers.seen.add(status.node)
+        self._saw(status.node)
         self._event("unfit" if status.unfit else "refused", node=status.name, reason=reason)
 
     def _on_progress(self, status: Status, now: float) -> None:
@@ -317,14 +362,17 @@ class Leader:
 
     def _view(self, now: float) -> View:
         joined = self._peers.joined
-        live = {status.node for status in joined}
-        if len(live) >= self.policy.min_nodes:
+        leaving = {status.node for status in joined if self._why_leaving(status)}
+        live = {status.node for status in joined} - leaving
+        idle = {status.node for status in joined if self._is_ready(status)}
+        newcomers = idle & live - set(self._world.formed)
+        if self.policy.fit(live):
             self._min_since = now if self._min_since is None else self._min_since
             self._below_min = now
         else:
             self._min_since = None
         late = self._stage == "run" and now - self._world.since > self.policy.heartbeat_timeout
-        if self._mandate.renew(joined, now, stale=late and not self._is_settled):
+        if self._mandate.renew(joined, self._peers.agreeing, now, stale=late and not self._is_settled):
             self._event("take_over", round=self.round, reason=self._inherited)
         world = self._world
         ended, cause = world.end(self._inherited)
@@ -337,8 +385,17 @@ class Leader:
             cause=cause,
             settling=world.is_settling(now),
             repeated=world.repeated,
-            ready=frozenset(status.node for status in joined if self._is_ready(status)),
+            ready=frozenset(idle & live),
             live=frozenset(live),
+            leaving=frozenset(leaving),
+            idle=frozenset(idle),
+            since_newcomer=now - self._peers.since(newcomers) if newcomers else 0.0,
+            starting=self._starting if self._supply_knows else 1,
+            coming=self._starting + self._pending if self._supply_knows else 1,
+            since_growth=now - self._grown,
+            listens=all(self._peers.by_node[n].status.listens for n in world.formed if n in self._peers.by_node),
+            change=world.change,
+            since_change=now - world.changing_since,
             absent=max(0, self._granted - len(self._peers.seen)),
             first=self._first,
             since_start=now - self._started,
@@ -346,7 +403,7 @@ class Leader:
             below_min=now - self._below_min,
             quorum=self.leads,
             without_quorum=now - self._mandate.last_granted,
-            expected=len(set(last.members) - live - {last.leader}) if last and not world.formed else 0,
+            expected=len(set(self.roster.members) - live - {last.leader}) if last and not world.formed else 0,
             since_quorum=now - self._mandate.since,
             store_ready=self.round in self._stores,
             restarts=self.restarts,
@@ -374,8 +431,17 @@ class Leader:
         self._reason = decision.reason
         if decision.action is Action.FORM:
             self._form(decision, now)
+        elif decision.action is Action.DRAIN:
+            self._world.change, self._world.changing_since = decision, now
+            self._event("drain", round=self.round, reason=decision.reason)
+        elif decision.action is Action.RELEASE:
+            for conn in [conn for node in decision.nodes for conn in self._peers.of_node(node)]:
+                self._refused[conn] = decision.reason
+                self._event("release", node=self._peers.pop(conn).status.name, reason=decision.reason)
         elif decision.action is Action.GATHER:
             self._progress.on_end(self._world.failure)
+            if decision.grows:
+                self._grown = now
             if self._inherited:  # the round that is being gathered is a new one already
                 self._inherited = ""
             else:
@@ -396,9 +462,9 @@ class Leader:
         }
         self._stage, self._first = "run", False
         self._world = World(decision.nodes, plans, now)
-        bases = self._mandate.add(Base(self.round, self._node, decision.nodes))
+        bases = self._mandate.add(Base(self.round, self._node, tuple(filter(votes, decision.nodes))))
         hosts = tuple(peer.status.host for _, peer in sorted(peers.items()) if peer.joined)
-        self._mandate.roster = Roster(self.round, hosts, bases, self.restarts, self.requeues)
+        self._mandate.roster = Roster(self.round, hosts, bases, self.restarts, self.requeues, decision.nodes)
         self._event(
             "round",
             round=self.round,

@@ -15,14 +15,19 @@ from elastic_hpc import conclude
 from elastic_hpc.decide import Action, Policy, give_back
 from elastic_hpc.env import AgentEnv
 from elastic_hpc.errors import ElasticError, JobEnded
+from elastic_hpc.joiners import SlurmSource
 from elastic_hpc.leader import Leader, Verdict
 from elastic_hpc.protocol import Host, Roster
 from elastic_hpc.recorder import Recorder
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.server import LeaderServer
 from elastic_hpc.spec import LaunchSpec
+from elastic_hpc.supply import Supply
 
 log = logging.getLogger(__name__)
+
+JOINER_PATIENCE = 30.0
+"""Seconds that a joiner looks for a leader at least."""
 
 
 @dataclass
@@ -35,6 +40,8 @@ class Leading:
     nproc: int
     policy: Policy
     rundir: RunDir
+    environ: Mapping[str, str]
+    """What this agent was started with."""
     recorder: Recorder | None = None
     _beat: tuple[int, float] = field(default=(0, 0.0))
     _stays_out: bool = False
@@ -53,14 +60,19 @@ class Leading:
                 now=time.monotonic(),
                 inherited=roster,
                 reason=reason,
+                supplied=not self.env.local,
             )
         else:
             leader = self._first_leader(self.recorder)
+        supply = None
+        if not self.env.local:
+            source = SlurmSource(self.env, self.rundir, self.environ)
+            supply = Supply(source, self.recorder.event, grow=self.policy.grow)
 
         async def open_store(round: int) -> int:
             return await asyncio.wrap_future(stores.open(round))
 
-        return LeaderServer(leader, self.recorder, open_store, self._act)
+        return LeaderServer(leader, self.recorder, open_store, self._act, supply)
 
     def _first_leader(self, recorder: Recorder) -> Leader:
         state = self.rundir.read("state.json") or {}
@@ -75,6 +87,7 @@ class Leading:
             round=state.get("round", 0),
             restarts=state.get("restarts", 0),
             requeues=state.get("requeues", 0),
+            supplied=not self.env.local,
         )
 
     def prepare(self) -> None:
@@ -102,6 +115,8 @@ class Leading:
         """This node has been without a leader for ``waited`` seconds, because of ``why``. As long as the record is
         touched somebody leads. Else, unless ``patient``, the job returns through the queue, or ends.
         """
+        if self.env.joins:
+            return self._leave(waited, why)
         if self._somebody_leads():
             if roster is None and waited > 2 * self.policy.heartbeat_timeout and self.find_leader():
                 self._stay_out(why)
@@ -117,6 +132,16 @@ class Leading:
             return JobEnded(said["outcome"], said["reason"])
         problem = self._do(said, [], alone=True, others=())
         return None if problem else JobEnded("lost", said["reason"])
+
+    def _leave(self, waited: float, why: str) -> JobEnded | None:
+        """A joiner never ends the job, and never keeps its node for one that is over or cannot be reached."""
+        if said := self._verdict_of_this_run():
+            return JobEnded("lost", f"the job is over: {said['reason']}")
+        if waited < max(JOINER_PATIENCE, 4 * self.policy.heartbeat_timeout):
+            return None
+        if self._somebody_leads():
+            self._stay_out(why)
+        return JobEnded("lost", f"no leader was found for {waited:.0f} s: {why}")
 
     def _do(self, said: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
         """Act on a verdict. What ``elastic-srun`` runs in is not ours to requeue, or to start once more."""
@@ -142,12 +167,7 @@ class Leading:
             self.rundir.write_unfit(self.env.name, time.time(), f"the leader could not be reached: {why}")
 
     def _somebody_leads(self) -> bool:
-        try:
-            with open(self.rundir.path / "endpoint.json", "rb") as file:  # opened, so that NFS asks the server
-                touched = os.fstat(file.fileno()).st_mtime_ns
-        except OSError:
-            touched = 0  # nobody has ever led, or it cannot be told: then Slurm is asked
-        now = time.monotonic()
+        touched, now = self.rundir.heartbeat(), time.monotonic()
         if touched != self._beat[0] or not self._beat[1]:
             self._beat = touched, now
         return now - self._beat[1] < 2 * self.policy.heartbeat_timeout

@@ -21,6 +21,10 @@ class Mandate:
         self.since = self.last_granted = now
         self._held: dict[int, int] = {}  # newest roster that each node is known to hold
 
+    def is_member(self, node: int) -> bool:
+        """Whether ``node`` belongs to a round that counts."""
+        return any(node in base.members for base in self.bases)
+
     @property
     def oldest(self) -> int:
         """Members of rounds before this one are not asked any more."""
@@ -55,11 +59,11 @@ class Mandate:
         """
         return len(relevant(self.bases, self._held | dict.fromkeys(formed, self.roster.round))) <= 1
 
-    def renew(self, joined: Collection[Status], now: float, *, stale: bool) -> bool:
-        """Look whether those who have ``joined`` agree; True if that makes a leader of one who never was. ``stale``:
-        the world runs, and could not be settled in time.
+    def renew(self, joined: Collection[Status], agreeing: Collection[int], now: float, *, stale: bool) -> bool:
+        """Look whether enough of those who have ``joined`` are ``agreeing``; True if that makes a leader of one who
+        never was. ``stale``: the world runs, and could not be settled in time.
         """
-        quorum = has_quorum(self.bases, {status.node for status in joined}) and not stale
+        quorum = has_quorum(self.bases, agreeing) and not stale
         quorum = quorum and all(status.roster <= self.roster.round for status in joined)
         if quorum and not self.granted:
             self.since = now

@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from elastic_hpc import protocol
-from elastic_hpc.election import order_of_succession
+from elastic_hpc.election import order_of_succession, votes
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.leader import Leader
-from elastic_hpc.protocol import WHO, Host, Order, Redirect, Roster, Status
+from elastic_hpc.protocol import WHO, Host, Leave, Order, Redirect, Roster, Status
 from elastic_hpc.server import LeaderServer, Link
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class Membership:
         if not roster:
             published = await self._node.published()
             return await self._join(published) if published else None
-        hosts = {host.node: host for host in roster.hosts}
+        hosts = {host.node: host for host in roster.hosts if votes(host.node)}
         lost = self._lost.node if self._lost else None
         someone_is_ahead = False
         for node in order_of_succession(hosts, lost=lost, me=self.me.node):
@@ -175,7 +175,7 @@ class Membership:
         published = await self._node.published()
         if published and published not in (self._lost, self.me) and (joined := await self._join(published)):
             return joined
-        if someone_is_ahead:
+        if someone_is_ahead or not votes(self.me.node):
             return None
         self._lead(f"{self._lost.name if self._lost else 'the majority'} lost: {self._lost_why}")
         return await self._join(self.me)
@@ -344,6 +344,8 @@ class Membership:
                 elif isinstance(said, Status):
                     await self._server.attend(link, said)
                     return
+                elif isinstance(said, Leave):
+                    self._server.on_request(said)
                 elif not isinstance(said, Roster):
                     self._server.on_request(said, str(protocol.decode(line).get("reason", "user")))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+from elastic_hpc.election import votes
 from elastic_hpc.protocol import Host, Status
 
 
@@ -15,8 +16,17 @@ class Peer:
     status: Status
     addr: str
     last_heard: float
+    since: float
+    """When it came."""
+    forgetful: bool = False
+    """It was a member of a round that counts, and does not know of it: its agent was started anew. It has forgotten
+    what it agreed to, so it agrees to nobody until it holds a roster again."""
     joined: bool = False
     """It has been seen without workers, or comes from the world that is taken over; others hold nobody up."""
+
+    @property
+    def agrees(self) -> bool:
+        return self.joined and not (self.forgetful and self.status.roster < 0)
 
 
 class Peers(dict[int, Peer]):
@@ -39,6 +49,15 @@ class Peers(dict[int, Peer]):
         return [peer.status for peer in self.values() if peer.joined]
 
     @property
+    def agreeing(self) -> set[int]:
+        """Nodes whose word counts."""
+        return {peer.status.node for peer in self.values() if peer.agrees}
+
+    def since(self, nodes: Collection[int]) -> float:
+        """When the last one of ``nodes`` came."""
+        return max((peer.since for peer in self.values() if peer.status.node in nodes), default=0.0)
+
+    @property
     def by_node(self) -> dict[int, Peer]:
         return {peer.status.node: peer for peer in self.values()}
 
@@ -49,12 +68,17 @@ class Peers(dict[int, Peer]):
     @property
     def lost_names(self) -> list[str]:
         """Slurm's names of the nodes that were here, and are not any more."""
-        here = self.by_node
-        return [host.name for node, host in sorted(self._hosts.items()) if node not in here]
+        return [host.name for host in self.missing]
 
     def names(self, *, but: int) -> list[str]:
-        """Slurm's names of the nodes that are here, without ``but``."""
-        return [peer.status.name for node, peer in sorted(self.by_node.items()) if node != but]
+        """Slurm's names of the job's own nodes that are here, without ``but``."""
+        return [peer.status.name for node, peer in sorted(self.by_node.items()) if node != but and votes(node)]
+
+    @property
+    def missing(self) -> list[Host]:
+        """The job's own nodes that were here, and are not any more."""
+        here = self.by_node
+        return [host for node, host in sorted(self._hosts.items()) if node not in here and votes(node)]
 
     @property
     def next_silence(self) -> float:

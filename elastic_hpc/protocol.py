@@ -27,9 +27,11 @@ Request = Literal["drain", "save-and-stop", "stop"]
 job; ``stop``, end it at once.
 """
 REQUESTS: tuple[Request, ...] = get_args(Request)
+LEAVE = "leave"
+"""Asks the leader to let one node go, at a step boundary if its workers listen; a joiner's job is about to end."""
 WHO = "who"
 """Asks an agent, leader or not, whom it follows. Answered by a ``Redirect``; commits to nothing."""
-_T = TypeVar("_T", "Status", "Failure", "Host", "Roster", Base)
+_T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "Leave", Base)
 _KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str, "bool": bool}
 
 
@@ -61,7 +63,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Host:
-    """Where the agent of a node listens. ``node`` is its index in Slurm's order."""
+    """Where the agent of a node listens. ``node`` is its index in Slurm's order, or a joiner's number."""
 
     node: int
     name: str
@@ -80,6 +82,8 @@ class Roster:
     bases: tuple[Base, ...]
     restarts: int
     requeues: int
+    members: tuple[int, ...] = ()
+    """All nodes of ``round``; its base has those that vote."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,10 @@ class Status:
     """Why this node should not take part, as its preflight found."""
     drained: bool = False
     """``succeeded``, because the workers stopped for a drain."""
+    listens: bool = False
+    """Its workers ask whether they are to save and stop."""
+    leaving: str = ""
+    """Why this node has to go: it takes no part in the next round."""
 
     @property
     def node(self) -> int:
@@ -148,6 +156,14 @@ class Order:
 
 
 @dataclass(frozen=True)
+class Leave:
+    """To the leader: ``node`` has to go, because of ``reason``."""
+
+    node: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Redirect:
     """Agent to agent: whom I follow, myself if I lead or want to, None if I look for a leader. ``leads``: it has a
     majority.
@@ -179,12 +195,14 @@ def decode(line: bytes) -> dict[str, Any]:
     return body
 
 
-def decode_from_agent(line: bytes) -> Status | Roster | Request | Literal["who"]:
+def decode_from_agent(line: bytes) -> Status | Roster | Leave | Request | Literal["who"]:
     """What an agent, or somebody who asks for something, says to a leader. Raises ProtocolError."""
     body = decode(line)
     try:
         if body.get("request") in (*REQUESTS, WHO):
             return cast(Request, body["request"])
+        if body.get("request") == LEAVE:
+            return _checked(Leave(body["node"], body["reason"]))
         if "roster" in body and "seq" not in body:
             return _roster(body["roster"])
         return _status(body)
@@ -224,7 +242,8 @@ def _roster(body: dict[str, Any]) -> Roster:
     bases = tuple(
         _checked(Base(**{**base, "members": tuple(map(operator.index, base["members"]))})) for base in body["bases"]
     )
-    return _checked(Roster(**{**body, "hosts": hosts, "bases": bases}))
+    members = tuple(map(operator.index, body["members"]))
+    return _checked(Roster(**{**body, "hosts": hosts, "bases": bases, "members": members}))
 
 
 def _checked(said: _T) -> _T:

@@ -130,6 +130,18 @@ def _sentence(name: str, fields: dict[str, Any]) -> str:
     match name:
         case "join":
             return f"{fields['node']} joined"
+        case "left" | "release":
+            return f"{fields['node']} leaves: {fields['reason']}"
+        case "joiners":
+            return f"asked Slurm for {len(fields['jobs'])} more node(s): job(s) {', '.join(fields['jobs'])}"
+        case "joiners_cancelled":
+            return f"not needed any more: job(s) {', '.join(fields['jobs'])}"
+        case "agent_restart":
+            return f"the agent on {fields['node']} is started anew"
+        case "growth_problem":
+            return f"the job does not grow: {fields['reason']}"
+        case "drain":
+            return f"the workers are asked to save and stop: {fields['reason']}"
         case "lost":
             return f"{fields['node']} is lost: {fields['reason']}"
         case "round":

@@ -79,6 +79,14 @@ class RunDir:
             os.fsync(file.fileno())
         os.replace(temporary, self.path / name)
 
+    def heartbeat(self) -> int:
+        """Changes as long as somebody leads; 0 if nobody ever has, or that cannot be told."""
+        try:
+            with open(self.path / "endpoint.json", "rb") as file:  # opened, so that NFS asks the server
+                return os.fstat(file.fileno()).st_mtime_ns
+        except OSError:
+            return 0
+
     def write_unfit(self, node: str, when: float, reason: str) -> None:
         """``node`` says itself why it could not take part, as no leader can know. Raises OSError."""
         self.write(f"unfit.{node}.json", {"node": node, "time": when, "reason": reason})

@@ -15,8 +15,10 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from elastic_hpc import protocol
+from elastic_hpc.growth import Needs
 from elastic_hpc.leader import Leader, Verdict
-from elastic_hpc.protocol import Message, Request, Roster, Status
+from elastic_hpc.protocol import Leave, Message, Request, Roster, Status
+from elastic_hpc.supply import Supply
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class Act(Protocol):
 
 
 class LeaderServer:
-    """Serves ``leader``. ``open_store(round)`` starts a store and answers with its port."""
+    """Serves ``leader``. ``open_store(round)`` starts a store and answers with its port; ``supply`` brings nodes."""
 
     def __init__(
         self,
@@ -65,11 +67,13 @@ class LeaderServer:
         record: Record,
         open_store: Callable[[int], Awaitable[int]],
         act: Act,
+        supply: Supply | None = None,
     ) -> None:
         self.leader = leader
         self.record = record
         self._open_store = open_store
         self._act = act
+        self._supply = supply
         self._opening: int | None = None
         self._links: dict[int, Link] = {}
         self._next = 0
@@ -86,6 +90,7 @@ class LeaderServer:
         interval = self.leader.policy.heartbeat_timeout / 5
         saving: asyncio.Future[list[str]] | None = None
         leave_at = float("inf")
+        supplying = self._supply and asyncio.ensure_future(self._supply.run(self._on_coming))
         try:
             self._after_input()
             while not (saving and saving.done() and (not self._links or loop.time() > leave_at)):
@@ -110,7 +115,7 @@ class LeaderServer:
                 await self._do(verdict, saving.result(), alone=False, others=[])
             return ""
         finally:
-            for task in self._tasks:
+            for task in (*self._tasks, *([supplying] if supplying else [])):
                 task.cancel()
             for link in self._links.values():
                 link.close()
@@ -122,7 +127,7 @@ class LeaderServer:
         self._links[conn] = link
         now = asyncio.get_running_loop().time
         reason = "its connection was closed"
-        said: Status | Roster | str = first
+        said: object = first
         try:
             while True:
                 if isinstance(said, Status):
@@ -142,9 +147,17 @@ class LeaderServer:
             self._after_input()
             self._changed.set()
 
-    def on_request(self, request: Request, reason: str) -> None:
-        """Somebody asks for a drain or the end."""
-        self.leader.on_request(request, reason, asyncio.get_running_loop().time())
+    def on_request(self, request: Request | Leave, reason: str = "") -> None:
+        """Somebody asks for a drain or the end, or to let a node go."""
+        now = asyncio.get_running_loop().time()
+        if isinstance(request, Leave):
+            self.leader.on_leave(request.node, request.reason, now)
+        else:
+            self.leader.on_request(request, reason, now)
+        self._after_input()
+
+    def _on_coming(self, needs: Needs, starting: int, pending: int) -> None:
+        self.leader.on_coming(needs, starting, pending, asyncio.get_running_loop().time())
         self._after_input()
 
     def on_stranger(self, addr: str, reason: str) -> None:
@@ -197,6 +210,8 @@ class LeaderServer:
             task = asyncio.ensure_future(self._bring_store(wanted))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        if self._supply and (needs := leader.needs):
+            self._supply.need(needs)
         if (leader.verdict or leader.abdicated) and not self._over:
             self._over = True
             self._changed.set()

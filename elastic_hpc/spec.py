@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 from elastic_hpc.errors import UsageError
@@ -15,10 +17,14 @@ DEFAULT_PORT = 29400
 
 @dataclass(frozen=True)
 class NodeRange:
-    """``MIN:MAX`` nodes, as in ``torchrun --nnodes``. One number means a job of fixed size."""
+    """``MIN:MAX`` nodes, as in ``torchrun --nnodes``. One number means a job of fixed size.
+
+    ``sizes``: the exact numbers of ``4,6,8``, ascending from ``min`` to ``max``; None for all between.
+    """
 
     min: int
     max: int
+    sizes: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, text: str) -> NodeRange:
@@ -27,10 +33,17 @@ class NodeRange:
             low, high = int(match[1]), int(match[2] or match[1])
             if 1 <= low <= high:
                 return cls(low, high)
-        raise UsageError(f"--nodes {text!r}: expected N or MIN:MAX with 1 <= MIN <= MAX, for example --nodes 4:8")
+        elif re.fullmatch(r"\d{1,6}(,\d{1,6})+", text):
+            sizes = tuple(map(int, text.split(",")))
+            if sizes[0] >= 1 and all(a < b for a, b in pairwise(sizes)):
+                return cls(sizes[0], sizes[-1], sizes)
+        raise UsageError(
+            f"--nodes {text!r}: expected N or MIN:MAX with 1 <= MIN <= MAX, for example --nodes 4:8, "
+            "or exact numbers in ascending order, for example --nodes 4,6,8"
+        )
 
     def __str__(self) -> str:
-        return f"{self.min}:{self.max}"
+        return ",".join(map(str, self.sizes)) if self.sizes else f"{self.min}:{self.max}"
 
     @property
     def slurm(self) -> str:
@@ -71,6 +84,18 @@ def _count(text: str) -> int:
     if text.isdecimal():
         return int(text)
     raise UsageError(f"{text!r}: expected a whole number, 0 or more, for example 10")
+
+
+def _positive(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise UsageError(f"{text!r}: expected a whole number, 1 or more, for example 8")
+
+
+def _on_off(text: str) -> bool:
+    if text in {"on", "off"}:
+        return text == "on"
+    raise UsageError(f"{text!r}: expected on or off")
 
 
 def _seconds(text: str) -> timedelta:
@@ -120,6 +145,12 @@ class LaunchSpec:
     script_args: tuple[str, ...] = ()
     module: bool = False
     nodes: NodeRange = NodeRange(1, 1)
+    spares: int = 0
+    world_multiple_of: int | None = None
+    grow: bool = False
+    grow_every: timedelta = timedelta(seconds=60)
+    free_growth: bool = False
+    wait_for_nodes: timedelta = timedelta(seconds=300)
     nproc_per_node: str | None = None
     max_restarts: int = 10
     max_requeues: int = 5
@@ -140,6 +171,36 @@ class LaunchSpec:
         values["script_args"] = tuple(values.get("script_args", ()))
         return cls(**values)
 
+    @property
+    def slurm_nodes(self) -> str:
+        """The nodes that Slurm is asked for, the spares among them, in sbatch's own notation: ``4-10``."""
+        least = self.sizes(int(self._nproc))[0] if self._nproc else self.nodes.min
+        return NodeRange(least, self.nodes.max + self.spares).slurm
+
+    def sizes(self, nproc: int) -> tuple[int, ...]:
+        """The numbers of nodes that a world may have, ascending, with ``nproc`` workers on each. UsageError if none."""
+        multiple = self.world_multiple_of or 1
+        sizes = self.nodes.sizes or range(self.nodes.min, self.nodes.max + 1)
+        fitting = tuple(nodes for nodes in sizes if nodes * nproc % multiple == 0)
+        if not fitting:
+            step = multiple // math.gcd(multiple, nproc)
+            raise UsageError(
+                f"--world-multiple-of {multiple}: no number of nodes in --nodes {self.nodes} fits, with {nproc} "
+                f"worker{'s' * (nproc > 1)} on each; expected a multiple of {step}, "
+                f"for example --nodes {math.ceil(self.nodes.min / step) * step}"
+            )
+        return fitting
+
+    def check_sizes(self) -> None:
+        """UsageError if no world is possible, where the number of workers on a node is given as a number."""
+        if self._nproc:
+            self.sizes(int(self._nproc))
+
+    @property
+    def _nproc(self) -> str:
+        """--nproc-per-node, if it is a number; else that is known on the nodes alone."""
+        return self.nproc_per_node if self.nproc_per_node and self.nproc_per_node.isdecimal() else ""
+
     def options(self) -> list[tuple[str, str]]:
         """The launch options that are set, as ``(--option, value)`` pairs, for a command line."""
         pairs: list[tuple[str, str]] = []
@@ -147,6 +208,8 @@ class LaunchSpec:
             value = getattr(self, option.dest)
             if isinstance(value, timedelta):
                 value = f"{value.total_seconds():g}"
+            elif isinstance(value, bool):
+                value = "on" if value else "off"
             if value is not None:
                 pairs.append((option.flag, str(value)))
         return pairs
@@ -169,6 +232,11 @@ class LaunchOption:
     def dest(self) -> str:
         return self.flag.removeprefix("--").replace("-", "_")
 
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is on or off. elastic-sbatch takes it without a value too, a TOML file as true or false."""
+        return self.type is _on_off
+
     def parse(self, text: str) -> Any:
         """The value of ``text``. Every refusal names the option, whichever parser refused."""
         try:
@@ -181,10 +249,45 @@ class LaunchOption:
 LAUNCH_OPTIONS = (
     LaunchOption(
         "--nodes",
-        "N|MIN:MAX",
+        "N|MIN:MAX|N,N,...",
         NodeRange.parse,
         "nodes to run on; with MIN:MAX the job starts when MIN are free, uses up to MAX, "
-        "and goes on while MIN are left",
+        "and goes on while MIN are left; with 4,6,8 it runs on 4, 6 or 8",
+    ),
+    LaunchOption(
+        "--spares",
+        "K",
+        _count,
+        "K more nodes, which wait ready and step in when one is lost (default: 0)",
+    ),
+    LaunchOption(
+        "--world-multiple-of",
+        "K",
+        _positive,
+        "run with a number of workers that is a multiple of K; surplus nodes wait as spares (default: any number)",
+    ),
+    LaunchOption(
+        "--grow",
+        "on|off",
+        _on_off,
+        "bring more nodes while the job runs, each by a one-node job of its own, up to MAX and the spares; "
+        "lost nodes are replaced (default: off)",
+    ),
+    LaunchOption(
+        "--grow-every",
+        "SECONDS",
+        _seconds,
+        "let at least so long pass from one growth to the next: each restarts the workers (default: 60)",
+    ),
+    LaunchOption(
+        "--free-growth", "on|off", _on_off, "do not count it against --max-restarts when the world grows (default: off)"
+    ),
+    LaunchOption(
+        "--wait-for-nodes",
+        "SECONDS",
+        _seconds,
+        "how long a job below MIN waits for a replacement that is on its way, workers stopped and nodes kept, "
+        "before it is requeued (default: 300)",
     ),
     LaunchOption(
         "--nproc-per-node",

@@ -183,8 +183,7 @@ class ElasticAgent(LocalElasticAgent):
             self._told_to_drain = True
             Path(os.environ[LOCAL_DIR], DRAIN_FILE).touch()
         self._watch.look()
-        if self._watch.step >= 0:
-            self._control.report_step(self._watch.step)
+        self._control.report_progress(self._watch.step, listens=self._watch.listens)
         if self._signalled:
             leaving, since = self._signalled
             patience = min(TERM_GRACE, self._policy.grace) if self._watch.listens and self._told_to_drain else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from elastic_hpc.causes import signature
+from elastic_hpc.decide import Decision
 from elastic_hpc.protocol import Failure, Plan, Status
 
 SETTLE = 0.25
@@ -30,6 +31,9 @@ class World:
     failed_at: float = 0.0
     repeated: bool = False
     """The round before ended with the same failure, and no step was done in between."""
+    change: Decision | None = None
+    """Why the workers were asked to save and stop, for a new world."""
+    changing_since: float = 0.0
 
     def on_success(self, status: Status) -> None:
         self.succeeded.add(status.node)

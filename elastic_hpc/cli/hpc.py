@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from elastic_hpc.env import job_name
+from elastic_hpc.election import joiner
+from elastic_hpc.env import JOIN, job_name
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.rundir import RunDir
 
@@ -33,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     conclude = command("conclude", "act on a job's verdict; the last line of the batch script")
     conclude.add_argument("status", type=int, help="exit code of srun")
+    conclude.add_argument("--signal", metavar="NAME", default="USR2", help="the job's warning signal (default: USR2)")
     alone = command("conclude-alone", "act on a job's verdict where the batch script was lost; started by an agent")
     alone.add_argument("outcome", help="finished, failed or requeue")
     alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")
@@ -55,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
         from elastic_hpc import conclude
 
         if args.command == "conclude":
-            return conclude.conclude(rundir, os.environ, args.status)
+            return conclude.conclude(rundir, os.environ, args.status, warning=args.signal)
         return conclude.conclude_alone(rundir, os.environ, args.outcome, deputy_of=args.deputy_of)
     if args.command == "summary":
         from rich.console import Console
@@ -67,11 +69,19 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{verdict['outcome']}: {verdict['reason']}" if verdict else "no verdict yet")
         return 0
     if args.command == "drain":
-        from elastic_hpc.ask import ask_leader
-
-        ask_leader(rundir, "drain", _why_drained())
+        drain(rundir)
         return 0
     return _stop(rundir, after_checkpoint=args.after_checkpoint)
+
+
+def drain(rundir: RunDir) -> None:
+    """For the whole job; in the batch script of a joiner, which Slurm has warned, for its node alone."""
+    from elastic_hpc.ask import ask_leader, ask_to_leave
+
+    if JOIN in os.environ:
+        ask_to_leave(rundir, joiner(os.environ["SLURM_JOB_ID"]), _why_drained())
+    else:
+        ask_leader(rundir, "drain", _why_drained())
 
 
 def _why_drained() -> str:

@@ -44,7 +44,10 @@ _SWITCHES = {
     "version": ("V", "show the version and exit"),
 }
 _OWN = (
-    *(Option(o.flag.removeprefix("--"), "N" if o.flag == "--nodes" else "") for o in LAUNCH_OPTIONS),
+    *(
+        Option(o.flag.removeprefix("--"), "N" if o.flag == "--nodes" else "", "[=]" if o.is_switch else "=")
+        for o in LAUNCH_OPTIONS
+    ),
     *(Option(name) for name in _JOB_OPTIONS),
     *(Option(name, letter, "") for name, (letter, _) in _SWITCHES.items()),
     Option("usage", value=""),
@@ -53,6 +56,7 @@ _DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # what sbatch's own -m, --dis
 _NOT_FOR_TORCHRUN = (
     *("max-requeues", "heartbeat-timeout", "interface", "rdzv-conf", "signal"),
     *("grace", "hang-timeout", "preflight"),
+    *("spares", "world-multiple-of", "grow", "grow-every", "free-growth", "wait-for-nodes"),
 )
 _KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM
 _AFTER_GRACE = timedelta(seconds=30)  # to requeue, between the end of --grace and that of the allocation
@@ -109,7 +113,10 @@ def _run(argv: list[str]) -> int:
         print(f"elastic-sbatch {__version__}")
         return 0
     job = _job(given, rest)
-    script = os.fsencode(render(job))
+    text = render(job)
+    if job.launch.grow:
+        _refuse_to_grow(job, text)
+    script = os.fsencode(text)
     if "dry-run" in switches:
         sys.stdout.buffer.write(script)
         sys.stdout.buffer.flush()
@@ -124,9 +131,10 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     except FileNotFoundError:
         raise UsageError("the current directory does not exist any more; cd to one that does") from None
     own = {option.name for option in _OWN}
+    _refuse_switch_apart(given, rest)
     settings = load(os.environ, directory).with_layer(
         COMMAND_LINE,
-        [(g.name, g.value) for g in given if g.name in own and g.value is not None],
+        [(g.name, "on" if g.value is None else g.value) for g in given if g.name in own and g.option.value],
         [g for g in given if g.name not in own | COMMAND_LINE_ONLY],
     )
     module = any(g.name == "module" for g in given)
@@ -134,17 +142,20 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     options = dict(settings.options)
     if "nodes" not in options:
         raise UsageError("--nodes: missing before the script, for example: elastic-sbatch --nodes 2:4 train.py")
+    if "template" in options and options["template"].value == "torchrun":
+        _refuse_for_torchrun(settings)
+        # what is left of these is what the files say for elastic jobs
+        options = {name: setting for name, setting in options.items() if name not in _NOT_FOR_TORCHRUN}
     sources = {name: setting.source for name, setting in options.items()}
     log_dir = options.pop("log-dir", None)
     template = options.pop("template", None)
-    if template and template.value == "torchrun":
-        _refuse_for_torchrun(settings)
     launch = LaunchSpec(
         script=script,
         script_args=tuple(rest[1:]),
         module=module,
         **{name.replace("-", "_"): setting.value for name, setting in options.items()},
     )
+    launch.check_sizes()
     passed = [g for g in settings.sbatch if g.name != "signal"]
     if not any(g.name == "job-name" for g in passed):
         name = script if module else Path(script).stem
@@ -160,6 +171,14 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
         template=template.value if template else "elastic",
         sources=sources,
     )
+
+
+def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
+    """``--grow on train.py``, as elastic-srun takes it, would run a script named "on"."""
+    switches = {o.flag for o in LAUNCH_OPTIONS if o.is_switch}
+    if given and given[-1].option.flag in switches and given[-1].value is None and rest[:1] in (["on"], ["off"]):
+        shown = f"{given[-1].option.flag} {rest[0]}"
+        raise UsageError(f"{shown}: expected the value after '=', for example {shown.replace(' ', '=')}")
 
 
 def _value(settings: Settings, name: str) -> str | None:
@@ -194,6 +213,27 @@ def _refuse_for_torchrun(settings: Settings) -> None:
     for name in _NOT_FOR_TORCHRUN:
         if name in given:
             raise UsageError(f"--{name}: plain torchrun has no use for it; leave it out, or use --template elastic")
+    nodes = settings.options["nodes"].value
+    if nodes.sizes:
+        raise UsageError(
+            f"--nodes {nodes}: plain torchrun expects N or MIN:MAX, for example --nodes {nodes.min}:{nodes.max}; "
+            "for exact numbers use --template elastic"
+        )
+
+
+def _refuse_to_grow(job: JobSpec, text: str) -> None:
+    """Refuse what the one-node jobs by which a job grows cannot take over from it."""
+    for given in job.sbatch:
+        if given.name == "gpus":
+            raise UsageError(
+                f"--gpus={given.value} with --grow: counts the GPUs of the whole job, a joiner is one node; "
+                "use --gpus-per-node=N"
+            )
+    if "ELASTIC_HPC_JOIN" not in text:
+        raise UsageError(
+            f"--template {job.template} with --grow: it has no ELASTIC_HPC_JOIN, by which one more node finds the job; "
+            "take the lines that have it from the built-in template elastic.sbatch.j2, or leave out --grow"
+        )
 
 
 def _prepare_log_dir(path: str) -> None:
@@ -261,7 +301,10 @@ def _warn(text: str) -> None:
 
 def _help() -> str:
     groups = {
-        "launch options": [(o.flag, o.metavar, o.help) for o in LAUNCH_OPTIONS],
+        "launch options": [
+            (f"{o.flag}[={o.metavar}]", "", o.help) if o.is_switch else (o.flag, o.metavar, o.help)
+            for o in LAUNCH_OPTIONS
+        ],
         "job options": [(f"--{name}", *rest) for name, rest in _JOB_OPTIONS.items()],
         "what to do": [(f"--{name}", "", text) for name, (_, text) in _SWITCHES.items()],
     }

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES
+from elastic_hpc.conclude import await_verdict
+from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES, run_number
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import agent_command, srun_options
@@ -95,6 +96,7 @@ class _Run:
     def __init__(self, rundir: RunDir, commands: list[tuple[list[str], dict[str, str]]]) -> None:
         self._rundir = rundir
         self._signals: list[int] = []
+        self._heeded = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(name, self._on_signal)
@@ -122,11 +124,8 @@ class _Run:
         left = {os.pidfd_open(process.pid): process for process in self._processes}
         for pidfd in left:
             poll.register(pidfd, select.POLLIN)
-        asked = 0
         while left:
-            while asked < len(self._signals):
-                asked += 1
-                self._stop(asked)
+            self.heed()
             for ready, _ in poll.poll():
                 if ready == self._wake:
                     os.eventfd_read(self._wake)
@@ -134,6 +133,12 @@ class _Run:
                     poll.unregister(ready)
                     left.pop(ready).wait()
                     os.close(ready)
+
+    def heed(self) -> None:
+        """Act upon the signals that have come."""
+        while self._heeded < len(self._signals):
+            self._heeded += 1
+            self._stop(self._heeded)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         self._signals.append(signum)
@@ -159,8 +164,8 @@ class _Run:
             process.terminate()
 
 
-def _outcome(rundir: RunDir) -> int:
-    verdict = rundir.read("verdict.json")
+def _outcome(rundir: RunDir, run: _Run, *, local: bool) -> int:
+    verdict = rundir.read("verdict.json") if local else await_verdict(rundir, run_number(os.environ), run.heed)
     if verdict is None:
         print("elastic-srun: the agents left no verdict; see their messages above", file=sys.stderr)
         return 1
@@ -168,24 +173,35 @@ def _outcome(rundir: RunDir) -> int:
     return {"finished": 0, "failed": 1, "requeue": 75}[verdict["outcome"]]
 
 
-def _main(argv: list[str] | None) -> int:
-    args = _parser().parse_args(argv)
-    here = _nodes_here(args)
+def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:
+    """What to run, and on how many of the nodes that are ``here``."""
     launch = LaunchSpec.from_namespace(args)
+    if launch.grow:
+        raise UsageError(
+            "--grow on: elastic-srun runs in the allocation that is there; "
+            "a job that grows is submitted with elastic-sbatch --grow"
+        )
     if args.nodes is None:
         launch = replace(launch, nodes=NodeRange(1, here))
     if launch.nodes.min > here:
         raise UsageError(
             f"--nodes {launch.nodes}: expected at most the {here} nodes there are, for example --nodes {here}"
         )
+    launch.check_sizes()
     if not launch.module and not os.access(launch.script, os.R_OK):
         raise UsageError(f"{launch.script}: no such readable script")
+    return launch, min(here, launch.nodes.max + launch.spares)
+
+
+def _main(argv: list[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    launch, count = _request(args, _nodes_here(args))
     local = args.standalone or args.local is not None
     job = "local" if local else os.environ["SLURM_JOB_ID"]
     rundir = _new_run_dir(args.log_dir, job)
-    run = _Run(rundir, _commands(launch, min(here, launch.nodes.max), rundir, local=local))
+    run = _Run(rundir, _commands(launch, count, rundir, local=local))
     run.wait()
-    code = _outcome(rundir)
+    code = _outcome(rundir, run, local=local)
     return 130 if run.interrupted else code
 
 

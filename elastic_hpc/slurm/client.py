@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Mapping
+from typing import IO
 
 from elastic_hpc.env import AGENT_MARK
 from elastic_hpc.errors import SlurmError
@@ -15,6 +16,9 @@ SECONDS = 60  # for an answer of slurmctld; its own clients give up after 10 to 
 # Needed to find and enter the cluster. Every other SLURM_* and SBATCH_* variable overrides the script's directives,
 # or is a leftover of the job that we are called from.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"})
+
+# What a user likes to see in a table, or to be asked. Not a part of clean_environment: jobs may have it.
+_FILTERS = ("SQUEUE_", "SCANCEL_")
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -47,19 +51,25 @@ def run(*command: str) -> str:
         raise SlurmError(f"{' '.join(command)}: no answer in {SECONDS} s") from None
 
 
-def ask(*command: str) -> subprocess.Popen[bytes]:
-    """Start a client of Slurm. The requeue of a job sends SIGTERM to all its processes, also to those that ask for it:
-
-    they inherit that it is blocked.
+def ask(
+    *command: str,
+    environ: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
+    stderr: int | IO[bytes] = subprocess.PIPE,
+) -> subprocess.Popen[bytes]:
+    """Start a client of Slurm, in ``environ`` or what is ours of it. The requeue of a job sends SIGTERM to all its
+    processes, also to those that ask for it: they inherit that it is blocked.
     """
+    if environ is None:
+        environ = {k: v for k, v in clean_environment(os.environ).items() if not k.startswith(_FILTERS)}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         return subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=clean_environment(os.environ),
+            stderr=stderr,
+            env=environ,
             start_new_session=True,  # Ctrl-C does not stop a requeue half-way
         )
     except OSError as error:

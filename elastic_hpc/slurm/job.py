@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 
+from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
+
+# What scancel says of jobs that have ended; by version and number of jobs, that is an error or not.
+_ENDED = re.compile("already (completing|completed|finished)|Invalid job id specified", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Job:
     """What slurmctld says about a job. Lists of nodes are in Slurm's notation, empty for none."""
 
+    id: str
+    """SLURM_JOB_ID, a number also in arrays."""
     state: str
     """Slurm's word, RUNNING for one. As long as a job is COMPLETING, Slurm does not say what it will be then."""
     reason: str
@@ -31,6 +38,18 @@ class Job:
     preempt_time: str
     """When its end by preemption was announced, while it is running; then, when it came. Empty for never."""
     end_time: str
+    account: str
+    qos: str
+    time_limit: str
+    """In Slurm's notation, 1-12:00:00 or UNLIMITED."""
+    run_time: str
+    """What of it is used up."""
+
+    @property
+    def remaining(self) -> timedelta | None:
+        """What is left of its time, by the controller's count; None for no limit. Raises SlurmError if unknown."""
+        limit, used = duration(self.time_limit), duration(self.run_time)
+        return None if limit is None or used is None else limit - used
 
     def becomes(self, run: int | None) -> str:
         """``state``, or if that is COMPLETING, what the rest says to a process of ``run`` (SLURM_RESTART_COUNT):
@@ -49,13 +68,14 @@ class Job:
 
 def show_job(job: str) -> Job:
     """Ask for ``job``, for an array task ``JOB_TASK``. Raises SlurmError if Slurm knows it no longer."""
-    said = client.scontrol("show", "job", "--oneliner", job).partition(" UserId=")[2]  # a job's name may hold anything
+    ids, _, said = client.scontrol("show", "job", "--oneliner", job).partition(" UserId=")  # its name may hold anything
 
     def field(name: str, value: str = r"\S*") -> str:
         match = re.search(rf" {name}=({value})", said)
         return "" if match is None or match[1] == "(null)" else match[1]
 
     return Job(
+        id=ids.partition(" ")[0].removeprefix("JobId="),
         state=field("JobState"),
         reason=field("Reason"),
         restarts=int(field("Restarts") or 0),
@@ -67,6 +87,10 @@ def show_job(job: str) -> Job:
         excluded=field("ExcNodeList"),
         preempt_time=field("PreemptTime").removeprefix("None"),
         end_time=field("EndTime"),
+        account=field("Account"),
+        qos=field("QOS").removeprefix("N/A"),
+        time_limit=field("TimeLimit"),
+        run_time=field("RunTime"),
         folder=field("WorkDir", r".*?(?= Std(?:Err|In|Out)=| \w+=|\s*$)"),
     )
 
@@ -76,6 +100,23 @@ def job_state(job: str, run: int | None = None) -> str:
     return show_job(job).becomes(run)
 
 
-def cancel(job: str) -> None:
-    """End ``job``, running or waiting. Raises SlurmError."""
-    client.run("scancel", job)
+def duration(text: str) -> timedelta | None:
+    """``text`` in Slurm's notation, [DAYS-][[HOURS:]MINUTES:]SECONDS; None for UNLIMITED. Raises SlurmError."""
+    if text == "UNLIMITED":
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+)", text, re.ASCII)
+    if match is None:
+        raise SlurmError(f"expected a time like 1-12:00:00, not {text!r}")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def cancel(*jobs: str) -> None:
+    """End ``jobs``, running or waiting. One that has ended already is no error. Raises SlurmError."""
+    if not jobs:
+        return
+    try:
+        client.run("scancel", *jobs)
+    except SlurmError as error:
+        if not all(_ENDED.search(part) for part in str(error).split("; ")):
+            raise

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from elastic_hpc.env import AGAIN, JOIN
 from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import show_job
@@ -88,12 +89,22 @@ def resubmit(job: str, script: Path, environ: Mapping[str, str], exports: Mappin
     _, _, task = job.partition("_")
     if task:
         options.append(f"--array={task}")
-    submitted: list[str] = []
     try:
-        body = script.read_bytes()
-        sbatch(body, options, {**client.clean_environment(environ), **exports}, submitted.append, lambda _: None)
+        new = submit_again(script.read_bytes(), options, environ, exports)
     except (OSError, UsageError) as error:
         raise SlurmError(f"sbatch {script}: {error}") from None
+    return new + (f"_{task}" if task else "")
+
+
+def submit_again(script: bytes, options: Sequence[str], environ: Mapping[str, str], exports: Mapping[str, str]) -> str:
+    """Submit the batch script of a job from within it, and return the new job's id.
+
+    It has ``exports`` and, unless ``--export`` hides it, ``environ``, without what that says of the agent that submits.
+    Raises UsageError and SlurmError as ``sbatch``.
+    """
+    inherited = {name: value for name, value in environ.items() if name not in {JOIN, AGAIN}}
+    submitted: list[str] = []
+    sbatch(script, options, {**inherited, **exports}, submitted.append, lambda _: None)
     if not submitted:
-        raise SlurmError(f"sbatch {script}: no job id")
-    return submitted[0].partition(";")[0] + (f"_{task}" if task else "")
+        raise SlurmError("sbatch: no job id")
+    return submitted[0].partition(";")[0]

@@ -27,6 +27,12 @@ from elastic_hpc.server import LeaderServer
 POLICY = Policy(
     min_nodes=1,
     max_nodes=3,
+    sizes=(),
+    spares=0,
+    grow=False,
+    free_growth=False,
+    grow_every=0.0,
+    wait_for_nodes=60.0,
     max_restarts=3,
     max_requeues=1,
     heartbeat_timeout=2.0,

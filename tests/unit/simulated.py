@@ -12,23 +12,33 @@ import contextlib
 import itertools
 import random
 import selectors
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 from elastic_hpc import member, protocol
 from elastic_hpc.decide import Policy
-from elastic_hpc.errors import JobEnded
+from elastic_hpc.election import joiner, votes
+from elastic_hpc.errors import JobEnded, SlurmError
 from elastic_hpc.leader import Leader, Verdict
+from elastic_hpc.leading import JOINER_PATIENCE
 from elastic_hpc.membership import Membership
 from elastic_hpc.protocol import Failure, Host, Order, Roster, Status
 from elastic_hpc.server import LeaderServer
+from elastic_hpc.supply import Supply
 
 TIMEOUT = 5.0
 POLICY = Policy(
     min_nodes=2,
     max_nodes=4,
+    sizes=(),
+    spares=0,
+    grow=True,
+    free_growth=False,
+    grow_every=0.0,
+    wait_for_nodes=60.0,
     max_restarts=1000,
     max_requeues=2,
     heartbeat_timeout=TIMEOUT,
@@ -117,7 +127,7 @@ class SimNetwork:
         self.node.attend = attend
 
     async def dial(self, addresses: Sequence[str], port: int) -> SimLink:
-        target = self.job.nodes[port]
+        target = self.job.at[port]
         await asyncio.sleep(self.job.latency())
         while target.frozen and not target.dead:
             await asyncio.sleep(0.5)
@@ -152,7 +162,8 @@ class SimRecord:
         self.job.events.append((self.job.now, self.node.index, name, fields))
         if name == "round":
             assert self.job.policy.min_nodes <= len(fields["nodes"]) <= self.job.policy.max_nodes
-            assert fields["nodes"] == sorted(fields["nodes"]), "group ranks follow Slurm's node order"
+            nodes = [int(name[1:]) for name in fields["nodes"]]
+            assert nodes == sorted(nodes), "group ranks follow Slurm's node order"
             assert fields["restarts"] <= self.job.policy.max_restarts
 
     def state(self, **state: int) -> None:
@@ -178,8 +189,8 @@ class Workers:
 class SimNode:
     """A node: its agent's main thread, and what Membership needs of it."""
 
-    def __init__(self, job: Job, index: int) -> None:
-        self.job, self.index = job, index
+    def __init__(self, job: Job, index: int, *, first: bool = False) -> None:
+        self.job, self.index, self.first = job, index, first
         self.host = Host(index, f"n{index}", (f"10.0.0.{index}",), index)
         self.attend: Callable[[Any], Awaitable[None]] | None = None
         self.dead = ""
@@ -215,7 +226,7 @@ class SimNode:
             SimNetwork(self.job, self),
             heartbeat_timeout=TIMEOUT,
             join_timeout=self.job.policy.join_timeout,
-            first=self.index == 0,
+            first=self.first,
         )
         self.spawn(self.membership.run())
 
@@ -226,6 +237,8 @@ class SimNode:
 
     def set_order(self, order: Order | None, link: Any) -> None:
         self.order = order
+        if order and order.drain and order.round == self.workers.round and self.job.scripts_listen:
+            asyncio.get_running_loop().call_later(self.job.random.uniform(0, 1), self._drained, order.round)
         self._act()
 
     def ended(self, over: JobEnded) -> None:
@@ -236,6 +249,9 @@ class SimNode:
         return self.job.endpoint if self.job.files else None
 
     async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
+        if not votes(self.index):  # see leading.Leading
+            gone = waited >= JOINER_PATIENCE or self.job.verdict is not None
+            return JobEnded("lost", "no leader") if gone else None
         if self._beats[0] != self.job.beats:
             self._beats = (self.job.beats, self.job.now)
         if self.job.now - self._beats[1] < 2 * TIMEOUT or patient:
@@ -251,11 +267,14 @@ class SimNode:
             node=self.index,
             nproc=1,
             now=self.job.now,
-            granted=0 if roster else len(self.job.nodes),
+            granted=0 if roster else self.job.size,
             inherited=roster,
             reason=reason,
+            supplied=True,
         )
-        return LeaderServer(leader, SimRecord(self.job, self), self._open_store, self._act_on)
+        record = SimRecord(self.job, self)
+        supply = Supply(SimSource(self.job, self), record.event, grow=self.job.policy.grow)
+        return LeaderServer(leader, record, self._open_store, self._act_on, supply)
 
     async def _open_store(self, round: int) -> int:
         await asyncio.sleep(self.job.random.uniform(0, 0.2))
@@ -280,7 +299,7 @@ class SimNode:
             case member.Start(round, plan):
                 self.workers = Workers(round, alive=True)
                 self.started.append((round, plan))
-                self._report(state="running", round=round)
+                self._report(state="running", round=round, listens=self.job.scripts_listen)
                 self.job.check()
 
     def _stopped(self) -> None:
@@ -296,6 +315,18 @@ class SimNode:
     def leave(self, outcome: str) -> None:
         self.left, self.workers = outcome, Workers()
         self.membership.leave()
+        self.job.queue.ended(self)
+        if self.job.verdict and not any(votes(node.index) for node in self.job.left):
+            for id in list(self.job.queue.jobs):  # see elastic_hpc.conclude
+                self.job.queue.cancel(id)
+
+    def warn(self) -> None:
+        """The job that has brought this joiner is about to end."""
+        self._report(leaving="preempted")
+
+    def _drained(self, round: int) -> None:
+        if round == self.workers.round:
+            self.end_workers(failed=False, drained=True)
 
     # faults
 
@@ -340,6 +371,108 @@ class SimNode:
         self.dead, self.workers = how, Workers()
         for task in self._tasks:
             task.cancel()
+        self.job.queue.ended(self)
+
+
+@dataclass
+class SimJoiner:
+    """A job that brings one node."""
+
+    id: str
+    state: str = "PENDING"
+    node: str = ""
+    time_limit: timedelta | None = None
+
+
+class Queue:
+    """Slurm: ``free`` nodes, and the joiners that wait for them."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.free = 0
+        self.refuses = False
+        self.restarts = False
+        """Whether agents can be started anew."""
+        self.jobs: dict[str, SimJoiner] = {}
+        self._ids = itertools.count(100)
+
+    def set_free(self, nodes: int) -> None:
+        self.free = nodes
+        self.schedule()
+
+    def submit(self) -> str:
+        made = SimJoiner(str(next(self._ids)))
+        self.jobs[made.id] = made
+        self.schedule()
+        return made.id
+
+    def schedule(self) -> None:
+        for waiting in self.jobs.values():
+            if waiting.state == "PENDING" and self.free > 0:
+                self.free -= 1
+                waiting.state, waiting.node = "RUNNING", f"n{joiner(waiting.id)}"
+                delay = self.job.random.uniform(0.5, 6)
+                asyncio.get_running_loop().call_later(delay, self._start, waiting.id)
+
+    def _start(self, id: str) -> None:
+        if id in self.jobs:
+            self.job.add(joiner(id)).start()
+
+    def cancel(self, id: str) -> None:
+        gone = self.jobs.get(id)
+        if gone and gone.state == "PENDING":
+            del self.jobs[id]
+        elif gone and (node := self.job.at.get(joiner(id))):
+            node.kill()
+
+    def ended(self, node: SimNode) -> None:
+        """The agent of a joiner has left, or is dead."""
+        for id in [id for id in self.jobs if joiner(id) == node.index]:
+            del self.jobs[id]
+            if node.dead != "power":
+                self.set_free(self.free + 1)
+
+
+class SimSource:
+    """What a leader's supply asks of Slurm."""
+
+    def __init__(self, job: Job, node: SimNode) -> None:
+        self.job, self.node = job, node
+
+    async def _asks(self) -> None:
+        await asyncio.sleep(self.job.random.uniform(0.01, 1.0))
+        if self.job.queue.refuses:
+            raise SlurmError("refused")
+
+    async def lacks_agent(self, host: Host) -> bool:
+        await asyncio.sleep(self.job.latency())
+        there = self.job.at[host.node]
+        return self.job.queue.restarts and there.dead == "killed" and self.job.connected(self.node, there)
+
+    async def restart(self, host: Host) -> bool:
+        await self._asks()
+        if self.job.at[host.node].dead == "killed":
+            self.job.add(host.node).start()
+        return True
+
+    async def joiners(self) -> list[SimJoiner]:
+        await self._asks()
+        return [replace(job) for job in self.job.queue.jobs.values()]
+
+    async def remaining(self) -> float:
+        return float("inf")
+
+    async def submit(self, exclude: Collection[str]) -> str:
+        await self._asks()
+        return self.job.queue.submit()
+
+    async def shorten(self, ids: Collection[str], seconds: float) -> None:
+        await self._asks()
+
+    async def cancel(self, ids: Collection[str]) -> None:
+        await self._asks()
+        for id in ids:
+            self.job.queue.cancel(id)
 
 
 @dataclass
@@ -357,15 +490,30 @@ class Job:
     requeued: bool = False
     endpoint: Host | None = None
     beats: int = 0
+    scripts_listen: bool = False
     bugs: list[Exception] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.ports = itertools.count(1000)
-        self.nodes = [SimNode(self, index) for index in range(self.size)]
+        self.nodes: list[SimNode] = []
+        self.at: dict[int, SimNode] = {}
+        for index in range(self.size):
+            self.add(index, first=index == 0)
+        self.queue = Queue(self)
         self.cuts: set[frozenset[int]] = set()
         self.trained = 0
         self._formed: dict[int, int] = {}
+
+    def add(self, index: int, *, first: bool = False) -> SimNode:
+        """A node, or a new agent on one whose agent has died, which remembers nothing."""
+        node = self.at[index] = SimNode(self, index, first=first)
+        self.nodes = [*(other for other in self.nodes if other.index != index), node]
+        return node
+
+    @property
+    def joiners(self) -> list[SimNode]:
+        return [node for node in self.nodes if not votes(node.index)]
 
     @property
     def now(self) -> float:
@@ -383,7 +531,7 @@ class Job:
 
     def cut(self, nodes: Sequence[int]) -> None:
         """Between ``nodes`` and all others nothing passes."""
-        rest = set(range(self.size)) - set(nodes)
+        rest = set(self.at) - set(nodes)
         self.cuts = {frozenset((a, b)) for a in nodes for b in rest}
 
     def heal(self) -> None:

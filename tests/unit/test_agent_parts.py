@@ -175,6 +175,12 @@ def test_the_summary_tells_rounds_causes_and_gaps(tmp_path: Path) -> None:
 POLICY = Policy(
     min_nodes=1,
     max_nodes=2,
+    sizes=(),
+    spares=0,
+    grow=False,
+    free_growth=False,
+    grow_every=0.0,
+    wait_for_nodes=60.0,
     max_restarts=3,
     max_requeues=2,
     heartbeat_timeout=0.0,
@@ -191,7 +197,7 @@ WHY = "n1 at 10.0.0.1 port 29432: Connection refused"
 def agent(rundir: RunDir, run: int = 1, **changes: Any) -> Leading:
     """One that has lost all others, where nobody has Slurm."""
     env = AgentEnv("7", 1, "n2", 2, run, 2, None, None, local=True)
-    return Leading(None, env, HOST, 1, replace(POLICY, **changes), rundir)  # type: ignore[arg-type]
+    return Leading(None, env, HOST, 1, replace(POLICY, **changes), rundir, {})  # type: ignore[arg-type]
 
 
 def roster(restarts: int, requeues: int) -> Roster:

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,10 @@ class Project:
         path = self.recorded / what
         return path.read_text() if path.exists() else None
 
+    def agents(self):
+        """The command that starts the agents, on one line."""
+        return re.search(r"^srun .*$", self.seen("script").replace(" \\\n ", ""), re.MULTILINE)[0]
+
 
 def test_a_job_is_submitted_and_answered_like_sbatch(project, capsys):
     assert main(["-N", "2:4", "-p", "gpu", "train.py", "--nodes", "x"]) == 0
@@ -49,7 +54,7 @@ def test_a_job_is_submitted_and_answered_like_sbatch(project, capsys):
     assert err == f"run directory: {project.folder}/elastic-logs/17\n"
     assert project.seen("argv") == "--parsable\n"
     assert "#SBATCH --partition=gpu" in project.seen("script")
-    assert project.seen("script").count("-- train.py --nodes x &") == 1
+    assert project.agents().endswith(" -- train.py --nodes x &")
     assert (project.folder / "elastic-logs").is_dir()
 
 
@@ -111,6 +116,62 @@ def test_the_script_is_looked_for_where_the_job_will_run(project):
     assert main(["-N1", "-D", "sub", "train.py"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("argv", "grow"),
+    [([], "off"), (["--grow"], "on"), (["--grow", "--"], "on"), (["--grow=on"], "on"), (["--grow=off"], "off")],
+)
+def test_grow_alone_means_on_and_leaves_the_script_alone(project, argv, grow):
+    assert main(["-N", "2:4", *argv, "train.py", "x"]) == 0
+    assert f" --grow {grow} " in project.agents()
+    assert project.agents().endswith(" -- train.py x &")
+
+
+def test_a_script_may_be_named_like_a_switchs_value(project):
+    (project.folder / "on").write_text("")
+    assert main(["-N", "2:4", "--grow=on", "on"]) == 0
+    assert project.agents().endswith(" -- on &")
+
+
+def test_the_command_line_takes_back_what_a_file_switched_on(project):
+    (project.folder / "elastic_hpc.toml").write_text("grow = true\nspares = 2\n")
+    assert main(["-N", "2:4", "--grow=off", "--spares=0", "-G", "8", "train.py"]) == 0
+    script = project.seen("script")
+    assert re.search(r"^# --grow +off +command line$", script, re.MULTILINE)
+    assert "#SBATCH --nodes=2-4 " in script
+
+
+def test_plain_torchrun_is_asked_for_without_what_the_files_say_of_growth(project):
+    (project.folder / "elastic_hpc.toml").write_text("grow = true\nspares = 2\nworld-multiple-of = 7\n")
+    assert main(["-N", "2:4", "--nproc-per-node=2", "--template=torchrun", "train.py"]) == 0
+    assert "#SBATCH --nodes=2-4 " in project.seen("script")
+    assert "--nnodes=2:4" in project.seen("script")
+
+
+@pytest.mark.parametrize(("text", "code"), [("echo", 2), ("run_dir=$ELASTIC_HPC_JOIN", 0)])
+def test_a_template_of_ones_own_must_know_how_to_join_if_the_job_is_to_grow(project, capsys, text, code):
+    (project.folder / "my.j2").write_text(f"#!/bin/sh\n{text}\n")
+    assert main(["-N", "2:4", "--template", "my.j2", "train.py"]) == 0
+    (project.recorded / "argv").unlink()
+    capsys.readouterr()
+    assert main(["-N", "2:4", "--template", "my.j2", "--grow", "train.py"]) == code
+    assert (project.seen("argv") is None) == (code == 2)
+    refusal = "elastic-sbatch: --template my.j2 with --grow: it has no ELASTIC_HPC_JOIN, by which one more node finds "
+    assert capsys.readouterr().err.startswith(refusal) == (code == 2)
+
+
+def test_a_job_of_fixed_size_may_grow_to_replace_its_losses(project):
+    assert main(["-N", "4", "--grow", "train.py"]) == 0
+
+
+def test_a_multiple_of_workers_is_judged_where_their_number_is_known(project, capsys):
+    assert main(["-N", "4:6", "--world-multiple-of=16", "--nproc-per-node=gpu", "train.py"]) == 0
+    assert main(["-N", "4:6", "--world-multiple-of=16", "train.py"]) == 0
+    assert main(["-N", "4:6", "--world-multiple-of=16", "--nproc-per-node=4", "train.py"]) == 0
+    capsys.readouterr()
+    assert main(["-N", "4:6", "--world-multiple-of=16", "--nproc-per-node=2", "train.py"]) == 2
+    assert "for example --nodes 8\n" in capsys.readouterr().err
+
+
 def test_defaults_come_from_the_projects_file(project):
     (project.folder / "elastic_hpc.toml").write_text("nodes = '2:4'\n[sbatch]\npartition = 'gpu'\n")
     assert main(["train.py"]) == 0
@@ -137,6 +198,17 @@ def test_defaults_come_from_the_projects_file(project):
         (["-N", "2", "--log-dir", "train.py/x", "train.py"], "--log-dir '"),
         (["-N", "2", "--template=torchrun", "--signal=USR1", "train.py"], "--signal: plain torchrun has no use for it"),
         (["-N", "2", "-n", "8", "train.py"], "--ntasks=8: with a task count"),
+        (["-N", "4,4", "train.py"], "--nodes '4,4': expected N or MIN:MAX"),
+        (["-N", "2", "--spares", "-1", "train.py"], "--spares '-1': expected a whole number, 0 or more"),
+        (["-N", "2", "--grow=yes", "train.py"], "--grow 'yes': expected on or off"),
+        (["-N", "2", "--grow=", "train.py"], "--grow '': expected on or off"),
+        (["-N", "2", "--grow", "on", "train.py"], "--grow on: expected the value after '=', for example --grow=on"),
+        (["-N", "2", "--free-growth", "off", "t.py"], "--free-growth off: expected the value after '='"),
+        (["-N", "2", "--grow", "-G8", "train.py"], "--gpus=8 with --grow: counts the GPUs of the whole job, a joiner"),
+        (["-N", "2", "--grow", "--dry-run", "--gpus=8", "train.py"], "--gpus=8 with --grow: counts the GPUs of the"),
+        (["-N", "2", "--grow", "--template=torchrun", "train.py"], "--grow: plain torchrun has no use for it"),
+        (["-N", "2", "--spares=1", "--template=torchrun", "train.py"], "--spares: plain torchrun has no use for it"),
+        (["-N", "2,4", "--template=torchrun", "train.py"], "--nodes 2,4: plain torchrun expects N or MIN:MAX, for ex"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_submitted(project, capsys, argv, message):
@@ -179,14 +251,20 @@ def test_a_large_script_is_refused_without_a_traceback(project, capsys):
 def test_the_help_teaches_and_needs_no_other_option(project, capsys):
     assert main(["-p", "gpu", "--help"]) == 0
     out = capsys.readouterr().out
-    for text in ("elastic-sbatch --nodes 4:8 train.py", "passed through", "-N, --nodes N|MIN:MAX", "--dry-run"):
+    for text in (
+        "elastic-sbatch --nodes 4:8 train.py",
+        "passed through",
+        "-N, --nodes N|MIN:MAX",
+        "--grow[=on|off]\n",
+        "--dry-run",
+    ):
         assert text in out
     assert max(map(len, out.splitlines())) <= 120
 
 
 def test_help_after_the_script_belongs_to_the_script(project):
     assert main(["-N1", "train.py", "--help"]) == 0
-    assert "-- train.py --help &" in project.seen("script")
+    assert project.agents().endswith(" -- train.py --help &")
 
 
 def test_control_c_ends_quietly(project, monkeypatch, capsys):

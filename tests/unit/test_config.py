@@ -73,6 +73,12 @@ def test_a_template_path_is_relative_to_its_file_and_a_name_is_not(site):
     assert site.load(project="template = 'torchrun'").options["template"].value == "torchrun"
 
 
+@pytest.mark.parametrize(("text", "on"), [("true", True), ("false", False), ("'on'", True), ("'off'", False)])
+def test_a_switch_is_true_or_false_in_a_file_or_a_word_as_on_the_command_line(site, text, on):
+    settings = site.load(site="grow = true\nfree-growth = false", project=f"grow = {text}\nfree-growth = {text}")
+    assert [(s.value, s.source) for s in settings.options.values()] == [(on, "./elastic_hpc.toml")] * 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -83,6 +89,10 @@ def test_a_template_path_is_relative_to_its_file_and_a_name_is_not(site):
         ("nodes = true", "nodes = True: expected a string or a number"),
         ("setup = 'module load a'", "setup = .*: expected a list of strings"),
         ("env = ['1A=2']", "--env '1A=2': expected NAME=VALUE"),
+        ("grow = 1", "grow = 1: expected true or false"),
+        ("grow = 'yes'", "--grow 'yes': expected on or off"),
+        ("spares = true", "spares = True: expected a string or a number"),
+        ("world-multiple-of = 0", "--world-multiple-of '0': expected a whole number, 1 or more"),
         (r'setup = ["a\r\nb"]', "DOS line breaks"),
         ("sbatch = 1", r"expected a table, \[sbatch\]"),
         ("[sbatch]\nntasks = 8", "--ntasks=8: with a task count"),

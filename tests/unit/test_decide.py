@@ -7,9 +7,18 @@ from dataclasses import replace
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from elastic_hpc.decide import Action, Policy, View, decide
+from elastic_hpc.decide import STARTING, Action, Decision, Policy, View, decide
+from elastic_hpc.election import joiner, votes
 
-NODES = st.frozensets(st.integers(0, 7), max_size=8)
+OWN, JOINERS = st.integers(0, 7), st.integers(0, 3).map(lambda job: joiner(str(job)))
+NODES = st.frozensets(OWN | JOINERS, max_size=8)
+CHANGES = st.sampled_from(
+    [
+        Decision(Action.GATHER, "1 node(s) have to go"),
+        Decision(Action.GATHER, "1 more node(s) joined", grows=True),
+        Decision(Action.GATHER, "1 more node(s) joined", grows=True, charged=False),
+    ]
+)
 SECONDS = st.floats(0, 200)
 COUNTS = st.integers(0, 4)
 
@@ -17,9 +26,16 @@ COUNTS = st.integers(0, 4)
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
     least, more = draw(st.integers(1, 5)), draw(st.integers(0, 4))
+    between = draw(st.frozensets(st.integers(least, least + more)))
     return Policy(
         min_nodes=least,
         max_nodes=least + more,
+        sizes=draw(st.sampled_from([(), tuple(sorted(between | {least, least + more}))])),
+        spares=draw(COUNTS),
+        grow=draw(st.booleans()),
+        free_growth=draw(st.booleans()),
+        grow_every=draw(SECONDS),
+        wait_for_nodes=draw(SECONDS),
         max_restarts=draw(COUNTS),
         max_requeues=draw(COUNTS),
         heartbeat_timeout=draw(st.floats(0.1, 30)),
@@ -41,6 +57,15 @@ ANY_VIEWS = st.builds(
     repeated=st.booleans(),
     ready=NODES,
     live=NODES,
+    leaving=NODES,
+    idle=NODES,
+    since_newcomer=SECONDS,
+    starting=COUNTS,
+    coming=COUNTS,
+    since_growth=SECONDS,
+    listens=st.booleans(),
+    change=st.none() | CHANGES,
+    since_change=SECONDS,
     absent=COUNTS,
     first=st.booleans(),
     since_start=SECONDS,
@@ -63,7 +88,7 @@ ANY_VIEWS = st.builds(
 def gathering(view: View) -> View:
     """All who are there are ready, and nothing else is the matter."""
     calm = replace(view, formed=frozenset(), lost=frozenset(), failure=None, request=None, ready=view.live)
-    return replace(calm, quorum=True, store_ready=True)
+    return replace(calm, quorum=True, store_ready=True, leaving=frozenset(), idle=view.live)
 
 
 def training(view: View) -> View:
@@ -76,7 +101,7 @@ EVERYTHING = settings(max_examples=200, deadline=None)
 
 def after_long(view: View, policy: Policy) -> View:
     """The same state when nothing has happened for a day; only the times that the leader lets grow in it have grown."""
-    enough = len(view.live) >= policy.min_nodes
+    enough = bool(policy.fit(view.live))
     day = 86400.0
     return replace(
         view,
@@ -87,6 +112,9 @@ def after_long(view: View, policy: Policy) -> View:
         without_quorum=0.0 if view.quorum else view.without_quorum + day,
         since_quorum=view.since_quorum + day,
         since_request=view.since_request + day,
+        since_newcomer=view.since_newcomer + day,
+        since_growth=view.since_growth + day,
+        since_change=view.since_change + day,
     )
 
 
@@ -107,11 +135,13 @@ def test_with_a_majority_it_never_stops_leading_without_a_verdict(view: View, po
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_a_world_has_between_min_and_max_nodes_all_of_which_are_ready(view: View, policy: Policy) -> None:
+def test_a_world_has_a_size_that_is_allowed_and_nodes_that_are_ready(view: View, policy: Policy) -> None:
     decision = decide(view, policy)
-    assert bool(decision.nodes) == (decision.action is Action.FORM)
+    assert bool(decision.nodes) == (decision.action in {Action.FORM, Action.RELEASE})
     if decision.action is Action.FORM:
         assert policy.min_nodes <= len(decision.nodes) <= policy.max_nodes
+        assert len(decision.nodes) == policy.fit(view.ready)
+        assert any(map(votes, decision.nodes))
         assert list(decision.nodes) == sorted(set(decision.nodes)), "ranks follow Slurm's order"
         assert set(decision.nodes) <= view.ready == view.live
         assert view.quorum
@@ -125,8 +155,8 @@ def test_a_world_has_between_min_and_max_nodes_all_of_which_are_ready(view: View
 def test_what_is_charged_is_within_its_budget(view: View, policy: Policy) -> None:
     decision = decide(view, policy)
     if decision.action is Action.GATHER:
-        assert decision.charged
-        assert view.restarts < policy.max_restarts
+        assert decision.charged or decision.grows
+        assert view.restarts < policy.max_restarts or not decision.charged
         assert view.running, "a round that is gathered is not broken off for another"
     if decision.action is Action.REQUEUE:
         assert policy.can_requeue
@@ -173,8 +203,8 @@ def test_no_state_waits_for_ever(view: View, policy: Policy) -> None:
         assert not view.lost
         assert view.failure is None
     else:
-        assert len(view.live) >= policy.min_nodes
-        assert view.ready != view.live or not view.store_ready
+        assert policy.fit(view.live)
+        assert view.ready != view.live or view.leaving - view.idle or not view.store_ready
 
 
 @given(VIEWS, policies())
@@ -196,7 +226,33 @@ def test_whoever_waits_for_time_to_pass_does_so_within_the_users_timeouts(view: 
     late = after_long(view, policy)
     if decide(late, policy).action is Action.WAIT:
         return
-    longest = max(policy.heartbeat_timeout, policy.join_timeout, policy.last_call_timeout, policy.grace)
+    timeouts = (policy.join_timeout, policy.last_call_timeout, policy.grace, policy.grow_every, policy.wait_for_nodes)
+    longest = max(policy.heartbeat_timeout, STARTING, *timeouts)
     names = ("since_start", "since_min", "below_min", "without_quorum", "since_quorum", "since_request")
+    names += ("since_newcomer", "since_growth", "since_change")
     bounded = replace(late, **{name: min(getattr(late, name), longest) for name in names})
     assert decide(bounded, policy).action is not Action.WAIT
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_only_those_who_do_not_train_are_let_go_and_of_the_jobs_own_nodes_none(view: View, policy: Policy) -> None:
+    decision = decide(view, policy)
+    if decision.action is Action.RELEASE:
+        assert not view.formed.intersection(decision.nodes)
+        assert all(node in view.leaving or not votes(node) for node in decision.nodes)
+        assert set(decision.nodes) <= view.idle | view.ready
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_who_may_be_asked_to_stop_is_asked_before_the_world_is_changed_without_need(view: View, policy: Policy) -> None:
+    decision = decide(view, policy)
+    if decision.action is Action.DRAIN:
+        assert view.listens
+        assert not view.lost
+        assert view.failure is None
+        assert not view.succeeded
+        assert policy.fit(view.live) > len(view.formed) or view.leaving & view.formed
+    if decision.action is Action.GATHER and not (view.failure or view.lost or view.drained or view.change):
+        assert not view.listens

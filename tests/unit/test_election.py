@@ -150,7 +150,23 @@ class Nodes:
         self.dice = random.Random(seed)
         self.loss = loss
         self.unrest = self.dice.choice((0.1, 0.2, 0.4))
-        self.policy = Policy(1, max_nodes, 10**6, 0, 2.0, 1e9, 0.0, 0.0, can_requeue=True)
+        self.policy = Policy(
+            min_nodes=1,
+            max_nodes=max_nodes,
+            sizes=(),
+            spares=0,
+            grow=False,
+            free_growth=False,
+            grow_every=0.0,
+            wait_for_nodes=0.0,
+            max_restarts=10**6,
+            max_requeues=0,
+            heartbeat_timeout=2.0,
+            join_timeout=1e9,
+            last_call_timeout=0.0,
+            grace=0.0,
+            can_requeue=True,
+        )
         self.agents = [Agent(index, first=index == 0) for index in range(size)]
         self.links: dict[int, Link] = {}
         self.numbers = itertools.count()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from elastic_hpc.cli.srun import _parser, _request
 from elastic_hpc.rundir import RunDir
 
 SRUN = Path(sys.executable).with_name("elastic-srun")
@@ -220,9 +221,35 @@ def test_the_last_words_of_the_last_worker_are_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "here", "agents"),
+    [
+        ([], 4, 4),
+        (["--nodes", "1:2"], 4, 2),
+        (["--nodes", "1:2", "--spares", "1"], 4, 3),
+        (["--nodes", "2,3", "--spares", "9"], 4, 4),
+        (["--spares", "1"], 4, 4),
+    ],
+)
+def test_agents_start_on_max_nodes_and_the_spares_as_far_as_they_are_there(
+    options: list[str], here: int, agents: int
+) -> None:
+    _, count = _request(_parser().parse_args([*options, __file__]), here)
+    assert count == agents
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--nodes", "4-8"], "--nodes '4-8': expected N or MIN:MAX"),
+        (
+            ["--local", "2", "--grow", "on"],
+            "elastic-srun: --grow on: elastic-srun runs in the allocation that is there; a job that grows is submitted",
+        ),
+        (["--local", "2", "--grow"], "train.py': expected on or off"),
+        (
+            ["--local", "2", "--nproc-per-node", "1", "--world-multiple-of", "4"],
+            "--world-multiple-of 4: no number of nodes in --nodes 1:2 fits",
+        ),
         (["--local", "0"], "--local 0: expected a number of agents above 0"),
         (["--local", "2", "--nodes", "3:4"], "--nodes 3:4: expected at most the 2 nodes there are"),
         ([], "not inside a Slurm allocation"),

@@ -134,6 +134,48 @@ def test_each_task_of_an_array_has_its_own_run_directory(node):
     assert argv[argv.index("--run-dir") + 1] == f"{node}/logs/5_2"
 
 
+def test_a_job_that_goes_on_for_another_has_the_run_directory_of_that_one(node):
+    argv = srun_argv(node, job(node), ELASTIC_HPC_CONTINUE=f"{node}/logs/it's 5")
+    assert argv[argv.index("--run-dir") + 1] == f"{node}/logs/it's 5"
+    assert Path(node, "logs", "it's 5", "script.sbatch").is_file()
+
+
+def test_a_joiner_runs_in_the_run_directory_of_the_job_it_joins_and_leaves_the_jobs_files_alone(node):
+    run_dir = node / "logs" / "it's } 6"
+    run_dir.mkdir(parents=True)
+    (run_dir / "over").write_text("3")
+    (node / "asked").unlink(missing_ok=True)
+    environ = {"ELASTIC_HPC_JOIN": str(run_dir), "ELASTIC_HPC_CONTINUE": "/elsewhere", "SLURM_JOB_NUM_NODES": "1"}
+    argv = srun_argv(node, job(node, log_dir=str(node / "own } logs")), **environ)
+    assert "--nodes=1" in argv
+    assert argv[argv.index("--run-dir") + 1] == str(run_dir)
+    assert [path.name for path in run_dir.iterdir()] == ["over"]
+    assert not (node / "own } logs").exists()
+    assert (node / "asked").read_text() == f"-m elastic_hpc conclude {run_dir} 0 --signal USR2\n"
+
+
+def test_a_job_that_is_over_ends_at_once_with_its_exit_code(node):
+    run_dir = node / "logs" / "8"
+    run_dir.mkdir(parents=True)
+    (run_dir / "over").write_text("3")
+    process = start(node, job(node), SLURM_JOB_ID="8")
+    assert (*process.communicate(timeout=20), process.returncode) == (b"", b"", 3)
+    assert [*run_dir.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("spares", "line"),
+    [
+        (0, "--nodes=2-4 # MIN-MAX: starts when MIN are free, is granted up to MAX"),
+        (2, "--nodes=2-6 # MIN-(MAX+spares): starts when MIN are free, is granted up to MAX and spares"),
+    ],
+)
+@pytest.mark.parametrize("template", built_in_templates())
+def test_spares_are_nodes_that_the_job_does_not_wait_for(node, template, spares, line):
+    text = render(job(node, template=template, launch=LaunchSpec("t.py", nodes=NodeRange(2, 4), spares=spares)))
+    assert f"#SBATCH {line}" in [" ".join(directive.split()) for directive in text.splitlines()]
+
+
 def test_setup_lines_run_as_written_before_srun(node):
     (node / "srun_does").write_text('[ "$A" = "1 2" ] || echo "A is $A" >&2')
     spec = job(node, setup=(Setting('A="1 $((1 + 1))"\nexport A', "x"), Setting("true # $(", "x")))
@@ -154,8 +196,21 @@ def test_the_warning_reaches_the_agents_and_sruns_own_exit_code_survives_it(node
         time.sleep(0.2)
     assert process.communicate(timeout=20) == (b"", b"")
     (node / "srun_does").write_text("")
-    drain, conclude = f"-m elastic_hpc drain {node}/logs/7\n", f"-m elastic_hpc conclude {node}/logs/7 3\n"
+    drain = f"-m elastic_hpc drain {node}/logs/7\n"
+    conclude = f"-m elastic_hpc conclude {node}/logs/7 3 --signal {name}\n"
     assert (node / "asked").read_text() == drain + drain + conclude
+
+
+def test_a_warning_that_comes_before_conclude_listens_does_not_end_the_script(node):
+    asked, python = node / "asked", stub(node, "slow_python", f"touch {node}/ready; sleep 1; echo $* > {node}/asked")
+    asked.unlink(missing_ok=True)
+    (node / "ready").unlink(missing_ok=True)
+    process = start(node, job(node, python=str(python)))
+    while not (node / "ready").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR2)
+    assert (*process.communicate(timeout=20), process.returncode) == (b"", b"", 0)
+    assert " conclude " in asked.read_text()
 
 
 def full_job(node, template):

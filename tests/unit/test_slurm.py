@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from datetime import timedelta
@@ -72,8 +73,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 def job(**changes: object) -> slurm.Job:
     fields = {"state": "COMPLETING", "reason": "None", "restarts": 0, "may_requeue": True, "partitions": ("a",)}
-    fields |= dict.fromkeys(("nodes", "batch_host", "required", "excluded", "folder", "preempt_time", "end_time"), "")
-    return slurm.Job(**{**fields, **changes})  # type: ignore[arg-type]
+    unset = {field.name: "" for field in dataclasses.fields(slurm.Job)}
+    return slurm.Job(**{**unset, **fields, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

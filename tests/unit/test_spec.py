@@ -1,4 +1,5 @@
 import argparse
+from dataclasses import fields
 from datetime import timedelta
 
 import pytest
@@ -15,7 +16,14 @@ specs = st.builds(
     script=st.sampled_from(["train.py", "--odd.py", "a b.py", "pkg.train"]),
     script_args=st.lists(st.text() | st.sampled_from(["--", "-m", "--nodes", ""])).map(tuple),
     module=st.booleans(),
-    nodes=st.tuples(st.integers(1, 999), st.integers(0, 999)).map(lambda t: NodeRange(t[0], t[0] + t[1])),
+    nodes=st.tuples(st.integers(1, 999), st.integers(0, 999)).map(lambda t: NodeRange(t[0], t[0] + t[1]))
+    | st.sets(st.integers(1, 999), min_size=2).map(sorted).map(lambda s: NodeRange(s[0], s[-1], tuple(s))),
+    spares=counts,
+    world_multiple_of=st.none() | st.integers(1, 999),
+    grow=st.booleans(),
+    grow_every=seconds,
+    free_growth=st.booleans(),
+    wait_for_nodes=seconds,
     nproc_per_node=st.sampled_from([None, "gpu", "cpu", "auto", "8"]),
     max_restarts=counts,
     max_requeues=counts,
@@ -23,6 +31,9 @@ specs = st.builds(
     rdzv_id=st.sampled_from([None, "run-7"]),
     rdzv_conf=st.builds(RdzvConf, seconds, seconds),
     heartbeat_timeout=seconds,
+    grace=seconds,
+    hang_timeout=st.none() | seconds,
+    preflight=st.sampled_from([None, "", "/opt/site check --gpus"]),
     interface=st.sampled_from([None, "ib0"]),
 )
 
@@ -40,14 +51,66 @@ def test_the_agent_reads_from_its_command_line_what_the_user_asked_for(spec):
     assert LaunchSpec.from_namespace(parsed) == spec
 
 
-@pytest.mark.parametrize(("text", "slurm"), [("4", "4"), ("4:8", "4-8"), ("3:3", "3")])
+def test_no_option_is_left_out_of_the_round_trip():
+    assert {option.dest for option in LAUNCH_OPTIONS} | {"script", "script_args", "module"} == {
+        field.name for field in fields(LaunchSpec)
+    }
+
+
+@pytest.mark.parametrize(("text", "slurm"), [("4", "4"), ("4:8", "4-8"), ("3:3", "3"), ("4,6,8", "4-8")])
 def test_a_node_range_is_written_in_sbatchs_notation(text, slurm):
     assert NodeRange.parse(text).slurm == slurm
 
 
-@pytest.mark.parametrize("text", ["", "0", "0:2", "8:4", "4-8", "4:", ":4", "a", "4:8:9", " 4"])
+def test_an_exact_set_of_nodes_is_written_as_it_was_given():
+    nodes = NodeRange.parse("4,6,8")
+    assert (nodes.min, nodes.max, nodes.sizes, str(nodes)) == (4, 8, (4, 6, 8), "4,6,8")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "spares", "slurm"), [("4", 0, "4"), ("4", 2, "4-6"), ("4:8", 2, "4-10"), ("4,6,8", 1, "4-9")]
+)
+def test_slurm_is_asked_for_the_spares_too_but_does_not_wait_for_them(nodes, spares, slurm):
+    assert LaunchSpec("t.py", nodes=NodeRange.parse(nodes), spares=spares).slurm_nodes == slurm
+
+
+@pytest.mark.parametrize(
+    ("nodes", "multiple", "nproc", "sizes"),
+    [
+        ("4:8", None, 1, (4, 5, 6, 7, 8)),
+        ("4,6,8", None, 1, (4, 6, 8)),
+        ("4:8", 3, 1, (6,)),
+        ("4:8", 4, 2, (4, 6, 8)),
+        ("4:8", 4, 8, (4, 5, 6, 7, 8)),
+        ("4,6,9", 6, 2, (6, 9)),
+    ],
+)
+def test_a_world_has_a_number_of_nodes_that_the_user_allows_and_that_gives_the_right_multiple_of_workers(
+    nodes, multiple, nproc, sizes
+):
+    spec = LaunchSpec("t.py", nodes=NodeRange.parse(nodes), world_multiple_of=multiple, spares=9)
+    assert spec.sizes(nproc) == sizes
+
+
+@pytest.mark.parametrize(
+    ("nodes", "multiple", "nproc", "message"),
+    [
+        ("4:6", 8, 1, "1 worker on each; expected a multiple of 8, for example --nodes 8"),
+        ("4,8", 12, 2, "2 workers on each; expected a multiple of 6, for example --nodes 6"),
+    ],
+)
+def test_a_multiple_that_no_number_of_nodes_gives_is_refused_with_one_that_does(nodes, multiple, nproc, message):
+    spec = LaunchSpec("t.py", nodes=NodeRange.parse(nodes), world_multiple_of=multiple)
+    with pytest.raises(UsageError, match=f"^--world-multiple-of {multiple}: .* --nodes {nodes} fits, with {message}$"):
+        spec.sizes(nproc)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "0:2", "8:4", "4-8", "4:", ":4", "a", "4:8:9", " 4", "4,", ",4", "0,2", "4,4", "6,4", "4, 6", "4,6:8"],
+)
 def test_a_wrong_node_range_is_refused_with_an_example(text):
-    with pytest.raises(UsageError, match=r"--nodes .*expected N or MIN:MAX.*--nodes 4:8"):
+    with pytest.raises(UsageError, match=r"--nodes .*expected N or MIN:MAX.*--nodes 4:8, .*--nodes 4,6,8"):
         NodeRange.parse(text)
 
 
@@ -59,5 +122,7 @@ def test_every_refusal_names_the_option(option, text):
         return
     if option.flag == "--rdzv-endpoint" and text in {"-1", "0.0.0", "1,2"}:
         return  # a host name to judge for the resolver
+    if option.flag == "--nodes" and text == "1,2":
+        return  # an exact set
     with pytest.raises(UsageError, match=f"^{option.flag} .*expected"):
         option.parse(text)

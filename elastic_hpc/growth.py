@@ -1,0 +1,103 @@
+"""How many nodes are to be brought, and by what: further jobs, or agents started anew. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol
+
+from elastic_hpc.election import joiner
+from elastic_hpc.protocol import Host
+
+TOO_LATE = 300.0
+"""Seconds to the job's end from which on no node is worth its start."""
+
+RETRY, RETRY_AT_MOST = 10.0, 600.0
+"""Seconds until something that failed is tried again: doubled each time, up to the second."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a leader could use."""
+
+    nodes: int
+    """More than are in touch."""
+    joiners: frozenset[int]
+    """Numbers of those in touch (``election.FIRST_JOINER``)."""
+    names: frozenset[str]
+    """Slurm's names of the nodes in touch."""
+    missing: tuple[Host, ...]
+    """The job's own nodes whose agents are lost."""
+    over: bool
+    """The job ends, or goes back to the queue."""
+
+
+class Joiner(Protocol):
+    """A job that brings a node (``slurm.Joiner``)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def node(self) -> str: ...
+    @property
+    def time_limit(self) -> timedelta | None: ...
+
+
+@dataclass
+class Backoff:
+    """When something that fails again and again is tried next."""
+
+    at: float = 0.0
+    _wait: float = field(default=RETRY, repr=False)
+
+    def failed(self, now: float) -> None:
+        self.at, self._wait = now + self._wait, min(2 * self._wait, RETRY_AT_MOST)
+
+    def succeeded(self) -> None:
+        self.at, self._wait = 0.0, RETRY
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is to be done about the joiners now."""
+
+    submit: int
+    cancel: tuple[str, ...]
+    """Ids of jobs that wait in the queue and are not needed any more."""
+    starting: int
+    """Jobs that have started and whose agents are not in touch yet."""
+    pending: int
+    """Jobs that wait, without those of ``cancel``."""
+    shorten: tuple[str, ...] = ()
+    """Ids of jobs that wait, whose time limit is longer than what is left to the job: shorter ones start earlier."""
+
+
+def step(needs: Needs, jobs: Collection[Joiner], *, restarting: int, remaining: float) -> Step:
+    """``jobs``: all joiners that Slurm knows of. ``restarting``: agents that are being started anew. ``remaining``:
+    seconds that are left to the job.
+    """
+    waiting = [job for job in jobs if job.state == "PENDING"]
+    starting = [job for job in jobs if _is_starting(job) and joiner(job.id) not in needs.joiners]
+    wanted = 0 if remaining < TOO_LATE or needs.over else needs.nodes
+    lacking = wanted - restarting - len(starting) - len(waiting)
+    waiting.sort(key=lambda job: int(job.id))
+    surplus = waiting[max(0, len(waiting) + min(0, lacking)) :]
+    return Step(
+        submit=max(0, lacking),
+        cancel=tuple(job.id for job in surplus),
+        starting=len(starting),
+        pending=len(waiting) - len(surplus),
+        shorten=tuple(job.id for job in waiting if job not in surplus and _is_longer(job.time_limit, remaining)),
+    )
+
+
+def _is_longer(limit: timedelta | None, remaining: float) -> bool:
+    """By a tenth at least: there would be no end of changes."""
+    return remaining < float("inf") and (limit is None or limit.total_seconds() > 1.1 * remaining)
+
+
+def _is_starting(job: Joiner) -> bool:
+    return job.state in {"CONFIGURING", "RUNNING"}

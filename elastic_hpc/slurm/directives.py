@@ -1,0 +1,122 @@
+"""A batch script's #SBATCH lines, and which of their options are for the whole job only. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, scan
+
+# What a further node of a running job must not ask for again. Whether and when it comes, and for how long; what there
+# is once; which nodes, and what counts over all of them; by whom, where and with which environment it is submitted.
+_WHOLE_JOB = COMMAND_LINE_ONLY | {
+    *("array", "begin", "deadline", "dependency", "hold", "kill-on-invalid-dep", "no-requeue", "priority", "requeue"),
+    *("time", "time-min"),
+    *("bb", "bbf", "error", "input", "job-name", "licenses", "mail-type", "mail-user", "output"),
+    *("batch", "consolidate-segments", "contiguous", "exclude", "gpus", "nodefile", "nodelist", "nodes", "ntasks"),
+    *("segment", "spread-job", "spread-segments", "switches", "use-min-nodes", "wait-all-nodes"),
+    *("cluster-constraint", "clusters", "export", "export-file", "gid", "uid"),
+}
+
+_DIRECTIVE = "#SBATCH"
+# sbatch's own quoting: a backslash counts within both kinds of quotes, and # begins a comment within a word too.
+_QUOTED = r"""\\(.)|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""
+_WORD = re.compile(rf"""\s*((?:{_QUOTED}|[^\s#"'\\])+)(?=[\s#]|$)""", re.ASCII)
+_REST = re.compile(r"\s*(?:#.*)?$", re.ASCII)
+
+
+def _abbreviations() -> Iterator[Option]:
+    """What sbatch takes for an option of ``_WHOLE_JOB``: any beginning of its name that no other one has."""
+    for prefix in sorted({name[:end] for name in _WHOLE_JOB for end in range(1, len(name))} - SBATCH.keys()):
+        meant = [option for name, option in SBATCH.items() if name.startswith(prefix)]
+        if {option.name for option in meant} <= _WHOLE_JOB and len({option.value for option in meant}) == 1:
+            yield Option(prefix, value=meant[0].value)
+
+
+_ABBREVIATED = tuple(_abbreviations())
+_DROPPED = _WHOLE_JOB | {option.name for option in _ABBREVIATED}
+
+
+@dataclass(frozen=True)
+class _Words:
+    """One option, or several letters in one word; with the next word if that is its value."""
+
+    given: tuple[Given, ...]
+    text: str
+    """As it stands in the line, with the space before it."""
+    letters: int
+    """Where in ``text`` the options' letters begin, if they are letters."""
+
+    def kept(self) -> str:
+        """``text`` without the options that are for the whole job only."""
+        keep = [each.name not in _DROPPED for each in self.given]
+        if all(keep) or not any(keep):
+            return self.text if all(keep) else ""
+        begin, end = self.letters, self.letters + len(keep)
+        letters = "".join(letter for letter, kept in zip(self.text[begin:end], keep, strict=True) if kept)
+        return self.text[:begin] + letters + (self.text[end:] if keep[-1] else "")  # only the last one has a value
+
+
+def joiner_script(script: bytes) -> bytes:
+    """``script`` without the directives that are for the whole job only; every other byte stays.
+
+    A line of them that cannot be parsed stays too.
+    """
+    lines = []
+    for line, words in _lines(script):
+        kept = "".join(each.kept() for each in words)
+        if not words:
+            lines.append(line)
+        elif kept:
+            lines.append(_DIRECTIVE + kept + line[len(_DIRECTIVE) + sum(len(each.text) for each in words) :])
+    return "".join(lines).encode("latin-1")
+
+
+def given(script: bytes, name: str) -> str | None:
+    """The last value in the directives for ``name``, one of the options that ``joiner_script`` drops.
+
+    None if there is none.
+    """
+    found = [each for _, words in _lines(script) for group in words for each in group.given]
+    return next((each.value for each in reversed(found) if each.name in _DROPPED and name.startswith(each.name)), None)
+
+
+def _lines(script: bytes) -> Iterator[tuple[str, list[_Words]]]:
+    """The lines, with the options of those that are directives: the ones before the first command, as for sbatch."""
+    head = True
+    for line in re.findall(r"[^\n]*\n|[^\n]+$", script.decode("latin-1")):  # a character for each byte
+        directive = head and line.startswith(_DIRECTIVE)
+        head = head and (directive or _REST.match(line) is not None)
+        try:
+            yield line, _parsed(line) if directive else []
+        except UsageError:
+            yield line, []
+
+
+def _parsed(line: str) -> list[_Words]:
+    words, at = [], len(_DIRECTIVE)
+    while not _REST.match(line, at):
+        first = _WORD.match(line, at)
+        if first is None:
+            raise UsageError(f"{line!r}: cannot be split into words")
+        second = _WORD.match(line, first.end())
+        try:
+            group, rest = scan([_unquoted(first[1])], _ABBREVIATED)
+            end = first.end()
+        except UsageError:
+            if second is None:
+                raise
+            group, rest = scan([_unquoted(first[1]), _unquoted(second[1])], _ABBREVIATED)
+            end = second.end()
+        plain = re.match(r"-\w+", first[1], re.ASCII)  # a letter each, but for the value
+        if not group or rest or (len(group) > 1 and (plain is None or plain.end() <= len(group))):
+            raise UsageError(f"{line!r}: not only options")
+        words.append(_Words(tuple(group), line[at:end], first.start(1) - at + 1))
+        at = end
+    return words
+
+
+def _unquoted(word: str) -> str:
+    return re.sub(_QUOTED, lambda part: part[1] or re.sub(r"\\(.)", r"\1", part[0][1:-1]), word)

@@ -1,0 +1,94 @@
+"""Further one-node jobs that a running job, their parent, submits to grow: what they are, their submission."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from elastic_hpc.env import JOIN
+from elastic_hpc.errors import SlurmError, UsageError
+from elastic_hpc.slurm import client, directives
+from elastic_hpc.slurm.job import duration, show_job
+from elastic_hpc.slurm.submit import submit_again
+
+_NAME = "join-{parent}"
+_MINUTE = timedelta(minutes=1)
+
+
+@dataclass(frozen=True)
+class Joiner:
+    """A job that waits to take part in its parent's, or does."""
+
+    id: str
+    state: str
+    """Slurm's word; COMPLETING as long as its node is not free again."""
+    node: str
+    """Empty as long as it waits."""
+    reason: str
+    """Why it waits, in Slurm's words."""
+    excluded: str
+    """Nodes it must not get, in Slurm's notation."""
+    time_limit: timedelta | None
+    """None for no limit."""
+
+
+def joiners(parent: str) -> tuple[Joiner, ...]:
+    """The joiners of ``parent``, whoever has submitted them, that wait or hold a node. Raises SlurmError."""
+    said = client.run(
+        "squeue", "--noheader", "--me", f"--name={_NAME.format(parent=parent)}", "--format=%A|%T|%N|%x|%l|%r"
+    )
+    return tuple(map(_joiner, said.splitlines()))
+
+
+def _joiner(line: str) -> Joiner:
+    try:
+        id, state, node, excluded, limit, reason = line.split("|", 5)  # the reason may be any text
+    except ValueError:
+        raise SlurmError(f"squeue: expected six fields, not {line!r}") from None
+    node, excluded = ("" if nodes == "(null)" else nodes for nodes in (node, excluded))
+    return Joiner(id, state, node, reason, excluded, duration(limit))
+
+
+def submit_joiner(
+    parent: str, script: bytes, *, environ: Mapping[str, str], run_dir: Path, log: Path, exclude: Collection[str]
+) -> str | None:
+    """Submit a joiner of ``parent``, which runs, and return its id; None if ``parent`` ends within a minute.
+
+    ``script`` is the parent's batch script, whose directives for one node hold; the joiner runs it with
+    ELASTIC_HPC_JOIN=``run_dir`` in ``environ``. It gets none of the nodes ``exclude``, nor of those that the script
+    excludes, and must end when ``parent`` does. ``log`` may contain %j. Raises UsageError if Slurm refuses the job,
+    SlurmError if it could not be asked.
+    """
+    shown = show_job(parent)
+    limit = "UNLIMITED"
+    if (remaining := shown.remaining) is not None:
+        if remaining < _MINUTE:
+            return None
+        limit = str(remaining // _MINUTE)
+    if directives.given(script, "gpus"):
+        raise UsageError("--gpus counts the GPUs of all nodes, a joiner has one node; use --gpus-per-node=N")
+    options = [
+        f"--job-name={_NAME.format(parent=parent)}",
+        "--nodes=1",
+        "--no-requeue",
+        f"--output={log}",
+        f"--time={limit}",
+        "--export=ALL",
+    ]
+    own = directives.given(script, "exclude") or ""
+    if "/" in own:  # the name of a file
+        own = shown.excluded
+    if excluded := ",".join([*filter(None, [own]), *sorted(exclude)]):
+        options.append(f"--exclude={excluded}")
+    of_parent = {
+        "partition": ",".join(shown.partitions), "account": shown.account, "qos": shown.qos, "chdir": shown.folder
+    }  # fmt: skip
+    options += [f"--{name}={value}" for name, value in of_parent.items() if value]
+    return submit_again(directives.joiner_script(script), options, environ, {JOIN: str(run_dir)})
+
+
+def change_time_limit(job: str, limit: timedelta) -> None:
+    """Set the time limit of ``job``, in whole minutes; without privilege only to less. Raises SlurmError."""
+    client.scontrol("update", f"JobId={job}", f"TimeLimit={max(limit // _MINUTE, 1)}")

@@ -1,0 +1,368 @@
+"""Jobs that grow: whole ones in simulated time, where Slurm gives and takes nodes, and what is decided for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated import POLICY, Job, SimJoiner, SimNode
+
+from elastic_hpc import growth
+from elastic_hpc.election import FIRST_JOINER, joiner, votes
+from elastic_hpc.growth import Needs
+from elastic_hpc.leading import JOINER_PATIENCE
+
+SEEDS = st.integers(0, 2**32)
+FREE = replace(POLICY, max_nodes=5, free_growth=True)
+
+
+def rounds(job: Job) -> list[dict[str, Any]]:
+    return [fields for _, _, name, fields in job.events if name == "round"]
+
+
+def events(job: Job, name: str) -> list[dict[str, Any]]:
+    return [fields for _, _, event, fields in job.events if event == name]
+
+
+async def inject(job: Job, seconds: float) -> None:
+    """Random faults for ``seconds``: agents die too, and are started anew; Slurm gives nodes, takes them, refuses."""
+    dice = job.random
+    end = job.now + seconds
+    while job.now < end and not job.over():
+        node: SimNode = dice.choice(job.nodes)
+        match dice.randrange(10):
+            case 0:
+                node.end_workers(failed=True)
+            case 1:
+                job.cut(dice.sample(sorted(job.at), dice.randrange(1, len(job.at))))
+            case 2:
+                job.heal()
+            case 3:
+                node.freeze(dice.uniform(0, 12))
+            case 4 | 5 if not votes(node.index) or sum(votes(other.index) for other in job.left) > 1:
+                node.kill()
+            case 6 if job.joiners:
+                dice.choice(job.joiners).power_off()
+            case 7 if job.joiners:
+                dice.choice(job.joiners).warn()
+            case 8:
+                job.queue.refuses = not job.queue.refuses
+            case _:
+                job.files = not job.files
+                job.queue.set_free(dice.randrange(4))
+        await job.until(job.over, dice.choice((0.0, 0.01, 0.3, dice.uniform(0, 12))))
+    job.heal()
+    job.loss, job.files, job.queue.refuses = 0.0, True, False
+
+
+def no_node_is_held(job: Job) -> bool:
+    return not job.queue.jobs and not any(not node.left and not node.dead for node in job.joiners)
+
+
+@given(seed=SEEDS, nodes=st.integers(2, 5), listens=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_job_that_grows_trains_again_after_any_faults_and_never_in_two_worlds(
+    *, seed: int, nodes: int, listens: bool
+) -> None:
+    job = Job(seed, nodes, FREE, scripts_listen=listens)
+    job.queue.restarts = True
+
+    async def story() -> None:
+        job.queue.set_free(job.random.randrange(4))
+        if job.random.random() < 0.7:
+            assert await job.until(job.training, 60)
+        await inject(job, 90)
+        assert await job.until(lambda: job.training() or job.over(), 300), job.events[-8:]
+        for node in job.left:
+            if job.requeued:  # by one that has found no leader for too long: Slurm ends all of them
+                node.kill() if votes(node.index) else None
+            elif not job.over():
+                node.membership.terminated()
+        if not job.over():
+            assert await job.until(job.over, 60), job.events[-8:]
+        assert await job.until(lambda: no_node_is_held(job), 120), (job.queue.jobs, job.events[-8:])
+
+    job.run(story)
+
+
+@given(seed=SEEDS, listens=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_joiners_that_come_together_join_in_one_round(*, seed: int, listens: bool) -> None:
+    job = Job(seed, 2, replace(POLICY, max_nodes=12), loss=0.0, scripts_listen=listens)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        job.queue.set_free(10)
+        assert await job.until(lambda: len(rounds(job)[-1]["nodes"]) == 12 and job.training(), 90), job.events[-5:]
+        assert len(rounds(job)) == 2
+        assert rounds(job)[-1]["restarts"] == 1
+        assert [votes(node.index) for node in job.nodes] == [True] * 2 + [False] * 10
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_a_lost_node_is_replaced_and_no_joiner_is_asked_for_twice(seed: int) -> None:
+    job = Job(seed, 3, replace(POLICY, max_nodes=3), loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        job.nodes[1].power_off()
+        assert await job.until(lambda: len(job.queue.jobs) == 1, 15)
+        job.queue.set_free(1)
+        assert await job.until(lambda: [len(r["nodes"]) for r in rounds(job)] == [3, 2, 3], 60), job.events[-5:]
+        assert len(events(job, "joiners")) == 1
+
+    job.run(story)
+
+
+@given(seed=SEEDS, how=st.sampled_from(["power_off", "kill"]), running=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_take_over_forgets_no_joiner_whether_it_waits_or_runs(*, seed: int, how: str, running: bool) -> None:
+    job = Job(seed, 3, replace(POLICY, max_nodes=5), loss=0.0)
+
+    async def story() -> None:
+        job.queue.set_free(int(running))
+        assert await job.until(lambda: job.training() and len(job.queue.jobs) == 2, 90)
+        assert await job.until(lambda: len(rounds(job)[-1]["nodes"]) == 3 + running and job.training(), 60)
+        known = set(job.queue.jobs)
+        getattr(job.nodes[0], how)()
+        assert await job.until(lambda: len(rounds(job)[-1]["nodes"]) == 2 + running and job.training(), 60)
+        assert await job.until(lambda: len(job.queue.jobs) == 3, 60)  # one more, for the node that is lost
+        assert known < set(job.queue.jobs)
+        assert all(rounds(job)[-1]["leader"] != node.host.name for node in job.joiners)
+        job.queue.set_free(3)
+        assert await job.until(lambda: len(rounds(job)[-1]["nodes"]) == 5 and job.training(), 60)
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_below_min_the_job_waits_for_a_replacement_but_not_for_ever(seed: int) -> None:
+    job = Job(seed, 2, replace(POLICY, max_nodes=2), loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        job.nodes[1].power_off()
+        await job.until(job.over, POLICY.wait_for_nodes - 20)
+        assert not job.over()
+        if job.random.random() < 0.5:
+            job.queue.set_free(1)
+            assert await job.until(job.training, 40)
+            assert not job.over()
+        else:
+            assert await job.until(job.over, 40)
+            assert job.verdict
+            assert job.verdict["outcome"] == "requeue"
+            assert await job.until(lambda: no_node_is_held(job), 30)
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_where_slurm_refuses_joiners_a_job_below_min_gives_its_nodes_back_soon(seed: int) -> None:
+    job = Job(seed, 2, replace(POLICY, max_nodes=2), loss=0.0)
+    job.queue.refuses = True
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        job.nodes[1].power_off()
+        assert await job.until(job.over, 25), job.events[-5:]
+        problems = events(job, "growth_problem")
+        assert problems
+        assert all(problem["reason"] for problem in problems)
+
+    job.run(story)
+
+
+@given(seed=SEEDS, finished=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_no_joiner_outlives_the_job(*, seed: int, finished: bool) -> None:
+    """Also one that starts only now, or whose job was submitted in this moment."""
+    job = Job(seed, 2, replace(POLICY, max_nodes=6), loss=0.0)
+
+    async def story() -> None:
+        job.queue.set_free(job.random.randrange(4))
+        assert await job.until(job.training, 60)
+        await job.until(lambda: False, job.random.uniform(0, 15))
+        while not job.over():
+            for node in job.nodes:
+                node.end_workers(failed=False) if finished else None
+            if not finished:
+                for node in job.nodes[:2]:
+                    node.power_off()
+                break
+            await job.until(job.over, 0.5)
+        if not finished:
+            job.verdict = job.verdict or {"outcome": "requeue"}  # nobody is left to write one: Slurm takes the job back
+        job.queue.set_free(4)  # what still waits starts now
+        assert await job.until(lambda: no_node_is_held(job), JOINER_PATIENCE + 40), job.queue.jobs
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_without_a_verdict_joiners_whose_leaders_are_gone_leave_by_themselves(seed: int) -> None:
+    job = Job(seed, 2, replace(POLICY, max_nodes=4), loss=0.0)
+
+    async def story() -> None:
+        job.queue.set_free(2)
+        assert await job.until(lambda: len(rounds(job) and rounds(job)[-1]["nodes"]) == 4 and job.training(), 90)
+        for node in job.nodes[:2]:
+            node.power_off()
+        assert await job.until(lambda: not any(node.workers.alive for node in job.joiners), 15)
+        assert await job.until(lambda: no_node_is_held(job), JOINER_PATIENCE + 30)
+        assert job.verdict is None
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_a_joiner_that_has_to_go_leaves_when_the_workers_have_saved(seed: int) -> None:
+    job = Job(seed, 2, replace(POLICY, max_nodes=3), loss=0.0, scripts_listen=True)
+
+    async def story() -> None:
+        job.queue.set_free(1)
+        assert await job.until(lambda: len(rounds(job) and rounds(job)[-1]["nodes"]) == 3 and job.training(), 90)
+        await job.until(lambda: False, 2)
+        job.queue.free = -1
+        (going,) = job.joiners
+        going.warn()
+        assert await job.until(lambda: len(rounds(job)[-1]["nodes"]) == 2 and job.training(), 30), job.events[-5:]
+        assert events(job, "lost") == []
+        assert events(job, "failure") == []
+        assert going.left
+        assert events(job, "restart")[-1]["reason"] == "1 node(s) have to go"
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_an_agent_that_died_is_started_anew_and_its_node_comes_back(seed: int) -> None:
+    job = Job(seed, 3, replace(POLICY, max_nodes=3, grow=False), loss=0.0)
+    job.queue.restarts = True
+
+    async def story() -> None:
+        for index in (2, 0, 1):  # the leader too
+            assert await job.until(job.training, 60), job.events[-5:]
+            before = job.trained
+            job.at[index].kill()
+            assert await job.until(
+                lambda before=before: len(job.left) == 3 and job.training() and job.trained > before, 40
+            )
+        assert job.queue.jobs == {}
+
+    job.run(story)
+
+
+def test_a_spare_waits_without_a_worker_steps_in_at_once_and_leaves_with_the_others() -> None:
+    job = Job(3, 4, replace(POLICY, max_nodes=3, spares=1, grow=False), loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        assert not job.nodes[3].workers.alive
+        lost_at = job.now
+        job.nodes[1].kill()
+        assert await job.until(lambda: len(rounds(job)) == 2, 5)
+        assert job.now - lost_at < 3.0  # links of this network close after 1.5 s, workers die within 1 s
+        assert rounds(job)[-1]["nodes"] == ["n0", "n2", "n3"]
+        assert await job.until(job.training, 10)
+        while not job.over():
+            for node in job.left:
+                node.end_workers(failed=False)
+            await job.until(job.over, 1)
+        assert await job.until(lambda: {node.left for node in job.nodes if not node.dead} == {"finished"}, 30)
+
+    job.run(story)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (4,)])
+def test_a_world_has_only_the_sizes_that_are_allowed_and_the_others_wait(sizes: tuple[int, ...]) -> None:
+    job = Job(4, 5, replace(POLICY, min_nodes=sizes[0], sizes=sizes, grow=False), loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(lambda: bool(rounds(job)), 60)
+        assert len(rounds(job)[0]["nodes"]) == 4
+        job.nodes[1].power_off()
+        assert await job.until(lambda: len(rounds(job)) == 2, 30)
+        assert len(rounds(job)[1]["nodes"]) == 4  # the fifth stepped in
+        job.nodes[2].power_off()
+        if 2 in sizes:
+            assert await job.until(lambda: len(rounds(job)) == 3, 30)
+            assert len(rounds(job)[2]["nodes"]) == 2
+        else:
+            assert await job.until(job.over, 60)
+
+    job.run(story)
+
+
+def test_a_flapping_joiner_does_not_restart_the_training_again_and_again() -> None:
+    job = Job(5, 2, replace(FREE, max_nodes=3, grow_every=60.0), loss=0.0)
+
+    async def story() -> None:
+        job.queue.set_free(1)
+        assert await job.until(lambda: len(rounds(job) and rounds(job)[-1]["nodes"]) == 3, 60)
+        begin = job.now
+        while job.now - begin < 240:
+            for node in job.joiners:
+                if node.workers.alive:
+                    node.kill()
+            await job.until(lambda: False, 1)
+        grown = [fields for fields in rounds(job) if len(fields["nodes"]) == 3]
+        assert 2 <= len(grown) <= 5
+
+    job.run(story)
+
+
+def jobs(**states: str) -> list[SimJoiner]:
+    return [SimJoiner(id.removeprefix("j"), state) for id, state in states.items()]
+
+
+def needs(nodes: int, *in_touch: int, over: bool = False) -> Needs:
+    return Needs(nodes, frozenset(map(joiner, map(str, in_touch))), frozenset(), (), over)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "submit", "cancel"),
+    [
+        (needs(3), {}, 3, ()),
+        (needs(3), {"j7": "PENDING", "j8": "RUNNING"}, 1, ()),
+        (needs(2, 8), {"j7": "PENDING", "j8": "RUNNING"}, 1, ()),
+        (needs(1), {"j7": "PENDING", "j9": "PENDING", "j10": "PENDING"}, 0, ("9", "10")),
+        (needs(1), {"j7": "PENDING", "j8": "RUNNING"}, 0, ("7",)),
+        (needs(2), {"j7": "COMPLETING"}, 2, ()),
+        (needs(3, over=True), {"j7": "PENDING", "j8": "RUNNING"}, 0, ("7",)),
+    ],
+)
+def test_what_is_in_flight_is_what_is_wanted(wanted: Needs, known: dict[str, str], submit: int, cancel: Any) -> None:
+    step = growth.step(wanted, jobs(**known), restarting=0, remaining=3600.0)
+    assert (step.submit, step.cancel) == (submit, cancel)
+
+
+def test_near_the_end_of_the_job_no_node_is_asked_for_any_more() -> None:
+    step = growth.step(needs(3), jobs(j7="PENDING"), restarting=0, remaining=growth.TOO_LATE - 1)
+    assert (step.submit, step.cancel) == (0, ("7",))
+
+
+def test_a_job_that_waits_asks_for_no_more_time_than_is_left() -> None:
+    known = [replace(job, time_limit=timedelta(hours=int(job.id) - 6)) for job in jobs(j7="PENDING", j8="PENDING")]
+    assert growth.step(needs(2), known, restarting=0, remaining=3600.0).shorten == ("8",)
+    assert growth.step(needs(2), known, restarting=0, remaining=float("inf")).shorten == ()
+
+
+def test_an_agent_that_is_started_anew_takes_the_place_of_a_joiner() -> None:
+    assert growth.step(needs(2), [], restarting=1, remaining=3600.0).submit == 1
+
+
+def test_joiners_never_vote() -> None:
+    assert [votes(0), votes(FIRST_JOINER - 1), votes(joiner("1"))] == [True, True, False]

@@ -1,0 +1,257 @@
+"""Joiners: what is left of their parent's batch script, what Slurm says of them and of their parent."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from elastic_hpc import slurm
+from elastic_hpc.env import AGAIN, JOIN
+from elastic_hpc.errors import SlurmError, UsageError
+from elastic_hpc.sbatch_options import SBATCH
+
+PARENT = (
+    "JobId=4714 ArrayJobId=4711 ArrayTaskId=3 JobName=x JobState=PENDING UserId=me(1) JobState=RUNNING "
+    "Account={account} QOS={qos} RunTime={used} TimeLimit={limit} Partition=a NodeList=n1 "
+    "ExcNodeList=n9 WorkDir=/home/my dir StdErr=/x"
+)
+HOUR = {"account": "(null)", "qos": "N/A", "used": "00:30:01", "limit": "01:00:00"}
+
+PROGRAM = """\
+#!/bin/sh
+answer="{folder}/answer.{name}"
+case {name} in sbatch) printf '%s\\n' "$@" > {folder}/options; env > {folder}/environ; cat > {folder}/script;; esac
+echo "$*" >> {folder}/calls
+[ ! -e {folder}/refusal ] || {{ cat {folder}/refusal >&2; exit 1; }}
+cat "$answer"
+"""
+
+
+class Fake:
+    """Commands of Slurm that answer what they are told to, or refuse."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("scontrol", "squeue", "sbatch", "scancel"):
+            (folder / name).write_text(PROGRAM.format(folder=folder, name=name))
+            (folder / name).chmod(0o755)
+            self.tell(name, "")
+        self.tell("scontrol", PARENT.format(**HOUR))
+        self.tell("sbatch", "4720;mini\n")
+
+    def tell(self, name: str, text: str) -> None:
+        (self.folder / f"answer.{name}").write_text(text)
+
+    def refuse(self, text: str) -> None:
+        (self.folder / "refusal").write_text(text)
+
+    def said(self, name: str) -> list[str]:
+        return (self.folder / name).read_text().splitlines()
+
+    def submit(self, script: str = "#!/bin/bash\n", exclude: tuple[str, ...] = (), **environ: str) -> str | None:
+        environ = {**os.environ, **environ}
+        log = Path("/run/join-%j.log")
+        return slurm.submit_joiner(
+            "4711_3", script.encode(), environ=environ, run_dir=Path("/run"), log=log, exclude=exclude
+        )
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return Fake(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        ("#SBATCH --nodes=2-4", None),
+        ("#SBATCH --nodes 2-4   # MIN-MAX", None),
+        ("#SBATCH -N2", None),
+        ("#SBATCH\t-N\t2", None),
+        ("#SBATCH--nodes=2", None),
+        ("#SBATCH --depend=afterok:1", None),
+        ("#SBATCH --mail END,FAIL", None),
+        ("#SBATCH --hold", None),
+        ("#SBATCH --requeue", None),
+        ("#SBATCH --wait", None),
+        ('#SBATCH --job-name="a \\" # b" -o \'x y\'', None),
+        ("#SBATCH --begin=now+1\\ hour", None),
+        ("#SBATCH -t10#comment", None),
+        ("#SBATCH --no-kill --open-mode=append", ...),
+        ('#SBATCH --comment="--nodes=2 # x"', ...),
+        ("#SBATCH --signal=B:USR2@120 --gpus-per-node=a100:2 --mem=0", ...),
+        ("#SBATCH -N 2 --exclusive  -J x # why", "#SBATCH --exclusive # why"),
+        ("#SBATCH   --comment='a b'\t--array=1-3 -c 2", "#SBATCH   --comment='a b' -c 2"),
+        ("#SBATCH -HOn4", "#SBATCH -O"),
+        ("#SBATCH -OHc2", "#SBATCH -Oc2"),
+        ("#SBATCH -HOm block", "#SBATCH -Om block"),
+        ("#SBATCH --unheard=of --nodes=2", "#SBATCH --unheard=of"),
+        ("#SBATCH --unheard of --nodes=2", ...),  # cannot be parsed: which words are options?
+        ('#SBATCH --comment="no end --nodes=2', ...),
+        ("#SBATCH --nodes", ...),
+        ("#SBATCH --nodes=2 stray", ...),
+        ('#SBATCH -"HO"', ...),
+        ("#SBATCH # --nodes=2", ...),
+        (" #SBATCH --nodes=2", ...),  # a comment for sbatch
+        ("##SBATCH --nodes=2", ...),
+        ("# \udce9\x85 --nodes=2", ...),
+        ("", ...),
+    ],
+)
+def test_of_a_directive_stays_what_is_for_a_node(line: str, left: object):
+    left = line if left is ... else left
+    for before, after in [("#!/bin/bash\n", "\n# c\n\ntrue\n"), ("#!/bin/bash\n\n  # c\n", "")]:
+        script = (before + line + after).encode(errors="surrogateescape")
+        expected = before + (after[1:] if left is None else f"{left}{after}")
+        assert slurm.joiner_script(script) == expected.encode(errors="surrogateescape")
+
+
+def test_what_follows_the_first_command_is_no_directive():
+    for command in ("true", " : x", "#SBATCH --nodes=2\ncat <<END"):
+        script = f"#!/bin/sh\n{command}\n#SBATCH --array=1-2\r\n\xe9\x85".encode("latin-1")
+        assert slurm.joiner_script(script).endswith(b"\n#SBATCH --array=1-2\r\n\xe9\x85")
+
+
+def test_every_option_is_kept_or_dropped_in_all_its_forms():
+    for option in SBATCH.values():
+        value = "=1" if option.value else ""
+        forms = [f"--{option.name}{value}", *([f"-{option.letter}{value[1:]}"] if option.letter else [])]
+        left = {bool(slurm.joiner_script(f"#SBATCH {form}\n".encode())) for form in forms}
+        assert len(left) == 1, option
+        kept = {"account", "cpus-per-task", "exclusive", "gpus-per-node", "gres", "mem", "no-kill", "reservation"}
+        assert left == {True} or option.name not in kept
+
+
+def test_a_joiner_is_submitted_for_one_node_with_its_parent_s_place_and_time(fake: Fake):
+    fake.tell("scontrol", PARENT.format(account="acc", qos="fast", used="1-00:30:01", limit="1-01:00:00"))
+    script = "#!/bin/sh\n#SBATCH -x n[1-2] --time=2\n#SBATCH --export=ALL,A=b --gres=gpu:1\nsrun x\n"
+    agent = {"SLURM_JOB_ID": "1", "ELASTIC_HPC_AGENT": "mark", AGAIN: "2", "HELLO": "a, b=c"}
+    assert fake.submit(script, ("n5", "n4"), **agent) == "4720"
+    assert fake.said("options") == [
+        "--parsable", "--job-name=join-4711_3", "--nodes=1", "--no-requeue", "--output=/run/join-%j.log", "--time=29",
+        "--export=ALL", "--exclude=n[1-2],n4,n5", "--partition=a", "--account=acc", "--qos=fast",
+        "--chdir=/home/my dir",
+    ]  # fmt: skip
+    assert fake.said("script") == ["#!/bin/sh", "#SBATCH --gres=gpu:1", "srun x"]
+    environ = dict(line.split("=", 1) for line in fake.said("environ") if "=" in line)
+    assert (environ[JOIN], environ["HELLO"]) == ("/run", "a, b=c")
+    assert environ.keys().isdisjoint({"SLURM_JOB_ID", "ELASTIC_HPC_AGENT", AGAIN})
+
+
+def test_what_the_parent_does_not_have_is_not_asked_for(fake: Fake):
+    fake.tell("scontrol", PARENT.format(**{**HOUR, "limit": "UNLIMITED"}))
+    fake.submit()
+    options = fake.said("options")
+    assert "--time=UNLIMITED" in options
+    assert not [option for option in options if option.startswith(("--account", "--qos", "--exclude"))]
+
+
+def test_a_file_of_nodes_to_exclude_has_been_read_for_the_parent(fake: Fake):
+    fake.submit("#SBATCH --exclude=./bad\n", ("n1",))
+    assert "--exclude=n9,n1" in fake.said("options")
+
+
+@pytest.mark.parametrize(("used", "id"), [("00:59:00", "4720"), ("00:59:01", None), ("01:00:05", None)])
+def test_no_joiner_is_submitted_for_the_last_minute(fake: Fake, used: str, id: str | None):
+    fake.tell("scontrol", PARENT.format(**{**HOUR, "used": used}))
+    assert fake.submit() == id
+
+
+def test_a_parent_whose_time_is_unknown_is_not_one_without_limit(fake: Fake):
+    fake.tell("scontrol", PARENT.format(**{**HOUR, "limit": "Partition_Limit"}))
+    with pytest.raises(SlurmError, match="Partition_Limit"):
+        fake.submit()
+
+
+def test_gpus_of_the_whole_job_are_refused_for_a_joiner(fake: Fake):
+    with pytest.raises(UsageError, match="--gpus-per-node"):
+        fake.submit("#SBATCH -G 8\n")
+
+
+def test_the_refusal_of_a_joiner_is_in_slurm_s_own_words(fake: Fake):
+    fake.tell("scontrol", PARENT.format(**HOUR))
+    (fake.folder / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1\n")
+    with pytest.raises(UsageError, match="QOSMaxSubmitJobPerUserLimit"):
+        fake.submit()
+
+
+def test_joiners_are_read_whatever_the_reason_says(fake: Fake, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SQUEUE_STATES", "FAILED")
+    fake.tell(
+        "squeue",
+        "5|PENDING||n[1-2],n4|2:00|(a | b), c\n6|RUNNING|n1||1-00:00:30|None\n7|COMPLETING|n2|(null)|UNLIMITED|x\n",
+    )
+    assert slurm.joiners("4711_3") == (
+        slurm.Joiner("5", "PENDING", "", "(a | b), c", "n[1-2],n4", timedelta(minutes=2)),
+        slurm.Joiner("6", "RUNNING", "n1", "None", "", timedelta(days=1, seconds=30)),
+        slurm.Joiner("7", "COMPLETING", "n2", "x", "", None),
+    )
+    assert "--name=join-4711_3" in fake.said("calls")[0]
+    fake.tell("squeue", "")
+    assert slurm.joiners("4711_3") == ()
+
+
+def test_joiners_that_cannot_be_asked_for_are_not_none(fake: Fake):
+    fake.tell("squeue", "slurm_load_jobs: no\n")
+    with pytest.raises(SlurmError, match="six fields"):
+        slurm.joiners("1")
+    fake.refuse("slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n")
+    with pytest.raises(SlurmError, match="Unable to contact"):
+        slurm.joiners("1")
+
+
+def test_the_job_that_steps_are_started_in_is_known_by_its_number(fake: Fake):
+    assert slurm.show_job("4711_3").id == "4714"
+
+
+def test_a_time_limit_is_set_in_whole_minutes_and_never_to_none(fake: Fake):
+    slurm.change_time_limit("5", timedelta(seconds=179))
+    slurm.change_time_limit("5", timedelta(seconds=5))
+    assert fake.said("calls") == ["update JobId=5 TimeLimit=2", "update JobId=5 TimeLimit=1"]
+
+
+def test_to_cancel_what_has_ended_is_no_error(fake: Fake):
+    slurm.cancel()
+    fake.refuse(
+        "scancel: error: Kill job error on job id 5: Job/step already completing or completed\n"
+        "scancel: error: Kill job error on job id 6: Invalid job id specified\n"
+    )
+    slurm.cancel("5", "6")
+    assert fake.said("calls") == ["5 6"]
+    fake.refuse("scancel: error: Kill job error on job id 5: Access/permission denied\n")
+    with pytest.raises(SlurmError, match="denied"):
+        slurm.cancel("5")
+
+
+def agent(folder: Path, srun: str) -> None:
+    """Start an agent with an ``srun`` that does this."""
+    (folder / "srun").write_text(f"#!/bin/sh\n{srun}\n")
+    (folder / "srun").chmod(0o755)
+    environ = {**os.environ, "SLURM_NTASKS": "4", "SLURM_RESTART_COUNT": "2", "ELASTIC_HPC_AGENT": "mark", AGAIN: "1"}
+    command = ["sh", "-c", 'env > "$0.new"; mv "$0.new" "$0"', str(folder / "a b")]
+    slurm.start_agent("7", "n2", command, environ, folder / "log", "2")
+
+
+def test_an_agent_is_started_after_whatever_a_prolog_says_and_knows_its_job(fake: Fake):
+    agent(fake.folder, f'echo "$*" > {fake.folder}/calls; until [ $1 = sh ]; do shift; done; echo hello; exec "$@"')
+    while not (fake.folder / "a b").exists():
+        time.sleep(0.01)
+    assert "--nodelist=n2 " in fake.said("calls")[0]
+    assert "--cpus-per-task=2 " in fake.said("calls")[0]
+    environ = dict(line.split("=", 1) for line in fake.said("a b") if "=" in line)
+    assert (environ["SLURM_RESTART_COUNT"], environ[AGAIN]) == ("2", "1")
+    assert environ.keys().isdisjoint({"SLURM_NTASKS", "ELASTIC_HPC_AGENT"})
+
+
+def test_an_agent_that_does_not_start_is_an_error_in_srun_s_words(fake: Fake):
+    (fake.folder / "log").write_text("srun: error: of another one\n")
+    with pytest.raises(SlurmError, match=r"--nodelist=n2: Unable to create step$"):
+        agent(fake.folder, "echo srun: hm >&2; echo srun: error: Unable to create step >&2; exit 1")
+    with pytest.raises(SlurmError, match="ended before it had started"):
+        agent(fake.folder, "echo hello")
+    assert not (fake.folder / "a b").exists()
