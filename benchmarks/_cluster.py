@@ -1,4 +1,4 @@
-"""What both benchmarks need: a mini-slurm, waiting with a deadline, and the words on where a figure was measured."""
+"""What the benchmarks share: a mini-slurm and a job on it, waiting with a deadline, how figures are written."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import contextlib
 import json
 import os
 import platform
+import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MINI_SLURM = ROOT / "bin" / "mini-slurm"
 _DEFAULT_STATE = os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-benchmarks")
 _POLL = 0.02  # seconds between two looks; no measured time comes from when we looked
+
+FT, FT_MODULE = "ft_launcher", "nvidia_resiliency_ext.fault_tolerance.launcher"
 
 T = TypeVar("T")
 
@@ -148,6 +153,116 @@ class Cluster:
         return self.run("sbatch", "--version").split()[-1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One measurement. Times in seconds."""
+
+    rung: str
+    launcher: str
+    outcome: str
+    """stuck: the job ran on, no step of the new world in ``waited``; ended: the job left the queue after ``waited``;
+    any other word: it went well.
+    """
+    waited: float
+    total: float | None = None
+    round: float | None = None
+    """Decision to the new round: workers stopped, world formed. Only of ours, as ``start``."""
+    start: float | None = None
+    """Round to the end of its first step: interpreter, imports, process group, checkpoint, one step."""
+    busy_before: float = 0.0
+    """Share of the machine that others used just before the job was submitted, 0 to 1."""
+    load_average: float = 0.0
+    """Of one minute, when the change began: our own workers are in it."""
+    job: str = ""
+
+
+class Job:
+    """One job in a folder of its own, submitted by elastic-sbatch, and what it writes there."""
+
+    def __init__(self, at: Cluster, folder: Path, steps: Path, *argv: str) -> None:
+        """``steps``: where the script records its steps. ``argv``: options, script, arguments."""
+        self.at = at
+        self.folder = folder
+        self._steps = steps
+        at.run("mkdir", "-p", str(folder))
+        self.id = self.submit(*argv)
+
+    def submit(self, *argv: str) -> str:
+        """Its id."""
+        return self.elastic_sbatch("--parsable", *argv).strip()
+
+    def elastic_sbatch(self, *argv: str) -> str:
+        """What it says."""
+        return self.at.run(str(Path(sys.executable).with_name("elastic-sbatch")), *argv, cwd=self.folder)
+
+    def steps(self) -> list[dict[str, Any]]:
+        return json_lines(self._steps)
+
+    def events(self) -> list[dict[str, Any]]:
+        return json_lines(self.folder / "elastic-logs" / self.id / "events.jsonl")
+
+    def output(self) -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("slurm-*.out")))
+
+    def watch(self, look: Callable[[], T | None], since: float, seconds: float) -> tuple[T | None, dict[str, Any]]:
+        """What ``look`` finds within ``seconds`` of ``since``, and what a ``Run`` says of that. It goes on looking
+        until then, unless the job leaves the queue.
+        """
+        load, asked, outcome, found = os.getloadavg()[0], 0.0, "stuck", None
+        while (waited := time.time() - since) < seconds and (found := look()) is None:
+            if waited - asked > 2:
+                asked = waited
+                if self.at.job_state(self.id) not in {"RUNNING", "COMPLETING", "PENDING", "REQUEUED"}:
+                    outcome = "ended"
+                    break
+            time.sleep(0.05)
+        return found, {"outcome": outcome, "waited": waited, "load_average": load, "job": self.id}
+
+    def wait_for_steps(self, look: Callable[[], T | None], seconds: float) -> T:
+        """``wait_for`` the first steps; the error tells what the job has said."""
+        try:
+            return wait_for("the first steps", look, seconds)
+        except BenchmarkError as error:
+            raise BenchmarkError(f"job {self.id}: {error}\n{self.output()[-2000:]}") from None
+
+    def clear(self, keep: Path | None) -> None:
+        """End it and all others; leave what it wrote in ``keep`` alone."""
+        self.at.run("scancel", self.id, check=False)
+        if keep:
+            to = keep / f"{self.id}-{self.folder.name}"
+            shutil.copytree(self.folder, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("secret"))
+        self.at.reset()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def launcher_template(at: Cluster, name: str, module: str, *options: str) -> str:
+    """The option for elastic-sbatch that has ``module`` run with ``options`` and those of torchrun, in its place."""
+    words = json.dumps([module, *options])
+    template = at.home / f"{name}.sbatch.j2"
+    template.write_text(
+        "#!/bin/bash\n"
+        '{% include "directives.j2" %}\n'
+        '{% include "prepare.j2" %}\n'
+        f"srun {{{{ srun_options|quote_all }}}} \\\n"
+        f"  {{{{ (torchrun_command[:3] + {words} + torchrun_command[4:])|quote_all }}}}\n"
+    )
+    return f"--template={template}"
+
+
+def install_ft_launcher(at: Cluster, *options: str) -> list[str]:
+    """NVIDIA's launcher, in a folder of the cluster's user; the answer is how to submit with it, and ``options``."""
+    folder = at.home / FT
+    packages = ["nvidia-resiliency-ext", "psutil", "defusedxml", "nvidia-ml-py", "pyyaml"]  # not torch, it is there
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", f"--target={folder}"]
+    done = subprocess.run([*install, *packages], capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.strip() or "pip said nothing").splitlines()[-1]
+        raise BenchmarkError(f"{FT} does not install here: {why}; leave it out: --launchers")
+    at.run("env", f"PYTHONPATH={folder}", sys.executable, "-c", f"import {FT_MODULE}")
+    template = launcher_template(at, FT, FT_MODULE, "--ignore-missing-fault-tol-cfg", *options)
+    return [template, f"--env=PYTHONPATH={folder}", "--env=GLOO_SOCKET_IFNAME=eth0", "--env=OMP_NUM_THREADS=1"]
+
+
 @contextlib.contextmanager
 def cluster(state: Path) -> Iterator[Cluster]:
     """The cluster in ``state``; started, and taken down at the end, unless it was up."""
@@ -207,6 +322,56 @@ def busy(seconds: float = 1.0) -> float:
     time.sleep(seconds)
     later_total, later_idle = ticks()
     return 1 - (later_idle - idle) / max(1, later_total - total)
+
+
+def spread(values: Iterable[float | None]) -> dict[str, float] | None:
+    """Median, least and most of those that are known."""
+    known = [value for value in values if value is not None]
+    return {"median": statistics.median(known), "min": min(known), "max": max(known)} if known else None
+
+
+def spread_text(found: dict[str, float] | None, digits: int) -> str:
+    if not found:
+        return "-"
+    median, least, most = (f"{found[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median} ({least} to {most})"
+
+
+def origin(where: dict[str, Any], runs: Sequence[Run]) -> str:
+    """Where and at what load it was measured, in one line; ``where`` is from ``machine``."""
+    others, loads = [run.busy_before for run in runs], [run.load_average for run in runs]
+    return (
+        f"{where['date']}: torch {where['torch']}, Slurm {where['slurm']}, Python {where['python']}, "
+        f"{where['cores']} cores; others used {min(others):.0%} to {max(others):.0%} of them before the runs, "
+        f"load at the fault {min(loads):.1f} to {max(loads):.1f}"
+    )
+
+
+def can_write(path: Path | None) -> bool:
+    """Whether ``--json`` names a file in a folder that exists; tells the user if not."""
+    if path and not path.parent.is_dir():
+        program = os.path.basename(sys.argv[0])
+        print(f"{program}: --json {str(path)!r}: expected a file in a folder that exists", file=sys.stderr)
+        return False
+    return True
+
+
+def parser_with(doc: str | None, names: dict[str, str], *examples: str) -> argparse.ArgumentParser:
+    """A parser whose help explains ``names``, under headings that are names without a text, and shows ``examples``."""
+    width = max(map(len, names)) + 2
+    lines = [f"  {name:<{width}}{text}" if text else name for name, text in names.items()]
+    return argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join([*lines, "", "examples:", *(f"  sudo benchmarks/{example}" for example in examples)]),
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The options for what is left of the runs."""
+    text = "write all runs, the summary and where it was measured"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="copy each job's logs and steps there")
 
 
 def add_state(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,16 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from _cluster import (
+    FT,
+    FT_MODULE,
     ROOT,
     BenchmarkError,
     Cluster,
+    Job,
+    Run,
+    add_output,
     add_state,
     busy,
+    can_write,
     cluster,
-    json_lines,
+    install_ft_launcher,
     machine,
+    origin,
+    parser_with,
     positive,
-    wait_for,
+    spread,
+    spread_text,
 )
 from rich.console import Console
 from rich.table import Table
@@ -41,24 +47,15 @@ CHECKPOINT_EVERY = 20
 START_DEADLINE = 240.0
 """Seconds for a job to start training; with four imports of torch on two cores it takes some 20."""
 
-OURS, FT = "elastic", "ft_launcher"
+OURS = "elastic"
 LAUNCHERS = {
     OURS: [],
     "torchrun": ["--template=torchrun"],
     "torchrun-own-store": ["--template=torchrun", "--env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"],
-    FT: ["--env=GLOO_SOCKET_IFNAME=eth0", "--env=OMP_NUM_THREADS=1"],  # and what install_ft_launcher adds
+    FT: [],  # and what install_ft_launcher adds
 }
-FT_MODULE = "nvidia_resiliency_ext.fault_tolerance.launcher"
 AGENTS = {OURS: "elastic_hpc.agent", FT: FT_MODULE}
 """Word of the agents' command line, where it is not torchrun's."""
-FT_TEMPLATE = f"""\
-#!/bin/bash
-{{% include "directives.j2" %}}
-{{% include "prepare.j2" %}}
-{{% set options = ["{FT_MODULE}", "--ignore-missing-fault-tol-cfg"] %}}
-srun {{{{ srun_options|quote_all }}}} \\
-  {{{{ (torchrun_command[:3] + options + torchrun_command[4:])|quote_all }}}}
-"""
 
 RUNGS = {
     "worker": "SIGKILL to the worker of one node",
@@ -75,63 +72,36 @@ QUEUE_BOUND = 180.0
 PHASES = ("detection", "round", "running", "start", "total")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One fault. Times in seconds."""
+@dataclass(frozen=True, kw_only=True)
+class Fault(Run):
+    """One fault. ``outcome`` is ``recovered`` if all went well, ``total`` from the fault, through the queue from the
+    last step before it, to the end of the new world's first step.
+    """
 
-    rung: str
-    launcher: str
-    outcome: str
-    """recovered; stuck: the job ran on, no step in ``waited``; ended: the job left the queue after ``waited``."""
-    waited: float
-    total: float | None = None
-    """Fault, through the queue the last step before it, to the end of the new world's first step."""
     detection: float | None = None
-    """Fault to the leader's decision to restart or requeue. Only of ours, as ``round`` and ``start``."""
-    round: float | None = None
-    """Decision to the new round: workers stopped, world formed."""
+    """Fault to the leader's decision to restart or requeue. Only of ours."""
     running: float | None = None
     """Last step to Slurm's RUNNING, to the second."""
-    start: float | None = None
-    """Round to the end of its first step: interpreter, imports, process group, checkpoint, one step."""
     rounds: int | None = None
     """New rounds until one made a step; 1 when all went well."""
     world_size: int | None = None
     steps_lost: int | None = None
     """Steps that the new world repeated."""
-    busy_before: float = 0.0
-    """Share of the machine that others used just before the job was submitted, 0 to 1."""
-    load_average: float = 0.0
-    """Of one minute, at the fault: our own workers are in it."""
-    job: str = ""
 
 
-class Job:
-    """One job of one launcher, in a folder of its own."""
+class DigitsJob(Job):
+    """examples/train_digits.py by one of the launchers."""
 
-    def __init__(self, at: Cluster, rung: str, launcher: str, folder: Path) -> None:
-        self._at = at
+    def __init__(self, at: Cluster, rung: str, launcher: str) -> None:
         self.launcher = launcher
-        self.folder = folder
-        at.run("mkdir", "-p", str(folder))
+        folder = at.home / f"{rung}-{launcher}"
         checkpoint = folder / "digits" / "checkpoint.pt"
-        self._steps = checkpoint.with_name("steps.jsonl")
-        submitter = str(Path(sys.executable).with_name("elastic-sbatch"))
         least = len(at.nodes) - 1 if rung == "requeue" else 2
-        options = ["--parsable", f"--nodes={least}:{len(at.nodes)}", "--nproc-per-node=1", *LAUNCHERS[launcher]]
+        options = [f"--nodes={least}:{len(at.nodes)}", "--nproc-per-node=1", *LAUNCHERS[launcher]]
         if rung == "drain":
             options.append("--grace=10")  # the example does not listen: it trains on for as long
         arguments = [f"--checkpoint={checkpoint}", f"--checkpoint-every={CHECKPOINT_EVERY}", "--epochs=100000"]
-        self.id = at.run(submitter, *options, SCRIPT, *arguments, cwd=folder).strip()
-
-    def steps(self) -> list[dict[str, Any]]:
-        return json_lines(self._steps)
-
-    def events(self) -> list[dict[str, Any]]:
-        return json_lines(self.folder / "elastic-logs" / self.id / "events.jsonl")
-
-    def output(self) -> str:
-        return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("slurm-*.out")))
+        super().__init__(at, folder, checkpoint.with_name("steps.jsonl"), *options, SCRIPT, *arguments)
 
     def wait_until_it_trains(self) -> None:
         """Wait for steps of a world of all nodes, a few after a checkpoint: a restart must show in the step numbers."""
@@ -140,15 +110,11 @@ class Job:
             last = (self.steps() or [{"step": 0}])[-1]
             if last["step"] <= CHECKPOINT_EVERY or not 2 <= last["step"] % CHECKPOINT_EVERY <= CHECKPOINT_EVERY // 2:
                 return None
-            return bool(last["world_size"] == len(self._at.nodes))
+            return bool(last["world_size"] == len(self.at.nodes))
 
-        try:
-            right_size = wait_for("the first steps", trains, START_DEADLINE)
-        except BenchmarkError as error:
-            raise BenchmarkError(f"job {self.id}: {error}\n{self.output()[-2000:]}") from None
-        if not right_size:
+        if not self.wait_for_steps(trains, START_DEADLINE):
             raise BenchmarkError(
-                f"job {self.id} trains on {self.steps()[-1]['world_size']} of {len(self._at.nodes)} nodes"
+                f"job {self.id} trains on {self.steps()[-1]['world_size']} of {len(self.at.nodes)} nodes"
             )
 
     def first_step_of_new_world(self) -> tuple[dict[str, Any], int] | None:
@@ -160,7 +126,7 @@ class Job:
         return None
 
 
-def inject(at: Cluster, job: Job, rung: str, node: str) -> float:
+def inject(at: Cluster, job: DigitsJob, rung: str, node: str) -> float:
     """Break something on ``node``; the answer is when, in seconds since the epoch."""
     if rung in {"power", "head"}:
         return float(at.mini("kill", at.nodes[0] if rung == "head" else node).split()[0])
@@ -181,53 +147,23 @@ def inject(at: Cluster, job: Job, rung: str, node: str) -> float:
     return moment
 
 
-def install_ft_launcher(at: Cluster) -> list[str]:
-    """NVIDIA's launcher, in a folder of the cluster's user; the answer is how to submit with it."""
-    folder, template = at.home / "ft_launcher", at.home / "ft_launcher.sbatch.j2"
-    packages = ["nvidia-resiliency-ext", "psutil", "defusedxml", "nvidia-ml-py"]  # without torch, which is there
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", f"--target={folder}"]
-    done = subprocess.run([*install, *packages], capture_output=True, text=True, check=False)
-    if done.returncode:
-        why = (done.stderr.strip() or "pip said nothing").splitlines()[-1]
-        raise BenchmarkError(f"{FT} does not install here: {why}; leave it out: --launchers")
-    at.run("env", f"PYTHONPATH={folder}", sys.executable, "-c", f"import {FT_MODULE}")
-    template.write_text(FT_TEMPLATE)
-    return [f"--template={template}", f"--env=PYTHONPATH={folder}"]
-
-
-def measure(at: Cluster, rung: str, launcher: str, node: str, bound: float, keep: Path | None) -> Run:
+def measure(at: Cluster, rung: str, launcher: str, node: str, bound: float, keep: Path | None) -> Fault:
     """One run, from the submission of a job to its end."""
     at.reset()
     others = busy()
-    folder = at.home / f"recovery-{rung}-{launcher}"
     bound += QUEUE_BOUND * (rung in THROUGH_THE_QUEUE)
-    job = Job(at, rung, launcher, folder)
+    job = DigitsJob(at, rung, launcher)
     try:
         job.wait_until_it_trains()
-        load = os.getloadavg()[0]
         moment = inject(at, job, rung, node)
-        outcome, found = "stuck", None
-        asked = 0.0
-        while found is None and (waited := time.time() - moment) < bound:
-            found = job.first_step_of_new_world()
-            if found is None and waited - asked > 2:
-                asked = waited
-                if at.job_state(job.id) not in {"RUNNING", "COMPLETING", "PENDING", "REQUEUED"}:
-                    outcome = "ended"
-                    break
-            time.sleep(0.05)
-        common = Run(rung, launcher, outcome, waited, busy_before=others, load_average=load, job=job.id)
+        found, said = job.watch(job.first_step_of_new_world, moment, bound)
+        common = Fault(rung=rung, launcher=launcher, busy_before=others, **said)
         return _split(at, common, job, moment, *found) if found else common
     finally:
-        at.run("scancel", job.id, check=False)
-        if keep:
-            to = keep / f"{job.id}-{rung}-{launcher}"
-            shutil.copytree(folder, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("secret"))
-        at.reset()
-        shutil.rmtree(folder, ignore_errors=True)
+        job.clear(keep)
 
 
-def _split(at: Cluster, run: Run, job: Job, moment: float, step: dict[str, Any], lost: int) -> Run:
+def _split(at: Cluster, run: Fault, job: DigitsJob, moment: float, step: dict[str, Any], lost: int) -> Fault:
     known: dict[str, Any] = asdict(run) | {
         "outcome": "recovered",
         "total": step["time"] - moment,
@@ -249,10 +185,10 @@ def _split(at: Cluster, run: Run, job: Job, moment: float, step: dict[str, Any],
             "start": step["time"] - rounds[0]["time"],
             "rounds": len(rounds),
         }
-    return Run(**known)
+    return Fault(**known)
 
 
-def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def summarize(runs: Sequence[Fault]) -> list[dict[str, Any]]:
     """One row for each rung and launcher: counts, median, least and most of each phase, ratio to ours."""
     rows: list[dict[str, Any]] = []
     for rung in RUNGS:
@@ -264,10 +200,7 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
             row |= {word: sum(run.outcome == word for run in mine) for word in ("recovered", "stuck", "ended")}
             row["bound"] = max((run.waited for run in mine if run.outcome == "stuck"), default=None)
             for phase in PHASES:
-                values = [value for run in mine if (value := getattr(run, phase)) is not None]
-                row[phase] = (
-                    {"median": statistics.median(values), "min": min(values), "max": max(values)} if values else None
-                )
+                row[phase] = spread(getattr(run, phase) for run in mine)
             rows.append(row)
     totals = {row["rung"]: row["total"]["median"] for row in rows if row["launcher"] == OURS and row["total"]}
     for row in rows:
@@ -293,11 +226,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def _cells(row: dict[str, Any]) -> Iterator[str]:
     for phase in PHASES:
         digits = 2 if phase in {"detection", "round"} else 1
-        if spread := row[phase]:
-            least, most = f"{spread['min']:.{digits}f}", f"{spread['max']:.{digits}f}"
-            text = f"{spread['median']:.{digits}f} ({least} to {most})"
-        else:
-            text = "-"
+        text = spread_text(row[phase], digits)
         if phase == "total":
             text = "" if text == "-" else text
             if row["stuck"]:
@@ -309,14 +238,12 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    lines = [f"  {name:<10}{text}" for name, text in RUNGS.items()]
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="rungs:\n" + "\n".join(lines) + "\n\nexamples:\n"
-        "  sudo benchmarks/recovery.py                                    # all, an hour and more\n"
-        "  sudo benchmarks/recovery.py --launchers elastic --runs 5       # ours alone\n"
-        "  sudo benchmarks/recovery.py --rungs power --bound 120 --json power.json",
+    parser = parser_with(
+        __doc__,
+        {"rungs:": "", **RUNGS},
+        "recovery.py                                    # all, an hour and more",
+        "recovery.py --launchers elastic --runs 5       # ours alone",
+        "recovery.py --rungs power --bound 120 --json power.json",
     )
     add = parser.add_argument
     add("--runs", type=positive, default=3, metavar="N", help="of each rung and launcher (default: 3)")
@@ -330,8 +257,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SECONDS",
         help="how long to wait for a step before a run counts as stuck, through the queue 180 more (default: 60)",
     )
-    add("--json", type=Path, metavar="FILE", help="write all runs, the summary and where it was measured")
-    add("--keep", type=Path, metavar="DIR", help="copy each job's logs and steps there")
+    add_output(parser)
     add_state(parser)
     return parser.parse_args()
 
@@ -339,10 +265,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 160)
-    runs: list[Run] = []
+    runs: list[Fault] = []
     report: dict[str, Any] = {}
-    if args.json and not args.json.parent.is_dir():
-        print(f"recovery.py: --json {str(args.json)!r}: expected a file in a folder that exists", file=sys.stderr)
+    if not can_write(args.json):
         return 2
     try:
         with cluster(args.state) as at:
@@ -373,13 +298,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"recovery.py: stopped after {len(runs)} runs", file=sys.stderr)
     console.print(table(summarize(runs)))
-    where = report["machine"]
-    print(
-        f"{where['date']}: torch {where['torch']}, Slurm {where['slurm']}, Python {where['python']}, "
-        f"{where['cores']} cores; others used "
-        f"{min(r.busy_before for r in runs):.0%} to {max(r.busy_before for r in runs):.0%} of them before the runs, "
-        f"load at the fault {min(r.load_average for r in runs):.1f} to {max(r.load_average for r in runs):.1f}"
-    )
+    print(origin(report["machine"], runs))
     return 0
 
 

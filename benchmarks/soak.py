@@ -32,6 +32,7 @@ from _cluster import (
     cluster,
     json_lines,
     machine,
+    parser_with,
     positive,
     wait_for,
     wrong_steps,
@@ -497,13 +498,11 @@ _NOT_KEPT = shutil.ignore_patterns("secret", "checkpoint.*")
 
 
 def parse_arguments() -> argparse.Namespace:
-    lines = [f"  {name:<16}{text}" for name, text in KINDS.items()]
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="faults:\n" + "\n".join(lines) + "\n\nexamples:\n"
-        "  sudo benchmarks/soak.py --seed 7\n"
-        "  sudo benchmarks/soak.py --faults 10 --kinds head-power head-cut --keep evidence",
+    parser = parser_with(
+        __doc__,
+        {"faults:": "", **KINDS},
+        "soak.py --seed 7",
+        "soak.py --faults 10 --kinds head-power head-cut --keep evidence",
     )
     add = parser.add_argument
     add("--faults", type=positive, default=30, metavar="N", help="how many (default: 30)")

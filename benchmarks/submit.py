@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _cluster import ROOT, BenchmarkError, add_state, busy, cluster, machine, positive
+from _cluster import ROOT, BenchmarkError, add_state, busy, can_write, cluster, machine, positive
 from rich.console import Console
 from rich.table import Table
 
@@ -165,8 +165,7 @@ def measure_inside(state: Path, pairs: int) -> dict[str, Any]:
 
 def main() -> int:
     args = parse_arguments()
-    if args.json and not args.json.parent.is_dir():
-        print(f"submit.py: --json {str(args.json)!r}: expected a file in a folder that exists", file=sys.stderr)
+    if not can_write(args.json):
         return 2
     try:
         if args.here:

@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         leads = leading.recorder is not None
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller, who has more to do
         if not leads or ended.outcome == "lost":
-            log.info("%s: %s", ended.outcome, ended.reason)
+            log.info("%s: %s", "leaving" if env.joins else ended.outcome, ended.reason)
         code, leave = 0 if env.joins else EXIT_CODES[ended.outcome], LEAVE_TIMEOUT + 20
     except SignalException as error:
         log.info("%s: leaving", error)

@@ -17,6 +17,7 @@ from elastic_hpc.ask import ask_leader
 from elastic_hpc.env import JOIN, AgentEnv, job_name, restart_count, run_number
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.rundir import RunDir
+from elastic_hpc.spec import NodeRange
 
 REQUEUE_DELAY = timedelta(seconds=8)
 """Start time asked for after a requeue. It must lie beyond the job's completion, else Slurm puts it two minutes off."""
@@ -219,8 +220,9 @@ def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[st
         known = strikes.load([*(rundir.read("state.json") or {}).get("strikes", ()), *rundir.unfit()])
         if not known:
             return (), ()
-        wanted = (rundir.read("spec.json") or {}).get("--nodes", "1:1").partition(":")
-        exclude = strikes.excluded(known, time.time(), slurm.usable_nodes(job), int(wanted[2] or wanted[0]))
+        asked = rundir.read("spec.json") or {}
+        wanted = NodeRange.parse(asked.get("--nodes", "1:1")).max + int(asked.get("--spares", 0))
+        exclude = strikes.excluded(known, time.time(), slurm.usable_nodes(job), wanted)
         return exclude, strikes.readmitted(known, exclude)
     except (ElasticError, OSError, ValueError):
         return (), ()

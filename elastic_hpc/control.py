@@ -124,9 +124,11 @@ class Control:
             self._report(state=state, round=round, failure=failure, drained=drained, listens=listens)
 
     def report_progress(self, step: int, *, listens: bool) -> None:
-        """Tell the leader, with the next heartbeat, how far the workers are, and whether they can be told to stop."""
+        """Tell the leader how far the workers are, with the next heartbeat; at once if they can be told to stop."""
         with self._changed:
-            self._status = replace(self._status, step=step, listens=listens)
+            if listens != self._status.listens:
+                self._report(step=step, listens=listens)
+            self._status = replace(self._status, step=step)
 
     def on_signal(self) -> None:
         """This agent got SIGTERM. So did all others, if this is Slurm's doing; the leader's agent says so for all. The

@@ -40,6 +40,10 @@ STARTING = 20.0
 """The same, while it is known that the agents of others are just starting."""
 
 
+HEARING = 3.0
+"""Seconds in which workers that ask whether they are to stop have done so, in a round that has just been formed too."""
+
+
 TERM_GRACE = 20.0
 """Seconds that workers get at most to save after SIGTERM: Slurm kills all after KillWait, by default 30 s."""
 
@@ -165,7 +169,7 @@ class Decision:
     charged: bool = True
     """Whether a restart or requeue counts against its budget."""
     grows: bool = False
-    """GATHER, DRAIN: because there may be a larger world."""
+    """DRAIN, and the GATHER that follows: because there may be a larger world."""
 
 
 def decide(view: View, policy: Policy) -> Decision:
@@ -248,10 +252,7 @@ def _while_running(view: View, policy: Policy) -> Decision:
         return _while_changing(view, view.change, policy)
     if view.succeeded or view.request:
         return Decision(Action.WAIT, "training")
-    change = _change(view, policy)
-    if change.action is Action.GATHER and view.listens:
-        return replace(change, action=Action.DRAIN)
-    return change
+    return _change(view, policy)
 
 
 def _restart(decision: Decision, view: View, policy: Policy) -> Decision:
@@ -265,7 +266,7 @@ def _restart(decision: Decision, view: View, policy: Policy) -> Decision:
 def _change(view: View, policy: Policy) -> Decision:
     """A new world that is formed although the one that trains could go on."""
     if (go := view.leaving & view.formed) and view.restarts < policy.max_restarts:
-        return Decision(Action.GATHER, f"{len(go)} node(s) have to go")
+        return Decision(Action.DRAIN, f"{len(go)} node(s) have to go")
     newcomers = view.ready - view.formed
     if not newcomers or policy.fit(view.live) <= len(view.formed):
         return Decision(Action.WAIT, "training")
@@ -275,11 +276,11 @@ def _change(view: View, policy: Policy) -> Decision:
         return Decision(Action.WAIT, f"a node is ready to join, {policy.grow_every:g} s after the last (--grow-every)")
     if view.since_newcomer < TOGETHER or (view.starting and view.since_newcomer < STARTING):
         return Decision(Action.WAIT, "a node is ready to join; others may follow")
-    return Decision(Action.GATHER, f"{len(newcomers)} more node(s) joined", charged=not policy.free_growth, grows=True)
+    return Decision(Action.DRAIN, f"{len(newcomers)} more node(s) joined", charged=not policy.free_growth, grows=True)
 
 
 def _while_changing(view: View, change: Decision, policy: Policy) -> Decision:
-    if view.since_change < policy.grace:
+    if view.since_change < (policy.grace if view.listens else min(policy.grace, HEARING)):
         return Decision(Action.WAIT, "the workers save and stop")
     return _restart(change, view, policy)
 

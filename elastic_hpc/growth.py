@@ -75,12 +75,13 @@ class Step:
     """Ids of jobs that wait, whose time limit is longer than what is left to the job: shorter ones start earlier."""
 
 
-def step(needs: Needs, jobs: Collection[Joiner], *, restarting: int, remaining: float) -> Step:
-    """``jobs``: all joiners that Slurm knows of. ``restarting``: agents that are being started anew. ``remaining``:
-    seconds that are left to the job.
+def step(needs: Needs, jobs: Collection[Joiner], *, came: Collection[int], restarting: int, remaining: float) -> Step:
+    """``jobs``: all joiners that Slurm knows of. ``came``: the numbers of those that have been in touch; any that is
+    not now is leaving, or lost. ``restarting``: agents that are being started anew. ``remaining``: seconds that are left
+    to the job.
     """
     waiting = [job for job in jobs if job.state == "PENDING"]
-    starting = [job for job in jobs if _is_starting(job) and joiner(job.id) not in needs.joiners]
+    starting = [job for job in jobs if _is_starting(job) and joiner(job.id) not in came]
     wanted = 0 if remaining < TOO_LATE or needs.over else needs.nodes
     lacking = wanted - restarting - len(starting) - len(waiting)
     waiting.sort(key=lambda job: int(job.id))

@@ -436,8 +436,9 @@ class Leader:
             self._event("drain", round=self.round, reason=decision.reason)
         elif decision.action is Action.RELEASE:
             for conn in [conn for node in decision.nodes for conn in self._peers.of_node(node)]:
-                self._refused[conn] = decision.reason
-                self._event("release", node=self._peers.pop(conn).status.name, reason=decision.reason)
+                status = self._peers.pop(conn).status
+                self._refused[conn] = reason = self._why_leaving(status) or decision.reason
+                self._event("release", node=status.name, reason=reason)
         elif decision.action is Action.GATHER:
             self._progress.on_end(self._world.failure)
             if decision.grows:

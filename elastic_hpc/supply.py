@@ -143,12 +143,13 @@ class Supply:
     # joiners
 
     async def _provide(self, needs: Needs, restarting: int) -> Step:
+        came = frozenset(self._came)  # as of needs: those that come meanwhile are among the nodes that it lacks
         try:
             jobs = await self._source.joiners()
             remaining = await self._source.remaining() if needs.nodes or jobs else 0.0
             self._looked = True
             self._look_for_waste(jobs, needs)
-            step = growth.step(needs, jobs, restarting=restarting, remaining=remaining)
+            step = growth.step(needs, jobs, came=came, restarting=restarting, remaining=remaining)
             if step.cancel:
                 await self._source.cancel(step.cancel)
                 self._came |= set(map(joiner, step.cancel))

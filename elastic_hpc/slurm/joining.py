@@ -66,7 +66,7 @@ def submit_joiner(
     if (remaining := shown.remaining) is not None:
         if remaining < _MINUTE:
             return None
-        limit = str(remaining // _MINUTE)
+        limit = str(-(-remaining // _MINUTE))  # rounded up: it is not to be warned before its parent
     if directives.given(script, "gpus"):
         raise UsageError("--gpus counts the GPUs of all nodes, a joiner has one node; use --gpus-per-node=N")
     options = [

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,13 @@ class Steady:
         """State by id."""
         listed = self.cluster.exec(["squeue", "--noheader", f"--name=join-{self.job.id}", "--format=%A %T"]).stdout
         return dict(line.split() for line in listed.splitlines())
+
+    def join_by_hand(self) -> str:
+        """Id of a joiner that nobody has asked for."""
+        variables = f"--export=ALL,ELASTIC_HPC_JOIN={self.job.run_dir}"
+        script = str(self.job.run_dir / "script.sbatch")
+        options = ["--nodes=1", "--no-requeue", "--output=/dev/null", variables]
+        return self.cluster.exec(["sbatch", "--parsable", *options, script], cwd=self.data).stdout.strip()
 
     def finish(self) -> None:
         """The job is completed at once, has done each step once after the other, and holds no node any more."""
@@ -104,6 +112,85 @@ def test_a_job_grows_loses_a_node_replaces_it_and_finishes(
     assert job.worlds() == [2, 4, 3, 4]
     assert job.repeated_steps() <= 100
     assert fresh.job_field(job.job.id, "Restarts") == "0"
+    late = job.join_by_hand()
+    wait_for("a joiner that came too late to leave", lambda: fresh.job_field(late, "JobState") == "COMPLETED", 30)
+    assert job.job.verdict()["outcome"] == "finished"
+
+
+def test_neither_a_take_over_nor_a_requeue_forgets_a_joiner_that_waits(
+    steady: Callable[..., Steady], busy: Callable[..., str], fresh: Cluster
+) -> None:
+    other = busy("n4")
+    job = steady("--nodes", "2:4", *SOON)
+    job.wait_world(3)
+    (waiting,) = wait_for("a joiner", job.joiners, 30)
+    (agent,) = agents(fresh, "n1")
+    os.kill(agent, signal.SIGKILL)
+    job.job.wait_event("take_over")
+    job.wait_all_again()
+    assert list(job.joiners()) == [waiting]
+    fresh.exec(["scancel", "--batch", "--signal=USR2", job.job.id])
+    wait_for("the requeue", lambda: fresh.job_field(job.job.id, "Restarts") == "1")
+    assert waiting not in job.joiners()
+    wait_for("another joiner", job.joiners, 60)
+    fresh.exec(["scancel", other])
+    job.wait_world(4)
+    job.finish()
+    assert job.repeated_steps() <= 100  # since the checkpoint before the take-over
+
+
+def test_a_joiner_that_is_warned_or_cancelled_leaves_without_a_lost_step(
+    steady: Callable[..., Steady], busy: Callable[..., str], fresh: Cluster
+) -> None:
+    other = busy("n3", "n4")
+    job = steady("--nodes", "2:3", *SOON)
+    job.wait_world(2)
+    fresh.exec(["scancel", other])
+    for how in (["--batch", "--signal=USR2"], []):
+        job.wait_world(3)
+        (joiner,) = [id for id, state in job.joiners().items() if state == "RUNNING"]
+        fresh.exec(["scancel", *how, joiner])
+        job.wait_world(2)
+        wait_for("it to be gone", lambda joiner=joiner: joiner not in job.joiners(), 40)
+    job.wait_world(3)
+    job.finish()
+    assert job.worlds() == [2, 3, 2, 3, 2, 3]
+    assert job.repeated_steps() == 0
+    assert job.job.events("lost") == job.job.events("failure") == []
+
+
+def test_a_site_that_refuses_joiners_is_asked_again_later_and_training_goes_on(
+    steady: Callable[..., Steady], busy: Callable[..., str], fresh: Cluster
+) -> None:
+    busy("n3", "n4")
+    job = steady("--nodes", "2:3", *SOON)
+    job.job.wait_state("RUNNING")
+    fresh.mini("exec", "--root", "--", "scontrol", "update", "PartitionName=main", "State=DRAIN")
+    try:
+        problem = job.job.wait_event("growth_problem")
+    finally:
+        fresh.mini("exec", "--root", "--", "scontrol", "update", "PartitionName=main", "State=UP")
+    assert "Required partition not available" in problem["reason"]
+    job.wait_world(2)
+    wait_for("a joiner after all", job.joiners, 60)
+    job.finish()
+    assert job.worlds() == [2]
+
+
+def test_a_spare_steps_in_and_the_job_ends_clean(steady: Callable[..., Steady], fresh: Cluster) -> None:
+    job = steady("--nodes", "2", "--spares", "1", "--grow-every", "1")
+    assert job.job.wait_event("round")["nodes"] == ["n1", "n2"]
+    job.wait_world(2)
+    (agent,) = agents(fresh, "n2")
+    os.kill(agent, signal.SIGKILL)
+    killed = time.time()
+    formed = job.job.wait_event("round", 2)
+    assert formed["nodes"] == ["n1", "n3"]
+    assert formed["time"] - killed < 1.0, "nothing is waited for"
+    job.wait_all_again()
+    wait_for("the next spare", lambda: [event["node"] for event in job.job.events("join")][3:] == ["n2"])
+    job.finish()
+    assert job.worlds() == [2, 2]
 
 
 def test_an_agent_that_was_killed_comes_back_in_the_same_allocation_and_so_do_all_one_after_the_other(
@@ -112,11 +199,12 @@ def test_an_agent_that_was_killed_comes_back_in_the_same_allocation_and_so_do_al
     """In the end none of the agents that srun has started is left, and the batch script still waits for the verdict."""
     job = steady("--nodes", "2:3", "--grow-every", "1")
     job.wait_world(3)
-    for restarts, node in enumerate(("n3", "n1", "n2"), 1):
+    first, second, third = job.job.wait_event("round")["nodes"]
+    for restarts, node in enumerate((third, first, second), 1):
         (agent,) = agents(fresh, node)
         os.kill(agent, signal.SIGKILL)
         job.job.wait_event("agent_restart", restarts)
         job.wait_all_again()
-    assert [event["node"] for event in job.job.events("agent_restart")] == ["n3", "n1", "n2"]
-    assert fresh.processes("conclude", "n1"), "the first srun is over"
+    assert [event["node"] for event in job.job.events("agent_restart")] == [third, first, second]
+    assert fresh.processes("conclude", first), "the first srun is over"
     job.finish()

@@ -441,6 +441,8 @@ class SimSource:
 
     async def _asks(self) -> None:
         await asyncio.sleep(self.job.random.uniform(0.01, 1.0))
+        if self.node.dead:
+            await asyncio.Event().wait()
         if self.job.queue.refuses:
             raise SlurmError("refused")
 

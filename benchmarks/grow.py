@@ -1,0 +1,356 @@
+"""Seconds until a running job trains with one node more, and how long it stands still for that, against torchrun.
+
+Every pass submits benchmarks/train_steps.py to a real Slurm (bin/mini-slurm), which has two nodes for it at first. Ours
+gets a third from the queue, loses an agent, gets a spare, and loses an agent again. The other launchers, which cannot
+ask Slurm for a node, are given the third by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from _cluster import (
+    FT,
+    FT_MODULE,
+    ROOT,
+    BenchmarkError,
+    Cluster,
+    Job,
+    Run,
+    add_output,
+    add_state,
+    busy,
+    can_write,
+    cluster,
+    install_ft_launcher,
+    launcher_template,
+    machine,
+    origin,
+    parser_with,
+    positive,
+    spread,
+    spread_text,
+    wait_for,
+)
+from rich.console import Console
+from rich.table import Table
+
+SCRIPT = str(ROOT / "benchmarks" / "train_steps.py")
+CHECKPOINT_EVERY = 100
+SMALL, LARGE = 2, 3
+"""Nodes of the two worlds, with one worker each."""
+PATIENCE = 90.0
+"""Seconds for what is no measurement: a job to start, Slurm to start an agent."""
+
+OURS, DEAF, TORCHRUN, OWN_STORE = "elastic", "elastic-deaf", "torchrun", "torchrun-own-store"
+LAUNCHERS = {
+    OURS: "elastic-sbatch --grow, and a script that saves and ends when it is asked to",
+    DEAF: "the same with a script that does not listen",
+    TORCHRUN: "the quickstart's command; the third node is given by hand, as to the following",
+    OWN_STORE: "the same with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+    FT: "NVIDIA's",
+}
+TORCHRUN_MODULE = "torch.distributed.run"
+AGENTS = {OURS: "elastic_hpc.agent", DEAF: "elastic_hpc.agent", FT: FT_MODULE}
+"""Word of the agents' command line, where it is not torchrun's."""
+LAST_CALL = "--rdzv-conf=last_call_timeout=3"
+"""For the others' start with two nodes of at most three, before which they would wait 30 s. A world of three is full,
+and forms at once.
+"""
+RUNGS = {
+    "grow": "a third node: from the start of its agent's process to a world of three",
+    "loss": "the agent of a node that is not the head is killed, no spare is there: from that to a world of two",
+    "replace": "and further, until the agent that is started in its place trains in a world of three",
+    "spare": "the same agent is killed, a spare is there: from that to a world of three",
+}
+PHASES = ("anew", "joins", "others", "stops", "round", "start", "standstill", "total")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change(Run):
+    """One change of the world. ``outcome`` is ``done`` if all went well, ``total`` from the start of the new agent's
+    process, else from the kill, to the end of the new world's first step. ``joins``, ``others``, ``stops``, ``round``
+    and ``start`` add up to it, and only ours knows them.
+    """
+
+    standstill: float | None = None
+    """From the last step of the world before to the new one's first."""
+    anew: float | None = None
+    """Kill to ``agent_restart``, when Slurm has started the new agent; a part of ``joins``."""
+    joins: float | None = None
+    """To the agent's ``join``."""
+    others: float | None = None
+    """From there to the last step of the world before: others that may come are waited for, the workers are told."""
+    stops: float | None = None
+    """From there, else from the kill, to ``restart``: the workers save and end, the leader knows."""
+    repeated: int | None = None
+    """Steps that the new world did again."""
+
+
+class Growing(Job):
+    """A job that trains on two nodes, and may have three."""
+
+    def __init__(self, at: Cluster, launcher: str, options: Sequence[str]) -> None:
+        """``options``: how to submit with ``launcher``."""
+        self.launcher = launcher
+        self.head, self.victim, self.third, self.fourth = at.nodes[:4]
+        self.others = busy()
+        self._taken: dict[str, str] = {}
+        folder = at.home / f"grow-{launcher}"
+        if launcher in {OURS, DEAF}:
+            self._take(at, self.third, self.fourth)
+        nodes = [f"--nodes={SMALL}:{LARGE}", "--nproc-per-node=1", "--exclusive"]
+        arguments = [f"--folder={folder}", f"--checkpoint-every={CHECKPOINT_EVERY}"]
+        arguments += ["--listen"] if launcher == OURS else []
+        super().__init__(at, folder, folder / "steps.jsonl", *nodes, *options, SCRIPT, *arguments)
+
+    def submit(self, *argv: str) -> str:
+        if self.launcher in {OURS, DEAF}:
+            return super().submit(*argv)
+        endpoint = ["--rdzv-id=grow", f"--rdzv-endpoint={self.head}:29400"]
+        (self.folder / "job.sbatch").write_text(self.elastic_sbatch("--dry-run", *endpoint, *argv))
+        return self._sbatch(self.head, self.victim)
+
+    def bring_third(self) -> float:
+        """When the process of its agent has started, in seconds since the epoch, to a hundredth."""
+        if self._taken:
+            self.free(self.third)
+        else:
+            self._sbatch(self.third)
+        word = AGENTS.get(self.launcher, TORCHRUN_MODULE)
+
+        def started() -> float | None:
+            return min(map(_started, self.at.pids(self.third, word, SCRIPT)), default=None)
+
+        return wait_for(f"an agent on {self.third}", started, PATIENCE)
+
+    def bring_spare(self) -> None:
+        self.free(self.fourth)
+        named = {"event": "join", "node": self.fourth}
+
+        def came() -> bool | None:
+            return any(named.items() <= event.items() for event in self.events()) or None
+
+        wait_for("the spare", came, PATIENCE)
+
+    def free(self, node: str) -> None:
+        """End the job that has ``node``."""
+        self.at.run("scancel", self._taken.pop(node))
+
+    def kill_agent(self) -> float:
+        (agent,) = self.at.pids(self.victim, AGENTS[self.launcher], SCRIPT)
+        moment = time.time()
+        os.kill(agent, signal.SIGKILL)
+        return moment
+
+    def wait_until_steady(self, size: int) -> None:
+        """Until a world of ``size`` has gone on for a while, and is half way from one checkpoint to the next."""
+
+        def steady() -> bool | None:
+            steps = self.steps()
+            world = [step for step in steps if step["began"] == steps[-1]["began"]]
+            half = bool(steps) and 0.4 < steps[-1]["step"] % CHECKPOINT_EVERY / CHECKPOINT_EVERY < 0.6
+            return (half and len(world) > CHECKPOINT_EVERY / 2 and world[-1]["world_size"] == size) or None
+
+        self.wait_for_steps(steady, PATIENCE)
+
+    def change(self, since: float, size: int | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The last step before a new world, of ``size`` or any, and its first step."""
+        for before, after in pairwise(self.steps()):
+            new = after["time"] > since and after["began"] != before["began"]
+            if new and size in {None, after["world_size"]}:
+                return before, after
+        return None
+
+    # inside
+
+    def _sbatch(self, *nodes: str) -> str:
+        options = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
+        return self.at.run("sbatch", "--parsable", *options, "job.sbatch", cwd=self.folder).strip()
+
+    def _take(self, at: Cluster, *nodes: str) -> None:
+        """Have a job of somebody else on each of them."""
+        for node in nodes:
+            options = ["--exclusive", f"--nodelist={node}", "--output=/dev/null", "--wrap=exec sleep 900"]
+            self._taken[node] = at.run("sbatch", "--parsable", *options, cwd=at.home).strip()
+        for node, job in self._taken.items():
+            wait_for(f"job {job} on {node}", functools.partial(_runs, at, job), PATIENCE)
+
+
+def _runs(at: Cluster, job: str) -> bool | None:
+    return at.job_state(job) == "RUNNING" or None
+
+
+def _started(pid: int) -> float:
+    """When the kernel started ``pid``, in seconds since the epoch; infinity if it is gone."""
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        return float("inf")
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(at: Cluster, launcher: str, options: Sequence[str], deadline: float, keep: Path | None) -> Iterator[Change]:
+    """One job of ``launcher``, from its submission to its end; all that happens to it, one after the other."""
+    at.reset()
+    job = Growing(at, launcher, options)
+
+    def change(rung: str, moment: float, size: int | None) -> Change:
+        found, said = job.watch(lambda: job.change(moment, size), moment, deadline)
+        common = Change(rung=rung, launcher=launcher, busy_before=job.others, **said)
+        return _split(common, job, moment, *found) if found else common
+
+    try:
+        job.wait_until_steady(SMALL)
+        yield change("grow", job.bring_third(), LARGE)
+        if launcher != OURS:
+            return
+        job.wait_until_steady(LARGE)
+        killed = job.kill_agent()
+        yield change("loss", killed, None)
+        yield change("replace", killed, LARGE)
+        job.bring_spare()
+        job.wait_until_steady(LARGE)
+        yield change("spare", job.kill_agent(), None)
+    finally:
+        job.clear(keep)
+
+
+def _split(run: Change, job: Growing, moment: float, before: dict[str, Any], after: dict[str, Any]) -> Change:
+    last, first = before["time"], after["time"]
+    known: dict[str, Any] = asdict(run) | {
+        "outcome": "done",
+        "total": first - moment,
+        "standstill": first - last,
+        "repeated": before["step"] + 1 - after["step"],
+    }
+    events = [event for event in job.events() if moment <= event["time"] <= first]
+    of_round = {event["event"]: event["time"] for event in events if event.get("round") == after["round"]}
+    if of_round:
+        known |= {"round": of_round["round"] - of_round["restart"], "start": first - of_round["round"]}
+        if run.rung in {"grow", "replace"}:
+            joined = max(event["time"] for event in events if event["event"] == "join")
+            anew = [event["time"] - moment for event in events if event["event"] == "agent_restart"]
+            known |= {"joins": joined - moment, "others": last - joined, "stops": of_round["restart"] - last}
+            known |= {"anew": anew[0] if anew else None}
+        else:
+            known |= {"stops": of_round["restart"] - moment}
+    return Change(**known)
+
+
+def summarize(runs: Sequence[Change]) -> list[dict[str, Any]]:
+    """One row for each rung and launcher: counts, median, least and most of each phase, ratios to ours."""
+    rows: list[dict[str, Any]] = []
+    for rung, launcher in dict.fromkeys((run.rung, run.launcher) for run in sorted(runs, key=_order)):
+        mine = [run for run in runs if (run.rung, run.launcher) == (rung, launcher)]
+        row: dict[str, Any] = {"rung": rung, "launcher": launcher, "runs": len(mine)}
+        row |= {word: sum(run.outcome == word for run in mine) for word in ("done", "stuck", "ended")}
+        row |= {name: spread(getattr(run, name) for run in mine) for name in (*PHASES, "repeated")}
+        rows.append(row)
+    of_ours = next((row for row in rows if row["launcher"] == OURS), None)
+    for row in rows:
+        for name in ("standstill", "total"):
+            ours = of_ours[name] if of_ours and row["launcher"] != OURS else None
+            row[f"{name}_times_ours"] = row[name]["median"] / ours["median"] if ours and row[name] else None
+    return rows
+
+
+def _order(run: Change) -> tuple[int, int]:
+    return list(RUNGS).index(run.rung), list(LAUNCHERS).index(run.launcher)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    made = Table(title="seconds, medians (least to most) of the runs that got there", title_justify="left")
+    names = ("anew", "joins", "others", "stops", "new round", "start", "stood still", "of ours", "total", "of ours")
+    for name in ("", "launcher", "done", *names, "repeated"):
+        made.add_column(name, justify="left" if name in {"", "launcher"} else "right")
+    for row in rows:
+        cells = [f"{row[name]['median']:.2f}" if row[name] else "" for name in PHASES[:-2]]
+        for name in ("standstill", "total"):
+            ratio = row[f"{name}_times_ours"]
+            cells += [spread_text(row[name], 1), f"x {ratio:.1f}" if ratio else ""]
+        steps = spread_text(row["repeated"], 0)
+        made.add_row(row["rung"], row["launcher"], f"{row['done']} of {row['runs']}", *cells, steps)
+    return made
+
+
+def told(run: Change) -> str:
+    """In one line."""
+    parts = [f"{name} {value:.2f}" for name in PHASES if (value := getattr(run, name)) is not None]
+    said = ", ".join(parts) or f"{run.outcome} after {run.waited:.0f} s"
+    steps = "" if run.repeated is None else f", {run.repeated} steps repeated"
+    return f"{run.rung} {run.launcher}: {said}{steps}; others {run.busy_before:.0%}, load {run.load_average:.1f}"
+
+
+def how_to_submit(at: Cluster, launchers: Sequence[str]) -> dict[str, list[str]]:
+    grow = ["--grow", "--grow-every=1"]
+    if len(at.nodes) <= LARGE:
+        raise BenchmarkError(f"{len(at.nodes)} nodes: expected a mini-slurm of {LARGE + 1} or more")
+    found = {OURS: [*grow, "--spares=1"], DEAF: grow}
+    if {TORCHRUN, OWN_STORE} & set(launchers):
+        template = launcher_template(at, TORCHRUN, TORCHRUN_MODULE, LAST_CALL)
+        found |= {TORCHRUN: [template], OWN_STORE: [template, "--env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]}
+    if FT in launchers:
+        found[FT] = install_ft_launcher(at, LAST_CALL)
+    return found
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_with(
+        __doc__,
+        {"what is measured:": "", **RUNGS, "launchers:": "", **LAUNCHERS},
+        "grow.py                                  # all",
+        "grow.py --launchers elastic --runs 1     # ours alone, once",
+    )
+    add = parser.add_argument
+    add("--runs", type=positive, default=3, metavar="N", help="of each launcher (default: 3)")
+    add("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS), help="default: all")
+    text = "how long to wait for a step of the new world before a run counts as stuck (default: 45)"
+    add("--deadline", type=positive, default=45, metavar="SECONDS", help=text)
+    add_output(parser)
+    add_state(parser)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    if not can_write(args.json):
+        return 2
+    runs: list[Change] = []
+    where: dict[str, Any] = {}
+    began = time.monotonic()
+    try:
+        with cluster(args.state) as at:
+            where = machine() | {"slurm": at.slurm_version()}
+            options = how_to_submit(at, args.launchers)
+            for launcher in args.launchers * args.runs:
+                for run in measure(at, launcher, options[launcher], args.deadline, args.keep):
+                    runs.append(run)
+                    print(f"+{time.monotonic() - began:.0f} s {told(run)}", flush=True)
+                    if args.json:
+                        report = {"machine": where, "deadline": args.deadline, "summary": summarize(runs)}
+                        args.json.write_text(json.dumps(report | {"runs": list(map(asdict, runs))}, indent=1) + "\n")
+    except (BenchmarkError, OSError) as error:
+        print(f"grow.py: {error}", file=sys.stderr)
+        if not runs:
+            return 1
+    except KeyboardInterrupt:
+        print(f"grow.py: stopped after {len(runs)} runs", file=sys.stderr)
+    Console(width=None if sys.stdout.isatty() else 170).print(table(summarize(runs)))
+    print(origin(where, runs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
