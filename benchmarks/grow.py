@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ PHASES = ("anew", "joins", "others", "stops", "round", "start", "standstill", "t
 
 @dataclass(frozen=True, kw_only=True)
 class Change(Run):
-    """One change of the world. ``outcome`` is ``done`` if all went well, ``total`` from the start of the new agent's
+    """One change of the world. ``outcome`` is ``done`` if all went well, ``overtaken`` if the agent that was started
+    anew came before the world of those that were left had done a step. ``total`` from the start of the new agent's
     process, else from the kill, to the end of the new world's first step. ``joins``, ``others``, ``stops``, ``round``
     and ``start`` add up to it, and only ours knows them.
     """
@@ -94,6 +95,7 @@ class Change(Run):
     """From there to the last step of the world before: others that may come are waited for, the workers are told."""
     stops: float | None = None
     """From there, else from the kill, to ``restart``: the workers save and end, the leader knows."""
+    world_size: int | None = None
     repeated: int | None = None
     """Steps that the new world did again."""
 
@@ -107,6 +109,7 @@ class Growing(Job):
         self.head, self.victim, self.third, self.fourth = at.nodes[:4]
         self.others = busy()
         self._taken: dict[str, str] = {}
+        self._by_hand: list[str] = []
         folder = at.home / f"grow-{launcher}"
         if launcher in {OURS, DEAF}:
             self._take(at, self.third, self.fourth)
@@ -173,11 +176,17 @@ class Growing(Job):
                 return before, after
         return None
 
+    def clear(self, keep: Path | None) -> None:
+        for job in self._by_hand:  # torchrun and its like take half a minute to end, when their workers are stuck
+            self.at.run("scancel", "--signal=KILL", job, check=False)
+        super().clear(keep)
+
     # inside
 
     def _sbatch(self, *nodes: str) -> str:
         options = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
-        return self.at.run("sbatch", "--parsable", *options, "job.sbatch", cwd=self.folder).strip()
+        self._by_hand.append(self.at.run("sbatch", "--parsable", *options, "job.sbatch", cwd=self.folder).strip())
+        return self._by_hand[-1]
 
     def _take(self, at: Cluster, *nodes: str) -> None:
         """Have a job of somebody else on each of them."""
@@ -203,7 +212,6 @@ def _started(pid: int) -> float:
 
 def measure(at: Cluster, launcher: str, options: Sequence[str], deadline: float, keep: Path | None) -> Iterator[Change]:
     """One job of ``launcher``, from its submission to its end; all that happens to it, one after the other."""
-    at.reset()
     job = Growing(at, launcher, options)
 
     def change(rung: str, moment: float, size: int | None) -> Change:
@@ -218,7 +226,8 @@ def measure(at: Cluster, launcher: str, options: Sequence[str], deadline: float,
             return
         job.wait_until_steady(LARGE)
         killed = job.kill_agent()
-        yield change("loss", killed, None)
+        loss = change("loss", killed, None)
+        yield replace(loss, outcome="overtaken") if loss.world_size == LARGE else loss
         yield change("replace", killed, LARGE)
         job.bring_spare()
         job.wait_until_steady(LARGE)
@@ -233,6 +242,7 @@ def _split(run: Change, job: Growing, moment: float, before: dict[str, Any], aft
         "outcome": "done",
         "total": first - moment,
         "standstill": first - last,
+        "world_size": after["world_size"],
         "repeated": before["step"] + 1 - after["step"],
     }
     events = [event for event in job.events() if moment <= event["time"] <= first]
@@ -254,9 +264,10 @@ def summarize(runs: Sequence[Change]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for rung, launcher in dict.fromkeys((run.rung, run.launcher) for run in sorted(runs, key=_order)):
         mine = [run for run in runs if (run.rung, run.launcher) == (rung, launcher)]
+        well = [run for run in mine if run.outcome == "done"]
         row: dict[str, Any] = {"rung": rung, "launcher": launcher, "runs": len(mine)}
-        row |= {word: sum(run.outcome == word for run in mine) for word in ("done", "stuck", "ended")}
-        row |= {name: spread(getattr(run, name) for run in mine) for name in (*PHASES, "repeated")}
+        row |= {word: sum(run.outcome == word for run in mine) for word in ("done", "overtaken", "stuck", "ended")}
+        row |= {name: spread(getattr(run, name) for run in well) for name in (*PHASES, "repeated")}
         rows.append(row)
     of_ours = next((row for row in rows if row["launcher"] == OURS), None)
     for row in rows:
@@ -316,7 +327,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--runs", type=positive, default=3, metavar="N", help="of each launcher (default: 3)")
     add("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS), help="default: all")
-    text = "how long to wait for a step of the new world before a run counts as stuck (default: 45)"
+    text = "to wait for a step of the new world; a launcher that does not get there is not run again (default: 45)"
     add("--deadline", type=positive, default=45, metavar="SECONDS", help=text)
     add_output(parser)
     add_state(parser)
@@ -333,8 +344,11 @@ def main() -> int:
     try:
         with cluster(args.state) as at:
             where = machine() | {"slurm": at.slurm_version()}
+            at.reset()
             options = how_to_submit(at, args.launchers)
             for launcher in args.launchers * args.runs:
+                if any(run.launcher == launcher and run.outcome in {"stuck", "ended"} for run in runs):
+                    continue
                 for run in measure(at, launcher, options[launcher], args.deadline, args.keep):
                     runs.append(run)
                     print(f"+{time.monotonic() - began:.0f} s {told(run)}", flush=True)

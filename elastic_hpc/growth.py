@@ -77,8 +77,8 @@ class Step:
 
 def step(needs: Needs, jobs: Collection[Joiner], *, came: Collection[int], restarting: int, remaining: float) -> Step:
     """``jobs``: all joiners that Slurm knows of. ``came``: the numbers of those that have been in touch; any that is
-    not now is leaving, or lost. ``restarting``: agents that are being started anew. ``remaining``: seconds that are left
-    to the job.
+    not now is leaving, or lost. ``restarting``: agents that are being started anew. ``remaining``: seconds that are
+    left to the job.
     """
     waiting = [job for job in jobs if job.state == "PENDING"]
     starting = [job for job in jobs if _is_starting(job) and joiner(job.id) not in came]

@@ -52,9 +52,12 @@ def wait_for(what: str, look: Callable[[], T | bool | None], deadline: float = 9
 class Cluster:
     """The cluster as its unprivileged user sees it."""
 
+    def __init__(self, state: Path = STATE) -> None:
+        self.state = state
+
     def mini(self, *args: str, timeout: float = 180, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [str(MINI), "--state", str(STATE), *args],
+            [str(MINI), "--state", str(self.state), *args],
             capture_output=True,
             text=True,
             errors="surrogateescape",
@@ -69,7 +72,7 @@ class Cluster:
         """``argv`` as the unprivileged user on the login side, or on ``node``."""
         at = ["env", f"--chdir={cwd}"] if cwd else []
         where = ["--node", node] if node else []
-        return [str(MINI), "--state", str(STATE), "exec", *where, "--", *at, *argv]
+        return [str(MINI), "--state", str(self.state), "exec", *where, "--", *at, *argv]
 
     def exec(
         self,
@@ -90,17 +93,17 @@ class Cluster:
 
     @property
     def home(self) -> Path:
-        return STATE / "home"
+        return self.state / "home"
 
     def slurmctld(self, what: Literal["stop", "start"]) -> None:
         """When it is started this returns as soon as it answers."""
-        slurmctld(STATE, what)
+        slurmctld(self.state, what)
         if what == "start":
             wait_for("slurmctld", lambda: self.exec(["scontrol", "ping"], check=False).returncode == 0)
 
     def seen_from_login(self, path: Path) -> Path:
         """``path`` with what is mounted there inside the machines."""
-        init = (STATE / "machines" / "login").read_text().split()[0]
+        init = (self.state / "machines" / "login").read_text().split()[0]
         return Path(f"/proc/{init}/root{path}")
 
     def job_field(self, job: str, name: str) -> str:
@@ -219,6 +222,8 @@ def folder(fresh: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
     path = fresh.home / re.sub(r"\W+", "_", request.node.name)[:60]
     fresh.exec(["mkdir", "-p", str(path)])
     yield path
+    for record in path.glob("elastic-logs/*/events.jsonl"):  # pytest shows what is printed here if the test has failed
+        print(record, record.read_text(), sep="\n")
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -208,3 +209,30 @@ def test_an_agent_that_was_killed_comes_back_in_the_same_allocation_and_so_do_al
     assert [event["node"] for event in job.job.events("agent_restart")] == [third, first, second]
     assert fresh.processes("conclude", first), "the first srun is over"
     job.finish()
+
+
+@pytest.mark.skipif("ELASTIC_HPC_ALL_FAULTS" not in os.environ, reason="takes minutes: ELASTIC_HPC_ALL_FAULTS=1")
+def test_ten_joiners_that_come_at_once_join_in_one_round() -> None:
+    cluster = Cluster(Path("/var/lib/mini-slurm-twelve"))
+    cluster.mini("up", "--nodes", "12", "--cpus-per-node", "1", timeout=400)
+    try:
+        folder = cluster.home / "ten"
+        cluster.exec(["mkdir", str(folder)])
+        script = shutil.copy(Path(__file__).with_name("steady.py"), folder)
+        sleep = ["sbatch", "--parsable", "--nodes=10", "--nodelist=n[3-12]", "--output=/dev/null", "--wrap=sleep 600"]
+        other = cluster.exec(sleep, cwd=folder).stdout.strip()
+        wait_for("the other job", lambda: cluster.job_field(other, "JobState") == "RUNNING")
+        command = [str(Path(sys.executable).with_name("elastic-sbatch")), "--parsable", "--nodes", "2:12", "--grow"]
+        id = cluster.exec([*command, str(script)], cwd=folder).stdout.strip()
+        job = Steady(Job(cluster, id, folder), folder)
+        job.wait_world(2)
+        wait_for("ten joiners", lambda: len(job.joiners()) == 10)
+        cluster.exec(["scancel", other])
+        job.wait_world(12, 240)
+        job.finish()
+        assert job.worlds() == [2, 12]
+        assert job.repeated_steps() == 0
+        for record in job.job.events():
+            print(record)
+    finally:
+        cluster.mini("down")

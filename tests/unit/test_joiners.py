@@ -1,0 +1,139 @@
+"""Joiners and agents that are started anew, seen from the outside: how they enter, are let go, and are waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, Node, wait_for
+
+from elastic_hpc import conclude
+from elastic_hpc.ask import ask_to_leave
+from elastic_hpc.election import joiner, votes
+from elastic_hpc.env import AGAIN, JOIN, prepare_worker_env, read_agent_env
+from elastic_hpc.errors import ElasticError, JobEnded
+from elastic_hpc.joiners import SlurmSource, enter
+from elastic_hpc.protocol import Host
+from elastic_hpc.rundir import RunDir
+
+TASK = {
+    "SLURM_JOB_ID": "4712",
+    "SLURM_NODEID": "0",
+    "SLURMD_NODENAME": "n5",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NUM_TASKS": "1",
+}
+
+
+@pytest.fixture
+def rundir(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "run").create()
+    made.write("spec.json", {"job": "4711", "--heartbeat-timeout": "0.5"})
+    made.write("endpoint.json", {"run": 1, "node": 0, "host": "n1", "addresses": ["127.0.0.1"], "port": 1})
+    return made
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> Iterator[tuple[Cluster, Node]]:
+    """A job of one node of its own, which leads, and of a joiner."""
+    cluster = Cluster(tmp_path, granted=1, grow_every=0.0)
+    cluster.seats()
+    cluster.nodes.append(Node(cluster, joiner("4712"), first=False))
+    yield cluster, cluster.nodes[1]
+    cluster.close()
+
+
+def test_a_joiner_is_numbered_by_its_job_and_an_agent_that_is_started_anew_keeps_its_index() -> None:
+    first, joins = read_agent_env(TASK), read_agent_env({**TASK, JOIN: "/run"})
+    again = read_agent_env({**TASK, AGAIN: "3"})
+    assert [(env.node, env.late, env.joins) for env in (first, joins, again)] == [
+        (0, False, False),
+        (joiner("4712"), True, True),
+        (3, True, False),
+    ]
+
+
+def test_workers_do_not_take_what_they_submit_for_joiners() -> None:
+    environ = {**TASK, JOIN: "/run", AGAIN: "3"}
+    prepare_worker_env(environ, read_agent_env(TASK), 1, "token")
+    assert not {JOIN, AGAIN} & environ.keys()
+
+
+def test_a_joiner_of_a_job_that_is_over_leaves_at_once(rundir: RunDir) -> None:
+    env = read_agent_env({**TASK, JOIN: str(rundir.path)})
+    for run in (1, 2):
+        rundir.write("verdict.json", {"run": run, "outcome": "requeue", "reason": "2 nodes are left"})
+        with pytest.raises(JobEnded, match="the job is over: 2 nodes are left"):
+            enter(env, rundir)
+
+
+def test_a_joiner_says_where_it_has_found_no_job(tmp_path: Path) -> None:
+    with pytest.raises(ElasticError, match="no job has been started there"):
+        enter(read_agent_env({**TASK, JOIN: str(tmp_path)}), RunDir(tmp_path))
+
+
+def test_the_batch_script_of_a_joiner_acts_on_no_verdict(rundir: RunDir) -> None:
+    rundir.write("verdict.json", {"run": 0, "outcome": "requeue", "reason": "time limit"})
+    assert conclude.conclude(rundir, {**TASK, JOIN: str(rundir.path)}, 0) == 0
+
+
+def test_a_joiner_trains_and_is_let_go_when_it_is_asked_for(grown: tuple[Cluster, Node]) -> None:
+    cluster, joins = grown
+    own = cluster.nodes[0]
+    assert own.control.must_stop(1) is None
+    wait_for(lambda: own.control.must_stop(1))
+    seats = cluster.seats()
+    assert [seat.plan.group_world_size for seat in seats] == [2, 2]
+    assert own.leader
+    assert [base.members for base in own.leader.roster.bases] == [(0,)]
+    ask_to_leave(cluster.rundir, joins.host.node, "time limit")
+    wait_for(lambda: own.control.must_stop(2))
+    own.control.report("idle", 2)
+    with pytest.raises(JobEnded, match="time limit"):
+        joins.control.next_seat()
+    assert own.control.next_seat().plan.group_world_size == 1
+    wait_for(lambda: cluster.events("release"))
+    assert cluster.events("lost") == []
+
+
+def test_a_joiner_whose_leader_is_gone_never_leads(grown: tuple[Cluster, Node]) -> None:
+    cluster, joins = grown
+    wait_for(lambda: cluster.nodes[0].control.must_stop(1))
+    cluster.seats()
+    cluster.nodes[0].die()
+    wait_for(lambda: joins.gave_up)
+    assert joins.leader is None
+    assert not votes(joins.host.node)
+
+
+def test_a_node_lacks_an_agent_when_it_answers_and_nobody_listens_there(rundir: RunDir) -> None:
+    source = SlurmSource(read_agent_env(TASK), rundir, TASK)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host = Host(1, "n2", ("127.0.0.1",), server.getsockname()[1])
+        assert not asyncio.run(source.lacks_agent(host)), "an agent that stands still"
+    assert asyncio.run(source.lacks_agent(host))
+
+
+def test_the_verdict_is_waited_for_as_long_as_somebody_leads(rundir: RunDir) -> None:
+    turns = threading.Semaphore(0)
+    verdict = {"run": 1, "outcome": "finished", "reason": "all workers finished"}
+
+    def lead() -> None:
+        for _ in range(5):  # for longer than silence would be borne
+            turns.acquire()
+            rundir.write("endpoint.json", {"run": 1, "node": 2, "host": "n3", "addresses": [], "port": 1})
+        rundir.write("verdict.json", verdict)
+
+    leading = threading.Thread(target=lead)
+    leading.start()
+    assert conclude.await_verdict(rundir, 1, turns.release) == verdict
+    leading.join()
+
+
+def test_no_verdict_is_waited_for_when_nobody_leads_any_more_or_another_run_does(rundir: RunDir) -> None:
+    assert conclude.await_verdict(rundir, 1, lambda: None) is None
+    assert conclude.await_verdict(rundir, 2, pytest.fail) is None
