@@ -287,7 +287,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for name in ("", "launcher", "done", *names, "repeated"):
         made.add_column(name, justify="left" if name in {"", "launcher"} else "right")
     for row in rows:
-        cells = [f"{row[name]['median']:.2f}" if row[name] else "" for name in PHASES[:-2]]
+        cells = [_text(row[name]["median"]) if row[name] else "" for name in PHASES[:-2]]
         for name in ("standstill", "total"):
             ratio = row[f"{name}_times_ours"]
             cells += [spread_text(row[name], 1), f"x {ratio:.1f}" if ratio else ""]
@@ -296,9 +296,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
+def _text(seconds: float) -> str:
+    """Without a sign that is left of a few milliseconds."""
+    return f"{round(seconds, 2) + 0.0:.2f}"
+
+
 def told(run: Change) -> str:
     """In one line."""
-    parts = [f"{name} {value:.2f}" for name in PHASES if (value := getattr(run, name)) is not None]
+    parts = [f"{name} {_text(value)}" for name in PHASES if (value := getattr(run, name)) is not None]
     said = ", ".join(parts) or f"{run.outcome} after {run.waited:.0f} s"
     steps = "" if run.repeated is None else f", {run.repeated} steps repeated"
     return f"{run.rung} {run.launcher}: {said}{steps}; others {run.busy_before:.0%}, load {run.load_average:.1f}"

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from elastic_hpc.decide import Action, Decision, Policy, View, decide, give_back
 from elastic_hpc.election import Base, votes
-from elastic_hpc.growth import Needs
+from elastic_hpc.growth import Coming, Needs
 from elastic_hpc.mandate import Mandate
+from elastic_hpc.orders import Orders
 from elastic_hpc.peers import Peer, Peers
 from elastic_hpc.protocol import Failure, Order, Plan, Request, Roster, Stage, Status
 from elastic_hpc.world import SETTLE, Progress, World
@@ -72,10 +73,8 @@ class Leader:
         self._granted = granted
         self._inherited = reason if inherited else ""
         self._peers = Peers(roster.hosts, policy.heartbeat_timeout, now)
-        self._refused: dict[int, str] = {}
-        self._leaving: dict[int, str] = {}
-        self._starting = self._pending = 0
-        self._supplied, self._supply_knows = supplied, True
+        self._orders = Orders()
+        self._coming = Coming(supplied)
         self._grown = -float("inf")
         self._highest = 0  # round that any agent was told of, by whichever leader
         self._stage: Stage = "gather"
@@ -89,9 +88,6 @@ class Leader:
         self._started = self._gathered = self._below_min = now
         self._requested = now
         self._min_since: float | None = None
-        self._seq = 0
-        self._sent: dict[int, tuple[Any, ...]] = {}
-        self._rosters_sent: dict[int, int] = {}
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._drop: list[int] = []
 
@@ -99,11 +95,11 @@ class Leader:
 
     def on_status(self, conn: int, addr: str, status: Status, now: float) -> None:
         """``status`` came over connection ``conn`` from ``addr``."""
-        if conn in self._refused or conn in self._drop:
+        if conn in self._orders.refused or conn in self._drop:
             return
         peer = self._peers.get(conn)
         if peer is None:
-            if refusal := self._refusal(status):
+            if refusal := self._peers.refusal(status, self._nproc):
                 self._refuse(conn, status, refusal)
                 if status.node == self._node and self._first:
                     self._end(give_back(refusal, self.requeues, self.policy), now)
@@ -122,9 +118,9 @@ class Leader:
         self._mandate.on_status(status)
         if not peer.joined and (status.state == "idle" or self._was_member(status.node)):
             peer.joined, peer.since = True, now
-            self._saw(status.node)
+            self._peers.saw(status.node)
             self._event("join", node=status.name, addr=addr)
-            self._supply_knows = not self._supplied or self._first
+            self._coming.doubt()
         if self._stage == "run" and status.node in self._world.plans:
             if status.round == self.round:
                 self._on_progress(status, now)
@@ -141,8 +137,7 @@ class Leader:
 
     def on_lost(self, conn: int, reason: str, now: float, *, silent: float = 0.0) -> None:
         """Connection ``conn`` is gone, or must be given up for ``reason``, after ``silent`` seconds of silence."""
-        for sent in (self._sent, self._rosters_sent, self._refused):
-            sent.pop(conn, None)
+        self._orders.forget(conn)
         peer = self._peers.pop(conn, None)
         if peer is None:
             return
@@ -150,10 +145,10 @@ class Leader:
         if self.verdict or self.abdicated or not peer.joined:
             return
         status = peer.status
-        why = self._why_leaving(status)
+        why = self._peers.why_leaving(status)
         name, reason = ("left", why) if why else ("lost", reason)
         self._event(name, node=status.name, reason=reason, round=self.round, silent=round(silent, 3))
-        self._supply_knows = not self._supplied
+        self._coming.doubt()
         if status.node in self._world.plans and status.node not in self._world.succeeded:
             self._world.lost[status.node] = f"{status.name} lost: {reason}"
         self._advance(now)
@@ -171,13 +166,12 @@ class Leader:
 
     def on_leave(self, node: int, reason: str, now: float) -> None:
         """``node`` has to go, because of ``reason``: its job is about to end."""
-        if self._leaving.setdefault(node, reason) == reason:
-            self._advance(now)
+        self._peers.leaving.setdefault(node, reason)
+        self._advance(now)
 
     def on_coming(self, needs: Needs, starting: int, pending: int, now: float) -> None:
         """What is on its way, in answer to ``needs``: agents that are starting, and nodes that Slurm was asked for."""
-        self._starting, self._pending = starting, pending
-        self._supply_knows = self._supply_knows or needs == self.needs
+        self._coming.told(starting, pending, sure=needs == self.needs)
         self._advance(now)
 
     def on_store(self, round: int, port: int, now: float) -> None:
@@ -222,26 +216,21 @@ class Leader:
         """What to send, by connection: the orders that changed, or with ``beat`` one for everybody; before them the
         roster to those who do not have it.
         """
-        orders: dict[int, list[Order | Roster]] = {}
-        for conn, refusal in self._refused.items():
-            if self._sent.get(conn) != (refusal,):
-                self._sent[conn] = (refusal,)
-                orders[conn] = [self._order("end", refusal, None, "failed")]
-        asked = self._request in {"drain", "save-and-stop"} or self._world.change
-        drain = bool(asked) and self._stage == "run"
-        plans = self._world.plans if self._stage == "run" and self._is_settled else {}
-        for conn, peer in self._peers.items():
-            plan = plans.get(peer.status.node)
-            content = (self._stage, self.round, plan, self._mandate.oldest, drain, self.leads)
-            if beat or self._sent.get(conn) != content:
-                self._sent[conn] = content
-                outcome = self.verdict.outcome if self.verdict and self._stage == "end" else None
-                orders[conn] = [self._order(self._stage, self._reason, plan, outcome, drain=drain)]
-                behind = self.leads and self.roster.bases and peer.status.roster < self.roster.round
-                if behind and (beat or self._rosters_sent.get(conn) != self.roster.round):
-                    self._rosters_sent[conn] = self.roster.round
-                    orders[conn].insert(0, self.roster)
-        return orders
+        runs, failure = self._stage == "run", self._progress.last_failure
+        order = Order(
+            seq=0,
+            stage=self._stage,
+            round=self.round,
+            reason=self._reason,
+            outcome=self.verdict.outcome if self.verdict and self._stage == "end" else None,
+            roster=self.roster.round,
+            leads=self.leads,
+            oldest=self._mandate.oldest,
+            drain=runs and bool(self._request in {"drain", "save-and-stop"} or self._world.change),
+            stacks=bool(self._stage == "gather" and failure and failure.kind == "hang"),
+        )
+        plans = self._world.plans if runs and self._is_settled else {}
+        return self._orders.take(self._peers, order, plans, self.roster, beat=beat)
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
         """What happened since the last call, for the record: ``(name, fields)``."""
@@ -271,16 +260,11 @@ class Leader:
     @property
     def needs(self) -> Needs | None:
         """What the job could use besides the nodes that are in touch; None while this leader may not say."""
-        joiners = frozenset(node for node in self._peers.by_node if not votes(node))
-        names = frozenset(peer.status.name for peer in self._peers.values())
-        if self.verdict or self._request:
-            return Needs(0, joiners, names, (), over=True)
-        if self._first or not self.leads:
+        over = bool(self.verdict or self._request)
+        if not over and (self._first or not self.leads):
             return None
-        left = self.policy.free_growth or self.restarts < self.policy.max_restarts or self._stage == "gather"
-        staying = sum(not self._why_leaving(peer.status) for peer in self._peers.values())
-        nodes, missing = max(0, self.policy.wanted - staying), tuple(self._peers.missing)
-        return Needs(nodes * left, joiners, names, missing * left, over=False)
+        pays = self.policy.free_growth or self.restarts < self.policy.max_restarts or self._stage == "gather"
+        return self._peers.needs(0 if over or not pays else self.policy.wanted, over=over)
 
     @property
     def next_expiry(self) -> float:
@@ -304,28 +288,9 @@ class Leader:
         """Whether it comes from the world that is taken over: its workers are being stopped, it is waited for."""
         return not self._first and self._inherited != "" and node in self.roster.members
 
-    def _why_leaving(self, status: Status) -> str:
-        return status.leaving or self._leaving.get(status.node, "")
-
-    def _saw(self, node: int) -> None:
-        if votes(node):
-            self._peers.seen.add(node)
-
-    def _refusal(self, status: Status) -> str:
-        if status.unfit:
-            return f"{status.name} is not fit: {status.unfit}"
-        if status.nproc != self._nproc:
-            return (
-                f"{status.name} would start {status.nproc} workers, the leader's node {self._nproc}: "
-                "all nodes must start the same number (--nproc-per-node)"
-            )
-        if not votes(status.node) and status.name in {s.name for s in self._peers.joined if s.node != status.node}:
-            return f"{status.name} runs an agent of this job already"
-        return ""
-
     def _refuse(self, conn: int, status: Status, reason: str) -> None:
-        self._refused[conn] = reason
-        self._saw(status.node)
+        self._orders.refused[conn] = reason
+        self._peers.saw(status.node)
         self._event("unfit" if status.unfit else "refused", node=status.name, reason=reason)
 
     def _on_progress(self, status: Status, now: float) -> None:
@@ -338,31 +303,12 @@ class Leader:
             if first:
                 self._world.repeated = self._progress.is_repeated(failure, now - self._world.since)
 
-    def _order(
-        self, stage: Stage, reason: str, plan: Plan | None, outcome: Outcome | None, *, drain: bool = False
-    ) -> Order:
-        self._seq += 1
-        failure = self._progress.last_failure
-        return Order(
-            self._seq,
-            stage,
-            self.round,
-            reason,
-            plan,
-            outcome,
-            roster=self.roster.round,
-            leads=self.leads,
-            oldest=self._mandate.oldest,
-            drain=drain,
-            stacks=bool(stage == "gather" and failure and failure.kind == "hang"),
-        )
-
     def _is_ready(self, status: Status) -> bool:
         return status.state == "idle" and (self._stage == "run" or status.round == self.round)
 
     def _view(self, now: float) -> View:
         joined = self._peers.joined
-        leaving = {status.node for status in joined if self._why_leaving(status)}
+        leaving = {status.node for status in joined if self._peers.why_leaving(status)}
         live = {status.node for status in joined} - leaving
         idle = {status.node for status in joined if self._is_ready(status)}
         newcomers = idle & live - set(self._world.formed)
@@ -390,8 +336,8 @@ class Leader:
             leaving=frozenset(leaving),
             idle=frozenset(idle),
             since_newcomer=now - self._peers.since(newcomers) if newcomers else 0.0,
-            starting=self._starting if self._supply_knows else 1,
-            coming=self._starting + self._pending if self._supply_knows else 1,
+            starting=self._coming.starting,
+            coming=self._coming.all,
             since_growth=now - self._grown,
             listens=all(self._peers.by_node[n].status.listens for n in world.formed if n in self._peers.by_node),
             change=world.change,
@@ -437,7 +383,7 @@ class Leader:
         elif decision.action is Action.RELEASE:
             for conn in [conn for node in decision.nodes for conn in self._peers.of_node(node)]:
                 status = self._peers.pop(conn).status
-                self._refused[conn] = reason = self._why_leaving(status) or decision.reason
+                self._orders.refused[conn] = reason = self._peers.why_leaving(status) or decision.reason
                 self._event("release", node=status.name, reason=reason)
         elif decision.action is Action.GATHER:
             self._progress.on_end(self._world.failure)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from elastic_hpc.election import votes
+from elastic_hpc.growth import Needs
 from elastic_hpc.protocol import Host, Status
 
 
@@ -35,7 +36,9 @@ class Peers(dict[int, Peer]):
     def __init__(self, known: Iterable[Host], heartbeat_timeout: float, now: float) -> None:
         super().__init__()
         self.seen: set[int] = set()
-        """Nodes that are not waited for any more: they have joined once, or were refused."""
+        """The job's own nodes that are not waited for any more: they have joined once, or were refused."""
+        self.leaving: dict[int, str] = {}
+        """Nodes that have to go, and why, as others have said."""
         self._timeout = heartbeat_timeout
         self._hosts = {host.node: host for host in known}
         self._looked = now
@@ -43,6 +46,38 @@ class Peers(dict[int, Peer]):
     def hear(self, peer: Peer, status: Status, now: float) -> None:
         peer.status, peer.last_heard = status, now
         self._hosts[status.node] = status.host
+
+    def saw(self, node: int) -> None:
+        if votes(node):
+            self.seen.add(node)
+
+    def why_leaving(self, status: Status) -> str:
+        """Why this node has to go; empty if it has not."""
+        return status.leaving or self.leaving.get(status.node, "")
+
+    def refusal(self, status: Status, nproc: int) -> str:
+        """Why this node may not take part; empty if it may. ``nproc``: the workers of each node."""
+        if status.unfit:
+            return f"{status.name} is not fit: {status.unfit}"
+        if status.nproc != nproc:
+            return (
+                f"{status.name} would start {status.nproc} workers, the leader's node {nproc}: "
+                "all nodes must start the same number (--nproc-per-node)"
+            )
+        if not votes(status.node) and status.name in {s.name for s in self.joined if s.node != status.node}:
+            return f"{status.name} runs an agent of this job already"
+        return ""
+
+    def needs(self, wanted: int, *, over: bool) -> Needs:
+        """What is missing to ``wanted`` nodes, 0 for nothing."""
+        staying = sum(not self.why_leaving(peer.status) for peer in self.values())
+        return Needs(
+            nodes=max(0, wanted - staying),
+            joiners=frozenset(node for node in self.by_node if not votes(node)),
+            names=frozenset(peer.status.name for peer in self.values()),
+            missing=tuple(self.missing) if wanted else (),
+            over=over,
+        )
 
     @property
     def joined(self) -> list[Status]:
