@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,14 @@ from elastic_hpc.growth import Backoff, Joiner, Needs, Step
 from elastic_hpc.protocol import Host
 
 log = logging.getLogger(__name__)
+
+_START_TIMEOUT = 300.0
+"""Seconds that a joiner may take from its job's start until it comes; the environment may lie on a slow file system."""
+
+_WASTED_AT_MOST = 2
+"""A node on which so many joiners have ended before they came is not asked for again."""
+
+_FAILED = (ElasticError, OSError)
 
 _RESTART_TIMEOUT = 60.0
 """Seconds that an agent which was started anew may take to come."""
@@ -72,7 +81,9 @@ class Supply:
         self._restarts: dict[int, _Restart] = {}
         self._jobs: dict[str, Joiner] = {}
         self._came: set[int] = set()
-        self._useless: set[str] = set()
+        self._wasted = Counter[str]()
+        """How many joiners did not come, by their node."""
+        self._running_since: dict[str, float] = {}
         self._looked = False
         self._step = Step(0, (), 0, 0)
         self._backoff = Backoff()
@@ -101,7 +112,7 @@ class Supply:
             if self._grow and (needs.nodes or self._jobs or not self._looked):
                 self._step = await self._provide(needs, restarting)
             report(needs, restarting + self._step.starting, self._step.pending)
-            if not (needs.nodes or self._jobs or needs.missing):
+            if not (needs.missing or (self._grow and (needs.nodes or self._jobs))):
                 poll = None
             elif poll is None or (needs, self._step) != before:
                 poll = _POLL
@@ -134,7 +145,7 @@ class Supply:
             if not known.gone:
                 known.until = now + _RESTART_TIMEOUT
                 self._event("agent_restart", {"node": host.name})
-        except ElasticError as error:
+        except _FAILED as error:
             self._complain(f"no new agent on {host.name}: {error}")
         finally:
             known.task = None
@@ -149,6 +160,7 @@ class Supply:
             remaining = await self._source.remaining() if needs.nodes or jobs else 0.0
             self._looked = True
             self._look_for_waste(jobs, needs)
+            await self._give_up_overdue(jobs)
             step = growth.step(needs, jobs, came=came, restarting=restarting, remaining=remaining)
             if step.cancel:
                 await self._source.cancel(step.cancel)
@@ -156,7 +168,7 @@ class Supply:
                 self._event("joiners_cancelled", {"jobs": step.cancel})
             if step.shorten:
                 await self._source.shorten(step.shorten, remaining)
-        except ElasticError as error:
+        except _FAILED as error:
             self._complain(str(error))
             return self._step
         submitted = await self._submit(step.submit, needs)
@@ -165,12 +177,13 @@ class Supply:
     async def _submit(self, count: int, needs: Needs) -> int:
         """How many were accepted."""
         now = asyncio.get_running_loop().time
+        useless = {node for node, times in self._wasted.items() if times >= _WASTED_AT_MOST and node}
         accepted: list[str] = []
         while len(accepted) < min(count, self._needs.nodes if self._needs else 0) and now() >= self._backoff.at:
             try:
-                accepted.append(await self._source.submit(needs.names | self._useless))
+                accepted.append(await self._source.submit(needs.names | useless))
                 self._backoff.succeeded()
-            except ElasticError as error:
+            except _FAILED as error:
                 self._backoff.failed(now())
                 self._complain(f"no joiner: {error}")
         if accepted:
@@ -187,9 +200,17 @@ class Supply:
         for id, job in self._jobs.items():
             if id not in now and joiner(id) not in self._came and job.node not in needs.names:
                 self._backoff.failed(asyncio.get_running_loop().time())
-                self._useless |= {job.node} if job.node else set()
+                self._wasted[job.node] += 1
                 self._complain(f"joiner {id} ended{f' on {job.node}' if job.node else ''} and did not come")
         self._jobs = now
+
+    async def _give_up_overdue(self, jobs: Sequence[Joiner]) -> None:
+        """Joiners that have started long ago and do not come keep a node for nothing."""
+        now = asyncio.get_running_loop().time()
+        started = [job.id for job in jobs if job.state == "RUNNING" and joiner(job.id) not in self._came]
+        self._running_since = {id: self._running_since.get(id, now) for id in started}
+        if overdue := [id for id, since in self._running_since.items() if now - since > _START_TIMEOUT]:
+            await self._source.cancel(overdue)
 
     def _complain(self, problem: str) -> None:
         """Once, until something else is wrong."""
