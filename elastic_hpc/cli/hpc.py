@@ -69,12 +69,12 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{verdict['outcome']}: {verdict['reason']}" if verdict else "no verdict yet")
         return 0
     if args.command == "drain":
-        drain(rundir)
+        _drain(rundir)
         return 0
     return _stop(rundir, after_checkpoint=args.after_checkpoint)
 
 
-def drain(rundir: RunDir) -> None:
+def _drain(rundir: RunDir) -> None:
     """For the whole job; in the batch script of a joiner, which Slurm has warned, for its node alone."""
     from elastic_hpc.ask import ask_leader, ask_to_leave
 
