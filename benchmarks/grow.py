@@ -109,7 +109,6 @@ class Growing(Job):
         self.head, self.victim, self.third, self.fourth = at.nodes[:4]
         self.others = busy()
         self._taken: dict[str, str] = {}
-        self._by_hand: list[str] = []
         folder = at.home / f"grow-{launcher}"
         if launcher in {OURS, DEAF}:
             self._take(at, self.third, self.fourth)
@@ -176,17 +175,11 @@ class Growing(Job):
                 return before, after
         return None
 
-    def clear(self, keep: Path | None) -> None:
-        for job in self._by_hand:  # torchrun and its like take half a minute to end, when their workers are stuck
-            self.at.run("scancel", "--signal=KILL", job, check=False)
-        super().clear(keep)
-
     # inside
 
     def _sbatch(self, *nodes: str) -> str:
         options = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
-        self._by_hand.append(self.at.run("sbatch", "--parsable", *options, "job.sbatch", cwd=self.folder).strip())
-        return self._by_hand[-1]
+        return self.at.run("sbatch", "--parsable", *options, "job.sbatch", cwd=self.folder).strip()
 
     def _take(self, at: Cluster, *nodes: str) -> None:
         """Have a job of somebody else on each of them."""

@@ -62,7 +62,7 @@ RUNGS = {
     "agent": "SIGKILL to the agent of one node (the others' agents: with their workers, which nothing else ends)",
     "power": "power loss of one node: its links go down, then all of its processes are killed",
     "head": "power loss of the first node, with it the batch script, the leader, torchrun's store",
-    "requeue": "ours: the agents of two nodes are killed, that is below MIN; torchrun: scontrol requeue",
+    "requeue": "ours: the agents of two nodes are frozen, that is below MIN; torchrun: scontrol requeue",
     "drain": "the warning before the time limit; ours alone, the others' jobs end at the limit",
 }
 THROUGH_THE_QUEUE = {"requeue": (OURS, "torchrun"), "drain": (OURS,)}
@@ -143,7 +143,7 @@ def inject(at: Cluster, job: DigitsJob, rung: str, node: str) -> float:
     victims = workers if rung == "worker" else agents if job.launcher == OURS else agents + workers
     moment = time.time()
     for pid in victims:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGSTOP if rung == "requeue" else signal.SIGKILL)  # one that is killed is started anew
     return moment
 
 
