@@ -120,8 +120,10 @@ class Control:
     def report(self, state: State, round: int, failure: Failure | None = None, *, drained: bool = False) -> None:
         """Tell the leader what the workers of ``round`` do."""
         with self._changed:
-            listens = self._status.listens and state != "running"  # new workers have not said so yet
-            self._report(state=state, round=round, failure=failure, drained=drained, listens=listens)
+            changes: dict[str, Any] = {"state": state, "round": round, "failure": failure, "drained": drained}
+            if state == "running":  # these workers have said nothing yet
+                changes |= {"listens": False, "step": -1}
+            self._report(**changes)
 
     def report_progress(self, step: int, *, listens: bool) -> None:
         """Tell the leader how far the workers are, with the next heartbeat; at once if they can be told to stop."""

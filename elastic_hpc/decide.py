@@ -33,6 +33,11 @@ TAKE_OVER_WAIT = 0.3
 notice the loss of the old one within a heartbeat, a fifth of the timeout, of each other.
 """
 
+GETS_GOING = 60.0
+"""Seconds for which a round whose workers are still starting is not given up for a larger one: the first step after a
+fault should come soon. Many scripts do not tell that they have started.
+"""
+
 TOGETHER = 1.0
 """Seconds without another newcomer after which those that came join in one round."""
 
@@ -122,6 +127,10 @@ class View:
     coming: int
     """Nodes that may come: ``starting``, and those that Slurm has been asked for."""
     since_growth: float
+    since_formed: float
+    """Seconds since the round that runs was formed; 0 for none."""
+    going: bool
+    """Its workers have reported a step, or have begun to listen."""
     listens: bool
     """All workers of the round ask whether they are to save and stop."""
     change: Decision | None
@@ -272,6 +281,8 @@ def _change(view: View, policy: Policy) -> Decision:
         return Decision(Action.WAIT, "training")
     if not _may_grow(view, policy):
         return Decision(Action.WAIT, "a node is ready to join, but no restart is left to take it in")
+    if not view.going and view.since_formed < GETS_GOING:
+        return Decision(Action.WAIT, "a node is ready to join, when a step has been done")
     if view.since_growth < policy.grow_every:
         return Decision(Action.WAIT, f"a node is ready to join, {policy.grow_every:g} s after the last (--grow-every)")
     if view.since_newcomer < TOGETHER or (view.starting and view.since_newcomer < STARTING):

@@ -295,6 +295,7 @@ class Leader:
 
     def _on_progress(self, status: Status, now: float) -> None:
         self._progress.step = max(self._progress.step, status.step)
+        self._world.going = self._world.going or status.step >= 0 or status.listens
         if status.state == "succeeded":
             self._world.on_success(status)
         elif status.state == "failed" and (failure := status.failure):
@@ -339,6 +340,8 @@ class Leader:
             starting=self._coming.starting,
             coming=self._coming.all,
             since_growth=now - self._grown,
+            since_formed=now - world.since if world.formed else 0.0,
+            going=world.going,
             listens=all(self._peers.by_node[n].status.listens for n in world.formed if n in self._peers.by_node),
             change=world.change,
             since_change=now - world.changing_since,

@@ -29,6 +29,8 @@ class World:
     failure: Failure | None = None
     """The first one, of which others may be echoes."""
     failed_at: float = 0.0
+    going: bool = False
+    """Its workers have reported a step, or have begun to listen."""
     repeated: bool = False
     """The round before ended with the same failure, and no step was done in between."""
     change: Decision | None = None

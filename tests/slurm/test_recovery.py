@@ -118,15 +118,17 @@ def test_training_goes_on_from_its_checkpoint_when_a_worker_crashes(submit: Subm
     assert "killed by SIGKILL" in job.events("failure")[0]["message"]
 
 
-def test_training_goes_on_with_the_survivors_until_a_killed_agent_is_back(submit: Submit, fresh: Cluster) -> None:
+def test_training_goes_on_with_the_survivors_when_an_agent_is_killed(submit: Submit, fresh: Cluster) -> None:
     job = submit("--nodes", "2:4", args=ARGS)
     job.wait_steps(25)
     (agent,) = agents(fresh, "n3")
     os.kill(agent, signal.SIGKILL)
     job.wait_event("round", 2)
     wait_for("its workers to be gone", lambda: not fresh.processes("train_digits.py", "n3"), 10)
+    job.wait_event("agent_restart")
+    job.wait_event("join", 5)
     finish(job)
-    assert [len(event["nodes"]) for event in job.events("round")] == [4, 3, 4]
+    assert job.worlds() == [4, 3], "a script that does not say that it has started is left in peace"
 
 
 def test_training_goes_on_with_the_survivors_when_a_node_loses_power(submit: Submit, fresh: Cluster) -> None:

@@ -119,6 +119,11 @@ class Node:
     async def _act(self, verdict: Verdict, lost: list[str], *, alone: bool, **_: object) -> None:
         self.cluster.acted.append((verdict, lost, alone))
 
+    def train(self, round: int) -> None:
+        """Its workers have done a step of ``round``."""
+        self.control.report("running", round)
+        self.control.report_progress(1, listens=False)
+
     def in_loop(self, work: Callable[[], Any]) -> Any:
         """The result of ``work``, which runs on the control thread."""
 

@@ -299,7 +299,7 @@ class SimNode:
             case member.Start(round, plan):
                 self.workers = Workers(round, alive=True)
                 self.started.append((round, plan))
-                self._report(state="running", round=round, listens=self.job.scripts_listen)
+                self._report(state="running", round=round, listens=self.job.scripts_listen, step=round)
                 self.job.check()
 
     def _stopped(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from elastic_hpc.decide import HEARING, STARTING, Action, Decision, Policy, View, decide
+from elastic_hpc.decide import GETS_GOING, HEARING, STARTING, Action, Decision, Policy, View, decide
 from elastic_hpc.election import joiner, votes
 
 OWN, JOINERS = st.integers(0, 7), st.integers(0, 3).map(lambda job: joiner(str(job)))
@@ -63,6 +63,8 @@ ANY_VIEWS = st.builds(
     starting=COUNTS,
     coming=COUNTS,
     since_growth=SECONDS,
+    since_formed=SECONDS,
+    going=st.booleans(),
     listens=st.booleans(),
     change=st.none() | CHANGES,
     since_change=SECONDS,
@@ -114,6 +116,7 @@ def after_long(view: View, policy: Policy) -> View:
         since_request=view.since_request + day,
         since_newcomer=view.since_newcomer + day,
         since_growth=view.since_growth + day,
+        since_formed=view.since_formed + day,
         since_change=view.since_change + day,
     )
 
@@ -227,9 +230,9 @@ def test_whoever_waits_for_time_to_pass_does_so_within_the_users_timeouts(view: 
     if decide(late, policy).action is Action.WAIT:
         return
     timeouts = (policy.join_timeout, policy.last_call_timeout, policy.grace, policy.grow_every, policy.wait_for_nodes)
-    longest = max(policy.heartbeat_timeout, STARTING, HEARING, *timeouts)
+    longest = max(policy.heartbeat_timeout, STARTING, HEARING, GETS_GOING, *timeouts)
     names = ("since_start", "since_min", "below_min", "without_quorum", "since_quorum", "since_request")
-    names += ("since_newcomer", "since_growth", "since_change")
+    names += ("since_newcomer", "since_growth", "since_change", "since_formed")
     bounded = replace(late, **{name: min(getattr(late, name), longest) for name in names})
     assert decide(bounded, policy).action is not Action.WAIT
 

@@ -84,6 +84,7 @@ def test_the_batch_script_of_a_joiner_acts_on_no_verdict(rundir: RunDir) -> None
 def test_a_joiner_trains_and_is_let_go_when_it_is_asked_for(grown: tuple[Cluster, Node]) -> None:
     cluster, joins = grown
     own = cluster.nodes[0]
+    own.train(1)
     assert own.control.must_stop(1) is None
     wait_for(lambda: own.control.must_stop(1))
     seats = cluster.seats()
@@ -102,6 +103,7 @@ def test_a_joiner_trains_and_is_let_go_when_it_is_asked_for(grown: tuple[Cluster
 
 def test_a_joiner_whose_leader_is_gone_never_leads(grown: tuple[Cluster, Node]) -> None:
     cluster, joins = grown
+    cluster.nodes[0].train(1)
     wait_for(lambda: cluster.nodes[0].control.must_stop(1))
     cluster.seats()
     cluster.nodes[0].die()
