@@ -20,12 +20,13 @@ INJECTED = "RuntimeError: injected"
 
 MOMENTS = ("start", "forming", "training", "checkpoint", "end")
 ALL = [(f, m) for f in (*OF_WORKERS, *OF_MORE) for m in MOMENTS if m != "forming" or f not in OF_WORKERS]
-IN_TEST_RECOVERY = {"worker_SIGKILL", "agent_SIGKILL", "power_loss", "head_power_loss"}
+ELSEWHERE = {"worker_SIGKILL", "agent_SIGKILL", "power_loss", "head_power_loss", "head_agent_SIGKILL"}
+"""Injected each time by test_recovery.py, the last by test_grow.py."""
 SOME = [
     (fault, moments[number % len(moments)])
     for number, fault in enumerate((*OF_WORKERS, *OF_MORE))
     for moments in [[moment for each, moment in ALL if each is fault]]
-    if fault.name not in IN_TEST_RECOVERY
+    if fault.name not in ELSEWHERE
 ]
 
 

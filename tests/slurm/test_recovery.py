@@ -49,7 +49,7 @@ def test_a_node_that_cannot_reach_the_leader_stays_out_and_is_avoided_next_time(
     fresh.mini("exec", "--root", "--node", "n3", "--", "ip", "rule", "add", *blocked)
     try:
         job = submit(
-            "--nodes", "2:3", "--rdzv-conf", "last_call_timeout=3", "--grace", "5", args=[*ARGS, "--epochs", "60"]
+            "--nodes", "2:3", "--rdzv-conf", "last_call_timeout=3", "--grace", "5", args=[*ARGS, "--epochs", "30"]
         )
         assert job.wait_event("round")["nodes"] == ["n1", "n2"]
         wait_for("n3 to say so", (job.run_dir / "unfit.n3.json").exists)
@@ -124,11 +124,11 @@ def test_training_goes_on_with_the_survivors_when_an_agent_is_killed(submit: Sub
     (agent,) = agents(fresh, "n3")
     os.kill(agent, signal.SIGKILL)
     job.wait_event("round", 2)
-    wait_for("its workers to be gone", lambda: not fresh.processes("train_digits.py", "n3"), 10)
+    wait_for("its workers to be gone", lambda: not workers(fresh, "n3"), 10)
     job.wait_event("agent_restart")
     job.wait_event("join", 5)
     finish(job)
-    assert job.worlds() == [4, 3], "a script that does not say that it has started is left in peace"
+    assert job.worlds()[:2] == [4, 3]
 
 
 def test_training_goes_on_with_the_survivors_when_a_node_loses_power(submit: Submit, fresh: Cluster) -> None:

@@ -65,7 +65,7 @@ def no_node_is_held(job: Job) -> bool:
 
 
 @given(seed=SEEDS, nodes=st.integers(2, 5), listens=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_job_that_grows_trains_again_after_any_faults_and_never_in_two_worlds(
     *, seed: int, nodes: int, listens: bool
 ) -> None:
@@ -91,7 +91,7 @@ def test_a_job_that_grows_trains_again_after_any_faults_and_never_in_two_worlds(
 
 
 @given(seed=SEEDS, listens=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_joiners_that_come_together_join_in_one_round(*, seed: int, listens: bool) -> None:
     job = Job(seed, 2, replace(POLICY, max_nodes=12), loss=0.0, scripts_listen=listens)
 
@@ -107,7 +107,7 @@ def test_joiners_that_come_together_join_in_one_round(*, seed: int, listens: boo
 
 
 @given(SEEDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_lost_node_is_replaced_and_no_joiner_is_asked_for_twice(seed: int) -> None:
     job = Job(seed, 3, replace(POLICY, max_nodes=3), loss=0.0)
 
@@ -123,7 +123,7 @@ def test_a_lost_node_is_replaced_and_no_joiner_is_asked_for_twice(seed: int) -> 
 
 
 @given(seed=SEEDS, how=st.sampled_from(["power_off", "kill"]), running=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_take_over_forgets_no_joiner_whether_it_waits_or_runs(*, seed: int, how: str, running: bool) -> None:
     job = Job(seed, 3, replace(POLICY, max_nodes=5), loss=0.0)
 
@@ -144,7 +144,7 @@ def test_a_take_over_forgets_no_joiner_whether_it_waits_or_runs(*, seed: int, ho
 
 
 @given(SEEDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_below_min_the_job_waits_for_a_replacement_but_not_for_ever(seed: int) -> None:
     job = Job(seed, 2, replace(POLICY, max_nodes=2), loss=0.0)
 
@@ -184,7 +184,7 @@ def test_where_slurm_refuses_joiners_a_job_below_min_gives_its_nodes_back_soon(s
 
 
 @given(seed=SEEDS, finished=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_no_joiner_outlives_the_job(*, seed: int, finished: bool) -> None:
     """Also one that starts only now, or whose job was submitted in this moment."""
     job = Job(seed, 2, replace(POLICY, max_nodes=6), loss=0.0)
@@ -227,7 +227,7 @@ def test_without_a_verdict_joiners_whose_leaders_are_gone_leave_by_themselves(se
 
 
 @given(SEEDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_joiner_that_has_to_go_leaves_when_the_workers_have_saved(seed: int) -> None:
     job = Job(seed, 2, replace(POLICY, max_nodes=3), loss=0.0, scripts_listen=True)
 
@@ -248,7 +248,7 @@ def test_a_joiner_that_has_to_go_leaves_when_the_workers_have_saved(seed: int) -
 
 
 @given(SEEDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_an_agent_that_died_is_started_anew_and_its_node_comes_back(seed: int) -> None:
     job = Job(seed, 3, replace(POLICY, max_nodes=3, grow=False), loss=0.0)
     job.queue.restarts = True
