@@ -133,7 +133,7 @@ def test_a_joiner_is_submitted_for_one_node_with_its_parent_s_place_and_time(fak
     agent = {"SLURM_JOB_ID": "1", "ELASTIC_HPC_AGENT": "mark", AGAIN: "2", "HELLO": "a, b=c"}
     assert fake.submit(script, ("n5", "n4"), **agent) == "4720"
     assert fake.said("options") == [
-        "--parsable", "--job-name=join-4711_3", "--nodes=1", "--no-requeue", "--output=/run/join-%j.log", "--time=29",
+        "--parsable", "--job-name=join-4711_3", "--nodes=1", "--no-requeue", "--output=/run/join-%j.log", "--time=30",
         "--export=ALL", "--exclude=n[1-2],n4,n5", "--partition=a", "--account=acc", "--qos=fast",
         "--chdir=/home/my dir",
     ]  # fmt: skip
