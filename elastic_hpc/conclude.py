@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from elastic_hpc import slurm, strikes
@@ -24,9 +23,6 @@ REQUEUE_DELAY = timedelta(seconds=8)
 
 _ALONE_TIMEOUT = timedelta(seconds=60)
 """How long to wait until the agents' step is over, when the batch host is lost; then the requeue takes longer."""
-
-_ACTED = "acted.{run}"
-"""In the run directory: the requeue, or the job that goes on in its place, is on its way."""
 
 _DEPUTY_TIMEOUT = timedelta(minutes=10)
 
@@ -52,7 +48,7 @@ def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning
         print(verdict["failure"]["traceback"], file=sys.stderr)
     if verdict["outcome"] == "requeue":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
-        return 0 if _acted(rundir, environ).exists() else _requeue(rundir, environ)
+        return 0 if rundir.acted(run_number(environ)) is not None else _requeue(rundir, environ)
     return 1 if verdict["outcome"] == "failed" else 0
 
 
@@ -159,13 +155,9 @@ def _cancel_joiners(rundir: RunDir, job: str) -> None:
             slurm.cancel(*(joiner.id for joiner in slurm.joiners(job)))
 
 
-def _acted(rundir: RunDir, environ: Mapping[str, str]) -> Path:
-    return rundir.path / _ACTED.format(run=run_number(environ))
-
-
-def _mark_acted(rundir: RunDir, environ: Mapping[str, str]) -> None:
+def _mark_acted(rundir: RunDir, environ: Mapping[str, str], job: str) -> None:
     with contextlib.suppress(OSError):  # then the batch script finds that the job was requeued already
-        _acted(rundir, environ).touch()
+        rundir.mark_acted(run_number(environ), job)
 
 
 def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] = ()) -> int:
@@ -178,7 +170,7 @@ def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] =
         problem = slurm.requeue(job, start_after=REQUEUE_DELAY, exclude=exclude, readmit=readmit, lost=lost, run=count)
     except SlurmError as error:
         return _instead(rundir, environ, job, error)
-    _mark_acted(rundir, environ)
+    _mark_acted(rundir, environ, job)
     if problem:
         print(f"elastic_hpc: requeued, but not all was accepted, it may take two minutes: {problem}", file=sys.stderr)
     return 0
@@ -202,7 +194,7 @@ def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmE
             file=sys.stderr,
         )
         return 1
-    _mark_acted(rundir, environ)
+    _mark_acted(rundir, environ, new)
     print(f"elastic_hpc: {error}; job {new} goes on in its place, in the same run directory", file=sys.stderr)
     return 0
 

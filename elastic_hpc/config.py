@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, check
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, check, named
 from elastic_hpc.spec import LAUNCH_OPTIONS
 
 if sys.version_info >= (3, 11):
@@ -151,9 +151,7 @@ def _sbatch_table(table: object, source: str) -> tuple[list[Given], list[str]]:
             raise UsageError("[sbatch] nodes: write nodes = 'MIN:MAX' above [sbatch]")
         if key in COMMAND_LINE_ONLY:
             raise UsageError(f"[sbatch] {key}: belongs on the command line")
-        if len(key) < 2 or not re.fullmatch(r"[a-z][\w-]*", key):
-            raise UsageError(f"[sbatch] {key}: expected a long option of sbatch without the dashes")
-        option = SBATCH.get(key) or Option(key, value="[=]")
+        option = named(key)
         if value is False:
             unset.append(key)
         elif value is True and option.value != "=":

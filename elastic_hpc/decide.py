@@ -188,7 +188,9 @@ def decide(view: View, policy: Policy) -> Decision:
             return Decision(Action.WAIT, "fewer than half of the last round's nodes are in touch")
         return Decision(Action.ABDICATE, "fewer than half of the last round's nodes are in touch")
     if view.request == "stop":
-        return Decision(Action.FAIL, "stopped by the user", "user")
+        if view.requested_for == "user":
+            return Decision(Action.FAIL, "stopped by the user", "user")
+        return Decision(Action.FAIL, f"stopped by a worker: {view.requested_for}", "stopped")
     if _is_done(view) and not view.drained:
         return Decision(Action.FINISH, "all workers finished")
     if view.request and not _still_draining(view, policy):

@@ -155,11 +155,13 @@ class Leader:
 
     def on_request(self, request: Request, reason: str, now: float) -> None:
         """Somebody who holds the secret asks to drain or stop the job, because of ``reason``: ``time limit``,
-        ``preempted`` or ``user``.
+        ``preempted`` or ``user``; a worker that wants the end says why in its own words.
         """
         self._event("request", request=request, reason=reason)
         if self._request is None:
-            self._requested, self._requested_for = now, reason
+            self._requested = now
+        if self._request is None or request == "stop":
+            self._requested_for = reason
         if self._request is None or request == "stop" or (request, self._request) == ("save-and-stop", "drain"):
             self._request = request
         self._advance(now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -94,6 +95,31 @@ class RunDir:
     def unfit(self) -> list[dict[str, Any]]:
         """What ``write_unfit`` has left. Raises ElasticError for a damaged file."""
         return [body for path in self.path.glob("unfit.*.json") if (body := self.read(path.name))]
+
+    def mark_acted(self, run: int, job: str) -> None:
+        """The verdict of ``run`` was a requeue, and that is done: as ``job``, the same one or one in its place. Raises
+        OSError.
+        """
+        (self.path / f"acted.{run}").write_text(job)
+
+    def acted(self, run: int) -> str | None:
+        """The job that goes on after ``run``, None if there is none yet."""
+        with contextlib.suppress(OSError):
+            return (self.path / f"acted.{run}").read_text()
+        return None
+
+    def goes_on_as(self, run: int) -> str | None:
+        """The last job that this one was told to go on as, at ``run`` or before."""
+        return next((job for number in range(run, -1, -1) if (job := self.acted(number))), None)
+
+    def logs(self, rank: int, stream: str) -> list[Path]:
+        """The files that the worker of ``rank`` has written, one for each round. ``stream`` is ``out`` or ``err``."""
+
+        def order(path: Path) -> tuple[int, int]:
+            run, _, round = path.parent.parent.name.partition(".")
+            return int(run), int(round)
+
+        return sorted(self.path.glob(f"logs/[0-9]*.[0-9]*/*/rank{rank}.{stream}"), key=order)
 
     def append_event(self, when: float, event: str, fields: dict[str, Any]) -> None:
         """Append one line to ``events.jsonl``: ``time`` (``when``, seconds since the epoch), ``event``, ``fields``.

@@ -146,9 +146,18 @@ def _with_value(option: Option, shown: str, value: str | None, rest: list[str]) 
     return Given(option, value)
 
 
+def named(name: str) -> Option:
+    """The long option ``name`` of sbatch; one of a newer sbatch, or a typing error, is for sbatch to judge."""
+    if option := SBATCH.get(name):
+        return option
+    if not re.fullmatch(r"[a-z][\w-]+", name):
+        raise UsageError(f"{name!r}: expected a long option of sbatch without the dashes, for example gpus-per-node")
+    return Option(name, value="[=]")
+
+
 def _unknown(name: str, equals: str, known: Iterable[str]) -> Option:
     if equals and re.fullmatch(r"[a-z][\w-]*", name):
-        return Option(name, value="[=]")  # an option of a newer sbatch, or a typing error: sbatch judges
+        return named(name)
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=1)

@@ -33,6 +33,28 @@ class JobSpec:
     python: str = sys.executable  # absolute; a virtual environment's own link, not what it points to
     sources: Mapping[str, str] = field(default_factory=dict)  # long option -> where its value came from
 
+    @classmethod
+    def of(
+        cls,
+        script: str,
+        *script_args: str,
+        module: bool = False,
+        setup: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        **options: object,
+    ) -> JobSpec:
+        """The job that ``elastic-sbatch [options] SCRIPT [ARGS]`` would submit, configuration files included::
+
+            JobSpec.of("train.py", "--lr", "1e-3", nodes="4:8", grow=True, partition="gpu", gpus_per_node=8)
+
+        ``options`` are long options of elastic-sbatch and of sbatch, with ``_`` for ``-``. None is not given; True and
+        False are a switch that is and is not. Times are in seconds or a timedelta where elastic-sbatch has seconds,
+        those of sbatch in its own notation. Raises UsageError, as the command would refuse.
+        """
+        from elastic_hpc.request import from_names
+
+        return from_names(script, script_args, module=module, setup=setup, env=env, options=options)
+
     def has(self, name: str) -> bool:
         """Whether the sbatch option ``name`` is passed through."""
         return any(given.name == name for given in self.sbatch)

@@ -206,17 +206,22 @@ class LaunchSpec:
         pairs: list[tuple[str, str]] = []
         for option in LAUNCH_OPTIONS:
             value = getattr(self, option.dest)
-            if isinstance(value, timedelta):
-                value = f"{value.total_seconds():g}"
-            elif isinstance(value, bool):
-                value = "on" if value else "off"
             if value is not None:
-                pairs.append((option.flag, str(value)))
+                pairs.append((option.flag, as_text(value, switch=option.is_switch)))
         return pairs
 
     def command(self) -> list[str]:
         """The tail of an agent's command line: ``[--module] -- SCRIPT ARGS``."""
         return [*(["--module"] if self.module else []), "--", self.script, *self.script_args]
+
+
+def as_text(value: object, *, switch: bool = False) -> str:
+    """A value given in Python as a command line would have it; times are in seconds."""
+    if switch and isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, timedelta):
+        return f"{value.total_seconds():g}"
+    return str(value)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,21 @@ def drain_requested(every: int = 1) -> bool:
     return _worker().drain_requested(every)
 
 
+def listen() -> None:
+    """Tell the agent that this worker heeds ``is_told_to_drain``, for a launcher that does so for its script."""
+    _worker().listen()
+
+
+def is_told_to_drain() -> bool:
+    """Whether the agent wants the workers of this node to save and stop; no other rank is asked."""
+    return _worker().told
+
+
+def mark_drained() -> None:
+    """Tell the agent that this worker, when it ends now, was drained rather than finished."""
+    _worker().mark_drained()
+
+
 class Worker:
     """This process as its agent sees it; ``folder`` is where they meet, None if there is no agent."""
 
@@ -89,6 +104,7 @@ class Worker:
         self._descriptor: int | None = None
         self._step = -1
         self._calls = 0
+        self._listens = False
         self._with_agents = True
         """Whether any rank has an agent; taken for granted until the ranks first talk."""
         self._terminated = False
@@ -100,14 +116,14 @@ class Worker:
         """See the function of this name."""
         self._calls += 1
         if self._calls == 1:
-            self._write()
+            self.listen()
             self._heed_sigterm()
         if self._agreed:
             return True
         control = control_group() if self._with_agents else None
         if self._calls % every:
             return self._answer and control is None
-        told = self._answer or self._terminated or (self._drain is not None and os.path.exists(self._drain))
+        told = self._answer or self._terminated or self.told
         if control:
             dist, group = control
             flags = sys.modules["torch"].tensor([int(told), int(self._drain is not None)])
@@ -115,9 +131,23 @@ class Worker:
             told, self._with_agents = map(bool, flags.tolist())
             self._agreed = told
         if told and not self._answer:
-            self._answer = True
-            self._write()
+            self.mark_drained()
         return told
+
+    @property
+    def told(self) -> bool:
+        """Whether the agent has asked."""
+        return self._drain is not None and os.path.exists(self._drain)
+
+    def listen(self) -> None:
+        """See the function of this name."""
+        self._listens = True
+        self._write()
+
+    def mark_drained(self) -> None:
+        """See the function of this name."""
+        self._answer = True
+        self._write()
 
     def _heed_sigterm(self) -> None:
         """Slurm sends SIGTERM to workers too, at a preemption and scancel: for a script that listens that is a drain.
@@ -149,7 +179,7 @@ class Worker:
         with contextlib.suppress(OSError):
             if self._descriptor is None:
                 self._descriptor = os.open(self._progress, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            flags = _DRAINED * self._answer | _LISTENS * bool(self._calls)
+            flags = _DRAINED * self._answer | _LISTENS * self._listens
             os.pwrite(self._descriptor, _RECORD.pack(self._step, flags), 0)
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from textwrap import fill
 
 from elastic_hpc import __version__, slurm
-from elastic_hpc.config import Settings, load
 from elastic_hpc.errors import ElasticError, UsageError
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, WarningSignal, scan
-from elastic_hpc.script import COMMAND_LINE, JobSpec, render
-from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec
+from elastic_hpc.request import build, checked, prepare
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, Option, scan
+from elastic_hpc.script import COMMAND_LINE, JobSpec
+from elastic_hpc.spec import LAUNCH_OPTIONS
 
 _JOB_OPTIONS = {
     "log-dir": (
@@ -52,14 +50,7 @@ _OWN = (
     *(Option(name, letter, "") for name, (letter, _) in _SWITCHES.items()),
     Option("usage", value=""),
 )
-_DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # what sbatch's own -m, --distribution, takes
-_NOT_FOR_TORCHRUN = (
-    *("max-requeues", "heartbeat-timeout", "interface", "rdzv-conf", "signal"),
-    *("grace", "hang-timeout", "preflight"),
-    *("spares", "world-multiple-of", "grow", "grow-every", "free-growth", "wait-for-nodes"),
-)
 _KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM
-_AFTER_GRACE = timedelta(seconds=30)  # to requeue, between the end of --grace and that of the allocation
 
 _USAGE = "elastic-sbatch [options] SCRIPT [args...]"
 _HELP = f"""\
@@ -113,63 +104,25 @@ def _run(argv: list[str]) -> int:
         print(f"elastic-sbatch {__version__}")
         return 0
     job = _job(given, rest)
-    text = render(job)
-    if job.launch.grow:
-        _refuse_to_grow(job, text)
-    script = os.fsencode(text)
     if "dry-run" in switches:
-        sys.stdout.buffer.write(script)
+        sys.stdout.buffer.write(os.fsencode(checked(job)))
         sys.stdout.buffer.flush()
         return 0
-    _prepare_log_dir(job.log_dir)
-    return _submit(job, script, given)
+    return _submit(job, prepare(job), given)
 
 
 def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
-    try:
-        directory = Path.cwd()
-    except FileNotFoundError:
-        raise UsageError("the current directory does not exist any more; cd to one that does") from None
     own = {option.name for option in _OWN}
     _refuse_switch_apart(given, rest)
-    settings = load(os.environ, directory).with_layer(
-        COMMAND_LINE,
+    if not rest or rest[0] in {"", "-"}:
+        raise UsageError(f"expected a training script: {_USAGE}")
+    return build(
+        rest[0],
+        rest[1:],
         [(g.name, "on" if g.value is None else g.value) for g in given if g.name in own and g.option.value],
         [g for g in given if g.name not in own | COMMAND_LINE_ONLY],
-    )
-    module = any(g.name == "module" for g in given)
-    script = _script(rest, module=module, chdir=_value(settings, "chdir") or ".")
-    options = dict(settings.options)
-    if "nodes" not in options:
-        raise UsageError("--nodes: missing before the script, for example: elastic-sbatch --nodes 2:4 train.py")
-    if "template" in options and options["template"].value == "torchrun":
-        _refuse_for_torchrun(settings)
-        # what is left of these is what the files say for elastic jobs
-        options = {name: setting for name, setting in options.items() if name not in _NOT_FOR_TORCHRUN}
-    sources = {name: setting.source for name, setting in options.items()}
-    log_dir = options.pop("log-dir", None)
-    template = options.pop("template", None)
-    launch = LaunchSpec(
-        script=script,
-        script_args=tuple(rest[1:]),
-        module=module,
-        **{name.replace("-", "_"): setting.value for name, setting in options.items()},
-    )
-    launch.check_sizes()
-    passed = [g for g in settings.sbatch if g.name != "signal"]
-    if not any(g.name == "job-name" for g in passed):
-        name = script if module else Path(script).stem
-        passed.insert(0, Given(SBATCH["job-name"], name, "the script's name"))
-    signal = _value(settings, "signal")
-    return JobSpec(
-        launch=launch,
-        log_dir=os.path.abspath(log_dir.value if log_dir else "elastic-logs"),
-        sbatch=tuple(passed),
-        signal=WarningSignal.parse(signal) if signal else WarningSignal(lead=launch.grace + _AFTER_GRACE),
-        setup=settings.setup,
-        env=settings.env,
-        template=template.value if template else "elastic",
-        sources=sources,
+        module=any(g.name == "module" for g in given),
+        source=COMMAND_LINE,
     )
 
 
@@ -179,71 +132,6 @@ def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
     if given and given[-1].option.flag in switches and given[-1].value is None and rest[:1] in (["on"], ["off"]):
         shown = f"{given[-1].option.flag} {rest[0]}"
         raise UsageError(f"{shown}: expected the value after '=', for example {shown.replace(' ', '=')}")
-
-
-def _value(settings: Settings, name: str) -> str | None:
-    """The value of a passed-through sbatch option; of several the last counts, as for sbatch."""
-    return next((g.value for g in reversed(settings.sbatch) if g.name == name), None)
-
-
-def _script(rest: Sequence[str], *, module: bool, chdir: str) -> str:
-    if not rest or rest[0] in {"", "-"}:
-        raise UsageError(f"expected a training script: {_USAGE}")
-    script = rest[0]
-    if script == ":":
-        raise UsageError("':': heterogeneous jobs are not elastic; submit one job with --nodes MIN:MAX")
-    if module:
-        if script in _DISTRIBUTIONS or not all(part.isidentifier() for part in script.split(".")):
-            raise UsageError(
-                f"-m {script!r}: expected the name of a Python module; "
-                f"sbatch's -m is written --distribution={script} here"
-            )
-        return script
-    try:
-        with open(os.path.join(chdir, script), "rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise UsageError(f"script {script!r}: {error.strerror}; expected a Python file that can be read") from None
-    return script
-
-
-def _refuse_for_torchrun(settings: Settings) -> None:
-    given = {name for name, setting in settings.options.items() if setting.source == COMMAND_LINE}
-    given |= {g.name for g in settings.sbatch if g.source == COMMAND_LINE}
-    for name in _NOT_FOR_TORCHRUN:
-        if name in given:
-            raise UsageError(f"--{name}: plain torchrun has no use for it; leave it out, or use --template elastic")
-    nodes = settings.options["nodes"].value
-    if nodes.sizes:
-        raise UsageError(
-            f"--nodes {nodes}: plain torchrun expects N or MIN:MAX, for example --nodes {nodes.min}:{nodes.max}; "
-            "for exact numbers use --template elastic"
-        )
-
-
-def _refuse_to_grow(job: JobSpec, text: str) -> None:
-    """Refuse what the one-node jobs by which a job grows cannot take over from it."""
-    for given in job.sbatch:
-        if given.name == "gpus":
-            raise UsageError(
-                f"--gpus={given.value} with --grow: counts the GPUs of the whole job, a joiner is one node; "
-                "use --gpus-per-node=N"
-            )
-    if "ELASTIC_HPC_JOIN" not in text:
-        raise UsageError(
-            f"--template {job.template} with --grow: it has no ELASTIC_HPC_JOIN, by which one more node finds the job; "
-            "take the lines that have it from the built-in template elastic.sbatch.j2, or leave out --grow"
-        )
-
-
-def _prepare_log_dir(path: str) -> None:
-    try:
-        os.makedirs(path, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UsageError(
-            f"--log-dir {path!r}: {error.strerror}; expected a folder that can be written and that all nodes share"
-        ) from None
 
 
 def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:

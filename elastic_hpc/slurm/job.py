@@ -95,6 +95,20 @@ def show_job(job: str) -> Job:
     )
 
 
+def states(*jobs: str) -> dict[str, str]:
+    """Slurm's word for the state of each of ``jobs`` (``JOB`` or ``JOB_TASK``) that Slurm still knows. Raises
+    SlurmError if it cannot be asked.
+    """
+    try:
+        asked = ("--array", "--states=all", f"--jobs={','.join(jobs)}")
+        said = client.run("squeue", "--noheader", *asked, "--format=%i %T")
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+    return dict(line.split() for line in said.splitlines() if line)
+
+
 def job_state(job: str, run: int | None = None) -> str:
     """Slurm's word for the state of ``job``, or what it becomes when it is completing; see ``Job.becomes``."""
     return show_job(job).becomes(run)
@@ -109,6 +123,11 @@ def duration(text: str) -> timedelta | None:
         raise SlurmError(f"expected a time like 1-12:00:00, not {text!r}")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def warn(job: str) -> None:
+    """Send the batch script of ``job`` its warning signal, as Slurm does before the time limit. Raises SlurmError."""
+    client.run("scancel", "--batch", "--signal=USR2", job)
 
 
 def cancel(*jobs: str) -> None:

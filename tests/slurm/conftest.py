@@ -141,10 +141,11 @@ class Job:
     id: str
     folder: Path
     """Where it was submitted."""
+    log_dir: Path = Path("elastic-logs")
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / "elastic-logs" / self.id
+        return self.folder / self.log_dir / self.id
 
     @staticmethod
     def lines(path: Path) -> list[dict[str, Any]]:
@@ -222,7 +223,7 @@ def folder(fresh: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
     path = fresh.home / re.sub(r"\W+", "_", request.node.name)[:60]
     fresh.exec(["mkdir", "-p", str(path)])
     yield path
-    for record in path.glob("elastic-logs/*/events.jsonl"):  # pytest shows what is printed here if the test has failed
+    for record in path.rglob("events.jsonl"):  # pytest shows what is printed here if the test has failed
         print(record, record.read_text(), sep="\n")
     shutil.rmtree(path, ignore_errors=True)
 

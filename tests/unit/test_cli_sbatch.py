@@ -268,10 +268,10 @@ def test_help_after_the_script_belongs_to_the_script(project):
 
 
 def test_control_c_ends_quietly(project, monkeypatch, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("elastic_hpc.cli.sbatch.render", interrupted)
+    monkeypatch.setattr("elastic_hpc.cli.sbatch.build", interrupted)
     assert main(["-N1", "train.py"]) == 130
     assert capsys.readouterr() == ("", "")
 

@@ -21,7 +21,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 OURS = {"elastic-sbatch", "elastic-srun", "elastic-hpc", "mini-slurm"}
 OTHERS = {"salloc", "apt-get", "git", "pip", "make", "cd"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```([\w ]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -1,0 +1,109 @@
+"""``elastic_launch``: a function, or a script, on the nodes of the allocation one is in, or on this machine alone, from
+Python. In the shape of torch's ``torch.distributed.launcher.api``; what runs is ``elastic-srun``.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from elastic_hpc import functions
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.rundir import RunDir
+from elastic_hpc.spec import LAUNCH_OPTIONS, as_text
+
+
+class LaunchFailed(ElasticError):
+    """The workers have not finished. The text has the first failure's traceback, where there was one."""
+
+    def __init__(self, text: str, run_dir: Path, verdict: Mapping[str, Any] | None) -> None:
+        super().__init__(text)
+        self.run_dir = run_dir
+        self.verdict = verdict
+        """The record in ``verdict.json``: ``outcome``, ``cause``, ``reason``, ``failure``; None if there is none."""
+
+
+class LaunchConfig:
+    """How a launch runs: the launch options of ``elastic-srun``, with ``_`` for ``-``."""
+
+    def __init__(self, *, local: int | None = None, log_dir: str = "elastic-logs", **options: object) -> None:
+        """``local``: that many agents as processes of this machine, without Slurm; else the allocation's nodes are
+        used. ``log_dir``: where the run directory is made. Raises UsageError for options or values that do not exist.
+
+        ``LaunchConfig(nodes="2:4", nproc_per_node=8, max_restarts=3)``
+        """
+        known = {option.dest: option for option in LAUNCH_OPTIONS}
+        self.local, self.log_dir = local, Path(log_dir).absolute()
+        self.options: list[str] = []
+        for name, value in options.items():
+            if name not in known:
+                raise UsageError(f"{name}: unknown option; expected one of {', '.join(known)}")
+            if value is not None:
+                text = as_text(value, switch=known[name].is_switch)
+                known[name].parse(text)
+                self.options.append(f"{known[name].flag}={text}")
+
+    def command(self, run_dir: Path, script: str, *script_args: str, module: bool = False) -> list[str]:
+        """The command that runs it."""
+        where = [] if self.local is None else [f"--local={self.local}"]
+        how = [*self.options, *(["--module"] if module else [])]
+        srun = [sys.executable, "-m", "elastic_hpc.cli.srun", *where, f"--run-dir={run_dir}", *how]
+        return [*srun, script, *script_args]
+
+
+class elastic_launch:  # noqa: N801 - torch's name
+    """``elastic_launch(config, train)(1e-3)``: as torch's class of this name.
+
+    ``entrypoint``: a function, which is pickled with its arguments (cloudpickle) and called on every rank, or the path
+    of a script, whose arguments are strings.
+    """
+
+    def __init__(self, config: LaunchConfig, entrypoint: Callable[..., Any] | str) -> None:
+        self._config = config
+        self._entrypoint = entrypoint
+
+    def __call__(self, *args: Any) -> dict[int, Any]:
+        """Run to the end. What every rank of the last world has returned, by rank; empty for a script.
+
+        Raises LaunchFailed if the workers have not finished. Ctrl-C once lets them save and stop, twice stops them.
+        """
+        run_dir = self._config.log_dir / f"launch.{secrets.token_hex(4)}"
+        rundir = RunDir(run_dir).create()
+        if isinstance(self._entrypoint, str):
+            command = self._config.command(run_dir, self._entrypoint, *map(str, args))
+            _run(command, os.environ)
+            _outcome(rundir)
+            return {}
+        functions.write(self._entrypoint, args, run_dir, run_dir)
+        _run(self._config.command(run_dir, functions.MODULE, str(run_dir), module=True), functions.environ())
+        world = _outcome(rundir)
+        return {rank: functions.result(run_dir, world["round"], rank) for rank in range(world["world_size"])}
+
+
+def _run(command: list[str], environ: Mapping[str, str]) -> None:
+    process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True)
+    while True:
+        try:
+            process.wait()
+            return
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+
+
+def _outcome(rundir: RunDir) -> Mapping[str, Any]:
+    """The last world, if its workers have finished."""
+    verdict = rundir.read("verdict.json")
+    if verdict and verdict["outcome"] == "finished":
+        return next(event for event in reversed(rundir.events()) if event["event"] == "round")
+    if not verdict:
+        raise LaunchFailed(
+            f"the agents left no verdict; see what they said above, and {rundir.path}", rundir.path, None
+        )
+    trace = f"\n{verdict['failure']['traceback']}" if verdict["failure"] else ""
+    raise LaunchFailed(f"{verdict['outcome']}: {verdict['reason']} ({rundir.path}){trace}", rundir.path, verdict)

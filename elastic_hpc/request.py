@@ -1,0 +1,180 @@
+"""A job from options by name, whether the command line gave them, a Python call or submitit. Reads the configuration
+files and looks at the script.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from elastic_hpc import sbatch_options
+from elastic_hpc.config import KEYS, Settings, load
+from elastic_hpc.errors import UsageError
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, WarningSignal
+from elastic_hpc.script import JobSpec, render
+from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec, as_text
+
+PYTHON = "Python"
+"""Where a setting came from, for the ways in that are called."""
+
+_DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # what sbatch's own -m, --distribution, takes
+_NOT_FOR_TORCHRUN = (
+    *("max-requeues", "heartbeat-timeout", "interface", "rdzv-conf", "signal"),
+    *("grace", "hang-timeout", "preflight"),
+    *("spares", "world-multiple-of", "grow", "grow-every", "free-growth", "wait-for-nodes"),
+)
+_AFTER_GRACE = timedelta(seconds=30)  # to requeue, between the end of --grace and that of the allocation
+_SWITCHES = frozenset(option.flag.removeprefix("--") for option in LAUNCH_OPTIONS if option.is_switch)
+
+
+def build(
+    script: str,
+    script_args: Sequence[str],
+    options: Iterable[tuple[str, str]],
+    sbatch: Sequence[Given],
+    *,
+    module: bool,
+    source: str,
+) -> JobSpec:
+    """The job: ``options`` of ours and of ``sbatch``, from ``source``, over what the configuration files say. Raises
+    UsageError for what cannot be a job.
+    """
+    try:
+        directory = Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the current directory does not exist any more; cd to one that does") from None
+    settings = load(os.environ, directory).with_layer(source, options, sbatch)
+    _check_script(script, module=module, chdir=_value(settings, "chdir") or ".")
+    chosen = dict(settings.options)
+    if "nodes" not in chosen:
+        if source == PYTHON:
+            raise UsageError("nodes: missing, for example nodes='2:4'")
+        raise UsageError("--nodes: missing before the script, for example: elastic-sbatch --nodes 2:4 train.py")
+    if "template" in chosen and chosen["template"].value == "torchrun":
+        _refuse_for_torchrun(settings, source)
+        # what is left of these is what the files say for elastic jobs
+        chosen = {name: setting for name, setting in chosen.items() if name not in _NOT_FOR_TORCHRUN}
+    sources = {name: setting.source for name, setting in chosen.items()}
+    log_dir = chosen.pop("log-dir", None)
+    template = chosen.pop("template", None)
+    launch = LaunchSpec(
+        script=script,
+        script_args=tuple(script_args),
+        module=module,
+        **{name.replace("-", "_"): setting.value for name, setting in chosen.items()},
+    )
+    launch.check_sizes()
+    passed = [g for g in settings.sbatch if g.name != "signal"]
+    if not any(g.name == "job-name" for g in passed):
+        name = script if module else Path(script).stem
+        passed.insert(0, Given(SBATCH["job-name"], name, "the script's name"))
+    signal = _value(settings, "signal")
+    return JobSpec(
+        launch=launch,
+        log_dir=os.path.abspath(log_dir.value if log_dir else "elastic-logs"),
+        sbatch=tuple(passed),
+        signal=WarningSignal.parse(signal) if signal else WarningSignal(lead=launch.grace + _AFTER_GRACE),
+        setup=settings.setup,
+        env=settings.env,
+        template=template.value if template else "elastic",
+        sources=sources,
+    )
+
+
+def from_names(
+    script: str,
+    script_args: Sequence[str],
+    *,
+    module: bool = False,
+    setup: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    options: Mapping[str, object],
+) -> JobSpec:
+    """The job of a Python call: ``options`` are long options, ours and sbatch's, with ``_`` for ``-``. None is not
+    given, True and False are a switch that is and is not.
+    """
+    ours = [("setup", line) for line in setup] + [("env", f"{name}={value}") for name, value in (env or {}).items()]
+    passed: list[Given] = []
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        if value is None:
+            continue
+        if name in KEYS:
+            ours.append((name, as_text(value, switch=name in _SWITCHES)))
+        elif name in COMMAND_LINE_ONLY:
+            raise UsageError(f"{key}: belongs on sbatch's command line, a job in Python has no such option")
+        elif value is not False:
+            passed.append(Given(sbatch_options.named(name), None if value is True else as_text(value), PYTHON))
+    return build(script, script_args, ours, passed, module=module, source=PYTHON)
+
+
+def prepare(job: JobSpec) -> bytes:
+    """The batch script of ``job``, when all is in place for its submission. Raises UsageError."""
+    script = os.fsencode(checked(job))
+    try:
+        os.makedirs(job.log_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=job.log_dir).close()
+    except OSError as error:
+        raise UsageError(
+            f"--log-dir {job.log_dir!r}: {error.strerror}; "
+            "expected a folder that can be written and that all nodes share"
+        ) from None
+    return script
+
+
+def checked(job: JobSpec) -> str:
+    """The batch script of ``job``. Raises UsageError also for what a joiner could not take over from it."""
+    text = render(job)
+    if not job.launch.grow:
+        return text
+    for given in job.sbatch:
+        if given.name == "gpus":
+            raise UsageError(
+                f"--gpus={given.value} with --grow: counts the GPUs of the whole job, a joiner is one node; "
+                "use --gpus-per-node=N"
+            )
+    if "ELASTIC_HPC_JOIN" not in text:
+        raise UsageError(
+            f"--template {job.template} with --grow: it has no ELASTIC_HPC_JOIN, by which one more node finds the job; "
+            "take the lines that have it from the built-in template elastic.sbatch.j2, or leave out --grow"
+        )
+    return text
+
+
+def _value(settings: Settings, name: str) -> str | None:
+    """The value of a passed-through sbatch option; of several the last counts, as for sbatch."""
+    return next((g.value for g in reversed(settings.sbatch) if g.name == name), None)
+
+
+def _check_script(script: str, *, module: bool, chdir: str) -> None:
+    if script == ":":
+        raise UsageError("':': heterogeneous jobs are not elastic; submit one job with --nodes MIN:MAX")
+    if module:
+        if script in _DISTRIBUTIONS or not all(part.isidentifier() for part in script.split(".")):
+            raise UsageError(
+                f"-m {script!r}: expected the name of a Python module; "
+                f"sbatch's -m is written --distribution={script} here"
+            )
+        return
+    try:
+        with open(os.path.join(chdir, script), "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise UsageError(f"script {script!r}: {error.strerror}; expected a Python file that can be read") from None
+
+
+def _refuse_for_torchrun(settings: Settings, source: str) -> None:
+    given = {name for name, setting in settings.options.items() if setting.source == source}
+    given |= {g.name for g in settings.sbatch if g.source == source}
+    for name in _NOT_FOR_TORCHRUN:
+        if name in given:
+            raise UsageError(f"--{name}: plain torchrun has no use for it; leave it out, or use --template elastic")
+    nodes = settings.options["nodes"].value
+    if nodes.sizes:
+        raise UsageError(
+            f"--nodes {nodes}: plain torchrun expects N or MIN:MAX, for example --nodes {nodes.min}:{nodes.max}; "
+            "for exact numbers use --template elastic"
+        )

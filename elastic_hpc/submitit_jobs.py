@@ -1,0 +1,190 @@
+"""Jobs of the executors ``elastic`` and ``elastic-local``: what submitit asks of a job, answered by ``job.Job``."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from submitit.core import core, logger, utils
+
+from elastic_hpc import functions, slurm
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.functions import ElasticPaths
+from elastic_hpc.job import Job, JobStatus
+
+LOCK = "running"
+"""In the run directory of a local job: its launcher holds it."""
+
+
+def runs_folder(folder: Path | str) -> Path:
+    """Where the run directories of an executor are, and the output of the batch scripts."""
+    found: Path = utils.JobPaths.get_first_id_independent_folder(folder) / "elastic"
+    return found
+
+
+class States(core.InfoWatcher):
+    """What Slurm says about all unfinished jobs, with one question for all of them; accounting is not needed."""
+
+    def update(self) -> None:
+        asked = sorted(self._registered - self._finished)
+        try:
+            said = slurm.states(*asked) if asked else {}
+        except ElasticError as error:  # unknown is not ended
+            logger.get_logger().warning("%s; the jobs' states may be out of date", error)
+        else:
+            self._info_dict |= {job: {"State": said.get(job, "GONE")} for job in asked}
+            self._finished |= {job for job in asked if self.is_done(job, mode="cache")}
+        self._num_calls += 1
+        self._last_status_check = time.time()
+
+    def get_state(self, job_id: str, mode: str = "standard") -> str:
+        return self.get_info(job_id, mode).get("State", "UNKNOWN")
+
+
+class ElasticJob(core.Job[core.R]):
+    """A function that runs, or ran, on every rank of an elastic world. The number of ranks is known at the end."""
+
+    watcher = States(delay_s=60)
+
+    def __init__(self, folder: Path | str, job_id: str, tasks: Sequence[int] | None = None) -> None:
+        """``tasks``: of one rank only; None for all of them."""
+        self._folder, self._rank = folder, tasks[0] if tasks else None
+        run_dir = runs_folder(folder) / job_id
+        self._job = Job(run_dir)
+        super().__init__(folder, job_id, tasks or (0,))
+        self._elastic_paths = ElasticPaths(folder, job_id, self._rank or 0, run_dir, 0)
+
+    @property
+    def status(self) -> JobStatus:
+        """Round, nodes, restarts and so on; see ``elastic_hpc.JobStatus``."""
+        return self._job.status()
+
+    @property
+    def paths(self) -> ElasticPaths:
+        """The result's is that of the last round so far."""
+        self._elastic_paths.round = self._job.last_round().get("round", 0)
+        return self._elastic_paths
+
+    @property
+    def num_tasks(self) -> int:
+        """Ranks of the last world so far."""
+        return self._job.last_round().get("world_size", 1) if self._rank is None else 1
+
+    def task(self, task_id: int) -> ElasticJob[core.R]:
+        if not 0 <= task_id < self.num_tasks:
+            raise ValueError(f"task_id {task_id}: expected a rank of the last world, 0 to {self.num_tasks - 1}")
+        return self if self._rank is not None else ElasticJob(self._folder, self.job_id, (task_id,))
+
+    def done(self, force_check: bool = False) -> bool:
+        return self._state("force" if force_check else "standard")[1]
+
+    @property
+    def state(self) -> str:
+        return self._state("standard")[0]
+
+    def _state(self, mode: str) -> tuple[str, bool]:
+        """State, and whether it is final. Slurm is asked by the watcher, which asks for all jobs at once."""
+        if final := self._job.final_state():
+            return final, True
+        state = self.watcher.get_state(self._job.slurm_id, mode)
+        if state != "UNKNOWN" and self.watcher.is_done(self._job.slurm_id, "cache"):
+            status = self._job.status()  # another job may have taken its place
+            return status.state, status.done
+        return state, False
+
+    def results(self) -> list[Any]:
+        """What each rank of the last world has returned, in rank order."""
+        ranks = range(self._ended().world_size) if self._rank is None else [self._rank]
+        return [self._result_of(rank) for rank in ranks]
+
+    def result(self) -> Any:
+        """What the function has returned on rank 0, or on this rank."""
+        self._ended()
+        return self._result_of(self._rank or 0)
+
+    def exception(self) -> utils.UncompletedJobError | utils.FailedJobError | None:
+        """Why the job has not finished: with the traceback of the rank that failed first, where one did."""
+        self.wait()
+        status = self.status
+        if status.state == "COMPLETED":
+            return None
+        trace = self._trace(status)
+        where = f"the job's record is {self._job.run_dir}"
+        if trace and status.state == "FAILED":
+            return utils.FailedJobError(f"Job {self.job_id} failed: {status.reason}\n{trace}\n{where}")
+        reason = status.reason or self.stderr() or "no agent has left a verdict"
+        return utils.UncompletedJobError(
+            f"Job {self.job_id} has not finished (state {status.state}): {reason}\n{where}"
+        )
+
+    def _trace(self, status: JobStatus) -> str:
+        if status.failure:
+            return f"rank {status.failure['rank']} on {status.failure['node']}: {status.failure['traceback']}"
+        for path in sorted(functions.results_folder(self._job.run_dir, status.round).glob("*.pkl")):
+            outcome, value = utils.pickle_load(path)
+            if outcome == "error":
+                return f"rank {path.stem}: {value}"
+        return ""
+
+    def _ended(self) -> JobStatus:
+        if error := self.exception():
+            raise error
+        return self.status
+
+    def _result_of(self, rank: int) -> Any:
+        return functions.result(self._job.run_dir, self._job.last_round()["round"], rank)
+
+    def _get_logs_string(self, name: str) -> str | None:
+        """All rounds of this rank, or of all ranks one after the other; at first, what the batch script has said."""
+        if self._job.last_round():
+            ranks = range(self.num_tasks) if self._rank is None else [self._rank]
+            written = ("".join(self._job.logs(rank, "out" if name == "stdout" else "err")) for rank in ranks)
+            return "\n".join(filter(None, written))
+        with contextlib.suppress(OSError):
+            return self._job.run_dir.with_name(f"{self.job_id}.log").read_text(errors="replace")
+        return None
+
+    def cancel(self, check: bool = True) -> None:
+        try:
+            self._job.cancel()
+        except ElasticError:
+            if check:
+                raise
+
+    def _interrupt(self, timeout: bool = False) -> None:
+        """For tests: what Slurm does before the time limit, or at a preemption."""
+        if timeout:
+            slurm.warn(self._job.slurm_id)
+        else:
+            self._job.drain("preempted")
+
+
+class ElasticLocalJob(ElasticJob[core.R]):
+    """A function on this machine. It runs as long as its launcher holds the lock of its run directory."""
+
+    def _state(self, _mode: str) -> tuple[str, bool]:
+        if final := self._job.final_state():
+            return final, True
+        with open(self._job.run_dir / LOCK) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return "RUNNING", False
+        return self._job.final_state() or "FAILED", True
+
+    def cancel(self, check: bool = True) -> None:
+        try:
+            self._job.stop()
+        except ElasticError:
+            if check:
+                raise
+
+    def _register_in_watcher(self) -> None:
+        """Slurm does not know it."""
+
+    def _interrupt(self, timeout: bool = False) -> None:
+        self._job.drain("time limit" if timeout else "preempted")

@@ -1,0 +1,186 @@
+"""Functions as elastic jobs, by submitit's interface, on a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cluster, Job, wait_for
+
+HEAD = """
+import json, os, sys, time
+import submitit
+
+def say(**fields):
+    print(json.dumps(fields), flush=True)
+
+executor = submitit.AutoExecutor("jobs", cluster="elastic")
+"""
+
+
+class Client:
+    """A user's script that talks to submitit, and what it says."""
+
+    def __init__(self, cluster: Cluster, folder: Path, code: str) -> None:
+        self._cluster, self._folder = cluster, folder
+        script = folder / "client.py"
+        script.write_text(HEAD + code)
+        command = cluster.command([sys.executable, "-u", str(script)], cwd=folder)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, "the script has ended; its complaint stands above"
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def job(self) -> Job:
+        """The one it says that it has submitted."""
+        job = Job(self._cluster, self.hear()["job"], self._folder)
+        job.log_dir = self._folder / "jobs" / "elastic"
+        return job
+
+
+@pytest.fixture
+def client(fresh: Cluster, folder: Path) -> Iterator[Callable[[str], Client]]:
+    started: list[Client] = []
+
+    def start(code: str) -> Client:
+        started.append(Client(fresh, folder, code))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.communicate()
+
+
+def test_every_rank_returns_its_result_and_arrays_commands_and_exceptions_work_as_with_any_executor(
+    client: Callable[[str], Client],
+) -> None:
+    heard = client("""
+def where():
+    env = submitit.JobEnvironment()
+    print("printed by", env.global_rank)
+    return [env.global_rank, env.num_tasks, env.local_rank, env.node, env.num_nodes, env.hostnames, env.job_id]
+
+def halves(number):
+    if number % 2:
+        raise ValueError(f"{number} is odd")
+    return number // 2
+
+executor.update_parameters(nodes="2:2", tasks_per_node=2, timeout_min=5, name="functions", slurm_comment="mine")
+job = executor.submit(where)
+executor.update_parameters(nodes=1, tasks_per_node=1, elastic_max_restarts=0)
+two, three = executor.map_array(halves, [2, 3])
+with executor.batch():
+    command = executor.submit(submitit.helpers.CommandFunction([sys.executable, "-c", "print(21 * 2)"]))
+say(results=job.results(), id=job.job_id, state=job.state, task=job.task(3).result()[0])
+say(out=job.task(3).stdout(), two=two.result(), ids=[two.job_id, three.job_id], command=command.result())
+say(error=str(three.exception()), state=three.state, kind=type(three.exception()).__name__)
+try:
+    three.result()
+except submitit.helpers.core.utils.FailedJobError:
+    say(raised=True)
+""")
+    told = heard.hear()
+    hosts = told["results"][0][5]
+    assert told["results"] == [[rank, 4, rank % 2, rank // 2, 2, hosts, told["id"]] for rank in range(4)]
+    assert len(hosts) == 2
+    assert (told["state"], told["task"]) == ("COMPLETED", 3)
+    told = heard.hear()
+    assert "printed by 3" in told["out"]
+    assert "printed by 0" not in told["out"]
+    assert (told["two"], told["command"]) == (1, "42")
+    array = told["ids"][0].partition("_")[0]
+    assert told["ids"] == [f"{array}_0", f"{array}_1"]
+    told = heard.hear()
+    assert (told["state"], told["kind"]) == ("FAILED", "FailedJobError")
+    assert "in halves" in told["error"]
+    assert "ValueError: 3 is odd" in told["error"]
+    assert heard.hear() == {"raised": True}
+
+
+def test_a_function_goes_on_without_a_lost_node_and_the_results_are_those_of_the_last_world(
+    fresh: Cluster, client: Callable[[str], Client]
+) -> None:
+    heard = client("""
+def train(steps):
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    env, done = submitit.JobEnvironment(), torch.zeros(1)
+    while done < steps * env.num_tasks or env.num_tasks > 2:  # three of them never finish
+        done += 1
+        dist.all_reduce(done)
+        time.sleep(0.05)
+    return env.global_rank, env.num_tasks
+
+executor.update_parameters(nodes="2:3", timeout_min=5)
+job = executor.submit(train, 3)
+say(job=job.job_id)
+say(results=job.results(), restarts=job.status.restarts, nodes=job.status.nodes)
+""")
+    job = heard.job()
+    job.wait_event("round")
+    wait_for("its workers", lambda: fresh.processes("submitit", "n3"))
+    fresh.mini("kill", "n3")
+    assert heard.hear() == {"results": [[0, 2], [1, 2]], "restarts": 1, "nodes": ["n1", "n2"]}
+    assert job.verdict()["requeues"] == 0
+
+
+def test_a_function_that_can_checkpoint_does_so_before_a_requeue_and_is_given_up_after_too_many_timeouts(
+    client: Callable[[str], Client],
+) -> None:
+    heard = client("""
+class Counts(submitit.helpers.Checkpointable):
+    def __init__(self):
+        self.starts = 0
+
+    def __call__(self, limit):
+        self.starts += 1
+        print("start", self.starts, flush=True)
+        while self.starts < limit:
+            time.sleep(0.05)
+        return self.starts
+
+executor = submitit.AutoExecutor("jobs", cluster="elastic", elastic_max_num_timeout=0)
+executor.update_parameters(nodes=2, timeout_min=5)
+
+def wait_for_round(job, count):
+    while job.status.round < count or f"start {count}" not in (job.stdout() or ""):
+        time.sleep(0.1)
+
+job = executor.submit(Counts(), 2)
+say(job=job.job_id)
+wait_for_round(job, 1)
+job._interrupt()
+say(results=job.results(), requeues=len(job.status.nodes), state=job.state)
+job = executor.submit(Counts(), 9)
+say(job=job.job_id)
+wait_for_round(job, 1)
+job._interrupt(timeout=True)
+say(error=str(job.exception()), state=job.state)
+job = executor.submit(time.sleep, 600)
+while not job.status.round:
+    time.sleep(0.1)
+job.cancel()
+say(error=str(job.exception()), state=job.state, kind=type(job.exception()).__name__)
+""")
+    job = heard.job()
+    told = heard.hear()
+    assert told["results"] == [2, 2]
+    assert told["state"] == "COMPLETED"
+    assert [event["cause"] for event in job.events("verdict")] == ["preempted", ""]
+    job, told = heard.job(), heard.hear()
+    assert told["state"] == "FAILED"
+    assert "timed-out too many times" in told["error"]
+    assert len(job.events("verdict")) == 1
+    told = heard.hear()
+    assert (told["state"], told["kind"]) == ("CANCELLED", "UncompletedJobError")
