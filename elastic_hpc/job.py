@@ -70,7 +70,7 @@ class Job:
 
     def status(self) -> JobStatus:
         """How it is now. Raises SlurmError if Slurm is needed to tell, and cannot be asked."""
-        return self._status(self.final_state() or self._ask_slurm())
+        return self._status(self.final_state() or self._ask())
 
     def wait(self, timeout: float | None = None) -> JobStatus:
         """Until it has ended for good: it finished, failed or was cancelled. Requeues are waited through.
@@ -84,7 +84,7 @@ class Job:
             final, now = self.final_state(), time.monotonic()
             if final is None and now - asked > pause:
                 with contextlib.suppress(SlurmError):
-                    state = self._ask_slurm()
+                    state = self._ask()
                 asked, pause = now, min(_ASK_SLURM[1], max(_ASK_SLURM[0], (now - begin) / 4))
             if final or state not in {*_LIVES, "UNKNOWN"}:
                 return self._status(self.final_state() or state)
@@ -104,16 +104,16 @@ class Job:
         """
         self._tell("drain", reason)
 
-    def stop(self, *, after_checkpoint: bool = False) -> None:
-        """End it for good, running or waiting. ``after_checkpoint``: the workers may save first, ``--grace`` long."""
-        try:
-            waits = self.status().state in _WAITS
-        except SlurmError:
-            waits = False
-        if waits:
+    def stop(self, *, after_checkpoint: bool = False) -> bool:
+        """End it for good, running or waiting. ``after_checkpoint``: the workers may save first, ``--grace`` long.
+
+        True if it waited in the queue and is cancelled, False if its leader was told.
+        """
+        if self.status().state in _WAITS:
             slurm.cancel(self.slurm_id)
-        else:
-            self._tell("save-and-stop" if after_checkpoint else "stop")
+            return True
+        self._tell("save-and-stop" if after_checkpoint else "stop")
+        return False
 
     def cancel(self) -> None:
         """``scancel``: end it at once, whatever state it is in."""
@@ -124,6 +124,9 @@ class Job:
 
         ask_leader(self._record, request, reason)
 
+    def _asked_for(self) -> Mapping[str, Any] | None:
+        return self._record.read("spec.json") if self.run_dir.is_dir() else None
+
     def _verdict(self) -> Mapping[str, Any] | None:
         if self._is_array:
             raise UsageError(f"job {self.id} is an array, each of its tasks is a job: job.task(0)")
@@ -133,7 +136,9 @@ class Job:
     def slurm_id(self) -> str:
         """Its id, or that of the job that goes on in its place where a job may not be requeued."""
         verdict = self._verdict()
-        return (self._record.goes_on_as(verdict["run"]) if verdict else None) or self.id
+        if verdict and (job := self._record.goes_on_as(verdict["run"])):
+            return job
+        return str((self._asked_for() or {}).get("job", self.id))
 
     def final_state(self) -> str | None:
         """Slurm's word for how it has ended, if the run directory says that it has."""
@@ -148,12 +153,15 @@ class Job:
         events = self._record.events() if self.run_dir.is_dir() else []
         return next((event for event in reversed(events) if event["event"] == "round"), {})
 
-    def _ask_slurm(self) -> str:
-        """Slurm's word for its state, GONE if Slurm does not know it."""
+    def _ask(self) -> str:
+        """From its launcher, or Slurm: Slurm's word for its state, GONE if Slurm does not know it."""
+        held = self._record.is_held()
+        if held is not None:
+            return "RUNNING" if held else self.final_state() or "FAILED"
         job = self.slurm_id
         state = slurm.states(job).get(job, "GONE")
         if state not in _LIVES and self.slurm_id != job:  # meanwhile another went on in its place
-            return self._ask_slurm()
+            return self._ask()
         return state
 
     def _status(self, state: str) -> JobStatus:

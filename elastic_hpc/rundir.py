@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from elastic_hpc.errors import ElasticError
+
+_HELD = "running"
 
 
 class RunDir:
@@ -95,6 +98,26 @@ class RunDir:
     def unfit(self) -> list[dict[str, Any]]:
         """What ``write_unfit`` has left. Raises ElasticError for a damaged file."""
         return [body for path in self.path.glob("unfit.*.json") if (body := self.read(path.name))]
+
+    def hold(self) -> IO[str]:
+        """A file with a lock, held by whoever has it or inherits it: the launcher of a job on one machine. Without one
+        where that has inherited it.
+        """
+        file = open(self.path / _HELD, "w")  # noqa: SIM115 - the caller's to close
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+
+    def is_held(self) -> bool | None:
+        """Whether the launcher still runs; None for a job that has no such launcher."""
+        try:
+            with open(self.path / _HELD) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            return True
+        return False
 
     def mark_acted(self, run: int, job: str) -> None:
         """The verdict of ``run`` was a requeue, and that is done: as ``job``, the same one or one in its place. Raises

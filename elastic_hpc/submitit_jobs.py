@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,6 @@ from elastic_hpc import functions, slurm
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.functions import ElasticPaths
 from elastic_hpc.job import Job, JobStatus
-
-LOCK = "running"
-"""In the run directory of a local job: its launcher holds it."""
 
 
 def runs_folder(folder: Path | str) -> Path:
@@ -164,17 +160,11 @@ class ElasticJob(core.Job[core.R]):
 
 
 class ElasticLocalJob(ElasticJob[core.R]):
-    """A function on this machine. It runs as long as its launcher holds the lock of its run directory."""
+    """A function on this machine."""
 
     def _state(self, _mode: str) -> tuple[str, bool]:
-        if final := self._job.final_state():
-            return final, True
-        with open(self._job.run_dir / LOCK) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return "RUNNING", False
-        return self._job.final_state() or "FAILED", True
+        status = self._job.status()
+        return status.state, status.done
 
     def cancel(self, check: bool = True) -> None:
         try:

@@ -6,12 +6,12 @@ Entry points in the group ``submitit``; imported by submitit when an executor is
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +25,10 @@ from elastic_hpc import functions
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job import submit
 from elastic_hpc.request import from_names
+from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import JobSpec, render
 from elastic_hpc.spec import LAUNCH_OPTIONS
-from elastic_hpc.submitit_jobs import LOCK, ElasticJob, ElasticLocalJob, runs_folder
+from elastic_hpc.submitit_jobs import ElasticJob, ElasticLocalJob, runs_folder
 
 _RENAMED = {
     "name": "job_name",
@@ -168,9 +169,8 @@ class ElasticLocalExecutor(ElasticExecutor):
         command = [sys.executable, "-m", "elastic_hpc.cli.srun", f"--local={count}", f"--run-dir={run_dir}", *options]
         command += ["--module", launch.script, *launch.script_args]
         environ = {**os.environ, **{name: setting.value for name, setting in spec.env.items()}}
-        with open(run_dir / LOCK, "w") as lock, open(f"{run_dir}.log", "wb") as said:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the launcher inherits it, and lets go when it ends
-            subprocess.Popen(
+        with RunDir(run_dir).hold() as lock, open(f"{run_dir}.log", "wb") as said:
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=said,
@@ -179,6 +179,7 @@ class ElasticLocalExecutor(ElasticExecutor):
                 pass_fds=[lock.fileno()],
                 start_new_session=True,
             )
+        threading.Thread(target=process.wait, daemon=True).start()  # no zombie
         return self.job_class(self.folder, run_dir.name)
 
     def _new_run_dir(self) -> Path:

@@ -71,7 +71,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.command == "drain":
         _drain(rundir)
         return 0
-    return _stop(rundir, after_checkpoint=args.after_checkpoint)
+    from elastic_hpc.job import Job
+
+    job = Job(rundir.path)
+    if job.stop(after_checkpoint=args.after_checkpoint):
+        print(f"job {job.id} was waiting in the queue and is cancelled")
+    return 0
 
 
 def _drain(rundir: RunDir) -> None:
@@ -94,20 +99,6 @@ def _why_drained() -> str:
         return "preempted" if slurm.show_job(job_name(os.environ)).preempt_time else "time limit"
     except ElasticError:
         return "time limit"
-
-
-def _stop(rundir: RunDir, *, after_checkpoint: bool) -> int:
-    from elastic_hpc import slurm
-    from elastic_hpc.ask import ask_leader
-
-    job = (rundir.read("spec.json") or {}).get("job", "local")
-    state = slurm.show_job(job).state if job != "local" else "RUNNING"
-    if state in {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}:
-        slurm.cancel(job)
-        print(f"job {job} was waiting in the queue and is cancelled")
-    else:
-        ask_leader(rundir, "save-and-stop" if after_checkpoint else "stop")
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import signal
@@ -46,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         default="elastic-logs",
         help="folder for run directories, on a file system that all nodes share (default: ./elastic-logs)",
     )
+    parser.add_argument(
+        "--run-dir", metavar="DIR", help="the run directory itself, of no other run (default: a new one in --log-dir)"
+    )
     add_launch_options(parser)
     parser.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
     parser.add_argument(
@@ -78,6 +82,13 @@ def _commands(launch: LaunchSpec, count: int, rundir: RunDir, *, local: bool) ->
         return [(agent, {LOCAL_NODE: str(node), LOCAL_NODES: str(count)}) for node in range(count)]
     options = srun_options(str(count), os.environ.get("SLURM_CPUS_PER_TASK"))
     return [(["srun", "--overlap", "--input=none", "--unbuffered", *options, *agent], {})]
+
+
+def _given_run_dir(path: str) -> RunDir:
+    rundir = RunDir(Path(path).absolute()).create()
+    if (rundir.path / "events.jsonl").exists():
+        raise UsageError(f"--run-dir {path!r}: another run has been there; choose a new one, or remove it")
+    return rundir
 
 
 def _new_run_dir(log_dir: str, job: str) -> RunDir:
@@ -198,10 +209,11 @@ def _main(argv: list[str] | None) -> int:
     launch, count = _request(args, _nodes_here(args))
     local = args.standalone or args.local is not None
     job = "local" if local else os.environ["SLURM_JOB_ID"]
-    rundir = _new_run_dir(args.log_dir, job)
-    run = _Run(rundir, _commands(launch, count, rundir, local=local))
-    run.wait()
-    code = _outcome(rundir, run, local=local)
+    rundir = _given_run_dir(args.run_dir) if args.run_dir else _new_run_dir(args.log_dir, job)
+    with rundir.hold() if local else contextlib.nullcontext():
+        run = _Run(rundir, _commands(launch, count, rundir, local=local))
+        run.wait()
+        code = _outcome(rundir, run, local=local)
     return 130 if run.interrupted else code
 
 
@@ -212,3 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     except ElasticError as error:
         print(f"elastic-srun: {error}", file=sys.stderr)
         return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -95,7 +95,7 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
         for node in ast.walk(ast.parse(block)):
             for alias in node.names if isinstance(node, ast.Import) else []:
                 importlib.import_module(alias.name)
-        exec(compile(block, str(document), "exec"), {})
+        exec(compile(block, str(document), "exec"), {"__name__": "__main__"})
 
 
 def test_every_module_is_in_the_contributors_list() -> None:

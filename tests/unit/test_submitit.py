@@ -1,0 +1,216 @@
+"""The executors as submitit sees them, and functions on this machine without Slurm."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import submitit
+from submitit.core import plugins, utils
+from submitit.slurm.slurm import SlurmExecutor
+
+from elastic_hpc import functions
+from elastic_hpc.errors import UsageError
+from elastic_hpc.submitit_plugin import ElasticExecutor, ElasticLocalExecutor
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a job's script is found as ``script``, as an sbatch that accepts everything has read it."""
+    program = tmp_path / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ncat > {tmp_path}/script; echo 17\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def directives(folder: Path) -> set[str]:
+    lines = (folder / "script").read_text().splitlines()
+    return {line.partition(" # ")[0].removeprefix("#SBATCH ").strip() for line in lines if line.startswith("#SBATCH")}
+
+
+def test_both_executors_are_found_and_neither_is_chosen_unless_asked_for(sbatch: Path) -> None:
+    assert plugins.get_executors()["elastic"] is ElasticExecutor
+    assert plugins.get_executors()["elastic-local"] is ElasticLocalExecutor
+    assert submitit.AutoExecutor.which() in {"slurm", "local"}
+    assert max(ElasticExecutor.affinity(), ElasticLocalExecutor.affinity()) < submitit.LocalExecutor.affinity()
+
+
+def test_names_without_a_prefix_still_mean_what_submitits_own_executors_take_them_for() -> None:
+    ours = ElasticExecutor._valid_parameters() | ElasticLocalExecutor._valid_parameters()
+    assert not ours & (SlurmExecutor._valid_parameters() | submitit.LocalExecutor._valid_parameters())
+
+
+def test_parameters_become_options_of_the_job(sbatch: Path) -> None:
+    executor = submitit.AutoExecutor("jobs", cluster="elastic")
+    executor.update_parameters(
+        nodes="4:8",
+        gpus_per_node=8,
+        cpus_per_task=32,
+        tasks_per_node=8,
+        timeout_min=90,
+        mem_gb=100.5,
+        name="mine",
+        local_setup=["of no concern here"],
+        slurm_partition="gpu",
+        slurm_setup=["module load cuda"],
+        slurm_signal_delay_s=30,
+        slurm_additional_parameters={"reservation": "tuesday"},
+        slurm_exclusive=True,
+        slurm_time=60,
+        elastic_max_restarts=3,
+        elastic_grow=True,
+        elastic_env={"NAME": "a value"},
+    )
+    executor.submit(print)
+    assert directives(sbatch) >= {
+        "--nodes=4-8",
+        "--gpus-per-node=8",
+        "--cpus-per-task=32",
+        "--time=60",
+        "--mem=102912M",
+        "--job-name=mine",
+        "--partition=gpu",
+        "--reservation=tuesday",
+        "--exclusive",
+        "--signal=B:USR2@60",
+        f"--output={sbatch}/jobs/elastic/%j.log",
+    }
+    script = (sbatch / "script").read_text()
+    assert "module load cuda\n" in script
+    assert "export NAME='a value'\n" in script
+    assert "export SUBMITIT_EXECUTOR=elastic\n" in script
+    for words in ("--nproc-per-node 8", "--max-restarts 3", "--grow on", "--grace 30", "submitit.core._submit"):
+        assert words in script
+    assert (sbatch / "jobs" / "17_submission.sh").read_text() == script
+
+
+def test_functions_submitted_together_are_an_array_of_which_each_has_its_pickle(sbatch: Path) -> None:
+    executor = submitit.AutoExecutor("jobs", cluster="elastic")
+    executor.update_parameters(nodes=2, slurm_array_parallelism=2)
+    jobs = executor.map_array(print, [1, 2, 3])
+    assert [job.job_id for job in jobs] == ["17_0", "17_1", "17_2"]
+    assert {"--array=0-2%2", f"--output={sbatch}/jobs/elastic/%A_%a.log"} <= directives(sbatch)
+    assert [job.submission().args for job in jobs] == [(1,), (2,), (3,)]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "complaint"),
+    [
+        ({"nodes": "8:4"}, "--nodes '8:4': expected N or MIN:MAX"),
+        ({"nodes": 2, "slurm_ntasks_per_gpu": 2}, "elastic-sbatch starts one agent per node"),
+        ({"nodes": 2, "slurm_srun_args": ["--x"]}, "srun_args: the srun line is the project's own"),
+        ({"nodes": 2, "stderr_to_stdout": True}, "stderr_to_stdout"),
+        ({"nodes": 2, "elastic_log_dir": "x"}, "log_dir: the run directories are in the executor's folder"),
+        ({"nodes": 2, "elastic_max_restarts": -1}, "--max-restarts '-1': expected a whole number"),
+    ],
+)
+def test_what_an_elastic_job_cannot_have_is_refused_when_it_is_set(
+    sbatch: Path, parameters: dict[str, Any], complaint: str
+) -> None:
+    executor = submitit.AutoExecutor("jobs", cluster="elastic")
+    with pytest.raises(UsageError) as refused:
+        executor.update_parameters(**parameters)
+    assert complaint in str(refused.value)
+    executor.submit(print)  # the parameters before are still there
+
+
+def test_a_refused_job_leaves_no_pickle_behind(sbatch: Path) -> None:
+    (sbatch / "bin" / "sbatch").write_text("#!/bin/sh\necho sbatch: error: invalid partition >&2; exit 1\n")
+    executor = ElasticExecutor("jobs")
+    with pytest.raises(UsageError, match="invalid partition"):
+        executor.submit(print)
+    executor.max_pickle_size_gb = 1e-9
+    with pytest.raises(UsageError, match="max_pickle_size_gb"):
+        executor.submit(print, "x" * 1000)
+    assert not list((sbatch / "jobs").glob("*.pkl"))
+
+
+def test_an_executor_for_another_cluster_keeps_its_own_rules(tmp_path: Path) -> None:
+    executor = submitit.AutoExecutor(tmp_path, cluster="local")
+    with pytest.raises(AssertionError):
+        executor.update_parameters(nodes="4:8")
+    executor.update_parameters(elastic_max_restarts=3, timeout_min=3)
+    assert executor._executor.parameters == {"timeout_min": 3}
+
+
+# what is taken for granted of submitit
+
+
+def test_submitit_has_no_elastic_sizes_of_its_own() -> None:
+    """Once it has, the parameters of its AutoExecutor need not be replaced any more."""
+    assert submitit.AutoExecutor._typed_parameters()["nodes"] is int
+
+
+def test_submitits_worker_reads_its_folder_and_writes_where_the_environment_says() -> None:
+    code = "import inspect, submitit.core.submission as s; print(inspect.getsource(s.process_job))"
+    source = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for used in (
+        "JobEnvironment()",
+        "paths.submitted_pickle",
+        "paths.result_pickle",
+        "_handle_signals(paths, delayed)",
+    ):
+        assert used in source
+    done = subprocess.run(
+        [sys.executable, "-m", functions.MODULE, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "folder" in done.stdout
+
+
+# without Slurm
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[submitit.AutoExecutor]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    executor = submitit.AutoExecutor(tmp_path / "jobs", cluster="elastic-local")
+    executor.update_parameters(nodes="1:2", slurm_partition="of no concern here")
+    return executor
+
+
+def test_functions_run_on_this_machine_and_their_jobs_can_be_pickled(local: submitit.AutoExecutor) -> None:
+    def where(exponent: int) -> tuple[int, ...]:
+        env = submitit.JobEnvironment()
+        print("rank", env.global_rank)
+        return env.global_rank, env.num_tasks, env.num_nodes, 2**exponent
+
+    job = local.submit(where, 5)
+    assert job.state == "RUNNING"
+    assert not job.done()
+    again = pickle.loads(pickle.dumps(job))
+    assert again.results() == [(0, 2, 2, 32), (1, 2, 2, 32)]
+    assert job.result() == (0, 2, 2, 32)
+    assert (job.state, job.exception(), job.num_tasks) == ("COMPLETED", None, 2)
+    assert "rank 1\n" in job.task(1).stdout()
+    assert job.paths.stderr.name == "rank0.err"
+    with pytest.raises(ValueError, match="expected a rank of the last world, 0 to 1"):
+        job.task(2)
+
+
+def test_an_exception_comes_back_with_its_traceback_and_a_job_can_be_cancelled(local: submitit.AutoExecutor) -> None:
+    def breaks() -> None:
+        raise KeyError("no such thing")
+
+    local.update_parameters(nodes=1, elastic_max_restarts=0)
+    broken, slow = local.submit(breaks), local.submit(time.sleep, 600)
+    assert isinstance(broken.exception(), utils.FailedJobError)
+    assert "in breaks" in str(broken.exception())
+    assert "KeyError: 'no such thing'" in str(broken.exception())
+    end = time.monotonic() + 60
+    while not slow.status.round:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    slow.cancel()
+    assert slow.exception() is not None
+    assert slow.state == "CANCELLED"
