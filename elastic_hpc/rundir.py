@@ -27,11 +27,15 @@ class RunDir:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def create(self) -> RunDir:
-        """Make the folder, mode 0700. Raises ElasticError when that cannot be done."""
+    def create(self, *, exist_ok: bool = True) -> RunDir:
+        """Make the folder, mode 0700. Raises ElasticError when that cannot be done, FileExistsError if it is there and
+        may not be.
+        """
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=exist_ok)
         except OSError as error:
+            if isinstance(error, FileExistsError) and not exist_ok:
+                raise
             raise ElasticError(
                 f"run directory {self.path}: {error.strerror}; choose a folder that all nodes share: --log-dir DIR"
             ) from error

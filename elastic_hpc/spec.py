@@ -232,6 +232,7 @@ class LaunchOption:
     metavar: str
     type: Any
     help: str
+    letter: str = ""
 
     @property
     def dest(self) -> str:
@@ -258,6 +259,7 @@ LAUNCH_OPTIONS = (
         NodeRange.parse,
         "nodes to run on; with MIN:MAX the job starts when MIN are free, uses up to MAX, "
         "and goes on while MIN are left; with 4,6,8 it runs on 4, 6 or 8",
+        letter="N",
     ),
     LaunchOption(
         "--spares",
@@ -366,7 +368,8 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     """Add the launch options and ``-m/--module`` to ``parser``. All default to None: not given."""
     group = parser.add_argument_group("launch options")
     for option in LAUNCH_OPTIONS:
-        group.add_argument(option.flag, metavar=option.metavar, type=option.parse, help=option.help)
+        flags = [option.flag, f"-{option.letter}"] if option.letter else [option.flag]
+        group.add_argument(*flags, metavar=option.metavar, type=option.parse, help=option.help)
     group.add_argument(
         "-m", "--module", action="store_true", default=None, help="run SCRIPT as a Python module, like python -m"
     )

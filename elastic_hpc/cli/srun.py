@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run-dir", metavar="DIR", help="the run directory itself, of no other run (default: a new one in --log-dir)"
     )
+    where.add_argument(
+        "--nodelist",
+        "-w",
+        metavar="NODES",
+        help="these nodes of the allocation, in Slurm's notation, for example n[3-4] (default: the first ones)",
+    )
     add_launch_options(parser)
     parser.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
     parser.add_argument(
@@ -66,22 +72,46 @@ def _nodes_here(args: argparse.Namespace) -> int:
         if args.local < 1:
             raise UsageError(f"--local {args.local}: expected a number of agents above 0, for example --local 4")
         return int(args.local)
-    try:
-        return int(os.environ["SLURM_JOB_NUM_NODES"])
-    except KeyError:
+    if "SLURM_HET_SIZE" in os.environ:
+        raise UsageError(
+            f"a heterogeneous allocation of {os.environ['SLURM_HET_SIZE']} components: expected nodes of one kind, "
+            f"for example: salloc --nodes 4 elastic-srun {args.script}"
+        )
+    if "SLURM_JOB_ID" not in os.environ:
         raise UsageError(
             "not inside a Slurm allocation; get one, for example: salloc --nodes 4 elastic-srun "
             f"{args.script}, or run on this machine alone: elastic-srun --standalone {args.script}"
-        ) from None
+        )
+    if "SLURM_GPUS_PER_TASK" in os.environ or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", ""):
+        raise UsageError(
+            "an allocation with --gpus-per-task: an agent, the one task of its node, would get one task's GPUs; "
+            f"expected --gpus-per-node, for example: salloc --gpus-per-node 4 elastic-srun {args.script}"
+        )
+    from elastic_hpc import slurm
+
+    there = slurm.expand(slurm.show_job(os.environ["SLURM_JOB_ID"]).nodes)
+    if args.nodelist is None:
+        return len(there)
+    wanted = slurm.expand(args.nodelist)
+    if not wanted or not set(wanted) <= set(there):
+        raise UsageError(f"--nodelist {args.nodelist}: expected nodes of the allocation, which has {', '.join(there)}")
+    return len(wanted)
 
 
-def _commands(launch: LaunchSpec, count: int, rundir: RunDir, *, local: bool) -> list[tuple[list[str], dict[str, str]]]:
-    """The processes to start, each with what it needs in its environment."""
+def _commands(
+    launch: LaunchSpec, count: int, rundir: RunDir, nodelist: str | None, *, local: bool
+) -> list[tuple[list[str], dict[str, str]]]:
+    """The processes to start, each with its environment."""
     agent = agent_command(launch, head="", run_dir=str(rundir.path), python=sys.executable, can_requeue=False)
     if local:
-        return [(agent, {LOCAL_NODE: str(node), LOCAL_NODES: str(count)}) for node in range(count)]
-    options = srun_options(str(count), os.environ.get("SLURM_CPUS_PER_TASK"))
-    return [(["srun", "--overlap", "--input=none", "--unbuffered", *options, *agent], {})]
+        return [(agent, {**os.environ, LOCAL_NODE: str(node), LOCAL_NODES: str(count)}) for node in range(count)]
+    from elastic_hpc import slurm
+
+    # Overlap: this may run in a step that has all the node's resources. No --cpus-per-task: then an agent has all that
+    # the job has on its node, however many tasks the allocation was made for.
+    step = ["srun", f"--jobid={os.environ['SLURM_JOB_ID']}", "--overlap", "--mem=0", "--input=none", "--unbuffered"]
+    where = [] if nodelist is None else [f"--nodelist={nodelist}"]
+    return [([*step, *where, *srun_options(str(count)), *agent], slurm.step_environment(os.environ))]
 
 
 def _given_run_dir(path: str) -> RunDir:
@@ -94,8 +124,8 @@ def _given_run_dir(path: str) -> RunDir:
 def _new_run_dir(log_dir: str, job: str) -> RunDir:
     for number in range(10_000):
         rundir = RunDir(Path(log_dir).absolute() / f"{job}.{number}")
-        if not rundir.path.exists():
-            return rundir.create()
+        with contextlib.suppress(FileExistsError):
+            return rundir.create(exist_ok=False)
     raise UsageError(f"--log-dir {log_dir!r}: no free name left; remove old run directories")
 
 
@@ -114,11 +144,9 @@ class _Run:
         # sessions of their own: Ctrl-C reaches this process alone, which asks the leader to stop in good order
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
-            for command, extra in commands:
+            for command, environ in commands:
                 self._processes.append(
-                    subprocess.Popen(
-                        command, env={**os.environ, **extra}, stdin=subprocess.DEVNULL, start_new_session=True
-                    )
+                    subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True)
                 )
         except OSError as error:
             self._end()
@@ -211,7 +239,7 @@ def _main(argv: list[str] | None) -> int:
     job = "local" if local else os.environ["SLURM_JOB_ID"]
     rundir = _given_run_dir(args.run_dir) if args.run_dir else _new_run_dir(args.log_dir, job)
     with rundir.hold() if local else contextlib.nullcontext():
-        run = _Run(rundir, _commands(launch, count, rundir, local=local))
+        run = _Run(rundir, _commands(launch, count, rundir, args.nodelist, local=local))
         run.wait()
         code = _outcome(rundir, run, local=local)
     return 130 if run.interrupted else code

@@ -6,7 +6,7 @@ from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit
 from elastic_hpc.slurm.nodes import expand, usable_nodes
 from elastic_hpc.slurm.requeuing import complete, requeue
 from elastic_hpc.slurm.settings import Site, site
-from elastic_hpc.slurm.steps import start_agent, start_step, wait_until_alone
+from elastic_hpc.slurm.steps import start_agent, start_step, step_environment, wait_until_alone
 from elastic_hpc.slurm.submit import resubmit, sbatch
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "start_agent",
     "start_step",
     "states",
+    "step_environment",
     "submit_joiner",
     "usable_nodes",
     "wait_until_alone",

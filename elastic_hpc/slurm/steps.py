@@ -29,6 +29,14 @@ _GIVE_UP_SECONDS = 3
 _OF_THE_JOB = ("SLURM_ARRAY_", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_")
 
 
+def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` for an srun with --jobid: without what an enclosing step, or the allocation's options, would make of
+    its step. ``salloc --gpus-per-task=1`` for example would leave an agent one GPU of its node.
+    """
+    kept = {k: v for k, v in environ.items() if k.startswith(_OF_THE_JOB)} | client.clean_environment(environ)
+    return {k: v for k, v in kept.items() if not k.startswith("SRUN_")}
+
+
 def start_step(job_id: str, node: str, command: Sequence[str], log: Path) -> None:
     """Run ``command`` on ``node`` in a job step that goes on when the caller's step ends; its output goes to ``log``.
 
@@ -76,7 +84,7 @@ def _start(
     shell = ["sh", "-c", 'log=$1; shift; echo started; read -r go && exec "$@" >>"$log" 2>&1 </dev/null', "sh"]
     step = ["srun", f"--jobid={job_id}", f"--job-name={name}", "--overlap", "--no-kill"]
     step += ["--nodes=1", "--ntasks=1", f"--nodelist={node}", "--mem=0", "--mpi=none", *options]
-    inherited = {k: v for k, v in environ.items() if k.startswith(_OF_THE_JOB)} | client.clean_environment(environ)
+    inherited = step_environment(environ)
     try:
         said = log.open("ab")  # srun outlives the caller
     except OSError as error:
