@@ -1,0 +1,92 @@
+"""Scripts of the frameworks on a real Slurm: they go on at another size, and leave the requeue to the job."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+
+from conftest import ROOT, Cluster, Job, wait_for
+
+TOOL = sys.executable.replace("python", "elastic-hpc")
+Submit = Callable[..., Job]
+STEPS = 1000
+
+
+def said(job: Job, run: int, round: int) -> str:
+    """What rank 0 has printed in a round."""
+    return "".join(path.read_text() for path in job.run_dir.glob(f"logs/{run}.{round}/*/rank0.out"))
+
+
+def starts(job: Job) -> list[tuple[int, int]]:
+    """World size of each round, and the step after which it went on."""
+    found = []
+    for path in job.run_dir.glob("logs/*.*/*/rank0.out"):
+        begin = re.search(r"^(\d+) workers, going on after step (\d+)$", path.read_text(), re.MULTILINE)
+        if begin:
+            found.append((int(path.parent.parent.name.partition(".")[2]), int(begin[1]), int(begin[2])))
+    return [(size, step) for _, size, step in sorted(found)]
+
+
+def wait_for_step(job: Job, run: int, round: int, least: int) -> None:
+    def far_enough() -> bool:
+        return any(int(step) >= least for step in re.findall(r"^step (\d+)", said(job, run, round), re.MULTILINE))
+
+    wait_for(f"step {least} in round {round} of {job.folder.name}", far_enough, 120)
+
+
+def finished(job: Job, steps: int) -> None:
+    assert job.wait_state("COMPLETED", "FAILED", "CANCELLED", deadline=200) == "COMPLETED", job.output()[-3000:]
+    accuracy = re.search(rf"^step {steps}: accuracy (\S+)$", job.worker_output(), re.MULTILINE)
+    assert accuracy
+    assert float(accuracy[1]) > 0.95
+
+
+def test_lightning_goes_on_after_a_loss_and_after_a_drain_and_the_job_is_requeued_once(
+    submit: Submit, fresh: Cluster
+) -> None:
+    script = ROOT / "examples" / "lightning_digits.py"
+    job = submit("--nodes", "2:3", script=script, args=["--steps", str(STEPS)])
+    wait_for_step(job, 0, 1, 100)
+    fresh.mini("kill", "n3")
+    wait_for_step(job, 0, 2, 120)
+    before = fresh.processes("srun", "n1")
+    fresh.exec([TOOL, "drain", str(job.run_dir)])
+    wait_for("a second start", lambda: job.events("start")[1:])
+    # it would wait for the lost node, and then cancel the step of the second run
+    assert not set(before) & set(fresh.processes("srun", "n1"))
+    finished(job, STEPS)
+    (_, first), (second_size, second), (_, third) = starts(job)
+    assert first == 0
+    assert second_size == 2
+    assert second >= 100
+    assert second % 20 == 0
+    assert third > second
+    assert fresh.job_field(job.id, "Restarts") == "1"
+    assert (job.verdict()["restarts"], job.verdict()["requeues"]) == (1, 0)
+    assert "SLURM auto-requeueing" not in job.output()
+
+
+def test_accelerate_trainer_and_fsdp_go_on_at_another_size(submit: Submit, fresh: Cluster) -> None:
+    def start(name: str, nodes: str, steps: int) -> Job:
+        script = ROOT / "examples" / f"{name}_digits.py"
+        return submit("--nodes", "1:2", f"--nodelist={nodes}", script=script, args=["--steps", str(steps)])
+
+    def goes_on(job: Job, steps: int) -> None:
+        finished(job, steps)
+        (first_size, first), (second_size, second) = starts(job)
+        assert (first_size, first, second_size) == (2, 0, 1)
+        assert second >= 60
+        assert second % 20 == 0
+        assert (job.verdict()["restarts"], job.verdict()["requeues"]) == (1, 0)
+
+    accelerate, trainer = start("accelerate", "n[1-2]", 2000), start("trainer", "n[3-4]", 2000)
+    for job, node in ((accelerate, "n2"), (trainer, "n4")):
+        wait_for_step(job, 0, 1, 80)
+        fresh.mini("kill", node)
+    goes_on(accelerate, 2000)
+    goes_on(trainer, 2000)
+    fsdp = start("fsdp", "n1,n3", 240)
+    wait_for_step(fsdp, 0, 1, 80)
+    fresh.mini("kill", "n3")
+    goes_on(fsdp, 240)
