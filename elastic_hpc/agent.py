@@ -9,6 +9,7 @@ import logging.handlers
 import os
 import queue
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +36,7 @@ log = logging.getLogger("elastic_hpc")
 EXIT_CODES = {"finished": 0, "failed": 1, "requeue": 0, "lost": 1}
 """Exit code of an agent by outcome; a hint only, the verdict is in the run directory."""
 
-_CONTROL_PORT_OFFSET = 32
+CONTROL_PORT_OFFSET = 32
 """Control port above the endpoint's: the 32 below are for the stores of the rounds."""
 
 
@@ -50,13 +51,16 @@ def parse_args(argv: list[str] | None = None) -> tuple[LaunchSpec, argparse.Name
     parser.add_argument(
         "--no-requeue", action="store_true", help="nobody acts on a requeue verdict: end the job instead"
     )
+    parser.add_argument(
+        "--contained", action="store_true", help="this is a container: Slurm's commands outside are not for this agent"
+    )
     parser.add_argument("script", help="the training script, or with -m the module")
     parser.add_argument("script_args", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args(argv)
     return LaunchSpec.from_namespace(args), args
 
 
-def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
+def start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
     """To stderr, and to a file, because srun may be lost with the first node. Records go through a queue: the control
     thread must not wait for a stalled stderr or file system.
     """
@@ -79,7 +83,7 @@ def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
     return listener
 
 
-def _start_guard(token: str, silence: float, folder: str) -> int:
+def start_guard(token: str, silence: float, folder: str) -> int:
     """Start the guard; the answer is the pipe on which it is kept quiet, and whose closing sets it off."""
     theirs, ours = os.pipe()
     subprocess.Popen(
@@ -93,7 +97,7 @@ def _start_guard(token: str, silence: float, folder: str) -> int:
     return ours
 
 
-def _policy(spec: LaunchSpec, nproc: int, *, can_requeue: bool) -> Policy:
+def policy_of(spec: LaunchSpec, nproc: int, *, can_requeue: bool) -> Policy:
     sizes = spec.sizes(nproc)
     return Policy(
         min_nodes=sizes[0],
@@ -125,7 +129,7 @@ def _preflight(spec: LaunchSpec, env: AgentEnv, rundir: RunDir, unfit: list[str]
             unfit.append(problem.what)
 
 
-def _local_folder() -> str:
+def make_local_folder() -> str:
     """Where the agent meets its workers: in memory if possible, for its owner only."""
     shared = "/dev/shm"  # noqa: S108 - a folder of our own, mode 0700, is made in it
     return tempfile.mkdtemp(prefix="elastic-hpc-", dir=shared if os.access(shared, os.W_OK) else None)
@@ -141,10 +145,10 @@ def main(argv: list[str] | None = None) -> int:
         except JobEnded as over:
             print(f"elastic_hpc[{env.name}]: {over.reason}: nothing to join", file=sys.stderr)
             return 0
-    listener = _start_log(rundir, env)
+    listener = start_log(rundir, env)
     token = secrets.token_hex(8)
-    local_folder = _local_folder()
-    pipe = _start_guard(token, 1.5 * spec.heartbeat_timeout.total_seconds(), local_folder)
+    local_folder = make_local_folder()
+    pipe = start_guard(token, 1.5 * spec.heartbeat_timeout.total_seconds(), local_folder)
     unfit: list[str] = []
     checking = threading.Thread(target=_preflight, args=(spec, env, rundir, unfit))
     checking.start()
@@ -157,17 +161,19 @@ def main(argv: list[str] | None = None) -> int:
     from elastic_hpc.workers import ElasticAgent, NodeLogs
 
     nproc = workers_per_node(spec.nproc_per_node, env, torch.cuda.device_count())
-    policy = _policy(spec, nproc, can_requeue=not (args.no_requeue or env.local))
+    policy = policy_of(spec, nproc, can_requeue=not (args.no_requeue or env.local))
     gloo_interface = os.environ.get("GLOO_SOCKET_IFNAME")
     prepare_worker_env(os.environ, env, nproc, token)
     os.environ["ELASTIC_HPC_RUN_DIR"] = str(rundir.path)
     if spec.interface:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", spec.interface)
 
-    server_socket = net.listen_from(spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
+    server_socket = net.listen_from(spec.rdzv_endpoint.port + CONTROL_PORT_OFFSET)
     addresses = ("127.0.0.1",) if env.local else net.addresses_to_publish(env.name, spec.interface, env.submit_host)
-    me = Host(env.node, env.name, addresses, server_socket.getsockname()[1])
-    leading = Leading(spec, env, me, nproc, policy, rundir, environ)
+    software = f"torch {torch.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    me = Host(env.node, env.name, addresses, server_socket.getsockname()[1], software)
+    contained = not env.local and (args.contained or shutil.which("scontrol") is None)
+    leading = Leading(spec, env, me, nproc, policy, rundir, environ, contained=contained)
     head = spec.rdzv_endpoint.host
     first = not env.late and (net.is_me(head, env.name) if head and not env.local else env.node == 0)
     if first:
@@ -176,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     control = Control(
         me,
         nproc,
-        lambda: _network(server_socket, rundir, policy),
+        lambda: network(server_socket, rundir, policy),
         leading,
         heartbeat_timeout=policy.heartbeat_timeout,
         join_timeout=policy.join_timeout,
@@ -226,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _network(listener: socket.socket, rundir: RunDir, policy: Policy) -> Network:
+def network(listener: socket.socket, rundir: RunDir, policy: Policy) -> Network:
     known: list[bytes] = []
 
     async def secret() -> bytes:

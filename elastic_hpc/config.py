@@ -29,12 +29,57 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+
+def _python(text: str) -> str:
+    if not text or "\0" in text:
+        raise UsageError(f"--python {text!r}: expected a Python interpreter, for example --python python3")
+    return os.path.expanduser(text)
+
+
+def _mounts(text: str) -> str:
+    for mount in text.split(","):
+        source, _, target = mount.partition(":")
+        if not source or not target.startswith("/"):
+            raise UsageError(
+                f"--container-mounts {text!r}: expected SRC:DST[:FLAGS] with an absolute DST, separated by commas, for "
+                "example --container-mounts /data:/data:ro,/scratch:/scratch"
+            )
+    return text
+
+
+def _image(text: str) -> str:
+    """A file is found from anywhere: a snapshot runs in another directory."""
+    if not text:
+        raise UsageError("--container-image '': expected an image, for example --container-image train.sif")
+    path = os.path.expanduser(text)
+    return os.path.abspath(path) if os.path.isfile(path) else path
+
+
+def _runtime(text: str) -> str:
+    if text not in CONTAINER_RUNTIMES:
+        raise UsageError(f"--container-runtime {text!r}: expected {' or '.join(CONTAINER_RUNTIMES)}")
+    return text
+
+
+def _snapshot(text: str) -> bool:
+    if text not in {"on", "off"}:
+        raise UsageError(f"--snapshot {text!r}: expected on or off")
+    return text == "on"
+
+
+CONTAINER_RUNTIMES = ("pyxis", "apptainer")
 _PARSERS: dict[str, Callable[[str], Any]] = {
     **{option.flag.removeprefix("--"): option.parse for option in LAUNCH_OPTIONS},
     "log-dir": os.path.expanduser,
     "template": os.path.expanduser,
+    "python": _python,
+    "container-image": _image,
+    "container-mounts": _mounts,
+    "container-runtime": _runtime,
+    "snapshot": _snapshot,
 }
-_ON_OFF = frozenset(option.flag.removeprefix("--") for option in LAUNCH_OPTIONS if option.is_switch)
+SWITCHES = frozenset({"snapshot", *(option.flag.removeprefix("--") for option in LAUNCH_OPTIONS if option.is_switch)})
+"""Options that are on or off: taken without a value too, in a TOML file true or false."""
 _LISTS = ("setup", "env")
 KEYS = (*_PARSERS, *_LISTS)
 
@@ -130,7 +175,7 @@ def _pairs(table: dict[str, Any], path: Path) -> Iterable[tuple[str, str]]:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise UsageError(f"{key} = {value!r}: expected a list of strings, for example {key} = ['...']")
             yield from ((key, item) for item in value)
-        elif key in _ON_OFF:
+        elif key in SWITCHES:
             if not isinstance(value, (bool, str)):
                 raise UsageError(f"{key} = {value!r}: expected true or false")
             yield key, value if isinstance(value, str) else "on" if value else "off"

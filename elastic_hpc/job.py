@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from elastic_hpc import slurm
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
-from elastic_hpc.request import prepare
+from elastic_hpc.request import prepared
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import JobSpec
 
@@ -186,7 +186,8 @@ def submit(spec: JobSpec, on_message: Callable[[str], None] = lambda _: None) ->
     Raises UsageError if the job is refused, by us or by Slurm, and SlurmError if Slurm cannot be asked.
     """
     submitted: list[str] = []
-    slurm.sbatch(prepare(spec), [], os.environ, submitted.append, on_message)
+    with prepared(spec) as script:
+        slurm.sbatch(script, [], os.environ, submitted.append, on_message)
     if not submitted:
         raise ElasticError("sbatch: no job id")
     number = submitted[0].partition(";")[0]

@@ -15,7 +15,7 @@ from elastic_hpc.growth import Coming, Needs
 from elastic_hpc.mandate import Mandate
 from elastic_hpc.orders import Orders
 from elastic_hpc.peers import Peer, Peers
-from elastic_hpc.protocol import Failure, Order, Plan, Request, Roster, Stage, Status
+from elastic_hpc.protocol import Failure, Host, Order, Plan, Request, Roster, Stage, Status
 from elastic_hpc.world import SETTLE, Progress, World
 
 STOP_TIMEOUT = 60.0
@@ -55,9 +55,11 @@ class Leader:
         inherited: Roster | None = None,
         reason: str = "",
         supplied: bool = False,
+        host: Host | None = None,
     ) -> None:
         """Lead from the start, with the counters of the run before; or take over what ``inherited`` says, because of
         ``reason``, as soon as a majority agrees. ``supplied``: somebody answers to ``needs``.
+        ``host``: its own, whose software the others must have.
         """
         self.policy = policy
         roster = inherited or Roster(round, (), (), restarts, requeues)
@@ -70,6 +72,7 @@ class Leader:
         self.verdict: Verdict | None = None
         self._node = node
         self._nproc = nproc
+        self._host = host
         self._granted = granted
         self._inherited = reason if inherited else ""
         self._peers = Peers(roster.hosts, policy.heartbeat_timeout, now)
@@ -99,7 +102,7 @@ class Leader:
             return
         peer = self._peers.get(conn)
         if peer is None:
-            if refusal := self._peers.refusal(status, self._nproc):
+            if refusal := self._peers.refusal(status, self._nproc) or self._differs(status):
                 self._refuse(conn, status, refusal)
                 if status.node == self._node and self._first:
                     self._end(give_back(refusal, self.requeues, self.policy), now)
@@ -289,6 +292,16 @@ class Leader:
     def _was_member(self, node: int) -> bool:
         """Whether it comes from the world that is taken over: its workers are being stopped, it is waited for."""
         return not self._first and self._inherited != "" and node in self.roster.members
+
+    def _differs(self, status: Status) -> str:
+        """Why a node with other versions than this one may not take part."""
+        ours = self._host
+        if ours is None or status.host.software == ours.software:
+            return ""
+        return (
+            f"{status.name} has {status.host.software or 'unknown versions'}, the leader's node {ours.name} "
+            f"{ours.software}: all nodes must have the same; train in one environment that they share"
+        )
 
     def _refuse(self, conn: int, status: Status, reason: str) -> None:
         self._orders.refused[conn] = reason

@@ -42,6 +42,8 @@ class Leading:
     rundir: RunDir
     environ: Mapping[str, str]
     """What this agent was started with."""
+    contained: bool = False
+    """Slurm's commands are not here: the batch script, outside, does what it can."""
     recorder: Recorder | None = None
     _beat: tuple[int, float] = field(default=(0, 0.0))
     _stays_out: bool = False
@@ -52,20 +54,22 @@ class Leading:
 
         stores = StoreHost(self.spec.rdzv_endpoint.port)
         self.recorder = self.recorder or Recorder(self.rundir, self.env.run, self.host)
-        if roster:
-            leader = Leader(
-                self.policy,
-                node=self.env.node,
-                nproc=self.nproc,
-                now=time.monotonic(),
-                inherited=roster,
-                reason=reason,
-                supplied=not self.env.local,
-            )
-        else:
-            leader = self._first_leader(self.recorder)
+        known: dict[str, Any] = {"inherited": roster, "reason": reason} if roster else self._first(self.recorder)
+        leader = Leader(
+            self.policy,
+            node=self.env.node,
+            nproc=self.nproc,
+            now=time.monotonic(),
+            supplied=self._supplies,
+            host=self.host,
+            **known,
+        )
         supply = None
-        if not self.env.local:
+        if self.contained:
+            log.info(
+                "Slurm's commands are not here: no agent is started anew, no node is brought, the batch script requeues"
+            )
+        if self._supplies:
             source = SlurmSource(self.env, self.rundir, self.environ)
             supply = Supply(source, self.recorder.event, grow=self.policy.grow)
 
@@ -74,21 +78,17 @@ class Leading:
 
         return LeaderServer(leader, self.recorder, open_store, self._act, supply)
 
-    def _first_leader(self, recorder: Recorder) -> Leader:
+    @property
+    def _supplies(self) -> bool:
+        return not (self.env.local or self.contained)
+
+    def _first(self, recorder: Recorder) -> dict[str, Any]:
+        """What the first leader of a run begins with."""
         state = self.rundir.read("state.json") or {}
         start = {"run": self.env.run, "job": self.env.job, "granted": self.env.nodes, "nproc_per_node": self.nproc}
         recorder.event("start", {**start, **vars(self.policy)})
-        return Leader(
-            self.policy,
-            node=self.env.node,
-            nproc=self.nproc,
-            now=time.monotonic(),
-            granted=self.env.nodes,
-            round=state.get("round", 0),
-            restarts=state.get("restarts", 0),
-            requeues=state.get("requeues", 0),
-            supplied=not self.env.local,
-        )
+        counters = {name: state.get(name, 0) for name in ("round", "restarts", "requeues")}
+        return {"granted": self.env.nodes, **counters}
 
     def prepare(self) -> None:
         """The job's secret, and what was asked for."""
@@ -145,6 +145,15 @@ class Leading:
 
     def _do(self, said: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
         """Act on a verdict. What ``elastic-srun`` runs in is not ours to requeue, or to start once more."""
+        if self.contained:
+            if alone:
+                log.warning(
+                    "the batch script is lost with its node, and Slurm's commands are not here: nobody ends the job, "
+                    "which keeps its nodes until its time limit; type: scontrol requeue %s, or scancel %s",
+                    self.env.job,
+                    self.env.job,
+                )
+            return None
         if self.policy.can_requeue:
             return conclude.act(self.rundir, self.env, said, lost, alone=alone, others=others)
         if alone and os.environ.get("ENVIRONMENT") == "BATCH":

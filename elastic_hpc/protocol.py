@@ -12,7 +12,7 @@ import hmac
 import json
 import operator
 import secrets
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from elastic_hpc.election import Base
@@ -69,6 +69,8 @@ class Host:
     name: str
     addresses: tuple[str, ...]
     port: int
+    software: str = field(default="", compare=False)
+    """The versions that all nodes must share, ``torch 2.13.0, Python 3.11``, as far as this is known."""
 
 
 @dataclass(frozen=True)
@@ -248,10 +250,10 @@ def _roster(body: dict[str, Any]) -> Roster:
 
 def _checked(said: _T) -> _T:
     """``said``, a dataclass, if its numbers are numbers and its strings are strings. Raises TypeError."""
-    for field in fields(said):
-        kind, value = _KINDS.get(str(field.type)), getattr(said, field.name)
+    for each in fields(said):
+        kind, value = _KINDS.get(str(each.type)), getattr(said, each.name)
         if kind and not isinstance(value, kind):
-            raise TypeError(f"{field.name} {value!r}: expected {field.type}")
+            raise TypeError(f"{each.name} {value!r}: expected {each.type}")
     return said
 
 

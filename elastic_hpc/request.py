@@ -4,30 +4,38 @@ files and looks at the script.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from elastic_hpc import sbatch_options
-from elastic_hpc.config import KEYS, Settings, load
+from elastic_hpc import sbatch_options, snapshot
+from elastic_hpc.config import KEYS, SWITCHES, Setting, Settings, load
 from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, WarningSignal
-from elastic_hpc.script import JobSpec, render
-from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec, as_text
+from elastic_hpc.script import Container, JobSpec, render
+from elastic_hpc.snapshot import WorkTree
+from elastic_hpc.spec import LaunchSpec, as_text
 
 PYTHON = "Python"
 """Where a setting came from, for the ways in that are called."""
 
+_CONTAINER = (
+    "it would put the batch script itself into a container, where srun and scontrol are not; use --container-image "
+    "IMAGE and --container-mounts SRC:DST of elastic-sbatch, in a configuration file above [sbatch]; the working "
+    "directory is that of --chdir; whatever else pyxis can do belongs on the srun line of a template of your own"
+)
 _DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # what sbatch's own -m, --distribution, takes
 _NOT_FOR_TORCHRUN = (
     *("max-requeues", "heartbeat-timeout", "interface", "rdzv-conf", "signal"),
-    *("grace", "hang-timeout", "preflight"),
+    *("grace", "hang-timeout", "preflight", "snapshot"),
     *("spares", "world-multiple-of", "grow", "grow-every", "free-growth", "wait-for-nodes"),
 )
 _AFTER_GRACE = timedelta(seconds=30)  # to requeue, between the end of --grace and that of the allocation
-_SWITCHES = frozenset(option.flag.removeprefix("--") for option in LAUNCH_OPTIONS if option.is_switch)
 
 
 def build(
@@ -47,7 +55,8 @@ def build(
     except FileNotFoundError:
         raise UsageError("the current directory does not exist any more; cd to one that does") from None
     settings = load(os.environ, directory).with_layer(source, options, sbatch)
-    _check_script(script, module=module, chdir=_value(settings, "chdir") or ".")
+    work_dir = os.path.normpath(os.path.join(directory, _value(settings, "chdir") or "."))
+    _check_script(script, module=module, chdir=work_dir)
     chosen = dict(settings.options)
     if "nodes" not in chosen:
         if source == PYTHON:
@@ -58,8 +67,18 @@ def build(
         # what is left of these is what the files say for elastic jobs
         chosen = {name: setting for name, setting in chosen.items() if name not in _NOT_FOR_TORCHRUN}
     sources = {name: setting.source for name, setting in chosen.items()}
-    log_dir = chosen.pop("log-dir", None)
-    template = chosen.pop("template", None)
+    template, python, given_log_dir = (chosen.pop(name, None) for name in ("template", "python", "log-dir"))
+    log_dir = os.path.abspath(given_log_dir.value if given_log_dir else "elastic-logs")
+    for given in settings.sbatch:
+        if sbatch_options.is_for_containers(given.name):
+            shown = given.option.flag if given.value is None else f"{given.option.flag}={given.value}"
+            raise UsageError(f"{shown} ({given.source}): {_CONTAINER}")
+    container = _container(chosen, source, work_dir, log_dir)
+    code, with_snapshot = WorkTree.around(work_dir), chosen.pop("snapshot", None)
+    if with_snapshot and with_snapshot.value:
+        if not code:
+            raise UsageError(f"--snapshot: {work_dir} is in no work tree of git, or git cannot be asked; leave it out")
+        script = script if module else code.script(script)
     launch = LaunchSpec(
         script=script,
         script_args=tuple(script_args),
@@ -74,12 +93,16 @@ def build(
     signal = _value(settings, "signal")
     return JobSpec(
         launch=launch,
-        log_dir=os.path.abspath(log_dir.value if log_dir else "elastic-logs"),
+        log_dir=log_dir,
         sbatch=tuple(passed),
         signal=WarningSignal.parse(signal) if signal else WarningSignal(lead=launch.grace + _AFTER_GRACE),
         setup=settings.setup,
         env=settings.env,
         template=template.value if template else "elastic",
+        agent_python=python.value if python else None,
+        container=container,
+        code=code,
+        snapshot=bool(with_snapshot and with_snapshot.value),
         sources=sources,
     )
 
@@ -103,7 +126,7 @@ def from_names(
         if value is None:
             continue
         if name in KEYS:
-            ours.append((name, as_text(value, switch=name in _SWITCHES)))
+            ours.append((name, as_text(value, switch=name in SWITCHES)))
         elif name in COMMAND_LINE_ONLY:
             raise UsageError(f"{key}: belongs on sbatch's command line, a job in Python has no such option")
         elif value is not False:
@@ -111,9 +134,12 @@ def from_names(
     return build(script, script_args, ours, passed, module=module, source=PYTHON)
 
 
-def prepare(job: JobSpec) -> bytes:
-    """The batch script of ``job``, when all is in place for its submission. Raises UsageError."""
-    script = os.fsencode(checked(job))
+@contextlib.contextmanager
+def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
+    """The batch script of ``job``, when all is in place for its submission, in the body. Raises UsageError. What is put
+    aside for the job is taken back if the body raises that, or with ``will_run`` False.
+    """
+    checked(job)
     try:
         os.makedirs(job.log_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=job.log_dir).close()
@@ -122,14 +148,32 @@ def prepare(job: JobSpec) -> bytes:
             f"--log-dir {job.log_dir!r}: {error.strerror}; "
             "expected a folder that can be written and that all nodes share"
         ) from None
-    return script
+    job = replace(job, token=secrets.token_hex(8))
+    script, staged = render(job), Path(job.staged)
+    if job.code and will_run and job.token in script:
+        snapshot.put_aside(job.code, staged, snapshot=job.snapshot)
+    try:
+        yield os.fsencode(script)
+    except UsageError:  # Slurm refused the job; after other errors it may be there
+        snapshot.discard(staged)
+        raise
 
 
 def checked(job: JobSpec) -> str:
     """The batch script of ``job``. Raises UsageError also for what a joiner could not take over from it."""
     text = render(job)
+    if job.snapshot and os.path.basename(job.staged) not in text:
+        raise UsageError(
+            f"--template {job.template} with --snapshot: it does not take the copy of the code; include snapshot.j2 "
+            "and workdir.j2 as the built-in template elastic.sbatch.j2 does, or leave out --snapshot"
+        )
     if not job.launch.grow:
         return text
+    if job.container:
+        raise UsageError(
+            "--grow with --container-image: it is the leader, in the container, that would submit further nodes, and "
+            "Slurm's commands are not there; leave out --grow, or write --grow=off"
+        )
     for given in job.sbatch:
         if given.name == "gpus":
             raise UsageError(
@@ -142,6 +186,23 @@ def checked(job: JobSpec) -> str:
             "take the lines that have it from the built-in template elastic.sbatch.j2, or leave out --grow"
         )
     return text
+
+
+def _container(chosen: dict[str, Setting], source: str, work_dir: str, log_dir: str) -> Container | None:
+    image, mounts, runtime = (chosen.pop(f"container-{name}", None) for name in ("image", "mounts", "runtime"))
+    if not image:
+        for name, setting in ("mounts", mounts), ("runtime", runtime):
+            if setting and setting.source == source:
+                raise UsageError(f"--container-{name} {setting.value}: needs a container: --container-image IMAGE")
+        return None
+    for folder in (work_dir, log_dir):
+        if set(folder) & set(',:"'):
+            raise UsageError(
+                f"{folder!r} with --container-image: a folder with a comma, a colon or a quote in its name cannot be "
+                "mounted; use another one, see --chdir and --log-dir"
+            )
+    decided = "apptainer" if image.value.endswith(".sif") else "pyxis"
+    return Container(image.value, runtime.value if runtime else decided, mounts.value if mounts else None)
 
 
 def _value(settings: Settings, name: str) -> str | None:

@@ -110,6 +110,11 @@ def check(given: Given) -> bool:
     return not (name in {"no-kill", "open-mode"} or (name == "requeue" and value is None))
 
 
+def is_for_containers(name: str) -> bool:
+    """Whether it is sbatch's own option for that, one of those that pyxis adds, or short for one."""
+    return "container" in name or (name not in SBATCH and "container".startswith(name))
+
+
 def scan(argv: Sequence[str], own: Sequence[Option]) -> tuple[list[Given], list[str]]:
     """Split ``argv`` into its options and, untouched, the script with its arguments. ``own`` win over sbatch's."""
     by_name = SBATCH | {option.name: option for option in own}
@@ -156,7 +161,7 @@ def named(name: str) -> Option:
 
 
 def _unknown(name: str, equals: str, known: Iterable[str]) -> Option:
-    if equals and re.fullmatch(r"[a-z][\w-]*", name):
+    if (equals or is_for_containers(name)) and re.fullmatch(r"[a-z][\w-]*", name):
         return named(name)
     from difflib import get_close_matches
 

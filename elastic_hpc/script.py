@@ -5,18 +5,53 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from elastic_hpc import __version__
 from elastic_hpc.config import Setting
 from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_options import Given, WarningSignal
+from elastic_hpc.snapshot import WorkTree
 from elastic_hpc.spec import LaunchSpec
 
 COMMAND_LINE = "command line"
 _LINE_LENGTH = 110
+
+
+class Shell(str):
+    """Text that is shell syntax already, such as ``"$run_dir"`` with its quotes: never quoted again."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Container:
+    """What the agents and their workers run in. The batch script stays outside, where Slurm's commands are."""
+
+    image: str
+    runtime: str = "pyxis"  # a plugin of srun; or apptainer, a command in front of the agent's
+    mounts: str | None = None  # SRC:DST[:FLAGS],... besides the working directory and the run directory
+
+    def srun_options(self, folders: str, env: Collection[str]) -> list[str]:
+        """``folders``: "SRC:DST,..." for bash. ``env``: variables that count more than those of the image."""
+        if self.runtime != "pyxis":
+            return []
+        options = [f"--container-image={self.image}", _join("--container-mounts=", self._mounts(folders))]
+        options.append(Shell('--container-workdir="$PWD"'))
+        return [*options, *([f"--container-env={','.join(env)}"] if env else [])]
+
+    def around(self, command: Sequence[str], folders: str, *, gpus: bool) -> list[str]:
+        """``command``, which runs in it. For apptainer ``env`` is exported under other names (prepare.j2)."""
+        if self.runtime == "pyxis":
+            return list(command)
+        words = ["apptainer", "exec", "--bind", self._mounts(folders), "--pwd", Shell('"$PWD"')]
+        return [*words, *(["--nv"] if gpus else []), self.image, *command]
+
+    def _mounts(self, folders: str) -> Shell:
+        return Shell(f'"{folders}"' + (f",{quote(self.mounts)}" if self.mounts else ""))
 
 
 @dataclass(frozen=True)
@@ -31,6 +66,11 @@ class JobSpec:
     env: Mapping[str, Setting] = field(default_factory=dict)
     template: str = "elastic"  # built in, or the path of a file
     python: str = sys.executable  # absolute; a virtual environment's own link, not what it points to
+    agent_python: str | None = None  # of agents and workers; None for the same, in a container python3
+    container: Container | None = None
+    code: WorkTree | None = None  # what git says of it is recorded
+    snapshot: bool = False  # a copy of it runs
+    token: str = "TOKEN"  # noqa: S105 - names what is put aside for this job, when it is submitted
     sources: Mapping[str, str] = field(default_factory=dict)  # long option -> where its value came from
 
     @classmethod
@@ -55,6 +95,15 @@ class JobSpec:
 
         return from_names(script, script_args, module=module, setup=setup, env=env, options=options)
 
+    @property
+    def staged(self) -> str:
+        """Where the code is put aside until the job starts."""
+        return f"{self.log_dir}/.submission.{self.token}"
+
+    @property
+    def asks_for_gpus(self) -> bool:
+        return any(g.name.startswith("gpus") or (g.name == "gres" and "gpu" in str(g.value)) for g in self.sbatch)
+
     def has(self, name: str) -> bool:
         """Whether the sbatch option ``name`` is passed through."""
         return any(given.name == name for given in self.sbatch)
@@ -62,16 +111,15 @@ class JobSpec:
     def settings(self) -> list[tuple[str, str, str]]:
         """Every setting of ours as (name, value, where it came from)."""
         rows = [*self.launch.options(), ("--log-dir", self.log_dir), ("--template", self.template)]
+        rows += [("--python", self.agent_python)] if self.agent_python else []
+        if self.container:
+            rows += [("--container-image", self.container.image), ("--container-runtime", self.container.runtime)]
+            rows += [("--container-mounts", self.container.mounts)] if self.container.mounts else []
+        rows += [("--snapshot", "on")] if self.snapshot else []
         shown = [(flag, text, self.sources.get(flag.removeprefix("--"), "default")) for flag, text in rows]
         shown += [("--setup", line.value, line.source) for line in self.setup]
         shown += [("--env", f"{name}={value.value}", value.source) for name, value in self.env.items()]
         return shown
-
-
-class Shell(str):
-    """Text that is shell syntax already, such as ``"$run_dir"`` with its quotes: never quoted again."""
-
-    __slots__ = ()
 
 
 def _join(prefix: str, value: str, suffix: str = "") -> str:
@@ -99,8 +147,12 @@ def srun_options(nodes: str, cpus_per_task: str | None = None) -> list[str]:
     return options
 
 
-def agent_command(launch: LaunchSpec, *, head: str, run_dir: str, python: str, can_requeue: bool = True) -> list[str]:
-    """The command each agent runs. ``head`` hosts the rendezvous unless the user named a host."""
+def agent_command(
+    launch: LaunchSpec, *, head: str, run_dir: str, python: str, can_requeue: bool = True, contained: bool = False
+) -> list[str]:
+    """The command each agent runs. ``head`` hosts the rendezvous unless the user named a host. ``contained``: in a
+    container, where Slurm's commands are not.
+    """
     words = [python, "-u", "-m", "elastic_hpc.agent"]
     for flag, value in launch.options():
         if flag == "--rdzv-endpoint" and launch.rdzv_endpoint.host is None:
@@ -109,6 +161,8 @@ def agent_command(launch: LaunchSpec, *, head: str, run_dir: str, python: str, c
             words += [flag, value]
     if not can_requeue:
         words.append("--no-requeue")
+    if contained:
+        words.append("--contained")
     return [*words, "--run-dir", run_dir, *launch.command()]
 
 
@@ -183,6 +237,23 @@ def built_in_templates() -> list[str]:
     return sorted(path.name.removesuffix(".sbatch.j2") for path in template_folder().glob("*.sbatch.j2"))
 
 
+def _words(job: JobSpec) -> dict[str, Any]:
+    """What a template has of commands."""
+    head, run_dir = Shell('"$head_node"'), Shell('"$run_dir"')
+    srun = srun_options(
+        Shell('"$SLURM_JOB_NUM_NODES"'), Shell('"$SLURM_CPUS_PER_TASK"') if job.has("cpus-per-task") else None
+    )
+    box, python = job.container, job.agent_python or ("python3" if job.container else job.python)
+    agent = agent_command(job.launch, head=head, run_dir=run_dir, python=python, contained=box is not None)
+    torchrun = torchrun_command(job.launch, head=head, job_id=Shell('"$SLURM_JOB_ID"'), python=python)
+    if box:
+        folders = "$PWD:$PWD" + (",$run_dir:$run_dir" if job.template != "torchrun" else "")
+        srun += box.srun_options(folders, job.env)
+        agent = box.around(agent, folders, gpus=job.asks_for_gpus)
+        torchrun = box.around(torchrun, folders, gpus=job.asks_for_gpus)
+    return {"python": job.python, "srun_options": srun, "agent_command": agent, "torchrun_command": torchrun}
+
+
 def render(job: JobSpec) -> str:
     """The batch script of ``job``. UsageError if a template is missing or broken, or a value does not fit."""
     import jinja2
@@ -203,20 +274,9 @@ def render(job: JobSpec) -> str:
     )
     environment.filters.update(quote=quote, quote_all=quote_all, comment=comment)
     environment.globals["directive"] = directive
-    head = Shell('"$head_node"')
-    cpus = Shell('"$SLURM_CPUS_PER_TASK"') if job.has("cpus-per-task") else None
     try:
-        return environment.get_template(path.name).render(
-            version=__version__,
-            job=job,
-            launch=job.launch,
-            python=job.python,
-            srun_options=srun_options(Shell('"$SLURM_JOB_NUM_NODES"'), cpus),
-            agent_command=agent_command(job.launch, head=head, run_dir=Shell('"$run_dir"'), python=job.python),
-            torchrun_command=torchrun_command(
-                job.launch, head=head, job_id=Shell('"$SLURM_JOB_ID"'), python=job.python
-            ),
-        )
+        template = environment.get_template(path.name)
+        return template.render(version=__version__, job=job, launch=job.launch, **_words(job))
     except jinja2.TemplateSyntaxError as error:
         raise UsageError(f"--template {job.template}: line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:

@@ -9,8 +9,9 @@ from datetime import timedelta
 from textwrap import fill
 
 from elastic_hpc import __version__, slurm
+from elastic_hpc.config import SWITCHES
 from elastic_hpc.errors import ElasticError, UsageError
-from elastic_hpc.request import build, checked, prepare
+from elastic_hpc.request import build, checked, prepared
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, Option, scan
 from elastic_hpc.script import COMMAND_LINE, JobSpec
 from elastic_hpc.spec import LAUNCH_OPTIONS
@@ -25,6 +26,26 @@ _JOB_OPTIONS = {
         "shell line for the first node, before the agents start: 'module load cuda', 'source env.sh'; may be repeated",
     ),
     "env": ("NAME=VALUE", "environment variable for the workers; may be repeated"),
+    "python": (
+        "PATH",
+        "interpreter of the agents and the workers (default: the one that runs elastic-sbatch; in a container python3)",
+    ),
+    "container-image": (
+        "IMAGE",
+        "run the agents and the workers in a container, the batch script outside; elastic_hpc must be installed in it",
+    ),
+    "container-mounts": (
+        "SRC:DST[:FLAGS],...",
+        "what it sees of the nodes, besides the working directory and the run directory",
+    ),
+    "container-runtime": (
+        "pyxis|apptainer",
+        "what runs it (default: apptainer for an IMAGE that ends in .sif, else pyxis)",
+    ),
+    "snapshot": (
+        "",
+        "run a copy, made now, of the files that git tracks, so that later changes do not reach the job (default: off)",
+    ),
     "template": (
         "NAME|FILE",
         "elastic, torchrun (the quickstart's plain command), or a Jinja2 file of your own (default: elastic)",
@@ -42,11 +63,8 @@ _SWITCHES = {
     "version": ("V", "show the version and exit"),
 }
 _OWN = (
-    *(
-        Option(o.flag.removeprefix("--"), "N" if o.flag == "--nodes" else "", "[=]" if o.is_switch else "=")
-        for o in LAUNCH_OPTIONS
-    ),
-    *(Option(name) for name in _JOB_OPTIONS),
+    *(Option(o.flag.removeprefix("--"), o.letter, "[=]" if o.is_switch else "=") for o in LAUNCH_OPTIONS),
+    *(Option(name, value="[=]" if name in SWITCHES else "=") for name in _JOB_OPTIONS),
     *(Option(name, letter, "") for name, (letter, _) in _SWITCHES.items()),
     Option("usage", value=""),
 )
@@ -108,7 +126,8 @@ def _run(argv: list[str]) -> int:
         sys.stdout.buffer.write(os.fsencode(checked(job)))
         sys.stdout.buffer.flush()
         return 0
-    return _submit(job, prepare(job), given)
+    with prepared(job, will_run="test-only" not in switches) as script:
+        return _submit(job, script, given)
 
 
 def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
@@ -128,8 +147,7 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
 
 def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
     """``--grow on train.py``, as elastic-srun takes it, would run a script named "on"."""
-    switches = {o.flag for o in LAUNCH_OPTIONS if o.is_switch}
-    if given and given[-1].option.flag in switches and given[-1].value is None and rest[:1] in (["on"], ["off"]):
+    if given and given[-1].name in SWITCHES and given[-1].value is None and rest[:1] in (["on"], ["off"]):
         shown = f"{given[-1].option.flag} {rest[0]}"
         raise UsageError(f"{shown}: expected the value after '=', for example {shown.replace(' ', '=')}")
 
@@ -193,7 +211,9 @@ def _help() -> str:
             (f"{o.flag}[={o.metavar}]", "", o.help) if o.is_switch else (o.flag, o.metavar, o.help)
             for o in LAUNCH_OPTIONS
         ],
-        "job options": [(f"--{name}", *rest) for name, rest in _JOB_OPTIONS.items()],
+        "job options": [
+            (f"--{name}[=on|off]" if name in SWITCHES else f"--{name}", *rest) for name, rest in _JOB_OPTIONS.items()
+        ],
         "what to do": [(f"--{name}", "", text) for name, (_, text) in _SWITCHES.items()],
     }
     letters = {o.flag: f"-{o.letter}, " for o in _OWN if o.letter}

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, Cluster
 
 BLOCK = re.compile(r"^```python slurm( allocation)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-DOCUMENTS = sorted(path for path in ROOT.glob("docs/*.md") if BLOCK.search(path.read_text()))
+DOCUMENTS = [path for path in sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")]) if BLOCK.search(path.read_text())]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)

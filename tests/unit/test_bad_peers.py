@@ -196,6 +196,7 @@ def test_what_the_leader_proves_to_one_is_of_no_use_for_another(cluster: Cluster
         status(roster=[1]),
         status(step="far"),
         status(state="dancing"),
+        status(host=Host(7, "n7", ("127.0.0.1",), 1, software=2.13)),  # type: ignore[arg-type]
         status(host=Host("7", "n7", ("127.0.0.1",), 1)),  # type: ignore[arg-type]
         status(host=Host(7, None, ("127.0.0.1",), 1)),  # type: ignore[arg-type]
         status(host=Host(7, "n7", "x", "y")),  # type: ignore[arg-type]

@@ -284,6 +284,22 @@ def test_a_node_with_another_number_of_workers_is_refused_with_the_reason() -> N
     assert job.verdict is None
 
 
+@pytest.mark.parametrize("other", ["torch 2.12.0, Python 3.11", "torch 2.13.0, Python 3.12", ""])
+def test_a_node_with_another_torch_or_python_is_refused_with_both_nodes_and_both_versions(other: str) -> None:
+    job = Job(3)
+    ours = "torch 2.13.0, Python 3.11"
+    hosts = [replace(host(node), software=software) for node, software in enumerate([ours, other, ours])]
+    job.leader._host = hosts[0]
+    for round in (0, 1):
+        for each in hosts:
+            sent = job.say(each.node, round=round, host=each)
+    assert orders(sent)[2].stage == "run", "the refused node is not waited for"
+    assert job.leader.roster.members == (0, 2)
+    (refused,) = job.events("refused")
+    expected = f"n1 has {other or 'unknown versions'}, the leader's node n0 torch 2.13.0, Python 3.11: all nodes must "
+    assert refused["reason"].startswith(expected)
+
+
 def test_a_second_agent_of_a_node_replaces_the_first() -> None:
     job = formed()
     job.say(1, conn=7)

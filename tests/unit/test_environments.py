@@ -1,0 +1,284 @@
+"""What the agents and workers find around them: interpreter, set-up lines, containers. Neither pyxis nor apptainer is
+here: what the script asks of them is compared with what their manuals say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simulated
+from cluster import wait_for
+
+from elastic_hpc.agent import parse_args
+from elastic_hpc.cli.sbatch import main
+from elastic_hpc.env import AgentEnv
+from elastic_hpc.errors import JobEnded, UsageError
+from elastic_hpc.leading import Leading
+from elastic_hpc.protocol import Host
+from elastic_hpc.request import checked
+from elastic_hpc.rundir import RunDir
+from elastic_hpc.script import JobSpec, render
+from elastic_hpc.spec import LaunchSpec
+
+PYXIS = {"container_image": "nvcr.io#nvidia/pytorch:25.01-py3"}
+APPTAINER = {"container_image": "train.sif"}
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "ELASTIC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+    folder = tmp_path / "it's } mine"
+    folder.mkdir()
+    (folder / "train.py").write_text("")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def of(**options: object) -> JobSpec:
+    return JobSpec.of("train.py", "a b", nodes="2:4", **options)
+
+
+def srun_argv(spec: JobSpec) -> list[str]:
+    """What srun is given on the batch host, in the project's folder."""
+    node = Path("node")
+    node.mkdir(exist_ok=True)
+    for name, text in {"srun": "printf '%s\\0' \"$@\" > node/argv", "scontrol": "echo n1; echo n2"}.items():
+        (node / name).write_text(f"#!/bin/sh\n{text}\n")
+        (node / name).chmod(0o755)
+    (node / "script").write_text(render(spec).replace(" -m elastic_hpc conclude", " -c ''"))
+    environ = {
+        "PATH": f"{node.absolute()}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4",
+        "SLURM_JOB_NODELIST": "n[1-4]",
+    }  # fmt: skip
+    subprocess.run(["bash", node / "script"], env=environ, check=True, timeout=30)
+    return os.fsdecode((node / "argv").read_bytes()).split("\0")[:-1]
+
+
+def ours(argv: list[str]) -> list[str]:
+    """What comes after the options that every job has, up to the agent's own options."""
+    first = argv.index("--cpu-bind=none") + 1
+    return argv[first : argv.index("elastic_hpc.agent") + 1]
+
+
+def test_pyxis_gets_options_of_the_srun_line_and_the_batch_script_stays_outside(project: Path) -> None:
+    spec = of(**PYXIS, container_mounts="/da ta:/data:ro,/scratch:/scratch", env={"B": "1", "A": "2"})
+    run_dir = f"{project}/elastic-logs/7"
+    assert ours(srun_argv(spec)) == [
+        "--container-image=nvcr.io#nvidia/pytorch:25.01-py3",
+        f"--container-mounts={project}:{project},{run_dir}:{run_dir},/da ta:/data:ro,/scratch:/scratch",
+        f"--container-workdir={project}",
+        "--container-env=B,A",
+        "python3", "-u", "-m", "elastic_hpc.agent",
+    ]  # fmt: skip
+    script = render(spec)
+    assert not re.search(r"^#SBATCH.*container", script, re.MULTILINE)
+    assert f"exec {sys.executable} -m elastic_hpc conclude " in script
+    assert f"  {sys.executable} -m elastic_hpc drain " in script
+
+
+def test_apptainer_is_the_command_and_mounts_what_the_agent_needs(project: Path) -> None:
+    spec = of(**APPTAINER, container_mounts="/data:/data:ro", env={"A": "x y"}, python="/opt/venv/bin/python")
+    assert ours(srun_argv(spec)) == [
+        "apptainer", "exec",
+        "--bind", f"{project}:{project},{project}/elastic-logs/7:{project}/elastic-logs/7,/data:/data:ro",
+        "--pwd", str(project),
+        "train.sif", "/opt/venv/bin/python", "-u", "-m", "elastic_hpc.agent",
+    ]  # fmt: skip
+    assert "export A='x y'\nexport APPTAINERENV_A=\"$A\"  #" in render(spec)
+
+
+@pytest.mark.parametrize(
+    ("options", "nv"),
+    [
+        ({}, False), ({"gres": "nvme:1"}, False), ({"gres": "gpu:a100:2"}, True), ({"gpus_per_node": 2}, True),
+        ({"gpus": 8}, True),
+    ],
+)  # fmt: skip
+def test_apptainer_sees_the_gpus_that_were_asked_for(options: dict[str, Any], *, nv: bool) -> None:
+    assert ("--nv" in srun_argv(of(**APPTAINER, **options))) == nv
+    assert "--nv" not in srun_argv(of(**PYXIS, **options))
+
+
+def test_the_agent_in_a_container_is_told_that_it_is_in_one() -> None:
+    for options, contained in (PYXIS, True), (APPTAINER, True), ({}, False):
+        argv = srun_argv(of(**options))
+        words = argv[argv.index("elastic_hpc.agent") + 1 :]
+        assert parse_args(words)[1].contained == contained
+        assert words[-3:] == ["--", "train.py", "a b"]
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "runtime"),
+    [
+        ("a.sif", {}, "apptainer"),
+        ("a.sif", {"container_runtime": "pyxis"}, "pyxis"),
+        ("ubuntu", {}, "pyxis"),
+        ("/images/a.sqsh", {}, "pyxis"),
+        ("docker://a", {"container_runtime": "apptainer"}, "apptainer"),
+    ],
+)
+def test_the_image_decides_what_runs_it_unless_told_otherwise(
+    image: str, options: dict[str, str], runtime: str
+) -> None:
+    container = of(container_image=image, **options).container
+    assert container
+    assert container.runtime == runtime
+
+
+def test_an_image_that_is_a_file_is_found_from_anywhere(project: Path) -> None:
+    (project / "train.sif").write_text("")
+    container = of(**APPTAINER).container
+    assert container
+    assert container.image == str(project / "train.sif")
+
+
+def test_plain_torchrun_runs_in_a_container_too_and_has_no_run_directory(project: Path) -> None:
+    argv = srun_argv(of(**PYXIS, template="torchrun"))
+    assert f"--container-mounts={project}:{project}" in argv
+    assert argv[argv.index("torch.distributed.run") - 3] == "python3"
+    argv = srun_argv(of(**APPTAINER, template="torchrun", python="python3.11"))
+    assert argv[argv.index("apptainer") :][:8] == [
+        "apptainer", "exec", "--bind", f"{project}:{project}", "--pwd", str(project), "train.sif", "python3.11",
+    ]  # fmt: skip
+
+
+def test_a_template_of_ones_own_has_the_container_in_its_lists_of_words(project: Path) -> None:
+    (project / "my.j2").write_text("#!/bin/bash\n{{ srun_options|quote_all }}\n{{ agent_command|quote_all }}\n")
+    text = render(of(**APPTAINER, template="./my.j2"))
+    assert '\napptainer exec --bind "$PWD:$PWD,$run_dir:$run_dir" --pwd "$PWD" train.sif python3 ' in text
+
+
+@pytest.mark.parametrize("options", [PYXIS, APPTAINER])
+@pytest.mark.parametrize("template", ["elastic", "torchrun"])
+def test_scripts_with_containers_are_clean(project: Path, options: dict[str, str], template: str) -> None:
+    extra = {"setup": ["true", "a=1\nb=2"], "env": {"A": "b\nc"}, "container_mounts": "/it's:/b"}
+    (project / "script").write_text(render(of(**options, **extra, template=template)))
+    subprocess.run(["bash", "-n", "script"], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    subprocess.run(["shellcheck", "-e", "SC2034", "script"], check=True)  # the set-up lines' own variables
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"container_mounts": "/a:/a"}, r"--container-mounts /a:/a: needs a container: --container-image IMAGE"),
+        ({"container_runtime": "pyxis"}, r"--container-runtime pyxis: needs a container"),
+        ({**PYXIS, "container_mounts": "/a"}, r"--container-mounts '/a': expected SRC:DST\[:FLAGS\]"),
+        ({**PYXIS, "container_mounts": "/a:/b,"}, r"--container-mounts '/a:/b,': expected"),
+        ({**PYXIS, "container_runtime": "docker"}, "--container-runtime 'docker': expected pyxis or apptainer"),
+        ({"container_image": ""}, "--container-image '': expected an image"),
+        ({**PYXIS, "log_dir": "a,b"}, "a,b['\"] with --container-image: a folder with a comma"),
+        ({**PYXIS, "grow": True}, "--grow with --container-image: .* leave out --grow, or write --grow=off"),
+        ({"python": ""}, "--python '': expected a Python interpreter"),
+    ],
+)
+def test_what_cannot_work_in_a_container_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        checked(of(**options))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--container=oci", "--container-id=x", "--container-name=x", "--container-writable",
+        "--no-container-mount-home", "--container-workdir=/x", "--container-im=x", "--contai=x",
+    ],
+)  # fmt: skip
+def test_options_that_would_put_the_batch_script_into_a_container_are_refused(
+    option: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--dry-run", "-N1", option, "train.py"]) == 2
+    expected = f"elastic-sbatch: {option} (command line): it would put the batch script itself into a container"
+    assert capsys.readouterr().err.startswith(expected)
+    key, _, value = option.removeprefix("--").partition("=")
+    (project / "elastic_hpc.toml").write_text(f"[sbatch]\n{key} = {repr(value) if value else 'true'}\n")
+    assert main(["--dry-run", "-N1", "train.py"]) == 2
+
+
+def test_a_file_of_the_site_may_say_how_containers_run_without_asking_for_one(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "container-runtime = 'apptainer'\ncontainer-mounts = '/data:/data'\npython = '/usr/bin/python3'\n"
+    (project / "elastic_hpc.toml").write_text(text)
+    assert main(["--dry-run", "-N1", "train.py"]) == 0
+    assert "apptainer" not in capsys.readouterr().out
+    assert main(["--dry-run", "-N1", "--container-image=a", "train.py"]) == 0
+    out = capsys.readouterr().out
+    assert ",/data:/data --pwd" in out
+    assert re.search(r"^# --container-runtime +apptainer +\./elastic_hpc\.toml$", out, re.MULTILINE)
+    assert re.search(r"^# --python +/usr/bin/python3 +\./elastic_hpc\.toml$", out, re.MULTILINE)
+
+
+def test_agents_have_the_interpreter_of_the_submission_unless_another_is_named() -> None:
+    assert ours(srun_argv(of()))[0] == sys.executable
+    assert ours(srun_argv(of(python="python")))[0] == "python"
+    assert f"exec {sys.executable} -m elastic_hpc conclude" in render(of(python="python"))
+    assert ours(srun_argv(of(python="~/bin/python")))[0] == os.path.expanduser("~/bin/python")
+
+
+def test_a_set_up_line_that_fails_is_told_and_the_job_goes_on(project: Path) -> None:
+    spec = of(setup=["true", "sh -c 'exit 3'\n[ it = \"it's\" ]", 'export A="1 2"'])
+    script = render(spec).replace("\nsrun ", '\nprintf "A is %s" "$A"; exit #')
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"},
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert "elastic_hpc: exit code 1 of --setup sh -c 'exit 3'\n[ it = \"it's\" ]\n" in done.stderr
+    assert done.stderr.count("elastic_hpc: ") == 1
+    assert done.stdout == "A is 1 2"
+
+
+# an agent without Slurm's commands
+
+
+def leading(rundir: RunDir) -> Leading:
+    env = AgentEnv("7", 1, "n2", 2, 0, 2, None, None, local=False)
+    policy = replace(simulated.POLICY, heartbeat_timeout=0.05)
+    spec = LaunchSpec.from_namespace(argparse.Namespace(script="t.py"))
+    host = Host(1, "n2", ("10.0.0.2",), 29432, "torch 2")
+    return Leading(spec, env, host, 1, policy, rundir, {}, contained=True)
+
+
+def test_a_leader_without_slurms_commands_asks_for_no_nodes_and_leaves_requeues_to_the_batch_script(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    caplog.set_level("INFO", "elastic_hpc")
+    agent = leading(RunDir(tmp_path))
+    server = agent.lead(None, "")
+    assert server._supply is None
+    assert agent._do({"outcome": "requeue"}, ["n3"], alone=False, others=()) is None
+    assert [record.getMessage() for record in caplog.records if record.name == "elastic_hpc.leading"] == [
+        "Slurm's commands are not here: no agent is started anew, no node is brought, the batch script requeues"
+    ]
+    assert agent.recorder
+    agent.recorder.close()
+
+
+def test_when_the_batch_script_is_lost_too_the_user_is_told_once_what_to_type_and_the_agent_leaves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent = leading(RunDir(tmp_path))
+    ended: list[JobEnded | None] = []
+
+    def gives_up() -> bool:
+        ended.append(agent.give_up(None, 99.0, "n1 lost", patient=False))
+        return ended[-1] is not None
+
+    wait_for(gives_up)
+    assert ended[-1]
+    assert ended[-1].outcome == "lost"
+    assert "type: scontrol requeue 7, or scancel 7" in caplog.text
+    assert caplog.text.count("Slurm's commands") == 1
