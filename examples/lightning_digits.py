@@ -5,6 +5,7 @@ elastic-sbatch --nodes 2:4 examples/lightning_digits.py       python examples/li
 
 import argparse
 import os
+import zipfile
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -56,7 +57,15 @@ labels = torch.tensor(digits.target)
 
 # Lightning wants to know the world's size, which changes: these are the launcher's.
 local, nodes = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
-keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=20, save_top_k=2, monitor="step", mode="max")
+keep = ModelCheckpoint(
+    folder,
+    "{step}",
+    every_n_train_steps=20,
+    save_top_k=2,
+    monitor="step",
+    mode="max",
+    enable_version_counter=False,  # Elastic may have saved this step already
+)
 trainer = pl.Trainer(
     devices=local,
     num_nodes=nodes,
@@ -70,7 +79,9 @@ trainer = pl.Trainer(
     logger=False,
 )
 model = Digits()
-saved = sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+# Lightning's temporary file may be on another file system: a copy that was cut short is no zip file.
+whole = filter(zipfile.is_zipfile, folder.glob("step=*.ckpt"))
+saved = sorted(whole, key=lambda path: int(path.stem.partition("=")[2]))
 data = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)
 trainer.fit(model, data, ckpt_path=saved[-1] if saved else None)
 if trainer.is_global_zero and trainer.global_step == args.steps:

@@ -194,7 +194,7 @@ def test_workers_that_hang_are_found_their_stacks_are_kept_and_training_goes_on(
         "def stuck_here():\n    time.sleep(1000)\n"
         "if os.environ['ELASTIC_HPC_ROUND'] == '1': stuck_here()\n"
     )
-    job = submit("--nodes", "2", "--hang-timeout", "4", script=script)
+    job = submit("--nodes", "2", "--hang-timeout", "8", script=script)
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     assert job.events("failure")[0]["kind"] == "hang"
     stacks = sorted(job.run_dir.glob("logs/0.1/*/rank*.stacks"))

@@ -22,11 +22,13 @@ MOMENTS = ("start", "forming", "training", "checkpoint", "end")
 ALL = [(f, m) for f in (*OF_WORKERS, *OF_MORE) for m in MOMENTS if m != "forming" or f not in OF_WORKERS]
 ELSEWHERE = {"worker_SIGKILL", "agent_SIGKILL", "power_loss", "head_power_loss", "head_agent_SIGKILL"}
 """Injected each time by test_recovery.py, the last by test_grow.py."""
+RELATIVES = {"partition_of_one", "partition_of_the_head", "partition_of_half", "shared_directory_read_only"}
+"""Left to the whole matrix: each differs little from one that is injected each time."""
 SOME = [
     (fault, moments[number % len(moments)])
     for number, fault in enumerate((*OF_WORKERS, *OF_MORE))
     for moments in [[moment for each, moment in ALL if each is fault]]
-    if fault.name not in ELSEWHERE
+    if fault.name not in ELSEWHERE | RELATIVES
 ]
 
 
