@@ -19,7 +19,7 @@ from elastic_hpc.sbatch_options import SBATCH
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 OURS = {"elastic-sbatch", "elastic-srun", "elastic-hpc", "mini-slurm"}
-OTHERS = {"salloc", "apt-get", "git", "pip", "make", "cd"}
+OTHERS = {"salloc", "apt-get", "git", "pip", "make", "cd", "torchrun", "srun"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 BLOCK = re.compile(r"^```([\w ]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
