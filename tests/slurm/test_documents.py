@@ -1,4 +1,4 @@
-"""The Python code of the documents that needs Slurm, run by a user on the cluster."""
+"""The code of the documents that needs Slurm, run by a user on the cluster."""
 
 from __future__ import annotations
 
@@ -10,17 +10,29 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Cluster
 
-BLOCK = re.compile(r"^```python slurm( allocation)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w+) slurm( allocation)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = [path for path in sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")]) if BLOCK.search(path.read_text())]
+PATH = f"PATH={Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
+SCRIPT = "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
-def test_python_code_runs(fresh: Cluster, folder: Path, document: Path) -> None:
-    shutil.copy(ROOT / "examples" / "train_digits.py", folder / "train.py")
+def test_code_runs(fresh: Cluster, folder: Path, document: Path) -> None:
+    """Python: all of a page is one script. Shell: every command must succeed; bash: a batch script."""
     found = BLOCK.findall(document.read_text())
-    for name, command in (("", []), (" allocation", ["salloc", "--quiet", "--nodes=4"])):
-        code = "\n".join(text for where, text in found if where == name)
-        if code:
-            script = folder / "document.py"
-            script.write_text(code)
-            fresh.exec([*command, sys.executable, str(script)], cwd=folder, timeout=120)
+    python = "python" in {language for language, _, _ in found}
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    for name in ("train.py", "first.py", "second.py"):
+        if python:
+            shutil.copy(ROOT / "examples" / "train_digits.py", folder / name)
+        else:
+            (folder / name).write_text(SCRIPT)
+    for language in ("python", "sh", "bash"):
+        for where in ("", " allocation"):
+            code = "\n".join(text for each, place, text in found if (each, place) == (language, where))
+            if code:
+                script = folder / f"document.{language}"
+                script.write_text(code)
+                run = {"python": [sys.executable], "sh": ["bash", "-e"], "bash": ["sbatch", "--wait"]}[language]
+                allocated = ["salloc", "--quiet", "--nodes=4"] if where else []
+                fresh.exec([*allocated, "env", PATH, *run, str(script)], cwd=folder, timeout=120)

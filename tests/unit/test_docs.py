@@ -21,6 +21,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 OURS = {"elastic-sbatch", "elastic-srun", "elastic-hpc", "mini-slurm"}
 OTHERS = {"salloc", "apt-get", "git", "pip", "make", "cd", "torchrun", "srun"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+ON_SLURM = ("sh slurm", "sh slurm allocation")
 BLOCK = re.compile(r"^```([\w ]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -39,12 +40,13 @@ def options_of(command: str) -> set[str]:
     return known | ({f"--{name}" for name in SBATCH} if command == "elastic-sbatch" else set())
 
 
-def blocks(document: Path, language: str) -> list[str]:
-    return [text for found, text in BLOCK.findall(document.read_text()) if found == language]
+def blocks(document: Path, *kinds: str) -> list[str]:
+    """Those marked ``slurm`` are run by tests/slurm/test_documents.py."""
+    return [text for found, text in BLOCK.findall(document.read_text()) if found in kinds]
 
 
 def command_lines(document: Path) -> list[list[str]]:
-    lines = [line for block in blocks(document, "sh") for line in block.splitlines()]
+    lines = [line for block in blocks(document, "sh", *ON_SLURM) for line in block.splitlines()]
     shown = [line[2:] for block in blocks(document, "text") for line in block.splitlines() if line.startswith("$ ")]
     parts = [part for line in [*lines, *shown] for part in line.split(" && ")]
     return [words for part in parts if (words := shlex.split(part.removeprefix("sudo "), comments=True))]
