@@ -108,9 +108,10 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
 
     @property
     def hostnames(self) -> list[str]:
-        """The nodes of this world, in rank order."""
-        events = RunDir(self.run_dir).events()
-        return next((e["nodes"] for e in reversed(events) if e["event"] == "round"), [self.hostname])
+        """The nodes of this world, in rank order; this one alone where the record does not have them yet."""
+        events, round = RunDir(self.run_dir).events(), int(os.environ["ELASTIC_HPC_ROUND"])
+        formed = (e["nodes"] for e in events if e["event"] == "round" and e["round"] == round)
+        return next(formed, [self.hostname])
 
     @property
     def paths(self) -> ElasticPaths:

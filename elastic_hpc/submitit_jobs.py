@@ -73,7 +73,7 @@ class ElasticJob(core.Job[core.R]):
     def task(self, task_id: int) -> ElasticJob[core.R]:
         if not 0 <= task_id < self.num_tasks:
             raise ValueError(f"task_id {task_id}: expected a rank of the last world, 0 to {self.num_tasks - 1}")
-        return self if self._rank is not None else ElasticJob(self._folder, self.job_id, (task_id,))
+        return self if self._rank is not None else type(self)(self._folder, self.job_id, (task_id,))
 
     def done(self, force_check: bool = False) -> bool:
         return self._state("force" if force_check else "standard")[1]

@@ -222,15 +222,6 @@ def test_one_survivor_of_two_brings_the_job_back_when_the_head_loses_power(submi
     assert "n1" not in job.events("round")[-1]["nodes"]
 
 
-def test_the_warning_signal_brings_the_job_back_without_a_charge(submit: Submit, fresh: Cluster) -> None:
-    job = submit("--nodes", "2:4", "--grace", "1", args=ARGS)
-    job.wait_steps(25)
-    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
-    wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1")
-    finish(job)
-    assert (job.verdict()["requeues"], job.verdict()["restarts"]) == (0, 0)
-
-
 def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(submit: Submit, fresh: Cluster) -> None:
     job = submit("--nodes", "2:4", args=ARGS)
     job.wait_steps(5)
