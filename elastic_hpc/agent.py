@@ -135,6 +135,13 @@ def make_local_folder() -> str:
     return tempfile.mkdtemp(prefix="elastic-hpc-", dir=shared if os.access(shared, os.W_OK) else None)
 
 
+def software() -> str:
+    """What all nodes must have the same of."""
+    import torch
+
+    return f"torch {torch.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
+
+
 def main(argv: list[str] | None = None) -> int:
     spec, args = parse_args(argv)
     environ, env = dict(os.environ), read_agent_env(os.environ)
@@ -170,8 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
     server_socket = net.listen_from(spec.rdzv_endpoint.port + CONTROL_PORT_OFFSET)
     addresses = ("127.0.0.1",) if env.local else net.addresses_to_publish(env.name, spec.interface, env.submit_host)
-    software = f"torch {torch.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
-    me = Host(env.node, env.name, addresses, server_socket.getsockname()[1], software)
+    me = Host(env.node, env.name, addresses, server_socket.getsockname()[1], software())
     contained = not env.local and (args.contained or shutil.which("scontrol") is None)
     leading = Leading(spec, env, me, nproc, policy, rundir, environ, contained=contained)
     head = spec.rdzv_endpoint.host

@@ -116,8 +116,11 @@ class Job:
         return False
 
     def cancel(self) -> None:
-        """``scancel``: end it at once, whatever state it is in."""
-        slurm.cancel(self.slurm_id)
+        """``scancel``: end it at once, whatever state it is in. On one machine without Slurm its leader does so."""
+        if self._record.is_held() is None:
+            slurm.cancel(self.slurm_id)
+        else:
+            self._tell("stop")
 
     def _tell(self, request: Literal["drain", "save-and-stop", "stop"], reason: str = "user") -> None:
         from elastic_hpc.ask import ask_leader  # asyncio takes its time to be imported
@@ -150,8 +153,7 @@ class Job:
 
     def last_round(self) -> Mapping[str, Any]:
         """The event of the last world that was formed, ``round``, ``nodes``, ``world_size``; empty before the first."""
-        events = self._record.events() if self.run_dir.is_dir() else []
-        return next((event for event in reversed(events) if event["event"] == "round"), {})
+        return self._record.last_round()
 
     def _ask(self) -> str:
         """From its launcher, or Slurm: Slurm's word for its state, GONE if Slurm does not know it."""

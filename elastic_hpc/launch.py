@@ -100,7 +100,7 @@ def _outcome(rundir: RunDir) -> Mapping[str, Any]:
     """The last world, if its workers have finished."""
     verdict = rundir.read("verdict.json")
     if verdict and verdict["outcome"] == "finished":
-        return next(event for event in reversed(rundir.events()) if event["event"] == "round")
+        return rundir.last_round()
     if not verdict:
         raise LaunchFailed(
             f"the agents left no verdict; see what they said above, and {rundir.path}", rundir.path, None

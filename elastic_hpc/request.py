@@ -139,7 +139,8 @@ def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
     """The batch script of ``job``, when all is in place for its submission, in the body. Raises UsageError. What is put
     aside for the job is taken back if the body raises that, or with ``will_run`` False.
     """
-    checked(job)
+    job = replace(job, token=secrets.token_hex(8))
+    script, staged = checked(job), Path(job.staged)
     try:
         os.makedirs(job.log_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=job.log_dir).close()
@@ -148,8 +149,6 @@ def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
             f"--log-dir {job.log_dir!r}: {error.strerror}; "
             "expected a folder that can be written and that all nodes share"
         ) from None
-    job = replace(job, token=secrets.token_hex(8))
-    script, staged = render(job), Path(job.staged)
     if job.code and will_run and job.token in script:
         snapshot.put_aside(job.code, staged, snapshot=job.snapshot)
     try:

@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 from typing import IO, Any
 
-from elastic_hpc.errors import ElasticError
+from elastic_hpc.errors import ElasticError, UsageError
 
 _HELD = "running"
 
@@ -40,6 +40,14 @@ class RunDir:
                 f"run directory {self.path}: {error.strerror}; choose a folder that all nodes share: --log-dir DIR"
             ) from error
         return self
+
+    @classmethod
+    def new(cls, folder: str | os.PathLike[str], name: str) -> RunDir:
+        """The first of ``name.0``, ``name.1``, ... in ``folder`` that is nobody's yet. Raises ElasticError."""
+        for number in range(10_000):
+            with contextlib.suppress(FileExistsError):
+                return cls(Path(folder).absolute() / f"{name}.{number}").create(exist_ok=False)
+        raise UsageError(f"--log-dir {str(folder)!r}: no free name left; remove old run directories")
 
     def make_secret(self) -> bytes:
         """The job's secret; made at the first call, the same for all agents and after a requeue."""
@@ -147,6 +155,10 @@ class RunDir:
             return int(run), int(round)
 
         return sorted(self.path.glob(f"logs/[0-9]*.[0-9]*/*/rank{rank}.{stream}"), key=order)
+
+    def last_round(self) -> dict[str, Any]:
+        """The event of the last world that was formed, ``round``, ``nodes``, ``world_size``; empty before the first."""
+        return next((event for event in reversed(self.events()) if event["event"] == "round"), {})
 
     def append_event(self, when: float, event: str, fields: dict[str, Any]) -> None:
         """Append one line to ``events.jsonl``: ``time`` (``when``, seconds since the epoch), ``event``, ``fields``.

@@ -166,13 +166,6 @@ class ElasticLocalJob(ElasticJob[core.R]):
         status = self._job.status()
         return status.state, status.done
 
-    def cancel(self, check: bool = True) -> None:
-        try:
-            self._job.stop()
-        except ElasticError:
-            if check:
-                raise
-
     def _register_in_watcher(self) -> None:
         """Slurm does not know it."""
 

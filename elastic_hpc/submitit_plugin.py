@@ -5,8 +5,6 @@ Entry points in the group ``submitit``; imported by submitit when an executor is
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
 import shutil
 import subprocess
@@ -162,14 +160,21 @@ class ElasticLocalExecutor(ElasticExecutor):
         return jobs
 
     def _start(self, spec: JobSpec) -> core.Job[Any]:
-        run_dir = self._new_run_dir()
+        rundir = RunDir.new(self._runs, "local")
         launch = replace(spec.launch, grow=False)
         count = launch.nodes.max + launch.spares
         options = [f"{flag}={value}" for flag, value in launch.options()]
-        command = [sys.executable, "-m", "elastic_hpc.cli.srun", f"--local={count}", f"--run-dir={run_dir}", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "elastic_hpc.cli.srun",
+            f"--local={count}",
+            f"--run-dir={rundir.path}",
+            *options,
+        ]
         command += ["--module", launch.script, *launch.script_args]
         environ = {**os.environ, **{name: setting.value for name, setting in spec.env.items()}}
-        with RunDir(run_dir).hold() as lock, open(f"{run_dir}.log", "wb") as said:
+        with rundir.hold() as lock, open(f"{rundir.path}.log", "wb") as said:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -180,15 +185,7 @@ class ElasticLocalExecutor(ElasticExecutor):
                 start_new_session=True,
             )
         threading.Thread(target=process.wait, daemon=True).start()  # no zombie
-        return self.job_class(self.folder, run_dir.name)
-
-    def _new_run_dir(self) -> Path:
-        for number in itertools.count():
-            path = self._runs / f"local.{number}"
-            with contextlib.suppress(FileExistsError):
-                path.mkdir(mode=0o700)
-                return path
-        raise AssertionError
+        return self.job_class(self.folder, rundir.path.name)
 
 
 def _translated(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import secrets
 import select
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,11 +20,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousInfo, RendezvousParameters
 
 from elastic_hpc import guard, net
-from elastic_hpc.agent import CONTROL_PORT_OFFSET, make_local_folder, network, policy_of, start_guard, start_log
+from elastic_hpc.agent import (
+    CONTROL_PORT_OFFSET,
+    make_local_folder,
+    network,
+    policy_of,
+    software,
+    start_guard,
+    start_log,
+)
 from elastic_hpc.causes import explain
 from elastic_hpc.control import Control
 from elastic_hpc.env import AGENT_MARK, prepare_worker_env
@@ -80,8 +86,7 @@ def join(parameters: RendezvousParameters) -> TorchrunHandler:
         addresses = net.addresses_to_publish(
             os.uname().nodename if env.local else env.name, spec.interface, env.submit_host
         )
-    software = f"torch {torch.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
-    me = Host(env.node, env.name, addresses, server_socket.getsockname()[1], software)
+    me = Host(env.node, env.name, addresses, server_socket.getsockname()[1], software())
     leading = _TorchrunLeading(spec, env, me, settings.nproc, policy, rundir, environ)
     first = leads_at_first(settings, env, rundir)
     if first:

@@ -121,14 +121,6 @@ def _given_run_dir(path: str) -> RunDir:
     return rundir
 
 
-def _new_run_dir(log_dir: str, job: str) -> RunDir:
-    for number in range(10_000):
-        rundir = RunDir(Path(log_dir).absolute() / f"{job}.{number}")
-        with contextlib.suppress(FileExistsError):
-            return rundir.create(exist_ok=False)
-    raise UsageError(f"--log-dir {log_dir!r}: no free name left; remove old run directories")
-
-
 class _Run:
     """The running agents, and what Ctrl-C does to them. Signals are taken from here on, and acted upon in ``wait``: one
     that comes while another is acted upon must not cut in.
@@ -237,7 +229,7 @@ def _main(argv: list[str] | None) -> int:
     launch, count = _request(args, _nodes_here(args))
     local = args.standalone or args.local is not None
     job = "local" if local else os.environ["SLURM_JOB_ID"]
-    rundir = _given_run_dir(args.run_dir) if args.run_dir else _new_run_dir(args.log_dir, job)
+    rundir = _given_run_dir(args.run_dir) if args.run_dir else RunDir.new(args.log_dir, job)
     with rundir.hold() if local else contextlib.nullcontext():
         run = _Run(rundir, _commands(launch, count, rundir, args.nodelist, local=local))
         run.wait()

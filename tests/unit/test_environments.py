@@ -29,7 +29,7 @@ from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import JobSpec, render
 from elastic_hpc.spec import LaunchSpec
 
-PYXIS = {"container_image": "nvcr.io#nvidia/pytorch:25.01-py3"}
+PYXIS = {"container_image": "registry.example#nvidia/pytorch:25.01-py3"}
 APPTAINER = {"container_image": "train.sif"}
 
 
@@ -75,7 +75,7 @@ def test_pyxis_gets_options_of_the_srun_line_and_the_batch_script_stays_outside(
     spec = of(**PYXIS, container_mounts="/da ta:/data:ro,/scratch:/scratch", env={"B": "1", "A": "2"})
     run_dir = f"{project}/elastic-logs/7"
     assert ours(srun_argv(spec)) == [
-        "--container-image=nvcr.io#nvidia/pytorch:25.01-py3",
+        "--container-image=registry.example#nvidia/pytorch:25.01-py3",
         f"--container-mounts={project}:{project},{run_dir}:{run_dir},/da ta:/data:ro,/scratch:/scratch",
         f"--container-workdir={project}",
         "--container-env=B,A",
