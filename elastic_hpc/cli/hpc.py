@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from pathlib import Path
 
+from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.election import joiner
 from elastic_hpc.env import JOIN, job_name
-from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.errors import ElasticError
 from elastic_hpc.rundir import RunDir
+
+MODULES: tuple[str, ...] = ()
+"""Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, add_arguments(parser) and run(args)."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,10 +24,21 @@ def _parser() -> argparse.ArgumentParser:
         "folder under --log-dir, for example elastic-logs/4711.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in MODULES:
+        module = importlib.import_module(f"elastic_hpc.cli.{name}")
+        added = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP[0].upper() + module.HELP[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(added)
+        added.set_defaults(run=module.run)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        added.add_argument("run_dir", metavar="JOB", type=_run_dir)
+        add_job(added)
+        added.set_defaults(run=_run)
         return added
 
     command("summary", "show the rounds of a job: world sizes, causes, and what each restart cost")
@@ -41,18 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_dir(text: str) -> RunDir:
-    found = next((path for path in (Path(text), Path("elastic-logs", text)) if path.is_dir()), None)
-    if not text or found is None:
-        raise UsageError(
-            f"{text!r}: expected a job's id, where ./elastic-logs has it, or its run directory, "
-            "for example elastic-logs/4711"
-        )
-    return RunDir(found)
-
-
 def _run(args: argparse.Namespace) -> int:
-    rundir: RunDir = args.run_dir
+    rundir: RunDir = args.job
     if args.command.startswith("conclude"):
         from elastic_hpc import conclude
 
@@ -104,7 +109,8 @@ def _why_drained() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the answer is the exit code: 0, 1 for a failure, 2 for bad input."""
     try:
-        return _run(_parser().parse_args(argv))
+        args = _parser().parse_args(argv)
+        return int(args.run(args))
     except ElasticError as error:
         print(f"elastic-hpc: {error}", file=sys.stderr)
         return error.exit_code
