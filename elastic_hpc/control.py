@@ -19,11 +19,14 @@ from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import Membership, Network
 from elastic_hpc.protocol import Failure, Host, Order, Plan, Roster, State, Status
 from elastic_hpc.server import LeaderServer, Link
+from elastic_hpc.training import Progress
 
 log = logging.getLogger(__name__)
 
 _FILE_TIMEOUT = 0.5
 """Seconds a look at the run directory may take; a file system that stalls must not delay a take-over."""
+
+_SAID_NOTHING = {"step": -1, "step_at": 0.0, "first": -1, "first_at": 0.0, "loss": None}
 
 
 @dataclass(frozen=True)
@@ -122,15 +125,15 @@ class Control:
         with self._changed:
             changes: dict[str, Any] = {"state": state, "round": round, "failure": failure, "drained": drained}
             if state == "running":  # these workers have said nothing yet
-                changes |= {"listens": False, "step": -1}
+                changes |= {"listens": False, **_SAID_NOTHING}
             self._report(**changes)
 
-    def report_progress(self, step: int, *, listens: bool) -> None:
+    def report_progress(self, said: Progress) -> None:
         """Tell the leader how far the workers are, with the next heartbeat; at once if they can be told to stop."""
         with self._changed:
-            if listens != self._status.listens:
-                self._report(step=step, listens=listens)
-            self._status = replace(self._status, step=step)
+            if said.listens != self._status.listens:
+                self._report(listens=said.listens)
+            self._status = replace(self._status, **{name: getattr(said, name) for name in _SAID_NOTHING})
 
     def on_signal(self) -> None:
         """This agent got SIGTERM. So did all others, if this is Slurm's doing; the leader's agent says so for all. The

@@ -193,6 +193,7 @@ class Leader:
                 if peer.joined and not self._is_ready(peer.status):
                     self.on_lost(conn, f"its workers did not stop within {STOP_TIMEOUT:g} s", now)
         self._advance(now)
+        self._tell_progress(now)
         if self._stage == "gather" and self._waiting != self._told and now - self._gathered > 1 and not self.verdict:
             self._told = self._waiting
             self._event("waiting", round=self.round, reason=self._waiting)
@@ -310,6 +311,7 @@ class Leader:
 
     def _on_progress(self, status: Status, now: float) -> None:
         self._progress.step = max(self._progress.step, status.step)
+        self._world.steps.hear(status, first=status.node == self._world.formed[0])
         self._world.going = self._world.going or status.step >= 0 or status.listens
         if status.state == "succeeded":
             self._world.on_success(status)
@@ -407,6 +409,7 @@ class Leader:
             self._progress.on_end(self._world.failure)
             if decision.grows:
                 self._grown = now
+            self._tell_progress(now, over=True)
             if self._inherited:  # the round that is being gathered is a new one already
                 self._inherited = ""
             else:
@@ -439,6 +442,10 @@ class Leader:
             leader=peers[self._node].status.name if self._node in peers else None,
         )
 
+    def _tell_progress(self, now: float, *, over: bool = False) -> None:
+        if news := self._world.steps.news(now, over=over):
+            self._event("progress", round=self.round, **news)
+
     def _clear_round(self, now: float) -> None:
         self.round = max(self.round, self._highest) + 1
         self._stage, self._world, self._gathered = "gather", World(), now
@@ -446,6 +453,7 @@ class Leader:
     def _end(self, decision: Decision, now: float) -> None:
         outcome = _OUTCOMES[decision.action]
         self._progress.on_end(self._world.failure)
+        self._tell_progress(now, over=True)
         ended, failure = self.round, self._progress.last_failure
         if outcome == "requeue":
             self.requeues += decision.charged

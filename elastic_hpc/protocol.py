@@ -32,7 +32,13 @@ LEAVE = "leave"
 WHO = "who"
 """Asks an agent, leader or not, whom it follows. Answered by a ``Redirect``; commits to nothing."""
 _T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "Leave", Base)
-_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "str": str,
+    "bool": bool,
+}
 
 
 class ProtocolError(Exception):
@@ -104,6 +110,12 @@ class Status:
     """Round of the roster that this agent holds."""
     step: int = -1
     """Last training step that one of its workers reported; -1 for none."""
+    step_at: float = 0.0
+    """When, in seconds since the epoch on its own node; so is ``first_at``."""
+    first: int = -1
+    """The first step that they have reported in this round."""
+    first_at: float = 0.0
+    loss: float | None = None
     unfit: str = ""
     """Why this node should not take part, as its preflight found."""
     drained: bool = False

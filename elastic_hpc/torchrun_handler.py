@@ -216,7 +216,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
                             signal.pidfd_send_signal(sibling, signal.SIGKILL)
             if not self._is_over(round):
                 watch.look()
-                self._control.report_progress(watch.step, listens=False)
+                self._control.report_progress(watch.progress._replace(listens=False))
         for descriptor in workers:
             os.close(descriptor)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 import os
 import signal
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,7 +40,7 @@ __all__ = [
 LOCAL_DIR = "ELASTIC_HPC_LOCAL_DIR"
 DRAIN_FILE = "drain"
 PROGRESS_FILE = "progress.{local_rank}"
-_RECORD = struct.Struct("<qq")  # step, flags
+_RECORD = struct.Struct("<qqqddd")  # step, flags, first step, loss, when the first step was reported, when the last
 _DRAINED, _LISTENS = 1, 2
 
 
@@ -51,21 +53,31 @@ class Progress(NamedTuple):
     """Whether ``drain_requested`` has returned True: if it ends now, it was drained rather than finished."""
     listens: bool = False
     """Whether it calls ``drain_requested`` at all."""
+    first: int = -1
+    """The first step that it has reported: one more than what its checkpoint had, -1 for none."""
+    loss: float | None = None
+    first_at: float = 0.0
+    """When, in seconds since the epoch, it has reported the first step."""
+    step_at: float = 0.0
+    """When it has reported the last one."""
 
 
 def read_progress(path: str | os.PathLike[str]) -> Progress | None:
     """What the worker that writes ``path`` told last; None if it has told nothing, or the file cannot be read."""
     try:
         with open(path, "rb") as file:
-            step, flags = _RECORD.unpack(file.read(_RECORD.size))
+            step, flags, first, loss, first_at, step_at = _RECORD.unpack(file.read(_RECORD.size))
     except (OSError, struct.error):
         return None
-    return Progress(step, bool(flags & _DRAINED), bool(flags & _LISTENS))
+    drained, listens = bool(flags & _DRAINED), bool(flags & _LISTENS)
+    return Progress(step, drained, listens, first, loss if math.isfinite(loss) else None, first_at, step_at)
 
 
-def report_progress(step: int) -> None:
-    """Tell the agent that ``step`` steps are done. Takes microseconds, and a failure is not worth an exception."""
-    _worker().report(operator.index(step))
+def report_progress(step: int, loss: float | None = None) -> None:
+    """Tell the agent that ``step`` steps are done, and what the loss was, where that is known on the host already.
+    Takes microseconds, and a failure is not worth an exception.
+    """
+    _worker().report(operator.index(step), math.nan if loss is None else float(loss))
 
 
 def drain_requested(every: int = 1) -> bool:
@@ -102,7 +114,9 @@ class Worker:
         self._drain = os.path.join(folder, DRAIN_FILE) if folder else None
         self._progress = os.path.join(folder, PROGRESS_FILE.format(local_rank=local_rank)) if folder else None
         self._descriptor: int | None = None
-        self._step = -1
+        self._step = self._first = -1
+        self._loss = math.nan
+        self._first_at = self._step_at = 0.0
         self._calls = 0
         self._listens = False
         self._with_agents = True
@@ -168,9 +182,11 @@ class Worker:
         signal.signal(signal.SIGTERM, on_sigterm)
         os.register_at_fork(after_in_child=in_child)
 
-    def report(self, step: int) -> None:
+    def report(self, step: int, loss: float = math.nan) -> None:
         """See ``report_progress``."""
-        self._step = step
+        self._step, self._loss, self._step_at = step, loss, time.time()
+        if self._first < 0:
+            self._first, self._first_at = step, self._step_at
         self._write()
 
     def _write(self) -> None:
@@ -180,7 +196,8 @@ class Worker:
             if self._descriptor is None:
                 self._descriptor = os.open(self._progress, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             flags = _DRAINED * self._answer | _LISTENS * self._listens
-            os.pwrite(self._descriptor, _RECORD.pack(self._step, flags), 0)
+            record = self._step, flags, self._first, self._loss, self._first_at, self._step_at
+            os.pwrite(self._descriptor, _RECORD.pack(*record), 0)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, read_progress
+from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, Progress, read_progress
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Watch:
         self._moved = time.monotonic()
 
     def stop(self) -> None:
-        self.step, self.drained, self.listens, self.stacks_recorded = -1, False, False, False
+        self.progress = Progress(-1, drained=False)
+        """Of all workers: the last step of the one that is furthest, what any has said of drains, the first loss."""
+        self.stacks_recorded = False
         self._pids, self._outputs = [], []
         self._moved = 0.0
         self._written = -1
@@ -54,13 +56,16 @@ class Watch:
             for local in range(len(self._pids))
         ]
         told = [progress for progress in found if progress]
-        step = max((progress.step for progress in told), default=-1)
-        self.drained = any(progress.drained for progress in told)
-        self.listens = any(progress.listens for progress in told)
+        furthest = max(told, key=lambda progress: progress.step, default=Progress(-1, drained=False))
+        seen = furthest._replace(
+            drained=any(progress.drained for progress in told),
+            listens=any(progress.listens for progress in told),
+            loss=next((progress.loss for progress in told if progress.loss is not None), None),
+        )
         written = sum(map(_size, self._outputs))
-        if step != self.step or (step < 0 and written != self._written):
+        if seen.step != self.progress.step or (seen.step < 0 and written != self._written):
             self._moved = now
-        self.step, self._written = step, written
+        self.progress, self._written = seen, written
         stopped = {pid for pid in self._pids if _is_stopped(pid)}
         self._stopped = {pid: self._stopped.get(pid, now) for pid in stopped}
 
@@ -71,7 +76,8 @@ class Watch:
             if now - since > self._stop_timeout:
                 return Trouble("stopped", f"stopped by a signal for {self._stop_timeout:g} s (SIGSTOP)", pid)
         if self._hang_timeout and self._pids and now - self._moved > self._hang_timeout:
-            what = f"no progress after step {self.step}" if self.step >= 0 else "no output"
+            step = self.progress.step
+            what = f"no progress after step {step}" if step >= 0 else "no output"
             return Trouble("hang", f"{what} for {self._hang_timeout:g} s (--hang-timeout)", self._pids[0])
         return None
 

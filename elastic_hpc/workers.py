@@ -164,6 +164,8 @@ class ElasticAgent(LocalElasticAgent):
             return self._stop_for_next_round()
         codes = {worker: self._exit_code(worker) for worker in worker_group.workers}
         if failed := [worker for worker, code in codes.items() if code]:
+            self._watch.look()
+            self._control.report_progress(self._watch.progress)
             self._control.report("failed", self._round, self._failure(failed))
             return self._stop_for_next_round()
         if None in codes.values():
@@ -171,7 +173,8 @@ class ElasticAgent(LocalElasticAgent):
             return RunResult(state=WorkerState.HEALTHY)
         self._kill_workers()  # what they left running in their sessions
         self._watch.look()
-        self._control.report("succeeded", self._round, drained=self._watch.drained)
+        self._control.report_progress(self._watch.progress)
+        self._control.report("succeeded", self._round, drained=self._watch.progress.drained)
         while not self._control.must_stop(self._round):  # raises JobEnded when all nodes have finished
             self._wait_for_news()
         return self._stop_for_next_round()
@@ -183,11 +186,12 @@ class ElasticAgent(LocalElasticAgent):
             self._told_to_drain = True
             Path(os.environ[LOCAL_DIR], DRAIN_FILE).touch()
         self._watch.look()
-        self._control.report_progress(self._watch.step, listens=self._watch.listens)
+        self._control.report_progress(self._watch.progress)
         if self._signalled:
             leaving, since = self._signalled
-            patience = min(TERM_GRACE, self._policy.grace) if self._watch.listens and self._told_to_drain else 1.0
-            if not self._watch.listens or time.monotonic() - since > patience:
+            listens = self._watch.progress.listens
+            patience = min(TERM_GRACE, self._policy.grace) if listens and self._told_to_drain else 1.0
+            if not listens or time.monotonic() - since > patience:
                 raise leaving
         elif trouble := self._watch.trouble():
             worker = next((w for w in worker_group.workers if w.id == trouble.pid), worker_group.workers[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from elastic_hpc.causes import signature
 from elastic_hpc.decide import Decision
@@ -11,8 +12,37 @@ from elastic_hpc.protocol import Failure, Plan, Status
 SETTLE = 0.25
 """Seconds in which the cause of a failure may still be reported, when its echo was faster."""
 
+TOLD_EVERY = 10.0
+"""Seconds between two entries in the record of how far the workers are."""
+
 ALIVE_IS_PROGRESS = 60.0
 """A round that lived for so many seconds has got on, if its workers report no steps."""
+
+
+@dataclass
+class Steps:
+    """How far the workers of a round have come, for the record. Times are seconds since the epoch."""
+
+    _said: dict[str, Any] = field(default_factory=dict)
+    _told: dict[str, Any] = field(default_factory=dict)
+    _told_at: float = -TOLD_EVERY
+
+    def hear(self, status: Status, *, first: bool) -> None:
+        """``first``: it comes from the node of rank 0, whose loss is the one that counts."""
+        said = self._said
+        if status.step > said.get("step", -1):
+            said |= {"step": status.step, "step_at": status.step_at}
+            said.setdefault("first", status.first)
+            said.setdefault("first_at", status.first_at)
+        if status.loss is not None and (first or "loss" not in said):
+            said["loss"] = status.loss
+
+    def news(self, now: float, *, over: bool = False) -> dict[str, Any]:
+        """What is to be told now, nothing if there is nothing new. ``over``: this is the last time."""
+        if self._said == self._told or not (over or now - self._told_at >= TOLD_EVERY):
+            return {}
+        self._told, self._told_at = dict(self._said), now
+        return self._told
 
 
 @dataclass
@@ -36,6 +66,7 @@ class World:
     change: Decision | None = None
     """Why the workers were asked to save and stop, for a new world."""
     changing_since: float = 0.0
+    steps: Steps = field(default_factory=Steps)
 
     def on_success(self, status: Status) -> None:
         self.succeeded.add(status.node)

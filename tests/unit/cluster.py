@@ -23,6 +23,7 @@ from elastic_hpc.protocol import Host, Roster
 from elastic_hpc.recorder import Recorder
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.server import LeaderServer
+from elastic_hpc.training import Progress
 
 POLICY = Policy(
     min_nodes=1,
@@ -122,7 +123,7 @@ class Node:
     def train(self, round: int) -> None:
         """Its workers have done a step of ``round``."""
         self.control.report("running", round)
-        self.control.report_progress(1, listens=False)
+        self.control.report_progress(Progress(1, drained=False))
 
     def in_loop(self, work: Callable[[], Any]) -> Any:
         """The result of ``work``, which runs on the control thread."""

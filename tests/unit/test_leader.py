@@ -11,7 +11,7 @@ import simulated
 from elastic_hpc.decide import TERM_GRACE
 from elastic_hpc.leader import STOP_TIMEOUT, Leader
 from elastic_hpc.protocol import Failure, Host, Order, Request, Roster, Status
-from elastic_hpc.world import ALIVE_IS_PROGRESS, SETTLE
+from elastic_hpc.world import ALIVE_IS_PROGRESS, SETTLE, TOLD_EVERY
 
 POLICY = replace(simulated.POLICY, max_restarts=100)
 
@@ -515,3 +515,26 @@ def test_a_leader_whose_workers_run_without_a_majority_stops_them_at_once() -> N
     job.leader.on_lost(2, "gone", job.now)
     job.leader.on_lost(0, "gone", job.now)
     assert job.leader.abdicated
+
+
+def test_the_record_tells_how_far_the_workers_are_at_first_at_times_and_at_the_end() -> None:
+    job = formed()
+
+    def say(step: int) -> list[dict[str, Any]]:
+        loss = {"loss": 1 / step} if step < 20 else {}
+        job.say(0, state="running", round=1, step=step, step_at=100.0 + step, first=3, first_at=103.0, **loss)
+        job.say(1, state="running", round=1, step=step, step_at=100.5 + step, first=3, first_at=103.5, loss=9.0)
+        job.wait(1.0)
+        return job.events("progress")
+
+    (first,) = say(5)
+    assert first == {"round": 1, "step": 5, "step_at": 105.0, "first": 3, "first_at": 103.0, "loss": 1 / 5}
+    assert say(6) == say(7) == []
+    job.wait(TOLD_EVERY)
+    assert [event["step"] for event in job.events("progress")] == [7]
+    say(21)
+    job.fail(0, step=22, step_at=122.0)
+    (last,) = job.events("progress")
+    assert (last["step"], last["step_at"], last["loss"]) == (22, 122.0, 1 / 7)
+    job.wait(TOLD_EVERY)
+    assert job.events("progress") == []

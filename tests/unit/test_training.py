@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -46,23 +47,38 @@ def agent(tmp_path, monkeypatch):
 # --- progress -------------------------------------------------------------------------------------------------------
 
 
+def told(agent, rank=3):
+    """The step, and what is told of drains."""
+    return read_progress(agent / f"progress.{rank}")[:3]
+
+
 def test_the_agent_reads_the_step_that_was_reported_last(agent):
     assert read_progress(agent / "progress.3") is None
     for step in (0, 1, 2**40):
         report_progress(step)
-        assert read_progress(agent / "progress.3") == Progress(step, drained=False)
-    assert (agent / "progress.3").stat().st_size == 16
+        assert told(agent) == Progress(step, drained=False)[:3]
     assert os.listdir(agent) == ["progress.3"]
+
+
+def test_the_agent_reads_where_the_script_began_and_its_losses(agent):
+    before = time.time()
+    report_progress(41, loss=2.5)
+    began = read_progress(agent / "progress.3")
+    report_progress(42, loss=float("nan"))
+    seen = read_progress(agent / "progress.3")
+    assert (seen.first, seen.first_at, seen.step, seen.loss) == (41, began.first_at, 42, None)
+    assert began.loss == 2.5
+    assert before <= began.step_at == began.first_at <= seen.step_at <= time.time()
 
 
 def test_the_agent_learns_whether_the_script_has_seen_the_drain(agent):
     assert not drain_requested()
-    assert read_progress(agent / "progress.3") == Progress(-1, drained=False, listens=True)
+    assert told(agent) == Progress(-1, drained=False, listens=True)[:3]
     (agent / "drain").touch()
     assert drain_requested()
-    assert read_progress(agent / "progress.3") == Progress(-1, drained=True, listens=True)
+    assert told(agent) == Progress(-1, drained=True, listens=True)[:3]
     report_progress(7)
-    assert read_progress(agent / "progress.3") == Progress(7, drained=True, listens=True)
+    assert told(agent) == Progress(7, drained=True, listens=True)[:3]
     (agent / "drain").unlink()
     assert drain_requested()
 
@@ -82,7 +98,7 @@ def test_progress_that_cannot_be_written_does_not_stop_training(agent):
     report_progress(2)
     agent.mkdir()
     report_progress(3)
-    assert read_progress(agent / "progress.3") == Progress(3, drained=False)
+    assert told(agent) == Progress(3, drained=False)[:3]
 
 
 def test_a_step_that_is_no_number_is_a_fault_of_the_script_also_without_an_agent():
@@ -144,7 +160,7 @@ def drained(folders: list[Path], every: int) -> tuple[list[bool], Progress | Non
             (folders[rank] / "drain").touch()
         report_progress(call)
         answers.append(drain_requested(every))
-    return answers, read_progress(folders[rank] / f"progress.{rank}")
+    return answers, told(folders[rank], rank)
 
 
 @pytest.mark.parametrize(("every", "first"), [(1, 5), (4, 8)])
@@ -152,7 +168,7 @@ def test_all_ranks_learn_at_the_same_call_of_a_drain_that_one_agent_tells(tmp_pa
     folders = [tmp_path / str(rank) for rank in range(3)]
     for folder in folders:
         folder.mkdir()
-    expected = [call >= first for call in range(1, 11)], Progress(10, drained=True, listens=True)
+    expected = [call >= first for call in range(1, 11)], Progress(10, drained=True, listens=True)[:3]
     assert run_world(3, drained, folders, every) == [expected] * 3
 
 

@@ -66,7 +66,7 @@ def worker(folder: Path, rank: int) -> Worker:
 def test_before_anything_is_told_there_is_no_step(folder: Path) -> None:
     seen = watching()
     seen.look()
-    assert (seen.step, seen.drained, seen.listens) == (-1, False, False)
+    assert seen.progress[:3] == (-1, False, False)
 
 
 def test_the_step_is_that_of_the_worker_that_is_ahead(folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_step_is_that_of_the_worker_that_is_ahead(folder: Path) -> None:
     worker(folder, 0).report(4)
     worker(folder, 1).report(7)
     seen.look()
-    assert seen.step == 7
+    assert seen.progress.step == 7
 
 
 def test_a_step_keeps_the_alarm_quiet_and_its_absence_sets_it_off(folder: Path, clock: Clock) -> None:
@@ -136,11 +136,16 @@ def test_a_new_round_starts_with_nothing_seen(folder: Path, clock: Clock) -> Non
     told.report(9)
     told.drain_requested(1)
     seen.look()
-    assert (seen.step, seen.listens) == (9, True)
+    assert (seen.progress.step, seen.progress.listens) == (9, True)
     clock.now += 500
     (folder / PROGRESS_FILE.format(local_rank=0)).unlink()
     seen.start([os.getpid()], [])
-    assert (seen.step, seen.listens, seen.drained, seen.trouble()) == (-1, False, False, None)
+    assert (seen.progress.step, seen.progress.listens, seen.progress.drained, seen.trouble()) == (
+        -1,
+        False,
+        False,
+        None,
+    )
 
 
 def test_between_rounds_nobody_is_in_trouble(folder: Path, clock: Clock) -> None:
@@ -155,11 +160,11 @@ def test_the_drain_file_is_what_a_worker_hears_and_what_it_answers_is_seen(folde
     seen, told = watching(), worker(folder, 1)
     assert not told.drain_requested(1)
     seen.look()
-    assert (seen.listens, seen.drained) == (True, False)
+    assert (seen.progress.listens, seen.progress.drained) == (True, False)
     (folder / "drain").touch()
     assert told.drain_requested(1)
     seen.look()
-    assert (seen.listens, seen.drained) == (True, True)
+    assert (seen.progress.listens, seen.progress.drained) == (True, True)
 
 
 def test_a_stopped_process_is_in_trouble_after_a_while_and_not_when_it_goes_on(
