@@ -122,7 +122,7 @@ class Leader:
         if not peer.joined and (status.state == "idle" or self._was_member(status.node)):
             peer.joined, peer.since = True, now
             self._peers.saw(status.node)
-            self._event("join", node=status.name, addr=addr)
+            self._event("join", node=status.name, addr=addr, joiner=not votes(status.node))
             self._coming.doubt()
         if self._stage == "run" and status.node in self._world.plans:
             if status.round == self.round:

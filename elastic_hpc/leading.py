@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_hpc import conclude
+from elastic_hpc import __version__, conclude, slurm
 from elastic_hpc.decide import Action, Policy, give_back
 from elastic_hpc.env import AgentEnv
-from elastic_hpc.errors import ElasticError, JobEnded
+from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
 from elastic_hpc.joiners import SlurmSource
 from elastic_hpc.leader import Leader, Verdict
 from elastic_hpc.protocol import Host, Roster
@@ -86,9 +87,19 @@ class Leading:
         """What the first leader of a run begins with."""
         state = self.rundir.read("state.json") or {}
         start = {"run": self.env.run, "job": self.env.job, "granted": self.env.nodes, "nproc_per_node": self.nproc}
-        recorder.event("start", {**start, **vars(self.policy)})
+        recorder.event("start", {"version": __version__, **start, **vars(self.policy)})
+        if self._supplies:  # Slurm's answer is waited for elsewhere: it is for the record alone
+            threading.Thread(target=self._tell_allocation, args=(recorder,), name="allocation", daemon=True).start()
         counters = {name: state.get(name, 0) for name in ("round", "restarts", "requeues")}
         return {"granted": self.env.nodes, **counters}
+
+    def _tell_allocation(self, recorder: Recorder) -> None:
+        try:
+            job = slurm.show_job(self.env.job)
+        except SlurmError:
+            return
+        moments = {"submitted": job.submit_time, "started": job.start_time, "ends": job.end_time}
+        recorder.event("allocation", {"run": self.env.run, **{k: slurm.epoch(text) for k, text in moments.items()}})
 
     def prepare(self) -> None:
         """The job's secret, and what was asked for."""

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from elastic_hpc.errors import ElasticError
+from elastic_hpc.events import sentence
 from elastic_hpc.protocol import Host
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.strikes import Strike, dump, live, load
@@ -56,7 +57,8 @@ class Recorder:
         when = time.time()
         if name in {"lost", "unfit"}:
             self._put(lambda: self._strike(Strike(fields["node"], when, fields["reason"])))
-        log.info("%s", _sentence(name, fields))
+        if name not in {"progress", "allocation"}:
+            log.info("%s", sentence(name, fields))
 
         def write() -> None:
             self._unwritten.append((when, name, fields))
@@ -123,44 +125,3 @@ class Recorder:
                 done.set_exception(error)
             else:
                 done.set_result(None)
-
-
-def _sentence(name: str, fields: dict[str, Any]) -> str:
-    """One line for a person; the full record is in events.jsonl."""
-    match name:
-        case "join":
-            return f"{fields['node']} joined"
-        case "left" | "release":
-            return f"{fields['node']} leaves: {fields['reason']}"
-        case "joiners":
-            return f"asked Slurm for {len(fields['jobs'])} more node(s): job(s) {', '.join(fields['jobs'])}"
-        case "joiners_cancelled":
-            return f"not needed any more: job(s) {', '.join(fields['jobs'])}"
-        case "agent_restart":
-            return f"the agent on {fields['node']} is started anew"
-        case "growth_problem":
-            return f"the job does not grow: {fields['reason']}"
-        case "drain":
-            return f"the workers are asked to save and stop: {fields['reason']}"
-        case "lost":
-            return f"{fields['node']} is lost: {fields['reason']}"
-        case "round":
-            nodes = fields["nodes"]
-            shown = ", ".join(nodes[:8]) + (", ..." if len(nodes) > 8 else "")
-            return (
-                f"round {fields['round']}: {len(nodes)} nodes ({shown}), "
-                f"{fields['world_size']} workers, restart {fields['restarts']}"
-            )
-        case "failure":
-            first = "failed" if fields["first"] else "failed too"
-            return f"rank {fields['rank']} on {fields['node']} {first}: {fields['message']}"
-        case "restart":
-            return f"restart {fields['restarts']}: {fields['reason']}"
-        case "verdict":
-            return f"{fields['outcome']}: {fields['reason']}"
-        case "take_over":
-            return f"this node leads now: {fields['reason']}"
-        case "abdicate":
-            return f"this node leads no more: {fields['reason']}"
-        case _:
-            return f"{name}: " + ", ".join(f"{key} {value}" for key, value in fields.items())

@@ -177,16 +177,44 @@ class RunDir:
 
     def events(self) -> list[dict[str, Any]]:
         """All events so far; a line that is damaged or not complete yet is left out."""
-        found = []
+        reader = EventReader(self)
+        reader.read()
+        return reader.events
+
+
+class EventReader:
+    """``events.jsonl`` read as it grows."""
+
+    def __init__(self, rundir: RunDir) -> None:
+        self._path = rundir.path / "events.jsonl"
+        self._read = 0
+        self.events: list[dict[str, Any]] = []
+        self.damaged = 0
+        """Lines that are no event."""
+
+    def read(self) -> bool:
+        """Take in what was added since the last time; a last line that is not complete is left for the next. Whether
+        there was anything. Raises ElasticError if the file is there and cannot be read.
+        """
         try:
-            lines = (self.path / "events.jsonl").read_text(errors="replace").splitlines()
+            with open(self._path, "rb") as file:
+                if os.fstat(file.fileno()).st_size < self._read:  # another file has taken its place
+                    self._read, self.events, self.damaged = 0, [], 0
+                file.seek(self._read)
+                added = file.read()
         except FileNotFoundError:
-            return []
-        for line in lines:
+            return False
+        except OSError as error:
+            raise ElasticError(f"{self._path}: {error.strerror}") from error
+        added = added[: added.rfind(b"\n") + 1]
+        self._read += len(added)
+        for line in filter(None, added.decode(errors="replace").split("\n")):
             try:
                 body = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(body, dict) and "event" in body and "time" in body:
-                found.append(body)
-        return found
+            except (ValueError, RecursionError):
+                body = None
+            if isinstance(body, dict) and isinstance(body.get("event"), str) and "time" in body:
+                self.events.append(body)
+            else:
+                self.damaged += 1
+        return bool(added)

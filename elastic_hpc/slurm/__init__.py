@@ -1,7 +1,7 @@
 """The only package that runs Slurm's commands. Unknown is not empty: what cannot be asked raises SlurmError."""
 
 from elastic_hpc.slurm.directives import joiner_script
-from elastic_hpc.slurm.job import Job, cancel, job_state, show_job, states, warn
+from elastic_hpc.slurm.job import Job, cancel, epoch, job_state, show_job, states, warn
 from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
 from elastic_hpc.slurm.nodes import expand, usable_nodes
 from elastic_hpc.slurm.requeuing import complete, requeue
@@ -16,6 +16,7 @@ __all__ = [
     "cancel",
     "change_time_limit",
     "complete",
+    "epoch",
     "expand",
     "job_state",
     "joiner_script",

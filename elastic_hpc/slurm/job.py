@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
@@ -38,6 +38,10 @@ class Job:
     preempt_time: str
     """When its end by preemption was announced, while it is running; then, when it came. Empty for never."""
     end_time: str
+    submit_time: str
+    """When it was put into the queue last, by its submission or a requeue."""
+    start_time: str
+    """When it was started, or is expected to be; empty if unknown."""
     account: str
     qos: str
     time_limit: str
@@ -87,6 +91,8 @@ def show_job(job: str) -> Job:
         excluded=field("ExcNodeList"),
         preempt_time=field("PreemptTime").removeprefix("None"),
         end_time=field("EndTime"),
+        submit_time=field("SubmitTime"),
+        start_time=field("StartTime").removeprefix("Unknown"),
         account=field("Account"),
         qos=field("QOS").removeprefix("N/A"),
         time_limit=field("TimeLimit"),
@@ -123,6 +129,16 @@ def duration(text: str) -> timedelta | None:
         raise SlurmError(f"expected a time like 1-12:00:00, not {text!r}")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def epoch(text: str) -> float | None:
+    """A moment in Slurm's notation, 2026-11-25T08:00:00 in this machine's time zone, as seconds since the epoch; None
+    for anything else: ``Unknown``, ``None``, nothing.
+    """
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
 
 
 def warn(job: str) -> None:

@@ -1,0 +1,138 @@
+"""Where the time of a job's nodes went. Pure.
+
+The nodes' time runs from Slurm's grant to the end of each run, for the job's own nodes also after one was lost, since
+it stays allocated; for a node that a job of its own brought from its agent's coming to its going.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from elastic_hpc.story import Round, Run, Story
+
+Kind = Literal["kept", "repeated", "unreported", "start", "workers", "stopping", "forming", "idle", "queue"]
+
+MEANINGS: dict[Kind, str] = {
+    "kept": "steps that were kept",
+    "repeated": "steps that were done again",
+    "unreported": "training, whose steps were not reported",
+    "start": "start of a run, up to its first world",
+    "workers": "start of the workers, up to their first step",
+    "stopping": "from the last step to the end of the round: noticing, saving",
+    "forming": "forming the next world",
+    "idle": "nodes outside the world: lost, spare, waiting",
+    "queue": "in the queue",
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the job did, or waited for, from ``start`` to ``end``, in seconds since the epoch."""
+
+    kind: Kind
+    start: float
+    end: float
+    run: Run
+    round: Round | None = None
+    """The world that did so; None where all nodes waited."""
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Account:
+    node_seconds: dict[Kind, float]
+    """By what they were spent on, without the queue."""
+    queued: float
+    """Seconds in the queue, before all runs."""
+    lost: float
+    """Seconds since the first step in which none was done that was kept; without the queue, and without the start of a
+    run."""
+    repeated_steps: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.node_seconds.values())
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of the node-seconds that produced steps which were kept; None if steps are not reported."""
+        if not self.total or self.node_seconds.get("unreported"):
+            return None
+        return self.node_seconds.get("kept", 0.0) / self.total
+
+
+def account(story: Story, now: float | None = None) -> Account:
+    """``now``: seconds since the epoch, of a job that runs; None for the time of the last event."""
+    told = phases(story, now)
+    spent: Counter[Kind] = Counter()
+    first = min((r.first_at for r in story.rounds if r.first is not None), default=float("inf"))
+    lost = queued = 0.0
+    for phase in told:
+        if phase.kind == "queue":
+            queued += phase.seconds
+            continue
+        allocated = _allocated(story, phase)
+        training = len(phase.round.nodes) * phase.seconds if phase.round else allocated
+        spent[phase.kind] += training  # type: ignore[assignment]  # Counter takes floats
+        spent["idle"] += max(0.0, allocated - training)  # type: ignore[assignment]
+        if phase.kind not in {"kept", "unreported", "start"}:
+            lost += max(0.0, phase.end - max(first, phase.start))
+    return Account(dict(+spent), queued, lost, sum(map(story.repeated, story.rounds)))
+
+
+def phases(story: Story, now: float | None = None) -> list[Phase]:
+    """What the job did, one after the other; see ``account``."""
+    until = max(now or 0.0, story.last_time)
+    found: list[Phase] = []
+    before: float | None = None
+    for number, run in enumerate(story.runs):
+        begin = min(run.started or run.began, run.began)
+        queued = run.submitted if run.submitted is not None else before
+        if queued is not None:
+            found.append(Phase("queue", min(queued, begin), begin, run))
+        following = story.runs[number + 1].began if number + 1 < len(story.runs) else until
+        before = run.ended if run.ended is not None else following
+        found.extend(_of_run(story, run, begin, before))
+    return [phase for phase in found if phase.seconds > 0]
+
+
+def _of_run(story: Story, run: Run, begin: float, end: float) -> Iterator[Phase]:
+    kind: Kind = "start"
+    for round in (one for one in story.rounds if one.run == run.number):
+        formed = max(begin, round.formed)
+        yield Phase(kind, begin, formed, run)
+        begin = end if round.ended is None else max(formed, round.ended)
+        yield from _of_round(story, run, round, formed, begin)
+        kind = "forming"
+    yield Phase(kind, begin, end, run)
+
+
+def _of_round(story: Story, run: Run, round: Round, begin: float, end: float) -> Iterator[Phase]:
+    if round.first is None:
+        reports = any(other.first is not None for other in story.rounds)
+        yield Phase("workers" if reports else "unreported", begin, end, run, round)
+        return
+    first_at = min(max(begin, round.first_at), end)
+    last_at = end if round.ended is None else min(max(first_at, round.last_at), end)
+    kept, repeated = story.kept(round), story.repeated(round)
+    turn = first_at + (last_at - first_at) * kept / max(1, kept + repeated)
+    yield Phase("workers", begin, first_at, run, round)
+    yield Phase("kept", first_at, turn, run, round)
+    yield Phase("repeated", turn, last_at, run, round)
+    yield Phase("stopping", last_at, end, run, round)
+
+
+def _allocated(story: Story, phase: Phase) -> float:
+    """Node-seconds that the job had in ``phase``."""
+    own = phase.run.granted * phase.seconds
+    joined = sum(
+        max(0.0, min(phase.end, phase.end if one.left is None else one.left) - max(phase.start, one.joined))
+        for one in story.joiners
+    )
+    return own + joined
