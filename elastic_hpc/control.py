@@ -100,7 +100,7 @@ class Control:
             while True:
                 match self._step(workers=0):
                     case member.Acknowledge(round):
-                        self._report(state="idle", round=round, failure=None, drained=False)
+                        self._report(state="idle", round=round, failure=None, drained=False, **_SAID_NOTHING)
                     case member.Start(round, plan) if self._ends:
                         return Seat(round, plan, *self._ends)
                 self._changed.wait()

@@ -295,7 +295,23 @@ class _Telling:
         first_at = float(event["first_at"])
         if not samples and seen.step > event["first"]:
             samples = (Sample(first_at, int(event["first"]), None),)
+        if not samples:
+            self._extend_before(int(event["first"]))
         self._change(first=int(event["first"]), first_at=first_at, samples=(*samples, seen))
+
+    def _extend_before(self, first: int) -> None:
+        """Who goes on at step ``first`` had a checkpoint of the one before, also if the leader that knew is lost."""
+        index = max((i for i, one in enumerate(self._rounds[:-1]) if one.samples), default=None)
+        if index is None:
+            return
+        before = self._rounds[index]
+        begin, last = before.samples[0], before.samples[-1]
+        if first <= last.step + 1:
+            return
+        at = before.broken or before.ended or last.time
+        if last.step > begin.step:
+            at = min(at, last.time + (first - 1 - last.step) * (last.time - begin.time) / (last.step - begin.step))
+        self._rounds[index] = replace(before, samples=(*before.samples, Sample(max(at, last.time), first - 1, None)))
 
     def _on_round(self, event: Mapping[str, Any], when: float) -> None:
         made = Round(

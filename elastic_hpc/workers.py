@@ -37,6 +37,7 @@ from elastic_hpc.decide import TERM_GRACE, Policy
 from elastic_hpc.oom import OomWatch
 from elastic_hpc.protocol import Failure
 from elastic_hpc.rendezvous import ElasticRendezvousHandler
+from elastic_hpc.stamps import Stamper
 from elastic_hpc.stderr import tail
 from elastic_hpc.training import DRAIN_FILE, LOCAL_DIR
 from elastic_hpc.watch import Watch
@@ -109,6 +110,7 @@ class ElasticAgent(LocalElasticAgent):
         self._closing: threading.Thread | None = None
         self._watch = Watch(hang_timeout, policy.heartbeat_timeout)
         self._oom = OomWatch()
+        self._stamper = Stamper()
         self._told_to_drain = False
         self._signalled: tuple[SignalException, float] | None = None
 
@@ -150,6 +152,7 @@ class ElasticAgent(LocalElasticAgent):
         self._exits = {pid: os.pidfd_open(pid) for pid in ids.values()}
         outputs = [path for paths in (self._pcontext.stdouts, self._pcontext.stderrs) for path in paths.values()]
         self._watch.start(list(ids.values()), outputs)
+        self._stamper.start(outputs)
         return ids
 
     def _monitor_workers(self, worker_group: WorkerGroup, *_args: Any, **_kwargs: Any) -> RunResult:
@@ -225,6 +228,7 @@ class ElasticAgent(LocalElasticAgent):
         if isinstance(leaving, SignalException):
             super()._shutdown(*args, **{**kwargs, "timeout": int(min(TERM_GRACE, self._policy.grace))})
         self._kill_workers()
+        self._stamper.stop()
         context, self._pcontext = self._pcontext, None
         super()._shutdown(*args, **kwargs)
         if context:  # reaps, and shows the last lines of output; the next round does not wait for that

@@ -19,6 +19,7 @@ from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.protocol import WHO, Failure, Host, Redirect
 from elastic_hpc.recorder import Recorder
 from elastic_hpc.rundir import RunDir
+from elastic_hpc.training import Progress
 
 
 @pytest.fixture
@@ -238,3 +239,20 @@ def test_events_are_one_json_object_a_line(cluster: Cluster) -> None:
     wait_for(lambda: cluster.events("round"))
     for line in (cluster.rundir.path / "events.jsonl").read_text().splitlines():
         assert {"time", "event"} <= json.loads(line).keys()
+
+
+def test_the_steps_of_a_round_are_not_told_of_the_next_one(cluster: Cluster) -> None:
+    cluster.seats()
+    for control in cluster.controls:
+        control.report("running", 1)
+        control.report_progress(Progress(62, drained=False, first=1, first_at=100.0, step_at=162.0))
+    wait_for(lambda: cluster.events("progress"))
+    cluster.controls[1].report("failed", 1, Failure("exit", "n1", 1, 0, 9, "exit code 9", 0.0))
+    for control in cluster.controls:
+        wait_for(lambda control=control: control.must_stop(1))
+    cluster.seats()
+    for control in cluster.controls:
+        control.report("running", 2)
+        control.report_progress(Progress(61, drained=False, first=61, first_at=200.0, step_at=200.0))
+    (told,) = wait_for(lambda: [event for event in cluster.events("progress") if event["round"] == 2])
+    assert (told["first"], told["step"], told["first_at"]) == (61, 61, 200.0)
