@@ -50,6 +50,8 @@ class Account:
     """By what they were spent on, without the queue."""
     queued: float
     """Seconds in the queue, before all runs."""
+    ran: float
+    """Seconds of all runs."""
     lost: float
     """Seconds since the first step in which none was done that was kept; without the queue, and without the start of a
     run."""
@@ -72,18 +74,19 @@ def account(story: Story, now: float | None = None) -> Account:
     told = phases(story, now)
     spent: Counter[Kind] = Counter()
     first = min((r.first_at for r in story.rounds if r.first is not None), default=float("inf"))
-    lost = queued = 0.0
+    lost = queued = ran = 0.0
     for phase in told:
         if phase.kind == "queue":
             queued += phase.seconds
             continue
+        ran += phase.seconds
         allocated = _allocated(story, phase)
         training = len(phase.round.nodes) * phase.seconds if phase.round else allocated
         spent[phase.kind] += training  # type: ignore[assignment]  # Counter takes floats
         spent["idle"] += max(0.0, allocated - training)  # type: ignore[assignment]
         if phase.kind not in {"kept", "unreported", "start"}:
             lost += max(0.0, phase.end - max(first, phase.start))
-    return Account(dict(+spent), queued, lost, sum(map(story.repeated, story.rounds)))
+    return Account(dict(+spent), queued, ran, lost, sum(map(story.repeated, story.rounds)))
 
 
 def phases(story: Story, now: float | None = None) -> list[Phase]:

@@ -129,6 +129,18 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
             return f"the agent on {fields['node']} is started anew"
         case "growth_problem":
             return f"the job does not grow: {fields['reason']}"
+        case "unfit":
+            return f"{fields['node']} stays out: {fields['reason']}"
+        case "refused":
+            return f"{fields['node']} was refused: {fields['reason']}"
+        case "request":
+            return f"{fields['request']} was asked for: {fields['reason']}"
+        case "waiting":
+            return f"waiting: {fields['reason']}"
+        case "store_failed":
+            return f"the store of round {fields['round']} could not be opened: {fields['reason']}"
+        case "stranger":
+            return f"a connection from {fields['addr']} was refused: {fields['reason']}"
         case "drain":
             return f"the workers are asked to save and stop: {fields['reason']}"
         case "lost":
@@ -152,4 +164,5 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
         case "abdicate":
             return f"this node leads no more: {fields['reason']}"
         case _:
-            return f"{name}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
+            known = {key: value for key, value in fields.items() if key not in {"time", "event"}}
+            return f"{name}: " + ", ".join(f"{key} {value}" for key, value in known.items())

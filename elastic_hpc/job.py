@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from elastic_hpc import slurm
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
+from elastic_hpc.registry import remember
 from elastic_hpc.request import prepared
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import JobSpec
@@ -193,4 +194,5 @@ def submit(spec: JobSpec, on_message: Callable[[str], None] = lambda _: None) ->
     if not submitted:
         raise ElasticError("sbatch: no job id")
     number = submitted[0].partition(";")[0]
+    remember(os.path.join(spec.log_dir, number))
     return Job(os.path.join(spec.log_dir, number), is_array=spec.has("array"))

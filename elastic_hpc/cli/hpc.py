@@ -13,18 +13,19 @@ from elastic_hpc.env import JOIN, job_name
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.rundir import RunDir
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("status", "logs", "why", "doctor", "rehearse")
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, add_arguments(parser) and run(args)."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(only: str = "") -> argparse.ArgumentParser:
+    """``only``: the module of this command, if it is one of them; the others need not be imported."""
     parser = argparse.ArgumentParser(
         prog="elastic-hpc",
         description="Look at an elastic job, or tell it something. JOB is its id, if ./elastic-logs has it, or its "
         "folder under --log-dir, for example elastic-logs/4711.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in MODULES:
+    for name in [only] if only in MODULES else MODULES:
         module = importlib.import_module(f"elastic_hpc.cli.{name}")
         added = commands.add_parser(
             name,
@@ -109,7 +110,8 @@ def _why_drained() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the answer is the exit code: 0, 1 for a failure, 2 for bad input."""
     try:
-        args = _parser().parse_args(argv)
+        given = sys.argv[1:] if argv is None else argv
+        args = _parser(given[0] if given else "").parse_args(given)
         return int(args.run(args))
     except ElasticError as error:
         print(f"elastic-hpc: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from textwrap import fill
 from elastic_hpc import __version__, slurm
 from elastic_hpc.config import SWITCHES
 from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.registry import remember
 from elastic_hpc.request import build, checked, prepared
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, Option, scan
 from elastic_hpc.script import COMMAND_LINE, JobSpec
@@ -159,6 +160,8 @@ def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
 
     def on_submitted(answer: str) -> None:
         number, _, cluster = answer.partition(";")
+        if job.template != "torchrun":
+            remember(os.path.join(job.log_dir, number))
         if parsable:
             print(answer, flush=True)
         elif not quiet:

@@ -101,18 +101,37 @@ def show_job(job: str) -> Job:
     )
 
 
-def states(*jobs: str) -> dict[str, str]:
-    """Slurm's word for the state of each of ``jobs`` (``JOB`` or ``JOB_TASK``) that Slurm still knows. Raises
-    SlurmError if it cannot be asked.
-    """
+@dataclass(frozen=True)
+class Queued:
+    """What squeue says of a job. Times are seconds since the epoch, None for unknown."""
+
+    state: str
+    starts: float | None
+    """When it has started, or is expected to."""
+    ends: float | None
+    """Its time limit."""
+    reason: str
+    """Why it waits, in Slurm's words."""
+
+
+def queue(*jobs: str) -> dict[str, Queued]:
+    """Those of ``jobs`` (``JOB`` or ``JOB_TASK``) that Slurm still knows. Raises SlurmError if it cannot be asked."""
+    if not jobs:
+        return {}
     try:
         asked = ("--array", "--states=all", f"--jobs={','.join(jobs)}")
-        said = client.run("squeue", "--noheader", *asked, "--format=%i %T")
+        said = client.run("squeue", "--noheader", *asked, "--format=%i|%T|%S|%e|%r")
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return {}
         raise
-    return dict(line.split() for line in said.splitlines() if line)
+    rows = (line.split("|", 4) for line in said.splitlines() if line)
+    return {id: Queued(state, epoch(start), epoch(end), reason) for id, state, start, end, reason in rows}
+
+
+def states(*jobs: str) -> dict[str, str]:
+    """Slurm's word for the state of each of ``jobs``; see ``queue``."""
+    return {job: known.state for job, known in queue(*jobs).items()}
 
 
 def job_state(job: str, run: int | None = None) -> str:

@@ -1,0 +1,34 @@
+"""``elastic-hpc why``: why a job went as it did."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from elastic_hpc.cli.jobs import add_job
+from elastic_hpc.cli.status import Jobs
+from elastic_hpc.rundir import RunDir
+from elastic_hpc.why import page
+
+HELP = "tell why a job went as it did: the end of each round, what it cost, what to do"
+_EPILOG = """examples:
+  elastic-hpc why 4711
+  elastic-hpc why elastic-logs/4711 | less -R
+
+It is told from the run directory, also weeks later and where there is no Slurm."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command."""
+    add_job(parser)
+    parser.epilog = _EPILOG
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; the answer is its exit code."""
+    rundir: RunDir = args.job
+    jobs = Jobs([rundir])
+    ((view, story),) = jobs.look()
+    Console(highlight=False, soft_wrap=True).print(page(view, story, rundir.events()))
+    return 0

@@ -1,0 +1,46 @@
+"""Where this user's jobs have their run directories, so that they are found from any folder. Reads and writes a file.
+
+``$XDG_STATE_HOME/elastic_hpc/jobs``, by default in ``~/.local/state``: one run directory a line, the newest last.
+That it cannot be written is no failure: a job is found by its path too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+_LATELY = 256 * 1024
+"""So many bytes of the file, at its end, are looked at."""
+
+
+def _file() -> Path:
+    state = os.environ.get("XDG_STATE_HOME", "")
+    return Path(state if os.path.isabs(state) else "~/.local/state").expanduser() / "elastic_hpc" / "jobs"
+
+
+def remember(run_dir: str | os.PathLike[str]) -> None:
+    """A job was submitted whose run directory is, or will be, there; for an array that of no task."""
+    with contextlib.suppress(OSError, RuntimeError):  # the latter: there is no home
+        file = _file()
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "ab") as jobs:
+            jobs.write(os.fsencode(os.path.abspath(run_dir)) + b"\n")
+
+
+def known() -> list[Path]:
+    """The run directories of jobs that were submitted lately, the newest last; some may not be there yet, or any more.
+    Of an array those of its tasks that have started.
+    """
+    lines: list[bytes] = []
+    with contextlib.suppress(OSError, RuntimeError), open(_file(), "rb") as jobs:
+        size = os.fstat(jobs.fileno()).st_size
+        jobs.seek(max(0, size - _LATELY))
+        lines = jobs.read().split(b"\n")[1 if size > _LATELY else 0 : -1]
+    paths = [Path(os.fsdecode(line)) for line in reversed(dict.fromkeys(reversed(lines)))]
+    found: list[Path] = []
+    for path in paths:
+        tasks = [] if path.is_dir() else sorted(path.parent.glob(f"{path.name}_*"), key=lambda p: (len(p.name), p.name))
+        found.extend(tasks or [path])
+    return found

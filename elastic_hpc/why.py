@@ -1,0 +1,194 @@
+"""Why a job went as it did: each round's end, what was charged, what was done, and what its user may do. Pure."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from elastic_hpc.account import MEANINGS, Account, account
+from elastic_hpc.events import sentence
+from elastic_hpc.status import STYLES, JobView, span
+from elastic_hpc.story import Fault, Round, Run, Story
+
+_TOLD = frozenset(
+    {
+        *("take_over", "abdicate", "agent_restart", "joiners", "joiners_cancelled", "growth_problem", "unfit"),
+        *("refused", "release", "left", "drain", "request", "store_failed", "stranger"),
+    }
+)
+"""Events that say what was done, or why something was not."""
+
+
+def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """The whole story of one job."""
+    counted = account(story, None if view.time_left is None else time.time())
+    parts: list[RenderableType] = [_head(view, story)]
+    runs = {run.number: run for run in story.runs}
+    told = -1
+    for number, one in enumerate(story.rounds):
+        if one.run != told:
+            told = one.run
+            parts.append(_run_head(runs.get(one.run), told))
+        following = story.rounds[number + 1] if number + 1 < len(story.rounds) else None
+        until = following.formed if following else float("inf")
+        done = [event for event in events if event["event"] in _TOLD and one.formed <= event["time"] < until]
+        parts.append(_round(one, following, story, done))
+    parts.append(_spent(counted))
+    if advised := advice(view, story, counted):
+        parts.append(Text("\nwhat you may do", "bold"))
+        parts.extend(Text(f"  * {text}") for text in advised)
+    return Group(*parts)
+
+
+def _clock(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+
+
+def _head(view: JobView, story: Story) -> Text:
+    head = Text.assemble(
+        ("job ", "bold"), (view.id, "bold"), f"  {view.script}  ", (view.state, STYLES.get(view.state, "bold"))
+    )
+    head.append(f"\n{view.note}" if view.note else "")
+    most = (story.limits.get("max_restarts", "?"), story.limits.get("max_requeues", "?"))
+    head.append(f"\nrestarts charged: {story.restarts} of {most[0]}; requeues charged: {story.requeues} of {most[1]}")
+    if story.damaged:
+        head.append(f"\n{story.damaged} entries of the record could not be understood and are left out here", "red")
+    if not story.rounds:
+        head.append("\nno world was formed yet")
+    return head
+
+
+def _run_head(run: Run | None, number: int) -> Text:
+    if run is None:
+        return Text(f"\nrun {number + 1}, of whose start there is no record", "bold")
+    text = f"\nrun {number + 1}, {_clock(run.began)}: {run.granted} nodes"
+    if run.submitted is not None and run.started is not None:
+        text += f", after {span(max(0.0, run.started - run.submitted))} in the queue"
+    return Text(text, "bold")
+
+
+def _round(one: Round, following: Round | None, story: Story, done: Sequence[Mapping[str, Any]]) -> RenderableType:
+    shown = " ".join(one.nodes[:16]) + (" ..." if len(one.nodes) > 16 else "")
+    lines = Text.assemble(
+        (f"round {one.number}", "bold cyan"),
+        f", {_clock(one.formed)}: {len(one.nodes)} nodes ({shown}), {one.world_size} workers",
+    )
+    details = Text()
+    if one.first is not None:
+        details.append(f"steps {one.first} to {one.last}\n")
+    for event in done:
+        details.append(f"{_clock(event['time'])[11:]}  {sentence(event['event'], event)}\n", "dim")
+    if one.ended is None:
+        details.append("still running", "green")
+    else:
+        details.append(f"ended after {span(one.ended - one.formed)} by: ")
+        details.append(f"{one.cause}\n", "red" if one.faults else "")
+        cause = one.faults[0] if one.faults else None
+        if cause and cause.traceback:
+            details.append(cause.traceback.rstrip() + "\n", "dim")
+        if collateral := _collateral(one.faults[1:]):
+            details.append(f"collateral: {collateral}\n")
+        details.append("\n".join(_consequences(one, following, story)))
+    for line in details.split():
+        lines.append("\n  ").append_text(line)
+    return lines
+
+
+def _collateral(faults: Sequence[Fault]) -> str:
+    return "; ".join(str(fault).splitlines()[0][:150] for fault in faults)
+
+
+def _consequences(one: Round, following: Round | None, story: Story) -> Iterator[str]:
+    run = next((run for run in story.runs if run.number == one.run), None)
+    if following and following.run == one.run:
+        yield f"charged: restart {one.restarts + 1} (--max-restarts)" if one.charged else "charged: nothing"
+        gone = [node for node in one.nodes if node not in following.nodes]
+        new = [node for node in following.nodes if node not in one.nodes]
+        changes = [f"without {' '.join(gone)}" if gone else "", f"with {' '.join(new)}" if new else ""]
+        what = " and ".join(filter(None, changes)) or "of the same nodes"
+        yield f"then: a new round {what}" + (
+            "" if following.gap is None else f", formed {following.gap:.2f} s after it"
+        )
+    elif run and run.outcome:
+        charged = "requeue (--max-requeues)" if run.charged else "nothing"
+        yield f"charged: {charged}; then: {_OUTCOMES.get(run.outcome, run.outcome)}"
+    if repeated := story.repeated(one):
+        since = (one.last or 0) - repeated
+        yield f"{repeated} of its steps were done again: the last checkpoint was of step {since}"
+
+
+_OUTCOMES = {
+    "requeue": "the job went back to the queue under its own id",
+    "finished": "the job was over",
+    "failed": "the job was over",
+}
+
+
+def _spent(counted: Account) -> RenderableType:
+    if not counted.total:
+        return Text()
+    lines = Text("\nwhere the nodes' time went", "bold")
+    for kind, meaning in MEANINGS.items():
+        if (spent := counted.node_seconds.get(kind, 0.0)) >= 0.001 * counted.total:
+            lines.append(f"\n  {spent / counted.total:6.1%}  {meaning}", "not bold")
+    return lines
+
+
+def advice(view: JobView, story: Story, counted: Account) -> list[str]:
+    """What the user may do next, most urgent first."""
+    return [
+        *_about_the_end(view, story),
+        *_about_causes(story),
+        *_about_time(view, story, counted),
+    ]
+
+
+def _about_the_end(view: JobView, story: Story) -> Iterator[str]:
+    run = story.runs[-1] if story.runs else None
+    if view.state == "UNKNOWN" and view.note:
+        yield f"see what Slurm says: scontrol show job {view.id}, or sacct -j {view.id}"
+    if run is None or run.outcome != "failed":
+        return
+    cause = next((one.faults[0] for one in reversed(story.rounds) if one.faults), None)
+    if "the same failure as before" in run.reason and cause:
+        yield (
+            f"mend the script: it failed twice in the same way without a step in between; what it wrote: "
+            f"elastic-hpc logs {view.id} --round last --rank {cause.rank if cause.rank is not None else 0}"
+        )
+    elif run.cause == "budget":
+        yield "look at the causes above; if they are nobody's fault, allow more: --max-restarts, --max-requeues"
+    if run.cause == "node lost":
+        yield "submit it again when there are nodes: it goes on from its last checkpoint"
+    if "cannot be requeued" in run.reason:
+        yield "the site or --no-requeue forbids the requeue: submit it again, or chain jobs with --dependency=afterany"
+
+
+def _about_causes(story: Story) -> Iterator[str]:
+    causes = [one.faults[0] for one in story.rounds if one.faults]
+    kinds = Counter(fault.kind for fault in causes)
+    if kinds["out of memory"]:
+        yield "ask for more memory (--mem), or use less: a smaller batch on each rank, fewer data loader workers"
+    if kinds["hang"]:
+        yield "see where it hung: the workers' stacks are in the round's folder of the run directory, logs/*/*/*.stacks"
+    suspects = Counter(fault.node for fault in causes if fault.kind != "exception")
+    for node, count in suspects.items():
+        if count > 1:
+            yield f"tell your administrator of {node}, the first to fail {count} times; leave it out: --exclude {node}"
+
+
+def _about_time(view: JobView, story: Story, counted: Account) -> Iterator[str]:
+    if story.rounds and all(one.first is None for one in story.rounds) and counted.total > 600:
+        yield "have the script call report_progress(step): then lost time and goodput are known"
+    spent = counted.node_seconds
+    if counted.total and spent.get("repeated", 0.0) > 0.1 * counted.total:
+        yield f"save more often: {counted.repeated_steps} steps were done again after restarts"
+    gaps = [after.gap for before, after in pairwise(story.rounds) if before.run == after.run and after.gap is not None]
+    timeout = story.limits.get("heartbeat_timeout", 5.0)
+    if gaps and max(gaps) > 10 * timeout and view.max_nodes != view.min_nodes:
+        yield f"a new round took {span(max(gaps))} to form: see what was waited for above; --spares keeps nodes ready"
