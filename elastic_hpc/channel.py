@@ -20,9 +20,13 @@ class Channel:
     """An open connection. ``peer`` and ``local`` are the numeric addresses of its two ends."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Raises OSError if the peer has reset it already."""
         self._reader, self._writer = reader, writer
-        self.peer: str = writer.get_extra_info("peername")[0].removeprefix("::ffff:")
-        self.local: str = writer.get_extra_info("sockname")[0].removeprefix("::ffff:")
+        peer, local = writer.get_extra_info("peername"), writer.get_extra_info("sockname")
+        if not peer or not local:
+            raise ConnectionResetError("the connection was reset")
+        self.peer: str = peer[0].removeprefix("::ffff:")
+        self.local: str = local[0].removeprefix("::ffff:")
         connection: socket.socket = writer.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -124,15 +128,15 @@ async def connect(addresses: Sequence[str], port: int, secret: bytes, *, timeout
         except (OSError, asyncio.TimeoutError) as error:
             problem = error
             continue
-        channel = Channel(reader, writer)
         try:
+            channel = Channel(reader, writer)
             hello = protocol.decode(await asyncio.wait_for(channel.read(), timeout))
             theirs, mine = str(hello.get("challenge")), protocol.new_nonce()
             channel.send({"challenge": mine, "proof": protocol.proof(secret, "agent", theirs, mine)})
             answer = protocol.decode(await asyncio.wait_for(channel.read(), timeout))
             protocol.check_proof(secret, "leader", mine, theirs, answer.get("proof"))
         except (OSError, asyncio.TimeoutError, protocol.ProtocolError) as error:
-            channel.close()
+            writer.transport.abort()
             problem = error
             continue
         return channel

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import struct
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -257,3 +259,29 @@ def test_the_steps_of_a_round_are_not_told_of_the_next_one(cluster: Cluster) -> 
     wait_for(lambda: cluster.events("progress")[-1]["round"] == 2)
     told = cluster.events("progress")[-1]
     assert (told["first"], told["step"], told["first_at"]) == (61, 61, 200.0)
+
+
+def test_a_peer_that_resets_the_connection_at_once_is_one_that_cannot_be_reached() -> None:
+    class Reset:
+        def get_extra_info(self, name: str) -> object:
+            return ("127.0.0.1", 1) if name == "sockname" else None
+
+    with pytest.raises(ConnectionResetError):
+        channel.Channel(None, Reset())  # type: ignore[arg-type]
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
+        server.settimeout(30)
+
+        def reset() -> None:
+            for _ in range(50):
+                met, _ = server.accept()
+                met.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                met.close()
+
+        async def dial() -> None:
+            for _ in range(50):
+                with pytest.raises((OSError, asyncio.TimeoutError)):
+                    await channel.connect(["127.0.0.1"], server.getsockname()[1], b"secret")
+
+        done = threads.submit(reset)
+        asyncio.run(dial())
+        done.result()
