@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import operator
 import os
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 LOCAL_DIR = "ELASTIC_HPC_LOCAL_DIR"
+STEP_LOG = "ELASTIC_HPC_STEP_LOG"
+"""A folder: there rank 0 appends every step that it reports to ``steps.jsonl``. A rehearsal asks for it."""
 DRAIN_FILE = "drain"
 PROGRESS_FILE = "progress.{local_rank}"
 _RECORD = struct.Struct("<qqqddd")  # step, flags, first step, loss, when the first step was reported, when the last
@@ -78,6 +81,10 @@ def report_progress(step: int, loss: float | None = None) -> None:
     Takes microseconds, and a failure is not worth an exception.
     """
     _worker().report(operator.index(step), math.nan if loss is None else float(loss))
+    if (log := _step_log()) is not None:
+        line = {"time": time.time(), "step": operator.index(step), "loss": None if loss is None else float(loss)}
+        with contextlib.suppress(OSError):
+            os.write(log, (json.dumps({**line, **_world_of_launcher()}) + "\n").encode())
 
 
 def drain_requested(every: int = 1) -> bool:
@@ -203,6 +210,25 @@ class Worker:
 @functools.cache
 def _worker() -> Worker:
     return Worker(os.environ.get(LOCAL_DIR), os.environ.get("LOCAL_RANK", "0"))
+
+
+@functools.cache
+def _step_log() -> int | None:
+    """A descriptor; None where no steps are to be logged, or not by this rank."""
+    folder = os.environ.get(STEP_LOG)
+    if not folder or os.environ.get("RANK", "0") != "0":
+        return None
+    with contextlib.suppress(OSError):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        return os.open(os.path.join(folder, "steps.jsonl"), flags, 0o600)
+    return None
+
+
+def _world_of_launcher() -> dict[str, Any]:
+    """``run`` is the job's id."""
+    numbers = {"round": "ELASTIC_HPC_ROUND", "world_size": "WORLD_SIZE"}
+    world = {name: int(os.environ.get(variable, "1")) for name, variable in numbers.items()}
+    return {"run": os.environ.get("TORCHELASTIC_RUN_ID", ""), **world}
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ while step < args.steps and not stop:
         accelerator.backward(loss)
         optimizer.step()
         step += 1
-        report_progress(step)
+        report_progress(step, loss.item())
         stop = drain_requested() or step == args.steps
         if step % 20 == 0:
             accelerator.print(f"step {step}: loss {loss:.4f}", flush=True)

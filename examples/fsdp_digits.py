@@ -58,7 +58,7 @@ while step < args.steps and not stop:
     loss.backward()
     optimizer.step()
     step += 1
-    report_progress(step)
+    report_progress(step, loss.item())
     stop = drain_requested() or step == args.steps
     if step % 20 == 0 and dist.get_rank() == 0:
         print(f"step {step}", flush=True)

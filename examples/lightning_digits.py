@@ -7,6 +7,7 @@ import argparse
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -38,8 +39,8 @@ class Elastic(Callback):
         if trainer.is_global_zero:
             print(f"{trainer.world_size} workers, going on after step {trainer.global_step}", flush=True)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        report_progress(trainer.global_step)
+    def on_train_batch_end(self, trainer: pl.Trainer, _module: pl.LightningModule, outputs: Any, *_: object) -> None:
+        report_progress(trainer.global_step, outputs["loss"].item())
         if trainer.is_global_zero and trainer.global_step % 20 == 0:
             print(f"step {trainer.global_step}", flush=True)
         if drain_requested():

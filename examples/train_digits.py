@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from elastic_hpc.training import report_progress
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=50)
 parser.add_argument("--batch-size", type=int, default=96, help="of all workers together, however many there are")
@@ -75,22 +77,21 @@ while consumed < end:
     step, consumed, mean = step + 1, consumed + len(batch), loss.detach() / world_size
     if world_size > 1:
         dist.all_reduce(mean)
+    report_progress(step, mean.item())
     if rank == 0:
         record.write(json.dumps({"step": step, "time": time.time(), "loss": mean.item(), **world}) + "\n")
         if step % 20 == 0:
             print(f"epoch {epoch + 1}, step {step}: loss {mean:.4f}, {world_size} workers", flush=True)
         if step % args.checkpoint_every == 0 or consumed == end:
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "consumed": consumed}
-            temporary = args.checkpoint.with_suffix(".tmp")
-            with temporary.open("wb") as file:
+            with (temporary := args.checkpoint.with_suffix(".tmp")).open("wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, args.checkpoint)  # a reader finds the old one or the new one, never a half
 
 if rank == 0:
-    with torch.no_grad():
-        accuracy = (net(images[held_out]).argmax(1) == labels[held_out]).float().mean()
+    accuracy = (net(images[held_out]).argmax(1) == labels[held_out]).float().mean()
     print(f"step {step}: accuracy {accuracy:.4f} on {len(held_out)} digits that were held out", flush=True)
 if world_size > 1:
     model = loss = None  # DDP keeps gloo's threads alive, which may abort while Python shuts down (pytorch 190489)

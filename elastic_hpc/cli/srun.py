@@ -16,6 +16,7 @@ from types import FrameType
 from elastic_hpc.conclude import await_verdict
 from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES, run_number
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
+from elastic_hpc.registry import remember
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import agent_command, srun_options
 from elastic_hpc.spec import LaunchSpec, NodeRange, add_launch_options
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run-dir", metavar="DIR", help="the run directory itself, of no other run (default: a new one in --log-dir)"
     )
+    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)  # for a rehearsal: see _given_run_dir
     where.add_argument(
         "--nodelist",
         "-w",
@@ -114,10 +116,14 @@ def _commands(
     return [([*step, *where, *srun_options(str(count)), *agent], slurm.step_environment(os.environ))]
 
 
-def _given_run_dir(path: str) -> RunDir:
+def _given_run_dir(path: str, *, again: bool) -> RunDir:
+    """``again``: one in which a run has ended, which goes on there, as a requeued job does; its rounds count on."""
     rundir = RunDir(Path(path).absolute()).create()
     if (rundir.path / "events.jsonl").exists():
-        raise UsageError(f"--run-dir {path!r}: another run has been there; choose a new one, or remove it")
+        if not again or rundir.is_held():
+            raise UsageError(f"--run-dir {path!r}: another run has been there; choose a new one, or remove it")
+        for name in ("verdict.json", "endpoint.json"):
+            (rundir.path / name).unlink(missing_ok=True)
     return rundir
 
 
@@ -229,7 +235,8 @@ def _main(argv: list[str] | None) -> int:
     launch, count = _request(args, _nodes_here(args))
     local = args.standalone or args.local is not None
     job = "local" if local else os.environ["SLURM_JOB_ID"]
-    rundir = _given_run_dir(args.run_dir) if args.run_dir else RunDir.new(args.log_dir, job)
+    rundir = _given_run_dir(args.run_dir, again=args.again) if args.run_dir else RunDir.new(args.log_dir, job)
+    remember(rundir.path)
     with rundir.hold() if local else contextlib.nullcontext():
         run = _Run(rundir, _commands(launch, count, rundir, args.nodelist, local=local))
         run.wait()

@@ -1,0 +1,153 @@
+"""``elastic-hpc rehearse``: faults for the user's own script, on this machine, and whether it resumed correctly."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.rehearse import LEAST, ORDER, Finding, exit_code, judge, plan
+
+if TYPE_CHECKING:
+    from elastic_hpc.rehearsal import Rehearsal
+
+HELP = "kill workers and nodes under your script, on this machine, and tell whether it resumes correctly"
+
+_EPILOG = """acts:
+  worker   a worker is killed                     head     the node of rank 0 is killed, another takes over
+  node     another node is killed                 drain    the script saves, stops, and is started again
+  shrink   the same with one node less            grow     the same with more nodes
+
+examples:
+  elastic-hpc rehearse train.py --lr 1e-3
+  elastic-hpc rehearse --acts worker,drain --steps 200 train.py --checkpoint-dir {folder}/checkpoints
+  elastic-hpc rehearse --nodes 2 --nproc-per-node 2 --json train.py
+
+The script runs in the current folder and writes its checkpoints where it always does: in the run directory that
+ELASTIC_HPC_RUN_DIR names, or where its arguments say. There {folder} stands for the rehearsal's own folder.
+exit code: 0 if it always resumed correctly, 1 if it did not, 3 if that cannot be told"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options, and the script with its own."""
+    parser.epilog = _EPILOG
+    parser.add_argument("--nodes", type=int, default=3, metavar="N", help="agents on this machine (default: 3)")
+    parser.add_argument("--nproc-per-node", default="1", metavar="K", help="workers of each agent (default: 1)")
+    parser.add_argument(
+        "--acts", metavar="LIST", help=f"what is done to the training, in this order (default: {','.join(ORDER)})"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=50,
+        metavar="N",
+        help="steps before each act and after the last; more than lie between two checkpoints (default: 50)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120, metavar="S", help="seconds to wait for the next step (default: 120)"
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="DIR",
+        help="a new folder for what it leaves (default: a temporary one, kept if not all is ok)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, what happens on stderr")
+    parser.add_argument("script", metavar="SCRIPT", help="the training script")
+    parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="everything after it is its own")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code. Raises UsageError, and ElasticError if the script fails by itself."""
+    if args.nodes < 1 or args.steps < 1 or args.timeout <= 0:
+        given = f"--nodes {args.nodes} --steps {args.steps} --timeout {args.timeout:g}"
+        raise UsageError(f"{given}: expected numbers above 0, for example --nodes 3 --steps 50 --timeout 120")
+    acts = _acts(args.acts, args.nodes)
+    planned = plan(acts, args.nodes)
+    if not os.access(args.script, os.R_OK):
+        raise UsageError(f"{args.script}: no such readable script")
+    from elastic_hpc.launch import LaunchConfig
+    from elastic_hpc.rehearsal import Asked, Rehearsal
+
+    LaunchConfig(nproc_per_node=args.nproc_per_node)  # refuses what it cannot be, before there is a folder
+    folder = _folder(args.keep)
+    asked = Asked(args.script, args.script_args, args.nodes, args.nproc_per_node, args.steps, args.timeout, folder)
+    screen = sys.stderr if args.json else sys.stdout
+    rehearsal = Rehearsal(asked, planned, lambda text: print(text, file=screen, flush=True))
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, _interrupt)
+    try:
+        rehearsal.run()
+    except KeyboardInterrupt:
+        print(f"elastic-hpc: interrupted; what the script has printed is in {folder}/output", file=sys.stderr)
+        return 130
+    if not rehearsal.acts and rehearsal.crashes and not rehearsal.finished:
+        trace = "\n".join(text for text in (rehearsal.crashes[-1].traceback,) if text)
+        raise ElasticError(
+            f"the script failed before anything was done to it: {rehearsal.end} ({folder}/output)\n{trace}"
+        )
+    return _report(rehearsal, folder, keep=args.keep is not None, as_json=args.json)
+
+
+def _acts(text: str | None, nodes: int) -> Sequence[str]:
+    if text is None:
+        return [act for act in ORDER if LEAST[act] <= nodes]
+    acts = [act.strip() for act in text.split(",")]
+    if unknown := [act for act in acts if act not in LEAST]:
+        raise UsageError(f"--acts {text}: {unknown[0]!r} is unknown; expected some of {','.join(ORDER)}")
+    return acts
+
+
+def _folder(keep: str | None) -> Path:
+    if keep is None:
+        return Path(tempfile.mkdtemp(prefix="elastic-hpc-rehearsal."))
+    try:
+        Path(keep).mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise UsageError(f"--keep {keep}: {error.strerror}; expected the name of a new folder") from error
+    return Path(keep).absolute()
+
+
+def _interrupt(signum: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+def _report(rehearsal: Rehearsal, folder: Path, *, keep: bool, as_json: bool) -> int:
+    findings = judge(
+        rehearsal.steps,
+        rehearsal.acts,
+        rehearsal.crashes,
+        end=rehearsal.end,
+        finished=rehearsal.finished,
+        left=rehearsal.left,
+    )
+    code = exit_code(findings)
+    kept = keep or code != 0
+    if as_json:
+        report = {"findings": [asdict(finding) for finding in findings], "folder": str(folder) if kept else None}
+        print(json.dumps({**report, "exit_code": code}, indent=1))
+    else:
+        print()
+        for finding in findings:
+            _show(finding)
+        if kept:
+            print(f"\nThe output of the script is in {folder}/output, the rest beside it.")
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+def _show(finding: Finding) -> None:
+    first, *others = finding.said
+    print(f"{finding.act:8}{finding.verdict:13}{first}")
+    for text in (*others, *finding.traceback.splitlines()):
+        print(f"{'':21}{text}")
