@@ -2,29 +2,33 @@
 PYTHON := .venv/bin/python
 SHELL_FILES := bin/setup-venv .ci/run
 
-.PHONY: help venv demo test check clean
+.PHONY: help demo test check docs clean
 
 help:
 	@echo 'make demo    train on a real Slurm of four nodes on this machine, and take the power from one'
 	@echo 'make test    run all tests; those that need a real Slurm only as root'
 	@echo 'make check   ruff, mypy, shellcheck'
+	@echo 'make docs    the reference, the man pages and the completion from the code, and the site into site/'
 	@echo 'make clean   remove .venv and what the commands above left'
 
-venv:
-	@bin/setup-venv
-
-demo: venv
+demo:
+	@bin/setup-venv examples
 	@$(PYTHON) bin/demo
 
-test: venv
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+test:
+	@bin/setup-venv
+	XDG_STATE_HOME=$(CURDIR)/.pytest_cache/state $(PYTHON) -m pytest $(PYTEST_ARGS)
 
 check:
 	@bin/setup-venv dev,examples,test
-	$(PYTHON) -m ruff check . bin/demo
+	$(PYTHON) -m ruff check . bin/demo bin/docs
 	$(PYTHON) -m mypy
 	shellcheck $(SHELL_FILES)
 
+docs:
+	@bin/setup-venv docs
+	@$(PYTHON) bin/docs build
+
 clean:
-	rm -rf .venv build dist elastic-logs digits .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv site build dist elastic-logs digits .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

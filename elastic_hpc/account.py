@@ -96,7 +96,7 @@ def phases(story: Story, now: float | None = None) -> list[Phase]:
     before: float | None = None
     for number, run in enumerate(story.runs):
         begin = min(run.started or run.began, run.began)
-        queued = run.submitted if run.submitted is not None else before
+        queued = run.submitted if before is None else before
         if queued is not None:
             found.append(Phase("queue", min(queued, begin), begin, run))
         following = story.runs[number + 1].began if number + 1 < len(story.runs) else until

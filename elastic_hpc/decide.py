@@ -53,6 +53,10 @@ TERM_GRACE = 20.0
 """Seconds that workers get at most to save after SIGTERM: Slurm kills all after KillWait, by default 30 s."""
 
 
+FINISHED = "all workers finished"
+"""The reason of a round, and of a job, that came to its end."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """What the user allows. Times in seconds."""
@@ -192,7 +196,7 @@ def decide(view: View, policy: Policy) -> Decision:
             return Decision(Action.FAIL, "stopped by the user", "user")
         return Decision(Action.FAIL, f"stopped by a worker: {view.requested_for}", "stopped")
     if _is_done(view) and not view.drained:
-        return Decision(Action.FINISH, "all workers finished")
+        return Decision(Action.FINISH, FINISHED)
     if view.request and not _still_draining(view, policy):
         return _drained(view, policy)
     if going := _released(view, policy):

@@ -63,20 +63,23 @@ class Stamps:
     """When the lines of one file were written."""
 
     def __init__(self, path: Path) -> None:
-        """``path``: the file. What is not known, because nobody noted it, is taken for the time of its last change."""
+        """``path``: the file. What came after the last note is taken for as old as that, and where there is none, for
+        as old as the file.
+        """
         self._sizes: list[int] = []
         self._times: list[float] = []
+        last: float | None = None
         with contextlib.suppress(OSError):
             for line in path.with_name(FILE).read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
                     body = json.loads(line)
+                    last = float(body["time"])
                     if (size := body.get(path.name)) is not None:
                         self._sizes.append(int(size))
-                        self._times.append(float(body["time"]))
-        try:
-            self._last = path.stat().st_mtime
-        except OSError:
-            self._last = 0.0
+                        self._times.append(last)
+        with contextlib.suppress(OSError):
+            last = path.stat().st_mtime if last is None else last
+        self._last = last or 0.0
 
     def at(self, offset: int) -> float:
         """When the line that ends at ``offset`` was seen first, in seconds since the epoch on the worker's node."""

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from elastic_hpc.account import account
+from elastic_hpc.account import Kind, account
 from elastic_hpc.slurm import Queued
 from elastic_hpc.story import Story
 
@@ -93,6 +93,8 @@ class JobView:
     """Share of the nodes' time that produced steps which were kept; null if steps are not reported."""
     silent: float | None
     """Since the last sign of a leader."""
+    node_seconds: Mapping[Kind, float]
+    """The nodes' time, by what it was spent on; see ``account.MEANINGS``."""
     last_restart: str
     """Why the last one was charged, empty if none was."""
     damaged: int
@@ -135,6 +137,7 @@ def view(seen: Seen, story: Story, now: float) -> JobView:
         lost=counted.lost,
         repeated_steps=counted.repeated_steps,
         goodput=counted.goodput,
+        node_seconds=counted.node_seconds,
         silent=seen.silent if not seen.final else None,
         last_restart=charged.cause if charged else "",
         damaged=story.damaged,
@@ -195,31 +198,38 @@ STYLES: Mapping[str, str] = {
 }
 
 
-def table(views: Sequence[JobView]) -> RenderableType:
-    """All jobs, a line each."""
+def table(views: Sequence[JobView], width: int = 120) -> RenderableType:
+    """All jobs, a line each, and below what is to be known besides. What has no room in ``width`` is left out."""
+    columns: dict[str, list[str]] = {
+        "job": [one.id for one in views],
+        "state": [one.state for one in views],
+        "nodes": [_nodes(one) for one in views],
+        "step": [_number(one.step) for one in views],
+        "left": ["" if one.time_left is None else span(one.time_left) for one in views],
+        "goodput": [_percent(one.goodput) for one in views],
+        "restarts": [_of(one.restarts, one.max_restarts) for one in views],
+        "script": [one.script[:24] for one in views],
+        "lost": [span(one.lost) if one.lost else "" for one in views],
+        "steps/s": [_number(one.steps_per_second, ".2f") for one in views],
+        "round": [str(one.round or "") for one in views],
+    }  # the most important first
     made = Table(box=None, pad_edge=False, header_style="bold")
-    made.add_column("job", no_wrap=True)
-    made.add_column("state", no_wrap=True)
-    made.add_column("script", no_wrap=True, overflow="ellipsis", max_width=24)
-    for name in ("nodes", "round", "restarts", "step", "steps/s", "left", "lost", "goodput"):
-        made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)
-    for one in views:
-        made.add_row(
-            one.id,
-            Text(one.state, STYLES.get(one.state, "")),
-            Text(one.script),
-            _nodes(one),
-            str(one.round or ""),
-            _of(one.restarts, one.max_restarts),
-            _number(one.step),
-            _number(one.steps_per_second, ".2f"),
-            "" if one.time_left is None else span(one.time_left),
-            span(one.lost) if one.lost else "",
-            _percent(one.goodput),
-            Text(one.note),
-        )
-    return made
+    used = 0
+    for name, values in columns.items():
+        needed = max(map(len, [name, *values])) + 1
+        if any(values) and (used + needed <= width or not used):
+            used += needed
+            made.add_column(name, justify="left" if name in {"job", "state", "script"} else "right", no_wrap=True)
+        else:
+            columns[name] = []
+    for row in zip(*filter(None, columns.values()), strict=True):
+        made.add_row(row[0], *(Text(cell, STYLES.get(cell, "")) for cell in row[1:]))
+    notes = [
+        Text.assemble((one.id, "bold"), f" {one.note.splitlines()[0]}")
+        for one in views
+        if one.note and one.state != "COMPLETED"
+    ]
+    return Group(made, *([Text()] if notes else []), *notes)
 
 
 def _nodes(one: JobView) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 
@@ -150,8 +151,19 @@ class Story:
         """How many of its steps no later round did again."""
         if round.first is None or round.last is None:
             return 0
-        later = [other.first for other in self.rounds if other.number > round.number and other.first is not None]
-        return max(0, min([round.last + 1, *later]) - round.first)
+        return max(0, min(round.last + 1, self._resumed_at.get(round.number, round.last + 1)) - round.first)
+
+    @cached_property
+    def _resumed_at(self) -> dict[int, int]:
+        """The lowest step that a round after this one began with."""
+        found: dict[int, int] = {}
+        lowest: int | None = None
+        for one in reversed(self.rounds):
+            if lowest is not None:
+                found[one.number] = lowest
+            if one.first is not None:
+                lowest = one.first if lowest is None else min(lowest, one.first)
+        return found
 
     def repeated(self, round: Round) -> int:
         """How many of its steps were done again."""
@@ -293,10 +305,10 @@ class _Telling:
         seen = Sample(float(event["step_at"]) or when, int(event["step"]), None if loss is None else float(loss))
         samples = self._round.samples
         first_at = float(event["first_at"])
-        if not samples and seen.step > event["first"]:
-            samples = (Sample(first_at, int(event["first"]), None),)
         if not samples:
             self._extend_before(int(event["first"]))
+            if seen.step > event["first"]:
+                samples = (Sample(first_at, int(event["first"]), None),)
         self._change(first=int(event["first"]), first_at=first_at, samples=(*samples, seen))
 
     def _extend_before(self, first: int) -> None:

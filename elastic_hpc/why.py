@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from elastic_hpc.account import MEANINGS, Account, account
+from elastic_hpc.account import MEANINGS
 from elastic_hpc.events import sentence
 from elastic_hpc.status import STYLES, JobView, span
 from elastic_hpc.story import Fault, Round, Run, Story
@@ -27,7 +27,6 @@ _TOLD = frozenset(
 
 def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> RenderableType:
     """The whole story of one job."""
-    counted = account(story, None if view.time_left is None else time.time())
     parts: list[RenderableType] = [_head(view, story)]
     runs = {run.number: run for run in story.runs}
     told = -1
@@ -39,8 +38,9 @@ def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> Re
         until = following.formed if following else float("inf")
         done = [event for event in events if event["event"] in _TOLD and one.formed <= event["time"] < until]
         parts.append(_round(one, following, story, done))
-    parts.append(_spent(counted))
-    if advised := advice(view, story, counted):
+    if view.node_seconds:
+        parts.append(_spent(view))
+    if advised := advice(view, story):
         parts.append(Text("\nwhat you may do", "bold"))
         parts.extend(Text(f"  * {text}") for text in advised)
     return Group(*parts)
@@ -130,22 +130,21 @@ _OUTCOMES = {
 }
 
 
-def _spent(counted: Account) -> RenderableType:
-    if not counted.total:
-        return Text()
+def _spent(view: JobView) -> RenderableType:
+    total = sum(view.node_seconds.values())
     lines = Text("\nwhere the nodes' time went", "bold")
     for kind, meaning in MEANINGS.items():
-        if (spent := counted.node_seconds.get(kind, 0.0)) >= 0.001 * counted.total:
-            lines.append(f"\n  {spent / counted.total:6.1%}  {meaning}", "not bold")
+        if total and (spent := view.node_seconds.get(kind, 0.0)) >= 0.001 * total:
+            lines.append(f"\n  {spent / total:6.1%}  {meaning}", "not bold")
     return lines
 
 
-def advice(view: JobView, story: Story, counted: Account) -> list[str]:
+def advice(view: JobView, story: Story) -> list[str]:
     """What the user may do next, most urgent first."""
     return [
         *_about_the_end(view, story),
         *_about_causes(story),
-        *_about_time(view, story, counted),
+        *_about_time(view, story),
     ]
 
 
@@ -182,12 +181,11 @@ def _about_causes(story: Story) -> Iterator[str]:
             yield f"tell your administrator of {node}, the first to fail {count} times; leave it out: --exclude {node}"
 
 
-def _about_time(view: JobView, story: Story, counted: Account) -> Iterator[str]:
-    if story.rounds and all(one.first is None for one in story.rounds) and counted.total > 600:
+def _about_time(view: JobView, story: Story) -> Iterator[str]:
+    if story.rounds and all(one.first is None for one in story.rounds) and view.running > 600:
         yield "have the script call report_progress(step): then lost time and goodput are known"
-    spent = counted.node_seconds
-    if counted.total and spent.get("repeated", 0.0) > 0.1 * counted.total:
-        yield f"save more often: {counted.repeated_steps} steps were done again after restarts"
+    if view.repeated_steps > 0.1 * (view.step or 0):
+        yield f"save more often: {view.repeated_steps} steps were done again after restarts"
     gaps = [after.gap for before, after in pairwise(story.rounds) if before.run == after.run and after.gap is not None]
     timeout = story.limits.get("heartbeat_timeout", 5.0)
     if gaps and max(gaps) > 10 * timeout and view.max_nodes != view.min_nodes:

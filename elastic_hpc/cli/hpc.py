@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from typing import Any
 
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.election import joiner
@@ -13,19 +14,20 @@ from elastic_hpc.env import JOIN, job_name
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.rundir import RunDir
 
-MODULES: tuple[str, ...] = ("status", "logs", "why", "doctor", "rehearse")
+MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "doctor", "rehearse")
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, add_arguments(parser) and run(args)."""
+_HERE = ("drain", "stop", "conclude", "conclude-alone")
 
 
 def _parser(only: str = "") -> argparse.ArgumentParser:
-    """``only``: the module of this command, if it is one of them; the others need not be imported."""
+    """``only``: the command that is called, if it is one; what the others need is not imported."""
     parser = argparse.ArgumentParser(
         prog="elastic-hpc",
-        description="Look at an elastic job, or tell it something. JOB is its id, if ./elastic-logs has it, or its "
-        "folder under --log-dir, for example elastic-logs/4711.",
+        description="Look at elastic jobs, or tell them something. JOB is a job's id, or its run directory, for "
+        "example elastic-logs/4711. elastic-hpc COMMAND --help has more.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in [only] if only in MODULES else MODULES:
+    for name in () if only in _HERE else (only,) if only in MODULES else MODULES:
         module = importlib.import_module(f"elastic_hpc.cli.{name}")
         added = commands.add_parser(
             name,
@@ -36,22 +38,22 @@ def _parser(only: str = "") -> argparse.ArgumentParser:
         module.add_arguments(added)
         added.set_defaults(run=module.run)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        add_job(added)
+    def command(name: str, text: str, *, started: bool = True, internal: bool = False) -> argparse.ArgumentParser:
+        listed: dict[str, Any] = {} if internal else {"help": text}
+        added = commands.add_parser(name, description=text[0].upper() + text[1:] + ".", **listed)
+        add_job(added, started=started)
         added.set_defaults(run=_run)
         return added
 
-    command("summary", "show the rounds of a job: world sizes, causes, and what each restart cost")
     command("drain", "have a running job save, stop and return through the queue, as before its time limit")
-    stop = command("stop", "end a job, running or waiting in the queue: it does not come back")
+    stop = command("stop", "end a job, running or waiting in the queue: it does not come back", started=False)
     stop.add_argument(
         "--after-checkpoint", action="store_true", help="let the workers save first; they have as long as --grace says"
     )
-    conclude = command("conclude", "act on a job's verdict; the last line of the batch script")
+    conclude = command("conclude", "act on a job's verdict; the last line of the batch script", internal=True)
     conclude.add_argument("status", type=int, help="exit code of srun")
     conclude.add_argument("--signal", metavar="NAME", default="USR2", help="the job's warning signal (default: USR2)")
-    alone = command("conclude-alone", "act on a job's verdict where the batch script was lost; started by an agent")
+    alone = command("conclude-alone", "act on a verdict where the batch script was lost; an agent calls", internal=True)
     alone.add_argument("outcome", help="finished, failed or requeue")
     alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")
     return parser
@@ -65,15 +67,6 @@ def _run(args: argparse.Namespace) -> int:
         if args.command == "conclude":
             return conclude.conclude(rundir, os.environ, args.status, warning=args.signal)
         return conclude.conclude_alone(rundir, os.environ, args.outcome, deputy_of=args.deputy_of)
-    if args.command == "summary":
-        from rich.console import Console
-
-        from elastic_hpc.summary import render
-
-        Console().print(render(rundir.events()))
-        verdict = rundir.read("verdict.json")
-        print(f"{verdict['outcome']}: {verdict['reason']}" if verdict else "no verdict yet")
-        return 0
     if args.command == "drain":
         _drain(rundir)
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections import deque
@@ -64,14 +63,11 @@ def run(args: argparse.Namespace) -> int:
             f"job {rundir.path.name} has not started yet; wait for it: elastic-hpc logs -f {rundir.path.name}"
         )
     wanted, printer = _wanted(args, rundir), _Printer(rundir, timestamps=args.timestamps)
-    try:
-        logs = Logs(rundir.path / "logs", wanted)
-        lines: Iterable[Line] = logs.there(follow=args.follow)
-        printer.print(lines if args.lines is None else deque(lines, maxlen=args.lines))
-        if args.follow:
-            _follow(rundir, logs, printer)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    logs = Logs(rundir.path / "logs", wanted)
+    lines: Iterable[Line] = logs.there(follow=args.follow)
+    printer.print(lines if args.lines is None else deque(lines, maxlen=args.lines))
+    if args.follow:
+        _follow(rundir, logs, printer)
     return 0
 
 

@@ -108,9 +108,8 @@ def _damaged_is_none(read: Any) -> Any:
     return None
 
 
-def _chosen(args: argparse.Namespace) -> list[RunDir]:
-    if args.job:
-        return list(args.job)
+def chosen() -> list[RunDir]:
+    """All jobs of mine that are known: submitted lately, or in ./elastic-logs."""
     here = [path for path in Path("elastic-logs").glob("*") if (path / "spec.json").exists()]
     paths = dict.fromkeys(
         [*known(), *sorted((path.absolute() for path in here), key=lambda path: (len(path.name), path.name))]
@@ -118,7 +117,8 @@ def _chosen(args: argparse.Namespace) -> list[RunDir]:
     return [RunDir(path) for path in paths]
 
 
-def _of_interest(view: JobView, story: Story) -> bool:
+def of_interest(view: JobView, story: Story) -> bool:
+    """Whether it is not over, or has ended lately."""
     over = view.state not in {"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "UNKNOWN"}
     last = story.last_time or _mtime(view.run_dir)
     if view.state == "UNKNOWN" and not story.runs and not view.script:
@@ -136,27 +136,28 @@ def run(args: argparse.Namespace) -> int:
     """The command; the answer is its exit code: 1 if Slurm could not be asked."""
     if args.watch and args.json:
         raise UsageError("--watch and --json: expected one of them; call --json again and again instead")
-    jobs = Jobs(_chosen(args))
+    jobs = Jobs(args.job or chosen())
     if args.watch:
         return _watch(jobs, args)
     found = jobs.look()
     if not (args.job or args.all):
-        found = [(view, story) for view, story in found if jobs.problem or _of_interest(view, story)]
+        found = [(view, story) for view, story in found if jobs.problem or of_interest(view, story)]
     if args.json:
         json.dump(status.as_json([view for view, _ in found], time.time(), jobs.problem), sys.stdout, indent=1)
         print()
     else:
-        Console(highlight=False).print(_screen(found, jobs.problem))
+        console = Console(highlight=False)
+        console.print(_screen(found, jobs.problem, console))
     return 1 if jobs.problem else 0
 
 
-def _screen(found: Sequence[tuple[JobView, Story]], problem: str) -> RenderableType:
+def _screen(found: Sequence[tuple[JobView, Story]], problem: str, console: Console) -> RenderableType:
     parts: list[RenderableType] = [Text(problem, "bold red")] if problem else []
     if len(found) == 1:
         return Group(*parts, status.card(found[0][0]))
     if not found:
         return Group(*parts, "no job that is not over; elastic-hpc status --all shows the others")
-    return Group(*parts, status.table([view for view, _ in found]))
+    return Group(*parts, status.table([view for view, _ in found], console.width))
 
 
 def _watch(jobs: Jobs, args: argparse.Namespace) -> int:
@@ -168,14 +169,14 @@ def _watch(jobs: Jobs, args: argparse.Namespace) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         found = jobs.look()
         with Live(
-            _screen(found, jobs.problem), console=console, screen=console.is_terminal, auto_refresh=False
+            _screen(found, jobs.problem, console), console=console, screen=console.is_terminal, auto_refresh=False
         ) as live:
             while not over(found):
                 time.sleep(_LOOK)
                 found = jobs.look(_ASK_SLURM)
                 if not (args.job or args.all):
-                    found = [(view, story) for view, story in found if _of_interest(view, story)]
-                live.update(_screen(found, jobs.problem), refresh=True)
+                    found = [(view, story) for view, story in found if of_interest(view, story)]
+                live.update(_screen(found, jobs.problem, console), refresh=True)
         if console.is_terminal:
-            console.print(_screen(found, jobs.problem))
+            console.print(_screen(found, jobs.problem, console))
     return 1 if jobs.problem else 0

@@ -109,7 +109,7 @@ def cancelled(stage: Stage) -> Job:
 def keep(job: Job, name: str, home: str) -> None:
     target = HERE / name
     shutil.rmtree(target, ignore_errors=True)
-    hidden = shutil.ignore_patterns("secret", "checkpoints", "script.sbatch", "code*", "running", "*.lock", ".*", "over")
+    hidden = shutil.ignore_patterns("secret", "checkpoints", "script.sbatch", "code*", ".*", "over", "*.error.json")
     shutil.copytree(job.run_dir, target, ignore=hidden)
     for path in target.rglob("*"):
         if path.is_file():
@@ -117,8 +117,6 @@ def keep(job: Job, name: str, home: str) -> None:
             path.chmod(0o644)
         else:
             path.chmod(0o755)
-    for path in target.rglob("rank*.error.json"):
-        path.unlink()
 
 
 def main() -> None:

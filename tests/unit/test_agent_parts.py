@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 from dataclasses import replace
@@ -151,25 +150,6 @@ def test_the_verdict_of_another_run_is_not_acted_on(tmp_path: Path, capsys: pyte
     assert "the agents left no verdict" in capsys.readouterr().err
     rundir.write("verdict.json", {"outcome": "failed", "reason": "exit code 1", "run": 1})
     assert conclude(rundir, second, 0) == 1
-
-
-def test_the_summary_tells_rounds_causes_and_gaps(tmp_path: Path) -> None:
-    from elastic_hpc.summary import render, rounds
-
-    nodes = ["n1", "n2", "n3"]
-    events = [
-        {"time": 10.0, "event": "start", "run": 0},
-        {"time": 12.0, "event": "round", "round": 1, "nodes": nodes, "world_size": 3, "restarts": 0},
-        {"time": 30.0, "event": "lost", "node": "n3", "reason": "nothing heard for 5 s", "silent": 5.0},
-        {"time": 30.0, "event": "restart", "round": 2, "restarts": 1, "reason": "n3 lost"},
-        {"time": 30.5, "event": "round", "round": 2, "nodes": nodes[:2], "world_size": 2, "restarts": 1},
-        {"time": 50.0, "event": "verdict", "outcome": "finished", "reason": "all workers finished"},
-    ]
-    first, second = rounds(events)
-    assert (first.gap, first.ended, first.cause) == (2.0, 25.0, "n3 lost")
-    assert (second.gap, second.world_size, second.ended) == (5.5, 2, 50.0)
-    assert rounds(events[:2])[0].ended is None
-    assert render(json.loads(json.dumps(events))).row_count == 2
 
 
 POLICY = Policy(

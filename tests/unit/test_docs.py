@@ -17,7 +17,7 @@ import pytest
 from elastic_hpc.sbatch_options import SBATCH
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 OURS = {"elastic-sbatch", "elastic-srun", "elastic-hpc", "mini-slurm"}
 OTHERS = {"salloc", "apt-get", "git", "pip", "make", "cd", "torchrun", "srun"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -35,7 +35,8 @@ def help_of(*command: str) -> str:
 
 def options_of(command: str) -> set[str]:
     """Long options that ``command`` accepts before the script."""
-    subcommands = re.findall(r"^    ([a-z]+) ", help_of(command), re.MULTILINE) if command != "elastic-sbatch" else []
+    listed = "" if command == "elastic-sbatch" else help_of(command)
+    subcommands = re.findall(r"^    ([a-z-]+)(?: |$)", listed, re.MULTILINE)
     known = set(OPTION.findall(" ".join([help_of(command), *(help_of(command, name) for name in subcommands)])))
     return known | ({f"--{name}" for name in SBATCH} if command == "elastic-sbatch" else set())
 

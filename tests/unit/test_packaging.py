@@ -31,7 +31,9 @@ def test_the_wheel_has_the_templates_the_license_and_the_commands(built):
         names = set(wheel.namelist())
         points = wheel.read(f"elastic_hpc-{__version__}.dist-info/entry_points.txt").decode()
     assert {f"elastic_hpc/slurm_templates/{name}" for name in TEMPLATES} <= names
-    assert {name.partition("/")[0] for name in names} == {"elastic_hpc", f"elastic_hpc-{__version__}.dist-info"}
+    own = f"elastic_hpc-{__version__}"
+    assert {name.partition("/")[0] for name in names} == {"elastic_hpc", f"{own}.data", f"{own}.dist-info"}
+    assert f"{own}.data/data/share/man/man1/elastic-sbatch.1" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     for command in ("sbatch", "srun", "hpc"):
         assert f"elastic-{command} = elastic_hpc.cli.{command}:main" in points

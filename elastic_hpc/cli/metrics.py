@@ -1,0 +1,92 @@
+"""``elastic-hpc metrics``: jobs for Prometheus."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, start_http_server, write_to_textfile
+from prometheus_client.exposition import generate_latest
+
+from elastic_hpc.cli.jobs import add_job
+from elastic_hpc.cli.status import Jobs, chosen, of_interest
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.metrics import JobMetrics
+from elastic_hpc.rundir import RunDir
+from elastic_hpc.status import JobView
+from elastic_hpc.story import Story
+
+HELP = "export my jobs as Prometheus metrics: goodput, faults, restarts, lost time"
+_EPILOG = """examples:
+  elastic-hpc metrics                                    print them
+  elastic-hpc metrics --output DIR/elastic_hpc.prom      once, for node_exporter's textfile collector
+  elastic-hpc metrics --output DIR/elastic_hpc.prom --every 30
+  elastic-hpc metrics --port 9650                        serve them to this machine, until Ctrl-C
+
+Goodput of all jobs:  sum(elastic_hpc_node_seconds_total{kind="kept"}) / sum(elastic_hpc_node_seconds_total)"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command."""
+    add_job(parser, "*", started=False)
+    parser.epilog = _EPILOG
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--output", metavar="FILE", help="write them there, replacing the file at once")
+    how.add_argument("--port", type=int, metavar="PORT", help="serve them over HTTP")
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="with --output: again and again, until Ctrl-C")
+    parser.add_argument(
+        "--address", metavar="ADDRESS", default="127.0.0.1", help="with --port: where to listen (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; the answer is its exit code."""
+    if args.every is not None and (args.every <= 0 or not args.output):
+        raise UsageError(f"--every {args.every:g}: expected seconds above 0 and --output FILE, for example --every 30")
+    registry = JobMetrics(lambda: _look(list(args.job))).registry()
+    if args.port is not None:
+        return _serve(registry, args.address, args.port)
+    if args.output is None:
+        sys.stdout.buffer.write(generate_latest(registry))
+        return 0
+    over = _until_ctrl_c()
+    while True:
+        _write(registry, args.output)
+        if args.every is None or over.wait(args.every):
+            return 0
+
+
+def _look(asked: Sequence[RunDir]) -> tuple[list[tuple[JobView, Story]], bool]:
+    jobs = Jobs(asked or chosen())
+    found = jobs.look()
+    return [one for one in found if asked or of_interest(*one)], not jobs.problem
+
+
+def _write(registry: CollectorRegistry, path: str) -> None:
+    try:
+        write_to_textfile(path, registry)
+    except OSError as error:
+        raise ElasticError(f"{path}: {error.strerror}") from error
+
+
+def _serve(registry: CollectorRegistry, address: str, port: int) -> int:
+    try:
+        server, thread = start_http_server(port, address, registry)
+    except (OSError, OverflowError) as error:
+        raise ElasticError(f"--port {port}: {error}; choose another, for example --port 9650") from error
+    print(f"http://{address}:{server.server_port}/metrics, until Ctrl-C", file=sys.stderr, flush=True)
+    _until_ctrl_c().wait()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    return 0
+
+
+def _until_ctrl_c() -> threading.Event:
+    over = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: over.set())
+    return over

@@ -1,0 +1,47 @@
+"""``elastic-hpc timeline``: a job as a page or an image."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+from elastic_hpc.cli.jobs import add_job
+from elastic_hpc.cli.status import Jobs
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.timeline import html, png
+
+HELP = "draw a job: world size, faults, progress and goodput over time"
+_EPILOG = """examples:
+  elastic-hpc timeline 4711 --html 4711.html       one self-contained page, to be mailed or put on a web server
+  elastic-hpc timeline 4711 --png 4711.png         the picture alone; needs: pip install 'elastic_hpc[png]'"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command."""
+    add_job(parser)
+    parser.epilog = _EPILOG
+    parser.add_argument("--html", metavar="FILE", help="write the page there")
+    parser.add_argument("--png", metavar="FILE", help="write the picture there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; the answer is its exit code."""
+    if not (args.html or args.png):
+        raise UsageError(f"where to? for example: elastic-hpc timeline {args.job.path.name} --html timeline.html")
+    jobs = Jobs([args.job])
+    ((view, story),) = jobs.look()
+    if args.html:
+        _write(args.html, html(view, story, time.time()).encode())
+    if args.png:
+        _write(args.png, png(view, story, time.time()))
+    return 0
+
+
+def _write(path: str, body: bytes) -> None:
+    try:
+        with open(path, "wb") as file:
+            file.write(body)
+    except OSError as error:
+        raise ElasticError(f"{path}: {error.strerror}") from error
+    print(os.path.abspath(path))

@@ -1,0 +1,253 @@
+"""A job as a picture: world size, steps and loss over time, and where the nodes' time went; as SVG. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from markupsafe import escape
+
+from elastic_hpc.account import MEANINGS, Kind, Phase, account, phases
+from elastic_hpc.decide import FINISHED
+from elastic_hpc.status import span
+from elastic_hpc.story import Round, Story
+
+WIDTH = 1100
+_LEFT, _RIGHT = 64, 20
+_COLOURS: dict[Kind, str] = {
+    "kept": "#2f855a",
+    "repeated": "#dd6b20",
+    "unreported": "#3182ce",
+    "start": "#a0aec0",
+    "workers": "#63b3ed",
+    "stopping": "#b794f4",
+    "forming": "#6b46c1",
+    "idle": "#e2e8f0",
+    "queue": "#faf089",
+}
+STYLE = (
+    "text{font-family:'DejaVu Sans',Verdana,Helvetica,Arial,sans-serif;font-size:12px;fill:#2d3748}"
+    ".title{font-weight:bold}.small{font-size:11px}.grid{stroke:#cbd5e0;stroke-width:1}"
+    ".allocated{fill:none;stroke:#4a5568;stroke-width:1.5;stroke-dasharray:5 3}"
+    ".fault{stroke:#c53030;stroke-width:1.5;fill:#c53030}.faulttext{fill:#c53030}"
+    ".change{stroke:#b7791f;stroke-width:1.5;fill:#b7791f}.changetext{fill:#975a16}"
+    ".done{stroke:#2f855a;stroke-width:1.5;fill:#2f855a}.donetext{fill:#2f855a}"
+    ".line{fill:none;stroke:#2f855a;stroke-width:2}.again{fill:none;stroke:#dd6b20;stroke-width:2}"
+    ".loss{fill:none;stroke:#3182ce;stroke-width:1.5}"
+    + "".join(f".{kind}{{fill:{colour}}}" for kind, colour in _COLOURS.items())
+)
+"""For the classes of the picture, on a light ground."""
+
+_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """From a range of values to one of pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low or 1.0)
+        return round(self.start + share * (self.end - self.start), 1)
+
+
+def draw(story: Story, now: float | None = None) -> str:
+    """The picture as one SVG element, without its style; see ``account.account`` for ``now``."""
+    told = phases(story, now)
+    if not told:
+        return f'<svg viewBox="0 0 {WIDTH} 40"><text x="8" y="24">no run is on record</text></svg>'
+    time = _Scale(told[0].start, max(phase.end for phase in told), _LEFT, WIDTH - _RIGHT)
+    parts, top = [], 0
+    for panel in (_world, _progress, _losses):
+        drawn, height = panel(story, told, time, top)
+        parts.extend(drawn)
+        top += height
+    drawn, height = _spent(story, now, top)
+    parts.extend(drawn)
+    return f'<svg viewBox="0 0 {WIDTH} {top + height}" role="img" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x}" y="{y}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _rect(x: float, y: float, width: float, height: float, kind: str, title: str, opacity: float = 1.0) -> str:
+    return (
+        f'<rect x="{x}" y="{y}" width="{max(0.5, round(width, 1))}" height="{round(height, 1)}" class="{kind}" '
+        f'opacity="{opacity}"><title>{escape(title)}</title></rect>'
+    )
+
+
+def _path(points: Iterable[tuple[float, float]], kind: str) -> str:
+    return f'<polyline class="{kind}" points="{" ".join(f"{x},{y}" for x, y in points)}"/>'
+
+
+def _time_axis(time: _Scale, y: float, top: float) -> Iterator[str]:
+    length = time.high - time.low
+    step = next((step for step in _STEPS if length / step <= 10), 86400 * max(1, round(length / 864000)))
+    for number in range(int(length / step) + 1):
+        x = time(time.low + number * step)
+        yield f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{y}" opacity="0.5"/>'
+        if x < WIDTH - 40:
+            yield _text(x, y + 15, span(number * step) if number else "0", "small", "middle")
+
+
+def _value_axis(value: _Scale, values: Sequence[float], how: str) -> Iterator[str]:
+    for each in values:
+        y = value(each)
+        yield f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}" opacity="0.5"/>'
+        yield _text(_LEFT - 6, y + 4, format(each, how), "small", "end")
+
+
+def _even(low: float, high: float, most: int) -> list[float]:
+    """At most ``most`` round numbers from low to high."""
+    size = 1.0
+    while (high - low) / size > most:
+        size *= 2 if str(size)[0] in "15" else 2.5
+    first = -(-low // size) * size
+    return [first + number * size for number in range(int((high - first) / size) + 1)]
+
+
+def _world(story: Story, told: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
+    height, head = 190, 64
+    base = top + head + height
+    held = _allocation(story, told)
+    most = max([count for _, count in held] + [len(one.nodes) for one in story.rounds] + [1])
+    nodes = _Scale(0, most, base, top + head)
+    parts = [
+        _text(_LEFT, top + 16, "nodes in the world", "title"),
+        _text(_LEFT + 150, top + 16, "dashed: nodes that the job held", "small"),
+    ]
+    parts.extend(_time_axis(time, base, top + head))
+    parts.extend(_value_axis(nodes, _even(0, most, 5), ".0f"))
+    for phase in told:
+        count = len(phase.round.nodes) if phase.round else (most if phase.kind == "queue" else phase.run.granted)
+        x, y = time(phase.start), nodes(count)
+        where = f"round {phase.round.number}: " if phase.round else ""
+        title = f"{where}{MEANINGS[phase.kind]}, {span(phase.seconds)}"
+        parts.append(_rect(x, y, time(phase.end) - x, base - y, phase.kind, title, 1.0 if phase.round else 0.45))
+    corners = [(time(when), nodes(count)) for when, count in held]
+    parts.append(
+        _path(
+            [p for (x, y), (z, _) in zip(corners, [*corners[1:], corners[-1]], strict=True) for p in ((x, y), (z, y))],
+            "allocated",
+        )
+    )
+    parts.extend(_marks(story, time, top + head, base))
+    return parts, head + height + 34
+
+
+def _allocation(story: Story, told: Sequence[Phase]) -> list[tuple[float, int]]:
+    """How many nodes the job held, from when on."""
+    changes: list[tuple[float, int]] = []
+    for run in story.runs:
+        mine = [phase for phase in told if phase.run is run and phase.kind != "queue"]
+        if mine:
+            changes += [(mine[0].start, run.granted), (mine[-1].end, -run.granted)]
+    for one in story.joiners:
+        changes += [(one.joined, 1), (told[-1].end if one.left is None else one.left, -1)]
+    held, count = [(told[0].start, 0)], 0
+    for when, change in sorted(changes):
+        count += change
+        held.append((when, count))
+    return held
+
+
+def _marks(story: Story, time: _Scale, top: int, base: int) -> Iterator[str]:
+    """What ended the rounds: a line each, with as many words as there is room for."""
+    free = [float("-inf")] * 3
+    for one in story.rounds:
+        if one.ended is None:
+            continue
+        when = one.broken or one.ended
+        x, kind = time(when), "fault" if one.faults else "done" if one.cause == FINISHED else "change"
+        label = _label(one)
+        yield (
+            f'<g class="{kind}"><title>{escape(f"end of round {one.number}: {one.cause}")}</title>'
+            f'<line x1="{x}" x2="{x}" y1="{top - 6}" y2="{base}"/><circle cx="{x}" cy="{top - 6}" r="3.5"/></g>'
+        )
+        width = 6.6 * len(label) + 8
+        begin = min(x, WIDTH - _RIGHT - width)
+        row = next((row for row, end in enumerate(free) if end < begin), None)
+        if row is not None:
+            free[row] = begin + width
+            yield _text(begin, top - 14 - 13 * row, label, f"small {kind}text")
+
+
+def _label(one: Round) -> str:
+    if one.faults:
+        fault = one.faults[0]
+        return f"{fault.node} lost" if fault.rank is None else f"rank {fault.rank} on {fault.node}"
+    return one.cause if len(one.cause) < 30 else one.cause[:28] + "..."
+
+
+def _progress(story: Story, _told: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
+    steps = [sample.step for one in story.rounds for sample in one.samples]
+    if not steps:
+        return [], 0
+    height, head = 140, 28
+    base = top + head + height
+    value = _Scale(0, max(steps), base, top + head)
+    parts = [_text(_LEFT, top + 16, "steps", "title"), _text(_LEFT + 50, top + 16, "orange: done again later", "small")]
+    parts.extend(_time_axis(time, base, top + head))
+    parts.extend(_value_axis(value, _even(0, max(steps), 4), ".0f"))
+    for one in story.rounds:
+        if one.first is None:
+            continue
+        points = [(time(sample.time), sample.step) for sample in one.samples]
+        turn = one.first + story.kept(one) - 1
+        between = next((pair for pair in pairwise(points) if pair[0][1] < turn < pair[1][1]), None)
+        if between:
+            points.insert(
+                points.index(between[1]),
+                (_Scale(between[0][1], between[1][1], between[0][0], between[1][0])(turn), turn),
+            )
+        kept = [(x, value(step)) for x, step in points if step <= turn]
+        again = [(x, value(step)) for x, step in points if step > turn]
+        if again:
+            parts.append(_path([*kept[-1:], *again], "again"))
+        if kept:
+            parts.append(_path(kept, "line"))
+    return parts, head + height + 34
+
+
+def _losses(story: Story, _told: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
+    rounds = [[(s.time, s.loss) for s in one.samples if s.loss is not None] for one in story.rounds]
+    losses = [loss for one in rounds for _, loss in one]
+    if not losses:
+        return [], 0
+    height, head = 90, 28
+    base = top + head + height
+    value = _Scale(min(0.0, *losses), max(losses) or 1.0, base, top + head)
+    parts = [_text(_LEFT, top + 16, "loss", "title")]
+    parts.extend(_time_axis(time, base, top + head))
+    parts.extend(_value_axis(value, _even(value.low, value.high, 3), ".3g"))
+    parts.extend(_path([(time(when), value(loss)) for when, loss in one], "loss") for one in rounds if one)
+    return parts, head + height + 34
+
+
+def _spent(story: Story, now: float | None, top: int) -> tuple[list[str], int]:
+    counted = account(story, now)
+    if not counted.total:
+        return [], 0
+    goodput = "" if counted.goodput is None else f": goodput {counted.goodput:.0%}"
+    parts = [_text(_LEFT, top + 16, f"where the nodes' time went{goodput}", "title")]
+    scale, at = _Scale(0, counted.total, _LEFT, WIDTH - _RIGHT), 0.0
+    column = row = 0
+    for kind, meaning in MEANINGS.items():
+        spent = counted.node_seconds.get(kind, 0.0)
+        if not spent:
+            continue
+        title = f"{meaning}: {spent / counted.total:.1%}, {span(spent)} of one node"
+        parts.append(_rect(scale(at), top + 26, scale(at + spent) - scale(at), 26, kind, title))
+        at += spent
+        x, y = _LEFT + 520 * column, top + 76 + 18 * row
+        parts.append(_rect(x, y - 10, 11, 11, kind, title))
+        parts.append(_text(x + 17, y, f"{spent / counted.total:.1%}  {meaning}", "small"))
+        column, row = (0, row + 1) if column else (1, row)
+    return parts, 76 + 18 * (row + bool(column))

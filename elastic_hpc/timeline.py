@@ -1,0 +1,70 @@
+"""A job as one self-contained page, or as an image."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from importlib import resources
+
+import jinja2
+
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.picture import STYLE, WIDTH, draw
+from elastic_hpc.status import JobView, span
+from elastic_hpc.story import Story
+
+
+def html(view: JobView, story: Story, now: float) -> str:
+    """``now``: seconds since the epoch; counts only for a job that runs."""
+    text = resources.files("elastic_hpc").joinpath("timeline.html.j2").read_text()
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(text)
+    return page.render(
+        view=view,
+        story=story,
+        style=STYLE,
+        picture=draw(story, _now(view, now)),
+        numbers=_numbers(view),
+        when=_when(story),
+        span=span,
+    )
+
+
+def png(view: JobView, story: Story, now: float) -> bytes:
+    """The picture alone. Raises ElasticError if what draws it is not installed."""
+    try:
+        resvg_py = importlib.import_module("resvg_py")
+    except ImportError:
+        raise ElasticError(
+            "--png needs the package resvg-py: pip install 'elastic_hpc[png]'; --html needs nothing"
+        ) from None
+    picture = draw(story, _now(view, now))
+    ground = f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
+    head, tag, rest = picture.partition(">")
+    return bytes(resvg_py.svg_to_bytes(svg_string=f"{head}{tag}{ground}{rest}", width=2 * WIDTH))
+
+
+def _now(view: JobView, now: float) -> float | None:
+    return now if view.time_left is not None else None
+
+
+def _numbers(view: JobView) -> list[tuple[str, str]]:
+    known = [
+        ("not reported" if view.goodput is None else f"{view.goodput:.0%}", "goodput"),
+        (span(view.running), "with nodes"),
+        (span(view.queued), "in the queue"),
+        (span(view.lost), "lost after the first step"),
+        (str(view.restarts), f"restarts of {view.max_restarts}"),
+        (str(max(0, view.runs - 1)), "requeues"),
+    ]
+    if view.step is not None:
+        known += [(str(view.step), "steps done"), (str(view.repeated_steps), "steps repeated")]
+    return known
+
+
+def _when(story: Story) -> str:
+    if not story.runs:
+        return "no run is on record"
+    first = story.runs[0]
+    begin, end = first.started or first.began, story.last_time
+    shown = [time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) for when in (begin, end)]
+    return f"{shown[0]} to {shown[1]}, {len(story.rounds)} rounds"

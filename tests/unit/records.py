@@ -1,0 +1,36 @@
+"""The records of real jobs in tests/records, and damaged copies of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from elastic_hpc.rundir import EventReader, RunDir
+from elastic_hpc.story import Story, tell
+
+FOLDER = Path(__file__).parents[1] / "records"
+NAMES = ("faults", "head", "grown", "broken", "cancelled")
+
+
+def events(name: str) -> list[dict[str, Any]]:
+    return RunDir(FOLDER / name).events()
+
+
+def story(name: str) -> Story:
+    return tell(events(name))
+
+
+def story_in(folder: Path) -> Story:
+    reader = EventReader(RunDir(folder))
+    reader.read()
+    return tell(reader.events, reader.damaged)
+
+
+def copy(name: str, to: Path) -> Path:
+    return shutil.copytree(FOLDER / name, to / name)
+
+
+def write(folder: Path, events: list[dict[str, Any]]) -> None:
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

@@ -1,0 +1,239 @@
+"""``elastic-hpc status`` and what it is made of: never healthier than what is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import records
+from rich.console import Console
+
+from elastic_hpc.cli.hpc import main
+from elastic_hpc.registry import known, remember
+from elastic_hpc.slurm import Queued
+from elastic_hpc.status import SCHEMA, JobView, Seen, as_json, card, span, table, view
+from elastic_hpc.story import Story, tell
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No job is known, Slurm's commands are not there."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def seen(**changes: Any) -> Seen:
+    unset: dict[str, Any] = {"run_dir": "elastic-logs/4711", "script": "train.py", "final": None, "problem": ""}
+    known = Queued("RUNNING", 100.0, 4000.0, "None")
+    return Seen(**{"id": "4711", **unset, "known": known, "silent": 0.5, **changes})
+
+
+def running(name: str = "grown") -> Story:
+    return tell(event for event in records.events(name) if event["event"] != "verdict")
+
+
+def shown(what: Any, width: int = 150) -> str:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(what)
+    console.file.close()
+    return console.export_text()
+
+
+def test_a_running_job_is_told_with_its_world_its_budgets_and_its_progress() -> None:
+    story = running()
+    now = story.last_time + 1
+    one = view(seen(known=Queued("RUNNING", now - 60, now + 600, "None")), story, now)
+    assert (one.state, one.note) == ("RUNNING", "")
+    assert (len(one.nodes), one.min_nodes, one.max_nodes, one.joiners) == (3, 2, 4, 1)
+    assert (one.round, one.restarts, one.max_restarts, one.requeues, one.max_requeues) == (4, 3, 10, 0, 5)
+    assert one.step == 400
+    assert one.steps_per_second
+    assert one.time_left == pytest.approx(600)
+    assert one.lost > 5
+    assert one.goodput
+    text = shown(card(one))
+    for part in (
+        "job 4711",
+        "RUNNING",
+        "3 of 2:4",
+        "1 by jobs of their own",
+        "3 of 10",
+        "steps/s",
+        "10 min left",
+        "goodput",
+    ):
+        assert part in text
+
+
+def test_when_slurm_cannot_be_asked_nothing_is_said_to_be_healthy() -> None:
+    one = view(seen(known=None, problem="Slurm cannot be asked: timed out"), running(), time.time())
+    assert one.state == "UNKNOWN"
+    assert "Slurm cannot be asked: timed out" in one.note
+    assert "a leader was there 0.5 s ago" in one.note
+    assert one.time_left is None
+    assert one.steps_per_second is None
+
+
+def test_a_job_that_slurm_forgot_without_an_end_on_record_was_cut_off() -> None:
+    one = view(seen(known=None), running(), time.time())
+    assert (one.state, one.note) == (
+        "UNKNOWN",
+        "Slurm does not know it any more, and its record has no end: it was cut off",
+    )
+
+
+def test_a_job_that_was_cancelled_while_it_waited_after_a_requeue() -> None:
+    events = records.events("faults")
+    first = tell(events[: next(i for i, event in enumerate(events) if event["event"] == "verdict") + 1])
+    one = view(seen(known=None), first, time.time())
+    assert one.state == "UNKNOWN"
+    assert "it was cancelled there" in one.note
+    waits = view(seen(known=Queued("PENDING", None, None, "BeginTime")), first, time.time())
+    assert (waits.state, waits.note) == (
+        "PENDING",
+        "BeginTime; it was requeued: time limit: the workers saved and stopped",
+    )
+
+
+def test_a_running_job_that_nobody_leads_is_told_so() -> None:
+    now = time.time()
+    assert view(seen(silent=65.0), running(), now).note == "nobody leads since 1 min 5 s"
+    assert view(seen(silent=None), Story(), now).note == "nobody leads yet"
+
+
+def test_a_job_that_has_not_started_says_what_it_waits_for() -> None:
+    one = view(seen(known=Queued("PENDING", None, None, "Resources"), script="", silent=None), Story(), time.time())
+    assert (one.state, one.note, one.round, one.step) == ("PENDING", "Resources", 0, None)
+    assert "Resources" in shown(card(one))
+    assert "PENDING" in shown(table([one, one]))
+
+
+def test_an_ended_job_needs_no_slurm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(records.FOLDER / "broken")]) == 0
+    text = capsys.readouterr().out
+    assert "FAILED" in text
+    assert "FileNotFoundError" in text
+
+
+def test_the_json_has_a_version_and_every_documented_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--json", *(str(records.FOLDER / name) for name in records.NAMES)]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["schema"] == SCHEMA
+    assert body["slurm"] is None
+    assert [job["state"] for job in body["jobs"]] == ["COMPLETED", "COMPLETED", "COMPLETED", "FAILED", "CANCELLED"]
+    for job in body["jobs"]:
+        assert list(job) == [field.name for field in fields(JobView)]
+    documented = (records.FOLDER.parents[1] / "docs" / "status.md").read_text()
+    for field in ("schema", "time", "slurm", "jobs", *(field.name for field in fields(JobView))):
+        assert f"`{field}`" in documented
+
+
+def test_the_json_of_a_job_that_is_not_over_says_that_slurm_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = records.copy("grown", tmp_path)
+    (folder / "verdict.json").unlink()
+    records.write(folder, [event for event in records.events("grown") if event["event"] != "verdict"])
+    assert main(["status", "--json", str(folder)]) == 1
+    body = json.loads(capsys.readouterr().out)
+    assert "Slurm cannot be asked" in body["slurm"]
+    assert body["jobs"][0]["state"] == "UNKNOWN"
+
+
+@pytest.mark.parametrize("name", ["verdict.json", "state.json", "spec.json", "endpoint.json", "events.jsonl"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\x00", b"[]\n", None])
+def test_a_damaged_file_costs_what_it_says_and_no_more(name: str, damage: bytes | None, tmp_path: Path) -> None:
+    folder = records.copy("faults", tmp_path)
+    if damage is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(damage)
+    assert main(["status", str(folder)]) in {0, 1}
+    assert main(["why", str(folder)]) == 0
+    assert main(["timeline", str(folder), "--html", str(tmp_path / "page.html")]) == 0
+    assert main(["metrics", str(folder), "--output", str(tmp_path / "jobs.prom")]) == 0
+    assert main(["logs", str(folder)]) == 0
+
+
+def test_jobs_are_found_by_id_from_any_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = records.copy("faults", home / "elsewhere")
+    remember(folder)
+    assert main(["status", "faults", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["jobs"][0]["run_dir"] == str(folder)
+    assert main(["status", "nosuchjob"]) == 2
+    assert "'nosuchjob': expected a job's id" in capsys.readouterr().err
+    assert main(["why", str(home / "elastic-logs" / "9")]) == 2
+
+
+def test_without_a_job_all_are_shown_that_are_not_over_or_ended_lately(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("faults", "broken"):
+        remember(folder := records.copy(name, home / "elastic-logs"))
+        records.write(folder, [{**event, "time": event["time"] - 3 * 86400} for event in records.events(name)])
+    assert main(["status"]) == 0
+    assert "no job that is not over" in capsys.readouterr().out
+    assert main(["status", "--all"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("faults") < text.index("broken")
+    recent = [
+        {**event, "time": event["time"] - records.story("faults").last_time + time.time()}
+        for event in records.events("faults")
+    ]
+    records.write(home / "elastic-logs" / "faults", recent)
+    assert main(["status"]) == 0
+    assert "faults" in capsys.readouterr().out
+
+
+def test_known_jobs_are_the_last_ones_each_once_and_an_array_by_its_tasks(home: Path) -> None:
+    assert known() == []
+    for name in ("1", "2", "1"):
+        remember(home / name)
+    assert [path.name for path in known()] == ["2", "1"]
+    for task in ("3_10", "3_9"):
+        (home / task).mkdir()
+    remember(home / "3")
+    assert [path.name for path in known()] == ["2", "1", "3_9", "3_10"]
+    assert (home / "state" / "elastic_hpc" / "jobs").stat().st_mode & 0o077 == 0
+
+
+def test_a_home_that_cannot_be_written_is_no_failure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "state").write_text("a file")
+    remember(home / "1")
+    assert known() == []
+
+
+def test_watch_ends_with_the_job_and_when_it_is_no_terminal_shows_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--watch", str(records.FOLDER / "faults")]) == 0
+    assert "COMPLETED" in capsys.readouterr().out
+    assert main(["status", "--watch", "--json"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (4.25, "4.2 s"), (59.6, "60 s"), (185, "3 min 5 s"), (7800, "2 h 10 min"), (277200, "3 d 5 h")],
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert span(seconds) == text
+
+
+def test_no_width_of_a_terminal_breaks_the_screen() -> None:
+    views = [view(seen(), records.story(name), time.time()) for name in records.NAMES]
+    for width in (10, 40, 80, 200):
+        assert len(max(shown(table(views, width), width).splitlines(), key=len)) <= width
+        shown(card(views[0]), width)
+    assert as_json(views, 1.0, "")["time"] == 1.0
+
+
+def test_status_imports_no_torch() -> None:
+    code = "import sys; from elastic_hpc.cli.hpc import main; main(['status']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

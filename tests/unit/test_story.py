@@ -1,0 +1,195 @@
+"""What is told of a job, from the records of real jobs that went through real faults, whole and damaged."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import records
+
+from elastic_hpc.account import MEANINGS, account, phases
+from elastic_hpc.events import EVENTS, sentence
+from elastic_hpc.rundir import EventReader, RunDir
+from elastic_hpc.story import tell
+
+
+def test_every_event_of_the_records_is_documented_with_its_fields() -> None:
+    for name in records.NAMES:
+        for event in records.events(name):
+            fields = set(event) - {"time", "event"}
+            known = {field for names in EVENTS[event["event"]][1] for field in names.split(", ")}
+            if event["event"] == "start":  # the limits stand for themselves
+                fields = {field for field in fields if field in {"version", "run", "job", "granted", "nproc_per_node"}}
+            assert fields <= known | {"time", "actor", "run"}, event
+
+
+def test_every_event_has_a_sentence_without_its_time() -> None:
+    for name in records.NAMES:
+        for event in records.events(name):
+            assert str(event["time"]) not in sentence(event["event"], event)
+
+
+def test_the_rounds_of_a_job_with_a_failed_worker_a_lost_node_and_a_requeue() -> None:
+    story = records.story("faults")
+    assert [len(one.nodes) for one in story.rounds] == [4, 4, 3, 4]
+    assert [one.run for one in story.rounds] == [0, 0, 0, 1]
+    assert [one.charged for one in story.rounds] == [True, True, False, False]
+    assert [(fault.node, fault.kind, fault.rank) for one in story.rounds for fault in one.faults] == [
+        ("n3", "exception", 2),
+        ("n3", "node lost", None),
+    ]
+    assert "damaged" in story.rounds[0].faults[0].traceback
+    assert [run.outcome for run in story.runs] == ["requeue", "finished"]
+    assert story.runs[0].cause == "time limit"
+    assert not story.runs[0].charged
+    assert (story.restarts, story.requeues, story.over, story.damaged) == (2, 0, True, 0)
+    firsts, lasts = [one.first for one in story.rounds], [one.last for one in story.rounds]
+    assert firsts[0] == 1
+    assert lasts[-1] == 400
+    assert sum(map(story.kept, story.rounds)) == 400
+    assert sum(map(story.repeated, story.rounds)) == sum(lasts) - sum(firsts) + 4 - 400
+
+
+def test_a_node_without_power_was_lost_when_it_was_heard_of_last() -> None:
+    lost = records.story("faults").rounds[1]
+    assert lost.broken is not None
+    assert lost.ended is not None
+    assert lost.ended - lost.broken == pytest.approx(5.0, abs=0.5)
+    assert records.story("faults").rounds[2].gap == pytest.approx(5.0, abs=0.5)
+
+
+def test_the_loss_of_the_leader_is_told_though_nobody_was_there_to_say_so() -> None:
+    story = records.story("head")
+    first, second = story.rounds
+    assert (first.leader, second.leader) == ("n1", "n2")
+    (fault,) = first.faults
+    assert (fault.node, fault.kind, fault.message) == ("n1", "node lost", "nothing heard for 5 s")
+    assert second.first is not None
+    assert first.last is not None
+    assert first.last >= second.first - 1, "who goes on there had a checkpoint of it"
+    assert sum(map(story.kept, story.rounds)) == 240
+
+
+def test_joiners_are_counted_while_they_are_there() -> None:
+    story = records.story("grown")
+    assert [len(one.nodes) for one in story.rounds] == [2, 3, 4, 3]
+    assert {one.node for one in story.joiners} == {"n3", "n4"}
+    assert all(one.left is not None and one.left > one.joined for one in story.joiners)
+    assert story.runs[0].granted == 2
+
+
+def test_a_script_that_cannot_run_has_two_rounds_without_a_step() -> None:
+    story = records.story("broken")
+    assert [one.first for one in story.rounds] == [None, None]
+    assert story.runs[0].outcome == "failed"
+    assert "the same failure as before" in story.runs[0].reason
+    assert account(story).goodput is None
+
+
+def test_scancel_is_told_as_what_it_was() -> None:
+    assert (records.story("cancelled").runs[-1].cause, records.story("cancelled").runs[-1].reason) == (
+        "user",
+        "scancel",
+    )
+
+
+@pytest.mark.parametrize("name", records.NAMES)
+def test_all_of_the_nodes_time_is_accounted_for(name: str) -> None:
+    story = records.story(name)
+    told = phases(story)
+    assert all(before.end <= after.start + 1e-6 for before, after in pairwise(told))
+    counted = account(story)
+    own = sum(
+        run.granted * phase.seconds
+        for run in story.runs
+        for phase in told
+        if phase.run is run and phase.kind != "queue"
+    )
+    joined = sum((one.left or 0) - one.joined for one in story.joiners)
+    assert counted.total == pytest.approx(own + joined, abs=1.0)
+    assert set(counted.node_seconds) <= set(MEANINGS)
+    assert counted.ran == pytest.approx(sum(p.seconds for p in told if p.kind != "queue"))
+    assert 0 <= counted.lost < counted.ran
+
+
+def test_goodput_is_the_share_of_kept_steps() -> None:
+    counted = account(records.story("faults"))
+    assert counted.goodput == pytest.approx(counted.node_seconds["kept"] / counted.total)
+    assert 0.05 < counted.goodput < 0.95
+    assert counted.node_seconds["repeated"] > 0
+    assert counted.queued > 1
+
+
+def test_the_time_of_a_job_that_runs_goes_on() -> None:
+    running = [event for event in records.events("grown") if event["event"] != "verdict"]
+    story = tell(running)
+    assert story.current
+    counted = [account(story, story.last_time + seconds) for seconds in (0, 100)]
+    assert counted[1].ran == pytest.approx(counted[0].ran + 100)
+    assert counted[1].node_seconds["kept"] > counted[0].node_seconds["kept"] + 100
+
+
+def test_the_speed_is_that_of_the_round_that_trains() -> None:
+    assert records.story("faults").steps_per_second == pytest.approx(17, abs=5)
+    assert records.story("broken").steps_per_second is None
+
+
+@pytest.mark.parametrize("name", records.NAMES)
+def test_a_record_that_lost_any_of_its_lines_is_still_told(name: str) -> None:
+    whole, dice = records.events(name), random.Random(name)
+    for _ in range(200):
+        left = [event for event in whole if dice.random() < 0.7]
+        story = tell(left)
+        account(story)
+        assert [one.number for one in story.rounds] == [event["round"] for event in left if event["event"] == "round"]
+
+
+@pytest.mark.parametrize("name", records.NAMES)
+def test_a_record_of_another_version_is_told_as_far_as_it_is_understood(name: str) -> None:
+    whole, dice = records.events(name), random.Random(name)
+    for _ in range(200):
+        changed = []
+        for event in whole:
+            made = {
+                field: value for field, value in event.items() if field in {"time", "event"} or dice.random() < 0.95
+            }
+            for field in list(made):
+                if field not in {"time", "event"} and dice.random() < 0.05:
+                    made[field] = dice.choice([None, "?", [], {}, -1])
+            changed.append({**made, "new": {"field": 1}})
+        changed.append({"time": whole[-1]["time"], "event": "of a later version"})
+        story = tell(changed)
+        account(story)
+        phases(story)
+
+
+def test_damaged_lines_are_counted(tmp_path: Path) -> None:
+    folder = records.copy("faults", tmp_path)
+    whole = (folder / "events.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    lines[3] = lines[3][:20] + b"\n"
+    lines[5] = b"\xff\xfe\x00 not JSON\n"
+    (folder / "events.jsonl").write_bytes(b"".join(lines) + b'{"time": 1, "event": "rou')
+    story = records.story_in(folder)
+    assert story.damaged == 2
+    assert story.runs[-1].outcome == "finished"
+
+
+def test_a_record_is_read_as_it_grows(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path)
+    reader = EventReader(rundir)
+    assert not reader.read()
+    lines = (records.FOLDER / "faults" / "events.jsonl").read_bytes()
+    (tmp_path / "events.jsonl").write_bytes(lines[:300])
+    assert not reader.read() or len(reader.events) == lines[:300].count(b"\n")
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(lines[300:])
+    assert reader.read()
+    assert not reader.read()
+    assert reader.events == records.events("faults")
+    (tmp_path / "events.jsonl").write_text(json.dumps({"time": 1.0, "event": "join"}) + "\n")
+    reader.read()
+    assert [event["event"] for event in reader.events] == ["join"]

@@ -1,0 +1,171 @@
+"""``elastic-hpc timeline``: the page, looked at in a real browser, and the picture alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import records
+
+from elastic_hpc.account import account
+from elastic_hpc.cli.hpc import main
+from elastic_hpc.picture import draw
+from elastic_hpc.story import Story, tell
+
+SCREENS = Path(__file__).parents[2] / "build" / "screens"
+"""Screenshots are kept here, to be looked at."""
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def page(name: str, folder: Path) -> Path:
+    file = folder / f"{name}.html"
+    assert main(["timeline", str(records.FOLDER / name), "--html", str(file)]) == 0
+    return file
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")
+@pytest.mark.parametrize("name", records.NAMES)
+def test_the_page_is_shown_by_a_browser_without_a_complaint(name: str, tmp_path: Path) -> None:
+    file = page(name, tmp_path)
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    screen = SCREENS / f"timeline-{name}.png"
+    screen.unlink(missing_ok=True)
+    done = subprocess.run(
+        [
+            *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--hide-scrollbars", "--window-size=1180,1250", "--enable-logging=stderr", "--no-first-run"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={screen}", file.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert screen.stat().st_size > 40_000, "an empty page is much smaller"
+
+
+class Page(HTMLParser):
+    """The words of a page, the ids of what it loads, and whether its elements are closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value or "" for name, value in attrs if name in {"src", "href"}]
+        if tag not in {"meta", "link", "br"}:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.mark.parametrize("name", records.NAMES)
+def test_the_page_loads_nothing_and_has_the_whole_story(name: str, tmp_path: Path) -> None:
+    text = page(name, tmp_path).read_text()
+    seen, story = Page(text), records.story(name)
+    assert seen.loads == ["data:,"]
+    assert "<script" not in text
+    words = " ".join(seen.words)
+    for one in story.rounds:
+        assert one.cause in words
+    goodput = account(story).goodput
+    assert ("not reported" if goodput is None else f"{goodput:.0%}") in words
+
+
+def test_faults_drains_and_the_end_are_marked() -> None:
+    picture = draw(records.story("faults"))
+    marked = re.findall(r'<g class="(\w+)"><title>end of round (\d): ([^<]*)', picture)
+    assert [(kind, number) for kind, number, _ in marked] == [
+        ("fault", "1"),
+        ("fault", "2"),
+        ("change", "3"),
+        ("done", "4"),
+    ]
+    for label in ("rank 2 on n3", "n3 lost", "steps that were kept", "goodput"):
+        assert label in picture
+    assert 'class="queue"' in picture
+    assert 'class="again"' in picture
+
+
+def test_what_a_script_wrote_cannot_break_the_page(tmp_path: Path) -> None:
+    folder = records.copy("faults", tmp_path)
+    odd = '<script>alert("x")</script> & \x1b[31m'
+    events = records.events("faults")
+    for event in events:
+        if event["event"] == "failure":
+            event |= {"message": odd, "traceback": odd, "node": odd}
+        if event["event"] in {"restart", "verdict"}:
+            event["reason"] = odd
+    records.write(folder, events)
+    file = tmp_path / "page.html"
+    assert main(["timeline", str(folder), "--html", str(file)]) == 0
+    assert "<script" not in file.read_text()
+    assert odd.split(" &", maxsplit=1)[0] in " ".join(Page(file.read_text()).words)
+
+
+def test_a_job_of_a_month_has_a_picture_of_bounded_size() -> None:
+    events = [{**records.events("faults")[0], "time": 0.0}]
+    for number in range(2000):
+        begin = number * 1300.0
+        events.append(
+            {
+                "time": begin,
+                "event": "round",
+                "round": number + 1,
+                "nodes": [f"n{i}" for i in range(512)],
+                "world_size": 4096,
+                "restarts": number,
+                "leader": "n0",
+            }
+        )
+        said = {"round": number + 1, "first": number * 100 + 1, "first_at": begin + 30}
+        events.append(
+            {"time": begin + 1200, "event": "progress", **said, "step": number * 100 + 110, "step_at": begin + 1199}
+        )
+        events.append(
+            {"time": begin + 1210, "event": "restart", "round": number + 2, "restarts": number + 1, "reason": "n7 lost"}
+        )
+    picture = draw(tell(events))
+    assert len(picture) < 4_000_000
+    assert picture.count('class="small faulttext"') + picture.count('class="small changetext"') < 100
+
+
+def test_an_empty_record_has_a_picture_that_says_so() -> None:
+    assert "no run is on record" in draw(Story())
+
+
+def test_the_picture_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("resvg_py")
+    file = tmp_path / "job.png"
+    assert main(["timeline", str(records.FOLDER / "grown"), "--png", str(file)]) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.strip() == str(file)
+
+
+def test_without_the_package_for_images_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    assert main(["timeline", str(records.FOLDER / "grown"), "--png", str(tmp_path / "job.png")]) == 1
+    assert "pip install 'elastic_hpc[png]'" in capsys.readouterr().err
+    assert main(["timeline", str(records.FOLDER / "grown")]) == 2
+    assert "--html timeline.html" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""``elastic-hpc why``: the page, from records of real jobs, and its advice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import records
+
+from elastic_hpc.cli.hpc import main
+from elastic_hpc.story import Fault, Story
+from elastic_hpc.why import advice
+
+
+def page(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["why", str(records.FOLDER / name)]) == 0
+    return capsys.readouterr().out
+
+
+def advised(name: str, **changes: Any) -> str:
+    from test_status import seen
+
+    from elastic_hpc.status import view
+
+    story: Story = replace(records.story(name), **changes)
+    return "\n".join(advice(view(seen(final="FAILED"), story, story.last_time), story))
+
+
+def test_each_rounds_end_is_told_with_cause_traceback_charge_and_what_was_done(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = page("faults", capsys)
+    for part in (
+        "COMPLETED",
+        "restarts charged: 2 of 10; requeues charged: 0 of 5",
+        "run 1, ",
+        "round 1, ",
+        "by: rank 2 on n3: ValueError: sample",
+        "in load_batch\n",
+        "charged: restart 1 (--max-restarts)",
+        "then: a new round of the same nodes",
+        "8 of its steps were done again: the last checkpoint was of step 60",
+        "by: n3 lost: nothing heard for 5 s",
+        "then: a new round without n3",
+        "drain was asked for: time limit",
+        "by: time limit: the workers saved and stopped",
+        "charged: nothing; then: the job went back to the queue under its own id",
+        "run 2, ",
+        "steps that were kept",
+    ):
+        assert part in text, part
+
+
+def test_the_loss_of_the_leader_is_told_with_who_took_over(capsys: pytest.CaptureFixture[str]) -> None:
+    text = page("head", capsys)
+    assert "by: n1 lost: nothing heard for 5 s" in text
+    assert "this node leads now: n1 lost" in text
+    assert "then: a new round without n1" in text
+
+
+def test_growth_is_told_with_the_jobs_that_were_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    text = page("grown", capsys)
+    assert "asked Slurm for 2 more node(s): job(s)" in text
+    assert "then: a new round with n" in text
+
+
+def test_a_script_that_cannot_run_is_to_be_mended(capsys: pytest.CaptureFixture[str]) -> None:
+    text = page("broken", capsys)
+    assert "FileNotFoundError: [Errno 2] No such file or directory: 'data/train.bin'" in text
+    assert "mend the script: it failed twice in the same way without a step in between" in text
+    assert "elastic-hpc logs broken --round last --rank 0" in text
+
+
+def test_what_was_collateral_is_told_as_that() -> None:
+    from rich.console import Console
+    from test_status import seen
+
+    from elastic_hpc.status import view
+    from elastic_hpc.why import page
+
+    story = records.story("faults")
+    echo = Fault(0.0, "n1", "exception", "RuntimeError: Connection closed by peer", rank=0, collateral=True)
+    first = replace(story.rounds[0], faults=(*story.rounds[0].faults, echo))
+    story = replace(story, rounds=(first, *story.rounds[1:]))
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(page(view(seen(final="COMPLETED"), story, story.last_time), story, records.events("faults")))
+    assert "collateral: rank 0 on n1: RuntimeError: Connection closed by peer" in shown.get()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("out of memory", "ask for more memory (--mem)"), ("hang", "stacks"), ("signal", "tell your administrator of n3")],
+)
+def test_the_advice_fits_the_cause(kind: str, expected: str) -> None:
+    story = records.story("faults")
+    rounds = tuple(
+        replace(one, faults=(replace(one.faults[0], kind=kind),)) if one.faults else one for one in story.rounds
+    )
+    assert expected in advised("faults", rounds=rounds)
+
+
+def test_a_job_whose_budget_is_spent_is_told_which() -> None:
+    run = replace(
+        records.story("faults").runs[-1], outcome="failed", cause="budget", reason="all 2 restarts are used up"
+    )
+    assert "--max-restarts" in advised("faults", runs=(run,))
+
+
+def test_steps_that_are_often_done_again_ask_for_more_checkpoints() -> None:
+    story = records.story("faults")
+    again = replace(story.rounds[1], first=1)
+    assert "save more often" in advised("faults", rounds=(story.rounds[0], again, *story.rounds[2:]))
+    assert "save more often" not in advised("faults")
+
+
+def test_a_record_without_a_round_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "job").mkdir()
+    assert main(["why", str(tmp_path / "job")]) == 0
+    assert "no world was formed yet" in capsys.readouterr().out
