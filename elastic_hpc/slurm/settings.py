@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 
 _SITE_SECONDS = 2  # for what is only nice to know before a submission
+_FACTS_SECONDS = 15  # for what somebody waits for
+_CONFIG = ("scontrol", "show", "config")
+_PARTITIONS = ("scontrol", "show", "partition", "--oneliner")
+_SRUN = ("srun", "--help")
 
 
 @dataclass(frozen=True)
@@ -33,30 +39,93 @@ class Site:
     """Whether a preempted job gets the signal of ``--signal`` (``preempt_send_user_signal``)."""
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What Slurm says of itself and of one partition, by Slurm's names and in its own words."""
+
+    config: Mapping[str, str] = field(default_factory=dict)
+    partition: Mapping[str, str] = field(default_factory=dict)
+    srun_help: str = ""
+    """Has the options of the plugins that are loaded."""
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Which of the fields above could not be asked for, and why."""
+
+
 def site(partition: str | None) -> Site:
     """Ask for the settings that hold in ``partition``, or the default one; of several, A,B, those of the first.
 
     Raises SlurmError if there is no such partition or no quick answer.
     """
-    asked = [client.ask("scontrol", "show", "config"), client.ask("scontrol", "show", "partition", "--oneliner")]
-    end = time.monotonic() + _SITE_SECONDS
-    try:
-        config, partitions = [client.answer(process, max(0.0, end - time.monotonic())) for process in asked]
-    except TimeoutError:
-        raise SlurmError(f"scontrol show config: no answer in {_SITE_SECONDS} s") from None
-    finally:
-        for process in asked:
+    config, partitions = map(_said, _answers(_SITE_SECONDS, _CONFIG, _PARTITIONS))
+    return _site(_settings(config), _row(partitions, partition))
+
+
+def facts(partition: str | None) -> Facts:
+    """All that can be asked without a job; the partition as for ``site``."""
+    found: dict[str, str] = {}
+    unknown: dict[str, str] = {}
+    names = ("config", "partition", "srun_help")
+    for name, said in zip(names, _answers(_FACTS_SECONDS, _CONFIG, _PARTITIONS, _SRUN), strict=True):
+        if isinstance(said, SlurmError):
+            unknown[name] = str(said)
+        else:
+            found[name] = said
+    row: Mapping[str, str] = {}
+    if "partition" in found:
+        try:
+            row = _row(found["partition"], partition)
+        except SlurmError as error:
+            unknown["partition"] = str(error)
+    return Facts(_settings(found.get("config", "")), row, found.get("srun_help", ""), unknown)
+
+
+def _answers(seconds: float, *commands: tuple[str, ...]) -> list[str | SlurmError]:
+    """What each of ``commands`` says, all asked at once, within ``seconds``."""
+    asked = [_asked(command) for command in commands]
+    end = time.monotonic() + seconds
+    answers: list[str | SlurmError] = []
+    for command, process in zip(commands, asked, strict=True):
+        if isinstance(process, SlurmError):
+            answers.append(process)
+            continue
+        try:
+            answers.append(client.answer(process, max(0.0, end - time.monotonic())))
+        except TimeoutError:
+            answers.append(SlurmError(f"{' '.join(command)}: no answer in {seconds:g} s"))
+        except SlurmError as error:
+            answers.append(error)
+        finally:
             client.end(process)
-    return _site(config, partitions, partition and partition.partition(",")[0])
+    return answers
 
 
-def _site(config: str, partitions: str, name: str | None) -> Site:
-    settings = dict(re.findall(r"^(\w+) *= (.*?) *$", config, re.MULTILINE))
+def _asked(command: tuple[str, ...]) -> subprocess.Popen[bytes] | SlurmError:
+    try:
+        return client.ask(*command)
+    except SlurmError as error:
+        return error
+
+
+def _said(answer: str | SlurmError) -> str:
+    if isinstance(answer, SlurmError):
+        raise answer
+    return answer
+
+
+def _settings(config: str) -> dict[str, str]:
+    return dict(re.findall(r"^(\w+) *= (.*?) *$", config, re.MULTILINE))
+
+
+def _row(partitions: str, names: str | None) -> dict[str, str]:
+    name = names and names.partition(",")[0]
     rows = client.records(partitions)
-    rows = [row for row in rows if (row.get("PartitionName") == name if name else row.get("Default") == "YES")]
-    if not rows:
-        raise SlurmError(f"partition {name!r}: unknown to Slurm" if name else "no default partition")
-    row = rows[0]
+    for row in rows:
+        if row.get("PartitionName") == name if name else row.get("Default") == "YES":
+            return row
+    raise SlurmError(f"partition {name!r}: unknown to Slurm" if name else "no default partition")
+
+
+def _site(settings: Mapping[str, str], row: Mapping[str, str]) -> Site:
     try:
         over = settings["OverTimeLimit"] if row["OverTimeLimit"] == "NONE" else row["OverTimeLimit"]
         return Site(

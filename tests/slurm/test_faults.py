@@ -21,7 +21,7 @@ INJECTED = "RuntimeError: injected"
 MOMENTS = ("start", "forming", "training", "checkpoint", "end")
 ALL = [(f, m) for f in (*OF_WORKERS, *OF_MORE) for m in MOMENTS if m != "forming" or f not in OF_WORKERS]
 ELSEWHERE = {"worker_SIGKILL", "agent_SIGKILL", "power_loss", "head_power_loss", "head_agent_SIGKILL"}
-"""Injected each time by test_recovery.py, the last by test_grow.py."""
+"""Injected each time by test_recovery.py, agents are killed by test_grow.py."""
 RELATIVES = {"partition_of_one", "partition_of_the_head", "partition_of_half", "shared_directory_read_only"}
 """Left to the whole matrix: each differs little from one that is injected each time."""
 SOME = [

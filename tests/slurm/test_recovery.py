@@ -14,7 +14,7 @@ from conftest import Cluster, Job, wait_for
 
 Submit = Callable[..., Job]
 EVERY = 10
-ARGS = ["--checkpoint-every", str(EVERY), "--epochs", "12"]
+ARGS = ["--checkpoint-every", str(EVERY), "--epochs", "6"]
 
 
 def finish(job: Job, deadline: float = 150) -> None:
@@ -22,17 +22,8 @@ def finish(job: Job, deadline: float = 150) -> None:
     assert job.wait_state("COMPLETED", "FAILED", "CANCELLED", deadline=deadline) == "COMPLETED", job.output()[-3000:]
     job.assert_steps_contiguous(EVERY)
     accuracy = float(job.worker_output().rpartition("accuracy ")[2].split()[0])
-    assert accuracy > 0.95
+    assert accuracy > 0.9
     assert job.verdict()["outcome"] == "finished"
-
-
-def agents(cluster: Cluster, node: str) -> list[int]:
-    """Pids of the agents on ``node``: python itself, not the step daemon that was given its command line."""
-    return [
-        pid
-        for pid in cluster.processes("elastic_hpc.agent", node)
-        if Path(f"/proc/{pid}/exe").resolve().name.startswith("python")
-    ]
 
 
 def workers(cluster: Cluster, node: str) -> list[int]:
@@ -49,7 +40,7 @@ def test_a_node_that_cannot_reach_the_leader_stays_out_and_is_avoided_next_time(
     fresh.mini("exec", "--root", "--node", "n3", "--", "ip", "rule", "add", *blocked)
     try:
         job = submit(
-            "--nodes", "2:3", "--rdzv-conf", "last_call_timeout=3", "--grace", "5", args=[*ARGS, "--epochs", "30"]
+            "--nodes", "2:3", "--rdzv-conf", "last_call_timeout=3", "--grace", "5", args=[*ARGS, "--epochs", "15"]
         )
         assert job.wait_event("round")["nodes"] == ["n1", "n2"]
         wait_for("n3 to say so", (job.run_dir / "unfit.n3.json").exists)
@@ -109,34 +100,17 @@ def test_a_job_starts_with_min_nodes_when_the_others_are_busy(submit: Submit, fr
     assert job.worlds() == [2]
 
 
-def test_training_goes_on_from_its_checkpoint_when_a_worker_crashes(submit: Submit, fresh: Cluster) -> None:
+def test_training_goes_on_from_its_checkpoint_when_a_worker_crashes_and_then_a_node_loses_power(
+    submit: Submit, fresh: Cluster
+) -> None:
     job = submit("--nodes", "2:4", args=ARGS)
     job.wait_steps(25)
     os.kill(workers(fresh, "n2")[0], signal.SIGKILL)
-    finish(job)
-    assert job.worlds() == [4, 4]
-    assert "killed by SIGKILL" in job.events("failure")[0]["message"]
-
-
-def test_training_goes_on_with_the_survivors_when_an_agent_is_killed(submit: Submit, fresh: Cluster) -> None:
-    job = submit("--nodes", "2:4", args=ARGS)
-    job.wait_steps(25)
-    (agent,) = agents(fresh, "n3")
-    os.kill(agent, signal.SIGKILL)
-    job.wait_event("round", 2)
-    wait_for("its workers to be gone", lambda: not workers(fresh, "n3"), 10)
-    job.wait_event("agent_restart")
-    job.wait_event("join", 5)
-    finish(job)
-    assert job.worlds()[:2] == [4, 3]
-
-
-def test_training_goes_on_with_the_survivors_when_a_node_loses_power(submit: Submit, fresh: Cluster) -> None:
-    job = submit("--nodes", "2:4", args=ARGS)
-    job.wait_steps(25)
+    job.wait_steps(15, round=2)
     fresh.mini("kill", "n4")
     finish(job)
-    assert job.worlds() == [4, 3]
+    assert job.worlds() == [4, 4, 3]
+    assert "killed by SIGKILL" in job.events("failure")[0]["message"]
     assert job.events("lost")[0]["node"] == "n4"
 
 
@@ -200,7 +174,7 @@ def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_complete
 
 
 def test_nothing_keeps_the_allocation_when_who_ends_the_job_is_lost_too(submit: Submit, fresh: Cluster) -> None:
-    job = submit("--nodes", "2:4", args=["--checkpoint-every", str(EVERY), "--epochs", "6"])
+    job = submit("--nodes", "2:4", args=ARGS)
     job.wait_steps(15)
     fresh.mini("kill", "n1")
     job.wait_event("verdict")
@@ -237,7 +211,7 @@ def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(submit: Submit, f
 
 
 def test_two_jobs_on_the_same_nodes_do_not_meet_at_a_port(submit: Submit) -> None:
-    jobs = [submit("--nodes", "4", "--cpus-per-task", "1", args=["--epochs", "3"]) for _ in range(2)]
+    jobs = [submit("--nodes", "4", "--cpus-per-task", "1", args=["--epochs", "1"]) for _ in range(2)]
     rounds = [job.wait_event("round") for job in jobs]
     assert [len(event["nodes"]) for event in rounds] == [4, 4]
     for job in jobs:
@@ -249,7 +223,7 @@ def test_two_jobs_on_the_same_nodes_do_not_meet_at_a_port(submit: Submit) -> Non
 
 @pytest.mark.parametrize("options", [["--interface", "ib0"], ["--rdzv-endpoint", "n2.mini.cluster:29500"]])
 def test_names_with_a_domain_and_a_second_network_are_served(submit: Submit, options: list[str]) -> None:
-    job = submit("--nodes", "2:4", *options, args=["--epochs", "2"])
+    job = submit("--nodes", "2:4", *options, args=["--epochs", "1"])
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     endpoint = json.loads((job.run_dir / "endpoint.json").read_text())
     if "--interface" in options:

@@ -57,7 +57,7 @@ def test_a_failure_is_told_and_gives_exit_code_1(fresh: Cluster, folder: Path) -
 def test_in_a_batch_script_that_is_lost_with_the_head_training_ends_and_nothing_keeps_the_allocation(
     fresh: Cluster, folder: Path
 ) -> None:
-    train = f"{SRUN} --nodes 2:4 {TRAIN} --epochs 8 --checkpoint-every 10"
+    train = f"{SRUN} --nodes 2:4 {TRAIN} --epochs 4 --checkpoint-every 10"
     wrapped = ["sbatch", "--parsable", "--nodes=4", "--no-kill", f"--wrap={train}"]
     job = fresh.exec(wrapped, cwd=folder).stdout.strip()
     (run_dir,) = wait_for("its run directory", lambda: list((folder / "elastic-logs").glob("*")))

@@ -1,0 +1,1 @@
+"""Generates what is said of the commands and of the Python interface from the code, so that it cannot lie."""

@@ -1,0 +1,177 @@
+"""What the commands accept, read from their parsers and tables: the one source of pages, man pages and completion."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from elastic_hpc import config, sbatch_options
+from elastic_hpc.cli import hpc, srun
+from elastic_hpc.cli import sbatch as cli_sbatch
+from elastic_hpc.spec import LAUNCH_OPTIONS
+
+_WIDTH = 116  # a line of a help text that had room for the next word ends there on purpose
+
+
+@dataclass(frozen=True)
+class Option:
+    """``flags``: as typed, ``-N``, ``--nodes``. ``value``: what stands for its value, empty if it takes none."""
+
+    flags: tuple[str, ...]
+    value: str
+    help: str
+    is_switch: bool = False
+    """Whether the value may be left out, and is else given after ``=``."""
+
+    @property
+    def usage(self) -> str:
+        *short, long = self.flags
+        shown = f"{long}[={self.value}]" if self.is_switch else f"{long} {self.value}".rstrip()
+        return ", ".join([*short, shown])
+
+
+@dataclass(frozen=True)
+class Command:
+    """``description`` and ``end``: text in paragraphs, indented lines are to be shown as they are."""
+
+    name: str
+    usage: str
+    summary: str
+    description: str = ""
+    end: str = ""
+    arguments: tuple[tuple[str, str], ...] = ()
+    groups: tuple[tuple[str, tuple[Option, ...]], ...] = ()
+    subcommands: tuple[Command, ...] = ()
+    passed_through: tuple[Option, ...] = field(default=(), repr=False)
+    """Options of another command that are accepted too, and described in its manual."""
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        return tuple(option for _, options in self.groups for option in options)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a text: a paragraph, each line of which ends where it does, or lines to be shown as they are."""
+
+    lines: tuple[str, ...]
+    is_literal: bool = False
+
+
+def commands() -> tuple[Command, ...]:
+    return (_sbatch(), _of_parser(srun._parser()), _of_parser(hpc._parser()))  # noqa: SLF001 - what they are
+
+
+def blocks(text: str) -> list[Block]:
+    """The parts of a help text."""
+    found: list[Block] = []
+    for part in text.strip("\n").split("\n\n"):
+        run: list[str] = []
+        literal = False
+        for line in part.splitlines():
+            if run and line.startswith("  ") != literal:
+                found.append(_block(run, is_literal=literal))
+                run = []
+            literal = line.startswith("  ")
+            run.append(line)
+        if run:
+            found.append(_block(run, is_literal=literal))
+    return found
+
+
+def _block(lines: list[str], *, is_literal: bool) -> Block:
+    if is_literal:
+        return Block(tuple(line[2:] for line in lines), is_literal=True)
+    joined = [lines[0]]
+    for before, line in pairwise(lines):
+        if len(before) + 1 + len(line.split()[0]) < _WIDTH:
+            joined.append(line)
+        else:
+            joined[-1] += f" {line}"
+    return Block(tuple(joined))
+
+
+def _sbatch() -> Command:
+    """Its options are in tables of their own: argparse would not stop at the script."""
+    usage, _, text = cli_sbatch._HELP.partition("\n\n")  # noqa: SLF001 - its own text
+    launch = [Option(_flags(o.flag, o.letter), o.metavar, o.help, o.is_switch) for o in LAUNCH_OPTIONS]
+    job = [
+        Option((f"--{name}",), "on|off" if name in config.SWITCHES else value, text, name in config.SWITCHES)
+        for name, (value, text) in cli_sbatch._JOB_OPTIONS.items()  # noqa: SLF001 - its table
+    ]
+    switches = [
+        Option(_flags(f"--{name}", letter), "", text)
+        for name, (letter, text) in cli_sbatch._SWITCHES.items()  # noqa: SLF001 - its table
+    ]
+    own = {flag for option in (*launch, *job, *switches) for flag in option.flags}
+    return Command(
+        "elastic-sbatch",
+        usage.removeprefix("usage: "),
+        "submit a PyTorch training script to Slurm as an elastic job",
+        text,
+        cli_sbatch._HELP_END,  # noqa: SLF001 - its own text
+        (("SCRIPT", "the training script, or with -m the module"), ("ARGS", "everything after SCRIPT is its own")),
+        (("launch options", tuple(launch)), ("job options", tuple(job)), ("what to do", tuple(switches))),
+        passed_through=tuple(_passed(own)),
+    )
+
+
+def _passed(own: set[str]) -> Iterable[Option]:
+    for option in sbatch_options.SBATCH.values():
+        flags = tuple(flag for flag in _flags(option.flag, option.letter) if flag not in own)
+        if option.flag in flags and option.name not in sbatch_options._REFUSED:  # noqa: SLF001 - its table
+            yield Option(flags, "VALUE" if option.value else "", "", option.value == "[=]")
+
+
+def _flags(flag: str, letter: str) -> tuple[str, ...]:
+    return (f"-{letter}", flag) if letter else (flag,)
+
+
+def _of_parser(parser: argparse.ArgumentParser, summary: str = "") -> Command:
+    formatter = parser._get_formatter()  # noqa: SLF001 - argparse has no other way to look at a parser
+    arguments: list[tuple[str, str]] = []
+    groups: list[tuple[str, tuple[Option, ...]]] = []
+    subcommands: list[Command] = []
+    for group in parser._action_groups:  # noqa: SLF001
+        options = []
+        for action in group._group_actions:  # noqa: SLF001
+            if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+                helps = {choice.dest: choice.help or "" for choice in action._choices_actions}  # noqa: SLF001
+                subcommands += [_of_parser(action.choices[name], text) for name, text in helps.items()]
+            elif action.help == argparse.SUPPRESS:
+                continue
+            elif action.option_strings:
+                value = "" if action.nargs == 0 else _value(action, formatter)
+                flags = tuple(sorted(action.option_strings, key=len))
+                options.append(Option(flags, value, formatter._expand_help(action) if action.help else ""))  # noqa: SLF001
+            else:
+                shown = formatter._expand_help(action) if action.help else ""  # noqa: SLF001
+                arguments.append((_value(action, formatter).strip("[]"), shown))
+        if options:
+            groups.append((group.title or "options", tuple(options)))
+    description = parser.description or ""
+    return Command(
+        parser.prog,
+        " ".join(parser.format_usage().removeprefix("usage: ").split()),
+        summary or _summary(description),
+        description,
+        parser.epilog or "",
+        tuple(arguments),
+        tuple(groups),
+        tuple(subcommands),
+    )
+
+
+def _value(action: argparse.Action, formatter: argparse.HelpFormatter) -> str:
+    if action.nargs == argparse.REMAINDER:
+        return str(action.metavar)
+    default = action.dest.upper() if action.option_strings else action.dest
+    return formatter._format_args(action, default)  # noqa: SLF001
+
+
+def _summary(description: str) -> str:
+    """The first sentence, as a man page's line has it."""
+    sentence = description.partition(". ")[0].rstrip(".")
+    return sentence[0].lower() + sentence[1:]

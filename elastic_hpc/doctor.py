@@ -1,0 +1,301 @@
+"""What the settings of a site mean for elastic jobs: facts -> findings -> lines of a configuration file. Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import Enum
+from pathlib import PurePath
+
+from elastic_hpc.slurm.settings import Facts
+
+
+class Level(Enum):
+    """How much a finding matters; the worst comes first."""
+
+    BAD = "bad"
+    """Elastic jobs do not work here."""
+    WARN = "warn"
+    """They work, and lose more than they must."""
+    UNKNOWN = "unknown"
+    """It could not be seen; never a good sign by itself."""
+    NOTE = "note"
+    OK = "ok"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``found``: the value, as Slurm writes it. ``means``: for elastic jobs. ``set``: what to type or set, and who."""
+
+    level: Level
+    about: str
+    found: str
+    means: str
+    set: str = ""
+    config: Mapping[str, str | int] = field(default_factory=dict)
+    """Lines of a configuration file that follow from it."""
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    order = list(Level)
+    return sorted(findings, key=lambda finding: order.index(finding.level))
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """Versioned: a reader may rely on what ``schema`` 1 has."""
+    rows = [{**vars(finding), "level": finding.level.value, "config": dict(finding.config)} for finding in findings]
+    return json.dumps({"schema": 1, "findings": rows}, indent=1)
+
+
+class _Unknown(Exception):
+    """What a check needs was not said."""
+
+
+def slurm_findings(facts: Facts, grace: timedelta) -> list[Finding]:
+    """What Slurm's settings mean for jobs that ask for ``grace`` (``--grace``)."""
+    return [_judged(about, check, facts, grace) for about, check in _CHECKS]
+
+
+def _judged(about: str, check: Callable[[Facts, timedelta], Finding], facts: Facts, grace: timedelta) -> Finding:
+    try:
+        return check(facts, grace)
+    except _Unknown as reason:
+        return Finding(Level.UNKNOWN, about, str(reason), "not judged", "try again, or ask the administrator")
+
+
+def _config(facts: Facts, name: str) -> str:
+    return _said(facts.config, name, facts.unknown.get("config"), "scontrol show config")
+
+
+def _partition(facts: Facts, name: str) -> str:
+    return _said(facts.partition, name, facts.unknown.get("partition"), "scontrol show partition")
+
+
+def _said(said: Mapping[str, str], name: str, reason: str | None, command: str) -> str:
+    if reason is not None or name not in said:
+        raise _Unknown(reason or f"{command} does not say {name}")
+    return said[name]
+
+
+def _number(text: str, name: str) -> int:
+    match = re.match(r"\d+", text)
+    if match is None:
+        raise _Unknown(f"{name} = {text}: expected a number")
+    return int(match[0])
+
+
+def _slurm_conf(line: str) -> str:
+    return f"administrator, slurm.conf: {line}"
+
+
+def _requeue(facts: Facts, _: timedelta) -> Finding:
+    value = _config(facts, "JobRequeue")
+    found = f"JobRequeue = {value}"
+    if value == "1":
+        return Finding(Level.OK, "requeue", found, "jobs may come back through the queue")
+    return Finding(
+        Level.WARN,
+        "requeue",
+        found,
+        "jobs ask with --requeue, which Slurm may ignore; then a new job with another id goes on in the place of one "
+        "that must come back",
+        f"{_slurm_conf('JobRequeue=1')}; --run tells whether --requeue is enough",
+    )
+
+
+def _kill_on_bad_exit(facts: Facts, _: timedelta) -> Finding:
+    value = _config(facts, "KillOnBadExit")
+    found = f"KillOnBadExit = {value}"
+    if value == "0":
+        return Finding(Level.OK, "KillOnBadExit", found, "a step goes on when one of its tasks fails")
+    return Finding(
+        Level.NOTE,
+        "KillOnBadExit",
+        found,
+        "elastic-sbatch and elastic-srun overrule it; a step that you start yourself, for torchrun, ends with its "
+        "first task that fails",
+        "you, in scripts of your own: srun --kill-on-bad-exit=0",
+    )
+
+
+def _slurmd_timeout(facts: Facts, _: timedelta) -> Finding:
+    value = _config(facts, "SlurmdTimeout")
+    seconds, found = _number(value, "SlurmdTimeout"), f"SlurmdTimeout = {value}"
+    if seconds == 0:
+        return Finding(
+            Level.WARN,
+            "SlurmdTimeout",
+            found,
+            "Slurm never gives up a silent node: a job that has lost one cannot end until an administrator acts",
+            _slurm_conf("SlurmdTimeout=300"),
+        )
+    if seconds <= _QUICK:
+        return Finding(Level.OK, "SlurmdTimeout", found, "Slurm soon notices that a node is lost")
+    return Finding(
+        Level.NOTE,
+        "SlurmdTimeout",
+        found,
+        "training goes on after --heartbeat-timeout; but the end of a job that has lost a node, and its requeue after "
+        f"the loss of its first node, may wait {seconds} s",
+        _slurm_conf(f"SlurmdTimeout={_QUICK}, where that does not give up nodes that are only busy"),
+    )
+
+
+def _kill_wait(facts: Facts, _: timedelta) -> Finding:
+    value = _config(facts, "KillWait")
+    found = f"KillWait = {value}"
+    if _number(value, "KillWait") >= _KILL_WAIT:
+        return Finding(Level.OK, "KillWait", found, "after SIGTERM workers have the 20 s that agents give them")
+    return Finding(
+        Level.WARN,
+        "KillWait",
+        found,
+        "after SIGTERM (scancel, a preemption without warning) Slurm kills before the 20 s are over that agents give "
+        "the workers to save",
+        f"{_slurm_conf('KillWait=30')}; you: save often",
+    )
+
+
+def _preemption(facts: Facts, grace: timedelta) -> Finding:
+    if not _preempts(facts):
+        kind = f"PreemptType = {_config(facts, 'PreemptType')}, PreemptMode = {_partition(facts, 'PreemptMode')}"
+        return Finding(Level.OK, "preemption", kind, "jobs of this partition are not preempted")
+    mode, given = _partition(facts, "PreemptMode"), _partition(facts, "GraceTime")
+    warned, seconds = _is_warned(facts), _number(given, "GraceTime")
+    signal = "with" if warned else "without"
+    found = f"PreemptMode = {mode}, GraceTime = {given} s, {signal} preempt_send_user_signal"
+    if {"SUSPEND", "GANG"} & set(mode.split(",")):
+        return Finding(
+            Level.WARN,
+            "preemption",
+            found,
+            "a suspended job stands still with all its agents and may take its nodes for lost when it goes on",
+            "you: --partition with one that is not suspended; " + _slurm_conf("PreemptMode=REQUEUE"),
+        )
+    then = "Slurm puts the job back into the queue" if mode == "REQUEUE" else "Slurm cancels, the agents requeue"
+    if warned and seconds >= grace.total_seconds():
+        return Finding(Level.OK, "preemption", found, f"workers are told and have --grace {grace.seconds}; {then}")
+    asked = f"GraceTime={grace.seconds} in the partition"
+    if warned:
+        return Finding(
+            Level.WARN,
+            "preemption",
+            found,
+            f"workers are told, but have {seconds} s and not --grace {grace.seconds}; {then}",
+            f"you: --grace {_grace(seconds)}; {_slurm_conf(asked)}",
+            {"grace": _grace(seconds)} if seconds else {},
+        )
+    hurry = f", with --grace {_grace(seconds)} for the agents to requeue in time" if mode != "REQUEUE" else ""
+    return Finding(
+        Level.WARN,
+        "preemption",
+        found,
+        "no warning comes before SIGTERM, which reaches the workers too: those that listen have at most "
+        f"{min(20, seconds or 20)} s to save, others die at once; {then}",
+        f"you: save often{hurry}; {_slurm_conf(f'SlurmctldParameters=preempt_send_user_signal, and {asked}')}",
+    )
+
+
+def _preempts(facts: Facts) -> bool:
+    return not _config(facts, "PreemptType").endswith("none") and _partition(facts, "PreemptMode") != "OFF"
+
+
+def _is_warned(facts: Facts) -> bool:
+    return "preempt_send_user_signal" in _config(facts, "SlurmctldParameters").lower()
+
+
+def _grace(seconds: int) -> int:
+    return max(1, seconds - _TO_REQUEUE)
+
+
+def _arrays(facts: Facts, _: timedelta) -> Finding:
+    value = _config(facts, "MaxArraySize")
+    found = f"MaxArraySize = {value}"
+    if (size := _number(value, "MaxArraySize")) > 1:
+        return Finding(Level.OK, "job arrays", found, f"--array takes indices up to {size - 1}")
+    return Finding(
+        Level.NOTE, "job arrays", found, "there are none here", "you: submit the jobs one by one, without --array"
+    )
+
+
+def _accounting(facts: Facts, _: timedelta) -> Finding:
+    value = _config(facts, "AccountingStorageType")
+    found = f"AccountingStorageType = {value}"
+    if value.endswith("slurmdbd"):
+        return Finding(Level.OK, "accounting", found, "Slurm remembers jobs that have ended")
+    age = _config(facts, "MinJobAge")
+    return Finding(
+        Level.NOTE,
+        "accounting",
+        f"{found}, MinJobAge = {age}",
+        f"Slurm forgets a job {age} after its end; what is known then is in its run directory",
+        "you: keep the run directories (--log-dir)",
+    )
+
+
+def _pyxis(facts: Facts, _: timedelta) -> Finding:
+    if "srun_help" in facts.unknown:
+        raise _Unknown(facts.unknown["srun_help"])
+    if "--container-image" in facts.srun_help:
+        return Finding(Level.OK, "pyxis", "srun has --container-image", "--container-image works with any image")
+    return Finding(
+        Level.NOTE,
+        "pyxis",
+        "srun has no --container-image: the plugin is not loaded here",
+        "--container-image works only where apptainer is",
+        "you: --container-runtime apptainer with an image IMAGE.sif",
+    )
+
+
+_QUICK = 60
+_KILL_WAIT = 25
+_TO_REQUEUE = 5
+_CHECKS: tuple[tuple[str, Callable[[Facts, timedelta], Finding]], ...] = (
+    ("requeue", _requeue),
+    ("KillOnBadExit", _kill_on_bad_exit),
+    ("SlurmdTimeout", _slurmd_timeout),
+    ("KillWait", _kill_wait),
+    ("preemption", _preemption),
+    ("job arrays", _arrays),
+    ("accounting", _accounting),
+    ("pyxis", _pyxis),
+)
+
+_SHARED = frozenset(
+    "nfs nfs4 lustre gpfs beegfs ceph cifs smb3 afs panfs wekafs orangefs pvfs2 gfs2 ocfs2 glusterfs daos".split()  # noqa: SIM905
+)
+_OF_ONE_MACHINE = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+
+
+def file_system(mountinfo: str, path: str) -> tuple[str, str]:
+    """Type and mount point of the file system of the absolute ``path``, by /proc/self/mountinfo."""
+    best = ("", "")
+    for line in mountinfo.splitlines():
+        mount, _, source = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount.split()[4])
+        if PurePath(path).is_relative_to(point) and len(point) >= len(best[1]):  # of two at one point, the later hides
+            best = (source.split()[0], point)
+    return best
+
+
+def log_dir_finding(mountinfo: str, path: str) -> Finding:
+    """Whether the run directories below ``path`` can be seen by all nodes, as far as this machine can tell."""
+    kind, point = file_system(mountinfo, path)
+    found = f"{path} is on {point or 'an unknown mount'} ({kind or 'unknown'})"
+    choose = "you: --log-dir DIR, on a file system that all nodes share"
+    if kind in _OF_ONE_MACHINE:
+        return Finding(Level.BAD, "log-dir", found, "that is in this machine's memory, no node sees it", choose)
+    if kind in _SHARED or kind.startswith("fuse."):
+        return Finding(Level.OK, "log-dir", found, "a file system of the network; --run tells whether all nodes see it")
+    if any(PurePath(path).is_relative_to(folder) for folder in ("/tmp", "/var/tmp")):  # noqa: S108
+        return Finding(Level.WARN, "log-dir", found, "each machine has a folder of that name of its own", choose)
+    return Finding(
+        Level.UNKNOWN,
+        "log-dir",
+        found,
+        "it may be this machine's own",
+        "you: elastic-hpc doctor --run; it asks the nodes",
+    )

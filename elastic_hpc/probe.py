@@ -1,0 +1,246 @@
+"""One node of ``elastic-hpc doctor --run``: looks around, talks to the others, leaves a report in the job's folder.
+
+Every node listens, tells the others where (``hello.NODE.json``), dials all of them, and writes ``report.NODE.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hmac
+import json
+import os
+import platform
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from elastic_hpc import __version__, net
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.probe_report import FIRST_PORT, LAST_PORT, Dial, Peer, Report
+from elastic_hpc.rundir import RunDir
+
+_ALL = 42.0  # seconds for everything, of the minute that the job has
+_MEET = 20.0  # until all nodes must have said hello
+_DIAL = 3.0
+_SEEN = 10.0
+_PART = 8.0  # until the others have written their reports too
+_TIMES = 8  # exchanges of the clock; the fastest counts
+_ADDRESSES = 3  # tried of each node
+
+
+class _Server:
+    """Answers the other nodes: what the time is, and makes a file with a lock for them to look for."""
+
+    def __init__(self, rundir: RunDir, node: str) -> None:
+        self._rundir, self._node, self._secret = rundir, node, rundir.read_secret().decode()
+        self._held: list[Any] = []  # files with their locks
+        range_socket = net.listen_from(FIRST_PORT, LAST_PORT - FIRST_PORT + 1)
+        any_socket = socket.create_server(("", 0), backlog=1024)
+        self.port, self.any_port = range_socket.getsockname()[1], any_socket.getsockname()[1]
+        for listening in (range_socket, any_socket):
+            threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
+
+    def _accept(self, listening: socket.socket) -> None:
+        while True:
+            connection, _ = listening.accept()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError, KeyError), connection:
+            connection.settimeout(_SEEN + _DIAL)
+            with connection.makefile("rwb") as stream:
+                while line := stream.readline(4096):
+                    received = time.time()
+                    asked = json.loads(line)
+                    if not hmac.compare_digest(str(asked["secret"]), self._secret):
+                        return
+                    made = self._make(str(asked["mark"])) if "mark" in asked else ""
+                    answer = {"received": received, "made": made, "sent": time.time()}
+                    stream.write(json.dumps(answer).encode() + b"\n")
+                    stream.flush()
+
+    def _make(self, peer: str) -> str:
+        name = f"mark.{self._node}.{re.sub(r'[^A-Za-z0-9.-]', '_', peer)}"
+        file = open(self._rundir.path / name, "w")  # noqa: SIM115 - held until the end
+        self._held.append(file)
+        with contextlib.suppress(OSError):  # no locks on this file system
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return name
+
+
+def _talk(rundir: RunDir, node: str, name: str, hello: Mapping[str, Any]) -> Peer:
+    """Dial the node ``name`` and ask it."""
+    dials: list[Dial] = []
+    asked: Peer | None = None
+    for address in hello["addresses"][:_ADDRESSES]:
+        for port, any_port in ((hello["port"], False), (hello["any_port"], True)):
+            try:
+                with socket.create_connection((address, port), timeout=_DIAL) as connection:
+                    if asked is None:
+                        asked = _ask(rundir, node, connection)
+                dials.append(Dial(address, port, any_port))
+            except (OSError, ValueError) as error:
+                dials.append(Dial(address, port, any_port, _why(error)))
+    seen = asked or Peer()
+    return Peer(_resolve(name), tuple(dials), seen.ahead, seen.round_trip, seen.seen_after, seen.lock_held)
+
+
+def _ask(rundir: RunDir, node: str, connection: socket.socket) -> Peer:
+    """What the time is there, as NTP asks; and how long a file that is made there takes to be seen here."""
+    secret = rundir.read_secret().decode()
+    connection.settimeout(_DIAL)
+    with connection.makefile("rwb") as stream:
+
+        def ask(**more: str) -> tuple[float, dict[str, Any], float]:
+            before = time.time()
+            stream.write(json.dumps({"secret": secret, **more}).encode() + b"\n")
+            stream.flush()
+            line = stream.readline(4096)
+            return before, json.loads(line), time.time()
+
+        best, ahead = float("inf"), 0.0
+        for _ in range(_TIMES):
+            before, answer, after = ask()
+            trip = after - before - (answer["sent"] - answer["received"])
+            if trip < best:
+                best, ahead = trip, (answer["received"] - before + answer["sent"] - after) / 2
+        _, answer, _ = ask(mark=node)
+        seen_after, lock_held = _look_for(rundir.path / str(answer["made"]))
+    return Peer(ahead=ahead, round_trip=max(0.0, best), seen_after=seen_after, lock_held=lock_held)
+
+
+def _look_for(path: Path) -> tuple[float | None, bool | None]:
+    """Seconds until ``path`` is there, and whether the lock that another node has on it is felt."""
+    begin = time.monotonic()
+    while time.monotonic() < begin + _SEEN:
+        try:
+            with open(path, "r+") as file:
+                after = time.monotonic() - begin
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return after, True
+                except OSError:
+                    return after, None
+                return after, False
+        except OSError:
+            time.sleep(0.02)
+            with contextlib.suppress(OSError):
+                os.scandir(path.parent).close()  # has NFS look again
+    return None, None
+
+
+def _why(error: Exception) -> str:
+    return "timed out" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
+
+
+def _resolve(name: str) -> tuple[str, ...]:
+    try:
+        found = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError:
+        return ()
+    return tuple(dict.fromkeys(str(info[4][0]) for info in found))
+
+
+def _create(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _bodies(rundir: RunDir, kind: str) -> dict[str, dict[str, Any]]:
+    """By node, what is there of ``kind`` so far."""
+    os.scandir(rundir.path).close()  # has NFS look again
+    names = [path.name for path in rundir.path.glob(f"{kind}.*.json")]
+    return {name[len(kind) + 1 : -5]: body for name in names if (body := rundir.read(name))}
+
+
+def _wait(rundir: RunDir, kind: str, count: int, seconds: float) -> dict[str, dict[str, Any]]:
+    end = time.monotonic() + seconds
+    while len(found := _bodies(rundir, kind)) < count and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> int:
+    """Look, and leave a report. Returns the exit code."""
+    end = time.monotonic() + _ALL
+    node = environ.get("SLURMD_NODENAME") or socket.gethostname()
+    count = int(environ.get("SLURM_STEP_NUM_NODES", 1))
+    if not folder.is_dir():
+        raise ElasticError(f"{folder} is not there")
+    rundir, problems = RunDir(folder), []
+    try:
+        addresses = net.addresses_to_publish(node, interface, environ.get("SLURM_LAUNCH_NODE_IPADDR"))
+    except ElasticError as error:
+        addresses = ()
+        problems.append(str(error))
+    server = _Server(rundir, node)
+    created = _create(folder / "first")
+    rundir.write(f"hello.{node}.json", {"addresses": addresses, "port": server.port, "any_port": server.any_port})
+    others = {name: hello for name, hello in _wait(rundir, "hello", count, _MEET).items() if name != node}
+    peers = {name: Peer(error="no answer in time") for name in others}
+
+    def talk(name: str) -> None:
+        peers[name] = _talk(rundir, node, name, others[name])
+
+    threads = [threading.Thread(target=talk, args=(name,), daemon=True) for name in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    report = Report(
+        node=node,
+        hostname=socket.gethostname(),
+        python=platform.python_version(),
+        torch=_version("torch"),
+        elastic_hpc=__version__,
+        published=addresses,
+        interfaces=net.interface_addresses(),
+        port=server.port,
+        gpus_granted=environ.get("SLURM_GPUS_ON_NODE"),
+        gpus_visible=environ.get("CUDA_VISIBLE_DEVICES"),
+        gpu_devices=len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()]),
+        created=created,
+        problems=tuple(problems),
+        peers=dict(peers),
+    )
+    rundir.write(f"report.{node}.json", report.as_body())
+    _wait(rundir, "report", len(others) + 1, _PART)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m elastic_hpc.probe", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--interface")
+    args = parser.parse_args(argv)
+    try:
+        return probe(args.folder, args.interface, os.environ)
+    except (ElasticError, OSError) as error:
+        name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        print(f"probe of {name}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # threads may hang in a name server or a file system

@@ -1,0 +1,136 @@
+"""The doctor's one-minute job: submits it, waits for it, collects the reports of its nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from elastic_hpc import slurm
+from elastic_hpc.errors import ElasticError, SlurmError
+from elastic_hpc.probe_report import Report, Run
+from elastic_hpc.request import build
+from elastic_hpc.rundir import RunDir
+from elastic_hpc.sbatch_options import SBATCH, Given
+from elastic_hpc.script import JobSpec, render, template_folder
+
+_DOCTOR = "elastic-hpc doctor"
+_RUNS = 100.0  # seconds: a minute, and what Slurm takes to end it
+_LEAVES = 45.0  # until it has ended, after it was cancelled
+_WAITING = frozenset({"PENDING", "CONFIGURING"})
+_THERE = _WAITING | {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT"}
+_NEVER = frozenset(
+    ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS", "AccountNotAllowed")
+)
+"""Reasons of a wait that nothing ends by itself."""
+_LAST_WORDS = 3  # lines
+
+
+def run(nodes: int, log_dir: str, sbatch: Sequence[Given], tell: Callable[[str], None]) -> Run:
+    """Submit the job, and wait until all of its nodes have reported or it has ended. Whatever happens, Ctrl-C too, the
+    job is then ended and its folder removed.
+
+    ``tell`` hears what the job waits for. Raises UsageError if Slurm refuses it, SlurmError if Slurm cannot be asked.
+    """
+    made = not os.path.isdir(log_dir)
+    rundir = RunDir.new(log_dir, "doctor")
+    submitted: list[str] = []
+    try:
+        rundir.make_secret()
+        script = os.fsencode(render(_job(nodes, log_dir, rundir, sbatch)))
+        slurm.sbatch(script, [], os.environ, lambda answer: submitted.append(answer.partition(";")[0]), tell)
+        return _wait(submitted[0], nodes, rundir, tell)
+    finally:
+        for job in submitted:
+            _end(job)
+        shutil.rmtree(rundir.path, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                os.rmdir(log_dir)
+
+
+def _job(nodes: int, log_dir: str, rundir: RunDir, sbatch: Sequence[Given]) -> JobSpec:
+    """The job as elastic-sbatch would start it here, with the same set-up lines, Python and options of sbatch; but not
+    in a container.
+    """
+    own = {"time": "1", "job-name": "doctor", "output": str(rundir.path / "log")}
+    options = {
+        "nodes": str(nodes),
+        "log-dir": log_dir,
+        "spares": "0",
+        "world-multiple-of": "1",
+        "snapshot": "off",
+        "template": str(template_folder() / "probe.j2"),
+    }
+    given = [*sbatch, *(Given(SBATCH[name], value, _DOCTOR) for name, value in own.items())]
+    job = build("elastic_hpc.probe", [str(rundir.path)], options.items(), given, module=True, source=_DOCTOR)
+    interface = ["--interface", job.launch.interface] if job.launch.interface else []
+    launch = replace(job.launch, script_args=(*job.launch.script_args, *interface))
+    passed = tuple(given for given in job.sbatch if given.name != "error")  # a file of its own, in a configuration file
+    python = None if job.container else job.agent_python
+    return replace(job, launch=launch, sbatch=passed, container=None, agent_python=python)
+
+
+def _wait(job: str, asked: int, rundir: RunDir, tell: Callable[[str], None]) -> Run:
+    begin = time.monotonic()
+    started: float | None = None
+    nodes: tuple[str, ...] = ()
+    while True:
+        shown = slurm.show_job(job)
+        if shown.state in _WAITING:
+            if shown.reason in _NEVER:
+                raise ElasticError(
+                    f"--nodes {asked}: the job would wait for ever ({shown.reason}); use fewer, or another partition"
+                )
+            reason = "" if shown.reason == "None" else f": {shown.reason.replace('_', ' ')}"
+            tell(f"job {job} waits in the queue{reason}, {time.monotonic() - begin:.0f} s")
+        else:
+            started = started or time.monotonic()
+            nodes = nodes or tuple(slurm.expand(shown.nodes))
+            tell(f"job {job} runs, nodes: {len(nodes)}, {time.monotonic() - started:.0f} s")
+        reports, said = _reports(rundir)
+        late = started is not None and time.monotonic() > started + _RUNS
+        if shown.state not in _THERE or late or (nodes and len(reports) >= len(nodes)):
+            state = "late" if late else shown.state
+            return Run(nodes, tuple(reports), shown.may_requeue, state, {**_last_words(rundir, nodes), **said})
+        time.sleep(1)
+
+
+def _reports(rundir: RunDir) -> tuple[list[Report], dict[str, str]]:
+    """Those that are there, and by node what is wrong with one."""
+    reports, wrong = [], {}
+    for path in sorted(rundir.path.glob("report.*.json")):
+        node = path.name.removeprefix("report.").removesuffix(".json")
+        try:
+            reports.append(Report.of(rundir.read(path.name) or {}))
+        except (ElasticError, ValueError, TypeError, KeyError) as error:
+            wrong[node] = f"{node}: {error}"
+    return reports, wrong
+
+
+def _last_words(rundir: RunDir, nodes: Sequence[str]) -> dict[str, str]:
+    """What the job's log says of each of ``nodes``, and under "" its last lines."""
+    try:
+        lines = [
+            line.strip() for line in Path(rundir.path, "log").read_text(errors="replace").splitlines() if line.strip()
+        ]
+    except OSError:
+        return {"": "its log is not there"}
+    telling = sorted(
+        lines, key=lambda line: not line.startswith("srun: ")
+    )  # what a node says itself comes last and wins
+    found = {node: line for line in telling for node in nodes if f" {node}:" in line}
+    return {**found, "": " / ".join(lines[-_LAST_WORDS:])}
+
+
+def _end(job: str) -> None:
+    """Cancel ``job``, and wait until it writes nothing more."""
+    end = time.monotonic() + _LEAVES
+    with contextlib.suppress(SlurmError):
+        slurm.cancel(job)
+        while slurm.show_job(job).state in _THERE and time.monotonic() < end:
+            time.sleep(0.5)

@@ -1,0 +1,95 @@
+"""What the nodes of the doctor's job report, and what became of the job. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+FIRST_PORT, LAST_PORT = 29400, 29499
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Dial:
+    """One try to connect. ``error`` is empty if it worked."""
+
+    address: str
+    port: int
+    any_port: bool
+    """Not of the agents' range: workers talk over ports that the system chooses."""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What one node saw of another. Times in seconds; None for what could not be measured."""
+
+    resolves: tuple[str, ...] = ()
+    dials: tuple[Dial, ...] = ()
+    ahead: float | None = None
+    """The other's clock minus this one's."""
+    round_trip: float | None = None
+    seen_after: float | None = None
+    """From when the other had made a file until it was seen here."""
+    lock_held: bool | None = None
+    """Whether the other's flock on that file was felt here."""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one node saw."""
+
+    node: str
+    hostname: str
+    python: str
+    torch: str
+    """Version, empty if it is not installed. The same for ``elastic_hpc``."""
+    elastic_hpc: str
+    published: tuple[str, ...]
+    """Addresses under which its agent would be dialled, best first."""
+    interfaces: Mapping[str, str]
+    """Address by name."""
+    port: int
+    gpus_granted: str | None
+    gpus_visible: str | None
+    gpu_devices: int
+    created: bool
+    """Whether it was this node that made the file that all tried to make with O_EXCL."""
+    problems: tuple[str, ...] = ()
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+
+    def as_body(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Report:
+        """Raises ValueError for what another version wrote."""
+        if body.get("schema") != SCHEMA:
+            raise ValueError(f"report of another version of elastic_hpc: schema {body.get('schema')}")
+        values = {name: value for name, value in body.items() if name != "schema"}
+        values["peers"] = {name: _peer(seen) for name, seen in values["peers"].items()}
+        for name in ("published", "problems"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+
+def _peer(seen: Mapping[str, Any]) -> Peer:
+    dials = tuple(Dial(**dial) for dial in seen["dials"])
+    return Peer(**{**seen, "dials": dials, "resolves": tuple(seen["resolves"])})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of the doctor's job."""
+
+    nodes: tuple[str, ...]
+    """Those that Slurm gave it."""
+    reports: tuple[Report, ...]
+    may_requeue: bool
+    """What Slurm has made of ``--requeue``."""
+    ended: str
+    """Slurm's word for its state in the end."""
+    said: Mapping[str, str] = field(default_factory=dict)
+    """Why there is no report, by node; "" for the job as a whole."""

@@ -1,0 +1,117 @@
+"""A job is watched and its output followed while it loses a node and passes through the queue, on a real Slurm."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+from conftest import ROOT, Cluster, Job, wait_for
+
+Submit = Callable[..., Job]
+TOOL = str(Path(sys.executable).with_name("elastic-hpc"))
+
+
+class Terminal:
+    """A command on a terminal of its own, and all that it has shown there."""
+
+    def __init__(self, command: list[str], rows: int, columns: int) -> None:
+        self._master, slave = os.openpty()
+        self.resize(rows, columns)
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        self.shown = ""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def wait(self, text: str, deadline: float = 60) -> None:
+        """Until ``text`` is shown, after all that was waited for before."""
+        wait_for(f"{text!r} on the screen", lambda: text in self.shown, deadline)
+        self.shown = self.shown.rpartition(text)[2]
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # at its end
+            while part := os.read(self._master, 65536):
+                self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", part.decode(errors="replace"))
+
+
+def test_a_job_is_watched_and_followed_through_a_lost_node_a_requeue_and_a_slurm_that_does_not_answer(
+    submit: Submit, fresh: Cluster, folder: Path
+) -> None:
+    script = Path(shutil.copy(ROOT / "tests" / "records" / "train.py", folder))
+    job = submit("--nodes", "2:3", "--grace", "10", script=script, args=["400"])
+    with (folder / "followed").open("w") as output:
+        follows = subprocess.Popen(fresh.command([TOOL, "logs", "-f", job.id], cwd=folder), stdout=output)
+    screen = Terminal(fresh.command(["env", "TERM=xterm", TOOL, "status", job.id, "--watch"], cwd=folder), 24, 100)
+    try:
+        screen.wait("3 of 2:3")
+        wait_for("step 60", lambda: "step 60\n" in job.worker_output())
+        fresh.mini("kill", "n3")
+        job.wait_event("round", 2)
+        screen.resize(8, 40)
+        screen.wait("2 of 2:3")
+        screen.resize(30, 120)
+        wait_for("step 120", lambda: "step 120\n" in job.worker_output())
+
+        fresh.mini("heal", "n3")
+        fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+        job.wait_event("start", 2, deadline=120)
+        running = json.loads(fresh.exec([TOOL, "status", "--json"], cwd=Path("/")).stdout)["jobs"]
+        assert [(one["id"], one["runs"]) for one in running if one["id"] == job.id] == [(job.id, 2)]
+
+        fresh.slurmctld("stop")
+        try:
+            asked = fresh.exec([TOOL, "status", job.id, "--json"], cwd=Path("/"), check=False, timeout=120)
+        finally:
+            fresh.slurmctld("start")
+        body = json.loads(asked.stdout)
+        assert asked.returncode == 1
+        assert body["jobs"][0]["state"] == "UNKNOWN"
+        assert "Slurm cannot be asked" in body["slurm"]
+        assert "a leader was there" in body["jobs"][0]["note"]
+
+        assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+        screen.wait("COMPLETED")
+        assert screen.process.wait(timeout=60) == 0
+        assert follows.wait(timeout=60) == 0
+    finally:
+        for process in (screen.process, follows):
+            process.terminate()
+            process.wait(timeout=60)
+
+    followed = (folder / "followed").read_text().splitlines()
+    heads = [line.split(",")[0] for line in followed if line.startswith("--- ")]
+    assert heads == ["--- round 1", "--- round 2", "--- round 3"]
+    steps = [int(found[1]) for line in followed if (found := re.fullmatch(r"rank 0\| step (\d+)", line))]
+    written = [int(step) for step in re.findall(r"^step (\d+)$", _of_rank_0(job), re.MULTILINE)]
+    assert steps == written, "each line once, in the order of the rounds"
+    assert steps[-1] == 400
+    assert sum(after <= before for before, after in pairwise(steps)) <= 1
+    assert any(re.fullmatch(r"rank [012] err\| saved at step \d+", line) for line in followed)
+
+    told = fresh.exec([TOOL, "why", job.id], cwd=folder).stdout
+    assert "by: n3 lost: nothing heard for 5 s" in told
+    assert "the job went back to the queue under its own id" in told
+    fresh.exec([TOOL, "timeline", job.id, "--html", "page.html"], cwd=folder)
+    assert "n3 lost" in (folder / "page.html").read_text()
+    metrics = fresh.exec([TOOL, "metrics", job.id], cwd=folder).stdout
+    assert f'elastic_hpc_faults_total{{job="{job.id}",kind="node lost"}} 1.0' in metrics
+
+
+def _of_rank_0(job: Job) -> str:
+    """What rank 0 wrote, round after round."""
+    paths = sorted(job.run_dir.glob("logs/*/*/rank0.out"), key=lambda path: path.parts[-3])
+    return "".join(path.read_text() for path in paths)

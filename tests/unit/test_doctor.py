@@ -1,0 +1,432 @@
+"""What the doctor says of sites as Slurm describes them, and of what nodes report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from elastic_hpc import probe, slurm
+from elastic_hpc.cli import hpc
+from elastic_hpc.config import load
+from elastic_hpc.doctor import Finding, Level, as_json, file_system, log_dir_finding, slurm_findings, worst_first
+from elastic_hpc.doctor_nodes import run_findings
+from elastic_hpc.probe_report import Dial, Peer, Report, Run
+from elastic_hpc.rundir import RunDir
+from elastic_hpc.sbatch_options import SBATCH, Given
+from elastic_hpc.site_file import site_file
+
+SITES = Path(__file__).parent / "sites"
+GRACE = timedelta(seconds=90)
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on PATH with Slurm's commands, which say what the captured site says; a test may change the texts."""
+    (tmp_path / "config").write_text((SITES / "mini.config").read_text())
+    (tmp_path / "partitions").write_text((SITES / "mini.partitions").read_text())
+    (tmp_path / "help").write_text("      --container             Path to OCI container bundle\n")
+    program(tmp_path, "scontrol", f'case "$2" in config) cat {tmp_path}/config;; *) cat {tmp_path}/partitions;; esac')
+    program(tmp_path, "srun", f"cat {tmp_path}/help")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+    monkeypatch.delenv("ELASTIC_HPC_CONFIG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def change(file: Path, **settings: str) -> None:
+    lines = file.read_text().splitlines()
+    for name, value in settings.items():
+        assert any(line.split(" ")[0] == name for line in lines), name
+        lines = [f"{name} = {value}" if line.split(" ")[0] == name else line for line in lines]
+    file.write_text("\n".join(lines))
+
+
+def about(findings: list[Finding], name: str) -> Finding:
+    (found,) = [finding for finding in findings if finding.about == name]
+    return found
+
+
+def judged(partition: str | None, name: str) -> Finding:
+    return about(slurm_findings(slurm.facts(partition), GRACE), name)
+
+
+def test_a_site_that_suits_elastic_jobs_is_told_so(commands: Path):
+    findings = slurm_findings(slurm.facts(None), GRACE)
+    assert {finding.about: finding.level for finding in findings} == {
+        **dict.fromkeys(
+            ("requeue", "KillOnBadExit", "SlurmdTimeout", "KillWait", "preemption", "job arrays"), Level.OK
+        ),
+        "accounting": Level.NOTE,
+        "pyxis": Level.NOTE,
+    }
+
+
+def test_a_site_that_forbids_requeue_is_told_what_to_set(commands: Path):
+    change(commands / "config", JobRequeue="0")
+    found = judged(None, "requeue")
+    assert (found.level, found.found) == (Level.WARN, "JobRequeue = 0")
+    assert "JobRequeue=1" in found.set
+    assert "new job with another id" in found.means
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "finding", "level", "says"),
+    [
+        ("KillOnBadExit", "1", "KillOnBadExit", Level.NOTE, "srun --kill-on-bad-exit=0"),
+        ("SlurmdTimeout", "300 sec", "SlurmdTimeout", Level.NOTE, "SlurmdTimeout=60"),
+        ("SlurmdTimeout", "0 sec", "SlurmdTimeout", Level.WARN, "SlurmdTimeout=300"),
+        ("KillWait", "10 sec", "KillWait", Level.WARN, "KillWait=30"),
+        ("MaxArraySize", "1", "job arrays", Level.NOTE, "--array"),
+    ],
+)
+def test_each_setting_that_costs_something_says_what_to_set(
+    commands: Path, name: str, value: str, finding: str, level: Level, says: str
+):
+    change(commands / "config", **{name: value})
+    found = judged(None, finding)
+    assert found.level is level
+    assert f"{name} = {value}" in found.found
+    assert says in found.set
+
+
+def test_a_preemption_without_warning_is_told_with_what_the_workers_have(commands: Path):
+    found = judged("lowcancel", "preemption")
+    assert found.level is Level.WARN
+    assert found.found == "PreemptMode = CANCEL, GraceTime = 10 s, without preempt_send_user_signal"
+    assert "at most 10 s" in found.means
+    assert "--grace 5" in found.set
+    assert not found.config
+
+
+def test_a_preemption_that_is_announced_too_late_for_the_grace_gives_the_grace_to_set(commands: Path):
+    change(commands / "config", SlurmctldParameters="preempt_send_user_signal")
+    found = judged("low", "preemption")
+    assert found.level is Level.WARN
+    assert "--grace 5" in found.set
+    assert found.config == {"grace": 5}
+    enough = slurm_findings(slurm.facts("low"), timedelta(seconds=10))
+    assert about(enough, "preemption").level is Level.OK
+
+
+def test_a_partition_that_suspends_is_warned_of(commands: Path):
+    text = (commands / "partitions").read_text()
+    (commands / "partitions").write_text(text.replace("PreemptMode=REQUEUE", "PreemptMode=GANG,SUSPEND"))
+    assert "stands still" in judged("low", "preemption").means
+
+
+def test_a_preemption_that_leaves_no_grace_time_writes_none(commands: Path):
+    change(commands / "config", SlurmctldParameters="preempt_send_user_signal")
+    text = (commands / "partitions").read_text()
+    (commands / "partitions").write_text(text.replace("GraceTime=10", "GraceTime=0"))
+    found = judged("low", "preemption")
+    assert (found.level, found.config) == (Level.WARN, {})
+
+
+def test_pyxis_and_accounting_are_seen(commands: Path):
+    (commands / "help").write_text("      --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH\n")
+    change(commands / "config", AccountingStorageType="accounting_storage/slurmdbd")
+    assert judged(None, "pyxis").level is Level.OK
+    assert judged(None, "accounting").level is Level.OK
+
+
+def test_what_a_silent_slurm_was_not_asked_is_unknown_and_never_well(commands: Path):
+    program(commands, "scontrol", 'echo "slurm_load_ctl_conf error: Unable to contact slurm controller" >&2; exit 1')
+    program(commands, "srun", "exit 1")
+    findings = slurm_findings(slurm.facts(None), GRACE)
+    assert {finding.level for finding in findings} == {Level.UNKNOWN}
+    assert "Unable to contact" in about(findings, "requeue").found
+
+
+def test_a_setting_that_this_slurm_does_not_say_is_unknown(commands: Path):
+    text = (commands / "config").read_text()
+    (commands / "config").write_text(text.replace("KillWait ", "KillPatience "))
+    found = judged(None, "KillWait")
+    assert (found.level, found.found) == (Level.UNKNOWN, "scontrol show config does not say KillWait")
+
+
+MOUNTS = """\
+22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw
+30 22 0:27 / /dev/shm rw shared:3 - tmpfs tmpfs rw
+31 22 0:40 / /scratch rw - lustre mds@tcp:/scratch rw
+32 22 0:41 / /home/my\\040group rw master:5 - nfs4 server:/home rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "level"),
+    [
+        ("/scratch/me/elastic-logs", "lustre", Level.OK),
+        ("/home/my group/elastic-logs", "nfs4", Level.OK),
+        ("/dev/shm/logs", "tmpfs", Level.BAD),
+        ("/tmp/logs", "ext4", Level.WARN),
+        ("/scratchy/logs", "ext4", Level.UNKNOWN),
+    ],
+)
+def test_the_file_system_of_the_run_directories_is_judged_by_what_it_is(path: str, kind: str, level: Level):
+    assert file_system(MOUNTS, path)[0] == kind
+    assert log_dir_finding(MOUNTS, path).level is level
+
+
+def report(node: str, *others: str, **changes: object) -> Report:
+    number = node[1:]
+    made = Report(
+        node=node,
+        hostname=node,
+        python="3.11.2",
+        torch="2.13.0",
+        elastic_hpc="0.1.0",
+        published=(f"10.0.0.{number}", f"10.1.0.{number}"),
+        interfaces={"lo": "127.0.0.1", "eth0": f"10.0.0.{number}", "ib0": f"10.1.0.{number}"},
+        port=29400,
+        gpus_granted=None,
+        gpus_visible=None,
+        gpu_devices=0,
+        created=node == "n1",
+        peers={name: peer(name) for name in others},
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def peer(name: str, error: str = "", ib0: str = "", any_port: str = "", ahead: float = 0.0) -> Peer:
+    eth, ib = f"10.0.0.{name[1:]}", f"10.1.0.{name[1:]}"
+    dials = (
+        Dial(eth, 29400, any_port=False, error=error),
+        Dial(eth, 40001, any_port=True, error=any_port or error),
+        Dial(ib, 29400, any_port=False, error=ib0),
+        Dial(ib, 40001, any_port=True, error=any_port or ib0),
+    )
+    return Peer((eth,), dials, ahead, 0.001, 0.1, lock_held=True)
+
+
+def ran(*reports: Report, nodes: tuple[str, ...] = ("n1", "n2", "n3"), **changes: object) -> list[Finding]:
+    run = Run(nodes, reports, may_requeue=True, ended="COMPLETED")
+    return run_findings(replace(run, **changes), "/logs")  # type: ignore[arg-type]
+
+
+ALL = (report("n1", "n2", "n3"), report("n2", "n1", "n3"), report("n3", "n1", "n2"))
+
+
+def test_nodes_that_agree_are_well():
+    findings = ran(*ALL)
+    assert {f.about: f.level for f in findings if f.level is not Level.OK} == {"GPUs": Level.NOTE}
+    assert {"requeue", "nodes", "ports", "names", "file system", "clocks", "software"} < {f.about for f in findings}
+
+
+def test_reports_survive_the_way_through_a_file():
+    assert Report.of(json.loads(json.dumps(ALL[0].as_body()))) == ALL[0]
+    with pytest.raises(ValueError, match="another version"):
+        Report.of({"schema": 7})
+
+
+def test_a_node_that_never_reported_is_named_with_its_last_words():
+    findings = ran(*ALL[:2], said={"n3": "probe of n3: /logs/doctor.0 is not there", "": "the end of the log"})
+    found = about(findings, "nodes")
+    assert found.level is Level.BAD
+    assert found.found == "n3 never reported: probe of n3: /logs/doctor.0 is not there"
+    assert "--exclude n3" in found.set
+
+
+def test_a_job_without_any_report_points_at_the_shared_file_system():
+    found = about(ran(ended="FAILED", said={"": "its log is not there"}), "nodes")
+    assert found.level is Level.BAD
+    assert "FAILED; its log is not there" in found.found
+    assert "--log-dir DIR that all nodes share (now /logs)" in found.set
+
+
+def test_a_closed_port_is_told_with_its_direction():
+    cut = peer("n1", "timed out", "timed out", "timed out")
+    found = about(ran(*ALL[:2], replace(ALL[2], peers={"n1": cut, "n2": peer("n2")})), "ports")
+    assert found.level is Level.BAD
+    assert found.found == "n3 cannot reach n1 (10.0.0.1:29400 timed out, 10.1.0.1:29400 timed out)"
+
+
+def test_a_firewall_that_opens_the_agents_ports_alone_is_found():
+    peers = {"n1": peer("n1", any_port="timed out"), "n2": peer("n2")}
+    assert about(ran(*ALL[:2], replace(ALL[2], peers=peers)), "ports of workers").level is Level.BAD
+
+
+def test_a_network_that_is_open_where_the_first_is_not_becomes_the_interface_to_set():
+    shut = [replace(one, peers={name: peer(name, "timed out") for name in one.peers}) for one in ALL]
+    found = about(ran(*shut), "addresses")
+    assert (found.level, found.config) == (Level.WARN, {"interface": "ib0"})
+    assert "--interface ib0" in found.set
+
+
+def test_a_name_that_leads_elsewhere_is_told():
+    wrong = replace(peer("n1"), resolves=("127.0.1.1",))
+    found = about(ran(*ALL[:2], replace(ALL[2], peers={"n1": wrong, "n2": peer("n2")})), "names")
+    assert (found.level, found.found) == (Level.WARN, "on n3 n1 is 127.0.1.1")
+
+
+def test_a_clock_that_is_ahead_is_named():
+    peers = {"n1": peer("n1", ahead=-30), "n2": peer("n2", ahead=-30)}
+    found = about(ran(*ALL[:2], replace(ALL[2], peers=peers)), "clocks")
+    assert (found.level, found.found) == (Level.WARN, "n3 is 30.0 s ahead of n1")
+
+
+@pytest.mark.parametrize("changes", [{"torch": "2.4.0"}, {"python": "3.10.1"}, {"torch": ""}])
+def test_a_node_with_other_software_is_told(changes: dict[str, str]):
+    found = about(ran(*ALL[:2], replace(ALL[2], **changes)), "software")  # type: ignore[arg-type]
+    assert found.level is Level.BAD
+    assert "n3" in found.found
+
+
+def test_a_file_system_where_two_nodes_are_first_is_bad():
+    found = about(ran(*ALL[:2], replace(ALL[2], created=True)), "file system")
+    assert (found.level, found.found.split(" made")[0]) == (Level.BAD, "n1, n3")
+
+
+def test_a_file_system_that_shows_files_late_is_slow():
+    late = {name: replace(peer(name), seen_after=6.0) for name in ("n1", "n2")}
+    found = about(ran(*ALL[:2], replace(ALL[2], peers=late)), "file system")
+    assert found.level is Level.WARN
+    assert "6.00 s" in found.found
+
+
+def test_locks_that_are_not_felt_elsewhere_are_a_note():
+    free = {name: replace(peer(name), lock_held=False) for name in ("n1", "n2")}
+    assert about(ran(*ALL[:2], replace(ALL[2], peers=free)), "flock").level is Level.NOTE
+
+
+def test_granted_gpus_without_a_driver_are_bad():
+    with_gpus = [replace(one, gpus_granted="4", gpus_visible="0,1,2,3", gpu_devices=4) for one in ALL]
+    assert about(ran(*with_gpus), "GPUs").found == "4 on each node"
+    bare = about(ran(*with_gpus[:2], replace(with_gpus[2], gpu_devices=0)), "GPUs")
+    assert (bare.level, "n3" in bare.found) == (Level.BAD, True)
+
+
+def test_a_submission_filter_that_takes_requeue_back_is_found():
+    assert about(ran(*ALL, may_requeue=False), "requeue").level is Level.WARN
+
+
+def test_one_node_alone_cannot_tell_of_ports_and_files():
+    findings = ran(report("n1"), nodes=("n1",))
+    assert {f.about for f in findings if f.level is Level.UNKNOWN} == {"ports", "file system", "clocks"}
+
+
+def test_the_worst_comes_first():
+    found = [Finding(level, level.value, "", "") for level in (Level.OK, Level.NOTE, Level.BAD, Level.UNKNOWN)]
+    assert [finding.about for finding in worst_first(found)] == ["bad", "unknown", "note", "ok"]
+
+
+def test_the_site_file_is_read_without_complaint(tmp_path: Path):
+    finding = Finding(Level.WARN, "preemption", 'GraceTime = 10 s, "quoted"\nand # more', "", "", {"grace": 5})
+    other = Finding(Level.WARN, "addresses", "n1", "", "", {"interface": "ib0"})
+    options = [Given(SBATCH["partition"], 'my "low" \\ one'), Given(SBATCH["exclusive"], None)]
+    options += [Given(SBATCH["nodelist"], "n1")]  # of one job
+    (tmp_path / "site.toml").write_text(site_file([finding, other], options, "/scratch/me/logs"))
+    settings = load({"ELASTIC_HPC_CONFIG": str(tmp_path / "site.toml"), "XDG_CONFIG_HOME": "/nowhere"}, tmp_path)
+    assert settings.options["grace"].value == timedelta(seconds=5)
+    assert settings.options["interface"].value == "ib0"
+    assert settings.options["log-dir"].value == "/scratch/me/logs"
+    assert [(given.name, given.value) for given in settings.sbatch] == [
+        ("partition", 'my "low" \\ one'),
+        ("exclusive", None),
+    ]
+    (tmp_path / "site.toml").write_text(site_file([], []))
+    assert not load(
+        {"ELASTIC_HPC_CONFIG": str(tmp_path / "site.toml"), "XDG_CONFIG_HOME": "/nowhere"}, tmp_path
+    ).options
+
+
+def test_the_command_writes_a_site_file_once(commands: Path, capsys: pytest.CaptureFixture[str]):
+    change(commands / "config", SlurmctldParameters="preempt_send_user_signal")
+    command = ["doctor", "--json", "--log-dir", "/dev/shm/logs", "--partition", "low", "--write-site", "site.toml"]
+    assert hpc.main(command) == 1  # a folder in memory is bad
+    body = json.loads(capsys.readouterr().out)
+    assert body["schema"] == 1
+    assert body["findings"][0]["about"] == "log-dir"
+    settings = load({"ELASTIC_HPC_CONFIG": "site.toml", "XDG_CONFIG_HOME": "/nowhere"}, commands)
+    assert settings.options["grace"].value == timedelta(seconds=5)
+    assert hpc.main(command) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_broken_configuration_file_is_a_finding(commands: Path, capsys: pytest.CaptureFixture[str]):
+    (commands / "elastic_hpc.toml").write_text("grace = nine\n")
+    assert hpc.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith("bad ")
+    assert "elastic_hpc.toml" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--partition", "nope"], "unknown to Slurm; see sinfo"),
+        (["--nodes", "3"], "for the job of --run"),
+        (["--run", "--", "--nodes=3"], "--nodes belongs before --"),
+        (["--run", "--", "train.py"], "expected options of sbatch after --"),
+        (["--run", "--nodes", "0"], "expected a number of nodes"),
+    ],
+)
+def test_bad_input_says_what_to_type(
+    commands: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+):
+    assert hpc.main(["doctor", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_job_that_slurm_refuses_is_a_finding_and_leaves_nothing(commands: Path, capsys: pytest.CaptureFixture[str]):
+    program(
+        commands, "sbatch", 'cat >/dev/null; echo "sbatch: error: Batch job submission failed: No account" >&2; exit 1'
+    )
+    assert hpc.main(["doctor", "--run", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["findings"][0]
+    assert (found["level"], found["about"]) == ("bad", "nodes")
+    assert "No account" in found["found"]
+    assert not (commands / "elastic-logs").exists()
+
+
+def test_two_nodes_find_each_other_and_agree(tmp_path: Path):
+    """Two probes on this machine: other names, the same network."""
+    rundir = RunDir(tmp_path / "doctor.0").create()
+    rundir.make_secret()
+    try:
+        probe.net.addresses_to_publish("n1", None, None)
+    except probe.ElasticError:
+        pytest.skip("this machine has no network but loopback")
+
+    def node(name: str) -> None:
+        assert probe.probe(rundir.path, None, {"SLURMD_NODENAME": name, "SLURM_STEP_NUM_NODES": "2"}) == 0
+
+    threads = [threading.Thread(target=node, args=(name,)) for name in ("n1", "n2")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reports = [Report.of(rundir.read(f"report.{name}.json") or {}) for name in ("n1", "n2")]
+    levels = {f.about: f.level for f in ran(*reports, nodes=("n1", "n2"))}
+    assert [levels[name] for name in ("nodes", "ports", "file system", "clocks", "software")] == [Level.OK] * 5
+
+
+def test_a_node_without_the_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert probe.main([str(tmp_path / "absent")]) == 1
+    assert f"{tmp_path / 'absent'} is not there" in capsys.readouterr().err
+
+
+def test_the_findings_are_json_that_programs_can_rely_on():
+    body = json.loads(as_json([Finding(Level.NOTE, "a", "b", "c", "d", {"grace": 5})]))
+    assert body == {
+        "schema": 1,
+        "findings": [{"level": "note", "about": "a", "found": "b", "means": "c", "set": "d", "config": {"grace": 5}}],
+    }
+
+
+def test_the_command_imports_neither_torch_nor_rich():
+    code = "import sys, elastic_hpc.cli.doctor as d; print(sorted({'torch', 'rich', 'asyncio'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
