@@ -18,7 +18,7 @@ from elastic_hpc.env import LOCAL_NODE
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.launch import LaunchConfig
 from elastic_hpc.rehearse import Crash, Done, Planned, Step, count
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.rundir import EventReader, RunDir
 from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, STEP_LOG, read_progress
 
 _TICK = 0.05
@@ -59,7 +59,7 @@ class Rehearsal:
         self._heard = self._told = self._began
         self._process: subprocess.Popen[bytes] | None = None
         self._rundir = RunDir(asked.folder / "run").create()
-        self._events = self._offset = 0
+        self._events, self._heeded, self._offset = EventReader(self._rundir), 0, 0
 
     @property
     def left(self) -> list[str]:
@@ -171,8 +171,9 @@ class Rehearsal:
 
     def _look(self) -> None:
         """Take in what was reported since the last look."""
-        for event in self._rundir.events()[self._events :]:
-            self._events += 1
+        self._events.read()
+        for event in self._events.events[self._heeded :]:
+            self._heeded += 1
             self._heed(event)
         with contextlib.suppress(FileNotFoundError), (self._asked.folder / "steps.jsonl").open("rb") as file:
             file.seek(self._offset)

@@ -9,12 +9,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from elastic_hpc import slurm
 from elastic_hpc.config import Settings, load
-from elastic_hpc.doctor import Finding, Level, as_json, log_dir_finding, slurm_findings, worst_first
+from elastic_hpc.doctor import job as probe_job
+from elastic_hpc.doctor.findings import Finding, Level, as_json, log_dir_finding, slurm_findings, worst_first
+from elastic_hpc.doctor.nodes import run_findings
+from elastic_hpc.doctor.site_file import site_file
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, scan
-from elastic_hpc.site_file import site_file
 from elastic_hpc.spec import LaunchSpec
 
 HELP = "tell what this site means for elastic jobs, and what to set"
@@ -28,20 +34,10 @@ What follows -- are options of sbatch for the job of --run.
 Exit codes: 0, 1 if something is bad, 2 for bad input.
 """
 _OURS = frozenset(
-    (
-        "nodes",
-        "time",
-        "job-name",
-        "output",
-        "error",
-        "array",
-        "signal",
-        "no-requeue",
-        "requeue",
-        "chdir",
-        "hold",
-        "wrap",
-    )
+    {
+        *("nodes", "time", "job-name", "output", "error", "array"),
+        *("signal", "no-requeue", "requeue", "chdir", "hold", "wrap"),
+    }
 )
 _COLORS = {Level.BAD: "bold red", Level.WARN: "yellow", Level.UNKNOWN: "magenta", Level.NOTE: "cyan", Level.OK: "green"}
 
@@ -128,9 +124,6 @@ def _log_dir(log_dir: str) -> Finding:
 
 
 def _of_nodes(args: argparse.Namespace, log_dir: str, options: Sequence[Given]) -> list[Finding]:
-    from elastic_hpc import probe_job
-    from elastic_hpc.doctor_nodes import run_findings
-
     progress = _Progress()
     try:
         found = probe_job.run(args.nodes or 2, log_dir, options, progress.tell)
@@ -163,10 +156,6 @@ class _Progress:
 
 
 def _show(findings: Sequence[Finding]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table.grid(padding=(0, 2))
     for width in (max(len(one.level.value) for one in findings), max(len(one.about) for one in findings), None):
         table.add_column(width=width, overflow="fold")

@@ -14,9 +14,9 @@ from rich.text import Text
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.cli.status import Jobs
 from elastic_hpc.errors import UsageError
-from elastic_hpc.logs import Line, Logs, Stream, Wanted
 from elastic_hpc.rundir import EventReader, RunDir
-from elastic_hpc.story import Round, tell
+from elastic_hpc.view.logs import Line, Logs, Stream, Wanted
+from elastic_hpc.view.story import Round, tell
 
 HELP = "show what the workers wrote, in order of time over ranks and rounds"
 _EPILOG = """examples:

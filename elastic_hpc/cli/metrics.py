@@ -14,10 +14,10 @@ from prometheus_client.exposition import generate_latest
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.cli.status import Jobs, chosen, of_interest
 from elastic_hpc.errors import ElasticError, UsageError
-from elastic_hpc.metrics import JobMetrics
 from elastic_hpc.rundir import RunDir
-from elastic_hpc.status import JobView
-from elastic_hpc.story import Story
+from elastic_hpc.view.metrics import JobMetrics
+from elastic_hpc.view.status import JobView
+from elastic_hpc.view.story import Story
 
 HELP = "export my jobs as Prometheus metrics: goodput, faults, restarts, lost time"
 _EPILOG = """examples:
@@ -52,11 +52,12 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         sys.stdout.buffer.write(generate_latest(registry))
         return 0
-    over = _until_ctrl_c()
-    while True:
-        _write(registry, args.output)
-        if args.every is None or over.wait(args.every):
-            return 0
+    _write(registry, args.output)
+    if args.every is not None:
+        over = _until_ctrl_c()
+        while not over.wait(args.every):
+            _write(registry, args.output)
+    return 0
 
 
 def _look(asked: Sequence[RunDir]) -> tuple[list[tuple[JobView, Story]], bool]:

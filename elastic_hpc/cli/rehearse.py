@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.launch import LaunchConfig
+from elastic_hpc.rehearsal import Asked, Rehearsal
 from elastic_hpc.rehearse import LEAST, ORDER, Finding, exit_code, judge, plan
-
-if TYPE_CHECKING:
-    from elastic_hpc.rehearsal import Rehearsal
 
 HELP = "kill workers and nodes under your script, on this machine, and tell whether it resumes correctly"
 
@@ -75,9 +74,6 @@ def run(args: argparse.Namespace) -> int:
     planned = plan(acts, args.nodes)
     if not os.access(args.script, os.R_OK):
         raise UsageError(f"{args.script}: no such readable script")
-    from elastic_hpc.launch import LaunchConfig
-    from elastic_hpc.rehearsal import Asked, Rehearsal
-
     LaunchConfig(nproc_per_node=args.nproc_per_node)  # refuses what it cannot be, before there is a folder
     folder = _folder(args.keep)
     asked = Asked(args.script, args.script_args, args.nodes, args.nproc_per_node, args.steps, args.timeout, folder)

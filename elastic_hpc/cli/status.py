@@ -16,15 +16,16 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from elastic_hpc import slurm, status
+from elastic_hpc import slurm
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.job import Job
 from elastic_hpc.registry import known
 from elastic_hpc.rundir import EventReader, RunDir
 from elastic_hpc.slurm import Queued
-from elastic_hpc.status import JobView
-from elastic_hpc.story import Story, tell
+from elastic_hpc.view import status
+from elastic_hpc.view.status import JobView
+from elastic_hpc.view.story import Story, tell
 
 HELP = "show how my jobs are: nodes, round, restarts, progress, time lost"
 _EPILOG = """examples:

@@ -9,7 +9,7 @@ from rich.console import Console
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.cli.status import Jobs
 from elastic_hpc.rundir import RunDir
-from elastic_hpc.why import page
+from elastic_hpc.view.why import page
 
 HELP = "tell why a job went as it did: the end of each round, what it cost, what to do"
 _EPILOG = """examples:

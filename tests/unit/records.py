@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_hpc.rundir import EventReader, RunDir
-from elastic_hpc.story import Story, tell
+from elastic_hpc.view.story import Story, tell
 
 FOLDER = Path(__file__).parents[1] / "records"
 NAMES = ("faults", "head", "grown", "broken", "cancelled")

@@ -72,7 +72,7 @@ def test_a_slurm_that_does_not_answer_does_not_end_a_job(job: Job, tmp_path: Pat
 
 def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
     record(job, REQUEUED).mark_acted(0, "17")
-    says(tmp_path, "echo 17 PENDING")
+    says(tmp_path, "echo '17|PENDING|N/A|N/A|None'")
     assert (job.status().state, job.status().done) == ("PENDING", False)
     with pytest.raises(TimeoutError):
         job.wait(timeout=1)
@@ -82,7 +82,9 @@ def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
 
 def test_a_job_that_another_goes_on_for_is_that_job_from_then_on(job: Job, tmp_path: Path) -> None:
     record(job, REQUEUED)
-    says(tmp_path, f"echo 17 COMPLETED; echo 18 RUNNING; printf 18 > {job.run_dir}/acted.0")  # while it is asked for
+    says(
+        tmp_path, f"echo '17|COMPLETED|N/A|N/A|None'; echo '18|RUNNING|N/A|N/A|None'; printf 18 > {job.run_dir}/acted.0"
+    )  # while it is asked for
     status = job.status()
     assert (status.state, status.done, job.slurm_id) == ("RUNNING", False, "18")
 
@@ -140,7 +142,7 @@ def test_what_the_command_refuses_is_refused_from_python(job: Job, options: dict
 
 
 def test_waiting_asks_slurm_less_and_less_often(job: Job, tmp_path: Path) -> None:
-    says(tmp_path, "echo 17 RUNNING")
+    says(tmp_path, "echo '17|RUNNING|N/A|N/A|None'")
     begin = time.monotonic()
     with pytest.raises(TimeoutError):
         job.wait(timeout=4)

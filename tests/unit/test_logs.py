@@ -14,8 +14,8 @@ import pytest
 import records
 
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.logs import Line, Logs, Wanted
 from elastic_hpc.stamps import FILE, Stamper, Stamps
+from elastic_hpc.view.logs import Line, Logs, Wanted
 
 FAULTS = records.FOLDER / "faults"
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.registry import known, remember
 from elastic_hpc.slurm import Queued
-from elastic_hpc.status import SCHEMA, JobView, Seen, as_json, card, span, table, view
-from elastic_hpc.story import Story, tell
+from elastic_hpc.view.status import SCHEMA, JobView, Seen, as_json, card, span, table, view
+from elastic_hpc.view.story import Story, tell
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import records
 
-from elastic_hpc.account import MEANINGS, account, phases
 from elastic_hpc.events import EVENTS, sentence
 from elastic_hpc.rundir import EventReader, RunDir
-from elastic_hpc.story import tell
+from elastic_hpc.view.account import MEANINGS, account, phases
+from elastic_hpc.view.story import tell
 
 
 def test_every_event_of_the_records_is_documented_with_its_fields() -> None:

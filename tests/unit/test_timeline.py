@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import records
 
-from elastic_hpc.account import account
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.picture import draw
-from elastic_hpc.story import Story, tell
+from elastic_hpc.view.account import account
+from elastic_hpc.view.picture import draw
+from elastic_hpc.view.story import Story, tell
 
 SCREENS = Path(__file__).parents[2] / "build" / "screens"
 """Screenshots are kept here, to be looked at."""

@@ -10,8 +10,8 @@ import pytest
 import records
 
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.story import Fault, Story
-from elastic_hpc.why import advice
+from elastic_hpc.view.story import Fault, Story
+from elastic_hpc.view.why import advice
 
 
 def page(name: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -22,7 +22,7 @@ def page(name: str, capsys: pytest.CaptureFixture[str]) -> str:
 def advised(name: str, **changes: Any) -> str:
     from test_status import seen
 
-    from elastic_hpc.status import view
+    from elastic_hpc.view.status import view
 
     story: Story = replace(records.story(name), **changes)
     return "\n".join(advice(view(seen(final="FAILED"), story, story.last_time), story))
@@ -77,8 +77,8 @@ def test_what_was_collateral_is_told_as_that() -> None:
     from rich.console import Console
     from test_status import seen
 
-    from elastic_hpc.status import view
-    from elastic_hpc.why import page
+    from elastic_hpc.view.status import view
+    from elastic_hpc.view.why import page
 
     story = records.story("faults")
     echo = Fault(0.0, "n1", "exception", "RuntimeError: Connection closed by peer", rank=0, collateral=True)

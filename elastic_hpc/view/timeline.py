@@ -9,14 +9,14 @@ from importlib import resources
 import jinja2
 
 from elastic_hpc.errors import ElasticError
-from elastic_hpc.picture import STYLE, WIDTH, draw
-from elastic_hpc.status import JobView, span
-from elastic_hpc.story import Story
+from elastic_hpc.view.picture import STYLE, WIDTH, draw
+from elastic_hpc.view.status import JobView, span
+from elastic_hpc.view.story import Story
 
 
 def html(view: JobView, story: Story, now: float) -> str:
     """``now``: seconds since the epoch; counts only for a job that runs."""
-    text = resources.files("elastic_hpc").joinpath("timeline.html.j2").read_text()
+    text = resources.files("elastic_hpc.view").joinpath("timeline.html.j2").read_text()
     page = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(text)
     return page.render(
         view=view,

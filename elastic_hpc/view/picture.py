@@ -8,10 +8,10 @@ from itertools import pairwise
 
 from markupsafe import escape
 
-from elastic_hpc.account import MEANINGS, Kind, Phase, account, phases
 from elastic_hpc.decide import FINISHED
-from elastic_hpc.status import span
-from elastic_hpc.story import Round, Story
+from elastic_hpc.view.account import MEANINGS, Kind, Phase, account, phases
+from elastic_hpc.view.status import span
+from elastic_hpc.view.story import Round, Story
 
 WIDTH = 1100
 _LEFT, _RIGHT = 64, 20

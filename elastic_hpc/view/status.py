@@ -13,9 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from elastic_hpc.account import Kind, account
 from elastic_hpc.slurm import Queued
-from elastic_hpc.story import Story
+from elastic_hpc.view.account import Kind, account
+from elastic_hpc.view.story import Story
 
 SCHEMA = 1
 """Of ``as_json``. A new number when a field changes its meaning or goes; new fields may come at any time."""

@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from elastic_hpc.account import MEANINGS
 from elastic_hpc.events import sentence
-from elastic_hpc.status import STYLES, JobView, span
-from elastic_hpc.story import Fault, Round, Run, Story
+from elastic_hpc.view.account import MEANINGS
+from elastic_hpc.view.status import STYLES, JobView, span
+from elastic_hpc.view.story import Fault, Round, Run, Story
 
 _TOLD = frozenset(
     {

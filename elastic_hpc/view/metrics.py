@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from elastic_hpc.status import JobView
-from elastic_hpc.story import Story
+from elastic_hpc.view.status import JobView
+from elastic_hpc.view.story import Story
 
 GAUGES = {
     "nodes": "Nodes of the world that trains.",

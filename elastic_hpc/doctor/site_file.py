@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from elastic_hpc.doctor import Finding
+from elastic_hpc.doctor.findings import Finding
 from elastic_hpc.sbatch_options import Given
 
 _LASTING = frozenset(

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from elastic_hpc import slurm
+from elastic_hpc.doctor.reports import Report, Run
 from elastic_hpc.errors import ElasticError, SlurmError
-from elastic_hpc.probe_report import Report, Run
 from elastic_hpc.request import build
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.sbatch_options import SBATCH, Given
@@ -67,7 +67,7 @@ def _job(nodes: int, log_dir: str, rundir: RunDir, sbatch: Sequence[Given]) -> J
         "template": str(template_folder() / "probe.j2"),
     }
     given = [*sbatch, *(Given(SBATCH[name], value, _DOCTOR) for name, value in own.items())]
-    job = build("elastic_hpc.probe", [str(rundir.path)], options.items(), given, module=True, source=_DOCTOR)
+    job = build("elastic_hpc.doctor.probe", [str(rundir.path)], options.items(), given, module=True, source=_DOCTOR)
     interface = ["--interface", job.launch.interface] if job.launch.interface else []
     launch = replace(job.launch, script_args=(*job.launch.script_args, *interface))
     passed = tuple(given for given in job.sbatch if given.name != "error")  # a file of its own, in a configuration file

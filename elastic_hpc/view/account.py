@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from elastic_hpc.story import Round, Run, Story
+from elastic_hpc.view.story import Round, Run, Story
 
 Kind = Literal["kept", "repeated", "unreported", "start", "workers", "stopping", "forming", "idle", "queue"]
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic_hpc import __version__, net
+from elastic_hpc.doctor.reports import FIRST_PORT, LAST_PORT, Dial, Peer, Report
 from elastic_hpc.errors import ElasticError
-from elastic_hpc.probe_report import FIRST_PORT, LAST_PORT, Dial, Peer, Report
 from elastic_hpc.rundir import RunDir
 
 _ALL = 42.0  # seconds for everything, of the minute that the job has
@@ -228,7 +228,7 @@ def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> in
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m elastic_hpc.probe", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m elastic_hpc.doctor.probe", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--interface")
     args = parser.parse_args(argv)
