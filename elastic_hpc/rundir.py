@@ -20,8 +20,10 @@ class RunDir:
     """Paths and files of one job.
 
     ``secret``: key of the control connections. ``spec.json``: what was asked for. ``endpoint.json``: where the leader
-    listens. ``state.json``: round and budgets, carried over requeues. ``events.jsonl``: what happened, one JSON object
-    a line. ``verdict.json``: how the last run ended. ``logs/``: output of the workers.
+    listens; its time of change says when somebody led last. ``state.json``: round and budgets, carried over requeues.
+    ``events.jsonl``: what happened, one JSON object a line. ``verdict.json``: how the last run ended.
+    ``logs/RUN.ROUND/NODE/rankK.out`` and ``.err``: output of the workers; ``times.jsonl`` there: how long those files
+    were when. ``logs/RUN.agent-NODE.log``: output of the agents.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -81,12 +81,17 @@ class Jobs:
                 run_dir=str(rundir.path),
                 script=os.path.basename(str(asked.get("script", ""))),
                 final=final,
-                known=self._known.get(id) if local is None else _launcher(local=local),
+                known=self._of(id) if local is None else _launcher(local=local),
                 problem="" if local is not None else self.problem,
                 silent=max(0.0, now - beat / 1e9) if beat else None,
             )
             found.append((status.view(seen, story, now), story))
         return found
+
+    def _of(self, id: str) -> Queued | None:
+        """What Slurm knows of it; of an array that has not started what it knows of its first task."""
+        tasks = (known for task, known in self._known.items() if task.startswith(f"{id}_"))
+        return self._known.get(id) or next(tasks, None)
 
     def _ask(self, ids: Sequence[str], ask_every: float) -> None:
         if not ids or time.monotonic() - self._asked < ask_every:
