@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from conftest import Cluster, Job, wait_for
-from test_recovery import agents
 
 Submit = Callable[..., Job]
 SOON = ["--grow", "--grow-every", "1", "--exclusive"]  # two joiners could share a node else
@@ -93,6 +92,15 @@ def busy(fresh: Cluster, folder: Path) -> Callable[..., str]:
         return id
 
     return do
+
+
+def agents(cluster: Cluster, node: str) -> list[int]:
+    """Pids of the agents on ``node``: python itself, not the step daemon that was given its command line."""
+    return [
+        pid
+        for pid in cluster.processes("elastic_hpc.agent", node)
+        if Path(f"/proc/{pid}/exe").resolve().name.startswith("python")
+    ]
 
 
 def test_a_job_grows_loses_a_node_replaces_it_and_finishes(
