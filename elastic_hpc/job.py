@@ -110,7 +110,7 @@ class Job:
 
         True if it waited in the queue and is cancelled, False if its leader was told.
         """
-        if self.status().state in _WAITS:
+        if not self.run_dir.is_dir() or self.status().state in _WAITS:
             slurm.cancel(self.slurm_id)
             return True
         self._tell("save-and-stop" if after_checkpoint else "stop")

@@ -216,8 +216,8 @@ def table(views: Sequence[JobView], width: int = 120) -> RenderableType:
     made = Table(box=None, pad_edge=False, header_style="bold")
     used = 0
     for name, values in columns.items():
-        needed = max(map(len, [name, *values])) + 1
-        if any(values) and (used + needed <= width or not used):
+        needed = max(map(len, [name, *values])) + 2
+        if any(values) and (used + needed <= width + 2 or not used):
             used += needed
             made.add_column(name, justify="left" if name in {"job", "state", "script"} else "right", no_wrap=True)
         else:

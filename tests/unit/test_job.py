@@ -70,6 +70,12 @@ def test_a_slurm_that_does_not_answer_does_not_end_a_job(job: Job, tmp_path: Pat
         job.wait(timeout=1)
 
 
+def test_a_job_that_has_not_started_is_cancelled_in_the_queue(job: Job, tmp_path: Path) -> None:
+    says(tmp_path, "")
+    assert Job(tmp_path / "elastic-logs" / "23").stop()
+    assert Path("asked").read_text().splitlines() == [f"{tmp_path}/bin/scancel 23"]
+
+
 def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
     record(job, REQUEUED).mark_acted(0, "17")
     says(tmp_path, "echo '17|PENDING|N/A|N/A|None'")
