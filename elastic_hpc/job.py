@@ -19,8 +19,6 @@ from elastic_hpc.request import prepared
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import JobSpec
 
-_WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
-_LIVES = _WAITS | {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
 _ASK_SLURM = 2.0, 30.0  # seconds between two questions, at first and after a while
 _LOOK = 0.5
 
@@ -87,7 +85,7 @@ class Job:
                 with contextlib.suppress(SlurmError):
                     state = self._ask()
                 asked, pause = now, min(_ASK_SLURM[1], max(_ASK_SLURM[0], (now - begin) / 4))
-            if final or state not in {*_LIVES, "UNKNOWN"}:
+            if final or state not in {*slurm.LIVES, "UNKNOWN"}:
                 return self._status(self.final_state() or state)
             if timeout is not None and now - begin > timeout:
                 raise TimeoutError(f"job {self.id} has not ended in {timeout:g} s; it goes on")
@@ -110,7 +108,7 @@ class Job:
 
         True if it waited in the queue and is cancelled, False if its leader was told.
         """
-        if not self.run_dir.is_dir() or self.status().state in _WAITS:
+        if not self.run_dir.is_dir() or self.status().state in slurm.WAITS:
             slurm.cancel(self.slurm_id)
             return True
         self._tell("save-and-stop" if after_checkpoint else "stop")
@@ -163,7 +161,7 @@ class Job:
             return "RUNNING" if held else self.final_state() or "FAILED"
         job = self.slurm_id
         state = slurm.states(job).get(job, "GONE")
-        if state not in _LIVES and self.slurm_id != job:  # meanwhile another went on in its place
+        if state not in slurm.LIVES and self.slurm_id != job:  # meanwhile another went on in its place
             return self._ask()
         return state
 
@@ -172,7 +170,7 @@ class Job:
         counters = (self._record.read("state.json") if formed else None) or {}
         return JobStatus(
             state=state if state != "GONE" else "UNKNOWN",
-            done=state not in _LIVES,
+            done=state not in slurm.LIVES,
             round=formed.get("round", 0),
             nodes=tuple(formed.get("nodes", ())),
             world_size=formed.get("world_size", 0),

@@ -167,16 +167,14 @@ class ElasticAgent(LocalElasticAgent):
             return self._stop_for_next_round()
         codes = {worker: self._exit_code(worker) for worker in worker_group.workers}
         if failed := [worker for worker, code in codes.items() if code]:
-            self._watch.look()
-            self._control.report_progress(self._watch.progress)
+            self._report_progress()
             self._control.report("failed", self._round, self._failure(failed))
             return self._stop_for_next_round()
         if None in codes.values():
             self._look_after(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
         self._kill_workers()  # what they left running in their sessions
-        self._watch.look()
-        self._control.report_progress(self._watch.progress)
+        self._report_progress()
         self._control.report("succeeded", self._round, drained=self._watch.progress.drained)
         while not self._control.must_stop(self._round):  # raises JobEnded when all nodes have finished
             self._wait_for_news()
@@ -188,8 +186,7 @@ class ElasticAgent(LocalElasticAgent):
         if order and order.drain and order.round == self._round and not self._told_to_drain:
             self._told_to_drain = True
             Path(os.environ[LOCAL_DIR], DRAIN_FILE).touch()
-        self._watch.look()
-        self._control.report_progress(self._watch.progress)
+        self._report_progress()
         if self._signalled:
             leaving, since = self._signalled
             listens = self._watch.progress.listens
@@ -207,6 +204,10 @@ class ElasticAgent(LocalElasticAgent):
             self._watch.stop()
             while not self._control.must_stop(self._round):
                 self._wait_for_news()
+
+    def _report_progress(self) -> None:
+        self._watch.look()
+        self._control.report_progress(self._watch.progress)
 
     def _record_stacks(self) -> None:
         if self._watch.stacks_recorded:

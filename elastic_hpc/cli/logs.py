@@ -16,6 +16,7 @@ from elastic_hpc.cli.status import Jobs
 from elastic_hpc.errors import UsageError
 from elastic_hpc.rundir import EventReader, RunDir
 from elastic_hpc.view.logs import Line, Logs, Stream, Wanted
+from elastic_hpc.view.status import clock
 from elastic_hpc.view.story import Round, tell
 
 HELP = "show what the workers wrote, in order of time over ranks and rounds"
@@ -78,7 +79,7 @@ def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
         if time.monotonic() - asked > _ASK:
             asked = time.monotonic()
             ((view, _),) = jobs.look()
-            over = view.state not in {"PENDING", "RUNNING", "COMPLETING", "SUSPENDED"} and not jobs.problem
+            over = (view.over or view.state == "UNKNOWN") and not jobs.problem
             now = f"{view.state}: {view.note}" if view.note else view.state
             if view.state != "RUNNING" and now != told:
                 print(f"elastic-hpc: job {view.id} is {now}", file=sys.stderr)
@@ -131,8 +132,7 @@ class _Printer:
                 self._console.print(Text(f"--- {self._headline(line.round)}", "bold"))
             shown = Text()
             if self._timestamps:
-                moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line.time))
-                shown.append(f"{moment} ", "dim")
+                shown.append(f"{clock(line.time)} ", "dim")
             label = f"rank {line.rank}" + (" err" if line.stream == "err" else "")
             shown.append(f"{label}| ", _COLOURS[line.rank % len(_COLOURS)])
             shown.append(line.text, "red" if line.stream == "err" else "")
@@ -148,7 +148,6 @@ class _Printer:
 
 
 def _headline(one: Round, before: Round | None) -> str:
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.formed))
     why = "" if before is None else f", after: {before.cause}"
     again = f", run {one.run + 1}" if one.run else ""
-    return f"round {one.number}{again}, {when}, {len(one.nodes)} nodes, {one.world_size} workers{why}"
+    return f"round {one.number}{again}, {clock(one.formed)}, {len(one.nodes)} nodes, {one.world_size} workers{why}"

@@ -125,11 +125,10 @@ def chosen() -> list[RunDir]:
 
 def of_interest(view: JobView, story: Story) -> bool:
     """Whether it is not over, or has ended lately."""
-    over = view.state not in {"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "UNKNOWN"}
     last = story.last_time or _mtime(view.run_dir)
     if view.state == "UNKNOWN" and not story.runs and not view.script:
         return False  # it never started, and is gone
-    return (not over and view.state != "UNKNOWN") or time.time() - last < _LATELY
+    return (not view.over and view.state != "UNKNOWN") or time.time() - last < _LATELY
 
 
 def _mtime(path: str) -> float:
@@ -169,15 +168,12 @@ def _screen(found: Sequence[tuple[JobView, Story]], problem: str, console: Conso
 def _watch(jobs: Jobs, args: argparse.Namespace) -> int:
     console = Console(highlight=False)
 
-    def over(found: Sequence[tuple[JobView, Story]]) -> bool:
-        return all(view.state not in {"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "UNKNOWN"} for view, _ in found)
-
     with contextlib.suppress(KeyboardInterrupt):
         found = jobs.look()
         with Live(
             _screen(found, jobs.problem, console), console=console, screen=console.is_terminal, auto_refresh=False
         ) as live:
-            while not over(found):
+            while not all(view.over for view, _ in found):
                 time.sleep(_LOOK)
                 found = jobs.look(_ASK_SLURM)
                 if not (args.job or args.all):

@@ -22,7 +22,6 @@ _DOCTOR = "elastic-hpc doctor"
 _RUNS = 100.0  # seconds: a minute, and what Slurm takes to end it
 _LEAVES = 45.0  # until it has ended, after it was cancelled
 _WAITING = frozenset({"PENDING", "CONFIGURING"})
-_THERE = _WAITING | {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT"}
 _NEVER = frozenset(
     ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS", "AccountNotAllowed")
 )
@@ -94,7 +93,7 @@ def _wait(job: str, asked: int, rundir: RunDir, tell: Callable[[str], None]) -> 
             tell(f"job {job} runs, nodes: {len(nodes)}, {time.monotonic() - started:.0f} s")
         reports, said = _reports(rundir)
         late = started is not None and time.monotonic() > started + _RUNS
-        if shown.state not in _THERE or late or (nodes and len(reports) >= len(nodes)):
+        if shown.state not in slurm.LIVES or late or (nodes and len(reports) >= len(nodes)):
             state = "late" if late else shown.state
             return Run(nodes, tuple(reports), shown.may_requeue, state, {**_last_words(rundir, nodes), **said})
         time.sleep(1)
@@ -132,5 +131,5 @@ def _end(job: str) -> None:
     end = time.monotonic() + _LEAVES
     with contextlib.suppress(SlurmError):
         slurm.cancel(job)
-        while slurm.show_job(job).state in _THERE and time.monotonic() < end:
+        while slurm.show_job(job).state in slurm.LIVES and time.monotonic() < end:
             time.sleep(0.5)

@@ -1,7 +1,7 @@
 """The only package that runs Slurm's commands. Unknown is not empty: what cannot be asked raises SlurmError."""
 
 from elastic_hpc.slurm.directives import joiner_script
-from elastic_hpc.slurm.job import Job, Queued, cancel, epoch, job_state, queue, show_job, states, warn
+from elastic_hpc.slurm.job import LIVES, WAITS, Job, Queued, cancel, epoch, job_state, queue, show_job, states, warn
 from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
 from elastic_hpc.slurm.nodes import expand, usable_nodes
 from elastic_hpc.slurm.requeuing import complete, requeue
@@ -10,6 +10,8 @@ from elastic_hpc.slurm.steps import start_agent, start_step, step_environment, w
 from elastic_hpc.slurm.submit import resubmit, sbatch
 
 __all__ = [
+    "LIVES",
+    "WAITS",
     "Facts",
     "Job",
     "Joiner",

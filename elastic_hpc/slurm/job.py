@@ -13,6 +13,13 @@ from elastic_hpc.slurm import client
 _ENDED = re.compile("already (completing|completed|finished)|Invalid job id specified", re.IGNORECASE)
 
 
+WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
+"""States of a job that waits in the queue."""
+
+LIVES = WAITS | {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
+"""States of a job that is not over."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What slurmctld says about a job. Lists of nodes are in Slurm's notation, empty for none."""

@@ -5,6 +5,7 @@ What Slurm says wins on whether a job runs: a record cannot know of an end that 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,13 +14,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from elastic_hpc.slurm import Queued
+from elastic_hpc.slurm import LIVES, Queued
 from elastic_hpc.view.account import Kind, account
 from elastic_hpc.view.story import Story
 
 SCHEMA = 1
 """Of ``as_json``. A new number when a field changes its meaning or goes; new fields may come at any time."""
 
+_HAS_NODES = frozenset({"RUNNING", "COMPLETING", "SUSPENDED"})
 _SILENT = 30.0
 """Seconds without a sign of a leader after which a running job is said to be without one."""
 
@@ -100,11 +102,21 @@ class JobView:
     damaged: int
     """Events of the record that could not be understood."""
 
+    @property
+    def has_nodes(self) -> bool:
+        """Whether it holds nodes, so that its time goes on."""
+        return self.state in _HAS_NODES
+
+    @property
+    def over(self) -> bool:
+        """Whether it will not run again; False while that is not known."""
+        return self.state not in LIVES and self.state != "UNKNOWN"
+
 
 def view(seen: Seen, story: Story, now: float) -> JobView:
     """``now``: seconds since the epoch."""
     state, note = _state(seen, story)
-    lives = state in {"RUNNING", "COMPLETING", "SUSPENDED"}
+    lives = state in _HAS_NODES
     counted = account(story, now if lives else None)
     last = story.rounds[-1] if story.rounds else None
     charged = next((one for one in reversed(story.rounds) if one.charged), None)
@@ -174,6 +186,11 @@ def as_json(views: Sequence[JobView], now: float, problem: str) -> dict[str, Any
     """What ``--json`` prints. ``slurm`` says why Slurm could not be asked, null if it could."""
     jobs = [{each.name: getattr(one, each.name) for each in fields(one)} for one in views]
     return {"schema": SCHEMA, "time": now, "slurm": problem or None, "jobs": jobs}
+
+
+def clock(when: float) -> str:
+    """``when``, in seconds since the epoch, as date and time of this machine's time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
 
 
 def span(seconds: float) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import time
 from importlib import resources
 
 import jinja2
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.view.picture import STYLE, WIDTH, draw
-from elastic_hpc.view.status import JobView, span
+from elastic_hpc.view.status import JobView, clock, span
 from elastic_hpc.view.story import Story
 
 
@@ -44,7 +43,7 @@ def png(view: JobView, story: Story, now: float) -> bytes:
 
 
 def _now(view: JobView, now: float) -> float | None:
-    return now if view.time_left is not None else None
+    return now if view.has_nodes else None
 
 
 def _numbers(view: JobView) -> list[tuple[str, str]]:
@@ -66,5 +65,4 @@ def _when(story: Story) -> str:
         return "no run is on record"
     first = story.runs[0]
     begin, end = first.started or first.began, story.last_time
-    shown = [time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) for when in (begin, end)]
-    return f"{shown[0]} to {shown[1]}, {len(story.rounds)} rounds"
+    return f"{clock(begin)} to {clock(end)}, {len(story.rounds)} rounds"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from elastic_hpc.events import sentence
 from elastic_hpc.view.account import MEANINGS
-from elastic_hpc.view.status import STYLES, JobView, span
+from elastic_hpc.view.status import STYLES, JobView, clock, span
 from elastic_hpc.view.story import Fault, Round, Run, Story
 
 _TOLD = frozenset(
@@ -46,10 +45,6 @@ def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> Re
     return Group(*parts)
 
 
-def _clock(when: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
-
-
 def _head(view: JobView, story: Story) -> Text:
     head = Text.assemble(
         ("job ", "bold"), (view.id, "bold"), f"  {view.script}  ", (view.state, STYLES.get(view.state, "bold"))
@@ -67,7 +62,7 @@ def _head(view: JobView, story: Story) -> Text:
 def _run_head(run: Run | None, number: int) -> Text:
     if run is None:
         return Text(f"\nrun {number + 1}, of whose start there is no record", "bold")
-    text = f"\nrun {number + 1}, {_clock(run.began)}: {run.granted} nodes"
+    text = f"\nrun {number + 1}, {clock(run.began)}: {run.granted} nodes"
     if run.submitted is not None and run.started is not None:
         text += f", after {span(max(0.0, run.started - run.submitted))} in the queue"
     return Text(text, "bold")
@@ -77,13 +72,13 @@ def _round(one: Round, following: Round | None, story: Story, done: Sequence[Map
     shown = " ".join(one.nodes[:16]) + (" ..." if len(one.nodes) > 16 else "")
     lines = Text.assemble(
         (f"round {one.number}", "bold cyan"),
-        f", {_clock(one.formed)}: {len(one.nodes)} nodes ({shown}), {one.world_size} workers",
+        f", {clock(one.formed)}: {len(one.nodes)} nodes ({shown}), {one.world_size} workers",
     )
     details = Text()
     if one.first is not None:
         details.append(f"steps {one.first} to {one.last}\n")
     for event in done:
-        details.append(f"{_clock(event['time'])[11:]}  {sentence(event['event'], event)}\n", "dim")
+        details.append(f"{clock(event['time'])[11:]}  {sentence(event['event'], event)}\n", "dim")
     if one.ended is None:
         details.append("still running", "green")
     else:

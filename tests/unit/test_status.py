@@ -239,3 +239,11 @@ def test_no_width_of_a_terminal_breaks_the_screen() -> None:
 def test_status_imports_no_torch() -> None:
     code = "import sys; from elastic_hpc.cli.hpc import main; main(['status']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("state", ["PENDING", "CONFIGURING", "REQUEUED", "RUNNING", "COMPLETING", "STAGE_OUT"])
+def test_a_job_is_over_only_in_a_state_that_slurm_does_not_leave(state: str) -> None:
+    one = view(seen(known=Queued(state, None, None, "None")), records.story("faults"), time.time())
+    assert not one.over
+    assert view(seen(final="COMPLETED"), records.story("faults"), time.time()).over
+    assert not view(seen(known=None), running(), time.time()).over, "that is not known"
