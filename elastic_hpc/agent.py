@@ -16,13 +16,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from elastic_hpc import guard, net, preflight
 from elastic_hpc.channel import Network
 from elastic_hpc.control import Control
 from elastic_hpc.decide import Policy
-from elastic_hpc.env import AgentEnv, prepare_worker_env, read_agent_env, workers_per_node
+from elastic_hpc.env import AgentEnv, prepare_worker_env, read_agent_env, visible_gpus, workers_per_node
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.joiners import enter
 from elastic_hpc.leading import Leading
@@ -30,6 +32,7 @@ from elastic_hpc.protocol import Host
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.server import LEAVE_TIMEOUT
 from elastic_hpc.spec import LaunchSpec, add_launch_options
+from elastic_hpc.standbys import Standbys
 
 log = logging.getLogger("elastic_hpc")
 
@@ -118,10 +121,14 @@ def policy_of(spec: LaunchSpec, nproc: int, *, can_requeue: bool) -> Policy:
     )
 
 
-def _preflight(spec: LaunchSpec, env: AgentEnv, rundir: RunDir, unfit: list[str]) -> None:
+def _preflight(spec: LaunchSpec, env: AgentEnv, rundir: RunDir, environ: Mapping[str, str], unfit: list[str]) -> None:
     """Add to ``unfit`` why this node should not take part, if so."""
     problems = preflight.check(
-        rundir.path, gpus=env.gpus, cuda_visible=os.environ.get("CUDA_VISIBLE_DEVICES"), command=spec.preflight
+        rundir.path,
+        gpus=env.gpus,
+        cuda_visible=environ.get("CUDA_VISIBLE_DEVICES"),
+        command=spec.preflight,
+        environ=environ,
     )
     for problem in problems:
         log.warning("preflight: %s", problem.what)
@@ -137,9 +144,7 @@ def make_local_folder() -> str:
 
 def software() -> str:
     """What all nodes must have the same of."""
-    import torch
-
-    return f"torch {torch.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    return f"torch {version('torch')}, Python {sys.version_info.major}.{sys.version_info.minor}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -157,23 +162,24 @@ def main(argv: list[str] | None = None) -> int:
     local_folder = make_local_folder()
     pipe = start_guard(token, 1.5 * spec.heartbeat_timeout.total_seconds(), local_folder)
     unfit: list[str] = []
-    checking = threading.Thread(target=_preflight, args=(spec, env, rundir, unfit))
+    checking = threading.Thread(target=_preflight, args=(spec, env, rundir, environ, unfit))
     checking.start()
-
-    import torch  # late: a refusal above must not wait for it
-    from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.multiprocessing import SignalException
-
-    from elastic_hpc.rendezvous import ElasticRendezvousHandler
-    from elastic_hpc.workers import ElasticAgent, NodeLogs
-
-    nproc = workers_per_node(spec.nproc_per_node, env, torch.cuda.device_count())
+    nproc = workers_per_node(spec.nproc_per_node, env, visible_gpus)
     policy = policy_of(spec, nproc, can_requeue=not (args.no_requeue or env.local))
     gloo_interface = os.environ.get("GLOO_SOCKET_IFNAME")
     prepare_worker_env(os.environ, env, nproc, token)
     os.environ["ELASTIC_HPC_RUN_DIR"] = str(rundir.path)
     if spec.interface:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", spec.interface)
+    worker_args = [*(["-m"] if spec.module else []), spec.script, *spec.script_args]
+    standbys = Standbys(worker_args, spec.preload.modules, nproc)
+    standbys.prepare()  # they import while this process does
+
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    from elastic_hpc.rendezvous import ElasticRendezvousHandler
+    from elastic_hpc.workers import ElasticAgent, NodeLogs
 
     server_socket = net.listen_from(spec.rdzv_endpoint.port + CONTROL_PORT_OFFSET)
     addresses = ("127.0.0.1",) if env.local else net.addresses_to_publish(env.name, spec.interface, env.submit_host)
@@ -205,14 +211,10 @@ def main(argv: list[str] | None = None) -> int:
         monitor_interval=0.001,  # the waiting is done on events in ElasticAgent
         entrypoint=sys.executable,
         # torch expands $-macros in these; the arguments are the script's, byte for byte
-        args=(
-            "-u",
-            *(["-m"] if spec.module else []),
-            *(a.replace("$", "$$") for a in (spec.script, *spec.script_args)),
-        ),
+        args=("-u", *(arg.replace("$", "$$") for arg in worker_args)),
     )
     logs = NodeLogs(Path(rundir.path, "logs"), env.run, env.name)
-    agent = ElasticAgent(worker_spec, logs, control, env.name, policy, spec.hang_timeout)
+    agent = ElasticAgent(worker_spec, logs, control, env.name, policy, spec.hang_timeout, standbys)
 
     agent.handle_signals()
     # Slurm's warning comes as a request over the control connection. Not SIG_IGN: the workers would inherit that.
@@ -231,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     except SignalException as error:
         log.info("%s: leaving", error)
         code, leave = 128 + error.sigval, 0.5
+    standbys.close()
     control.close(timeout=leave)
     if leading.recorder:
         leading.recorder.close()

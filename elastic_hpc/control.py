@@ -19,6 +19,7 @@ from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import Membership, Network
 from elastic_hpc.protocol import Failure, Host, Order, Plan, Roster, State, Status
 from elastic_hpc.server import LeaderServer, Link
+from elastic_hpc.standbys import Started
 from elastic_hpc.training import Progress
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ _FILE_TIMEOUT = 0.5
 """Seconds a look at the run directory may take; a file system that stalls must not delay a take-over."""
 
 _SAID_NOTHING = {"step": -1, "step_at": 0.0, "first": -1, "first_at": 0.0, "loss": None}
+_STARTING = {"warm": 0, "cold": 0, "cold_why": ""}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Control:
         with self._changed:
             changes: dict[str, Any] = {"state": state, "round": round, "failure": failure, "drained": drained}
             if state == "running":  # these workers have said nothing yet
-                changes |= {"listens": False, **_SAID_NOTHING}
+                changes |= {"listens": False, **_SAID_NOTHING, **_STARTING}
             self._report(**changes)
 
     def report_progress(self, said: Progress) -> None:
@@ -134,6 +136,13 @@ class Control:
             if said.listens != self._status.listens:
                 self._report(listens=said.listens)
             self._status = replace(self._status, **{name: getattr(said, name) for name in _SAID_NOTHING})
+
+    def report_start(self, how: Started) -> None:
+        """Tell the leader how the workers were started, with the next heartbeat."""
+        with self._changed:
+            self._status = replace(
+                self._status, warm=how.warm, cold=how.cold, cold_why=how.why, standby_mb=how.standby_mb
+            )
 
     def on_signal(self) -> None:
         """This agent got SIGTERM. So did all others, if this is Slurm's doing; the leader's agent says so for all. The

@@ -59,6 +59,16 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
             "leader": "name of the leader's node",
         },
     ),
+    "started": (
+        "how the workers of a round were started, when all have been",
+        {
+            "round": _ROUND,
+            "warm": "number of workers that were standbys: their interpreter and imports were ready",
+            "cold": "number of those that were not",
+            "why": "why those were not: a list, one entry for each reason",
+            "standby_mb": "memory of one standby that it shares with no other process, in MiB; the largest",
+        },
+    ),
     "progress": (
         "how far the workers are: at their first step, then every 10 s, and at the end of the round",
         {
@@ -152,6 +162,8 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
                 f"round {fields['round']}: {len(nodes)} nodes ({shown}), "
                 f"{fields['world_size']} workers, restart {fields['restarts']}"
             )
+        case "started":
+            return "; ".join([f"{fields['warm']} workers were standbys, {fields['cold']} not", *fields["why"]])
         case "failure":
             first = "failed" if fields["first"] else "failed too"
             return f"rank {fields['rank']} on {fields['node']} {first}: {fields['message']}"

@@ -312,6 +312,7 @@ class Leader:
     def _on_progress(self, status: Status, now: float) -> None:
         self._progress.step = max(self._progress.step, status.step)
         self._world.steps.hear(status, first=status.node == self._world.formed[0])
+        self._world.starts.hear(status)
         self._world.going = self._world.going or status.step >= 0 or status.listens
         if status.state == "succeeded":
             self._world.on_success(status)
@@ -443,6 +444,8 @@ class Leader:
         )
 
     def _tell_progress(self, now: float, *, over: bool = False) -> None:
+        if news := self._world.starts.news(len(self._world.formed) * self._nproc, over=over):
+            self._event("started", round=self.round, **news)
         if news := self._world.steps.news(now, over=over):
             self._event("progress", round=self.round, **news)
 

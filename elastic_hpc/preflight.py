@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -62,11 +62,12 @@ def check(
     gpus: int | None = None,
     cuda_visible: str | None = None,
     command: str | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> list[Problem]:
     """What is wrong with this node, what is fatal first. A check that hangs is a problem, and is left behind.
 
     ``gpus``: how many Slurm granted here. ``cuda_visible``: the value of ``CUDA_VISIBLE_DEVICES``.
-    ``command``: the site's own check, a command line.
+    ``command``: the site's own check, a command line; ``environ``: what it sees, as Slurm has set it.
     """
     silent = f"no answer within {LIMIT:.0f} s"
     checks = [
@@ -79,7 +80,7 @@ def check(
         checks.append(_Check(GPU_LIMIT, partial(_gpus, gpus, cuda_visible), Problem(hung, fatal=True)))
     if command:
         hung = f"--preflight {command!r}: not finished within {COMMAND_LIMIT:.0f} s; expected exit code 0"
-        checks.append(_Check(COMMAND_LIMIT + 2, partial(_command, command), Problem(hung, fatal=True)))
+        checks.append(_Check(COMMAND_LIMIT + 2, partial(_command, command, environ), Problem(hung, fatal=True)))
     started = time.monotonic()
     problems = []
     for each, thread in sorted([(each, each.start()) for each in checks], key=lambda pair: pair[0].limit):
@@ -211,11 +212,13 @@ def _nvidia_smi(query: str) -> list[tuple[str, str, str]]:
     return [(a.strip(), b.strip(), c.strip()) for a, b, c in rows]
 
 
-def _command(line: str) -> Iterator[Problem]:
+def _command(line: str, environ: Mapping[str, str] | None) -> Iterator[Problem]:
     output = os.memfd_create("preflight")
     try:
         argv = shlex.split(line)
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            argv, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
         code = process.wait(COMMAND_LIMIT)
     except ValueError as error:
         yield Problem(f"--preflight {line!r}: {error}; expected a command line", fatal=True)

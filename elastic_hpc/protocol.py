@@ -7,15 +7,16 @@ to one formation of the world.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import json
-import operator
 import secrets
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from elastic_hpc.election import Base
+from elastic_hpc.nodelist import numbers, spans
 
 MAX_LINE = 1024 * 1024
 """Longest line, in bytes, that either side accepts."""
@@ -31,7 +32,7 @@ LEAVE = "leave"
 """Asks the leader to let one node go, at a step boundary if its workers listen; a joiner's job is about to end."""
 WHO = "who"
 """Asks an agent, leader or not, whom it follows. Answered by a ``Redirect``; commits to nothing."""
-_T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "Leave", Base)
+_T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "RosterChange", "Leave", Base)
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "int": int,
     "float": (int, float),
@@ -39,6 +40,10 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "bool": bool,
 }
+
+
+_NONSENSE = (TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""What a message that is none leads to."""
 
 
 class ProtocolError(Exception):
@@ -92,6 +97,56 @@ class Roster:
     requeues: int
     members: tuple[int, ...] = ()
     """All nodes of ``round``; its base has those that vote."""
+    mark: str = ""
+    """Tells it from any other one, also of the same round, that another leader has made."""
+
+    def since(self, before: Roster) -> RosterChange | None:
+        """What makes this one of ``before``; None if nobody can hold that."""
+        if not before.mark:
+            return None
+        known = {host.node: (host, host.software) for host in before.hosts}
+        new = tuple(host for host in self.hosts if known.pop(host.node, None) != (host, host.software))
+        told = {name: getattr(self, name) for name in _TOLD_ANYHOW}
+        return RosterChange(**told, since=before.mark, hosts=new, gone=tuple(sorted(known)))
+
+    @functools.cached_property
+    def line(self) -> bytes:
+        """It goes to everybody, and is encoded once."""
+        return _line({"roster": _roster_body(self)})
+
+
+_TOLD_ANYHOW = ("round", "bases", "restarts", "requeues", "members", "mark")
+
+
+@dataclass(frozen=True)
+class RosterChange:
+    """A roster, for those who hold the one before: as a rule a few hosts of a thousand are other ones."""
+
+    round: int
+    bases: tuple[Base, ...]
+    restarts: int
+    requeues: int
+    members: tuple[int, ...]
+    mark: str
+    since: str
+    """The mark of the one before."""
+    hosts: tuple[Host, ...]
+    """Those that are new, or listen elsewhere."""
+    gone: tuple[int, ...]
+
+    def of(self, before: Roster) -> Roster:
+        """The roster itself; ``before`` is the one with the mark ``since``."""
+        other = {*self.gone, *(host.node for host in self.hosts)}
+        hosts = [host for host in before.hosts if host.node not in other]
+        hosts.extend(self.hosts)
+        if self.hosts:
+            hosts.sort(key=lambda host: host.node)
+        return Roster(hosts=tuple(hosts), **{name: getattr(self, name) for name in _TOLD_ANYHOW})
+
+    @functools.cached_property
+    def line(self) -> bytes:
+        """It goes to many, and is encoded once."""
+        return _line({"change": {**_roster_body(self), "since": self.since, "gone": spans(self.gone)}})
 
 
 @dataclass(frozen=True)
@@ -108,6 +163,8 @@ class Status:
     """Highest round that this agent was ever told of."""
     roster: int = -1
     """Round of the roster that this agent holds."""
+    mark: str = ""
+    """Which one of that round."""
     step: int = -1
     """Last training step that one of its workers reported; -1 for none."""
     step_at: float = 0.0
@@ -124,6 +181,12 @@ class Status:
     """Its workers ask whether they are to save and stop."""
     leaving: str = ""
     """Why this node has to go: it takes no part in the next round."""
+    warm: int = 0
+    """So many workers of the round had been standbys; ``cold`` were not, because of ``cold_why``."""
+    cold: int = 0
+    cold_why: str = ""
+    standby_mb: float = 0.0
+    """Memory of one standby, in MiB, as far as it shares it with nobody."""
 
     @property
     def node(self) -> int:
@@ -168,6 +231,11 @@ class Order:
     stacks: bool = False
     """Record where the workers stand before they are stopped."""
 
+    @functools.cached_property
+    def line(self) -> bytes:
+        """One without a plan goes to many, and is encoded once."""
+        return _line(_told(self) | ({"plan": vars(self.plan)} if self.plan else {}))
+
 
 @dataclass(frozen=True)
 class Leave:
@@ -187,15 +255,46 @@ class Redirect:
     leads: bool = False
 
 
-Message = Status | Order | Roster | Redirect | dict[str, Any]
+Message = Status | Order | Roster | RosterChange | Redirect | dict[str, Any]
 
 
 def encode(message: Message) -> bytes:
-    """One JSON line. A roster and a redirect are marked as what they are."""
-    body = message if isinstance(message, dict) else asdict(message)
-    if isinstance(message, (Roster, Redirect)):
-        body = {type(message).__name__.lower(): body}
+    """One JSON line, without what has its default. A roster, its change and a redirect are marked as what they are."""
+    if isinstance(message, (Order, Roster, RosterChange)):
+        return message.line
+    if isinstance(message, Status):
+        failure = {"failure": vars(message.failure)} if message.failure else {}
+        return _line({**_told(message), "host": vars(message.host), **failure})
+    if isinstance(message, Redirect):
+        return _line({"redirect": {"to": message.to and vars(message.to), "leads": message.leads}})
+    return _line(message)
+
+
+def _line(body: dict[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode() + b"\n"
+
+
+def _told(said: Status | Order) -> dict[str, Any]:
+    values = vars(said)
+    return {name: values[name] for name, default in _defaults(type(said)) if values[name] != default}
+
+
+@functools.cache
+def _defaults(kind: type[Status | Order]) -> tuple[tuple[str, Any], ...]:
+    return tuple((each.name, each.default) for each in fields(kind))
+
+
+def _roster_body(roster: Roster | RosterChange) -> dict[str, Any]:
+    """A thousand hosts in a few words each."""
+    software = list(dict.fromkeys(host.software for host in roster.hosts))
+    at = {text: index for index, text in enumerate(software)}
+    return {
+        **{name: getattr(roster, name) for name in _TOLD_ANYHOW},
+        "members": spans(roster.members),
+        "bases": [(base.round, base.leader, spans(base.members)) for base in roster.bases],
+        "hosts": [(host.node, host.name, host.addresses, host.port, at[host.software]) for host in roster.hosts],
+        "software": software,
+    }
 
 
 def decode(line: bytes) -> dict[str, Any]:
@@ -220,22 +319,24 @@ def decode_from_agent(line: bytes) -> Status | Roster | Leave | Request | Litera
         if "roster" in body and "seq" not in body:
             return _roster(body["roster"])
         return _status(body)
-    except (TypeError, KeyError, AttributeError) as error:
+    except _NONSENSE as error:
         raise ProtocolError(f"not a status: {error}") from error
 
 
-def decode_from_leader(line: bytes) -> Order | Roster | Redirect:
+def decode_from_leader(line: bytes) -> Order | Roster | RosterChange | Redirect:
     """What a leader, or an agent that was taken for one, says. Raises ProtocolError."""
     body = decode(line)
     try:
         if "roster" in body and "seq" not in body:
             return _roster(body["roster"])
+        if "change" in body:
+            return _change(body["change"])
         if "redirect" in body:
             to = body["redirect"]["to"]
             return Redirect(_host(to) if to else None, bool(body["redirect"]["leads"]))
         plan = body.pop("plan", None)
         return Order(**body, plan=Plan(**plan) if plan else None)
-    except (TypeError, KeyError, AttributeError) as error:
+    except _NONSENSE as error:
         raise ProtocolError(f"not an order: {error}") from error
 
 
@@ -252,21 +353,36 @@ def _host(body: dict[str, Any]) -> Host:
 
 
 def _roster(body: dict[str, Any]) -> Roster:
-    hosts = tuple(map(_host, body["hosts"]))
-    bases = tuple(
-        _checked(Base(**{**base, "members": tuple(map(operator.index, base["members"]))})) for base in body["bases"]
+    return _checked(Roster(**_of_roster(body)))
+
+
+def _change(body: dict[str, Any]) -> RosterChange:
+    return _checked(RosterChange(**{**_of_roster(body), "gone": numbers(body["gone"])}))
+
+
+def _of_roster(body: dict[str, Any]) -> dict[str, Any]:
+    software = body.pop("software")
+    hosts = (
+        _checked(Host(node, name, tuple(map(str, addresses)), port, software[at]))
+        for node, name, addresses, port, at in body["hosts"]
     )
-    members = tuple(map(operator.index, body["members"]))
-    return _checked(Roster(**{**body, "hosts": hosts, "bases": bases, "members": members}))
+    bases = (_checked(Base(round, leader, numbers(members))) for round, leader, members in body["bases"])
+    return {**body, "hosts": tuple(hosts), "bases": tuple(bases), "members": numbers(body["members"])}
 
 
 def _checked(said: _T) -> _T:
     """``said``, a dataclass, if its numbers are numbers and its strings are strings. Raises TypeError."""
-    for each in fields(said):
-        kind, value = _KINDS.get(str(each.type)), getattr(said, each.name)
-        if kind and not isinstance(value, kind):
-            raise TypeError(f"{each.name} {value!r}: expected {each.type}")
+    values = vars(said)
+    for name, kind, expected in _kinds(type(said)):
+        if not isinstance(values[name], kind):
+            raise TypeError(f"{name} {values[name]!r}: expected {expected}")
     return said
+
+
+@functools.cache
+def _kinds(said: type) -> tuple[tuple[str, type | tuple[type, ...], str], ...]:
+    named = ((each.name, str(each.type)) for each in fields(said))
+    return tuple((name, _KINDS[kind], kind) for name, kind in named if kind in _KINDS)
 
 
 def new_nonce() -> str:

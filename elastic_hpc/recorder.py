@@ -57,7 +57,7 @@ class Recorder:
         when = time.time()
         if name in {"lost", "unfit"}:
             self._put(lambda: self._strike(Strike(fields["node"], when, fields["reason"])))
-        if name not in {"progress", "allocation"}:
+        if name not in {"progress", "allocation", "started"}:
             log.info("%s", sentence(name, fields))
 
         def write() -> None:

@@ -109,6 +109,25 @@ def _seconds(text: str) -> timedelta:
 
 
 @dataclass(frozen=True)
+class Preload:
+    """``--preload MODULE,...``: what a worker's process imports before it is wanted; nothing for ``off``."""
+
+    modules: tuple[str, ...] = ("torch",)
+
+    @classmethod
+    def parse(cls, text: str) -> Preload:
+        if text == "off":
+            return cls(())
+        modules = tuple(text.split(","))
+        if all(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) for module in modules):
+            return cls(modules)
+        raise UsageError(f"--preload {text!r}: expected MODULE,... or off, for example --preload torch,transformers")
+
+    def __str__(self) -> str:
+        return ",".join(self.modules) or "off"
+
+
+@dataclass(frozen=True)
 class RdzvConf:
     """``--rdzv-conf KEY=VALUE,...`` with torchrun's keys, both in seconds.
 
@@ -160,6 +179,7 @@ class LaunchSpec:
     heartbeat_timeout: timedelta = timedelta(seconds=5)
     grace: timedelta = timedelta(seconds=90)
     hang_timeout: timedelta | None = None
+    preload: Preload = Preload()
     preflight: str | None = None
     interface: str | None = None
 
@@ -348,6 +368,13 @@ LAUNCH_OPTIONS = (
         _seconds,
         "take the workers for hung when none of a node has reported progress, or written anything if they never do, "
         "for so long; their stacks are kept beside their logs (default: never)",
+    ),
+    LaunchOption(
+        "--preload",
+        "MODULE,...|off",
+        Preload.parse,
+        "modules that the processes of the next workers import while the present ones train, so that a new round "
+        "starts at once; off: each worker starts and imports when it is wanted (default: torch)",
     ),
     LaunchOption(
         "--preflight",

@@ -37,7 +37,7 @@ from elastic_hpc.control import Control
 from elastic_hpc.env import AGENT_MARK, prepare_worker_env
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.leading import Leading
-from elastic_hpc.oom import OomWatch
+from elastic_hpc.memory import OomWatch
 from elastic_hpc.protocol import Failure, Host
 from elastic_hpc.rendezvous import ElasticRendezvousHandler
 from elastic_hpc.rundir import RunDir

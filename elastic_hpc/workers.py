@@ -7,14 +7,17 @@ drift between releases, hence ``*args, **kwargs``. ``tests/unit/test_torch_contr
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -29,20 +32,26 @@ from torch.distributed.elastic.agent.server.api import (
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import api as multiprocessing
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from elastic_hpc import stacks
 from elastic_hpc.causes import explain
 from elastic_hpc.control import Control
 from elastic_hpc.decide import TERM_GRACE, Policy
-from elastic_hpc.oom import OomWatch
+from elastic_hpc.memory import OomWatch
 from elastic_hpc.protocol import Failure
 from elastic_hpc.rendezvous import ElasticRendezvousHandler
 from elastic_hpc.stamps import Stamper
+from elastic_hpc.standbys import Standbys
 from elastic_hpc.stderr import tail
 from elastic_hpc.training import DRAIN_FILE, LOCAL_DIR
 from elastic_hpc.watch import Watch
 
 log = logging.getLogger(__name__)
+
+_STEADY = 10.0
+"""Seconds after which the next standbys are prepared, if the workers of the round report no steps."""
 
 _STACKS_TIMEOUT = 8.0
 """Seconds that recording the stacks of hung workers may take."""
@@ -86,6 +95,34 @@ class NodeLogs(LogsSpecs):
         return LogsDest(paths["out"], paths["err"], paths["out"], paths["err"], paths["error.json"])
 
 
+class _Handler(SubprocessHandler):
+    """torch's own, which is handed a standby where it would make a process, as far as there is one.
+
+    That place is private. A release that has moved it starts all workers as torch does.
+    """
+
+    def __init__(self, standbys: Standbys, **kwargs: Any) -> None:
+        self._standbys = standbys
+        super().__init__(**kwargs)
+
+    @classmethod
+    @contextlib.contextmanager
+    def used(cls, standbys: Standbys) -> Iterator[None]:
+        """What torch's agent starts meanwhile is made by this class."""
+        before = multiprocessing.get_subprocess_handler
+        multiprocessing.get_subprocess_handler = functools.partial(cls, standbys)
+        try:
+            yield
+        finally:
+            multiprocessing.get_subprocess_handler = before
+
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        outputs = [file.fileno() if file else number for number, file in ((1, self._stdout), (2, self._stderr))]
+        standby = self._standbys.take(args, env, outputs)
+        made: subprocess.Popen[bytes] = standby or super()._popen(args, env)
+        return made
+
+
 class ElasticAgent(LocalElasticAgent):
     """Runs one node's workers; the leader, through ``control``, says when they start and stop."""
 
@@ -99,15 +136,18 @@ class ElasticAgent(LocalElasticAgent):
         node: str,
         policy: Policy,
         hang_timeout: timedelta | None,
+        standbys: Standbys,
     ) -> None:
         super().__init__(spec, logs_specs=logs, log_line_prefix_template="[rank${rank}]: ")
         self._control = control
         self._logs = logs
         self._node = node
+        self._standbys = standbys
         self._policy = policy
         self._exits: dict[int, int] = {}
         """pidfd of every worker of the round, by its pid, which is its session too."""
         self._closing: threading.Thread | None = None
+        self._started_at = 0.0
         self._watch = Watch(hang_timeout, policy.heartbeat_timeout)
         self._oom = OomWatch()
         self._stamper = Stamper()
@@ -146,12 +186,15 @@ class ElasticAgent(LocalElasticAgent):
         self._remaining_restarts = worker_group.spec.max_restarts - seat.plan.restart_count
         self._oom = OomWatch()
         self._told_to_drain = False
-        ids: dict[int, Any] = super()._start_workers(worker_group, *args, **kwargs)
+        self._standbys.begin()
+        with _Handler.used(self._standbys):
+            ids: dict[int, Any] = super()._start_workers(worker_group, *args, **kwargs)
         self.handle_signals()
         self._control.report("running", seat.round)
         self._exits = {pid: os.pidfd_open(pid) for pid in ids.values()}
         outputs = [path for paths in (self._pcontext.stdouts, self._pcontext.stderrs) for path in paths.values()]
         self._watch.start(list(ids.values()), outputs)
+        self._started_at = time.monotonic()
         self._stamper.start(outputs)
         return ids
 
@@ -208,6 +251,9 @@ class ElasticAgent(LocalElasticAgent):
     def _report_progress(self) -> None:
         self._watch.look()
         self._control.report_progress(self._watch.progress)
+        going = self._watch.progress.step >= 0 or time.monotonic() - self._started_at > _STEADY
+        self._standbys.look(going=going and not self._told_to_drain)
+        self._control.report_start(self._standbys.started)
 
     def _record_stacks(self) -> None:
         if self._watch.stacks_recorded:

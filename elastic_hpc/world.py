@@ -46,6 +46,31 @@ class Steps:
 
 
 @dataclass
+class Starts:
+    """How the workers of a round were started, for the record: told once, when all have said so."""
+
+    _said: dict[int, Status] = field(default_factory=dict)
+    _told: bool = False
+
+    def hear(self, status: Status) -> None:
+        """What its node says of its own workers."""
+        if status.warm + status.cold:
+            self._said[status.node] = status
+
+    def news(self, workers: int, *, over: bool = False) -> dict[str, Any]:
+        """What is to be told now; nothing if it was, or more is to come. ``workers``: so many the round has. ``over``:
+        no more will come.
+        """
+        said = self._said.values()
+        warm, cold = sum(status.warm for status in said), sum(status.cold for status in said)
+        if self._told or not said or (warm + cold < workers and not over):
+            return {}
+        self._told = True
+        why = sorted({status.cold_why for status in said if status.cold})
+        return {"warm": warm, "cold": cold, "why": why, "standby_mb": max(status.standby_mb for status in said)}
+
+
+@dataclass
 class World:
     """A round, or nothing while one is gathered. Nodes are indices in Slurm's order, times the leader's."""
 
@@ -67,6 +92,7 @@ class World:
     """Why the workers were asked to save and stop, for a new world."""
     changing_since: float = 0.0
     steps: Steps = field(default_factory=Steps)
+    starts: Starts = field(default_factory=Starts)
 
     def on_success(self, status: Status) -> None:
         self.succeeded.add(status.node)

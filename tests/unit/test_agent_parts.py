@@ -69,13 +69,13 @@ def test_outside_slurm_the_error_says_what_to_type() -> None:
 )
 def test_the_number_of_workers(wanted: str | None, granted: int | None, visible: int, expected: int) -> None:
     env = AgentEnv("7", 0, "n1", 1, 0, 16, granted, None, local=False)
-    assert workers_per_node(wanted, env, visible) == expected
+    assert workers_per_node(wanted, env, lambda: visible) == expected
 
 
 def test_gpu_workers_without_a_gpu_are_refused() -> None:
     env = AgentEnv("7", 0, "n1", 1, 0, 16, 0, None, local=False)
     with pytest.raises(ElasticError, match=r"n1 has no GPU granted.*--gpus-per-node"):
-        workers_per_node("gpu", env, 0)
+        workers_per_node("gpu", env, lambda: 0)
 
 
 def test_workers_do_not_see_that_slurm_launched_the_agents() -> None:

@@ -60,6 +60,17 @@ def test_every_worker_leads_a_session_of_its_own() -> None:
     assert 'kwargs["start_new_session"] = True' in source(SubprocessHandler._popen)
 
 
+def test_workers_are_made_where_a_standby_is_handed_over() -> None:
+    from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+
+    made = source(SubprocessContext._start)
+    assert "get_subprocess_handler(\n" in made
+    assert SubprocessContext._start.__globals__["get_subprocess_handler"].__name__ == "get_subprocess_handler"
+    start = source(SubprocessHandler.__init__)
+    assert "self.proc: Popen = self._popen(args_str, env_vars)" in start
+    assert 'self._stdout = open(stdout, "w") if stdout else None' in start
+
+
 def test_dollar_signs_in_arguments_survive_torchs_macros() -> None:
     from torch.distributed.elastic.utils import macros
 

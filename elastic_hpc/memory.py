@@ -1,10 +1,18 @@
-"""Whether the kernel's out-of-memory killer has struck: its counters tell."""
+"""Memory of this node and of the cgroup that this process is in: what is free, and whether the kernel's out-of-memory
+killer has struck.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
+
+_LIMIT_AND_USE = {
+    "memory.events": ("memory.max", "memory.current"),
+    "memory.oom_control": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+"""Files of a cgroup, by the one that has the killer's counter in that version."""
 
 
 class OomWatch:
@@ -20,14 +28,27 @@ class OomWatch:
         return any(count > self._before.get(path, count) for path, count in _oom_kills().items())
 
 
+def available() -> float:
+    """MiB that processes of this cgroup may still take; where it has no limit, what the machine has."""
+    free = (_number(Path("/proc/meminfo"), "MemAvailable:") or 0) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        for folder, counters in _cgroups():
+            limit, used = _LIMIT_AND_USE[counters]
+            for group in (folder, *folder.parents):
+                with contextlib.suppress(OSError, ValueError):  # no group any more; no limit, "max"
+                    left = int((group / limit).read_text()) - int((group / used).read_text())
+                    free = min(free, left + (_number(group / "memory.stat", "inactive_file") or 0))
+    return free / 1024**2
+
+
 def _oom_kills() -> dict[str, int]:
     """How many processes the kernel has killed for lack of memory, by the file that says so."""
     found = {}
     with contextlib.suppress(OSError, ValueError):
         for folder, name in _cgroups():
-            if (count := _count(folder / name)) is not None:
+            if (count := _number(folder / name, "oom_kill")) is not None:
                 found[str(folder / name)] = count
-    if not found and (count := _count(Path("/proc/vmstat"))) is not None:
+    if not found and (count := _number(Path("/proc/vmstat"), "oom_kill")) is not None:
         found["/proc/vmstat"] = count
     return found
 
@@ -57,10 +78,8 @@ def _cgroups() -> list[tuple[Path, str]]:
     return found
 
 
-def _count(file: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        for line in file.read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name == "oom_kill":
-                return int(value)
+def _number(file: Path, name: str) -> int | None:
+    """What stands behind ``name`` in a file of names and numbers."""
+    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
+        return next(int(words[1]) for words in map(str.split, file.read_text().splitlines()) if words[0] == name)
     return None

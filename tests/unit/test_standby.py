@@ -1,0 +1,335 @@
+"""A standby that is handed a round must not be told from a worker that was started then: all is compared with one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from elastic_hpc import standbys
+from elastic_hpc.standbys import Standbys
+
+LOOK = """
+import json, os, random, resource, signal, stat, sys, threading
+me = sys.modules["__main__"]
+kinds = {name: type(value).__name__ for name, value in vars(me).items() if name[:2] == "__"}
+answer = {
+    **{f"sys.{name}": str(getattr(sys, name)) for name in (
+        "argv", "orig_argv", "executable", "flags", "warnoptions", "_xoptions", "path", "prefix", "stdin", "stdout",
+        "stderr", "excepthook", "displayhook", "meta_path", "path_hooks")},
+    "streams": [(s.line_buffering, s.write_through, s.isatty(), s.seekable()) for s in (sys.stdout, sys.stderr)],
+    "main": {**kinds, "file": getattr(me, "__file__", None), "name": me.__name__, "doc": me.__doc__,
+             "package": me.__package__, "spec": str(me.__spec__), "loaded from": getattr(me.__loader__, "path", None),
+             "is this": vars(me) is globals()},
+    "environ": dict(os.environ), "getenv": os.popen("env -0").read().split("\\0"),
+    "cwd": os.getcwd(), "umask": os.umask(0o22), "uid": os.getresuid(), "groups": os.getgroups(),
+    "handlers": {n: str(signal.getsignal(n)).split(" at ")[0] for n in signal.valid_signals()},
+    "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), "wakeup": signal.set_wakeup_fd(-1),
+    "signals": [line for line in open("/proc/self/status").read().split("\\n") if line[:3] == "Sig" and "Q" not in line],
+    "limits": [resource.getrlimit(n) for n in range(16)], "nice": os.nice(0), "policy": os.sched_getscheduler(0),
+    "cores": sorted(os.sched_getaffinity(0)), "cgroup": open("/proc/self/cgroup").read(),
+    "parent": os.getppid(), "leads": [os.getsid(0) == os.getpid(), os.getpgid(0) == os.getpid()],
+    "open": sorted(f"{n} {stat.S_IFMT(os.fstat(int(n)).st_mode)}" for n in os.listdir("/proc/self/fd")
+                   if os.path.exists(f"/proc/self/fd/{n}")),
+    "names": [os.path.basename(os.readlink(f"/proc/self/fd/{n}")).split(":")[0] for n in (0, 1, 2)],
+    "command": open("/proc/self/cmdline").read(), "comm": open("/proc/self/comm").read(),
+    "threads": threading.active_count(), "main thread": threading.current_thread() is threading.main_thread(),
+    "tasks": len(os.listdir("/proc/self/task")), "traced": [str(sys.gettrace()), str(sys.getprofile())],
+}
+print(json.dumps(answer))
+"""
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+    how: standbys.Started
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FIRST", "1")
+
+    def launch(
+        *argv: str, warm: bool = True, modules=("json",), variables=None, kill: int | None = None, pipe: bool = False
+    ) -> Ran:
+        """Run ``python -u ARGV`` as a worker of torch's, by a standby or without one."""
+        environ = {**os.environ, "RANK": "3", "ELASTIC_HPC_ROUND": "7", **(variables or {})}
+        pool = Standbys(argv, modules if warm else (), 1)
+        folder = tmp_path / "output"
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-u", *argv]
+        with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+            pool.prepare()
+            pool.begin()
+            reader, writer = os.pipe() if pipe else (None, None)
+            outputs = [out.fileno() if writer is None else writer, err.fileno()]
+            worker = pool.take(command, environ, outputs)
+            assert bool(worker) == warm
+            if worker is None:
+                worker = subprocess.Popen(
+                    command, env=environ, stdout=outputs[0], stderr=outputs[1], start_new_session=True
+                )
+            if writer is not None and reader is not None:
+                os.close(writer)
+                with open(reader) as read:
+                    (folder / "out").write_text(read.read())
+            if kill:
+                (folder / "fifo").read_text()
+                os.killpg(worker.pid, kill)
+            code = worker.wait(60)
+        pool.look(going=False)
+        pool.close()
+        out, err = (re.sub("0x[0-9a-f]{8,}", "0x", (folder / name).read_text()) for name in ("out", "err"))
+        return Ran(code, out, err, pool.started)
+
+    return launch
+
+
+def script(text: str, name: str = "train.py") -> str:
+    Path(name).write_text(text)
+    return name
+
+
+@pytest.mark.parametrize("how", ["a relative path", "an absolute one", "a link", "a module", "a package"])
+def test_what_a_process_can_see_of_itself_is_the_same(how: str, launch, tmp_path: Path) -> None:
+    folder = tmp_path / "sub folder"
+    folder.mkdir()
+    script(f'"""Doc."""\n{LOOK}', "sub folder/tr\u00e4in.py")
+    (folder / "__main__.py").write_text(LOOK)
+    (folder / "__init__.py").write_text("")
+    (tmp_path / "package").symlink_to(folder)
+    (tmp_path / "link.py").symlink_to(folder / "tr\u00e4in.py")
+    arguments = ["--lr", "1e-3", "", "ä \n $x"]
+    argv = {
+        "a relative path": ["sub folder/tr\u00e4in.py"],
+        "an absolute one": [str(folder / "tr\u00e4in.py")],
+        "a link": ["link.py"],
+        "a module": ["-m", "link"],
+        "a package": ["-m", "package"],
+    }[how] + arguments
+    warm, cold = launch(*argv), launch(*argv, warm=False)
+    assert (warm.how.warm, warm.how.cold, warm.how.why) == (1, 0, "")
+    assert json.loads(warm.out) == json.loads(cold.out)
+    assert (warm.code, warm.err) == (cold.code, cold.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import sys\nsys.exit(3)",
+        "raise SystemExit('words')",
+        "import os\nos._exit(4)",
+        "1 +",
+        "def f():\n    1 / 0\ntry:\n    f()\nexcept ZeroDivisionError as e:\n    raise RuntimeError('x') from e",
+        "raise KeyboardInterrupt",
+        "raise ExceptionGroup('two', [ValueError(1), KeyError(2)])" if sys.version_info >= (3, 11) else "raise OSError",
+        "import sys\nsys.excepthook = lambda *_: print('hook', sys.last_traceback.tb_frame.f_code.co_filename)\n1/0",
+        "import atexit, threading, time\natexit.register(print, 'atexit')\n"
+        "t = threading.Timer(0.2, print, ['thread'])\nt.start()\n1/0",
+        "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)",
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(60)",
+        "import traceback\nclass C:\n    def __del__(self): print('del')\nc = C()\nprint(__name__, C)",
+        "import faulthandler, ctypes\nfaulthandler.enable()\nctypes.string_at(0)",
+        "print(input())",
+    ],
+)
+def test_however_it_ends_code_and_output_are_the_same(text: str, launch) -> None:
+    name = script(text)
+    warm, cold = launch(name, "x"), launch(name, "x", warm=False)
+    assert warm.how.warm == 1
+    assert (warm.code, warm.out) == (cold.code, cold.out)
+    if "faulthandler" in text:  # it shows the frame below the script too
+        assert warm.err.splitlines()[:5] == cold.err.splitlines()[:5]
+    else:
+        assert warm.err == cold.err
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_processes_of_a_script_can_import_it(launch, module: bool) -> None:
+    name = script(
+        """
+import cProfile, multiprocessing, os, pickle, sys
+from concurrent.futures import ProcessPoolExecutor
+class Item:
+    pass
+def double(item):
+    return type(item).__module__, os.getppid() == int(os.environ['PARENT']), sys.argv
+if __name__ == "__main__":
+    os.environ['PARENT'] = str(os.getpid())
+    assert pickle.loads(pickle.dumps(Item())).__class__ is Item
+    for way in ("fork", "spawn", "forkserver"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context(way)) as pool:
+            print(way, pool.submit(double, Item()).result())
+    with cProfile.Profile() as profile:
+        double(Item())
+    print([entry.code.co_filename for entry in profile.getstats() if hasattr(entry.code, "co_name") and entry.code.co_name == "double"])
+"""
+    )
+    argv = ["-m", "train"] if module else [name]
+    warm, cold = launch(*argv), launch(*argv, warm=False)
+    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, cold.code, cold.out, cold.err)
+    assert "__mp_main__" in warm.out
+
+
+def test_random_numbers_differ_and_those_with_a_seed_do_not(launch) -> None:
+    name = script(
+        "import random, numpy, torch\nprint(random.random(), numpy.random.rand(), hash('x'), torch.initial_seed())\n"
+        "torch.manual_seed(1)\nprint(torch.rand(2).tolist(), torch.get_num_threads(), torch.__config__.parallel_info())"
+    )
+    first, second, cold = (launch(name, modules=("torch",), warm=warm) for warm in (True, True, False))
+    assert first.how.warm == 1
+    free, fixed = zip(*(ran.out.split("\n", 1) for ran in (first, second, cold)), strict=True)
+    assert all(len(set(column)) == 3 for column in zip(*map(str.split, free), strict=True))
+    assert len(set(fixed)) == 1
+
+
+def test_data_loaders_fork_and_spawn(launch) -> None:
+    name = script(
+        """
+import torch
+from torch.utils.data import DataLoader, Dataset
+class Numbers(Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, i): return torch.tensor(i)
+if __name__ == "__main__":
+    for way in ("fork", "spawn"):
+        print(way, [x.tolist() for x in DataLoader(Numbers(), 2, num_workers=2, multiprocessing_context=way)])
+"""
+    )
+    ran = launch(name, modules=("torch",))
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == "fork [[0, 1], [2, 3]]\nspawn [[0, 1], [2, 3]]\n"
+    assert ran.how.warm == 1
+
+
+def test_what_an_import_says_and_sets_comes_with_it(launch) -> None:
+    script(
+        "import os, warnings\nwarnings.warn('old')\nprint('said')\nos.environ['SET'] = os.environ['FIRST'] + "
+        "os.environ.get('RANK', '')\nos.environ['FIRST'] = 'by import'",
+        "mine.py",
+    )
+    name = script("import mine, os\nprint(os.environ['SET'], os.environ['FIRST'], os.environ['RANK'])")
+    ran = launch(name, modules=("mine",))
+    assert (ran.out, ran.how.warm) == ("said\n1 by import 3\n", 1)
+    assert "UserWarning: old" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("why", "how"),
+    [
+        ("LD_LIBRARY_PATH has changed", {"variables": {"LD_LIBRARY_PATH": "/x"}}),
+        ("--preload nothing_of_this_name: ModuleNotFoundError: No module named 'nothing_of_this_name'",
+         {"modules": ("nothing_of_this_name",)}),
+        ("--preload mine: SystemExit: 5", {"modules": ("mine",)}),
+        ("--preload gpu,torch has initialized CUDA, which belongs to the script", {"modules": ("gpu", "torch")}),
+        ("the output is no file", {"pipe": True}),
+        ("the script is no plain file", {"archive": True}),
+        ("the script is no plain file", {"missing": True}),
+    ],
+)  # fmt: skip
+def test_where_it_would_differ_the_standby_becomes_a_fresh_process(why: str, how: dict[str, object], launch) -> None:
+    script("print('imported')\nraise SystemExit(5)", "mine.py")
+    script("import types, sys\nsys.modules['torch'] = types.SimpleNamespace(cuda=types.SimpleNamespace(\n"
+           "    is_initialized=lambda: True))", "gpu.py")  # fmt: skip
+    name = script(LOOK)
+    if how.pop("archive", False):
+        with zipfile.ZipFile("train.zip", "w") as archive:
+            archive.writestr("__main__.py", LOOK)
+        name = "train.zip"
+    if how.pop("missing", False):
+        name = "missing.py"
+    warm, cold = launch(name, **how), launch(name, warm=False, **{k: v for k, v in how.items() if k != "modules"})
+    assert (warm.how.warm, warm.how.cold, warm.how.why) == (0, 1, why)
+    assert (warm.code, warm.out, warm.err) == (cold.code, cold.out, cold.err)
+
+
+def test_one_that_is_killed_while_it_waits_is_not_used(tmp_path: Path) -> None:
+    pool = Standbys(["train.py"], ["json"], 2)
+    pool.prepare()
+    first, second = (each.process for each in pool._waiting)
+    first.kill()
+    first.wait()
+    with (tmp_path / "out").open("w") as out:
+        assert pool.take([sys.executable, "-u", "train.py"], {}, [out.fileno()] * 2) is second
+        assert pool.take([sys.executable, "-u", "train.py"], {}, [out.fileno()] * 2) is None
+    second.wait()
+    pool.close()
+    assert (pool.started.cold, pool.started.why) == (1, "no standby was ready")
+
+
+def wait_until_ready(pool: Standbys) -> None:
+    waiting = [each._socket for each in pool._waiting]
+    while waiting:
+        heard = select.select(waiting, [], [], 30)[0]
+        assert heard, "no standby became ready"
+        pool.look(going=False)
+        waiting = [each._socket for each in pool._waiting if not each.ready]
+
+
+def test_the_next_ones_come_one_by_one_while_the_workers_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Standbys(["train.py"], ["json"], 3)
+    for count in (1, 2, 3):
+        pool.look(going=True)
+        pool.look(going=True)  # not before the last one is ready
+        assert len(pool._waiting) == count
+        wait_until_ready(pool)
+    pool.look(going=True)
+    assert len(pool._waiting) == 3
+    assert pool.started.standby_mb > 1
+    pool.close()
+
+
+def test_they_take_but_a_part_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Standbys(["train.py"], ["json"], 2)
+    pool.look(going=True)
+    wait_until_ready(pool)
+    needed = 2 * pool.started.standby_mb
+    monkeypatch.setattr("elastic_hpc.memory.available", lambda: needed / standbys.SHARE * 0.99)
+    pool.look(going=True)
+    assert len(pool._waiting) == 1
+    monkeypatch.setattr("elastic_hpc.memory.available", lambda: needed / standbys.SHARE * 1.01)
+    pool.look(going=True)
+    assert len(pool._waiting) == 2
+    pool.close()
+
+
+def test_after_three_deaths_there_are_none_any_more() -> None:
+    pool = Standbys(["train.py"], ["json"], 1)
+    for _ in range(3):
+        pool.look(going=True)
+        pool._waiting[0].process.kill()
+        pool._waiting[0].process.wait()
+    pool.look(going=True)
+    pool.look(going=True)
+    assert not pool._waiting
+    assert pool.take([sys.executable, "-u", "train.py"], {}, [1, 2]) is None
+    assert pool.started.why == "3 standbys died while they waited"
+
+
+def test_one_whose_agent_is_gone_ends() -> None:
+    pool = Standbys(["train.py"], ["json"], 1)
+    pool.prepare()
+    pool._waiting[0].close()
+    pool._waiting[0].process.wait(30)
+
+
+def test_signals_reach_the_worker_and_all_it_has_started(launch, tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    os.mkfifo(tmp_path / "output" / "fifo")
+    name = script(
+        "import subprocess, time\nchild = subprocess.Popen(['sleep', '60'])\n"
+        "open('output/fifo', 'w').write('x')\nchild.wait()\nprint(child.returncode)\ntime.sleep(60)"
+    )
+    assert launch(name, kill=signal.SIGTERM).code == -signal.SIGTERM
