@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -263,6 +264,12 @@ def install_ft_launcher(at: Cluster, *options: str) -> list[str]:
     return [template, f"--env=PYTHONPATH={folder}", "--env=GLOO_SOCKET_IFNAME=eth0", "--env=OMP_NUM_THREADS=1"]
 
 
+def installed(folder: Path, package: str) -> str:
+    """The version of what pip has installed into ``folder``, "" if it is not there."""
+    found = sorted(folder.glob(f"{package.replace('-', '_')}-*.dist-info"))
+    return found[0].name.split("-")[1].removesuffix(".dist") if found else ""
+
+
 @contextlib.contextmanager
 def cluster(state: Path) -> Iterator[Cluster]:
     """The cluster in ``state``; started, and taken down at the end, unless it was up."""
@@ -345,6 +352,47 @@ def origin(where: dict[str, Any], runs: Sequence[Run]) -> str:
         f"{where['cores']} cores; others used {min(others):.0%} to {max(others):.0%} of them before the runs, "
         f"load at the fault {min(loads):.1f} to {max(loads):.1f}"
     )
+
+
+def cpu_seconds(pid: int) -> float:
+    """What ``pid`` has used; 0 if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def import_times(said: str) -> dict[str, float]:
+    """Packages outside the standard library in what ``-X importtime`` printed, with the milliseconds that each took
+    itself, longest first.
+    """
+    took: dict[str, float] = {}
+    for own, module in re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+([\w.]+)$", said, re.MULTILINE):
+        package = module.partition(".")[0]
+        if package not in sys.stdlib_module_names:
+            took[package] = took.get(package, 0.0) + int(own) / 1000
+    return dict(sorted(took.items(), key=lambda item: -item[1]))
+
+
+def figure(
+    name: str, ours: float | None, peer: str, theirs: float | None, *, unit: str = "s", note: str = ""
+) -> dict[str, Any]:
+    """A line of run.py's table. ``theirs``: None if there is none, ``note`` says why."""
+    ratio = theirs / ours if ours and theirs is not None else None
+    return {"name": name, "ours": ours, "peer": peer, "theirs": theirs, "ratio": ratio, "unit": unit, "note": note}
+
+
+@contextlib.contextmanager
+def kept(runs: Sequence[object]) -> Iterator[None]:
+    """Errors and Ctrl-C end the block, are told, and leave what was measured in ``runs`` to be shown."""
+    program = os.path.basename(sys.argv[0])
+    try:
+        yield
+    except (BenchmarkError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{program}: stopped after {len(runs)} runs", file=sys.stderr)
 
 
 def can_write(path: Path | None) -> bool:

@@ -33,7 +33,9 @@ from _cluster import (
     busy,
     can_write,
     cluster,
+    figure,
     install_ft_launcher,
+    kept,
     launcher_template,
     machine,
     origin,
@@ -270,6 +272,21 @@ def summarize(runs: Sequence[Change]) -> list[dict[str, Any]]:
     return rows
 
 
+def lines(rows: Sequence[dict[str, Any]], torch: str) -> list[dict[str, Any]]:
+    """For run.py's table: each peer against ours. ``torch``: its version."""
+    ours = next((row for row in rows if row["launcher"] == OURS and row["rung"] == "grow"), None)
+    shown = []
+    for row in rows:
+        if row["launcher"] == OURS or not ours:
+            continue
+        peer = row["launcher"].replace("-own-store", ", own store") + f" {torch}"
+        for name, what in (("standstill", "training stands still"), ("total", "until it trains with it")):
+            mine, theirs = (one[name]["median"] if one[name] else None for one in (ours, row))
+            note = "" if theirs else "not within the deadline"
+            shown.append(figure(f"a third node, {what}", mine, peer, theirs, note=note))
+    return shown
+
+
 def _order(run: Change) -> tuple[int, int]:
     return list(RUNGS).index(run.rung), list(LAUNCHERS).index(run.launcher)
 
@@ -339,26 +356,21 @@ def main() -> int:
     runs: list[Change] = []
     where: dict[str, Any] = {}
     began = time.monotonic()
-    try:
-        with cluster(args.state) as at:
-            where = machine() | {"slurm": at.slurm_version()}
-            at.reset()
-            options = how_to_submit(at, args.launchers)
-            for launcher in args.launchers * args.runs:
-                if any(run.launcher == launcher and run.outcome in {"stuck", "ended"} for run in runs):
-                    continue
-                for run in measure(at, launcher, options[launcher], args.deadline, args.keep):
-                    runs.append(run)
-                    print(f"+{time.monotonic() - began:.0f} s {told(run)}", flush=True)
-                    if args.json:
-                        report = {"machine": where, "deadline": args.deadline, "summary": summarize(runs)}
-                        args.json.write_text(json.dumps(report | {"runs": list(map(asdict, runs))}, indent=1) + "\n")
-    except (BenchmarkError, OSError) as error:
-        print(f"grow.py: {error}", file=sys.stderr)
-        if not runs:
-            return 1
-    except KeyboardInterrupt:
-        print(f"grow.py: stopped after {len(runs)} runs", file=sys.stderr)
+    with kept(runs), cluster(args.state) as at:
+        where = machine() | {"slurm": at.slurm_version()}
+        at.reset()
+        options = how_to_submit(at, args.launchers)
+        for launcher in args.launchers * args.runs:
+            if any(run.launcher == launcher and run.outcome in {"stuck", "ended"} for run in runs):
+                continue
+            for run in measure(at, launcher, options[launcher], args.deadline, args.keep):
+                runs.append(run)
+                print(f"+{time.monotonic() - began:.0f} s {told(run)}", flush=True)
+                if args.json:
+                    report = {"machine": where, "deadline": args.deadline, "summary": summarize(runs)}
+                    args.json.write_text(json.dumps(report | {"runs": list(map(asdict, runs))}, indent=1) + "\n")
+    if not runs:
+        return 1
     Console(width=None if sys.stdout.isatty() else 170).print(table(summarize(runs)))
     print(origin(where, runs))
     return 0

@@ -7,6 +7,7 @@ something, and reads from what the training wrote when it went on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -31,13 +32,18 @@ from _cluster import (
     busy,
     can_write,
     cluster,
+    cpu_seconds,
+    figure,
     install_ft_launcher,
+    installed,
+    kept,
     machine,
     origin,
     parser_with,
     positive,
     spread,
     spread_text,
+    wait_for,
 )
 from rich.console import Console
 from rich.table import Table
@@ -47,14 +53,24 @@ CHECKPOINT_EVERY = 20
 START_DEADLINE = 240.0
 """Seconds for a job to start training; with four imports of torch on two cores it takes some 20."""
 
-OURS = "elastic"
-LAUNCHERS = {
+STANDBY_IDLE, STANDBY_DEADLINE = 4.0, 60.0
+"""Seconds without work after which a standby is taken for ready, as it rests between its imports, and for how long
+that is waited for: a job has trained for hours when a fault comes.
+"""
+
+OURS, COLD, FULL = "elastic", "elastic-cold", "elastic-preload"
+OF_US = {
     OURS: [],
+    COLD: ["--preload=off"],
+    FULL: ["--preload=torch,torch._dynamo,sklearn.datasets"],  # all that the example comes to import
+}
+LAUNCHERS = {
+    **OF_US,
     "torchrun": ["--template=torchrun"],
     "torchrun-own-store": ["--template=torchrun", "--env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"],
     FT: [],  # and what install_ft_launcher adds
 }
-AGENTS = {OURS: "elastic_hpc.agent", FT: FT_MODULE}
+AGENTS = {**dict.fromkeys(OF_US, "elastic_hpc.agent"), FT: FT_MODULE}
 """Word of the agents' command line, where it is not torchrun's."""
 
 RUNGS = {
@@ -65,7 +81,15 @@ RUNGS = {
     "requeue": "ours: the agents of two nodes are frozen, that is below MIN; torchrun: scontrol requeue",
     "drain": "the warning before the time limit; ours alone, the others' jobs end at the limit",
 }
-THROUGH_THE_QUEUE = {"requeue": (OURS, "torchrun"), "drain": (OURS,)}
+TITLES = {
+    "worker": "a worker is killed",
+    "agent": "an agent is killed",
+    "power": "power loss of a node",
+    "head": "power loss of the head",
+    "requeue": "fewer than MIN nodes: back through the queue",
+    "drain": "warning before the time limit",
+}
+THROUGH_THE_QUEUE = {"requeue": (*OF_US, "torchrun"), "drain": tuple(OF_US)}
 """Rungs whose job comes back through the queue, and the launchers between which that makes a difference."""
 QUEUE_BOUND = 180.0
 """Seconds that those get in addition: Slurm's own delay of a requeue is 121 s."""
@@ -87,6 +111,13 @@ class Fault(Run):
     world_size: int | None = None
     steps_lost: int | None = None
     """Steps that the new world repeated."""
+    warm: int | None = None
+    """Workers of the new world that had been standbys."""
+
+
+def is_standby(line: Sequence[str]) -> bool:
+    """``line``: the command line of a process; a standby has its script's only once it is a worker."""
+    return len(line) > 2 and line[2].startswith("/dev/fd/")
 
 
 class DigitsJob(Job):
@@ -112,10 +143,44 @@ class DigitsJob(Job):
                 return None
             return bool(last["world_size"] == len(self.at.nodes))
 
+        self.wait_for_steps(lambda: self.steps() or None, START_DEADLINE)
+        if self.launcher in {OURS, FULL}:
+            self._wait_for_standbys()
         if not self.wait_for_steps(trains, START_DEADLINE):
             raise BenchmarkError(
                 f"job {self.id} trains on {self.steps()[-1]['world_size']} of {len(self.at.nodes)} nodes"
             )
+
+    def _wait_for_standbys(self) -> None:
+        """Until those of all nodes have done nothing for a while. Where that takes too long, the next round tells how
+        many there were.
+        """
+        idle_since = time.monotonic()
+        before: dict[int, float] = {}
+
+        def idle() -> bool | None:
+            nonlocal idle_since, before
+            used: dict[int, float] = {}
+            for node in self.at.nodes:
+                found = [pid for pid, line in self.at.processes(node).items() if is_standby(line)]
+                used |= {pid: cpu_seconds(pid) for pid in found}
+            if used != before or len(used) != len(self.at.nodes):
+                idle_since, before = time.monotonic(), used
+            return time.monotonic() - idle_since > STANDBY_IDLE or None
+
+        with contextlib.suppress(BenchmarkError):
+            wait_for("the standbys", idle, STANDBY_DEADLINE, every=0.5)
+
+    def warm(self, round: int) -> int | None:
+        """How many workers of ``round`` had been standbys; None if that is not told within seconds."""
+
+        def started() -> int | None:
+            told = [event for event in self.events() if event["event"] == "started" and event["round"] == round]
+            return int(told[-1]["warm"]) if told else None
+
+        with contextlib.suppress(BenchmarkError):
+            return wait_for("how they were started", started, 5)
+        return None
 
     def first_step_of_new_world(self) -> tuple[dict[str, Any], int] | None:
         """The step, and how many steps it and what follows repeat."""
@@ -130,7 +195,7 @@ def inject(at: Cluster, job: DigitsJob, rung: str, node: str) -> float:
     """Break something on ``node``; the answer is when, in seconds since the epoch."""
     if rung in {"power", "head"}:
         return float(at.mini("kill", at.nodes[0] if rung == "head" else node).split()[0])
-    if rung == "drain" or (rung == "requeue" and job.launcher != OURS):
+    if rung == "drain" or (rung == "requeue" and job.launcher not in OF_US):
         moment = time.time()
         at.run(*(["scontrol", "requeue"] if rung == "requeue" else ["scancel", "--batch", "--signal=USR2"]), job.id)
         return moment
@@ -140,7 +205,7 @@ def inject(at: Cluster, job: DigitsJob, rung: str, node: str) -> float:
     workers = [pid for each in nodes for pid in at.pids(each, SCRIPT, but=[launcher])]
     if len(workers) != len(nodes) or (len(agents) != len(nodes) and job.launcher != FT):
         raise BenchmarkError(f"{node}: expected one agent and one worker, found {len(agents)} and {len(workers)}")
-    victims = workers if rung == "worker" else agents if job.launcher == OURS else agents + workers
+    victims = workers if rung == "worker" else agents if job.launcher in OF_US else agents + workers
     moment = time.time()
     for pid in victims:
         os.kill(pid, signal.SIGSTOP if rung == "requeue" else signal.SIGKILL)  # one that is killed is started anew
@@ -174,7 +239,7 @@ def _split(at: Cluster, run: Fault, job: DigitsJob, moment: float, step: dict[st
     if queued:
         last = max(before["time"] for before in job.steps() if before["time"] < step["time"])
         known |= {"total": step["time"] - last, "running": at.started(job.id) - last}
-    if run.launcher == OURS:
+    if run.launcher in OF_US:
         after = [event for event in job.events() if event["time"] >= moment]
         decided = next(event for event in after if event["event"] == ("verdict" if queued else "restart"))
         rounds = [event for event in after[after.index(decided) :] if event["event"] == "round"]
@@ -184,6 +249,7 @@ def _split(at: Cluster, run: Fault, job: DigitsJob, moment: float, step: dict[st
             "round": rounds[0]["time"] - decided["time"],
             "start": step["time"] - rounds[0]["time"],
             "rounds": len(rounds),
+            "warm": job.warm(rounds[-1]["round"]),
         }
     return Fault(**known)
 
@@ -207,6 +273,37 @@ def summarize(runs: Sequence[Fault]) -> list[dict[str, Any]]:
         ours = totals.get(row["rung"])
         row["times_ours"] = row["total"]["median"] / ours if ours and row["total"] and row["launcher"] != OURS else None
     return rows
+
+
+def report(runs: Sequence[Fault], where: dict[str, Any]) -> dict[str, Any]:
+    """All runs, what they come to, and where they were measured (``where`` of ``where_it_runs``)."""
+    rows = summarize(runs)
+    return {"machine": where, "summary": rows, "runs": list(map(asdict, runs)), "table": lines(rows, where)}
+
+
+def where_it_runs(at: Cluster) -> dict[str, Any]:
+    ft = installed(at.home / FT, "nvidia-resiliency-ext")
+    return machine() | {"slurm": at.slurm_version()} | ({FT: ft} if ft else {})
+
+
+def lines(rows: Sequence[dict[str, Any]], where: dict[str, Any]) -> list[dict[str, Any]]:
+    """For run.py's table: each peer against ours."""
+    ours = {row["rung"]: row["total"]["median"] for row in rows if row["launcher"] == OURS and row["total"]}
+    shown = []
+    for row in rows:
+        if row["launcher"] == OURS and any(other["rung"] == row["rung"] for other in rows if other is not row):
+            continue
+        name = f"recovery, {TITLES[row['rung']]}"
+        stuck = f"stuck: no step in {row['bound']:.0f} s" if row["stuck"] else "ended the job" if row["ended"] else ""
+        theirs = row["total"]["median"] if row["total"] else None
+        known = {name: f"ours, {' '.join(options)}" for name, options in OF_US.items()}
+        known |= {FT: f"{FT} {where.get(FT, '')}"}
+        peer = known.get(row["launcher"], f"{row['launcher'].replace('-own-store', ', own store')} {where['torch']}")
+        if row["launcher"] == OURS:
+            shown.append(figure(name, theirs, "-", None, note=stuck))
+        else:
+            shown.append(figure(name, ours.get(row["rung"]), peer, theirs, note=stuck))
+    return shown
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -235,6 +332,15 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
                 text += f"\n{row['ended']} ended the job"
         yield text.strip()
     yield f"x {row['times_ours']:.1f}" if row["times_ours"] else ""
+
+
+def told(run: Fault) -> str:
+    """In one line."""
+    parts = [f"{name} {getattr(run, name):.2f}" for name in PHASES if getattr(run, name) is not None]
+    said = ", ".join(parts) or f"{run.outcome} after {run.waited:.0f} s"
+    world = f", world of {run.world_size}, {run.steps_lost} steps repeated" if run.world_size else ""
+    world += "" if run.warm is None else f", {run.warm} standbys"
+    return f"{run.rung} {run.launcher}: {said}{world}; others {run.busy_before:.0%}, load {run.load_average:.1f}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -266,39 +372,26 @@ def main() -> int:
     args = parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 160)
     runs: list[Fault] = []
-    report: dict[str, Any] = {}
+    where: dict[str, Any] = {}
     if not can_write(args.json):
         return 2
-    try:
-        with cluster(args.state) as at:
-            at.expect_node(args.node)
-            report = {"machine": machine() | {"slurm": at.slurm_version()}, "bound": args.bound}
-            if FT in args.launchers:
-                LAUNCHERS[FT] += install_ft_launcher(at)
-            pairs = [(rung, who) for rung in args.rungs for who in args.launchers]
-            plan = [(rung, who) for rung, who in pairs if who in THROUGH_THE_QUEUE.get(rung, LAUNCHERS)] * args.runs
-            for number, (rung, launcher) in enumerate(plan, 1):
-                run = measure(at, rung, launcher, args.node, args.bound, args.keep)
-                runs.append(run)
-                parts = [f"{name} {getattr(run, name):.2f}" for name in PHASES if getattr(run, name) is not None]
-                told = ", ".join(parts) or f"{run.outcome} after {run.waited:.0f} s"
-                world = f", world of {run.world_size}, {run.steps_lost} steps repeated" if run.world_size else ""
-                print(
-                    f"{number}/{len(plan)} {rung} {launcher}: {told}{world}; "
-                    f"others {run.busy_before:.0%}, load {run.load_average:.1f}",
-                    flush=True,
-                )
-                if args.json:
-                    report |= {"summary": summarize(runs), "runs": [asdict(one) for one in runs]}
-                    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    except (BenchmarkError, OSError) as error:
-        print(f"recovery.py: {error}", file=sys.stderr)
-        if not runs:
-            return 1
-    except KeyboardInterrupt:
-        print(f"recovery.py: stopped after {len(runs)} runs", file=sys.stderr)
+    with kept(runs), cluster(args.state) as at:
+        at.expect_node(args.node)
+        if FT in args.launchers:
+            LAUNCHERS[FT] += install_ft_launcher(at)
+        where = where_it_runs(at)
+        pairs = [(rung, who) for rung in args.rungs for who in args.launchers]
+        plan = [(rung, who) for rung, who in pairs if who in THROUGH_THE_QUEUE.get(rung, LAUNCHERS)] * args.runs
+        for number, (rung, launcher) in enumerate(plan, 1):
+            run = measure(at, rung, launcher, args.node, args.bound, args.keep)
+            runs.append(run)
+            print(f"{number}/{len(plan)} {told(run)}", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(report(runs, where), indent=1) + "\n")
+    if not runs:
+        return 1
     console.print(table(summarize(runs)))
-    print(origin(report["machine"], runs))
+    print(origin(where, runs))
     return 0
 
 

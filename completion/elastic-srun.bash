@@ -2,7 +2,7 @@
 
 _elastic_srun_options() {
   case "$1" in
-  "") echo "-h --help --log-dir --run-dir --local --standalone -w --nodelist -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --hang-timeout --preflight --interface -m --module" ;;
+  "") echo "-h --help --log-dir --run-dir --local --standalone -w --nodelist -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --hang-timeout --preload --preflight --interface -m --module" ;;
   esac
 }
 
@@ -28,6 +28,7 @@ _elastic_srun_value() {
   " --heartbeat-timeout") echo 'other' ;;
   " --grace") echo 'other' ;;
   " --hang-timeout") echo 'other' ;;
+  " --preload") echo 'words off' ;;
   " --preflight") echo 'other' ;;
   " --interface") echo 'other' ;;
   esac

@@ -157,20 +157,20 @@ def main(argv: list[str] | None = None) -> int:
         except JobEnded as over:
             print(f"elastic_hpc[{env.name}]: {over.reason}: nothing to join", file=sys.stderr)
             return 0
-    listener = start_log(rundir, env)
     token = secrets.token_hex(8)
+    nproc = workers_per_node(spec.nproc_per_node, env, visible_gpus)
+    policy = policy_of(spec, nproc, can_requeue=not (args.no_requeue or env.local))
+    prepare_worker_env(os.environ, env, nproc, token)
+    os.environ["ELASTIC_HPC_RUN_DIR"] = str(rundir.path)
+    if spec.interface:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", spec.interface)
+
+    listener = start_log(rundir, env)
     local_folder = make_local_folder()
     pipe = start_guard(token, 1.5 * spec.heartbeat_timeout.total_seconds(), local_folder)
     unfit: list[str] = []
     checking = threading.Thread(target=_preflight, args=(spec, env, rundir, environ, unfit))
     checking.start()
-    nproc = workers_per_node(spec.nproc_per_node, env, visible_gpus)
-    policy = policy_of(spec, nproc, can_requeue=not (args.no_requeue or env.local))
-    gloo_interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    prepare_worker_env(os.environ, env, nproc, token)
-    os.environ["ELASTIC_HPC_RUN_DIR"] = str(rundir.path)
-    if spec.interface:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", spec.interface)
     worker_args = [*(["-m"] if spec.module else []), spec.script, *spec.script_args]
     standbys = Standbys(worker_args, spec.preload.modules, nproc)
     standbys.prepare()  # they import while this process does
@@ -202,7 +202,9 @@ def main(argv: list[str] | None = None) -> int:
         unfit="; ".join(unfit),
         beat=lambda: guard.beat(pipe),
     )
-    handler = ElasticRendezvousHandler(control, spec.rdzv_id or env.job, gloo_interface, local_folder)
+    handler = ElasticRendezvousHandler(
+        control, spec.rdzv_id or env.job, environ.get("GLOO_SOCKET_IFNAME"), local_folder
+    )
     worker_spec = WorkerSpec(
         role="default",
         local_world_size=nproc,

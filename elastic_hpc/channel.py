@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
-from elastic_hpc import protocol
+from elastic_hpc import net, protocol
 from elastic_hpc.errors import ElasticError
 
 HANDSHAKE_TIMEOUT = 5.0
-_STRANGERS = 256
-"""Connections that may be waiting to prove themselves; beyond that the oldest goes."""
+_STRANGERS = 2048
+"""Connections that may be waiting to prove themselves, or half of what this process may open; beyond that the oldest
+goes. A thousand agents dial at once when their leader is lost.
+"""
 _SLOW_READER = 4 * protocol.MAX_LINE
 
 
@@ -40,12 +42,12 @@ class Channel:
             raise ConnectionResetError("the connection was closed")
         return line
 
-    def send(self, message: Any) -> None:
-        """Queue ``message``; never blocks. A peer that does not read is given up."""
+    def send(self, *messages: protocol.Message) -> None:
+        """Queue ``messages``; never blocks. A peer that does not read is given up."""
         if self._writer.transport.get_write_buffer_size() > _SLOW_READER:
             self.close()
         elif not self._writer.is_closing():
-            self._writer.write(protocol.encode(message))
+            self._writer.write(b"".join(map(protocol.encode, messages)))
 
     def close(self) -> None:
         self._writer.transport.abort()
@@ -79,7 +81,7 @@ class Network:
 
         async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             self._strangers[writer] = None
-            if len(self._strangers) > _STRANGERS:
+            if len(self._strangers) > most_strangers():
                 oldest = next(iter(self._strangers))
                 del self._strangers[oldest]  # it notices later, and meanwhile others come
                 oldest.transport.abort()
@@ -97,7 +99,11 @@ class Network:
             finally:
                 channel.close()
 
-        return await asyncio.start_server(met, sock=self._listener, limit=protocol.MAX_LINE)
+        server = await asyncio.start_server(met, sock=self._listener, limit=protocol.MAX_LINE)
+        # asyncio has shortened it to 100. To tell asyncio would not do: it tries to accept so often at a time, even
+        # when no more files can be opened, and logs each failure.
+        self._listener.listen(net.BACKLOG)
+        return server
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
         channel = Channel(reader, writer)
@@ -113,6 +119,11 @@ class Network:
     async def dial(self, addresses: Sequence[str], port: int) -> Channel:
         """Connect to an agent. Raises OSError, ProtocolError, ElasticError or TimeoutError with what went wrong."""
         return await connect(addresses, port, await self._secret(), timeout=self._dial_timeout)
+
+
+def most_strangers() -> int:
+    """How many connections may be waiting to prove themselves now."""
+    return min(_STRANGERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 async def connect(addresses: Sequence[str], port: int, secret: bytes, *, timeout: float = HANDSHAKE_TIMEOUT) -> Channel:

@@ -181,6 +181,8 @@ class Decision:
     """FORM: the nodes of the new world, in rank order. RELEASE: who may go."""
     charged: bool = True
     """Whether a restart or requeue counts against its budget."""
+    again: float = float("inf")
+    """WAIT: seconds after which there may be more to say, though nothing has arrived."""
     grows: bool = False
     """DRAIN, and the GATHER that follows: because there may be a larger world."""
 
@@ -291,25 +293,31 @@ def _change(view: View, policy: Policy) -> Decision:
         return Decision(Action.WAIT, "a node is ready to join, when a step has been done")
     if view.since_growth < policy.grow_every:
         return Decision(Action.WAIT, f"a node is ready to join, {policy.grow_every:g} s after the last (--grow-every)")
-    if view.since_newcomer < TOGETHER or (view.starting and view.since_newcomer < STARTING):
-        return Decision(Action.WAIT, "a node is ready to join; others may follow")
+    together = STARTING if view.starting else TOGETHER
+    if view.since_newcomer < together:
+        why = "a node is ready to join; others may follow"
+        return Decision(Action.WAIT, why, again=together - view.since_newcomer)
     return Decision(Action.DRAIN, f"{len(newcomers)} more node(s) joined", charged=not policy.free_growth, grows=True)
 
 
 def _while_changing(view: View, change: Decision, policy: Policy) -> Decision:
-    if view.since_change < (policy.grace if view.listens else min(policy.grace, HEARING)):
-        return Decision(Action.WAIT, "the workers save and stop")
+    grace = policy.grace if view.listens else min(policy.grace, HEARING)
+    if view.since_change < grace:
+        return Decision(Action.WAIT, "the workers save and stop", again=grace - view.since_change)
     return _restart(change, view, policy)
 
 
 def _while_gathering(view: View, policy: Policy) -> Decision:
     size = policy.fit(view.live)
-    if view.expected and view.since_quorum < TAKE_OVER_WAIT * policy.heartbeat_timeout:
-        return Decision(Action.WAIT, f"{view.expected} node(s) of the last round have not come yet")
+    patience = TAKE_OVER_WAIT * policy.heartbeat_timeout
+    if view.expected and view.since_quorum < patience:
+        why = f"{view.expected} node(s) of the last round have not come yet"
+        return Decision(Action.WAIT, why, again=patience - view.since_quorum)
     if not size:
         return _while_too_few(view, policy)
     if view.first and view.absent and view.since_min < policy.last_call_timeout:
-        return Decision(Action.WAIT, f"{view.absent} granted node(s) have not joined yet")
+        why = f"waiting for {view.absent} more granted node(s)"
+        return Decision(Action.WAIT, why, again=policy.last_call_timeout - view.since_min)
     if view.ready != view.live or view.leaving - view.idle:
         return Decision(Action.WAIT, "workers of the last round are being stopped")
     if not view.store_ready:

@@ -40,7 +40,7 @@ class Base:
 
     def agrees(self, nodes: Collection[int]) -> bool:
         """Whether ``nodes`` hold more than half of the members, or exactly half with the one that led."""
-        there = sum(node in nodes for node in self.members)
+        there = len(set(nodes).intersection(self.members))
         return 2 * there > len(self.members) or (2 * there == len(self.members) and self.leader in nodes)
 
 

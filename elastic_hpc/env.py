@@ -20,6 +20,9 @@ AGAIN = "ELASTIC_HPC_AGAIN"
 AGENT_MARK = "ELASTIC_HPC_AGENT"
 """Marks an agent's workers; its guard kills all that have it."""
 
+_OF_A_ROUND = ("ELASTIC_HPC_ROUND", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR", "GLOO_SOCKET_IFNAME")
+"""What ``rendezvous`` sets for each round."""
+
 TASK_SHAPE = (
     "SLURM_NTASKS",
     "SLURM_NPROCS",
@@ -160,10 +163,14 @@ def workers_per_node(wanted: str | None, env: AgentEnv, visible_gpus: Callable[[
 
 
 def prepare_worker_env(environ: MutableMapping[str, str], env: AgentEnv, nproc: int, token: str) -> None:
-    """Change ``environ`` into what the workers shall inherit."""
+    """Change ``environ`` into what the workers shall inherit. To be called before there are threads: C libraries read
+    it at any time, for a name's address for example.
+    """
     for name in (*TASK_SHAPE, JOIN, AGAIN):
         environ.pop(name, None)
     environ.setdefault("OMP_NUM_THREADS", str(max(1, env.cpus // nproc)))
     environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # a name server that is gone costs seconds, not minutes
     environ[AGENT_MARK] = token
+    for name in _OF_A_ROUND:  # from now on only their values change: a new name moves all, under threads that read
+        environ.setdefault(name, "")
     environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # ranks follow from the plan; no store traffic

@@ -163,7 +163,9 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
                 f"{fields['world_size']} workers, restart {fields['restarts']}"
             )
         case "started":
-            return "; ".join([f"{fields['warm']} workers were standbys, {fields['cold']} not", *fields["why"]])
+            size = f", of {fields['standby_mb']:.0f} MiB each" if fields["standby_mb"] else ""
+            said = f"{fields['warm']} of {fields['warm'] + fields['cold']} workers were standbys{size}"
+            return "; ".join([said, *fields["why"]])
         case "failure":
             first = "failed" if fields["first"] else "failed too"
             return f"rank {fields['rank']} on {fields['node']} {first}: {fields['message']}"

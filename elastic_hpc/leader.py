@@ -6,6 +6,7 @@ it to the network, the tests to a simulated one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ from elastic_hpc.decide import Action, Decision, Policy, View, decide, give_back
 from elastic_hpc.election import Base, votes
 from elastic_hpc.growth import Coming, Needs
 from elastic_hpc.mandate import Mandate
-from elastic_hpc.orders import Orders
+from elastic_hpc.nodelist import fold
+from elastic_hpc.orders import Orders, Sent
 from elastic_hpc.peers import Peer, Peers
 from elastic_hpc.protocol import Failure, Host, Order, Plan, Request, Roster, Stage, Status
 from elastic_hpc.world import SETTLE, Progress, World
@@ -23,6 +25,16 @@ STOP_TIMEOUT = 60.0
 
 Outcome = Literal["finished", "failed", "requeue"]
 _OUTCOMES: dict[Action, Outcome] = {Action.FINISH: "finished", Action.FAIL: "failed", Action.REQUEUE: "requeue"}
+
+
+_MOST_NAMES = 200
+"""Characters that the names of missing nodes get in the record."""
+
+
+def _weighed(status: Status) -> tuple[object, ...]:
+    """What of it decisions are made by; the rest is for the record."""
+    world = (status.state, status.round, status.failure, status.drained, status.listens, status.step >= 0)
+    return (*world, status.seen, status.roster, status.mark, status.unfit, status.leaving, status.host)
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,11 @@ class Verdict:
 
 
 class Leader:
-    """Membership and rounds of one job. ``now`` is always the leader's own monotonic clock, in seconds."""
+    """Membership and rounds of one job. ``now`` is always the leader's own monotonic clock, in seconds.
+
+    What agents say is only noted, ``decide`` acts on it: of a thousand that say the same at once, none costs a look at
+    all the others, nor does a heartbeat without news.
+    """
 
     def __init__(
         self,
@@ -49,6 +65,7 @@ class Leader:
         nproc: int,
         now: float,
         granted: int = 0,
+        granted_names: Sequence[str] = (),
         round: int = 0,
         restarts: int = 0,
         requeues: int = 0,
@@ -59,6 +76,7 @@ class Leader:
     ) -> None:
         """Lead from the start, with the counters of the run before; or take over what ``inherited`` says, because of
         ``reason``, as soon as a majority agrees. ``supplied``: somebody answers to ``needs``.
+        ``granted_names``: Slurm's names of the granted nodes, in its order; it may be filled later.
         ``host``: its own, whose software the others must have.
         """
         self.policy = policy
@@ -74,6 +92,7 @@ class Leader:
         self._nproc = nproc
         self._host = host
         self._granted = granted
+        self._granted_names = granted_names
         self._inherited = reason if inherited else ""
         self._peers = Peers(roster.hosts, policy.heartbeat_timeout, now)
         self._orders = Orders()
@@ -88,6 +107,8 @@ class Leader:
         self._requested_for = ""
         self._reason = self._waiting = self._told = reason or "waiting for nodes"
         self._first = inherited is None
+        self._news = True
+        self._again = float("inf")
         self._started = self._gathered = self._below_min = now
         self._requested = now
         self._min_since: float | None = None
@@ -107,15 +128,22 @@ class Leader:
                 if status.node == self._node and self._first:
                     self._end(give_back(refusal, self.requeues, self.policy), now)
                 return
-            for old in self._peers.of_node(status.node):
-                self.on_lost(old, "a new agent of the same node came", now)
+            old = self._peers.conns.get(status.node)
+            if old is not None:
+                self.on_lost(old, "a new agent of the same node came")
+                self.decide(now)
             forgetful = status.roster < 0 and self._mandate.is_member(status.node)
-            peer = self._peers[conn] = Peer(status, addr, now, since=now, forgetful=forgetful)
+            peer = Peer(status, addr, now, since=now, forgetful=forgetful)
+            self._peers.add(conn, peer)
+            news = True
             if self._stage == "gather" and status.seen >= self.round:
                 # another leader may have formed that round from those who were with it
                 self.round, self._gathered = status.seen + 1, now
-        elif status.seq <= peer.status.seq:
+        elif status.seq <= peer.status.seq or status.node != peer.status.node:
             return
+        else:
+            news = _weighed(status) != _weighed(peer.status)
+        self._news = self._news or news
         self._peers.hear(peer, status, now)
         self._highest = max(self._highest, status.seen)
         self._mandate.on_status(status)
@@ -126,22 +154,23 @@ class Leader:
             self._coming.doubt()
         if self._stage == "run" and status.node in self._world.plans:
             if status.round == self.round:
-                self._on_progress(status, now)
+                self._on_progress(status)
+                if news:
+                    self._on_state(status, now)
             elif status.state == "idle":
-                self._world.lost[status.node] = f"{status.name} lost: it has left the round"
-        self._advance(now)
+                self._world.lost.setdefault(status.node, f"{status.name} lost: it has left the round")
 
-    def on_roster(self, roster: Roster, now: float) -> None:
+    def on_roster(self, roster: Roster) -> None:
         """An agent knows of a later round than the one that was inherited."""
         if not self.leads and self._stage == "gather" and self._mandate.on_roster(roster):
             self.restarts, self.requeues = max(self.restarts, roster.restarts), roster.requeues
             self.round = max(self.round, roster.round + 1)
-            self._advance(now)
+            self._news = True
 
-    def on_lost(self, conn: int, reason: str, now: float, *, silent: float = 0.0) -> None:
+    def on_lost(self, conn: int, reason: str, *, silent: float = 0.0) -> None:
         """Connection ``conn`` is gone, or must be given up for ``reason``, after ``silent`` seconds of silence."""
         self._orders.forget(conn)
-        peer = self._peers.pop(conn, None)
+        peer = self._peers.remove(conn)
         if peer is None:
             return
         self._drop.append(conn)
@@ -154,7 +183,12 @@ class Leader:
         self._coming.doubt()
         if status.node in self._world.plans and status.node not in self._world.succeeded:
             self._world.lost[status.node] = f"{status.name} lost: {reason}"
-        self._advance(now)
+        self._news = True
+
+    def decide(self, now: float) -> None:
+        """Act on what agents have said, or that they are lost: to be called when all that has arrived is in."""
+        if self._news:
+            self._advance(now)
 
     def on_request(self, request: Request, reason: str, now: float) -> None:
         """Somebody who holds the secret asks to drain or stop the job, because of ``reason``: ``time limit``,
@@ -187,16 +221,18 @@ class Leader:
     def on_tick(self, now: float) -> None:
         """To be called a few times per heartbeat."""
         for conn, silent in self._peers.silent(now).items():
-            self.on_lost(conn, f"nothing heard for {self.policy.heartbeat_timeout:g} s", now, silent=silent)
+            self.on_lost(conn, f"nothing heard for {self.policy.heartbeat_timeout:g} s", silent=silent)
         if self._stage == "gather" and now - self._gathered > STOP_TIMEOUT:
             for conn, peer in list(self._peers.items()):
                 if peer.joined and not self._is_ready(peer.status):
-                    self.on_lost(conn, f"its workers did not stop within {STOP_TIMEOUT:g} s", now)
+                    self.on_lost(conn, f"its workers did not stop within {STOP_TIMEOUT:g} s")
         self._advance(now)
         self._tell_progress(now)
-        if self._stage == "gather" and self._waiting != self._told and now - self._gathered > 1 and not self.verdict:
-            self._told = self._waiting
-            self._event("waiting", round=self.round, reason=self._waiting)
+        if self._stage == "gather" and now - self._gathered > 1 and not self.verdict:
+            waiting = self._waiting + self._who_is_missing()
+            if waiting != self._told:
+                self._told = waiting
+                self._event("waiting", round=self.round, reason=waiting)
 
     def on_saved(self) -> None:
         """The verdict is on disk, or cannot be written: the agents may leave."""
@@ -218,7 +254,7 @@ class Leader:
         """What the agents hold since the last round was formed."""
         return self._mandate.roster
 
-    def take_orders(self, *, beat: bool = False) -> dict[int, list[Order | Roster]]:
+    def take_orders(self, *, beat: bool = False) -> dict[int, list[Sent]]:
         """What to send, by connection: the orders that changed, or with ``beat`` one for everybody; before them the
         roster to those who do not have it.
         """
@@ -236,7 +272,7 @@ class Leader:
             stacks=bool(self._stage == "gather" and failure and failure.kind == "hang"),
         )
         plans = self._world.plans if runs and self._is_settled else {}
-        return self._orders.take(self._peers, order, plans, self.roster, beat=beat)
+        return self._orders.take(self._peers, order, plans, self.roster, self._mandate.change, beat=beat)
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
         """What happened since the last call, for the record: ``(name, fields)``."""
@@ -275,8 +311,13 @@ class Leader:
     @property
     def next_expiry(self) -> float:
         """When, on the leader's clock, something is due even if nothing arrives before."""
-        silence = self._peers.next_silence
-        return min(silence, self._world.failed_at + SETTLE) if self._world.failure else silence
+        due = min(self._peers.next_silence, self._again)
+        return min(due, self._world.failed_at + SETTLE) if self._world.failure else due
+
+    @property
+    def has_news(self) -> bool:
+        """Whether ``decide`` has something to look at."""
+        return self._news
 
     @property
     def wanted_store(self) -> int | None:
@@ -307,13 +348,25 @@ class Leader:
     def _refuse(self, conn: int, status: Status, reason: str) -> None:
         self._orders.refused[conn] = reason
         self._peers.saw(status.node)
+        self._news = True
         self._event("unfit" if status.unfit else "refused", node=status.name, reason=reason)
 
-    def _on_progress(self, status: Status, now: float) -> None:
+    def _who_is_missing(self) -> str:
+        names = [name for node, name in enumerate(self._granted_names) if node not in self._peers.seen]
+        if not (self._first and names):
+            return ""
+        text = fold(names)
+        if len(text) > _MOST_NAMES:
+            text = f"{text[:_MOST_NAMES].rpartition(',')[0]}, ..."
+        return f"; not joined yet: {text}"
+
+    def _on_progress(self, status: Status) -> None:
         self._progress.step = max(self._progress.step, status.step)
         self._world.steps.hear(status, first=status.node == self._world.formed[0])
         self._world.starts.hear(status)
         self._world.going = self._world.going or status.step >= 0 or status.listens
+
+    def _on_state(self, status: Status, now: float) -> None:
         if status.state == "succeeded":
             self._world.on_success(status)
         elif status.state == "failed" and (failure := status.failure):
@@ -326,10 +379,10 @@ class Leader:
         return status.state == "idle" and (self._stage == "run" or status.round == self.round)
 
     def _view(self, now: float) -> View:
-        joined = self._peers.joined
-        leaving = {status.node for status in joined if self._peers.why_leaving(status)}
-        live = {status.node for status in joined} - leaving
-        idle = {status.node for status in joined if self._is_ready(status)}
+        joined, peers = self._peers.joined, self._peers.by_node
+        leaving = {node for node, status in joined.items() if status.leaving or node in self._peers.leaving}
+        live = joined.keys() - leaving
+        idle = {node for node, status in joined.items() if self._is_ready(status)}
         newcomers = idle & live - set(self._world.formed)
         if self.policy.fit(live):
             self._min_since = now if self._min_since is None else self._min_since
@@ -337,7 +390,7 @@ class Leader:
         else:
             self._min_since = None
         late = self._stage == "run" and now - self._world.since > self.policy.heartbeat_timeout
-        if self._mandate.renew(joined, self._peers.agreeing, now, stale=late and not self._is_settled):
+        if self._mandate.renew(joined.values(), self._peers.agreeing, now, stale=late and not self._is_settled):
             self._event("take_over", round=self.round, reason=self._inherited)
         world = self._world
         ended, cause = world.end(self._inherited)
@@ -360,7 +413,7 @@ class Leader:
             since_growth=now - self._grown,
             since_formed=now - world.since if world.formed else 0.0,
             going=world.going,
-            listens=all(self._peers.by_node[n].status.listens for n in world.formed if n in self._peers.by_node),
+            listens=all(peers[node].status.listens for node in world.formed if node in peers),
             change=world.change,
             since_change=now - world.changing_since,
             absent=max(0, self._granted - len(self._peers.seen)),
@@ -382,10 +435,11 @@ class Leader:
         )
 
     def _advance(self, now: float) -> None:
+        self._news, self._again = False, float("inf")
         while not self.verdict and not self.abdicated:
             decision = decide(self._view(now), self.policy)
             if decision.action is Action.WAIT:
-                self._waiting = decision.reason
+                self._waiting, self._again = decision.reason, now + decision.again
                 return
             self._act(decision, now)
 
@@ -402,10 +456,12 @@ class Leader:
             self._world.change, self._world.changing_since = decision, now
             self._event("drain", round=self.round, reason=decision.reason)
         elif decision.action is Action.RELEASE:
-            for conn in [conn for node in decision.nodes for conn in self._peers.of_node(node)]:
-                status = self._peers.pop(conn).status
-                self._orders.refused[conn] = reason = self._peers.why_leaving(status) or decision.reason
-                self._event("release", node=status.name, reason=reason)
+            for node in decision.nodes:
+                conn = self._peers.conns[node]
+                peer = self._peers.remove(conn)
+                assert peer
+                self._orders.refused[conn] = reason = self._peers.why_leaving(peer.status) or decision.reason
+                self._event("release", node=peer.status.name, reason=reason)
         elif decision.action is Action.GATHER:
             self._progress.on_end(self._world.failure)
             if decision.grows:
@@ -433,7 +489,8 @@ class Leader:
         self._world = World(decision.nodes, plans, now)
         bases = self._mandate.add(Base(self.round, self._node, tuple(filter(votes, decision.nodes))))
         hosts = tuple(peer.status.host for _, peer in sorted(peers.items()) if peer.joined)
-        self._mandate.roster = Roster(self.round, hosts, bases, self.restarts, self.requeues, decision.nodes)
+        mark = f"{self.round}.{self._node}.{now:.6f}"  # no leader forms twice in a moment
+        self._mandate.hand_out(Roster(self.round, hosts, bases, self.restarts, self.requeues, decision.nodes, mark))
         self._event(
             "round",
             round=self.round,

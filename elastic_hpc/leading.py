@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_hpc import __version__, conclude, slurm
+from elastic_hpc import __version__, conclude, net, slurm
 from elastic_hpc.decide import Action, Policy, give_back
 from elastic_hpc.env import AgentEnv
 from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
@@ -56,6 +56,7 @@ class Leading:
         stores = StoreHost(self.spec.rdzv_endpoint.port)
         self.recorder = self.recorder or Recorder(self.rundir, self.env.run, self.host)
         known: dict[str, Any] = {"inherited": roster, "reason": reason} if roster else self._first(self.recorder)
+        net.allow_connections(4 * self.env.nodes)  # all may dial at once, and again before the first has ended
         leader = Leader(
             self.policy,
             node=self.env.node,
@@ -88,12 +89,17 @@ class Leading:
         state = self.rundir.read("state.json") or {}
         start = {"run": self.env.run, "job": self.env.job, "granted": self.env.nodes, "nproc_per_node": self.nproc}
         recorder.event("start", {"version": __version__, **start, **vars(self.policy)})
-        if self._supplies:  # Slurm's answer is waited for elsewhere: it is for the record alone
-            threading.Thread(target=self._tell_allocation, args=(recorder,), name="allocation", daemon=True).start()
+        names = [f"local{node}" for node in range(self.env.nodes)] if self.env.local else []
+        if self._supplies:  # Slurm's answers are waited for elsewhere: they are for the record alone
+            asked = (recorder, names)
+            threading.Thread(target=self._ask_slurm, args=asked, name="allocation", daemon=True).start()
         counters = {name: state.get(name, 0) for name in ("round", "restarts", "requeues")}
-        return {"granted": self.env.nodes, **counters}
+        return {"granted": self.env.nodes, "granted_names": names, **counters}
 
-    def _tell_allocation(self, recorder: Recorder) -> None:
+    def _ask_slurm(self, recorder: Recorder, names: list[str]) -> None:
+        """How the granted nodes are called, and since when the job has them."""
+        with contextlib.suppress(SlurmError):
+            names[:] = slurm.expand(self.environ.get("SLURM_STEP_NODELIST", ""))
         try:
             job = slurm.show_job(self.env.job)
         except SlurmError:

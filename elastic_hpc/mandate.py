@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from elastic_hpc.election import Base, extended, has_quorum, relevant
-from elastic_hpc.protocol import Roster, Status
+from elastic_hpc.protocol import Roster, RosterChange, Status
 
 
 class Mandate:
@@ -16,10 +16,20 @@ class Mandate:
     def __init__(self, roster: Roster, *, inherited: bool, now: float) -> None:
         self.roster = roster
         """What the agents hold since the last round was formed."""
-        self.bases = roster.bases
+        self.change: RosterChange | None = None
+        """What has made ``roster`` of the one before; None if this leader has not formed it."""
+        self._bases = roster.bases
+        self._heard = False
         self.granted = self.ever_granted = not inherited
         self.since = self.last_granted = now
         self._held: dict[int, int] = {}  # newest roster that each node is known to hold
+
+    @property
+    def bases(self) -> tuple[Base, ...]:
+        """Those whose members must agree."""
+        if self._heard:  # looked at when it is asked for: a thousand nodes say one after the other what they hold
+            self._heard, self._bases = False, relevant(self._bases, self._held)
+        return self._bases
 
     def is_member(self, node: int) -> bool:
         """Whether ``node`` belongs to a round that counts."""
@@ -37,26 +47,32 @@ class Mandate:
 
     def on_status(self, status: Status) -> None:
         if status.roster == self.roster.round >= status.seen:  # else it may be bound to a round that ignores this one
+            self._heard = self._heard or self._held.get(status.node) != status.roster
             self._held[status.node] = status.roster
-        self.bases = relevant(self.bases, self._held)
 
     def on_roster(self, roster: Roster) -> bool:
         """Whether ``roster``, which an agent knows, is a later one; it is the one to inherit then."""
         if roster.round <= self.roster.round:
             return False
-        self.roster, self.bases, self._held = roster, roster.bases, {}
+        self.roster, self._bases, self._held, self._heard = roster, roster.bases, {}, False
         return True
 
     def add(self, base: Base) -> tuple[Base, ...]:
-        """A round was formed; its members count too from now on."""
-        self.bases = extended(self.bases, base)
-        return self.bases
+        """A round is being formed; its members count too from now on. The roster is to follow."""
+        self._bases = extended(self.bases, base)
+        return self._bases
+
+    def hand_out(self, roster: Roster) -> None:
+        """The roster of that round."""
+        self.roster, self.change = roster, roster.since(self.roster)
 
     def is_settled(self, formed: Collection[int]) -> bool:
         """Whether nobody could form another world without the members of this one, ``formed``: too few of the older
         rounds' members do not hold it. Members hold it before they start; nodes that are left over, as MAX is reached,
         have to say so.
         """
+        if len(self.bases) <= 1:
+            return True
         return len(relevant(self.bases, self._held | dict.fromkeys(formed, self.roster.round))) <= 1
 
     def renew(self, joined: Collection[Status], agreeing: Collection[int], now: float, *, stale: bool) -> bool:

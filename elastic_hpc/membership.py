@@ -18,7 +18,7 @@ from elastic_hpc import protocol
 from elastic_hpc.election import order_of_succession, votes
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.leader import Leader
-from elastic_hpc.protocol import WHO, Host, Leave, Order, Redirect, Roster, Status
+from elastic_hpc.protocol import WHO, Host, Hosts, Leave, Order, Redirect, Roster, RosterChange, Status
 from elastic_hpc.server import LeaderServer, Link
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,15 @@ log = logging.getLogger(__name__)
 _FAILED = (OSError, asyncio.TimeoutError, protocol.ProtocolError, ElasticError)
 _OTHERS = 3
 """How many of the nodes that come later in the order are asked at a time whom they follow."""
+
+_LOOK_AGAIN, _LOOK_AT_MOST, _LOOK_GROWTH = 0.1, 1.0, 1.5
+"""Seconds until a leader is looked for again, at first and in the end, and how they grow; half of it is jitter."""
+
+_LOOK_PER_NODE = 0.001
+"""Seconds: after a loss all turn to the same node, so how long they may take depends on how many there are."""
+
+_TELL_AFTER, _TELL_GROWTH = 5.0, 3.0
+"""Seconds without a leader after which the log says so, and how they grow from one time to the next."""
 
 
 class Network(Protocol):
@@ -121,7 +130,8 @@ class Membership:
             return
         self._seq += 1
         held = self._known()
-        self._link.send(replace(self._node.status(), seq=self._seq, seen=self._seen, roster=held.round if held else -1))
+        roster, mark = (held.round, held.mark) if held else (-1, "")
+        self._link.send(replace(self._node.status(), seq=self._seq, seen=self._seen, roster=roster, mark=mark))
 
     def terminated(self) -> None:
         """This agent got SIGTERM. On the leader's node that is taken for the end of the allocation."""
@@ -142,11 +152,18 @@ class Membership:
 
     async def _find(self) -> tuple[Link, Host]:
         """A connection to whoever leads, or will lead once it has a majority."""
+        began, wait, tell = self._now(), _LOOK_AGAIN, _TELL_AFTER
         while True:
             found = await self._look()
             if found:
                 return found
-            await asyncio.sleep(random.uniform(0.05, 0.2))  # noqa: S311 - jitter
+            if (waited := self._now() - began) > tell:
+                tell *= _TELL_GROWTH
+                log.warning("no leader was found for %.0f s: %s; looking on", waited, self._lost_why)
+            await asyncio.sleep(random.uniform(0.5, 1.5) * wait)  # noqa: S311 - jitter
+            roster = self._known()
+            most = max(2 * _LOOK_AGAIN, _LOOK_PER_NODE * len(roster.hosts)) if roster else _LOOK_AT_MOST
+            wait = min(_LOOK_GROWTH * wait, most, _LOOK_AT_MOST)
 
     async def _look(self) -> tuple[Link, Host] | None:
         if self._better:
@@ -158,13 +175,13 @@ class Membership:
         if not roster:
             published = await self._node.published()
             return await self._join(published) if published else None
-        hosts = {host.node: host for host in roster.hosts if votes(host.node)}
+        hosts = Hosts.of(roster.hosts)
         lost = self._lost.node if self._lost else None
         someone_is_ahead = False
-        for node in order_of_succession(hosts, lost=lost, me=self.me.node):
+        for node in order_of_succession(filter(votes, hosts.rows), lost=lost, me=self.me.node):
             if node == lost and self._silently:
                 continue  # the others are asked for a way back to it
-            answer = await self._ask(hosts[node])
+            answer = await self._ask(hosts.at(node))
             if answer and answer.to and answer.to == self._lost and self._now() - self._lost_at < self._timeout:
                 return None  # most probably it has not noticed the loss yet
             if answer and answer.to and (joined := await self._join(answer.to)):
@@ -237,10 +254,8 @@ class Membership:
                 if isinstance(said, Redirect):
                     why = "it does not lead any more"
                     return
-                if isinstance(said, Roster):
-                    held = self._known()
-                    if not held or said.round > held.round:
-                        self._roster = said
+                if isinstance(said, (Roster, RosterChange)):
+                    if self._learn(said):
                         self.say()  # the leader may wait for it
                 elif said.seq > last:
                     last, led = said.seq, led or said.leads
@@ -261,6 +276,19 @@ class Membership:
                 self._order = None
                 self._node.set_order(None, None)
 
+    def _learn(self, said: Roster | RosterChange) -> bool:
+        """Whether that was news. A change of a roster that this node does not hold says nothing to it."""
+        held = self._known()
+        if held and said.round <= held.round:
+            return False
+        if isinstance(said, Roster):
+            self._roster = said
+        elif held and said.since == held.mark:
+            self._roster = said.of(held)
+        else:
+            return False
+        return True
+
     def _obey(self, order: Order, link: Link) -> None:
         self._seen = max(self._seen, order.round)
         if order.leads:
@@ -270,7 +298,7 @@ class Membership:
             link.send(mine)
         elif order.plan and (not mine or mine.round < order.round):
             return  # without the roster of its round this node must not start: the leader sends it again
-        if mine and mine.round == order.roster:
+        if mine and mine.round == order.roster and any(base.round < order.oldest for base in mine.bases):
             self._roster = replace(mine, bases=tuple(base for base in mine.bases if base.round >= order.oldest))
         self._order = order
         self._node.set_order(order, link)

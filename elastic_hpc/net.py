@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import resource
 import socket
 import struct
 
 from elastic_hpc.errors import ElasticError
 
+BACKLOG = 4096
+"""Connections that may wait to be accepted; the kernel has a bound of its own, net.core.somaxconn."""
+
+_OWN_FILES = 512
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
@@ -74,12 +79,22 @@ def _route_to(host: str | None) -> list[str]:
         return [str(probe.getsockname()[0])]
 
 
+def allow_connections(count: int) -> None:
+    """Let this process keep ``count`` connections open besides its files, as far as its hard limit goes; workers that
+    are started later inherit it. Many systems start with 1024 for all.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OWN_FILES if hard == resource.RLIM_INFINITY else min(count + _OWN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def listen_from(port: int, tries: int = 512) -> socket.socket:
     """A listening socket on the first free port from ``port`` upwards, on all interfaces."""
     problem: OSError | None = None
     for candidate in range(port, min(port + tries, 65536)):
         try:
-            return socket.create_server(("", candidate), backlog=1024, reuse_port=False)
+            return socket.create_server(("", candidate), backlog=BACKLOG, reuse_port=False)
         except OSError as error:
             problem = error
     raise ElasticError(f"no free port from {port} upwards ({problem}); choose another: --rdzv-endpoint :PORT")

@@ -10,23 +10,25 @@ MOST = 1 << 17
 """Nodes that a range may stand for; more can only be a mistake."""
 
 
-def spans(numbers: Iterable[int]) -> str:
-    """``0-3,7`` for 0, 1, 2, 3, 7, in the order given."""
+def spans(numbers: Iterable[int], width: int = 0) -> str:
+    """``0-3,7`` for 0, 1, 2, 3, 7, in the order given; of ``width`` digits at least."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][1] + 1:
             found[-1][1] = number
         else:
             found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+    return ",".join(
+        f"{first:0{width}}" if first == last else f"{first:0{width}}-{last:0{width}}" for first, last in found
+    )
 
 
 def numbers(text: str) -> tuple[int, ...]:
     """The numbers that ``spans`` has written as ``text``. Raises ValueError."""
     found: list[int] = []
     for span in text.split(",") if text else ():
-        first, _, last = span.partition("-")
-        begin, end = int(first), int(last or first)
+        first, dash, last = span.partition("-")
+        begin, end = int(first), int(last if dash else first)
         if end - begin + len(found) >= MOST:
             raise ValueError(f"{span}: more than {MOST} nodes")
         found.extend(range(begin, end + 1))
@@ -46,6 +48,6 @@ def fold(names: Iterable[str]) -> str:
         padded = any(each.startswith("0") and len(each) > 1 for each in digits)
         for width in sorted({len(each) for each in digits}) if padded else [0]:
             those = sorted(int(each) for each in digits if not padded or len(each) == width)
-            text = re.sub(r"\d+", lambda number, width=width: number[0].zfill(width), spans(those))
+            text = spans(those, width)
             rest.append(f"{before}[{text}]{after}" if len(those) > 1 else f"{before}{text}{after}")
     return ",".join(sorted(rest))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from elastic_hpc.election import votes
@@ -35,6 +35,9 @@ class Peers(dict[int, Peer]):
 
     def __init__(self, known: Iterable[Host], heartbeat_timeout: float, now: float) -> None:
         super().__init__()
+        self.by_node: dict[int, Peer] = {}
+        self.conns: dict[int, int] = {}
+        """By node; each has one connection at most."""
         self.seen: set[int] = set()
         """The job's own nodes that are not waited for any more: they have joined once, or were refused."""
         self.leaving: dict[int, str] = {}
@@ -42,6 +45,17 @@ class Peers(dict[int, Peer]):
         self._timeout = heartbeat_timeout
         self._hosts = {host.node: host for host in known}
         self._looked = now
+
+    def add(self, conn: int, peer: Peer) -> None:
+        self[conn] = self.by_node[peer.status.node] = peer
+        self.conns[peer.status.node] = conn
+
+    def remove(self, conn: int) -> Peer | None:
+        """The peer of ``conn``, if there is one."""
+        peer = self.pop(conn, None)
+        if peer:
+            del self.by_node[peer.status.node], self.conns[peer.status.node]
+        return peer
 
     def hear(self, peer: Peer, status: Status, now: float) -> None:
         peer.status, peer.last_heard = status, now
@@ -64,7 +78,7 @@ class Peers(dict[int, Peer]):
                 f"{status.name} would start {status.nproc} workers, the leader's node {nproc}: "
                 "all nodes must start the same number (--nproc-per-node)"
             )
-        if not votes(status.node) and status.name in {s.name for s in self.joined if s.node != status.node}:
+        if not votes(status.node) and status.name in {s.name for n, s in self.joined.items() if n != status.node}:
             return f"{status.name} runs an agent of this job already"
         return ""
 
@@ -80,25 +94,18 @@ class Peers(dict[int, Peer]):
         )
 
     @property
-    def joined(self) -> list[Status]:
-        return [peer.status for peer in self.values() if peer.joined]
+    def joined(self) -> dict[int, Status]:
+        """What those say who have, by node."""
+        return {node: peer.status for node, peer in self.by_node.items() if peer.joined}
 
     @property
     def agreeing(self) -> set[int]:
         """Nodes whose word counts."""
-        return {peer.status.node for peer in self.values() if peer.agrees}
+        return {node for node, peer in self.by_node.items() if peer.agrees}
 
     def since(self, nodes: Collection[int]) -> float:
         """When the last one of ``nodes`` came."""
-        return max((peer.since for peer in self.values() if peer.status.node in nodes), default=0.0)
-
-    @property
-    def by_node(self) -> dict[int, Peer]:
-        return {peer.status.node: peer for peer in self.values()}
-
-    def of_node(self, node: int) -> Iterator[int]:
-        """Connections of ``node``, which has a second one when its agent was started anew."""
-        return (conn for conn, peer in list(self.items()) if peer.status.node == node)
+        return max((self.by_node[node].since for node in nodes), default=0.0)
 
     @property
     def lost_names(self) -> list[str]:

@@ -12,7 +12,8 @@ import hashlib
 import hmac
 import json
 import secrets
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from elastic_hpc.election import Base
@@ -84,6 +85,57 @@ class Host:
     """The versions that all nodes must share, ``torch 2.13.0, Python 3.11``, as far as this is known."""
 
 
+class Hosts(Sequence[Host]):
+    """Those of a roster, without their software. Every agent holds a thousand and as a rule asks for none, so they stay
+    packed until one is asked for.
+    """
+
+    def __init__(self, packed: str = "", rows: dict[int, str] | None = None) -> None:
+        """``packed`` or ``rows``, by node: ``NODE NAME PORT ADDRESS,...``, joined by semicolons."""
+        self._packed, self._rows = packed, rows
+
+    @classmethod
+    def of(cls, hosts: Sequence[Host]) -> Hosts:
+        if isinstance(hosts, cls):
+            return hosts
+        return cls(rows={h.node: f"{h.node} {h.name} {h.port} {','.join(h.addresses)}" for h in hosts})
+
+    @property
+    def rows(self) -> dict[int, str]:
+        if self._rows is None:
+            rows = self._packed.split(";") if self._packed else ()
+            self._rows = {int(row.partition(" ")[0]): row for row in rows}
+        return self._rows
+
+    def packed(self) -> str:
+        return self._packed or ";".join(self.rows[node] for node in sorted(self.rows))
+
+    def at(self, node: int) -> Host:
+        """Raises KeyError or ValueError."""
+        _, name, port, addresses = self.rows[node].split(" ")
+        return Host(node, name, tuple(addresses.split(",")), int(port))
+
+    def changed(self, gone: Iterable[int], new: Sequence[Host]) -> Hosts:
+        rows = {**self.rows, **Hosts.of(new).rows}
+        for node in gone:
+            rows.pop(node, None)
+        return Hosts(rows=rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[Host]:
+        return map(self.at, sorted(self.rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class Roster:
     """What every agent holds so that it can take over: who listens where, who decides (``elastic_hpc.election``), and
@@ -91,7 +143,7 @@ class Roster:
     """
 
     round: int
-    hosts: tuple[Host, ...]
+    hosts: Sequence[Host]
     bases: tuple[Base, ...]
     restarts: int
     requeues: int
@@ -104,10 +156,10 @@ class Roster:
         """What makes this one of ``before``; None if nobody can hold that."""
         if not before.mark:
             return None
-        known = {host.node: (host, host.software) for host in before.hosts}
-        new = tuple(host for host in self.hosts if known.pop(host.node, None) != (host, host.software))
+        known, now = Hosts.of(before.hosts).rows, Hosts.of(self.hosts).rows
+        new = Hosts(rows={node: row for node, row in now.items() if known.get(node) != row})
         told = {name: getattr(self, name) for name in _TOLD_ANYHOW}
-        return RosterChange(**told, since=before.mark, hosts=new, gone=tuple(sorted(known)))
+        return RosterChange(**told, since=before.mark, hosts=new, gone=tuple(sorted(known.keys() - now.keys())))
 
     @functools.cached_property
     def line(self) -> bytes:
@@ -130,18 +182,14 @@ class RosterChange:
     mark: str
     since: str
     """The mark of the one before."""
-    hosts: tuple[Host, ...]
+    hosts: Sequence[Host]
     """Those that are new, or listen elsewhere."""
     gone: tuple[int, ...]
 
     def of(self, before: Roster) -> Roster:
         """The roster itself; ``before`` is the one with the mark ``since``."""
-        other = {*self.gone, *(host.node for host in self.hosts)}
-        hosts = [host for host in before.hosts if host.node not in other]
-        hosts.extend(self.hosts)
-        if self.hosts:
-            hosts.sort(key=lambda host: host.node)
-        return Roster(hosts=tuple(hosts), **{name: getattr(self, name) for name in _TOLD_ANYHOW})
+        hosts = Hosts.of(before.hosts).changed(self.gone, self.hosts)
+        return Roster(hosts=hosts, **{name: getattr(self, name) for name in _TOLD_ANYHOW})
 
     @functools.cached_property
     def line(self) -> bytes:
@@ -276,24 +324,18 @@ def _line(body: dict[str, Any]) -> bytes:
 
 def _told(said: Status | Order) -> dict[str, Any]:
     values = vars(said)
-    return {name: values[name] for name, default in _defaults(type(said)) if values[name] != default}
+    return {name: values[name] for name, default in _DEFAULTS[type(said)] if values[name] != default}
 
 
-@functools.cache
-def _defaults(kind: type[Status | Order]) -> tuple[tuple[str, Any], ...]:
-    return tuple((each.name, each.default) for each in fields(kind))
+_DEFAULTS = {said: [(one.name, one.default) for one in fields(said)] for said in (Status, Order)}
 
 
 def _roster_body(roster: Roster | RosterChange) -> dict[str, Any]:
-    """A thousand hosts in a few words each."""
-    software = list(dict.fromkeys(host.software for host in roster.hosts))
-    at = {text: index for index, text in enumerate(software)}
     return {
         **{name: getattr(roster, name) for name in _TOLD_ANYHOW},
         "members": spans(roster.members),
         "bases": [(base.round, base.leader, spans(base.members)) for base in roster.bases],
-        "hosts": [(host.node, host.name, host.addresses, host.port, at[host.software]) for host in roster.hosts],
-        "software": software,
+        "hosts": Hosts.of(roster.hosts).packed(),
     }
 
 
@@ -317,7 +359,8 @@ def decode_from_agent(line: bytes) -> Status | Roster | Leave | Request | Litera
         if body.get("request") == LEAVE:
             return _checked(Leave(body["node"], body["reason"]))
         if "roster" in body and "seq" not in body:
-            return _roster(body["roster"])
+            roster = _roster(body["roster"])
+            return replace(roster, hosts=tuple(roster.hosts))
         return _status(body)
     except _NONSENSE as error:
         raise ProtocolError(f"not a status: {error}") from error
@@ -361,28 +404,24 @@ def _change(body: dict[str, Any]) -> RosterChange:
 
 
 def _of_roster(body: dict[str, Any]) -> dict[str, Any]:
-    software = body.pop("software")
-    hosts = (
-        _checked(Host(node, name, tuple(map(str, addresses)), port, software[at]))
-        for node, name, addresses, port, at in body["hosts"]
-    )
+    """The leader's hosts are not looked at before they are needed, as its orders are not checked either."""
     bases = (_checked(Base(round, leader, numbers(members))) for round, leader, members in body["bases"])
-    return {**body, "hosts": tuple(hosts), "bases": tuple(bases), "members": numbers(body["members"])}
+    return {**body, "hosts": Hosts(body["hosts"]), "bases": tuple(bases), "members": numbers(body["members"])}
 
 
 def _checked(said: _T) -> _T:
     """``said``, a dataclass, if its numbers are numbers and its strings are strings. Raises TypeError."""
     values = vars(said)
-    for name, kind, expected in _kinds(type(said)):
+    for name, kind, expected in _CHECKED[type(said)]:
         if not isinstance(values[name], kind):
             raise TypeError(f"{name} {values[name]!r}: expected {expected}")
     return said
 
 
-@functools.cache
-def _kinds(said: type) -> tuple[tuple[str, type | tuple[type, ...], str], ...]:
-    named = ((each.name, str(each.type)) for each in fields(said))
-    return tuple((name, _KINDS[kind], kind) for name, kind in named if kind in _KINDS)
+_CHECKED = {
+    said: [(one.name, _KINDS[str(one.type)], one.type) for one in fields(said) if str(one.type) in _KINDS]
+    for said in (Status, Failure, Host, Roster, RosterChange, Leave, Base)
+}
 
 
 def new_nonce() -> str:

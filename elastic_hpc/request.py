@@ -32,7 +32,7 @@ _CONTAINER = (
 _DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # what sbatch's own -m, --distribution, takes
 _NOT_FOR_TORCHRUN = (
     *("max-requeues", "heartbeat-timeout", "interface", "rdzv-conf", "signal"),
-    *("grace", "hang-timeout", "preflight", "snapshot"),
+    *("grace", "hang-timeout", "preload", "preflight", "snapshot"),
     *("spares", "world-multiple-of", "grow", "grow-every", "free-growth", "wait-for-nodes"),
 )
 _AFTER_GRACE = timedelta(seconds=30)  # to requeue, between the end of --grace and that of the allocation

@@ -28,6 +28,9 @@ BATCH_HOST = 0
 LEAVE_TIMEOUT = 10.0
 """Seconds the agents get to take notice of the verdict before the leader leaves."""
 
+_PASSES = 64
+"""Passes of the loop after which is decided, though more arrives with each."""
+
 
 class Link(Protocol):
     """An open control connection; ``channel.Channel``, or a simulated one."""
@@ -36,7 +39,7 @@ class Link(Protocol):
     local: str
 
     async def read(self) -> bytes: ...
-    def send(self, message: Message) -> None: ...
+    def send(self, *messages: Message) -> None: ...
     def close(self) -> None: ...
 
 
@@ -78,6 +81,7 @@ class LeaderServer:
         self._links: dict[int, Link] = {}
         self._next = 0
         self._strangers = 0
+        self._passes = self._quiet = 0
         self._published = self._over = self._batch_host_is_lost = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -90,16 +94,20 @@ class LeaderServer:
         interval = self.leader.policy.heartbeat_timeout / 5
         saving: asyncio.Future[list[str]] | None = None
         leave_at = float("inf")
+        beat_at = 0.0
         supplying = self._supply and asyncio.ensure_future(self._supply.run(self._on_coming))
         try:
             self._after_input()
             while not (saving and saving.done() and (not self._links or loop.time() > leave_at)):
-                wait = min(interval, max(0.01, self.leader.next_expiry + 0.001 - loop.time()))
+                due = min(beat_at, max(loop.time() + 0.01, self.leader.next_expiry + 0.001))
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), wait)
+                    await asyncio.wait_for(self._changed.wait(), max(0.0, due - loop.time()))
                 self._changed.clear()
-                self.leader.on_tick(loop.time())
-                self._after_input(beat=True)
+                now = loop.time()
+                self.leader.on_tick(now)
+                beat = now > beat_at - 0.001  # a timer may be early by what the clock cannot tell
+                self._after_input(beat=beat)
+                beat_at = now + interval if beat else beat_at
                 if self.leader.abdicated:
                     return self.leader.abdicated
                 if self.leader.leads:
@@ -133,8 +141,8 @@ class LeaderServer:
                 if isinstance(said, Status):
                     self.leader.on_status(conn, link.peer, said, now())
                 elif isinstance(said, Roster):
-                    self.leader.on_roster(said, now())
-                self._after_input()
+                    self.leader.on_roster(said)
+                self._decide_soon()
                 said = protocol.decode_from_agent(await link.read())
         except OSError:
             pass
@@ -143,9 +151,27 @@ class LeaderServer:
         finally:
             link.close()
             self._links.pop(conn, None)
-            self.leader.on_lost(conn, reason, now())
-            self._after_input()
+            self.leader.on_lost(conn, reason)
+            self._decide_soon()
             self._changed.set()
+
+    def _decide_soon(self) -> None:
+        """When all that has arrived by now is in: a thousand agents that say something at once lead to one decision."""
+        if self.leader.has_news:
+            self._quiet = 0
+            if not self._passes:
+                self._look_for_more()
+
+    def _look_for_more(self) -> None:
+        """Without a wait: what lies in the sockets needs one pass of the loop to be read, and one to be understood."""
+        loop = asyncio.get_running_loop()
+        if self._quiet < 2 and self._passes < _PASSES:
+            self._passes, self._quiet = self._passes + 1, self._quiet + 1
+            loop.call_soon(self._look_for_more)
+            return
+        self._passes = 0
+        self.leader.decide(loop.time())
+        self._after_input()
 
     def on_request(self, request: Request | Leave, reason: str = "") -> None:
         """Somebody asks for a drain or the end, or to let a node go."""
@@ -201,9 +227,8 @@ class LeaderServer:
             if conn in self._links:
                 self._links[conn].close()
         for conn, messages in leader.take_orders(beat=beat).items():
-            for message in messages:
-                if conn in self._links:
-                    self._links[conn].send(message)
+            if conn in self._links:
+                self._links[conn].send(*messages)
         wanted = leader.wanted_store
         if wanted is not None and wanted != self._opening:
             self._opening = wanted

@@ -59,8 +59,17 @@ def private_megabytes() -> float:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
 
 
-def preload(modules: list[str], agent: _socket.socket, *, gently: bool) -> str:
-    """Import them; the answer is why that does not do, or empty."""
+def with_luck(module: str) -> bool:
+    """Import it; the script would be the one to tell that it does not work."""
+    try:
+        __import__(module)
+    except Exception:  # noqa: BLE001
+        return False
+    return True
+
+
+def preload(modules: list[str], guess: str, agent: _socket.socket, *, gently: bool) -> str:
+    """Import ``modules``; the answer is why that does not do, or empty. ``guess``: one more, if there is the time."""
     gentle = Gently(agent)
     if gently:
         sys.meta_path.insert(0, gentle)
@@ -68,6 +77,8 @@ def preload(modules: list[str], agent: _socket.socket, *, gently: bool) -> str:
     try:
         for name in modules:
             __import__(name)
+        if gently and guess:
+            with_luck(guess)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the script will show it
         return f"--preload {name}: {type(error).__name__}: {error}"
     finally:
@@ -138,15 +149,14 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object]]:
     """Everything until the script may run: its code and namespace; no code for a module."""
     agent = _socket.socket(fileno=int(os.environ.pop(SOCKET)))
     began, started_with = time.monotonic(), dict(os.environ)
-    os.close(int(os.path.basename(sys.argv[0])))  # this file
-    argv, modules, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
+    argv, modules, guess, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
     command = [sys.orig_argv[0], "-u", *argv]
     is_module = argv[0] == "-m"
     sys.argv = ["-m", *argv[2:]] if is_module else list(argv)
     sys.orig_argv = command
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, os.getcwd() if is_module else os.path.dirname(os.path.realpath(argv[0])))
-    why = preload(modules, agent, gently=gently)
+    why = preload(modules, guess, agent, gently=gently)
     agent.send(f"ready {time.monotonic() - began:.3f} {private_megabytes():.1f}".encode())
     outputs, environ = receive(agent)
     why = why or obstacle(argv, started_with, environ, outputs)

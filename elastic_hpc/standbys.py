@@ -16,8 +16,11 @@ from elastic_hpc import memory, standby
 SHARE = 0.1
 """Of the memory that is free while the workers train, so much may go into standbys."""
 
+_GUESS = "torch._dynamo"
+"""DistributedDataParallel and torch.compile import it at their first use, which takes as long as torch itself."""
+
 _DEATHS = 3
-"""So many standbys may die while they wait; then they are done without."""
+"""So often standbys may die while they wait, until one has been of use; then the node does without."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +41,25 @@ class _Standby:
 
     def __init__(self, argv: Sequence[str], modules: Sequence[str], *, gently: bool) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = os.open(standby.__file__, os.O_RDONLY | os.O_CLOEXEC)
         out, err = os.memfd_create("stdout"), os.memfd_create("stderr")
-        start = [sys.executable, "-u", f"/dev/fd/{code}"]  # a short name: what is shown later must find room
-        room = sum(len(os.fsencode(word)) + 1 for word in argv) - len(start[2]) - 2
-        if room > 0:
-            start.append("elastic_hpc standby"[:room].ljust(room))
+        start = [sys.executable, "-u", standby.__file__]
+        room = sum(len(os.fsencode(word)) + 1 for word in argv) - len(os.fsencode(standby.__file__)) - 2
+        if room > 0:  # what is shown later needs it
+            start.append(" " * room)
+        guess = _GUESS if "torch" in modules else ""
         try:
-            self._socket.send(marshal.dumps((list(argv), list(modules), gently)))
+            self._socket.send(marshal.dumps((list(argv), list(modules), guess, gently)))
             self.process = subprocess.Popen(
                 start,
                 env={**os.environ, standby.SOCKET: str(theirs.fileno())},
                 stdout=out,
                 stderr=err,
-                pass_fds=(theirs.fileno(), code),
+                pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
         finally:
             theirs.close()
-            for descriptor in (code, out, err):
+            for descriptor in (out, err):
                 os.close(descriptor)
         self.ready = False
 
@@ -113,12 +116,13 @@ class Standbys:
         for each in (*self._waiting, *self._working):
             for said in each.hear():
                 self._note(*said.partition(" ")[::2])
-        for each in [each for each in self._waiting if each.process.poll() is not None]:
+        died = [each for each in self._waiting if each.process.poll() is not None]
+        for each in died:
             self._waiting.remove(each)
             each.close()
-            self._deaths += 1
-            if self._deaths >= _DEATHS:
-                self._give_up(f"{_DEATHS} standbys died while they waited")
+        self._deaths += bool(died)  # whoever kills one may well kill them all
+        if self._deaths >= _DEATHS:
+            self._give_up(f"standbys died while they waited, {_DEATHS} times")
         lacking = self._count - len(self._waiting)
         if going and lacking > 0 and not self._over and all(each.ready for each in self._waiting):
             needed, free = self._count * self.started.standby_mb, memory.available()
@@ -170,6 +174,7 @@ class Standbys:
         if what == "ready":
             self.started = replace(known, standby_mb=float(rest.split()[1]))
         elif what == "warm":
+            self._deaths = 0
             self.started = replace(known, warm=known.warm + 1)
         else:
             self.started = replace(known, cold=known.cold + 1, why=rest)

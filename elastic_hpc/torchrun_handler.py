@@ -69,12 +69,11 @@ def join(parameters: RendezvousParameters) -> TorchrunHandler:
     settings = read_settings(parameters)
     spec, rundir = settings.spec, RunDir(settings.run_dir).create()
     environ, env = dict(os.environ), place(settings, rundir)
-    listener = start_log(rundir, env)
-    token, local_folder = secrets.token_hex(8), make_local_folder()
-    pipe = start_guard(token, 1.5 * spec.heartbeat_timeout.total_seconds(), local_folder)
-    gloo_interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    token = secrets.token_hex(8)
     prepare_worker_env(os.environ, env, settings.nproc, token)
     os.environ["ELASTIC_HPC_RUN_DIR"] = str(rundir.path)
+    listener, local_folder = start_log(rundir, env), make_local_folder()
+    pipe = start_guard(token, 1.5 * spec.heartbeat_timeout.total_seconds(), local_folder)
 
     policy = policy_of(spec, settings.nproc, can_requeue=False)
     server_socket = net.listen_from(spec.rdzv_endpoint.port + CONTROL_PORT_OFFSET)
@@ -110,7 +109,7 @@ def join(parameters: RendezvousParameters) -> TorchrunHandler:
         listener.stop()
         shutil.rmtree(local_folder, ignore_errors=True)
 
-    handler = TorchrunHandler(control, parameters.run_id, gloo_interface, local_folder)
+    handler = TorchrunHandler(control, parameters.run_id, environ.get("GLOO_SOCKET_IFNAME"), local_folder)
     handler.attach(env.name, settings.nproc, token, close)
     control.start()
     return handler

@@ -18,7 +18,7 @@ from elastic_hpc.view.story import Fault, Round, Run, Story
 _TOLD = frozenset(
     {
         *("take_over", "abdicate", "agent_restart", "joiners", "joiners_cancelled", "growth_problem", "unfit"),
-        *("refused", "release", "left", "drain", "request", "store_failed", "stranger"),
+        *("refused", "release", "left", "drain", "request", "store_failed", "stranger", "started"),
     }
 )
 """Events that say what was done, or why something was not."""

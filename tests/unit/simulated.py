@@ -25,7 +25,7 @@ from elastic_hpc.errors import JobEnded, SlurmError
 from elastic_hpc.leader import Leader, Verdict
 from elastic_hpc.leading import JOINER_PATIENCE
 from elastic_hpc.membership import Membership
-from elastic_hpc.protocol import Failure, Host, Order, Roster, Status
+from elastic_hpc.protocol import Failure, Host, Order, Roster, RosterChange, Status
 from elastic_hpc.server import LeaderServer
 from elastic_hpc.supply import Supply
 
@@ -88,11 +88,15 @@ class SimLink:
             raise ConnectionResetError("the connection was closed")
         return line
 
-    def send(self, message: protocol.Message) -> None:
+    def send(self, *messages: protocol.Message) -> None:
+        for message in messages:
+            self._send(message)
+
+    def _send(self, message: protocol.Message) -> None:
         if self.closed or self.mine.dead:
             return
         dice = self.job.random.random()
-        lossy = isinstance(message, (Status, Order, Roster))
+        lossy = isinstance(message, (Status, Order, Roster, RosterChange))
         copies = 0 if lossy and dice < self.job.loss else 2 if lossy and dice < 2 * self.job.loss else 1
         for _ in range(copies):
             self._later(protocol.encode(message))

@@ -17,7 +17,7 @@ from elastic_hpc.decide import Policy
 from elastic_hpc.election import Base, extended, has_quorum, order_of_succession, relevant
 from elastic_hpc.leader import Leader
 from elastic_hpc.membership import Membership
-from elastic_hpc.protocol import Failure, Host, Message, Order, Roster, Status
+from elastic_hpc.protocol import Failure, Host, Message, Order, Roster, RosterChange, Status
 
 NODES = st.sets(st.integers(0, 6), min_size=1).map(lambda nodes: tuple(sorted(nodes)))
 BASES = st.builds(Base, st.integers(1, 9), st.integers(0, 6), NODES)
@@ -103,11 +103,9 @@ class Agent(Membership):
         self.own = Status(**{**vars(self.own), **changes})
         self.say()
 
-    def hear(self, said: Order | Roster) -> None:
-        if isinstance(said, Roster):
-            held = self._known()
-            if not held or said.round > held.round:
-                self._roster = said
+    def hear(self, said: Order | Roster | RosterChange) -> None:
+        if isinstance(said, (Roster, RosterChange)):
+            self._learn(said)
         else:
             self._obey(said, self._link)  # type: ignore[arg-type]
 
@@ -249,7 +247,7 @@ class Nodes:
             if isinstance(said, Status):
                 link.leader.on_status(conn, "10.0.0.1", said, self.now)
             elif isinstance(said, Roster):
-                link.leader.on_roster(said, self.now)
+                link.leader.on_roster(said)
             self.after(link.to)
         elif not up and link.down and link.agent.link is link:
             said = link.down.popleft()
@@ -264,7 +262,7 @@ class Nodes:
             link.agent.leave()
         if link.to.leader is link.leader:
             self.log.append(f"n{link.to.index} has lost n{link.agent.index}")
-            link.leader.on_lost(conn, "gone", self.now)
+            link.leader.on_lost(conn, "gone")
             self.after(link.to)
 
     def stop(self, agent: Agent) -> None:
@@ -276,6 +274,7 @@ class Nodes:
     def after(self, agent: Agent, *, beat: bool = False) -> None:
         leader = agent.leader
         assert leader
+        leader.decide(self.now)
         if leader.wanted_store is not None:
             leader.on_store(leader.wanted_store, 1, self.now)
         for name, _ in leader.take_events():

@@ -51,8 +51,13 @@ class Job:
         self.seq += 1
         status = Status(**{"seq": self.seq, "host": host(node), "nproc": 2, **fields})
         self.leader.on_status(node if conn is None else conn, f"10.0.0.{node}", status, self.now)
+        self.leader.decide(self.now)
         self.store()
         return self.leader.take_orders()
+
+    def lose(self, conn: int, reason: str) -> None:
+        self.leader.on_lost(conn, reason)
+        self.leader.decide(self.now)
 
     def wait(self, seconds: float) -> None:
         """Time passes, in which everybody's connection is alive."""
@@ -114,8 +119,11 @@ def test_the_roster_goes_before_the_run_order_and_only_to_those_who_do_not_have_
         assert roster.bases[-1].members == (0, 1, 2)
         assert [known.name for known in roster.hosts] == ["n0", "n1", "n2"]
     assert job.say(0, state="running", round=1, roster=1) == {}
-    beat = job.leader.take_orders(beat=True)
-    assert [len(beat[conn]) for conn in (0, 1, 2)] == [1, 2, 2], "to the others once more with each heartbeat"
+    job.leader.take_orders(beat=True)
+    for _ in range(2):
+        beat = job.leader.take_orders(beat=True)
+        assert [len(beat[conn]) for conn in (0, 1, 2)] == [1, 2, 2], "to the others once more"
+        job.leader.take_orders(beat=True)
 
 
 def test_before_the_first_round_there_is_no_roster_to_send() -> None:
@@ -127,7 +135,7 @@ def formed_again_without_2() -> Job:
     job = formed(3)
     for node in (0, 1, 2):
         job.say(node, state="running", round=1, seen=1, roster=1)
-    job.leader.on_lost(2, "gone", job.now)
+    job.lose(2, "gone")
     job.ready(0, 1)
     assert job.leader.roster.round == 2
     return job
@@ -184,7 +192,7 @@ def test_an_echo_alone_is_believed_after_a_moment() -> None:
 def test_a_lost_node_is_the_cause_of_the_echo_that_was_faster() -> None:
     job = formed(3)
     job.fail(0, failure(0, "connection closed by peer", collateral=True))
-    job.leader.on_lost(2, "its connection was closed", job.now)
+    job.lose(2, "its connection was closed")
     assert [event["reason"] for event in job.events("restart")] == ["n2 lost: its connection was closed"]
 
 
@@ -368,7 +376,7 @@ def test_a_failure_while_workers_save_does_not_start_them_again(*, lose: bool) -
     job = formed(3)
     job.leader.on_request("drain", "time limit", job.now)
     if lose:
-        job.leader.on_lost(2, "its connection was closed", job.now)
+        job.lose(2, "its connection was closed")
     else:
         job.fail(2)
     assert job.verdict.outcome == "requeue"
@@ -421,7 +429,7 @@ def test_nobody_is_taken_in_while_workers_save() -> None:
 
 def test_too_few_nodes_return_through_the_queue_and_are_charged() -> None:
     job = formed()
-    job.leader.on_lost(1, "its connection was closed", job.now)
+    job.lose(1, "its connection was closed")
     job.wait(POLICY.heartbeat_timeout + 0.1)
     assert (job.verdict.outcome, job.verdict.cause, job.verdict.requeues) == ("requeue", "node lost", 1)
     assert job.verdict.round == 2
@@ -476,7 +484,8 @@ def test_who_takes_over_learns_of_a_later_round_before_it_decides() -> None:
     sent = orders(job.say(2, seen=4, roster=4))
     assert not sent[2].leads, "node 2 knows what this one does not"
     later = inherited(restarts=5)
-    job.leader.on_roster(replace(later, round=4, bases=(replace(later.bases[-1], round=4),)), job.now)
+    job.leader.on_roster(replace(later, round=4, bases=(replace(later.bases[-1], round=4),)))
+    job.leader.decide(job.now)
     assert job.leader.round == 5
     assert job.leader.leads
     assert job.leader.restarts >= 5
@@ -493,10 +502,10 @@ def test_who_takes_over_in_vain_gives_up_without_a_word() -> None:
 def test_a_leader_without_a_majority_stops_to_lead_and_leaves_no_verdict() -> None:
     job = formed(4)
     for node in (1, 2):
-        job.leader.on_lost(node, "gone", job.now)
+        job.lose(node, "gone")
     job.wait(POLICY.heartbeat_timeout + 0.1)
     assert not job.leader.abdicated, "half of them and the leader may go on"
-    job.leader.on_lost(3, "gone", job.now)
+    job.lose(3, "gone")
     assert not job.leader.abdicated, "they may be back in a moment"
     job.wait(POLICY.heartbeat_timeout + 0.1)
     assert job.leader.abdicated
@@ -506,14 +515,14 @@ def test_a_leader_without_a_majority_stops_to_lead_and_leaves_no_verdict() -> No
 
 def test_a_leader_whose_workers_run_without_a_majority_stops_them_at_once() -> None:
     job = formed(4, max_nodes=3)
-    job.leader.on_lost(1, "gone", job.now)
+    job.lose(1, "gone")
     job.ready(0, 2, 3)
     assert job.leader.roster.bases[-1].members == (0, 2, 3)
     for node in (0, 2, 3):
         job.say(node, state="running", round=2, seen=2, roster=2)
     job.say(2, state="succeeded", round=2)
-    job.leader.on_lost(2, "gone", job.now)
-    job.leader.on_lost(0, "gone", job.now)
+    job.lose(2, "gone")
+    job.lose(0, "gone")
     assert job.leader.abdicated
 
 

@@ -142,6 +142,37 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
     assert "[rank1]: round 3 rank 1" in job.output.read_text()
 
 
+def test_the_next_workers_are_the_standbys_that_waited(local: Callable[..., Local]) -> None:
+    job = local("--local", "2", "--preload", "torch,elastic_hpc.training", script=LISTEN)
+
+    def waiting() -> set[int]:
+        agents = [str(job.agent(0)), str(job.agent(1))]
+        children = [int(pid) for a in agents for pid in Path(f"/proc/{a}/task/{a}/children").read_text().split()]
+        return {pid for pid in children if b"standby.py" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+    pid = job.stepped(1, 1)[0]
+    assert pid not in waiting()
+    job.wait_for(lambda: len(waiting()) == 2)
+    standbys = waiting()
+    os.kill(pid, signal.SIGKILL)
+    assert {job.stepped(2, 0)[0], job.stepped(2, 1)[0]} == standbys
+    job.wait_for(lambda: len(job.events("started")) == 2)
+    assert [(event["round"], event["warm"], event["cold"]) for event in job.events("started")] == [(1, 2, 0), (2, 2, 0)]
+    assert all(event["standby_mb"] > 10 for event in job.events("started"))
+    waiting_for_the_end = waiting()
+    job.process.terminate()
+    assert job.process.wait(timeout=60) == 130
+    assert not any(Path(f"/proc/{pid}").exists() for pid in waiting_for_the_end)
+
+
+def test_without_standbys_every_worker_starts_cold(local: Callable[..., Local]) -> None:
+    job = local("--local", "2", "--preload", "off", script=LISTEN)
+    job.stepped(1, 1)
+    job.wait_for(lambda: job.events("started"))
+    event = job.events("started")[0]
+    assert (event["warm"], event["cold"], event["why"]) == (0, 2, ["--preload off"])
+
+
 def test_ctrl_c_twice_stops_also_a_script_that_does_not_listen(local: Callable[..., Local]) -> None:
     job = local("--standalone", "--nproc-per-node", "2")
     pid = job.stepped(1, 1)[0]
