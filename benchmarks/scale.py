@@ -8,485 +8,23 @@ everything: the CPU of a thousand nodes too. It needs neither Slurm nor root.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
-import logging
-import multiprocessing
-import os
-import random
-import resource
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from datetime import timedelta
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from _cluster import BenchmarkError, busy, can_write, machine, positive
+from _agents import allow_files, rounds_of
+from _cluster import BenchmarkError, busy, can_write, figure, kept, machine, positive
+from _torch_rounds import torch_rounds
 from rich.console import Console
 from rich.table import Table
-
-from elastic_hpc import channel, member, net, protocol
-from elastic_hpc.decide import Policy
-from elastic_hpc.errors import JobEnded
-from elastic_hpc.leader import Leader
-from elastic_hpc.membership import Membership
-from elastic_hpc.protocol import Host, Order, Roster, Status
-from elastic_hpc.server import LeaderServer
 
 SIZES = (4, 16, 64, 256, 1024)
 PEER_SIZES = (4, 16, 64)
 """Sizes at which torch's rendezvous is tried."""
 
-STARTS_WITHIN = 10.0
-"""Seconds in which 1,024 agents start; fewer start in less time, at the same rate."""
-
-IDLE = 5.0
-"""Seconds for which the leader is watched with heartbeats only."""
-
-HEARTBEAT_TIMEOUT = 5.0
-"""elastic-sbatch's default; the heartbeats come five times as often."""
-
-LAST_CALL = 1
-"""torch's ``last_call_timeout``, in seconds: the least that it takes, where its default is 30."""
-
-SECRET = b"benchmark"
-
-
-class Meter:
-    """What one process has said and heard on its control connections, handshakes included."""
-
-    def __init__(self) -> None:
-        self.messages = self.bytes = 0
-        encode, read = protocol.encode, channel.Channel.read
-
-        def counting_encode(message: protocol.Message) -> bytes:
-            line = encode(message)
-            self._count(line)
-            return line
-
-        async def counting_read(link: channel.Channel) -> bytes:
-            line = await read(link)
-            self._count(line)
-            return line
-
-        protocol.encode = counting_encode
-        channel.Channel.read = counting_read  # type: ignore[method-assign]
-
-    def _count(self, line: bytes) -> None:
-        self.messages += 1
-        self.bytes += len(line)
-
-    def look(self) -> dict[str, float]:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        return {
-            "messages": self.messages,
-            "bytes": self.bytes,
-            "cpu": used.ru_utime + used.ru_stime,
-            "rss_mib": _rss_mib(),
-            "at": time.monotonic(),
-        }
-
-
-def _rss_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-class Record:
-    """The leader's record; only the address is written."""
-
-    def __init__(self, endpoint: Path, host: Host) -> None:
-        self._endpoint, self._host = endpoint, host
-
-    def publish(self) -> None:
-        new = self._endpoint.with_suffix(f".{self._host.node}")
-        new.write_text(json.dumps({"node": self._host.node, "port": self._host.port}))
-        new.replace(self._endpoint)
-
-    def beat(self) -> None: ...
-
-    def event(self, name: str, fields: dict[str, Any]) -> None: ...
-
-    def state(self, **state: int) -> None: ...
-
-    def verdict(self, _verdict: dict[str, Any]) -> Future[None]:
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-
-def _host(node: int, port: int) -> Host:
-    return Host(node, f"node{node:04}", ("127.0.0.1",), port, "torch 2.13.0, Python 3.11")
-
-
-class Agent:
-    """One node without workers: they start and stop at once."""
-
-    def __init__(self, node: int, size: int, endpoint: Path, started: Callable[[int, int], None]) -> None:
-        self.node, self._size, self._endpoint, self._started = node, size, endpoint, started
-        self._listener = net.listen_from(0)
-        self.host = _host(node, self._listener.getsockname()[1])
-        self._status = Status(0, self.host, 8)
-        self._order: Order | None = None
-        self._link: channel.Channel | None = None
-        self._workers = 0
-
-        async def secret() -> bytes:
-            return SECRET
-
-        self._network = channel.Network(self._listener, secret, HEARTBEAT_TIMEOUT / 5)
-        self.membership = Membership(
-            self.host,
-            self,
-            self._network,
-            heartbeat_timeout=HEARTBEAT_TIMEOUT,
-            join_timeout=600.0,
-            first=node == 0,
-        )
-
-    def start(self) -> None:
-        self._running = asyncio.ensure_future(self.membership.run())
-
-    def kill(self) -> None:
-        """It is gone, and its connection with it."""
-        self._running.cancel()
-        self._listener.close()
-        if self._link:
-            self._link.close()
-
-    # what membership needs of its node
-
-    def status(self) -> Status:
-        return self._status
-
-    def set_order(self, order: Order | None, link: Any) -> None:
-        self._order, self._link = order, link
-        while True:
-            match member.step(self._order, self._status, self._workers):
-                case member.Stop():
-                    self._workers = 0
-                case member.Acknowledge(round):
-                    self._report(state="idle", round=round)
-                case member.Start(round, _):
-                    self._workers = round
-                    self._report(state="running", round=round)
-                    self._started(self.node, round)
-                case _:
-                    return
-
-    def _report(self, **changes: Any) -> None:
-        self._status = replace(self._status, **changes)
-        self.membership.say()
-
-    def ended(self, over: JobEnded) -> None:
-        raise BenchmarkError(f"an agent gave up: {over}")
-
-    async def published(self) -> Host | None:
-        try:
-            found = json.loads(self._endpoint.read_text())
-        except FileNotFoundError:
-            return None
-        return _host(found["node"], found["port"])
-
-    async def give_up(self, *_: object, **__: object) -> JobEnded | None:
-        return None
-
-    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
-        policy = Policy(
-            min_nodes=1,
-            max_nodes=self._size,
-            sizes=(),
-            spares=0,
-            grow=False,
-            free_growth=False,
-            grow_every=0.0,
-            wait_for_nodes=0.0,
-            max_restarts=1000,
-            max_requeues=0,
-            heartbeat_timeout=HEARTBEAT_TIMEOUT,
-            join_timeout=600.0,
-            last_call_timeout=600.0,
-            grace=0.0,
-            can_requeue=False,
-        )
-        granted = 0 if roster else self._size
-        now = time.monotonic()
-        leader = Leader(
-            policy, node=self.node, nproc=8, now=now, granted=granted, inherited=roster, reason=reason, host=self.host
-        )
-
-        async def open_store(round: int) -> int:
-            return 1 + round
-
-        async def act(*_: Any, **__: Any) -> None: ...
-
-        return LeaderServer(leader, Record(self._endpoint, self.host), open_store, act)
-
-
-@dataclass(frozen=True)
-class Child:
-    """A process with some of the agents."""
-
-    process: multiprocessing.process.BaseProcess
-    pipe: Connection
-
-    def ask(self, *what: Any, within: float = 30.0) -> Any:
-        """Its answer. BenchmarkError if there is none in so many seconds."""
-        self.pipe.send(what)
-        if not self.pipe.poll(within):
-            raise BenchmarkError(f"{what[0]}: no answer within {within:g} s")
-        return self.pipe.recv()
-
-
-def serve(pipe: Connection, nodes: range, size: int, endpoint: Path, spread: float, profile: Path | None) -> None:
-    """In a process of its own: the agents of ``nodes``, which start within ``spread`` seconds of being told so."""
-    allow_files()
-    logging.getLogger("elastic_hpc").setLevel(logging.ERROR)  # each agent would say that it waits for the head
-    meter = Meter()
-    rounds: dict[int, dict[int, float]] = {}
-
-    def started(node: int, round: int) -> None:
-        rounds.setdefault(round, {})[node] = time.monotonic()
-
-    async def main() -> None:
-        over = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, what: print(what.get("message"), what.get("exception"), file=sys.stderr))
-        agents = {node: Agent(node, size, endpoint, started) for node in nodes}
-        arrivals: list[float] = []
-        waits: list[tuple[int, float]] = []
-
-        def arrive(agent: Agent) -> None:
-            arrivals.append(time.monotonic())
-            agent.start()
-
-        def newest(members: int) -> tuple[int, float, float] | None:
-            """The newest round that so many of these agents have begun: its number, the first and the last moment."""
-            whole = [round for round, at in rounds.items() if len(at) >= members]
-            return (max(whole), min(rounds[max(whole)].values()), max(rounds[max(whole)].values())) if whole else None
-
-        def heed() -> None:
-            match pipe.recv():
-                case ("start",):
-                    for agent in agents.values():
-                        loop.call_later(random.uniform(0, spread) if spread else 0, arrive, agent)  # noqa: S311
-                    pipe.send(None)
-                case ("look",):
-                    pipe.send({**meter.look(), "arrivals": (min(arrivals), max(arrivals)) if arrivals else None})
-                case ("lose", node):
-                    pipe.send(time.monotonic())
-                    agents.pop(node).kill()
-                case ("begun", round, members):
-                    waits.append((round, members))
-                case ("end",):
-                    over.set()
-
-        async def tell() -> None:
-            while not over.is_set():
-                for wait in list(waits):
-                    found = newest(int(wait[1]))
-                    if found and found[0] >= wait[0]:
-                        waits.remove(wait)
-                        pipe.send(found)
-                await asyncio.sleep(0.01)
-
-        loop.add_reader(pipe.fileno(), heed)
-        telling = asyncio.ensure_future(tell())
-        pipe.send(len(agents))
-        await over.wait()
-        await telling
-        if not profile:
-            os._exit(0)
-
-    if profile:
-        import cProfile  # noqa: PLC0415 - only then
-
-        with contextlib.suppress(RuntimeError), cProfile.Profile() as profiler:
-            asyncio.run(main())
-        profiler.dump_stats(profile)
-    else:
-        asyncio.run(main())
-
-
-def allow_files() -> None:
-    """As many open files as this user may have."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def start_child(nodes: range, size: int, endpoint: Path, spread: float, profile: Path | None = None) -> Child:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, nodes, size, endpoint, spread, profile), daemon=True)
-    process.start()
-    if not ours.poll(60):
-        raise BenchmarkError("the agents do not start")
-    ours.recv()
-    return Child(process, ours)
-
-
-def rounds_of(size: int, bound: float, *, late: float = 0.0, profile: Path | None = None) -> dict[str, Any]:
-    """All that is measured of ``size`` agents. ``late``: the head starts so many seconds after the others."""
-    spread = STARTS_WITHIN * min(1.0, size / 1024)
-    with tempfile.TemporaryDirectory() as folder:
-        endpoint = Path(folder, "endpoint.json")
-        others = start_child(range(1, size), size, endpoint, spread)
-        head = start_child(range(1), size, endpoint, 0.0, profile)
-        try:
-            if late:
-                others.ask("start")
-                time.sleep(late)
-            led_at = time.monotonic()
-            head.ask("start")
-            if not late:
-                others.ask("start")
-            _, _, last = others.ask("begun", 1, size - 1, within=spread + bound)
-            first_arrival, last_arrival = others.ask("look")["arrivals"]
-            formed = head.ask("look")
-            time.sleep(1.5)  # what was said about the round's start is over
-            result: dict[str, Any] = {
-                "what": "rounds",
-                "agents": size,
-                "form_s": last - max(last_arrival, led_at),
-                "form_from_first_s": last - min(first_arrival, led_at),
-                "form_messages": formed["messages"],
-                "form_bytes": formed["bytes"],
-                "form_cpu_s": formed["cpu"],
-            }
-            before, others_before = head.ask("look"), others.ask("look")
-            time.sleep(IDLE)
-            after, others_after = head.ask("look"), others.ask("look")
-            passed = after["at"] - before["at"]
-            result |= {
-                "idle_cpu_share": (after["cpu"] - before["cpu"]) / passed,
-                "agents_idle_cpu_share": (others_after["cpu"] - others_before["cpu"]) / passed,
-                "idle_messages_per_s": (after["messages"] - before["messages"]) / passed,
-                "leader_rss_mib": after["rss_mib"],
-            }
-            before = after
-            load = os.getloadavg()[0]
-            lost_at = others.ask("lose", size // 2)
-            _, _, last = others.ask("begun", 2, size - 2, within=bound)
-            after = head.ask("look")
-            result |= {
-                "reform_s": last - lost_at,
-                "load_average": load,
-                "reform_messages": after["messages"] - before["messages"],
-                "reform_bytes": after["bytes"] - before["bytes"],
-                "reform_cpu_s": after["cpu"] - before["cpu"],
-            }
-            others_now = others.ask("look")
-            result |= {
-                "agents_rss_mib": others_now["rss_mib"],
-                "agents_reform_cpu_s": others_now["cpu"] - others_after["cpu"],
-            }
-            if profile:
-                head.pipe.send(("end",))
-                head.process.join(20)
-                return result
-            time.sleep(1.5)
-            killed_at = time.monotonic()
-            head.process.kill()
-            try:
-                _, _, last = others.ask("begun", 3, size - 2, within=bound)
-            except BenchmarkError:
-                return {**result, "take_over_s": None, "bound_s": bound}
-            return {**result, "take_over_s": last - killed_at}
-        finally:
-            for child in (head, others):
-                child.process.kill()
-                child.process.join()
-
-
-def torch_rounds(size: int, bound: float) -> dict[str, Any]:
-    """The same with torch's dynamic rendezvous on one TCPStore, a thread for each of its handlers."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_torch_rounds, args=(theirs, size, bound), daemon=True)
-    process.start()
-    theirs.close()
-    result: dict[str, Any] = {"what": "torch c10d", "agents": size, "bound_s": bound, "form_s": None, "reform_s": None}
-    try:
-        with contextlib.suppress(EOFError):
-            while ours.poll(2 * bound + 60):
-                result |= ours.recv()
-    finally:
-        process.kill()
-        process.join()
-    return result
-
-
-def _torch_rounds(pipe: Connection, size: int, bound: float) -> None:
-    # the processes with our agents do without torch
-    from torch.distributed import TCPStore  # noqa: PLC0415
-    from torch.distributed.elastic.rendezvous import RendezvousParameters, dynamic_rendezvous  # noqa: PLC0415
-    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend  # noqa: PLC0415
-
-    logging.disable()
-    allow_files()
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=bound))
-    handlers = []
-    for _ in range(size):
-        store = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=bound))
-        params = RendezvousParameters(
-            "c10d",
-            f"127.0.0.1:{server.port}",
-            "scale",
-            size - 1,
-            size,
-            local_addr="127.0.0.1",
-            join_timeout=bound,
-            last_call_timeout=LAST_CALL,
-        )
-        handlers.append(dynamic_rendezvous.create_handler(store, C10dRendezvousBackend(store, "scale"), params))
-
-    def all_join(handlers: list[Any]) -> float | None:
-        """Seconds until all have their rank, None if some do not get one."""
-        problems: list[BaseException] = []
-
-        def join(handler: Any) -> None:
-            try:
-                handler.next_rendezvous()
-            except Exception as error:  # noqa: BLE001 - the bound has passed, or the rendezvous failed
-                problems.append(error)
-
-        began = time.monotonic()
-        threads = [threading.Thread(target=join, args=(handler,), daemon=True) for handler in handlers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0.0, began + bound - time.monotonic()))
-        whole = not problems and not any(thread.is_alive() for thread in threads)
-        return time.monotonic() - began if whole else None
-
-    formed = all_join(handlers)
-    pipe.send({"form_s": formed})
-    if formed is not None:
-        lost = handlers.pop(size // 2)
-        lost._stop_heartbeats()  # noqa: SLF001 - it leaves in order: else the others wait for its keep-alive to run out
-        lost._op_executor.run(dynamic_rendezvous._RendezvousExitOp(), time.monotonic() + bound)  # noqa: SLF001
-        pipe.send({"reform_s": all_join(handlers)})
-    os._exit(0)
-
-
-def row(name: str, ours: float | None, theirs: float | None, note: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "ours": ours,
-        "peer": f"torch c10d {version('torch')}",
-        "theirs": theirs,
-        "ratio": theirs / ours if theirs is not None and ours else None,
-        "unit": "s",
-        "note": note,
-    }
+PEER = f"torch c10d {version('torch')}"
 
 
 def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -513,7 +51,8 @@ def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 note = f"torch: not within {peer['bound_s']:g} s"
             elif peer and key == "reform_s":
                 note = "torch is told of the loss, which it does not notice by itself"
-            rows.append(row(f"{name}, {size} agents", found[key], peer.get(key) if peer else None, note))
+            theirs = peer.get(key) if peer else None
+            rows.append(figure(f"{name}, {size} agents", found[key], PEER, theirs, note=note))
     return rows
 
 
@@ -600,24 +139,24 @@ def main(argv: list[str] | None = None) -> int:
     where = {**machine(), "busy_before": busy()}
     results: list[dict[str, Any]] = []
     console = Console(width=None if sys.stdout.isatty() else 140)
-    try:
+    problems = []
+    with kept(results):
         for size in asked.sizes:
-            results.append(rounds_of(size, asked.bound, late=asked.late, profile=asked.profile))
+            try:
+                results.append(rounds_of(size, asked.bound, late=asked.late, profile=asked.profile))
+            except BenchmarkError as error:
+                problems.append(f"{size} agents: {error}")
+                print(f"scale.py: {problems[-1]}", file=sys.stderr)
             if size in PEER_SIZES and not (asked.late or asked.profile):
                 results.append(torch_rounds(size, asked.bound))
-    except BenchmarkError as error:
-        print(f"scale.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if results:
-            show(results, console)
+    show(results, console)
     console.print(
         f"{where['date']}: torch {where['torch']}, Python {where['python']}, {where['cores']} cores; "
         f"others used {where['busy_before']:.0%} of them before"
     )
     if asked.json:
         asked.json.write_text(json.dumps({"machine": where, "rows": results, "table": table(results)}, indent=1) + "\n")
-    return 0
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

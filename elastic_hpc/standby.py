@@ -12,7 +12,7 @@ import os  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 
-if not getattr(sys.flags, "safe_path", False):
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     del sys.path[0]  # the folder of this file
 import _signal  # type: ignore[import-not-found]  # noqa: E402
 import _socket  # noqa: E402

@@ -46,14 +46,8 @@ def isolated(setup: str, code: str, *, net: bool = False) -> Any:
 PROBLEMS = "answer = [[p.what, p.fatal] for p in preflight.check(Path({!r}))]"
 
 
-def test_a_node_in_order_has_no_problem_and_costs_little(tmp_path: Path) -> None:
-    took = []
-    for _ in range(3):
-        started = time.monotonic()
-        found = check(tmp_path, command="test -d /")
-        took.append(time.monotonic() - started)
-    assert not [problem for problem in found if problem.fatal]
-    assert min(took) < 0.3
+def test_a_node_in_order_has_no_problem(tmp_path: Path) -> None:
+    assert not [problem for problem in check(tmp_path, command="test -d /") if problem.fatal]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -278,6 +278,11 @@ def test_one_that_is_killed_while_it_waits_is_not_used(tmp_path: Path) -> None:
     assert (pool.started.cold, pool.started.why) == (1, "no standby was ready")
 
 
+def test_the_agents_own_path_is_left_alone() -> None:
+    code = "import sys; sys.path.insert(0, 'mine'); import elastic_hpc.standbys; assert sys.path[0] == 'mine'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def wait_until_ready(pool: Standbys) -> None:
     waiting = [each._socket for each in pool._waiting]
     while waiting:
