@@ -33,16 +33,16 @@ class Gently:
     def __init__(self, agent: _socket.socket) -> None:
         self._agent = agent
         self._spent = time.process_time()
-        self._wanted = False
+        self.wanted = False
 
     def find_spec(self, *_: object) -> None:
         """Asked first for every module: it has none."""
-        if self._wanted:
+        if self.wanted:
             return
         self._agent.settimeout(max(0.0001, 2 * (time.process_time() - self._spent)))
         try:
             self._agent.recv(1, _socket.MSG_PEEK)
-            self._wanted = True
+            self.wanted = True
         except TimeoutError:
             pass
         self._agent.settimeout(None)
@@ -77,7 +77,7 @@ def preload(modules: list[str], guess: str, agent: _socket.socket, *, gently: bo
     try:
         for name in modules:
             __import__(name)
-        if gently and guess:
+        if gently and guess and not gentle.wanted:
             with_luck(guess)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the script will show it
         return f"--preload {name}: {type(error).__name__}: {error}"
