@@ -24,7 +24,7 @@ from elastic_hpc import guard, net, preflight
 from elastic_hpc.channel import Network
 from elastic_hpc.control import Control
 from elastic_hpc.decide import Policy
-from elastic_hpc.env import AgentEnv, prepare_worker_env, read_agent_env, visible_gpus, workers_per_node
+from elastic_hpc.env import AGENT_MARK, AgentEnv, prepare_worker_env, read_agent_env, visible_gpus, workers_per_node
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.joiners import enter
 from elastic_hpc.leading import Leading
@@ -91,6 +91,7 @@ def start_guard(token: str, silence: float, folder: str) -> int:
     theirs, ours = os.pipe()
     subprocess.Popen(
         [sys.executable, "-I", "-S", guard.__file__, token, f"{silence:g}", folder],
+        env={name: value for name, value in os.environ.items() if name != AGENT_MARK},  # it is no worker
         stdin=theirs,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -18,10 +18,14 @@ import _signal  # type: ignore[import-not-found]  # noqa: E402
 import _socket  # noqa: E402
 
 SOCKET = "ELASTIC_HPC_STANDBY"
-"""Number of the descriptor that leads to the agent."""
+"""Number of the descriptor that leads to the agent, and blanks: room for the variables below."""
 OF_A_ROUND = ("RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
 PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "WORLD_", "TORCHELASTIC_", "ELASTIC_HPC_")
 """Variables that may become known after the imports: they are read when a world is formed."""
+
+
+def is_of_a_round(name: str) -> bool:
+    return name in OF_A_ROUND or name.startswith(PREFIXES)
 
 
 class Gently:
@@ -111,7 +115,7 @@ def is_plain(path: str) -> bool:
 def obstacle(argv: list[str], started_with: dict[str, str], environ: dict[str, str], outputs: tuple[int, int]) -> str:
     """Why a fresh process would be another one; empty if it would not."""
     for name in started_with.keys() | environ.keys():
-        if started_with.get(name) != environ.get(name) and name not in OF_A_ROUND and not name.startswith(PREFIXES):
+        if started_with.get(name) != environ.get(name) and not is_of_a_round(name):
             return f"{name} has changed"
     if any(os.fstat(output).st_mode >> 12 != os.fstat(1).st_mode >> 12 for output in outputs):
         return "the output is no file"
@@ -130,15 +134,23 @@ def redirect(outputs: tuple[int, int], *, repeat: bool) -> None:
             said = said[os.write(number, said) :]
 
 
-def show_command(command: list[str]) -> None:
-    """Have ``ps`` show ``command``: it overwrites what this process was started with, as far as there is room."""
+def show(command: list[str], environ: dict[str, str]) -> None:
+    """Have ``ps`` and ``/proc`` show ``command``, and the variables of ``environ`` that came late: they overwrite what
+    this process was started with, where room was left for them.
+    """
     try:
         with open("/proc/self/stat", "rb") as file:
-            begin, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
-        words = b"".join(os.fsencode(word) + b"\0" for word in command)
+            arguments, after, variables = map(int, file.read().rpartition(b")")[2].split()[45:48])
+        with open("/proc/self/environ", "rb") as file:
+            block = file.read()
+        room = block.index(SOCKET.encode() + b"=")
+        end = block.index(b"\0", room) + 1
+        late = [f"{name}={value}" for name, value in environ.items()]
         memory = os.open("/proc/self/mem", os.O_WRONLY)
         try:
-            os.pwrite(memory, words[: end - begin - 1].ljust(end - begin, b"\0"), begin)
+            for address, size, words in ((arguments, after - arguments, command), (variables + room, end - room, late)):
+                content = b"".join(os.fsencode(word) + b"\0" for word in words)
+                os.pwrite(memory, content[: size - 1].ljust(size, b"\0"), address)
         finally:
             os.close(memory)
     except (OSError, ValueError):
@@ -169,9 +181,9 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object]]:
         os.execve(sys.executable, command, environ)  # noqa: S606 - the worker itself
     for name in started_with.keys() - environ.keys():
         os.environ.pop(name, None)
-    # what the imports themselves have set stays
-    os.environ.update({name: value for name, value in environ.items() if started_with.get(name) != value})
-    show_command(command)
+    late = {name: value for name, value in environ.items() if started_with.get(name) != value}
+    os.environ.update(late)  # what the imports themselves have set stays
+    show(command, late)
     main = type(sys)("__main__")
     main.__dict__.update(fresh, __doc__=None)
     sys.modules["__main__"] = main
@@ -198,12 +210,12 @@ if __name__ == "__main__":
     except SystemExit:
         raise
     except BaseException as error:
-        show, shown = sys.excepthook, error.__traceback__ and error.__traceback__.tb_next
+        hook, shown = sys.excepthook, error.__traceback__ and error.__traceback__.tb_next
 
         def without_this_file(kind: type[BaseException], value: BaseException, _: object) -> None:
             """Show the traceback as if the script had been started."""
-            sys.excepthook, sys.last_traceback = show, shown
-            show(kind, value.with_traceback(shown), shown)
+            sys.excepthook, sys.last_traceback = hook, shown
+            hook(kind, value.with_traceback(shown), shown)
 
         sys.excepthook = without_this_file
         raise

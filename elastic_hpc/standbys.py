@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from elastic_hpc import memory, standby
+from elastic_hpc.env import AGENT_MARK
 
 SHARE = 0.1
 """Of the memory that is free while the workers train, so much may go into standbys."""
 
 _GUESS = "torch._dynamo"
 """DistributedDataParallel and torch.compile import it at their first use, which takes as long as torch itself."""
+
+_ROOM = 2048
+"""Bytes for what torch tells a worker: rank, world size, addresses, files."""
 
 _DEATHS = 3
 """So often standbys may die while they wait, until one has been of use; then the node does without."""
@@ -46,12 +50,15 @@ class _Standby:
         room = sum(len(os.fsencode(word)) + 1 for word in argv) - len(os.fsencode(standby.__file__)) - 2
         if room > 0:  # what is shown later needs it
             start.append(" " * room)
+        late = {name: value for name, value in os.environ.items() if standby.is_of_a_round(name) and name != AGENT_MARK}
+        environ = {name: value for name, value in os.environ.items() if name not in late}
+        blanks = " " * (_ROOM + sum(len(os.fsencode(name + value)) + 2 for name, value in late.items()))
         guess = _GUESS if "torch" in modules else ""
         try:
             self._socket.send(marshal.dumps((list(argv), list(modules), guess, gently)))
             self.process = subprocess.Popen(
                 start,
-                env={**os.environ, standby.SOCKET: str(theirs.fileno())},
+                env={**environ, standby.SOCKET: f"{theirs.fileno()}{blanks}"},  # the last one
                 stdout=out,
                 stderr=err,
                 pass_fds=(theirs.fileno(),),

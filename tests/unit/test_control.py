@@ -247,12 +247,14 @@ def test_the_steps_of_a_round_are_not_told_of_the_next_one(cluster: Cluster) -> 
     cluster.seats()
     for control in cluster.controls:
         control.report("running", 1)
-        control.report_progress(Progress(62, drained=False, first=1, first_at=100.0, step_at=162.0))
+        said = Progress(62, drained=False, listens=True, first=1, first_at=100.0, step_at=162.0)
+        control.report_progress(said)
     wait_for(lambda: cluster.events("progress"))
     cluster.controls[1].report("failed", 1, Failure("exit", "n1", 1, 0, 9, "exit code 9", 0.0))
     for control in cluster.controls:
         wait_for(lambda control=control: control.must_stop(1))
     cluster.seats()
+    assert not any(control.status().listens for control in cluster.controls)
     for control in cluster.controls:
         control.report("running", 2)
         control.report_progress(Progress(61, drained=False, first=61, first_at=200.0, step_at=200.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -148,11 +149,15 @@ def test_the_next_workers_are_the_standbys_that_waited(local: Callable[..., Loca
     def waiting() -> set[int]:
         agents = [str(job.agent(0)), str(job.agent(1))]
         children = [int(pid) for a in agents for pid in Path(f"/proc/{a}/task/{a}/children").read_text().split()]
-        return {pid for pid in children if b"standby.py" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+        commands = {}
+        for pid in children:
+            with contextlib.suppress(OSError):  # it has just ended
+                commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return {pid for pid, command in commands.items() if b"standby.py" in command}
 
     pid = job.stepped(1, 1)[0]
     assert pid not in waiting()
-    job.wait_for(lambda: len(waiting()) == 2)
+    job.wait_for(lambda: job.events("started") and len(waiting()) == 2)
     standbys = waiting()
     os.kill(pid, signal.SIGKILL)
     assert {job.stepped(2, 0)[0], job.stepped(2, 1)[0]} == standbys
@@ -160,7 +165,7 @@ def test_the_next_workers_are_the_standbys_that_waited(local: Callable[..., Loca
     assert [(event["round"], event["warm"], event["cold"]) for event in job.events("started")] == [(1, 2, 0), (2, 2, 0)]
     assert all(event["standby_mb"] > 10 for event in job.events("started"))
     waiting_for_the_end = waiting()
-    job.process.terminate()
+    job.process.send_signal(signal.SIGINT)
     assert job.process.wait(timeout=60) == 130
     assert not any(Path(f"/proc/{pid}").exists() for pid in waiting_for_the_end)
 

@@ -32,6 +32,7 @@ answer = {
              "is this": vars(me) is globals()},
     "environ": dict(os.environ),
     "getenv": sorted(str(subprocess.run(["env", "-0"], capture_output=True).stdout).split("\\0")),
+    "shown": sorted(filter(None, open("/proc/self/environ").read().split("\\0"))),
     "cwd": os.getcwd(), "umask": os.umask(0o22), "uid": os.getresuid(), "groups": os.getgroups(),
     "handlers": {n: str(signal.getsignal(n)).split(" at ")[0] for n in signal.valid_signals()},
     "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), "wakeup": signal.set_wakeup_fd(-1),
