@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 from elastic_hpc import guard, net, preflight
@@ -145,7 +144,9 @@ def make_local_folder() -> str:
 
 def software() -> str:
     """What all nodes must have the same of."""
-    return f"torch {version('torch')}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    import torch
+
+    return f"torch {torch.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -352,8 +352,10 @@ class Leader:
         self._event("unfit" if status.unfit else "refused", node=status.name, reason=reason)
 
     def _who_is_missing(self) -> str:
+        if not self._first:
+            return ""
         names = [name for node, name in enumerate(self._granted_names) if node not in self._peers.seen]
-        if not (self._first and names):
+        if not names:
             return ""
         text = fold(names)
         if len(text) > _MOST_NAMES:

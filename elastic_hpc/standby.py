@@ -63,13 +63,12 @@ def private_megabytes() -> float:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
 
 
-def with_luck(module: str) -> bool:
+def with_luck(module: str) -> None:
     """Import it; the script would be the one to tell that it does not work."""
-    try:
+    try:  # noqa: SIM105 - contextlib may be one of the script's own
         __import__(module)
-    except Exception:  # noqa: BLE001
-        return False
-    return True
+    except Exception:  # noqa: BLE001, S110
+        pass
 
 
 def preload(modules: list[str], guess: str, agent: _socket.socket, *, gently: bool) -> str:
@@ -160,7 +159,7 @@ def show(command: list[str], environ: dict[str, str]) -> None:
 def prepare() -> tuple[str | tuple[bytes, str], dict[str, object]]:
     """Everything until the script may run: its code and namespace; no code for a module."""
     agent = _socket.socket(fileno=int(os.environ.pop(SOCKET)))
-    began, started_with = time.monotonic(), dict(os.environ)
+    started_with = dict(os.environ)
     argv, modules, guess, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
     command = [sys.orig_argv[0], "-u", *argv]
     is_module = argv[0] == "-m"
@@ -169,7 +168,7 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object]]:
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, os.getcwd() if is_module else os.path.dirname(os.path.realpath(argv[0])))
     why = preload(modules, guess, agent, gently=gently)
-    agent.send(f"ready {time.monotonic() - began:.3f} {private_megabytes():.1f}".encode())
+    agent.send(f"ready {private_megabytes():.1f}".encode())
     outputs, environ = receive(agent)
     why = why or obstacle(argv, started_with, environ, outputs)
     redirect(outputs, repeat=not why)

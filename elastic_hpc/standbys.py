@@ -71,7 +71,7 @@ class _Standby:
         self.ready = False
 
     def hear(self) -> list[str]:
-        """What it has said since: ``ready SECONDS MEGABYTES``, then ``warm`` or ``cold WHY``."""
+        """What it has said since: ``ready MEGABYTES``, then ``warm`` or ``cold WHY``."""
         said = []
         with contextlib.suppress(OSError):
             while message := self._socket.recv(4096, socket.MSG_DONTWAIT):
@@ -179,7 +179,7 @@ class Standbys:
     def _note(self, what: str, rest: str) -> None:
         known = self.started
         if what == "ready":
-            self.started = replace(known, standby_mb=float(rest.split()[1]))
+            self.started = replace(known, standby_mb=float(rest))
         elif what == "warm":
             self._deaths = 0
             self.started = replace(known, warm=known.warm + 1)
