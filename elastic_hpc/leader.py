@@ -86,7 +86,7 @@ class Leader:
         self.restarts = roster.restarts
         self.requeues = roster.requeues
         self.abdicated = ""
-        """Why it stopped to lead without a verdict."""
+        """Why it stopped to lead without a verdict: the first loss that cost it its majority, where one is known."""
         self.verdict: Verdict | None = None
         self._node = node
         self._nproc = nproc
@@ -447,7 +447,7 @@ class Leader:
 
     def _act(self, decision: Decision, now: float) -> None:
         if decision.action is Action.ABDICATE:
-            self.abdicated = decision.reason
+            self.abdicated = next(iter(self._world.lost.values()), decision.reason)
             if self.has_led:
                 self._event("abdicate", round=self.round, reason=decision.reason)
             return

@@ -194,7 +194,7 @@ class Membership:
             return joined
         if someone_is_ahead or not votes(self.me.node):
             return None
-        self._lead(f"{self._lost.name if self._lost else 'the majority'} lost: {self._lost_why}")
+        self._lead(self._lost_why)
         return await self._join(self.me)
 
     async def _look_elsewhere(self) -> tuple[Link, Host] | None:
@@ -272,7 +272,9 @@ class Membership:
                     self._silently = self._now() - self._heard >= self._timeout
                     self._lost = leader if leader != self.me else self._lost
                     self._lost_at = self._now()
-                    self._lost_why = f"nothing heard for {self._timeout:g} s" if self._silently else why
+                    why = f"nothing heard for {self._timeout:g} s" if self._silently else why
+                    gave_up = self._led.abdicated if self._led and leader == self.me else ""
+                    self._lost_why = gave_up or f"{leader.name} lost: {why}"
                 self._order = None
                 self._node.set_order(None, None)
 

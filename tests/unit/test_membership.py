@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -129,6 +131,24 @@ def test_of_two_halves_the_one_with_the_leader_goes_on(*, seed: int, files: bool
         job.heal()
         job.files = True
         assert await job.until(job.training, 60)
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_after_all_were_apart_whoever_leads_says_who_was_lost_and_how(seed: int) -> None:
+    job = Job(seed, 4, POLICY, loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        before = job.trained
+        job.cuts = {frozenset(pair) for pair in itertools.combinations(range(4), 2)}
+        assert await job.until(lambda: not any(node.workers.round for node in job.nodes), 60)
+        job.heal()
+        assert await job.until(lambda: job.training() and job.trained > before, 60)
+        why = next(fields["reason"] for _, _, name, fields in job.events if name == "restart")
+        assert re.fullmatch("n[0-3] lost: nothing heard for 5 s", why), why
 
     job.run(story)
 
