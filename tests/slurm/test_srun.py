@@ -13,6 +13,7 @@ from conftest import ROOT, Cluster, wait_for
 
 SRUN = str(Path(sys.executable).with_name("elastic-srun"))
 TRAIN = str(ROOT / "examples" / "train_digits.py")
+COUNTS = str(Path(__file__).with_name("counts.py"))
 
 
 def salloc(*options: str) -> list[str]:
@@ -57,23 +58,25 @@ def test_a_failure_is_told_and_gives_exit_code_1(fresh: Cluster, folder: Path) -
 def test_in_a_batch_script_that_is_lost_with_the_head_training_ends_and_nothing_keeps_the_allocation(
     fresh: Cluster, folder: Path
 ) -> None:
-    train = f"{SRUN} --nodes 2:4 {TRAIN} --epochs 4 --checkpoint-every 10"
-    wrapped = ["sbatch", "--parsable", "--nodes=4", "--no-kill", f"--wrap={train}"]
+    wrapped = ["sbatch", "--parsable", "--nodes=4", "--no-kill", f"--wrap={SRUN} --nodes 2:4 {COUNTS}"]
+    (folder / "hold").touch()
     job = fresh.exec(wrapped, cwd=folder).stdout.strip()
     (run_dir,) = wait_for("its run directory", lambda: list((folder / "elastic-logs").glob("*")))
     wait_for("training", (run_dir / "steps.jsonl").exists)
     fresh.mini("kill", "n1")
+    (folder / "hold").unlink()
     wait_for("the end", lambda: fresh.job_field(job, "JobState") == "CANCELLED", 120)
     assert json.loads((run_dir / "verdict.json").read_text())["outcome"] == "finished"
     assert fresh.job_field(job, "Restarts") == "0"
 
 
 def test_ctrl_c_stops_all_workers_in_good_order(fresh: Cluster, folder: Path) -> None:
-    command = fresh.command([*salloc("--nodes=2"), SRUN, TRAIN], cwd=folder)
+    (folder / "hold").touch()
+    command = fresh.command([*salloc("--nodes=2"), SRUN, COUNTS], cwd=folder)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         steps = wait_for("training", lambda: list((folder / "elastic-logs").glob("*/steps.jsonl")))
-        wait_for("its processes", lambda: fresh.processes("train_digits.py", "n2"))
+        wait_for("its processes", lambda: fresh.processes("counts.py", "n2"))
         (tool,) = [
             pid
             for pid in fresh.processes("elastic-srun", "login")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from conftest import ROOT, Cluster, Job, wait_for
+from conftest import Cluster, Job, wait_for
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 BATCH = f"""#!/bin/bash
@@ -13,7 +13,7 @@ BATCH = f"""#!/bin/bash
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --no-kill --kill-on-bad-exit=0 --wait=0 --ntasks-per-node=1 {TORCHRUN} --rdzv-backend=elastic-hpc \\
     --rdzv-endpoint="$head" --rdzv-id="$SLURM_JOB_ID" --nnodes=2:4 --max-restarts=0 \\
-    {ROOT}/examples/train_digits.py --epochs 4 --checkpoint-every 5
+    {Path(__file__).with_name("counts.py")}
 """
 
 
@@ -26,14 +26,16 @@ def test_torchruns_go_on_without_a_node_that_loses_power_then_without_that_of_th
 ) -> None:
     script = folder / "batch.sh"
     script.write_text(BATCH)
+    (folder / "hold").touch()
     job = Job(fresh, fresh.exec(["sbatch", "--parsable", str(script)], cwd=folder).stdout.strip(), folder)
     job.wait_steps(10)
     fresh.mini("kill", "n4")
     job.wait_steps(5, round=2)
     assert [(event["node"], event["reason"]) for event in job.events("lost")] == [("n4", "nothing heard for 5 s")]
     fresh.mini("kill", "n1")
+    (folder / "hold").unlink()
     wait_for("the end of training", lambda: finished(job), 120)
     assert job.events("take_over")
     assert job.worlds() == [4, 3, 2]
-    job.assert_steps_contiguous(5)
+    job.assert_steps_contiguous(10)
     assert job.verdict()["restarts"] == 2
