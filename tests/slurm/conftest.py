@@ -27,15 +27,11 @@ from _cluster import slurmctld, wrong_steps  # noqa: E402
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker("slurm")
-            item.add_marker(pytest.mark.xdist_group("slurm"))  # one after the other: there is one cluster
-            if os.geteuid() != 0:
-                item.add_marker(pytest.mark.skip(reason="a real Slurm needs root: sudo make test"))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Of this directory alone."""
+    item.add_marker("slurm")
+    if os.geteuid() != 0:
+        item.add_marker(pytest.mark.skip(reason="a real Slurm needs root: sudo make test"))
 
 
 T = TypeVar("T")
