@@ -35,4 +35,5 @@ def test_code_runs(fresh: Cluster, folder: Path, document: Path) -> None:
                 script.write_text(code)
                 run = {"python": [sys.executable], "sh": ["bash", "-e"], "bash": ["sbatch", "--wait"]}[language]
                 allocated = ["salloc", "--quiet", "--nodes=4"] if where else []
-                fresh.exec([*allocated, "env", PATH, *run, str(script)], cwd=folder, timeout=120)
+                environ = [PATH, f"TMPDIR={folder}"]  # torchrun leaves its folders there
+                fresh.exec([*allocated, "env", *environ, *run, str(script)], cwd=folder, timeout=120)

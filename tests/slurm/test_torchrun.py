@@ -12,7 +12,7 @@ BATCH = f"""#!/bin/bash
 #SBATCH --nodes=4 --no-kill
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --no-kill --kill-on-bad-exit=0 --wait=0 --ntasks-per-node=1 {TORCHRUN} --rdzv-backend=elastic-hpc \\
-    --rdzv-endpoint="$head" --rdzv-id="$SLURM_JOB_ID" --nnodes=2:4 --max-restarts=0 \\
+    --rdzv-endpoint="$head" --rdzv-id="$SLURM_JOB_ID" --nnodes=2:4 --max-restarts=0 --log-dir=torchrun \\
     {Path(__file__).with_name("counts.py")}
 """
 
