@@ -86,7 +86,7 @@ class Leader:
         self.restarts = roster.restarts
         self.requeues = roster.requeues
         self.abdicated = ""
-        """Why it stopped to lead without a verdict: the first loss that cost it its majority, where one is known."""
+        """Why it stopped to lead without a verdict: the loss that cost it its majority, where one is known."""
         self.verdict: Verdict | None = None
         self._node = node
         self._nproc = nproc
@@ -114,6 +114,8 @@ class Leader:
         self._min_since: float | None = None
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._drop: list[int] = []
+        self._last_loss = ""
+        """Since the last round was formed."""
 
     # inputs
 
@@ -181,8 +183,9 @@ class Leader:
         name, reason = ("left", why) if why else ("lost", reason)
         self._event(name, node=status.name, reason=reason, round=self.round, silent=round(silent, 3))
         self._coming.doubt()
+        self._last_loss = f"{status.name} lost: {reason}"
         if status.node in self._world.plans and status.node not in self._world.succeeded:
-            self._world.lost[status.node] = f"{status.name} lost: {reason}"
+            self._world.lost[status.node] = self._last_loss
         self._news = True
 
     def decide(self, now: float) -> None:
@@ -447,7 +450,7 @@ class Leader:
 
     def _act(self, decision: Decision, now: float) -> None:
         if decision.action is Action.ABDICATE:
-            self.abdicated = next(iter(self._world.lost.values()), decision.reason)
+            self.abdicated = self._last_loss or decision.reason
             if self.has_led:
                 self._event("abdicate", round=self.round, reason=decision.reason)
             return
@@ -487,7 +490,7 @@ class Leader:
             node: Plan(rank, size, self.restarts, self._stores[self.round], addr)
             for rank, node in enumerate(decision.nodes)
         }
-        self._stage, self._first = "run", False
+        self._stage, self._first, self._last_loss = "run", False, ""
         self._world = World(decision.nodes, plans, now)
         bases = self._mandate.add(Base(self.round, self._node, tuple(filter(votes, decision.nodes))))
         hosts = tuple(peer.status.host for _, peer in sorted(peers.items()) if peer.joined)
