@@ -21,6 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MINI = ROOT / "bin" / "mini-slurm"
+COUNTS = str(Path(__file__).with_name("counts.py"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from _cluster import slurmctld, wrong_steps  # noqa: E402
 

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, Job, wait_for
+from conftest import COUNTS, Cluster, Job, wait_for
 
 Submit = Callable[..., Job]
-COUNTS = Path(__file__).with_name("counts.py")
 EVERY = 10
 
 

@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, Cluster, wait_for
+from conftest import COUNTS, ROOT, Cluster, wait_for
 
 SRUN = str(Path(sys.executable).with_name("elastic-srun"))
 TRAIN = str(ROOT / "examples" / "train_digits.py")
-COUNTS = str(Path(__file__).with_name("counts.py"))
 
 
 def salloc(*options: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from conftest import Cluster, Job, wait_for
+from conftest import COUNTS, Cluster, Job, wait_for
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 BATCH = f"""#!/bin/bash
@@ -13,7 +13,7 @@ BATCH = f"""#!/bin/bash
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --no-kill --kill-on-bad-exit=0 --wait=0 --ntasks-per-node=1 {TORCHRUN} --rdzv-backend=elastic-hpc \\
     --rdzv-endpoint="$head" --rdzv-id="$SLURM_JOB_ID" --nnodes=2:4 --max-restarts=0 --log-dir=torchrun \\
-    {Path(__file__).with_name("counts.py")}
+    {COUNTS}
 """
 
 
