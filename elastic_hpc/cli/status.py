@@ -57,7 +57,7 @@ class Jobs:
         self._asked = float("-inf")
         self._known: dict[str, Queued] = {}
         self.problem = ""
-        """Why Slurm cannot be asked."""
+        """Why Slurm cannot be asked; empty if all have ended by their records."""
 
     def look(self, ask_every: float = 0.0) -> list[tuple[JobView, Story]]:
         """How they are now; Slurm is asked if the last time is ``ask_every`` seconds ago."""
@@ -94,7 +94,10 @@ class Jobs:
         return self._known.get(id) or next(tasks, None)
 
     def _ask(self, ids: Sequence[str], ask_every: float) -> None:
-        if not ids or time.monotonic() - self._asked < ask_every:
+        if not ids:
+            self.problem = ""
+            return
+        if time.monotonic() - self._asked < ask_every:
             return
         self._asked = time.monotonic()
         try:

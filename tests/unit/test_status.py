@@ -16,7 +16,9 @@ import records
 from rich.console import Console
 
 from elastic_hpc.cli.hpc import main
+from elastic_hpc.cli.status import Jobs
 from elastic_hpc.registry import known, remember
+from elastic_hpc.rundir import RunDir
 from elastic_hpc.slurm import Queued
 from elastic_hpc.view.status import SCHEMA, JobView, Seen, as_json, card, span, table, view
 from elastic_hpc.view.story import Story, tell
@@ -147,6 +149,18 @@ def test_the_json_of_a_job_that_is_not_over_says_that_slurm_is_not_there(
     body = json.loads(capsys.readouterr().out)
     assert "Slurm cannot be asked" in body["slurm"]
     assert body["jobs"][0]["state"] == "UNKNOWN"
+
+
+def test_that_slurm_could_not_be_asked_is_forgotten_when_all_jobs_have_ended_by_their_records(tmp_path: Path) -> None:
+    folder = records.copy("grown", tmp_path)
+    verdict = (folder / "verdict.json").read_bytes()
+    (folder / "verdict.json").unlink()
+    jobs = Jobs([RunDir(folder)])
+    ((watched, _),) = jobs.look()
+    assert (watched.state, bool(jobs.problem)) == ("UNKNOWN", True)
+    (folder / "verdict.json").write_bytes(verdict)
+    ((watched, _),) = jobs.look(ask_every=3600)
+    assert (watched.state, jobs.problem) == ("COMPLETED", "")
 
 
 @pytest.mark.parametrize("name", ["verdict.json", "state.json", "spec.json", "endpoint.json", "events.jsonl"])
