@@ -28,7 +28,8 @@ from elastic_hpc.agent import policy_of
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.leader import Leader
 from elastic_hpc.membership import Membership
-from elastic_hpc.protocol import Host, Order, Roster, Status
+from elastic_hpc.protocol import Order, Status
+from elastic_hpc.roster import Host, Roster
 from elastic_hpc.server import LeaderServer
 from elastic_hpc.spec import LaunchSpec, NodeRange, RdzvConf
 

@@ -27,7 +27,7 @@ from elastic_hpc.env import AGENT_MARK, AgentEnv, prepare_worker_env, read_agent
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.joiners import enter
 from elastic_hpc.leading import Leading
-from elastic_hpc.protocol import Host
+from elastic_hpc.roster import Host
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.server import LEAVE_TIMEOUT
 from elastic_hpc.spec import LaunchSpec, add_launch_options

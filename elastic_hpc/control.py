@@ -17,7 +17,8 @@ from elastic_hpc import member
 from elastic_hpc.election import votes
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import Membership, Network
-from elastic_hpc.protocol import Failure, Host, Order, Plan, Roster, State, Status
+from elastic_hpc.protocol import Failure, Order, Plan, State, Status
+from elastic_hpc.roster import Host, Roster
 from elastic_hpc.server import LeaderServer, Link
 from elastic_hpc.standbys import Started
 from elastic_hpc.training import Progress

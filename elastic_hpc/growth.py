@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from elastic_hpc.election import joiner
-from elastic_hpc.protocol import Host
+from elastic_hpc.roster import Host
 
 TOO_LATE = 300.0
 """Seconds to the job's end from which on no node is worth its start."""

@@ -12,7 +12,7 @@ from datetime import timedelta
 from elastic_hpc import slurm
 from elastic_hpc.env import AGAIN, JOIN, AgentEnv
 from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
-from elastic_hpc.protocol import Host
+from elastic_hpc.roster import Host
 from elastic_hpc.rundir import RunDir
 
 _PROBE = 0.5

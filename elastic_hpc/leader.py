@@ -14,10 +14,10 @@ from elastic_hpc.decide import Action, Decision, Policy, View, decide, give_back
 from elastic_hpc.election import Base, votes
 from elastic_hpc.growth import Coming, Needs
 from elastic_hpc.mandate import Mandate
-from elastic_hpc.nodelist import fold
 from elastic_hpc.orders import Orders, Sent
-from elastic_hpc.peers import Peer, Peers
-from elastic_hpc.protocol import Failure, Host, Order, Plan, Request, Roster, Stage, Status
+from elastic_hpc.peers import Peer, Peers, weighed
+from elastic_hpc.protocol import Failure, Order, Plan, Request, Stage, Status
+from elastic_hpc.roster import Host, Roster
 from elastic_hpc.world import SETTLE, Progress, World
 
 STOP_TIMEOUT = 60.0
@@ -25,16 +25,6 @@ STOP_TIMEOUT = 60.0
 
 Outcome = Literal["finished", "failed", "requeue"]
 _OUTCOMES: dict[Action, Outcome] = {Action.FINISH: "finished", Action.FAIL: "failed", Action.REQUEUE: "requeue"}
-
-
-_MOST_NAMES = 200
-"""Characters that the names of missing nodes get in the record."""
-
-
-def _weighed(status: Status) -> tuple[object, ...]:
-    """What of it decisions are made by; the rest is for the record."""
-    world = (status.state, status.round, status.failure, status.drained, status.listens, status.step >= 0)
-    return (*world, status.seen, status.roster, status.mark, status.unfit, status.leaving, status.host)
 
 
 @dataclass(frozen=True)
@@ -125,7 +115,7 @@ class Leader:
             return
         peer = self._peers.get(conn)
         if peer is None:
-            if refusal := self._peers.refusal(status, self._nproc) or self._differs(status):
+            if refusal := self._peers.refusal(status, self._nproc, self._host):
                 self._refuse(conn, status, refusal)
                 if status.node == self._node and self._first:
                     self._end(give_back(refusal, self.requeues, self.policy), now)
@@ -144,7 +134,7 @@ class Leader:
         elif status.seq <= peer.status.seq or status.node != peer.status.node:
             return
         else:
-            news = _weighed(status) != _weighed(peer.status)
+            news = weighed(status) != weighed(peer.status)
         self._news = self._news or news
         self._peers.hear(peer, status, now)
         self._highest = max(self._highest, status.seen)
@@ -232,7 +222,8 @@ class Leader:
         self._advance(now)
         self._tell_progress(now)
         if self._stage == "gather" and now - self._gathered > 1 and not self.verdict:
-            waiting = self._waiting + self._who_is_missing()
+            missing = self._peers.not_joined(self._granted_names) if self._first else ""
+            waiting = self._waiting + (f"; not joined yet: {missing}" if missing else "")
             if waiting != self._told:
                 self._told = waiting
                 self._event("waiting", round=self.round, reason=waiting)
@@ -338,32 +329,11 @@ class Leader:
         """Whether it comes from the world that is taken over: its workers are being stopped, it is waited for."""
         return not self._first and self._inherited != "" and node in self.roster.members
 
-    def _differs(self, status: Status) -> str:
-        """Why a node with other versions than this one may not take part."""
-        ours = self._host
-        if ours is None or status.host.software == ours.software:
-            return ""
-        return (
-            f"{status.name} has {status.host.software or 'unknown versions'}, the leader's node {ours.name} "
-            f"{ours.software}: all nodes must have the same; train in one environment that they share"
-        )
-
     def _refuse(self, conn: int, status: Status, reason: str) -> None:
         self._orders.refused[conn] = reason
         self._peers.saw(status.node)
         self._news = True
         self._event("unfit" if status.unfit else "refused", node=status.name, reason=reason)
-
-    def _who_is_missing(self) -> str:
-        if not self._first:
-            return ""
-        names = [name for node, name in enumerate(self._granted_names) if node not in self._peers.seen]
-        if not names:
-            return ""
-        text = fold(names)
-        if len(text) > _MOST_NAMES:
-            text = f"{text[:_MOST_NAMES].rpartition(',')[0]}, ..."
-        return f"; not joined yet: {text}"
 
     def _on_progress(self, status: Status) -> None:
         self._progress.step = max(self._progress.step, status.step)

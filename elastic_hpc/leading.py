@@ -18,8 +18,8 @@ from elastic_hpc.env import AgentEnv
 from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
 from elastic_hpc.joiners import SlurmSource
 from elastic_hpc.leader import Leader, Verdict
-from elastic_hpc.protocol import Host, Roster
 from elastic_hpc.recorder import Recorder
+from elastic_hpc.roster import Host, Roster
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.server import LeaderServer
 from elastic_hpc.spec import LaunchSpec

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from elastic_hpc.election import Base, extended, has_quorum, relevant
-from elastic_hpc.protocol import Roster, RosterChange, Status
+from elastic_hpc.protocol import Status
+from elastic_hpc.roster import Roster, RosterChange
 
 
 class Mandate:

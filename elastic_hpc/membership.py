@@ -18,7 +18,8 @@ from elastic_hpc import protocol
 from elastic_hpc.election import order_of_succession, votes
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.leader import Leader
-from elastic_hpc.protocol import WHO, Host, Hosts, Leave, Order, Redirect, Roster, RosterChange, Status
+from elastic_hpc.protocol import WHO, Leave, Order, Redirect, Status
+from elastic_hpc.roster import Host, Hosts, Roster, RosterChange
 from elastic_hpc.server import LeaderServer, Link
 
 log = logging.getLogger(__name__)

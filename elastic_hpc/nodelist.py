@@ -1,4 +1,8 @@
-"""Many nodes in few words: ranges of numbers, and names in Slurm's notation. Pure."""
+"""Many nodes in few words: ranges of numbers, and names in Slurm's notation. Pure.
+
+ClusterShell folds names too, in several dimensions. For a thousand like ``ip-10-0-37-91`` that takes it a second, and
+here the leader does it among its heartbeats.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from elastic_hpc.peers import Peers
-from elastic_hpc.protocol import Order, Plan, Roster, RosterChange
+from elastic_hpc.protocol import Order, Plan
+from elastic_hpc.roster import Roster, RosterChange
 
 Sent = Order | Roster | RosterChange
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from elastic_hpc.election import votes
 from elastic_hpc.growth import Needs
-from elastic_hpc.protocol import Host, Status
+from elastic_hpc.nodelist import fold
+from elastic_hpc.protocol import Status
+from elastic_hpc.roster import Host
+
+_MOST_NAMES = 200
+"""Characters that the names of missing nodes get in the record."""
+
+
+def weighed(status: Status) -> tuple[object, ...]:
+    """What of ``status`` decisions are made by; the rest is for the record."""
+    world = (status.state, status.round, status.failure, status.drained, status.listens, status.step >= 0)
+    return (*world, status.seen, status.roster, status.mark, status.unfit, status.leaving, status.host)
 
 
 @dataclass
@@ -69,8 +80,10 @@ class Peers(dict[int, Peer]):
         """Why this node has to go; empty if it has not."""
         return status.leaving or self.leaving.get(status.node, "")
 
-    def refusal(self, status: Status, nproc: int) -> str:
-        """Why this node may not take part; empty if it may. ``nproc``: the workers of each node."""
+    def refusal(self, status: Status, nproc: int, leader: Host | None) -> str:
+        """Why this node may not take part; empty if it may. ``nproc``: the workers of each node. ``leader``: who
+        has the software that all must have, if that matters.
+        """
         if status.unfit:
             return f"{status.name} is not fit: {status.unfit}"
         if status.nproc != nproc:
@@ -80,7 +93,17 @@ class Peers(dict[int, Peer]):
             )
         if not votes(status.node) and status.name in {s.name for n, s in self.joined.items() if n != status.node}:
             return f"{status.name} runs an agent of this job already"
+        if leader and status.host.software != leader.software:
+            return (
+                f"{status.name} has {status.host.software or 'unknown versions'}, the leader's node {leader.name} "
+                f"{leader.software}: all nodes must have the same; train in one environment that they share"
+            )
         return ""
+
+    def not_joined(self, granted: Sequence[str]) -> str:
+        """Those of the ``granted`` nodes, Slurm's names in its order, that were never here; empty for none."""
+        text = fold([name for node, name in enumerate(granted) if node not in self.seen])
+        return text if len(text) <= _MOST_NAMES else f"{text[:_MOST_NAMES].rpartition(',')[0]}, ..."
 
     def needs(self, wanted: int, *, over: bool) -> Needs:
         """What is missing to ``wanted`` nodes, 0 for nothing."""

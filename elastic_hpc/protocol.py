@@ -12,12 +12,12 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from elastic_hpc.election import Base
-from elastic_hpc.nodelist import numbers, spans
+from elastic_hpc.nodelist import numbers
+from elastic_hpc.roster import Host, Hosts, Roster, RosterChange, json_line
 
 MAX_LINE = 1024 * 1024
 """Longest line, in bytes, that either side accepts."""
@@ -71,130 +71,6 @@ class Failure:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}: {self.message}"
-
-
-@dataclass(frozen=True)
-class Host:
-    """Where the agent of a node listens. ``node`` is its index in Slurm's order, or a joiner's number."""
-
-    node: int
-    name: str
-    addresses: tuple[str, ...]
-    port: int
-    software: str = field(default="", compare=False)
-    """The versions that all nodes must share, ``torch 2.13.0, Python 3.11``, as far as this is known."""
-
-
-class Hosts(Sequence[Host]):
-    """Those of a roster, without their software. Every agent holds a thousand and as a rule asks for none, so they stay
-    packed until one is asked for.
-    """
-
-    def __init__(self, packed: str = "", rows: dict[int, str] | None = None) -> None:
-        """``packed`` or ``rows``, by node: ``NODE NAME PORT ADDRESS,...``, joined by semicolons."""
-        self._packed, self._rows = packed, rows
-
-    @classmethod
-    def of(cls, hosts: Sequence[Host]) -> Hosts:
-        if isinstance(hosts, cls):
-            return hosts
-        return cls(rows={h.node: f"{h.node} {h.name} {h.port} {','.join(h.addresses)}" for h in hosts})
-
-    @property
-    def rows(self) -> dict[int, str]:
-        if self._rows is None:
-            rows = self._packed.split(";") if self._packed else ()
-            self._rows = {int(row.partition(" ")[0]): row for row in rows}
-        return self._rows
-
-    def packed(self) -> str:
-        return self._packed or ";".join(self.rows[node] for node in sorted(self.rows))
-
-    def at(self, node: int) -> Host:
-        """Raises KeyError or ValueError."""
-        _, name, port, addresses = self.rows[node].split(" ")
-        return Host(node, name, tuple(addresses.split(",")), int(port))
-
-    def changed(self, gone: Iterable[int], new: Sequence[Host]) -> Hosts:
-        rows = {**self.rows, **Hosts.of(new).rows}
-        for node in gone:
-            rows.pop(node, None)
-        return Hosts(rows=rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return list(self)[index]
-
-    def __iter__(self) -> Iterator[Host]:
-        return map(self.at, sorted(self.rows))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and tuple(self) == tuple(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-@dataclass(frozen=True)
-class Roster:
-    """What every agent holds so that it can take over: who listens where, who decides (``elastic_hpc.election``), and
-    what has been charged when ``round`` was formed.
-    """
-
-    round: int
-    hosts: Sequence[Host]
-    bases: tuple[Base, ...]
-    restarts: int
-    requeues: int
-    members: tuple[int, ...] = ()
-    """All nodes of ``round``; its base has those that vote."""
-    mark: str = ""
-    """Tells it from any other one, also of the same round, that another leader has made."""
-
-    def since(self, before: Roster) -> RosterChange | None:
-        """What makes this one of ``before``; None if nobody can hold that."""
-        if not before.mark:
-            return None
-        known, now = Hosts.of(before.hosts).rows, Hosts.of(self.hosts).rows
-        new = Hosts(rows={node: row for node, row in now.items() if known.get(node) != row})
-        told = {name: getattr(self, name) for name in _TOLD_ANYHOW}
-        return RosterChange(**told, since=before.mark, hosts=new, gone=tuple(sorted(known.keys() - now.keys())))
-
-    @functools.cached_property
-    def line(self) -> bytes:
-        """It goes to everybody, and is encoded once."""
-        return _line({"roster": _roster_body(self)})
-
-
-_TOLD_ANYHOW = ("round", "bases", "restarts", "requeues", "members", "mark")
-
-
-@dataclass(frozen=True)
-class RosterChange:
-    """A roster, for those who hold the one before: as a rule a few hosts of a thousand are other ones."""
-
-    round: int
-    bases: tuple[Base, ...]
-    restarts: int
-    requeues: int
-    members: tuple[int, ...]
-    mark: str
-    since: str
-    """The mark of the one before."""
-    hosts: Sequence[Host]
-    """Those that are new, or listen elsewhere."""
-    gone: tuple[int, ...]
-
-    def of(self, before: Roster) -> Roster:
-        """The roster itself; ``before`` is the one with the mark ``since``."""
-        hosts = Hosts.of(before.hosts).changed(self.gone, self.hosts)
-        return Roster(hosts=hosts, **{name: getattr(self, name) for name in _TOLD_ANYHOW})
-
-    @functools.cached_property
-    def line(self) -> bytes:
-        """It goes to many, and is encoded once."""
-        return _line({"change": {**_roster_body(self), "since": self.since, "gone": spans(self.gone)}})
 
 
 @dataclass(frozen=True)
@@ -282,7 +158,7 @@ class Order:
     @functools.cached_property
     def line(self) -> bytes:
         """One without a plan goes to many, and is encoded once."""
-        return _line(_told(self) | ({"plan": vars(self.plan)} if self.plan else {}))
+        return json_line(_told(self) | ({"plan": vars(self.plan)} if self.plan else {}))
 
 
 @dataclass(frozen=True)
@@ -312,14 +188,10 @@ def encode(message: Message) -> bytes:
         return message.line
     if isinstance(message, Status):
         failure = {"failure": vars(message.failure)} if message.failure else {}
-        return _line({**_told(message), "host": vars(message.host), **failure})
+        return json_line({**_told(message), "host": vars(message.host), **failure})
     if isinstance(message, Redirect):
-        return _line({"redirect": {"to": message.to and vars(message.to), "leads": message.leads}})
-    return _line(message)
-
-
-def _line(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, separators=(",", ":")).encode() + b"\n"
+        return json_line({"redirect": {"to": message.to and vars(message.to), "leads": message.leads}})
+    return json_line(message)
 
 
 def _told(said: Status | Order) -> dict[str, Any]:
@@ -328,15 +200,6 @@ def _told(said: Status | Order) -> dict[str, Any]:
 
 
 _DEFAULTS = {said: [(one.name, one.default) for one in fields(said)] for said in (Status, Order)}
-
-
-def _roster_body(roster: Roster | RosterChange) -> dict[str, Any]:
-    return {
-        **{name: getattr(roster, name) for name in _TOLD_ANYHOW},
-        "members": spans(roster.members),
-        "bases": [(base.round, base.leader, spans(base.members)) for base in roster.bases],
-        "hosts": Hosts.of(roster.hosts).packed(),
-    }
 
 
 def decode(line: bytes) -> dict[str, Any]:

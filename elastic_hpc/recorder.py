@@ -14,7 +14,7 @@ from typing import Any
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.events import sentence
-from elastic_hpc.protocol import Host
+from elastic_hpc.roster import Host
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.strikes import Strike, dump, live, load
 

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from elastic_hpc import protocol
 from elastic_hpc.growth import Needs
 from elastic_hpc.leader import Leader, Verdict
-from elastic_hpc.protocol import Leave, Message, Request, Roster, Status
+from elastic_hpc.protocol import Leave, Message, Request, Status
+from elastic_hpc.roster import Roster
 from elastic_hpc.supply import Supply
 
 log = logging.getLogger(__name__)

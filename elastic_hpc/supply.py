@@ -13,7 +13,7 @@ from elastic_hpc import growth
 from elastic_hpc.election import joiner
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.growth import Backoff, Joiner, Needs, Step
-from elastic_hpc.protocol import Host
+from elastic_hpc.roster import Host
 
 log = logging.getLogger(__name__)
 

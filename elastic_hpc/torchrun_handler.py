@@ -38,8 +38,9 @@ from elastic_hpc.env import AGENT_MARK, prepare_worker_env
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.leading import Leading
 from elastic_hpc.memory import OomWatch
-from elastic_hpc.protocol import Failure, Host
+from elastic_hpc.protocol import Failure
 from elastic_hpc.rendezvous import ElasticRendezvousHandler
+from elastic_hpc.roster import Host
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.server import LEAVE_TIMEOUT
 from elastic_hpc.torchrun_plugin import BACKEND

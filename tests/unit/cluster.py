@@ -19,8 +19,8 @@ from elastic_hpc.control import Control, Seat
 from elastic_hpc.decide import Policy
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.leader import Leader, Verdict
-from elastic_hpc.protocol import Host, Roster
 from elastic_hpc.recorder import Recorder
+from elastic_hpc.roster import Host, Roster
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.server import LeaderServer
 from elastic_hpc.training import Progress

@@ -25,7 +25,8 @@ from elastic_hpc.errors import JobEnded, SlurmError
 from elastic_hpc.leader import Leader, Verdict
 from elastic_hpc.leading import JOINER_PATIENCE
 from elastic_hpc.membership import Membership
-from elastic_hpc.protocol import Failure, Host, Order, Roster, RosterChange, Status
+from elastic_hpc.protocol import Failure, Order, Status
+from elastic_hpc.roster import Host, Roster, RosterChange
 from elastic_hpc.server import LeaderServer
 from elastic_hpc.supply import Supply
 

@@ -19,7 +19,7 @@ from elastic_hpc.election import Base
 from elastic_hpc.env import AgentEnv, prepare_worker_env, read_agent_env, workers_per_node
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.leading import Leading
-from elastic_hpc.protocol import Host, Roster
+from elastic_hpc.roster import Host, Roster
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.spec import LaunchSpec, add_launch_options
 

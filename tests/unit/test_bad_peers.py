@@ -19,7 +19,8 @@ import pytest
 from cluster import Cluster, wait_for
 
 from elastic_hpc import channel, protocol
-from elastic_hpc.protocol import WHO, Host, Status
+from elastic_hpc.protocol import WHO, Status
+from elastic_hpc.roster import Host
 
 
 @pytest.fixture(scope="module")

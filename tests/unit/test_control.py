@@ -17,8 +17,9 @@ from elastic_hpc import channel, protocol
 from elastic_hpc.ask import ask_leader
 from elastic_hpc.control import Control
 from elastic_hpc.errors import ElasticError, JobEnded
-from elastic_hpc.protocol import WHO, Failure, Host, Redirect
+from elastic_hpc.protocol import WHO, Failure, Redirect
 from elastic_hpc.recorder import Recorder
+from elastic_hpc.roster import Host
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.training import Progress
 

@@ -17,7 +17,8 @@ from elastic_hpc.decide import Policy
 from elastic_hpc.election import Base, extended, has_quorum, order_of_succession, relevant
 from elastic_hpc.leader import Leader
 from elastic_hpc.membership import Membership
-from elastic_hpc.protocol import Failure, Host, Message, Order, Roster, RosterChange, Status
+from elastic_hpc.protocol import Failure, Message, Order, Status
+from elastic_hpc.roster import Host, Roster, RosterChange
 
 NODES = st.sets(st.integers(0, 6), min_size=1).map(lambda nodes: tuple(sorted(nodes)))
 BASES = st.builds(Base, st.integers(1, 9), st.integers(0, 6), NODES)

@@ -23,8 +23,8 @@ from elastic_hpc.cli.sbatch import main
 from elastic_hpc.env import AgentEnv
 from elastic_hpc.errors import JobEnded, UsageError
 from elastic_hpc.leading import Leading
-from elastic_hpc.protocol import Host
 from elastic_hpc.request import checked
+from elastic_hpc.roster import Host
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import JobSpec, render
 from elastic_hpc.spec import LaunchSpec

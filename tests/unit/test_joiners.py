@@ -17,7 +17,7 @@ from elastic_hpc.election import joiner, votes
 from elastic_hpc.env import AGAIN, JOIN, prepare_worker_env, read_agent_env
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.joiners import SlurmSource, enter
-from elastic_hpc.protocol import Host
+from elastic_hpc.roster import Host
 from elastic_hpc.rundir import RunDir
 
 TASK = {

@@ -10,7 +10,8 @@ import simulated
 
 from elastic_hpc.decide import TERM_GRACE
 from elastic_hpc.leader import STOP_TIMEOUT, Leader
-from elastic_hpc.protocol import Failure, Host, Order, Request, Roster, Status
+from elastic_hpc.protocol import Failure, Order, Request, Status
+from elastic_hpc.roster import Host, Roster
 from elastic_hpc.world import ALIVE_IS_PROGRESS, SETTLE, TOLD_EVERY
 
 POLICY = replace(simulated.POLICY, max_restarts=100)

@@ -16,7 +16,8 @@ from simulated import POLICY, Job, SimNode
 from elastic_hpc import leader as leader_module
 from elastic_hpc import protocol
 from elastic_hpc.leader import Leader
-from elastic_hpc.protocol import Host, Hosts, Order, Roster, RosterChange, Status
+from elastic_hpc.protocol import Order, Status
+from elastic_hpc.roster import Host, Hosts, Roster, RosterChange
 
 
 @dataclass
