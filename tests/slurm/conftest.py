@@ -1,4 +1,4 @@
-"""One real Slurm for all tests of this directory, and the jobs that run on it.
+"""A real Slurm for the tests of this directory, one for each process that runs tests, and the jobs that run on it.
 
 The cluster is ``bin/mini-slurm``'s. Set MINI_SLURM_STATE to use one that is already up; it is then left up.
 """
@@ -26,6 +26,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from _cluster import slurmctld, wrong_steps  # noqa: E402
 
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
+if (process := os.environ.get("PYTEST_XDIST_WORKER", "gw0")) != "gw0":
+    STATE = STATE.with_name(f"{STATE.name}-{process}")
+os.environ["MINI_SLURM_STATE"] = str(STATE)  # for whatever calls bin/mini-slurm
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -39,12 +42,15 @@ T = TypeVar("T")
 
 
 def wait_for(what: str, look: Callable[[], T | bool | None], deadline: float = 90) -> T:
-    """The first answer of ``look`` that is not empty. Fails when ``deadline`` seconds have passed."""
-    end = time.monotonic() + deadline
+    """The first answer of ``look`` that is not empty. Fails when ``deadline`` seconds have passed. Looks for a quarter
+    of the time at most: those who are waited for need the processors too.
+    """
+    end = (began := time.monotonic()) + deadline
     while not (found := look()):
-        if time.monotonic() > end:
+        if (now := time.monotonic()) > end:
             pytest.fail(f"waited {deadline:g} s in vain for {what}")
-        time.sleep(0.1)
+        time.sleep(max(0.1, 3 * (now - began)))
+        began = time.monotonic()
     return cast(T, found)
 
 
@@ -126,10 +132,18 @@ class Cluster:
 
     def reset(self) -> None:
         """End all jobs, bring all nodes back."""
-        self.exec(["scancel", "--user", "minislurm"], check=False)
-        for node in ("n1", "n2", "n3", "n4"):
-            self.mini("heal", node)
-        wait_for("an empty queue", lambda: not self.exec(["squeue", "--noheader"]).stdout.strip(), 120)
+
+        def is_new() -> bool:
+            status = json.loads(self.mini("status", "--json").stdout)
+            if status["jobs"]:
+                self.exec(["scancel", "--user", "minislurm"], check=False)
+            for node, seen in status["nodes"].items():
+                works = seen["power"] and seen["links"] and seen["slurmd"]
+                if not works or re.search("DOWN|FAIL|DRAIN", seen["slurm"]):
+                    self.mini("heal", node)
+            return not status["jobs"] and all(seen["slurm"] == "IDLE" for seen in status["nodes"].values())
+
+        wait_for("an empty queue and idle nodes", is_new, 120)
 
 
 @dataclass
@@ -203,6 +217,7 @@ def cluster() -> Iterator[Cluster]:
     if not was_up:
         made.mini("down")
         made.mini("up", timeout=400)
+    made.reset()
     yield made
     if not was_up:
         made.mini("down")
@@ -210,8 +225,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def fresh(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster with all nodes idle, before and after."""
-    cluster.reset()
+    """The cluster with all nodes idle, before as after."""
     yield cluster
     cluster.reset()
 

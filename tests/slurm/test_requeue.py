@@ -276,7 +276,6 @@ class Headless:
 
 @pytest.fixture(scope="module")
 def headless(cluster: Cluster) -> Iterator[Headless]:
-    cluster.reset()
     base = cluster.home / "headless"
     shutil.rmtree(base, ignore_errors=True)
     on = ("n1", "n2")
