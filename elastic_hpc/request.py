@@ -90,12 +90,14 @@ def build(
     if not any(g.name == "job-name" for g in passed):
         name = script if module else Path(script).stem
         passed.insert(0, Given(SBATCH["job-name"], name, "the script's name"))
-    signal = _value(settings, "signal")
+    signal = _signal(settings, launch.grace)
+    if not template or template.value != "torchrun":
+        _check_time(settings, signal)
     return JobSpec(
         launch=launch,
         log_dir=log_dir,
         sbatch=tuple(passed),
-        signal=WarningSignal.parse(signal) if signal else WarningSignal(lead=launch.grace + _AFTER_GRACE),
+        signal=signal,
         setup=settings.setup,
         env=settings.env,
         template=template.value if template else "elastic",
@@ -207,6 +209,24 @@ def _container(chosen: dict[str, Setting], source: str, work_dir: str, log_dir: 
 def _value(settings: Settings, name: str) -> str | None:
     """The value of a passed-through sbatch option; of several the last counts, as for sbatch."""
     return next((g.value for g in reversed(settings.sbatch) if g.name == name), None)
+
+
+def _signal(settings: Settings, grace: timedelta) -> WarningSignal:
+    given = _value(settings, "signal")
+    return WarningSignal.parse(given) if given else WarningSignal(lead=grace + _AFTER_GRACE)
+
+
+def _check_time(settings: Settings, signal: WarningSignal) -> None:
+    """A job that is warned as soon as it starts would save, return to the queue and start, without an end."""
+    text = _value(settings, "time")
+    limit = sbatch_options.time_limit(text) if text else None
+    if limit and limit <= signal.lead:
+        lead = f"{signal.lead.total_seconds():.0f} s"
+        ours = "--signal" if _value(settings, "signal") else "--grace"
+        raise UsageError(
+            f"--time={text}: the workers are told to save {lead} before the end ({ours}), which is at once, so the job "
+            f"would do nothing but return to the queue; expected more than {lead}, or a shorter {ours}"
+        )
 
 
 def _check_script(script: str, *, module: bool, chdir: str) -> None:

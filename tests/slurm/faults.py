@@ -58,7 +58,7 @@ class Scene:
         return found
 
     def touch(self, name: str) -> None:
-        self.cluster.exec(["touch", str(self.data / name)])
+        (self.data / name).touch()
 
     def at_node(self, node: str, *command: str) -> None:
         """Run ``command`` as root."""

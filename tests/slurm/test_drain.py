@@ -14,6 +14,7 @@ Submit = Callable[..., Job]
 TOOL = str(Path(sys.executable).with_name("elastic-hpc"))
 
 LISTENS = """\
+# Does as many steps as its argument says; with a + it trains in its first run until it is told to save.
 import os, sys, time
 from pathlib import Path
 import torch.distributed as dist
@@ -21,10 +22,11 @@ from elastic_hpc.training import drain_requested, report_progress
 dist.init_process_group("gloo")
 run = Path(os.environ["ELASTIC_HPC_RUN_DIR"])
 saved = run / "saved"
-step = int(saved.read_text()) if saved.exists() else 0
+step, steps = int(saved.read_text()) if saved.exists() else 0, int(sys.argv[1])
+last = float("inf") if sys.argv[1][0] == "+" and not saved.exists() else step + steps
 drain_requested()
 (run / f"training.{os.environ['ELASTIC_HPC_ROUND']}.{dist.get_rank()}").touch()
-while step < int(sys.argv[1]) and not drain_requested():
+while step < last and not drain_requested():
     time.sleep(0.05)
     dist.barrier()
     step += 1
@@ -79,13 +81,13 @@ def stopped_at(job: Job, round: int, ranks: int) -> int:
 def test_at_the_warning_all_ranks_save_the_same_step_and_the_job_goes_on_after_a_requeue(
     submit: Submit, fresh: Cluster, listens: Path
 ) -> None:
-    job = submit("--nodes", "2:3", script=listens, args=["400"])
+    job = submit("--nodes", "2:3", script=listens, args=["+20"])
     wait_training(job, 3)
     fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
     step = stopped_at(job, 1, 3)
     wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1", 60)
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
-    assert stopped_at(job, 2, 3) == 400 > step
+    assert stopped_at(job, 2, 3) == step + 20
     first = next(event for event in job.events("verdict") if event["outcome"] == "requeue")
     assert (first["cause"], first["restarts"], first["requeues"]) == ("time limit", 0, 0)
     assert "the workers saved and stopped" in first["reason"]
@@ -103,7 +105,7 @@ def test_a_script_that_ignores_everything_is_stopped_in_time_and_requeued(
 
 
 def test_the_time_limit_brings_the_job_back_without_a_charge(submit: Submit, fresh: Cluster, listens: Path) -> None:
-    job = submit("--nodes", "2", "--time", "1", "--signal", "USR2@50", script=listens, args=["450"])
+    job = submit("--nodes", "2", "--time", "1", "--signal", "USR2@50", script=listens, args=["+20"])
     assert job.wait_state("COMPLETED", "FAILED", "TIMEOUT", deadline=200) == "COMPLETED", job.output()
     outcomes = [(event["outcome"], event["cause"], event["requeues"]) for event in job.events("verdict")]
     assert outcomes[0] == ("requeue", "time limit", 0)
@@ -111,21 +113,21 @@ def test_the_time_limit_brings_the_job_back_without_a_charge(submit: Submit, fre
 
 
 def test_a_preempted_job_saves_and_returns(submit: Submit, fresh: Cluster, folder: Path, listens: Path) -> None:
-    job = submit("--nodes", "4", "--partition", "low", script=listens, args=["300"])
+    job = submit("--nodes", "4", "--partition", "low", script=listens, args=["+20"])
     wait_training(job, 4)
     other = fresh.exec(
         ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=srun sleep 3"], cwd=folder
     ).stdout.strip()
     step = stopped_at(job, 1, 4)
-    assert step < 300
     wait_for("the other job", lambda: fresh.job_field(other, "JobState") == "COMPLETED", 60)
     assert job.wait_state("COMPLETED", "FAILED", deadline=240) == "COMPLETED", job.output()
+    assert stopped_at(job, 2, 4) == step + 20
     assert fresh.job_field(job.id, "Restarts") == "1"
     assert job.verdict()["requeues"] == 0
 
 
 def test_scancel_never_requeues(submit: Submit, fresh: Cluster, listens: Path) -> None:
-    job = submit("--nodes", "2", script=listens, args=["100000"])
+    job = submit("--nodes", "2", script=listens, args=["+1"])
     wait_training(job, 2)
     fresh.exec(["scancel", job.id])
     stopped_at(job, 1, 2)
@@ -136,7 +138,7 @@ def test_scancel_never_requeues(submit: Submit, fresh: Cluster, listens: Path) -
 
 
 def test_the_user_stops_a_job_after_its_checkpoint(submit: Submit, fresh: Cluster, listens: Path) -> None:
-    job = submit("--nodes", "2", script=listens, args=["100000"])
+    job = submit("--nodes", "2", script=listens, args=["+1"])
     wait_training(job, 2)
     fresh.exec([TOOL, "stop", "--after-checkpoint", job.id], cwd=job.folder)
     stopped_at(job, 1, 2)
@@ -147,19 +149,19 @@ def test_the_user_stops_a_job_after_its_checkpoint(submit: Submit, fresh: Cluste
 
 
 def test_a_job_that_may_not_be_requeued_goes_on_as_another_one(submit: Submit, fresh: Cluster, listens: Path) -> None:
-    job = submit("--nodes", "2", script=listens, args=["300"])
+    job = submit("--nodes", "2", script=listens, args=["+20"])
     wait_training(job, 2)
     fresh.exec(["scontrol", "update", f"JobId={job.id}", "Requeue=0"])
     fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
     step = stopped_at(job, 1, 2)
-    assert stopped_at(job, 2, 2) == 300 > step
+    assert stopped_at(job, 2, 2) == step + 20
     wait_for("the end", lambda: job.verdict()["outcome"] == "finished")
     assert "goes on in its place" in job.output()
     assert [event["run"] for event in job.events("start")] == [0, 1]
 
 
 def test_a_stopped_requeued_job_leaves_the_queue(submit: Submit, fresh: Cluster, listens: Path) -> None:
-    job = submit("--nodes", "2", script=listens, args=["100000"])
+    job = submit("--nodes", "2", script=listens, args=["+1"])
     wait_training(job, 2)
     fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
     job.wait_state("PENDING", deadline=60)

@@ -22,8 +22,6 @@ MINI = Path(__file__).parents[2] / "bin" / "mini-slurm"
 NODES = ["n1", "n2", "n3", "n4"]
 QUIET_S = 2.0  # how long a connection is watched before "no reset came" is believed; on this network one takes 1 ms
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mini-slurm needs root")
-
 LISTEN = "import socket; s = socket.create_server(('', 7000)); print('listening', flush=True); c, _ = s.accept(); "
 ECHO = LISTEN + "[c.sendall(c.recv(64)) for _ in iter(int, 1)]"
 TALK = """

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slurm
-
 ROOT = Path(__file__).parents[2]
 TEMPLATE = """\
 #!/bin/bash
@@ -28,9 +26,8 @@ touch "$run_dir/done"
 class User:
     """The unprivileged user in a folder of their own, with a script and the template above."""
 
-    def __init__(self, cluster):
-        self.cluster = cluster
-        self.folder = self.shell("mktemp -d ~/submit.XXXXXX").stdout.strip()
+    def __init__(self, cluster, folder):
+        self.cluster, self.folder = cluster, folder
         text = base64.b64encode(TEMPLATE.encode()).decode()
         self.shell(f"cd {self.folder} && touch train.py && echo {text} | base64 -d > probe.j2")
 
@@ -42,7 +39,7 @@ class User:
         return self.cluster.exec(["env", f"--chdir={self.folder}", *environ, *command], check=check)
 
     def submitted(self, *argv, **options):
-        return self.elastic_sbatch("--parsable", "--template=./probe.j2", "-t1", *argv, **options).stdout.strip()
+        return self.elastic_sbatch("--parsable", "--template=./probe.j2", "-t10", *argv, **options).stdout.strip()
 
     def recorded(self, job, name):
         """The bytes of a file of the run directory of ``job``, once the job is done."""
@@ -51,9 +48,9 @@ class User:
         return base64.b64decode(self.shell(f"{wait}; base64 {path}/{name}").stdout)
 
 
-@pytest.fixture(scope="module")
-def user(cluster):
-    return User(cluster)
+@pytest.fixture
+def user(fresh, folder):
+    return User(fresh, folder)
 
 
 def test_arguments_arrive_byte_for_byte_through_sbatch_and_srun(user):

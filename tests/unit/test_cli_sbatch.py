@@ -208,6 +208,8 @@ def test_defaults_come_from_the_projects_file(project):
         (["-N", "2", "--grow", "--dry-run", "--gpus=8", "train.py"], "--gpus=8 with --grow: counts the GPUs of the"),
         (["-N", "2", "--grow", "--template=torchrun", "train.py"], "--grow: plain torchrun has no use for it"),
         (["-N", "2", "--spares=1", "--template=torchrun", "train.py"], "--spares: plain torchrun has no use for it"),
+        (["-N", "2", "--time=2", "train.py"], "--time=2: the workers are told to save 120 s before the end (--grace)"),
+        (["-N", "2", "-t", "1:30", "--signal=USR2@90", "train.py"], "--time=1:30: the workers are told to save 90 s b"),
         (["-N", "2,4", "--template=torchrun", "train.py"], "--nodes 2,4: plain torchrun expects N or MIN:MAX, for ex"),
     ],
 )
@@ -218,6 +220,13 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_submitted(project,
     assert err.startswith(f"elastic-sbatch: {message}")
     assert err.count("\n") == 1
     assert project.seen("argv") is None
+
+
+@pytest.mark.parametrize(
+    "argv", [["--time=2:01"], ["--time=1", "--grace=20"], ["--time=0"], ["--time=1", "--template=torchrun"]]
+)
+def test_a_job_that_is_warned_only_after_its_start_is_submitted(project, argv):
+    assert main(["-N", "2", *argv, "train.py"]) == 0
 
 
 def test_what_slurm_refuses_is_one_line_and_exit_code_2(project, capsys):
