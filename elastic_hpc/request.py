@@ -90,14 +90,12 @@ def build(
     if not any(g.name == "job-name" for g in passed):
         name = script if module else Path(script).stem
         passed.insert(0, Given(SBATCH["job-name"], name, "the script's name"))
-    signal = _signal(settings, launch.grace)
-    if not template or template.value != "torchrun":
-        _check_time(settings, signal)
+    signal = _value(settings, "signal")
     return JobSpec(
         launch=launch,
         log_dir=log_dir,
         sbatch=tuple(passed),
-        signal=signal,
+        signal=WarningSignal.parse(signal) if signal else WarningSignal(lead=launch.grace + _AFTER_GRACE),
         setup=settings.setup,
         env=settings.env,
         template=template.value if template else "elastic",
@@ -161,8 +159,9 @@ def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
 
 
 def checked(job: JobSpec) -> str:
-    """The batch script of ``job``. Raises UsageError also for what a joiner could not take over from it."""
+    """The batch script of ``job``. Raises UsageError also for what could only fail later."""
     text = render(job)
+    _check_time(job, text)
     if job.snapshot and os.path.basename(job.staged) not in text:
         raise UsageError(
             f"--template {job.template} with --snapshot: it does not take the copy of the code; include snapshot.j2 "
@@ -211,18 +210,13 @@ def _value(settings: Settings, name: str) -> str | None:
     return next((g.value for g in reversed(settings.sbatch) if g.name == name), None)
 
 
-def _signal(settings: Settings, grace: timedelta) -> WarningSignal:
-    given = _value(settings, "signal")
-    return WarningSignal.parse(given) if given else WarningSignal(lead=grace + _AFTER_GRACE)
-
-
-def _check_time(settings: Settings, signal: WarningSignal) -> None:
+def _check_time(job: JobSpec, script: str) -> None:
     """A job that is warned as soon as it starts would save, return to the queue and start, without an end."""
-    text = _value(settings, "time")
+    text = next((given.value for given in reversed(job.sbatch) if given.name == "time"), None)
     limit = sbatch_options.time_limit(text) if text else None
-    if limit and limit <= signal.lead:
-        lead = f"{signal.lead.total_seconds():.0f} s"
-        ours = "--signal" if _value(settings, "signal") else "--grace"
+    if limit and limit <= job.signal.lead and f"--signal={job.signal}" in script:
+        lead = f"{job.signal.lead.total_seconds():.0f} s"
+        ours = "--grace" if job.signal.lead == job.launch.grace + _AFTER_GRACE else "--signal"
         raise UsageError(
             f"--time={text}: the workers are told to save {lead} before the end ({ours}), which is at once, so the job "
             f"would do nothing but return to the queue; expected more than {lead}, or a shorter {ours}"
