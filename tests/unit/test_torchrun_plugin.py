@@ -131,7 +131,7 @@ def test_a_crashed_worker_then_a_killed_agent_cost_a_round_each(start: Callable[
     job.wait_for(lambda: not Path(f"/proc/{pid}").exists())  # its guard has killed the lost agent's worker
     assert sorted(job.finish()) == [-signal.SIGKILL, 0, 0]
     assert (job.verdict()["outcome"], job.verdict()["restarts"]) == ("finished", 2)
-    assert not job.processes
+    job.wait_for(lambda: not job.processes)
 
 
 def test_another_takes_over_from_the_endpoints_host_and_a_frozen_agent_costs_torchrun_no_restart(
