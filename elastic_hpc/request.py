@@ -211,15 +211,15 @@ def _value(settings: Settings, name: str) -> str | None:
 
 
 def _check_time(job: JobSpec, script: str) -> None:
-    """A job that is warned as soon as it starts would save, return to the queue and start, without an end."""
+    """A job that is warned as soon as it starts would save, return to the queue, start and be warned again."""
     text = next((given.value for given in reversed(job.sbatch) if given.name == "time"), None)
     limit = sbatch_options.time_limit(text) if text else None
     if limit and limit <= job.signal.lead and f"--signal={job.signal}" in script:
         lead = f"{job.signal.lead.total_seconds():.0f} s"
         ours = "--grace" if job.signal.lead == job.launch.grace + _AFTER_GRACE else "--signal"
         raise UsageError(
-            f"--time={text}: the workers are told to save {lead} before the end ({ours}), which is at once, so the job "
-            f"would do nothing but return to the queue; expected more than {lead}, or a shorter {ours}"
+            f"--time={text}: the workers are told to save {lead} before the end ({ours}), that is as soon as they have "
+            f"started; expected more than {lead}, or a shorter {ours}"
         )
 
 
