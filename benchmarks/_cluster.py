@@ -100,9 +100,6 @@ class Cluster:
         if name not in self.nodes[1:]:
             raise BenchmarkError(f"--node {name!r}: expected one of {', '.join(self.nodes[1:])}, not the head")
 
-    def is_powered(self, node: str) -> bool:
-        return bool(json.loads(self.mini("status", "--json"))["nodes"][node]["power"])
-
     def processes(self, node: str) -> dict[int, list[str]]:
         """Command lines of the Python processes on ``node``, by pid as this machine sees it."""
         init = (self._state / "machines" / node).read_text().split()[0]
@@ -141,14 +138,7 @@ class Cluster:
         return int(shown.partition(" StartTime=")[2].split()[0])
 
     def reset(self) -> None:
-        """No jobs, all nodes in service."""
-        self.run("scancel", "--user", "minislurm", check=False)
-        for node in self.nodes:
-            if not self.is_powered(node):
-                self.mini("heal", node)
-        wait_for("an empty queue", lambda: None if self.run("squeue", "--noheader").strip() else True, 120)
-        for node in self.nodes:
-            self.mini("heal", node)
+        reset(self._state)
 
     def slurm_version(self) -> str:
         return self.run("sbatch", "--version").split()[-1]
@@ -293,6 +283,22 @@ def _mini(state: Path, *args: str, check: bool = True) -> subprocess.CompletedPr
         said = (done.stdout + done.stderr).strip()
         raise BenchmarkError(f"mini-slurm {' '.join(args)}: exit code {done.returncode}: {said}")
     return done
+
+
+def reset(state: Path) -> None:
+    """End all jobs, bring all nodes back. BenchmarkError if that takes more than two minutes."""
+
+    def is_new() -> bool | None:
+        status = json.loads(_mini(state, "status", "--json").stdout)
+        if status["jobs"]:
+            _mini(state, "exec", "--", "scancel", "--user", "minislurm", check=False)
+        for node, seen in status["nodes"].items():
+            works = seen["power"] and seen["links"] and seen["slurmd"]
+            if not works or re.search("DOWN|FAIL|DRAIN", seen["slurm"]):
+                _mini(state, "heal", node)
+        return (not status["jobs"] and all(seen["slurm"] == "IDLE" for seen in status["nodes"].values())) or None
+
+    wait_for("an empty queue and idle nodes", is_new, 120, every=0.5)
 
 
 def slurmctld(state: Path, what: Literal["stop", "start"]) -> None:

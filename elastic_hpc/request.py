@@ -16,7 +16,7 @@ from pathlib import Path
 from elastic_hpc import sbatch_options, snapshot
 from elastic_hpc.config import KEYS, SWITCHES, Setting, Settings, load
 from elastic_hpc.errors import UsageError
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, WarningSignal
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, WarningSignal, last
 from elastic_hpc.script import Container, JobSpec, render
 from elastic_hpc.snapshot import WorkTree
 from elastic_hpc.spec import LaunchSpec, as_text
@@ -55,7 +55,7 @@ def build(
     except FileNotFoundError:
         raise UsageError("the current directory does not exist any more; cd to one that does") from None
     settings = load(os.environ, directory).with_layer(source, options, sbatch)
-    work_dir = os.path.normpath(os.path.join(directory, _value(settings, "chdir") or "."))
+    work_dir = os.path.normpath(os.path.join(directory, last(settings.sbatch, "chdir") or "."))
     _check_script(script, module=module, chdir=work_dir)
     chosen = dict(settings.options)
     if "nodes" not in chosen:
@@ -90,7 +90,7 @@ def build(
     if not any(g.name == "job-name" for g in passed):
         name = script if module else Path(script).stem
         passed.insert(0, Given(SBATCH["job-name"], name, "the script's name"))
-    signal = _value(settings, "signal")
+    signal = last(settings.sbatch, "signal")
     return JobSpec(
         launch=launch,
         log_dir=log_dir,
@@ -205,14 +205,9 @@ def _container(chosen: dict[str, Setting], source: str, work_dir: str, log_dir: 
     return Container(image.value, runtime.value if runtime else decided, mounts.value if mounts else None)
 
 
-def _value(settings: Settings, name: str) -> str | None:
-    """The value of a passed-through sbatch option; of several the last counts, as for sbatch."""
-    return next((g.value for g in reversed(settings.sbatch) if g.name == name), None)
-
-
 def _check_time(job: JobSpec, script: str) -> None:
     """A job that is warned as soon as it starts would save, return to the queue, start and be warned again."""
-    text = next((given.value for given in reversed(job.sbatch) if given.name == "time"), None)
+    text = last(job.sbatch, "time")
     limit = sbatch_options.time_limit(text) if text else None
     if limit and limit <= job.signal.lead and f"--signal={job.signal}" in script:
         lead = f"{job.signal.lead.total_seconds():.0f} s"

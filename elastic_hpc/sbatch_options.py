@@ -172,6 +172,11 @@ def _unknown(name: str, equals: str, known: Iterable[str]) -> Option:
     )
 
 
+def last(given: Sequence[Given], name: str) -> str | None:
+    """The value of the option ``name``; of several the last counts, as for sbatch."""
+    return next((each.value for each in reversed(given) if each.name == name), None)
+
+
 @dataclass(frozen=True)
 class WarningSignal:
     """sbatch's ``--signal``: sent to the batch shell ``lead`` before the time limit and, at some sites, preemption."""

@@ -20,7 +20,7 @@ from elastic_hpc.doctor.findings import Finding, Level, as_json, log_dir_finding
 from elastic_hpc.doctor.nodes import run_findings
 from elastic_hpc.doctor.site_file import site_file
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, scan
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, last, scan
 from elastic_hpc.spec import LaunchSpec
 
 HELP = "tell what this site means for elastic jobs, and what to set"
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.write_site and os.path.lexists(args.write_site):
         raise UsageError(f"--write-site {args.write_site}: is there already; expected a new file")
     settings, findings = _configuration()
-    partition = args.partition or next((g.value for g in reversed(settings.sbatch) if g.name == "partition"), None)
+    partition = args.partition or last(settings.sbatch, "partition")
     grace = settings.options["grace"].value if "grace" in settings.options else LaunchSpec.grace
     facts = slurm.facts(partition)
     if partition and "unknown to Slurm" in facts.unknown.get("partition", ""):

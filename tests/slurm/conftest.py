@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 MINI = ROOT / "bin" / "mini-slurm"
 COUNTS = str(Path(__file__).with_name("counts.py"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from _cluster import slurmctld, wrong_steps  # noqa: E402
+from _cluster import reset, slurmctld, wrong_steps  # noqa: E402
 
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 if (process := os.environ.get("PYTEST_XDIST_WORKER", "gw0")) != "gw0":
@@ -132,18 +132,7 @@ class Cluster:
 
     def reset(self) -> None:
         """End all jobs, bring all nodes back."""
-
-        def is_new() -> bool:
-            status = json.loads(self.mini("status", "--json").stdout)
-            if status["jobs"]:
-                self.exec(["scancel", "--user", "minislurm"], check=False)
-            for node, seen in status["nodes"].items():
-                works = seen["power"] and seen["links"] and seen["slurmd"]
-                if not works or re.search("DOWN|FAIL|DRAIN", seen["slurm"]):
-                    self.mini("heal", node)
-            return not status["jobs"] and all(seen["slurm"] == "IDLE" for seen in status["nodes"].values())
-
-        wait_for("an empty queue and idle nodes", is_new, 120)
+        reset(self.state)
 
 
 @dataclass

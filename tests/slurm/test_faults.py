@@ -50,7 +50,7 @@ def hold(scene: Scene) -> None:
 )
 def test_training_goes_on_after(fault: Fault, moment: str, submit: Submit, fresh: Cluster, folder: Path) -> None:
     script = Path(shutil.copy(Path(__file__).with_name("matrix.py"), folder))
-    fresh.exec(["touch", str(folder / f"hold.{'training' if moment == 'forming' else moment}.1")])
+    (folder / f"hold.{'training' if moment == 'forming' else moment}.1").touch()
     with contextlib.ExitStack() as end:
         prepared = fault.prepare(fresh, folder, end) if fault.prepare else None
         environ = [word for one in fault.environ for word in ("--env", one)]

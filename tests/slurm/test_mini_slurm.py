@@ -167,14 +167,8 @@ class TestRunningCluster:
         assert (done.returncode, done.stderr) == (2, f"mini-slurm: needs root: type  sudo {copy} up\n")
 
 
+@pytest.mark.usefixtures("fresh")
 class TestFaults:
-    @pytest.fixture(autouse=True)
-    def healed(self, cluster: Any) -> Iterator[None]:
-        yield
-        for node, facts in status(cluster)["nodes"].items():
-            if facts["slurm"] != "IDLE" or not (facts["power"] and facts["links"]):
-                cluster.mini("heal", node)
-
     def test_killed_node_sends_no_reset_and_heals(self, cluster: Any) -> None:
         with connected("n3", "n2", answer_within_s=QUIET_S) as ask:
             before, printed = time.time(), cluster.mini("kill", "n3").stdout

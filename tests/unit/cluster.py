@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from elastic_hpc import net
 from elastic_hpc.channel import Channel, Network
 from elastic_hpc.control import Control, Seat
@@ -49,6 +51,14 @@ def wait_for(look: Callable[[], object], seconds: float = 15) -> None:
     while not look():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def end_of(control: Control, round: int) -> JobEnded:
+    """How the job ends for this agent, whose workers of ``round`` are stopped when they are told to."""
+    with pytest.raises(JobEnded) as ended:  # noqa: PT012 - it ends at the one call or at the other
+        wait_for(lambda: control.must_stop(round))
+        control.next_seat()
+    return ended.value
 
 
 class ClosedInTheEnd(Network):

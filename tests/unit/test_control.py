@@ -11,11 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, Node, wait_for
+from cluster import Cluster, Node, end_of, wait_for
 
 from elastic_hpc import channel, protocol
 from elastic_hpc.ask import ask_leader
-from elastic_hpc.control import Control
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.protocol import WHO, Failure, Redirect
 from elastic_hpc.recorder import Recorder
@@ -29,14 +28,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     made = Cluster(tmp_path)
     yield made
     made.close()
-
-
-def end_of(control: Control, round: int) -> JobEnded:
-    """How the job ends for this agent, whose workers of ``round`` are stopped when they are told to."""
-    with pytest.raises(JobEnded) as ended:  # noqa: PT012 - it ends at the one call or at the other
-        wait_for(lambda: control.must_stop(round))
-        control.next_seat()
-    return ended.value
 
 
 def test_a_round_forms_restarts_after_a_failure_and_finishes(cluster: Cluster) -> None:
