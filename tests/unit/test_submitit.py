@@ -46,6 +46,22 @@ def test_both_executors_are_found_and_neither_is_chosen_unless_asked_for(sbatch:
     assert max(ElasticExecutor.affinity(), ElasticLocalExecutor.affinity()) < submitit.LocalExecutor.affinity()
 
 
+def test_the_package_declares_each_entry_point_once_and_the_second_executor_comes_with_the_first() -> None:
+    declared = [line for line in declaration("project.entry-points.submitit") if "=" in line]
+    names = [line.partition("=")[0].strip('" ') for line in declared]
+    assert names == ["executor", "job_environment"]
+    for _ in range(2):
+        assert list(plugins.get_executors())[-2:] == ["elastic", "elastic-local"]
+        plugins._get_plugins.cache_clear()
+        plugins.get_executors.cache_clear()
+
+
+def declaration(section: str) -> list[str]:
+    """The lines of a section of pyproject.toml."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    return text.partition(f"[{section}]\n")[2].partition("\n[")[0].splitlines()
+
+
 def test_names_without_a_prefix_still_mean_what_submitits_own_executors_take_them_for() -> None:
     ours = ElasticExecutor._valid_parameters() | ElasticLocalExecutor._valid_parameters()
     assert not ours & (SlurmExecutor._valid_parameters() | submitit.LocalExecutor._valid_parameters())
