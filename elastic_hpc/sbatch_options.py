@@ -115,10 +115,14 @@ def is_for_containers(name: str) -> bool:
     return "container" in name or (name not in SBATCH and "container".startswith(name))
 
 
-def scan(argv: Sequence[str], own: Sequence[Option]) -> tuple[list[Given], list[str]]:
-    """Split ``argv`` into its options and, untouched, the script with its arguments. ``own`` win over sbatch's."""
-    by_name = SBATCH | {option.name: option for option in own}
-    by_letter = {o.letter: o for o in (*SBATCH.values(), *own) if o.letter}
+def scan(
+    argv: Sequence[str], own: Sequence[Option], others: Sequence[Option] = tuple(SBATCH.values())
+) -> tuple[list[Given], list[str]]:
+    """Split ``argv`` into its options and, untouched, the script with its arguments. ``own`` win over ``others``; where
+    there are any, which are sbatch's, one that nobody knows may be for a newer sbatch.
+    """
+    by_name = {option.name: option for option in (*others, *own)}
+    by_letter = {o.letter: o for o in (*others, *own) if o.letter}
     given: list[Given] = []
     rest = list(argv)
     while rest and rest[0].startswith("-") and rest[0] != "-":
@@ -127,14 +131,15 @@ def scan(argv: Sequence[str], own: Sequence[Option]) -> tuple[list[Given], list[
             break
         if word.startswith("--"):
             name, equals, text = word[2:].partition("=")
-            option = by_name.get(name) or _unknown(name, equals, by_name)
+            name = name.replace("_", "-")  # torchrun's names are written with either
+            option = by_name.get(name) or _unknown(name, equals, by_name, may_pass=bool(others))
             given.append(_with_value(option, option.flag, text if equals else None, rest))
             continue
         letters = word[1:]
         while letters:
             letter, letters = letters[0], letters[1:]
             if letter not in by_letter:
-                raise UsageError(f"-{letter} in {word!r}: unknown option; see elastic-sbatch --help")
+                raise UsageError(f"-{letter} in {word!r}: unknown option; --help lists those there are")
             option = by_letter[letter]
             text, letters = (letters, "") if option.value else ("", letters)
             given.append(_with_value(option, f"-{letter}", text or None, rest))
@@ -160,16 +165,16 @@ def named(name: str) -> Option:
     return Option(name, value="[=]")
 
 
-def _unknown(name: str, equals: str, known: Iterable[str]) -> Option:
-    if (equals or is_for_containers(name)) and re.fullmatch(r"[a-z][\w-]*", name):
+def _unknown(name: str, equals: str, known: Iterable[str], *, may_pass: bool) -> Option:
+    if may_pass and (equals or is_for_containers(name)) and re.fullmatch(r"[a-z][\w-]*", name):
         return named(name)
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=1)
-    hint = f"did you mean --{close[0]}? " if close else ""
-    raise UsageError(
-        f"--{name}: unknown option; {hint}one that only sbatch knows needs its value after '=': --{name}=VALUE"
-    )
+    hints = [f"did you mean --{close[0]}?"] if close else []
+    if may_pass:
+        hints.append(f"one that only sbatch knows needs its value after '=': --{name}=VALUE")
+    raise UsageError(f"--{name}: unknown option; {' '.join(hints) or '--help lists those there are'}")
 
 
 def last(given: Sequence[Given], name: str) -> str | None:
