@@ -6,8 +6,9 @@ import argparse
 import importlib
 import os
 import sys
-from typing import Any
 
+from elastic_hpc import __version__
+from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.election import joiner
 from elastic_hpc.env import JOIN, job_name
@@ -16,7 +17,9 @@ from elastic_hpc.rundir import RunDir
 
 MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "doctor", "rehearse")
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, add_arguments(parser) and run(args)."""
-_HERE = ("drain", "stop", "conclude", "conclude-alone")
+_HERE = ("drain", "stop")
+_INTERNAL = ("conclude", "conclude-alone")
+"""What batch scripts and agents call: not listed anywhere."""
 
 
 def _parser(only: str = "") -> argparse.ArgumentParser:
@@ -26,8 +29,9 @@ def _parser(only: str = "") -> argparse.ArgumentParser:
         description="Look at elastic jobs, or tell them something. JOB is a job's id, or its run directory, for "
         "example elastic-logs/4711. elastic-hpc COMMAND --help has more.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in () if only in _HERE else (only,) if only in MODULES else MODULES:
+    for name in () if only in _HERE + _INTERNAL else (only,) if only in MODULES else MODULES:
         module = importlib.import_module(f"elastic_hpc.cli.{name}")
         added = commands.add_parser(
             name,
@@ -38,24 +42,25 @@ def _parser(only: str = "") -> argparse.ArgumentParser:
         module.add_arguments(added)
         added.set_defaults(run=module.run)
 
-    def command(name: str, text: str, *, started: bool = True, internal: bool = False) -> argparse.ArgumentParser:
-        listed: dict[str, Any] = {} if internal else {"help": text}
-        added = commands.add_parser(name, description=text[0].upper() + text[1:] + ".", **listed)
+    def command(name: str, text: str, *, started: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         add_job(added, started=started)
         added.set_defaults(run=_run)
         return added
 
+    if only in _INTERNAL:
+        conclude = command("conclude", "act on a job's verdict; the last line of the batch script")
+        conclude.add_argument("status", type=int, help="exit code of srun")
+        conclude.add_argument("--signal", metavar="NAME", default="USR2", help="the warning signal (default: USR2)")
+        alone = command("conclude-alone", "act on a verdict where the batch script was lost; an agent calls")
+        alone.add_argument("outcome", help="finished, failed or requeue")
+        alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")
+        return parser
     command("drain", "have a running job save, stop and return through the queue, as before its time limit")
     stop = command("stop", "end a job, running or waiting in the queue: it does not come back", started=False)
     stop.add_argument(
         "--after-checkpoint", action="store_true", help="let the workers save first; they have as long as --grace says"
     )
-    conclude = command("conclude", "act on a job's verdict; the last line of the batch script", internal=True)
-    conclude.add_argument("status", type=int, help="exit code of srun")
-    conclude.add_argument("--signal", metavar="NAME", default="USR2", help="the job's warning signal (default: USR2)")
-    alone = command("conclude-alone", "act on a verdict where the batch script was lost; an agent calls", internal=True)
-    alone.add_argument("outcome", help="finished, failed or requeue")
-    alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")
     return parser
 
 
@@ -102,12 +107,10 @@ def _why_drained() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the answer is the exit code: 0, 1 for a failure, 2 for bad input."""
-    try:
-        given = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+
+    def work() -> int:
         args = _parser(given[0] if given else "").parse_args(given)
         return int(args.run(args))
-    except ElasticError as error:
-        print(f"elastic-hpc: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+
+    return entry.run("elastic-hpc", work)

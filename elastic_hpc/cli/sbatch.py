@@ -9,6 +9,7 @@ from datetime import timedelta
 from textwrap import fill
 
 from elastic_hpc import __version__, slurm
+from elastic_hpc.cli import entry
 from elastic_hpc.config import SWITCHES
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.registry import remember
@@ -101,16 +102,8 @@ Exit codes: 0 submitted, 1 Slurm could not be asked, 2 the request was refused a
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code."""
-    try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
-    except ElasticError as error:
-        print(f"elastic-sbatch: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # --dry-run | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    given = list(sys.argv[1:] if argv is None else argv)
+    return entry.run("elastic-sbatch", lambda: _run(given))
 
 
 def _run(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+from elastic_hpc.cli import entry
 from elastic_hpc.conclude import await_verdict
 from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES, run_number
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
@@ -188,7 +189,7 @@ class _Run:
         if asked > 2:
             return
         told = "the workers may save first; once more to stop them at once" if asked == 1 else "once more to kill"
-        print(f"elastic-srun: stopping; {told}", file=sys.stderr)
+        entry.tell("elastic-srun", f"stopping; {told}")
         from elastic_hpc.ask import ask_leader
 
         try:
@@ -204,9 +205,9 @@ class _Run:
 def _outcome(rundir: RunDir, run: _Run, *, local: bool) -> int:
     verdict = rundir.read("verdict.json") if local else await_verdict(rundir, run_number(os.environ), run.heed)
     if verdict is None:
-        print("elastic-srun: the agents left no verdict; see their messages above", file=sys.stderr)
+        entry.tell("elastic-srun", "the agents left no verdict; see their messages above")
         return 1
-    print(f"elastic-srun: {verdict['outcome']}: {verdict['reason']} ({rundir.path})", file=sys.stderr)
+    entry.tell("elastic-srun", f"{verdict['outcome']}: {verdict['reason']} ({rundir.path})")
     return {"finished": 0, "failed": 1, "requeue": 75}[verdict["outcome"]]
 
 
@@ -246,11 +247,7 @@ def _main(argv: list[str] | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the answer is the exit code."""
-    try:
-        return _main(argv)
-    except ElasticError as error:
-        print(f"elastic-srun: {error}", file=sys.stderr)
-        return error.exit_code
+    return entry.run("elastic-srun", lambda: _main(argv))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 
 from elastic_hpc.cli.jobs import add_job
@@ -14,6 +15,7 @@ from elastic_hpc.view.timeline import html, png
 HELP = "draw a job: world size, faults, progress and goodput over time"
 _EPILOG = """examples:
   elastic-hpc timeline 4711 --html 4711.html       one self-contained page, to be mailed or put on a web server
+  elastic-hpc timeline 4711 --html - | mail ...    the same to stdout
   elastic-hpc timeline 4711 --png 4711.png         the picture alone; needs: pip install 'elastic_hpc[png]'"""
 
 
@@ -21,24 +23,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the command."""
     add_job(parser)
     parser.epilog = _EPILOG
-    parser.add_argument("--html", metavar="FILE", help="write the page there")
-    parser.add_argument("--png", metavar="FILE", help="write the picture there")
+    parser.add_argument("--html", metavar="FILE", help="write the page there; - is stdout")
+    parser.add_argument("--png", metavar="FILE", help="write the picture there; - is stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; the answer is its exit code."""
     if not (args.html or args.png):
         raise UsageError(f"where to? for example: elastic-hpc timeline {args.job.path.name} --html timeline.html")
+    if args.html == args.png:
+        raise UsageError(f"--html {args.html} --png {args.png}: expected two places")
     jobs = Jobs([args.job])
     ((view, story),) = jobs.look()
     if args.html:
-        _write(args.html, html(view, story, time.time()).encode())
+        _write(args.html, html(view, story, time.time()).encode(errors="replace"))
     if args.png:
         _write(args.png, png(view, story, time.time()))
     return 0
 
 
 def _write(path: str, body: bytes) -> None:
+    if path == "-":
+        sys.stdout.buffer.write(body)
+        return
     try:
         with open(path, "wb") as file:
             file.write(body)

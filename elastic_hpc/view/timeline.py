@@ -15,7 +15,7 @@ from elastic_hpc.view.story import Story
 
 def html(view: JobView, story: Story, now: float) -> str:
     """``now``: seconds since the epoch; counts only for a job that runs."""
-    text = resources.files("elastic_hpc.view").joinpath("timeline.html.j2").read_text()
+    text = resources.files("elastic_hpc.view").joinpath("timeline.html.j2").read_text("utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(text)
     return page.render(
         view=view,

@@ -1,0 +1,67 @@
+"""How each of the three commands begins and ends: its streams, its errors, its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from elastic_hpc.errors import ElasticError
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+
+
+def run(name: str, work: Callable[[], int]) -> int:
+    """The exit code of the command ``name``: what ``work`` answers, 1 or 2 with the message of an ElasticError, 130
+    after Ctrl-C, 1 without a word when whoever reads the output has enough.
+
+    What a terminal has no character for is written as ``?``.
+    """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the shell: >&-
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+        elif isinstance(written := getattr(sys, stream), io.TextIOWrapper):
+            written.reconfigure(errors="replace")
+    try:
+        code = _code(name, work)
+        sys.stdout.flush()  # here, where it may fail: at the interpreter's end that is a traceback
+    except BrokenPipeError:
+        _forget_output()
+        return 1
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        _forget_output()
+        tell(name, f"cannot write: {error.strerror}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def tell(name: str, text: str) -> None:
+    """A line on stderr. That nobody can read it any more, the pipe or the terminal is gone, stops no work."""
+    with contextlib.suppress(OSError):
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+
+def _code(name: str, work: Callable[[], int]) -> int:
+    try:
+        return work()
+    except ElasticError as error:
+        tell(name, str(error))
+        return error.exit_code
+    except SystemExit as ended:  # argparse: --help, --version, bad input
+        return ended.code if isinstance(ended.code, int) else 0
+
+
+def _forget_output() -> None:
+    """What is left in a buffer, and can be written nowhere, is let go."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,109 @@
+"""How the three commands begin and end, whatever their streams are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import records
+
+from elastic_hpc import __version__
+from elastic_hpc.cli.hpc import main
+
+FAULTS = str(records.FOLDER / "faults")
+HPC = [sys.executable, "-m", "elastic_hpc"]
+SBATCH = [sys.executable, "-m", "elastic_hpc.cli.sbatch"]
+SRUN = [sys.executable, "-m", "elastic_hpc.cli.srun"]
+WRITERS = [
+    *([*HPC, *words] for words in (["--help"], ["--version"], ["status", "--help"], ["nosuch"])),
+    *([*HPC, *words, FAULTS] for words in (["status"], ["status", "--json"], ["status", "--watch"], ["why"], ["logs"])),
+    *([*HPC, *words, FAULTS] for words in (["logs", "-f"], ["metrics"], ["timeline", "--html", "-"])),
+    [*HPC, "doctor"],
+    [*SBATCH, "--help"],
+    [*SRUN, "--help"],
+    [*SRUN, "--local", "0", "train.py"],
+]
+
+
+def called(command: list[str], **streams: object) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command, timeout=60, check=False, **streams)  # type: ignore[call-overload,no-any-return]
+
+
+def a_pipe_that_nobody_reads() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("command", WRITERS, ids=lambda words: " ".join(map(str, words[2:-1])))
+def test_a_reader_that_has_enough_is_no_error(command: list[str]) -> None:
+    pipe = a_pipe_that_nobody_reads()
+    done = called(command, stdout=pipe, stderr=subprocess.PIPE)
+    assert b"Traceback" not in done.stderr
+    assert b"BrokenPipe" not in done.stderr
+    assert called(command, stdout=pipe, stderr=pipe).returncode in {0, 1, 2}
+    os.close(pipe)
+
+
+def test_a_full_disk_is_told_in_a_line() -> None:
+    with open("/dev/full", "w") as full:
+        for command in ([*HPC, "status", FAULTS], [*HPC, "--help"], [*HPC, "status", "--json", FAULTS]):
+            done = called(command, stdout=full, stderr=subprocess.PIPE)
+            assert (done.returncode, done.stderr) == (1, b"elastic-hpc: cannot write: No space left on device\n")
+
+
+def test_a_command_without_any_stream_does_its_work() -> None:
+    closed = "exec >&- 2>&-; exec " + " ".join([*HPC, "status", "--json", FAULTS])
+    assert called(["/bin/sh", "-c", closed]).returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("words", [["logs"], ["why"], ["status"], ["timeline", "--html", "-"]])
+def test_what_a_terminal_has_no_character_for_is_a_question_mark(
+    words: list[str], encoding: str, tmp_path: Path
+) -> None:
+    folder = records.copy("broken", tmp_path).rename(tmp_path / "日本")
+    written = "Größe ✓ 日本"
+    for path in folder.glob("logs/*/*/rank0.err"):
+        path.write_text(f"{written}\n")
+    record = records.events("broken")
+    for event in record:
+        event.update(reason=written) if event["event"] == "verdict" else None
+    records.write(folder, record)
+    environ = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = called([*HPC, *words, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
+    assert (done.returncode, done.stderr) == (0, b"")
+    if words != ["timeline", "--html", "-"]:
+        assert b"?" in done.stdout
+    bad = called([*HPC, "why", f"{folder}✓"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
+    assert bad.returncode == 2
+    assert b"expected a job's id" in bad.stderr
+
+
+def test_each_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"elastic-hpc {__version__}\n"
+
+
+def test_commands_that_are_called_by_batch_scripts_alone_are_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nosuch"]) == 2
+    assert main(["--help"]) == 0
+    captured = capsys.readouterr()
+    assert "conclude" not in captured.out + captured.err
+    assert main(["conclude", "--help"]) == 0
+
+
+def test_a_page_goes_to_stdout_alone_when_it_is_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["timeline", FAULTS, "--html", "-"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("<!")
+    assert page.rstrip().endswith("</html>")
+
+
+def test_json_is_the_same_on_every_terminal() -> None:
+    done = called([*HPC, "status", "--json", FAULTS], stdout=subprocess.PIPE)
+    assert json.loads(done.stdout)["jobs"]
