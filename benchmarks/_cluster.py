@@ -74,6 +74,37 @@ def wrong_steps(steps: Sequence[dict[str, Any]], checkpoint_every: int) -> list[
     return wrong
 
 
+@dataclass(frozen=True)
+class Process:
+    """What the kernel says of a process; a text in a path says nothing. ``pid`` as this machine sees it."""
+
+    pid: int
+    argv: list[str]
+    is_python: bool
+    """Not srun or slurmstepd, which carry the same words."""
+    job: str | None
+    """The Slurm job for which it runs."""
+
+
+def processes(state: Path, node: str) -> list[Process]:
+    """What runs on ``node`` of the mini-slurm in ``state``."""
+    init = (state / "machines" / node).read_text().split()[0]
+    found: list[Process] = []
+    try:
+        machine = os.readlink(f"/proc/{init}/ns/uts")
+    except FileNotFoundError:
+        return found  # without power
+    for entry in os.scandir("/proc"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if entry.name.isdecimal() and os.readlink(f"{entry.path}/ns/uts") == machine:
+                argv = os.fsdecode(Path(entry.path, "cmdline").read_bytes()).split("\0")[:-1]
+                environ = os.fsdecode(Path(entry.path, "environ").read_bytes()).split("\0")
+                job = next((line.partition("=")[2] for line in environ if line.startswith("SLURM_JOB_ID=")), None)
+                is_python = os.path.basename(os.readlink(f"{entry.path}/exe")).startswith("python")
+                found.append(Process(int(entry.name), argv, is_python, job))
+    return found
+
+
 class Cluster:
     """A mini-slurm that is up. ``run`` is the unprivileged user on its login machine, ``mini`` the tool itself."""
 
@@ -102,23 +133,11 @@ class Cluster:
 
     def processes(self, node: str) -> dict[int, list[str]]:
         """Command lines of the Python processes on ``node``, by pid as this machine sees it."""
-        init = (self._state / "machines" / node).read_text().split()[0]
-        found: dict[int, list[str]] = {}
-        try:
-            machine = os.readlink(f"/proc/{init}/ns/uts")
-        except FileNotFoundError:
-            return found  # without power
-        for entry in os.scandir("/proc"):
-            if not entry.name.isdecimal():
-                continue
-            with contextlib.suppress(OSError):
-                if os.readlink(f"{entry.path}/ns/uts") != machine:
-                    continue
-                if os.path.basename(os.readlink(f"{entry.path}/exe")).startswith("python"):
-                    # srun and slurmstepd carry the same words
-                    line = Path(entry.path, "cmdline").read_bytes().split(b"\0")
-                    found[int(entry.name)] = [os.fsdecode(word) for word in line]
-        return found
+        return {each.pid: each.argv for each in processes(self._state, node) if each.is_python}
+
+    def in_jobs(self, node: str) -> dict[int, list[str]]:
+        """Command lines of what runs on ``node`` for a job, by pid."""
+        return {each.pid: each.argv for each in processes(self._state, node) if each.job}
 
     def pids(self, node: str, *words: str, but: Sequence[str] = ()) -> list[int]:
         """Processes on ``node`` whose command line has all ``words`` and none of ``but``."""

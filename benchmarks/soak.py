@@ -390,10 +390,7 @@ class Soak:
     def _left_behind(self) -> list[str]:
         found = []
         for node in self._at.nodes:
-            for pid, words in self._at.processes(node).items():
-                line = " ".join(words)
-                if "elastic_hpc" in line or self._script in line:
-                    found.append(f"{node} {pid} {line[:160]}")
+            found += [f"{node} {pid} {' '.join(argv)[:160]}" for pid, argv in self._at.in_jobs(node).items()]
         return found
 
 

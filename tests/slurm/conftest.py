@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 MINI = ROOT / "bin" / "mini-slurm"
 COUNTS = str(Path(__file__).with_name("counts.py"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from _cluster import reset, slurmctld, wrong_steps  # noqa: E402
+from _cluster import processes, reset, slurmctld, wrong_steps  # noqa: E402
 
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 if (process := os.environ.get("PYTEST_XDIST_WORKER", "gw0")) != "gw0":
@@ -117,18 +117,27 @@ class Cluster:
         assert found, shown
         return found[1]
 
-    def processes(self, text: str, node: str) -> list[int]:
-        """Pids, as this machine sees them, of processes on ``node`` whose command line contains ``text``."""
-        uts = self.exec(["readlink", "/proc/self/ns/uts"], node=node).stdout.strip()
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                try:
-                    if os.readlink(entry / "ns" / "uts") == uts and text in (entry / "cmdline").read_bytes().decode():
-                        found.append(int(entry.name))
-                except (OSError, UnicodeDecodeError):
-                    continue
-        return found
+    def processes(self, word: str, node: str) -> list[int]:
+        """Pids, as this machine sees them, of processes on ``node`` that have ``word``, or the path of a file of that
+        name, as an argument.
+        """
+        found = processes(self.state, node)
+        return [each.pid for each in found if word in {*each.argv, *map(os.path.basename, each.argv)}]
+
+    def running(self, script: str, node: str) -> list[int]:
+        """Pids of the Python processes on ``node`` that run a module or a file of this name, not of those that are to
+        start it.
+        """
+        found = [each for each in processes(self.state, node) if each.is_python]
+        first = {each.pid: next((word for word in each.argv[1:] if word[:1] != "-"), "") for each in found}
+        return [pid for pid, word in first.items() if os.path.basename(word) == script]
+
+    def agents(self, node: str) -> list[int]:
+        return self.running("elastic_hpc.agent", node)
+
+    def in_jobs(self, node: str) -> list[list[str]]:
+        """Command lines of what runs on ``node`` for a job."""
+        return [each.argv for each in processes(self.state, node) if each.job]
 
     def reset(self) -> None:
         """End all jobs, bring all nodes back."""

@@ -38,24 +38,15 @@ class Scene:
     asleep: list[int] = field(default_factory=list)
 
     def agent(self, node: str) -> int:
-        (pid,) = [pid for pid, worker in self._python(node) if not worker]
+        (pid,) = self.cluster.agents(node)
         return pid
 
     def worker(self, node: str) -> int:
-        (pid,) = [pid for pid, worker in self._python(node) if worker]
+        (pid,) = self.cluster.running("matrix.py", node)
         return pid
 
     def has_workers(self, node: str) -> bool:
-        return any(worker for _, worker in self._python(node))
-
-    def _python(self, node: str) -> list[tuple[int, bool]]:
-        """The agents and workers of ``node``, and which they are."""
-        found = []
-        for pid in self.cluster.processes("matrix.py", node):
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/exe").resolve().name.startswith("python"):
-                    found.append((pid, "elastic_hpc.agent" not in Path(f"/proc/{pid}/cmdline").read_text()))
-        return found
+        return bool(self.cluster.running("matrix.py", node))
 
     def touch(self, name: str) -> None:
         (self.data / name).touch()

@@ -132,7 +132,7 @@ def test_scancel_never_requeues(submit: Submit, fresh: Cluster, listens: Path) -
     fresh.exec(["scancel", job.id])
     stopped_at(job, 1, 2)
     job.wait_state("CANCELLED", deadline=60)
-    wait_for("no process", lambda: not fresh.processes("listens.py", "n2"), 30)
+    wait_for("no process", lambda: not fresh.in_jobs("n2"), 30)
     assert fresh.job_field(job.id, "Restarts") == "0"
     assert job.wait_state("CANCELLED", "PENDING", "RUNNING") == "CANCELLED"
 

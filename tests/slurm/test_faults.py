@@ -79,4 +79,4 @@ def test_training_goes_on_after(fault: Fault, moment: str, submit: Submit, fresh
         assert any(fault.cause in reason for reason in reasons), reasons
     assert verdict["outcome"] == "finished"
     for node in {*NODES} - {*fault.off}:
-        wait_for(f"no process on {node}", lambda node=node: not fresh.processes("matrix.py", node), 30)
+        wait_for(f"no process on {node}", lambda node=node: not fresh.in_jobs(node), 30)

@@ -129,7 +129,7 @@ say(results=job.results(), restarts=job.status.restarts, nodes=job.status.nodes)
 """)
     job = heard.job()
     job.wait_event("round")
-    wait_for("its workers", lambda: fresh.processes("submitit", "n3"))
+    wait_for("its workers", lambda: fresh.processes("submitit.core._submit", "n3"))
     fresh.mini("kill", "n3")
     assert heard.hear() == {"results": [[0, 2], [1, 2]], "restarts": 1, "nodes": ["n1", "n2"]}
     assert job.verdict()["requeues"] == 0

@@ -93,15 +93,6 @@ def busy(fresh: Cluster, folder: Path) -> Callable[..., str]:
     return do
 
 
-def agents(cluster: Cluster, node: str) -> list[int]:
-    """Pids of the agents on ``node``: python itself, not the step daemon that was given its command line."""
-    return [
-        pid
-        for pid in cluster.processes("elastic_hpc.agent", node)
-        if Path(f"/proc/{pid}/exe").resolve().name.startswith("python")
-    ]
-
-
 def test_a_job_grows_loses_a_node_replaces_it_and_finishes(
     steady: Callable[..., Steady], busy: Callable[..., str], fresh: Cluster
 ) -> None:
@@ -132,7 +123,7 @@ def test_neither_a_take_over_nor_a_requeue_forgets_a_joiner_that_waits_or_runs(
     job = steady("--nodes", "2:4", *SOON)
     job.wait_world(3)
     (waiting,) = wait_for("a joiner", job.joiners, 30)
-    (agent,) = agents(fresh, "n1")
+    (agent,) = fresh.agents("n1")
     os.kill(agent, signal.SIGKILL)
     job.job.wait_event("take_over")
     job.wait_all_again()
@@ -144,7 +135,7 @@ def test_neither_a_take_over_nor_a_requeue_forgets_a_joiner_that_waits_or_runs(
     fresh.exec(["scancel", other])
     job.wait_world(4)
     running = job.joiners()
-    (agent,) = agents(fresh, "n1")
+    (agent,) = fresh.agents("n1")
     os.kill(agent, signal.SIGKILL)
     job.job.wait_event("take_over", 2)
     job.wait_all_again(4)
@@ -199,7 +190,7 @@ def test_a_spare_steps_in_and_the_job_ends_clean(steady: Callable[..., Steady], 
     job = steady("--nodes", "1,2", "--world-multiple-of", "2", "--spares", "1", "--grow-every", "1")
     assert job.job.wait_event("round")["nodes"] == ["n1", "n2"]
     job.wait_world(2)
-    (agent,) = agents(fresh, "n2")
+    (agent,) = fresh.agents("n2")
     os.kill(agent, signal.SIGKILL)
     formed = job.job.wait_event("round", 2)
     assert formed["nodes"] == ["n1", "n3"]
@@ -218,7 +209,7 @@ def test_an_agent_that_was_killed_comes_back_in_the_same_allocation_and_so_do_al
     job.wait_world(3)
     first, second, third = job.job.wait_event("round")["nodes"]
     for restarts, node in enumerate((third, first, second), 1):
-        (agent,) = agents(fresh, node)
+        (agent,) = fresh.agents(node)
         os.kill(agent, signal.SIGKILL)
         job.job.wait_event("agent_restart", restarts)
         job.wait_all_again()

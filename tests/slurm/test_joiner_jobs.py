@@ -130,7 +130,7 @@ def test_an_agent_is_started_anew_on_its_node_with_its_gpus_and_never_after_it_w
     assert f"{seen['SLURM_ARRAY_JOB_ID']}_{seen['SLURM_ARRAY_TASK_ID']}" == job.id
     assert [seen[name] for name in ("SLURM_NODEID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS")] == ["0", "1", "1"]
 
-    (slurmd,) = fresh.processes("slurmd\0-N\0n2", "n2")
+    (slurmd,) = fresh.processes("slurmd", "n2")
     os.kill(slurmd, signal.SIGSTOP)
     (folder / "stopped").touch()
     assert "not started in 1 s" in job.answer("error", "n1")

@@ -35,15 +35,6 @@ def counts(submit: Submit, folder: Path) -> Submit:
     return do
 
 
-def workers(cluster: Cluster, node: str) -> list[int]:
-    """Pids of the training processes on ``node``."""
-    return [
-        pid
-        for pid in cluster.processes("train_digits.py", node)
-        if "elastic_hpc.agent" not in Path(f"/proc/{pid}/cmdline").read_text()
-    ]
-
-
 def test_a_node_that_cannot_reach_the_leader_stays_out_and_is_avoided_next_time(counts: Submit, fresh: Cluster) -> None:
     blocked = ["ipproto", "tcp", "dport", "29432", "prohibit"]
     fresh.mini("exec", "--root", "--node", "n3", "--", "ip", "rule", "add", *blocked)
@@ -112,7 +103,7 @@ def test_training_goes_on_from_its_checkpoint_when_a_worker_crashes_and_then_a_n
 ) -> None:
     job = submit("--nodes", "2:4", args=["--checkpoint-every", str(EVERY), "--epochs", "6"])
     job.wait_steps(25)
-    os.kill(workers(fresh, "n2")[0], signal.SIGKILL)
+    os.kill(fresh.running("train_digits.py", "n2")[0], signal.SIGKILL)
     job.wait_steps(15, round=2)
     fresh.mini("kill", "n4")
     finish(job)
@@ -213,7 +204,7 @@ def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(counts: Submit, f
     for node in ("n1", "n2", "n3", "n4"):
         wait_for(
             f"no process on {node}",
-            lambda node=node: not fresh.processes("counts.py", node) and not fresh.processes("elastic_hpc", node),
+            lambda node=node: not fresh.in_jobs(node),
             60,
         )
     assert fresh.job_field(job.id, "Restarts") == "0"

@@ -76,11 +76,7 @@ def test_ctrl_c_stops_all_workers_in_good_order(fresh: Cluster, folder: Path) ->
     try:
         steps = wait_for("training", lambda: list((folder / "elastic-logs").glob("*/steps.jsonl")))
         wait_for("its processes", lambda: fresh.processes("counts.py", "n2"))
-        (tool,) = [
-            pid
-            for pid in fresh.processes("elastic-srun", "login")
-            if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1].endswith("elastic-srun")
-        ]
+        (tool,) = fresh.running("elastic-srun", "login")
         os.kill(tool, signal.SIGINT)  # the workers may save and stop; these do not listen
         wait_for("the request", lambda: "save-and-stop" in (steps[0].parent / "events.jsonl").read_text())
         os.kill(tool, signal.SIGINT)
@@ -91,4 +87,4 @@ def test_ctrl_c_stops_all_workers_in_good_order(fresh: Cluster, folder: Path) ->
     assert "stopped by the user" in told
     assert json.loads((steps[0].parent / "verdict.json").read_text())["reason"] == "stopped by the user"
     for node in ("n1", "n2"):
-        wait_for(f"no process on {node}", lambda node=node: not fresh.processes("elastic_hpc", node), 30)
+        wait_for(f"no process on {node}", lambda node=node: not fresh.in_jobs(node), 30)
