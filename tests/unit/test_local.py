@@ -153,7 +153,7 @@ def test_the_next_workers_are_the_standbys_that_waited(local: Callable[..., Loca
         for pid in children:
             with contextlib.suppress(OSError):  # it has just ended
                 commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return {pid for pid, command in commands.items() if b"standby.py" in command}
+        return {pid for pid, command in commands.items() if b"/standby.py\0" in command}
 
     pid = job.stepped(1, 1)[0]
     assert pid not in waiting()
