@@ -22,7 +22,6 @@ import contextlib
 import logging
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +101,7 @@ class Files:
 
     def discard(self, name: str) -> None:
         """Take ``name`` out of everybody's reach at once, then delete it. Gone already is fine."""
-        trash = self._folder / f".trash-{secrets.token_hex(8)}"
+        trash = self._folder / f".trash-{os.urandom(8).hex()}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._folder / name, trash)
             shutil.rmtree(trash, ignore_errors=True)

@@ -17,6 +17,7 @@ from elastic_hpc.env import JOIN, AgentEnv, job_name, restart_count, run_number
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.spec import NodeRange
+from elastic_hpc.start import module_command
 
 REQUEUE_DELAY = timedelta(seconds=8)
 """Start time asked for after a requeue. It must lie beyond the job's completion, else Slurm puts it two minutes off."""
@@ -106,7 +107,7 @@ def act(
     if not alone:
         _cancel_joiners(rundir, env.job)
         return None if _requeue(rundir, os.environ, lost) == 0 else "not requeued"
-    command = [sys.executable, "-m", "elastic_hpc", "conclude-alone", str(rundir.path), verdict["outcome"]]
+    command = module_command(sys.executable, "elastic_hpc", "conclude-alone", str(rundir.path), verdict["outcome"])
     log = rundir.path / "logs" / "conclude.log"
     try:
         slurm.start_step(os.environ["SLURM_JOB_ID"], env.name, command, log)

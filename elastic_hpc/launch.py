@@ -17,6 +17,7 @@ from elastic_hpc import functions
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.spec import LAUNCH_OPTIONS, as_text
+from elastic_hpc.start import module_command
 
 
 class LaunchFailed(ElasticError):
@@ -53,8 +54,8 @@ class LaunchConfig:
         """The command that runs it."""
         where = [] if self.local is None else [f"--local={self.local}"]
         how = [*self.options, *(["--module"] if module else [])]
-        srun = [sys.executable, "-m", "elastic_hpc.cli.srun", *where, f"--run-dir={run_dir}", *how]
-        return [*srun, script, *script_args]
+        options = [*where, f"--run-dir={run_dir}", *how]
+        return module_command(sys.executable, "elastic_hpc.cli.srun", *options, script, *script_args)
 
 
 class elastic_launch:  # noqa: N801 - torch's name

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,7 +58,7 @@ class RunDir:
         except FileExistsError:
             return self.read_secret()
         with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_hex(32).encode())
+            file.write(os.urandom(32).hex().encode())
         return self.read_secret()
 
     def read_secret(self) -> bytes:

@@ -16,6 +16,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_options import Given, WarningSignal
 from elastic_hpc.snapshot import WorkTree
 from elastic_hpc.spec import LaunchSpec
+from elastic_hpc.start import module_command
 
 COMMAND_LINE = "command line"
 _LINE_LENGTH = 110
@@ -153,7 +154,7 @@ def agent_command(
     """The command each agent runs. ``head`` hosts the rendezvous unless the user named a host. ``contained``: in a
     container, where Slurm's commands are not.
     """
-    words = [python, "-u", "-m", "elastic_hpc.agent"]
+    words = module_command(python, "elastic_hpc.agent", unbuffered=True)
     for flag, value in launch.options():
         if flag == "--rdzv-endpoint" and launch.rdzv_endpoint.host is None:
             words += [flag, _join("", head, f":{launch.rdzv_endpoint.port}")]
@@ -169,7 +170,7 @@ def agent_command(
 def torchrun_command(launch: LaunchSpec, *, head: str, job_id: str, python: str) -> list[str]:
     """The quickstart's own command for the same job."""
     endpoint = launch.rdzv_endpoint
-    words = [python, "-u", "-m", "torch.distributed.run", f"--nnodes={launch.nodes}"]
+    words = module_command(python, "torch.distributed.run", f"--nnodes={launch.nodes}", unbuffered=True)
     if launch.nproc_per_node is not None:
         words.append(f"--nproc-per-node={launch.nproc_per_node}")
     words += [
@@ -273,7 +274,7 @@ def render(job: JobSpec) -> str:
         autoescape=False,  # noqa: S701  (the output is a shell script; `quote` is applied to every value)
     )
     environment.filters.update(quote=quote, quote_all=quote_all, comment=comment)
-    environment.globals["directive"] = directive
+    environment.globals.update(directive=directive, module_command=module_command)
     try:
         template = environment.get_template(path.name)
         return template.render(version=__version__, job=job, launch=job.launch, **_words(job))

@@ -26,6 +26,7 @@ from elastic_hpc.request import from_names
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import JobSpec, render
 from elastic_hpc.spec import LAUNCH_OPTIONS
+from elastic_hpc.start import module_command
 from elastic_hpc.submitit_jobs import ElasticJob, ElasticLocalJob, runs_folder
 
 _RENAMED = {
@@ -174,15 +175,9 @@ class ElasticLocalExecutor(ElasticExecutor):
         launch = replace(spec.launch, grow=False)
         count = launch.nodes.max + launch.spares
         options = [f"{flag}={value}" for flag, value in launch.options()]
-        command = [
-            sys.executable,
-            "-m",
-            "elastic_hpc.cli.srun",
-            f"--local={count}",
-            f"--run-dir={rundir.path}",
-            *options,
-        ]
-        command += ["--module", launch.script, *launch.script_args]
+        options = [f"--local={count}", f"--run-dir={rundir.path}", *options, "--module"]
+        srun = module_command(sys.executable, "elastic_hpc.cli.srun", *options)
+        command = [*srun, launch.script, *launch.script_args]
         environ = {**os.environ, **{name: setting.value for name, setting in spec.env.items()}}
         with rundir.hold() as lock, open(f"{rundir.path}.log", "wb") as said:
             process = subprocess.Popen(

@@ -26,8 +26,9 @@ from elastic_hpc.leading import Leading
 from elastic_hpc.request import checked
 from elastic_hpc.roster import Host
 from elastic_hpc.rundir import RunDir
-from elastic_hpc.script import JobSpec, render
+from elastic_hpc.script import JobSpec, quote_all, render
 from elastic_hpc.spec import LaunchSpec
+from elastic_hpc.start import module_command
 
 PYXIS = {"container_image": "registry.example#nvidia/pytorch:25.01-py3"}
 APPTAINER = {"container_image": "train.sif"}
@@ -56,7 +57,7 @@ def srun_argv(spec: JobSpec) -> list[str]:
     for name, text in {"srun": "printf '%s\\0' \"$@\" > node/argv", "scontrol": "echo n1; echo n2"}.items():
         (node / name).write_text(f"#!/bin/sh\n{text}\n")
         (node / name).chmod(0o755)
-    (node / "script").write_text(render(spec).replace(" -m elastic_hpc conclude", " -c ''"))
+    (node / "script").write_text(render(spec).partition("\nexec ")[0])
     environ = {
         "PATH": f"{node.absolute()}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4",
         "SLURM_JOB_NODELIST": "n[1-4]",
@@ -79,12 +80,12 @@ def test_pyxis_gets_options_of_the_srun_line_and_the_batch_script_stays_outside(
         f"--container-mounts={project}:{project},{run_dir}:{run_dir},/da ta:/data:ro,/scratch:/scratch",
         f"--container-workdir={project}",
         "--container-env=B,A",
-        "python3", "-u", "-m", "elastic_hpc.agent",
+        *module_command("python3", "elastic_hpc.agent", unbuffered=True),
     ]  # fmt: skip
     script = render(spec)
     assert not re.search(r"^#SBATCH.*container", script, re.MULTILINE)
-    assert f"exec {sys.executable} -m elastic_hpc conclude " in script
-    assert f"  {sys.executable} -m elastic_hpc drain " in script
+    for does in "conclude", "drain":
+        assert quote_all(module_command(sys.executable, "elastic_hpc", does)) in script.replace("\n    ", "\n  ")
 
 
 def test_apptainer_is_the_command_and_mounts_what_the_agent_needs(project: Path) -> None:
@@ -93,7 +94,7 @@ def test_apptainer_is_the_command_and_mounts_what_the_agent_needs(project: Path)
         "apptainer", "exec",
         "--bind", f"{project}:{project},{project}/elastic-logs/7:{project}/elastic-logs/7,/data:/data:ro",
         "--pwd", str(project),
-        "train.sif", "/opt/venv/bin/python", "-u", "-m", "elastic_hpc.agent",
+        "train.sif", *module_command("/opt/venv/bin/python", "elastic_hpc.agent", unbuffered=True),
     ]  # fmt: skip
     assert "export A='x y'\nexport APPTAINERENV_A=\"$A\"  #" in render(spec)
 
@@ -146,17 +147,19 @@ def test_an_image_that_is_a_file_is_found_from_anywhere(project: Path) -> None:
 def test_plain_torchrun_runs_in_a_container_too_and_has_no_run_directory(project: Path) -> None:
     argv = srun_argv(of(**PYXIS, template="torchrun"))
     assert f"--container-mounts={project}:{project}" in argv
-    assert argv[argv.index("torch.distributed.run") - 3] == "python3"
+    assert argv[argv.index("torch.distributed.run") - 4] == "python3"
     argv = srun_argv(of(**APPTAINER, template="torchrun", python="python3.11"))
     assert argv[argv.index("apptainer") :][:8] == [
-        "apptainer", "exec", "--bind", f"{project}:{project}", "--pwd", str(project), "train.sif", "python3.11",
+        "apptainer", "exec", "--bind", f"{project}:{project}", "--pwd", str(project), "train.sif", "env",
     ]  # fmt: skip
+    assert argv[argv.index("torch.distributed.run") - 4] == "python3.11"
 
 
 def test_a_template_of_ones_own_has_the_container_in_its_lists_of_words(project: Path) -> None:
     (project / "my.j2").write_text("#!/bin/bash\n{{ srun_options|quote_all }}\n{{ agent_command|quote_all }}\n")
     text = render(of(**APPTAINER, template="./my.j2"))
-    assert '\napptainer exec --bind "$PWD:$PWD,$run_dir:$run_dir" --pwd "$PWD" train.sif python3 ' in text
+    agent = "train.sif env PYTHONSAFEPATH=1 python3 "
+    assert f'\napptainer exec --bind "$PWD:$PWD,$run_dir:$run_dir" --pwd "$PWD" {agent}' in text
 
 
 @pytest.mark.parametrize("options", [PYXIS, APPTAINER])
@@ -223,9 +226,9 @@ def test_a_file_of_the_site_may_say_how_containers_run_without_asking_for_one(
 
 def test_agents_have_the_interpreter_of_the_submission_unless_another_is_named() -> None:
     assert ours(srun_argv(of()))[0] == sys.executable
-    assert ours(srun_argv(of(python="python")))[0] == "python"
-    assert f"exec {sys.executable} -m elastic_hpc conclude" in render(of(python="python"))
-    assert ours(srun_argv(of(python="~/bin/python")))[0] == os.path.expanduser("~/bin/python")
+    assert ours(srun_argv(of(python="python"))) == module_command("python", "elastic_hpc.agent", unbuffered=True)
+    assert quote_all(module_command(sys.executable, "elastic_hpc", "conclude")) in render(of(python="python"))
+    assert ours(srun_argv(of(python="~/bin/python")))[2] == os.path.expanduser("~/bin/python")
 
 
 def test_a_set_up_line_that_fails_is_told_and_the_job_goes_on(project: Path) -> None:

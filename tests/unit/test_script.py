@@ -45,11 +45,11 @@ def stub(folder, name, text):
 
 @pytest.fixture(scope="module")
 def node():
-    """A batch host without Slurm: srun writes its arguments, scontrol names a host, python writes what it was asked."""
+    """A batch host without Slurm: srun writes its arguments, scontrol names a host, python writes its module."""
     folder = Path(tempfile.mkdtemp())
     stub(folder, "srun", f"printf '%s\\0' \"$@\" > {folder}/argv; . {folder}/srun_does")
     stub(folder, "scontrol", "echo n1; echo n2")
-    stub(folder, "python", f"echo $* >> {folder}/asked")
+    stub(folder, "python", f"shift 2; echo $* >> {folder}/asked")
     (folder / "srun_does").write_text("")
     yield folder
     shutil.rmtree(folder)
@@ -151,7 +151,7 @@ def test_a_joiner_runs_in_the_run_directory_of_the_job_it_joins_and_leaves_the_j
     assert argv[argv.index("--run-dir") + 1] == str(run_dir)
     assert [path.name for path in run_dir.iterdir()] == ["over"]
     assert not (node / "own } logs").exists()
-    assert (node / "asked").read_text() == f"-m elastic_hpc conclude {run_dir} 0 --signal USR2\n"
+    assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 0 --signal USR2\n"
 
 
 def test_a_job_that_is_over_ends_at_once_with_its_exit_code(node):
@@ -196,8 +196,8 @@ def test_the_warning_reaches_the_agents_and_sruns_own_exit_code_survives_it(node
         time.sleep(0.2)
     assert process.communicate(timeout=20) == (b"", b"")
     (node / "srun_does").write_text("")
-    drain = f"-m elastic_hpc drain {node}/logs/7\n"
-    conclude = f"-m elastic_hpc conclude {node}/logs/7 3 --signal {name}\n"
+    drain = f"elastic_hpc drain {node}/logs/7\n"
+    conclude = f"elastic_hpc conclude {node}/logs/7 3 --signal {name}\n"
     assert (node / "asked").read_text() == drain + drain + conclude
 
 

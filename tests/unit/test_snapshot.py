@@ -75,7 +75,7 @@ def start(project: Path, script: str, job: str = "7", **environ: str) -> subproc
         (node / name).write_text(f"#!/bin/sh\n{text}\n")
         (node / name).chmod(0o755)
     environ = {"PATH": f"{node}:{os.environ['PATH']}", "SLURM_JOB_ID": job, "SLURM_JOB_NUM_NODES": "1", **environ}
-    (node / "script").write_text(script.replace(" -m elastic_hpc conclude", " -c ''"))
+    (node / "script").write_text(script.partition("\nexec ")[0])
     command = ["bash", str(node / "script")]
     return subprocess.run(command, env=environ, cwd=project, text=True, capture_output=True, check=False, timeout=30)
 
