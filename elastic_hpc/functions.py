@@ -4,31 +4,25 @@ return, or raise, is kept for each round, so that what a lost world left is neve
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar
 
 from submitit.core import job_environment, utils
 
-from elastic_hpc import training
-from elastic_hpc.ask import ask_leader
+from elastic_hpc.env import LOCAL_NODES
 from elastic_hpc.errors import ElasticError
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.rundir import EventReader, RunDir
 
 MODULE = "submitit.core._submit"
 """What submitit's own executors run, with the folder of the pickle as its argument."""
 
 CLUSTERS = ("elastic", "elastic-local")
 
-_LOOK = 0.2
-_LEAVE = 5.0
-"""Seconds that rank 0, which has saved, waits for the other ranks to leave."""
+_RECORD_WITHIN = 30.0
+"""Seconds after which a shared file system should show what the leader has written."""
 
 
 def write(function: Callable[..., Any], args: Sequence[Any], folder: Path, run_dir: Path) -> None:
@@ -107,91 +101,53 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
         return self.job_id.partition("_")[2] or None
 
     @property
+    def round(self) -> int:
+        return int(os.environ["ELASTIC_HPC_ROUND"])
+
+    @property
+    def hostname(self) -> str:
+        return "localhost" if self._is_local else super().hostname
+
+    @property
     def hostnames(self) -> list[str]:
-        """The nodes of this world, in rank order; this one alone where the record does not have them yet."""
-        events, round = RunDir(self.run_dir).events(), int(os.environ["ELASTIC_HPC_ROUND"])
-        formed = (e["nodes"] for e in events if e["event"] == "round" and e["round"] == round)
-        return next(formed, [self.hostname])
+        """The nodes of this world, in rank order. Raises ElasticError if the record does not name them."""
+        if self._is_local:
+            return ["localhost"] * self.num_nodes
+        reader, end = EventReader(RunDir(self.run_dir)), time.monotonic() + _RECORD_WITHIN
+        while True:
+            reader.read()
+            for event in reversed(reader.events):
+                if event["event"] == "round" and event["round"] == self.round:
+                    return list(event["nodes"])
+            if time.monotonic() > end:
+                raise ElasticError(f"{self.run_dir}: the record does not say which nodes round {self.round} has")
+            time.sleep(0.1)
+
+    @property
+    def _is_local(self) -> bool:
+        """Whether the nodes are processes of one machine, whose names nobody could resolve."""
+        return LOCAL_NODES in os.environ
 
     @property
     def paths(self) -> ElasticPaths:
-        round = int(os.environ["ELASTIC_HPC_ROUND"])
-        results_folder(self.run_dir, round).mkdir(mode=0o700, parents=True, exist_ok=True)
-        return ElasticPaths(os.environ["SUBMITIT_FOLDER"], self.job_id, self.global_rank, self.run_dir, round)
+        results_folder(self.run_dir, self.round).mkdir(mode=0o700, parents=True, exist_ok=True)
+        return ElasticPaths(os.environ["SUBMITIT_FOLDER"], self.job_id, self.global_rank, self.run_dir, self.round)
+
+    def _requeue(self, countdown: int) -> None:
+        """The agents do that."""
 
     def _handle_signals(self, paths: utils.JobPaths, submission: utils.DelayedSubmission) -> None:
         """A function that can checkpoint is asked to when the agent wants its workers to save and stop. One that calls
         ``drain_requested`` hears that itself, and one that does neither is stopped.
+
+        submitit calls this in the worker, when it has loaded the function and before it calls it.
         """
+        from elastic_hpc import submitit_worker
+
+        submitit_worker.adapt()
         if hasattr(submission.function, "checkpoint") or hasattr(submission.function, "__submitit_checkpoint__"):
             assert isinstance(paths, ElasticPaths)
-            DrainHandler(self, paths, submission).start()
-
-
-class DrainHandler(job_environment.SignalHandler):
-    """submitit's handler, set off by the agent: rank 0 checkpoints, then all ranks leave. The agents requeue."""
-
-    def __init__(self, env: ElasticJobEnvironment, paths: ElasticPaths, delayed: utils.DelayedSubmission) -> None:
-        super().__init__(env, paths, delayed)
-        self._rundir = RunDir(paths.run_dir)
-        self._paths = paths
-        self._rank, self._size = env.global_rank, env.num_tasks
-        self._pid = os.getpid()
-        self._saved = paths.result_pickle.with_name("saved")
-
-    def start(self) -> None:
-        training.listen()
-        if self._rank == 0:
-            signal.signal(signal.SIGUSR2, self.checkpoint_and_try_requeue)
-            signal.signal(signal.SIGTERM, self.checkpoint_and_try_requeue)  # a preemption without a warning
-        else:
-            signal.signal(signal.SIGTERM, self.bypass)
-        threading.Thread(target=self._watch, name="drain", daemon=True).start()
-
-    def _watch(self) -> None:
-        while not training.is_told_to_drain():
-            if self._saved.exists():
-                break
-            time.sleep(_LOOK)
-        if self._rank == 0:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
-            return
-        while not self._saved.exists():
-            time.sleep(_LOOK)
-        training.mark_drained()
-        self._left(self._rank).touch()
-        os._exit(0)  # the main thread may be in a collective that rank 0 has left
-
-    def _left(self, rank: int) -> Path:
-        return self._saved.with_name(f"left.{rank}")
-
-    def has_timed_out(self) -> bool:
-        """The time limit came, which the agents know; a preemption, the user, or a change of the world did not."""
-        asked = [e["reason"] for e in self._rundir.events() if e["event"] in {"request", "drain"}]
-        return asked[-1:] == ["time limit"]
-
-    def checkpoint_and_try_requeue(self, signum: int, frame: FrameType | None = None) -> None:
-        if os.getpid() != self._pid:  # a data loader has inherited this handler
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-            return
-        for name in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(name, self.bypass)  # once is enough
-        try:
-            super().checkpoint_and_try_requeue(signum, frame)
-        except utils.UncompletedJobError as error:
-            utils.cloudpickle_dump(("error", str(error)), self._paths.result_pickle)
-            with contextlib.suppress(ElasticError):
-                ask_leader(self._rundir, "stop", str(error))
-            raise
-
-    def _exit(self) -> None:
-        training.mark_drained()
-        self._saved.touch()
-        end = time.monotonic() + _LEAVE
-        while time.monotonic() < end and not all(self._left(rank).exists() for rank in range(1, self._size)):
-            time.sleep(_LOOK)
-        os._exit(0)
+            submitit_worker.DrainHandler(self, paths, submission).start()
 
 
 def result(run_dir: Path, round: int, rank: int) -> Any:

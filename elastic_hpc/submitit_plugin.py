@@ -61,8 +61,8 @@ class ElasticExecutor(core.Executor):
 
     @classmethod
     def name(cls) -> str:
-        """submitit asks each executor that it has loaded for its name, in the order of its list, when it wants to know
-        its executors. A package may have one executor in that list by its entry points; ours puts the other behind it.
+        """Called by submitit on each executor that it has loaded, in the order of its list, when it makes its table of
+        them. A package may put one executor into that list by its entry points; ours puts the other behind it.
         """
         loaded = plugins._get_plugins()[0]
         if ElasticExecutor in loaded and ElasticLocalExecutor not in loaded:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import inspect
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -213,6 +218,76 @@ def test_functions_run_on_this_machine_and_their_jobs_can_be_pickled(local: subm
     assert job.paths.stderr.name == "rank0.err"
     with pytest.raises(ValueError, match="expected a rank of the last world, 0 to 1"):
         job.task(2)
+
+
+def test_functions_written_for_slurm_form_their_process_group_by_their_own_means_in_every_round(
+    local: submitit.AutoExecutor, tmp_path: Path
+) -> None:
+    """By submitit's helper, by lines like it, by an address and a port, through a file: as rank 0 would host it."""
+
+    def train(port: int) -> list[int]:
+        import torch
+        import torch.distributed as dist
+
+        env, sums = submitit.JobEnvironment(), []
+        here = {"rank": env.global_rank, "world_size": env.num_tasks}
+
+        def add_up(**how: Any) -> None:
+            dist.init_process_group("gloo", **how)
+            total = torch.ones(1)
+            dist.all_reduce(total)
+            dist.destroy_process_group()
+            sums.append(int(total))
+
+        helper = submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        assert (helper.rank, helper.world_size, helper.local_world_size) == (env.global_rank, env.num_tasks, 1)
+        add_up()
+        submitit.helpers.TorchDistributedEnvironment().export(overwrite=True)
+        add_up()
+        add_up(init_method=f"tcp://{env.hostnames[0]}:{port}", **here)
+        add_up(init_method=(tmp_path / "init").as_uri(), **here)
+        os.environ.update(MASTER_ADDR=env.hostnames[0], MASTER_PORT=str(port + 1), RANK=str(env.global_rank))
+        add_up()
+        if os.environ["ELASTIC_HPC_ROUND"] == "1":
+            if env.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        return sums
+
+    local.update_parameters(nodes=2)
+    job = local.submit(train, free_ports(2))
+    assert job.results() == [[2] * 5] * 2
+    assert job.status.restarts == 1
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` consecutive ones."""
+    while True:
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            first = held.enter_context(socket.socket())
+            first.bind(("", 0))
+            port: int = first.getsockname()[1]
+            for number in range(port + 1, port + count):
+                held.enter_context(socket.socket()).bind(("", number))
+            return port
+
+
+def test_what_is_changed_of_submitits_helper_and_of_torch_in_a_worker_is_still_there() -> None:
+    """And still needed: the helper refuses what torchrun has set, and torch's workers never host their store."""
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # not the function
+
+    helper = submitit.helpers.TorchDistributedEnvironment
+    assert list(inspect.signature(helper.export).parameters) == ["self", "set_cuda_visible_devices", "overwrite"]
+    assert "is already set" in inspect.getsource(helper.export)
+    assert 'os.environ.get("MASTER_PORT")' in inspect.getsource(helper)
+    assert list(inspect.signature(rendezvous._create_c10d_store).parameters)[:4] == [
+        "hostname",
+        "port",
+        "rank",
+        "world_size",
+    ]
+    assert "if _torchelastic_use_agent_store():" in inspect.getsource(rendezvous._create_c10d_store)
+    assert "FileStore(path, world_size)" in inspect.getsource(rendezvous._file_rendezvous_handler)
 
 
 def test_an_exception_comes_back_with_its_traceback_and_a_job_can_be_cancelled(local: submitit.AutoExecutor) -> None:
