@@ -13,7 +13,7 @@ from typing import Any
 
 from elastic_hpc import slurm, strikes
 from elastic_hpc.ask import ask_leader
-from elastic_hpc.env import JOIN, AgentEnv, job_name, restart_count, run_number
+from elastic_hpc.env import CONTINUE, FIRST_RUN, JOIN, AgentEnv, job_name, restart_count, run_number
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.spec import NodeRange
@@ -186,7 +186,7 @@ def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmE
             if shown.becomes(restart_count(environ)) == "CANCELLED":
                 _cancelled(rundir)
             return 1
-        exports = {"ELASTIC_HPC_CONTINUE": str(rundir.path), "ELASTIC_HPC_FIRST_RUN": str(run_number(environ) + 1)}
+        exports = {CONTINUE: str(rundir.path), FIRST_RUN: str(run_number(environ) + 1)}
         new = slurm.resubmit(job, rundir.path / "script.sbatch", environ, exports)
     except SlurmError as again:
         print(

@@ -1,4 +1,5 @@
-"""Where settings come from: site, user and project files in TOML, then the command line. Reads files.
+"""Where settings come from: site, user and project files in TOML, the #SBATCH lines of the script, sbatch's variables
+in the environment, then the command line. Reads files.
 
 Later wins. Set-up lines add up in this order, environment variables by name; each value remembers its source::
 
@@ -16,11 +17,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from elastic_hpc.errors import UsageError
+from elastic_hpc.sbatch_environment import from_environment
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, check, named
 from elastic_hpc.spec import LAUNCH_OPTIONS
 
@@ -100,6 +102,8 @@ class Settings:
     setup: tuple[Setting, ...] = ()
     env: Mapping[str, Setting] = field(default_factory=dict)
     sbatch: tuple[Given, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the user should know of what was not taken, a line each."""
 
     def with_layer(
         self,
@@ -121,7 +125,7 @@ class Settings:
         replaced = {given.name for given in sbatch} | set(unset)
         kept = [given for given in self.sbatch if given.name not in replaced]
         added = [given for given in sbatch if check(given)]
-        return Settings(merged, tuple(setup), env, (*kept, *added))
+        return Settings(merged, tuple(setup), env, (*kept, *added), self.notes)
 
 
 def _setup_line(text: str) -> str:
@@ -137,8 +141,10 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def load(environ: Mapping[str, str], directory: Path) -> Settings:
-    """The settings of the site's, the user's and the project's file, as far as they exist."""
+def load(environ: Mapping[str, str], directory: Path, script: Sequence[Given] = ()) -> Settings:
+    """The settings of the site's, the user's and the project's file, as far as they exist, then those of ``script``,
+    its #SBATCH lines, then those of sbatch's own variables: as for sbatch, these win over the script.
+    """
     settings = Settings()
     site = environ.get("ELASTIC_HPC_CONFIG")
     if site:
@@ -150,7 +156,14 @@ def load(environ: Mapping[str, str], directory: Path) -> Settings:
     ):
         if path.exists():
             settings = _with_file(settings, path, source)
-    return settings
+    for line in script:
+        try:
+            nodes = [("nodes", line.value or "")] if line.name == "nodes" else []
+            settings = settings.with_layer(line.source, nodes, [] if nodes else [line])
+        except UsageError as error:
+            raise UsageError(f"{line.source}: {error}") from None
+    given, notes = from_environment(environ)
+    return replace(settings.with_layer("environment", (), given), notes=tuple(notes))
 
 
 def _with_file(settings: Settings, path: Path, source: str) -> Settings:

@@ -17,8 +17,14 @@ JOIN = "ELASTIC_HPC_JOIN"
 AGAIN = "ELASTIC_HPC_AGAIN"
 """Index of the node, in the job, whose agent is started anew."""
 
+CONTINUE, FIRST_RUN = "ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_FIRST_RUN"
+"""The run directory of the job, which may not be requeued, that this one goes on for, and how often that had started."""
+
 AGENT_MARK = "ELASTIC_HPC_AGENT"
 """Marks an agent's workers; its guard kills all that have it."""
+
+OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, CONTINUE, FIRST_RUN)
+"""What is said to the agents of one job. Where another is started from within, these are leftovers."""
 
 _OF_A_ROUND = ("ELASTIC_HPC_ROUND", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR", "GLOO_SOCKET_IFNAME")
 """What ``rendezvous`` sets for each round."""
@@ -86,7 +92,7 @@ def restart_count(environ: Mapping[str, str]) -> int:
 
 def run_number(environ: Mapping[str, str]) -> int:
     """How often the job has started before, counting the jobs that it goes on for (``slurm.resubmit``)."""
-    return restart_count(environ) + int(environ.get("ELASTIC_HPC_FIRST_RUN", 0))
+    return restart_count(environ) + int(environ.get(FIRST_RUN, 0))
 
 
 def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:

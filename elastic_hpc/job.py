@@ -182,11 +182,13 @@ class Job:
 
 
 def submit(spec: JobSpec, on_message: Callable[[str], None] = lambda _: None) -> Job:
-    """Submit ``spec``. ``on_message`` gets what sbatch says besides the job's id.
+    """Submit ``spec``. ``on_message`` gets what sbatch says besides the job's id, and what was not taken of the environment.
 
     Raises UsageError if the job is refused, by us or by Slurm, and SlurmError if Slurm cannot be asked.
     """
     submitted: list[str] = []
+    for note in spec.notes:
+        on_message(f"{note}\n")
     with prepared(spec) as script:
         slurm.sbatch(script, [], os.environ, submitted.append, on_message)
     if not submitted:

@@ -18,8 +18,6 @@ from elastic_hpc.rundir import RunDir
 _PROBE = 0.5
 """Seconds in which a node that has power answers."""
 
-_OF_THE_JOB = ("ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_FIRST_RUN")
-
 
 def enter(env: AgentEnv, rundir: RunDir) -> AgentEnv:
     """``env`` of a joiner as part of the job that it joins. Raises JobEnded if that is over, or in the queue."""
@@ -102,7 +100,7 @@ class SlurmSource:
         submitted = slurm.submit_joiner(
             self._env.job,
             body,
-            environ={name: value for name, value in self._environ.items() if name not in _OF_THE_JOB},
+            environ=self._environ,
             run_dir=self._rundir.path,
             log=self._rundir.path / "logs" / f"{self._env.run}.join-%j.log",
             exclude=exclude,

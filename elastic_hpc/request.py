@@ -104,6 +104,7 @@ def build(
         code=code,
         snapshot=bool(with_snapshot and with_snapshot.value),
         sources=sources,
+        notes=settings.notes,
     )
 
 

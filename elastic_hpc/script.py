@@ -73,6 +73,7 @@ class JobSpec:
     snapshot: bool = False  # a copy of it runs
     token: str = "TOKEN"  # noqa: S105 - names what is put aside for this job, when it is submitted
     sources: Mapping[str, str] = field(default_factory=dict)  # long option -> where its value came from
+    notes: tuple[str, ...] = ()  # what was asked for and is not taken, a line each
 
     @classmethod
     def of(

@@ -14,6 +14,7 @@ from elastic_hpc.config import SWITCHES
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.registry import remember
 from elastic_hpc.request import build, checked, prepared
+from elastic_hpc.sbatch_environment import for_sbatch_itself
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, Option, scan
 from elastic_hpc.script import COMMAND_LINE, JobSpec
 from elastic_hpc.spec import LAUNCH_OPTIONS
@@ -88,8 +89,8 @@ Everything after SCRIPT belongs to the script. Every sbatch option that is not l
 form: -p gpu, --partition gpu, --partition=gpu. Those that would break an elastic job are refused with the reason.
 """
 _HELP_END = """
-Defaults come from the TOML files $ELASTIC_HPC_CONFIG, ~/.config/elastic_hpc/config.toml and ./elastic_hpc.toml. Later
-ones win, the command line wins over all, --setup lines add up:
+Defaults come from the TOML files $ELASTIC_HPC_CONFIG, ~/.config/elastic_hpc/config.toml and ./elastic_hpc.toml, then
+from sbatch's variables, such as SBATCH_ACCOUNT. Later ones win, the command line wins over all, --setup lines add up:
 
   nodes = "2:4"
   setup = ["module load cuda"]
@@ -116,6 +117,9 @@ def _run(argv: list[str]) -> int:
         print(f"elastic-sbatch {__version__}")
         return 0
     job = _job(given, rest)
+    if "quiet" not in switches:
+        for note in job.notes:
+            _warn(note)
     if "dry-run" in switches:
         sys.stdout.buffer.write(os.fsencode(checked(job)))
         sys.stdout.buffer.flush()
@@ -148,6 +152,7 @@ def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
 
 def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
     passed = [g.option.flag for g in given if g.name in {"test-only", "wait", "verbose", "quiet"}]
+    passed += [flag for flag in for_sbatch_itself(os.environ) if flag not in passed]
     parsable = any(g.name == "parsable" for g in given)
     quiet = any(g.name == "quiet" for g in given)
 
@@ -163,13 +168,6 @@ def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
                 tasks = "_TASK" if job.has("array") else ""
                 print(f"run directory: {os.path.join(job.log_dir, number)}{tasks}", file=sys.stderr)
 
-    dropped = [name for name in sorted(os.environ) if name.startswith("SBATCH_")]
-    if dropped and "SLURM_JOB_ID" not in os.environ and not quiet:
-        print(
-            f"elastic-sbatch: not used, because they override the script: {', '.join(dropped)}; "
-            "use options, or [sbatch] in a configuration file",
-            file=sys.stderr,
-        )
     code = slurm.sbatch(script, passed, os.environ, on_submitted, lambda text: print(text, end="", file=sys.stderr))
     if not (parsable or quiet or job.template == "torchrun"):
         _warn_of_short_times(job)

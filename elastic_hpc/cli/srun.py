@@ -15,7 +15,7 @@ from types import FrameType
 
 from elastic_hpc.cli import entry
 from elastic_hpc.conclude import await_verdict
-from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES, run_number
+from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES, OF_A_JOB, run_number
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.registry import remember
 from elastic_hpc.rundir import RunDir
@@ -233,6 +233,8 @@ def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:
 
 def _main(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
+    for name in OF_A_JOB:
+        os.environ.pop(name, None)
     launch, count = _request(args, _nodes_here(args))
     local = args.standalone or args.local is not None
     job = "local" if local else os.environ["SLURM_JOB_ID"]

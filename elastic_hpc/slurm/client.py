@@ -9,23 +9,24 @@ import subprocess
 from collections.abc import Mapping
 from typing import IO
 
-from elastic_hpc.env import AGENT_MARK
 from elastic_hpc.errors import SlurmError
 
 SECONDS = 60  # for an answer of slurmctld; its own clients give up after 10 to 30
-# Needed to find and enter the cluster. Every other SLURM_* and SBATCH_* variable overrides the script's directives,
-# or is a leftover of the job that we are called from.
-_KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"})
+# Every variable of these families changes what a command of Slurm does or what is started finds, or is a leftover of the
+# job that we are called from. What sbatch's own say is in the script already (sbatch_environment). Ours are marks of an
+# agent, which what is submitted must outlive, and of a job that is another one.
+_SLURM = ("SLURM", "_SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SPANK_", "PMI")
+_OURS = "ELASTIC_HPC_"
+# Needed to find and enter the cluster, and our configuration.
+_KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "ELASTIC_HPC_CONFIG"})
 
 # What a user likes to see in a table, or to be asked. Not a part of clean_environment: jobs may have it.
-_FILTERS = ("SQUEUE_", "SCANCEL_")
+_FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SACCT_", "SSTAT_", "SPRIO_")
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` without the variables that change what sbatch does, and without the guard's mark: what Slurm starts
-    for an agent must outlive it.
-    """
-    return {k: v for k, v in environ.items() if k in _KEPT or not k.startswith(("SBATCH_", "SLURM_", AGENT_MARK))}
+    """``environ`` for what has no part in the job that this process may be part of, as a job that it submits."""
+    return {k: v for k, v in environ.items() if k in _KEPT or not k.startswith((*_SLURM, _OURS))}
 
 
 def condensed(messages: str) -> str:

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
+from elastic_hpc.env import AGAIN, CONTINUE, FIRST_RUN, JOIN
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import show_job
@@ -26,15 +27,17 @@ _AGENT_NAME = "elastic-agent"
 _STEP_SECONDS = 20
 _GIVE_UP_SECONDS = 3
 # Slurm tells them to the batch script, and a step inherits them; for srun they mean nothing.
-_OF_THE_JOB = ("SLURM_ARRAY_", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_")
+_OF_THE_JOB = (
+    *("SLURM_ARRAY_", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_"),
+    *(JOIN, AGAIN, CONTINUE, FIRST_RUN),  # ours
+)
 
 
 def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """``environ`` for an srun with --jobid: without what an enclosing step, or the allocation's options, would make of
     its step. ``salloc --gpus-per-task=1`` for example would leave an agent one GPU of its node.
     """
-    kept = {k: v for k, v in environ.items() if k.startswith(_OF_THE_JOB)} | client.clean_environment(environ)
-    return {k: v for k, v in kept.items() if not k.startswith("SRUN_")}
+    return {k: v for k, v in environ.items() if k.startswith(_OF_THE_JOB)} | client.clean_environment(environ)
 
 
 def start_step(job_id: str, node: str, command: Sequence[str], log: Path) -> None:

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from elastic_hpc.env import AGAIN, JOIN
 from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import show_job
@@ -27,11 +26,13 @@ def sbatch(
     environ: Mapping[str, str],
     on_submitted: Callable[[str], None],
     on_message: Callable[[str], None],
+    exports: Mapping[str, str] | None = None,
 ) -> int:
     """Submit ``script`` and return sbatch's exit code, with ``--wait`` the job's.
 
-    ``on_submitted`` is called at once with ``ID[;CLUSTER]``; ``on_message`` with what sbatch says besides.
-    Raises UsageError if Slurm refuses the job, SlurmError if it could not be asked.
+    The job has what is not Slurm's or ours of ``environ``, and ``exports``. ``on_submitted`` is called at once with
+    ``ID[;CLUSTER]``; ``on_message`` with what sbatch says besides. Raises UsageError if Slurm refuses the job,
+    SlurmError if it could not be asked.
     """
     with tempfile.TemporaryFile() as said:
         try:
@@ -40,7 +41,7 @@ def sbatch(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
-                env=client.clean_environment(environ),
+                env={**client.clean_environment(environ), **(exports or {})},
             )
         except OSError as error:
             raise SlurmError(
@@ -99,12 +100,11 @@ def resubmit(job: str, script: Path, environ: Mapping[str, str], exports: Mappin
 def submit_again(script: bytes, options: Sequence[str], environ: Mapping[str, str], exports: Mapping[str, str]) -> str:
     """Submit the batch script of a job from within it, and return the new job's id.
 
-    It has ``exports`` and, unless ``--export`` hides it, ``environ``, without what that says of the agent that submits.
-    Raises UsageError and SlurmError as ``sbatch``.
+    It has ``exports`` and, unless ``--export`` hides it, ``environ``, as ``sbatch`` passes it on. Raises UsageError and
+    SlurmError as ``sbatch``.
     """
-    inherited = {name: value for name, value in environ.items() if name not in {JOIN, AGAIN}}
     submitted: list[str] = []
-    sbatch(script, options, {**inherited, **exports}, submitted.append, lambda _: None)
+    sbatch(script, options, environ, submitted.append, lambda _: None, exports)
     if not submitted:
         raise SlurmError("sbatch: no job id")
     return submitted[0].partition(";")[0]

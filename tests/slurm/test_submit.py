@@ -73,10 +73,13 @@ def test_fewer_nodes_than_max_are_taken_when_there_are_no_more(user):
     assert "NumNodes=3 " in user.recorded(job, "job").decode()
 
 
-def test_slurms_variables_of_the_caller_change_nothing(user):
-    bad = ["SBATCH_NO_REQUEUE=1", "SBATCH_PARTITION=nope", "SLURM_NTASKS=3", "SLURM_CPU_BIND=nonsense", "MINE=1"]
-    job = user.submitted("-N1", "train.py", environ=[*bad, "SLURM_JOB_ID=1"])
-    assert " Requeue=1 " in user.recorded(job, "job").decode()
+def test_slurms_variables_of_the_caller_are_settings_of_sbatchs_or_change_nothing(user):
+    bad = ["SBATCH_NO_REQUEUE=1", "SLURM_NTASKS=3", "SLURM_CPU_BIND=nonsense", "SRUN_CPUS_PER_TASK=99", "MINE=1"]
+    own = ["--setup", "export SRUN_CPUS_PER_TASK=99", "train.py"]
+    job = user.submitted("-N1", *own, environ=[*bad, "SLURM_JOB_ID=1", "SBATCH_JOB_NAME=of the profile"])
+    shown = user.recorded(job, "job").decode()
+    assert " Requeue=1 " in shown
+    assert "JobName=of the profile\n" in shown
     environ = user.recorded(job, "env").decode().splitlines()
     assert "MINE=1" in environ
     assert "SLURM_CPU_BIND=nonsense" not in environ

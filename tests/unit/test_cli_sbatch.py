@@ -90,14 +90,76 @@ def test_options_for_sbatch_itself_go_to_its_command_line(project, capsys):
     assert capsys.readouterr() == ("", "sbatch: Job 3 to start soon\n")
 
 
-def test_variables_of_slurm_do_not_reach_the_submission_except_how_to_find_the_cluster(project, monkeypatch, capsys):
-    for name in ("SBATCH_PARTITION", "SBATCH_NO_REQUEUE", "SLURM_CPU_BIND", "SLURM_JOBID", "SLURM_CONF", "KEPT"):
+def test_variables_of_slurm_and_of_another_job_do_not_reach_the_submission(project, monkeypatch):
+    kept = {"SLURM_CONF", "SLURM_JWT", "KEPT", "SQUEUE_FORMAT"}
+    lost = {"SLURM_CPU_BIND", "SLURM_JOBID", "SLURMD_NODENAME", "SRUN_CPUS_PER_TASK", "SALLOC_ACCOUNT", "PMIX_RANK"}
+    lost |= {"_SLURM_SPANK_OPTION_pyxis_container_image", "SPANK_X", "PMI_RANK", "SBATCH_CPU_BIND", "SBATCH_COMMENT"}
+    lost |= {"ELASTIC_HPC_JOIN", "ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_RUN_DIR", "ELASTIC_HPC_AGENT"}
+    for name in kept | lost:
         monkeypatch.setenv(name, "x")
+    (project.folder / "site.toml").write_text("")
+    monkeypatch.setenv("ELASTIC_HPC_CONFIG", "site.toml")
     assert main(["-N1", "train.py"]) == 0
     names = {line.partition("=")[0] for line in project.seen("env").splitlines()}
-    assert {"SLURM_CONF", "KEPT"} <= names
-    assert not names & {"SBATCH_PARTITION", "SBATCH_NO_REQUEUE", "SLURM_CPU_BIND", "SLURM_JOBID"}
-    assert "not used, because they override the script: SBATCH_NO_REQUEUE, SBATCH_PARTITION" in capsys.readouterr().err
+    assert kept | {"ELASTIC_HPC_CONFIG"} <= names
+    assert not names & lost
+
+
+def test_what_the_environment_says_to_sbatch_is_taken_below_the_command_line_and_above_the_files(
+    project, monkeypatch, capsys
+):
+    (project.folder / "elastic_hpc.toml").write_text("[sbatch]\naccount = 'of the file'\nqos = 'of_the_file'\n")
+    given = {"ACCOUNT": "mine", "PARTITION": "gpu", "TIMELIMIT": "8:00:00", "EXCLUSIVE": "", "REQ_SWITCH": "2"}
+    for name, value in {**given, "WAIT4SWITCH": "60", "OVERCOMMIT": "0", "SPREAD_JOB": "yes", "DEBUG": "1"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    assert main(["-N1", "-p", "cpu", "train.py"]) == 0
+    lines = [" ".join(line.split()) for line in project.seen("script").splitlines()]
+    for line in (
+        "account=mine # environment: SBATCH_ACCOUNT", "qos=of_the_file # ./elastic_hpc.toml",
+        "partition=cpu # command line", "time=8:00:00 # environment: SBATCH_TIMELIMIT",
+        "exclusive # environment: SBATCH_EXCLUSIVE", "switches=2@60 # environment: SBATCH_REQ_SWITCH",
+        "spread-job # environment: SBATCH_SPREAD_JOB",
+    ):  # fmt: skip
+        assert f"#SBATCH --{line}" in lines
+    assert "overcommit" not in project.seen("script")
+    assert project.seen("argv") == "--parsable --verbose\n"
+    assert capsys.readouterr().err.count("\n") == 1  # the run directory
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("NO_REQUEUE", "1", "--no-requeue: an elastic job comes back through the queue"),
+        ("GPUS_PER_TASK", "1", "--gpus-per-task=1: it hides the GPUs of a node's workers"),
+        ("EXPORT", "NONE", "--export=NONE: the agents need the environment of the submission"),
+        ("OPEN_MODE", "truncate", "--open-mode=truncate: a requeue would wipe the log"),
+        ("CONTAINER", "x", "--container=x: use --container-image IMAGE"),
+        ("SIGNAL", "TERM@30", "--signal=TERM@30: Slurm or the shell needs SIGTERM itself"),
+    ],
+)
+def test_what_the_environment_says_and_breaks_an_elastic_job_is_dropped_with_a_line(
+    project, monkeypatch, capsys, name, value, reason
+):
+    monkeypatch.setenv(f"SBATCH_{name}", value)
+    assert main(["-N1", "train.py"]) == 0
+    note = f"SBATCH_{name} of the environment is not used: {reason}"
+    assert capsys.readouterr().err.startswith(f"elastic-sbatch: {note}")
+    assert f"\n# {note}" in project.seen("script")
+    assert main(["-N1", "-Q", "train.py"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_inside_a_job_what_slurm_has_set_for_that_job_is_no_wish(project, monkeypatch):
+    outside = {"SLURM_CLUSTERS": "east", "SLURM_HINT": "nomultithread", "SBATCH_MEM_BIND": "local"}
+    for name, value in {**outside, "SBATCH_QOS": "high"}.items():
+        monkeypatch.setenv(name, value)
+    main(["-N1", "train.py"])
+    assert {"clusters", "hint", "mem-bind", "qos"} <= set(re.findall(r"#SBATCH --([\w-]+)", project.seen("script")))
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    main(["-N1", "train.py"])
+    named = set(re.findall(r"#SBATCH --([\w-]+)", project.seen("script")))
+    assert "qos" in named
+    assert not named & {"clusters", "hint", "mem-bind"}
 
 
 def test_the_job_is_named_after_the_script_unless_told_otherwise(project, capsys):
