@@ -31,7 +31,8 @@ from elastic_hpc.membership import Membership
 from elastic_hpc.protocol import Order, Status
 from elastic_hpc.roster import Host, Roster
 from elastic_hpc.server import LeaderServer
-from elastic_hpc.spec import LaunchSpec, NodeRange, RdzvConf
+from elastic_hpc.spec import LaunchSpec
+from elastic_hpc.values import NodeRange, RdzvConf
 
 STARTS_WITHIN = 10.0
 """Seconds in which 1,024 agents start; fewer start in less time, at the same rate."""

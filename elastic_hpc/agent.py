@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     me = Host(env.node, env.name, addresses, server_socket.getsockname()[1], software())
     contained = not env.local and (args.contained or shutil.which("scontrol") is None)
     leading = Leading(spec, env, me, nproc, policy, rundir, environ, contained=contained)
-    head = spec.rdzv_endpoint.host
+    head = spec.rdzv_endpoint.head
     first = not env.late and (net.is_me(head, env.name) if head and not env.local else env.node == 0)
     if first:
         leading.prepare()

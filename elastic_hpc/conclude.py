@@ -16,8 +16,8 @@ from elastic_hpc.ask import ask_leader
 from elastic_hpc.env import CONTINUE, FIRST_RUN, JOIN, AgentEnv, job_name, restart_count, run_number
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.rundir import RunDir
-from elastic_hpc.spec import NodeRange
 from elastic_hpc.start import module_command
+from elastic_hpc.values import NodeRange
 
 REQUEUE_DELAY = timedelta(seconds=8)
 """Start time asked for after a requeue. It must lie beyond the job's completion, else Slurm puts it two minutes off."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from elastic_hpc import sbatch_options, snapshot
+from elastic_hpc import durations, sbatch_options, snapshot
 from elastic_hpc.config import KEYS, SWITCHES, Setting, Settings, load
 from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, WarningSignal, last
@@ -209,7 +209,7 @@ def _container(chosen: dict[str, Setting], source: str, work_dir: str, log_dir: 
 def _check_time(job: JobSpec, script: str) -> None:
     """A job that is warned as soon as it starts would save, return to the queue, start and be warned again."""
     text = last(job.sbatch, "time")
-    limit = sbatch_options.time_limit(text) if text else None
+    limit = durations.time_limit(text) if text else None
     if limit and limit <= job.signal.lead and f"--signal={job.signal}" in script:
         lead = f"{job.signal.lead.total_seconds():.0f} s"
         ours = "--grace" if job.signal.lead == job.launch.grace + _AFTER_GRACE else "--signal"

@@ -203,18 +203,3 @@ class WarningSignal:
 
     def __str__(self) -> str:
         return f"B:{self.name}@{self.lead.total_seconds():.0f}"
-
-
-def time_limit(text: str) -> timedelta | None:
-    """What sbatch understands by ``--time=text``: DAYS-HOURS[:MINUTES[:SECONDS]], MINUTES[:SECONDS] or
-    HOURS:MINUTES:SECONDS. None for no limit, and for what sbatch will refuse.
-    """
-    match = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", text, re.ASCII)
-    if match is None:
-        return None
-    days, first, second, third = (int(part or 0) for part in match.groups())
-    if match[1] or match[4]:
-        limit = timedelta(days=days, hours=first, minutes=second, seconds=third)
-    else:
-        limit = timedelta(minutes=first, seconds=second)
-    return limit or None

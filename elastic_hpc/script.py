@@ -157,7 +157,7 @@ def agent_command(
     """
     words = module_command(python, "elastic_hpc.agent", unbuffered=True)
     for flag, value in launch.options():
-        if flag == "--rdzv-endpoint" and launch.rdzv_endpoint.host is None:
+        if flag == "--rdzv-endpoint" and launch.rdzv_endpoint.head is None:
             words += [flag, _join("", head, f":{launch.rdzv_endpoint.port}")]
         else:
             words += [flag, value]
@@ -178,7 +178,7 @@ def torchrun_command(launch: LaunchSpec, *, head: str, job_id: str, python: str)
         f"--max-restarts={launch.max_restarts}",
         _join("--rdzv-id=", launch.rdzv_id or job_id),
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={endpoint}" if endpoint.host else _join("--rdzv-endpoint=", head, f":{endpoint.port}"),
+        f"--rdzv-endpoint={endpoint}" if endpoint.head else _join("--rdzv-endpoint=", head, f":{endpoint.port}"),
     ]
     return [*words, *launch.command()]
 

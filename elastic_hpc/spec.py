@@ -1,159 +1,16 @@
-"""What a user asks for, parsed once at the edge into frozen objects. Pure: touches no file, no environment."""
+"""What a user asks for, parsed once at the edge into a frozen object, and the table of its options. Pure."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import re
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from itertools import pairwise
 from typing import Any
 
+from elastic_hpc import durations
 from elastic_hpc.errors import UsageError
-
-DEFAULT_PORT = 29400
-
-
-@dataclass(frozen=True)
-class NodeRange:
-    """``MIN:MAX`` nodes, as in ``torchrun --nnodes``. One number means a job of fixed size.
-
-    ``sizes``: the exact numbers of ``4,6,8``, ascending from ``min`` to ``max``; None for all between.
-    """
-
-    min: int
-    max: int
-    sizes: tuple[int, ...] | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> NodeRange:
-        match = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", text)
-        if match:
-            low, high = int(match[1]), int(match[2] or match[1])
-            if 1 <= low <= high:
-                return cls(low, high)
-        elif re.fullmatch(r"\d{1,6}(,\d{1,6})+", text):
-            sizes = tuple(map(int, text.split(",")))
-            if sizes[0] >= 1 and all(a < b for a, b in pairwise(sizes)):
-                return cls(sizes[0], sizes[-1], sizes)
-        raise UsageError(
-            f"--nodes {text!r}: expected N or MIN:MAX with 1 <= MIN <= MAX, for example --nodes 4:8, "
-            "or exact numbers in ascending order, for example --nodes 4,6,8"
-        )
-
-    def __str__(self) -> str:
-        return ",".join(map(str, self.sizes)) if self.sizes else f"{self.min}:{self.max}"
-
-    @property
-    def slurm(self) -> str:
-        """The range in sbatch's own notation: ``4-8``, or ``4``."""
-        return f"{self.min}-{self.max}" if self.min < self.max else str(self.min)
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """``HOST[:PORT]`` of the c10d rendezvous. ``host`` is None for the first host of the step."""
-
-    host: str | None = None
-    port: int = DEFAULT_PORT
-
-    @classmethod
-    def parse(cls, text: str) -> Endpoint:
-        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]*)(?::(\d{1,5}))?", text)
-        if match and text:
-            port = int(match[2] or DEFAULT_PORT)
-            if 0 < port < 65536:
-                return cls(match[1].strip("[]") or None, port)
-        raise UsageError(
-            f"--rdzv-endpoint {text!r}: expected HOST[:PORT] or :PORT, for example --rdzv-endpoint node01:29400"
-        )
-
-    def __str__(self) -> str:
-        host = self.host or ""
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
-
-
-def _nproc(text: str) -> str:
-    if text in {"auto", "gpu", "cpu"} or (text.isdecimal() and int(text) > 0):
-        return text
-    raise UsageError(f"--nproc-per-node {text!r}: expected gpu, cpu, auto or a number above 0, for example 8")
-
-
-def _count(text: str) -> int:
-    if text.isdecimal():
-        return int(text)
-    raise UsageError(f"{text!r}: expected a whole number, 0 or more, for example 10")
-
-
-def _positive(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise UsageError(f"{text!r}: expected a whole number, 1 or more, for example 8")
-
-
-def _on_off(text: str) -> bool:
-    if text in {"on", "off"}:
-        return text == "on"
-    raise UsageError(f"{text!r}: expected on or off")
-
-
-def _seconds(text: str) -> timedelta:
-    try:
-        value = timedelta(seconds=float(text))
-    except (ValueError, OverflowError):
-        value = timedelta(0)
-    if value <= timedelta(0):
-        raise UsageError(f"{text!r}: expected a number of seconds above 0, for example 5")
-    return value
-
-
-@dataclass(frozen=True)
-class Preload:
-    """``--preload MODULE,...``: what a worker's process imports before it is wanted; nothing for ``off``."""
-
-    modules: tuple[str, ...] = ("torch",)
-
-    @classmethod
-    def parse(cls, text: str) -> Preload:
-        if text == "off":
-            return cls(())
-        modules = tuple(text.split(","))
-        if all(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) for module in modules):
-            return cls(modules)
-        raise UsageError(f"--preload {text!r}: expected MODULE,... or off, for example --preload torch,transformers")
-
-    def __str__(self) -> str:
-        return ",".join(self.modules) or "off"
-
-
-@dataclass(frozen=True)
-class RdzvConf:
-    """``--rdzv-conf KEY=VALUE,...`` with torchrun's keys, both in seconds.
-
-    ``join_timeout``: how long a start waits for MIN nodes before it gives the allocation back.
-    ``last_call_timeout``: how long it waits, once MIN are there, for the rest of the granted nodes.
-    """
-
-    join_timeout: timedelta = timedelta(seconds=600)
-    last_call_timeout: timedelta = timedelta(seconds=30)
-
-    @classmethod
-    def parse(cls, text: str) -> RdzvConf:
-        values: dict[str, timedelta] = {}
-        for pair in filter(None, text.split(",")):
-            key, _, value = pair.partition("=")
-            if key not in {f.name for f in fields(cls)}:
-                known = ", ".join(f.name for f in fields(cls))
-                raise UsageError(
-                    f"--rdzv-conf {pair!r}: expected KEY=SECONDS with KEY one of {known}, "
-                    "for example --rdzv-conf last_call_timeout=60"
-                )
-            values[key] = _seconds(value)
-        return cls(**values)
-
-    def __str__(self) -> str:
-        return ",".join(f"{f.name}={getattr(self, f.name).total_seconds():g}" for f in fields(self))
+from elastic_hpc.values import Endpoint, NodeRange, Preload, RdzvConf, count, nproc, on_off, positive
 
 
 @dataclass(frozen=True)
@@ -240,7 +97,7 @@ def as_text(value: object, *, switch: bool = False) -> str:
     if switch and isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, timedelta):
-        return f"{value.total_seconds():g}"
+        return durations.as_text(value)
     return str(value)
 
 
@@ -261,7 +118,7 @@ class LaunchOption:
     @property
     def is_switch(self) -> bool:
         """Whether it is on or off. elastic-sbatch takes it without a value too, a TOML file as true or false."""
-        return self.type is _on_off
+        return self.type is on_off
 
     def parse(self, text: str) -> Any:
         """The value of ``text``. Every refusal names the option, whichever parser refused."""
@@ -284,56 +141,56 @@ LAUNCH_OPTIONS = (
     LaunchOption(
         "--spares",
         "K",
-        _count,
+        count,
         "K more nodes, which wait ready and step in when one is lost (default: 0)",
     ),
     LaunchOption(
         "--world-multiple-of",
         "K",
-        _positive,
+        positive,
         "run with a number of workers that is a multiple of K; surplus nodes wait as spares (default: any number)",
     ),
     LaunchOption(
         "--grow",
         "on|off",
-        _on_off,
+        on_off,
         "bring more nodes while the job runs, each by a one-node job of its own, up to MAX and the spares; "
         "lost nodes are replaced (default: off)",
     ),
     LaunchOption(
         "--grow-every",
-        "SECONDS",
-        _seconds,
+        "TIME",
+        durations.parse,
         "let at least so long pass from one growth to the next: each restarts the workers (default: 60)",
     ),
     LaunchOption(
-        "--free-growth", "on|off", _on_off, "do not count it against --max-restarts when the world grows (default: off)"
+        "--free-growth", "on|off", on_off, "do not count it against --max-restarts when the world grows (default: off)"
     ),
     LaunchOption(
         "--wait-for-nodes",
-        "SECONDS",
-        _seconds,
+        "TIME",
+        durations.parse,
         "how long a job below MIN waits for a replacement that is on its way, workers stopped and nodes kept, "
         "before it is requeued (default: 300)",
     ),
     LaunchOption(
         "--nproc-per-node",
         "gpu|cpu|auto|N",
-        _nproc,
+        nproc,
         "workers on each node; gpu: one per granted GPU, cpu: one per usable core, auto: gpu where there "
         "are GPUs, else cpu (default: gpu where there are GPUs, else 1)",
     ),
     LaunchOption(
         "--max-restarts",
         "N",
-        _count,
+        count,
         "restarts of the workers in the whole job before giving up, whatever the cause: failure or "
         "membership change (default: 10)",
     ),
     LaunchOption(
         "--max-requeues",
         "N",
-        _count,
+        count,
         "requeues after failures in the whole job before giving up; preemption and the time limit are "
         "not counted (default: 5)",
     ),
@@ -353,19 +210,19 @@ LAUNCH_OPTIONS = (
         "torchrun's join_timeout and last_call_timeout, in seconds (default: 600 and 30)",
     ),
     LaunchOption(
-        "--heartbeat-timeout", "SECONDS", _seconds, "silence after which a node is taken for lost (default: 5)"
+        "--heartbeat-timeout", "TIME", durations.parse, "silence after which a node is taken for lost (default: 5)"
     ),
     LaunchOption(
         "--grace",
-        "SECONDS",
-        _seconds,
+        "TIME",
+        durations.parse,
         "how long the workers may take to save and stop, when the time limit or a preemption nears, or the user asks "
         "(default: 90)",
     ),
     LaunchOption(
         "--hang-timeout",
-        "SECONDS",
-        _seconds,
+        "TIME",
+        durations.parse,
         "take the workers for hung when none of a node has reported progress, or written anything if they never do, "
         "for so long; their stacks are kept beside their logs (default: never)",
     ),

@@ -22,7 +22,8 @@ from elastic_hpc import net
 from elastic_hpc.env import AgentEnv, read_agent_env
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.rundir import RunDir
-from elastic_hpc.spec import LAUNCH_OPTIONS, Endpoint, LaunchSpec, NodeRange, RdzvConf
+from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec
+from elastic_hpc.values import Endpoint, NodeRange, RdzvConf
 
 _SHARED = ("heartbeat_timeout", "max_restarts", "interface")
 _OPTIONS = {option.dest: option for option in LAUNCH_OPTIONS if option.dest in _SHARED}

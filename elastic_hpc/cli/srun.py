@@ -20,7 +20,8 @@ from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.registry import remember
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import agent_command, srun_options
-from elastic_hpc.spec import LaunchSpec, NodeRange, add_launch_options
+from elastic_hpc.spec import LaunchSpec, add_launch_options
+from elastic_hpc.values import NodeRange
 
 _EPILOG = """examples:
   salloc --nodes 4 elastic-srun train.py --lr 1e-3     in an allocation; goes on while 1 of its nodes is left

@@ -247,7 +247,7 @@ def test_defaults_come_from_the_projects_file(project):
         (["-N", "2:4"], "expected a training script"),
         ([], "expected a training script: elastic-sbatch [options] SCRIPT"),
         (["-N", "4:2", "train.py"], "--nodes '4:2': expected N or MIN:MAX with 1 <= MIN <= MAX"),
-        (["-N", "2-4", "train.py"], "--nodes '2-4': expected N or MIN:MAX"),
+        (["-N", "4-2", "train.py"], "--nodes '4-2': expected N or MIN:MAX"),
         (["-N", "2", "nope.py"], "script 'nope.py': No such file or directory"),
         (["-N", "2", "."], "script '.': Is a directory"),
         (["-N", "2", "-p", "a", ":", "-p", "b", "train.py"], "':': heterogeneous jobs are not elastic"),

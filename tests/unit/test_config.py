@@ -3,7 +3,7 @@ import pytest
 from elastic_hpc.config import Settings, load
 from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_options import SBATCH, Given
-from elastic_hpc.spec import NodeRange
+from elastic_hpc.values import NodeRange
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_switch_is_true_or_false_in_a_file_or_a_word_as_on_the_command_line(si
         ("max-restart = 1", "max-restart: unknown key, did you mean max-restarts?"),
         ("partition = 'gpu'", r"partition: unknown key, .*sbatch's own options go under \[sbatch\]"),
         ("max-restarts = 'x'", "--max-restarts 'x': expected a whole number"),
-        ("nodes = '4-8'", "--nodes '4-8': expected N or MIN:MAX"),
+        ("nodes = '8-4'", "--nodes '8-4': expected N or MIN:MAX"),
         ("nodes = true", "nodes = True: expected a string or a number"),
         ("setup = 'module load a'", "setup = .*: expected a list of strings"),
         ("env = ['1A=2']", "--env '1A=2': expected NAME=VALUE"),

@@ -49,8 +49,8 @@ def test_a_script_takes_its_arguments_and_what_elastic_srun_refuses_is_no_result
 def test_options_that_do_not_exist_are_refused_before_anything_runs() -> None:
     with pytest.raises(UsageError, match="max_nodes: unknown option; expected one of nodes, "):
         LaunchConfig(max_nodes=4)
-    with pytest.raises(UsageError, match="--nodes '4-8': expected N or MIN:MAX"):
-        LaunchConfig(nodes="4-8")
+    with pytest.raises(UsageError, match="--nodes '8-4': expected N or MIN:MAX"):
+        LaunchConfig(nodes="8-4")
 
 
 def test_everything_that_is_exported_exists_and_is_imported_only_when_it_is_used() -> None:

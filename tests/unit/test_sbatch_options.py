@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, WarningSignal, check, scan, time_limit
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, WarningSignal, check, scan
 
 values = st.text(min_size=1).filter(lambda text: "\0" not in text)
 taking = st.sampled_from([o for o in SBATCH.values() if o.value])
@@ -148,25 +148,3 @@ def test_no_option_of_ours_or_sbatchs_is_refused_by_an_accident_of_its_name():
 )
 def test_the_warning_signal_always_goes_to_the_batch_shell(text, expected):
     assert str(WarningSignal.parse(text)) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("5", 300),
-        ("5:30", 330),
-        ("1:00:01", 3601),
-        ("2-1", 49 * 3600),
-        ("2-0:30", 48 * 3600 + 1800),
-        ("0-0:0:7", 7),
-        ("0", None),
-        ("-1", None),
-        ("UNLIMITED", None),
-        ("soon", None),
-        ("1:2:3:4", None),
-        ("9" * 30, None),
-    ],
-)
-def test_a_time_limit_is_read_as_sbatch_reads_it(text, seconds):
-    limit = time_limit(text)
-    assert (limit and limit.total_seconds()) == seconds

@@ -26,7 +26,8 @@ from elastic_hpc.script import (
     render,
     srun_options,
 )
-from elastic_hpc.spec import Endpoint, LaunchSpec, NodeRange
+from elastic_hpc.spec import LaunchSpec
+from elastic_hpc.values import Endpoint, NodeRange
 
 # What argv can hold: any bytes but NUL. The interesting ones more often than chance would have it.
 arguments = st.one_of(

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.spec import LAUNCH_OPTIONS, Endpoint, LaunchSpec, NodeRange, RdzvConf, add_launch_options
+from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec, add_launch_options
+from elastic_hpc.values import Endpoint, NodeRange, RdzvConf
 
 counts = st.integers(0, 999999)
 seconds = st.integers(1, 86400).map(lambda s: timedelta(seconds=s))
@@ -57,7 +58,9 @@ def test_no_option_is_left_out_of_the_round_trip():
     }
 
 
-@pytest.mark.parametrize(("text", "slurm"), [("4", "4"), ("4:8", "4-8"), ("3:3", "3"), ("4,6,8", "4-8")])
+@pytest.mark.parametrize(
+    ("text", "slurm"), [("4", "4"), ("4:8", "4-8"), ("3:3", "3"), ("4-8", "4-8"), ("4,6,8", "4-8"), ("4-8:2", "4-8")]
+)
 def test_a_node_range_is_written_in_sbatchs_notation(text, slurm):
     assert NodeRange.parse(text).slurm == slurm
 
@@ -65,6 +68,36 @@ def test_a_node_range_is_written_in_sbatchs_notation(text, slurm):
 def test_an_exact_set_of_nodes_is_written_as_it_was_given():
     nodes = NodeRange.parse("4,6,8")
     assert (nodes.min, nodes.max, nodes.sizes, str(nodes)) == (4, 8, (4, 6, 8), "4,6,8")
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [("4-8", "4:8"), ("4-4", "4:4"), ("4-8:2", "4,6,8"), ("4-8:5", "4:4"), ("1-3,8", "1,2,3,8"), ("2,4-8:4", "2,4,8")],
+)
+def test_nodes_may_be_written_as_for_sbatch(text, meaning):
+    assert NodeRange.parse(text) == NodeRange.parse(meaning)
+
+
+@pytest.mark.parametrize(
+    ("text", "head", "port"),
+    [
+        ("localhost:0", None, 29400),
+        ("127.0.0.1:29500", None, 29500),
+        ("[::1]:7", None, 7),
+        ("n1:0", "n1", 29400),
+        (":5", None, 5),
+    ],
+)
+def test_torchruns_endpoints_on_the_same_host_are_the_first_host_here(text, head, port):
+    endpoint = Endpoint.parse(text)
+    assert (endpoint.head, endpoint.port) == (head, port)
+
+
+def test_the_settings_of_torchs_own_rendezvous_are_taken_and_of_no_use():
+    given = RdzvConf.parse("timeout=900,read_timeout=60,is_host=1,join_timeout=10m")
+    assert given == RdzvConf(join_timeout=timedelta(minutes=10))
+    with pytest.raises(UsageError, match=r"^--rdzv-conf join_timeout='soon': expected a time"):
+        RdzvConf.parse("join_timeout=soon")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +140,29 @@ def test_a_multiple_that_no_number_of_nodes_gives_is_refused_with_one_that_does(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "0", "0:2", "8:4", "4-8", "4:", ":4", "a", "4:8:9", " 4", "4,", ",4", "0,2", "4,4", "6,4", "4, 6", "4,6:8"],
+    [
+        "",
+        "0",
+        "0:2",
+        "8:4",
+        "8-4",
+        "4-8:0",
+        "4:8:2",
+        "8-4,9",
+        "4-",
+        "4:",
+        ":4",
+        "a",
+        "4:8:9",
+        " 4",
+        "4,",
+        ",4",
+        "0,2",
+        "4,4",
+        "6,4",
+        "4, 6",
+        "4,6:8",
+    ],
 )
 def test_a_wrong_node_range_is_refused_with_an_example(text):
     with pytest.raises(UsageError, match=r"--nodes .*expected N or MIN:MAX.*--nodes 4:8, .*--nodes 4,6,8"):
