@@ -176,7 +176,7 @@ def test_keys_that_do_not_exist_and_values_that_mean_nothing_are_refused() -> No
         "--rdzv-conf hearbeat_timeout=5: expected KEY=VALUE with KEY one of heartbeat_timeout, max_restarts, "
         "interface, join_timeout, last_call_timeout, run_dir, node, is_host, nproc_per_node"
     )
-    assert refused(heartbeat_timeout="soon").startswith("--rdzv-conf heartbeat_timeout=soon: expected a number of sec")
+    assert refused(heartbeat_timeout="soon").startswith("--rdzv-conf heartbeat_timeout=soon: expected a time above 0")
     assert refused(node="first") == "--rdzv-conf node=first: expected a whole number, 0 or more"
     assert refused(is_host="maybe") == "--rdzv-conf is_host=maybe: expected true or false"
     assert "'nproc_per_node': 4" in refused(timeout="900")
