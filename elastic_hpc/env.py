@@ -18,7 +18,7 @@ AGAIN = "ELASTIC_HPC_AGAIN"
 """Index of the node, in the job, whose agent is started anew."""
 
 CONTINUE, FIRST_RUN = "ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_FIRST_RUN"
-"""The run directory of the job, which may not be requeued, that this one goes on for, and how often that had started."""
+"""The run directory of the job that this one goes on for, since it may not be requeued, and how often that started."""
 
 AGENT_MARK = "ELASTIC_HPC_AGENT"
 """Marks an agent's workers; its guard kills all that have it."""

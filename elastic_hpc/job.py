@@ -182,7 +182,8 @@ class Job:
 
 
 def submit(spec: JobSpec, on_message: Callable[[str], None] = lambda _: None) -> Job:
-    """Submit ``spec``. ``on_message`` gets what sbatch says besides the job's id, and what was not taken of the environment.
+    """Submit ``spec``. ``on_message`` gets what sbatch says besides the job's id, and what was not taken of the
+    environment.
 
     Raises UsageError if the job is refused, by us or by Slurm, and SlurmError if Slurm cannot be asked.
     """

@@ -46,8 +46,7 @@ def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]
             continue
         one = Given(option, text if option.value == "=" or text not in _ON else None, f"environment: {name}")
         try:
-            if is_for_containers(option.name):
-                raise UsageError(f"{option.flag}={text}: use --container-image IMAGE")
+            _refuse_container(one)
             if check(one):
                 given.append(one)
         except UsageError as error:
@@ -58,6 +57,11 @@ def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]
 def for_sbatch_itself(environ: Mapping[str, str]) -> list[str]:
     """The switches that ``environ`` sets and that are no part of the job, such as ``--wait``."""
     return [option.flag for name, option in _SPEAKING.items() if name in environ and _is_on(environ[name], option)]
+
+
+def _refuse_container(given: Given) -> None:
+    if is_for_containers(given.name):
+        raise UsageError(f"{given.option.flag}={given.value}: use --container-image IMAGE")
 
 
 _ON = ("", "yes", "1")

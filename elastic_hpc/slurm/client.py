@@ -12,9 +12,9 @@ from typing import IO
 from elastic_hpc.errors import SlurmError
 
 SECONDS = 60  # for an answer of slurmctld; its own clients give up after 10 to 30
-# Every variable of these families changes what a command of Slurm does or what is started finds, or is a leftover of the
-# job that we are called from. What sbatch's own say is in the script already (sbatch_environment). Ours are marks of an
-# agent, which what is submitted must outlive, and of a job that is another one.
+# Every variable of these families changes what a command of Slurm does or what a program finds, or is a leftover of the
+# job that we are called from. What sbatch's own say is in the script already (sbatch_environment). Ours mark what an
+# agent has started, which a job must outlive, or belong to the job that we are called from.
 _SLURM = ("SLURM", "_SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SPANK_", "PMI")
 _OURS = "ELASTIC_HPC_"
 # Needed to find and enter the cluster, and our configuration.
