@@ -17,13 +17,22 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from elastic_hpc import guard, net, preflight
 from elastic_hpc.channel import Network
 from elastic_hpc.control import Control
 from elastic_hpc.decide import Policy
-from elastic_hpc.env import AGENT_MARK, AgentEnv, prepare_worker_env, read_agent_env, visible_gpus, workers_per_node
+from elastic_hpc.env import (
+    AGENT_MARK,
+    AgentEnv,
+    forget_enclosing,
+    prepare_worker_env,
+    read_agent_env,
+    visible_gpus,
+    workers_per_node,
+)
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.joiners import enter
 from elastic_hpc.leading import Leading
@@ -83,6 +92,17 @@ def start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
     log.propagate = False
     logging.raiseExceptions = False  # a full file system is told once, by the recorder
     return listener
+
+
+def new_mark(environ: Mapping[str, str]) -> str:
+    """For ``AGENT_MARK``, of no other agent."""
+    return f"{environ.get('SLURM_JOB_ID', '')}.{secrets.token_hex(8)}"
+
+
+def run_id(spec: LaunchSpec, env: AgentEnv, rundir: RunDir) -> str:
+    """What workers see as TORCHELASTIC_RUN_ID: a joiner's, too, have that of the job that it joins."""
+    joined = (rundir.read("spec.json") or {}).get("--rdzv-id") if env.joins else None
+    return spec.rdzv_id or joined or env.run_id or env.job
 
 
 def start_guard(token: str, silence: float, folder: str) -> int:
@@ -151,6 +171,7 @@ def software() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     spec, args = parse_args(argv)
+    forget_enclosing(os.environ)
     environ, env = dict(os.environ), read_agent_env(os.environ)
     rundir = RunDir(args.run_dir).create()
     if env.joins:
@@ -159,13 +180,12 @@ def main(argv: list[str] | None = None) -> int:
         except JobEnded as over:
             print(f"elastic_hpc[{env.name}]: {over.reason}: nothing to join", file=sys.stderr)
             return 0
-    token = secrets.token_hex(8)
+    name = run_id(spec, env, rundir)
+    spec = replace(spec, rdzv_id=name)
+    token = new_mark(os.environ)
     nproc = workers_per_node(spec.nproc_per_node, env, visible_gpus)
     policy = policy_of(spec, nproc, can_requeue=not (args.no_requeue or env.local))
-    prepare_worker_env(os.environ, env, nproc, token)
-    os.environ["ELASTIC_HPC_RUN_DIR"] = str(rundir.path)
-    if spec.interface:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", spec.interface)
+    prepare_worker_env(os.environ, env, nproc, token, run_dir=rundir.path, interface=spec.interface)
 
     listener = start_log(rundir, env)
     local_folder = make_local_folder()
@@ -204,9 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         unfit="; ".join(unfit),
         beat=lambda: guard.beat(pipe),
     )
-    handler = ElasticRendezvousHandler(
-        control, spec.rdzv_id or env.job, environ.get("GLOO_SOCKET_IFNAME"), local_folder
-    )
+    handler = ElasticRendezvousHandler(control, name, environ.get("GLOO_SOCKET_IFNAME"), local_folder)
     worker_spec = WorkerSpec(
         role="default",
         local_world_size=nproc,

@@ -7,6 +7,7 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
+from elastic_hpc.env import instead_of
 from elastic_hpc.stderr import abort_of, bounded, chain_of, last_line, message_of, traceback_of, without_ranks
 
 Kind = Literal["exception", "out of memory", "signal", "exit"]
@@ -37,6 +38,7 @@ _OWN_FAULT = re.compile(
     r"CUDA error|illegal memory access|device-side assert|No space left on device|no socket interface found"
     r"|Address already in use|EADDRINUSE|invalid usage"
 )
+_VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ def explain(exitcode: int, stderr: str, *, oom: bool = False) -> Cause:
     """
     traceback = traceback_of(stderr)
     if exitcode == 1 and traceback:
-        kind = kind_of(exitcode, traceback, oom=oom)
-        return Cause(kind, message_of(traceback), bounded(traceback), is_collateral(traceback))
+        kind, message = kind_of(exitcode, traceback, oom=oom), message_of(traceback)
+        return Cause(kind, message + advice(message, traceback), bounded(traceback), is_collateral(traceback))
     if exitcode >= 0:
         last = last_line(stderr)
-        message = f"exit code {exitcode}" + (f": {last}" if last else "")
+        message = f"exit code {exitcode}" + (f": {last}{advice(last)}" if last else "")
     else:
         message = f"killed by {_signal_name(-exitcode)}"
         if exitcode == -signal.SIGABRT and traceback and is_collateral(traceback):  # threads abort while Python ends
@@ -71,6 +73,20 @@ def explain(exitcode: int, stderr: str, *, oom: bool = False) -> Cause:
     if kind == "out of memory":
         message += " (out of memory; ask for more, for example --mem)"
     return Cause(kind, message[:2000], traceback and bounded(traceback), is_collateral(message))
+
+
+def advice(message: str, traceback: str = "") -> str:
+    """What to do, if the script wants a variable that workers do not have; else nothing. It is named in ``message``, in
+    one of the exceptions before it, or in the line of source that raised.
+    """
+    raised = traceback.rpartition("\n  File ")[2].partition("\n")[2]
+    said = "\n".join([message, *chain_of(traceback), raised])
+    name, instead = next(((n, what) for n in _VARIABLE.findall(said) if (what := instead_of(n))), ("", ""))
+    if not name:
+        return ""
+    if "environments/slurm.py" in traceback:
+        return f" ({name} is hidden from workers: remove SLURMEnvironment from the Trainer's plugins)"
+    return f" ({name} is hidden from workers, which Slurm has not launched: use {instead})"
 
 
 def kind_of(exitcode: int, text: str | None, *, oom: bool = False) -> Kind:

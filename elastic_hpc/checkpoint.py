@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from elastic_hpc.checkpoint_folder import Files
+from elastic_hpc.env import is_of_another_job
 from elastic_hpc.errors import ElasticError, UsageError
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Checkpoints:
         if keep < 1:
             raise UsageError(f"Checkpoints(keep={keep}): expected the number of checkpoints to keep, at least 1")
         self.folder = Path(folder or Path(os.environ.get("ELASTIC_HPC_RUN_DIR", ""), "checkpoints")).absolute()
-        round = os.environ.get("ELASTIC_HPC_ROUND")
+        round = None if is_of_another_job(os.environ) else os.environ.get("ELASTIC_HPC_ROUND")
         job = os.environ.get("TORCHELASTIC_RUN_ID", "") if round else "none"
         self._files = Files(self.folder, job, int(round or 0), keep, fenced=bool(round))
         _lead(self._files.open, f"cannot use {self.folder} for checkpoints")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -13,7 +12,17 @@ from typing import Any
 
 from elastic_hpc import slurm, strikes
 from elastic_hpc.ask import ask_leader
-from elastic_hpc.env import CONTINUE, FIRST_RUN, JOIN, AgentEnv, job_name, restart_count, run_number
+from elastic_hpc.env import (
+    CONTINUE,
+    FIRST_JOB,
+    FIRST_RUN,
+    JOIN,
+    AgentEnv,
+    first_job,
+    job_name,
+    restart_count,
+    run_number,
+)
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.start import module_command
@@ -94,25 +103,26 @@ def act(
     verdict: Mapping[str, Any],
     lost: Collection[str],
     *,
+    environ: Mapping[str, str],
     alone: bool,
     others: Sequence[str],
 ) -> str | None:
     """An agent, on this node, requeues the job. ``alone``: the batch host is lost, and with it the batch script and
     srun; then the agent sees to the end of the job too: a job step is started that waits until the agents have left,
-    and on one of the ``others`` a deputy, which acts if that step is lost. The answer is the problem, if Slurm could
-    not be asked.
+    and on one of the ``others`` a deputy, which acts if that step is lost. ``environ`` is what the agent was started
+    with. The answer is the problem, if Slurm could not be asked.
     """
     if env.local:
         return None
     if not alone:
         _cancel_joiners(rundir, env.job)
-        return None if _requeue(rundir, os.environ, lost) == 0 else "not requeued"
+        return None if _requeue(rundir, environ, lost) == 0 else "not requeued"
     command = module_command(sys.executable, "elastic_hpc", "conclude-alone", str(rundir.path), verdict["outcome"])
     log = rundir.path / "logs" / "conclude.log"
     try:
-        slurm.start_step(os.environ["SLURM_JOB_ID"], env.name, command, log)
+        slurm.start_step(environ["SLURM_JOB_ID"], env.name, command, log, environ)
         for node in others[:1]:
-            slurm.start_step(os.environ["SLURM_JOB_ID"], node, [*command, "--deputy-of", env.name], log)
+            slurm.start_step(environ["SLURM_JOB_ID"], node, [*command, "--deputy-of", env.name], log, environ)
     except SlurmError as error:
         return str(error)
     return None
@@ -186,7 +196,9 @@ def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmE
             if shown.becomes(restart_count(environ)) == "CANCELLED":
                 _cancelled(rundir)
             return 1
-        exports = {CONTINUE: str(rundir.path), FIRST_RUN: str(run_number(environ) + 1)}
+        exports = {
+            CONTINUE: str(rundir.path), FIRST_RUN: str(run_number(environ) + 1), FIRST_JOB: first_job(environ)
+        }  # fmt: skip
         new = slurm.resubmit(job, rundir.path / "script.sbatch", environ, exports)
     except SlurmError as again:
         print(

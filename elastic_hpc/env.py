@@ -17,36 +17,73 @@ JOIN = "ELASTIC_HPC_JOIN"
 AGAIN = "ELASTIC_HPC_AGAIN"
 """Index of the node, in the job, whose agent is started anew."""
 
-CONTINUE, FIRST_RUN = "ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_FIRST_RUN"
-"""The run directory of the job that this one goes on for, since it may not be requeued, and how often that started."""
+CONTINUE, FIRST_RUN, FIRST_JOB = "ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_FIRST_RUN", "ELASTIC_HPC_FIRST_JOB"
+"""The run directory of the job that this one goes on for, since it may not be requeued, how often that started, and its
+id.
+"""
 
 AGENT_MARK = "ELASTIC_HPC_AGENT"
-"""Marks an agent's workers; its guard kills all that have it."""
+"""Marks an agent's workers, ``JOB.TOKEN``; its guard kills all that have it and are of that Slurm job, or of none."""
 
-OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, CONTINUE, FIRST_RUN)
+RUN_DIR, GIVEN = "ELASTIC_HPC_RUN_DIR", "ELASTIC_HPC_GIVEN"
+"""GIVEN: names of the variables that workers have from their agent, and not from the user."""
+
+OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, CONTINUE, FIRST_RUN, FIRST_JOB)
 """What is said to the agents of one job. Where another is started from within, these are leftovers."""
 
 _OF_A_ROUND = ("ELASTIC_HPC_ROUND", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR", "GLOO_SOCKET_IFNAME")
 """What ``rendezvous`` sets for each round."""
 
-TASK_SHAPE = (
-    "SLURM_NTASKS",
-    "SLURM_NPROCS",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-    "SLURM_NODEID",
-    "SLURM_GTIDS",
-    "SLURM_TASK_PID",
-    "SLURM_TASKS_PER_NODE",
-    "SLURM_NTASKS_PER_NODE",
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_STEP_TASKS_PER_NODE",
-    "SLURM_DISTRIBUTION",
-    "PMI_RANK",
-    "PMI_SIZE",
-    "PMIX_RANK",
-)
-"""Variables that describe the agents. Workers that saw them would take themselves for what Slurm launched."""
+INSTEAD = {
+    "SLURM_PROCID": "RANK",
+    "SLURM_GTIDS": "RANK",
+    "SLURM_TASK_PID": "os.getpid()",
+    "SLURM_LOCALID": "LOCAL_RANK",
+    "SLURM_NODEID": "GROUP_RANK",
+    "SLURM_NTASKS": "WORLD_SIZE",
+    "SLURM_NPROCS": "WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS": "WORLD_SIZE",
+    "SLURM_GPUS": "WORLD_SIZE",
+    "SLURM_NTASKS_PER_NODE": "LOCAL_WORLD_SIZE",
+    "SLURM_TASKS_PER_NODE": "LOCAL_WORLD_SIZE",
+    "SLURM_STEP_TASKS_PER_NODE": "LOCAL_WORLD_SIZE",
+    "SLURM_DISTRIBUTION": "GROUP_RANK and LOCAL_RANK",
+    "SLURM_NNODES": "GROUP_WORLD_SIZE",
+    "SLURM_JOB_NUM_NODES": "GROUP_WORLD_SIZE",
+    "SLURM_STEP_NUM_NODES": "GROUP_WORLD_SIZE",
+    "SLURM_JOB_CPUS_PER_NODE": "SLURM_CPUS_ON_NODE",
+    "SLURM_NODELIST": "MASTER_ADDR",
+    "SLURM_JOB_NODELIST": "MASTER_ADDR",
+    "SLURM_STEP_NODELIST": "MASTER_ADDR",
+    "SLURM_NODE_ALIASES": "MASTER_ADDR",
+}
+"""Slurm's variables that describe the agents and the granted nodes, and what workers have in their place. Those that
+saw them would take themselves for what Slurm launched, and spares, joiners and dead nodes for a part of their world.
+"""
+
+FAMILIES = {
+    "SLURM_NTASKS_PER_": "LOCAL_WORLD_SIZE",
+    "SLURM_CPU_BIND": "os.sched_getaffinity(0)",
+    "SLURM_MEM_BIND": "os.sched_getaffinity(0)",
+    **dict.fromkeys(
+        ("PMI_", "PMI2_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL", "PALS_"),
+        "RANK, WORLD_SIZE and LOCAL_RANK",
+    ),
+}
+"""The same, by how their names begin: what MPI libraries are told by srun or mpirun."""
+
+
+def instead_of(name: str) -> str | None:
+    """What workers have in place of the variable ``name``; None if it is not hidden from them."""
+    if name.startswith("PMIX_MCA_"):  # settings, the user's
+        return None
+    by_family = (what for family, what in FAMILIES.items() if name.startswith(family))
+    return INSTEAD.get(name) or next(by_family, None)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether workers do not see the variable ``name``."""
+    return instead_of(name) is not None
 
 
 @dataclass(frozen=True)
@@ -69,6 +106,8 @@ class AgentEnv:
     """GPUs granted on this node; None if Slurm does not say."""
     submit_host: str | None
     local: bool
+    run_id: str = ""
+    """What the workers see as TORCHELASTIC_RUN_ID, unless the user says it: the same in all runs of the job."""
     late: bool = False
     """It comes when the job runs already: a joiner, or an agent that is started anew."""
 
@@ -93,6 +132,11 @@ def restart_count(environ: Mapping[str, str]) -> int:
 def run_number(environ: Mapping[str, str]) -> int:
     """How often the job has started before, counting the jobs that it goes on for (``slurm.resubmit``)."""
     return restart_count(environ) + int(environ.get(FIRST_RUN, 0))
+
+
+def first_job(environ: Mapping[str, str]) -> str:
+    """``job_name`` of the job that was submitted by the user, for which this one may go on."""
+    return environ.get(FIRST_JOB) or job_name(environ)
 
 
 def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
@@ -130,6 +174,7 @@ def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
         gpus=int(gpus) if gpus else None,
         submit_host=environ.get("SLURM_LAUNCH_NODE_IPADDR"),
         local=False,
+        run_id=first_job(environ),
         late=JOIN in environ or AGAIN in environ,
     )
 
@@ -168,15 +213,48 @@ def workers_per_node(wanted: str | None, env: AgentEnv, visible_gpus: Callable[[
     return gpus
 
 
-def prepare_worker_env(environ: MutableMapping[str, str], env: AgentEnv, nproc: int, token: str) -> None:
+def prepare_worker_env(
+    environ: MutableMapping[str, str],
+    env: AgentEnv,
+    nproc: int,
+    mark: str,
+    *,
+    run_dir: str | os.PathLike[str] = "",
+    interface: str | None = None,
+) -> None:
     """Change ``environ`` into what the workers shall inherit. To be called before there are threads: C libraries read
     it at any time, for a name's address for example.
     """
-    for name in (*TASK_SHAPE, JOIN, AGAIN):
+    for name in [name for name in environ if name in OF_A_JOB or is_hidden(name)]:
+        del environ[name]
+    ours = {
+        "OMP_NUM_THREADS": str(max(1, env.cpus // nproc)),
+        "RES_OPTIONS": "timeout:1 attempts:1",  # a name server that is gone costs seconds, not minutes
+        **({"NCCL_SOCKET_IFNAME": interface} if interface else {}),
+        **dict.fromkeys(_OF_A_ROUND, ""),  # later only values change: a new name moves all, under threads that read
+        "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # ranks follow from the plan; no store traffic
+    }
+    given = [name for name in ours if name not in environ]
+    environ.update({name: ours[name] for name in given})
+    environ.update({AGENT_MARK: mark, RUN_DIR: os.fspath(run_dir), GIVEN: ",".join(given)})
+
+
+def forget_enclosing(environ: MutableMapping[str, str]) -> None:
+    """Take out of ``environ`` what it has from the agent of another job, if this process was started by a worker or is
+    of a job that one submitted. The mark stays: what a worker starts dies with its agent.
+    """
+    for name in (*environ.get(GIVEN, "").split(","), *_OF_A_ROUND[:-1], RUN_DIR, GIVEN):
         environ.pop(name, None)
-    environ.setdefault("OMP_NUM_THREADS", str(max(1, env.cpus // nproc)))
-    environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # a name server that is gone costs seconds, not minutes
-    environ[AGENT_MARK] = token
-    for name in _OF_A_ROUND:  # from now on only their values change: a new name moves all, under threads that read
-        environ.setdefault(name, "")
-    environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # ranks follow from the plan; no store traffic
+
+
+def for_a_new_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` without what makes a process part of a job that runs: for one that is started or submitted here."""
+    made = {name: value for name, value in environ.items() if name not in OF_A_JOB}
+    forget_enclosing(made)
+    return made
+
+
+def is_of_another_job(environ: Mapping[str, str]) -> bool:
+    """Whether this process is of a Slurm job that a worker has submitted, and has only inherited the worker's place."""
+    agents, own = environ.get(AGENT_MARK, "").partition(".")[0], environ.get("SLURM_JOB_ID", "")
+    return bool(agents and own) and agents != own

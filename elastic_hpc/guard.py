@@ -2,7 +2,8 @@
 ``python -I -S guard.py TOKEN [SILENCE [FOLDER]]``.
 
 When the agent is gone, however it died, its end of the pipe closes. Every process that inherited the agent's token in
-its environment, workers in sessions of their own and what they started, is then killed.
+its environment, workers in sessions of their own and what they started, is then killed. Not so another Slurm job that
+they submitted: it has inherited the token too, and may share the node.
 
 An agent that is frozen closes nothing. With ``SILENCE``, a number of seconds, the agent calls ``beat`` with every
 heartbeat, and is frozen when that long nothing came: the same processes are killed, again and again, until it beats
@@ -25,14 +26,23 @@ def beat(pipe: int) -> None:
 
 
 def marked(token: bytes) -> list[int]:
-    """Processes of this user that carry ``token`` in the environment they were started with."""
-    found = []
+    """Processes of this user that carry ``token`` in the environment they were started with, without those of other
+    Slurm jobs than this process's, if that is part of one.
+    """
+    here, found = os.environb.get(b"SLURM_JOB_ID"), []
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError), open(f"/proc/{entry.name}/environ", "rb") as environ:
-                if token in environ.read():
+            with contextlib.suppress(OSError), open(f"/proc/{entry.name}/environ", "rb") as file:
+                environ = b"\0" + file.read()
+                if b"\0" + token in environ and (here is None or _job_of(environ) in {here, None}):
                     found.append(int(entry.name))
     return found
+
+
+def _job_of(environ: bytes) -> bytes | None:
+    """The Slurm job of a process: its own id, also where it is a task of an array."""
+    _, name, rest = environ.partition(b"\0SLURM_JOB_ID=")
+    return rest.partition(b"\0")[0] if name else None
 
 
 def kill_marked(token: bytes) -> int:

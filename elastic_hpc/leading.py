@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -172,8 +171,8 @@ class Leading:
                 )
             return None
         if self.policy.can_requeue:
-            return conclude.act(self.rundir, self.env, said, lost, alone=alone, others=others)
-        if alone and os.environ.get("ENVIRONMENT") == "BATCH":
+            return conclude.act(self.rundir, self.env, said, lost, environ=self.environ, alone=alone, others=others)
+        if alone and self.environ.get("ENVIRONMENT") == "BATCH":
             return conclude.cancel(self.env)
         return None
 

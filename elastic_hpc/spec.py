@@ -201,7 +201,10 @@ LAUNCH_OPTIONS = (
         "node that hosts the c10d rendezvous, and its port (default: the first host, 29400)",
     ),
     LaunchOption(
-        "--rdzv-id", "ID", str, "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id)"
+        "--rdzv-id",
+        "ID",
+        str,
+        "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id; without Slurm a new one each time)",
     ),
     LaunchOption(
         "--rdzv-conf",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import select
 import shutil
 import signal
@@ -27,6 +26,7 @@ from elastic_hpc.agent import (
     CONTROL_PORT_OFFSET,
     make_local_folder,
     network,
+    new_mark,
     policy_of,
     software,
     start_guard,
@@ -34,7 +34,7 @@ from elastic_hpc.agent import (
 )
 from elastic_hpc.causes import explain
 from elastic_hpc.control import Control
-from elastic_hpc.env import AGENT_MARK, prepare_worker_env
+from elastic_hpc.env import AGENT_MARK, forget_enclosing, prepare_worker_env
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.leading import Leading
 from elastic_hpc.memory import OomWatch
@@ -69,10 +69,10 @@ def join(parameters: RendezvousParameters) -> TorchrunHandler:
     """Put together what ``elastic_hpc.agent`` does, for torch's agent. Raises ElasticError."""
     settings = read_settings(parameters)
     spec, rundir = settings.spec, RunDir(settings.run_dir).create()
+    forget_enclosing(os.environ)
     environ, env = dict(os.environ), place(settings, rundir)
-    token = secrets.token_hex(8)
-    prepare_worker_env(os.environ, env, settings.nproc, token)
-    os.environ["ELASTIC_HPC_RUN_DIR"] = str(rundir.path)
+    token = new_mark(os.environ)
+    prepare_worker_env(os.environ, env, settings.nproc, token, run_dir=rundir.path)
     listener, local_folder = start_log(rundir, env), make_local_folder()
     pipe = start_guard(token, 1.5 * spec.heartbeat_timeout.total_seconds(), local_folder)
 

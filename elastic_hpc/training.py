@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from elastic_hpc.checkpoint import CheckpointError, Checkpoints, control_group, world
 from elastic_hpc.checkpoint_folder import FencedOut
+from elastic_hpc.env import is_of_another_job
 from elastic_hpc.errors import UsageError
 
 __all__ = [
@@ -209,7 +210,8 @@ class Worker:
 
 @functools.cache
 def _worker() -> Worker:
-    return Worker(os.environ.get(LOCAL_DIR), os.environ.get("LOCAL_RANK", "0"))
+    folder = None if is_of_another_job(os.environ) else os.environ.get(LOCAL_DIR)
+    return Worker(folder, os.environ.get("LOCAL_RANK", "0"))
 
 
 @functools.cache

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from types import FrameType
 
 from elastic_hpc.cli import entry
 from elastic_hpc.conclude import await_verdict
-from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES, OF_A_JOB, run_number
+from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES, for_a_new_job, run_number
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.registry import remember
 from elastic_hpc.rundir import RunDir
@@ -129,6 +131,13 @@ def _given_run_dir(path: str, *, again: bool) -> RunDir:
     return rundir
 
 
+def _end_with_parent() -> None:
+    """In a process that has just been forked: it gets SIGTERM when its parent dies, however that comes about. Nobody
+    else would end it, where a worker of an enclosing job is killed with what is in its session.
+    """
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class _Run:
     """The running agents, and what Ctrl-C does to them. Signals are taken from here on, and acted upon in ``wait``: one
     that comes while another is acted upon must not cut in.
@@ -146,7 +155,13 @@ class _Run:
         try:
             for command, environ in commands:
                 self._processes.append(
-                    subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True)
+                    subprocess.Popen(
+                        command,
+                        env=environ,
+                        stdin=subprocess.DEVNULL,
+                        start_new_session=True,
+                        preexec_fn=_end_with_parent,  # noqa: PLW1509 - there are no threads here
+                    )
                 )
         except OSError as error:
             self._end()
@@ -234,12 +249,15 @@ def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:
 
 def _main(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
-    for name in OF_A_JOB:
-        os.environ.pop(name, None)
+    for name in os.environ.keys() - for_a_new_job(os.environ).keys():  # it may be started by a worker
+        del os.environ[name]
     launch, count = _request(args, _nodes_here(args))
     local = args.standalone or args.local is not None
     job = "local" if local else os.environ["SLURM_JOB_ID"]
     rundir = _given_run_dir(args.run_dir, again=args.again) if args.run_dir else RunDir.new(args.log_dir, job)
+    if local and launch.rdzv_id is None:
+        again = (rundir.read("spec.json") or {}).get("--rdzv-id")
+        launch = replace(launch, rdzv_id=again or secrets.token_hex(8))
     remember(rundir.path)
     with rundir.hold() if local else contextlib.nullcontext():
         run = _Run(rundir, _commands(launch, count, rundir, args.nodelist, local=local))

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
-from elastic_hpc.env import AGAIN, CONTINUE, FIRST_RUN, JOIN
+from elastic_hpc.env import AGAIN, CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import show_job
@@ -29,7 +29,7 @@ _GIVE_UP_SECONDS = 3
 # Slurm tells them to the batch script, and a step inherits them; for srun they mean nothing.
 _OF_THE_JOB = (
     *("SLURM_ARRAY_", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_"),
-    *(JOIN, AGAIN, CONTINUE, FIRST_RUN),  # ours
+    *(JOIN, AGAIN, CONTINUE, FIRST_RUN, FIRST_JOB),  # ours
 )
 
 
@@ -40,7 +40,9 @@ def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if k.startswith(_OF_THE_JOB)} | client.clean_environment(environ)
 
 
-def start_step(job_id: str, node: str, command: Sequence[str], log: Path) -> None:
+def start_step(
+    job_id: str, node: str, command: Sequence[str], log: Path, environ: Mapping[str, str] = os.environ
+) -> None:
     """Run ``command`` on ``node`` in a job step that goes on when the caller's step ends; its output goes to ``log``.
 
     For the requeue of a job that lost its batch host, and with it srun: the step of the agents then takes 10 to 20
@@ -48,7 +50,7 @@ def start_step(job_id: str, node: str, command: Sequence[str], log: Path) -> Non
     with ``wait_until_alone``. Returns when it runs. ``job_id`` is SLURM_JOB_ID, also in arrays. Raises SlurmError.
     """
     # Neither memory nor GPUs: all are the agents'.
-    _start(job_id, node, _STEP_NAME, ["--gres=none"], command, os.environ, log)
+    _start(job_id, node, _STEP_NAME, ["--gres=none"], command, environ, log)
 
 
 def start_agent(

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from elastic_hpc.env import for_a_new_job
 from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import show_job
@@ -41,7 +42,7 @@ def sbatch(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
-                env={**client.clean_environment(environ), **(exports or {})},
+                env={**client.clean_environment(for_a_new_job(environ)), **(exports or {})},
             )
         except OSError as error:
             raise SlurmError(

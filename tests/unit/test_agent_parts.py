@@ -16,7 +16,14 @@ from elastic_hpc import net
 from elastic_hpc.conclude import conclude
 from elastic_hpc.decide import Policy
 from elastic_hpc.election import Base
-from elastic_hpc.env import AgentEnv, prepare_worker_env, read_agent_env, workers_per_node
+from elastic_hpc.env import (
+    AgentEnv,
+    for_a_new_job,
+    is_of_another_job,
+    prepare_worker_env,
+    read_agent_env,
+    workers_per_node,
+)
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.leading import Leading
 from elastic_hpc.roster import Host, Roster
@@ -87,6 +94,64 @@ def test_workers_do_not_see_that_slurm_launched_the_agents() -> None:
     kept = {"OMP_NUM_THREADS": "3"}
     prepare_worker_env(kept, AgentEnv("7", 1, "n2", 3, 0, 9, None, None, local=False), 2, "token")
     assert kept["OMP_NUM_THREADS"] == "3", "what the user set is kept"
+
+
+SHAPE = {
+    "SLURM_NNODES": "3", "SLURM_JOB_NUM_NODES": "3", "SLURM_NODELIST": "n[1-3]", "SLURM_JOB_NODELIST": "n[1-3]",
+    "SLURM_JOB_CPUS_PER_NODE": "9(x3)", "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_TASKS_PER_NODE": "1(x3)",
+    "SLURM_NTASKS_PER_NODE": "1", "SLURM_NTASKS_PER_SOCKET": "1", "SLURM_GPUS": "12", "SLURM_CPU_BIND_LIST": "0x1",
+    "PMI_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.7.0", "PMIX_SERVER_URI41": "x", "OMPI_COMM_WORLD_SIZE": "3",
+    "MV2_COMM_WORLD_RANK": "1", "MPI_LOCALRANKID": "0", "PALS_RANKID": "1",
+}  # fmt: skip
+"""What describes the granted nodes, the spares and dead ones among them, and the agents as tasks of MPI."""
+
+
+def test_workers_see_no_size_but_that_of_their_world() -> None:
+    facts = {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "9", "SLURM_GPUS_ON_NODE": "4", "SLURMD_NODENAME": "n2"}
+    settings = {"OMPI_MCA_btl": "self,tcp", "PMIX_MCA_gds": "hash", "SLURM_CPUS_PER_TASK": "9", "PMIGHTY": "1"}
+    environ = {**STEP, **SHAPE, **facts, **settings}
+    prepare_worker_env(environ, AgentEnv("7", 1, "n2", 3, 0, 9, None, None, local=False), 2, "7.token")
+    assert not SHAPE.keys() & environ.keys()
+    assert {**environ, **facts, **settings} == environ
+
+
+def test_what_a_worker_submits_or_starts_is_a_job_of_its_own() -> None:
+    agent = AgentEnv("9", 1, "n2", 3, 1, 9, None, None, local=False)
+    goes_on = {**STEP, "ELASTIC_HPC_CONTINUE": "/run", "ELASTIC_HPC_FIRST_RUN": "1", "ELASTIC_HPC_FIRST_JOB": "7"}
+    outer = {**goes_on, "ELASTIC_HPC_LOCAL_NODE": "0", "ELASTIC_HPC_LOCAL_NODES": "2", "NCCL_SOCKET_IFNAME": "ib1"}
+    prepare_worker_env(outer, agent, 3, "9.outer", run_dir="/run", interface="ib0")
+    assert {name for name in outer if name.startswith("ELASTIC_HPC_")} == {
+        "ELASTIC_HPC_AGENT", "ELASTIC_HPC_GIVEN", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR",
+        "ELASTIC_HPC_ROUND", "ELASTIC_HPC_RUN_DIR",
+    }  # fmt: skip
+    outer |= {"GLOO_SOCKET_IFNAME": "eth3", "ELASTIC_HPC_ROUND": "4", "ELASTIC_HPC_CONFIG": "mine.toml"}
+    inner = for_a_new_job(outer)
+    prepare_worker_env(inner, replace(agent, cpus=4), 1, "9.inner")
+    assert (inner["OMP_NUM_THREADS"], inner["NCCL_SOCKET_IFNAME"], inner["GLOO_SOCKET_IFNAME"]) == ("4", "ib1", "")
+    assert (inner["ELASTIC_HPC_ROUND"], inner["ELASTIC_HPC_AGENT"]) == ("", "9.inner")
+    assert inner["ELASTIC_HPC_CONFIG"] == "mine.toml"
+
+
+def test_another_job_has_no_part_in_what_it_inherits_from_the_worker_that_submitted_it() -> None:
+    worker = {"SLURM_JOB_ID": "7", "ELASTIC_HPC_AGENT": "7.token"}
+    assert [
+        is_of_another_job(environ)
+        for environ in (
+            {**worker, "SLURM_JOB_ID": "8"},
+            worker,
+            {"ELASTIC_HPC_AGENT": "7.token"},
+            {"SLURM_JOB_ID": "8", "ELASTIC_HPC_AGENT": ".token"},
+            {"SLURM_JOB_ID": "8"},
+            {},
+        )
+    ] == [True, False, False, False, False, False]
+
+
+def test_the_run_keeps_its_name_when_another_job_goes_on_in_its_place() -> None:
+    assert read_agent_env({**STEP}).run_id == "7"
+    assert read_agent_env({**STEP, "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}).run_id == "5_3"
+    again = read_agent_env({**STEP, "SLURM_JOB_ID": "9", "ELASTIC_HPC_FIRST_JOB": "5_3"})
+    assert (again.job, again.run_id) == ("9", "5_3")
 
 
 def test_a_port_that_is_taken_is_passed_over() -> None:

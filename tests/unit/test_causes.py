@@ -39,6 +39,43 @@ def test_an_exception_is_told_with_its_traceback(tmp_path: Path) -> None:
     assert not cause.collateral
 
 
+RANK = "(SLURM_PROCID is hidden from workers, which Slurm has not launched: use RANK)"
+
+
+@pytest.mark.parametrize(
+    ("script", "advice"),
+    [
+        ("rank = int(os.environ['SLURM_PROCID'])", RANK),
+        ("rank = int(os.environ.get('SLURM_PROCID'))", RANK),
+        ("try:\n    os.environ['SLURM_PROCID']\nexcept KeyError:\n    raise RuntimeError('start me by srun')", RANK),
+        ("sys.exit('SLURM_PROCID is not set')", RANK),
+        ("os.execlp('sh', 'sh', '-euc', 'echo $SLURM_PROCID')", RANK),
+        ("os.environ['OMPI_COMM_WORLD_SIZE']", "use RANK, WORLD_SIZE and LOCAL_RANK)"),
+        ("os.environ['SLURM_JOB_NODELIST']", "use MASTER_ADDR)"),
+        (
+            "from lightning_fabric.plugins.environments import SLURMEnvironment\nSLURMEnvironment().node_rank()",
+            "(SLURM_NODEID is hidden from workers: remove SLURMEnvironment from the Trainer's plugins)",
+        ),
+    ],
+)
+def test_a_script_that_wants_what_slurm_tells_its_tasks_is_told_what_to_use(
+    script: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    if "lightning" in script:
+        pytest.importorskip("lightning_fabric")
+    assert death(f"import os, sys\n{script}\n", tmp_path).message.endswith(advice)
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "DATA_DIR"])
+def test_of_a_variable_that_is_not_hidden_nothing_is_said(name: str, tmp_path: Path) -> None:
+    rank = "rank = os.environ.get('SLURM_PROCID')\n"
+    assert death(f"import os\n{rank}os.environ.pop('{name}', None)\nos.environ['{name}']\n", tmp_path).message == (
+        f"KeyError: '{name}'"
+    )
+
+
 @pytest.mark.parametrize(
     ("between", "marker"), [("from error", "direct cause of"), ("", "During handling of the above exception")]
 )

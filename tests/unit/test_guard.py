@@ -37,10 +37,13 @@ WORKER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); pr
 class Agent:
     """A process that starts a guard as an agent does, and beats once it is told to."""
 
-    def __init__(self, *argv: str) -> None:
+    def __init__(self, *argv: str, job: str | None = None) -> None:
+        """``job``: the Slurm job that it is part of."""
         self.token = secrets.token_hex(8)
         code = AGENT.format(root=str(Path(guard.__file__).parents[1]), argv=[self.token, *argv])
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=in_job(job)
+        )
         assert self.process.stdout
         self.guard = int(self.process.stdout.readline())
         self.left: list[subprocess.Popen[bytes]] = []
@@ -50,11 +53,11 @@ class Agent:
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
 
-    def worker(self) -> subprocess.Popen[bytes]:
-        """A marked process in a session of its own, up and running."""
+    def worker(self, job: str | None = None) -> subprocess.Popen[bytes]:
+        """A marked process in a session of its own, up and running, in the Slurm job ``job``."""
         worker = subprocess.Popen(
             [sys.executable, "-c", WORKER],
-            env={**os.environ, "ELASTIC_HPC_AGENT": self.token},
+            env={**in_job(job), "ELASTIC_HPC_AGENT": self.token},
             start_new_session=True,
             stdout=subprocess.PIPE,
         )
@@ -75,6 +78,12 @@ class Agent:
         for process in (*self.left, self.process):
             process.kill()
             process.communicate()
+
+
+def in_job(job: str | None) -> dict[str, str]:
+    """The environment of a process of the Slurm job ``job``; None for one outside of any."""
+    environ = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    return environ | ({"SLURM_JOB_ID": job} if job else {})
 
 
 def state(pid: int) -> str:
@@ -99,8 +108,8 @@ def lives_on(process: subprocess.Popen[bytes], seconds: float) -> bool:
 def start() -> Iterator[Callable[..., Agent]]:
     agents: list[Agent] = []
 
-    def made(*argv: str) -> Agent:
-        agents.append(Agent(*argv))
+    def made(*argv: str, job: str | None = None) -> Agent:
+        agents.append(Agent(*argv, job=job))
         return agents[-1]
 
     yield made
@@ -121,6 +130,24 @@ def test_what_a_dead_agent_leaves_behind_is_killed(start: Callable[..., Agent], 
     if ended is not None:
         assert select.select([ended], [], [], 10)[0]
         os.close(ended)
+
+
+def test_another_slurm_job_that_a_worker_has_submitted_to_the_node_lives_on(start: Callable[..., Agent]) -> None:
+    agent = start(job="4711")
+    workers = [agent.worker("4711"), agent.worker()]  # a script may hide from a library that there is a Slurm
+    submitted, of_an_array = agent.worker("47"), agent.worker("47110")
+    agent.process.kill()
+    assert [worker.wait(10) for worker in workers] == [-signal.SIGKILL] * 2
+    guard = Path(f"/proc/{agent.guard}")
+    wait_until(lambda: not guard.exists() or state(agent.guard) == "Z")
+    assert (submitted.poll(), of_an_array.poll()) == (None, None)
+
+
+def test_without_slurm_the_token_alone_counts(start: Callable[..., Agent]) -> None:
+    agent = start()
+    worker = agent.worker("4711")  # what a script calls itself for a library
+    agent.process.kill()
+    assert worker.wait(10) == -signal.SIGKILL
 
 
 def test_the_workers_of_a_frozen_agent_are_killed_and_those_it_starts_when_it_is_back_live(
