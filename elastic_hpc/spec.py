@@ -204,7 +204,7 @@ LAUNCH_OPTIONS = (
         "--rdzv-id",
         "ID",
         str,
-        "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id; without Slurm a new one each time)",
+        "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id; without Slurm a new one)",
     ),
     LaunchOption(
         "--rdzv-conf",
