@@ -18,6 +18,7 @@ from elastic_hpc.config import KEYS, SWITCHES, Setting, Settings, load
 from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, WarningSignal, last
 from elastic_hpc.script import Container, JobSpec, render
+from elastic_hpc.script_file import check_script
 from elastic_hpc.snapshot import WorkTree
 from elastic_hpc.spec import LaunchSpec, as_text
 
@@ -229,11 +230,7 @@ def _check_script(script: str, *, module: bool, chdir: str) -> None:
                 f"sbatch's -m is written --distribution={script} here"
             )
         return
-    try:
-        with open(os.path.join(chdir, script), "rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise UsageError(f"script {script!r}: {error.strerror}; expected a Python file that can be read") from None
+    check_script(script, chdir)
 
 
 def _refuse_for_torchrun(settings: Settings, source: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import sys
@@ -19,6 +18,7 @@ from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.launch import LaunchConfig
 from elastic_hpc.rehearsal import Asked, Rehearsal
 from elastic_hpc.rehearse import LEAST, ORDER, Finding, exit_code, judge, plan
+from elastic_hpc.script_file import check_script
 
 HELP = "kill workers and nodes under your script, on this machine, and tell whether it resumes correctly"
 
@@ -72,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{given}: expected numbers above 0, for example --nodes 3 --steps 50 --timeout 120")
     acts = _acts(args.acts, args.nodes)
     planned = plan(acts, args.nodes)
-    if not os.access(args.script, os.R_OK):
-        raise UsageError(f"{args.script}: no such readable script")
+    check_script(args.script)
     LaunchConfig(nproc_per_node=args.nproc_per_node)  # refuses what it cannot be, before there is a folder
     folder = _folder(args.keep)
     asked = Asked(args.script, args.script_args, args.nodes, args.nproc_per_node, args.steps, args.timeout, folder)

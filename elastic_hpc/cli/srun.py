@@ -22,6 +22,7 @@ from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.registry import remember
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.script import agent_command, srun_options
+from elastic_hpc.script_file import check_script
 from elastic_hpc.spec import LaunchSpec, add_launch_options
 from elastic_hpc.values import NodeRange
 
@@ -242,8 +243,8 @@ def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:
             f"--nodes {launch.nodes}: expected at most the {here} nodes there are, for example --nodes {here}"
         )
     launch.check_sizes()
-    if not launch.module and not os.access(launch.script, os.R_OK):
-        raise UsageError(f"{launch.script}: no such readable script")
+    if not launch.module:
+        check_script(launch.script)
     return launch, min(here, launch.nodes.max + launch.spares)
 
 

@@ -19,7 +19,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
     folder = tmp_path / "project"
     folder.mkdir()
-    (folder / "train.py").write_text("")
+    (folder / "train.py").write_text("pass")
     monkeypatch.chdir(folder)
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
@@ -173,7 +173,7 @@ def test_the_job_is_named_after_the_script_unless_told_otherwise(project, capsys
 
 def test_the_script_is_looked_for_where_the_job_will_run(project):
     (project.folder / "sub").mkdir()
-    (project.folder / "sub" / "other.py").write_text("")
+    (project.folder / "sub" / "other.py").write_text("pass")
     assert main(["-N1", "-D", "sub", "other.py"]) == 0
     assert main(["-N1", "-D", "sub", "train.py"]) == 2
 
@@ -189,7 +189,7 @@ def test_grow_alone_means_on_and_leaves_the_script_alone(project, argv, grow):
 
 
 def test_a_script_may_be_named_like_a_switchs_value(project):
-    (project.folder / "on").write_text("")
+    (project.folder / "on").write_text("pass")
     assert main(["-N", "2:4", "--grow=on", "on"]) == 0
     assert project.agents().endswith(" -- on &")
 

@@ -41,7 +41,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
     folder = tmp_path / "it's } mine"
     folder.mkdir()
-    (folder / "train.py").write_text("")
+    (folder / "train.py").write_text("pass")
     monkeypatch.chdir(folder)
     return folder
 

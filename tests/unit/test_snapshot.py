@@ -45,7 +45,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git("add", ".", cwd=top)
     git("commit", "--quiet", "-m", "first", cwd=top)
     (top / "train.py").write_text("changed\n")
-    (top / "untracked.py").write_text("")
+    (top / "untracked.py").write_text("pass")
     (top / "deleted.py").unlink()
     monkeypatch.chdir(top)
     return top
@@ -281,7 +281,7 @@ def test_a_dry_run_leaves_no_trace_and_differs_only_in_the_name_of_what_is_put_a
 def test_what_cannot_be_a_snapshot_is_refused(
     project: Path, script: str, options: dict[str, Any], message: str
 ) -> None:
-    (project.parent / "outside.py").write_text("")
+    (project.parent / "outside.py").write_text("pass")
     with pytest.raises(UsageError, match=message):
         of(script, **{"snapshot": True, **options})
 
