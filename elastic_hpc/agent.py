@@ -24,6 +24,7 @@ from elastic_hpc import guard, net, preflight
 from elastic_hpc.channel import Network
 from elastic_hpc.control import Control
 from elastic_hpc.decide import Policy
+from elastic_hpc.drain import DrainSignals
 from elastic_hpc.env import (
     AGENT_MARK,
     AgentEnv,
@@ -236,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
         args=("-u", *(arg.replace("$", "$$") for arg in worker_args)),
     )
     logs = NodeLogs(Path(rundir.path, "logs"), env.run, env.name)
-    agent = ElasticAgent(worker_spec, logs, control, env.name, policy, spec.hang_timeout, standbys)
+    signals = DrainSignals(spec.drain_signal, slurm=not env.local)
+    agent = ElasticAgent(worker_spec, logs, control, env.name, policy, spec.hang_timeout, standbys, signals)
 
     agent.handle_signals()
     # Slurm's warning comes as a request over the control connection. Not SIG_IGN: the workers would inherit that.

@@ -136,7 +136,7 @@ class View:
     going: bool
     """Its workers have reported a step, or have begun to listen."""
     listens: bool
-    """All workers of the round ask whether they are to save and stop."""
+    """Workers of the round ask whether they are to save and stop, or were told so by a signal."""
     change: Decision | None
     """Why they were asked to, for a new world; None if they were not."""
     since_change: float

@@ -388,7 +388,7 @@ class Leader:
             since_growth=now - self._grown,
             since_formed=now - world.since if world.formed else 0.0,
             going=world.going,
-            listens=all(peers[node].status.listens for node in world.formed if node in peers),
+            listens=any(peers[node].status.listens for node in world.formed if node in peers),
             change=world.change,
             since_change=now - world.changing_since,
             absent=max(0, self._granted - len(self._peers.seen)),

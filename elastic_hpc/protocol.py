@@ -102,7 +102,7 @@ class Status:
     drained: bool = False
     """``succeeded``, because the workers stopped for a drain."""
     listens: bool = False
-    """Its workers ask whether they are to save and stop."""
+    """Its workers ask whether they are to save and stop, or were told so by a signal."""
     leaving: str = ""
     """Why this node has to go: it takes no part in the next round."""
     warm: int = 0

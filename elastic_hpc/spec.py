@@ -10,7 +10,7 @@ from typing import Any
 
 from elastic_hpc import durations
 from elastic_hpc.errors import UsageError
-from elastic_hpc.values import Endpoint, NodeRange, Preload, RdzvConf, count, nproc, on_off, positive
+from elastic_hpc.values import DrainSignal, Endpoint, NodeRange, Preload, RdzvConf, count, nproc, on_off, positive
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class LaunchSpec:
     rdzv_conf: RdzvConf = RdzvConf()
     heartbeat_timeout: timedelta = timedelta(seconds=5)
     grace: timedelta = timedelta(seconds=90)
+    drain_signal: DrainSignal | None = None
     hang_timeout: timedelta | None = None
     preload: Preload = Preload()
     preflight: str | None = None
@@ -221,6 +222,13 @@ LAUNCH_OPTIONS = (
         durations.parse,
         "how long the workers may take to save and stop, when the time limit or a preemption nears, or the user asks "
         "(default: 90)",
+    ),
+    LaunchOption(
+        "--drain-signal",
+        "SIGNAL|off",
+        DrainSignal.parse,
+        "the signal that tells workers to save and stop which do not call drain_requested(), whether they handle it or "
+        "not (default: TERM, to those that handle it)",
     ),
     LaunchOption(
         "--hang-timeout",

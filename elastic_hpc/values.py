@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from itertools import pairwise
@@ -127,6 +128,30 @@ class Preload:
 
     def __str__(self) -> str:
         return ",".join(self.modules) or "off"
+
+
+@dataclass(frozen=True)
+class DrainSignal:
+    """``--drain-signal SIGNAL``, as sbatch names it; ``number`` is 0 for ``off``."""
+
+    number: int
+
+    @classmethod
+    def parse(cls, text: str) -> DrainSignal:
+        if text == "off":
+            return cls(0)
+        name = text.upper().removeprefix("SIG")
+        known = {one.name.removeprefix("SIG"): one for one in signal.Signals}
+        found = known.get(name) or (name.isdecimal() and int(name) in set(known.values()) and signal.Signals(int(name)))
+        if found and found not in {signal.SIGKILL, signal.SIGSTOP}:
+            return cls(found)
+        raise UsageError(
+            f"--drain-signal {text!r}: expected a signal that a process can handle, for example --drain-signal USR1, "
+            "or off"
+        )
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name if self.number else "off"
 
 
 _TORCHS_OWN = frozenset(

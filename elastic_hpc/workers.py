@@ -39,6 +39,7 @@ from elastic_hpc import stacks
 from elastic_hpc.causes import explain
 from elastic_hpc.control import Control
 from elastic_hpc.decide import TERM_GRACE, Policy
+from elastic_hpc.drain import DrainSignals
 from elastic_hpc.memory import OomWatch
 from elastic_hpc.protocol import Failure
 from elastic_hpc.rendezvous import ElasticRendezvousHandler
@@ -137,6 +138,7 @@ class ElasticAgent(LocalElasticAgent):
         policy: Policy,
         hang_timeout: timedelta | None,
         standbys: Standbys,
+        signals: DrainSignals,
     ) -> None:
         super().__init__(spec, logs_specs=logs, log_line_prefix_template="[rank${rank}]: ")
         self._control = control
@@ -151,6 +153,7 @@ class ElasticAgent(LocalElasticAgent):
         self._watch = Watch(hang_timeout, policy.heartbeat_timeout)
         self._oom = OomWatch()
         self._stamper = Stamper()
+        self._signals = signals
         self._told_to_drain = False
         self._signalled: tuple[SignalException, float] | None = None
 
@@ -186,6 +189,7 @@ class ElasticAgent(LocalElasticAgent):
         self._remaining_restarts = worker_group.spec.max_restarts - seat.plan.restart_count
         self._oom = OomWatch()
         self._told_to_drain = False
+        self._signals.begin()
         self._standbys.begin()
         with _Handler.used(self._standbys):
             ids: dict[int, Any] = super()._start_workers(worker_group, *args, **kwargs)
@@ -209,7 +213,9 @@ class ElasticAgent(LocalElasticAgent):
                 self._record_stacks()
             return self._stop_for_next_round()
         codes = {worker: self._exit_code(worker) for worker in worker_group.workers}
-        if failed := [worker for worker, code in codes.items() if code]:
+        failed = [worker for worker, code in codes.items() if code]
+        drained = bool(failed) and self._ended_by_drain(failed)
+        if failed and not drained:
             self._report_progress()
             self._control.report("failed", self._round, self._failure(failed))
             return self._stop_for_next_round()
@@ -218,23 +224,30 @@ class ElasticAgent(LocalElasticAgent):
             return RunResult(state=WorkerState.HEALTHY)
         self._kill_workers()  # what they left running in their sessions
         self._report_progress()
-        self._control.report("succeeded", self._round, drained=self._watch.progress.drained)
+        if drained:
+            log.info("the drain ended %s", self._failure(failed))
+        drained = drained or self._signals.told or self._watch.progress.drained
+        self._control.report("succeeded", self._round, drained=drained)
         while not self._control.must_stop(self._round):  # raises JobEnded when all nodes have finished
             self._wait_for_news()
         return self._stop_for_next_round()
 
     def _look_after(self, worker_group: WorkerGroup) -> None:
         """What is to be done while workers run: pass on a drain, see how far they are, and whether they stand still."""
-        order = self._control.order
-        if order and order.drain and order.round == self._round and not self._told_to_drain:
+        if self._draining and not self._told_to_drain:
             self._told_to_drain = True
             Path(os.environ[LOCAL_DIR], DRAIN_FILE).touch()
         self._report_progress()
+        living = {w.id: self._exits[w.id] for w in worker_group.workers if self._exit_code(w) is None}
+        listens = self._watch.progress.listens
+        if self._told_to_drain and not listens:
+            self._signals.tell(living, got=self._signalled[0].sigval if self._signalled else 0)
+            self._report_progress()
         if self._signalled:
             leaving, since = self._signalled
-            listens = self._watch.progress.listens
-            patience = min(TERM_GRACE, self._policy.grace) if listens and self._told_to_drain else 1.0
-            if not listens or time.monotonic() - since > patience:
+            hears = listens or self._signals.can_tell(living)
+            patience = min(TERM_GRACE, self._policy.grace) if hears and self._told_to_drain else 1.0
+            if not hears or time.monotonic() - since > patience:
                 raise leaving
         elif trouble := self._watch.trouble():
             worker = next((w for w in worker_group.workers if w.id == trouble.pid), worker_group.workers[0])
@@ -248,9 +261,22 @@ class ElasticAgent(LocalElasticAgent):
             while not self._control.must_stop(self._round):
                 self._wait_for_news()
 
+    @property
+    def _draining(self) -> bool:
+        """Whether the workers of this round shall save and stop."""
+        order = self._control.order
+        return order is not None and order.drain and order.round == self._round
+
+    def _ended_by_drain(self, failed: list[Worker]) -> bool:
+        """Whether ``failed``, which end with an exit code or by a signal, were drained: they were told to by a signal,
+        or those who were have left them alone in a collective.
+        """
+        return self._draining and (self._signals.told or self._failure(failed).collateral)
+
     def _report_progress(self) -> None:
         self._watch.look()
-        self._control.report_progress(self._watch.progress)
+        progress = self._watch.progress
+        self._control.report_progress(progress._replace(listens=progress.listens or self._signals.told))
         going = self._watch.progress.step >= 0 or time.monotonic() - self._started_at > _STEADY
         self._standbys.look(going=going and not self._told_to_drain)
         self._control.report_start(self._standbys.started)

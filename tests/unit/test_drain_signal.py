@@ -1,0 +1,215 @@
+"""Scripts that do not ask whether they are to save and stop, but have handlers of their own: a signal tells them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_hpc.drain import DrainSignals, handles
+from elastic_hpc.errors import UsageError
+from elastic_hpc.values import DrainSignal
+
+SRUN, TOOL = (Path(sys.executable).with_name(name) for name in ("elastic-srun", "elastic-hpc"))
+TRAIN = """
+import os, signal, sys, threading, time
+import torch, torch.distributed as dist
+from pathlib import Path
+run, rank, how = Path(os.environ["ELASTIC_HPC_RUN_DIR"]), int(os.environ["RANK"]), sys.argv[1]
+number = getattr(signal, sys.argv[2])
+
+def save(*_):
+    time.sleep(0.2 * (1 - rank))  # one is gone while the other still saves
+    (run / f"saved.{rank}").touch()
+    if how == "exits":
+        os._exit(0)
+    if how == "dies":
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    if how == "code":
+        sys.exit(128 + number)
+    if how == "raises":
+        raise RuntimeError("time to go")
+
+if how != "ignorant" and (how != "first" or rank == 0):
+    signal.signal(number, save if how != "first" else lambda *_: (save(), os._exit(0)))
+dist.init_process_group("gloo")
+while True:
+    dist.all_reduce(torch.ones(1))
+    (run / f"steps.{rank}").touch()
+    time.sleep(0.02)
+"""
+
+
+class Run:
+    """A running ``elastic-srun --local 2``."""
+
+    def __init__(self, folder: Path, how: str, name: str, *options: str) -> None:
+        script = folder / "train.py"
+        script.write_text(TRAIN)
+        self.dir = folder / "run"
+        self.output = folder / "output"
+        command = [SRUN, "--local=2", "--nodes=2", *options, f"--run-dir={self.dir}", script, how, name]
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        self.wait_for(lambda: all((self.dir / f"steps.{rank}").exists() for rank in (0, 1)))
+
+    def wait_for(self, happened: Callable[[], object]) -> None:
+        end = time.monotonic() + 60
+        while not happened():
+            assert time.monotonic() < end, self.output.read_text()
+            assert self.process.poll() is None, self.output.read_text()
+            time.sleep(0.02)
+
+    def drain(self) -> dict[str, Any]:
+        """Ask for it; the verdict."""
+        subprocess.run([TOOL, "drain", self.dir], check=True, timeout=60)
+        assert self.process.wait(60) == 1, self.output.read_text()
+        verdict: dict[str, Any] = json.loads((self.dir / "verdict.json").read_text())
+        return verdict
+
+    @property
+    def saved(self) -> list[str]:
+        return sorted(path.name for path in self.dir.glob("saved.*"))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def started(*args: str) -> Run:
+        runs.append(Run(tmp_path, *args))
+        return runs[-1]
+
+    yield started
+    for run in runs:
+        while run.process.poll() is None:
+            run.process.terminate()
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "options", "saved"),
+    [
+        ("exits", "SIGTERM", (), 2),
+        ("dies", "SIGTERM", (), 2),
+        ("code", "SIGTERM", (), 2),
+        ("raises", "SIGTERM", (), 2),
+        ("first", "SIGTERM", (), 1),
+        ("exits", "SIGUSR1", ("--drain-signal", "usr1"), 2),
+        ("dies", "SIGUSR2", ("--drain-signal=SIGUSR2",), 2),
+        ("ignorant", "SIGTERM", ("--drain-signal=15",), 0),
+    ],
+)
+def test_a_script_that_saves_in_a_handler_is_told_of_a_drain_and_has_time_to_save(
+    start: Callable[..., Run], how: str, name: str, options: tuple[str, ...], saved: int
+) -> None:
+    run = start(how, name, *options)
+    verdict = run.drain()
+    assert "the workers saved and stopped" in verdict["reason"], run.output.read_text()
+    assert (verdict["restarts"], verdict["failure"]) == (0, None)
+    assert run.saved == ["saved.0", "saved.1"][:saved]
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "options"),
+    [("ignorant", "SIGTERM", ()), ("exits", "SIGUSR2", ()), ("exits", "SIGTERM", ("--drain-signal=off",))],
+)
+def test_a_script_that_would_only_be_killed_trains_until_the_time_is_up(
+    start: Callable[..., Run], how: str, name: str, options: tuple[str, ...]
+) -> None:
+    run = start(how, name, "--grace=2", *options)
+    assert "the workers did not stop within 2 s (--grace)" in run.drain()["reason"]
+    assert run.saved == []
+    advice = "the workers handle SIGUSR2, not SIGTERM: if they save then, type --drain-signal USR2"
+    assert (advice in run.output.read_text()) == (name == "SIGUSR2")
+
+
+def test_ctrl_c_lets_a_script_save_in_its_handler(start: Callable[..., Run]) -> None:
+    run = start("code", "SIGTERM")
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(60) == 130
+    assert "stopped by the user; the workers saved and stopped" in run.output.read_text()
+    assert run.saved == ["saved.0", "saved.1"]
+
+
+@pytest.mark.parametrize("text", ["TERM", "SIGTERM", "sigterm", "term", "15"])
+def test_signals_are_named_as_sbatch_names_them(text: str) -> None:
+    assert DrainSignal.parse(text) == DrainSignal(signal.SIGTERM)
+    assert str(DrainSignal.parse(text)) == "SIGTERM"
+
+
+def test_off_is_off() -> None:
+    assert str(DrainSignal.parse("off")) == "off"
+
+
+@pytest.mark.parametrize("text", ["KILL", "9", "STOP", "0", "TERMINATE", "", "USR1@90", "-15", "SIGSIGTERM", "99"])
+def test_what_is_no_signal_that_can_be_handled_is_refused(text: str) -> None:
+    with pytest.raises(
+        UsageError, match="expected a signal that a process can handle, for example --drain-signal USR1"
+    ):
+        DrainSignal.parse(text)
+
+
+WAITS = """
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+threading.Thread(target=lambda: (up(), signal.sigwait({signal.SIGTERM}), got())).start()
+"""
+HANDLES = "signal.signal(signal.SIGTERM, lambda *_: got()); up(); signal.pause()"
+IGNORES = "signal.signal(signal.SIGTERM, signal.SIG_IGN); up(); signal.pause()"
+DIES = "up(); signal.pause()"
+PROCESS = "import os, signal, threading\ndef up(): print('up', flush=True)\ndef got(): os._exit(7)\n"
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    made: list[subprocess.Popen[bytes]] = []
+
+    def start(code: str) -> subprocess.Popen[bytes]:
+        made.append(subprocess.Popen([sys.executable, "-c", PROCESS + code], stdout=subprocess.PIPE))
+        assert made[-1].stdout
+        assert made[-1].stdout.readline() == b"up\n"
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.kill()
+        one.communicate()
+
+
+@pytest.mark.parametrize(("code", "ends"), [(WAITS, 7), (HANDLES, 7), (IGNORES, None), (DIES, None)])
+def test_a_process_is_looked_at_for_a_handler(
+    process: Callable[[str], subprocess.Popen[bytes]], code: str, ends: int | None
+) -> None:
+    one = process(code)
+    signals, workers = DrainSignals(None, slurm=False), {one.pid: os.pidfd_open(one.pid)}
+    assert handles(one.pid, signal.SIGTERM) == signals.can_tell(workers) == bool(ends)
+    signals.tell(workers)
+    assert signals.told == bool(ends)
+    assert (one.wait(10) if ends else one.poll()) == ends
+    os.close(workers[one.pid])
+
+
+def test_what_slurm_has_sent_to_the_workers_is_not_sent_again(
+    process: Callable[[str], subprocess.Popen[bytes]],
+) -> None:
+    one = process(HANDLES)
+    workers = {one.pid: os.pidfd_open(one.pid)}
+    signals = DrainSignals(None, slurm=True)
+    signals.tell(workers, got=signal.SIGTERM)
+    signals.tell(workers)
+    assert signals.told
+    os.kill(one.pid, 0)
+    assert one.poll() is None
+    signals.begin()
+    signals.tell(workers, got=signal.SIGINT)
+    assert one.wait(10) == 7
+    os.close(workers[one.pid])
