@@ -17,7 +17,7 @@ demo:
 
 test:
 	@bin/setup-venv
-	XDG_STATE_HOME=$(CURDIR)/.pytest_cache/state $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	XDG_STATE_HOME="$(CURDIR)/.pytest_cache/state" $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check:
 	@bin/setup-venv dev,examples,test

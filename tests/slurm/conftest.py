@@ -25,6 +25,7 @@ COUNTS = str(Path(__file__).with_name("counts.py"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from _cluster import processes, reset, slurmctld, wrong_steps  # noqa: E402
 
+os.umask(0o022)  # what a test writes, the cluster's user reads
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 if (process := os.environ.get("PYTEST_XDIST_WORKER", "gw0")) != "gw0":
     STATE = STATE.with_name(f"{STATE.name}-{process}")

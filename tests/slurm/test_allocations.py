@@ -29,7 +29,7 @@ def said(text: str) -> list[str]:
 def test_in_a_step_that_has_all_resources_a_job_still_runs_on_all_nodes_with_all_gpus(
     fresh: Cluster, folder: Path, script: str
 ) -> None:
-    first = f"{SRUN} {script}; touch over"
+    first = f"{shlex.join([SRUN, script])}; touch over"
     here = f'if [ "$SLURM_PROCID" = 0 ]; then {first}; else until [ -e over ]; do sleep 0.1; done; fi'
     step = ["srun", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--gpus-per-node=2", "bash", "-c", here]
     done = fresh.exec(["salloc", "--quiet", "--nodes=2", "--gpus-per-node=2", *step], cwd=folder, timeout=120)
@@ -41,7 +41,7 @@ def test_several_at_once_share_an_allocation_on_the_same_nodes_and_on_nodes_of_t
 ) -> None:
     run = shlex.join([SRUN, "-N", "2", "-w"])
     commands = "".join(f"{run} {nodes} {script} & " for nodes in ("n[1-2]", "n[1-2]", "n[3-4]"))
-    commands += f"{SRUN} --nodelist n9 {script}; wait"
+    commands += f"{shlex.join([SRUN, '--nodelist', 'n9', script])}; wait"
     done = fresh.exec(["salloc", "--quiet", "--nodes=4", "bash", "-c", commands], cwd=folder, timeout=120)
     first, second = ["n1 0 2 None 1", "n2 1 2 None 1"], ["n3 0 2 None 1", "n4 1 2 None 1"]
     assert said(done.stdout) == sorted(2 * first + second)

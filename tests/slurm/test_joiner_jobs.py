@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ until [ -e {folder}/end ]; do sleep 0.1; done
 
 def start(cluster: Cluster, folder: Path, nodes: int, nodelist: str) -> Puppets:
     (folder / "puppet.py").write_text(PUPPET)
-    script = SCRIPT.format(folder=folder, python=sys.executable, nodes=nodes, nodelist=nodelist)
+    script = SCRIPT.format(folder=folder, python=shlex.quote(sys.executable), nodes=nodes, nodelist=nodelist)
     (folder / "job.sh").write_text(script)
     os.chmod(folder, 0o777)
     id = cluster.exec(["sbatch", "--parsable", str(folder / "job.sh")], cwd=folder).stdout.strip()

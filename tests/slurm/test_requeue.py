@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -110,7 +111,7 @@ Start = Callable[..., Puppets]
 def start_puppets(cluster: Cluster, folder: Path, *options: str, on: tuple[str, ...]) -> Puppets:
     folder.mkdir(parents=True)
     (folder / "puppet.py").write_text(PUPPET)
-    (folder / "job.sh").write_text(SCRIPT.format(folder=folder, python=sys.executable))
+    (folder / "job.sh").write_text(SCRIPT.format(folder=folder, python=shlex.quote(sys.executable)))
     os.chmod(folder, 0o777)
     id = cluster.exec(["sbatch", "--parsable", *options, str(folder / "job.sh")], cwd=folder).stdout.strip()
     array = next((option.partition("=")[2] for option in options if option.startswith("--array")), "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,7 +58,8 @@ def test_a_failure_is_told_and_gives_exit_code_1(fresh: Cluster, folder: Path) -
 def test_in_a_batch_script_that_is_lost_with_the_head_training_ends_and_nothing_keeps_the_allocation(
     fresh: Cluster, folder: Path
 ) -> None:
-    wrapped = ["sbatch", "--parsable", "--nodes=4", "--no-kill", f"--wrap={SRUN} --nodes 2:4 {COUNTS}"]
+    command = shlex.join([SRUN, "--nodes", "2:4", COUNTS])
+    wrapped = ["sbatch", "--parsable", "--nodes=4", "--no-kill", f"--wrap={command}"]
     (folder / "hold").touch()
     job = fresh.exec(wrapped, cwd=folder).stdout.strip()
     (run_dir,) = wait_for("its run directory", lambda: list((folder / "elastic-logs").glob("*")))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 
 from conftest import COUNTS, Cluster, Job, wait_for
 
-TORCHRUN = Path(sys.executable).with_name("torchrun")
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 BATCH = f"""#!/bin/bash
 #SBATCH --nodes=4 --no-kill
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --no-kill --kill-on-bad-exit=0 --wait=0 --ntasks-per-node=1 {TORCHRUN} --rdzv-backend=elastic-hpc \\
+srun --no-kill --kill-on-bad-exit=0 --wait=0 --ntasks-per-node=1 {quote(TORCHRUN)} --rdzv-backend=elastic-hpc \\
     --rdzv-endpoint="$head" --rdzv-id="$SLURM_JOB_ID" --nnodes=2:4 --max-restarts=0 --log-dir=torchrun \\
-    {COUNTS}
+    {quote(COUNTS)}
 """
 
 

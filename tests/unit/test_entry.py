@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_a_full_disk_is_told_in_a_line() -> None:
 
 
 def test_a_command_without_any_stream_does_its_work() -> None:
-    closed = "exec >&- 2>&-; exec " + " ".join([*HPC, "status", "--json", FAULTS])
+    closed = "exec >&- 2>&-; exec " + shlex.join([*HPC, "status", "--json", FAULTS])
     assert called(["/bin/sh", "-c", closed]).returncode == 0
 
 
