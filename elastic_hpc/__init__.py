@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from elastic_hpc.errors import ElasticError, SlurmError, UsageError
-    from elastic_hpc.job import Job, JobStatus, submit
+    from elastic_hpc.job import Job, JobFailed, JobStatus, submit
     from elastic_hpc.launch import LaunchConfig, LaunchFailed, elastic_launch
     from elastic_hpc.script import JobSpec, render
 
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ElasticError",
     "Job",
+    "JobFailed",
     "JobSpec",
     "JobStatus",
     "LaunchConfig",
@@ -30,7 +31,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("ElasticError", "SlurmError", "UsageError"), "errors"),
-    **dict.fromkeys(("Job", "JobStatus", "submit"), "job"),
+    **dict.fromkeys(("Job", "JobFailed", "JobStatus", "submit"), "job"),
     **dict.fromkeys(("LaunchConfig", "LaunchFailed", "elastic_launch"), "launch"),
     **dict.fromkeys(("JobSpec", "render"), "script"),
 }

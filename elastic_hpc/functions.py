@@ -15,6 +15,7 @@ from submitit.core import job_environment, utils
 from elastic_hpc.env import LOCAL_NODES
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.rundir import EventReader, RunDir
+from elastic_hpc.view.logs import Stream, files
 
 MODULE = "submitit.core._submit"
 """What submitit's own executors run, with the folder of the pickle as its argument."""
@@ -58,9 +59,9 @@ class ElasticPaths(utils.JobPaths):
     def stderr(self) -> Path:
         return self._log("err")
 
-    def _log(self, stream: str) -> Path:
+    def _log(self, stream: Stream) -> Path:
         """What the rank wrote last; before it was started, the output of the batch script and the agents."""
-        written = RunDir(self.run_dir).logs(self.task_id, stream)
+        written = files(self.run_dir / "logs", self.task_id, stream)
         return written[-1] if written else self.run_dir.with_name(f"{self.run_dir.name}.log")
 
 

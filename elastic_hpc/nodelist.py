@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
 MOST = 1 << 17
 """Nodes that a range may stand for; more can only be a mistake."""
@@ -37,6 +39,61 @@ def numbers(text: str) -> tuple[int, ...]:
             raise ValueError(f"{span}: more than {MOST} nodes")
         found.extend(range(begin, end + 1))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class Typed:
+    """Numbers as a user types them, ``0-3,8``. They are never listed: a range may be of any length."""
+
+    ranges: tuple[tuple[range, int], ...]
+    """Each with the least number of digits, as in ``001-003``."""
+
+    @classmethod
+    def of(cls, text: str) -> Typed:
+        """Raises ValueError for what is no number, and for a range that ends before it begins."""
+        found = []
+        for part in text.split(","):
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
+            if match is None:
+                raise ValueError(f"{part!r} is no number and no range")
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                raise ValueError(f"{part!r} ends before it begins")
+            found.append((range(first, last + 1), len(match[1])))
+        return cls(tuple(found))
+
+    def __contains__(self, number: object) -> bool:
+        return any(number in span for span, _ in self.ranges)
+
+    def has(self, digits: str) -> bool:
+        """Whether it is written so, zeros in front counted."""
+        return any(int(digits) in span and digits == f"{int(digits):0{width}}" for span, width in self.ranges)
+
+
+@lru_cache
+def named(text: str) -> Callable[[str], bool]:
+    """Whether a node's name is in ``text``: names in Slurm's notation, in which ``*`` and ``?`` stand for anything and
+    for any character. They are never listed. Raises ValueError.
+    """
+    parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
+    if not parts or ",".join(parts) != text:
+        raise ValueError("a bracket or a comma has no partner")
+    each = [_named(part) for part in parts]
+    return lambda name: any(has(name) for has in each)
+
+
+def _named(part: str) -> Callable[[str], bool]:
+    pieces = re.split(r"\[(.*?)\]", part)
+    wanted = [Typed.of(piece) for piece in pieces[1::2]]
+    texts = ["".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in piece) for piece in pieces[::2]]
+    pattern = re.compile(r"(?<!\d)(\d+)(?!\d)".join(texts), re.ASCII | re.DOTALL)
+
+    def has(name: str) -> bool:
+        if (match := pattern.fullmatch(name)) is None:
+            return False
+        return all(typed.has(digits) for typed, digits in zip(wanted, match.groups(), strict=True))
+
+    return has
 
 
 def fold(names: Iterable[str]) -> str:

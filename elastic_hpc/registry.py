@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from glob import escape
 from pathlib import Path
 
 _LATELY = 256 * 1024
@@ -29,18 +30,27 @@ def remember(run_dir: str | os.PathLike[str]) -> None:
             jobs.write(os.fsencode(os.path.abspath(run_dir)) + b"\n")
 
 
-def known() -> list[Path]:
+def remembered() -> list[Path]:
     """The run directories of jobs that were submitted lately, the newest last; some may not be there yet, or any more.
-    Of an array those of its tasks that have started.
+    Of an array there is never one.
     """
     lines: list[bytes] = []
     with contextlib.suppress(OSError, RuntimeError), open(_file(), "rb") as jobs:
         size = os.fstat(jobs.fileno()).st_size
         jobs.seek(max(0, size - _LATELY))
         lines = jobs.read().split(b"\n")[1 if size > _LATELY else 0 : -1]
-    paths = [Path(os.fsdecode(line)) for line in reversed(dict.fromkeys(reversed(lines)))]
-    found: list[Path] = []
-    for path in paths:
-        tasks = [] if path.is_dir() else sorted(path.parent.glob(f"{path.name}_*"), key=lambda p: (len(p.name), p.name))
-        found.extend(tasks or [path])
-    return found
+    return [Path(os.fsdecode(line)) for line in reversed(dict.fromkeys(reversed(lines)))]
+
+
+def known() -> list[Path]:
+    """The same, of an array those of its tasks that have started."""
+    return [found for path in remembered() for found in tasks(path) or [path]]
+
+
+def tasks(run_dir: Path) -> list[Path]:
+    """The run directories of an array's tasks that have started; ``run_dir`` would be that of the array."""
+    if run_dir.is_dir():
+        return []
+    named = run_dir.parent.glob(f"{escape(run_dir.name)}_*")
+    found = (path for path in named if path.name.removeprefix(f"{run_dir.name}_").isdecimal())
+    return sorted(found, key=lambda path: (len(path.name), path.name))

@@ -148,15 +148,6 @@ class RunDir:
         """The last job that this one was told to go on as, at ``run`` or before."""
         return next((job for number in range(run, -1, -1) if (job := self.acted(number))), None)
 
-    def logs(self, rank: int, stream: str) -> list[Path]:
-        """The files that the worker of ``rank`` has written, one for each round. ``stream`` is ``out`` or ``err``."""
-
-        def order(path: Path) -> tuple[int, int]:
-            run, _, round = path.parent.parent.name.partition(".")
-            return int(run), int(round)
-
-        return sorted(self.path.glob(f"logs/[0-9]*.[0-9]*/*/rank{rank}.{stream}"), key=order)
-
     def last_round(self) -> dict[str, Any]:
         """The event of the last world that was formed, ``round``, ``nodes``, ``world_size``; empty before the first."""
         return next((event for event in reversed(self.events()) if event["event"] == "round"), {})

@@ -13,6 +13,8 @@ from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.election import joiner
 from elastic_hpc.env import JOIN, job_name
 from elastic_hpc.errors import ElasticError
+from elastic_hpc.job import Job
+from elastic_hpc.lookup import expand
 from elastic_hpc.rundir import RunDir
 
 MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "doctor", "rehearse")
@@ -42,9 +44,9 @@ def _parser(only: str = "") -> argparse.ArgumentParser:
         module.add_arguments(added)
         added.set_defaults(run=module.run)
 
-    def command(name: str, text: str, *, started: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        add_job(added, started=started)
+        add_job(added)
         added.set_defaults(run=_run)
         return added
 
@@ -57,7 +59,7 @@ def _parser(only: str = "") -> argparse.ArgumentParser:
         alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")
         return parser
     command("drain", "have a running job save, stop and return through the queue, as before its time limit")
-    stop = command("stop", "end a job, running or waiting in the queue: it does not come back", started=False)
+    stop = command("stop", "end a job, running or waiting in the queue: it does not come back")
     stop.add_argument(
         "--after-checkpoint", action="store_true", help="let the workers save first; they have as long as --grace says"
     )
@@ -72,25 +74,29 @@ def _run(args: argparse.Namespace) -> int:
         if args.command == "conclude":
             return conclude.conclude(rundir, os.environ, args.status, warning=args.signal)
         return conclude.conclude_alone(rundir, os.environ, args.outcome, deputy_of=args.deputy_of)
-    if args.command == "drain":
-        _drain(rundir)
-        return 0
-    from elastic_hpc.job import Job
+    if args.command == "stop":
+        return _stop(Job(rundir.path), after_checkpoint=args.after_checkpoint)
+    if JOIN in os.environ:  # the batch script of a joiner, which Slurm has warned, calls for its node alone
+        from elastic_hpc.ask import ask_to_leave
 
-    job = Job(rundir.path)
-    if job.stop(after_checkpoint=args.after_checkpoint):
-        print(f"job {job.id} was waiting in the queue and is cancelled")
+        ask_to_leave(rundir, joiner(os.environ["SLURM_JOB_ID"]), _why_drained())
+        return 0
+    for path in expand(rundir.path):
+        Job(path).drain(_why_drained())
     return 0
 
 
-def _drain(rundir: RunDir) -> None:
-    """For the whole job; in the batch script of a joiner, which Slurm has warned, for its node alone."""
-    from elastic_hpc.ask import ask_leader, ask_to_leave
-
-    if JOIN in os.environ:
-        ask_to_leave(rundir, joiner(os.environ["SLURM_JOB_ID"]), _why_drained())
+def _stop(job: Job, *, after_checkpoint: bool) -> int:
+    """That the job is over is what was asked for, and no failure."""
+    done = job.stop(after_checkpoint=after_checkpoint)
+    if done == "over":
+        status = job.status()
+        print(f"job {job.id} is over already: {status.state}" + (f": {status.reason}" if status.reason else ""))
+    elif done == "cancelled":
+        print(f"job {job.id} is cancelled: nobody led it, or it waited in the queue")
     else:
-        ask_leader(rundir, "drain", _why_drained())
+        print(f"job {job.id}: its leader was told" + (", its workers may save first" if after_checkpoint else ""))
+    return 0
 
 
 def _why_drained() -> str:

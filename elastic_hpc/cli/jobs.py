@@ -3,50 +3,45 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterator
-from pathlib import Path
 
-from elastic_hpc.config import load
-from elastic_hpc.errors import UsageError
-from elastic_hpc.registry import known
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.jobs import Jobs, Look
+from elastic_hpc.lookup import expand, find
 from elastic_hpc.rundir import RunDir
 
 
-def add_job(parser: argparse.ArgumentParser, nargs: str | None = None, *, started: bool = True) -> None:
-    """``args.job`` is its run directory, or the list of them. ``started``: it must be there already."""
+def add_job(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """``args.job`` is its run directory, which may not be there yet, or the list of them."""
     parser.add_argument(
         "job",
         metavar="JOB",
         nargs=nargs,
-        type=started_run_dir if started else run_dir,
+        type=lambda text: RunDir(find(text)),
         help="the job's id, or its run directory, for example elastic-logs/4711",
     )
 
 
-def started_run_dir(text: str) -> RunDir:
-    """The run directory of a job that has started. Raises UsageError."""
-    found = run_dir(text)
-    if not found.path.is_dir():
-        raise UsageError(f"job {text} has not started yet: {found.path} is not there; see: elastic-hpc status {text}")
-    return found
-
-
-def run_dir(text: str) -> RunDir:
-    """The run directory of a job, which may not be there yet. Raises UsageError if there is no such job."""
-    if text and (found := next((path for path in _candidates(text) if path.is_dir()), None)):
-        return RunDir(found.absolute())
-    remembered = [path for path in known() if path.name == text]
-    if not remembered:
+def one(command: str, rundir: RunDir) -> RunDir:
+    """The same, for a ``command`` that is about one job. Raises UsageError for an array."""
+    if (tasks := expand(rundir.path)) != [rundir.path]:
+        shown = f"{tasks[0].name} to {tasks[-1].name}" if len(tasks) > 1 else tasks[0].name
         raise UsageError(
-            f"{text!r}: expected a job's id that was submitted from here, or its run directory, for example "
-            "elastic-logs/4711; elastic-hpc status lists your jobs"
+            f"job {rundir.path.name} is an array, each of its tasks is a job: elastic-hpc {command} {tasks[0].name}; "
+            f"{len(tasks)} have started: {shown}"
         )
-    return RunDir(remembered[-1])
+    return rundir
 
 
-def _candidates(text: str) -> Iterator[Path]:
-    yield Path(text)
-    yield Path("elastic-logs", text)
-    if log_dir := load(os.environ, Path.cwd()).options.get("log-dir"):
-        yield Path(log_dir.value, text)
+def started(command: str, rundir: RunDir) -> Look:
+    """How the one job is, for a ``command`` that shows what it has done. Raises ElasticError if it has done nothing."""
+    (look,) = Jobs([one(command, rundir)]).look()
+    if not rundir.path.is_dir():
+        raise ElasticError(nothing_yet(look))
+    return look
+
+
+def nothing_yet(look: Look) -> str:
+    """That a job without a run directory has done nothing, and what Slurm says of it."""
+    view = look.view
+    told = "\n".join((f"{view.state}: {view.note}" if view.note else view.state, *view.advice))
+    return f"job {view.id} has " + ("not started" if view.over else "not started yet") + f"; it is {told}"

@@ -6,17 +6,19 @@ import argparse
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Container, Iterable
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from elastic_hpc.cli.jobs import add_job
-from elastic_hpc.cli.status import Jobs
+from elastic_hpc.cli.jobs import add_job, one, started
 from elastic_hpc.errors import UsageError
+from elastic_hpc.jobs import Jobs
+from elastic_hpc.nodelist import Typed, named
 from elastic_hpc.rundir import EventReader, RunDir
-from elastic_hpc.view.logs import Line, Logs, Stream, Wanted
-from elastic_hpc.view.status import clock
+from elastic_hpc.view.job import clock
+from elastic_hpc.view.logs import Line, Logs, Stream, Wanted, what_there_is
 from elastic_hpc.view.story import Round, tell
 
 HELP = "show what the workers wrote, in order of time over ranks and rounds"
@@ -24,7 +26,7 @@ _EPILOG = """examples:
   elastic-hpc logs 4711                   rank 0, and what any rank wrote to stderr
   elastic-hpc logs 4711 -f                follow it, through restarts and requeues, until the job ends
   elastic-hpc logs 4711 --rank 0-3,8      all that these ranks wrote
-  elastic-hpc logs 4711 --round 2 --node n3 --stderr
+  elastic-hpc logs 4711 --round 2 --node 'n[3-4]' --stderr
   elastic-hpc logs 4711 -t -n 100 --rank all
 
 Lines of different ranks are put in order by when their agent saw the file grow: to a second at first, to half a minute
@@ -36,7 +38,7 @@ _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the command."""
-    add_job(parser, started=False)
+    add_job(parser)
     parser.epilog = _EPILOG
     parser.add_argument("-f", "--follow", action="store_true", help="go on as more is written, until the job ends")
     parser.add_argument("--rank", metavar="R", help="of these ranks only: 3, 0-7, 0,8, or all")
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--node",
         metavar="N",
         action="append",
-        help="of this node only; may be repeated, or be a pattern: 'n[1-4]', 'gpu*'",
+        help="of these nodes only, in Slurm's notation: n3, 'n[10-12]', 'gpu*'; may be repeated",
     )
     parser.add_argument("--round", metavar="K", help="of these rounds only: 2, 2-4, or last")
     which = parser.add_mutually_exclusive_group()
@@ -56,19 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; the answer is its exit code."""
-    rundir: RunDir = args.job
+    rundir = one("logs", args.job)
     if args.lines is not None and args.lines < 0:
         raise UsageError(f"--lines {args.lines}: expected a number of lines, for example --lines 100")
-    if not args.follow and not rundir.path.is_dir():
-        raise UsageError(
-            f"job {rundir.path.name} has not started yet; wait for it: elastic-hpc logs -f {rundir.path.name}"
-        )
     wanted, printer = _wanted(args, rundir), _Printer(rundir, timestamps=args.timestamps)
-    logs = Logs(rundir.path / "logs", wanted)
+    if not args.follow:
+        started("logs", rundir)
+    folder = rundir.path / "logs"
+    logs = Logs(folder, wanted)
     lines: Iterable[Line] = logs.there(follow=args.follow)
     printer.print(lines if args.lines is None else deque(lines, maxlen=args.lines))
     if args.follow:
         _follow(rundir, logs, printer)
+    if not printer.printed and args.lines != 0:
+        _say_what_there_is(args, folder)
     return 0
 
 
@@ -78,11 +81,11 @@ def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
         over = False
         if time.monotonic() - asked > _ASK:
             asked = time.monotonic()
-            ((view, _),) = jobs.look()
-            over = (view.over or view.state == "UNKNOWN") and not jobs.problem
+            ((view, *_),) = jobs.look()
+            over = view.over
             now = f"{view.state}: {view.note}" if view.note else view.state
             if view.state != "RUNNING" and now != told:
-                print(f"elastic-hpc: job {view.id} is {now}", file=sys.stderr)
+                print("\n  ".join((f"elastic-hpc: job {view.id} is {now}", *view.advice)), file=sys.stderr)
             told = now
         printer.print(logs.added(time.time()))
         if over:
@@ -91,29 +94,43 @@ def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
         time.sleep(_LOOK)
 
 
+def _say_what_there_is(args: argparse.Namespace, folder: Path) -> None:
+    """Nothing was shown. Raises UsageError if that is for what was asked for."""
+    options = {"--rank": args.rank, "--node": ",".join(args.node or ()), "--round": args.round}
+    given = [f"{name} {value}" for name, value in options.items() if value]
+    given += [f"--{name}" for name in ("stdout", "stderr") if getattr(args, name)]
+    there = what_there_is(folder)
+    if given and there:
+        raise UsageError(f"{' '.join(given)}: nothing was written there; there are {there}")
+    told = f"rank 0 has written nothing, nor any rank to stderr; there are {there}" if there else "nothing is there yet"
+    print(f"elastic-hpc: {told}", file=sys.stderr)
+
+
 def _wanted(args: argparse.Namespace, rundir: RunDir) -> Wanted:
-    rounds: Collection[int] | None = None
+    rounds: Container[int] | None = None
     if args.round == "last":
         rounds = [rundir.last_round().get("round", 0)]
-    elif args.round:
+    elif args.round is not None:
         rounds = _numbers("--round", args.round)
     ranks = None if args.rank in {None, "all"} else _numbers("--rank", args.rank)
+    for nodes in args.node or ():
+        try:
+            named(nodes)
+        except ValueError as error:
+            raise UsageError(
+                f"--node {nodes!r}: expected names in Slurm's notation, for example --node 'n[10-12]'; {error}"
+            ) from None
     streams: list[Stream] | None = ["out"] if args.stdout else ["err"] if args.stderr else None
     if streams is None and args.rank == "all":
         streams = ["out", "err"]
     return Wanted(ranks, args.node, rounds, streams)
 
 
-def _numbers(option: str, text: str) -> set[int]:
-    """``0-3,8`` as numbers."""
-    found: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        try:
-            found.update(range(int(first), int(last if dash else first) + 1))
-        except ValueError:
-            raise UsageError(f"{option} {text!r}: expected numbers, for example {option} 0-3,8") from None
-    return found
+def _numbers(option: str, text: str) -> Typed:
+    try:
+        return Typed.of(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}: expected numbers, for example {option} 0-3,8; {error}") from None
 
 
 class _Printer:
@@ -124,9 +141,11 @@ class _Printer:
         self._console = Console(highlight=False, soft_wrap=True)
         self._timestamps = timestamps
         self._round = -1
+        self.printed = False
 
     def print(self, lines: Iterable[Line]) -> None:
         for line in lines:
+            self.printed = True
             if line.round != self._round:
                 self._round = line.round
                 self._console.print(Text(f"--- {self._headline(line.round)}", "bold"))
@@ -141,7 +160,7 @@ class _Printer:
     def _headline(self, number: int) -> str:
         self._reader.read()
         story = tell(self._reader.events)
-        rounds = [one for one in story.rounds if one.number <= number]
+        rounds = [round for round in story.rounds if round.number <= number]
         if not rounds or rounds[-1].number != number:
             return f"round {number}"
         return _headline(rounds[-1], rounds[-2] if len(rounds) > 1 else None)

@@ -12,11 +12,12 @@ from prometheus_client import CollectorRegistry, start_http_server, write_to_tex
 from prometheus_client.exposition import generate_latest
 
 from elastic_hpc.cli.jobs import add_job
-from elastic_hpc.cli.status import Jobs, chosen, of_interest
+from elastic_hpc.cli.status import chosen, of_interest
 from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.jobs import Jobs
 from elastic_hpc.rundir import RunDir
+from elastic_hpc.view.job import JobView
 from elastic_hpc.view.metrics import JobMetrics
-from elastic_hpc.view.status import JobView
 from elastic_hpc.view.story import Story
 
 HELP = "export my jobs as Prometheus metrics: goodput, faults, restarts, lost time"
@@ -31,7 +32,7 @@ Goodput of all jobs:  sum(elastic_hpc_node_seconds_total{kind="kept"}) / sum(ela
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the command."""
-    add_job(parser, "*", started=False)
+    add_job(parser, "*")
     parser.epilog = _EPILOG
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--output", metavar="FILE", help="write them there, replacing the file at once")
@@ -61,9 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _look(asked: Sequence[RunDir]) -> tuple[list[tuple[JobView, Story]], bool]:
-    jobs = Jobs(asked or chosen())
-    found = jobs.look()
-    return [one for one in found if asked or of_interest(*one)], not jobs.problem
+    jobs = Jobs(chosen(asked))
+    return [look[:2] for look in jobs.look() if asked or of_interest(look)], not jobs.problem
 
 
 def _write(registry: CollectorRegistry, path: str) -> None:

@@ -7,8 +7,7 @@ import os
 import sys
 import time
 
-from elastic_hpc.cli.jobs import add_job
-from elastic_hpc.cli.status import Jobs
+from elastic_hpc.cli.jobs import add_job, started
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.view.timeline import html, png
 
@@ -33,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"where to? for example: elastic-hpc timeline {args.job.path.name} --html timeline.html")
     if args.html == args.png:
         raise UsageError(f"--html {args.html} --png {args.png}: expected two places")
-    jobs = Jobs([args.job])
-    ((view, story),) = jobs.look()
+    view, story, _ = started("timeline", args.job)
     if args.html:
         _write(args.html, html(view, story, time.time()).encode(errors="replace"))
     if args.png:

@@ -6,9 +6,8 @@ import argparse
 
 from rich.console import Console
 
-from elastic_hpc.cli.jobs import add_job
-from elastic_hpc.cli.status import Jobs
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.cli.jobs import add_job, one
+from elastic_hpc.jobs import Jobs
 from elastic_hpc.view.why import page
 
 HELP = "tell why a job went as it did: the end of each round, what it cost, what to do"
@@ -27,8 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; the answer is its exit code."""
-    rundir: RunDir = args.job
-    jobs = Jobs([rundir])
-    ((view, story),) = jobs.look()
-    Console(highlight=False, soft_wrap=True).print(page(view, story, rundir.events()))
+    (look,) = Jobs([one("why", args.job)]).look()
+    Console(highlight=False, soft_wrap=True).print(page(*look))
     return 0

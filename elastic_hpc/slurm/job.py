@@ -19,6 +19,8 @@ WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIA
 LIVES = WAITS | {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
 """States of a job that is not over."""
 
+_PATH = r".*?(?= \w+=|\s*$)"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -55,6 +57,11 @@ class Job:
     """In Slurm's notation, 1-12:00:00 or UNLIMITED."""
     run_time: str
     """What of it is used up."""
+    exit_code: str
+    """In Slurm's notation, CODE:SIGNAL."""
+    output: str
+    """Where its batch script writes to."""
+    error: str
 
     @property
     def remaining(self) -> timedelta | None:
@@ -104,7 +111,10 @@ def show_job(job: str) -> Job:
         qos=field("QOS").removeprefix("N/A"),
         time_limit=field("TimeLimit"),
         run_time=field("RunTime"),
-        folder=field("WorkDir", r".*?(?= Std(?:Err|In|Out)=| \w+=|\s*$)"),
+        exit_code=field("ExitCode"),
+        output=field("StdOut", _PATH),
+        error=field("StdErr", _PATH),
+        folder=field("WorkDir", _PATH),
     )
 
 

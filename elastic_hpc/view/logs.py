@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
+from elastic_hpc.nodelist import fold, named, spans
 from elastic_hpc.stamps import Stamps
 
 Stream = Literal["out", "err"]
@@ -38,13 +38,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which lines; None for all. By default those of rank 0, and what any rank wrote to stderr. ``nodes`` may be
-    patterns, as the shell has them.
+    """Which lines; None for all. By default those of rank 0, and what any rank wrote to stderr. ``nodes`` are
+    in Slurm's notation, and may be patterns: see ``nodelist.named``.
     """
 
-    ranks: Collection[int] | None = None
+    ranks: Container[int] | None = None
     nodes: Collection[str] | None = None
-    rounds: Collection[int] | None = None
+    rounds: Container[int] | None = None
     streams: Collection[Stream] | None = None
 
     def has(self, source: _Source) -> bool:
@@ -54,7 +54,7 @@ class Wanted:
             chosen = self.ranks is None or source.rank in self.ranks
         return (
             chosen
-            and (self.nodes is None or any(fnmatchcase(source.node, pattern) for pattern in self.nodes))
+            and (self.nodes is None or any(named(nodes)(source.node) for nodes in self.nodes))
             and (self.rounds is None or source.round in self.rounds)
             and (self.streams is None or source.stream in self.streams)
         )
@@ -83,6 +83,20 @@ def _sources(folder: Path, wanted: Wanted) -> list[_Source]:
             if wanted.has(source):
                 found.append(source)
     return sorted(found)
+
+
+def files(folder: Path, rank: int, stream: Stream) -> list[Path]:
+    """Those in a run directory's ``logs`` that the worker of ``rank`` has written, one for each round."""
+    return [source.path for source in _sources(folder, Wanted(ranks=(rank,), streams=(stream,)))]
+
+
+def what_there_is(folder: Path) -> str:
+    """The rounds, ranks and nodes of which there are files in a run directory's ``logs``; empty if there is none."""
+    sources = _sources(folder, Wanted(streams=("out", "err")))
+    if not sources:
+        return ""
+    rounds, ranks = (spans(sorted(numbers)) for numbers in ({s.round for s in sources}, {s.rank for s in sources}))
+    return f"rounds {rounds}, ranks {ranks}, nodes {fold({source.node for source in sources})}"
 
 
 class _Tail:

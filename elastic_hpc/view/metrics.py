@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from elastic_hpc.view.status import JobView
+from elastic_hpc.view.job import JobView
 from elastic_hpc.view.story import Story
 
 GAUGES = {

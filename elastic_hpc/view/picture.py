@@ -10,7 +10,7 @@ from markupsafe import escape
 
 from elastic_hpc.decide import FINISHED
 from elastic_hpc.view.account import MEANINGS, Kind, Phase, account, phases
-from elastic_hpc.view.status import span
+from elastic_hpc.view.job import span
 from elastic_hpc.view.story import Round, Story
 
 WIDTH = 1100

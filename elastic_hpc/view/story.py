@@ -138,11 +138,6 @@ class Story:
     """Events that could not be understood."""
 
     @property
-    def over(self) -> bool:
-        """Whether the job has ended for good, by its own word."""
-        return bool(self.runs) and self.runs[-1].outcome in {"finished", "failed"}
-
-    @property
     def current(self) -> Round | None:
         """The round that runs."""
         return self.rounds[-1] if self.rounds and self.rounds[-1].ended is None else None

@@ -8,8 +8,8 @@ from importlib import resources
 import jinja2
 
 from elastic_hpc.errors import ElasticError
+from elastic_hpc.view.job import JobView, clock, span
 from elastic_hpc.view.picture import STYLE, WIDTH, draw
-from elastic_hpc.view.status import JobView, clock, span
 from elastic_hpc.view.story import Story
 
 

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from elastic_hpc.events import sentence
 from elastic_hpc.view.account import MEANINGS
-from elastic_hpc.view.status import STYLES, JobView, clock, span
+from elastic_hpc.view.job import JobView, clock, span
+from elastic_hpc.view.status import STYLES
 from elastic_hpc.view.story import Fault, Round, Run, Story
 
 _TOLD = frozenset(
@@ -50,6 +51,8 @@ def _head(view: JobView, story: Story) -> Text:
         ("job ", "bold"), (view.id, "bold"), f"  {view.script}  ", (view.state, STYLES.get(view.state, "bold"))
     )
     head.append(f"\n{view.note}" if view.note else "")
+    if not story.runs and not story.rounds:
+        return head.append("\nno world was formed" + ("" if view.over else " yet"))
     most = (story.limits.get("max_restarts", "?"), story.limits.get("max_requeues", "?"))
     head.append(f"\nrestarts charged: {story.restarts} of {most[0]}; requeues charged: {story.requeues} of {most[1]}")
     if story.damaged:
@@ -137,23 +140,22 @@ def _spent(view: JobView) -> RenderableType:
 def advice(view: JobView, story: Story) -> list[str]:
     """What the user may do next, most urgent first."""
     return [
-        *_about_the_end(view, story),
+        *view.advice,
+        *_about_the_end(story, view.id),
         *_about_causes(story),
         *_about_time(view, story),
     ]
 
 
-def _about_the_end(view: JobView, story: Story) -> Iterator[str]:
+def _about_the_end(story: Story, id: str) -> Iterator[str]:
     run = story.runs[-1] if story.runs else None
-    if view.state == "UNKNOWN" and view.note:
-        yield f"see what Slurm says: scontrol show job {view.id}, or sacct -j {view.id}"
     if run is None or run.outcome != "failed":
         return
     cause = next((one.faults[0] for one in reversed(story.rounds) if one.faults), None)
     if "the same failure as before" in run.reason and cause:
         yield (
             f"mend the script: it failed twice in the same way without a step in between; what it wrote: "
-            f"elastic-hpc logs {view.id} --round last --rank {cause.rank if cause.rank is not None else 0}"
+            f"elastic-hpc logs {id} --round last --rank {cause.rank if cause.rank is not None else 0}"
         )
     elif run.cause == "budget":
         yield "look at the causes above; if they are nobody's fault, allow more: --max-restarts, --max-requeues"

@@ -28,8 +28,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     rundir = RunDir(tmp_path / "elastic-logs" / "17").create()
-    rundir.append_event(1.0, "round", {"round": 2, "nodes": ["n1", "n3"], "world_size": 4})
-    rundir.write("state.json", {"round": 2, "restarts": 1, "requeues": 3})
+    rundir.append_event(1.0, "start", {"run": 0, "job": "17", "granted": 2})
+    world = {"round": 2, "nodes": ["n1", "n3"], "world_size": 4, "restarts": 1, "leader": "n1"}
+    rundir.append_event(1.0, "round", world)
     says(tmp_path, "echo squeue: error: Invalid job id specified >&2; exit 1")
     return Job(rundir.path)
 
@@ -40,6 +41,7 @@ def says(folder: Path, answer: str) -> None:
 
 def record(job: Job, verdict: dict[str, object]) -> RunDir:
     rundir = RunDir(job.run_dir)
+    rundir.append_event(2.0, "verdict", {**verdict, "restarts": 1, "requeues": 3})
     rundir.write("verdict.json", verdict)
     return rundir
 
@@ -71,9 +73,9 @@ def test_a_slurm_that_does_not_answer_does_not_end_a_job(job: Job, tmp_path: Pat
 
 
 def test_a_job_that_has_not_started_is_cancelled_in_the_queue(job: Job, tmp_path: Path) -> None:
-    says(tmp_path, "")
-    assert Job(tmp_path / "elastic-logs" / "23").stop()
-    assert Path("asked").read_text().splitlines() == [f"{tmp_path}/bin/scancel 23"]
+    says(tmp_path, "echo '23|PENDING|N/A|N/A|Resources'")
+    assert Job(tmp_path / "elastic-logs" / "23").stop() == "cancelled"
+    assert Path("asked").read_text().splitlines()[-1] == f"{tmp_path}/bin/scancel 23"
 
 
 def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
     assert (job.status().state, job.status().done) == ("PENDING", False)
     with pytest.raises(TimeoutError):
         job.wait(timeout=1)
-    assert job.stop()
+    assert job.stop() == "cancelled"
     assert Path("asked").read_text().splitlines()[-1].endswith("scancel 17")
 
 

@@ -62,7 +62,7 @@ def test_all_that_was_written_is_shown_when_all_is_asked_for() -> None:
 
 def test_ranks_nodes_rounds_and_streams_are_chosen() -> None:
     assert {line.rank for line in read(FAULTS / "logs", Wanted(ranks=(1, 2)))} == {1, 2}
-    assert {line.node for line in read(FAULTS / "logs", Wanted(nodes=("n[34]",)))} == {"n3", "n4"}
+    assert {line.node for line in read(FAULTS / "logs", Wanted(nodes=("n[3-4]",)))} == {"n3", "n4"}
     assert {line.round for line in read(FAULTS / "logs", Wanted(rounds=(3,)))} == {3}
     assert {line.stream for line in read(FAULTS / "logs", Wanted(streams=("err",)))} == {"err"}
 

@@ -16,11 +16,12 @@ import records
 from rich.console import Console
 
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.cli.status import Jobs
+from elastic_hpc.jobs import Jobs
 from elastic_hpc.registry import known, remember
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.slurm import Queued
-from elastic_hpc.view.status import SCHEMA, JobView, Seen, as_json, card, span, table, view
+from elastic_hpc.view.job import SCHEMA, JobView, Seen, as_json, span, view
+from elastic_hpc.view.status import card, table
 from elastic_hpc.view.story import Story, tell
 
 
@@ -34,9 +35,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def seen(**changes: Any) -> Seen:
-    unset: dict[str, Any] = {"run_dir": "elastic-logs/4711", "script": "train.py", "final": None, "problem": ""}
-    known = Queued("RUNNING", 100.0, 4000.0, "None")
-    return Seen(**{"id": "4711", **unset, "known": known, "silent": 0.5, **changes})
+    unset: dict[str, Any] = {"id": "4711", "slurm_id": "4711", "run_dir": "elastic-logs/4711", "script": "train.py"}
+    return Seen(**{**unset, "silent": 0.5, "known": Queued("RUNNING", 100.0, 4000.0, "None"), **changes})
+
+
+def ended(outcome: str = "finished", **changes: Any) -> Seen:
+    verdict = {"outcome": outcome, "cause": "", "reason": "all workers finished", "failure": None, "run": 0}
+    return seen(verdict={**verdict, **changes})
 
 
 def running(name: str = "grown") -> Story:
@@ -156,10 +161,10 @@ def test_that_slurm_could_not_be_asked_is_forgotten_when_all_jobs_have_ended_by_
     verdict = (folder / "verdict.json").read_bytes()
     (folder / "verdict.json").unlink()
     jobs = Jobs([RunDir(folder)])
-    ((watched, _),) = jobs.look()
+    ((watched, *_),) = jobs.look()
     assert (watched.state, bool(jobs.problem)) == ("UNKNOWN", True)
     (folder / "verdict.json").write_bytes(verdict)
-    ((watched, _),) = jobs.look(ask_every=3600)
+    ((watched, *_),) = jobs.look(ask_every=3600)
     assert (watched.state, jobs.problem) == ("COMPLETED", "")
 
 
@@ -259,5 +264,6 @@ def test_status_imports_no_torch() -> None:
 def test_a_job_is_over_only_in_a_state_that_slurm_does_not_leave(state: str) -> None:
     one = view(seen(known=Queued(state, None, None, "None")), records.story("faults"), time.time())
     assert not one.over
-    assert view(seen(final="COMPLETED"), records.story("faults"), time.time()).over
-    assert not view(seen(known=None), running(), time.time()).over, "that is not known"
+    assert view(ended(), records.story("faults"), time.time()).over
+    assert view(seen(known=None), running(), time.time()).over, "Slurm forgets only what has ended"
+    assert not view(seen(known=None, problem="timed out"), running(), time.time()).over, "that is not known"

@@ -45,7 +45,7 @@ def test_the_rounds_of_a_job_with_a_failed_worker_a_lost_node_and_a_requeue() ->
     assert [run.outcome for run in story.runs] == ["requeue", "finished"]
     assert story.runs[0].cause == "time limit"
     assert not story.runs[0].charged
-    assert (story.restarts, story.requeues, story.over, story.damaged) == (2, 0, True, 0)
+    assert (story.restarts, story.requeues, story.damaged) == (2, 0, 0)
     firsts, lasts = [one.first for one in story.rounds], [one.last for one in story.rounds]
     assert firsts[0] == 1
     assert lasts[-1] == 400

@@ -20,12 +20,12 @@ def page(name: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def advised(name: str, **changes: Any) -> str:
-    from test_status import seen
+    from test_status import ended
 
-    from elastic_hpc.view.status import view
+    from elastic_hpc.view.job import view
 
     story: Story = replace(records.story(name), **changes)
-    return "\n".join(advice(view(seen(final="FAILED"), story, story.last_time), story))
+    return "\n".join(advice(view(ended("failed"), story, story.last_time), story))
 
 
 def test_each_rounds_end_is_told_with_cause_traceback_charge_and_what_was_done(
@@ -75,9 +75,9 @@ def test_a_script_that_cannot_run_is_to_be_mended(capsys: pytest.CaptureFixture[
 
 def test_what_was_collateral_is_told_as_that() -> None:
     from rich.console import Console
-    from test_status import seen
+    from test_status import ended
 
-    from elastic_hpc.view.status import view
+    from elastic_hpc.view.job import view
     from elastic_hpc.view.why import page
 
     story = records.story("faults")
@@ -86,7 +86,7 @@ def test_what_was_collateral_is_told_as_that() -> None:
     story = replace(story, rounds=(first, *story.rounds[1:]))
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(page(view(seen(final="COMPLETED"), story, story.last_time), story, records.events("faults")))
+        console.print(page(view(ended(), story, story.last_time), story, records.events("faults")))
     assert "collateral: rank 0 on n1: RuntimeError: Connection closed by peer" in shown.get()
 
 
