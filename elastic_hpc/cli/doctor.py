@@ -74,14 +74,14 @@ def run(args: argparse.Namespace) -> int:
     findings += slurm_findings(facts, grace)
     configured = settings.options["log-dir"].value if "log-dir" in settings.options else "elastic-logs"
     log_dir = os.path.abspath(args.log_dir or configured)
-    seen = _of_nodes(args, log_dir, options) if args.runs else [_log_dir(log_dir)]
+    seen = _of_nodes(args, log_dir, options) if args.runs and facts.answered else [_log_dir(log_dir)]
     judged = {finding.about for finding in seen}  # on the nodes, which know better than the settings
     findings = worst_first([*seen, *(finding for finding in findings if finding.about not in judged)])
     if args.json:
         print(as_json(findings))
     else:
         _show(findings)
-    if args.write_site:
+    if args.write_site and facts.answered:
         _write(args.write_site, findings, options, log_dir if args.log_dir else None)
     return 1 if findings[0].level is Level.BAD else 0
 

@@ -55,7 +55,18 @@ class _Unknown(Exception):
 
 
 def slurm_findings(facts: Facts, grace: timedelta) -> list[Finding]:
-    """What Slurm's settings mean for jobs that ask for ``grace`` (``--grace``)."""
+    """What Slurm's settings mean for jobs that ask for ``grace`` (``--grace``); that it cannot be asked, if so."""
+    if not facts.answered:
+        return [
+            Finding(
+                Level.BAD,
+                "Slurm",
+                facts.unknown["config"],
+                "it cannot be asked: nothing can be submitted from here, and nothing is known of this site",
+                "you: try on a login node of the cluster, with Slurm's module loaded; if sinfo fails there too, ask the "
+                "administrator",
+            )
+        ]
     return [_judged(about, check, facts, grace) for about, check in _CHECKS]
 
 

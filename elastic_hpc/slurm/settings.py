@@ -50,6 +50,11 @@ class Facts:
     unknown: Mapping[str, str] = field(default_factory=dict)
     """Which of the fields above could not be asked for, and why."""
 
+    @property
+    def answered(self) -> bool:
+        """Whether there is a Slurm that answers."""
+        return not {"config", "partition"} <= self.unknown.keys()
+
 
 def site(partition: str | None) -> Site:
     """Ask for the settings that hold in ``partition``, or the default one; of several, A,B, those of the first.

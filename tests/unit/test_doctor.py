@@ -152,12 +152,40 @@ def test_pyxis_and_accounting_are_seen(commands: Path):
     assert judged(None, "accounting").level is Level.OK
 
 
-def test_what_a_silent_slurm_was_not_asked_is_unknown_and_never_well(commands: Path):
-    program(commands, "scontrol", 'echo "slurm_load_ctl_conf error: Unable to contact slurm controller" >&2; exit 1')
-    program(commands, "srun", "exit 1")
-    findings = slurm_findings(slurm.facts(None), GRACE)
-    assert {finding.level for finding in findings} == {Level.UNKNOWN}
-    assert "Unable to contact" in about(findings, "requeue").found
+@pytest.mark.parametrize(
+    ("scontrol", "says"),
+    [
+        ('echo "slurm_load_ctl_conf error: Unable to contact slurm controller" >&2; exit 1', "Unable to contact"),
+        ('echo "scontrol: error: resolve_ctls_from_dns_srv: Unknown host" >&2; exit 1', "Unknown host"),
+        ("exec sleep 1000", "no answer in 0.5 s"),
+        (None, "scontrol show config: No such file or directory"),
+    ],
+)
+def test_a_slurm_that_cannot_be_asked_is_one_bad_finding(
+    commands: Path,
+    scontrol: str | None,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr("elastic_hpc.slurm.settings._FACTS_SECONDS", 0.5 if says.startswith("no answer") else 15)
+    if scontrol is None:
+        monkeypatch.setenv("PATH", str(commands / "none"))
+    else:
+        program(commands, "scontrol", scontrol)
+    for options in ([], ["--run"], ["--write-site", "site.toml"]):
+        assert hpc.main(["doctor", "--json", *options]) == 1
+        first, *others = json.loads(capsys.readouterr().out)["findings"]
+        assert (first["level"], first["about"]) == ("bad", "Slurm")
+        assert says in first["found"]
+        assert {one["about"] for one in others} == {"configuration files", "log-dir"}
+    assert not Path("site.toml").exists()
+
+
+def test_what_slurm_was_not_asked_is_unknown_and_never_well(commands: Path):
+    program(commands, "scontrol", f'[ "$2" = partition ] && cat {commands}/partitions || exit 1')
+    found = judged(None, "requeue")
+    assert (found.level, found.found) == (Level.UNKNOWN, "scontrol show config: exit code 1")
 
 
 def test_a_setting_that_this_slurm_does_not_say_is_unknown(commands: Path):
