@@ -36,6 +36,12 @@ def environ() -> dict[str, str]:
     return {**os.environ, "SUBMITIT_EXECUTOR": CLUSTERS[0]}
 
 
+def runs_folder(folder: Path | str) -> Path:
+    """Where the run directories of an executor are, and the output of the batch scripts."""
+    found: Path = utils.JobPaths.get_first_id_independent_folder(folder) / "elastic"
+    return found
+
+
 def results_folder(run_dir: Path, round: int) -> Path:
     return run_dir / "results" / str(round)
 

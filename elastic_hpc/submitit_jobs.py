@@ -12,14 +12,8 @@ from submitit.core import core, logger, utils
 
 from elastic_hpc import functions, slurm
 from elastic_hpc.errors import ElasticError
-from elastic_hpc.functions import ElasticPaths
+from elastic_hpc.functions import ElasticPaths, runs_folder
 from elastic_hpc.job import Job, JobStatus
-
-
-def runs_folder(folder: Path | str) -> Path:
-    """Where the run directories of an executor are, and the output of the batch scripts."""
-    found: Path = utils.JobPaths.get_first_id_independent_folder(folder) / "elastic"
-    return found
 
 
 class States(core.InfoWatcher):

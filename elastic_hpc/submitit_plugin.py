@@ -1,6 +1,7 @@
 """The executors ``elastic`` and ``elastic-local`` of submitit: functions as elastic jobs.
 
-Entry points in the group ``submitit``; imported by submitit when an executor is looked for.
+An entry point in the group ``submitit``. Everybody's submitit imports it when it looks for its executors: what a job
+needs is imported when there is one.
 """
 
 from __future__ import annotations
@@ -14,50 +15,39 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from submitit.auto.auto import AutoExecutor
+from submitit.auto import auto
 from submitit.core import core, plugins, utils
 
-from elastic_hpc import functions
-from elastic_hpc.errors import UsageError
-from elastic_hpc.job import submit
-from elastic_hpc.request import from_names
-from elastic_hpc.rundir import RunDir
-from elastic_hpc.script import JobSpec, render
-from elastic_hpc.spec import LAUNCH_OPTIONS
-from elastic_hpc.start import module_command
-from elastic_hpc.submitit_jobs import ElasticJob, ElasticLocalJob, runs_folder
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.functions import CLUSTERS, MODULE, runs_folder
 
-_RENAMED = {
-    "name": "job_name",
-    "timeout_min": "time",
-    "tasks_per_node": "nproc_per_node",
-    "ntasks_per_node": "nproc_per_node",
-    "signal_delay_s": "grace",
-}
-_REFUSED = {
-    "stderr_to_stdout": "stdout and stderr of a rank are files of their own",
-    "srun_args": "the srun line is the project's own; use a template",
-    "teardown": "the batch script may be lost with its node; let the function clean up",
-    "log_dir": "the run directories are in the executor's folder",
-}
+if TYPE_CHECKING:
+    from elastic_hpc.script import JobSpec
 
 
 class ElasticExecutor(core.Executor):
     """Submits functions to Slurm as elastic jobs: ``nodes="4:8"``, ``gpus_per_node=8``, ``timeout_min=60``, and every
     other option of elastic-sbatch and of sbatch by its name.
 
-    Raises ElasticError where submitit's own would fail in its own way: UsageError for parameters that cannot be.
+    Raises UsageError for parameters that cannot be, else what submitit's own executors raise.
     """
 
-    job_class = ElasticJob
-
-    def __init__(self, folder: Path | str, max_num_timeout: int = 3, max_pickle_size_gb: float = 1.0) -> None:
-        """``max_num_timeout``: how often a function that can checkpoint goes on after its time limit."""
+    def __init__(
+        self,
+        folder: Path | str,
+        max_num_timeout: int = 3,
+        max_pickle_size_gb: float = 1.0,
+        python: str | None = None,
+    ) -> None:
+        """``max_num_timeout``: how often a function that can checkpoint goes on after its time limit. ``python``: as
+        the option of elastic-sbatch.
+        """
         super().__init__(folder)
         self.max_num_timeout = max_num_timeout
         self.max_pickle_size_gb = max_pickle_size_gb
+        self.python = python
 
     @classmethod
     def name(cls) -> str:
@@ -67,7 +57,7 @@ class ElasticExecutor(core.Executor):
         loaded = plugins._get_plugins()[0]
         if ElasticExecutor in loaded and ElasticLocalExecutor not in loaded:
             loaded.append(ElasticLocalExecutor)
-        return functions.CLUSTERS[0]
+        return CLUSTERS[0]
 
     @classmethod
     def affinity(cls) -> int:
@@ -76,12 +66,13 @@ class ElasticExecutor(core.Executor):
 
     @classmethod
     def _valid_parameters(cls) -> set[str]:
-        """Only those that no other executor has: AutoExecutor looks names without a prefix up in all of them."""
-        own = {option.dest for option in LAUNCH_OPTIONS} | {"env"}
-        return own - AutoExecutor._valid_parameters()
+        """None, as AutoExecutor looks names without a prefix up in all executors, whatever its cluster."""
+        return set()
 
     def _internal_update_parameters(self, **kwargs: Any) -> None:
-        changed = {**self.parameters, **{_RENAMED.get(k, k): v for k, v in kwargs.items()}}
+        from elastic_hpc.submitit_parameters import renamed
+
+        changed = {**self.parameters, **renamed(kwargs)}
         self._spec(changed)
         self.parameters.update(changed)
 
@@ -91,31 +82,40 @@ class ElasticExecutor(core.Executor):
 
     def _spec(self, parameters: Mapping[str, Any], count: int = 1) -> JobSpec:
         """The job of ``count`` functions. UsageError if there is none with these parameters."""
-        options = {"nodes": "1", "job_name": "submitit", **_translated(parameters)}
+        from elastic_hpc.request import from_names
+        from elastic_hpc.submitit_parameters import options_of
+
+        options = {"nodes": "1", "job_name": "submitit", "python": self.python, **options_of(parameters)}
         parallel = options.pop("array_parallelism", None)
         if count > 1:
             options["array"] = f"0-{count - 1}" + (f"%{parallel}" if parallel else "")
         output = "%A_%a.log" if count > 1 else "%j.log"
         return from_names(
-            functions.MODULE,
+            MODULE,
             [str(self.folder)],
             module=True,
             setup=options.pop("setup", None) or (),
-            env={**(options.pop("env", None) or {}), "SUBMITIT_EXECUTOR": functions.CLUSTERS[0]},
+            env={**(options.pop("env", None) or {}), "SUBMITIT_EXECUTOR": CLUSTERS[0]},
             options={"output": self._runs / output, **options, "log_dir": self._runs},
         )
 
     def _internal_process_submissions(self, delayed_submissions: list[utils.DelayedSubmission]) -> list[core.Job[Any]]:
+        from elastic_hpc.job import submit
+        from elastic_hpc.script import render
+        from elastic_hpc.submitit_jobs import ElasticJob
+
         spec = self._spec(self.parameters, len(delayed_submissions))
         pickles = self._dump(delayed_submissions)
         try:
             job = submit(spec)
-        except BaseException:
+        except BaseException as error:
             for path in pickles:
                 path.unlink()
+            if isinstance(error, ElasticError):
+                raise utils.FailedJobError(str(error)) from error
             raise
         ids = [job.id] if len(pickles) == 1 else [f"{job.id}_{task}" for task in range(len(pickles))]
-        jobs: list[core.Job[Any]] = [self.job_class(self.folder, each) for each in ids]
+        jobs: list[core.Job[Any]] = [ElasticJob(self.folder, each) for each in ids]
         for each, path in zip(jobs, pickles, strict=True):
             each.paths.move_temporary_file(path, "submitted_pickle")
         jobs[0].paths.submission_file.write_text(render(spec))
@@ -133,7 +133,7 @@ class ElasticExecutor(core.Executor):
             if size > self.max_pickle_size_gb:
                 for path in paths:
                     path.unlink()
-                raise UsageError(
+                raise RuntimeError(
                     f"the pickled functions take about {size:.2f} GB, more than max_pickle_size_gb="
                     f"{self.max_pickle_size_gb:g}; load large data in the function, or raise it"
                 )
@@ -145,19 +145,13 @@ class ElasticLocalExecutor(ElasticExecutor):
     job to Slurm is of no use here, and not looked at.
     """
 
-    job_class = ElasticLocalJob
-
     @classmethod
     def name(cls) -> str:
-        return functions.CLUSTERS[1]
+        return CLUSTERS[1]
 
     @classmethod
     def affinity(cls) -> int:
         return 0
-
-    @classmethod
-    def _valid_parameters(cls) -> set[str]:
-        return set()  # they have the prefix elastic_
 
     def _internal_process_submissions(
         self, delayed_submissions: Sequence[utils.DelayedSubmission]
@@ -171,6 +165,10 @@ class ElasticLocalExecutor(ElasticExecutor):
         return jobs
 
     def _start(self, spec: JobSpec) -> core.Job[Any]:
+        from elastic_hpc.rundir import RunDir
+        from elastic_hpc.start import module_command
+        from elastic_hpc.submitit_jobs import ElasticLocalJob
+
         rundir = RunDir.new(self._runs, "local")
         launch = replace(spec.launch, grow=False)
         count = launch.nodes.max + launch.spares
@@ -190,46 +188,36 @@ class ElasticLocalExecutor(ElasticExecutor):
                 start_new_session=True,
             )
         threading.Thread(target=process.wait, daemon=True).start()  # no zombie
-        return self.job_class(self.folder, rundir.path.name)
+        return ElasticLocalJob(self.folder, rundir.path.name)
 
 
-def _translated(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of submitit as options by name. UsageError for those that an elastic job cannot have."""
-    options = dict(parameters)
-    for name, reason in _REFUSED.items():
-        if options.pop(name, None):
-            raise UsageError(f"{name}: {reason}; leave it out")
-    if not options.pop("use_srun", True):
-        raise UsageError("use_srun=False: srun starts the agents; leave it out")
-    gb = options.pop("mem_gb", None)
-    if gb is not None:
-        options["mem"] = f"{gb:.0f}G" if gb == int(gb) else f"{gb * 1024:.0f}M"
-    return {**(options.pop("additional_parameters", None) or {}), **options}
+_update_parameters = auto.AutoExecutor._internal_update_parameters
+_init = auto.flexible_init
 
 
-def _parameters_for_us(given: Mapping[str, Any]) -> dict[str, Any]:
-    """AutoExecutor's parameters: an option of ours wins over Slurm's of the same name, that over one without a prefix;
-    those of other executors are not for us.
-    """
-    found: dict[str, dict[str, Any]] = {"": {}, "slurm": {}, "elastic": {}}
-    for key, value in given.items():
-        prefix, _, name = key.partition("_")
-        if value is None or (prefix not in found and prefix in plugins.get_executors()):
-            continue
-        found[prefix if prefix in found else ""][name if prefix in found else key] = value
-    return {_RENAMED.get(k, k): v for layer in found.values() for k, v in layer.items()}
+def _update_parameters_of_ours(executor: auto.AutoExecutor, **kwargs: Any) -> None:
+    ours = isinstance(executor._executor, ElasticExecutor)
+    if ours or any(name.startswith("elastic_") for name in kwargs):
+        from elastic_hpc import submitit_parameters
+
+        if ours:
+            kwargs = submitit_parameters.of_auto(executor, kwargs, _update_parameters)
+            executor._executor._internal_update_parameters(**kwargs)
+            return
+        kwargs = submitit_parameters.split(kwargs)[1]
+    _update_parameters(executor, **kwargs)
 
 
-_update_parameters = AutoExecutor._internal_update_parameters
-
-
-def _update_parameters_of_ours(auto: AutoExecutor, **kwargs: Any) -> None:
-    if isinstance(auto._executor, ElasticExecutor):
-        auto._executor._internal_update_parameters(**_parameters_for_us(kwargs))
-    else:
-        _update_parameters(auto, **kwargs)
+def _init_ours(cls: type[core.Executor], folder: Path | str, **kwargs: Any) -> core.Executor:
+    if not issubclass(cls, ElasticExecutor):
+        return _init(cls, folder, **kwargs)
+    given: dict[str, Any] = {}
+    for prefix in ("slurm_", "elastic_"):
+        given |= {name.removeprefix(prefix): value for name, value in kwargs.items() if name.startswith(prefix)}
+    return cls(folder, **given)
 
 
 # AutoExecutor takes nodes for an int, and forgets slurm_* parameters when the cluster has another name. No other
 # cluster is touched. tests/unit/test_submitit.py notices when submitit changes.
-AutoExecutor._internal_update_parameters = _update_parameters_of_ours  # type: ignore[assignment,method-assign]
+auto.AutoExecutor._internal_update_parameters = _update_parameters_of_ours  # type: ignore[assignment,method-assign]
+auto.flexible_init = _init_ours

@@ -66,7 +66,7 @@ class Meeting:
             if env.master_port == self._port:
                 env.master_addr = self._host
 
-        def export_again(env: Any, set_cuda_visible_devices: bool = True, overwrite: bool = True) -> Any:  # noqa: FBT001, FBT002 - submitit's
+        def export_again(env: Any, set_cuda_visible_devices: bool = True, overwrite: bool = True) -> Any:
             del overwrite
             return export(env, set_cuda_visible_devices, overwrite=True)
 
@@ -77,11 +77,11 @@ class Meeting:
         """The store at the agents' port is theirs. At another port rank 0 hosts it, as everywhere without torchrun, and
         a world of all ranks finds it where rank 0 is, whatever host a function has worked out. Files are a round's.
         """
-        create, file_store = rendezvous._create_c10d_store, rendezvous.FileStore  # noqa: SLF001
+        create, file_store = rendezvous._create_c10d_store, rendezvous.FileStore
 
         def create_store(host: str, port: int, rank: int, world_size: int, *args: Any, **kwargs: Any) -> Any:
             of_agents = port == self._port
-            rendezvous._torchelastic_use_agent_store = lambda: of_agents  # type: ignore[attr-defined]  # noqa: SLF001
+            rendezvous._torchelastic_use_agent_store = lambda: of_agents  # type: ignore[attr-defined]
             if of_agents:
                 host = self._host
             elif (rank, world_size) == self._place:
@@ -91,7 +91,7 @@ class Meeting:
         def create_file_store(path: str, *args: Any) -> Any:
             return file_store(f"{path}.round-{self._round}", *args)
 
-        rendezvous._create_c10d_store = create_store  # type: ignore[attr-defined]  # noqa: SLF001
+        rendezvous._create_c10d_store = create_store  # type: ignore[attr-defined]
         rendezvous.FileStore = create_file_store  # type: ignore[attr-defined]
 
 

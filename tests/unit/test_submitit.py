@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import json
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -67,9 +69,203 @@ def declaration(section: str) -> list[str]:
     return text.partition(f"[{section}]\n")[2].partition("\n[")[0].splitlines()
 
 
-def test_names_without_a_prefix_still_mean_what_submitits_own_executors_take_them_for() -> None:
-    ours = ElasticExecutor._valid_parameters() | ElasticLocalExecutor._valid_parameters()
-    assert not ours & (SlurmExecutor._valid_parameters() | submitit.LocalExecutor._valid_parameters())
+BEHAVIOUR = """
+import json, os, sys, warnings
+hide = sys.argv[1] == "hidden"
+if hide:
+    from importlib import metadata
+    shown = metadata.entry_points
+    metadata.entry_points = lambda: metadata.EntryPoints(
+        entry for entry in shown(group="submitit") if not entry.value.startswith("elastic_hpc"))
+import submitit
+from submitit.core import plugins
+
+def outcome(do):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            result = do()
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+    return [str(result), sorted(str(each.message) for each in warned)]
+
+def update(cluster, **parameters):
+    def do():
+        executor = submitit.AutoExecutor("jobs", cluster=cluster)
+        executor.update_parameters(**parameters)
+        return sorted(executor.parameters.items())
+    return outcome(do)
+
+def environment(**variables):
+    with submitit.helpers.environment_variables(**variables):
+        return outcome(lambda: type(submitit.JobEnvironment()).__name__)
+
+said = {
+    "which": outcome(submitit.AutoExecutor.which),
+    "chosen": outcome(lambda: submitit.AutoExecutor("jobs").cluster),
+    "unknown": outcome(lambda: submitit.AutoExecutor("jobs", cluster="nix")),
+    "argument": outcome(lambda: submitit.AutoExecutor("jobs", cluster="local", local_x=3)),
+    "slurm argument": outcome(lambda: submitit.AutoExecutor("jobs", cluster="local", slurm_max_num_timeout=3).cluster),
+    "old argument": outcome(lambda: submitit.AutoExecutor("jobs", cluster="local", max_num_timeout=3).cluster),
+    "outside": outcome(lambda: sorted(plugins.get_job_environment())),
+    "envs": [environment(SUBMITIT_EXECUTOR=name) for name in ("slurm", "local", "debug", "nix", "")],
+    "tests": [environment(_TEST_CLUSTER_=name) for name in ("slurm", "local", "debug")],
+    "first": [list(plugins.get_executors())[:3], list(plugins.get_job_environments())[:3]],
+    "logged": outcome(lambda: submitit.AutoExecutor("jobs", cluster="debug").submit(abs, -3).result()),
+}
+for cluster in ("slurm", "local", "debug"):
+    for parameters in (
+        {"nodes": "4:8"}, {"nodes": 2, "timeout_min": 9}, {"timeout_min": "9"}, {"slurm_partition": "gpu"},
+        {"slurm_partiton": "gpu"}, {"partition": "gpu"}, {"max_restarts": 3}, {"env": {}}, {"spares": 1},
+        {"grow": True}, {"interface": "ib0"}, {"setup": ["x"]}, {"nix_x": 1}, {"slurm_time": 3, "timeout_min": 9},
+        {"local_setup": ["x"]}, {"name": 3}, {"mem_gb": 0.5}, {"python": "x"}, {"slurm_max_restarts": 3},
+        {"nodes": None}, {"slurm_reservation": "x"},
+    ):
+        said[f"{cluster} {parameters}"] = update(cluster, **parameters)
+text = json.dumps(said)
+known = ", elastic, elastic-local"
+print(text.replace(known, "").replace(", elastic.", "."))
+"""
+
+
+def test_submitit_is_unchanged_for_those_who_do_not_use_this_package(sbatch: Path) -> None:
+    """Its choice of a cluster, its parameters, errors, warnings and environments; only the lists of all executors and
+    environments name ours too.
+    """
+    (sbatch / "bin" / "srun").symlink_to("sbatch")
+    (sbatch / "behaviour.py").write_text(BEHAVIOUR)
+    environ = {**os.environ, "PYTHONHASHSEED": "0"}  # submitit lists sets
+    ran = [
+        subprocess.run([sys.executable, "behaviour.py", how], env=environ, capture_output=True, text=True, check=True)
+        for how in ("hidden", "shown")
+    ]
+    hidden, shown = (json.loads(each.stdout.splitlines()[-1]) for each in ran)
+    assert len(hidden) > 60
+    assert shown == hidden
+    assert ran[0].stderr == ran[1].stderr
+
+
+def test_looking_for_executors_imports_little_and_cannot_fail_for_what_jobs_need(tmp_path: Path) -> None:
+    """Everybody's submitit does so. A package that cannot be imported stands for what is broken."""
+    for name in ("torch", "jinja2", "asyncio", "rich"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('broken')")
+    (tmp_path / "elastic_hpc.toml").write_text("broken")
+    code = (
+        "import asyncio, sys, submitit.core.plugins as p; before = set(sys.modules); sys.path.insert(0, '.');"
+        "print(*p.get_executors(), *p.get_job_environments());"
+        "print(*sorted(m for m in set(sys.modules) - before if m.startswith('elastic_hpc.')))"
+    )
+    ran = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    names, modules = ran.stdout.splitlines()
+    assert names == "slurm local debug elastic elastic-local slurm local debug elastic"
+    assert set(modules.split()) <= {f"elastic_hpc.{name}" for name in LIGHT}
+    assert ran.stderr == ""
+
+
+LIGHT = ("election", "env", "errors", "functions", "rundir", "submitit_plugin")
+
+
+def test_another_plugin_that_is_broken_is_reported_as_ever_and_a_good_one_is_found(tmp_path: Path) -> None:
+    for name, executor in ("good", "GoodExecutor"), ("bad", "NoneAtAll"):
+        (tmp_path / f"submitit_{name}.py").write_text("import submitit\nclass GoodExecutor(submitit.Executor): pass\n")
+        info = tmp_path / f"submitit_{name}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: submitit_{name}\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(f"[submitit]\nexecutor = submitit_{name}:{executor}\n")
+    code = "import submitit.core.plugins as p; print(*sorted(p.get_executors()))"
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "debug elastic elastic-local good local slurm"
+    assert "Failed to load submitit plugin 'submitit_bad': module 'submitit_bad' has no attribute" in ran.stderr
+    assert ran.stderr.count("Traceback") == 1
+
+
+@pytest.mark.parametrize(
+    ("cluster", "parameters", "complaint"),
+    [
+        ("elastic", {"slurm_partiton": "gpu"}, "Unknown argument 'partiton' for executor 'slurm'"),
+        ("elastic", {"elastic_max_restart": 3}, "Did you mean 'elastic_max_restarts'?"),
+        ("elastic", {"partiton": "gpu"}, "Parameter 'partiton' need to be prefixed by an executor name"),
+        ("elastic", {"max_restarts": 3}, "Unknown executor 'max' in parameter 'max_restarts'"),
+        ("elastic", {"local_setups": []}, "Unknown argument 'setups' for executor 'local'"),
+        ("elastic-local", {"slurm_partiton": "gpu"}, "Unknown argument 'partiton' for executor 'slurm'"),
+        ("elastic-local", {"elastic_max_restart": 3}, "Did you mean 'elastic_max_restarts'?"),
+        ("local", {"elastic_max_restart": 3}, "Did you mean 'elastic_max_restarts'?"),
+        ("debug", {"elastic_nix": 3}, "Unknown argument 'nix' for executor 'elastic'"),
+    ],
+)
+def test_misspelt_parameters_are_refused_as_submitit_refuses_them(
+    sbatch: Path, cluster: str, parameters: dict[str, Any], complaint: str
+) -> None:
+    executor = submitit.AutoExecutor("jobs", cluster=cluster)
+    with pytest.raises(NameError, match=re.escape(complaint)):
+        executor.update_parameters(**parameters)
+    with pytest.raises(AssertionError, match='Parameter "timeout_min" expected type'):
+        executor.update_parameters(timeout_min="9")
+    assert executor.parameters == {}
+
+
+def test_every_parameter_of_submitits_executor_for_slurm_means_the_same_or_is_refused_with_a_reason(
+    sbatch: Path,
+) -> None:
+    means = {
+        "job_name": ("mine", "--job-name=mine"),
+        "partition": ("gpu", "--partition=gpu"),
+        "time": (9, "--time=9"),
+        "nodes": (2, "--nodes=2"),
+        "ntasks_per_node": (2, "--nproc-per-node 2"),
+        "cpus_per_task": (3, "--cpus-per-task=3"),
+        "cpus_per_gpu": (3, "--cpus-per-gpu=3"),
+        "num_gpus": (2, "--gpus-per-node=2"),
+        "gpus_per_node": ("a100:2", "--gpus-per-node=a100:2"),
+        "gpus_per_task": (1, "gpus-per-task=1: it hides the GPUs"),
+        "qos": ("high", "--qos=high"),
+        "setup": ("module load cuda", "\nmodule load cuda\n"),
+        "teardown": (["x"], "teardown: the batch script may be lost"),
+        "mem": ("3GB", "--mem=3G"),
+        "mem_per_gpu": ("3G", "--mem-per-gpu=3G"),
+        "mem_per_cpu": ("3G", "--mem-per-cpu=3G"),
+        "signal_delay_s": (30, "--grace 30"),
+        "comment": ("it's", '--comment="it\'s"'),
+        "constraint": ("a&b", "--constraint="),
+        "exclude": ("n1", "--exclude=n1"),
+        "account": ("me", "--account=me"),
+        "gres": ("disk:1", "--gres=disk:1"),
+        "mail_type": ("END", "--mail-type=END"),
+        "mail_user": ("me", "--mail-user=me"),
+        "nodelist": ("n2", "--nodelist=n2"),
+        "dependency": ("afterok:3", "--dependency=afterok:3"),
+        "exclusive": ("user", "--exclusive=user"),
+        "array_parallelism": (1, "--array=0-1%1"),
+        "wckey": ("key", "--wckey=key"),
+        "stderr_to_stdout": (True, "stderr_to_stdout: stdout and stderr of a rank are files of their own"),
+        "additional_parameters": ({"mail-user": "you", "time": "1:00:00"}, "--time=1:00:00"),
+        "srun_args": (["--x"], "srun_args: the srun line is the project's own"),
+        "use_srun": (False, "use_srun=False: srun starts the agents"),
+    }
+    assert set(means) == SlurmExecutor._valid_parameters()
+    for name, (value, meaning) in means.items():
+        executor = submitit.AutoExecutor("jobs", cluster="elastic")
+        executor.update_parameters(timeout_min=7)
+        try:
+            executor.update_parameters(**{f"slurm_{name}": value})
+            executor.map_array(print, [1, 2])
+            said = (sbatch / "script").read_text()
+        except UsageError as refused:
+            said = str(refused)
+        assert meaning in said, name
+
+
+def test_what_a_script_for_slurm_gives_the_constructor_counts_for_the_elastic_clusters_too(sbatch: Path) -> None:
+    for cluster in ("elastic", "elastic-local"):
+        executor = submitit.AutoExecutor(
+            "jobs", cluster=cluster, slurm_max_num_timeout=30, elastic_max_pickle_size_gb=2
+        )
+        assert (executor._executor.max_num_timeout, executor._executor.max_pickle_size_gb) == (30, 2)
+    executor = submitit.AutoExecutor("jobs", cluster="elastic", slurm_python="/opt/python")
+    executor.submit(print)
+    assert "/opt/python" in (sbatch / "script").read_text()
 
 
 def test_parameters_become_options_of_the_job(sbatch: Path) -> None:
@@ -97,7 +293,7 @@ def test_parameters_become_options_of_the_job(sbatch: Path) -> None:
     assert directives(sbatch) >= {
         "--nodes=4-8",
         "--gpus-per-node=8",
-        "--cpus-per-task=32",
+        "--cpus-per-task=256",  # to Slurm an agent is a task, and a worker to submitit
         "--time=60",
         "--mem=102912M",
         "--job-name=mine",
@@ -149,10 +345,12 @@ def test_what_an_elastic_job_cannot_have_is_refused_when_it_is_set(
 def test_a_refused_job_leaves_no_pickle_behind(sbatch: Path) -> None:
     (sbatch / "bin" / "sbatch").write_text("#!/bin/sh\necho sbatch: error: invalid partition >&2; exit 1\n")
     executor = ElasticExecutor("jobs")
-    with pytest.raises(UsageError, match="invalid partition"):
+    with pytest.raises(utils.FailedJobError, match="invalid partition"):
         executor.submit(print)
+    with pytest.raises(utils.FailedJobError, match="invalid partition"):
+        executor.map_array(print, [1, 2])
     executor.max_pickle_size_gb = 1e-9
-    with pytest.raises(UsageError, match="max_pickle_size_gb"):
+    with pytest.raises(RuntimeError, match="max_pickle_size_gb"):
         executor.submit(print, "x" * 1000)
     assert not list((sbatch / "jobs").glob("*.pkl"))
 
