@@ -437,16 +437,15 @@ def test_functions_written_for_slurm_form_their_process_group_by_their_own_means
             dist.destroy_process_group()
             sums.append(int(total))
 
-        helper = submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        again = os.environ["ELASTIC_HPC_ROUND"] != "1"
+        helper = submitit.helpers.TorchDistributedEnvironment().export(overwrite=again)
         assert (helper.rank, helper.world_size, helper.local_world_size) == (env.global_rank, env.num_tasks, 1)
-        add_up()
-        submitit.helpers.TorchDistributedEnvironment().export(overwrite=True)
         add_up()
         add_up(init_method=f"tcp://{env.hostnames[0]}:{port}", **here)
         add_up(init_method=(tmp_path / "init").as_uri(), **here)
         os.environ.update(MASTER_ADDR=env.hostnames[0], MASTER_PORT=str(port + 1), RANK=str(env.global_rank))
         add_up()
-        if os.environ["ELASTIC_HPC_ROUND"] == "1":
+        if not again:
             if env.global_rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600)
@@ -454,7 +453,12 @@ def test_functions_written_for_slurm_form_their_process_group_by_their_own_means
 
     local.update_parameters(nodes=2)
     job = local.submit(train, free_ports(2))
-    assert job.results() == [[2] * 5] * 2
+    end = time.monotonic() + 120
+    while not job.done() and time.monotonic() < end:
+        time.sleep(0.2)
+    if not job.done():
+        job.cancel()
+    assert job.results() == [[2] * 4] * 2
     assert job.status.restarts == 1
 
 
