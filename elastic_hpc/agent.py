@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import logging
 import logging.handlers
 import os
@@ -16,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from elastic_hpc import guard, net, preflight
 from elastic_hpc.channel import Network
@@ -34,7 +36,7 @@ from elastic_hpc.env import (
     visible_gpus,
     workers_per_node,
 )
-from elastic_hpc.errors import ElasticError, JobEnded
+from elastic_hpc.errors import ElasticError, JobEnded, UsageError
 from elastic_hpc.joiners import enter
 from elastic_hpc.leading import Leading
 from elastic_hpc.roster import Host
@@ -157,6 +159,35 @@ def _preflight(spec: LaunchSpec, env: AgentEnv, rundir: RunDir, environ: Mapping
             unfit.append(problem.what)
 
 
+def python_of_worker(own_argv: Sequence[str]) -> list[str]:
+    """A worker's interpreter with its options. ``own_argv``: how this process was started: what stands there before
+    the last ``-u`` are the options of --python.
+    """
+    before = list(itertools.takewhile(lambda word: word not in {"-m", "-c"}, own_argv[1:]))
+    last = max((at for at, word in enumerate(before) if word == "-u"), default=0)
+    return [sys.executable, *before[:last], "-u"]
+
+
+def what_to_preload(spec: LaunchSpec) -> tuple[tuple[str, ...], str]:
+    """The modules that standbys import, and why there are no standbys, if there are none."""
+    for option, rules_it_out in (("--no-python", spec.no_python), ("--numa-binding", spec.numa_binding)):
+        if rules_it_out:
+            return (), option
+    return spec.preload.modules, "--preload off"
+
+
+def numa_options(mode: str | None) -> dict[str, Any]:
+    """What torch's agent is told of --numa-binding."""
+    if mode is None:
+        return {}
+    try:
+        from torch.numa.binding import AffinityMode, NumaOptions
+
+        return {"numa_options": NumaOptions(AffinityMode(mode))}
+    except (ImportError, ValueError):
+        raise UsageError(f"--numa-binding {mode}: {software()} has no such binding; leave it out") from None
+
+
 def make_local_folder() -> str:
     """Where the agent meets its workers: in memory if possible, for its owner only."""
     shared = "/dev/shm"  # noqa: S108 - a folder of our own, mode 0700, is made in it
@@ -194,8 +225,11 @@ def main(argv: list[str] | None = None) -> int:
     unfit: list[str] = []
     checking = threading.Thread(target=_preflight, args=(spec, env, rundir, environ, unfit))
     checking.start()
+    python = python_of_worker(sys.orig_argv)
     worker_args = [*(["-m"] if spec.module else []), spec.script, *spec.script_args]
-    standbys = Standbys(worker_args, spec.preload.modules, nproc)
+    worker = [spec.script, *spec.script_args] if spec.no_python else [*python, *worker_args]
+    modules, without = what_to_preload(spec)
+    standbys = Standbys(worker_args, modules, nproc, python, without)
     standbys.prepare()  # they import while this process does
 
     from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -227,16 +261,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     handler = ElasticRendezvousHandler(control, name, environ.get("GLOO_SOCKET_IFNAME"), local_folder)
     worker_spec = WorkerSpec(
-        role="default",
+        role=spec.role or "default",
         local_world_size=nproc,
         rdzv_handler=handler,
         max_restarts=spec.max_restarts,
         monitor_interval=0.001,  # the waiting is done on events in ElasticAgent
-        entrypoint=sys.executable,
+        entrypoint=worker[0],
         # torch expands $-macros in these; the arguments are the script's, byte for byte
-        args=("-u", *(arg.replace("$", "$$") for arg in worker_args)),
+        args=tuple(arg.replace("$", "$$") for arg in worker[1:]),
+        **numa_options(spec.numa_binding),
     )
-    logs = NodeLogs(Path(rundir.path, "logs"), env.run, env.name)
+    logs = NodeLogs(Path(rundir.path, "logs"), env.run, env.name, spec.local_ranks_filter)
     signals = DrainSignals(spec.drain_signal, slurm=not env.local)
     agent = ElasticAgent(worker_spec, logs, control, env.name, policy, spec.hang_timeout, standbys, signals)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,10 +33,19 @@ else:
     import tomli as tomllib
 
 
-def _python(text: str) -> str:
-    if not text or "\0" in text:
-        raise UsageError(f"--python {text!r}: expected a Python interpreter, for example --python python3")
-    return os.path.expanduser(text)
+def _python(text: str) -> tuple[str, ...]:
+    """The interpreter and its options. A file that exists is one word, with blanks or without."""
+    path = os.path.expanduser(text)
+    try:
+        words = [path] if os.path.isfile(path) else shlex.split(text)
+    except ValueError:  # a quote that is not closed, a null byte
+        words = []
+    if not words or not words[0]:
+        raise UsageError(
+            f"--python {text!r}: expected a Python interpreter, for example --python python3, "
+            "or with options of its own: --python 'python3 -X faulthandler'"
+        )
+    return os.path.expanduser(words[0]), *words[1:]
 
 
 def _mounts(text: str) -> str:
@@ -124,7 +134,9 @@ class Settings:
                 merged[name] = Setting(_PARSERS[name](text), source)
         replaced = {given.name for given in sbatch} | set(unset)
         kept = [given for given in self.sbatch if given.name not in replaced]
-        added = [given for given in sbatch if check(given)]
+        nodes = merged["nodes"].value if "nodes" in merged else None
+        fixed = nodes.max if nodes and nodes.min == nodes.max else None
+        added = [given for given in sbatch if check(given, fixed)]
         return Settings(merged, tuple(setup), env, (*kept, *added), self.notes)
 
 

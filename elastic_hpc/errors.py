@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class ElasticError(Exception):
     """Anything this package raises on purpose. ``exit_code`` is what a command ends with."""
@@ -9,10 +14,28 @@ class ElasticError(Exception):
     exit_code = 1
 
 
-class UsageError(ElasticError):
+class UsageError(ElasticError, ValueError):
     """Bad input: what was given, what was expected, and what to type. Nothing was done."""
 
     exit_code = 2
+
+
+class ArgumentError(ElasticError):
+    """A UsageError that argparse lets through; it has words of its own for a ValueError."""
+
+    exit_code = 2
+
+
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """``parse`` as the ``type`` of an argument: what it refuses is told in its own words."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise ArgumentError(str(error)) from None
+
+    return parsed
 
 
 class SlurmError(ElasticError):

@@ -13,12 +13,11 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from elastic_hpc import durations, sbatch_options, snapshot
+from elastic_hpc import durations, programs, sbatch_options, snapshot, torchrun_options
 from elastic_hpc.config import KEYS, SWITCHES, Setting, Settings, load
 from elastic_hpc.errors import UsageError
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, WarningSignal, last
-from elastic_hpc.script import Container, JobSpec, render
-from elastic_hpc.script_file import check_script
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, LONGEST_LEAD, SBATCH, Given, WarningSignal, last
+from elastic_hpc.script import NOT_FOR_TORCHRUN, Container, JobSpec, render
 from elastic_hpc.snapshot import WorkTree
 from elastic_hpc.spec import LaunchSpec, as_text
 
@@ -29,12 +28,6 @@ _CONTAINER = (
     "it would put the batch script itself into a container, where srun and scontrol are not; use --container-image "
     "IMAGE and --container-mounts SRC:DST of elastic-sbatch, in a configuration file above [sbatch]; the working "
     "directory is that of --chdir; whatever else pyxis can do belongs on the srun line of a template of your own"
-)
-_DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # what sbatch's own -m, --distribution, takes
-_NOT_FOR_TORCHRUN = (
-    *("max-requeues", "heartbeat-timeout", "interface", "rdzv-conf", "signal"),
-    *("grace", "hang-timeout", "preload", "preflight", "snapshot"),
-    *("spares", "world-multiple-of", "grow", "grow-every", "free-growth", "wait-for-nodes"),
 )
 _AFTER_GRACE = timedelta(seconds=30)  # to requeue, between the end of --grace and that of the allocation
 
@@ -47,26 +40,42 @@ def build(
     *,
     module: bool,
     source: str,
+    no_python: bool = False,
+    torchrun: Sequence[Given] = (),
 ) -> JobSpec:
-    """The job: ``options`` of ours and of ``sbatch``, from ``source``, over what the configuration files say. Raises
-    UsageError for what cannot be a job.
+    """The job: ``options`` of ours and of ``sbatch``, from ``source``, over what the configuration files say.
+    ``torchrun``: options of torchrun that have no counterpart here. Raises UsageError for what cannot be a job.
     """
+    if module and no_python:
+        raise UsageError("--no-python with --module: a module needs a Python; leave out one of them")
+    if script == ":":
+        raise UsageError("':': heterogeneous jobs are not elastic; submit one job with --nodes MIN:MAX")
     try:
         directory = Path.cwd()
     except FileNotFoundError:
         raise UsageError("the current directory does not exist any more; cd to one that does") from None
     settings = load(os.environ, directory).with_layer(source, options, sbatch)
     work_dir = os.path.normpath(os.path.join(directory, last(settings.sbatch, "chdir") or "."))
-    _check_script(script, module=module, chdir=work_dir)
+    note = ""
+    if module:
+        programs.check_module(script)
+    elif no_python:
+        script = programs.find_program(script, work_dir, directory)
+    else:
+        script, note = programs.find_script(script, work_dir, directory)
     chosen = dict(settings.options)
     if "nodes" not in chosen:
         if source == PYTHON:
             raise UsageError("nodes: missing, for example nodes='2:4'")
         raise UsageError("--nodes: missing before the script, for example: elastic-sbatch --nodes 2:4 train.py")
-    if "template" in chosen and chosen["template"].value == "torchrun":
+    plain = "template" in chosen and chosen["template"].value == "torchrun"
+    if plain:
         _refuse_for_torchrun(settings, source)
         # what is left of these is what the files say for elastic jobs
-        chosen = {name: setting for name, setting in chosen.items() if name not in _NOT_FOR_TORCHRUN}
+        chosen = {name: setting for name, setting in chosen.items() if name not in NOT_FOR_TORCHRUN}
+    else:
+        for given in torchrun:
+            torchrun_options.unneeded(given)
     sources = {name: setting.source for name, setting in chosen.items()}
     template, python, given_log_dir = (chosen.pop(name, None) for name in ("template", "python", "log-dir"))
     log_dir = os.path.abspath(given_log_dir.value if given_log_dir else "elastic-logs")
@@ -79,24 +88,27 @@ def build(
     if with_snapshot and with_snapshot.value:
         if not code:
             raise UsageError(f"--snapshot: {work_dir} is in no work tree of git, or git cannot be asked; leave it out")
-        script = script if module else code.script(script)
+        if not module and (os.sep in script or not no_python):
+            script = f"./{code.script(script)}" if no_python else code.script(script)
     launch = LaunchSpec(
         script=script,
         script_args=tuple(script_args),
         module=module,
+        no_python=no_python,
         **{name.replace("-", "_"): setting.value for name, setting in chosen.items()},
     )
     launch.check_sizes()
     passed = [g for g in settings.sbatch if g.name != "signal"]
     if not any(g.name == "job-name" for g in passed):
-        name = script if module else Path(script).stem
+        name = script if module else Path(script).name if no_python else Path(script).stem
         passed.insert(0, Given(SBATCH["job-name"], name, "the script's name"))
-    signal = last(settings.sbatch, "signal")
+    if python and not container:
+        python = replace(python, value=programs.find_interpreter(python.value, work_dir, directory))
     return JobSpec(
         launch=launch,
         log_dir=log_dir,
         sbatch=tuple(passed),
-        signal=WarningSignal.parse(signal) if signal else WarningSignal(lead=launch.grace + _AFTER_GRACE),
+        signal=_warning(last(settings.sbatch, "signal"), launch.grace),
         setup=settings.setup,
         env=settings.env,
         template=template.value if template else "elastic",
@@ -104,8 +116,9 @@ def build(
         container=container,
         code=code,
         snapshot=bool(with_snapshot and with_snapshot.value),
+        torchrun=tuple(_words_for_torchrun(torchrun)) if plain else (),
         sources=sources,
-        notes=settings.notes,
+        notes=(*settings.notes, *filter(None, [note])),
     )
 
 
@@ -114,6 +127,7 @@ def from_names(
     script_args: Sequence[str],
     *,
     module: bool = False,
+    no_python: bool = False,
     setup: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     options: Mapping[str, object],
@@ -133,7 +147,7 @@ def from_names(
             raise UsageError(f"{key}: belongs on sbatch's command line, a job in Python has no such option")
         elif value is not False:
             passed.append(Given(sbatch_options.named(name), None if value is True else as_text(value), PYTHON))
-    return build(script, script_args, ours, passed, module=module, source=PYTHON)
+    return build(script, script_args, ours, passed, module=module, no_python=no_python, source=PYTHON)
 
 
 @contextlib.contextmanager
@@ -220,23 +234,29 @@ def _check_time(job: JobSpec, script: str) -> None:
         )
 
 
-def _check_script(script: str, *, module: bool, chdir: str) -> None:
-    if script == ":":
-        raise UsageError("':': heterogeneous jobs are not elastic; submit one job with --nodes MIN:MAX")
-    if module:
-        if script in _DISTRIBUTIONS or not all(part.isidentifier() for part in script.split(".")):
-            raise UsageError(
-                f"-m {script!r}: expected the name of a Python module; "
-                f"sbatch's -m is written --distribution={script} here"
-            )
-        return
-    check_script(script, chdir)
+def _warning(given: str | None, grace: timedelta) -> WarningSignal:
+    """When the workers are told: as --signal says, else so early that they have --grace."""
+    lead, longest = grace + _AFTER_GRACE, timedelta(seconds=LONGEST_LEAD)
+    if lead > longest and "@" not in (given or ""):
+        raise UsageError(
+            f"--grace {durations.as_text(grace)}: the workers are told so long before the end of the job, and "
+            f"{durations.as_text(_AFTER_GRACE)} s, and Slurm's --signal takes at most {LONGEST_LEAD} s; expected at "
+            f"most {durations.as_text(longest - _AFTER_GRACE)}"
+        )
+    return WarningSignal.parse(given, lead) if given else WarningSignal(lead=lead)
+
+
+def _words_for_torchrun(given: Sequence[Given]) -> Iterator[str]:
+    """What torchrun itself is told; each node's number is known to its rendezvous alone."""
+    for each in given:
+        if each.name != "node-rank" and each.value != "static":
+            yield each.option.flag if each.value is None else f"{each.option.flag}={each.value}"
 
 
 def _refuse_for_torchrun(settings: Settings, source: str) -> None:
     given = {name for name, setting in settings.options.items() if setting.source == source}
     given |= {g.name for g in settings.sbatch if g.source == source}
-    for name in _NOT_FOR_TORCHRUN:
+    for name in NOT_FOR_TORCHRUN:
         if name in given:
             raise UsageError(f"--{name}: plain torchrun has no use for it; leave it out, or use --template elastic")
     nodes = settings.options["nodes"].value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 from collections.abc import Iterable, Sequence
@@ -33,7 +34,9 @@ _TABLE = """
 
 @dataclass(frozen=True)
 class Option:
-    """One option. ``value`` is ``"="`` (takes one), ``"[=]"`` (may take one) or empty."""
+    """One option. ``value`` is ``"="`` (takes one), ``"[=]"`` (may take one), ``"[ ]"`` (the same, also as the next
+    word if that is on or off) or empty.
+    """
 
     name: str
     letter: str = ""
@@ -65,14 +68,20 @@ def _rows(table: str) -> Iterable[Option]:
 
 
 SBATCH = {option.name: option for option in _rows(_TABLE)}
+_SBATCHS = tuple(SBATCH.values())
 
 _TASKS = (
     "with a task count Slurm grants only MIN nodes, and elastic-sbatch starts one agent per node by itself; "
     "use --nodes MIN:MAX, and --nproc-per-node N for the workers of a node"
 )
+_TASKS_PER_GPU = (
+    "it makes the number of tasks follow from the GPUs, and elastic-sbatch starts one agent per node by itself; "
+    "use --gpus-per-node=N, and --nproc-per-node N for the workers of a node"
+)
 _GPUS = "it hides the GPUs of a node's workers from each other, which breaks peer-to-peer; use --gpus-per-node=N"
 _REFUSED = {
-    **{name: _TASKS for name in SBATCH if "tasks" in name and not name.startswith(("cpus", "gpus", "tres"))},
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "tasks-per-node"), _TASKS),
+    **dict.fromkeys(("ntasks-per-gpu", "ntasks-per-tres"), _TASKS_PER_GPU),
     "gpus-per-task": _GPUS,
     "tres-per-task": _GPUS,
     "no-requeue": "an elastic job comes back through the queue when nodes are lost; "
@@ -88,9 +97,13 @@ COMMAND_LINE_ONLY = frozenset({"help", "usage", "version", "parsable", "wait", "
 """Options that speak to sbatch rather than describe the job: never directives."""
 
 
-def check(given: Given) -> bool:
-    """Refuse what breaks an elastic job. False when our own directives say the same already."""
+def check(given: Given, fixed: int | None = None) -> bool:
+    """Refuse what breaks an elastic job. False when that is what is done anyway. ``fixed``: the number of nodes, if
+    the job has the same all the time.
+    """
     name, value = given.name, given.value
+    if value and value == {"ntasks": str(fixed), "ntasks-per-node": "1", "tasks-per-node": "1"}.get(name):
+        return False
     shown = given.option.flag if value is None else f"{given.option.flag}={value}"
     for refused, reason in _REFUSED.items():
         # getopt accepts unambiguous abbreviations, so --ntask=4 would reach sbatch as --ntasks=4
@@ -116,10 +129,10 @@ def is_for_containers(name: str) -> bool:
 
 
 def scan(
-    argv: Sequence[str], own: Sequence[Option], others: Sequence[Option] = tuple(SBATCH.values())
+    argv: Sequence[str], own: Sequence[Option], others: Sequence[Option] = _SBATCHS
 ) -> tuple[list[Given], list[str]]:
-    """Split ``argv`` into its options and, untouched, the script with its arguments. ``own`` win over ``others``; where
-    there are any, which are sbatch's, one that nobody knows may be for a newer sbatch.
+    """Split ``argv`` into its options and, untouched, the script with its arguments. ``own`` win over ``others``. Where
+    those are sbatch's, one that nobody knows may be for a newer sbatch.
     """
     by_name = {option.name: option for option in (*others, *own)}
     by_letter = {o.letter: o for o in (*others, *own) if o.letter}
@@ -132,7 +145,7 @@ def scan(
         if word.startswith("--"):
             name, equals, text = word[2:].partition("=")
             name = name.replace("_", "-")  # torchrun's names are written with either
-            option = by_name.get(name) or _unknown(name, equals, by_name, may_pass=bool(others))
+            option = by_name.get(name) or _unknown(name, equals, by_name, may_pass=others is _SBATCHS)
             given.append(_with_value(option, option.flag, text if equals else None, rest))
             continue
         letters = word[1:]
@@ -150,6 +163,8 @@ def _with_value(option: Option, shown: str, value: str | None, rest: list[str]) 
     if option.value == "=" and value is None:
         if not rest:
             raise UsageError(f"{shown}: expected a value, for example {option.flag}=VALUE")
+        value = rest.pop(0)
+    elif option.value == "[ ]" and value is None and rest[:1] in (["on"], ["off"]):
         value = rest.pop(0)
     elif not option.value and value is not None:
         raise UsageError(f"{shown}={value}: expected no value, for example {option.flag}")
@@ -182,24 +197,35 @@ def last(given: Sequence[Given], name: str) -> str | None:
     return next((each.value for each in reversed(given) if each.name == name), None)
 
 
+LONGEST_LEAD = 65535
+"""Seconds that Slurm has room for in a --signal."""
+
+
 @dataclass(frozen=True)
 class WarningSignal:
     """sbatch's ``--signal``: sent to the batch shell ``lead`` before the time limit and, at some sites, preemption."""
 
     name: str = "USR2"
     lead: timedelta = timedelta(seconds=120)
+    before_reservations: bool = False
+    """sbatch's ``R:``: the job may overlap a reservation, and is warned before that begins."""
 
     @classmethod
-    def parse(cls, text: str) -> WarningSignal:
-        match = re.fullmatch(r"(?:B:)?(?:SIG)?([A-Z]+\d?|\d{1,2})(?:@(\d{1,5}))?", text)
-        name = match[1] if match else ""
+    def parse(cls, text: str, lead: timedelta | None = None) -> WarningSignal:
+        """In all forms that sbatch takes; ``lead`` where ``text`` says none."""
+        match = re.fullmatch(r"(?:([BR]{1,2}):)?(?:SIG)?([A-Z]+\d?|\d{1,2})(?:@(\d{1,5}))?", text.upper(), re.ASCII)
+        name = match[2] if match else ""
         if name.isdecimal() and int(name) in set(signal.Signals):
             name = signal.Signals(int(name)).name.removeprefix("SIG")
-        if match and f"SIG{name}" in signal.Signals.__members__ and int(match[2] or 0) <= 65535:
+        if match and f"SIG{name}" in signal.Signals.__members__ and int(match[3] or 0) <= LONGEST_LEAD:
             if name in {"TERM", "CONT", "KILL", "STOP", "INT", "CHLD"}:
                 raise UsageError(f"--signal={text}: Slurm or the shell needs SIG{name} itself; use --signal=USR2@120")
-            return cls(name, timedelta(seconds=int(match[2])) if match[2] else cls.lead)
-        raise UsageError(f"--signal={text}: expected [B:]SIGNAL[@SECONDS], for example --signal=USR2@120")
+            given = timedelta(seconds=int(match[3])) if match[3] else lead or cls.lead
+            return cls(name, given, "R" in (match[1] or ""))
+        raise UsageError(
+            f"--signal={text}: expected [B:|R:]SIGNAL[@SECONDS] with at most {LONGEST_LEAD} s, for example "
+            "--signal=USR2@120"
+        )
 
     def __str__(self) -> str:
-        return f"B:{self.name}@{self.lead.total_seconds():.0f}"
+        return f"{'R' * self.before_reservations}B:{self.name}@{math.ceil(self.lead.total_seconds())}"

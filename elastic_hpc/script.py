@@ -17,8 +17,15 @@ from elastic_hpc.sbatch_options import Given, WarningSignal
 from elastic_hpc.snapshot import WorkTree
 from elastic_hpc.spec import LaunchSpec
 from elastic_hpc.start import module_command
+from elastic_hpc.values import RdzvConf
 
 COMMAND_LINE = "command line"
+NOT_FOR_TORCHRUN = (
+    *("max-requeues", "heartbeat-timeout", "interface", "signal"),
+    *("grace", "drain-signal", "hang-timeout", "preload", "preflight", "snapshot"),
+    *("spares", "world-multiple-of", "grow", "grow-every", "free-growth", "wait-for-nodes"),
+)
+"""Options that mean nothing to a plain torchrun, the template of that name."""
 _LINE_LENGTH = 110
 
 
@@ -67,11 +74,12 @@ class JobSpec:
     env: Mapping[str, Setting] = field(default_factory=dict)
     template: str = "elastic"  # built in, or the path of a file
     python: str = sys.executable  # absolute; a virtual environment's own link, not what it points to
-    agent_python: str | None = None  # of agents and workers; None for the same, in a container python3
+    agent_python: tuple[str, ...] | None = None  # of agents and workers, words; None: the same, in a container python3
     container: Container | None = None
     code: WorkTree | None = None  # what git says of it is recorded
     snapshot: bool = False  # a copy of it runs
     token: str = "TOKEN"  # noqa: S105 - names what is put aside for this job, when it is submitted
+    torchrun: tuple[str, ...] = ()  # options of torchrun's that only the template of that name needs
     sources: Mapping[str, str] = field(default_factory=dict)  # long option -> where its value came from
     notes: tuple[str, ...] = ()  # what was asked for and is not taken, a line each
 
@@ -81,6 +89,7 @@ class JobSpec:
         script: str,
         *script_args: str,
         module: bool = False,
+        no_python: bool = False,
         setup: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         **options: object,
@@ -95,7 +104,9 @@ class JobSpec:
         """
         from elastic_hpc.request import from_names
 
-        return from_names(script, script_args, module=module, setup=setup, env=env, options=options)
+        return from_names(
+            script, script_args, module=module, no_python=no_python, setup=setup, env=env, options=options
+        )
 
     @property
     def staged(self) -> str:
@@ -113,7 +124,10 @@ class JobSpec:
     def settings(self) -> list[tuple[str, str, str]]:
         """Every setting of ours as (name, value, where it came from)."""
         rows = [*self.launch.options(), ("--log-dir", self.log_dir), ("--template", self.template)]
-        rows += [("--python", self.agent_python)] if self.agent_python else []
+        if self.template == "torchrun":
+            unknown = [f"--{name}" for name in NOT_FOR_TORCHRUN] + ["--log-dir"] * ("log-dir" not in self.sources)
+            rows = [row for row in rows if row[0] not in unknown]
+        rows += [("--python", shlex.join(self.agent_python))] if self.agent_python else []
         if self.container:
             rows += [("--container-image", self.container.image), ("--container-runtime", self.container.runtime)]
             rows += [("--container-mounts", self.container.mounts)] if self.container.mounts else []
@@ -150,7 +164,13 @@ def srun_options(nodes: str, cpus_per_task: str | None = None) -> list[str]:
 
 
 def agent_command(
-    launch: LaunchSpec, *, head: str, run_dir: str, python: str, can_requeue: bool = True, contained: bool = False
+    launch: LaunchSpec,
+    *,
+    head: str,
+    run_dir: str,
+    python: Sequence[str],
+    can_requeue: bool = True,
+    contained: bool = False,
 ) -> list[str]:
     """The command each agent runs. ``head`` hosts the rendezvous unless the user named a host. ``contained``: in a
     container, where Slurm's commands are not.
@@ -168,19 +188,26 @@ def agent_command(
     return [*words, "--run-dir", run_dir, *launch.command()]
 
 
-def torchrun_command(launch: LaunchSpec, *, head: str, job_id: str, python: str) -> list[str]:
+def torchrun_command(job: JobSpec, *, head: str, job_id: str, python: Sequence[str]) -> list[str]:
     """The quickstart's own command for the same job."""
-    endpoint = launch.rdzv_endpoint
+    launch, endpoint = job.launch, job.launch.rdzv_endpoint
     words = module_command(python, "torch.distributed.run", f"--nnodes={launch.nodes}", unbuffered=True)
-    if launch.nproc_per_node is not None:
-        words.append(f"--nproc-per-node={launch.nproc_per_node}")
+    words += [f"--nproc-per-node={launch.nproc_per_node}"] if launch.nproc_per_node else []
     words += [
         f"--max-restarts={launch.max_restarts}",
         _join("--rdzv-id=", launch.rdzv_id or job_id),
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={endpoint}" if endpoint.head else _join("--rdzv-endpoint=", head, f":{endpoint.port}"),
     ]
-    return [*words, *launch.command()]
+    same = {
+        "rdzv-conf": str(launch.rdzv_conf) if launch.rdzv_conf != RdzvConf() else None,
+        "role": launch.role,
+        "local-ranks-filter": launch.local_ranks_filter,
+        "numa-binding": launch.numa_binding,
+        "log-dir": job.log_dir if "log-dir" in job.sources else None,
+    }
+    words += [f"--{name}={value}" for name, value in same.items() if value is not None]
+    return [*words, *job.torchrun, *launch.command()]
 
 
 def quote(word: str) -> str:
@@ -245,9 +272,9 @@ def _words(job: JobSpec) -> dict[str, Any]:
     srun = srun_options(
         Shell('"$SLURM_JOB_NUM_NODES"'), Shell('"$SLURM_CPUS_PER_TASK"') if job.has("cpus-per-task") else None
     )
-    box, python = job.container, job.agent_python or ("python3" if job.container else job.python)
+    box, python = job.container, job.agent_python or ("python3" if job.container else job.python,)
     agent = agent_command(job.launch, head=head, run_dir=run_dir, python=python, contained=box is not None)
-    torchrun = torchrun_command(job.launch, head=head, job_id=Shell('"$SLURM_JOB_ID"'), python=python)
+    torchrun = torchrun_command(job, head=head, job_id=Shell('"$SLURM_JOB_ID"'), python=python)
     if box:
         folders = "$PWD:$PWD" + (",$run_dir:$run_dir" if job.template != "torchrun" else "")
         srun += box.srun_options(folders, job.env)

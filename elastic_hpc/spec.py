@@ -9,8 +9,20 @@ from datetime import timedelta
 from typing import Any
 
 from elastic_hpc import durations
-from elastic_hpc.errors import UsageError
-from elastic_hpc.values import DrainSignal, Endpoint, NodeRange, Preload, RdzvConf, count, nproc, on_off, positive
+from elastic_hpc.errors import UsageError, argument
+from elastic_hpc.values import (
+    DrainSignal,
+    Endpoint,
+    NodeRange,
+    Preload,
+    RdzvConf,
+    count,
+    nproc,
+    numa_mode,
+    on_off,
+    positive,
+    ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,7 @@ class LaunchSpec:
     script: str
     script_args: tuple[str, ...] = ()
     module: bool = False
+    no_python: bool = False
     nodes: NodeRange = NodeRange(1, 1)
     spares: int = 0
     world_multiple_of: int | None = None
@@ -40,6 +53,9 @@ class LaunchSpec:
     preload: Preload = Preload()
     preflight: str | None = None
     interface: str | None = None
+    role: str | None = None
+    local_ranks_filter: str | None = None
+    numa_binding: str | None = None
 
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> LaunchSpec:
@@ -89,8 +105,9 @@ class LaunchSpec:
         return pairs
 
     def command(self) -> list[str]:
-        """The tail of an agent's command line: ``[--module] -- SCRIPT ARGS``."""
-        return [*(["--module"] if self.module else []), "--", self.script, *self.script_args]
+        """The tail of an agent's command line: ``[--module | --no-python] -- SCRIPT ARGS``."""
+        how = ["--module"] * self.module + ["--no-python"] * self.no_python
+        return [*how, "--", self.script, *self.script_args]
 
 
 def as_text(value: object, *, switch: bool = False) -> str:
@@ -129,6 +146,8 @@ class LaunchOption:
             message = str(error)
             raise UsageError(message if message.startswith("--") else f"{self.flag} {message}") from None
 
+
+NO_PYTHON = "run SCRIPT itself, any program: nsys, numactl, bash; each worker is then started when it is wanted"
 
 LAUNCH_OPTIONS = (
     LaunchOption(
@@ -256,15 +275,29 @@ LAUNCH_OPTIONS = (
         str,
         "network interface the nodes talk over, for example ib0 (default: the one that Slurm's node name leads to)",
     ),
+    LaunchOption("--role", "NAME", str, "what the workers see as ROLE_NAME, as under torchrun (default: default)"),
+    LaunchOption(
+        "--local-ranks-filter",
+        "RANK,...",
+        ranks,
+        "of each node show the output of these local ranks only; the files have that of all (default: all)",
+    ),
+    LaunchOption(
+        "--numa-binding",
+        "node|socket|exclusive|core-complex",
+        numa_mode,
+        "bind each worker to the cores near its GPU, as torchrun does; needs numactl on the nodes (default: not bound)",
+    ),
 )
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
-    """Add the launch options and ``-m/--module`` to ``parser``. All default to None: not given."""
+    """Add the launch options, ``-m/--module`` and ``--no-python`` to ``parser``. All default to None: not given."""
     group = parser.add_argument_group("launch options")
     for option in LAUNCH_OPTIONS:
         flags = [option.flag, f"-{option.letter}"] if option.letter else [option.flag]
-        group.add_argument(*flags, metavar=option.metavar, type=option.parse, help=option.help)
+        group.add_argument(*flags, metavar=option.metavar, type=argument(option.parse), help=option.help)
     group.add_argument(
         "-m", "--module", action="store_true", default=None, help="run SCRIPT as a Python module, like python -m"
     )
+    group.add_argument("--no-python", action="store_true", default=None, help=NO_PYTHON)

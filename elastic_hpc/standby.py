@@ -161,7 +161,7 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object]]:
     agent = _socket.socket(fileno=int(os.environ.pop(SOCKET)))
     started_with = dict(os.environ)
     argv, modules, guess, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
-    command = [sys.orig_argv[0], "-u", *argv]
+    command = [*sys.orig_argv[: sys.orig_argv.index(sys.argv[0])], *argv]
     is_module = argv[0] == "-m"
     sys.argv = ["-m", *argv[2:]] if is_module else list(argv)
     sys.orig_argv = command

@@ -43,10 +43,10 @@ class Started:
 class _Standby:
     """One of them, and this end of the conversation with it."""
 
-    def __init__(self, argv: Sequence[str], modules: Sequence[str], *, gently: bool) -> None:
+    def __init__(self, python: Sequence[str], argv: Sequence[str], modules: Sequence[str], *, gently: bool) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         out, err = os.memfd_create("stdout"), os.memfd_create("stderr")
-        start = [sys.executable, "-u", standby.__file__]
+        start = [*python, standby.__file__]
         room = sum(len(os.fsencode(word)) + 1 for word in argv) - len(os.fsencode(standby.__file__)) - 2
         if room > 0:  # what is shown later needs it
             start.append(" " * room)
@@ -100,17 +100,25 @@ class _Standby:
 class Standbys:
     """Those of one node. Nothing here waits for them."""
 
-    def __init__(self, argv: Sequence[str], modules: Sequence[str], count: int) -> None:
-        """``argv``: what the interpreter is given after ``-u``: ``["train.py", "--lr", "1e-3"]``, or ``["-m", ...]``.
-        ``modules``: what is imported ahead; where there are none, there are no standbys. ``count``: workers of this
-        node.
+    def __init__(
+        self,
+        argv: Sequence[str],
+        modules: Sequence[str],
+        count: int,
+        python: Sequence[str] = (sys.executable, "-u"),
+        without: str = "--preload off",
+    ) -> None:
+        """``argv``: what the interpreter ``python`` is given: ``["train.py", "--lr", "1e-3"]``, or ``["-m", ...]``.
+        ``modules``: what is imported ahead; where there are none, there are no standbys, because of ``without``.
+        ``count``: workers of this node.
         """
         self._argv, self._modules, self._count = tuple(argv), tuple(modules), count
+        self._python = tuple(python)
         self._waiting: list[_Standby] = []
         self._working: list[_Standby] = []
         self._deaths = 0
         self._over = not modules
-        self._why = "--preload off" if self._over else "no standby was ready"
+        self._why = without if self._over else "no standby was ready"
         self.started = Started()
 
     def prepare(self) -> None:
@@ -151,7 +159,7 @@ class Standbys:
         """A standby that is the worker ``command`` from now on, None if there is none; ``outputs``: its stdout and
         stderr.
         """
-        while self._waiting and tuple(command) == (sys.executable, "-u", *self._argv):
+        while self._waiting and tuple(command) == (*self._python, *self._argv):
             chosen = self._waiting.pop(0)
             if chosen.process.poll() is None:
                 with contextlib.suppress(OSError):
@@ -172,7 +180,7 @@ class Standbys:
 
     def _start(self, *, gently: bool) -> None:
         try:
-            self._waiting.append(_Standby(self._argv, self._modules, gently=gently))
+            self._waiting.append(_Standby(self._python, self._argv, self._modules, gently=gently))
         except OSError as error:
             self._give_up(f"no standby could be started: {error}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 # Python 3.10 has no -P, and what another interpreter has is not known: this code does the same. Python 3.13 imports
 # modules before it runs it, from the working directory too; a variable that 3.10 does not know keeps it from that.
@@ -13,11 +14,13 @@ _CODE = (
 )
 
 
-def module_command(python: str, module: str, *args: str, unbuffered: bool = False) -> list[str]:
+def module_command(python: str | Sequence[str], module: str, *args: str, unbuffered: bool = False) -> list[str]:
     """``python -m module args``, but without the working directory on the path: a ``queue.py`` of the user's there
-    would be taken for the library's, before any code of ours runs. What PYTHONPATH says counts.
+    would be taken for the library's, before any code of ours runs. What PYTHONPATH says counts. ``python`` may be
+    several words, with options of its own.
     """
     options = ["-u"] if unbuffered else []
-    if python == sys.executable and sys.version_info >= (3, 11):
-        return [python, *options, "-P", "-m", module, *args]
-    return ["env", f"{_SAFE}=1", python, *options, "-c", _CODE, module, *args]
+    words = [python] if isinstance(python, str) else python
+    if words[0] == sys.executable and sys.version_info >= (3, 11):
+        return [*words, *options, "-P", "-m", module, *args]
+    return ["env", f"{_SAFE}=1", *words, *options, "-c", _CODE, module, *args]

@@ -105,6 +105,18 @@ def positive(text: str) -> int:
     raise UsageError(f"{text!r}: expected a whole number, 1 or more, for example 8")
 
 
+def ranks(text: str) -> str:
+    if re.fullmatch(r"\d{1,6}(,\d{1,6})*", text, re.ASCII):
+        return text
+    raise UsageError(f"{text!r}: expected local ranks separated by commas, for example 0,1")
+
+
+def numa_mode(text: str) -> str:
+    if text in {"node", "socket", "exclusive", "core-complex"}:
+        return text
+    raise UsageError(f"{text!r}: expected node, socket, exclusive or core-complex")
+
+
 def on_off(text: str) -> bool:
     if text in {"on", "off"}:
         return text == "on"

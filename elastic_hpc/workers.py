@@ -64,9 +64,11 @@ class NodeLogs(LogsSpecs):
     Where the folder cannot be made, the workers write to the agent's output alone.
     """
 
-    def __init__(self, root: Path, run: int, node: str) -> None:
+    def __init__(self, root: Path, run: int, node: str, shown: str | None = None) -> None:
+        """``shown``: the local ranks whose output is, ``0,1``; None for all."""
         super().__init__(log_dir=str(root))
         self._root, self._run, self._node = root, run, node
+        self._shown = None if shown is None else set(map(int, shown.split(",")))
 
     @property
     def root_log_dir(self) -> str:
@@ -93,7 +95,11 @@ class NodeLogs(LogsSpecs):
         }
         for local, env in envs.items():
             env["TORCHELASTIC_ERROR_FILE"] = paths["error.json"][local]
-        return LogsDest(paths["out"], paths["err"], paths["out"], paths["err"], paths["error.json"])
+        out, err = (
+            {local: path for local, path in paths[kind].items() if self._shown is None or local in self._shown}
+            for kind in ("out", "err")
+        )
+        return LogsDest(paths["out"], paths["err"], out, err, paths["error.json"])
 
 
 class _Handler(SubprocessHandler):

@@ -19,7 +19,7 @@ from elastic_hpc.doctor import job as probe_job
 from elastic_hpc.doctor.findings import Finding, Level, as_json, log_dir_finding, slurm_findings, worst_first
 from elastic_hpc.doctor.nodes import run_findings
 from elastic_hpc.doctor.site_file import site_file
-from elastic_hpc.errors import ElasticError, SlurmError, UsageError
+from elastic_hpc.errors import ElasticError, SlurmError, UsageError, argument
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, last, scan
 from elastic_hpc.spec import LaunchSpec
 
@@ -45,7 +45,9 @@ _COLORS = {Level.BAD: "bold red", Level.WARN: "yellow", Level.UNKNOWN: "magenta"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("--run", action="store_true", dest="runs", help="ask the nodes too, by a job of one minute")
-    parser.add_argument("--nodes", "-N", type=_nodes, metavar="N", help="how many nodes --run asks (default: 2)")
+    parser.add_argument(
+        "--nodes", "-N", type=argument(_nodes), metavar="N", help="how many nodes --run asks (default: 2)"
+    )
     parser.add_argument("--partition", "-p", metavar="NAME", help="the partition that is asked about")
     parser.add_argument("--log-dir", metavar="DIR", help="parent of run directories (default: ./elastic-logs)")
     parser.add_argument("--json", action="store_true", help="findings for programs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.errors import ElasticError, UsageError, argument
 from elastic_hpc.jobs import Jobs, Look
 from elastic_hpc.lookup import expand, find
 from elastic_hpc.rundir import RunDir
@@ -16,7 +16,7 @@ def add_job(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
         "job",
         metavar="JOB",
         nargs=nargs,
-        type=lambda text: RunDir(find(text)),
+        type=argument(lambda text: RunDir(find(text))),
         help="the job's id, or its run directory, for example elastic-logs/4711",
     )
 

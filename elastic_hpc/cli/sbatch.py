@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from textwrap import fill
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.config import SWITCHES
+from elastic_hpc.durations import as_text
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.registry import remember
 from elastic_hpc.request import build, checked, prepared
 from elastic_hpc.sbatch_environment import for_sbatch_itself
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, Option, scan
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.script import COMMAND_LINE, JobSpec
-from elastic_hpc.spec import LAUNCH_OPTIONS
+from elastic_hpc.spec import LAUNCH_OPTIONS, NO_PYTHON
+from elastic_hpc.torchrun_options import OPTIONS as TORCHRUN
+from elastic_hpc.torchrun_options import translate
 
 _JOB_OPTIONS = {
     "log-dir": (
@@ -56,6 +61,7 @@ _JOB_OPTIONS = {
 }
 _SWITCHES = {
     "module": ("m", "run SCRIPT as a Python module, like python -m"),
+    "no-python": ("", NO_PYTHON),
     "dry-run": ("", "print the batch script, with a reason beside each line, and submit nothing"),
     "parsable": ("", "print the job id alone"),
     "wait": ("W", "wait for the job and return its exit code"),
@@ -71,6 +77,8 @@ _OWN = (
     *(Option(name, letter, "") for name, (letter, _) in _SWITCHES.items()),
     Option("usage", value=""),
 )
+_OWN_NAMES = {option.name for option in _OWN}
+_TORCHRUNS = tuple(replace(o, letter=o.letter.strip("t")) for o in TORCHRUN if o.name not in _OWN_NAMES)  # -t is --time
 _KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM
 
 _USAGE = "elastic-sbatch [options] SCRIPT [args...]"
@@ -108,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    given, rest = scan(argv, _OWN)
+    given, rest = scan(argv, (*_OWN, *_TORCHRUNS))
     switches = {g.name for g in given if not g.option.value}
     if switches & {"help", "usage"}:
         print(_help())
@@ -120,6 +128,8 @@ def _run(argv: list[str]) -> int:
     if "quiet" not in switches:
         for note in job.notes:
             _warn(note)
+        if any(re.fullmatch("-t[0-3]?", word) for word in argv[: -len(rest)]) and last(given, "time") in {*"0123"}:
+            _warn(f"-t {last(given, 'time')} is sbatch's --time, in minutes; torchrun's -t is written --tee here")
     if "dry-run" in switches:
         sys.stdout.buffer.write(os.fsencode(checked(job)))
         sys.stdout.buffer.flush()
@@ -129,17 +139,21 @@ def _run(argv: list[str]) -> int:
 
 
 def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
-    own = {option.name for option in _OWN}
     _refuse_switch_apart(given, rest)
     if not rest or rest[0] in {"", "-"}:
+        for each in given:
+            check(each)  # --wrap needs no script
         raise UsageError(f"expected a training script: {_USAGE}")
+    ours, torchruns = translate(given)
     return build(
         rest[0],
         rest[1:],
-        [(g.name, "on" if g.value is None else g.value) for g in given if g.name in own and g.option.value],
-        [g for g in given if g.name not in own | COMMAND_LINE_ONLY],
+        [(g.name, "on" if g.value is None else g.value) for g in ours if g.name in _OWN_NAMES and g.option.value],
+        [g for g in ours if g.name not in _OWN_NAMES | COMMAND_LINE_ONLY],
         module=any(g.name == "module" for g in given),
         source=COMMAND_LINE,
+        no_python=any(g.name == "no-python" for g in given),
+        torchrun=torchruns,
     )
 
 
@@ -178,7 +192,7 @@ def _warn_of_short_times(job: JobSpec) -> None:
     """What the site grants at an end may be less than what the workers are promised."""
     grace, lead = job.launch.grace, job.signal.lead
     if lead < grace:
-        _warn(f"--signal comes {lead.seconds} s before the time limit, less than the {grace.seconds} s of --grace")
+        _warn(f"--signal comes {as_text(lead)} s before the time limit, less than the {as_text(grace)} s of --grace")
     try:
         site = slurm.site(next((g.value for g in job.sbatch if g.name == "partition"), None))
     except ElasticError:
@@ -188,11 +202,11 @@ def _warn_of_short_times(job: JobSpec) -> None:
     preempted = site.preempt_mode not in {"OFF", ""} and not site.warns_before_preemption
     if preempted and site.grace_time < grace:
         _warn(
-            f"a preempted job has {site.grace_time.seconds} s here (GraceTime), less than --grace {grace.seconds}: "
+            f"a preempted job has {as_text(site.grace_time)} s here (GraceTime), less than --grace {as_text(grace)}: "
             "save often enough"
         )
     if site.kill_wait < _KILL_WAIT:
-        _warn(f"after SIGTERM the site waits {site.kill_wait.seconds} s (KillWait): too short for workers to save")
+        _warn(f"after SIGTERM the site waits {as_text(site.kill_wait)} s (KillWait): too short for workers to save")
 
 
 def _warn(text: str) -> None:

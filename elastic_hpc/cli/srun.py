@@ -11,58 +11,84 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from elastic_hpc import __version__
 from elastic_hpc.cli import entry
 from elastic_hpc.conclude import await_verdict
 from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES, for_a_new_job, run_number
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
+from elastic_hpc.programs import check_module, find_program, find_script
 from elastic_hpc.registry import remember
 from elastic_hpc.rundir import RunDir
+from elastic_hpc.sbatch_options import Option, scan
 from elastic_hpc.script import agent_command, srun_options
-from elastic_hpc.script_file import check_script
-from elastic_hpc.spec import LaunchSpec, add_launch_options
+from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec, add_launch_options
+from elastic_hpc.torchrun_options import OPTIONS as TORCHRUN
+from elastic_hpc.torchrun_options import translate, unneeded
 from elastic_hpc.values import NodeRange
 
+_USAGE = "elastic-srun [options] SCRIPT [ARGS...]"
 _EPILOG = """examples:
   salloc --nodes 4 elastic-srun train.py --lr 1e-3     in an allocation; goes on while 1 of its nodes is left
   elastic-srun --nodes 2:4 train.py                    at least 2, at most 4 of the allocation's nodes
   elastic-srun --standalone --nproc-per-node 2 train.py     this machine, no Slurm, as torchrun --standalone
   elastic-srun --local 4 train.py                      rehearse with 4 agents on this machine
 
+Options of torchrun are taken too, with dashes or underscores: --nnodes is --nodes, --master-addr and --master-port are
+--rdzv-endpoint; what they say is done anyway, or the refusal says which option does it.
+
 exit code: 0 if the workers finished, 1 if the job failed, 75 if it may be started again, 130 after Ctrl-C
 Ctrl-C once lets the workers save and stop (--grace), twice stops them at once, a third time kills the agents."""
 
 
+_WHERE = {
+    "local": ("", "N", "N agents as processes of this machine, without Slurm"),
+    "standalone": ("", "", "one agent on this machine, without Slurm"),
+    "nodelist": (
+        "w",
+        "NODES",
+        "these nodes of the allocation, in Slurm's notation, for example n[3-4] (default: the first ones)",
+    ),
+    "log-dir": (
+        "",
+        "DIR",
+        "folder for run directories, on a file system that all nodes share (default: ./elastic-logs)",
+    ),
+    "run-dir": ("", "DIR", "the run directory itself, of no other run (default: a new one in --log-dir)"),
+    "again": ("", "", argparse.SUPPRESS),  # for a rehearsal: see _given_run_dir
+    "version": ("V", "", "show the version and exit"),
+}
+_ONE_OF = ("local", "standalone", "nodelist")
+_OWN = (
+    *(Option(o.flag.removeprefix("--"), o.letter, "[ ]" if o.is_switch else "=") for o in LAUNCH_OPTIONS),
+    *(Option(name, letter, "=" if metavar else "") for name, (letter, metavar, _) in _WHERE.items()),
+    Option("module", "m", ""),
+    Option("no-python", value=""),
+    Option("help", "h", ""),
+)
+
+
 def _parser() -> argparse.ArgumentParser:
+    """What the help and the manual are made of; ``_read`` reads the command line."""
     parser = argparse.ArgumentParser(
         prog="elastic-srun",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="elastic-srun [options] SCRIPT [ARGS...]",
+        usage=_USAGE,
         description="Run SCRIPT on the nodes of the Slurm allocation you are in; it survives the loss of nodes.",
     )
-    where = parser.add_argument_group("where it runs").add_mutually_exclusive_group()
-    where.add_argument("--local", type=int, metavar="N", help="N agents as processes of this machine, without Slurm")
-    where.add_argument("--standalone", action="store_true", help="one agent on this machine, without Slurm")
-    parser.add_argument(
-        "--log-dir",
-        metavar="DIR",
-        default="elastic-logs",
-        help="folder for run directories, on a file system that all nodes share (default: ./elastic-logs)",
-    )
-    parser.add_argument(
-        "--run-dir", metavar="DIR", help="the run directory itself, of no other run (default: a new one in --log-dir)"
-    )
-    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)  # for a rehearsal: see _given_run_dir
-    where.add_argument(
-        "--nodelist",
-        "-w",
-        metavar="NODES",
-        help="these nodes of the allocation, in Slurm's notation, for example n[3-4] (default: the first ones)",
-    )
+    group = parser.add_argument_group("where it runs")
+    for name, (letter, metavar, text) in _WHERE.items():
+        flags = [f"--{name}", *([f"-{letter}"] if letter else [])]
+        if metavar:
+            group.add_argument(*flags, metavar=metavar, help=text)
+        else:
+            group.add_argument(*flags, action="store_true", help=text)
     add_launch_options(parser)
     parser.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
     parser.add_argument(
@@ -71,13 +97,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _read(argv: Sequence[str]) -> argparse.Namespace | str:
+    """The command line, or what is to be shown and nothing else."""
+    given, rest = scan(argv, _OWN, TORCHRUN)
+    names = [each.name for each in given]
+    if "help" in names:
+        return _parser().format_help()
+    if "version" in names:
+        return f"elastic-srun {__version__}\n"
+    if not rest or not rest[0]:
+        raise UsageError(f"expected a training script: {_USAGE}")
+    if len(where := list(dict.fromkeys(f"--{name}" for name in names if name in _ONE_OF))) > 1:
+        raise UsageError(f"{' with '.join(where)}: they say different things of where it runs; leave out all but one")
+    if "module" in names and "no-python" in names:
+        raise UsageError("--no-python with --module: a module needs a Python; leave out one of them")
+    ours, others = translate([each for each in given if each.name != "standalone"])
+    for each in others:
+        unneeded(each)
+    values: dict[str, Any] = {option.name.replace("-", "_"): None for option in _OWN}
+    parsers = {option.flag: option.parse for option in LAUNCH_OPTIONS}
+    for each in ours:
+        value: Any = True
+        if each.option.value:
+            value = parsers.get(each.option.flag, str)("on" if each.value is None else each.value)
+        values[each.name.replace("-", "_")] = value
+    values["standalone"] = "standalone" in names
+    return argparse.Namespace(**values, script=rest[0], script_args=rest[1:])
+
+
 def _nodes_here(args: argparse.Namespace) -> int:
     """How many agents can be started."""
     if args.standalone:
         return 1
     if args.local is not None:
-        if args.local < 1:
-            raise UsageError(f"--local {args.local}: expected a number of agents above 0, for example --local 4")
+        if not args.local.isdecimal() or int(args.local) < 1:
+            raise UsageError(f"--local {args.local!r}: expected a number of agents above 0, for example --local 4")
         return int(args.local)
     if "SLURM_HET_SIZE" in os.environ:
         raise UsageError(
@@ -109,7 +163,7 @@ def _commands(
     launch: LaunchSpec, count: int, rundir: RunDir, nodelist: str | None, *, local: bool
 ) -> list[tuple[list[str], dict[str, str]]]:
     """The processes to start, each with its environment."""
-    agent = agent_command(launch, head="", run_dir=str(rundir.path), python=sys.executable, can_requeue=False)
+    agent = agent_command(launch, head="", run_dir=str(rundir.path), python=(sys.executable,), can_requeue=False)
     if local:
         return [(agent, {**os.environ, LOCAL_NODE: str(node), LOCAL_NODES: str(count)}) for node in range(count)]
     from elastic_hpc import slurm
@@ -243,19 +297,27 @@ def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:
             f"--nodes {launch.nodes}: expected at most the {here} nodes there are, for example --nodes {here}"
         )
     launch.check_sizes()
-    if not launch.module:
-        check_script(launch.script)
+    if launch.no_python:
+        find_program(launch.script, os.getcwd(), Path.cwd())
+    elif launch.module:
+        check_module(launch.script)
+    else:
+        find_script(launch.script, os.getcwd(), Path.cwd())
     return launch, min(here, launch.nodes.max + launch.spares)
 
 
 def _main(argv: list[str] | None) -> int:
-    args = _parser().parse_args(argv)
+    args = _read(sys.argv[1:] if argv is None else argv)
+    if isinstance(args, str):
+        print(args, end="")
+        return 0
     for name in os.environ.keys() - for_a_new_job(os.environ).keys():  # it may be started by a worker
         del os.environ[name]
     launch, count = _request(args, _nodes_here(args))
     local = args.standalone or args.local is not None
     job = "local" if local else os.environ["SLURM_JOB_ID"]
-    rundir = _given_run_dir(args.run_dir, again=args.again) if args.run_dir else RunDir.new(args.log_dir, job)
+    given, log_dir = args.run_dir, args.log_dir or "elastic-logs"
+    rundir = _given_run_dir(given, again=args.again) if given else RunDir.new(log_dir, job)
     if local and launch.rdzv_id is None:
         again = (rundir.read("spec.json") or {}).get("--rdzv-id")
         launch = replace(launch, rdzv_id=again or secrets.token_hex(8))

@@ -10,6 +10,7 @@ from datetime import timedelta
 from enum import Enum
 from pathlib import PurePath
 
+from elastic_hpc.durations import as_text
 from elastic_hpc.slurm.settings import Facts
 
 
@@ -188,14 +189,14 @@ def _preemption(facts: Facts, grace: timedelta) -> Finding:
         )
     then = "Slurm puts the job back into the queue" if mode == "REQUEUE" else "Slurm cancels, the agents requeue"
     if warned and seconds >= grace.total_seconds():
-        return Finding(Level.OK, "preemption", found, f"workers are told and have --grace {grace.seconds}; {then}")
-    asked = f"GraceTime={grace.seconds} in the partition"
+        return Finding(Level.OK, "preemption", found, f"workers are told and have --grace {as_text(grace)}; {then}")
+    asked = f"GraceTime={as_text(grace)} in the partition"
     if warned:
         return Finding(
             Level.WARN,
             "preemption",
             found,
-            f"workers are told, but have {seconds} s and not --grace {grace.seconds}; {then}",
+            f"workers are told, but have {seconds} s and not --grace {as_text(grace)}; {then}",
             f"you: --grace {_grace(seconds)}; {_slurm_conf(asked)}",
             {"grace": _grace(seconds)} if seconds else {},
         )

@@ -175,7 +175,99 @@ def test_the_script_is_looked_for_where_the_job_will_run(project):
     (project.folder / "sub").mkdir()
     (project.folder / "sub" / "other.py").write_text("pass")
     assert main(["-N1", "-D", "sub", "other.py"]) == 0
-    assert main(["-N1", "-D", "sub", "train.py"]) == 2
+    assert project.agents().endswith(" -- other.py &")
+
+
+def test_torchruns_options_are_taken_as_they_are_typed_there(project):
+    argv = "--nnodes=2:4 --nproc_per_node=8 --rdzv_backend=c10d --max_restarts=3 --master_addr n1 --master_port=29501"
+    assert main([*argv.split(), "--node_rank", "0", "--tee", "3", "--cpus_per_task=4", "train.py", "--a_b"]) == 0
+    agents = project.agents()
+    for words in ("--nodes 2:4", "--nproc-per-node 8", "--max-restarts 3", "--rdzv-endpoint n1:29501"):
+        assert f" {words} " in agents
+    assert agents.endswith(" -- train.py --a_b &")
+    assert "#SBATCH --cpus-per-task=4 " in project.seen("script")
+
+
+def test_plain_torchrun_is_told_what_it_knows_and_nothing_else_is_listed(project):
+    argv = "--nnodes=2 --template=torchrun --tee=3 --virtual-local-rank --role=a --rdzv-conf=join_timeout=9 --log-dir=l"
+    assert main([*argv.split(), "--node-rank=0", "train.py"]) == 0
+    command = project.seen("script").replace(" \\\n ", "")
+    for words in ("--tee=3", "--virtual-local-rank", "--role=a", "--rdzv-conf=join_timeout=9,last_call_timeout=30"):
+        assert f" {words} " in command
+    assert f" --log-dir={project.folder}/l " in command
+    listed = re.findall(r"^# (--[a-z-]+) ", project.seen("script"), re.MULTILINE)
+    assert set(listed) == {
+        *("--nodes", "--max-restarts", "--rdzv-endpoint", "--rdzv-conf", "--role", "--log-dir", "--template"),
+    }
+
+
+def test_a_fixed_number_of_nodes_is_not_told_of_as_a_range(project):
+    assert main(["-N4", "train.py"]) == 0
+    assert "MIN-MAX" not in project.seen("script")
+    assert main(["-N4-8", "train.py"]) == 0
+    assert re.search("^#SBATCH --nodes=4-8 .*MIN-MAX", project.seen("script"), re.MULTILINE)
+
+
+def test_workers_may_be_any_program_and_the_job_has_its_name(project, capsys):
+    assert main(["-N1", "--no-python", "nsys", "profile", "python", "train.py"]) == 0
+    assert project.agents().endswith(" --no-python -- nsys profile python train.py &")
+    assert "#SBATCH --job-name=nsys " in project.seen("script")
+    for argv, message in (
+        (["--no-python", "-m", "x"], "--no-python with --module"),
+        (["--no-python", "train.py"], "--no-python train.py: is not on PATH; expected ./train.py, or leave out"),
+        (["--no-python", "./train.py"], "--no-python ./train.py: expected a program that can be run"),
+    ):
+        assert main(["-N1", *argv]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_interpreter_may_have_options_and_a_blank_in_its_path(project):
+    assert main(["-N1", "--python", "python3 -X faulthandler", "train.py"]) == 0
+    assert " python3 -X faulthandler -u " in project.agents()
+    (project.folder / "my python").write_text("")
+    assert main(["-N1", "--python", "./my python", "train.py"]) == 0
+    assert " './my python' -u " in project.agents()
+    assert main(["-N1", "--container-image=x.sif", "--python=python3.12 -O", "train.py"]) == 0
+    assert " x.sif env PYTHONSAFEPATH=1 python3.12 -O -u " in project.agents()
+
+
+def test_tasks_that_are_what_is_done_anyway_are_accepted(project, capsys):
+    assert main(["-N4", "--ntasks-per-node=1", "-n", "4", "train.py"]) == 0
+    assert "#SBATCH --ntasks" not in project.seen("script")
+    assert main(["-N2:4", "-n", "4", "train.py"]) == 2
+    assert "--ntasks=4: with a task count Slurm grants only MIN nodes" in capsys.readouterr().err
+
+
+def test_the_warning_has_room_for_the_grace_it_is_given(project, capsys):
+    assert main(["-N1", "--grace=5m", "--signal=usr1", "train.py"]) == 0
+    assert "#SBATCH --signal=B:USR1@330 " in project.seen("script")
+    assert main(["-N1", "--grace=100000", "--signal=R:USR1@90", "train.py"]) == 0
+    assert "#SBATCH --signal=RB:USR1@90 " in project.seen("script")
+    assert "comes 90 s before the time limit, less than the 100000 s of --grace" in capsys.readouterr().err
+    assert main(["-N1", "--grace=1d", "train.py"]) == 2
+    assert "--grace 86400: the workers are told so long before" in capsys.readouterr().err
+
+
+def test_torchruns_t_is_pointed_out_where_it_is_sbatchs(project, capsys):
+    assert main(["-N1", "-t", "3", "train.py"]) == 0
+    assert "-t 3 is sbatch's --time, in minutes; torchrun's -t is written --tee here" in capsys.readouterr().err
+    assert main(["-N1", "--time=3", "train.py"]) == 0
+    assert "--tee" not in capsys.readouterr().err
+
+
+def test_a_script_in_the_submission_folder_is_found_with_chdir_as_by_sbatch_and_that_is_said(project, capsys):
+    (project.folder / "sub").mkdir()
+    (project.folder / "python").write_text("")
+    assert main(["-N1", "-D", "sub", "--python", "./python -X dev", "train.py"]) == 0
+    assert project.agents().endswith(f" -- {project.folder}/train.py &")
+    assert f" {project.folder}/./python -X dev -u " in project.agents()
+    assert f"runs {project.folder}/train.py: there is none in the folder of --chdir" in capsys.readouterr().err
+    (project.folder / "sub" / "train.py").write_text("pass")
+    assert main(["-N1", "-D", "sub", "train.py"]) == 0
+    assert project.agents().endswith(" -- train.py &")
+    assert f"runs {project.folder}/sub/train.py, in the folder of --chdir; there is also" in capsys.readouterr().err
+    assert main(["-N1", "-D", "sub", "nope.py"]) == 2
+    assert f"No such file or directory, neither here nor in --chdir {project.folder}/sub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -245,6 +337,8 @@ def test_defaults_come_from_the_projects_file(project):
     [
         (["train.py"], "--nodes: missing before the script, for example: elastic-sbatch --nodes 2:4 train.py"),
         (["-N", "2:4"], "expected a training script"),
+        (["-N", "2", "--wrap", "hostname"], "--wrap=hostname: elastic-sbatch writes the batch script itself; give the"),
+        (["-N", "2", "--node-rank=1", "train.py"], "--node-rank 1: one command starts the agents of all nodes"),
         ([], "expected a training script: elastic-sbatch [options] SCRIPT"),
         (["-N", "4:2", "train.py"], "--nodes '4:2': expected N or MIN:MAX with 1 <= MIN <= MAX"),
         (["-N", "4-2", "train.py"], "--nodes '4-2': expected N or MIN:MAX"),

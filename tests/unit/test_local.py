@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from elastic_hpc.cli.srun import _parser, _request
+import elastic_hpc
+from elastic_hpc.cli.srun import _read, _request
 from elastic_hpc.rundir import RunDir
 
 SRUN = Path(sys.executable).with_name("elastic-srun")
@@ -269,24 +270,29 @@ def test_the_last_words_of_the_last_worker_are_shown(tmp_path: Path) -> None:
 def test_agents_start_on_max_nodes_and_the_spares_as_far_as_they_are_there(
     options: list[str], here: int, agents: int
 ) -> None:
-    _, count = _request(_parser().parse_args([*options, __file__]), here)
+    _, count = _request(_read([*options, __file__]), here)
     assert count == agents
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--nodes", "4-8"], "--nodes '4-8': expected N or MIN:MAX"),
+        (["--nodes", "8-4"], "--nodes '8-4': expected N or MIN:MAX"),
         (
             ["--local", "2", "--grow", "on"],
             "elastic-srun: --grow on: elastic-srun runs in the allocation that is there; a job that grows is submitted",
         ),
-        (["--local", "2", "--grow"], "train.py': expected on or off"),
+        (["--local", "2", "--grow"], "elastic-srun: --grow on: elastic-srun runs in the allocation that is there"),
+        (["--local", "2", "--standalone"], "elastic-srun: --local with --standalone: they say different things"),
+        (["--local", "2", "--node_rank=1"], "elastic-srun: --node-rank 1: one command starts the agents of all nodes"),
+        (["--local", "2", "--max-restart=1"], "--max-restart: unknown option; did you mean --max-restarts?"),
+        (["--local", "2", "--no-python", "-m"], "--no-python with --module: a module needs a Python"),
+        (["--local", "2", "--no-python"], "train.py: expected a program that can be run"),
         (
             ["--local", "2", "--nproc-per-node", "1", "--world-multiple-of", "4"],
             "--world-multiple-of 4: no number of nodes in --nodes 1:2 fits",
         ),
-        (["--local", "0"], "--local 0: expected a number of agents above 0"),
+        (["--local", "0"], "--local '0': expected a number of agents above 0"),
         (["--local", "2", "--nodes", "3:4"], "--nodes 3:4: expected at most the 2 nodes there are"),
         ([], "not inside a Slurm allocation"),
     ],
@@ -300,3 +306,67 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, options: list[str
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "elastic-logs").exists()
+
+
+def test_a_missing_script_and_a_missing_value_are_told_by_their_names(tmp_path: Path) -> None:
+    for options, message in (
+        (["--local", "2"], "expected a training script: elastic-srun [options] SCRIPT [ARGS...]"),
+        (["--grace"], "--grace: expected a value, for example --grace=VALUE"),
+    ):
+        done = subprocess.run([str(SRUN), *options], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (2, f"elastic-srun: {message}\n")
+
+
+def test_the_version_is_told() -> None:
+    done = subprocess.run([str(SRUN), "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"elastic-srun {elastic_hpc.__version__}\n"
+
+
+SHOW = """#!/bin/bash
+echo "rank $RANK of $WORLD_SIZE, $ROLE_NAME $*"
+[ "$LOCAL_RANK" != 1 ] || echo hidden
+exec "$PYTHON" -c 'import os, torch.distributed as dist; dist.init_process_group("gloo"); print("formed", flush=True)'
+"""
+
+
+def test_any_program_can_be_a_worker_under_torchruns_own_options(tmp_path: Path) -> None:
+    program = tmp_path / "run.sh"
+    program.write_text(SHOW)
+    program.chmod(0o755)
+    options = "--standalone --nnodes=1 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:0"
+    options += " --tee 3 -r 0:1 --max_restarts=0 --role=trainer --local_ranks_filter=0 --monitor_interval=1 --no_python"
+    for start in (["./run.sh"], ["bash", "run.sh"]):
+        done = subprocess.run(
+            [str(SRUN), *options.split(), *start, "--epochs", "$2"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "[rank0]: rank 0 of 2, trainer --epochs $2" in done.stdout
+        assert done.stdout.count("formed") == 1
+        assert "hidden" not in done.stdout
+        run_dir = max((tmp_path / "elastic-logs").iterdir())
+        assert "hidden" in (run_dir / "logs" / "0.1" / "local0" / "rank1.out").read_text()
+        started = next(e for e in RunDir(run_dir).events() if e["event"] == "started")
+        assert "--no-python" in json.dumps(started)
+
+
+def test_an_interpreters_own_options_reach_agents_and_warm_and_cold_workers(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\n"
+        "print('dev', sys.flags.dev_mode, sys.orig_argv[1:])\n"
+        "sys.exit(os.environ['TORCHELASTIC_RESTART_COUNT'] == '0')\n"
+    )
+    for preload in ("json", "off"):
+        agent = [sys.executable, "-X", "dev", "-W", "ignore", "-u", "-m", "elastic_hpc.agent", f"--preload={preload}"]
+        run_dir = tmp_path / preload
+        environ = {**os.environ, "ELASTIC_HPC_LOCAL_NODE": "0", "ELASTIC_HPC_LOCAL_NODES": "1"}
+        command = [*agent, "--max-restarts=1", "--run-dir", str(run_dir), "--", str(script)]
+        subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, check=True, timeout=60)
+        for output in run_dir.glob("logs/*/local0/rank0.out"):
+            assert output.read_text() == f"dev True ['-X', 'dev', '-W', 'ignore', '-u', '{script}']\n"

@@ -91,7 +91,7 @@ def test_a_mistyped_option_is_answered_with_what_to_type(argv, message):
         (["-n", "8"], "--ntasks=8: with a task count Slurm grants only MIN.*--nproc-per-node"),
         (["--ntasks-per-node=8"], "use --nodes MIN:MAX"),
         (["--tasks-per-node=8"], "use --nodes MIN:MAX"),
-        (["--ntasks-per-gpu=8"], "use --nodes MIN:MAX"),
+        (["--ntasks-per-gpu=8"], "follow from the GPUs.*use --gpus-per-node=N, and --nproc-per-node"),
         (["--ntask=8"], "use --nodes MIN:MAX"),  # getopt's abbreviation
         (["--gpus-per-task=1"], "use --gpus-per-node=N"),
         (["--tres-per-task=gres/gpu:1"], "use --gpus-per-node=N"),
@@ -105,13 +105,27 @@ def test_a_mistyped_option_is_answered_with_what_to_type(argv, message):
         (["--export=NONE"], "--export=ALL,NAME=VALUE or --env"),
         (["--export=FOO"], "--export=ALL,NAME=VALUE or --env"),
         (["--signal=TERM@60"], "use --signal=USR2@120"),
-        (["--signal=R:USR1@60"], r"\[B:\]SIGNAL"),
-        (["--signal=USR1@65536"], r"\[B:\]SIGNAL"),
+        (["--signal=X:USR1@60"], r"\[B:\|R:\]SIGNAL"),
+        (["--signal=USR1@65536"], r"at most 65535 s"),
     ],
 )
 def test_an_option_that_breaks_elasticity_is_refused_with_the_one_to_use(argv, message):
     with pytest.raises(UsageError, match=message):
         check(scan(argv, ())[0][0])
+
+
+def test_task_counts_that_say_what_is_done_anyway_are_accepted_and_kept_from_slurm():
+    for option in ("--ntasks-per-node=1", "--tasks-per-node=1"):
+        assert not check(scan([option], ())[0][0])
+    four = scan(["-n4"], ())[0][0]
+    assert not check(four, 4)
+    for nodes in (None, 8):
+        with pytest.raises(UsageError, match="--ntasks=4: with a task count"):
+            check(four, nodes)
+
+
+def test_tasks_per_core_and_socket_are_left_to_slurm_which_grants_max_nodes_with_them():
+    assert all(check(given) for given in scan(["--ntasks-per-core=1", "--ntasks-per-socket=2"], ())[0])
 
 
 @pytest.mark.parametrize("argv", [["--no-kill"], ["-k"], ["--requeue"], ["--open-mode=append"]])
@@ -131,7 +145,7 @@ def test_no_option_of_ours_or_sbatchs_is_refused_by_an_accident_of_its_name():
         except UsageError:
             refused.add(option.name)
     assert refused == {
-        "ntasks", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-node", "ntasks-per-socket", "ntasks-per-tres",
+        "ntasks", "ntasks-per-gpu", "ntasks-per-node", "ntasks-per-tres",
         "tasks-per-node", "gpus-per-task", "tres-per-task", "no-requeue", "kill-on-bad-exit", "use-min-nodes", "wrap",
     }  # fmt: skip
     assert set(SBATCH) >= COMMAND_LINE_ONLY
@@ -143,6 +157,11 @@ def test_no_option_of_ours_or_sbatchs_is_refused_by_an_accident_of_its_name():
         ("USR1", "B:USR1@120"),
         ("B:SIGUSR1@30", "B:USR1@30"),
         ("10@60", "B:USR1@60"),
+        ("usr1@90", "B:USR1@90"),
+        ("sigusr1@90", "B:USR1@90"),
+        ("R:USR1@90", "RB:USR1@90"),
+        ("BR:10@90", "RB:USR1@90"),
+        ("rb:usr1", "RB:USR1@120"),
         ("HUP@0", "B:HUP@0"),
     ],
 )

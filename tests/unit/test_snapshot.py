@@ -55,6 +55,15 @@ def of(script: str = "train.py", **options: object) -> JobSpec:
     return JobSpec.of(script, nodes=1, log_dir="../logs", **options)
 
 
+def test_a_script_outside_the_folder_of_chdir_leads_to_its_copy_in_the_snapshot(project: Path) -> None:
+    assert of(snapshot=True, chdir="sub").launch.script == "../train.py"
+
+
+def test_a_program_of_the_work_tree_leads_to_its_copy_and_stays_a_path(project: Path) -> None:
+    assert of("./sub/tool.sh", no_python=True, snapshot=True).launch.script == "./sub/tool.sh"
+    assert of("bash", no_python=True, snapshot=True).launch.script == "bash"
+
+
 def staged_in(project: Path) -> list[Path]:
     return sorted((project.parent / "logs").glob(".submission.*"))
 
@@ -273,7 +282,7 @@ def test_a_dry_run_leaves_no_trace_and_differs_only_in_the_name_of_what_is_put_a
     [
         ("untracked.py", {}, "script 'untracked.py' with --snapshot: git does not track it .* git add untracked.py"),
         ("../outside.py", {}, "script '../outside.py' with --snapshot: git does not track it"),
-        ("train.py", {"chdir": ".."}, "train.py"),
+        ("train.py", {"chdir": ".."}, "is in no work tree of git"),
         ("train.py", {"template": "torchrun"}, "--snapshot: plain torchrun has no use for it"),
         ("train.py", {"snapshot": "yes"}, "--snapshot 'yes': expected on or off"),
     ],

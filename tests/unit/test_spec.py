@@ -17,6 +17,7 @@ specs = st.builds(
     script=st.sampled_from(["train.py", "--odd.py", "a b.py", "pkg.train"]),
     script_args=st.lists(st.text() | st.sampled_from(["--", "-m", "--nodes", ""])).map(tuple),
     module=st.booleans(),
+    no_python=st.booleans(),
     nodes=st.tuples(st.integers(1, 999), st.integers(0, 999)).map(lambda t: NodeRange(t[0], t[0] + t[1]))
     | st.sets(st.integers(1, 999), min_size=2).map(sorted).map(lambda s: NodeRange(s[0], s[-1], tuple(s))),
     spares=counts,
@@ -36,6 +37,9 @@ specs = st.builds(
     hang_timeout=st.none() | seconds,
     preflight=st.sampled_from([None, "", "/opt/site check --gpus"]),
     interface=st.sampled_from([None, "ib0"]),
+    role=st.sampled_from([None, "trainer"]),
+    local_ranks_filter=st.sampled_from([None, "0", "0,1"]),
+    numa_binding=st.sampled_from([None, "node"]),
 )
 
 
@@ -48,12 +52,12 @@ def test_the_agent_reads_from_its_command_line_what_the_user_asked_for(spec):
     words = [word for pair in spec.options() for word in pair]
     expected = spec.module or None
     parsed = parser.parse_args([*words, *spec.command()])
-    assert parsed.module == expected
+    assert (parsed.module, parsed.no_python) == (expected, spec.no_python or None)
     assert LaunchSpec.from_namespace(parsed) == spec
 
 
 def test_no_option_is_left_out_of_the_round_trip():
-    assert {option.dest for option in LAUNCH_OPTIONS} | {"script", "script_args", "module"} == {
+    assert {option.dest for option in LAUNCH_OPTIONS} | {"script", "script_args", "module", "no_python"} == {
         field.name for field in fields(LaunchSpec)
     }
 
@@ -177,7 +181,7 @@ def test_every_refusal_names_the_option(option, text):
         return
     if option.flag == "--rdzv-endpoint" and text in {"-1", "0.0.0", "1,2"}:
         return  # a host name to judge for the resolver
-    if option.flag == "--nodes" and text == "1,2":
+    if option.flag in {"--nodes", "--local-ranks-filter"} and text == "1,2":
         return  # an exact set
     with pytest.raises(UsageError, match=f"^{option.flag} .*expected"):
         option.parse(text)
