@@ -6,9 +6,11 @@ Later wins. Set-up lines add up in this order, environment variables by name; ea
     max-restarts = 5                       # any long option of elastic-sbatch
     grow = true                            # or "on"; false or "off"
     setup = ["module load cuda"]
+    env = {NCCL_DEBUG = "INFO"}            # or ["NCCL_DEBUG=INFO"]
     [sbatch]
     partition = "gpu"                      # any long option of sbatch
     exclusive = true                       # true: without a value; false: not at all
+    "--new-option" = "x"                   # one that only a newer sbatch knows, with its dashes
 """
 
 from __future__ import annotations
@@ -16,21 +18,16 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from elastic_hpc import toml_file
 from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_environment import from_environment
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, check, named
+from elastic_hpc.sbatch_options import Given, check
 from elastic_hpc.spec import LAUNCH_OPTIONS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def _python(text: str) -> tuple[str, ...]:
@@ -92,8 +89,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 }
 SWITCHES = frozenset({"snapshot", *(option.flag.removeprefix("--") for option in LAUNCH_OPTIONS if option.is_switch)})
 """Options that are on or off: taken without a value too, in a TOML file true or false."""
-_LISTS = ("setup", "env")
-KEYS = (*_PARSERS, *_LISTS)
+KEYS = (*_PARSERS, *toml_file.LISTS)
 
 
 @dataclass(frozen=True)
@@ -180,62 +176,7 @@ def load(environ: Mapping[str, str], directory: Path, script: Sequence[Given] = 
 
 def _with_file(settings: Settings, path: Path, source: str) -> Settings:
     try:
-        table = tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise UsageError(f"configuration file {source}: {error.strerror}") from None
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise UsageError(f"configuration file {source}: {error}") from None
-    try:
-        given, unset = _sbatch_table(table.pop("sbatch", {}), source)
-        return settings.with_layer(source, list(_pairs(table, path)), given, unset)
+        content = toml_file.read(path, source, KEYS, SWITCHES)
+        return settings.with_layer(source, content.options, content.sbatch, content.unset)
     except UsageError as error:
         raise UsageError(f"configuration file {source}: {error}") from None
-
-
-def _pairs(table: dict[str, Any], path: Path) -> Iterable[tuple[str, str]]:
-    for key, value in table.items():
-        if key not in KEYS:
-            raise UsageError(f"{key}: unknown key{_closest(key, KEYS)}; sbatch's own options go under [sbatch]")
-        if key in _LISTS:
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise UsageError(f"{key} = {value!r}: expected a list of strings, for example {key} = ['...']")
-            yield from ((key, item) for item in value)
-        elif key in SWITCHES:
-            if not isinstance(value, (bool, str)):
-                raise UsageError(f"{key} = {value!r}: expected true or false")
-            yield key, value if isinstance(value, str) else "on" if value else "off"
-        elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise UsageError(f"{key} = {value!r}: expected a string or a number")
-        elif key == "template" and os.sep in str(value):
-            yield key, str(path.parent / os.path.expanduser(str(value)))
-        else:
-            yield key, str(value)
-
-
-def _sbatch_table(table: object, source: str) -> tuple[list[Given], list[str]]:
-    if not isinstance(table, dict):
-        raise UsageError(f"sbatch = {table!r}: expected a table, [sbatch]")
-    given, unset = [], []
-    for key, value in table.items():
-        if key == "nodes":
-            raise UsageError("[sbatch] nodes: write nodes = 'MIN:MAX' above [sbatch]")
-        if key in COMMAND_LINE_ONLY:
-            raise UsageError(f"[sbatch] {key}: belongs on the command line")
-        option = named(key)
-        if value is False:
-            unset.append(key)
-        elif value is True and option.value != "=":
-            given.append(Given(option, None, source))
-        elif value is True or not isinstance(value, (str, int, float)) or not option.value:
-            expected = "a string or a number" if option.value else "true or false"
-            raise UsageError(f"[sbatch] {key} = {value!r}: expected {expected}")
-        else:
-            given.append(Given(option, str(value), source))
-    return given, unset
-
-
-def _closest(key: str, known: Collection[str]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(key, known, n=1)
-    return f", did you mean {close[0]}?" if close else f", expected one of {', '.join(known)}"

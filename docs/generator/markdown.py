@@ -85,11 +85,13 @@ Defaults for `elastic-sbatch`, for jobs from Python and from submitit. Each of t
 3. `elastic_hpc.toml` in the directory of the submission: the project's
 """
 _REFUSED = """\
-A number may be given as a number or as a string. An unknown key is refused, with the one that may have been meant.
+A number may be given as a number or as a string, one line of a list as a string; in a key `_` stands for `-`. An unknown key, of sbatch too,
+is refused, with the one that may have been meant.
 `--dry-run` prints beside each line of the batch script which file it came from.
 """
 _OTHER_KEYS = """\
-* `[sbatch]`, a table: any long option of sbatch, without the dashes; `nodes` is a key of its own, above it
+* `[sbatch]`, a table: any long option of sbatch, without the dashes, or one that only a newer sbatch
+  knows, with them; `nodes` is a key of its own, above it
 """
 
 

@@ -61,7 +61,7 @@ def test_setup_lines_add_up_and_variables_merge_by_name(site):
 
 def test_sbatch_options_are_strings_numbers_flags_and_unset_by_false(site):
     settings = site.load(
-        site="[sbatch]\npartition = 'gpu'\nexclusive = true\nhold = true\nfrom-the-future = true",
+        site="[sbatch]\npartition = 'gpu'\nexclusive = true\nhold = true\n'--from-the-future' = true",
         project="[sbatch]\ngpus-per-node = 8\nhold = false",
     )
     assert [(g.name, g.value) for g in settings.sbatch] == [
@@ -83,25 +83,49 @@ def test_a_switch_is_true_or_false_in_a_file_or_a_word_as_on_the_command_line(si
     ("text", "message"),
     [
         ("max-restart = 1", "max-restart: unknown key, did you mean max-restarts?"),
-        ("partition = 'gpu'", r"partition: unknown key, .*sbatch's own options go under \[sbatch\]"),
+        ("partition = 'gpu'", r"partition: unknown key; it is sbatch's own option: write it under \[sbatch\]"),
+        ("slurm = {partition = 'x'}", r"slurm: unknown key, .*sbatch's own options go under \[sbatch\]"),
+        ("'a\\nb' = 1", r"'a\\\\nb': unknown key"),
+        ('"a\\nb" = 1', r"'a\\nb': unknown key"),
         ("max-restarts = 'x'", "--max-restarts 'x': expected a whole number"),
         ("nodes = '8-4'", "--nodes '8-4': expected N or MIN:MAX"),
-        ("nodes = true", "nodes = True: expected a string or a number"),
-        ("setup = 'module load a'", "setup = .*: expected a list of strings"),
+        ("nodes = true", "nodes = true: expected a string or a number"),
+        ("setup = [1]", r"setup = \[1\]: expected a list of strings, for example setup = \['...'\]$"),
+        ("setup = {A = '1'}", "setup = .*: expected a list of strings"),
+        ("env = [['A', '1']]", 'expected a list of strings, .*, or a table, for example env = {NAME = "VALUE"}'),
+        ("env = {A = true}", "env.A = true: expected a string or a number"),
+        ("env = {A = [1, 2]}", r"env.A = \[1, 2\]: expected a string or a number, for example '1,2'"),
+        ("[env.A]\nB = '1'", "env.A = .*: expected a string or a number"),
+        ("env = {'A=B' = '1'}", "env: 'A=B': expected the name of a variable"),
+        ("env = {'1A' = '1'}", "--env '1A=1': expected NAME=VALUE"),
+        ("max_restarts = 1\nmax-restarts = 2", "max-restarts: max_restarts is there too; expected one of them"),
+        ("preload = ['torch', 'x']", "preload = .*: expected a string or a number, for example 'torch,x'"),
+        ("log-dir = 2026-01-01", 'expected a string or a number, for example "2026-01-01": without quotes'),
+        ("[sbatch]\npartiton = 'x'", r"\[sbatch\] partiton: unknown option of sbatch, did you mean partition\?; one "),
+        ("[sbatch]\nnew-one = 'x'", "one that only a newer sbatch knows is written with its dashes: '--new-one' = ..."),
+        ("[sbatch]\npartiton = false", "did you mean partition"),
+        ("[sbatch]\nPartition = 'x'", "did you mean partition"),
+        ("[sbatch]\n'--' = 'x'", "expected a long option"),
+        ("[sbatch]\nmax-restarts = 1", "max-restarts: it is elastic-sbatch's own option: write it above"),
+        ("[sbatch]\ntime = 08:00:00", r'time = 08:00:00: .*for example "08:00:00": without quotes TOML reads a time'),
+        ("[sbatch]\nexclude = ['n1', 'n2']", "expected a string or a number, for example 'n1,n2'"),
+        ("[sbatch.gpu]\npartition = 'x'", "gpu: unknown option of sbatch, did you mean gpus"),
+        ("[sbatch.gres]\ngpu = 2", "gres = .*: expected a string or a number"),
+        ("[[sbatch]]\npartition = 'x'", r"expected a table, \[sbatch\]"),
         ("env = ['1A=2']", "--env '1A=2': expected NAME=VALUE"),
         ("grow = 1", "grow = 1: expected true or false"),
         ("grow = 'yes'", "--grow 'yes': expected on or off"),
-        ("spares = true", "spares = True: expected a string or a number"),
+        ("spares = true", "spares = true: expected a string or a number"),
         ("world-multiple-of = 0", "--world-multiple-of '0': expected a whole number, 1 or more"),
         (r'setup = ["a\r\nb"]', "DOS line breaks"),
         ("sbatch = 1", r"expected a table, \[sbatch\]"),
         ("[sbatch]\nntasks = 8", "--ntasks=8: with a task count"),
         ("[sbatch]\nnodes = 8", "above"),
         ("[sbatch]\ntest-only = true", "belongs on the command line"),
-        ("[sbatch]\npartition = true", "partition = True: expected a string or a number"),
+        ("[sbatch]\npartition = true", "partition = true: expected a string or a number"),
         ("[sbatch]\nhold = 'x'", "hold = 'x': expected true or false"),
-        ("[sbatch]\np = 'gpu'", "expected a long option"),
-        ("[sbatch]\n'a b' = 1", "expected a long option"),
+        ("[sbatch]\np = 'gpu'", "p: unknown option of sbatch, did you mean partition"),
+        ("[sbatch]\n'a b' = 1", "'a b': unknown option of sbatch"),
         ("not toml", "Expected"),
     ],
 )
@@ -109,6 +133,37 @@ def test_a_mistake_in_a_file_is_one_line_with_the_files_name(site, text, message
     with pytest.raises(UsageError, match=rf"(?s)^configuration file \./elastic_hpc\.toml: .*{message}") as caught:
         site.load(project=text)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_are_written_with_either_dash_as_on_the_command_line(site):
+    settings = site.load(project="max_restarts = 3\n[sbatch]\ngpus_per_node = 4\ncontainer-name = 'x'")
+    assert settings.options["max-restarts"].value == 3
+    assert [(g.name, g.value) for g in settings.sbatch] == [("gpus-per-node", "4"), ("container-name", "x")]
+    assert site.load(site="[sbatch]\ngpus-per-node = 4", project="[sbatch]\ngpus_per_node = false").sbatch == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["env = {A = 'x y', B = 2, C = 0.5}", "[env]\nA = 'x y'\nB = 2\nC = 0.5", "env.A = 'x y'\nenv.B = 2\nenv.C = 0.5"],
+)
+def test_variables_may_be_a_table_of_strings_and_numbers(site, text):
+    settings = site.load(site="env = ['A=1', 'D=1']", project=text)
+    assert {name: s.value for name, s in settings.env.items()} == {"A": "x y", "D": "1", "B": "2", "C": "0.5"}
+
+
+def test_one_string_is_a_list_of_one(site):
+    settings = site.load(project="setup = 'module load cuda'\nenv = 'A=1'")
+    assert [line.value for line in settings.setup] == ["module load cuda"]
+    assert settings.env["A"].value == "1"
+
+
+def test_a_file_from_an_editor_of_windows_is_read(site):
+    site.load()
+    site.project.mkdir(exist_ok=True)
+    site.files["project"].write_bytes(b'\xef\xbb\xbfmax-restarts = 3\r\nsetup = """\r\na\r\nb"""\r\n')
+    settings = load(site.environ, site.project)
+    assert settings.options["max-restarts"].value == 3
+    assert settings.setup[0].value == "a\nb"
 
 
 def test_a_site_file_that_is_named_must_be_readable(site, tmp_path):
