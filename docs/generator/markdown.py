@@ -85,8 +85,8 @@ Defaults for `elastic-sbatch`, for jobs from Python and from submitit. Each of t
 3. `elastic_hpc.toml` in the directory of the submission: the project's
 """
 _REFUSED = """\
-A number may be given as a number or as a string, one line of a list as a string; in a key `_` stands for `-`. An unknown key, of sbatch too,
-is refused, with the one that may have been meant.
+A number may be given as a number or as a string, a list of one as its string; in a key `_` stands for `-`.
+An unknown key, of sbatch too, is refused, with the one that may have been meant.
 `--dry-run` prints beside each line of the batch script which file it came from.
 """
 _OTHER_KEYS = """\
