@@ -81,8 +81,9 @@ def _run(args: argparse.Namespace) -> int:
 
         ask_to_leave(rundir, joiner(os.environ["SLURM_JOB_ID"]), _why_drained())
         return 0
-    for path in expand(rundir.path):
-        Job(path).drain(_why_drained())
+    tasks = [Job(path) for path in expand(rundir.path)]
+    for job in [task for task in tasks if not task.final_state()] or tasks:
+        job.drain(_why_drained())
     return 0
 
 
@@ -91,11 +92,11 @@ def _stop(job: Job, *, after_checkpoint: bool) -> int:
     done = job.stop(after_checkpoint=after_checkpoint)
     if done == "over":
         status = job.status()
-        print(f"job {job.id} is over already: {status.state}" + (f": {status.reason}" if status.reason else ""))
+        print(f"job {job.id} is over already, {status.state}" + (f": {status.reason}" if status.reason else ""))
     elif done == "cancelled":
-        print(f"job {job.id} is cancelled: nobody led it, or it waited in the queue")
+        print(f"job {job.id} is cancelled")
     else:
-        print(f"job {job.id}: its leader was told" + (", its workers may save first" if after_checkpoint else ""))
+        print(f"job {job.id}: its leader was told" + (", the workers may save first" if after_checkpoint else ""))
     return 0
 
 

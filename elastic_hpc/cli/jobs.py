@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from elastic_hpc.errors import ElasticError, UsageError, argument
-from elastic_hpc.jobs import Jobs, Look
+from elastic_hpc.jobs import Look
 from elastic_hpc.lookup import expand, find
 from elastic_hpc.rundir import RunDir
 
@@ -32,16 +32,8 @@ def one(command: str, rundir: RunDir) -> RunDir:
     return rundir
 
 
-def started(command: str, rundir: RunDir) -> Look:
-    """How the one job is, for a ``command`` that shows what it has done. Raises ElasticError if it has done nothing."""
-    (look,) = Jobs([one(command, rundir)]).look()
-    if not rundir.path.is_dir():
-        raise ElasticError(nothing_yet(look))
-    return look
-
-
-def nothing_yet(look: Look) -> str:
-    """That a job without a run directory has done nothing, and what Slurm says of it."""
+def nothing_to_show(look: Look) -> ElasticError:
+    """The job has done nothing that could be shown; why, and what to do."""
     view = look.view
-    told = "\n".join((f"{view.state}: {view.note}" if view.note else view.state, *view.advice))
-    return f"job {view.id} has " + ("not started" if view.over else "not started yet") + f"; it is {told}"
+    now = f"{view.state}: {view.note}" if view.note else view.state
+    return ElasticError("\n  ".join((f"job {view.id} has nothing to show; it is {now}", *view.advice)))

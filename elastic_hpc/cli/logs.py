@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import deque
 from collections.abc import Container, Iterable
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from elastic_hpc.cli.jobs import add_job, one, started
+from elastic_hpc.cli import entry
+from elastic_hpc.cli.jobs import add_job, nothing_to_show, one
 from elastic_hpc.errors import UsageError
 from elastic_hpc.jobs import Jobs
 from elastic_hpc.nodelist import Typed, named
@@ -62,16 +61,13 @@ def run(args: argparse.Namespace) -> int:
     if args.lines is not None and args.lines < 0:
         raise UsageError(f"--lines {args.lines}: expected a number of lines, for example --lines 100")
     wanted, printer = _wanted(args, rundir), _Printer(rundir, timestamps=args.timestamps)
-    if not args.follow:
-        started("logs", rundir)
-    folder = rundir.path / "logs"
-    logs = Logs(folder, wanted)
+    logs = Logs(rundir.path / "logs", wanted)
     lines: Iterable[Line] = logs.there(follow=args.follow)
     printer.print(lines if args.lines is None else deque(lines, maxlen=args.lines))
     if args.follow:
         _follow(rundir, logs, printer)
     if not printer.printed and args.lines != 0:
-        _say_what_there_is(args, folder)
+        _say_what_there_is(args, rundir)
     return 0
 
 
@@ -85,7 +81,7 @@ def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
             over = view.over
             now = f"{view.state}: {view.note}" if view.note else view.state
             if view.state != "RUNNING" and now != told:
-                print("\n  ".join((f"elastic-hpc: job {view.id} is {now}", *view.advice)), file=sys.stderr)
+                entry.tell("elastic-hpc", "\n  ".join((f"job {view.id} is {now}", *view.advice)))
             told = now
         printer.print(logs.added(time.time()))
         if over:
@@ -94,16 +90,18 @@ def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
         time.sleep(_LOOK)
 
 
-def _say_what_there_is(args: argparse.Namespace, folder: Path) -> None:
-    """Nothing was shown. Raises UsageError if that is for what was asked for."""
+def _say_what_there_is(args: argparse.Namespace, rundir: RunDir) -> None:
+    """Nothing was shown. Raises UsageError if that is for what was asked for, ElasticError if nothing is there."""
     options = {"--rank": args.rank, "--node": ",".join(args.node or ()), "--round": args.round}
     given = [f"{name} {value}" for name, value in options.items() if value]
     given += [f"--{name}" for name in ("stdout", "stderr") if getattr(args, name)]
-    there = what_there_is(folder)
+    there = what_there_is(rundir.path / "logs")
     if given and there:
         raise UsageError(f"{' '.join(given)}: nothing was written there; there are {there}")
-    told = f"rank 0 has written nothing, nor any rank to stderr; there are {there}" if there else "nothing is there yet"
-    print(f"elastic-hpc: {told}", file=sys.stderr)
+    if there:
+        entry.tell("elastic-hpc", f"rank 0 has written nothing, nor any rank to stderr; there are {there}")
+    elif not args.follow:
+        raise nothing_to_show(*Jobs([rundir]).look())
 
 
 def _wanted(args: argparse.Namespace, rundir: RunDir) -> Wanted:

@@ -7,8 +7,9 @@ import os
 import sys
 import time
 
-from elastic_hpc.cli.jobs import add_job, started
+from elastic_hpc.cli.jobs import add_job, nothing_to_show, one
 from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.jobs import Jobs
 from elastic_hpc.view.timeline import html, png
 
 HELP = "draw a job: world size, faults, progress and goodput over time"
@@ -32,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"where to? for example: elastic-hpc timeline {args.job.path.name} --html timeline.html")
     if args.html == args.png:
         raise UsageError(f"--html {args.html} --png {args.png}: expected two places")
-    view, story, _ = started("timeline", args.job)
+    (look,) = Jobs([one("timeline", args.job)]).look()
+    if not args.job.path.is_dir():
+        raise nothing_to_show(look)
+    view, story, _ = look
     if args.html:
         _write(args.html, html(view, story, time.time()).encode(errors="replace"))
     if args.png:

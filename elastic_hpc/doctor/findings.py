@@ -64,7 +64,7 @@ def slurm_findings(facts: Facts, grace: timedelta) -> list[Finding]:
                 "Slurm",
                 facts.unknown["config"],
                 "it cannot be asked: nothing can be submitted from here, and nothing is known of this site",
-                "you: try on a login node of the cluster, with Slurm's module loaded; if sinfo fails there too, ask the "
+                "you: try on a login node of the cluster, with Slurm's module loaded; if sinfo fails there, ask the "
                 "administrator",
             )
         ]

@@ -252,7 +252,8 @@ def _unled(seen: Seen, known: Queued) -> _State:
         return _State(known.state, told, (f"see what Slurm says: scontrol show job {seen.slurm_id}",))
     said = f"(Slurm: {batch.reason}, exit code {batch.exit_code})"
     if not batch.batch_host:
-        return _State(known.state, f"it ended while it waited in the queue (Slurm: {batch.reason})")
+        how = "was cancelled" if known.state == "CANCELLED" else "ended"
+        return _State(known.state, f"it {how} while it waited in the queue (Slurm: {batch.reason})")
     if seen.lacks:
         told = f"its batch script never ran: the folder of its output is not there: {seen.lacks} {said}"
         return _State(known.state, told, (f"make it, then submit again: mkdir -p {shlex.quote(seen.lacks)}",))

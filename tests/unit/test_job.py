@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from elastic_hpc import Job, JobSpec, SlurmError, UsageError, render, submit
+from elastic_hpc import ElasticError, Job, JobFailed, JobSpec, SlurmError, UsageError, render, submit
+from elastic_hpc.cli.hpc import main
+from elastic_hpc.registry import remember
 from elastic_hpc.rundir import RunDir
 
 FINISHED = {"outcome": "finished", "cause": "", "reason": "all workers finished", "failure": None, "run": 0}
@@ -21,11 +26,12 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """One that has run, with the programs of a Slurm that knows no job: its answer is the text in ``slurm``."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("squeue", "scancel", "sbatch"):
+    for name in ("squeue", "scancel", "sbatch", "scontrol"):
         (programs / name).write_text(f'#!/bin/sh\necho "$0 $*" >> {tmp_path}/asked\n. {tmp_path}/slurm\n')
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
     rundir = RunDir(tmp_path / "elastic-logs" / "17").create()
     rundir.append_event(1.0, "start", {"run": 0, "job": "17", "granted": 2})
@@ -108,7 +114,7 @@ def test_logs_are_those_of_one_rank_round_after_round(job: Job) -> None:
 
 
 def test_a_job_is_the_same_from_python_as_from_the_command_line(job: Job, tmp_path: Path) -> None:
-    Path("train.py").touch()
+    Path("train.py").write_text("pass\n")
     Path("elastic_hpc.toml").write_text("[sbatch]\npartition = 'gpu'\n")
     spec = JobSpec.of(
         "train.py", "--lr", "1e-3", nodes="4:8", grow=True, free_growth=False, preflight=None, exclusive=True, time=60
@@ -125,7 +131,7 @@ def test_a_job_is_the_same_from_python_as_from_the_command_line(job: Job, tmp_pa
 
 
 def test_an_array_has_tasks_and_no_state_of_its_own(job: Job, tmp_path: Path) -> None:
-    Path("train.py").touch()
+    Path("train.py").write_text("pass\n")
     says(tmp_path, "echo 20")
     array = submit(JobSpec.of("train.py", nodes=2, array="0-3"))
     assert array.task(3).run_dir.name == "20_3"
@@ -143,7 +149,7 @@ def test_an_array_has_tasks_and_no_state_of_its_own(job: Job, tmp_path: Path) ->
     ],
 )
 def test_what_the_command_refuses_is_refused_from_python(job: Job, options: dict, complaint: str) -> None:
-    Path("train.py").touch()
+    Path("train.py").write_text("pass\n")
     with pytest.raises(UsageError) as refused:
         JobSpec.of("train.py", **options)
     assert complaint in str(refused.value)
@@ -155,3 +161,171 @@ def test_waiting_asks_slurm_less_and_less_often(job: Job, tmp_path: Path) -> Non
     with pytest.raises(TimeoutError):
         job.wait(timeout=4)
     assert len(Path("asked").read_text().splitlines()) <= 1 + (time.monotonic() - begin) // 2
+
+
+def by_command(job: Job, capsys: pytest.CaptureFixture[str]) -> dict:
+    main(["status", "--json", str(job.run_dir)])
+    return json.loads(capsys.readouterr().out)["jobs"][0]
+
+
+def knows(*rows: str) -> str:
+    return "; ".join(f"echo '{row}|N/A|N/A|None'" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "slurm", "state"),
+    [
+        (FINISHED, "exit 1", "COMPLETED over"),
+        ({**FAILED, "cause": "user"}, "exit 1", "CANCELLED over"),
+        (REQUEUED, knows("17|PENDING"), "PENDING"),
+        (REQUEUED, knows("17|CANCELLED"), "CANCELLED over"),
+        (REQUEUED, "echo squeue: error: Invalid job id specified >&2; exit 1", "UNKNOWN over"),
+        (None, "echo squeue: error: Invalid job id specified >&2; exit 1", "UNKNOWN over"),
+        (None, knows("17|TIMEOUT"), "TIMEOUT over"),
+        (None, knows("17|CONFIGURING"), "CONFIGURING"),
+        ("{", knows("17|RUNNING"), "RUNNING"),  # a damaged verdict
+        (REQUEUED, knows("17|COMPLETED", "18|RUNNING") + "; printf 18 > elastic-logs/17/acted.0", "RUNNING"),
+        ("led again", knows("17|RUNNING"), "RUNNING"),  # somebody has requeued it when it was over
+        ("array", knows("20_0|PENDING", "20_1|PENDING"), "PENDING"),
+    ],
+)
+def test_a_job_is_the_same_in_python_and_on_the_screens(
+    job: Job,
+    verdict: dict | str | None,
+    slurm: str,
+    state: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if verdict == "array":
+        remember(tmp_path / "elastic-logs" / "20")
+        job = Job(20)
+    elif verdict == "led again":
+        record(job, FINISHED).write("endpoint.json", {"run": 1})
+    elif verdict == "{":
+        (job.run_dir / "verdict.json").write_text("{")
+    elif verdict:
+        record(job, verdict)  # type: ignore[arg-type]
+    says(tmp_path, slurm)
+    shown = by_command(job, capsys)
+    (job.run_dir / "acted.0").unlink(missing_ok=True)
+    status = job.status()
+    assert (status.state, status.done) == (shown["state"], shown["over"])
+    assert status.state + " over" * status.done == state
+    for name in ("round", "world_size", "restarts", "requeues", "reason", "failure"):
+        assert getattr(status, name) == shown[name]
+
+
+def test_a_job_is_found_by_id_as_the_commands_find_it(job: Job, tmp_path: Path) -> None:
+    assert Job(17) == Job("17") == Job("elastic-logs/17") == Job(job.run_dir)
+    assert {Job(17), Job("elastic-logs/17")} == {job}
+    assert Job("elastic-logs/23").run_dir == tmp_path / "elastic-logs" / "23"
+    assert job != "17"
+    with pytest.raises(UsageError, match="'23': expected a job's id that was submitted from here"):
+        Job(23)
+    other = tmp_path / "other" / "17"
+    other.mkdir(parents=True)
+    remember(other)
+    with pytest.raises(UsageError, match="17 is the id of 2 jobs") as refused:
+        Job(17)
+    assert f"  {job.run_dir}\n  {other}" in str(refused.value)
+
+
+def test_waiting_raises_for_a_job_that_has_not_completed_if_it_shall(job: Job) -> None:
+    record(job, {**FAILED, "failure": {"rank": 1, "traceback": "ValueError: bad sample"}})
+    told = "job 17 has not completed, it is FAILED: used up\nValueError: bad sample"
+    with pytest.raises(JobFailed, match=told) as why:
+        job.wait(timeout=5, check=True)
+    assert why.value.status == job.wait()
+    record(job, FINISHED)
+    assert job.wait(timeout=5, check=True).state == "COMPLETED"
+
+
+def test_a_notebook_shows_a_table_and_markup_in_it_is_text(job: Job) -> None:
+    record(job, {**FAILED, "reason": "<script>alert(1)</script>"})
+    shown = job._repr_html_()
+    assert shown.startswith("<table><tr><th>job</th><td>17 ")
+    assert "FAILED: &lt;script&gt;" in shown
+    assert "<script" not in shown
+
+
+def test_why_and_events_are_what_the_commands_say(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    record(job, FINISHED)
+    told, events = job.why(), job.events()
+    assert capsys.readouterr() == ("", "")
+    assert main(["why", str(job.run_dir)]) == 0
+    assert capsys.readouterr().out == told
+    assert [event["event"] for event in events] == ["start", "round", "verdict"]
+
+
+def test_logs_are_followed_until_the_job_ends(job: Job, tmp_path: Path) -> None:
+    says(tmp_path, knows("17|RUNNING"))
+    path = job.run_dir / "logs" / "0.2" / "n1" / "rank0.out"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"one\ntw")
+    lines = job.logs(follow=True)
+    assert next(lines) == "one\n"
+
+    def go_on() -> None:
+        with path.open("ab") as file:
+            file.write(b"o\n\xff\nlast")
+        record(job, FINISHED)
+
+    threading.Timer(0.7, go_on).start()
+    assert list(lines) == ["two\n", "\N{REPLACEMENT CHARACTER}\n", "last"]
+
+
+def test_ctrl_c_ends_the_waiting_and_not_the_job(job: Job, tmp_path: Path) -> None:
+    says(tmp_path, knows("17|RUNNING"))
+    for wait in (job.wait, lambda: list(job.logs(follow=True))):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+    assert "scancel" not in Path("asked").read_text()
+
+
+def test_a_job_that_is_over_is_not_stopped_again(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(job, FINISHED)
+    assert job.stop() == "over"
+    assert main(["stop", str(job.run_dir)]) == 0
+    assert capsys.readouterr().out == "job 17 is over already, COMPLETED: all workers finished\n"
+    assert main(["drain", str(job.run_dir)]) == 1
+    assert capsys.readouterr().err == "elastic-hpc: job 17 is over, COMPLETED: nothing runs that could be drained\n"
+    assert not Path("asked").exists()
+    assert main(["stop", "nosuchjob"]) == main(["drain", "nosuchjob"]) == 2
+
+
+def test_a_job_that_nobody_leads_is_cancelled_by_slurm_but_cannot_save(job: Job, tmp_path: Path) -> None:
+    says(tmp_path, knows("17|RUNNING"))
+    with pytest.raises(ElasticError, match="no leader has been started yet"):
+        job.stop(after_checkpoint=True)
+    with pytest.raises(ElasticError, match="no leader has been started yet"):
+        job.drain()
+    assert job.stop() == "cancelled"
+    assert Path("asked").read_text().splitlines()[-1].endswith("scancel 17")
+
+
+def test_a_job_that_waits_cannot_be_drained(job: Job, tmp_path: Path) -> None:
+    says(tmp_path, knows("17|PENDING"))
+    with pytest.raises(ElasticError, match=r"job 17 waits in the queue \(None\): nothing runs there yet"):
+        job.drain()
+
+
+def test_an_array_is_stopped_as_a_whole_and_looked_at_by_its_tasks(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remember(tmp_path / "elastic-logs" / "20")
+    for task in ("20_0", "20_1"):
+        RunDir(tmp_path / "elastic-logs" / task).create().write("verdict.json", FINISHED)
+    assert main(["status", "20", "--json"]) == 0
+    assert [one["id"] for one in json.loads(capsys.readouterr().out)["jobs"]] == ["20_0", "20_1"]
+    assert Job("20_7").run_dir == tmp_path / "elastic-logs" / "20_7"
+    for command in ("why", "logs", "timeline --html -"):
+        name, *more = command.split()
+        assert main([name, "20", *more]) == 2
+        assert f"job 20 is an array, each of its tasks is a job: elastic-hpc {name} 20_0" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="job 20 is an array"):
+        Job(20).status()
+    says(tmp_path, "")
+    assert Job(20).stop() == "cancelled"
+    assert Path("asked").read_text().splitlines() == [f"{tmp_path}/bin/scancel 20"]
