@@ -101,6 +101,15 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What one place says: our options by name, and sbatch's."""
+
+    source: str
+    options: Sequence[tuple[str, str]]
+    sbatch: Sequence[Given]
+
+
+@dataclass(frozen=True)
 class Settings:
     """What all layers so far say. ``options`` by long name, parsed; ``sbatch`` in the order given."""
 
@@ -149,9 +158,9 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def load(environ: Mapping[str, str], directory: Path, script: Sequence[Given] = ()) -> Settings:
+def load(environ: Mapping[str, str], directory: Path, script: Sequence[Layer] = ()) -> Settings:
     """The settings of the site's, the user's and the project's file, as far as they exist, then those of ``script``,
-    its #SBATCH lines, then those of sbatch's own variables: as for sbatch, these win over the script.
+    such as its #SBATCH lines, then those of sbatch's own variables: as for sbatch, these win over the script.
     """
     settings = Settings()
     site = environ.get("ELASTIC_HPC_CONFIG")
@@ -164,12 +173,11 @@ def load(environ: Mapping[str, str], directory: Path, script: Sequence[Given] = 
     ):
         if path.exists():
             settings = _with_file(settings, path, source)
-    for line in script:
+    for layer in script:
         try:
-            nodes = [("nodes", line.value or "")] if line.name == "nodes" else []
-            settings = settings.with_layer(line.source, nodes, [] if nodes else [line])
+            settings = settings.with_layer(layer.source, layer.options, layer.sbatch)
         except UsageError as error:
-            raise UsageError(f"{line.source}: {error}") from None
+            raise UsageError(f"{layer.source}: {error}") from None
     given, notes = from_environment(environ)
     return replace(settings.with_layer("environment", (), given), notes=tuple(notes))
 

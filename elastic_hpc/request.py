@@ -14,10 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from elastic_hpc import durations, programs, sbatch_options, snapshot, torchrun_options
-from elastic_hpc.config import KEYS, SWITCHES, Setting, Settings, load
+from elastic_hpc.config import KEYS, SWITCHES, Layer, Setting, Settings, load
 from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, LONGEST_LEAD, SBATCH, Given, WarningSignal, last
-from elastic_hpc.script import NOT_FOR_TORCHRUN, Container, JobSpec, render
+from elastic_hpc.script import NOT_FOR_TORCHRUN, Container, JobSpec, Shell, render
 from elastic_hpc.snapshot import WorkTree
 from elastic_hpc.spec import LaunchSpec, as_text
 
@@ -42,9 +42,13 @@ def build(
     source: str,
     no_python: bool = False,
     torchrun: Sequence[Given] = (),
+    of_script: Sequence[Layer] = (),
+    notes: Sequence[str] = (),
+    folder: str | None = "",
 ) -> JobSpec:
-    """The job: ``options`` of ours and of ``sbatch``, from ``source``, over what the configuration files say.
-    ``torchrun``: options of torchrun that have no counterpart here. Raises UsageError for what cannot be a job.
+    """The job: ``options`` of ours and of ``sbatch``, from ``source``, over what the environment, the script itself and
+    the configuration files say. ``torchrun``: options of torchrun that have no counterpart here. ``notes`` are for the
+    user; the set-up lines change to ``folder``, None if that is not known. Raises UsageError for what cannot be a job.
     """
     if module and no_python:
         raise UsageError("--no-python with --module: a module needs a Python; leave out one of them")
@@ -54,15 +58,17 @@ def build(
         directory = Path.cwd()
     except FileNotFoundError:
         raise UsageError("the current directory does not exist any more; cd to one that does") from None
-    settings = load(os.environ, directory).with_layer(source, options, sbatch)
+    settings = load(os.environ, directory, of_script).with_layer(source, options, sbatch)
     work_dir = os.path.normpath(os.path.join(directory, last(settings.sbatch, "chdir") or "."))
     note = ""
     if module:
         programs.check_module(script)
+    elif folder is None or isinstance(script, Shell):
+        pass  # only running the set-up lines tells
     elif no_python:
-        script = programs.find_program(script, work_dir, directory)
+        script = programs.find_program(script, os.path.join(work_dir, folder), directory)
     else:
-        script, note = programs.find_script(script, work_dir, directory)
+        script, note = programs.find_script(script, os.path.join(work_dir, folder), directory)
     chosen = dict(settings.options)
     if "nodes" not in chosen:
         if source == PYTHON:
@@ -86,6 +92,8 @@ def build(
     container = _container(chosen, source, work_dir, log_dir)
     code, with_snapshot = WorkTree.around(work_dir), chosen.pop("snapshot", None)
     if with_snapshot and with_snapshot.value:
+        if folder != "" or isinstance(script, Shell):
+            raise UsageError("--snapshot: where the batch script changes to, there is no copy; leave it out")
         if not code:
             raise UsageError(f"--snapshot: {work_dir} is in no work tree of git, or git cannot be asked; leave it out")
         if not module and (os.sep in script or not no_python):
@@ -99,7 +107,7 @@ def build(
     )
     launch.check_sizes()
     passed = [g for g in settings.sbatch if g.name != "signal"]
-    if not any(g.name == "job-name" for g in passed):
+    if not any(g.name == "job-name" for g in passed) and not isinstance(script, Shell):
         name = script if module else Path(script).name if no_python else Path(script).stem
         passed.insert(0, Given(SBATCH["job-name"], name, "the script's name"))
     if python and not container:
@@ -118,7 +126,7 @@ def build(
         snapshot=bool(with_snapshot and with_snapshot.value),
         torchrun=tuple(_words_for_torchrun(torchrun)) if plain else (),
         sources=sources,
-        notes=(*settings.notes, *filter(None, [note])),
+        notes=(*notes, *settings.notes, *filter(None, [note])),
     )
 
 

@@ -53,18 +53,18 @@ def not_python(head: bytes, script: str) -> str:
     text = head.removeprefix(b"\xef\xbb\xbf").decode("latin-1").replace("\r\n", "\n")
     if text.lstrip().startswith("{") and re.search(r'"(cells|nbformat|worksheets)"\s*:', text):
         return f"a notebook; make a Python file of it: jupyter nbconvert --to script {script}"
-    interpreter = _interpreter(text)
-    if interpreter in _OTHERS.split():
-        return f"a script for {interpreter}; expected a Python file"
-    if interpreter in _SHELLS.split() and not _is_polyglot(text):
-        return f"a script for {interpreter}, not a Python file; {FROM_BATCH.format(script=script)}"
-    begins_like_shell = not interpreter and len(head) < _HEAD and _LIKE_SHELL.match(_first_command(text))
+    program = interpreter(text)
+    if program in _OTHERS.split():
+        return f"a script for {program}; expected a Python file"
+    if program in _SHELLS.split() and not _is_polyglot(text):
+        return f"a script for {program}, not a Python file; {FROM_BATCH.format(script=script)}"
+    begins_like_shell = not program and len(head) < _HEAD and _LIKE_SHELL.match(_first_command(text))
     if begins_like_shell and not _compiles(text):
         return f"a shell script, not a Python file; {FROM_BATCH.format(script=script)}"
     return ""
 
 
-def _interpreter(text: str) -> str:
+def interpreter(text: str) -> str:
     """Name of the program that the first line names; empty if it names none."""
     if not text.startswith("#!"):
         return ""

@@ -8,23 +8,31 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from textwrap import fill
 
 from elastic_hpc import __version__, slurm
+from elastic_hpc.batch_script import from_batch
 from elastic_hpc.cli import entry
-from elastic_hpc.config import SWITCHES
+from elastic_hpc.config import SWITCHES, Layer
 from elastic_hpc.durations import as_text
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.registry import remember
 from elastic_hpc.request import build, checked, prepared
 from elastic_hpc.sbatch_environment import for_sbatch_itself
+from elastic_hpc.sbatch_lines import directives_of_python
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.script import COMMAND_LINE, JobSpec
+from elastic_hpc.script_file import not_python
 from elastic_hpc.spec import LAUNCH_OPTIONS, NO_PYTHON
 from elastic_hpc.torchrun_options import OPTIONS as TORCHRUN
 from elastic_hpc.torchrun_options import translate
 
 _JOB_OPTIONS = {
+    "from-batch": (
+        "FILE",
+        "instead of SCRIPT: a batch script, whose #SBATCH lines, set-up and torchrun line make the job",
+    ),
     "log-dir": (
         "DIR",
         "parent of the jobs' run directories, on a file system that all nodes share (default: ./elastic-logs)",
@@ -59,6 +67,7 @@ _JOB_OPTIONS = {
         "elastic, torchrun (the quickstart's plain command), or a Jinja2 file of your own (default: elastic)",
     ),
 }
+_FROM_BATCH = "from-batch"
 _SWITCHES = {
     "module": ("m", "run SCRIPT as a Python module, like python -m"),
     "no-python": ("", NO_PYTHON),
@@ -92,6 +101,7 @@ when nodes are lost, and comes back by itself when Slurm takes everything away.
   elastic-sbatch -N 2:4 -p gpu -t 8:00:00 --gpus-per-node=8 train.py
   elastic-sbatch -N 2:4 --setup 'module load cuda' --env NCCL_DEBUG=INFO -m my_package.train --lr 1e-3
   elastic-sbatch --dry-run -N 2:4 train.py        # read the batch script first
+  elastic-sbatch --from-batch job.sh -N 2:4       # of a batch script with a torchrun line
 
 Everything after SCRIPT belongs to the script. Every sbatch option that is not listed here is passed through, in any
 form: -p gpu, --partition gpu, --partition=gpu. Those that would break an elastic job are refused with the reason.
@@ -140,21 +150,78 @@ def _run(argv: list[str]) -> int:
 
 def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     _refuse_switch_apart(given, rest)
+    module, no_python = (any(g.name == name for g in given) for name in ("module", "no-python"))
+    ours, torchruns = translate(given)
+    options = [
+        (g.name, "on" if g.value is None else g.value)
+        for g in ours
+        if g.name in _OWN_NAMES and g.option.value and g.name != _FROM_BATCH
+    ]
+    sbatch = [g for g in ours if g.name not in _OWN_NAMES | COMMAND_LINE_ONLY]
+    batch = last(given, _FROM_BATCH)
+    if batch is not None:
+        if module or no_python:
+            raise UsageError(f"-m or --no-python with --from-batch {batch}: that is read there; leave it out")
+        return _from_batch(batch, rest, options, sbatch)
     if not rest or rest[0] in {"", "-"}:
         for each in given:
             check(each)  # --wrap needs no script
         raise UsageError(f"expected a training script: {_USAGE}")
-    ours, torchruns = translate(given)
+    layers = [] if module or no_python else _layers(os.path.join(last(sbatch, "chdir") or "", rest[0]), rest[0])
     return build(
         rest[0],
         rest[1:],
-        [(g.name, "on" if g.value is None else g.value) for g in ours if g.name in _OWN_NAMES and g.option.value],
-        [g for g in ours if g.name not in _OWN_NAMES | COMMAND_LINE_ONLY],
-        module=any(g.name == "module" for g in given),
+        options,
+        sbatch,
+        module=module,
         source=COMMAND_LINE,
-        no_python=any(g.name == "no-python" for g in given),
+        no_python=no_python,
         torchrun=torchruns,
+        of_script=layers,
     )
+
+
+def _layers(path: str, name: str) -> list[Layer]:
+    """What the #SBATCH lines of a Python script say."""
+    if not os.path.isfile(path):
+        return []
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        return []
+    if not_python(content, name):
+        return []
+    return [
+        Layer(g.source, [("nodes", g.value or "")], []) if g.name == "nodes" else Layer(g.source, [], [g])
+        for g in directives_of_python(content, name)
+    ]
+
+
+def _from_batch(
+    batch: str, args: Sequence[str], options: Sequence[tuple[str, str]], sbatch: Sequence[Given]
+) -> JobSpec:
+    try:
+        content = Path(batch).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--from-batch {batch}: {error.strerror}; expected a batch script that can be read") from None
+    found = from_batch(content, batch, args, os.environ)
+    job = build(
+        found.script,
+        found.script_args,
+        options,
+        sbatch,
+        module=found.module,
+        no_python=found.no_python,
+        source=COMMAND_LINE,
+        of_script=found.layers,
+        notes=found.notes,
+        folder=found.folder,
+    )
+    nodes = job.launch.nodes
+    if nodes.min == nodes.max > 1 and job.sources["nodes"] != COMMAND_LINE:
+        fixed = f"{job.sources['nodes']}: the job needs all its {nodes.max} nodes; to let it run on fewer, for example"
+        job = replace(job, notes=(*job.notes, f"{fixed}: --nodes {nodes.min // 2}:{nodes.max}"))
+    return job
 
 
 def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elastic_hpc.errors import UsageError
+from elastic_hpc.sbatch_lines import DIRECTIVE, REST, WORD, lines, unquoted
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, scan
 
 # What a further node of a running job must not ask for again. Whether and when it comes, and for how long; what there
@@ -19,12 +20,6 @@ _WHOLE_JOB = COMMAND_LINE_ONLY | {
     *("segment", "spread-job", "spread-segments", "switches", "use-min-nodes", "wait-all-nodes"),
     *("cluster-constraint", "clusters", "export", "export-file", "gid", "uid"),
 }
-
-_DIRECTIVE = "#SBATCH"
-# sbatch's own quoting: a backslash counts within both kinds of quotes, and # begins a comment within a word too.
-_QUOTED = r"""\\(.)|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""
-_WORD = re.compile(rf"""\s*((?:{_QUOTED}|[^\s#"'\\])+)(?=[\s#]|$)""", re.ASCII)
-_REST = re.compile(r"\s*(?:#.*)?$", re.ASCII)
 
 
 def _abbreviations() -> Iterator[Option]:
@@ -64,14 +59,14 @@ def joiner_script(script: bytes) -> bytes:
 
     A line of them that cannot be parsed stays too.
     """
-    lines = []
+    kept_lines = []
     for line, words in _lines(script):
         kept = "".join(each.kept() for each in words)
         if not words:
-            lines.append(line)
+            kept_lines.append(line)
         elif kept:
-            lines.append(_DIRECTIVE + kept + line[len(_DIRECTIVE) + sum(len(each.text) for each in words) :])
-    return "".join(lines).encode("latin-1")
+            kept_lines.append(DIRECTIVE + kept + line[len(DIRECTIVE) + sum(len(each.text) for each in words) :])
+    return "".join(kept_lines).encode("latin-1")
 
 
 def given(script: bytes, name: str) -> str | None:
@@ -84,11 +79,8 @@ def given(script: bytes, name: str) -> str | None:
 
 
 def _lines(script: bytes) -> Iterator[tuple[str, list[_Words]]]:
-    """The lines, with the options of those that are directives: the ones before the first command, as for sbatch."""
-    head = True
-    for line in re.findall(r"[^\n]*\n|[^\n]+$", script.decode("latin-1")):  # a character for each byte
-        directive = head and line.startswith(_DIRECTIVE)
-        head = head and (directive or _REST.match(line) is not None)
+    """The lines, with the options of those that are directives."""
+    for line, directive in lines(script):
         try:
             yield line, _parsed(line) if directive else []
         except UsageError:
@@ -96,19 +88,19 @@ def _lines(script: bytes) -> Iterator[tuple[str, list[_Words]]]:
 
 
 def _parsed(line: str) -> list[_Words]:
-    words, at = [], len(_DIRECTIVE)
-    while not _REST.match(line, at):
-        first = _WORD.match(line, at)
+    words, at = [], len(DIRECTIVE)
+    while not REST.match(line, at):
+        first = WORD.match(line, at)
         if first is None:
             raise UsageError(f"{line!r}: cannot be split into words")
-        second = _WORD.match(line, first.end())
+        second = WORD.match(line, first.end())
         try:
-            group, rest = scan([_unquoted(first[1])], _ABBREVIATED)
+            group, rest = scan([unquoted(first[1])], _ABBREVIATED)
             end = first.end()
         except UsageError:
             if second is None:
                 raise
-            group, rest = scan([_unquoted(first[1]), _unquoted(second[1])], _ABBREVIATED)
+            group, rest = scan([unquoted(first[1]), unquoted(second[1])], _ABBREVIATED)
             end = second.end()
         plain = re.match(r"-\w+", first[1], re.ASCII)  # a letter each, but for the value
         if not group or rest or (len(group) > 1 and (plain is None or plain.end() <= len(group))):
@@ -116,7 +108,3 @@ def _parsed(line: str) -> list[_Words]:
         words.append(_Words(tuple(group), line[at:end], first.start(1) - at + 1))
         at = end
     return words
-
-
-def _unquoted(word: str) -> str:
-    return re.sub(_QUOTED, lambda part: part[1] or re.sub(r"\\(.)", r"\1", part[0][1:-1]), word)

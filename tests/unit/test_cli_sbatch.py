@@ -149,6 +149,36 @@ def test_what_the_environment_says_and_breaks_an_elastic_job_is_dropped_with_a_l
     assert capsys.readouterr().err == ""
 
 
+def test_the_sbatch_lines_of_a_python_script_are_settings_below_environment_and_command_line(
+    project, monkeypatch, capsys
+):
+    (project.folder / "elastic_hpc.toml").write_text("[sbatch]\npartition = 'of_the_file'\nqos = 'of_the_file'\n")
+    head = "#!/usr/bin/env python\n# x\n#SBATCH -p gpu --nodes=2-4 # why\n##SBATCH --qos=no\n\n#SBATCH --acco='a b'\n"
+    (project.folder / "train.py").write_text(f"{head}#SBATCH -t 1:00:00\nimport os\n#SBATCH --qos=late\n")
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "2:00:00")
+    assert main(["train.py"]) == 0
+    lines = [" ".join(line.split()) for line in project.seen("script").splitlines()]
+    for line in (
+        "# --nodes 2:4 train.py line 3", "#SBATCH --partition=gpu # train.py line 3",
+        '#SBATCH --account="a b" # train.py line 6', "#SBATCH --time=2:00:00 # environment: SBATCH_TIMELIMIT",
+        "#SBATCH --qos=of_the_file # ./elastic_hpc.toml",
+    ):  # fmt: skip
+        assert line in lines
+    assert main(["-N1", "-p", "cpu", "train.py"]) == 0
+    assert "#SBATCH --partition=cpu " in project.seen("script")
+    for line, message in {
+        "#SBATCH --ntasks=4": "train.py line 1: --ntasks=4: with a task count Slurm grants only MIN nodes",
+        "#SBATCH --nodes=x": "train.py line 1: --nodes 'x': expected",
+        "#SBATCH --wait": "train.py line 1: --wait: belongs on the command line",
+        "#SBATCH --nonsense": "train.py line 1: --nonsense: unknown option",
+        "#SBATCH 'x": "train.py line 1: \"#SBATCH 'x\": expected quotes in pairs",
+    }.items():
+        (project.folder / "train.py").write_text(f"{line}\nimport os\n")
+        capsys.readouterr()
+        assert main(["-N1", "train.py"]) == 2
+        assert capsys.readouterr().err.startswith(f"elastic-sbatch: {message}")
+
+
 def test_inside_a_job_what_slurm_has_set_for_that_job_is_no_wish(project, monkeypatch):
     outside = {"SLURM_CLUSTERS": "east", "SLURM_HINT": "nomultithread", "SBATCH_MEM_BIND": "local"}
     for name, value in {**outside, "SBATCH_QOS": "high"}.items():
