@@ -48,6 +48,30 @@ time.sleep(0 if int(os.environ["ELASTIC_HPC_ROUND"]) > 1 else 1000)
 """
 
 
+HANDLES = """\
+# Has a job evaluate on its own node, and trains until its handler saves; the next run has nothing to do.
+import os, signal, subprocess, sys, time
+from pathlib import Path
+import torch.distributed as dist
+run, rank = Path(os.environ["ELASTIC_HPC_RUN_DIR"]), os.environ["RANK"]
+def save(*_):
+    (run / f"saved.{rank}").touch()
+    sys.exit(143)
+if not (run / f"saved.{rank}").exists():
+    signal.signal(signal.SIGTERM, save)
+    dist.init_process_group("gloo")
+    if rank == "0":
+        here = "--nodelist=" + os.environ["SLURMD_NODENAME"]
+        said = subprocess.run(["sbatch", "--parsable", here, "evaluate.sh"], capture_output=True, text=True, check=True)
+        Path("evaluation").write_text(said.stdout.strip())
+    while True:
+        dist.barrier()
+        time.sleep(0.05)
+"""
+
+EVALUATE = "#!/bin/bash\ntouch evaluating\nuntil [ -e enough ]; do sleep 0.2; done\n"
+
+
 @pytest.fixture
 def listens(folder: Path) -> Path:
     script = folder / "listens.py"
@@ -91,6 +115,26 @@ def test_at_the_warning_all_ranks_save_the_same_step_and_the_job_goes_on_after_a
     first = next(event for event in job.events("verdict") if event["outcome"] == "requeue")
     assert (first["cause"], first["restarts"], first["requeues"]) == ("time limit", 0, 0)
     assert "the workers saved and stopped" in first["reason"]
+
+
+def test_a_script_with_a_handler_saves_at_the_warning_and_a_job_that_it_submitted_to_its_node_outlives_it(
+    submit: Submit, fresh: Cluster, folder: Path
+) -> None:
+    (folder / "handles.py").write_text(HANDLES)
+    (folder / "evaluate.sh").write_text(EVALUATE)
+    job = submit("--nodes", "2", script=folder / "handles.py")
+    wait_for("the evaluation", (folder / "evaluating").exists)
+    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    assert [(event["outcome"], event["restarts"]) for event in job.events("verdict")] == [
+        ("requeue", 0),
+        ("finished", 0),
+    ]
+    assert "the workers saved and stopped" in job.events("verdict")[0]["reason"]
+    evaluation = Job(fresh, (folder / "evaluation").read_text(), folder)
+    assert evaluation.wait_state("RUNNING", "COMPLETED", "FAILED", "CANCELLED") == "RUNNING"
+    (folder / "enough").touch()
+    assert evaluation.wait_state("COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
 
 
 def test_a_script_that_ignores_everything_is_stopped_in_time_and_requeued(
