@@ -26,7 +26,7 @@ AGENT_MARK = "ELASTIC_HPC_AGENT"
 """Marks an agent's workers, ``JOB.TOKEN``; its guard kills all that have it and are of that Slurm job, or of none."""
 
 RUN_DIR, GIVEN = "ELASTIC_HPC_RUN_DIR", "ELASTIC_HPC_GIVEN"
-"""GIVEN: names of the variables that workers have from their agent, and not from the user."""
+"""GIVEN: what workers have from their agent and not from the user, ``NAME=VALUE;...``; no value stands for any."""
 
 OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, CONTINUE, FIRST_RUN, FIRST_JOB)
 """What is said to the agents of one job. Where another is started from within, these are leftovers."""
@@ -234,16 +234,18 @@ def prepare_worker_env(
         **dict.fromkeys(_OF_A_ROUND, ""),  # later only values change: a new name moves all, under threads that read
         "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # ranks follow from the plan; no store traffic
     }
-    given = [name for name in ours if name not in environ]
-    environ.update({name: ours[name] for name in given})
-    environ.update({AGENT_MARK: mark, RUN_DIR: os.fspath(run_dir), GIVEN: ",".join(given)})
+    given = {name: value for name, value in ours.items() if name not in environ}
+    told = ";".join(f"{name}={value}" for name, value in given.items())
+    environ.update({**given, AGENT_MARK: mark, RUN_DIR: os.fspath(run_dir), GIVEN: told})
 
 
 def forget_enclosing(environ: MutableMapping[str, str]) -> None:
     """Take out of ``environ`` what it has from the agent of another job, if this process was started by a worker or is
     of a job that one submitted. The mark stays: what a worker starts dies with its agent.
     """
-    for name in (*environ.get(GIVEN, "").split(","), *_OF_A_ROUND[:-1], RUN_DIR, GIVEN):
+    given = (each.partition("=")[::2] for each in environ.get(GIVEN, "").split(";"))
+    leftover = {name for name, value in given if value in {"", environ.get(name)}}
+    for name in (*leftover, *_OF_A_ROUND[:-1], RUN_DIR, GIVEN):
         environ.pop(name, None)
 
 

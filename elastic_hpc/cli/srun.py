@@ -20,7 +20,7 @@ from typing import Any
 from elastic_hpc import __version__
 from elastic_hpc.cli import entry
 from elastic_hpc.conclude import await_verdict
-from elastic_hpc.env import LOCAL_NODE, LOCAL_NODES, for_a_new_job, run_number
+from elastic_hpc.env import AGENT_MARK, LOCAL_NODE, LOCAL_NODES, for_a_new_job, run_number
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.programs import check_module, find_program, find_script
 from elastic_hpc.registry import remember
@@ -187,8 +187,8 @@ def _given_run_dir(path: str, *, again: bool) -> RunDir:
 
 
 def _end_with_parent() -> None:
-    """In a process that has just been forked: it gets SIGTERM when its parent dies, however that comes about. Nobody
-    else would end it, where a worker of an enclosing job is killed with what is in its session.
+    """In a process that has just been forked: it gets SIGTERM when its parent dies, however that comes about. For a run
+    that a worker has started: with that worker what is in its session is killed, agents and srun have their own.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -215,7 +215,7 @@ class _Run:
                         env=environ,
                         stdin=subprocess.DEVNULL,
                         start_new_session=True,
-                        preexec_fn=_end_with_parent,  # noqa: PLW1509 - there are no threads here
+                        preexec_fn=_end_with_parent if AGENT_MARK in os.environ else None,  # noqa: PLW1509 - no threads
                     )
                 )
         except OSError as error:

@@ -130,6 +130,9 @@ def test_what_a_worker_submits_or_starts_is_a_job_of_its_own() -> None:
     assert (inner["OMP_NUM_THREADS"], inner["NCCL_SOCKET_IFNAME"], inner["GLOO_SOCKET_IFNAME"]) == ("4", "ib1", "")
     assert (inner["ELASTIC_HPC_ROUND"], inner["ELASTIC_HPC_AGENT"]) == ("", "9.inner")
     assert inner["ELASTIC_HPC_CONFIG"] == "mine.toml"
+    said = for_a_new_job({**outer, "OMP_NUM_THREADS": "8"})  # by the script, or a line of the inner job's own
+    prepare_worker_env(said, agent, 1, "9.inner")
+    assert said["OMP_NUM_THREADS"] == "8"
 
 
 def test_another_job_has_no_part_in_what_it_inherits_from_the_worker_that_submitted_it() -> None:
