@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from elastic_hpc import channel
@@ -34,7 +35,13 @@ def _tell(rundir: RunDir, message: dict[str, Any]) -> None:
         await link.flush()
 
     try:
-        asyncio.run(send())
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            asyncio.run(send())
+        else:  # in a notebook, or a program of asyncio
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(asyncio.run, send()).result()
     except (OSError, ProtocolError, asyncio.TimeoutError) as error:
         raise ElasticError(
             f"the leader on {endpoint['host']} port {endpoint['port']} did not answer: {error}"

@@ -157,13 +157,12 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
             submitit_worker.DrainHandler(self, paths, submission).start()
 
 
-def result(run_dir: Path, round: int, rank: int) -> Any:
-    """What ``rank`` has returned in ``round``. Raises ElasticError if it has left nothing, or an error."""
-    path = results_folder(run_dir, round) / f"{rank}.pkl"
+def result(path: Path) -> Any:
+    """What a rank has returned, by its file. Raises ElasticError if it has left nothing, or an error."""
     try:
         outcome, value = utils.pickle_load(path)
     except OSError as error:
-        raise ElasticError(f"rank {rank} has left no result: {path}: {error.strerror}") from None
+        raise ElasticError(f"rank {path.stem} has left no result: {path}: {error.strerror}") from None
     if outcome != "success":
-        raise ElasticError(f"rank {rank} has failed:\n{value}")
+        raise ElasticError(f"rank {path.stem} has failed:\n{value}")
     return value

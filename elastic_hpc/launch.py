@@ -84,7 +84,8 @@ class elastic_launch:  # noqa: N801 - torch's name
         functions.write(self._entrypoint, args, run_dir, run_dir)
         _run(self._config.command(run_dir, functions.MODULE, str(run_dir), module=True), functions.environ())
         world = _outcome(rundir)
-        return {rank: functions.result(run_dir, world["round"], rank) for rank in range(world["world_size"])}
+        results = functions.results_folder(run_dir, world["round"])
+        return {rank: functions.result(results / f"{rank}.pkl") for rank in range(world["world_size"])}
 
 
 def _run(command: list[str], environ: Mapping[str, str]) -> None:

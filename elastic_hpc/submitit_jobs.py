@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,12 @@ class ElasticJob(core.Job[core.R]):
             return status.state, status.done
         return state, False
 
+    def get_info(self, mode: str = "force") -> dict[str, str]:
+        """What submitit's own jobs of Slurm say; the nodes are those of the world."""
+        state, _ = self._state(mode)
+        nodes = ",".join(self._job.last_round().get("nodes", ()))
+        return {"JobID": self.job_id, "State": state, "NodeList": nodes}
+
     def results(self) -> list[Any]:
         """What each rank of the last world has returned, in rank order."""
         ranks = range(self._ended().world_size) if self._rank is None else [self._rank]
@@ -126,7 +134,16 @@ class ElasticJob(core.Job[core.R]):
         return self.status
 
     def _result_of(self, rank: int) -> Any:
-        return functions.result(self._job.run_dir, self._job.last_round()["round"], rank)
+        path = functions.results_folder(self._job.run_dir, self._job.last_round()["round"]) / f"{rank}.pkl"
+        end = time.monotonic() + self._results_timeout_s  # a shared file system may take its time
+        while not path.exists():
+            if time.monotonic() > end:
+                raise utils.UncompletedJobError(
+                    f"Job {self.job_id} (task: {rank}) has not produced any output (state: {self.state}): there is no "
+                    f"{path}, as if the function had ended its process; see job.stderr()"
+                )
+            time.sleep(0.2)
+        return functions.result(path)
 
     def _get_logs_string(self, name: str) -> str | None:
         """All rounds of this rank, or of all ranks one after the other; at first, what the batch script has said."""
@@ -145,12 +162,31 @@ class ElasticJob(core.Job[core.R]):
             if check:
                 raise
 
+    def cancel_at_deletion(self, value: bool = True) -> ElasticJob[core.R]:
+        """As submitit's. The end of the program deletes the job too, and does so while there is still a Python."""
+        if value:
+            atexit.register(_delete, weakref.ref(self))
+        self._cancel_at_deletion = value
+        return self
+
+    def __del__(self) -> None:
+        if self._cancel_at_deletion:
+            self._cancel_at_deletion = False
+            if not self._state("cache")[1]:
+                self.cancel(check=False)
+
     def _interrupt(self, timeout: bool = False) -> None:
-        """For tests: what Slurm does before the time limit, or at a preemption."""
-        if timeout:
+        """For tests: what Slurm does before the time limit, or at a preemption. Raises ElasticError if nothing runs."""
+        status = self._job.status()
+        if timeout and not status.done and status.state not in slurm.WAITS:
             slurm.warn(self._job.slurm_id)
         else:
             self._job.drain("preempted")
+
+
+def _delete(job: weakref.ref[ElasticJob[Any]]) -> None:
+    if (alive := job()) is not None:
+        alive.__del__()
 
 
 class ElasticLocalJob(ElasticJob[core.R]):

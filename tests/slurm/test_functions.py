@@ -111,11 +111,16 @@ def test_a_function_goes_on_without_a_lost_node_and_the_results_are_those_of_the
     fresh: Cluster, client: Callable[[str], Client]
 ) -> None:
     heard = client("""
-def train(steps):
+def train(steps):  # as scripts for submitit's Slurm cluster do: by its helper, by an address and a port of their own
     import torch
     import torch.distributed as dist
-    dist.init_process_group("gloo")
     env, done = submitit.JobEnvironment(), torch.zeros(1)
+    submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    dist.init_process_group("gloo")
+    dist.barrier()
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR=env.hostnames[0], MASTER_PORT="45454")
+    dist.init_process_group("gloo")
     while done < steps * env.num_tasks or env.num_tasks > 2:  # three of them never finish
         done += 1
         dist.all_reduce(done)
@@ -167,6 +172,24 @@ say(job=job.job_id)
 wait_for_round(job, 1)
 job._interrupt(timeout=True)
 say(error=str(job.exception()), state=job.state)
+executor.update_parameters(slurm_additional_parameters={"hold": True})
+held = executor.submit(time.sleep, 600)
+refused = []
+for timeout in (False, True):
+    try:
+        held._interrupt(timeout=timeout)
+    except Exception as error:
+        refused.append(str(error))
+say(state=held.state, out=held.stdout(), info=held.get_info()["State"], refused=refused)
+held.cancel()
+say(state=held.exception() and held.state)
+executor = submitit.AutoExecutor("jobs", cluster="elastic")
+executor.update_parameters(slurm_partition="nowhere")
+try:
+    executor.submit(time.sleep, 600)
+except submitit.core.utils.FailedJobError as error:
+    say(refused=str(error))
+executor = submitit.AutoExecutor("jobs", cluster="elastic")
 job = executor.submit(time.sleep, 600)
 while not job.status.round:
     time.sleep(0.1)
@@ -182,5 +205,11 @@ say(error=str(job.exception()), state=job.state, kind=type(job.exception()).__na
     assert told["state"] == "FAILED"
     assert "timed-out too many times" in told["error"]
     assert len(job.events("verdict")) == 1
+    told = heard.hear()
+    assert (told["state"], told["out"], told["info"]) == ("PENDING", None, "PENDING")
+    assert all("waits in the queue" in each for each in told["refused"])
+    assert len(told["refused"]) == 2
+    assert heard.hear() == {"state": "CANCELLED"}
+    assert "invalid partition" in heard.hear()["refused"]
     told = heard.hear()
     assert (told["state"], told["kind"]) == ("CANCELLED", "UncompletedJobError")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import inspect
@@ -24,7 +25,8 @@ from submitit.core import plugins, utils
 from submitit.slurm.slurm import SlurmExecutor
 
 from elastic_hpc import functions
-from elastic_hpc.errors import UsageError
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.submitit_jobs import ElasticLocalJob
 from elastic_hpc.submitit_plugin import ElasticExecutor, ElasticLocalExecutor
 
 
@@ -462,6 +464,13 @@ def test_functions_written_for_slurm_form_their_process_group_by_their_own_means
     assert job.status.restarts == 1
 
 
+def wait_for_round(job: Any) -> None:
+    end = time.monotonic() + 60
+    while not job.status.round:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def free_ports(count: int) -> int:
     """The first of ``count`` consecutive ones."""
     while True:
@@ -501,10 +510,61 @@ def test_an_exception_comes_back_with_its_traceback_and_a_job_can_be_cancelled(l
     assert isinstance(broken.exception(), utils.FailedJobError)
     assert "in breaks" in str(broken.exception())
     assert "KeyError: 'no such thing'" in str(broken.exception())
-    end = time.monotonic() + 60
-    while not slow.status.round:
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for_round(slow)
     slow.cancel()
     assert slow.exception() is not None
     assert slow.state == "CANCELLED"
+
+
+def test_jobs_on_this_machine_ask_no_slurm_and_work_in_asyncio(
+    local: submitit.AutoExecutor, sbatch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = sbatch / "asked"
+    for command in ("squeue", "scancel", "scontrol"):
+        (sbatch / "bin" / command).write_text(f"#!/bin/sh\necho {command} >> {asked}\n")
+        (sbatch / "bin" / command).chmod(0o755)
+
+    async def await_jobs() -> None:
+        job, slow = local.submit(abs, -3), local.submit(time.sleep, 600)
+        assert job.get_info() == {"JobID": job.job_id, "State": "RUNNING", "NodeList": ""}
+        assert await job.awaitable().results() == [3]
+        assert [await result for result in job.awaitable().results_as_completed()] == [3]
+        await asyncio.to_thread(wait_for_round, slow)
+        slow.cancel()
+        await slow.awaitable().wait()
+        for timeout in (False, True):
+            with pytest.raises(ElasticError, match="is over, CANCELLED"):
+                slow._interrupt(timeout=timeout)
+        assert [each.job_id for each in submitit.helpers.as_completed([job, slow])] == [job.job_id, slow.job_id]
+
+    local.update_parameters(nodes=1)
+    asyncio.run(await_jobs())
+    assert not asked.exists()
+
+
+def test_a_function_that_ends_its_process_has_left_no_result(
+    local: submitit.AutoExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.update_parameters(nodes=1)
+    job = local.submit(os._exit, 0)
+    monkeypatch.setattr(type(job), "_results_timeout_s", 0)
+    with pytest.raises(utils.UncompletedJobError, match="has not produced any output"):
+        job.results()
+
+
+def test_a_job_that_is_to_be_cancelled_with_its_object_is_so_at_the_end_of_the_program_too(tmp_path: Path) -> None:
+    script = tmp_path / "client.py"
+    script.write_text("""
+import submitit, time
+executor = submitit.AutoExecutor("jobs/%j", cluster="elastic-local")
+jobs = [executor.submit(time.sleep, 600).cancel_at_deletion() for _ in range(2)]
+while not all(job.status.round for job in jobs):
+    time.sleep(0.1)
+del jobs[0]
+""")
+    subprocess.run([sys.executable, str(script)], cwd=tmp_path, check=True, timeout=120)
+    end = time.monotonic() + 60
+    jobs = [ElasticLocalJob(tmp_path / "jobs" / "%j", f"local.{number}") for number in range(2)]
+    while not all(job.done() for job in jobs) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert [job.state for job in jobs] == ["CANCELLED"] * 2
