@@ -184,10 +184,34 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         (["--rank", "first"], "--rank 'first': expected numbers, for example --rank 0-3,8"),
         (["--round", "1-x"], "--round '1-x': expected numbers"),
         (["--lines", "-1"], "--lines -1: expected a number of lines"),
+        (["--rank", "3-1"], "--rank '3-1': expected numbers, for example --rank 0-3,8; '3-1' ends before it begins"),
+        (["--rank", "-1"], "--rank '-1': expected numbers"),
+        (["--rank", ""], "--rank '': expected numbers"),
+        (["--round", ""], "--round '': expected numbers"),
+        (["--node", "n[3-1]"], "--node 'n[3-1]': expected names in Slurm's notation, for example --node 'n[10-12]'"),
+        (["--node", "n[1"], "--node 'n[1': expected names in Slurm's notation"),
+        (["--rank", "99"], "--rank 99: nothing was written there; there are rounds 1-4, ranks 0-3, nodes n[1-4]"),
+        (["--round", "99"], "--round 99: nothing was written there; there are rounds 1-4"),
+        (["--node", "n[10-12]"], "--node n[10-12]: nothing was written there; there are rounds 1-4"),
+        (["--rank", "1", "--round", "2", "--node", "n9"], "--rank 1 --node n9 --round 2: nothing was written there"),
+        (["--rank", "99", "-f"], "--rank 99: nothing was written there; there are rounds 1-4"),
     ],
 )
 def test_bad_input_is_told_with_what_to_type(
     argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["logs", str(FAULTS), *argv]) == 2
+    name, *value = argv
+    assert main(["logs", str(FAULTS), f"{name}={value[0]}", *value[1:]]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_a_stream_to_which_nothing_was_written_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = Round(tmp_path / "job" / "logs", "0.1", "n1")
+    one.write(1, "line\n")
+    one.write(1, "", stream="err")
+    assert main(["logs", str(tmp_path / "job"), "--stderr"]) == 2
+    assert "--stderr: nothing was written there; there are rounds 1, ranks 1, nodes n1" in capsys.readouterr().err
+    assert main(["logs", str(tmp_path / "job")]) == 0
+    assert "rank 0 has written nothing, nor any rank to stderr" in capsys.readouterr().err
+    assert main(["logs", str(tmp_path / "job"), "--rank=0-999999999999", "--node=n[1-999999999999]"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "rank 1| line"

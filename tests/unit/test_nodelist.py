@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_hpc.nodelist import MOST, fold, numbers, spans
+from elastic_hpc.nodelist import MOST, Typed, fold, named, numbers, spans
 
 
 @given(st.lists(st.integers(0, 300)))
@@ -40,3 +40,40 @@ def test_what_spans_does_not_write_is_refused(text: str) -> None:
 )
 def test_names_are_folded_as_slurm_does(names: list[str], text: str) -> None:
     assert fold(names) == text
+
+
+@given(st.sets(st.integers(0, 2000)), st.integers(0, 2000))
+def test_a_name_is_in_what_was_folded_if_it_was_among_it(there: set[int], number: int) -> None:
+    text = fold(f"n{one}" for one in there)
+    assert bool(text and named(text)(f"n{number}")) == (number in there)
+
+
+@pytest.mark.parametrize(
+    ("text", "has", "lacks"),
+    [
+        ("n[10-12]", ("n10", "n11", "n12"), ("n1", "n2", "n0", "n13", "n010", "xn10", "n10x")),
+        ("n[08-10]", ("n08", "n10"), ("n8", "n010")),
+        ("n[1-2,7],login", ("n1", "n7", "login"), ("n3", "login1", "n")),
+        ("r[1-2]n[3-4]-ib", ("r1n3-ib", "r2n4-ib"), ("r1n5-ib", "r3n3-ib", "r1n3")),
+        ("gpu*", ("gpu1", "gpu-a"), ("cpu1",)),
+        ("n?", ("n1", "na"), ("n10",)),
+        ("*[1-3]", ("n1", "node-3"), ("n12", "n21")),
+        ("n[1-999999999999]", ("n5", "n123456"), ("n0",)),
+    ],
+)
+def test_a_node_list_says_which_nodes_are_in_it(text: str, has: tuple[str, ...], lacks: tuple[str, ...]) -> None:
+    assert all(map(named(text), has))
+    assert not any(map(named(text), lacks))
+
+
+@pytest.mark.parametrize("text", ["", "n[1-", "n1]", "n[3-1]", "n[ab]", "n[]", "n[1-2", ",n1", "n1,,n2", "n[[1]]"])
+def test_a_list_that_slurm_would_not_take_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        named(text)
+
+
+def test_a_range_of_numbers_may_be_of_any_length() -> None:
+    typed = Typed.of("0-999999999999, 2000000000000")
+    assert 7 in typed
+    assert 2_000_000_000_000 in typed
+    assert 1_000_000_000_000 not in typed

@@ -17,7 +17,7 @@ SOON = timedelta(seconds=8)
 JOB = (
     "JobId=7 JobName=evil JobState=FAILED UserId=me(1) JobState={state} Reason={reason} Dependency=(null) "
     "Requeue=1 Restarts={restarts} PreemptEligibleTime=t0 PreemptTime={preempted} EndTime=t1 Partition=a,b "
-    "ReqNodeList=(null) ExcNodeList={excluded} NodeList=n[1-2] BatchHost=n1 WorkDir=/home/my dir StdErr=/dev/null"
+    "ReqNodeList=(null) ExcNodeList={excluded} NodeList=n[1-2] BatchHost=n1 WorkDir=/home/my dir StdErr=/dev/null StdIn=/dev/null StdOut=/home/my dir/a b.out Power="
 )
 RUNNING = {"state": "RUNNING", "reason": "None", "restarts": 0, "preempted": "None", "excluded": "(null)"}
 
@@ -98,6 +98,7 @@ def test_what_slurm_says_of_a_job_is_read_past_the_name_that_its_user_chose(fake
     shown = slurm.show_job("7")
     assert (shown.state, shown.partitions, shown.folder) == ("RUNNING", ("a", "b"), "/home/my dir")
     assert (shown.required, shown.nodes, shown.preempt_time) == ("", "n[1-2]", "")
+    assert (shown.output, shown.error) == ("/home/my dir/a b.out", "/dev/null")
 
 
 def test_a_change_that_slurm_holds_back_is_not_waited_for(fake: Fake):

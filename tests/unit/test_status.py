@@ -15,6 +15,7 @@ import pytest
 import records
 from rich.console import Console
 
+from elastic_hpc import slurm
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.jobs import Jobs
 from elastic_hpc.registry import known, remember
@@ -267,3 +268,81 @@ def test_a_job_is_over_only_in_a_state_that_slurm_does_not_leave(state: str) -> 
     assert view(ended(), records.story("faults"), time.time()).over
     assert view(seen(known=None), running(), time.time()).over, "Slurm forgets only what has ended"
     assert not view(seen(known=None, problem="timed out"), running(), time.time()).over, "that is not known"
+
+
+def batch(**changes: str) -> slurm.Job:
+    unset: dict[str, Any] = {field.name: "" for field in fields(slurm.Job)}
+    said = {"state": "FAILED", "reason": "JobLaunchFailure", "exit_code": "0:53", "batch_host": "n1"}
+    return slurm.Job(**{**unset, **said, "output": "/home/logs/7.out", **changes})
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "lacks", "note", "advice"),
+    [
+        (
+            "FAILED",
+            batch(),
+            "/home/logs",
+            "its batch script never ran: the folder of its output is not there: /home/logs (Slurm: JobLaunchFailure, ",
+            "make it, then submit again: mkdir -p /home/logs",
+        ),
+        (
+            "FAILED",
+            batch(),
+            "",
+            "its batch script never ran: n1 could not start it (Slurm: JobLaunchFailure, exit code 0:53)",
+            "submit it again with --exclude n1, and tell your administrator of that node",
+        ),
+        (
+            "FAILED",
+            batch(reason="NonZeroExitCode", exit_code="7:0"),
+            "",
+            "it ended before an agent led it (Slurm: NonZeroExitCode, exit code 7:0)",
+            "see what its batch script wrote: /home/logs/7.out",
+        ),
+        ("CANCELLED", batch(reason="Priority", batch_host=""), "", "it was cancelled while it waited in the queue", ""),
+        ("DEADLINE", batch(reason="DeadLine", batch_host=""), "", "it ended while it waited in the queue", ""),
+        ("FAILED", None, "", "it ended before an agent led it (Slurm: None)", "scontrol show job 4711"),
+    ],
+)
+def test_a_job_whose_batch_script_never_ran_says_why_and_what_to_do(
+    state: str, said: slurm.Job | None, lacks: str, note: str, advice: str
+) -> None:
+    known = Queued(state, None, None, "None")
+    one = view(seen(known=known, batch=said, lacks=lacks, script="", silent=None), Story(), time.time())
+    assert (one.state, one.over) == (state, True)
+    assert note in one.note
+    assert one.reason == one.note
+    assert advice in " ".join(one.advice)
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("JobHeldUser", "scontrol release 4711"),
+        ("JobHeldAdmin", "ask your administrator, or scontrol release 4711"),
+        ("launch failed requeued held", "scontrol release 4711"),
+        ("DependencyNeverSatisfied", "it will never start: elastic-hpc stop 4711"),
+        ("Resources", ""),
+    ],
+)
+def test_a_job_that_will_not_start_by_itself_says_what_to_do(reason: str, advice: str) -> None:
+    one = view(seen(known=Queued("PENDING", None, None, reason), script="", silent=None), Story(), time.time())
+    assert (one.over, one.note) == (False, reason)
+    assert advice in " ".join(one.advice)
+    assert bool(advice) == bool(one.advice)
+
+
+def test_an_id_of_two_folders_is_refused_with_a_list(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("a", "b"):
+        remember(RunDir(home / folder / "local.0").create().path)
+    (home / "link").symlink_to("a")
+    remember(home / "link" / "local.0")
+    remember(home / "gone" / "local.0")
+    for command in ("status", "stop", "drain", "logs", "why", "metrics", "timeline"):
+        assert main([command, "local.0"]) == 2
+        told = capsys.readouterr().err
+        assert "elastic-hpc: local.0 is the id of 2 jobs; give the run directory of the one you mean:\n" in told
+        assert told.count("/local.0") == 2
+    assert main(["status", "a/local.0"]) in {0, 1}
+    assert main(["status", "x" * 300]) == 2
