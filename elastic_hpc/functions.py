@@ -8,14 +8,16 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from submitit.core import job_environment, utils
 
 from elastic_hpc.env import LOCAL_NODES
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.rundir import EventReader, RunDir
-from elastic_hpc.view.logs import Stream, files
+
+if TYPE_CHECKING:
+    from elastic_hpc.view.logs import Stream
 
 MODULE = "submitit.core._submit"
 """What submitit's own executors run, with the folder of the pickle as its argument."""
@@ -67,6 +69,8 @@ class ElasticPaths(utils.JobPaths):
 
     def _log(self, stream: Stream) -> Path:
         """What the rank wrote last; before it was started, the output of the batch script and the agents."""
+        from elastic_hpc.view.logs import files
+
         written = files(self.run_dir / "logs", self.task_id, stream)
         return written[-1] if written else self.run_dir.with_name(f"{self.run_dir.name}.log")
 
