@@ -223,7 +223,7 @@ class _Reader:
                 self._note(statement, f"dropped {_first(statement.text)!r}: the srun line is elastic-sbatch's own")
             else:
                 kept.append((statement.text, f"{self._name} line {statement.line}"))
-                if match := _OF_TASKS.search(statement.text):
+                if not _is_plain(statement) and (match := _OF_TASKS.search(statement.text)):
                     self._note(statement, f"${match[1]} says nothing of an elastic job, whose size changes")
         for word in self.launch.script_args:
             if match := _OF_TASKS.search(word):
@@ -289,6 +289,10 @@ def _defined(statement: Statement) -> list[str]:
     return [match[1] for match in matches if match] if all(matches) else []
 
 
+def _is_plain(statement: Statement) -> bool:
+    return not statement.compound and bool(_ASSIGNMENT.match(statement.text)) and len(statement.tokens) <= 2
+
+
 def _names(text: str) -> set[str]:
     return set(re.findall(r"\$\{?[#!]?(\w+)", text))
 
@@ -342,7 +346,7 @@ class _Shape:
         name, value, nodes = given.name, given.value or "", self._number("nodes")
         per_node = 1 if self._by_torchrun else self._tasks_per_node()
         if name in {"ntasks", "ntasks-per-node", "tasks-per-node"}:
-            self._drop(given, "elastic-sbatch starts one agent on each node, and that the workers")
+            self._drop(given, "elastic-sbatch starts one agent on each node, which starts the workers")
         elif name == "gpus-per-task":
             self._change(given, "gpus-per-node", _times(value, per_node))
         elif name == "gpus" and nodes and (each := _divided(value, nodes)):
@@ -351,6 +355,8 @@ class _Shape:
             self._change(given, "cpus-per-task", str(int(value) * per_node))
         elif name in COMMAND_LINE_ONLY:
             self._drop(given, "it belongs on the command line")
+        elif name == "signal" and not value.startswith("B:"):
+            self._signal(given)
         elif is_for_containers(name):
             self._drop(given, "use --container-image IMAGE")
         else:
@@ -361,6 +367,17 @@ class _Shape:
                     self._drop(given, "that is done anyway")
             except UsageError as error:
                 self._drop(given, str(error).partition(": ")[2])
+
+    def _signal(self, given: Given) -> None:
+        """Slurm sends it to the tasks, which the workers are."""
+        word, _, seconds = (given.value or "").upper().rpartition(":")[2].partition("@")
+        warning = replace(given, value=f"USR2@{seconds or 60}")
+        drain = f"--drain-signal={word}"
+        self.notes.append(
+            f"{given.source}: changed {_shown(given)} to {_shown(warning)} and {drain}: the agents pass it on"
+        )
+        self.options.append(("drain-signal", word, given.source))
+        self.sbatch.append(warning)
 
     def _drop(self, given: Given, reason: str) -> None:
         self.notes.append(f"{given.source}: dropped {_shown(given)}: {reason}")

@@ -319,8 +319,10 @@ def _torchrun(launch: Launch, words: list[str], variables: Variables) -> Launch:
     for shown, reason in line.dropped:
         launch = _with(launch, note=f"dropped {shown}: {reason}")
     for name, value in line.options:
-        flag = f"--{name}={value}"
-        if name == "rdzv-endpoint":
+        flag = f"--{'nnodes' if name == 'nodes' else name}={value}"
+        if name == "max-restarts" and value == "0":
+            launch = _with(launch, note=f"dropped {flag}: a lost node costs a restart here; see --max-restarts")
+        elif name == "rdzv-endpoint":
             launch = _with(launch, note=f"dropped {flag}: each job finds its own")
         elif "$" in value or "`" in value:
             launch = _with(launch, note=f"dropped {flag}: {_UNKNOWN.get(name, 'its value is known only when it runs')}")

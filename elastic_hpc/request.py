@@ -60,15 +60,16 @@ def build(
         raise UsageError("the current directory does not exist any more; cd to one that does") from None
     settings = load(os.environ, directory, of_script).with_layer(source, options, sbatch)
     work_dir = os.path.normpath(os.path.join(directory, last(settings.sbatch, "chdir") or "."))
-    note = ""
+    note, runs_in = "", os.path.normpath(os.path.join(work_dir, folder or ""))
+    looked_in = Path(runs_in) if folder else directory
     if module:
         programs.check_module(script)
     elif folder is None or isinstance(script, Shell):
         pass  # only running the set-up lines tells
     elif no_python:
-        script = programs.find_program(script, os.path.join(work_dir, folder), directory)
+        script = programs.find_program(script, runs_in, looked_in)
     else:
-        script, note = programs.find_script(script, os.path.join(work_dir, folder), directory)
+        script, note = programs.find_script(script, runs_in, looked_in)
     chosen = dict(settings.options)
     if "nodes" not in chosen:
         if source == PYTHON:

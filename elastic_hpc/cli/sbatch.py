@@ -217,6 +217,8 @@ def _from_batch(
         notes=found.notes,
         folder=found.folder,
     )
+    if job.launch.grow and any("SLURM_JOB" in line.value for line in job.setup):
+        job = replace(job, notes=(*job.notes, "--grow: each joiner is a job of its own, so has its own $SLURM_JOB_ID"))
     nodes = job.launch.nodes
     if nodes.min == nodes.max > 1 and job.sources["nodes"] != COMMAND_LINE:
         fixed = f"{job.sources['nodes']}: the job needs all its {nodes.max} nodes; to let it run on fewer, for example"

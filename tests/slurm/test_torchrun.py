@@ -17,6 +17,31 @@ srun --no-kill --kill-on-bad-exit=0 --wait=0 --ntasks-per-node=1 {quote(TORCHRUN
     {quote(COUNTS)}
 """
 
+PAGE = f"""#!/bin/bash
+#SBATCH --job-name=multinode-example
+#SBATCH --nodes=3
+#SBATCH --ntasks=3
+#SBATCH --gpus-per-task=1
+#SBATCH --cpus-per-task=1
+
+nodes=( $( scontrol show hostnames $SLURM_JOB_NODELIST ) )
+nodes_array=($nodes)
+head_node=${{nodes_array[0]}}
+head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
+
+echo Node IP: $head_node_ip
+export LOGLEVEL=INFO
+
+srun {quote(TORCHRUN)} \\
+--nnodes 3 \\
+--nproc_per_node 1 \\
+--rdzv_id $RANDOM \\
+--rdzv_backend c10d \\
+--rdzv_endpoint $head_node_ip:29500 \\
+{quote(COUNTS)} 50 10
+"""
+"""As on PyTorch's own page."""
+
 
 def finished(job: Job) -> bool:
     return (job.run_dir / "verdict.json").exists() and job.verdict()["outcome"] == "finished"
@@ -40,3 +65,26 @@ def test_torchruns_go_on_without_a_node_that_loses_power_then_without_that_of_th
     assert job.worlds() == [4, 3, 2]
     job.assert_steps_contiguous(10)
     assert job.verdict()["restarts"] == 2
+
+
+def test_the_batch_script_of_pytorchs_page_survives_the_loss_of_a_node_and_no_file_of_the_folder_comes_in_between(
+    fresh: Cluster, folder: Path
+) -> None:
+    """The folder has modules named like those of the library, which are not for the agents; the shell has defaults for
+    srun, which are not for their step.
+    """
+    for name in sys.stdlib_module_names - {"__main__"}:
+        (folder / f"{name}.py").write_text("raise SystemExit('of the working directory')")
+    (folder / "job.sh").write_text(PAGE)
+    (folder / "hold").touch()
+    sbatch = [str(Path(sys.executable).with_name("elastic-sbatch")), "--parsable", "--from-batch=job.sh", "-N", "2:3"]
+    done = fresh.exec(["env", f"--chdir={folder}", "SRUN_CPUS_PER_TASK=99", *sbatch])
+    assert "job.sh line 5: changed --gpus-per-task=1 to --gpus-per-node=1" in done.stderr
+    job = Job(fresh, done.stdout.strip(), folder)
+    job.wait_steps(10)
+    fresh.mini("kill", "n3")
+    job.wait_steps(5, round=2)
+    (folder / "hold").unlink()
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED"
+    assert job.worlds() == [3, 2]
+    assert fresh.job_field(job.id, "JobName") == "multinode-example"

@@ -74,7 +74,7 @@ def test_the_example_of_pytorchs_own_page() -> None:
     rendezvous = "nodes, nodes_array, head_node, head_node_ip: the agents find each other by themselves"
     assert found.notes == (
         f"job.sh: taken: {taken}, set-up lines: 1, to run: /shared/examples/train.py 50 10",
-        "job.sh line 5: dropped --ntasks=4: elastic-sbatch starts one agent on each node, and that the workers",
+        "job.sh line 5: dropped --ntasks=4: elastic-sbatch starts one agent on each node, which starts the workers",
         "job.sh line 6: changed --gpus-per-task=1 to --gpus-per-node=1: an agent has all of its node",
         f"job.sh lines 9, 10, 11, 12, 14: dropped {rendezvous}",
         "job.sh line 17: dropped srun and its options: elastic-sbatch starts one agent on each node",
@@ -137,7 +137,7 @@ def test_variables_are_followed_as_far_as_options_need_them() -> None:
     )  # fmt: skip
     assert options(found) == {"nproc-per-node": "4", "max-restarts": "2", "nodes": "4"}
     assert (found.script, found.script_args) == ("/home/me/train.py", ("--x",))
-    assert noted(found, "dropped --nodes=$SLURM_NNODES: all nodes of the job take part") or noted(found, "$NNODES")
+    assert noted(found, "dropped --nnodes=$NNODES: all nodes of the job take part")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,9 @@ def test_variables_are_followed_as_far_as_options_need_them() -> None:
                                "--nodes=1"]),
         ("#SBATCH -J 'my job' --comment=\"a # b\"", "torchrun train.py",
          ["--job-name=my job", "--comment=a # b", "--nodes=1"]),
+        ("#SBATCH --signal=SIGUSR1@300", "torchrun train.py",
+         ["--signal=USR2@300", "--drain-signal=SIGUSR1", "--nodes=1"]),
+        ("#SBATCH --signal=B:USR1@300", "torchrun train.py", ["--signal=B:USR1@300", "--nodes=1"]),
         ("", "srun -N 3 -n 3 --gpus-per-task=2 torchrun train.py", ["--gpus-per-node=2", "--nodes=3"]),
     ],
 )  # fmt: skip
