@@ -11,13 +11,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from elastic_hpc import functions
+from elastic_hpc import from_python, functions, torchrun_options
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.rundir import RunDir
-from elastic_hpc.spec import LAUNCH_OPTIONS, as_text
+from elastic_hpc.spec import LAUNCH_OPTIONS
 from elastic_hpc.start import module_command
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from elastic_hpc.option_types import LaunchOptions
 
 
 class LaunchFailed(ElasticError):
@@ -33,22 +38,35 @@ class LaunchFailed(ElasticError):
 class LaunchConfig:
     """How a launch runs: the launch options of ``elastic-srun``, with ``_`` for ``-``."""
 
-    def __init__(self, *, local: int | None = None, log_dir: str = "elastic-logs", **options: object) -> None:
+    def __init__(
+        self,
+        *,
+        local: int | None = None,
+        log_dir: str | os.PathLike[str] = "elastic-logs",
+        **options: Unpack[LaunchOptions],
+    ) -> None:
         """``local``: that many agents as processes of this machine, without Slurm; else the allocation's nodes are
-        used. ``log_dir``: where the run directory is made. Raises UsageError for options or values that do not exist.
+        used. ``log_dir``: where the run directory is made. Values are those of JobSpec.of. Raises UsageError for
+        options or values that do not exist.
 
-        ``LaunchConfig(nodes="2:4", nproc_per_node=8, max_restarts=3)``
+        ``LaunchConfig(nodes=(2, 4), nproc_per_node=8, max_restarts=3)``
         """
-        known = {option.dest: option for option in LAUNCH_OPTIONS}
-        self.local, self.log_dir = local, Path(log_dir).absolute()
+        known = {option.flag: option for option in LAUNCH_OPTIONS}
+        if local is not None and (isinstance(local, bool) or not isinstance(local, int) or local < 1):
+            raise UsageError(f"local={local!r}: expected a number of agents above 0, for example local=4")
+        self.local, self.log_dir = local, Path(from_python.word(log_dir, "log_dir")).absolute()
         self.options: list[str] = []
-        for name, value in options.items():
-            if name not in known:
-                raise UsageError(f"{name}: unknown option; expected one of {', '.join(known)}")
-            if value is not None:
-                text = as_text(value, switch=known[name].is_switch)
-                known[name].parse(text)
-                self.options.append(f"{known[name].flag}={text}")
+        ours, torchruns = torchrun_options.translate(from_python.options(options)[0])
+        for each in torchruns:
+            torchrun_options.unneeded(each)
+        for each in ours:
+            if each.option.flag not in known:
+                raise UsageError(
+                    f"{each.name.replace('-', '_')}: is no option of a launch, which runs in an allocation that is "
+                    f"there; expected one of {', '.join(option.dest for option in LAUNCH_OPTIONS)}"
+                )
+            known[each.option.flag].parse(each.value or "")
+            self.options.append(f"{each.option.flag}={each.value}")
 
     def command(self, run_dir: Path, script: str, *script_args: str, module: bool = False) -> list[str]:
         """The command that runs it."""
@@ -65,7 +83,7 @@ class elastic_launch:  # noqa: N801 - torch's name
     of a script, whose arguments are strings.
     """
 
-    def __init__(self, config: LaunchConfig, entrypoint: Callable[..., Any] | str) -> None:
+    def __init__(self, config: LaunchConfig, entrypoint: Callable[..., Any] | str | os.PathLike[str]) -> None:
         self._config = config
         self._entrypoint = entrypoint
 
@@ -76,8 +94,9 @@ class elastic_launch:  # noqa: N801 - torch's name
         """
         run_dir = self._config.log_dir / f"launch.{secrets.token_hex(4)}"
         rundir = RunDir(run_dir).create()
-        if isinstance(self._entrypoint, str):
-            command = self._config.command(run_dir, self._entrypoint, *map(str, args))
+        if isinstance(self._entrypoint, (str, os.PathLike)):
+            words = [from_python.word(each, "argument of the script") for each in (self._entrypoint, *args)]
+            command = self._config.command(run_dir, *words)
             _run(command, os.environ)
             _outcome(rundir)
             return {}

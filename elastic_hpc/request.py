@@ -8,21 +8,19 @@ import contextlib
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from elastic_hpc import durations, programs, sbatch_options, snapshot, torchrun_options
-from elastic_hpc.config import KEYS, SWITCHES, Layer, Setting, Settings, load
+from elastic_hpc import durations, from_python, programs, sbatch_options, snapshot, torchrun_options
+from elastic_hpc.config import KEYS, Layer, Setting, Settings, load
 from elastic_hpc.errors import UsageError
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, LONGEST_LEAD, SBATCH, Given, WarningSignal, last
+from elastic_hpc.from_python import SOURCE as PYTHON
+from elastic_hpc.sbatch_options import LONGEST_LEAD, SBATCH, Given, WarningSignal, last
 from elastic_hpc.script import NOT_FOR_TORCHRUN, Container, JobSpec, Shell, render
 from elastic_hpc.snapshot import WorkTree
-from elastic_hpc.spec import LaunchSpec, as_text
-
-PYTHON = "Python"
-"""Where a setting came from, for the ways in that are called."""
+from elastic_hpc.spec import LaunchSpec
 
 _CONTAINER = (
     "it would put the batch script itself into a container, where srun and scontrol are not; use --container-image "
@@ -45,10 +43,12 @@ def build(
     of_script: Sequence[Layer] = (),
     notes: Sequence[str] = (),
     folder: str | None = "",
+    unset: Collection[str] = (),
 ) -> JobSpec:
     """The job: ``options`` of ours and of ``sbatch``, from ``source``, over what the environment, the script itself and
     the configuration files say. ``torchrun``: options of torchrun that have no counterpart here. ``notes`` are for the
-    user; the set-up lines change to ``folder``, None if that is not known. Raises UsageError for what cannot be a job.
+    user; the set-up lines change to ``folder``, None if that is not known. ``unset``: options of sbatch that are not to
+    be, whatever a file says. Raises UsageError for what cannot be a job.
     """
     if module and no_python:
         raise UsageError("--no-python with --module: a module needs a Python; leave out one of them")
@@ -58,7 +58,7 @@ def build(
         directory = Path.cwd()
     except FileNotFoundError:
         raise UsageError("the current directory does not exist any more; cd to one that does") from None
-    settings = load(os.environ, directory, of_script).with_layer(source, options, sbatch)
+    settings = load(os.environ, directory, of_script).with_layer(source, options, sbatch, unset)
     work_dir = os.path.normpath(os.path.join(directory, last(settings.sbatch, "chdir") or "."))
     note, runs_in = "", os.path.normpath(os.path.join(work_dir, folder or ""))
     looked_in = Path(runs_in) if folder else directory
@@ -132,31 +132,33 @@ def build(
 
 
 def from_names(
-    script: str,
-    script_args: Sequence[str],
+    script: str | os.PathLike[str],
+    script_args: Iterable[object],
     *,
     module: bool = False,
     no_python: bool = False,
-    setup: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
+    setup: str | Iterable[object] = (),
+    env: Mapping[str, object] | None = None,
     options: Mapping[str, object],
+    sbatch: Mapping[str, object] | None = None,
 ) -> JobSpec:
-    """The job of a Python call: ``options`` are long options, ours and sbatch's, with ``_`` for ``-``. None is not
-    given, True and False are a switch that is and is not.
-    """
-    ours = [("setup", line) for line in setup] + [("env", f"{name}={value}") for name, value in (env or {}).items()]
-    passed: list[Given] = []
-    for key, value in options.items():
-        name = key.replace("_", "-")
-        if value is None:
-            continue
-        if name in KEYS:
-            ours.append((name, as_text(value, switch=name in SWITCHES)))
-        elif name in COMMAND_LINE_ONLY:
-            raise UsageError(f"{key}: belongs on sbatch's command line, a job in Python has no such option")
-        elif value is not False:
-            passed.append(Given(sbatch_options.named(name), None if value is True else as_text(value), PYTHON))
-    return build(script, script_args, ours, passed, module=module, no_python=no_python, source=PYTHON)
+    """The job of a Python call: ``options`` as ``from_python.options`` takes them."""
+    named, unset = from_python.options(options, sbatch)
+    given, torchrun = torchrun_options.translate(named)
+    ours = [("setup", line) for line in from_python.lines(setup)]
+    ours += [("env", variable) for variable in from_python.environment(env)]
+    ours += [(each.name, each.value or "") for each in given if each.name in KEYS]
+    return build(
+        from_python.word(script, "script"),
+        [from_python.word(arg, "argument of the script") for arg in script_args],
+        ours,
+        [each for each in given if each.name not in KEYS],
+        module=module,
+        source=PYTHON,
+        no_python=no_python,
+        torchrun=torchrun,
+        unset=unset,
+    )
 
 
 @contextlib.contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic_hpc import __version__
 from elastic_hpc.config import Setting
@@ -18,6 +19,11 @@ from elastic_hpc.snapshot import WorkTree
 from elastic_hpc.spec import LaunchSpec
 from elastic_hpc.start import module_command
 from elastic_hpc.values import RdzvConf
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from elastic_hpc.option_types import JobOptions
 
 COMMAND_LINE = "command line"
 NOT_FOR_TORCHRUN = (
@@ -86,26 +92,35 @@ class JobSpec:
     @classmethod
     def of(
         cls,
-        script: str,
-        *script_args: str,
+        script: str | os.PathLike[str],
+        *script_args: object,
         module: bool = False,
         no_python: bool = False,
-        setup: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-        **options: object,
+        setup: str | Iterable[str] = (),
+        env: Mapping[str, object] | None = None,
+        sbatch: Mapping[str, object] | None = None,
+        **options: Unpack[JobOptions],
     ) -> JobSpec:
         """The job that ``elastic-sbatch [options] SCRIPT [ARGS]`` would submit, configuration files included::
 
-            JobSpec.of("train.py", "--lr", "1e-3", nodes="4:8", grow=True, partition="gpu", gpus_per_node=8)
+            JobSpec.of("train.py", "--lr", 1e-3, nodes=(4, 8), grow=True, partition="gpu", time=timedelta(hours=8))
 
-        ``options`` are long options of elastic-sbatch and of sbatch, with ``_`` for ``-``. None is not given; True and
-        False are a switch that is and is not. Times are in seconds or a timedelta where elastic-sbatch has seconds,
-        those of sbatch in its own notation. Raises UsageError, as the command would refuse.
+        ``options`` are long options of elastic-sbatch and of sbatch, with ``_`` for ``-``; ``sbatch`` has those that
+        only a newer sbatch knows. None is not given; True and False are a switch that is and is not. Times are a
+        timedelta, seconds where elastic-sbatch has seconds, or in sbatch's own notation. A list is what sbatch
+        separates by commas. Raises UsageError, a ValueError too, as the command would refuse.
         """
         from elastic_hpc.request import from_names
 
         return from_names(
-            script, script_args, module=module, no_python=no_python, setup=setup, env=env, options=options
+            script,
+            script_args,
+            module=module,
+            no_python=no_python,
+            setup=setup,
+            env=env,
+            options=options,
+            sbatch=sbatch,
         )
 
     @property

@@ -103,7 +103,9 @@ def options_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(cores, int) and workers.isdecimal():  # Slurm sees one task on a node, the agent
         options["cpus_per_task"] = cores * int(workers)
     forced = options.pop("additional_parameters", None) or {}
-    return {**options, **{name.replace("-", "_"): value for name, value in forced.items()}}
+    known = {name.replace("-", "_"): value for name, value in forced.items() if name.replace("-", "_") in _OPTIONS}
+    newer = {name: value for name, value in forced.items() if name.replace("-", "_") not in _OPTIONS}
+    return {**options, **known, **({"sbatch": newer} if newer else {})}
 
 
 def _meant(name: str) -> str:

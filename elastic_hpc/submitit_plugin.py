@@ -96,6 +96,7 @@ class ElasticExecutor(core.Executor):
             module=True,
             setup=options.pop("setup", None) or (),
             env={**(options.pop("env", None) or {}), "SUBMITIT_EXECUTOR": CLUSTERS[0]},
+            sbatch=options.pop("sbatch", None),
             options={"output": self._runs / output, **options, "log_dir": self._runs},
         )
 

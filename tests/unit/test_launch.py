@@ -47,7 +47,7 @@ def test_a_script_takes_its_arguments_and_what_elastic_srun_refuses_is_no_result
 
 
 def test_options_that_do_not_exist_are_refused_before_anything_runs() -> None:
-    with pytest.raises(UsageError, match="max_nodes: unknown option; expected one of nodes, "):
+    with pytest.raises(UsageError, match="max_nodes: unknown option; "):
         LaunchConfig(max_nodes=4)
     with pytest.raises(UsageError, match="--nodes '8-4': expected N or MIN:MAX"):
         LaunchConfig(nodes="8-4")

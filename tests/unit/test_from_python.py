@@ -1,0 +1,198 @@
+"""Options given in Python: what they become, and what is refused."""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elastic_hpc import JobSpec, LaunchConfig, UsageError, render
+from elastic_hpc import option_types as types
+from elastic_hpc.config import KEYS
+from elastic_hpc.sbatch_options import _REFUSED, COMMAND_LINE_ONLY, SBATCH
+from elastic_hpc.spec import LAUNCH_OPTIONS
+from elastic_hpc.torchrun_options import OPTIONS
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "ELASTIC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text("pass")
+    return tmp_path
+
+
+def of(*args: object, **options: object) -> JobSpec:
+    return JobSpec.of("train.py", *args, **{"nodes": 1, **options})  # type: ignore[arg-type]
+
+
+def directives(**options: object) -> list[str]:
+    """What the script says to sbatch besides what it says of every job."""
+    return re.findall(r"^#SBATCH --(.*\S) +# Python$", render(of(**options)), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        *((4, "4:4"), ("4:8", "4:8"), ("4-8", "4:8"), ((4, 8), "4:8"), ((4, 6, 8), "4,6,8"), ([4, 6, 8], "4,6,8")),
+        *((range(4, 9), "4:8"), (range(4, 9, 2), "4,6,8"), (range(4, 5), "4:4"), (range(8, 3, -2), "4,6,8")),
+        *((range(4, 9, 4), "4,8"), (np.int64(4), "4:4"), ((np.int32(2), 4), "2:4"), ((4,), "4:4")),
+    ],
+)
+def test_nodes_are_a_number_a_pair_exact_numbers_or_a_range(nodes, expected):
+    assert str(of(nodes=nodes).launch.nodes) == expected
+    assert str(of(nodes=None, nnodes=nodes).launch.nodes) == expected
+
+
+@pytest.mark.parametrize("nodes", [[4, 8], True, 4.5, (), [], range(0), b"4", {4: 8}, object(), (8, 4), (0, 2), "x"])
+def test_nodes_that_can_be_read_in_two_ways_or_in_none_are_refused(nodes):
+    with pytest.raises(UsageError, match="nodes"):
+        of(nodes=nodes)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"time": timedelta(hours=8)}, "time=08:00:00"),
+        ({"time": timedelta(days=2, seconds=0.5)}, "time=2-00:00:01"),
+        ({"time": 60}, "time=60"),
+        ({"time_min": timedelta(minutes=90)}, "time-min=01:30:00"),
+        ({"begin": timedelta(hours=1)}, "begin=now+3600"),
+        ({"begin": datetime(2027, 1, 2, 3, 4, 5)}, "begin=2027-01-02T03:04:05"),  # noqa: DTZ001 - local, as Slurm's
+        ({"deadline": date(2027, 1, 2)}, "deadline=2027-01-02"),
+        ({"exclude": ["n1", "n2"]}, "exclude=n1,n2"),
+        ({"nodelist": ("n[1-2]", "n4")}, "nodelist=n[1-2],n4"),
+        ({"mail_type": {"FAIL", "END"}}, "mail-type=END,FAIL"),
+        ({"array": range(8)}, "array=0-7"),
+        ({"array": range(0, 9, 4)}, "array=0-8:4"),
+        ({"array": [1, 3]}, "array=1,3"),
+        ({"mem": 16}, "mem=16"),
+        ({"mem": 16.0}, "mem=16"),
+        ({"cpus_per_task": np.int64(8)}, "cpus-per-task=8"),
+        ({"output": Path("a/b.log")}, "output=a/b.log"),
+        ({"exclusive": True}, "exclusive"),
+        ({"exclusive": "user"}, "exclusive=user"),
+        ({"hold": True}, "hold"),
+        ({"partition": enum.Enum("P", {"GPU": "gpu"}).GPU}, "partition=gpu"),
+        ({"sbatch": {"new-option": "x"}}, "new-option=x"),
+        ({"sbatch": {"new_switch": True}}, "new-switch"),
+        ({"sbatch": {"partition": "gpu"}}, "partition=gpu"),
+    ],
+)
+def test_sbatchs_options_are_written_in_sbatchs_notation(options, expected):
+    (found,) = directives(**options)
+    assert found.replace('"', "") == expected
+
+
+def test_a_moment_with_a_time_zone_is_told_in_local_time():
+    moment = datetime(2027, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
+    assert directives(begin=moment) == [f"begin={moment.astimezone().replace(tzinfo=None).isoformat()}"]
+
+
+def test_false_takes_back_what_a_file_says_and_none_does_not():
+    Path("elastic_hpc.toml").write_text("[sbatch]\nexclusive = true\n")
+    assert of(exclusive=None).has("exclusive")
+    assert not of(exclusive=False).has("exclusive")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_restart": 5}, "max_restart: unknown option; did you mean max_restarts?"),
+        ({"partitoin": "gpu"}, "did you mean partition.*sbatch={'partitoin': ...}"),
+        ({"mem": 16.5}, "mem=16.5: expected a whole number"),
+        ({"mem": float("nan")}, "mem=nan: expected a whole number"),
+        ({"mem": b"16G"}, "mem=b'16G': expected a text or a number"),
+        ({"mem": True}, "mem=True: expected a text or a number"),
+        ({"constraint": ["a", "b"]}, r"constraint=\['a', 'b'\]: expected a text or a number"),
+        ({"exclude": [["n1"]]}, r"exclude=\['n1'\]: expected a text or a number"),
+        ({"exclude": []}, r"exclude=\[\]: expected a text or a number"),
+        ({"hold": "yes"}, "hold='yes': expected True or False"),
+        ({"partition": False}, "partition=False: expected a text or a number"),
+        ({"cpus_per_task": timedelta(1)}, "cpus_per_task=.*expected"),
+        ({"time": timedelta(0)}, "time=.*expected a time above 0"),
+        ({"parsable": True}, "parsable: belongs on sbatch's command line"),
+        ({"max_restarts": True}, "max_restarts=True: expected a text or a number"),
+        ({"max_restarts": 2.5}, "--max-restarts '2.5': expected a whole number"),
+        ({"max_restarts": timedelta(1)}, "max_restarts=.*expected"),
+        ({"grow": 1}, "--grow '1': expected on or off"),
+        ({"grace": object()}, "grace=<object.*expected a text or a number"),
+        ({"env": "A=1"}, "env='A=1': expected a dict"),
+        ({"env": {"A": True}}, "env A True: expected a text, a number or a Path"),
+        ({"setup": [None]}, "setup None: expected a text"),
+        ({"sbatch": {"max_restarts": 5}}, "sbatch 'max_restarts': is an option of ours, write max_restarts="),
+        ({"node_rank": 3}, "--node-rank 3: one command starts"),
+        ({"no_python": True, "module": True}, "--no-python with --module"),
+    ],
+)
+def test_what_no_command_line_could_have_is_refused_at_once(options, message):
+    with pytest.raises(UsageError, match=message):
+        of(**options)
+    with pytest.raises(ValueError, match=message):  # as Python's own functions would
+        of(**options)
+
+
+def test_a_text_is_one_setup_line_and_values_of_the_environment_become_text():
+    job = of(setup="module load cuda", env={"A": 1, "B": Path("x"), "C": None, "D": 0.5})
+    assert [line.value for line in job.setup] == ["module load cuda"]
+    assert {name: value.value for name, value in job.env.items()} == {"A": "1", "B": "x", "D": "0.5"}
+
+
+def test_the_script_and_its_arguments_become_text_at_once():
+    job = JobSpec.of(Path("train.py"), "--epochs", 2, 1e-3, Path("data"), np.float32(0.5), nodes=1)
+    assert (job.launch.script, job.launch.script_args) == ("train.py", ("--epochs", "2", "0.001", "data", "0.5"))
+    for wrong in (None, True, b"x", ["a"], object()):
+        with pytest.raises(UsageError, match=r"argument of the script .*: expected a text, a number or a Path"):
+            of(wrong)
+    with pytest.raises(UsageError, match=r"script b'train\.py': expected a text"):
+        JobSpec.of(b"train.py", nodes=1)  # type: ignore[arg-type]
+
+
+def test_options_of_ours_take_what_python_has_for_them():
+    launch = of(
+        grow=True, grace=timedelta(minutes=5), heartbeat_timeout=2.5, hang_timeout="10m", preload=["torch", "numpy"],
+        rdzv_conf={"join_timeout": timedelta(minutes=1), "last_call_timeout": 5}, max_restarts=np.int64(3),
+        nproc_per_node=8.0, python=["python3", "-X", "dev"],
+    ).launch  # fmt: skip
+    assert (launch.grow, launch.grace, launch.heartbeat_timeout) == (True, timedelta(minutes=5), timedelta(seconds=2.5))
+    assert (launch.hang_timeout, launch.preload.modules) == (timedelta(minutes=10), ("torch", "numpy"))
+    assert str(launch.rdzv_conf) == "join_timeout=60,last_call_timeout=5"
+    assert (launch.max_restarts, launch.nproc_per_node) == (3, "8")
+    assert of(preload=False).launch.preload.modules == ()
+    assert of(python=["my python", "-O"]).agent_python == ("my python", "-O")
+
+
+def test_torchruns_names_are_taken():
+    job = of(nodes=None, nnodes="2:4", rdzv_backend="c10d", master_addr="n1", master_port=29501, monitor_interval=0.5)
+    assert (str(job.launch.nodes), str(job.launch.rdzv_endpoint)) == ("2:4", "n1:29501")
+
+
+def test_a_launch_takes_the_same_values():
+    config = LaunchConfig(local=2, nodes=(1, 2), grace=timedelta(minutes=1), log_dir=Path("x"), rdzv_backend="c10d")  # type: ignore[call-arg]
+    assert (config.options, config.log_dir) == (["--nodes=1:2", "--grace=60"], Path("x").absolute())
+    for options, message in (
+        ({"max_restart": 1}, "did you mean max_restarts"),
+        ({"partition": "gpu"}, "partition: is no option of a launch"),
+        ({"local": True}, "local=True: expected a number of agents"),
+        ({"grace": "soon"}, "--grace 'soon': expected a time"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            LaunchConfig(**options)  # type: ignore[arg-type]
+
+
+def test_the_types_of_the_options_have_the_names_of_the_tables():
+    def names(kind: type) -> set[str]:
+        return {name.replace("_", "-") for name in kind.__annotations__}
+
+    assert names(types.LaunchOptions) == {option.flag.removeprefix("--") for option in LAUNCH_OPTIONS}
+    assert names(types.JobOptions) >= set(KEYS) - {"setup", "env"}
+    assert names(types.TorchrunOptions) == {o.name for o in OPTIONS} - set(KEYS) - {"module", "no-python"}
+    always = _REFUSED.keys() - {"ntasks", "ntasks-per-node", "tasks-per-node"}
+    assert names(types.SbatchOptions) == SBATCH.keys() - COMMAND_LINE_ONLY - always - {"nodes"}
