@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -77,6 +78,7 @@ def instead_of(name: str) -> str | None:
     """What workers have in place of the variable ``name``; None if it is not hidden from them."""
     if name.startswith("PMIX_MCA_"):  # settings, the user's
         return None
+    name = re.sub(r"_(HET|PACK)_GROUP_\d+$", "", name)  # Slurm says some things once more for each component
     by_family = (what for family, what in FAMILIES.items() if name.startswith(family))
     return INSTEAD.get(name) or next(by_family, None)
 

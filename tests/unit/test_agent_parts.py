@@ -98,7 +98,8 @@ def test_workers_do_not_see_that_slurm_launched_the_agents() -> None:
 
 SHAPE = {
     "SLURM_NNODES": "3", "SLURM_JOB_NUM_NODES": "3", "SLURM_NODELIST": "n[1-3]", "SLURM_JOB_NODELIST": "n[1-3]",
-    "SLURM_JOB_CPUS_PER_NODE": "9(x3)", "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_TASKS_PER_NODE": "1(x3)",
+    "SLURM_JOB_CPUS_PER_NODE": "9(x3)", "SLURM_JOB_CPUS_PER_NODE_PACK_GROUP_0": "9(x3)",
+    "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_TASKS_PER_NODE": "1(x3)",
     "SLURM_NTASKS_PER_NODE": "1", "SLURM_NTASKS_PER_SOCKET": "1", "SLURM_GPUS": "12", "SLURM_CPU_BIND_LIST": "0x1",
     "PMI_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.7.0", "PMIX_SERVER_URI41": "x", "OMPI_COMM_WORLD_SIZE": "3",
     "MV2_COMM_WORLD_RANK": "1", "MPI_LOCALRANKID": "0", "PALS_RANKID": "1",

@@ -23,6 +23,7 @@ TRAIN = """
 import os, signal, sys, threading, time
 import torch, torch.distributed as dist
 from pathlib import Path
+from elastic_hpc.training import report_progress
 run, rank, how = Path(os.environ["ELASTIC_HPC_RUN_DIR"]), int(os.environ["RANK"]), sys.argv[1]
 number = getattr(signal, sys.argv[2])
 
@@ -41,10 +42,13 @@ def save(*_):
 
 if how != "ignorant" and (how != "first" or rank == 0):
     signal.signal(number, save if how != "first" else lambda *_: (save(), os._exit(0)))
+if os.environ["ELASTIC_HPC_ROUND"] == "2":
+    sys.exit(0)
 dist.init_process_group("gloo")
 while True:
     dist.all_reduce(torch.ones(1))
     (run / f"steps.{rank}").touch()
+    report_progress(1)
     time.sleep(0.02)
 """
 
@@ -138,6 +142,22 @@ def test_ctrl_c_lets_a_script_save_in_its_handler(start: Callable[..., Run]) -> 
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(60) == 130
     assert "stopped by the user; the workers saved and stopped" in run.output.read_text()
+    assert run.saved == ["saved.0", "saved.1"]
+
+
+def test_before_a_growth_a_script_saves_in_its_handler_and_the_next_round_is_no_failure_s(
+    start: Callable[..., Run],
+) -> None:
+    run = start("code", "SIGTERM", "--nodes=2:3")  # the last one counts
+    children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
+    command = os.fsdecode(Path(f"/proc/{children[0]}/cmdline").read_bytes()).split("\0")[:-1]
+    environ = {**os.environ, "ELASTIC_HPC_LOCAL_NODE": "2", "ELASTIC_HPC_LOCAL_NODES": "3"}
+    with subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True):
+        assert run.process.wait(60) == 0, run.output.read_text()
+    events = [json.loads(line) for line in (run.dir / "events.jsonl").read_text().splitlines()]
+    assert [event["world_size"] for event in events if event["event"] == "round"] == [2, 3]
+    assert [event["reason"] for event in events if event["event"] == "restart"] == ["1 more node(s) joined"]
+    assert "failure" not in {event["event"] for event in events}
     assert run.saved == ["saved.0", "saved.1"]
 
 
