@@ -1,12 +1,14 @@
 """Elastic PyTorch jobs on Slurm: start with MIN nodes, use up to MAX, survive the loss of nodes.
 
-What is exported here is the Python way in, see docs/python.md; ``elastic_hpc.training`` is for training scripts.
+Public are the names in ``__all__`` of this package, the Python way in, and of ``elastic_hpc.training``, for training
+scripts. All other modules are private: they change without notice.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from elastic_hpc import training as training
     from elastic_hpc.errors import ElasticError, SlurmError, UsageError
     from elastic_hpc.job import Job, JobFailed, JobStatus, submit
     from elastic_hpc.launch import LaunchConfig, LaunchFailed, elastic_launch
@@ -36,9 +38,16 @@ _HOMES = {
     **dict.fromkeys(("JobSpec", "render"), "script"),
 }
 
+if not TYPE_CHECKING:  # the names above are all there are, and have their types
 
-def __getattr__(name: str) -> object:
-    """Import what is asked for, when it is: every agent and every command imports this package."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    def __getattr__(name):  # noqa: ANN001, ANN202
+        """Import what is asked for, when it is: every agent and every command imports this package."""
+        if name == "training":
+            return import_module(f"{__name__}.training")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "training", *(name for name in globals() if name.startswith("__"))])

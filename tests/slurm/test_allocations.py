@@ -85,7 +85,7 @@ def test_a_batch_script_of_ones_own_passes_the_warning_on_and_the_workers_save(f
     batch.write_text(f"""#!/bin/bash
 #SBATCH --nodes=2 --no-kill --signal=B:USR2@60
 trap 'kill -TERM "$pid"' USR2
-{SRUN} {listens} &
+{shlex.join([SRUN, str(listens)])} &
 pid=$!
 wait "$pid" || wait "$pid"
 """)

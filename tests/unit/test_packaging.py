@@ -1,13 +1,21 @@
+import configparser
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import installer
 import pytest
+from installer.destinations import SchemeDictionaryDestination
+from installer.sources import WheelFile
 
-from elastic_hpc import __version__
+import elastic_hpc
+from elastic_hpc import __version__, training
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = {path.name for path in (ROOT / "slurm_templates").iterdir()}
@@ -26,6 +34,33 @@ def built(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def wheel(built):
+    return next(built.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The interpreter of an environment with the wheel alone, made and filled by uv."""
+    folder = tmp_path_factory.mktemp("uv") / "environment"
+    uv(folder.parent, "venv", "--python", sys.executable, folder)
+    uv(folder.parent, "pip", "install", "--no-deps", "--python", folder / "bin" / "python", wheel)
+    return folder / "bin" / "python"
+
+
+def uv(cwd, *words):
+    cache = {"UV_CACHE_DIR": str(cwd / "cache"), "UV_PYTHON_DOWNLOADS": "never", "UV_NO_CONFIG": "1"}
+    return run(sys.executable, "-m", "uv", "--offline", *words, cwd=cwd, **cache)
+
+
+def entry_points(text):
+    """As strict readers have them: TensorBoard's, Poetry's, PDM's, pip's on Python 3.10, and uv's take no key twice."""
+    parser = configparser.ConfigParser(delimiters=("=",), strict=True)
+    parser.optionxform = str
+    parser.read_string(text)
+    return {group: dict(parser[group]) for group in parser.sections()}
+
+
 def test_the_wheel_has_the_templates_the_license_and_the_commands(built):
     with zipfile.ZipFile(built / f"elastic_hpc-{__version__}-py3-none-any.whl") as wheel:
         names = set(wheel.namelist())
@@ -37,6 +72,17 @@ def test_the_wheel_has_the_templates_the_license_and_the_commands(built):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     for command in ("sbatch", "srun", "hpc"):
         assert f"elastic-{command} = elastic_hpc.cli.{command}:main" in points
+    assert "elastic_hpc/py.typed" in names
+
+
+def test_every_entry_point_has_a_key_of_its_own_and_leads_somewhere(wheel):
+    with WheelFile.open(wheel) as source:
+        text = source.read_dist_info("entry_points.txt")
+    found = entry_points(text)
+    assert found.keys() == {"console_scripts", "submitit", "torchrun.handlers"}
+    for group, points in found.items():
+        for name, value in points.items():
+            assert callable(EntryPoint(name.strip(), value, group).load())
 
 
 def test_the_sdist_has_what_a_checkout_has(built):
@@ -49,7 +95,7 @@ def test_the_sdist_has_what_a_checkout_has(built):
 def test_an_installed_wheel_finds_its_templates(built, tmp_path):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path)
-    (tmp_path / "train.py").write_text("")
+    (tmp_path / "train.py").write_text("pass")
     command = [sys.executable, "-m", "elastic_hpc.cli.sbatch", "--dry-run", "-N1", "train.py"]
     assert run(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path)).startswith("#!/bin/bash\n")
 
@@ -59,7 +105,7 @@ def test_an_editable_install_finds_the_checkouts_templates(tmp_path):
     name = run(sys.executable, "-c", code, cwd=ROOT).splitlines()[-1]
     with zipfile.ZipFile(tmp_path / name) as wheel:
         wheel.extractall(tmp_path)
-    (tmp_path / "train.py").write_text("")
+    (tmp_path / "train.py").write_text("pass")
     code = (
         f"import site, sys; before = [*sys.path]; site.addsitedir({str(tmp_path)!r})\n"
         "sys.path[:0] = [path for path in sys.path if path not in before]\n"  # before another checkout's
@@ -72,7 +118,7 @@ def test_an_editable_install_finds_the_checkouts_templates(tmp_path):
 
 
 def test_a_plain_checkout_runs_the_command_from_anywhere_and_hands_itself_to_the_job(tmp_path):
-    (tmp_path / "train.py").write_text("")
+    (tmp_path / "train.py").write_text("pass")
     command = [sys.executable, str(ROOT / "bin" / "elastic-sbatch"), "-N1", "--parsable", "train.py"]
     assert run(*command[:2], "--dry-run", *command[2:], cwd=tmp_path).startswith("#!/bin/bash\n")
     stub = tmp_path / "sbatch"
@@ -87,3 +133,75 @@ def test_no_command_of_a_checkout_is_forgotten():
         path = ROOT / "bin" / f"elastic-{command}"
         assert os.access(path, os.X_OK)
         assert f"from elastic_hpc.cli.{command} import main" in path.read_text()
+
+
+def test_uv_installs_the_wheel_with_its_commands(installed):
+    listed = "from importlib.metadata import entry_points; print(*(e.name for e in entry_points(group='submitit')))"
+    assert run(installed, "-c", listed, cwd=installed.parent).split() == ["executor", "job_environment"]
+    for command in ("sbatch", "srun", "hpc"):
+        assert os.access(installed.with_name(f"elastic-{command}"), os.X_OK)
+
+
+def test_installer_installs_the_wheel_with_its_commands(wheel, tmp_path):
+    scheme = {name: str(tmp_path / name) for name in ("purelib", "platlib", "headers", "scripts", "data")}
+    with WheelFile.open(wheel) as source:
+        installer.install(source, SchemeDictionaryDestination(scheme, sys.executable, "posix"), {})
+    assert {path.name for path in (tmp_path / "scripts").iterdir()} == {"elastic-sbatch", "elastic-srun", "elastic-hpc"}
+    assert (tmp_path / "data" / "share" / "man" / "man1" / "elastic-hpc.1").exists()
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.13"])
+def test_pip_of_another_python_installs_the_wheel(version, wheel, tmp_path):
+    python = other_python(version)
+    run(python, "-m", "pip", "--no-input", "install", "--no-index", "--no-deps", "--target", ".", wheel, cwd=tmp_path)
+    assert {f"elastic-{command}" for command in ("sbatch", "srun", "hpc")} <= {*os.listdir(tmp_path / "bin")}
+    shown = "import elastic_hpc.training; print(elastic_hpc.training.__file__)"
+    assert run(python, "-c", shown, cwd=tmp_path) == f"{tmp_path}/elastic_hpc/training.py\n"
+
+
+def other_python(version):
+    """One with pip that is found by its name, or by pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    for found in (shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python{version}"))):
+        usable = [found, "-m", "pip", "--version"]
+        if found and subprocess.run(usable, capture_output=True, check=False).returncode == 0:
+            return found
+    pytest.skip(f"this machine has no Python {version} with pip, neither in PATH nor by pyenv")
+
+
+USER = """
+import elastic_hpc
+from elastic_hpc import Job, JobSpec, UsageError
+from elastic_hpc.training import Share, drain_requested, report_progress
+
+spec: JobSpec = JobSpec.of("train.py", nodes="2:4")
+job: Job = elastic_hpc.submit(spec)
+script: str = elastic_hpc.render(spec)
+state: str = job.status().state
+step: int = job.id  # type: ignore[assignment]
+job.nosuch  # type: ignore[attr-defined]
+elastic_hpc.nosuch  # type: ignore[attr-defined]
+elastic_hpc.training.report_progress("one")  # type: ignore[arg-type]
+report_progress(1, 0.5)
+stop: bool = drain_requested()
+results = elastic_hpc.elastic_launch(elastic_hpc.LaunchConfig(local=2), len)("x")
+error: Exception = UsageError("x")
+"""
+
+
+def test_a_users_program_is_checked_against_the_types_of_the_installed_package(installed, tmp_path):
+    (tmp_path / "program.py").write_text(USER)
+    strict = ["--strict", "--python-executable", installed, "--cache-dir", tmp_path / "cache"]
+    command = [sys.executable, "-m", "mypy", *strict, "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_public_names_are_listed_have_a_home_and_are_the_only_ones_that_documents_and_examples_use():
+    assert {*elastic_hpc.__all__, "training"} <= set(dir(elastic_hpc))
+    assert [name for name in dir(elastic_hpc) if name[0] != "_"] == sorted([*elastic_hpc.__all__, "training"])
+    for module in (elastic_hpc, training):
+        assert all(getattr(module, name) is not None for name in module.__all__)
+    texts = [path.read_text() for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("examples/*.py"))]
+    imported = re.compile(r"^ *(?:from|import) (elastic_hpc[.\w]*)", re.MULTILINE)
+    assert {name for text in texts for name in imported.findall(text)} == {"elastic_hpc", "elastic_hpc.training"}
