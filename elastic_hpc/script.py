@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -298,6 +299,26 @@ def _words(job: JobSpec) -> dict[str, Any]:
     return {"python": job.python, "srun_options": srun, "agent_command": agent, "torchrun_command": torchrun}
 
 
+@functools.cache
+def _templates(folder: Path) -> Any:
+    """The environment of the templates in ``folder``, over the built-in ones: a program that submits many jobs compiles
+    each once, and again when its file has changed.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, template_folder()]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701  (the output is a shell script; `quote` is applied to every value)
+    )
+    environment.filters.update(quote=quote, quote_all=quote_all, comment=comment)
+    environment.globals.update(directive=directive, module_command=module_command)
+    return environment
+
+
 def render(job: JobSpec) -> str:
     """The batch script of ``job``. UsageError if a template is missing or broken, or a value does not fit."""
     import jinja2
@@ -308,22 +329,13 @@ def render(job: JobSpec) -> str:
     elif not path.is_file():
         known = ", ".join(built_in_templates())
         raise UsageError(f"--template {job.template!r}: expected {known}, or a file that exists")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([path.parent, template_folder()]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701  (the output is a shell script; `quote` is applied to every value)
-    )
-    environment.filters.update(quote=quote, quote_all=quote_all, comment=comment)
-    environment.globals.update(directive=directive, module_command=module_command)
     try:
-        template = environment.get_template(path.name)
-        return template.render(version=__version__, job=job, launch=job.launch, **_words(job))
+        template = _templates(path.parent).get_template(path.name)
+        text: str = template.render(version=__version__, job=job, launch=job.launch, **_words(job))
     except jinja2.TemplateSyntaxError as error:
         raise UsageError(f"--template {job.template}: line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
         raise UsageError(f"--template {job.template}: {error.message}") from None
     except OSError as error:
         raise UsageError(f"--template {job.template}: {error.strerror}") from None
+    return text
