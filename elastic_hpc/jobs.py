@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -120,8 +121,8 @@ class Jobs:
 
 
 def _is_slurms(seen: Seen) -> bool:
-    """Whether only Slurm knows if it runs."""
-    return not seen.final and seen.held is None
+    """Whether only Slurm knows if it runs. One id that is none would have squeue refuse the whole question."""
+    return not seen.final and seen.held is None and re.fullmatch(r"\d+(_\d+)?", seen.slurm_id, re.ASCII) is not None
 
 
 def _is_missing(folder: str) -> bool:

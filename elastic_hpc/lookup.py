@@ -12,7 +12,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.registry import remembered, tasks
 
 _FILES = ("spec.json", "secret", "events.jsonl", "verdict.json", "script.sbatch")
-"""A folder of a job's name is its run directory if it has one of them."""
+"""A folder here of a job's name is its run directory if it has one of them."""
 
 
 def find(job: str) -> Path:
@@ -47,11 +47,13 @@ def _candidates(job: str) -> Iterator[Path]:
             yield path
         return
     name = job.partition(";")[0]  # sbatch --parsable says ID;CLUSTER
-    folders = [Path(), Path("elastic-logs")]
+    if any(Path(name, file).exists() for file in _FILES):
+        yield Path(name)
+    folders = [Path("elastic-logs")]
     if log_dir := load(os.environ, Path.cwd()).options.get("log-dir"):
         folders.append(Path(log_dir.value))
     for folder in folders:
-        if any((folder / name / file).exists() for file in _FILES) or tasks(folder / name):
+        if (folder / name).is_dir() or tasks(folder / name):
             yield folder / name
     yield from _remembered(name)
 

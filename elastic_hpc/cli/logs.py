@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import deque
 from collections.abc import Container, Iterable
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     wanted, printer = _wanted(args, rundir), _Printer(rundir, timestamps=args.timestamps)
     logs = Logs(rundir.path / "logs", wanted)
     lines: Iterable[Line] = logs.there(follow=args.follow)
-    printer.print(lines if args.lines is None else deque(lines, maxlen=args.lines))
+    printer.print(lines if args.lines is None else deque(lines, maxlen=min(args.lines, sys.maxsize)))
     if args.follow:
         _follow(rundir, logs, printer)
     if not printer.printed and args.lines != 0:

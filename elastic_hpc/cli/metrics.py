@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; the answer is its exit code."""
-    if args.every is not None and (args.every <= 0 or not args.output):
+    if args.every is not None and not (0 < args.every < threading.TIMEOUT_MAX and args.output):
         raise UsageError(f"--every {args.every:g}: expected seconds above 0 and --output FILE, for example --every 30")
     registry = JobMetrics(lambda: _look(list(args.job))).registry()
     if args.port is not None:

@@ -111,6 +111,36 @@ def test_a_job_is_watched_and_followed_through_a_lost_node_a_requeue_and_a_slurm
     assert f'elastic_hpc_faults_total{{job="{job.id}",kind="node lost"}} 1.0' in metrics
 
 
+def test_a_job_that_cannot_start_says_why_and_one_that_waits_is_stopped_once(
+    submit: Submit, fresh: Cluster, folder: Path
+) -> None:
+    def call(command: str, job: Job) -> tuple[int, str]:
+        done = fresh.exec([TOOL, command, job.id], cwd=Path("/"), check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    fresh.exec(["mkdir", "logs"], cwd=folder)
+    lost = submit("--nodes", "1", "--hold", "--output", "logs/%j.out")
+    held = submit("--nodes", "1", "--hold")
+    fresh.exec(["rmdir", "logs"], cwd=folder)
+    fresh.exec(["scontrol", "release", lost.id])
+    lost.wait_state("FAILED")
+    why = f"its batch script never ran: the folder of its output is not there: {folder}/logs"
+    for command, code in (("why", 0), ("logs", 1), ("timeline", 2)):
+        assert (answer := call(command, lost))[0] == code
+        assert why in answer[1] or command == "timeline"
+    assert f"mkdir -p {folder}/logs" in call("why", lost)[1]
+    assert call("stop", lost)[1].startswith(f"job {lost.id} is over already, FAILED: its batch script never ran")
+
+    assert f"scontrol release {held.id}" in call("why", held)[1]
+    assert call("drain", held) == (
+        1,
+        f"elastic-hpc: job {held.id} waits in the queue (JobHeldUser): nothing runs there yet\n",
+    )
+    assert call("stop", held) == (0, f"job {held.id} is cancelled\n")
+    assert call("stop", held)[1].startswith(f"job {held.id} is over already, CANCELLED")
+    assert call("drain", held)[0] == 1
+
+
 def _of_rank_0(job: Job) -> str:
     """What rank 0 wrote, round after round."""
     paths = sorted(job.run_dir.glob("logs/*/*/rank0.out"), key=lambda path: path.parts[-3])

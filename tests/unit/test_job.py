@@ -329,3 +329,13 @@ def test_an_array_is_stopped_as_a_whole_and_looked_at_by_its_tasks(
     says(tmp_path, "")
     assert Job(20).stop() == "cancelled"
     assert Path("asked").read_text().splitlines() == [f"{tmp_path}/bin/scancel 20"]
+
+
+def test_a_name_that_is_no_id_of_slurms_hides_no_job(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuses = "case $* in *local*) echo squeue: error: Invalid job id: local.0 >&2; exit 1; esac"
+    says(tmp_path, f"{refuses}; {knows('17|RUNNING')}")
+    RunDir(tmp_path / "elastic-logs" / "local.0").create()
+    assert main(["status", "17", "local.0", "--json"]) == 0
+    assert [one["state"] for one in json.loads(capsys.readouterr().out)["jobs"]] == ["RUNNING", "UNKNOWN"]

@@ -151,6 +151,8 @@ def test_the_command_labels_each_line_and_heads_each_round(capsys: pytest.Captur
     assert "3 nodes, 3 workers, after: n3 lost: nothing heard for 5 s" in heads[2]
     assert "run 2" in heads[3]
     assert all(line.startswith(("--- ", "rank ")) for line in lines)
+    assert main(["logs", str(FAULTS), "-n", "9" * 30, "--round", "last"]) == 0
+    capsys.readouterr()
     assert main(["logs", str(FAULTS), "-n", "3", "-t", "--round", "last"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4

@@ -17,7 +17,8 @@ SOON = timedelta(seconds=8)
 JOB = (
     "JobId=7 JobName=evil JobState=FAILED UserId=me(1) JobState={state} Reason={reason} Dependency=(null) "
     "Requeue=1 Restarts={restarts} PreemptEligibleTime=t0 PreemptTime={preempted} EndTime=t1 Partition=a,b "
-    "ReqNodeList=(null) ExcNodeList={excluded} NodeList=n[1-2] BatchHost=n1 WorkDir=/home/my dir StdErr=/dev/null StdIn=/dev/null StdOut=/home/my dir/a b.out Power="
+    "ReqNodeList=(null) ExcNodeList={excluded} NodeList=n[1-2] BatchHost=n1 WorkDir=/home/my dir StdErr=/dev/null "
+    "StdIn=/dev/null StdOut=/home/my dir/a b.out Power="
 )
 RUNNING = {"state": "RUNNING", "reason": "None", "restarts": 0, "preempted": "None", "excluded": "(null)"}
 
