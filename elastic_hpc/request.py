@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from elastic_hpc import durations, from_python, programs, sbatch_options, snapshot, torchrun_options
+from elastic_hpc import durations, from_python, outputs, programs, sbatch_options, snapshot, torchrun_options
 from elastic_hpc.config import KEYS, Layer, Setting, Settings, load
 from elastic_hpc.errors import UsageError
 from elastic_hpc.from_python import SOURCE as PYTHON
@@ -127,7 +127,7 @@ def build(
         snapshot=bool(with_snapshot and with_snapshot.value),
         torchrun=tuple(_words_for_torchrun(torchrun)) if plain else (),
         sources=sources,
-        notes=(*notes, *settings.notes, *filter(None, [note])),
+        notes=(*notes, *settings.notes, *filter(None, [note]), *outputs.notes(passed, work_dir)),
     )
 
 
@@ -176,6 +176,8 @@ def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
             f"--log-dir {job.log_dir!r}: {error.strerror}; "
             "expected a folder that can be written and that all nodes share"
         ) from None
+    if will_run:
+        outputs.make_folders(job.sbatch, os.path.join(os.getcwd(), last(job.sbatch, "chdir") or ""))
     if job.code and will_run and job.token in script:
         snapshot.put_aside(job.code, staged, snapshot=job.snapshot)
     try:

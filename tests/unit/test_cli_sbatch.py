@@ -1,3 +1,4 @@
+import getpass
 import os
 import re
 import subprocess
@@ -177,6 +178,31 @@ def test_the_sbatch_lines_of_a_python_script_are_settings_below_environment_and_
         capsys.readouterr()
         assert main(["-N1", "train.py"]) == 2
         assert capsys.readouterr().err.startswith(f"elastic-sbatch: {message}")
+
+
+@pytest.mark.parametrize(
+    ("option", "folder"),
+    [
+        ("-o logs/%x/%u/%j.out", "logs/train/{user}"), ("--output=a/b/x", "a/b"), ("-e errors/%A_%a.err", "errors"),
+        ("-D sub -o logs/out", "sub/logs"), ("-o a/%j/%x/out", "a"), ("-o here-%j.out", "."), ("-o 50%%/x", "50%"),
+    ],
+)  # fmt: skip
+def test_the_folder_of_the_jobs_output_is_made_because_slurm_would_not(project, capsys, option, folder):
+    (project.folder / "sub").mkdir()
+    (project.folder / "sub" / "train.py").write_text("pass")
+    place = project.folder / folder.format(user=getpass.getuser())
+    assert main(["--dry-run", "-N1", *option.split(), "train.py"]) == 0
+    assert place.exists() == (folder == ".")
+    capsys.readouterr()
+    assert main(["-N1", *option.split(), "train.py"]) == 0
+    assert place.is_dir()
+    assert ("Slurm makes no folders; the job fails" in capsys.readouterr().err) == ("%j/" in option)
+
+
+def test_an_output_folder_that_cannot_be_made_is_told(project, capsys):
+    assert main(["-N1", "-o", "train.py/logs/%j.out", "train.py"]) == 0
+    assert "--output=train.py/logs/%j.out: " in (said := capsys.readouterr().err)
+    assert "train.py is a file" in said
 
 
 def test_inside_a_job_what_slurm_has_set_for_that_job_is_no_wish(project, monkeypatch):
