@@ -108,7 +108,7 @@ def text(name: str, value: object, *, whole: bool = False) -> str:
         return _nodes(name, value)
     if name in SWITCHES and isinstance(value, bool):
         return "on" if value else "off"
-    if name == "preload" and value is False:
+    if name in {"preload", "drain-signal"} and value is False:
         return "off"
     if isinstance(value, (timedelta, date)):
         return _time(name, value)

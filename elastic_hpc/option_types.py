@@ -39,7 +39,7 @@ class LaunchOptions(TypedDict, total=False):
     rdzv_conf: str | Mapping[str, float | timedelta] | None
     heartbeat_timeout: Time
     grace: Time
-    drain_signal: Text
+    drain_signal: Text | bool
     hang_timeout: Time
     preload: Words | bool
     preflight: Text

@@ -1,4 +1,5 @@
 import argparse
+import signal
 from dataclasses import fields
 from datetime import timedelta
 
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec, add_launch_options
-from elastic_hpc.values import Endpoint, NodeRange, RdzvConf
+from elastic_hpc.values import DrainSignal, Endpoint, NodeRange, RdzvConf
 
 counts = st.integers(0, 999999)
 seconds = st.integers(1, 86400).map(lambda s: timedelta(seconds=s))
@@ -34,6 +35,7 @@ specs = st.builds(
     rdzv_conf=st.builds(RdzvConf, seconds, seconds),
     heartbeat_timeout=seconds,
     grace=seconds,
+    drain_signal=st.none() | st.sampled_from([0, signal.SIGUSR1, signal.SIGTERM]).map(DrainSignal),
     hang_timeout=st.none() | seconds,
     preflight=st.sampled_from([None, "", "/opt/site check --gpus"]),
     interface=st.sampled_from([None, "ib0"]),
