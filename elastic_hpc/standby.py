@@ -12,20 +12,22 @@ import os  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 
-if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
-    del sys.path[0]  # the folder of this file
+loaded = set(sys.modules)
 import _signal  # type: ignore[import-not-found]  # noqa: E402
 import _socket  # noqa: E402
 
+if __name__ == "__main__":
+    folder = os.path.dirname(__file__)
+    sys.path.insert(0, folder)
+    import aside  # type: ignore[import-not-found]
+
+    del sys.path[: 1 if getattr(sys.flags, "safe_path", False) else 2], sys.path_importer_cache[folder]
+    del sys.modules["aside"]
+else:
+    from elastic_hpc import aside
+
 SOCKET = "ELASTIC_HPC_STANDBY"
-"""Number of the descriptor that leads to the agent, and blanks: room for the variables below."""
-OF_A_ROUND = ("RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
-PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "WORLD_", "TORCHELASTIC_", "ELASTIC_HPC_")
-"""Variables that may become known after the imports: they are read when a world is formed."""
-
-
-def is_of_a_round(name: str) -> bool:
-    return name in OF_A_ROUND or name.startswith(PREFIXES)
+"""Number of the descriptor that leads to the agent, and blanks: room for the variables that come later."""
 
 
 class Gently:
@@ -63,34 +65,38 @@ def private_megabytes() -> float:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
 
 
-def with_luck(module: str) -> None:
-    """Import it; the script would be the one to tell that it does not work."""
-    try:  # noqa: SIM105 - contextlib may be one of the script's own
-        __import__(module)
-    except Exception:  # noqa: BLE001, S110
-        pass
-
-
-def preload(modules: list[str], guess: str, agent: _socket.socket, *, gently: bool) -> str:
-    """Import ``modules``; the answer is why that does not do, or empty. ``guess``: one more, if there is the time."""
+def preload(
+    plan: list[tuple[str, aside.Changes, bool]], agent: _socket.socket, *, gently: bool
+) -> tuple[list[aside.Stage], str]:
+    """Import what ``plan`` says: names, what the script does to its variables before, and whether the script's own
+    import would be the one to tell that it does not work. The answer is what was imported, and why that does not do,
+    or empty.
+    """
     gentle = Gently(agent)
     if gently:
         sys.meta_path.insert(0, gentle)
-    name = ""
+    environ, own = dict(os.environ), aside.Stage("", {})
+    own.modules = {name: sys.modules[name] for name in ("_signal", "_socket") if name not in loaded}
+    stages = [own]
     try:
-        for name in modules:
-            __import__(name)
-        if gently and guess and not gentle.wanted:
-            with_luck(guess)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the script will show it
-        return f"--preload {name}: {type(error).__name__}: {error}"
+        for name, by_script, with_luck in plan:
+            if with_luck and gentle.wanted:
+                continue
+            stage = aside.Stage(name, by_script)
+            stages.append(stage)
+            try:
+                environ = stage.run(environ)
+            except (Exception, SystemExit) as error:  # noqa: BLE001
+                if not with_luck:
+                    return stages, f"--preload {name}: {type(error).__name__}: {error}"
     finally:
         if gentle in sys.meta_path:
             sys.meta_path.remove(gentle)
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
-        return f"--preload {','.join(modules)} has initialized CUDA, which belongs to the script"
-    return ""
+        modules = ",".join(name for name, _, with_luck in plan if not with_luck)
+        return stages, f"--preload {modules} has initialized CUDA, which belongs to the script"
+    return stages, ""
 
 
 def receive(agent: _socket.socket) -> tuple[tuple[int, int], dict[str, str]]:
@@ -114,7 +120,7 @@ def is_plain(path: str) -> bool:
 def obstacle(argv: list[str], started_with: dict[str, str], environ: dict[str, str], outputs: tuple[int, int]) -> str:
     """Why a fresh process would be another one; empty if it would not."""
     for name in started_with.keys() | environ.keys():
-        if started_with.get(name) != environ.get(name) and not is_of_a_round(name):
+        if started_with.get(name) != environ.get(name) and name not in aside.OF_A_ROUND:
             return f"{name} has changed"
     if any(os.fstat(output).st_mode >> 12 != os.fstat(1).st_mode >> 12 for output in outputs):
         return "the output is no file"
@@ -123,14 +129,68 @@ def obstacle(argv: list[str], started_with: dict[str, str], environ: dict[str, s
     return ""
 
 
-def redirect(outputs: tuple[int, int], *, repeat: bool) -> None:
-    """Write to ``outputs`` from now on; ``repeat``: first what was written up to now."""
-    for number, output in enumerate(outputs, 1):
-        said = os.pread(number, os.fstat(number).st_size, 0)
-        os.dup2(output, number)
-        os.close(output)
-        while said and repeat:
-            said = said[os.write(number, said) :]
+class Process:
+    """This one when its script starts, which it may have to do once more as a fresh process."""
+
+    def __init__(self, command: list[str], environ: dict[str, str]) -> None:
+        self._command, self._environ = command, environ
+        self._pid, self._folder, self._umask = os.getpid(), os.getcwd(), os.umask(0o22)
+        os.umask(self._umask)
+        self._threads, self._files = set(os.listdir("/proc/self/task")), self._open()
+        self._outputs = [(os.fstat(number), os.lseek(number, 0, os.SEEK_CUR)) for number in (1, 2)]
+        self._ignored = [n for n in _signal.valid_signals() if _signal.getsignal(n) == _signal.SIG_IGN]
+        self._blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, [])
+
+    @staticmethod
+    def _open() -> dict[str, str]:
+        found = {}
+        for number in os.listdir("/proc/self/fd"):
+            try:  # noqa: SIM105 - contextlib may be one of the script's own
+                found[number] = os.readlink(f"/proc/self/fd/{number}")
+            except OSError:
+                pass
+        return found
+
+    def company(self) -> str:
+        """Why the script cannot begin again without being noticed; empty if it can."""
+        if os.getpid() != self._pid:
+            return "this is a child of the worker"
+        if not set(os.listdir("/proc/self/task")) <= self._threads:
+            return "the script has started threads"
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return "the script has started processes"
+        except ChildProcessError:
+            pass
+        if any(self._files.get(number) != what for number, what in self._open().items() if what[:6] == "socket"):
+            return "the script has opened connections"
+        if not all(os.path.samestat(os.fstat(number), was) for number, (was, _) in enumerate(self._outputs, 1)):
+            return "the script has redirected its output"
+        return ""
+
+    def begin_again(self) -> None:
+        """By exec. What the script has written is taken back."""
+        for number, (_, length) in enumerate(self._outputs, 1):
+            os.ftruncate(number, length)
+            os.lseek(number, length, os.SEEK_SET)
+        for each in self._open().keys() - self._files.keys():
+            try:  # noqa: SIM105
+                os.set_inheritable(int(each), False)  # noqa: FBT003
+            except OSError:
+                pass
+        os.chdir(self._folder)
+        os.umask(self._umask)
+        for signal in _signal.valid_signals():
+            if _signal.getsignal(signal) == _signal.SIG_IGN and signal not in self._ignored:
+                _signal.signal(signal, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, self._blocked)
+        become_fresh(self._command, self._environ)
+
+
+def become_fresh(command: list[str], environ: dict[str, str]) -> None:
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # what Python ignores would stay ignored
+        _signal.signal(number, _signal.SIG_DFL)
+    os.execve(sys.executable, command, environ)  # noqa: S606 - the worker itself
 
 
 def show(command: list[str], environ: dict[str, str]) -> None:
@@ -156,49 +216,75 @@ def show(command: list[str], environ: dict[str, str]) -> None:
         pass
 
 
-def prepare() -> tuple[str | tuple[bytes, str], dict[str, object]]:
+def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
     """Everything until the script may run: its code and namespace; no code for a module."""
     agent = _socket.socket(fileno=int(os.environ.pop(SOCKET)))
     started_with = dict(os.environ)
-    argv, modules, guess, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
+    argv, plan, watched, record, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
     command = [*sys.orig_argv[: sys.orig_argv.index(sys.argv[0])], *argv]
     is_module = argv[0] == "-m"
     sys.argv = ["-m", *argv[2:]] if is_module else list(argv)
     sys.orig_argv = command
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, os.getcwd() if is_module else os.path.dirname(os.path.realpath(argv[0])))
-    why = preload(modules, guess, agent, gently=gently)
+    stages, why = preload(plan, agent, gently=gently)
+    held = aside.Aside(stages, watched)
     agent.send(f"ready {private_megabytes():.1f}".encode())
     outputs, environ = receive(agent)
-    why = why or obstacle(argv, started_with, environ, outputs)
-    redirect(outputs, repeat=not why)
-    agent.send(f"cold {why}"[:1000].encode() if why else b"warm")
     agent.close()
+    parent = os.getppid()
+
+    def tell(what: str, why: str, moments: list[tuple[str, aside.Changes]]) -> None:
+        """Have the agent know, which may be gone. No descriptor is kept open for that."""
+        try:
+            if os.getppid() == parent:
+                told = os.open(f"/proc/{parent}/fd/{record}", os.O_WRONLY | os.O_APPEND)
+                os.write(told, marshal.dumps((what, why, moments)))
+                os.close(told)
+        except OSError:
+            pass
+
+    why = why or obstacle(argv, started_with, environ, outputs)
+    for number, output in enumerate(outputs, 1):
+        os.dup2(output, number)
+        os.close(output)
     if why:
-        for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # what Python ignores would stay ignored
-            _signal.signal(number, _signal.SIG_DFL)
-        os.execve(sys.executable, command, environ)  # noqa: S606 - the worker itself
-    for name in started_with.keys() - environ.keys():
-        os.environ.pop(name, None)
-    late = {name: value for name, value in environ.items() if started_with.get(name) != value}
-    os.environ.update(late)  # what the imports themselves have set stays
-    show(command, late)
+        tell("cold", why, [])
+        become_fresh(command, environ)
+    os.environ.clear()  # in the order of a fresh process
+    os.environ.update(environ)
+    show(command, {name: value for name, value in environ.items() if started_with.get(name) != value})
     main = type(sys)("__main__")
     main.__dict__.update(fresh, __doc__=None)
     sys.modules["__main__"] = main
+    process = Process(command, environ)
+
+    def differs(why: str, moments: list[tuple[str, aside.Changes]]) -> None:
+        company = process.company()
+        if not company:
+            tell("cold", why, moments)
+            process.begin_again()
+        told = (
+            f"elastic_hpc: {why}, but it had been imported ahead (--preload): no effect in this round, as {company}\n"
+        )
+        os.write(2, told.encode(errors="replace"))
+        tell("late", why, moments)
+
+    held.begin(environ, tell, differs)
     if is_module:
         del main.__file__, main.__cached__
-        return argv[1], main.__dict__
+        return argv[1], main.__dict__, held
     path = os.path.abspath(argv[0])
+    sys.path_importer_cache[path] = sys.path_importer_cache.pop(__file__, None)
     main.__file__, main.__loader__ = path, type(fresh["__loader__"])("__main__", path)
     with open(path, "rb") as file:
         source = file.read()
-    return (source, path), main.__dict__
+    return (source, path), main.__dict__, held
 
 
 if __name__ == "__main__":
     itself = sys.modules["__main__"]
-    what, namespace = prepare()
+    what, namespace, held = prepare()
     try:
         if isinstance(what, str):
             import runpy
@@ -218,3 +304,5 @@ if __name__ == "__main__":
 
         sys.excepthook = without_this_file
         raise
+    finally:
+        held.end()

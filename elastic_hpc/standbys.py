@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import marshal
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from elastic_hpc import memory, standby
-from elastic_hpc.env import AGENT_MARK
+from elastic_hpc.aside import OF_A_ROUND, Changes
+
+log = logging.getLogger(__name__)
 
 SHARE = 0.1
 """Of the memory that is free while the workers train, so much may go into standbys."""
 
-_GUESS = "torch._dynamo"
-"""DistributedDataParallel and torch.compile import it at their first use, which takes as long as torch itself."""
+_LATER = "torch._dynamo"
+"""DistributedDataParallel and torch.compile import it at their first use, which takes as long as torch itself. A script
+that was seen to do so gets it ahead too.
+"""
 
 _ROOM = 2048
 """Bytes for what torch tells a worker: rank, world size, addresses, files."""
 
 _DEATHS = 3
 """So often standbys may die while they wait, until one has been of use; then the node does without."""
+
+_VAIN = 2
+"""So many rounds in a row standbys may begin again as fresh processes, because the script changes what they go by."""
+
+Moment = tuple[str, Changes]
+"""What a script imports, and what it has done to its variables before."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +54,35 @@ class Started:
 class _Standby:
     """One of them, and this end of the conversation with it."""
 
-    def __init__(self, python: Sequence[str], argv: Sequence[str], modules: Sequence[str], *, gently: bool) -> None:
+    def __init__(
+        self,
+        python: Sequence[str],
+        argv: Sequence[str],
+        modules: Sequence[str],
+        moments: Sequence[Moment],
+        *,
+        local_rank: int,
+        gently: bool,
+    ) -> None:
+        """``moments``: what is known of the script of the worker ``local_rank``."""
+        self.local_rank = local_rank
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         out, err = os.memfd_create("stdout"), os.memfd_create("stderr")
+        self._record = open(os.memfd_create("record"), "rb")  # noqa: SIM115 - what it says when it works
         start = [*python, standby.__file__]
         room = sum(len(os.fsencode(word)) + 1 for word in argv) - len(os.fsencode(standby.__file__)) - 2
         if room > 0:  # what is shown later needs it
             start.append(" " * room)
-        late = {name: value for name, value in os.environ.items() if standby.is_of_a_round(name) and name != AGENT_MARK}
+        late = {name: value for name, value in os.environ.items() if name in OF_A_ROUND}
         environ = {name: value for name, value in os.environ.items() if name not in late}
         blanks = " " * (_ROOM + sum(len(os.fsencode(name + value)) + 2 for name, value in late.items()))
-        guess = _GUESS if "torch" in modules else ""
+        known = [(name, changes, name not in modules) for name, changes in moments]
+        last = moments[-1][1] if moments else {}
+        self.ahead = {*modules, *dict(moments)}
+        plan = known + [(name, last, False) for name in modules if name not in dict(moments)]
+        watched = _LATER if "torch" in modules and _LATER not in self.ahead else ""
         try:
-            self._socket.send(marshal.dumps((list(argv), list(modules), guess, gently)))
+            self._socket.send(marshal.dumps((list(argv), plan, watched, self._record.fileno(), gently)))
             self.process = subprocess.Popen(
                 start,
                 env={**environ, standby.SOCKET: f"{theirs.fileno()}{blanks}"},  # the last one
@@ -69,15 +96,22 @@ class _Standby:
             for descriptor in (out, err):
                 os.close(descriptor)
         self.ready = False
+        self.was = ""
+        """Whether it went on warm or cold, as far as is known."""
 
-    def hear(self) -> list[str]:
-        """What it has said since: ``ready MEGABYTES``, then ``warm`` or ``cold WHY``."""
-        said = []
+    def hear(self) -> str:
+        """What it has said while it waited: ``ready MEGABYTES`` or nothing new."""
+        said = b""
         with contextlib.suppress(OSError):
-            while message := self._socket.recv(4096, socket.MSG_DONTWAIT):
-                said.append(message.decode(errors="replace"))
+            said = self._socket.recv(4096, socket.MSG_DONTWAIT)
         self.ready = self.ready or bool(said)
-        return said
+        return said.decode()
+
+    def read(self) -> Iterator[tuple[str, str, list[Moment]]]:
+        """What it has recorded since it works: ``warm``, ``cold``, ``late``, ``seen``; why; its script's moments."""
+        with contextlib.suppress(EOFError, ValueError, TypeError):
+            while True:
+                yield marshal.load(self._record)  # noqa: S302 - of the same interpreter and user
 
     def go(self, environ: Mapping[str, str], outputs: Sequence[int]) -> None:
         """Let it run. Raises OSError if it is gone."""
@@ -90,6 +124,7 @@ class _Standby:
 
     def close(self) -> None:
         self._socket.close()
+        self._record.close()
 
     def kill(self) -> None:
         self.process.kill()
@@ -116,9 +151,15 @@ class Standbys:
         self._python = tuple(python)
         self._waiting: list[_Standby] = []
         self._working: list[_Standby] = []
-        self._deaths = 0
+        self._deaths = self._vain = 0
+        self._moments: dict[int, list[Moment]] = {}
+        """Of the scripts of this node's workers, by local rank."""
+        self._unsteady: set[str] = set()
+        """What these import, but not with the same variables each time; it is not imported ahead."""
         self._over = not modules
         self._why = without if self._over else "no standby was ready"
+        self._in_vain = ""
+        """Why a standby of this round went on as a fresh process, if its script was the reason."""
         self.started = Started()
 
     def prepare(self) -> None:
@@ -128,9 +169,12 @@ class Standbys:
 
     def look(self, *, going: bool) -> None:
         """See what they say. While the workers are ``going``, replace those that work, one after the other."""
-        for each in (*self._waiting, *self._working):
-            for said in each.hear():
-                self._note(*said.partition(" ")[::2])
+        for each in self._waiting:
+            if said := each.hear():
+                self.started = replace(self.started, standby_mb=float(said.partition(" ")[2]))
+        self._read()
+        for each in self._working if going else ():
+            self._note(each, "warm")  # its script needs nothing of what was imported, up to now
         died = [each for each in self._waiting if each.process.poll() is not None]
         for each in died:
             self._waiting.remove(each)
@@ -148,9 +192,17 @@ class Standbys:
 
     def begin(self) -> None:
         """The workers of a round are about to be started."""
+        self._read()
         for each in self._working:
             each.close()
         self._working = []
+        self._vain = self._vain + 1 if self._in_vain else 0
+        if self._vain >= _VAIN:
+            self._give_up(f"{self._in_vain}, otherwise in each round")
+            for each in self._waiting:
+                each.kill()
+            self._waiting = []
+        self._in_vain = ""
         self.started = Started(standby_mb=self.started.standby_mb)
 
     def take(
@@ -160,14 +212,16 @@ class Standbys:
         stderr.
         """
         while self._waiting and tuple(command) == (*self._python, *self._argv):
-            chosen = self._waiting.pop(0)
+            local_rank = int(environ.get("LOCAL_RANK", 0))
+            chosen = min(self._waiting, key=lambda each: each.local_rank != local_rank)
+            self._waiting.remove(chosen)
             if chosen.process.poll() is None:
                 with contextlib.suppress(OSError):
                     chosen.go(environ, outputs)
                     self._working.append(chosen)
                     return chosen.process
             chosen.kill()
-        self._note("cold", self._why)
+        self.started = replace(self.started, cold=self.started.cold + 1, why=self._why)
         return None
 
     def close(self) -> None:
@@ -179,22 +233,43 @@ class Standbys:
         self._waiting, self._working = [], []
 
     def _start(self, *, gently: bool) -> None:
+        taken = [each.local_rank for each in self._waiting]
+        local_rank = next(rank for rank in range(self._count) if rank not in taken)
+        moments = [moment for moment in self._moments.get(local_rank, []) if moment[0] not in self._unsteady]
         try:
-            self._waiting.append(_Standby(self._python, self._argv, self._modules, gently=gently))
+            self._waiting.append(
+                _Standby(self._python, self._argv, self._modules, moments, local_rank=local_rank, gently=gently)
+            )
         except OSError as error:
             self._give_up(f"no standby could be started: {error}")
 
-    def _note(self, what: str, rest: str) -> None:
+    def _read(self) -> None:
+        for each in self._working:
+            for what, why, moments in each.read():
+                if what in ("warm", "cold"):
+                    self._note(each, what, why)
+                if moments and what in ("cold", "late"):
+                    self._differed(each, why, moments[-1][0])
+                if moments:
+                    self._moments[each.local_rank] = list(dict(moments).items())
+                if why.startswith("--preload "):  # it would be no better the next time
+                    self._give_up(why)
+
+    def _differed(self, standby: _Standby, why: str, name: str) -> None:
+        log.warning("standby of local rank %d: %s; the next ones will know", standby.local_rank, why)
+        if name in standby.ahead and name not in self._modules:
+            self._unsteady.add(name)
+        else:
+            self._in_vain = why
+
+    def _note(self, standby: _Standby, how: str, why: str = "") -> None:
         known = self.started
-        if what == "ready":
-            self.started = replace(known, standby_mb=float(rest))
-        elif what == "warm":
+        if how == "warm" and not standby.was:
             self._deaths = 0
             self.started = replace(known, warm=known.warm + 1)
-        else:
-            self.started = replace(known, cold=known.cold + 1, why=rest)
-            if rest.startswith("--preload "):  # it would be no better the next time
-                self._give_up(rest)
+        elif how == "cold" and standby.was != "cold":
+            self.started = replace(known, warm=known.warm - (standby.was == "warm"), cold=known.cold + 1, why=why)
+        standby.was = standby.was if standby.was == "cold" else how
 
     def _give_up(self, why: str) -> None:
         self._over, self._why = True, why

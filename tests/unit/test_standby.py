@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import select
 import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from unit.launched import Launch, script, wait_until_ready
 
 from elastic_hpc import standbys
 from elastic_hpc.standbys import Standbys
 
 LOOK = """
+import sys
+modules = [name for name in sys.modules if "json" in name]
 import json, os, random, resource, signal, stat, subprocess, sys, threading
 me = sys.modules["__main__"]
 kinds = {name: type(value).__name__ for name, value in vars(me).items() if name[:2] == "__"}
 answer = {
     **{f"sys.{name}": str(getattr(sys, name)) for name in (
         "argv", "orig_argv", "executable", "flags", "warnoptions", "_xoptions", "path", "prefix", "stdin", "stdout",
-        "stderr", "excepthook", "displayhook", "meta_path", "path_hooks")},
+        "stderr", "excepthook", "displayhook", "path_hooks")},
+    "sys.meta_path": [str(finder) for finder in sys.meta_path if not str(finder).startswith("<aside.")],
+    "sys.modules": modules, "__mp_main__": "__mp_main__" in sys.modules,
     "streams": [(s.line_buffering, s.write_through, s.isatty(), s.seekable()) for s in (sys.stdout, sys.stderr)],
     "main": {**kinds, "file": getattr(me, "__file__", None), "name": me.__name__, "doc": me.__doc__,
              "package": me.__package__, "spec": str(me.__spec__), "loaded from": getattr(me.__loader__, "path", None),
@@ -51,61 +53,15 @@ print(json.dumps(answer))
 """
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-    how: standbys.Started
-
-
 @pytest.fixture
-def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FIRST", "1")
-
-    def launch(
-        *argv: str, warm: bool = True, modules=("json",), variables=None, kill: int | None = None, pipe: bool = False
-    ) -> Ran:
-        """Run ``python -u ARGV`` as a worker of torch's, by a standby or without one."""
-        environ = {**os.environ, "RANK": "3", "ELASTIC_HPC_ROUND": "7", **(variables or {})}
-        pool = Standbys(argv, modules if warm else (), 1)
-        folder = tmp_path / "output"
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-u", *argv]
-        with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-            pool.prepare()
-            pool.begin()
-            reader, writer = os.pipe() if pipe else (None, None)
-            outputs = [out.fileno() if writer is None else writer, err.fileno()]
-            worker = pool.take(command, environ, outputs)
-            assert bool(worker) == warm
-            if worker is None:
-                worker = subprocess.Popen(
-                    command, env=environ, stdout=outputs[0], stderr=outputs[1], start_new_session=True
-                )
-            if writer is not None and reader is not None:
-                os.close(writer)
-                with open(reader) as read:
-                    (folder / "out").write_text(read.read())
-            if kill:
-                (folder / "fifo").read_text()
-                os.killpg(worker.pid, kill)
-            code = worker.wait(60)
-        pool.look(going=False)
-        pool.close()
-        out, err = (re.sub("0x[0-9a-f]{8,}", "0x", (folder / name).read_text()) for name in ("out", "err"))
-        return Ran(code, out, err, pool.started)
-
-    return launch
-
-
-def script(text: str, name: str = "train.py") -> str:
-    Path(name).write_text(text)
-    return name
+    return Launch()
 
 
 @pytest.mark.parametrize("how", ["a relative path", "an absolute one", "a link", "a module", "a package"])
-def test_what_a_process_can_see_of_itself_is_the_same(how: str, launch, tmp_path: Path) -> None:
+def test_what_a_process_can_see_of_itself_is_the_same(how: str, launch: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "sub folder"
     folder.mkdir()
     script(f'"""Doc."""\n{LOOK}', "sub folder/tr\u00e4in.py")
@@ -146,7 +102,7 @@ def test_what_a_process_can_see_of_itself_is_the_same(how: str, launch, tmp_path
         "print(input())",
     ],
 )
-def test_however_it_ends_code_and_output_are_the_same(text: str, launch) -> None:
+def test_however_it_ends_code_and_output_are_the_same(text: str, launch: Launch) -> None:
     name = script(text)
     warm, cold = launch(name, "x"), launch(name, "x", warm=False)
     assert warm.how.warm == 1
@@ -158,7 +114,7 @@ def test_however_it_ends_code_and_output_are_the_same(text: str, launch) -> None
 
 
 @pytest.mark.parametrize("how", ["script", "module"])
-def test_processes_of_a_script_can_import_it(launch, how: str) -> None:
+def test_processes_of_a_script_can_import_it(launch: Launch, how: str) -> None:
     name = script(
         """
 import cProfile, multiprocessing, os, pickle, sys
@@ -166,13 +122,14 @@ from concurrent.futures import ProcessPoolExecutor
 class Item:
     pass
 def double(item):
-    return type(item).__module__, os.getppid() == int(os.environ['PARENT']), sys.argv
+    return type(item).__module__, os.getppid() == int(os.environ['PARENT']), sys.argv, item
 if __name__ == "__main__":
     os.environ['PARENT'] = str(os.getpid())
     assert pickle.loads(pickle.dumps(Item())).__class__ is Item
     for way in ("fork", "spawn", "forkserver"):
         with ProcessPoolExecutor(1, multiprocessing.get_context(way)) as pool:
-            print(way, pool.submit(double, Item()).result())
+            *said, item = pool.submit(double, Item()).result()
+            print(way, said, type(item) is Item)
     with cProfile.Profile() as profile:
         double(Item())
     codes = [entry.code for entry in profile.getstats() if hasattr(entry.code, "co_name")]
@@ -180,12 +137,33 @@ if __name__ == "__main__":
 """
     )
     argv = ["-m", "train"] if how == "module" else [name]
-    warm, cold = launch(*argv), launch(*argv, warm=False)
+    warm, cold = launch(*argv, modules=("concurrent.futures.process",)), launch(*argv, warm=False)
     assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, cold.code, cold.out, cold.err)
-    assert "__mp_main__" in warm.out
+    assert warm.out.count("__mp_main__") == 2
 
 
-def test_random_numbers_differ_and_those_with_a_seed_do_not(launch) -> None:
+def test_data_loaders_fork_and_spawn(launch: Launch) -> None:
+    name = script(
+        """
+import torch
+from collections import namedtuple
+from torch.utils.data import DataLoader
+Pair = namedtuple("Pair", "a b")
+def collate(items):
+    return Pair(torch.tensor(items), "b")
+if __name__ == "__main__":
+    for way in ("fork", "spawn"):
+        loader = DataLoader([1, 2, 3], 2, collate_fn=collate, num_workers=1, multiprocessing_context=way)
+        print(way, [(type(pair) is Pair, pair.a.tolist()) for pair in loader])
+"""
+    )
+    ran = launch(name, modules=("torch",))
+    assert ran.code == 0, ran.err  # on a busy machine Python's resource tracker may complain there
+    assert ran.out == "fork [(True, [1, 2]), (True, [3])]\nspawn [(True, [1, 2]), (True, [3])]\n"
+    assert ran.how.warm == 1
+
+
+def test_random_numbers_differ_and_those_with_a_seed_do_not(launch: Launch) -> None:
     name = script(
         "import random, numpy, torch\nprint(random.random(), numpy.random.rand(), hash('x'), torch.initial_seed())\n"
         "torch.manual_seed(1)\nprint(torch.rand(2).tolist(), torch.get_num_threads(), torch.__config__.parallel_info())"
@@ -197,26 +175,7 @@ def test_random_numbers_differ_and_those_with_a_seed_do_not(launch) -> None:
     assert len(set(fixed)) == 1
 
 
-def test_data_loaders_fork_and_spawn(launch) -> None:
-    name = script(
-        """
-import torch
-from torch.utils.data import DataLoader, Dataset
-class Numbers(Dataset):
-    def __len__(self): return 4
-    def __getitem__(self, i): return torch.tensor(i)
-if __name__ == "__main__":
-    for way in ("fork", "spawn"):
-        print(way, [x.tolist() for x in DataLoader(Numbers(), 2, num_workers=1, multiprocessing_context=way)])
-"""
-    )
-    ran = launch(name, modules=("torch",))
-    assert ran.code == 0, ran.err  # on a busy machine Python's resource tracker may complain there
-    assert ran.out == "fork [[0, 1], [2, 3]]\nspawn [[0, 1], [2, 3]]\n"
-    assert ran.how.warm == 1
-
-
-def test_the_whole_stack_can_be_shown_and_waits_for_nothing(launch) -> None:
+def test_the_whole_stack_can_be_shown_and_waits_for_nothing(launch: Launch) -> None:
     """Each frame's file is read: none may be one of the script's own descriptors."""
     name = script("import os, traceback\npipes = [os.pipe() for _ in range(50)]\ntraceback.print_stack()")
     ran = launch(name)
@@ -224,7 +183,7 @@ def test_the_whole_stack_can_be_shown_and_waits_for_nothing(launch) -> None:
     assert ran.err.endswith("in <module>\n    traceback.print_stack()\n")
 
 
-def test_what_an_import_says_and_sets_comes_with_it(launch) -> None:
+def test_what_an_import_says_and_sets_comes_with_it(launch: Launch) -> None:
     script(
         "import os, warnings\nwarnings.warn('old')\nprint('said')\nos.environ['SET'] = os.environ['FIRST'] + "
         "os.environ.get('RANK', '')\nos.environ['FIRST'] = 'by import'",
@@ -249,7 +208,9 @@ def test_what_an_import_says_and_sets_comes_with_it(launch) -> None:
         ("the script is no plain file", {"missing": True}),
     ],
 )  # fmt: skip
-def test_where_it_would_differ_the_standby_becomes_a_fresh_process(why: str, how: dict[str, object], launch) -> None:
+def test_where_it_would_differ_the_standby_becomes_a_fresh_process(
+    why: str, how: dict[str, object], launch: Launch
+) -> None:
     script("print('imported')\nraise SystemExit(5)", "mine.py")
     script("import types, sys\nsys.modules['torch'] = types.SimpleNamespace(cuda=types.SimpleNamespace(\n"
            "    is_initialized=lambda: True))", "gpu.py")  # fmt: skip
@@ -282,15 +243,6 @@ def test_one_that_is_killed_while_it_waits_is_not_used(tmp_path: Path) -> None:
 def test_the_agents_own_path_is_left_alone() -> None:
     code = "import sys; sys.path.insert(0, 'mine'); import elastic_hpc.standbys; assert sys.path[0] == 'mine'"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def wait_until_ready(pool: Standbys) -> None:
-    waiting = [each._socket for each in pool._waiting]
-    while waiting:
-        heard = select.select(waiting, [], [], 30)[0]
-        assert heard, "no standby became ready"
-        pool.look(going=False)
-        waiting = [each._socket for each in pool._waiting if not each.ready]
 
 
 def test_the_next_ones_come_one_by_one_while_the_workers_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +292,7 @@ def test_one_whose_agent_is_gone_ends() -> None:
     pool._waiting[0].process.wait(30)
 
 
-def test_signals_reach_the_worker_and_all_it_has_started(launch, tmp_path: Path) -> None:
+def test_signals_reach_the_worker_and_all_it_has_started(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "output").mkdir()
     os.mkfifo(tmp_path / "output" / "fifo")
     name = script(

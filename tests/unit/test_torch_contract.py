@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+from elastic_hpc.aside import OF_A_ROUND
 from elastic_hpc.rendezvous import ElasticRendezvousHandler
 
 
@@ -69,6 +71,19 @@ def test_workers_are_made_where_a_standby_is_handed_over() -> None:
     start = source(SubprocessHandler.__init__)
     assert "self.proc: Popen = self._popen(args_str, env_vars)" in start
     assert 'self._stdout = open(stdout, "w") if stdout else None' in start
+
+
+def test_variables_that_torch_tells_a_worker_are_known_to_standbys() -> None:
+    texts = [
+        source(getattr(LocalElasticAgent, name))
+        for name in dir(LocalElasticAgent)
+        if name.endswith(("_env", "_workers"))
+    ]
+    told = set(re.findall(r'^ +"([A-Z_]+)": |worker_env\["([A-Z_]+)"\] = ', "\n".join(texts), re.MULTILINE))
+    inherited = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}  # what this agent itself has, as long as it sets no other
+    assert {one or other for one, other in told} - inherited == {
+        name for name in OF_A_ROUND if not name.startswith(("ELASTIC_HPC_", "GLOO_")) and not name.endswith("_FILE")
+    }
 
 
 def test_dollar_signs_in_arguments_survive_torchs_macros() -> None:

@@ -1,0 +1,294 @@
+"""What a standby has imported ahead, kept aside until the script imports it: not in ``sys.modules`` before, as in a
+fresh process. That import is the moment of truth: the modules would have become the same if they had been imported now,
+or this process has to begin again as a fresh one. Imports nothing but what every interpreter has loaded.
+"""
+
+import _imp
+import os
+import sys
+import time
+from _frozen_importlib import ModuleSpec
+from _frozen_importlib_external import PathFinder
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # never loaded
+    from collections.abc import Callable
+    from types import ModuleType
+
+OF_A_ROUND = frozenset(
+    (
+        *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
+        *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+        *("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
+        *("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RUN_ID"),
+        *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_TIMER_FILE"),
+        *("ELASTIC_HPC_ROUND", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR"),
+    )
+)
+"""Variables that a worker is told for its round. They are not there when modules are imported ahead, which read them
+when a world is formed.
+"""
+
+Changes = dict[str, str | None]
+"""What became of variables: of ``os.environ``, and with a ``=`` behind its name what only C libraries see of one
+(``os.putenv``). None for those that are gone.
+"""
+
+
+def changes(before: dict[str, str], after: dict[str, str]) -> Changes:
+    """What turns ``before`` into ``after``."""
+    return {name: after.get(name) for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+def changed(environ: dict[str, str], by: Changes) -> dict[str, str]:
+    """``environ`` with what ``by`` says of it."""
+    return {name: value for name, value in {**environ, **by}.items() if value is not None and name[-1:] != "="}
+
+
+def set_environ(wanted: dict[str, str]) -> None:
+    for name, value in changes(dict(os.environ), wanted).items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+def putenv(name: str, value: "str | None") -> None:
+    """For C libraries alone."""
+    if value is None:
+        os.unsetenv(name)
+    else:
+        os.putenv(name, value)
+
+
+def getenv_all() -> dict[str, str]:
+    """The variables as C libraries see them, which ``os.environ`` does not always know of (``os.putenv``)."""
+    try:
+        posix = _imp.create_builtin(ModuleSpec("posix", None))  # another one, which reads them anew
+        _imp.exec_builtin(posix)
+        return {os.fsdecode(name): os.fsdecode(value) for name, value in posix.environ.items()}
+    except Exception:  # noqa: BLE001 - an interpreter without that
+        return dict(os.environ)
+
+
+def is_of_python(name: str) -> bool:
+    """Whether this is a module of the standard library: their imports go by no variable that a script would set."""
+    return name.partition(".")[0] in sys.stdlib_module_names or name.startswith("_sysconfigdata_")
+
+
+def at_import(names: set[str]) -> None:
+    """Have Python's own modules know what they look at when they are imported."""
+    if "logging" in names:
+        known = sys.modules["logging"]
+        known._startTime = time.time_ns() if type(known._startTime) is int else time.time()  # type: ignore[attr-defined]  # noqa: SLF001
+    if "multiprocessing.process" in names:
+        sys.modules["multiprocessing.process"].ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
+    if "multiprocessing" in names:
+        sys.modules.setdefault("__mp_main__", sys.modules["__main__"])
+
+
+class Stage:
+    """One import that was made ahead, and what it did."""
+
+    def __init__(self, name: str, by_script: Changes) -> None:
+        """``by_script``: what the script is known to have done to its variables when it imports ``name``."""
+        self.name, self.by_script = name, by_script
+        self.modules: dict[str, ModuleType] = {}
+        self.sets: Changes = {}
+        self.said = (b"", b"")
+
+    def run(self, environ: dict[str, str]) -> dict[str, str]:
+        """Import it; the answer is ``environ`` with what the import did to that. Raises whatever it raises."""
+        loaded, began = set(sys.modules), [os.fstat(number).st_size for number in (1, 2)]
+        seen = changed(environ, self.by_script)
+        set_environ(seen)
+        putenvs = {name[:-1]: value for name, value in self.by_script.items() if name[-1:] == "="}
+        for name, value in putenvs.items():
+            putenv(name, value)
+        try:
+            __import__(self.name)
+        finally:
+            for name in putenvs:
+                putenv(name, os.environ.get(name))
+            self.sets = changes(seen, dict(os.environ))
+            self.said = (os.pread(1, 1 << 20, began[0]), os.pread(2, 1 << 20, began[1]))
+            self.modules = {name: sys.modules[name] for name in list(sys.modules) if name not in loaded}
+        return changed(environ, self.sets)
+
+
+class Aside:
+    """A finder that has all of them. ``sys.meta_path`` begins with it until everything has been asked for."""
+
+    def __init__(self, stages: list[Stage], watched: str) -> None:
+        """Takes the modules of ``stages`` out of ``sys.modules``. ``watched``: a module whose moment is to be told."""
+        self._stages = stages
+        alike = {name: stage for stage in stages for name in stage.modules}
+        self._held = {}
+        """By name, in the order in which their imports ended."""
+        for name in [name for name in sys.modules if name in alike]:
+            if "." in name or getattr(sys.modules[name], "__spec__", None):
+                self._held[name] = sys.modules.pop(name), alike[name]
+        sys.modules.pop("__mp_main__", None)
+        self._watched = "" if watched in self._held else watched
+        self._children: dict[str, list[str]] = {}
+        """Those that were imported while their package was: its own import brings them."""
+        self._later: dict[str, tuple[ModuleType, str]] = {}
+        """The others, and where to put them."""
+        self._order = order = {name: number for number, name in enumerate(self._held)}
+        for name, (module, _) in self._held.items():
+            package, _, child = name.rpartition(".")
+            if order[name] < order.get(package, 0) or (package in order and not getattr(module, "__spec__", None)):
+                self._children.setdefault(package, []).append(name)
+            elif package:
+                holder = self._held[package][0] if package in self._held else sys.modules.get(package)
+                if isinstance(holder, type(sys)) and vars(holder).get(child) is module:
+                    self._later[name] = holder, child
+                    delattr(holder, child)
+        self._moments: list[tuple[str, Changes]] = []
+        self._over = False
+
+    def begin(
+        self,
+        environ: dict[str, str],
+        tell: "Callable[[str, str, list[tuple[str, Changes]]], None]",
+        differs: "Callable[[str, list[tuple[str, Changes]]], None]",
+    ) -> None:
+        """The script starts, with the variables ``environ``. ``tell``: what became of the modules, why, and when the
+        script asked for which. ``differs``: called when a fresh process would have got others; may not return.
+        """
+        self._environ, self._tell, self._differs = environ, tell, differs
+        self._pid, self._path, self._flags = os.getpid(), list(sys.path), sys.getdlopenflags()
+        self._native = getenv_all()
+        for stage in self._stages:
+            if stage.name not in self._held:  # of the standard library
+                self._finish(stage)
+        if self._held or self._watched:
+            sys.meta_path.insert(0, self)
+
+    def end(self) -> None:
+        """The script has ended: what is imported from now on is for the interpreter's end."""
+        self._over = True
+        del self._tell, self._differs  # which refer to the script, whose objects are to go as they would have
+
+    def find_spec(self, name: str, *_: object) -> "ModuleSpec | None":
+        if name == self._watched and os.getpid() == self._pid and not self._over:
+            self._watched = ""
+            self._moments.append((name, self._by_script()))
+            self._tell("seen", "", self._moments)
+        if name not in self._held:
+            return None
+        module = self._held[name][0]
+        found = getattr(module, "__spec__", None)
+        loader = _Loader(self, name, module, found)
+        spec = ModuleSpec(name, loader, origin=getattr(found, "origin", None))  # type: ignore[arg-type]
+        spec.submodule_search_locations = getattr(found, "submodule_search_locations", None)
+        spec.has_location = getattr(found, "has_location", False)
+        return spec
+
+    def give(self, name: str) -> None:
+        """The script imports ``name``: have it in ``sys.modules``, with all that this import had brought."""
+        needed = self._needed(name)
+        if not self._over and not all(map(is_of_python, needed)):
+            by_script = self._by_script()
+            self._moments.append((name, by_script))
+            if why := self._difference(needed, by_script):
+                self._differs(f"{why} before {name} was imported", self._moments)
+        for each in [each for each in self._held if each in needed]:
+            module = self._held.pop(each)[0]
+            sys.modules.setdefault(each, module)
+            if each in self._later:
+                holder, child = self._later.pop(each)
+                setattr(holder, child, module)
+        at_import(needed)
+        for stage in self._stages:
+            if stage.name in needed:
+                self._finish(stage)
+        if not self._held and not self._watched and self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def _finish(self, stage: Stage) -> None:
+        self._environ = changed(self._environ, stage.sets)
+        set_environ(changed(dict(os.environ), stage.sets))
+        self._native = getenv_all()
+        for number, said in enumerate(stage.said, 1):
+            while said:
+                said = said[os.write(number, said) :]  # noqa: PLW2901
+        if os.getpid() == self._pid and not self._over:
+            self._tell("warm", "", self._moments)
+
+    def _needed(self, name: str) -> set[str]:
+        """What the import of ``name`` has brought: all of its stage if that was for its sake, and what the namespaces
+        of these modules refer to and was imported before.
+        """
+        module_type = type(sys)
+        functions = (type(changes), type(len))
+        stage = self._held[name][1]
+        among = self._stages[: self._stages.index(stage) + 1]
+        todo, needed = list(stage.modules) if name == stage.name else [name], set()
+        while todo:
+            each = todo.pop()
+            if each in needed or each not in self._held or self._held[each][1] not in among:
+                continue
+            module = self._held[each][0]
+            needed.add(each)
+            todo += each.rpartition(".")[0], *self._children.get(each, ())
+            if not isinstance(module, module_type):
+                continue
+            for value in list(module_type.__getattribute__(module, "__dict__").values()):
+                kind = type(value)
+                if issubclass(kind, module_type):
+                    refers = module_type.__getattribute__(value, "__dict__").get("__name__")
+                elif issubclass(kind, type):
+                    refers = type.__getattribute__(value, "__module__")
+                else:
+                    refers = value.__module__ if kind in functions else None
+                if type(refers) is str and (
+                    self._order.get(refers, 0) < self._order[each] or refers.partition(".")[0] == each.partition(".")[0]
+                ):  # otherwise it has been put there by that module
+                    todo.append(refers)
+        return needed
+
+    def _by_script(self) -> Changes:
+        """What the script has done to its variables by now."""
+        by_script = changes(self._environ, dict(os.environ))
+        for name, value in changes(self._native, getenv_all()).items():
+            if os.environ.get(name) != value:
+                by_script[f"{name}="] = value
+        return {name: value for name, value in by_script.items() if name.rstrip("=") not in OF_A_ROUND}
+
+    def _difference(self, needed: set[str], by_script: Changes) -> str:
+        """Why these modules would have become others now; empty if they would not."""
+        for stage in self._stages:
+            if any(name in stage.modules and not is_of_python(name) for name in needed):
+                for name in sorted(by_script.keys() | stage.by_script.keys()):
+                    here, there = (each.get(name, "=") for each in (by_script, stage.by_script))
+                    if here != there:
+                        how = "left alone" if here == "=" else "removed" if here is None else "set"
+                        return f"{name.rstrip('=')} was {how}"
+        for name in needed:
+            module, _ = self._held[name]
+            if sys.modules.get(name, module) is not module:
+                return f"sys.modules[{name!r}] was set"
+            if sys.path != self._path and "." not in name and (found := getattr(module, "__spec__", None)):
+                now = PathFinder.find_spec(name)
+                if found.origin and (not now or now.origin != found.origin):
+                    return f"sys.path was changed, which leads to another {name},"
+        return "sys.setdlopenflags was called" if sys.getdlopenflags() != self._flags else ""
+
+
+class _Loader:
+    """Of one module, which exists."""
+
+    def __init__(self, aside: Aside, name: str, module: "ModuleType", spec: "ModuleSpec | None") -> None:
+        self._aside, self._name, self._module, self._spec = aside, name, module, spec
+
+    def create_module(self, _: "ModuleSpec") -> "ModuleType":
+        return self._module
+
+    def exec_module(self, module: "ModuleType") -> None:
+        if self._spec is not None:
+            module.__spec__ = self._spec  # the import system has just set another
+        self._aside.give(self._name)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._spec and self._spec.loader, name)

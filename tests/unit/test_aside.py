@@ -1,0 +1,208 @@
+"""What a standby has imported ahead comes when the script imports it, as if it had been imported at that moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from unit.launched import Launch, script
+
+MINE = """
+import ctypes, os
+getenv = ctypes.CDLL(None).getenv
+getenv.restype = ctypes.c_char_p
+SEEN = os.environ.get("SET_BY_SCRIPT"), getenv(b"SET_BY_SCRIPT"), os.environ.get("FIRST"), getenv(b"FIRST")
+"""
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FIRST", "1")
+    script(MINE, "mine.py")
+    script("import os\nos.environ['SET_BY_SCRIPT'] = '1'", "settings.py")
+    return Launch()
+
+
+def test_it_is_not_there_before_the_script_imports_it_and_then_all_of_it(launch: Launch) -> None:
+    folder = Path("family")
+    folder.mkdir()
+    script("from family import first\nfrom xml import sax", "family/__init__.py")
+    script("", "family/first.py")
+    script("import family", "family/later.py")
+    script("import family.later", "mine.py")
+    name = script("""
+import sys
+def there(): return sorted(name for name in sys.modules if name.startswith(("family", "mine", "xml")))
+print(there())
+from importlib.util import find_spec
+print(find_spec("family").origin, find_spec("family").submodule_search_locations, there())
+import family
+print(there(), hasattr(family, "later"), family.__spec__, family.__spec__.loader.is_package("family"))
+import xml.sax, family.later, mine
+print(there(), xml.sax is family.sax, mine.family is family, family.later)
+""")
+    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
+    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, cold.out, "")
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        "import os\nos.environ['SET_BY_SCRIPT'] = '1'",
+        "import os\nos.environ.update(SET_BY_SCRIPT='1')",
+        "import os\nos.environ |= {'SET_BY_SCRIPT': '1'}",
+        "import os\nos.environ.setdefault('SET_BY_SCRIPT', '1')",
+        "import os\nos.environb[b'SET_BY_SCRIPT'] = b'1'",
+        "import os\nos.putenv('SET_BY_SCRIPT', '1')",
+        "import ctypes\nctypes.CDLL(None).setenv(b'SET_BY_SCRIPT', b'1', 1)",
+        "import os\nos.environ.pop('FIRST')",
+        "import os\nos.environ['FIRST'] = '2'",
+        "import os\nos.unsetenv('FIRST')",
+        "import settings",
+    ],
+)
+def test_what_a_script_sets_before_the_import_holds_in_each_round(sets: str, launch: Launch) -> None:
+    """In the first, it begins again as a fresh process. The next standbys have imported it with these variables."""
+    name = script(f"""
+import os, subprocess
+print(os.environ.get("SET_BY_SCRIPT"), os.environ.get("FIRST"), "SET_BY" in subprocess.getoutput("env"))
+{sets}
+import mine
+print(mine.SEEN, os.getpid() == int(os.readlink("/proc/self")))
+""")
+    cold = launch(name, warm=False)
+    first, second, third = launch.rounds(name, modules=("mine",), count=3)
+    variable = "FIRST" if "FIRST" in sets else "SET_BY_SCRIPT"
+    assert (first.how.warm, first.how.cold) == (0, 1)
+    assert first.how.why.startswith(f"{variable} was")
+    assert first.how.why.endswith("before mine was imported")
+    assert (second.how.warm, third.how.warm) == (1, 1)
+    for ran in (first, second, third):
+        assert (ran.code, ran.out, ran.err) == (0, cold.out, cold.err)
+
+
+def test_each_part_has_its_own_moment(launch: Launch) -> None:
+    script("import os\nSEEN = os.environ.get('SET_BY_SCRIPT')", "part.py")
+    script("import part, os\nSEEN = os.environ.get('SET_BY_SCRIPT')", "mine.py")
+    name = script("import sys, part, settings\nprint('mine' in sys.modules)\nimport mine\nprint(part.SEEN, mine.SEEN)")
+    first, second = launch.rounds(name, modules=("mine",), count=2)
+    assert first.out == second.out == "False\nNone 1\n"
+    assert (first.how.cold, second.how.warm) == (1, 1)
+
+
+def test_variables_of_a_round_and_those_set_after_the_import_change_nothing(launch: Launch) -> None:
+    name = script("import os\nos.environ['MASTER_PORT'] = '1'\nimport mine, settings\nprint(os.environ['RANK'])")
+    ran = launch(name, modules=("mine",))
+    assert (ran.how.warm, ran.out) == (1, "3\n")
+
+
+def test_variables_of_the_site_reach_the_imports_whatever_they_begin_with(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("LOCAL_SCRATCH", "GROUP_HOME", "WORLD_FOO", "ROLE_X", "TORCHELASTIC_SIGNALS_TO_HANDLE")
+    for name in names:
+        monkeypatch.setenv(name, name)
+    script(f"import os\nprint([os.environ[name] for name in {names}], os.environ.get('LOCAL_RANK'))", "mine.py")
+    ran = launch(script("import mine"), modules=("mine",), variables={"LOCAL_RANK": "0"})
+    assert (ran.how.warm, ran.out) == (1, f"{list(names)} None\n")
+
+
+@pytest.mark.parametrize(
+    ("company", "why"),
+    [
+        ("import time, _thread\n_thread.start_new_thread(time.sleep, (60,))", "the script has started threads"),
+        ("import subprocess\nchild = subprocess.Popen(['sleep', '60'])", "the script has started processes"),
+        ("import socket\none, other = socket.socketpair()", "the script has opened connections"),
+        ("import os\nos.dup2(os.open('log', os.O_RDWR | os.O_CREAT), 1)", "the script has redirected its output"),
+        ("import os\nif pid := os.fork():\n    os.waitpid(pid, 0)\n    os._exit(0)", "this is a child of the worker"),
+    ],
+)  # fmt: skip
+def test_where_the_script_cannot_begin_again_it_is_told_and_the_next_round_is_right(
+    company: str, why: str, launch: Launch
+) -> None:
+    name = script(f"{company}\nimport settings, mine, sys\nprint(mine.SEEN[0], file=sys.stderr)")
+    if "fork" in company:
+        first = launch(name, modules=("mine",))
+    else:
+        first, second = launch.rounds(name, modules=("mine",), count=2)
+        assert (second.how.warm, second.err) == (1, "1\n")
+    assert first.how.warm == 1
+    told, seen = first.err.splitlines()
+    assert told == (
+        "elastic_hpc: SET_BY_SCRIPT was set before mine was imported, but it had been imported ahead (--preload): "
+        f"no effect in this round, as {why}"
+    )
+    assert seen == "None"
+
+
+def test_the_script_begins_again_in_the_state_in_which_it_began(launch: Launch) -> None:
+    name = script("""
+import os, signal, sys
+print(os.getcwd(), os.umask(0o77), signal.getsignal(signal.SIGUSR1), signal.pthread_sigmask(signal.SIG_BLOCK, [10]))
+print(sorted(os.listdir("/proc/self/fd")), open("log", "a").write("x"), os.fstat(1).st_size)
+print("an error", file=sys.stderr)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+os.set_inheritable(os.open("log", os.O_RDONLY), True)
+os.chdir("/")
+import settings, mine
+print(mine.SEEN)
+""")
+    cold = launch(name, warm=False)
+    warm = launch(name, modules=("mine",))
+    assert (warm.how.cold, warm.code, warm.out, warm.err) == (1, 0, cold.out, "an error\n")
+
+
+def test_standbys_that_always_begin_again_are_given_up(launch: Launch) -> None:
+    name = script(
+        "import os\npid = os.environ['SET_BY_SCRIPT'] = str(os.getpid())\nimport mine\nprint(mine.SEEN[0] == pid)"
+    )
+    rounds = launch.rounds(name, modules=("mine",), count=3)
+    assert [ran.out for ran in rounds] == ["True\n"] * 3
+    assert [ran.how.why for ran in rounds] == [
+        *["SET_BY_SCRIPT was set before mine was imported"] * 2,
+        "SET_BY_SCRIPT was set before mine was imported, otherwise in each round",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("import sys\nsys.path.insert(0, 'other')", "sys.path was changed, which leads to another mine, "),
+        ("import sys, types\nsys.modules['part'] = types.ModuleType('part')", "sys.modules['part'] was set "),
+        ("import sys, os\nsys.setdlopenflags(sys.getdlopenflags() | os.RTLD_GLOBAL)", "sys.setdlopenflags was called "),
+    ],
+)
+def test_an_import_that_would_lead_elsewhere_does(text: str, why: str, launch: Launch) -> None:
+    Path("other").mkdir()
+    script("import part\nFROM = 'other', part", "other/mine.py")
+    script("import part\nFROM = 'here', part", "mine.py")
+    script("", "part.py")
+    name = script(f"{text}\nimport mine\nprint(mine.FROM)")
+    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
+    assert (warm.out, warm.err, warm.how.why) == (cold.out, cold.err, f"{why}before mine was imported")
+
+
+def test_what_is_imported_at_the_very_end_is_what_was_imported_ahead(launch: Launch) -> None:
+    script("import atexit\nprint('imported')\natexit.register(lambda: __import__('mine'))", "mine.py")
+    ran = launch(script("import settings, atexit\natexit.register(lambda: print('script'))"), modules=("mine",))
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.count("imported") == 1
+
+
+def test_a_worker_in_a_process_of_its_own_gets_what_the_script_set(launch: Launch) -> None:
+    name = script("""
+import settings, multiprocessing
+def work(queue):
+    import mine
+    queue.put(mine.SEEN[0])
+if __name__ == "__main__":
+    for way in ("spawn", "forkserver"):
+        context = multiprocessing.get_context(way)
+        queue = context.Queue()
+        child = context.Process(target=work, args=(queue,))
+        child.start()
+        print(queue.get(), child.join(), child.exitcode)
+""")
+    ran = launch(name, modules=("mine",))
+    assert ran.out == "1 None 0\n" * 2, ran.err
