@@ -160,7 +160,7 @@ class Aside:
         self._pid, self._path, self._flags = os.getpid(), list(sys.path), sys.getdlopenflags()
         self._native = getenv_all()
         for stage in self._stages:
-            if stage.name not in self._held:  # of the standard library
+            if stage.name not in self._held:  # this process had it from its beginning
                 self._finish(stage)
         if self._held or self._watched:
             sys.meta_path.insert(0, self)
@@ -168,6 +168,8 @@ class Aside:
     def end(self) -> None:
         """The script has ended: what is imported from now on is for the interpreter's end."""
         self._over = True
+        if os.getpid() == self._pid:
+            self._tell("warm", "", self._moments)
         del self._tell, self._differs  # which refer to the script, whose objects are to go as they would have
 
     def find_spec(self, name: str, *_: object) -> "ModuleSpec | None":
@@ -213,7 +215,7 @@ class Aside:
         for number, said in enumerate(stage.said, 1):
             while said:
                 said = said[os.write(number, said) :]  # noqa: PLW2901
-        if os.getpid() == self._pid and not self._over:
+        if stage.name and os.getpid() == self._pid and not self._over:
             self._tell("warm", "", self._moments)
 
     def _needed(self, name: str) -> set[str]:

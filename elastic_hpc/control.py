@@ -29,8 +29,7 @@ _FILE_TIMEOUT = 0.5
 """Seconds a look at the run directory may take; a file system that stalls must not delay a take-over."""
 
 _SAID_NOTHING = {"step": -1, "step_at": 0.0, "first": -1, "first_at": 0.0, "loss": None}
-_BEFORE_A_ROUND = {"listens": False, **_SAID_NOTHING}
-_STARTING = {"warm": 0, "cold": 0, "cold_why": ""}
+_BEFORE_A_ROUND = {"listens": False, "warm": 0, "cold": 0, "cold_why": "", **_SAID_NOTHING}
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Control:
         with self._changed:
             changes: dict[str, Any] = {"state": state, "round": round, "failure": failure, "drained": drained}
             if state == "running":  # these workers have said nothing yet
-                changes |= {**_BEFORE_A_ROUND, **_STARTING}
+                changes |= _BEFORE_A_ROUND
             self._report(**changes)
 
     def report_progress(self, said: Progress) -> None:

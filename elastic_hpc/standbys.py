@@ -100,7 +100,7 @@ class _Standby:
         """Whether it went on warm or cold, as far as is known."""
 
     def hear(self) -> str:
-        """What it has said while it waited: ``ready MEGABYTES`` or nothing new."""
+        """What it has said since: ``ready MEGABYTES``, once."""
         said = b""
         with contextlib.suppress(OSError):
             said = self._socket.recv(4096, socket.MSG_DONTWAIT)
@@ -169,7 +169,7 @@ class Standbys:
 
     def look(self, *, going: bool) -> None:
         """See what they say. While the workers are ``going``, replace those that work, one after the other."""
-        for each in self._waiting:
+        for each in (*self._waiting, *self._working):
             if said := each.hear():
                 self.started = replace(self.started, standby_mb=float(said.partition(" ")[2]))
         self._read()
