@@ -16,12 +16,14 @@ loaded = set(sys.modules)
 import _signal  # type: ignore[import-not-found]  # noqa: E402
 import _socket  # noqa: E402
 
+SAFE_PATH = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+
 if __name__ == "__main__":
     folder = os.path.dirname(__file__)
     sys.path.insert(0, folder)
     import aside  # type: ignore[import-not-found]
 
-    del sys.path[: 1 if getattr(sys.flags, "safe_path", False) else 2], sys.path_importer_cache[folder]
+    del sys.path[: 1 if SAFE_PATH else 2], sys.path_importer_cache[folder]
     del sys.modules["aside"]
 else:
     from elastic_hpc import aside
@@ -225,7 +227,7 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
     is_module = argv[0] == "-m"
     sys.argv = ["-m", *argv[2:]] if is_module else list(argv)
     sys.orig_argv = command
-    if not getattr(sys.flags, "safe_path", False):
+    if not SAFE_PATH:
         sys.path.insert(0, os.getcwd() if is_module else os.path.dirname(os.path.realpath(argv[0])))
     stages, why = preload(plan, agent, gently=gently)
     held = aside.Aside(stages, watched)
