@@ -17,8 +17,10 @@ from elastic_hpc import durations, from_python, outputs, programs, sbatch_option
 from elastic_hpc.config import KEYS, Layer, Setting, Settings, load
 from elastic_hpc.errors import UsageError
 from elastic_hpc.from_python import SOURCE as PYTHON
+from elastic_hpc.sbatch_lines import directives_of_python
 from elastic_hpc.sbatch_options import LONGEST_LEAD, SBATCH, Given, WarningSignal, last
 from elastic_hpc.script import NOT_FOR_TORCHRUN, Container, JobSpec, Shell, render
+from elastic_hpc.script_file import not_python
 from elastic_hpc.snapshot import WorkTree
 from elastic_hpc.spec import LaunchSpec
 
@@ -148,17 +150,34 @@ def from_names(
     ours = [("setup", line) for line in from_python.lines(setup)]
     ours += [("env", variable) for variable in from_python.environment(env)]
     ours += [(each.name, each.value or "") for each in given if each.name in KEYS]
+    script, passed = from_python.word(script, "script"), [each for each in given if each.name not in KEYS]
     return build(
-        from_python.word(script, "script"),
+        script,
         [from_python.word(arg, "argument of the script") for arg in script_args],
         ours,
-        [each for each in given if each.name not in KEYS],
+        passed,
         module=module,
         source=PYTHON,
         no_python=no_python,
         torchrun=torchrun,
+        of_script=[] if module or no_python else layers_of(script, last(passed, "chdir")),
         unset=unset,
     )
+
+
+def layers_of(script: str, chdir: str | None) -> list[Layer]:
+    """What the #SBATCH lines of a Python script say; nothing if it cannot be read, which ``build`` refuses."""
+    found = [path for path in (os.path.join(chdir or "", script), script) if os.path.isfile(path)]
+    try:
+        content = Path(found[0]).read_bytes() if found else b""
+    except OSError:
+        return []
+    if not_python(content, script):
+        return []
+    return [
+        Layer(g.source, [("nodes", g.value or "")], []) if g.name == "nodes" else Layer(g.source, [], [g])
+        for g in directives_of_python(content, script)
+    ]
 
 
 @contextlib.contextmanager

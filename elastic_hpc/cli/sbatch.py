@@ -14,16 +14,14 @@ from textwrap import fill
 from elastic_hpc import __version__, slurm
 from elastic_hpc.batch_script import from_batch
 from elastic_hpc.cli import entry
-from elastic_hpc.config import SWITCHES, Layer
+from elastic_hpc.config import SWITCHES
 from elastic_hpc.durations import as_text
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.registry import remember
-from elastic_hpc.request import build, checked, prepared
+from elastic_hpc.request import build, checked, layers_of, prepared
 from elastic_hpc.sbatch_environment import for_sbatch_itself
-from elastic_hpc.sbatch_lines import directives_of_python
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.script import COMMAND_LINE, JobSpec
-from elastic_hpc.script_file import not_python
 from elastic_hpc.spec import LAUNCH_OPTIONS, NO_PYTHON
 from elastic_hpc.torchrun_options import OPTIONS as TORCHRUN
 from elastic_hpc.torchrun_options import translate
@@ -105,6 +103,11 @@ when nodes are lost, and comes back by itself when Slurm takes everything away.
 
 Everything after SCRIPT belongs to the script. Every sbatch option that is not listed here is passed through, in any
 form: -p gpu, --partition gpu, --partition=gpu. Those that would break an elastic job are refused with the reason.
+Options of torchrun are taken too, with dashes or underscores: --nnodes is --nodes, --master_addr and --master_port are
+--rdzv-endpoint; the others say what is done anyway, or the refusal says which option does it here.
+
+TIME is in seconds, or 90s, 5m, 1h30m, 2d, or in Slurm's notation, [D-]HH:MM:SS or MM:SS. Sbatch's own times, such as
+--time, are in Slurm's notation alone, where a number is in minutes.
 """
 _HELP_END = """
 Defaults come from the TOML files $ELASTIC_HPC_CONFIG, ~/.config/elastic_hpc/config.toml and ./elastic_hpc.toml, then
@@ -138,8 +141,9 @@ def _run(argv: list[str]) -> int:
     if "quiet" not in switches:
         for note in job.notes:
             _warn(note)
-        if any(re.fullmatch("-t[0-3]?", word) for word in argv[: -len(rest)]) and last(given, "time") in {*"0123"}:
-            _warn(f"-t {last(given, 'time')} is sbatch's --time, in minutes; torchrun's -t is written --tee here")
+        by_letter = any(re.fullmatch("-t[0-3]?", word) for word in argv[: len(argv) - len(rest)])
+        if by_letter and (minutes := last(given, "time")) in {*"0123"}:
+            _warn(f"-t {minutes} is sbatch's --time, in minutes; torchrun's -t is written --tee here")
     if "dry-run" in switches:
         sys.stdout.buffer.write(os.fsencode(checked(job)))
         sys.stdout.buffer.flush()
@@ -162,12 +166,12 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     if batch is not None:
         if module or no_python:
             raise UsageError(f"-m or --no-python with --from-batch {batch}: that is read there; leave it out")
-        return _from_batch(batch, rest, options, sbatch)
+        return _from_batch(batch, rest, options, sbatch, torchruns)
     if not rest or rest[0] in {"", "-"}:
         for each in given:
             check(each)  # --wrap needs no script
         raise UsageError(f"expected a training script: {_USAGE}")
-    layers = [] if module or no_python else _layers(os.path.join(last(sbatch, "chdir") or "", rest[0]), rest[0])
+    layers = [] if module or no_python else layers_of(rest[0], last(sbatch, "chdir"))
     return build(
         rest[0],
         rest[1:],
@@ -181,24 +185,12 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     )
 
 
-def _layers(path: str, name: str) -> list[Layer]:
-    """What the #SBATCH lines of a Python script say."""
-    if not os.path.isfile(path):
-        return []
-    try:
-        content = Path(path).read_bytes()
-    except OSError:
-        return []
-    if not_python(content, name):
-        return []
-    return [
-        Layer(g.source, [("nodes", g.value or "")], []) if g.name == "nodes" else Layer(g.source, [], [g])
-        for g in directives_of_python(content, name)
-    ]
-
-
 def _from_batch(
-    batch: str, args: Sequence[str], options: Sequence[tuple[str, str]], sbatch: Sequence[Given]
+    batch: str,
+    args: Sequence[str],
+    options: Sequence[tuple[str, str]],
+    sbatch: Sequence[Given],
+    torchruns: Sequence[Given],
 ) -> JobSpec:
     try:
         content = Path(batch).read_bytes()
@@ -213,6 +205,7 @@ def _from_batch(
         module=found.module,
         no_python=found.no_python,
         source=COMMAND_LINE,
+        torchrun=torchruns,
         of_script=found.layers,
         notes=found.notes,
         folder=found.folder,

@@ -25,7 +25,7 @@ from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.programs import check_module, find_program, find_script
 from elastic_hpc.registry import remember
 from elastic_hpc.rundir import RunDir
-from elastic_hpc.sbatch_options import Option, scan
+from elastic_hpc.sbatch_options import SBATCH, Option, check, scan
 from elastic_hpc.script import agent_command, srun_options
 from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec, add_launch_options
 from elastic_hpc.torchrun_options import OPTIONS as TORCHRUN
@@ -39,6 +39,7 @@ _EPILOG = """examples:
   elastic-srun --standalone --nproc-per-node 2 train.py     this machine, no Slurm, as torchrun --standalone
   elastic-srun --local 4 train.py                      rehearse with 4 agents on this machine
 
+TIME is in seconds, or 90s, 5m, 1h30m, 2d, or in Slurm's notation, [D-]HH:MM:SS or MM:SS.
 Options of torchrun are taken too, with dashes or underscores: --nnodes is --nodes, --master-addr and --master-port are
 --rdzv-endpoint; what they say is done anyway, or the refusal says which option does it.
 
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     """The command line, or what is to be shown and nothing else."""
-    given, rest = scan(argv, _OWN, TORCHRUN)
+    given, rest = scan(argv, _OWN, (*SBATCH.values(), *TORCHRUN))
     names = [each.name for each in given]
     if "help" in names:
         return _parser().format_help()
@@ -114,9 +115,17 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     ours, others = translate([each for each in given if each.name != "standalone"])
     for each in others:
         unneeded(each)
+    own = {option.name for option in _OWN}
+    for each in [each for each in ours if each.name not in own and check(each)]:
+        raise UsageError(
+            f"{each.option.flag}: is for the allocation that elastic-srun runs in, for example: salloc "
+            f"{each.option.flag}{'=' + each.value if each.value else ''} elastic-srun {rest[0]}"
+        )
     values: dict[str, Any] = {option.name.replace("-", "_"): None for option in _OWN}
     parsers = {option.flag: option.parse for option in LAUNCH_OPTIONS}
     for each in ours:
+        if each.name not in own:
+            continue
         value: Any = True
         if each.option.value:
             value = parsers.get(each.option.flag, str)("on" if each.value is None else each.value)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from elastic_hpc.sbatch_options import SBATCH
+from elastic_hpc.torchrun_options import OPTIONS as TORCHRUN
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -38,7 +39,8 @@ def options_of(command: str) -> set[str]:
     listed = "" if command == "elastic-sbatch" else help_of(command)
     subcommands = re.findall(r"^    ([a-z-]+)(?: |$)", listed, re.MULTILINE)
     known = set(OPTION.findall(" ".join([help_of(command), *(help_of(command, name) for name in subcommands)])))
-    return known | ({f"--{name}" for name in SBATCH} if command == "elastic-sbatch" else set())
+    known |= {f"--{name}" for name in SBATCH} if command == "elastic-sbatch" else set()
+    return known | ({option.flag for option in TORCHRUN} if command in {"elastic-sbatch", "elastic-srun"} else set())
 
 
 def blocks(document: Path, *kinds: str) -> list[str]:

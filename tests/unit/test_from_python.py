@@ -174,6 +174,12 @@ def test_torchruns_names_are_taken():
     assert (str(job.launch.nodes), str(job.launch.rdzv_endpoint)) == ("2:4", "n1:29501")
 
 
+def test_sbatch_lines_of_the_script_count_as_for_the_command():
+    Path("train.py").write_text("#!/usr/bin/env python3\n#SBATCH --partition=gpu\npass\n")
+    assert of().has("partition")
+    assert directives(partition="other") == ["partition=other"]
+
+
 def test_a_launch_takes_the_same_values():
     config = LaunchConfig(local=2, nodes=(1, 2), grace=timedelta(minutes=1), log_dir=Path("x"), rdzv_backend="c10d")  # type: ignore[call-arg]
     assert (config.options, config.log_dir) == (["--nodes=1:2", "--grace=60"], Path("x").absolute())

@@ -285,6 +285,7 @@ def test_agents_start_on_max_nodes_and_the_spares_as_far_as_they_are_there(
         (["--local", "2", "--grow"], "elastic-srun: --grow on: elastic-srun runs in the allocation that is there"),
         (["--local", "2", "--standalone"], "elastic-srun: --local with --standalone: they say different things"),
         (["--local", "2", "--node_rank=1"], "elastic-srun: --node-rank 1: one command starts the agents of all nodes"),
+        (["--local", "2", "-p", "gpu"], "--partition: is for the allocation that elastic-srun runs in, for example: "),
         (["--local", "2", "--max-restart=1"], "--max-restart: unknown option; did you mean --max-restarts?"),
         (["--local", "2", "--no-python", "-m"], "--no-python with --module: a module needs a Python"),
         (["--local", "2", "--no-python"], "train.py: expected a program that can be run"),
@@ -335,6 +336,7 @@ def test_any_program_can_be_a_worker_under_torchruns_own_options(tmp_path: Path)
     program.chmod(0o755)
     options = "--standalone --nnodes=1 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:0"
     options += " --tee 3 -r 0:1 --max_restarts=0 --role=trainer --local_ranks_filter=0 --monitor_interval=1 --no_python"
+    options += " --ntasks_per_node=1"
     for start in (["./run.sh"], ["bash", "run.sh"]):
         done = subprocess.run(
             [str(SRUN), *options.split(), *start, "--epochs", "$2"],
