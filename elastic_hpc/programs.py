@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,11 @@ from pathlib import Path
 from elastic_hpc.errors import UsageError
 from elastic_hpc.script_file import check_script
 
+# Environments that last as long as a command (uv run --with, --isolated), and those of a cache (uvx, scripts with
+# dependencies of their own, pipx run).
+_TEMPORARY = re.compile(r"/builds-v\d+/\.tmp")
+_CACHED = re.compile(r"/(archive|environments)-v\d+/|/pipx/(\.cache/)?[0-9a-f]{15}(/|$)")
+_NODES_OWN = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - nothing is written there
 _DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # what sbatch's own -m, --distribution, takes
 
 
@@ -56,3 +62,23 @@ def find_interpreter(words: Sequence[str], work_dir: str, submitted_from: Path) 
     if os.sep in words[0] and not os.path.isfile(os.path.join(work_dir, words[0])) and os.path.isfile(here):
         return here, *words[1:]
     return tuple(words)
+
+
+def is_temporary(prefix: str) -> bool:
+    """Whether an environment is gone when the command ends."""
+    return _TEMPORARY.search(prefix) is not None
+
+
+def environment_that_lasts(prefix: str, work_dir: str, *, other: bool) -> str:
+    """A line on ``prefix``, the environment that submits and that the job is to find on its nodes, if they may not have
+    it. ``other``: agents and workers have another interpreter. UsageError if it will be gone.
+    """
+    advice = "expected the environment in which you train: install elastic_hpc there, with uv add or uv pip install"
+    if is_temporary(prefix):
+        if other:
+            return ""
+        raise UsageError(f"elastic-sbatch runs in {prefix}, which uv removes when the command ends; {advice}")
+    if _CACHED.search(prefix):
+        return f"runs in {prefix}, a cache, which may be cleaned before the job starts; {advice}"
+    own = [folder for folder in _NODES_OWN if prefix.startswith(f"{folder}/") and not work_dir.startswith(f"{folder}/")]
+    return f"runs in {prefix}: other nodes have a {own[0]} of their own; {advice}" if own else ""

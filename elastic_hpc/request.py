@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -115,6 +116,10 @@ def build(
         passed.insert(0, Given(SBATCH["job-name"], name, "the script's name"))
     if python and not container:
         python = replace(python, value=programs.find_interpreter(python.value, work_dir, directory))
+    submitting = sys.executable
+    lasts = programs.environment_that_lasts(sys.prefix, work_dir, other=bool(python and not container))
+    if programs.is_temporary(sys.prefix) and python:
+        submitting = python.value[0]
     return JobSpec(
         launch=launch,
         log_dir=log_dir,
@@ -123,13 +128,14 @@ def build(
         setup=settings.setup,
         env=settings.env,
         template=template.value if template else "elastic",
+        python=submitting,
         agent_python=python.value if python else None,
         container=container,
         code=code,
         snapshot=bool(with_snapshot and with_snapshot.value),
         torchrun=tuple(_words_for_torchrun(torchrun)) if plain else (),
         sources=sources,
-        notes=(*notes, *settings.notes, *filter(None, [note]), *outputs.notes(passed, work_dir)),
+        notes=(*notes, *settings.notes, *filter(None, [note, lasts]), *outputs.notes(passed, work_dir)),
     )
 
 

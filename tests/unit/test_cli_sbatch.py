@@ -205,6 +205,32 @@ def test_an_output_folder_that_cannot_be_made_is_told(project, capsys):
     assert "train.py is a file" in said
 
 
+@pytest.mark.parametrize(
+    ("prefix", "said", "code"),
+    [
+        ("/h/.cache/uv/builds-v0/.tmpX1", "elastic-sbatch runs in /h/.cache/uv/builds-v0/.tmpX1, which uv", 2),
+        ("/scratch/uv/archive-v0/Ab1", "runs in /scratch/uv/archive-v0/Ab1, a cache, which may be cleaned", 0),
+        ("/h/.cache/uv/environments-v2/train-1", "a cache, which may be cleaned", 0),
+        ("/home/me/.cache/pipx/0123456789abcde", "a cache, which may be cleaned", 0),
+        ("/dev/shm/env", "runs in /dev/shm/env: other nodes have a /dev/shm of their own", 0),
+        ("/home/me/project/.venv", "", 0), ("/usr", "", 0), ("/opt/pipx/venvs/elastic_hpc", "", 0),
+    ],
+)  # fmt: skip
+def test_an_environment_that_the_job_will_not_find_is_refused_or_told(project, monkeypatch, capsys, prefix, said, code):
+    monkeypatch.setattr(sys, "prefix", prefix)
+    assert main(["-N1", "train.py"]) == code
+    assert f"elastic-sbatch: {said}" in (err := capsys.readouterr().err) or said in err
+    assert bool(said) == ("expected the environment in which you train" in err)
+
+
+def test_a_temporary_environment_does_where_the_job_has_another_one(project, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "prefix", "/home/me/.cache/uv/builds-v0/.tmpX1")
+    assert main(["-N1", "--python", "/shared/venv/bin/python", "train.py"]) == 0
+    assert sys.executable not in project.seen("script")
+    assert project.seen("script").count("/shared/venv/bin/python ") >= 3
+    assert main(["-N1", "--python", "python3", "--container-image", "x.sif", "train.py"]) == 2
+
+
 def test_inside_a_job_what_slurm_has_set_for_that_job_is_no_wish(project, monkeypatch):
     outside = {"SLURM_CLUSTERS": "east", "SLURM_HINT": "nomultithread", "SBATCH_MEM_BIND": "local"}
     for name, value in {**outside, "SBATCH_QOS": "high"}.items():
