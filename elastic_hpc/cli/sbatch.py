@@ -138,13 +138,14 @@ def _run(argv: list[str]) -> int:
         print(f"elastic-sbatch {__version__}")
         return 0
     job = _job(given, rest)
-    if "quiet" not in switches:
-        for note in job.notes:
-            _warn(note)
-        by_letter = any(re.fullmatch("-t[0-3]?", word) for word in argv[: len(argv) - len(rest)])
-        if by_letter and (minutes := last(given, "time")) in {*"0123"}:
-            _warn(f"-t {minutes} is sbatch's --time, in minutes; torchrun's -t is written --tee here")
+    by_letter = any(re.fullmatch("-t[0-3]?", word) for word in argv[: len(argv) - len(rest)])
+    if by_letter and (minutes := last(given, "time")) in {*"0123"}:
+        note = f"-t {minutes} is sbatch's --time, in minutes; torchrun's -t is written --tee here"
+        job = replace(job, notes=(*job.notes, note))
+    if "quiet" in switches:
+        job = replace(job, notes=())
     if "dry-run" in switches:
+        _tell(job)
         sys.stdout.buffer.write(os.fsencode(checked(job)))
         sys.stdout.buffer.flush()
         return 0
@@ -243,11 +244,20 @@ def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
             if job.template != "torchrun":
                 tasks = "_TASK" if job.has("array") else ""
                 print(f"run directory: {os.path.join(job.log_dir, number)}{tasks}", file=sys.stderr)
+        _tell(job)
 
     code = slurm.sbatch(script, passed, os.environ, on_submitted, lambda text: print(text, end="", file=sys.stderr))
+    if "--test-only" in passed:
+        _tell(job)
     if not (parsable or quiet or job.template == "torchrun"):
         _warn_of_short_times(job)
     return code
+
+
+def _tell(job: JobSpec) -> None:
+    """What the user should know of the job; not of one that is refused."""
+    for note in job.notes:
+        _warn(note)
 
 
 def _warn_of_short_times(job: JobSpec) -> None:

@@ -144,7 +144,7 @@ def test_what_the_environment_says_and_breaks_an_elastic_job_is_dropped_with_a_l
     monkeypatch.setenv(f"SBATCH_{name}", value)
     assert main(["-N1", "train.py"]) == 0
     note = f"SBATCH_{name} of the environment is not used: {reason}"
-    assert capsys.readouterr().err.startswith(f"elastic-sbatch: {note}")
+    assert f"\nelastic-sbatch: {note}" in capsys.readouterr().err
     assert f"\n# {note}" in project.seen("script")
     assert main(["-N1", "-Q", "train.py"]) == 0
     assert capsys.readouterr().err == ""
