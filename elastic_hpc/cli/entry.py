@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -46,6 +47,15 @@ def tell(name: str, text: str) -> None:
     """A line on stderr. That nobody can read it any more, the pipe or the terminal is gone, stops no work."""
     with contextlib.suppress(OSError):
         print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+
+def heed_reader() -> None:
+    """For a command that waits for news: end as a write would, if nobody reads stdout any more."""
+    poll = select.poll()
+    with contextlib.suppress(io.UnsupportedOperation):  # stdout is no file: another program has called
+        poll.register(sys.stdout, 0)
+        if poll.poll(0):
+            raise BrokenPipeError
 
 
 def _code(name: str, work: Callable[[], int]) -> int:

@@ -88,6 +88,7 @@ def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
         if over:
             printer.print(logs.rest(time.time()))
             return
+        entry.heed_reader()
         time.sleep(_LOOK)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.errors import UsageError
 from elastic_hpc.jobs import Jobs, Look
@@ -110,6 +111,7 @@ def _watch(jobs: Jobs, args: argparse.Namespace) -> int:
             _screen(found, jobs.problem, console), console=console, screen=console.is_terminal, auto_refresh=False
         ) as live:
             while not all(look.view.over for look in found):
+                entry.heed_reader()
                 time.sleep(_LOOK)
                 found = _wanted(jobs.look(_ASK_SLURM), args)
                 live.update(_screen(found, jobs.problem, console), refresh=True)

@@ -14,6 +14,7 @@ import records
 
 from elastic_hpc import __version__
 from elastic_hpc.cli.hpc import main
+from elastic_hpc.rundir import RunDir
 
 FAULTS = str(records.FOLDER / "faults")
 HPC = [sys.executable, "-m", "elastic_hpc"]
@@ -48,6 +49,18 @@ def test_a_reader_that_has_enough_is_no_error(command: list[str]) -> None:
     assert b"BrokenPipe" not in done.stderr
     assert called(command, stdout=pipe, stderr=pipe).returncode in {0, 1, 2}
     os.close(pipe)
+
+
+@pytest.mark.parametrize("words", [["logs", "-f"], ["status", "--watch"]])
+def test_what_follows_a_job_ends_with_its_reader_also_if_nothing_is_written(words: list[str], tmp_path: Path) -> None:
+    rundir = RunDir(records.copy("faults", tmp_path))
+    (rundir.path / "verdict.json").unlink()
+    with rundir.hold(), subprocess.Popen([*HPC, *words, str(rundir.path)], stdout=subprocess.PIPE) as follows:
+        assert follows.stdout
+        if "-f" in words:
+            assert follows.stdout.readline().startswith(b"--- round 1")
+        follows.stdout.close()
+        assert follows.wait(timeout=30) == 1
 
 
 def test_a_full_disk_is_told_in_a_line() -> None:
