@@ -45,6 +45,11 @@ STARTING = 20.0
 """The same, while it is known that the agents of others are just starting."""
 
 
+STORE_PATIENCE = 120.0
+"""Seconds for which a round waits for its store, which is tried again and again. A name server that does not answer
+keeps it from opening for up to a minute.
+"""
+
 HEARING = 3.0
 """Seconds in which workers that ask whether they are to stop have done so, in a round that has just been formed too."""
 
@@ -157,6 +162,10 @@ class View:
     """Members of the round before a take-over that have not been heard of since."""
     since_quorum: float
     store_ready: bool
+    store_error: str
+    """What kept the store from opening the last time; empty while nothing did."""
+    without_store: float
+    """Seconds since it is wanted; 0 when it is there."""
     restarts: int
     requeues: int
     request: Request | None
@@ -321,8 +330,19 @@ def _while_gathering(view: View, policy: Policy) -> Decision:
     if view.ready != view.live or view.leaving - view.idle:
         return Decision(Action.WAIT, "workers of the last round are being stopped")
     if not view.store_ready:
-        return Decision(Action.WAIT, "the store of the next round is being opened")
+        return _without_store(view, policy)
     return Decision(Action.FORM, f"{size} nodes are ready", nodes=tuple(sorted(view.ready)[:size]))
+
+
+def _without_store(view: View, policy: Policy) -> Decision:
+    """On other nodes, after a requeue, it may open."""
+    if view.without_store < STORE_PATIENCE:
+        so_far = f", so far in vain: {view.store_error}" if view.store_error else ""
+        left = STORE_PATIENCE - view.without_store
+        return Decision(Action.WAIT, f"the store of the next round is being opened{so_far}", again=left)
+    why = view.store_error or "nothing was heard of it"
+    why = f"the store of the next round could not be opened within {STORE_PATIENCE:g} s: {why}"
+    return give_back(why, view.requeues, policy, "store")
 
 
 def _while_too_few(view: View, policy: Policy) -> Decision:
@@ -339,12 +359,12 @@ def _while_too_few(view: View, policy: Policy) -> Decision:
     return give_back(f"{len(view.live)} nodes are left, fewer than MIN {least}", view.requeues, policy)
 
 
-def give_back(why: str, requeues: int, policy: Policy) -> Decision:
+def give_back(why: str, requeues: int, policy: Policy, cause: str = "node lost") -> Decision:
     """The allocation is of no use any more: requeue, or the end."""
     if not policy.can_requeue:
-        return Decision(Action.FAIL, f"{why}; this job cannot be requeued", "node lost")
+        return Decision(Action.FAIL, f"{why}; this job cannot be requeued", cause)
     if requeues >= policy.max_requeues:
         return Decision(
             Action.FAIL, f"{why}; all {policy.max_requeues} requeues (--max-requeues) are used up", "budget"
         )
-    return Decision(Action.REQUEUE, why, "node lost")
+    return Decision(Action.REQUEUE, why, cause)

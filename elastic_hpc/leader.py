@@ -93,13 +93,14 @@ class Leader:
         self._world = World()
         self._progress = Progress()
         self._stores: dict[int, int] = {}
+        self._store_error = ""
         self._request: Request | None = None
         self._requested_for = ""
         self._reason = self._waiting = self._told = reason or "waiting for nodes"
         self._first = inherited is None
         self._news = True
         self._again = float("inf")
-        self._started = self._gathered = self._below_min = now
+        self._started = self._gathered = self._below_min = self._had_store = now
         self._requested = now
         self._min_since: float | None = None
         self._events: list[tuple[str, dict[str, Any]]] = []
@@ -209,6 +210,14 @@ class Leader:
     def on_store(self, round: int, port: int, now: float) -> None:
         """The store of ``round`` listens on ``port``."""
         self._stores = {r: p for r, p in self._stores.items() if r >= self.round} | {round: port}
+        self._store_error = ""
+        self._advance(now)
+
+    def on_store_failed(self, round: int, reason: str, now: float) -> None:
+        """The store of ``round`` could not be opened, because of ``reason``; it is tried again."""
+        if reason != self._store_error:
+            self._store_error = reason
+            self._event("store_failed", round=round, reason=reason)
         self._advance(now)
 
     def on_tick(self, now: float) -> None:
@@ -364,6 +373,8 @@ class Leader:
             self._below_min = now
         else:
             self._min_since = None
+        if self._stage == "run" or self.round in self._stores:
+            self._had_store = now
         late = self._stage == "run" and now - self._world.since > self.policy.heartbeat_timeout
         if self._mandate.renew(joined.values(), self._peers.agreeing, now, stale=late and not self._is_settled):
             self._event("take_over", round=self.round, reason=self._inherited)
@@ -401,6 +412,8 @@ class Leader:
             expected=len(set(self.roster.members) - live - {last.leader}) if last and not world.formed else 0,
             since_quorum=now - self._mandate.since,
             store_ready=self.round in self._stores,
+            store_error=self._store_error,
+            without_store=now - self._had_store,
             restarts=self.restarts,
             requeues=self.requeues,
             request=self._request,

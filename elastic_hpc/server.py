@@ -246,7 +246,9 @@ class LeaderServer:
         try:
             port = await self._open_store(wanted)
         except Exception as error:  # noqa: BLE001 - whatever keeps a store from opening is told, and tried again
-            self.record.event("store_failed", {"round": wanted, "reason": str(error)})
+            told = (str(error) or type(error).__name__).splitlines()[0]  # torch's own traceback may follow
+            self.leader.on_store_failed(wanted, told, asyncio.get_running_loop().time())
+            self._after_input()
             await asyncio.sleep(1.0)
             self._opening = None
             return

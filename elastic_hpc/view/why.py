@@ -161,6 +161,8 @@ def _about_the_end(story: Story, id: str) -> Iterator[str]:
         yield "look at the causes above; if they are nobody's fault, allow more: --max-restarts, --max-requeues"
     if run.cause == "node lost":
         yield "submit it again when there are nodes: it goes on from its last checkpoint"
+    if run.cause == "store":
+        yield "see whether the leader's node has a free port and answers to its own name: elastic-hpc doctor --run"
     if "cannot be requeued" in run.reason:
         yield "the site or --no-requeue forbids the requeue: submit it again, or chain jobs with --dependency=afterany"
 

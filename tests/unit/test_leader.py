@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import simulated
 
-from elastic_hpc.decide import TERM_GRACE
+from elastic_hpc.decide import STORE_PATIENCE, TERM_GRACE
 from elastic_hpc.leader import STOP_TIMEOUT, Leader
 from elastic_hpc.protocol import Failure, Order, Request, Status
 from elastic_hpc.roster import Host, Roster
@@ -548,3 +548,38 @@ def test_the_record_tells_how_far_the_workers_are_at_first_at_times_and_at_the_e
     assert (last["step"], last["step_at"], last["loss"]) == (22, 122.0, 1 / 7)
     job.wait(TOLD_EVERY)
     assert job.events("progress") == []
+
+
+def test_a_store_that_cannot_be_opened_is_told_once_tried_for_a_while_and_then_ends_the_run_with_its_reason() -> None:
+    job = Job()
+    job.store = lambda: None  # type: ignore[method-assign]
+    job.leader._stores.clear()
+    job.ready(0, 1)
+    for _ in range(int(STORE_PATIENCE) - 1):
+        job.wait(1.0)
+        job.leader.on_store_failed(1, "no free port", job.now)
+        assert job.verdict is None
+    told = job.leader.take_events()
+    assert [fields["reason"] for event, fields in told if event == "store_failed"] == ["no free port"]
+    waiting = [fields["reason"] for event, fields in told if event == "waiting"]
+    assert waiting[-1] == "the store of the next round is being opened, so far in vain: no free port"
+    job.wait(1.0)
+    assert job.verdict
+    assert (job.verdict.outcome, job.verdict.cause) == ("requeue", "store")
+    assert job.verdict.reason == "the store of the next round could not be opened within 120 s: no free port"
+
+
+def test_a_store_that_opens_late_is_in_time_and_the_next_one_has_as_much_time() -> None:
+    job = Job()
+    job.leader._stores.clear()
+    open_store, job.store = job.store, lambda: None  # type: ignore[method-assign]
+    job.ready(0, 1)
+    job.wait(STORE_PATIENCE - 1)
+    job.store = open_store  # type: ignore[method-assign]
+    job.store()
+    assert len(job.events("round")) == 1
+    job.wait(2 * STORE_PATIENCE)
+    job.leader._stores.clear()
+    job.fail(0)
+    job.wait(1.0)
+    assert job.verdict is None
