@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_hpc import from_python, functions, torchrun_options
+from elastic_hpc.env import AGENT_MARK
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.spec import LAUNCH_OPTIONS
@@ -108,7 +109,9 @@ class elastic_launch:  # noqa: N801 - torch's name
 
 
 def _run(command: list[str], environ: Mapping[str, str]) -> None:
-    process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True)
+    # Ctrl-C reaches this process alone. What a worker starts stays in its session: with that it is killed.
+    alone = AGENT_MARK not in os.environ
+    process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=alone)
     while True:
         try:
             process.wait()

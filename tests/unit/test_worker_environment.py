@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from elastic_hpc.env import FAMILIES, INSTEAD
 
 SRUN = Path(sys.executable).with_name("elastic-srun")
@@ -27,7 +29,10 @@ import os, subprocess, sys, time
 from pathlib import Path
 run = Path(os.environ["ELASTIC_HPC_RUN_DIR"])
 if os.environ["ELASTIC_HPC_ROUND"] == "1":
-    subprocess.run([sys.argv[1], "--standalone", f"--run-dir={run}/inner", sys.argv[2], str(run)])
+    if sys.argv[3] == "command":
+        subprocess.run([sys.argv[1], "--standalone", f"--run-dir={run}/inner", sys.argv[2], str(run)])
+    from elastic_hpc import LaunchConfig, elastic_launch
+    elastic_launch(LaunchConfig(local=1, log_dir=f"{run}/inner"), sys.argv[2])(str(run))
 """
 INNER = """
 import os, pathlib, sys, time
@@ -88,16 +93,17 @@ def test_every_variable_that_a_worker_has_or_lacks_because_of_us_is_documented(t
     assert {name.rstrip("*") for name in FAMILIES} <= set(families)
 
 
-def test_a_run_that_a_worker_starts_is_one_of_its_own_and_ends_with_that_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["command", "Python"])
+def test_a_run_that_a_worker_starts_is_one_of_its_own_and_ends_with_that_worker(tmp_path: Path, way: str) -> None:
     for name, text in {"nests.py": NESTS, "inner.py": INNER}.items():
         (tmp_path / name).write_text(text)
     command = [str(SRUN), "--standalone", f"--run-dir={tmp_path}/run", str(tmp_path / "nests.py")]
-    outer = subprocess.Popen([*command, str(SRUN), str(tmp_path / "inner.py")], cwd=tmp_path)
+    outer = subprocess.Popen([*command, str(SRUN), str(tmp_path / "inner.py"), way], cwd=tmp_path)
     try:
         started = tmp_path / "run" / "inner.pid"
         wait_for(lambda: started.exists() and started.read_text().count(" ") == 2)
         pid, run_dir, agent = started.read_text().split()
-        assert run_dir == f"{tmp_path}/run/inner"
+        assert run_dir.startswith(f"{tmp_path}/run/inner")
         worker = parent(parent(int(agent)))
         os.kill(worker, signal.SIGKILL)
         assert outer.wait(60) == 0, "the second round starts none"
