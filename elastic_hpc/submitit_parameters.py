@@ -12,6 +12,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from elastic_hpc.config import KEYS
 from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_options import SBATCH
+from elastic_hpc.torchrun_options import OPTIONS
 
 Update = Callable[..., None]
 
@@ -29,7 +30,7 @@ _REFUSED = {
     "teardown": "the batch script may be lost with its node; let the function clean up",
     "log_dir": "the run directories are in the executor's folder",
 }
-_OPTIONS = frozenset(name.replace("-", "_") for name in (*KEYS, *SBATCH))
+_OPTIONS = frozenset(name.replace("-", "_") for name in (*KEYS, *SBATCH, *(option.name for option in OPTIONS)))
 _KNOWN = _OPTIONS | SlurmExecutor._valid_parameters() | AutoExecutor._valid_parameters()
 
 
@@ -97,12 +98,12 @@ def options_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{name}: {reason}; leave it out")
     if not options.pop("use_srun", True):
         raise UsageError("use_srun=False: srun starts the agents; leave it out")
-    if isinstance(options.get("setup"), str):
-        options["setup"] = [options["setup"]]
     cores, workers = options.get("cpus_per_task"), str(options.get("nproc_per_node") or 1)
     if isinstance(cores, int) and workers.isdecimal():  # Slurm sees one task on a node, the agent
         options["cpus_per_task"] = cores * int(workers)
     forced = options.pop("additional_parameters", None) or {}
+    if not isinstance(forced, Mapping):
+        raise UsageError(f"additional_parameters={forced!r}: expected a dict, for example {{'mail-type': 'END'}}")
     known = {name.replace("-", "_"): value for name, value in forced.items() if name.replace("-", "_") in _OPTIONS}
     newer = {name: value for name, value in forced.items() if name.replace("-", "_") not in _OPTIONS}
     return {**options, **known, **({"sbatch": newer} if newer else {})}

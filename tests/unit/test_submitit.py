@@ -242,7 +242,7 @@ def test_every_parameter_of_submitits_executor_for_slurm_means_the_same_or_is_re
         "array_parallelism": (1, "--array=0-1%1"),
         "wckey": ("key", "--wckey=key"),
         "stderr_to_stdout": (True, "stderr_to_stdout: stdout and stderr of a rank are files of their own"),
-        "additional_parameters": ({"mail-user": "you", "time": "1:00:00"}, "--time=1:00:00"),
+        "additional_parameters": ({"gpu-power": 3, "time": "1:00:00"}, "--gpu-power=3"),
         "srun_args": (["--x"], "srun_args: the srun line is the project's own"),
         "use_srun": (False, "use_srun=False: srun starts the agents"),
     }
