@@ -177,15 +177,22 @@ def what_to_preload(spec: LaunchSpec) -> tuple[tuple[str, ...], str]:
 
 
 def numa_options(mode: str | None) -> dict[str, Any]:
-    """What torch's agent is told of --numa-binding."""
+    """What torch's agent is told of --numa-binding. UsageError where it would fail when the workers start."""
     if mode is None:
         return {}
+    import torch
+
     try:
         from torch.numa.binding import AffinityMode, NumaOptions
 
-        return {"numa_options": NumaOptions(AffinityMode(mode))}
+        told = {"numa_options": NumaOptions(AffinityMode(mode))}
     except (ImportError, ValueError):
-        raise UsageError(f"--numa-binding {mode}: {software()} has no such binding; leave it out") from None
+        raise UsageError(f"--numa-binding {mode}: this torch has no such binding; leave it out") from None
+    if not torch.cuda.is_available():
+        raise UsageError(f"--numa-binding {mode}: binds workers to the cores near their GPU, and here is none")
+    if shutil.which("numactl") is None:
+        raise UsageError(f"--numa-binding {mode}: expected numactl on the node's PATH, and there is none")
+    return told
 
 
 def make_local_folder() -> str:
@@ -215,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     name = run_id(spec, env, rundir)
     spec = replace(spec, rdzv_id=name)
     token = new_mark(os.environ)
-    nproc = workers_per_node(spec.nproc_per_node, env, visible_gpus)
+    nproc, numa = workers_per_node(spec.nproc_per_node, env, visible_gpus), numa_options(spec.numa_binding)
     policy = policy_of(spec, nproc, can_requeue=not (args.no_requeue or env.local))
     prepare_worker_env(os.environ, env, nproc, token, run_dir=rundir.path, interface=spec.interface)
 
@@ -269,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         entrypoint=worker[0],
         # torch expands $-macros in these; the arguments are the script's, byte for byte
         args=tuple(arg.replace("$", "$$") for arg in worker[1:]),
-        **numa_options(spec.numa_binding),
+        **numa,
     )
     logs = NodeLogs(Path(rundir.path, "logs"), env.run, env.name, spec.local_ranks_filter)
     signals = DrainSignals(spec.drain_signal, slurm=not env.local)

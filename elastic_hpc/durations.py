@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from datetime import timedelta
 
 from elastic_hpc.errors import UsageError
@@ -31,6 +32,18 @@ def _seconds(text: str) -> float:
         return sum(float(part) * unit for part, unit in zip(parts.groups(), _UNITS.values(), strict=True) if part)
     limit = time_limit(text) if set(text) & set(":-") else None
     return limit.total_seconds() if limit else float(text)
+
+
+def seconds(flag: str) -> Callable[[str], float]:
+    """What reads the value of the option ``flag``, for a place that counts in seconds."""
+
+    def read(text: str) -> float:
+        try:
+            return parse(text).total_seconds()
+        except UsageError as error:
+            raise UsageError(f"{flag} {error}") from None
+
+    return read
 
 
 def as_text(value: timedelta) -> str:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,13 +144,14 @@ class Job:
             raise SlurmError(self._jobs.problem)
         return JobStatus.of(view)
 
-    def wait(self, timeout: float | None = None, *, check: bool = False) -> JobStatus:
+    def wait(self, timeout: float | timedelta | None = None, *, check: bool = False) -> JobStatus:
         """Until it has ended for good: it finished, failed or was cancelled. Requeues are waited through. Ctrl-C ends
         the waiting, not the job.
 
-        ``timeout``: seconds. Raises TimeoutError when they have passed; the job goes on. When Slurm cannot be asked for
-        a while, that is waited through too. ``check``: raise JobFailed unless it has completed.
+        ``timeout``: seconds, or a timedelta. Raises TimeoutError when they have passed; the job goes on. When Slurm
+        cannot be asked for a while, that is waited through too. ``check``: raise JobFailed unless it has completed.
         """
+        timeout = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         begin = time.monotonic()
         for view in self._watch():
             if view.over:

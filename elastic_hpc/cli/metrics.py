@@ -13,7 +13,8 @@ from prometheus_client.exposition import generate_latest
 
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.cli.status import chosen, of_interest
-from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.durations import seconds
+from elastic_hpc.errors import ElasticError, UsageError, argument
 from elastic_hpc.jobs import Jobs
 from elastic_hpc.rundir import RunDir
 from elastic_hpc.view.job import JobView
@@ -37,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--output", metavar="FILE", help="write them there, replacing the file at once")
     how.add_argument("--port", type=int, metavar="PORT", help="serve them over HTTP")
-    parser.add_argument("--every", type=float, metavar="SECONDS", help="with --output: again and again, until Ctrl-C")
+    parser.add_argument(
+        "--every",
+        type=argument(seconds("--every")),
+        metavar="TIME",
+        help="with --output: again and again, until Ctrl-C; in seconds, or as 5m",
+    )
     parser.add_argument(
         "--address", metavar="ADDRESS", default="127.0.0.1", help="with --port: where to listen (default: %(default)s)"
     )
@@ -45,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; the answer is its exit code."""
-    if args.every is not None and not (0 < args.every < threading.TIMEOUT_MAX and args.output):
-        raise UsageError(f"--every {args.every:g}: expected seconds above 0 and --output FILE, for example --every 30")
+    if args.every is not None and not (args.every < threading.TIMEOUT_MAX and args.output):
+        raise UsageError(f"--every {args.every:g}: expected fewer seconds, and --output FILE, for example --every 30")
     registry = JobMetrics(lambda: _look(list(args.job))).registry()
     if args.port is not None:
         return _serve(registry, args.address, args.port)

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.durations import seconds
+from elastic_hpc.errors import ElasticError, UsageError, argument
 from elastic_hpc.launch import LaunchConfig
 from elastic_hpc.rehearsal import Asked, Rehearsal
 from elastic_hpc.rehearse import LEAST, ORDER, Finding, exit_code, judge, plan
@@ -53,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps before each act and after the last; more than lie between two checkpoints (default: 50)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=120, metavar="S", help="seconds to wait for the next step (default: 120)"
+        "--timeout",
+        type=argument(seconds("--timeout")),
+        default=120,
+        metavar="TIME",
+        help="how long to wait for the next step; in seconds, or as 5m (default: 120)",
     )
     parser.add_argument(
         "--keep",
@@ -67,9 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code. Raises UsageError, and ElasticError if the script fails by itself."""
-    if args.nodes < 1 or args.steps < 1 or args.timeout <= 0:
-        given = f"--nodes {args.nodes} --steps {args.steps} --timeout {args.timeout:g}"
-        raise UsageError(f"{given}: expected numbers above 0, for example --nodes 3 --steps 50 --timeout 120")
+    if args.nodes < 1 or args.steps < 1:
+        given = f"--nodes {args.nodes} --steps {args.steps}"
+        raise UsageError(f"{given}: expected numbers above 0, for example --nodes 3 --steps 50")
     acts = _acts(args.acts, args.nodes)
     planned = plan(acts, args.nodes)
     check_script(args.script)

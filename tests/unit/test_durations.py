@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_hpc.durations import as_text, parse, slurm_time, time_limit
+from elastic_hpc.durations import as_text, parse, seconds, slurm_time, time_limit
 from elastic_hpc.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"),
+    ("text", "expected"),
     [
         ("90", 90),
         ("0.5", 0.5),
@@ -29,8 +29,8 @@ from elastic_hpc.errors import UsageError
         ("1-12:30:05", 131405),
     ],
 )
-def test_a_time_is_seconds_or_has_units_or_is_written_as_slurm_does(text, seconds):
-    assert parse(text) == timedelta(seconds=seconds)
+def test_a_time_is_seconds_or_has_units_or_is_written_as_slurm_does(text, expected):
+    assert parse(text) == timedelta(seconds=expected)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_eight_hours_are_written_as_slurm_does():
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"),
+    ("text", "expected"),
     [
         ("5", 300),
         ("5:30", 330),
@@ -73,6 +73,12 @@ def test_eight_hours_are_written_as_slurm_does():
         ("9" * 30, None),
     ],
 )
-def test_a_time_limit_is_read_as_sbatch_reads_it(text, seconds):
+def test_a_time_limit_is_read_as_sbatch_reads_it(text, expected):
     limit = time_limit(text)
-    assert (limit and limit.total_seconds()) == seconds
+    assert (limit and limit.total_seconds()) == expected
+
+
+def test_a_refusal_names_the_option_of_a_command_that_counts_in_seconds():
+    assert seconds("--every")("5m") == 300
+    with pytest.raises(UsageError, match=r"^--every 'soon': expected a time above 0"):
+        seconds("--every")("soon")
