@@ -71,6 +71,8 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
     shape = _Shape(given, launch, at)
     first = text.partition("\n")[0].split()[1:]
     setup = [(_LOGIN, f"{name} line 1")] if any(re.fullmatch("-[a-z]*l[a-z]*|--login", word) for word in first) else []
+    if args and not re.search(r"\$\{?[\d@*#]", text):
+        raise UsageError(f"{args[0]!r} behind --from-batch {name}: that script has no use for arguments; leave it out")
     if args:
         setup.append((f"set -- {shlex.join(args)}", "command line"))
     setup += found.setup
@@ -219,7 +221,7 @@ class _Reader:
                 continue
             if first == "trap":
                 self._note(statement, "dropped trap: the workers are told themselves, see --grace")
-            elif re.match(r"(export )?SRUN_\w+=", statement.text):
+            elif re.match(r"export +SRUN_\w+=", statement.text):
                 self._note(statement, f"dropped {_first(statement.text)!r}: the srun line is elastic-sbatch's own")
             else:
                 kept.append((statement.text, f"{self._name} line {statement.line}"))

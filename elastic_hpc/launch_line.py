@@ -105,6 +105,8 @@ class Variables:
         return found
 
     def _value(self, name: str, depth: int) -> str | None:
+        if name == "SLURM_SUBMIT_DIR":
+            return self._environ.get("PWD")
         if name in self._assigned:
             return self.resolve(self._assigned[name], depth - 1) if depth else None
         return self._environ.get(name)
@@ -126,7 +128,12 @@ class Variables:
 
     def known(self, words: Sequence[str]) -> list[str]:
         """Each as far as that is known; else as it is written."""
-        return [word if (text := self.resolve(word)) is None else text for word in words]
+        return [_bare(word) if (text := self.resolve(word)) is None else text for word in words]
+
+
+def _bare(word: str) -> str:
+    """``"--nnodes=$N"`` without its quotes, so that it can be seen to be an option."""
+    return word[1:-1] if word[:1] == word[-1:] == '"' and word.count('"') == 2 else word
 
 
 @dataclass(frozen=True)
@@ -295,6 +302,8 @@ def _of_shell(launch: Launch, words: list[str], variables: Variables) -> Launch 
             before.append(statement.text)
     if found is None:
         return None
+    if before and any(name == "container-image" for name, _ in launch.options):
+        raise UsageError(f"{before[0]!r} in the container, before the launch: expected it in the image, or use --setup")
     if len(words) > 3:
         raise UsageError(f"{words[0]} {words[1]} with arguments of its own: write the launch without it")
     seen = [*before, *found.setup, found.script, *found.script_args]
@@ -377,7 +386,7 @@ def _python(launch: Launch, words: list[str], variables: Variables) -> Launch | 
             launch = _with(launch, note=f"dropped {words[0]} of python: use its variable, see python --help-env")
         words = words[2 if words[0] in {"-X", "-W"} else 1 :]
     if words[:1] == ["-m"] and len(words) > 1:
-        if words[1] in {"torch.distributed.run", "torch.distributed.launch"}:
+        if words[1] in {"torch.distributed.run", "torch.distributed.launch", "torchrun_jsc"}:
             return _torchrun(launch, words[2:], variables)
         if words[1] == "accelerate.commands.launch":
             return _accelerate(launch, words[2:], variables)

@@ -97,6 +97,10 @@ def test_the_example_of_pytorchs_own_page() -> None:
          {"rdzv-conf": "join_timeout=60"}),
         ("srun torchrun --nnodes $SLURM_NNODES --nproc_per_node $SLURM_GPUS_ON_NODE --node_rank $SLURM_NODEID train.py",
          ["train.py"], {}),
+        ("srun python -u -m torchrun_jsc --max_restarts 0 train.py", ["train.py"], {}),
+        ('srun torchrun "--nnodes=$N" "--nproc-per-node=8" --rdzv-id="$SLURM_JOB_ID" train.py', ["train.py"],
+         {"nproc-per-node": "8"}),
+        ("cd $SLURM_SUBMIT_DIR && srun torchrun train.py", ["train.py"], {}),
         ("srun torchrun -m pkg.train x", ["pkg.train", "x"], {}),
         ("srun python train.py 'a b' \"it's\"", ["train.py", "a b", "it's"], {}),
         ("python train.py", ["train.py"], {}),
@@ -216,6 +220,7 @@ def test_what_is_set_up_stays_whole_and_in_order_and_what_serves_the_old_rendezv
         (batch("srun accelerate launch --config_file c.yaml train.py"), "job.sh line 3: accelerate launch: --config"),
         (batch("srun shifter --image=x torchrun train.py"), "job.sh line 3: shifter: a Shifter container runs it"),
         (batch("srun bash -c 'torchrun train.py --rank $SLURM_PROCID'"), "job.sh line 3: $SLURM_PROCID: of each task"),
+        (batch("srun apptainer exec a.sif bash -c 'source e.sh; torchrun t.py'"), "job.sh line 3: 'source e.sh' in "),
         (batch("srun torchrun train.py 'x"), "job.sh line 3: "),
         (batch("if true; then"), "job.sh line 3: expected 'fi' before the end of the file"),
         (batch("torchrun train.py", head="#SBATCH --nonsense"), "job.sh line 2: --nonsense: unknown option"),
@@ -279,6 +284,11 @@ def test_the_training_script_gets_what_the_batch_script_would_have_given_it(
     )  # the last was job.sh itself
     trained_with("elastic.sh")
     assert f"--run-dir\0{tmp_path}/elastic-logs/7\0" in (tmp_path / "argv").read_text()
+
+
+def test_arguments_for_a_script_that_takes_none_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"^'other\.py' behind --from-batch job\.sh: that script has no use for arg"):
+        read(PYTORCH, "other.py")
 
 
 def test_the_command_line_wins_over_the_batch_script_and_the_notes_say_how_to_make_it_elastic(
