@@ -249,6 +249,8 @@ class Standbys:
                 if what in ("warm", "cold"):
                     self._note(each, what, why)
                 if moments and what in ("cold", "late"):
+                    then = "it began again as a fresh process" if what == "cold" else "which has no effect on it"
+                    log.info("local rank %d: %s: %s; the next standbys import it so", each.local_rank, why, then)
                     self._differed(each, why, moments[-1][0])
                 if moments:
                     self._moments[each.local_rank] = list(dict(moments).items())
@@ -256,7 +258,6 @@ class Standbys:
                     self._give_up(why)
 
     def _differed(self, standby: _Standby, why: str, name: str) -> None:
-        log.warning("standby of local rank %d: %s; the next ones will know", standby.local_rank, why)
         if name in standby.ahead and name not in self._modules:
             self._unsteady.add(name)
         else:

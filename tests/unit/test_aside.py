@@ -164,6 +164,45 @@ def test_standbys_that_always_begin_again_are_given_up(launch: Launch) -> None:
     ]
 
 
+FAKE_TORCH = """
+import types
+cuda = types.SimpleNamespace(is_initialized=lambda: False)
+def __getattr__(name):
+    import importlib
+    return importlib.import_module("torch." + name)
+"""
+
+
+@pytest.mark.parametrize("asks", ["torch._dynamo", "__import__('torch._dynamo')._dynamo"])
+def test_what_torch_imports_late_comes_ahead_as_the_script_was_seen_to_import_it(asks: str, launch: Launch) -> None:
+    Path("torch").mkdir()
+    script(FAKE_TORCH, "torch/__init__.py")
+    script(
+        "import os\nDISABLED = os.environ.get('TORCH_COMPILE_DISABLE')\nAHEAD = 'RANK' not in os.environ",
+        "torch/_dynamo.py",
+    )
+    name = script(
+        "import sys, os, torch\nos.environ['TORCH_COMPILE_DISABLE'] = os.environ['FIRST']\n"
+        f"print('torch._dynamo' in sys.modules, vars(torch).get('_dynamo'), {asks}.DISABLED, torch._dynamo.AHEAD)"
+    )
+    first, second, third = launch.rounds(name, modules=("torch",), count=3)
+    assert first.out == "False None 1 False\n"
+    assert second.out == third.out == "False None 1 True\n"
+    assert [ran.how.warm for ran in (first, second, third)] == [1, 1, 1]
+
+
+def test_what_comes_late_and_otherwise_each_time_is_left_to_the_script(launch: Launch) -> None:
+    Path("torch").mkdir()
+    script(FAKE_TORCH, "torch/__init__.py")
+    script("import os\nSEEN = os.environ['SET_BY_SCRIPT']", "torch/_dynamo.py")
+    name = script(
+        "import os, torch\npid = os.environ['SET_BY_SCRIPT'] = str(os.getpid())\nprint(torch._dynamo.SEEN == pid)"
+    )
+    rounds = launch.rounds(name, modules=("torch",), count=4)
+    assert [ran.out for ran in rounds] == ["True\n"] * 4
+    assert [ran.how.warm for ran in rounds] == [1, 0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

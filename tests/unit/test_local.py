@@ -93,6 +93,15 @@ class Local:
                 return int(pid)
         raise AssertionError(f"no agent {node}")
 
+    def standbys(self) -> set[int]:
+        agents = [str(self.agent(0)), str(self.agent(1))]
+        children = [int(pid) for a in agents for pid in Path(f"/proc/{a}/task/{a}/children").read_text().split()]
+        commands = {}
+        for pid in children:
+            with contextlib.suppress(OSError):  # it has just ended
+                commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return {pid for pid, command in commands.items() if b"/standby.py\0" in command}
+
     def finish(self) -> int:
         (self.run_dir / "enough").touch()
         return self.process.wait(timeout=60)
@@ -146,29 +155,39 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
 
 def test_the_next_workers_are_the_standbys_that_waited(local: Callable[..., Local]) -> None:
     job = local("--local", "2", "--preload", "torch,elastic_hpc.training", script=LISTEN)
-
-    def waiting() -> set[int]:
-        agents = [str(job.agent(0)), str(job.agent(1))]
-        children = [int(pid) for a in agents for pid in Path(f"/proc/{a}/task/{a}/children").read_text().split()]
-        commands = {}
-        for pid in children:
-            with contextlib.suppress(OSError):  # it has just ended
-                commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return {pid for pid, command in commands.items() if b"/standby.py\0" in command}
-
     pid = job.stepped(1, 1)[0]
-    assert pid not in waiting()
-    job.wait_for(lambda: job.events("started") and len(waiting()) == 2)
-    standbys = waiting()
+    assert pid not in job.standbys()
+    job.wait_for(lambda: job.events("started") and len(job.standbys()) == 2)
+    standbys = job.standbys()
     os.kill(pid, signal.SIGKILL)
     assert {job.stepped(2, 0)[0], job.stepped(2, 1)[0]} == standbys
     job.wait_for(lambda: len(job.events("started")) == 2)
     assert [(event["round"], event["warm"], event["cold"]) for event in job.events("started")] == [(1, 2, 0), (2, 2, 0)]
     assert all(event["standby_mb"] > 10 for event in job.events("started"))
-    waiting_for_the_end = waiting()
+    waiting_for_the_end = job.standbys()
     job.process.send_signal(signal.SIGINT)
     assert job.process.wait(timeout=60) == 130
     assert not any(Path(f"/proc/{pid}").exists() for pid in waiting_for_the_end)
+
+
+def test_what_a_script_sets_before_it_imports_torch_holds_in_each_round(local: Callable[..., Local]) -> None:
+    """In the first its standbys begin again; the next ones have imported torch with these variables."""
+    sets = "import os\nos.environ.update(TORCH_LOGS='+dynamo', TORCH_COMPILE_DISABLE='1')\n"
+    looks = "import logging, torch._dynamo.config\n"
+    looks += "print('seen', logging.getLogger('torch._dynamo').level, torch._dynamo.config.disable, flush=True)\n"
+    job = local("--local", "2", script=sets + looks + LISTEN)
+    pid = job.stepped(1, 1)[0]
+    job.wait_for(lambda: job.events("started") and len(job.standbys()) == 2)
+    os.kill(pid, signal.SIGKILL)
+    assert job.stepped(2, 1)[0] != pid
+    job.wait_for(lambda: len(job.events("started")) == 2)
+    for round in (1, 2):
+        assert "seen 10 True" in (job.run_dir / "logs" / f"0.{round}" / "local1" / "rank1.out").read_text()
+    first, second = job.events("started")
+    assert (first["warm"], first["cold"], second["warm"], second["cold"]) == (0, 2, 2, 0)
+    assert first["why"] == ["TORCH_COMPILE_DISABLE was set before torch was imported"]
+    job.process.send_signal(signal.SIGINT)
+    assert job.process.wait(timeout=60) == 130
 
 
 def test_without_standbys_every_worker_starts_cold(local: Callable[..., Local]) -> None:
