@@ -277,9 +277,9 @@ def _warning(given: str | None, grace: timedelta) -> WarningSignal:
     lead, longest = grace + _AFTER_GRACE, timedelta(seconds=LONGEST_LEAD)
     if lead > longest and "@" not in (given or ""):
         raise UsageError(
-            f"--grace {durations.as_text(grace)}: the workers are told so long before the end of the job, and "
-            f"{durations.as_text(_AFTER_GRACE)} s, and Slurm's --signal takes at most {LONGEST_LEAD} s; expected at "
-            f"most {durations.as_text(longest - _AFTER_GRACE)}"
+            f"--grace {durations.as_text(grace)}: the workers are told {durations.as_text(lead)} s before the end of "
+            f"the job, and Slurm's --signal takes at most {LONGEST_LEAD} s; expected at most "
+            f"{durations.as_text(longest - _AFTER_GRACE)} s"
         )
     return WarningSignal.parse(given, lead) if given else WarningSignal(lead=lead)
 

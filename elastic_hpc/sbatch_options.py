@@ -185,7 +185,7 @@ def _unknown(name: str, equals: str, known: Iterable[str], *, may_pass: bool) ->
         return named(name)
     from difflib import get_close_matches
 
-    close = get_close_matches(name, known, n=1)
+    close = [each for each in known if each.startswith(name)] or get_close_matches(name, known, n=1)
     hints = [f"did you mean --{close[0]}?"] if close else []
     if may_pass:
         hints.append(f"one that only sbatch knows needs its value after '=': --{name}=VALUE")

@@ -138,8 +138,8 @@ def _run(argv: list[str]) -> int:
         print(f"elastic-sbatch {__version__}")
         return 0
     job = _job(given, rest)
-    by_letter = any(re.fullmatch("-t[0-3]?", word) for word in argv[: len(argv) - len(rest)])
-    if by_letter and (minutes := last(given, "time")) in {*"0123"}:
+    by_letter = any(re.match("-t(?![a-z])", word) for word in argv[: len(argv) - len(rest)])
+    if by_letter and re.fullmatch("[0-3]|.*,.*", minutes := last(given, "time") or ""):
         note = f"-t {minutes} is sbatch's --time, in minutes; torchrun's -t is written --tee here"
         job = replace(job, notes=(*job.notes, note))
     if "quiet" in switches:

@@ -327,12 +327,14 @@ def test_the_warning_has_room_for_the_grace_it_is_given(project, capsys):
     assert "#SBATCH --signal=RB:USR1@90 " in project.seen("script")
     assert "comes 90 s before the time limit, less than the 100000 s of --grace" in capsys.readouterr().err
     assert main(["-N1", "--grace=1d", "train.py"]) == 2
-    assert "--grace 86400: the workers are told so long before" in capsys.readouterr().err
+    assert "--grace 86400: the workers are told 86430 s before the end" in capsys.readouterr().err
 
 
 def test_torchruns_t_is_pointed_out_where_it_is_sbatchs(project, capsys):
     assert main(["-N1", "-t", "3", "train.py"]) == 0
     assert "-t 3 is sbatch's --time, in minutes; torchrun's -t is written --tee here" in capsys.readouterr().err
+    assert main(["-N1", "-t0:3,1:3", "train.py"]) == 0
+    assert "-t 0:3,1:3 is sbatch's --time" in capsys.readouterr().err
     assert main(["-N1", "--time=3", "train.py"]) == 0
     assert "--tee" not in capsys.readouterr().err
 

@@ -74,6 +74,7 @@ def test_an_unknown_option_with_a_value_is_left_to_sbatch():
     ("argv", "message"),
     [
         (["--partitoin", "gpu"], "did you mean --partition.* --partitoin=VALUE"),
+        (["--cpus-per-t", "4"], "did you mean --cpus-per-task"),
         (["--partition"], "expected a value, for example --partition=VALUE"),
         (["-p"], "-p: expected a value, for example --partition=VALUE"),
         (["-Hz"], "-z in '-Hz': unknown option"),
