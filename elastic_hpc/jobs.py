@@ -31,16 +31,18 @@ class Look(NamedTuple):
 def recorded(rundir: RunDir) -> Seen:
     """What the job's run directory says, its events left out. A damaged file says nothing."""
     asked, verdict, endpoint = (_read(rundir, f"{name}.json") for name in ("spec", "verdict", "endpoint"))
-    ended = verdict if {"outcome", "cause", "reason", "run", "failure"} <= verdict.keys() else None
-    beat = rundir.heartbeat()
+    known = {"outcome", "cause", "reason", "failure"} <= verdict.keys() and isinstance(verdict.get("run"), int)
+    ended, led, beat, held = verdict if known else None, endpoint.get("run"), rundir.heartbeat(), None
+    with contextlib.suppress(OSError):  # another user's
+        held = rundir.is_held()
     return Seen(
         id=rundir.path.name,
         slurm_id=str((ended and rundir.goes_on_as(ended["run"])) or asked.get("job", rundir.path.name)),
         run_dir=str(rundir.path),
         script=os.path.basename(str(asked.get("script", ""))),
         verdict=ended,
-        led=endpoint.get("run", 0),
-        held=rundir.is_held(),
+        led=led if isinstance(led, int) else 0,
+        held=held,
         silent=max(0.0, time.time() - beat / 1e9) if beat else None,
     )
 

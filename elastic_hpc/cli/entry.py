@@ -32,6 +32,9 @@ def run(name: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:
         _forget_output()
         return 1
+    except PermissionError as error:  # of another user's job
+        tell(name, f"{error.filename}: {error.strerror}")
+        return 1
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise

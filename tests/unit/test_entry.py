@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -68,6 +69,21 @@ def test_a_full_disk_is_told_in_a_line() -> None:
         for command in ([*HPC, "status", FAULTS], [*HPC, "--help"], [*HPC, "status", "--json", FAULTS]):
             done = called(command, stdout=full, stderr=subprocess.PIPE)
             assert (done.returncode, done.stderr) == (1, b"elastic-hpc: cannot write: No space left on device\n")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="takes on another user")
+@pytest.mark.parametrize("words", [["status"], ["why"], ["logs"], ["drain"], ["stop"], ["timeline", "--html", "-"]])
+def test_another_users_job_is_refused_in_a_line(words: list[str], tmp_path: Path) -> None:
+    folder = records.copy("faults", tmp_path)
+    folder.chmod(0o700)
+    for above in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        above.chmod(0o755)
+    other = {"stderr": subprocess.PIPE, "env": {**os.environ, "HOME": str(tmp_path)}, "user": 65534, "group": 65534}
+    if called([*HPC, "--version"], **other).returncode:
+        pytest.skip("another user cannot run this checkout")
+    done = called([*HPC, *words, str(folder)], **other)
+    assert done.returncode == 1
+    assert re.fullmatch(rb"elastic-hpc: /\S+: Permission denied\n", done.stderr)
 
 
 def test_a_command_without_any_stream_does_its_work() -> None:

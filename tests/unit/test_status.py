@@ -170,7 +170,7 @@ def test_that_slurm_could_not_be_asked_is_forgotten_when_all_jobs_have_ended_by_
 
 
 @pytest.mark.parametrize("name", ["verdict.json", "state.json", "spec.json", "endpoint.json", "events.jsonl"])
-@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\x00", b"[]\n", None])
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\x00", b"[]\n", b'{"run": "x", "job": [], "script": 7}\n', None])
 def test_a_damaged_file_costs_what_it_says_and_no_more(name: str, damage: bytes | None, tmp_path: Path) -> None:
     folder = records.copy("faults", tmp_path)
     if damage is None:
