@@ -114,9 +114,7 @@ class ElasticJob(core.Job[core.R]):
         where = f"the job's record is {self._job.run_dir}"
         if trace and status.state == "FAILED":
             return utils.FailedJobError(f"Job {self.job_id} failed: {status.reason}\n{trace}\n{where}")
-        said = (
-            "" if self._job.final_state() else self.stderr()
-        )  # what agents or the batch script left, who left no verdict
+        said = "" if self._job.final_state() else self.stderr()  # who left no verdict may have left words
         reason = "\n".join(filter(None, (status.reason, said)))
         return utils.UncompletedJobError(
             f"Job {self.job_id} has not finished (state {status.state}): {reason}\n{where}"
