@@ -186,3 +186,11 @@ def test_without_slurm_the_error_names_the_command(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match=r"scontrol show job --oneliner 7: No such file"):
         slurm.job_state("7")
+
+
+def test_a_step_has_what_its_job_was_told_and_nothing_of_the_step_or_the_shell_it_is_started_from():
+    job = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "1", "SLURM_CONF": "/x", "ELASTIC_HPC_FIRST_RUN": "2"}
+    own = {"PATH": "/bin", "ELASTIC_HPC_CONFIG": "site.toml", "OMP_NUM_THREADS": "4"}
+    left = ("SLURM_GPUS_PER_TASK", "SLURM_PROCID", "SRUN_CPUS_PER_TASK", "SALLOC_QOS", "SBATCH_QOS", "SLURMD_NODENAME")
+    left += ("PMI_RANK", "PMIX_RANK", "SPANK_X", "_SLURM_SPANK_OPTION_x", "ELASTIC_HPC_AGENT", "ELASTIC_HPC_LOCAL_NODE")
+    assert slurm.step_environment({**job, **own, **dict.fromkeys(left, "1")}) == {**job, **own}
