@@ -130,15 +130,15 @@ class Aside:
                 self._held[name] = sys.modules.pop(name), alike[name]
         sys.modules.pop("__mp_main__", None)
         self._watched = "" if watched in self._held else watched
-        self._children: dict[str, list[str]] = {}
-        """Those that were imported while their package was: its own import brings them."""
+        order = {name: number for number, name in enumerate(self._held)}
+        self._brings = {name: self._referred(name, order) for name in self._held}
+        """What comes with each: worked out now, while nobody waits."""
         self._later: dict[str, tuple[ModuleType, str]] = {}
-        """The others, and where to put them."""
-        self._order = order = {name: number for number, name in enumerate(self._held)}
+        """Those that were imported after their package, and where to put them."""
         for name, (module, _) in self._held.items():
             package, _, child = name.rpartition(".")
             if order[name] < order.get(package, 0) or (package in order and not getattr(module, "__spec__", None)):
-                self._children.setdefault(package, []).append(name)
+                self._brings[package].add(name)
             elif package:
                 holder = self._held[package][0] if package in self._held else sys.modules.get(package)
                 if isinstance(holder, type(sys)) and vars(holder).get(child) is module:
@@ -218,36 +218,37 @@ class Aside:
         if stage.name and os.getpid() == self._pid and not self._over:
             self._tell("warm", "", self._moments)
 
+    def _referred(self, name: str, order: dict[str, int]) -> set[str]:
+        """The package of ``name``, and what its namespace refers to and was imported before."""
+        module_type, functions = type(sys), (type(changes), type(len))
+        package, _, _ = name.rpartition(".")
+        referred, family, module = {package}, name.partition(".")[0], self._held[name][0]
+        if not isinstance(module, module_type):
+            return referred
+        for value in list(module_type.__getattribute__(module, "__dict__").values()):
+            kind = type(value)
+            if issubclass(kind, module_type):
+                other = module_type.__getattribute__(value, "__dict__").get("__name__")
+            elif issubclass(kind, type):
+                other = type.__getattribute__(value, "__module__")
+            else:
+                other = value.__module__ if kind in functions else None
+            if type(other) is not str or other not in order or other.rpartition(".")[0] == name:
+                continue
+            if order[other] < order[name] or other.partition(".")[0] == family:  # else it was put there by ``other``
+                referred.add(other)
+        return referred
+
     def _needed(self, name: str) -> set[str]:
-        """What the import of ``name`` has brought: all of its stage if that was for its sake, and what the namespaces
-        of these modules refer to and was imported before.
-        """
-        module_type = type(sys)
-        functions = (type(changes), type(len))
+        """What the import of ``name`` has brought: all of its stage if it was for its sake, and what comes with it."""
         stage = self._held[name][1]
         among = self._stages[: self._stages.index(stage) + 1]
-        todo, needed = list(stage.modules) if name == stage.name else [name], set()
+        todo, needed = set(stage.modules) if name == stage.name else {name}, set()
         while todo:
             each = todo.pop()
-            if each in needed or each not in self._held or self._held[each][1] not in among:
-                continue
-            module = self._held[each][0]
-            needed.add(each)
-            todo += each.rpartition(".")[0], *self._children.get(each, ())
-            if not isinstance(module, module_type):
-                continue
-            for value in list(module_type.__getattribute__(module, "__dict__").values()):
-                kind = type(value)
-                if issubclass(kind, module_type):
-                    refers = module_type.__getattribute__(value, "__dict__").get("__name__")
-                elif issubclass(kind, type):
-                    refers = type.__getattribute__(value, "__module__")
-                else:
-                    refers = value.__module__ if kind in functions else None
-                if type(refers) is str and (
-                    self._order.get(refers, 0) < self._order[each] or refers.partition(".")[0] == each.partition(".")[0]
-                ):  # otherwise it has been put there by that module
-                    todo.append(refers)
+            if each in self._held and self._held[each][1] in among:
+                needed.add(each)
+                todo |= self._brings[each] - needed
         return needed
 
     def _by_script(self) -> Changes:
