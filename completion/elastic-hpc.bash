@@ -2,7 +2,7 @@
 
 _elastic_hpc_options() {
   case "$1" in
-  "") echo "-h --help" ;;
+  "") echo "-h --help --version" ;;
   "status") echo "-h --help --all --watch --json" ;;
   "logs") echo "-h --help -f --follow --rank --node --round --stdout --stderr -n --lines -t --timestamps" ;;
   "why") echo "-h --help" ;;

@@ -2,7 +2,7 @@
 
 _elastic_sbatch_options() {
   case "$1" in
-  "") echo "-N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --hang-timeout --preload --preflight --interface --log-dir --setup --env --python --container-image --container-mounts --container-runtime --snapshot --template -m --module --dry-run --parsable -W --wait --test-only -Q --quiet -v --verbose -h --help -V --version -A --account --acctg-freq -a --array --batch --bb --bbf -b --begin -D --chdir --cluster-constraint -M --clusters --comment --consolidate-segments -C --constraint --container --container-id --container-type --contiguous -S --core-spec --cores-per-socket --cpu-freq --cpus-per-gpu -c --cpus-per-task --deadline --delay-boot -d --dependency --distribution -e --error -x --exclude --exclusive --export --export-file --extra -B --extra-node-info --get-user-env --gid --gpu-bind --gpu-freq -G --gpus --gpus-per-node --gpus-per-socket --gres --gres-flags --hint -H --hold --ignore-pbs -i --input -J --job-name --kill-on-invalid-dep -L --licenses --mail-type --mail-user --mcs-label --mem --mem-bind --mem-per-cpu --mem-per-gpu --mem-update --mincpus --network --nice -k --no-kill -F --nodefile -w --nodelist --oom-kill-step --open-mode -o --output -O --overcommit -s --oversubscribe -p --partition --power --prefer --priority --profile --propagate -q --qos --reboot --requeue --reservation --resources --resv-ports --segment --share --signal --sockets-per-node --spread-job --spread-segments --stepmgr --switches --thread-spec --threads-per-core -t --time --time-min --tmp --tres-bind --uid --usage --wait-all-nodes --wckey" ;;
+  "") echo "-N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --preload --preflight --interface --role --local-ranks-filter --numa-binding --from-batch --log-dir --setup --env --python --container-image --container-mounts --container-runtime --snapshot --template -m --module --no-python --dry-run --parsable -W --wait --test-only -Q --quiet -v --verbose -h --help -V --version -A --account --acctg-freq -a --array --batch --bb --bbf -b --begin -D --chdir --cluster-constraint -M --clusters --comment --consolidate-segments -C --constraint --container --container-id --container-type --contiguous -S --core-spec --cores-per-socket --cpu-freq --cpus-per-gpu -c --cpus-per-task --deadline --delay-boot -d --dependency --distribution -e --error -x --exclude --exclusive --export --export-file --extra -B --extra-node-info --get-user-env --gid --gpu-bind --gpu-freq -G --gpus --gpus-per-node --gpus-per-socket --gres --gres-flags --hint -H --hold --ignore-pbs -i --input -J --job-name --kill-on-invalid-dep -L --licenses --mail-type --mail-user --mcs-label --mem --mem-bind --mem-per-cpu --mem-per-gpu --mem-update --mincpus --network --nice -k --no-kill -F --nodefile -w --nodelist --ntasks-per-core --ntasks-per-socket --oom-kill-step --open-mode -o --output -O --overcommit -s --oversubscribe -p --partition --power --prefer --priority --profile --propagate -q --qos --reboot --requeue --reservation --resources --resv-ports --segment --share --signal --sockets-per-node --spread-job --spread-segments --stepmgr --switches --thread-spec --threads-per-core -t --time --time-min --tmp --tres-bind --uid --usage --wait-all-nodes --wckey" ;;
   esac
 }
 
@@ -23,10 +23,15 @@ _elastic_sbatch_value() {
   " --rdzv-conf") echo 'other' ;;
   " --heartbeat-timeout") echo 'other' ;;
   " --grace") echo 'other' ;;
+  " --drain-signal") echo 'words off' ;;
   " --hang-timeout") echo 'other' ;;
   " --preload") echo 'words off' ;;
   " --preflight") echo 'other' ;;
   " --interface") echo 'other' ;;
+  " --role") echo 'other' ;;
+  " --local-ranks-filter") echo 'other' ;;
+  " --numa-binding") echo 'words node socket exclusive core-complex' ;;
+  " --from-batch") echo 'file' ;;
   " --log-dir") echo 'folder' ;;
   " --setup") echo 'other' ;;
   " --env") echo 'other' ;;
@@ -95,6 +100,8 @@ _elastic_sbatch_value() {
   " -k=" | " --no-kill=") echo 'other' ;;
   " -F" | " --nodefile") echo 'other' ;;
   " -w" | " --nodelist") echo 'other' ;;
+  " --ntasks-per-core") echo 'other' ;;
+  " --ntasks-per-socket") echo 'other' ;;
   " --oom-kill-step=") echo 'other' ;;
   " --open-mode") echo 'other' ;;
   " -o" | " --output") echo 'other' ;;

@@ -2,16 +2,16 @@
 
 _elastic_srun_options() {
   case "$1" in
-  "") echo "-h --help --log-dir --run-dir --local --standalone -w --nodelist -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --hang-timeout --preload --preflight --interface -m --module" ;;
+  "") echo "-h --help --local --standalone -w --nodelist --log-dir --run-dir -V --version -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --preload --preflight --interface --role --local-ranks-filter --numa-binding -m --module --no-python" ;;
   esac
 }
 
 _elastic_srun_value() {
   case "$1 $2" in
-  " --log-dir") echo 'folder' ;;
-  " --run-dir") echo 'folder' ;;
   " --local") echo 'other' ;;
   " -w" | " --nodelist") echo 'other' ;;
+  " --log-dir") echo 'folder' ;;
+  " --run-dir") echo 'folder' ;;
   " -N" | " --nodes") echo 'other' ;;
   " --spares") echo 'other' ;;
   " --world-multiple-of") echo 'other' ;;
@@ -27,10 +27,14 @@ _elastic_srun_value() {
   " --rdzv-conf") echo 'other' ;;
   " --heartbeat-timeout") echo 'other' ;;
   " --grace") echo 'other' ;;
+  " --drain-signal") echo 'words off' ;;
   " --hang-timeout") echo 'other' ;;
   " --preload") echo 'words off' ;;
   " --preflight") echo 'other' ;;
   " --interface") echo 'other' ;;
+  " --role") echo 'other' ;;
+  " --local-ranks-filter") echo 'other' ;;
+  " --numa-binding") echo 'words node socket exclusive core-complex' ;;
   esac
 }
 
