@@ -4,6 +4,7 @@ or this process has to begin again as a fresh one. Imports nothing but what ever
 """
 
 import _imp
+import builtins
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from _frozen_importlib_external import PathFinder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # never loaded
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from types import ModuleType
 
 OF_A_ROUND = frozenset(
@@ -94,6 +95,8 @@ class Stage:
         """``by_script``: what the script is known to have done to its variables when it imports ``name``."""
         self.name, self.by_script = name, by_script
         self.modules: dict[str, ModuleType] = {}
+        self.imports: set[tuple[str, str]] = set()
+        """Which module has imported which, whether it was there already or not."""
         self.sets: Changes = {}
         self.said = (b"", b"")
 
@@ -105,9 +108,28 @@ class Stage:
         putenvs = {name[:-1]: value for name, value in self.by_script.items() if name[-1:] == "="}
         for name, value in putenvs.items():
             putenv(name, value)
+        import_ = builtins.__import__
+
+        def noted(
+            name: str,
+            globals: "Mapping[str, object] | None" = None,
+            locals: "Mapping[str, object] | None" = None,
+            fromlist: "Sequence[str] | None" = (),
+            level: int = 0,
+        ) -> "ModuleType":
+            module = import_(name, globals, locals, fromlist, level)
+            importer = (globals or {}).get("__name__")
+            if isinstance(importer, str):
+                whole = getattr(module, "__name__", name) if level else name
+                self.imports.add((importer, whole))
+                self.imports.update((importer, f"{whole}.{each}") for each in fromlist or ())
+            return module
+
+        builtins.__import__ = noted
         try:
             __import__(self.name)
         finally:
+            builtins.__import__ = import_
             for name in putenvs:
                 putenv(name, os.environ.get(name))
             self.sets = changes(seen, dict(os.environ))
@@ -131,8 +153,12 @@ class Aside:
         sys.modules.pop("__mp_main__", None)
         self._watched = "" if watched in self._held else watched
         order = {name: number for number, name in enumerate(self._held)}
-        self._brings = {name: self._referred(name, order) for name in self._held}
-        """What comes with each: worked out now, while nobody waits."""
+        self._brings = {name: {name.rpartition(".")[0]} for name in self._held}
+        """What comes with each: its package, and what it imports itself."""
+        for stage in stages:
+            for importer, imported in stage.imports:
+                if importer in self._brings:
+                    self._brings[importer].add(imported)
         self._later: dict[str, tuple[ModuleType, str]] = {}
         """Those that were imported after their package, and where to put them."""
         for name, (module, _) in self._held.items():
@@ -217,27 +243,6 @@ class Aside:
                 said = said[os.write(number, said) :]  # noqa: PLW2901
         if stage.name and os.getpid() == self._pid and not self._over:
             self._tell("warm", "", self._moments)
-
-    def _referred(self, name: str, order: dict[str, int]) -> set[str]:
-        """The package of ``name``, and what its namespace refers to and was imported before."""
-        module_type, functions = type(sys), (type(changes), type(len))
-        package, _, _ = name.rpartition(".")
-        referred, family, module = {package}, name.partition(".")[0], self._held[name][0]
-        if not isinstance(module, module_type):
-            return referred
-        for value in list(module_type.__getattribute__(module, "__dict__").values()):
-            kind = type(value)
-            if issubclass(kind, module_type):
-                other = module_type.__getattribute__(value, "__dict__").get("__name__")
-            elif issubclass(kind, type):
-                other = type.__getattribute__(value, "__module__")
-            else:
-                other = value.__module__ if kind in functions else None
-            if type(other) is not str or other not in order or other.rpartition(".")[0] == name:
-                continue
-            if order[other] < order[name] or other.partition(".")[0] == family:  # else it was put there by ``other``
-                referred.add(other)
-        return referred
 
     def _needed(self, name: str) -> set[str]:
         """What the import of ``name`` has brought: all of its stage if it was for its sake, and what comes with it."""

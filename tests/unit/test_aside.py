@@ -47,6 +47,25 @@ print(there(), xml.sax is family.sax, mine.family is family, family.later)
 
 
 @pytest.mark.parametrize(
+    "imports",
+    [
+        "import xml.dom.minidom\nimport family.tail\ndef used(): return xml.dom.minidom.Document, family.tail.VALUE",
+        "from xml import dom\nfrom . import tail\ndef used(): return dom.Node, tail.VALUE",
+    ],
+)
+def test_a_part_that_the_script_imports_alone_has_all_that_it_imports_itself(imports: str, launch: Launch) -> None:
+    """Also what others had imported before it."""
+    Path("family").mkdir()
+    script("", "family/__init__.py")
+    script("VALUE = 1", "family/tail.py")
+    script(imports, "family/part.py")
+    script("import xml.dom.minidom, family.tail, family.part", "mine.py")
+    name = script("import family.part\nprint(family.part.used())")
+    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
+    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, cold.out, "")
+
+
+@pytest.mark.parametrize(
     "sets",
     [
         "import os\nos.environ['SET_BY_SCRIPT'] = '1'",
