@@ -46,6 +46,22 @@ print(there(), xml.sax is family.sax, mine.family is family, family.later)
     assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, cold.out, "")
 
 
+def test_a_module_has_the_submodules_that_it_imports_by_a_dotted_name(launch: Launch) -> None:
+    Path("family").mkdir()
+    script("", "family/__init__.py")
+    script("", "family/later.py")
+    script("import family.later, runpy", "other.py")
+    script("import family, importlib, other", "mine.py")
+    name = script("""
+import runpy
+print(runpy.importlib.util.__name__)
+import other
+print(other.family.later.__name__)
+""")
+    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
+    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, cold.out, "")
+
+
 @pytest.mark.parametrize(
     "imports",
     [
