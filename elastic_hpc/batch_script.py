@@ -11,29 +11,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from elastic_hpc import sbatch_lines
+from elastic_hpc.batch_shape import Shape, shown
 from elastic_hpc.config import Layer
 from elastic_hpc.errors import UsageError
-from elastic_hpc.launch_line import Launch, Variables, launch_of
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, check, is_for_containers
+from elastic_hpc.launch_line import OF_RENDEZVOUS, Launch, launch_of, not_understood
+from elastic_hpc.sbatch_options import Given
 from elastic_hpc.script import Shell
 from elastic_hpc.script_file import interpreter
 from elastic_hpc.shell_text import Statement, statements
+from elastic_hpc.shell_variables import ASSIGNS, Variables, assigned, names
 
 _LOGIN = """source /etc/profile
 for f in ~/.bash_profile ~/.bash_login ~/.profile; do if [ -r "$f" ]; then . "$f"; break; fi; done"""
+_CPUS_OF_A_NODE = "SLURM_CPUS_PER_TASK=$elastic_cpus"
 _ARGUMENTS = "elastic_arguments"
 _LAUNCHES = re.compile(r"\btorchrun\b|\btorch\.distributed\.(run|launch)\b|\baccelerate launch\b|\bsrun\b.*\bpython")
-_SHAPE = ("nodes", "ntasks", "ntasks-per-node", "tasks-per-node", "gpus-per-task", "gpus", "cpus-per-task")
-_OF_RENDEZVOUS = re.compile(
-    r"((MASTER|RDZV|RENDEZVOUS|HEAD_NODE)_\w+|HEAD_NODE|WORLD_SIZE|((NODE|LOCAL|MACHINE)_)?RANK|NODES_ARRAY)",
-    re.IGNORECASE,
-)
 _OF_NODES = re.compile(
     r"scontrol +show +hostname|SLURM_(JOB_|STEP_)?NODELIST|\bhostname\b|SLURM_(PROCID|NODEID|LOCALID)"
 )
-_OF_TASKS = re.compile(r"\$\{?(SLURM_(?:NTASKS\w*|NPROCS|TASKS_PER_NODE|GPUS_PER_TASK|NNODES|JOB_NUM_NODES))\b")
-_ASSIGNMENT = re.compile(r"(\w+)(?:\[\w+\])?\+?=")
-_DECLARES = {"export", "declare", "readonly", "local", "typeset"}
+_OF_SLURM = {
+    "ntasks-per-node": "SLURM_NTASKS_PER_NODE",
+    "tasks-per-node": "SLURM_NTASKS_PER_NODE",
+    "cpus-per-task": "SLURM_CPUS_PER_TASK",
+    "gpus-per-node": "SLURM_GPUS_PER_NODE",
+}
+"""What Slurm would set in the job of the batch script."""
+_BRINGS_PYTHON = re.compile(
+    r"\bactivate\b|^\s*(module|ml)\b.*(python|conda|forge|torch|mamba)|^\s*(export +)?PATH=|\bpyenv\b|\bspack load\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+_OF_TASKS = re.compile(r"SLURM_(NTASKS\w*|NPROCS|TASKS_PER_NODE|GPUS_PER_TASK|NNODES|JOB_NUM_NODES)")
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class FromBatch:
     """What was dropped and what was changed, and why: a line each."""
     folder: str | None = ""
     """Where it changes to, from the working directory of the job; None if only running it would tell."""
+    environment: str = ""
+    """The set-up line that brings an interpreter, and where it is; empty if none does, or the launch names one."""
 
 
 def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[str, str]) -> FromBatch:
@@ -64,11 +73,11 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
         raise UsageError(f"{name}: {what}; expected a batch script for bash, which begins with #!/bin/bash")
     given = sbatch_lines.options(content, name)
     try:
-        found = _Reader(name, statements(text), environ)
+        found = _Reader(name, statements(text), environ, given)
     except UsageError as error:
         raise UsageError(f"{name} {error}") from None
     launch, at = found.launch, f"{name} line {found.line}"
-    shape = _Shape(given, launch, at)
+    shape = Shape(given, launch, at)
     first = text.partition("\n")[0].split()[1:]
     setup = [(_LOGIN, f"{name} line 1")] if any(re.fullmatch("-[a-z]*l[a-z]*|--login", word) for word in first) else []
     if args and not re.search(r"\$\{?[\d@*#]", text):
@@ -79,16 +88,29 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
     script, script_args, capture = _command(launch)
     if capture:
         setup.append((capture, f"{at}: the arguments, as that line has them"))
+    if shape.cpus_of_a_task and any("SLURM_CPUS_PER_TASK" in names(line) for line, _ in setup):
+        of_a_task = f"elastic_cpus=$SLURM_CPUS_PER_TASK SLURM_CPUS_PER_TASK={shape.cpus_of_a_task}"
+        setup = [(of_a_task, "what the script counts with"), *setup, (_CPUS_OF_A_NODE, "what the agents have")]
     layers = [Layer(each.source, (), [each]) for each in shape.sbatch]
     layers += [Layer(source, [(option, value)], []) for option, value, source in shape.options]
     layers += [Layer(source, [("setup", line)], []) for line, source in setup]
     notes = [*shape.notes, *found.notes, *(f"{at}: {note}" for note in launch.notes)]
-    taken = [*map(_shown, shape.sbatch), *(f"--{option}={value}" for option, value, _ in shape.options)]
+    taken = [*map(shown, shape.sbatch), *(f"--{option}={value}" for option, value, _ in shape.options)]
     lines = f", set-up lines: {len(setup)}" if setup else ""
     command = " ".join([launch.script, *launch.script_args])
     first_note = f"{name}: taken: {' '.join(taken)}{lines}, to run: {command}"
     notes = [first_note, *_in_order(notes)]
-    return FromBatch(script, script_args, launch.module, launch.no_python, tuple(layers), tuple(notes), found.folder)
+    brings = [f"{source}: {_first(line)!r}" for line, source in found.setup if _BRINGS_PYTHON.search(line)]
+    return FromBatch(
+        script,
+        script_args,
+        launch.module,
+        launch.no_python,
+        tuple(layers),
+        tuple(notes),
+        found.folder,
+        brings[-1] if brings else "",
+    )
 
 
 def _in_order(notes: Sequence[str]) -> list[str]:
@@ -120,9 +142,14 @@ def _literal(word: str) -> str | None:
 class _Reader:
     """The statements: which is the launch, what comes before it, and what is left out."""
 
-    def __init__(self, name: str, found: Sequence[Statement], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, found: Sequence[Statement], environ: Mapping[str, str], given: Sequence[Given]
+    ) -> None:
         self.notes: list[str] = []
         self._name, self._variables = name, Variables(environ)
+        for each in given:
+            if variable := _OF_SLURM.get(each.name):
+                self._variables.assign(f"{variable}={each.value}")
         launches = [one for one in enumerate(map(self._launch, found)) if one[1]]
         index, launch = self._choose(found, launches)
         self.line = found[index].line
@@ -137,7 +164,7 @@ class _Reader:
 
     def _launch(self, statement: Statement) -> Launch | None:
         if statement.compound:
-            for name in _ASSIGNMENT.findall(statement.text):
+            for name in re.findall(r"(\w+)(?:\[\w+\])?\+?=", statement.text):
                 self._variables.assign(f"{name}=$(unknown)")
             return None
         for _, words in statement.parts():
@@ -146,14 +173,11 @@ class _Reader:
                     return launch
             except UsageError as error:
                 raise UsageError(f"line {statement.line}: {error}") from None
-            assigned = words[1:] if words[:1] and words[0] in _DECLARES else words
-            for word in assigned if all(map(_ASSIGNMENT.match, assigned)) else ():
+            for word in assigned(words):
                 self._variables.assign(word)
         return None
 
-    def _choose(
-        self, found: Sequence[Statement], launches: Sequence[tuple[int, Launch | None]]
-    ) -> tuple[int, Launch]:
+    def _choose(self, found: Sequence[Statement], launches: Sequence[tuple[int, Launch | None]]) -> tuple[int, Launch]:
         hidden = [each for each in found if each.compound and _LAUNCHES.search(each.text)]
         ranked = [(self._rank(launch), index, launch) for index, launch in launches if launch]
         best = [(index, launch) for rank, index, launch in ranked if rank == min(r for r, _, _ in ranked)]
@@ -167,12 +191,27 @@ class _Reader:
             lines = ", ".join(str(found[index].line) for index, _ in best)
             raise UsageError(f"lines {lines}: several launches; expected one, each is a job of its own")
         if not best:
+            self._say_what_it_starts(found)
             raise UsageError(
                 "has no line that starts torchrun, or python by srun; "
                 "expected one as 'srun torchrun train.py'; what it calls can be submitted by itself: "
                 "elastic-sbatch --nodes MIN:MAX SCRIPT"
             )
         return best[0]
+
+    def _say_what_it_starts(self, found: Sequence[Statement]) -> None:
+        """UsageError of the line that may be the launch, if there is one: the last that names torchrun or python, else
+        the last that starts something.
+        """
+        named: list[str] = []
+        others: list[str] = []
+        for statement in found:
+            for _, words in statement.parts() if not statement.compound else ():
+                if reason := not_understood(words, self._variables):
+                    text = reason.replace("{statement}", repr(_first(statement.text)))
+                    (named if text == reason else others).append(f"line {statement.line}: {text}")
+        if told := [*others, *named]:
+            raise UsageError(told[-1])
 
     @staticmethod
     def _rank(launch: Launch) -> int:
@@ -225,11 +264,11 @@ class _Reader:
                 self._note(statement, f"dropped {_first(statement.text)!r}: the srun line is elastic-sbatch's own")
             else:
                 kept.append((statement.text, f"{self._name} line {statement.line}"))
-                if not _is_plain(statement) and (match := _OF_TASKS.search(statement.text)):
-                    self._note(statement, f"${match[1]} says nothing of an elastic job, whose size changes")
+                if not _is_plain(statement) and (size := _size(statement.text)):
+                    self._note(statement, f"${size} says nothing of an elastic job, whose size changes")
         for word in self.launch.script_args:
-            if match := _OF_TASKS.search(word):
-                self._note(self._statement, f"{word!r}: the size of an elastic job changes, ${match[1]} does not")
+            if size := _size(word):
+                self._note(self._statement, f"{word!r}: the size of an elastic job changes, ${size} does not")
         return kept
 
     def _folder(self, lines: Sequence[str]) -> str | None:
@@ -252,6 +291,11 @@ class _Reader:
                        "--dependency=afterok:JOB")  # fmt: skip
 
 
+def _size(text: str) -> str:
+    """The first variable of ``text`` that counts nodes or tasks."""
+    return next(filter(_OF_TASKS.fullmatch, names(text)), "")
+
+
 def _first(text: str) -> str:
     line = text.partition("\n")[0]
     return line if len(line) <= 60 else f"{line[:57]}..."
@@ -262,19 +306,19 @@ def _rendezvous(found: Sequence[Statement], used: Sequence[str]) -> set[Statemen
     simple = [each for each in found if not each.compound and len(each.parts()) == 1]
     defines = {each: _defined(each) for each in simple}
     dropped = {
-        each for each, names in defines.items()
-        if names and (any(map(_OF_RENDEZVOUS.fullmatch, names)) or _OF_NODES.search(each.text))
+        each for each, defined in defines.items()
+        if defined and (any(map(OF_RENDEZVOUS.fullmatch, defined)) or _OF_NODES.search(each.text))
     }  # fmt: skip
     while True:
-        names = {name for each in dropped for name in defines[each]}
+        of_dropped = {name for each in dropped for name in defines[each]}
         shows = (each for each in simple if defines[each] or each.text.split()[0] in {"echo", "printf"})
-        more = {each for each in shows if each not in dropped and _names(each.text) & names}
+        more = {each for each in shows if each not in dropped and of_dropped.intersection(names(each.text))}
         if not more:
             break
         dropped |= more
     while True:
-        needed = {name for text in used for name in _names(text)}
-        needed |= {name for each in found if each not in dropped for name in _names(each.text)}
+        needed = {name for text in used for name in names(text)}
+        needed |= {name for each in found if each not in dropped for name in names(each.text)}
         back = {each for each in dropped if set(defines[each]) & needed}
         if not back:
             return dropped
@@ -286,121 +330,8 @@ def _defined(statement: Statement) -> list[str]:
     words = statement.parts()[0][1]
     if words[:1] and words[0] in {"mapfile", "readarray", "read"}:
         return [word for word in words[1:] if word[0] != "-"]
-    words = words[1:] if words[:1] and words[0] in _DECLARES else words
-    matches = [_ASSIGNMENT.match(word) for word in words]
-    return [match[1] for match in matches if match] if all(matches) else []
+    return [match[1] for match in map(ASSIGNS.fullmatch, assigned(words)) if match]
 
 
 def _is_plain(statement: Statement) -> bool:
-    return not statement.compound and bool(_ASSIGNMENT.match(statement.text)) and len(statement.tokens) <= 2
-
-
-def _names(text: str) -> set[str]:
-    return set(re.findall(r"\$\{?[#!]?(\w+)", text))
-
-
-class _Shape:
-    """Nodes, workers, GPUs and cores: batch scripts count tasks, of which an elastic job has one on each node."""
-
-    def __init__(self, given: Sequence[Given], launch: Launch, place: str) -> None:
-        self.notes: list[str] = []
-        self.options = [(name, value, place) for name, value in launch.options if name != "nodes"]
-        self._by_torchrun = launch.kind != "python"
-        told = {each.name: each for each in given}
-        of_srun = [replace(each, source=place) for each in launch.srun if each.name in _SHAPE]
-        self._all = {**{each.name: each for each in of_srun}, **told}
-        self._nodes(dict(launch.options).get("nodes", ""), place)
-        self.sbatch: list[Given] = []
-        for each in [*of_srun, *given]:
-            if each is self._all.get(each.name) and each.name != "nodes":
-                self._take(each)
-        per_node = self._tasks_per_node()
-        if not self._by_torchrun and per_node > 1 and "nproc-per-node" not in dict(launch.options):
-            self.options.append(("nproc-per-node", str(per_node), place))
-        if launch.by_srun:
-            self.notes.append(f"{place}: dropped srun and its options: elastic-sbatch starts one agent on each node")
-
-    def _number(self, *names: str) -> int:
-        values = [self._all[name].value or "" for name in names if name in self._all]
-        return int(values[0]) if values and values[0].isdecimal() else 0
-
-    def _tasks_per_node(self) -> int:
-        tasks, nodes = self._number("ntasks"), self._number("nodes")
-        by_total = tasks // nodes if nodes and tasks % nodes == 0 else 0
-        return self._number("ntasks-per-node", "tasks-per-node") or by_total or 1
-
-    def _nodes(self, of_torchrun: str, place: str) -> None:
-        if (asked := self._all.get("nodes")) and ":" not in of_torchrun:
-            text, source = re.sub(r"^(\d+)-(\d+)$", r"\1:\2", asked.value or ""), asked.source
-        elif of_torchrun:
-            text, source = of_torchrun, place
-        elif tasks := self._number("ntasks"):
-            per_node = self._number("ntasks-per-node", "tasks-per-node") or (1 if self._by_torchrun else 0)
-            if not per_node:
-                source = self._all["ntasks"].source
-                raise UsageError(f"{source}: --ntasks={tasks} on how many nodes? give --nodes on the command line")
-            text, source = str(-(-tasks // per_node)), self._all["ntasks"].source
-        else:
-            text, source = "1", place
-        self.options.append(("nodes", text, source))
-
-    def _take(self, given: Given) -> None:
-        name, value, nodes = given.name, given.value or "", self._number("nodes")
-        per_node = 1 if self._by_torchrun else self._tasks_per_node()
-        if name in {"ntasks", "ntasks-per-node", "tasks-per-node"}:
-            self._drop(given, "elastic-sbatch starts one agent on each node, which starts the workers")
-        elif name == "gpus-per-task":
-            self._change(given, "gpus-per-node", _times(value, per_node))
-        elif name == "gpus" and nodes and (each := _divided(value, nodes)):
-            self._change(given, "gpus-per-node", each)
-        elif name == "cpus-per-task" and per_node > 1 and value.isdecimal():
-            self._change(given, "cpus-per-task", str(int(value) * per_node))
-        elif name in COMMAND_LINE_ONLY:
-            self._drop(given, "it belongs on the command line")
-        elif name == "signal" and not value.startswith("B:"):
-            self._signal(given)
-        elif is_for_containers(name):
-            self._drop(given, "use --container-image IMAGE")
-        else:
-            try:
-                if check(given):
-                    self.sbatch.append(given)
-                else:
-                    self._drop(given, "that is done anyway")
-            except UsageError as error:
-                self._drop(given, str(error).partition(": ")[2])
-
-    def _signal(self, given: Given) -> None:
-        """Slurm sends it to the tasks, which the workers are."""
-        word, _, seconds = (given.value or "").upper().rpartition(":")[2].partition("@")
-        warning = replace(given, value=f"USR2@{seconds or 60}")
-        drain = f"--drain-signal={word}"
-        self.notes.append(
-            f"{given.source}: changed {_shown(given)} to {_shown(warning)} and {drain}: the agents pass it on"
-        )
-        self.options.append(("drain-signal", word, given.source))
-        self.sbatch.append(warning)
-
-    def _drop(self, given: Given, reason: str) -> None:
-        self.notes.append(f"{given.source}: dropped {_shown(given)}: {reason}")
-
-    def _change(self, given: Given, name: str, value: str) -> None:
-        changed = replace(given, option=SBATCH[name], value=value)
-        self.notes.append(f"{given.source}: changed {_shown(given)} to {_shown(changed)}: an agent has all of its node")
-        self.sbatch.append(changed)
-
-
-def _shown(given: Given) -> str:
-    return given.option.flag if given.value is None else f"{given.option.flag}={given.value}"
-
-
-def _times(count: str, tasks: int) -> str:
-    """``2`` or ``a100:2``, for each of so many tasks."""
-    kind, colon, number = count.rpartition(":")
-    return f"{kind}{colon}{int(number) * tasks}" if number.isdecimal() else count
-
-
-def _divided(count: str, nodes: int) -> str:
-    kind, colon, number = count.rpartition(":")
-    whole = number.isdecimal() and int(number) % nodes == 0
-    return f"{kind}{colon}{int(number) // nodes}" if whole else ""
+    return not statement.compound and bool(ASSIGNS.fullmatch(statement.text)) and len(statement.tokens) <= 2

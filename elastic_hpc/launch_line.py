@@ -7,20 +7,24 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_options import SBATCH, Given, Option, last, scan
-from elastic_hpc.shell_text import statements, tokens
+from elastic_hpc.shell_text import statements
+from elastic_hpc.shell_variables import ASSIGNS, Variables, assigned, names
 from elastic_hpc.torchrun_options import torchrun_options
 
 _SRUN = (
-    *(Option(name, value="") for name in ("unbuffered", "overlap", "exact", "multi-prog", "interactive", "het-group")),
+    *(Option(name, value="") for name in ("unbuffered", "overlap", "exact", "multi-prog", "interactive")),
     *(Option(name) for name in ("mpi", "cpu-bind", "jobid", "task-prolog", "task-epilog", "prolog", "epilog")),
+    *(Option(name) for name in ("accel-bind", "het-group", "bcast-exclude", "slurmd-debug", "treewidth")),
     *(Option(name, letter, value) for name, letter, value in (
         ("label", "l", ""), ("unbuffered", "u", ""), ("wait", "W", "="), ("threads", "T", "="), ("relative", "r", "="),
         ("disable-status", "X", ""), ("preserve-env", "E", ""), ("pty", "", "[=]"), ("bcast", "", "[=]"),
+        ("quit-on-interrupt", "", ""), ("immediate", "I", "[=]"),
+        ("compress", "", "[=]"), ("send-libs", "", "[=]"), ("no-allocate", "Z", ""),
     )),
     *(Option(f"container-{name}") for name in ("image", "mounts", "workdir", "name", "env", "save")),
     *(Option(f"{no}container-{name}", value="") for no in ("", "no-") for name in (
@@ -59,81 +63,13 @@ _OTHERS = {
     "shifter": "a Shifter container runs it; expected pyxis (srun --container-image) or apptainer exec",
     "podman-hpc": "a podman-hpc container runs it; expected pyxis (srun --container-image) or apptainer exec",
 }
-_ASSIGNS = re.compile(r"(\w+)(\+?=)(.*)", re.DOTALL)
-
-
-class Variables:
-    """What is known of a shell's variables: the assignments of the script, and the environment that it is given."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = {k: v for k, v in environ.items() if not k.startswith("SLURM_")}
-        self._assigned: dict[str, str] = {}
-
-    def assign(self, text: str) -> None:
-        """``text``: NAME=VALUE as it is written."""
-        if match := _ASSIGNS.fullmatch(text):
-            name, how, value = match.groups()
-            before = self._assigned.get(name, "") if how == "+=" else ""
-            both_lists = before.startswith("(") and value.startswith("(")
-            self._assigned[name] = before[:-1] + " " + value[1:] if both_lists else before + value
-
-    def resolve(self, word: str, depth: int = 5) -> str | None:
-        """The text of ``word``, which is written as for a shell; None if only running the script would tell."""
-        found, at, quoted = "", 0, False
-        while at < len(word):
-            char = word[at]
-            if char == '"':
-                quoted, at = not quoted, at + 1
-            elif char == "'" and not quoted:
-                end = word.index("'", at + 1)
-                found, at = found + word[at + 1 : end], end + 1
-            elif char == "\\":
-                keeps = quoted and word[at + 1 : at + 2] not in {"$", '"', "\\", "`"}
-                found, at = found + (char if keeps else "") + word[at + 1 : at + 2].replace("\n", ""), at + 2
-            elif match := re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^{}$]*))?\})").match(word, at):
-                value = self._value(match[1] or match[2], depth)
-                value = match[3] if value is None else value
-                if value is None:
-                    return None
-                found, at = found + value, match.end()
-            elif char in "$`" or (char in "*?[{" and not quoted):
-                return None
-            elif word.startswith("~/") and at == 0 and "HOME" in self._environ:
-                found, at = self._environ["HOME"], 1
-            else:
-                found, at = found + char, at + 1
-        return found
-
-    def _value(self, name: str, depth: int) -> str | None:
-        if name == "SLURM_SUBMIT_DIR":
-            return self._environ.get("PWD")
-        if name in self._assigned:
-            return self.resolve(self._assigned[name], depth - 1) if depth else None
-        return self._environ.get(name)
-
-    def expand(self, words: Sequence[str], depth: int = 5) -> list[str]:
-        """``words`` with variables that hold several words, such as ``$LAUNCHER`` or ``"${args[@]}"``, in place."""
-        found: list[str] = []
-        for word in words:
-            match = re.fullmatch(r'"?\$(?:(\w+)|\{(\w+)(?:\[[@*]\])?\})"?', word)
-            value = self._assigned.get(match[1] or match[2], "") if match else ""
-            if depth and value[:1] in {'"', "'", "("} and re.search(r"\s|^\(", value):
-                inner = value[1:-1]
-                if value[0] == '"':
-                    inner = re.sub(r'\\(["$`\\])', r"\1", inner)
-                found += self.expand([token.text for token in tokens(inner) if token.is_word], depth - 1)
-            else:
-                found.append(word)
-        return found
-
-    def known(self, words: Sequence[str]) -> list[str]:
-        """Each as far as that is known; else as it is written."""
-        return [_bare(word) if (text := self.resolve(word)) is None else text for word in words]
-
-
-def _bare(word: str) -> str:
-    """``"--nnodes=$N"`` without its quotes, so that it can be seen to be an option."""
-    return word[1:-1] if word[:1] == word[-1:] == '"' and word.count('"') == 2 else word
+OF_RENDEZVOUS = re.compile(
+    r"((MASTER|RDZV|RENDEZVOUS|HEAD_NODE)_\w+|HEAD_NODE|WORLD_SIZE|((NODE|LOCAL|MACHINE)_)?RANK|NODES_ARRAY)",
+    re.IGNORECASE,
+)
+"""Variables that tell the nodes or the workers of each other."""
+_LAUNCHERS = re.compile(r"torchrun|torchrun_jsc|accelerate|python[\d.]*")
+_WHICH = re.compile(r"""["']?(?:\$\(|`)\s*(?:which|command -v|type -[pP])\s+(\S+?)\s*[)`]["']?""")
 
 
 @dataclass(frozen=True)
@@ -158,30 +94,74 @@ class Launch:
 
 def launch_of(words: Sequence[str], variables: Variables) -> Launch | None:
     """What ``words`` launch; None if nothing. UsageError if it is a launch of a kind that is not understood."""
-    words, launch = variables.expand(words), Launch()
-    while words:
-        first = variables.resolve(words[0]) or words[0]
-        name = os.path.basename(first)
-        if _ASSIGNS.fullmatch(words[0]):
-            launch, words = _with(launch, setup=f"export {words[0]}"), words[1:]
-        elif name in _UNWRAP:
-            step = _UNWRAP[name](launch, words, variables)
-            if step is None:
-                return None
-            launch, words = step
-        elif name in _OTHERS:
-            raise UsageError(f"{first}: {_OTHERS[name]}, which is not understood here")
-        elif name in {"bash", "sh", "zsh"}:
-            return _of_shell(launch, words, variables)
-        elif name in {"torchrun", "torchrun_jsc"}:
-            return _torchrun(_interpreter(launch, first), words[1:], variables)
-        elif name == "accelerate" and words[1:2] == ["launch"]:
-            return _accelerate(_interpreter(launch, first), words[2:], variables)
-        elif re.fullmatch(r"python[\d.]*", name):
-            return _python(_interpreter(launch, first), words[1:], variables)
-        else:
-            return None
+    launch, words = _unwrapped(words, variables)
+    if not words:
+        return None
+    first = _program(words[0], variables)
+    name = os.path.basename(first)
+    if name in _OTHERS:
+        raise UsageError(f"{first}: {_OTHERS[name]}, which is not understood here")
+    if (inner := _text_of_shell(words, variables)) is not None:
+        return _of_shell(launch, words, inner, variables)
+    if name in {"torchrun", "torchrun_jsc"}:
+        return _torchrun(_interpreter(launch, first), words[1:], variables)
+    if name == "accelerate" and words[1:2] == ["launch"]:
+        return _accelerate(_interpreter(launch, first), words[2:], variables)
+    if re.fullmatch(r"python[\d.]*", name):
+        return _python(_interpreter(launch, first), words[1:], variables)
     return None
+
+
+def not_understood(words: Sequence[str], variables: Variables) -> str:
+    """Why ``words``, which :func:`launch_of` takes for no launch, may be one all the same; empty if nothing speaks for
+    it. ``{statement}`` stands for the whole line.
+    """
+    launch, words = _unwrapped(words, variables)
+    if (inner := _text_of_shell(words, variables)) is not None:
+        parts = [part for each in statements(inner) if not each.compound for _, part in each.parts()]
+        return next(filter(None, (not_understood(part, variables) for part in reversed(parts))), "")
+    programs = [_program(word, variables) for word in words]
+    names_of = [os.path.basename(program) for program in programs]
+    found = next((at for at, name in enumerate(names_of) if _LAUNCHERS.fullmatch(name)), 0)
+    has_script = any(word.endswith(".py") or word == "-m" for word in programs[found + 1 :])
+    if found and has_script and names_of[0] not in {"echo", "printf"}:
+        what = "can be told only when it runs; leave it out, or write what it stands for"
+        if "$" not in programs[0]:
+            what = "is not understood here; expected the launch by itself, for example srun torchrun train.py"
+        shown = programs[0] if "$" in programs[0] else repr(programs[0])
+        return f"{shown} in front of {names_of[found]} {what}"
+    runs_script = any(name.endswith(".sh") for name in names_of[:2]) and names_of[:1] not in (["source"], ["."])
+    if launch.by_srun or runs_script:
+        return "what {statement} starts is not looked into; expected torchrun, or srun python, in this file"
+    return ""
+
+
+def _unwrapped(words: Sequence[str], variables: Variables) -> tuple[Launch, list[str]]:
+    """Without what is understood in front of the program: variables, srun, a container."""
+    rest, launch = variables.expand(words), Launch()
+    while rest:
+        name = os.path.basename(_program(rest[0], variables))
+        if match := ASSIGNS.fullmatch(rest[0]):
+            if OF_RENDEZVOUS.fullmatch(match[1]):
+                launch = _with(launch, note=f"dropped {match[1]}: {_EACH_HAS}")
+            else:
+                launch = _with(launch, setup=f"export {rest[0]}")
+            rest = rest[1:]
+        elif name not in _UNWRAP or (step := _UNWRAP[name](launch, rest, variables)) is None:
+            break
+        else:
+            launch, rest = step
+    return launch, rest
+
+
+_EACH_HAS = "the agents give it to the workers"
+
+
+def _program(word: str, variables: Variables) -> str:
+    """What ``word`` runs; of ``$(which torchrun)`` that is torchrun."""
+    if match := _WHICH.fullmatch(word):
+        return match[1]
+    return variables.resolve(word) or word
 
 
 def _with(launch: Launch, *, note: str = "", setup: str = "", option: tuple[str, str] | None = None) -> Launch:
@@ -207,7 +187,7 @@ _Step = tuple[Launch, list[str]] | None
 
 
 def _plain(launch: Launch, words: list[str], _: Variables) -> _Step:
-    return launch, words[1:]
+    return launch, words[2 if words[:2] == ["time", "-p"] else 1 :]
 
 
 def _env(launch: Launch, words: list[str], _: Variables) -> _Step:
@@ -218,13 +198,14 @@ def _env(launch: Launch, words: list[str], _: Variables) -> _Step:
 
 def _srun(launch: Launch, words: list[str], variables: Variables) -> _Step:
     given, rest = scan(variables.known(words[1:]), _SRUN, tuple(o for o in SBATCH.values() if o.name != "wait"))
-    if any(each.name == "multi-prog" for each in given):
-        raise UsageError("srun --multi-prog: several programs are not one training")
+    if any(each.name in {"multi-prog", "het-group"} for each in given) or ":" in rest:
+        raise UsageError("srun with several commands: expected one, which all nodes run")
     for each in given:
         if each.name == "export":
             for pair in (each.value or "").split(","):
-                if "=" in pair:
-                    launch = _with(launch, setup=f"export {pair}")
+                variable, equals, value = pair.partition("=")
+                if equals:
+                    launch = _with(launch, setup=f"export {variable}={_assignable(value, each.value or '', variables)}")
         elif each.name in {"container-image", "container-mounts"}:
             launch = _with(launch, option=(each.name, each.value or ""))
         elif "container" in each.name:
@@ -233,6 +214,14 @@ def _srun(launch: Launch, words: list[str], variables: Variables) -> _Step:
         launch = _with(launch, note=_IN_IMAGE, option=("container-runtime", "pyxis"))
     launch = replace(launch, by_srun=True, srun=(*launch.srun, *given))
     return launch, list(words[len(words) - len(rest) :])
+
+
+def _assignable(value: str, whole: str, variables: Variables) -> str:
+    """``value`` as a shell assigns it, of ``whole``, which is as written if it is not known."""
+    if not re.search(r"[$`]", whole):
+        return shlex.quote(value)
+    known = variables.resolve(value)
+    return shlex.quote(known) if known is not None else value if re.search("[\"']", value) else f'"{value}"'
 
 
 _IN_IMAGE = "agents and workers run in the container, in which elastic_hpc must be installed"
@@ -280,45 +269,64 @@ _UNWRAP: dict[str, Callable[[Launch, list[str], Variables], _Step]] = {
 }
 
 
-def _of_shell(launch: Launch, words: list[str], variables: Variables) -> Launch | None:
-    """``bash -c 'TEXT'``: the launch in it, and what comes before."""
-    if len(words) < 3 or not re.fullmatch(r"-[a-z]*c", words[1]):
+def _text_of_shell(words: Sequence[str], variables: Variables) -> str | None:
+    """TEXT of ``bash -c 'TEXT'``, as that shell reads it."""
+    program = os.path.basename(_program(words[0], variables)) if words else ""
+    if program not in {"bash", "sh", "zsh"} or len(words) < 3 or not re.fullmatch(r"-[a-z]*c", words[1]):
         return None
     text = words[2]
     if text[:1] == text[-1:] == "'" or text[:2] == "$'":
-        inner = text[1:-1].replace("'\\''", "'")
-    elif (expanded := variables.expand([text])) != [text]:
-        inner = " ".join(expanded)
-    else:
-        inner = re.sub(r'\\(["$`\\])', r"\1", text[1:-1])
+        return text[1:-1].replace("'\\''", "'")
+    if (expanded := variables.expand([text])) != [text]:
+        return " ".join(expanded)
+    return re.sub(r'\\(["$`\\])', r"\1", text[1:-1])
+
+
+def _of_shell(launch: Launch, words: Sequence[str], inner: str, variables: Variables) -> Launch | None:
+    """The launch in what a shell is given to run, and what comes before."""
     found: Launch | None = None
-    before: list[str] = []
+    before: list[list[str]] = []
     for statement in statements(inner):
-        parts = [] if statement.compound else statement.parts()
-        for _, part in parts:
-            if found is None and (found := launch_of(part, variables)) is None and part:
-                before.append(" ".join(part))
-        if not parts and found is None:
-            before.append(statement.text)
+        parts = [[statement.text]] if statement.compound else [part for _, part in statement.parts()]
+        while found is None and parts:
+            part = parts.pop(0)
+            found = None if statement.compound else launch_of(part, variables)
+            before += [part] if part and found is None else []
     if found is None:
         return None
-    if before and any(name == "container-image" for name, _ in launch.options):
-        raise UsageError(f"{before[0]!r} in the container, before the launch: expected it in the image, or use --setup")
+    used = {name for part in before for word in part[1:] for name in names(word)}
+    used |= {name for word in (*found.setup, found.script, *found.script_args) for name in names(word)}
+    kept: list[str] = []
+    for part in before:
+        defined = [match[1] for match in map(ASSIGNS.fullmatch, assigned(part)) if match]
+        if defined and all(map(OF_RENDEZVOUS.fullmatch, defined)) and not used.intersection(defined):
+            launch = _with(launch, note=f"dropped {', '.join(defined)}: {_EACH_HAS}")
+        else:
+            kept.append(" ".join(part))
+    if kept and any(name == "container-image" for name, _ in launch.options):
+        raise UsageError(f"{kept[0]!r} in the container, before the launch: expected it in the image, or use --setup")
     if len(words) > 3:
         raise UsageError(f"{words[0]} {words[1]} with arguments of its own: write the launch without it")
-    seen = [*before, *found.setup, found.script, *found.script_args]
-    if per_task := _OF_A_TASK.search(" ".join(seen)):
+    if per_task := _OF_A_TASK.search(" ".join([*kept, *found.setup, found.script, *found.script_args])):
         raise UsageError(f"${per_task[0]}: of each task, and the agents are others; use RANK in the training script")
+    for line in kept if launch.by_srun else ():
+        if not _OF_ENVIRONMENT.match(line):
+            launch = _with(launch, note=f"{line!r} ran on each node, and runs on the first alone now; "
+                           f"for all: --setup {shlex.quote(f'srun --ntasks-per-node=1 {line}')}")  # fmt: skip
     return replace(
         found,
         options=(*launch.options, *found.options),
         by_srun=launch.by_srun or found.by_srun,
         srun=(*launch.srun, *found.srun),
-        setup=(*launch.setup, *before, *found.setup),
+        setup=(*launch.setup, *kept, *found.setup),
         notes=(*launch.notes, *found.notes),
     )
 
 
+_OF_ENVIRONMENT = re.compile(
+    r"(export|declare|unset|source|\.|module|ml|conda|mamba|micromamba|spack|cd|set|ulimit|umask|eval|echo|which)\s|\w+="
+)
+"""What acts on the shell, whose environment and folder the agents have on all nodes."""
 _OF_A_TASK = re.compile("SLURM_(PROCID|NODEID|LOCALID|TASK_PID)")
 
 

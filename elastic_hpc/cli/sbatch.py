@@ -213,6 +213,9 @@ def _from_batch(
     )
     if job.launch.grow and any("SLURM_JOB" in line.value for line in job.setup):
         job = replace(job, notes=(*job.notes, "--grow: each joiner is a job of its own, so has its own $SLURM_JOB_ID"))
+    if found.environment and job.agent_python is None and job.container is None:
+        kept = f"agents and workers run with {job.python}; for the python that this brings, with elastic_hpc in it"
+        job = replace(job, notes=(*job.notes, f"{found.environment}: {kept}: --python python"))
     nodes = job.launch.nodes
     if nodes.min == nodes.max > 1 and job.sources["nodes"] != COMMAND_LINE:
         fixed = f"{job.sources['nodes']}: the job needs all its {nodes.max} nodes; to let it run on fewer, for example"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,11 @@ def test_the_example_of_pytorchs_own_page() -> None:
          {"container-image": "image.sif", "container-mounts": "/data:/data,/x:/y", "container-runtime": "apptainer"}),
         ("srun accelerate launch --multi_gpu --num_machines 4 --num_processes 16 --mixed_precision bf16 train.py",
          ["train.py"], {"nproc-per-node": "4"}),
+        ("time -p srun --accel-bind=g -I60 $(which torchrun) train.py", ["train.py"], {}),
+        ('srun "$(command -v python)" train.py', ["train.py"], {}),
+        ("srun `which torchrun` train.py", ["train.py"], {}),
+        ("srun bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; python train.py'", ["train.py"], {}),
+        ('srun bash -c "RANK=\\$SLURM_PROCID python train.py"', ["train.py"], {}),
     ],
 )  # fmt: skip
 def test_every_way_to_start_the_training_is_read(launch: str, command: list[str], expected: dict[str, str]) -> None:
@@ -144,6 +150,52 @@ def test_variables_are_followed_as_far_as_options_need_them() -> None:
     assert noted(found, "dropped --nnodes=$NNODES: all nodes of the job take part")
 
 
+def test_an_array_that_is_declared_with_options_is_followed() -> None:
+    lines = ["declare -a S=(-l)", "local -ar T=(\n--tee 3 # x\n)"]
+    found = read(batch('srun "${S[@]}" torchrun "${T[@]}" train.py', *lines))
+    assert (found.script, setup(found)) == ("train.py", lines)
+
+
+def test_what_slurm_would_count_from_the_sbatch_lines_is_known() -> None:
+    head = "#SBATCH --nodes=2 --tasks-per-node=4 --cpus-per-task=3"
+    launch = "srun --ntasks-per-node=1 torchrun --nproc-per-node=$N train.py --threads $SLURM_CPUS_PER_TASK"
+    found = read(batch(launch, "N=${SLURM_NTASKS_PER_NODE}", head=head))
+    assert options(found) == {"nproc-per-node": "4", "nodes": "2"}
+    assert sbatch(found) == ["--cpus-per-task=12"]
+
+
+def test_cpus_of_a_task_stay_what_the_script_has_counted_with() -> None:
+    head = "#SBATCH --nodes=2 --ntasks-per-node=4 --cpus-per-task=10"
+    line = "export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK"
+    found = read(batch("srun python train.py --threads $SLURM_CPUS_PER_TASK", line, head=head))
+    assert sbatch(found) == ["--cpus-per-task=40"]
+    kept = "elastic_cpus=$SLURM_CPUS_PER_TASK SLURM_CPUS_PER_TASK=10"
+    arguments = "elastic_arguments=(--threads $SLURM_CPUS_PER_TASK)"
+    assert setup(found) == [kept, line, arguments, "SLURM_CPUS_PER_TASK=$elastic_cpus"]
+    assert setup(read(batch("srun python train.py", "module load a", head=head))) == ["module load a"]
+
+
+def test_variables_of_an_srun_line_keep_their_blanks() -> None:
+    found = read(batch("srun --export=ALL,A='b c',D=$E torchrun train.py"))
+    assert setup(found) == ["export A='b c'", 'export D="$E"']
+
+
+def test_what_ran_on_each_node_before_the_launch_and_runs_on_the_first_alone_is_told() -> None:
+    found = read(batch("srun bash -c 'module load a; cp -r /data /tmp; export A=1; torchrun train.py'"))
+    assert setup(found) == ["module load a", "cp -r /data /tmp", "export A=1"]
+    told = [note for note in found.notes if "ran on each node" in note]
+    now = "ran on each node, and runs on the first alone now"
+    for_all = "for all: --setup 'srun --ntasks-per-node=1 cp -r /data /tmp'"
+    assert told == [f"job.sh line 3: 'cp -r /data /tmp' {now}; {for_all}"]
+
+
+def test_sizes_in_arguments_that_an_elastic_job_does_not_have_are_told() -> None:
+    found = read(batch("srun python train.py --world $((SLURM_NTASKS * 2)) --port $((MASTER_PORT + 1))",
+                       "MASTER_PORT=29500"))  # fmt: skip
+    assert noted(found, "$SLURM_NTASKS does not")
+    assert setup(found)[0] == "MASTER_PORT=29500"
+
+
 @pytest.mark.parametrize(
     ("head", "launch", "expected"),
     [
@@ -163,6 +215,14 @@ def test_variables_are_followed_as_far_as_options_need_them() -> None:
          ["--signal=USR2@300", "--drain-signal=SIGUSR1", "--nodes=1"]),
         ("#SBATCH --signal=B:USR1@300", "torchrun train.py", ["--signal=B:USR1@300", "--nodes=1"]),
         ("", "srun -N 3 -n 3 --gpus-per-task=2 torchrun train.py", ["--gpus-per-node=2", "--nodes=3"]),
+        ("#SBATCH -n 8 --mem-per-cpu=4000", "torchrun --standalone --nproc-per-node=4 train.py",
+         ["--mem-per-cpu=4000", "--cpus-per-task=8", "--nodes=1", "--nproc-per-node=4"]),
+        ("#SBATCH -N 2\n#SBATCH --ntasks-per-node=4 --gpus-per-task=1", "srun --ntasks-per-node=1 torchrun train.py",
+         ["--gpus-per-node=4", "--cpus-per-task=4", "--nodes=2"]),
+        ("#SBATCH -N 2\n#SBATCH --ntasks-per-node=4", "srun --ntasks-per-node=2 python train.py",
+         ["--cpus-per-task=4", "--nodes=2", "--nproc-per-node=2"]),
+        ("#SBATCH -N 2\n#SBATCH --ntasks-per-node=4 --cpus-per-gpu=8", "srun python train.py",
+         ["--cpus-per-gpu=8", "--nodes=2", "--nproc-per-node=4"]),
     ],
 )  # fmt: skip
 def test_tasks_become_workers_of_one_agent_on_each_node(head: str, launch: str, expected: list[str]) -> None:
@@ -215,7 +275,18 @@ def test_what_is_set_up_stays_whole_and_in_order_and_what_serves_the_old_rendezv
         (batch("srun torchrun a.py\nsrun torchrun b.py"), "job.sh lines 3, 4: several launches; expected one"),
         (batch("srun torchrun a.py &\nsrun torchrun b.py &\nwait"), "job.sh lines 3, 4: several launches"),
         (batch("mpirun -np 8 python train.py"), "job.sh line 3: mpirun: MPI starts it"),
-        (batch("srun ./run.sh"), "job.sh has no line that starts torchrun, or python by srun"),
+        (batch("srun ./run.sh a"), "job.sh line 3: what 'srun ./run.sh a' starts is not looked into; expected"),
+        (batch("bash run.sh"), "job.sh line 3: what 'bash run.sh' starts is not looked into; expected torchrun"),
+        (batch("ibrun torchrun train.py"), "job.sh line 3: 'ibrun' in front of torchrun is not understood here"),
+        (batch("srun nsys profile -o x python t.py"), "job.sh line 3: 'nsys' in front of python is not understood"),
+        (batch("srun ${P} python t.py"), "job.sh line 3: ${P} in front of python can be told only when it runs"),
+        (batch('srun bash -c "$P python t.py"'), "job.sh line 3: $P in front of python can be told only when it"),
+        (batch("srun $P -l torchrun t.py"), "job.sh line 3: $P in front of torchrun can be told only when it runs"),
+        (batch("srun python - <<E\nE"), "job.sh line 3: what 'srun python - <<E' starts is not looked into"),
+        (batch("srun $CMD"), "job.sh line 3: what 'srun $CMD' starts is not looked into; expected torchrun"),
+        (batch("echo python; hostname"), "job.sh has no line that starts torchrun, or python by srun"),
+        (batch("srun -n1 python a.py : -n2 python b.py"), "job.sh line 3: srun with several commands"),
+        (batch("srun --het-group=0 python a.py"), "job.sh line 3: srun with several commands"),
         (batch("srun torchrun $ARGS train.py"), "job.sh line 3: what $ARGS is can be told only when it runs"),
         (batch("srun accelerate launch --config_file c.yaml train.py"), "job.sh line 3: accelerate launch: --config"),
         (batch("srun shifter --image=x torchrun train.py"), "job.sh line 3: shifter: a Shifter container runs it"),
@@ -309,6 +380,14 @@ def test_the_command_line_wins_over_the_batch_script_and_the_notes_say_how_to_ma
     assert "to let it run on fewer" not in err
     for line in "--nodes=2-5 ", "--partition=cpu ", "--time=1:00:00 ":
         assert f"#SBATCH {line}" in out
+    (tmp_path / "job.sh").write_text(batch("srun torchrun train.py", "source venv/bin/activate"))
+    brings = "job.sh line 3: 'source venv/bin/activate': agents and workers run with "
+    assert main(["--dry-run", "--from-batch", "job.sh"]) == 0
+    err = capsys.readouterr().err
+    assert f"elastic-sbatch: {brings}{sys.executable}; " in err
+    assert "with elastic_hpc in it: --python python\n" in err
+    assert main(["--dry-run", "--from-batch", "job.sh", "--python", "python"]) == 0
+    assert brings not in capsys.readouterr().err
     for argv, message in {
         ("--from-batch", "none.sh"): "--from-batch none.sh: No such file or directory",
         ("-m", "--from-batch", "job.sh"): "-m or --no-python with --from-batch job.sh: that is read there",
