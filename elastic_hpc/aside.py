@@ -88,6 +88,23 @@ def at_import(names: set[str]) -> None:
         sys.modules.setdefault("__mp_main__", sys.modules["__main__"])
 
 
+_OF_IMPORTS = frozenset(
+    {
+        *("importlib._bootstrap", "importlib._bootstrap_external"),
+        *("_frozen_importlib", "_frozen_importlib_external"),  # the same before somebody imports importlib
+    }
+)
+
+
+class _Finding:
+    """Asked first for every module: it has none, and knows which is being loaded."""
+
+    loading = ""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        self.loading = name
+
+
 class Stage:
     """One import that was made ahead, and what it did."""
 
@@ -96,7 +113,9 @@ class Stage:
         self.name, self.by_script = name, by_script
         self.modules: dict[str, ModuleType] = {}
         self.imports: set[tuple[str, str]] = set()
-        """Which module has imported which, whether it was there already or not."""
+        """Which module has imported which, whether it was there already or not. Not so a module of Python's that was
+        asked to import another's (``pickle``).
+        """
         self.sets: Changes = {}
         self.said = (b"", b"")
 
@@ -108,7 +127,7 @@ class Stage:
         putenvs = {name[:-1]: value for name, value in self.by_script.items() if name[-1:] == "="}
         for name, value in putenvs.items():
             putenv(name, value)
-        import_ = builtins.__import__
+        import_, finder = builtins.__import__, _Finding()
 
         def noted(
             name: str,
@@ -117,19 +136,26 @@ class Stage:
             fromlist: "Sequence[str] | None" = (),
             level: int = 0,
         ) -> "ModuleType":
+            loading = finder.loading
             module = import_(name, globals, locals, fromlist, level)
+            finder.loading = loading
             importer = (globals or {}).get("__name__")
+            if importer in _OF_IMPORTS:  # what C imports while a module in C is loaded
+                importer = loading
             if isinstance(importer, str):
                 whole = getattr(module, "__name__", name) if level else name
-                self.imports.add((importer, whole))
-                self.imports.update((importer, f"{whole}.{each}") for each in fromlist or ())
+                imported = {(importer, whole), *((importer, f"{whole}.{each}") for each in fromlist or ())}
+                self.imports |= {pair for pair in imported if is_of_python(pair[1]) or not is_of_python(importer)}
             return module
 
         builtins.__import__ = noted
+        sys.meta_path.insert(0, finder)
         try:
             __import__(self.name)
         finally:
             builtins.__import__ = import_
+            if finder in sys.meta_path:
+                sys.meta_path.remove(finder)
             for name in putenvs:
                 putenv(name, os.environ.get(name))
             self.sets = changes(seen, dict(os.environ))

@@ -279,3 +279,16 @@ if __name__ == "__main__":
 """)
     ran = launch(name, modules=("mine",))
     assert ran.out == "1 None 0\n" * 2, ran.err
+
+
+@pytest.mark.parametrize("name", ["importlib", "functools", "datetime", "inspect", "unittest.mock", "pickle", "ctypes"])
+def test_a_module_of_pythons_brings_none_of_others(name: str, launch: Launch) -> None:
+    text = script(f"import {name}, sys\nprint([each for each in sys.modules if each.partition('.')[0] == 'numpy'])")
+    warm = launch(text, modules=("numpy",))
+    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, "[]\n", "")
+
+
+def test_a_module_in_c_has_what_it_imports(launch: Launch) -> None:
+    name = script("import sys, _elementtree\nprint('copy' in sys.modules, _elementtree.XMLParser)")
+    warm = launch(name, modules=("xml.etree.ElementTree",))
+    assert (warm.how.warm, warm.code, warm.out) == (1, 0, "True <class 'xml.etree.ElementTree.XMLParser'>\n")
