@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # never loaded
     from collections.abc import Callable, Mapping, Sequence
     from types import ModuleType
+    from typing import Any
 
 OF_A_ROUND = frozenset(
     (
@@ -24,6 +25,7 @@ OF_A_ROUND = frozenset(
         *("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RUN_ID"),
         *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_TIMER_FILE"),
         *("ELASTIC_HPC_ROUND", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR"),
+        "SUBMITIT_FOLDER",  # which submitit sets before it loads a function
     )
 )
 """Variables that a worker is told for its round. They are not there when modules are imported ahead, which read them
@@ -210,7 +212,7 @@ class Aside:
         """
         self._environ, self._tell, self._differs = environ, tell, differs
         self._pid, self._path, self._flags = os.getpid(), list(sys.path), sys.getdlopenflags()
-        self._native = getenv_all()
+        self._native, self._import = getenv_all(), builtins.__import__
         for stage in self._stages:
             if stage.name not in self._held:  # this process had it from its beginning
                 self._finish(stage)
@@ -254,11 +256,20 @@ class Aside:
                 holder, child = self._later.pop(each)
                 setattr(holder, child, module)
         at_import(needed)
+        for finder in self._in_front():
+            if hasattr(finder, "given"):
+                finder.given()
         for stage in self._stages:
             if stage.name in needed:
                 self._finish(stage)
         if not self._held and not self._watched and self in sys.meta_path:
             sys.meta_path.remove(self)
+
+    def _in_front(self) -> "list[Any]":
+        """Finders that are asked before this one, and are not told of what comes at once. One that has a method
+        ``given`` looks for itself then.
+        """
+        return sys.meta_path[: sys.meta_path.index(self)] if self in sys.meta_path else []
 
     def _finish(self, stage: Stage) -> None:
         self._environ = changed(self._environ, stage.sets)
@@ -307,6 +318,8 @@ class Aside:
                 now = PathFinder.find_spec(name)
                 if found.origin and (not now or now.origin != found.origin):
                     return f"sys.path was changed, which leads to another {name},"
+        if builtins.__import__ is not self._import or not all(hasattr(each, "given") for each in self._in_front()):
+            return "a hook was set on imports"
         return "sys.setdlopenflags was called" if sys.getdlopenflags() != self._flags else ""
 
 

@@ -116,6 +116,12 @@ class _WhenImported:
             spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
         return spec
 
+    def given(self) -> None:
+        """A standby has given modules that it had imported ahead (``elastic_hpc.aside``)."""
+        if self._name in sys.modules:
+            sys.meta_path.remove(self)
+            self._change(sys.modules[self._name])
+
 
 class DrainHandler(job_environment.SignalHandler):
     """submitit's handler, set off by the agent: rank 0 checkpoints, then all ranks leave. The agents requeue."""

@@ -292,3 +292,45 @@ def test_a_module_in_c_has_what_it_imports(launch: Launch) -> None:
     name = script("import sys, _elementtree\nprint('copy' in sys.modules, _elementtree.XMLParser)")
     warm = launch(name, modules=("xml.etree.ElementTree",))
     assert (warm.how.warm, warm.code, warm.out) == (1, 0, "True <class 'xml.etree.ElementTree.XMLParser'>\n")
+
+
+HOOK = """
+import sys
+class Hook:
+    def find_spec(self, name, *_):
+        print("asked for", name)
+sys.meta_path.insert(0, Hook())
+"""
+
+
+REPLACED = """
+import builtins
+original = builtins.__import__
+def replaced(name, *rest):
+    if name in ("mine", "tail"):
+        print("asked for", name)
+    return original(name, *rest)
+builtins.__import__ = replaced
+"""
+
+
+@pytest.mark.parametrize("hook", [HOOK, REPLACED])
+def test_a_hook_that_the_script_sets_on_imports_sees_all_of_them(hook: str, launch: Launch) -> None:
+    script("import tail\nVALUE = 1", "mine.py")
+    script("", "tail.py")
+    name = script(f"{hook}import mine\nprint(mine.VALUE)")
+    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
+    assert cold.out == "asked for mine\nasked for tail\n1\n"
+    assert (warm.how.cold, warm.how.why) == (1, "a hook was set on imports before mine was imported")
+    assert (warm.code, warm.out, warm.err) == (0, cold.out, "")
+
+
+def test_a_function_of_submitits_finds_what_is_changed_in_torch_for_it(launch: Launch) -> None:
+    script("import tail", "mine.py")
+    script("", "tail.py")
+    name = script("import os, sys\nfrom elastic_hpc.submitit_worker import _WhenImported\n"
+                  "sys.meta_path.insert(0, _WhenImported('tail', lambda module: print('changed', module.__name__)))\n"
+                  "os.environ['SUBMITIT_FOLDER'] = 'x'\nimport mine\nprint(mine.tail.__name__)")  # fmt: skip
+    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
+    assert (warm.how.warm, warm.out, warm.err) == (1, "changed tail\ntail\n", "")
+    assert (cold.out, cold.err) == (warm.out, "")
