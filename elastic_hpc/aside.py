@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from _frozen_importlib import ModuleSpec
-from _frozen_importlib_external import PathFinder
+from _frozen_importlib_external import FileFinder, PathFinder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # never loaded
@@ -218,6 +218,19 @@ class Aside:
                 self._finish(stage)
         if self._held or self._watched:
             sys.meta_path.insert(0, self)
+        self._finders = [each for each in sys.path_importer_cache.values() if isinstance(each, FileFinder)]
+        for finder in self._finders:
+            self._guard(finder)
+
+    def _guard(self, finder: "Any") -> None:
+        """Who asks a path's finder, past ``sys.meta_path``, is not to load a second one of what is here."""
+        found_by = finder.find_spec
+
+        def find_spec(name: str, *rest: object) -> "ModuleSpec | None":
+            spec: ModuleSpec | None = found_by(name, *rest)
+            return self.find_spec(name) or spec if spec and name in self._held else spec
+
+        finder.find_spec = find_spec
 
     def end(self) -> None:
         """The script has ended: what is imported from now on is for the interpreter's end."""
@@ -262,8 +275,11 @@ class Aside:
         for stage in self._stages:
             if stage.name in needed:
                 self._finish(stage)
-        if not self._held and not self._watched and self in sys.meta_path:
-            sys.meta_path.remove(self)
+        if not self._held:
+            for finder in self._finders:
+                vars(finder).pop("find_spec", None)
+            if not self._watched and self in sys.meta_path:
+                sys.meta_path.remove(self)
 
     def _in_front(self) -> "list[Any]":
         """Finders that are asked before this one, and are not told of what comes at once. One that has a method
@@ -318,7 +334,8 @@ class Aside:
                 now = PathFinder.find_spec(name)
                 if found.origin and (not now or now.origin != found.origin):
                     return f"sys.path was changed, which leads to another {name},"
-        if builtins.__import__ is not self._import or not all(hasattr(each, "given") for each in self._in_front()):
+        untouched = self in sys.meta_path and builtins.__import__ is self._import
+        if not untouched or not all(hasattr(each, "given") for each in self._in_front()):
             return "a hook was set on imports"
         return "sys.setdlopenflags was called" if sys.getdlopenflags() != self._flags else ""
 

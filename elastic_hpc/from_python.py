@@ -39,23 +39,31 @@ _TORCHRUN = {option.name: option for option in OPTIONS if option.name not in KEY
 def word(value: object, what: str) -> str:
     """An argument of the script, or its path. ``what`` is it called in a refusal."""
     value = value.value if isinstance(value, Enum) else value
-    if isinstance(value, str) or _is_number(value):
+    if _is_number(value):
         return str(value)
-    if isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):
-        return path
+    if isinstance(value, (str, os.PathLike)) and isinstance(text := os.fspath(value), str):
+        if "\0" in text:
+            raise UsageError(f"{what} {value!r}: expected a text without a NUL, which no command line can have")
+        return str(text)
     raise UsageError(f"{what} {value!r}: expected a text, a number or a Path; write str(...) of what you mean")
 
 
 def environment(env: Mapping[str, object] | None) -> list[str]:
     """``NAME=VALUE`` of each. None is not given."""
-    if not isinstance(env or {}, Mapping):
+    if not (env is None or isinstance(env, Mapping)):
         raise UsageError(f"env={env!r}: expected a dict, for example env={{'OMP_NUM_THREADS': '8'}}")
+    for name in env or ():
+        if not isinstance(name, str) or "=" in name:
+            raise UsageError(f"env {name!r}: expected the name of a variable, for example 'OMP_NUM_THREADS'")
     return [f"{name}={word(value, f'env {name}')}" for name, value in (env or {}).items() if value is not None]
 
 
 def lines(setup: str | Iterable[object]) -> list[str]:
     """A text is one line."""
-    return [setup] if isinstance(setup, str) else [word(line, "setup") for line in setup]
+    found = [setup] if isinstance(setup, str) else list(setup) if isinstance(setup, Iterable) else [setup]
+    if isinstance(setup, Mapping) or not all(isinstance(line, str) for line in found):
+        raise UsageError(f"setup={setup!r}: expected a line, or several, for example ['module load cuda']")
+    return [word(line, "setup") for line in found]
 
 
 def options(
@@ -65,6 +73,8 @@ def options(
     whatever a file says. ``sbatch``: options that only a newer sbatch may have. None is not given, True and False are
     a switch that is and is not.
     """
+    if not (sbatch is None or (isinstance(sbatch, Mapping) and all(isinstance(name, str) for name in sbatch))):
+        raise UsageError(f"sbatch={sbatch!r}: expected a dict of options by name, for example sbatch={{'nice': 100}}")
     found: list[Given] = []
     unset: set[str] = set()
     for key, value in (*given.items(), *(sbatch or {}).items()):

@@ -151,6 +151,9 @@ def from_names(
     sbatch: Mapping[str, object] | None = None,
 ) -> JobSpec:
     """The job of a Python call: ``options`` as ``from_python.options`` takes them."""
+    for name, value in (("module", module), ("no_python", no_python)):
+        if not isinstance(value, bool):
+            raise UsageError(f"{name}={value!r}: expected True or False")
     named, unset = from_python.options(options, sbatch)
     given, torchrun = torchrun_options.translate(named)
     ours = [("setup", line) for line in from_python.lines(setup)]

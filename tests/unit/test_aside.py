@@ -314,7 +314,15 @@ builtins.__import__ = replaced
 """
 
 
-@pytest.mark.parametrize("hook", [HOOK, REPLACED])
+ONLY_PATHS = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if isinstance(finder, type)]
+print("asked for mine")
+print("asked for tail")
+"""
+
+
+@pytest.mark.parametrize("hook", [HOOK, REPLACED, ONLY_PATHS])
 def test_a_hook_that_the_script_sets_on_imports_sees_all_of_them(hook: str, launch: Launch) -> None:
     script("import tail\nVALUE = 1", "mine.py")
     script("", "tail.py")
