@@ -65,7 +65,7 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
     submission. UsageError, with the line, if no elastic job can be made of it.
     """
     if b"\r\n" in content:
-        raise UsageError(f"{name}: DOS line breaks, which sbatch refuses; dos2unix {name}")
+        raise UsageError(f"{name}: has DOS line breaks, which sbatch refuses; convert them: dos2unix {name}")
     text = content.decode(errors="surrogateescape")
     shell = interpreter(text)
     if shell not in {"bash", "sh", "dash", "zsh", "ksh"}:
@@ -81,16 +81,20 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
     first = text.partition("\n")[0].split()[1:]
     setup = [(_LOGIN, f"{name} line 1")] if any(re.fullmatch("-[a-z]*l[a-z]*|--login", word) for word in first) else []
     if args and not re.search(r"\$\{?[\d@*#]", text):
-        raise UsageError(f"{args[0]!r} behind --from-batch {name}: that script has no use for arguments; leave it out")
+        raise UsageError(f"{args[0]!r} after --from-batch {name}: that batch script uses no arguments; leave it out")
     if args:
         setup.append((f"set -- {shlex.join(args)}", "command line"))
     setup += found.setup
     script, script_args, capture = _command(launch)
     if capture:
-        setup.append((capture, f"{at}: the arguments, as that line has them"))
+        setup.append((capture, f"{at}: the arguments, as written on that line"))
     if shape.cpus_of_a_task and any("SLURM_CPUS_PER_TASK" in names(line) for line, _ in setup):
         of_a_task = f"elastic_cpus=$SLURM_CPUS_PER_TASK SLURM_CPUS_PER_TASK={shape.cpus_of_a_task}"
-        setup = [(of_a_task, "what the script counts with"), *setup, (_CPUS_OF_A_NODE, "what the agents have")]
+        setup = [
+            (of_a_task, "one task's CPUs, for the set-up lines"),
+            *setup,
+            (_CPUS_OF_A_NODE, "all CPUs of the node, for the agents"),
+        ]
     layers = [Layer(each.source, (), [each]) for each in shape.sbatch]
     layers += [Layer(source, [(option, value)], []) for option, value, source in shape.options]
     layers += [Layer(source, [("setup", line)], []) for line, source in setup]
@@ -189,12 +193,13 @@ class _Reader:
             )
         if len(best) > 1:
             lines = ", ".join(str(found[index].line) for index, _ in best)
-            raise UsageError(f"lines {lines}: several launches; expected one, each is a job of its own")
+            raise UsageError(f"lines {lines}: several launches; expected one; submit each as a job of its own")
         if not best:
             self._say_what_it_starts(found)
             raise UsageError(
-                "has no line that starts torchrun, or python by srun; "
-                "expected one as 'srun torchrun train.py'; what it calls can be submitted by itself: "
+                "has no line that starts torchrun, or python with srun; "
+                "expected a line such as 'srun torchrun train.py'; "
+                "if another file starts the training, submit the training script itself: "
                 "elastic-sbatch --nodes MIN:MAX SCRIPT"
             )
         return best[0]
@@ -223,7 +228,8 @@ class _Reader:
         following = [self._variables.resolve(word) or "" for word in launch.script_args[:1]]
         if known is None and following and following[0].endswith(".py"):
             raise UsageError(
-                f"line {self.line}: what {launch.script} is can be told only when it runs; write its options there"
+                f"line {self.line}: the value of {launch.script} is known only when the batch script runs; "
+                "write it out here"
             )
         plain = known is not None and "\n" not in known
         return replace(launch, script=shlex.quote(known or "")) if plain else launch
@@ -236,9 +242,9 @@ class _Reader:
             if launch_of(words, self._variables):
                 rest = [f"{op} {' '.join(after)}".strip() for op, after in parts[at + 1 :]]
                 if operator not in {"", "&&", ";"}:
-                    raise UsageError(f"line {self.line}: {operator} before the launch; expected it by itself")
+                    raise UsageError(f"line {self.line}: {operator} before the launch; expected it on its own line")
                 if rest or re.search(r"\d?>", self._statement.text.rpartition(words[-1])[2]):
-                    self._note(self._statement, "dropped what follows the launch in its line: the output is in the "
+                    self._note(self._statement, "dropped what follows the launch on its line: the output is in the "
                                "job's file and the run directory, and the job ends with the training")  # fmt: skip
                 break
             before.append(" ".join(words))
@@ -252,20 +258,20 @@ class _Reader:
         if dropped:
             lines = f"line{'s' * (len(dropped) > 1)} {', '.join(str(each.line) for each in dropped)}"
             shown = ", ".join(dict.fromkeys(name for each in dropped for name in _defined(each)))
-            self.notes.append(f"{self._name} {lines}: dropped {shown}: the agents find each other by themselves")
+            self.notes.append(f"{self._name} {lines}: dropped {shown}: the agents find each other without them")
         kept = []
         for statement in found:
             first = statement.text.split()[0]
             if statement in dropped:
                 continue
             if first == "trap":
-                self._note(statement, "dropped trap: the workers are told themselves, see --grace")
+                self._note(statement, "dropped trap: the agents tell the workers to save and stop, see --grace")
             elif re.match(r"export +SRUN_\w+=", statement.text):
-                self._note(statement, f"dropped {_first(statement.text)!r}: the srun line is elastic-sbatch's own")
+                self._note(statement, f"dropped {_first(statement.text)!r}: elastic-sbatch writes its own srun line")
             else:
                 kept.append((statement.text, f"{self._name} line {statement.line}"))
                 if not _is_plain(statement) and (size := _size(statement.text)):
-                    self._note(statement, f"${size} says nothing of an elastic job, whose size changes")
+                    self._note(statement, f"${size} is not the size of an elastic job, which changes while it runs")
         for word in self.launch.script_args:
             if size := _size(word):
                 self._note(self._statement, f"{word!r}: the size of an elastic job changes, ${size} does not")

@@ -11,6 +11,7 @@ from elastic_hpc.launch_line import Launch
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, check, is_for_containers
 
 _TASKS = ("ntasks-per-node", "tasks-per-node", "ntasks")
+_ALL_TASKS = "a node's agent needs what all its tasks need"
 _SHAPE = ("nodes", *_TASKS, "gpus-per-task", "gpus", "cpus-per-task")
 
 
@@ -39,7 +40,7 @@ class Shape:
         if not self._by_torchrun and in_step > 1 and "nproc-per-node" not in dict(launch.options):
             self.options.append(("nproc-per-node", str(in_step), place))
         if launch.by_srun:
-            self.notes.append(f"{place}: dropped srun and its options: elastic-sbatch starts one agent on each node")
+            self.notes.append(f"{place}: dropped srun and its options: elastic-sbatch writes its own srun line")
 
     def _tasks_per_node(self, told: Mapping[str, Given]) -> int:
         """0 if ``told`` does not say."""
@@ -56,7 +57,7 @@ class Shape:
             per_node = _number(self._all, "ntasks-per-node", "tasks-per-node") or (1 if self._by_torchrun else 0)
             if not per_node:
                 source = self._all["ntasks"].source
-                raise UsageError(f"{source}: --ntasks={tasks} on how many nodes? give --nodes on the command line")
+                raise UsageError(f"{source}: --ntasks={tasks}: on how many nodes? Give --nodes on the command line")
             text, source = str(-(-tasks // per_node)), self._all["ntasks"].source
         else:
             text, source = "1", place
@@ -70,13 +71,13 @@ class Shape:
             source = next(self._all[name].source for name in _TASKS if name in self._all)
             self.cpus_of_a_task = "1"
             added = Given(SBATCH["cpus-per-task"], str(tasks), source)
-            self.notes.append(f"{source}: added {shown(added)}: an agent has all of its node")
+            self.notes.append(f"{source}: added {shown(added)}: {_ALL_TASKS}")
             self.sbatch.append(added)
 
     def _take(self, given: Given, per_node: int) -> None:
         name, value, nodes = given.name, given.value or "", self._fixed
         if name in _TASKS:
-            self._drop(given, "elastic-sbatch starts one agent on each node, which starts the workers")
+            self._drop(given, "elastic-sbatch starts one agent on each node, and the agent starts the workers there")
         elif name == "gpus-per-task":
             self._change(given, "gpus-per-node", _times(value, per_node))
         elif name == "gpus" and nodes and (each := _divided(value, nodes)):
@@ -95,7 +96,7 @@ class Shape:
                 if check(given):
                     self.sbatch.append(given)
                 else:
-                    self._drop(given, "that is done anyway")
+                    self._drop(given, "elastic-sbatch sets it anyway")
             except UsageError as error:
                 self._drop(given, str(error).partition(": ")[2])
 
@@ -105,7 +106,8 @@ class Shape:
         warning = replace(given, value=f"USR2@{seconds or 60}")
         drain = f"--drain-signal={word}"
         self.notes.append(
-            f"{given.source}: changed {shown(given)} to {shown(warning)} and {drain}: the agents pass it on"
+            f"{given.source}: changed {shown(given)} to {shown(warning)} and {drain}: "
+            "the agents pass the warning on to the workers"
         )
         self.options.append(("drain-signal", word, given.source))
         self.sbatch.append(warning)
@@ -115,7 +117,7 @@ class Shape:
 
     def _change(self, given: Given, name: str, value: str) -> None:
         changed = replace(given, option=SBATCH[name], value=value)
-        self.notes.append(f"{given.source}: changed {shown(given)} to {shown(changed)}: an agent has all of its node")
+        self.notes.append(f"{given.source}: changed {shown(given)} to {shown(changed)}: {_ALL_TASKS}")
         self.sbatch.append(changed)
 
 

@@ -14,7 +14,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.sbatch_options import SBATCH, Given, Option, last, scan
 from elastic_hpc.shell_text import statements
 from elastic_hpc.shell_variables import ASSIGNS, Variables, assigned, names
-from elastic_hpc.torchrun_options import torchrun_options
+from elastic_hpc.torchrun_options import OF_EACH_JOB, torchrun_options
 
 _SRUN = (
     *(Option(name, value="") for name in ("unbuffered", "overlap", "exact", "multi-prog", "interactive")),
@@ -57,11 +57,11 @@ _RUNNERS = {
     "pixi": {"e", "environment", "manifest-path"},
 }
 _OTHERS = {
-    "mpirun": "MPI starts it",
-    "mpiexec": "MPI starts it",
-    "deepspeed": "DeepSpeed's launcher starts it over ssh",
-    "shifter": "a Shifter container runs it; expected pyxis (srun --container-image) or apptainer exec",
-    "podman-hpc": "a podman-hpc container runs it; expected pyxis (srun --container-image) or apptainer exec",
+    "mpirun": "MPI starts the workers; expected torchrun, or python started with srun",
+    "mpiexec": "MPI starts the workers; expected torchrun, or python started with srun",
+    "deepspeed": "DeepSpeed's launcher starts the workers over ssh; expected torchrun, or python started with srun",
+    "shifter": "Shifter containers are not supported; expected pyxis (srun --container-image) or apptainer exec",
+    "podman-hpc": "podman-hpc containers are not supported; expected pyxis (srun --container-image) or apptainer exec",
 }
 OF_RENDEZVOUS = re.compile(
     r"((MASTER|RDZV|RENDEZVOUS|HEAD_NODE)_\w+|HEAD_NODE|WORLD_SIZE|((NODE|LOCAL|MACHINE)_)?RANK|NODES_ARRAY)",
@@ -100,7 +100,7 @@ def launch_of(words: Sequence[str], variables: Variables) -> Launch | None:
     first = _program(words[0], variables)
     name = os.path.basename(first)
     if name in _OTHERS:
-        raise UsageError(f"{first}: {_OTHERS[name]}, which is not understood here")
+        raise UsageError(f"{first}: {_OTHERS[name]}")
     if (inner := _text_of_shell(words, variables)) is not None:
         return _of_shell(launch, words, inner, variables)
     if name in {"torchrun", "torchrun_jsc"}:
@@ -125,14 +125,14 @@ def not_understood(words: Sequence[str], variables: Variables) -> str:
     found = next((at for at, name in enumerate(names_of) if _LAUNCHERS.fullmatch(name)), 0)
     has_script = any(word.endswith(".py") or word == "-m" for word in programs[found + 1 :])
     if found and has_script and names_of[0] not in {"echo", "printf"}:
-        what = "can be told only when it runs; leave it out, or write what it stands for"
+        what = "is known only when the batch script runs; leave it out, or write out its value"
         if "$" not in programs[0]:
-            what = "is not understood here; expected the launch by itself, for example srun torchrun train.py"
+            what = "is not supported; expected nothing but srun there, for example srun torchrun train.py"
         shown = programs[0] if "$" in programs[0] else repr(programs[0])
         return f"{shown} in front of {names_of[found]} {what}"
     runs_script = any(name.endswith(".sh") for name in names_of[:2]) and names_of[:1] not in (["source"], ["."])
     if launch.by_srun or runs_script:
-        return "what {statement} starts is not looked into; expected torchrun, or srun python, in this file"
+        return "{statement} starts what is not looked into; expected torchrun, or srun python, in this file"
     return ""
 
 
@@ -154,7 +154,7 @@ def _unwrapped(words: Sequence[str], variables: Variables) -> tuple[Launch, list
     return launch, rest
 
 
-_EACH_HAS = "the agents give it to the workers"
+_EACH_HAS = "the agents set it for each worker"
 
 
 def _program(word: str, variables: Variables) -> str:
@@ -192,7 +192,7 @@ def _plain(launch: Launch, words: list[str], _: Variables) -> _Step:
 
 def _env(launch: Launch, words: list[str], _: Variables) -> _Step:
     if len(words) > 1 and words[1].startswith("-"):
-        raise UsageError(f"env {words[1]}: not understood here; set variables with export above the launch")
+        raise UsageError(f"env {words[1]}: not supported; set variables with export above the launch")
     return launch, words[1:]
 
 
@@ -238,7 +238,7 @@ def _apptainer(launch: Launch, words: list[str], variables: Variables) -> _Step:
         if each.name == "env":
             launch = _with(launch, setup=f"export {each.value}")
         elif each.name not in {"bind", "nv", "rocm", "pwd", "cwd"}:
-            launch = _with(launch, note=f"dropped {each.option.flag} of {words[0]}: not needed for the agents")
+            launch = _with(launch, note=f"dropped {each.option.flag} of {words[0]}: the agents do not need it")
     for option in ("container-image", rest[0]), ("container-runtime", "apptainer"):
         launch = _with(launch, option=option)
     if mounts:
@@ -255,7 +255,7 @@ def _runner(launch: Launch, words: list[str], variables: Variables) -> _Step:
     while rest and rest[0].startswith("-"):
         has_value = rest[0].lstrip("-") in _RUNNERS[name]
         rest = rest[2 if has_value else 1 :]
-    note = f"dropped {name} run: agents and workers run with the interpreter of elastic-sbatch; --python is another"
+    note = f"dropped {name} run: agents and workers run with elastic-sbatch's Python; --python PATH chooses another"
     return _with(launch, note=note), rest
 
 
@@ -304,15 +304,17 @@ def _of_shell(launch: Launch, words: Sequence[str], inner: str, variables: Varia
         else:
             kept.append(" ".join(part))
     if kept and any(name == "container-image" for name, _ in launch.options):
-        raise UsageError(f"{kept[0]!r} in the container, before the launch: expected it in the image, or use --setup")
+        raise UsageError(
+            f"{kept[0]!r} runs in the container before the launch; expected it in the image, or as --setup LINE"
+        )
     if len(words) > 3:
-        raise UsageError(f"{words[0]} {words[1]} with arguments of its own: write the launch without it")
+        raise UsageError(f"{words[0]} {words[1]} with arguments: expected the launch without {words[0]} {words[1]}")
     if per_task := _OF_A_TASK.search(" ".join([*kept, *found.setup, found.script, *found.script_args])):
-        raise UsageError(f"${per_task[0]}: of each task, and the agents are others; use RANK in the training script")
+        raise UsageError(f"${per_task[0]}: Slurm's tasks are the agents here; the training script has RANK instead")
     for line in kept if launch.by_srun else ():
         if not _OF_ENVIRONMENT.match(line):
-            launch = _with(launch, note=f"{line!r} ran on each node, and runs on the first alone now; "
-                           f"for all: --setup {shlex.quote(f'srun --ntasks-per-node=1 {line}')}")  # fmt: skip
+            launch = _with(launch, note=f"{line!r} ran on each node, and now runs on the first node only; "
+                           f"for all nodes: --setup {shlex.quote(f'srun --ntasks-per-node=1 {line}')}")  # fmt: skip
     return replace(
         found,
         options=(*launch.options, *found.options),
@@ -338,11 +340,13 @@ def _torchrun(launch: Launch, words: list[str], variables: Variables) -> Launch:
     for name, value in line.options:
         flag = f"--{'nnodes' if name == 'nodes' else name}={value}"
         if name == "max-restarts" and value == "0":
-            launch = _with(launch, note=f"dropped {flag}: a lost node costs a restart here; see --max-restarts")
+            reason = "a lost node costs a restart, so 0 would end the job; see --max-restarts"
+            launch = _with(launch, note=f"dropped {flag}: {reason}")
         elif name == "rdzv-endpoint":
-            launch = _with(launch, note=f"dropped {flag}: each job finds its own")
+            launch = _with(launch, note=f"dropped {flag}: {OF_EACH_JOB[name]}")
         elif "$" in value or "`" in value:
-            launch = _with(launch, note=f"dropped {flag}: {_UNKNOWN.get(name, 'its value is known only when it runs')}")
+            reason = _UNKNOWN.get(name, "its value is known only when the batch script runs")
+            launch = _with(launch, note=f"dropped {flag}: {reason}")
         elif name == "rdzv-conf":
             known = [pair for pair in value.split(",") if re.match("(join|last_call)_timeout=", pair)]
             if len(known) < len(value.split(",")):
@@ -355,8 +359,8 @@ def _torchrun(launch: Launch, words: list[str], variables: Variables) -> Launch:
 
 
 _UNKNOWN = {
-    "nodes": "all nodes of the job take part",
-    "nproc-per-node": "one worker per GPU is what is done without it, one where there are none",
+    "nodes": "the number of nodes comes from --nodes",
+    "nproc-per-node": "each node then has one worker per GPU, or one worker if it has no GPU",
 }
 
 
@@ -365,8 +369,8 @@ def _accelerate(launch: Launch, words: list[str], variables: Variables) -> Launc
         given, script = scan(variables.known(words), _ACCELERATE, ())
     except UsageError as error:
         raise UsageError(
-            f"accelerate launch: {error}; what it sets for the script, torchrun would not: set it in the script, "
-            "for example with Accelerator(...), and submit that: elastic-sbatch --nodes MIN:MAX SCRIPT"
+            f"accelerate launch: {error}; torchrun has no such option: set the value in the script, "
+            "for example with Accelerator(...), and submit the script: elastic-sbatch --nodes MIN:MAX SCRIPT"
         ) from None
     if not script:
         raise UsageError("accelerate launch: expected a script after its options")
@@ -384,14 +388,15 @@ def _accelerate(launch: Launch, words: list[str], variables: Variables) -> Launc
             launch = _with(launch, setup=f"export ACCELERATE_DYNAMO_BACKEND={(each.value or '').upper()}")
     rest = words[len(words) - len(script) :]
     module = any(each.name == "module" for each in given)
-    launch = _with(launch, note="accelerate launch is replaced by the agents; what it would set for the ranks is set")
+    launch = _with(launch, note="the agents replace accelerate launch, and set what it would set for the ranks")
     return replace(launch, kind="accelerate", script=rest[0], script_args=tuple(rest[1:]), module=module)
 
 
 def _python(launch: Launch, words: list[str], variables: Variables) -> Launch | None:
     while words and words[0].startswith("-") and words[0] not in {"-m", "-c", "-"}:
         if words[0] != "-u":
-            launch = _with(launch, note=f"dropped {words[0]} of python: use its variable, see python --help-env")
+            reason = "use the environment variable for it, see python --help-env"
+            launch = _with(launch, note=f"dropped {words[0]} of python: {reason}")
         words = words[2 if words[0] in {"-X", "-W"} else 1 :]
     if words[:1] == ["-m"] and len(words) > 1:
         if words[1] in {"torch.distributed.run", "torch.distributed.launch", "torchrun_jsc"}:

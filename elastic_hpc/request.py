@@ -54,7 +54,7 @@ def build(
     be, whatever a file says. Raises UsageError for what cannot be a job.
     """
     if module and no_python:
-        raise UsageError("--no-python with --module: a module needs a Python; leave out one of them")
+        raise UsageError("--no-python with --module: a module needs Python; leave out one of the two options")
     if script == ":":
         raise UsageError("':': heterogeneous jobs are not elastic; submit one job with --nodes MIN:MAX")
     try:

@@ -50,7 +50,7 @@ def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]
             if check(one):
                 given.append(one)
         except UsageError as error:
-            dropped.append(f"{name} of the environment is not used: {error}")
+            dropped.append(f"{name} in the environment is not used: {error}")
     return given, dropped
 
 

@@ -152,7 +152,7 @@ def scan(
         while letters:
             letter, letters = letters[0], letters[1:]
             if letter not in by_letter:
-                raise UsageError(f"-{letter} in {word!r}: unknown option; --help lists those there are")
+                raise UsageError(f"-{letter} in {word!r}: unknown option; --help lists all options")
             option = by_letter[letter]
             text, letters = (letters, "") if option.value else ("", letters)
             given.append(_with_value(option, f"-{letter}", text or None, rest))
@@ -188,8 +188,8 @@ def _unknown(name: str, equals: str, known: Iterable[str], *, may_pass: bool) ->
     close = [each for each in known if each.startswith(name)] or get_close_matches(name, known, n=1)
     hints = [f"did you mean --{close[0]}?"] if close else []
     if may_pass:
-        hints.append(f"one that only sbatch knows needs its value after '=': --{name}=VALUE")
-    raise UsageError(f"--{name}: unknown option; {' '.join(hints) or '--help lists those there are'}")
+        hints.append(f"an option that only sbatch knows needs its value after '=': --{name}=VALUE")
+    raise UsageError(f"--{name}: unknown option; {' '.join(hints) or '--help lists all options'}")
 
 
 def last(given: Sequence[Given], name: str) -> str | None:

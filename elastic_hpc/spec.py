@@ -147,7 +147,7 @@ class LaunchOption:
             raise UsageError(message if message.startswith("--") else f"{self.flag} {message}") from None
 
 
-NO_PYTHON = "run SCRIPT itself, any program: nsys, numactl, bash; each worker is then started when it is wanted"
+NO_PYTHON = "run SCRIPT itself, which may be any program: nsys, numactl, bash; there are no standbys then"
 
 LAUNCH_OPTIONS = (
     LaunchOption(
@@ -181,10 +181,13 @@ LAUNCH_OPTIONS = (
         "--grow-every",
         "TIME",
         durations.parse,
-        "let at least so long pass from one growth to the next: each restarts the workers (default: 60)",
+        "shortest time from one growth to the next, as each growth restarts the workers (default: 60)",
     ),
     LaunchOption(
-        "--free-growth", "on|off", on_off, "do not count it against --max-restarts when the world grows (default: off)"
+        "--free-growth",
+        "on|off",
+        on_off,
+        "do not count a restart that makes the world larger against --max-restarts (default: off)",
     ),
     LaunchOption(
         "--wait-for-nodes",
@@ -233,7 +236,7 @@ LAUNCH_OPTIONS = (
         "torchrun's join_timeout and last_call_timeout, in seconds (default: 600 and 30)",
     ),
     LaunchOption(
-        "--heartbeat-timeout", "TIME", durations.parse, "silence after which a node is taken for lost (default: 5)"
+        "--heartbeat-timeout", "TIME", durations.parse, "silence after which a node is declared lost (default: 5)"
     ),
     LaunchOption(
         "--grace",
@@ -246,22 +249,22 @@ LAUNCH_OPTIONS = (
         "--drain-signal",
         "SIGNAL|off",
         DrainSignal.parse,
-        "the signal that tells workers to save and stop which do not call drain_requested(), whether they handle it or "
-        "not (default: TERM, to those that handle it)",
+        "signal that tells workers to save and stop if they never call drain_requested(); a SIGNAL given here is sent "
+        "to workers that do not handle it, too; off: none (default: TERM, only to workers that handle it)",
     ),
     LaunchOption(
         "--hang-timeout",
         "TIME",
         durations.parse,
-        "take the workers for hung when none of a node has reported progress, or written anything if they never do, "
-        "for so long; their stacks are kept beside their logs (default: never)",
+        "declare the workers hung when no worker of a node has reported progress for this long, or written anything if "
+        "the script never reports progress; their stacks are kept beside their logs (default: never)",
     ),
     LaunchOption(
         "--preload",
         "MODULE,...|off",
         Preload.parse,
         "modules that the processes of the next workers import while the present ones train, so that a new round "
-        "starts at once; off: each worker starts and imports when it is wanted (default: torch)",
+        "starts at once; off: each worker starts and imports when its round begins (default: torch)",
     ),
     LaunchOption(
         "--preflight",
@@ -280,7 +283,7 @@ LAUNCH_OPTIONS = (
         "--local-ranks-filter",
         "RANK,...",
         ranks,
-        "of each node show the output of these local ranks only; the files have that of all (default: all)",
+        "show only the output of these local ranks of each node; the log files have the output of all (default: all)",
     ),
     LaunchOption(
         "--numa-binding",

@@ -32,8 +32,8 @@ class _Judged:
 
 _OUTPUT = (
     r"[0-3]|\d+:[0-3](,\d+:[0-3])*",
-    "the output of each rank is in files of its own, and all of it in the job's",
-    "expected 0 to 3, or RANK:0 to 3 separated by commas; the output of each rank is in files of its own anyway",
+    "each rank's output is in files of its own, and all output in the job's output file",
+    "expected 0 to 3, or RANK:0 to 3 separated by commas; each rank's output is in files of its own anyway",
 )
 _FILTERS = "all output is in files: elastic-hpc logs JOB | grep WORD"
 
@@ -46,14 +46,15 @@ _JUDGED = {
         _Judged(
             Option("rdzv-backend"),
             "c10d|static|elastic-hpc",
-            "the nodes meet at one of them",
-            "the nodes meet at one of them, without a server; leave it out, and --rdzv-endpoint of that server too",
+            "the agents meet at a rendezvous on one of the job's nodes",
+            "the rendezvous runs on one of the job's nodes, without a server; leave out --rdzv-backend, and the "
+            "--rdzv-endpoint of a server",
         ),
         _Judged(
             Option("node-rank"),
             "0?",
-            "one command starts all nodes, and numbers them",
-            "one command starts the agents of all nodes, and numbers them; leave it out",
+            "one command starts the agents of all nodes and numbers them",
+            "one command starts the agents of all nodes and numbers them; leave it out",
         ),
         _Judged(
             Option("monitor-interval"),
@@ -82,14 +83,14 @@ _JUDGED = {
         _Judged(
             Option("signals-to-handle"),
             r"(SIG)?(TERM|INT|HUP|QUIT)(,(SIG)?(TERM|INT|HUP|QUIT))*",
-            "the agents handle them",
-            "before the time limit and at a preemption the workers get the signal of --drain-signal NAME; "
-            "--signal=NAME@SECONDS is when",
+            "the agents handle these signals",
+            "use --drain-signal NAME for what the workers get before the time limit and at a preemption, and "
+            "--signal=NAME@SECONDS for when they get it",
         ),
-        _Judged(Option("shutdown-timeout"), instead="use --grace SECONDS, which the workers may take to save and stop"),
+        _Judged(Option("shutdown-timeout"), instead="use --grace SECONDS, the time that workers have to save and stop"),
         _Judged(
             Option("virtual-local-rank", value=""),
-            instead="each worker has the LOCAL_RANK of its GPU; to have it see that one alone: --no-python bash -c "
+            instead="each worker sees all GPUs of its node; for one GPU per worker: --no-python bash -c "
             "'CUDA_VISIBLE_DEVICES=$LOCAL_RANK exec python \"$@\"' - train.py",
         ),
         _Judged(Option("run-path", value=""), ".*", "the script runs as __main__"),
@@ -98,6 +99,14 @@ _JUDGED = {
 }
 OPTIONS = (_NODES, _STANDALONE, *_MASTER, *SAME, *(row.option for row in _JUDGED.values()))
 """All of torchrun's, and ``--use-env`` of torch.distributed.launch."""
+
+_HOST = "the rendezvous is on the job's own first node"
+OF_EACH_JOB = {
+    **dict.fromkeys(("rdzv-endpoint", "master-addr", "master-port"), _HOST),
+    "rdzv-id": "the id of the run is the job's id",
+    "node-rank": "the agents number the nodes",
+}
+"""Options whose value is another one in each job or on each node, and why a batch script need not work it out."""
 
 _NAMES = {option.name for option in OPTIONS}
 _LOCAL_HOSTS = {"127.0.0.1", "localhost", "::1", "[::1]"}
@@ -163,8 +172,8 @@ def torchrun_options(argv: Sequence[str]) -> Line:
     dropped: list[tuple[str, str]] = []
     kept = []
     for each in given:
-        if each.name in {"rdzv-endpoint", "rdzv-id", "node-rank", "master-addr", "master-port"} and _is_shell(each):
-            dropped.append((_shown(each), "each job finds its own"))
+        if each.name in OF_EACH_JOB and _is_shell(each):
+            dropped.append((_shown(each), OF_EACH_JOB[each.name]))
         else:
             kept.append(each)
     ours, others = translate(kept)

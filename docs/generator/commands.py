@@ -112,7 +112,7 @@ def _sbatch() -> Command:
         "submit a PyTorch training script to Slurm as an elastic job",
         text,
         cli_sbatch._HELP_END,  # noqa: SLF001 - its own text
-        (("SCRIPT", "the training script, or with -m the module"), ("ARGS", "everything after SCRIPT is its own")),
+        (("SCRIPT", "the training script, or with -m the module"), ("ARGS", "the script's own arguments")),
         (("launch options", tuple(launch)), ("job options", tuple(job)), ("what to do", tuple(switches))),
         passed_through=tuple(_passed(own)),
     )

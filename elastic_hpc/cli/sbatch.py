@@ -29,7 +29,7 @@ from elastic_hpc.torchrun_options import translate
 _JOB_OPTIONS = {
     "from-batch": (
         "FILE",
-        "instead of SCRIPT: a batch script, whose #SBATCH lines, set-up and torchrun line make the job",
+        "instead of SCRIPT: a batch script; its #SBATCH lines, set-up lines and torchrun line become the job",
     ),
     "log-dir": (
         "DIR",
@@ -50,11 +50,11 @@ _JOB_OPTIONS = {
     ),
     "container-mounts": (
         "SRC:DST[:FLAGS],...",
-        "what it sees of the nodes, besides the working directory and the run directory",
+        "folders of the nodes that the container sees, besides the working directory and the run directory",
     ),
     "container-runtime": (
         "pyxis|apptainer",
-        "what runs it (default: apptainer for an IMAGE that ends in .sif, else pyxis)",
+        "what runs the container (default: apptainer for an IMAGE that ends in .sif, else pyxis)",
     ),
     "snapshot": (
         "",
@@ -74,7 +74,7 @@ _SWITCHES = {
     "wait": ("W", "wait for the job and return its exit code"),
     "test-only": ("", "let Slurm check the job and estimate its start; submit nothing"),
     "quiet": ("Q", "say nothing on success"),
-    "verbose": ("v", "let sbatch tell more"),
+    "verbose": ("v", "let sbatch report more"),
     "help": ("h", "show this help and exit"),
     "version": ("V", "show the version and exit"),
 }
@@ -99,19 +99,20 @@ when nodes are lost, and comes back by itself when Slurm takes everything away.
   elastic-sbatch -N 2:4 -p gpu -t 8:00:00 --gpus-per-node=8 train.py
   elastic-sbatch -N 2:4 --setup 'module load cuda' --env NCCL_DEBUG=INFO -m my_package.train --lr 1e-3
   elastic-sbatch --dry-run -N 2:4 train.py        # read the batch script first
-  elastic-sbatch --from-batch job.sh -N 2:4       # of a batch script with a torchrun line
+  elastic-sbatch --from-batch job.sh -N 2:4       # from a batch script with a torchrun line
 
 Everything after SCRIPT belongs to the script. Every sbatch option that is not listed here is passed through, in any
-form: -p gpu, --partition gpu, --partition=gpu. Those that would break an elastic job are refused with the reason.
-Options of torchrun are taken too, with dashes or underscores: --nnodes is --nodes, --master_addr and --master_port are
---rdzv-endpoint; the others say what is done anyway, or the refusal says which option does it here.
+form: -p gpu, --partition gpu, --partition=gpu. Options that would break an elastic job are refused with the reason.
+torchrun's options are accepted too, with dashes or underscores: --nnodes is --nodes, --master_addr and --master_port
+are --rdzv-endpoint. An option that asks for what is done anyway has no effect; the refusal of another one says what to
+use here.
 
-TIME is in seconds, or 90s, 5m, 1h30m, 2d, or in Slurm's notation, [D-]HH:MM:SS or MM:SS. Sbatch's own times, such as
---time, are in Slurm's notation alone, where a number is in minutes.
+TIME is in seconds, or 90s, 5m, 1h30m, 2d, or in Slurm's notation, [D-]HH:MM:SS or MM:SS. The times of
+sbatch's own options, such as --time, are in Slurm's notation only, where a plain number means minutes.
 """
 _HELP_END = """
 Defaults come from the TOML files $ELASTIC_HPC_CONFIG, ~/.config/elastic_hpc/config.toml and ./elastic_hpc.toml, then
-from sbatch's variables, such as SBATCH_ACCOUNT. Later ones win, the command line wins over all, --setup lines add up:
+from sbatch's variables, such as SBATCH_ACCOUNT. Later sources win, the command line over all; --setup lines add up:
 
   nodes = "2:4"
   setup = ["module load cuda"]
@@ -166,7 +167,7 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     batch = last(given, _FROM_BATCH)
     if batch is not None:
         if module or no_python:
-            raise UsageError(f"-m or --no-python with --from-batch {batch}: that is read there; leave it out")
+            raise UsageError(f"-m or --no-python with --from-batch {batch}: the batch script says that; leave it out")
         return _from_batch(batch, rest, options, sbatch, torchruns)
     if not rest or rest[0] in {"", "-"}:
         for each in given:
@@ -212,9 +213,9 @@ def _from_batch(
         folder=found.folder,
     )
     if job.launch.grow and any("SLURM_JOB" in line.value for line in job.setup):
-        job = replace(job, notes=(*job.notes, "--grow: each joiner is a job of its own, so has its own $SLURM_JOB_ID"))
+        job = replace(job, notes=(*job.notes, "--grow: each joiner is a Slurm job with its own $SLURM_JOB_ID"))
     if found.environment and job.agent_python is None and job.container is None:
-        kept = f"agents and workers run with {job.python}; for the python that this brings, with elastic_hpc in it"
+        kept = f"agents and workers run with {job.python}; to use the Python of this line, if elastic_hpc is in it"
         job = replace(job, notes=(*job.notes, f"{found.environment}: {kept}: --python python"))
     nodes = job.launch.nodes
     if nodes.min == nodes.max > 1 and job.sources["nodes"] != COMMAND_LINE:
@@ -273,7 +274,7 @@ def _warn_of_short_times(job: JobSpec) -> None:
     except ElasticError:
         return
     if not site.job_requeue:
-        _warn("this site does not requeue jobs (JobRequeue=0): where one would be, a new job goes on in its place")
+        _warn("this site does not requeue jobs (JobRequeue=0): instead of a requeue a new job goes on")
     preempted = site.preempt_mode not in {"OFF", ""} and not site.warns_before_preemption
     if preempted and site.grace_time < grace:
         _warn(

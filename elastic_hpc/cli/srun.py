@@ -40,8 +40,9 @@ _EPILOG = """examples:
   elastic-srun --local 4 train.py                      rehearse with 4 agents on this machine
 
 TIME is in seconds, or 90s, 5m, 1h30m, 2d, or in Slurm's notation, [D-]HH:MM:SS or MM:SS.
-Options of torchrun are taken too, with dashes or underscores: --nnodes is --nodes, --master-addr and --master-port are
---rdzv-endpoint; what they say is done anyway, or the refusal says which option does it.
+torchrun's options are accepted too, with dashes or underscores: --nnodes is --nodes, --master-addr and --master-port
+are --rdzv-endpoint. An option that asks for what is done anyway has no effect; the refusal of another one says what to
+use here.
 
 exit code: 0 if the workers finished, 1 if the job failed, 75 if it may be started again, 130 after Ctrl-C
 Ctrl-C once lets the workers save and stop (--grace), twice stops them at once, a third time kills the agents."""
@@ -92,9 +93,7 @@ def _parser() -> argparse.ArgumentParser:
             group.add_argument(*flags, action="store_true", help=text)
     add_launch_options(parser)
     parser.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
-    parser.add_argument(
-        "script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="everything after SCRIPT is its own"
-    )
+    parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
     return parser
 
 
@@ -109,9 +108,9 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     if not rest or not rest[0]:
         raise UsageError(f"expected a training script: {_USAGE}")
     if len(where := list(dict.fromkeys(f"--{name}" for name in names if name in _ONE_OF))) > 1:
-        raise UsageError(f"{' with '.join(where)}: they say different things of where it runs; leave out all but one")
+        raise UsageError(f"{' with '.join(where)}: only one of them can say where to run; leave out the others")
     if "module" in names and "no-python" in names:
-        raise UsageError("--no-python with --module: a module needs a Python; leave out one of them")
+        raise UsageError("--no-python with --module: a module needs Python; leave out one of the two options")
     ours, others = translate([each for each in given if each.name != "standalone"])
     for each in others:
         unneeded(each)

@@ -72,16 +72,17 @@ def test_the_example_of_pytorchs_own_page() -> None:
     assert sbatch(found) == ["--job-name=multinode-example", "--gpus-per-node=1", "--cpus-per-task=4"]
     assert setup(found) == ["export LOGLEVEL=INFO"]
     taken = "--job-name=multinode-example --gpus-per-node=1 --cpus-per-task=4 --nproc-per-node=1 --nodes=4"
-    rendezvous = "nodes, nodes_array, head_node, head_node_ip: the agents find each other by themselves"
+    one_agent = "elastic-sbatch starts one agent on each node"
+    rendezvous = "nodes, nodes_array, head_node, head_node_ip: the agents find each other without them"
     assert found.notes == (
         f"job.sh: taken: {taken}, set-up lines: 1, to run: /shared/examples/train.py 50 10",
-        "job.sh line 5: dropped --ntasks=4: elastic-sbatch starts one agent on each node, which starts the workers",
-        "job.sh line 6: changed --gpus-per-task=1 to --gpus-per-node=1: an agent has all of its node",
+        f"job.sh line 5: dropped --ntasks=4: {one_agent}, and the agent starts the workers there",
+        "job.sh line 6: changed --gpus-per-task=1 to --gpus-per-node=1: a node's agent needs what all its tasks need",
         f"job.sh lines 9, 10, 11, 12, 14: dropped {rendezvous}",
-        "job.sh line 17: dropped srun and its options: elastic-sbatch starts one agent on each node",
-        "job.sh line 17: dropped --rdzv-id=$RANDOM: each job finds its own",
-        "job.sh line 17: dropped --rdzv-endpoint=$head_node_ip:29500: each job finds its own",
-        "job.sh line 17: dropped --rdzv-backend=c10d: the nodes meet at one of them",
+        "job.sh line 17: dropped srun and its options: elastic-sbatch writes its own srun line",
+        "job.sh line 17: dropped --rdzv-id=$RANDOM: the id of the run is the job's id",
+        "job.sh line 17: dropped --rdzv-endpoint=$head_node_ip:29500: the rendezvous is on the job's own first node",
+        "job.sh line 17: dropped --rdzv-backend=c10d: the agents meet at a rendezvous on one of the job's nodes",
     )
 
 
@@ -147,7 +148,7 @@ def test_variables_are_followed_as_far_as_options_need_them() -> None:
     )  # fmt: skip
     assert options(found) == {"nproc-per-node": "4", "max-restarts": "2", "nodes": "4"}
     assert (found.script, found.script_args) == ("/home/me/train.py", ("--x",))
-    assert noted(found, "dropped --nnodes=$NNODES: all nodes of the job take part")
+    assert noted(found, "dropped --nnodes=$NNODES: the number of nodes comes from --nodes")
 
 
 def test_an_array_that_is_declared_with_options_is_followed() -> None:
@@ -184,8 +185,8 @@ def test_what_ran_on_each_node_before_the_launch_and_runs_on_the_first_alone_is_
     found = read(batch("srun bash -c 'module load a; cp -r /data /tmp; export A=1; torchrun train.py'"))
     assert setup(found) == ["module load a", "cp -r /data /tmp", "export A=1"]
     told = [note for note in found.notes if "ran on each node" in note]
-    now = "ran on each node, and runs on the first alone now"
-    for_all = "for all: --setup 'srun --ntasks-per-node=1 cp -r /data /tmp'"
+    now = "ran on each node, and now runs on the first node only"
+    for_all = "for all nodes: --setup 'srun --ntasks-per-node=1 cp -r /data /tmp'"
     assert told == [f"job.sh line 3: 'cp -r /data /tmp' {now}; {for_all}"]
 
 
@@ -234,8 +235,8 @@ def test_tasks_become_workers_of_one_agent_on_each_node(head: str, launch: str, 
     ("line", "reason"),
     [
         ("--no-requeue", "dropped --no-requeue: an elastic job comes back through the queue"),
-        ("--requeue", "dropped --requeue: that is done anyway"),
-        ("--open-mode=append", "that is done anyway"), ("--open-mode=truncate", "a requeue would wipe the log"),
+        ("--requeue", "dropped --requeue: elastic-sbatch sets it anyway"),
+        ("--open-mode=append", "sets it anyway"), ("--open-mode=truncate", "a requeue would wipe the log"),
         ("--export=NONE", "the agents need the environment of the submission"), ("--parsable", "command line"),
         ("--use-min-nodes", "it makes Slurm prefer MIN nodes"), ("--container=x", "use --container-image IMAGE"),
     ],
@@ -274,33 +275,33 @@ def test_what_is_set_up_stays_whole_and_in_order_and_what_serves_the_old_rendezv
         (batch("run() {\n  srun torchrun train.py\n}\nrun"), "job.sh line 3: the launch is in a loop, a condition"),
         (batch("srun torchrun a.py\nsrun torchrun b.py"), "job.sh lines 3, 4: several launches; expected one"),
         (batch("srun torchrun a.py &\nsrun torchrun b.py &\nwait"), "job.sh lines 3, 4: several launches"),
-        (batch("mpirun -np 8 python train.py"), "job.sh line 3: mpirun: MPI starts it"),
-        (batch("srun ./run.sh a"), "job.sh line 3: what 'srun ./run.sh a' starts is not looked into; expected"),
-        (batch("bash run.sh"), "job.sh line 3: what 'bash run.sh' starts is not looked into; expected torchrun"),
-        (batch("ibrun torchrun train.py"), "job.sh line 3: 'ibrun' in front of torchrun is not understood here"),
-        (batch("srun nsys profile -o x python t.py"), "job.sh line 3: 'nsys' in front of python is not understood"),
-        (batch("srun ${P} python t.py"), "job.sh line 3: ${P} in front of python can be told only when it runs"),
-        (batch('srun bash -c "$P python t.py"'), "job.sh line 3: $P in front of python can be told only when it"),
-        (batch("srun $P -l torchrun t.py"), "job.sh line 3: $P in front of torchrun can be told only when it runs"),
-        (batch("srun python - <<E\nE"), "job.sh line 3: what 'srun python - <<E' starts is not looked into"),
-        (batch("srun $CMD"), "job.sh line 3: what 'srun $CMD' starts is not looked into; expected torchrun"),
-        (batch("echo python; hostname"), "job.sh has no line that starts torchrun, or python by srun"),
+        (batch("mpirun -np 8 python train.py"), "job.sh line 3: mpirun: MPI starts the workers"),
+        (batch("srun ./run.sh a"), "job.sh line 3: 'srun ./run.sh a' starts what is not looked into; expected"),
+        (batch("bash run.sh"), "job.sh line 3: 'bash run.sh' starts what is not looked into; expected"),
+        (batch("ibrun torchrun train.py"), "job.sh line 3: 'ibrun' in front of torchrun is not supported"),
+        (batch("srun nsys profile -o x python t.py"), "job.sh line 3: 'nsys' in front of python is not supported"),
+        (batch("srun ${P} python t.py"), "job.sh line 3: ${P} in front of python is known only when the"),
+        (batch('srun bash -c "$P python t.py"'), "job.sh line 3: $P in front of python is known only when"),
+        (batch("srun $P -l torchrun t.py"), "job.sh line 3: $P in front of torchrun is known only when the"),
+        (batch("srun python - <<E\nE"), "job.sh line 3: 'srun python - <<E' starts what is not"),
+        (batch("srun $CMD"), "job.sh line 3: 'srun $CMD' starts what is not looked into; expected"),
+        (batch("echo python; hostname"), "job.sh has no line that starts torchrun, or python with srun"),
         (batch("srun -n1 python a.py : -n2 python b.py"), "job.sh line 3: srun with several commands"),
         (batch("srun --het-group=0 python a.py"), "job.sh line 3: srun with several commands"),
-        (batch("srun torchrun $ARGS train.py"), "job.sh line 3: what $ARGS is can be told only when it runs"),
+        (batch("srun torchrun $ARGS train.py"), "job.sh line 3: the value of $ARGS is known only when"),
         (batch("srun accelerate launch --config_file c.yaml train.py"), "job.sh line 3: accelerate launch: --config"),
-        (batch("srun shifter --image=x torchrun train.py"), "job.sh line 3: shifter: a Shifter container runs it"),
-        (batch("srun bash -c 'torchrun train.py --rank $SLURM_PROCID'"), "job.sh line 3: $SLURM_PROCID: of each task"),
-        (batch("srun apptainer exec a.sif bash -c 'source e.sh; torchrun t.py'"), "job.sh line 3: 'source e.sh' in "),
+        (batch("srun shifter --image=x torchrun train.py"), "job.sh line 3: shifter: Shifter containers"),
+        (batch("srun bash -c 'torchrun train.py --rank $SLURM_PROCID'"), "job.sh line 3: $SLURM_PROCID: Slurm's tasks"),
+        (batch("srun apptainer exec a.sif bash -c 'source e.sh; torchrun t.py'"), "job.sh line 3: 'source e.sh' runs"),
         (batch("srun torchrun train.py 'x"), "job.sh line 3: "),
         (batch("if true; then"), "job.sh line 3: expected 'fi' before the end of the file"),
         (batch("torchrun train.py", head="#SBATCH --nonsense"), "job.sh line 2: --nonsense: unknown option"),
         (batch("torchrun train.py", head="#SBATCH nodes=4"), "job.sh line 2: '#SBATCH nodes=4': expected options"),
-        (batch("srun python train.py", head="#SBATCH --ntasks=8"), "job.sh line 2: --ntasks=8 on how many nodes?"),
+        (batch("srun python train.py", head="#SBATCH --ntasks=8"), "job.sh line 2: --ntasks=8: on how many nodes?"),
         ("#!/usr/bin/env python3\nimport os\n", "job.sh: a script for python3; expected a batch script for bash"),
         ("#!/bin/tcsh\nsetenv A 1\n", "job.sh: a script for tcsh; expected a batch script for bash"),
         ("srun torchrun train.py\n", "job.sh: no #! line; expected a batch script for bash"),
-        ("#!/bin/bash\r\nsrun torchrun train.py\r\n", "job.sh: DOS line breaks"),
+        ("#!/bin/bash\r\nsrun torchrun train.py\r\n", "job.sh: has DOS line breaks"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_told_is_refused_with_its_line(text: str, message: str) -> None:
@@ -358,7 +359,7 @@ def test_the_training_script_gets_what_the_batch_script_would_have_given_it(
 
 
 def test_arguments_for_a_script_that_takes_none_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"^'other\.py' behind --from-batch job\.sh: that script has no use for arg"):
+    with pytest.raises(UsageError, match=r"^'other\.py' after --from-batch job\.sh: that batch script uses no arg"):
         read(PYTORCH, "other.py")
 
 
@@ -385,12 +386,12 @@ def test_the_command_line_wins_over_the_batch_script_and_the_notes_say_how_to_ma
     assert main(["--dry-run", "--from-batch", "job.sh"]) == 0
     err = capsys.readouterr().err
     assert f"elastic-sbatch: {brings}{sys.executable}; " in err
-    assert "with elastic_hpc in it: --python python\n" in err
+    assert "if elastic_hpc is in it: --python python\n" in err
     assert main(["--dry-run", "--from-batch", "job.sh", "--python", "python"]) == 0
     assert brings not in capsys.readouterr().err
     for argv, message in {
         ("--from-batch", "none.sh"): "--from-batch none.sh: No such file or directory",
-        ("-m", "--from-batch", "job.sh"): "-m or --no-python with --from-batch job.sh: that is read there",
+        ("-m", "--from-batch", "job.sh"): "-m or --no-python with --from-batch job.sh: the batch script says that",
     }.items():
         assert main([*argv]) == 2
         assert message in capsys.readouterr().err

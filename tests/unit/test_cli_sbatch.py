@@ -143,7 +143,7 @@ def test_what_the_environment_says_and_breaks_an_elastic_job_is_dropped_with_a_l
 ):
     monkeypatch.setenv(f"SBATCH_{name}", value)
     assert main(["-N1", "train.py"]) == 0
-    note = f"SBATCH_{name} of the environment is not used: {reason}"
+    note = f"SBATCH_{name} in the environment is not used: {reason}"
     assert f"\nelastic-sbatch: {note}" in capsys.readouterr().err
     assert f"\n# {note}" in project.seen("script")
     assert main(["-N1", "-Q", "train.py"]) == 0
@@ -172,7 +172,7 @@ def test_the_sbatch_lines_of_a_python_script_are_settings_below_environment_and_
         "#SBATCH --nodes=x": "train.py line 1: --nodes 'x': expected",
         "#SBATCH --wait": "train.py line 1: --wait: belongs on the command line",
         "#SBATCH --nonsense": "train.py line 1: --nonsense: unknown option",
-        "#SBATCH 'x": "train.py line 1: \"#SBATCH 'x\": expected quotes in pairs",
+        "#SBATCH 'x": 'train.py line 1: "#SBATCH \'x": expected quotes in pairs',
     }.items():
         (project.folder / "train.py").write_text(f"{line}\nimport os\n")
         capsys.readouterr()

@@ -302,11 +302,11 @@ def test_agents_start_on_max_nodes_and_the_spares_as_far_as_they_are_there(
             "elastic-srun: --grow on: elastic-srun runs in the allocation that is there; a job that grows is submitted",
         ),
         (["--local", "2", "--grow"], "elastic-srun: --grow on: elastic-srun runs in the allocation that is there"),
-        (["--local", "2", "--standalone"], "elastic-srun: --local with --standalone: they say different things"),
+        (["--local", "2", "--standalone"], "elastic-srun: --local with --standalone: only one of them"),
         (["--local", "2", "--node_rank=1"], "elastic-srun: --node-rank 1: one command starts the agents of all nodes"),
         (["--local", "2", "-p", "gpu"], "--partition: is for the allocation that elastic-srun runs in, for example: "),
         (["--local", "2", "--max-restart=1"], "--max-restart: unknown option; did you mean --max-restarts?"),
-        (["--local", "2", "--no-python", "-m"], "--no-python with --module: a module needs a Python"),
+        (["--local", "2", "--no-python", "-m"], "--no-python with --module: a module needs Python"),
         (["--local", "2", "--no-python"], "train.py: expected a program that can be run"),
         (
             ["--local", "2", "--nproc-per-node", "1", "--world-multiple-of", "4"],

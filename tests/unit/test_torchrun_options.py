@@ -78,8 +78,8 @@ def test_an_option_that_says_what_is_done_anyway_is_accepted(option):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--rdzv-backend=etcd-v2", "--rdzv-backend etcd-v2: the nodes meet at one of them, without a server"),
-        ("--node-rank=3", "--node-rank 3: one command starts the agents of all nodes, and numbers them; leave it out"),
+        ("--rdzv-backend=etcd-v2", "--rdzv-backend etcd-v2: the rendezvous runs on one of the job's nodes, without"),
+        ("--node-rank=3", "--node-rank 3: one command starts the agents of all nodes and numbers them; leave it out"),
         ("--monitor-interval=often", "expected a number of seconds"),
         ("--start-method=thread", "expected spawn, fork or forkserver"),
         ("--event-log-handler=console", "elastic-hpc timeline JOB"),
