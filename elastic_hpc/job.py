@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from elastic_hpc import slurm
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
@@ -95,8 +96,11 @@ class Job:
         ``/``: ``Job(4711)``, ``Job("elastic-logs/4711")``. Raises UsageError if no job is known by that id, or more
         than one.
         """
-        is_id = isinstance(job, int) or (isinstance(job, str) and "/" not in job)
-        self.run_dir = find(str(job)) if is_id else Path(job).absolute()  # type: ignore[arg-type]
+        given: object = str(int(job)) if isinstance(job, Integral) and not isinstance(job, bool) else job
+        if not isinstance(given, (str, os.PathLike)):
+            raise UsageError(f"job {job!r}: expected its id, or its run directory, for example Job(4711)")
+        is_id = isinstance(given, str) and "/" not in given
+        self.run_dir = find(str(given).strip()) if is_id else Path(os.path.abspath(given))
         self.id = self.run_dir.name
         """What ``sbatch`` said; of a task of an array ``ARRAY_TASK``."""
         self._is_array = is_array
@@ -179,6 +183,8 @@ class Job:
         """The lines that the worker of this rank has written, round after round. ``follow``: go on as more is written,
         until the job has ended.
         """
+        if stream not in get_args(Stream):
+            raise UsageError(f"stream {stream!r}: expected 'out' or 'err'")
         read: dict[Path, int] = {}
         for view in self._watch() if follow else [None]:
             for path in files(self.run_dir / "logs", rank, stream):

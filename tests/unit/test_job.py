@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from elastic_hpc import ElasticError, Job, JobFailed, JobSpec, SlurmError, UsageError, render, submit
@@ -218,7 +219,11 @@ def test_a_job_is_the_same_in_python_and_on_the_screens(
 
 def test_a_job_is_found_by_id_as_the_commands_find_it(job: Job, tmp_path: Path) -> None:
     assert Job(17) == Job("17") == Job("elastic-logs/17") == Job(job.run_dir)
+    assert Job(np.int64(17)) == Job("17\n") == Job("elastic-logs/../elastic-logs/17") == job
     assert {Job(17), Job("elastic-logs/17")} == {job}
+    for other_kind in (None, 17.0, True, b"17", ["17"]):
+        with pytest.raises(UsageError, match="expected its id, or its run directory"):
+            Job(other_kind)  # type: ignore[arg-type]
     assert Job("elastic-logs/23").run_dir == tmp_path / "elastic-logs" / "23"
     assert job != "17"
     with pytest.raises(UsageError, match="'23': expected a job's id that was submitted from here"):
@@ -256,6 +261,11 @@ def test_why_and_events_are_what_the_commands_say(job: Job, capsys: pytest.Captu
     assert main(["why", str(job.run_dir)]) == 0
     assert capsys.readouterr().out == told
     assert [event["event"] for event in events] == ["start", "round", "verdict"]
+
+
+def test_logs_of_a_stream_that_there_is_not_are_refused(job: Job) -> None:
+    with pytest.raises(UsageError, match="stream 'stderr': expected 'out' or 'err'"):
+        list(job.logs(stream="stderr"))  # type: ignore[arg-type]
 
 
 def test_logs_are_followed_until_the_job_ends(job: Job, tmp_path: Path) -> None:
