@@ -9,6 +9,7 @@ from dataclasses import replace
 from elastic_hpc.errors import UsageError
 from elastic_hpc.launch_line import Launch
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, check, is_for_containers
+from elastic_hpc.values import number
 
 _TASKS = ("ntasks-per-node", "tasks-per-node", "ntasks")
 _ALL_TASKS = "a node's agent needs what all its tasks need"
@@ -62,7 +63,7 @@ class Shape:
         else:
             text, source = "1", place
         self.options.append(("nodes", text, source))
-        self._fixed = int(text) if text.isdecimal() else 0
+        self._fixed = number(text) or 0
 
     def _cpus(self, tasks: int) -> None:
         """Slurm gives each task a CPU that is told nothing else."""
@@ -82,7 +83,7 @@ class Shape:
             self._change(given, "gpus-per-node", _times(value, per_node))
         elif name == "gpus" and nodes and (each := _divided(value, nodes)):
             self._change(given, "gpus-per-node", each)
-        elif name == "cpus-per-task" and per_node > 1 and value.isdecimal():
+        elif name == "cpus-per-task" and per_node > 1 and number(value):
             self.cpus_of_a_task = value
             self._change(given, "cpus-per-task", str(int(value) * per_node))
         elif name in COMMAND_LINE_ONLY:
@@ -124,7 +125,7 @@ class Shape:
 def _number(told: Mapping[str, Given], *names: str) -> int:
     """The first of these options that says one."""
     values = [told[name].value or "" for name in names if name in told]
-    return next((int(value) for value in values if value.isdecimal()), 0)
+    return next(filter(None, map(number, values)), 0)
 
 
 def shown(given: Given) -> str:
@@ -133,11 +134,12 @@ def shown(given: Given) -> str:
 
 def _times(count: str, tasks: int) -> str:
     """``2`` or ``a100:2``, for each of so many tasks."""
-    kind, colon, number = count.rpartition(":")
-    return f"{kind}{colon}{int(number) * tasks}" if number.isdecimal() else count
+    kind, colon, text = count.rpartition(":")
+    of_a_task = number(text)
+    return count if of_a_task is None else f"{kind}{colon}{of_a_task * tasks}"
 
 
 def _divided(count: str, nodes: int) -> str:
-    kind, colon, number = count.rpartition(":")
-    whole = number.isdecimal() and int(number) % nodes == 0
-    return f"{kind}{colon}{int(number) // nodes}" if whole else ""
+    kind, colon, text = count.rpartition(":")
+    of_all = number(text)
+    return f"{kind}{colon}{of_all // nodes}" if of_all and of_all % nodes == 0 else ""

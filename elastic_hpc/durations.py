@@ -31,7 +31,8 @@ def _seconds(text: str) -> float:
     if parts and text:
         return sum(float(part) * unit for part, unit in zip(parts.groups(), _UNITS.values(), strict=True) if part)
     limit = time_limit(text) if set(text) & set(":-") else None
-    return limit.total_seconds() if limit else float(text)
+    plain = re.fullmatch(rf"(?:{_NUMBER})(?:e[-+]?\d+)?", text, re.ASCII | re.IGNORECASE)  # float() reads 1_0 too
+    return limit.total_seconds() if limit else float(plain[0]) if plain else 0
 
 
 def seconds(flag: str) -> Callable[[str], float]:

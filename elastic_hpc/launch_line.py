@@ -15,6 +15,7 @@ from elastic_hpc.sbatch_options import SBATCH, Given, Option, last, scan
 from elastic_hpc.shell_text import statements
 from elastic_hpc.shell_variables import ASSIGNS, Variables, assigned, names
 from elastic_hpc.torchrun_options import OF_EACH_JOB, torchrun_options
+from elastic_hpc.values import number
 
 _SRUN = (
     *(Option(name, value="") for name in ("unbuffered", "overlap", "exact", "multi-prog", "interactive")),
@@ -374,11 +375,11 @@ def _accelerate(launch: Launch, words: list[str], variables: Variables) -> Launc
         ) from None
     if not script:
         raise UsageError("accelerate launch: expected a script after its options")
-    processes, machines = last(given, "num-processes") or "", last(given, "num-machines") or "1"
-    if machines.isdecimal():
-        launch = _with(launch, option=("nodes", machines))
-        if processes.isdecimal() and int(processes) % int(machines) == 0:
-            launch = _with(launch, option=("nproc-per-node", str(int(processes) // int(machines))))
+    processes, machines = (number(last(given, f"num-{name}") or "1") for name in ("processes", "machines"))
+    if machines:
+        launch = _with(launch, option=("nodes", str(machines)))
+        if last(given, "num-processes") and processes and processes % machines == 0:
+            launch = _with(launch, option=("nproc-per-node", str(processes // machines)))
     for each in given:
         if each.name == "mixed-precision":
             launch = _with(launch, setup=f"export ACCELERATE_MIXED_PRECISION={each.value}")

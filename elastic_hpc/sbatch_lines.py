@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, scan
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, scan
 
 DIRECTIVE = "#SBATCH"
 # sbatch's own quoting: a backslash counts within both kinds of quotes, and # begins a comment within a word too.
@@ -42,15 +41,14 @@ def options(script: bytes, name: str) -> list[Given]:
             continue
         place = f"{name} line {number}"
         try:
-            given, rest = scan(_words(line), tuple(_abbreviated()))
+            given, rest = scan(_words(line), ())
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from None
         if rest:
             raise UsageError(f"{place}: {line.strip()!r}: expected options of sbatch, not {rest[0]!r}")
         for each in given:
-            option, value = _abbreviated().get(each.option, each.option), each.value
-            text = value and value.encode("latin-1").decode(errors="surrogateescape")
-            found.append(replace(each, option=option, value=text, source=place))
+            text = each.value and each.value.encode("latin-1").decode(errors="surrogateescape")
+            found.append(replace(each, value=text, source=place))
     return found
 
 
@@ -61,17 +59,6 @@ def directives_of_python(script: bytes, name: str) -> list[Given]:
         if each.name in COMMAND_LINE_ONLY:
             raise UsageError(f"{each.source}: {each.option.flag}: belongs on the command line")
     return given
-
-
-@cache
-def _abbreviated() -> dict[Option, Option]:
-    """What sbatch takes for an option: any beginning of its name that no other one has."""
-    found = {}
-    for prefix in {name[:end] for name in SBATCH for end in range(1, len(name))} - SBATCH.keys():
-        meant = [option for name, option in SBATCH.items() if name.startswith(prefix)]
-        if len(meant) == 1:
-            found[Option(prefix, value=meant[0].value)] = meant[0]
-    return found
 
 
 def _words(line: str) -> list[str]:

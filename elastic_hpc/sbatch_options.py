@@ -181,12 +181,20 @@ def named(name: str) -> Option:
 
 
 def _unknown(name: str, equals: str, known: Iterable[str], *, may_pass: bool) -> Option:
-    if may_pass and (equals or is_for_containers(name)) and re.fullmatch(r"[a-z][\w-]*", name):
-        return named(name)
+    """What is meant by a ``name`` that is in no table: for sbatch the beginning of one of its options, or a new one."""
+    begins = [each for each in known if each.startswith(name)]
+    if may_pass and len(begins) == 1 and begins[0] in SBATCH:
+        return SBATCH[begins[0]]
     from difflib import get_close_matches
 
-    close = [each for each in known if each.startswith(name)] or get_close_matches(name, known, n=1)
-    hints = [f"did you mean --{close[0]}?"] if close else []
+    for_sbatch = may_pass and equals  # which judges what is like its own options
+    like = [each for each in known if not for_sbatch or each not in SBATCH]
+    if for_sbatch and SBATCH.keys() >= set(begins):
+        begins = []
+    close = begins or get_close_matches(name, like, n=1, cutoff=0.85 if for_sbatch else 0.6)
+    if may_pass and ((equals and not close) or is_for_containers(name)) and re.fullmatch(r"[a-z][\w-]*", name):
+        return named(name)
+    hints = [f"did you mean --{' or --'.join(close[:3])}?"] if close else []
     if may_pass:
         hints.append(f"an option that only sbatch knows needs its value after '=': --{name}=VALUE")
     raise UsageError(f"--{name}: unknown option; {' '.join(hints) or '--help lists all options'}")

@@ -68,7 +68,7 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:
-        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]*)(?::(\d{1,5}))?", text)
+        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]*)(?::(\d{1,5}))?", text, re.ASCII)
         if match and text:
             host, port = match[1].strip("[]"), int(match[2] or 0) or DEFAULT_PORT
             if port < 65536:
@@ -87,21 +87,26 @@ class Endpoint:
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
+def number(text: str) -> int | None:
+    """A whole number as people type it; None for all else, other scripts' digits and what no machine has among it."""
+    return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
+
+
 def nproc(text: str) -> str:
-    if text in {"auto", "gpu", "cpu"} or (text.isdecimal() and int(text) > 0):
+    if text in {"auto", "gpu", "cpu"} or number(text):
         return text
     raise UsageError(f"--nproc-per-node {text!r}: expected gpu, cpu, auto or a number above 0, for example 8")
 
 
 def count(text: str) -> int:
-    if text.isdecimal():
-        return int(text)
+    if (found := number(text)) is not None:
+        return found
     raise UsageError(f"{text!r}: expected a whole number, 0 or more, for example 10")
 
 
 def positive(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
+    if found := number(text):
+        return found
     raise UsageError(f"{text!r}: expected a whole number, 1 or more, for example 8")
 
 
@@ -154,7 +159,7 @@ class DrainSignal:
             return cls(0)
         name = text.upper().removeprefix("SIG")
         known = {one.name.removeprefix("SIG"): one for one in signal.Signals}
-        found = known.get(name) or (name.isdecimal() and int(name) in set(known.values()) and signal.Signals(int(name)))
+        found = known.get(name) or (number(name) in set(known.values()) and signal.Signals(int(name)))
         if found and found not in {signal.SIGKILL, signal.SIGSTOP}:
             return cls(found)
         raise UsageError(

@@ -22,6 +22,7 @@ from elastic_hpc.doctor.site_file import site_file
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError, argument
 from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, last, scan
 from elastic_hpc.spec import LaunchSpec
+from elastic_hpc.values import number
 
 HELP = "tell what this site means for elastic jobs, and what to set"
 _EPILOG = """\
@@ -58,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _nodes(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not (nodes := number(text)):
         raise UsageError(f"--nodes {text!r}: expected a number of nodes, 1 or more, for example --nodes 2")
-    return int(text)
+    return nodes
 
 
 def run(args: argparse.Namespace) -> int:

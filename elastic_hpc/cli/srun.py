@@ -30,7 +30,7 @@ from elastic_hpc.script import agent_command, srun_options
 from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec, add_launch_options
 from elastic_hpc.torchrun_options import OPTIONS as TORCHRUN
 from elastic_hpc.torchrun_options import translate, unneeded
-from elastic_hpc.values import NodeRange
+from elastic_hpc.values import NodeRange, number
 
 _USAGE = "elastic-srun [options] SCRIPT [ARGS...]"
 _EPILOG = """examples:
@@ -138,9 +138,9 @@ def _nodes_here(args: argparse.Namespace) -> int:
     if args.standalone:
         return 1
     if args.local is not None:
-        if not args.local.isdecimal() or int(args.local) < 1:
+        if not (agents := number(args.local)):
             raise UsageError(f"--local {args.local!r}: expected a number of agents above 0, for example --local 4")
-        return int(args.local)
+        return agents
     if "SLURM_HET_SIZE" in os.environ:
         raise UsageError(
             f"a heterogeneous allocation of {os.environ['SLURM_HET_SIZE']} components: expected nodes of one kind, "

@@ -74,7 +74,7 @@ def test_an_unknown_option_with_a_value_is_left_to_sbatch():
     ("argv", "message"),
     [
         (["--partitoin", "gpu"], "did you mean --partition.* --partitoin=VALUE"),
-        (["--cpus-per-t", "4"], "did you mean --cpus-per-task"),
+        (["--cpus-per", "4"], "did you mean --cpus-per-gpu or --cpus-per-task"),
         (["--partition"], "expected a value, for example --partition=VALUE"),
         (["-p"], "-p: expected a value, for example --partition=VALUE"),
         (["-Hz"], "-z in '-Hz': unknown option"),
@@ -84,6 +84,22 @@ def test_an_unknown_option_with_a_value_is_left_to_sbatch():
 def test_a_mistyped_option_is_answered_with_what_to_type(argv, message):
     with pytest.raises(UsageError, match=message):
         scan(argv, ())
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [(["--part=a"], "partition", "a"), (["--part", "a"], "partition", "a"), (["--sig=USR1@9"], "signal", "USR1@9"),
+     (["--no-req"], "no-requeue", None), (["--exclus=user"], "exclusive", "user")],
+)  # fmt: skip
+def test_the_beginning_of_a_name_is_what_sbatch_takes_it_for(argv, name, value):
+    given_options, rest = scan([*argv, "train.py"], ())
+    assert (given_options[0].name, given_options[0].value, rest) == (name, value, ["train.py"])
+
+
+@pytest.mark.parametrize("word", ["--max-restart=3", "--max_restart=3", "--max-restarst=3", "--max-r=3", "--max-r"])
+def test_what_looks_like_an_option_of_ours_does_not_reach_slurm(word):
+    with pytest.raises(UsageError, match="did you mean --max-restarts"):
+        scan([word, "train.py"], [Option("max-restarts")])
 
 
 @pytest.mark.parametrize(

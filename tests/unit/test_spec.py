@@ -176,12 +176,12 @@ def test_a_wrong_node_range_is_refused_with_an_example(text):
 
 
 @pytest.mark.parametrize("option", [o for o in LAUNCH_OPTIONS if o.type is not str], ids=lambda o: o.flag)
-@pytest.mark.parametrize("text", ["", "x y", "-1", "0.0.0", "1,2"])
+@pytest.mark.parametrize("text", ["", "x y", "-1", "0.0.0", "1,2", "x:٣", "٣", "1_0", "9" * 5000])
 def test_every_refusal_names_the_option(option, text):
     if option.flag == "--rdzv-conf" and text == "":
         assert option.parse(text) == RdzvConf()
         return
-    if option.flag == "--rdzv-endpoint" and text in {"-1", "0.0.0", "1,2"}:
+    if option.flag == "--rdzv-endpoint" and text in {"-1", "0.0.0", "1,2", "٣", "1_0", "9" * 5000}:
         return  # a host name to judge for the resolver
     if option.flag in {"--nodes", "--local-ranks-filter"} and text == "1,2":
         return  # an exact set
