@@ -96,7 +96,7 @@ class Job:
         ``/``: ``Job(4711)``, ``Job("elastic-logs/4711")``. Raises UsageError if no job is known by that id, or more
         than one.
         """
-        given: object = str(int(job)) if isinstance(job, Integral) and not isinstance(job, bool) else job
+        given: Any = str(int(job)) if isinstance(job, Integral) else job
         if not isinstance(given, (str, os.PathLike)):
             raise UsageError(f"job {job!r}: expected its id, or its run directory, for example Job(4711)")
         is_id = isinstance(given, str) and "/" not in given

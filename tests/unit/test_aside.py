@@ -146,7 +146,7 @@ def test_variables_of_the_site_reach_the_imports_whatever_they_begin_with(
 @pytest.mark.parametrize(
     ("company", "why"),
     [
-        ("import time, _thread\n_thread.start_new_thread(time.sleep, (60,))", "the script has started threads"),
+        ("import threading, time\nthreading.Timer(2, bool).start()", "the script has started threads"),
         ("import subprocess\nchild = subprocess.Popen(['sleep', '60'])", "the script has started processes"),
         ("import socket\none, other = socket.socketpair()", "the script has opened connections"),
         ("import os\nos.dup2(os.open('log', os.O_RDWR | os.O_CREAT), 1)", "the script has redirected its output"),
@@ -168,6 +168,17 @@ def test_where_the_script_cannot_begin_again_it_is_told_and_the_next_round_is_ri
         f"no effect in this round, as {why}"
     )
     assert seen == "None"
+
+
+def test_threads_that_a_library_keeps_are_no_obstacle(launch: Launch) -> None:
+    """As those of BLAS, which scipy and scikit-learn start, and scikit-learn sets variables."""
+    name = script("import ctypes, os, time\nlibrary = ctypes.CDLL(None)\nthread = ctypes.c_ulong()\n"
+                  "library.pthread_create(ctypes.byref(thread), None, library.pause, None)\n"
+                  "assert len(os.listdir('/proc/self/task')) == 2\n"
+                  "import settings, mine\nprint(mine.SEEN)")  # fmt: skip
+    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
+    assert (warm.code, warm.out, warm.err) == (cold.code, cold.out, "")
+    assert warm.how.cold == 1
 
 
 def test_the_script_begins_again_in_the_state_in_which_it_began(launch: Launch) -> None:
