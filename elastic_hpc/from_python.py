@@ -43,9 +43,9 @@ def word(value: object, what: str) -> str:
         return str(value)
     if isinstance(value, (str, os.PathLike)) and isinstance(text := os.fspath(value), str):
         if "\0" in text:
-            raise UsageError(f"{what} {value!r}: expected a text without a NUL, which no command line can have")
+            raise UsageError(f"{what} {value!r}: expected a string without a NUL, which no command line can have")
         return str(text)
-    raise UsageError(f"{what} {value!r}: expected a text, a number or a Path; write str(...) of what you mean")
+    raise UsageError(f"{what} {value!r}: expected a string, a number or a Path; write str(...) of what you mean")
 
 
 def environment(env: Mapping[str, object] | None) -> list[str]:
@@ -82,7 +82,9 @@ def options(
         if value is None:
             continue
         if key in (sbatch or {}) and name in KEYS and name not in SBATCH:
-            raise UsageError(f"sbatch {key!r}: is an option of ours, write {key.replace('-', '_')}=... beside sbatch=")
+            raise UsageError(
+                f"sbatch {key!r}: is elastic-sbatch's own option, write {key.replace('-', '_')}=... beside sbatch="
+            )
         if name in KEYS:
             found.append(Given(Option(name), text(name, value), SOURCE))
         elif name in COMMAND_LINE_ONLY:
@@ -108,7 +110,7 @@ def unknown(name: str, known: Iterable[str]) -> str:
 
     close = get_close_matches(name, list(known), n=1)
     meant = f"did you mean {close[0].replace('-', '_')}? " if close else ""
-    return f"unknown option; {meant}one that only a newer sbatch has is given as sbatch={{{name!r}: ...}}"
+    return f"unknown option; {meant}an option that only a newer sbatch has goes into sbatch={{{name!r}: ...}}"
 
 
 def text(name: str, value: object, *, whole: bool = False) -> str:
@@ -140,11 +142,11 @@ def _one(name: str, value: Any, *, whole: bool) -> str:
     if not _is_number(value):
         if isinstance(value, (str, os.PathLike, Enum)):
             return word(value, f"{name.replace('-', '_')}:")
-        raise UsageError(f"{shown}: expected a text or a number, as on a command line")
+        raise UsageError(f"{shown}: expected a string or a number, as on a command line")
     if isinstance(value, Integral) or (math.isfinite(value) and value == int(value)):
         return str(int(value))
     if whole or not math.isfinite(value):
-        raise UsageError(f"{shown}: expected a whole number, or a text in Slurm's notation, for example '16G'")
+        raise UsageError(f"{shown}: expected a whole number, or a string in Slurm's notation, for example '16G'")
     return str(float(value))
 
 

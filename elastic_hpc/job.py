@@ -176,7 +176,7 @@ class Job:
 
     def _look(self, ask_every: float = 0.0) -> Look:
         if self._is_array or expand(self.run_dir) != [self.run_dir]:
-            raise UsageError(f"job {self.id} is an array, each of its tasks is a job: job.task(0)")
+            raise UsageError(f"job {self.id} is an array; expected one of its tasks, for example job.task(0)")
         return self._jobs.look(ask_every)[0]
 
     def logs(self, rank: int = 0, stream: Stream = "out", *, follow: bool = False) -> Iterator[str]:

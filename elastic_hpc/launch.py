@@ -63,8 +63,8 @@ class LaunchConfig:
         for each in ours:
             if each.option.flag not in known:
                 raise UsageError(
-                    f"{each.name.replace('-', '_')}: is no option of a launch, which runs in an allocation that is "
-                    f"there; expected one of {', '.join(option.dest for option in LAUNCH_OPTIONS)}"
+                    f"{each.name.replace('-', '_')}: is no option of elastic_launch, which runs in an existing "
+                    f"allocation; expected one of {', '.join(option.dest for option in LAUNCH_OPTIONS)}"
                 )
             known[each.option.flag].parse(each.value or "")
             self.options.append(f"{each.option.flag}={each.value}")

@@ -26,7 +26,7 @@ def find(job: str) -> Path:
         found = {}
     if not found:
         raise UsageError(
-            f"{job!r}: expected a job's id that was submitted from here, or its run directory, for example "
+            f"{job!r}: expected the id of a job that was submitted from here, or its run directory, for example "
             "elastic-logs/4711; elastic-hpc status lists your jobs"
         )
     if len(found) > 1:

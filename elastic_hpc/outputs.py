@@ -28,7 +28,9 @@ def notes(sbatch: Sequence[Given], work_dir: str) -> list[str]:
         if rest:
             found.append(f"{shown}: Slurm makes no folders; the job fails if {rest!r} is not there when it starts")
         elif problem := _obstacle(folder):
-            found.append(f"{shown}: {folder} cannot be written here: {problem}; if nodes cannot, the job fails")
+            found.append(
+                f"{shown}: {folder} cannot be written here: {problem}; if the nodes cannot either, the job fails"
+            )
     return found
 
 

@@ -38,9 +38,9 @@ def find_script(script: str, work_dir: str, submitted_from: Path) -> tuple[str, 
     if not found or found[0] == places[0]:
         check_script(script, work_dir)
         both = len(found) > 1 and places[0] != places[1]
-        return script, f"runs {places[0]}, in the folder of --chdir; there is also {places[1]}" if both else ""
+        return script, f"the job runs {places[0]}, in the folder of --chdir; there is also {places[1]}" if both else ""
     check_script(script, folders[1])
-    return places[1], f"runs {places[1]}: there is none in the folder of --chdir"
+    return places[1], f"the job runs {places[1]}: the folder of --chdir has no such script"
 
 
 def find_program(program: str, work_dir: str, submitted_from: Path) -> str:
@@ -79,6 +79,6 @@ def environment_that_lasts(prefix: str, work_dir: str, *, other: bool) -> str:
             return ""
         raise UsageError(f"elastic-sbatch runs in {prefix}, which uv removes when the command ends; {advice}")
     if _CACHED.search(prefix):
-        return f"runs in {prefix}, a cache, which may be cleaned before the job starts; {advice}"
+        return f"the job runs in {prefix}, a cache, which may be cleaned before the job starts; {advice}"
     own = [folder for folder in _NODES_OWN if prefix.startswith(f"{folder}/") and not work_dir.startswith(f"{folder}/")]
-    return f"runs in {prefix}: other nodes have a {own[0]} of their own; {advice}" if own else ""
+    return f"the job runs in {prefix}: each node has its own {own[0]}; {advice}" if own else ""

@@ -26,7 +26,7 @@ _RENAMED = {
 }
 _REFUSED = {
     "stderr_to_stdout": "stdout and stderr of a rank are files of their own",
-    "srun_args": "the srun line is the project's own; use a template",
+    "srun_args": "elastic_hpc writes its own srun line; use a template",
     "teardown": "the batch script may be lost with its node; let the function clean up",
     "log_dir": "the run directories are in the executor's folder",
 }

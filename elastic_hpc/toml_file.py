@@ -62,7 +62,7 @@ def _by_name(table: dict[str, Any], place: str) -> Iterator[tuple[str, str, Any]
     for key, value in table.items():
         name = key.removeprefix("--").replace("_", "-")
         if name in seen:
-            raise UsageError(f"{place}{key}: {seen[name]} is there too; expected one of them")
+            raise UsageError(f"{place}{key}: {seen[name]} is set too; leave out one of the two")
         seen[name] = key
         yield _plain(key), name, value
 
@@ -118,7 +118,7 @@ def _option(key: str, name: str, keys: Collection[str]) -> Option:
     long = next((f", did you mean {option.name}?" for option in SBATCH.values() if option.letter == key), "")
     raise UsageError(
         f"[sbatch] {key}: unknown option of sbatch{long or _closest(name, SBATCH)}; "
-        f"one that only a newer sbatch knows is written with its dashes: '--{name}' = ..."
+        f"an option that only a newer sbatch knows is written with its dashes: '--{name}' = ..."
     )
 
 

@@ -96,7 +96,10 @@ def _stop(job: Job, *, after_checkpoint: bool) -> int:
     elif done == "cancelled":
         print(f"job {job.id} is cancelled")
     else:
-        print(f"job {job.id}: its leader was told" + (", the workers may save first" if after_checkpoint else ""))
+        print(
+            f"job {job.id}: its leader was told to stop it"
+            + (", the workers may save first" if after_checkpoint else "")
+        )
     return 0
 
 

@@ -26,7 +26,7 @@ def one(command: str, rundir: RunDir) -> RunDir:
     if (tasks := expand(rundir.path)) != [rundir.path]:
         shown = f"{tasks[0].name} to {tasks[-1].name}" if len(tasks) > 1 else tasks[0].name
         raise UsageError(
-            f"job {rundir.path.name} is an array, each of its tasks is a job: elastic-hpc {command} {tasks[0].name}; "
+            f"job {rundir.path.name} is an array; expected one of its tasks: elastic-hpc {command} {tasks[0].name}; "
             f"{len(tasks)} have started: {shown}"
         )
     return rundir

@@ -99,9 +99,9 @@ def _say_what_there_is(args: argparse.Namespace, rundir: RunDir) -> None:
     given += [f"--{name}" for name in ("stdout", "stderr") if getattr(args, name)]
     there = what_there_is(rundir.path / "logs")
     if given and there:
-        raise UsageError(f"{' '.join(given)}: nothing was written there; there are {there}")
+        raise UsageError(f"{' '.join(given)}: nothing was written there; the logs have {there}")
     if there:
-        entry.tell("elastic-hpc", f"rank 0 has written nothing, nor any rank to stderr; there are {there}")
+        entry.tell("elastic-hpc", f"rank 0 has written nothing, nor any rank to stderr; the logs have {there}")
     elif not args.follow:
         raise nothing_to_show(*Jobs([rundir]).look())
 

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.html or args.png):
         raise UsageError(f"where to? for example: elastic-hpc timeline {args.job.path.name} --html timeline.html")
     if args.html == args.png:
-        raise UsageError(f"--html {args.html} --png {args.png}: expected two places")
+        raise UsageError(f"--html {args.html} --png {args.png}: expected two different files")
     (look,) = Jobs([one("timeline", args.job)]).look()
     if not args.job.path.is_dir():
         raise nothing_to_show(look)

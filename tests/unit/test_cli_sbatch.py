@@ -212,7 +212,7 @@ def test_an_output_folder_that_cannot_be_made_is_told(project, capsys):
         ("/scratch/uv/archive-v0/Ab1", "runs in /scratch/uv/archive-v0/Ab1, a cache, which may be cleaned", 0),
         ("/h/.cache/uv/environments-v2/train-1", "a cache, which may be cleaned", 0),
         ("/home/me/.cache/pipx/0123456789abcde", "a cache, which may be cleaned", 0),
-        ("/dev/shm/env", "runs in /dev/shm/env: other nodes have a /dev/shm of their own", 0),
+        ("/dev/shm/env", "runs in /dev/shm/env: each node has its own /dev/shm", 0),
         ("/home/me/project/.venv", "", 0), ("/usr", "", 0), ("/opt/pipx/venvs/elastic_hpc", "", 0),
     ],
 )  # fmt: skip
@@ -345,7 +345,7 @@ def test_a_script_in_the_submission_folder_is_found_with_chdir_as_by_sbatch_and_
     assert main(["-N1", "-D", "sub", "--python", "./python -X dev", "train.py"]) == 0
     assert project.agents().endswith(f" -- {project.folder}/train.py &")
     assert f" {project.folder}/./python -X dev -u " in project.agents()
-    assert f"runs {project.folder}/train.py: there is none in the folder of --chdir" in capsys.readouterr().err
+    assert f"runs {project.folder}/train.py: the folder of --chdir has no such script" in capsys.readouterr().err
     (project.folder / "sub" / "train.py").write_text("pass")
     assert main(["-N1", "-D", "sub", "train.py"]) == 0
     assert project.agents().endswith(" -- train.py &")

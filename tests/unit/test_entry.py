@@ -111,7 +111,7 @@ def test_what_a_terminal_has_no_character_for_is_a_question_mark(
         assert b"?" in done.stdout
     bad = called([*HPC, "why", f"{folder}✓"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
     assert bad.returncode == 2
-    assert b"expected a job's id" in bad.stderr
+    assert b"expected the id of a job" in bad.stderr
 
 
 def test_each_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:

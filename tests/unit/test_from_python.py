@@ -109,23 +109,23 @@ def test_false_takes_back_what_a_file_says_and_none_does_not():
         ({"partitoin": "gpu"}, "did you mean partition.*sbatch={'partitoin': ...}"),
         ({"mem": 16.5}, "mem=16.5: expected a whole number"),
         ({"mem": float("nan")}, "mem=nan: expected a whole number"),
-        ({"mem": b"16G"}, "mem=b'16G': expected a text or a number"),
-        ({"mem": True}, "mem=True: expected a text or a number"),
-        ({"constraint": ["a", "b"]}, r"constraint=\['a', 'b'\]: expected a text or a number"),
-        ({"exclude": [["n1"]]}, r"exclude=\['n1'\]: expected a text or a number"),
-        ({"exclude": []}, r"exclude=\[\]: expected a text or a number"),
+        ({"mem": b"16G"}, "mem=b'16G': expected a string or a number"),
+        ({"mem": True}, "mem=True: expected a string or a number"),
+        ({"constraint": ["a", "b"]}, r"constraint=\['a', 'b'\]: expected a string or a number"),
+        ({"exclude": [["n1"]]}, r"exclude=\['n1'\]: expected a string or a number"),
+        ({"exclude": []}, r"exclude=\[\]: expected a string or a number"),
         ({"hold": "yes"}, "hold='yes': expected True or False"),
-        ({"partition": False}, "partition=False: expected a text or a number"),
+        ({"partition": False}, "partition=False: expected a string or a number"),
         ({"cpus_per_task": timedelta(1)}, "cpus_per_task=.*expected"),
         ({"time": timedelta(0)}, "time=.*expected a time above 0"),
         ({"parsable": True}, "parsable: belongs on sbatch's command line"),
-        ({"max_restarts": True}, "max_restarts=True: expected a text or a number"),
+        ({"max_restarts": True}, "max_restarts=True: expected a string or a number"),
         ({"max_restarts": 2.5}, "--max-restarts '2.5': expected a whole number"),
         ({"max_restarts": timedelta(1)}, "max_restarts=.*expected"),
         ({"grow": 1}, "--grow '1': expected on or off"),
-        ({"grace": object()}, "grace=<object.*expected a text or a number"),
+        ({"grace": object()}, "grace=<object.*expected a string or a number"),
         ({"env": "A=1"}, "env='A=1': expected a dict"),
-        ({"env": {"A": True}}, "env A True: expected a text, a number or a Path"),
+        ({"env": {"A": True}}, "env A True: expected a string, a number or a Path"),
         ({"env": {"A=B": 1}}, "env 'A=B': expected the name of a variable"),
         ({"env": {1: 2}}, "env 1: expected the name of a variable"),
         ({"env": False}, "env=False: expected a dict"),
@@ -136,7 +136,7 @@ def test_false_takes_back_what_a_file_says_and_none_does_not():
         ({"sbatch": {1: 2}}, "sbatch={1: 2}: expected a dict"),
         ({"module": np.zeros(2)}, "module=.*expected True or False"),
         ({"no_python": "yes"}, "no_python='yes': expected True or False"),
-        ({"sbatch": {"max_restarts": 5}}, "sbatch 'max_restarts': is an option of ours, write max_restarts="),
+        ({"sbatch": {"max_restarts": 5}}, "sbatch 'max_restarts': is elastic-sbatch's own option, write max_restarts="),
         ({"node_rank": 3}, "--node-rank 3: one command starts"),
         ({"no_python": True, "module": True}, "--no-python with --module"),
     ],
@@ -158,9 +158,9 @@ def test_the_script_and_its_arguments_become_text_at_once():
     job = JobSpec.of(Path("train.py"), "--epochs", 2, 1e-3, Path("data"), np.float32(0.5), nodes=1)
     assert (job.launch.script, job.launch.script_args) == ("train.py", ("--epochs", "2", "0.001", "data", "0.5"))
     for wrong in (None, True, b"x", ["a"], object()):
-        with pytest.raises(UsageError, match=r"argument of the script .*: expected a text, a number or a Path"):
+        with pytest.raises(UsageError, match=r"argument of the script .*: expected a string, a number or a Path"):
             of(wrong)
-    with pytest.raises(UsageError, match=r"script b'train\.py': expected a text"):
+    with pytest.raises(UsageError, match=r"script b'train\.py': expected a string"):
         JobSpec.of(b"train.py", nodes=1)  # type: ignore[arg-type]
 
 
@@ -194,7 +194,7 @@ def test_a_launch_takes_the_same_values():
     assert (config.options, config.log_dir) == (["--nodes=1:2", "--grace=60"], Path("x").absolute())
     for options, message in (
         ({"max_restart": 1}, "did you mean max_restarts"),
-        ({"partition": "gpu"}, "partition: is no option of a launch"),
+        ({"partition": "gpu"}, "partition: is no option of elastic_launch"),
         ({"local": True}, "local=True: expected a number of agents"),
         ({"grace": "soon"}, "--grace 'soon': expected a time"),
     ):

@@ -136,7 +136,7 @@ def test_an_array_has_tasks_and_no_state_of_its_own(job: Job, tmp_path: Path) ->
     says(tmp_path, "echo 20")
     array = submit(JobSpec.of("train.py", nodes=2, array="0-3"))
     assert array.task(3).run_dir.name == "20_3"
-    with pytest.raises(UsageError, match=r"each of its tasks is a job: job.task\(0\)"):
+    with pytest.raises(UsageError, match=r"expected one of its tasks, for example job.task\(0\)"):
         array.status()
 
 
@@ -226,7 +226,7 @@ def test_a_job_is_found_by_id_as_the_commands_find_it(job: Job, tmp_path: Path) 
             Job(other_kind)  # type: ignore[arg-type]
     assert Job("elastic-logs/23").run_dir == tmp_path / "elastic-logs" / "23"
     assert job != "17"
-    with pytest.raises(UsageError, match="'23': expected a job's id that was submitted from here"):
+    with pytest.raises(UsageError, match="'23': expected the id of a job that was submitted from here"):
         Job(23)
     other = tmp_path / "other" / "17"
     other.mkdir(parents=True)
@@ -333,7 +333,7 @@ def test_an_array_is_stopped_as_a_whole_and_looked_at_by_its_tasks(
     for command in ("why", "logs", "timeline --html -"):
         name, *more = command.split()
         assert main([name, "20", *more]) == 2
-        assert f"job 20 is an array, each of its tasks is a job: elastic-hpc {name} 20_0" in capsys.readouterr().err
+        assert f"job 20 is an array; expected one of its tasks: elastic-hpc {name} 20_0" in capsys.readouterr().err
     with pytest.raises(UsageError, match="job 20 is an array"):
         Job(20).status()
     says(tmp_path, "")

@@ -192,11 +192,11 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         (["--round", ""], "--round '': expected numbers"),
         (["--node", "n[3-1]"], "--node 'n[3-1]': expected names in Slurm's notation, for example --node 'n[10-12]'"),
         (["--node", "n[1"], "--node 'n[1': expected names in Slurm's notation"),
-        (["--rank", "99"], "--rank 99: nothing was written there; there are rounds 1-4, ranks 0-3, nodes n[1-4]"),
-        (["--round", "99"], "--round 99: nothing was written there; there are rounds 1-4"),
-        (["--node", "n[10-12]"], "--node n[10-12]: nothing was written there; there are rounds 1-4"),
+        (["--rank", "99"], "--rank 99: nothing was written there; the logs have rounds 1-4, ranks 0-3, nodes n[1-4]"),
+        (["--round", "99"], "--round 99: nothing was written there; the logs have rounds 1-4"),
+        (["--node", "n[10-12]"], "--node n[10-12]: nothing was written there; the logs have rounds 1-4"),
         (["--rank", "1", "--round", "2", "--node", "n9"], "--rank 1 --node n9 --round 2: nothing was written there"),
-        (["--rank", "99", "-f"], "--rank 99: nothing was written there; there are rounds 1-4"),
+        (["--rank", "99", "-f"], "--rank 99: nothing was written there; the logs have rounds 1-4"),
     ],
 )
 def test_bad_input_is_told_with_what_to_type(
@@ -212,7 +212,7 @@ def test_a_stream_to_which_nothing_was_written_is_told_so(tmp_path: Path, capsys
     one.write(1, "line\n")
     one.write(1, "", stream="err")
     assert main(["logs", str(tmp_path / "job"), "--stderr"]) == 2
-    assert "--stderr: nothing was written there; there are rounds 1, ranks 1, nodes n1" in capsys.readouterr().err
+    assert "--stderr: nothing was written there; the logs have rounds 1, ranks 1, nodes n1" in capsys.readouterr().err
     assert main(["logs", str(tmp_path / "job")]) == 0
     assert "rank 0 has written nothing, nor any rank to stderr" in capsys.readouterr().err
     assert main(["logs", str(tmp_path / "job"), "--rank=0-999999999999", "--node=n[1-999999999999]"]) == 0

@@ -190,7 +190,7 @@ def test_jobs_are_found_by_id_from_any_folder(home: Path, capsys: pytest.Capture
     assert main(["status", "faults", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["jobs"][0]["run_dir"] == str(folder)
     assert main(["status", "nosuchjob"]) == 2
-    assert "'nosuchjob': expected a job's id" in capsys.readouterr().err
+    assert "'nosuchjob': expected the id of a job" in capsys.readouterr().err
     assert main(["why", str(home / "elastic-logs" / "9")]) == 2
 
 

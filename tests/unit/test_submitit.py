@@ -245,7 +245,7 @@ def test_every_parameter_of_submitits_executor_for_slurm_means_the_same_or_is_re
         "wckey": ("key", "--wckey=key"),
         "stderr_to_stdout": (True, "stderr_to_stdout: stdout and stderr of a rank are files of their own"),
         "additional_parameters": ({"gpu-power": 3, "time": "1:00:00"}, "--gpu-power=3"),
-        "srun_args": (["--x"], "srun_args: the srun line is the project's own"),
+        "srun_args": (["--x"], "srun_args: elastic_hpc writes its own srun line"),
         "use_srun": (False, "use_srun=False: srun starts the agents"),
     }
     assert set(means) == SlurmExecutor._valid_parameters()
@@ -330,7 +330,7 @@ def test_functions_submitted_together_are_an_array_of_which_each_has_its_pickle(
     [
         ({"nodes": "8:4"}, "--nodes '8:4': expected N or MIN:MAX"),
         ({"nodes": 2, "slurm_ntasks_per_gpu": 2}, "elastic-sbatch starts one agent per node"),
-        ({"nodes": 2, "slurm_srun_args": ["--x"]}, "srun_args: the srun line is the project's own"),
+        ({"nodes": 2, "slurm_srun_args": ["--x"]}, "srun_args: elastic_hpc writes its own srun line"),
         ({"nodes": 2, "stderr_to_stdout": True}, "stderr_to_stdout"),
         ({"nodes": 2, "elastic_log_dir": "x"}, "log_dir: the run directories are in the executor's folder"),
         ({"nodes": 2, "elastic_max_restarts": -1}, "--max-restarts '-1': expected a whole number"),
