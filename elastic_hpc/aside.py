@@ -4,6 +4,7 @@ or this process has to begin again as a fresh one. Imports nothing but what ever
 """
 
 import _imp
+import _thread
 import builtins
 import os
 import sys
@@ -200,6 +201,7 @@ class Aside:
                     delattr(holder, child)
         self._moments: list[tuple[str, Changes]] = []
         self._over = False
+        self._lock = _thread.RLock()
 
     def begin(
         self,
@@ -244,9 +246,9 @@ class Aside:
             self._watched = ""
             self._moments.append((name, self._by_script()))
             self._tell("seen", "", self._moments)
-        if name not in self._held:
+        if (held := self._held.get(name)) is None:
             return None
-        module = self._held[name][0]
+        module = held[0]
         found = getattr(module, "__spec__", None)
         loader = _Loader(self, name, module, found)
         spec = ModuleSpec(name, loader, origin=getattr(found, "origin", None))  # type: ignore[arg-type]
@@ -256,6 +258,11 @@ class Aside:
 
     def give(self, name: str) -> None:
         """The script imports ``name``: have it in ``sys.modules``, with all that this import had brought."""
+        with self._lock:
+            if name in self._held:  # no other thread has
+                self._give(name)
+
+    def _give(self, name: str) -> None:
         needed = self._needed(name)
         if not self._over and not all(map(is_of_python, needed)):
             by_script = self._by_script()
@@ -263,11 +270,12 @@ class Aside:
             if why := self._difference(needed, by_script):
                 self._differs(f"{why} before {name} was imported", self._moments)
         for each in [each for each in self._held if each in needed]:
-            module = self._held.pop(each)[0]
-            sys.modules.setdefault(each, module)
+            module = self._held[each][0]
             if each in self._later:
                 holder, child = self._later.pop(each)
                 setattr(holder, child, module)
+            sys.modules.setdefault(each, module)
+            del self._held[each]  # last: another thread may look for it
         at_import(needed)
         for finder in self._in_front():
             if hasattr(finder, "given"):

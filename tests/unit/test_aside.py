@@ -353,3 +353,31 @@ def test_a_function_of_submitits_finds_what_is_changed_in_torch_for_it(launch: L
     warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
     assert (warm.how.warm, warm.out, warm.err) == (1, "changed tail\ntail\n", "")
     assert (cold.out, cold.err) == (warm.out, "")
+
+
+def test_threads_of_the_script_may_import_at_the_same_time(launch: Launch) -> None:
+    Path("family").mkdir()
+    script("from family import " + ", ".join(f"m{number}" for number in range(200)), "family/__init__.py")
+    for number in range(200):
+        script(f"import family\nfrom family import m{number // 2}\nVALUE = {number}", f"family/m{number}.py")
+    script("import family, xml.sax, decimal, wsgiref.handlers, email.mime.text, concurrent.futures.process", "mine.py")
+    name = script("""
+import sys, threading, importlib
+sys.setswitchinterval(1e-6)
+names = ["family", "family.m150", "family.m3", "mine", "decimal", "wsgiref.handlers", "email.mime.text", "xml.sax"]
+ready = threading.Barrier(len(names))
+def load(name):
+    ready.wait()
+    print(importlib.import_module(name).__name__)
+threads = [threading.Thread(target=load, args=(name,)) for name in names]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+import family
+print(sum(vars(family)[f"m{number}"].VALUE for number in range(200)))
+""")
+    for _ in range(10):
+        warm = launch(name, modules=("mine",))
+        assert (warm.how.warm, warm.code, warm.err) == (1, 0, "")
+        assert warm.out.endswith("\n19900\n")
