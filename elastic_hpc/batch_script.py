@@ -258,7 +258,7 @@ class _Reader:
         if dropped:
             lines = f"line{'s' * (len(dropped) > 1)} {', '.join(str(each.line) for each in dropped)}"
             shown = ", ".join(dict.fromkeys(name for each in dropped for name in _defined(each)))
-            self.notes.append(f"{self._name} {lines}: dropped {shown}: the agents find each other without them")
+            self.notes.append(f"{self._name} {lines}: dropped {shown}: the agents find each other without this")
         kept = []
         for statement in found:
             first = statement.text.split()[0]

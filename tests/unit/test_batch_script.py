@@ -73,7 +73,7 @@ def test_the_example_of_pytorchs_own_page() -> None:
     assert setup(found) == ["export LOGLEVEL=INFO"]
     taken = "--job-name=multinode-example --gpus-per-node=1 --cpus-per-task=4 --nproc-per-node=1 --nodes=4"
     one_agent = "elastic-sbatch starts one agent on each node"
-    rendezvous = "nodes, nodes_array, head_node, head_node_ip: the agents find each other without them"
+    rendezvous = "nodes, nodes_array, head_node, head_node_ip: the agents find each other without this"
     assert found.notes == (
         f"job.sh: taken: {taken}, set-up lines: 1, to run: /shared/examples/train.py 50 10",
         f"job.sh line 5: dropped --ntasks=4: {one_agent}, and the agent starts the workers there",
