@@ -340,7 +340,7 @@ class Aside:
                 return f"sys.modules[{name!r}] was set"
             if sys.path != self._path and "." not in name and (found := getattr(module, "__spec__", None)):
                 now = PathFinder.find_spec(name)
-                if found.origin and (not now or now.origin != found.origin):
+                if found.has_location and (not now or now.origin != found.origin):
                     return f"sys.path was changed, which leads to another {name},"
         untouched = self in sys.meta_path and builtins.__import__ is self._import
         if not untouched or not all(hasattr(each, "given") for each in self._in_front()):

@@ -381,3 +381,10 @@ print(sum(vars(family)[f"m{number}"].VALUE for number in range(200)))
         warm = launch(name, modules=("mine",))
         assert (warm.how.warm, warm.code, warm.err) == (1, 0, "")
         assert warm.out.endswith("\n19900\n")
+
+
+def test_a_path_that_leads_to_the_same_modules_is_no_other(launch: Launch) -> None:
+    """Those that are built into the interpreter, ``math`` among them, are on no path."""
+    name = script("import sys\nsys.path.insert(0, 'src')\nsys.path.append('..')\nimport numpy\nprint(numpy.ones(1))")
+    ran = launch(name, modules=("numpy",))
+    assert (ran.how.why, ran.how.warm, ran.out) == ("", 1, "[1.]\n")
