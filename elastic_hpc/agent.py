@@ -233,7 +233,8 @@ def main(argv: list[str] | None = None) -> int:
     checking = threading.Thread(target=_preflight, args=(spec, env, rundir, environ, unfit))
     checking.start()
     python = python_of_worker(sys.orig_argv)
-    worker_args = [*(["-m"] if spec.module else []), spec.script, *spec.script_args]
+    script = f"./{spec.script}" if spec.script.startswith("-") else spec.script  # no option of python's
+    worker_args = [*(["-m", spec.script] if spec.module else [script]), *spec.script_args]
     worker = [spec.script, *spec.script_args] if spec.no_python else [*python, *worker_args]
     modules, without = what_to_preload(spec)
     standbys = Standbys(worker_args, modules, nproc, python, without)

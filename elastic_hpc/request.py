@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.from_python import SOURCE as PYTHON
 from elastic_hpc.sbatch_lines import directives_of_python
 from elastic_hpc.sbatch_options import LONGEST_LEAD, SBATCH, Given, WarningSignal, last
-from elastic_hpc.script import NOT_FOR_TORCHRUN, Container, JobSpec, Shell, render
+from elastic_hpc.script import COMMAND_LINE, NOT_FOR_TORCHRUN, Container, JobSpec, Shell, render
 from elastic_hpc.script_file import not_python
 from elastic_hpc.snapshot import WorkTree
 from elastic_hpc.spec import LaunchSpec
@@ -30,6 +31,7 @@ _CONTAINER = (
     "IMAGE and --container-mounts SRC:DST of elastic-sbatch, in a configuration file above [sbatch]; the working "
     "directory is that of --chdir; whatever else pyxis can do belongs on the srun line of a template of your own"
 )
+_NAME_OF_SCRIPT = "the script's name"
 _AFTER_GRACE = timedelta(seconds=30)  # to requeue, between the end of --grace and that of the allocation
 
 
@@ -113,7 +115,8 @@ def build(
     passed = [g for g in settings.sbatch if g.name != "signal"]
     if not any(g.name == "job-name" for g in passed) and not isinstance(script, Shell):
         name = script if module else Path(script).name if no_python else Path(script).stem
-        passed.insert(0, Given(SBATCH["job-name"], name, "the script's name"))
+        name = re.sub(r"[\x00-\x1f\x7f]", "_", name)
+        passed.insert(0, Given(SBATCH["job-name"], name, _NAME_OF_SCRIPT))
     if python and not container:
         python = replace(python, value=programs.find_interpreter(python.value, work_dir, directory))
     submitting = sys.executable
@@ -185,7 +188,7 @@ def layers_of(script: str, chdir: str | None) -> list[Layer]:
         return []
     return [
         Layer(g.source, [("nodes", g.value or "")], []) if g.name == "nodes" else Layer(g.source, [], [g])
-        for g in directives_of_python(content, script)
+        for g in directives_of_python(content, script, KEYS)
     ]
 
 
@@ -210,9 +213,17 @@ def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
         snapshot.put_aside(job.code, staged, snapshot=job.snapshot)
     try:
         yield os.fsencode(script)
-    except UsageError:  # Slurm refused the job; after other errors it may be there
+    except UsageError as error:  # Slurm refused the job; after other errors it may be there
         snapshot.discard(staged)
-        raise
+        raise UsageError(f"{error}{_from_elsewhere(job, str(error))}") from None
+
+
+def _from_elsewhere(job: JobSpec, refusal: str) -> str:
+    """The options that ``refusal`` speaks of and that nobody has typed for this job, each with its place."""
+    words = {word.strip("-") for word in re.findall(r"[a-z-]+", refusal.lower())}
+    typed = (COMMAND_LINE, PYTHON, _NAME_OF_SCRIPT)
+    told = [f"{g.option.flag}={g.value}, {g.source}" for g in job.sbatch if g.name in words and g.source not in typed]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def checked(job: JobSpec) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, scan
+from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, scan
 
 DIRECTIVE = "#SBATCH"
 # sbatch's own quoting: a backslash counts within both kinds of quotes, and # begins a comment within a word too.
@@ -52,10 +52,15 @@ def options(script: bytes, name: str) -> list[Given]:
     return found
 
 
-def directives_of_python(script: bytes, name: str) -> list[Given]:
-    """The same of a Python script that is submitted as it is."""
+def directives_of_python(script: bytes, name: str, ours: Collection[str]) -> list[Given]:
+    """The same of a Python script that is submitted as it is. ``ours`` are options that sbatch does not know."""
     given = options(script, name)
     for each in given:
+        if each.name.replace("_", "-") in ours and each.name not in SBATCH:
+            raise UsageError(
+                f"{each.source}: {each.option.flag}: an option of elastic-sbatch; "
+                "expected on its command line, or in elastic_hpc.toml"
+            )
         if each.name in COMMAND_LINE_ONLY:
             raise UsageError(f"{each.source}: {each.option.flag}: belongs on the command line")
     return given

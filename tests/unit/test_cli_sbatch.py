@@ -251,6 +251,9 @@ def test_the_job_is_named_after_the_script_unless_told_otherwise(project, capsys
     assert "#SBATCH --job-name=pkg.train " in project.seen("script")
     main(["-N1", "-J", "mine", "train.py"])
     assert project.seen("script").count("--job-name") == 1
+    (project.folder / "a\nb.py").write_text("pass")
+    assert main(["-N1", "a\nb.py"]) == 0
+    assert "#SBATCH --job-name=a_b " in project.seen("script")
 
 
 def test_the_script_is_looked_for_where_the_job_will_run(project):
@@ -477,6 +480,23 @@ def test_what_slurm_refuses_is_one_line_and_exit_code_2(project, capsys):
         "elastic-sbatch: Slurm refused the job: invalid partition specified: x; "
         "Batch job submission failed: Invalid partition name specified\n"
     )
+
+
+def test_a_refusal_names_where_the_value_that_nobody_typed_comes_from(project, capsys, monkeypatch):
+    project.sbatch("echo 'sbatch: error: Invalid --time specification' >&2; exit 1")
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "banana")
+    monkeypatch.setenv("SBATCH_PARTITION", "gpu")
+    assert main(["-N1", "train.py"]) == 2
+    told = "Invalid --time specification (--time=banana, environment: SBATCH_TIMELIMIT)"
+    assert capsys.readouterr().err == f"elastic-sbatch: Slurm refused the job: {told}\n"
+    assert main(["-N1", "--time=8h", "train.py"]) == 2
+    assert capsys.readouterr().err == "elastic-sbatch: Slurm refused the job: Invalid --time specification\n"
+
+
+def test_an_option_of_ours_in_an_sbatch_line_of_a_script_does_not_reach_slurm(project, capsys):
+    (project.folder / "lines.py").write_text("#SBATCH -N2\n#SBATCH --nproc-per-node=4\n")
+    assert main(["lines.py"]) == 2
+    assert "lines.py line 2: --nproc-per-node: an option of elastic-sbatch; expected on its" in capsys.readouterr().err
 
 
 def test_a_cluster_that_does_not_answer_is_not_a_refusal(project, capsys):

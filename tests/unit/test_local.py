@@ -337,6 +337,14 @@ def test_a_missing_script_and_a_missing_value_are_told_by_their_names(tmp_path: 
         assert (done.returncode, done.stderr) == (2, f"elastic-srun: {message}\n")
 
 
+def test_a_script_may_be_named_like_an_option(tmp_path: Path) -> None:
+    (tmp_path / "-x.py").write_text("import sys\nprint(sys.argv)\n")
+    command = [str(SRUN), "--local", "1", "--preload", "off", "--", "-x.py", "-h"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert "[rank0]: ['./-x.py', '-h']" in done.stdout
+    assert done.returncode == 0
+
+
 def test_the_version_is_told() -> None:
     done = subprocess.run([str(SRUN), "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"elastic-srun {elastic_hpc.__version__}\n"
