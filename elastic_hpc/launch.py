@@ -53,7 +53,7 @@ class LaunchConfig:
         ``LaunchConfig(nodes=(2, 4), nproc_per_node=8, max_restarts=3)``
         """
         known = {option.flag: option for option in LAUNCH_OPTIONS}
-        if local is not None and (isinstance(local, bool) or not isinstance(local, int) or local < 1):
+        if local is not None and (isinstance(local, bool) or not hasattr(local, "__index__") or local < 1):
             raise UsageError(f"local={local!r}: expected a number of agents above 0, for example local=4")
         self.local, self.log_dir = local, Path(from_python.word(log_dir, "log_dir")).absolute()
         self.options: list[str] = []
@@ -85,6 +85,8 @@ class elastic_launch:  # noqa: N801 - torch's name
     """
 
     def __init__(self, config: LaunchConfig, entrypoint: Callable[..., Any] | str | os.PathLike[str]) -> None:
+        if not (callable(entrypoint) or isinstance(entrypoint, (str, os.PathLike))):
+            raise UsageError(f"entrypoint {entrypoint!r}: expected a function, or the path of a script")
         self._config = config
         self._entrypoint = entrypoint
 
@@ -94,13 +96,13 @@ class elastic_launch:  # noqa: N801 - torch's name
         Raises LaunchFailed if the workers have not finished. Ctrl-C once lets them save and stop, twice stops them.
         """
         run_dir = self._config.log_dir / f"launch.{secrets.token_hex(4)}"
-        rundir = RunDir(run_dir).create()
         if isinstance(self._entrypoint, (str, os.PathLike)):
             words = [from_python.word(each, "argument of the script") for each in (self._entrypoint, *args)]
-            command = self._config.command(run_dir, *words)
-            _run(command, os.environ)
+            rundir = RunDir(run_dir).create()
+            _run(self._config.command(run_dir, *words), os.environ)
             _outcome(rundir)
             return {}
+        rundir = RunDir(run_dir).create()
         functions.write(self._entrypoint, args, run_dir, run_dir)
         _run(self._config.command(run_dir, functions.MODULE, str(run_dir), module=True), functions.environ())
         world = _outcome(rundir)

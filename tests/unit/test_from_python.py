@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_hpc import JobSpec, LaunchConfig, UsageError, render
+from elastic_hpc import JobSpec, LaunchConfig, UsageError, elastic_launch, render
 from elastic_hpc import option_types as types
 from elastic_hpc.config import KEYS
 from elastic_hpc.sbatch_options import _REFUSED, COMMAND_LINE_ONLY, SBATCH
@@ -192,6 +192,10 @@ def test_sbatch_lines_of_the_script_count_as_for_the_command():
 def test_a_launch_takes_the_same_values():
     config = LaunchConfig(local=2, nodes=(1, 2), grace=timedelta(minutes=1), log_dir=Path("x"), rdzv_backend="c10d")  # type: ignore[call-arg]
     assert (config.options, config.log_dir) == (["--nodes=1:2", "--grace=60"], Path("x").absolute())
+    assert "--local=2" in LaunchConfig(local=np.int64(2)).command(Path("x"), "train.py")
+    for entrypoint in (None, 1, b"train.py", ["train.py"]):
+        with pytest.raises(UsageError, match="entrypoint"):
+            elastic_launch(config, entrypoint)  # type: ignore[arg-type]
     for options, message in (
         ({"max_restart": 1}, "did you mean max_restarts"),
         ({"partition": "gpu"}, "partition: is no option of elastic_launch"),
