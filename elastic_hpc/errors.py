@@ -8,6 +8,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+NO_FOLDER = "the current directory does not exist any more; cd to one that does"
+
+
 class ElasticError(Exception):
     """Anything this package raises on purpose. ``exit_code`` is what a command ends with."""
 

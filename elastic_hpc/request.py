@@ -17,7 +17,7 @@ from pathlib import Path
 
 from elastic_hpc import durations, from_python, outputs, programs, sbatch_options, snapshot, torchrun_options
 from elastic_hpc.config import KEYS, Layer, Setting, Settings, load
-from elastic_hpc.errors import UsageError
+from elastic_hpc.errors import NO_FOLDER, UsageError
 from elastic_hpc.from_python import SOURCE as PYTHON
 from elastic_hpc.sbatch_lines import directives_of_python
 from elastic_hpc.sbatch_options import LONGEST_LEAD, SBATCH, Given, WarningSignal, last
@@ -62,7 +62,7 @@ def build(
     try:
         directory = Path.cwd()
     except FileNotFoundError:
-        raise UsageError("the current directory does not exist any more; cd to one that does") from None
+        raise UsageError(NO_FOLDER) from None
     settings = load(os.environ, directory, of_script).with_layer(source, options, sbatch, unset)
     work_dir = os.path.normpath(os.path.join(directory, last(settings.sbatch, "chdir") or "."))
     note, runs_in = "", os.path.normpath(os.path.join(work_dir, folder or ""))

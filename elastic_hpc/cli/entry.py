@@ -10,7 +10,7 @@ import select
 import sys
 from collections.abc import Callable
 
-from elastic_hpc.errors import ElasticError
+from elastic_hpc.errors import NO_FOLDER, ElasticError
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
@@ -36,6 +36,9 @@ def run(name: str, work: Callable[[], int]) -> int:
         tell(name, f"{error.filename}: {error.strerror}")
         return 1
     except OSError as error:
+        if error.errno == errno.ENOENT and error.filename is None:  # os.getcwd
+            tell(name, NO_FOLDER)
+            return 2
         if error.errno not in _UNWRITABLE:
             raise
         _forget_output()

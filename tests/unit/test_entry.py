@@ -72,6 +72,16 @@ def test_a_full_disk_is_told_in_a_line() -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes on another user")
+@pytest.mark.parametrize("words", [["elastic-sbatch", "-N1", "x.py"], ["elastic-srun", "--local", "1", "x.py"],
+                                   ["elastic-hpc", "doctor"]])  # fmt: skip
+def test_a_folder_that_has_been_removed_is_told_in_a_line(words: list[str], tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
+    script = f"cd {shlex.quote(str(tmp_path))} && mkdir gone && cd gone && rmdir ../gone && {shlex.join(command)}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    said = f"{words[0]}: the current directory does not exist any more; cd to one that does\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 @pytest.mark.parametrize("words", [["status"], ["why"], ["logs"], ["drain"], ["stop"], ["timeline", "--html", "-"]])
 def test_another_users_job_is_refused_in_a_line(words: list[str], tmp_path: Path) -> None:
     folder = records.copy("faults", tmp_path)
