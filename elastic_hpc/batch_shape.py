@@ -66,12 +66,13 @@ class Shape:
         self._fixed = number(text) or 0
 
     def _cpus(self, tasks: int) -> None:
-        """Slurm gives each task a CPU that is told nothing else."""
-        named = {"cpus-per-task", "cpus-per-gpu", "exclusive"} & self._all.keys()
+        """Slurm gives each task a CPU that is told nothing else. --cpus-per-task would be a limit too, where the site
+        grants whole nodes.
+        """
+        named = {"cpus-per-task", "cpus-per-gpu", "exclusive", "mincpus"} & self._all.keys()
         if tasks > 1 and not named:
             source = next(self._all[name].source for name in _TASKS if name in self._all)
-            self.cpus_of_a_task = "1"
-            added = Given(SBATCH["cpus-per-task"], str(tasks), source)
+            added = Given(SBATCH["mincpus"], str(tasks), source)
             self.notes.append(f"{source}: added {shown(added)}: {_ALL_TASKS}")
             self.sbatch.append(added)
 
