@@ -82,7 +82,9 @@ def test_variables_that_torch_tells_a_worker_are_known_to_standbys() -> None:
     told = set(re.findall(r'^ +"([A-Z_]+)": |worker_env\["([A-Z_]+)"\] = ', "\n".join(texts), re.MULTILINE))
     inherited = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}  # what this agent itself has, as long as it sets no other
     assert {one or other for one, other in told} - inherited == {
-        name for name in OF_A_ROUND if not name.startswith(("ELASTIC_HPC_", "GLOO_")) and not name.endswith("_FILE")
+        name
+        for name in OF_A_ROUND
+        if not name.startswith(("ELASTIC_HPC_", "GLOO_", "SUBMITIT_")) and not name.endswith("_FILE")
     }
 
 
