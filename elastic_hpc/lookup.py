@@ -43,7 +43,7 @@ def expand(run_dir: Path) -> list[Path]:
 def _candidates(job: str) -> Iterator[Path]:
     if "/" in job or job in {"", ".", ".."}:
         path = Path(job).absolute()
-        if job and (path.is_dir() or path in _remembered(path.name)):
+        if job and (_may_be_a_jobs(path) or path in _remembered(path.name)):
             yield path
         return
     name = job.partition(";")[0]  # sbatch --parsable says ID;CLUSTER
@@ -56,6 +56,17 @@ def _candidates(job: str) -> Iterator[Path]:
         if (folder / name).is_dir() or tasks(folder / name):
             yield folder / name
     yield from _remembered(name)
+
+
+def _may_be_a_jobs(folder: Path) -> bool:
+    """Whether it is a folder that is not full of something else."""
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except PermissionError:  # another user's
+        return folder.is_dir()
+    except OSError:
+        return False
+    return not names or not names.isdisjoint((*_FILES, "logs", "endpoint.json", "state.json"))
 
 
 def _remembered(name: str) -> Iterator[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_hpc import ElasticError, Job, JobFailed, JobSpec, SlurmError, UsageError, render, submit
+from elastic_hpc import ElasticError, Job, JobFailed, JobSpec, SlurmError, UsageError, lookup, render, submit
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.registry import remember
 from elastic_hpc.rundir import RunDir
@@ -349,3 +349,11 @@ def test_a_name_that_is_no_id_of_slurms_hides_no_job(
     RunDir(tmp_path / "elastic-logs" / "local.0").create()
     assert main(["status", "17", "local.0", "--json"]) == 0
     assert [one["state"] for one in json.loads(capsys.readouterr().out)["jobs"]] == ["RUNNING", "UNKNOWN"]
+
+
+def test_a_folder_of_something_else_is_no_job(tmp_path: Path) -> None:
+    (tmp_path / "elastic-logs" / "7").mkdir(parents=True)
+    assert lookup.find(f"{tmp_path}/elastic-logs/7") == tmp_path / "elastic-logs" / "7"
+    for other in tmp_path / "elastic-logs", Path("/etc"):
+        with pytest.raises(UsageError, match="expected the id of a job that was submitted from here, or its run dir"):
+            lookup.find(f"{other}")
