@@ -150,12 +150,15 @@ def test_variables_of_the_site_reach_the_imports_whatever_they_begin_with(
         ("import subprocess\nchild = subprocess.Popen(['sleep', '60'])", "the script has started processes"),
         ("import socket\none, other = socket.socketpair()", "the script has opened connections"),
         ("import os\nos.dup2(os.open('log', os.O_RDWR | os.O_CREAT), 1)", "the script has redirected its output"),
+        ("from elastic_hpc import training\ntraining.listen()",
+         "the script has told its agent that it listens, or how far it is"),
         ("import os\nif pid := os.fork():\n    os.waitpid(pid, 0)\n    os._exit(0)", "this is a child of the worker"),
     ],
 )  # fmt: skip
 def test_where_the_script_cannot_begin_again_it_is_told_and_the_next_round_is_right(
-    company: str, why: str, launch: Launch
+    company: str, why: str, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("ELASTIC_HPC_LOCAL_DIR", str(tmp_path))
     name = script(f"{company}\nimport settings, mine, sys\nprint(mine.SEEN[0], file=sys.stderr)")
     if "fork" in company:
         first = launch(name, modules=("mine",))

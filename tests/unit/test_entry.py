@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -77,8 +78,10 @@ def test_a_folder_that_has_been_removed_is_told_in_a_line(words: list[str], tmp_
     command = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
     script = f"cd {shlex.quote(str(tmp_path))} && mkdir gone && cd gone && rmdir ../gone && {shlex.join(command)}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-    said = f"{words[0]}: the current directory does not exist any more; cd to one that does\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    said = f"{words[0]}: the current directory does not exist any more; cd to one that does"
+    # A command at a path with a blank begins as a shell script, whose shell complains too.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("sh: ")]
+    assert (done.returncode, lines) == (2, [said])
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes on another user")
@@ -86,8 +89,9 @@ def test_a_folder_that_has_been_removed_is_told_in_a_line(words: list[str], tmp_
 def test_another_users_job_is_refused_in_a_line(words: list[str], tmp_path: Path) -> None:
     folder = records.copy("faults", tmp_path)
     folder.chmod(0o700)
-    for above in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        above.chmod(0o755)
+    for above in (tmp_path, *tmp_path.parents):
+        if above.is_relative_to(tempfile.gettempdir()) and above != Path(tempfile.gettempdir()):
+            above.chmod(0o755)
     other = {"stderr": subprocess.PIPE, "env": {**os.environ, "HOME": str(tmp_path)}, "user": 65534, "group": 65534}
     try:
         runs = called([*HPC, "--version"], **other).returncode == 0

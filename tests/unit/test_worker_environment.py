@@ -20,7 +20,9 @@ SRUN = Path(sys.executable).with_name("elastic-srun")
 SHOWS = """
 import json, os, pathlib
 place = f"{os.environ['ELASTIC_HPC_ROUND']}.{os.environ['RANK']}"
-pathlib.Path(os.environ["ELASTIC_HPC_RUN_DIR"], f"environ.{place}").write_text(json.dumps(dict(os.environ)))
+written = pathlib.Path(os.environ["ELASTIC_HPC_RUN_DIR"], f"written.{place}")
+written.write_text(json.dumps(dict(os.environ)))
+written.rename(written.with_name(f"environ.{place}"))  # whole, or not there: the worker may be killed at any moment
 if place == "1.0" and os.path.exists("again"):
     raise SystemExit(3)
 """
