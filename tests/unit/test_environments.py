@@ -225,7 +225,7 @@ def test_a_file_of_the_site_may_say_how_containers_run_without_asking_for_one(
 
 
 def test_agents_have_the_interpreter_of_the_submission_unless_another_is_named() -> None:
-    assert ours(srun_argv(of()))[0] == sys.executable
+    assert ours(srun_argv(of())) == module_command(sys.executable, "elastic_hpc.agent", unbuffered=True)
     assert ours(srun_argv(of(python="python"))) == module_command("python", "elastic_hpc.agent", unbuffered=True)
     assert quote_all(module_command(sys.executable, "elastic_hpc", "conclude")) in render(of(python="python"))
     assert ours(srun_argv(of(python="~/bin/python")))[2] == os.path.expanduser("~/bin/python")
