@@ -165,12 +165,13 @@ class Process:
             return "the script has started processes"
         except ChildProcessError:
             pass
-        if any(self._files.get(number) != what for number, what in self._open().items() if what[:6] == "socket"):
+        opened = [what for number, what in self._open().items() if self._files.get(number) != what]
+        if any(what.startswith("socket:") for what in opened):
             return "the script has opened connections"
         if not all(os.path.samestat(os.fstat(number), was) for number, (was, _) in enumerate(self._outputs, 1)):
             return "the script has redirected its output"
         meeting = self._environ.get("ELASTIC_HPC_LOCAL_DIR", "=") + "/"
-        if any(what.startswith(meeting) for what in self._open().values()):  # elastic_hpc.training keeps a file open
+        if any(what.startswith(meeting) for what in opened):  # elastic_hpc.training keeps a file open
             return "the script has told its agent that it listens, or how far it is"
         return ""
 

@@ -24,6 +24,12 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     return Launch()
 
 
+def assert_a_standby_is_as_a_fresh_process(launch: Launch, name: str) -> None:
+    """For the script ``name``, with ``mine`` imported ahead."""
+    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
+    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, cold.out, "")
+
+
 def test_it_is_not_there_before_the_script_imports_it_and_then_all_of_it(launch: Launch) -> None:
     folder = Path("family")
     folder.mkdir()
@@ -42,8 +48,7 @@ print(there(), hasattr(family, "later"), family.__spec__, family.__spec__.loader
 import xml.sax, family.later, mine
 print(there(), xml.sax is family.sax, mine.family is family, family.later)
 """)
-    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
-    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, cold.out, "")
+    assert_a_standby_is_as_a_fresh_process(launch, name)
 
 
 def test_a_module_has_the_submodules_that_it_imports_by_a_dotted_name(launch: Launch) -> None:
@@ -58,8 +63,7 @@ print(runpy.importlib.util.__name__)
 import other
 print(other.family.later.__name__)
 """)
-    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
-    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, cold.out, "")
+    assert_a_standby_is_as_a_fresh_process(launch, name)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +81,7 @@ def test_a_part_that_the_script_imports_alone_has_all_that_it_imports_itself(imp
     script(imports, "family/part.py")
     script("import xml.dom.minidom, family.tail, family.part", "mine.py")
     name = script("import family.part\nprint(family.part.used())")
-    warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
-    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, cold.out, "")
+    assert_a_standby_is_as_a_fresh_process(launch, name)
 
 
 @pytest.mark.parametrize(
