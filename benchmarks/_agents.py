@@ -23,16 +23,17 @@ from typing import Any
 
 from _cluster import BenchmarkError
 
-from elastic_hpc import channel, member, net, protocol
-from elastic_hpc.agent import policy_of
+from elastic_hpc.agent.main import policy_of
 from elastic_hpc.errors import JobEnded
-from elastic_hpc.leader import Leader
-from elastic_hpc.membership import Membership
-from elastic_hpc.protocol import Order, Status
-from elastic_hpc.roster import Host, Roster
-from elastic_hpc.server import LeaderServer
-from elastic_hpc.spec import LaunchSpec
-from elastic_hpc.values import NodeRange, RdzvConf
+from elastic_hpc.membership import follower, messages
+from elastic_hpc.membership.leader import Leader
+from elastic_hpc.membership.messages import Order, Status
+from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.network import addresses, channel
+from elastic_hpc.network.server import LeaderServer
+from elastic_hpc.network.session import Membership
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.values import NodeRange, RdzvConf
 
 STARTS_WITHIN = 10.0
 """Seconds in which 1,024 agents start; fewer start in less time, at the same rate."""
@@ -51,9 +52,9 @@ class Meter:
 
     def __init__(self) -> None:
         self.messages = self.bytes = 0
-        encode, read = protocol.encode, channel.Channel.read
+        encode, read = messages.encode, channel.Channel.read
 
-        def counting_encode(message: protocol.Message) -> bytes:
+        def counting_encode(message: messages.Message) -> bytes:
             line = encode(message)
             self._count(line)
             return line
@@ -63,7 +64,7 @@ class Meter:
             self._count(line)
             return line
 
-        protocol.encode = counting_encode
+        messages.encode = counting_encode
         channel.Channel.read = counting_read  # type: ignore[method-assign]
 
     def _count(self, line: bytes) -> None:
@@ -118,7 +119,7 @@ class Agent:
 
     def __init__(self, node: int, size: int, endpoint: Path, started: Callable[[int, int], None]) -> None:
         self.node, self._size, self._endpoint, self._started = node, size, endpoint, started
-        self._listener = net.listen_from(0)
+        self._listener = addresses.listen_from(0)
         self.host = _host(node, self._listener.getsockname()[1])
         self._status = Status(0, self.host, 8)
         self._order: Order | None = None
@@ -157,12 +158,12 @@ class Agent:
     def set_order(self, order: Order | None, link: Any) -> None:
         self._order, self._link = order, link
         while True:
-            match member.step(self._order, self._status, self._workers):
-                case member.Stop():
+            match follower.step(self._order, self._status, self._workers):
+                case follower.Stop():
                     self._workers = 0
-                case member.Acknowledge(round):
+                case follower.Acknowledge(round):
                     self._report(state="idle", round=round)
-                case member.Start(round, _):
+                case follower.Start(round, _):
                     self._workers = round
                     self._report(state="running", round=round)
                     self._started(self.node, round)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from elastic_hpc import training as training
     from elastic_hpc.errors import ElasticError, SlurmError, UsageError
-    from elastic_hpc.job import Job, JobFailed, JobStatus, submit
-    from elastic_hpc.launch import LaunchConfig, LaunchFailed, elastic_launch
-    from elastic_hpc.script import JobSpec, render
+    from elastic_hpc.job.handle import Job, JobFailed, JobStatus, submit
+    from elastic_hpc.job.launch import LaunchConfig, LaunchFailed, elastic_launch
+    from elastic_hpc.job.script import JobSpec, render
 
 __version__ = "0.1.0"
 
@@ -33,9 +33,9 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("ElasticError", "SlurmError", "UsageError"), "errors"),
-    **dict.fromkeys(("Job", "JobFailed", "JobStatus", "submit"), "job"),
-    **dict.fromkeys(("LaunchConfig", "LaunchFailed", "elastic_launch"), "launch"),
-    **dict.fromkeys(("JobSpec", "render"), "script"),
+    **dict.fromkeys(("Job", "JobFailed", "JobStatus", "submit"), "job.handle"),
+    **dict.fromkeys(("LaunchConfig", "LaunchFailed", "elastic_launch"), "job.launch"),
+    **dict.fromkeys(("JobSpec", "render"), "job.script"),
 }
 
 if not TYPE_CHECKING:  # the names above are all there are, and have their types

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from elastic_hpc import config, sbatch_options
 from elastic_hpc.cli import hpc, srun
 from elastic_hpc.cli import sbatch as cli_sbatch
-from elastic_hpc.spec import LAUNCH_OPTIONS
+from elastic_hpc.job import config
+from elastic_hpc.options import sbatch_options
+from elastic_hpc.options.spec import LAUNCH_OPTIONS
 
 _WIDTH = 116  # a line of a help text that had room for the next word ends there on purpose
 

@@ -12,7 +12,7 @@ from generator.markdown import GENERATED, rst
 _MODULES = {
     "elastic_hpc": "Submit jobs and follow them; [from Python](../python.md) shows how.",
     "elastic_hpc.training": "For training scripts; [writing one](../training-script.md) shows how.",
-    "elastic_hpc.submitit_plugin": "submitit's executors; [submitit](../submitit.md) shows how.",
+    "elastic_hpc.submitit.executors": "submitit's executors; [submitit](../submitit.md) shows how.",
 }
 _EXECUTORS = ("ElasticExecutor", "ElasticLocalExecutor")
 

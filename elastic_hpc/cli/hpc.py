@@ -10,12 +10,12 @@ import sys
 from elastic_hpc import __version__
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job
-from elastic_hpc.election import joiner
-from elastic_hpc.env import JOIN, job_name
 from elastic_hpc.errors import ElasticError
-from elastic_hpc.job import Job
-from elastic_hpc.lookup import expand
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.job.handle import Job
+from elastic_hpc.job.lookup import expand
+from elastic_hpc.membership.election import joiner
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import JOIN, job_name
 
 MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "doctor", "rehearse")
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, add_arguments(parser) and run(args)."""
@@ -69,7 +69,7 @@ def _parser(only: str = "") -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     rundir: RunDir = args.job
     if args.command.startswith("conclude"):
-        from elastic_hpc import conclude
+        from elastic_hpc.agent import conclude
 
         if args.command == "conclude":
             return conclude.conclude(rundir, os.environ, args.status, warning=args.signal)
@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.command == "stop":
         return _stop(Job(rundir.path), after_checkpoint=args.after_checkpoint)
     if JOIN in os.environ:  # the batch script of a joiner, which Slurm has warned, calls for its node alone
-        from elastic_hpc.ask import ask_to_leave
+        from elastic_hpc.network.client import ask_to_leave
 
         ask_to_leave(rundir, joiner(os.environ["SLURM_JOB_ID"]), _why_drained())
         return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from elastic_hpc.errors import ElasticError, UsageError, argument
-from elastic_hpc.jobs import Look
-from elastic_hpc.lookup import expand, find
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.job.look import Look
+from elastic_hpc.job.lookup import expand, find
+from elastic_hpc.record.rundir import RunDir
 
 
 def add_job(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:

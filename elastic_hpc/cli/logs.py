@@ -14,9 +14,9 @@ from rich.text import Text
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, nothing_to_show, one
 from elastic_hpc.errors import UsageError
-from elastic_hpc.jobs import Jobs
-from elastic_hpc.nodelist import Typed, named
-from elastic_hpc.rundir import EventReader, RunDir
+from elastic_hpc.job.look import Jobs
+from elastic_hpc.membership.nodes import Typed, named
+from elastic_hpc.record.rundir import EventReader, RunDir
 from elastic_hpc.view.job import clock
 from elastic_hpc.view.logs import Line, Logs, Stream, Wanted, what_there_is
 from elastic_hpc.view.story import Round, tell

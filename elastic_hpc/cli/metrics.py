@@ -13,10 +13,10 @@ from prometheus_client.exposition import generate_latest
 
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.cli.status import chosen, of_interest
-from elastic_hpc.durations import seconds
 from elastic_hpc.errors import ElasticError, UsageError, argument
-from elastic_hpc.jobs import Jobs
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.job.look import Jobs
+from elastic_hpc.options.durations import seconds
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.job import JobView
 from elastic_hpc.view.metrics import JobMetrics
 from elastic_hpc.view.story import Story

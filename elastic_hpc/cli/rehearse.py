@@ -14,12 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from elastic_hpc.durations import seconds
 from elastic_hpc.errors import ElasticError, UsageError, argument
-from elastic_hpc.launch import LaunchConfig
-from elastic_hpc.rehearsal import Asked, Rehearsal
-from elastic_hpc.rehearse import LEAST, ORDER, Finding, exit_code, judge, plan
-from elastic_hpc.script_file import check_script
+from elastic_hpc.job.launch import LaunchConfig
+from elastic_hpc.job.script_file import check_script
+from elastic_hpc.options.durations import seconds
+from elastic_hpc.rehearse.plan import LEAST, ORDER, Finding, exit_code, judge, plan
+from elastic_hpc.rehearse.run import Asked, Rehearsal
 
 HELP = "kill workers and nodes under your script, on this machine, and tell whether it resumes correctly"
 

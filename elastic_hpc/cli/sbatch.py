@@ -12,19 +12,19 @@ from pathlib import Path
 from textwrap import fill
 
 from elastic_hpc import __version__, slurm
-from elastic_hpc.batch_script import from_batch
 from elastic_hpc.cli import entry
-from elastic_hpc.config import SWITCHES
-from elastic_hpc.durations import as_text
 from elastic_hpc.errors import ElasticError, UsageError
-from elastic_hpc.registry import remember
-from elastic_hpc.request import build, checked, layers_of, prepared
-from elastic_hpc.sbatch_environment import for_sbatch_itself
-from elastic_hpc.sbatch_options import COMMAND_LINE_ONLY, Given, Option, check, last, scan
-from elastic_hpc.script import COMMAND_LINE, JobSpec
-from elastic_hpc.spec import LAUNCH_OPTIONS, NO_PYTHON
-from elastic_hpc.torchrun_options import OPTIONS as TORCHRUN
-from elastic_hpc.torchrun_options import translate
+from elastic_hpc.from_batch.convert import from_batch
+from elastic_hpc.job.config import SWITCHES
+from elastic_hpc.job.request import build, checked, layers_of, prepared
+from elastic_hpc.job.script import COMMAND_LINE, JobSpec
+from elastic_hpc.options.durations import as_text
+from elastic_hpc.options.sbatch_environment import for_sbatch_itself
+from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, Given, Option, check, last, scan
+from elastic_hpc.options.spec import LAUNCH_OPTIONS, NO_PYTHON
+from elastic_hpc.options.torchrun_options import OPTIONS as TORCHRUN
+from elastic_hpc.options.torchrun_options import translate
+from elastic_hpc.record.registry import remember
 
 _JOB_OPTIONS = {
     "from-batch": (

@@ -18,19 +18,19 @@ from types import FrameType
 from typing import Any
 
 from elastic_hpc import __version__
+from elastic_hpc.agent.conclude import await_verdict
 from elastic_hpc.cli import entry
-from elastic_hpc.conclude import await_verdict
-from elastic_hpc.env import AGENT_MARK, LOCAL_NODE, LOCAL_NODES, for_a_new_job, run_number
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
-from elastic_hpc.programs import check_module, find_program, find_script
-from elastic_hpc.registry import remember
-from elastic_hpc.rundir import RunDir
-from elastic_hpc.sbatch_options import SBATCH, Option, check, scan
-from elastic_hpc.script import agent_command, srun_options
-from elastic_hpc.spec import LAUNCH_OPTIONS, LaunchSpec, add_launch_options
-from elastic_hpc.torchrun_options import OPTIONS as TORCHRUN
-from elastic_hpc.torchrun_options import translate, unneeded
-from elastic_hpc.values import NodeRange, number
+from elastic_hpc.job.programs import check_module, find_program, find_script
+from elastic_hpc.job.script import agent_command, srun_options
+from elastic_hpc.options.sbatch_options import SBATCH, Option, check, scan
+from elastic_hpc.options.spec import LAUNCH_OPTIONS, LaunchSpec, add_launch_options
+from elastic_hpc.options.torchrun_options import OPTIONS as TORCHRUN
+from elastic_hpc.options.torchrun_options import translate, unneeded
+from elastic_hpc.options.values import NodeRange, number
+from elastic_hpc.record.registry import remember
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import AGENT_MARK, LOCAL_NODE, LOCAL_NODES, for_a_new_job, run_number
 
 _USAGE = "elastic-srun [options] SCRIPT [ARGS...]"
 _EPILOG = """examples:
@@ -269,7 +269,7 @@ class _Run:
             return
         told = "the workers may save first; once more to stop them at once" if asked == 1 else "once more to kill"
         entry.tell("elastic-srun", f"stopping; {told}")
-        from elastic_hpc.ask import ask_leader
+        from elastic_hpc.network.client import ask_leader
 
         try:
             ask_leader(self._rundir, "save-and-stop" if asked == 1 else "stop")

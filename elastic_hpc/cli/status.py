@@ -17,10 +17,10 @@ from rich.text import Text
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.errors import UsageError
-from elastic_hpc.jobs import Jobs, Look
-from elastic_hpc.lookup import expand
-from elastic_hpc.registry import known
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.job.look import Jobs, Look
+from elastic_hpc.job.lookup import expand
+from elastic_hpc.record.registry import known
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view import status
 from elastic_hpc.view.job import as_json
 

@@ -9,7 +9,7 @@ import time
 
 from elastic_hpc.cli.jobs import add_job, nothing_to_show, one
 from elastic_hpc.errors import ElasticError, UsageError
-from elastic_hpc.jobs import Jobs
+from elastic_hpc.job.look import Jobs
 from elastic_hpc.view.timeline import html, png
 
 HELP = "draw a job: world size, faults, progress and goodput over time"

@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 
 from elastic_hpc.cli.jobs import add_job, one
-from elastic_hpc.jobs import Jobs
+from elastic_hpc.job.look import Jobs
 from elastic_hpc.view.why import page
 
 HELP = "tell why a job went as it did: the end of each round, what it cost, what to do"

@@ -10,7 +10,7 @@ from datetime import timedelta
 from enum import Enum
 from pathlib import PurePath
 
-from elastic_hpc.durations import as_text
+from elastic_hpc.options.durations import as_text
 from elastic_hpc.slurm.settings import Facts
 
 

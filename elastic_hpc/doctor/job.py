@@ -13,10 +13,10 @@ from pathlib import Path
 from elastic_hpc import slurm
 from elastic_hpc.doctor.reports import Report, Run
 from elastic_hpc.errors import ElasticError, SlurmError
-from elastic_hpc.request import build
-from elastic_hpc.rundir import RunDir
-from elastic_hpc.sbatch_options import SBATCH, Given
-from elastic_hpc.script import JobSpec, render, template_folder
+from elastic_hpc.job.request import build
+from elastic_hpc.job.script import JobSpec, render, template_folder
+from elastic_hpc.options.sbatch_options import SBATCH, Given
+from elastic_hpc.record.rundir import RunDir
 
 _DOCTOR = "elastic-hpc doctor"
 _RUNS = 100.0  # seconds: a minute, and what Slurm takes to end it

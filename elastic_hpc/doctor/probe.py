@@ -22,10 +22,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from elastic_hpc import __version__, net
+from elastic_hpc import __version__
 from elastic_hpc.doctor.reports import FIRST_PORT, LAST_PORT, Dial, Peer, Report
 from elastic_hpc.errors import ElasticError
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.network import addresses
+from elastic_hpc.record.rundir import RunDir
 
 _ALL = 42.0  # seconds for everything, of the minute that the job has
 _MEET = 20.0  # until all nodes must have said hello
@@ -42,7 +43,7 @@ class _Server:
     def __init__(self, rundir: RunDir, node: str) -> None:
         self._rundir, self._node, self._secret = rundir, node, rundir.read_secret().decode()
         self._held: list[Any] = []  # files with their locks
-        range_socket = net.listen_from(FIRST_PORT, LAST_PORT - FIRST_PORT + 1)
+        range_socket = addresses.listen_from(FIRST_PORT, LAST_PORT - FIRST_PORT + 1)
         any_socket = socket.create_server(("", 0), backlog=1024)
         self.port, self.any_port = range_socket.getsockname()[1], any_socket.getsockname()[1]
         for listening in (range_socket, any_socket):
@@ -188,13 +189,13 @@ def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> in
         raise ElasticError(f"{folder} is not there")
     rundir, problems = RunDir(folder), []
     try:
-        addresses = net.addresses_to_publish(node, interface, environ.get("SLURM_LAUNCH_NODE_IPADDR"))
+        published = addresses.to_publish(node, interface, environ.get("SLURM_LAUNCH_NODE_IPADDR"))
     except ElasticError as error:
-        addresses = ()
+        published = ()
         problems.append(str(error))
     server = _Server(rundir, node)
     created = _create(folder / "first")
-    rundir.write(f"hello.{node}.json", {"addresses": addresses, "port": server.port, "any_port": server.any_port})
+    rundir.write(f"hello.{node}.json", {"addresses": published, "port": server.port, "any_port": server.any_port})
     others = {name: hello for name, hello in _wait(rundir, "hello", count, _MEET).items() if name != node}
     peers = {name: Peer(error="no answer in time") for name in others}
 
@@ -212,8 +213,8 @@ def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> in
         python=platform.python_version(),
         torch=_version("torch"),
         elastic_hpc=__version__,
-        published=addresses,
-        interfaces=net.interface_addresses(),
+        published=published,
+        interfaces=addresses.interface_addresses(),
         port=server.port,
         gpus_granted=environ.get("SLURM_GPUS_ON_NODE"),
         gpus_visible=environ.get("CUDA_VISIBLE_DEVICES"),

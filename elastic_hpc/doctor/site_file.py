@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from elastic_hpc.doctor.findings import Finding
-from elastic_hpc.sbatch_options import Given
+from elastic_hpc.options.sbatch_options import Given
 
 _LASTING = frozenset(
     ("account", "constraint", "cpus-per-task", "exclusive", "gpus-per-node", "gres", "mem", "partition", "qos")
@@ -15,7 +15,7 @@ _LASTING = frozenset(
 
 
 def site_file(findings: Iterable[Finding], sbatch: Sequence[Given], log_dir: str | None = None) -> str:
-    """A configuration file (see elastic_hpc.config) of what follows from ``findings``, of the options of sbatch that
+    """A configuration file (see job.config) of what follows from ``findings``, of the options of sbatch that
     belong to the site, and of ``log_dir``, if that was given.
     """
     lines = [_line(key, value, f"{one.about}: {one.found}") for one in findings for key, value in one.config.items()]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from elastic_hpc.nodelist import fold, named, spans
-from elastic_hpc.stamps import Stamps
+from elastic_hpc.membership.nodes import fold, named, spans
+from elastic_hpc.record.stamps import Stamps
 
 Stream = Literal["out", "err"]
 

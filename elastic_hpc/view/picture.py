@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from markupsafe import escape
 
-from elastic_hpc.decide import FINISHED
+from elastic_hpc.membership.policy import FINISHED
 from elastic_hpc.view.account import MEANINGS, Kind, Phase, account, phases
 from elastic_hpc.view.job import span
 from elastic_hpc.view.story import Round, Story

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from elastic_hpc.events import sentence
+from elastic_hpc.membership.events import sentence
 from elastic_hpc.view.account import MEANINGS
 from elastic_hpc.view.job import JobView, clock, span
 from elastic_hpc.view.status import STYLES

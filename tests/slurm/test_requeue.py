@@ -26,7 +26,7 @@ import os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 from elastic_hpc import slurm
-from elastic_hpc.env import job_name
+from elastic_hpc.slurm.env import job_name
 from elastic_hpc.errors import SlurmError
 
 signal.signal(signal.SIGTERM, lambda *_: (folder / f"sigterm.{run}.{node}").touch())

@@ -16,7 +16,7 @@ run_dir={{ job.log_dir | quote }}/"$job"
 mkdir -p "$run_dir"
 {% include "prepare.j2" %}
 scontrol show job "$SLURM_JOB_ID" > "$run_dir/job"
-srun {{ srun_options | quote_all }} {{ python | quote }} -c 'import elastic_hpc.spec' && hostname > "$run_dir/imported"
+srun {{ srun_options | quote_all }} {{ python | quote }} -c 'import elastic_hpc' && hostname > "$run_dir/imported"
 srun -N1 -n1 printf '%s\\0' {{ launch.script_args | list | quote_all }} > "$run_dir/args"
 env > "$run_dir/env"
 touch "$run_dir/done"

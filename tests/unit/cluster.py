@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from elastic_hpc import net
-from elastic_hpc.channel import Channel, Network
-from elastic_hpc.control import Control, Seat
-from elastic_hpc.decide import Policy
+from elastic_hpc.agent.bridge import Control, Seat
 from elastic_hpc.errors import JobEnded
-from elastic_hpc.leader import Leader, Verdict
-from elastic_hpc.recorder import Recorder
-from elastic_hpc.roster import Host, Roster
-from elastic_hpc.rundir import RunDir
-from elastic_hpc.server import LeaderServer
+from elastic_hpc.membership.leader import Leader, Verdict
+from elastic_hpc.membership.policy import Policy
+from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.network import addresses
+from elastic_hpc.network.channel import Channel, Network
+from elastic_hpc.network.server import LeaderServer
+from elastic_hpc.record.recorder import Recorder
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.training import Progress
 
 POLICY = Policy(
@@ -74,7 +74,7 @@ class Node:
 
     def __init__(self, cluster: Cluster, index: int, *, first: bool) -> None:
         self.cluster = cluster
-        self.listener = net.listen_from(42000)
+        self.listener = addresses.listen_from(42000)
         self.host = Host(index, f"n{index}", ("127.0.0.1",), self.listener.getsockname()[1])
         self.recorder: Recorder | None = None
         self.leader: Leader | None = None

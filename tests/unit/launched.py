@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from elastic_hpc import standbys
-from elastic_hpc.standbys import Standbys
+from elastic_hpc.workers import standbys
+from elastic_hpc.workers.standbys import Standbys
 
 OUTPUT = Path("output")
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from elastic_hpc.rundir import EventReader, RunDir
+from elastic_hpc.record.rundir import EventReader, RunDir
 from elastic_hpc.view.story import Story, tell
 
 FOLDER = Path(__file__).parents[1] / "records"

@@ -18,17 +18,17 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
-from elastic_hpc import member, protocol
-from elastic_hpc.decide import Policy
-from elastic_hpc.election import joiner, votes
+from elastic_hpc.agent.leading import JOINER_PATIENCE
+from elastic_hpc.agent.supply import Supply
 from elastic_hpc.errors import JobEnded, SlurmError
-from elastic_hpc.leader import Leader, Verdict
-from elastic_hpc.leading import JOINER_PATIENCE
-from elastic_hpc.membership import Membership
-from elastic_hpc.protocol import Failure, Order, Status
-from elastic_hpc.roster import Host, Roster, RosterChange
-from elastic_hpc.server import LeaderServer
-from elastic_hpc.supply import Supply
+from elastic_hpc.membership import follower, messages
+from elastic_hpc.membership.election import joiner, votes
+from elastic_hpc.membership.leader import Leader, Verdict
+from elastic_hpc.membership.messages import Failure, Order, Status
+from elastic_hpc.membership.policy import Policy
+from elastic_hpc.membership.roster import Host, Roster, RosterChange
+from elastic_hpc.network.server import LeaderServer
+from elastic_hpc.network.session import Membership
 
 TIMEOUT = 5.0
 POLICY = Policy(
@@ -89,18 +89,18 @@ class SimLink:
             raise ConnectionResetError("the connection was closed")
         return line
 
-    def send(self, *messages: protocol.Message) -> None:
-        for message in messages:
+    def send(self, *sent: messages.Message) -> None:
+        for message in sent:
             self._send(message)
 
-    def _send(self, message: protocol.Message) -> None:
+    def _send(self, message: messages.Message) -> None:
         if self.closed or self.mine.dead:
             return
         dice = self.job.random.random()
         lossy = isinstance(message, (Status, Order, Roster, RosterChange))
         copies = 0 if lossy and dice < self.job.loss else 2 if lossy and dice < 2 * self.job.loss else 1
         for _ in range(copies):
-            self._later(protocol.encode(message))
+            self._later(messages.encode(message))
 
     def close(self) -> None:
         if not self.closed:
@@ -203,7 +203,7 @@ class SimNode:
         self.frozen = False
         self.left = ""
         self.workers = Workers()
-        self.started: list[tuple[int, protocol.Plan]] = []
+        self.started: list[tuple[int, messages.Plan]] = []
         self.membership: Membership
         self._status = Status(0, self.host, 1)
         self.order: Order | None = None
@@ -293,15 +293,15 @@ class SimNode:
     def _act(self) -> None:
         if self._busy or self.left or self.dead or self.frozen:
             return
-        match member.step(self.order, self._status, self.workers.round):
-            case member.Leave(outcome, _):
+        match follower.step(self.order, self._status, self.workers.round):
+            case follower.Leave(outcome, _):
                 self.leave(outcome)
-            case member.Stop():
+            case follower.Stop():
                 self._busy = True
                 asyncio.get_running_loop().call_later(self.job.random.uniform(0, 1), self._stopped)
-            case member.Acknowledge(round):
+            case follower.Acknowledge(round):
                 self._report(state="idle", round=round, failure=None, drained=False)
-            case member.Start(round, plan):
+            case follower.Start(round, plan):
                 self.workers = Workers(round, alive=True)
                 self.started.append((round, plan))
                 self._report(state="running", round=round, listens=self.job.scripts_listen, step=round)
@@ -322,7 +322,7 @@ class SimNode:
         self.membership.leave()
         self.job.queue.ended(self)
         if self.job.verdict and not any(votes(node.index) for node in self.job.left):
-            for id in list(self.job.queue.jobs):  # see elastic_hpc.conclude
+            for id in list(self.job.queue.jobs):  # see elastic_hpc.agent.conclude
                 self.job.queue.cancel(id)
 
     def warn(self) -> None:

@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 from cluster import wait_for
 
-from elastic_hpc import net
-from elastic_hpc.conclude import conclude
-from elastic_hpc.decide import Policy
-from elastic_hpc.election import Base
-from elastic_hpc.env import (
+from elastic_hpc.agent.conclude import conclude
+from elastic_hpc.agent.leading import Leading
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.membership.election import Base
+from elastic_hpc.membership.policy import Policy
+from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.network import addresses
+from elastic_hpc.options.spec import LaunchSpec, add_launch_options
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import (
     AgentEnv,
     for_a_new_job,
     is_of_another_job,
@@ -24,11 +29,6 @@ from elastic_hpc.env import (
     read_agent_env,
     workers_per_node,
 )
-from elastic_hpc.errors import ElasticError
-from elastic_hpc.leading import Leading
-from elastic_hpc.roster import Host, Roster
-from elastic_hpc.rundir import RunDir
-from elastic_hpc.spec import LaunchSpec, add_launch_options
 
 STEP = {
     "SLURM_JOB_ID": "7",
@@ -159,22 +159,22 @@ def test_the_run_keeps_its_name_when_another_job_goes_on_in_its_place() -> None:
 
 
 def test_a_port_that_is_taken_is_passed_over() -> None:
-    with net.listen_from(43000) as first, net.listen_from(43000) as second:
+    with addresses.listen_from(43000) as first, addresses.listen_from(43000) as second:
         assert second.getsockname()[1] > first.getsockname()[1] >= 43000
 
 
 def test_an_unknown_interface_is_refused_with_the_ones_there_are() -> None:
     with pytest.raises(ElasticError, match=r"--interface 'nope0'.*expected one of .*lo"):
-        net.addresses_to_publish("n1", "nope0", None)
-    assert net.addresses_to_publish("n1", "lo", None) == ("127.0.0.1",)
-    assert net.interface_of("127.0.0.1") == "lo"
+        addresses.to_publish("n1", "nope0", None)
+    assert addresses.to_publish("n1", "lo", None) == ("127.0.0.1",)
+    assert addresses.interface_of("127.0.0.1") == "lo"
 
 
 def test_a_node_knows_its_own_names() -> None:
-    assert net.is_me("n1", "n1.cluster")
-    assert net.is_me(socket.gethostname(), "n1")
-    assert net.is_me("127.0.0.1", "n1")
-    assert not net.is_me("no-such-host.invalid", "n1")
+    assert addresses.is_me("n1", "n1.cluster")
+    assert addresses.is_me(socket.gethostname(), "n1")
+    assert addresses.is_me("127.0.0.1", "n1")
+    assert not addresses.is_me("no-such-host.invalid", "n1")
 
 
 def test_the_run_directory_is_for_its_owner_only_and_keeps_its_secret(tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def test_a_hook_that_the_script_sets_on_imports_sees_all_of_them(hook: str, laun
 def test_a_function_of_submitits_finds_what_is_changed_in_torch_for_it(launch: Launch) -> None:
     script("import tail", "mine.py")
     script("", "tail.py")
-    name = script("import os, sys\nfrom elastic_hpc.submitit_worker import _WhenImported\n"
+    name = script("import os, sys\nfrom elastic_hpc.submitit.worker import _WhenImported\n"
                   "sys.meta_path.insert(0, _WhenImported('tail', lambda module: print('changed', module.__name__)))\n"
                   "os.environ['SUBMITIT_FOLDER'] = 'x'\nimport mine\nprint(mine.tail.__name__)")  # fmt: skip
     warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)

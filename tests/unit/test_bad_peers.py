@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from cluster import Cluster, wait_for
 
-from elastic_hpc import channel, protocol
-from elastic_hpc.protocol import WHO, Status
-from elastic_hpc.roster import Host
+from elastic_hpc.membership import messages
+from elastic_hpc.membership.messages import WHO, Status
+from elastic_hpc.membership.roster import Host
+from elastic_hpc.network import channel
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +83,9 @@ class Peer:
             self.socket.sendall(data)
 
     def prove(self) -> Peer:
-        theirs, mine = self.hear()["challenge"], protocol.new_nonce()
+        theirs, mine = self.hear()["challenge"], messages.new_nonce()
         self.send(
-            protocol.encode({"challenge": mine, "proof": protocol.proof(self.cluster.secret, "agent", theirs, mine)})
+            messages.encode({"challenge": mine, "proof": messages.proof(self.cluster.secret, "agent", theirs, mine)})
         )
         assert self.hear().keys() == {"proof"}
         return self
@@ -100,7 +101,7 @@ class Peer:
 
 
 def status(**fields: Any) -> bytes:
-    return protocol.encode(Status(**{"seq": 1, "host": Host(7, "n7", ("127.0.0.1",), 1), "nproc": 1, **fields}))
+    return messages.encode(Status(**{"seq": 1, "host": Host(7, "n7", ("127.0.0.1",), 1), "nproc": 1, **fields}))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def status(**fields: Any) -> bytes:
         '{"proof": "\u00e9"}\n'.encode(),
         b"[" * 100_000 + b"\n",
         b'{"challenge": ' + b"9" * 10_000 + b"}\n",
-        b"x" * (3 * protocol.MAX_LINE),
+        b"x" * (3 * messages.MAX_LINE),
         b'{"half": ',
         b"",
     ],
@@ -134,7 +135,7 @@ def test_who_does_not_hold_the_secret_is_refused(
     with Peer(cluster) as peer:
         peer.hear()
         peer.send(noise)
-        if noise.endswith(b"\n") or len(noise) > protocol.MAX_LINE:
+        if noise.endswith(b"\n") or len(noise) > messages.MAX_LINE:
             assert peer.is_thrown_out()
             wait_for(lambda: strangers() > before)
         assert_undisturbed(cluster)
@@ -151,8 +152,8 @@ def test_half_a_line_is_not_waited_for_long(cluster: Cluster, monkeypatch: pytes
 
 def test_a_proof_that_was_overheard_opens_no_other_connection(cluster: Cluster) -> None:
     with Peer(cluster) as first, Peer(cluster) as second:
-        theirs, mine = first.hear()["challenge"], protocol.new_nonce()
-        overheard = protocol.encode({"challenge": mine, "proof": protocol.proof(cluster.secret, "agent", theirs, mine)})
+        theirs, mine = first.hear()["challenge"], messages.new_nonce()
+        overheard = messages.encode({"challenge": mine, "proof": messages.proof(cluster.secret, "agent", theirs, mine)})
         first.send(overheard)
         assert first.hear().keys() == {"proof"}
         second.send(overheard)
@@ -166,9 +167,9 @@ def test_what_the_leader_proves_to_one_is_of_no_use_for_another(cluster: Cluster
     with Peer(cluster) as peer, Peer(cluster) as oracle:
         theirs = peer.hear()["challenge"]
         asked, mine = oracle.hear()["challenge"], theirs
-        oracle.send(protocol.encode({"challenge": mine, "proof": protocol.proof(cluster.secret, "agent", asked, mine)}))
+        oracle.send(messages.encode({"challenge": mine, "proof": messages.proof(cluster.secret, "agent", asked, mine)}))
         answer = oracle.hear()["proof"]
-        peer.send(protocol.encode({"challenge": asked, "proof": answer}))
+        peer.send(messages.encode({"challenge": asked, "proof": answer}))
         assert peer.is_thrown_out()
         assert_undisturbed(cluster)
 
@@ -187,7 +188,7 @@ def test_what_the_leader_proves_to_one_is_of_no_use_for_another(cluster: Cluster
         b'{"roster": 5}\n',
         b'{"roster": {"round": 9, "hosts": [], "bases": [7], "restarts": 0, "requeues": 0}}\n',
         b"[" * 100_000 + b"\n",
-        b"y" * (2 * protocol.MAX_LINE),
+        b"y" * (2 * messages.MAX_LINE),
         b'{"roster":{"round":9,"hosts":"7 n7","bases":[],"restarts":0,"requeues":0,"members":"","mark":""}}\n',
         b'{"roster":{"round":9,"hosts":"","bases":[],"restarts":0,"requeues":0,"members":"0-99999999","mark":""}}\n',
         status(step=1).replace(b'"step"', b'"stop"'),
@@ -241,7 +242,7 @@ def test_a_spare_that_falls_silent_is_given_up_without_a_restart(cluster: Cluste
 def test_a_reader_that_is_too_slow_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """It asks, and does not read the answers."""
     monkeypatch.setattr(channel, "_SLOW_READER", 64 * 1024)
-    questions = protocol.encode({"request": WHO, "and": "so on" * 100}) * 100
+    questions = messages.encode({"request": WHO, "and": "so on" * 100}) * 100
 
     def attended() -> int:
         return len([task for task in asyncio.all_tasks() if "Network.serve" in repr(task.get_coro())])
@@ -275,7 +276,7 @@ def test_a_thousand_idle_connections_do_not_keep_the_next_agent_out(cluster: Clu
         assert_undisturbed(cluster)
         assert cluster.nodes[0].in_loop(lambda: len(waiting)) <= channel._STRANGERS
         with Peer(cluster).prove() as agent:
-            agent.send(protocol.encode({"request": WHO}))
+            agent.send(messages.encode({"request": WHO}))
             assert agent.hear()["redirect"]["leads"]
     assert_undisturbed(cluster)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from elastic_hpc.batch_script import FromBatch, from_batch
 from elastic_hpc.cli.sbatch import main
 from elastic_hpc.errors import UsageError
+from elastic_hpc.from_batch.convert import FromBatch, from_batch
 
 PYTORCH = r"""#!/bin/bash
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from elastic_hpc.checkpoint import CheckpointError, Checkpoints, control_group
-from elastic_hpc.checkpoint_folder import FencedOut
 from elastic_hpc.errors import UsageError
+from elastic_hpc.training.checkpoint import CheckpointError, Checkpoints, control_group
+from elastic_hpc.training.checkpoint_folder import FencedOut
 
 DEADLINE_S = 60.0
 processes = multiprocessing.get_context("forkserver")

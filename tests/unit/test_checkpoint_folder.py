@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_hpc.checkpoint_folder import FencedOut, Files
+from elastic_hpc.training.checkpoint_folder import FencedOut, Files
 
 DEADLINE_S = 60.0
 

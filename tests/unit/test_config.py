@@ -1,9 +1,9 @@
 import pytest
 
-from elastic_hpc.config import Settings, load
 from elastic_hpc.errors import UsageError
-from elastic_hpc.sbatch_options import SBATCH, Given
-from elastic_hpc.values import NodeRange
+from elastic_hpc.job.config import Settings, load
+from elastic_hpc.options.sbatch_options import SBATCH, Given
+from elastic_hpc.options.values import NodeRange
 
 
 @pytest.fixture

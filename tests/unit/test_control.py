@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, Node, end_of, wait_for
 
-from elastic_hpc import channel, protocol
-from elastic_hpc.ask import ask_leader
 from elastic_hpc.errors import ElasticError, JobEnded
-from elastic_hpc.protocol import WHO, Failure, Redirect
-from elastic_hpc.recorder import Recorder
-from elastic_hpc.roster import Host
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.membership import messages
+from elastic_hpc.membership.messages import WHO, Failure, Redirect
+from elastic_hpc.membership.roster import Host
+from elastic_hpc.network import channel
+from elastic_hpc.network.client import ask_leader
+from elastic_hpc.record.recorder import Recorder
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.training import Progress
 
 
@@ -107,7 +108,7 @@ def test_anybody_who_holds_the_secret_is_told_who_leads(cluster: Cluster) -> Non
     async def ask(host: Host) -> Redirect:
         link = await channel.connect(host.addresses, host.port, cluster.secret)
         link.send({"request": WHO})
-        said = protocol.decode_from_leader(await link.read())
+        said = messages.decode_from_leader(await link.read())
         link.close()
         assert isinstance(said, Redirect)
         return said
@@ -120,7 +121,7 @@ def test_anybody_who_holds_the_secret_is_told_who_leads(cluster: Cluster) -> Non
 def test_a_leader_without_the_secret_is_not_believed() -> None:
     async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = channel.Channel(reader, writer)
-        link.send({"challenge": protocol.new_nonce()})
+        link.send({"challenge": messages.new_nonce()})
         await link.read()
         link.send({"proof": "0" * 64})
         await link.flush()
@@ -128,7 +129,7 @@ def test_a_leader_without_the_secret_is_not_believed() -> None:
     async def dial() -> None:
         server = await asyncio.start_server(impostor, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(protocol.ProtocolError, match="does not hold this job's secret"):
+        with pytest.raises(messages.ProtocolError, match="does not hold this job's secret"):
             await channel.connect(["127.0.0.1"], port, b"secret" * 8)
         server.close()
         await server.wait_closed()
@@ -137,9 +138,9 @@ def test_a_leader_without_the_secret_is_not_believed() -> None:
 
 
 def test_an_agents_proof_cannot_be_played_back_as_the_leaders() -> None:
-    proof = protocol.proof(b"secret", "agent", "a", "b")
-    with pytest.raises(protocol.ProtocolError):
-        protocol.check_proof(b"secret", "leader", "a", "b", proof)
+    proof = messages.proof(b"secret", "agent", "a", "b")
+    with pytest.raises(messages.ProtocolError):
+        messages.check_proof(b"secret", "leader", "a", "b", proof)
 
 
 def test_the_batch_script_can_ask_for_a_drain_with_nothing_but_the_run_directory(cluster: Cluster) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from elastic_hpc.decide import GETS_GOING, HEARING, STARTING, Action, Decision, Policy, View, decide
-from elastic_hpc.election import joiner, votes
+from elastic_hpc.membership.election import joiner, votes
+from elastic_hpc.membership.policy import GETS_GOING, HEARING, STARTING, Action, Decision, Policy, View, decide
 
 OWN, JOINERS = st.integers(0, 7), st.integers(0, 3).map(lambda job: joiner(str(job)))
 NODES = st.frozensets(OWN | JOINERS, max_size=8)

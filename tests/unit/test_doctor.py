@@ -15,7 +15,6 @@ import pytest
 
 from elastic_hpc import slurm
 from elastic_hpc.cli import hpc
-from elastic_hpc.config import load
 from elastic_hpc.doctor import probe
 from elastic_hpc.doctor.findings import (
     Finding,
@@ -29,8 +28,9 @@ from elastic_hpc.doctor.findings import (
 from elastic_hpc.doctor.nodes import run_findings
 from elastic_hpc.doctor.reports import Dial, Peer, Report, Run
 from elastic_hpc.doctor.site_file import site_file
-from elastic_hpc.rundir import RunDir
-from elastic_hpc.sbatch_options import SBATCH, Given
+from elastic_hpc.job.config import load
+from elastic_hpc.options.sbatch_options import SBATCH, Given
+from elastic_hpc.record.rundir import RunDir
 
 SITES = Path(__file__).parent / "sites"
 GRACE = timedelta(seconds=90)
@@ -434,7 +434,7 @@ def test_two_nodes_find_each_other_and_agree(tmp_path: Path):
     rundir = RunDir(tmp_path / "doctor.0").create()
     rundir.make_secret()
     try:
-        probe.net.addresses_to_publish("n1", None, None)
+        probe.addresses.to_publish("n1", None, None)
     except probe.ElasticError:
         pytest.skip("this machine has no network but loopback")
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from elastic_hpc.drain import DrainSignals, handles
 from elastic_hpc.errors import UsageError
-from elastic_hpc.values import DrainSignal
+from elastic_hpc.options.values import DrainSignal
+from elastic_hpc.workers.drain import DrainSignals, handles
 
 SRUN, TOOL = (Path(sys.executable).with_name(name) for name in ("elastic-srun", "elastic-hpc"))
 TRAIN = """

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_hpc.durations import as_text, parse, seconds, slurm_time, time_limit
 from elastic_hpc.errors import UsageError
+from elastic_hpc.options.durations import as_text, parse, seconds, slurm_time, time_limit
 
 
 @pytest.mark.parametrize(

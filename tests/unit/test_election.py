@@ -12,13 +12,13 @@ from collections import deque
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from elastic_hpc import member
-from elastic_hpc.decide import Policy
-from elastic_hpc.election import Base, extended, has_quorum, order_of_succession, relevant
-from elastic_hpc.leader import Leader
-from elastic_hpc.membership import Membership
-from elastic_hpc.protocol import Failure, Message, Order, Status
-from elastic_hpc.roster import Host, Roster, RosterChange
+from elastic_hpc.membership import follower
+from elastic_hpc.membership.election import Base, extended, has_quorum, order_of_succession, relevant
+from elastic_hpc.membership.leader import Leader
+from elastic_hpc.membership.messages import Failure, Message, Order, Status
+from elastic_hpc.membership.policy import Policy
+from elastic_hpc.membership.roster import Host, Roster, RosterChange
+from elastic_hpc.network.session import Membership
 
 NODES = st.sets(st.integers(0, 6), min_size=1).map(lambda nodes: tuple(sorted(nodes)))
 BASES = st.builds(Base, st.integers(1, 9), st.integers(0, 6), NODES)
@@ -89,12 +89,12 @@ class Agent(Membership):
     def set_order(self, order: Order | None, _link: object) -> None:
         """Workers are stopped before anything else happens, as in life."""
         while True:
-            match member.step(order, self.own, self.workers):
-                case member.Stop():
+            match follower.step(order, self.own, self.workers):
+                case follower.Stop():
                     self.workers = 0
-                case member.Acknowledge(round):
+                case follower.Acknowledge(round):
                     self.report(state="idle", round=round, failure=None)
-                case member.Start(round, _):
+                case follower.Start(round, _):
                     self.workers = round
                     self.report(state="running", round=round)
                 case _:

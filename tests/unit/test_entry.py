@@ -16,7 +16,7 @@ import records
 
 from elastic_hpc import __version__
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.record.rundir import RunDir
 
 FAULTS = str(records.FOLDER / "faults")
 HPC = [sys.executable, "-m", "elastic_hpc"]

@@ -18,16 +18,16 @@ import pytest
 import simulated
 from cluster import wait_for
 
-from elastic_hpc.agent import parse_args
+from elastic_hpc.agent.leading import Leading
+from elastic_hpc.agent.main import parse_args
 from elastic_hpc.cli.sbatch import main
-from elastic_hpc.env import AgentEnv
 from elastic_hpc.errors import JobEnded, UsageError
-from elastic_hpc.leading import Leading
-from elastic_hpc.request import checked
-from elastic_hpc.roster import Host
-from elastic_hpc.rundir import RunDir
-from elastic_hpc.script import JobSpec, quote_all, render
-from elastic_hpc.spec import LaunchSpec
+from elastic_hpc.job.request import checked
+from elastic_hpc.job.script import JobSpec, quote_all, render
+from elastic_hpc.membership.roster import Host
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import AgentEnv
 from elastic_hpc.start import module_command
 
 PYXIS = {"container_image": "registry.example#nvidia/pytorch:25.01-py3"}
@@ -263,7 +263,7 @@ def test_a_leader_without_slurms_commands_asks_for_no_nodes_and_leaves_requeues_
     server = agent.lead(None, "")
     assert server._supply is None
     assert agent._do({"outcome": "requeue"}, ["n3"], alone=False, others=()) is None
-    assert [record.getMessage() for record in caplog.records if record.name == "elastic_hpc.leading"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "elastic_hpc.agent.leading"] == [
         "Slurm's commands are not here: no agent is started anew, no node is brought, the batch script requeues"
     ]
     assert agent.recorder

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from elastic_hpc import JobSpec, LaunchConfig, UsageError, elastic_launch, render
-from elastic_hpc import option_types as types
-from elastic_hpc.config import KEYS
-from elastic_hpc.sbatch_options import _REFUSED, COMMAND_LINE_ONLY, SBATCH
-from elastic_hpc.spec import LAUNCH_OPTIONS
-from elastic_hpc.torchrun_options import OPTIONS
+from elastic_hpc.job.config import KEYS
+from elastic_hpc.options import option_types as types
+from elastic_hpc.options.sbatch_options import _REFUSED, COMMAND_LINE_ONLY, SBATCH
+from elastic_hpc.options.spec import LAUNCH_OPTIONS
+from elastic_hpc.options.torchrun_options import OPTIONS
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import POLICY, Job, SimJoiner, SimNode
 
-from elastic_hpc import growth
-from elastic_hpc.election import FIRST_JOINER, joiner, votes
-from elastic_hpc.growth import Needs
-from elastic_hpc.leading import JOINER_PATIENCE
+from elastic_hpc.agent.leading import JOINER_PATIENCE
+from elastic_hpc.membership import growth
+from elastic_hpc.membership.election import FIRST_JOINER, joiner, votes
+from elastic_hpc.membership.growth import Needs
 
 SEEDS = st.integers(0, 2**32)
 FREE = replace(POLICY, max_nodes=5, free_growth=True)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from elastic_hpc import guard
+from elastic_hpc.workers import guard
 
 AGENT = """
 import os, subprocess, sys, time
 sys.path.insert(0, {root!r})
-from elastic_hpc import guard
+from elastic_hpc.workers import guard
 theirs, pipe = os.pipe()
 argv = [sys.executable, "-I", "-S", guard.__file__, *{argv!r}]
 watcher = subprocess.Popen(argv, stdin=theirs, start_new_session=True)

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_hpc import ElasticError, Job, JobFailed, JobSpec, SlurmError, UsageError, lookup, render, submit
+from elastic_hpc import ElasticError, Job, JobFailed, JobSpec, SlurmError, UsageError, render, submit
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.registry import remember
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.job import lookup
+from elastic_hpc.record.registry import remember
+from elastic_hpc.record.rundir import RunDir
 
 FINISHED = {"outcome": "finished", "cause": "", "reason": "all workers finished", "failure": None, "run": 0}
 FAILED = {**FINISHED, "outcome": "failed", "cause": "budget", "reason": "used up", "failure": {"rank": 1}}

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, Node, end_of, wait_for
 
-from elastic_hpc import conclude
-from elastic_hpc.ask import ask_to_leave
-from elastic_hpc.election import joiner, votes
-from elastic_hpc.env import AGAIN, JOIN, prepare_worker_env, read_agent_env
+from elastic_hpc.agent import conclude
+from elastic_hpc.agent.joiners import SlurmSource, enter
 from elastic_hpc.errors import ElasticError, JobEnded
-from elastic_hpc.joiners import SlurmSource, enter
-from elastic_hpc.roster import Host
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.membership.election import joiner, votes
+from elastic_hpc.membership.roster import Host
+from elastic_hpc.network.client import ask_to_leave
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import AGAIN, JOIN, prepare_worker_env, read_agent_env
 
 TASK = {
     "SLURM_JOB_ID": "4712",

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import simulated
 
-from elastic_hpc.decide import STORE_PATIENCE, TERM_GRACE
-from elastic_hpc.leader import STOP_TIMEOUT, Leader
-from elastic_hpc.protocol import Failure, Order, Request, Status
-from elastic_hpc.roster import Host, Roster
-from elastic_hpc.world import ALIVE_IS_PROGRESS, SETTLE, TOLD_EVERY
+from elastic_hpc.membership.leader import STOP_TIMEOUT, Leader
+from elastic_hpc.membership.messages import Failure, Order, Request, Status
+from elastic_hpc.membership.policy import STORE_PATIENCE, TERM_GRACE
+from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.world import ALIVE_IS_PROGRESS, SETTLE, TOLD_EVERY
 
 POLICY = replace(simulated.POLICY, max_restarts=100)
 

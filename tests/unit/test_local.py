@@ -17,7 +17,7 @@ import pytest
 
 import elastic_hpc
 from elastic_hpc.cli.srun import _read, _request
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.record.rundir import RunDir
 
 SRUN = Path(sys.executable).with_name("elastic-srun")
 TRAIN = """

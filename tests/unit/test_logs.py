@@ -14,7 +14,7 @@ import pytest
 import records
 
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.stamps import FILE, Stamper, Stamps
+from elastic_hpc.record.stamps import FILE, Stamper, Stamps
 from elastic_hpc.view.logs import Line, Logs, Wanted
 
 FAULTS = records.FOLDER / "faults"

@@ -8,7 +8,7 @@ import sys
 import pytest
 from memory import memory_cgroup
 
-from elastic_hpc.memory import OomWatch
+from elastic_hpc.workers.memory import OomWatch
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ def test_a_worker_killed_by_the_kernel_for_its_memory_is_told_from_one_killed_by
     agent = """
 import subprocess, sys
 open(sys.argv[1], 'w').write('0')
-from elastic_hpc.causes import explain
-from elastic_hpc.memory import OomWatch
+from elastic_hpc.membership.causes import explain
+from elastic_hpc.workers.memory import OomWatch
 watch = OomWatch()
 worker = subprocess.run([sys.executable, '-c', 'import os; ' + sys.argv[2]])
 cause = explain(worker.returncode, '', oom=watch.happened())

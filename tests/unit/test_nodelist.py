@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_hpc.nodelist import MOST, Typed, fold, named, numbers, spans
+from elastic_hpc.membership.nodes import MOST, Typed, fold, named, numbers, spans
 
 
 @given(st.lists(st.integers(0, 300)))

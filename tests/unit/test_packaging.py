@@ -156,7 +156,7 @@ def test_pip_of_another_python_installs_the_wheel(version, wheel, tmp_path):
     run(python, "-m", "pip", "--no-input", "install", "--no-index", "--no-deps", "--target", ".", wheel, cwd=tmp_path)
     assert {f"elastic-{command}" for command in ("sbatch", "srun", "hpc")} <= {*os.listdir(tmp_path / "bin")}
     shown = "import elastic_hpc.training; print(elastic_hpc.training.__file__)"
-    assert run(python, "-c", shown, cwd=tmp_path) == f"{tmp_path}/elastic_hpc/training.py\n"
+    assert run(python, "-c", shown, cwd=tmp_path) == f"{tmp_path}/elastic_hpc/training/__init__.py\n"
 
 
 def other_python(version):

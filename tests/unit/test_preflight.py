@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from elastic_hpc import preflight
-from elastic_hpc.preflight import Problem, check
+from elastic_hpc.agent import preflight
+from elastic_hpc.agent.preflight import Problem, check
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def isolated(setup: str, code: str, *, net: bool = False) -> Any:
     """What ``code`` leaves in ``answer``, run by root in a mount namespace of its own after the shell's ``setup``."""
     if os.geteuid() != 0 or not shutil.which("unshare"):
         pytest.skip("needs root and unshare")
-    code = f"import json\nfrom pathlib import Path\nfrom elastic_hpc import preflight\n{code}\n"
+    code = f"import json\nfrom pathlib import Path\nfrom elastic_hpc.agent import preflight\n{code}\n"
     ends = "import os, sys\nprint(json.dumps(answer), flush=True)\nos._exit(0)"
     script = f'set -e\n{setup}\nexec "$0" -c "$1"'
     argv = ["unshare", "-mn" if net else "-m", "sh", "-c", script, sys.executable, code + ends]

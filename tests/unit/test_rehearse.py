@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.rehearse import Crash, Done, Finding, Planned, Step, exit_code, judge, plan
+from elastic_hpc.rehearse.plan import Crash, Done, Finding, Planned, Step, exit_code, judge, plan
 
 ROOT = Path(__file__).parents[2]
 REHEARSE = [sys.executable, str(ROOT / "bin" / "elastic-hpc"), "rehearse"]

@@ -13,11 +13,11 @@ import pytest
 import simulated
 from simulated import POLICY, Job, SimNode
 
-from elastic_hpc import leader as leader_module
-from elastic_hpc import protocol
-from elastic_hpc.leader import Leader
-from elastic_hpc.protocol import Order, Status
-from elastic_hpc.roster import Host, Hosts, Roster, RosterChange
+from elastic_hpc.membership import leader as leader_module
+from elastic_hpc.membership import messages
+from elastic_hpc.membership.leader import Leader
+from elastic_hpc.membership.messages import Order, Status
+from elastic_hpc.membership.roster import Host, Hosts, Roster, RosterChange
 
 
 @dataclass
@@ -67,13 +67,13 @@ class Crowd:
             sent = self.leader.take_orders()
             if not sent:
                 return
-            for node, messages in sent.items():
-                for message in messages:
+            for node, told in sent.items():
+                for message in told:
                     self.hear(node, message)
 
     def hear(self, node: int, message: Any) -> None:
         self.counts.messages += 1
-        self.counts.bytes += len(protocol.encode(message))
+        self.counts.bytes += len(messages.encode(message))
         if isinstance(message, Roster):
             self.held[node] = message
         elif isinstance(message, RosterChange):
@@ -127,7 +127,7 @@ def test_heartbeats_and_steps_without_news_are_not_decided_upon(crowd: Crowd) ->
 
 def test_a_roster_is_encoded_once_for_all(crowd: Crowd) -> None:
     roster = crowd.leader.roster
-    assert protocol.encode(roster) is protocol.encode(roster)
+    assert messages.encode(roster) is messages.encode(roster)
 
 
 def test_who_holds_another_roster_of_the_same_round_gets_the_whole_one(crowd: Crowd) -> None:
@@ -213,11 +213,11 @@ def hosts(*nodes: int, port: int = 1) -> tuple[Host, ...]:
 
 
 def arrived(message: Any) -> Any:
-    return protocol.decode_from_leader(protocol.encode(message))
+    return messages.decode_from_leader(messages.encode(message))
 
 
 def test_a_change_makes_the_same_roster_of_the_one_before() -> None:
-    base = protocol.Base(3, 0, (0, 1, 2))
+    base = messages.Base(3, 0, (0, 1, 2))
     before = Roster(3, hosts(0, 1, 2), (base,), 1, 0, (0, 1, 2), "3.0.1")
     after = Roster(
         4, (*hosts(0), *hosts(2, port=7), *hosts(5)), (base, replace(base, round=4)), 2, 0, (0, 2, 5), "4.0.9"
@@ -243,8 +243,8 @@ def test_hosts_are_what_they_were_and_stay_packed_until_one_is_asked_for() -> No
 @pytest.mark.parametrize("make", [lambda: Order(7, "gather", 3, "why"), lambda: Status(5, hosts(1)[0], 2, step=4)])
 def test_what_has_its_default_is_not_said(make: Callable[[], Any]) -> None:
     said = make()
-    decode = protocol.decode_from_agent if isinstance(said, Status) else protocol.decode_from_leader
-    line = protocol.encode(said)
+    decode = messages.decode_from_agent if isinstance(said, Status) else messages.decode_from_leader
+    line = messages.encode(said)
     assert decode(line) == said
     assert len(line) < 130
 

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_hpc.config import Setting
 from elastic_hpc.errors import UsageError
-from elastic_hpc.sbatch_options import SBATCH, Given, WarningSignal
-from elastic_hpc.script import (
+from elastic_hpc.job.config import Setting
+from elastic_hpc.job.script import (
     JobSpec,
     Shell,
     agent_command,
@@ -26,8 +25,9 @@ from elastic_hpc.script import (
     render,
     srun_options,
 )
-from elastic_hpc.spec import LaunchSpec
-from elastic_hpc.values import Endpoint, NodeRange
+from elastic_hpc.options.sbatch_options import SBATCH, Given, WarningSignal
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.values import Endpoint, NodeRange
 
 # What argv can hold: any bytes but NUL. The interesting ones more often than chance would have it.
 arguments = st.one_of(

@@ -12,7 +12,7 @@ from elastic_hpc.cli import srun
 from elastic_hpc.cli.hpc import main as hpc
 from elastic_hpc.cli.sbatch import main as sbatch
 from elastic_hpc.errors import UsageError
-from elastic_hpc.script_file import check_script
+from elastic_hpc.job.script_file import check_script
 
 BATCH = "#SBATCH --nodes=4\n\nsrun torchrun --nnodes 4 train.py\n"
 FROM_BATCH = "elastic-sbatch --from-batch train.py makes an elastic job of a batch script with a torchrun line"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from elastic_hpc import snapshot
 from elastic_hpc.cli.sbatch import main
 from elastic_hpc.errors import SlurmError, UsageError
-from elastic_hpc.request import prepared
-from elastic_hpc.script import JobSpec, render
-from elastic_hpc.snapshot import WorkTree
+from elastic_hpc.job import snapshot
+from elastic_hpc.job.request import prepared
+from elastic_hpc.job.script import JobSpec, render
+from elastic_hpc.job.snapshot import WorkTree
 
 GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "protocol.file.allow=always"]
 

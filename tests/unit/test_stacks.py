@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_hpc import stacks
+from elastic_hpc.workers import stacks
 
 STUCK = """
 import threading
@@ -92,7 +92,7 @@ import os
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 from pathlib import Path
-from elastic_hpc.stacks import dump
+from elastic_hpc.workers.stacks import dump
 print(*dump({{"rank0": {pid}}}, Path({folder!r})))
 """
         run = [sys.executable, "-c", code]

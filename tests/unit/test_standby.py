@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from unit.launched import Launch, script, wait_until_ready
 
-from elastic_hpc import standbys
-from elastic_hpc.standbys import Standbys
+from elastic_hpc.workers import standbys
+from elastic_hpc.workers.standbys import Standbys
 
 LOOK = """
 import sys
@@ -241,7 +241,7 @@ def test_one_that_is_killed_while_it_waits_is_not_used(tmp_path: Path) -> None:
 
 
 def test_the_agents_own_path_is_left_alone() -> None:
-    code = "import sys; sys.path.insert(0, 'mine'); import elastic_hpc.standbys; assert sys.path[0] == 'mine'"
+    code = "import sys; sys.path.insert(0, 'mine'); import elastic_hpc.workers.standbys; assert sys.path[0] == 'mine'"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -263,10 +263,10 @@ def test_they_take_but_a_part_of_the_free_memory(monkeypatch: pytest.MonkeyPatch
     pool.look(going=True)
     wait_until_ready(pool)
     needed = 2 * pool.started.standby_mb
-    monkeypatch.setattr("elastic_hpc.memory.available", lambda: needed / standbys.SHARE * 0.99)
+    monkeypatch.setattr("elastic_hpc.workers.memory.available", lambda: needed / standbys.SHARE * 0.99)
     pool.look(going=True)
     assert len(pool._waiting) == 1
-    monkeypatch.setattr("elastic_hpc.memory.available", lambda: needed / standbys.SHARE * 1.01)
+    monkeypatch.setattr("elastic_hpc.workers.memory.available", lambda: needed / standbys.SHARE * 1.01)
     pool.look(going=True)
     assert len(pool._waiting) == 2
     pool.close()

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from elastic_hpc import slurm
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.jobs import Jobs
-from elastic_hpc.registry import known, remember
-from elastic_hpc.rundir import RunDir
+from elastic_hpc.job.look import Jobs
+from elastic_hpc.record.registry import known, remember
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm import Queued
 from elastic_hpc.view.job import SCHEMA, JobView, Seen, as_json, span, view
 from elastic_hpc.view.status import card, table

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import records
 
-from elastic_hpc.events import EVENTS, sentence
-from elastic_hpc.rundir import EventReader, RunDir
+from elastic_hpc.membership.events import EVENTS, sentence
+from elastic_hpc.record.rundir import EventReader, RunDir
 from elastic_hpc.view.account import MEANINGS, account, phases
 from elastic_hpc.view.story import tell
 

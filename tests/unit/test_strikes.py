@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_hpc.strikes import EXPIRY, Strike, dump, excluded, live, load, readmitted
+from elastic_hpc.membership.strikes import EXPIRY, Strike, dump, excluded, live, load, readmitted
 
 NOW = 1_000_000.0
 HOUR = 3600.0

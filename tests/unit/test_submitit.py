@@ -24,10 +24,10 @@ import submitit
 from submitit.core import plugins, utils
 from submitit.slurm.slurm import SlurmExecutor
 
-from elastic_hpc import functions
 from elastic_hpc.errors import ElasticError, UsageError
-from elastic_hpc.submitit_jobs import ElasticLocalJob
-from elastic_hpc.submitit_plugin import ElasticExecutor, ElasticLocalExecutor
+from elastic_hpc.job import functions
+from elastic_hpc.submitit.executors import ElasticExecutor, ElasticLocalExecutor
+from elastic_hpc.submitit.jobs import ElasticLocalJob
 
 
 @pytest.fixture
@@ -167,7 +167,10 @@ def test_looking_for_executors_imports_little_and_cannot_fail_for_what_jobs_need
     assert ran.stderr == ""
 
 
-LIGHT = ("election", "env", "errors", "functions", "rundir", "submitit_plugin")
+LIGHT = (
+    *("errors", "job", "job.functions", "membership", "membership.election", "record", "record.rundir", "slurm"),
+    *("slurm.env", "submitit", "submitit.executors"),
+)
 
 
 def test_another_plugin_that_is_broken_is_reported_as_ever_and_a_good_one_is_found(tmp_path: Path) -> None:

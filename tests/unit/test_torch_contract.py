@@ -1,4 +1,4 @@
-"""What elastic_hpc takes for granted about torch. A failure means: torch has changed, look at elastic_hpc.workers."""
+"""What elastic_hpc takes for granted about torch. A failure means: torch has changed, look at workers.elastic_agent."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
-from elastic_hpc.aside import OF_A_ROUND
-from elastic_hpc.rendezvous import ElasticRendezvousHandler
+from elastic_hpc.agent.rendezvous import ElasticRendezvousHandler
+from elastic_hpc.workers.aside import OF_A_ROUND
 
 
 def source(of: object) -> str:
@@ -119,7 +119,7 @@ def test_a_store_takes_over_a_listening_socket() -> None:
 
 def test_submitting_and_looking_import_no_torch() -> None:
     code = (
-        "import sys, elastic_hpc.cli.sbatch, elastic_hpc.cli.srun, elastic_hpc.cli.hpc, elastic_hpc.leader;"
+        "import sys, elastic_hpc.cli.sbatch, elastic_hpc.cli.srun, elastic_hpc.cli.hpc, elastic_hpc.membership.leader;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'submitit', 'numpy')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

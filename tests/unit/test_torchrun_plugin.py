@@ -15,10 +15,10 @@ import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.guard import marked
-from elastic_hpc.net import listen_from
-from elastic_hpc.rundir import RunDir
-from elastic_hpc.torchrun_settings import read_settings
+from elastic_hpc.network.addresses import listen_from
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.torchrun.settings import read_settings
+from elastic_hpc.workers.guard import marked
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 TRAIN = """

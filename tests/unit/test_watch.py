@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from cluster import wait_for
 
-from elastic_hpc import watch
 from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, Worker
-from elastic_hpc.watch import Watch
+from elastic_hpc.workers import watch
+from elastic_hpc.workers.watch import Watch
 
 HANG = timedelta(seconds=100)
 

@@ -1,0 +1,1 @@
+"""One node's agent. Start with ``main``."""

@@ -1,0 +1,16 @@
+"""``python -m elastic_hpc.agent``: one node's agent as a process."""
+
+import os
+import sys
+
+from elastic_hpc.agent.main import main
+from elastic_hpc.errors import ElasticError
+
+try:
+    status = main()
+except (ElasticError, OSError) as error:
+    print(f"elastic_hpc.agent: {error}", file=sys.stderr)
+    status = getattr(error, "exit_code", 1)
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)  # threads that wait for a dead store or file system must not keep the node

@@ -1,0 +1,236 @@
+"""The bridge between an agent's two threads: membership runs on one that touches no file and never waits for the
+other; torch's agent runs on the main one, reads the leader's latest order and reports what its workers do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from elastic_hpc.errors import JobEnded
+from elastic_hpc.membership import follower
+from elastic_hpc.membership.election import votes
+from elastic_hpc.membership.messages import Failure, Order, Plan, State, Status
+from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.network.server import LeaderServer, Link
+from elastic_hpc.network.session import Membership, Network
+from elastic_hpc.training import Progress
+from elastic_hpc.workers.standbys import Started
+
+log = logging.getLogger(__name__)
+
+_FILE_TIMEOUT = 0.5
+"""Seconds a look at the run directory may take; a file system that stalls must not delay a take-over."""
+
+_SAID_NOTHING = {"step": -1, "step_at": 0.0, "first": -1, "first_at": 0.0, "loss": None}
+_BEFORE_A_ROUND = {"listens": False, "warm": 0, "cold": 0, "cold_why": "", **_SAID_NOTHING}
+
+
+@dataclass(frozen=True)
+class Seat:
+    """This node's place in a round that has just been formed."""
+
+    round: int
+    plan: Plan
+    leader_addr: str
+    """Address under which this node reaches the leader's host."""
+    local_addr: str
+    """This node's own address on that network."""
+
+
+class Outside(Protocol):
+    """What membership needs of the rest of the agent (``leading.Leading``). The first two may block."""
+
+    def find_leader(self) -> Host | None: ...
+    def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None: ...
+    def lead(self, roster: Roster | None, reason: str) -> LeaderServer: ...
+
+
+class Control:
+    """Keeps this agent in touch with the leader."""
+
+    def __init__(
+        self,
+        host: Host,
+        nproc: int,
+        make_network: Callable[[], Network],
+        outside: Outside,
+        *,
+        heartbeat_timeout: float,
+        join_timeout: float,
+        first: bool,
+        unfit: str = "",
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``unfit``: why this node should not take part. ``beat`` is called a few times per heartbeat timeout, as long
+        as the control thread is alive.
+        """
+        self._beat_outside = beat
+        self._status = Status(0, host, nproc, unfit=unfit)
+        self._outside = outside
+        self._make_network = make_network
+        self._beat_interval = heartbeat_timeout / 5
+        self._member: Callable[[Network], Membership] = lambda network: Membership(
+            host, self, network, heartbeat_timeout=heartbeat_timeout, join_timeout=join_timeout, first=first
+        )
+        self._membership: Membership | None = None
+        self._order: Order | None = None
+        self._ends: tuple[str, str] | None = None
+        self._over: JobEnded | None = None
+        self._looking: asyncio.Future[Any] | None = None
+        self._changed = threading.Condition()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Readable when a new order came."""
+
+    # for the main thread
+
+    def start(self) -> None:
+        self._thread.start()
+        self._started.wait()
+
+    def next_seat(self) -> Seat:
+        """Wait for a place in the next round; none of this node's workers may be alive. Raises JobEnded."""
+        with self._changed:
+            while True:
+                match self._step(workers=0):
+                    case follower.Acknowledge(round):
+                        self._report(state="idle", round=round, failure=None, drained=False, **_BEFORE_A_ROUND)
+                    case follower.Start(round, plan) if self._ends:
+                        return Seat(round, plan, *self._ends)
+                self._changed.wait()
+
+    def must_stop(self, round: int) -> str | None:
+        """Why the workers of ``round`` may not go on, or None if they may. Raises JobEnded."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.wake_fd)
+        with self._changed:
+            match self._step(workers=round):
+                case follower.Stop(reason):
+                    return reason
+        return None
+
+    @property
+    def order(self) -> Order | None:
+        """The leader's latest order."""
+        return self._order
+
+    def report(self, state: State, round: int, failure: Failure | None = None, *, drained: bool = False) -> None:
+        """Tell the leader what the workers of ``round`` do."""
+        with self._changed:
+            changes: dict[str, Any] = {"state": state, "round": round, "failure": failure, "drained": drained}
+            if state == "running":  # these workers have said nothing yet
+                changes |= _BEFORE_A_ROUND
+            self._report(**changes)
+
+    def report_progress(self, said: Progress) -> None:
+        """Tell the leader how far the workers are, with the next heartbeat; at once if they can be told to stop."""
+        with self._changed:
+            if said.listens != self._status.listens:
+                self._report(listens=said.listens)
+            self._status = replace(self._status, **{name: getattr(said, name) for name in _SAID_NOTHING})
+
+    def report_start(self, how: Started) -> None:
+        """Tell the leader how the workers were started, with the next heartbeat."""
+        with self._changed:
+            self._status = replace(
+                self._status, warm=how.warm, cold=how.cold, cold_why=how.why, standby_mb=how.standby_mb
+            )
+
+    def on_signal(self) -> None:
+        """This agent got SIGTERM. So did all others, if this is Slurm's doing; the leader's agent says so for all. The
+        job that brings a joiner ends alone.
+        """
+        if votes(self._status.node):
+            self._call(lambda: self._membership.terminated() if self._membership else None)
+        else:
+            with self._changed:
+                self._report(leaving="terminated")
+        os.eventfd_write(self.wake_fd, 1)
+
+    def close(self, timeout: float) -> None:
+        """Leave; on the leader wait, at most ``timeout`` seconds, until all others have left."""
+        self._call(lambda: self._membership.leave() if self._membership else None)
+        self._thread.join(timeout)
+
+    def _step(self, workers: int) -> follower.Wait | follower.Stop | follower.Acknowledge | follower.Start:
+        if self._over:
+            raise self._over
+        what = follower.step(self._order, self._status, workers)
+        if isinstance(what, follower.Leave):
+            raise JobEnded(what.outcome, what.reason)
+        return what
+
+    def _report(self, **changes: Any) -> None:
+        self._status = replace(self._status, **changes)
+        self._call(lambda: self._membership.say() if self._membership else None)
+
+    def _call(self, act: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the thread has ended, there is nobody left to tell
+            if self._loop:
+                self._loop.call_soon_threadsafe(act)
+
+    # for membership, on the control thread
+
+    def status(self) -> Status:
+        return self._status
+
+    def set_order(self, order: Order | None, link: Link | None) -> None:
+        with self._changed:
+            before = self._order
+            news = (before and replace(before, seq=0)) != (order and replace(order, seq=0))
+            self._order, self._ends = order, (link.peer, link.local) if link else None
+            self._changed.notify_all()
+        if news:
+            os.eventfd_write(self.wake_fd, 1)
+
+    def ended(self, over: JobEnded) -> None:
+        with self._changed:
+            self._over = over
+            self._changed.notify_all()
+        os.eventfd_write(self.wake_fd, 1)
+
+    async def published(self) -> Host | None:
+        """Asks again only when the look before has come back."""
+        if self._looking is None:
+            self._looking = asyncio.ensure_future(asyncio.to_thread(self._outside.find_leader))
+        done, _ = await asyncio.wait([self._looking], timeout=_FILE_TIMEOUT)
+        if not done:
+            return None
+        looked, self._looking = self._looking, None
+        found: Host | None = looked.result()
+        return found
+
+    async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
+        return await asyncio.to_thread(self._outside.give_up, roster, waited, why, patient=patient)
+
+    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
+        return self._outside.lead(roster, reason)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except Exception as error:  # a bug here must not leave the main thread waiting for ever
+            log.exception("the control thread failed")
+            self.ended(JobEnded("lost", f"the control thread failed: {error}"))
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._membership = self._member(self._make_network())
+        self._started.set()
+        beating = asyncio.ensure_future(self._beat())
+        await self._membership.run()
+        beating.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            self._beat_outside()
+            await asyncio.sleep(self._beat_interval)

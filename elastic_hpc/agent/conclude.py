@@ -1,0 +1,234 @@
+"""What is done about the end of a run: by the batch script, or by an agent when nobody else is left."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from elastic_hpc import slurm
+from elastic_hpc.errors import ElasticError, SlurmError
+from elastic_hpc.membership import strikes
+from elastic_hpc.network.client import ask_leader
+from elastic_hpc.options.values import NodeRange
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import (
+    CONTINUE,
+    FIRST_JOB,
+    FIRST_RUN,
+    JOIN,
+    AgentEnv,
+    first_job,
+    job_name,
+    restart_count,
+    run_number,
+)
+from elastic_hpc.start import module_command
+
+REQUEUE_DELAY = timedelta(seconds=8)
+"""Start time asked for after a requeue. It must lie beyond the job's completion, else Slurm puts it two minutes off."""
+
+_ALONE_TIMEOUT = timedelta(seconds=60)
+"""How long to wait until the agents' step is over, when the batch host is lost; then the requeue takes longer."""
+
+_DEPUTY_TIMEOUT = timedelta(minutes=10)
+
+_OVER = "over"
+"""In the run directory, with the exit code: the batch script, started once more, ends at once."""
+
+
+def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning: str = "USR2") -> int:
+    """Act on the verdict of this run; the answer is the batch script's exit code.
+
+    ``status`` is srun's exit code; it counts only where the agents left no verdict, and for a joiner, who has none to
+    act upon. ``warning`` is the name of the signal by which Slurm warns, for as long as agents go on without this srun.
+    """
+    if JOIN in environ:
+        return status
+    verdict = await_verdict(rundir, run_number(environ), _pass_on(rundir, warning))
+    _cancel_joiners(rundir, job_name(environ))
+    if verdict is None:
+        print(f"elastic_hpc: the agents left no verdict; srun ended with exit code {status}", file=sys.stderr)
+        return status or 1
+    print(f"elastic_hpc: {verdict['outcome']}: {verdict['reason']}", file=sys.stderr)
+    if verdict.get("failure"):
+        print(verdict["failure"]["traceback"], file=sys.stderr)
+    if verdict["outcome"] == "requeue":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
+        return 0 if rundir.acted(run_number(environ)) is not None else _requeue(rundir, environ)
+    return 1 if verdict["outcome"] == "failed" else 0
+
+
+def await_verdict(rundir: RunDir, run: int, each: Callable[[], None]) -> dict[str, Any] | None:
+    """The verdict of ``run``, when its srun has ended. Agents that were started anew are steps of their own, and go on
+    when the last of the first ones has died: as long as somebody leads, there may be a verdict yet. None if there is
+    none. ``each`` is called twice a second meanwhile.
+    """
+    beat, since = 0, 0.0
+    while True:
+        verdict = rundir.read("verdict.json")
+        if verdict and verdict["run"] == run:
+            return verdict
+        if (rundir.read("endpoint.json") or {}).get("run") != run:
+            return None
+        if beat != (beat := rundir.heartbeat()):
+            since = time.monotonic()
+        silence = float((rundir.read("spec.json") or {}).get("--heartbeat-timeout", 5))
+        if time.monotonic() - since > 3 * silence:
+            return None
+        each()
+        time.sleep(0.5)
+
+
+def _pass_on(rundir: RunDir, warning: str) -> Callable[[], None]:
+    """From now on hear the signal of that name; the answer, called again and again, tells the leader of one."""
+    came: list[int] = []
+    signal.signal(signal.Signals[f"SIG{warning}"], lambda number, _: came.append(number))
+
+    def look() -> None:
+        if came:
+            came.clear()
+            with contextlib.suppress(ElasticError):
+                ask_leader(rundir, "drain", "time limit")
+
+    return look
+
+
+def act(
+    rundir: RunDir,
+    env: AgentEnv,
+    verdict: Mapping[str, Any],
+    lost: Collection[str],
+    *,
+    environ: Mapping[str, str],
+    alone: bool,
+    others: Sequence[str],
+) -> str | None:
+    """An agent, on this node, requeues the job. ``alone``: the batch host is lost, and with it the batch script and
+    srun; then the agent sees to the end of the job too: a job step is started that waits until the agents have left,
+    and on one of the ``others`` a deputy, which acts if that step is lost. ``environ`` is what the agent was started
+    with. The answer is the problem, if Slurm could not be asked.
+    """
+    if env.local:
+        return None
+    if not alone:
+        _cancel_joiners(rundir, env.job)
+        return None if _requeue(rundir, environ, lost) == 0 else "not requeued"
+    command = module_command(sys.executable, "elastic_hpc", "conclude-alone", str(rundir.path), verdict["outcome"])
+    log = rundir.path / "logs" / "conclude.log"
+    try:
+        slurm.start_step(environ["SLURM_JOB_ID"], env.name, command, log, environ)
+        for node in others[:1]:
+            slurm.start_step(environ["SLURM_JOB_ID"], node, [*command, "--deputy-of", env.name], log, environ)
+    except SlurmError as error:
+        return str(error)
+    return None
+
+
+def cancel(env: AgentEnv) -> str | None:
+    """The user's batch script, which ran ``elastic-srun``, is lost with its node: nobody else ends the job."""
+    print("elastic_hpc: the batch script is lost with its node; the job is cancelled", file=sys.stderr)
+    try:
+        slurm.cancel(env.job)
+    except SlurmError as error:
+        return str(error)
+    return None
+
+
+def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, deputy_of: str | None) -> int:
+    """What the steps that ``act`` starts do. SIGTERM ends a deputy that waits: the job is on its way then."""
+    job, step = job_name(environ), environ["SLURM_STEP_ID"]
+    if deputy_of:
+        slurm.wait_until_alone(job, step, deadline=_DEPUTY_TIMEOUT, deputy_of=deputy_of)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
+    if not deputy_of:
+        slurm.wait_until_alone(job, step, deadline=_ALONE_TIMEOUT)
+    _cancel_joiners(rundir, job)
+    if outcome == "requeue":
+        return _requeue(rundir, environ)
+    (rundir.path / _OVER).write_text("0" if outcome == "finished" else "1")
+    try:
+        problem = slurm.complete(job, start_after=REQUEUE_DELAY, run=restart_count(environ))
+    except SlurmError as error:
+        problem = str(error)
+    if problem:
+        print(f"elastic_hpc: {problem}", file=sys.stderr)
+    return 0
+
+
+def _cancel_joiners(rundir: RunDir, job: str) -> None:
+    """Those that wait in the queue, or have not left. One that cannot be cancelled leaves as soon as it starts."""
+    with contextlib.suppress(ElasticError):
+        if (rundir.read("spec.json") or {}).get("--grow") == "on":
+            slurm.cancel(*(joiner.id for joiner in slurm.joiners(job)))
+
+
+def _mark_acted(rundir: RunDir, environ: Mapping[str, str], job: str) -> None:
+    with contextlib.suppress(OSError):  # then the batch script finds that the job was requeued already
+        rundir.mark_acted(run_number(environ), job)
+
+
+def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] = ()) -> int:
+    """SIGTERM, which the requeue sends to its own caller, must be ignored before."""
+    job, count = job_name(environ), restart_count(environ)
+    exclude, readmit = _nodes_to_avoid(rundir, job)
+    if exclude:
+        print(f"elastic_hpc: nodes that failed are avoided: {', '.join(exclude)}", file=sys.stderr)
+    try:
+        problem = slurm.requeue(job, start_after=REQUEUE_DELAY, exclude=exclude, readmit=readmit, lost=lost, run=count)
+    except SlurmError as error:
+        return _instead(rundir, environ, job, error)
+    _mark_acted(rundir, environ, job)
+    if problem:
+        print(f"elastic_hpc: requeued, but not all was accepted, it may take two minutes: {problem}", file=sys.stderr)
+    return 0
+
+
+def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmError) -> int:
+    """The job was not requeued. If it may not be, a new one takes its place."""
+    try:
+        shown = slurm.show_job(job)
+        if shown.may_requeue:
+            print(f"elastic_hpc: not requeued: {error}", file=sys.stderr)
+            if shown.becomes(restart_count(environ)) == "CANCELLED":
+                _cancelled(rundir)
+            return 1
+        exports = {
+            CONTINUE: str(rundir.path), FIRST_RUN: str(run_number(environ) + 1), FIRST_JOB: first_job(environ)
+        }  # fmt: skip
+        new = slurm.resubmit(job, rundir.path / "script.sbatch", environ, exports)
+    except SlurmError as again:
+        print(
+            f"elastic_hpc: the job cannot be requeued: {error}; nor submitted again: {again}; submit it yourself, the "
+            "training goes on from its last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
+    _mark_acted(rundir, environ, new)
+    print(f"elastic_hpc: {error}; job {new} goes on in its place, in the same run directory", file=sys.stderr)
+    return 0
+
+
+def _cancelled(rundir: RunDir) -> None:
+    """The user ended the job with scancel, which the agents could not tell from other ends."""
+    verdict = {**(rundir.read("verdict.json") or {}), "outcome": "failed", "cause": "user", "reason": "scancel"}
+    rundir.append_event(time.time(), "verdict", verdict)
+    rundir.write("verdict.json", verdict)
+
+
+def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Nodes to exclude, and nodes that need not be any more. None of either where that cannot be told."""
+    try:
+        known = strikes.load([*(rundir.read("state.json") or {}).get("strikes", ()), *rundir.unfit()])
+        if not known:
+            return (), ()
+        asked = rundir.read("spec.json") or {}
+        wanted = NodeRange.parse(asked.get("--nodes", "1:1")).max + int(asked.get("--spares", 0))
+        exclude = strikes.excluded(known, time.time(), slurm.usable_nodes(job), wanted)
+        return exclude, strikes.readmitted(known, exclude)
+    except (ElasticError, OSError, ValueError):
+        return (), ()

@@ -1,0 +1,110 @@
+"""Joiners, seen from both sides: how an agent enters a job that runs, and how the leader has Slurm bring one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+
+from elastic_hpc import slurm
+from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
+from elastic_hpc.membership.roster import Host
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import AGAIN, JOIN, AgentEnv
+
+_PROBE = 0.5
+"""Seconds in which a node that has power answers."""
+
+
+def enter(env: AgentEnv, rundir: RunDir) -> AgentEnv:
+    """``env`` of a joiner as part of the job that it joins. Raises JobEnded if that is over, or in the queue."""
+    spec, endpoint = rundir.read("spec.json"), rundir.read("endpoint.json")
+    if not spec or not endpoint:
+        raise ElasticError(f"{rundir.path}: no job has been started there that could be joined")
+    verdict = rundir.read("verdict.json")
+    if verdict and verdict["run"] >= endpoint["run"]:
+        raise JobEnded("lost", f"the job is over: {verdict['reason']}")
+    with contextlib.suppress(SlurmError):  # then it is looked for
+        if (state := slurm.job_state(spec["job"], endpoint["run"])) != "RUNNING":
+            raise JobEnded("lost", f"job {spec['job']} is {state}")
+    return replace(env, job=spec["job"], run=endpoint["run"])
+
+
+async def _answers(address: str, port: int) -> bool | None:
+    """Whether somebody listens there; None if the node does not answer."""
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), _PROBE)
+    except ConnectionRefusedError:
+        return False
+    except (OSError, asyncio.TimeoutError):
+        return None
+    writer.close()
+    return True
+
+
+class SlurmSource:
+    """What ``supply`` asks for, done by Slurm, in threads: no answer may keep the leader."""
+
+    def __init__(self, env: AgentEnv, rundir: RunDir, environ: Mapping[str, str]) -> None:
+        """``environ``: what this agent was started with, which is what the batch script has prepared."""
+        self._env = env
+        self._rundir = rundir
+        self._environ = environ
+
+    async def lacks_agent(self, host: Host) -> bool:
+        """A node without power does not answer at all; where an agent stands still, its kernel answers."""
+        answers = await asyncio.gather(*(_answers(address, host.port) for address in host.addresses))
+        return False in answers and True not in answers
+
+    async def restart(self, host: Host) -> bool:
+        return await asyncio.to_thread(self._restart, host)
+
+    async def joiners(self) -> Sequence[slurm.Joiner]:
+        return await asyncio.to_thread(slurm.joiners, self._env.job)
+
+    async def remaining(self) -> float:
+        left = (await asyncio.to_thread(slurm.show_job, self._env.job)).remaining
+        return float("inf") if left is None else left.total_seconds()
+
+    async def shorten(self, ids: Collection[str], seconds: float) -> None:
+        for id in ids:
+            await asyncio.to_thread(slurm.change_time_limit, id, timedelta(seconds=seconds))
+
+    async def submit(self, exclude: Collection[str]) -> str:
+        return await asyncio.to_thread(self._submit, exclude)
+
+    async def cancel(self, ids: Collection[str]) -> None:
+        await asyncio.to_thread(slurm.cancel, *ids)
+
+    def _restart(self, host: Host) -> bool:
+        if host.name not in slurm.expand(slurm.show_job(self._env.job).nodes):
+            return False
+        command = [sys.executable, *sys.orig_argv[1:]]
+        log = self._rundir.path / "logs" / f"{self._env.run}.again-{host.name}.log"
+        cpus = self._environ.get("SLURM_CPUS_PER_TASK")
+        environ = {**self._environ, AGAIN: str(host.node)}
+        slurm.start_agent(self._environ["SLURM_JOB_ID"], host.name, command, environ, log, cpus)
+        return True
+
+    def _submit(self, exclude: Collection[str]) -> str:
+        script = self._rundir.path / "script.sbatch"
+        try:
+            body = script.read_bytes()
+        except OSError as error:
+            raise ElasticError(f"{script}: {error.strerror}") from error
+        if JOIN.encode() not in body:
+            raise ElasticError(f"{script}: expected a script that knows {JOIN}, as the built-in template does")
+        submitted = slurm.submit_joiner(
+            self._env.job,
+            body,
+            environ=self._environ,
+            run_dir=self._rundir.path,
+            log=self._rundir.path / "logs" / f"{self._env.run}.join-%j.log",
+            exclude=exclude,
+        )
+        if submitted is None:
+            raise ElasticError("the job's time is up")
+        return submitted

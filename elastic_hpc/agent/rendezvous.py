@@ -1,0 +1,68 @@
+"""torch's ``RendezvousHandler`` on top of the control connection: the seam between torch's agent and our leader."""
+
+from __future__ import annotations
+
+import os
+
+from torch.distributed import HashStore
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+
+from elastic_hpc.agent.bridge import Control, Seat
+from elastic_hpc.network import addresses
+from elastic_hpc.training import LOCAL_DIR
+
+
+class ElasticRendezvousHandler(RendezvousHandler):
+    """Gives torch's agent the place that the leader decided on. No method touches a store or waits for absent nodes."""
+
+    def __init__(self, control: Control, run_id: str, gloo_interface: str | None, local_folder: str) -> None:
+        self._control = control
+        self._run_id = run_id
+        self._gloo_interface = gloo_interface
+        self._local_folder = local_folder
+        self.seat: Seat | None = None
+        """This node's place in the current round."""
+        self.restart_wanted = False
+        """Set when the workers of the current round may not go on; torch's agent asks ``num_nodes_waiting``."""
+
+    def get_backend(self) -> str:
+        return "c10d"
+
+    @property
+    def use_agent_store(self) -> bool:
+        """The leader hosts the store; torch's workers only connect."""
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Wait for the next round. Raises JobEnded, which torch's agent hands through."""
+        seat = self.seat = self._control.next_seat()
+        self.restart_wanted = False
+        os.environ["ELASTIC_HPC_ROUND"] = str(seat.round)
+        os.environ[LOCAL_DIR] = os.path.join(self._local_folder, str(seat.round))
+        os.mkdir(os.environ[LOCAL_DIR], 0o700)
+        os.environ["ELASTIC_HPC_RANK0_ADDR"] = seat.plan.rank0_addr
+        interface = self._gloo_interface or addresses.interface_of(seat.local_addr)
+        if interface:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+        return RendezvousInfo(
+            HashStore(),  # torch's agent wants a store of its own; with identical nodes it never uses it
+            seat.plan.group_rank,
+            seat.plan.group_world_size,
+            RendezvousStoreInfo(seat.leader_addr, seat.plan.store_port),
+        )
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Only the leader ends a job: a local failure must not close it for everybody."""
+
+    def num_nodes_waiting(self) -> int:
+        """1 when the workers must be restarted: torch's public hook for membership changes."""
+        return int(self.restart_wanted)
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True

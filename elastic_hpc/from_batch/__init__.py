@@ -1,0 +1,1 @@
+"""An elastic job of a batch script. Start with ``convert``."""

@@ -1,0 +1,146 @@
+"""Nodes, workers, GPUs and cores of a batch script's job, and its other options of sbatch. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.from_batch.launch_line import Launch
+from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, check, is_for_containers
+from elastic_hpc.options.values import number
+
+_TASKS = ("ntasks-per-node", "tasks-per-node", "ntasks")
+_ALL_TASKS = "a node's agent needs what all its tasks need"
+_SHAPE = ("nodes", *_TASKS, "gpus-per-task", "gpus", "cpus-per-task")
+
+
+class Shape:
+    """Nodes, workers, GPUs and cores: batch scripts count tasks, of which an elastic job has one on each node."""
+
+    def __init__(self, given: Sequence[Given], launch: Launch, place: str) -> None:
+        self.notes: list[str] = []
+        self.cpus_of_a_task = ""
+        """What SLURM_CPUS_PER_TASK was, where it becomes another number."""
+        self.options = [(name, value, place) for name, value in launch.options if name != "nodes"]
+        self._by_torchrun = launch.kind != "python"
+        told = {each.name: each for each in given}
+        of_srun = [replace(each, source=place) for each in launch.srun if each.name in _SHAPE]
+        step = {each.name: each for each in of_srun}
+        self._all = {**step, **told}
+        self._by_srun = launch.by_srun
+        self._nodes(dict(launch.options).get("nodes", ""), place)
+        in_step = self._tasks_per_node(step) or self._tasks_per_node(told) or 1
+        in_job = self._tasks_per_node(told) or in_step
+        self.sbatch: list[Given] = []
+        for each in [*of_srun, *given]:
+            if each is self._all.get(each.name) and each.name != "nodes":
+                self._take(each, in_job if each in given else in_step)
+        self._cpus(in_job)
+        if not self._by_torchrun and in_step > 1 and "nproc-per-node" not in dict(launch.options):
+            self.options.append(("nproc-per-node", str(in_step), place))
+        if launch.by_srun:
+            self.notes.append(f"{place}: dropped srun and its options: elastic-sbatch writes its own srun line")
+
+    def _tasks_per_node(self, told: Mapping[str, Given]) -> int:
+        """0 if ``told`` does not say."""
+        tasks, nodes = _number(told, "ntasks"), self._fixed
+        by_total = tasks // nodes if nodes and tasks % nodes == 0 else 0
+        return _number(told, "ntasks-per-node", "tasks-per-node") or by_total
+
+    def _nodes(self, of_torchrun: str, place: str) -> None:
+        if (asked := self._all.get("nodes")) and ":" not in of_torchrun:
+            text, source = re.sub(r"^(\d+)-(\d+)$", r"\1:\2", asked.value or ""), asked.source
+        elif of_torchrun:
+            text, source = of_torchrun, place
+        elif (tasks := _number(self._all, "ntasks")) and (self._by_srun or not self._by_torchrun):
+            per_node = _number(self._all, "ntasks-per-node", "tasks-per-node") or (1 if self._by_torchrun else 0)
+            if not per_node:
+                source = self._all["ntasks"].source
+                raise UsageError(f"{source}: --ntasks={tasks}: on how many nodes? Give --nodes on the command line")
+            text, source = str(-(-tasks // per_node)), self._all["ntasks"].source
+        else:
+            text, source = "1", place
+        self.options.append(("nodes", text, source))
+        self._fixed = number(text) or 0
+
+    def _cpus(self, tasks: int) -> None:
+        """Slurm gives each task a CPU that is told nothing else. --cpus-per-task would be a limit too, where the site
+        grants whole nodes.
+        """
+        named = {"cpus-per-task", "cpus-per-gpu", "exclusive", "mincpus"} & self._all.keys()
+        if tasks > 1 and not named:
+            source = next(self._all[name].source for name in _TASKS if name in self._all)
+            added = Given(SBATCH["mincpus"], str(tasks), source)
+            self.notes.append(f"{source}: added {shown(added)}: {_ALL_TASKS}")
+            self.sbatch.append(added)
+
+    def _take(self, given: Given, per_node: int) -> None:
+        name, value, nodes = given.name, given.value or "", self._fixed
+        if name in _TASKS:
+            self._drop(given, "elastic-sbatch starts one agent on each node, and the agent starts the workers there")
+        elif name == "gpus-per-task":
+            self._change(given, "gpus-per-node", _times(value, per_node))
+        elif name == "gpus" and nodes and (each := _divided(value, nodes)):
+            self._change(given, "gpus-per-node", each)
+        elif name == "cpus-per-task" and per_node > 1 and number(value):
+            self.cpus_of_a_task = value
+            self._change(given, "cpus-per-task", str(int(value) * per_node))
+        elif name in COMMAND_LINE_ONLY:
+            self._drop(given, "it belongs on the command line")
+        elif name == "signal" and not value.startswith("B:"):
+            self._signal(given)
+        elif is_for_containers(name):
+            self._drop(given, "use --container-image IMAGE")
+        else:
+            try:
+                if check(given):
+                    self.sbatch.append(given)
+                else:
+                    self._drop(given, "elastic-sbatch sets it anyway")
+            except UsageError as error:
+                self._drop(given, str(error).partition(": ")[2])
+
+    def _signal(self, given: Given) -> None:
+        """Slurm sends it to the tasks, which the workers are."""
+        word, _, seconds = (given.value or "").upper().rpartition(":")[2].partition("@")
+        warning = replace(given, value=f"USR2@{seconds or 60}")
+        drain = f"--drain-signal={word}"
+        self.notes.append(
+            f"{given.source}: changed {shown(given)} to {shown(warning)} and {drain}: "
+            "the agents pass the warning on to the workers"
+        )
+        self.options.append(("drain-signal", word, given.source))
+        self.sbatch.append(warning)
+
+    def _drop(self, given: Given, reason: str) -> None:
+        self.notes.append(f"{given.source}: dropped {shown(given)}: {reason}")
+
+    def _change(self, given: Given, name: str, value: str) -> None:
+        changed = replace(given, option=SBATCH[name], value=value)
+        self.notes.append(f"{given.source}: changed {shown(given)} to {shown(changed)}: {_ALL_TASKS}")
+        self.sbatch.append(changed)
+
+
+def _number(told: Mapping[str, Given], *names: str) -> int:
+    """The first of these options that says one."""
+    values = [told[name].value or "" for name in names if name in told]
+    return next(filter(None, map(number, values)), 0)
+
+
+def shown(given: Given) -> str:
+    return given.option.flag if given.value is None else f"{given.option.flag}={given.value}"
+
+
+def _times(count: str, tasks: int) -> str:
+    """``2`` or ``a100:2``, for each of so many tasks."""
+    kind, colon, text = count.rpartition(":")
+    of_a_task = number(text)
+    return count if of_a_task is None else f"{kind}{colon}{of_a_task * tasks}"
+
+
+def _divided(count: str, nodes: int) -> str:
+    kind, colon, text = count.rpartition(":")
+    of_all = number(text)
+    return f"{kind}{colon}{of_all // nodes}" if of_all and of_all % nodes == 0 else ""

@@ -1,0 +1,1 @@
+"""A job before it runs, and its handle. Start with ``request``."""

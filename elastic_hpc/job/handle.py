@@ -1,0 +1,306 @@
+"""A job from Python: submit it, see how it is, wait for it, read its logs, stop it. Works from the run directory, and
+asks Slurm only for what that cannot say, so that a job can be looked at when Slurm has forgotten it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from elastic_hpc import slurm
+from elastic_hpc.errors import ElasticError, SlurmError, UsageError
+from elastic_hpc.job.look import Jobs, Look, recorded
+from elastic_hpc.job.lookup import expand, find
+from elastic_hpc.job.request import prepared
+from elastic_hpc.job.script import JobSpec
+from elastic_hpc.record.registry import remember
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.view.job import JobView
+from elastic_hpc.view.logs import Stream, files
+
+_ASK_SLURM = 2.0, 30.0  # seconds between two questions, at first and after a while
+_LOOK = 0.5
+
+Stopped = Literal["cancelled", "told", "over"]
+"""What ``Job.stop`` has done: the job waited in the queue, or nobody led it, and Slurm has cancelled it; its leader was
+told; nothing, it was over already."""
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job at one moment."""
+
+    state: str
+    """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ...; UNKNOWN if neither the run directory nor Slurm
+    knows."""
+    done: bool
+    """Whether it will not run again."""
+    round: int
+    """Of the world that trains or trained last; 0 before the first."""
+    nodes: tuple[str, ...]
+    """Of that world, in rank order."""
+    world_size: int
+    restarts: int
+    requeues: int
+    reason: str
+    """Why the last run ended, in a sentence; empty while the first one runs."""
+    failure: Mapping[str, Any] | None
+    """The first failure of a job that failed: ``kind``, ``node``, ``rank``, ``exit_code``, ``message``, ``traceback``
+    and so on."""
+
+    @classmethod
+    def of(cls, view: JobView) -> JobStatus:
+        return cls(
+            state=view.state,
+            done=view.over,
+            round=view.round,
+            nodes=view.nodes,
+            world_size=view.world_size,
+            restarts=view.restarts,
+            requeues=view.requeues,
+            reason=view.reason,
+            failure=view.failure,
+        )
+
+
+class JobFailed(ElasticError):
+    """The job has ended, and has not completed. ``status`` says how."""
+
+    def __init__(self, job: Job, status: JobStatus) -> None:
+        traceback = str((status.failure or {}).get("traceback") or "").rstrip()
+        super().__init__(
+            f"job {job.id} has not completed, it is {status.state}: {status.reason or 'no reason is on record'}"
+            + (f"\n{traceback}" if traceback else "")
+        )
+        self.status = status
+
+
+class Job:
+    """A submitted job, an array's task among them. Cheap to make; Slurm is not asked before a method is called. Two
+    are equal if they have the same run directory.
+
+    ``run_dir`` is its memory, for its owner only: docs/how-it-works.md says what is in there.
+    """
+
+    def __init__(self, job: int | str | os.PathLike[str], *, is_array: bool = False) -> None:
+        """A job that exists, by its id, which is looked up as the commands do, or by its run directory, which has a
+        ``/``: ``Job(4711)``, ``Job("elastic-logs/4711")``. Raises UsageError if no job is known by that id, or more
+        than one.
+        """
+        given: Any = str(int(job)) if isinstance(job, Integral) else job
+        if not isinstance(given, (str, os.PathLike)):
+            raise UsageError(f"job {job!r}: expected its id, or its run directory, for example Job(4711)")
+        is_id = isinstance(given, str) and "/" not in given
+        self.run_dir = find(str(given).strip()) if is_id else Path(os.path.abspath(given))
+        self.id = self.run_dir.name
+        """What ``sbatch`` said; of a task of an array ``ARRAY_TASK``."""
+        self._is_array = is_array
+        self._record = RunDir(self.run_dir)
+        self._jobs = Jobs([self._record])
+
+    def __repr__(self) -> str:
+        return f"Job({str(self.run_dir)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return self.run_dir == other.run_dir if isinstance(other, Job) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.run_dir)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        try:
+            view = self._look().view
+        except ElasticError as error:
+            rows = {"job": self.id, "": str(error)}
+        else:
+            rows = {
+                "job": f"{view.id} {view.script}",
+                "state": f"{view.state}: {view.note}" if view.note else view.state,
+                "nodes": " ".join(view.nodes),
+                "workers": str(view.world_size or ""),
+                "round": str(view.round or ""),
+                "step": "" if view.step is None else str(view.step),
+                "restarts": str(view.restarts or ""),
+            }
+        cells = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items() if text
+        )
+        return f"<table>{cells}</table>"
+
+    def task(self, index: int) -> Job:
+        """One task of a job array, which is an elastic job of its own."""
+        return Job(self.run_dir.with_name(f"{self.id}_{index}"))
+
+    def status(self) -> JobStatus:
+        """How it is now. Raises SlurmError if Slurm is needed to tell, and cannot be asked."""
+        view = self._look().view
+        if self._jobs.problem:
+            raise SlurmError(self._jobs.problem)
+        return JobStatus.of(view)
+
+    def wait(self, timeout: float | timedelta | None = None, *, check: bool = False) -> JobStatus:
+        """Until it has ended for good: it finished, failed or was cancelled. Requeues are waited through. Ctrl-C ends
+        the waiting, not the job.
+
+        ``timeout``: seconds, or a timedelta. Raises TimeoutError when they have passed; the job goes on. When Slurm
+        cannot be asked for a while, that is waited through too. ``check``: raise JobFailed unless it has completed.
+        """
+        timeout = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        begin = time.monotonic()
+        for view in self._watch():
+            if view.over:
+                status = JobStatus.of(view)
+                if check and status.state != "COMPLETED":
+                    raise JobFailed(self, status)
+                return status
+            if timeout is not None and time.monotonic() - begin > timeout:
+                break
+        raise TimeoutError(f"job {self.id} has not ended in {timeout:g} s; it goes on")
+
+    def _watch(self) -> Iterator[JobView]:
+        """How it is, again and again. Slurm is asked less and less often."""
+        begin = time.monotonic()
+        while True:
+            yield self._look(min(_ASK_SLURM[1], max(_ASK_SLURM[0], (time.monotonic() - begin) / 4))).view
+            time.sleep(_LOOK)
+
+    def _look(self, ask_every: float = 0.0) -> Look:
+        if self._is_array or expand(self.run_dir) != [self.run_dir]:
+            raise UsageError(f"job {self.id} is an array; expected one of its tasks, for example job.task(0)")
+        return self._jobs.look(ask_every)[0]
+
+    def logs(self, rank: int = 0, stream: Stream = "out", *, follow: bool = False) -> Iterator[str]:
+        """The lines that the worker of this rank has written, round after round. ``follow``: go on as more is written,
+        until the job has ended.
+        """
+        if stream not in get_args(Stream):
+            raise UsageError(f"stream {stream!r}: expected 'out' or 'err'")
+        read: dict[Path, int] = {}
+        for view in self._watch() if follow else [None]:
+            for path in files(self.run_dir / "logs", rank, stream):
+                for line in _lines(path, read.get(path, 0), rest=view is None or view.over):
+                    read[path] = read.get(path, 0) + len(line)
+                    yield line.decode(errors="replace")
+            if view is not None and view.over:
+                return
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, as its leaders have recorded it: ``time`` in seconds since the epoch, ``event``, and more."""
+        return self._record.events()
+
+    def why(self) -> str:
+        """Why it went as it did, and what to do: what ``elastic-hpc why`` prints."""
+        from rich.console import Console
+
+        from elastic_hpc.view.why import page
+
+        text = io.StringIO()
+        console = Console(file=text, force_terminal=False, force_jupyter=False, highlight=False, soft_wrap=True)
+        console.print(page(*self._look()))
+        return text.getvalue()
+
+    def drain(self, reason: str = "user") -> None:
+        """Have it save, stop, and come back through the queue. ``reason``: ``user``, or what is to be rehearsed,
+        ``time limit`` or ``preempted``. Raises ElasticError if its leader cannot be reached: it waits in the queue, or
+        is over.
+        """
+        final = self.final_state()
+        try:
+            if not final:
+                self._tell("drain", reason)
+                return
+        except ElasticError as error:
+            view = self._look().view
+            if view.state in slurm.WAITS:
+                raise ElasticError(f"job {self.id} waits in the queue ({view.note}): nothing runs there yet") from error
+            if not view.over:
+                raise
+            final = view.state
+        raise ElasticError(f"job {self.id} is over, {final}: nothing runs that could be drained")
+
+    def stop(self, *, after_checkpoint: bool = False) -> Stopped:
+        """End it for good, running or waiting. ``after_checkpoint``: the workers may save first, ``--grace`` long.
+
+        What was done: ``cancelled``, ``told`` or ``over``, see ``Stopped``. Raises ElasticError if its leader cannot be
+        reached and Slurm cannot cancel it, or with ``after_checkpoint`` would not let it save.
+        """
+        if self._is_array or expand(self.run_dir) != [self.run_dir]:
+            slurm.cancel(self.id)
+            return "cancelled"
+        view = self._look().view
+        if view.over:
+            return "over"
+        if view.state not in slurm.WAITS and self.run_dir.is_dir():
+            try:
+                self._tell("save-and-stop" if after_checkpoint else "stop")
+            except ElasticError:
+                if self._look().view.over:
+                    return "over"
+                if after_checkpoint or self._record.is_held() is not None:
+                    raise
+            else:
+                return "told"
+        slurm.cancel(self.slurm_id)
+        return "cancelled"
+
+    def cancel(self) -> None:
+        """``scancel``: end it at once, whatever state it is in. On one machine without Slurm its leader does so."""
+        if self._record.is_held() is None:
+            slurm.cancel(self.slurm_id)
+        else:
+            self._tell("stop")
+
+    def _tell(self, request: Literal["drain", "save-and-stop", "stop"], reason: str = "user") -> None:
+        from elastic_hpc.network.client import ask_leader  # asyncio takes its time to be imported
+
+        if not self.run_dir.is_dir():
+            raise ElasticError(f"{self.run_dir}: is not there yet, the job has not started")
+        ask_leader(self._record, request, reason)
+
+    @property
+    def slurm_id(self) -> str:
+        """Its id, or that of the job that goes on in its place where a job may not be requeued."""
+        return recorded(self._record).slurm_id
+
+    def final_state(self) -> str | None:
+        """Slurm's word for how it has ended, if the run directory says that it has."""
+        return recorded(self._record).final
+
+    def last_round(self) -> Mapping[str, Any]:
+        """The event of the last world that was formed, ``round``, ``nodes``, ``world_size``; empty before the first."""
+        return self._record.last_round()
+
+
+def _lines(path: Path, offset: int, *, rest: bool) -> Iterator[bytes]:
+    """Those of a file from ``offset`` on, with ``rest`` also a last one without an end."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(offset)
+        yield from (line for line in file if rest or line.endswith(b"\n"))
+
+
+def submit(spec: JobSpec, on_message: Callable[[str], None] = lambda _: None) -> Job:
+    """Submit ``spec``. ``on_message`` gets what sbatch says besides the job's id, and what was not taken of the
+    environment.
+
+    Raises UsageError if the job is refused, by us or by Slurm, and SlurmError if Slurm cannot be asked.
+    """
+    submitted: list[str] = []
+    for note in spec.notes:
+        on_message(f"{note}\n")
+    with prepared(spec) as script:
+        slurm.sbatch(script, [], os.environ, submitted.append, on_message)
+    if not submitted:
+        raise ElasticError("sbatch: no job id")
+    number = submitted[0].partition(";")[0]
+    remember(os.path.join(spec.log_dir, number))
+    return Job(os.path.join(spec.log_dir, number), is_array=spec.has("array"))

@@ -1,0 +1,136 @@
+"""``elastic_launch``: a function, or a script, on the nodes of the allocation one is in, or on this machine alone, from
+Python. In the shape of torch's ``torch.distributed.launcher.api``; what runs is ``elastic-srun``.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.job import functions
+from elastic_hpc.options import from_python, torchrun_options
+from elastic_hpc.options.spec import LAUNCH_OPTIONS
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import AGENT_MARK
+from elastic_hpc.start import module_command
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from elastic_hpc.options.option_types import LaunchOptions
+
+
+class LaunchFailed(ElasticError):
+    """The workers have not finished. The text has the first failure's traceback, where there was one."""
+
+    def __init__(self, text: str, run_dir: Path, verdict: Mapping[str, Any] | None) -> None:
+        super().__init__(text)
+        self.run_dir = run_dir
+        self.verdict = verdict
+        """The record in ``verdict.json``: ``outcome``, ``cause``, ``reason``, ``failure``; None if there is none."""
+
+
+class LaunchConfig:
+    """How a launch runs: the launch options of ``elastic-srun``, with ``_`` for ``-``."""
+
+    def __init__(
+        self,
+        *,
+        local: int | None = None,
+        log_dir: str | os.PathLike[str] = "elastic-logs",
+        **options: Unpack[LaunchOptions],
+    ) -> None:
+        """``local``: that many agents as processes of this machine, without Slurm; else the allocation's nodes are
+        used. ``log_dir``: where the run directory is made. Values are those of JobSpec.of. Raises UsageError for
+        options or values that do not exist.
+
+        ``LaunchConfig(nodes=(2, 4), nproc_per_node=8, max_restarts=3)``
+        """
+        known = {option.flag: option for option in LAUNCH_OPTIONS}
+        if local is not None and (isinstance(local, bool) or not hasattr(local, "__index__") or local < 1):
+            raise UsageError(f"local={local!r}: expected a number of agents above 0, for example local=4")
+        self.local, self.log_dir = local, Path(from_python.word(log_dir, "log_dir")).absolute()
+        self.options: list[str] = []
+        ours, torchruns = torchrun_options.translate(from_python.options(options)[0])
+        for each in torchruns:
+            torchrun_options.unneeded(each)
+        for each in ours:
+            if each.option.flag not in known:
+                raise UsageError(
+                    f"{each.name.replace('-', '_')}: is no option of elastic_launch, which runs in an existing "
+                    f"allocation; expected one of {', '.join(option.dest for option in LAUNCH_OPTIONS)}"
+                )
+            known[each.option.flag].parse(each.value or "")
+            self.options.append(f"{each.option.flag}={each.value}")
+
+    def command(self, run_dir: Path, script: str, *script_args: str, module: bool = False) -> list[str]:
+        """The command that runs it."""
+        where = [] if self.local is None else [f"--local={self.local}"]
+        how = [*self.options, *(["--module"] if module else [])]
+        options = [*where, f"--run-dir={run_dir}", *how]
+        return module_command(sys.executable, "elastic_hpc.cli.srun", *options, script, *script_args)
+
+
+class elastic_launch:  # noqa: N801 - torch's name
+    """``elastic_launch(config, train)(1e-3)``: as torch's class of this name.
+
+    ``entrypoint``: a function, which is pickled with its arguments (cloudpickle) and called on every rank, or the path
+    of a script, whose arguments are strings.
+    """
+
+    def __init__(self, config: LaunchConfig, entrypoint: Callable[..., Any] | str | os.PathLike[str]) -> None:
+        if not (callable(entrypoint) or isinstance(entrypoint, (str, os.PathLike))):
+            raise UsageError(f"entrypoint {entrypoint!r}: expected a function, or the path of a script")
+        self._config = config
+        self._entrypoint = entrypoint
+
+    def __call__(self, *args: Any) -> dict[int, Any]:
+        """Run to the end. What every rank of the last world has returned, by rank; empty for a script.
+
+        Raises LaunchFailed if the workers have not finished. Ctrl-C once lets them save and stop, twice stops them.
+        """
+        run_dir = self._config.log_dir / f"launch.{secrets.token_hex(4)}"
+        if isinstance(self._entrypoint, (str, os.PathLike)):
+            words = [from_python.word(each, "argument of the script") for each in (self._entrypoint, *args)]
+            rundir = RunDir(run_dir).create()
+            _run(self._config.command(run_dir, *words), os.environ)
+            _outcome(rundir)
+            return {}
+        rundir = RunDir(run_dir).create()
+        functions.write(self._entrypoint, args, run_dir, run_dir)
+        _run(self._config.command(run_dir, functions.MODULE, str(run_dir), module=True), functions.environ())
+        world = _outcome(rundir)
+        results = functions.results_folder(run_dir, world["round"])
+        return {rank: functions.result(results / f"{rank}.pkl") for rank in range(world["world_size"])}
+
+
+def _run(command: list[str], environ: Mapping[str, str]) -> None:
+    # Ctrl-C reaches this process alone. What a worker starts stays in its session: with that it is killed.
+    alone = AGENT_MARK not in os.environ
+    process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=alone)
+    while True:
+        try:
+            process.wait()
+            return
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+
+
+def _outcome(rundir: RunDir) -> Mapping[str, Any]:
+    """The last world, if its workers have finished."""
+    verdict = rundir.read("verdict.json")
+    if verdict and verdict["outcome"] == "finished":
+        return rundir.last_round()
+    if not verdict:
+        raise LaunchFailed(
+            f"the agents left no verdict; see what they said above, and {rundir.path}", rundir.path, None
+        )
+    trace = f"\n{verdict['failure']['traceback']}" if verdict["failure"] else ""
+    raise LaunchFailed(f"{verdict['outcome']}: {verdict['reason']} ({rundir.path}){trace}", rundir.path, verdict)

@@ -1,0 +1,79 @@
+"""Which job is meant by what a user gives for it, at a shell or in Python. Reads files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.job.config import load
+from elastic_hpc.record.registry import remembered, tasks
+
+_FILES = ("spec.json", "secret", "events.jsonl", "verdict.json", "script.sbatch")
+"""A folder here of a job's name is its run directory if it has one of them."""
+
+
+def find(job: str) -> Path:
+    """The run directory of ``job``, absolute; it may not be there yet. ``job`` is an id, or a path if it has a ``/``.
+
+    Raises UsageError if there is no such job, or more than one: of another folder or another cluster.
+    """
+    try:
+        found = {os.path.realpath(path): path.absolute() for path in _candidates(job)}
+    except OSError:  # the name is too long
+        found = {}
+    if not found:
+        raise UsageError(
+            f"{job!r}: expected the id of a job that was submitted from here, or its run directory, for example "
+            "elastic-logs/4711; elastic-hpc status lists your jobs"
+        )
+    if len(found) > 1:
+        listed = "".join(f"\n  {path}" + ("" if path.is_dir() else " (not started)") for path in found.values())
+        raise UsageError(f"{job} is the id of {len(found)} jobs; give the run directory of the one you mean:{listed}")
+    return next(iter(found.values()))
+
+
+def expand(run_dir: Path) -> list[Path]:
+    """``run_dir``, or of an array those of its tasks that have started."""
+    return tasks(run_dir) or [run_dir]
+
+
+def _candidates(job: str) -> Iterator[Path]:
+    if "/" in job or job in {"", ".", ".."}:
+        path = Path(job).absolute()
+        if job and (_may_be_a_jobs(path) or path in _remembered(path.name)):
+            yield path
+        return
+    name = job.partition(";")[0]  # sbatch --parsable says ID;CLUSTER
+    if any(Path(name, file).exists() for file in _FILES):
+        yield Path(name)
+    folders = [Path("elastic-logs")]
+    if log_dir := load(os.environ, Path.cwd()).options.get("log-dir"):
+        folders.append(Path(log_dir.value))
+    for folder in folders:
+        if (folder / name).is_dir() or tasks(folder / name):
+            yield folder / name
+    yield from _remembered(name)
+
+
+def _may_be_a_jobs(folder: Path) -> bool:
+    """Whether it is a folder that is not full of something else."""
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except PermissionError:  # another user's
+        return folder.is_dir()
+    except OSError:
+        return False
+    return not names or not names.isdisjoint((*_FILES, "logs", "endpoint.json", "state.json"))
+
+
+def _remembered(name: str) -> Iterator[Path]:
+    """Those that were submitted and have started, or may yet: a log directory that is gone had its jobs."""
+    array = re.fullmatch(r"(\d+)_\d+", name)
+    for path in remembered():
+        if path.name == name or (array and path.name == array[1]):
+            run_dir = path.with_name(name)
+            if run_dir.is_dir() or run_dir.parent.is_dir():
+                yield run_dir

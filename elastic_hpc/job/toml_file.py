@@ -1,0 +1,159 @@
+"""A configuration file in TOML as options by their long names, and their values as on the command line. Reads it.
+
+What TOML users write by habit means what it says: ``_`` for ``-`` in a key, a table of variables, one string for a list
+of one. What could mean two things is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import date, time
+from pathlib import Path
+from typing import Any
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, is_for_containers, named
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LISTS = ("setup", "env")
+
+
+@dataclass(frozen=True)
+class Content:
+    """``options`` of ours with their values; ``unset`` options of sbatch are taken back."""
+
+    options: list[tuple[str, str]]
+    sbatch: list[Given]
+    unset: list[str]
+
+
+def read(path: Path, source: str, keys: Collection[str], switches: Collection[str]) -> Content:
+    """``keys`` are the options of ours that there are, ``switches`` those that are on or off. Raises UsageError."""
+    try:
+        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors mark UTF-8
+    except OSError as error:
+        raise UsageError(error.strerror or str(error)) from None
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise UsageError(str(error)) from None
+    rows = table.pop("sbatch", {})
+    if not isinstance(rows, dict):
+        raise UsageError(f"sbatch = {_shown(rows)}: expected a table, [sbatch]")
+    given, unset = [], []
+    for key, name, value in _by_name(rows, "[sbatch] "):
+        option = _option(key, name, keys)
+        if value is False:
+            unset.append(name)
+        else:
+            given.append(Given(option, _sbatch_value(f"[sbatch] {key}", option, value), source))
+    return Content(list(_options(table, path, keys, switches)), given, unset)
+
+
+def _by_name(table: dict[str, Any], place: str) -> Iterator[tuple[str, str, Any]]:
+    """Each key as it is written, the long name it stands for, and its value."""
+    seen: dict[str, str] = {}
+    for key, value in table.items():
+        name = key.removeprefix("--").replace("_", "-")
+        if name in seen:
+            raise UsageError(f"{place}{key}: {seen[name]} is set too; leave out one of the two")
+        seen[name] = key
+        yield _plain(key), name, value
+
+
+def _plain(key: str) -> str:
+    """On one line, whatever it is."""
+    return key if re.fullmatch(r"[\w-]+", key) else repr(key)
+
+
+def _options(
+    table: dict[str, Any], path: Path, keys: Collection[str], switches: Collection[str]
+) -> Iterable[tuple[str, str]]:
+    for key, name, value in _by_name(table, ""):
+        if name not in keys:
+            if name in SBATCH:
+                raise UsageError(f"{key}: unknown key; it is sbatch's own option: write it under [sbatch]")
+            raise UsageError(f"{key}: unknown key{_closest(name, keys)}; sbatch's own options go under [sbatch]")
+        if name == "env" and isinstance(value, dict):
+            yield from ((name, _variable(variable, each)) for variable, each in value.items())
+        elif name in LISTS:
+            lines = [value] if isinstance(value, str) else value
+            if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+                table_too = ', or a table, for example env = {NAME = "VALUE"}' if name == "env" else ""
+                expected = f"a list of strings, for example {key} = ['...']{table_too}"
+                raise UsageError(f"{key} = {_shown(value)}: expected {expected}")
+            yield from ((name, line) for line in lines)
+        elif name in switches:
+            if not isinstance(value, (bool, str)):
+                raise UsageError(f"{key} = {_shown(value)}: expected true or false")
+            yield name, value if isinstance(value, str) else "on" if value else "off"
+        else:
+            text = _text(key, value)
+            is_file = name == "template" and os.sep in text
+            yield name, str(path.parent / os.path.expanduser(text)) if is_file else text
+
+
+def _variable(name: str, value: object) -> str:
+    if "=" in name:
+        raise UsageError(f'env: {name!r}: expected the name of a variable, for example env = {{NAME = "VALUE"}}')
+    return f"{name}={_text(f'env.{_plain(name)}', value)}"
+
+
+def _option(key: str, name: str, keys: Collection[str]) -> Option:
+    """The option ``name`` of sbatch; one that only a newer sbatch knows is written with its dashes."""
+    if name == "nodes":
+        raise UsageError("[sbatch] nodes: write nodes = 'MIN:MAX' above [sbatch]")
+    if name in COMMAND_LINE_ONLY:
+        raise UsageError(f"[sbatch] {key}: belongs on the command line")
+    if name in SBATCH or is_for_containers(name) or key.startswith("--"):
+        return named(name)
+    if name in keys:
+        raise UsageError(f"[sbatch] {key}: it is elastic-sbatch's own option: write it above [sbatch]")
+    long = next((f", did you mean {option.name}?" for option in SBATCH.values() if option.letter == key), "")
+    raise UsageError(
+        f"[sbatch] {key}: unknown option of sbatch{long or _closest(name, SBATCH)}; "
+        f"an option that only a newer sbatch knows is written with its dashes: '--{name}' = ..."
+    )
+
+
+def _sbatch_value(key: str, option: Option, value: object) -> str | None:
+    if value is True and option.value != "=":
+        return None
+    if not option.value:
+        raise UsageError(f"{key} = {_shown(value)}: expected true or false")
+    return _text(key, value)
+
+
+def _text(key: str, value: object) -> str:
+    """A string or a number as it would be typed."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    example = ""
+    if isinstance(value, (time, date)):
+        example = f', for example "{value}": without quotes TOML reads a time or a date'
+    elif isinstance(value, list) and value:
+        example = f", for example {','.join(map(str, value))!r}"
+    raise UsageError(f"{key} = {_shown(value)}: expected a string or a number{example}")
+
+
+def _shown(value: object) -> str:
+    """About as TOML writes it, on one line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (time, date)) else repr(value)
+
+
+def _closest(name: str, known: Collection[str]) -> str:
+    from difflib import get_close_matches
+
+    if close := get_close_matches(name.lower(), known, n=1):
+        return f", did you mean {close[0]}?"
+    return f", expected one of {', '.join(known)}" if len(known) < 50 else ""

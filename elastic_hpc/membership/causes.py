@@ -1,0 +1,125 @@
+"""Why a worker died, read from its exit code and its stderr: nothing is asked of the training script."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass
+from typing import Literal
+
+from elastic_hpc.record.stderr import abort_of, bounded, chain_of, last_line, message_of, traceback_of, without_ranks
+from elastic_hpc.slurm.env import instead_of
+
+Kind = Literal["exception", "out of memory", "signal", "exit"]
+
+_OUT_OF_MEMORY = re.compile(
+    r"\b_?(Array)?MemoryError\b|\bOutOfMemoryError\b|(CUDA|HIP|XPU) out of memory|CUDA error: out of memory"
+    r"|DefaultCPUAllocator: (can't allocate|not enough) memory|CUBLAS_STATUS_ALLOC_FAILED|bad_alloc"
+)
+_KILLED_CHILD = re.compile(r"killed by signal: Killed|exited unexpectedly|terminated abruptly")
+"""What a process says when a child of its own, such as a data loader's worker, was killed."""
+
+_LOST_PEER = re.compile(
+    # gloo, all versions: pair.cc, buffer.cc, unbound_buffer.cc
+    r"gloo/transport/\S+\] .*(closed by peer|Read error|Write error|reset by peer|Broken pipe|[Tt]imed out|[Tt]imeout"
+    r"|Socket closed|refused)|Gloo connectFullMesh failed|monitoredBarrier"
+    # the store
+    r"|client socket has (timed out|failed to connect)|wait timeout after \d+ ?ms|seconds waiting for clients"
+    r"|Failed to (recv|send), |Did the remote server shutdown or crash|\"should dump\" flag on TCPStore"
+    r"|^(torch\.distributed\.\w+|RuntimeError): (Connection (reset by peer|refused|timed out|was likely closed)"
+    r"|Broken pipe|Socket Timeout|No route to host)"
+    # NCCL and RCCL
+    r"|remote process exited|ncclRemoteError|ncclSystemError|unhandled system error"
+    r"|NCCL communicator was aborted|[Ww]atchdog caught collective operation timeout"
+    r"|dump signal from another rank|NCCL (operations have failed or timed out)",
+    re.MULTILINE,
+)
+_OWN_FAULT = re.compile(
+    r"CUDA error|illegal memory access|device-side assert|No space left on device|no socket interface found"
+    r"|Address already in use|EADDRINUSE|invalid usage"
+)
+_VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a worker died. ``message``: type and text of the exception, else what is known; may have several lines."""
+
+    kind: Kind
+    message: str
+    traceback: str | None
+    collateral: bool = False
+
+
+def explain(exitcode: int, stderr: str, *, oom: bool = False) -> Cause:
+    """``exitcode`` is minus the signal if one killed the worker, ``stderr`` the ``tail`` of its output, ``oom`` what
+    an ``OomWatch`` saw.
+    """
+    traceback = traceback_of(stderr)
+    if exitcode == 1 and traceback:
+        kind, message = kind_of(exitcode, traceback, oom=oom), message_of(traceback)
+        return Cause(kind, message + advice(message, traceback), bounded(traceback), is_collateral(traceback))
+    if exitcode >= 0:
+        last = last_line(stderr)
+        message = f"exit code {exitcode}" + (f": {last}{advice(last)}" if last else "")
+    else:
+        message = f"killed by {_signal_name(-exitcode)}"
+        if exitcode == -signal.SIGABRT and traceback and is_collateral(traceback):  # threads abort while Python ends
+            return Cause("exception", message_of(traceback), bounded(traceback), collateral=True)
+        traceback = traceback if traceback and traceback.startswith("Fatal") else None
+        if exitcode == -signal.SIGABRT and (thrown := abort_of(stderr)):
+            message += f": {thrown}"
+    kind = kind_of(exitcode, message, oom=oom)
+    if kind == "out of memory":
+        message += " (out of memory; ask for more, for example --mem)"
+    return Cause(kind, message[:2000], traceback and bounded(traceback), is_collateral(message))
+
+
+def advice(message: str, traceback: str = "") -> str:
+    """What to do, if the script wants a variable that workers do not have; else nothing. It is named in ``message``, in
+    one of the exceptions before it, or in the line of source that raised.
+    """
+    raised = traceback.rpartition("\n  File ")[2].partition("\n")[2]
+    said = "\n".join([message, *chain_of(traceback), raised])
+    name, instead = next(((n, what) for n in _VARIABLE.findall(said) if (what := instead_of(n))), ("", ""))
+    if not name:
+        return ""
+    if "environments/slurm.py" in traceback:
+        return f" ({name} is hidden from workers: remove SLURMEnvironment from the Trainer's plugins)"
+    return f" ({name} is hidden from workers, which Slurm has not launched: use {instead})"
+
+
+def kind_of(exitcode: int, text: str | None, *, oom: bool = False) -> Kind:
+    """``text``: the traceback or message, if any. An exception that nobody catches ends Python with exit code 1."""
+    if exitcode in {-signal.SIGKILL, 128 + signal.SIGKILL} and oom:
+        return "out of memory"
+    if text and exitcode in {1, -signal.SIGABRT}:
+        said = "\n".join(chain_of(text))
+        if _OUT_OF_MEMORY.search(said) or (oom and _KILLED_CHILD.search(said)):
+            return "out of memory"
+    if exitcode < 0:
+        return "signal"
+    return "exception" if exitcode == 1 and text and not text.startswith("exit code") else "exit"
+
+
+def is_collateral(text: str) -> bool:
+    """Whether a message or traceback is the echo of another rank's death. Of chained exceptions the first one counts:
+    what comes after it may be a collective in the cleanup.
+    """
+    first = chain_of(text)[0]
+    return bool(_LOST_PEER.search(first)) and not _OWN_FAULT.search(first)
+
+
+def signature(kind: str, message: str) -> str:
+    """The same for the same failure met again: without numbers, addresses, host names' digits and temporary paths."""
+    lines = [line for line in without_ranks(message).splitlines() if line.strip()] or [""]
+    text = lines[0] if "Original Traceback" not in message else f"{lines[0]} {lines[-1]}"  # a data loader's worker
+    text = re.sub(r"(/tmp|/var/tmp|/dev/shm|/scratch)/[^\s'\":,)\]]+", "TMP", text)
+    text = re.sub(r"\b0x[0-9a-fA-F]+\b|\b(?=[0-9a-fA-F-]*\d)[0-9a-fA-F]{4,}(-[0-9a-fA-F]{4,})*\b", "#", text)
+    text = re.sub(r"\d+", "#", text)
+    text = re.sub(r"#(?:[.,:\-_]?#)+", "#", text)
+    return f"{kind}: {re.sub(r'# ?([KMGT]i?B|bytes)', '# bytes', text)[:300]}".strip()
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

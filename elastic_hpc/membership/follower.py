@@ -1,0 +1,63 @@
+"""What an agent does about the leader's latest order. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic_hpc.membership.messages import Order, Plan, Status
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Go on as it is."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The workers may not go on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Acknowledge:
+    """Tell the leader that none of this node's workers is alive, in answer to ``round``; 0 for a newcomer."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start the workers of ``round``."""
+
+    round: int
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The job is over."""
+
+    outcome: str
+    reason: str
+
+
+def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Acknowledge | Start | Leave:
+    """``order`` is the leader's latest, None while it is not connected; ``workers`` the round whose workers are alive
+    on this node or have just ended, 0 for none.
+    """
+    if order is not None and order.stage == "end":
+        return Leave(order.outcome or "failed", order.reason)
+    if workers:
+        if order is None:
+            return Stop("the leader is lost")
+        return Wait() if order.stage == "run" and order.round == workers else Stop(order.reason)
+    if order is not None and order.stage == "gather":
+        return Wait() if (status.state, status.round) == ("idle", order.round) else Acknowledge(order.round)
+    if status.state == "failed" and order is not None and order.round == status.round:
+        return Wait()  # until the leader has heard of it: it says so by gathering the next round
+    if status.state != "idle":  # its workers have been stopped since: it is a newcomer now
+        return Acknowledge(0)
+    if order is not None and order.plan and status.round == order.round:
+        return Start(order.round, order.plan)
+    return Wait()

@@ -1,0 +1,133 @@
+"""How many nodes are to be brought, and by what: further jobs, or agents started anew. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol
+
+from elastic_hpc.membership.election import joiner
+from elastic_hpc.membership.roster import Host
+
+TOO_LATE = 300.0
+"""Seconds to the job's end from which on no node is worth its start."""
+
+RETRY, RETRY_AT_MOST = 10.0, 600.0
+"""Seconds until something that failed is tried again: doubled each time, up to the second."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a leader could use."""
+
+    nodes: int
+    """More than are in touch."""
+    joiners: frozenset[int]
+    """Numbers of those in touch (``election.FIRST_JOINER``)."""
+    names: frozenset[str]
+    """Slurm's names of the nodes in touch."""
+    missing: tuple[Host, ...]
+    """The job's own nodes whose agents are lost."""
+    over: bool
+    """The job ends, or goes back to the queue."""
+
+
+class Coming:
+    """What is on its way, as a leader has heard last."""
+
+    def __init__(self, supplied: bool) -> None:  # noqa: FBT001 - its one field
+        """``supplied``: somebody sees to it."""
+        self._supplied = supplied
+        self._sure = True
+        self._starting = self._pending = 0
+
+    def doubt(self) -> None:
+        """Something has changed; what that leads to has not been told yet."""
+        self._sure = not self._supplied
+
+    def told(self, starting: int, pending: int, *, sure: bool) -> None:
+        """``sure``: with all that has changed in view."""
+        self._starting, self._pending = starting, pending
+        self._sure = self._sure or sure
+
+    @property
+    def starting(self) -> int:
+        """Nodes whose agents are starting; in doubt there is one."""
+        return self._starting if self._sure else 1
+
+    @property
+    def all(self) -> int:
+        """The same with those that Slurm was asked for."""
+        return self._starting + self._pending if self._sure else 1
+
+
+class Joiner(Protocol):
+    """A job that brings a node (``slurm.Joiner``)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def node(self) -> str: ...
+    @property
+    def time_limit(self) -> timedelta | None: ...
+
+
+@dataclass
+class Backoff:
+    """When something that fails again and again is tried next."""
+
+    at: float = 0.0
+    _wait: float = field(default=RETRY, repr=False)
+
+    def failed(self, now: float) -> None:
+        self.at, self._wait = now + self._wait, min(2 * self._wait, RETRY_AT_MOST)
+
+    def succeeded(self) -> None:
+        self.at, self._wait = 0.0, RETRY
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is to be done about the joiners now."""
+
+    submit: int
+    cancel: tuple[str, ...]
+    """Ids of jobs that wait in the queue and are not needed any more."""
+    starting: int
+    """Jobs that have started and whose agents are not in touch yet."""
+    pending: int
+    """Jobs that wait, without those of ``cancel``."""
+    shorten: tuple[str, ...] = ()
+    """Ids of jobs that wait, whose time limit is longer than what is left to the job: shorter ones start earlier."""
+
+
+def step(needs: Needs, jobs: Collection[Joiner], *, came: Collection[int], restarting: int, remaining: float) -> Step:
+    """``jobs``: all joiners that Slurm knows of. ``came``: the numbers of those that have been in touch; any that is
+    not now is leaving, or lost. ``restarting``: agents that are being started anew. ``remaining``: seconds that are
+    left to the job.
+    """
+    waiting = [job for job in jobs if job.state == "PENDING"]
+    starting = [job for job in jobs if _is_starting(job) and joiner(job.id) not in came]
+    wanted = 0 if remaining < TOO_LATE or needs.over else needs.nodes
+    lacking = wanted - restarting - len(starting) - len(waiting)
+    waiting.sort(key=lambda job: int(job.id))
+    surplus = waiting[max(0, len(waiting) + min(0, lacking)) :]
+    return Step(
+        submit=max(0, lacking),
+        cancel=tuple(job.id for job in surplus),
+        starting=len(starting),
+        pending=len(waiting) - len(surplus),
+        shorten=tuple(job.id for job in waiting if job not in surplus and _is_longer(job.time_limit, remaining)),
+    )
+
+
+def _is_longer(limit: timedelta | None, remaining: float) -> bool:
+    """By a tenth at least: there would be no end of changes."""
+    return remaining < float("inf") and (limit is None or limit.total_seconds() > 1.1 * remaining)
+
+
+def _is_starting(job: Joiner) -> bool:
+    return job.state in {"CONFIGURING", "RUNNING"}

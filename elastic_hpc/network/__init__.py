@@ -1,0 +1,1 @@
+"""Authenticated connections between agents, and the leader behind them. Start with ``session``."""

@@ -1,0 +1,155 @@
+"""One authenticated control connection: a line of JSON at a time over TCP, after both sides proved the job's secret."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.membership import messages
+from elastic_hpc.network.addresses import BACKLOG
+
+HANDSHAKE_TIMEOUT = 5.0
+_STRANGERS = 2048
+"""Connections that may be waiting to prove themselves, or half of what this process may open; beyond that the oldest
+goes. A thousand agents dial at once when their leader is lost.
+"""
+_SLOW_READER = 4 * messages.MAX_LINE
+
+
+class Channel:
+    """An open connection. ``peer`` and ``local`` are the numeric addresses of its two ends."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Raises OSError if the peer has reset it already."""
+        self._reader, self._writer = reader, writer
+        peer, local = writer.get_extra_info("peername"), writer.get_extra_info("sockname")
+        if not peer or not local:
+            raise ConnectionResetError("the connection was reset")
+        self.peer: str = peer[0].removeprefix("::ffff:")
+        self.local: str = local[0].removeprefix("::ffff:")
+        connection: socket.socket = writer.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    async def read(self) -> bytes:
+        """The next line. Raises ProtocolError for one that is too long, ConnectionError at the end."""
+        try:
+            line = await self._reader.readline()
+        except ValueError as error:
+            raise messages.ProtocolError("a line is too long") from error
+        if not line.endswith(b"\n"):
+            raise ConnectionResetError("the connection was closed")
+        return line
+
+    def send(self, *sent: messages.Message) -> None:
+        """Queue them; never blocks. A peer that does not read is given up."""
+        if self._writer.transport.get_write_buffer_size() > _SLOW_READER:
+            self.close()
+        elif not self._writer.is_closing():
+            self._writer.write(b"".join(map(messages.encode, sent)))
+
+    def close(self) -> None:
+        self._writer.transport.abort()
+
+    async def flush(self) -> None:
+        """Wait until what was sent has left, then close."""
+        try:
+            await self._writer.drain()
+            self._writer.close()
+            await self._writer.wait_closed()
+        except OSError:
+            self.close()
+
+
+class Network:
+    """The control connections of one agent: those it accepts on ``listener``, and those it dials.
+
+    ``secret`` may raise ElasticError as long as there is none.
+    """
+
+    def __init__(self, listener: socket.socket, secret: Callable[[], Awaitable[bytes]], dial_timeout: float) -> None:
+        self._listener = listener
+        self._secret = secret
+        self._dial_timeout = dial_timeout
+        self._strangers: dict[asyncio.StreamWriter, None] = {}
+        self.on_stranger: Callable[[str, str], None] = lambda _addr, _reason: None
+        """Told the address of who was refused, and why."""
+
+    async def serve(self, attend: Callable[[Channel], Awaitable[None]]) -> asyncio.AbstractServer:
+        """Accept from now on; each peer that proves itself is handed to ``attend``."""
+
+        async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self._strangers[writer] = None
+            if len(self._strangers) > most_strangers():
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]  # it notices later, and meanwhile others come
+                oldest.transport.abort()
+            try:
+                channel = await self._accept(reader, writer)
+            except (OSError, asyncio.TimeoutError, messages.ProtocolError, ElasticError) as error:
+                writer.transport.abort()
+                if isinstance(error, messages.ProtocolError):  # an agent that gave up, or was looked for, is none
+                    self.on_stranger(str(writer.get_extra_info("peername")), str(error))
+                return
+            finally:
+                self._strangers.pop(writer, None)
+            try:
+                await attend(channel)
+            finally:
+                channel.close()
+
+        server = await asyncio.start_server(met, sock=self._listener, limit=messages.MAX_LINE)
+        # asyncio has shortened it to 100. To tell asyncio would not do: it tries to accept so often at a time, even
+        # when no more files can be opened, and logs each failure.
+        self._listener.listen(BACKLOG)
+        return server
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+        channel = Channel(reader, writer)
+        secret = await self._secret()
+        mine = messages.new_nonce()
+        channel.send({"challenge": mine})
+        answer = messages.decode(await asyncio.wait_for(channel.read(), HANDSHAKE_TIMEOUT))
+        theirs = str(answer.get("challenge"))
+        messages.check_proof(secret, "agent", mine, theirs, answer.get("proof"))
+        channel.send({"proof": messages.proof(secret, "leader", theirs, mine)})
+        return channel
+
+    async def dial(self, addresses: Sequence[str], port: int) -> Channel:
+        """Connect to an agent. Raises OSError, ProtocolError, ElasticError or TimeoutError with what went wrong."""
+        return await connect(addresses, port, await self._secret(), timeout=self._dial_timeout)
+
+
+def most_strangers() -> int:
+    """How many connections may be waiting to prove themselves now."""
+    return min(_STRANGERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
+async def connect(addresses: Sequence[str], port: int, secret: bytes, *, timeout: float = HANDSHAKE_TIMEOUT) -> Channel:
+    """Dial the first of ``addresses`` that answers within ``timeout`` seconds. Raises OSError, ProtocolError or
+    TimeoutError with what the last one said.
+    """
+    problem: Exception = ConnectionRefusedError("no address to dial")
+    for address in addresses:
+        try:
+            reader, writer = await asyncio.wait_for(
+                asyncio.open_connection(address, port, limit=messages.MAX_LINE), timeout
+            )
+        except (OSError, asyncio.TimeoutError) as error:
+            problem = error
+            continue
+        try:
+            channel = Channel(reader, writer)
+            hello = messages.decode(await asyncio.wait_for(channel.read(), timeout))
+            theirs, mine = str(hello.get("challenge")), messages.new_nonce()
+            channel.send({"challenge": mine, "proof": messages.proof(secret, "agent", theirs, mine)})
+            answer = messages.decode(await asyncio.wait_for(channel.read(), timeout))
+            messages.check_proof(secret, "leader", mine, theirs, answer.get("proof"))
+        except (OSError, asyncio.TimeoutError, messages.ProtocolError) as error:
+            writer.transport.abort()
+            problem = error
+            continue
+        return channel
+    raise problem

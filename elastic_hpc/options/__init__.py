@@ -1,0 +1,1 @@
+"""What can be asked for: options and values, how they are written and read. Pure. Start with ``spec``."""

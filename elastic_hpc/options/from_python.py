@@ -1,0 +1,189 @@
+"""Options and values given in Python, as a command line has them; what cannot be one is a UsageError. Pure."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from datetime import date, datetime, timedelta
+from enum import Enum
+from numbers import Integral, Real
+from typing import Any
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.job.config import KEYS, SWITCHES
+from elastic_hpc.options import durations
+from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, named
+from elastic_hpc.options.spec import LAUNCH_OPTIONS
+from elastic_hpc.options.torchrun_options import OPTIONS
+
+SOURCE = "Python"
+"""Where a setting came from, for the ways in that are called."""
+
+_TIMES = frozenset(o.flag.removeprefix("--") for o in LAUNCH_OPTIONS if o.type is durations.parse)
+_SLURMS_TIMES = frozenset({"time", "time-min", "delay-boot"})
+_MOMENTS = frozenset({"begin", "deadline"})
+_LISTS = frozenset(
+    {
+        *("preload", "local-ranks-filter", "container-mounts"),
+        *("array", "clusters", "dependency", "exclude", "export", "gres", "licenses", "mail-type", "nodelist"),
+        *("partition", "propagate", "profile", "acctg-freq", "qos", "reservation"),
+    }
+)
+"""Options whose values stand in one word with commas between them."""
+_TORCHRUN = {option.name: option for option in OPTIONS if option.name not in KEYS}
+
+
+def word(value: object, what: str) -> str:
+    """An argument of the script, or its path. ``what`` is it called in a refusal."""
+    value = value.value if isinstance(value, Enum) else value
+    if _is_number(value):
+        return str(value)
+    if isinstance(value, (str, os.PathLike)) and isinstance(text := os.fspath(value), str):
+        if "\0" in text:
+            raise UsageError(f"{what} {value!r}: expected a string without a NUL, which no command line can have")
+        return str(text)
+    raise UsageError(f"{what} {value!r}: expected a string, a number or a Path; write str(...) of what you mean")
+
+
+def environment(env: Mapping[str, object] | None) -> list[str]:
+    """``NAME=VALUE`` of each. None is not given."""
+    if not (env is None or isinstance(env, Mapping)):
+        raise UsageError(f"env={env!r}: expected a dict, for example env={{'OMP_NUM_THREADS': '8'}}")
+    for name in env or ():
+        if not isinstance(name, str) or "=" in name:
+            raise UsageError(f"env {name!r}: expected the name of a variable, for example 'OMP_NUM_THREADS'")
+    return [f"{name}={word(value, f'env {name}')}" for name, value in (env or {}).items() if value is not None]
+
+
+def lines(setup: str | Iterable[object]) -> list[str]:
+    """A text is one line."""
+    found = [setup] if isinstance(setup, str) else list(setup) if isinstance(setup, Iterable) else [setup]
+    if isinstance(setup, Mapping) or not all(isinstance(line, str) for line in found):
+        raise UsageError(f"setup={setup!r}: expected a line, or several, for example ['module load cuda']")
+    return [word(line, "setup") for line in found]
+
+
+def options(
+    given: Mapping[str, object], sbatch: Mapping[str, object] | None = None
+) -> tuple[list[Given], AbstractSet[str]]:
+    """Those of ours, torchrun's and sbatch's by name, with ``_`` for ``-``, and the names of those that are not to be,
+    whatever a file says. ``sbatch``: options that only a newer sbatch may have. None is not given, True and False are
+    a switch that is and is not.
+    """
+    if not (sbatch is None or (isinstance(sbatch, Mapping) and all(isinstance(name, str) for name in sbatch))):
+        raise UsageError(f"sbatch={sbatch!r}: expected a dict of options by name, for example sbatch={{'nice': 100}}")
+    found: list[Given] = []
+    unset: set[str] = set()
+    for key, value in (*given.items(), *(sbatch or {}).items()):
+        name = key.replace("_", "-")
+        if value is None:
+            continue
+        if key in (sbatch or {}) and name in KEYS and name not in SBATCH:
+            raise UsageError(
+                f"sbatch {key!r}: is elastic-sbatch's own option, write {key.replace('-', '_')}=... beside sbatch="
+            )
+        if name in KEYS:
+            found.append(Given(Option(name), text(name, value), SOURCE))
+        elif name in COMMAND_LINE_ONLY:
+            raise UsageError(f"{key}: belongs on sbatch's command line, a job in Python has no such option")
+        else:
+            option = _TORCHRUN.get(name) or SBATCH.get(name) or (named(name) if key in (sbatch or {}) else None)
+            if option is None:
+                raise UsageError(f"{key}: {unknown(name, (*KEYS, *SBATCH, *_TORCHRUN))}")
+            if value is False and option.value != "=":
+                unset.add(name)
+            elif value is True and option.value != "=":
+                found.append(Given(option, None, SOURCE))
+            elif not option.value:
+                raise UsageError(f"{key}={value!r}: expected True or False")
+            else:
+                found.append(Given(option, text(name, value, whole=name not in _TORCHRUN), SOURCE))
+    return found, unset
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """The refusal of an option that does not exist."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, list(known), n=1)
+    meant = f"did you mean {close[0].replace('-', '_')}? " if close else ""
+    return f"unknown option; {meant}an option that only a newer sbatch has goes into sbatch={{{name!r}: ...}}"
+
+
+def text(name: str, value: object, *, whole: bool = False) -> str:
+    """``value`` of the option ``name`` as it would be typed. ``whole``: a number is a whole one, as for Slurm."""
+    value = value.value if isinstance(value, Enum) else value
+    if name in {"nodes", "nnodes"}:
+        return _nodes(name, value)
+    if name in SWITCHES and isinstance(value, bool):
+        return "on" if value else "off"
+    if name in {"preload", "drain-signal"} and value is False:
+        return "off"
+    if isinstance(value, (timedelta, date)):
+        return _time(name, value)
+    if name == "array" and isinstance(value, range) and value and value.step > 0:
+        return f"{value[0]}-{value[-1]}" + (f":{value.step}" if value.step > 1 else "")
+    if name == "rdzv-conf" and isinstance(value, Mapping):
+        pairs = ((key, durations.as_text(v) if isinstance(v, timedelta) else v) for key, v in value.items())
+        return ",".join(f"{key}={_one(name, each, whole=False)}" for key, each in pairs)
+    if name == "python" and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return shlex.join(word(each, name) for each in value)
+    if isinstance(value, (list, tuple, AbstractSet)) and value and name in _LISTS:
+        texts = [_one(name, each, whole=whole) for each in value]
+        return ",".join(sorted(texts) if isinstance(value, AbstractSet) else texts)
+    return _one(name, value, whole=whole)
+
+
+def _one(name: str, value: Any, *, whole: bool) -> str:
+    shown = f"{name.replace('-', '_')}={value!r}"
+    if not _is_number(value):
+        if isinstance(value, (str, os.PathLike, Enum)):
+            return word(value, f"{name.replace('-', '_')}:")
+        raise UsageError(f"{shown}: expected a string or a number, as on a command line")
+    if isinstance(value, Integral) or (math.isfinite(value) and value == int(value)):
+        return str(int(value))
+    if whole or not math.isfinite(value):
+        raise UsageError(f"{shown}: expected a whole number, or a string in Slurm's notation, for example '16G'")
+    return str(float(value))
+
+
+def _time(name: str, value: timedelta | date) -> str:
+    shown = f"{name.replace('-', '_')}={value!r}"
+    if isinstance(value, timedelta) and value > timedelta(0):
+        if name in _TIMES:
+            return durations.as_text(value)
+        if name in _SLURMS_TIMES:
+            return durations.slurm_time(value)
+        if name in _MOMENTS:
+            return f"now+{math.ceil(value.total_seconds())}"
+    if name in _MOMENTS and isinstance(value, datetime):
+        local = value.astimezone().replace(tzinfo=None) if value.tzinfo else value
+        return local.isoformat(timespec="seconds")
+    if name in _MOMENTS and isinstance(value, date):
+        return value.isoformat()
+    raise UsageError(f"{shown}: expected {'a time above 0' if isinstance(value, timedelta) else 'no date'} here")
+
+
+def _nodes(name: str, value: Any) -> str:
+    """``(4, 8)`` is MIN and MAX, ``[4, 6, 8]`` exact numbers; a range is what it has."""
+    if isinstance(value, range) and value:
+        sizes = sorted(value)
+        return f"{sizes[0]}:{sizes[-1]}" if abs(value.step) == 1 else ",".join(map(str, sizes))
+    if isinstance(value, (tuple, list)) and value:
+        numbers = [_one(name, each, whole=True) for each in value]
+        if len(numbers) == 2 and isinstance(value, list):
+            raise UsageError(
+                f"{name}={value!r}: expected ({', '.join(numbers)}) for {numbers[0]} to {numbers[1]}, or "
+                f"'{','.join(numbers)}' for exactly {numbers[0]} or {numbers[1]}"
+            )
+        return (":" if len(numbers) == 2 else ",").join(numbers)
+    if isinstance(value, str) or _is_number(value):
+        return _one(name, value, whole=True)
+    raise UsageError(f"{name}={value!r}: expected a number, '4:8', (4, 8) or range(4, 9)")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,0 +1,74 @@
+"""sbatch's options that the environment gives: ``SBATCH_ACCOUNT`` and its like, which many sites set in the profile.
+Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.options.sbatch_options import SBATCH, Given, Option, check, is_for_containers
+
+# The variables that sbatch reads, of Slurm 22.05 to 26.05; their names without SBATCH_, and the option where that has
+# another name. SBATCH_NODES, SBATCH_MAIL_USER and others that one might think of mean nothing to it.
+_TABLE = """
+ACCOUNT ACCTG_FREQ ARRAY_INX=array BATCH CLUSTERS CLUSTER_CONSTRAINT CONSOLIDATE_SEGMENTS CONSTRAINT CONTAINER
+CONTAINER_ID CORE_SPEC CPUS_PER_GPU CPU_FREQ_REQ=cpu-freq DELAY_BOOT DISTRIBUTION ERROR EXCLUSIVE EXPORT GET_USER_ENV
+GPUS GPUS_PER_NODE GPUS_PER_TASK GPU_BIND GPU_FREQ GRES GRES_FLAGS HINT IGNORE_PBS INPUT JOB_NAME MEM_BIND MEM_PER_CPU
+MEM_PER_GPU MEM_PER_NODE=mem NETWORK NO_KILL NO_REQUEUE OPEN_MODE OUTPUT OVERCOMMIT PARTITION POWER PROFILE QOS REQUEUE
+REQ_SWITCH=switches RESERVATION SEGMENT_SIZE=segment SIGNAL SPREAD_JOB THREADS_PER_CORE THREAD_SPEC TIMELIMIT=time
+TRES_BIND TRES_PER_TASK USE_MIN_NODES WAIT_ALL_NODES WCKEY
+"""
+_OPTIONS = {
+    f"SBATCH_{name}": SBATCH[option or name.lower().replace("_", "-")]
+    for name, _, option in (row.partition("=") for row in _TABLE.split())
+}
+# Inside a job Slurm sets these itself, for that job.
+_OUTSIDE = {"SLURM_CLUSTERS": SBATCH["clusters"], "SLURM_HINT": SBATCH["hint"]}
+_OF_A_JOB = "SBATCH_MEM_BIND"
+_SPEAKING = {"SBATCH_WAIT": SBATCH["wait"], "SBATCH_DEBUG": SBATCH["verbose"]}
+
+
+def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]]:
+    """The options that ``environ`` gives, and a line for each that an elastic job cannot have: it is dropped, because
+    nobody typed it for this job.
+    """
+    inside = "SLURM_JOB_ID" in environ
+    options = {**({} if inside else _OUTSIDE), **_OPTIONS}
+    given, dropped = [], []
+    for name, option in options.items():
+        if name not in environ or (inside and name == _OF_A_JOB):
+            continue
+        text = environ[name]
+        if option.name == "switches" and "SBATCH_WAIT4SWITCH" in environ:
+            text += f"@{environ['SBATCH_WAIT4SWITCH']}"
+        if option.value != "=" and not _is_on(text, option):
+            continue
+        one = Given(option, text if option.value == "=" or text not in _ON else None, f"environment: {name}")
+        try:
+            _refuse_container(one)
+            if check(one):
+                given.append(one)
+        except UsageError as error:
+            dropped.append(f"{name} in the environment is not used: {error}")
+    return given, dropped
+
+
+def for_sbatch_itself(environ: Mapping[str, str]) -> list[str]:
+    """The switches that ``environ`` sets and that are no part of the job, such as ``--wait``."""
+    return [option.flag for name, option in _SPEAKING.items() if name in environ and _is_on(environ[name], option)]
+
+
+def _refuse_container(given: Given) -> None:
+    if is_for_containers(given.name):
+        raise UsageError(f"{given.option.flag}={given.value}: use --container-image IMAGE")
+
+
+_ON = ("", "yes", "1")
+
+
+def _is_on(text: str, option: Option) -> bool:
+    """Whether a switch is on, as sbatch reads it; one that may have a value has it."""
+    if option.value:
+        return text not in {"no", "0"}
+    return text in _ON or (text.isdecimal() and int(text) != 0)

@@ -1,0 +1,77 @@
+"""The #SBATCH lines at the head of a script, as sbatch reads them. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, scan
+
+DIRECTIVE = "#SBATCH"
+# sbatch's own quoting: a backslash counts within both kinds of quotes, and # begins a comment within a word too.
+_QUOTED = r"""\\(.)|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""
+WORD = re.compile(rf"""\s*((?:{_QUOTED}|[^\s#"'\\])+)(?=[\s#]|$)""", re.ASCII)
+REST = re.compile(r"\s*(?:#.*)?$", re.ASCII)
+
+
+def lines(script: bytes) -> Iterator[tuple[str, bool]]:
+    """The lines, a character for each byte, and whether they are directives: of the lines that begin so, those before
+    the first command.
+    """
+    head = True
+    for line in re.findall(r"[^\n]*\n|[^\n]+$", script.decode("latin-1")):
+        directive = head and line.startswith(DIRECTIVE)
+        head = head and (directive or REST.match(line) is not None)
+        yield line, directive
+
+
+def unquoted(word: str) -> str:
+    return re.sub(_QUOTED, lambda part: part[1] or re.sub(r"\\(.)", r"\1", part[0][1:-1]), word)
+
+
+def options(script: bytes, name: str) -> list[Given]:
+    """What the directives of ``script``, which is called ``name``, say: with the line as source, by the options' full
+    names. Raises UsageError for a line that sbatch would not understand.
+    """
+    found: list[Given] = []
+    for number, (line, directive) in enumerate(lines(script), 1):
+        if not directive:
+            continue
+        place = f"{name} line {number}"
+        try:
+            given, rest = scan(_words(line), ())
+        except UsageError as error:
+            raise UsageError(f"{place}: {error}") from None
+        if rest:
+            raise UsageError(f"{place}: {line.strip()!r}: expected options of sbatch, not {rest[0]!r}")
+        for each in given:
+            text = each.value and each.value.encode("latin-1").decode(errors="surrogateescape")
+            found.append(replace(each, value=text, source=place))
+    return found
+
+
+def directives_of_python(script: bytes, name: str, ours: Collection[str]) -> list[Given]:
+    """The same of a Python script that is submitted as it is. ``ours`` are options that sbatch does not know."""
+    given = options(script, name)
+    for each in given:
+        if each.name.replace("_", "-") in ours and each.name not in SBATCH:
+            raise UsageError(
+                f"{each.source}: {each.option.flag}: an option of elastic-sbatch; "
+                "expected on its command line, or in elastic_hpc.toml"
+            )
+        if each.name in COMMAND_LINE_ONLY:
+            raise UsageError(f"{each.source}: {each.option.flag}: belongs on the command line")
+    return given
+
+
+def _words(line: str) -> list[str]:
+    words, at = [], len(DIRECTIVE)
+    while not REST.match(line, at):
+        word = WORD.match(line, at)
+        if word is None:
+            raise UsageError(f"{line.strip()!r}: expected quotes in pairs")
+        words.append(unquoted(word[1]))
+        at = word.end()
+    return words

@@ -1,0 +1,200 @@
+"""torchrun's command line: what each of its options is here. The one table of them, for all ways in. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.options.sbatch_options import Given, Option, last, scan
+
+SAME = (
+    *(Option(name) for name in ("nproc-per-node", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "max-restarts", "log-dir")),
+    *(Option(name) for name in ("role", "local-ranks-filter", "numa-binding")),
+    Option("module", "m", ""),
+    Option("no-python", value=""),
+)
+"""Options that have the same name and meaning here."""
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """An option that has no counterpart. ``done``: a pattern of the values that say what is done anyway, and
+    ``because``; ``instead``: what to do who gives another one.
+    """
+
+    option: Option
+    done: str = ""
+    because: str = ""
+    instead: str = ""
+
+
+_OUTPUT = (
+    r"[0-3]|\d+:[0-3](,\d+:[0-3])*",
+    "each rank's output is in files of its own, and all output in the job's output file",
+    "expected 0 to 3, or RANK:0 to 3 separated by commas; each rank's output is in files of its own anyway",
+)
+_FILTERS = "all output is in files: elastic-hpc logs JOB | grep WORD"
+
+_NODES = Option("nnodes")
+_STANDALONE = Option("standalone", value="")
+_MASTER = Option("master-addr"), Option("master-port")
+_JUDGED = {
+    row.option.name: row
+    for row in (
+        _Judged(
+            Option("rdzv-backend"),
+            "c10d|static|elastic-hpc",
+            "the agents meet at a rendezvous on one of the job's nodes",
+            "the rendezvous runs on one of the job's nodes, without a server; leave out --rdzv-backend, and the "
+            "--rdzv-endpoint of a server",
+        ),
+        _Judged(
+            Option("node-rank"),
+            "0?",
+            "one command starts the agents of all nodes and numbers them",
+            "one command starts the agents of all nodes and numbers them; leave it out",
+        ),
+        _Judged(
+            Option("monitor-interval"),
+            r"\d+\.?\d*|\.\d+",
+            "the end of a worker is noticed at once",
+            "expected a number of seconds, for example 0.1; the end of a worker is noticed at once anyway",
+        ),
+        _Judged(
+            Option("start-method"),
+            "spawn|fork|forkserver",
+            "a script is a process of its own, as under torchrun",
+            "expected spawn, fork or forkserver; a script is a process of its own anyway",
+        ),
+        _Judged(
+            Option("event-log-handler"),
+            "null",
+            "the run directory has the job's events",
+            "events.jsonl in the run directory has the job's events: elastic-hpc timeline JOB",
+        ),
+        _Judged(Option("redirects", "r"), *_OUTPUT),
+        _Judged(Option("tee", "t"), *_OUTPUT),
+        _Judged(Option("duplicate-stdout-filters"), instead=_FILTERS),
+        _Judged(Option("duplicate-stderr-filters"), instead=_FILTERS),
+        _Judged(Option("logs-specs"), instead="the output of each rank is in the run directory: elastic-hpc logs JOB"),
+        _Judged(Option("local-addr"), instead="use --interface IFNAME, the network interface of every node"),
+        _Judged(
+            Option("signals-to-handle"),
+            r"(SIG)?(TERM|INT|HUP|QUIT)(,(SIG)?(TERM|INT|HUP|QUIT))*",
+            "the agents handle these signals",
+            "use --drain-signal NAME for what the workers get before the time limit and at a preemption, and "
+            "--signal=NAME@SECONDS for when they get it",
+        ),
+        _Judged(Option("shutdown-timeout"), instead="use --grace SECONDS, the time that workers have to save and stop"),
+        _Judged(
+            Option("virtual-local-rank", value=""),
+            instead="each worker sees all GPUs of its node; for one GPU per worker: --no-python bash -c "
+            "'CUDA_VISIBLE_DEVICES=$LOCAL_RANK exec python \"$@\"' - train.py",
+        ),
+        _Judged(Option("run-path", value=""), ".*", "the script runs as __main__"),
+        _Judged(Option("use-env", value=""), ".*", "workers have their ranks in the environment"),
+    )
+}
+OPTIONS = (_NODES, _STANDALONE, *_MASTER, *SAME, *(row.option for row in _JUDGED.values()))
+"""All of torchrun's, and ``--use-env`` of torch.distributed.launch."""
+
+_HOST = "the rendezvous is on the job's own first node"
+OF_EACH_JOB = {
+    **dict.fromkeys(("rdzv-endpoint", "master-addr", "master-port"), _HOST),
+    "rdzv-id": "the id of the run is the job's id",
+    "node-rank": "the agents number the nodes",
+}
+"""Options whose value is another one in each job or on each node, and why a batch script need not work it out."""
+
+_NAMES = {option.name for option in OPTIONS}
+_LOCAL_HOSTS = {"127.0.0.1", "localhost", "::1", "[::1]"}
+
+
+def translate(given: Sequence[Given]) -> tuple[list[Given], list[Given]]:
+    """``given`` with options of ours in the place of torchrun's, and those of torchrun's that have none: see
+    ``unneeded``. Options of others stay.
+    """
+    ours: list[Given] = []
+    others: list[Given] = []
+    for each in given:
+        if each.name == "nnodes":
+            ours.append(replace(each, option=Option("nodes")))
+        elif each.name == "standalone":
+            ours.insert(0, Given(Option("nodes"), "1", each.source))
+        elif each.name in _JUDGED:
+            others.append(each)
+        elif each.option not in _MASTER:
+            ours.append(each)
+    address, port = (last(given, option.name) for option in _MASTER)
+    host = "" if address in _LOCAL_HOSTS else address or ""
+    if (host or port) and last(given, "rdzv-endpoint") is None:  # as torchrun does
+        shown = f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
+        source = next(each.source for each in given if each.option in _MASTER)
+        ours.append(Given(Option("rdzv-endpoint"), f"{shown}:{port}" if port else shown, source))
+    return ours, others
+
+
+def unneeded(given: Given) -> str:
+    """Why ``given``, an option that has no counterpart here, need not be given. UsageError, with what to use, if it
+    asks for something else than what is done.
+    """
+    row = _JUDGED[given.name]
+    if row.done and re.fullmatch(row.done, given.value or ""):
+        return row.because
+    shown = given.option.flag if given.value is None else f"{given.option.flag} {given.value}"
+    raise UsageError(f"{shown}: {row.instead}")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line of torchrun, as what it is here."""
+
+    options: tuple[tuple[str, str], ...]
+    """Those of ours with a value, by name without dashes: ``("nodes", "2:4")``; values as they stand there."""
+    module: bool
+    no_python: bool
+    script: str
+    script_args: tuple[str, ...]
+    dropped: tuple[tuple[str, str], ...]
+    """Options without a counterpart, as given, and why they are left out."""
+
+
+def torchrun_options(argv: Sequence[str]) -> Line:
+    """Read the arguments of a ``torchrun``. UsageError if they are none.
+
+    What stands for a shell to fill in is left as it is, except where each node or job has its own: that is dropped.
+    """
+    given, rest = scan(argv, OPTIONS, ())
+    if not rest:
+        raise UsageError(f"{' '.join(argv)!r}: expected a script after the options of torchrun")
+    dropped: list[tuple[str, str]] = []
+    kept = []
+    for each in given:
+        if each.name in OF_EACH_JOB and _is_shell(each):
+            dropped.append((_shown(each), OF_EACH_JOB[each.name]))
+        else:
+            kept.append(each)
+    ours, others = translate(kept)
+    for each in others:
+        try:
+            dropped.append((_shown(each), unneeded(each)))
+        except UsageError as error:
+            dropped.append((_shown(each), str(error).partition(": ")[2]))
+    return Line(
+        tuple((each.name, each.value or "") for each in ours if each.option.value),
+        any(each.name == "module" for each in ours),
+        any(each.name == "no-python" for each in ours),
+        rest[0],
+        tuple(rest[1:]),
+        tuple(dropped),
+    )
+
+
+def _is_shell(given: Given) -> bool:
+    return "$" in (given.value or "") or "`" in (given.value or "")
+
+
+def _shown(given: Given) -> str:
+    return given.option.flag if given.value is None else f"{given.option.flag}={given.value}"

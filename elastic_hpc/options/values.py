@@ -1,0 +1,214 @@
+"""Values of options: how they are written and read, and what they mean. Pure: touches no file, no environment."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from itertools import pairwise
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.options import durations
+
+DEFAULT_PORT = 29400
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_SOME_SIZES = r"\d{1,6}(?:-\d{1,6}(?::0*[1-9]\d{0,5})?)?"
+
+
+@dataclass(frozen=True)
+class NodeRange:
+    """``MIN:MAX`` nodes, as in ``torchrun --nnodes``. One number means a job of fixed size.
+
+    ``sizes``: the exact numbers of ``4,6,8``, ascending from ``min`` to ``max``; None for all between.
+    """
+
+    min: int
+    max: int
+    sizes: tuple[int, ...] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> NodeRange:
+        if match := re.fullmatch(r"(\d{1,6})(?:[:-](\d{1,6}))?", text, re.ASCII):  # sbatch has a dash there
+            low, high = int(match[1]), int(match[2] or match[1])
+            if 1 <= low <= high:
+                return cls(low, high)
+        elif re.fullmatch(rf"{_SOME_SIZES}(,{_SOME_SIZES})*", text, re.ASCII):
+            parts = [_sizes(part) for part in text.split(",")]
+            sizes = tuple(size for part in parts for size in part)
+            if all(parts) and sizes[0] >= 1 and all(a < b for a, b in pairwise(sizes)):
+                return cls(sizes[0], sizes[-1], sizes if len(sizes) > 1 else None)
+        raise UsageError(
+            f"--nodes {text!r}: expected N or MIN:MAX with 1 <= MIN <= MAX, for example --nodes 4:8, "
+            "or exact numbers in ascending order, for example --nodes 4,6,8"
+        )
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.sizes)) if self.sizes else f"{self.min}:{self.max}"
+
+    @property
+    def slurm(self) -> str:
+        """The range in sbatch's own notation: ``4-8``, or ``4``."""
+        return f"{self.min}-{self.max}" if self.min < self.max else str(self.min)
+
+
+def _sizes(part: str) -> range:
+    """Those of one part of sbatch's list of sizes: ``4``, ``4-8`` or ``4-8:2``."""
+    bounds, _, step = part.partition(":")
+    low, _, high = bounds.partition("-")
+    return range(int(low), int(high or low) + 1, int(step or 1))
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """``HOST[:PORT]``. ``host`` is None for the first host of the step. Port 0 is the default."""
+
+    host: str | None = None
+    port: int = DEFAULT_PORT
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]*)(?::(\d{1,5}))?", text, re.ASCII)
+        if match and text:
+            host, port = match[1].strip("[]"), int(match[2] or 0) or DEFAULT_PORT
+            if port < 65536:
+                return cls(host or None, port)
+        raise UsageError(
+            f"--rdzv-endpoint {text!r}: expected HOST[:PORT] or :PORT, for example --rdzv-endpoint node01:29400"
+        )
+
+    @property
+    def head(self) -> str | None:
+        """The host, if it is a certain one: ``localhost`` is each node for itself, and torchrun's for the first."""
+        return None if self.host in _LOOPBACK else self.host
+
+    def __str__(self) -> str:
+        host = self.host or ""
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+
+def number(text: str) -> int | None:
+    """A whole number as people type it; None for all else, other scripts' digits and what no machine has among it."""
+    return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
+
+
+def nproc(text: str) -> str:
+    if text in {"auto", "gpu", "cpu"} or number(text):
+        return text
+    raise UsageError(f"--nproc-per-node {text!r}: expected gpu, cpu, auto or a number above 0, for example 8")
+
+
+def count(text: str) -> int:
+    if (found := number(text)) is not None:
+        return found
+    raise UsageError(f"{text!r}: expected a whole number, 0 or more, for example 10")
+
+
+def positive(text: str) -> int:
+    if found := number(text):
+        return found
+    raise UsageError(f"{text!r}: expected a whole number, 1 or more, for example 8")
+
+
+def ranks(text: str) -> str:
+    if re.fullmatch(r"\d{1,6}(,\d{1,6})*", text, re.ASCII):
+        return text
+    raise UsageError(f"{text!r}: expected local ranks separated by commas, for example 0,1")
+
+
+def numa_mode(text: str) -> str:
+    if text in {"node", "socket", "exclusive", "core-complex"}:
+        return text
+    raise UsageError(f"{text!r}: expected node, socket, exclusive or core-complex")
+
+
+def on_off(text: str) -> bool:
+    if text in {"on", "off"}:
+        return text == "on"
+    raise UsageError(f"{text!r}: expected on or off")
+
+
+@dataclass(frozen=True)
+class Preload:
+    """``--preload MODULE,...``: what a worker's process imports before it is wanted; nothing for ``off``."""
+
+    modules: tuple[str, ...] = ("torch",)
+
+    @classmethod
+    def parse(cls, text: str) -> Preload:
+        if text == "off":
+            return cls(())
+        modules = tuple(text.split(","))
+        if all(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) for module in modules):
+            return cls(modules)
+        raise UsageError(f"--preload {text!r}: expected MODULE,... or off, for example --preload torch,transformers")
+
+    def __str__(self) -> str:
+        return ",".join(self.modules) or "off"
+
+
+@dataclass(frozen=True)
+class DrainSignal:
+    """``--drain-signal SIGNAL``, as sbatch names it; ``number`` is 0 for ``off``."""
+
+    number: int
+
+    @classmethod
+    def parse(cls, text: str) -> DrainSignal:
+        if text == "off":
+            return cls(0)
+        name = text.upper().removeprefix("SIG")
+        known = {one.name.removeprefix("SIG"): one for one in signal.Signals}
+        found = known.get(name) or (number(name) in set(known.values()) and signal.Signals(int(name)))
+        if found and found not in {signal.SIGKILL, signal.SIGSTOP}:
+            return cls(found)
+        raise UsageError(
+            f"--drain-signal {text!r}: expected a signal that a process can handle, for example --drain-signal USR1, "
+            "or off"
+        )
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name if self.number else "off"
+
+
+_TORCHS_OWN = frozenset(
+    {
+        *("timeout", "close_timeout", "read_timeout", "heartbeat", "keep_alive_interval", "keep_alive_max_attempt"),
+        *("is_host", "store_type", "use_libuv", "rank"),
+    }
+)
+"""Of torch's rendezvous and its store: no round waits for these here."""
+
+
+@dataclass(frozen=True)
+class RdzvConf:
+    """``--rdzv-conf KEY=VALUE,...`` with torchrun's keys. Others of torch's rendezvous are taken, and of no use here.
+
+    ``join_timeout``: how long a start waits for MIN nodes before it gives the allocation back.
+    ``last_call_timeout``: how long it waits, once MIN are there, for the rest of the granted nodes.
+    """
+
+    join_timeout: timedelta = timedelta(seconds=600)
+    last_call_timeout: timedelta = timedelta(seconds=30)
+
+    @classmethod
+    def parse(cls, text: str) -> RdzvConf:
+        values: dict[str, timedelta] = {}
+        for pair in filter(None, text.split(",")):
+            key, _, value = pair.partition("=")
+            if key in _TORCHS_OWN:
+                continue
+            if key not in {f.name for f in fields(cls)}:
+                known = ", ".join(f.name for f in fields(cls))
+                raise UsageError(
+                    f"--rdzv-conf {pair!r}: expected KEY=TIME with KEY one of {known}, "
+                    "for example --rdzv-conf last_call_timeout=60"
+                )
+            try:
+                values[key] = durations.parse(value)
+            except UsageError as error:
+                raise UsageError(f"--rdzv-conf {key}={error}") from None
+        return cls(**values)
+
+    def __str__(self) -> str:
+        return ",".join(f"{f.name}={durations.as_text(getattr(self, f.name))}" for f in fields(self))

@@ -1,0 +1,1 @@
+"""A script under faults, on this machine. Start with ``run``."""

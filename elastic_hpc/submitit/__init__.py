@@ -1,0 +1,1 @@
+"""submitit's executors. Start with ``executors``."""

@@ -1,0 +1,189 @@
+"""In a worker that runs a function: what functions written for submitit's Slurm cluster take for granted there.
+
+They make their own process group, of what ``submitit.JobEnvironment`` says and a port that they choose: by the helper
+``TorchDistributedEnvironment``, by lines like it, or through a file. Under Slurm rank 0 hosts that store. Here torch's
+workers only ever connect, to the store that the agents keep ready, and a file would be that of the round before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+from submitit import helpers
+from submitit.core import job_environment, utils
+
+from elastic_hpc import training
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.job.functions import ElasticJobEnvironment, ElasticPaths
+from elastic_hpc.network.client import ask_leader
+from elastic_hpc.record.rundir import RunDir
+
+_RENDEZVOUS = "torch.distributed.rendezvous"
+
+_LOOK = 0.2
+_LEAVE = 5.0
+"""Seconds that rank 0, which has saved, waits for the other ranks to leave."""
+
+
+def adapt() -> None:
+    """Change submitit's helper, and torch's ways to form a process group, in this process. Once, before the function
+    runs: what the agent has set in the environment is read here.
+    """
+    meeting = Meeting()
+    meeting.adapt_helper(helpers.TorchDistributedEnvironment)
+    if _RENDEZVOUS in sys.modules:
+        meeting.adapt_torch(sys.modules[_RENDEZVOUS])
+    else:
+        sys.meta_path.insert(0, _WhenImported(_RENDEZVOUS, meeting.adapt_torch))
+
+
+class Meeting:
+    """Where the workers of this round meet, as their agent has said."""
+
+    def __init__(self) -> None:
+        self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._rank0, self._round = os.environ["ELASTIC_HPC_RANK0_ADDR"], os.environ["ELASTIC_HPC_ROUND"]
+        self._place = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._on_node = int(os.environ["LOCAL_WORLD_SIZE"])
+
+    def adapt_helper(self, helper: type) -> None:
+        """It is told this round's store, and may export what is exported already: nothing changes by that."""
+        init, export = helper.__init__, helper.export  # type: ignore[misc, attr-defined]
+
+        def init_for_round(env: Any) -> None:
+            init(env)
+            env.local_world_size = self._on_node
+            if env.master_port == self._port:
+                env.master_addr = self._host
+
+        def export_again(env: Any, set_cuda_visible_devices: bool = True, overwrite: bool = True) -> Any:
+            del overwrite
+            return export(env, set_cuda_visible_devices, overwrite=True)
+
+        helper.__init__ = init_for_round  # type: ignore[misc]
+        helper.export = export_again  # type: ignore[attr-defined]
+
+    def adapt_torch(self, rendezvous: ModuleType) -> None:
+        """The store at the agents' port is theirs. At another port rank 0 hosts it, as everywhere without torchrun, and
+        a world of all ranks finds it where rank 0 is, whatever host a function has worked out. Files are a round's.
+        """
+        create, file_store = rendezvous._create_c10d_store, rendezvous.FileStore
+
+        def create_store(host: str, port: int, rank: int, world_size: int, *args: Any, **kwargs: Any) -> Any:
+            of_agents = port == self._port
+            rendezvous._torchelastic_use_agent_store = lambda: of_agents  # type: ignore[attr-defined]
+            if of_agents:
+                host = self._host
+            elif (rank, world_size) == self._place:
+                host = self._rank0
+            return create(host, port, rank, world_size, *args, **kwargs)
+
+        def create_file_store(path: str, *args: Any) -> Any:
+            return file_store(f"{path}.round-{self._round}", *args)
+
+        rendezvous._create_c10d_store = create_store  # type: ignore[attr-defined]
+        rendezvous.FileStore = create_file_store  # type: ignore[attr-defined]
+
+
+class _WhenImported:
+    """On ``sys.meta_path``: changes one module as soon as it has been imported."""
+
+    def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
+        self._name, self._change = name, change
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec: ModuleSpec | None = PathFinder.find_spec(name, path, target)
+        if spec and spec.loader:
+            execute, change = spec.loader.exec_module, self._change
+
+            def execute_and_change(module: ModuleType) -> None:
+                execute(module)
+                change(module)
+
+            spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
+        return spec
+
+    def given(self) -> None:
+        """A standby has given modules that it had imported ahead (``elastic_hpc.workers.aside``)."""
+        if self._name in sys.modules:
+            sys.meta_path.remove(self)
+            self._change(sys.modules[self._name])
+
+
+class DrainHandler(job_environment.SignalHandler):
+    """submitit's handler, set off by the agent: rank 0 checkpoints, then all ranks leave. The agents requeue."""
+
+    def __init__(self, env: ElasticJobEnvironment, paths: ElasticPaths, delayed: utils.DelayedSubmission) -> None:
+        super().__init__(env, paths, delayed)
+        self._rundir = RunDir(paths.run_dir)
+        self._paths = paths
+        self._rank, self._size = env.global_rank, env.num_tasks
+        self._pid = os.getpid()
+        self._saved = paths.result_pickle.with_name("saved")
+
+    def start(self) -> None:
+        training.listen()
+        if self._rank == 0:
+            signal.signal(signal.SIGUSR2, self.checkpoint_and_try_requeue)
+            signal.signal(signal.SIGTERM, self.checkpoint_and_try_requeue)  # a preemption without a warning
+        else:
+            signal.signal(signal.SIGTERM, self.bypass)
+        threading.Thread(target=self._watch, name="drain", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not training.is_told_to_drain():
+            if self._saved.exists():
+                break
+            time.sleep(_LOOK)
+        if self._rank == 0:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+            return
+        while not self._saved.exists():
+            time.sleep(_LOOK)
+        training.mark_drained()
+        self._left(self._rank).touch()
+        os._exit(0)  # the main thread may be in a collective that rank 0 has left
+
+    def _left(self, rank: int) -> Path:
+        return self._saved.with_name(f"left.{rank}")
+
+    def has_timed_out(self) -> bool:
+        """The time limit came, which the agents know; a preemption, the user, or a change of the world did not."""
+        asked = [e["reason"] for e in self._rundir.events() if e["event"] in {"request", "drain"}]
+        return asked[-1:] == ["time limit"]
+
+    def checkpoint_and_try_requeue(self, signum: int, frame: FrameType | None = None) -> None:
+        if os.getpid() != self._pid:  # a data loader has inherited this handler
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+            return
+        for name in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(name, self.bypass)  # once is enough
+        try:
+            super().checkpoint_and_try_requeue(signum, frame)
+        except utils.UncompletedJobError as error:
+            utils.cloudpickle_dump(("error", str(error)), self._paths.result_pickle)
+            with contextlib.suppress(ElasticError):
+                ask_leader(self._rundir, "stop", str(error))
+            raise
+
+    def _exit(self) -> None:
+        training.mark_drained()
+        self._saved.touch()
+        end = time.monotonic() + _LEAVE
+        while time.monotonic() < end and not all(self._left(rank).exists() for rank in range(1, self._size)):
+            time.sleep(_LOOK)
+        os._exit(0)

@@ -1,0 +1,1 @@
+"""The rendezvous backend of a stock ``torchrun``. Start with ``plugin``."""

@@ -1,0 +1,171 @@
+"""Checkpoints that are whole or not there: saved by any number of ranks, never by a worker of a round that is over."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.slurm.env import is_of_another_job
+from elastic_hpc.training.checkpoint_folder import Files
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class CheckpointError(ElasticError):
+    """A checkpoint was not committed, or none of those that exist can be loaded. Raised on all ranks alike."""
+
+
+class Checkpoints:
+    """The checkpoints in ``folder``, which all ranks must share; by default in the job's run directory, else here.
+
+    Every call is for all ranks together, like a collective: the same calls in the same order. Making it comes after
+    ``init_process_group`` and before any reading; it removes what earlier rounds left unfinished. ``keep``: how many
+    steps are kept after a save, not counting later ones, which a loader must have refused. This and ``save`` raise
+    FencedOut on a worker whose round is over; without ELASTIC_HPC_ROUND, as under torchrun, nobody is fenced out.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, keep: int = 3) -> None:
+        if keep < 1:
+            raise UsageError(f"Checkpoints(keep={keep}): expected the number of checkpoints to keep, at least 1")
+        self.folder = Path(folder or Path(os.environ.get("ELASTIC_HPC_RUN_DIR", ""), "checkpoints")).absolute()
+        round = None if is_of_another_job(os.environ) else os.environ.get("ELASTIC_HPC_ROUND")
+        job = os.environ.get("TORCHELASTIC_RUN_ID", "") if round else "none"
+        self._files = Files(self.folder, job, int(round or 0), keep, fenced=bool(round))
+        _lead(self._files.open, f"cannot use {self.folder} for checkpoints")
+
+    @contextlib.contextmanager
+    def save(self, step: int) -> Iterator[Path]:
+        """A new folder on all ranks, the same one, to write into; committed when all have left the block.
+
+        One rank may write, or all, as with ``torch.distributed.checkpoint``. What rank 0 finds in it is synced; other
+        ranks sync their own files, as that one does. If any rank leaves with an exception, or the commit fails,
+        nothing is committed and all raise CheckpointError: training may go on without this checkpoint. Saving a step
+        again replaces it.
+        """
+        if step < 0:
+            raise UsageError(f"save({step}): expected the number of steps done, at least 0")
+        failed = f"no checkpoint of step {step} in {self.folder}"
+        name = _lead(lambda: self._files.begin(step), failed)
+        self._look(name)
+        try:
+            with _agree(failed):
+                yield self.folder / name
+        except CheckpointError:
+            if world()[0] == 0:
+                self._files.discard(name)
+            raise
+        _lead(lambda: self._files.commit(step, name), failed)
+
+    def newest_first(self) -> list[Path]:
+        """The complete checkpoints, the same on all ranks."""
+        names = _lead(self._files.complete, f"cannot list {self.folder}")
+        self._look(".")
+        return [self.folder / name for name in names]
+
+    def load(self, loader: Callable[[Path], T]) -> T | None:
+        """What ``loader`` makes of the newest checkpoint that it can load on all ranks; None if there is no checkpoint.
+
+        Where it raises on any rank, all ranks go to the one before. Raises CheckpointError if none of them loads:
+        that is rather a fault of the loader, and starting from nothing would end in overwriting them.
+        """
+        failure = ""
+        for path in self.newest_first():
+            try:
+                with _agree(f"cannot load {path}"):
+                    result = loader(path)
+            except CheckpointError as error:
+                failure = str(error)
+                if world()[0] == 0:
+                    log.warning("%s; trying the one before", failure)
+            else:
+                return result
+        if failure:
+            raise CheckpointError(f"{failure}; nor any later one: mend the loader, or start anew in another folder")
+        return None
+
+    def _look(self, name: str) -> None:
+        """Raises CheckpointError unless all ranks see ``name``; has NFS look again."""
+        with _agree(f"{self.folder}: expected a folder that the nodes of all ranks share"):
+            os.scandir(self.folder / name).close()
+
+
+def world() -> tuple[int, int]:
+    """Rank and world size. Raises UsageError where the launcher says that there are others, but nothing joins them."""
+    dist = _distributed()
+    if dist is not None:
+        return dist.get_rank(), dist.get_world_size()
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise UsageError(f"WORLD_SIZE is {size}, but the ranks are not connected: call init_process_group() before")
+    return 0, 1
+
+
+def control_group() -> tuple[Any, Any] | None:
+    """``torch.distributed`` and a gloo group of all ranks, apart from the training's; None if there is one rank.
+
+    All ranks make it together, at their first call. It ends with the default group: kept any longer, its threads would
+    be alive while Python shuts down (pytorch issue 190489).
+    """
+    dist = _distributed()
+    if dist is None or dist.get_world_size() == 1:
+        return None
+    group = _groups.get(dist.group.WORLD)
+    if group is None:
+        group = _groups[dist.group.WORLD] = dist.new_group(backend="gloo")
+    return dist, group
+
+
+_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _distributed() -> Any:
+    """``torch.distributed`` if it is initialised, else None: who has not imported it, has not initialised it."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist and dist.is_available() and dist.is_initialized() else None
+
+
+@contextlib.contextmanager
+def _agree(failed: str) -> Iterator[None]:
+    """Raises CheckpointError on all ranks if the block raised on any, saying on which and what."""
+    problem = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - told to all ranks, raised on all
+        problem = error
+    told = f"{type(problem).__name__}: {problem}" if problem else None
+    everybody = [told]
+    if control := control_group():
+        dist, group = control
+        everybody = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, told, group=group)
+    problems = [f"rank {rank}: {text}" for rank, text in enumerate(everybody) if text]
+    if problems:
+        raise CheckpointError(f"{failed}; {'; '.join(problems[:4])}{'; ...' if problems[4:] else ''}") from problem
+
+
+def _lead(action: Callable[[], T], failed: str) -> T:
+    """What ``action`` returns on rank 0, on all ranks; or what it raises, a CheckpointError if it is not ours."""
+    outcome: list[Any] = [None, None]
+    if world()[0] == 0:
+        try:
+            outcome[0] = action()
+        except ElasticError as error:
+            outcome[1] = error
+        except Exception as error:  # noqa: BLE001 - told to all ranks, raised on all
+            outcome[1] = CheckpointError(f"{failed}; {type(error).__name__}: {error}")
+            outcome[1].__cause__ = error
+    if control := control_group():
+        dist, group = control
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1]:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result

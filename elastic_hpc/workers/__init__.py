@@ -1,0 +1,1 @@
+"""Worker processes of one node. Start with ``elastic_agent``."""

@@ -1,0 +1,315 @@
+"""A worker before its round: the interpreter has started and the modules of ``--preload`` are imported, then it waits
+for its place in a world. Run by path (``workers.standbys``), and only of what every interpreter has loaded anyway.
+
+What runs then must not be told from a process that was started at that moment. Where that cannot be had, it is one:
+this process replaces itself by it (exec), under the same pid.
+"""
+
+fresh = dict(globals())  # what the interpreter gives to a script
+
+import marshal  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+
+loaded = set(sys.modules)
+import _signal  # type: ignore[import-not-found]  # noqa: E402
+import _socket  # noqa: E402
+import _thread  # noqa: E402
+
+SAFE_PATH = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+
+if __name__ == "__main__":
+    folder = os.path.dirname(__file__)
+    sys.path.insert(0, folder)
+    import aside  # type: ignore[import-not-found]
+
+    del sys.path[: 1 if SAFE_PATH else 2], sys.path_importer_cache[folder]
+    del sys.modules["aside"]
+else:
+    from elastic_hpc.workers import aside
+
+SOCKET = "ELASTIC_HPC_STANDBY"
+"""Number of the descriptor that leads to the agent, and blanks: room for the variables that come later."""
+
+
+class Gently:
+    """Rests twice as long as each import took, until this worker is wanted: of one core it takes a third.
+
+    A niceness would do more, but nobody without privileges gets rid of it again.
+    """
+
+    def __init__(self, agent: _socket.socket) -> None:
+        self._agent = agent
+        self._spent = time.process_time()
+        self.wanted = False
+
+    def find_spec(self, *_: object) -> None:
+        """Asked first for every module: it has none."""
+        if self.wanted:
+            return
+        self._agent.settimeout(max(0.0001, 2 * (time.process_time() - self._spent)))
+        try:
+            self._agent.recv(1, _socket.MSG_PEEK)
+            self.wanted = True
+        except TimeoutError:
+            pass
+        self._agent.settimeout(None)
+        self._spent = time.process_time()
+
+
+def private_megabytes() -> float:
+    """Memory of this process that no other shares."""
+    try:
+        with open("/proc/self/smaps_rollup", "rb") as file:
+            return sum(int(line.split()[1]) for line in file if line.startswith(b"Private_")) / 1024
+    except OSError:  # all of it is more, which is the safe side
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
+
+
+def preload(
+    plan: list[tuple[str, aside.Changes, bool]], agent: _socket.socket, *, gently: bool
+) -> tuple[list[aside.Stage], str]:
+    """Import what ``plan`` says: names, what the script does to its variables before, and whether the script's own
+    import would be the one to tell that it does not work. The answer is what was imported, and why that does not do,
+    or empty.
+    """
+    gentle = Gently(agent)
+    if gently:
+        sys.meta_path.insert(0, gentle)
+    environ, own = dict(os.environ), aside.Stage("", {})
+    own.modules = {name: sys.modules[name] for name in ("_signal", "_socket") if name not in loaded}
+    stages = [own]
+    try:
+        for name, by_script, with_luck in plan:
+            if with_luck and gentle.wanted:
+                continue
+            stage = aside.Stage(name, by_script)
+            stages.append(stage)
+            try:
+                environ = stage.run(environ)
+            except (Exception, SystemExit) as error:  # noqa: BLE001
+                if not with_luck:
+                    return stages, f"--preload {name}: {type(error).__name__}: {error}"
+    finally:
+        if gentle in sys.meta_path:
+            sys.meta_path.remove(gentle)
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        modules = ",".join(name for name, _, with_luck in plan if not with_luck)
+        return stages, f"--preload {modules} has initialized CUDA, which belongs to the script"
+    return stages, ""
+
+
+def receive(agent: _socket.socket) -> tuple[tuple[int, int], dict[str, str]]:
+    """Wait to be wanted: descriptors for stdout and stderr, and the environment."""
+    data, ancillary, _, _ = agent.recvmsg(16, _socket.CMSG_SPACE(3 * 4))
+    if not data:
+        os._exit(0)  # the agent is gone
+    descriptors = ancillary[0][2]
+    out, err, memory = (int.from_bytes(descriptors[i : i + 4], sys.byteorder) for i in (0, 4, 8))
+    environ = marshal.loads(os.pread(memory, os.fstat(memory).st_size, 0))  # noqa: S302 - of the same interpreter
+    os.close(memory)
+    return (out, err), environ
+
+
+def is_plain(path: str) -> bool:
+    """Whether ``path`` is a script, rather than a folder or an archive that has one."""
+    with open(path, "rb") as file:
+        return file.read(2) != b"PK"
+
+
+def obstacle(argv: list[str], started_with: dict[str, str], environ: dict[str, str], outputs: tuple[int, int]) -> str:
+    """Why a fresh process would be another one; empty if it would not."""
+    for name in started_with.keys() | environ.keys():
+        if started_with.get(name) != environ.get(name) and name not in aside.OF_A_ROUND:
+            return f"{name} has changed"
+    if any(os.fstat(output).st_mode >> 12 != os.fstat(1).st_mode >> 12 for output in outputs):
+        return "the output is no file"
+    if argv[0] != "-m" and not (os.path.isfile(argv[0]) and is_plain(argv[0])):
+        return "the script is no plain file"
+    return ""
+
+
+class Process:
+    """This one when its script starts, which it may have to do once more as a fresh process."""
+
+    def __init__(self, command: list[str], environ: dict[str, str]) -> None:
+        self._command, self._environ = command, environ
+        self._pid, self._folder, self._umask = os.getpid(), os.getcwd(), os.umask(0o22)
+        os.umask(self._umask)
+        self._threads, self._files = _thread._count(), self._open()  # noqa: SLF001 - those of libraries hold no work
+        self._outputs = [(os.fstat(number), os.lseek(number, 0, os.SEEK_CUR)) for number in (1, 2)]
+        self._ignored = [n for n in _signal.valid_signals() if _signal.getsignal(n) == _signal.SIG_IGN]
+        self._blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, [])
+
+    @staticmethod
+    def _open() -> dict[str, str]:
+        found = {}
+        for number in os.listdir("/proc/self/fd"):
+            try:  # noqa: SIM105 - contextlib may be one of the script's own
+                found[number] = os.readlink(f"/proc/self/fd/{number}")
+            except OSError:
+                pass
+        return found
+
+    def company(self) -> str:
+        """Why the script cannot begin again without being noticed; empty if it can."""
+        if os.getpid() != self._pid:
+            return "this is a child of the worker"
+        if _thread._count() > self._threads:  # noqa: SLF001
+            return "the script has started threads"
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return "the script has started processes"
+        except ChildProcessError:
+            pass
+        opened = [what for number, what in self._open().items() if self._files.get(number) != what]
+        if any(what.startswith("socket:") for what in opened):
+            return "the script has opened connections"
+        if not all(os.path.samestat(os.fstat(number), was) for number, (was, _) in enumerate(self._outputs, 1)):
+            return "the script has redirected its output"
+        meeting = self._environ.get("ELASTIC_HPC_LOCAL_DIR", "=") + "/"
+        if any(what.startswith(meeting) for what in opened):  # elastic_hpc.training keeps a file open
+            return "the script has told its agent that it listens, or how far it is"
+        return ""
+
+    def begin_again(self) -> None:
+        """By exec. What the script has written is taken back."""
+        for number, (_, length) in enumerate(self._outputs, 1):
+            os.ftruncate(number, length)
+            os.lseek(number, length, os.SEEK_SET)
+        for each in self._open().keys() - self._files.keys():
+            try:  # noqa: SIM105
+                os.set_inheritable(int(each), False)  # noqa: FBT003
+            except OSError:
+                pass
+        os.chdir(self._folder)
+        os.umask(self._umask)
+        for signal in _signal.valid_signals():
+            if _signal.getsignal(signal) == _signal.SIG_IGN and signal not in self._ignored:
+                _signal.signal(signal, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, self._blocked)
+        become_fresh(self._command, self._environ)
+
+
+def become_fresh(command: list[str], environ: dict[str, str]) -> None:
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # what Python ignores would stay ignored
+        _signal.signal(number, _signal.SIG_DFL)
+    os.execve(sys.executable, command, environ)  # noqa: S606 - the worker itself
+
+
+def show(command: list[str], environ: dict[str, str]) -> None:
+    """Have ``ps`` and ``/proc`` show ``command``, and the variables of ``environ`` that came late: they overwrite what
+    this process was started with, where room was left for them.
+    """
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            arguments, after, variables = map(int, file.read().rpartition(b")")[2].split()[45:48])
+        with open("/proc/self/environ", "rb") as file:
+            block = file.read()
+        room = block.index(SOCKET.encode() + b"=")
+        end = block.index(b"\0", room) + 1
+        late = [f"{name}={value}" for name, value in environ.items()]
+        memory = os.open("/proc/self/mem", os.O_WRONLY)
+        try:
+            for address, size, words in ((arguments, after - arguments, command), (variables + room, end - room, late)):
+                content = b"".join(os.fsencode(word) + b"\0" for word in words)
+                os.pwrite(memory, content[: size - 1].ljust(size, b"\0"), address)
+        finally:
+            os.close(memory)
+    except (OSError, ValueError):
+        pass
+
+
+def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
+    """Everything until the script may run: its code and namespace; no code for a module."""
+    agent = _socket.socket(fileno=int(os.environ.pop(SOCKET)))
+    started_with = dict(os.environ)
+    argv, plan, watched, record, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
+    command = [*sys.orig_argv[: sys.orig_argv.index(sys.argv[0])], *argv]
+    is_module = argv[0] == "-m"
+    sys.argv = ["-m", *argv[2:]] if is_module else list(argv)
+    sys.orig_argv = command
+    if not SAFE_PATH:
+        sys.path.insert(0, os.getcwd() if is_module else os.path.dirname(os.path.realpath(argv[0])))
+    stages, why = preload(plan, agent, gently=gently)
+    held = aside.Aside(stages, watched)
+    agent.send(f"ready {private_megabytes():.1f}".encode())
+    outputs, environ = receive(agent)
+    agent.close()
+    parent = os.getppid()
+
+    def tell(what: str, why: str, moments: list[tuple[str, aside.Changes]]) -> None:
+        """Have the agent know, which may be gone. No descriptor is kept open for that."""
+        try:
+            if os.getppid() == parent:
+                told = os.open(f"/proc/{parent}/fd/{record}", os.O_WRONLY | os.O_APPEND)
+                os.write(told, marshal.dumps((what, why, moments)))
+                os.close(told)
+        except OSError:
+            pass
+
+    why = why or obstacle(argv, started_with, environ, outputs)
+    for number, output in enumerate(outputs, 1):
+        os.dup2(output, number)
+        os.close(output)
+    if why:
+        tell("cold", why, [])
+        become_fresh(command, environ)
+    os.environ.clear()  # in the order of a fresh process
+    os.environ.update(environ)
+    show(command, {name: value for name, value in environ.items() if started_with.get(name) != value})
+    main = type(sys)("__main__")
+    main.__dict__.update(fresh, __doc__=None)
+    sys.modules["__main__"] = main
+    process = Process(command, environ)
+
+    def differs(why: str, moments: list[tuple[str, aside.Changes]]) -> None:
+        company = process.company()
+        if not company:
+            tell("cold", why, moments)
+            process.begin_again()
+        told = (
+            f"elastic_hpc: {why}, but it had been imported ahead (--preload): no effect in this round, as {company}\n"
+        )
+        os.write(2, told.encode(errors="replace"))
+        tell("late", why, moments)
+
+    held.begin(environ, tell, differs)
+    if is_module:
+        del main.__file__, main.__cached__
+        return argv[1], main.__dict__, held
+    path = os.path.abspath(argv[0])
+    sys.path_importer_cache[path] = sys.path_importer_cache.pop(__file__, None)
+    main.__file__, main.__loader__ = path, type(fresh["__loader__"])("__main__", path)
+    with open(path, "rb") as file:
+        source = file.read()
+    return (source, path), main.__dict__, held
+
+
+if __name__ == "__main__":
+    itself = sys.modules["__main__"]
+    what, namespace, held = prepare()
+    try:
+        if isinstance(what, str):
+            import runpy
+
+            runpy._run_module_as_main(what)  # type: ignore[attr-defined]  # noqa: SLF001 - what python -m does
+        else:
+            exec(compile(*what, "exec", dont_inherit=True), namespace)  # noqa: S102 - what python does
+    except SystemExit:
+        raise
+    except BaseException as error:
+        hook, shown = sys.excepthook, error.__traceback__ and error.__traceback__.tb_next
+
+        def without_this_file(kind: type[BaseException], value: BaseException, _: object) -> None:
+            """Show the traceback as if the script had been started."""
+            sys.excepthook, sys.last_traceback = hook, shown
+            hook(kind, value.with_traceback(shown), shown)
+
+        sys.excepthook = without_this_file
+        raise
+    finally:
+        held.end()
