@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import follower
-from elastic_hpc.membership.election import votes
 from elastic_hpc.membership.messages import Failure, Order, Plan, State, Status
+from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.server import LeaderServer, Link
 from elastic_hpc.network.session import Membership, Network

@@ -11,22 +11,13 @@ from datetime import timedelta
 from typing import Any
 
 from elastic_hpc import slurm
+from elastic_hpc.environment import CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.membership import strikes
 from elastic_hpc.network.client import ask_leader
 from elastic_hpc.options.values import NodeRange
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import (
-    CONTINUE,
-    FIRST_JOB,
-    FIRST_RUN,
-    JOIN,
-    AgentEnv,
-    first_job,
-    job_name,
-    restart_count,
-    run_number,
-)
+from elastic_hpc.slurm.env import AgentEnv, first_job, job_name, restart_count, run_number
 from elastic_hpc.start import module_command
 
 REQUEUE_DELAY = timedelta(seconds=8)

@@ -10,10 +10,11 @@ from dataclasses import replace
 from datetime import timedelta
 
 from elastic_hpc import slurm
+from elastic_hpc.environment import AGAIN, JOIN
 from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import AGAIN, JOIN, AgentEnv
+from elastic_hpc.slurm.env import AgentEnv
 
 _PROBE = 0.5
 """Seconds in which a node that has power answers."""

@@ -26,6 +26,7 @@ from elastic_hpc.agent import preflight
 from elastic_hpc.agent.bridge import Control
 from elastic_hpc.agent.joiners import enter
 from elastic_hpc.agent.leading import Leading
+from elastic_hpc.environment import AGENT_MARK, forget_enclosing, prepare_worker_env
 from elastic_hpc.errors import JobEnded, UsageError
 from elastic_hpc.membership.policy import Policy
 from elastic_hpc.membership.roster import Host
@@ -34,15 +35,7 @@ from elastic_hpc.network.channel import Network
 from elastic_hpc.network.server import LEAVE_TIMEOUT
 from elastic_hpc.options.spec import LaunchSpec, add_launch_options
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import (
-    AGENT_MARK,
-    AgentEnv,
-    forget_enclosing,
-    prepare_worker_env,
-    read_agent_env,
-    visible_gpus,
-    workers_per_node,
-)
+from elastic_hpc.slurm.env import AgentEnv, read_agent_env, visible_gpus, workers_per_node
 from elastic_hpc.workers import guard
 from elastic_hpc.workers.drain import DrainSignals
 from elastic_hpc.workers.standbys import Standbys
@@ -226,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     token = new_mark(os.environ)
     nproc, numa = workers_per_node(spec.nproc_per_node, env, visible_gpus), numa_options(spec.numa_binding)
     policy = policy_of(spec, nproc, can_requeue=not (args.no_requeue or env.local))
-    prepare_worker_env(os.environ, env, nproc, token, run_dir=rundir.path, interface=spec.interface)
+    prepare_worker_env(os.environ, env.cpus, nproc, token, run_dir=str(rundir.path), interface=spec.interface)
 
     listener = start_log(rundir, env)
     local_folder = make_local_folder()

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership import growth
-from elastic_hpc.membership.election import joiner
 from elastic_hpc.membership.growth import Backoff, Joiner, Needs, Step
+from elastic_hpc.membership.nodes import joiner
 from elastic_hpc.membership.roster import Host
 
 log = logging.getLogger(__name__)

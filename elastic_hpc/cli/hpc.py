@@ -10,12 +10,13 @@ import sys
 from elastic_hpc import __version__
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job
+from elastic_hpc.environment import JOIN
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
-from elastic_hpc.membership.election import joiner
+from elastic_hpc.membership.nodes import joiner
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import JOIN, job_name
+from elastic_hpc.slurm.env import job_name
 
 MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "doctor", "rehearse")
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, add_arguments(parser) and run(args)."""

@@ -20,6 +20,7 @@ from typing import Any
 from elastic_hpc import __version__
 from elastic_hpc.agent.conclude import await_verdict
 from elastic_hpc.cli import entry
+from elastic_hpc.environment import AGENT_MARK, LOCAL_NODE, LOCAL_NODES, for_a_new_job
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.job.programs import check_module, find_program, find_script
 from elastic_hpc.job.script import agent_command, srun_options
@@ -30,7 +31,7 @@ from elastic_hpc.options.torchrun_options import translate, unneeded
 from elastic_hpc.options.values import NodeRange, number
 from elastic_hpc.record.registry import remember
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import AGENT_MARK, LOCAL_NODE, LOCAL_NODES, for_a_new_job, run_number
+from elastic_hpc.slurm.env import run_number
 
 _USAGE = "elastic-srun [options] SCRIPT [ARGS...]"
 _EPILOG = """examples:

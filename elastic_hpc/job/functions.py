@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from submitit.core import job_environment, utils
 
+from elastic_hpc.environment import LOCAL_NODES
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.record.rundir import EventReader, RunDir
-from elastic_hpc.slurm.env import LOCAL_NODES
 
 if TYPE_CHECKING:
     from elastic_hpc.view.logs import Stream

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elastic_hpc.environment import AGENT_MARK
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.job import functions
 from elastic_hpc.options import from_python, torchrun_options
 from elastic_hpc.options.spec import LAUNCH_OPTIONS
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import AGENT_MARK
 from elastic_hpc.start import module_command
 
 if TYPE_CHECKING:

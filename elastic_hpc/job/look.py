@@ -61,7 +61,7 @@ class Jobs:
         self._asked = float("-inf")
         self._asked_for: set[str] = set()
         self._known: dict[str, Queued] = {}
-        self._batches: dict[str, slurm.Job | None] = {}
+        self._batches: dict[str, slurm.SlurmJob | None] = {}
         self.problem = ""
         """Why Slurm cannot be asked; empty if there was no need to."""
 
@@ -114,7 +114,7 @@ class Jobs:
         written = [os.path.dirname(path) for path in (batch.output, batch.error)] if batch else []
         return replace(seen, batch=batch, lacks=next((path for path in written if _is_missing(path)), ""))
 
-    def _batch(self, id: str) -> slurm.Job | None:
+    def _batch(self, id: str) -> slurm.SlurmJob | None:
         if id not in self._batches:
             self._batches[id] = None
             with contextlib.suppress(SlurmError):

@@ -7,8 +7,16 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
-from elastic_hpc.record.stderr import abort_of, bounded, chain_of, last_line, message_of, traceback_of, without_ranks
-from elastic_hpc.slurm.env import instead_of
+from elastic_hpc.environment import instead_of
+from elastic_hpc.membership.tracebacks import (
+    abort_of,
+    bounded,
+    chain_of,
+    last_line,
+    message_of,
+    traceback_of,
+    without_ranks,
+)
 
 Kind = Literal["exception", "out of memory", "signal", "exit"]
 

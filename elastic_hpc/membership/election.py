@@ -14,21 +14,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-FIRST_JOINER = 1 << 20
-"""Nodes from this number on are joiners: this number and the id of the job that brings them, which is never used again.
-Those before are indices in Slurm's order of the job's own nodes.
-"""
-
-
-def joiner(job_id: str) -> int:
-    """The number of the node that the job ``job_id`` brings."""
-    return FIRST_JOINER + int(job_id)
-
-
-def votes(node: int) -> bool:
-    """Whether ``node`` is of the job's own allocation."""
-    return node < FIRST_JOINER
-
 
 @dataclass(frozen=True)
 class Base:

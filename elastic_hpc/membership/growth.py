@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
-from elastic_hpc.membership.election import joiner
+from elastic_hpc.membership.nodes import joiner
 from elastic_hpc.membership.roster import Host
 
 TOO_LATE = 300.0

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from elastic_hpc.membership.election import Base, votes
+from elastic_hpc.membership.election import Base
 from elastic_hpc.membership.growth import Coming, Needs
 from elastic_hpc.membership.mandate import Mandate
 from elastic_hpc.membership.messages import Failure, Order, Plan, Request, Stage, Status
+from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.orders import Orders, Sent
 from elastic_hpc.membership.peers import Peer, Peers, weighed
 from elastic_hpc.membership.policy import Action, Decision, Policy, View, decide, give_back

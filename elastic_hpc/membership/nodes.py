@@ -1,4 +1,4 @@
-"""Many nodes in few words: ranges of numbers, and names in Slurm's notation. Pure.
+"""Nodes: how they are numbered, and many of them in few words (ranges of numbers, names in Slurm's notation). Pure.
 
 ClusterShell folds names too, in several dimensions. For a thousand like ``ip-10-0-37-91`` that takes it a second, and
 here the leader does it among its heartbeats.
@@ -12,8 +12,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+FIRST_JOINER = 1 << 20
+"""Nodes from this number on are joiners: this number and the id of the job that brings them, which is never used again.
+Those before are indices in Slurm's order of the job's own nodes.
+"""
+
 MOST = 1 << 17
 """Nodes that a range may stand for; more can only be a mistake."""
+
+
+def joiner(job_id: str) -> int:
+    """The number of the node that the job ``job_id`` brings."""
+    return FIRST_JOINER + int(job_id)
+
+
+def votes(node: int) -> bool:
+    """Whether ``node`` is of the job's own allocation."""
+    return node < FIRST_JOINER
 
 
 def spans(numbers: Iterable[int], width: int = 0) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from elastic_hpc.membership.election import votes
 from elastic_hpc.membership.growth import Needs
 from elastic_hpc.membership.messages import Status
-from elastic_hpc.membership.nodes import fold
+from elastic_hpc.membership.nodes import fold, votes
 from elastic_hpc.membership.roster import Host
 
 _MOST_NAMES = 200

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from elastic_hpc.membership.election import votes
 from elastic_hpc.membership.messages import Request
+from elastic_hpc.membership.nodes import votes
 
 
 class Action(Enum):

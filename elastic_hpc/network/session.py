@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership import messages
-from elastic_hpc.membership.election import order_of_succession, votes
+from elastic_hpc.membership.election import order_of_succession
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.messages import WHO, Leave, Order, Redirect, Status
+from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.roster import Host, Hosts, Roster, RosterChange
 from elastic_hpc.network.server import LeaderServer, Link
 

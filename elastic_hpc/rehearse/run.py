@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elastic_hpc.environment import LOCAL_NODE
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.job.launch import LaunchConfig
 from elastic_hpc.network.client import ask_leader
 from elastic_hpc.record.rundir import EventReader, RunDir
 from elastic_hpc.rehearse.plan import Crash, Done, Planned, Step, count
-from elastic_hpc.slurm.env import LOCAL_NODE
 from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, STEP_LOG, read_progress
 
 _TICK = 0.05

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from elastic_hpc.environment import JOIN
 from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.slurm import client, directives
-from elastic_hpc.slurm.env import JOIN
-from elastic_hpc.slurm.job import duration, show_job
+from elastic_hpc.slurm.job import show_job
+from elastic_hpc.slurm.states import duration
 from elastic_hpc.slurm.submit import submit_again
 
 _NAME = "join-{parent}"

@@ -9,8 +9,9 @@ from datetime import timedelta
 
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
-from elastic_hpc.slurm.job import Job, cancel, show_job
+from elastic_hpc.slurm.job import cancel, show_job
 from elastic_hpc.slurm.nodes import expand
+from elastic_hpc.slurm.states import SlurmJob
 
 # slurmctld holds a change that it cannot make yet back for 5 seconds, and makes it then even if the client is gone.
 # A process of the job must not wait that long: the job does not complete while it lives.
@@ -63,7 +64,7 @@ def complete(job: str, *, start_after: timedelta, exclude: Collection[str] = (),
     return _change(job, [*_excluding(before, exclude, ()), *least, _start(start_after)])
 
 
-def _requeue(job: str, before: Job, run: int | None, lost: Collection[str] = ()) -> None:
+def _requeue(job: str, before: SlurmJob, run: int | None, lost: Collection[str] = ()) -> None:
     """Requeue ``job`` unless that is done already. Never brings a cancelled job back."""
     becomes = before.becomes(run)
     if becomes == "REQUEUED":
@@ -81,7 +82,7 @@ def _requeue(job: str, before: Job, run: int | None, lost: Collection[str] = ())
         raise SlurmError(f"job {job} ended before it could be requeued")
 
 
-def _release(before: Job, job: str, lost: Collection[str]) -> None:
+def _release(before: SlurmJob, job: str, lost: Collection[str]) -> None:
     """Take ``lost`` nodes from the running job.
 
     Only for a requeue at once, which ends srun: nobody tells srun, which would wait for their tasks for ever.
@@ -96,7 +97,7 @@ def _start(after: timedelta) -> list[str]:
     return [f"StartTime=now+{after.total_seconds():.0f}"]
 
 
-def _excluding(before: Job, exclude: Collection[str], readmit: Collection[str]) -> list[list[str]]:
+def _excluding(before: SlurmJob, exclude: Collection[str], readmit: Collection[str]) -> list[list[str]]:
     """The change of ExcNodeList, if any: an update replaces the list."""
     exclude = set(exclude) - set(expand(before.required))  # else the job would never start
     if not exclude and not readmit:

@@ -14,9 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
+from elastic_hpc.environment import AGAIN, CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
-from elastic_hpc.slurm.env import AGAIN, CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.slurm.job import show_job
 from elastic_hpc.slurm.nodes import expand
 

@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from elastic_hpc.environment import for_a_new_job
 from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.slurm import client
-from elastic_hpc.slurm.env import for_a_new_job
 from elastic_hpc.slurm.job import show_job
 
 # sbatch has one exit code for everything. These are not the user's input.

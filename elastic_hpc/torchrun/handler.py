@@ -34,6 +34,7 @@ from elastic_hpc.agent.main import (
     start_log,
 )
 from elastic_hpc.agent.rendezvous import ElasticRendezvousHandler
+from elastic_hpc.environment import AGENT_MARK, forget_enclosing, prepare_worker_env
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.causes import explain
 from elastic_hpc.membership.messages import Failure
@@ -41,7 +42,6 @@ from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
 from elastic_hpc.network.server import LEAVE_TIMEOUT
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import AGENT_MARK, forget_enclosing, prepare_worker_env
 from elastic_hpc.torchrun.plugin import BACKEND
 from elastic_hpc.torchrun.settings import is_loopback, leads_at_first, place, read_settings
 from elastic_hpc.workers import guard
@@ -73,7 +73,7 @@ def join(parameters: RendezvousParameters) -> TorchrunHandler:
     forget_enclosing(os.environ)
     environ, env = dict(os.environ), place(settings, rundir)
     token = new_mark(os.environ)
-    prepare_worker_env(os.environ, env, settings.nproc, token, run_dir=rundir.path)
+    prepare_worker_env(os.environ, env.cpus, settings.nproc, token, run_dir=str(rundir.path))
     listener, local_folder = start_log(rundir, env), make_local_folder()
     pipe = start_guard(token, 1.5 * spec.heartbeat_timeout.total_seconds(), local_folder)
 

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from elastic_hpc.environment import is_of_another_job
 from elastic_hpc.errors import UsageError
-from elastic_hpc.slurm.env import is_of_another_job
 from elastic_hpc.training.checkpoint import CheckpointError, Checkpoints, control_group, world
 from elastic_hpc.training.checkpoint_folder import FencedOut
 

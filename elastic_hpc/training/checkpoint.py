@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from elastic_hpc.environment import is_of_another_job
 from elastic_hpc.errors import ElasticError, UsageError
-from elastic_hpc.slurm.env import is_of_another_job
 from elastic_hpc.training.checkpoint_folder import Files
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from elastic_hpc import slurm
-from elastic_hpc.slurm import LIVES, WAITS, Queued
+from elastic_hpc.slurm.states import LIVES, WAITS, Queued, SlurmJob
 from elastic_hpc.view.account import Kind, account
 from elastic_hpc.view.story import Story
 
@@ -47,7 +46,7 @@ class Seen:
     """Why Slurm could not be asked; empty if it was, or there was no need."""
     silent: float | None = None
     """Seconds since the last sign of a leader, None for never."""
-    batch: slurm.Job | None = None
+    batch: SlurmJob | None = None
     """What Slurm says about a job that is over without anybody's having led it; None if it was not asked."""
     lacks: str = ""
     """A folder into which ``batch`` should write, and which is not there."""

@@ -22,9 +22,9 @@ from elastic_hpc.agent.leading import JOINER_PATIENCE
 from elastic_hpc.agent.supply import Supply
 from elastic_hpc.errors import JobEnded, SlurmError
 from elastic_hpc.membership import follower, messages
-from elastic_hpc.membership.election import joiner, votes
 from elastic_hpc.membership.leader import Leader, Verdict
 from elastic_hpc.membership.messages import Failure, Order, Status
+from elastic_hpc.membership.nodes import joiner, votes
 from elastic_hpc.membership.policy import Policy
 from elastic_hpc.membership.roster import Host, Roster, RosterChange
 from elastic_hpc.network.server import LeaderServer

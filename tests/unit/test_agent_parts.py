@@ -14,6 +14,7 @@ from cluster import wait_for
 
 from elastic_hpc.agent.conclude import conclude
 from elastic_hpc.agent.leading import Leading
+from elastic_hpc.environment import for_a_new_job, is_of_another_job, prepare_worker_env
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.election import Base
 from elastic_hpc.membership.policy import Policy
@@ -21,14 +22,7 @@ from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.options.spec import LaunchSpec, add_launch_options
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import (
-    AgentEnv,
-    for_a_new_job,
-    is_of_another_job,
-    prepare_worker_env,
-    read_agent_env,
-    workers_per_node,
-)
+from elastic_hpc.slurm.env import AgentEnv, read_agent_env, workers_per_node
 
 STEP = {
     "SLURM_JOB_ID": "7",
@@ -87,12 +81,12 @@ def test_gpu_workers_without_a_gpu_are_refused() -> None:
 
 def test_workers_do_not_see_that_slurm_launched_the_agents() -> None:
     environ = {**STEP, "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "3"}
-    prepare_worker_env(environ, AgentEnv("7", 1, "n2", 3, 0, 9, None, None, local=False), 2, "token")
+    prepare_worker_env(environ, 9, 2, "token")
     assert not {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NODEID"} & environ.keys()
     assert environ["SLURM_JOB_ID"] == "7"
     assert environ["OMP_NUM_THREADS"] == "4"
     kept = {"OMP_NUM_THREADS": "3"}
-    prepare_worker_env(kept, AgentEnv("7", 1, "n2", 3, 0, 9, None, None, local=False), 2, "token")
+    prepare_worker_env(kept, 9, 2, "token")
     assert kept["OMP_NUM_THREADS"] == "3", "what the user set is kept"
 
 
@@ -111,7 +105,7 @@ def test_workers_see_no_size_but_that_of_their_world() -> None:
     facts = {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "9", "SLURM_GPUS_ON_NODE": "4", "SLURMD_NODENAME": "n2"}
     settings = {"OMPI_MCA_btl": "self,tcp", "PMIX_MCA_gds": "hash", "SLURM_CPUS_PER_TASK": "9", "PMIGHTY": "1"}
     environ = {**STEP, **SHAPE, **facts, **settings}
-    prepare_worker_env(environ, AgentEnv("7", 1, "n2", 3, 0, 9, None, None, local=False), 2, "7.token")
+    prepare_worker_env(environ, 9, 2, "7.token")
     assert not SHAPE.keys() & environ.keys()
     assert {**environ, **facts, **settings} == environ
 
@@ -120,19 +114,19 @@ def test_what_a_worker_submits_or_starts_is_a_job_of_its_own() -> None:
     agent = AgentEnv("9", 1, "n2", 3, 1, 9, None, None, local=False)
     goes_on = {**STEP, "ELASTIC_HPC_CONTINUE": "/run", "ELASTIC_HPC_FIRST_RUN": "1", "ELASTIC_HPC_FIRST_JOB": "7"}
     outer = {**goes_on, "ELASTIC_HPC_LOCAL_NODE": "0", "ELASTIC_HPC_LOCAL_NODES": "2", "NCCL_SOCKET_IFNAME": "ib1"}
-    prepare_worker_env(outer, agent, 3, "9.outer", run_dir="/run", interface="ib0")
+    prepare_worker_env(outer, agent.cpus, 3, "9.outer", run_dir="/run", interface="ib0")
     assert {name for name in outer if name.startswith("ELASTIC_HPC_")} == {
         "ELASTIC_HPC_AGENT", "ELASTIC_HPC_GIVEN", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR",
         "ELASTIC_HPC_ROUND", "ELASTIC_HPC_RUN_DIR",
     }  # fmt: skip
     outer |= {"GLOO_SOCKET_IFNAME": "eth3", "ELASTIC_HPC_ROUND": "4", "ELASTIC_HPC_CONFIG": "mine.toml"}
     inner = for_a_new_job(outer)
-    prepare_worker_env(inner, replace(agent, cpus=4), 1, "9.inner")
+    prepare_worker_env(inner, 4, 1, "9.inner")
     assert (inner["OMP_NUM_THREADS"], inner["NCCL_SOCKET_IFNAME"], inner["GLOO_SOCKET_IFNAME"]) == ("4", "ib1", "")
     assert (inner["ELASTIC_HPC_ROUND"], inner["ELASTIC_HPC_AGENT"]) == ("", "9.inner")
     assert inner["ELASTIC_HPC_CONFIG"] == "mine.toml"
     said = for_a_new_job({**outer, "OMP_NUM_THREADS": "8"})  # by the script, or a line of the inner job's own
-    prepare_worker_env(said, agent, 1, "9.inner")
+    prepare_worker_env(said, agent.cpus, 1, "9.inner")
     assert said["OMP_NUM_THREADS"] == "8"
 
 

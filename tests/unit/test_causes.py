@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from elastic_hpc.membership.causes import Cause, explain, is_collateral, kind_of, signature
-from elastic_hpc.record.stderr import last_line, message_of, tail, traceback_of
+from elastic_hpc.membership.tracebacks import last_line, message_of, traceback_of
+from elastic_hpc.record.stderr import tail
 
 
 def die(script: str, tmp_path: Path, **environ: str) -> tuple[int, str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from elastic_hpc.membership.election import joiner, votes
+from elastic_hpc.membership.nodes import joiner, votes
 from elastic_hpc.membership.policy import GETS_GOING, HEARING, STARTING, Action, Decision, Policy, View, decide
 
 OWN, JOINERS = st.integers(0, 7), st.integers(0, 3).map(lambda job: joiner(str(job)))

@@ -103,7 +103,7 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
         exec(compile(block, str(document), "exec"), {"__name__": "__main__"})
 
 
-def test_every_module_is_in_the_contributors_list() -> None:
+def test_every_folder_and_module_of_the_package_is_in_the_contributors_list() -> None:
     listed = set(re.findall(r"^\| `([a-z_]+/?)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
     modules = {path.stem for path in (ROOT / "elastic_hpc").glob("*.py")} - {"__init__", "__main__"}
     packages = {f"{path.parent.name}/" for path in (ROOT / "elastic_hpc").glob("*/__init__.py")}

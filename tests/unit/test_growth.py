@@ -13,8 +13,8 @@ from simulated import POLICY, Job, SimJoiner, SimNode
 
 from elastic_hpc.agent.leading import JOINER_PATIENCE
 from elastic_hpc.membership import growth
-from elastic_hpc.membership.election import FIRST_JOINER, joiner, votes
 from elastic_hpc.membership.growth import Needs
+from elastic_hpc.membership.nodes import FIRST_JOINER, joiner, votes
 
 SEEDS = st.integers(0, 2**32)
 FREE = replace(POLICY, max_nodes=5, free_growth=True)

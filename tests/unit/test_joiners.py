@@ -13,12 +13,13 @@ from cluster import Cluster, Node, end_of, wait_for
 
 from elastic_hpc.agent import conclude
 from elastic_hpc.agent.joiners import SlurmSource, enter
+from elastic_hpc.environment import AGAIN, JOIN, prepare_worker_env
 from elastic_hpc.errors import ElasticError, JobEnded
-from elastic_hpc.membership.election import joiner, votes
+from elastic_hpc.membership.nodes import joiner, votes
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network.client import ask_to_leave
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import AGAIN, JOIN, prepare_worker_env, read_agent_env
+from elastic_hpc.slurm.env import read_agent_env
 
 TASK = {
     "SLURM_JOB_ID": "4712",
@@ -59,7 +60,7 @@ def test_a_joiner_is_numbered_by_its_job_and_an_agent_that_is_started_anew_keeps
 
 def test_workers_do_not_take_what_they_submit_for_joiners() -> None:
     environ = {**TASK, JOIN: "/run", AGAIN: "3"}
-    prepare_worker_env(environ, read_agent_env(TASK), 1, "token")
+    prepare_worker_env(environ, read_agent_env(TASK).cpus, 1, "token")
     assert not {JOIN, AGAIN} & environ.keys()
 
 

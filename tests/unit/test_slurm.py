@@ -72,10 +72,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     return Fake(tmp_path)
 
 
-def job(**changes: object) -> slurm.Job:
+def job(**changes: object) -> slurm.SlurmJob:
     fields = {"state": "COMPLETING", "reason": "None", "restarts": 0, "may_requeue": True, "partitions": ("a",)}
-    unset = {field.name: "" for field in dataclasses.fields(slurm.Job)}
-    return slurm.Job(**{**unset, **fields, **changes})  # type: ignore[arg-type]
+    unset = {field.name: "" for field in dataclasses.fields(slurm.SlurmJob)}
+    return slurm.SlurmJob(**{**unset, **fields, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def job(**changes: object) -> slurm.Job:
         (job(state="NODE_FAIL"), "NODE_FAIL"),
     ],
 )
-def test_a_completing_job_is_taken_for_what_it_becomes(shown: slurm.Job, becomes: str):
+def test_a_completing_job_is_taken_for_what_it_becomes(shown: slurm.SlurmJob, becomes: str):
     assert shown.becomes(run=0) == becomes
 
 

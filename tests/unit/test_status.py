@@ -270,10 +270,10 @@ def test_a_job_is_over_only_in_a_state_that_slurm_does_not_leave(state: str) -> 
     assert not view(seen(known=None, problem="timed out"), running(), time.time()).over, "that is not known"
 
 
-def batch(**changes: str) -> slurm.Job:
-    unset: dict[str, Any] = {field.name: "" for field in fields(slurm.Job)}
+def batch(**changes: str) -> slurm.SlurmJob:
+    unset: dict[str, Any] = {field.name: "" for field in fields(slurm.SlurmJob)}
     said = {"state": "FAILED", "reason": "JobLaunchFailure", "exit_code": "0:53", "batch_host": "n1"}
-    return slurm.Job(**{**unset, **said, "output": "/home/logs/7.out", **changes})
+    return slurm.SlurmJob(**{**unset, **said, "output": "/home/logs/7.out", **changes})
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def batch(**changes: str) -> slurm.Job:
     ],
 )
 def test_a_job_whose_batch_script_never_ran_says_why_and_what_to_do(
-    state: str, said: slurm.Job | None, lacks: str, note: str, advice: str
+    state: str, said: slurm.SlurmJob | None, lacks: str, note: str, advice: str
 ) -> None:
     known = Queued(state, None, None, "None")
     one = view(seen(known=known, batch=said, lacks=lacks, script="", silent=None), Story(), time.time())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_hpc.slurm.env import FAMILIES, INSTEAD
+from elastic_hpc.environment import FAMILIES, INSTEAD
 
 SRUN = Path(sys.executable).with_name("elastic-srun")
 SHOWS = """
