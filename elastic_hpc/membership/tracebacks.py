@@ -1,4 +1,4 @@
-"""The traceback, or the last line, in what a process wrote to stderr before it died; ``causes`` says what it means. Pure."""
+"""The traceback, or last line, in what a process wrote to stderr before it died; ``causes`` says what it means. Pure."""
 
 from __future__ import annotations
 
