@@ -1,4 +1,4 @@
-"""The traceback, or last line, in what a process wrote to stderr before it died; ``causes`` says what it means. Pure."""
+"""The traceback, or last line, that a process wrote to stderr before it died. What it means is for ``causes``. Pure."""
 
 from __future__ import annotations
 
