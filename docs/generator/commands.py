@@ -10,7 +10,7 @@ from itertools import pairwise
 from elastic_hpc.cli import hpc, srun
 from elastic_hpc.cli import sbatch as cli_sbatch
 from elastic_hpc.job import config
-from elastic_hpc.options import sbatch_options
+from elastic_hpc.options import sbatch
 from elastic_hpc.options.spec import LAUNCH_OPTIONS
 
 _WIDTH = 116  # a line of a help text that had room for the next word ends there on purpose
@@ -120,9 +120,9 @@ def _sbatch() -> Command:
 
 
 def _passed(own: set[str]) -> Iterable[Option]:
-    for option in sbatch_options.SBATCH.values():
+    for option in sbatch.SBATCH.values():
         flags = tuple(flag for flag in _flags(option.flag, option.letter) if flag not in own)
-        if option.flag in flags and option.name not in sbatch_options._REFUSED:  # noqa: SLF001 - its table
+        if option.flag in flags and option.name not in sbatch._REFUSED:  # noqa: SLF001 - its table
             yield Option(flags, "VALUE" if option.value else "", "", option.value == "[=]")
 
 

@@ -20,7 +20,7 @@ from elastic_hpc.doctor.nodes import run_findings
 from elastic_hpc.doctor.site_file import site_file
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError, argument
 from elastic_hpc.job.config import Settings, load
-from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, last, scan
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, last, scan
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.values import number
 

@@ -19,11 +19,11 @@ from elastic_hpc.job.config import SWITCHES
 from elastic_hpc.job.request import build, checked, layers_of, prepared
 from elastic_hpc.job.script import COMMAND_LINE, JobSpec
 from elastic_hpc.options.durations import as_text
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.options.sbatch_environment import for_sbatch_itself
-from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.options.spec import LAUNCH_OPTIONS, NO_PYTHON
-from elastic_hpc.options.torchrun_options import OPTIONS as TORCHRUN
-from elastic_hpc.options.torchrun_options import translate
+from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
+from elastic_hpc.options.torchrun import translate
 from elastic_hpc.record.registry import remember
 
 _JOB_OPTIONS = {

@@ -24,10 +24,10 @@ from elastic_hpc.environment import AGENT_MARK, LOCAL_NODE, LOCAL_NODES, for_a_n
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.job.programs import check_module, find_program, find_script
 from elastic_hpc.job.script import agent_command, srun_options
-from elastic_hpc.options.sbatch_options import SBATCH, Option, check, scan
+from elastic_hpc.options.sbatch import SBATCH, Option, check, scan
 from elastic_hpc.options.spec import LAUNCH_OPTIONS, LaunchSpec, add_launch_options
-from elastic_hpc.options.torchrun_options import OPTIONS as TORCHRUN
-from elastic_hpc.options.torchrun_options import translate, unneeded
+from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
+from elastic_hpc.options.torchrun import translate, unneeded
 from elastic_hpc.options.values import NodeRange, number
 from elastic_hpc.record.registry import remember
 from elastic_hpc.record.rundir import RunDir

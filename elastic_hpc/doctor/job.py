@@ -15,7 +15,7 @@ from elastic_hpc.doctor.reports import Report, Run
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.job.request import build
 from elastic_hpc.job.script import JobSpec, render, template_folder
-from elastic_hpc.options.sbatch_options import SBATCH, Given
+from elastic_hpc.options.sbatch import SBATCH, Given
 from elastic_hpc.record.rundir import RunDir
 
 _DOCTOR = "elastic-hpc doctor"

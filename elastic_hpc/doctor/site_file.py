@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from elastic_hpc.doctor.findings import Finding
-from elastic_hpc.options.sbatch_options import Given
+from elastic_hpc.options.sbatch import Given
 
 _LASTING = frozenset(
     ("account", "constraint", "cpus-per-task", "exclusive", "gpus-per-node", "gres", "mem", "partition", "qos")

@@ -19,7 +19,7 @@ from elastic_hpc.job.config import Layer
 from elastic_hpc.job.script import Shell
 from elastic_hpc.job.script_file import interpreter
 from elastic_hpc.options import sbatch_lines
-from elastic_hpc.options.sbatch_options import Given
+from elastic_hpc.options.sbatch import Given
 
 _LOGIN = """source /etc/profile
 for f in ~/.bash_profile ~/.bash_login ~/.profile; do if [ -r "$f" ]; then . "$f"; break; fi; done"""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from elastic_hpc.errors import UsageError
 from elastic_hpc.from_batch.shell_text import statements
 from elastic_hpc.from_batch.variables import ASSIGNS, Variables, assigned, names
-from elastic_hpc.options.sbatch_options import SBATCH, Given, Option, last, scan
-from elastic_hpc.options.torchrun_options import OF_EACH_JOB, torchrun_options
+from elastic_hpc.options.sbatch import SBATCH, Given, Option, last, scan
+from elastic_hpc.options.torchrun import OF_EACH_JOB, torchrun_options
 from elastic_hpc.options.values import number
 
 _SRUN = (

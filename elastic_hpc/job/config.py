@@ -25,8 +25,8 @@ from typing import Any
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job import toml_file
+from elastic_hpc.options.sbatch import Given, check
 from elastic_hpc.options.sbatch_environment import from_environment
-from elastic_hpc.options.sbatch_options import Given, check
 from elastic_hpc.options.spec import LAUNCH_OPTIONS
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from elastic_hpc.environment import AGENT_MARK
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.job import functions
-from elastic_hpc.options import from_python, torchrun_options
+from elastic_hpc.options import from_python, torchrun
 from elastic_hpc.options.spec import LAUNCH_OPTIONS
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.start import module_command
@@ -24,7 +24,7 @@ from elastic_hpc.start import module_command
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from elastic_hpc.options.option_types import LaunchOptions
+    from elastic_hpc.options.typed import LaunchOptions
 
 
 class LaunchFailed(ElasticError):
@@ -58,9 +58,9 @@ class LaunchConfig:
             raise UsageError(f"local={local!r}: expected a number of agents above 0, for example local=4")
         self.local, self.log_dir = local, Path(from_python.word(log_dir, "log_dir")).absolute()
         self.options: list[str] = []
-        ours, torchruns = torchrun_options.translate(from_python.options(options)[0])
+        ours, torchruns = torchrun.translate(from_python.options(options)[0])
         for each in torchruns:
-            torchrun_options.unneeded(each)
+            torchrun.unneeded(each)
         for each in ours:
             if each.option.flag not in known:
                 raise UsageError(

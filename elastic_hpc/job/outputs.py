@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from elastic_hpc.options.sbatch_options import Given, last
+from elastic_hpc.options.sbatch import Given, last
 
 
 def make_folders(sbatch: Sequence[Given], work_dir: str) -> None:

@@ -21,11 +21,12 @@ from elastic_hpc.job.config import KEYS, Layer, Setting, Settings, load
 from elastic_hpc.job.script import COMMAND_LINE, NOT_FOR_TORCHRUN, Container, JobSpec, Shell, render
 from elastic_hpc.job.script_file import not_python
 from elastic_hpc.job.snapshot import WorkTree
-from elastic_hpc.options import durations, from_python, sbatch_options, torchrun_options
+from elastic_hpc.options import durations, from_python
 from elastic_hpc.options.from_python import SOURCE as PYTHON
+from elastic_hpc.options.sbatch import LONGEST_LEAD, SBATCH, Given, WarningSignal, is_for_containers, last
 from elastic_hpc.options.sbatch_lines import directives_of_python
-from elastic_hpc.options.sbatch_options import LONGEST_LEAD, SBATCH, Given, WarningSignal, last
 from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.torchrun import translate, unneeded
 
 _CONTAINER = (
     "it would put the batch script itself into a container, where srun and scontrol are not; use --container-image "
@@ -88,12 +89,12 @@ def build(
         chosen = {name: setting for name, setting in chosen.items() if name not in NOT_FOR_TORCHRUN}
     else:
         for given in torchrun:
-            torchrun_options.unneeded(given)
+            unneeded(given)
     sources = {name: setting.source for name, setting in chosen.items()}
     template, python, given_log_dir = (chosen.pop(name, None) for name in ("template", "python", "log-dir"))
     log_dir = os.path.abspath(given_log_dir.value if given_log_dir else "elastic-logs")
     for given in settings.sbatch:
-        if sbatch_options.is_for_containers(given.name):
+        if is_for_containers(given.name):
             shown = given.option.flag if given.value is None else f"{given.option.flag}={given.value}"
             raise UsageError(f"{shown} ({given.source}): {_CONTAINER}")
     container = _container(chosen, source, work_dir, log_dir)
@@ -159,7 +160,7 @@ def from_names(
         if not isinstance(value, bool):
             raise UsageError(f"{name}={value!r}: expected True or False")
     named, unset = from_python.options(options, sbatch)
-    given, torchrun = torchrun_options.translate(named)
+    given, torchrun = translate(named)
     ours = [("setup", line) for line in from_python.lines(setup)]
     ours += [("env", variable) for variable in from_python.environment(env)]
     ours += [(each.name, each.value or "") for each in given if each.name in KEYS]

@@ -16,7 +16,7 @@ from elastic_hpc import __version__
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.config import Setting
 from elastic_hpc.job.snapshot import WorkTree
-from elastic_hpc.options.sbatch_options import Given, WarningSignal
+from elastic_hpc.options.sbatch import Given, WarningSignal
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.values import RdzvConf
 from elastic_hpc.start import module_command
@@ -24,7 +24,7 @@ from elastic_hpc.start import module_command
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from elastic_hpc.options.option_types import JobOptions
+    from elastic_hpc.options.typed import JobOptions
 
 COMMAND_LINE = "command line"
 NOT_FOR_TORCHRUN = (

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, is_for_containers, named
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, is_for_containers, named
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -15,9 +15,9 @@ from typing import Any
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.config import KEYS, SWITCHES
 from elastic_hpc.options import durations
-from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, named
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, named
 from elastic_hpc.options.spec import LAUNCH_OPTIONS
-from elastic_hpc.options.torchrun_options import OPTIONS
+from elastic_hpc.options.torchrun import OPTIONS
 
 SOURCE = "Python"
 """Where a setting came from, for the ways in that are called."""

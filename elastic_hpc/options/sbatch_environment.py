@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.options.sbatch_options import SBATCH, Given, Option, check, is_for_containers
+from elastic_hpc.options.sbatch import SBATCH, Given, Option, check, is_for_containers
 
 # The variables that sbatch reads, of Slurm 22.05 to 26.05; their names without SBATCH_, and the option where that has
 # another name. SBATCH_NODES, SBATCH_MAIL_USER and others that one might think of mean nothing to it.

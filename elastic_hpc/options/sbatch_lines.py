@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, scan
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, scan
 
 DIRECTIVE = "#SBATCH"
 # sbatch's own quoting: a backslash counts within both kinds of quotes, and # begins a comment within a word too.

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elastic_hpc.errors import UsageError
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, scan
 from elastic_hpc.options.sbatch_lines import DIRECTIVE, REST, WORD, lines, unquoted
-from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, scan
 
 # What a further node of a running job must not ask for again. Whether and when it comes, and for how long; what there
 # is once; which nodes, and what counts over all of them; by whom, where and with which environment it is submitted.

@@ -11,8 +11,8 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.config import KEYS
-from elastic_hpc.options.sbatch_options import SBATCH
-from elastic_hpc.options.torchrun_options import OPTIONS
+from elastic_hpc.options.sbatch import SBATCH
+from elastic_hpc.options.torchrun import OPTIONS
 
 Update = Callable[..., None]
 

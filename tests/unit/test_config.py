@@ -2,7 +2,7 @@ import pytest
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.config import Settings, load
-from elastic_hpc.options.sbatch_options import SBATCH, Given
+from elastic_hpc.options.sbatch import SBATCH, Given
 from elastic_hpc.options.values import NodeRange
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_hpc.options.sbatch_options import SBATCH
-from elastic_hpc.options.torchrun_options import OPTIONS as TORCHRUN
+from elastic_hpc.options.sbatch import SBATCH
+from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -29,7 +29,7 @@ from elastic_hpc.doctor.nodes import run_findings
 from elastic_hpc.doctor.reports import Dial, Peer, Report, Run
 from elastic_hpc.doctor.site_file import site_file
 from elastic_hpc.job.config import load
-from elastic_hpc.options.sbatch_options import SBATCH, Given
+from elastic_hpc.options.sbatch import SBATCH, Given
 from elastic_hpc.record.rundir import RunDir
 
 SITES = Path(__file__).parent / "sites"

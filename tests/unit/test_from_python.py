@@ -13,10 +13,10 @@ import pytest
 
 from elastic_hpc import JobSpec, LaunchConfig, UsageError, elastic_launch, render
 from elastic_hpc.job.config import KEYS
-from elastic_hpc.options import option_types as types
-from elastic_hpc.options.sbatch_options import _REFUSED, COMMAND_LINE_ONLY, SBATCH
+from elastic_hpc.options import typed as types
+from elastic_hpc.options.sbatch import _REFUSED, COMMAND_LINE_ONLY, SBATCH
 from elastic_hpc.options.spec import LAUNCH_OPTIONS
-from elastic_hpc.options.torchrun_options import OPTIONS
+from elastic_hpc.options.torchrun import OPTIONS
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest
 from elastic_hpc import slurm
 from elastic_hpc.environment import AGAIN, JOIN
 from elastic_hpc.errors import SlurmError, UsageError
-from elastic_hpc.options.sbatch_options import SBATCH
+from elastic_hpc.options.sbatch import SBATCH
 
 PARENT = (
     "JobId=4714 ArrayJobId=4711 ArrayTaskId=3 JobName=x JobState=PENDING UserId=me(1) JobState=RUNNING "

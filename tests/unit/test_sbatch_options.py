@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.options.sbatch_options import COMMAND_LINE_ONLY, SBATCH, Given, Option, WarningSignal, check, scan
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, WarningSignal, check, scan
 
 values = st.text(min_size=1).filter(lambda text: "\0" not in text)
 taking = st.sampled_from([o for o in SBATCH.values() if o.value])

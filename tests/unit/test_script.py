@@ -25,7 +25,7 @@ from elastic_hpc.job.script import (
     render,
     srun_options,
 )
-from elastic_hpc.options.sbatch_options import SBATCH, Given, WarningSignal
+from elastic_hpc.options.sbatch import SBATCH, Given, WarningSignal
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.values import Endpoint, NodeRange
 

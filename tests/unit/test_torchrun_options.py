@@ -4,8 +4,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.options.sbatch_options import scan
-from elastic_hpc.options.torchrun_options import OPTIONS, torchrun_options, translate, unneeded
+from elastic_hpc.options.sbatch import scan
+from elastic_hpc.options.torchrun import OPTIONS, torchrun_options, translate, unneeded
 
 
 def read(line):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.options.sbatch_options import Given, Option, last, scan
+from elastic_hpc.options.sbatch import Given, Option, last, scan
 
 SAME = (
     *(Option(name) for name in ("nproc-per-node", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "max-restarts", "log-dir")),
