@@ -1,4 +1,4 @@
-"""What agents and leader say to each other, and how they prove who they are. Pure.
+"""What agents and leader say to each other. Pure.
 
 Both sides always send their *whole* state, on every change and as the heartbeat. A message that is lost, late,
 doubled or overtaken is therefore healed by the next one: ``seq`` drops what is old, ``round`` ties every statement
@@ -8,10 +8,7 @@ to one formation of the world.
 from __future__ import annotations
 
 import functools
-import hashlib
-import hmac
 import json
-import secrets
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -285,22 +282,3 @@ _CHECKED = {
     said: [(one.name, _KINDS[str(one.type)], one.type) for one in fields(said) if str(one.type) in _KINDS]
     for said in (Status, Failure, Host, Roster, RosterChange, Leave, Base)
 }
-
-
-def new_nonce() -> str:
-    return secrets.token_hex(16)
-
-
-def proof(secret: bytes, role: Literal["agent", "leader"], theirs: str, ours: str) -> str:
-    """Answer to the challenge ``theirs``; ``ours`` is the challenge sent along. The role keeps one side's proof from
-    being played back to it as the other side's.
-    """
-    return hmac.new(secret, f"{role}:{theirs}:{ours}".encode(), hashlib.sha256).hexdigest()
-
-
-def check_proof(secret: bytes, role: Literal["agent", "leader"], theirs: str, ours: str, given: object) -> None:
-    """Raise ProtocolError unless ``given`` is ``proof(...)`` of the same arguments."""
-    if not isinstance(given, str) or not hmac.compare_digest(
-        proof(secret, role, theirs, ours).encode(), given.encode()
-    ):
-        raise ProtocolError(f"the peer does not hold this job's secret (it claimed to be the {role})")

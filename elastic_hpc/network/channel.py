@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership import messages
+from elastic_hpc.network import proofs
 from elastic_hpc.network.addresses import BACKLOG
 
 HANDSHAKE_TIMEOUT = 5.0
@@ -109,12 +110,12 @@ class Network:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
         channel = Channel(reader, writer)
         secret = await self._secret()
-        mine = messages.new_nonce()
+        mine = proofs.new_nonce()
         channel.send({"challenge": mine})
         answer = messages.decode(await asyncio.wait_for(channel.read(), HANDSHAKE_TIMEOUT))
         theirs = str(answer.get("challenge"))
-        messages.check_proof(secret, "agent", mine, theirs, answer.get("proof"))
-        channel.send({"proof": messages.proof(secret, "leader", theirs, mine)})
+        proofs.check_proof(secret, "agent", mine, theirs, answer.get("proof"))
+        channel.send({"proof": proofs.proof(secret, "leader", theirs, mine)})
         return channel
 
     async def dial(self, addresses: Sequence[str], port: int) -> Channel:
@@ -143,10 +144,10 @@ async def connect(addresses: Sequence[str], port: int, secret: bytes, *, timeout
         try:
             channel = Channel(reader, writer)
             hello = messages.decode(await asyncio.wait_for(channel.read(), timeout))
-            theirs, mine = str(hello.get("challenge")), messages.new_nonce()
-            channel.send({"challenge": mine, "proof": messages.proof(secret, "agent", theirs, mine)})
+            theirs, mine = str(hello.get("challenge")), proofs.new_nonce()
+            channel.send({"challenge": mine, "proof": proofs.proof(secret, "agent", theirs, mine)})
             answer = messages.decode(await asyncio.wait_for(channel.read(), timeout))
-            messages.check_proof(secret, "leader", mine, theirs, answer.get("proof"))
+            proofs.check_proof(secret, "leader", mine, theirs, answer.get("proof"))
         except (OSError, asyncio.TimeoutError, messages.ProtocolError) as error:
             writer.transport.abort()
             problem = error

@@ -21,7 +21,7 @@ from cluster import Cluster, wait_for
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.messages import WHO, Status
 from elastic_hpc.membership.roster import Host
-from elastic_hpc.network import channel
+from elastic_hpc.network import channel, proofs
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ class Peer:
             self.socket.sendall(data)
 
     def prove(self) -> Peer:
-        theirs, mine = self.hear()["challenge"], messages.new_nonce()
+        theirs, mine = self.hear()["challenge"], proofs.new_nonce()
         self.send(
-            messages.encode({"challenge": mine, "proof": messages.proof(self.cluster.secret, "agent", theirs, mine)})
+            messages.encode({"challenge": mine, "proof": proofs.proof(self.cluster.secret, "agent", theirs, mine)})
         )
         assert self.hear().keys() == {"proof"}
         return self
@@ -152,8 +152,8 @@ def test_half_a_line_is_not_waited_for_long(cluster: Cluster, monkeypatch: pytes
 
 def test_a_proof_that_was_overheard_opens_no_other_connection(cluster: Cluster) -> None:
     with Peer(cluster) as first, Peer(cluster) as second:
-        theirs, mine = first.hear()["challenge"], messages.new_nonce()
-        overheard = messages.encode({"challenge": mine, "proof": messages.proof(cluster.secret, "agent", theirs, mine)})
+        theirs, mine = first.hear()["challenge"], proofs.new_nonce()
+        overheard = messages.encode({"challenge": mine, "proof": proofs.proof(cluster.secret, "agent", theirs, mine)})
         first.send(overheard)
         assert first.hear().keys() == {"proof"}
         second.send(overheard)
@@ -167,7 +167,7 @@ def test_what_the_leader_proves_to_one_is_of_no_use_for_another(cluster: Cluster
     with Peer(cluster) as peer, Peer(cluster) as oracle:
         theirs = peer.hear()["challenge"]
         asked, mine = oracle.hear()["challenge"], theirs
-        oracle.send(messages.encode({"challenge": mine, "proof": messages.proof(cluster.secret, "agent", asked, mine)}))
+        oracle.send(messages.encode({"challenge": mine, "proof": proofs.proof(cluster.secret, "agent", asked, mine)}))
         answer = oracle.hear()["proof"]
         peer.send(messages.encode({"challenge": asked, "proof": answer}))
         assert peer.is_thrown_out()

@@ -17,7 +17,7 @@ from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.messages import WHO, Failure, Redirect
 from elastic_hpc.membership.roster import Host
-from elastic_hpc.network import channel
+from elastic_hpc.network import channel, proofs
 from elastic_hpc.network.client import ask_leader
 from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.rundir import RunDir
@@ -121,7 +121,7 @@ def test_anybody_who_holds_the_secret_is_told_who_leads(cluster: Cluster) -> Non
 def test_a_leader_without_the_secret_is_not_believed() -> None:
     async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = channel.Channel(reader, writer)
-        link.send({"challenge": messages.new_nonce()})
+        link.send({"challenge": proofs.new_nonce()})
         await link.read()
         link.send({"proof": "0" * 64})
         await link.flush()
@@ -138,9 +138,9 @@ def test_a_leader_without_the_secret_is_not_believed() -> None:
 
 
 def test_an_agents_proof_cannot_be_played_back_as_the_leaders() -> None:
-    proof = messages.proof(b"secret", "agent", "a", "b")
+    proof = proofs.proof(b"secret", "agent", "a", "b")
     with pytest.raises(messages.ProtocolError):
-        messages.check_proof(b"secret", "leader", "a", "b", proof)
+        proofs.check_proof(b"secret", "leader", "a", "b", proof)
 
 
 def test_the_batch_script_can_ask_for_a_drain_with_nothing_but_the_run_directory(cluster: Cluster) -> None:
