@@ -15,8 +15,9 @@ from submitit.core import core, logger, utils
 from elastic_hpc import slurm
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.job import functions
-from elastic_hpc.job.functions import ElasticPaths, runs_folder
+from elastic_hpc.job.functions import runs_folder
 from elastic_hpc.job.handle import Job, JobStatus
+from elastic_hpc.submitit.environment import ElasticPaths
 
 
 class States(core.InfoWatcher):

@@ -24,7 +24,6 @@ from submitit.core import job_environment, utils
 
 from elastic_hpc import training
 from elastic_hpc.errors import ElasticError
-from elastic_hpc.job.functions import ElasticJobEnvironment, ElasticPaths
 from elastic_hpc.network.client import ask_leader
 from elastic_hpc.record.rundir import RunDir
 
@@ -126,9 +125,15 @@ class _WhenImported:
 class DrainHandler(job_environment.SignalHandler):
     """submitit's handler, set off by the agent: rank 0 checkpoints, then all ranks leave. The agents requeue."""
 
-    def __init__(self, env: ElasticJobEnvironment, paths: ElasticPaths, delayed: utils.DelayedSubmission) -> None:
+    def __init__(
+        self,
+        env: job_environment.JobEnvironment,
+        paths: utils.JobPaths,
+        delayed: utils.DelayedSubmission,
+        run_dir: Path,
+    ) -> None:
         super().__init__(env, paths, delayed)
-        self._rundir = RunDir(paths.run_dir)
+        self._rundir = RunDir(run_dir)
         self._paths = paths
         self._rank, self._size = env.global_rank, env.num_tasks
         self._pid = os.getpid()
