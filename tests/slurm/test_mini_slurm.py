@@ -39,6 +39,12 @@ for line in sys.stdin:
 """
 
 
+def copied(folder: Path) -> Path:
+    """The command, and the package that it consists of, in another folder."""
+    shutil.copytree(MINI.with_name("mini_slurm"), folder / "mini_slurm")
+    return Path(shutil.copy(MINI, folder))
+
+
 def eventually(what: str, holds: Callable[[], Any], within_s: float = 30.0) -> Any:
     deadline = time.monotonic() + within_s
     while not (value := holds()):
@@ -162,7 +168,7 @@ class TestRunningCluster:
     def test_without_root_it_says_what_to_type(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
             os.chmod(directory, 0o755)
-            copy = shutil.copy(MINI, directory)
+            copy = str(copied(Path(directory)))
             done = subprocess.run([copy, "up"], user=65534, cwd="/", capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (2, f"mini-slurm: needs root: type  sudo {copy} up\n")
 
@@ -327,12 +333,12 @@ class TestLifeCycle:
 
     def test_an_up_that_fails_shows_the_log_and_leaves_nothing(self, apart: Apart) -> None:
         before = machine()
-        broken = MINI.read_text().replace("SlurmctldHost=login", "SlurmctldHost=login\nNoSuchSetting=1")
-        program = apart.directory / "broken"
-        program.write_text(broken)
-        program.chmod(0o755)
+        (apart.directory / "broken").mkdir()
+        program = copied(apart.directory / "broken")
+        source = program.with_name("mini_slurm") / "cluster.py"
+        source.write_text(source.read_text().replace("SlurmctldHost=login", "SlurmctldHost=login\nNoSuchSetting=1"))
         failed = apart.mini("up", check=False, program=program)
-        program.unlink()
+        shutil.rmtree(program.parent)
         assert failed.returncode == 1
         assert "NoSuchSetting" in failed.stderr
         apart.assert_nothing_left(before)
@@ -367,7 +373,7 @@ class TestLifeCycle:
     def test_a_checkout_below_a_closed_directory_is_seen_at_its_path(self, apart: Apart) -> None:
         checkout = apart.directory / "checkout"
         (checkout / "bin").mkdir(parents=True)
-        program = Path(shutil.copy(MINI, checkout / "bin"))
+        program = copied(checkout / "bin")
         (checkout / "marker").write_text("seen\n")
         (apart.directory / "secret").write_text("no\n")
         apart.mini("up", "--nodes", "1", program=program)

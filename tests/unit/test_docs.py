@@ -80,8 +80,9 @@ def test_options_and_variables_named_in_the_text_exist(document: Path) -> None:
     known = known.union(*(options_of(command) for command in OURS))
     code = " ".join(re.findall(r"`([^`\n]+)`", text))
     assert set(OPTION.findall(code)) <= known
-    sources = "".join(path.read_text() for path in ROOT.glob("elastic_hpc/**/*.py"))
-    sources += (ROOT / "bin" / "mini-slurm").read_text() + (ROOT / "tests" / "slurm" / "test_faults.py").read_text()
+    files = [*ROOT.glob("elastic_hpc/**/*.py"), *ROOT.glob("bin/mini_slurm/*.py")]
+    sources = "".join(path.read_text() for path in files)
+    sources += (ROOT / "tests" / "slurm" / "test_faults.py").read_text()
     for name in re.findall(r"\b(?:ELASTIC_HPC|MINI_SLURM)_[A-Z0-9_]+", text):
         assert name in sources, name
 

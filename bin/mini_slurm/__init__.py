@@ -1,0 +1,1 @@
+"""What bin/mini-slurm consists of."""
