@@ -24,8 +24,8 @@ from elastic_hpc.job.request import prepared
 from elastic_hpc.job.script import JobSpec
 from elastic_hpc.record.registry import remember
 from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.record.worker_logs import Stream, files
 from elastic_hpc.view.job import JobView
-from elastic_hpc.view.logs import Stream, files
 
 _ASK_SLURM = 2.0, 30.0  # seconds between two questions, at first and after a while
 _LOOK = 0.5

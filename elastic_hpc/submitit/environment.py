@@ -15,7 +15,7 @@ from elastic_hpc.job.functions import CLUSTERS, results_folder
 from elastic_hpc.record.rundir import EventReader, RunDir
 
 if TYPE_CHECKING:
-    from elastic_hpc.view.logs import Stream
+    from elastic_hpc.record.worker_logs import Stream
 
 _RECORD_WITHIN = 30.0
 """Seconds after which a shared file system should show what the leader has written."""
@@ -42,7 +42,7 @@ class ElasticPaths(utils.JobPaths):
 
     def _log(self, stream: Stream) -> Path:
         """What the rank wrote last; before it was started, the output of the batch script and the agents."""
-        from elastic_hpc.view.logs import files
+        from elastic_hpc.record.worker_logs import files
 
         written = files(self.run_dir / "logs", self.task_id, stream)
         return written[-1] if written else self.run_dir.with_name(f"{self.run_dir.name}.log")

@@ -15,7 +15,7 @@ import records
 
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.record.stamps import FILE, Stamper, Stamps
-from elastic_hpc.view.logs import Line, Logs, Wanted
+from elastic_hpc.record.worker_logs import Line, Logs, Wanted
 
 FAULTS = records.FOLDER / "faults"
 
