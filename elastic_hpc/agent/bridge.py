@@ -18,10 +18,10 @@ from elastic_hpc.membership import follower
 from elastic_hpc.membership.messages import Failure, Order, Plan, State, Status
 from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.roster import Host, Roster
-from elastic_hpc.network.server import LeaderServer, Link
-from elastic_hpc.network.session import Membership, Network
+from elastic_hpc.network.channel import Link
+from elastic_hpc.network.server import LeaderServer
+from elastic_hpc.network.session import Membership, Transport
 from elastic_hpc.training import Progress
-from elastic_hpc.workers.standbys import Started
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Control:
         self,
         host: Host,
         nproc: int,
-        make_network: Callable[[], Network],
+        make_network: Callable[[], Transport],
         outside: Outside,
         *,
         heartbeat_timeout: float,
@@ -76,7 +76,7 @@ class Control:
         self._outside = outside
         self._make_network = make_network
         self._beat_interval = heartbeat_timeout / 5
-        self._member: Callable[[Network], Membership] = lambda network: Membership(
+        self._member: Callable[[Transport], Membership] = lambda network: Membership(
             host, self, network, heartbeat_timeout=heartbeat_timeout, join_timeout=join_timeout, first=first
         )
         self._membership: Membership | None = None
@@ -138,12 +138,10 @@ class Control:
                 self._report(listens=said.listens)
             self._status = replace(self._status, **{name: getattr(said, name) for name in _SAID_NOTHING})
 
-    def report_start(self, how: Started) -> None:
-        """Tell the leader how the workers were started, with the next heartbeat."""
+    def report_start(self, *, warm: int, cold: int, why: str, standby_mb: float) -> None:
+        """Tell the leader how the workers were started (``workers.standbys.Started``), with the next heartbeat."""
         with self._changed:
-            self._status = replace(
-                self._status, warm=how.warm, cold=how.cold, cold_why=how.why, standby_mb=how.standby_mb
-            )
+            self._status = replace(self._status, warm=warm, cold=cold, cold_why=why, standby_mb=standby_mb)
 
     def on_signal(self) -> None:
         """This agent got SIGTERM. So did all others, if this is Slurm's doing; the leader's agent says so for all. The

@@ -6,6 +6,7 @@ import asyncio
 import resource
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership import messages
@@ -20,8 +21,21 @@ goes. A thousand agents dial at once when their leader is lost.
 _SLOW_READER = 4 * messages.MAX_LINE
 
 
+class Link(Protocol):
+    """An open control connection: a ``Channel``, or a simulated one. ``peer`` and ``local`` are the numeric addresses
+    of its two ends.
+    """
+
+    peer: str
+    local: str
+
+    async def read(self) -> bytes: ...
+    def send(self, *sent: messages.Message) -> None: ...
+    def close(self) -> None: ...
+
+
 class Channel:
-    """An open connection. ``peer`` and ``local`` are the numeric addresses of its two ends."""
+    """A ``Link`` over TCP."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Raises OSError if the peer has reset it already."""

@@ -14,12 +14,12 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from elastic_hpc.agent.supply import Supply
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.growth import Needs
 from elastic_hpc.membership.leader import Leader, Verdict
-from elastic_hpc.membership.messages import Leave, Message, Request, Status
+from elastic_hpc.membership.messages import Leave, Request, Status
 from elastic_hpc.membership.roster import Roster
+from elastic_hpc.network.channel import Link
 
 log = logging.getLogger(__name__)
 
@@ -31,17 +31,6 @@ LEAVE_TIMEOUT = 10.0
 
 _PASSES = 64
 """Passes of the loop after which is decided, though more arrives with each."""
-
-
-class Link(Protocol):
-    """An open control connection; ``channel.Channel``, or a simulated one."""
-
-    peer: str
-    local: str
-
-    async def read(self) -> bytes: ...
-    def send(self, *messages: Message) -> None: ...
-    def close(self) -> None: ...
 
 
 class Record(Protocol):
@@ -62,6 +51,16 @@ class Act(Protocol):
     async def __call__(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None: ...
 
 
+class Supplier(Protocol):
+    """Brings the nodes that the leader could use (``agent.supply.Supply``)."""
+
+    def need(self, needs: Needs) -> None: ...
+    async def run(self, report: Callable[[Needs, int, int], None]) -> None:
+        """Until it is cancelled. ``report(needs, starting, pending)`` says how many agents are starting, and for how
+        many nodes Slurm was asked, in answer to ``needs``.
+        """
+
+
 class LeaderServer:
     """Serves ``leader``. ``open_store(round)`` starts a store and answers with its port; ``supply`` brings nodes."""
 
@@ -71,7 +70,7 @@ class LeaderServer:
         record: Record,
         open_store: Callable[[int], Awaitable[int]],
         act: Act,
-        supply: Supply | None = None,
+        supply: Supplier | None = None,
     ) -> None:
         self.leader = leader
         self.record = record

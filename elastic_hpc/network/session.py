@@ -21,7 +21,8 @@ from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.messages import WHO, Leave, Order, Redirect, Status
 from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.roster import Host, Hosts, Roster, RosterChange
-from elastic_hpc.network.server import LeaderServer, Link
+from elastic_hpc.network.channel import Link
+from elastic_hpc.network.server import LeaderServer
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _TELL_AFTER, _TELL_GROWTH = 5.0, 3.0
 """Seconds without a leader after which the log says so, and how they grow from one time to the next."""
 
 
-class Network(Protocol):
+class Transport(Protocol):
     """``channel.Network``, or a simulated one."""
 
     on_stranger: Callable[[str, str], None]
@@ -74,12 +75,12 @@ class Membership:
     """``run`` keeps this agent in touch with the leader until ``leave``."""
 
     def __init__(
-        self, me: Host, node: Node, network: Network, *, heartbeat_timeout: float, join_timeout: float, first: bool
+        self, me: Host, node: Node, transport: Transport, *, heartbeat_timeout: float, join_timeout: float, first: bool
     ) -> None:
         """``first``: this agent leads from the start. ``join_timeout``: how long the others wait for it, in seconds."""
         self.me = me
         self._node = node
-        self._network = network
+        self._transport = transport
         self._timeout = heartbeat_timeout
         self._patience = join_timeout
         self._first = first
@@ -101,8 +102,8 @@ class Membership:
 
     async def run(self) -> None:
         """Returns after ``leave``, and on a leader when all others have left too."""
-        self._network.on_stranger = self._on_stranger
-        await self._network.serve(self._attend)
+        self._transport.on_stranger = self._on_stranger
+        await self._transport.serve(self._attend)
         self._led_at = self._now()
         if self._first:
             self._lead("")
@@ -221,7 +222,7 @@ class Membership:
     async def _ask(self, host: Host) -> Redirect | None:
         """Whom ``host`` follows; None if it does not answer."""
         try:
-            link = await self._network.dial(host.addresses, host.port)
+            link = await self._transport.dial(host.addresses, host.port)
         except _FAILED:
             return None
         try:
@@ -236,7 +237,7 @@ class Membership:
     async def _join(self, leader: Host) -> tuple[Link, Host] | None:
         addresses = (*leader.addresses, "127.0.0.1") if leader == self.me else leader.addresses
         try:
-            return await self._network.dial(addresses, leader.port), leader
+            return await self._transport.dial(addresses, leader.port), leader
         except _FAILED as error:
             if not self._roster:
                 self._lost_why = f"{leader.name} at {' or '.join(addresses)} port {leader.port}: {error}"

@@ -285,7 +285,7 @@ class ElasticAgent(LocalElasticAgent):
         self._control.report_progress(progress._replace(listens=progress.listens or self._signals.told))
         going = self._watch.progress.step >= 0 or time.monotonic() - self._started_at > _STEADY
         self._standbys.look(going=going and not self._told_to_drain)
-        self._control.report_start(self._standbys.started)
+        self._control.report_start(**vars(self._standbys.started))
 
     def _record_stacks(self) -> None:
         if self._watch.stacks_recorded:
