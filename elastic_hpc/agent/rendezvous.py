@@ -8,6 +8,7 @@ from torch.distributed import HashStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from elastic_hpc.agent.bridge import Control, Seat
+from elastic_hpc.membership.messages import Plan
 from elastic_hpc.network import addresses
 from elastic_hpc.training import LOCAL_DIR
 
@@ -24,6 +25,17 @@ class ElasticRendezvousHandler(RendezvousHandler):
         """This node's place in the current round."""
         self.restart_wanted = False
         """Set when the workers of the current round may not go on; torch's agent asks ``num_nodes_waiting``."""
+
+    @property
+    def round(self) -> int:
+        """The current round; 0 before the first."""
+        return self.seat.round if self.seat else 0
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the current round."""
+        assert self.seat is not None
+        return self.seat.plan
 
     def get_backend(self) -> str:
         return "c10d"

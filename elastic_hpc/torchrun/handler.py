@@ -158,7 +158,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the next round. SystemExit ends torchrun when the job has finished without this node."""
-        self._tell_failure(self._round, None)
+        self._tell_failure(self.round, None)
         self._kill_workers()  # what those that failed have left running
         try:
             info = super().next_rendezvous()
@@ -170,11 +170,11 @@ class TorchrunHandler(ElasticRendezvousHandler):
 
     def num_nodes_waiting(self) -> int:
         """Called while all workers of this node live."""
-        if self._watched != self._round:
-            self._watched = self._round
-            self._watch(self._round)
+        if self._watched != self.round:
+            self._watched = self.round
+            self._watch(self.round)
         try:
-            stop = self._control.must_stop(self._round)
+            stop = self._control.must_stop(self.round)
         except JobEnded as over:
             self._kill_workers()
             _end(over)
@@ -185,7 +185,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
 
     def shutdown(self) -> bool:
         """The agent gives up, or all is done."""
-        self._tell_failure(self._round, None)
+        self._tell_failure(self.round, None)
         self._close()
         return True
 
@@ -221,12 +221,8 @@ class TorchrunHandler(ElasticRendezvousHandler):
         for descriptor in workers:
             os.close(descriptor)
 
-    @property
-    def _round(self) -> int:
-        return self.seat.round if self.seat else 0
-
     def _is_over(self, round: int) -> bool:
-        return self._told or round != self._round
+        return self._told or round != self.round
 
     def _tell_failure(self, round: int, code: int | None, local: int = 0, *, oom: bool = False) -> bool:
         """Tell the leader that a worker of ``round`` has failed, if nobody has. None: the agent says so, not how."""
@@ -236,7 +232,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
             self._told = True
         cause = explain(code or 1, "", oom=oom)
         message = cause.message if code else "a worker failed; see the output of torchrun"
-        rank = self.seat.plan.group_rank * self._nproc + local
+        rank = self.plan.group_rank * self._nproc + local
         # an exit code alone does not say whether this is the echo of another rank's death
         collateral = cause.kind == "exit"
         failure = Failure(cause.kind, self._node, rank, local, code or 1, message, time.time(), collateral=collateral)
@@ -254,9 +250,9 @@ class TorchrunHandler(ElasticRendezvousHandler):
     def _wait_for_all(self) -> None:
         """All workers of this node have finished: wait until the job has."""
         self._kill_workers()  # what they left running
-        self._control.report("succeeded", self._round)
+        self._control.report("succeeded", self.round)
         try:
-            while not (stop := self._control.must_stop(self._round)):
+            while not (stop := self._control.must_stop(self.round)):
                 select.select([self._control.wake_fd], [], [], 1.0)
             log.info("this node's workers have finished, and it leaves the job, which goes on: %s", stop)
         except JobEnded as over:

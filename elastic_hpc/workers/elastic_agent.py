@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
@@ -35,18 +35,16 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing import api as multiprocessing
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from elastic_hpc.agent.bridge import Control
-from elastic_hpc.agent.rendezvous import ElasticRendezvousHandler
 from elastic_hpc.membership.causes import explain
-from elastic_hpc.membership.messages import Failure
+from elastic_hpc.membership.messages import Failure, Order, Plan, State
 from elastic_hpc.membership.policy import TERM_GRACE, Policy
 from elastic_hpc.record.stamps import Stamper
 from elastic_hpc.record.stderr import tail
-from elastic_hpc.training import DRAIN_FILE, LOCAL_DIR
+from elastic_hpc.training import DRAIN_FILE, LOCAL_DIR, Progress
 from elastic_hpc.workers import stacks
 from elastic_hpc.workers.drain import DrainSignals
 from elastic_hpc.workers.memory import OomWatch
-from elastic_hpc.workers.standbys import Standbys
+from elastic_hpc.workers.standbys import Standbys, Started
 from elastic_hpc.workers.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -56,6 +54,33 @@ _STEADY = 10.0
 
 _STACKS_TIMEOUT = 8.0
 """Seconds that recording the stacks of hung workers may take."""
+
+
+class Control(Protocol):
+    """The agent's connection with the leader (``agent.bridge.Control``). ``must_stop`` raises JobEnded."""
+
+    wake_fd: int
+    """Readable when a new order has come."""
+
+    @property
+    def order(self) -> Order | None: ...
+    def must_stop(self, round: int) -> str | None: ...
+    def report(self, state: State, round: int, failure: Failure | None = None, *, drained: bool = False) -> None: ...
+    def report_progress(self, progress: Progress, /) -> None: ...
+    def report_start(self, started: Started, /) -> None: ...
+    def on_signal(self) -> None: ...
+
+
+class Rendezvous(Protocol):
+    """The rendezvous handler of the agent (``agent.rendezvous``)."""
+
+    restart_wanted: bool
+    """To be set when the workers of the current round may not go on."""
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def plan(self) -> Plan: ...
 
 
 class NodeLogs(LogsSpecs):
@@ -179,20 +204,13 @@ class ElasticAgent(LocalElasticAgent):
             self._control.on_signal()
 
     @property
-    def _handler(self) -> ElasticRendezvousHandler:
-        handler = self._worker_group.spec.rdzv_handler
-        assert isinstance(handler, ElasticRendezvousHandler)
+    def _handler(self) -> Rendezvous:
+        handler: Rendezvous = self._worker_group.spec.rdzv_handler
         return handler
 
-    @property
-    def _round(self) -> int:
-        return self._handler.seat.round if self._handler.seat else 0
-
     def _start_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> dict[int, Any]:
-        seat = self._handler.seat
-        assert seat is not None
         # torch derives TORCHELASTIC_RESTART_COUNT from this agent's own remaining restarts; the job's count replaces it
-        self._remaining_restarts = worker_group.spec.max_restarts - seat.plan.restart_count
+        self._remaining_restarts = worker_group.spec.max_restarts - self._handler.plan.restart_count
         self._oom = OomWatch()
         self._told_to_drain = False
         self._signals.begin()
@@ -200,7 +218,7 @@ class ElasticAgent(LocalElasticAgent):
         with _Handler.used(self._standbys):
             ids: dict[int, Any] = super()._start_workers(worker_group, *args, **kwargs)
         self.handle_signals()
-        self._control.report("running", seat.round)
+        self._control.report("running", self._handler.round)
         self._exits = {pid: os.pidfd_open(pid) for pid in ids.values()}
         outputs = [path for paths in (self._pcontext.stdouts, self._pcontext.stderrs) for path in paths.values()]
         self._watch.start(list(ids.values()), outputs)
@@ -213,7 +231,7 @@ class ElasticAgent(LocalElasticAgent):
         it is reported, and torch is told to restart, which waits for the next round.
         """
         self._wait_for_news()
-        if self._control.must_stop(self._round):
+        if self._control.must_stop(self._handler.round):
             order = self._control.order
             if order and order.stacks:
                 self._record_stacks()
@@ -223,7 +241,7 @@ class ElasticAgent(LocalElasticAgent):
         drained = bool(failed) and self._ended_by_drain(failed)
         if failed and not drained:
             self._report_progress()
-            self._control.report("failed", self._round, self._failure(failed))
+            self._control.report("failed", self._handler.round, self._failure(failed))
             return self._stop_for_next_round()
         if None in codes.values():
             self._look_after(worker_group)
@@ -233,8 +251,8 @@ class ElasticAgent(LocalElasticAgent):
         if drained:
             log.info("the drain ended %s", self._failure(failed))
         drained = drained or self._signals.told or self._watch.progress.drained
-        self._control.report("succeeded", self._round, drained=drained)
-        while not self._control.must_stop(self._round):  # raises JobEnded when all nodes have finished
+        self._control.report("succeeded", self._handler.round, drained=drained)
+        while not self._control.must_stop(self._handler.round):  # raises JobEnded when all nodes have finished
             self._wait_for_news()
         return self._stop_for_next_round()
 
@@ -262,16 +280,16 @@ class ElasticAgent(LocalElasticAgent):
             failure = Failure(
                 trouble.kind, self._node, worker.global_rank, worker.local_rank, 0, trouble.message, time.time()
             )
-            self._control.report("failed", self._round, failure)
+            self._control.report("failed", self._handler.round, failure)
             self._watch.stop()
-            while not self._control.must_stop(self._round):
+            while not self._control.must_stop(self._handler.round):
                 self._wait_for_news()
 
     @property
     def _draining(self) -> bool:
         """Whether the workers of this round shall save and stop."""
         order = self._control.order
-        return order is not None and order.drain and order.round == self._round
+        return order is not None and order.drain and order.round == self._handler.round
 
     def _ended_by_drain(self, failed: list[Worker]) -> bool:
         """Whether ``failed``, which end with an exit code or by a signal, were drained: they were told to by a signal,
