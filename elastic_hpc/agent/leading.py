@@ -17,8 +17,9 @@ from elastic_hpc.agent.joiners import SlurmSource
 from elastic_hpc.agent.supply import Supply
 from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
 from elastic_hpc.membership.leader import Leader, Verdict
-from elastic_hpc.membership.policy import Action, Policy, give_back
+from elastic_hpc.membership.policy import Action, Policy
 from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.rules import requeue_or_fail
 from elastic_hpc.network import addresses
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.options.spec import LaunchSpec
@@ -213,7 +214,7 @@ class Leading:
             state = {}
         restarts = max(state.get("restarts", 0), roster.restarts if roster else 0)
         requeues = max(state.get("requeues", 0), roster.requeues if roster else 0)
-        decision = give_back(reason, requeues, self.policy)
+        decision = requeue_or_fail(reason, requeues, self.policy)
         outcome = {Action.FAIL: "failed", Action.REQUEUE: "requeue"}[decision.action]
         requeues += decision.action is Action.REQUEUE
         counters = {"round": roster.round if roster else 0, "restarts": restarts, "requeues": requeues}

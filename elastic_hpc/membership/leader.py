@@ -17,8 +17,9 @@ from elastic_hpc.membership.messages import Failure, Order, Plan, Request, Stage
 from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.orders import Orders, Sent
 from elastic_hpc.membership.peers import Peer, Peers, weighed
-from elastic_hpc.membership.policy import Action, Decision, Policy, View, decide, give_back
+from elastic_hpc.membership.policy import Action, Decision, Policy, View
 from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.rules import decide, requeue_or_fail
 from elastic_hpc.membership.world import SETTLE, Progress, World
 
 STOP_TIMEOUT = 60.0
@@ -120,7 +121,7 @@ class Leader:
             if refusal := self._peers.refusal(status, self._nproc, self._host):
                 self._refuse(conn, status, refusal)
                 if status.node == self._node and self._first:
-                    self._end(give_back(refusal, self.requeues, self.policy), now)
+                    self._end(requeue_or_fail(refusal, self.requeues, self.policy), now)
                 return
             old = self._peers.conns.get(status.node)
             if old is not None:

@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from elastic_hpc.membership.nodes import joiner, votes
-from elastic_hpc.membership.policy import GETS_GOING, HEARING, STARTING, Action, Decision, Policy, View, decide
+from elastic_hpc.membership.policy import Action, Decision, Policy, View
+from elastic_hpc.membership.rules import FIRST_STEP_TIMEOUT, LISTEN_TIMEOUT, NEWCOMER_QUIET_STARTING, decide
 
 OWN, JOINERS = st.integers(0, 7), st.integers(0, 3).map(lambda job: joiner(str(job)))
 NODES = st.frozensets(OWN | JOINERS, max_size=8)
@@ -232,7 +233,7 @@ def test_whoever_waits_for_time_to_pass_does_so_within_the_users_timeouts(view: 
     if decide(late, policy).action is Action.WAIT:
         return
     timeouts = (policy.join_timeout, policy.last_call_timeout, policy.grace, policy.grow_every, policy.wait_for_nodes)
-    longest = max(policy.heartbeat_timeout, STARTING, HEARING, GETS_GOING, *timeouts)
+    longest = max(policy.heartbeat_timeout, NEWCOMER_QUIET_STARTING, LISTEN_TIMEOUT, FIRST_STEP_TIMEOUT, *timeouts)
     names = ("since_start", "since_min", "below_min", "without_quorum", "since_quorum", "since_request")
     names += ("since_newcomer", "since_growth", "since_change", "since_formed")
     bounded = replace(late, **{name: min(getattr(late, name), longest) for name in names})

@@ -10,8 +10,9 @@ import simulated
 
 from elastic_hpc.membership.leader import STOP_TIMEOUT, Leader
 from elastic_hpc.membership.messages import Failure, Order, Request, Status
-from elastic_hpc.membership.policy import STORE_PATIENCE, TERM_GRACE
+from elastic_hpc.membership.policy import TERM_GRACE
 from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.rules import STORE_TIMEOUT
 from elastic_hpc.membership.world import ALIVE_IS_PROGRESS, SETTLE, TOLD_EVERY
 
 POLICY = replace(simulated.POLICY, max_restarts=100)
@@ -555,7 +556,7 @@ def test_a_store_that_cannot_be_opened_is_told_once_tried_for_a_while_and_then_e
     job.store = lambda: None  # type: ignore[method-assign]
     job.leader._stores.clear()
     job.ready(0, 1)
-    for _ in range(int(STORE_PATIENCE) - 1):
+    for _ in range(int(STORE_TIMEOUT) - 1):
         job.wait(1.0)
         job.leader.on_store_failed(1, "no free port", job.now)
         assert job.verdict is None
@@ -574,11 +575,11 @@ def test_a_store_that_opens_late_is_in_time_and_the_next_one_has_as_much_time() 
     job.leader._stores.clear()
     open_store, job.store = job.store, lambda: None  # type: ignore[method-assign]
     job.ready(0, 1)
-    job.wait(STORE_PATIENCE - 1)
+    job.wait(STORE_TIMEOUT - 1)
     job.store = open_store  # type: ignore[method-assign]
     job.store()
     assert len(job.events("round")) == 1
-    job.wait(2 * STORE_PATIENCE)
+    job.wait(2 * STORE_TIMEOUT)
     job.leader._stores.clear()
     job.fail(0)
     job.wait(1.0)

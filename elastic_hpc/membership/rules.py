@@ -1,0 +1,208 @@
+"""The rules: one pure function from what the leader sees to what happens next, with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from elastic_hpc.membership.nodes import votes
+from elastic_hpc.membership.policy import FINISHED, TERM_GRACE, Action, Decision, Policy, View
+
+TAKE_OVER_WAIT = 0.3
+"""How long a new leader that has a majority waits for the other members of the last round, in heartbeat timeouts. The
+members notice the loss of the old leader within one heartbeat, a fifth of the timeout, of each other.
+"""
+
+FIRST_STEP_TIMEOUT = 60.0
+"""Seconds for which a round whose workers are still starting is not given up for a larger one: the first step after a
+fault should come soon. Many scripts do not report that they have started.
+"""
+
+NEWCOMER_QUIET = 1.0
+"""Seconds without another newcomer after which the newcomers are taken into a new round together."""
+
+NEWCOMER_QUIET_STARTING = 20.0
+"""The same, while the agents of further nodes are known to be starting."""
+
+STORE_TIMEOUT = 120.0
+"""Seconds for which a round waits for its store, whose start is tried again and again. A name server that does not
+answer delays a start by up to a minute.
+"""
+
+LISTEN_TIMEOUT = 3.0
+"""Seconds after a drain in which workers of a round that was just formed may still report that they listen for it. If
+no worker has reported this by then, the workers are stopped without a checkpoint.
+"""
+
+
+def decide(view: View, policy: Policy) -> Decision:
+    """What happens next, and why. The first rule that matches decides."""
+    if not view.quorum:
+        if view.without_quorum < policy.heartbeat_timeout and not (view.formed or view.lost):
+            return Decision(Action.WAIT, "fewer than half of the last round's nodes are in touch")
+        return Decision(Action.ABDICATE, "fewer than half of the last round's nodes are in touch")
+    if view.request == "stop":
+        if view.requested_for == "user":
+            return Decision(Action.FAIL, "stopped by the user", "user")
+        return Decision(Action.FAIL, f"stopped by a worker: {view.requested_for}", "stopped")
+    if _is_done(view) and not view.drained:
+        return Decision(Action.FINISH, FINISHED)
+    if view.request and not _still_draining(view, policy):
+        return _drained(view, policy)
+    if release := _released(view, policy):
+        return release
+    return _while_running(view, policy) if view.running else _while_gathering(view, policy)
+
+
+def _is_done(view: View) -> bool:
+    return bool(view.formed) and view.formed <= view.succeeded and not view.lost
+
+
+def _released(view: View, policy: Policy) -> Decision | None:
+    """Let joiners of no use go, and nodes that have to go. The job's own nodes are kept: Slurm could not use them."""
+    if leaving := view.leaving & view.idle - view.formed:
+        return Decision(Action.RELEASE, "its job ends", nodes=tuple(leaving))
+    free = sorted(node for node in view.ready - view.formed if not votes(node))
+    excess = len(view.live | view.formed) - policy.wanted
+    if view.running and not _may_grow(view, policy):
+        return Decision(Action.RELEASE, "no restart is left to take it in", nodes=tuple(free)) if free else None
+    if free and excess > 0:
+        return Decision(Action.RELEASE, "the job has all nodes that it may use", nodes=tuple(free[-excess:]))
+    return None
+
+
+def _may_grow(view: View, policy: Policy) -> bool:
+    return policy.free_growth or view.restarts < policy.max_restarts
+
+
+def _still_draining(view: View, policy: Policy) -> bool:
+    whole = bool(view.formed) and not view.lost and not view.failure
+    return whole and not view.formed <= view.succeeded and view.since_request < _grace(view, policy)
+
+
+def _grace(view: View, policy: Policy) -> float:
+    """Seconds that the workers have to save: fewer after SIGTERM, as Slurm soon kills all processes."""
+    return min(policy.grace, TERM_GRACE) if view.requested_for == "terminated" else policy.grace
+
+
+def _drained(view: View, policy: Policy) -> Decision:
+    if view.formed and view.formed <= view.succeeded:
+        how = "the workers saved and stopped"
+    elif view.failure or view.lost:
+        how = f"while they were saving: {view.failure}"
+    elif view.running:
+        how = f"the workers did not stop within {_grace(view, policy):g} s (--grace)"
+    else:
+        how = "no worker ran"
+    if view.request == "save-and-stop":
+        return Decision(Action.FAIL, f"stopped by the user; {how}", "user")
+    why = f"{view.requested_for}: {how}"
+    if policy.can_requeue:
+        return Decision(Action.REQUEUE, why, view.requested_for, charged=False)
+    return Decision(Action.FAIL, f"{why}; this job cannot be requeued", view.requested_for)
+
+
+def _while_running(view: View, policy: Policy) -> Decision:
+    if view.failure or view.lost:
+        why = view.failure or f"{len(view.lost)} of {len(view.formed) + len(view.lost)} nodes lost"
+        if view.settling and not view.lost:
+            return Decision(Action.WAIT, f"looking for the cause of: {why}")
+        if view.repeated:
+            return Decision(Action.FAIL, f"{why}; the same failure as before, without progress in between", view.cause)
+        return _restart(Decision(Action.GATHER, why), view, policy)
+    if _is_done(view):
+        why = "the workers saved and stopped, as a signal or a worker had told them to"
+        return _restart(view.change or Decision(Action.GATHER, why), view, policy)
+    if view.change:
+        return _while_changing(view, view.change, policy)
+    if view.succeeded or view.request:
+        return Decision(Action.WAIT, "training")
+    return _change(view, policy)
+
+
+def _restart(decision: Decision, view: View, policy: Policy) -> Decision:
+    """Stop the round now, for the reason of ``decision``; fail if the budget is used up."""
+    if decision.charged and view.restarts >= policy.max_restarts:
+        why = f"{decision.reason}; all {policy.max_restarts} restarts (--max-restarts) are used up"
+        return Decision(Action.FAIL, why, "budget")
+    return replace(decision, action=Action.GATHER)
+
+
+def _change(view: View, policy: Policy) -> Decision:
+    """A change of a world that trains and could go on: a node has to go, or there may be a larger world."""
+    if (leaving := view.leaving & view.formed) and view.restarts < policy.max_restarts:
+        return Decision(Action.DRAIN, f"{len(leaving)} node(s) have to go")
+    newcomers = view.ready - view.formed
+    if not newcomers or policy.fit(view.live) <= len(view.formed):
+        return Decision(Action.WAIT, "training")
+    if not _may_grow(view, policy):
+        return Decision(Action.WAIT, "a node is ready to join, but no restart is left to take it in")
+    if not view.going and view.since_formed < FIRST_STEP_TIMEOUT:
+        return Decision(Action.WAIT, "a node is ready to join, when a step has been done")
+    if view.since_growth < policy.grow_every:
+        return Decision(Action.WAIT, f"a node is ready to join, {policy.grow_every:g} s after the last (--grow-every)")
+    quiet = NEWCOMER_QUIET_STARTING if view.starting else NEWCOMER_QUIET
+    if view.since_newcomer < quiet:
+        why = "a node is ready to join; others may follow"
+        return Decision(Action.WAIT, why, again=quiet - view.since_newcomer)
+    return Decision(Action.DRAIN, f"{len(newcomers)} more node(s) joined", charged=not policy.free_growth, grows=True)
+
+
+def _while_changing(view: View, change: Decision, policy: Policy) -> Decision:
+    grace = policy.grace if view.listens else min(policy.grace, LISTEN_TIMEOUT)
+    if view.since_change < grace:
+        return Decision(Action.WAIT, "the workers save and stop", again=grace - view.since_change)
+    return _restart(change, view, policy)
+
+
+def _while_gathering(view: View, policy: Policy) -> Decision:
+    size = policy.fit(view.live)
+    patience = TAKE_OVER_WAIT * policy.heartbeat_timeout
+    if view.expected and view.since_quorum < patience:
+        why = f"{view.expected} node(s) of the last round have not come yet"
+        return Decision(Action.WAIT, why, again=patience - view.since_quorum)
+    if not size:
+        return _while_too_few(view, policy)
+    if view.first and view.absent and view.since_min < policy.last_call_timeout:
+        why = f"waiting for {view.absent} more granted node(s)"
+        return Decision(Action.WAIT, why, again=policy.last_call_timeout - view.since_min)
+    if view.ready != view.live or view.leaving - view.idle:
+        return Decision(Action.WAIT, "workers of the last round are being stopped")
+    if not view.store_ready:
+        return _without_store(view, policy)
+    return Decision(Action.FORM, f"{size} nodes are ready", nodes=tuple(sorted(view.ready)[:size]))
+
+
+def _without_store(view: View, policy: Policy) -> Decision:
+    """Wait, then requeue: on other nodes the store may start."""
+    if view.without_store < STORE_TIMEOUT:
+        so_far = f", so far in vain: {view.store_error}" if view.store_error else ""
+        left = STORE_TIMEOUT - view.without_store
+        return Decision(Action.WAIT, f"the store of the next round is being opened{so_far}", again=left)
+    why = view.store_error or "nothing was heard of it"
+    why = f"the store of the next round could not be opened within {STORE_TIMEOUT:g} s: {why}"
+    return requeue_or_fail(why, view.requeues, policy, "store")
+
+
+def _while_too_few(view: View, policy: Policy) -> Decision:
+    least = policy.sizes[0] if policy.sizes else policy.min_nodes
+    if view.first:
+        waited, patience = view.since_start, policy.join_timeout
+    else:
+        waited, patience = view.below_min, policy.heartbeat_timeout
+        if view.coming:
+            patience = max(patience, policy.wait_for_nodes)
+    if waited < patience:
+        more = f", {view.coming} on the way" if view.coming else ""
+        return Decision(Action.WAIT, f"{len(view.live)} of at least {least} nodes are here{more}")
+    return requeue_or_fail(f"{len(view.live)} nodes are left, fewer than MIN {least}", view.requeues, policy)
+
+
+def requeue_or_fail(why: str, requeues: int, policy: Policy, cause: str = "node lost") -> Decision:
+    """The job cannot go on in this allocation: requeue it, or fail if that is not possible or its budget is used up."""
+    if not policy.can_requeue:
+        return Decision(Action.FAIL, f"{why}; this job cannot be requeued", cause)
+    if requeues >= policy.max_requeues:
+        return Decision(
+            Action.FAIL, f"{why}; all {policy.max_requeues} requeues (--max-requeues) are used up", "budget"
+        )
+    return Decision(Action.REQUEUE, why, cause)
