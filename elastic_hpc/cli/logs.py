@@ -18,8 +18,8 @@ from elastic_hpc.job.look import Jobs
 from elastic_hpc.membership.nodes import Typed, named
 from elastic_hpc.record.rundir import EventReader, RunDir
 from elastic_hpc.record.worker_logs import Line, Logs, Stream, Wanted, what_there_is
-from elastic_hpc.view.job import clock
 from elastic_hpc.view.story import Round, tell
+from elastic_hpc.view.times import clock
 
 HELP = "show what the workers wrote, in order of time over ranks and rounds"
 _EPILOG = """examples:

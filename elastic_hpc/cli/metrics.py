@@ -12,9 +12,9 @@ from prometheus_client import CollectorRegistry, start_http_server, write_to_tex
 from prometheus_client.exposition import generate_latest
 
 from elastic_hpc.cli.jobs import add_job
-from elastic_hpc.cli.status import chosen, of_interest
 from elastic_hpc.errors import ElasticError, UsageError, argument
 from elastic_hpc.job.look import Jobs
+from elastic_hpc.job.lookup import select
 from elastic_hpc.options.durations import seconds
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.job import JobView
@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _look(asked: Sequence[RunDir]) -> tuple[list[tuple[JobView, Story]], bool]:
-    jobs = Jobs(chosen(asked))
-    return [look[:2] for look in jobs.look() if asked or of_interest(look)], not jobs.problem
+def _look(run_dirs: Sequence[RunDir]) -> tuple[list[tuple[JobView, Story]], bool]:
+    jobs = Jobs(select(run_dirs))
+    return [look[:2] for look in jobs.look() if run_dirs or look.is_recent()], not jobs.problem
 
 
 def _write(registry: CollectorRegistry, path: str) -> None:

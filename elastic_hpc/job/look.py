@@ -1,5 +1,5 @@
-"""Looks at jobs: reads their records, and asks Slurm for what these cannot say, with one question for all of them. What
-that means is decided in ``view.job``.
+"""Observes jobs: reads their records, and asks Slurm for what the records cannot say, with one question for all jobs.
+``view.job`` decides what the observation means.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 from elastic_hpc import slurm
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.record.rundir import EventReader, RunDir
-from elastic_hpc.slurm import LIVES, Queued
-from elastic_hpc.view.job import JobView, Seen, view
+from elastic_hpc.view.job import JobView, view
+from elastic_hpc.view.state import Observed
 from elastic_hpc.view.story import Story, tell
+
+_RECENT = 24 * 3600.0
+"""Seconds after its end for which a job is listed without being named."""
 
 
 class Look(NamedTuple):
@@ -27,23 +30,30 @@ class Look(NamedTuple):
     story: Story
     events: Sequence[Mapping[str, Any]]
 
+    def is_recent(self) -> bool:
+        """Whether the job is not over, or ended within a day."""
+        if self.view.state == "UNKNOWN" and self.view.over and not self.story.runs and not self.view.script:
+            return False  # it never started, and Slurm has forgotten it
+        return not self.view.over or time.time() - (self.story.last_time or _mtime(self.view.run_dir)) < _RECENT
 
-def recorded(rundir: RunDir) -> Seen:
-    """What the job's run directory says, its events left out. A damaged file says nothing."""
-    asked, verdict, endpoint = (_read(rundir, f"{name}.json") for name in ("spec", "verdict", "endpoint"))
-    known = {"outcome", "cause", "reason", "failure"} <= verdict.keys() and isinstance(verdict.get("run"), int)
-    ended, led, beat, held = verdict if known else None, endpoint.get("run"), rundir.heartbeat(), None
+
+def recorded(rundir: RunDir) -> Observed:
+    """What the files of the run directory say, without the events. A damaged file counts as missing."""
+    spec, verdict, endpoint = (_read(rundir, f"{name}.json") for name in ("spec", "verdict", "endpoint"))
+    if not ({"outcome", "cause", "reason", "failure"} <= verdict.keys() and isinstance(verdict.get("run"), int)):
+        verdict = {}
+    leader_run, heartbeat, held = endpoint.get("run"), rundir.heartbeat(), None
     with contextlib.suppress(OSError):  # another user's
         held = rundir.is_held()
-    return Seen(
+    return Observed(
         id=rundir.path.name,
-        slurm_id=str((ended and rundir.goes_on_as(ended["run"])) or asked.get("job", rundir.path.name)),
+        slurm_id=str((verdict and rundir.goes_on_as(verdict["run"])) or spec.get("job", rundir.path.name)),
         run_dir=str(rundir.path),
-        script=os.path.basename(str(asked.get("script", ""))),
-        verdict=ended,
-        led=led if isinstance(led, int) else 0,
-        held=held,
-        silent=max(0.0, time.time() - beat / 1e9) if beat else None,
+        script=os.path.basename(str(spec.get("script", ""))),
+        verdict=verdict or None,
+        leader_run=leader_run if isinstance(leader_run, int) else 0,
+        launcher_runs=held,
+        silent=max(0.0, time.time() - heartbeat / 1e9) if heartbeat else None,
     )
 
 
@@ -54,78 +64,86 @@ def _read(rundir: RunDir, name: str) -> dict[str, Any]:
 
 
 class Jobs:
-    """Jobs that are looked at again and again: of their events only what was added is read."""
+    """Jobs that are observed again and again. Each look reads only the events that were added since the last one."""
 
     def __init__(self, run_dirs: Sequence[RunDir]) -> None:
         self._records = [(rundir, EventReader(rundir)) for rundir in run_dirs]
-        self._asked = float("-inf")
-        self._asked_for: set[str] = set()
-        self._known: dict[str, Queued] = {}
-        self._batches: dict[str, slurm.SlurmJob | None] = {}
+        self._last_query = float("-inf")
+        self._queried_ids: set[str] = set()
+        self._queue: dict[str, slurm.Queued] = {}
+        """The answer of the last query, by id."""
+        self._ended: dict[str, slurm.SlurmJob | None] = {}
+        """What Slurm says about jobs that ended before an agent led them; None if it does not know the job."""
         self.problem = ""
         """Why Slurm cannot be asked; empty if there was no need to."""
 
-    def look(self, ask_every: float = 0.0) -> list[Look]:
-        """How they are now; Slurm is asked if the last time is ``ask_every`` seconds ago."""
-        seen = [recorded(rundir) for rundir, _ in self._records]
-        self._ask(seen, ask_every)
-        if any(self._has_ended(one) for one in seen):  # its record may say so too by now, or that another goes on
-            seen = [recorded(rundir) for rundir, _ in self._records]
-            self._ask(seen, float("inf"))
-        found = []
-        for one, (_, reader) in zip(seen, self._records, strict=True):
+    def look(self, query_interval: float = 0.0) -> list[Look]:
+        """The jobs as they are now. Slurm is asked if the last query is ``query_interval`` seconds ago."""
+        observed = [recorded(rundir) for rundir, _ in self._records]
+        self._query(observed, query_interval)
+        if any(map(self._slurm_says_ended, observed)):  # by now the record may have the end, or name a successor
+            observed = [recorded(rundir) for rundir, _ in self._records]
+            self._query(observed, float("inf"))
+        looks = []
+        for job, (_, reader) in zip(observed, self._records, strict=True):
             reader.read()
             story = tell(reader.events, reader.damaged)
-            found.append(Look(view(self._with_slurm(one, story), story, time.time()), story, reader.events))
-        return found
+            looks.append(Look(view(self._with_slurm(job, story), story, time.time()), story, reader.events))
+        return looks
 
-    def _ask(self, seen: Sequence[Seen], ask_every: float) -> None:
-        """All that have not ended by their records; at once, if one of them was not asked about before."""
-        ids = {one.slurm_id for one in seen if _is_slurms(one)}
+    def _query(self, observed: Sequence[Observed], interval: float) -> None:
+        """Ask for all jobs whose records have no end; at once, if the last query left one of them out."""
+        ids = {job.slurm_id for job in observed if _needs_slurm(job)}
         if not ids:
             self.problem = ""
             return
-        if ids <= self._asked_for and time.monotonic() - self._asked < ask_every:
+        if ids <= self._queried_ids and time.monotonic() - self._last_query < interval:
             return
-        self._asked, self._asked_for = time.monotonic(), ids
+        self._last_query, self._queried_ids = time.monotonic(), ids
         try:
-            self._known, self.problem = slurm.queue(*sorted(ids)), ""
+            self._queue, self.problem = slurm.queue(*sorted(ids)), ""
         except SlurmError as error:
             self.problem = f"Slurm cannot be asked: {error}"
 
-    def _has_ended(self, seen: Seen) -> bool:
-        """By what Slurm says alone."""
-        known = self._of(seen.slurm_id)
-        return _is_slurms(seen) and not self.problem and (known is None or known.state not in LIVES)
+    def _slurm_says_ended(self, job: Observed) -> bool:
+        queued = self._queued(job.slurm_id)
+        return _needs_slurm(job) and not self.problem and (queued is None or queued.state not in slurm.LIVES)
 
-    def _of(self, id: str) -> Queued | None:
-        """What Slurm knows of it; of an array that has not started what it knows of its first task."""
-        tasks = (known for task, known in self._known.items() if task.startswith(f"{id}_"))
-        return self._known.get(id) or next(tasks, None)
+    def _queued(self, id: str) -> slurm.Queued | None:
+        """The last answer for the job ``id``; for an array that has not started, the answer for its first task."""
+        tasks = (queued for task, queued in self._queue.items() if task.startswith(f"{id}_"))
+        return self._queue.get(id) or next(tasks, None)
 
-    def _with_slurm(self, seen: Seen, story: Story) -> Seen:
-        if not _is_slurms(seen):
-            return seen
-        known = self._of(seen.slurm_id)
-        seen = replace(seen, known=known, problem=self.problem)
-        if story.runs or known is None or not self._has_ended(seen):
-            return seen
-        batch = self._batch(seen.slurm_id)
-        written = [os.path.dirname(path) for path in (batch.output, batch.error)] if batch else []
-        return replace(seen, batch=batch, lacks=next((path for path in written if _is_missing(path)), ""))
+    def _with_slurm(self, job: Observed, story: Story) -> Observed:
+        if not _needs_slurm(job):
+            return job
+        queued = self._queued(job.slurm_id)
+        job = replace(job, queued=queued, problem=self.problem)
+        if story.runs or queued is None or not self._slurm_says_ended(job):
+            return job
+        ended = self._show_ended(job.slurm_id)
+        folders = [os.path.dirname(path) for path in (ended.output, ended.error)] if ended else []
+        return replace(job, ended=ended, missing_folder=next(filter(_is_missing, folders), ""))
 
-    def _batch(self, id: str) -> slurm.SlurmJob | None:
-        if id not in self._batches:
-            self._batches[id] = None
+    def _show_ended(self, id: str) -> slurm.SlurmJob | None:
+        if id not in self._ended:
+            self._ended[id] = None
             with contextlib.suppress(SlurmError):
-                self._batches[id] = slurm.show_job(id)
-        return self._batches[id]
+                self._ended[id] = slurm.show_job(id)
+        return self._ended[id]
 
 
-def _is_slurms(seen: Seen) -> bool:
-    """Whether only Slurm knows if it runs. One id that is none would have squeue refuse the whole question."""
-    return not seen.final and seen.held is None and re.fullmatch(r"\d+(_\d+)?", seen.slurm_id, re.ASCII) is not None
+def _needs_slurm(job: Observed) -> bool:
+    """Whether only Slurm knows if the job runs. squeue refuses the whole query if one id is none of Slurm's."""
+    is_id = re.fullmatch(r"\d+(_\d+)?", job.slurm_id, re.ASCII) is not None
+    return not job.final and job.launcher_runs is None and is_id
 
 
 def _is_missing(folder: str) -> bool:
     return "%" not in folder and os.path.isabs(folder) and not os.path.isdir(folder)
+
+
+def _mtime(path: str) -> float:
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_mtime
+    return 0.0

@@ -1,18 +1,20 @@
-"""Which job is meant by what a user gives for it, at a shell or in Python. Reads files."""
+"""Finds the run directory of a job that a user names, at a shell or in Python, and of all jobs. Reads files."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.config import load
-from elastic_hpc.record.registry import remembered, tasks
+from elastic_hpc.record.registry import known, remembered, tasks
+from elastic_hpc.record.rundir import RunDir
 
 _FILES = ("spec.json", "secret", "events.jsonl", "verdict.json", "script.sbatch")
-"""A folder here of a job's name is its run directory if it has one of them."""
+"""A folder in the working directory that has a job's name is its run directory if it has one of these files."""
+_LOG_DIR = Path("elastic-logs")
 
 
 def find(job: str) -> Path:
@@ -36,8 +38,18 @@ def find(job: str) -> Path:
 
 
 def expand(run_dir: Path) -> list[Path]:
-    """``run_dir``, or of an array those of its tasks that have started."""
+    """``run_dir``; for an array the run directories of its tasks that have started."""
     return tasks(run_dir) or [run_dir]
+
+
+def select(run_dirs: Sequence[RunDir]) -> list[RunDir]:
+    """``run_dirs``, each array as its tasks that have started; if empty, those of all jobs of this user that are known:
+    submitted lately, or in ./elastic-logs.
+    """
+    if run_dirs:
+        return [RunDir(path) for rundir in run_dirs for path in expand(rundir.path)]
+    here = [path.absolute() for path in _LOG_DIR.glob("*") if (path / "spec.json").exists()]
+    return [RunDir(path) for path in dict.fromkeys([*known(), *sorted(here, key=lambda p: (len(p.name), p.name))])]
 
 
 def _candidates(job: str) -> Iterator[Path]:
@@ -49,7 +61,7 @@ def _candidates(job: str) -> Iterator[Path]:
     name = job.partition(";")[0]  # sbatch --parsable says ID;CLUSTER
     if any(Path(name, file).exists() for file in _FILES):
         yield Path(name)
-    folders = [Path("elastic-logs")]
+    folders = [_LOG_DIR]
     if log_dir := load(os.environ, Path.cwd()).options.get("log-dir"):
         folders.append(Path(log_dir.value))
     for folder in folders:

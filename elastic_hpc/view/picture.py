@@ -10,8 +10,8 @@ from markupsafe import escape
 
 from elastic_hpc.membership.policy import FINISHED
 from elastic_hpc.view.account import MEANINGS, Kind, Phase, account, phases
-from elastic_hpc.view.job import span
 from elastic_hpc.view.story import Round, Story
+from elastic_hpc.view.times import span
 
 WIDTH = 1100
 _LEFT, _RIGHT = 64, 20

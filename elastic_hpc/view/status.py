@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from elastic_hpc.view.job import JobView, span
+from elastic_hpc.view.job import JobView
+from elastic_hpc.view.times import span
 
 STYLES: Mapping[str, str] = {
     "RUNNING": "green",

@@ -8,9 +8,10 @@ from importlib import resources
 import jinja2
 
 from elastic_hpc.errors import ElasticError
-from elastic_hpc.view.job import JobView, clock, span
+from elastic_hpc.view.job import JobView
 from elastic_hpc.view.picture import STYLE, WIDTH, draw
 from elastic_hpc.view.story import Story
+from elastic_hpc.view.times import clock, span
 
 
 def html(view: JobView, story: Story, now: float) -> str:

@@ -12,9 +12,10 @@ from rich.text import Text
 
 from elastic_hpc.membership.events import sentence
 from elastic_hpc.view.account import MEANINGS
-from elastic_hpc.view.job import JobView, clock, span
+from elastic_hpc.view.job import JobView
 from elastic_hpc.view.status import STYLES
 from elastic_hpc.view.story import Fault, Round, Run, Story
+from elastic_hpc.view.times import clock, span
 
 _TOLD = frozenset(
     {

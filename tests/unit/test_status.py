@@ -21,9 +21,11 @@ from elastic_hpc.job.look import Jobs
 from elastic_hpc.record.registry import known, remember
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm import Queued
-from elastic_hpc.view.job import SCHEMA, JobView, Seen, as_json, span, view
+from elastic_hpc.view.job import SCHEMA, JobView, as_json, view
+from elastic_hpc.view.state import Observed
 from elastic_hpc.view.status import card, table
 from elastic_hpc.view.story import Story, tell
+from elastic_hpc.view.times import span
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +37,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def seen(**changes: Any) -> Seen:
+def seen(**changes: Any) -> Observed:
     unset: dict[str, Any] = {"id": "4711", "slurm_id": "4711", "run_dir": "elastic-logs/4711", "script": "train.py"}
-    return Seen(**{**unset, "silent": 0.5, "known": Queued("RUNNING", 100.0, 4000.0, "None"), **changes})
+    return Observed(**{**unset, "silent": 0.5, "queued": Queued("RUNNING", 100.0, 4000.0, "None"), **changes})
 
 
-def ended(outcome: str = "finished", **changes: Any) -> Seen:
+def ended(outcome: str = "finished", **changes: Any) -> Observed:
     verdict = {"outcome": outcome, "cause": "", "reason": "all workers finished", "failure": None, "run": 0}
     return seen(verdict={**verdict, **changes})
 
@@ -59,7 +61,7 @@ def shown(what: Any, width: int = 150) -> str:
 def test_a_running_job_is_told_with_its_world_its_budgets_and_its_progress() -> None:
     story = running()
     now = story.last_time + 1
-    one = view(seen(known=Queued("RUNNING", now - 60, now + 600, "None")), story, now)
+    one = view(seen(queued=Queued("RUNNING", now - 60, now + 600, "None")), story, now)
     assert (one.state, one.note) == ("RUNNING", "")
     assert (len(one.nodes), one.min_nodes, one.max_nodes, one.joiners) == (3, 2, 4, 1)
     assert (one.round, one.restarts, one.max_restarts, one.requeues, one.max_requeues) == (4, 3, 10, 0, 5)
@@ -83,7 +85,7 @@ def test_a_running_job_is_told_with_its_world_its_budgets_and_its_progress() -> 
 
 
 def test_when_slurm_cannot_be_asked_nothing_is_said_to_be_healthy() -> None:
-    one = view(seen(known=None, problem="Slurm cannot be asked: timed out"), running(), time.time())
+    one = view(seen(queued=None, problem="Slurm cannot be asked: timed out"), running(), time.time())
     assert one.state == "UNKNOWN"
     assert "Slurm cannot be asked: timed out" in one.note
     assert "a leader was there 0.5 s ago" in one.note
@@ -92,7 +94,7 @@ def test_when_slurm_cannot_be_asked_nothing_is_said_to_be_healthy() -> None:
 
 
 def test_a_job_that_slurm_forgot_without_an_end_on_record_was_cut_off() -> None:
-    one = view(seen(known=None), running(), time.time())
+    one = view(seen(queued=None), running(), time.time())
     assert (one.state, one.note) == (
         "UNKNOWN",
         "Slurm does not know it any more, and its record has no end: it was cut off",
@@ -102,10 +104,10 @@ def test_a_job_that_slurm_forgot_without_an_end_on_record_was_cut_off() -> None:
 def test_a_job_that_was_cancelled_while_it_waited_after_a_requeue() -> None:
     events = records.events("faults")
     first = tell(events[: next(i for i, event in enumerate(events) if event["event"] == "verdict") + 1])
-    one = view(seen(known=None), first, time.time())
+    one = view(seen(queued=None), first, time.time())
     assert one.state == "UNKNOWN"
     assert "it was cancelled there" in one.note
-    waits = view(seen(known=Queued("PENDING", None, None, "BeginTime")), first, time.time())
+    waits = view(seen(queued=Queued("PENDING", None, None, "BeginTime")), first, time.time())
     assert (waits.state, waits.note) == (
         "PENDING",
         "BeginTime; it was requeued: time limit: the workers saved and stopped",
@@ -119,7 +121,7 @@ def test_a_running_job_that_nobody_leads_is_told_so() -> None:
 
 
 def test_a_job_that_has_not_started_says_what_it_waits_for() -> None:
-    one = view(seen(known=Queued("PENDING", None, None, "Resources"), script="", silent=None), Story(), time.time())
+    one = view(seen(queued=Queued("PENDING", None, None, "Resources"), script="", silent=None), Story(), time.time())
     assert (one.state, one.note, one.round, one.step) == ("PENDING", "Resources", 0, None)
     assert "Resources" in shown(card(one))
     assert "PENDING" in shown(table([one, one]))
@@ -165,7 +167,7 @@ def test_that_slurm_could_not_be_asked_is_forgotten_when_all_jobs_have_ended_by_
     ((watched, *_),) = jobs.look()
     assert (watched.state, bool(jobs.problem)) == ("UNKNOWN", True)
     (folder / "verdict.json").write_bytes(verdict)
-    ((watched, *_),) = jobs.look(ask_every=3600)
+    ((watched, *_),) = jobs.look(query_interval=3600)
     assert (watched.state, jobs.problem) == ("COMPLETED", "")
 
 
@@ -263,11 +265,11 @@ def test_status_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("state", ["PENDING", "CONFIGURING", "REQUEUED", "RUNNING", "COMPLETING", "STAGE_OUT"])
 def test_a_job_is_over_only_in_a_state_that_slurm_does_not_leave(state: str) -> None:
-    one = view(seen(known=Queued(state, None, None, "None")), records.story("faults"), time.time())
+    one = view(seen(queued=Queued(state, None, None, "None")), records.story("faults"), time.time())
     assert not one.over
     assert view(ended(), records.story("faults"), time.time()).over
-    assert view(seen(known=None), running(), time.time()).over, "Slurm forgets only what has ended"
-    assert not view(seen(known=None, problem="timed out"), running(), time.time()).over, "that is not known"
+    assert view(seen(queued=None), running(), time.time()).over, "Slurm forgets only what has ended"
+    assert not view(seen(queued=None, problem="timed out"), running(), time.time()).over, "that is not known"
 
 
 def batch(**changes: str) -> slurm.SlurmJob:
@@ -309,7 +311,7 @@ def test_a_job_whose_batch_script_never_ran_says_why_and_what_to_do(
     state: str, said: slurm.SlurmJob | None, lacks: str, note: str, advice: str
 ) -> None:
     known = Queued(state, None, None, "None")
-    one = view(seen(known=known, batch=said, lacks=lacks, script="", silent=None), Story(), time.time())
+    one = view(seen(queued=known, ended=said, missing_folder=lacks, script="", silent=None), Story(), time.time())
     assert (one.state, one.over) == (state, True)
     assert note in one.note
     assert one.reason == one.note
@@ -327,7 +329,7 @@ def test_a_job_whose_batch_script_never_ran_says_why_and_what_to_do(
     ],
 )
 def test_a_job_that_will_not_start_by_itself_says_what_to_do(reason: str, advice: str) -> None:
-    one = view(seen(known=Queued("PENDING", None, None, reason), script="", silent=None), Story(), time.time())
+    one = view(seen(queued=Queued("PENDING", None, None, reason), script="", silent=None), Story(), time.time())
     assert (one.over, one.note) == (False, reason)
     assert advice in " ".join(one.advice)
     assert bool(advice) == bool(one.advice)

@@ -1,0 +1,141 @@
+"""Which state a job is in, from its record and from what Slurm says. Pure.
+
+Slurm's answer on whether a job runs wins over the record: an end that no agent was left to write down is in no record.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from elastic_hpc.slurm.states import LIVES, WAITS, Queued, SlurmJob
+from elastic_hpc.view.story import Story
+from elastic_hpc.view.times import span
+
+_SILENT = 30.0
+"""Seconds without a sign of a leader after which a running job is said to be without one."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was observed of one job, besides its events."""
+
+    id: str
+    slurm_id: str
+    """``id``, or the id of the job that goes on in its place."""
+    run_dir: str
+    script: str
+    """Empty if the job has not started yet."""
+    verdict: Mapping[str, Any] | None = None
+    """How the last run ended, by the record."""
+    leader_run: int = 0
+    """The last run that had a leader."""
+    launcher_runs: bool | None = None
+    """Whether the job's launcher on this machine runs; None for a job of Slurm."""
+    queued: Queued | None = None
+    """What squeue says; None if Slurm does not know the job."""
+    problem: str = ""
+    """Why Slurm could not be asked; empty if it was, or there was no need."""
+    silent: float | None = None
+    """Seconds since the last sign of a leader, None for never."""
+    ended: SlurmJob | None = None
+    """What Slurm says about a job that ended before an agent led it; None if it was not asked."""
+    missing_folder: str = ""
+    """A folder into which the batch script should write, and which does not exist."""
+
+    @property
+    def final(self) -> str | None:
+        """Slurm's word for its end, by the record; None if it has not ended by that."""
+        if self.verdict is None or self.verdict["outcome"] == "requeue" or self.leader_run > self.verdict["run"]:
+            return None
+        failed = "CANCELLED" if self.verdict["cause"] == "user" else "FAILED"
+        return "COMPLETED" if self.verdict["outcome"] == "finished" else failed
+
+
+class State(NamedTuple):
+    word: str
+    """Slurm's word, or UNKNOWN."""
+    note: str = ""
+    advice: tuple[str, ...] = ()
+
+
+def state_of(job: Observed, story: Story) -> State:
+    """The state of ``job``, why, and what its user may do about that."""
+    reason, queued = last_reason(job, story), job.queued
+    if job.final:
+        return State(job.final, reason)
+    if job.launcher_runs:
+        return State("RUNNING", _leadership(job, story))
+    if job.launcher_runs is False:
+        return State("FAILED", reason or "its launcher ended without a verdict")
+    if job.problem:
+        leader = "no sign of a leader on record" if job.silent is None else f"a leader was there {span(job.silent)} ago"
+        return State("UNKNOWN", f"{job.problem}; {leader}")
+    if queued is None:
+        return _forgotten(job, story, reason)
+    if queued.state in WAITS:
+        note = queued.reason + (f"; it was requeued: {reason}" if reason else "")
+        return State(queued.state, note, _to_start(job, queued.reason))
+    if queued.state in LIVES:
+        return State(queued.state, _leadership(job, story) if queued.state == "RUNNING" else "")
+    if not story.runs:
+        return _never_led(job, queued)
+    note = f"Slurm ended it; before, it was requeued: {reason}" if reason else "Slurm ended it, its record has no end"
+    return State(queued.state, note)
+
+
+def last_reason(job: Observed, story: Story) -> str:
+    """Why the last run ended; empty while the first one runs."""
+    return str(job.verdict["reason"]) if job.verdict else story.runs[-1].reason if story.runs else ""
+
+
+def _leadership(job: Observed, story: Story) -> str:
+    """A note on a running job that has no leader, or no world; else empty."""
+    if job.silent is None or job.silent > _SILENT:
+        return f"nobody leads {'yet' if job.silent is None else f'since {span(job.silent)}'}"
+    return "" if story.current else "the world is being formed"
+
+
+def _forgotten(job: Observed, story: Story, reason: str) -> State:
+    """Slurm does not know the job, whose record has no end."""
+    if not story.runs:
+        note = "Slurm does not know it, and no agent has led it: it was cancelled, it failed, or is another cluster's"
+    elif story.runs[-1].outcome == "requeue":
+        note = f"it was requeued ({reason}), and Slurm does not know it any more: it was cancelled there"
+    else:
+        note = "Slurm does not know it any more, and its record has no end: it was cut off"
+    return State("UNKNOWN", note, (f"see what Slurm's accounting says, if the site has it: sacct -j {job.slurm_id}",))
+
+
+def _to_start(job: Observed, reason: str) -> tuple[str, ...]:
+    """What to do about a job that waits for ``reason`` and will not start by itself."""
+    if reason == "DependencyNeverSatisfied":
+        return (f"it will never start: elastic-hpc stop {job.id}, and submit it again with another --dependency",)
+    if "held" in reason.lower():
+        who = "ask your administrator, or" if reason == "JobHeldAdmin" else "let it go, when its cause is mended:"
+        return (f"{who} scontrol release {job.slurm_id}",)
+    return ()
+
+
+def _never_led(job: Observed, queued: Queued) -> State:
+    """Slurm ended the job before an agent led it."""
+    ended, word = job.ended, queued.state
+    if ended is None:
+        note = f"it ended before an agent led it (Slurm: {queued.reason})"
+        return State(word, note, (f"see what Slurm says: scontrol show job {job.slurm_id}",))
+    if not ended.batch_host:
+        how = "was cancelled" if word == "CANCELLED" else "ended"
+        return State(word, f"it {how} while it waited in the queue (Slurm: {ended.reason})")
+    cause = f"(Slurm: {ended.reason}, exit code {ended.exit_code})"
+    if job.missing_folder:
+        note = f"its batch script never ran: the folder of its output is not there: {job.missing_folder} {cause}"
+        return State(word, note, (f"make it, then submit again: mkdir -p {shlex.quote(job.missing_folder)}",))
+    if ended.reason == "JobLaunchFailure":
+        note = f"its batch script never ran: {ended.batch_host} could not start it {cause}"
+        advice = f"submit it again with --exclude {ended.batch_host}, and tell your administrator of that node"
+        return State(word, note, (advice,))
+    return State(
+        word, f"it ended before an agent led it {cause}", (f"see what its batch script wrote: {ended.output}",)
+    )
