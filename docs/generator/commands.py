@@ -7,11 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from elastic_hpc.cli import hpc, srun
-from elastic_hpc.cli import sbatch as cli_sbatch
-from elastic_hpc.job import config
-from elastic_hpc.options import sbatch
-from elastic_hpc.options.spec import LAUNCH_OPTIONS
+from elastic_hpc.cli import hpc, sbatch, srun
+from elastic_hpc.options.sbatch import REFUSED, SBATCH
 
 _WIDTH = 116  # a line of a help text that had room for the next word ends there on purpose
 
@@ -62,7 +59,7 @@ class Block:
 
 
 def commands() -> tuple[Command, ...]:
-    return (_sbatch(), _of_parser(srun._parser()), _of_parser(hpc._parser()))  # noqa: SLF001 - what they are
+    return (_sbatch(), _of_parser(srun.parser()), _of_parser(hpc.parser()))
 
 
 def blocks(text: str) -> list[Block]:
@@ -96,33 +93,27 @@ def _block(lines: list[str], *, is_literal: bool) -> Block:
 
 def _sbatch() -> Command:
     """Its options are in tables of their own: argparse would not stop at the script."""
-    usage, _, text = cli_sbatch._HELP.partition("\n\n")  # noqa: SLF001 - its own text
-    launch = [Option(_flags(o.flag, o.letter), o.metavar, o.help, o.is_switch) for o in LAUNCH_OPTIONS]
-    job = [
-        Option((f"--{name}",), "on|off" if name in config.SWITCHES else value, text, name in config.SWITCHES)
-        for name, (value, text) in cli_sbatch._JOB_OPTIONS.items()  # noqa: SLF001 - its table
-    ]
-    switches = [
-        Option(_flags(f"--{name}", letter), "", text)
-        for name, (letter, text) in cli_sbatch._SWITCHES.items()  # noqa: SLF001 - its table
-    ]
-    own = {flag for option in (*launch, *job, *switches) for flag in option.flags}
+    groups = tuple(
+        (title, tuple(Option(_flags(o.flag, o.letter), o.metavar, o.help, o.is_switch) for o in options))
+        for title, options in sbatch.GROUPS.items()
+    )
+    own = {flag for _, options in groups for option in options for flag in option.flags}
     return Command(
         "elastic-sbatch",
-        usage.removeprefix("usage: "),
+        sbatch.USAGE,
         "submit a PyTorch training script to Slurm as an elastic job",
-        text,
-        cli_sbatch._HELP_END,  # noqa: SLF001 - its own text
+        sbatch.DESCRIPTION,
+        sbatch.NOTES,
         (("SCRIPT", "the training script, or with -m the module"), ("ARGS", "the script's own arguments")),
-        (("launch options", tuple(launch)), ("job options", tuple(job)), ("what to do", tuple(switches))),
+        groups,
         passed_through=tuple(_passed(own)),
     )
 
 
 def _passed(own: set[str]) -> Iterable[Option]:
-    for option in sbatch.SBATCH.values():
+    for option in SBATCH.values():
         flags = tuple(flag for flag in _flags(option.flag, option.letter) if flag not in own)
-        if option.flag in flags and option.name not in sbatch._REFUSED:  # noqa: SLF001 - its table
+        if option.flag in flags and option.name not in REFUSED:
             yield Option(flags, "VALUE" if option.value else "", "", option.value == "[=]")
 
 

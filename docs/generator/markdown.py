@@ -7,6 +7,7 @@ from textwrap import dedent
 
 from elastic_hpc.job import config
 from elastic_hpc.membership.events import EVENTS
+from elastic_hpc.options.table import ELASTIC
 from elastic_hpc.record.rundir import RunDir
 from generator.commands import Block, Command, Option, blocks, commands
 
@@ -98,7 +99,7 @@ _OTHER_KEYS = """\
 def configuration_page() -> str:
     described = dedent(config.__doc__ or "").partition("\n\n")[2]
     helps = {option.flags[-1].removeprefix("--"): option for option in commands()[0].options}
-    rows = [f"* `{key}`, {_kind(helps[key])}: {escape(helps[key].help)}" for key in config.KEYS]
+    rows = [f"* `{key}`, {_kind(helps[key])}: {escape(helps[key].help)}" for key in ELASTIC]
     head = [GENERATED, "# Configuration files\n", _FILES, rst(described), _REFUSED, "## Keys\n"]
     return "\n".join([*head, *rows, _OTHER_KEYS])
 

@@ -33,7 +33,8 @@ from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
 from elastic_hpc.network.channel import Network
 from elastic_hpc.network.server import LEAVE_TIMEOUT
-from elastic_hpc.options.spec import LaunchSpec, add_launch_options
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.table import add_launch_options
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv, read_agent_env, visible_gpus, workers_per_node
 from elastic_hpc.workers import guard

@@ -25,7 +25,7 @@ _INTERNAL = ("conclude", "conclude-alone")
 """What batch scripts and agents call: not listed anywhere."""
 
 
-def _parser(only: str = "") -> argparse.ArgumentParser:
+def parser(only: str = "") -> argparse.ArgumentParser:
     """``only``: the command that is called, if it is one; what the others need is not imported."""
     parser = argparse.ArgumentParser(
         prog="elastic-hpc",
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
 
     def work() -> int:
-        args = _parser(given[0] if given else "").parse_args(given)
+        args = parser(given[0] if given else "").parse_args(given)
         return int(args.run(args))
 
     return entry.run("elastic-hpc", work)

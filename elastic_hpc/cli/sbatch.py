@@ -15,83 +15,41 @@ from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.from_batch.convert import from_batch
-from elastic_hpc.job.config import SWITCHES
 from elastic_hpc.job.request import build, checked, layers_of, prepared
 from elastic_hpc.job.script import COMMAND_LINE, JobSpec
 from elastic_hpc.options.durations import as_text
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.options.sbatch_environment import for_sbatch_itself
-from elastic_hpc.options.spec import LAUNCH_OPTIONS, NO_PYTHON
+from elastic_hpc.options.table import ELASTIC, JOB_OPTIONS, LAUNCH_OPTIONS, SCRIPT_SWITCHES, ElasticOption
 from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
 from elastic_hpc.options.torchrun import translate
 from elastic_hpc.record.registry import remember
 
-_JOB_OPTIONS = {
-    "from-batch": (
-        "FILE",
-        "instead of SCRIPT: a batch script; its #SBATCH lines, set-up lines and torchrun line become the job",
-    ),
-    "log-dir": (
-        "DIR",
-        "parent of the jobs' run directories, on a file system that all nodes share (default: ./elastic-logs)",
-    ),
-    "setup": (
-        "LINE",
-        "shell line for the first node, before the agents start: 'module load cuda', 'source env.sh'; may be repeated",
-    ),
-    "env": ("NAME=VALUE", "environment variable for the workers; may be repeated"),
-    "python": (
-        "PATH",
-        "interpreter of the agents and the workers (default: the one that runs elastic-sbatch; in a container python3)",
-    ),
-    "container-image": (
-        "IMAGE",
-        "run the agents and the workers in a container, the batch script outside; elastic_hpc must be installed in it",
-    ),
-    "container-mounts": (
-        "SRC:DST[:FLAGS],...",
-        "folders of the nodes that the container sees, besides the working directory and the run directory",
-    ),
-    "container-runtime": (
-        "pyxis|apptainer",
-        "what runs the container (default: apptainer for an IMAGE that ends in .sif, else pyxis)",
-    ),
-    "snapshot": (
-        "",
-        "run a copy, made now, of the files that git tracks, so that later changes do not reach the job (default: off)",
-    ),
-    "template": (
-        "NAME|FILE",
-        "elastic, torchrun (the quickstart's plain command), or a Jinja2 file of your own (default: elastic)",
-    ),
-}
-_FROM_BATCH = "from-batch"
-_SWITCHES = {
-    "module": ("m", "run SCRIPT as a Python module, like python -m"),
-    "no-python": ("", NO_PYTHON),
-    "dry-run": ("", "print the batch script, with a reason beside each line, and submit nothing"),
-    "parsable": ("", "print the job id alone"),
-    "wait": ("W", "wait for the job and return its exit code"),
-    "test-only": ("", "let Slurm check the job and estimate its start; submit nothing"),
-    "quiet": ("Q", "say nothing on success"),
-    "verbose": ("v", "let sbatch report more"),
-    "help": ("h", "show this help and exit"),
-    "version": ("V", "show the version and exit"),
-}
-_OWN = (
-    *(Option(o.flag.removeprefix("--"), o.letter, "[=]" if o.is_switch else "=") for o in LAUNCH_OPTIONS),
-    *(Option(name, value="[=]" if name in SWITCHES else "=") for name in _JOB_OPTIONS),
-    *(Option(name, letter, "") for name, (letter, _) in _SWITCHES.items()),
-    Option("usage", value=""),
+_FROM_BATCH = ElasticOption(
+    "from-batch",
+    "FILE",
+    str,
+    "instead of SCRIPT: a batch script; its #SBATCH lines, set-up lines and torchrun line become the job",
 )
+_ACTIONS = (
+    *SCRIPT_SWITCHES,
+    ElasticOption("dry-run", "", bool, "print the batch script, with a reason beside each line, and submit nothing"),
+    ElasticOption("parsable", "", bool, "print the job id alone"),
+    ElasticOption("wait", "", bool, "wait for the job and return its exit code", letter="W"),
+    ElasticOption("test-only", "", bool, "let Slurm check the job and estimate its start; submit nothing"),
+    ElasticOption("quiet", "", bool, "say nothing on success", letter="Q"),
+    ElasticOption("verbose", "", bool, "let sbatch report more", letter="v"),
+    ElasticOption("help", "", bool, "show this help and exit", letter="h"),
+    ElasticOption("version", "", bool, "show the version and exit", letter="V"),
+)
+GROUPS = {"launch options": LAUNCH_OPTIONS, "job options": (_FROM_BATCH, *JOB_OPTIONS), "what to do": _ACTIONS}
+_OWN = (*(option.scanned() for group in GROUPS.values() for option in group), Option("usage", value=""))
 _OWN_NAMES = {option.name for option in _OWN}
 _TORCHRUNS = tuple(replace(o, letter=o.letter.strip("t")) for o in TORCHRUN if o.name not in _OWN_NAMES)  # -t is --time
 _KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM
 
-_USAGE = "elastic-sbatch [options] SCRIPT [args...]"
-_HELP = f"""\
-usage: {_USAGE}
-
+USAGE = "elastic-sbatch [options] SCRIPT [args...]"
+DESCRIPTION = """\
 Submit a PyTorch training script to Slurm as an elastic job: it starts when MIN nodes are free, uses up to MAX, goes on
 when nodes are lost, and comes back by itself when Slurm takes everything away.
 
@@ -110,7 +68,7 @@ use here.
 TIME is in seconds, or 90s, 5m, 1h30m, 2d, or in Slurm's notation, [D-]HH:MM:SS or MM:SS. The times of
 sbatch's own options, such as --time, are in Slurm's notation only, where a plain number means minutes.
 """
-_HELP_END = """
+NOTES = """
 Defaults come from the TOML files $ELASTIC_HPC_CONFIG, ~/.config/elastic_hpc/config.toml and ./elastic_hpc.toml, then
 from sbatch's variables, such as SBATCH_ACCOUNT. Later sources win, the command line over all; --setup lines add up:
 
@@ -158,13 +116,9 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     _refuse_switch_apart(given, rest)
     module, no_python = (any(g.name == name for g in given) for name in ("module", "no-python"))
     ours, torchruns = translate(given)
-    options = [
-        (g.name, "on" if g.value is None else g.value)
-        for g in ours
-        if g.name in _OWN_NAMES and g.option.value and g.name != _FROM_BATCH
-    ]
+    options = [(g.name, "on" if g.value is None else g.value) for g in ours if g.name in ELASTIC]
     sbatch = [g for g in ours if g.name not in _OWN_NAMES | COMMAND_LINE_ONLY]
-    batch = last(given, _FROM_BATCH)
+    batch = last(given, _FROM_BATCH.name)
     if batch is not None:
         if module or no_python:
             raise UsageError(f"-m or --no-python with --from-batch {batch}: the batch script says that; leave it out")
@@ -172,7 +126,7 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     if not rest or rest[0] in {"", "-"}:
         for each in given:
             check(each)  # --wrap needs no script
-        raise UsageError(f"expected a training script: {_USAGE}")
+        raise UsageError(f"expected a training script: {USAGE}")
     layers = [] if module or no_python else layers_of(rest[0], last(sbatch, "chdir"))
     return build(
         rest[0],
@@ -226,7 +180,7 @@ def _from_batch(
 
 def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
     """``--grow on train.py``, as elastic-srun takes it, would run a script named "on"."""
-    if given and given[-1].name in SWITCHES and given[-1].value is None and rest[:1] in (["on"], ["off"]):
+    if given and given[-1].name in ELASTIC and given[-1].value is None and rest[:1] in (["on"], ["off"]):
         shown = f"{given[-1].option.flag} {rest[0]}"
         raise UsageError(f"{shown}: expected the value after '=', for example {shown.replace(' ', '=')}")
 
@@ -290,25 +244,16 @@ def _warn(text: str) -> None:
 
 
 def _help() -> str:
-    groups = {
-        "launch options": [
-            (f"{o.flag}[={o.metavar}]", "", o.help) if o.is_switch else (o.flag, o.metavar, o.help)
-            for o in LAUNCH_OPTIONS
-        ],
-        "job options": [
-            (f"--{name}[=on|off]" if name in SWITCHES else f"--{name}", *rest) for name, rest in _JOB_OPTIONS.items()
-        ],
-        "what to do": [(f"--{name}", "", text) for name, (_, text) in _SWITCHES.items()],
-    }
-    letters = {o.flag: f"-{o.letter}, " for o in _OWN if o.letter}
-    parts = [_HELP]
-    for title, rows in groups.items():
+    parts = [f"usage: {USAGE}\n\n{DESCRIPTION}"]
+    for title, options in GROUPS.items():
         parts.append(f"{title}:")
-        for flag, metavar, text in rows:
-            parts.append(f"  {letters.get(flag, '')}{flag} {metavar}".rstrip())
-            parts.append(fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        for option in options:
+            letter = f"-{option.letter}, " if option.letter else ""
+            value = f"[={option.metavar}]" if option.is_switch else f" {option.metavar}".rstrip()
+            parts.append(f"  {letter}{option.flag}{value}")
+            parts.append(fill(option.help, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
         parts.append("")
-    return "\n".join(parts).rstrip() + "\n" + _HELP_END.rstrip()
+    return "\n".join(parts).rstrip() + "\n" + NOTES.rstrip()
 
 
 if __name__ == "__main__":

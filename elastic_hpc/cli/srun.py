@@ -25,7 +25,8 @@ from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.job.programs import check_module, find_program, find_script
 from elastic_hpc.job.script import agent_command, srun_options
 from elastic_hpc.options.sbatch import SBATCH, Option, check, scan
-from elastic_hpc.options.spec import LAUNCH_OPTIONS, LaunchSpec, add_launch_options
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.table import LAUNCH_OPTIONS, SCRIPT_SWITCHES, add_launch_options
 from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
 from elastic_hpc.options.torchrun import translate, unneeded
 from elastic_hpc.options.values import NodeRange, number
@@ -68,15 +69,13 @@ _WHERE = {
 }
 _ONE_OF = ("local", "standalone", "nodelist")
 _OWN = (
-    *(Option(o.flag.removeprefix("--"), o.letter, "[ ]" if o.is_switch else "=") for o in LAUNCH_OPTIONS),
+    *(option.scanned(switch="[ ]") for option in (*LAUNCH_OPTIONS, *SCRIPT_SWITCHES)),
     *(Option(name, letter, "=" if metavar else "") for name, (letter, metavar, _) in _WHERE.items()),
-    Option("module", "m", ""),
-    Option("no-python", value=""),
     Option("help", "h", ""),
 )
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """What the help and the manual are made of; ``_read`` reads the command line."""
     parser = argparse.ArgumentParser(
         prog="elastic-srun",
@@ -103,7 +102,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     given, rest = scan(argv, _OWN, (*SBATCH.values(), *TORCHRUN))
     names = [each.name for each in given]
     if "help" in names:
-        return _parser().format_help()
+        return parser().format_help()
     if "version" in names:
         return f"elastic-srun {__version__}\n"
     if not rest or not rest[0]:

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,69 +26,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.job import toml_file
 from elastic_hpc.options.sbatch import Given, check
 from elastic_hpc.options.sbatch_environment import from_environment
-from elastic_hpc.options.spec import LAUNCH_OPTIONS
-
-
-def _python(text: str) -> tuple[str, ...]:
-    """The interpreter and its options. A file that exists is one word, with blanks or without."""
-    path = os.path.expanduser(text)
-    try:
-        words = [path] if os.path.isfile(path) else shlex.split(text)
-    except ValueError:  # a quote that is not closed, a null byte
-        words = []
-    if not words or not words[0]:
-        raise UsageError(
-            f"--python {text!r}: expected a Python interpreter, for example --python python3, "
-            "or with options of its own: --python 'python3 -X faulthandler'"
-        )
-    return os.path.expanduser(words[0]), *words[1:]
-
-
-def _mounts(text: str) -> str:
-    for mount in text.split(","):
-        source, _, target = mount.partition(":")
-        if not source or not target.startswith("/"):
-            raise UsageError(
-                f"--container-mounts {text!r}: expected SRC:DST[:FLAGS] with an absolute DST, separated by commas, for "
-                "example --container-mounts /data:/data:ro,/scratch:/scratch"
-            )
-    return text
-
-
-def _image(text: str) -> str:
-    """A file is found from anywhere: a snapshot runs in another directory."""
-    if not text:
-        raise UsageError("--container-image '': expected an image, for example --container-image train.sif")
-    path = os.path.expanduser(text)
-    return os.path.abspath(path) if os.path.isfile(path) else path
-
-
-def _runtime(text: str) -> str:
-    if text not in CONTAINER_RUNTIMES:
-        raise UsageError(f"--container-runtime {text!r}: expected {' or '.join(CONTAINER_RUNTIMES)}")
-    return text
-
-
-def _snapshot(text: str) -> bool:
-    if text not in {"on", "off"}:
-        raise UsageError(f"--snapshot {text!r}: expected on or off")
-    return text == "on"
-
-
-CONTAINER_RUNTIMES = ("pyxis", "apptainer")
-_PARSERS: dict[str, Callable[[str], Any]] = {
-    **{option.flag.removeprefix("--"): option.parse for option in LAUNCH_OPTIONS},
-    "log-dir": os.path.expanduser,
-    "template": os.path.expanduser,
-    "python": _python,
-    "container-image": _image,
-    "container-mounts": _mounts,
-    "container-runtime": _runtime,
-    "snapshot": _snapshot,
-}
-SWITCHES = frozenset({"snapshot", *(option.flag.removeprefix("--") for option in LAUNCH_OPTIONS if option.is_switch)})
-"""Options that are on or off: taken without a value too, in a TOML file true or false."""
-KEYS = (*_PARSERS, *toml_file.LISTS)
+from elastic_hpc.options.table import ELASTIC
 
 
 @dataclass(frozen=True)
@@ -136,13 +73,28 @@ class Settings:
                 variable, value = _variable(text)
                 env[variable] = Setting(value, source)
             else:
-                merged[name] = Setting(_PARSERS[name](text), source)
+                merged[name] = Setting(_value(name, text), source)
         replaced = {given.name for given in sbatch} | set(unset)
         kept = [given for given in self.sbatch if given.name not in replaced]
         nodes = merged["nodes"].value if "nodes" in merged else None
         fixed = nodes.max if nodes and nodes.min == nodes.max else None
         added = [given for given in sbatch if check(given, fixed)]
         return Settings(merged, tuple(setup), env, (*kept, *added), self.notes)
+
+
+def _value(name: str, text: str) -> Any:
+    """The value of our option ``name``. ``~`` in a path is the home directory; a file is found from other folders too,
+    because a snapshot runs in another one.
+    """
+    path = os.path.expanduser(text)
+    if name in {"log-dir", "template"}:
+        return path
+    if name == "python":  # a file that exists is one word, with blanks or without
+        program, *options = (path,) if os.path.isfile(path) else ELASTIC[name].parse(text)
+        return os.path.expanduser(program), *options
+    if name == "container-image":
+        return os.path.abspath(path) if os.path.isfile(path) else ELASTIC[name].parse(path)
+    return ELASTIC[name].parse(text)
 
 
 def _setup_line(text: str) -> str:
@@ -184,7 +136,7 @@ def load(environ: Mapping[str, str], directory: Path, script: Sequence[Layer] = 
 
 def _with_file(settings: Settings, path: Path, source: str) -> Settings:
     try:
-        content = toml_file.read(path, source, KEYS, SWITCHES)
+        content = toml_file.read(path, source)
         return settings.with_layer(source, content.options, content.sbatch, content.unset)
     except UsageError as error:
         raise UsageError(f"configuration file {source}: {error}") from None

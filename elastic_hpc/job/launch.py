@@ -17,7 +17,7 @@ from elastic_hpc.environment import AGENT_MARK
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.job import functions
 from elastic_hpc.options import from_python, torchrun
-from elastic_hpc.options.spec import LAUNCH_OPTIONS
+from elastic_hpc.options.table import LAUNCH_OPTIONS
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.start import module_command
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from elastic_hpc.errors import NO_FOLDER, UsageError
 from elastic_hpc.job import outputs, programs, snapshot
-from elastic_hpc.job.config import KEYS, Layer, Setting, Settings, load
-from elastic_hpc.job.script import COMMAND_LINE, NOT_FOR_TORCHRUN, Container, JobSpec, Shell, render
+from elastic_hpc.job.config import Layer, Setting, Settings, load
+from elastic_hpc.job.script import COMMAND_LINE, Container, JobSpec, Shell, render
 from elastic_hpc.job.script_file import not_python
 from elastic_hpc.job.snapshot import WorkTree
 from elastic_hpc.options import durations, from_python
@@ -26,6 +26,7 @@ from elastic_hpc.options.from_python import SOURCE as PYTHON
 from elastic_hpc.options.sbatch import LONGEST_LEAD, SBATCH, Given, WarningSignal, is_for_containers, last
 from elastic_hpc.options.sbatch_lines import directives_of_python
 from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.table import ELASTIC, NOT_FOR_TORCHRUN
 from elastic_hpc.options.torchrun import translate, unneeded
 
 _CONTAINER = (
@@ -163,8 +164,8 @@ def from_names(
     given, torchrun = translate(named)
     ours = [("setup", line) for line in from_python.lines(setup)]
     ours += [("env", variable) for variable in from_python.environment(env)]
-    ours += [(each.name, each.value or "") for each in given if each.name in KEYS]
-    script, passed = from_python.word(script, "script"), [each for each in given if each.name not in KEYS]
+    ours += [(each.name, each.value or "") for each in given if each.name in ELASTIC]
+    script, passed = from_python.word(script, "script"), [each for each in given if each.name not in ELASTIC]
     return build(
         script,
         [from_python.word(arg, "argument of the script") for arg in script_args],
@@ -190,7 +191,7 @@ def layers_of(script: str, chdir: str | None) -> list[Layer]:
         return []
     return [
         Layer(g.source, [("nodes", g.value or "")], []) if g.name == "nodes" else Layer(g.source, [], [g])
-        for g in directives_of_python(content, script, KEYS)
+        for g in directives_of_python(content, script)
     ]
 
 

@@ -18,6 +18,7 @@ from elastic_hpc.job.config import Setting
 from elastic_hpc.job.snapshot import WorkTree
 from elastic_hpc.options.sbatch import Given, WarningSignal
 from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.table import NOT_FOR_TORCHRUN
 from elastic_hpc.options.values import RdzvConf
 from elastic_hpc.start import module_command
 
@@ -27,12 +28,6 @@ if TYPE_CHECKING:
     from elastic_hpc.options.typed import JobOptions
 
 COMMAND_LINE = "command line"
-NOT_FOR_TORCHRUN = (
-    *("max-requeues", "heartbeat-timeout", "interface", "signal"),
-    *("grace", "drain-signal", "hang-timeout", "preload", "preflight", "snapshot"),
-    *("spares", "world-multiple-of", "grow", "grow-every", "free-growth", "wait-for-nodes"),
-)
-"""Options that mean nothing to a plain torchrun, the template of that name."""
 _LINE_LENGTH = 110
 
 

@@ -17,13 +17,12 @@ from typing import Any
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, is_for_containers, named
+from elastic_hpc.options.table import ELASTIC
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-LISTS = ("setup", "env")
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Content:
     unset: list[str]
 
 
-def read(path: Path, source: str, keys: Collection[str], switches: Collection[str]) -> Content:
-    """``keys`` are the options of ours that there are, ``switches`` those that are on or off. Raises UsageError."""
+def read(path: Path, source: str) -> Content:
+    """Raises UsageError."""
     try:
         table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors mark UTF-8
     except OSError as error:
@@ -48,12 +47,12 @@ def read(path: Path, source: str, keys: Collection[str], switches: Collection[st
         raise UsageError(f"sbatch = {_shown(rows)}: expected a table, [sbatch]")
     given, unset = [], []
     for key, name, value in _by_name(rows, "[sbatch] "):
-        option = _option(key, name, keys)
+        option = _option(key, name)
         if value is False:
             unset.append(name)
         else:
             given.append(Given(option, _sbatch_value(f"[sbatch] {key}", option, value), source))
-    return Content(list(_options(table, path, keys, switches)), given, unset)
+    return Content(list(_options(table, path)), given, unset)
 
 
 def _by_name(table: dict[str, Any], place: str) -> Iterator[tuple[str, str, Any]]:
@@ -72,24 +71,22 @@ def _plain(key: str) -> str:
     return key if re.fullmatch(r"[\w-]+", key) else repr(key)
 
 
-def _options(
-    table: dict[str, Any], path: Path, keys: Collection[str], switches: Collection[str]
-) -> Iterable[tuple[str, str]]:
+def _options(table: dict[str, Any], path: Path) -> Iterable[tuple[str, str]]:
     for key, name, value in _by_name(table, ""):
-        if name not in keys:
+        if name not in ELASTIC:
             if name in SBATCH:
                 raise UsageError(f"{key}: unknown key; it is sbatch's own option: write it under [sbatch]")
-            raise UsageError(f"{key}: unknown key{_closest(name, keys)}; sbatch's own options go under [sbatch]")
+            raise UsageError(f"{key}: unknown key{_closest(name, ELASTIC)}; sbatch's own options go under [sbatch]")
         if name == "env" and isinstance(value, dict):
             yield from ((name, _variable(variable, each)) for variable, each in value.items())
-        elif name in LISTS:
+        elif ELASTIC[name].repeated:
             lines = [value] if isinstance(value, str) else value
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
                 table_too = ', or a table, for example env = {NAME = "VALUE"}' if name == "env" else ""
                 expected = f"a list of strings, for example {key} = ['...']{table_too}"
                 raise UsageError(f"{key} = {_shown(value)}: expected {expected}")
             yield from ((name, line) for line in lines)
-        elif name in switches:
+        elif ELASTIC[name].is_switch:
             if not isinstance(value, (bool, str)):
                 raise UsageError(f"{key} = {_shown(value)}: expected true or false")
             yield name, value if isinstance(value, str) else "on" if value else "off"
@@ -105,7 +102,7 @@ def _variable(name: str, value: object) -> str:
     return f"{name}={_text(f'env.{_plain(name)}', value)}"
 
 
-def _option(key: str, name: str, keys: Collection[str]) -> Option:
+def _option(key: str, name: str) -> Option:
     """The option ``name`` of sbatch; one that only a newer sbatch knows is written with its dashes."""
     if name == "nodes":
         raise UsageError("[sbatch] nodes: write nodes = 'MIN:MAX' above [sbatch]")
@@ -113,7 +110,7 @@ def _option(key: str, name: str, keys: Collection[str]) -> Option:
         raise UsageError(f"[sbatch] {key}: belongs on the command line")
     if name in SBATCH or is_for_containers(name) or key.startswith("--"):
         return named(name)
-    if name in keys:
+    if name in ELASTIC:
         raise UsageError(f"[sbatch] {key}: it is elastic-sbatch's own option: write it above [sbatch]")
     long = next((f", did you mean {option.name}?" for option in SBATCH.values() if option.letter == key), "")
     raise UsageError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -13,16 +12,15 @@ from numbers import Integral, Real
 from typing import Any
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.job.config import KEYS, SWITCHES
 from elastic_hpc.options import durations
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, named
-from elastic_hpc.options.spec import LAUNCH_OPTIONS
+from elastic_hpc.options.table import ELASTIC
 from elastic_hpc.options.torchrun import OPTIONS
 
 SOURCE = "Python"
 """Where a setting came from, for the ways in that are called."""
 
-_TIMES = frozenset(o.flag.removeprefix("--") for o in LAUNCH_OPTIONS if o.type is durations.parse)
+_TIMES = frozenset(option.name for option in ELASTIC.values() if option.type is durations.parse)
 _SLURMS_TIMES = frozenset({"time", "time-min", "delay-boot"})
 _MOMENTS = frozenset({"begin", "deadline"})
 _LISTS = frozenset(
@@ -33,15 +31,16 @@ _LISTS = frozenset(
     }
 )
 """Options whose values stand in one word with commas between them."""
-_TORCHRUN = {option.name: option for option in OPTIONS if option.name not in KEYS}
+_TORCHRUN = {option.name: option for option in OPTIONS if option.name not in ELASTIC}
 
 
-def word(value: object, what: str) -> str:
+def word(value: Any, what: str) -> str:
     """An argument of the script, or its path. ``what`` is it called in a refusal."""
     value = value.value if isinstance(value, Enum) else value
     if _is_number(value):
         return str(value)
-    if isinstance(value, (str, os.PathLike)) and isinstance(text := os.fspath(value), str):
+    text = value.__fspath__() if _is_path(value) else value
+    if isinstance(text, str):
         if "\0" in text:
             raise UsageError(f"{what} {value!r}: expected a string without a NUL, which no command line can have")
         return str(text)
@@ -81,18 +80,18 @@ def options(
         name = key.replace("_", "-")
         if value is None:
             continue
-        if key in (sbatch or {}) and name in KEYS and name not in SBATCH:
+        if key in (sbatch or {}) and name in ELASTIC and name not in SBATCH:
             raise UsageError(
                 f"sbatch {key!r}: is elastic-sbatch's own option, write {key.replace('-', '_')}=... beside sbatch="
             )
-        if name in KEYS:
+        if name in ELASTIC:
             found.append(Given(Option(name), text(name, value), SOURCE))
         elif name in COMMAND_LINE_ONLY:
             raise UsageError(f"{key}: belongs on sbatch's command line, a job in Python has no such option")
         else:
             option = _TORCHRUN.get(name) or SBATCH.get(name) or (named(name) if key in (sbatch or {}) else None)
             if option is None:
-                raise UsageError(f"{key}: {unknown(name, (*KEYS, *SBATCH, *_TORCHRUN))}")
+                raise UsageError(f"{key}: {unknown(name, (*ELASTIC, *SBATCH, *_TORCHRUN))}")
             if value is False and option.value != "=":
                 unset.add(name)
             elif value is True and option.value != "=":
@@ -118,7 +117,7 @@ def text(name: str, value: object, *, whole: bool = False) -> str:
     value = value.value if isinstance(value, Enum) else value
     if name in {"nodes", "nnodes"}:
         return _nodes(name, value)
-    if name in SWITCHES and isinstance(value, bool):
+    if isinstance(value, bool) and name in ELASTIC and ELASTIC[name].is_switch:
         return "on" if value else "off"
     if name in {"preload", "drain-signal"} and value is False:
         return "off"
@@ -140,7 +139,7 @@ def text(name: str, value: object, *, whole: bool = False) -> str:
 def _one(name: str, value: Any, *, whole: bool) -> str:
     shown = f"{name.replace('-', '_')}={value!r}"
     if not _is_number(value):
-        if isinstance(value, (str, os.PathLike, Enum)):
+        if isinstance(value, (str, Enum)) or _is_path(value):
             return word(value, f"{name.replace('-', '_')}:")
         raise UsageError(f"{shown}: expected a string or a number, as on a command line")
     if isinstance(value, Integral) or (math.isfinite(value) and value == int(value)):
@@ -183,6 +182,11 @@ def _nodes(name: str, value: Any) -> str:
     if isinstance(value, str) or _is_number(value):
         return _one(name, value, whole=True)
     raise UsageError(f"{name}={value!r}: expected a number, '4:8', (4, 8) or range(4, 9)")
+
+
+def _is_path(value: Any) -> bool:
+    """Whether ``value`` is an ``os.PathLike``."""
+    return hasattr(type(value), "__fspath__")
 
 
 def _is_number(value: object) -> bool:

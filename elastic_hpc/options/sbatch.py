@@ -79,7 +79,7 @@ _TASKS_PER_GPU = (
     "use --gpus-per-node=N, and --nproc-per-node N for the workers of a node"
 )
 _GPUS = "it hides the GPUs of a node's workers from each other, which breaks peer-to-peer; use --gpus-per-node=N"
-_REFUSED = {
+REFUSED = {
     **dict.fromkeys(("ntasks", "ntasks-per-node", "tasks-per-node"), _TASKS),
     **dict.fromkeys(("ntasks-per-gpu", "ntasks-per-tres"), _TASKS_PER_GPU),
     "gpus-per-task": _GPUS,
@@ -92,6 +92,7 @@ _REFUSED = {
     "wrap": "elastic-sbatch writes the batch script itself; "
             "give the training script as in: elastic-sbatch --nodes 2:4 train.py, and --setup LINE for shell lines",
 }  # fmt: skip
+"""Options that would break an elastic job, and why."""
 
 COMMAND_LINE_ONLY = frozenset({"help", "usage", "version", "parsable", "wait", "quiet", "verbose", "test-only"})
 """Options that speak to sbatch rather than describe the job: never directives."""
@@ -105,7 +106,7 @@ def check(given: Given, fixed: int | None = None) -> bool:
     if value and value == {"ntasks": str(fixed), "ntasks-per-node": "1", "tasks-per-node": "1"}.get(name):
         return False
     shown = given.option.flag if value is None else f"{given.option.flag}={value}"
-    for refused, reason in _REFUSED.items():
+    for refused, reason in REFUSED.items():
         # getopt accepts unambiguous abbreviations, so --ntask=4 would reach sbatch as --ntasks=4
         if name == refused or (name not in SBATCH and refused.startswith(name)):
             raise UsageError(f"{shown}: {reason}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, scan
+from elastic_hpc.options.table import ELASTIC
 
 DIRECTIVE = "#SBATCH"
 # sbatch's own quoting: a backslash counts within both kinds of quotes, and # begins a comment within a word too.
@@ -52,11 +53,11 @@ def options(script: bytes, name: str) -> list[Given]:
     return found
 
 
-def directives_of_python(script: bytes, name: str, ours: Collection[str]) -> list[Given]:
-    """The same of a Python script that is submitted as it is. ``ours`` are options that sbatch does not know."""
+def directives_of_python(script: bytes, name: str) -> list[Given]:
+    """The same of a Python script that is submitted as it is. Raises UsageError for options that only we know."""
     given = options(script, name)
     for each in given:
-        if each.name.replace("_", "-") in ours and each.name not in SBATCH:
+        if each.name.replace("_", "-") in ELASTIC and each.name not in SBATCH:
             raise UsageError(
                 f"{each.source}: {each.option.flag}: an option of elastic-sbatch; "
                 "expected on its command line, or in elastic_hpc.toml"

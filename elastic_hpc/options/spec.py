@@ -1,4 +1,4 @@
-"""What a user asks for, parsed once at the edge into a frozen object, and the table of its options. Pure."""
+"""How the agents run the workers: what a user asks for, parsed once at the edge into a frozen object. Pure."""
 
 from __future__ import annotations
 
@@ -8,21 +8,10 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
 
-from elastic_hpc.errors import UsageError, argument
+from elastic_hpc.errors import UsageError
 from elastic_hpc.options import durations
-from elastic_hpc.options.values import (
-    DrainSignal,
-    Endpoint,
-    NodeRange,
-    Preload,
-    RdzvConf,
-    count,
-    nproc,
-    numa_mode,
-    on_off,
-    positive,
-    ranks,
-)
+from elastic_hpc.options.table import LAUNCH_OPTIONS
+from elastic_hpc.options.values import DrainSignal, Endpoint, NodeRange, Preload, RdzvConf
 
 
 @dataclass(frozen=True)
@@ -97,12 +86,8 @@ class LaunchSpec:
 
     def options(self) -> list[tuple[str, str]]:
         """The launch options that are set, as ``(--option, value)`` pairs, for a command line."""
-        pairs: list[tuple[str, str]] = []
-        for option in LAUNCH_OPTIONS:
-            value = getattr(self, option.dest)
-            if value is not None:
-                pairs.append((option.flag, as_text(value, switch=option.is_switch)))
-        return pairs
+        values = ((option.flag, getattr(self, option.dest)) for option in LAUNCH_OPTIONS)
+        return [(flag, _as_text(value)) for flag, value in values if value is not None]
 
     def command(self) -> list[str]:
         """The tail of an agent's command line: ``[--module | --no-python] -- SCRIPT ARGS``."""
@@ -110,197 +95,8 @@ class LaunchSpec:
         return [*how, "--", self.script, *self.script_args]
 
 
-def as_text(value: object, *, switch: bool = False) -> str:
-    """A value given in Python as a command line would have it; times are in seconds."""
-    if switch and isinstance(value, bool):
+def _as_text(value: object) -> str:
+    """``value`` as a command line has it; times are in seconds."""
+    if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, timedelta):
-        return durations.as_text(value)
-    return str(value)
-
-
-@dataclass(frozen=True)
-class LaunchOption:
-    """One launch option: the single place for its flag, type and help."""
-
-    flag: str
-    metavar: str
-    type: Any
-    help: str
-    letter: str = ""
-
-    @property
-    def dest(self) -> str:
-        return self.flag.removeprefix("--").replace("-", "_")
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether it is on or off. elastic-sbatch takes it without a value too, a TOML file as true or false."""
-        return self.type is on_off
-
-    def parse(self, text: str) -> Any:
-        """The value of ``text``. Every refusal names the option, whichever parser refused."""
-        try:
-            return self.type(text)
-        except UsageError as error:
-            message = str(error)
-            raise UsageError(message if message.startswith("--") else f"{self.flag} {message}") from None
-
-
-NO_PYTHON = "run SCRIPT itself, which may be any program: nsys, numactl, bash; there are no standbys then"
-
-LAUNCH_OPTIONS = (
-    LaunchOption(
-        "--nodes",
-        "N|MIN:MAX|N,N,...",
-        NodeRange.parse,
-        "nodes to run on; with MIN:MAX the job starts when MIN are free, uses up to MAX, "
-        "and goes on while MIN are left; with 4,6,8 it runs on 4, 6 or 8",
-        letter="N",
-    ),
-    LaunchOption(
-        "--spares",
-        "K",
-        count,
-        "K more nodes, which wait ready and step in when one is lost (default: 0)",
-    ),
-    LaunchOption(
-        "--world-multiple-of",
-        "K",
-        positive,
-        "run with a number of workers that is a multiple of K; surplus nodes wait as spares (default: any number)",
-    ),
-    LaunchOption(
-        "--grow",
-        "on|off",
-        on_off,
-        "bring more nodes while the job runs, each by a one-node job of its own, up to MAX and the spares; "
-        "lost nodes are replaced (default: off)",
-    ),
-    LaunchOption(
-        "--grow-every",
-        "TIME",
-        durations.parse,
-        "shortest time from one growth to the next, as each growth restarts the workers (default: 60)",
-    ),
-    LaunchOption(
-        "--free-growth",
-        "on|off",
-        on_off,
-        "do not count a restart that makes the world larger against --max-restarts (default: off)",
-    ),
-    LaunchOption(
-        "--wait-for-nodes",
-        "TIME",
-        durations.parse,
-        "how long a job below MIN waits for a replacement that is on its way, workers stopped and nodes kept, "
-        "before it is requeued (default: 300)",
-    ),
-    LaunchOption(
-        "--nproc-per-node",
-        "gpu|cpu|auto|N",
-        nproc,
-        "workers on each node; gpu: one per granted GPU, cpu: one per usable core, auto: gpu where there "
-        "are GPUs, else cpu (default: gpu where there are GPUs, else 1)",
-    ),
-    LaunchOption(
-        "--max-restarts",
-        "N",
-        count,
-        "restarts of the workers in the whole job before giving up, whatever the cause: failure or "
-        "membership change (default: 10)",
-    ),
-    LaunchOption(
-        "--max-requeues",
-        "N",
-        count,
-        "requeues after failures in the whole job before giving up; preemption and the time limit are "
-        "not counted (default: 5)",
-    ),
-    LaunchOption(
-        "--rdzv-endpoint",
-        "HOST[:PORT]",
-        Endpoint.parse,
-        "node that hosts the c10d rendezvous, and its port (default: the first host, 29400)",
-    ),
-    LaunchOption(
-        "--rdzv-id",
-        "ID",
-        str,
-        "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id; without Slurm a new one)",
-    ),
-    LaunchOption(
-        "--rdzv-conf",
-        "KEY=VALUE,...",
-        RdzvConf.parse,
-        "torchrun's join_timeout and last_call_timeout, in seconds (default: 600 and 30)",
-    ),
-    LaunchOption(
-        "--heartbeat-timeout", "TIME", durations.parse, "silence after which a node is declared lost (default: 5)"
-    ),
-    LaunchOption(
-        "--grace",
-        "TIME",
-        durations.parse,
-        "how long the workers may take to save and stop, when the time limit or a preemption nears, or the user asks "
-        "(default: 90)",
-    ),
-    LaunchOption(
-        "--drain-signal",
-        "SIGNAL|off",
-        DrainSignal.parse,
-        "signal that tells workers to save and stop if they never call drain_requested(); a SIGNAL given here is sent "
-        "to workers that do not handle it, too; off: none (default: TERM, only to workers that handle it)",
-    ),
-    LaunchOption(
-        "--hang-timeout",
-        "TIME",
-        durations.parse,
-        "declare the workers hung when no worker of a node has reported progress for this long, or written anything if "
-        "the script never reports progress; their stacks are kept beside their logs (default: never)",
-    ),
-    LaunchOption(
-        "--preload",
-        "MODULE,...|off",
-        Preload.parse,
-        "modules that the processes of the next workers import while the present ones train, so that a new round "
-        "starts at once; off: each worker starts and imports when its round begins (default: torch)",
-    ),
-    LaunchOption(
-        "--preflight",
-        "COMMAND",
-        str,
-        "the site's own check of a node before it takes part, for example a GPU test; a node where it fails stays out",
-    ),
-    LaunchOption(
-        "--interface",
-        "IFNAME",
-        str,
-        "network interface the nodes talk over, for example ib0 (default: the one that Slurm's node name leads to)",
-    ),
-    LaunchOption("--role", "NAME", str, "what the workers see as ROLE_NAME, as under torchrun (default: default)"),
-    LaunchOption(
-        "--local-ranks-filter",
-        "RANK,...",
-        ranks,
-        "show only the output of these local ranks of each node; the log files have the output of all (default: all)",
-    ),
-    LaunchOption(
-        "--numa-binding",
-        "node|socket|exclusive|core-complex",
-        numa_mode,
-        "bind each worker to the cores near its GPU, as torchrun does; needs numactl on the nodes (default: not bound)",
-    ),
-)
-
-
-def add_launch_options(parser: argparse.ArgumentParser) -> None:
-    """Add the launch options, ``-m/--module`` and ``--no-python`` to ``parser``. All default to None: not given."""
-    group = parser.add_argument_group("launch options")
-    for option in LAUNCH_OPTIONS:
-        flags = [option.flag, f"-{option.letter}"] if option.letter else [option.flag]
-        group.add_argument(*flags, metavar=option.metavar, type=argument(option.parse), help=option.help)
-    group.add_argument(
-        "-m", "--module", action="store_true", default=None, help="run SCRIPT as a Python module, like python -m"
-    )
-    group.add_argument("--no-python", action="store_true", default=None, help=NO_PYTHON)
+    return durations.as_text(value) if isinstance(value, timedelta) else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -126,6 +127,46 @@ def on_off(text: str) -> bool:
     if text in {"on", "off"}:
         return text == "on"
     raise UsageError(f"{text!r}: expected on or off")
+
+
+def interpreter(text: str) -> tuple[str, ...]:
+    """The words of a Python interpreter and its own options."""
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote that is not closed, a null byte
+        words = []
+    if not words or not words[0]:
+        raise UsageError(
+            f"--python {text!r}: expected a Python interpreter, for example --python python3, "
+            "or with options of its own: --python 'python3 -X faulthandler'"
+        )
+    return tuple(words)
+
+
+def container_image(text: str) -> str:
+    if not text:
+        raise UsageError("--container-image '': expected an image, for example --container-image train.sif")
+    return text
+
+
+def container_mounts(text: str) -> str:
+    for mount in text.split(","):
+        source, _, target = mount.partition(":")
+        if not source or not target.startswith("/"):
+            raise UsageError(
+                f"--container-mounts {text!r}: expected SRC:DST[:FLAGS] with an absolute DST, separated by commas, for "
+                "example --container-mounts /data:/data:ro,/scratch:/scratch"
+            )
+    return text
+
+
+CONTAINER_RUNTIMES = ("pyxis", "apptainer")
+
+
+def container_runtime(text: str) -> str:
+    if text not in CONTAINER_RUNTIMES:
+        raise UsageError(f"--container-runtime {text!r}: expected {' or '.join(CONTAINER_RUNTIMES)}")
+    return text
 
 
 @dataclass(frozen=True)

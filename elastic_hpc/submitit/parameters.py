@@ -10,8 +10,8 @@ from submitit.auto.auto import AutoExecutor
 from submitit.slurm.slurm import SlurmExecutor
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.job.config import KEYS
 from elastic_hpc.options.sbatch import SBATCH
+from elastic_hpc.options.table import ELASTIC
 from elastic_hpc.options.torchrun import OPTIONS
 
 Update = Callable[..., None]
@@ -30,7 +30,7 @@ _REFUSED = {
     "teardown": "the batch script may be lost with its node; let the function clean up",
     "log_dir": "the run directories are in the executor's folder",
 }
-_OPTIONS = frozenset(name.replace("-", "_") for name in (*KEYS, *SBATCH, *(option.name for option in OPTIONS)))
+_OPTIONS = frozenset(name.replace("-", "_") for name in (*ELASTIC, *SBATCH, *(option.name for option in OPTIONS)))
 _KNOWN = _OPTIONS | SlurmExecutor._valid_parameters() | AutoExecutor._valid_parameters()
 
 

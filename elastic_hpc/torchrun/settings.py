@@ -20,7 +20,8 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.network import addresses
-from elastic_hpc.options.spec import LAUNCH_OPTIONS, LaunchSpec
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.table import LAUNCH_OPTIONS
 from elastic_hpc.options.values import Endpoint, NodeRange, RdzvConf
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv, read_agent_env

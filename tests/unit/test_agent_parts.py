@@ -20,7 +20,8 @@ from elastic_hpc.membership.election import Base
 from elastic_hpc.membership.policy import Policy
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
-from elastic_hpc.options.spec import LaunchSpec, add_launch_options
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.table import add_launch_options
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv, read_agent_env, workers_per_node
 

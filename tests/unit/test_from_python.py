@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from elastic_hpc import JobSpec, LaunchConfig, UsageError, elastic_launch, render
-from elastic_hpc.job.config import KEYS
 from elastic_hpc.options import typed as types
-from elastic_hpc.options.sbatch import _REFUSED, COMMAND_LINE_ONLY, SBATCH
-from elastic_hpc.options.spec import LAUNCH_OPTIONS
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, REFUSED, SBATCH
+from elastic_hpc.options.table import ELASTIC, LAUNCH_OPTIONS
 from elastic_hpc.options.torchrun import OPTIONS
 
 
@@ -211,7 +210,7 @@ def test_the_types_of_the_options_have_the_names_of_the_tables():
         return {name.replace("_", "-") for name in kind.__annotations__}
 
     assert names(types.LaunchOptions) == {option.flag.removeprefix("--") for option in LAUNCH_OPTIONS}
-    assert names(types.JobOptions) >= set(KEYS) - {"setup", "env"}
-    assert names(types.TorchrunOptions) == {o.name for o in OPTIONS} - set(KEYS) - {"module", "no-python"}
-    always = _REFUSED.keys() - {"ntasks", "ntasks-per-node", "tasks-per-node"}
+    assert names(types.JobOptions) >= set(ELASTIC) - {"setup", "env"}
+    assert names(types.TorchrunOptions) == {o.name for o in OPTIONS} - set(ELASTIC) - {"module", "no-python"}
+    always = REFUSED.keys() - {"ntasks", "ntasks-per-node", "tasks-per-node"}
     assert names(types.SbatchOptions) == SBATCH.keys() - COMMAND_LINE_ONLY - always - {"nodes"}

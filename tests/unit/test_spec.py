@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.options.spec import LAUNCH_OPTIONS, LaunchSpec, add_launch_options
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.table import LAUNCH_OPTIONS, add_launch_options
 from elastic_hpc.options.values import DrainSignal, Endpoint, NodeRange, RdzvConf
 
 counts = st.integers(0, 999999)

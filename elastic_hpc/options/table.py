@@ -1,0 +1,321 @@
+"""The options of elastic jobs: one table for the command lines, the configuration files, Python, and the manuals. Pure.
+
+A new option is a row here and a field of ``LaunchSpec``, if the agents need it, or else of ``JobSpec``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_hpc.errors import UsageError, argument
+from elastic_hpc.options import durations
+from elastic_hpc.options.sbatch import Option
+from elastic_hpc.options.values import (
+    CONTAINER_RUNTIMES,
+    DrainSignal,
+    Endpoint,
+    NodeRange,
+    Preload,
+    RdzvConf,
+    container_image,
+    container_mounts,
+    container_runtime,
+    count,
+    interpreter,
+    nproc,
+    numa_mode,
+    on_off,
+    positive,
+    ranks,
+)
+
+
+@dataclass(frozen=True)
+class ElasticOption:
+    """One option of elastic jobs: the single place for its name, type and help."""
+
+    name: str
+    metavar: str
+    """What stands for the value in the help; empty if the option takes no value."""
+    type: Any
+    """The parser of the value: takes the text, returns the value, raises UsageError."""
+    help: str
+    letter: str = ""
+    elastic_only: bool = False
+    """Whether the option means nothing to a plain torchrun, the template of that name."""
+    repeated: bool = False
+    """Whether the option may be given several times, and each value counts. A TOML file has a list."""
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name}"
+
+    @property
+    def dest(self) -> str:
+        """The name in Python."""
+        return self.name.replace("-", "_")
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is on or off. elastic-sbatch takes it without a value too, a TOML file as true or false."""
+        return self.type is on_off
+
+    def scanned(self, switch: str = "[=]") -> Option:
+        """The option for ``scan``, with ``switch`` for the value of one that is on or off."""
+        return Option(self.name, self.letter, switch if self.is_switch else "=" if self.metavar else "")
+
+    def parse(self, text: str) -> Any:
+        """The value of ``text``. Every refusal names the option, whichever parser refused."""
+        try:
+            return self.type(text)
+        except UsageError as error:
+            message = str(error)
+            raise UsageError(message if message.startswith("--") else f"{self.flag} {message}") from None
+
+
+LAUNCH_OPTIONS = (
+    ElasticOption(
+        "nodes",
+        "N|MIN:MAX|N,N,...",
+        NodeRange.parse,
+        "nodes to run on; with MIN:MAX the job starts when MIN are free, uses up to MAX, "
+        "and goes on while MIN are left; with 4,6,8 it runs on 4, 6 or 8",
+        letter="N",
+    ),
+    ElasticOption(
+        "spares",
+        "K",
+        count,
+        "K more nodes, which wait ready and step in when one is lost (default: 0)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "world-multiple-of",
+        "K",
+        positive,
+        "run with a number of workers that is a multiple of K; surplus nodes wait as spares (default: any number)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "grow",
+        "on|off",
+        on_off,
+        "bring more nodes while the job runs, each by a one-node job of its own, up to MAX and the spares; "
+        "lost nodes are replaced (default: off)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "grow-every",
+        "TIME",
+        durations.parse,
+        "shortest time from one growth to the next, as each growth restarts the workers (default: 60)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "free-growth",
+        "on|off",
+        on_off,
+        "do not count a restart that makes the world larger against --max-restarts (default: off)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "wait-for-nodes",
+        "TIME",
+        durations.parse,
+        "how long a job below MIN waits for a replacement that is on its way, workers stopped and nodes kept, "
+        "before it is requeued (default: 300)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "nproc-per-node",
+        "gpu|cpu|auto|N",
+        nproc,
+        "workers on each node; gpu: one per granted GPU, cpu: one per usable core, auto: gpu where there "
+        "are GPUs, else cpu (default: gpu where there are GPUs, else 1)",
+    ),
+    ElasticOption(
+        "max-restarts",
+        "N",
+        count,
+        "restarts of the workers in the whole job before giving up, whatever the cause: failure or "
+        "membership change (default: 10)",
+    ),
+    ElasticOption(
+        "max-requeues",
+        "N",
+        count,
+        "requeues after failures in the whole job before giving up; preemption and the time limit are "
+        "not counted (default: 5)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "rdzv-endpoint",
+        "HOST[:PORT]",
+        Endpoint.parse,
+        "node that hosts the c10d rendezvous, and its port (default: the first host, 29400)",
+    ),
+    ElasticOption(
+        "rdzv-id",
+        "ID",
+        str,
+        "name of the run that workers see as TORCHELASTIC_RUN_ID (default: the job id; without Slurm a new one)",
+    ),
+    ElasticOption(
+        "rdzv-conf",
+        "KEY=VALUE,...",
+        RdzvConf.parse,
+        "torchrun's join_timeout and last_call_timeout, in seconds (default: 600 and 30)",
+    ),
+    ElasticOption(
+        "heartbeat-timeout",
+        "TIME",
+        durations.parse,
+        "silence after which a node is declared lost (default: 5)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "grace",
+        "TIME",
+        durations.parse,
+        "how long the workers may take to save and stop, when the time limit or a preemption nears, or the user asks "
+        "(default: 90)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "drain-signal",
+        "SIGNAL|off",
+        DrainSignal.parse,
+        "signal that tells workers to save and stop if they never call drain_requested(); a SIGNAL given here is sent "
+        "to workers that do not handle it, too; off: none (default: TERM, only to workers that handle it)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "hang-timeout",
+        "TIME",
+        durations.parse,
+        "declare the workers hung when no worker of a node has reported progress for this long, or written anything if "
+        "the script never reports progress; their stacks are kept beside their logs (default: never)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "preload",
+        "MODULE,...|off",
+        Preload.parse,
+        "modules that the processes of the next workers import while the present ones train, so that a new round "
+        "starts at once; off: each worker starts and imports when its round begins (default: torch)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "preflight",
+        "COMMAND",
+        str,
+        "the site's own check of a node before it takes part, for example a GPU test; a node where it fails stays out",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "interface",
+        "IFNAME",
+        str,
+        "network interface the nodes talk over, for example ib0 (default: the one that Slurm's node name leads to)",
+        elastic_only=True,
+    ),
+    ElasticOption("role", "NAME", str, "what the workers see as ROLE_NAME, as under torchrun (default: default)"),
+    ElasticOption(
+        "local-ranks-filter",
+        "RANK,...",
+        ranks,
+        "show only the output of these local ranks of each node; the log files have the output of all (default: all)",
+    ),
+    ElasticOption(
+        "numa-binding",
+        "node|socket|exclusive|core-complex",
+        numa_mode,
+        "bind each worker to the cores near its GPU, as torchrun does; needs numactl on the nodes (default: not bound)",
+    ),
+)
+"""How the agents run the workers."""
+
+JOB_OPTIONS = (
+    ElasticOption(
+        "log-dir",
+        "DIR",
+        str,
+        "parent of the jobs' run directories, on a file system that all nodes share (default: ./elastic-logs)",
+    ),
+    ElasticOption(
+        "setup",
+        "LINE",
+        str,
+        "shell line for the first node, before the agents start: 'module load cuda', 'source env.sh'; may be repeated",
+        repeated=True,
+    ),
+    ElasticOption("env", "NAME=VALUE", str, "environment variable for the workers; may be repeated", repeated=True),
+    ElasticOption(
+        "python",
+        "PATH",
+        interpreter,
+        "interpreter of the agents and the workers (default: the one that runs elastic-sbatch; in a container python3)",
+    ),
+    ElasticOption(
+        "container-image",
+        "IMAGE",
+        container_image,
+        "run the agents and the workers in a container, the batch script outside; elastic_hpc must be installed in it",
+    ),
+    ElasticOption(
+        "container-mounts",
+        "SRC:DST[:FLAGS],...",
+        container_mounts,
+        "folders of the nodes that the container sees, besides the working directory and the run directory",
+    ),
+    ElasticOption(
+        "container-runtime",
+        "|".join(CONTAINER_RUNTIMES),
+        container_runtime,
+        "what runs the container (default: apptainer for an IMAGE that ends in .sif, else pyxis)",
+    ),
+    ElasticOption(
+        "snapshot",
+        "on|off",
+        on_off,
+        "run a copy, made now, of the files that git tracks, so that later changes do not reach the job (default: off)",
+        elastic_only=True,
+    ),
+    ElasticOption(
+        "template",
+        "NAME|FILE",
+        str,
+        "elastic, torchrun (the quickstart's plain command), or a Jinja2 file of your own (default: elastic)",
+    ),
+)
+"""Options of a submission. The agents do not see them."""
+
+SCRIPT_SWITCHES = (
+    ElasticOption("module", "", bool, "run SCRIPT as a Python module, like python -m", letter="m"),
+    ElasticOption(
+        "no-python",
+        "",
+        bool,
+        "run SCRIPT itself, which may be any program: nsys, numactl, bash; there are no standbys then",
+    ),
+)
+"""What SCRIPT is."""
+
+ELASTIC = {option.name: option for option in (*LAUNCH_OPTIONS, *JOB_OPTIONS)}
+"""The options that have a value, by name: the keys of a configuration file, and keyword arguments in Python."""
+
+NOT_FOR_TORCHRUN = ("signal", *(option.name for option in ELASTIC.values() if option.elastic_only))
+"""Options that mean nothing to a plain torchrun, the template of that name: sbatch's --signal is among them."""
+
+
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """Add the launch options, ``-m/--module`` and ``--no-python`` to ``parser``. All default to None: not given."""
+    group = parser.add_argument_group("launch options")
+    for option in LAUNCH_OPTIONS:
+        flags = [option.flag, f"-{option.letter}"] if option.letter else [option.flag]
+        group.add_argument(*flags, metavar=option.metavar, type=argument(option.parse), help=option.help)
+    for switch in SCRIPT_SWITCHES:
+        flags = [f"-{switch.letter}", switch.flag] if switch.letter else [switch.flag]
+        group.add_argument(*flags, action="store_true", default=None, help=switch.help)
