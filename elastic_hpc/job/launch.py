@@ -24,7 +24,7 @@ from elastic_hpc.start import module_command
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from elastic_hpc.options.typed import LaunchOptions
+    from elastic_hpc.job.typed import LaunchOptions
 
 
 class LaunchFailed(ElasticError):

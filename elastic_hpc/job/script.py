@@ -25,7 +25,7 @@ from elastic_hpc.start import module_command
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from elastic_hpc.options.typed import JobOptions
+    from elastic_hpc.job.typed import JobOptions
 
 COMMAND_LINE = "command line"
 _LINE_LENGTH = 110

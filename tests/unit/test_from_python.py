@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from elastic_hpc import JobSpec, LaunchConfig, UsageError, elastic_launch, render
-from elastic_hpc.options import typed as types
+from elastic_hpc.job import typed as types
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, REFUSED, SBATCH
 from elastic_hpc.options.table import ELASTIC, LAUNCH_OPTIONS
 from elastic_hpc.options.torchrun import OPTIONS
