@@ -335,7 +335,7 @@ class TestLifeCycle:
         before = machine()
         (apart.directory / "broken").mkdir()
         program = copied(apart.directory / "broken")
-        source = program.with_name("mini_slurm") / "cluster.py"
+        source = program.with_name("mini_slurm") / "files.py"
         source.write_text(source.read_text().replace("SlurmctldHost=login", "SlurmctldHost=login\nNoSuchSetting=1"))
         failed = apart.mini("up", check=False, program=program)
         shutil.rmtree(program.parent)

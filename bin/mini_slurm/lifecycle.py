@@ -1,0 +1,93 @@
+"""The subcommands `up` and `down`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from mini_slurm.cluster import USER, Cluster, Shape
+from mini_slurm.daemons import start_controller, start_slurmd, wait_usable
+from mini_slurm.files import write_files
+from mini_slurm.machines import start_machine, start_rack
+from mini_slurm.packages import free_uid, install_packages, remove_policy
+from mini_slurm.system import MiniSlurmError, say
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def up(cluster: Cluster, args: argparse.Namespace) -> int:
+    started = time.time()
+    shape = Shape(args.nodes, args.cpus_per_node, args.gpus_per_node, requested_shares(args.share))
+    with cluster.lock():
+        if cluster.is_up() and (saved := cluster.saved()) is not None:
+            if saved[0] != shape:
+                raise MiniSlurmError(f"a cluster of another shape is up, {saved[0]}: type  mini-slurm down  first")
+            say(f"already up with {shape.nodes} nodes")
+            return 0
+        tear_down(cluster)
+        if len(os.fsencode(cluster.state)) > 80:
+            raise MiniSlurmError(f"--state {cluster.state}: expected at most 80 bytes, there are sockets in it")
+        try:
+            bring_up(cluster, shape)
+        except BaseException:
+            tear_down(cluster)
+            raise
+    say(f"up: {shape.nodes} nodes idle after {time.time() - started:.1f} s; try  mini-slurm exec -- sinfo")
+    return 0
+
+
+def requested_shares(paths: list[str] | None) -> tuple[str, ...]:
+    shares = {os.path.realpath(path) for path in paths or [str(CHECKOUT)]}
+    for path in sorted(shares):
+        if not os.path.isdir(path):
+            raise MiniSlurmError(f"--share {path}: no such directory")
+        if os.stat(path).st_mode & 0o005 != 0o005:
+            if paths:
+                raise MiniSlurmError(f"--share {path}: {USER} may not enter it: type  chmod o+rx {path}")
+            say(f"{path} is not shared, {USER} may not enter it: type  chmod o+rx {path}  if jobs need it")
+            shares.remove(path)
+    return tuple(sorted(shares))
+
+
+def bring_up(cluster: Cluster, shape: Shape) -> None:
+    state, started = cluster.state, time.time()
+    state.mkdir(mode=0o755)
+    cluster.marker.touch()
+    install_packages(cluster)
+    uid = free_uid(state)
+    write_files(cluster, shape, uid)
+    start_rack(cluster)
+    start_machine(cluster, shape, "login")
+    start_controller(cluster)
+    for node in shape.names:
+        start_machine(cluster, shape, node)
+        start_slurmd(cluster, node)
+    wait_usable(cluster, shape.names, started)
+    (state / "state.new").write_text(json.dumps({"shape": asdict(shape), "uid": uid}))
+    (state / "state.new").replace(cluster.marker)
+
+
+def down(cluster: Cluster, _: argparse.Namespace) -> int:
+    with cluster.lock():
+        say(f"removed {cluster.state}" if tear_down(cluster) else "nothing to remove")
+    return 0
+
+
+def tear_down(cluster: Cluster) -> bool:
+    """Remove whatever `up` made, however far it got; False when there was nothing."""
+    if not cluster.state.exists():
+        return False
+    if not cluster.marker.exists() and any(cluster.state.iterdir()):
+        raise MiniSlurmError(f"{cluster.state} is not mini-slurm's: name another directory with --state")
+    cluster.power_off("rack")
+    remove_policy()
+    for entry in set(cluster.state.iterdir()) - {cluster.marker}:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    cluster.marker.unlink(missing_ok=True)
+    cluster.state.rmdir()
+    return True
