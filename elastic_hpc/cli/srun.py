@@ -22,8 +22,8 @@ from elastic_hpc.agent.conclude import await_verdict
 from elastic_hpc.cli import entry
 from elastic_hpc.environment import AGENT_MARK, LOCAL_NODE, LOCAL_NODES, for_a_new_job
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
+from elastic_hpc.job.commands import agent_command, srun_options
 from elastic_hpc.job.programs import check_module, find_program, find_script
-from elastic_hpc.job.script import agent_command, srun_options
 from elastic_hpc.options.sbatch import SBATCH, Option, check, scan
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import LAUNCH_OPTIONS, SCRIPT_SWITCHES, add_launch_options

@@ -16,7 +16,7 @@ from elastic_hpc.from_batch.shape import Shape, shown
 from elastic_hpc.from_batch.shell_text import Statement, statements
 from elastic_hpc.from_batch.variables import ASSIGNS, Variables, assigned, names
 from elastic_hpc.job.config import Layer
-from elastic_hpc.job.script import Shell
+from elastic_hpc.job.quoting import Shell
 from elastic_hpc.job.script_file import interpreter
 from elastic_hpc.options import sbatch_lines
 from elastic_hpc.options.sbatch import Given

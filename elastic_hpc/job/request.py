@@ -17,8 +17,10 @@ from pathlib import Path
 
 from elastic_hpc.errors import NO_FOLDER, UsageError
 from elastic_hpc.job import outputs, programs, snapshot
+from elastic_hpc.job.commands import Container
 from elastic_hpc.job.config import Layer, Setting, Settings, load
-from elastic_hpc.job.script import COMMAND_LINE, Container, JobSpec, Shell, render
+from elastic_hpc.job.quoting import Shell
+from elastic_hpc.job.script import COMMAND_LINE, JobSpec, render
 from elastic_hpc.job.script_file import not_python
 from elastic_hpc.job.snapshot import WorkTree
 from elastic_hpc.options import durations, from_python

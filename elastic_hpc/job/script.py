@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_hpc import __version__
 from elastic_hpc.errors import UsageError
+from elastic_hpc.job.commands import Container, agent_command, srun_options, torchrun_command
 from elastic_hpc.job.config import Setting
+from elastic_hpc.job.quoting import Shell, comment, directive, quote, quote_all
 from elastic_hpc.job.snapshot import WorkTree
 from elastic_hpc.options.sbatch import Given, WarningSignal
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import NOT_FOR_TORCHRUN
-from elastic_hpc.options.values import RdzvConf
 from elastic_hpc.start import module_command
 
 if TYPE_CHECKING:
@@ -28,40 +28,6 @@ if TYPE_CHECKING:
     from elastic_hpc.job.typed import JobOptions
 
 COMMAND_LINE = "command line"
-_LINE_LENGTH = 110
-
-
-class Shell(str):
-    """Text that is shell syntax already, such as ``"$run_dir"`` with its quotes: never quoted again."""
-
-    __slots__ = ()
-
-
-@dataclass(frozen=True)
-class Container:
-    """What the agents and their workers run in. The batch script stays outside, where Slurm's commands are."""
-
-    image: str
-    runtime: str = "pyxis"  # a plugin of srun; or apptainer, a command in front of the agent's
-    mounts: str | None = None  # SRC:DST[:FLAGS],... besides the working directory and the run directory
-
-    def srun_options(self, folders: str, env: Collection[str]) -> list[str]:
-        """``folders``: "SRC:DST,..." for bash. ``env``: variables that count more than those of the image."""
-        if self.runtime != "pyxis":
-            return []
-        options = [f"--container-image={self.image}", _join("--container-mounts=", self._mounts(folders))]
-        options.append(Shell('--container-workdir="$PWD"'))
-        return [*options, *([f"--container-env={','.join(env)}"] if env else [])]
-
-    def around(self, command: Sequence[str], folders: str, *, gpus: bool) -> list[str]:
-        """``command``, which runs in it. For apptainer ``env`` is exported under other names (prepare.j2)."""
-        if self.runtime == "pyxis":
-            return list(command)
-        words = ["apptainer", "exec", "--bind", self._mounts(folders), "--pwd", Shell('"$PWD"')]
-        return [*words, *(["--nv"] if gpus else []), self.image, *command]
-
-    def _mounts(self, folders: str) -> Shell:
-        return Shell(f'"{folders}"' + (f",{quote(self.mounts)}" if self.mounts else ""))
 
 
 @dataclass(frozen=True)
@@ -149,123 +115,6 @@ class JobSpec:
         return shown
 
 
-def _join(prefix: str, value: str, suffix: str = "") -> str:
-    """``prefix + value + suffix`` as one word; still shell syntax if ``value`` is. Prefix and suffix need no quotes."""
-    text = f"{prefix}{value}{suffix}"
-    return Shell(text) if isinstance(value, Shell) else text
-
-
-def srun_options(nodes: str, cpus_per_task: str | None = None) -> list[str]:
-    """Options of srun for one agent per node that outlives other nodes, for elastic-srun and the script alike.
-
-    ``cpus_per_task`` where the job asked for it: srun does not take it over from sbatch since Slurm 22.05.
-    """
-    options = [
-        _join("--nodes=", nodes),
-        _join("--ntasks=", nodes),
-        "--ntasks-per-node=1",
-        "--no-kill",
-        "--kill-on-bad-exit=0",
-        "--wait=0",
-        "--cpu-bind=none",
-    ]
-    if cpus_per_task is not None:
-        options.append(_join("--cpus-per-task=", cpus_per_task))
-    return options
-
-
-def agent_command(
-    launch: LaunchSpec,
-    *,
-    head: str,
-    run_dir: str,
-    python: Sequence[str],
-    can_requeue: bool = True,
-    contained: bool = False,
-) -> list[str]:
-    """The command each agent runs. ``head`` hosts the rendezvous unless the user named a host. ``contained``: in a
-    container, where Slurm's commands are not.
-    """
-    words = module_command(python, "elastic_hpc.agent", unbuffered=True)
-    for flag, value in launch.options():
-        if flag == "--rdzv-endpoint" and launch.rdzv_endpoint.head is None:
-            words += [flag, _join("", head, f":{launch.rdzv_endpoint.port}")]
-        else:
-            words += [flag, value]
-    if not can_requeue:
-        words.append("--no-requeue")
-    if contained:
-        words.append("--contained")
-    return [*words, "--run-dir", run_dir, *launch.command()]
-
-
-def torchrun_command(job: JobSpec, *, head: str, job_id: str, python: Sequence[str]) -> list[str]:
-    """The quickstart's own command for the same job."""
-    launch, endpoint = job.launch, job.launch.rdzv_endpoint
-    words = module_command(python, "torch.distributed.run", f"--nnodes={launch.nodes}", unbuffered=True)
-    words += [f"--nproc-per-node={launch.nproc_per_node}"] if launch.nproc_per_node else []
-    words += [
-        f"--max-restarts={launch.max_restarts}",
-        _join("--rdzv-id=", launch.rdzv_id or job_id),
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={endpoint}" if endpoint.head else _join("--rdzv-endpoint=", head, f":{endpoint.port}"),
-    ]
-    same = {
-        "rdzv-conf": str(launch.rdzv_conf) if launch.rdzv_conf != RdzvConf() else None,
-        "role": launch.role,
-        "local-ranks-filter": launch.local_ranks_filter,
-        "numa-binding": launch.numa_binding,
-        "log-dir": job.log_dir if "log-dir" in job.sources else None,
-    }
-    words += [f"--{name}={value}" for name, value in same.items() if value is not None]
-    return [*words, *job.torchrun, *launch.command()]
-
-
-def quote(word: str) -> str:
-    """``word`` as bash reads it back byte for byte, on one line and in valid UTF-8 whatever its bytes."""
-    if isinstance(word, Shell):
-        return word
-    if not re.search(r"[\x00-\x1f\x7f\udc80-\udcff]", word):
-        return shlex.quote(word)
-    named = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "'": r"\'", "\\": r"\\"}
-
-    def escaped(char: str) -> str:
-        if re.match(r"[\x00-\x1f\x7f\udc80-\udcff]", char):  # the last: a byte that is not UTF-8
-            return rf"\x{ord(char) & 0xFF:02x}"
-        return char
-
-    return "$'" + "".join(named.get(char) or escaped(char) for char in word) + "'"
-
-
-def quote_all(words: Sequence[str], indent: int = 2) -> str:
-    """``words`` quoted for bash, folded with backslashes into lines of readable length."""
-    lines, line = [], ""
-    for word in map(quote, words):
-        if line and len(line) + 1 + len(word) > _LINE_LENGTH - indent:
-            lines.append(line)
-            line = ""
-        line += f" {word}" if line else word
-    return f" \\\n{' ' * indent}".join([*lines, line])
-
-
-def directive(option: str, value: object = None, reason: str = "") -> str:
-    """An ``#SBATCH`` line. sbatch has its own quoting there: double quotes, backslashes, and ``#`` begins a comment."""
-    text = option
-    if value is not None:
-        given = str(value)
-        if re.search(r"[\x00-\x1f\x7f]", given):
-            raise UsageError(f"{option}={given!r}: expected one line without control characters")
-        if not re.fullmatch(r"[\w@%+=:,./^*-]+", given, re.ASCII):
-            given = '"' + re.sub(r'(["\\])', r"\\\1", given) + '"'
-        text += f"={given}"
-    return f"#SBATCH {text:<32} # {comment(reason)}" if reason else f"#SBATCH {text}"
-
-
-def comment(text: str) -> str:
-    """``text`` on one line, fit for a comment."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 def template_folder() -> Path:
     """The built-in templates: inside an installed package, beside it in a checkout."""
     package = Path(__file__).parent.parent
@@ -285,7 +134,14 @@ def _words(job: JobSpec) -> dict[str, Any]:
     )
     box, python = job.container, job.agent_python or ("python3" if job.container else job.python,)
     agent = agent_command(job.launch, head=head, run_dir=run_dir, python=python, contained=box is not None)
-    torchrun = torchrun_command(job, head=head, job_id=Shell('"$SLURM_JOB_ID"'), python=python)
+    torchrun = torchrun_command(
+        job.launch,
+        head=head,
+        job_id=Shell('"$SLURM_JOB_ID"'),
+        python=python,
+        log_dir=job.log_dir if "log-dir" in job.sources else None,
+        others=job.torchrun,
+    )
     if box:
         folders = "$PWD:$PWD" + (",$run_dir:$run_dir" if job.template != "torchrun" else "")
         srun += box.srun_options(folders, job.env)
