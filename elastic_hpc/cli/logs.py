@@ -18,7 +18,8 @@ from elastic_hpc.job.look import Jobs
 from elastic_hpc.membership.nodes import Typed, named
 from elastic_hpc.record.rundir import EventReader, RunDir
 from elastic_hpc.record.worker_logs import Line, Logs, Stream, Wanted, what_there_is
-from elastic_hpc.view.story import Round, tell
+from elastic_hpc.view.story import Round
+from elastic_hpc.view.story_builder import story_of
 from elastic_hpc.view.times import clock
 
 HELP = "show what the workers wrote, in order of time over ranks and rounds"
@@ -159,7 +160,7 @@ class _Printer:
 
     def _headline(self, number: int) -> str:
         self._reader.read()
-        story = tell(self._reader.events)
+        story = story_of(self._reader.events)
         rounds = [round for round in story.rounds if round.number <= number]
         if not rounds or rounds[-1].number != number:
             return f"round {number}"

@@ -17,7 +17,8 @@ from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.record.rundir import EventReader, RunDir
 from elastic_hpc.view.job import JobView, view
 from elastic_hpc.view.state import Observed
-from elastic_hpc.view.story import Story, tell
+from elastic_hpc.view.story import Story
+from elastic_hpc.view.story_builder import story_of
 
 _RECENT = 24 * 3600.0
 """Seconds after its end for which a job is listed without being named."""
@@ -87,7 +88,7 @@ class Jobs:
         looks = []
         for job, (_, reader) in zip(observed, self._records, strict=True):
             reader.read()
-            story = tell(reader.events, reader.damaged)
+            story = story_of(reader.events, reader.damaged)
             looks.append(Look(view(self._with_slurm(job, story), story, time.time()), story, reader.events))
         return looks
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic_hpc.record.rundir import EventReader, RunDir
-from elastic_hpc.view.story import Story, tell
+from elastic_hpc.view.story import Story
+from elastic_hpc.view.story_builder import story_of
 
 FOLDER = Path(__file__).parents[1] / "records"
 NAMES = ("faults", "head", "grown", "broken", "cancelled")
@@ -19,13 +20,13 @@ def events(name: str) -> list[dict[str, Any]]:
 
 
 def story(name: str) -> Story:
-    return tell(events(name))
+    return story_of(events(name))
 
 
 def story_in(folder: Path) -> Story:
     reader = EventReader(RunDir(folder))
     reader.read()
-    return tell(reader.events, reader.damaged)
+    return story_of(reader.events, reader.damaged)
 
 
 def copy(name: str, to: Path) -> Path:

@@ -24,7 +24,8 @@ from elastic_hpc.slurm import Queued
 from elastic_hpc.view.job import SCHEMA, JobView, as_json, view
 from elastic_hpc.view.state import Observed
 from elastic_hpc.view.status import card, table
-from elastic_hpc.view.story import Story, tell
+from elastic_hpc.view.story import Story
+from elastic_hpc.view.story_builder import story_of
 from elastic_hpc.view.times import span
 
 
@@ -48,7 +49,7 @@ def ended(outcome: str = "finished", **changes: Any) -> Observed:
 
 
 def running(name: str = "grown") -> Story:
-    return tell(event for event in records.events(name) if event["event"] != "verdict")
+    return story_of(event for event in records.events(name) if event["event"] != "verdict")
 
 
 def shown(what: Any, width: int = 150) -> str:
@@ -103,7 +104,7 @@ def test_a_job_that_slurm_forgot_without_an_end_on_record_was_cut_off() -> None:
 
 def test_a_job_that_was_cancelled_while_it_waited_after_a_requeue() -> None:
     events = records.events("faults")
-    first = tell(events[: next(i for i, event in enumerate(events) if event["event"] == "verdict") + 1])
+    first = story_of(events[: next(i for i, event in enumerate(events) if event["event"] == "verdict") + 1])
     one = view(seen(queued=None), first, time.time())
     assert one.state == "UNKNOWN"
     assert "it was cancelled there" in one.note

@@ -13,7 +13,7 @@ import records
 from elastic_hpc.membership.events import EVENTS, sentence
 from elastic_hpc.record.rundir import EventReader, RunDir
 from elastic_hpc.view.account import MEANINGS, account, phases
-from elastic_hpc.view.story import tell
+from elastic_hpc.view.story_builder import story_of
 
 
 def test_every_event_of_the_records_is_documented_with_its_fields() -> None:
@@ -125,7 +125,7 @@ def test_goodput_is_the_share_of_kept_steps() -> None:
 
 def test_the_time_of_a_job_that_runs_goes_on() -> None:
     running = [event for event in records.events("grown") if event["event"] != "verdict"]
-    story = tell(running)
+    story = story_of(running)
     assert story.current
     counted = [account(story, story.last_time + seconds) for seconds in (0, 100)]
     assert counted[1].ran == pytest.approx(counted[0].ran + 100)
@@ -142,7 +142,7 @@ def test_a_record_that_lost_any_of_its_lines_is_still_told(name: str) -> None:
     whole, dice = records.events(name), random.Random(name)
     for _ in range(200):
         left = [event for event in whole if dice.random() < 0.7]
-        story = tell(left)
+        story = story_of(left)
         account(story)
         assert [one.number for one in story.rounds] == [event["round"] for event in left if event["event"] == "round"]
 
@@ -161,7 +161,7 @@ def test_a_record_of_another_version_is_told_as_far_as_it_is_understood(name: st
                     made[field] = dice.choice([None, "?", [], {}, -1])
             changed.append({**made, "new": {"field": 1}})
         changed.append({"time": whole[-1]["time"], "event": "of a later version"})
-        story = tell(changed)
+        story = story_of(changed)
         account(story)
         phases(story)
 

@@ -15,7 +15,8 @@ import records
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.view.account import account
 from elastic_hpc.view.picture import draw
-from elastic_hpc.view.story import Story, tell
+from elastic_hpc.view.story import Story
+from elastic_hpc.view.story_builder import story_of
 
 SCREENS = Path(__file__).parents[2] / "build" / "screens"
 """Screenshots are kept here, to be looked at."""
@@ -144,7 +145,7 @@ def test_a_job_of_a_month_has_a_picture_of_bounded_size() -> None:
         events.append(
             {"time": begin + 1210, "event": "restart", "round": number + 2, "restarts": number + 1, "reason": "n7 lost"}
         )
-    picture = draw(tell(events))
+    picture = draw(story_of(events))
     assert len(picture) < 4_000_000
     assert picture.count('class="small faulttext"') + picture.count('class="small changetext"') < 100
 

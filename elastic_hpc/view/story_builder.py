@@ -1,0 +1,196 @@
+"""Makes the story of a job from the events of its record. Pure.
+
+An event that is damaged, or that another version wrote, is left out and counted; the rest of the story is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from elastic_hpc.view.story import Fault, JoinedNode, Round, Run, Sample, Story
+
+
+def story_of(events: Iterable[Mapping[str, Any]], damaged: int = 0) -> Story:
+    """The story of ``events``, oldest first; ``damaged`` lines could not be read."""
+    builder = _StoryBuilder()
+    for event in events:
+        try:
+            builder.on_event(event)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            damaged += 1
+    return replace(builder.story(), damaged=damaged)
+
+
+class _StoryBuilder:
+    """Takes events, the oldest first: ``_on_NAME`` handles the event ``NAME``."""
+
+    def __init__(self) -> None:
+        self._runs: list[Run] = []
+        self._rounds: list[Round] = []
+        self._joined: dict[str, JoinedNode] = {}
+        """Those that have not left, by name."""
+        self._left: list[JoinedNode] = []
+        self._limits: Mapping[str, Any] = {}
+        self._broken: float | None = None
+        """When the cause of the last round's end happened, or the run began; None while a round is unbroken."""
+        self._restarts = self._requeues = 0
+        self._last_time = 0.0
+
+    def story(self) -> Story:
+        return Story(
+            runs=tuple(self._runs),
+            rounds=tuple(self._rounds),
+            joiners=(*self._left, *self._joined.values()),
+            limits=self._limits,
+            restarts=self._restarts,
+            requeues=self._requeues,
+            last_time=self._last_time,
+        )
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        when = float(event["time"])
+        handle = getattr(self, f"_on_{event['event']}", None)
+        if handle:
+            handle(event, when)
+        self._last_time = max(self._last_time, when)
+
+    @property
+    def _current(self) -> Round | None:
+        """The round that has not ended."""
+        return self._rounds[-1] if self._rounds and self._rounds[-1].ended is None else None
+
+    def _change_current(self, **changes: Any) -> None:
+        if self._current:
+            self._rounds[-1] = replace(self._rounds[-1], **changes)
+
+    def _on_start(self, event: Mapping[str, Any], when: float) -> None:
+        run = Run(number=int(event["run"]), job=str(event["job"]), granted=int(event["granted"]), began=when)
+        if self._current:  # the run before was cut off: no agent was left to record its end
+            self._end(self._last_time, "its end is not on record", self._restarts)
+        if self._runs and self._runs[-1].ended is None:
+            self._runs[-1] = replace(self._runs[-1], ended=self._last_time)
+        self._leave(None, when)
+        self._runs.append(run)
+        self._broken = when
+        self._limits = {
+            k: v for k, v in event.items() if k not in {"time", "event", "version", "run", "job", "granted"}
+        }
+
+    def _on_allocation(self, event: Mapping[str, Any], _when: float) -> None:
+        names = ("submitted", "started", "ends")
+        times: dict[str, Any] = {name: None if event[name] is None else float(event[name]) for name in names}
+        if self._runs and self._runs[-1].number == event["run"]:
+            self._runs[-1] = replace(self._runs[-1], **times)
+
+    def _on_join(self, event: Mapping[str, Any], when: float) -> None:
+        if event.get("joiner"):
+            self._joined.setdefault(str(event["node"]), JoinedNode(str(event["node"]), when))
+
+    def _leave(self, node: str | None, when: float) -> None:
+        """``node`` has left, or all nodes that have joined."""
+        for name in [node] if node else list(self._joined):
+            if joined := self._joined.pop(name, None):
+                self._left.append(replace(joined, left=when))
+
+    def _on_left(self, event: Mapping[str, Any], when: float) -> None:
+        self._leave(str(event["node"]), when)
+
+    _on_release = _on_left
+
+    def _on_lost(self, event: Mapping[str, Any], when: float) -> None:
+        node = str(event["node"])
+        self._leave(node, when)
+        if self._current and node in self._current.nodes:
+            last_contact = when - float(event["silent"])
+            self._broken = self._broken or last_contact
+            fault = Fault(last_contact, node, "node lost", str(event["reason"]))
+            self._add_fault(fault, cause=not self._current.faults)
+
+    def _on_failure(self, event: Mapping[str, Any], when: float) -> None:
+        self._broken = self._broken or when
+        failure = {name: event[name] for name in ("kind", "message", "rank", "traceback", "collateral")}
+        self._add_fault(Fault(when, str(event["node"]), **failure), cause=bool(event["first"]))
+
+    def _add_fault(self, fault: Fault, *, cause: bool) -> None:
+        if self._current:
+            others = self._current.faults
+            self._change_current(faults=(fault, *others) if cause else (*others, fault))
+
+    def _on_drain(self, event: Mapping[str, Any], _when: float) -> None:
+        self._change_current(drained=str(event["reason"]))
+
+    def _on_request(self, event: Mapping[str, Any], _when: float) -> None:
+        self._change_current(drained=f"{event['request']}: {event['reason']}")
+
+    def _on_take_over(self, event: Mapping[str, Any], when: float) -> None:
+        if self._current and not self._current.faults:  # the leader was lost, which is in no event of its own
+            self._broken = self._broken or when
+            reason = str(event["reason"])
+            node, _, why = reason.partition(" lost: ")
+            self._add_fault(Fault(when, node if why else self._current.leader, "node lost", why or reason), cause=True)
+
+    def _on_progress(self, event: Mapping[str, Any], when: float) -> None:
+        if not self._current or event["round"] != self._current.number or "step" not in event:
+            return
+        loss = event.get("loss")
+        sample = Sample(float(event["step_at"]) or when, int(event["step"]), None if loss is None else float(loss))
+        samples = self._current.samples
+        first_at = float(event["first_at"])
+        if not samples:
+            self._extend_before(int(event["first"]))
+            if sample.step > event["first"]:
+                samples = (Sample(first_at, int(event["first"]), None),)
+        self._change_current(first=int(event["first"]), first_at=first_at, samples=(*samples, sample))
+
+    def _extend_before(self, first: int) -> None:
+        """A round that begins with step ``first`` has loaded a checkpoint of the step before. If no sample has that
+        step, since the leader that knew of it was lost, add it to the last round that has reported steps.
+        """
+        index = max((i for i, round in enumerate(self._rounds[:-1]) if round.samples), default=None)
+        if index is None:
+            return
+        before = self._rounds[index]
+        begin, last = before.samples[0], before.samples[-1]
+        if first <= last.step + 1:
+            return
+        time = before.broken or before.ended or last.time
+        if last.step > begin.step:
+            time = min(time, last.time + (first - 1 - last.step) * (last.time - begin.time) / (last.step - begin.step))
+        added = Sample(max(time, last.time), first - 1, None)
+        self._rounds[index] = replace(before, samples=(*before.samples, added))
+
+    def _on_round(self, event: Mapping[str, Any], when: float) -> None:
+        formed = Round(
+            number=int(event["round"]),
+            run=self._runs[-1].number if self._runs else 0,
+            nodes=tuple(map(str, event["nodes"])),
+            world_size=int(event["world_size"]),
+            restarts=int(event["restarts"]),
+            formed=when,
+            gap=None if self._broken is None else max(0.0, when - self._broken),
+            leader=str(event["leader"] or ""),
+        )
+        if self._current:
+            self._end(when, "its end is not on record", formed.restarts)
+        self._broken = None
+        self._rounds.append(formed)
+
+    def _on_restart(self, event: Mapping[str, Any], when: float) -> None:
+        self._end(when, str(event["reason"]), int(event["restarts"]))
+
+    def _end(self, when: float, cause: str, restarts: int) -> None:
+        self._broken = self._broken or when
+        if round := self._current:
+            self._change_current(ended=when, broken=self._broken, cause=cause, charged=restarts > round.restarts)
+        self._restarts = max(self._restarts, restarts)
+
+    def _on_verdict(self, event: Mapping[str, Any], when: float) -> None:
+        end: dict[str, Any] = {name: str(event[name]) for name in ("outcome", "cause", "reason")}
+        self._end(when, end["reason"], int(event["restarts"]))
+        charged = int(event["requeues"]) > self._requeues
+        self._requeues = int(event["requeues"])
+        self._leave(None, when)
+        if self._runs:
+            self._runs[-1] = replace(self._runs[-1], ended=when, charged=charged, **end)
