@@ -1,7 +1,7 @@
 """Where the time of a job's nodes went. Pure.
 
-The nodes' time runs from Slurm's grant to the end of each run, for the job's own nodes also after one was lost, since
-it stays allocated; for a node that a job of its own brought from its agent's coming to its going.
+The time of the job's own nodes runs from Slurm's grant to the end of each run, also for a node that was lost, which
+stays allocated. The time of a node that a job of its own brought runs from the start of its agent to the agent's end.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MEANINGS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Phase:
-    """What the job did, or waited for, from ``start`` to ``end``, in seconds since the epoch."""
+    """What the job did, or what it waited for, from ``start`` to ``end``, in seconds since the epoch."""
 
     kind: Kind
     start: float
     end: float
     run: Run
     round: Round | None = None
-    """The world that did so; None where all nodes waited."""
+    """The world that trained; None where all nodes waited."""
 
     @property
     def seconds(self) -> float:
@@ -47,14 +47,14 @@ class Phase:
 @dataclass(frozen=True)
 class Account:
     node_seconds: dict[Kind, float]
-    """By what they were spent on, without the queue."""
+    """By kind, without the queue."""
     queued: float
     """Seconds in the queue, before all runs."""
     ran: float
     """Seconds of all runs."""
     lost: float
-    """Seconds since the first step in which none was done that was kept; without the queue, and without the start of a
-    run."""
+    """Seconds since the first step in which no step was done that was kept; without the queue, and without the start of
+    a run."""
     repeated_steps: int
 
     @property
@@ -70,12 +70,11 @@ class Account:
 
 
 def account(story: Story, now: float | None = None) -> Account:
-    """``now``: seconds since the epoch, of a job that runs; None for the time of the last event."""
-    told = phases(story, now)
+    """``now``: for a job that runs, in seconds since the epoch; None for the time of the last event."""
     spent: Counter[Kind] = Counter()
     first = min((r.first_at for r in story.rounds if r.first is not None), default=float("inf"))
     lost = queued = ran = 0.0
-    for phase in told:
+    for phase in phases(story, now):
         if phase.kind == "queue":
             queued += phase.seconds
             continue
@@ -90,7 +89,7 @@ def account(story: Story, now: float | None = None) -> Account:
 
 
 def phases(story: Story, now: float | None = None) -> list[Phase]:
-    """What the job did, one after the other; see ``account``."""
+    """The phases of the job in order of time; see ``account`` for ``now``."""
     until = max(now or 0.0, story.last_time)
     found: list[Phase] = []
     before: float | None = None
@@ -107,7 +106,7 @@ def phases(story: Story, now: float | None = None) -> list[Phase]:
 
 def _of_run(story: Story, run: Run, begin: float, end: float) -> Iterator[Phase]:
     kind: Kind = "start"
-    for round in (one for one in story.rounds if one.run == run.number):
+    for round in (round for round in story.rounds if round.run == run.number):
         formed = max(begin, round.formed)
         yield Phase(kind, begin, formed, run)
         begin = end if round.ended is None else max(formed, round.ended)
@@ -135,7 +134,7 @@ def _allocated(story: Story, phase: Phase) -> float:
     """Node-seconds that the job had in ``phase``."""
     own = phase.run.granted * phase.seconds
     joined = sum(
-        max(0.0, min(phase.end, phase.end if one.left is None else one.left) - max(phase.start, one.joined))
-        for one in story.joiners
+        max(0.0, min(phase.end, phase.end if node.left is None else node.left) - max(phase.start, node.joined))
+        for node in story.joiners
     )
     return own + joined

@@ -30,22 +30,22 @@ class JobView:
     """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ...; UNKNOWN if Slurm cannot be asked, or does not
     know a job whose record has no end."""
     over: bool
-    """Whether it will not run again; False while that is not known, since Slurm cannot be asked."""
+    """Whether it will not run again; False while Slurm cannot be asked and the record has no end."""
     note: str
-    """What is to be known besides: why it waits, why the state is unknown, why it ended, that nobody leads."""
+    """An explanation of the state: why it waits, why the state is unknown, why it ended, that nobody leads."""
     reason: str
     """Why its last run ended, in a sentence; empty while the first one runs."""
     advice: tuple[str, ...]
-    """What to do about the state."""
+    """What the user may do about the state."""
     failure: Mapping[str, Any] | None
     """The first failure of a job that failed: ``kind``, ``node``, ``rank``, ``exit_code``, ``message``, ``traceback``
     and so on."""
     nodes: tuple[str, ...]
-    """Of the world that trains, or trained last, in rank order."""
+    """The nodes of the world that trains, or trained last, in rank order."""
     min_nodes: int | None
     max_nodes: int | None
     joiners: int
-    """Nodes that are there by jobs of their own."""
+    """Nodes that jobs of their own have brought."""
     world_size: int
     """Workers; 0 before the first world."""
     leader: str
@@ -54,10 +54,10 @@ class JobView:
     runs: int
     """How often it has started."""
     restarts: int
-    """Charged so far, of ``max_restarts``."""
+    """How many were charged so far, of ``max_restarts``."""
     max_restarts: int | None
     requeues: int
-    """Charged so far, of ``max_requeues``: those after failures."""
+    """How many were charged so far, of ``max_requeues``: those after failures."""
     max_requeues: int | None
     step: int | None
     """Last step that was reported."""
@@ -65,22 +65,22 @@ class JobView:
     """Lately, while it trains."""
     loss: float | None
     queued: float
-    """Spent in the queue."""
+    """Time in the queue."""
     running: float
-    """Since the nodes were granted, over all runs."""
+    """Time since the nodes were granted, over all runs."""
     time_left: float | None
     """Until the time limit."""
     lost: float
-    """Since the first step, without a step that was kept; see ``account.Account``."""
+    """Time since the first step in which no step was done that was kept; see ``account.Account``."""
     repeated_steps: int
     goodput: float | None
     """Share of the nodes' time that produced steps which were kept; null if steps are not reported."""
     silent: float | None
-    """Since the last sign of a leader."""
+    """Time since the last sign of a leader."""
     node_seconds: Mapping[Kind, float]
     """The nodes' time, by what it was spent on; see ``account.MEANINGS``."""
     last_restart: str
-    """Why the last one was charged, empty if none was."""
+    """Why the last restart was charged, empty if none was."""
     damaged: int
     """Events of the record that could not be understood."""
 

@@ -32,7 +32,7 @@ COUNTERS = {
     "running_seconds": "With nodes.",
     "lost_seconds": "Since the first training step, without one that was kept.",
 }
-"""Each with the label ``job``. Those that are not known of a job are left out for it."""
+"""Each has the label ``job``. A metric that is unknown for a job has no sample for it."""
 
 
 class JobMetrics(Collector):
@@ -42,10 +42,10 @@ class JobMetrics(Collector):
         self._look = look
 
     def registry(self) -> CollectorRegistry:
-        """A registry with these metrics alone."""
-        made = CollectorRegistry()
-        made.register(self)
-        return made
+        """A registry with these metrics only."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        return registry
 
     def collect(self) -> Iterator[Metric]:
         """All metrics of all jobs, as they are now."""
@@ -56,11 +56,11 @@ class JobMetrics(Collector):
             (((view.id, view.script, view.state), 1) for view, _ in jobs),
         )
         for name, text in GAUGES.items():
-            made = GaugeMetricFamily(f"elastic_hpc_{name}", text, labels=("job",))
-            yield _family(made, (((view.id,), _gauge(view, name)) for view, _ in jobs))
+            gauge = GaugeMetricFamily(f"elastic_hpc_{name}", text, labels=("job",))
+            yield _family(gauge, (((view.id,), _gauge(view, name)) for view, _ in jobs))
         for name, text in COUNTERS.items():
-            counted = CounterMetricFamily(f"elastic_hpc_{name}", text, labels=("job",))
-            yield _family(counted, (((view.id,), _count(view, story, name)) for view, story in jobs))
+            counter = CounterMetricFamily(f"elastic_hpc_{name}", text, labels=("job",))
+            yield _family(counter, (((view.id,), _count(view, story, name)) for view, story in jobs))
         spent = CounterMetricFamily(
             "elastic_hpc_node_seconds", "The nodes' time, by what it was spent on.", labels=("job", "kind")
         )
@@ -73,11 +73,11 @@ class JobMetrics(Collector):
         yield _family(faults, (((view.id, kind), count) for view, story in jobs for kind, count in _faults(story)))
 
 
-def _family(made: Metric, samples: Iterable[tuple[Sequence[str], float | None]]) -> Metric:
+def _family(family: Metric, samples: Iterable[tuple[Sequence[str], float | None]]) -> Metric:
     for labels, value in samples:
         if value is not None:
-            made.add_metric(labels, value)  # type: ignore[attr-defined]  # of both families, not of their base
-    return made
+            family.add_metric(labels, value)  # type: ignore[attr-defined]  # of both families, not of their base
+    return family
 
 
 def _gauge(view: JobView, name: str) -> float | None:
@@ -104,4 +104,4 @@ def _count(view: JobView, story: Story, name: str) -> float:
 
 
 def _faults(story: Story) -> Iterable[tuple[str, int]]:
-    return Counter(one.faults[0].kind for one in story.rounds if one.faults).items()
+    return Counter(round.faults[0].kind for round in story.rounds if round.faults).items()

@@ -37,7 +37,7 @@ STYLE = (
     ".loss{fill:none;stroke:#3182ce;stroke-width:1.5}"
     + "".join(f".{kind}{{fill:{colour}}}" for kind, colour in _COLOURS.items())
 )
-"""For the classes of the picture, on a light ground."""
+"""For the classes of the picture, on a light background."""
 
 _STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 
@@ -58,13 +58,13 @@ class _Scale:
 
 def draw(story: Story, now: float | None = None) -> str:
     """The picture as one SVG element, without its style; see ``account.account`` for ``now``."""
-    told = phases(story, now)
-    if not told:
+    shown = phases(story, now)
+    if not shown:
         return f'<svg viewBox="0 0 {WIDTH} 40"><text x="8" y="24">no run is on record</text></svg>'
-    time = _Scale(told[0].start, max(phase.end for phase in told), _LEFT, WIDTH - _RIGHT)
+    time = _Scale(shown[0].start, max(phase.end for phase in shown), _LEFT, WIDTH - _RIGHT)
     parts, top = [], 0
     for panel in (_world, _progress, _losses):
-        drawn, height = panel(story, told, time, top)
+        drawn, height = panel(story, shown, time, top)
         parts.extend(drawn)
         top += height
     drawn, height = _spent(story, now, top)
@@ -97,11 +97,11 @@ def _time_axis(time: _Scale, y: float, top: float) -> Iterator[str]:
             yield _text(x, y + 15, span(number * step) if number else "0", "small", "middle")
 
 
-def _value_axis(value: _Scale, values: Sequence[float], how: str) -> Iterator[str]:
-    for each in values:
-        y = value(each)
+def _value_axis(scale: _Scale, ticks: Sequence[float], format_spec: str) -> Iterator[str]:
+    for tick in ticks:
+        y = scale(tick)
         yield f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}" opacity="0.5"/>'
-        yield _text(_LEFT - 6, y + 4, format(each, how), "small", "end")
+        yield _text(_LEFT - 6, y + 4, format(tick, format_spec), "small", "end")
 
 
 def _even(low: float, high: float, most: int) -> list[float]:
@@ -113,11 +113,11 @@ def _even(low: float, high: float, most: int) -> list[float]:
     return [first + number * size for number in range(int((high - first) / size) + 1)]
 
 
-def _world(story: Story, told: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
+def _world(story: Story, shown: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
     height, head = 190, 64
     base = top + head + height
-    held = _allocation(story, told)
-    most = max([count for _, count in held] + [len(one.nodes) for one in story.rounds] + [1])
+    held = _allocation(story, shown)
+    most = max([count for _, count in held] + [len(round.nodes) for round in story.rounds] + [1])
     nodes = _Scale(0, most, base, top + head)
     parts = [
         _text(_LEFT, top + 16, "nodes in the world", "title"),
@@ -125,7 +125,7 @@ def _world(story: Story, told: Sequence[Phase], time: _Scale, top: int) -> tuple
     ]
     parts.extend(_time_axis(time, base, top + head))
     parts.extend(_value_axis(nodes, _even(0, most, 5), ".0f"))
-    for phase in told:
+    for phase in shown:
         count = len(phase.round.nodes) if phase.round else (most if phase.kind == "queue" else phase.run.granted)
         x, y = time(phase.start), nodes(count)
         where = f"round {phase.round.number}: " if phase.round else ""
@@ -142,16 +142,16 @@ def _world(story: Story, told: Sequence[Phase], time: _Scale, top: int) -> tuple
     return parts, head + height + 34
 
 
-def _allocation(story: Story, told: Sequence[Phase]) -> list[tuple[float, int]]:
-    """How many nodes the job held, from when on."""
+def _allocation(story: Story, shown: Sequence[Phase]) -> list[tuple[float, int]]:
+    """The changes of the number of nodes that the job held: when, and the number from then on."""
     changes: list[tuple[float, int]] = []
     for run in story.runs:
-        mine = [phase for phase in told if phase.run is run and phase.kind != "queue"]
+        mine = [phase for phase in shown if phase.run is run and phase.kind != "queue"]
         if mine:
             changes += [(mine[0].start, run.granted), (mine[-1].end, -run.granted)]
-    for one in story.joiners:
-        changes += [(one.joined, 1), (told[-1].end if one.left is None else one.left, -1)]
-    held, count = [(told[0].start, 0)], 0
+    for node in story.joiners:
+        changes += [(node.joined, 1), (shown[-1].end if node.left is None else node.left, -1)]
+    held, count = [(shown[0].start, 0)], 0
     for when, change in sorted(changes):
         count += change
         held.append((when, count))
@@ -159,16 +159,16 @@ def _allocation(story: Story, told: Sequence[Phase]) -> list[tuple[float, int]]:
 
 
 def _marks(story: Story, time: _Scale, top: int, base: int) -> Iterator[str]:
-    """What ended the rounds: a line each, with as many words as there is room for."""
+    """What ended the rounds: a line each, with a label if there is room for it."""
     free = [float("-inf")] * 3
-    for one in story.rounds:
-        if one.ended is None:
+    for round in story.rounds:
+        if round.ended is None:
             continue
-        when = one.broken or one.ended
-        x, kind = time(when), "fault" if one.faults else "done" if one.cause == FINISHED else "change"
-        label = _label(one)
+        when = round.broken or round.ended
+        x, kind = time(when), "fault" if round.faults else "done" if round.cause == FINISHED else "change"
+        label = _label(round)
         yield (
-            f'<g class="{kind}"><title>{escape(f"end of round {one.number}: {one.cause}")}</title>'
+            f'<g class="{kind}"><title>{escape(f"end of round {round.number}: {round.cause}")}</title>'
             f'<line x1="{x}" x2="{x}" y1="{top - 6}" y2="{base}"/><circle cx="{x}" cy="{top - 6}" r="3.5"/></g>'
         )
         width = 6.6 * len(label) + 8
@@ -179,15 +179,15 @@ def _marks(story: Story, time: _Scale, top: int, base: int) -> Iterator[str]:
             yield _text(begin, top - 14 - 13 * row, label, f"small {kind}text")
 
 
-def _label(one: Round) -> str:
-    if one.faults:
-        fault = one.faults[0]
+def _label(round: Round) -> str:
+    if round.faults:
+        fault = round.faults[0]
         return f"{fault.node} lost" if fault.rank is None else f"rank {fault.rank} on {fault.node}"
-    return one.cause if len(one.cause) < 30 else one.cause[:28] + "..."
+    return round.cause if len(round.cause) < 30 else round.cause[:28] + "..."
 
 
-def _progress(story: Story, _told: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
-    steps = [sample.step for one in story.rounds for sample in one.samples]
+def _progress(story: Story, _shown: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
+    steps = [sample.step for round in story.rounds for sample in round.samples]
     if not steps:
         return [], 0
     height, head = 140, 28
@@ -196,11 +196,11 @@ def _progress(story: Story, _told: Sequence[Phase], time: _Scale, top: int) -> t
     parts = [_text(_LEFT, top + 16, "steps", "title"), _text(_LEFT + 50, top + 16, "orange: done again later", "small")]
     parts.extend(_time_axis(time, base, top + head))
     parts.extend(_value_axis(value, _even(0, max(steps), 4), ".0f"))
-    for one in story.rounds:
-        if one.first is None:
+    for round in story.rounds:
+        if round.first is None:
             continue
-        points = [(time(sample.time), sample.step) for sample in one.samples]
-        turn = one.first + story.kept(one) - 1
+        points = [(time(sample.time), sample.step) for sample in round.samples]
+        turn = round.first + story.kept(round) - 1
         between = next((pair for pair in pairwise(points) if pair[0][1] < turn < pair[1][1]), None)
         if between:
             points.insert(
@@ -216,9 +216,9 @@ def _progress(story: Story, _told: Sequence[Phase], time: _Scale, top: int) -> t
     return parts, head + height + 34
 
 
-def _losses(story: Story, _told: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
-    rounds = [[(s.time, s.loss) for s in one.samples if s.loss is not None] for one in story.rounds]
-    losses = [loss for one in rounds for _, loss in one]
+def _losses(story: Story, _shown: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
+    curves = [[(s.time, s.loss) for s in round.samples if s.loss is not None] for round in story.rounds]
+    losses = [loss for curve in curves for _, loss in curve]
     if not losses:
         return [], 0
     height, head = 90, 28
@@ -227,7 +227,7 @@ def _losses(story: Story, _told: Sequence[Phase], time: _Scale, top: int) -> tup
     parts = [_text(_LEFT, top + 16, "loss", "title")]
     parts.extend(_time_axis(time, base, top + head))
     parts.extend(_value_axis(value, _even(value.low, value.high, 3), ".3g"))
-    parts.extend(_path([(time(when), value(loss)) for when, loss in one], "loss") for one in rounds if one)
+    parts.extend(_path([(time(when), value(loss)) for when, loss in curve], "loss") for curve in curves if curve)
     return parts, head + height + 34
 
 

@@ -1,4 +1,4 @@
-"""How jobs are, on a screen. Pure."""
+"""Jobs on a screen: several as a table, one as a card. Pure."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ STYLES: Mapping[str, str] = {
 
 
 def table(views: Sequence[JobView], width: int = 120) -> RenderableType:
-    """All jobs, a line each, and below what is to be known besides. What has no room in ``width`` is left out."""
+    """All jobs, a line each, and their notes below. Columns that have no room in ``width`` are left out."""
     columns: dict[str, list[str]] = {
-        "job": [one.id for one in views],
-        "state": [one.state for one in views],
-        "nodes": [_nodes(one) for one in views],
-        "step": [_number(one.step) for one in views],
-        "left": ["" if one.time_left is None else span(one.time_left) for one in views],
-        "goodput": [_percent(one.goodput) for one in views],
-        "restarts": [_of(one.restarts, one.max_restarts) for one in views],
-        "script": [one.script[:24] for one in views],
-        "lost": [span(one.lost) if one.lost else "" for one in views],
-        "steps/s": [_number(one.steps_per_second, ".2f") for one in views],
-        "round": [str(one.round or "") for one in views],
+        "job": [view.id for view in views],
+        "state": [view.state for view in views],
+        "nodes": [_nodes(view) for view in views],
+        "step": [_number(view.step) for view in views],
+        "left": ["" if view.time_left is None else span(view.time_left) for view in views],
+        "goodput": [_percent(view.goodput) for view in views],
+        "restarts": [_of(view.restarts, view.max_restarts) for view in views],
+        "script": [view.script[:24] for view in views],
+        "lost": [span(view.lost) if view.lost else "" for view in views],
+        "steps/s": [_number(view.steps_per_second, ".2f") for view in views],
+        "round": [str(view.round or "") for view in views],
     }  # the most important first
-    made = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     used = 0
     for name, values in columns.items():
         needed = max(map(len, [name, *values])) + 2
         if any(values) and (used + needed <= width + 2 or not used):
             used += needed
-            made.add_column(name, justify="left" if name in {"job", "state", "script"} else "right", no_wrap=True)
+            table.add_column(name, justify="left" if name in {"job", "state", "script"} else "right", no_wrap=True)
         else:
             columns[name] = []
     for row in zip(*filter(None, columns.values()), strict=True):
-        made.add_row(row[0], *(Text(cell, STYLES.get(cell, "")) for cell in row[1:]))
+        table.add_row(row[0], *(Text(cell, STYLES.get(cell, "")) for cell in row[1:]))
     notes = [
-        Text.assemble((one.id, "bold"), f" {one.note.splitlines()[0]}")
-        for one in views
-        if one.note and one.state != "COMPLETED"
+        Text.assemble((view.id, "bold"), f" {view.note.splitlines()[0]}")
+        for view in views
+        if view.note and view.state != "COMPLETED"
     ]
-    return Group(made, *([Text()] if notes else []), *notes)
+    return Group(table, *([Text()] if notes else []), *notes)
 
 
-def _nodes(one: JobView) -> str:
-    asked = "" if one.min_nodes is None else f" of {one.min_nodes}:{one.max_nodes}"
-    return f"{len(one.nodes)}{asked}" if one.nodes or asked else ""
+def _nodes(view: JobView) -> str:
+    limits = "" if view.min_nodes is None else f" of {view.min_nodes}:{view.max_nodes}"
+    return f"{len(view.nodes)}{limits}" if view.nodes or limits else ""
 
 
 def _of(count: int, most: int | None) -> str:
@@ -72,10 +72,14 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
-def card(one: JobView) -> RenderableType:
+def first_nodes(nodes: Sequence[str]) -> str:
+    return " ".join(nodes[:16]) + (" ..." if len(nodes) > 16 else "")
+
+
+def card(view: JobView) -> RenderableType:
     """One job on a screen."""
     head = Text.assemble(
-        ("job ", "bold"), (one.id, "bold"), "  ", (one.state, STYLES.get(one.state, "bold")), "  ", one.script
+        ("job ", "bold"), (view.id, "bold"), "  ", (view.state, STYLES.get(view.state, "bold")), "  ", view.script
     )
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim")
@@ -85,38 +89,37 @@ def card(one: JobView) -> RenderableType:
         if shown := ", ".join(filter(None, parts)):
             rows.add_row(name, Text(shown))
 
-    row("", one.note)
-    shown = " ".join(one.nodes[:16]) + (" ..." if len(one.nodes) > 16 else "")
-    joined = f"{one.joiners} by jobs of their own" if one.joiners else ""
-    row("nodes", _nodes(one), shown, joined)
+    row("", view.note)
+    joined = f"{view.joiners} by jobs of their own" if view.joiners else ""
+    row("nodes", _nodes(view), first_nodes(view.nodes), joined)
     row(
         "workers",
-        str(one.world_size) if one.world_size else "",
-        f"round {one.round}",
-        f"leader {one.leader}" * bool(one.leader),
+        str(view.world_size) if view.world_size else "",
+        f"round {view.round}",
+        f"leader {view.leader}" * bool(view.leader),
     )
-    row("restarts", _of(one.restarts, one.max_restarts), f"last: {one.last_restart}" if one.last_restart else "")
-    row("requeues", _of(one.requeues, one.max_requeues) + " after failures", f"{max(0, one.runs - 1)} in all")
-    speed = "" if one.steps_per_second is None else f"{one.steps_per_second:.2f} steps/s"
+    row("restarts", _of(view.restarts, view.max_restarts), f"last: {view.last_restart}" if view.last_restart else "")
+    row("requeues", _of(view.requeues, view.max_requeues) + " after failures", f"{max(0, view.runs - 1)} in all")
+    speed = "" if view.steps_per_second is None else f"{view.steps_per_second:.2f} steps/s"
     row(
         "step",
-        "not reported" if one.step is None else str(one.step),
+        "not reported" if view.step is None else str(view.step),
         speed,
-        "" if one.loss is None else f"loss {one.loss:.4g}",
+        "" if view.loss is None else f"loss {view.loss:.4g}",
     )
-    left = "" if one.time_left is None else f"{span(one.time_left)} left"
+    left = "" if view.time_left is None else f"{span(view.time_left)} left"
     row(
         "time",
-        f"ran {span(one.running)}" if one.running else "",
-        f"queued {span(one.queued)}" if one.queued else "",
+        f"ran {span(view.running)}" if view.running else "",
+        f"queued {span(view.queued)}" if view.queued else "",
         left,
     )
-    repeated = f"{one.repeated_steps} steps repeated" if one.repeated_steps else ""
+    repeated = f"{view.repeated_steps} steps repeated" if view.repeated_steps else ""
     row(
         "lost",
-        span(one.lost) if one.lost else "nothing",
+        span(view.lost) if view.lost else "nothing",
         repeated,
-        f"goodput {_percent(one.goodput)}" * (one.goodput is not None),
+        f"goodput {_percent(view.goodput)}" * (view.goodput is not None),
     )
-    row("record", one.run_dir, f"{one.damaged} entries could not be understood" if one.damaged else "")
+    row("record", view.run_dir, f"{view.damaged} entries could not be understood" if view.damaged else "")
     return Group(head, rows)

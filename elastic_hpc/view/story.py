@@ -1,4 +1,4 @@
-"""The story of a job: its runs, rounds, faults and steps. Pure. ``story_builder`` makes it from the events of a record."""
+"""The story of a job: its runs, rounds, faults and steps. Pure. ``story_builder`` makes it from a job's events."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Round:
     """Charged before it was formed."""
     formed: float
     gap: float | None
-    """Seconds from what ended the round before, or from the start of the run, to the forming of this one."""
+    """Seconds from ``broken`` of the round before, or from the start of the run, to ``formed``."""
     leader: str = ""
     broken: float | None = None
     """When the cause of its end happened, as far as is known: the last contact with a node that was lost."""
@@ -97,7 +97,7 @@ class Run:
     granted: int
     """The job's own nodes."""
     began: float
-    """When the first leader was there."""
+    """When its first leader began to lead."""
     submitted: float | None = None
     """When the job was put into the queue for it."""
     started: float | None = None
@@ -106,7 +106,7 @@ class Run:
     """Its time limit."""
     ended: float | None = None
     outcome: str = ""
-    """``finished``, ``failed``, ``requeue``, or empty while it runs, or if nobody was left to say."""
+    """``finished``, ``failed``, ``requeue``; empty while it runs, or if no agent was left to record the end."""
     cause: str = ""
     reason: str = ""
     charged: bool = False
@@ -130,7 +130,7 @@ class Story:
     rounds: tuple[Round, ...] = ()
     joiners: tuple[JoinedNode, ...] = ()
     limits: Mapping[str, Any] = field(default_factory=dict)
-    """What the user asked for, with the names of ``decide.Policy``; empty if that is not known."""
+    """What the user asked for, with the names of ``policy.Policy``; empty if that is not known."""
     restarts: int = 0
     requeues: int = 0
     last_time: float = 0.0

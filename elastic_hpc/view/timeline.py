@@ -48,7 +48,7 @@ def _now(view: JobView, now: float) -> float | None:
 
 
 def _numbers(view: JobView) -> list[tuple[str, str]]:
-    known = [
+    numbers = [
         ("not reported" if view.goodput is None else f"{view.goodput:.0%}", "goodput"),
         (span(view.running), "with nodes"),
         (span(view.queued), "in the queue"),
@@ -57,8 +57,8 @@ def _numbers(view: JobView) -> list[tuple[str, str]]:
         (str(max(0, view.runs - 1)), "requeues"),
     ]
     if view.step is not None:
-        known += [(str(view.step), "steps done"), (str(view.repeated_steps), "steps repeated")]
-    return known
+        numbers += [(str(view.step), "steps done"), (str(view.repeated_steps), "steps repeated")]
+    return numbers
 
 
 def _when(story: Story) -> str:

@@ -13,32 +13,32 @@ from rich.text import Text
 from elastic_hpc.membership.events import sentence
 from elastic_hpc.view.account import MEANINGS
 from elastic_hpc.view.job import JobView
-from elastic_hpc.view.status import STYLES
+from elastic_hpc.view.status import STYLES, first_nodes
 from elastic_hpc.view.story import Fault, Round, Run, Story
 from elastic_hpc.view.times import clock, span
 
-_TOLD = frozenset(
+_SHOWN = frozenset(
     {
         *("take_over", "abdicate", "agent_restart", "joiners", "joiners_cancelled", "growth_problem", "unfit"),
         *("refused", "release", "left", "drain", "request", "store_failed", "stranger", "started"),
     }
 )
-"""Events that say what was done, or why something was not."""
+"""Events that say what was done, or why it was not done."""
 
 
 def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> RenderableType:
     """The whole story of one job."""
     parts: list[RenderableType] = [_head(view, story)]
     runs = {run.number: run for run in story.runs}
-    told = -1
-    for number, one in enumerate(story.rounds):
-        if one.run != told:
-            told = one.run
-            parts.append(_run_head(runs.get(one.run), told))
+    last_run = -1
+    for number, round in enumerate(story.rounds):
+        if round.run != last_run:
+            last_run = round.run
+            parts.append(_run_head(runs.get(last_run), last_run))
         following = story.rounds[number + 1] if number + 1 < len(story.rounds) else None
         until = following.formed if following else float("inf")
-        done = [event for event in events if event["event"] in _TOLD and one.formed <= event["time"] < until]
-        parts.append(_round(one, following, story, done))
+        shown = [event for event in events if event["event"] in _SHOWN and round.formed <= event["time"] < until]
+        parts.append(_round(round, following, story, shown))
     if view.node_seconds:
         parts.append(_spent(view))
     if advised := advice(view, story):
@@ -72,28 +72,27 @@ def _run_head(run: Run | None, number: int) -> Text:
     return Text(text, "bold")
 
 
-def _round(one: Round, following: Round | None, story: Story, done: Sequence[Mapping[str, Any]]) -> RenderableType:
-    shown = " ".join(one.nodes[:16]) + (" ..." if len(one.nodes) > 16 else "")
+def _round(round: Round, following: Round | None, story: Story, events: Sequence[Mapping[str, Any]]) -> RenderableType:
     lines = Text.assemble(
-        (f"round {one.number}", "bold cyan"),
-        f", {clock(one.formed)}: {len(one.nodes)} nodes ({shown}), {one.world_size} workers",
+        (f"round {round.number}", "bold cyan"),
+        f", {clock(round.formed)}: {len(round.nodes)} nodes ({first_nodes(round.nodes)}), {round.world_size} workers",
     )
     details = Text()
-    if one.first is not None:
-        details.append(f"steps {one.first} to {one.last}\n")
-    for event in done:
+    if round.first is not None:
+        details.append(f"steps {round.first} to {round.last}\n")
+    for event in events:
         details.append(f"{clock(event['time'])[11:]}  {sentence(event['event'], event)}\n", "dim")
-    if one.ended is None:
+    if round.ended is None:
         details.append("still running", "green")
     else:
-        details.append(f"ended after {span(one.ended - one.formed)} by: ")
-        details.append(f"{one.cause}\n", "red" if one.faults else "")
-        cause = one.faults[0] if one.faults else None
+        details.append(f"ended after {span(round.ended - round.formed)} by: ")
+        details.append(f"{round.cause}\n", "red" if round.faults else "")
+        cause = round.faults[0] if round.faults else None
         if cause and cause.traceback:
             details.append(cause.traceback.rstrip() + "\n", "dim")
-        if collateral := _collateral(one.faults[1:]):
+        if collateral := _collateral(round.faults[1:]):
             details.append(f"collateral: {collateral}\n")
-        details.append("\n".join(_consequences(one, following, story)))
+        details.append("\n".join(_consequences(round, following, story)))
     for line in details.split():
         lines.append("\n  ").append_text(line)
     return lines
@@ -103,12 +102,12 @@ def _collateral(faults: Sequence[Fault]) -> str:
     return "; ".join(str(fault).splitlines()[0][:150] for fault in faults)
 
 
-def _consequences(one: Round, following: Round | None, story: Story) -> Iterator[str]:
-    run = next((run for run in story.runs if run.number == one.run), None)
-    if following and following.run == one.run:
-        yield f"charged: restart {one.restarts + 1} (--max-restarts)" if one.charged else "charged: nothing"
-        gone = [node for node in one.nodes if node not in following.nodes]
-        new = [node for node in following.nodes if node not in one.nodes]
+def _consequences(round: Round, following: Round | None, story: Story) -> Iterator[str]:
+    run = next((run for run in story.runs if run.number == round.run), None)
+    if following and following.run == round.run:
+        yield f"charged: restart {round.restarts + 1} (--max-restarts)" if round.charged else "charged: nothing"
+        gone = [node for node in round.nodes if node not in following.nodes]
+        new = [node for node in following.nodes if node not in round.nodes]
         changes = [f"without {' '.join(gone)}" if gone else "", f"with {' '.join(new)}" if new else ""]
         what = " and ".join(filter(None, changes)) or "of the same nodes"
         yield f"then: a new round {what}" + (
@@ -117,9 +116,9 @@ def _consequences(one: Round, following: Round | None, story: Story) -> Iterator
     elif run and run.outcome:
         charged = "requeue (--max-requeues)" if run.charged else "nothing"
         yield f"charged: {charged}; then: {_OUTCOMES.get(run.outcome, run.outcome)}"
-    if repeated := story.repeated(one):
-        since = (one.last or 0) - repeated
-        yield f"{repeated} of its steps were done again: the last checkpoint was of step {since}"
+    if repeated := story.repeated(round):
+        resumed = (round.last or 0) - repeated
+        yield f"{repeated} of its steps were done again: the last checkpoint was of step {resumed}"
 
 
 _OUTCOMES = {
@@ -152,7 +151,7 @@ def _about_the_end(story: Story, id: str) -> Iterator[str]:
     run = story.runs[-1] if story.runs else None
     if run is None or run.outcome != "failed":
         return
-    cause = next((one.faults[0] for one in reversed(story.rounds) if one.faults), None)
+    cause = next((round.faults[0] for round in reversed(story.rounds) if round.faults), None)
     if "the same failure as before" in run.reason and cause:
         yield (
             f"mend the script: it failed twice in the same way without a step in between; what it wrote: "
@@ -169,7 +168,7 @@ def _about_the_end(story: Story, id: str) -> Iterator[str]:
 
 
 def _about_causes(story: Story) -> Iterator[str]:
-    causes = [one.faults[0] for one in story.rounds if one.faults]
+    causes = [round.faults[0] for round in story.rounds if round.faults]
     kinds = Counter(fault.kind for fault in causes)
     if kinds["out of memory"]:
         yield "ask for more memory (--mem), or use less: a smaller batch on each rank, fewer data loader workers"
@@ -182,7 +181,7 @@ def _about_causes(story: Story) -> Iterator[str]:
 
 
 def _about_time(view: JobView, story: Story) -> Iterator[str]:
-    if story.rounds and all(one.first is None for one in story.rounds) and view.running > 600:
+    if story.rounds and all(round.first is None for round in story.rounds) and view.running > 600:
         yield "have the script call report_progress(step): then lost time and goodput are known"
     if view.repeated_steps > 0.1 * (view.step or 0):
         yield f"save more often: {view.repeated_steps} steps were done again after restarts"
