@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from elastic_hpc.errors import ElasticError, SlurmError, UsageError
     from elastic_hpc.job.handle import Job, JobFailed, JobStatus, submit
     from elastic_hpc.job.launch import LaunchConfig, LaunchFailed, elastic_launch
-    from elastic_hpc.job.script import JobSpec, render
+    from elastic_hpc.job.script import render
+    from elastic_hpc.job.spec import JobSpec
 
 __version__ = "0.1.0"
 
@@ -35,7 +36,8 @@ _HOMES = {
     **dict.fromkeys(("ElasticError", "SlurmError", "UsageError"), "errors"),
     **dict.fromkeys(("Job", "JobFailed", "JobStatus", "submit"), "job.handle"),
     **dict.fromkeys(("LaunchConfig", "LaunchFailed", "elastic_launch"), "job.launch"),
-    **dict.fromkeys(("JobSpec", "render"), "job.script"),
+    "JobSpec": "job.spec",
+    "render": "job.script",
 }
 
 if not TYPE_CHECKING:  # the names above are all there are, and have their types

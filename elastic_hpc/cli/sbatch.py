@@ -15,10 +15,11 @@ from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.from_batch.convert import from_batch
-from elastic_hpc.job.request import build, checked, layers_of, prepared
-from elastic_hpc.job.script import COMMAND_LINE, JobSpec
+from elastic_hpc.job.request import Request, layers_of
+from elastic_hpc.job.spec import JobSpec, build
+from elastic_hpc.job.submission import checked, prepared
 from elastic_hpc.options.durations import as_text
-from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, Given, Option, check, last, scan
+from elastic_hpc.options.sbatch import COMMAND_LINE, COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.options.sbatch_environment import for_sbatch_itself
 from elastic_hpc.options.table import ELASTIC, JOB_OPTIONS, LAUNCH_OPTIONS, SCRIPT_SWITCHES, ElasticOption
 from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
@@ -129,15 +130,17 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
         raise UsageError(f"expected a training script: {USAGE}")
     layers = [] if module or no_python else layers_of(rest[0], last(sbatch, "chdir"))
     return build(
-        rest[0],
-        rest[1:],
-        options,
-        sbatch,
-        module=module,
-        source=COMMAND_LINE,
-        no_python=no_python,
-        torchrun=torchruns,
-        of_script=layers,
+        Request(
+            rest[0],
+            rest[1:],
+            options,
+            sbatch,
+            COMMAND_LINE,
+            module=module,
+            no_python=no_python,
+            torchrun=torchruns,
+            of_script=layers,
+        )
     )
 
 
@@ -154,17 +157,19 @@ def _from_batch(
         raise UsageError(f"--from-batch {batch}: {error.strerror}; expected a batch script that can be read") from None
     found = from_batch(content, batch, args, os.environ)
     job = build(
-        found.script,
-        found.script_args,
-        options,
-        sbatch,
-        module=found.module,
-        no_python=found.no_python,
-        source=COMMAND_LINE,
-        torchrun=torchruns,
-        of_script=found.layers,
-        notes=found.notes,
-        folder=found.folder,
+        Request(
+            found.script,
+            found.script_args,
+            options,
+            sbatch,
+            COMMAND_LINE,
+            module=found.module,
+            no_python=found.no_python,
+            torchrun=torchruns,
+            of_script=found.layers,
+            notes=found.notes,
+            folder=found.folder,
+        )
     )
     if job.launch.grow and any("SLURM_JOB" in line.value for line in job.setup):
         job = replace(job, notes=(*job.notes, "--grow: each joiner is a Slurm job with its own $SLURM_JOB_ID"))

@@ -13,8 +13,9 @@ from pathlib import Path
 from elastic_hpc import slurm
 from elastic_hpc.doctor.reports import Report, Run
 from elastic_hpc.errors import ElasticError, SlurmError
-from elastic_hpc.job.request import build
-from elastic_hpc.job.script import JobSpec, render, template_folder
+from elastic_hpc.job.request import Request
+from elastic_hpc.job.script import render, template_folder
+from elastic_hpc.job.spec import JobSpec, build
 from elastic_hpc.options.sbatch import SBATCH, Given
 from elastic_hpc.record.rundir import RunDir
 
@@ -66,7 +67,8 @@ def _job(nodes: int, log_dir: str, rundir: RunDir, sbatch: Sequence[Given]) -> J
         "template": str(template_folder() / "probe.j2"),
     }
     given = [*sbatch, *(Given(SBATCH[name], value, _DOCTOR) for name, value in own.items())]
-    job = build("elastic_hpc.doctor.probe", [str(rundir.path)], options.items(), given, module=True, source=_DOCTOR)
+    probe = "elastic_hpc.doctor.probe"
+    job = build(Request(probe, [str(rundir.path)], [*options.items()], given, source=_DOCTOR, module=True))
     interface = ["--interface", job.launch.interface] if job.launch.interface else []
     launch = replace(job.launch, script_args=(*job.launch.script_args, *interface))
     passed = tuple(given for given in job.sbatch if given.name != "error")  # a file of its own, in a configuration file

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.from_batch.launch_line import OF_RENDEZVOUS, Launch, launch_of, not_understood
-from elastic_hpc.from_batch.shape import Shape, shown
+from elastic_hpc.from_batch.shape import Shape
 from elastic_hpc.from_batch.shell_text import Statement, statements
 from elastic_hpc.from_batch.variables import ASSIGNS, Variables, assigned, names
 from elastic_hpc.job.config import Layer
@@ -99,7 +99,7 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
     layers += [Layer(source, [(option, value)], []) for option, value, source in shape.options]
     layers += [Layer(source, [("setup", line)], []) for line, source in setup]
     notes = [*shape.notes, *found.notes, *(f"{at}: {note}" for note in launch.notes)]
-    taken = [*map(shown, shape.sbatch), *(f"--{option}={value}" for option, value, _ in shape.options)]
+    taken = [*map(str, shape.sbatch), *(f"--{option}={value}" for option, value, _ in shape.options)]
     lines = f", set-up lines: {len(setup)}" if setup else ""
     command = " ".join([launch.script, *launch.script_args])
     first_note = f"{name}: taken: {' '.join(taken)}{lines}, to run: {command}"

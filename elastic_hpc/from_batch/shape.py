@@ -73,7 +73,7 @@ class Shape:
         if tasks > 1 and not named:
             source = next(self._all[name].source for name in _TASKS if name in self._all)
             added = Given(SBATCH["mincpus"], str(tasks), source)
-            self.notes.append(f"{source}: added {shown(added)}: {_ALL_TASKS}")
+            self.notes.append(f"{source}: added {added}: {_ALL_TASKS}")
             self.sbatch.append(added)
 
     def _take(self, given: Given, per_node: int) -> None:
@@ -108,18 +108,17 @@ class Shape:
         warning = replace(given, value=f"USR2@{seconds or 60}")
         drain = f"--drain-signal={word}"
         self.notes.append(
-            f"{given.source}: changed {shown(given)} to {shown(warning)} and {drain}: "
-            "the agents pass the warning on to the workers"
+            f"{given.source}: changed {given} to {warning} and {drain}: the agents pass the warning on to the workers"
         )
         self.options.append(("drain-signal", word, given.source))
         self.sbatch.append(warning)
 
     def _drop(self, given: Given, reason: str) -> None:
-        self.notes.append(f"{given.source}: dropped {shown(given)}: {reason}")
+        self.notes.append(f"{given.source}: dropped {given}: {reason}")
 
     def _change(self, given: Given, name: str, value: str) -> None:
         changed = replace(given, option=SBATCH[name], value=value)
-        self.notes.append(f"{given.source}: changed {shown(given)} to {shown(changed)}: {_ALL_TASKS}")
+        self.notes.append(f"{given.source}: changed {given} to {changed}: {_ALL_TASKS}")
         self.sbatch.append(changed)
 
 
@@ -127,10 +126,6 @@ def _number(told: Mapping[str, Given], *names: str) -> int:
     """The first of these options that says one."""
     values = [told[name].value or "" for name in names if name in told]
     return next(filter(None, map(number, values)), 0)
-
-
-def shown(given: Given) -> str:
-    return given.option.flag if given.value is None else f"{given.option.flag}={given.value}"
 
 
 def _times(count: str, tasks: int) -> str:

@@ -20,8 +20,8 @@ from elastic_hpc import slurm
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.job.look import Jobs, Look, recorded
 from elastic_hpc.job.lookup import expand, find
-from elastic_hpc.job.request import prepared
-from elastic_hpc.job.script import JobSpec
+from elastic_hpc.job.spec import JobSpec
+from elastic_hpc.job.submission import prepared
 from elastic_hpc.record.registry import remember
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import Stream, files

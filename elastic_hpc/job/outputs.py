@@ -24,12 +24,11 @@ def notes(sbatch: Sequence[Given], work_dir: str) -> list[str]:
     """A line for each that is not known, or cannot be made here: the job may fail for it."""
     found = []
     for given, folder, rest in _folders(sbatch, work_dir):
-        shown = f"{given.option.flag}={given.value}"
         if rest:
-            found.append(f"{shown}: Slurm makes no folders; the job fails if {rest!r} is not there when it starts")
+            found.append(f"{given}: Slurm makes no folders; the job fails if {rest!r} is not there when it starts")
         elif problem := _obstacle(folder):
             found.append(
-                f"{shown}: {folder} cannot be written here: {problem}; if the nodes cannot either, the job fails"
+                f"{given}: {folder} cannot be written here: {problem}; if the nodes cannot either, the job fails"
             )
     return found
 

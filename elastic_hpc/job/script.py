@@ -1,118 +1,17 @@
-"""The batch script: the one ``srun`` line, quoting for bash and for sbatch, the Jinja2 templates. Reads templates."""
+"""The batch script of a job, from a Jinja2 template. Reads templates."""
 
 from __future__ import annotations
 
 import functools
-import os
-import shlex
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elastic_hpc import __version__
 from elastic_hpc.errors import UsageError
-from elastic_hpc.job.commands import Container, agent_command, srun_options, torchrun_command
-from elastic_hpc.job.config import Setting
+from elastic_hpc.job.commands import agent_command, srun_options, torchrun_command
 from elastic_hpc.job.quoting import Shell, comment, directive, quote, quote_all
-from elastic_hpc.job.snapshot import WorkTree
-from elastic_hpc.options.sbatch import Given, WarningSignal
-from elastic_hpc.options.spec import LaunchSpec
-from elastic_hpc.options.table import NOT_FOR_TORCHRUN
+from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.start import module_command
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from elastic_hpc.job.typed import JobOptions
-
-COMMAND_LINE = "command line"
-
-
-@dataclass(frozen=True)
-class JobSpec:
-    """A batch job, complete: ``render`` needs nothing else."""
-
-    launch: LaunchSpec
-    log_dir: str  # absolute
-    sbatch: tuple[Given, ...] = ()  # passed through
-    signal: WarningSignal = WarningSignal()
-    setup: tuple[Setting, ...] = ()
-    env: Mapping[str, Setting] = field(default_factory=dict)
-    template: str = "elastic"  # built in, or the path of a file
-    python: str = sys.executable  # absolute; a virtual environment's own link, not what it points to
-    agent_python: tuple[str, ...] | None = None  # of agents and workers, words; None: the same, in a container python3
-    container: Container | None = None
-    code: WorkTree | None = None  # what git says of it is recorded
-    snapshot: bool = False  # a copy of it runs
-    token: str = "TOKEN"  # noqa: S105 - names what is put aside for this job, when it is submitted
-    torchrun: tuple[str, ...] = ()  # options of torchrun's that only the template of that name needs
-    sources: Mapping[str, str] = field(default_factory=dict)  # long option -> where its value came from
-    notes: tuple[str, ...] = ()  # what was asked for and is not taken, a line each
-
-    @classmethod
-    def of(
-        cls,
-        script: str | os.PathLike[str],
-        *script_args: object,
-        module: bool = False,
-        no_python: bool = False,
-        setup: str | Iterable[str] = (),
-        env: Mapping[str, object] | None = None,
-        sbatch: Mapping[str, object] | None = None,
-        **options: Unpack[JobOptions],
-    ) -> JobSpec:
-        """The job that ``elastic-sbatch [options] SCRIPT [ARGS]`` would submit, configuration files included::
-
-            JobSpec.of("train.py", "--lr", 1e-3, nodes=(4, 8), grow=True, partition="gpu", time=timedelta(hours=8))
-
-        ``options`` are long options of elastic-sbatch and of sbatch, with ``_`` for ``-``; ``sbatch`` has those that
-        only a newer sbatch knows. None is not given; True and False are a switch that is and is not. Times are a
-        timedelta, seconds where elastic-sbatch has seconds, or in sbatch's own notation. A list is what sbatch
-        separates by commas. Raises UsageError, a ValueError too, as the command would refuse.
-        """
-        from elastic_hpc.job.request import from_names
-
-        return from_names(
-            script,
-            script_args,
-            module=module,
-            no_python=no_python,
-            setup=setup,
-            env=env,
-            options=options,
-            sbatch=sbatch,
-        )
-
-    @property
-    def staged(self) -> str:
-        """Where the code is put aside until the job starts."""
-        return f"{self.log_dir}/.submission.{self.token}"
-
-    @property
-    def asks_for_gpus(self) -> bool:
-        return any(g.name.startswith("gpus") or (g.name == "gres" and "gpu" in str(g.value)) for g in self.sbatch)
-
-    def has(self, name: str) -> bool:
-        """Whether the sbatch option ``name`` is passed through."""
-        return any(given.name == name for given in self.sbatch)
-
-    def settings(self) -> list[tuple[str, str, str]]:
-        """Every setting of ours as (name, value, where it came from)."""
-        rows = [*self.launch.options(), ("--log-dir", self.log_dir), ("--template", self.template)]
-        if self.template == "torchrun":
-            unknown = [f"--{name}" for name in NOT_FOR_TORCHRUN] + ["--log-dir"] * ("log-dir" not in self.sources)
-            rows = [row for row in rows if row[0] not in unknown]
-        rows += [("--python", shlex.join(self.agent_python))] if self.agent_python else []
-        if self.container:
-            rows += [("--container-image", self.container.image), ("--container-runtime", self.container.runtime)]
-            rows += [("--container-mounts", self.container.mounts)] if self.container.mounts else []
-        rows += [("--snapshot", "on")] if self.snapshot else []
-        shown = [(flag, text, self.sources.get(flag.removeprefix("--"), "default")) for flag, text in rows]
-        shown += [("--setup", line.value, line.source) for line in self.setup]
-        shown += [("--env", f"{name}={value.value}", value.source) for name, value in self.env.items()]
-        return shown
 
 
 def template_folder() -> Path:

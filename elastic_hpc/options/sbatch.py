@@ -47,13 +47,19 @@ class Option:
         return f"--{self.name}"
 
 
+COMMAND_LINE = "command line"
+
+
 @dataclass(frozen=True)
 class Given:
     """An option as somebody gave it, and where: the command line, or a configuration file."""
 
     option: Option
     value: str | None
-    source: str = "command line"
+    source: str = COMMAND_LINE
+
+    def __str__(self) -> str:
+        return self.option.flag if self.value is None else f"{self.option.flag}={self.value}"
 
     @property
     def name(self) -> str:
@@ -105,18 +111,17 @@ def check(given: Given, fixed: int | None = None) -> bool:
     name, value = given.name, given.value
     if value and value == {"ntasks": str(fixed), "ntasks-per-node": "1", "tasks-per-node": "1"}.get(name):
         return False
-    shown = given.option.flag if value is None else f"{given.option.flag}={value}"
     for refused, reason in REFUSED.items():
         # getopt accepts unambiguous abbreviations, so --ntask=4 would reach sbatch as --ntasks=4
         if name == refused or (name not in SBATCH and refused.startswith(name)):
-            raise UsageError(f"{shown}: {reason}")
+            raise UsageError(f"{given}: {reason}")
     if name == "no-kill" and value is not None:
-        raise UsageError(f"{shown}: then a lost node ends the whole job; leave it out")
+        raise UsageError(f"{given}: then a lost node ends the whole job; leave it out")
     if name == "open-mode" and value != "append":
-        raise UsageError(f"{shown}: a requeue would wipe the log; leave it out, the mode is append")
+        raise UsageError(f"{given}: a requeue would wipe the log; leave it out, the mode is append")
     if name == "export" and (value or "").split(",")[0] != "ALL":
         raise UsageError(
-            f"{shown}: the agents need the environment of the submission; "
+            f"{given}: the agents need the environment of the submission; "
             "use --export=ALL,NAME=VALUE or --env NAME=VALUE"
         )
     if name == "signal":

@@ -61,7 +61,7 @@ def for_sbatch_itself(environ: Mapping[str, str]) -> list[str]:
 
 def _refuse_container(given: Given) -> None:
     if is_for_containers(given.name):
-        raise UsageError(f"{given.option.flag}={given.value}: use --container-image IMAGE")
+        raise UsageError(f"{given}: use --container-image IMAGE")
 
 
 _ON = ("", "yes", "1")

@@ -173,15 +173,15 @@ def torchrun_options(argv: Sequence[str]) -> Line:
     kept = []
     for each in given:
         if each.name in OF_EACH_JOB and _is_shell(each):
-            dropped.append((_shown(each), OF_EACH_JOB[each.name]))
+            dropped.append((str(each), OF_EACH_JOB[each.name]))
         else:
             kept.append(each)
     ours, others = translate(kept)
     for each in others:
         try:
-            dropped.append((_shown(each), unneeded(each)))
+            dropped.append((str(each), unneeded(each)))
         except UsageError as error:
-            dropped.append((_shown(each), str(error).partition(": ")[2]))
+            dropped.append((str(each), str(error).partition(": ")[2]))
     return Line(
         tuple((each.name, each.value or "") for each in ours if each.option.value),
         any(each.name == "module" for each in ours),
@@ -194,7 +194,3 @@ def torchrun_options(argv: Sequence[str]) -> Line:
 
 def _is_shell(given: Given) -> bool:
     return "$" in (given.value or "") or "`" in (given.value or "")
-
-
-def _shown(given: Given) -> str:
-    return given.option.flag if given.value is None else f"{given.option.flag}={given.value}"

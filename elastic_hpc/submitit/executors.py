@@ -24,7 +24,7 @@ from elastic_hpc.errors import ElasticError
 from elastic_hpc.job.functions import CLUSTERS, MODULE, runs_folder
 
 if TYPE_CHECKING:
-    from elastic_hpc.job.script import JobSpec
+    from elastic_hpc.job.spec import JobSpec
 
 
 class ElasticExecutor(core.Executor):
@@ -82,7 +82,7 @@ class ElasticExecutor(core.Executor):
 
     def _spec(self, parameters: Mapping[str, Any], count: int = 1) -> JobSpec:
         """The job of ``count`` functions. UsageError if there is none with these parameters."""
-        from elastic_hpc.job.request import from_names
+        from elastic_hpc.job.spec import JobSpec
         from elastic_hpc.submitit.parameters import options_of
 
         options = {"nodes": "1", "job_name": "submitit", "python": self.python, **options_of(parameters)}
@@ -90,14 +90,14 @@ class ElasticExecutor(core.Executor):
         if count > 1:
             options["array"] = f"0-{count - 1}" + (f"%{parallel}" if parallel else "")
         output = "%A_%a.log" if count > 1 else "%j.log"
-        return from_names(
+        return JobSpec.of(
             MODULE,
-            [str(self.folder)],
+            str(self.folder),
             module=True,
             setup=options.pop("setup", None) or (),
             env={**(options.pop("env", None) or {}), "SUBMITIT_EXECUTOR": CLUSTERS[0]},
             sbatch=options.pop("sbatch", None),
-            options={"output": self._runs / output, **options, "log_dir": self._runs},
+            **{"output": self._runs / output, **options, "log_dir": self._runs},
         )
 
     def _internal_process_submissions(self, delayed_submissions: list[utils.DelayedSubmission]) -> list[core.Job[Any]]:

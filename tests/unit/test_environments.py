@@ -23,8 +23,9 @@ from elastic_hpc.agent.main import parse_args
 from elastic_hpc.cli.sbatch import main
 from elastic_hpc.errors import JobEnded, UsageError
 from elastic_hpc.job.quoting import quote_all
-from elastic_hpc.job.request import checked
-from elastic_hpc.job.script import JobSpec, render
+from elastic_hpc.job.script import render
+from elastic_hpc.job.spec import JobSpec
+from elastic_hpc.job.submission import checked
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.record.rundir import RunDir

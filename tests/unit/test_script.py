@@ -16,7 +16,8 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.job.commands import agent_command, srun_options
 from elastic_hpc.job.config import Setting
 from elastic_hpc.job.quoting import Shell, directive, quote, quote_all
-from elastic_hpc.job.script import JobSpec, built_in_templates, render
+from elastic_hpc.job.script import built_in_templates, render
+from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.options.sbatch import SBATCH, Given, WarningSignal
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.values import Endpoint, NodeRange

@@ -15,9 +15,10 @@ import pytest
 from elastic_hpc.cli.sbatch import main
 from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.job import snapshot
-from elastic_hpc.job.request import prepared
-from elastic_hpc.job.script import JobSpec, render
+from elastic_hpc.job.script import render
 from elastic_hpc.job.snapshot import WorkTree
+from elastic_hpc.job.spec import JobSpec
+from elastic_hpc.job.submission import prepared
 
 GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "protocol.file.allow=always"]
 

@@ -1,0 +1,237 @@
+"""A batch job, complete, and the steps from a request to it. Looks at the script and its folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.job import outputs, programs
+from elastic_hpc.job.commands import Container
+from elastic_hpc.job.config import Setting, Settings
+from elastic_hpc.job.quoting import Shell
+from elastic_hpc.job.request import Place, Request, configured, effective, located, of_call
+from elastic_hpc.job.snapshot import WorkTree
+from elastic_hpc.options import durations
+from elastic_hpc.options.sbatch import LONGEST_LEAD, SBATCH, Given, WarningSignal, last
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.table import LAUNCH_OPTIONS, NOT_FOR_TORCHRUN
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from elastic_hpc.job.typed import JobOptions
+
+NAME_OF_SCRIPT = "the script's name"
+"""The source of a job name that nobody gave."""
+AFTER_GRACE = timedelta(seconds=30)
+"""Time to requeue, between the end of --grace and that of the allocation."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A batch job, complete: ``render`` needs nothing else."""
+
+    launch: LaunchSpec
+    log_dir: str  # absolute
+    sbatch: tuple[Given, ...] = ()  # passed through
+    signal: WarningSignal = WarningSignal()
+    setup: tuple[Setting, ...] = ()
+    env: Mapping[str, Setting] = field(default_factory=dict)
+    template: str = "elastic"  # built in, or the path of a file
+    python: str = sys.executable  # absolute; a virtual environment's own link, not what it points to
+    agent_python: tuple[str, ...] | None = None  # of agents and workers, words; None: the same, in a container python3
+    container: Container | None = None
+    code: WorkTree | None = None  # what git says of it is recorded
+    snapshot: bool = False  # a copy of it runs
+    token: str = "TOKEN"  # noqa: S105 - names what is put aside for this job, when it is submitted
+    torchrun: tuple[str, ...] = ()  # options of torchrun's that only the template of that name needs
+    sources: Mapping[str, str] = field(default_factory=dict)  # long option -> where its value came from
+    notes: tuple[str, ...] = ()  # what was asked for and is not taken, a line each
+
+    @classmethod
+    def of(
+        cls,
+        script: str | os.PathLike[str],
+        *script_args: object,
+        module: bool = False,
+        no_python: bool = False,
+        setup: str | Iterable[str] = (),
+        env: Mapping[str, object] | None = None,
+        sbatch: Mapping[str, object] | None = None,
+        **options: Unpack[JobOptions],
+    ) -> JobSpec:
+        """The job that ``elastic-sbatch [options] SCRIPT [ARGS]`` would submit, configuration files included::
+
+            JobSpec.of("train.py", "--lr", 1e-3, nodes=(4, 8), grow=True, partition="gpu", time=timedelta(hours=8))
+
+        ``options`` are long options of elastic-sbatch and of sbatch, with ``_`` for ``-``; ``sbatch`` has those that
+        only a newer sbatch knows. None is not given; True and False are a switch that is and is not. Times are a
+        timedelta, seconds where elastic-sbatch has seconds, or in sbatch's own notation. A list is what sbatch
+        separates by commas. Raises UsageError, a ValueError too, as the command would refuse.
+        """
+        return build(
+            of_call(
+                script,
+                script_args,
+                module=module,
+                no_python=no_python,
+                setup=setup,
+                env=env,
+                options=options,
+                sbatch=sbatch,
+            )
+        )
+
+    @property
+    def staged(self) -> str:
+        """Where the code is put aside until the job starts."""
+        return f"{self.log_dir}/.submission.{self.token}"
+
+    @property
+    def asks_for_gpus(self) -> bool:
+        return any(g.name.startswith("gpus") or (g.name == "gres" and "gpu" in str(g.value)) for g in self.sbatch)
+
+    def has(self, name: str) -> bool:
+        """Whether the sbatch option ``name`` is passed through."""
+        return any(given.name == name for given in self.sbatch)
+
+    def settings(self) -> list[tuple[str, str, str]]:
+        """Every setting of ours as (name, value, where it came from)."""
+        box = self.container
+        job = {
+            "log-dir": self.log_dir,
+            "template": self.template,
+            "python": shlex.join(self.agent_python) if self.agent_python else None,
+            "container-image": box.image if box else None,
+            "container-runtime": box.runtime if box else None,
+            "container-mounts": box.mounts if box else None,
+            "snapshot": "on" if self.snapshot else None,
+        }
+        rows = [*self.launch.options(), *((f"--{name}", text) for name, text in job.items() if text)]
+        if self.template == "torchrun":
+            unknown = [f"--{name}" for name in NOT_FOR_TORCHRUN] + ["--log-dir"] * ("log-dir" not in self.sources)
+            rows = [row for row in rows if row[0] not in unknown]
+        shown = [(flag, text, self.sources.get(flag.removeprefix("--"), "default")) for flag, text in rows]
+        shown += [("--setup", line.value, line.source) for line in self.setup]
+        shown += [("--env", f"{name}={value.value}", value.source) for name, value in self.env.items()]
+        return shown
+
+
+def build(request: Request) -> JobSpec:
+    """The job of ``request``, over what the environment, the script itself and the configuration files say. Raises
+    UsageError for what cannot be a job.
+    """
+    settings = configured(request)
+    place = located(request, settings)
+    return _assembled(request, settings, place, effective(request, settings))
+
+
+def _assembled(request: Request, settings: Settings, place: Place, options: Mapping[str, Setting]) -> JobSpec:
+    def value(name: str, default: Any = None) -> Any:
+        return options[name].value if name in options else default
+
+    log_dir = os.path.abspath(value("log-dir", "elastic-logs"))
+    container = _container(options, request.source, place.work_dir, log_dir)
+    code = WorkTree.around(place.work_dir)
+    launch = LaunchSpec(
+        script=_in_snapshot(request, place, code) if value("snapshot") else place.script,
+        script_args=tuple(request.script_args),
+        module=request.module,
+        no_python=request.no_python,
+        **{option.dest: value(option.name) for option in LAUNCH_OPTIONS if option.name in options},
+    )
+    launch.check_sizes()
+    sbatch = [*_job_name(settings, launch), *(given for given in settings.sbatch if given.name != "signal")]
+    python = value("python")
+    if python and not container:
+        python = programs.find_interpreter(python, place.work_dir, place.submitted_from)
+    lasts = programs.environment_that_lasts(sys.prefix, place.work_dir, other=bool(python and not container))
+    template = value("template", JobSpec.template)
+    return JobSpec(
+        launch=launch,
+        log_dir=log_dir,
+        sbatch=tuple(sbatch),
+        signal=_warning(last(settings.sbatch, "signal"), launch.grace),
+        setup=settings.setup,
+        env=settings.env,
+        template=template,
+        python=python[0] if python and programs.is_temporary(sys.prefix) else sys.executable,
+        agent_python=python,
+        container=container,
+        code=code,
+        snapshot=value("snapshot", default=False),
+        torchrun=tuple(_words_for_torchrun(request.torchrun)) if template == "torchrun" else (),
+        sources={name: setting.source for name, setting in options.items()},
+        notes=(
+            *request.notes,
+            *settings.notes,
+            *filter(None, [place.note, lasts]),
+            *outputs.notes(sbatch, place.work_dir),
+        ),
+    )
+
+
+def _container(options: Mapping[str, Setting], source: str, work_dir: str, log_dir: str) -> Container | None:
+    image, mounts, runtime = (options.get(f"container-{name}") for name in ("image", "mounts", "runtime"))
+    if not image:
+        for name, setting in ("mounts", mounts), ("runtime", runtime):
+            if setting and setting.source == source:
+                raise UsageError(f"--container-{name} {setting.value}: needs a container: --container-image IMAGE")
+        return None
+    for folder in (work_dir, log_dir):
+        if set(folder) & set(',:"'):
+            raise UsageError(
+                f"{folder!r} with --container-image: a folder with a comma, a colon or a quote in its name cannot be "
+                "mounted; use another one, see --chdir and --log-dir"
+            )
+    decided = "apptainer" if image.value.endswith(".sif") else "pyxis"
+    return Container(image.value, runtime.value if runtime else decided, mounts.value if mounts else None)
+
+
+def _in_snapshot(request: Request, place: Place, code: WorkTree | None) -> str:
+    """The script as the job finds it in the copy of the code."""
+    if request.folder != "" or isinstance(place.script, Shell):
+        raise UsageError("--snapshot: where the batch script changes to, there is no copy; leave it out")
+    if not code:
+        raise UsageError(
+            f"--snapshot: {place.work_dir} is in no work tree of git, or git cannot be asked; leave it out"
+        )
+    if request.module or (request.no_python and os.sep not in place.script):
+        return place.script
+    return f"./{code.script(place.script)}" if request.no_python else code.script(place.script)
+
+
+def _job_name(settings: Settings, launch: LaunchSpec) -> list[Given]:
+    """The name of a job that nobody named: its script's."""
+    if any(given.name == "job-name" for given in settings.sbatch) or isinstance(launch.script, Shell):
+        return []
+    path = Path(launch.script)
+    name = launch.script if launch.module else path.name if launch.no_python else path.stem
+    return [Given(SBATCH["job-name"], re.sub(r"[\x00-\x1f\x7f]", "_", name), NAME_OF_SCRIPT)]
+
+
+def _warning(given: str | None, grace: timedelta) -> WarningSignal:
+    """When the workers are told: as --signal says, else so early that they have --grace."""
+    lead, longest = grace + AFTER_GRACE, timedelta(seconds=LONGEST_LEAD)
+    if lead > longest and "@" not in (given or ""):
+        raise UsageError(
+            f"--grace {durations.as_text(grace)}: the workers are told {durations.as_text(lead)} s before the end of "
+            f"the job, and Slurm's --signal takes at most {LONGEST_LEAD} s; expected at most "
+            f"{durations.as_text(longest - AFTER_GRACE)} s"
+        )
+    return WarningSignal.parse(given, lead) if given else WarningSignal(lead=lead)
+
+
+def _words_for_torchrun(given: Sequence[Given]) -> Iterator[str]:
+    """What torchrun itself is told; each node's number is known to its rendezvous alone."""
+    for each in given:
+        if each.name != "node-rank" and each.value != "static":
+            yield str(each)
