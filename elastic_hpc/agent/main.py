@@ -275,9 +275,10 @@ def main(argv: list[str] | None = None) -> int:
         args=tuple(arg.replace("$", "$$") for arg in worker[1:]),
         **numa,
     )
+    mark = f"{AGENT_MARK}={token}\0".encode()
     logs = NodeLogs(Path(rundir.path, "logs"), env.run, env.name, spec.local_ranks_filter)
     signals = DrainSignals(spec.drain_signal, slurm=not env.local)
-    agent = ElasticAgent(worker_spec, logs, control, env.name, policy, spec.hang_timeout, standbys, signals)
+    agent = ElasticAgent(worker_spec, logs, control, mark, env.name, policy, spec.hang_timeout, standbys, signals)
 
     agent.handle_signals()
     # Slurm's warning comes as a request over the control connection. Not SIG_IGN: the workers would inherit that.

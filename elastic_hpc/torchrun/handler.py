@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn
 
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousInfo, RendezvousParameters
@@ -44,7 +43,7 @@ from elastic_hpc.network.server import LEAVE_TIMEOUT
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.torchrun.plugin import BACKEND
 from elastic_hpc.torchrun.settings import is_loopback, leads_at_first, place, read_settings
-from elastic_hpc.workers import guard
+from elastic_hpc.workers import guard, proc
 from elastic_hpc.workers.memory import OomWatch
 from elastic_hpc.workers.watch import Watch
 
@@ -194,8 +193,8 @@ class TorchrunHandler(ElasticRendezvousHandler):
         workers = {}
         for pid in guard.marked(self._token):
             with contextlib.suppress(ProcessLookupError):  # torch's agent sees that too
-                if _parent_of(pid) == os.getpid():
-                    workers[os.pidfd_open(pid)] = pid, _local_rank_of(pid)
+                if proc.parent(pid) == os.getpid():
+                    workers[os.pidfd_open(pid)] = pid, int(proc.variable(pid, "LOCAL_RANK") or 0)
         threading.Thread(target=self._look_after, args=(round, workers), name=f"workers-{round}", daemon=True).start()
 
     def _look_after(self, round: int, workers: dict[int, tuple[int, int]]) -> None:
@@ -209,7 +208,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
             for descriptor, _ in poll.poll(1000):
                 poll.unregister(descriptor)
                 left.discard(descriptor)
-                code = _exit_code(descriptor)
+                code = proc.exit_code(descriptor)
                 if code and self._tell_failure(round, code, workers[descriptor][1], oom=oom.happened()):
                     _wait_until_reaped(descriptor)  # else torch could take one of those killed here for the first
                     for sibling in left:  # these alone: the next round may have begun
@@ -240,12 +239,10 @@ class TorchrunHandler(ElasticRendezvousHandler):
         return True
 
     def _kill_workers(self) -> None:
-        """SIGKILL to all that carry the mark: those of a broken round are stuck in a collective."""
+        """The workers of a broken round are stuck in a collective."""
         with self._lock:
             self._told = True
-        end = time.monotonic() + 10
-        while guard.kill_marked(self._token) and time.monotonic() < end:
-            time.sleep(0.01)
+        guard.kill_all(self._token)
 
     def _wait_for_all(self) -> None:
         """All workers of this node have finished: wait until the job has."""
@@ -267,32 +264,7 @@ def _end(over: JobEnded) -> NoReturn:
     raise RendezvousClosedError(over.reason) from None
 
 
-def _parent_of(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-    return 0
-
-
-def _local_rank_of(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        for name, _, value in (line.partition("=") for line in Path(f"/proc/{pid}/environ").read_text().split("\0")):
-            if name == "LOCAL_RANK":
-                return int(value)
-    return 0
-
-
-def _exit_code(descriptor: int) -> int | None:
-    """Minus the signal if one killed the worker; None if torch has reaped it. It is left to torch to reap."""
-    try:
-        seen = os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return None
-    if seen is None:
-        return None
-    return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
-
-
 def _wait_until_reaped(descriptor: int) -> None:
     end = time.monotonic() + 2
-    while _exit_code(descriptor) is not None and time.monotonic() < end:
+    while proc.exit_code(descriptor) and time.monotonic() < end:
         time.sleep(0.01)

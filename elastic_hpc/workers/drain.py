@@ -6,9 +6,9 @@ import contextlib
 import logging
 import signal
 from collections.abc import Mapping
-from pathlib import Path
 
 from elastic_hpc.options.values import DrainSignal
+from elastic_hpc.workers.proc import handles
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +60,3 @@ class DrainSignals:
             if handles(pid, signal.Signals[f"SIG{name}"]):
                 self._advised = True
                 log.info("the workers handle SIG%s, not SIGTERM: if they save then, type --drain-signal %s", name, name)
-
-
-def handles(pid: int, number: int) -> bool:
-    """Whether process ``pid`` has a handler of that signal, or blocks it in its first thread, to wait in another."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it is gone
-        return False
-    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigCgt:", "SigBlk:"))]
-    return any(mask >> (number - 1) & 1 for mask in masks)

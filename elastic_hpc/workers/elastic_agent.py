@@ -41,9 +41,10 @@ from elastic_hpc.membership.policy import TERM_GRACE, Policy
 from elastic_hpc.record.stamps import Stamper
 from elastic_hpc.record.stderr import tail
 from elastic_hpc.training import DRAIN_FILE, LOCAL_DIR, Progress
-from elastic_hpc.workers import stacks
+from elastic_hpc.workers import guard, stacks
 from elastic_hpc.workers.drain import DrainSignals
 from elastic_hpc.workers.memory import OomWatch
+from elastic_hpc.workers.proc import exit_code
 from elastic_hpc.workers.standbys import Standbys
 from elastic_hpc.workers.watch import Watch
 
@@ -165,20 +166,23 @@ class ElasticAgent(LocalElasticAgent):
         spec: WorkerSpec,
         logs: NodeLogs,
         control: Control,
+        mark: bytes,
         node: str,
         policy: Policy,
         hang_timeout: timedelta | None,
         standbys: Standbys,
         signals: DrainSignals,
     ) -> None:
+        """``mark``: what all workers have in their environment."""
         super().__init__(spec, logs_specs=logs, log_line_prefix_template="[rank${rank}]: ")
+        self._mark = mark
         self._control = control
         self._logs = logs
         self._node = node
         self._standbys = standbys
         self._policy = policy
         self._exits: dict[int, int] = {}
-        """pidfd of every worker of the round, by its pid, which is its session too."""
+        """pidfd of every worker of the round, by its pid."""
         self._closing: threading.Thread | None = None
         self._started_at = 0.0
         self._watch = Watch(hang_timeout, policy.heartbeat_timeout)
@@ -246,7 +250,7 @@ class ElasticAgent(LocalElasticAgent):
         if None in codes.values():
             self._look_after(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
-        self._kill_workers()  # what they left running in their sessions
+        self._kill_workers()  # what they left running
         self._report_progress()
         if drained:
             log.info("the drain ended %s", self._failure(failed))
@@ -346,26 +350,13 @@ class ElasticAgent(LocalElasticAgent):
         poll.poll(1000)
 
     def _exit_code(self, worker: Worker) -> int | None:
-        """Exit code of ``worker``, minus the signal if one killed it; not reaped. None while it lives."""
-        try:
-            seen = os.waitid(os.P_PIDFD, self._exits[worker.id], os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return 0  # torch has reaped it, which it does only when all have succeeded
-        if seen is None:
-            return None
-        return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
+        return exit_code(self._exits[worker.id])
 
     def _kill_workers(self) -> None:
-        """SIGKILL to the whole session of every worker, each leads its own, and wait until the workers are dead."""
+        """SIGKILL to the workers and to all that they have started; wait until the workers are dead."""
         if not self._exits:
             return
-        for entry in os.scandir("/proc"):
-            if not entry.name.isdecimal():
-                continue
-            with contextlib.suppress(OSError, ValueError):
-                fields = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()
-                if int(fields[3]) in self._exits and fields[0] != b"Z":
-                    os.kill(int(entry.name), signal.SIGKILL)
+        guard.kill_all(self._mark, self._standbys.waiting)
         for fd in self._exits.values():
             poll = select.poll()
             poll.register(fd, select.POLLIN)

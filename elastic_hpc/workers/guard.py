@@ -1,5 +1,6 @@
 """Kills what an agent leaves behind, and removes its FOLDER. Run by path, without torch, stdin from the agent:
-``python -I -S guard.py TOKEN [SILENCE [FOLDER]]``.
+``python -I -S guard.py TOKEN [SILENCE [FOLDER]]``. So this module imports nothing of the package, which is not on the
+path then; an agent that ends a round kills its workers with ``kill_all``, by the same mark.
 
 When the agent is gone, however it died, its end of the pipe closes. Every process that inherited the agent's token in
 its environment, workers in sessions of their own and what they started, is then killed. Not so another Slurm job that
@@ -16,6 +17,10 @@ import select
 import signal
 import sys
 import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 
 def beat(pipe: int) -> None:
@@ -45,13 +50,24 @@ def _job_of(environ: bytes) -> bytes | None:
     return rest.partition(b"\0")[0] if name else None
 
 
-def kill_marked(token: bytes) -> int:
-    """SIGKILL to every process that carries ``token``; how many there were."""
-    pids = marked(token)
-    for pid in pids:
+def kill_marked(token: bytes, spared: "Collection[int]" = ()) -> int:
+    """SIGKILL to every process that carries ``token``, but for sessions in ``spared``; how many there were."""
+    count = 0
+    for pid in marked(token):
         with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-    return len(pids)
+            if os.getsid(pid) not in spared:
+                count += 1
+                os.kill(pid, signal.SIGKILL)
+    return count
+
+
+def kill_all(token: bytes, spared: "Collection[int]" = (), limit: float = 10.0) -> None:
+    """The same until no such process is left, for at most ``limit`` seconds: a process may start others meanwhile, and
+    one that waits for a disk or a device dies when that answers.
+    """
+    deadline = time.monotonic() + limit
+    while kill_marked(token, spared) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def watch(token: bytes, limit: float) -> None:
@@ -79,9 +95,7 @@ def main() -> None:
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     watch(token, float(sys.argv[2]) if len(sys.argv) > 2 else float("inf"))
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and kill_marked(token):
-        time.sleep(0.02)
+    kill_all(token, limit=20)
     if len(sys.argv) > 3:
         import shutil  # noqa: PLC0415 - takes memory, and is needed at the end
 

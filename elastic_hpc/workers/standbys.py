@@ -162,6 +162,11 @@ class Standbys:
         """Why a standby of this round went on as a fresh process, if its script was the reason."""
         self.started = Started()
 
+    @property
+    def waiting(self) -> set[int]:
+        """The pids of the standbys that wait, each of which leads a session."""
+        return {standby.process.pid for standby in self._waiting}
+
     def prepare(self) -> None:
         """For the first round: all at once, as nobody trains yet."""
         while not self._over and len(self._waiting) < self._count:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, Progress, read_progress
+from elastic_hpc.workers.proc import is_stopped
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Watch:
         if seen.step != self.progress.step or (seen.step < 0 and written != self._written):
             self._moved = now
         self.progress, self._written = seen, written
-        stopped = {pid for pid in self._pids if _is_stopped(pid)}
+        stopped = {pid for pid in self._pids if is_stopped(pid)}
         self._stopped = {pid: self._stopped.get(pid, now) for pid in stopped}
 
     def trouble(self) -> Trouble | None:
@@ -86,9 +87,3 @@ def _size(path: str) -> int:
     with contextlib.suppress(OSError):
         return os.path.getsize(path)
     return 0
-
-
-def _is_stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
-    return False

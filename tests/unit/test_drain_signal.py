@@ -16,7 +16,8 @@ import pytest
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.values import DrainSignal
-from elastic_hpc.workers.drain import DrainSignals, handles
+from elastic_hpc.workers.drain import DrainSignals
+from elastic_hpc.workers.proc import handles
 
 SRUN, TOOL = (Path(sys.executable).with_name(name) for name in ("elastic-srun", "elastic-hpc"))
 TRAIN = """

@@ -18,6 +18,7 @@ import pytest
 import elastic_hpc
 from elastic_hpc.cli.srun import _read, _request
 from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.workers.guard import marked
 
 SRUN = Path(sys.executable).with_name("elastic-srun")
 TRAIN = """
@@ -60,6 +61,14 @@ open(f"{run}/saved.{round}.{rank}", "w").close()
 dist.destroy_process_group()
 """
 
+LEAVES = """
+import os, subprocess
+if os.environ["ELASTIC_HPC_ROUND"] == "1" and os.environ["RANK"] == "0":
+    left = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    open(os.environ["ELASTIC_HPC_RUN_DIR"] + "/left", "w").write(str(left.pid))
+"""
+"""To be put before a script."""
+
 
 class Local:
     """A running ``elastic-srun --local``."""
@@ -101,6 +110,10 @@ class Local:
             with contextlib.suppress(OSError):  # it has just ended
                 commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
         return {pid for pid, command in commands.items() if b"/standby.py\0" in command}
+
+    def marked(self) -> list[int]:
+        """Workers and standbys, and what they have started."""
+        return marked(f"ELASTIC_HPC_RUN_DIR={self.run_dir}\0".encode())
 
     def finish(self) -> int:
         (self.run_dir / "enough").touch()
@@ -188,6 +201,21 @@ def test_what_a_script_sets_before_it_imports_torch_holds_in_each_round(local: C
     assert first["why"] == ["TORCH_COMPILE_DISABLE was set before torch was imported"]
     job.process.send_signal(signal.SIGINT)
     assert job.process.wait(timeout=60) == 130
+
+
+def test_what_a_worker_starts_in_a_session_of_its_own_ends_with_the_round_and_the_standbys_do_not(
+    local: Callable[..., Local],
+) -> None:
+    job = local("--local", "2", "--preload", "torch", script=LEAVES + TRAIN)
+    pids = [job.stepped(1, rank)[0] for rank in (0, 1)]
+    left = int((job.run_dir / "left").read_text())
+    job.wait_for(lambda: len(job.standbys()) == 2)
+    standbys = job.standbys()
+    assert left in job.marked()
+    os.kill(pids[1], signal.SIGKILL)
+    assert {job.stepped(2, rank)[0] for rank in (0, 1)} == standbys
+    assert left not in job.marked()
+    assert job.finish() == 0
 
 
 def test_without_standbys_every_worker_starts_cold(local: Callable[..., Local]) -> None:

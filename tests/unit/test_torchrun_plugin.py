@@ -22,7 +22,10 @@ from elastic_hpc.workers.guard import marked
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 TRAIN = """
-import os, signal, time
+import os, signal, subprocess, time
+if os.environ["ELASTIC_HPC_ROUND"] == "1" and os.environ["RANK"] == "0":
+    left = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    open(os.environ["ELASTIC_HPC_RUN_DIR"] + "/left", "w").write(str(left.pid))
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torch's agent alone would wait for 30 s
 import torch, torch.distributed as dist
 from elastic_hpc.training import report_progress
@@ -121,9 +124,12 @@ def test_a_crashed_worker_then_a_killed_agent_cost_a_round_each(start: Callable[
     job = start("--nnodes=2:3", "--max-restarts=3", nodes=3)
     pid, _, world_size = job.stepped(1, 2)
     assert world_size == 3
+    job.stepped(1, 0)
+    assert int((job.run_dir / "left").read_text()) in job.processes
     os.kill(pid, signal.SIGKILL)
     pid, agent, world_size = job.stepped(2, 2)
     assert world_size == 3
+    assert int((job.run_dir / "left").read_text()) not in job.processes  # in a session of its own
     (first,) = [event for event in job.events("failure") if event["first"]]
     assert (first["kind"], first["message"], first["rank"]) == ("signal", "killed by SIGKILL", 2)
     os.kill(agent, signal.SIGKILL)

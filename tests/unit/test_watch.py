@@ -17,6 +17,7 @@ from cluster import wait_for
 
 from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, Worker
 from elastic_hpc.workers import watch
+from elastic_hpc.workers.proc import is_stopped
 from elastic_hpc.workers.watch import Watch
 
 HANG = timedelta(seconds=100)
@@ -174,17 +175,17 @@ def test_a_stopped_process_is_in_trouble_after_a_while_and_not_when_it_goes_on(
     seen.start([os.getpid(), process.pid], [])
     seen.look()
     os.kill(process.pid, signal.SIGSTOP)
-    wait_for(lambda: watch._is_stopped(process.pid))
+    wait_for(lambda: is_stopped(process.pid))
     seen.look()
     clock.now += 4
     assert seen.trouble() is None
     os.kill(process.pid, signal.SIGCONT)
-    wait_for(lambda: not watch._is_stopped(process.pid))
+    wait_for(lambda: not is_stopped(process.pid))
     seen.look()
     clock.now += 4
     assert seen.trouble() is None, "it went on in between"
     os.kill(process.pid, signal.SIGSTOP)
-    wait_for(lambda: watch._is_stopped(process.pid))
+    wait_for(lambda: is_stopped(process.pid))
     seen.look()
     clock.now += 6
     seen.look()

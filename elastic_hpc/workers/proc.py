@@ -1,0 +1,61 @@
+"""What the kernel tells of a process: its state, its parent, its variables, how it ended. Reads ``/proc``.
+
+A process that is gone has no parent and no variables, is not stopped, and handles no signal. ``guard``, ``standby`` and
+``aside`` run outside of the package and import nothing of it, so they read the few files that they need themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def exit_code(pidfd: int) -> int | None:
+    """Exit code of a child, minus the signal if one killed it; None while it lives. The child is left for torch to
+    reap; afterwards the answer is 0.
+    """
+    try:
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped the process (SIGSTOP)."""
+    return _stat(pid)[0] == b"T"
+
+
+def parent(pid: int) -> int:
+    return int(_stat(pid)[1])
+
+
+def variable(pid: int, name: str) -> str | None:
+    """The value of ``name`` in the environment that the process was started with."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            found, _, value = os.fsdecode(line).partition("=")
+            if found == name:
+                return value
+    return None
+
+
+def handles(pid: int, number: int) -> bool:
+    """Whether the process has a handler of signal ``number``, or blocks it in its first thread, to wait in another."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigCgt:", "SigBlk:"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
+
+
+def _stat(pid: int) -> list[bytes]:
+    """State, parent and so on: the fields of ``stat`` after the name, which may contain blanks and brackets."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split() or [b"X", b"0"]
+    except OSError:
+        return [b"X", b"0"]
