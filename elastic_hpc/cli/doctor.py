@@ -15,9 +15,9 @@ from rich.text import Text
 
 from elastic_hpc import slurm
 from elastic_hpc.doctor import job as probe_job
-from elastic_hpc.doctor.findings import Finding, Level, as_json, log_dir_finding, slurm_findings, worst_first
 from elastic_hpc.doctor.nodes import run_findings
 from elastic_hpc.doctor.site_file import site_file
+from elastic_hpc.doctor.slurm_settings import Finding, Level, as_json, log_dir_finding, slurm_findings, worst_first
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError, argument
 from elastic_hpc.job.config import Settings, load
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, last, scan

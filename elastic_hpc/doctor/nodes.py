@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 
-from elastic_hpc.doctor.findings import Finding, Level
 from elastic_hpc.doctor.reports import FIRST_PORT, Peer, Report, Run
+from elastic_hpc.doctor.slurm_settings import Finding, Level
 
 _NAMED = 6  # of many nodes or pairs; the others are counted
 _SKEW = 5.0

@@ -16,7 +16,10 @@ import pytest
 from elastic_hpc import slurm
 from elastic_hpc.cli import hpc
 from elastic_hpc.doctor import probe
-from elastic_hpc.doctor.findings import (
+from elastic_hpc.doctor.nodes import run_findings
+from elastic_hpc.doctor.reports import Dial, Peer, Report, Run
+from elastic_hpc.doctor.site_file import site_file
+from elastic_hpc.doctor.slurm_settings import (
     Finding,
     Level,
     as_json,
@@ -25,9 +28,6 @@ from elastic_hpc.doctor.findings import (
     slurm_findings,
     worst_first,
 )
-from elastic_hpc.doctor.nodes import run_findings
-from elastic_hpc.doctor.reports import Dial, Peer, Report, Run
-from elastic_hpc.doctor.site_file import site_file
 from elastic_hpc.job.config import load
 from elastic_hpc.options.sbatch import SBATCH, Given
 from elastic_hpc.record.rundir import RunDir
