@@ -5,23 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from elastic_hpc import slurm
-from elastic_hpc.doctor import job as probe_job
-from elastic_hpc.doctor.nodes import run_findings
+from elastic_hpc.doctor.examine import examine
+from elastic_hpc.doctor.findings import Finding, Level, as_json
 from elastic_hpc.doctor.site_file import site_file
-from elastic_hpc.doctor.slurm_settings import Finding, Level, as_json, log_dir_finding, slurm_findings, worst_first
-from elastic_hpc.errors import ElasticError, SlurmError, UsageError, argument
-from elastic_hpc.job.config import Settings, load
-from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, last, scan
-from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.errors import UsageError, argument
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, scan
 from elastic_hpc.options.values import number
 
 HELP = "tell what this site means for elastic jobs, and what to set"
@@ -68,24 +62,18 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     if args.write_site and os.path.lexists(args.write_site):
         raise UsageError(f"--write-site {args.write_site}: is there already; expected a new file")
-    settings, findings = _configuration()
-    partition = args.partition or last(settings.sbatch, "partition")
-    grace = settings.options["grace"].value if "grace" in settings.options else LaunchSpec.grace
-    facts = slurm.facts(partition)
-    if partition and "unknown to Slurm" in facts.unknown.get("partition", ""):
-        raise UsageError(f"--partition {partition}: unknown to Slurm; see sinfo")
-    findings += slurm_findings(facts, grace)
-    configured = settings.options["log-dir"].value if "log-dir" in settings.options else "elastic-logs"
-    log_dir = os.path.abspath(args.log_dir or configured)
-    seen = _of_nodes(args, log_dir, options) if args.runs and facts.answered else [_log_dir(log_dir)]
-    judged = {finding.about for finding in seen}  # on the nodes, which know better than the settings
-    findings = worst_first([*seen, *(finding for finding in findings if finding.about not in judged)])
+    progress = _Progress()
+    try:
+        nodes = (args.nodes or 2) if args.runs else 0
+        findings, slurm_answered = examine(args.partition, args.log_dir, nodes, options, progress.tell)
+    finally:
+        progress.end()
     if args.json:
         print(as_json(findings))
     else:
         _show(findings)
-    if args.write_site and facts.answered:
-        _write(args.write_site, findings, options, log_dir if args.log_dir else None)
+    if args.write_site and slurm_answered:
+        _write(args.write_site, site_file(findings, options, args.log_dir and os.path.abspath(args.log_dir)))
     return 1 if findings[0].level is Level.BAD else 0
 
 
@@ -106,75 +94,44 @@ def _options(args: argparse.Namespace) -> list[Given]:
     return options
 
 
-def _configuration() -> tuple[Settings, list[Finding]]:
-    about = "configuration files"
-    try:
-        settings = load(os.environ, Path.cwd())
-    except ElasticError as error:
-        means = "elastic-sbatch refuses every job"
-        return Settings(), [Finding(Level.BAD, about, str(error), means, "you: mend the file that is named")]
-    sources = [setting.source for setting in settings.options.values()] + [given.source for given in settings.sbatch]
-    found = ", ".join(dict.fromkeys(sources)) or "none, or nothing in them"
-    return settings, [Finding(Level.OK, about, found, "they can be read")]
-
-
-def _log_dir(log_dir: str) -> Finding:
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text()
-    except OSError as error:
-        return Finding(Level.UNKNOWN, "log-dir", f"/proc/self/mountinfo: {error.strerror}", "not judged", "you: --run")
-    return log_dir_finding(mounts, os.path.realpath(log_dir))
-
-
-def _of_nodes(args: argparse.Namespace, log_dir: str, options: Sequence[Given]) -> list[Finding]:
-    progress = _Progress()
-    try:
-        found = probe_job.run(args.nodes or 2, log_dir, options, progress.tell)
-    except SlurmError as error:
-        return [Finding(Level.UNKNOWN, "nodes", str(error), "the nodes could not be asked", "you: try again")]
-    except ElasticError as error:
-        means = "the nodes could not be asked; elastic-sbatch may be refused too"
-        return [Finding(Level.BAD, "nodes", str(error), means)]
-    finally:
-        progress.end()
-    return run_findings(found, log_dir)
-
-
 class _Progress:
     """One line on stderr, renewed on a terminal; elsewhere a line whenever something else is waited for."""
 
     def __init__(self) -> None:
-        self._live, self._last, self._begin = sys.stderr.isatty(), "", time.monotonic()
+        self._on_terminal = sys.stderr.isatty()
+        self._last = ""
 
     def tell(self, text: str) -> None:
-        if self._live:
+        without_time = text.rpartition(",")[0] or text
+        if self._on_terminal:
             print(f"\r\033[K{text.strip()}", end="", file=sys.stderr, flush=True)
-        elif (what := text.rpartition(",")[0] or text) != self._last:
-            self._last = what
+        elif without_time != self._last:
             print(f"elastic-hpc: {text.strip()}", file=sys.stderr, flush=True)
+        self._last = without_time
 
     def end(self) -> None:
-        if self._live:
+        if self._on_terminal and self._last:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _show(findings: Sequence[Finding]) -> None:
+    widths = (max(len(f.level.value) for f in findings), max(len(f.about) for f in findings), None)
     table = Table.grid(padding=(0, 2))
-    for width in (max(len(one.level.value) for one in findings), max(len(one.about) for one in findings), None):
+    for width in widths:
         table.add_column(width=width, overflow="fold")
-    for one in findings:
-        text = Text(one.found)
-        text.append((": " if one.level is Level.OK else "\n") + one.means)
-        if one.set:
-            text.append(f"\n{one.set}", style="bold")
-        table.add_row(Text(one.level.value, style=_COLORS[one.level]), Text(one.about), text)
+    for finding in findings:
+        text = Text(finding.found)
+        text.append((": " if finding.level is Level.OK else "\n") + finding.means)
+        if finding.set:
+            text.append(f"\n{finding.set}", style="bold")
+        table.add_row(Text(finding.level.value, style=_COLORS[finding.level]), Text(finding.about), text)
     Console().print(table)
 
 
-def _write(path: str, findings: Sequence[Finding], options: Sequence[Given], log_dir: str | None) -> None:
+def _write(path: str, text: str) -> None:
     try:
         with open(path, "x") as file:
-            file.write(site_file(findings, options, log_dir))
+            file.write(text)
     except OSError as error:
         raise UsageError(f"--write-site {path}: {error.strerror}; expected a new file in a folder of yours") from None
     print(f"written: {path}; to use it: export ELASTIC_HPC_CONFIG={os.path.abspath(path)}", file=sys.stderr)

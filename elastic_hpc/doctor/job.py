@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from elastic_hpc import slurm
-from elastic_hpc.doctor.reports import Report, Run
+from elastic_hpc.doctor.reports import ProbeRun, Report
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.job.request import Request
 from elastic_hpc.job.script import render, template_folder
@@ -30,7 +30,7 @@ _NEVER = frozenset(
 _LAST_WORDS = 3  # lines
 
 
-def run(nodes: int, log_dir: str, sbatch: Sequence[Given], tell: Callable[[str], None]) -> Run:
+def run(nodes: int, log_dir: str, sbatch: Sequence[Given], tell: Callable[[str], None]) -> ProbeRun:
     """Submit the job, and wait until all of its nodes have reported or it has ended. Whatever happens, Ctrl-C too, the
     job is then ended and its folder removed.
 
@@ -76,7 +76,7 @@ def _job(nodes: int, log_dir: str, rundir: RunDir, sbatch: Sequence[Given]) -> J
     return replace(job, launch=launch, sbatch=passed, container=None, agent_python=python)
 
 
-def _wait(job: str, asked: int, rundir: RunDir, tell: Callable[[str], None]) -> Run:
+def _wait(job: str, asked: int, rundir: RunDir, tell: Callable[[str], None]) -> ProbeRun:
     begin = time.monotonic()
     started: float | None = None
     nodes: tuple[str, ...] = ()
@@ -93,11 +93,11 @@ def _wait(job: str, asked: int, rundir: RunDir, tell: Callable[[str], None]) -> 
             started = started or time.monotonic()
             nodes = nodes or tuple(slurm.expand(shown.nodes))
             tell(f"job {job} runs, nodes: {len(nodes)}, {time.monotonic() - started:.0f} s")
-        reports, said = _reports(rundir)
+        reports, causes = _reports(rundir)
         late = started is not None and time.monotonic() > started + _RUNS
         if shown.state not in slurm.LIVES or late or (nodes and len(reports) >= len(nodes)):
             state = "late" if late else shown.state
-            return Run(nodes, tuple(reports), shown.may_requeue, state, {**_last_words(rundir, nodes), **said})
+            return ProbeRun(nodes, tuple(reports), shown.may_requeue, state, {**_last_words(rundir, nodes), **causes})
         time.sleep(1)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_hpc import __version__
-from elastic_hpc.doctor.reports import FIRST_PORT, LAST_PORT, Dial, Peer, Report
+from elastic_hpc.doctor.reports import FIRST_PORT, LAST_PORT, Dial, PeerReport, Report
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.network import addresses
 from elastic_hpc.record.rundir import RunDir
@@ -77,10 +77,10 @@ class _Server:
         return name
 
 
-def _talk(rundir: RunDir, node: str, name: str, hello: Mapping[str, Any]) -> Peer:
+def _talk(rundir: RunDir, node: str, name: str, hello: Mapping[str, Any]) -> PeerReport:
     """Dial the node ``name`` and ask it."""
     dials: list[Dial] = []
-    asked: Peer | None = None
+    asked: PeerReport | None = None
     for address in hello["addresses"][:_ADDRESSES]:
         for port, any_port in ((hello["port"], False), (hello["any_port"], True)):
             try:
@@ -90,11 +90,11 @@ def _talk(rundir: RunDir, node: str, name: str, hello: Mapping[str, Any]) -> Pee
                 dials.append(Dial(address, port, any_port))
             except (OSError, ValueError) as error:
                 dials.append(Dial(address, port, any_port, _why(error)))
-    seen = asked or Peer()
-    return Peer(_resolve(name), tuple(dials), seen.ahead, seen.round_trip, seen.seen_after, seen.lock_held)
+    seen = asked or PeerReport()
+    return PeerReport(_resolve(name), tuple(dials), seen.ahead, seen.round_trip, seen.seen_after, seen.lock_held)
 
 
-def _ask(rundir: RunDir, node: str, connection: socket.socket) -> Peer:
+def _ask(rundir: RunDir, node: str, connection: socket.socket) -> PeerReport:
     """What the time is there, as NTP asks; and how long a file that is made there takes to be seen here."""
     secret = rundir.read_secret().decode()
     connection.settimeout(_DIAL)
@@ -115,7 +115,7 @@ def _ask(rundir: RunDir, node: str, connection: socket.socket) -> Peer:
                 best, ahead = trip, (answer["received"] - before + answer["sent"] - after) / 2
         _, answer, _ = ask(mark=node)
         seen_after, lock_held = _look_for(rundir.path / str(answer["made"]))
-    return Peer(ahead=ahead, round_trip=max(0.0, best), seen_after=seen_after, lock_held=lock_held)
+    return PeerReport(ahead=ahead, round_trip=max(0.0, best), seen_after=seen_after, lock_held=lock_held)
 
 
 def _look_for(path: Path) -> tuple[float | None, bool | None]:
@@ -197,7 +197,7 @@ def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> in
     created = _create(folder / "first")
     rundir.write(f"hello.{node}.json", {"addresses": published, "port": server.port, "any_port": server.any_port})
     others = {name: hello for name, hello in _wait(rundir, "hello", count, _MEET).items() if name != node}
-    peers = {name: Peer(error="no answer in time") for name in others}
+    peers = {name: PeerReport(error="no answer in time") for name in others}
 
     def talk(name: str) -> None:
         peers[name] = _talk(rundir, node, name, others[name])

@@ -1,9 +1,10 @@
-"""What the nodes of the doctor's job report, and what became of the job. Pure."""
+"""What the nodes of the doctor's job report, and how the job ended. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
 FIRST_PORT, LAST_PORT = 29400, 29499
@@ -22,7 +23,7 @@ class Dial:
 
 
 @dataclass(frozen=True)
-class Peer:
+class PeerReport:
     """What one node saw of another. Times in seconds; None for what could not be measured."""
 
     resolves: tuple[str, ...] = ()
@@ -58,7 +59,7 @@ class Report:
     created: bool
     """Whether it was this node that made the file that all tried to make with O_EXCL."""
     problems: tuple[str, ...] = ()
-    peers: Mapping[str, Peer] = field(default_factory=dict)
+    peers: Mapping[str, PeerReport] = field(default_factory=dict)
 
     def as_body(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -75,21 +76,28 @@ class Report:
         return cls(**values)
 
 
-def _peer(seen: Mapping[str, Any]) -> Peer:
+def _peer(seen: Mapping[str, Any]) -> PeerReport:
     dials = tuple(Dial(**dial) for dial in seen["dials"])
-    return Peer(**{**seen, "dials": dials, "resolves": tuple(seen["resolves"])})
+    return PeerReport(**{**seen, "dials": dials, "resolves": tuple(seen["resolves"])})
 
 
 @dataclass(frozen=True)
-class Run:
-    """What became of the doctor's job."""
+class ProbeRun:
+    """The doctor's job: its nodes, their reports, its end."""
 
     nodes: tuple[str, ...]
-    """Those that Slurm gave it."""
+    """The nodes that Slurm gave to the job."""
     reports: tuple[Report, ...]
     may_requeue: bool
     """What Slurm has made of ``--requeue``."""
     ended: str
     """Slurm's word for its state in the end."""
-    said: Mapping[str, str] = field(default_factory=dict)
-    """Why there is no report, by node; "" for the job as a whole."""
+    causes: Mapping[str, str] = field(default_factory=dict)
+    """Why there is no report, by node; under "" for the job as a whole."""
+
+
+def pairs(reports: Sequence[Report]) -> list[tuple[Report, str, PeerReport]]:
+    """Every ordered pair of nodes that have reported, with what the first reports of the second."""
+    names = {report.node: report for report in reports}
+    both = [pair for a, b in combinations(sorted(names), 2) for pair in ((a, b), (b, a))]
+    return [(names[a], b, names[a].peers.get(b, PeerReport(error="was not there in time"))) for a, b in both]

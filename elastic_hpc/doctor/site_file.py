@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from elastic_hpc.doctor.slurm_settings import Finding
+from elastic_hpc.doctor.findings import Finding
 from elastic_hpc.options.sbatch import Given
 
 _LASTING = frozenset(

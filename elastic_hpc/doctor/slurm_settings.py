@@ -1,54 +1,21 @@
-"""What the settings of a site mean for elastic jobs: facts -> findings -> lines of a configuration file. Pure."""
+"""What Slurm's settings at a site mean for elastic jobs. Pure."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from enum import Enum
-from pathlib import PurePath
 
+from elastic_hpc.doctor.findings import Finding, Level
 from elastic_hpc.options.durations import as_text
 from elastic_hpc.slurm.settings import Facts
 
-
-class Level(Enum):
-    """How much a finding matters; the worst comes first."""
-
-    BAD = "bad"
-    """Elastic jobs do not work here."""
-    WARN = "warn"
-    """They work, and lose more than they must."""
-    UNKNOWN = "unknown"
-    """It could not be seen; never a good sign by itself."""
-    NOTE = "note"
-    OK = "ok"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """``found``: the value, as Slurm writes it. ``means``: for elastic jobs. ``set``: what to type or set, and who."""
-
-    level: Level
-    about: str
-    found: str
-    means: str
-    set: str = ""
-    config: Mapping[str, str | int] = field(default_factory=dict)
-    """Lines of a configuration file that follow from it."""
-
-
-def worst_first(findings: Iterable[Finding]) -> list[Finding]:
-    order = list(Level)
-    return sorted(findings, key=lambda finding: order.index(finding.level))
-
-
-def as_json(findings: Sequence[Finding]) -> str:
-    """Versioned: a reader may rely on what ``schema`` 1 has."""
-    rows = [{**vars(finding), "level": finding.level.value, "config": dict(finding.config)} for finding in findings]
-    return json.dumps({"schema": 1, "findings": rows}, indent=1)
+_QUICK = 60
+"""Seconds of SlurmdTimeout up to which a lost node is noticed soon."""
+_KILL_WAIT = 25
+"""Least seconds of KillWait for the 20 s that agents give the workers after SIGTERM."""
+_TO_REQUEUE = 5
+"""Seconds of the grace time that agents need for the requeue itself."""
 
 
 class _Unknown(Exception):
@@ -262,9 +229,6 @@ def _pyxis(facts: Facts, _: timedelta) -> Finding:
     )
 
 
-_QUICK = 60
-_KILL_WAIT = 25
-_TO_REQUEUE = 5
 _CHECKS: tuple[tuple[str, Callable[[Facts, timedelta], Finding]], ...] = (
     ("requeue", _requeue),
     ("KillOnBadExit", _kill_on_bad_exit),
@@ -275,39 +239,3 @@ _CHECKS: tuple[tuple[str, Callable[[Facts, timedelta], Finding]], ...] = (
     ("accounting", _accounting),
     ("pyxis", _pyxis),
 )
-
-_SHARED = frozenset(
-    "nfs nfs4 lustre gpfs beegfs ceph cifs smb3 afs panfs wekafs orangefs pvfs2 gfs2 ocfs2 glusterfs daos".split()  # noqa: SIM905
-)
-_OF_ONE_MACHINE = frozenset({"tmpfs", "ramfs", "devtmpfs"})
-
-
-def file_system(mountinfo: str, path: str) -> tuple[str, str]:
-    """Type and mount point of the file system of the absolute ``path``, by /proc/self/mountinfo."""
-    best = ("", "")
-    for line in mountinfo.splitlines():
-        mount, _, source = line.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount.split()[4])
-        if PurePath(path).is_relative_to(point) and len(point) >= len(best[1]):  # of two at one point, the later hides
-            best = (source.split()[0], point)
-    return best
-
-
-def log_dir_finding(mountinfo: str, path: str) -> Finding:
-    """Whether the run directories below ``path`` can be seen by all nodes, as far as this machine can tell."""
-    kind, point = file_system(mountinfo, path)
-    found = f"{path} is on {point or 'an unknown mount'} ({kind or 'unknown'})"
-    choose = "you: --log-dir DIR, on a file system that all nodes share"
-    if kind in _OF_ONE_MACHINE:
-        return Finding(Level.BAD, "log-dir", found, "that is in this machine's memory, no node sees it", choose)
-    if kind in _SHARED or kind.startswith("fuse."):
-        return Finding(Level.OK, "log-dir", found, "a file system of the network; --run tells whether all nodes see it")
-    if any(PurePath(path).is_relative_to(folder) for folder in ("/tmp", "/var/tmp")):  # noqa: S108
-        return Finding(Level.WARN, "log-dir", found, "each machine has a folder of that name of its own", choose)
-    return Finding(
-        Level.UNKNOWN,
-        "log-dir",
-        found,
-        "it may be this machine's own",
-        "you: elastic-hpc doctor --run; it asks the nodes",
-    )

@@ -16,18 +16,12 @@ import pytest
 from elastic_hpc import slurm
 from elastic_hpc.cli import hpc
 from elastic_hpc.doctor import probe
+from elastic_hpc.doctor.findings import Finding, Level, as_json, worst_first
+from elastic_hpc.doctor.log_dir import file_system, log_dir_finding
 from elastic_hpc.doctor.nodes import run_findings
-from elastic_hpc.doctor.reports import Dial, Peer, Report, Run
+from elastic_hpc.doctor.reports import Dial, PeerReport, ProbeRun, Report
 from elastic_hpc.doctor.site_file import site_file
-from elastic_hpc.doctor.slurm_settings import (
-    Finding,
-    Level,
-    as_json,
-    file_system,
-    log_dir_finding,
-    slurm_findings,
-    worst_first,
-)
+from elastic_hpc.doctor.slurm_settings import slurm_findings
 from elastic_hpc.job.config import load
 from elastic_hpc.options.sbatch import SBATCH, Given
 from elastic_hpc.record.rundir import RunDir
@@ -238,7 +232,7 @@ def report(node: str, *others: str, **changes: object) -> Report:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def peer(name: str, error: str = "", ib0: str = "", any_port: str = "", ahead: float = 0.0) -> Peer:
+def peer(name: str, error: str = "", ib0: str = "", any_port: str = "", ahead: float = 0.0) -> PeerReport:
     eth, ib = f"10.0.0.{name[1:]}", f"10.1.0.{name[1:]}"
     dials = (
         Dial(eth, 29400, any_port=False, error=error),
@@ -246,11 +240,11 @@ def peer(name: str, error: str = "", ib0: str = "", any_port: str = "", ahead: f
         Dial(ib, 29400, any_port=False, error=ib0),
         Dial(ib, 40001, any_port=True, error=any_port or ib0),
     )
-    return Peer((eth,), dials, ahead, 0.001, 0.1, lock_held=True)
+    return PeerReport((eth,), dials, ahead, 0.001, 0.1, lock_held=True)
 
 
 def ran(*reports: Report, nodes: tuple[str, ...] = ("n1", "n2", "n3"), **changes: object) -> list[Finding]:
-    run = Run(nodes, reports, may_requeue=True, ended="COMPLETED")
+    run = ProbeRun(nodes, reports, may_requeue=True, ended="COMPLETED")
     return run_findings(replace(run, **changes), "/logs")  # type: ignore[arg-type]
 
 
@@ -270,7 +264,7 @@ def test_reports_survive_the_way_through_a_file():
 
 
 def test_a_node_that_never_reported_is_named_with_its_last_words():
-    findings = ran(*ALL[:2], said={"n3": "probe of n3: /logs/doctor.0 is not there", "": "the end of the log"})
+    findings = ran(*ALL[:2], causes={"n3": "probe of n3: /logs/doctor.0 is not there", "": "the end of the log"})
     found = about(findings, "nodes")
     assert found.level is Level.BAD
     assert found.found == "n3 never reported: probe of n3: /logs/doctor.0 is not there"
@@ -278,7 +272,7 @@ def test_a_node_that_never_reported_is_named_with_its_last_words():
 
 
 def test_a_job_without_any_report_points_at_the_shared_file_system():
-    found = about(ran(ended="FAILED", said={"": "its log is not there"}), "nodes")
+    found = about(ran(ended="FAILED", causes={"": "its log is not there"}), "nodes")
     assert found.level is Level.BAD
     assert "FAILED; its log is not there" in found.found
     assert "--log-dir DIR that all nodes share (now /logs)" in found.set
