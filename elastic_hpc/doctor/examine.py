@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from elastic_hpc import slurm
-from elastic_hpc.doctor import job, log_dir
+from elastic_hpc.doctor import log_dir, probe_job
 from elastic_hpc.doctor.findings import Finding, Level, worst_first
 from elastic_hpc.doctor.nodes import run_findings
 from elastic_hpc.doctor.slurm_settings import slurm_findings
@@ -56,7 +56,7 @@ def _configuration() -> tuple[Settings, list[Finding]]:
 
 def _of_nodes(nodes: int, folder: str, sbatch: Sequence[Given], tell: Callable[[str], None]) -> list[Finding]:
     try:
-        return run_findings(job.run(nodes, folder, sbatch, tell), folder)
+        return run_findings(probe_job.run(nodes, folder, sbatch, tell), folder)
     except SlurmError as error:
         return [Finding(Level.UNKNOWN, "nodes", str(error), "the nodes could not be asked", "you: try again")]
     except ElasticError as error:
