@@ -172,7 +172,7 @@ class Agent:
 
     def _report(self, **changes: Any) -> None:
         self._status = replace(self._status, **changes)
-        self.membership.say()
+        self.membership.send_status()
 
     def ended(self, over: JobEnded) -> None:
         raise BenchmarkError(f"an agent gave up: {over}")

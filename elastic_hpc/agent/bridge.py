@@ -19,8 +19,9 @@ from elastic_hpc.membership.messages import Failure, Order, Plan, State, Status
 from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.channel import Link
+from elastic_hpc.network.node import Transport
 from elastic_hpc.network.server import LeaderServer
-from elastic_hpc.network.session import Membership, Transport
+from elastic_hpc.network.session import Membership
 from elastic_hpc.training import Progress
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ class Control:
 
     def _report(self, **changes: Any) -> None:
         self._status = replace(self._status, **changes)
-        self._call(lambda: self._membership.say() if self._membership else None)
+        self._call(lambda: self._membership.send_status() if self._membership else None)
 
     def _call(self, act: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the thread has ended, there is nobody left to tell

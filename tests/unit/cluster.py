@@ -201,7 +201,7 @@ class Cluster:
 
     def close(self) -> None:
         for node in self.nodes:
-            leader = node.control._membership and node.control._membership._server
+            leader = node.control._membership and node.control._membership._own_leader.server
             if leader:
                 node.in_loop(lambda leader=leader: leader.on_request("stop", "test"))
         for node in reversed(self.nodes):

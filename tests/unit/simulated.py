@@ -314,7 +314,7 @@ class SimNode:
 
     def _report(self, **changes: Any) -> None:
         self._status = replace(self._status, **changes)
-        self.membership.say()
+        self.membership.send_status()
         self._act()
 
     def leave(self, outcome: str) -> None:

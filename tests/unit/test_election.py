@@ -18,7 +18,8 @@ from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.messages import Failure, Message, Order, Status
 from elastic_hpc.membership.policy import Policy
 from elastic_hpc.membership.roster import Host, Roster, RosterChange
-from elastic_hpc.network.session import Membership
+from elastic_hpc.network.following import Follower
+from elastic_hpc.network.own_leader import OwnLeader
 
 NODES = st.sets(st.integers(0, 6), min_size=1).map(lambda nodes: tuple(sorted(nodes)))
 BASES = st.builds(Base, st.integers(1, 9), st.integers(0, 6), NODES)
@@ -68,15 +69,16 @@ def test_those_before_are_asked_in_order_and_the_lost_leader_last() -> None:
     assert order_of_succession({5, 7}, lost=5, me=5) == []
 
 
-class Agent(Membership):
+class Agent(Follower):
     """A node's agent whose connection and time the scheduler holds."""
 
-    def __init__(self, index: int, *, first: bool) -> None:
+    def __init__(self, index: int) -> None:
         host = Host(index, f"n{index}", (f"10.0.0.{index}",), index)
-        super().__init__(host, self, None, heartbeat_timeout=1.0, join_timeout=1.0, first=first)  # type: ignore[arg-type]
+        super().__init__(self, OwnLeader(None), 1.0)  # type: ignore[arg-type]
+        self.host = host
         self.index = index
         self.own = Status(0, host, 1)
-        self.leader: Leader | None = None
+        self.leads: Leader | None = None
         self.workers = 0
         self.was_started_anew = False
 
@@ -102,7 +104,7 @@ class Agent(Membership):
 
     def report(self, **changes: object) -> None:
         self.own = Status(**{**vars(self.own), **changes})
-        self.say()
+        self.send_status()
 
     def hear(self, said: Order | Roster | RosterChange) -> None:
         if isinstance(said, (Roster, RosterChange)):
@@ -110,39 +112,35 @@ class Agent(Membership):
         else:
             self._obey(said, self._link)  # type: ignore[arg-type]
 
-    def follow(self, link: Link) -> None:
+    def connect(self, link: Link) -> None:
         self._link = link  # type: ignore[assignment]
-        self.say()
+        self.send_status()
 
     def leave(self) -> None:
-        self._link = self._order = None
+        self._link = self.order = None
         self.set_order(None, None)
 
     def forget(self) -> None:
         """It dies, with its workers, and is started anew."""
         self.leave()
-        self._led = self.leader = self._roster = None
-        self._seen, self.workers, self.own = 0, 0, Status(0, self.me, 1)
+        self._own_leader._latest = self.leads = self._roster = None
+        self._highest_round, self.workers, self.own = 0, 0, Status(0, self.host, 1)
         self.was_started_anew = True
 
     def lead(self, leader: Leader) -> None:
-        self.leader = self._led = leader
+        self.leads = self._own_leader._latest = leader
 
     @property
     def link(self) -> Link | None:
         return self._link  # type: ignore[return-value]
-
-    @property
-    def known(self) -> Roster | None:
-        return self._known()
 
 
 class Link:
     """A connection; what is under way arrives in order, or not at all."""
 
     def __init__(self, agent: Agent, to: Agent) -> None:
-        assert to.leader
-        self.agent, self.to, self.leader = agent, to, to.leader
+        assert to.leads
+        self.agent, self.to, self.leader = agent, to, to.leads
         self.up: deque[Message] = deque()
         self.down: deque[Message] = deque()
 
@@ -175,7 +173,7 @@ class Nodes:
             grace=0.0,
             can_requeue=True,
         )
-        self.agents = [Agent(index, first=index == 0) for index in range(size)]
+        self.agents = [Agent(index) for index in range(size)]
         self.links: dict[int, Link] = {}
         self.numbers = itertools.count()
         self.now = 0.0
@@ -190,41 +188,41 @@ class Nodes:
         if under_way and self.dice.random() > self.unrest:
             self.deliver(self.dice.choice(under_way), up=self.dice.random() < 0.5)
             return
-        calm = any(one.leader for one in self.agents)
+        calm = any(one.leads for one in self.agents)
         match self.dice.choices(range(8), (40, 10, 20, 6 if calm else 60, 2, 10, self.forgetful, 15))[0]:
             case 0 if not agent.link:
-                others = [one for one in self.agents if one.leader]
-                to = agent if agent.leader else self.dice.choice(others) if others else None
+                others = [one for one in self.agents if one.leads]
+                to = agent if agent.leads else self.dice.choice(others) if others else None
                 if to:
                     self.connect(agent, to)
-            case 1 if agent.link and not agent.leader:
+            case 1 if agent.link and not agent.leads:
                 self.log.append(f"n{agent.index} leaves n{agent.link.to.index}")
                 agent.leave()  # its leader notices later
             case 2 if self.links:
                 left = [conn for conn, link in self.links.items() if link.agent.link is not link]
                 self.lose(self.dice.choice(left or list(self.links)))
-            case 3 if agent.known and not agent.link and not agent.leader:
-                self.log.append(f"n{agent.index} wants to lead with {_short(agent.known)}")
+            case 3 if agent.roster and not agent.link and not agent.leads:
+                self.log.append(f"n{agent.index} wants to lead with {_short(agent.roster)}")
                 self.take_over(agent)
-            case 4 if agent.leader and agent.known:
+            case 4 if agent.leads and agent.roster:
                 self.stop(agent)
             case 5 if agent.workers and agent.own.state == "running":
                 failure = Failure("signal", "n", 0, 0, -9, "killed", 0.0)
                 agent.report(state="failed", failure=failure)
-            case 6 if agent.known:
+            case 6 if agent.roster:
                 self.log.append(f"n{agent.index} is started anew")
                 self.stop(agent)
                 for conn in [conn for conn, link in self.links.items() if link.agent is agent]:
                     if self.dice.random() < 0.5:
                         self.lose(conn)  # else its leader notices later
                 agent.forget()
-            case _ if agent.leader:
+            case _ if agent.leads:
                 self.after(agent, beat=True)
             case _:
-                agent.say()
+                agent.send_status()
 
     def take_over(self, agent: Agent) -> None:
-        leader = Leader(self.policy, node=agent.index, nproc=1, now=self.now, inherited=agent.known, reason="lost")
+        leader = Leader(self.policy, node=agent.index, nproc=1, now=self.now, inherited=agent.roster, reason="lost")
         agent.lead(leader)
         self.connect(agent, agent)
 
@@ -232,7 +230,7 @@ class Nodes:
         self.log.append(f"n{agent.index} connects to n{to.index}")
         link = Link(agent, to)
         self.links[next(self.numbers)] = link
-        agent.follow(link)
+        agent.connect(link)
 
     def deliver(self, conn: int, *, up: bool) -> None:
         link = self.links[conn]
@@ -242,7 +240,7 @@ class Nodes:
             if way and self.dice.random() < 0.5:
                 way.popleft()
             return
-        if up and link.up and link.to.leader is link.leader:
+        if up and link.up and link.to.leads is link.leader:
             said = link.up.popleft()
             self.log.append(f"n{link.to.index} hears n{link.agent.index}: {_short(said)}")
             if isinstance(said, Status):
@@ -261,19 +259,19 @@ class Nodes:
         link = self.links.pop(conn)
         if link.agent.link is link:
             link.agent.leave()
-        if link.to.leader is link.leader:
+        if link.to.leads is link.leader:
             self.log.append(f"n{link.to.index} has lost n{link.agent.index}")
             link.leader.on_lost(conn, "gone")
             self.after(link.to)
 
     def stop(self, agent: Agent) -> None:
         self.log.append(f"n{agent.index} leads no more")
-        agent.leader = None
+        agent.leads = None
         for conn in [conn for conn, link in self.links.items() if link.to is agent]:
             self.lose(conn)
 
     def after(self, agent: Agent, *, beat: bool = False) -> None:
-        leader = agent.leader
+        leader = agent.leads
         assert leader
         leader.decide(self.now)
         if leader.wanted_store is not None:
@@ -303,12 +301,12 @@ class Nodes:
 
     def may_go_on(self, group: frozenset[int]) -> bool:
         """Whether one of ``group``, who knows the newest roster in it, could lead the others."""
-        rosters = {node: roster for node in group if (roster := self.agents[node].known)}
+        rosters = {node: roster for node in group if (roster := self.agents[node].roster)}
         group = frozenset(node for node in group if node in rosters or not self.agents[node].was_started_anew)
         newest = max((roster.round for roster in rosters.values()), default=0)
         for node, roster in rosters.items():
             if roster.round == newest:
-                leader = self.agents[node].leader
+                leader = self.agents[node].leads
                 if has_quorum(roster.bases, group):
                     return True
                 if leader and leader.roster.round == newest and has_quorum(leader._mandate.bases, group):

@@ -143,7 +143,7 @@ def test_a_thousand_agents_speak_to_the_server_at_once_and_it_decides_a_few_time
 
     async def story() -> None:
         assert await job.until(job.training, 60)
-        leader = job.nodes[0].membership._server
+        leader = job.nodes[0].membership._own_leader.server
         assert leader
         act = leader.leader._advance
         leader.leader._advance = lambda now: (decided.append(now), act(now))[1]  # type: ignore[method-assign]

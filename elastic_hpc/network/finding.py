@@ -1,0 +1,177 @@
+"""How an agent finds the leader: where the run directory says, else by asking the agents that come before it.
+
+An agent that finds nobody before it stands for election itself. ``membership.election`` has the rules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.membership import messages
+from elastic_hpc.membership.election import order_of_succession
+from elastic_hpc.membership.messages import WHO, Redirect
+from elastic_hpc.membership.nodes import votes
+from elastic_hpc.membership.roster import Host, Hosts
+from elastic_hpc.network.channel import Link
+from elastic_hpc.network.following import Follower, Loss
+from elastic_hpc.network.node import Node, Transport
+from elastic_hpc.network.own_leader import OwnLeader
+
+log = logging.getLogger(__name__)
+
+_FAILED = (OSError, asyncio.TimeoutError, messages.ProtocolError, ElasticError)
+_SAMPLE = 3
+"""How many of the nodes that come later in the order a candidate asks at a time whom they follow."""
+
+_RETRY, _RETRY_AT_MOST, _RETRY_GROWTH = 0.1, 1.0, 1.5
+"""Seconds between two attempts to find a leader, at first and in the end, and their growth; half of it is jitter."""
+
+_RETRY_PER_NODE = 0.001
+"""Seconds: after a loss all agents turn to the same node, so the bound of the wait depends on their number."""
+
+_WARN_AFTER, _WARN_GROWTH = 5.0, 3.0
+"""Seconds without a leader after which the log says so, and their growth from one warning to the next."""
+
+Found = tuple[Link, Host]
+"""A leader, and a connection to it."""
+
+
+class Finder:
+    """Looks for the leader whenever this node has none."""
+
+    def __init__(
+        self,
+        me: Host,
+        node: Node,
+        transport: Transport,
+        follower: Follower,
+        own_leader: OwnLeader,
+        heartbeat_timeout: float,
+    ) -> None:
+        """``follower`` knows the roster, which names the nodes that can be asked."""
+        self._me = me
+        self._node = node
+        self._transport = transport
+        self._follower = follower
+        self._own_leader = own_leader
+        self._timeout = heartbeat_timeout
+        self.reason = "no leader has published its address"
+        """Why there is no leader."""
+        self._lost: Host | None = None
+        """The last leader that was lost, on another node."""
+        self._lost_at = 0.0
+        self._lost_silently = False
+
+    def on_loss(self, leader: Host, loss: Loss) -> None:
+        """``leader`` was lost just now."""
+        abdicated = self._own_leader.abdicated if leader == self._me else ""
+        self.reason = abdicated or f"{leader.name} lost: {loss.reason}"
+        self._lost = leader if leader != self._me else self._lost
+        self._lost_at, self._lost_silently = self._now(), loss.silent
+
+    async def find(self) -> Found:
+        """A connection to the node that leads, or will lead once it has a majority."""
+        began, wait, warn_after = self._now(), _RETRY, _WARN_AFTER
+        while True:
+            found = await self._try()
+            if found:
+                return found
+            if (waited := self._now() - began) > warn_after:
+                warn_after *= _WARN_GROWTH
+                log.warning("no leader was found for %.0f s: %s; looking on", waited, self.reason)
+            await asyncio.sleep(random.uniform(0.5, 1.5) * wait)  # noqa: S311 - jitter
+            roster = self._follower.roster
+            bound = max(2 * _RETRY, _RETRY_PER_NODE * len(roster.hosts)) if roster else _RETRY_AT_MOST
+            wait = min(_RETRY_GROWTH * wait, bound, _RETRY_AT_MOST)
+
+    async def _try(self) -> Found | None:
+        if self._own_leader.server:
+            return await self._connect(self._me)
+        roster = self._follower.roster
+        if not roster:
+            published = await self._node.published()
+            return await self._connect(published) if published else None
+        hosts = Hosts.of(roster.hosts)
+        lost = self._lost.node if self._lost else None
+        someone_is_ahead = False
+        for node in order_of_succession(filter(votes, hosts.rows), lost=lost, me=self._me.node):
+            if node == lost and self._lost_silently:
+                continue  # the others are asked for a way back to it
+            reply = await self._ask(hosts.at(node))
+            if reply and reply.to and reply.to == self._lost and self._now() - self._lost_at < self._timeout:
+                return None  # most probably it has not noticed the loss yet
+            if reply and reply.to and (found := await self._connect(reply.to)):
+                return found
+            if reply and node != lost:
+                someone_is_ahead = True
+                break
+        published = await self._node.published()
+        if published and published not in (self._lost, self._me) and (found := await self._connect(published)):
+            return found
+        if someone_is_ahead or not votes(self._me.node):
+            return None
+        self._own_leader.begin(roster, self.reason)
+        return await self._connect(self._me)
+
+    async def instead_of_candidacy(self, link: Link) -> Found | None:
+        """While this node is a candidate, look for a node that leads, or precedes it. If one is found, the candidacy
+        ends, and with it ``link``, this node's connection to itself.
+        """
+        while self._own_leader.is_candidate():
+            await asyncio.sleep(self._timeout / 5)
+            found = await self._try_elsewhere() if self._own_leader.is_candidate() else None
+            if found and self._own_leader.is_candidate():
+                self._own_leader.stop()
+                link.close()
+                return found
+            if found:
+                found[0].close()
+        return None
+
+    async def _try_elsewhere(self) -> Found | None:
+        roster = self._follower.roster
+        assert roster
+        published = await self._node.published()
+        if published and published != self._me and (found := await self._connect(published)):
+            return found
+        others = [host for host in roster.hosts if host.node != self._me.node]
+        before = [host for host in others if host.node < self._me.node]
+        after = [host for host in others if host.node > self._me.node]
+        for host in [*before, *random.sample(after, min(_SAMPLE, len(after)))]:
+            reply = await self._ask(host)
+            leader = reply.to if reply else None
+            if leader and leader != self._me and ((reply and reply.leads) or leader.node < self._me.node):
+                found = await self._connect(leader)
+                if found:
+                    return found
+        return None
+
+    async def _ask(self, host: Host) -> Redirect | None:
+        """Whom ``host`` follows; None if it does not answer."""
+        try:
+            link = await self._transport.dial(host.addresses, host.port)
+        except _FAILED:
+            return None
+        try:
+            link.send({"request": WHO})
+            reply = messages.decode_from_leader(await asyncio.wait_for(link.read(), self._timeout / 5))
+            return reply if isinstance(reply, Redirect) else Redirect(None)
+        except _FAILED:
+            return None
+        finally:
+            link.close()
+
+    async def _connect(self, leader: Host) -> Found | None:
+        addresses = (*leader.addresses, "127.0.0.1") if leader == self._me else leader.addresses
+        try:
+            return await self._transport.dial(addresses, leader.port), leader
+        except _FAILED as error:
+            if not self._follower.roster:
+                self.reason = f"{leader.name} at {' or '.join(addresses)} port {leader.port}: {error}"
+            return None
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

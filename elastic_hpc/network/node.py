@@ -1,0 +1,43 @@
+"""What the parts of a session need of their node: its agent, and its network."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from elastic_hpc.errors import JobEnded
+from elastic_hpc.membership.messages import Order, Status
+from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.network.channel import Link
+from elastic_hpc.network.server import LeaderServer
+
+
+class Transport(Protocol):
+    """``channel.Network``, or a simulated one."""
+
+    on_stranger: Callable[[str, str], None]
+
+    async def serve(self, attend: Callable[[Link], Awaitable[None]]) -> object: ...
+    async def dial(self, addresses: Sequence[str], port: int) -> Link: ...
+
+
+class Node(Protocol):
+    """The agent of this node (``agent.bridge.Control``)."""
+
+    def status(self) -> Status:
+        """What the workers do. The follower fills in the fields that belong to its connection."""
+
+    def set_order(self, order: Order | None, link: Link | None) -> None:
+        """The leader's latest order, which came over ``link``. None without a leader: the workers may not go on."""
+
+    def ended(self, over: JobEnded) -> None: ...
+    async def published(self) -> Host | None:
+        """The leader that the run directory names."""
+
+    async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
+        """No leader for ``waited`` seconds, because of ``why``; none ever if there is no ``roster``. Unless ``patient``
+        see to it that the job returns or ends.
+        """
+
+    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
+        """A leader on this node: the first leader of the job, or a leader that takes over, because of ``reason``."""
