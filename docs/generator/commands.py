@@ -14,7 +14,7 @@ _WIDTH = 116  # a line of a help text that had room for the next word ends there
 
 
 @dataclass(frozen=True)
-class Option:
+class OptionHelp:
     """``flags``: as typed, ``-N``, ``--nodes``. ``value``: what stands for its value, empty if it takes none."""
 
     flags: tuple[str, ...]
@@ -40,13 +40,13 @@ class Command:
     description: str = ""
     end: str = ""
     arguments: tuple[tuple[str, str], ...] = ()
-    groups: tuple[tuple[str, tuple[Option, ...]], ...] = ()
+    groups: tuple[tuple[str, tuple[OptionHelp, ...]], ...] = ()
     subcommands: tuple[Command, ...] = ()
-    passed_through: tuple[Option, ...] = field(default=(), repr=False)
+    passed_through: tuple[OptionHelp, ...] = field(default=(), repr=False)
     """Options of another command that are accepted too, and described in its manual."""
 
     @property
-    def options(self) -> tuple[Option, ...]:
+    def options(self) -> tuple[OptionHelp, ...]:
         return tuple(option for _, options in self.groups for option in options)
 
 
@@ -94,7 +94,7 @@ def _block(lines: list[str], *, is_literal: bool) -> Block:
 def _sbatch() -> Command:
     """Its options are in tables of their own: argparse would not stop at the script."""
     groups = tuple(
-        (title, tuple(Option(_flags(o.flag, o.letter), o.metavar, o.help, o.is_switch) for o in options))
+        (title, tuple(OptionHelp(_flags(o.flag, o.letter), o.metavar, o.help, o.is_switch) for o in options))
         for title, options in sbatch.GROUPS.items()
     )
     own = {flag for _, options in groups for option in options for flag in option.flags}
@@ -110,11 +110,11 @@ def _sbatch() -> Command:
     )
 
 
-def _passed(own: set[str]) -> Iterable[Option]:
+def _passed(own: set[str]) -> Iterable[OptionHelp]:
     for option in SBATCH.values():
         flags = tuple(flag for flag in _flags(option.flag, option.letter) if flag not in own)
         if option.flag in flags and option.name not in REFUSED:
-            yield Option(flags, "VALUE" if option.value else "", "", option.value == "[=]")
+            yield OptionHelp(flags, "VALUE" if option.value else "", "", option.value == "[=]")
 
 
 def _flags(flag: str, letter: str) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def _flags(flag: str, letter: str) -> tuple[str, ...]:
 def _of_parser(parser: argparse.ArgumentParser, summary: str = "") -> Command:
     formatter = parser._get_formatter()  # noqa: SLF001 - argparse has no other way to look at a parser
     arguments: list[tuple[str, str]] = []
-    groups: list[tuple[str, tuple[Option, ...]]] = []
+    groups: list[tuple[str, tuple[OptionHelp, ...]]] = []
     subcommands: list[Command] = []
     for group in parser._action_groups:  # noqa: SLF001
         options = []
@@ -137,7 +137,7 @@ def _of_parser(parser: argparse.ArgumentParser, summary: str = "") -> Command:
             elif action.option_strings:
                 value = "" if action.nargs == 0 else _value(action, formatter)
                 flags = tuple(sorted(action.option_strings, key=len))
-                options.append(Option(flags, value, formatter._expand_help(action) if action.help else ""))  # noqa: SLF001
+                options.append(OptionHelp(flags, value, formatter._expand_help(action) if action.help else ""))  # noqa: SLF001
             else:
                 shown = formatter._expand_help(action) if action.help else ""  # noqa: SLF001
                 arguments.append((_value(action, formatter).strip("[]"), shown))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from generator.commands import Command, Option, commands
+from generator.commands import Command, OptionHelp, commands
 
 _HERE = Path(__file__).parent
 _KINDS = {
@@ -28,7 +28,7 @@ def zsh_files() -> dict[str, str]:
     return {"_elastic-hpc": "".join(_zsh(commands()))}
 
 
-def choices(option: Option) -> list[str]:
+def choices(option: OptionHelp) -> list[str]:
     """The words that its value may be, where they are known."""
     words = option.value.strip("{}").replace(",", "|").split("|")
     known = [word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)]
@@ -72,7 +72,7 @@ def _bash(command: Command, engine: str) -> str:
     return "\n".join(tables) + "\n" + engine.replace("PREFIX", f"_{function}").replace("COMMAND_NAME", command.name)
 
 
-def _kind(option: Option) -> str:
+def _kind(option: OptionHelp) -> str:
     """What its value is: words, or the kind of a file, or something that only the user knows."""
     return f"words {' '.join(choices(option))}" if choices(option) else _KINDS.get(option.value, "other")
 

@@ -47,6 +47,9 @@ def _member(found: griffe.Object | griffe.Alias, module: str) -> Iterable[str]:
     public = [
         member for member in found.members.values() if not member.name.startswith("_") or member.name == "__call__"
     ]
+    made_by = found.members.get("of")
+    if made_by and made_by.docstring:  # what else such a class has is not for those who make one
+        public = [made_by]
     attributes = [member for member in public if isinstance(member, griffe.Attribute)]
     fields = [member for member in attributes if member.annotation is not None and "property" not in member.labels]
     for each in fields if _has_fields(found) else ():

@@ -201,7 +201,7 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-class _Run:
+class _Agents:
     """The running agents, and what Ctrl-C does to them. Signals are taken from here on, and acted upon in ``wait``: one
     that comes while another is acted upon must not cut in.
     """
@@ -281,7 +281,7 @@ class _Run:
             process.terminate()
 
 
-def _outcome(rundir: RunDir, run: _Run, *, local: bool) -> int:
+def _outcome(rundir: RunDir, run: _Agents, *, local: bool) -> int:
     verdict = rundir.read("verdict.json") if local else await_verdict(rundir, run_number(os.environ), run.heed)
     if verdict is None:
         entry.tell("elastic-srun", "the agents left no verdict; see their messages above")
@@ -331,7 +331,7 @@ def _main(argv: list[str] | None) -> int:
         launch = replace(launch, rdzv_id=again or secrets.token_hex(8))
     remember(rundir.path)
     with rundir.hold() if local else contextlib.nullcontext():
-        run = _Run(rundir, _commands(launch, count, rundir, args.nodelist, local=local))
+        run = _Agents(rundir, _commands(launch, count, rundir, args.nodelist, local=local))
         run.wait()
         code = _outcome(rundir, run, local=local)
     return 130 if run.interrupted else code

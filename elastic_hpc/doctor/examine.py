@@ -14,7 +14,7 @@ from elastic_hpc.doctor.findings import Finding, Level, worst_first
 from elastic_hpc.doctor.nodes import run_findings
 from elastic_hpc.doctor.slurm_settings import slurm_findings
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
-from elastic_hpc.job.config import Settings, load
+from elastic_hpc.job.config import Configuration, load
 from elastic_hpc.options.sbatch import Given, last
 from elastic_hpc.options.spec import LaunchSpec
 
@@ -42,13 +42,13 @@ def examine(
     return worst_first([*observed, *(finding for finding in findings if finding.about not in subjects)]), facts.answered
 
 
-def _configuration() -> tuple[Settings, list[Finding]]:
+def _configuration() -> tuple[Configuration, list[Finding]]:
     about = "configuration files"
     try:
         settings = load(os.environ, Path.cwd())
     except ElasticError as error:
         means = "elastic-sbatch refuses every job"
-        return Settings(), [Finding(Level.BAD, about, str(error), means, "you: mend the file that is named")]
+        return Configuration(), [Finding(Level.BAD, about, str(error), means, "you: mend the file that is named")]
     sources = [setting.source for setting in settings.options.values()] + [given.source for given in settings.sbatch]
     found = ", ".join(dict.fromkeys(sources)) or "none, or nothing in them"
     return settings, [Finding(Level.OK, about, found, "they can be read")]

@@ -14,7 +14,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.from_batch.shell_text import statements
 from elastic_hpc.from_batch.variables import ASSIGNS, Variables, assigned, names
 from elastic_hpc.options.sbatch import SBATCH, Given, Option, last, scan
-from elastic_hpc.options.torchrun import OF_EACH_JOB, torchrun_options
+from elastic_hpc.options.torchrun import OF_EACH_JOB, parse_command
 from elastic_hpc.options.values import number
 
 _SRUN = (
@@ -334,7 +334,7 @@ _OF_A_TASK = re.compile("SLURM_(PROCID|NODEID|LOCALID|TASK_PID)")
 
 
 def _torchrun(launch: Launch, words: list[str], variables: Variables) -> Launch:
-    line = torchrun_options(variables.known(words))
+    line = parse_command(variables.known(words))
     rest = words[len(words) - 1 - len(line.script_args) :]
     for shown, reason in line.dropped:
         launch = _with(launch, note=f"dropped {shown}: {reason}")

@@ -16,7 +16,6 @@ Later wins. Set-up lines add up in this order, environment variables by name; ea
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,7 +46,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Configuration:
     """What all layers so far say. ``options`` by long name, parsed; ``sbatch`` in the order given."""
 
     options: Mapping[str, Setting] = field(default_factory=dict)
@@ -63,23 +62,23 @@ class Settings:
         options: Iterable[tuple[str, str]],
         sbatch: Sequence[Given] = (),
         unset: Collection[str] = (),
-    ) -> Settings:
+    ) -> Configuration:
         """These settings with a layer on top. ``unset`` sbatch options of the layers below are taken back."""
         merged, setup, env = dict(self.options), list(self.setup), dict(self.env)
         for name, text in options:
+            value = _value(name, text)
             if name == "setup":
-                setup.append(Setting(_setup_line(text), source))
+                setup.append(Setting(value, source))
             elif name == "env":
-                variable, value = _variable(text)
-                env[variable] = Setting(value, source)
+                env[value[0]] = Setting(value[1], source)
             else:
-                merged[name] = Setting(_value(name, text), source)
+                merged[name] = Setting(value, source)
         replaced = {given.name for given in sbatch} | set(unset)
         kept = [given for given in self.sbatch if given.name not in replaced]
         nodes = merged["nodes"].value if "nodes" in merged else None
         fixed = nodes.max if nodes and nodes.min == nodes.max else None
         added = [given for given in sbatch if check(given, fixed)]
-        return Settings(merged, tuple(setup), env, (*kept, *added), self.notes)
+        return Configuration(merged, tuple(setup), env, (*kept, *added), self.notes)
 
 
 def _value(name: str, text: str) -> Any:
@@ -97,46 +96,33 @@ def _value(name: str, text: str) -> Any:
     return ELASTIC[name].parse(text)
 
 
-def _setup_line(text: str) -> str:
-    if re.search(r"[\r\0]", text):
-        raise UsageError(f"--setup {text!r}: sbatch refuses scripts with DOS line breaks; expected plain lines")
-    return text
-
-
-def _variable(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
-        raise UsageError(f"--env {text!r}: expected NAME=VALUE, for example --env OMP_NUM_THREADS=8")
-    return name, value
-
-
-def load(environ: Mapping[str, str], directory: Path, script: Sequence[Layer] = ()) -> Settings:
+def load(environ: Mapping[str, str], directory: Path, script: Sequence[Layer] = ()) -> Configuration:
     """The settings of the site's, the user's and the project's file, as far as they exist, then those of ``script``,
     such as its #SBATCH lines, then those of sbatch's own variables: as for sbatch, these win over the script.
     """
-    settings = Settings()
+    configuration = Configuration()
     site = environ.get("ELASTIC_HPC_CONFIG")
     if site:
-        settings = _with_file(settings, Path(site), site)
+        configuration = _with_file(configuration, Path(site), site)
     home = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
     for path, source in (
         (home / "elastic_hpc" / "config.toml", str(home / "elastic_hpc" / "config.toml")),
         (directory / "elastic_hpc.toml", "./elastic_hpc.toml"),
     ):
         if path.exists():
-            settings = _with_file(settings, path, source)
+            configuration = _with_file(configuration, path, source)
     for layer in script:
         try:
-            settings = settings.with_layer(layer.source, layer.options, layer.sbatch)
+            configuration = configuration.with_layer(layer.source, layer.options, layer.sbatch)
         except UsageError as error:
             raise UsageError(f"{layer.source}: {error}") from None
     given, notes = from_environment(environ)
-    return replace(settings.with_layer("environment", (), given), notes=tuple(notes))
+    return replace(configuration.with_layer("environment", (), given), notes=tuple(notes))
 
 
-def _with_file(settings: Settings, path: Path, source: str) -> Settings:
+def _with_file(configuration: Configuration, path: Path, source: str) -> Configuration:
     try:
         content = toml_file.read(path, source)
-        return settings.with_layer(source, content.options, content.sbatch, content.unset)
+        return configuration.with_layer(source, content.options, content.sbatch, content.unset)
     except UsageError as error:
         raise UsageError(f"configuration file {source}: {error}") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from elastic_hpc.errors import NO_FOLDER, UsageError
 from elastic_hpc.job import programs
-from elastic_hpc.job.config import Layer, Setting, Settings, load
+from elastic_hpc.job.config import Configuration, Layer, Setting, load
 from elastic_hpc.job.quoting import Shell
 from elastic_hpc.job.script_file import not_python
 from elastic_hpc.options import from_python
@@ -115,7 +115,7 @@ def layers_of(script: str, chdir: str | None) -> list[Layer]:
     ]
 
 
-def configured(request: Request) -> Settings:
+def configured(request: Request) -> Configuration:
     """All settings: those of ``request`` over those of the configuration files, the script and the environment."""
     if request.module and request.no_python:
         raise UsageError("--no-python with --module: a module needs Python; leave out one of the two options")
@@ -125,14 +125,14 @@ def configured(request: Request) -> Settings:
         directory = Path.cwd()
     except FileNotFoundError:
         raise UsageError(NO_FOLDER) from None
-    settings = load(os.environ, directory, request.of_script)
-    return settings.with_layer(request.source, request.options, request.sbatch, request.unset)
+    configuration = load(os.environ, directory, request.of_script)
+    return configuration.with_layer(request.source, request.options, request.sbatch, request.unset)
 
 
-def located(request: Request, settings: Settings) -> Place:
+def located(request: Request, configuration: Configuration) -> Place:
     """The script, as it is found from the folder in which the job runs. Raises UsageError if it is not there."""
     directory, script, note = Path.cwd(), request.script, ""
-    work_dir = os.path.normpath(os.path.join(directory, last(settings.sbatch, "chdir") or "."))
+    work_dir = os.path.normpath(os.path.join(directory, last(configuration.sbatch, "chdir") or "."))
     runs_in = os.path.normpath(os.path.join(work_dir, request.folder or ""))
     looked_in = Path(runs_in) if request.folder else directory
     if request.module:
@@ -146,34 +146,34 @@ def located(request: Request, settings: Settings) -> Place:
     return Place(script, work_dir, directory, note)
 
 
-def effective(request: Request, settings: Settings) -> dict[str, Setting]:
+def effective(request: Request, configuration: Configuration) -> dict[str, Setting]:
     """Our options, without those that a file gives for elastic jobs and a plain torchrun has no use for. Raises
     UsageError for an option that this job cannot have.
     """
-    options = dict(settings.options)
+    options = dict(configuration.options)
     if "nodes" not in options:
         if request.source == PYTHON:
             raise UsageError("nodes: missing, for example nodes='2:4'")
         raise UsageError("--nodes: missing before the script, for example: elastic-sbatch --nodes 2:4 train.py")
     if "template" in options and options["template"].value == "torchrun":
-        _refuse_for_torchrun(settings, request.source)
+        _refuse_for_torchrun(configuration, request.source)
         options = {name: setting for name, setting in options.items() if name not in NOT_FOR_TORCHRUN}
     else:
         for given in request.torchrun:
             unneeded(given)
-    for given in settings.sbatch:
+    for given in configuration.sbatch:
         if is_for_containers(given.name):
             raise UsageError(f"{given} ({given.source}): {_CONTAINER}")
     return options
 
 
-def _refuse_for_torchrun(settings: Settings, source: str) -> None:
-    given = {name for name, setting in settings.options.items() if setting.source == source}
-    given |= {g.name for g in settings.sbatch if g.source == source}
+def _refuse_for_torchrun(configuration: Configuration, source: str) -> None:
+    given = {name for name, setting in configuration.options.items() if setting.source == source}
+    given |= {g.name for g in configuration.sbatch if g.source == source}
     for name in NOT_FOR_TORCHRUN:
         if name in given:
             raise UsageError(f"--{name}: plain torchrun has no use for it; leave it out, or use --template elastic")
-    nodes = settings.options["nodes"].value
+    nodes = configuration.options["nodes"].value
     if nodes.sizes:
         raise UsageError(
             f"--nodes {nodes}: plain torchrun expects N or MIN:MAX, for example --nodes {nodes.min}:{nodes.max}; "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job import outputs, programs
 from elastic_hpc.job.commands import Container
-from elastic_hpc.job.config import Setting, Settings
+from elastic_hpc.job.config import Configuration, Setting
 from elastic_hpc.job.quoting import Shell
 from elastic_hpc.job.request import Place, Request, configured, effective, located, of_call
 from elastic_hpc.job.snapshot import WorkTree
@@ -37,7 +37,7 @@ AFTER_GRACE = timedelta(seconds=30)
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A batch job, complete: ``render`` needs nothing else."""
+    """A batch job, complete, as ``JobSpec.of`` makes it. ``render`` returns its batch script, ``submit`` submits it."""
 
     launch: LaunchSpec
     log_dir: str  # absolute
@@ -129,12 +129,12 @@ def build(request: Request) -> JobSpec:
     """The job of ``request``, over what the environment, the script itself and the configuration files say. Raises
     UsageError for what cannot be a job.
     """
-    settings = configured(request)
-    place = located(request, settings)
-    return _assembled(request, settings, place, effective(request, settings))
+    configuration = configured(request)
+    place = located(request, configuration)
+    return _assembled(request, configuration, place, effective(request, configuration))
 
 
-def _assembled(request: Request, settings: Settings, place: Place, options: Mapping[str, Setting]) -> JobSpec:
+def _assembled(request: Request, configuration: Configuration, place: Place, options: Mapping[str, Setting]) -> JobSpec:
     def value(name: str, default: Any = None) -> Any:
         return options[name].value if name in options else default
 
@@ -149,7 +149,7 @@ def _assembled(request: Request, settings: Settings, place: Place, options: Mapp
         **{option.dest: value(option.name) for option in LAUNCH_OPTIONS if option.name in options},
     )
     launch.check_sizes()
-    sbatch = [*_job_name(settings, launch), *(given for given in settings.sbatch if given.name != "signal")]
+    sbatch = [*_job_name(configuration, launch), *(given for given in configuration.sbatch if given.name != "signal")]
     python = value("python")
     if python and not container:
         python = programs.find_interpreter(python, place.work_dir, place.submitted_from)
@@ -159,9 +159,9 @@ def _assembled(request: Request, settings: Settings, place: Place, options: Mapp
         launch=launch,
         log_dir=log_dir,
         sbatch=tuple(sbatch),
-        signal=_warning(last(settings.sbatch, "signal"), launch.grace),
-        setup=settings.setup,
-        env=settings.env,
+        signal=_warning(last(configuration.sbatch, "signal"), launch.grace),
+        setup=configuration.setup,
+        env=configuration.env,
         template=template,
         python=python[0] if python and programs.is_temporary(sys.prefix) else sys.executable,
         agent_python=python,
@@ -172,7 +172,7 @@ def _assembled(request: Request, settings: Settings, place: Place, options: Mapp
         sources={name: setting.source for name, setting in options.items()},
         notes=(
             *request.notes,
-            *settings.notes,
+            *configuration.notes,
             *filter(None, [place.note, lasts]),
             *outputs.notes(sbatch, place.work_dir),
         ),
@@ -209,9 +209,9 @@ def _in_snapshot(request: Request, place: Place, code: WorkTree | None) -> str:
     return f"./{code.script(place.script)}" if request.no_python else code.script(place.script)
 
 
-def _job_name(settings: Settings, launch: LaunchSpec) -> list[Given]:
+def _job_name(configuration: Configuration, launch: LaunchSpec) -> list[Given]:
     """The name of a job that nobody named: its script's."""
-    if any(given.name == "job-name" for given in settings.sbatch) or isinstance(launch.script, Shell):
+    if any(given.name == "job-name" for given in configuration.sbatch) or isinstance(launch.script, Shell):
         return []
     path = Path(launch.script)
     name = launch.script if launch.module else path.name if launch.no_python else path.stem

@@ -29,6 +29,8 @@ from elastic_hpc.options.values import (
     on_off,
     positive,
     ranks,
+    setup_line,
+    variable,
 )
 
 
@@ -247,11 +249,13 @@ JOB_OPTIONS = (
     ElasticOption(
         "setup",
         "LINE",
-        str,
+        setup_line,
         "shell line for the first node, before the agents start: 'module load cuda', 'source env.sh'; may be repeated",
         repeated=True,
     ),
-    ElasticOption("env", "NAME=VALUE", str, "environment variable for the workers; may be repeated", repeated=True),
+    ElasticOption(
+        "env", "NAME=VALUE", variable, "environment variable for the workers; may be repeated", repeated=True
+    ),
     ElasticOption(
         "python",
         "PATH",

@@ -148,7 +148,7 @@ def unneeded(given: Given) -> str:
 
 
 @dataclass(frozen=True)
-class Line:
+class TorchrunCommand:
     """A command line of torchrun, as what it is here."""
 
     options: tuple[tuple[str, str], ...]
@@ -161,7 +161,7 @@ class Line:
     """Options without a counterpart, as given, and why they are left out."""
 
 
-def torchrun_options(argv: Sequence[str]) -> Line:
+def parse_command(argv: Sequence[str]) -> TorchrunCommand:
     """Read the arguments of a ``torchrun``. UsageError if they are none.
 
     What stands for a shell to fill in is left as it is, except where each node or job has its own: that is dropped.
@@ -182,7 +182,7 @@ def torchrun_options(argv: Sequence[str]) -> Line:
             dropped.append((str(each), unneeded(each)))
         except UsageError as error:
             dropped.append((str(each), str(error).partition(": ")[2]))
-    return Line(
+    return TorchrunCommand(
         tuple((each.name, each.value or "") for each in ours if each.option.value),
         any(each.name == "module" for each in ours),
         any(each.name == "no-python" for each in ours),

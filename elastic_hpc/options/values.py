@@ -129,6 +129,20 @@ def on_off(text: str) -> bool:
     raise UsageError(f"{text!r}: expected on or off")
 
 
+def setup_line(text: str) -> str:
+    if re.search(r"[\r\0]", text):
+        raise UsageError(f"--setup {text!r}: sbatch refuses scripts with DOS line breaks; expected plain lines")
+    return text
+
+
+def variable(text: str) -> tuple[str, str]:
+    """The name and the value of ``NAME=VALUE``."""
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
+        raise UsageError(f"--env {text!r}: expected NAME=VALUE, for example --env OMP_NUM_THREADS=8")
+    return name, value
+
+
 def interpreter(text: str) -> tuple[str, ...]:
     """The words of a Python interpreter and its own options."""
     try:

@@ -1,7 +1,7 @@
 import pytest
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.job.config import Settings, load
+from elastic_hpc.job.config import Configuration, load
 from elastic_hpc.options.sbatch import SBATCH, Given
 from elastic_hpc.options.values import NodeRange
 
@@ -172,4 +172,4 @@ def test_a_site_file_that_is_named_must_be_readable(site, tmp_path):
 
 
 def test_no_file_at_all_is_fine(tmp_path):
-    assert load({"XDG_CONFIG_HOME": str(tmp_path)}, tmp_path) == Settings()
+    assert load({"XDG_CONFIG_HOME": str(tmp_path)}, tmp_path) == Configuration()

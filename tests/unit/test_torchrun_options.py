@@ -5,11 +5,11 @@ from torch.distributed.run import get_args_parser
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.sbatch import scan
-from elastic_hpc.options.torchrun import OPTIONS, torchrun_options, translate, unneeded
+from elastic_hpc.options.torchrun import OPTIONS, parse_command, translate, unneeded
 
 
 def read(line):
-    return torchrun_options(line.split())
+    return parse_command(line.split())
 
 
 def test_every_option_of_the_installed_torchrun_has_a_meaning_or_a_refusal_with_the_same_arity():
