@@ -7,11 +7,10 @@ import importlib
 import os
 import sys
 
-from elastic_hpc import __version__
+from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.environment import JOIN
-from elastic_hpc.errors import ElasticError
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
 from elastic_hpc.membership.nodes import joiner
@@ -77,19 +76,21 @@ def _run(args: argparse.Namespace) -> int:
         return conclude.conclude_alone(rundir, os.environ, args.outcome, deputy_of=args.deputy_of)
     if args.command == "stop":
         return _stop(Job(rundir.path), after_checkpoint=args.after_checkpoint)
-    if JOIN in os.environ:  # the batch script of a joiner, which Slurm has warned, calls for its node alone
+    warned = "SLURM_JOB_ID" in os.environ  # the batch script calls
+    reason = slurm.warning_reason(job_name(os.environ)) if warned else "user"
+    if JOIN in os.environ:  # the batch script of a joiner calls for its node alone
         from elastic_hpc.network.client import ask_to_leave
 
-        ask_to_leave(rundir, joiner(os.environ["SLURM_JOB_ID"]), _why_drained())
+        ask_to_leave(rundir, joiner(os.environ["SLURM_JOB_ID"]), reason)
         return 0
     tasks = [Job(path) for path in expand(rundir.path)]
     for job in [task for task in tasks if not task.final_state()] or tasks:
-        job.drain(_why_drained())
+        job.drain(reason)
     return 0
 
 
 def _stop(job: Job, *, after_checkpoint: bool) -> int:
-    """That the job is over is what was asked for, and no failure."""
+    """A job that is over already is no failure: it is what the user wants."""
     done = job.stop(after_checkpoint=after_checkpoint)
     if done == "over":
         status = job.status()
@@ -102,18 +103,6 @@ def _stop(job: Job, *, after_checkpoint: bool) -> int:
             + (", the workers may save first" if after_checkpoint else "")
         )
     return 0
-
-
-def _why_drained() -> str:
-    """The batch script calls when Slurm warns it."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return "user"
-    from elastic_hpc import slurm
-
-    try:
-        return "preempted" if slurm.show_job(job_name(os.environ)).preempt_time else "time limit"
-    except ElasticError:
-        return "time limit"
 
 
 def main(argv: list[str] | None = None) -> int:

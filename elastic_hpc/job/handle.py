@@ -1,11 +1,10 @@
-"""A job from Python: submit it, see how it is, wait for it, read its logs, stop it. Works from the run directory, and
-asks Slurm only for what that cannot say, so that a job can be looked at when Slurm has forgotten it.
+"""A job from Python: submit it, look at its state, wait for it, read its logs, stop it. The handle works from the run
+directory, and asks Slurm only for what is not there, so that it works when Slurm has forgotten the job.
 """
 
 from __future__ import annotations
 
 import contextlib
-import html
 import io
 import os
 import time
@@ -27,12 +26,13 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import Stream, files
 from elastic_hpc.view.job import JobView
 
-_ASK_SLURM = 2.0, 30.0  # seconds between two questions, at first and after a while
-_LOOK = 0.5
+_LOOK_INTERVAL = 0.5
+_SLURM_INTERVALS = 2.0, 30.0
+"""Seconds between two questions to Slurm, at first and after a while."""
 
 Stopped = Literal["cancelled", "told", "over"]
-"""What ``Job.stop`` has done: the job waited in the queue, or nobody led it, and Slurm has cancelled it; its leader was
-told; nothing, it was over already."""
+"""What ``Job.stop`` has done: ``cancelled``, by Slurm, a job that waited in the queue or had no leader; ``told`` the
+leader to stop; or nothing, as the job was ``over`` already."""
 
 
 @dataclass(frozen=True)
@@ -118,24 +118,12 @@ class Job:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
+        from elastic_hpc.view.status import html_card, html_table
+
         try:
-            view = self._look().view
+            return html_card(self._look().view)
         except ElasticError as error:
-            rows = {"job": self.id, "": str(error)}
-        else:
-            rows = {
-                "job": f"{view.id} {view.script}",
-                "state": f"{view.state}: {view.note}" if view.note else view.state,
-                "nodes": " ".join(view.nodes),
-                "workers": str(view.world_size or ""),
-                "round": str(view.round or ""),
-                "step": "" if view.step is None else str(view.step),
-                "restarts": str(view.restarts or ""),
-            }
-        cells = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items() if text
-        )
-        return f"<table>{cells}</table>"
+            return html_table({"job": self.id, "": str(error)})
 
     def task(self, index: int) -> Job:
         """One task of a job array, which is an elastic job of its own."""
@@ -168,16 +156,17 @@ class Job:
         raise TimeoutError(f"job {self.id} has not ended in {timeout:g} s; it goes on")
 
     def _watch(self) -> Iterator[JobView]:
-        """How it is, again and again. Slurm is asked less and less often."""
+        """The job at one moment after another. Slurm is asked less and less often."""
         begin = time.monotonic()
         while True:
-            yield self._look(min(_ASK_SLURM[1], max(_ASK_SLURM[0], (time.monotonic() - begin) / 4))).view
-            time.sleep(_LOOK)
+            least, most = _SLURM_INTERVALS
+            yield self._look(min(most, max(least, (time.monotonic() - begin) / 4))).view
+            time.sleep(_LOOK_INTERVAL)
 
-    def _look(self, ask_every: float = 0.0) -> Look:
+    def _look(self, query_interval: float = 0.0) -> Look:
         if self._is_array or expand(self.run_dir) != [self.run_dir]:
             raise UsageError(f"job {self.id} is an array; expected one of its tasks, for example job.task(0)")
-        return self._jobs.look(ask_every)[0]
+        return self._jobs.look(query_interval)[0]
 
     def logs(self, rank: int = 0, stream: Stream = "out", *, follow: bool = False) -> Iterator[str]:
         """The lines that the worker of this rank has written, round after round. ``follow``: go on as more is written,
@@ -217,7 +206,7 @@ class Job:
         final = self.final_state()
         try:
             if not final:
-                self._tell("drain", reason)
+                self._request("drain", reason)
                 return
         except ElasticError as error:
             view = self._look().view
@@ -242,7 +231,7 @@ class Job:
             return "over"
         if view.state not in slurm.WAITS and self.run_dir.is_dir():
             try:
-                self._tell("save-and-stop" if after_checkpoint else "stop")
+                self._request("save-and-stop" if after_checkpoint else "stop")
             except ElasticError:
                 if self._look().view.over:
                     return "over"
@@ -258,9 +247,9 @@ class Job:
         if self._record.is_held() is None:
             slurm.cancel(self.slurm_id)
         else:
-            self._tell("stop")
+            self._request("stop")
 
-    def _tell(self, request: Literal["drain", "save-and-stop", "stop"], reason: str = "user") -> None:
+    def _request(self, request: Literal["drain", "save-and-stop", "stop"], reason: str = "user") -> None:
         from elastic_hpc.network.client import ask_leader  # asyncio takes its time to be imported
 
         if not self.run_dir.is_dir():
@@ -282,7 +271,7 @@ class Job:
 
 
 def _lines(path: Path, offset: int, *, rest: bool) -> Iterator[bytes]:
-    """Those of a file from ``offset`` on, with ``rest`` also a last one without an end."""
+    """The lines of a file from ``offset`` on, with ``rest`` also a last line without an end."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         file.seek(offset)
         yield from (line for line in file if rest or line.endswith(b"\n"))

@@ -1,7 +1,7 @@
 """The only package that runs Slurm's commands. Unknown is not empty: what cannot be asked raises SlurmError."""
 
 from elastic_hpc.slurm.directives import joiner_script
-from elastic_hpc.slurm.job import cancel, epoch, job_state, queue, show_job, states, warn
+from elastic_hpc.slurm.job import cancel, epoch, job_state, queue, show_job, states, warn, warning_reason
 from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
 from elastic_hpc.slurm.nodes import expand, usable_nodes
 from elastic_hpc.slurm.requeuing import complete, requeue
@@ -41,4 +41,5 @@ __all__ = [
     "usable_nodes",
     "wait_until_alone",
     "warn",
+    "warning_reason",
 ]

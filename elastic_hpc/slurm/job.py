@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from typing import Literal
 
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
@@ -87,6 +88,14 @@ def epoch(text: str) -> float | None:
 def warn(job: str) -> None:
     """Send the batch script of ``job`` its warning signal, as Slurm does before the time limit. Raises SlurmError."""
     client.run("scancel", "--batch", "--signal=USR2", job)
+
+
+def warning_reason(job: str) -> Literal["preempted", "time limit"]:
+    """Why Slurm has warned ``job``: ``time limit`` also if Slurm cannot be asked."""
+    try:
+        return "preempted" if show_job(job).preempt_time else "time limit"
+    except SlurmError:
+        return "time limit"
 
 
 def cancel(*jobs: str) -> None:

@@ -1,7 +1,8 @@
-"""Jobs on a screen: several as a table, one as a card. Pure."""
+"""Jobs on a screen, several as a table, one as a card, and a job in a notebook. Pure."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
@@ -123,3 +124,26 @@ def card(view: JobView) -> RenderableType:
     )
     row("record", view.run_dir, f"{view.damaged} entries could not be understood" if view.damaged else "")
     return Group(head, rows)
+
+
+def html_card(view: JobView) -> str:
+    """One job in a notebook."""
+    return html_table(
+        {
+            "job": f"{view.id} {view.script}",
+            "state": f"{view.state}: {view.note}" if view.note else view.state,
+            "nodes": " ".join(view.nodes),
+            "workers": str(view.world_size or ""),
+            "round": str(view.round or ""),
+            "step": "" if view.step is None else str(view.step),
+            "restarts": str(view.restarts or ""),
+        }
+    )
+
+
+def html_table(rows: Mapping[str, str]) -> str:
+    """The rows that are not empty."""
+    cells = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items() if text
+    )
+    return f"<table>{cells}</table>"
