@@ -18,8 +18,8 @@ from elastic_hpc.errors import ElasticError, UsageError, argument
 from elastic_hpc.job.launch import LaunchConfig
 from elastic_hpc.job.script_file import check_script
 from elastic_hpc.options.durations import seconds
-from elastic_hpc.rehearse.plan import LEAST, ORDER, Finding, exit_code, judge, plan
-from elastic_hpc.rehearse.run import Asked, Rehearsal
+from elastic_hpc.rehearse.plan import LEAST, ORDER, Judgement, exit_code, plan
+from elastic_hpc.rehearse.run import Rehearsal, RehearsalOptions
 
 HELP = "kill workers and nodes under your script, on this machine, and tell whether it resumes correctly"
 
@@ -78,11 +78,13 @@ def run(args: argparse.Namespace) -> int:
     acts = _acts(args.acts, args.nodes)
     planned = plan(acts, args.nodes)
     check_script(args.script)
-    LaunchConfig(nproc_per_node=args.nproc_per_node)  # refuses what it cannot be, before there is a folder
+    LaunchConfig(nproc_per_node=args.nproc_per_node)  # refuses a wrong value before the folder is made
     folder = _folder(args.keep)
-    asked = Asked(args.script, args.script_args, args.nodes, args.nproc_per_node, args.steps, args.timeout, folder)
+    options = RehearsalOptions(
+        args.script, args.script_args, args.nodes, args.nproc_per_node, args.steps, args.timeout, folder
+    )
     screen = sys.stderr if args.json else sys.stdout
-    rehearsal = Rehearsal(asked, planned, lambda text: print(text, file=screen, flush=True))
+    rehearsal = Rehearsal(options, planned, lambda text: print(text, file=screen, flush=True))
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _interrupt)
     try:
@@ -122,23 +124,16 @@ def _interrupt(signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _report(rehearsal: Rehearsal, folder: Path, *, keep: bool, as_json: bool) -> int:
-    findings = judge(
-        rehearsal.steps,
-        rehearsal.acts,
-        rehearsal.crashes,
-        end=rehearsal.end,
-        finished=rehearsal.finished,
-        left=rehearsal.left,
-    )
-    code = exit_code(findings)
+    judgements = rehearsal.judgements()
+    code = exit_code(judgements)
     kept = keep or code != 0
     if as_json:
-        report = {"findings": [asdict(finding) for finding in findings], "folder": str(folder) if kept else None}
+        report = {"findings": [asdict(judgement) for judgement in judgements], "folder": str(folder) if kept else None}
         print(json.dumps({**report, "exit_code": code}, indent=1))
     else:
         print()
-        for finding in findings:
-            _show(finding)
+        for judgement in judgements:
+            _show(judgement)
         if kept:
             print(f"\nThe output of the script is in {folder}/output, the rest beside it.")
     if not kept:
@@ -146,8 +141,8 @@ def _report(rehearsal: Rehearsal, folder: Path, *, keep: bool, as_json: bool) ->
     return code
 
 
-def _show(finding: Finding) -> None:
-    first, *others = finding.said
-    print(f"{finding.act:8}{finding.verdict:13}{first}")
-    for text in (*others, *finding.traceback.splitlines()):
+def _show(judgement: Judgement) -> None:
+    first, *others = judgement.said
+    print(f"{judgement.act:8}{judgement.verdict:13}{first}")
+    for text in (*others, *judgement.traceback.splitlines()):
         print(f"{'':21}{text}")

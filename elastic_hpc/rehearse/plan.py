@@ -1,4 +1,4 @@
-"""What a rehearsal does to a training script, in which order, and what the steps that it reports then say about it."""
+"""What a rehearsal does to a training script, in which order, and how the reported steps are judged. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEAST = {"worker": 1, "node": 2, "head": 3, "drain": 1, "shrink": 2, "grow": 1}
 """How many nodes an act needs: when the head is lost, more than half of the nodes must be left."""
 
 WINDOW = 10
-"""Steps whose median is the loss before or after something."""
+"""Number of steps over which the median of the loss is taken."""
 
 JUMP = 10
 """How many times the usual change from one step to the next the loss may rise at a resume."""
@@ -29,15 +29,15 @@ TWO_LINES = "add: from elastic_hpc.training import report_progress, and once a s
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedAct:
     act: str
     nodes: int
-    """How many are left, or are started, afterwards."""
+    """How many are left after the act, or are started."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step that rank 0 has reported; ``loss`` is None if it has not said."""
+class ReportedStep:
+    """A step that rank 0 has reported; ``loss`` is None if the report has none."""
 
     round: int
     step: int
@@ -46,7 +46,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Done:
+class DoneAct:
     """An act that was carried out. ``time`` is in seconds since the epoch."""
 
     act: str
@@ -54,9 +54,9 @@ class Done:
     """The round that it ended."""
     time: float
     what: str
-    """In words, as ``killed rank 2``."""
+    """In words, as ``rank 2 was killed``."""
     saves: bool = False
-    """The script was asked to save first, and listens."""
+    """Whether the script was asked to save first, and calls ``drain_requested``."""
 
 
 @dataclass(frozen=True)
@@ -70,65 +70,65 @@ class Crash:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Judgement:
     act: str
     verdict: Verdict
     said: tuple[str, ...]
-    """What was seen, a sentence each."""
+    """What was observed, a sentence each."""
     traceback: str = ""
 
 
-def plan(acts: Iterable[str], nodes: int) -> tuple[Planned, ...]:
-    """The acts one after the other, from a world of ``nodes``. Where one needs more nodes than are left, a drain comes
-    before it. Raises UsageError for one that needs more than ``nodes``.
+def plan(acts: Iterable[str], nodes: int) -> tuple[PlannedAct, ...]:
+    """The acts one after the other, from a world of ``nodes``. A drain comes before an act that needs more nodes than
+    are left. Raises UsageError for an act that needs more than ``nodes``.
     """
-    planned: list[Planned] = []
-    here = nodes
+    planned: list[PlannedAct] = []
+    current = nodes
     for act in acts:
         if LEAST[act] > nodes:
             raise UsageError(f"--acts {act} with --nodes {nodes}: expected --nodes {LEAST[act]} or more")
-        if LEAST[act] > here:
-            planned.append(Planned("drain", nodes))
-            here = nodes
+        if LEAST[act] > current:
+            planned.append(PlannedAct("drain", nodes))
+            current = nodes
         match act:
             case "node" | "head" | "shrink":
-                here -= 1
+                current -= 1
             case "drain":
-                here = nodes
+                current = nodes
             case "grow":
-                here = nodes if here < nodes else nodes + 1
-        planned.append(Planned(act, here))
+                current = nodes if current < nodes else nodes + 1
+        planned.append(PlannedAct(act, current))
     return tuple(planned)
 
 
 def judge(
-    steps: Sequence[Step],
-    acts: Sequence[Done],
+    steps: Sequence[ReportedStep],
+    acts: Sequence[DoneAct],
     crashes: Sequence[Crash] = (),
     *,
     end: str = "",
     finished: bool = False,
     left: Sequence[str] = (),
-) -> list[Finding]:
+) -> list[Judgement]:
     """Whether the script resumed correctly after each of ``acts``, all of which came after a step.
 
-    ``steps`` in the order in which they were reported. ``end``: why there are no more of them, ``finished``: because
-    the training is over, ``left``: the acts that were not carried out for it.
+    ``steps`` in the order in which they were reported. ``end``: why there are no more, ``finished``: whether because
+    the training is over, ``left``: the acts that were not carried out for that reason.
     """
-    findings = []
+    judgements = []
     for at, act in enumerate(acts):
         following = acts[at + 1] if at + 1 < len(acts) else None
         before = [step for step in steps if step.round <= act.round]
         after = [step for step in steps if act.round < step.round <= (following.round if following else math.inf)]
         own = [crash for crash in crashes if _belongs(crash, act, following)]
-        findings.append(_finding(act, before, after, own, end, finished=finished))
+        judgements.append(_judge_act(act, before, after, own, end, finished=finished))
     why = end if steps else f"the script has reported no step; {TWO_LINES}"
-    return [*findings, *(Finding(act, "cannot tell", (f"not done: {why}",)) for act in left)]
+    return [*judgements, *(Judgement(act, "cannot tell", (f"not done: {why}",)) for act in left)]
 
 
-def exit_code(findings: Sequence[Finding]) -> int:
+def exit_code(judgements: Sequence[Judgement]) -> int:
     """0 if all are ok, 1 if one is bad, 3 if it cannot be told."""
-    verdicts = {finding.verdict for finding in findings}
+    verdicts = {judgement.verdict for judgement in judgements}
     return 1 if "bad" in verdicts else 3 if "cannot tell" in verdicts else 0
 
 
@@ -137,60 +137,68 @@ def count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _belongs(crash: Crash, act: Done, following: Done | None) -> bool:
-    """Not the failure that the act itself is, where it kills."""
+def _belongs(crash: Crash, act: DoneAct, following: DoneAct | None) -> bool:
+    """Whether ``crash`` followed from ``act``. The failure of a worker that the act itself kills does not count."""
     while_saving = act.saves and crash.round == act.round and crash.time >= act.time
     return (while_saving or crash.round > act.round) and not (following and crash.time >= following.time)
 
 
-def _finding(
-    act: Done, before: list[Step], after: list[Step], crashes: list[Crash], end: str, *, finished: bool
-) -> Finding:
-    said: list[tuple[Verdict, str]] = []
+def _judge_act(
+    act: DoneAct,
+    before: list[ReportedStep],
+    after: list[ReportedStep],
+    crashes: list[Crash],
+    end: str,
+    *,
+    finished: bool,
+) -> Judgement:
+    observed: list[tuple[Verdict, str]] = []
     for crash in crashes:
         when = f"in round {crash.round}, after the resume" if crash.round > act.round else "while it was saving"
-        said.append(("bad", f"the script failed {when}: {crash.message}"))
+        observed.append(("bad", f"the script failed {when}: {crash.message}"))
     history = list(before)
     for _, group in groupby(after, key=lambda step: step.round):
         resumed = list(group)
-        said += _resume(act, history, resumed)
+        observed += _resume(act, history, resumed)
         history += resumed
     if not after:
-        said.append(("cannot tell" if finished else "bad", f"no further step was reported: {end}"))
+        observed.append(("cannot tell" if finished else "bad", f"no further step was reported: {end}"))
     ranks: tuple[Verdict, ...] = ("ok", "cannot tell", "bad")
-    worst = max((verdict for verdict, _ in said), key=ranks.index)
-    texts = (act.what, *(text for _, text in said))
-    return Finding(act.act, worst, texts, next((crash.traceback for crash in crashes if crash.traceback), ""))
+    worst = max((verdict for verdict, _ in observed), key=ranks.index)
+    texts = (act.what, *(text for _, text in observed))
+    return Judgement(act.act, worst, texts, next((crash.traceback for crash in crashes if crash.traceback), ""))
 
 
-def _resume(act: Done, history: list[Step], resumed: list[Step]) -> list[tuple[Verdict, str]]:
-    """What the first steps of a round say, after those of all rounds before."""
+def _resume(act: DoneAct, history: list[ReportedStep], resumed: list[ReportedStep]) -> list[tuple[Verdict, str]]:
+    """What the steps of a round, ``resumed``, say after those of all rounds before, ``history``."""
     origin, last, first = history[0].step, history[-1], resumed[0]
     stride = _stride([*history, *resumed])
     repeated = (last.step - first.step) // stride + 1
     if first.step <= origin < last.step:
         often = "no checkpoint was loaded; or none had been saved yet, then give --steps more than lie between two"
         return [("bad", f"began anew with step {first.step} after step {last.step}: {often}")]
-    said: list[tuple[Verdict, str]] = []
+    observed: list[tuple[Verdict, str]] = []
     if first.step > last.step + stride:
-        said.append(("bad", f"went on with step {first.step} after step {last.step}: those between were never done"))
+        observed.append(
+            ("bad", f"went on with step {first.step} after step {last.step}: those between were never done")
+        )
     elif act.saves and last.round == act.round and repeated > 0:
         what = f"was asked to save after step {last.step}, but went on with step {first.step}"
-        said.append(("bad", f"{what}: save once more when drain_requested() says so"))
+        observed.append(("bad", f"{what}: save once more when drain_requested() says so"))
     else:
         counted = f"{count(repeated, 'step')} repeated" if repeated > 0 else "none repeated"
-        said.append(("ok", f"went on with step {first.step} after step {last.step}: {counted}, none skipped"))
+        observed.append(("ok", f"went on with step {first.step} after step {last.step}: {counted}, none skipped"))
     if first.world_size != last.world_size:
-        said.append(("ok", f"a checkpoint of {count(last.world_size, 'worker')} was loaded by {first.world_size}"))
-    return [*said, _loss(history, resumed)]
+        observed.append(("ok", f"a checkpoint of {count(last.world_size, 'worker')} was loaded by {first.world_size}"))
+    return [*observed, _loss(history, resumed)]
 
 
-def _loss(history: list[Step], resumed: list[Step]) -> tuple[Verdict, str]:
-    """Whether the loss goes on where it was: the median of the first steps against that of those before them, and
-    against the first ones of the training.
+def _loss(history: list[ReportedStep], resumed: list[ReportedStep]) -> tuple[Verdict, str]:
+    """Whether the loss goes on where it was: the median over the first steps after the resume, compared with the median
+    over the last steps before, and over the first steps of the training.
     """
-    there = {step.step: step.loss for step in history if step.loss is not None and step.step < resumed[0].step}
-    losses = [there[step] for step in sorted(there)]
+    by_step = {step.step: step.loss for step in history if step.loss is not None and step.step < resumed[0].step}
+    losses = [by_step[step] for step in sorted(by_step)]
     after = [step.loss for step in resumed[:WINDOW] if step.loss is not None]
     if not losses or not after:
         return "cannot tell", "the loss is not reported; call report_progress(step, loss)"
@@ -201,14 +209,14 @@ def _loss(history: list[Step], resumed: list[Step]) -> tuple[Verdict, str]:
     finite = [loss for loss in losses if math.isfinite(loss)]
     start, was, now = median(finite[:WINDOW]), median(finite[-WINDOW:]), median(after)
     usual = median([abs(b - a) for a, b in pairwise(finite[-5 * WINDOW :])] or [0.0])
-    seen = f"the loss was {was:.4g} and is {now:.4g} after the resume"
+    change = f"the loss was {was:.4g} and is {now:.4g} after the resume"
     if now - was > max(JUMP * usual, (start - was) / 2):
-        return "bad", f"{seen} (at the start {start:.4g}): the weights or the optimizer were not loaded"
+        return "bad", f"{change} (at the start {start:.4g}): the weights or the optimizer were not loaded"
     if start - was < usual:
-        return "ok", f"{seen}; it has fallen too little since the start, {start:.4g}, to say much"
-    return "ok", f"{seen} (at the start {start:.4g})"
+        return "ok", f"{change}; it has fallen too little since the start, {start:.4g}, to say much"
+    return "ok", f"{change} (at the start {start:.4g})"
 
 
-def _stride(steps: list[Step]) -> int:
-    """Every how many steps the script reports one."""
+def _stride(steps: list[ReportedStep]) -> int:
+    """The usual difference between two steps that the script reports."""
     return int(median([b.step - a.step for a, b in pairwise(steps) if a.round == b.round and b.step > a.step] or [1]))

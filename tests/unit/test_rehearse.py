@@ -15,21 +15,23 @@ from typing import Any
 import pytest
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.rehearse.plan import Crash, Done, Finding, Planned, Step, exit_code, judge, plan
+from elastic_hpc.rehearse.plan import Crash, DoneAct, Judgement, PlannedAct, ReportedStep, exit_code, judge, plan
 
 ROOT = Path(__file__).parents[2]
 REHEARSE = [sys.executable, str(ROOT / "bin" / "elastic-hpc"), "rehearse"]
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-KILLED = Done("worker", 1, 10.0, "rank 2 was killed")
-DRAINED = Done("drain", 1, 10.0, "the script was asked to save", saves=True)
+KILLED = DoneAct("worker", 1, 10.0, "rank 2 was killed")
+DRAINED = DoneAct("drain", 1, 10.0, "the script was asked to save", saves=True)
 
 
-def steps(round: int, first: int, last: int, *, loss_of: Any = lambda step: 10 / step, world: int = 3) -> list[Step]:
-    return [Step(round, step, loss_of(step), world) for step in range(first, last + 1)]
+def steps(
+    round: int, first: int, last: int, *, loss_of: Any = lambda step: 10 / step, world: int = 3
+) -> list[ReportedStep]:
+    return [ReportedStep(round, step, loss_of(step), world) for step in range(first, last + 1)]
 
 
-def only(findings: list[Finding]) -> tuple[str, str]:
+def only(findings: list[Judgement]) -> tuple[str, str]:
     """The verdict, and all that is said."""
     (finding,) = findings
     return finding.verdict, "\n".join(finding.said)
@@ -53,7 +55,7 @@ def test_a_skipped_step_is_bad_unless_the_script_reports_only_some() -> None:
     assert verdict == "bad"
     assert "went on with step 52 after step 50: those between were never done" in said
     every_tenth = [
-        Step(round, step, 1 / step, 2) for round in (1, 2) for step in range(600 * round, 600 * round + 600, 10)
+        ReportedStep(round, step, 1 / step, 2) for round in (1, 2) for step in range(600 * round, 600 * round + 600, 10)
     ]
     assert only(judge(every_tenth, [KILLED]))[0] == "ok"
 
@@ -73,7 +75,8 @@ def test_a_loss_that_is_back_where_the_training_began_is_bad() -> None:
 
 def test_a_noisy_loss_that_goes_on_is_ok() -> None:
     noisy = [
-        Step(1 + (step > 60), step, 5 * math.exp(-step / 50) + (step * 7919 % 13) / 13, 3) for step in range(1, 121)
+        ReportedStep(1 + (step > 60), step, 5 * math.exp(-step / 50) + (step * 7919 % 13) / 13, 3)
+        for step in range(1, 121)
     ]
     assert only(judge(noisy, [KILLED]))[0] == "ok"
 
@@ -111,7 +114,7 @@ def test_no_step_after_a_fault_is_bad_unless_the_training_was_over() -> None:
 
 
 def test_each_act_is_judged_by_the_rounds_that_follow_it() -> None:
-    acts = [KILLED, Done("head", 2, 20.0, "killed")]
+    acts = [KILLED, DoneAct("head", 2, 20.0, "killed")]
     findings = judge([*steps(1, 1, 50), *steps(2, 41, 95), *steps(3, 1, 50)], acts)
     assert [finding.verdict for finding in findings] == ["ok", "bad"]
     assert exit_code(findings) == 1
@@ -120,8 +123,12 @@ def test_each_act_is_judged_by_the_rounds_that_follow_it() -> None:
 
 
 def test_a_drain_brings_the_nodes_back_that_an_act_needs() -> None:
-    assert plan(["node", "head"], 3) == (Planned("node", 2), Planned("drain", 3), Planned("head", 2))
-    assert plan(["shrink", "grow", "grow"], 3) == (Planned("shrink", 2), Planned("grow", 3), Planned("grow", 4))
+    assert plan(["node", "head"], 3) == (PlannedAct("node", 2), PlannedAct("drain", 3), PlannedAct("head", 2))
+    assert plan(["shrink", "grow", "grow"], 3) == (
+        PlannedAct("shrink", 2),
+        PlannedAct("grow", 3),
+        PlannedAct("grow", 4),
+    )
     with pytest.raises(UsageError, match="--acts head with --nodes 2: expected --nodes 3 or more"):
         plan(["head"], 2)
 
