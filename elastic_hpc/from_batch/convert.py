@@ -4,43 +4,30 @@ torchrun line. Pure.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.from_batch.launch_line import OF_RENDEZVOUS, Launch, launch_of, not_understood
+from elastic_hpc.from_batch.reader import Reader, first_line
 from elastic_hpc.from_batch.shape import Shape
-from elastic_hpc.from_batch.shell_text import Statement, statements
-from elastic_hpc.from_batch.variables import ASSIGNS, Variables, assigned, names
+from elastic_hpc.from_batch.shell_text import statements
+from elastic_hpc.from_batch.variables import Variables, names
+from elastic_hpc.from_batch.wrappers import Launch
 from elastic_hpc.job.config import Layer
 from elastic_hpc.job.quoting import Shell
 from elastic_hpc.job.script_file import interpreter
 from elastic_hpc.options import sbatch_lines
-from elastic_hpc.options.sbatch import Given
 
 _LOGIN = """source /etc/profile
 for f in ~/.bash_profile ~/.bash_login ~/.profile; do if [ -r "$f" ]; then . "$f"; break; fi; done"""
 _CPUS_OF_A_NODE = "SLURM_CPUS_PER_TASK=$elastic_cpus"
 _ARGUMENTS = "elastic_arguments"
-_LAUNCHES = re.compile(r"\btorchrun\b|\btorch\.distributed\.(run|launch)\b|\baccelerate launch\b|\bsrun\b.*\bpython")
-_OF_NODES = re.compile(
-    r"scontrol +show +hostname|SLURM_(JOB_|STEP_)?NODELIST|\bhostname\b|SLURM_(PROCID|NODEID|LOCALID)"
-)
-_OF_SLURM = {
-    "ntasks-per-node": "SLURM_NTASKS_PER_NODE",
-    "tasks-per-node": "SLURM_NTASKS_PER_NODE",
-    "cpus-per-task": "SLURM_CPUS_PER_TASK",
-    "gpus-per-node": "SLURM_GPUS_PER_NODE",
-}
-"""What Slurm would set in the job of the batch script."""
 _BRINGS_PYTHON = re.compile(
     r"\bactivate\b|^\s*(module|ml)\b.*(python|conda|forge|torch|mamba)|^\s*(export +)?PATH=|\bpyenv\b|\bspack load\b",
     re.IGNORECASE | re.MULTILINE,
 )
-_OF_TASKS = re.compile(r"SLURM_(NTASKS\w*|NPROCS|TASKS_PER_NODE|GPUS_PER_TASK|NNODES|JOB_NUM_NODES)")
 
 
 @dataclass(frozen=True)
@@ -73,7 +60,7 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
         raise UsageError(f"{name}: {what}; expected a batch script for bash, which begins with #!/bin/bash")
     given = sbatch_lines.options(content, name)
     try:
-        found = _Reader(name, statements(text), environ, given)
+        found = Reader(name, statements(text), environ, given)
     except UsageError as error:
         raise UsageError(f"{name} {error}") from None
     launch, at = found.launch, f"{name} line {found.line}"
@@ -104,7 +91,7 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
     command = " ".join([launch.script, *launch.script_args])
     first_note = f"{name}: taken: {' '.join(taken)}{lines}, to run: {command}"
     notes = [first_note, *_in_order(notes)]
-    brings = [f"{source}: {_first(line)!r}" for line, source in found.setup if _BRINGS_PYTHON.search(line)]
+    brings = [f"{source}: {first_line(line)!r}" for line, source in found.setup if _BRINGS_PYTHON.search(line)]
     return FromBatch(
         script,
         script_args,
@@ -141,203 +128,3 @@ def _command(launch: Launch) -> tuple[str, tuple[str, ...], str]:
 def _literal(word: str) -> str | None:
     """The text of ``word`` if that has nothing for the shell to fill in."""
     return Variables({}).resolve(word) if word[:1] != "~" else None
-
-
-class _Reader:
-    """The statements: which is the launch, what comes before it, and what is left out."""
-
-    def __init__(
-        self, name: str, found: Sequence[Statement], environ: Mapping[str, str], given: Sequence[Given]
-    ) -> None:
-        self.notes: list[str] = []
-        self._name, self._variables = name, Variables(environ)
-        for each in given:
-            if variable := _OF_SLURM.get(each.name):
-                self._variables.assign(f"{variable}={each.value}")
-        launches = [one for one in enumerate(map(self._launch, found)) if one[1]]
-        index, launch = self._choose(found, launches)
-        self.line = found[index].line
-        self._statement = found[index]
-        launch = self._complete(launch)
-        self.launch = launch
-        before = self._before_launch()
-        self.setup = self._kept(found[:index], [*before, *launch.setup, launch.script, *launch.script_args])
-        self.setup += [(line, f"{name} line {self.line}") for line in (*before, *launch.setup)]
-        self.folder = self._folder([line for line, _ in self.setup])
-        self._leave_out(found[index + 1 :])
-
-    def _launch(self, statement: Statement) -> Launch | None:
-        if statement.compound:
-            for name in re.findall(r"(\w+)(?:\[\w+\])?\+?=", statement.text):
-                self._variables.assign(f"{name}=$(unknown)")
-            return None
-        for _, words in statement.parts():
-            try:
-                if launch := launch_of(words, self._variables):
-                    return launch
-            except UsageError as error:
-                raise UsageError(f"line {statement.line}: {error}") from None
-            for word in assigned(words):
-                self._variables.assign(word)
-        return None
-
-    def _choose(self, found: Sequence[Statement], launches: Sequence[tuple[int, Launch | None]]) -> tuple[int, Launch]:
-        hidden = [each for each in found if each.compound and _LAUNCHES.search(each.text)]
-        ranked = [(self._rank(launch), index, launch) for index, launch in launches if launch]
-        best = [(index, launch) for rank, index, launch in ranked if rank == min(r for r, _, _ in ranked)]
-        if hidden and (not ranked or ranked[0][0] > 0 or len(hidden) + len(best) > 1):
-            raise UsageError(
-                f"line {hidden[0].line}: the launch is in a loop, a condition or a function, "
-                f"{_first(hidden[0].text)!r}; write the one that is to run by itself, "
-                "or: elastic-sbatch --nodes MIN:MAX SCRIPT"
-            )
-        if len(best) > 1:
-            lines = ", ".join(str(found[index].line) for index, _ in best)
-            raise UsageError(f"lines {lines}: several launches; expected one; submit each as a job of its own")
-        if not best:
-            self._say_what_it_starts(found)
-            raise UsageError(
-                "has no line that starts torchrun, or python with srun; "
-                "expected a line such as 'srun torchrun train.py'; "
-                "if another file starts the training, submit the training script itself: "
-                "elastic-sbatch --nodes MIN:MAX SCRIPT"
-            )
-        return best[0]
-
-    def _say_what_it_starts(self, found: Sequence[Statement]) -> None:
-        """UsageError of the line that may be the launch, if there is one: the last that names torchrun or python, else
-        the last that starts something.
-        """
-        named: list[str] = []
-        others: list[str] = []
-        for statement in found:
-            for _, words in statement.parts() if not statement.compound else ():
-                if reason := not_understood(words, self._variables):
-                    text = reason.replace("{statement}", repr(_first(statement.text)))
-                    (named if text == reason else others).append(f"line {statement.line}: {text}")
-        if told := [*others, *named]:
-            raise UsageError(told[-1])
-
-    @staticmethod
-    def _rank(launch: Launch) -> int:
-        """The launch is rather that of torchrun than that of a python for something else."""
-        return 0 if launch.kind != "python" else 1 if launch.by_srun else 2
-
-    def _complete(self, launch: Launch) -> Launch:
-        known = self._variables.resolve(launch.script)
-        following = [self._variables.resolve(word) or "" for word in launch.script_args[:1]]
-        if known is None and following and following[0].endswith(".py"):
-            raise UsageError(
-                f"line {self.line}: the value of {launch.script} is known only when the batch script runs; "
-                "write it out here"
-            )
-        plain = known is not None and "\n" not in known
-        return replace(launch, script=shlex.quote(known or "")) if plain else launch
-
-    def _before_launch(self) -> list[str]:
-        """What comes before the launch in its own list: ``cd there && torchrun ...``; notes what comes after."""
-        before: list[str] = []
-        parts = self._statement.parts()
-        for at, (operator, words) in enumerate(parts):
-            if launch_of(words, self._variables):
-                rest = [f"{op} {' '.join(after)}".strip() for op, after in parts[at + 1 :]]
-                if operator not in {"", "&&", ";"}:
-                    raise UsageError(f"line {self.line}: {operator} before the launch; expected it on its own line")
-                if rest or re.search(r"\d?>", self._statement.text.rpartition(words[-1])[2]):
-                    self._note(self._statement, "dropped what follows the launch on its line: the output is in the "
-                               "job's file and the run directory, and the job ends with the training")  # fmt: skip
-                break
-            before.append(" ".join(words))
-        return before
-
-    def _note(self, statement: Statement, text: str) -> None:
-        self.notes.append(f"{self._name} line {statement.line}: {text}")
-
-    def _kept(self, found: Sequence[Statement], used: Sequence[str]) -> list[tuple[str, str]]:
-        dropped = [each for each in found if each in _rendezvous(found, used)]
-        if dropped:
-            lines = f"line{'s' * (len(dropped) > 1)} {', '.join(str(each.line) for each in dropped)}"
-            shown = ", ".join(dict.fromkeys(name for each in dropped for name in _defined(each)))
-            self.notes.append(f"{self._name} {lines}: dropped {shown}: the agents find each other without this")
-        kept = []
-        for statement in found:
-            first = statement.text.split()[0]
-            if statement in dropped:
-                continue
-            if first == "trap":
-                self._note(statement, "dropped trap: the agents tell the workers to save and stop, see --grace")
-            elif re.match(r"export +SRUN_\w+=", statement.text):
-                self._note(statement, f"dropped {_first(statement.text)!r}: elastic-sbatch writes its own srun line")
-            else:
-                kept.append((statement.text, f"{self._name} line {statement.line}"))
-                if not _is_plain(statement) and (size := _size(statement.text)):
-                    self._note(statement, f"${size} is not the size of an elastic job, which changes while it runs")
-        for word in self.launch.script_args:
-            if size := _size(word):
-                self._note(self._statement, f"{word!r}: the size of an elastic job changes, ${size} does not")
-        return kept
-
-    def _folder(self, lines: Sequence[str]) -> str | None:
-        folder = ""
-        for line in lines:
-            if match := re.fullmatch(r"cd (?:-- )?(\S+)", line):
-                target = self._variables.resolve(match[1])
-                if target is None:
-                    return None
-                folder = os.path.join(folder, target)
-            elif re.search(r"\b(cd|pushd|popd)\b", line):
-                return None
-        return folder
-
-    def _leave_out(self, after: Sequence[Statement]) -> None:
-        left = [each for each in after if each.text not in {"wait", "exit", "exit 0", "exit $?"}]
-        if left:
-            shown = ", ".join(repr(_first(each.text)) for each in left[:3]) + (", ..." if len(left) > 3 else "")
-            self._note(left[0], f"dropped what follows the launch, {shown}: to run it after the job, submit it with "
-                       "--dependency=afterok:JOB")  # fmt: skip
-
-
-def _size(text: str) -> str:
-    """The first variable of ``text`` that counts nodes or tasks."""
-    return next(filter(_OF_TASKS.fullmatch, names(text)), "")
-
-
-def _first(text: str) -> str:
-    line = text.partition("\n")[0]
-    return line if len(line) <= 60 else f"{line[:57]}..."
-
-
-def _rendezvous(found: Sequence[Statement], used: Sequence[str]) -> set[Statement]:
-    """Those that only serve to tell the nodes of each other, and those that only show it."""
-    simple = [each for each in found if not each.compound and len(each.parts()) == 1]
-    defines = {each: _defined(each) for each in simple}
-    dropped = {
-        each for each, defined in defines.items()
-        if defined and (any(map(OF_RENDEZVOUS.fullmatch, defined)) or _OF_NODES.search(each.text))
-    }  # fmt: skip
-    while True:
-        of_dropped = {name for each in dropped for name in defines[each]}
-        shows = (each for each in simple if defines[each] or each.text.split()[0] in {"echo", "printf"})
-        more = {each for each in shows if each not in dropped and of_dropped.intersection(names(each.text))}
-        if not more:
-            break
-        dropped |= more
-    while True:
-        needed = {name for text in used for name in names(text)}
-        needed |= {name for each in found if each not in dropped for name in names(each.text)}
-        back = {each for each in dropped if set(defines[each]) & needed}
-        if not back:
-            return dropped
-        dropped -= back
-
-
-def _defined(statement: Statement) -> list[str]:
-    """The variables of a statement that does nothing but set some."""
-    words = statement.parts()[0][1]
-    if words[:1] and words[0] in {"mapfile", "readarray", "read"}:
-        return [word for word in words[1:] if word[0] != "-"]
-    return [match[1] for match in map(ASSIGNS.fullmatch, assigned(words)) if match]
-
-
-def _is_plain(statement: Statement) -> bool:
-    return not statement.compound and bool(ASSIGNS.fullmatch(statement.text)) and len(statement.tokens) <= 2

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.from_batch.launch_line import Launch
+from elastic_hpc.from_batch.wrappers import Launch
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, check, is_for_containers
 from elastic_hpc.options.values import number
 
