@@ -164,7 +164,7 @@ class Control:
         if self._over:
             raise self._over
         what = follower.step(self._order, self._status, workers)
-        if isinstance(what, follower.Leave):
+        if isinstance(what, follower.End):
             raise JobEnded(what.outcome, what.reason)
         return what
 

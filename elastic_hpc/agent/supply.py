@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership import growth
-from elastic_hpc.membership.growth import Backoff, Joiner, Needs, Step
+from elastic_hpc.membership.growth import Backoff, Growth, JoinerJob, Needs
 from elastic_hpc.membership.nodes import joiner
 from elastic_hpc.membership.roster import Host
 
@@ -42,7 +42,7 @@ class Source(Protocol):
     async def restart(self, host: Host) -> bool:
         """Start an agent there. False if the node is not the job's any more."""
 
-    async def joiners(self) -> Sequence[Joiner]:
+    async def joiners(self) -> Sequence[JoinerJob]:
         """Those that wait or run."""
 
     async def remaining(self) -> float:
@@ -79,13 +79,13 @@ class Supply:
         self._grow = grow
         self._needs: Needs | None = None
         self._restarts: dict[int, _Restart] = {}
-        self._jobs: dict[str, Joiner] = {}
+        self._jobs: dict[str, JoinerJob] = {}
         self._came: set[int] = set()
         self._wasted = Counter[str]()
         """How many joiners did not come, by their node."""
         self._running_since: dict[str, float] = {}
         self._looked = False
-        self._step = Step(0, (), 0, 0)
+        self._growth = Growth(0, (), 0, 0)
         self._backoff = Backoff()
         self._told = ""
         self._changed = asyncio.Event()
@@ -106,15 +106,15 @@ class Supply:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), poll)
             self._changed.clear()
-            before, needs = (needs, self._step), self._needs
+            before, needs = (needs, self._growth), self._needs
             assert needs
             restarting = await self._restart(needs.missing)
             if self._grow and (needs.nodes or self._jobs or not self._looked):
-                self._step = await self._provide(needs, restarting)
-            report(needs, restarting + self._step.starting, self._step.pending)
+                self._growth = await self._provide(needs, restarting)
+            report(needs, restarting + self._growth.starting, self._growth.pending)
             if not (needs.missing or (self._grow and (needs.nodes or self._jobs))):
                 poll = None
-            elif poll is None or (needs, self._step) != before:
+            elif poll is None or (needs, self._growth) != before:
                 poll = _POLL
             else:
                 poll = min(2 * poll, _POLL_AT_MOST)
@@ -153,7 +153,7 @@ class Supply:
 
     # joiners
 
-    async def _provide(self, needs: Needs, restarting: int) -> Step:
+    async def _provide(self, needs: Needs, restarting: int) -> Growth:
         came = frozenset(self._came)  # as of needs: those that come meanwhile are among the nodes that it lacks
         try:
             jobs = await self._source.joiners()
@@ -161,18 +161,18 @@ class Supply:
             self._looked = True
             self._look_for_waste(jobs, needs)
             await self._give_up_overdue(jobs)
-            step = growth.step(needs, jobs, came=came, restarting=restarting, remaining=remaining)
-            if step.cancel:
-                await self._source.cancel(step.cancel)
-                self._came |= set(map(joiner, step.cancel))
-                self._event("joiners_cancelled", {"jobs": step.cancel})
-            if step.shorten:
-                await self._source.shorten(step.shorten, remaining)
+            plan = growth.plan_growth(needs, jobs, came=came, restarting=restarting, remaining=remaining)
+            if plan.cancel:
+                await self._source.cancel(plan.cancel)
+                self._came |= set(map(joiner, plan.cancel))
+                self._event("joiners_cancelled", {"jobs": plan.cancel})
+            if plan.shorten:
+                await self._source.shorten(plan.shorten, remaining)
         except _FAILED as error:
             self._complain(str(error))
-            return self._step
-        submitted = await self._submit(step.submit, needs)
-        return Step(0, (), step.starting, step.pending + submitted)
+            return self._growth
+        submitted = await self._submit(plan.submit, needs)
+        return Growth(0, (), plan.starting, plan.pending + submitted)
 
     async def _submit(self, count: int, needs: Needs) -> int:
         """How many were accepted."""
@@ -192,7 +192,7 @@ class Supply:
             self._looked = False  # have a look at them soon
         return len(accepted)
 
-    def _look_for_waste(self, jobs: Sequence[Joiner], needs: Needs) -> None:
+    def _look_for_waste(self, jobs: Sequence[JoinerJob], needs: Needs) -> None:
         """Joiners that have ended and never came: their nodes are of no use, and the next ones had better wait. Not so
         where another one came from the same node, which is shared.
         """
@@ -204,7 +204,7 @@ class Supply:
                 self._complain(f"joiner {id} ended{f' on {job.node}' if job.node else ''} and did not come")
         self._jobs = now
 
-    async def _give_up_overdue(self, jobs: Sequence[Joiner]) -> None:
+    async def _give_up_overdue(self, jobs: Sequence[JoinerJob]) -> None:
         """Joiners that have started long ago and do not come keep a node for nothing."""
         now = asyncio.get_running_loop().time()
         started = [job.id for job in jobs if job.state == "RUNNING" and joiner(job.id) not in self._came]

@@ -15,7 +15,7 @@ from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, nothing_to_show, one
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.look import Jobs
-from elastic_hpc.membership.nodes import Typed, named
+from elastic_hpc.membership.nodes import NumberRanges, name_matcher
 from elastic_hpc.record.rundir import EventReader, RunDir
 from elastic_hpc.record.worker_logs import Line, Logs, Stream, Wanted, what_there_is
 from elastic_hpc.view.story import Round
@@ -116,7 +116,7 @@ def _wanted(args: argparse.Namespace, rundir: RunDir) -> Wanted:
     ranks = None if args.rank in {None, "all"} else _numbers("--rank", args.rank)
     for nodes in args.node or ():
         try:
-            named(nodes)
+            name_matcher(nodes)
         except ValueError as error:
             raise UsageError(
                 f"--node {nodes!r}: expected names in Slurm's notation, for example --node 'n[10-12]'; {error}"
@@ -127,9 +127,9 @@ def _wanted(args: argparse.Namespace, rundir: RunDir) -> Wanted:
     return Wanted(ranks, args.node, rounds, streams)
 
 
-def _numbers(option: str, text: str) -> Typed:
+def _numbers(option: str, text: str) -> NumberRanges:
     try:
-        return Typed.of(text)
+        return NumberRanges.of(text)
     except ValueError as error:
         raise UsageError(f"{option} {text!r}: expected numbers, for example {option} 0-3,8; {error}") from None
 

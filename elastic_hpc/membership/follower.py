@@ -35,19 +35,19 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Leave:
+class End:
     """The job is over."""
 
     outcome: str
     reason: str
 
 
-def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Acknowledge | Start | Leave:
+def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Acknowledge | Start | End:
     """``order`` is the leader's latest, None while it is not connected; ``workers`` the round whose workers are alive
     on this node or have just ended, 0 for none.
     """
     if order is not None and order.stage == "end":
-        return Leave(order.outcome or "failed", order.reason)
+        return End(order.outcome or "failed", order.reason)
     if workers:
         if order is None:
             return Stop("the leader is lost")

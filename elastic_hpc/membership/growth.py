@@ -62,7 +62,7 @@ class Coming:
         return self._starting + self._pending if self._sure else 1
 
 
-class Joiner(Protocol):
+class JoinerJob(Protocol):
     """A job that brings a node (``slurm.Joiner``)."""
 
     @property
@@ -90,7 +90,7 @@ class Backoff:
 
 
 @dataclass(frozen=True)
-class Step:
+class Growth:
     """What is to be done about the joiners now."""
 
     submit: int
@@ -104,7 +104,9 @@ class Step:
     """Ids of jobs that wait, whose time limit is longer than what is left to the job: shorter ones start earlier."""
 
 
-def step(needs: Needs, jobs: Collection[Joiner], *, came: Collection[int], restarting: int, remaining: float) -> Step:
+def plan_growth(
+    needs: Needs, jobs: Collection[JoinerJob], *, came: Collection[int], restarting: int, remaining: float
+) -> Growth:
     """``jobs``: all joiners that Slurm knows of. ``came``: the numbers of those that have been in touch; any that is
     not now is leaving, or lost. ``restarting``: agents that are being started anew. ``remaining``: seconds that are
     left to the job.
@@ -115,7 +117,7 @@ def step(needs: Needs, jobs: Collection[Joiner], *, came: Collection[int], resta
     lacking = wanted - restarting - len(starting) - len(waiting)
     waiting.sort(key=lambda job: int(job.id))
     surplus = waiting[max(0, len(waiting) + min(0, lacking)) :]
-    return Step(
+    return Growth(
         submit=max(0, lacking),
         cancel=tuple(job.id for job in surplus),
         starting=len(starting),
@@ -129,5 +131,5 @@ def _is_longer(limit: timedelta | None, remaining: float) -> bool:
     return remaining < float("inf") and (limit is None or limit.total_seconds() > 1.1 * remaining)
 
 
-def _is_starting(job: Joiner) -> bool:
+def _is_starting(job: JoinerJob) -> bool:
     return job.state in {"CONFIGURING", "RUNNING"}

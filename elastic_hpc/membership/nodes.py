@@ -17,7 +17,7 @@ FIRST_JOINER = 1 << 20
 Those before are indices in Slurm's order of the job's own nodes.
 """
 
-MOST = 1 << 17
+MAX_NODES = 1 << 17
 """Nodes that a range may stand for; more can only be a mistake."""
 
 
@@ -50,21 +50,21 @@ def numbers(text: str) -> tuple[int, ...]:
     for span in text.split(",") if text else ():
         first, dash, last = span.partition("-")
         begin, end = int(first), int(last if dash else first)
-        if end - begin + len(found) >= MOST:
-            raise ValueError(f"{span}: more than {MOST} nodes")
+        if end - begin + len(found) >= MAX_NODES:
+            raise ValueError(f"{span}: more than {MAX_NODES} nodes")
         found.extend(range(begin, end + 1))
     return tuple(found)
 
 
 @dataclass(frozen=True)
-class Typed:
+class NumberRanges:
     """Numbers as a user types them, ``0-3,8``. They are never listed: a range may be of any length."""
 
     ranges: tuple[tuple[range, int], ...]
     """Each with the least number of digits, as in ``001-003``."""
 
     @classmethod
-    def of(cls, text: str) -> Typed:
+    def of(cls, text: str) -> NumberRanges:
         """Raises ValueError for what is no number, and for a range that ends before it begins."""
         found = []
         for part in text.split(","):
@@ -86,7 +86,7 @@ class Typed:
 
 
 @lru_cache
-def named(text: str) -> Callable[[str], bool]:
+def name_matcher(text: str) -> Callable[[str], bool]:
     """Whether a node's name is in ``text``: names in Slurm's notation, in which ``*`` and ``?`` stand for anything and
     for any character. They are never listed. Raises ValueError.
     """
@@ -99,7 +99,7 @@ def named(text: str) -> Callable[[str], bool]:
 
 def _named(part: str) -> Callable[[str], bool]:
     pieces = re.split(r"\[(.*?)\]", part)
-    wanted = [Typed.of(piece) for piece in pieces[1::2]]
+    wanted = [NumberRanges.of(piece) for piece in pieces[1::2]]
     texts = ["".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in piece) for piece in pieces[::2]]
     pattern = re.compile(r"(?<!\d)(\d+)(?!\d)".join(texts), re.ASCII | re.DOTALL)
 

@@ -12,7 +12,7 @@ from elastic_hpc.membership.policy import Decision
 SETTLE = 0.25
 """Seconds in which the cause of a failure may still be reported, when its echo was faster."""
 
-TOLD_EVERY = 10.0
+RECORD_EVERY = 10.0
 """Seconds between two entries in the record of how far the workers are."""
 
 ALIVE_IS_PROGRESS = 60.0
@@ -25,7 +25,7 @@ class Steps:
 
     _said: dict[str, Any] = field(default_factory=dict)
     _told: dict[str, Any] = field(default_factory=dict)
-    _told_at: float = -TOLD_EVERY
+    _told_at: float = -RECORD_EVERY
 
     def hear(self, status: Status, *, first: bool) -> None:
         """``first``: it comes from the node of rank 0, whose loss is the one that counts."""
@@ -39,7 +39,7 @@ class Steps:
 
     def news(self, now: float, *, over: bool = False) -> dict[str, Any]:
         """What is to be told now, nothing if there is nothing new. ``over``: this is the last time."""
-        if self._said == self._told or not (over or now - self._told_at >= TOLD_EVERY):
+        if self._said == self._told or not (over or now - self._told_at >= RECORD_EVERY):
             return {}
         self._told, self._told_at = dict(self._said), now
         return self._told

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from elastic_hpc.membership.nodes import fold, named, spans
+from elastic_hpc.membership.nodes import fold, name_matcher, spans
 from elastic_hpc.record.stamps import Stamps
 
 Stream = Literal["out", "err"]
@@ -39,7 +39,7 @@ class Line:
 @dataclass(frozen=True)
 class Wanted:
     """Which lines; None for all. By default those of rank 0, and what any rank wrote to stderr. ``nodes`` are
-    in Slurm's notation, and may be patterns: see ``nodelist.named``.
+    in Slurm's notation, and may be patterns: see ``membership.nodes.name_matcher``.
     """
 
     ranks: Container[int] | None = None
@@ -54,7 +54,7 @@ class Wanted:
             chosen = self.ranks is None or source.rank in self.ranks
         return (
             chosen
-            and (self.nodes is None or any(named(nodes)(source.node) for nodes in self.nodes))
+            and (self.nodes is None or any(name_matcher(nodes)(source.node) for nodes in self.nodes))
             and (self.rounds is None or source.round in self.rounds)
             and (self.streams is None or source.stream in self.streams)
         )

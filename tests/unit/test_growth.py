@@ -346,23 +346,23 @@ def needs(nodes: int, *in_touch: int, over: bool = False) -> Needs:
     ],
 )
 def test_what_is_in_flight_is_what_is_wanted(wanted: Needs, known: dict[str, str], submit: int, cancel: Any) -> None:
-    step = growth.step(wanted, jobs(**known), came=wanted.joiners, restarting=0, remaining=3600.0)
-    assert (step.submit, step.cancel) == (submit, cancel)
+    plan = growth.plan_growth(wanted, jobs(**known), came=wanted.joiners, restarting=0, remaining=3600.0)
+    assert (plan.submit, plan.cancel) == (submit, cancel)
 
 
 def test_near_the_end_of_the_job_no_node_is_asked_for_any_more() -> None:
-    step = growth.step(needs(3), jobs(j7="PENDING"), came=(), restarting=0, remaining=growth.TOO_LATE - 1)
-    assert (step.submit, step.cancel) == (0, ("7",))
+    plan = growth.plan_growth(needs(3), jobs(j7="PENDING"), came=(), restarting=0, remaining=growth.TOO_LATE - 1)
+    assert (plan.submit, plan.cancel) == (0, ("7",))
 
 
 def test_a_job_that_waits_asks_for_no_more_time_than_is_left() -> None:
     known = [replace(job, time_limit=timedelta(hours=int(job.id) - 6)) for job in jobs(j7="PENDING", j8="PENDING")]
-    assert growth.step(needs(2), known, came=(), restarting=0, remaining=3600.0).shorten == ("8",)
-    assert growth.step(needs(2), known, came=(), restarting=0, remaining=float("inf")).shorten == ()
+    assert growth.plan_growth(needs(2), known, came=(), restarting=0, remaining=3600.0).shorten == ("8",)
+    assert growth.plan_growth(needs(2), known, came=(), restarting=0, remaining=float("inf")).shorten == ()
 
 
 def test_an_agent_that_is_started_anew_takes_the_place_of_a_joiner() -> None:
-    assert growth.step(needs(2), [], came=(), restarting=1, remaining=3600.0).submit == 1
+    assert growth.plan_growth(needs(2), [], came=(), restarting=1, remaining=3600.0).submit == 1
 
 
 def test_joiners_never_vote() -> None:

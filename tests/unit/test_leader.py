@@ -13,7 +13,7 @@ from elastic_hpc.membership.messages import Failure, Order, Request, Status
 from elastic_hpc.membership.policy import TERM_GRACE
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.membership.rules import STORE_TIMEOUT
-from elastic_hpc.membership.world import ALIVE_IS_PROGRESS, SETTLE, TOLD_EVERY
+from elastic_hpc.membership.world import ALIVE_IS_PROGRESS, RECORD_EVERY, SETTLE
 
 POLICY = replace(simulated.POLICY, max_restarts=100)
 
@@ -541,13 +541,13 @@ def test_the_record_tells_how_far_the_workers_are_at_first_at_times_and_at_the_e
     (first,) = say(5)
     assert first == {"round": 1, "step": 5, "step_at": 105.0, "first": 3, "first_at": 103.0, "loss": 1 / 5}
     assert say(6) == say(7) == []
-    job.wait(TOLD_EVERY)
+    job.wait(RECORD_EVERY)
     assert [event["step"] for event in job.events("progress")] == [7]
     say(21)
     job.fail(0, step=22, step_at=122.0)
     (last,) = job.events("progress")
     assert (last["step"], last["step_at"], last["loss"]) == (22, 122.0, 1 / 7)
-    job.wait(TOLD_EVERY)
+    job.wait(RECORD_EVERY)
     assert job.events("progress") == []
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_hpc.membership.nodes import MOST, Typed, fold, named, numbers, spans
+from elastic_hpc.membership.nodes import MAX_NODES, NumberRanges, fold, name_matcher, numbers, spans
 
 
 @given(st.lists(st.integers(0, 300)))
@@ -18,7 +18,7 @@ def test_a_thousand_numbers_are_a_few_words() -> None:
     assert spans(node for node in range(1024) if node != 512) == "0-511,513-1023"
 
 
-@pytest.mark.parametrize("text", ["x", "1-", "-1", f"0-{MOST}", f"0-{MOST - 1},7", "1,,2"])
+@pytest.mark.parametrize("text", ["x", "1-", "-1", f"0-{MAX_NODES}", f"0-{MAX_NODES - 1},7", "1,,2"])
 def test_what_spans_does_not_write_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         numbers(text)
@@ -45,7 +45,7 @@ def test_names_are_folded_as_slurm_does(names: list[str], text: str) -> None:
 @given(st.sets(st.integers(0, 2000)), st.integers(0, 2000))
 def test_a_name_is_in_what_was_folded_if_it_was_among_it(there: set[int], number: int) -> None:
     text = fold(f"n{one}" for one in there)
-    assert bool(text and named(text)(f"n{number}")) == (number in there)
+    assert bool(text and name_matcher(text)(f"n{number}")) == (number in there)
 
 
 @pytest.mark.parametrize(
@@ -62,18 +62,18 @@ def test_a_name_is_in_what_was_folded_if_it_was_among_it(there: set[int], number
     ],
 )
 def test_a_node_list_says_which_nodes_are_in_it(text: str, has: tuple[str, ...], lacks: tuple[str, ...]) -> None:
-    assert all(map(named(text), has))
-    assert not any(map(named(text), lacks))
+    assert all(map(name_matcher(text), has))
+    assert not any(map(name_matcher(text), lacks))
 
 
 @pytest.mark.parametrize("text", ["", "n[1-", "n1]", "n[3-1]", "n[ab]", "n[]", "n[1-2", ",n1", "n1,,n2", "n[[1]]"])
 def test_a_list_that_slurm_would_not_take_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        named(text)
+        name_matcher(text)
 
 
 def test_a_range_of_numbers_may_be_of_any_length() -> None:
-    typed = Typed.of("0-999999999999, 2000000000000")
+    typed = NumberRanges.of("0-999999999999, 2000000000000")
     assert 7 in typed
     assert 2_000_000_000_000 in typed
     assert 1_000_000_000_000 not in typed
