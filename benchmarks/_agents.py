@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import multiprocessing
@@ -21,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from _cluster import BenchmarkError
+from _report import BenchmarkError
 
 from elastic_hpc.agent.main import policy_of
 from elastic_hpc.errors import JobEnded
@@ -48,7 +47,7 @@ SECRET = b"benchmark"
 
 
 class Meter:
-    """What one process has said and heard on its control connections, handshakes included."""
+    """What one process has sent and received on its control connections, handshakes included."""
 
     def __init__(self) -> None:
         self.messages = self.bytes = 0
@@ -143,7 +142,7 @@ class Agent:
         self._running = asyncio.ensure_future(self.membership.run())
 
     def kill(self) -> None:
-        """It is gone, and its connection with it."""
+        """End this agent and its connection, without a word to the others."""
         self._running.cancel()
         asyncio.get_running_loop().remove_reader(self._listener)  # else the next socket of this number has its events
         self._listener.close()
@@ -220,8 +219,8 @@ class Child:
         return self.pipe.recv()
 
 
-def serve(pipe: Connection, nodes: range, size: int, endpoint: Path, spread: float, profile: Path | None) -> None:
-    """In a process of its own: the agents of ``nodes``, which start within ``spread`` seconds of being told so."""
+def serve(pipe: Connection, nodes: range, size: int, endpoint: Path, spread: float) -> None:
+    """In a process of its own: the agents of ``nodes``. They start within ``spread`` seconds of ``start``."""
     allow_files()
     logging.getLogger("elastic_hpc").setLevel(logging.ERROR)  # each agent would say that it waits for the head
     meter = Meter()
@@ -231,7 +230,6 @@ def serve(pipe: Connection, nodes: range, size: int, endpoint: Path, spread: flo
         rounds.setdefault(round, {})[node] = time.monotonic()
 
     async def main() -> None:
-        over = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, what: print(what.get("message"), what.get("exception"), file=sys.stderr))
         agents = {node: Agent(node, size, endpoint, started) for node in nodes}
@@ -243,11 +241,13 @@ def serve(pipe: Connection, nodes: range, size: int, endpoint: Path, spread: flo
             agent.start()
 
         def newest(members: int) -> tuple[int, float, float] | None:
-            """The newest round that so many of these agents have begun: its number, the first and the last moment."""
-            whole = [round for round, at in rounds.items() if len(at) >= members]
-            return (max(whole), min(rounds[max(whole)].values()), max(rounds[max(whole)].values())) if whole else None
+            """The newest round that ``members`` agents have begun: its number, the first and the last moment."""
+            if not (whole := [round for round, at in rounds.items() if len(at) >= members]):
+                return None
+            moments = rounds[max(whole)].values()
+            return max(whole), min(moments), max(moments)
 
-        def heed() -> None:
+        def obey() -> None:
             match pipe.recv():
                 case ("start",):
                     for agent in agents.values():
@@ -260,11 +260,9 @@ def serve(pipe: Connection, nodes: range, size: int, endpoint: Path, spread: flo
                     agents.pop(node).kill()
                 case ("begun", round, members):
                     waits.append((round, members))
-                case ("end",):
-                    over.set()
 
-        async def tell() -> None:
-            while not over.is_set():
+        async def answer_waits() -> None:
+            while True:
                 for wait in list(waits):
                     found = newest(int(wait[1]))
                     if found and found[0] >= wait[0]:
@@ -272,22 +270,12 @@ def serve(pipe: Connection, nodes: range, size: int, endpoint: Path, spread: flo
                         pipe.send(found)
                 await asyncio.sleep(0.01)
 
-        loop.add_reader(pipe.fileno(), heed)
-        telling = asyncio.ensure_future(tell())
+        loop.add_reader(pipe.fileno(), obey)
+        answering = asyncio.ensure_future(answer_waits())
         pipe.send(len(agents))
-        await over.wait()
-        await telling
-        if not profile:
-            os._exit(0)
+        await answering
 
-    if profile:
-        import cProfile  # noqa: PLC0415 - only then
-
-        with contextlib.suppress(RuntimeError), cProfile.Profile() as profiler:
-            asyncio.run(main())
-        profiler.dump_stats(profile)
-    else:
-        asyncio.run(main())
+    asyncio.run(main())
 
 
 def allow_files() -> None:
@@ -296,10 +284,10 @@ def allow_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def start_child(nodes: range, size: int, endpoint: Path, spread: float, profile: Path | None = None) -> Child:
+def start_child(nodes: range, size: int, endpoint: Path, spread: float) -> Child:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, nodes, size, endpoint, spread, profile), daemon=True)
+    process = context.Process(target=serve, args=(theirs, nodes, size, endpoint, spread), daemon=True)
     process.start()
     if not ours.poll(60):
         raise BenchmarkError("the agents do not start")
@@ -307,25 +295,21 @@ def start_child(nodes: range, size: int, endpoint: Path, spread: float, profile:
     return Child(process, ours)
 
 
-def rounds_of(size: int, bound: float, *, late: float = 0.0, profile: Path | None = None) -> dict[str, Any]:
-    """All that is measured of ``size`` agents. ``late``: the head starts so many seconds after the others."""
+def rounds_of(size: int, bound: float) -> dict[str, Any]:
+    """All that is measured of ``size`` agents."""
     spread = STARTS_WITHIN * min(1.0, size / 1024)
     with tempfile.TemporaryDirectory() as folder:
         endpoint = Path(folder, "endpoint.json")
         others = start_child(range(1, size), size, endpoint, spread)
-        head = start_child(range(1), size, endpoint, 0.0, profile)
+        head = start_child(range(1), size, endpoint, 0.0)
         try:
-            if late:
-                others.ask("start")
-                time.sleep(late)
             led_at = time.monotonic()
             head.ask("start")
-            if not late:
-                others.ask("start")
+            others.ask("start")
             _, _, last = others.ask("begun", 1, size - 1, within=spread + bound)
             first_arrival, last_arrival = others.ask("look")["arrivals"]
             formed = head.ask("look")
-            time.sleep(1.5)  # what was said about the round's start is over
+            time.sleep(1.5)  # no more messages about the start of the round
             result: dict[str, Any] = {
                 "what": "rounds",
                 "agents": size,
@@ -362,10 +346,6 @@ def rounds_of(size: int, bound: float, *, late: float = 0.0, profile: Path | Non
                 "agents_rss_mib": others_now["rss_mib"],
                 "agents_reform_cpu_s": others_now["cpu"] - others_after["cpu"],
             }
-            if profile:
-                head.pipe.send(("end",))
-                head.process.join(20)
-                return result
             time.sleep(1.5)
             killed_at = time.monotonic()
             head.process.kill()

@@ -7,22 +7,30 @@ measured; the rest are assumptions, the same for all launchers. All inputs are l
 from __future__ import annotations
 
 import argparse
-import heapq
 import json
 import math
-import random
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from _cluster import can_write, figure, positive
-from rich.console import Console
+from _month import (
+    DAY,
+    GROUP_TIMEOUT,
+    LEAST,
+    SLURMD_TIMEOUT,
+    TUNED_NODE,
+    TUNED_TIMEOUT,
+    Inputs,
+    Recovery,
+    launchers,
+    simulate,
+)
+from _report import add_json, figure, parser_with, positive, show, table_of, write_json
 from rich.table import Table
 
-DAY = 86400.0
 SIZES = (16, 128, 512, 2048)
 RATES = {
     "RSC-2": (2.34, "Kokolis et al., Revisiting Reliability in Large-Scale ML Research Clusters, arXiv 2410.21680"),
@@ -35,292 +43,13 @@ RATES = {
 """Failures in a thousand node-days, and who says so."""
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """Seconds from a fault to the first step of the new world, measured on four nodes with a small model."""
-
-    worker: float = 5.3
-    node: float = 8.2
-    head: float = 9.3
-    requeue: float = 22.4
-    """From the last step, through an empty queue."""
-    grow: float = 4.0
-    """How long a job stands still to take a node in."""
-    torchrun_worker: float = 10.0
-    """With a store for each attempt; with its defaults it does not come back each time."""
-    torchrun_node: float = 46.0
-    """An agent is killed. Used from the moment at which the workers of the others give up."""
-    torchrun_requeue: float = 132.3
-    """``scontrol requeue``, of which 121 s are Slurm's own delay."""
-
-    @classmethod
-    def of(cls, summary: Sequence[dict[str, Any]]) -> Recovery:
-        """From the summary of recovery.py; what was not measured there keeps its default."""
-        ours, own_store = "elastic", "torchrun-own-store"
-        names = {
-            ("worker", ours): "worker",
-            ("power", ours): "node",
-            ("head", ours): "head",
-            ("requeue", ours): "requeue",
-            ("worker", own_store): "torchrun_worker",
-            ("agent", own_store): "torchrun_node",
-            ("requeue", "torchrun"): "torchrun_requeue",
-        }
-        totals = {names.get((row["rung"], row["launcher"])): row["total"] for row in summary}
-        return cls(**{name: total["median"] for name, total in totals.items() if name and total})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What all launchers have in common. Times in seconds."""
-
-    nodes: int
-    rate: float
-    """Failures of a node in a day."""
-    process: float = 63 / 419
-    """Share of failures that leave the node fit."""
-    save: float = 30.0
-    """Training stands still for a checkpoint."""
-    load: float = 60.0
-    """Framework, checkpoint, first step of a large model, at each start of the workers, beside what was measured."""
-    replacement: float = 1800.0
-    """Mean time until Slurm has another node in place of one that is lost; exponential."""
-    horizon: float = 30 * DAY
-    interval: float | None = None
-    """From one checkpoint to the next; None for the optimum."""
-
-    @property
-    def every(self) -> float:
-        """Young's and Daly's interval, sqrt(2 save MTBF), without failures the whole month."""
-        if self.interval is not None:
-            return self.interval
-        if not self.rate:
-            return self.horizon
-        return min(self.horizon, math.sqrt(2 * self.save * DAY / (self.nodes * self.rate)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launcher:
-    """What a launcher does about a failure. Seconds to the first step, without ``Inputs.load``."""
-
-    name: str
-    worker: float | None
-    """In the allocation, after a worker's death; None: through the queue."""
-    node: float
-    """In the allocation, after a node's loss: until it is noticed, and the new world."""
-    head: float | None
-    """The same for the first node; None: through the queue."""
-    hang: float = 0.0
-    """Until a loss is noticed that ends in the queue; the nodes are held meanwhile."""
-    requeue: float
-    least: float = 1.0
-    """MIN as a share of the nodes; with fewer the job goes through the queue."""
-    spares: int = 0
-    grow: float | None = None
-    """To take in nodes that Slurm has found; None: only a job that comes out of the queue gets any."""
-    grow_every: float = 60.0
-
-
-SLURMD_TIMEOUT = 300.0
-"""Slurm's default: after that it takes a silent node for lost, and ends its job."""
-GROUP_TIMEOUT = 600.0
-"""torch's default for NCCL: after that the workers of a world that has lost a peer give up."""
-TUNED_TIMEOUT, TUNED_NODE = 60.0, 7.0
-"""The same, and a new world, with settings as short as they can be: 6.4 to 8.8 s were measured."""
-LEAST = 0.9
-
-
-def launchers(found: Recovery, nodes: int) -> list[Launcher]:
-    """All that are compared, ours first."""
-    spares = max(1, nodes // 256)
-    ours = Launcher(
-        name="elastic",
-        worker=found.worker,
-        node=found.node,
-        head=found.head,
-        requeue=found.requeue,
-        least=LEAST,
-        grow=found.grow,
-    )
-    rigid = Launcher(
-        name="requeue only",
-        worker=None,
-        node=0.0,
-        head=None,
-        hang=SLURMD_TIMEOUT,
-        requeue=found.torchrun_requeue,
-    )
-    spared = replace(
-        rigid,
-        name="torchrun, spares",
-        worker=found.torchrun_worker,
-        node=GROUP_TIMEOUT + found.torchrun_node,
-        least=LEAST,
-        spares=spares,
-    )
-    return [
-        ours,
-        replace(ours, name="elastic, spares", spares=spares),
-        rigid,
-        replace(rigid, name="torchrun", worker=found.torchrun_worker),
-        spared,
-        replace(spared, name="torchrun, spares, tuned", node=TUNED_TIMEOUT + TUNED_NODE),
-    ]
-
-
-@dataclass
-class Month:
-    """What came of it. ``trained``: steps that lasted, in seconds of the full world."""
-
-    trained: float = 0.0
-    node_seconds: float = 0.0
-    interruptions: int = 0
-    queued: int = 0
-
-
-class _Job:
-    """One job, from event to event. Failures have no memory, so the next one may be drawn anew at each event."""
-
-    def __init__(self, inputs: Inputs, by: Launcher, seed: int) -> None:
-        self._inputs, self._by = inputs, by
-        self._random = random.Random(seed)  # noqa: S311 - a model
-        self._coming: list[float] = []
-        """When Slurm will have nodes for those that were lost."""
-        self._least = math.ceil(by.least * inputs.nodes)
-        self._now = 0.0
-        self._active, self._spares, self._found = inputs.nodes, by.spares, 0
-        self._since = 0.0  # when the workers have started
-        self._unsaved = 0.0
-        self._until_save = inputs.every
-        self._down = self._saving = 0.0  # what is left of either
-        self.month = Month()
-
-    def run(self) -> Month:
-        horizon = self._inputs.horizon
-        while self._now < horizon:
-            self._refill()
-            ends = self._down or self._saving or self._until_save
-            if self._can_grow_later():
-                ends = min(ends, self._since + self._by.grow_every - self._now)
-            held = self._active + self._spares
-            rate = held * self._inputs.rate / DAY
-            fails = self._random.expovariate(rate) if rate else math.inf
-            comes = self._coming[0] - self._now if self._coming else math.inf
-            step = min(ends, fails, comes, horizon - self._now)
-            self._pass(step, held)
-            if step == fails:
-                self._fail(held)
-        self.month.trained += self._unsaved  # nothing has taken that away
-        return self.month
-
-    def _pass(self, seconds: float, held: int) -> None:
-        self._now += seconds
-        self.month.node_seconds += seconds * held
-        if self._down:
-            self._down = max(0.0, self._down - seconds)
-            if self._down < 1e-6:
-                self._down, self._since = 0.0, self._now
-        elif self._saving:
-            self._saving = max(0.0, self._saving - seconds)
-            if self._saving < 1e-6:
-                self._saved()
-        else:
-            self._unsaved += seconds * self._active / self._inputs.nodes
-            self._until_save -= seconds
-            if self._until_save < 1e-6 or self._wants_to_grow():
-                self._saving = self._inputs.save
-                if not self._saving:
-                    self._saved()
-
-    def _saved(self) -> None:
-        self._saving = 0.0
-        self.month.trained += self._unsaved
-        self._unsaved, self._until_save = 0.0, self._inputs.every
-        if self._by.grow is not None and self._wants_to_grow():
-            self._start(self._by.grow)
-
-    def _wants_to_grow(self) -> bool:
-        return self._can_grow() and self._now - self._since > self._by.grow_every - 1e-6
-
-    def _can_grow_later(self) -> bool:
-        return self._can_grow() and not (self._down or self._saving) and not self._wants_to_grow()
-
-    def _can_grow(self) -> bool:
-        return self._by.grow is not None and self._found > 0 and self._active < self._inputs.nodes
-
-    def _refill(self) -> None:
-        """Nodes that have come; to be spares, where there may be any, costs nothing."""
-        while self._coming and self._coming[0] <= self._now:
-            heapq.heappop(self._coming)
-            self._found += 1
-        if self._by.grow is not None and self._active == self._inputs.nodes:
-            more = min(self._found, self._by.spares - self._spares)
-            self._spares += more
-            self._found -= more
-
-    def _start(self, seconds: float) -> None:
-        """A new round: it takes in all that are there."""
-        for name in ("_spares", "_found") if self._by.grow is not None else ("_spares",):
-            more = min(getattr(self, name), self._inputs.nodes - self._active)
-            self._active += more
-            setattr(self, name, getattr(self, name) - more)
-        self._down = max(1e-3, seconds + self._inputs.load)
-
-    def _fail(self, held: int) -> None:
-        hit = self._random.random() * held
-        self._saving, self._until_save = 0.0, self._inputs.every
-        process = self._random.random() < self._inputs.process
-        if hit >= self._active:  # a spare: nobody waits for it
-            if not process:
-                self._spares -= 1
-                self._lose()
-            return
-        self.month.interruptions += 1
-        self._unsaved = 0.0
-        if process:
-            seconds = self._by.worker
-        else:
-            self._active -= 1
-            self._lose()
-            seconds = self._by.head if hit < 1 else self._by.node
-        if seconds is None or self._active + self._spares + self._ready() < self._least:
-            self._requeue(0.0 if process else self._by.hang)
-        else:
-            self._start(seconds)
-
-    def _ready(self) -> int:
-        return self._found if self._by.grow is not None else 0
-
-    def _lose(self) -> None:
-        heapq.heappush(self._coming, self._now + self._random.expovariate(1 / self._inputs.replacement))
-
-    def _requeue(self, hang: float) -> None:
-        """Back through the queue, where the job holds nothing, until there are enough nodes."""
-        self.month.queued += 1
-        self.month.node_seconds += hang * (self._active + self._spares)
-        self._now += hang
-        have = self._active + self._spares + self._found
-        while self._coming and (self._coming[0] <= self._now or have < self._least):
-            self._now = max(self._now, heapq.heappop(self._coming))
-            have += 1
-        self._now += self._by.requeue
-        self._active = min(have, self._inputs.nodes)
-        self._spares = min(have - self._active, self._by.spares)
-        self._found = have - self._active - self._spares
-        self._down = max(1e-3, self._inputs.load)
-
-
-def simulate(inputs: Inputs, by: Launcher, seed: int) -> Month:
-    return _Job(inputs, by, seed).run()
-
-
-def compare(sizes: Sequence[int], seeds: int, found: Recovery, common: dict[str, float]) -> list[dict[str, Any]]:
+def compare(sizes: Sequence[int], seeds: int, recovery: Recovery, common: dict[str, float]) -> list[dict[str, Any]]:
     """A row for each rate, size and launcher, means over ``seeds`` months. ``common``: of Inputs."""
     rows = []
     for source, (rate, _) in RATES.items():
         for nodes in sizes:
             inputs = Inputs(nodes=nodes, rate=rate / 1000, **common)
-            for by in launchers(found, nodes):
+            for by in launchers(recovery, nodes):
                 months = [simulate(inputs, by, seed) for seed in range(seeds)]
                 hours = [month.trained / inputs.horizon for month in months]
                 row: dict[str, Any] = {
@@ -336,17 +65,17 @@ def compare(sizes: Sequence[int], seeds: int, found: Recovery, common: dict[str,
                 }
                 rows.append(row)
     for row in rows:
-        ours = next(one for one in rows if (one["rate"], one["nodes"]) == (row["rate"], row["nodes"]))
+        ours = next(first for first in rows if (first["rate"], first["nodes"]) == (row["rate"], row["nodes"]))
         row["of_ours"] = row["trained"] / ours["trained"]
         row["lost_of_ours"] = (1 - row["trained"]) / (1 - ours["trained"])
     return rows
 
 
-def report(sizes: Sequence[int], seeds: int, found: Recovery, **common: float) -> dict[str, Any]:
+def report(sizes: Sequence[int], seeds: int, recovery: Recovery, **common: float) -> dict[str, Any]:
     """All rows with what went into them. ``common``: of Inputs."""
-    rows = compare(sorted(sizes), seeds, found, common)
+    rows = compare(sorted(sizes), seeds, recovery, common)
     days = Inputs(nodes=1, rate=0).horizon / DAY
-    inputs = {"recovery": asdict(found), "common": common, "rates": RATES, "seeds": seeds}
+    inputs = {"recovery": asdict(recovery), "common": common, "rates": RATES, "seeds": seeds}
     return {"inputs": inputs, "rows": rows, "table": lines(rows, days)}
 
 
@@ -365,9 +94,8 @@ def lines(rows: Sequence[dict[str, Any]], days: float) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    made = Table(title="means; trained: of the month, at full size", title_justify="left")
-    for name in ("failures", "nodes", "launcher", "goodput", "trained", "of ours", "lost, of ours", "stops", "queued"):
-        made.add_column(name, justify="left" if name in {"failures", "launcher"} else "right")
+    names = ("failures", "nodes", "launcher", "goodput", "trained", "of ours", "lost, of ours", "stops", "queued")
+    made = table_of("means; trained: of the month, at full size", names, left=("failures", "launcher"))
     for row in rows:
         first = row["launcher"] == "elastic"
         cells = [row["rate"], f"{row['nodes']}"] if first else ["", ""]
@@ -379,13 +107,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def model() -> str:
     """The model and where its inputs come from, for --help."""
-    found, inputs = Recovery(), Inputs(nodes=1, rate=0)
-    told = [f"  {name:<9}{rate:.2f} failures in a thousand node-days: {said}" for name, (rate, said) in RATES.items()]
-    measured = ", ".join(f"{name} {seconds:g}" for name, seconds in asdict(found).items())
+    inputs = Inputs(nodes=1, rate=0)
+    in_days = "failures in a thousand node-days"
+    rates = [f"  {name:<9}{rate:.2f} {in_days}: {source}" for name, (rate, source) in RATES.items()]
+    measured = ", ".join(f"{name} {seconds:g}" for name, seconds in asdict(Recovery()).items())
     return "\n".join(
         [
             "published:",
-            *told,
+            *rates,
             f"  {inputs.process:.0%} of failures end a process and leave the node fit: software bugs, watchdogs and",
             "  dependencies, 54 + 7 + 2 of the 419 of Llama 3; which these are is our reading of its table",
             "measured, seconds (recovery.py, grow.py; without --recovery those of 2026-11-23, without standbys):",
@@ -410,10 +139,16 @@ def model() -> str:
     )
 
 
+def recovery_times(path: str) -> Recovery:
+    try:
+        return Recovery.of(json.loads(Path(path).read_text())["summary"])
+    except (OSError, ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{path!r}: expected the JSON of recovery.py: {error}") from None
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=model()
-    )
+    parser = parser_with(__doc__, {})
+    parser.epilog = model()
     add = parser.add_argument
     add("--sizes", type=positive, nargs="+", default=list(SIZES), metavar="NODES", help="default: 16 128 512 2048")
     add("--seeds", type=positive, default=20, metavar="N", help="months simulated of each (default: 20)")
@@ -421,26 +156,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--load", type=positive, default=60, metavar="SECONDS", help="of each start of the workers (default: 60)")
     text = "mean until Slurm has another node (default: 30)"
     add("--replacement", type=positive, default=30, metavar="MINUTES", help=text)
-    add("--recovery", type=Path, metavar="FILE", help="recovery times from the JSON of recovery.py")
-    add("--json", type=Path, metavar="FILE", help="write inputs and all rows")
+    text = "recovery times from the JSON of recovery.py"
+    add("--recovery", type=recovery_times, default=Recovery(), metavar="FILE", help=text)
+    add_json(parser)
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
-    if not can_write(args.json):
-        return 2
-    try:
-        found = Recovery.of(json.loads(args.recovery.read_text())["summary"]) if args.recovery else Recovery()
-    except (OSError, ValueError, KeyError) as error:
-        wrong = f"--recovery {str(args.recovery)!r}: expected the JSON of recovery.py: {error}"
-        print(f"goodput.py: {wrong}", file=sys.stderr)
-        return 2
     common = {"save": args.save, "load": args.load, "replacement": args.replacement * 60.0}
-    made = report(args.sizes, args.seeds, found, **common)
-    Console(width=None if sys.stdout.isatty() else 120).print(table(made["rows"]))
-    if args.json:
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+    made = report(args.sizes, args.seeds, args.recovery, **common)
+    show(table(made["rows"]))
+    write_json(args.json, made)
     return 0
 
 

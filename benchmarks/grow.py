@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import signal
 import sys
@@ -20,32 +19,40 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from _cluster import (
+from _cluster import Cluster, cluster, wait_for
+from _jobs import Job, Run, hundredths, summary
+from _launchers import (
+    AGENT,
     FT,
     FT_MODULE,
+    OURS,
+    OWN_STORE,
+    OWN_STORE_OPTION,
+    TORCHRUN,
+    TORCHRUN_MODULE,
+    install_ft_launcher,
+    launcher_template,
+    peer_name,
+)
+from _processes import start_time
+from _report import (
     ROOT,
     BenchmarkError,
-    Cluster,
-    Job,
-    Run,
-    add_output,
+    add_json,
+    add_keep,
     add_state,
     busy,
-    can_write,
-    cluster,
     figure,
-    install_ft_launcher,
     kept,
-    launcher_template,
     machine,
     origin,
     parser_with,
     positive,
-    spread,
+    show,
     spread_text,
-    wait_for,
+    table_of,
+    write_json,
 )
-from rich.console import Console
 from rich.table import Table
 
 SCRIPT = str(ROOT / "benchmarks" / "train_steps.py")
@@ -55,7 +62,7 @@ SMALL, LARGE = 2, 3
 PATIENCE = 90.0
 """Seconds for what is no measurement: a job to start, Slurm to start an agent."""
 
-OURS, DEAF, TORCHRUN, OWN_STORE = "elastic", "elastic-deaf", "torchrun", "torchrun-own-store"
+DEAF = "elastic-deaf"
 LAUNCHERS = {
     OURS: "elastic-sbatch --grow, and a script that saves and ends when it is asked to",
     DEAF: "the same with a script that does not listen",
@@ -63,12 +70,11 @@ LAUNCHERS = {
     OWN_STORE: "the same with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     FT: "NVIDIA's",
 }
-TORCHRUN_MODULE = "torch.distributed.run"
-AGENTS = {OURS: "elastic_hpc.agent", DEAF: "elastic_hpc.agent", FT: FT_MODULE}
+AGENTS = {OURS: AGENT, DEAF: AGENT, FT: FT_MODULE}
 """Word of the agents' command line, where it is not torchrun's."""
 LAST_CALL = "--rdzv-conf=last_call_timeout=3"
-"""For the others' start with two nodes of at most three, before which they would wait 30 s. A world of three is full,
-and forms at once.
+"""For the other launchers, which would wait 30 s before they start with two nodes of at most three. A world of three
+is full, and forms at once.
 """
 RUNGS = {
     "grow": "a third node: from the start of its agent's process to a world of three",
@@ -109,7 +115,7 @@ class Growing(Job):
         """``options``: how to submit with ``launcher``."""
         self.launcher = launcher
         self.head, self.victim, self.third, self.fourth = at.nodes[:4]
-        self.others = busy()
+        self.busy_before = busy()
         self._taken: dict[str, str] = {}
         folder = at.home / f"grow-{launcher}"
         if launcher in {OURS, DEAF}:
@@ -135,7 +141,7 @@ class Growing(Job):
         word = AGENTS.get(self.launcher, TORCHRUN_MODULE)
 
         def started() -> float | None:
-            return min(map(_started, self.at.pids(self.third, word, SCRIPT)), default=None)
+            return min(map(start_time, self.at.pids(self.third, word, SCRIPT)), default=None)
 
         return wait_for(f"an agent on {self.third}", started, PATIENCE)
 
@@ -184,7 +190,7 @@ class Growing(Job):
         return self.at.run("sbatch", "--parsable", *options, "job.sbatch", cwd=self.folder).strip()
 
     def _take(self, at: Cluster, *nodes: str) -> None:
-        """Have a job of somebody else on each of them."""
+        """Run a job of somebody else on each of ``nodes``."""
         for node in nodes:
             options = ["--exclusive", f"--nodelist={node}", "--output=/dev/null", "--wrap=exec sleep 900"]
             self._taken[node] = at.run("sbatch", "--parsable", *options, cwd=at.home).strip()
@@ -196,23 +202,14 @@ def _runs(at: Cluster, job: str) -> bool | None:
     return at.job_state(job) == "RUNNING" or None
 
 
-def _started(pid: int) -> float:
-    """When the kernel started ``pid``, in seconds since the epoch; infinity if it is gone."""
-    try:
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
-        return float("inf")
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(ticks) / os.sysconf("SC_CLK_TCK")
-
-
 def measure(at: Cluster, launcher: str, options: Sequence[str], deadline: float, keep: Path | None) -> Iterator[Change]:
     """One job of ``launcher``, from its submission to its end; all that happens to it, one after the other."""
     job = Growing(at, launcher, options)
 
     def change(rung: str, moment: float, size: int | None) -> Change:
-        found, said = job.watch(lambda: job.change(moment, size), moment, deadline)
-        common = Change(rung=rung, launcher=launcher, busy_before=job.others, **said)
-        return _split(common, job, moment, *found) if found else common
+        steps, run = job.watch(lambda: job.change(moment, size), moment, deadline)
+        change = Change(rung=rung, launcher=launcher, busy_before=job.busy_before, **run)
+        return _split(change, job, moment, *steps) if steps else change
 
     try:
         job.wait_until_steady(SMALL)
@@ -233,7 +230,7 @@ def measure(at: Cluster, launcher: str, options: Sequence[str], deadline: float,
 
 def _split(run: Change, job: Growing, moment: float, before: dict[str, Any], after: dict[str, Any]) -> Change:
     last, first = before["time"], after["time"]
-    known: dict[str, Any] = asdict(run) | {
+    fields: dict[str, Any] = asdict(run) | {
         "outcome": "done",
         "total": first - moment,
         "standstill": first - last,
@@ -243,27 +240,20 @@ def _split(run: Change, job: Growing, moment: float, before: dict[str, Any], aft
     events = [event for event in job.events() if moment <= event["time"] <= first]
     of_round = {event["event"]: event["time"] for event in events if event.get("round") == after["round"]}
     if of_round:
-        known |= {"round": of_round["round"] - of_round["restart"], "start": first - of_round["round"]}
+        fields |= {"round": of_round["round"] - of_round["restart"], "start": first - of_round["round"]}
         if run.rung in {"grow", "replace"}:
             joined = max(event["time"] for event in events if event["event"] == "join")
             anew = [event["time"] - moment for event in events if event["event"] == "agent_restart"]
-            known |= {"joins": joined - moment, "others": last - joined, "stops": of_round["restart"] - last}
-            known |= {"anew": anew[0] if anew else None}
+            fields |= {"joins": joined - moment, "others": last - joined, "stops": of_round["restart"] - last}
+            fields |= {"anew": anew[0] if anew else None}
         else:
-            known |= {"stops": of_round["restart"] - moment}
-    return Change(**known)
+            fields |= {"stops": of_round["restart"] - moment}
+    return Change(**fields)
 
 
 def summarize(runs: Sequence[Change]) -> list[dict[str, Any]]:
     """One row for each rung and launcher: counts, median, least and most of each phase, ratios to ours."""
-    rows: list[dict[str, Any]] = []
-    for rung, launcher in dict.fromkeys((run.rung, run.launcher) for run in sorted(runs, key=_order)):
-        mine = [run for run in runs if (run.rung, run.launcher) == (rung, launcher)]
-        well = [run for run in mine if run.outcome == "done"]
-        row: dict[str, Any] = {"rung": rung, "launcher": launcher, "runs": len(mine)}
-        row |= {word: sum(run.outcome == word for run in mine) for word in ("done", "overtaken", "stuck", "ended")}
-        row |= {name: spread(getattr(run, name) for run in well) for name in (*PHASES, "repeated")}
-        rows.append(row)
+    rows = summary(runs, RUNGS, list(LAUNCHERS), ("done", "overtaken", "stuck", "ended"), (*PHASES, "repeated"))
     of_ours = next((row for row in rows if row["launcher"] == OURS), None)
     for row in rows:
         for name in ("standstill", "total"):
@@ -279,25 +269,20 @@ def lines(rows: Sequence[dict[str, Any]], torch: str) -> list[dict[str, Any]]:
     for row in rows:
         if row["launcher"] == OURS or not ours:
             continue
-        peer = row["launcher"].replace("-own-store", ", own store") + f" {torch}"
+        peer = peer_name(row["launcher"], torch)
         for name, what in (("standstill", "training stands still"), ("total", "until it trains with it")):
-            mine, theirs = (one[name]["median"] if one[name] else None for one in (ours, row))
+            mine, theirs = (side[name]["median"] if side[name] else None for side in (ours, row))
             note = "" if theirs else "not within the deadline"
             shown.append(figure(f"a third node, {what}", mine, peer, theirs, note=note))
     return shown
 
 
-def _order(run: Change) -> tuple[int, int]:
-    return list(RUNGS).index(run.rung), list(LAUNCHERS).index(run.launcher)
-
-
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    made = Table(title="seconds, medians (least to most) of the runs that got there", title_justify="left")
     names = ("anew", "joins", "others", "stops", "new round", "start", "stood still", "of ours", "total", "of ours")
-    for name in ("", "launcher", "done", *names, "repeated"):
-        made.add_column(name, justify="left" if name in {"", "launcher"} else "right")
+    title = "seconds, medians (least to most) of the runs that got there"
+    made = table_of(title, ("", "launcher", "done", *names, "repeated"), left=("", "launcher"))
     for row in rows:
-        cells = [_text(row[name]["median"]) if row[name] else "" for name in PHASES[:-2]]
+        cells = [hundredths(row[name]["median"]) if row[name] else "" for name in PHASES[:-2]]
         for name in ("standstill", "total"):
             ratio = row[f"{name}_times_ours"]
             cells += [spread_text(row[name], 1), f"x {ratio:.1f}" if ratio else ""]
@@ -306,53 +291,44 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
-def _text(seconds: float) -> str:
-    """Without a sign that is left of a few milliseconds."""
-    return f"{round(seconds, 2) + 0.0:.2f}"
-
-
-def told(run: Change) -> str:
-    """In one line."""
-    parts = [f"{name} {_text(value)}" for name in PHASES if (value := getattr(run, name)) is not None]
-    said = ", ".join(parts) or f"{run.outcome} after {run.waited:.0f} s"
-    steps = "" if run.repeated is None else f", {run.repeated} steps repeated"
-    return f"{run.rung} {run.launcher}: {said}{steps}; others {run.busy_before:.0%}, load {run.load_average:.1f}"
+def line(run: Change) -> str:
+    """What is printed of ``run`` when it has ended."""
+    return run.text(PHASES, "" if run.repeated is None else f", {run.repeated} steps repeated")
 
 
 def how_to_submit(at: Cluster, launchers: Sequence[str]) -> dict[str, list[str]]:
     grow = ["--grow", "--grow-every=1"]
     if len(at.nodes) <= LARGE:
         raise BenchmarkError(f"{len(at.nodes)} nodes: expected a mini-slurm of {LARGE + 1} or more")
-    found = {OURS: [*grow, "--spares=1"], DEAF: grow}
+    options = {OURS: [*grow, "--spares=1"], DEAF: grow}
     if {TORCHRUN, OWN_STORE} & set(launchers):
         template = launcher_template(at, TORCHRUN, TORCHRUN_MODULE, LAST_CALL)
-        found |= {TORCHRUN: [template], OWN_STORE: [template, "--env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]}
+        options |= {TORCHRUN: [template], OWN_STORE: [template, OWN_STORE_OPTION]}
     if FT in launchers:
-        found[FT] = install_ft_launcher(at, LAST_CALL)
-    return found
+        options[FT] = install_ft_launcher(at, LAST_CALL)
+    return options
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = parser_with(
         __doc__,
         {"what is measured:": "", **RUNGS, "launchers:": "", **LAUNCHERS},
-        "grow.py                                  # all",
-        "grow.py --launchers elastic --runs 1     # ours alone, once",
+        "sudo benchmarks/grow.py                                  # all",
+        "sudo benchmarks/grow.py --launchers elastic --runs 1     # ours alone, once",
     )
     add = parser.add_argument
     add("--runs", type=positive, default=3, metavar="N", help="of each launcher (default: 3)")
     add("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS), help="default: all")
     text = "to wait for a step of the new world; a launcher that does not get there is not run again (default: 45)"
     add("--deadline", type=positive, default=45, metavar="SECONDS", help=text)
-    add_output(parser)
+    add_json(parser)
+    add_keep(parser)
     add_state(parser)
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
-    if not can_write(args.json):
-        return 2
     runs: list[Change] = []
     where: dict[str, Any] = {}
     began = time.monotonic()
@@ -365,14 +341,13 @@ def main() -> int:
                 continue
             for run in measure(at, launcher, options[launcher], args.deadline, args.keep):
                 runs.append(run)
-                print(f"+{time.monotonic() - began:.0f} s {told(run)}", flush=True)
-                if args.json:
-                    report = {"machine": where, "deadline": args.deadline, "summary": summarize(runs)}
-                    args.json.write_text(json.dumps(report | {"runs": list(map(asdict, runs))}, indent=1) + "\n")
+                print(f"+{time.monotonic() - began:.0f} s {line(run)}", flush=True)
+                report = {"machine": where, "deadline": args.deadline, "summary": summarize(runs)}
+                write_json(args.json, report | {"runs": list(map(asdict, runs))})
     if not runs:
         return 1
-    Console(width=None if sys.stdout.isatty() else 170).print(table(summarize(runs)))
-    print(origin(where, runs))
+    show(table(summarize(runs)), width=170)
+    print(origin(where, [run.busy_before for run in runs]))
     return 0
 
 

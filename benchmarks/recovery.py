@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -19,33 +18,40 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from _cluster import (
+from _cluster import Cluster, cluster, wait_for
+from _jobs import Job, Run, summary
+from _launchers import (
+    AGENT,
     FT,
     FT_MODULE,
-    ROOT,
-    BenchmarkError,
-    Cluster,
-    Job,
-    Run,
-    add_output,
-    add_state,
-    busy,
-    can_write,
-    cluster,
-    cpu_seconds,
-    figure,
+    OURS,
+    OWN_STORE,
+    OWN_STORE_OPTION,
+    TORCHRUN,
+    TORCHRUN_MODULE,
     install_ft_launcher,
     installed,
+    peer_name,
+)
+from _processes import cpu_seconds
+from _report import (
+    ROOT,
+    BenchmarkError,
+    add_json,
+    add_keep,
+    add_state,
+    busy,
+    figure,
     kept,
     machine,
     origin,
     parser_with,
     positive,
-    spread,
+    show,
     spread_text,
-    wait_for,
+    table_of,
+    write_json,
 )
-from rich.console import Console
 from rich.table import Table
 
 SCRIPT = str(ROOT / "examples" / "train_digits.py")
@@ -58,7 +64,7 @@ STANDBY_IDLE, STANDBY_DEADLINE = 4.0, 60.0
 that is waited for: a job has trained for hours when a fault comes.
 """
 
-OURS, COLD, FULL = "elastic", "elastic-cold", "elastic-preload"
+COLD, FULL = "elastic-cold", "elastic-preload"
 OF_US = {
     OURS: [],
     COLD: ["--preload=off"],
@@ -66,11 +72,11 @@ OF_US = {
 }
 LAUNCHERS = {
     **OF_US,
-    "torchrun": ["--template=torchrun"],
-    "torchrun-own-store": ["--template=torchrun", "--env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"],
+    TORCHRUN: ["--template=torchrun"],
+    OWN_STORE: ["--template=torchrun", OWN_STORE_OPTION],
     FT: [],  # and what install_ft_launcher adds
 }
-AGENTS = {**dict.fromkeys(OF_US, "elastic_hpc.agent"), FT: FT_MODULE}
+AGENTS = {**dict.fromkeys(OF_US, AGENT), FT: FT_MODULE}
 """Word of the agents' command line, where it is not torchrun's."""
 
 RUNGS = {
@@ -89,10 +95,10 @@ TITLES = {
     "requeue": "fewer than MIN nodes: back through the queue",
     "drain": "warning before the time limit",
 }
-THROUGH_THE_QUEUE = {"requeue": (*OF_US, "torchrun"), "drain": tuple(OF_US)}
+THROUGH_THE_QUEUE = {"requeue": (*OF_US, TORCHRUN), "drain": tuple(OF_US)}
 """Rungs whose job comes back through the queue, and the launchers between which that makes a difference."""
 QUEUE_BOUND = 180.0
-"""Seconds that those get in addition: Slurm's own delay of a requeue is 121 s."""
+"""Seconds that these rungs get in addition: Slurm's own delay of a requeue is 121 s."""
 PHASES = ("detection", "round", "running", "start", "total")
 
 
@@ -162,8 +168,7 @@ class DigitsJob(Job):
             nonlocal idle_since, before
             used: dict[int, float] = {}
             for node in self.at.nodes:
-                found = [pid for pid, line in self.at.processes(node).items() if is_standby(line)]
-                used |= {pid: cpu_seconds(pid) for pid in found}
+                used |= {pid: cpu_seconds(pid) for pid, line in self.at.processes(node).items() if is_standby(line)}
             if used != before or len(used) != len(self.at.nodes):
                 idle_since, before = time.monotonic(), used
             return time.monotonic() - idle_since > STANDBY_IDLE or None
@@ -172,11 +177,11 @@ class DigitsJob(Job):
             wait_for("the standbys", idle, STANDBY_DEADLINE, every=0.5)
 
     def warm(self, round: int) -> int | None:
-        """How many workers of ``round`` had been standbys; None if that is not told within seconds."""
+        """How many workers of ``round`` had been standbys; None if no event says so within seconds."""
 
         def started() -> int | None:
-            told = [event for event in self.events() if event["event"] == "started" and event["round"] == round]
-            return int(told[-1]["warm"]) if told else None
+            events = [event for event in self.events() if event["event"] == "started" and event["round"] == round]
+            return int(events[-1]["warm"]) if events else None
 
         with contextlib.suppress(BenchmarkError):
             return wait_for("how they were started", started, 5)
@@ -191,18 +196,19 @@ class DigitsJob(Job):
         return None
 
 
-def inject(at: Cluster, job: DigitsJob, rung: str, node: str) -> float:
-    """Break something on ``node``; the answer is when, in seconds since the epoch."""
+def inject(at: Cluster, job: DigitsJob, rung: str) -> float:
+    """Break something. Returns when, in seconds since the epoch."""
+    head, other, node, *_ = at.nodes
     if rung in {"power", "head"}:
-        return float(at.mini("kill", at.nodes[0] if rung == "head" else node).split()[0])
+        return float(at.mini("kill", head if rung == "head" else node).split()[0])
     if rung == "drain" or (rung == "requeue" and job.launcher not in OF_US):
         moment = time.time()
         at.run(*(["scontrol", "requeue"] if rung == "requeue" else ["scancel", "--batch", "--signal=USR2"]), job.id)
         return moment
-    nodes = [node] if rung != "requeue" else [node, next(n for n in at.nodes[1:] if n != node)]
-    launcher = AGENTS.get(job.launcher, "torch.distributed.run")
-    agents = [pid for each in nodes for pid in at.pids(each, launcher, SCRIPT)]
-    workers = [pid for each in nodes for pid in at.pids(each, SCRIPT, but=[launcher])]
+    nodes = [node, other] if rung == "requeue" else [node]
+    launcher = AGENTS.get(job.launcher, TORCHRUN_MODULE)
+    agents = [pid for name in nodes for pid in at.pids(name, launcher, SCRIPT)]
+    workers = [pid for name in nodes for pid in at.pids(name, SCRIPT, but=[launcher])]
     if len(workers) != len(nodes) or (len(agents) != len(nodes) and job.launcher != FT):
         raise BenchmarkError(f"{node}: expected one agent and one worker, found {len(agents)} and {len(workers)}")
     victims = workers if rung == "worker" else agents if job.launcher in OF_US else agents + workers
@@ -212,7 +218,7 @@ def inject(at: Cluster, job: DigitsJob, rung: str, node: str) -> float:
     return moment
 
 
-def measure(at: Cluster, rung: str, launcher: str, node: str, bound: float, keep: Path | None) -> Fault:
+def measure(at: Cluster, rung: str, launcher: str, bound: float, keep: Path | None) -> Fault:
     """One run, from the submission of a job to its end."""
     at.reset()
     others = busy()
@@ -220,16 +226,16 @@ def measure(at: Cluster, rung: str, launcher: str, node: str, bound: float, keep
     job = DigitsJob(at, rung, launcher)
     try:
         job.wait_until_it_trains()
-        moment = inject(at, job, rung, node)
-        found, said = job.watch(job.first_step_of_new_world, moment, bound)
-        common = Fault(rung=rung, launcher=launcher, busy_before=others, **said)
-        return _split(at, common, job, moment, *found) if found else common
+        moment = inject(at, job, rung)
+        new_world, run = job.watch(job.first_step_of_new_world, moment, bound)
+        fault = Fault(rung=rung, launcher=launcher, busy_before=others, **run)
+        return _split(at, fault, job, moment, *new_world) if new_world else fault
     finally:
         job.clear(keep)
 
 
 def _split(at: Cluster, run: Fault, job: DigitsJob, moment: float, step: dict[str, Any], lost: int) -> Fault:
-    known: dict[str, Any] = asdict(run) | {
+    fields: dict[str, Any] = asdict(run) | {
         "outcome": "recovered",
         "total": step["time"] - moment,
         "world_size": step["world_size"],
@@ -238,38 +244,29 @@ def _split(at: Cluster, run: Fault, job: DigitsJob, moment: float, step: dict[st
     queued = run.rung in THROUGH_THE_QUEUE
     if queued:
         last = max(before["time"] for before in job.steps() if before["time"] < step["time"])
-        known |= {"total": step["time"] - last, "running": at.started(job.id) - last}
+        fields |= {"total": step["time"] - last, "running": at.started(job.id) - last}
     if run.launcher in OF_US:
         after = [event for event in job.events() if event["time"] >= moment]
         decided = next(event for event in after if event["event"] == ("verdict" if queued else "restart"))
         rounds = [event for event in after[after.index(decided) :] if event["event"] == "round"]
         rounds = [event for event in rounds if event["round"] <= step["round"]]
-        known |= {
+        fields |= {
             "detection": decided["time"] - moment,
             "round": rounds[0]["time"] - decided["time"],
             "start": step["time"] - rounds[0]["time"],
             "rounds": len(rounds),
             "warm": job.warm(rounds[-1]["round"]),
         }
-    return Fault(**known)
+    return Fault(**fields)
 
 
 def summarize(runs: Sequence[Fault]) -> list[dict[str, Any]]:
     """One row for each rung and launcher: counts, median, least and most of each phase, ratio to ours."""
-    rows: list[dict[str, Any]] = []
-    for rung in RUNGS:
-        for launcher in LAUNCHERS:
-            mine = [run for run in runs if (run.rung, run.launcher) == (rung, launcher)]
-            if not mine:
-                continue
-            row: dict[str, Any] = {"rung": rung, "launcher": launcher, "runs": len(mine)}
-            row |= {word: sum(run.outcome == word for run in mine) for word in ("recovered", "stuck", "ended")}
-            row["bound"] = max((run.waited for run in mine if run.outcome == "stuck"), default=None)
-            for phase in PHASES:
-                row[phase] = spread(getattr(run, phase) for run in mine)
-            rows.append(row)
+    rows = summary(runs, RUNGS, list(LAUNCHERS), ("recovered", "stuck", "ended"), PHASES)
     totals = {row["rung"]: row["total"]["median"] for row in rows if row["launcher"] == OURS and row["total"]}
     for row in rows:
+        mine = [run for run in runs if (run.rung, run.launcher) == (row["rung"], row["launcher"])]
+        row["bound"] = max((run.waited for run in mine if run.outcome == "stuck"), default=None)
         ours = totals.get(row["rung"])
         row["times_ours"] = row["total"]["median"] / ours if ours and row["total"] and row["launcher"] != OURS else None
     return rows
@@ -293,28 +290,25 @@ def lines(rows: Sequence[dict[str, Any]], where: dict[str, Any]) -> list[dict[st
     for row in rows:
         if row["launcher"] == OURS and any(other["rung"] == row["rung"] for other in rows if other is not row):
             continue
-        name = f"recovery, {TITLES[row['rung']]}"
+        what = f"recovery, {TITLES[row['rung']]}"
         stuck = f"stuck: no step in {row['bound']:.0f} s" if row["stuck"] else "ended the job" if row["ended"] else ""
         theirs = row["total"]["median"] if row["total"] else None
-        known = {name: f"ours, {' '.join(options)}" for name, options in OF_US.items()}
-        known |= {FT: f"{FT} {where.get(FT, '')}"}
-        peer = known.get(row["launcher"], f"{row['launcher'].replace('-own-store', ', own store')} {where['torch']}")
+        names = {name: f"ours, {' '.join(options)}" for name, options in OF_US.items()}
+        names |= {FT: f"{FT} {where.get(FT, '')}"}
+        peer = names.get(row["launcher"], peer_name(row["launcher"], where["torch"]))
         if row["launcher"] == OURS:
-            shown.append(figure(name, theirs, "-", None, note=stuck))
+            shown.append(figure(what, theirs, "-", None, note=stuck))
         else:
-            shown.append(figure(name, ours.get(row["rung"]), peer, theirs, note=stuck))
+            shown.append(figure(what, ours.get(row["rung"]), peer, theirs, note=stuck))
     return shown
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    made = Table(
-        title="seconds from the fault: median (least to most) of the runs that recovered", title_justify="left"
-    )
-    for name in (
-        *("rung", "launcher", "recovered", "detection", "new round"),
-        *("RUNNING", "worker start", "total", "of ours"),
-    ):
-        made.add_column(name, justify="left" if name in {"rung", "launcher"} else "right", no_wrap=name != "total")
+    names = ("rung", "launcher", "recovered", "detection", "new round", "RUNNING", "worker start", "total", "of ours")
+    title = "seconds from the fault: median (least to most) of the runs that recovered"
+    made = table_of(title, names, left=("rung", "launcher"))
+    for column in made.columns:
+        column.no_wrap = column.header != "total"
     for row in rows:
         made.add_row(row["rung"], row["launcher"], f"{row['recovered']} of {row['runs']}", *_cells(row))
     return made
@@ -334,64 +328,51 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield f"x {row['times_ours']:.1f}" if row["times_ours"] else ""
 
 
-def told(run: Fault) -> str:
-    """In one line."""
-    parts = [f"{name} {getattr(run, name):.2f}" for name in PHASES if getattr(run, name) is not None]
-    said = ", ".join(parts) or f"{run.outcome} after {run.waited:.0f} s"
+def line(run: Fault) -> str:
+    """What is printed of ``run`` when it has ended."""
     world = f", world of {run.world_size}, {run.steps_lost} steps repeated" if run.world_size else ""
-    world += "" if run.warm is None else f", {run.warm} standbys"
-    return f"{run.rung} {run.launcher}: {said}{world}; others {run.busy_before:.0%}, load {run.load_average:.1f}"
+    return run.text(PHASES, world + ("" if run.warm is None else f", {run.warm} standbys"))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = parser_with(
         __doc__,
         {"rungs:": "", **RUNGS},
-        "recovery.py                                    # all, an hour and more",
-        "recovery.py --launchers elastic --runs 5       # ours alone",
-        "recovery.py --rungs power --bound 120 --json power.json",
+        "sudo benchmarks/recovery.py                                    # all, an hour and more",
+        "sudo benchmarks/recovery.py --launchers elastic --runs 5       # ours alone",
+        "sudo benchmarks/recovery.py --rungs power --bound 120 --json power.json",
     )
     add = parser.add_argument
     add("--runs", type=positive, default=3, metavar="N", help="of each rung and launcher (default: 3)")
     add("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), help="default: all")
     add("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS), help="default: all")
-    add("--node", default="n3", help="where it happens, but for head (default: n3)")
-    add(
-        "--bound",
-        type=positive,
-        default=60,
-        metavar="SECONDS",
-        help="how long to wait for a step before a run counts as stuck, through the queue 180 more (default: 60)",
-    )
-    add_output(parser)
+    text = "how long to wait for a step before a run counts as stuck, through the queue 180 more (default: 60)"
+    add("--bound", type=positive, default=60, metavar="SECONDS", help=text)
+    add_json(parser)
+    add_keep(parser)
     add_state(parser)
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
-    console = Console(width=None if sys.stdout.isatty() else 160)
     runs: list[Fault] = []
     where: dict[str, Any] = {}
-    if not can_write(args.json):
-        return 2
     with kept(runs), cluster(args.state) as at:
-        at.expect_node(args.node)
         if FT in args.launchers:
             LAUNCHERS[FT] += install_ft_launcher(at)
         where = where_it_runs(at)
-        pairs = [(rung, who) for rung in args.rungs for who in args.launchers]
-        plan = [(rung, who) for rung, who in pairs if who in THROUGH_THE_QUEUE.get(rung, LAUNCHERS)] * args.runs
+        pairs = [(rung, launcher) for rung in args.rungs for launcher in args.launchers]
+        plan = [pair for pair in pairs if pair[1] in THROUGH_THE_QUEUE.get(pair[0], LAUNCHERS)] * args.runs
         for number, (rung, launcher) in enumerate(plan, 1):
-            run = measure(at, rung, launcher, args.node, args.bound, args.keep)
+            run = measure(at, rung, launcher, args.bound, args.keep)
             runs.append(run)
-            print(f"{number}/{len(plan)} {told(run)}", flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(report(runs, where), indent=1) + "\n")
+            print(f"{number}/{len(plan)} {line(run)}", flush=True)
+            write_json(args.json, report(runs, where))
     if not runs:
         return 1
-    console.print(table(summarize(runs)))
-    print(origin(where, runs))
+    show(table(summarize(runs)), width=160)
+    print(origin(where, [run.busy_before for run in runs]))
     return 0
 
 

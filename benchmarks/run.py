@@ -24,27 +24,28 @@ import grow
 import recovery
 import start
 import submit
-from _cluster import (
-    FT,
+from _cluster import Cluster, cluster
+from _launchers import FT, OURS, OWN_STORE, install_ft_launcher
+from _month import Recovery
+from _report import (
     ROOT,
     BenchmarkError,
-    Cluster,
+    add_json,
     add_state,
     busy,
-    can_write,
-    cluster,
-    install_ft_launcher,
     machine,
     parser_with,
     positive,
+    show,
+    table_of,
+    write_json,
 )
-from rich.console import Console
+from recovery import COLD, FULL
 from rich.table import Table
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks/run.py: begin -->", "<!-- benchmarks/run.py: end -->"
 
-OURS, COLD, FULL, OWN_STORE = recovery.OURS, recovery.COLD, recovery.FULL, "torchrun-own-store"
 RECOVERY = [
     *(("worker", OURS, 60), ("worker", OWN_STORE, 60), ("power", OURS, 60), ("head", OURS, 60), ("worker", FULL, 60)),
     *(("requeue", OURS, 60), ("worker", COLD, 60), ("agent", OURS, 60), ("agent", OWN_STORE, 90)),
@@ -100,21 +101,21 @@ class Run:
         return self._at
 
     def _start(self) -> Iterator[dict[str, Any]]:
-        yield _with_table(start.measure(rounds=4, within=90), start.lines)
+        yield start.measure(rounds=4, within=90)
 
     def _submit(self) -> Iterator[dict[str, Any]]:
         yield submit.measure_inside(self._cluster, rounds=7)
 
     def _scale(self) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
-            told = Path(folder, "scale.json")
-            command = [sys.executable, str(ROOT / "benchmarks" / "scale.py"), f"--json={told}"]
+            results = Path(folder, "scale.json")
+            command = [sys.executable, str(ROOT / "benchmarks" / "scale.py"), f"--json={results}"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if told.exists():
-                yield json.loads(told.read_text())
+            if results.exists():
+                yield json.loads(results.read_text())
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("scale.py: ")]
-            raise BenchmarkError(said[-1] if said else f"exit code {done.returncode}: {done.stderr[-500:]}")
+            errors = [line for line in done.stderr.splitlines() if line.startswith("scale.py: ")]
+            raise BenchmarkError(errors[-1] if errors else f"exit code {done.returncode}: {done.stderr[-500:]}")
 
     def _recovery(self) -> Iterator[dict[str, Any]]:
         at, runs, without = self._cluster, [], set()
@@ -131,30 +132,26 @@ class Run:
             if time.monotonic() + bound + queue + A_FAULT > self._ends:
                 self.say(f"{rung} {launcher} left out: too little time is left; --minutes gives more")
                 continue
-            run = recovery.measure(at, rung, launcher, at.nodes[2], bound, None)
-            self.say(recovery.told(run))
+            run = recovery.measure(at, rung, launcher, bound, None)
+            self.say(recovery.line(run))
             runs.append(run)
             yield recovery.report(runs, where)
 
     def _goodput(self) -> Iterator[dict[str, Any]]:
         measured = self.found.get("recovery")
-        times = goodput.Recovery.of(measured["summary"]) if measured else goodput.Recovery()
-        yield goodput.report(goodput.SIZES, seeds=20, found=times)
+        times = Recovery.of(measured["summary"]) if measured else Recovery()
+        yield goodput.report(goodput.SIZES, seeds=20, recovery=times)
 
     def _grow(self) -> Iterator[dict[str, Any]]:
         runs: list[grow.Change] = []
-        launchers = [grow.OURS, grow.OWN_STORE]
+        launchers = [OURS, OWN_STORE]
         options = grow.how_to_submit(self._cluster, launchers)
         for launcher in launchers:
             for run in grow.measure(self._cluster, launcher, options[launcher], 45, None):
-                self.say(grow.told(run))
+                self.say(grow.line(run))
                 runs.append(run)
                 rows = grow.summarize(runs)
                 yield {"summary": rows, "table": grow.lines(rows, version("torch"))}
-
-
-def _with_table(report: dict[str, Any], lines: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> dict[str, Any]:
-    return report | {"table": lines(report)}
 
 
 def cells(line: dict[str, Any]) -> list[str]:
@@ -172,9 +169,7 @@ def figures(value: float) -> str:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> Table:
-    made = Table(title="ours against the peers, medians", title_justify="left")
-    for title in TITLES:
-        made.add_column(title, justify="right" if "ours" in title or title == "theirs" else "left")
+    made = table_of("ours against the peers, medians", TITLES, left=("what", "peer", ""))
     for line in lines:
         made.add_row(*cells(line))
     return made
@@ -197,18 +192,18 @@ def write_page(page: Path, text: str) -> None:
 
 def versions(found: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Of all that took part."""
-    known = {"torch": version("torch"), "elastic_hpc": version("elastic_hpc")}
+    numbers = {"torch": version("torch"), "elastic_hpc": version("elastic_hpc")}
     for report in found.values():
         where = report.get("machine", {})
-        known |= {name: where[name] for name in ("slurm", FT) if name in where}
-        known |= report.get("versions", {})
-    return {{"slurm": "Slurm"}.get(name, name): which for name, which in known.items()}
+        numbers |= {{"slurm": "Slurm"}.get(name, name): where[name] for name in ("slurm", FT) if name in where}
+        numbers |= report.get("versions", {})
+    return numbers
 
 
 def about(report: dict[str, Any]) -> str:
     """In a few sentences what was measured where."""
     where = report["machine"]
-    peers = ", ".join(f"{name} {which}" for name, which in report["versions"].items())
+    peers = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     missing = f" Failed: {', '.join(report['failed'])}." if report["failed"] else ""
     took = f"{report['seconds'] / 60:.0f} minutes"
     return (
@@ -221,13 +216,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = parser_with(
         __doc__,
         {"parts:": "", **PARTS},
-        "run.py --json all.json --write-docs     # what docs/performance.md shows",
-        "run.py --only start goodput             # these need neither Slurm nor root",
+        "sudo benchmarks/run.py --json all.json --write-docs     # what docs/performance.md shows",
+        "benchmarks/run.py --only start goodput                  # these need neither Slurm nor root",
     )
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, default=DEFAULT, metavar="PART", help="default: all but grow")
     add("--minutes", type=positive, default=14, metavar="N", help="begin no fault that may end later (default: 14)")
-    add("--json", type=Path, metavar="FILE", help="write all figures, the table and where it was measured")
+    add_json(parser)
     add("--write-docs", action="store_true", help="put the table into docs/performance.md")
     add_state(parser)
     return parser.parse_args()
@@ -235,8 +230,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    if not can_write(args.json):
-        return 2
     began, others, where = time.monotonic(), busy(), machine()
     parts = [part for part in PARTS if part in args.only]
     stopped = False
@@ -263,9 +256,8 @@ def main() -> int:
         "table": lines,
         "parts": run.found,
     }
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    Console(width=None if sys.stdout.isatty() else 170).print(table(lines))
+    write_json(args.json, report)
+    show(table(lines), width=170)
     print(about(report))
     if args.write_docs and lines:
         write_page(PAGE, markdown(lines, about(report)))

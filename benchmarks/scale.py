@@ -8,17 +8,26 @@ everything: the CPU of a thousand nodes too. It needs neither Slurm nor root.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from _agents import allow_files, rounds_of
-from _cluster import BenchmarkError, busy, can_write, figure, kept, machine, positive
+from _report import (
+    BenchmarkError,
+    add_json,
+    busy,
+    figure,
+    kept,
+    machine,
+    origin,
+    parser_with,
+    positive,
+    show,
+    table_of,
+    write_json,
+)
 from _torch_rounds import torch_rounds
-from rich.console import Console
-from rich.table import Table
 
 SIZES = (4, 16, 64, 256, 1024)
 PEER_SIZES = (4, 16, 64)
@@ -27,32 +36,30 @@ PEER_SIZES = (4, 16, 64)
 PEER = f"torch c10d {version('torch')}"
 
 
-def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures to show: name, ours, theirs, their ratio."""
-    peers = {found["agents"]: found for found in results if found["what"] == "torch c10d"}
+def lines(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For run.py's table."""
+    peers = {result["agents"]: result for result in results if result["what"] == "torch c10d"}
     rows = []
-    for found in results:
-        if found["what"] != "rounds":
+    for result in results:
+        if result["what"] != "rounds":
             continue
-        size, peer = found["agents"], peers.get(found["agents"])
+        size, peer = result["agents"], peers.get(result["agents"])
         for key, name in {
             "form_s": "first round after the last arrival",
             "reform_s": "re-form after a loss",
             "take_over_s": "take-over after the loss of the head",
         }.items():
-            if key not in found:
-                continue
             note = ""
             if key == "take_over_s":
                 note = "torch's rendezvous dies with its head"
-                if found[key] is None:
-                    note = f"not within {found['bound_s']:g} s"
+                if result[key] is None:
+                    note = f"not within {result['bound_s']:g} s"
             elif peer and peer[key] is None:
                 note = f"torch: not within {peer['bound_s']:g} s"
             elif peer and key == "reform_s":
                 note = "torch is told of the loss, which it does not notice by itself"
             theirs = peer.get(key) if peer else None
-            rows.append(figure(f"{name}, {size} agents", found[key], PEER, theirs, note=note))
+            rows.append(figure(f"{name}, {size} agents", result[key], PEER, theirs, note=note))
     return rows
 
 
@@ -67,57 +74,50 @@ COLUMNS = {
     "idle_cpu_share": ("leader's CPU idle, %", "{:.1f}", 100),
     "leader_rss_mib": ("leader, MiB", "{:.0f}", 1),
 }
-
-
 FORMS = {"ours": ".3f", "theirs": ".2f", "ratio": ".0f"}
 
 
-def show(results: list[dict[str, Any]], console: Console) -> None:
-    shown = Table(title="Rounds: the leader alone in one process, all other agents in another")
-    shown.add_column("agents", justify="right")
-    for heading, _, _ in COLUMNS.values():
-        shown.add_column(heading, justify="right")
-    for found in (one for one in results if one["what"] == "rounds"):
-        cells = [
-            text.format(found[key] * by) if found.get(key) is not None else "-"
-            for key, (_, text, by) in COLUMNS.items()
-        ]
-        shown.add_row(str(found["agents"]), *cells)
-    console.print(shown)
-    compared = Table(title="Against torch's c10d rendezvous, seconds")
-    for heading in ("what", "ours", "theirs", "theirs / ours", "note"):
-        compared.add_column(heading, justify="left" if heading in {"what", "note"} else "right")
-    for one in table(results):
-        figures = ("-" if one[key] is None else f"{one[key]:{form}}" for key, form in FORMS.items())
-        compared.add_row(one["name"], *figures, one["note"])
-    console.print(compared)
+def show_all(results: list[dict[str, Any]]) -> None:
+    headings = ("agents", *(heading for heading, _, _ in COLUMNS.values()))
+    rounds = table_of("Rounds: the leader alone in one process, all other agents in another", headings)
+    for result in results:
+        if result["what"] == "rounds":
+            values = ((result.get(key), text, by) for key, (_, text, by) in COLUMNS.items())
+            cells = ("-" if value is None else text.format(value * by) for value, text, by in values)
+            rounds.add_row(str(result["agents"]), *cells)
+    show(rounds)
+    headings = ("what", "ours", "theirs", "theirs / ours", "note")
+    compared = table_of("Against torch's c10d rendezvous, seconds", headings, left=("what", "note"))
+    for line in lines(results):
+        figures = ("-" if line[key] is None else f"{line[key]:{form}}" for key, form in FORMS.items())
+        compared.add_row(line["name"], *figures, line["note"])
+    show(compared)
 
 
 def sizes(text: str) -> tuple[int, ...]:
     try:
-        found = tuple(map(positive, text.split(",")))
+        numbers = tuple(map(positive, text.split(",")))
     except argparse.ArgumentTypeError:
-        found = ()
-    if not found or min(found) < 3:
+        numbers = ()
+    if not numbers or min(numbers) < 3:
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of agents from 3 upwards, for example 4,64,1024")
-    return found
+    return numbers
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""figures:
-  form       from the last arrival until every agent has its place in the first round
-  re-form    from the loss of one agent, whose connection is closed, until all others have their place in the next round
-  take-over  from the death of the leader's process until all others have their place in a round of the next leader
-  a round    what the leader sends and hears, and its CPU, for one re-form
+FIGURES = {
+    "form": "from the last arrival until every agent has its place in the first round",
+    "re-form": "from the loss of an agent, whose connection is closed, until all others have one in the next round",
+    "take-over": "from the death of the leader's process until all others have one in a round of the next leader",
+    "a round": "what the leader sends and receives, and its CPU, for one re-form",
+}
 
-examples:
-  benchmarks/scale.py
-  benchmarks/scale.py --sizes 256,1024 --json scale.json
-  benchmarks/scale.py --sizes 1024 --late 60           the head starts a minute after all others
-  benchmarks/scale.py --sizes 1024 --profile leader.prof""",
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_with(
+        __doc__,
+        {"figures:": "", **FIGURES},
+        "benchmarks/scale.py",
+        "benchmarks/scale.py --sizes 256,1024 --json scale.json",
     )
     parser.add_argument(
         "--sizes", type=sizes, default=SIZES, metavar="N,...", help="numbers of agents (default: 4,16,64,256,1024)"
@@ -125,37 +125,28 @@ examples:
     parser.add_argument(
         "--bound", type=positive, default=30, metavar="S", help="give up after S seconds each (default: %(default)s)"
     )
-    parser.add_argument("--late", type=positive, default=0, metavar="S", help="the head starts S seconds late")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="write the leader's cProfile, without a take-over")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results and where they were measured")
-    return parser.parse_args(argv)
+    add_json(parser)
+    return parser.parse_args()
 
 
-def main(argv: list[str] | None = None) -> int:
-    asked = parse(argv)
-    if not can_write(asked.json):
-        return 2
+def main() -> int:
+    args = parse_arguments()
     allow_files()
     where = {**machine(), "busy_before": busy()}
     results: list[dict[str, Any]] = []
-    console = Console(width=None if sys.stdout.isatty() else 140)
     problems = []
     with kept(results):
-        for size in asked.sizes:
+        for size in args.sizes:
             try:
-                results.append(rounds_of(size, asked.bound, late=asked.late, profile=asked.profile))
+                results.append(rounds_of(size, args.bound))
             except BenchmarkError as error:
                 problems.append(f"{size} agents: {error}")
                 print(f"scale.py: {problems[-1]}", file=sys.stderr)
-            if size in PEER_SIZES and not (asked.late or asked.profile):
-                results.append(torch_rounds(size, asked.bound))
-    show(results, console)
-    console.print(
-        f"{where['date']}: torch {where['torch']}, Python {where['python']}, {where['cores']} cores; "
-        f"others used {where['busy_before']:.0%} of them before"
-    )
-    if asked.json:
-        asked.json.write_text(json.dumps({"machine": where, "rows": results, "table": table(results)}, indent=1) + "\n")
+            if size in PEER_SIZES:
+                results.append(torch_rounds(size, args.bound))
+    show_all(results)
+    print(origin(where, [where["busy_before"]]))
+    write_json(args.json, {"machine": where, "rows": results, "table": lines(results)})
     return int(bool(problems))
 
 

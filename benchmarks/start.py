@@ -9,18 +9,32 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _cluster import BenchmarkError, busy, can_write, figure, import_times, machine, positive, spread, spread_text
-from rich.console import Console
+from _launchers import OURS, TORCHRUN_MODULE
+from _processes import import_times, run_timed
+from _report import (
+    BenchmarkError,
+    add_json,
+    busy,
+    figure,
+    machine,
+    origin,
+    parser_with,
+    positive,
+    run_main,
+    show,
+    spread,
+    spread_text,
+    table_of,
+    write_json,
+)
 from rich.table import Table
 
 SCRIPT = """
@@ -31,14 +45,13 @@ import torch
 with open(sys.argv[1], "w") as file:
     json.dump({"first": first, "torch": time.time()}, file)
 """
-OURS = "elastic"
 LAUNCHERS = {
     OURS: ["elastic-srun", "--standalone", "--nproc-per-node=1"],
     "elastic-cold": ["elastic-srun", "--standalone", "--nproc-per-node=1", "--preload=off"],
     "torchrun": ["torchrun", "--standalone", "--nproc-per-node=1"],
     "python": ["python"],
 }
-AGENTS = {OURS: "elastic_hpc.agent", "torchrun": "torch.distributed.run"}
+AGENTS = {OURS: "elastic_hpc.agent.main", "torchrun": TORCHRUN_MODULE}
 """What their agents import first."""
 PHASES = {
     "first": "to the script's first line",
@@ -61,21 +74,15 @@ class Start:
 def start(launcher: str, folder: Path) -> Start:
     """BenchmarkError if it did not run the script to its end."""
     program, *options = LAUNCHERS[launcher]
-    told = folder / "times.json"
-    told.unlink(missing_ok=True)
-    command = [str(Path(sys.executable).with_name(program)), *options, str(folder / "script.py"), str(told)]
-    with tempfile.TemporaryFile() as said:
-        began = time.time()
-        process = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, cwd=folder)
-        _, status, used = os.wait4(process.pid, 0)
-        ended = time.time()
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        text = said.read().decode(errors="replace")
-    if process.returncode or not told.exists():
-        raise BenchmarkError(f"{launcher}: exit code {process.returncode}: {text.strip() or 'it said nothing'}")
-    times = json.loads(told.read_text())
-    return Start(times["first"] - began, times["torch"] - began, ended - began, used.ru_utime + used.ru_stime)
+    written = folder / "times.json"
+    written.unlink(missing_ok=True)
+    ran = run_timed(
+        [str(Path(sys.executable).with_name(program)), *options, str(folder / "script.py"), str(written)], cwd=folder
+    )
+    if ran.exit_code or not written.exists():
+        raise BenchmarkError(f"{launcher}: exit code {ran.exit_code}: {ran.output.strip() or 'no output'}")
+    times = json.loads(written.read_text())
+    return Start(times["first"] - ran.began, times["torch"] - ran.began, ran.wall, ran.cpu)
 
 
 def measure(rounds: int, within: float = math.inf) -> dict[str, Any]:
@@ -89,23 +96,24 @@ def measure(rounds: int, within: float = math.inf) -> dict[str, Any]:
             if count > 0 and time.monotonic() > ends:
                 break
             for launcher in LAUNCHERS if count % 2 else reversed(LAUNCHERS):
-                found = start(launcher, Path(folder))
+                measured = start(launcher, Path(folder))
                 if count >= 0:
-                    starts[launcher].append(found)
+                    starts[launcher].append(measured)
     modules = {}
     for launcher, module in AGENTS.items():
         import_it = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
         modules[launcher] = import_times(subprocess.run(import_it, capture_output=True, text=True, check=True).stderr)
-    return {
+    report: dict[str, Any] = {
         "machine": machine(),
         "busy_before": others,
-        "starts": {launcher: [asdict(one) for one in many] for launcher, many in starts.items()},
+        "starts": {launcher: list(map(asdict, many)) for launcher, many in starts.items()},
         "summary": {
-            launcher: {phase: spread(getattr(one, phase) for one in many) for phase in PHASES}
+            launcher: {phase: spread(getattr(measured, phase) for measured in many) for phase in PHASES}
             for launcher, many in starts.items()
         },
         "modules": modules,
     }
+    return report | {"table": lines(report)}
 
 
 def lines(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -120,9 +128,7 @@ def lines(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(summary: dict[str, Any]) -> Table:
-    made = Table(title="seconds from the start of the launcher, median (least to most)", title_justify="left")
-    for name in ("", *PHASES.values()):
-        made.add_column(name, justify="right" if name else "left")
+    made = table_of("seconds from the start of the launcher, median (least to most)", ("", *PHASES.values()))
     for launcher, phases in summary.items():
         cells = []
         for phase in PHASES:
@@ -132,37 +138,24 @@ def table(summary: dict[str, Any]) -> Table:
     return made
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--rounds", type=positive, default=7, metavar="N", help="starts of each (default: 7)")
-    add("--json", type=Path, metavar="FILE", help="write all figures and where they were measured")
-    return parser.parse_args(argv)
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_with(__doc__, {})
+    parser.add_argument("--rounds", type=positive, default=7, metavar="N", help="starts of each (default: 7)")
+    add_json(parser)
+    return parser.parse_args()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    if not can_write(args.json):
-        return 2
-    try:
-        report = measure(args.rounds)
-    except (BenchmarkError, OSError) as error:
-        print(f"start.py: {error}", file=sys.stderr)
-        return 1
-    report["table"] = lines(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    Console(width=None if sys.stdout.isatty() else 140).print(table(report["summary"]))
+def main() -> int:
+    args = parse_arguments()
+    report = measure(args.rounds)
+    write_json(args.json, report)
+    show(table(report["summary"]))
     for launcher, modules in report["modules"].items():
         most = ", ".join(f"{name} {took:.0f} ms" for name, took in list(modules.items())[:8])
         print(f"imported by {AGENTS[launcher]}, from outside the standard library: {most}")
-    where = report["machine"]
-    print(
-        f"{where['date']}: torch {where['torch']}, Python {where['python']}, {where['cores']} cores, of which others "
-        f"used {report['busy_before']:.0%} before the runs; load average {where['load_average'][0]:.1f}"
-    )
+    print(origin(report["machine"], [report["busy_before"]]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 MINI = ROOT / "bin" / "mini-slurm"
 COUNTS = str(Path(__file__).with_name("counts.py"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from _cluster import processes, reset, slurmctld, wrong_steps  # noqa: E402
+from _cluster import reset, slurmctld  # noqa: E402
+from _jobs import wrong_steps  # noqa: E402
+from _processes import processes  # noqa: E402
 
 os.umask(0o022)  # what a test writes, the cluster's user reads
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
@@ -43,8 +45,8 @@ T = TypeVar("T")
 
 
 def wait_for(what: str, look: Callable[[], T | bool | None], deadline: float = 90) -> T:
-    """The first answer of ``look`` that is not empty. Fails when ``deadline`` seconds have passed. Looks for a quarter
-    of the time at most: those who are waited for need the processors too.
+    """The first answer of ``look`` that is not empty. Fails when ``deadline`` seconds have passed. ``look`` gets a
+    quarter of the time at most, because the processes that the test waits for need the processors too.
     """
     end = (began := time.monotonic()) + deadline
     while not (found := look()):
@@ -123,14 +125,14 @@ class Cluster:
         name, as an argument.
         """
         found = processes(self.state, node)
-        return [each.pid for each in found if word in {*each.argv, *map(os.path.basename, each.argv)}]
+        return [process.pid for process in found if word in {*process.argv, *map(os.path.basename, process.argv)}]
 
     def running(self, script: str, node: str) -> list[int]:
         """Pids of the Python processes on ``node`` that run a module or a file of this name, not of those that are to
         start it.
         """
-        found = [each for each in processes(self.state, node) if each.is_python]
-        first = {each.pid: next((word for word in each.argv[1:] if word[:1] != "-"), "") for each in found}
+        lines = {process.pid: process.argv[1:] for process in processes(self.state, node) if process.is_python}
+        first = {pid: next((word for word in words if word[:1] != "-"), "") for pid, words in lines.items()}
         return [pid for pid, word in first.items() if os.path.basename(word) == script]
 
     def agents(self, node: str) -> list[int]:
@@ -138,7 +140,7 @@ class Cluster:
 
     def in_jobs(self, node: str) -> list[list[str]]:
         """Command lines of what runs on ``node`` for a job."""
-        return [each.argv for each in processes(self.state, node) if each.job]
+        return [process.argv for process in processes(self.state, node) if process.job]
 
     def reset(self) -> None:
         """End all jobs, bring all nodes back."""

@@ -87,8 +87,8 @@ class Scene:
 
         def look() -> bool:
             events = self.job.events()
-            seen = next((i for i, e in enumerate(events) if e["event"] == "restart" and cause in e["reason"]), None)
-            return seen is not None and any(event["event"] == "round" for event in events[seen:])
+            first = next((i for i, e in enumerate(events) if e["event"] == "restart" and cause in e["reason"]), None)
+            return first is not None and any(event["event"] == "round" for event in events[first:])
 
         wait_for(f"a round because of {cause!r}", look)
 
@@ -323,8 +323,8 @@ def shift_clocks(scene: Scene) -> None:
 def kill_name_server(scene: Scene) -> None:
     """The nodes' names are in no /etc/hosts any more, and the name server takes questions and does not answer."""
     hosts = STATE / "hosts"
-    known = (STATE / "etc" / "hosts").read_text().splitlines(keepends=True)
-    hosts.write_text("".join(line for line in known if "localhost" in line or "login" in line))
+    lines = (STATE / "etc" / "hosts").read_text().splitlines(keepends=True)
+    hosts.write_text("".join(line for line in lines if "localhost" in line or "login" in line))
     texts = {
         "resolv.conf": "nameserver 127.0.0.1\n",
         "nsswitch.conf": "hosts: files dns\npasswd: files\ngroup: files\n",

@@ -22,7 +22,7 @@ def script(folder: Path) -> str:
     return str(path)
 
 
-def said(text: str) -> list[str]:
+def ranks_output(text: str) -> list[str]:
     return sorted(line.partition("]: ")[2] for line in text.splitlines() if line.startswith("[rank"))
 
 
@@ -33,7 +33,7 @@ def test_in_a_step_that_has_all_resources_a_job_still_runs_on_all_nodes_with_all
     here = f'if [ "$SLURM_PROCID" = 0 ]; then {first}; else until [ -e over ]; do sleep 0.1; done; fi'
     step = ["srun", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--gpus-per-node=2", "bash", "-c", here]
     done = fresh.exec(["salloc", "--quiet", "--nodes=2", "--gpus-per-node=2", *step], cwd=folder, timeout=120)
-    assert said(done.stdout) == [f"n{1 + rank // 2} {rank} 4 0,1 1" for rank in range(4)]
+    assert ranks_output(done.stdout) == [f"n{1 + rank // 2} {rank} 4 0,1 1" for rank in range(4)]
 
 
 def test_several_at_once_share_an_allocation_on_the_same_nodes_and_on_nodes_of_their_own(
@@ -44,7 +44,7 @@ def test_several_at_once_share_an_allocation_on_the_same_nodes_and_on_nodes_of_t
     commands += f"{shlex.join([SRUN, '--nodelist', 'n9', script])}; wait"
     done = fresh.exec(["salloc", "--quiet", "--nodes=4", "bash", "-c", commands], cwd=folder, timeout=120)
     first, second = ["n1 0 2 None 1", "n2 1 2 None 1"], ["n3 0 2 None 1", "n4 1 2 None 1"]
-    assert said(done.stdout) == sorted(2 * first + second)
+    assert ranks_output(done.stdout) == sorted(2 * first + second)
     assert done.stderr.count("finished: all workers finished (") == 3
     assert "--nodelist n9: expected nodes of the allocation, which has n1, n2, n3, n4" in done.stderr
     runs = [path for path in (folder / "elastic-logs").iterdir() if (path / "verdict.json").exists()]
@@ -57,7 +57,7 @@ def test_an_allocation_made_for_many_tasks_gives_each_agent_its_whole_node(
     tasks = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem-per-cpu=100"]
     command = ["salloc", "--quiet", *tasks, "env", "SRUN_CPUS_PER_TASK=1", SRUN, script]
     done = fresh.exec(command, cwd=folder, timeout=120)
-    assert said(done.stdout) == ["n1 0 2 None 2", "n2 1 2 None 2"]
+    assert ranks_output(done.stdout) == ["n1 0 2 None 2", "n2 1 2 None 2"]
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ def test_a_snapshot_runs_as_it_was_submitted_after_a_requeue_too_whatever_is_edi
     assert job.worker_output() == f"as submitted, and not committed in {here}\n" * 2
     assert not list(folder.glob("elastic-logs/.submission.*"))
     facts = json.loads((job.run_dir / "code.json").read_text())
-    known = [facts[name] for name in ("folder", "revision", "branch", "dirty", "snapshot")]
-    assert known == [str(folder / "sub"), revision, "topic", True, True]
+    values = [facts[name] for name in ("folder", "revision", "branch", "dirty", "snapshot")]
+    assert values == [str(folder / "sub"), revision, "topic", True, True]
     assert '+print("as submitted, and not committed in' in (job.run_dir / "code.diff").read_text()
 
 
@@ -95,10 +95,10 @@ def test_agents_without_slurms_commands_survive_a_lost_node_and_the_batch_script
     assert [event["nodes"] for event in job.events("round")][:2] == [["n1", "n2", "n3"], ["n1", "n2"]]
     assert [event["run"] for event in job.events("start")] == [0, 1]
     assert not job.events("growth_problem")
-    said = (job.run_dir / "logs" / "0.agent-n1.log").read_text()
-    assert said.count("Slurm's commands are not here: no agent is started anew") == 1
-    assert "submit it yourself" not in said
-    assert "Traceback" not in said + job.output()
+    log = (job.run_dir / "logs" / "0.agent-n1.log").read_text()
+    assert log.count("Slurm's commands are not here: no agent is started anew") == 1
+    assert "submit it yourself" not in log
+    assert "Traceback" not in log + job.output()
 
 
 def test_set_up_lines_reach_agents_and_workers_and_python_decides_the_interpreter(
@@ -120,7 +120,7 @@ def test_set_up_lines_reach_agents_and_workers_and_python_decides_the_interprete
     rest = f"{folder}/venv {folder}/venv/bin/python x\n"
     assert plain.worker_output() == f"{sys.prefix} {rest}"
     assert named.worker_output() == f"{folder}/venv {rest}"
-    said = {job.id: (folder / f"slurm-{job.id}.out").read_text() for job in (plain, wrong)}
-    assert "elastic_hpc: exit code 1 of --setup export ELSE=x; false" in said[plain.id].replace("'", "")
-    assert "No module named 'elastic_hpc'" in said[wrong.id]
-    assert "the agents left no verdict; srun ended with exit code 1" in said[wrong.id]
+    outputs = {job.id: (folder / f"slurm-{job.id}.out").read_text() for job in (plain, wrong)}
+    assert "elastic_hpc: exit code 1 of --setup export ELSE=x; false" in outputs[plain.id].replace("'", "")
+    assert "No module named 'elastic_hpc'" in outputs[wrong.id]
+    assert "the agents left no verdict; srun ended with exit code 1" in outputs[wrong.id]

@@ -93,11 +93,11 @@ def test_ctrl_c_while_the_job_waits_for_a_node_cancels_it_and_leaves_nothing(fre
         command = fresh.command([HPC, "doctor", "--run", "--nodes", "4"], cwd=folder)
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as waits:
             assert waits.stderr
-            said = ""
-            while not re.search(r"job \d+ waits in the queue: \w+", said):
+            output = ""
+            while not re.search(r"job \d+ waits in the queue: \w+", output):
                 line = waits.stderr.readline()
-                assert line, said
-                said += line
+                assert line, output
+                output += line
             waits.send_signal(signal.SIGINT)
             assert waits.wait(60) == 130
     finally:

@@ -29,7 +29,7 @@ def test_code_runs(fresh: Cluster, folder: Path, document: Path) -> None:
             (folder / name).write_text(SCRIPT)
     for language in ("python", "sh", "bash"):
         for where in ("", " allocation"):
-            code = "\n".join(text for each, place, text in found if (each, place) == (language, where))
+            code = "\n".join(text for shell, place, text in found if (shell, place) == (language, where))
             if code:
                 script = folder / f"document.{language}"
                 script.write_text(code)

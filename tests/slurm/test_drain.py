@@ -62,8 +62,8 @@ if not (run / f"saved.{rank}").exists():
     dist.init_process_group("gloo")
     if rank == "0":
         here = "--nodelist=" + os.environ["SLURMD_NODENAME"]
-        said = subprocess.run(["sbatch", "--parsable", here, "evaluate.sh"], capture_output=True, text=True, check=True)
-        Path("evaluation").write_text(said.stdout.strip())
+        done = subprocess.run(["sbatch", "--parsable", here, "evaluate.sh"], capture_output=True, text=True, check=True)
+        Path("evaluation").write_text(done.stdout.strip())
     while True:
         dist.barrier()
         time.sleep(0.05)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from _cluster import wrong_steps
+from _jobs import wrong_steps
 from conftest import Cluster, Job, wait_for
 from faults import NODES, OF_MORE, OF_WORKERS, PROVOKED, Fault, Scene
 
@@ -53,7 +53,7 @@ def test_training_goes_on_after(fault: Fault, moment: str, submit: Submit, fresh
     (folder / f"hold.{'training' if moment == 'forming' else moment}.1").touch()
     with contextlib.ExitStack() as end:
         prepared = fault.prepare(fresh, folder, end) if fault.prepare else None
-        environ = [word for one in fault.environ for word in ("--env", one)]
+        environ = [word for variable in fault.environ for word in ("--env", variable)]
         # nobody is lost in these, also not the node that stands still while a round is formed
         patience = ["--heartbeat-timeout", "20"] if moment == "forming" and fault.cause in {PROVOKED, None} else []
         job = submit("--nodes", "2:4", *environ, *patience, script=script)

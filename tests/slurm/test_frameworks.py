@@ -14,7 +14,7 @@ Submit = Callable[..., Job]
 STEPS = 1000
 
 
-def said(job: Job, run: int, round: int) -> str:
+def output_of(job: Job, run: int, round: int) -> str:
     """What rank 0 has printed in a round."""
     return "".join(path.read_text() for path in job.run_dir.glob(f"logs/{run}.{round}/*/rank0.out"))
 
@@ -31,7 +31,7 @@ def starts(job: Job) -> list[tuple[int, int]]:
 
 def wait_for_step(job: Job, run: int, round: int, least: int) -> None:
     def far_enough() -> bool:
-        return any(int(step) >= least for step in re.findall(r"^step (\d+)", said(job, run, round), re.MULTILINE))
+        return any(int(step) >= least for step in re.findall(r"^step (\d+)", output_of(job, run, round), re.MULTILINE))
 
     wait_for(f"step {least} in round {round} of {job.folder.name}", far_enough, 120)
 

@@ -24,7 +24,7 @@ executor = submitit.AutoExecutor("jobs", cluster="elastic")
 
 
 class Client:
-    """A user's script that talks to submitit, and what it says."""
+    """A user's script that talks to submitit, and the lines that it prints."""
 
     def __init__(self, cluster: Cluster, folder: Path, code: str) -> None:
         self._cluster, self._folder = cluster, folder
@@ -33,7 +33,7 @@ class Client:
         command = cluster.command([sys.executable, "-u", str(script)], cwd=folder)
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
-    def hear(self) -> dict[str, Any]:
+    def read_line(self) -> dict[str, Any]:
         assert self.process.stdout
         line = self.process.stdout.readline()
         assert line, "the script has ended; its complaint stands above"
@@ -41,8 +41,8 @@ class Client:
         return found
 
     def job(self) -> Job:
-        """The one it says that it has submitted."""
-        job = Job(self._cluster, self.hear()["job"], self._folder)
+        """The job that the script has submitted."""
+        job = Job(self._cluster, self.read_line()["job"], self._folder)
         job.log_dir = self._folder / "jobs" / "elastic"
         return job
 
@@ -56,15 +56,15 @@ def client(fresh: Cluster, folder: Path) -> Iterator[Callable[[str], Client]]:
         return started[-1]
 
     yield start
-    for each in started:
-        each.process.kill()
-        each.process.communicate()
+    for script in started:
+        script.process.kill()
+        script.process.communicate()
 
 
 def test_every_rank_returns_its_result_and_arrays_commands_and_exceptions_work_as_with_any_executor(
     client: Callable[[str], Client],
 ) -> None:
-    heard = client("""
+    script = client("""
 def where():
     env = submitit.JobEnvironment()
     print("printed by", env.global_rank)
@@ -89,28 +89,28 @@ try:
 except submitit.helpers.core.utils.FailedJobError:
     say(raised=True)
 """)
-    told = heard.hear()
-    hosts = told["results"][0][5]
-    assert told["results"] == [[rank, 4, rank % 2, rank // 2, 2, hosts, told["id"]] for rank in range(4)]
+    line = script.read_line()
+    hosts = line["results"][0][5]
+    assert line["results"] == [[rank, 4, rank % 2, rank // 2, 2, hosts, line["id"]] for rank in range(4)]
     assert len(hosts) == 2
-    assert (told["state"], told["task"]) == ("COMPLETED", 3)
-    told = heard.hear()
-    assert "printed by 3" in told["out"]
-    assert "printed by 0" not in told["out"]
-    assert (told["two"], told["command"]) == (1, "42")
-    array = told["ids"][0].partition("_")[0]
-    assert told["ids"] == [f"{array}_0", f"{array}_1"]
-    told = heard.hear()
-    assert (told["state"], told["kind"]) == ("FAILED", "FailedJobError")
-    assert "in halves" in told["error"]
-    assert "ValueError: 3 is odd" in told["error"]
-    assert heard.hear() == {"raised": True}
+    assert (line["state"], line["task"]) == ("COMPLETED", 3)
+    line = script.read_line()
+    assert "printed by 3" in line["out"]
+    assert "printed by 0" not in line["out"]
+    assert (line["two"], line["command"]) == (1, "42")
+    array = line["ids"][0].partition("_")[0]
+    assert line["ids"] == [f"{array}_0", f"{array}_1"]
+    line = script.read_line()
+    assert (line["state"], line["kind"]) == ("FAILED", "FailedJobError")
+    assert "in halves" in line["error"]
+    assert "ValueError: 3 is odd" in line["error"]
+    assert script.read_line() == {"raised": True}
 
 
 def test_a_function_goes_on_without_a_lost_node_and_the_results_are_those_of_the_last_world(
     fresh: Cluster, client: Callable[[str], Client]
 ) -> None:
-    heard = client("""
+    script = client("""
 def train(steps):  # as scripts for submitit's Slurm cluster do: by its helper, by an address and a port of their own
     import torch
     import torch.distributed as dist
@@ -132,18 +132,18 @@ job = executor.submit(train, 3)
 say(job=job.job_id)
 say(results=job.results(), restarts=job.status.restarts, nodes=job.status.nodes)
 """)
-    job = heard.job()
+    job = script.job()
     job.wait_event("round")
     wait_for("its workers", lambda: fresh.processes("submitit.core._submit", "n3"))
     fresh.mini("kill", "n3")
-    assert heard.hear() == {"results": [[0, 2], [1, 2]], "restarts": 1, "nodes": ["n1", "n2"]}
+    assert script.read_line() == {"results": [[0, 2], [1, 2]], "restarts": 1, "nodes": ["n1", "n2"]}
     assert job.verdict()["requeues"] == 0
 
 
 def test_a_function_that_can_checkpoint_does_so_before_a_requeue_and_is_given_up_after_too_many_timeouts(
     client: Callable[[str], Client],
 ) -> None:
-    heard = client("""
+    script = client("""
 class Counts(submitit.helpers.Checkpointable):
     def __init__(self):
         self.starts = 0
@@ -196,20 +196,20 @@ while not job.status.round:
 job.cancel()
 say(error=str(job.exception()), state=job.state, kind=type(job.exception()).__name__)
 """)
-    job = heard.job()
-    told = heard.hear()
-    assert told["results"] == [2, 2]
-    assert told["state"] == "COMPLETED"
+    job = script.job()
+    line = script.read_line()
+    assert line["results"] == [2, 2]
+    assert line["state"] == "COMPLETED"
     assert [event["cause"] for event in job.events("verdict")] == ["preempted", ""]
-    job, told = heard.job(), heard.hear()
-    assert told["state"] == "FAILED"
-    assert "timed-out too many times" in told["error"]
+    job, line = script.job(), script.read_line()
+    assert line["state"] == "FAILED"
+    assert "timed-out too many times" in line["error"]
     assert len(job.events("verdict")) == 1
-    told = heard.hear()
-    assert (told["state"], told["out"], told["info"]) == ("PENDING", None, "PENDING")
-    assert all("waits in the queue" in each for each in told["refused"])
-    assert len(told["refused"]) == 2
-    assert heard.hear() == {"state": "CANCELLED"}
-    assert "invalid partition" in heard.hear()["refused"]
-    told = heard.hear()
-    assert (told["state"], told["kind"]) == ("CANCELLED", "UncompletedJobError")
+    line = script.read_line()
+    assert (line["state"], line["out"], line["info"]) == ("PENDING", None, "PENDING")
+    assert all("waits in the queue" in reason for reason in line["refused"])
+    assert len(line["refused"]) == 2
+    assert script.read_line() == {"state": "CANCELLED"}
+    assert "invalid partition" in script.read_line()["refused"]
+    line = script.read_line()
+    assert (line["state"], line["kind"]) == ("CANCELLED", "UncompletedJobError")

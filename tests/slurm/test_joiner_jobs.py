@@ -53,7 +53,7 @@ def test_a_job_grows_by_a_joiner_that_has_its_directives_for_one_node(fresh: Clu
         script = (folder / "job.sh").read_bytes()
         given = dict(environ={**os.environ, "HELLO": "a, b=c"}, run_dir=folder, log=folder / "join-%j", exclude=["n3"])
         def joiner(id):
-            return next((each for each in slurm.joiners(job) if each.id == id), None)
+            return next((joiner for joiner in slurm.joiners(job) if joiner.id == id), None)
 
         first, second = [slurm.submit_joiner(job, script, **given) for _ in range(2)]
         while (shown := joiner(first)) and shown.state == "PENDING":
@@ -81,10 +81,10 @@ def test_a_job_grows_by_a_joiner_that_has_its_directives_for_one_node(fresh: Clu
     assert reason in {"Resources", "Priority", "None"}
     assert "node configuration is not available" in job.answer("refused", "n1")
 
-    seen = environ(folder / "joined")
-    assert (seen["ELASTIC_HPC_JOIN"], seen["HELLO"]) == (str(folder), "a, b=c")
-    assert (seen["SLURM_JOB_NUM_NODES"], seen["SLURM_GPUS_ON_NODE"], seen["CUDA_VISIBLE_DEVICES"]) == ("1", "2", "0,1")
-    assert "SLURM_ARRAY_TASK_ID" not in seen
+    env = environ(folder / "joined")
+    assert (env["ELASTIC_HPC_JOIN"], env["HELLO"]) == (str(folder), "a, b=c")
+    assert (env["SLURM_JOB_NUM_NODES"], env["SLURM_GPUS_ON_NODE"], env["CUDA_VISIBLE_DEVICES"]) == ("1", "2", "0,1")
+    assert "SLURM_ARRAY_TASK_ID" not in env
     shown = {name: fresh.job_field(id, name) for name in ("JobName", "Requeue", "Dependency", "WorkDir")}
     assert shown == {
         "JobName": f"join-{job.id}",
@@ -124,12 +124,12 @@ def test_an_agent_is_started_anew_on_its_node_with_its_gpus_and_never_after_it_w
         "n1",
     )
     job.answer("started", "n1")
-    seen = job.answer("again", "n2")
-    gpus = [seen[name] for name in ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES")]
+    env = job.answer("again", "n2")
+    gpus = [env[name] for name in ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES")]
     assert gpus == ["2", "0,1", "0,1"]
-    assert [seen[name] for name in ("HELLO", "SLURM_RESTART_COUNT", "SLURMD_NODENAME")] == ["a, b=c", "0", "n2"]
-    assert f"{seen['SLURM_ARRAY_JOB_ID']}_{seen['SLURM_ARRAY_TASK_ID']}" == job.id
-    assert [seen[name] for name in ("SLURM_NODEID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS")] == ["0", "1", "1"]
+    assert [env[name] for name in ("HELLO", "SLURM_RESTART_COUNT", "SLURMD_NODENAME")] == ["a, b=c", "0", "n2"]
+    assert f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" == job.id
+    assert [env[name] for name in ("SLURM_NODEID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS")] == ["0", "1", "1"]
 
     (slurmd,) = fresh.processes("slurmd", "n2")
     os.kill(slurmd, signal.SIGSTOP)

@@ -72,12 +72,12 @@ class Puppets:
     def answer(self, name: str, node: str, run: int = 0, deadline: float = 60) -> Any:
         path = self.folder / f"{name}.{run}.{node}"
 
-        def told() -> bool:
+        def answered() -> bool:
             for log in (*self.folder.glob("out"), *self.folder.glob("step.log")):
                 assert "Traceback" not in (text := log.read_text(errors="replace")), text
             return path.exists()
 
-        wait_for(f"{path.name} of job {self.id}", told, deadline)
+        wait_for(f"{path.name} of job {self.id}", answered, deadline)
         return ast.literal_eval(path.read_text() or "None")
 
     def order(self, code: str, node: str) -> None:
@@ -91,7 +91,7 @@ class Puppets:
         wait_for(f"run {run} of job {self.id}", path.exists, deadline)
         return float(path.read_text())
 
-    def told(self, name: str, run: int) -> str:
+    def written(self, name: str, run: int) -> str:
         return (self.folder / f"{name}.{run}").read_text().strip()
 
     def state(self) -> str:
@@ -145,13 +145,13 @@ def in_own_step(code: str) -> str:
 def test_a_job_is_back_within_30_seconds_when_a_node_lost_power_and_slurm_has_not_noticed(fresh: Cluster, start: Start):
     job = start("--nodes=2-4", on=("n1", "n2", "n3", "n4"))
     fresh.mini("kill", "n4")
-    asked = time.time()
+    requested_at = time.time()
     job.order("", "n2")
     job.order("", "n3")
     job.order('tell("refused", slurm.requeue(job, start_after=soon, lost=["n4"], exclude=["n4"]))', "n1")
     assert job.answer("refused", "n1") is None
-    assert job.script_ran(1) - asked < FAST
-    assert job.told("nodes", 1) == "n[1-3]"
+    assert job.script_ran(1) - requested_at < FAST
+    assert job.written("nodes", 1) == "n[1-3]"
 
 
 def test_a_cancelled_job_is_never_requeued(fresh: Cluster, start: Start):
@@ -173,7 +173,7 @@ def test_a_cancelled_job_is_never_requeued(fresh: Cluster, start: Start):
 
 def test_a_requeue_by_somebody_else_gets_the_early_start_too(fresh: Cluster, start: Start):
     job = start("--nodes=1", "--nodelist=n2", on=("n2",))
-    asked = time.time()
+    requested_at = time.time()
     fresh.exec(["scontrol", "requeue", job.id])
     job.order(
         """\
@@ -184,7 +184,7 @@ def test_a_requeue_by_somebody_else_gets_the_early_start_too(fresh: Cluster, sta
     )
     assert job.answer("state", "n2") == "REQUEUED"
     assert job.answer("refused", "n2") is None
-    assert job.script_ran(1) - asked < FAST
+    assert job.script_ran(1) - requested_at < FAST
 
 
 def test_a_job_that_may_not_be_requeued_says_so_and_is_submitted_again_instead(fresh: Cluster, start: Start):
@@ -203,8 +203,8 @@ def test_a_job_that_may_not_be_requeued_says_so_and_is_submitted_again_instead(f
     assert again.endswith("_3")
     assert job.ends() == "COMPLETED"
     assert Puppets(fresh, again, job.folder).ends() == "COMPLETED"
-    assert job.told("hello", 0) == "a, b=c"
-    assert job.told("task", 0) == "3"
+    assert job.written("hello", 0) == "a, b=c"
+    assert job.written("task", 0) == "3"
 
 
 def test_a_job_that_an_administrator_does_not_let_come_back_is_cancelled_rather_than_left(fresh: Cluster, start: Start):
@@ -224,7 +224,7 @@ def test_a_job_that_an_administrator_does_not_let_come_back_is_cancelled_rather_
 def test_a_job_comes_back_after_its_time_limit(fresh: Cluster, start: Start):
     job = start("--nodes=1", "--time=1", "--nodelist=n2", on=("n2",))
     wait_for("SIGTERM", (job.folder / "sigterm.0.n2").exists, 130)
-    asked = time.time()
+    requested_at = time.time()
     job.order(
         """\
         while (state := slurm.job_state(job, run)) == "RUNNING":
@@ -236,7 +236,7 @@ def test_a_job_comes_back_after_its_time_limit(fresh: Cluster, start: Start):
     )
     assert job.answer("state", "n2") == "TIMEOUT"
     assert job.answer("refused", "n2") is None
-    assert job.script_ran(1) - asked < FAST
+    assert job.script_ran(1) - requested_at < FAST
 
 
 def test_the_site_and_its_usable_nodes_are_asked(fresh: Cluster, start: Start):
@@ -313,7 +313,7 @@ def test_a_job_without_batch_host_ends_as_completed_and_releases_its_dependents(
     job = headless.finished
     assert job.script_ran(1) - headless.noticed < FAST
     assert job.ends() == "COMPLETED"
-    assert job.told("nodes", 1) != "n1"
+    assert job.written("nodes", 1) != "n1"
     assert Puppets(cluster, headless.after_finished, job.folder).ends() == "COMPLETED"
 
 

@@ -70,15 +70,15 @@ def test_a_job_is_watched_and_followed_through_a_lost_node_a_requeue_and_a_slurm
         fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
         job.wait_event("start", 2, deadline=120)
         running = json.loads(fresh.exec([TOOL, "status", "--json"], cwd=Path("/")).stdout)["jobs"]
-        assert [(one["id"], one["runs"]) for one in running if one["id"] == job.id] == [(job.id, 2)]
+        assert [(row["id"], row["runs"]) for row in running if row["id"] == job.id] == [(job.id, 2)]
 
         fresh.slurmctld("stop")
         try:
-            asked = fresh.exec([TOOL, "status", job.id, "--json"], cwd=Path("/"), check=False, timeout=120)
+            done = fresh.exec([TOOL, "status", job.id, "--json"], cwd=Path("/"), check=False, timeout=120)
         finally:
             fresh.slurmctld("start")
-        body = json.loads(asked.stdout)
-        assert asked.returncode == 1
+        body = json.loads(done.stdout)
+        assert done.returncode == 1
         assert body["jobs"][0]["state"] == "UNKNOWN"
         assert "Slurm cannot be asked" in body["slurm"]
         assert "a leader was there" in body["jobs"][0]["note"]
@@ -102,9 +102,9 @@ def test_a_job_is_watched_and_followed_through_a_lost_node_a_requeue_and_a_slurm
     assert sum(after <= before for before, after in pairwise(steps)) <= 1
     assert any(re.fullmatch(r"rank [012] err\| saved at step \d+", line) for line in followed)
 
-    told = fresh.exec([TOOL, "why", job.id], cwd=folder).stdout
-    assert "by: n3 lost: nothing heard for 5 s" in told
-    assert "the job went back to the queue under its own id" in told
+    text = fresh.exec([TOOL, "why", job.id], cwd=folder).stdout
+    assert "by: n3 lost: nothing heard for 5 s" in text
+    assert "the job went back to the queue under its own id" in text
     fresh.exec([TOOL, "timeline", job.id, "--html", "page.html"], cwd=folder)
     assert "n3 lost" in (folder / "page.html").read_text()
     metrics = fresh.exec([TOOL, "metrics", job.id], cwd=folder).stdout

@@ -82,11 +82,11 @@ def test_ctrl_c_stops_all_workers_in_good_order(fresh: Cluster, folder: Path) ->
         os.kill(tool, signal.SIGINT)  # the workers may save and stop; these do not listen
         wait_for("the request", lambda: "save-and-stop" in (steps[0].parent / "events.jsonl").read_text())
         os.kill(tool, signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert "stopped by the user" in told
+    assert "stopped by the user" in errors
     assert json.loads((steps[0].parent / "verdict.json").read_text())["reason"] == "stopped by the user"
     for node in ("n1", "n2"):
         wait_for(f"no process on {node}", lambda node=node: not fresh.in_jobs(node), 30)

@@ -13,29 +13,29 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import goodput
 import run
-from _cluster import BenchmarkError, figure
-from goodput import DAY, Inputs, Launcher, Recovery
+from _month import DAY, Inputs, Launcher, Recovery, launchers, simulate
+from _report import BenchmarkError, figure
 
-ELASTIC, SPARED, REQUEUE, TORCHRUN, *_ = goodput.launchers(Recovery(), 512)
+ELASTIC, SPARED, REQUEUE, TORCHRUN, *_ = launchers(Recovery(), 512)
 INPUTS = Inputs(nodes=512, rate=0.005)
 
 
 def trained(inputs: Inputs, by: Launcher, seeds: int = 10) -> float:
     """Share of the month, mean of ``seeds`` months."""
-    months = [goodput.simulate(inputs, by, seed) for seed in range(seeds)]
+    months = [simulate(inputs, by, seed) for seed in range(seeds)]
     return statistics.mean(month.trained / inputs.horizon for month in months)
 
 
 def used(inputs: Inputs, by: Launcher, seeds: int = 10) -> float:
     """Share of the node-hours held that went into steps that lasted."""
-    months = [goodput.simulate(inputs, by, seed) for seed in range(seeds)]
+    months = [simulate(inputs, by, seed) for seed in range(seeds)]
     return statistics.mean(month.trained * inputs.nodes / month.node_seconds for month in months)
 
 
-@pytest.mark.parametrize("by", goodput.launchers(Recovery(), 512), ids=lambda by: by.name)
+@pytest.mark.parametrize("by", launchers(Recovery(), 512), ids=lambda by: by.name)
 def test_without_failures_only_checkpoints_cost_anything(by):
     inputs = replace(INPUTS, rate=0.0, interval=1000.0, save=50.0)
-    month = goodput.simulate(inputs, by, seed=1)
+    month = simulate(inputs, by, seed=1)
     assert month.interruptions == month.queued == 0
     assert month.trained / inputs.horizon == pytest.approx(1000 / 1050, rel=1e-3)
     assert month.node_seconds == pytest.approx(inputs.horizon * (inputs.nodes + by.spares))
@@ -45,7 +45,7 @@ def test_without_failures_a_job_saves_once_a_month():
     assert replace(INPUTS, rate=0.0).every == INPUTS.horizon
 
 
-@pytest.mark.parametrize("by", goodput.launchers(Recovery(), 512), ids=lambda by: by.name)
+@pytest.mark.parametrize("by", launchers(Recovery(), 512), ids=lambda by: by.name)
 def test_more_failures_leave_less_training(by):
     shares = [trained(replace(INPUTS, rate=rate), by) for rate in (0.001, 0.004, 0.016)]
     assert shares == sorted(shares, reverse=True)
@@ -82,13 +82,13 @@ def test_a_job_that_goes_on_with_fewer_nodes_trains_while_another_waits_for_one(
 
 def test_a_job_with_fewer_than_min_nodes_goes_through_the_queue():
     inputs = replace(INPUTS, nodes=16, rate=0.5)
-    assert goodput.simulate(inputs, ELASTIC, seed=1).queued > 0
-    assert goodput.simulate(inputs, replace(ELASTIC, least=1 / 16), seed=1).queued == 0
+    assert simulate(inputs, ELASTIC, seed=1).queued > 0
+    assert simulate(inputs, replace(ELASTIC, least=1 / 16), seed=1).queued == 0
 
 
 def test_the_same_seed_gives_the_same_month():
-    assert goodput.simulate(INPUTS, SPARED, seed=7) == goodput.simulate(INPUTS, SPARED, seed=7)
-    assert goodput.simulate(INPUTS, SPARED, seed=7) != goodput.simulate(INPUTS, SPARED, seed=8)
+    assert simulate(INPUTS, SPARED, seed=7) == simulate(INPUTS, SPARED, seed=7)
+    assert simulate(INPUTS, SPARED, seed=7) != simulate(INPUTS, SPARED, seed=8)
 
 
 def test_a_slower_recovery_leaves_less_training():

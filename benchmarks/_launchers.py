@@ -1,0 +1,69 @@
+"""The launchers that are compared, and how elastic-sbatch submits a job that runs under another one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from _cluster import Cluster
+from _report import BenchmarkError
+
+OURS, TORCHRUN, OWN_STORE, FT = "elastic", "torchrun", "torchrun-own-store", "ft_launcher"
+AGENT, TORCHRUN_MODULE, FT_MODULE = (
+    "elastic_hpc.agent",
+    "torch.distributed.run",
+    "nvidia_resiliency_ext.fault_tolerance.launcher",
+)
+"""Modules that run on each node, and are a word of its command line there."""
+OWN_STORE_OPTION = "--env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+
+
+def launcher_template(at: Cluster, name: str, module: str, *options: str) -> str:
+    """The option for elastic-sbatch that has ``module`` run with ``options`` and those of torchrun, in its place."""
+    words = json.dumps([module, *options])
+    template = at.home / f"{name}.sbatch.j2"
+    template.write_text(
+        "#!/bin/bash\n"
+        '{% include "directives.j2" %}\n'
+        '{% include "prepare.j2" %}\n'
+        f"srun {{{{ srun_options|quote_all }}}} \\\n"
+        f"  {{{{ (torchrun_command[:3] + {words} + torchrun_command[4:])|quote_all }}}}\n"
+    )
+    return f"--template={template}"
+
+
+def pip_install(folder: Path, name: str, *arguments: str) -> None:
+    """Install packages into ``folder``. BenchmarkError, which calls them ``name``, where that fails."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", f"--target={folder}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or "pip printed nothing").splitlines()[-1]
+        raise BenchmarkError(f"{name} does not install here: {reason}")
+
+
+def install_ft_launcher(at: Cluster, *options: str) -> list[str]:
+    """Install NVIDIA's launcher in a folder of the cluster's user. Returns elastic-sbatch's options that run it, with
+    ``options`` of its own.
+    """
+    folder = at.home / FT
+    packages = ["nvidia-resiliency-ext", "psutil", "defusedxml", "nvidia-ml-py", "pyyaml"]
+    try:
+        pip_install(folder, FT, "--no-deps", *packages)  # torch is there already
+    except BenchmarkError as error:
+        raise BenchmarkError(f"{error}; leave it out: --launchers") from None
+    at.run("env", f"PYTHONPATH={folder}", sys.executable, "-c", f"import {FT_MODULE}")
+    template = launcher_template(at, FT, FT_MODULE, "--ignore-missing-fault-tol-cfg", *options)
+    return [template, f"--env=PYTHONPATH={folder}", "--env=GLOO_SOCKET_IFNAME=eth0", "--env=OMP_NUM_THREADS=1"]
+
+
+def installed(folder: Path, package: str) -> str:
+    """The version of what pip has installed into ``folder``, "" if pip has not."""
+    found = sorted(folder.glob(f"{package.replace('-', '_')}-*.dist-info"))
+    return found[0].name.split("-")[1].removesuffix(".dist") if found else ""
+
+
+def peer_name(launcher: str, torch: str) -> str:
+    """How run.py's table names a launcher that is torchrun of this version of torch."""
+    return f"{launcher.replace('-own-store', ', own store')} {torch}"
