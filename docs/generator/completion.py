@@ -43,14 +43,14 @@ def _bash(command: Command, engine: str) -> str:
         f"_{function}_options() {{",
         '  case "$1" in',
     ]
-    for each in (command, *command.subcommands):
-        key = each.name.removeprefix(command.name).strip()
-        flags = " ".join(flag for option in (*each.options, *each.passed_through) for flag in option.flags)
+    for part in (command, *command.subcommands):
+        key = part.name.removeprefix(command.name).strip()
+        flags = " ".join(flag for option in (*part.options, *part.passed_through) for flag in option.flags)
         tables.append(f'  "{key}") echo "{flags}" ;;')
     tables += ["  esac", "}", "", f"_{function}_value() {{", '  case "$1 $2" in']
-    for each in (command, *command.subcommands):
-        key = each.name.removeprefix(command.name).strip()
-        for option in (*each.options, *each.passed_through):
+    for part in (command, *command.subcommands):
+        key = part.name.removeprefix(command.name).strip()
+        for option in (*part.options, *part.passed_through):
             if option.value and not option.is_switch:
                 names = " | ".join(f'"{key} {flag}"' for flag in option.flags)
                 tables.append(f"  {names}) echo '{_kind(option)}' ;;")
@@ -58,11 +58,11 @@ def _bash(command: Command, engine: str) -> str:
                 names = " | ".join(f'"{key} {flag}="' for flag in option.flags)
                 tables.append(f"  {names}) echo '{_kind(option)}' ;;")
     tables += ["  esac", "}", ""]
-    names = " ".join(each.name.removeprefix(f"{command.name} ") for each in command.subcommands)
+    names = " ".join(subcommand.name.removeprefix(f"{command.name} ") for subcommand in command.subcommands)
     jobs = " ".join(
-        each.name.removeprefix(f"{command.name} ")
-        for each in command.subcommands
-        if any(name.startswith("JOB") for name, _ in each.arguments)
+        subcommand.name.removeprefix(f"{command.name} ")
+        for subcommand in command.subcommands
+        if any(name.startswith("JOB") for name, _ in subcommand.arguments)
     )
     tables += [
         f"_{function}_commands='{names}'",
@@ -97,13 +97,14 @@ def _zsh_subcommands(command: Command) -> Iterable[str]:
     yield "  local context state line\n  typeset -A opt_args\n"
     yield _arguments([*_zsh_options(command), "'1:COMMAND:->command'", "'*::ARGS:->arguments'"], "-C")
     yield "  case $state in\n  command)\n    local -a known=(\n"
-    for each in command.subcommands:
-        yield f"      {_quote(each.name.removeprefix(f'{command.name} ') + ':' + each.summary.replace(':', ','))}\n"
+    for subcommand in command.subcommands:
+        name = subcommand.name.removeprefix(f"{command.name} ")
+        yield f"      {_quote(name + ':' + subcommand.summary.replace(':', ','))}\n"
     yield "    )\n    _describe -t commands command known\n    ;;\n  arguments)\n    case $line[1] in\n"
-    for each in command.subcommands:
-        yield f"    {each.name.removeprefix(f'{command.name} ')})\n"
-        rows = _zsh_options(each)
-        for at, (name, _) in enumerate(each.arguments, 1):
+    for subcommand in command.subcommands:
+        yield f"    {subcommand.name.removeprefix(f'{command.name} ')})\n"
+        rows = _zsh_options(subcommand)
+        for at, (name, _) in enumerate(subcommand.arguments, 1):
             kind = "_elastic_job" if name.startswith("JOB") else "_files"
             place = "*" if "..." in name else str(at)
             rows.append(_quote(f"{place}:{name.replace(':', ' ')}:{kind}"))

@@ -52,10 +52,10 @@ def _member(found: griffe.Object | griffe.Alias, module: str) -> Iterable[str]:
         public = [made_by]
     attributes = [member for member in public if isinstance(member, griffe.Attribute)]
     fields = [member for member in attributes if member.annotation is not None and "property" not in member.labels]
-    for each in fields if _has_fields(found) else ():
-        value = "" if each.value is None else f" = {each.value}"
-        about = " ".join(rst(each.docstring.value).split()) if each.docstring else ""
-        yield f"* `{each.name}: {each.annotation}{value}`" + (f": {about}" if about else "")
+    for attribute in fields if _has_fields(found) else ():
+        value = "" if attribute.value is None else f" = {attribute.value}"
+        about = " ".join(rst(attribute.docstring.value).split()) if attribute.docstring else ""
+        yield f"* `{attribute.name}: {attribute.annotation}{value}`" + (f": {about}" if about else "")
     yield ""
     for member in public:
         if not member.docstring:
@@ -93,7 +93,7 @@ def _signature(name: str, function: griffe.Function) -> str:
     returns = f" -> {function.returns}" if function.returns and function.name != "__init__" else ""
     call = f"{name}({', '.join(shown)}){returns}"
     if len(call) > 100:
-        call = f"{name}(\n" + "".join(f"    {each},\n" for each in shown) + f"){returns}"
+        call = f"{name}(\n" + "".join(f"    {parameter},\n" for parameter in shown) + f"){returns}"
     return f"```py\n{call}\n```\n"
 
 

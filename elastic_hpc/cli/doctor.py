@@ -86,9 +86,7 @@ def _options(args: argparse.Namespace) -> list[Given]:
         raise UsageError("--nodes and options of sbatch: they are for the job of --run")
     for given in options:
         if given.name in COMMAND_LINE_ONLY or given.name in _OURS:
-            raise UsageError(
-                f"{given.option.flag}: the job of --run has its own; leave it out, --nodes belongs before --"
-            )
+            raise UsageError(f"{given.flag}: the job of --run has its own; leave it out, --nodes belongs before --")
     if args.partition:
         options = [Given(SBATCH["partition"], args.partition), *options]
     return options

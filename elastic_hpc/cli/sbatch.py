@@ -125,8 +125,8 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
             raise UsageError(f"-m or --no-python with --from-batch {batch}: the batch script says that; leave it out")
         return _from_batch(batch, rest, options, sbatch, torchruns)
     if not rest or rest[0] in {"", "-"}:
-        for each in given:
-            check(each)  # --wrap needs no script
+        for option in given:
+            check(option)  # --wrap needs no script
         raise UsageError(f"expected a training script: {USAGE}")
     layers = [] if module or no_python else layers_of(rest[0], last(sbatch, "chdir"))
     return build(
@@ -186,12 +186,12 @@ def _from_batch(
 def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
     """``--grow on train.py``, as elastic-srun takes it, would run a script named "on"."""
     if given and given[-1].name in ELASTIC and given[-1].value is None and rest[:1] in (["on"], ["off"]):
-        shown = f"{given[-1].option.flag} {rest[0]}"
+        shown = f"{given[-1].flag} {rest[0]}"
         raise UsageError(f"{shown}: expected the value after '=', for example {shown.replace(' ', '=')}")
 
 
 def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
-    passed = [g.option.flag for g in given if g.name in {"test-only", "wait", "verbose", "quiet"}]
+    passed = [g.flag for g in given if g.name in {"test-only", "wait", "verbose", "quiet"}]
     passed += [flag for flag in for_sbatch_itself(os.environ) if flag not in passed]
     parsable = any(g.name == "parsable" for g in given)
     quiet = any(g.name == "quiet" for g in given)

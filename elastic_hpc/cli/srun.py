@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     """The command line, or what is to be shown and nothing else."""
     given, rest = scan(argv, _OWN, (*SBATCH.values(), *TORCHRUN))
-    names = [each.name for each in given]
+    names = [option.name for option in given]
     if "help" in names:
         return parser().format_help()
     if "version" in names:
@@ -111,24 +111,24 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
         raise UsageError(f"{' with '.join(where)}: only one of them can say where to run; leave out the others")
     if "module" in names and "no-python" in names:
         raise UsageError("--no-python with --module: a module needs Python; leave out one of the two options")
-    ours, others = translate([each for each in given if each.name != "standalone"])
-    for each in others:
-        unneeded(each)
+    ours, others = translate([option for option in given if option.name != "standalone"])
+    for option in others:
+        unneeded(option)
     own = {option.name for option in _OWN}
-    for each in [each for each in ours if each.name not in own and check(each)]:
+    for option in [option for option in ours if option.name not in own and check(option)]:
         raise UsageError(
-            f"{each.option.flag}: is for the allocation that elastic-srun runs in, for example: salloc "
-            f"{each.option.flag}{'=' + each.value if each.value else ''} elastic-srun {rest[0]}"
+            f"{option.flag}: is for the allocation that elastic-srun runs in, for example: salloc "
+            f"{option.flag}{'=' + option.value if option.value else ''} elastic-srun {rest[0]}"
         )
     values: dict[str, Any] = {option.name.replace("-", "_"): None for option in _OWN}
     parsers = {option.flag: option.parse for option in LAUNCH_OPTIONS}
-    for each in ours:
-        if each.name not in own:
+    for option in ours:
+        if option.name not in own:
             continue
         value: Any = True
-        if each.option.value:
-            value = parsers.get(each.option.flag, str)("on" if each.value is None else each.value)
-        values[each.name.replace("-", "_")] = value
+        if option.option.value:
+            value = parsers.get(option.flag, str)("on" if option.value is None else option.value)
+        values[option.name.replace("-", "_")] = value
     values["standalone"] = "standalone" in names
     return argparse.Namespace(**values, script=rest[0], script_args=rest[1:])
 
@@ -158,12 +158,12 @@ def _nodes_here(args: argparse.Namespace) -> int:
         )
     from elastic_hpc import slurm
 
-    there = slurm.expand(slurm.show_job(os.environ["SLURM_JOB_ID"]).nodes)
+    nodes = slurm.expand(slurm.show_job(os.environ["SLURM_JOB_ID"]).nodes)
     if args.nodelist is None:
-        return len(there)
+        return len(nodes)
     wanted = slurm.expand(args.nodelist)
-    if not wanted or not set(wanted) <= set(there):
-        raise UsageError(f"--nodelist {args.nodelist}: expected nodes of the allocation, which has {', '.join(there)}")
+    if not wanted or not set(wanted) <= set(nodes):
+        raise UsageError(f"--nodelist {args.nodelist}: expected nodes of the allocation, which has {', '.join(nodes)}")
     return len(wanted)
 
 
@@ -263,16 +263,16 @@ class _Agents:
         if len(self._signals) > 2:
             self._end()
 
-    def _stop(self, asked: int) -> None:
+    def _stop(self, count: int) -> None:
         """Do what the first or second signal asks for."""
-        if asked > 2:
+        if count > 2:
             return
-        told = "the workers may save first; once more to stop them at once" if asked == 1 else "once more to kill"
-        entry.tell("elastic-srun", f"stopping; {told}")
+        hint = "the workers may save first; once more to stop them at once" if count == 1 else "once more to kill"
+        entry.tell("elastic-srun", f"stopping; {hint}")
         from elastic_hpc.network.client import ask_leader
 
         try:
-            ask_leader(self._rundir, "save-and-stop" if asked == 1 else "stop")
+            ask_leader(self._rundir, "save-and-stop" if count == 1 else "stop")
         except ElasticError:
             self._end()
 

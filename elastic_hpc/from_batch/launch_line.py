@@ -59,7 +59,7 @@ def not_understood(words: Sequence[str], variables: Variables) -> str:
     """
     launch, words = unwrapped(words, variables)
     if (inner := _text_of_shell(words, variables)) is not None:
-        parts = [part for each in statements(inner) if not each.compound for _, part in each.parts()]
+        parts = [part for statement in statements(inner) if not statement.compound for _, part in statement.parts()]
         return next(filter(None, (not_understood(part, variables) for part in reversed(parts))), "")
     programs = [program_of(word, variables) for word in words]
     names_of = [os.path.basename(program) for program in programs]
@@ -197,15 +197,15 @@ def _accelerate(launch: Launch, words: list[str], variables: Variables) -> Launc
         launch = launch.with_option("nodes", str(machines))
         if last(given, "num-processes") and processes and processes % machines == 0:
             launch = launch.with_option("nproc-per-node", str(processes // machines))
-    for each in given:
-        if each.name == "mixed-precision":
-            launch = launch.with_setup(f"export ACCELERATE_MIXED_PRECISION={each.value}")
-        elif each.name == "max-restarts":
-            launch = launch.with_option("max-restarts", each.value or "")
-        elif each.name == "dynamo-backend" and each.value != "no":
-            launch = launch.with_setup(f"export ACCELERATE_DYNAMO_BACKEND={(each.value or '').upper()}")
+    for option in given:
+        if option.name == "mixed-precision":
+            launch = launch.with_setup(f"export ACCELERATE_MIXED_PRECISION={option.value}")
+        elif option.name == "max-restarts":
+            launch = launch.with_option("max-restarts", option.value or "")
+        elif option.name == "dynamo-backend" and option.value != "no":
+            launch = launch.with_setup(f"export ACCELERATE_DYNAMO_BACKEND={(option.value or '').upper()}")
     rest = words[len(words) - len(script) :]
-    module = any(each.name == "module" for each in given)
+    module = any(option.name == "module" for option in given)
     launch = launch.with_note("the agents replace accelerate launch, and set what it would set for the ranks")
     return replace(launch, kind="accelerate", script=rest[0], script_args=tuple(rest[1:]), module=module)
 

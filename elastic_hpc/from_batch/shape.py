@@ -25,33 +25,33 @@ class Shape:
         """What SLURM_CPUS_PER_TASK was, where it becomes another number."""
         self.options = [(name, value, place) for name, value in launch.options if name != "nodes"]
         self._by_torchrun = launch.kind != "python"
-        told = {each.name: each for each in given}
-        of_srun = [replace(each, source=place) for each in launch.srun if each.name in _SHAPE]
-        step = {each.name: each for each in of_srun}
-        self._all = {**step, **told}
+        directives = {option.name: option for option in given}
+        of_srun = [replace(option, source=place) for option in launch.srun if option.name in _SHAPE]
+        step = {option.name: option for option in of_srun}
+        self._all = {**step, **directives}
         self._by_srun = launch.by_srun
         self._nodes(dict(launch.options).get("nodes", ""), place)
-        in_step = self._tasks_per_node(step) or self._tasks_per_node(told) or 1
-        in_job = self._tasks_per_node(told) or in_step
+        in_step = self._tasks_per_node(step) or self._tasks_per_node(directives) or 1
+        in_job = self._tasks_per_node(directives) or in_step
         self.sbatch: list[Given] = []
-        for each in [*of_srun, *given]:
-            if each is self._all.get(each.name) and each.name != "nodes":
-                self._take(each, in_job if each in given else in_step)
+        for option in [*of_srun, *given]:
+            if option is self._all.get(option.name) and option.name != "nodes":
+                self._take(option, in_job if option in given else in_step)
         self._cpus(in_job)
         if not self._by_torchrun and in_step > 1 and "nproc-per-node" not in dict(launch.options):
             self.options.append(("nproc-per-node", str(in_step), place))
         if launch.by_srun:
             self.notes.append(f"{place}: dropped srun and its options: elastic-sbatch writes its own srun line")
 
-    def _tasks_per_node(self, told: Mapping[str, Given]) -> int:
-        """0 if ``told`` does not say."""
-        tasks, nodes = _number(told, "ntasks"), self._fixed
+    def _tasks_per_node(self, options: Mapping[str, Given]) -> int:
+        """0 if ``options`` does not say."""
+        tasks, nodes = _number(options, "ntasks"), self._fixed
         by_total = tasks // nodes if nodes and tasks % nodes == 0 else 0
-        return _number(told, "ntasks-per-node", "tasks-per-node") or by_total
+        return _number(options, "ntasks-per-node", "tasks-per-node") or by_total
 
     def _nodes(self, of_torchrun: str, place: str) -> None:
-        if (asked := self._all.get("nodes")) and ":" not in of_torchrun:
-            text, source = re.sub(r"^(\d+)-(\d+)$", r"\1:\2", asked.value or ""), asked.source
+        if (nodes := self._all.get("nodes")) and ":" not in of_torchrun:
+            text, source = re.sub(r"^(\d+)-(\d+)$", r"\1:\2", nodes.value or ""), nodes.source
         elif of_torchrun:
             text, source = of_torchrun, place
         elif (tasks := _number(self._all, "ntasks")) and (self._by_srun or not self._by_torchrun):
@@ -82,8 +82,8 @@ class Shape:
             self._drop(given, "elastic-sbatch starts one agent on each node, and the agent starts the workers there")
         elif name == "gpus-per-task":
             self._change(given, "gpus-per-node", _times(value, per_node))
-        elif name == "gpus" and nodes and (each := _divided(value, nodes)):
-            self._change(given, "gpus-per-node", each)
+        elif name == "gpus" and nodes and (on_a_node := _divided(value, nodes)):
+            self._change(given, "gpus-per-node", on_a_node)
         elif name == "cpus-per-task" and per_node > 1 and number(value):
             self.cpus_of_a_task = value
             self._change(given, "cpus-per-task", str(int(value) * per_node))
@@ -122,9 +122,9 @@ class Shape:
         self.sbatch.append(changed)
 
 
-def _number(told: Mapping[str, Given], *names: str) -> int:
+def _number(options: Mapping[str, Given], *names: str) -> int:
     """The first of these options that says one."""
-    values = [told[name].value or "" for name in names if name in told]
+    values = [options[name].value or "" for name in names if name in options]
     return next(filter(None, map(number, values)), 0)
 
 

@@ -123,19 +123,19 @@ def _env(launch: Launch, words: list[str], _: Variables) -> _Unwrapped:
 
 def _srun(launch: Launch, words: list[str], variables: Variables) -> _Unwrapped:
     given, rest = scan(variables.known(words[1:]), _SRUN, tuple(o for o in SBATCH.values() if o.name != "wait"))
-    if any(each.name in {"multi-prog", "het-group"} for each in given) or ":" in rest:
+    if any(option.name in {"multi-prog", "het-group"} for option in given) or ":" in rest:
         raise UsageError("srun with several commands: expected one, which all nodes run")
-    for each in given:
-        if each.name == "export":
-            for pair in (each.value or "").split(","):
+    for option in given:
+        if option.name == "export":
+            for pair in (option.value or "").split(","):
                 variable, equals, value = pair.partition("=")
                 if equals:
-                    launch = launch.with_setup(f"export {variable}={_assignable(value, each.value or '', variables)}")
-        elif each.name in {"container-image", "container-mounts"}:
-            launch = launch.with_option(each.name, each.value or "")
-        elif "container" in each.name:
-            launch = launch.with_note(f"dropped {each.option.flag} of srun: --container-image is all that is needed")
-    if any(each.name == "container-image" for each in given):
+                    launch = launch.with_setup(f"export {variable}={_assignable(value, option.value or '', variables)}")
+        elif option.name in {"container-image", "container-mounts"}:
+            launch = launch.with_option(option.name, option.value or "")
+        elif "container" in option.name:
+            launch = launch.with_note(f"dropped {option.flag} of srun: --container-image is all that is needed")
+    if any(option.name == "container-image" for option in given):
         launch = launch.with_note(_IN_IMAGE).with_option("container-runtime", "pyxis")
     launch = replace(launch, by_srun=True, srun=(*launch.srun, *given))
     return launch, list(words[len(words) - len(rest) :])
@@ -158,15 +158,15 @@ def _apptainer(launch: Launch, words: list[str], variables: Variables) -> _Unwra
     given, rest = scan(variables.known(words[2:]), _APPTAINER, ())
     if not rest:
         return None
-    mounts = [each.value or "" for each in given if each.name == "bind"]
-    for each in given:
-        if each.name == "env":
-            launch = launch.with_setup(f"export {each.value}")
-        elif each.name not in {"bind", "nv", "rocm", "pwd", "cwd"}:
-            launch = launch.with_note(f"dropped {each.option.flag} of {words[0]}: the agents do not need it")
+    mounts = [option.value or "" for option in given if option.name == "bind"]
+    for option in given:
+        if option.name == "env":
+            launch = launch.with_setup(f"export {option.value}")
+        elif option.name not in {"bind", "nv", "rocm", "pwd", "cwd"}:
+            launch = launch.with_note(f"dropped {option.flag} of {words[0]}: the agents do not need it")
     launch = launch.with_option("container-image", rest[0]).with_option("container-runtime", "apptainer")
     if mounts:
-        pairs = [mount if ":" in mount else f"{mount}:{mount}" for each in mounts for mount in each.split(",")]
+        pairs = [mount if ":" in mount else f"{mount}:{mount}" for bind in mounts for mount in bind.split(",")]
         launch = launch.with_option("container-mounts", ",".join(pairs))
     return launch.with_note(_IN_IMAGE), list(words[len(words) - len(rest) + 1 :])
 

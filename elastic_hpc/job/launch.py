@@ -59,16 +59,16 @@ class LaunchConfig:
         self.local, self.log_dir = local, Path(from_python.word(log_dir, "log_dir")).absolute()
         self.options: list[str] = []
         ours, torchruns = torchrun.translate(from_python.options(options)[0])
-        for each in torchruns:
-            torchrun.unneeded(each)
-        for each in ours:
-            if each.option.flag not in known:
+        for option in torchruns:
+            torchrun.unneeded(option)
+        for option in ours:
+            if option.flag not in known:
                 raise UsageError(
-                    f"{each.name.replace('-', '_')}: is no option of elastic_launch, which runs in an existing "
+                    f"{option.name.replace('-', '_')}: is no option of elastic_launch, which runs in an existing "
                     f"allocation; expected one of {', '.join(option.dest for option in LAUNCH_OPTIONS)}"
                 )
-            known[each.option.flag].parse(each.value or "")
-            self.options.append(f"{each.option.flag}={each.value}")
+            known[option.flag].parse(option.value or "")
+            self.options.append(f"{option.flag}={option.value}")
 
     def command(self, run_dir: Path, script: str, *script_args: str, module: bool = False) -> list[str]:
         """The command that runs it."""
@@ -98,7 +98,7 @@ class elastic_launch:  # noqa: N801 - torch's name
         """
         run_dir = self._config.log_dir / f"launch.{secrets.token_hex(4)}"
         if isinstance(self._entrypoint, (str, os.PathLike)):
-            words = [from_python.word(each, "argument of the script") for each in (self._entrypoint, *args)]
+            words = [from_python.word(part, "argument of the script") for part in (self._entrypoint, *args)]
             rundir = RunDir(run_dir).create()
             _run(self._config.command(run_dir, *words), os.environ)
             _outcome(rundir)

@@ -38,7 +38,7 @@ def _folders(sbatch: Sequence[Given], work_dir: str) -> list[tuple[Given, str, s
     known = {"%x": last(sbatch, "job-name") or "%x", "%%": "%", "%u": _user()}
     found = []
     for name in "output", "error":
-        given = next((each for each in reversed(sbatch) if each.name == name), None)
+        given = next((option for option in reversed(sbatch) if option.name == name), None)
         path = os.path.dirname(given.value or "") if given else ""
         if given is None or not path:
             continue

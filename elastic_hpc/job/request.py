@@ -84,8 +84,8 @@ def of_call(
     given, torchrun = translate(named)
     ours = [("setup", line) for line in from_python.lines(setup)]
     ours += [("env", variable) for variable in from_python.environment(env)]
-    ours += [(each.name, each.value or "") for each in given if each.name in ELASTIC]
-    script, passed = from_python.word(script, "script"), [each for each in given if each.name not in ELASTIC]
+    ours += [(option.name, option.value or "") for option in given if option.name in ELASTIC]
+    script, passed = from_python.word(script, "script"), [option for option in given if option.name not in ELASTIC]
     return Request(
         script,
         [from_python.word(arg, "argument of the script") for arg in script_args],

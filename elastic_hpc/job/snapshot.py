@@ -31,8 +31,8 @@ class WorkTree:
     @classmethod
     def around(cls, directory: str) -> WorkTree | None:
         """The work tree that ``directory`` is in, if it is in one and git can be asked."""
-        said = _git(directory, "rev-parse", "--show-toplevel", seconds=_SECONDS)
-        top = os.path.realpath(os.fsdecode(said).removesuffix("\n")) if said else ""
+        output = _git(directory, "rev-parse", "--show-toplevel", seconds=_SECONDS)
+        top = os.path.realpath(os.fsdecode(output).removesuffix("\n")) if output else ""
         return cls(top, os.path.relpath(os.path.realpath(directory), top)) if top else None
 
     @property
@@ -60,10 +60,10 @@ class WorkTree:
 
     def files(self) -> list[str]:
         """What git tracks, submodules included, relative to the top. Raises UsageError if git does not say."""
-        said = _git(self.top, "ls-files", "-z", "--recurse-submodules", seconds=_LIST_SECONDS)
-        if said is None:
+        output = _git(self.top, "ls-files", "-z", "--recurse-submodules", seconds=_LIST_SECONDS)
+        if output is None:
             raise UsageError(f"--snapshot: git does not list the files of {self.top}; see: git ls-files")
-        return list(dict.fromkeys(filter(None, os.fsdecode(said).split("\0"))))  # git lists a conflict three times
+        return list(dict.fromkeys(filter(None, os.fsdecode(output).split("\0"))))  # git lists a conflict three times
 
 
 def put_aside(code: WorkTree, staged: Path, *, snapshot: bool) -> None:
@@ -120,10 +120,10 @@ def _write_record(code: WorkTree, to: Path, *, snapshot: bool) -> None:
 
 def _diff(top: str, seconds: float) -> tuple[bytes, bool]:
     """Tracked files against the revision, as far as it fits and git is fast enough; and whether that is all."""
-    asked = ("diff", "--binary", "--submodule=diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD", "--")
+    arguments = ("diff", "--binary", "--submodule=diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD", "--")
     try:
         process = subprocess.Popen(
-            ["git", "-C", top, *asked], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_environ()
+            ["git", "-C", top, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_environ()
         )
     except OSError:
         return b"", False
@@ -140,8 +140,8 @@ def _diff(top: str, seconds: float) -> tuple[bytes, bool]:
 
 
 def _line(directory: str, *arguments: str, seconds: float) -> str | None:
-    said = _git(directory, *arguments, seconds=seconds)
-    return said.decode(errors="replace").strip() or None if said else None
+    output = _git(directory, *arguments, seconds=seconds)
+    return output.decode(errors="replace").strip() or None if output else None
 
 
 def _git(directory: str, *arguments: str, seconds: float) -> bytes | None:

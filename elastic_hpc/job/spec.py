@@ -232,6 +232,6 @@ def _warning(given: str | None, grace: timedelta) -> WarningSignal:
 
 def _words_for_torchrun(given: Sequence[Given]) -> Iterator[str]:
     """What torchrun itself is told; each node's number is known to its rendezvous alone."""
-    for each in given:
-        if each.name != "node-rank" and each.value != "static":
-            yield str(each)
+    for option in given:
+        if option.name != "node-rank" and option.value != "static":
+            yield str(option)

@@ -50,8 +50,8 @@ def _from_elsewhere(job: JobSpec, refusal: str) -> str:
     """The options that ``refusal`` speaks of and that nobody has typed for this job, each with its place."""
     words = {word.strip("-") for word in re.findall(r"[a-z-]+", refusal.lower())}
     typed = (COMMAND_LINE, PYTHON, NAME_OF_SCRIPT)
-    told = [f"{g}, {g.source}" for g in job.sbatch if g.name in words and g.source not in typed]
-    return f" ({'; '.join(told)})" if told else ""
+    found = [f"{g}, {g.source}" for g in job.sbatch if g.name in words and g.source not in typed]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def checked(job: JobSpec) -> str:

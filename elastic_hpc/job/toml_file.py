@@ -78,7 +78,7 @@ def _options(table: dict[str, Any], path: Path) -> Iterable[tuple[str, str]]:
                 raise UsageError(f"{key}: unknown key; it is sbatch's own option: write it under [sbatch]")
             raise UsageError(f"{key}: unknown key{_closest(name, ELASTIC)}; sbatch's own options go under [sbatch]")
         if name == "env" and isinstance(value, dict):
-            yield from ((name, _variable(variable, each)) for variable, each in value.items())
+            yield from ((name, _variable(variable, content)) for variable, content in value.items())
         elif ELASTIC[name].repeated:
             lines = [value] if isinstance(value, str) else value
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):

@@ -127,16 +127,16 @@ def text(name: str, value: object, *, whole: bool = False) -> str:
         return f"{value[0]}-{value[-1]}" + (f":{value.step}" if value.step > 1 else "")
     if name == "rdzv-conf" and isinstance(value, Mapping):
         pairs = ((key, durations.as_text(v) if isinstance(v, timedelta) else v) for key, v in value.items())
-        return ",".join(f"{key}={_one(name, each, whole=False)}" for key, each in pairs)
+        return ",".join(f"{key}={_scalar(name, item, whole=False)}" for key, item in pairs)
     if name == "python" and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return shlex.join(word(each, name) for each in value)
+        return shlex.join(word(item, name) for item in value)
     if isinstance(value, (list, tuple, AbstractSet)) and value and name in _LISTS:
-        texts = [_one(name, each, whole=whole) for each in value]
+        texts = [_scalar(name, item, whole=whole) for item in value]
         return ",".join(sorted(texts) if isinstance(value, AbstractSet) else texts)
-    return _one(name, value, whole=whole)
+    return _scalar(name, value, whole=whole)
 
 
-def _one(name: str, value: Any, *, whole: bool) -> str:
+def _scalar(name: str, value: Any, *, whole: bool) -> str:
     shown = f"{name.replace('-', '_')}={value!r}"
     if not _is_number(value):
         if isinstance(value, (str, Enum)) or _is_path(value):
@@ -172,7 +172,7 @@ def _nodes(name: str, value: Any) -> str:
         sizes = sorted(value)
         return f"{sizes[0]}:{sizes[-1]}" if abs(value.step) == 1 else ",".join(map(str, sizes))
     if isinstance(value, (tuple, list)) and value:
-        numbers = [_one(name, each, whole=True) for each in value]
+        numbers = [_scalar(name, item, whole=True) for item in value]
         if len(numbers) == 2 and isinstance(value, list):
             raise UsageError(
                 f"{name}={value!r}: expected ({', '.join(numbers)}) for {numbers[0]} to {numbers[1]}, or "
@@ -180,7 +180,7 @@ def _nodes(name: str, value: Any) -> str:
             )
         return (":" if len(numbers) == 2 else ",").join(numbers)
     if isinstance(value, str) or _is_number(value):
-        return _one(name, value, whole=True)
+        return _scalar(name, value, whole=True)
     raise UsageError(f"{name}={value!r}: expected a number, '4:8', (4, 8) or range(4, 9)")
 
 

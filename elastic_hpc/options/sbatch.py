@@ -59,7 +59,11 @@ class Given:
     source: str = COMMAND_LINE
 
     def __str__(self) -> str:
-        return self.option.flag if self.value is None else f"{self.option.flag}={self.value}"
+        return self.flag if self.value is None else f"{self.flag}={self.value}"
+
+    @property
+    def flag(self) -> str:
+        return self.option.flag
 
     @property
     def name(self) -> str:
@@ -188,13 +192,13 @@ def named(name: str) -> Option:
 
 def _unknown(name: str, equals: str, known: Iterable[str], *, may_pass: bool) -> Option:
     """What is meant by a ``name`` that is in no table: for sbatch the beginning of one of its options, or a new one."""
-    begins = [each for each in known if each.startswith(name)]
+    begins = [candidate for candidate in known if candidate.startswith(name)]
     if may_pass and len(begins) == 1 and begins[0] in SBATCH:
         return SBATCH[begins[0]]
     from difflib import get_close_matches
 
     for_sbatch = may_pass and equals  # which judges what is like its own options
-    like = [each for each in known if not for_sbatch or each not in SBATCH]
+    like = [candidate for candidate in known if not for_sbatch or candidate not in SBATCH]
     if for_sbatch and SBATCH.keys() >= set(begins):
         begins = []
     close = begins or get_close_matches(name, like, n=1, cutoff=0.85 if for_sbatch else 0.6)
@@ -208,7 +212,7 @@ def _unknown(name: str, equals: str, known: Iterable[str], *, may_pass: bool) ->
 
 def last(given: Sequence[Given], name: str) -> str | None:
     """The value of the option ``name``; of several the last counts, as for sbatch."""
-    return next((each.value for each in reversed(given) if each.name == name), None)
+    return next((option.value for option in reversed(given) if option.name == name), None)
 
 
 LONGEST_LEAD = 65535

@@ -44,11 +44,11 @@ def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]
             text += f"@{environ['SBATCH_WAIT4SWITCH']}"
         if option.value != "=" and not _is_on(text, option):
             continue
-        one = Given(option, text if option.value == "=" or text not in _ON else None, f"environment: {name}")
+        found = Given(option, text if option.value == "=" or text not in _ON else None, f"environment: {name}")
         try:
-            _refuse_container(one)
-            if check(one):
-                given.append(one)
+            _refuse_container(found)
+            if check(found):
+                given.append(found)
         except UsageError as error:
             dropped.append(f"{name} in the environment is not used: {error}")
     return given, dropped

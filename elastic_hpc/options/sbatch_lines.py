@@ -47,23 +47,23 @@ def options(script: bytes, name: str) -> list[Given]:
             raise UsageError(f"{place}: {error}") from None
         if rest:
             raise UsageError(f"{place}: {line.strip()!r}: expected options of sbatch, not {rest[0]!r}")
-        for each in given:
-            text = each.value and each.value.encode("latin-1").decode(errors="surrogateescape")
-            found.append(replace(each, value=text, source=place))
+        for option in given:
+            text = option.value and option.value.encode("latin-1").decode(errors="surrogateescape")
+            found.append(replace(option, value=text, source=place))
     return found
 
 
 def directives_of_python(script: bytes, name: str) -> list[Given]:
     """The same of a Python script that is submitted as it is. Raises UsageError for options that only we know."""
     given = options(script, name)
-    for each in given:
-        if each.name.replace("_", "-") in ELASTIC and each.name not in SBATCH:
+    for option in given:
+        if option.name.replace("_", "-") in ELASTIC and option.name not in SBATCH:
             raise UsageError(
-                f"{each.source}: {each.option.flag}: an option of elastic-sbatch; "
+                f"{option.source}: {option.flag}: an option of elastic-sbatch; "
                 "expected on its command line, or in elastic_hpc.toml"
             )
-        if each.name in COMMAND_LINE_ONLY:
-            raise UsageError(f"{each.source}: {each.option.flag}: belongs on the command line")
+        if option.name in COMMAND_LINE_ONLY:
+            raise UsageError(f"{option.source}: {option.flag}: belongs on the command line")
     return given
 
 

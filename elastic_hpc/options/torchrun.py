@@ -39,7 +39,7 @@ _FILTERS = "all output is in files: elastic-hpc logs JOB | grep WORD"
 
 _NODES = Option("nnodes")
 _STANDALONE = Option("standalone", value="")
-_MASTER = Option("master-addr"), Option("master-port")
+_MASTER = ("master-addr", "master-port")
 _JUDGED = {
     row.option.name: row
     for row in (
@@ -97,7 +97,7 @@ _JUDGED = {
         _Judged(Option("use-env", value=""), ".*", "workers have their ranks in the environment"),
     )
 }
-OPTIONS = (_NODES, _STANDALONE, *_MASTER, *SAME, *(row.option for row in _JUDGED.values()))
+OPTIONS = (_NODES, _STANDALONE, *map(Option, _MASTER), *SAME, *(row.option for row in _JUDGED.values()))
 """All of torchrun's, and ``--use-env`` of torch.distributed.launch."""
 
 _HOST = "the rendezvous is on the job's own first node"
@@ -118,20 +118,20 @@ def translate(given: Sequence[Given]) -> tuple[list[Given], list[Given]]:
     """
     ours: list[Given] = []
     others: list[Given] = []
-    for each in given:
-        if each.name == "nnodes":
-            ours.append(replace(each, option=Option("nodes")))
-        elif each.name == "standalone":
-            ours.insert(0, Given(Option("nodes"), "1", each.source))
-        elif each.name in _JUDGED:
-            others.append(each)
-        elif each.option not in _MASTER:
-            ours.append(each)
-    address, port = (last(given, option.name) for option in _MASTER)
+    for option in given:
+        if option.name == "nnodes":
+            ours.append(replace(option, option=Option("nodes")))
+        elif option.name == "standalone":
+            ours.insert(0, Given(Option("nodes"), "1", option.source))
+        elif option.name in _JUDGED:
+            others.append(option)
+        elif option.name not in _MASTER:
+            ours.append(option)
+    address, port = (last(given, name) for name in _MASTER)
     host = "" if address in _LOCAL_HOSTS else address or ""
     if (host or port) and last(given, "rdzv-endpoint") is None:  # as torchrun does
         shown = f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
-        source = next(each.source for each in given if each.option in _MASTER)
+        source = next(option.source for option in given if option.name in _MASTER)
         ours.append(Given(Option("rdzv-endpoint"), f"{shown}:{port}" if port else shown, source))
     return ours, others
 
@@ -143,7 +143,7 @@ def unneeded(given: Given) -> str:
     row = _JUDGED[given.name]
     if row.done and re.fullmatch(row.done, given.value or ""):
         return row.because
-    shown = given.option.flag if given.value is None else f"{given.option.flag} {given.value}"
+    shown = given.flag if given.value is None else f"{given.flag} {given.value}"
     raise UsageError(f"{shown}: {row.instead}")
 
 
@@ -171,21 +171,21 @@ def parse_command(argv: Sequence[str]) -> TorchrunCommand:
         raise UsageError(f"{' '.join(argv)!r}: expected a script after the options of torchrun")
     dropped: list[tuple[str, str]] = []
     kept = []
-    for each in given:
-        if each.name in OF_EACH_JOB and _is_shell(each):
-            dropped.append((str(each), OF_EACH_JOB[each.name]))
+    for option in given:
+        if option.name in OF_EACH_JOB and _is_shell(option):
+            dropped.append((str(option), OF_EACH_JOB[option.name]))
         else:
-            kept.append(each)
+            kept.append(option)
     ours, others = translate(kept)
-    for each in others:
+    for option in others:
         try:
-            dropped.append((str(each), unneeded(each)))
+            dropped.append((str(option), unneeded(option)))
         except UsageError as error:
-            dropped.append((str(each), str(error).partition(": ")[2]))
+            dropped.append((str(option), str(error).partition(": ")[2]))
     return TorchrunCommand(
-        tuple((each.name, each.value or "") for each in ours if each.option.value),
-        any(each.name == "module" for each in ours),
-        any(each.name == "no-python" for each in ours),
+        tuple((option.name, option.value or "") for option in ours if option.value is not None),
+        any(option.name == "module" for option in ours),
+        any(option.name == "no-python" for option in ours),
         rest[0],
         tuple(rest[1:]),
         tuple(dropped),

@@ -213,7 +213,7 @@ class DrainSignal:
         if text == "off":
             return cls(0)
         name = text.upper().removeprefix("SIG")
-        known = {one.name.removeprefix("SIG"): one for one in signal.Signals}
+        known = {sig.name.removeprefix("SIG"): sig for sig in signal.Signals}
         found = known.get(name) or (number(name) in set(known.values()) and signal.Signals(int(name)))
         if found and found not in {signal.SIGKILL, signal.SIGSTOP}:
             return cls(found)
