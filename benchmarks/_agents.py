@@ -22,7 +22,7 @@ from typing import Any
 
 from _report import BenchmarkError
 
-from elastic_hpc.agent.main import policy_of
+from elastic_hpc.agent.arguments import policy_of
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import follower, messages
 from elastic_hpc.membership.leader import Leader

@@ -45,6 +45,8 @@ class Leading:
     rundir: RunDir
     environ: Mapping[str, str]
     """What this agent was started with."""
+    supplies: bool = False
+    """Slurm's commands start agents anew, and bring nodes."""
     contained: bool = False
     """Slurm's commands are not here: the batch script, outside, does what it can."""
     recorder: Recorder | None = None
@@ -64,7 +66,7 @@ class Leading:
             node=self.env.node,
             nproc=self.nproc,
             now=time.monotonic(),
-            supplied=self._supplies,
+            supplied=self.supplies,
             host=self.host,
             **known,
         )
@@ -73,7 +75,7 @@ class Leading:
             log.info(
                 "Slurm's commands are not here: no agent is started anew, no node is brought, the batch script requeues"
             )
-        if self._supplies:
+        if self.supplies:
             source = SlurmSource(self.env, self.rundir, self.environ)
             supply = Supply(source, self.recorder.event, grow=self.policy.grow)
 
@@ -82,17 +84,13 @@ class Leading:
 
         return LeaderServer(leader, self.recorder, open_store, self._act, supply)
 
-    @property
-    def _supplies(self) -> bool:
-        return not (self.env.local or self.contained)
-
     def _first(self, recorder: Recorder) -> dict[str, Any]:
         """What the first leader of a run begins with."""
         state = self.rundir.read("state.json") or {}
         start = {"run": self.env.run, "job": self.env.job, "granted": self.env.nodes, "nproc_per_node": self.nproc}
         recorder.event("start", {"version": __version__, **start, **vars(self.policy)})
         names = [f"local{node}" for node in range(self.env.nodes)] if self.env.local else []
-        if self._supplies:  # Slurm's answers are waited for elsewhere: they are for the record alone
+        if self.supplies:  # Slurm's answers are waited for elsewhere: they are for the record alone
             asked = (recorder, names)
             threading.Thread(target=self._ask_slurm, args=asked, name="allocation", daemon=True).start()
         counters = {name: state.get(name, 0) for name in ("round", "restarts", "requeues")}

@@ -7,7 +7,8 @@ import os
 from torch.distributed import HashStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from elastic_hpc.agent.bridge import Control, Seat
+from elastic_hpc.agent.assembly import Assembly
+from elastic_hpc.agent.bridge import Seat
 from elastic_hpc.membership.messages import Plan
 from elastic_hpc.network import addresses
 from elastic_hpc.training import LOCAL_DIR
@@ -16,11 +17,11 @@ from elastic_hpc.training import LOCAL_DIR
 class ElasticRendezvousHandler(RendezvousHandler):
     """Gives torch's agent the place that the leader decided on. No method touches a store or waits for absent nodes."""
 
-    def __init__(self, control: Control, run_id: str, gloo_interface: str | None, local_folder: str) -> None:
-        self._control = control
-        self._run_id = run_id
-        self._gloo_interface = gloo_interface
-        self._local_folder = local_folder
+    def __init__(self, parts: Assembly) -> None:
+        self._control = parts.control
+        self._run_id = str(parts.spec.rdzv_id)
+        self._gloo_interface = parts.environ.get("GLOO_SOCKET_IFNAME")
+        self._local_folder = parts.local_folder
         self.seat: Seat | None = None
         """This node's place in the current round."""
         self.restart_wanted = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from elastic_hpc.environment import AGAIN, FIRST_JOB, FIRST_RUN, JOIN, LOCAL_NODE, LOCAL_NODES
@@ -102,37 +102,3 @@ def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
         run_id=first_job(environ),
         late=JOIN in environ or AGAIN in environ,
     )
-
-
-_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""Devices without one of which torch finds no GPU: NVIDIA's, AMD's, that of Windows."""
-
-
-def visible_gpus() -> int:
-    """As torch counts them, which is imported only where there may be any."""
-    if not any(map(os.path.exists, _GPU_DRIVERS)):
-        return 0
-    import torch
-
-    return int(torch.cuda.device_count())
-
-
-def workers_per_node(wanted: str | None, env: AgentEnv, visible_gpus: Callable[[], int]) -> int:
-    """Number of workers for ``--nproc-per-node``. ``visible_gpus`` counts when Slurm does not say how many it granted.
-    Raises ElasticError for ``gpu`` on a node without any.
-    """
-    if wanted == "cpu":
-        return env.cpus
-    if wanted and wanted.isdecimal():
-        return int(wanted)
-    gpus = env.gpus if env.gpus is not None else visible_gpus()
-    if wanted is None:
-        return gpus or 1
-    if wanted == "auto":
-        return gpus or env.cpus
-    if not gpus:
-        raise ElasticError(
-            f"--nproc-per-node gpu: {env.name} has no GPU granted; ask for some, "
-            "for example --gpus-per-node=4, or use --nproc-per-node cpu"
-        )
-    return gpus

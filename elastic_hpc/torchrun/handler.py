@@ -20,42 +20,20 @@ from typing import NoReturn
 
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousInfo, RendezvousParameters
 
-from elastic_hpc.agent.bridge import Control
-from elastic_hpc.agent.leading import Leading
-from elastic_hpc.agent.main import (
-    CONTROL_PORT_OFFSET,
-    make_local_folder,
-    network,
-    new_mark,
-    policy_of,
-    software,
-    start_guard,
-    start_log,
-)
+from elastic_hpc.agent.assembly import Assembly
 from elastic_hpc.agent.rendezvous import ElasticRendezvousHandler
-from elastic_hpc.environment import AGENT_MARK, forget_enclosing, prepare_worker_env
+from elastic_hpc.environment import forget_enclosing
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.causes import explain
 from elastic_hpc.membership.messages import Failure
-from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
-from elastic_hpc.network.server import LEAVE_TIMEOUT
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.torchrun.plugin import BACKEND
 from elastic_hpc.torchrun.settings import is_loopback, leads_at_first, place, read_settings
 from elastic_hpc.workers import guard, proc
 from elastic_hpc.workers.memory import OomWatch
 from elastic_hpc.workers.watch import Watch
 
 log = logging.getLogger("elastic_hpc")
-
-
-class _TorchrunLeading(Leading):
-    """No agent is started anew and no node is brought: there is no command of ours to start on it."""
-
-    @property
-    def _supplies(self) -> bool:
-        return False
 
 
 def _begin(rundir: RunDir) -> None:
@@ -66,18 +44,12 @@ def _begin(rundir: RunDir) -> None:
 
 
 def join(parameters: RendezvousParameters) -> TorchrunHandler:
-    """Put together what ``elastic_hpc.agent`` does, for torch's agent. Raises ElasticError."""
+    """An agent for torch's, which has begun to look for the leader, or to lead. Raises ElasticError."""
     settings = read_settings(parameters)
     spec, rundir = settings.spec, RunDir(settings.run_dir).create()
     forget_enclosing(os.environ)
     environ, env = dict(os.environ), place(settings, rundir)
-    token = new_mark(os.environ)
-    prepare_worker_env(os.environ, env.cpus, settings.nproc, token, run_dir=str(rundir.path))
-    listener, local_folder = start_log(rundir, env), make_local_folder()
-    pipe = start_guard(token, 1.5 * spec.heartbeat_timeout.total_seconds(), local_folder)
-
-    policy = policy_of(spec, settings.nproc, can_requeue=False)
-    server_socket = addresses.listen_from(spec.rdzv_endpoint.port + CONTROL_PORT_OFFSET)
+    parts = Assembly(spec, env, rundir, settings.nproc, environ, can_requeue=False)
     if parameters.local_addr:
         published: tuple[str, ...] = (parameters.local_addr,)
     elif is_loopback(spec.rdzv_endpoint.host):
@@ -86,33 +58,12 @@ def join(parameters: RendezvousParameters) -> TorchrunHandler:
         published = addresses.to_publish(
             os.uname().nodename if env.local else env.name, spec.interface, env.submit_host
         )
-    me = Host(env.node, env.name, published, server_socket.getsockname()[1], software())
-    leading = _TorchrunLeading(spec, env, me, settings.nproc, policy, rundir, environ)
     first = leads_at_first(settings, env, rundir)
     if first:
         _begin(rundir)
-        leading.prepare()
-    control = Control(
-        me,
-        settings.nproc,
-        lambda: network(server_socket, rundir, policy),
-        leading,
-        heartbeat_timeout=policy.heartbeat_timeout,
-        join_timeout=policy.join_timeout,
-        first=first,
-        beat=lambda: guard.beat(pipe),
-    )
-
-    def close() -> None:
-        control.close(timeout=LEAVE_TIMEOUT + 20)
-        if leading.recorder:
-            leading.recorder.close()
-        listener.stop()
-        shutil.rmtree(local_folder, ignore_errors=True)
-
-    handler = TorchrunHandler(control, parameters.run_id, environ.get("GLOO_SOCKET_IFNAME"), local_folder)
-    handler.attach(env.name, settings.nproc, token, close)
-    control.start()
+    parts.connect(published, first=first)
+    handler = TorchrunHandler(parts)
+    parts.control.start()
     return handler
 
 
@@ -141,11 +92,9 @@ class TorchrunHandler(ElasticRendezvousHandler):
     change of membership, which costs none of its ``--max-restarts``, and finds nobody to wait for.
     """
 
-    def attach(self, node: str, nproc: int, token: str, close: Callable[[], None]) -> None:
-        """``token`` marks the workers; ``close`` leaves the job."""
-        self._node, self._nproc = node, nproc
-        self._token = f"{AGENT_MARK}={token}\0".encode()
-        self._close = close
+    def __init__(self, parts: Assembly) -> None:
+        super().__init__(parts)
+        self._parts = parts
         self._lock = threading.Lock()
         self._watched = 0
         """The round whose workers are watched."""
@@ -153,7 +102,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
         """The leader knows how the workers of this round ended, or has ended them itself."""
 
     def get_backend(self) -> str:
-        return BACKEND
+        return "elastic-hpc"
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the next round. SystemExit ends torchrun when the job has finished without this node."""
@@ -185,13 +134,14 @@ class TorchrunHandler(ElasticRendezvousHandler):
     def shutdown(self) -> bool:
         """The agent gives up, or all is done."""
         self._tell_failure(self.round, None)
-        self._close()
+        self._parts.close()
+        shutil.rmtree(self._parts.local_folder, ignore_errors=True)
         return True
 
     def _watch(self, round: int) -> None:
         self._control.report("running", round)
         workers = {}
-        for pid in guard.marked(self._token):
+        for pid in guard.marked(self._parts.mark):
             with contextlib.suppress(ProcessLookupError):  # torch's agent sees that too
                 if proc.parent(pid) == os.getpid():
                     workers[os.pidfd_open(pid)] = pid, int(proc.variable(pid, "LOCAL_RANK") or 0)
@@ -231,10 +181,11 @@ class TorchrunHandler(ElasticRendezvousHandler):
             self._told = True
         cause = explain(code or 1, "", oom=oom)
         message = cause.message if code else "a worker failed; see the output of torchrun"
-        rank = self.plan.group_rank * self._nproc + local
+        rank = self.plan.group_rank * self._parts.nproc + local
         # an exit code alone does not say whether this is the echo of another rank's death
         collateral = cause.kind == "exit"
-        failure = Failure(cause.kind, self._node, rank, local, code or 1, message, time.time(), collateral=collateral)
+        node, now = self._parts.env.name, time.time()
+        failure = Failure(cause.kind, node, rank, local, code or 1, message, now, collateral=collateral)
         self._control.report("failed", round, failure)
         return True
 
@@ -242,7 +193,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
         """The workers of a broken round are stuck in a collective."""
         with self._lock:
             self._told = True
-        guard.kill_all(self._token)
+        guard.kill_all(self._parts.mark)
 
     def _wait_for_all(self) -> None:
         """All workers of this node have finished: wait until the job has."""

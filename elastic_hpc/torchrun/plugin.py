@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-BACKEND = "elastic-hpc"
-
 
 def get_handler() -> Callable[[Any], Any]:
     """What makes a handler of torch's ``RendezvousParameters``."""

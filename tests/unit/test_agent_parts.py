@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from cluster import wait_for
 
+from elastic_hpc.agent.arguments import workers_per_node
 from elastic_hpc.agent.conclude import conclude
 from elastic_hpc.agent.leading import Leading
 from elastic_hpc.environment import for_a_new_job, is_of_another_job, prepare_worker_env
@@ -23,7 +24,7 @@ from elastic_hpc.network import addresses
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import add_launch_options
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import AgentEnv, read_agent_env, workers_per_node
+from elastic_hpc.slurm.env import AgentEnv, read_agent_env
 
 STEP = {
     "SLURM_JOB_ID": "7",

@@ -18,8 +18,8 @@ import pytest
 import simulated
 from cluster import wait_for
 
+from elastic_hpc.agent.arguments import parse_args
 from elastic_hpc.agent.leading import Leading
-from elastic_hpc.agent.main import parse_args
 from elastic_hpc.cli.sbatch import main
 from elastic_hpc.errors import JobEnded, UsageError
 from elastic_hpc.job.quoting import quote_all

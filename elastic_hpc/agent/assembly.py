@@ -1,0 +1,177 @@
+"""The parts of an agent that are the same whoever starts its workers: ``python -m elastic_hpc.agent`` or ``torchrun``.
+
+torch is imported in ``connect`` at the earliest, so that standbys may import it at the same time as this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import logging.handlers
+import os
+import queue
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+
+from elastic_hpc.agent.arguments import policy_of
+from elastic_hpc.agent.bridge import Control
+from elastic_hpc.agent.leading import Leading
+from elastic_hpc.environment import AGENT_MARK, prepare_worker_env
+from elastic_hpc.membership.roster import Host
+from elastic_hpc.network import addresses
+from elastic_hpc.network.channel import Network
+from elastic_hpc.network.server import LEAVE_TIMEOUT
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import AgentEnv
+from elastic_hpc.workers import guard
+
+_CONTROL_PORT_OFFSET = 32
+"""Control port above the endpoint's: the 32 below are for the stores of the rounds."""
+
+
+class Assembly:
+    """One agent but for its workers. ``connect`` follows ``__init__``, and ``close`` ends the agent."""
+
+    leading: Leading
+    control: Control
+
+    def __init__(
+        self,
+        spec: LaunchSpec,
+        env: AgentEnv,
+        rundir: RunDir,
+        nproc: int,
+        environ: Mapping[str, str],
+        *,
+        can_requeue: bool,
+        interface: str | None = None,
+    ) -> None:
+        """Make this process an agent: ``os.environ`` becomes what the workers inherit, so no thread may run yet.
+
+        ``environ``: what this process was started with. ``interface``: what NCCL uses.
+        """
+        self.spec, self.env, self.rundir, self.nproc, self.environ = spec, env, rundir, nproc, environ
+        self.policy = policy_of(spec, nproc, can_requeue=can_requeue)
+        token = f"{environ.get('SLURM_JOB_ID', '')}.{secrets.token_hex(8)}"
+        self.mark = f"{AGENT_MARK}={token}\0".encode()
+        """What all workers of this agent, and no other process, have in their environment."""
+        prepare_worker_env(os.environ, env.cpus, nproc, token, run_dir=str(rundir.path), interface=interface)
+        self._log = _start_log(rundir, env)
+        self.local_folder = _make_local_folder()
+        """Where the agent meets its workers."""
+        self._guard = _start_guard(token, 1.5 * self.policy.heartbeat_timeout, self.local_folder)
+
+    def connect(
+        self,
+        published: tuple[str, ...],
+        *,
+        first: bool,
+        supplies: bool = False,
+        contained: bool = False,
+        unfit: Callable[[], str] = lambda: "",
+    ) -> None:
+        """Make the parts that find, follow or are the leader; ``control.start`` has them begin.
+
+        ``published``: this node's addresses. ``first``: this node leads at the beginning. ``supplies``, ``contained``:
+        see ``Leading``. ``unfit`` may wait, and says why this node should not take part.
+        """
+        listener = addresses.listen_from(self.spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
+        host = Host(self.env.node, self.env.name, published, listener.getsockname()[1], _software())
+        self.leading = Leading(
+            self.spec,
+            self.env,
+            host,
+            self.nproc,
+            self.policy,
+            self.rundir,
+            self.environ,
+            supplies=supplies,
+            contained=contained,
+        )
+        if first:
+            self.leading.prepare()
+        self.control = Control(
+            host,
+            self.nproc,
+            lambda: self._network(listener),
+            self.leading,
+            heartbeat_timeout=self.policy.heartbeat_timeout,
+            join_timeout=self.policy.join_timeout,
+            first=first,
+            unfit=unfit(),
+            beat=lambda: guard.beat(self._guard),
+        )
+
+    def _network(self, listener: socket.socket) -> Network:
+        known: list[bytes] = []
+
+        async def secret() -> bytes:
+            if not known:
+                known.append(await asyncio.to_thread(self.rundir.read_secret))
+            return known[0]
+
+        return Network(listener, secret, max(0.5, self.policy.heartbeat_timeout / 5))
+
+    def close(self, timeout: float = LEAVE_TIMEOUT + 20) -> None:
+        """Leave the job. The leader's agent waits, at most ``timeout`` seconds, until all others have left."""
+        self.control.close(timeout)
+        if self.leading.recorder:
+            self.leading.recorder.close()
+        self._log.stop()
+
+
+def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
+    """To stderr, and to a file, because srun may be lost with the first node. Records go through a queue: the control
+    thread must not wait for a stalled stderr or file system.
+    """
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    try:
+        folder = rundir.path / "logs"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        handlers.append(logging.FileHandler(folder / f"{env.run}.agent-{env.name}.log"))
+    except OSError as error:
+        print(f"elastic_hpc[{env.name}]: no log file: {error}", file=sys.stderr)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s elastic_hpc[{env.name}]: %(message)s", "%H:%M:%S"))
+    listener = logging.handlers.QueueListener(records, *handlers)
+    listener.start()
+    log = logging.getLogger("elastic_hpc")
+    log.addHandler(logging.handlers.QueueHandler(records))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.raiseExceptions = False  # the recorder reports a full file system, once
+    return listener
+
+
+def _make_local_folder() -> str:
+    """In memory if possible, for its owner only."""
+    shared = "/dev/shm"  # noqa: S108 - a folder of our own, mode 0700, is made in it
+    return tempfile.mkdtemp(prefix="elastic-hpc-", dir=shared if os.access(shared, os.W_OK) else None)
+
+
+def _start_guard(token: str, silence: float, folder: str) -> int:
+    """The pipe by which the agent tells the guard that it lives; its closing sets the guard off."""
+    theirs, ours = os.pipe()
+    subprocess.Popen(
+        [sys.executable, "-I", "-S", guard.__file__, token, f"{silence:g}", folder],
+        env={name: value for name, value in os.environ.items() if name != AGENT_MARK},  # it is no worker
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    return ours
+
+
+def _software() -> str:
+    """What all nodes must have the same of."""
+    import torch
+
+    return f"torch {torch.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
