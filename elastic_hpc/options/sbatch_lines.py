@@ -13,8 +13,8 @@ from elastic_hpc.options.table import ELASTIC
 DIRECTIVE = "#SBATCH"
 # sbatch's own quoting: a backslash counts within both kinds of quotes, and # begins a comment within a word too.
 _QUOTED = r"""\\(.)|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""
-WORD = re.compile(rf"""\s*((?:{_QUOTED}|[^\s#"'\\])+)(?=[\s#]|$)""", re.ASCII)
-REST = re.compile(r"\s*(?:#.*)?$", re.ASCII)
+_WORD = re.compile(rf"""\s*((?:{_QUOTED}|[^\s#"'\\])+)(?=[\s#]|$)""", re.ASCII)
+_REST = re.compile(r"\s*(?:#.*)?$", re.ASCII)
 
 
 def lines(script: bytes) -> Iterator[tuple[str, bool]]:
@@ -24,11 +24,24 @@ def lines(script: bytes) -> Iterator[tuple[str, bool]]:
     head = True
     for line in re.findall(r"[^\n]*\n|[^\n]+$", script.decode("latin-1")):
         directive = head and line.startswith(DIRECTIVE)
-        head = head and (directive or REST.match(line) is not None)
+        head = head and (directive or _REST.match(line) is not None)
         yield line, directive
 
 
+def words(line: str) -> list[re.Match[str]]:
+    """The words of a directive, quoted as they are: group 1 of each match, which begins with the space before."""
+    found, at = [], len(DIRECTIVE)
+    while not _REST.match(line, at):
+        word = _WORD.match(line, at)
+        if word is None:
+            raise UsageError(f"{line.strip()!r}: expected quotes in pairs")
+        found.append(word)
+        at = word.end()
+    return found
+
+
 def unquoted(word: str) -> str:
+    """``word`` without its quotes and backslashes."""
     return re.sub(_QUOTED, lambda part: part[1] or re.sub(r"\\(.)", r"\1", part[0][1:-1]), word)
 
 
@@ -42,7 +55,7 @@ def options(script: bytes, name: str) -> list[Given]:
             continue
         place = f"{name} line {number}"
         try:
-            given, rest = scan(_words(line), ())
+            given, rest = scan([unquoted(word[1]) for word in words(line)], ())
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from None
         if rest:
@@ -65,14 +78,3 @@ def directives_of_python(script: bytes, name: str) -> list[Given]:
         if option.name in COMMAND_LINE_ONLY:
             raise UsageError(f"{option.source}: {option.flag}: belongs on the command line")
     return given
-
-
-def _words(line: str) -> list[str]:
-    words, at = [], len(DIRECTIVE)
-    while not REST.match(line, at):
-        word = WORD.match(line, at)
-        if word is None:
-            raise UsageError(f"{line.strip()!r}: expected quotes in pairs")
-        words.append(unquoted(word[1]))
-        at = word.end()
-    return words

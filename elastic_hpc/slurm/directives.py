@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, scan
-from elastic_hpc.options.sbatch_lines import DIRECTIVE, REST, WORD, lines, unquoted
+from elastic_hpc.options.sbatch_lines import DIRECTIVE, lines, unquoted, words
 
 # What a further node of a running job must not ask for again. Whether and when it comes, and for how long; what there
 # is once; which nodes, and what counts over all of them; by whom, where and with which environment it is submitted.
@@ -46,7 +46,7 @@ class _Words:
 
     def kept(self) -> str:
         """``text`` without the options that are for the whole job only."""
-        keep = [each.name not in _DROPPED for each in self.given]
+        keep = [option.name not in _DROPPED for option in self.given]
         if all(keep) or not any(keep):
             return self.text if all(keep) else ""
         begin, end = self.letters, self.letters + len(keep)
@@ -60,12 +60,12 @@ def joiner_script(script: bytes) -> bytes:
     A line of them that cannot be parsed stays too.
     """
     kept_lines = []
-    for line, words in _lines(script):
-        kept = "".join(each.kept() for each in words)
-        if not words:
+    for line, groups in _lines(script):
+        kept = "".join(group.kept() for group in groups)
+        if not groups:
             kept_lines.append(line)
         elif kept:
-            kept_lines.append(DIRECTIVE + kept + line[len(DIRECTIVE) + sum(len(each.text) for each in words) :])
+            kept_lines.append(DIRECTIVE + kept + line[len(DIRECTIVE) + sum(len(group.text) for group in groups) :])
     return "".join(kept_lines).encode("latin-1")
 
 
@@ -74,8 +74,9 @@ def given(script: bytes, name: str) -> str | None:
 
     None if there is none.
     """
-    found = [each for _, words in _lines(script) for group in words for each in group.given]
-    return next((each.value for each in reversed(found) if each.name in _DROPPED and name.startswith(each.name)), None)
+    found = [option for _, groups in _lines(script) for group in groups for option in group.given]
+    meant = (option for option in reversed(found) if option.name in _DROPPED and name.startswith(option.name))
+    return next((option.value for option in meant), None)
 
 
 def _lines(script: bytes) -> Iterator[tuple[str, list[_Words]]]:
@@ -88,23 +89,19 @@ def _lines(script: bytes) -> Iterator[tuple[str, list[_Words]]]:
 
 
 def _parsed(line: str) -> list[_Words]:
-    words, at = [], len(DIRECTIVE)
-    while not REST.match(line, at):
-        first = WORD.match(line, at)
-        if first is None:
-            raise UsageError(f"{line!r}: cannot be split into words")
-        second = WORD.match(line, first.end())
+    groups, left, at = [], words(line), len(DIRECTIVE)
+    while left:
+        first = last = left.pop(0)
         try:
             group, rest = scan([unquoted(first[1])], _ABBREVIATED)
-            end = first.end()
         except UsageError:
-            if second is None:
+            if not left:
                 raise
-            group, rest = scan([unquoted(first[1]), unquoted(second[1])], _ABBREVIATED)
-            end = second.end()
+            last = left.pop(0)
+            group, rest = scan([unquoted(first[1]), unquoted(last[1])], _ABBREVIATED)
         plain = re.match(r"-\w+", first[1], re.ASCII)  # a letter each, but for the value
         if not group or rest or (len(group) > 1 and (plain is None or plain.end() <= len(group))):
             raise UsageError(f"{line!r}: not only options")
-        words.append(_Words(tuple(group), line[at:end], first.start(1) - at + 1))
-        at = end
-    return words
+        groups.append(_Words(tuple(group), line[at : last.end()], first.start(1) - at + 1))
+        at = last.end()
+    return groups
