@@ -94,6 +94,17 @@ def test_links_lead_to_files(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
+def test_the_files_and_functions_that_the_architecture_names_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path, name in re.findall(r"`(\w+/\w+\.py)(?:: ([\w.]+))?`", text):
+        assert (ROOT / "elastic_hpc" / path).is_file(), path
+        scope: ast.AST = ast.parse((ROOT / "elastic_hpc" / path).read_text())
+        for part in filter(None, name.split(".")):
+            defined = [node for node in ast.iter_child_nodes(scope) if getattr(node, "name", "") == part]
+            assert defined, f"{path}: {name}"
+            scope = defined[0]
+
+
 @each_document
 def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
