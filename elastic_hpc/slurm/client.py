@@ -1,4 +1,4 @@
-"""Runs Slurm's commands and reads what they say."""
+"""Runs Slurm's commands and reads their answers."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from typing import IO
 from elastic_hpc.errors import SlurmError
 
 SECONDS = 60  # for an answer of slurmctld; its own clients give up after 10 to 30
-# Every variable of these families changes what a command of Slurm does or what a program finds, or is a leftover of the
-# job that we are called from. What sbatch's own say is in the script already (sbatch_environment). Ours mark what an
-# agent has started, which a job must outlive, or belong to the job that we are called from.
+# Each variable with one of these prefixes changes what a command of Slurm does or what a program finds, or is left over
+# from the job that we are called from. The script already has what the variables of sbatch say (sbatch_environment).
+# Our own variables mark what an agent has started, which a new job must outlive, or belong to the calling job.
 _SLURM = ("SLURM", "_SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SPANK_", "PMI")
 _OURS = "ELASTIC_HPC_"
-# Needed to find and enter the cluster, and our configuration.
+# To find and enter the cluster, and our configuration.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "ELASTIC_HPC_CONFIG"})
 
-# What a user likes to see in a table, or to be asked. Not a part of clean_environment: jobs may have it.
+# A user's defaults for tables and questions, which would change the answers. A job keeps them (clean_environment).
 _FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SACCT_", "SSTAT_", "SPRIO_")
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` for what has no part in the job that this process may be part of, as a job that it submits."""
+    """``environ`` for something outside of the job that this process may be part of, such as a job that it submits."""
     return {k: v for k, v in environ.items() if k in _KEPT or not k.startswith((*_SLURM, _OURS))}
 
 
 def condensed(messages: str) -> str:
-    """What a Slurm command said on stderr, on one line without its prefixes."""
+    """What a Slurm command wrote to stderr, as one line without the prefixes."""
     lines = [re.sub(r"^\w+: (?:error: |fatal: )?", "", line).strip() for line in messages.splitlines()]
-    lines = [line for line in lines if not line.startswith("Try ")]  # its own help
+    lines = [line for line in lines if not line.startswith("Try ")]  # the command's --help
     return "; ".join(dict.fromkeys(filter(None, lines)))
 
 
 def records(shown: str) -> list[dict[str, str]]:
-    """What ``scontrol show`` with ``--oneliner`` said, for names and values without spaces."""
+    """The output of ``scontrol show`` with ``--oneliner`` as records, for names and values without spaces."""
     return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in shown.splitlines()]
 
 
@@ -58,8 +58,10 @@ def ask(
     stdin: int = subprocess.DEVNULL,
     stderr: int | IO[bytes] = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
-    """Start a client of Slurm, in ``environ`` or what is ours of it. The requeue of a job sends SIGTERM to all its
-    processes, also to those that ask for it: they inherit that it is blocked.
+    """Start a command of Slurm, by default in this process's environment without what would change the answer.
+
+    The requeue of a job sends SIGTERM to all processes of the job, also to the command that asks for the requeue, so
+    the command inherits a mask that blocks SIGTERM.
     """
     if environ is None:
         environ = {k: v for k, v in clean_environment(os.environ).items() if not k.startswith(_FILTERS)}
@@ -80,20 +82,20 @@ def ask(
 
 
 def answer(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """What ``process`` says on stdout. Raises SlurmError if it fails; if late, ends it, raises TimeoutError."""
+    """The stdout of ``process``. Raises SlurmError if it fails; if it is late, ends it and raises TimeoutError."""
     try:
-        said, complaint = process.communicate(timeout=seconds)
+        stdout, stderr = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         end(process)
         raise TimeoutError from None
     if process.returncode:
         assert isinstance(process.args, tuple)
-        reason = condensed(complaint.decode(errors="replace")) or f"exit code {process.returncode}"
+        reason = condensed(stderr.decode(errors="replace")) or f"exit code {process.returncode}"
         raise SlurmError(f"{' '.join(process.args)}: {reason}")
-    return said.decode(errors="replace")
+    return stdout.decode(errors="replace")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Let go of a client that is late, if it is: what it asked for may still be done."""
+    """Kill a command if it still runs. Slurm may still do what the command asked for."""
     process.kill()
     process.communicate()

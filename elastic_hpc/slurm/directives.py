@@ -10,8 +10,8 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, scan
 from elastic_hpc.options.sbatch_lines import DIRECTIVE, lines, unquoted, words
 
-# What a further node of a running job must not ask for again. Whether and when it comes, and for how long; what there
-# is once; which nodes, and what counts over all of them; by whom, where and with which environment it is submitted.
+# What a joiner must not ask for again: whether and when it starts, and for how long; what the job has once; which
+# nodes, and what is counted over all of them; by whom, where and with which environment it is submitted.
 _WHOLE_JOB = COMMAND_LINE_ONLY | {
     *("array", "begin", "deadline", "dependency", "hold", "kill-on-invalid-dep", "no-requeue", "priority", "requeue"),
     *("time", "time-min"),
@@ -23,7 +23,7 @@ _WHOLE_JOB = COMMAND_LINE_ONLY | {
 
 
 def _abbreviations() -> Iterator[Option]:
-    """What sbatch takes for an option of ``_WHOLE_JOB``: any beginning of its name that no other one has."""
+    """What sbatch takes for an option of ``_WHOLE_JOB``: any prefix of its name that no other option has."""
     for prefix in sorted({name[:end] for name in _WHOLE_JOB for end in range(1, len(name))} - SBATCH.keys()):
         meant = [option for name, option in SBATCH.items() if name.startswith(prefix)]
         if {option.name for option in meant} <= _WHOLE_JOB and len({option.value for option in meant}) == 1:
@@ -36,11 +36,11 @@ _DROPPED = _WHOLE_JOB | {option.name for option in _ABBREVIATED}
 
 @dataclass(frozen=True)
 class _Words:
-    """One option, or several letters in one word; with the next word if that is its value."""
+    """A word with an option, or with several short options; and the next word if that is the option's value."""
 
     given: tuple[Given, ...]
     text: str
-    """As it stands in the line, with the space before it."""
+    """As in the line, with the space in front."""
     letters: int
     """Where in ``text`` the options' letters begin, if they are letters."""
 
@@ -57,7 +57,7 @@ class _Words:
 def joiner_script(script: bytes) -> bytes:
     """``script`` without the directives that are for the whole job only; every other byte stays.
 
-    A line of them that cannot be parsed stays too.
+    A directive that cannot be parsed stays too.
     """
     kept_lines = []
     for line, groups in _lines(script):
@@ -99,7 +99,7 @@ def _parsed(line: str) -> list[_Words]:
                 raise
             last = left.pop(0)
             group, rest = scan([unquoted(first[1]), unquoted(last[1])], _ABBREVIATED)
-        plain = re.match(r"-\w+", first[1], re.ASCII)  # a letter each, but for the value
+        plain = re.match(r"-\w+", first[1], re.ASCII)  # short options, the last perhaps with its value
         if not group or rest or (len(group) > 1 and (plain is None or plain.end() <= len(group))):
             raise UsageError(f"{line!r}: not only options")
         groups.append(_Words(tuple(group), line[at : last.end()], first.start(1) - at + 1))

@@ -1,4 +1,4 @@
-"""What Slurm says about a job, and the end of one."""
+"""What Slurm says about jobs, and how a job is warned and ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.states import Queued, SlurmJob
 
-# What scancel says of jobs that have ended; by version and number of jobs, that is an error or not.
+# What scancel writes about jobs that have ended. The version and the number of jobs decide whether that is an error.
 _ENDED = re.compile("already (completing|completed|finished)|Invalid job id specified", re.IGNORECASE)
 
 _PATH = r".*?(?= \w+=|\s*$)"
@@ -18,10 +18,12 @@ _PATH = r".*?(?= \w+=|\s*$)"
 
 def show_job(job: str) -> SlurmJob:
     """Ask for ``job``, for an array task ``JOB_TASK``. Raises SlurmError if Slurm knows it no longer."""
-    ids, _, said = client.scontrol("show", "job", "--oneliner", job).partition(" UserId=")  # its name may hold anything
+    ids, _, fields = client.scontrol("show", "job", "--oneliner", job).partition(
+        " UserId="
+    )  # its name may hold anything
 
     def field(name: str, value: str = r"\S*") -> str:
-        match = re.search(rf" {name}=({value})", said)
+        match = re.search(rf" {name}=({value})", fields)
         return "" if match is None or match[1] == "(null)" else match[1]
 
     return SlurmJob(
@@ -55,23 +57,23 @@ def queue(*jobs: str) -> dict[str, Queued]:
     if not jobs:
         return {}
     try:
-        asked = ("--array", "--states=all", f"--jobs={','.join(jobs)}")
-        said = client.run("squeue", "--noheader", *asked, "--format=%i|%T|%S|%e|%r")
+        selection = ("--array", "--states=all", f"--jobs={','.join(jobs)}")
+        answer = client.run("squeue", "--noheader", *selection, "--format=%i|%T|%S|%e|%r")
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return {}
         raise
-    rows = (line.split("|", 4) for line in said.splitlines() if line)
+    rows = (line.split("|", 4) for line in answer.splitlines() if line)
     return {id: Queued(state, epoch(start), epoch(end), reason) for id, state, start, end, reason in rows}
 
 
 def states(*jobs: str) -> dict[str, str]:
     """Slurm's word for the state of each of ``jobs``; see ``queue``."""
-    return {job: known.state for job, known in queue(*jobs).items()}
+    return {job: queued.state for job, queued in queue(*jobs).items()}
 
 
 def job_state(job: str, run: int | None = None) -> str:
-    """Slurm's word for the state of ``job``, or what it becomes when it is completing; see ``Job.becomes``."""
+    """Slurm's word for the state of ``job``, or what it becomes when it is completing; see ``SlurmJob.becomes``."""
     return show_job(job).becomes(run)
 
 
@@ -99,7 +101,7 @@ def warning_reason(job: str) -> Literal["preempted", "time limit"]:
 
 
 def cancel(*jobs: str) -> None:
-    """End ``jobs``, running or waiting. One that has ended already is no error. Raises SlurmError."""
+    """End ``jobs``, running or waiting. A job that has ended already is no error. Raises SlurmError."""
     if not jobs:
         return
     try:

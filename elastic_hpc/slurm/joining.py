@@ -1,4 +1,4 @@
-"""Further one-node jobs that a running job, their parent, submits to grow: what they are, their submission."""
+"""Joiners: one-node jobs that a running job, their parent, submits to grow."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _MINUTE = timedelta(minutes=1)
 
 @dataclass(frozen=True)
 class Joiner:
-    """A job that waits to take part in its parent's, or does."""
+    """A job that waits for its node, or whose node takes part in the parent's world."""
 
     id: str
     state: str
-    """Slurm's word; COMPLETING as long as its node is not free again."""
+    """Slurm's word; COMPLETING until its node is free again."""
     node: str
-    """Empty as long as it waits."""
+    """Empty while the job waits."""
     reason: str
-    """Why it waits, in Slurm's words."""
+    """Why the job waits, in Slurm's words."""
     excluded: str
-    """Nodes it must not get, in Slurm's notation."""
+    """Nodes that the job must not get, in Slurm's notation."""
     time_limit: timedelta | None
     """None for no limit."""
 
 
 def joiners(parent: str) -> tuple[Joiner, ...]:
-    """The joiners of ``parent``, whoever has submitted them, that wait or hold a node. Raises SlurmError."""
-    said = client.run(
+    """The joiners of ``parent`` that wait or hold a node, whichever leader submitted them. Raises SlurmError."""
+    answer = client.run(
         "squeue", "--noheader", "--me", f"--name={_NAME.format(parent=parent)}", "--format=%A|%T|%N|%x|%l|%r"
     )
-    return tuple(map(_joiner, said.splitlines()))
+    return tuple(map(_joiner, answer.splitlines()))
 
 
 def _joiner(line: str) -> Joiner:
@@ -57,17 +57,17 @@ def submit_joiner(
 ) -> str | None:
     """Submit a joiner of ``parent``, which runs, and return its id; None if ``parent`` ends within a minute.
 
-    ``script`` is the parent's batch script, whose directives for one node hold; the joiner runs it with
-    ELASTIC_HPC_JOIN=``run_dir`` in ``environ``. It gets none of the nodes ``exclude``, nor of those that the script
-    excludes, and must end when ``parent`` does. ``log`` may contain %j. Raises UsageError if Slurm refuses the job,
-    SlurmError if it could not be asked.
+    ``script`` is the parent's batch script. The joiner runs it with ELASTIC_HPC_JOIN=``run_dir`` in ``environ``, under
+    those of its directives that make sense for one node. The joiner gets none of the nodes ``exclude``, none that the
+    script excludes, and must end when ``parent`` does. ``log`` may contain %j. Raises UsageError if Slurm refuses the
+    job, SlurmError if it could not be asked.
     """
     shown = show_job(parent)
     limit = "UNLIMITED"
     if (remaining := shown.remaining) is not None:
         if remaining < _MINUTE:
             return None
-        limit = str(-(-remaining // _MINUTE))  # rounded up: it is not to be warned before its parent
+        limit = str(-(-remaining // _MINUTE))  # rounded up: Slurm must not warn the joiner before its parent
     if directives.given(script, "gpus"):
         raise UsageError("--gpus counts the GPUs of all nodes, a joiner has one node; use --gpus-per-node=N")
     options = [

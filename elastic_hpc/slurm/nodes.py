@@ -9,15 +9,15 @@ from elastic_hpc.slurm.job import show_job
 
 
 def expand(nodes: str) -> list[str]:
-    """The names in ``nodes``, which are in Slurm's notation."""
+    """The names that ``nodes`` stands for, in Slurm's notation."""
     return client.scontrol("show", "hostnames", nodes).split() if nodes else []
 
 
 def usable_nodes(job: str) -> frozenset[str]:
     """Names of the nodes that Slurm could give to ``job``, now or when others have left them.
 
-    In one of its partitions and neither down nor drained. What the job asks of a node besides is not looked at. Nodes
-    that it excludes are in, because that may change.
+    They are in one of its partitions and neither down nor drained. Other demands of the job are not considered. Nodes
+    that the job excludes are among them, because that may change.
     """
     partitions = set(show_job(job).partitions)
     return _usable(client.scontrol("show", "node", "--oneliner"), partitions)

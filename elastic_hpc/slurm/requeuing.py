@@ -1,4 +1,4 @@
-"""Back to the queue: to go on, or to end as the batch script would have ended."""
+"""Sends a job back to the queue: to go on, or to end as its batch script would have ended."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from elastic_hpc.slurm.job import cancel, show_job
 from elastic_hpc.slurm.nodes import expand
 from elastic_hpc.slurm.states import SlurmJob
 
-# slurmctld holds a change that it cannot make yet back for 5 seconds, and makes it then even if the client is gone.
-# A process of the job must not wait that long: the job does not complete while it lives.
+# slurmctld retries a change that it cannot make yet for 5 seconds, and makes it even if the client is gone by then.
+# A process of the job must not wait that long: the job does not complete while the process lives.
 _CHANGE_SECONDS = 1
 
 
@@ -32,7 +32,7 @@ def requeue(
     ``start_after`` must outlast the completion of the job, else Slurm sets a start time of its own, two minutes away.
     Nodes of ``exclude`` are added to those that the job excludes, nodes of ``readmit`` are taken off again. For
     ``lost`` nodes, other than the batch host, the completion does not wait until Slurm notices the loss too. With
-    ``run``, the caller's SLURM_RESTART_COUNT, a requeue by somebody else is taken for this one.
+    ``run``, the caller's SLURM_RESTART_COUNT, a requeue that another caller made counts as this one.
 
     Every process of the job should end as soon as this returns, the caller included: where Slurm has taken a lost node
     from the job and has no slurmdbd, it accepts a start time only when the job has completed, and waits 5 seconds for
@@ -48,9 +48,9 @@ def requeue(
 def complete(job: str, *, start_after: timedelta, exclude: Collection[str] = (), run: int | None = None) -> str | None:
     """End ``job``, whose batch script is gone, as that script would have: COMPLETED, or FAILED.
 
-    For that it runs once more, on any one node, where the batch script must find the verdict and exit at once. What is
-    said of ``requeue`` holds here. A job that may not be requeued is cancelled, so that it does not hold its nodes
-    until the time limit, and SlurmError says so.
+    The job runs once more, on any one node, where the batch script must find the verdict and exit at once. What
+    ``requeue`` demands of the caller holds here. A job that may not be requeued is cancelled, so that it does not hold
+    its nodes until the time limit, and SlurmError says so.
     """
     before = show_job(job)
     try:
@@ -65,7 +65,7 @@ def complete(job: str, *, start_after: timedelta, exclude: Collection[str] = (),
 
 
 def _requeue(job: str, before: SlurmJob, run: int | None, lost: Collection[str] = ()) -> None:
-    """Requeue ``job`` unless that is done already. Never brings a cancelled job back."""
+    """Requeue ``job`` unless it is requeued already. Never brings a cancelled job back."""
     becomes = before.becomes(run)
     if becomes == "REQUEUED":
         return
@@ -77,7 +77,7 @@ def _requeue(job: str, before: SlurmJob, run: int | None, lost: Collection[str] 
     if before.state == "COMPLETING":
         raise SlurmError(f"job {job} is {becomes}: not requeued")
     _release(before, job, lost)
-    client.scontrol("requeue", "incomplete", job)  # without a word, does nothing if the job was cancelled this moment
+    client.scontrol("requeue", "incomplete", job)  # does nothing, silently, if the job was cancelled this moment
     if show_job(job).restarts == before.restarts:
         raise SlurmError(f"job {job} ended before it could be requeued")
 
@@ -85,11 +85,11 @@ def _requeue(job: str, before: SlurmJob, run: int | None, lost: Collection[str] 
 def _release(before: SlurmJob, job: str, lost: Collection[str]) -> None:
     """Take ``lost`` nodes from the running job.
 
-    Only for a requeue at once, which ends srun: nobody tells srun, which would wait for their tasks for ever.
+    Only before a requeue at once, which ends srun: srun is not told, and would wait for the tasks there for ever.
     """
     kept = [node for node in expand(before.nodes) if node not in lost]
     if lost and before.batch_host in kept:
-        with contextlib.suppress(SlurmError):  # it has noticed by itself; at worst, the requeue takes longer
+        with contextlib.suppress(SlurmError):  # Slurm has noticed the loss; at worst, the requeue takes longer
             client.scontrol("update", f"JobId={job}", f"NodeList={','.join(kept)}")
 
 
@@ -108,14 +108,14 @@ def _excluding(before: SlurmJob, exclude: Collection[str], readmit: Collection[s
 
 def _change(job: str, changes: Sequence[Sequence[str]]) -> str | None:
     """Make ``changes`` independently of each other. The refusals, None if there are none so far."""
-    asked = [client.ask("scontrol", "update", f"JobId={job}", *change) for change in changes]
+    updates = [client.ask("scontrol", "update", f"JobId={job}", *change) for change in changes]
     end = time.monotonic() + _CHANGE_SECONDS
     refused = []
-    for process in asked:
+    for process in updates:
         try:
             client.answer(process, max(0.0, end - time.monotonic()))
         except TimeoutError:
-            continue  # slurmctld has it
+            continue  # slurmctld goes on with it
         except SlurmError as error:
             refused.append(str(error))
     return "; ".join(refused) or None

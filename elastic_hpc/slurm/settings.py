@@ -1,4 +1,4 @@
-"""What the site has set."""
+"""What Slurm's settings at this site are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from datetime import timedelta
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 
-_SITE_SECONDS = 2  # for what is only nice to know before a submission
-_FACTS_SECONDS = 15  # for what somebody waits for
+_SITE_SECONDS = 2  # before a submission, which goes on without the answers
+_FACTS_SECONDS = 15  # for a command that is about the answers
 _CONFIG = ("scontrol", "show", "config")
 _PARTITIONS = ("scontrol", "show", "partition", "--oneliner")
 _SRUN = ("srun", "--help")
@@ -26,11 +26,11 @@ class Site:
     kill_wait: timedelta
     """From SIGTERM to SIGKILL, at the time limit and at scancel."""
     grace_time: timedelta
-    """What a preempted job is given; zero for nothing."""
+    """Time that a preempted job has until it is killed; zero for none."""
     over_time_limit: timedelta | None
-    """What a job may run over its time limit; None for as long as it likes."""
+    """Time that a job may run over its limit; None for no limit."""
     slurmd_timeout: timedelta
-    """Silence after which a node is given up."""
+    """Time without an answer after which Slurm gives a node up."""
     job_requeue: bool
     """Whether jobs may be requeued unless they say otherwise; ``--requeue`` of sbatch wins over it."""
     preempt_mode: str
@@ -46,13 +46,13 @@ class Facts:
     config: Mapping[str, str] = field(default_factory=dict)
     partition: Mapping[str, str] = field(default_factory=dict)
     srun_help: str = ""
-    """Has the options of the plugins that are loaded."""
+    """The output of ``srun --help``, with the options of the plugins that are loaded."""
     unknown: Mapping[str, str] = field(default_factory=dict)
     """Which of the fields above could not be asked for, and why."""
 
     @property
     def answered(self) -> bool:
-        """Whether there is a Slurm that answers."""
+        """Whether Slurm answers."""
         return not {"config", "partition"} <= self.unknown.keys()
 
 
@@ -61,7 +61,7 @@ def site(partition: str | None) -> Site:
 
     Raises SlurmError if there is no such partition or no quick answer.
     """
-    config, partitions = map(_said, _answers(_SITE_SECONDS, _CONFIG, _PARTITIONS))
+    config, partitions = map(_raised, _answers(_SITE_SECONDS, _CONFIG, _PARTITIONS))
     return _site(_settings(config), _row(partitions, partition))
 
 
@@ -70,11 +70,11 @@ def facts(partition: str | None) -> Facts:
     found: dict[str, str] = {}
     unknown: dict[str, str] = {}
     names = ("config", "partition", "srun_help")
-    for name, said in zip(names, _answers(_FACTS_SECONDS, _CONFIG, _PARTITIONS, _SRUN), strict=True):
-        if isinstance(said, SlurmError):
-            unknown[name] = str(said)
+    for name, answer in zip(names, _answers(_FACTS_SECONDS, _CONFIG, _PARTITIONS, _SRUN), strict=True):
+        if isinstance(answer, SlurmError):
+            unknown[name] = str(answer)
         else:
-            found[name] = said
+            found[name] = answer
     row: Mapping[str, str] = {}
     if "partition" in found:
         try:
@@ -85,11 +85,11 @@ def facts(partition: str | None) -> Facts:
 
 
 def _answers(seconds: float, *commands: tuple[str, ...]) -> list[str | SlurmError]:
-    """What each of ``commands`` says, all asked at once, within ``seconds``."""
-    asked = [_asked(command) for command in commands]
+    """The answers of ``commands``, all started at once, within ``seconds``."""
+    processes = [_started(command) for command in commands]
     end = time.monotonic() + seconds
     answers: list[str | SlurmError] = []
-    for command, process in zip(commands, asked, strict=True):
+    for command, process in zip(commands, processes, strict=True):
         if isinstance(process, SlurmError):
             answers.append(process)
             continue
@@ -104,14 +104,14 @@ def _answers(seconds: float, *commands: tuple[str, ...]) -> list[str | SlurmErro
     return answers
 
 
-def _asked(command: tuple[str, ...]) -> subprocess.Popen[bytes] | SlurmError:
+def _started(command: tuple[str, ...]) -> subprocess.Popen[bytes] | SlurmError:
     try:
         return client.ask(*command)
     except SlurmError as error:
         return error
 
 
-def _said(answer: str | SlurmError) -> str:
+def _raised(answer: str | SlurmError) -> str:
     if isinstance(answer, SlurmError):
         raise answer
     return answer

@@ -22,14 +22,14 @@ class SlurmJob:
     id: str
     """SLURM_JOB_ID, a number also in arrays."""
     state: str
-    """Slurm's word, RUNNING for one. As long as a job is COMPLETING, Slurm does not say what it will be then."""
+    """Slurm's word, for example RUNNING. During COMPLETING, Slurm does not say what comes next; see ``becomes``."""
     reason: str
     restarts: int
     """Requeues, for whatever cause; counted as soon as one is accepted."""
     may_requeue: bool
-    """False after ``--no-requeue``, where the site has JobRequeue=0, or when an administrator took it back."""
+    """False after ``--no-requeue``, where the site has JobRequeue=0, or if an administrator has forbidden it."""
     partitions: tuple[str, ...]
-    """One once it has started."""
+    """A single one once the job has started."""
     nodes: str
     """Allocated and not yet lost in Slurm's eyes."""
     batch_host: str
@@ -38,22 +38,22 @@ class SlurmJob:
     folder: str
     """Working directory."""
     preempt_time: str
-    """When its end by preemption was announced, while it is running; then, when it came. Empty for never."""
+    """While the job runs, when its preemption was announced; later, when the job was preempted. Empty for never."""
     end_time: str
     submit_time: str
-    """When it was put into the queue last, by its submission or a requeue."""
+    """When the job was last put into the queue, by its submission or a requeue."""
     start_time: str
-    """When it was started, or is expected to be; empty if unknown."""
+    """When the job started, or is expected to start; empty if unknown."""
     account: str
     qos: str
     time_limit: str
     """In Slurm's notation, 1-12:00:00 or UNLIMITED."""
     run_time: str
-    """What of it is used up."""
+    """How much of ``time_limit`` is used up."""
     exit_code: str
     """In Slurm's notation, CODE:SIGNAL."""
     output: str
-    """Where its batch script writes to."""
+    """The file of the batch script's stdout, ``error`` that of its stderr."""
     error: str
 
     @property
@@ -63,16 +63,17 @@ class SlurmJob:
         return None if limit is None or used is None else limit - used
 
     def becomes(self, run: int | None) -> str:
-        """``state``, or if that is COMPLETING, what the rest says to a process of ``run`` (SLURM_RESTART_COUNT):
+        """``state``; if that is COMPLETING, the state that follows, as far as a process of the job can tell in ``run``
+        (SLURM_RESTART_COUNT):
 
-        REQUEUED by whomever, TIMEOUT, PREEMPTED where the site does not requeue then, FAILED, or CANCELLED, which is
-        also what every other end looks like. At the moment of SIGTERM, RUNNING may still be said for a second.
+        REQUEUED by any caller, TIMEOUT, PREEMPTED where the site does not requeue then, FAILED, or CANCELLED, which is
+        also what every other end looks like. Slurm may still say RUNNING for a second after SIGTERM.
         """
         if self.state != "COMPLETING":
             return self.state
         if run is not None and self.restarts > run:
             return "REQUEUED"
-        if self.preempt_time and self.preempt_time == self.end_time:  # else cancelled in its grace time
+        if self.preempt_time and self.preempt_time == self.end_time:  # else it was cancelled in its grace time
             return "PREEMPTED"
         return {"TimeLimit": "TIMEOUT", "NonZeroExitCode": "FAILED"}.get(self.reason, "CANCELLED")
 
@@ -83,7 +84,7 @@ class Queued:
 
     state: str
     starts: float | None
-    """When it has started, or is expected to."""
+    """When the job started, or is expected to start."""
     ends: float | None
     """Its time limit."""
     reason: str

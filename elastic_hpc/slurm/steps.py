@@ -1,4 +1,6 @@
-"""Job steps of their own: to act in when the job has lost its batch host, and with it srun, and for agents anew."""
+"""Starts job steps beside the first one: to conclude a job that has lost its batch host, and with it srun, and to
+replace an agent that died.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ from elastic_hpc.slurm.nodes import expand
 
 _STEP_NAME = "elastic-conclude"
 _AGENT_NAME = "elastic-agent"
-# A node's part of a step ends when its daemon has given up telling srun, 12 to 17 seconds if srun's node is lost. Slurm
-# goes on listing a step that ended on the other nodes before it noticed the loss.
+# If srun's node is lost, a node's part of a step ends when its daemon has given up reaching srun, after 12 to 17
+# seconds. Slurm goes on listing a step that ended on the other nodes before Slurm noticed the loss.
 _STEP_SECONDS = 20
 _GIVE_UP_SECONDS = 3
-# Slurm tells them to the batch script, and a step inherits them; for srun they mean nothing.
+# Prefixes of variables that Slurm sets for the batch script and that its steps inherit; srun ignores them.
 _OF_THE_JOB = (
     *("SLURM_ARRAY_", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_"),
     *(JOIN, AGAIN, CONTINUE, FIRST_RUN, FIRST_JOB),  # ours
@@ -34,8 +36,8 @@ _OF_THE_JOB = (
 
 
 def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` for an srun with --jobid: without what an enclosing step, or the allocation's options, would make of
-    its step. ``salloc --gpus-per-task=1`` for example would leave an agent one GPU of its node.
+    """``environ`` for an srun with --jobid, without the variables by which an enclosing step, or the options of the
+    allocation, would change the new step. ``salloc --gpus-per-task=1`` for example would leave an agent one GPU.
     """
     return {k: v for k, v in environ.items() if k.startswith(_OF_THE_JOB)} | client.clean_environment(environ)
 
@@ -47,9 +49,10 @@ def start_step(
 
     For the requeue of a job that lost its batch host, and with it srun: the step of the agents then takes 10 to 20
     seconds to end after its last process, too long for ``requeue``. In a step of its own, ``command`` can wait for that
-    with ``wait_until_alone``. Returns when it runs. ``job_id`` is SLURM_JOB_ID, also in arrays. Raises SlurmError.
+    end with ``wait_until_alone``. Returns when ``command`` runs. ``job_id`` is SLURM_JOB_ID, also in arrays. Raises
+    SlurmError.
     """
-    # Neither memory nor GPUs: all are the agents'.
+    # Neither memory nor GPUs: the agents have them all.
     _start(job_id, node, _STEP_NAME, ["--gres=none"], command, environ, log)
 
 
@@ -61,12 +64,12 @@ def start_agent(
     log: Path,
     cpus_per_task: str | None = None,
 ) -> None:
-    """Run ``command``, an agent, on ``node`` of the job in the place of one that died, in a job step of its own.
+    """Run ``command``, an agent, on ``node`` of the job in the place of an agent that died, in a job step of its own.
 
-    It has what the job was granted there, GPUs too, though the first step has them still. ``environ`` is the whole of
-    what an agent of this job was started with, or more; what Slurm says of a step in it is that of the new one, with
-    one node and one task. Otherwise as ``start_step``. If the node has lost power, SlurmError says so after 12 seconds,
-    or at once when Slurm has taken the node from the job.
+    The agent has all that the job was granted on the node, GPUs too, though the first step still has them. ``environ``
+    has at least all variables with which an agent of this job was started; Slurm's variables about the step are
+    replaced by those of the new step, which has one node and one task. Otherwise as ``start_step``. If the node has
+    lost power, SlurmError says so after 12 seconds, or at once when Slurm has taken the node from the job.
     """
     options = ["--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none"]
     if cpus_per_task is not None:
@@ -83,26 +86,26 @@ def _start(
     environ: Mapping[str, str],
     log: Path,
 ) -> None:
-    """Return when ``command`` is started, or raise SlurmError when it never will be: the shell in front of it says that
-    it is there and waits for the word to go on, which is given only if that comes in time.
+    """Return when ``command`` is started, or raise SlurmError when it never will be. A shell on the node reports that
+    it has started, and starts ``command`` when it reads ``go``, which is sent only if the report comes in time.
     """
     shell = ["sh", "-c", 'log=$1; shift; echo started; read -r go && exec "$@" >>"$log" 2>&1 </dev/null', "sh"]
     step = ["srun", f"--jobid={job_id}", f"--job-name={name}", "--overlap", "--no-kill"]
     step += ["--nodes=1", "--ntasks=1", f"--nodelist={node}", "--mem=0", "--mpi=none", *options]
     inherited = step_environment(environ)
     try:
-        said = log.open("ab")  # srun outlives the caller
+        output = log.open("ab")  # srun outlives the caller
     except OSError as error:
         raise SlurmError(f"{log}: {error.strerror}") from None
-    with said:
-        before = said.tell()
-        process = client.ask(*step, *shell, str(log), *command, environ=inherited, stdin=subprocess.PIPE, stderr=said)
+    with output:
+        before = output.tell()
+        process = client.ask(*step, *shell, str(log), *command, environ=inherited, stdin=subprocess.PIPE, stderr=output)
     assert process.stdin
     assert process.stdout
     problem = "it ended before it had started"
     with process.stdin, process.stdout:
         try:
-            if _hears(process.stdout, b"started\n"):
+            if _reads(process.stdout, b"started\n"):
                 os.write(process.stdin.fileno(), b"go\n")
                 threading.Thread(target=process.wait, daemon=True).start()  # no zombie while the caller lives
                 return
@@ -115,20 +118,20 @@ def _start(
     raise SlurmError(f"srun --jobid={job_id} --nodelist={node}: {_complaint(log, before) or problem}")
 
 
-def _hears(said: IO[bytes], line: bytes) -> bool:
-    """Wait for ``line``, after what a prolog of the site says; False if the end comes first. Raises TimeoutError."""
-    end, heard = time.monotonic() + client.SECONDS, b""
-    while line not in heard:
-        if not select.select([said], [], [], max(0.0, end - time.monotonic()))[0]:
+def _reads(stdout: IO[bytes], line: bytes) -> bool:
+    """Wait for ``line``, maybe behind the output of a prolog; False if the end comes first. Raises TimeoutError."""
+    end, received = time.monotonic() + client.SECONDS, b""
+    while line not in received:
+        if not select.select([stdout], [], [], max(0.0, end - time.monotonic()))[0]:
             raise TimeoutError
-        if not (more := os.read(said.fileno(), 4096)):
+        if not (more := os.read(stdout.fileno(), 4096)):
             return False
-        heard += more
+        received += more
     return True
 
 
 def _give_up(process: subprocess.Popen[bytes]) -> None:
-    """Let srun end the step. If its node does not answer, that is done when it does."""
+    """Let srun end the step. If the node does not answer, Slurm ends the step when the node answers again."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_GIVE_UP_SECONDS)
@@ -137,7 +140,7 @@ def _give_up(process: subprocess.Popen[bytes]) -> None:
 
 
 def _complaint(log: Path, before: int) -> str:
-    """What srun has complained of in ``log``, which others may write too."""
+    """The errors of srun in ``log``, to which other processes may write too."""
     try:
         lines = log.read_bytes()[before:].decode(errors="replace").splitlines()
     except OSError:
@@ -146,10 +149,12 @@ def _complaint(log: Path, before: int) -> str:
 
 
 def wait_until_alone(job: str, step: str, *, deadline: timedelta, deputy_of: str | None = None) -> bool:
-    """Wait until ``step`` (SLURM_STEP_ID) is the last one of ``job``, whose batch host is lost, and Slurm knows it.
-    Another step that ``start_step`` has started is not waited for, except by its deputy, while its node is there.
+    """Wait until Slurm knows that the batch host of ``job`` is lost and ``step`` (SLURM_STEP_ID) is its last step.
 
-    False if that is not so at ``deadline``: a requeue then takes longer.
+    Another step of ``start_step`` is not waited for, unless ``step`` is its deputy, and the node ``deputy_of``, where
+    that step runs, is there.
+
+    False if ``deadline`` comes first: a requeue then takes longer.
     """
     begin = time.monotonic()
     while True:
@@ -157,8 +162,8 @@ def wait_until_alone(job: str, step: str, *, deadline: timedelta, deputy_of: str
             nodes = expand((shown := show_job(job)).nodes)
             lost = shown.batch_host not in nodes
             others = _other_steps(job, step)
-            first_is_at_it = deputy_of in nodes and _STEP_NAME in others
-            if lost and not first_is_at_it and (others <= {_STEP_NAME} or time.monotonic() - begin > _STEP_SECONDS):
+            first_acts = deputy_of in nodes and _STEP_NAME in others
+            if lost and not first_acts and (others <= {_STEP_NAME} or time.monotonic() - begin > _STEP_SECONDS):
                 return True
         if time.monotonic() - begin > deadline.total_seconds():
             return False
@@ -169,5 +174,5 @@ def _other_steps(job: str, step: str) -> set[str]:
     """Names of the job steps beside ``step``, those of the batch script and of Slurm itself left out."""
     listed = client.run("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i %j").splitlines()
     found = [line.partition(" ") for line in listed]
-    others = [(each.rpartition(".")[2], name) for each, _, name in found]
-    return {name for other, name in others if other.isdecimal() and other != step}
+    numbers = [(id.rpartition(".")[2], name) for id, _, name in found]
+    return {name for number, name in numbers if number.isdecimal() and number != step}

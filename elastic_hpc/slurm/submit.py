@@ -1,4 +1,4 @@
-"""sbatch: a job, or a job again."""
+"""Runs sbatch, for a new job and for the batch script of a running one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import show_job
 
-# sbatch has one exit code for everything. These are not the user's input.
+# sbatch has one exit code for all failures. These are not due to the user's input.
 _UNREACHABLE = re.compile(
     "unable to contact|timed out|connection (failure|refused)|configuration source|zero bytes|munge|authentication",
     re.IGNORECASE,
@@ -31,17 +31,17 @@ def sbatch(
 ) -> int:
     """Submit ``script`` and return sbatch's exit code, with ``--wait`` the job's.
 
-    The job has what is not Slurm's or ours of ``environ``, and ``exports``. ``on_submitted`` is called at once with
-    ``ID[;CLUSTER]``; ``on_message`` with what sbatch says besides. Raises UsageError if Slurm refuses the job,
-    SlurmError if it could not be asked.
+    The job has the variables of ``environ`` that are neither Slurm's nor ours, and ``exports``. ``on_submitted`` is
+    called at once with ``ID[;CLUSTER]``; ``on_message`` with the rest of sbatch's output. Raises UsageError if Slurm
+    refuses the job, SlurmError if it could not be asked.
     """
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as stderr:
         try:
             process = subprocess.Popen(
                 ["sbatch", "--parsable", *options],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=said,
+                stderr=stderr,
                 env={**client.clean_environment(for_a_new_job(environ)), **(exports or {})},
             )
         except OSError as error:
@@ -65,11 +65,11 @@ def sbatch(
                 on_submitted(job)
             try:
                 process.wait()
-            except KeyboardInterrupt:  # the user waits no longer; the job goes on
+            except KeyboardInterrupt:  # with --wait: the job goes on
                 process.kill()
                 raise
-        said.seek(0)
-        messages = said.read().decode(errors="replace")
+        stderr.seek(0)
+        messages = stderr.read().decode(errors="replace")
         if job or process.returncode == 0:  # --test-only succeeds without a job
             on_message(messages)
             return process.returncode
@@ -82,8 +82,8 @@ def sbatch(
 def resubmit(job: str, script: Path, environ: Mapping[str, str], exports: Mapping[str, str]) -> str:
     """Submit the batch script of ``job`` again, to start when ``job`` has ended, and return the new job's id.
 
-    For a job that may not be requeued. The options are the directives of ``script``; ``exports`` are variables for the
-    new job, which must not be hidden by ``--export`` among them. Of an array, only this task is submitted, with the
+    For a job that may not be requeued. The options are the directives of ``script``. ``exports`` are variables for the
+    new job; an ``--export`` among the directives must not hide them. Of an array only this task is submitted, with the
     same index. Raises SlurmError.
     """
     folder = show_job(job).folder
@@ -101,8 +101,8 @@ def resubmit(job: str, script: Path, environ: Mapping[str, str], exports: Mappin
 def submit_again(script: bytes, options: Sequence[str], environ: Mapping[str, str], exports: Mapping[str, str]) -> str:
     """Submit the batch script of a job from within it, and return the new job's id.
 
-    It has ``exports`` and, unless ``--export`` hides it, ``environ``, as ``sbatch`` passes it on. Raises UsageError and
-    SlurmError as ``sbatch``.
+    The new job has ``exports`` and, unless ``--export`` hides them, the variables of ``environ`` that ``sbatch`` passes
+    on. Raises UsageError and SlurmError as ``sbatch``.
     """
     submitted: list[str] = []
     sbatch(script, options, environ, submitted.append, lambda _: None, exports)
