@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import simulated
 
 from elastic_hpc.agent.bridge import Control, Seat
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.leader import Leader, Verdict
-from elastic_hpc.membership.policy import Policy
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.network.channel import Channel, Network
@@ -27,15 +27,11 @@ from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.training import Progress
 
-POLICY = Policy(
+POLICY = replace(
+    simulated.POLICY,
     min_nodes=1,
     max_nodes=3,
-    sizes=(),
-    spares=0,
     grow=False,
-    free_growth=False,
-    grow_every=0.0,
-    wait_for_nodes=60.0,
     max_restarts=3,
     max_requeues=1,
     heartbeat_timeout=2.0,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import simulated
 from cluster import wait_for
 
 from elastic_hpc.agent.arguments import workers_per_node
@@ -18,7 +19,6 @@ from elastic_hpc.agent.leading import Leading
 from elastic_hpc.environment import for_a_new_job, is_of_another_job, prepare_worker_env
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.election import Base
-from elastic_hpc.membership.policy import Policy
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.options.spec import LaunchSpec
@@ -217,22 +217,15 @@ def test_the_verdict_of_another_run_is_not_acted_on(tmp_path: Path, capsys: pyte
     assert conclude(rundir, second, 0) == 1
 
 
-POLICY = Policy(
+POLICY = replace(
+    simulated.POLICY,
     min_nodes=1,
     max_nodes=2,
-    sizes=(),
-    spares=0,
     grow=False,
-    free_growth=False,
-    grow_every=0.0,
-    wait_for_nodes=60.0,
     max_restarts=3,
-    max_requeues=2,
     heartbeat_timeout=0.0,
     join_timeout=1.0,
     last_call_timeout=1.0,
-    grace=30.0,
-    can_requeue=True,
 )
 HOST = Host(1, "n2", ("10.0.0.2",), 29432)
 ENDPOINT = {"run": 1, "node": 0, "host": "n1", "addresses": ["10.0.0.1"], "port": 29432}
