@@ -22,7 +22,7 @@ from elastic_hpc.network.channel import Link
 from elastic_hpc.network.node import Transport
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
-from elastic_hpc.training import Progress
+from elastic_hpc.training.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from elastic_hpc.agent.assembly import Assembly
 from elastic_hpc.agent.bridge import Seat
 from elastic_hpc.membership.messages import Plan
 from elastic_hpc.network import addresses
-from elastic_hpc.training import LOCAL_DIR
+from elastic_hpc.training.progress import LOCAL_DIR
 
 
 class ElasticRendezvousHandler(RendezvousHandler):

@@ -19,7 +19,7 @@ from elastic_hpc.job.launch import LaunchConfig
 from elastic_hpc.network.client import ask_leader
 from elastic_hpc.record.rundir import EventReader, RunDir
 from elastic_hpc.rehearse.plan import Crash, DoneAct, Judgement, PlannedAct, ReportedStep, count, judge
-from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, STEP_LOG, read_progress
+from elastic_hpc.training.progress import LOCAL_DIR, PROGRESS_FILE, STEP_LOG, read_progress
 
 _TICK = 0.05
 _SHOW_INTERVAL = 5.0

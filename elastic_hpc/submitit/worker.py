@@ -22,10 +22,11 @@ from typing import Any
 from submitit import helpers
 from submitit.core import job_environment, utils
 
-from elastic_hpc import training
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.network.client import ask_leader
 from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.training.drain import is_told_to_drain
+from elastic_hpc.training.progress import listen, mark_drained
 
 _RENDEZVOUS = "torch.distributed.rendezvous"
 
@@ -140,7 +141,7 @@ class DrainHandler(job_environment.SignalHandler):
         self._saved = paths.result_pickle.with_name("saved")
 
     def start(self) -> None:
-        training.listen()
+        listen()
         if self._rank == 0:
             signal.signal(signal.SIGUSR2, self.checkpoint_and_try_requeue)
             signal.signal(signal.SIGTERM, self.checkpoint_and_try_requeue)  # a preemption without a warning
@@ -149,7 +150,7 @@ class DrainHandler(job_environment.SignalHandler):
         threading.Thread(target=self._watch, name="drain", daemon=True).start()
 
     def _watch(self) -> None:
-        while not training.is_told_to_drain():
+        while not is_told_to_drain():
             if self._saved.exists():
                 break
             time.sleep(_LOOK)
@@ -158,7 +159,7 @@ class DrainHandler(job_environment.SignalHandler):
             return
         while not self._saved.exists():
             time.sleep(_LOOK)
-        training.mark_drained()
+        mark_drained()
         self._left(self._rank).touch()
         os._exit(0)  # the main thread may be in a collective that rank 0 has left
 
@@ -186,7 +187,7 @@ class DrainHandler(job_environment.SignalHandler):
             raise
 
     def _exit(self) -> None:
-        training.mark_drained()
+        mark_drained()
         self._saved.touch()
         end = time.monotonic() + _LEAVE
         while time.monotonic() < end and not all(self._left(rank).exists() for rank in range(1, self._size)):

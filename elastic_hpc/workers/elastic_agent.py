@@ -40,7 +40,8 @@ from elastic_hpc.membership.messages import Failure, Order, Plan, State
 from elastic_hpc.membership.policy import TERM_GRACE, Policy
 from elastic_hpc.record.stamps import Stamper
 from elastic_hpc.record.stderr import tail
-from elastic_hpc.training import DRAIN_FILE, LOCAL_DIR, Progress
+from elastic_hpc.training.drain import DRAIN_FILE
+from elastic_hpc.training.progress import LOCAL_DIR, Progress
 from elastic_hpc.workers import guard, stacks
 from elastic_hpc.workers.drain import DrainSignals
 from elastic_hpc.workers.memory import OomWatch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from elastic_hpc.training import LOCAL_DIR, PROGRESS_FILE, Progress, read_progress
+from elastic_hpc.training.progress import LOCAL_DIR, PROGRESS_FILE, Progress, read_progress
 from elastic_hpc.workers.proc import is_stopped
 
 

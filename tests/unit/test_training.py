@@ -17,11 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint import run_world
 
-from elastic_hpc import training
 from elastic_hpc.errors import UsageError
 from elastic_hpc.training import Progress, accumulation, drain_requested, read_progress, report_progress
+from elastic_hpc.training.drain import own_drain
+from elastic_hpc.training.progress import own_report
 
 ROOT = Path(__file__).parents[2]
+
+
+def forget():
+    own_report.cache_clear()
+    own_drain.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +35,11 @@ def fresh_process(monkeypatch):
     """As if nothing had been asked yet, and without an agent."""
     for name in ("ELASTIC_HPC_LOCAL_DIR", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    training._worker.cache_clear()
+    forget()
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-    training._worker.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -94,7 +100,7 @@ def test_progress_that_cannot_be_written_does_not_stop_training(agent):
     report_progress(1)
     (agent / "progress.3").unlink()
     agent.rmdir()
-    training._worker.cache_clear()
+    forget()
     report_progress(2)
     agent.mkdir()
     report_progress(3)

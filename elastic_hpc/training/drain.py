@@ -1,0 +1,99 @@
+"""Whether to save and stop now, asked by a training script: all ranks get the same answer.
+
+The agent of a node makes the file ``drain`` in the folder where it meets its workers.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.training.checkpoint import control_group
+from elastic_hpc.training.progress import Report, meeting_folder, own_report
+
+DRAIN_FILE = "drain"
+
+
+def drain_requested(every: int = 1) -> bool:
+    """Whether to save and end now, as the time is up, the job is preempted, or the user wants it; once True, ever True.
+
+    The same answer on all ranks: call it at the same place on all of them, for example once a step. Only every
+    ``every``-th call asks the others, which costs a round trip among all ranks; the calls between repeat its answer.
+    Before ``init_process_group`` each rank has an answer of its own.
+    """
+    if every < 1:
+        raise UsageError(f"drain_requested(every={every}): expected a number of calls, at least 1")
+    return own_drain().requested(every)
+
+
+def is_told_to_drain() -> bool:
+    """Whether the agent wants the workers of this node to save and stop; no other rank is asked."""
+    return own_drain().is_told
+
+
+@functools.cache
+def own_drain() -> Drain:
+    return Drain(meeting_folder(), own_report())
+
+
+class Drain:
+    """One worker's part in a drain; ``folder`` is where it meets its agent, None if there is no agent."""
+
+    def __init__(self, folder: str | None, report: Report) -> None:
+        self.report = report
+        self._file = os.path.join(folder, DRAIN_FILE) if folder else None
+        self._calls = 0
+        self._with_agents = True
+        """Whether any rank has an agent; taken for granted until the ranks first talk."""
+        self._terminated = False
+        self._agreed = False
+        """Whether all ranks have answered True; before there was a process group, one may have done so alone."""
+
+    def requested(self, every: int) -> bool:
+        """See ``drain_requested``."""
+        self._calls += 1
+        if self._calls == 1:
+            self.report.listen()
+            self._heed_sigterm()
+        if self._agreed:
+            return True
+        control = control_group() if self._with_agents else None
+        if self._calls % every:
+            return self.report.drained and control is None
+        answer = self.report.drained or self._terminated or self.is_told
+        if control:
+            dist, group = control
+            flags = sys.modules["torch"].tensor([int(answer), int(self._file is not None)])
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+            answer, self._with_agents = map(bool, flags.tolist())
+            self._agreed = answer
+        if answer and not self.report.drained:
+            self.report.mark_drained()
+        return answer
+
+    @property
+    def is_told(self) -> bool:
+        return self._file is not None and os.path.exists(self._file)
+
+    def _heed_sigterm(self) -> None:
+        """Slurm sends SIGTERM to workers too, at a preemption and scancel: for a script that listens that is a drain.
+        A handler of the script's own is left alone, and so are processes that this one forks.
+        """
+        if self._file is None or threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            return
+
+        def on_sigterm(_signum: int, _frame: object) -> None:
+            self._terminated = True
+
+        def in_child() -> None:
+            if signal.getsignal(signal.SIGTERM) is on_sigterm:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        signal.signal(signal.SIGTERM, on_sigterm)
+        os.register_at_fork(after_in_child=in_child)
