@@ -1,4 +1,4 @@
-"""Which job a command is about: what a user types for JOB."""
+"""The argument JOB of the commands, and errors about jobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elastic_hpc.record.rundir import RunDir
 
 
 def add_job(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    """``args.job`` is its run directory, which may not be there yet, or the list of them."""
+    """``args.job`` becomes the run directory of the job, which may not be there yet; with ``nargs`` a list of them."""
     parser.add_argument(
         "job",
         metavar="JOB",
@@ -21,8 +21,8 @@ def add_job(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     )
 
 
-def one(command: str, rundir: RunDir) -> RunDir:
-    """The same, for a ``command`` that is about one job. Raises UsageError for an array."""
+def single(command: str, rundir: RunDir) -> RunDir:
+    """``rundir``, for a ``command`` that is about one job. Raises UsageError for an array."""
     if (tasks := expand(rundir.path)) != [rundir.path]:
         shown = f"{tasks[0].name} to {tasks[-1].name}" if len(tasks) > 1 else tasks[0].name
         raise UsageError(
@@ -33,7 +33,7 @@ def one(command: str, rundir: RunDir) -> RunDir:
 
 
 def nothing_to_show(look: Look) -> ElasticError:
-    """The job has done nothing that could be shown; why, and what to do."""
+    """That the job has done nothing yet; why, and what to do."""
     view = look.view
-    now = f"{view.state}: {view.note}" if view.note else view.state
-    return ElasticError("\n  ".join((f"job {view.id} has nothing to show; it is {now}", *view.advice)))
+    state = f"{view.state}: {view.note}" if view.note else view.state
+    return ElasticError("\n  ".join((f"job {view.id} has nothing to show; it is {state}", *view.advice)))

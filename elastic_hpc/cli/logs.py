@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.text import Text
 
 from elastic_hpc.cli import entry
-from elastic_hpc.cli.jobs import add_job, nothing_to_show, one
+from elastic_hpc.cli.jobs import add_job, nothing_to_show, single
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.look import Jobs
 from elastic_hpc.membership.nodes import NumberRanges, name_matcher
 from elastic_hpc.record.rundir import EventReader, RunDir
-from elastic_hpc.record.worker_logs import Line, Logs, Stream, Wanted, what_there_is
+from elastic_hpc.record.worker_logs import LogLine, Logs, Stream, Wanted, summary
 from elastic_hpc.view.story import Round
 from elastic_hpc.view.story_builder import story_of
 from elastic_hpc.view.times import clock
@@ -33,12 +33,12 @@ _EPILOG = """examples:
 Lines of different ranks are put in order by when their agent saw the file grow: to a second at first, to half a minute
 in rounds of hours. With -f they come as they are written."""
 
-_LOOK, _ASK = 0.3, 5.0
+_LOOK_INTERVAL, _STATE_INTERVAL = 0.3, 5.0
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command."""
+    """The options of the command."""
     add_job(parser)
     parser.epilog = _EPILOG
     parser.add_argument("-f", "--follow", action="store_true", help="go on as more is written, until the job ends")
@@ -59,50 +59,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; the answer is its exit code."""
-    rundir = one("logs", args.job)
+    rundir = single("logs", args.job)
     if args.lines is not None and args.lines < 0:
         raise UsageError(f"--lines {args.lines}: expected a number of lines, for example --lines 100")
     wanted, printer = _wanted(args, rundir), _Printer(rundir, timestamps=args.timestamps)
     logs = Logs(rundir.path / "logs", wanted)
-    lines: Iterable[Line] = logs.there(follow=args.follow)
+    lines: Iterable[LogLine] = logs.written(follow=args.follow)
     printer.print(lines if args.lines is None else deque(lines, maxlen=min(args.lines, sys.maxsize)))
     if args.follow:
         _follow(rundir, logs, printer)
     if not printer.printed and args.lines != 0:
-        _say_what_there_is(args, rundir)
+        _explain_nothing_shown(args, rundir)
     return 0
 
 
 def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
-    jobs, asked, told = Jobs([rundir]), float("-inf"), ""
+    jobs, last_look, last_state = Jobs([rundir]), float("-inf"), ""
     while True:
         over = False
-        if time.monotonic() - asked > _ASK:
-            asked = time.monotonic()
+        if time.monotonic() - last_look > _STATE_INTERVAL:
+            last_look = time.monotonic()
             ((view, *_),) = jobs.look()
             over = view.over
-            now = f"{view.state}: {view.note}" if view.note else view.state
-            if view.state != "RUNNING" and now != told:
-                entry.tell("elastic-hpc", "\n  ".join((f"job {view.id} is {now}", *view.advice)))
-            told = now
+            state = f"{view.state}: {view.note}" if view.note else view.state
+            if view.state != "RUNNING" and state != last_state:
+                entry.tell("elastic-hpc", "\n  ".join((f"job {view.id} is {state}", *view.advice)))
+            last_state = state
         printer.print(logs.added(time.time()))
         if over:
             printer.print(logs.rest(time.time()))
             return
         entry.heed_reader()
-        time.sleep(_LOOK)
+        time.sleep(_LOOK_INTERVAL)
 
 
-def _say_what_there_is(args: argparse.Namespace, rundir: RunDir) -> None:
-    """Nothing was shown. Raises UsageError if that is for what was asked for, ElasticError if nothing is there."""
+def _explain_nothing_shown(args: argparse.Namespace, rundir: RunDir) -> None:
+    """Raises UsageError if the options leave nothing to show, ElasticError if there are no logs."""
     options = {"--rank": args.rank, "--node": ",".join(args.node or ()), "--round": args.round}
     given = [f"{name} {value}" for name, value in options.items() if value]
     given += [f"--{name}" for name in ("stdout", "stderr") if getattr(args, name)]
-    there = what_there_is(rundir.path / "logs")
-    if given and there:
-        raise UsageError(f"{' '.join(given)}: nothing was written there; the logs have {there}")
-    if there:
-        entry.tell("elastic-hpc", f"rank 0 has written nothing, nor any rank to stderr; the logs have {there}")
+    existing = summary(rundir.path / "logs")
+    if given and existing:
+        raise UsageError(f"{' '.join(given)}: nothing was written there; the logs have {existing}")
+    if existing:
+        entry.tell("elastic-hpc", f"rank 0 has written nothing, nor any rank to stderr; the logs have {existing}")
     elif not args.follow:
         raise nothing_to_show(*Jobs([rundir]).look())
 
@@ -135,7 +135,7 @@ def _numbers(option: str, text: str) -> NumberRanges:
 
 
 class _Printer:
-    """Each line with its rank, and a headline for each round."""
+    """Prints each line with its rank, and a headline for each round."""
 
     def __init__(self, rundir: RunDir, *, timestamps: bool) -> None:
         self._reader = EventReader(rundir)
@@ -144,7 +144,7 @@ class _Printer:
         self._round = -1
         self.printed = False
 
-    def print(self, lines: Iterable[Line]) -> None:
+    def print(self, lines: Iterable[LogLine]) -> None:
         for line in lines:
             self.printed = True
             if line.round != self._round:
@@ -167,7 +167,8 @@ class _Printer:
         return _headline(rounds[-1], rounds[-2] if len(rounds) > 1 else None)
 
 
-def _headline(one: Round, before: Round | None) -> str:
+def _headline(round: Round, before: Round | None) -> str:
     why = "" if before is None else f", after: {before.cause}"
-    again = f", run {one.run + 1}" if one.run else ""
-    return f"round {one.number}{again}, {clock(one.formed)}, {len(one.nodes)} nodes, {one.world_size} workers{why}"
+    run = f", run {round.run + 1}" if round.run else ""
+    size = f"{len(round.nodes)} nodes, {round.world_size} workers"
+    return f"round {round.number}{run}, {clock(round.formed)}, {size}{why}"

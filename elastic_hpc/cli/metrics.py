@@ -32,7 +32,7 @@ Goodput of all jobs:  sum(elastic_hpc_node_seconds_total{kind="kept"}) / sum(ela
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command."""
+    """The options of the command."""
     add_job(parser, "*")
     parser.epilog = _EPILOG
     how = parser.add_mutually_exclusive_group()
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _write(registry, args.output)
     if args.every is not None:
-        over = _until_ctrl_c()
-        while not over.wait(args.every):
+        interrupted = _until_ctrl_c()
+        while not interrupted.wait(args.every):
             _write(registry, args.output)
     return 0
 
@@ -93,7 +93,7 @@ def _serve(registry: CollectorRegistry, address: str, port: int) -> int:
 
 
 def _until_ctrl_c() -> threading.Event:
-    over = threading.Event()
+    interrupted = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: over.set())
-    return over
+        signal.signal(name, lambda *_: interrupted.set())
+    return interrupted

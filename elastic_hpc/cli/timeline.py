@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from elastic_hpc.cli.jobs import add_job, nothing_to_show, one
+from elastic_hpc.cli.jobs import add_job, nothing_to_show, single
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.job.look import Jobs
 from elastic_hpc.view.timeline import html, png
@@ -20,7 +20,7 @@ _EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command."""
+    """The options of the command."""
     add_job(parser)
     parser.epilog = _EPILOG
     parser.add_argument("--html", metavar="FILE", help="write the page there; - is stdout")
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"where to? for example: elastic-hpc timeline {args.job.path.name} --html timeline.html")
     if args.html == args.png:
         raise UsageError(f"--html {args.html} --png {args.png}: expected two different files")
-    (look,) = Jobs([one("timeline", args.job)]).look()
+    (look,) = Jobs([single("timeline", args.job)]).look()
     if not args.job.path.is_dir():
         raise nothing_to_show(look)
     view, story, _ = look

@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from elastic_hpc.cli.jobs import add_job, one
+from elastic_hpc.cli.jobs import add_job, single
 from elastic_hpc.job.look import Jobs
 from elastic_hpc.view.why import page
 
@@ -19,13 +19,13 @@ It is told from the run directory, also weeks later and where there is no Slurm.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command."""
+    """The options of the command."""
     add_job(parser)
     parser.epilog = _EPILOG
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; the answer is its exit code."""
-    (look,) = Jobs([one("why", args.job)]).look()
+    (look,) = Jobs([single("why", args.job)]).look()
     Console(highlight=False, soft_wrap=True).print(page(*look))
     return 0

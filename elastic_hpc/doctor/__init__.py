@@ -1,1 +1,11 @@
-"""``elastic-hpc doctor``: what a site means for elastic jobs, by its settings and by a look from its nodes."""
+"""``elastic-hpc doctor``: what the settings and the nodes of a site mean for elastic jobs.
+
+Start with ``examine``, which collects all findings. It asks Slurm, reads configuration files and, with ``--run``,
+submits a job.
+
+* ``findings``: what a finding is. ``slurm_settings``: findings on Slurm's settings. ``log_dir``: on the file system.
+* ``probe``: runs on each node of the job, and writes a report. ``reports``: what a report has. ``probe_job``: the job.
+* ``nodes``, ``reach``: findings on the reports. ``site_file``: the configuration file that follows from the findings.
+
+``findings``, ``slurm_settings``, ``reports``, ``nodes``, ``reach`` and ``site_file`` touch nothing.
+"""

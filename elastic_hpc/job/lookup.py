@@ -71,7 +71,7 @@ def _candidates(job: str) -> Iterator[Path]:
 
 
 def _may_be_a_jobs(folder: Path) -> bool:
-    """Whether it is a folder that is not full of something else."""
+    """Whether ``folder`` is empty, or has a file of a run directory."""
     try:
         names = {entry.name for entry in folder.iterdir()}
     except PermissionError:  # another user's
@@ -82,7 +82,7 @@ def _may_be_a_jobs(folder: Path) -> bool:
 
 
 def _remembered(name: str) -> Iterator[Path]:
-    """Those that were submitted and have started, or may yet: a log directory that is gone had its jobs."""
+    """Submitted jobs called ``name`` that have started, or may start: not those whose log directory is gone."""
     array = re.fullmatch(r"(\d+)_\d+", name)
     for path in remembered():
         if path.name == name or (array and path.name == array[1]):

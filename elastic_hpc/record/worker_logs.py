@@ -1,4 +1,4 @@
-"""What the workers wrote, put in order over ranks and rounds, and followed as it grows. Reads files."""
+"""The output of the workers, in order over ranks and rounds, and as it grows. Reads files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _PARTIAL = 64 * 1024
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line that a worker wrote. ``time``: when, within a second at first and half a minute after an hour; in
-    seconds since the epoch on its node.
+class LogLine:
+    """One line that a worker wrote. ``time``: when, in seconds since the epoch by the clock of its node; exact to a
+    second at first, and to half a minute after an hour.
     """
 
     time: float
@@ -38,7 +38,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which lines; None for all. By default those of rank 0, and what any rank wrote to stderr. ``nodes`` are
+    """Which lines; None for all. By default the lines of rank 0, and what any rank wrote to stderr. ``nodes`` are
     in Slurm's notation, and may be patterns: see ``membership.nodes.name_matcher``.
     """
 
@@ -73,7 +73,7 @@ class _Source:
 
 
 def _sources(folder: Path, wanted: Wanted) -> list[_Source]:
-    """The files in a run directory's ``logs`` that are wanted, the oldest round first."""
+    """The files in ``folder``, the ``logs`` of a run directory, that are wanted, the oldest round first."""
     found = []
     for path in folder.glob("*/*/rank*.*"):
         number, file = _ROUND.fullmatch(path.parts[-3]), _FILE.fullmatch(path.name)
@@ -86,12 +86,12 @@ def _sources(folder: Path, wanted: Wanted) -> list[_Source]:
 
 
 def files(folder: Path, rank: int, stream: Stream) -> list[Path]:
-    """Those in a run directory's ``logs`` that the worker of ``rank`` has written, one for each round."""
+    """The files in ``folder``, the ``logs`` of a run directory, that the worker of ``rank`` wrote, one a round."""
     return [source.path for source in _sources(folder, Wanted(ranks=(rank,), streams=(stream,)))]
 
 
-def what_there_is(folder: Path) -> str:
-    """The rounds, ranks and nodes of which there are files in a run directory's ``logs``; empty if there is none."""
+def summary(folder: Path) -> str:
+    """The rounds, ranks and nodes that have files in ``folder``, the ``logs`` of a run directory; empty for none."""
     sources = _sources(folder, Wanted(streams=("out", "err")))
     if not sources:
         return ""
@@ -100,18 +100,19 @@ def what_there_is(folder: Path) -> str:
 
 
 class _Tail:
-    """The lines that were added to a file since the last look."""
+    """Reads the lines that were added to a file since the last call."""
 
     def __init__(self, source: _Source) -> None:
         self._source = source
         self._offset = 0
-        self._begun = b""
+        self._partial = b""
+        """The beginning of a line whose end is not written yet."""
         self._stamps = Stamps(source.path)
 
-    def read(self, *, now: float | None = None) -> list[Line]:
-        """Some, none at its end. ``now``: when they came; None to look it up."""
-        found: list[Line] = []
-        while not found:
+    def read(self, *, now: float | None = None) -> list[LogLine]:
+        """Some of the lines, none at the end of the file. ``now``: when they were added; None to look that up."""
+        added_lines: list[LogLine] = []
+        while not added_lines:
             try:
                 with open(self._source.path, "rb") as file:
                     file.seek(self._offset)
@@ -120,63 +121,64 @@ class _Tail:
                 return []
             if not added:
                 return []
-            begin = self._offset - len(self._begun)
+            begin = self._offset - len(self._partial)
             self._offset += len(added)
-            *whole, self._begun = (self._begun + added).split(b"\n")
-            for text in whole:
+            *lines, self._partial = (self._partial + added).split(b"\n")
+            for text in lines:
                 begin += len(text) + 1
-                found.append(self._line(text, begin, now))
-            if len(self._begun) > _PARTIAL:
-                found.extend(self.rest(now=now))
-        return found
+                added_lines.append(self._line(text, begin, now))
+            if len(self._partial) > _PARTIAL:
+                added_lines.extend(self.rest(now=now))
+        return added_lines
 
-    def drain(self, *, rest: bool) -> Iterator[Line]:
-        """All there are, with ``rest`` also a last one that has no end."""
+    def all(self, *, rest: bool) -> Iterator[LogLine]:
+        """All lines, with ``rest`` also a last line without an end."""
         while lines := self.read():
             yield from lines
         if rest:
             yield from self.rest()
 
-    def rest(self, *, now: float | None = None) -> list[Line]:
-        """A last line that has no end."""
-        text, self._begun = self._begun, b""
+    def rest(self, *, now: float | None = None) -> list[LogLine]:
+        """A last line without an end."""
+        text, self._partial = self._partial, b""
         return [self._line(text, self._offset, now)] if text else []
 
-    def _line(self, text: bytes, end: int, now: float | None) -> Line:
+    def _line(self, text: bytes, end: int, now: float | None) -> LogLine:
         shown = text.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")  # of a progress bar its last state
-        one = self._source
-        return Line(self._stamps.at(end) if now is None else now, one.round, one.node, one.rank, one.stream, shown)
+        time, source = self._stamps.at(end) if now is None else now, self._source
+        return LogLine(time, source.round, source.node, source.rank, source.stream, shown)
 
 
 class Logs:
-    """The lines in a run directory's ``logs``: those that are there, and those that come."""
+    """The wanted lines in ``folder``, the ``logs`` of a run directory: those written so far, and those added later."""
 
     def __init__(self, folder: Path, wanted: Wanted) -> None:
         self._folder, self._wanted = folder, wanted
         self._tails: dict[Path, _Tail] = {}
 
-    def there(self, *, follow: bool = False) -> Iterator[Line]:
-        """All lines that are there, round after round, in each in order of time. ``follow``: ``added`` will be called;
-        a last line that has no end yet is left to it.
+    def written(self, *, follow: bool = False) -> Iterator[LogLine]:
+        """All lines so far, round after round, in each round in order of time. ``follow``: leave a last line that has
+        no end yet to ``added``.
         """
         rounds: dict[tuple[int, int], list[_Tail]] = {}
-        for source, tail in self._look():
+        for source, tail in self._update():
             rounds.setdefault((source.run, source.round), []).append(tail)
         for tails in rounds.values():
-            yield from heapq.merge(*(tail.drain(rest=not follow) for tail in tails), key=lambda line: line.time)
+            yield from heapq.merge(*(tail.all(rest=not follow) for tail in tails), key=lambda line: line.time)
 
-    def added(self, now: float) -> Iterator[Line]:
-        """What has come since the last call."""
-        for _, tail in self._look():
+    def added(self, now: float) -> Iterator[LogLine]:
+        """The lines that were added since the last call."""
+        for _, tail in self._update():
             while lines := tail.read(now=now):
                 yield from lines
 
-    def rest(self, now: float) -> Iterator[Line]:
-        """Last lines without an end, when no more will come."""
+    def rest(self, now: float) -> Iterator[LogLine]:
+        """The last lines without an end, when nothing more will be written."""
         for tail in self._tails.values():
             yield from tail.rest(now=now)
 
-    def _look(self) -> list[tuple[_Source, _Tail]]:
+    def _update(self) -> list[tuple[_Source, _Tail]]:
+        """All files so far."""
         sources = _sources(self._folder, self._wanted)
         for source in sources:
             if source.path not in self._tails:

@@ -1,4 +1,13 @@
-"""The only package that runs Slurm's commands. Unknown is not empty: what cannot be asked raises SlurmError."""
+"""The only folder that runs Slurm's commands; other folders use the functions that this module names. Unknown is not
+empty: what Slurm does not answer raises SlurmError.
+
+Start with ``job``: what Slurm says about a job. ``client`` runs the commands. ``states`` (pure) has the states of jobs.
+
+* ``submit``, ``requeuing``, ``steps``: a job is submitted, goes back to the queue, gets another job step.
+* ``joining``, ``directives`` (pure): joiners, and which lines of the batch script hold for them. ``nodes``: lists of
+  nodes.
+* ``settings``: what the site has set. ``env``: what Slurm tells an agent by its environment.
+"""
 
 from elastic_hpc.slurm.directives import joiner_script
 from elastic_hpc.slurm.job import cancel, epoch, job_state, queue, show_job, states, warn, warning_reason

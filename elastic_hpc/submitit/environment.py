@@ -22,7 +22,7 @@ _RECORD_WITHIN = 30.0
 
 
 class ElasticPaths(utils.JobPaths):
-    """submitit's paths; the result is that of a round, the rest that job has in ``run_dir``."""
+    """submitit's paths of a rank. The result is that of ``round``, the logs are those of the job in ``run_dir``."""
 
     def __init__(self, folder: Path | str, job_id: str, task_id: int, run_dir: Path, round: int) -> None:
         super().__init__(folder, job_id, task_id)
@@ -41,7 +41,7 @@ class ElasticPaths(utils.JobPaths):
         return self._log("err")
 
     def _log(self, stream: Stream) -> Path:
-        """What the rank wrote last; before it was started, the output of the batch script and the agents."""
+        """The last file of the rank; before the rank was started, the output of the batch script and the agents."""
         from elastic_hpc.record.worker_logs import files
 
         written = files(self.run_dir / "logs", self.task_id, stream)
@@ -49,7 +49,7 @@ class ElasticPaths(utils.JobPaths):
 
 
 class ElasticJobEnvironment(job_environment.JobEnvironment):
-    """Where a function runs: ranks and sizes are those of the world that trains, which changes from round to round."""
+    """The world in which a function runs; ranks and sizes change from round to round."""
 
     _env: ClassVar[dict[str, str]] = {
         "num_tasks": "WORLD_SIZE",
@@ -72,7 +72,7 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
 
     @property
     def job_id(self) -> str:
-        """What the job was submitted as, also where another goes on in its place, and on a joiner."""
+        """The id under which the job was submitted, also on a joiner, and if another job goes on in its place."""
         return self.run_dir.name
 
     @property
@@ -109,7 +109,7 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
 
     @property
     def _is_local(self) -> bool:
-        """Whether the nodes are processes of one machine, whose names nobody could resolve."""
+        """Whether the nodes are processes of one machine, with names that cannot be resolved."""
         return LOCAL_NODES in os.environ
 
     @property
@@ -118,13 +118,13 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
         return ElasticPaths(os.environ["SUBMITIT_FOLDER"], self.job_id, self.global_rank, self.run_dir, self.round)
 
     def _requeue(self, countdown: int) -> None:
-        """The agents do that."""
+        """Does nothing: the agents requeue."""
 
     def _handle_signals(self, paths: utils.JobPaths, submission: utils.DelayedSubmission) -> None:
-        """A function that can checkpoint is asked to when the agent wants its workers to save and stop. One that calls
-        ``drain_requested`` hears that itself, and one that does neither is stopped.
+        """Called by submitit in the worker when it has loaded the function, before it calls the function.
 
-        submitit calls this in the worker, when it has loaded the function and before it calls it.
+        When the agent wants its workers to save and stop, a function that can checkpoint is asked to checkpoint. A
+        function that calls ``drain_requested`` asks for itself, and any other function is stopped.
         """
         from elastic_hpc.submitit import worker
 

@@ -1,7 +1,7 @@
 """The executors ``elastic`` and ``elastic-local`` of submitit: functions as elastic jobs.
 
-An entry point in the group ``submitit``. Everybody's submitit imports it when it looks for its executors: what a job
-needs is imported when there is one.
+An entry point in the group ``submitit``. submitit imports this module in every program that uses submitit, so
+imports for a job are made when there is a job.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class ElasticExecutor(core.Executor):
 
     @classmethod
     def name(cls) -> str:
-        """Called by submitit on each executor that it has loaded, in the order of its list, when it makes its table of
-        them. A package may put one executor into that list by its entry points; ours puts the other behind it.
+        """Called by submitit on each executor in its list of loaded executors, to make a table of them. A package can
+        put only one executor into the list by an entry point, so this call appends the other.
         """
         loaded = plugins._get_plugins()[0]
         if ElasticExecutor in loaded and ElasticLocalExecutor not in loaded:
@@ -66,7 +66,7 @@ class ElasticExecutor(core.Executor):
 
     @classmethod
     def _valid_parameters(cls) -> set[str]:
-        """None, as AutoExecutor looks names without a prefix up in all executors, whatever its cluster."""
+        """Empty, as AutoExecutor looks up names without a prefix in all executors, whatever its cluster."""
         return set()
 
     def _internal_update_parameters(self, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class ElasticExecutor(core.Executor):
         return runs_folder(self.folder)
 
     def _spec(self, parameters: Mapping[str, Any], count: int = 1) -> JobSpec:
-        """The job of ``count`` functions. UsageError if there is none with these parameters."""
+        """The job for ``count`` functions. Raises UsageError if the parameters are not those of a job."""
         from elastic_hpc.job.spec import JobSpec
         from elastic_hpc.submitit.parameters import options_of
 
@@ -116,14 +116,14 @@ class ElasticExecutor(core.Executor):
                 raise utils.FailedJobError(str(error)) from error
             raise
         ids = [job.id] if len(pickles) == 1 else [f"{job.id}_{task}" for task in range(len(pickles))]
-        jobs: list[core.Job[Any]] = [ElasticJob(self.folder, each) for each in ids]
-        for each, path in zip(jobs, pickles, strict=True):
-            each.paths.move_temporary_file(path, "submitted_pickle")
+        jobs: list[core.Job[Any]] = [ElasticJob(self.folder, id) for id in ids]
+        for submitted, path in zip(jobs, pickles, strict=True):
+            submitted.paths.move_temporary_file(path, "submitted_pickle")
         jobs[0].paths.submission_file.write_text(render(spec))
         return jobs
 
     def _dump(self, delayed_submissions: Sequence[utils.DelayedSubmission]) -> list[Path]:
-        """The pickles, under names of their own until the jobs have ids."""
+        """The pickles, under temporary names until the jobs have ids."""
         self._runs.mkdir(mode=0o700, parents=True, exist_ok=True)
         paths = []
         for delayed in delayed_submissions:
@@ -142,8 +142,8 @@ class ElasticExecutor(core.Executor):
 
 
 class ElasticLocalExecutor(ElasticExecutor):
-    """Runs functions on this machine, without Slurm, a process for each node that the job may use. What describes the
-    job to Slurm is of no use here, and not looked at.
+    """Runs functions on this machine, without Slurm, with an agent for each node that the job may use. Options that
+    describe the job to Slurm are ignored.
     """
 
     @classmethod
@@ -178,11 +178,11 @@ class ElasticLocalExecutor(ElasticExecutor):
         srun = module_command(sys.executable, "elastic_hpc.cli.srun", *options)
         command = [*srun, launch.script, *launch.script_args]
         environ = {**os.environ, **{name: setting.value for name, setting in spec.env.items()}}
-        with rundir.hold() as lock, open(f"{rundir.path}.log", "wb") as said:
+        with rundir.hold() as lock, open(f"{rundir.path}.log", "wb") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=said,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environ,
                 pass_fds=[lock.fileno()],
@@ -218,7 +218,7 @@ def _init_ours(cls: type[core.Executor], folder: Path | str, **kwargs: Any) -> c
     return cls(folder, **given)
 
 
-# AutoExecutor takes nodes for an int, and forgets slurm_* parameters when the cluster has another name. No other
-# cluster is touched. tests/unit/test_submitit.py notices when submitit changes.
+# AutoExecutor takes nodes for an int, and drops slurm_* parameters when the cluster has another name. Other clusters
+# are left as they are. A test in tests/unit/test_submitit.py fails when submitit changes.
 auto.AutoExecutor._internal_update_parameters = _update_parameters_of_ours  # type: ignore[assignment,method-assign]
 auto.flexible_init = _init_ours

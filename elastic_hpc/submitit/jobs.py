@@ -1,4 +1,4 @@
-"""Jobs of the executors ``elastic`` and ``elastic-local``: what submitit asks of a job, answered by ``job.Job``."""
+"""Jobs of the executors ``elastic`` and ``elastic-local``: submitit's interface of a job on top of ``handle.Job``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class States(core.InfoWatcher):
     """What Slurm says about all unfinished jobs, with one question for all of them; accounting is not needed."""
 
     def update(self) -> None:
-        asked = sorted(self._registered - self._finished)
+        jobs = sorted(self._registered - self._finished)
         try:
-            said = slurm.states(*asked) if asked else {}
+            states = slurm.states(*jobs)
         except ElasticError as error:  # unknown is not ended
             logger.get_logger().warning("%s; the jobs' states may be out of date", error)
         else:
-            self._info_dict |= {job: {"State": said.get(job, "GONE")} for job in asked}
-            self._finished |= {job for job in asked if self.is_done(job, mode="cache")}
+            self._info_dict |= {job: {"State": states.get(job, "GONE")} for job in jobs}
+            self._finished |= {job for job in jobs if self.is_done(job, mode="cache")}
         self._num_calls += 1
         self._last_status_check = time.time()
 
@@ -40,12 +40,12 @@ class States(core.InfoWatcher):
 
 
 class ElasticJob(core.Job[core.R]):
-    """A function that runs, or ran, on every rank of an elastic world. The number of ranks is known at the end."""
+    """A function that runs, or ran, on every rank of an elastic world. The number of ranks is final at the end."""
 
     watcher = States(delay_s=60)
 
     def __init__(self, folder: Path | str, job_id: str, tasks: Sequence[int] | None = None) -> None:
-        """``tasks``: of one rank only; None for all of them."""
+        """``tasks``: one rank only; None for all ranks."""
         self._folder, self._rank = folder, tasks[0] if tasks else None
         run_dir = runs_folder(folder) / job_id
         self._job = Job(run_dir)
@@ -59,7 +59,7 @@ class ElasticJob(core.Job[core.R]):
 
     @property
     def paths(self) -> ElasticPaths:
-        """The result's is that of the last round so far."""
+        """The path of the result is that of the last round so far."""
         self._elastic_paths.round = self._job.last_round().get("round", 0)
         return self._elastic_paths
 
@@ -81,17 +81,17 @@ class ElasticJob(core.Job[core.R]):
         return self._state("standard")[0]
 
     def _state(self, mode: str) -> tuple[str, bool]:
-        """State, and whether it is final. Slurm is asked by the watcher, which asks for all jobs at once."""
+        """The state, and whether it is final. The watcher asks Slurm, for all jobs at once."""
         if final := self._job.final_state():
             return final, True
         state = self.watcher.get_state(self._job.slurm_id, mode)
         if state != "UNKNOWN" and self.watcher.is_done(self._job.slurm_id, "cache"):
-            status = self._job.status()  # another job may have taken its place
+            status = self._job.status()  # another job may go on in its place
             return status.state, status.done
         return state, False
 
     def get_info(self, mode: str = "force") -> dict[str, str]:
-        """What submitit's own jobs of Slurm say; the nodes are those of the world."""
+        """The fields of submitit's own Slurm jobs; the nodes are those of the world."""
         state, _ = self._state(mode)
         nodes = ",".join(self._job.last_round().get("nodes", ()))
         return {"JobID": self.job_id, "State": state, "NodeList": nodes}
@@ -102,7 +102,7 @@ class ElasticJob(core.Job[core.R]):
         return [self._result_of(rank) for rank in ranks]
 
     def result(self) -> Any:
-        """What the function has returned on rank 0, or on this rank."""
+        """What the function returned on rank 0, or on this rank."""
         self._ended()
         return self._result_of(self._rank or 0)
 
@@ -116,8 +116,8 @@ class ElasticJob(core.Job[core.R]):
         where = f"the job's record is {self._job.run_dir}"
         if trace and status.state == "FAILED":
             return utils.FailedJobError(f"Job {self.job_id} failed: {status.reason}\n{trace}\n{where}")
-        said = "" if self._job.final_state() else self.stderr()  # who left no verdict may have left words
-        reason = "\n".join(filter(None, (status.reason, said)))
+        output = "" if self._job.final_state() else self.stderr()  # without a verdict, the output may say why
+        reason = "\n".join(filter(None, (status.reason, output)))
         return utils.UncompletedJobError(
             f"Job {self.job_id} has not finished (state {status.state}): {reason}\n{where}"
         )
@@ -149,7 +149,9 @@ class ElasticJob(core.Job[core.R]):
         return functions.result(path)
 
     def _get_logs_string(self, name: str) -> str | None:
-        """All rounds of this rank, or of all ranks one after the other; at first, what the batch script has said."""
+        """All rounds of this rank, or of all ranks one after the other; before the first round, the output of the batch
+        script.
+        """
         if self._job.last_round():
             ranks = range(self.num_tasks) if self._rank is None else [self._rank]
             written = ("".join(self._job.logs(rank, "out" if name == "stdout" else "err")) for rank in ranks)
@@ -166,7 +168,7 @@ class ElasticJob(core.Job[core.R]):
                 raise
 
     def cancel_at_deletion(self, value: bool = True) -> ElasticJob[core.R]:
-        """As submitit's. The end of the program deletes the job too, and does so while there is still a Python."""
+        """As submitit's. The end of the program deletes the job too, before the interpreter shuts down."""
         if value:
             atexit.register(_delete, weakref.ref(self))
         self._cancel_at_deletion = value
@@ -200,7 +202,7 @@ class ElasticLocalJob(ElasticJob[core.R]):
         return status.state, status.done
 
     def _register_in_watcher(self) -> None:
-        """Slurm does not know it."""
+        """Does nothing: Slurm does not know the job."""
 
     def _interrupt(self, timeout: bool = False) -> None:
         self._job.drain("time limit" if timeout else "preempted")

@@ -1,4 +1,4 @@
-"""Parameters of submitit as options of an elastic job. What is one is for submitit to say, and for sbatch's table."""
+"""Parameters of submitit as options of an elastic job. submitit and the table of sbatch's options say which exist."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _KNOWN = _OPTIONS | SlurmExecutor._valid_parameters() | AutoExecutor._valid_para
 
 
 class _AsSlurm(SlurmExecutor):
-    """Holds what submitit's own executor for Slurm would have been told; starts nothing, needs no Slurm."""
+    """Takes the parameters of submitit's own Slurm executor, without Slurm, and starts nothing."""
 
     def __init__(self) -> None:
         self.parameters: dict[str, Any] = {}
@@ -45,8 +45,8 @@ class _AsSlurm(SlurmExecutor):
 
 
 def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters of AutoExecutor that begin with ``elastic_``, without that, and the others. Raises NameError for
-    those that do not exist, as submitit does for its own executors.
+    """The parameters of AutoExecutor that begin with ``elastic_``, without the prefix, and the others. Raises NameError
+    for a parameter that does not exist, as submitit does for its own executors.
     """
     ours = {key.removeprefix("elastic_"): value for key, value in given.items() if key.startswith("elastic_")}
     for name in ours:
@@ -59,9 +59,9 @@ def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def of_auto(auto: AutoExecutor, given: Mapping[str, Any], update: Update) -> dict[str, Any]:
-    """Parameters of AutoExecutor for an elastic executor: those of ours win over Slurm's, these over those without a
-    prefix. ``update`` is submitit's own, which checks and translates for Slurm whatever submitit knows; it takes
-    ``nodes`` for a number, and knows fewer options of sbatch than there are.
+    """Parameters of AutoExecutor for an elastic executor: ``elastic_`` wins over ``slurm_``, which wins over no prefix.
+    ``update`` is submitit's own function, which checks the parameters that submitit knows and translates them for
+    Slurm. ``nodes``, which it takes for a number, and options of sbatch that it does not know are kept from it.
     """
     ours, others = split({key: value for key, value in given.items() if value is not None})
     beyond = {}
@@ -81,7 +81,7 @@ SBATCH_ONLY = frozenset(name.replace("-", "_") for name in SBATCH) - SlurmExecut
 
 
 def renamed(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters by the names of options."""
+    """The parameters under the names of options."""
     options = {_RENAMED.get(name, name): value for name, value in parameters.items()}
     if (gb := options.pop("mem_gb", None)) is not None:
         options["mem"] = f"{gb:.0f}G" if gb == int(gb) else f"{gb * 1024:.0f}M"
@@ -91,7 +91,7 @@ def renamed(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Renamed parameters as options by name. UsageError for those that an elastic job cannot have."""
+    """Renamed parameters as options by name. UsageError for a parameter that an elastic job cannot have."""
     options = dict(parameters)
     for name, reason in _REFUSED.items():
         if options.pop(name, None):

@@ -1,8 +1,8 @@
-"""In a worker that runs a function: what functions written for submitit's Slurm cluster take for granted there.
+"""Adapts a worker that runs a function to what functions written for submitit's Slurm cluster take for granted.
 
-They make their own process group, of what ``submitit.JobEnvironment`` says and a port that they choose: by the helper
-``TorchDistributedEnvironment``, by lines like it, or through a file. Under Slurm rank 0 hosts that store. Here torch's
-workers only ever connect, to the store that the agents keep ready, and a file would be that of the round before.
+Such functions form their own process group, from ``submitit.JobEnvironment`` and a port that they choose: by the helper
+``TorchDistributedEnvironment``, by similar lines, or through a file. Under Slurm, rank 0 hosts the store for that.
+Under agents, torch's workers only connect, to the agents' store, and a file would be left from the last round.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from elastic_hpc.training.progress import listen, mark_drained
 
 _RENDEZVOUS = "torch.distributed.rendezvous"
 
-_LOOK = 0.2
+_POLL = 0.2
 _LEAVE = 5.0
 """Seconds that rank 0, which has saved, waits for the other ranks to leave."""
 
 
 def adapt() -> None:
-    """Change submitit's helper, and torch's ways to form a process group, in this process. Once, before the function
-    runs: what the agent has set in the environment is read here.
+    """Change submitit's helper, and torch's ways to form a process group, in this process. To be called once, before
+    the function runs and may change the environment, in which the agent has set what is needed.
     """
     meeting = Meeting()
     meeting.adapt_helper(helpers.TorchDistributedEnvironment)
@@ -48,21 +48,21 @@ def adapt() -> None:
 
 
 class Meeting:
-    """Where the workers of this round meet, as their agent has said."""
+    """Where the workers of this round meet, by the variables that their agent has set."""
 
     def __init__(self) -> None:
         self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._rank0, self._round = os.environ["ELASTIC_HPC_RANK0_ADDR"], os.environ["ELASTIC_HPC_ROUND"]
-        self._place = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self._on_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        self._rank_and_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
 
     def adapt_helper(self, helper: type) -> None:
-        """It is told this round's store, and may export what is exported already: nothing changes by that."""
+        """The helper gets this round's store, and may export variables again, which changes nothing."""
         init, export = helper.__init__, helper.export  # type: ignore[misc, attr-defined]
 
         def init_for_round(env: Any) -> None:
             init(env)
-            env.local_world_size = self._on_node
+            env.local_world_size = self._local_world_size
             if env.master_port == self._port:
                 env.master_addr = self._host
 
@@ -74,17 +74,18 @@ class Meeting:
         helper.export = export_again  # type: ignore[attr-defined]
 
     def adapt_torch(self, rendezvous: ModuleType) -> None:
-        """The store at the agents' port is theirs. At another port rank 0 hosts it, as everywhere without torchrun, and
-        a world of all ranks finds it where rank 0 is, whatever host a function has worked out. Files are a round's.
+        """At the agents' port, torch uses the store of the agents. At another port rank 0 hosts the store, as without
+        torchrun, and a world of all ranks finds it where rank 0 is, whatever host the function has derived. Each round
+        has a file of its own.
         """
         create, file_store = rendezvous._create_c10d_store, rendezvous.FileStore
 
         def create_store(host: str, port: int, rank: int, world_size: int, *args: Any, **kwargs: Any) -> Any:
-            of_agents = port == self._port
-            rendezvous._torchelastic_use_agent_store = lambda: of_agents  # type: ignore[attr-defined]
-            if of_agents:
+            is_agents = port == self._port
+            rendezvous._torchelastic_use_agent_store = lambda: is_agents  # type: ignore[attr-defined]
+            if is_agents:
                 host = self._host
-            elif (rank, world_size) == self._place:
+            elif (rank, world_size) == self._rank_and_size:
                 host = self._rank0
             return create(host, port, rank, world_size, *args, **kwargs)
 
@@ -117,14 +118,14 @@ class _WhenImported:
         return spec
 
     def given(self) -> None:
-        """A standby has given modules that it had imported ahead (``elastic_hpc.workers.aside``)."""
+        """Called when a standby puts in place modules that it had imported ahead (``elastic_hpc.workers.aside``)."""
         if self._name in sys.modules:
             sys.meta_path.remove(self)
             self._change(sys.modules[self._name])
 
 
 class DrainHandler(job_environment.SignalHandler):
-    """submitit's handler, set off by the agent: rank 0 checkpoints, then all ranks leave. The agents requeue."""
+    """submitit's handler, triggered by the agent: rank 0 checkpoints, then all ranks leave. The agents requeue."""
 
     def __init__(
         self,
@@ -153,12 +154,12 @@ class DrainHandler(job_environment.SignalHandler):
         while not is_told_to_drain():
             if self._saved.exists():
                 break
-            time.sleep(_LOOK)
+            time.sleep(_POLL)
         if self._rank == 0:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
             return
         while not self._saved.exists():
-            time.sleep(_LOOK)
+            time.sleep(_POLL)
         mark_drained()
         self._left(self._rank).touch()
         os._exit(0)  # the main thread may be in a collective that rank 0 has left
@@ -167,9 +168,9 @@ class DrainHandler(job_environment.SignalHandler):
         return self._saved.with_name(f"left.{rank}")
 
     def has_timed_out(self) -> bool:
-        """The time limit came, which the agents know; a preemption, the user, or a change of the world did not."""
-        asked = [e["reason"] for e in self._rundir.events() if e["event"] in {"request", "drain"}]
-        return asked[-1:] == ["time limit"]
+        """Whether the agents stop the workers for the time limit, not for a preemption, the user, or a new world."""
+        reasons = [event["reason"] for event in self._rundir.events() if event["event"] in {"request", "drain"}]
+        return reasons[-1:] == ["time limit"]
 
     def checkpoint_and_try_requeue(self, signum: int, frame: FrameType | None = None) -> None:
         if os.getpid() != self._pid:  # a data loader has inherited this handler
@@ -191,5 +192,5 @@ class DrainHandler(job_environment.SignalHandler):
         self._saved.touch()
         end = time.monotonic() + _LEAVE
         while time.monotonic() < end and not all(self._left(rank).exists() for rank in range(1, self._size)):
-            time.sleep(_LOOK)
+            time.sleep(_POLL)
         os._exit(0)

@@ -1,1 +1,9 @@
-"""Jobs as they are shown: the story that a record tells, and the screens, pages and metrics that are made of it."""
+"""Jobs as they are shown: the story that a record tells, and the screens, pages and metrics made of the story. Pure.
+
+Start with ``story`` (the runs, rounds and faults of a job) and ``job.JobView`` (a job at one moment), which all views
+show.
+
+* ``story_builder``: events -> story. ``account``: where the time of the nodes went. ``state``: which state a job is in.
+* ``status``: table and card. ``why``: the page of ``elastic-hpc why``. ``metrics``: for Prometheus.
+* ``timeline``, ``picture``: the page and image of ``elastic-hpc timeline``. ``times``: moments and durations as text.
+"""

@@ -15,13 +15,13 @@ import records
 
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.record.stamps import FILE, Stamper, Stamps
-from elastic_hpc.record.worker_logs import Line, Logs, Wanted
+from elastic_hpc.record.worker_logs import LogLine, Logs, Wanted
 
 FAULTS = records.FOLDER / "faults"
 
 
-def read(folder: Path, wanted: Wanted | None = None) -> list[Line]:
-    return list(Logs(folder, wanted or Wanted()).there())
+def read(folder: Path, wanted: Wanted | None = None) -> list[LogLine]:
+    return list(Logs(folder, wanted or Wanted()).written())
 
 
 class Round:
@@ -128,7 +128,7 @@ def test_what_comes_is_followed_and_no_line_is_lost_or_shown_twice(tmp_path: Pat
     one = Round(tmp_path, "0.1", "n1")
     one.write(0, "a\nb", 1.0)
     logs = Logs(tmp_path, Wanted())
-    assert [line.text for line in logs.there(follow=True)] == ["a"]
+    assert [line.text for line in logs.written(follow=True)] == ["a"]
     one.write(0, "b\nc\n")
     Round(tmp_path, "0.2", "n1").write(0, "d\n")
     Round(tmp_path, "0.2", "n2").write(1, "not asked for\n")
