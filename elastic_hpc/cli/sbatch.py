@@ -7,18 +7,15 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 from textwrap import fill
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
-from elastic_hpc.errors import ElasticError, UsageError
-from elastic_hpc.from_batch.convert import from_batch
+from elastic_hpc.errors import UsageError
+from elastic_hpc.from_batch.job import job_of_batch_script
 from elastic_hpc.job.request import Request, layers_of
 from elastic_hpc.job.spec import JobSpec, build
-from elastic_hpc.job.submission import checked, prepared
-from elastic_hpc.options.durations import as_text
+from elastic_hpc.job.submission import checked, prepared, short_times
 from elastic_hpc.options.sbatch import COMMAND_LINE, COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.options.sbatch_environment import for_sbatch_itself
 from elastic_hpc.options.table import ELASTIC, JOB_OPTIONS, LAUNCH_OPTIONS, SCRIPT_SWITCHES, ElasticOption
@@ -47,7 +44,6 @@ GROUPS = {"launch options": LAUNCH_OPTIONS, "job options": (_FROM_BATCH, *JOB_OP
 _OWN = (*(option.scanned() for group in GROUPS.values() for option in group), Option("usage", value=""))
 _OWN_NAMES = {option.name for option in _OWN}
 _TORCHRUNS = tuple(replace(o, letter=o.letter.strip("t")) for o in TORCHRUN if o.name not in _OWN_NAMES)  # -t is --time
-_KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM
 
 USAGE = "elastic-sbatch [options] SCRIPT [args...]"
 DESCRIPTION = """\
@@ -123,7 +119,7 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     if batch is not None:
         if module or no_python:
             raise UsageError(f"-m or --no-python with --from-batch {batch}: the batch script says that; leave it out")
-        return _from_batch(batch, rest, options, sbatch, torchruns)
+        return job_of_batch_script(batch, rest, options, sbatch, torchruns)
     if not rest or rest[0] in {"", "-"}:
         for option in given:
             check(option)  # --wrap needs no script
@@ -142,45 +138,6 @@ def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
             of_script=layers,
         )
     )
-
-
-def _from_batch(
-    batch: str,
-    args: Sequence[str],
-    options: Sequence[tuple[str, str]],
-    sbatch: Sequence[Given],
-    torchruns: Sequence[Given],
-) -> JobSpec:
-    try:
-        content = Path(batch).read_bytes()
-    except OSError as error:
-        raise UsageError(f"--from-batch {batch}: {error.strerror}; expected a batch script that can be read") from None
-    found = from_batch(content, batch, args, os.environ)
-    job = build(
-        Request(
-            found.script,
-            found.script_args,
-            options,
-            sbatch,
-            COMMAND_LINE,
-            module=found.module,
-            no_python=found.no_python,
-            torchrun=torchruns,
-            of_script=found.layers,
-            notes=found.notes,
-            folder=found.folder,
-        )
-    )
-    if job.launch.grow and any("SLURM_JOB" in line.value for line in job.setup):
-        job = replace(job, notes=(*job.notes, "--grow: each joiner is a Slurm job with its own $SLURM_JOB_ID"))
-    if found.environment and job.agent_python is None and job.container is None:
-        kept = f"agents and workers run with {job.python}; to use the Python of this line, if elastic_hpc is in it"
-        job = replace(job, notes=(*job.notes, f"{found.environment}: {kept}: --python python"))
-    nodes = job.launch.nodes
-    if nodes.min == nodes.max > 1 and job.sources["nodes"] != COMMAND_LINE:
-        fixed = f"{job.sources['nodes']}: the job needs all its {nodes.max} nodes; to let it run on fewer, for example"
-        job = replace(job, notes=(*job.notes, f"{fixed}: --nodes {nodes.min // 2}:{nodes.max}"))
-    return job
 
 
 def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
@@ -213,7 +170,8 @@ def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
     if "--test-only" in passed:
         _tell(job)
     if not (parsable or quiet or job.template == "torchrun"):
-        _warn_of_short_times(job)
+        for warning in short_times(job):
+            _warn(warning)
     return code
 
 
@@ -221,27 +179,6 @@ def _tell(job: JobSpec) -> None:
     """What the user should know of the job; not of one that is refused."""
     for note in job.notes:
         _warn(note)
-
-
-def _warn_of_short_times(job: JobSpec) -> None:
-    """What the site grants at an end may be less than what the workers are promised."""
-    grace, lead = job.launch.grace, job.signal.lead
-    if lead < grace:
-        _warn(f"--signal comes {as_text(lead)} s before the time limit, less than the {as_text(grace)} s of --grace")
-    try:
-        site = slurm.site(next((g.value for g in job.sbatch if g.name == "partition"), None))
-    except ElasticError:
-        return
-    if not site.job_requeue:
-        _warn("this site does not requeue jobs (JobRequeue=0): instead of a requeue a new job goes on")
-    preempted = site.preempt_mode not in {"OFF", ""} and not site.warns_before_preemption
-    if preempted and site.grace_time < grace:
-        _warn(
-            f"a preempted job has {as_text(site.grace_time)} s here (GraceTime), less than --grace {as_text(grace)}: "
-            "save often enough"
-        )
-    if site.kill_wait < _KILL_WAIT:
-        _warn(f"after SIGTERM the site waits {as_text(site.kill_wait)} s (KillWait): too short for workers to save")
 
 
 def _warn(text: str) -> None:

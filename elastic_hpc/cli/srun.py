@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import secrets
-import select
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from elastic_hpc import __version__
 from elastic_hpc.agent.conclude import await_verdict
 from elastic_hpc.cli import entry
-from elastic_hpc.environment import AGENT_MARK, LOCAL_NODE, LOCAL_NODES, for_a_new_job
-from elastic_hpc.errors import ElasticError, SlurmError, UsageError
+from elastic_hpc.cli.agents import Agents
+from elastic_hpc.environment import LOCAL_NODE, LOCAL_NODES, for_a_new_job
+from elastic_hpc.errors import UsageError
 from elastic_hpc.job.commands import agent_command, srun_options
 from elastic_hpc.job.programs import check_module, find_program, find_script
 from elastic_hpc.options.sbatch import SBATCH, Option, check, scan
 from elastic_hpc.options.spec import LaunchSpec
-from elastic_hpc.options.table import LAUNCH_OPTIONS, SCRIPT_SWITCHES, add_launch_options
+from elastic_hpc.options.table import LAUNCH_OPTIONS, SCRIPT_SWITCHES, ElasticOption, add_launch_options
 from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
 from elastic_hpc.options.torchrun import translate, unneeded
 from elastic_hpc.options.values import NodeRange, number
@@ -50,29 +46,29 @@ exit code: 0 if the workers finished, 1 if the job failed, 75 if it may be start
 Ctrl-C once lets the workers save and stop (--grace), twice stops them at once, a third time kills the agents."""
 
 
-_WHERE = {
-    "local": ("", "N", "N agents as processes of this machine, without Slurm"),
-    "standalone": ("", "", "one agent on this machine, without Slurm"),
-    "nodelist": (
-        "w",
+_WHERE = (
+    ElasticOption("local", "N", str, "N agents as processes of this machine, without Slurm"),
+    ElasticOption("standalone", "", bool, "one agent on this machine, without Slurm"),
+    ElasticOption(
+        "nodelist",
         "NODES",
+        str,
         "these nodes of the allocation, in Slurm's notation, for example n[3-4] (default: the first ones)",
+        letter="w",
     ),
-    "log-dir": (
-        "",
+    ElasticOption(
+        "log-dir",
         "DIR",
+        str,
         "folder for run directories, on a file system that all nodes share (default: ./elastic-logs)",
     ),
-    "run-dir": ("", "DIR", "the run directory itself, of no other run (default: a new one in --log-dir)"),
-    "again": ("", "", argparse.SUPPRESS),  # for a rehearsal: see _given_run_dir
-    "version": ("V", "", "show the version and exit"),
-}
-_ONE_OF = ("local", "standalone", "nodelist")
-_OWN = (
-    *(option.scanned(switch="[ ]") for option in (*LAUNCH_OPTIONS, *SCRIPT_SWITCHES)),
-    *(Option(name, letter, "=" if metavar else "") for name, (letter, metavar, _) in _WHERE.items()),
-    Option("help", "h", ""),
+    ElasticOption("run-dir", "DIR", str, "the run directory itself, of no other run (default: a new one in --log-dir)"),
+    ElasticOption("again", "", bool, argparse.SUPPRESS),  # for a rehearsal: see _given_run_dir
+    ElasticOption("version", "", bool, "show the version and exit", letter="V"),
 )
+_ONE_OF = ("local", "standalone", "nodelist")
+_OPTIONS = {option.name: option for option in (*_WHERE, *LAUNCH_OPTIONS, *SCRIPT_SWITCHES)}
+_OWN = (*(option.scanned(switch="[ ]") for option in _OPTIONS.values()), Option("help", "h", ""))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,12 +81,12 @@ def parser() -> argparse.ArgumentParser:
         description="Run SCRIPT on the nodes of the Slurm allocation you are in; it survives the loss of nodes.",
     )
     group = parser.add_argument_group("where it runs")
-    for name, (letter, metavar, text) in _WHERE.items():
-        flags = [f"--{name}", *([f"-{letter}"] if letter else [])]
-        if metavar:
-            group.add_argument(*flags, metavar=metavar, help=text)
+    for option in _WHERE:
+        flags = [option.flag, f"-{option.letter}"] if option.letter else [option.flag]
+        if option.metavar:
+            group.add_argument(*flags, metavar=option.metavar, help=option.help)
         else:
-            group.add_argument(*flags, action="store_true", help=text)
+            group.add_argument(*flags, action="store_true", help=option.help)
     add_launch_options(parser)
     parser.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
     parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
@@ -114,21 +110,17 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     ours, others = translate([option for option in given if option.name != "standalone"])
     for option in others:
         unneeded(option)
-    own = {option.name for option in _OWN}
-    for option in [option for option in ours if option.name not in own and check(option)]:
-        raise UsageError(
-            f"{option.flag}: is for the allocation that elastic-srun runs in, for example: salloc "
-            f"{option.flag}{'=' + option.value if option.value else ''} elastic-srun {rest[0]}"
-        )
-    values: dict[str, Any] = {option.name.replace("-", "_"): None for option in _OWN}
-    parsers = {option.flag: option.parse for option in LAUNCH_OPTIONS}
     for option in ours:
-        if option.name not in own:
-            continue
-        value: Any = True
-        if option.option.value:
-            value = parsers.get(option.flag, str)("on" if option.value is None else option.value)
-        values[option.name.replace("-", "_")] = value
+        if option.name not in _OPTIONS and check(option):
+            raise UsageError(
+                f"{option.flag}: is for the allocation that elastic-srun runs in, for example: salloc "
+                f"{option.flag}{'=' + option.value if option.value else ''} elastic-srun {rest[0]}"
+            )
+    values: dict[str, Any] = {option.dest: None for option in _OPTIONS.values()}
+    for option in ours:
+        if own := _OPTIONS.get(option.name):
+            value = "on" if option.value is None else option.value
+            values[own.dest] = own.parse(value) if own.metavar else True
     values["standalone"] = "standalone" in names
     return argparse.Namespace(**values, script=rest[0], script_args=rest[1:])
 
@@ -194,94 +186,7 @@ def _given_run_dir(path: str, *, again: bool) -> RunDir:
     return rundir
 
 
-def _end_with_parent() -> None:
-    """In a process that has just been forked: it gets SIGTERM when its parent dies, however that comes about. For a run
-    that a worker has started: with that worker what is in its session is killed, agents and srun have their own.
-    """
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-class _Agents:
-    """The running agents, and what Ctrl-C does to them. Signals are taken from here on, and acted upon in ``wait``: one
-    that comes while another is acted upon must not cut in.
-    """
-
-    def __init__(self, rundir: RunDir, commands: list[tuple[list[str], dict[str, str]]]) -> None:
-        self._rundir = rundir
-        self._signals: list[int] = []
-        self._heeded = 0
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(name, self._on_signal)
-        # sessions of their own: Ctrl-C reaches this process alone, which asks the leader to stop in good order
-        self._processes: list[subprocess.Popen[bytes]] = []
-        try:
-            for command, environ in commands:
-                self._processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=environ,
-                        stdin=subprocess.DEVNULL,
-                        start_new_session=True,
-                        preexec_fn=_end_with_parent if AGENT_MARK in os.environ else None,  # noqa: PLW1509 - no threads
-                    )
-                )
-        except OSError as error:
-            self._end()
-            raise SlurmError(f"{commands[0][0][0]}: {error.strerror}; is Slurm's module loaded?") from None
-
-    @property
-    def interrupted(self) -> bool:
-        return signal.SIGINT in self._signals
-
-    def wait(self) -> None:
-        """Until all agents have left."""
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
-        left = {os.pidfd_open(process.pid): process for process in self._processes}
-        for pidfd in left:
-            poll.register(pidfd, select.POLLIN)
-        while left:
-            self.heed()
-            for ready, _ in poll.poll():
-                if ready == self._wake:
-                    os.eventfd_read(self._wake)
-                else:
-                    poll.unregister(ready)
-                    left.pop(ready).wait()
-                    os.close(ready)
-
-    def heed(self) -> None:
-        """Act upon the signals that have come."""
-        while self._heeded < len(self._signals):
-            self._heeded += 1
-            self._stop(self._heeded)
-
-    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        self._signals.append(signum)
-        os.eventfd_write(self._wake, 1)
-        if len(self._signals) > 2:
-            self._end()
-
-    def _stop(self, count: int) -> None:
-        """Do what the first or second signal asks for."""
-        if count > 2:
-            return
-        hint = "the workers may save first; once more to stop them at once" if count == 1 else "once more to kill"
-        entry.tell("elastic-srun", f"stopping; {hint}")
-        from elastic_hpc.network.client import ask_leader
-
-        try:
-            ask_leader(self._rundir, "save-and-stop" if count == 1 else "stop")
-        except ElasticError:
-            self._end()
-
-    def _end(self) -> None:
-        for process in self._processes:
-            process.terminate()
-
-
-def _outcome(rundir: RunDir, run: _Agents, *, local: bool) -> int:
+def _outcome(rundir: RunDir, run: Agents, *, local: bool) -> int:
     verdict = rundir.read("verdict.json") if local else await_verdict(rundir, run_number(os.environ), run.heed)
     if verdict is None:
         entry.tell("elastic-srun", "the agents left no verdict; see their messages above")
@@ -331,7 +236,7 @@ def _main(argv: list[str] | None) -> int:
         launch = replace(launch, rdzv_id=again or secrets.token_hex(8))
     remember(rundir.path)
     with rundir.hold() if local else contextlib.nullcontext():
-        run = _Agents(rundir, _commands(launch, count, rundir, args.nodelist, local=local))
+        run = Agents(rundir, _commands(launch, count, rundir, args.nodelist, local=local))
         run.wait()
         code = _outcome(rundir, run, local=local)
     return 130 if run.interrupted else code

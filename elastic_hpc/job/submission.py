@@ -9,15 +9,19 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
-from elastic_hpc.errors import UsageError
+from elastic_hpc import slurm
+from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.job import outputs, snapshot
 from elastic_hpc.job.script import render
 from elastic_hpc.job.spec import AFTER_GRACE, NAME_OF_SCRIPT, JobSpec
-from elastic_hpc.options import durations
+from elastic_hpc.options.durations import as_text, time_limit
 from elastic_hpc.options.from_python import SOURCE as PYTHON
 from elastic_hpc.options.sbatch import COMMAND_LINE, last
+
+_KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM
 
 
 @contextlib.contextmanager
@@ -87,7 +91,7 @@ def checked(job: JobSpec) -> str:
 def _check_time(job: JobSpec, script: str) -> None:
     """A job that is warned as soon as it starts would save, return to the queue, start and be warned again."""
     text = last(job.sbatch, "time")
-    limit = durations.time_limit(text) if text else None
+    limit = time_limit(text) if text else None
     if limit and limit <= job.signal.lead and f"--signal={job.signal}" in script:
         lead = f"{job.signal.lead.total_seconds():.0f} s"
         ours = "--grace" if job.signal.lead == job.launch.grace + AFTER_GRACE else "--signal"
@@ -95,3 +99,24 @@ def _check_time(job: JobSpec, script: str) -> None:
             f"--time={text}: the workers are told to save {lead} before the end ({ours}), that is as soon as they have "
             f"started; expected more than {lead}, or a shorter {ours}"
         )
+
+
+def short_times(job: JobSpec) -> Iterator[str]:
+    """Where the site grants less at an end than what the workers are promised, a line each. Asks Slurm."""
+    grace, lead = job.launch.grace, job.signal.lead
+    if lead < grace:
+        yield f"--signal comes {as_text(lead)} s before the time limit, less than the {as_text(grace)} s of --grace"
+    try:
+        site = slurm.site(next((g.value for g in job.sbatch if g.name == "partition"), None))
+    except ElasticError:
+        return
+    if not site.job_requeue:
+        yield "this site does not requeue jobs (JobRequeue=0): instead of a requeue a new job goes on"
+    preempted = site.preempt_mode not in {"OFF", ""} and not site.warns_before_preemption
+    if preempted and site.grace_time < grace:
+        yield (
+            f"a preempted job has {as_text(site.grace_time)} s here (GraceTime), less than --grace {as_text(grace)}: "
+            "save often enough"
+        )
+    if site.kill_wait < _KILL_WAIT:
+        yield f"after SIGTERM the site waits {as_text(site.kill_wait)} s (KillWait): too short for workers to save"

@@ -1,0 +1,102 @@
+"""The agents that elastic-srun starts, and what a signal such as Ctrl-C does to them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+from types import FrameType
+
+from elastic_hpc.cli import entry
+from elastic_hpc.environment import AGENT_MARK
+from elastic_hpc.errors import ElasticError, SlurmError
+from elastic_hpc.record.rundir import RunDir
+
+
+def _end_with_parent() -> None:
+    """In a process that has just been forked: it gets SIGTERM when its parent dies, however that comes about. For a run
+    that a worker has started: with that worker what is in its session is killed, agents and srun have their own.
+    """
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class Agents:
+    """The running agents, and what Ctrl-C does to them. Signals are taken from here on, and acted upon in ``wait``: one
+    that comes while another is acted upon must not cut in.
+    """
+
+    def __init__(self, rundir: RunDir, commands: list[tuple[list[str], dict[str, str]]]) -> None:
+        self._rundir = rundir
+        self._signals: list[int] = []
+        self._heeded = 0
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(name, self._on_signal)
+        # sessions of their own: Ctrl-C reaches this process alone, which asks the leader to stop in good order
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for command, environ in commands:
+                self._processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=environ,
+                        stdin=subprocess.DEVNULL,
+                        start_new_session=True,
+                        preexec_fn=_end_with_parent if AGENT_MARK in os.environ else None,  # noqa: PLW1509 - no threads
+                    )
+                )
+        except OSError as error:
+            self._end()
+            raise SlurmError(f"{commands[0][0][0]}: {error.strerror}; is Slurm's module loaded?") from None
+
+    @property
+    def interrupted(self) -> bool:
+        return signal.SIGINT in self._signals
+
+    def wait(self) -> None:
+        """Until all agents have left."""
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        left = {os.pidfd_open(process.pid): process for process in self._processes}
+        for pidfd in left:
+            poll.register(pidfd, select.POLLIN)
+        while left:
+            self.heed()
+            for ready, _ in poll.poll():
+                if ready == self._wake:
+                    os.eventfd_read(self._wake)
+                else:
+                    poll.unregister(ready)
+                    left.pop(ready).wait()
+                    os.close(ready)
+
+    def heed(self) -> None:
+        """Act upon the signals that have come."""
+        while self._heeded < len(self._signals):
+            self._heeded += 1
+            self._stop(self._heeded)
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        self._signals.append(signum)
+        os.eventfd_write(self._wake, 1)
+        if len(self._signals) > 2:
+            self._end()
+
+    def _stop(self, count: int) -> None:
+        """Do what the first or second signal asks for."""
+        if count > 2:
+            return
+        hint = "the workers may save first; once more to stop them at once" if count == 1 else "once more to kill"
+        entry.tell("elastic-srun", f"stopping; {hint}")
+        from elastic_hpc.network.client import ask_leader
+
+        try:
+            ask_leader(self._rundir, "save-and-stop" if count == 1 else "stop")
+        except ElasticError:
+            self._end()
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.terminate()

@@ -1,0 +1,62 @@
+"""The job of a batch script, which is given to elastic-sbatch in the place of a training script. Reads that file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from elastic_hpc.errors import UsageError
+from elastic_hpc.from_batch.convert import FromBatch, from_batch
+from elastic_hpc.job.request import Request
+from elastic_hpc.job.spec import JobSpec, build
+from elastic_hpc.options.sbatch import COMMAND_LINE, Given
+
+
+def job_of_batch_script(
+    path: str,
+    args: Sequence[str],
+    options: Sequence[tuple[str, str]],
+    sbatch: Sequence[Given],
+    torchrun: Sequence[Given],
+) -> JobSpec:
+    """The job of the batch script at ``path`` with its arguments ``args``. The other parameters are what the command
+    line says besides, see ``Request``. Raises UsageError.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--from-batch {path}: {error.strerror}; expected a batch script that can be read") from None
+    found = from_batch(content, path, args, os.environ)
+    job = build(
+        Request(
+            found.script,
+            found.script_args,
+            options,
+            sbatch,
+            COMMAND_LINE,
+            module=found.module,
+            no_python=found.no_python,
+            torchrun=torchrun,
+            of_script=found.layers,
+            notes=found.notes,
+            folder=found.folder,
+        )
+    )
+    return replace(job, notes=(*job.notes, *_notes(job, found)))
+
+
+def _notes(job: JobSpec, found: FromBatch) -> list[str]:
+    """What may not be as the batch script's user expects."""
+    notes = []
+    if job.launch.grow and any("SLURM_JOB" in line.value for line in job.setup):
+        notes.append("--grow: each joiner is a Slurm job with its own $SLURM_JOB_ID")
+    if found.environment and job.agent_python is None and job.container is None:
+        kept = f"agents and workers run with {job.python}; to use the Python of this line, if elastic_hpc is in it"
+        notes.append(f"{found.environment}: {kept}: --python python")
+    nodes, source = job.launch.nodes, job.sources["nodes"]
+    if nodes.min == nodes.max > 1 and source != COMMAND_LINE:
+        fixed = f"{source}: the job needs all its {nodes.max} nodes; to let it run on fewer, for example"
+        notes.append(f"{fixed}: --nodes {nodes.min // 2}:{nodes.max}")
+    return notes
