@@ -33,35 +33,6 @@ class Needs:
     """The job ends, or goes back to the queue."""
 
 
-class Coming:
-    """What is on its way, as a leader has heard last."""
-
-    def __init__(self, supplied: bool) -> None:  # noqa: FBT001 - its one field
-        """``supplied``: somebody sees to it."""
-        self._supplied = supplied
-        self._sure = True
-        self._starting = self._pending = 0
-
-    def doubt(self) -> None:
-        """Something has changed; what that leads to has not been told yet."""
-        self._sure = not self._supplied
-
-    def told(self, starting: int, pending: int, *, sure: bool) -> None:
-        """``sure``: with all that has changed in view."""
-        self._starting, self._pending = starting, pending
-        self._sure = self._sure or sure
-
-    @property
-    def starting(self) -> int:
-        """Nodes whose agents are starting; in doubt there is one."""
-        return self._starting if self._sure else 1
-
-    @property
-    def all(self) -> int:
-        """The same with those that Slurm was asked for."""
-        return self._starting + self._pending if self._sure else 1
-
-
 class JoinerJob(Protocol):
     """A job that brings a node (``slurm.Joiner``)."""
 

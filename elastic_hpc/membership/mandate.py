@@ -1,35 +1,40 @@
-"""Whether a leader leads: which rounds' members must agree to it, and who is known to hold what. Pure."""
+"""Whether a leader leads: which rounds' members must agree, and which roster each node holds. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from elastic_hpc.membership.election import Base, extended, has_quorum, relevant
 from elastic_hpc.membership.messages import Status
-from elastic_hpc.membership.roster import Roster, RosterChange
+from elastic_hpc.membership.policy import QuorumView
+from elastic_hpc.membership.roster import Host, Roster, RosterChange
 
 
 class Mandate:
-    """Of the first leader of a job (``inherited`` is false), or of one that takes over ``roster``. It is ``granted``
-    while enough nodes agree.
+    """Of the first leader of a job (``inherited`` is false), or of a leader that takes over ``roster``. The mandate is
+    ``granted`` while enough nodes agree.
     """
 
     def __init__(self, roster: Roster, *, inherited: bool, now: float) -> None:
         self.roster = roster
         """What the agents hold since the last round was formed."""
         self.change: RosterChange | None = None
-        """What has made ``roster`` of the one before; None if this leader has not formed it."""
-        self._bases = roster.bases
-        self._heard = False
+        """The difference between ``roster`` and the one before; None if this leader has formed no round."""
         self.granted = self.ever_granted = not inherited
-        self.since = self.last_granted = now
-        self._held: dict[int, int] = {}  # newest roster that each node is known to hold
+        self._granted_at = self._last_granted = now
+        self._bases = roster.bases
+        self._acknowledged: dict[int, int] = {}
+        """By node: round of the newest roster that the node is known to hold."""
+        self._has_new_acknowledgements = False
+        """``_bases`` may have some that do not count any more; left to the next reader, as a thousand nodes acknowledge
+        a roster one after the other.
+        """
 
     @property
     def bases(self) -> tuple[Base, ...]:
-        """Those whose members must agree."""
-        if self._heard:  # looked at when it is asked for: a thousand nodes say one after the other what they hold
-            self._heard, self._bases = False, relevant(self._bases, self._held)
+        """The rounds whose members must agree."""
+        if self._has_new_acknowledgements:
+            self._has_new_acknowledgements, self._bases = False, relevant(self._bases, self._acknowledged)
         return self._bases
 
     def is_member(self, node: int) -> bool:
@@ -38,54 +43,59 @@ class Mandate:
 
     @property
     def oldest(self) -> int:
-        """Members of rounds before this one are not asked any more."""
+        """The oldest round whose members must agree."""
         return self.bases[0].round if self.bases else 0
 
-    @property
-    def last(self) -> Base | None:
-        """The round that runs or, while one is gathered, the one before it."""
-        return self.roster.bases[-1] if self.roster.bases else None
-
     def on_status(self, status: Status) -> None:
-        if status.roster == self.roster.round >= status.seen:  # else it may be bound to a round that ignores this one
-            self._heard = self._heard or self._held.get(status.node) != status.roster
-            self._held[status.node] = status.roster
+        """Only a node that has not been told of a later round acknowledges this roster: another node may be bound to a
+        round that ignores it.
+        """
+        if status.roster == self.roster.round >= status.seen and self._acknowledged.get(status.node) != status.roster:
+            self._acknowledged[status.node] = status.roster
+            self._has_new_acknowledgements = True
 
     def on_roster(self, roster: Roster) -> bool:
-        """Whether ``roster``, which an agent knows, is a later one; it is the one to inherit then."""
+        """An agent holds ``roster``. Whether it is of a later round: this leader takes over that one then."""
         if roster.round <= self.roster.round:
             return False
-        self.roster, self._bases, self._held, self._heard = roster, roster.bases, {}, False
+        self.roster, self._bases = roster, roster.bases
+        self._acknowledged, self._has_new_acknowledgements = {}, False
         return True
 
-    def add(self, base: Base) -> tuple[Base, ...]:
-        """A round is being formed; its members count too from now on. The roster is to follow."""
+    def on_form(
+        self, base: Base, hosts: Sequence[Host], members: tuple[int, ...], *, restarts: int, requeues: int, mark: str
+    ) -> None:
+        """A round is formed: its ``base`` counts too from now on. Its roster is for the agents to hold."""
         self._bases = extended(self.bases, base)
-        return self._bases
-
-    def hand_out(self, roster: Roster) -> None:
-        """The roster of that round."""
-        self.roster, self.change = roster, roster.since(self.roster)
+        roster = Roster(base.round, hosts, self._bases, restarts, requeues, members, mark)
+        self.roster, self.change = roster, roster.change_from(self.roster)
 
     def is_settled(self, formed: Collection[int]) -> bool:
-        """Whether nobody could form another world without the members of this one, ``formed``: too few of the older
-        rounds' members do not hold it. Members hold it before they start; nodes that are left over, as MAX is reached,
-        have to say so.
+        """Whether no other world could be formed without members of this one, ``formed``: too few members of the older
+        rounds do not hold its roster. Its own members hold the roster before they start; nodes that are left over, as
+        MAX is reached, must have acknowledged it.
         """
         if len(self.bases) <= 1:
             return True
-        return len(relevant(self.bases, self._held | dict.fromkeys(formed, self.roster.round))) <= 1
+        return len(relevant(self.bases, self._acknowledged | dict.fromkeys(formed, self.roster.round))) <= 1
 
     def renew(self, joined: Collection[Status], agreeing: Collection[int], now: float, *, stale: bool) -> bool:
-        """Look whether enough of those who have ``joined`` are ``agreeing``; True if that makes a leader of one who
-        never was. ``stale``: the world runs, and could not be settled in time.
+        """Look whether ``agreeing``, of the nodes that have ``joined``, are enough. True if the mandate is granted for
+        the first time. ``stale``: the world runs, and was not settled in time.
         """
         quorum = has_quorum(self.bases, agreeing) and not stale
         quorum = quorum and all(status.roster <= self.roster.round for status in joined)
         if quorum and not self.granted:
-            self.since = now
+            self._granted_at = now
         if quorum:
-            self.last_granted = now
-        news = quorum and not self.ever_granted
+            self._last_granted = now
+        is_first = quorum and not self.ever_granted
         self.granted, self.ever_granted = quorum, quorum or self.ever_granted
-        return news
+        return is_first
+
+    def view(self, live: Collection[int], now: float, *, running: bool) -> QuorumView:
+        """``running``: a round runs."""
+        expected = set[int]()
+        if self.roster.bases and not running:
+            expected = set(self.roster.members).difference(live, {self.roster.bases[-1].leader})
+        return QuorumView(self.granted, now - self._granted_at, now - self._last_granted, len(expected))

@@ -1,4 +1,4 @@
-"""What the leader has said to whom, so that only news is said. Pure."""
+"""What a leader has sent to whom, so that it sends only what has changed. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from elastic_hpc.membership.messages import Order, Plan
 from elastic_hpc.membership.peers import Peers
 from elastic_hpc.membership.roster import Roster, RosterChange
 
-Sent = Order | Roster | RosterChange
+ToAgent = Order | Roster | RosterChange
 
 
 class Orders:
@@ -20,16 +20,20 @@ class Orders:
         self.refused: dict[int, str] = {}
         """Connections whose agents are to leave, and why."""
         self._seq = 0
-        self._said: dict[int, tuple[Any, ...]] = {}
-        self._said_last: tuple[Any, ...] = ()
-        self._rosters: dict[int, int] = {}
-        self._since_beat: set[int] = set()
+        self._sent: dict[int, tuple[Any, ...]] = {}
+        """By connection: the content of the last order, which leaves ``seq``, ``reason`` and ``roster`` out."""
+        self._content: tuple[Any, ...] = ()
+        """What the last orders had in common."""
+        self._rosters_sent: dict[int, int] = {}
+        """By connection: the round of the last roster."""
+        self._unacknowledged: set[int] = set()
+        """Connections that were sent the roster since the last beat: its acknowledgement may be on its way."""
 
     def forget(self, conn: int) -> None:
         """Connection ``conn`` is gone."""
-        self._since_beat.discard(conn)
-        for said in (self.refused, self._said, self._rosters):
-            said.pop(conn, None)
+        self._unacknowledged.discard(conn)
+        for by_conn in (self.refused, self._sent, self._rosters_sent):
+            by_conn.pop(conn, None)
 
     def take(
         self,
@@ -40,34 +44,38 @@ class Orders:
         change: RosterChange | None,
         *,
         beat: bool,
-    ) -> dict[int, list[Sent]]:
-        """``order`` with each node's own plan of ``plans``, where that is news, or with ``beat`` for everybody; before
-        it ``roster``, if there is one and the leader leads, to those who do not hold it: as ``change`` to those who
-        hold the one before. It is said again with the second beat after.
+    ) -> dict[int, list[ToAgent]]:
+        """What to send now, by connection.
+
+        An agent is sent ``order``, with its node's plan from ``plans``, if that differs from the last order that it was
+        sent; with ``beat`` every agent is. An agent that does not hold ``roster`` is sent the roster before the order,
+        if this leader leads: only the ``change``, if the agent holds the roster before. The roster is sent again with
+        the second beat after, unless the agent has acknowledged it by then.
         """
-        taken: dict[int, list[Sent]] = {}
+        taken: dict[int, list[ToAgent]] = {}
         self._seq += 1
         order = replace(order, seq=self._seq)
         for conn, refusal in self.refused.items():
             if self._is_news(conn, (refusal,)):
                 taken[conn] = [replace(order, stage="end", reason=refusal, outcome="failed", drain=False)]
         content = (order.stage, order.round, order.oldest, order.drain, order.leads, bool(plans))
-        everybody = beat or content != self._said_last
-        self._said_last = content
-        for conn in peers if everybody else peers.keys() - self._said.keys():
+        to_all = beat or content != self._content
+        self._content = content
+        for conn in peers if to_all else peers.keys() - self._sent.keys():
             status = peers[conn].status
             plan = plans.get(status.node)
             if self._is_news(conn, (*content, plan)) or beat:
                 taken[conn] = [replace(order, plan=plan) if plan else order]
-                behind = order.leads and roster.bases and status.roster < roster.round
-                if behind and (self._rosters.get(conn) != roster.round or (beat and conn not in self._since_beat)):
-                    self._rosters[conn] = roster.round
-                    self._since_beat.add(conn)
+                is_behind = order.leads and roster.bases and status.roster < roster.round
+                is_sent = self._rosters_sent.get(conn) == roster.round
+                if is_behind and (not is_sent or (beat and conn not in self._unacknowledged)):
+                    self._rosters_sent[conn] = roster.round
+                    self._unacknowledged.add(conn)
                     taken[conn].insert(0, change if change and status.mark == change.since else roster)
                 elif beat:
-                    self._since_beat.discard(conn)
+                    self._unacknowledged.discard(conn)
         return taken
 
     def _is_news(self, conn: int, content: tuple[Any, ...]) -> bool:
-        known, self._said[conn] = self._said.get(conn), content
-        return known != content
+        before, self._sent[conn] = self._sent.get(conn), content
+        return before != content

@@ -1,4 +1,4 @@
-"""The agents that a leader is in touch with, and the nodes that it has heard of. Pure."""
+"""The agents that are in touch with a leader, and the nodes that ever were. Pure."""
 
 from __future__ import annotations
 
@@ -8,32 +8,39 @@ from dataclasses import dataclass
 from elastic_hpc.membership.growth import Needs
 from elastic_hpc.membership.messages import Status
 from elastic_hpc.membership.nodes import fold, votes
+from elastic_hpc.membership.policy import NodesView, Policy
 from elastic_hpc.membership.roster import Host
 
 _MOST_NAMES = 200
 """Characters that the names of missing nodes get in the record."""
 
 
-def weighed(status: Status) -> tuple[object, ...]:
-    """What of ``status`` decisions are made by; the rest is for the record."""
-    world = (status.state, status.round, status.failure, status.drained, status.listens, status.step >= 0)
-    return (*world, status.seen, status.roster, status.mark, status.unfit, status.leaving, status.host)
+def deciding_fields(status: Status) -> tuple[object, ...]:
+    """The fields of ``status`` that decisions depend on. A status that differs from the one before in other fields only
+    leads to no new decision; these fields are for the record.
+    """
+    workers = (status.state, status.round, status.failure, status.drained, status.listens, status.step >= 0)
+    return (*workers, status.seen, status.roster, status.mark, status.unfit, status.leaving, status.host)
 
 
 @dataclass
 class Peer:
-    """An agent, as far as its last status says."""
+    """An agent that is in touch."""
 
     status: Status
+    """The last one that was received."""
     addr: str
-    last_heard: float
-    since: float
-    """When it came."""
+    last_contact: float
+    arrived_at: float
+    """When the agent came; from when it has joined, the time of that."""
     forgetful: bool = False
-    """It was a member of a round that counts, and does not know of it: its agent was started anew. It has forgotten
-    what it agreed to, so it agrees to nobody until it holds a roster again."""
+    """The node is a member of a round that counts, but its agent was started anew and does not know of that round. As
+    the agent has forgotten what it agreed to, it agrees to no leader until it holds a roster again.
+    """
     joined: bool = False
-    """It has been seen without workers, or comes from the world that is taken over; others hold nobody up."""
+    """The agent had no workers once, or comes from the world that is taken over. An agent that has not joined holds
+    nobody up.
+    """
 
     @property
     def agrees(self) -> bool:
@@ -43,18 +50,34 @@ class Peer:
 class Peers(dict[int, Peer]):
     """By connection. Times are the leader's, in seconds."""
 
-    def __init__(self, known: Iterable[Host], heartbeat_timeout: float, now: float) -> None:
+    def __init__(
+        self,
+        known: Iterable[Host],
+        heartbeat_timeout: float,
+        now: float,
+        *,
+        granted: int,
+        granted_names: Sequence[str],
+    ) -> None:
+        """``known``: hosts that were in touch with the leader before. ``granted``: the number of the job's own nodes,
+        and ``granted_names`` Slurm's names of them, in Slurm's order; the names may be filled in later.
+        """
         super().__init__()
         self.by_node: dict[int, Peer] = {}
         self.conns: dict[int, int] = {}
-        """By node; each has one connection at most."""
-        self.seen: set[int] = set()
-        """The job's own nodes that are not waited for any more: they have joined once, or were refused."""
+        """By node, which has one connection at most."""
         self.leaving: dict[int, str] = {}
-        """Nodes that have to go, and why, as others have said."""
+        """Nodes that have to go, and why, as others than their agents have reported."""
+        self.highest_round = 0
+        """The highest round that an agent was ever told of, by whichever leader."""
+        self._arrived: set[int] = set()
+        """The job's own nodes that are not waited for any more: they have joined once, or were refused."""
         self._timeout = heartbeat_timeout
         self._hosts = {host.node: host for host in known}
-        self._looked = now
+        self._granted, self._granted_names = granted, granted_names
+        self._started_at = self._last_below_min = self._last_check = now
+        self._min_at: float | None = None
+        """Since when enough nodes are live; None while too few are."""
 
     def add(self, conn: int, peer: Peer) -> None:
         self[conn] = self.by_node[peer.status.node] = peer
@@ -67,21 +90,24 @@ class Peers(dict[int, Peer]):
             del self.by_node[peer.status.node], self.conns[peer.status.node]
         return peer
 
-    def hear(self, peer: Peer, status: Status, now: float) -> None:
-        peer.status, peer.last_heard = status, now
+    def on_status(self, peer: Peer, status: Status, now: float) -> None:
+        """``peer`` has sent ``status``."""
+        peer.status, peer.last_contact = status, now
         self._hosts[status.node] = status.host
+        self.highest_round = max(self.highest_round, status.seen)
 
-    def saw(self, node: int) -> None:
+    def on_arrival(self, node: int) -> None:
+        """``node`` has joined or was refused."""
         if votes(node):
-            self.seen.add(node)
+            self._arrived.add(node)
 
     def why_leaving(self, status: Status) -> str:
-        """Why this node has to go; empty if it has not."""
+        """Why the node has to go; empty if it may stay."""
         return status.leaving or self.leaving.get(status.node, "")
 
     def refusal(self, status: Status, nproc: int, leader: Host | None) -> str:
-        """Why this node may not take part; empty if it may. ``nproc``: the workers of each node. ``leader``: who
-        has the software that all must have, if that matters.
+        """Why the node may not take part; empty if it may. ``nproc``: the number of workers on each node. ``leader``:
+        the host whose software all nodes must have; None if any will do.
         """
         if status.unfit:
             return f"{status.name} is not fit: {status.unfit}"
@@ -90,7 +116,9 @@ class Peers(dict[int, Peer]):
                 f"{status.name} would start {status.nproc} workers, the leader's node {nproc}: "
                 "all nodes must start the same number (--nproc-per-node)"
             )
-        if not votes(status.node) and status.name in {s.name for n, s in self.joined.items() if n != status.node}:
+        if not votes(status.node) and status.name in {
+            joined.name for node, joined in self.joined.items() if node != status.node
+        }:
             return f"{status.name} runs an agent of this job already"
         if leader and status.host.software != leader.software:
             return (
@@ -99,13 +127,14 @@ class Peers(dict[int, Peer]):
             )
         return ""
 
-    def not_joined(self, granted: Sequence[str]) -> str:
-        """Those of the ``granted`` nodes, Slurm's names in its order, that were never here; empty for none."""
-        text = fold([name for node, name in enumerate(granted) if node not in self.seen])
+    @property
+    def absent_names(self) -> str:
+        """The granted nodes that have never been in touch, in Slurm's notation."""
+        text = fold([name for node, name in enumerate(self._granted_names) if node not in self._arrived])
         return text if len(text) <= _MOST_NAMES else f"{text[:_MOST_NAMES].rpartition(',')[0]}, ..."
 
     def needs(self, wanted: int, *, over: bool) -> Needs:
-        """What is missing to ``wanted`` nodes, 0 for nothing."""
+        """What is missing to ``wanted`` nodes; 0: the job wants no more. ``over``: the job ends."""
         staying = sum(not self.why_leaving(peer.status) for peer in self.values())
         return Needs(
             nodes=max(0, wanted - staying),
@@ -117,45 +146,65 @@ class Peers(dict[int, Peer]):
 
     @property
     def joined(self) -> dict[int, Status]:
-        """What those say who have, by node."""
+        """The statuses of the nodes that have joined, by node."""
         return {node: peer.status for node, peer in self.by_node.items() if peer.joined}
 
     @property
     def agreeing(self) -> set[int]:
-        """Nodes whose word counts."""
+        """Nodes that agree to this leader."""
         return {node for node, peer in self.by_node.items() if peer.agrees}
 
-    def since(self, nodes: Collection[int]) -> float:
-        """When the last one of ``nodes`` came."""
-        return max((self.by_node[node].since for node in nodes), default=0.0)
-
-    @property
-    def lost_names(self) -> list[str]:
-        """Slurm's names of the nodes that were here, and are not any more."""
-        return [host.name for host in self.missing]
-
-    def names(self, *, but: int) -> list[str]:
-        """Slurm's names of the job's own nodes that are here, without ``but``."""
-        return [peer.status.name for node, peer in sorted(self.by_node.items()) if node != but and votes(node)]
+    def view(self, idle: Collection[int], formed: Collection[int], policy: Policy, now: float) -> NodesView:
+        """``idle``: nodes without workers, which are ready for the next round. ``formed``: the round that runs."""
+        joined = self.joined
+        leaving = {node for node, status in joined.items() if status.leaving or node in self.leaving}
+        live = joined.keys() - leaving
+        ready = live.intersection(idle)
+        newcomers = ready.difference(formed)
+        if policy.fit(live):
+            self._min_at = now if self._min_at is None else self._min_at
+            self._last_below_min = now
+        else:
+            self._min_at = None
+        return NodesView(
+            ready=frozenset(ready),
+            live=frozenset(live),
+            leaving=frozenset(leaving),
+            idle=frozenset(idle),
+            since_newcomer=now - max(self.by_node[node].arrived_at for node in newcomers) if newcomers else 0.0,
+            listens=any(self.by_node[node].status.listens for node in formed if node in self.by_node),
+            absent=max(0, self._granted - len(self._arrived)),
+            since_start=now - self._started_at,
+            since_min=now - self._min_at if self._min_at is not None else 0.0,
+            below_min=now - self._last_below_min,
+        )
 
     @property
     def missing(self) -> list[Host]:
-        """The job's own nodes that were here, and are not any more."""
-        here = self.by_node
-        return [host for node, host in sorted(self._hosts.items()) if node not in here and votes(node)]
+        """The job's own nodes that were in touch, and are not any more."""
+        return [host for node, host in sorted(self._hosts.items()) if node not in self.by_node and votes(node)]
+
+    @property
+    def lost_names(self) -> list[str]:
+        """Slurm's names of the ``missing`` nodes."""
+        return [host.name for host in self.missing]
+
+    def names(self, *, without: int) -> list[str]:
+        """Slurm's names of the job's own nodes that are in touch, but not that of the node ``without``."""
+        return [peer.status.name for node, peer in sorted(self.by_node.items()) if node != without and votes(node)]
 
     @property
     def next_silence(self) -> float:
-        """When the first one will have been silent for too long, if nothing arrives."""
-        return min((peer.last_heard for peer in self.values()), default=float("inf")) + self._timeout
+        """When the first agent will have been silent for too long, if nothing arrives."""
+        return min((peer.last_contact for peer in self.values()), default=float("inf")) + self._timeout
 
     def silent(self, now: float) -> dict[int, float]:
-        """Connections on which nothing was heard for too long, and for how long. To be called a few times per
-        heartbeat: the time in which a leader that was itself frozen did not look is not held against the others.
+        """Connections on which nothing has arrived for too long, and for how many seconds. To be called a few times
+        per heartbeat: a longer time without a call means that the leader itself was frozen, and does not count.
         """
-        stalled = now - self._looked - self._timeout / 4
-        self._looked = now
-        if stalled > 0:
+        frozen = now - self._last_check - self._timeout / 4
+        self._last_check = now
+        if frozen > 0:
             for peer in self.values():
-                peer.last_heard = min(now, peer.last_heard + stalled)
-        return {c: now - peer.last_heard for c, peer in self.items() if now - peer.last_heard > self._timeout}
+                peer.last_contact = min(now, peer.last_contact + frozen)
+        return {c: now - peer.last_contact for c, peer in self.items() if now - peer.last_contact > self._timeout}

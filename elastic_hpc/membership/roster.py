@@ -91,7 +91,7 @@ class Roster:
     mark: str = ""
     """Tells it from any other one, also of the same round, that another leader has made."""
 
-    def since(self, before: Roster) -> RosterChange | None:
+    def change_from(self, before: Roster) -> RosterChange | None:
         """What makes this one of ``before``; None if nobody can hold that."""
         if not before.mark:
             return None

@@ -1,13 +1,14 @@
-"""The round that runs, as its leader sees it: who is in it, what went wrong first, does the job get on. Pure."""
+"""The round that runs, as its leader sees it: its nodes, what went wrong first, and how far its workers are. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_hpc.membership.causes import signature
 from elastic_hpc.membership.messages import Failure, Plan, Status
-from elastic_hpc.membership.policy import Decision
+from elastic_hpc.membership.policy import Decision, RoundView
 
 SETTLE = 0.25
 """Seconds in which the cause of a failure may still be reported, when its echo was faster."""
@@ -16,90 +17,94 @@ RECORD_EVERY = 10.0
 """Seconds between two entries in the record of how far the workers are."""
 
 ALIVE_IS_PROGRESS = 60.0
-"""A round that lived for so many seconds has got on, if its workers report no steps."""
+"""Seconds after which a round has made progress, if its workers report no steps."""
 
 
 @dataclass
-class Steps:
-    """How far the workers of a round have come, for the record. Times are seconds since the epoch."""
+class StepReport:
+    """How far the workers of a round are, for the record. Times are seconds since the epoch."""
 
-    _said: dict[str, Any] = field(default_factory=dict)
-    _told: dict[str, Any] = field(default_factory=dict)
-    _told_at: float = -RECORD_EVERY
+    _latest: dict[str, Any] = field(default_factory=dict)
+    _recorded: dict[str, Any] = field(default_factory=dict)
+    _recorded_at: float = -RECORD_EVERY
 
-    def hear(self, status: Status, *, first: bool) -> None:
-        """``first``: it comes from the node of rank 0, whose loss is the one that counts."""
-        said = self._said
-        if status.step > said.get("step", -1):
-            said |= {"step": status.step, "step_at": status.step_at}
-            said.setdefault("first", status.first)
-            said.setdefault("first_at", status.first_at)
-        if status.loss is not None and (first or "loss" not in said):
-            said["loss"] = status.loss
+    def update(self, status: Status, *, rank0: bool) -> None:
+        """``rank0``: the status comes from the node of rank 0, whose loss is recorded if it reports any."""
+        latest = self._latest
+        if status.step > latest.get("step", -1):
+            latest |= {"step": status.step, "step_at": status.step_at}
+            latest.setdefault("first", status.first)
+            latest.setdefault("first_at", status.first_at)
+        if status.loss is not None and (rank0 or "loss" not in latest):
+            latest["loss"] = status.loss
 
-    def news(self, now: float, *, over: bool = False) -> dict[str, Any]:
-        """What is to be told now, nothing if there is nothing new. ``over``: this is the last time."""
-        if self._said == self._told or not (over or now - self._told_at >= RECORD_EVERY):
+    def due(self, now: float, *, over: bool) -> dict[str, Any]:
+        """What to record now; empty if nothing has changed, or the last entry is recent. ``over``: the round ends."""
+        if self._latest == self._recorded or not (over or now - self._recorded_at >= RECORD_EVERY):
             return {}
-        self._told, self._told_at = dict(self._said), now
-        return self._told
+        self._recorded, self._recorded_at = dict(self._latest), now
+        return self._recorded
 
 
 @dataclass
-class Starts:
-    """How the workers of a round were started, for the record: told once, when all have said so."""
+class StartReport:
+    """How the workers of a round were started, for the record: one entry, when all nodes have reported."""
 
-    _said: dict[int, Status] = field(default_factory=dict)
-    _told: bool = False
+    _by_node: dict[int, Status] = field(default_factory=dict)
+    _recorded: bool = False
 
-    def hear(self, status: Status) -> None:
-        """What its node says of its own workers."""
+    def update(self, status: Status) -> None:
         if status.warm + status.cold:
-            self._said[status.node] = status
+            self._by_node[status.node] = status
 
-    def news(self, workers: int, *, over: bool = False) -> dict[str, Any]:
-        """What is to be told now; nothing if it was, or more is to come. ``workers``: so many the round has. ``over``:
-        no more will come.
-        """
-        said = self._said.values()
-        warm, cold = sum(status.warm for status in said), sum(status.cold for status in said)
-        if self._told or not said or (warm + cold < workers and not over):
+    def due(self, workers: int, *, over: bool) -> dict[str, Any]:
+        """What to record now, if anything. ``workers``: their number in the round. ``over``: the round ends."""
+        reported = self._by_node.values()
+        warm, cold = sum(status.warm for status in reported), sum(status.cold for status in reported)
+        if self._recorded or not reported or (warm + cold < workers and not over):
             return {}
-        self._told = True
-        why = sorted({status.cold_why for status in said if status.cold})
-        return {"warm": warm, "cold": cold, "why": why, "standby_mb": max(status.standby_mb for status in said)}
+        self._recorded = True
+        why = sorted({status.cold_why for status in reported if status.cold})
+        return {"warm": warm, "cold": cold, "why": why, "standby_mb": max(status.standby_mb for status in reported)}
 
 
 @dataclass
 class World:
-    """A round, or nothing while one is gathered. Nodes are indices in Slurm's order, times the leader's."""
+    """The round that runs; empty while a round is gathered. Nodes are numbers, times are on the leader's clock."""
 
     formed: tuple[int, ...] = ()
+    """The nodes, in rank order."""
     plans: dict[int, Plan] = field(default_factory=dict)
-    since: float = 0.0
+    formed_at: float = 0.0
     lost: dict[int, str] = field(default_factory=dict)
     """Nodes that were lost before they finished, and why."""
     succeeded: set[int] = field(default_factory=set)
     drained: bool = False
     failure: Failure | None = None
-    """The first one, of which others may be echoes."""
+    """The first failure that is no echo of another one; an echo until the cause is reported."""
     failed_at: float = 0.0
     going: bool = False
-    """Its workers have reported a step, or have begun to listen."""
+    """The workers have reported a step, or that they listen for a drain."""
     repeated: bool = False
     """The round before ended with the same failure, and no step was done in between."""
     change: Decision | None = None
-    """Why the workers were asked to save and stop, for a new world."""
-    changing_since: float = 0.0
-    steps: Steps = field(default_factory=Steps)
-    starts: Starts = field(default_factory=Starts)
+    """Why the workers were told to save and stop for a new world."""
+    changed_at: float = 0.0
+    _steps: StepReport = field(default_factory=StepReport)
+    _starts: StartReport = field(default_factory=StartReport)
+
+    def on_status(self, status: Status) -> None:
+        """A node of the round has reported."""
+        self._steps.update(status, rank0=status.node == self.formed[0])
+        self._starts.update(status)
+        self.going = self.going or status.step >= 0 or status.listens
 
     def on_success(self, status: Status) -> None:
         self.succeeded.add(status.node)
         self.drained = self.drained or status.drained
 
     def on_failure(self, failure: Failure, now: float) -> bool:
-        """Whether it is the first one so far: none was known, or only an echo of it."""
+        """Whether ``failure`` is the cause, as far as is known: no failure was known before, or only an echo."""
         if self.failure is None:
             self.failed_at = now
         elif failure.collateral or not self.failure.collateral:
@@ -107,40 +112,58 @@ class World:
         self.failure = failure
         return True
 
-    def is_settling(self, now: float) -> bool:
-        """Only the echo of a failure is known, and for so short a time that its cause may follow."""
-        return bool(self.failure and self.failure.collateral) and now - self.failed_at < SETTLE
+    def view(self, predecessor_lost: str, now: float) -> RoundView:
+        """``predecessor_lost``: why the leader before was lost, if its round has yet to be ended."""
+        lost = next(iter(self.lost.values()), "") or predecessor_lost
+        is_echo = bool(self.failure and self.failure.collateral)
+        ended, cause = lost or None, "node lost"
+        if self.failure and not (is_echo and lost):
+            ended, cause = str(self.failure), self.failure.kind
+        return RoundView(
+            formed=frozenset(self.formed) - self.lost.keys(),
+            lost=frozenset(self.lost),
+            succeeded=frozenset(self.succeeded),
+            failure=ended,
+            cause=cause,
+            settling=is_echo and now - self.failed_at < SETTLE,
+            repeated=self.repeated,
+            since_formed=now - self.formed_at if self.formed else 0.0,
+            going=self.going,
+            change=self.change,
+            since_change=now - self.changed_at,
+            drained=self.drained,
+        )
 
-    def end(self, inherited: str) -> tuple[str | None, str]:
-        """Why the round is over, None if it is not, and the kind of that. ``inherited``: why the leader was lost."""
-        lost = next(iter(self.lost.values()), "") or inherited
-        if self.failure and not (self.failure.collateral and lost):
-            return str(self.failure), self.failure.kind
-        return lost or None, "node lost"
+    def due_records(self, workers: int, now: float, *, over: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Events about the progress of the round that are due, each with its fields. ``over``: the round ends."""
+        if fields := self._starts.due(workers, over=over):
+            yield "started", fields
+        if fields := self._steps.due(now, over=over):
+            yield "progress", fields
 
 
-class Progress:
-    """Whether the job gets on from one failure to the next."""
+class FailureHistory:
+    """Whether the job makes progress from one failure to the next."""
 
     def __init__(self) -> None:
         self.step = -1
-        """Last training step that a worker reported, -1 for none."""
+        """Last training step that a worker reported; -1 for none."""
         self.last_failure: Failure | None = None
-        self._failed_with, self._failed_at_step = "", -1
+        self._signature, self._failed_at_step = "", -1
 
     def is_repeated(self, failure: Failure, alive: float) -> bool:
-        """Whether the job stands still: it fails as the round before it did. This round lived for ``alive`` seconds. A
-        signal may well come twice.
+        """Whether a round that lived for ``alive`` seconds fails as the round before did, without progress in between.
+        A signal is never taken for a repetition, as it comes from outside, nor is an echo.
         """
         if failure.collateral or failure.kind in {"signal", "stopped"}:
             return False
-        known, self._failed_with = self._failed_with, signature(failure.kind, failure.message)
-        before, self._failed_at_step = self._failed_at_step, self.step
-        got_on = self.step > before if self.step >= 0 else alive > ALIVE_IS_PROGRESS
-        return known == self._failed_with and not got_on
+        before, self._signature = self._signature, signature(failure.kind, failure.message)
+        step_before, self._failed_at_step = self._failed_at_step, self.step
+        progress = self.step > step_before if self.step >= 0 else alive > ALIVE_IS_PROGRESS
+        return before == self._signature and not progress
 
     def on_end(self, failure: Failure | None) -> None:
         """A round ended, because of ``failure`` or of something else."""
         self.last_failure = failure or self.last_failure
         if failure is None:
-            self._failed_with = ""
+            self._signature = ""

@@ -65,8 +65,8 @@ class Job:
         """Time passes, in which everybody's connection is alive."""
         self.now += seconds
         for peer in self.leader._peers.values():
-            peer.last_heard = self.now
-        self.leader._peers._looked = self.now
+            peer.last_contact = self.now
+        self.leader._peers._last_check = self.now
         self.leader.on_tick(self.now)
 
     def ready(self, *nodes: int) -> dict[int, list[Order | Roster]]:
@@ -554,7 +554,7 @@ def test_the_record_tells_how_far_the_workers_are_at_first_at_times_and_at_the_e
 def test_a_store_that_cannot_be_opened_is_told_once_tried_for_a_while_and_then_ends_the_run_with_its_reason() -> None:
     job = Job()
     job.store = lambda: None  # type: ignore[method-assign]
-    job.leader._stores.clear()
+    job.leader._stores.ports.clear()
     job.ready(0, 1)
     for _ in range(int(STORE_TIMEOUT) - 1):
         job.wait(1.0)
@@ -572,7 +572,7 @@ def test_a_store_that_cannot_be_opened_is_told_once_tried_for_a_while_and_then_e
 
 def test_a_store_that_opens_late_is_in_time_and_the_next_one_has_as_much_time() -> None:
     job = Job()
-    job.leader._stores.clear()
+    job.leader._stores.ports.clear()
     open_store, job.store = job.store, lambda: None  # type: ignore[method-assign]
     job.ready(0, 1)
     job.wait(STORE_TIMEOUT - 1)
@@ -580,7 +580,7 @@ def test_a_store_that_opens_late_is_in_time_and_the_next_one_has_as_much_time() 
     job.store()
     assert len(job.events("round")) == 1
     job.wait(2 * STORE_TIMEOUT)
-    job.leader._stores.clear()
+    job.leader._stores.ports.clear()
     job.fail(0)
     job.wait(1.0)
     assert job.verdict is None

@@ -222,13 +222,13 @@ def test_a_change_makes_the_same_roster_of_the_one_before() -> None:
     after = Roster(
         4, (*hosts(0), *hosts(2, port=7), *hosts(5)), (base, replace(base, round=4)), 2, 0, (0, 2, 5), "4.0.9"
     )
-    change = after.since(before)
+    change = after.change_from(before)
     assert change
     assert [host.node for host in change.hosts] == [2, 5]
     assert change.gone == (1,)
     assert arrived(change).of(arrived(before)) == arrived(after) == after
     assert Roster(0, (), (), 0, 0).line
-    assert before.since(Roster(0, (), (), 0, 0)) is None, "nobody holds that"
+    assert before.change_from(Roster(0, (), (), 0, 0)) is None, "nobody holds that"
 
 
 def test_hosts_are_what_they_were_and_stay_packed_until_one_is_asked_for() -> None:
