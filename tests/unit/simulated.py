@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
-from elastic_hpc.agent.leading import JOINER_PATIENCE
 from elastic_hpc.agent.supply import Supply
 from elastic_hpc.errors import JobEnded, SlurmError
 from elastic_hpc.membership import follower, messages
 from elastic_hpc.membership.leader import Leader, Verdict
+from elastic_hpc.membership.leaderless import Conclude, GiveUp, without_leader
 from elastic_hpc.membership.messages import Failure, Order, Status
 from elastic_hpc.membership.nodes import joiner, votes
 from elastic_hpc.membership.policy import Policy
@@ -254,17 +254,29 @@ class SimNode:
         return self.job.endpoint if self.job.files else None
 
     async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
-        if not votes(self.index):  # see leading.Leading
-            gone = waited >= JOINER_PATIENCE or self.job.verdict is not None
-            return JobEnded("lost", "no leader") if gone else None
+        step = without_leader(
+            waited,
+            why,
+            joins=not votes(self.index),
+            ever_led=roster is not None,
+            patient=patient,
+            heartbeat_timeout=TIMEOUT,
+            read_verdict=lambda: self.job.verdict,
+            somebody_leads=self._somebody_leads,
+        )
+        match step:
+            case GiveUp(outcome, reason):
+                return JobEnded(outcome, reason)
+            case Conclude(verdict):
+                self.job.verdict = verdict or {"outcome": "requeue", "reason": "no leader", "cause": "node lost"}
+                self.job.requeued = True
+                return JobEnded("lost", "no leader")
+        return None
+
+    def _somebody_leads(self) -> bool:
         if self._beats[0] != self.job.beats:
             self._beats = (self.job.beats, self.job.now)
-        if self.job.now - self._beats[1] < 2 * TIMEOUT or patient:
-            return None
-        if self.job.verdict is None:
-            self.job.verdict = {"outcome": "requeue", "reason": "no leader", "cause": "node lost"}
-        self.job.requeued = True
-        return JobEnded("lost", "no leader")
+        return self.job.now - self._beats[1] < 2 * TIMEOUT
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
         leader = Leader(

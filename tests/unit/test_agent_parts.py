@@ -292,10 +292,10 @@ def test_each_time_the_record_is_touched_a_node_that_was_cut_off_begins_to_wait_
     rundir.write("endpoint.json", ENDPOINT)
     alone = agent(rundir, heartbeat_timeout=0.05)
     assert alone.give_up(None, 9.0, WHY, patient=False) is None
-    since = alone._beat[1]
+    since = alone._ending._last_beat[1]
     os.utime(rundir.path / "endpoint.json", (1, 1))
     assert alone.give_up(None, 9.0, WHY, patient=False) is None
-    assert alone._beat[1] > since
+    assert alone._ending._last_beat[1] > since
     wait_for(lambda: alone.give_up(None, 9.0, WHY, patient=False))
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import POLICY, Job, SimJoiner, SimNode
 
-from elastic_hpc.agent.leading import JOINER_PATIENCE
 from elastic_hpc.membership import growth
 from elastic_hpc.membership.growth import Needs
+from elastic_hpc.membership.leaderless import JOINER_PATIENCE
 from elastic_hpc.membership.nodes import FIRST_JOINER, joiner, votes
 
 SEEDS = st.integers(0, 2**32)
@@ -202,7 +202,8 @@ def test_no_joiner_outlives_the_job(*, seed: int, finished: bool) -> None:
                 break
             await job.until(job.over, 0.5)
         if not finished:
-            job.verdict = job.verdict or {"outcome": "requeue"}  # nobody is left to write one: Slurm takes the job back
+            # nobody is left to write one: Slurm takes the job back
+            job.verdict = job.verdict or {"outcome": "requeue", "reason": "a node is lost"}
         job.queue.set_free(4)  # what still waits starts now
         assert await job.until(lambda: no_node_is_held(job), JOINER_PATIENCE + 40), job.queue.jobs
 

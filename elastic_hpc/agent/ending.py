@@ -1,0 +1,145 @@
+"""How an agent ends a run: it acts on the verdict of its own leader, or gives up when it finds no leader."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_hpc.agent import conclude
+from elastic_hpc.errors import ElasticError, JobEnded
+from elastic_hpc.membership.leaderless import Conclude, GiveUp, KeepLooking, without_leader
+from elastic_hpc.membership.policy import Action, Policy
+from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.rules import requeue_or_fail
+from elastic_hpc.record.recorder import Recorder
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import AgentEnv
+
+log = logging.getLogger(__name__)
+
+
+def published_leader(rundir: RunDir, run: int) -> Host | None:
+    """Where the leader of ``run`` listens, as the run directory says."""
+    found = rundir.read("endpoint.json")
+    if not found or found.get("run") != run:
+        return None
+    return Host(found["node"], found["host"], tuple(found["addresses"]), found["port"])
+
+
+@dataclass
+class Ending:
+    """``act`` and ``give_up`` may block: they ask Slurm, and use the run directory."""
+
+    env: AgentEnv
+    policy: Policy
+    rundir: RunDir
+    environ: Mapping[str, str]
+    """What this agent was started with."""
+    contained: bool
+    """Slurm's commands are not here: the batch script, outside, does what it can."""
+    open_recorder: Callable[[], Recorder]
+    _last_beat: tuple[int, float] = field(default=(0, 0.0))
+    """The newest time of change of ``endpoint.json``, and when it was seen."""
+    _stays_out: bool = False
+
+    def act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
+        """Requeue or end the job; the answer is the problem, if there is one. The parameters are those of
+        ``conclude.act``. A job that runs in an allocation of the user (``elastic-srun``) is not requeued.
+        """
+        if self.contained:
+            if alone:
+                log.warning(
+                    "the batch script is lost with its node, and Slurm's commands are not here: nobody ends the job, "
+                    "which keeps its nodes until its time limit; type: scontrol requeue %s, or scancel %s",
+                    self.env.job,
+                    self.env.job,
+                )
+            return None
+        if self.policy.can_requeue:
+            return conclude.act(self.rundir, self.env, verdict, lost, environ=self.environ, alone=alone, others=others)
+        if alone and self.environ.get("ENVIRONMENT") == "BATCH":
+            return conclude.cancel(self.env)
+        return None
+
+    def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
+        """See ``network.node.Node``."""
+        step = without_leader(
+            waited,
+            why,
+            joins=self.env.joins,
+            ever_led=roster is not None,
+            patient=patient,
+            heartbeat_timeout=self.policy.heartbeat_timeout,
+            read_verdict=self._read_verdict,
+            somebody_leads=self._somebody_leads,
+        )
+        match step:
+            case KeepLooking(unreachable):
+                if unreachable and published_leader(self.rundir, self.env.run):
+                    self._stay_out(why)
+                return None
+            case GiveUp(outcome, reason, unreachable):
+                if unreachable:
+                    self._stay_out(why)
+                return JobEnded(outcome, reason)
+            case Conclude(verdict):
+                verdict = verdict or self._write_verdict(
+                    roster, f"no leader was found for {waited:.0f} s ({why}), and too few nodes to have another"
+                )
+                problem = self.act(verdict, [], alone=True, others=())
+                return None if problem else JobEnded("lost", verdict["reason"])
+
+    def _stay_out(self, why: str) -> None:
+        """The leader cannot be reached from here: the job goes on without this node, and avoids it when it comes back
+        from the queue.
+        """
+        if self._stays_out:
+            return
+        self._stays_out = True
+        log.warning(
+            "the leader cannot be reached: %s; name the interface that all nodes share: --interface IFNAME, or have "
+            "its port opened between the nodes",
+            why,
+        )
+        with contextlib.suppress(OSError):
+            self.rundir.write_unfit(self.env.name, time.time(), f"the leader could not be reached: {why}")
+
+    def _somebody_leads(self) -> bool:
+        """Whether the record was touched within two heartbeat timeouts, as long as this agent has looked at it."""
+        touched, now = self.rundir.heartbeat(), time.monotonic()
+        if touched != self._last_beat[0] or not self._last_beat[1]:
+            self._last_beat = touched, now
+        return now - self._last_beat[1] < 2 * self.policy.heartbeat_timeout
+
+    def _read_verdict(self) -> dict[str, Any] | None:
+        """The verdict of this run."""
+        try:
+            verdict = self.rundir.read("verdict.json")
+        except (ElasticError, OSError):
+            return None
+        return verdict if verdict and verdict["run"] == self.env.run else None
+
+    def _write_verdict(self, roster: Roster | None, reason: str) -> dict[str, Any]:
+        """An agent that nobody leads returns the job through the queue, or ends it."""
+        try:
+            state = self.rundir.read("state.json") or {}
+        except (ElasticError, OSError):
+            state = {}
+        restarts = max(state.get("restarts", 0), roster.restarts if roster else 0)
+        requeues = max(state.get("requeues", 0), roster.requeues if roster else 0)
+        decision = requeue_or_fail(reason, requeues, self.policy)
+        outcome = {Action.FAIL: "failed", Action.REQUEUE: "requeue"}[decision.action]
+        requeues += decision.action is Action.REQUEUE
+        counters = {"round": roster.round if roster else 0, "restarts": restarts, "requeues": requeues}
+        recorder = self.open_recorder()
+        recorder.state(**{**counters, "round": max(counters["round"], state.get("round", 0))})
+        verdict = {"outcome": outcome, "cause": decision.cause, "reason": decision.reason, "failure": None, **counters}
+        verdict["actor"] = "agents"
+        recorder.event("verdict", verdict)
+        recorder.verdict(verdict)
+        recorder.close()
+        return verdict

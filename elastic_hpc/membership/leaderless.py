@@ -1,0 +1,67 @@
+"""What an agent does when it has been without a leader for some time. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+JOINER_PATIENCE = 30.0
+"""Seconds that a joiner looks for a leader at least."""
+
+
+@dataclass(frozen=True)
+class KeepLooking:
+    """Look for the leader for some more time."""
+
+    unreachable: bool = False
+    """Whether a leader is at work that this node has never reached."""
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Leave the job, which ends, or goes on, without this agent."""
+
+    outcome: str
+    reason: str
+    unreachable: bool = False
+
+
+@dataclass(frozen=True)
+class Conclude:
+    """Act on ``verdict``, that of a leader that is gone. None: there is none, and this agent has to write one."""
+
+    verdict: Mapping[str, Any] | None
+
+
+def without_leader(
+    waited: float,
+    why: str,
+    *,
+    joins: bool,
+    ever_led: bool,
+    patient: bool,
+    heartbeat_timeout: float,
+    read_verdict: Callable[[], Mapping[str, Any] | None],
+    somebody_leads: Callable[[], bool],
+) -> KeepLooking | GiveUp | Conclude:
+    """``waited``: seconds without a leader, because of ``why``. ``joins``: this agent is a joiner, which never ends the
+    job, and never keeps its node for a job that is over or cannot be reached. ``ever_led``: it has obeyed a leader
+    before. ``patient``: it may still wait. ``read_verdict`` gives the verdict of this run, if there is one, and
+    ``somebody_leads`` whether a leader, reached or not, is at work. Both may take long, and are called only where the
+    answer decides.
+    """
+    if joins:
+        if verdict := read_verdict():
+            return GiveUp("lost", f"the job is over: {verdict['reason']}")
+        if waited < max(JOINER_PATIENCE, 4 * heartbeat_timeout):
+            return KeepLooking()
+        return GiveUp("lost", f"no leader was found for {waited:.0f} s: {why}", unreachable=somebody_leads())
+    if somebody_leads():
+        return KeepLooking(unreachable=not ever_led and waited > 2 * heartbeat_timeout)
+    if patient:
+        return KeepLooking()
+    verdict = read_verdict()
+    if verdict and verdict.get("actor") == "batch script":  # it acts when the last agent has left
+        return GiveUp(verdict["outcome"], verdict["reason"])
+    return Conclude(verdict)
