@@ -88,8 +88,8 @@ def run(
             os.killpg(worker.pid, signal.Signals(kill))
         code = worker.wait(60)
     pool.look(going=False)
-    said = [re.sub("0x[0-9a-f]{8,}", "0x", (OUTPUT / name).read_text()) for name in ("out", "err")]
-    return Ran(code, said[0], said[1], pool.started)
+    out_err = [re.sub("0x[0-9a-f]{8,}", "0x", (OUTPUT / name).read_text()) for name in ("out", "err")]
+    return Ran(code, *out_err, pool.started)
 
 
 def script(text: str, name: str = "train.py") -> str:
@@ -98,9 +98,9 @@ def script(text: str, name: str = "train.py") -> str:
 
 
 def wait_until_ready(pool: Standbys) -> None:
-    waiting = [each._socket for each in pool._waiting]
+    waiting = [standby._socket for standby in pool._waiting]
     while waiting:
-        heard = select.select(waiting, [], [], 30)[0]
-        assert heard, "no standby became ready"
+        readable = select.select(waiting, [], [], 30)[0]
+        assert readable, "no standby became ready"
         pool.look(going=False)
-        waiting = [each._socket for each in pool._waiting if not each.ready]
+        waiting = [standby._socket for standby in pool._waiting if not standby.ready]
