@@ -22,8 +22,7 @@ from elastic_hpc.options import sbatch_lines
 
 _LOGIN = """source /etc/profile
 for f in ~/.bash_profile ~/.bash_login ~/.profile; do if [ -r "$f" ]; then . "$f"; break; fi; done"""
-_CPUS_OF_A_NODE = "SLURM_CPUS_PER_TASK=$elastic_cpus"
-_ARGUMENTS = "elastic_arguments"
+_ARRAY = "elastic_arguments"
 _BRINGS_PYTHON = re.compile(
     r"\bactivate\b|^\s*(module|ml)\b.*(python|conda|forge|torch|mamba)|^\s*(export +)?PATH=|\bpyenv\b|\bspack load\b",
     re.IGNORECASE | re.MULTILINE,
@@ -51,6 +50,41 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
     """The job of the batch script ``content``, which is called ``name`` and given ``args``; ``environ`` is that of its
     submission. UsageError, with the line, if no elastic job can be made of it.
     """
+    text = _text(content, name)
+    given = sbatch_lines.options(content, name)
+    try:
+        found = Reader(name, statements(text), environ, given)
+    except UsageError as error:
+        raise UsageError(f"{name} {error}") from None
+    launch, place = found.launch, f"{name} line {found.line}"
+    shape = Shape(given, launch, place)
+    if args and not re.search(r"\$\{?[\d@*#]", text):
+        raise UsageError(f"{args[0]!r} after --from-batch {name}: that batch script uses no arguments; leave it out")
+    script, script_args, capture = _command(launch)
+    setup = [*_login(text, name), *_arguments(args), *found.setup]
+    if capture:
+        setup.append((capture, f"{place}: the arguments, as written on that line"))
+    setup = _with_cpus_of_a_task(setup, shape.cpus_of_a_task)
+    notes = [*shape.notes, *found.notes, *(f"{place}: {note}" for note in launch.notes)]
+    brings_python = [f"{source}: {first_line(line)!r}" for line, source in found.setup if _BRINGS_PYTHON.search(line)]
+    return FromBatch(
+        script,
+        script_args,
+        launch.module,
+        launch.no_python,
+        layers=(
+            *(Layer(option.source, (), [option]) for option in shape.sbatch),
+            *(Layer(source, [(option, value)], []) for option, value, source in shape.options),
+            *(Layer(source, [("setup", line)], []) for line, source in setup),
+        ),
+        notes=(f"{name}: taken: {_summary(shape, launch, len(setup))}", *_in_order(notes)),
+        folder=found.folder,
+        environment=brings_python[-1] if brings_python else "",
+    )
+
+
+def _text(content: bytes, name: str) -> str:
+    """The text of the batch script. UsageError if it is none for a shell like bash."""
     if b"\r\n" in content:
         raise UsageError(f"{name}: has DOS line breaks, which sbatch refuses; convert them: dos2unix {name}")
     text = content.decode(errors="surrogateescape")
@@ -58,50 +92,37 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
     if shell not in {"bash", "sh", "dash", "zsh", "ksh"}:
         what = f"a script for {shell}" if shell else "no #! line"
         raise UsageError(f"{name}: {what}; expected a batch script for bash, which begins with #!/bin/bash")
-    given = sbatch_lines.options(content, name)
-    try:
-        found = Reader(name, statements(text), environ, given)
-    except UsageError as error:
-        raise UsageError(f"{name} {error}") from None
-    launch, at = found.launch, f"{name} line {found.line}"
-    shape = Shape(given, launch, at)
-    first = text.partition("\n")[0].split()[1:]
-    setup = [(_LOGIN, f"{name} line 1")] if any(re.fullmatch("-[a-z]*l[a-z]*|--login", word) for word in first) else []
-    if args and not re.search(r"\$\{?[\d@*#]", text):
-        raise UsageError(f"{args[0]!r} after --from-batch {name}: that batch script uses no arguments; leave it out")
-    if args:
-        setup.append((f"set -- {shlex.join(args)}", "command line"))
-    setup += found.setup
-    script, script_args, capture = _command(launch)
-    if capture:
-        setup.append((capture, f"{at}: the arguments, as written on that line"))
-    if shape.cpus_of_a_task and any("SLURM_CPUS_PER_TASK" in names(line) for line, _ in setup):
-        of_a_task = f"elastic_cpus=$SLURM_CPUS_PER_TASK SLURM_CPUS_PER_TASK={shape.cpus_of_a_task}"
-        setup = [
-            (of_a_task, "one task's CPUs, for the set-up lines"),
-            *setup,
-            (_CPUS_OF_A_NODE, "all CPUs of the node, for the agents"),
-        ]
-    layers = [Layer(each.source, (), [each]) for each in shape.sbatch]
-    layers += [Layer(source, [(option, value)], []) for option, value, source in shape.options]
-    layers += [Layer(source, [("setup", line)], []) for line, source in setup]
-    notes = [*shape.notes, *found.notes, *(f"{at}: {note}" for note in launch.notes)]
-    taken = [*map(str, shape.sbatch), *(f"--{option}={value}" for option, value, _ in shape.options)]
-    lines = f", set-up lines: {len(setup)}" if setup else ""
-    command = " ".join([launch.script, *launch.script_args])
-    first_note = f"{name}: taken: {' '.join(taken)}{lines}, to run: {command}"
-    notes = [first_note, *_in_order(notes)]
-    brings = [f"{source}: {first_line(line)!r}" for line, source in found.setup if _BRINGS_PYTHON.search(line)]
-    return FromBatch(
-        script,
-        script_args,
-        launch.module,
-        launch.no_python,
-        tuple(layers),
-        tuple(notes),
-        found.folder,
-        brings[-1] if brings else "",
-    )
+    return text
+
+
+def _login(text: str, name: str) -> list[tuple[str, str]]:
+    """The set-up line of a batch script whose shell is a login shell, with its source."""
+    options = text.partition("\n")[0].split()[1:]
+    is_login = any(re.fullmatch("-[a-z]*l[a-z]*|--login", word) for word in options)
+    return [(_LOGIN, f"{name} line 1")] if is_login else []
+
+
+def _arguments(args: Sequence[str]) -> list[tuple[str, str]]:
+    return [(f"set -- {shlex.join(args)}", "command line")] if args else []
+
+
+def _with_cpus_of_a_task(setup: list[tuple[str, str]], cpus: str) -> list[tuple[str, str]]:
+    """``setup``, with ``cpus`` in SLURM_CPUS_PER_TASK for lines that use it, and afterwards again the node's number."""
+    if not cpus or not any("SLURM_CPUS_PER_TASK" in names(line) for line, _ in setup):
+        return setup
+    of_a_task = f"elastic_cpus=$SLURM_CPUS_PER_TASK SLURM_CPUS_PER_TASK={cpus}"
+    return [
+        (of_a_task, "one task's CPUs, for the set-up lines"),
+        *setup,
+        ("SLURM_CPUS_PER_TASK=$elastic_cpus", "all CPUs of the node, for the agents"),
+    ]
+
+
+def _summary(shape: Shape, launch: Launch, set_up_lines: int) -> str:
+    """What the job takes from the batch script."""
+    options = [*map(str, shape.sbatch), *(f"--{option}={value}" for option, value, _ in shape.options)]
+    lines = f", set-up lines: {set_up_lines}" if set_up_lines else ""
+    return f"{' '.join(options)}{lines}, to run: {' '.join([launch.script, *launch.script_args])}"
 
 
 def _in_order(notes: Sequence[str]) -> list[str]:
@@ -119,10 +140,10 @@ def _command(launch: Launch) -> tuple[str, tuple[str, ...], str]:
     if None not in values:
         script, *script_args = [value or "" for value in values]
         return script, tuple(script_args), ""
-    kept = Shell(f'"${{{_ARGUMENTS}[@]}}"')
+    kept = Shell(f'"${{{_ARRAY}[@]}}"')
     if values[0] is None:
-        return kept, (), f"{_ARGUMENTS}=({' '.join(words)})"
-    return values[0], (kept,), f"{_ARGUMENTS}=({' '.join(words[1:])})"
+        return kept, (), f"{_ARRAY}=({' '.join(words)})"
+    return values[0], (kept,), f"{_ARRAY}=({' '.join(words[1:])})"
 
 
 def _literal(word: str) -> str | None:

@@ -37,10 +37,10 @@ class Reader:
     ) -> None:
         self.notes: list[str] = []
         self._name, self._variables = name, Variables(environ)
-        for each in given:
-            if variable := _OF_SLURM.get(each.name):
-                self._variables.assign(f"{variable}={each.value}")
-        launches = [one for one in enumerate(map(self._launch, found)) if one[1]]
+        for option in given:
+            if variable := _OF_SLURM.get(option.name):
+                self._variables.assign(f"{variable}={option.value}")
+        launches = [(index, launch) for index, launch in enumerate(map(self._launch, found)) if launch]
         index, launch = self._choose(found, launches)
         self.line = found[index].line
         self._statement = found[index]
@@ -67,9 +67,9 @@ class Reader:
                 self._variables.assign(word)
         return None
 
-    def _choose(self, found: Sequence[Statement], launches: Sequence[tuple[int, Launch | None]]) -> tuple[int, Launch]:
-        hidden = [each for each in found if each.compound and _LAUNCHES.search(each.text)]
-        ranked = [(self._rank(launch), index, launch) for index, launch in launches if launch]
+    def _choose(self, found: Sequence[Statement], launches: Sequence[tuple[int, Launch]]) -> tuple[int, Launch]:
+        hidden = [statement for statement in found if statement.compound and _LAUNCHES.search(statement.text)]
+        ranked = [(self._rank(launch), index, launch) for index, launch in launches]
         best = [(index, launch) for rank, index, launch in ranked if rank == min(r for r, _, _ in ranked)]
         if hidden and (not ranked or ranked[0][0] > 0 or len(hidden) + len(best) > 1):
             raise UsageError(
@@ -101,8 +101,8 @@ class Reader:
                 if reason := not_understood(words, self._variables):
                     text = reason.replace("{statement}", repr(first_line(statement.text)))
                     (named if text == reason else others).append(f"line {statement.line}: {text}")
-        if told := [*others, *named]:
-            raise UsageError(told[-1])
+        if reasons := [*others, *named]:
+            raise UsageError(reasons[-1])
 
     @staticmethod
     def _rank(launch: Launch) -> int:
@@ -140,17 +140,17 @@ class Reader:
         self.notes.append(f"{self._name} line {statement.line}: {text}")
 
     def _kept(self, found: Sequence[Statement], used: Sequence[str]) -> list[tuple[str, str]]:
-        dropped = [each for each in found if each in _rendezvous(found, used)]
+        rendezvous = _rendezvous(found, used)
+        dropped = [statement for statement in found if statement in rendezvous]
         if dropped:
-            lines = f"line{'s' * (len(dropped) > 1)} {', '.join(str(each.line) for each in dropped)}"
-            shown = ", ".join(dict.fromkeys(name for each in dropped for name in _defined(each)))
+            lines = f"line{'s' * (len(dropped) > 1)} {', '.join(str(statement.line) for statement in dropped)}"
+            shown = ", ".join(dict.fromkeys(name for statement in dropped for name in _defined(statement)))
             self.notes.append(f"{self._name} {lines}: dropped {shown}: the agents find each other without this")
         kept = []
         for statement in found:
-            first = statement.text.split()[0]
             if statement in dropped:
                 continue
-            if first == "trap":
+            if _command(statement) == "trap":
                 self._note(statement, "dropped trap: the agents tell the workers to save and stop, see --grace")
             elif re.match(r"export +SRUN_\w+=", statement.text):
                 self._note(
@@ -178,9 +178,9 @@ class Reader:
         return folder
 
     def _leave_out(self, after: Sequence[Statement]) -> None:
-        left = [each for each in after if each.text not in {"wait", "exit", "exit 0", "exit $?"}]
+        left = [statement for statement in after if statement.text not in {"wait", "exit", "exit 0", "exit $?"}]
         if left:
-            shown = ", ".join(repr(first_line(each.text)) for each in left[:3]) + (", ..." if len(left) > 3 else "")
+            shown = ", ".join([repr(first_line(statement.text)) for statement in left[:3]] + ["..."] * (len(left) > 3))
             self._note(left[0], f"dropped what follows the launch, {shown}: to run it after the job, submit it with "
                        "--dependency=afterok:JOB")  # fmt: skip
 
@@ -196,27 +196,34 @@ def first_line(text: str) -> str:
 
 
 def _rendezvous(found: Sequence[Statement], used: Sequence[str]) -> set[Statement]:
-    """Those that only serve to tell the nodes of each other, and those that only show it."""
-    simple = [each for each in found if not each.compound and len(each.parts()) == 1]
-    defines = {each: _defined(each) for each in simple}
+    """The statements that only serve to tell the nodes of each other, or only show that. ``used``: what the launch and
+    the lines with it need.
+    """
+    simple = [statement for statement in found if not statement.compound and len(statement.parts()) == 1]
+    variables = {statement: _defined(statement) for statement in simple}
+    mentioned = {statement: set(names(statement.text)) for statement in found}
     dropped = {
-        each for each, defined in defines.items()
-        if defined and (any(map(OF_RENDEZVOUS.fullmatch, defined)) or _OF_NODES.search(each.text))
+        statement for statement, defined in variables.items()
+        if defined and (any(map(OF_RENDEZVOUS.fullmatch, defined)) or _OF_NODES.search(statement.text))
     }  # fmt: skip
+    harmless = {statement for statement in simple if variables[statement] or _command(statement) in {"echo", "printf"}}
     while True:
-        of_dropped = {name for each in dropped for name in defines[each]}
-        shows = (each for each in simple if defines[each] or each.text.split()[0] in {"echo", "printf"})
-        more = {each for each in shows if each not in dropped and of_dropped.intersection(names(each.text))}
+        of_dropped = {name for statement in dropped for name in variables[statement]}
+        more = {statement for statement in harmless - dropped if mentioned[statement] & of_dropped}
         if not more:
             break
         dropped |= more
     while True:
         needed = {name for text in used for name in names(text)}
-        needed |= {name for each in found if each not in dropped for name in names(each.text)}
-        back = {each for each in dropped if set(defines[each]) & needed}
+        needed = needed.union(*(mentioned[statement] for statement in found if statement not in dropped))
+        back = {statement for statement in dropped if needed.intersection(variables[statement])}
         if not back:
             return dropped
         dropped -= back
+
+
+def _command(statement: Statement) -> str:
+    return statement.text.split()[0]
 
 
 def _defined(statement: Statement) -> list[str]:
