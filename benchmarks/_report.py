@@ -50,29 +50,26 @@ def kept(runs: Sequence[object]) -> Iterator[None]:
 # arguments
 
 
-def parser_with(doc: str | None, names: Mapping[str, str], *examples: str) -> argparse.ArgumentParser:
-    """A parser whose help explains ``names``, under headings that are names without a text, and shows ``examples``."""
+def parser_with(
+    doc: str | None, names: Mapping[str, str], *examples: str, state: bool = False, keep: bool = False
+) -> argparse.ArgumentParser:
+    """A parser whose help explains ``names``, under headings that are names without a text, and shows ``examples``. It
+    has ``--json``; with ``state`` the directory of ``_cluster.cluster``, with ``keep`` a folder for what jobs wrote.
+    """
     width = max(map(len, names), default=0) + 2
     lines = [f"  {name:<{width}}{text}" if text else name for name, text in names.items()]
     if examples:
         lines += ["", "examples:", *(f"  {example}" for example in examples)]
     raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=raw, epilog="\n".join(lines))
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    text = "write all results and where they were measured"
-    parser.add_argument("--json", type=_file_to_write, metavar="FILE", help=text)
-
-
-def add_keep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="copy each job's logs, events and steps there")
-
-
-def add_state(parser: argparse.ArgumentParser) -> None:
-    """The option for the directory of ``_cluster.cluster``."""
-    text = "mini-slurm's directory; one that is up is used and left up (default: $MINI_SLURM_STATE or %(default)s)"
-    parser.add_argument("--state", type=Path, default=_DEFAULT_STATE, metavar="DIR", help=text)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, epilog="\n".join(lines))
+    add = parser.add_argument
+    add("--json", type=_file_to_write, metavar="FILE", help="write all results and where they were measured")
+    if state:
+        text = "mini-slurm's directory; one that is up is used and left up (default: $MINI_SLURM_STATE or %(default)s)"
+        add("--state", type=Path, default=_DEFAULT_STATE, metavar="DIR", help=text)
+    if keep:
+        add("--keep", type=Path, metavar="DIR", help="copy each job's logs, events and steps there")
+    return parser
 
 
 def positive(text: str) -> int:

@@ -28,7 +28,7 @@ from _month import (
     launchers,
     simulate,
 )
-from _report import add_json, figure, parser_with, positive, show, table_of, write_json
+from _report import figure, parser_with, positive, show, table_of, write_json
 from rich.table import Table
 
 SIZES = (16, 128, 512, 2048)
@@ -158,7 +158,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--replacement", type=positive, default=30, metavar="MINUTES", help=text)
     text = "recovery times from the JSON of recovery.py"
     add("--recovery", type=recovery_times, default=Recovery(), metavar="FILE", help=text)
-    add_json(parser)
     return parser.parse_args()
 
 

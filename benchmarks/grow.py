@@ -38,9 +38,6 @@ from _processes import start_time
 from _report import (
     ROOT,
     BenchmarkError,
-    add_json,
-    add_keep,
-    add_state,
     busy,
     figure,
     kept,
@@ -315,15 +312,14 @@ def parse_arguments() -> argparse.Namespace:
         {"what is measured:": "", **RUNGS, "launchers:": "", **LAUNCHERS},
         "sudo benchmarks/grow.py                                  # all",
         "sudo benchmarks/grow.py --launchers elastic --runs 1     # ours alone, once",
+        state=True,
+        keep=True,
     )
     add = parser.add_argument
     add("--runs", type=positive, default=3, metavar="N", help="of each launcher (default: 3)")
     add("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS), help="default: all")
     text = "to wait for a step of the new world; a launcher that does not get there is not run again (default: 45)"
     add("--deadline", type=positive, default=45, metavar="SECONDS", help=text)
-    add_json(parser)
-    add_keep(parser)
-    add_state(parser)
     return parser.parse_args()
 
 

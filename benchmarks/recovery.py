@@ -37,9 +37,6 @@ from _processes import cpu_seconds
 from _report import (
     ROOT,
     BenchmarkError,
-    add_json,
-    add_keep,
-    add_state,
     busy,
     figure,
     kept,
@@ -341,6 +338,8 @@ def parse_arguments() -> argparse.Namespace:
         "sudo benchmarks/recovery.py                                    # all, an hour and more",
         "sudo benchmarks/recovery.py --launchers elastic --runs 5       # ours alone",
         "sudo benchmarks/recovery.py --rungs power --bound 120 --json power.json",
+        state=True,
+        keep=True,
     )
     add = parser.add_argument
     add("--runs", type=positive, default=3, metavar="N", help="of each rung and launcher (default: 3)")
@@ -348,9 +347,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS), help="default: all")
     text = "how long to wait for a step before a run counts as stuck, through the queue 180 more (default: 60)"
     add("--bound", type=positive, default=60, metavar="SECONDS", help=text)
-    add_json(parser)
-    add_keep(parser)
-    add_state(parser)
     return parser.parse_args()
 
 

@@ -30,8 +30,6 @@ from _month import Recovery
 from _report import (
     ROOT,
     BenchmarkError,
-    add_json,
-    add_state,
     busy,
     machine,
     parser_with,
@@ -218,13 +216,12 @@ def parse_arguments() -> argparse.Namespace:
         {"parts:": "", **PARTS},
         "sudo benchmarks/run.py --json all.json --write-docs     # what docs/performance.md shows",
         "benchmarks/run.py --only start goodput                  # these need neither Slurm nor root",
+        state=True,
     )
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, default=DEFAULT, metavar="PART", help="default: all but grow")
     add("--minutes", type=positive, default=14, metavar="N", help="begin no fault that may end later (default: 14)")
-    add_json(parser)
     add("--write-docs", action="store_true", help="put the table into docs/performance.md")
-    add_state(parser)
     return parser.parse_args()
 
 

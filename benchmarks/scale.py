@@ -15,7 +15,6 @@ from typing import Any
 from _agents import allow_files, rounds_of
 from _report import (
     BenchmarkError,
-    add_json,
     busy,
     figure,
     kept,
@@ -125,7 +124,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--bound", type=positive, default=30, metavar="S", help="give up after S seconds each (default: %(default)s)"
     )
-    add_json(parser)
     return parser.parse_args()
 
 

@@ -22,9 +22,6 @@ from _cluster import Cluster, cluster
 from _faults import KINDS, Fault, draws
 from _report import (
     BenchmarkError,
-    add_json,
-    add_keep,
-    add_state,
     machine,
     parser_with,
     positive,
@@ -131,6 +128,8 @@ def parse_arguments() -> argparse.Namespace:
         {"faults:": "", **KINDS},
         "sudo benchmarks/soak.py --seed 7",
         "sudo benchmarks/soak.py --faults 10 --kinds head-power head-cut --keep evidence",
+        state=True,
+        keep=True,
     )
     add = parser.add_argument
     add("--faults", type=positive, default=30, metavar="N", help="how many (default: 30)")
@@ -138,9 +137,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
     text = "after a fault, for the job to train again (default: 240)"
     add("--deadline", type=positive, default=240, metavar="SECONDS", help=text)
-    add_json(parser)
-    add_keep(parser)
-    add_state(parser)
     return parser.parse_args()
 
 

@@ -21,7 +21,6 @@ from _launchers import OURS, TORCHRUN_MODULE
 from _processes import import_times, run_timed
 from _report import (
     BenchmarkError,
-    add_json,
     busy,
     figure,
     machine,
@@ -141,7 +140,6 @@ def table(summary: dict[str, Any]) -> Table:
 def parse_arguments() -> argparse.Namespace:
     parser = parser_with(__doc__, {})
     parser.add_argument("--rounds", type=positive, default=7, metavar="N", help="starts of each (default: 7)")
-    add_json(parser)
     return parser.parse_args()
 
 

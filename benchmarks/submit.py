@@ -26,8 +26,6 @@ from _processes import Ran, import_times, run_timed
 from _report import (
     ROOT,
     BenchmarkError,
-    add_json,
-    add_state,
     busy,
     figure,
     machine,
@@ -205,16 +203,15 @@ def parse_arguments() -> argparse.Namespace:
         {},
         "sudo benchmarks/submit.py                  # on a mini-slurm of its own",
         "benchmarks/submit.py --here --rounds 30    # on the login node of a cluster, as yourself",
+        state=True,
     )
     add = parser.add_argument
     add("--rounds", type=positive, default=15, metavar="N", help="submissions each way (default: 15)")
-    add_json(parser)
     add("--here", action="store_true", help="use the Slurm of this machine, as the present user")
     text = (
         "with --here: the folder in which pip has installed torchx (--target); its jobs start unless the queue is full"
     )
     add("--torchx", type=Path, metavar="DIR", help=text)
-    add_state(parser)
     add("--raw", action="store_true", help="print the figures as JSON and nothing else")
     return parser.parse_args()
 
