@@ -1,6 +1,7 @@
-"""One node of ``elastic-hpc doctor --run``: looks around, talks to the others, leaves a report in the job's folder.
+"""One node of ``elastic-hpc doctor --run``: examines the node, talks to the others, writes a report.
 
-Every node listens, tells the others where (``hello.NODE.json``), dials all of them, and writes ``report.NODE.json``.
+Each node listens, publishes its addresses (``hello.NODE.json`` in the job's folder), dials all other nodes, and writes
+``report.NODE.json``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,21 +30,23 @@ from elastic_hpc.errors import ElasticError
 from elastic_hpc.network import addresses
 from elastic_hpc.record.rundir import RunDir
 
-_ALL = 42.0  # seconds for everything, of the minute that the job has
-_MEET = 20.0  # until all nodes must have said hello
-_DIAL = 3.0
-_SEEN = 10.0
-_PART = 8.0  # until the others have written their reports too
-_TIMES = 8  # exchanges of the clock; the fastest counts
+# Seconds:
+_TOTAL = 42.0  # for everything, of the minute that the job has
+_HELLO_TIMEOUT = 20.0  # until all nodes must have published their addresses
+_DIAL_TIMEOUT = 3.0
+_FILE_TIMEOUT = 10.0  # until a file that another node makes must be there
+_REPORT_TIMEOUT = 8.0  # until the others have written their reports too
+
+_CLOCK_EXCHANGES = 8  # the fastest counts
 _ADDRESSES = 3  # tried of each node
 
 
 class _Server:
-    """Answers the other nodes: what the time is, and makes a file with a lock for them to look for."""
+    """Answers the other nodes: with the time, and by making a file with a lock, for which they then look."""
 
     def __init__(self, rundir: RunDir, node: str) -> None:
         self._rundir, self._node, self._secret = rundir, node, rundir.read_secret().decode()
-        self._held: list[Any] = []  # files with their locks
+        self._locked: list[Any] = []  # files, open to keep their locks
         range_socket = addresses.listen_from(FIRST_PORT, LAST_PORT - FIRST_PORT + 1)
         any_socket = socket.create_server(("", 0), backlog=1024)
         self.port, self.any_port = range_socket.getsockname()[1], any_socket.getsockname()[1]
@@ -56,14 +60,14 @@ class _Server:
 
     def _serve(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError), connection:
-            connection.settimeout(_SEEN + _DIAL)
+            connection.settimeout(_FILE_TIMEOUT + _DIAL_TIMEOUT)
             with connection.makefile("rwb") as stream:
                 while line := stream.readline(4096):
                     received = time.time()
-                    asked = json.loads(line)
-                    if not hmac.compare_digest(str(asked["secret"]), self._secret):
+                    request = json.loads(line)
+                    if not hmac.compare_digest(str(request["secret"]), self._secret):
                         return
-                    made = self._make(str(asked["mark"])) if "mark" in asked else ""
+                    made = self._make(str(request["mark"])) if "mark" in request else ""
                     answer = {"received": received, "made": made, "sent": time.time()}
                     stream.write(json.dumps(answer).encode() + b"\n")
                     stream.flush()
@@ -71,33 +75,32 @@ class _Server:
     def _make(self, peer: str) -> str:
         name = f"mark.{self._node}.{re.sub(r'[^A-Za-z0-9.-]', '_', peer)}"
         file = open(self._rundir.path / name, "w")  # noqa: SIM115 - held until the end
-        self._held.append(file)
+        self._locked.append(file)
         with contextlib.suppress(OSError):  # no locks on this file system
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return name
 
 
 def _talk(rundir: RunDir, node: str, name: str, hello: Mapping[str, Any]) -> PeerReport:
-    """Dial the node ``name`` and ask it."""
+    """Dial the node ``name`` at all addresses and ports, and measure over the first connection."""
     dials: list[Dial] = []
-    asked: PeerReport | None = None
+    measured: PeerReport | None = None
     for address in hello["addresses"][:_ADDRESSES]:
         for port, any_port in ((hello["port"], False), (hello["any_port"], True)):
             try:
-                with socket.create_connection((address, port), timeout=_DIAL) as connection:
-                    if asked is None:
-                        asked = _ask(rundir, node, connection)
+                with socket.create_connection((address, port), timeout=_DIAL_TIMEOUT) as connection:
+                    if measured is None:
+                        measured = _measure(rundir, node, connection)
                 dials.append(Dial(address, port, any_port))
             except (OSError, ValueError) as error:
                 dials.append(Dial(address, port, any_port, _why(error)))
-    seen = asked or PeerReport()
-    return PeerReport(_resolve(name), tuple(dials), seen.ahead, seen.round_trip, seen.seen_after, seen.lock_held)
+    return replace(measured or PeerReport(), resolves=_resolve(name), dials=tuple(dials))
 
 
-def _ask(rundir: RunDir, node: str, connection: socket.socket) -> PeerReport:
-    """What the time is there, as NTP asks; and how long a file that is made there takes to be seen here."""
+def _measure(rundir: RunDir, node: str, connection: socket.socket) -> PeerReport:
+    """The difference of the clocks, measured as NTP does, and the time until a file made there is seen here."""
     secret = rundir.read_secret().decode()
-    connection.settimeout(_DIAL)
+    connection.settimeout(_DIAL_TIMEOUT)
     with connection.makefile("rwb") as stream:
 
         def ask(**more: str) -> tuple[float, dict[str, Any], float]:
@@ -108,7 +111,7 @@ def _ask(rundir: RunDir, node: str, connection: socket.socket) -> PeerReport:
             return before, json.loads(line), time.time()
 
         best, ahead = float("inf"), 0.0
-        for _ in range(_TIMES):
+        for _ in range(_CLOCK_EXCHANGES):
             before, answer, after = ask()
             trip = after - before - (answer["sent"] - answer["received"])
             if trip < best:
@@ -119,9 +122,9 @@ def _ask(rundir: RunDir, node: str, connection: socket.socket) -> PeerReport:
 
 
 def _look_for(path: Path) -> tuple[float | None, bool | None]:
-    """Seconds until ``path`` is there, and whether the lock that another node has on it is felt."""
+    """Seconds until ``path`` is there, and whether the lock of another node on it is effective here."""
     begin = time.monotonic()
-    while time.monotonic() < begin + _SEEN:
+    while time.monotonic() < begin + _FILE_TIMEOUT:
         try:
             with open(path, "r+") as file:
                 after = time.monotonic() - begin
@@ -135,7 +138,7 @@ def _look_for(path: Path) -> tuple[float | None, bool | None]:
         except OSError:
             time.sleep(0.02)
             with contextlib.suppress(OSError):
-                os.scandir(path.parent).close()  # has NFS look again
+                os.scandir(path.parent).close()  # makes NFS look again
     return None, None
 
 
@@ -167,8 +170,8 @@ def _version(package: str) -> str:
 
 
 def _bodies(rundir: RunDir, kind: str) -> dict[str, dict[str, Any]]:
-    """By node, what is there of ``kind`` so far."""
-    os.scandir(rundir.path).close()  # has NFS look again
+    """The files ``kind.NODE.json`` so far, by node."""
+    os.scandir(rundir.path).close()  # makes NFS look again
     names = [path.name for path in rundir.path.glob(f"{kind}.*.json")]
     return {name[len(kind) + 1 : -5]: body for name in names if (body := rundir.read(name))}
 
@@ -181,8 +184,8 @@ def _wait(rundir: RunDir, kind: str, count: int, seconds: float) -> dict[str, di
 
 
 def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> int:
-    """Look, and leave a report. Returns the exit code."""
-    end = time.monotonic() + _ALL
+    """Examine this node and the others, and write the report. Returns the exit code."""
+    end = time.monotonic() + _TOTAL
     node = environ.get("SLURMD_NODENAME") or socket.gethostname()
     count = int(environ.get("SLURM_STEP_NUM_NODES", 1))
     if not folder.is_dir():
@@ -196,7 +199,7 @@ def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> in
     server = _Server(rundir, node)
     created = _create(folder / "first")
     rundir.write(f"hello.{node}.json", {"addresses": published, "port": server.port, "any_port": server.any_port})
-    others = {name: hello for name, hello in _wait(rundir, "hello", count, _MEET).items() if name != node}
+    others = {name: hello for name, hello in _wait(rundir, "hello", count, _HELLO_TIMEOUT).items() if name != node}
     peers = {name: PeerReport(error="no answer in time") for name in others}
 
     def talk(name: str) -> None:
@@ -224,7 +227,7 @@ def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> in
         peers=dict(peers),
     )
     rundir.write(f"report.{node}.json", report.as_body())
-    _wait(rundir, "report", len(others) + 1, _PART)
+    _wait(rundir, "report", len(others) + 1, _REPORT_TIMEOUT)
     return 0
 
 

@@ -20,21 +20,22 @@ from elastic_hpc.options.sbatch import SBATCH, Given
 from elastic_hpc.record.rundir import RunDir
 
 _DOCTOR = "elastic-hpc doctor"
-_RUNS = 100.0  # seconds: a minute, and what Slurm takes to end it
-_LEAVES = 45.0  # until it has ended, after it was cancelled
+_RUN_TIMEOUT = 100.0  # seconds: a minute, and the time that Slurm needs to end the job
+_END_TIMEOUT = 45.0  # seconds from its cancellation until the job has ended
 _WAITING = frozenset({"PENDING", "CONFIGURING"})
 _NEVER = frozenset(
     ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS", "AccountNotAllowed")
 )
-"""Reasons of a wait that nothing ends by itself."""
-_LAST_WORDS = 3  # lines
+"""Reasons to wait that do not go away."""
+_LAST_LINES = 3
 
 
 def run(nodes: int, log_dir: str, sbatch: Sequence[Given], tell: Callable[[str], None]) -> ProbeRun:
-    """Submit the job, and wait until all of its nodes have reported or it has ended. Whatever happens, Ctrl-C too, the
-    job is then ended and its folder removed.
+    """Submit the job, and wait until all of its nodes have reported or it has ended. Then, in any case, also after
+    Ctrl-C, end the job and remove its folder.
 
-    ``tell`` hears what the job waits for. Raises UsageError if Slurm refuses it, SlurmError if Slurm cannot be asked.
+    ``tell`` gets what the job waits for. Raises UsageError if Slurm refuses the job, SlurmError if Slurm cannot be
+    asked.
     """
     made = not os.path.isdir(log_dir)
     rundir = RunDir.new(log_dir, "doctor")
@@ -76,7 +77,7 @@ def _job(nodes: int, log_dir: str, rundir: RunDir, sbatch: Sequence[Given]) -> J
     return replace(job, launch=launch, sbatch=passed, container=None, agent_python=python)
 
 
-def _wait(job: str, asked: int, rundir: RunDir, tell: Callable[[str], None]) -> ProbeRun:
+def _wait(job: str, requested: int, rundir: RunDir, tell: Callable[[str], None]) -> ProbeRun:
     begin = time.monotonic()
     started: float | None = None
     nodes: tuple[str, ...] = ()
@@ -84,9 +85,8 @@ def _wait(job: str, asked: int, rundir: RunDir, tell: Callable[[str], None]) -> 
         shown = slurm.show_job(job)
         if shown.state in _WAITING:
             if shown.reason in _NEVER:
-                raise ElasticError(
-                    f"--nodes {asked}: the job would wait for ever ({shown.reason}); use fewer, or another partition"
-                )
+                problem = f"the job would wait for ever ({shown.reason}); use fewer, or another partition"
+                raise ElasticError(f"--nodes {requested}: {problem}")
             reason = "" if shown.reason == "None" else f": {shown.reason.replace('_', ' ')}"
             tell(f"job {job} waits in the queue{reason}, {time.monotonic() - begin:.0f} s")
         else:
@@ -94,43 +94,42 @@ def _wait(job: str, asked: int, rundir: RunDir, tell: Callable[[str], None]) -> 
             nodes = nodes or tuple(slurm.expand(shown.nodes))
             tell(f"job {job} runs, nodes: {len(nodes)}, {time.monotonic() - started:.0f} s")
         reports, causes = _reports(rundir)
-        late = started is not None and time.monotonic() > started + _RUNS
+        late = started is not None and time.monotonic() > started + _RUN_TIMEOUT
         if shown.state not in slurm.LIVES or late or (nodes and len(reports) >= len(nodes)):
             state = "late" if late else shown.state
-            return ProbeRun(nodes, tuple(reports), shown.may_requeue, state, {**_last_words(rundir, nodes), **causes})
+            return ProbeRun(nodes, tuple(reports), shown.may_requeue, state, {**_log_lines(rundir, nodes), **causes})
         time.sleep(1)
 
 
 def _reports(rundir: RunDir) -> tuple[list[Report], dict[str, str]]:
-    """Those that are there, and by node what is wrong with one."""
-    reports, wrong = [], {}
+    """The reports so far, and by node what is wrong with a report."""
+    reports, problems = [], {}
     for path in sorted(rundir.path.glob("report.*.json")):
         node = path.name.removeprefix("report.").removesuffix(".json")
         try:
             reports.append(Report.of(rundir.read(path.name) or {}))
         except (ElasticError, ValueError, TypeError, KeyError) as error:
-            wrong[node] = f"{node}: {error}"
-    return reports, wrong
+            problems[node] = f"{node}: {error}"
+    return reports, problems
 
 
-def _last_words(rundir: RunDir, nodes: Sequence[str]) -> dict[str, str]:
-    """What the job's log says of each of ``nodes``, and under "" its last lines."""
+def _log_lines(rundir: RunDir, nodes: Sequence[str]) -> dict[str, str]:
+    """The line of the job's log about each of ``nodes``, and under "" the last lines of the log."""
     try:
         lines = [
             line.strip() for line in Path(rundir.path, "log").read_text(errors="replace").splitlines() if line.strip()
         ]
     except OSError:
         return {"": "its log is not there"}
-    telling = sorted(
-        lines, key=lambda line: not line.startswith("srun: ")
-    )  # what a node says itself comes last and wins
-    found = {node: line for line in telling for node in nodes if f" {node}:" in line}
-    return {**found, "": " / ".join(lines[-_LAST_WORDS:])}
+    # A line that the node itself wrote comes last, and wins over srun's line about the node.
+    ordered = sorted(lines, key=lambda line: not line.startswith("srun: "))
+    found = {node: line for line in ordered for node in nodes if f" {node}:" in line}
+    return {**found, "": " / ".join(lines[-_LAST_LINES:])}
 
 
 def _end(job: str) -> None:
-    """Cancel ``job``, and wait until it writes nothing more."""
-    end = time.monotonic() + _LEAVES
+    """Cancel ``job``, and wait until it has ended, so that it writes no more."""
+    end = time.monotonic() + _END_TIMEOUT
     with contextlib.suppress(SlurmError):
         slurm.cancel(job)
         while slurm.show_job(job).state in slurm.LIVES and time.monotonic() < end:

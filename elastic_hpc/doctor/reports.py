@@ -13,18 +13,18 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Dial:
-    """One try to connect. ``error`` is empty if it worked."""
+    """One attempt to connect. ``error`` is empty if it succeeded."""
 
     address: str
     port: int
     any_port: bool
-    """Not of the agents' range: workers talk over ports that the system chooses."""
+    """Whether the port is outside of the agents' range: workers talk over ports that the system chooses."""
     error: str = ""
 
 
 @dataclass(frozen=True)
 class PeerReport:
-    """What one node saw of another. Times in seconds; None for what could not be measured."""
+    """What one node measured of another. Times in seconds; None for what could not be measured."""
 
     resolves: tuple[str, ...] = ()
     dials: tuple[Dial, ...] = ()
@@ -32,15 +32,15 @@ class PeerReport:
     """The other's clock minus this one's."""
     round_trip: float | None = None
     seen_after: float | None = None
-    """From when the other had made a file until it was seen here."""
+    """Time from when the other had made a file until it was seen here."""
     lock_held: bool | None = None
-    """Whether the other's flock on that file was felt here."""
+    """Whether the other's flock on that file was effective here."""
     error: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one node saw."""
+    """What one node found."""
 
     node: str
     hostname: str
@@ -49,9 +49,9 @@ class Report:
     """Version, empty if it is not installed. The same for ``elastic_hpc``."""
     elastic_hpc: str
     published: tuple[str, ...]
-    """Addresses under which its agent would be dialled, best first."""
+    """Addresses that its agent would publish, the best first."""
     interfaces: Mapping[str, str]
-    """Address by name."""
+    """The address of each interface."""
     port: int
     gpus_granted: str | None
     gpus_visible: str | None
@@ -70,15 +70,15 @@ class Report:
         if body.get("schema") != SCHEMA:
             raise ValueError(f"report of another version of elastic_hpc: schema {body.get('schema')}")
         values = {name: value for name, value in body.items() if name != "schema"}
-        values["peers"] = {name: _peer(seen) for name, seen in values["peers"].items()}
+        values["peers"] = {name: _peer(body) for name, body in values["peers"].items()}
         for name in ("published", "problems"):
             values[name] = tuple(values[name])
         return cls(**values)
 
 
-def _peer(seen: Mapping[str, Any]) -> PeerReport:
-    dials = tuple(Dial(**dial) for dial in seen["dials"])
-    return PeerReport(**{**seen, "dials": dials, "resolves": tuple(seen["resolves"])})
+def _peer(body: Mapping[str, Any]) -> PeerReport:
+    dials = tuple(Dial(**dial) for dial in body["dials"])
+    return PeerReport(**{**body, "dials": dials, "resolves": tuple(body["resolves"])})
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ProbeRun:
     """The nodes that Slurm gave to the job."""
     reports: tuple[Report, ...]
     may_requeue: bool
-    """What Slurm has made of ``--requeue``."""
+    """Whether Slurm lets the job, with ``--requeue``, back into the queue."""
     ended: str
     """Slurm's word for its state in the end."""
     causes: Mapping[str, str] = field(default_factory=dict)

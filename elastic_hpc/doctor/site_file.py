@@ -15,10 +15,14 @@ _LASTING = frozenset(
 
 
 def site_file(findings: Iterable[Finding], sbatch: Sequence[Given], log_dir: str | None = None) -> str:
-    """A configuration file (see job.config) of what follows from ``findings``, of the options of sbatch that
-    belong to the site, and of ``log_dir``, if that was given.
+    """A configuration file (see job.config) with what follows from ``findings``, with the options of sbatch that belong
+    to the site, and with ``log_dir``, if that was given.
     """
-    lines = [_line(key, value, f"{one.about}: {one.found}") for one in findings for key, value in one.config.items()]
+    lines = [
+        _line(key, value, f"{finding.about}: {finding.found}")
+        for finding in findings
+        for key, value in finding.config.items()
+    ]
     lines += [_line("log-dir", log_dir, "as given to the doctor")] if log_dir else []
     text = ["# Written by elastic-hpc doctor. To use it: export ELASTIC_HPC_CONFIG=THIS-FILE"]
     text += lines or ["# Nothing found here needs other values than the defaults."]

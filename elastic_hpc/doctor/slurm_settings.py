@@ -19,11 +19,11 @@ _TO_REQUEUE = 5
 
 
 class _Unknown(Exception):
-    """What a check needs was not said."""
+    """Slurm has not said what a check needs."""
 
 
 def slurm_findings(facts: Facts, grace: timedelta) -> list[Finding]:
-    """What Slurm's settings mean for jobs that ask for ``grace`` (``--grace``); that it cannot be asked, if so."""
+    """What Slurm's settings mean for jobs with ``--grace``; or that Slurm cannot be asked."""
     if not facts.answered:
         return [
             Finding(
@@ -46,17 +46,17 @@ def _judged(about: str, check: Callable[[Facts, timedelta], Finding], facts: Fac
 
 
 def _config(facts: Facts, name: str) -> str:
-    return _said(facts.config, name, facts.unknown.get("config"), "scontrol show config")
+    return _value(facts.config, name, facts.unknown.get("config"), "scontrol show config")
 
 
 def _partition(facts: Facts, name: str) -> str:
-    return _said(facts.partition, name, facts.unknown.get("partition"), "scontrol show partition")
+    return _value(facts.partition, name, facts.unknown.get("partition"), "scontrol show partition")
 
 
-def _said(said: Mapping[str, str], name: str, reason: str | None, command: str) -> str:
-    if reason is not None or name not in said:
+def _value(settings: Mapping[str, str], name: str, reason: str | None, command: str) -> str:
+    if reason is not None or name not in settings:
         raise _Unknown(reason or f"{command} does not say {name}")
-    return said[name]
+    return settings[name]
 
 
 def _number(text: str, name: str) -> int:
@@ -157,14 +157,14 @@ def _preemption(facts: Facts, grace: timedelta) -> Finding:
     then = "Slurm puts the job back into the queue" if mode == "REQUEUE" else "Slurm cancels, the agents requeue"
     if warned and seconds >= grace.total_seconds():
         return Finding(Level.OK, "preemption", found, f"workers are told and have --grace {as_text(grace)}; {then}")
-    asked = f"GraceTime={as_text(grace)} in the partition"
+    grace_time = f"GraceTime={as_text(grace)} in the partition"
     if warned:
         return Finding(
             Level.WARN,
             "preemption",
             found,
             f"workers are told, but have {seconds} s and not --grace {as_text(grace)}; {then}",
-            f"you: --grace {_grace(seconds)}; {_slurm_conf(asked)}",
+            f"you: --grace {_grace(seconds)}; {_slurm_conf(grace_time)}",
             {"grace": _grace(seconds)} if seconds else {},
         )
     hurry = f", with --grace {_grace(seconds)} for the agents to requeue in time" if mode != "REQUEUE" else ""
@@ -174,7 +174,7 @@ def _preemption(facts: Facts, grace: timedelta) -> Finding:
         found,
         "no warning comes before SIGTERM, which reaches the workers too: those that listen have at most "
         f"{min(20, seconds or 20)} s to save, others die at once; {then}",
-        f"you: save often{hurry}; {_slurm_conf(f'SlurmctldParameters=preempt_send_user_signal, and {asked}')}",
+        f"you: save often{hurry}; {_slurm_conf(f'SlurmctldParameters=preempt_send_user_signal, and {grace_time}')}",
     )
 
 

@@ -10,7 +10,7 @@ Start with ``job``: what Slurm says about a job. ``client`` runs the commands. `
 """
 
 from elastic_hpc.slurm.directives import joiner_script
-from elastic_hpc.slurm.job import cancel, epoch, job_state, queue, show_job, states, warn, warning_reason
+from elastic_hpc.slurm.job import cancel, epoch, job_state, queue, show_job, warn, warning_reason
 from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
 from elastic_hpc.slurm.nodes import expand, usable_nodes
 from elastic_hpc.slurm.requeuing import complete, requeue
@@ -44,7 +44,6 @@ __all__ = [
     "site",
     "start_agent",
     "start_step",
-    "states",
     "step_environment",
     "submit_joiner",
     "usable_nodes",

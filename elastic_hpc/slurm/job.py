@@ -53,7 +53,7 @@ def show_job(job: str) -> SlurmJob:
 
 
 def queue(*jobs: str) -> dict[str, Queued]:
-    """Those of ``jobs`` (``JOB`` or ``JOB_TASK``) that Slurm still knows. Raises SlurmError if it cannot be asked."""
+    """What squeue says of those of ``jobs``, ``JOB`` or ``JOB_TASK``, that Slurm still knows. Raises SlurmError."""
     if not jobs:
         return {}
     try:
@@ -65,11 +65,6 @@ def queue(*jobs: str) -> dict[str, Queued]:
         raise
     rows = (line.split("|", 4) for line in answer.splitlines() if line)
     return {id: Queued(state, epoch(start), epoch(end), reason) for id, state, start, end, reason in rows}
-
-
-def states(*jobs: str) -> dict[str, str]:
-    """Slurm's word for the state of each of ``jobs``; see ``queue``."""
-    return {job: queued.state for job, queued in queue(*jobs).items()}
 
 
 def job_state(job: str, run: int | None = None) -> str:

@@ -26,11 +26,11 @@ class States(core.InfoWatcher):
     def update(self) -> None:
         jobs = sorted(self._registered - self._finished)
         try:
-            states = slurm.states(*jobs)
+            queue = slurm.queue(*jobs)
         except ElasticError as error:  # unknown is not ended
             logger.get_logger().warning("%s; the jobs' states may be out of date", error)
         else:
-            self._info_dict |= {job: {"State": states.get(job, "GONE")} for job in jobs}
+            self._info_dict |= {job: {"State": queue[job].state if job in queue else "GONE"} for job in jobs}
             self._finished |= {job for job in jobs if self.is_done(job, mode="cache")}
         self._num_calls += 1
         self._last_status_check = time.time()

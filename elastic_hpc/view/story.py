@@ -71,8 +71,6 @@ class Round:
     samples: tuple[Sample, ...] = ()
     faults: tuple[Fault, ...] = ()
     """What went wrong, the cause first, then what was collateral."""
-    drained: str = ""
-    """Why its workers were asked to save and stop."""
 
     @property
     def last(self) -> int | None:

@@ -118,12 +118,6 @@ class _StoryBuilder:
             others = self._current.faults
             self._change_current(faults=(fault, *others) if cause else (*others, fault))
 
-    def _on_drain(self, event: Mapping[str, Any], _when: float) -> None:
-        self._change_current(drained=str(event["reason"]))
-
-    def _on_request(self, event: Mapping[str, Any], _when: float) -> None:
-        self._change_current(drained=f"{event['request']}: {event['reason']}")
-
     def _on_take_over(self, event: Mapping[str, Any], when: float) -> None:
         if self._current and not self._current.faults:  # the leader was lost, which is in no event of its own
             self._broken = self._broken or when
