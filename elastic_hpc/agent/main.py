@@ -106,7 +106,8 @@ def _agent(parts: Assembly, standbys: Standbys, numa: dict[str, Any]) -> Elastic
     from torch.distributed.elastic.agent.server.api import WorkerSpec
 
     from elastic_hpc.agent.rendezvous import ElasticRendezvousHandler
-    from elastic_hpc.workers.elastic_agent import ElasticAgent, NodeLogs
+    from elastic_hpc.workers.elastic_agent import ElasticAgent
+    from elastic_hpc.workers.logs import NodeLogs
 
     spec, env = parts.spec, parts.env
     if spec.no_python:

@@ -1,0 +1,45 @@
+"""Why a worker failed: from its exit code, its stderr, and the error file that torch has it write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.distributed.elastic.agent.server.api import Worker
+from torch.distributed.elastic.multiprocessing import PContext
+
+from elastic_hpc.membership.causes import explain
+from elastic_hpc.membership.messages import Failure
+from elastic_hpc.record.stderr import tail
+
+
+def first_failure(failed: Mapping[Worker, int], node: str, context: PContext, *, oom: bool) -> Failure:
+    """The first failure that is no echo of another: the one whose error file is oldest, else that of the lowest rank.
+
+    ``failed``: exit codes of workers of ``node``. ``oom``: the kernel has killed a process there for lack of memory.
+    """
+    failures = [_failure(worker, code, node, context, oom=oom) for worker, code in failed.items()]
+    return min(failures, key=lambda failure: (failure.collateral, failure.time))
+
+
+def _failure(worker: Worker, code: int, node: str, context: PContext, *, oom: bool) -> Failure:
+    local = worker.local_rank
+    cause = explain(code, tail(context.stderrs[local]), oom=oom)
+    failed_at = time.time()
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        error = json.loads(Path(context.error_files[local]).read_text())["message"]
+        failed_at = float(error["extraInfo"]["timestamp"])
+    return Failure(
+        cause.kind,
+        node,
+        worker.global_rank,
+        local,
+        code,
+        cause.message[:2000],
+        failed_at,
+        (cause.traceback or "")[:8192],
+        cause.collateral,
+    )
