@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from elastic_hpc.doctor.findings import Finding, Level, some
 from elastic_hpc.doctor.reach import name_findings, port_findings
-from elastic_hpc.doctor.reports import PeerReport, ProbeRun, Report, pairs
+from elastic_hpc.doctor.reports import NodeReport, PeerReport, ProbeRun, pairs
 
 _SKEW = 5.0
 """Seconds between two clocks from which times in logs mislead."""
@@ -64,7 +64,7 @@ def _reported(run: ProbeRun, log_dir: str) -> Finding:
     return Finding(Level.OK, "nodes", f"{some(run.nodes)} reported", "an agent can start on each")
 
 
-def _file_system(reports: Sequence[Report]) -> list[Finding]:
+def _file_system(reports: Sequence[NodeReport]) -> list[Finding]:
     makers = [report.node for report in reports if report.created]
     if len(makers) != 1:
         return [
@@ -120,7 +120,7 @@ def _is_cut(peers: Iterable[tuple[str, str, PeerReport]]) -> bool:
     return any(all(dial.error for dial in peer.dials) for _, _, peer in peers)
 
 
-def _clocks(reports: Sequence[Report]) -> list[Finding]:
+def _clocks(reports: Sequence[NodeReport]) -> list[Finding]:
     ahead = [(peer.ahead, report.node, name) for report, name, peer in pairs(reports) if peer.ahead is not None]
     if not ahead:
         return [Finding(Level.UNKNOWN, "clocks", "not compared: no node could ask another", "not judged")]
@@ -140,7 +140,7 @@ def _clocks(reports: Sequence[Report]) -> list[Finding]:
     ]
 
 
-def _software(reports: Sequence[Report]) -> list[Finding]:
+def _software(reports: Sequence[NodeReport]) -> list[Finding]:
     none = [report.node for report in reports if not report.torch]
     if none:
         return [
@@ -169,8 +169,8 @@ def _software(reports: Sequence[Report]) -> list[Finding]:
     return [Finding(Level.OK, "software", next(iter(kinds)), "the same on all nodes")]
 
 
-def _gpus(reports: Sequence[Report]) -> list[Finding]:
-    granted: Callable[[Report], str] = lambda report: report.gpus_granted or "0"  # noqa: E731
+def _gpus(reports: Sequence[NodeReport]) -> list[Finding]:
+    granted: Callable[[NodeReport], str] = lambda report: report.gpus_granted or "0"  # noqa: E731
     if all(granted(report) == "0" for report in reports):
         hidden = [report.node for report in reports if report.gpu_devices]
         found = "none were asked for" + (f"; there are some on {some(hidden)}" if hidden else "")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_hpc import __version__
-from elastic_hpc.doctor.reports import FIRST_PORT, LAST_PORT, Dial, PeerReport, Report
+from elastic_hpc.doctor.reports import FIRST_PORT, LAST_PORT, Dial, NodeReport, PeerReport
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.network import addresses
 from elastic_hpc.record.rundir import RunDir
@@ -210,7 +210,7 @@ def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> in
         thread.start()
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
-    report = Report(
+    report = NodeReport(
         node=node,
         hostname=socket.gethostname(),
         python=platform.python_version(),

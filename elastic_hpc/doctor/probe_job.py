@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from elastic_hpc import slurm
-from elastic_hpc.doctor.reports import ProbeRun, Report
+from elastic_hpc.doctor.reports import NodeReport, ProbeRun
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.job.request import Request
 from elastic_hpc.job.script import render, template_folder
@@ -101,13 +101,13 @@ def _wait(job: str, requested: int, rundir: RunDir, tell: Callable[[str], None])
         time.sleep(1)
 
 
-def _reports(rundir: RunDir) -> tuple[list[Report], dict[str, str]]:
+def _reports(rundir: RunDir) -> tuple[list[NodeReport], dict[str, str]]:
     """The reports so far, and by node what is wrong with a report."""
     reports, problems = [], {}
     for path in sorted(rundir.path.glob("report.*.json")):
         node = path.name.removeprefix("report.").removesuffix(".json")
         try:
-            reports.append(Report.of(rundir.read(path.name) or {}))
+            reports.append(NodeReport.of(rundir.read(path.name) or {}))
         except (ElasticError, ValueError, TypeError, KeyError) as error:
             problems[node] = f"{node}: {error}"
     return reports, problems

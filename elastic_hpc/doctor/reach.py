@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from elastic_hpc.doctor.findings import NAMED, Finding, Level, some
-from elastic_hpc.doctor.reports import FIRST_PORT, Report, pairs
+from elastic_hpc.doctor.reports import FIRST_PORT, NodeReport, pairs
 
 
-def port_findings(reports: Sequence[Report]) -> list[Finding]:
+def port_findings(reports: Sequence[NodeReport]) -> list[Finding]:
     cut, others, detours = defaultdict(list), defaultdict(list), defaultdict(list)
     for report, name, peer in pairs(reports):
         agents = [dial for dial in peer.dials if not dial.any_port]
@@ -73,7 +73,7 @@ def _reach(cut: Mapping[str, Sequence[str]]) -> str:
     return some(parts, "; ")
 
 
-def name_findings(reports: Sequence[Report]) -> list[Finding]:
+def name_findings(reports: Sequence[NodeReport]) -> list[Finding]:
     own = {report.node: set(report.interfaces.values()) for report in reports}
     wrong = []
     for report, name, peer in pairs(reports):
@@ -98,7 +98,7 @@ def name_findings(reports: Sequence[Report]) -> list[Finding]:
     return [Finding(Level.OK, "names", "each node's name leads to it on all others", "names and addresses agree")]
 
 
-def _open_interface(reports: Sequence[Report]) -> str:
+def _open_interface(reports: Sequence[NodeReport]) -> str:
     """The interface by which each node is reached from all others; empty if the first choice works, or none does."""
     node_of = {report.node: report for report in reports}
     worked: dict[str, set[tuple[str, str]]] = defaultdict(set)

@@ -39,7 +39,7 @@ class PeerReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class NodeReport:
     """What one node found."""
 
     node: str
@@ -65,7 +65,7 @@ class Report:
         return {"schema": SCHEMA, **asdict(self)}
 
     @classmethod
-    def of(cls, body: Mapping[str, Any]) -> Report:
+    def of(cls, body: Mapping[str, Any]) -> NodeReport:
         """Raises ValueError for what another version wrote."""
         if body.get("schema") != SCHEMA:
             raise ValueError(f"report of another version of elastic_hpc: schema {body.get('schema')}")
@@ -87,7 +87,7 @@ class ProbeRun:
 
     nodes: tuple[str, ...]
     """The nodes that Slurm gave to the job."""
-    reports: tuple[Report, ...]
+    reports: tuple[NodeReport, ...]
     may_requeue: bool
     """Whether Slurm lets the job, with ``--requeue``, back into the queue."""
     ended: str
@@ -96,7 +96,7 @@ class ProbeRun:
     """Why there is no report, by node; under "" for the job as a whole."""
 
 
-def pairs(reports: Sequence[Report]) -> list[tuple[Report, str, PeerReport]]:
+def pairs(reports: Sequence[NodeReport]) -> list[tuple[NodeReport, str, PeerReport]]:
     """Every ordered pair of nodes that have reported, with what the first reports of the second."""
     names = {report.node: report for report in reports}
     both = [pair for a, b in combinations(sorted(names), 2) for pair in ((a, b), (b, a))]

@@ -85,16 +85,15 @@ class JobFailed(ElasticError):
 
 
 class Job:
-    """A submitted job, an array's task among them. Cheap to make; Slurm is not asked before a method is called. Two
-    are equal if they have the same run directory.
+    """A submitted job, or a task of an array. Slurm is not asked before a method is called. Two handles are equal if
+    they have the same run directory.
 
-    ``run_dir`` is its memory, for its owner only: docs/how-it-works.md says what is in there.
+    ``run_dir`` is the memory of the job, for its owner only: docs/how-it-works.md describes the files.
     """
 
     def __init__(self, job: int | str | os.PathLike[str], *, is_array: bool = False) -> None:
-        """A job that exists, by its id, which is looked up as the commands do, or by its run directory, which has a
-        ``/``: ``Job(4711)``, ``Job("elastic-logs/4711")``. Raises UsageError if no job is known by that id, or more
-        than one.
+        """A job that exists, by its id, which the commands look up in the same way, or by its run directory, which has
+        a ``/``: ``Job(4711)``, ``Job("elastic-logs/4711")``. Raises UsageError if no job has that id, or more than one.
         """
         given: Any = str(int(job)) if isinstance(job, Integral) else job
         if not isinstance(given, (str, os.PathLike)):
@@ -102,7 +101,7 @@ class Job:
         is_id = isinstance(given, str) and "/" not in given
         self.run_dir = find(str(given).strip()) if is_id else Path(os.path.abspath(given))
         self.id = self.run_dir.name
-        """What ``sbatch`` said; of a task of an array ``ARRAY_TASK``."""
+        """The id that ``sbatch`` printed; ``ARRAY_TASK`` for a task of an array."""
         self._is_array = is_array
         self._record = RunDir(self.run_dir)
         self._jobs = Jobs([self._record])
@@ -125,23 +124,27 @@ class Job:
         except ElasticError as error:
             return html_table({"job": self.id, "": str(error)})
 
+    def _has_tasks(self) -> bool:
+        """Whether it is an array: submitted as one, or with tasks that have started."""
+        return self._is_array or expand(self.run_dir) != [self.run_dir]
+
     def task(self, index: int) -> Job:
         """One task of a job array, which is an elastic job of its own."""
         return Job(self.run_dir.with_name(f"{self.id}_{index}"))
 
     def status(self) -> JobStatus:
-        """How it is now. Raises SlurmError if Slurm is needed to tell, and cannot be asked."""
+        """The job now. Raises SlurmError if only Slurm knows, and cannot be asked."""
         view = self._look().view
         if self._jobs.problem:
             raise SlurmError(self._jobs.problem)
         return JobStatus.of(view)
 
     def wait(self, timeout: float | timedelta | None = None, *, check: bool = False) -> JobStatus:
-        """Until it has ended for good: it finished, failed or was cancelled. Requeues are waited through. Ctrl-C ends
-        the waiting, not the job.
+        """Wait until the job has ended for good: it finished, failed or was cancelled. The wait goes on over requeues,
+        and while Slurm cannot be asked. Ctrl-C ends the wait, not the job.
 
-        ``timeout``: seconds, or a timedelta. Raises TimeoutError when they have passed; the job goes on. When Slurm
-        cannot be asked for a while, that is waited through too. ``check``: raise JobFailed unless it has completed.
+        ``timeout``: seconds, or a timedelta. Raises TimeoutError when it has passed; the job goes on. ``check``: raise
+        JobFailed unless the job has completed.
         """
         timeout = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         begin = time.monotonic()
@@ -164,7 +167,7 @@ class Job:
             time.sleep(_LOOK_INTERVAL)
 
     def _look(self, query_interval: float = 0.0) -> Look:
-        if self._is_array or expand(self.run_dir) != [self.run_dir]:
+        if self._has_tasks():
             raise UsageError(f"job {self.id} is an array; expected one of its tasks, for example job.task(0)")
         return self._jobs.look(query_interval)[0]
 
@@ -184,11 +187,11 @@ class Job:
                 return
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened, as its leaders have recorded it: ``time`` in seconds since the epoch, ``event``, and more."""
+        """The events that its leaders recorded: ``time`` in seconds since the epoch, ``event``, and more fields."""
         return self._record.events()
 
     def why(self) -> str:
-        """Why it went as it did, and what to do: what ``elastic-hpc why`` prints."""
+        """Why the job went as it did, and what to do: the text that ``elastic-hpc why`` prints."""
         from rich.console import Console
 
         from elastic_hpc.view.why import page
@@ -199,8 +202,8 @@ class Job:
         return text.getvalue()
 
     def drain(self, reason: str = "user") -> None:
-        """Have it save, stop, and come back through the queue. ``reason``: ``user``, or what is to be rehearsed,
-        ``time limit`` or ``preempted``. Raises ElasticError if its leader cannot be reached: it waits in the queue, or
+        """Have the job save, stop, and come back through the queue. ``reason``: ``user``, or, to rehearse it, ``time
+        limit`` or ``preempted``. Raises ElasticError if its leader cannot be reached, as the job waits in the queue, or
         is over.
         """
         final = self.final_state()
@@ -218,12 +221,12 @@ class Job:
         raise ElasticError(f"job {self.id} is over, {final}: nothing runs that could be drained")
 
     def stop(self, *, after_checkpoint: bool = False) -> Stopped:
-        """End it for good, running or waiting. ``after_checkpoint``: the workers may save first, ``--grace`` long.
+        """End the job for good, running or waiting. ``after_checkpoint``: the workers have ``--grace`` to save first.
 
-        What was done: ``cancelled``, ``told`` or ``over``, see ``Stopped``. Raises ElasticError if its leader cannot be
-        reached and Slurm cannot cancel it, or with ``after_checkpoint`` would not let it save.
+        Returns what was done: ``cancelled``, ``told`` or ``over``, see ``Stopped``. Raises ElasticError if its leader
+        cannot be reached and Slurm cannot cancel the job, or with ``after_checkpoint`` would not let it save.
         """
-        if self._is_array or expand(self.run_dir) != [self.run_dir]:
+        if self._has_tasks():
             slurm.cancel(self.id)
             return "cancelled"
         view = self._look().view
@@ -243,7 +246,7 @@ class Job:
         return "cancelled"
 
     def cancel(self) -> None:
-        """``scancel``: end it at once, whatever state it is in. On one machine without Slurm its leader does so."""
+        """``scancel``: end the job at once, in whatever state. On one machine without Slurm its leader ends the job."""
         if self._record.is_held() is None:
             slurm.cancel(self.slurm_id)
         else:
@@ -258,11 +261,11 @@ class Job:
 
     @property
     def slurm_id(self) -> str:
-        """Its id, or that of the job that goes on in its place where a job may not be requeued."""
+        """Its id, or the id of the job that goes on in its place where a job may not be requeued."""
         return recorded(self._record).slurm_id
 
     def final_state(self) -> str | None:
-        """Slurm's word for how it has ended, if the run directory says that it has."""
+        """Slurm's word for its end; None if the run directory does not say that it has ended."""
         return recorded(self._record).final
 
     def last_round(self) -> Mapping[str, Any]:
@@ -278,18 +281,14 @@ def _lines(path: Path, offset: int, *, rest: bool) -> Iterator[bytes]:
 
 
 def submit(spec: JobSpec, on_message: Callable[[str], None] = lambda _: None) -> Job:
-    """Submit ``spec``. ``on_message`` gets what sbatch says besides the job's id, and what was not taken of the
-    environment.
+    """Submit ``spec``. ``on_message`` gets what sbatch prints besides the job's id, and notes on variables of the
+    environment that the job does not get.
 
     Raises UsageError if the job is refused, by us or by Slurm, and SlurmError if Slurm cannot be asked.
     """
-    submitted: list[str] = []
     for note in spec.notes:
         on_message(f"{note}\n")
     with prepared(spec) as script:
-        slurm.sbatch(script, [], os.environ, submitted.append, on_message)
-    if not submitted:
-        raise ElasticError("sbatch: no job id")
-    number = submitted[0].partition(";")[0]
-    remember(os.path.join(spec.log_dir, number))
-    return Job(os.path.join(spec.log_dir, number), is_array=spec.has("array"))
+        run_dir = os.path.join(spec.log_dir, slurm.submit_script(script, [], os.environ, on_message))
+    remember(run_dir)
+    return Job(run_dir, is_array=spec.has("array"))

@@ -17,7 +17,7 @@ from elastic_hpc.slurm.requeuing import complete, requeue
 from elastic_hpc.slurm.settings import Facts, Site, facts, site
 from elastic_hpc.slurm.states import LIVES, WAITS, Queued, SlurmJob
 from elastic_hpc.slurm.steps import start_agent, start_step, step_environment, wait_until_alone
-from elastic_hpc.slurm.submit import resubmit, sbatch
+from elastic_hpc.slurm.submit import resubmit, sbatch, submit_script
 
 __all__ = [
     "LIVES",
@@ -46,6 +46,7 @@ __all__ = [
     "start_step",
     "step_environment",
     "submit_joiner",
+    "submit_script",
     "usable_nodes",
     "wait_until_alone",
     "warn",

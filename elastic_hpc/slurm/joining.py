@@ -12,7 +12,7 @@ from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.slurm import client, directives
 from elastic_hpc.slurm.job import show_job
 from elastic_hpc.slurm.states import duration
-from elastic_hpc.slurm.submit import submit_again
+from elastic_hpc.slurm.submit import submit_script
 
 _NAME = "join-{parent}"
 _MINUTE = timedelta(minutes=1)
@@ -87,7 +87,7 @@ def submit_joiner(
         "partition": ",".join(shown.partitions), "account": shown.account, "qos": shown.qos, "chdir": shown.folder
     }  # fmt: skip
     options += [f"--{name}={value}" for name, value in of_parent.items() if value]
-    return submit_again(directives.joiner_script(script), options, environ, {JOIN: str(run_dir)})
+    return submit_script(directives.joiner_script(script), options, environ, exports={JOIN: str(run_dir)})
 
 
 def change_time_limit(job: str, limit: timedelta) -> None:

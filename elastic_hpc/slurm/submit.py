@@ -31,9 +31,9 @@ def sbatch(
 ) -> int:
     """Submit ``script`` and return sbatch's exit code, with ``--wait`` the job's.
 
-    The job has the variables of ``environ`` that are neither Slurm's nor ours, and ``exports``. ``on_submitted`` is
-    called at once with ``ID[;CLUSTER]``; ``on_message`` with the rest of sbatch's output. Raises UsageError if Slurm
-    refuses the job, SlurmError if it could not be asked.
+    The job has ``exports`` and, unless ``--export`` hides them, the variables of ``environ`` that are neither Slurm's
+    nor ours. ``on_submitted`` is called at once with ``ID[;CLUSTER]``; ``on_message`` with the rest of sbatch's output.
+    Raises UsageError if Slurm refuses the job, SlurmError if it could not be asked.
     """
     with tempfile.TemporaryFile() as stderr:
         try:
@@ -92,20 +92,22 @@ def resubmit(job: str, script: Path, environ: Mapping[str, str], exports: Mappin
     if task:
         options.append(f"--array={task}")
     try:
-        new = submit_again(script.read_bytes(), options, environ, exports)
+        new = submit_script(script.read_bytes(), options, environ, exports=exports)
     except (OSError, UsageError) as error:
         raise SlurmError(f"sbatch {script}: {error}") from None
     return new + (f"_{task}" if task else "")
 
 
-def submit_again(script: bytes, options: Sequence[str], environ: Mapping[str, str], exports: Mapping[str, str]) -> str:
-    """Submit the batch script of a job from within it, and return the new job's id.
-
-    The new job has ``exports`` and, unless ``--export`` hides them, the variables of ``environ`` that ``sbatch`` passes
-    on. Raises UsageError and SlurmError as ``sbatch``.
-    """
+def submit_script(
+    script: bytes,
+    options: Sequence[str],
+    environ: Mapping[str, str],
+    on_message: Callable[[str], None] = lambda _: None,
+    exports: Mapping[str, str] | None = None,
+) -> str:
+    """As ``sbatch``, but returns the id of the new job."""
     submitted: list[str] = []
-    sbatch(script, options, environ, submitted.append, lambda _: None, exports)
+    sbatch(script, options, environ, submitted.append, on_message, exports)
     if not submitted:
         raise SlurmError("sbatch: no job id")
     return submitted[0].partition(";")[0]

@@ -19,7 +19,7 @@ from elastic_hpc.doctor import probe
 from elastic_hpc.doctor.findings import Finding, Level, as_json, worst_first
 from elastic_hpc.doctor.log_dir import file_system, log_dir_finding
 from elastic_hpc.doctor.nodes import run_findings
-from elastic_hpc.doctor.reports import Dial, PeerReport, ProbeRun, Report
+from elastic_hpc.doctor.reports import Dial, NodeReport, PeerReport, ProbeRun
 from elastic_hpc.doctor.site_file import site_file
 from elastic_hpc.doctor.slurm_settings import slurm_findings
 from elastic_hpc.job.config import load
@@ -212,9 +212,9 @@ def test_the_file_system_of_the_run_directories_is_judged_by_what_it_is(path: st
     assert log_dir_finding(MOUNTS, path).level is level
 
 
-def report(node: str, *others: str, **changes: object) -> Report:
+def report(node: str, *others: str, **changes: object) -> NodeReport:
     number = node[1:]
-    made = Report(
+    made = NodeReport(
         node=node,
         hostname=node,
         python="3.11.2",
@@ -243,7 +243,7 @@ def peer(name: str, error: str = "", ib0: str = "", any_port: str = "", ahead: f
     return PeerReport((eth,), dials, ahead, 0.001, 0.1, lock_held=True)
 
 
-def ran(*reports: Report, nodes: tuple[str, ...] = ("n1", "n2", "n3"), **changes: object) -> list[Finding]:
+def ran(*reports: NodeReport, nodes: tuple[str, ...] = ("n1", "n2", "n3"), **changes: object) -> list[Finding]:
     run = ProbeRun(nodes, reports, may_requeue=True, ended="COMPLETED")
     return run_findings(replace(run, **changes), "/logs")  # type: ignore[arg-type]
 
@@ -258,9 +258,9 @@ def test_nodes_that_agree_are_well():
 
 
 def test_reports_survive_the_way_through_a_file():
-    assert Report.of(json.loads(json.dumps(ALL[0].as_body()))) == ALL[0]
+    assert NodeReport.of(json.loads(json.dumps(ALL[0].as_body()))) == ALL[0]
     with pytest.raises(ValueError, match="another version"):
-        Report.of({"schema": 7})
+        NodeReport.of({"schema": 7})
 
 
 def test_a_node_that_never_reported_is_named_with_its_last_words():
@@ -440,7 +440,7 @@ def test_two_nodes_find_each_other_and_agree(tmp_path: Path):
         thread.start()
     for thread in threads:
         thread.join()
-    reports = [Report.of(rundir.read(f"report.{name}.json") or {}) for name in ("n1", "n2")]
+    reports = [NodeReport.of(rundir.read(f"report.{name}.json") or {}) for name in ("n1", "n2")]
     levels = {f.about: f.level for f in ran(*reports, nodes=("n1", "n2"))}
     assert [levels[name] for name in ("nodes", "ports", "file system", "clocks", "software")] == [Level.OK] * 5
 
