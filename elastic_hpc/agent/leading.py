@@ -16,8 +16,8 @@ from elastic_hpc.agent.ending import Ending, published_leader
 from elastic_hpc.agent.joiners import SlurmSource
 from elastic_hpc.agent.supply import Supply
 from elastic_hpc.errors import JobEnded, SlurmError
-from elastic_hpc.membership.leader import Leader, Verdict
-from elastic_hpc.membership.policy import Policy
+from elastic_hpc.membership.leader import Leader
+from elastic_hpc.membership.policy import Policy, Verdict
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.network.server import LeaderServer

@@ -7,18 +7,18 @@ Its inputs are what has arrived (``on_...``), with the time; its outputs are col
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 from elastic_hpc.membership.election import Base
 from elastic_hpc.membership.growth import Needs
 from elastic_hpc.membership.inputs import Arrivals, Requests, Stores
 from elastic_hpc.membership.mandate import Mandate
-from elastic_hpc.membership.messages import Failure, Order, Plan, Request, Stage, Status
+from elastic_hpc.membership.messages import Order, Plan, Request, Stage, Status
 from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.orders import Orders, ToAgent
 from elastic_hpc.membership.peers import Peer, Peers, deciding_fields
-from elastic_hpc.membership.policy import Action, Decision, Policy, View
+from elastic_hpc.membership.policy import Action, Decision, Outcome, Policy, Verdict, View
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.membership.rules import decide, requeue_or_fail
 from elastic_hpc.membership.world import SETTLE, FailureHistory, World
@@ -26,21 +26,7 @@ from elastic_hpc.membership.world import SETTLE, FailureHistory, World
 STOP_TIMEOUT = 60.0
 """Seconds in which an agent must report that its workers are gone; then it is given up, as they cannot be killed."""
 
-Outcome = Literal["finished", "failed", "requeue"]
 _OUTCOMES: dict[Action, Outcome] = {Action.FINISH: "finished", Action.FAIL: "failed", Action.REQUEUE: "requeue"}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How this run of the job ends. Written to the run directory before any agent leaves."""
-
-    outcome: Outcome
-    cause: str
-    reason: str
-    failure: Failure | None
-    restarts: int
-    requeues: int
-    round: int
 
 
 class Leader:
@@ -73,7 +59,7 @@ class Leader:
         """
         roster = inherited or Roster(round, (), (), restarts, requeues)
         self.policy = policy
-        self._node, self._nproc, self._host = node, nproc, host
+        self.node, self._nproc, self._host = node, nproc, host
 
         self.round, self.restarts, self.requeues = roster.round + 1, roster.restarts, roster.requeues
         self.verdict: Verdict | None = None
@@ -84,7 +70,7 @@ class Leader:
 
         self._mandate = Mandate(roster, inherited=inherited is not None, now=now)
         timeout = policy.heartbeat_timeout
-        self._peers = Peers(roster.hosts, timeout, now, granted=granted, granted_names=granted_names)
+        self.peers = Peers(roster.hosts, timeout, now, granted=granted, granted_names=granted_names)
         self._world, self._failures = World(), FailureHistory()
         self._requests, self._stores, self._arrivals = Requests(), Stores(now), Arrivals(supplied=supplied)
         self._orders = Orders()
@@ -110,9 +96,9 @@ class Leader:
         """``status`` arrived over connection ``conn`` from ``addr``."""
         if conn in self._orders.refused or conn in self._dropped:
             return
-        peer = self._peers.get(conn)
+        peer = self.peers.get(conn)
         if peer is None:
-            if refusal := self._peers.refusal(status, self._nproc, self._host):
+            if refusal := self.peers.refusal(status, self._nproc, self._host):
                 self._refuse(conn, status, refusal, now)
                 return
             peer = self._connect(conn, addr, status, now)
@@ -122,11 +108,11 @@ class Leader:
         else:
             is_news = deciding_fields(status) != deciding_fields(peer.status)
         self.has_news = self.has_news or is_news
-        self._peers.on_status(peer, status, now)
+        self.peers.on_status(peer, status, now)
         self._mandate.on_status(status)
         if not peer.joined and (status.state == "idle" or self._is_being_stopped(status.node)):
             peer.joined, peer.arrived_at = True, now
-            self._peers.on_arrival(status.node)
+            self.peers.on_arrival(status.node)
             self._event("join", node=status.name, addr=addr, joiner=not votes(status.node))
             self._arrivals.outdate()
         if self._stage == "run" and status.node in self._world.plans:
@@ -148,14 +134,14 @@ class Leader:
     def on_lost(self, conn: int, reason: str, *, silent: float = 0.0) -> None:
         """Connection ``conn`` is gone, or must be given up for ``reason``, after ``silent`` seconds of silence."""
         self._orders.forget(conn)
-        peer = self._peers.remove(conn)
+        peer = self.peers.remove(conn)
         if peer is None:
             return
         self._dropped.append(conn)
         if self.verdict or self.abdicated or not peer.joined:
             return
         status = peer.status
-        why = self._peers.why_leaving(status)
+        why = self.peers.why_leaving(status)
         name, reason = ("left", why) if why else ("lost", reason)
         self._event(name, node=status.name, reason=reason, round=self.round, silent=round(silent, 3))
         self._arrivals.outdate()
@@ -174,7 +160,7 @@ class Leader:
 
     def on_leave(self, node: int, reason: str, now: float) -> None:
         """``node`` has to go, because of ``reason``: its job is about to end."""
-        self._peers.leaving.setdefault(node, reason)
+        self.peers.leaving.setdefault(node, reason)
         self._advance(now)
 
     def on_coming(self, needs: Needs, starting: int, pending: int, now: float) -> None:
@@ -195,16 +181,16 @@ class Leader:
 
     def on_tick(self, now: float) -> None:
         """To be called a few times per heartbeat."""
-        for conn, silent in self._peers.silent(now).items():
+        for conn, silent in self.peers.silent(now).items():
             self.on_lost(conn, f"nothing heard for {self.policy.heartbeat_timeout:g} s", silent=silent)
         if self._stage == "gather" and now - self._gathering_since > STOP_TIMEOUT:
-            for conn, peer in list(self._peers.items()):
+            for conn, peer in list(self.peers.items()):
                 if peer.joined and not self._is_idle(peer.status):
                     self.on_lost(conn, f"its workers did not stop within {STOP_TIMEOUT:g} s")
         self._advance(now)
         self._record_progress(now)
         if self._stage == "gather" and now - self._gathering_since > 1 and not self.verdict:
-            absent = self._peers.absent_names if self._first else ""
+            absent = self.peers.absent_names if self._first else ""
             waiting = self._waiting + (f"; not joined yet: {absent}" if absent else "")
             if waiting != self._waiting_recorded:
                 self._waiting_recorded = waiting
@@ -251,7 +237,7 @@ class Leader:
             stacks=bool(self._stage == "gather" and failure and failure.kind == "hang"),
         )
         plans = self._world.plans if runs and self._mandate.is_settled(self._world.formed) else {}
-        return self._orders.take(self._peers, order, plans, self.roster, self._mandate.change, beat=beat)
+        return self._orders.take(self.peers, order, plans, self.roster, self._mandate.change, beat=beat)
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
         """What happened since the last call, for the record: ``(name, fields)``."""
@@ -264,33 +250,18 @@ class Leader:
         return dropped
 
     @property
-    def nodes(self) -> set[int]:
-        """Nodes whose agents are in touch."""
-        return set(self._peers.by_node)
-
-    @property
-    def lost_names(self) -> list[str]:
-        """Slurm's names of the job's own nodes that were in touch, and are not any more."""
-        return self._peers.lost_names
-
-    @property
-    def other_names(self) -> list[str]:
-        """Slurm's names of the job's own nodes that are in touch besides this one."""
-        return self._peers.names(without=self._node)
-
-    @property
     def needs(self) -> Needs | None:
         """What the job could use besides the nodes that are in touch; None while this leader may not say."""
         over = bool(self.verdict or self._requests.request)
         if not over and (self._first or not self.leads):
             return None
         pays = self.policy.free_growth or self.restarts < self.policy.max_restarts or self._stage == "gather"
-        return self._peers.needs(0 if over or not pays else self.policy.wanted, over=over)
+        return self.peers.needs(0 if over or not pays else self.policy.wanted, over=over)
 
     @property
     def next_expiry(self) -> float:
         """When, on the leader's clock, ``on_tick`` is due even if nothing arrives before."""
-        due = min(self._peers.next_silence, self._decide_at)
+        due = min(self.peers.next_silence, self._decide_at)
         return min(due, self._world.failed_at + SETTLE) if self._world.failure else due
 
     @property
@@ -303,21 +274,21 @@ class Leader:
 
     def _refuse(self, conn: int, status: Status, reason: str, now: float) -> None:
         self._orders.refused[conn] = reason
-        self._peers.on_arrival(status.node)
+        self.peers.on_arrival(status.node)
         self.has_news = True
         self._event("unfit" if status.unfit else "refused", node=status.name, reason=reason)
-        if status.node == self._node and self._first:
+        if status.node == self.node and self._first:
             self._end(requeue_or_fail(reason, self.requeues, self.policy), now)
 
     def _connect(self, conn: int, addr: str, status: Status, now: float) -> Peer:
         """A peer for an agent that came over a new connection; an older agent of the same node is lost."""
-        older = self._peers.conns.get(status.node)
+        older = self.peers.conns.get(status.node)
         if older is not None:
             self.on_lost(older, "a new agent of the same node came")
             self.decide(now)
         forgetful = status.roster < 0 and self._mandate.is_member(status.node)
         peer = Peer(status, addr, now, now, forgetful)
-        self._peers.add(conn, peer)
+        self.peers.add(conn, peer)
         if self._stage == "gather" and status.seen >= self.round:
             # another leader may have formed that round from the nodes that were with it
             self.round, self._gathering_since = status.seen + 1, now
@@ -355,13 +326,13 @@ class Leader:
     def _renew_mandate(self, now: float) -> None:
         late = self._stage == "run" and now - self._world.formed_at > self.policy.heartbeat_timeout
         stale = late and not self._mandate.is_settled(self._world.formed)
-        if self._mandate.renew(self._peers.joined.values(), self._peers.agreeing, now, stale=stale):
+        if self._mandate.renew(self.peers.joined.values(), self.peers.agreeing, now, stale=stale):
             self._event("take_over", round=self.round, reason=self._predecessor_lost)
 
     def _view(self, now: float) -> View:
         formed, gathers = self._world.formed, self._stage != "run"
-        idle = {node for node, status in self._peers.joined.items() if self._is_idle(status)}
-        nodes = self._peers.view(idle, formed, self.policy, now)
+        idle = {node for node, status in self.peers.joined.items() if self._is_idle(status)}
+        nodes = self.peers.view(idle, formed, self.policy, now)
         return View(
             **vars(nodes),
             **vars(self._world.view(self._predecessor_lost, now)),
@@ -395,16 +366,16 @@ class Leader:
                 self._end(decision, now)
 
     def _form(self, nodes: tuple[int, ...], now: float) -> None:
-        peers = self._peers.by_node
+        peers = self.peers.by_node
         rank0 = peers[nodes[0]]
         addr = rank0.status.host.addresses[0] if rank0.addr.startswith("127.") else rank0.addr
         port, size = self._stores.ports[self.round], len(nodes)
         plans = {node: Plan(rank, size, self.restarts, port, addr) for rank, node in enumerate(nodes)}
         self._stage, self._first, self._last_loss = "run", False, ""
         self._world = World(nodes, plans, now)
-        base = Base(self.round, self._node, tuple(filter(votes, nodes)))
+        base = Base(self.round, self.node, tuple(filter(votes, nodes)))
         hosts = tuple(peer.status.host for _, peer in sorted(peers.items()) if peer.joined)
-        mark = f"{self.round}.{self._node}.{now:.6f}"  # a leader never forms two rounds within a microsecond
+        mark = f"{self.round}.{self.node}.{now:.6f}"  # a leader never forms two rounds within a microsecond
         self._mandate.on_form(base, hosts, nodes, restarts=self.restarts, requeues=self.requeues, mark=mark)
         self._event(
             "round",
@@ -412,15 +383,15 @@ class Leader:
             nodes=[peers[node].status.name for node in nodes],
             world_size=size * self._nproc,
             restarts=self.restarts,
-            leader=peers[self._node].status.name if self._node in peers else None,
+            leader=peers[self.node].status.name if self.node in peers else None,
         )
 
     def _release(self, decision: Decision) -> None:
         for node in decision.nodes:
-            conn = self._peers.conns[node]
-            peer = self._peers.remove(conn)
+            conn = self.peers.conns[node]
+            peer = self.peers.remove(conn)
             assert peer
-            self._orders.refused[conn] = reason = self._peers.why_leaving(peer.status) or decision.reason
+            self._orders.refused[conn] = reason = self.peers.why_leaving(peer.status) or decision.reason
             self._event("release", node=peer.status.name, reason=reason)
 
     def _gather(self, decision: Decision, now: float) -> None:
@@ -452,7 +423,7 @@ class Leader:
         self._record_progress(now, over=True)
 
     def _open_round(self, now: float) -> None:
-        self.round = max(self.round, self._peers.highest_round) + 1
+        self.round = max(self.round, self.peers.highest_round) + 1
         self._stage, self._world, self._gathering_since = "gather", World(), now
 
     def _record_progress(self, now: float, *, over: bool = False) -> None:

@@ -1,12 +1,13 @@
-"""What ``rules.decide`` is given, and what it answers: the user's policy, a view of the job, and a decision. Pure."""
+"""What ``rules.decide`` is given, and what it answers: policy, view and decision; and the verdict on a run. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
-from elastic_hpc.membership.messages import Request
+from elastic_hpc.membership.messages import Failure, Request
 from elastic_hpc.membership.nodes import votes
 
 TERM_GRACE = 20.0
@@ -90,6 +91,22 @@ class Decision:
     """WAIT: seconds after which to decide again, even if no message has arrived."""
     grows: bool = False
     """DRAIN, and the GATHER that follows: because there may be a larger world."""
+
+
+Outcome = Literal["finished", "failed", "requeue"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How this run of the job ends. Written to the run directory before any agent leaves."""
+
+    outcome: Outcome
+    cause: str
+    reason: str
+    failure: Failure | None
+    restarts: int
+    requeues: int
+    round: int
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.growth import Needs
-from elastic_hpc.membership.leader import Leader, Verdict
+from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.messages import Leave, Request, Status
+from elastic_hpc.membership.policy import Verdict
 from elastic_hpc.membership.roster import Roster
 from elastic_hpc.network.channel import Link
 
@@ -193,17 +194,17 @@ class LeaderServer:
             self.record.event("stranger", {"addr": addr, "reason": reason})
 
     async def _save(self, verdict: Verdict) -> list[str]:
-        self._batch_host_is_lost = BATCH_HOST not in self.leader.nodes
+        self._batch_host_is_lost = BATCH_HOST not in self.leader.peers.by_node
         actor = "agents" if self._batch_host_is_lost else "batch script"
         written = self.record.verdict({**asdict(verdict), "actor": actor})
         try:
             await asyncio.wait_for(asyncio.wrap_future(written), LEAVE_TIMEOUT)
         except (OSError, asyncio.TimeoutError) as error:
             log.warning("the verdict could not be written: %s", error or "the file system does not answer")
-        lost = self.leader.lost_names
+        lost = self.leader.peers.lost_names
         if self._batch_host_is_lost:
             # before anybody leaves: if this node dies now, the others act
-            await self._do(verdict, lost, alone=True, others=self.leader.other_names)
+            await self._do(verdict, lost, alone=True, others=self.leader.peers.names(without=self.leader.node))
         self.leader.on_saved()
         self._after_input()
         return lost

@@ -18,7 +18,8 @@ import simulated
 
 from elastic_hpc.agent.bridge import Control, Seat
 from elastic_hpc.errors import JobEnded
-from elastic_hpc.membership.leader import Leader, Verdict
+from elastic_hpc.membership.leader import Leader
+from elastic_hpc.membership.policy import Verdict
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.network.channel import Channel, Network

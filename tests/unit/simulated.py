@@ -21,11 +21,11 @@ from typing import Any
 from elastic_hpc.agent.supply import Supply
 from elastic_hpc.errors import JobEnded, SlurmError
 from elastic_hpc.membership import follower, messages
-from elastic_hpc.membership.leader import Leader, Verdict
+from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.leaderless import Conclude, GiveUp, without_leader
 from elastic_hpc.membership.messages import Failure, Order, Status
 from elastic_hpc.membership.nodes import joiner, votes
-from elastic_hpc.membership.policy import Policy
+from elastic_hpc.membership.policy import Policy, Verdict
 from elastic_hpc.membership.roster import Host, Roster, RosterChange
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership

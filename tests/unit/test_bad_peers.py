@@ -41,7 +41,7 @@ def assert_undisturbed(cluster: Cluster, *, record: bool = True) -> None:
     assert leader
 
     def heard() -> list[int]:
-        return [peer.status.seq for peer in leader._peers.values() if peer.joined]
+        return [peer.status.seq for peer in leader.peers.values() if peer.joined]
 
     def told() -> list[int]:
         return [control.order.seq if control.order else -1 for control in cluster.controls]
@@ -52,7 +52,7 @@ def assert_undisturbed(cluster: Cluster, *, record: bool = True) -> None:
     wait_for(lambda: all(new - old > 0 for new, old in zip(cluster.nodes[0].in_loop(heard), said, strict=True)))
     assert all(control.must_stop(1) is None for control in cluster.controls)
     assert (leader.round, leader.restarts, leader.leads, leader.verdict) == (1, 0, True, None)
-    assert cluster.nodes[0].in_loop(lambda: leader.nodes) == {0, 1, 2}
+    assert cluster.nodes[0].in_loop(lambda: set(leader.peers.by_node)) == {0, 1, 2}
     if record:
         assert not cluster.events("lost")
         assert not cluster.events("restart")

@@ -64,9 +64,9 @@ class Job:
     def wait(self, seconds: float) -> None:
         """Time passes, in which everybody's connection is alive."""
         self.now += seconds
-        for peer in self.leader._peers.values():
+        for peer in self.leader.peers.values():
             peer.last_contact = self.now
-        self.leader._peers._last_check = self.now
+        self.leader.peers._last_check = self.now
         self.leader.on_tick(self.now)
 
     def ready(self, *nodes: int) -> dict[int, list[Order | Roster]]:
