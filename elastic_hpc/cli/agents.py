@@ -16,15 +16,15 @@ from elastic_hpc.record.rundir import RunDir
 
 
 def _end_with_parent() -> None:
-    """In a process that has just been forked: it gets SIGTERM when its parent dies, however that comes about. For a run
-    that a worker has started: with that worker what is in its session is killed, agents and srun have their own.
+    """For a process that has just been forked: it gets SIGTERM when its parent dies, for whatever reason. This ends a
+    run that a worker has started: what kills the worker kills its session, but agents and srun have their own sessions.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Agents:
-    """The running agents, and what Ctrl-C does to them. Signals are taken from here on, and acted upon in ``wait``: one
-    that comes while another is acted upon must not cut in.
+    """The running agents, and what Ctrl-C does to them. Signals are recorded as they come, and handled in ``wait``, so
+    that one signal does not interrupt the handling of another.
     """
 
     def __init__(self, rundir: RunDir, commands: list[tuple[list[str], dict[str, str]]]) -> None:
@@ -56,7 +56,7 @@ class Agents:
         return signal.SIGINT in self._signals
 
     def wait(self) -> None:
-        """Until all agents have left."""
+        """Wait until all agents have left."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         left = {os.pidfd_open(process.pid): process for process in self._processes}
@@ -73,7 +73,7 @@ class Agents:
                     os.close(ready)
 
     def heed(self) -> None:
-        """Act upon the signals that have come."""
+        """Handle the signals that have come."""
         while self._heeded < len(self._signals):
             self._heeded += 1
             self._stop(self._heeded)

@@ -50,13 +50,13 @@ def run(name: str, work: Callable[[], int]) -> int:
 
 
 def tell(name: str, text: str) -> None:
-    """A line on stderr. That nobody can read it any more, the pipe or the terminal is gone, stops no work."""
+    """Print a line on stderr. If the pipe or the terminal is gone, the work continues."""
     with contextlib.suppress(OSError):
         print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
 def heed_reader() -> None:
-    """For a command that waits for news: end as a write would, if nobody reads stdout any more."""
+    """End a command that waits for news, as a write would, if nobody reads stdout any more."""
     poll = select.poll()
     with contextlib.suppress(io.UnsupportedOperation):  # stdout is no file: another program has called
         poll.register(sys.stdout, 0)
@@ -75,7 +75,7 @@ def _code(name: str, work: Callable[[], int]) -> int:
 
 
 def _forget_output() -> None:
-    """What is left in a buffer, and can be written nowhere, is let go."""
+    """Discard what is left in the buffers of the output and cannot be written."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -176,7 +176,7 @@ def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
 
 
 def _tell(job: JobSpec) -> None:
-    """What the user should know of the job; not of one that is refused."""
+    """Print the notes on a job. Of a job that is refused the user sees only the refusal."""
     for note in job.notes:
         _warn(note)
 

@@ -1,4 +1,4 @@
-"""``elastic-srun``: the agents of an elastic job in the allocation one is in, or on this machine alone."""
+"""``elastic-srun``: the agents of an elastic job in the present allocation, or on this machine alone."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _OWN = (*(option.scanned(switch="[ ]") for option in _OPTIONS.values()), Option(
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the help and the manual are made of; ``_read`` reads the command line."""
+    """The parser that the help and the manual are made of. ``_read`` reads the command line."""
     parser = argparse.ArgumentParser(
         prog="elastic-srun",
         epilog=_EPILOG,
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace | str:
-    """The command line, or what is to be shown and nothing else."""
+    """The command line; or a text, if that is all there is to show."""
     given, rest = scan(argv, _OWN, (*SBATCH.values(), *TORCHRUN))
     names = [option.name for option in given]
     if "help" in names:
@@ -126,7 +126,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
 
 
 def _nodes_here(args: argparse.Namespace) -> int:
-    """How many agents can be started."""
+    """The number of agents that can be started."""
     if args.standalone:
         return 1
     if args.local is not None:
@@ -176,7 +176,7 @@ def _commands(
 
 
 def _given_run_dir(path: str, *, again: bool) -> RunDir:
-    """``again``: one in which a run has ended, which goes on there, as a requeued job does; its rounds count on."""
+    """The run directory ``path``. ``again``: a run that has ended there continues, as a requeued job does."""
     rundir = RunDir(Path(path).absolute()).create()
     if (rundir.path / "events.jsonl").exists():
         if not again or rundir.is_held():
@@ -196,7 +196,7 @@ def _outcome(rundir: RunDir, run: Agents, *, local: bool) -> int:
 
 
 def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:
-    """What to run, and on how many of the nodes that are ``here``."""
+    """What to run, and on how many of ``here`` nodes."""
     launch = LaunchSpec.from_namespace(args)
     if launch.grow:
         raise UsageError(

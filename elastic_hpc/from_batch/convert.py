@@ -1,6 +1,4 @@
-"""An elastic job of a batch script as computing centres' pages have it: its #SBATCH lines, what it sets up, and its
-torchrun line. Pure.
-"""
+"""A batch script becomes the parts of an elastic job: #SBATCH lines, set-up lines, script and arguments. Pure."""
 
 from __future__ import annotations
 
@@ -41,14 +39,14 @@ class FromBatch:
     notes: tuple[str, ...]
     """What was dropped and what was changed, and why: a line each."""
     folder: str | None = ""
-    """Where it changes to, from the working directory of the job; None if only running it would tell."""
+    """The folder that the set-up lines change to, from the job's working directory; None if only running them tells."""
     environment: str = ""
-    """The set-up line that brings an interpreter, and where it is; empty if none does, or the launch names one."""
+    """The set-up line that brings an interpreter, and its place; empty if there is none."""
 
 
 def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[str, str]) -> FromBatch:
     """The job of the batch script ``content``, which is called ``name`` and given ``args``; ``environ`` is that of its
-    submission. UsageError, with the line, if no elastic job can be made of it.
+    submission. Raises UsageError, with the line, if no elastic job can be made of it.
     """
     text = _text(content, name)
     given = sbatch_lines.options(content, name)
@@ -84,7 +82,7 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
 
 
 def _text(content: bytes, name: str) -> str:
-    """The text of the batch script. UsageError if it is none for a shell like bash."""
+    """The text of the batch script. Raises UsageError if it is not a script for a shell such as bash."""
     if b"\r\n" in content:
         raise UsageError(f"{name}: has DOS line breaks, which sbatch refuses; convert them: dos2unix {name}")
     text = content.decode(errors="surrogateescape")
@@ -107,7 +105,7 @@ def _arguments(args: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _with_cpus_of_a_task(setup: list[tuple[str, str]], cpus: str) -> list[tuple[str, str]]:
-    """``setup``, with ``cpus`` in SLURM_CPUS_PER_TASK for lines that use it, and afterwards again the node's number."""
+    """``setup`` with SLURM_CPUS_PER_TASK=``cpus`` if a line uses the variable; the agents see all CPUs of the node."""
     if not cpus or not any("SLURM_CPUS_PER_TASK" in names(line) for line, _ in setup):
         return setup
     of_a_task = f"elastic_cpus=$SLURM_CPUS_PER_TASK SLURM_CPUS_PER_TASK={cpus}"
@@ -134,7 +132,7 @@ def _in_order(notes: Sequence[str]) -> list[str]:
 
 
 def _command(launch: Launch) -> tuple[str, tuple[str, ...], str]:
-    """Script and arguments, and a line that keeps them in an array if the shell has something to fill in."""
+    """Script and arguments, and a set-up line that keeps them in an array if a shell must expand them."""
     words = [launch.script, *launch.script_args]
     values = [_literal(word) for word in words]
     if None not in values:
@@ -147,5 +145,5 @@ def _command(launch: Launch) -> tuple[str, tuple[str, ...], str]:
 
 
 def _literal(word: str) -> str | None:
-    """The text of ``word`` if that has nothing for the shell to fill in."""
+    """The text of ``word``; None if a shell must expand it."""
     return Variables({}).resolve(word) if word[:1] != "~" else None

@@ -34,7 +34,7 @@ _LAUNCHERS = re.compile(r"torchrun|torchrun_jsc|accelerate|python[\d.]*")
 
 
 def launch_of(words: Sequence[str], variables: Variables) -> Launch | None:
-    """What ``words`` launch; None if nothing. UsageError if it is a launch of a kind that is not understood."""
+    """The launch that ``words`` are, or None. Raises UsageError for a launch of a kind that is not supported."""
     launch, words = unwrapped(words, variables)
     if not words:
         return None
@@ -54,8 +54,8 @@ def launch_of(words: Sequence[str], variables: Variables) -> Launch | None:
 
 
 def not_understood(words: Sequence[str], variables: Variables) -> str:
-    """Why ``words``, which :func:`launch_of` takes for no launch, may be one all the same; empty if nothing speaks for
-    it. ``{statement}`` stands for the whole line.
+    """Why ``words``, in which ``launch_of`` finds no launch, may be one; empty if nothing suggests that. The text may
+    have ``{statement}`` in the place of the whole line.
     """
     launch, words = unwrapped(words, variables)
     if (inner := _text_of_shell(words, variables)) is not None:
@@ -78,7 +78,7 @@ def not_understood(words: Sequence[str], variables: Variables) -> str:
 
 
 def _interpreter(launch: Launch, command: str) -> Launch:
-    """One that is named by its path has that folder's interpreter."""
+    """``launch`` with --python, if ``command`` is a path: the interpreter is in the same folder."""
     if "/" not in command or "$" in command:
         return launch
     folder, name = os.path.split(command)
@@ -88,7 +88,7 @@ def _interpreter(launch: Launch, command: str) -> Launch:
 
 
 def _text_of_shell(words: Sequence[str], variables: Variables) -> str | None:
-    """TEXT of ``bash -c 'TEXT'``, as that shell reads it."""
+    """TEXT of ``bash -c 'TEXT'``, as that shell reads it; None if ``words`` are another command."""
     program = os.path.basename(program_of(words[0], variables)) if words else ""
     if program not in {"bash", "sh", "zsh"} or len(words) < 3 or not re.fullmatch(r"-[a-z]*c", words[1]):
         return None
@@ -101,7 +101,7 @@ def _text_of_shell(words: Sequence[str], variables: Variables) -> str | None:
 
 
 def _of_shell(launch: Launch, words: Sequence[str], inner: str, variables: Variables) -> Launch | None:
-    """The launch in what a shell is given to run, and what comes before."""
+    """The launch in ``inner``, the text that ``bash -c`` runs, with the commands before it as set-up lines."""
     found: Launch | None = None
     before: list[list[str]] = []
     for statement in statements(inner):
@@ -146,7 +146,7 @@ def _of_shell(launch: Launch, words: Sequence[str], inner: str, variables: Varia
 _OF_ENVIRONMENT = re.compile(
     r"(export|declare|unset|source|\.|module|ml|conda|mamba|micromamba|spack|cd|set|ulimit|umask|eval|echo|which)\s|\w+="
 )
-"""What acts on the shell, whose environment and folder the agents have on all nodes."""
+"""Commands that change the shell: the agents on all nodes get its environment and working directory."""
 _OF_A_TASK = re.compile("SLURM_(PROCID|NODEID|LOCALID|TASK_PID)")
 
 

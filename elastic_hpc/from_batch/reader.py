@@ -25,7 +25,7 @@ _OF_SLURM = {
     "cpus-per-task": "SLURM_CPUS_PER_TASK",
     "gpus-per-node": "SLURM_GPUS_PER_NODE",
 }
-"""What Slurm would set in the job of the batch script."""
+"""Variables that Slurm would set in the job of the batch script."""
 _OF_TASKS = re.compile(r"SLURM_(NTASKS\w*|NPROCS|TASKS_PER_NODE|GPUS_PER_TASK|NNODES|JOB_NUM_NODES)")
 
 
@@ -91,8 +91,8 @@ class Reader:
         return best[0]
 
     def _say_what_it_starts(self, found: Sequence[Statement]) -> None:
-        """UsageError of the line that may be the launch, if there is one: the last that names torchrun or python, else
-        the last that starts something.
+        """Raise UsageError for the line that may be the launch, if there is one: the last line that names torchrun or
+        python, else the last line that starts another program.
         """
         named: list[str] = []
         others: list[str] = []
@@ -106,7 +106,7 @@ class Reader:
 
     @staticmethod
     def _rank(launch: Launch) -> int:
-        """The launch is rather that of torchrun than that of a python for something else."""
+        """The lower, the more probable: a torchrun starts the training, a python may do something else."""
         return 0 if launch.kind != "python" else 1 if launch.by_srun else 2
 
     def _complete(self, launch: Launch) -> Launch:
@@ -121,7 +121,7 @@ class Reader:
         return replace(launch, script=shlex.quote(known or "")) if plain else launch
 
     def _before_launch(self) -> list[str]:
-        """What comes before the launch in its own list: ``cd there && torchrun ...``; notes what comes after."""
+        """The commands before the launch in its statement, as in ``cd src && torchrun ...``. Notes what follows it."""
         before: list[str] = []
         parts = self._statement.parts()
         for at, (operator, words) in enumerate(parts):
@@ -227,7 +227,7 @@ def _command(statement: Statement) -> str:
 
 
 def _defined(statement: Statement) -> list[str]:
-    """The variables of a statement that does nothing but set some."""
+    """The variables that a statement sets, if it does nothing else."""
     words = statement.parts()[0][1]
     if words[:1] and words[0] in {"mapfile", "readarray", "read"}:
         return [word for word in words[1:] if word[0] != "-"]

@@ -17,12 +17,12 @@ _SHAPE = ("nodes", *_TASKS, "gpus-per-task", "gpus", "cpus-per-task")
 
 
 class Shape:
-    """Nodes, workers, GPUs and cores: batch scripts count tasks, of which an elastic job has one on each node."""
+    """Nodes, workers, GPUs and cores. Batch scripts count tasks; an elastic job has one task a node, the agent."""
 
     def __init__(self, given: Sequence[Given], launch: Launch, place: str) -> None:
         self.notes: list[str] = []
         self.cpus_of_a_task = ""
-        """What SLURM_CPUS_PER_TASK was, where it becomes another number."""
+        """SLURM_CPUS_PER_TASK in the batch script's job, if it is another number in the elastic job."""
         self.options = [(name, value, place) for name, value in launch.options if name != "nodes"]
         self._by_torchrun = launch.kind != "python"
         directives = {option.name: option for option in given}
@@ -44,7 +44,7 @@ class Shape:
             self.notes.append(f"{place}: dropped srun and its options: elastic-sbatch writes its own srun line")
 
     def _tasks_per_node(self, options: Mapping[str, Given]) -> int:
-        """0 if ``options`` does not say."""
+        """Tasks on each node; 0 if ``options`` do not say."""
         tasks, nodes = _number(options, "ntasks"), self._fixed
         by_total = tasks // nodes if nodes and tasks % nodes == 0 else 0
         return _number(options, "ntasks-per-node", "tasks-per-node") or by_total
@@ -66,8 +66,8 @@ class Shape:
         self._fixed = number(text) or 0
 
     def _cpus(self, tasks: int) -> None:
-        """Slurm gives each task a CPU that is told nothing else. --cpus-per-task would be a limit too, where the site
-        grants whole nodes.
+        """Ask for a CPU for each of a node's tasks, as Slurm grants it without an option. --cpus-per-task would also be
+        an upper limit at a site that grants whole nodes.
         """
         named = {"cpus-per-task", "cpus-per-gpu", "exclusive", "mincpus"} & self._all.keys()
         if tasks > 1 and not named:
@@ -103,7 +103,7 @@ class Shape:
                 self._drop(given, str(error).partition(": ")[2])
 
     def _signal(self, given: Given) -> None:
-        """Slurm sends it to the tasks, which the workers are."""
+        """Slurm sends the signal to the tasks. In the batch script these are the workers."""
         word, _, seconds = (given.value or "").upper().rpartition(":")[2].partition("@")
         warning = replace(given, value=f"USR2@{seconds or 60}")
         drain = f"--drain-signal={word}"
@@ -123,13 +123,13 @@ class Shape:
 
 
 def _number(options: Mapping[str, Given], *names: str) -> int:
-    """The first of these options that says one."""
+    """The number in the first of the options ``names`` that has one, else 0."""
     values = [options[name].value or "" for name in names if name in options]
     return next(filter(None, map(number, values)), 0)
 
 
 def _times(count: str, tasks: int) -> str:
-    """``2`` or ``a100:2``, for each of so many tasks."""
+    """``count``, such as ``2`` or ``a100:2``, multiplied by ``tasks``."""
     kind, colon, text = count.rpartition(":")
     of_a_task = number(text)
     return count if of_a_task is None else f"{kind}{colon}{of_a_task * tasks}"

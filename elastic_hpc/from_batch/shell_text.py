@@ -1,4 +1,4 @@
-"""The text of a shell script: its statements and words, as far as they can be told without running it. Pure."""
+"""The text of a shell script: its statements and words, as far as they are known without running it. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a shell runs at once: a list of commands, or a loop, a condition, a function."""
+    """A list of commands, or a compound command: a loop, a condition, a function."""
 
     text: str
     line: int
@@ -47,7 +47,7 @@ class Statement:
 
 
 def tokens(text: str) -> Iterator[Token]:
-    """Raises UsageError for quotes and parentheses without a partner."""
+    """The tokens of ``text``. Raises UsageError for quotes and parentheses that are not closed."""
     at = 0
     heredocs: list[str] = []
     wants_delimiter = False
@@ -84,7 +84,7 @@ def tokens(text: str) -> Iterator[Token]:
 
 
 def statements(text: str) -> list[Statement]:
-    """Those of ``text``, in order. Comments are no part of them."""
+    """The statements of ``text``, in order, without comments."""
     found: list[Statement] = []
     held: list[Token] = []
     ends: list[str] = []  # of what is open
@@ -174,7 +174,7 @@ def _after_word(text: str, at: int) -> int:
 
 
 def _after_piece(text: str, at: int) -> int:
-    """Behind what begins at ``at``: a quoted text, a substitution, or one character."""
+    """The end of what begins at ``at``: a quoted text, a substitution, or one character."""
     char = text[at]
     if char == "\\":
         return at + 2

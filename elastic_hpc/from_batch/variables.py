@@ -1,4 +1,4 @@
-"""The variables of a shell script, as far as they can be told without running it. Pure."""
+"""The variables of a shell script, as far as they are known without running it. Pure."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _DECLARES = {"export", "declare", "readonly", "local", "typeset"}
 
 
 def assigned(words: Sequence[str]) -> list[str]:
-    """The assignments of a command that does nothing but make some; else none."""
+    """The assignments of a command that does nothing else; of other commands none."""
     if words[:1] and words[0] in _DECLARES:
         words = [word for word in words[1:] if not re.fullmatch(r"[-+][a-zA-Z]+", word)]
     return list(words) if all(map(ASSIGNS.fullmatch, words)) else []
 
 
 def names(text: str) -> list[str]:
-    """The variables that ``text`` asks for: ``$A``, ``${A}``, and in arithmetic ``A``."""
+    """The variables that ``text`` uses: ``$A``, ``${A}``, and in arithmetic ``A``."""
     arithmetic = "".join(re.findall(r"\(\((.*?)\)\)", text, re.DOTALL))
     return re.findall(r"\$\{?[#!]?(\w+)", text) + re.findall(r"[A-Za-z_]\w*", arithmetic)
 
 
 class Variables:
-    """What is known of a shell's variables: the assignments of the script, and the environment that it is given."""
+    """A shell's variables: those that the script assigns, and those of its environment."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = {k: v for k, v in environ.items() if not k.startswith("SLURM_")}
@@ -41,7 +41,7 @@ class Variables:
             self._assigned[name] = before[:-1] + " " + value[1:] if both_lists else before + value
 
     def resolve(self, word: str, depth: int = 5) -> str | None:
-        """The text of ``word``, which is written as for a shell; None if only running the script would tell."""
+        """The text to which a shell expands ``word``; None if only running the script tells."""
         found, at, quoted = "", 0, False
         while at < len(word):
             char = word[at]
@@ -75,7 +75,7 @@ class Variables:
         return self._environ.get(name)
 
     def expand(self, words: Sequence[str], depth: int = 5) -> list[str]:
-        """``words`` with variables that hold several words, such as ``$LAUNCHER`` or ``"${args[@]}"``, in place."""
+        """``words`` with the values of variables that hold several words, such as ``$LAUNCHER`` or ``"${args[@]}"``."""
         found: list[str] = []
         for word in words:
             match = re.fullmatch(r'"?\$(?:(\w+)|\{(\w+)(?:\[[@*]\])?\})"?', word)
@@ -90,10 +90,10 @@ class Variables:
         return found
 
     def known(self, words: Sequence[str]) -> list[str]:
-        """Each as far as that is known; else as it is written."""
+        """Each word as a shell expands it, if that is known, else as it is written."""
         return [_bare(word) if (text := self.resolve(word)) is None else text for word in words]
 
 
 def _bare(word: str) -> str:
-    """``"--nnodes=$N"`` without its quotes, so that it can be seen to be an option."""
+    """``"--nnodes=$N"`` without its quotes, so that a scanner sees an option."""
     return word[1:-1] if word[:1] == word[-1:] == '"' and word.count('"') == 2 else word

@@ -27,7 +27,7 @@ _SRUN = (
         "writable", "readonly", "mount-home", "remap-root", "entrypoint",
     )),
 )  # fmt: skip
-"""Those that sbatch does not have, with pyxis'."""
+"""srun's options that sbatch does not have, with those of pyxis."""
 
 _APPTAINER = (
     *(Option(name, letter) for name, letter in (("bind", "B"), ("home", "H"), ("workdir", "W"), ("scratch", "S"))),
@@ -49,28 +49,28 @@ OF_RENDEZVOUS = re.compile(
     r"((MASTER|RDZV|RENDEZVOUS|HEAD_NODE)_\w+|HEAD_NODE|WORLD_SIZE|((NODE|LOCAL|MACHINE)_)?RANK|NODES_ARRAY)",
     re.IGNORECASE,
 )
-"""Variables that tell the nodes or the workers of each other."""
+"""Variables by which the nodes or the workers of a job find each other."""
 _WHICH = re.compile(r"""["']?(?:\$\(|`)\s*(?:which|command -v|type -[pP])\s+(\S+?)\s*[)`]["']?""")
 SET_BY_AGENTS = "the agents set it for each worker"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch, and what has been found in front of it."""
+    """A launch, and what stands in front of it."""
 
     kind: str = ""
     """``torchrun``, ``accelerate`` or ``python``."""
     script: str = ""
     script_args: tuple[str, ...] = ()
-    """Both as they are written for a shell."""
+    """Script and arguments as they are written for a shell."""
     module: bool = False
     no_python: bool = False
     options: tuple[tuple[str, str], ...] = ()
-    """Of ours, by name."""
+    """Our options by name, and their values."""
     by_srun: bool = False
     srun: tuple[Given, ...] = ()
     setup: tuple[str, ...] = ()
-    """Lines that were part of it: variables set for it, and what ran before it in the same shell."""
+    """Set-up lines from the line of the launch: variables set for it, commands before it in the same shell."""
     notes: tuple[str, ...] = ()
 
     def with_note(self, text: str) -> Launch:
@@ -84,7 +84,7 @@ class Launch:
 
 
 def unwrapped(words: Sequence[str], variables: Variables) -> tuple[Launch, list[str]]:
-    """Without what is understood in front of the program: variables, srun, a container."""
+    """What stands in front of the program in ``words``, and the rest: the program and its arguments."""
     rest, launch = variables.expand(words), Launch()
     while rest:
         name = os.path.basename(program_of(rest[0], variables))
@@ -102,7 +102,7 @@ def unwrapped(words: Sequence[str], variables: Variables) -> tuple[Launch, list[
 
 
 def program_of(word: str, variables: Variables) -> str:
-    """What ``word`` runs; of ``$(which torchrun)`` that is torchrun."""
+    """The program that ``word`` runs: torchrun for ``$(which torchrun)``."""
     if match := _WHICH.fullmatch(word):
         return match[1]
     return variables.resolve(word) or word
@@ -142,7 +142,7 @@ def _srun(launch: Launch, words: list[str], variables: Variables) -> _Unwrapped:
 
 
 def _assignable(value: str, whole: str, variables: Variables) -> str:
-    """``value`` as a shell assigns it, of ``whole``, which is as written if it is not known."""
+    """``value``, a part of the option's value ``whole``, as the right side of an assignment."""
     if not re.search(r"[$`]", whole):
         return shlex.quote(value)
     known = variables.resolve(value)

@@ -30,7 +30,7 @@ from elastic_hpc.options.table import ELASTIC
 
 @dataclass(frozen=True)
 class Setting:
-    """A value and where it came from."""
+    """A value and its source."""
 
     value: Any
     source: str
@@ -38,7 +38,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one place says: our options by name, and sbatch's."""
+    """The settings from one source: our options by name, and sbatch's."""
 
     source: str
     options: Sequence[tuple[str, str]]
@@ -47,14 +47,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What all layers so far say. ``options`` by long name, parsed; ``sbatch`` in the order given."""
+    """The settings of several layers, merged. ``options``: ours by name, parsed. ``sbatch``: in the order given."""
 
     options: Mapping[str, Setting] = field(default_factory=dict)
     setup: tuple[Setting, ...] = ()
     env: Mapping[str, Setting] = field(default_factory=dict)
     sbatch: tuple[Given, ...] = ()
     notes: tuple[str, ...] = ()
-    """What the user should know of what was not taken, a line each."""
+    """Settings that were dropped, and why: a line each, for the user."""
 
     def with_layer(
         self,
@@ -63,7 +63,7 @@ class Configuration:
         sbatch: Sequence[Given] = (),
         unset: Collection[str] = (),
     ) -> Configuration:
-        """These settings with a layer on top. ``unset`` sbatch options of the layers below are taken back."""
+        """The settings with a layer on top. ``unset``: options of sbatch that this layer removes."""
         merged, setup, env = dict(self.options), list(self.setup), dict(self.env)
         for name, text in options:
             value = _value(name, text)
@@ -82,8 +82,8 @@ class Configuration:
 
 
 def _value(name: str, text: str) -> Any:
-    """The value of our option ``name``. ``~`` in a path is the home directory; a file is found from other folders too,
-    because a snapshot runs in another one.
+    """The value that ``text`` gives to our option ``name``. ``~`` in a path is the home directory. The path of an image
+    that is a file becomes absolute, because a snapshot runs in another folder.
     """
     path = os.path.expanduser(text)
     if name in {"log-dir", "template"}:
@@ -97,8 +97,8 @@ def _value(name: str, text: str) -> Any:
 
 
 def load(environ: Mapping[str, str], directory: Path, script: Sequence[Layer] = ()) -> Configuration:
-    """The settings of the site's, the user's and the project's file, as far as they exist, then those of ``script``,
-    such as its #SBATCH lines, then those of sbatch's own variables: as for sbatch, these win over the script.
+    """The settings below those of the caller: the files of the site, the user and the project, as far as they exist,
+    then ``script``, such as its #SBATCH lines, then sbatch's variables, which win over the script, as for sbatch.
     """
     configuration = Configuration()
     site = environ.get("ELASTIC_HPC_CONFIG")

@@ -1,5 +1,5 @@
-"""``elastic_launch``: a function, or a script, on the nodes of the allocation one is in, or on this machine alone, from
-Python. In the shape of torch's ``torch.distributed.launcher.api``; what runs is ``elastic-srun``.
+"""``elastic_launch`` runs a function or a script, from Python, on the nodes of the allocation or on this machine.
+ In the shape of torch's ``torch.distributed.launcher.api``; what runs is ``elastic-srun``.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class JobSpec:
         return any(given.name == name for given in self.sbatch)
 
     def settings(self) -> list[tuple[str, str, str]]:
-        """Every setting of ours as (name, value, where it came from)."""
+        """Every setting of ours as (name, value, source)."""
         box = self.container
         job = {
             "log-dir": self.log_dir,
@@ -210,7 +210,7 @@ def _in_snapshot(request: Request, place: Place, code: WorkTree | None) -> str:
 
 
 def _job_name(configuration: Configuration, launch: LaunchSpec) -> list[Given]:
-    """The name of a job that nobody named: its script's."""
+    """The option that names the job after its script, if no other name is given."""
     if any(given.name == "job-name" for given in configuration.sbatch) or isinstance(launch.script, Shell):
         return []
     path = Path(launch.script)
@@ -219,7 +219,7 @@ def _job_name(configuration: Configuration, launch: LaunchSpec) -> list[Given]:
 
 
 def _warning(given: str | None, grace: timedelta) -> WarningSignal:
-    """When the workers are told: as --signal says, else so early that they have --grace."""
+    """The signal before the end of the job: as --signal says, else so early that the workers have --grace."""
     lead, longest = grace + AFTER_GRACE, timedelta(seconds=LONGEST_LEAD)
     if lead > longest and "@" not in (given or ""):
         raise UsageError(
@@ -231,7 +231,7 @@ def _warning(given: str | None, grace: timedelta) -> WarningSignal:
 
 
 def _words_for_torchrun(given: Sequence[Given]) -> Iterator[str]:
-    """What torchrun itself is told; each node's number is known to its rendezvous alone."""
+    """The options of torchrun that stay on its command line. Its rendezvous numbers the nodes."""
     for option in given:
         if option.name != "node-rank" and option.value != "static":
             yield str(option)

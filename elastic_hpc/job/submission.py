@@ -26,8 +26,9 @@ _KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIG
 
 @contextlib.contextmanager
 def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
-    """The batch script of ``job``, when all is in place for its submission, in the body. Raises UsageError. What is put
-    aside for the job is taken back if the body raises that, or with ``will_run`` False.
+    """Put in place what ``job`` needs, and yield its batch script, for the body to submit. Raises UsageError.
+
+    If the body raises UsageError, the copy of the code is removed. ``will_run``: False if Slurm only checks the job.
     """
     job = replace(job, token=secrets.token_hex(8))
     script, staged = checked(job), Path(job.staged)
@@ -51,7 +52,7 @@ def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
 
 
 def _from_elsewhere(job: JobSpec, refusal: str) -> str:
-    """The options that ``refusal`` speaks of and that nobody has typed for this job, each with its place."""
+    """The options that ``refusal`` names and that nobody typed for this job, with their sources."""
     words = {word.strip("-") for word in re.findall(r"[a-z-]+", refusal.lower())}
     typed = (COMMAND_LINE, PYTHON, NAME_OF_SCRIPT)
     found = [f"{g}, {g.source}" for g in job.sbatch if g.name in words and g.source not in typed]
@@ -59,7 +60,7 @@ def _from_elsewhere(job: JobSpec, refusal: str) -> str:
 
 
 def checked(job: JobSpec) -> str:
-    """The batch script of ``job``. Raises UsageError also for what could only fail later."""
+    """The batch script of ``job``. Raises UsageError also for a job that would fail later."""
     text = render(job)
     _check_time(job, text)
     if job.snapshot and os.path.basename(job.staged) not in text:
@@ -102,7 +103,7 @@ def _check_time(job: JobSpec, script: str) -> None:
 
 
 def short_times(job: JobSpec) -> Iterator[str]:
-    """Where the site grants less at an end than what the workers are promised, a line each. Asks Slurm."""
+    """A warning for each end at which the site grants less time than the workers are promised. Asks Slurm."""
     grace, lead = job.launch.grace, job.signal.lead
     if lead < grace:
         yield f"--signal comes {as_text(lead)} s before the time limit, less than the {as_text(grace)} s of --grace"

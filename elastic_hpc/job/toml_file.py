@@ -1,7 +1,7 @@
-"""A configuration file in TOML as options by their long names, and their values as on the command line. Reads it.
+"""A configuration file in TOML: options by their long names, with values as on the command line. Reads the file.
 
-What TOML users write by habit means what it says: ``_`` for ``-`` in a key, a table of variables, one string for a list
-of one. What could mean two things is refused.
+Habits of TOML users are accepted: ``_`` for ``-`` in a key, a table of variables, a string in the place of a list with
+one string. A file that could mean two things is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ else:
 
 @dataclass(frozen=True)
 class Content:
-    """``options`` of ours with their values; ``unset`` options of sbatch are taken back."""
+    """What a file sets: ``options`` of ours and ``sbatch``'s. ``unset``: options of sbatch that are false in the file."""
 
     options: list[tuple[str, str]]
     sbatch: list[Given]
@@ -35,7 +35,7 @@ class Content:
 
 
 def read(path: Path, source: str) -> Content:
-    """Raises UsageError."""
+    """The content of the file at ``path``, which messages call ``source``. Raises UsageError."""
     try:
         table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors mark UTF-8
     except OSError as error:
@@ -67,7 +67,7 @@ def _by_name(table: dict[str, Any], place: str) -> Iterator[tuple[str, str, Any]
 
 
 def _plain(key: str) -> str:
-    """On one line, whatever it is."""
+    """``key`` on one line, whatever characters it has."""
     return key if re.fullmatch(r"[\w-]+", key) else repr(key)
 
 
@@ -103,7 +103,7 @@ def _variable(name: str, value: object) -> str:
 
 
 def _option(key: str, name: str) -> Option:
-    """The option ``name`` of sbatch; one that only a newer sbatch knows is written with its dashes."""
+    """The option ``name`` of sbatch. A ``key`` with dashes may be an option of a newer sbatch."""
     if name == "nodes":
         raise UsageError("[sbatch] nodes: write nodes = 'MIN:MAX' above [sbatch]")
     if name in COMMAND_LINE_ONLY:
@@ -142,7 +142,7 @@ def _text(key: str, value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """About as TOML writes it, on one line."""
+    """``value`` about as TOML writes it, on one line."""
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, (time, date)) else repr(value)

@@ -1,1 +1,9 @@
-"""What can be asked for: options and values, how they are written and read. Pure. Start with ``spec``."""
+"""The options of a job: which there are, how their values are written and read. Pure: it touches nothing.
+
+Start with ``table``, which has all options of elastic jobs, and ``spec.LaunchSpec``, what the agents make of them.
+
+* ``values``, ``durations``: the values, each with its parser.
+* ``sbatch``: sbatch's options, the scanner of command lines, and what an elastic job refuses. ``sbatch_lines`` and
+  ``sbatch_environment`` read the same options from #SBATCH lines and from variables.
+* ``torchrun``: torchrun's options, and the counterpart of each. ``from_python``: values given in Python.
+"""

@@ -14,8 +14,8 @@ _NUMBER = r"\d+\.?\d*|\.\d+"
 
 
 def parse(text: str) -> timedelta:
-    """A time of ours: ``90`` (seconds), ``90s``, ``5m``, ``1h30m``, ``2d``, or Slurm's ``MM:SS`` and
-    ``[D-]HH:MM:SS``. UsageError if it is none, or not above 0.
+    """The time that ``text`` says: ``90`` (seconds), ``90s``, ``5m``, ``1h30m``, ``2d``, or Slurm's ``MM:SS`` and
+    ``[D-]HH:MM:SS``. Raises UsageError for any other text, and for a time that is not above 0.
     """
     try:
         value = timedelta(seconds=_seconds(text))
@@ -36,7 +36,7 @@ def _seconds(text: str) -> float:
 
 
 def seconds(flag: str) -> Callable[[str], float]:
-    """What reads the value of the option ``flag``, for a place that counts in seconds."""
+    """A parser of the option ``flag`` that returns seconds."""
 
     def read(text: str) -> float:
         try:
@@ -48,12 +48,12 @@ def seconds(flag: str) -> Callable[[str], float]:
 
 
 def as_text(value: timedelta) -> str:
-    """In seconds, every microsecond of it; ``parse`` reads it back."""
+    """``value`` in seconds, to the microsecond; ``parse`` reads it back."""
     return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".")
 
 
 def slurm_time(value: timedelta) -> str:
-    """In Slurm's notation, ``[D-]HH:MM:SS``; a part of a second counts as a whole one."""
+    """``value`` in Slurm's notation, ``[D-]HH:MM:SS``, rounded up to a second."""
     minutes, seconds = divmod(math.ceil(value.total_seconds()), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -61,7 +61,7 @@ def slurm_time(value: timedelta) -> str:
 
 
 def time_limit(text: str) -> timedelta | None:
-    """What sbatch understands by ``--time=text``: DAYS-HOURS[:MINUTES[:SECONDS]], MINUTES[:SECONDS] or
+    """The limit that sbatch reads from ``--time=text``: DAYS-HOURS[:MINUTES[:SECONDS]], MINUTES[:SECONDS] or
     HOURS:MINUTES:SECONDS. None for no limit, and for what sbatch will refuse.
     """
     match = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", text, re.ASCII)

@@ -1,4 +1,4 @@
-"""Options and values given in Python, as a command line has them; what cannot be one is a UsageError. Pure."""
+"""Options and values given in Python, written as on a command line. Raises UsageError for others. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from elastic_hpc.options.table import ELASTIC
 from elastic_hpc.options.torchrun import OPTIONS
 
 SOURCE = "Python"
-"""Where a setting came from, for the ways in that are called."""
+"""The source of a setting that a call in Python gave."""
 
 _TIMES = frozenset(option.name for option in ELASTIC.values() if option.type is durations.parse)
 _SLURMS_TIMES = frozenset({"time", "time-min", "delay-boot"})
@@ -30,12 +30,12 @@ _LISTS = frozenset(
         *("partition", "propagate", "profile", "acctg-freq", "qos", "reservation"),
     }
 )
-"""Options whose values stand in one word with commas between them."""
+"""Options that take a list of values, separated by commas."""
 _TORCHRUN = {option.name: option for option in OPTIONS if option.name not in ELASTIC}
 
 
 def word(value: Any, what: str) -> str:
-    """An argument of the script, or its path. ``what`` is it called in a refusal."""
+    """``value`` as one word of a command line: an argument of the script, or its path. A refusal calls it ``what``."""
     value = value.value if isinstance(value, Enum) else value
     if _is_number(value):
         return str(value)
@@ -48,7 +48,7 @@ def word(value: Any, what: str) -> str:
 
 
 def environment(env: Mapping[str, object] | None) -> list[str]:
-    """``NAME=VALUE`` of each. None is not given."""
+    """``NAME=VALUE`` for each variable. A variable that is None is left out."""
     if not (env is None or isinstance(env, Mapping)):
         raise UsageError(f"env={env!r}: expected a dict, for example env={{'OMP_NUM_THREADS': '8'}}")
     for name in env or ():
@@ -58,7 +58,7 @@ def environment(env: Mapping[str, object] | None) -> list[str]:
 
 
 def lines(setup: str | Iterable[object]) -> list[str]:
-    """A text is one line."""
+    """The set-up lines of ``setup``: one string is one line."""
     found = [setup] if isinstance(setup, str) else list(setup) if isinstance(setup, Iterable) else [setup]
     if isinstance(setup, Mapping) or not all(isinstance(line, str) for line in found):
         raise UsageError(f"setup={setup!r}: expected a line, or several, for example ['module load cuda']")
@@ -68,9 +68,10 @@ def lines(setup: str | Iterable[object]) -> list[str]:
 def options(
     given: Mapping[str, object], sbatch: Mapping[str, object] | None = None
 ) -> tuple[list[Given], AbstractSet[str]]:
-    """Those of ours, torchrun's and sbatch's by name, with ``_`` for ``-``, and the names of those that are not to be,
-    whatever a file says. ``sbatch``: options that only a newer sbatch may have. None is not given, True and False are
-    a switch that is and is not.
+    """The options that ``given`` and ``sbatch`` set, and the names of those that they unset, whatever a file says.
+
+    ``given`` has options of ours, torchrun's and sbatch's by name, with ``_`` for ``-``; ``sbatch`` those that only a
+    newer sbatch has. None means not given; True sets a switch, False unsets it.
     """
     if not (sbatch is None or (isinstance(sbatch, Mapping) and all(isinstance(name, str) for name in sbatch))):
         raise UsageError(f"sbatch={sbatch!r}: expected a dict of options by name, for example sbatch={{'nice': 100}}")
@@ -113,7 +114,7 @@ def unknown(name: str, known: Iterable[str]) -> str:
 
 
 def text(name: str, value: object, *, whole: bool = False) -> str:
-    """``value`` of the option ``name`` as it would be typed. ``whole``: a number is a whole one, as for Slurm."""
+    """``value`` of the option ``name`` as it would be typed. ``whole``: Slurm takes only whole numbers here."""
     value = value.value if isinstance(value, Enum) else value
     if name in {"nodes", "nnodes"}:
         return _nodes(name, value)
@@ -167,7 +168,7 @@ def _time(name: str, value: timedelta | date) -> str:
 
 
 def _nodes(name: str, value: Any) -> str:
-    """``(4, 8)`` is MIN and MAX, ``[4, 6, 8]`` exact numbers; a range is what it has."""
+    """``(4, 8)`` is MIN and MAX, ``[4, 6, 8]`` are exact numbers, a range stands for its numbers."""
     if isinstance(value, range) and value:
         sizes = sorted(value)
         return f"{sizes[0]}:{sizes[-1]}" if abs(value.step) == 1 else ",".join(map(str, sizes))

@@ -1,4 +1,4 @@
-"""sbatch's command line: one table of its options, a scanner that stops at the script, and what we refuse. Pure."""
+"""sbatch's options: the table of them, a scanner that stops at the script, and what an elastic job refuses. Pure."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _TABLE = """
 
 @dataclass(frozen=True)
 class Option:
-    """One option. ``value`` is ``"="`` (takes one), ``"[=]"`` (may take one), ``"[ ]"`` (the same, also as the next
-    word if that is on or off) or empty.
+    """One option. ``value`` is ``"="`` if the option takes a value, ``"[=]"`` if it may take one after ``=``, ``"[ ]"``
+    if it may take on or off as the next word too, and empty if it takes none.
     """
 
     name: str
@@ -52,7 +52,7 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Given:
-    """An option as somebody gave it, and where: the command line, or a configuration file."""
+    """An option with the value that it was given, and its source: the command line, a configuration file, a variable."""
 
     option: Option
     value: str | None
@@ -105,12 +105,12 @@ REFUSED = {
 """Options that would break an elastic job, and why."""
 
 COMMAND_LINE_ONLY = frozenset({"help", "usage", "version", "parsable", "wait", "quiet", "verbose", "test-only"})
-"""Options that speak to sbatch rather than describe the job: never directives."""
+"""Options that tell sbatch what to do and do not describe the job: they cannot be #SBATCH lines."""
 
 
 def check(given: Given, fixed: int | None = None) -> bool:
-    """Refuse what breaks an elastic job. False when that is what is done anyway. ``fixed``: the number of nodes, if
-    the job has the same all the time.
+    """Whether ``given`` is to be passed to sbatch; False if the batch script has the option anyway. Raises UsageError
+    for an option that breaks an elastic job. ``fixed``: the number of nodes, if the job is of fixed size.
     """
     name, value = given.name, given.value
     if value and value == {"ntasks": str(fixed), "ntasks-per-node": "1", "tasks-per-node": "1"}.get(name):
@@ -134,15 +134,15 @@ def check(given: Given, fixed: int | None = None) -> bool:
 
 
 def is_for_containers(name: str) -> bool:
-    """Whether it is sbatch's own option for that, one of those that pyxis adds, or short for one."""
+    """Whether ``name`` is an option for containers, of sbatch or pyxis, or the beginning of one."""
     return "container" in name or (name not in SBATCH and "container".startswith(name))
 
 
 def scan(
     argv: Sequence[str], own: Sequence[Option], others: Sequence[Option] = _SBATCHS
 ) -> tuple[list[Given], list[str]]:
-    """Split ``argv`` into its options and, untouched, the script with its arguments. ``own`` win over ``others``. Where
-    those are sbatch's, one that nobody knows may be for a newer sbatch.
+    """Split ``argv`` into its options and, untouched, the script with its arguments. An option of ``own`` hides one of
+    ``others`` with the same name. If ``others`` are sbatch's, an unknown option may be for a newer sbatch.
     """
     by_name = {option.name: option for option in (*others, *own)}
     by_letter = {o.letter: o for o in (*others, *own) if o.letter}
@@ -182,7 +182,7 @@ def _with_value(option: Option, shown: str, value: str | None, rest: list[str]) 
 
 
 def named(name: str) -> Option:
-    """The long option ``name`` of sbatch; one of a newer sbatch, or a typing error, is for sbatch to judge."""
+    """The long option ``name`` of sbatch. A name that is not in the table may belong to a newer sbatch, which judges."""
     if option := SBATCH.get(name):
         return option
     if not re.fullmatch(r"[a-z][\w-]+", name):
@@ -191,13 +191,13 @@ def named(name: str) -> Option:
 
 
 def _unknown(name: str, equals: str, known: Iterable[str], *, may_pass: bool) -> Option:
-    """What is meant by a ``name`` that is in no table: for sbatch the beginning of one of its options, or a new one."""
+    """The option that an unknown ``name`` means: for sbatch the beginning of a name, or an option of a newer sbatch."""
     begins = [candidate for candidate in known if candidate.startswith(name)]
     if may_pass and len(begins) == 1 and begins[0] in SBATCH:
         return SBATCH[begins[0]]
     from difflib import get_close_matches
 
-    for_sbatch = may_pass and equals  # which judges what is like its own options
+    for_sbatch = may_pass and equals  # sbatch itself judges a name that is close to its own options
     like = [candidate for candidate in known if not for_sbatch or candidate not in SBATCH]
     if for_sbatch and SBATCH.keys() >= set(begins):
         begins = []
@@ -211,26 +211,28 @@ def _unknown(name: str, equals: str, known: Iterable[str], *, may_pass: bool) ->
 
 
 def last(given: Sequence[Given], name: str) -> str | None:
-    """The value of the option ``name``; of several the last counts, as for sbatch."""
+    """The value of the option ``name``. The last value counts, as for sbatch."""
     return next((option.value for option in reversed(given) if option.name == name), None)
 
 
 LONGEST_LEAD = 65535
-"""Seconds that Slurm has room for in a --signal."""
+"""The longest lead of a --signal that Slurm takes, in seconds."""
 
 
 @dataclass(frozen=True)
 class WarningSignal:
-    """sbatch's ``--signal``: sent to the batch shell ``lead`` before the time limit and, at some sites, preemption."""
+    """sbatch's ``--signal``, which Slurm sends to the batch shell ``lead`` before the time limit, and at some sites before
+    preemption.
+    """
 
     name: str = "USR2"
     lead: timedelta = timedelta(seconds=120)
     before_reservations: bool = False
-    """sbatch's ``R:``: the job may overlap a reservation, and is warned before that begins."""
+    """sbatch's ``R:``: the job may overlap a reservation, and gets the signal before the reservation begins."""
 
     @classmethod
     def parse(cls, text: str, lead: timedelta | None = None) -> WarningSignal:
-        """In all forms that sbatch takes; ``lead`` where ``text`` says none."""
+        """Read ``text`` in any form that sbatch takes. ``lead`` is the default for a text without one."""
         match = re.fullmatch(r"(?:([BR]{1,2}):)?(?:SIG)?([A-Z]+\d?|\d{1,2})(?:@(\d{1,5}))?", text.upper(), re.ASCII)
         name = match[2] if match else ""
         if name.isdecimal() and int(name) in set(signal.Signals):

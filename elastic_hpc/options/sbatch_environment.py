@@ -1,6 +1,4 @@
-"""sbatch's options that the environment gives: ``SBATCH_ACCOUNT`` and its like, which many sites set in the profile.
-Pure.
-"""
+"""sbatch's options from its variables, such as ``SBATCH_ACCOUNT``, which many sites set in the profile. Pure."""
 
 from __future__ import annotations
 
@@ -30,8 +28,8 @@ _SPEAKING = {"SBATCH_WAIT": SBATCH["wait"], "SBATCH_DEBUG": SBATCH["verbose"]}
 
 
 def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]]:
-    """The options that ``environ`` gives, and a line for each that an elastic job cannot have: it is dropped, because
-    nobody typed it for this job.
+    """The options that ``environ`` sets, and a note for each option that an elastic job cannot have. Such an option is
+    dropped and not refused, because nobody typed it for this job.
     """
     inside = "SLURM_JOB_ID" in environ
     options = {**({} if inside else _OUTSIDE), **_OPTIONS}
@@ -55,7 +53,7 @@ def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]
 
 
 def for_sbatch_itself(environ: Mapping[str, str]) -> list[str]:
-    """The switches that ``environ`` sets and that are no part of the job, such as ``--wait``."""
+    """The flags that ``environ`` sets and that do not describe the job, such as ``--wait``."""
     return [option.flag for name, option in _SPEAKING.items() if name in environ and _is_on(environ[name], option)]
 
 
@@ -68,7 +66,7 @@ _ON = ("", "yes", "1")
 
 
 def _is_on(text: str, option: Option) -> bool:
-    """Whether a switch is on, as sbatch reads it; one that may have a value has it."""
+    """Whether ``text`` turns the option on, as sbatch reads it. An option that may take a value takes ``text``."""
     if option.value:
         return text not in {"no", "0"}
     return text in _ON or (text.isdecimal() and int(text) != 0)

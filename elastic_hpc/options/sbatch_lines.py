@@ -18,8 +18,8 @@ _REST = re.compile(r"\s*(?:#.*)?$", re.ASCII)
 
 
 def lines(script: bytes) -> Iterator[tuple[str, bool]]:
-    """The lines, a character for each byte, and whether they are directives: of the lines that begin so, those before
-    the first command.
+    """Each line of ``script``, with a character for each byte, and whether it is a directive. sbatch reads directives
+    up to the first command.
     """
     head = True
     for line in re.findall(r"[^\n]*\n|[^\n]+$", script.decode("latin-1")):
@@ -46,8 +46,8 @@ def unquoted(word: str) -> str:
 
 
 def options(script: bytes, name: str) -> list[Given]:
-    """What the directives of ``script``, which is called ``name``, say: with the line as source, by the options' full
-    names. Raises UsageError for a line that sbatch would not understand.
+    """The options in the directives of ``script``, by their full names, with ``name`` and the number of the line as
+    source. Raises UsageError for a line that sbatch would not understand.
     """
     found: list[Given] = []
     for number, (line, directive) in enumerate(lines(script), 1):
@@ -67,7 +67,7 @@ def options(script: bytes, name: str) -> list[Given]:
 
 
 def directives_of_python(script: bytes, name: str) -> list[Given]:
-    """The same of a Python script that is submitted as it is. Raises UsageError for options that only we know."""
+    """``options`` of a Python script. Raises UsageError for options that sbatch does not know, or only as arguments."""
     given = options(script, name)
     for option in given:
         if option.name.replace("_", "-") in ELASTIC and option.name not in SBATCH:

@@ -1,4 +1,4 @@
-"""How the agents run the workers: what a user asks for, parsed once at the edge into a frozen object. Pure."""
+"""The launch options of a job, parsed once, in a frozen object. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from elastic_hpc.options.values import DrainSignal, Endpoint, NodeRange, Preload
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """How the agents run the workers. The same for a batch job, a step in an allocation, and this machine alone."""
+    """How the agents run the workers: in a batch job, in a step of an allocation, or on this machine alone."""
 
     script: str
     script_args: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class LaunchSpec:
 
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> LaunchSpec:
-        """Build from what ``add_launch_options`` parsed; options that were not given take the defaults above."""
+        """The options that ``add_launch_options`` parsed. An option that was not given has its default."""
         given = {f.name: getattr(namespace, f.name, None) for f in fields(cls)}
         values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         values["script_args"] = tuple(values.get("script_args", ()))
@@ -61,7 +61,9 @@ class LaunchSpec:
         return NodeRange(least, self.nodes.max + self.spares).slurm
 
     def sizes(self, nproc: int) -> tuple[int, ...]:
-        """The numbers of nodes that a world may have, ascending, with ``nproc`` workers on each. UsageError if none."""
+        """The numbers of nodes that a world may have, ascending, with ``nproc`` workers on each node. Raises UsageError if
+        there is none.
+        """
         multiple = self.world_multiple_of or 1
         sizes = self.nodes.sizes or range(self.nodes.min, self.nodes.max + 1)
         fitting = tuple(nodes for nodes in sizes if nodes * nproc % multiple == 0)
@@ -75,13 +77,13 @@ class LaunchSpec:
         return fitting
 
     def check_sizes(self) -> None:
-        """UsageError if no world is possible, where the number of workers on a node is given as a number."""
+        """Raise UsageError if no world is possible. Without a number in --nproc-per-node only the nodes can tell."""
         if self._nproc:
             self.sizes(int(self._nproc))
 
     @property
     def _nproc(self) -> str:
-        """--nproc-per-node, if it is a number; else that is known on the nodes alone."""
+        """The value of --nproc-per-node if it is a number, else empty: then only the nodes know the number."""
         return self.nproc_per_node if self.nproc_per_node and self.nproc_per_node.isdecimal() else ""
 
     def options(self) -> list[tuple[str, str]]:

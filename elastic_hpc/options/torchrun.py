@@ -1,4 +1,4 @@
-"""torchrun's command line: what each of its options is here. The one table of them, for all ways in. Pure."""
+"""torchrun's options: the one table of them, with the counterpart of each in an elastic job. Pure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SAME = (
     Option("module", "m", ""),
     Option("no-python", value=""),
 )
-"""Options that have the same name and meaning here."""
+"""Options that elastic jobs have under the same name, with the same meaning."""
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """An option that has no counterpart. ``done``: a pattern of the values that say what is done anyway, and
-    ``because``; ``instead``: what to do who gives another one.
+    """An option without a counterpart. A value that matches ``done`` has no effect, because elastic jobs do that anyway:
+    ``because`` says why. Other values are refused, and ``instead`` says what to use.
     """
 
     option: Option
@@ -98,7 +98,7 @@ _JUDGED = {
     )
 }
 OPTIONS = (_NODES, _STANDALONE, *map(Option, _MASTER), *SAME, *(row.option for row in _JUDGED.values()))
-"""All of torchrun's, and ``--use-env`` of torch.distributed.launch."""
+"""All options of torchrun, and ``--use-env`` of torch.distributed.launch."""
 
 _HOST = "the rendezvous is on the job's own first node"
 OF_EACH_JOB = {
@@ -106,7 +106,7 @@ OF_EACH_JOB = {
     "rdzv-id": "the id of the run is the job's id",
     "node-rank": "the agents number the nodes",
 }
-"""Options whose value is another one in each job or on each node, and why a batch script need not work it out."""
+"""Options whose value differs between jobs or nodes, and why a batch script need not compute the value."""
 
 _NAMES = {option.name for option in OPTIONS}
 _LOCAL_HOSTS = {"127.0.0.1", "localhost", "::1", "[::1]"}
@@ -137,8 +137,8 @@ def translate(given: Sequence[Given]) -> tuple[list[Given], list[Given]]:
 
 
 def unneeded(given: Given) -> str:
-    """Why ``given``, an option that has no counterpart here, need not be given. UsageError, with what to use, if it
-    asks for something else than what is done.
+    """Why ``given``, an option without a counterpart, has no effect. Raises UsageError, which says what to use, if its
+    value asks for something that elastic jobs do not do.
     """
     row = _JUDGED[given.name]
     if row.done and re.fullmatch(row.done, given.value or ""):
@@ -149,22 +149,22 @@ def unneeded(given: Given) -> str:
 
 @dataclass(frozen=True)
 class TorchrunCommand:
-    """A command line of torchrun, as what it is here."""
+    """A command line of torchrun, with options of elastic jobs in the place of torchrun's."""
 
     options: tuple[tuple[str, str], ...]
-    """Those of ours with a value, by name without dashes: ``("nodes", "2:4")``; values as they stand there."""
+    """Our options with their values as written: ``("nodes", "2:4")``."""
     module: bool
     no_python: bool
     script: str
     script_args: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...]
-    """Options without a counterpart, as given, and why they are left out."""
+    """Options that are left out, as they were given, and why."""
 
 
 def parse_command(argv: Sequence[str]) -> TorchrunCommand:
-    """Read the arguments of a ``torchrun``. UsageError if they are none.
+    """Read the arguments of a ``torchrun``. Raises UsageError if they are none.
 
-    What stands for a shell to fill in is left as it is, except where each node or job has its own: that is dropped.
+    A value that a shell expands stays as it is written. An option of ``OF_EACH_JOB`` with such a value is dropped.
     """
     given, rest = scan(argv, OPTIONS, ())
     if not rest:

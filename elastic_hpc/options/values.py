@@ -1,4 +1,4 @@
-"""Values of options: how they are written and read, and what they mean. Pure: touches no file, no environment."""
+"""Values of options: how they are written, how they are read, what they mean. Pure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class NodeRange:
 
 
 def _sizes(part: str) -> range:
-    """Those of one part of sbatch's list of sizes: ``4``, ``4-8`` or ``4-8:2``."""
+    """The sizes in one part of sbatch's list of sizes: ``4``, ``4-8`` or ``4-8:2``."""
     bounds, _, step = part.partition(":")
     low, _, high = bounds.partition("-")
     return range(int(low), int(high or low) + 1, int(step or 1))
@@ -62,7 +62,7 @@ def _sizes(part: str) -> range:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """``HOST[:PORT]``. ``host`` is None for the first host of the step. Port 0 is the default."""
+    """``HOST[:PORT]``. ``host`` is None for the first host of the step. Port 0 stands for the default port."""
 
     host: str | None = None
     port: int = DEFAULT_PORT
@@ -80,7 +80,7 @@ class Endpoint:
 
     @property
     def head(self) -> str | None:
-        """The host, if it is a certain one: ``localhost`` is each node for itself, and torchrun's for the first."""
+        """The host, if the user named one. ``localhost`` is no such name: every node calls itself so."""
         return None if self.host in _LOOPBACK else self.host
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class Endpoint:
 
 
 def number(text: str) -> int | None:
-    """A whole number as people type it; None for all else, other scripts' digits and what no machine has among it."""
+    """The whole number that ``text`` is; None if it is none. Only ASCII digits count, and at most nine."""
     return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
 
 
@@ -185,7 +185,7 @@ def container_runtime(text: str) -> str:
 
 @dataclass(frozen=True)
 class Preload:
-    """``--preload MODULE,...``: what a worker's process imports before it is wanted; nothing for ``off``."""
+    """``--preload MODULE,...``: the modules that a standby imports before it is needed; none for ``off``."""
 
     modules: tuple[str, ...] = ("torch",)
 
@@ -232,12 +232,12 @@ _TORCHS_OWN = frozenset(
         *("is_host", "store_type", "use_libuv", "rank"),
     }
 )
-"""Of torch's rendezvous and its store: no round waits for these here."""
+"""Keys of torch's rendezvous and store that have no effect on an elastic job."""
 
 
 @dataclass(frozen=True)
 class RdzvConf:
-    """``--rdzv-conf KEY=VALUE,...`` with torchrun's keys. Others of torch's rendezvous are taken, and of no use here.
+    """``--rdzv-conf KEY=VALUE,...`` with torchrun's keys. Other keys of torch's rendezvous are accepted without effect.
 
     ``join_timeout``: how long a start waits for MIN nodes before it gives the allocation back.
     ``last_call_timeout``: how long it waits, once MIN are there, for the rest of the granted nodes.
