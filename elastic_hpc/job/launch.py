@@ -1,5 +1,5 @@
 """``elastic_launch`` runs a function or a script, from Python, on the nodes of the allocation or on this machine.
- In the shape of torch's ``torch.distributed.launcher.api``; what runs is ``elastic-srun``.
+In the shape of torch's ``torch.distributed.launcher.api``; what runs is ``elastic-srun``.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def of_call(
 
 
 def layers_of(script: str, chdir: str | None) -> list[Layer]:
-    """The layers of the #SBATCH lines of a Python script. None if it cannot be read: ``located`` refuses it."""
+    """The layers of a Python script's #SBATCH lines. Empty if the script cannot be read: ``located`` refuses it."""
     found = [path for path in (os.path.join(chdir or "", script), script) if os.path.isfile(path)]
     try:
         content = Path(found[0]).read_bytes() if found else b""

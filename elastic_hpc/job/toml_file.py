@@ -27,7 +27,7 @@ else:
 
 @dataclass(frozen=True)
 class Content:
-    """What a file sets: ``options`` of ours and ``sbatch``'s. ``unset``: options of sbatch that are false in the file."""
+    """What a file sets: ``options`` of ours and of ``sbatch``. ``unset``: options of sbatch that are false there."""
 
     options: list[tuple[str, str]]
     sbatch: list[Given]

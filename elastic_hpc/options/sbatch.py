@@ -52,7 +52,7 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Given:
-    """An option with the value that it was given, and its source: the command line, a configuration file, a variable."""
+    """An option with its value, and the source of both: the command line, a configuration file, a variable."""
 
     option: Option
     value: str | None
@@ -182,7 +182,7 @@ def _with_value(option: Option, shown: str, value: str | None, rest: list[str]) 
 
 
 def named(name: str) -> Option:
-    """The long option ``name`` of sbatch. A name that is not in the table may belong to a newer sbatch, which judges."""
+    """The long option ``name`` of sbatch. A name that is not in the table is for sbatch to judge."""
     if option := SBATCH.get(name):
         return option
     if not re.fullmatch(r"[a-z][\w-]+", name):
@@ -221,8 +221,8 @@ LONGEST_LEAD = 65535
 
 @dataclass(frozen=True)
 class WarningSignal:
-    """sbatch's ``--signal``, which Slurm sends to the batch shell ``lead`` before the time limit, and at some sites before
-    preemption.
+    """sbatch's ``--signal``, which Slurm sends to the batch shell ``lead`` before the time limit, and at some sites
+    before preemption.
     """
 
     name: str = "USR2"

@@ -61,8 +61,8 @@ class LaunchSpec:
         return NodeRange(least, self.nodes.max + self.spares).slurm
 
     def sizes(self, nproc: int) -> tuple[int, ...]:
-        """The numbers of nodes that a world may have, ascending, with ``nproc`` workers on each node. Raises UsageError if
-        there is none.
+        """The numbers of nodes that a world may have, ascending, with ``nproc`` workers on each node. Raises UsageError
+        if there is no such number.
         """
         multiple = self.world_multiple_of or 1
         sizes = self.nodes.sizes or range(self.nodes.min, self.nodes.max + 1)

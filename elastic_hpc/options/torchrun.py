@@ -20,8 +20,8 @@ SAME = (
 
 @dataclass(frozen=True)
 class _Judged:
-    """An option without a counterpart. A value that matches ``done`` has no effect, because elastic jobs do that anyway:
-    ``because`` says why. Other values are refused, and ``instead`` says what to use.
+    """An option without a counterpart. A value that matches ``done`` has no effect: ``because`` says how elastic jobs do
+    the same anyway. Other values are refused, and ``instead`` says what to use.
     """
 
     option: Option
