@@ -98,7 +98,7 @@ class Assembly:
         self.control = Control(
             host,
             self.nproc,
-            lambda: self._network(listener),
+            self._network(listener),
             self.leading,
             heartbeat_timeout=self.policy.heartbeat_timeout,
             join_timeout=self.policy.join_timeout,

@@ -1,5 +1,6 @@
-"""The bridge between an agent's two threads: membership runs on one that touches no file and never waits for the
-other; torch's agent runs on the main one, reads the leader's latest order and reports what its workers do.
+"""The bridge between the two threads of an agent. The control thread runs the membership; it touches no file, and never
+waits for the main thread. The main thread runs torch's agent, reads the leader's latest order, and reports what its
+workers do.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from elastic_hpc.training.progress import Progress
 log = logging.getLogger(__name__)
 
 _FILE_TIMEOUT = 0.5
-"""Seconds a look at the run directory may take; a file system that stalls must not delay a take-over."""
+"""Seconds that a look into the run directory may take; a file system that stalls must not delay a take-over."""
 
-_SAID_NOTHING = {"step": -1, "step_at": 0.0, "first": -1, "first_at": 0.0, "loss": None}
-_BEFORE_A_ROUND = {"listens": False, "warm": 0, "cold": 0, "cold_why": "", **_SAID_NOTHING}
+_NO_PROGRESS = {"step": -1, "step_at": 0.0, "first": -1, "first_at": 0.0, "loss": None}
+_BEFORE_A_ROUND = {"listens": False, "warm": 0, "cold": 0, "cold_why": "", **_NO_PROGRESS}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Seat:
 
 
 class Outside(Protocol):
-    """What membership needs of the rest of the agent (``leading.Leading``). The first two may block."""
+    """What the control thread needs of the rest of the agent (``leading.Leading``). ``find_leader`` and ``give_up`` may
+    block, so they run on threads of their own.
+    """
 
     def find_leader(self) -> Host | None: ...
     def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None: ...
@@ -54,13 +57,13 @@ class Outside(Protocol):
 
 
 class Control:
-    """Keeps this agent in touch with the leader."""
+    """Keeps this agent in touch with the leader. To the membership it is the ``Node``, on the control thread."""
 
     def __init__(
         self,
         host: Host,
         nproc: int,
-        make_network: Callable[[], Transport],
+        network: Transport,
         outside: Outside,
         *,
         heartbeat_timeout: float,
@@ -72,19 +75,19 @@ class Control:
         """``unfit``: why this node should not take part. ``beat`` is called a few times per heartbeat timeout, as long
         as the control thread is alive.
         """
-        self._beat_outside = beat
+        self._beat = beat
         self._status = Status(0, host, nproc, unfit=unfit)
         self._outside = outside
-        self._make_network = make_network
         self._beat_interval = heartbeat_timeout / 5
-        self._member: Callable[[Transport], Membership] = lambda network: Membership(
+        self._membership = Membership(
             host, self, network, heartbeat_timeout=heartbeat_timeout, join_timeout=join_timeout, first=first
         )
-        self._membership: Membership | None = None
         self._order: Order | None = None
-        self._ends: tuple[str, str] | None = None
+        self._addresses: tuple[str, str] | None = None
+        """The addresses of the connection over which that order came: the leader's, and this node's own."""
         self._over: JobEnded | None = None
-        self._looking: asyncio.Future[Any] | None = None
+        self._lookup: asyncio.Future[Host | None] | None = None
+        """The look into the run directory that has not returned yet."""
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
@@ -105,8 +108,8 @@ class Control:
                 match self._step(workers=0):
                     case follower.Acknowledge(round):
                         self._report(state="idle", round=round, failure=None, drained=False, **_BEFORE_A_ROUND)
-                    case follower.Start(round, plan) if self._ends:
-                        return Seat(round, plan, *self._ends)
+                    case follower.Start(round, plan) if self._addresses:
+                        return Seat(round, plan, *self._addresses)
                 self._changed.wait()
 
     def must_stop(self, round: int) -> str | None:
@@ -128,16 +131,16 @@ class Control:
         """Tell the leader what the workers of ``round`` do."""
         with self._changed:
             changes: dict[str, Any] = {"state": state, "round": round, "failure": failure, "drained": drained}
-            if state == "running":  # these workers have said nothing yet
+            if state == "running":  # nothing is known of these workers yet
                 changes |= _BEFORE_A_ROUND
             self._report(**changes)
 
-    def report_progress(self, said: Progress) -> None:
+    def report_progress(self, progress: Progress) -> None:
         """Tell the leader how far the workers are, with the next heartbeat; at once if they can be told to stop."""
         with self._changed:
-            if said.listens != self._status.listens:
-                self._report(listens=said.listens)
-            self._status = replace(self._status, **{name: getattr(said, name) for name in _SAID_NOTHING})
+            if progress.listens != self._status.listens:
+                self._report(listens=progress.listens)
+            self._status = replace(self._status, **{name: getattr(progress, name) for name in _NO_PROGRESS})
 
     def report_start(self, *, warm: int, cold: int, why: str, standby_mb: float) -> None:
         """Tell the leader how the workers were started (``workers.standbys.Started``), with the next heartbeat."""
@@ -145,11 +148,11 @@ class Control:
             self._status = replace(self._status, warm=warm, cold=cold, cold_why=why, standby_mb=standby_mb)
 
     def on_signal(self) -> None:
-        """This agent got SIGTERM. So did all others, if this is Slurm's doing; the leader's agent says so for all. The
-        job that brings a joiner ends alone.
+        """This agent got SIGTERM. If Slurm sends it, all agents of the allocation get it, and the leader's agent acts
+        for all of them. A joiner's job ends alone, so a joiner reports that it leaves.
         """
         if votes(self._status.node):
-            self._call(lambda: self._membership.terminated() if self._membership else None)
+            self._call(self._membership.terminated)
         else:
             with self._changed:
                 self._report(leaving="terminated")
@@ -157,23 +160,23 @@ class Control:
 
     def close(self, timeout: float) -> None:
         """Leave; on the leader wait, at most ``timeout`` seconds, until all others have left."""
-        self._call(lambda: self._membership.leave() if self._membership else None)
+        self._call(self._membership.leave)
         self._thread.join(timeout)
 
     def _step(self, workers: int) -> follower.Wait | follower.Stop | follower.Acknowledge | follower.Start:
         if self._over:
             raise self._over
-        what = follower.step(self._order, self._status, workers)
-        if isinstance(what, follower.End):
-            raise JobEnded(what.outcome, what.reason)
-        return what
+        step = follower.step(self._order, self._status, workers)
+        if isinstance(step, follower.End):
+            raise JobEnded(step.outcome, step.reason)
+        return step
 
     def _report(self, **changes: Any) -> None:
         self._status = replace(self._status, **changes)
-        self._call(lambda: self._membership.send_status() if self._membership else None)
+        self._call(self._membership.send_status)
 
     def _call(self, act: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the thread has ended, there is nobody left to tell
+        with contextlib.suppress(RuntimeError):  # the control thread has ended
             if self._loop:
                 self._loop.call_soon_threadsafe(act)
 
@@ -186,7 +189,7 @@ class Control:
         with self._changed:
             before = self._order
             news = (before and replace(before, seq=0)) != (order and replace(order, seq=0))
-            self._order, self._ends = order, (link.peer, link.local) if link else None
+            self._order, self._addresses = order, (link.peer, link.local) if link else None
             self._changed.notify_all()
         if news:
             os.eventfd_write(self.wake_fd, 1)
@@ -198,15 +201,14 @@ class Control:
         os.eventfd_write(self.wake_fd, 1)
 
     async def published(self) -> Host | None:
-        """Asks again only when the look before has come back."""
-        if self._looking is None:
-            self._looking = asyncio.ensure_future(asyncio.to_thread(self._outside.find_leader))
-        done, _ = await asyncio.wait([self._looking], timeout=_FILE_TIMEOUT)
+        """None where the file system does not answer in time. The next call waits for the same answer."""
+        if self._lookup is None:
+            self._lookup = asyncio.ensure_future(asyncio.to_thread(self._outside.find_leader))
+        done, _ = await asyncio.wait([self._lookup], timeout=_FILE_TIMEOUT)
         if not done:
             return None
-        looked, self._looking = self._looking, None
-        found: Host | None = looked.result()
-        return found
+        lookup, self._lookup = self._lookup, None
+        return lookup.result()
 
     async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
         return await asyncio.to_thread(self._outside.give_up, roster, waited, why, patient=patient)
@@ -223,13 +225,12 @@ class Control:
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._membership = self._member(self._make_network())
         self._started.set()
-        beating = asyncio.ensure_future(self._beat())
+        beating = asyncio.ensure_future(self._keep_beating())
         await self._membership.run()
         beating.cancel()
 
-    async def _beat(self) -> None:
+    async def _keep_beating(self) -> None:
         while True:
-            self._beat_outside()
+            self._beat()
             await asyncio.sleep(self._beat_interval)

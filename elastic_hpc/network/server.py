@@ -1,13 +1,14 @@
-"""The leader on the network: what its agents say goes in, what they are told goes out. Never blocks.
+"""The leader on the network: its agents' messages go in, its orders go out. Never blocks.
 
-Files are written by the recorder's thread, stores are opened in threads that can be abandoned, and Slurm is asked in
-threads, so that a stalled file system or name server cannot keep the leader from answering.
+The recorder's thread writes the files, stores are opened in threads that can be abandoned, and Slurm is asked in
+threads. So a file system or a name server that stalls cannot keep the leader from answering.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -28,14 +29,17 @@ BATCH_HOST = 0
 """Index of the node on which the batch script runs."""
 
 LEAVE_TIMEOUT = 10.0
-"""Seconds the agents get to take notice of the verdict before the leader leaves."""
+"""Seconds that the agents have to leave after the verdict before the leader leaves."""
 
-_PASSES = 64
-"""Passes of the loop after which is decided, though more arrives with each."""
+_MOST_PASSES = 64
+"""Passes of the event loop after which the leader decides, even if each pass has brought more messages."""
+
+_EVENTS_OF_STRANGERS = 20
+"""So many refused connections are recorded."""
 
 
 class Record(Protocol):
-    """Where the leader's record goes; ``recorder.Recorder``, or a list. No method blocks."""
+    """Where the leader's record goes (``record.recorder.Recorder``). No method blocks."""
 
     def publish(self) -> None: ...
     def beat(self) -> None: ...
@@ -45,8 +49,8 @@ class Record(Protocol):
 
 
 class Act(Protocol):
-    """Does what a verdict asks for. ``lost`` are the names of lost nodes, ``alone``: the batch host is among them,
-    ``others``: the names of the nodes that are left besides this one.
+    """Requeues or ends the job, as the verdict says. ``lost``: the names of lost nodes; ``alone``: the batch host is
+    among them; ``others``: the names of the nodes that are left besides this one.
     """
 
     async def __call__(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None: ...
@@ -63,7 +67,7 @@ class Supplier(Protocol):
 
 
 class LeaderServer:
-    """Serves ``leader``. ``open_store(round)`` starts a store and answers with its port; ``supply`` brings nodes."""
+    """Serves ``leader``. ``open_store(round)`` starts a store and gives its port; ``supply`` brings nodes."""
 
     def __init__(
         self,
@@ -79,36 +83,38 @@ class LeaderServer:
         self._act = act
         self._supply = supply
         self._opening: int | None = None
+        """The round whose store was opened last, or is being opened."""
         self._links: dict[int, Link] = {}
-        self._next = 0
+        """By the number of the connection, the same as in ``leader``."""
+        self._connections = itertools.count(1)
         self._strangers = 0
-        self._passes = self._quiet = 0
-        self._published = self._over = self._batch_host_is_lost = False
+        self._passes = self._quiet_passes = 0
+        self._published = self._ends = self._batch_host_is_lost = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
     async def run(self) -> str:
-        """Lead until every agent has left after the verdict, or until this leader abdicates; the answer says why it
-        did, or is empty.
+        """Lead until every agent has left after the verdict, or until this leader abdicates. The answer is its reason
+        to abdicate, or empty.
         """
         loop = asyncio.get_running_loop()
         interval = self.leader.policy.heartbeat_timeout / 5
         saving: asyncio.Future[list[str]] | None = None
         leave_at = float("inf")
-        beat_at = 0.0
+        next_heartbeat = 0.0
         supplying = self._supply and asyncio.ensure_future(self._supply.run(self._on_coming))
         try:
             self._after_input()
             while not (saving and saving.done() and (not self._links or loop.time() > leave_at)):
-                due = min(beat_at, max(loop.time() + 0.01, self.leader.next_expiry + 0.001))
+                due = min(next_heartbeat, max(loop.time() + 0.01, self.leader.next_expiry + 0.001))
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), max(0.0, due - loop.time()))
                 self._changed.clear()
                 now = loop.time()
                 self.leader.on_tick(now)
-                beat = now > beat_at - 0.001  # a timer may be early by what the clock cannot tell
+                beat = now > next_heartbeat - 0.001  # a timer may be early by the resolution of the clock
                 self._after_input(beat=beat)
-                beat_at = now + interval if beat else beat_at
+                next_heartbeat = now + interval if beat else next_heartbeat
                 if self.leader.abdicated:
                     return self.leader.abdicated
                 if self.leader.leads:
@@ -121,7 +127,7 @@ class LeaderServer:
             verdict = self.leader.verdict
             if verdict and verdict.outcome == "requeue" and not self._batch_host_is_lost:
                 # not left to the batch script: srun waits for lost nodes until Slurm notices, which may take minutes
-                await self._do(verdict, saving.result(), alone=False, others=[])
+                await self._act_on(verdict, saving.result(), alone=False, others=[])
             return ""
         finally:
             for task in (*self._tasks, *([supplying] if supplying else [])):
@@ -130,21 +136,20 @@ class LeaderServer:
                 link.close()
 
     async def attend(self, link: Link, first: Status) -> None:
-        """Listen to one agent until its connection ends."""
-        self._next += 1
-        conn = self._next
+        """Receive the messages of one agent, of which ``first`` is here already, until its connection ends."""
+        conn = next(self._connections)
         self._links[conn] = link
         now = asyncio.get_running_loop().time
         reason = "its connection was closed"
-        said: object = first
+        message: object = first
         try:
             while True:
-                if isinstance(said, Status):
-                    self.leader.on_status(conn, link.peer, said, now())
-                elif isinstance(said, Roster):
-                    self.leader.on_roster(said)
+                if isinstance(message, Status):
+                    self.leader.on_status(conn, link.peer, message, now())
+                elif isinstance(message, Roster):
+                    self.leader.on_roster(message)
                 self._decide_soon()
-                said = messages.decode_from_agent(await link.read())
+                message = messages.decode_from_agent(await link.read())
         except OSError:
             pass
         except messages.ProtocolError as error:
@@ -157,25 +162,29 @@ class LeaderServer:
             self._changed.set()
 
     def _decide_soon(self) -> None:
-        """When all that has arrived by now is in: a thousand agents that say something at once lead to one decision."""
+        """Decide when all that has arrived by now is received: messages that a thousand agents send at once lead to one
+        decision.
+        """
         if self.leader.has_news:
-            self._quiet = 0
+            self._quiet_passes = 0
             if not self._passes:
-                self._look_for_more()
+                self._decide_or_pass()
 
-    def _look_for_more(self) -> None:
-        """Without a wait: what lies in the sockets needs one pass of the loop to be read, and one to be understood."""
+    def _decide_or_pass(self) -> None:
+        """Decide after two passes of the event loop without news: what lies in the sockets needs one pass to be read,
+        and one to be decoded.
+        """
         loop = asyncio.get_running_loop()
-        if self._quiet < 2 and self._passes < _PASSES:
-            self._passes, self._quiet = self._passes + 1, self._quiet + 1
-            loop.call_soon(self._look_for_more)
+        if self._quiet_passes < 2 and self._passes < _MOST_PASSES:
+            self._passes, self._quiet_passes = self._passes + 1, self._quiet_passes + 1
+            loop.call_soon(self._decide_or_pass)
             return
         self._passes = 0
         self.leader.decide(loop.time())
         self._after_input()
 
     def on_request(self, request: Request | Leave, reason: str = "") -> None:
-        """Somebody asks for a drain or the end, or to let a node go."""
+        """Somebody who holds the secret asks for a drain or the end, or to let a node go."""
         now = asyncio.get_running_loop().time()
         if isinstance(request, Leave):
             self.leader.on_leave(request.node, request.reason, now)
@@ -188,9 +197,9 @@ class LeaderServer:
         self._after_input()
 
     def on_stranger(self, addr: str, reason: str) -> None:
-        """Somebody without the secret was refused."""
+        """A connection without the secret was refused."""
         self._strangers += 1
-        if self._strangers <= 20:
+        if self._strangers <= _EVENTS_OF_STRANGERS:
             self.record.event("stranger", {"addr": addr, "reason": reason})
 
     async def _save(self, verdict: Verdict) -> list[str]:
@@ -204,15 +213,15 @@ class LeaderServer:
         lost = self.leader.peers.lost_names
         if self._batch_host_is_lost:
             # before anybody leaves: if this node dies now, the others act
-            await self._do(verdict, lost, alone=True, others=self.leader.peers.names(without=self.leader.node))
+            await self._act_on(verdict, lost, alone=True, others=self.leader.peers.names(without=self.leader.node))
         self.leader.on_saved()
         self._after_input()
         return lost
 
-    async def _do(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None:
+    async def _act_on(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None:
         try:
             await self._act(verdict, lost, alone=alone, others=others)
-        except Exception:  # a fault here must not keep the agents, whose end the others may act upon
+        except Exception:  # even then the agents must leave: others may act when they have
             log.exception("the verdict could not be acted upon")
 
     def _after_input(self, *, beat: bool = False) -> None:
@@ -233,21 +242,21 @@ class LeaderServer:
         wanted = leader.wanted_store
         if wanted is not None and wanted != self._opening:
             self._opening = wanted
-            task = asyncio.ensure_future(self._bring_store(wanted))
+            task = asyncio.ensure_future(self._open(wanted))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         if self._supply and (needs := leader.needs):
             self._supply.need(needs)
-        if (leader.verdict or leader.abdicated) and not self._over:
-            self._over = True
+        if (leader.verdict or leader.abdicated) and not self._ends:
+            self._ends = True
             self._changed.set()
 
-    async def _bring_store(self, wanted: int) -> None:
+    async def _open(self, wanted: int) -> None:
         try:
             port = await self._open_store(wanted)
-        except Exception as error:  # noqa: BLE001 - whatever keeps a store from opening is told, and tried again
-            told = (str(error) or type(error).__name__).splitlines()[0]  # torch's own traceback may follow
-            self.leader.on_store_failed(wanted, told, asyncio.get_running_loop().time())
+        except Exception as error:  # noqa: BLE001 - whatever keeps a store from opening is recorded, and tried again
+            problem = (str(error) or type(error).__name__).splitlines()[0]  # torch's own traceback may follow
+            self.leader.on_store_failed(wanted, problem, asyncio.get_running_loop().time())
             self._after_input()
             await asyncio.sleep(1.0)
             self._opening = None

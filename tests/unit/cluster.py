@@ -81,7 +81,7 @@ class Node:
         self.control = Control(
             self.host,
             1,
-            self._network,
+            self._network(),
             self,
             heartbeat_timeout=policy.heartbeat_timeout,
             join_timeout=policy.join_timeout,
@@ -198,7 +198,7 @@ class Cluster:
 
     def close(self) -> None:
         for node in self.nodes:
-            leader = node.control._membership and node.control._membership._own_leader.server
+            leader = node.control._membership._own_leader.server
             if leader:
                 node.in_loop(lambda leader=leader: leader.on_request("stop", "test"))
         for node in reversed(self.nodes):

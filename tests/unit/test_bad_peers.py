@@ -128,7 +128,7 @@ def test_who_does_not_hold_the_secret_is_refused(
     cluster: Cluster, noise: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     def strangers() -> int:
-        server = cluster.nodes[0].control._membership._own_leader.server  # type: ignore[union-attr]
+        server = cluster.nodes[0].control._membership._own_leader.server
         return server._strangers  # type: ignore[union-attr]
 
     before = strangers()
