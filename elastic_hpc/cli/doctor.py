@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elastic_hpc.doctor.examine import examine
-from elastic_hpc.doctor.findings import Finding, Level, as_json
-from elastic_hpc.doctor.site_file import site_file
+from elastic_hpc.doctor.findings import Finding, Level, as_json, site_file
 from elastic_hpc.errors import UsageError, argument
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, scan
 from elastic_hpc.options.values import number

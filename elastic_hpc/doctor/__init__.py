@@ -3,9 +3,10 @@
 Start with ``examine``, which collects all findings. It asks Slurm, reads configuration files and, with ``--run``,
 submits a job.
 
-* ``findings``: what a finding is. ``slurm_settings``: findings on Slurm's settings. ``log_dir``: on the file system.
+* ``findings``: what a finding is, and the configuration file that follows. ``slurm_settings``: findings on Slurm's
+  settings. ``log_dir``: on the file system.
 * ``probe``: runs on each node of the job, and writes a report. ``reports``: what a report has. ``probe_job``: the job.
-* ``nodes``, ``reach``: findings on the reports. ``site_file``: the configuration file that follows from the findings.
+* ``nodes``, ``reach``: findings on the reports.
 
-``findings``, ``slurm_settings``, ``reports``, ``nodes``, ``reach`` and ``site_file`` touch nothing.
+``findings``, ``slurm_settings``, ``reports``, ``nodes``, and ``reach`` touch nothing.
 """

@@ -1,4 +1,4 @@
-"""A finding of the doctor, and how findings are written for programs. Pure."""
+"""A finding of the doctor, and what is written of findings: JSON, and a configuration file. Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+from elastic_hpc.options.sbatch import Given
+
+_LASTING = frozenset(
+    ("account", "constraint", "cpus-per-task", "exclusive", "gpus-per-node", "gres", "mem", "partition", "qos")
+)
+"""Options of sbatch that belong to the site rather than to one job."""
 
 NAMED = 6
 """How many of many nodes or pairs a finding names; the others are counted."""
@@ -52,3 +59,26 @@ def some(names: Sequence[str], separator: str = ", ") -> str:
     """The first ``NAMED`` of ``names``, and how many more there are."""
     more = len(names) - NAMED
     return separator.join(names[:NAMED]) + (f"{separator}and {more} more" if more > 0 else "")
+
+
+def site_file(findings: Iterable[Finding], sbatch: Sequence[Given], log_dir: str | None = None) -> str:
+    """A configuration file (see job.config) with what follows from ``findings``, with the options of sbatch that belong
+    to the site, and with ``log_dir``, if that was given.
+    """
+    lines = [
+        _line(key, value, f"{finding.about}: {finding.found}")
+        for finding in findings
+        for key, value in finding.config.items()
+    ]
+    lines += [_line("log-dir", log_dir, "as given to the doctor")] if log_dir else []
+    text = ["# Written by elastic-hpc doctor. To use it: export ELASTIC_HPC_CONFIG=THIS-FILE"]
+    text += lines or ["# Nothing found here needs other values than the defaults."]
+    if kept := [given for given in sbatch if given.name in _LASTING]:
+        text += ["", "[sbatch]"]
+        text += [_line(g.name, True if g.value is None else g.value, "as given to the doctor") for g in kept]
+    return "\n".join(text) + "\n"
+
+
+def _line(key: str, value: str | float, reason: str) -> str:
+    shown = "".join(char if char.isprintable() else " " for char in reason)
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}  # {shown}"

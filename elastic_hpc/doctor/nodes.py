@@ -79,15 +79,16 @@ def _file_system(reports: Sequence[NodeReport]) -> list[Finding]:
     if len(reports) < 2:
         return [Finding(Level.UNKNOWN, "file system", "there was one node alone", "not judged", "you: --nodes 2")]
     peers = [(report.node, name, peer) for report, name, peer in pairs(reports)]
+    return [*_visibility(peers), *_locks(peers)]
+
+
+def _visibility(peers: Sequence[tuple[str, str, PeerReport]]) -> list[Finding]:
     times = [peer.seen_after for _, _, peer in peers if peer.seen_after is not None]
-    late = [f"{node}: a file of {name}" for node, name, peer in peers if peer.dials and peer.seen_after is None]
-    free = [f"{node}: the lock of {name}" for node, name, peer in peers if peer.lock_held is False]
     if not times:
         return [Finding(Level.UNKNOWN, "file system", "nodes could not agree on a file to look for", "see ports")]
     found = f"a file of one node was seen by others after at most {max(times):.2f} s"
-    findings = []
     if max(times) > _SLOW:
-        findings.append(
+        return [
             Finding(
                 Level.WARN,
                 "file system",
@@ -95,25 +96,21 @@ def _file_system(reports: Sequence[NodeReport]) -> list[Finding]:
                 "verdicts and checkpoints are seen that much later",
                 "you: --log-dir DIR, on another file system; administrator: the mount's attribute cache (actimeo)",
             )
-        )
-    elif late and not _is_cut(peers):
-        findings.append(
-            Finding(Level.WARN, "file system", f"not seen: {some(late, '; ')}", "a record may be incomplete there")
-        )
-    else:
-        findings.append(
-            Finding(Level.OK, "file system", found, "all nodes see the run directory; O_EXCL and rename work")
-        )
-    if free:
-        findings.append(
-            Finding(
-                Level.NOTE,
-                "flock",
-                f"not felt on {some(free, '; ')}",
-                "elastic_hpc locks nothing between nodes; a script of yours that does is not protected",
-            )
-        )
-    return findings
+        ]
+    late = [f"{node}: a file of {name}" for node, name, peer in peers if peer.dials and peer.seen_after is None]
+    if late and not _is_cut(peers):
+        found = f"not seen: {some(late, '; ')}"
+        return [Finding(Level.WARN, "file system", found, "a record may be incomplete there")]
+    return [Finding(Level.OK, "file system", found, "all nodes see the run directory; O_EXCL and rename work")]
+
+
+def _locks(peers: Sequence[tuple[str, str, PeerReport]]) -> list[Finding]:
+    free = [f"{node}: the lock of {name}" for node, name, peer in peers if peer.lock_held is False]
+    if not free:
+        return []
+    found = f"not felt on {some(free, '; ')}"
+    means = "elastic_hpc locks nothing between nodes; a script of yours that does is not protected"
+    return [Finding(Level.NOTE, "flock", found, means)]
 
 
 def _is_cut(peers: Iterable[tuple[str, str, PeerReport]]) -> bool:

@@ -6,20 +6,20 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from elastic_hpc.doctor.findings import NAMED, Finding, Level, some
-from elastic_hpc.doctor.reports import FIRST_PORT, NodeReport, pairs
+from elastic_hpc.doctor.reports import FIRST_PORT, Dial, NodeReport, pairs
 
 
 def port_findings(reports: Sequence[NodeReport]) -> list[Finding]:
+    if len(reports) < 2:
+        return [Finding(Level.UNKNOWN, "ports", "there was one node alone", "not judged", "you: --run --nodes 2")]
     cut, others, detours = defaultdict(list), defaultdict(list), defaultdict(list)
     for report, name, peer in pairs(reports):
-        agents = [dial for dial in peer.dials if not dial.any_port]
+        agents, workers = ([dial for dial in peer.dials if dial.any_port is any_port] for any_port in (False, True))
         good = [dial.address for dial in agents if not dial.error]
         if not good:
-            tried = ", ".join(f"{dial.address}:{dial.port} {dial.error}" for dial in agents) or peer.error
-            cut[report.node].append(f"{name} ({tried or 'not tried'})")
-        elif not any(not dial.error for dial in peer.dials if dial.any_port):
-            tried = ", ".join(f"{dial.address}:{dial.port} {dial.error}" for dial in peer.dials if dial.any_port)
-            others[report.node].append(f"{name} ({tried})")
+            cut[report.node].append(f"{name} ({_errors(agents) or peer.error or 'not tried'})")
+        elif all(dial.error for dial in workers):
+            others[report.node].append(f"{name} ({_errors(workers)})")
         elif agents[0].error:
             detours[report.node].append(f"{name} by {good[0]}, not by {agents[0].address} ({agents[0].error})")
     findings = []
@@ -28,7 +28,7 @@ def port_findings(reports: Sequence[NodeReport]) -> list[Finding]:
             Finding(
                 Level.BAD,
                 "ports",
-                _reach(cut),
+                _unreached(cut),
                 "an agent there cannot take part",
                 f"administrator: let nodes reach each other's TCP ports from {FIRST_PORT}; you: --interface, if "
                 "another network is open, or --exclude NODE",
@@ -39,38 +39,36 @@ def port_findings(reports: Sequence[NodeReport]) -> list[Finding]:
             Finding(
                 Level.BAD,
                 "ports of workers",
-                _reach(others),
+                _unreached(others),
                 "agents meet, but workers (gloo, NCCL) talk over ports that the system chooses",
                 "administrator: let nodes reach each other's TCP ports above 1023",
             )
         )
     if detours:
-        interface = _open_interface(reports)
-        findings.append(
-            Finding(
-                Level.WARN,
-                "addresses",
-                "; ".join(f"{node}: {some(names)}" for node, names in sorted(detours.items())[:NAMED]),
-                "agents try the address that does not answer first; workers may know no other",
-                f"you: --interface {interface}" if interface else "you: --interface IFNAME, of a network that is open",
-                {"interface": interface} if interface else {},
-            )
-        )
-    if len(reports) < 2:
-        return [Finding(Level.UNKNOWN, "ports", "there was one node alone", "not judged", "you: --run --nodes 2")]
+        findings.append(_detours(detours, _open_interface(reports)))
+    nodes = some([report.node for report in reports])
     return findings or [
-        Finding(
-            Level.OK,
-            "ports",
-            f"each of {some([report.node for report in reports])} reaches each other",
-            "agents and workers can meet",
-        )
+        Finding(Level.OK, "ports", f"each of {nodes} reaches each other", "agents and workers can meet")
     ]
 
 
-def _reach(cut: Mapping[str, Sequence[str]]) -> str:
-    parts = [f"{node} cannot reach {some(names)}" for node, names in sorted(cut.items())]
-    return some(parts, "; ")
+def _errors(dials: Sequence[Dial]) -> str:
+    return ", ".join(f"{dial.address}:{dial.port} {dial.error}" for dial in dials)
+
+
+def _unreached(cut: Mapping[str, Sequence[str]]) -> str:
+    return some([f"{node} cannot reach {some(names)}" for node, names in sorted(cut.items())], "; ")
+
+
+def _detours(detours: Mapping[str, Sequence[str]], interface: str) -> Finding:
+    return Finding(
+        Level.WARN,
+        "addresses",
+        "; ".join(f"{node}: {some(names)}" for node, names in sorted(detours.items())[:NAMED]),
+        "agents try the address that does not answer first; workers may know no other",
+        f"you: --interface {interface}" if interface else "you: --interface IFNAME, of a network that is open",
+        {"interface": interface} if interface else {},
+    )
 
 
 def name_findings(reports: Sequence[NodeReport]) -> list[Finding]:

@@ -1,18 +1,17 @@
 """The only folder that runs Slurm's commands; other folders use the functions that this module names. Unknown is not
 empty: what Slurm does not answer raises SlurmError.
 
-Start with ``job``: what Slurm says about a job. ``client`` runs the commands. ``states`` (pure) has the states of jobs.
+Start with ``job``: what Slurm says about jobs and nodes. ``client`` runs the commands. ``states`` (pure) has the states
+of jobs.
 
 * ``submit``, ``requeuing``, ``steps``: a job is submitted, goes back to the queue, gets another job step.
-* ``joining``, ``directives`` (pure): joiners, and which lines of the batch script hold for them. ``nodes``: lists of
-  nodes.
+* ``joining``, ``directives`` (pure): joiners, and which lines of the batch script hold for them.
 * ``settings``: what the site has set. ``env``: what Slurm tells an agent by its environment.
 """
 
 from elastic_hpc.slurm.directives import joiner_script
-from elastic_hpc.slurm.job import cancel, epoch, job_state, queue, show_job, warn, warning_reason
+from elastic_hpc.slurm.job import cancel, epoch, expand, job_state, queue, show_job, usable_nodes, warn, warning_reason
 from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
-from elastic_hpc.slurm.nodes import expand, usable_nodes
 from elastic_hpc.slurm.requeuing import complete, requeue
 from elastic_hpc.slurm.settings import Facts, Site, facts, site
 from elastic_hpc.slurm.states import LIVES, WAITS, Queued, SlurmJob

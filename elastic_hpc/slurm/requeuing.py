@@ -9,8 +9,7 @@ from datetime import timedelta
 
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
-from elastic_hpc.slurm.job import cancel, show_job
-from elastic_hpc.slurm.nodes import expand
+from elastic_hpc.slurm.job import cancel, expand, show_job
 from elastic_hpc.slurm.states import SlurmJob
 
 # slurmctld retries a change that it cannot make yet for 5 seconds, and makes it even if the client is gone by then.

@@ -19,8 +19,7 @@ from typing import IO
 from elastic_hpc.environment import AGAIN, CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
-from elastic_hpc.slurm.job import show_job
-from elastic_hpc.slurm.nodes import expand
+from elastic_hpc.slurm.job import expand, show_job
 
 _STEP_NAME = "elastic-conclude"
 _AGENT_NAME = "elastic-agent"

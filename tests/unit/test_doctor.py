@@ -16,11 +16,10 @@ import pytest
 from elastic_hpc import slurm
 from elastic_hpc.cli import hpc
 from elastic_hpc.doctor import probe
-from elastic_hpc.doctor.findings import Finding, Level, as_json, worst_first
+from elastic_hpc.doctor.findings import Finding, Level, as_json, site_file, worst_first
 from elastic_hpc.doctor.log_dir import file_system, log_dir_finding
 from elastic_hpc.doctor.nodes import run_findings
 from elastic_hpc.doctor.reports import Dial, NodeReport, PeerReport, ProbeRun
-from elastic_hpc.doctor.site_file import site_file
 from elastic_hpc.doctor.slurm_settings import slurm_findings
 from elastic_hpc.job.config import load
 from elastic_hpc.options.sbatch import SBATCH, Given
