@@ -1,7 +1,8 @@
-"""This project's membership under a stock ``torchrun``: what its agent does not tell is seen from outside.
+"""This project's membership under a stock ``torchrun``: what torch's agent does not report is observed from outside.
 
 torch's agent asks the handler for the next round, and ten times a second whether to restart its workers. It says
-neither what its workers are nor why it restarts them, so they are found by the mark in their environment and watched.
+neither which processes its workers are nor why it restarts them. So the handler finds the workers by the mark in their
+environment, and watches them.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ log = logging.getLogger("elastic_hpc")
 
 
 def _begin(rundir: RunDir) -> None:
-    """A job of this name that has ended leaves its record and the number of its last round, not its budget."""
+    """Of a job of this name that has ended, keep the record and the number of the last round, not the spent restarts."""
     if rundir.read("verdict.json"):
         rundir.write("state.json", {**(rundir.read("state.json") or {}), "restarts": 0})
         (rundir.path / "verdict.json").unlink()
 
 
 def join(parameters: RendezvousParameters) -> TorchrunHandler:
-    """An agent for torch's, which has begun to look for the leader, or to lead. Raises ElasticError."""
+    """Make the handler for torch's agent, which looks for the leader, or leads, from now on. Raises ElasticError."""
     settings = read_settings(parameters)
     spec, rundir = settings.spec, RunDir(settings.run_dir).create()
     forget_enclosing(os.environ)
@@ -86,40 +87,39 @@ class _ExitBarrier:
 
 
 class TorchrunHandler(ElasticRendezvousHandler):
-    """Watches the workers of a stock agent for the leader, and kills them when it says so.
+    """Watches the workers of a stock agent for the leader, and kills them when the leader says so.
 
-    They are killed between the agent's look at them and its question whether to restart: so it takes the restart for a
-    change of membership, which costs none of its ``--max-restarts``, and finds nobody to wait for.
+    They are killed between the agent's look at them and its question whether to restart. So torch's agent takes the
+    restart for a change of membership, which costs none of its ``--max-restarts``, and has no worker to wait for.
     """
 
     def __init__(self, parts: Assembly) -> None:
         super().__init__(parts)
         self._parts = parts
         self._lock = threading.Lock()
-        self._watched = 0
-        """The round whose workers are watched."""
-        self._told = False
-        """The leader knows how the workers of this round ended, or has ended them itself."""
+        self._watched_round = 0
+        self._reported = False
+        """The leader has learned how the workers of this round ended, or has ended them itself."""
 
     def get_backend(self) -> str:
         return "elastic-hpc"
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the next round. SystemExit ends torchrun when the job has finished without this node."""
-        self._tell_failure(self.round, None)
+        self._report_failure(self.round, None)
         self._kill_workers()  # what those that failed have left running
         try:
             info = super().next_rendezvous()
         except JobEnded as over:
             _end(over)
         with self._lock:
-            self._told = False
+            self._reported = False
         return RendezvousInfo(_ExitBarrier(self._wait_for_all), info.rank, info.world_size, info.bootstrap_store_info)
 
     def num_nodes_waiting(self) -> int:
         """Called while all workers of this node live."""
-        if self._watched != self.round:
-            self._watched = self.round
+        if self._watched_round != self.round:
+            self._watched_round = self.round
             self._watch(self.round)
         try:
             stop = self._control.must_stop(self.round)
@@ -133,7 +133,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
 
     def shutdown(self) -> bool:
         """The agent gives up, or all is done."""
-        self._tell_failure(self.round, None)
+        self._report_failure(self.round, None)
         self._parts.close()
         shutil.rmtree(self._parts.local_folder, ignore_errors=True)
         return True
@@ -142,47 +142,49 @@ class TorchrunHandler(ElasticRendezvousHandler):
         self._control.report("running", round)
         workers = {}
         for pid in guard.marked(self._parts.mark):
-            with contextlib.suppress(ProcessLookupError):  # torch's agent sees that too
+            with contextlib.suppress(ProcessLookupError):  # it has ended, which torch's agent notices too
                 if proc.parent(pid) == os.getpid():
                     workers[os.pidfd_open(pid)] = pid, int(proc.variable(pid, "LOCAL_RANK") or 0)
         threading.Thread(target=self._look_after, args=(round, workers), name=f"workers-{round}", daemon=True).start()
 
     def _look_after(self, round: int, workers: dict[int, tuple[int, int]]) -> None:
-        """Tell the leader at once when a worker fails, which torch's agent tells after it has stopped the others."""
+        """Report at once when a worker fails. torch's agent would first stop the others."""
         oom, watch, poll = OomWatch(), Watch(None, 0), select.poll()
         watch.start([pid for pid, _ in workers.values()], [])
-        for descriptor in workers:
-            poll.register(descriptor, select.POLLIN)
-        left = set(workers)
-        while left and not self._is_over(round):
-            for descriptor, _ in poll.poll(1000):
-                poll.unregister(descriptor)
-                left.discard(descriptor)
-                code = proc.exit_code(descriptor)
-                if code and self._tell_failure(round, code, workers[descriptor][1], oom=oom.happened()):
-                    _wait_until_reaped(descriptor)  # else torch could take one of those killed here for the first
-                    for sibling in left:  # these alone: the next round may have begun
+        for pidfd in workers:
+            poll.register(pidfd, select.POLLIN)
+        living = set(workers)
+        while living and not self._is_over(round):
+            for pidfd, _ in poll.poll(1000):
+                poll.unregister(pidfd)
+                living.discard(pidfd)
+                code = proc.exit_code(pidfd)
+                if code and self._report_failure(round, code, workers[pidfd][1], oom=oom.happened()):
+                    _wait_until_reaped(pidfd)  # else torch might take a sibling killed here for the first failure
+                    for sibling in living:  # no other process: the next round may have begun
                         with contextlib.suppress(ProcessLookupError):
                             signal.pidfd_send_signal(sibling, signal.SIGKILL)
             if not self._is_over(round):
                 watch.look()
                 self._control.report_progress(watch.progress._replace(listens=False))
-        for descriptor in workers:
-            os.close(descriptor)
+        for pidfd in workers:
+            os.close(pidfd)
 
     def _is_over(self, round: int) -> bool:
-        return self._told or round != self.round
+        return self._reported or round != self.round
 
-    def _tell_failure(self, round: int, code: int | None, local: int = 0, *, oom: bool = False) -> bool:
-        """Tell the leader that a worker of ``round`` has failed, if nobody has. None: the agent says so, not how."""
+    def _report_failure(self, round: int, code: int | None, local: int = 0, *, oom: bool = False) -> bool:
+        """Report that a worker of ``round`` has failed, unless that was reported. ``code`` is None where torch's agent
+        has noticed the failure, and does not say what it was.
+        """
         with self._lock:
             if self._is_over(round) or not self.seat:
                 return False
-            self._told = True
+            self._reported = True
         cause = explain(code or 1, "", oom=oom)
         message = cause.message if code else "a worker failed; see the output of torchrun"
         rank = self.plan.group_rank * self._parts.nproc + local
-        # an exit code alone does not say whether this is the echo of another rank's death
+        # the exit code does not tell whether this failure is the echo of another rank's death
         collateral = cause.kind == "exit"
         node, now = self._parts.env.name, time.time()
         failure = Failure(cause.kind, node, rank, local, code or 1, message, now, collateral=collateral)
@@ -192,7 +194,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
     def _kill_workers(self) -> None:
         """The workers of a broken round are stuck in a collective."""
         with self._lock:
-            self._told = True
+            self._reported = True
         guard.kill_all(self._parts.mark)
 
     def _wait_for_all(self) -> None:
@@ -215,7 +217,7 @@ def _end(over: JobEnded) -> NoReturn:
     raise RendezvousClosedError(over.reason) from None
 
 
-def _wait_until_reaped(descriptor: int) -> None:
+def _wait_until_reaped(pidfd: int) -> None:
     end = time.monotonic() + 2
-    while proc.exit_code(descriptor) and time.monotonic() < end:
+    while proc.exit_code(pidfd) and time.monotonic() < end:
         time.sleep(0.01)

@@ -1,7 +1,7 @@
-"""What torch finds by the entry point ``torchrun.handlers``: ``torchrun --rdzv-backend=elastic-hpc``.
+"""The entry point ``torchrun.handlers``, by which torch finds ``torchrun --rdzv-backend=elastic-hpc``.
 
-torch loads this whenever its rendezvous is imported, in every agent and in some workers, hence nothing is imported
-before this backend is asked for.
+torch loads this module whenever its rendezvous is imported, in every agent and in some workers. So the module imports
+nothing before somebody wants this backend.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def get_handler() -> Callable[[Any], Any]:
-    """What makes a handler of torch's ``RendezvousParameters``."""
+    """The function that makes a handler of torch's ``RendezvousParameters``."""
     return create_handler
 
 

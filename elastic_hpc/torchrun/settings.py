@@ -1,4 +1,4 @@
-"""What ``torchrun`` says of a job, by its options and ``--rdzv-conf``, and this node's place in it."""
+"""What the options of ``torchrun`` and its ``--rdzv-conf`` say of a job, and this node's place in the job."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _OPTIONS = {option.dest: option for option in LAUNCH_OPTIONS if option.dest in _
 _TIMEOUTS = ("join_timeout", "last_call_timeout")
 _KEYS = (*_SHARED, *_TIMEOUTS, "run_dir", "node", "is_host", "nproc_per_node")
 _TORCHS_TIMEOUT = "900"
-"""What torch adds to the keys itself, as ``timeout``."""
+"""torch adds this value itself, as the key ``timeout``."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was given, checked."""
+    """The options of one torchrun, checked."""
 
     spec: LaunchSpec
     run_dir: Path
@@ -61,7 +61,7 @@ def read_settings(parameters: RendezvousParameters) -> Settings:
         rdzv_endpoint=Endpoint.parse(parameters.endpoint) if parameters.endpoint else Endpoint(),
         rdzv_id=parameters.run_id,
         rdzv_conf=RdzvConf.parse(timeouts),
-        grace=timedelta(seconds=1),  # its workers cannot be asked to save: to torch's agent they would have finished
+        grace=timedelta(seconds=1),  # workers are not asked to save: torch's agent would take them for finished
         **values,
     )
     if "/" in parameters.run_id or parameters.run_id in {"", ".", "..", "none"}:  # torchrun's default is none
@@ -88,7 +88,7 @@ def _checked(key: str, parse: Callable[[str], Any], text: str) -> Any:
 
 
 def _own_nproc() -> int:
-    """How many workers torchrun will start here: its handler is not told, so its command line is read once more."""
+    """How many workers torchrun will start here. It does not tell its handler, so its command line is read again."""
     if os.path.basename(sys.argv[0]) not in {"torchrun", "run.py"}:
         raise UsageError(
             "nproc_per_node is not known outside of torchrun: add it to rdzv_configs, for example {'nproc_per_node': 4}"
@@ -96,8 +96,8 @@ def _own_nproc() -> int:
     return int(torchrun.determine_local_world_size(torchrun.parse_args(sys.argv[1:]).nproc_per_node))
 
 
-def _take(path: Path) -> bool:
-    """Whether this process has the lock ``path`` now, and until it ends."""
+def _lock(path: Path) -> bool:
+    """Try to lock ``path`` until this process ends; False if another process has the lock."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,7 +115,7 @@ def place(settings: Settings, rundir: RunDir) -> AgentEnv:
         return read_agent_env(os.environ)
     node = settings.node
     if node is None:
-        node = next(number for number in itertools.count() if _take(rundir.path / f"node.{number}.lock"))
+        node = next(number for number in itertools.count() if _lock(rundir.path / f"node.{number}.lock"))
     name, cpus = f"{os.uname().nodename}-{node}", len(os.sched_getaffinity(0))
     job = os.environ.get("SLURM_JOB_ID") or str(settings.spec.rdzv_id)
     return AgentEnv(job, node, name, settings.spec.nodes.max, 0, cpus, None, None, local=True)
@@ -128,18 +128,20 @@ def is_loopback(host: str | None) -> bool:
 
 
 def leads_at_first(settings: Settings, env: AgentEnv, rundir: RunDir) -> bool:
-    """As torch's own backend has it: on the endpoint's host, and one of several there; unless the job runs already."""
+    """Whether this agent leads at the beginning. The endpoint's host leads, as with torch's own backend, and one of
+    several agents there. Where the job runs already, the agent follows.
+    """
     host, first = settings.spec.rdzv_endpoint.host, settings.is_host
     if first is None:
         if host is None or is_loopback(host):
             first = env.node == 0
         else:
-            first = addresses.is_me(host, env.name) and (not env.local or _take(rundir.path / "host.lock"))
+            first = addresses.is_me(host, env.name) and (not env.local or _lock(rundir.path / "host.lock"))
     if not first or not (rundir.path / "endpoint.json").exists():
         return first
     if rundir.read("verdict.json"):
         return True
-    patience = 2 * settings.spec.heartbeat_timeout.total_seconds()  # as when an agent looks for a leader
+    patience = 2 * settings.spec.heartbeat_timeout.total_seconds()  # as long as an agent looks for a leader
     before, end = rundir.heartbeat(), time.monotonic() + patience
     while time.monotonic() < end:
         if rundir.heartbeat() != before:

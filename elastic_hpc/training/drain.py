@@ -13,7 +13,7 @@ import threading
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.training.checkpoint import control_group
-from elastic_hpc.training.progress import Report, meeting_folder, own_report
+from elastic_hpc.training.progress import ProgressFile, meeting_folder, own_progress_file
 
 DRAIN_FILE = "drain"
 
@@ -37,14 +37,14 @@ def is_told_to_drain() -> bool:
 
 @functools.cache
 def own_drain() -> Drain:
-    return Drain(meeting_folder(), own_report())
+    return Drain(meeting_folder(), own_progress_file())
 
 
 class Drain:
     """One worker's part in a drain; ``folder`` is where it meets its agent, None if there is no agent."""
 
-    def __init__(self, folder: str | None, report: Report) -> None:
-        self.report = report
+    def __init__(self, folder: str | None, progress: ProgressFile) -> None:
+        self.progress = progress
         self._file = os.path.join(folder, DRAIN_FILE) if folder else None
         self._calls = 0
         self._with_agents = True
@@ -57,22 +57,22 @@ class Drain:
         """See ``drain_requested``."""
         self._calls += 1
         if self._calls == 1:
-            self.report.listen()
+            self.progress.listen()
             self._heed_sigterm()
         if self._agreed:
             return True
         control = control_group() if self._with_agents else None
         if self._calls % every:
-            return self.report.drained and control is None
-        answer = self.report.drained or self._terminated or self.is_told
+            return self.progress.drained and control is None
+        answer = self.progress.drained or self._terminated or self.is_told
         if control:
             dist, group = control
             flags = sys.modules["torch"].tensor([int(answer), int(self._file is not None)])
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
             answer, self._with_agents = map(bool, flags.tolist())
             self._agreed = answer
-        if answer and not self.report.drained:
-            self.report.mark_drained()
+        if answer and not self.progress.drained:
+            self.progress.mark_drained()
         return answer
 
     @property

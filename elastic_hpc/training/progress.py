@@ -57,7 +57,7 @@ def report_progress(step: int, loss: float | None = None) -> None:
     """Tell the agent that ``step`` steps are done, and what the loss was, where that is known on the host already.
     Takes microseconds, and a failure is not worth an exception.
     """
-    own_report().step(operator.index(step), math.nan if loss is None else float(loss))
+    own_progress_file().step(operator.index(step), math.nan if loss is None else float(loss))
     if (log := _step_log()) is not None:
         line = {"time": time.time(), "step": operator.index(step), "loss": None if loss is None else float(loss)}
         with contextlib.suppress(OSError):
@@ -70,21 +70,21 @@ def meeting_folder() -> str | None:
 
 
 @functools.cache
-def own_report() -> Report:
-    return Report(meeting_folder(), os.environ.get("LOCAL_RANK", "0"))
+def own_progress_file() -> ProgressFile:
+    return ProgressFile(meeting_folder(), os.environ.get("LOCAL_RANK", "0"))
 
 
 def listen() -> None:
     """Tell the agent that this worker heeds ``drain.is_told_to_drain``, for a launcher that does so for its script."""
-    own_report().listen()
+    own_progress_file().listen()
 
 
 def mark_drained() -> None:
     """Tell the agent that this worker, when it ends now, was drained rather than finished."""
-    own_report().mark_drained()
+    own_progress_file().mark_drained()
 
 
-class Report:
+class ProgressFile:
     """The file by which a worker tells its agent how far it is; without ``folder`` there is no agent, and no file."""
 
     def __init__(self, folder: str | None, local_rank: str) -> None:

@@ -52,7 +52,7 @@ _STACKS_TIMEOUT = 8.0
 """Seconds that recording the stacks of hung workers may take."""
 
 
-class Control(Protocol):
+class LeaderConnection(Protocol):
     """The agent's connection with the leader (``agent.bridge.Control``). ``must_stop`` raises JobEnded."""
 
     wake_fd: int
@@ -88,7 +88,7 @@ class ElasticAgent(LocalElasticAgent):
         self,
         spec: WorkerSpec,
         logs: NodeLogs,
-        control: Control,
+        control: LeaderConnection,
         mark: bytes,
         node: str,
         policy: Policy,

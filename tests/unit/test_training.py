@@ -20,13 +20,13 @@ from test_checkpoint import run_world
 from elastic_hpc.errors import UsageError
 from elastic_hpc.training import Progress, accumulation, drain_requested, read_progress, report_progress
 from elastic_hpc.training.drain import own_drain
-from elastic_hpc.training.progress import own_report
+from elastic_hpc.training.progress import own_progress_file
 
 ROOT = Path(__file__).parents[2]
 
 
 def forget():
-    own_report.cache_clear()
+    own_progress_file.cache_clear()
     own_drain.cache_clear()
 
 

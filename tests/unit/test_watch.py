@@ -16,7 +16,7 @@ import pytest
 from cluster import wait_for
 
 from elastic_hpc.training.drain import Drain
-from elastic_hpc.training.progress import LOCAL_DIR, PROGRESS_FILE, Report
+from elastic_hpc.training.progress import LOCAL_DIR, PROGRESS_FILE, ProgressFile
 from elastic_hpc.workers import watch
 from elastic_hpc.workers.proc import is_stopped
 from elastic_hpc.workers.watch import Watch
@@ -62,7 +62,7 @@ def watching(*outputs: Path, workers: int = 2, **options: Any) -> Watch:
 
 
 def worker(folder: Path, rank: int) -> Drain:
-    return Drain(str(folder), Report(str(folder), str(rank)))
+    return Drain(str(folder), ProgressFile(str(folder), str(rank)))
 
 
 def test_before_anything_is_told_there_is_no_step(folder: Path) -> None:
@@ -73,8 +73,8 @@ def test_before_anything_is_told_there_is_no_step(folder: Path) -> None:
 
 def test_the_step_is_that_of_the_worker_that_is_ahead(folder: Path) -> None:
     seen = watching()
-    worker(folder, 0).report.step(4)
-    worker(folder, 1).report.step(7)
+    worker(folder, 0).progress.step(4)
+    worker(folder, 1).progress.step(7)
     seen.look()
     assert seen.progress.step == 7
 
@@ -83,7 +83,7 @@ def test_a_step_keeps_the_alarm_quiet_and_its_absence_sets_it_off(folder: Path, 
     seen, told = watching(), worker(folder, 0)
     for step in range(5):
         clock.now += 90
-        told.report.step(step)
+        told.progress.step(step)
         seen.look()
         assert seen.trouble() is None
     clock.now += 99
@@ -107,7 +107,7 @@ def test_output_counts_only_where_no_steps_are_reported(folder: Path, clock: Clo
             file.write("loss 0.1\n")
         seen.look()
         assert seen.trouble() is None
-    worker(folder, 0).report.step(1)
+    worker(folder, 0).progress.step(1)
     seen.look()
     clock.now += 101
     with output.open("a") as file:
@@ -135,7 +135,7 @@ def test_without_a_hang_timeout_nobody_hangs(folder: Path, clock: Clock) -> None
 
 def test_a_new_round_starts_with_nothing_seen(folder: Path, clock: Clock) -> None:
     seen, told = watching(), worker(folder, 0)
-    told.report.step(9)
+    told.progress.step(9)
     told.requested(1)
     seen.look()
     assert (seen.progress.step, seen.progress.listens) == (9, True)
