@@ -38,7 +38,7 @@ log = logging.getLogger("elastic_hpc")
 
 
 def _begin(rundir: RunDir) -> None:
-    """Of a job of this name that has ended, keep the record and the number of the last round, not the spent restarts."""
+    """Of an ended job of this name, keep the record and the number of the last round, not the spent restarts."""
     if rundir.read("verdict.json"):
         rundir.write("state.json", {**(rundir.read("state.json") or {}), "restarts": 0})
         (rundir.path / "verdict.json").unlink()
