@@ -35,5 +35,4 @@ def single(command: str, rundir: RunDir) -> RunDir:
 def nothing_to_show(look: Look) -> ElasticError:
     """That the job has done nothing yet; why, and what to do."""
     view = look.view
-    state = f"{view.state}: {view.note}" if view.note else view.state
-    return ElasticError("\n  ".join((f"job {view.id} has nothing to show; it is {state}", *view.advice)))
+    return ElasticError("\n  ".join((f"job {view.id} has nothing to show; it is {view.summary}", *view.advice)))

@@ -74,17 +74,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
-    jobs, last_look, last_state = Jobs([rundir]), float("-inf"), ""
+    jobs, last_look, last_summary = Jobs([rundir]), float("-inf"), ""
     while True:
         over = False
         if time.monotonic() - last_look > _STATE_INTERVAL:
             last_look = time.monotonic()
             ((view, *_),) = jobs.look()
             over = view.over
-            state = f"{view.state}: {view.note}" if view.note else view.state
-            if view.state != "RUNNING" and state != last_state:
-                entry.tell("elastic-hpc", "\n  ".join((f"job {view.id} is {state}", *view.advice)))
-            last_state = state
+            if view.state != "RUNNING" and view.summary != last_summary:
+                entry.tell("elastic-hpc", "\n  ".join((f"job {view.id} is {view.summary}", *view.advice)))
+            last_summary = view.summary
         printer.print(logs.added(time.time()))
         if over:
             printer.print(logs.rest(time.time()))

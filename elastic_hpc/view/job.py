@@ -85,6 +85,11 @@ class JobView:
     """Events of the record that could not be understood."""
 
     @property
+    def summary(self) -> str:
+        """The state, and the note on it."""
+        return f"{self.state}: {self.note}" if self.note else self.state
+
+    @property
     def has_nodes(self) -> bool:
         """Whether it holds nodes, so that its time goes on."""
         return self.state in _HAS_NODES

@@ -131,7 +131,7 @@ def html_card(view: JobView) -> str:
     return html_table(
         {
             "job": f"{view.id} {view.script}",
-            "state": f"{view.state}: {view.note}" if view.note else view.state,
+            "state": view.summary,
             "nodes": " ".join(view.nodes),
             "workers": str(view.world_size or ""),
             "round": str(view.round or ""),

@@ -1,4 +1,4 @@
-"""A job as one self-contained page, or as an image."""
+"""A job as one self-contained page, or as an image. Pure, but for the template of the page, a file of the package."""
 
 from __future__ import annotations
 
