@@ -85,65 +85,86 @@ def tokens(text: str) -> Iterator[Token]:
 
 def statements(text: str) -> list[Statement]:
     """The statements of ``text``, in order, without comments."""
-    found: list[Statement] = []
-    held: list[Token] = []
-    ends: list[str] = []  # of what is open
-    compound = in_pattern = function = False
-    is_command = True
+    parser = _Parser(text)
     for token in tokens(text):
-        if token.text == "\n" and not token.is_word and not held:
-            continue
+        parser.add(token)
+    return parser.finished()
+
+
+class _Parser:
+    """Joins tokens to statements."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._found: list[Statement] = []
+        self._held: list[Token] = []  # of the statement that has begun
+        self._ends: list[str] = []  # the words that end the open compound commands
+        self._compound = False
+        self._in_pattern = False  # of a case
+        self._function = False  # its body has not begun
+        self._is_command = True  # whether a word here would be a command
+
+    def add(self, token: Token) -> None:
         if token.is_word:
-            if function and token.text == "{":
-                ends.append("}")
-                function, is_command = False, True
-                held.append(token)
-                continue
-            if is_command and token.text == "function":
-                compound = function = True
-            elif is_command and ends[-1:] == [token.text]:
-                ends.pop()
-                in_pattern = False
-            elif is_command and token.text in _OPENS and not in_pattern:
-                ends.append(_OPENS[token.text])
-                compound = True
-            elif token.text == "in" and ends[-1:] == ["esac"]:
-                in_pattern = True
-            is_command = (is_command and token.text in _STILL_COMMAND) or in_pattern
-            held.append(token)
-            continue
-        before = held[-1].text if held else ""
-        if token.text == "(" and held and held[-1].is_word and not in_pattern:
-            compound = function = True
-            ends.append(")")
-        elif token.text == "(":
-            compound = True
-            ends.append(")")
+            self._add_word(token)
+        elif token.text != "\n" or self._held:
+            self._add_operator(token)
+
+    def _add_word(self, token: Token) -> None:
+        word, opened = token.text, self._ends[-1:]
+        self._held.append(token)
+        if self._function and word == "{":
+            self._ends.append("}")
+            self._function, self._is_command = False, True
+            return
+        if self._is_command and word == "function":
+            self._compound = self._function = True
+        elif self._is_command and opened == [word]:
+            self._ends.pop()
+            self._in_pattern = False
+        elif self._is_command and word in _OPENS and not self._in_pattern:
+            self._ends.append(_OPENS[word])
+            self._compound = True
+        elif word == "in" and opened == ["esac"]:
+            self._in_pattern = True
+        self._is_command = (self._is_command and word in _STILL_COMMAND) or self._in_pattern
+
+    def _add_operator(self, token: Token) -> None:
+        before = self._held[-1].text if self._held else ""
+        if token.text == "(":
+            self._compound = True
+            self._function = self._function or bool(self._held and self._held[-1].is_word and not self._in_pattern)
+            self._ends.append(")")
         elif token.text == ")":
-            if ends[-1:] == [")"]:
-                ends.pop()
-            in_pattern = False
+            if self._ends[-1:] == [")"]:
+                self._ends.pop()
+            self._in_pattern = False
         elif token.text in {";;", ";&", ";;&"}:
-            in_pattern = True
-        is_command = not re.search(r"[<>]", token.text)
-        ends_here = token.text in {"\n", ";", "&"} and not ends and not function
-        if ends_here and before not in {"&&", "||", "|", "|&"}:
-            if token.text == "&" or token.end - token.begin > 1:  # a here-document belongs to it
-                held.append(token)
-            found.append(_statement(text, held, compound=compound))
-            held, compound, is_command = [], False, True
-        else:
-            held.append(token)
-    if ends:
-        raise UsageError(f"line {_line(text, held[0].begin)}: expected {ends[-1]!r} before the end of the file")
-    if held:
-        found.append(_statement(text, held, compound=compound))
-    return found
+            self._in_pattern = True
+        self._is_command = not re.search(r"[<>]", token.text)
+        ends_here = token.text in {"\n", ";", "&"} and not self._ends and not self._function
+        if not ends_here or before in {"&&", "||", "|", "|&"}:
+            self._held.append(token)
+            return
+        if token.text == "&" or token.end - token.begin > 1:  # a here-document belongs to it
+            self._held.append(token)
+        self._end_statement()
+        self._is_command = True
 
+    def _end_statement(self) -> None:
+        body = self._text[self._held[0].begin : self._held[-1].end].rstrip("\n")
+        line = _line(self._text, self._held[0].begin)
+        self._found.append(Statement(body, line, self._compound, tuple(self._held)))
+        self._held, self._compound = [], False
 
-def _statement(text: str, held: list[Token], *, compound: bool) -> Statement:
-    body = text[held[0].begin : held[-1].end].rstrip("\n")
-    return Statement(body, _line(text, held[0].begin), compound, tuple(held))
+    def finished(self) -> list[Statement]:
+        """The statements. Raises UsageError if one is not closed."""
+        if self._ends:
+            line = _line(self._text, self._held[0].begin)
+            raise UsageError(f"line {line}: expected {self._ends[-1]!r} before the end of the file")
+        if self._held:
+            self._end_statement()
+        return self._found
 
 
 def _line(text: str, at: int) -> int:

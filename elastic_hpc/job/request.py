@@ -15,7 +15,7 @@ from elastic_hpc.job.config import Configuration, Layer, Setting, load
 from elastic_hpc.job.quoting import Shell
 from elastic_hpc.job.script_file import not_python
 from elastic_hpc.options import from_python
-from elastic_hpc.options.from_python import SOURCE as PYTHON
+from elastic_hpc.options.from_python import PYTHON
 from elastic_hpc.options.sbatch import Given, is_for_containers, last
 from elastic_hpc.options.sbatch_lines import directives_of_python
 from elastic_hpc.options.table import ELASTIC, NOT_FOR_TORCHRUN

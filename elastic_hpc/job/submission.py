@@ -18,7 +18,7 @@ from elastic_hpc.job import outputs, snapshot
 from elastic_hpc.job.script import render
 from elastic_hpc.job.spec import AFTER_GRACE, NAME_OF_SCRIPT, JobSpec
 from elastic_hpc.options.durations import as_text, time_limit
-from elastic_hpc.options.from_python import SOURCE as PYTHON
+from elastic_hpc.options.from_python import PYTHON
 from elastic_hpc.options.sbatch import COMMAND_LINE, last
 
 _KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM

@@ -17,7 +17,7 @@ from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option,
 from elastic_hpc.options.table import ELASTIC
 from elastic_hpc.options.torchrun import OPTIONS
 
-SOURCE = "Python"
+PYTHON = "Python"
 """The source of a setting that a call in Python gave."""
 
 _TIMES = frozenset(option.name for option in ELASTIC.values() if option.type is durations.parse)
@@ -75,36 +75,45 @@ def options(
     """
     if not (sbatch is None or (isinstance(sbatch, Mapping) and all(isinstance(name, str) for name in sbatch))):
         raise UsageError(f"sbatch={sbatch!r}: expected a dict of options by name, for example sbatch={{'nice': 100}}")
+    newer = sbatch or {}
     found: list[Given] = []
     unset: set[str] = set()
-    for key, value in (*given.items(), *(sbatch or {}).items()):
-        name = key.replace("_", "-")
+    for key, value in (*given.items(), *newer.items()):
         if value is None:
             continue
-        if key in (sbatch or {}) and name in ELASTIC and name not in SBATCH:
-            raise UsageError(
-                f"sbatch {key!r}: is elastic-sbatch's own option, write {key.replace('-', '_')}=... beside sbatch="
-            )
-        if name in ELASTIC:
-            found.append(Given(Option(name), text(name, value), SOURCE))
-        elif name in COMMAND_LINE_ONLY:
-            raise UsageError(f"{key}: belongs on sbatch's command line, a job in Python has no such option")
+        option = _option(key, may_be_new=key in newer)
+        if option.name in ELASTIC:
+            found.append(Given(option, text(option.name, value), PYTHON))
+        elif value is False and option.value != "=":
+            unset.add(option.name)
+        elif value is True and option.value != "=":
+            found.append(Given(option, None, PYTHON))
+        elif not option.value:
+            raise UsageError(f"{key}={value!r}: expected True or False")
         else:
-            option = _TORCHRUN.get(name) or SBATCH.get(name) or (named(name) if key in (sbatch or {}) else None)
-            if option is None:
-                raise UsageError(f"{key}: {unknown(name, (*ELASTIC, *SBATCH, *_TORCHRUN))}")
-            if value is False and option.value != "=":
-                unset.add(name)
-            elif value is True and option.value != "=":
-                found.append(Given(option, None, SOURCE))
-            elif not option.value:
-                raise UsageError(f"{key}={value!r}: expected True or False")
-            else:
-                found.append(Given(option, text(name, value, whole=name not in _TORCHRUN), SOURCE))
+            found.append(Given(option, text(option.name, value, whole=option.name not in _TORCHRUN), PYTHON))
     return found, unset
 
 
-def unknown(name: str, known: Iterable[str]) -> str:
+def _option(key: str, *, may_be_new: bool) -> Option:
+    """The option that ``key`` names. ``may_be_new``: a newer sbatch may have it."""
+    name = key.replace("_", "-")
+    if name in ELASTIC:
+        if may_be_new and name not in SBATCH:
+            raise UsageError(
+                f"sbatch {key!r}: is elastic-sbatch's own option, write {key.replace('-', '_')}=... beside sbatch="
+            )
+        return Option(name)
+    if name in COMMAND_LINE_ONLY:
+        raise UsageError(f"{key}: belongs on sbatch's command line, a job in Python has no such option")
+    if option := _TORCHRUN.get(name) or SBATCH.get(name):
+        return option
+    if may_be_new:
+        return named(name)
+    raise UsageError(f"{key}: {_unknown(name, (*ELASTIC, *SBATCH, *_TORCHRUN))}")
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
     """The refusal of an option that does not exist."""
     from difflib import get_close_matches
 

@@ -20,8 +20,8 @@ SAME = (
 
 @dataclass(frozen=True)
 class _Judged:
-    """An option without a counterpart. A value that matches ``done`` has no effect: ``because`` says how elastic jobs do
-    the same anyway. Other values are refused, and ``instead`` says what to use.
+    """An option without a counterpart. A value that matches ``done`` has no effect: ``because`` says how elastic jobs
+    do the same anyway. Other values are refused, and ``instead`` says what to use.
     """
 
     option: Option
@@ -108,7 +108,6 @@ OF_EACH_JOB = {
 }
 """Options whose value differs between jobs or nodes, and why a batch script need not compute the value."""
 
-_NAMES = {option.name for option in OPTIONS}
 _LOCAL_HOSTS = {"127.0.0.1", "localhost", "::1", "[::1]"}
 
 
