@@ -1,1 +1,8 @@
-"""One node's agent. Start with ``main``."""
+"""One node's agent: it takes part in the job, leads it if need be, and runs the node's workers. Touches everything.
+
+Start with ``main``, which puts an agent together from its command line (``arguments``, ``assembly``, ``preflight``) and
+runs it. Two threads run from then on. On the main thread, torch's agent asks ``rendezvous`` for its place in the next
+round. On the other, the membership of ``network`` follows the leader; ``bridge`` lies between the two. ``leading`` has
+what an agent needs to lead: stores for the workers (``store``), and nodes that Slurm brings (``supply``, ``joiners``).
+``conclude`` does at the end of a run what the verdict says: requeue the job, or end it.
+"""

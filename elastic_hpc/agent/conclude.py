@@ -24,19 +24,20 @@ REQUEUE_DELAY = timedelta(seconds=8)
 """Start time asked for after a requeue. It must lie beyond the job's completion, else Slurm puts it two minutes off."""
 
 _ALONE_TIMEOUT = timedelta(seconds=60)
-"""How long to wait until the agents' step is over, when the batch host is lost; then the requeue takes longer."""
+"""Time for the agents' step to end when the batch host is lost. A requeue before the end takes longer."""
 
 _DEPUTY_TIMEOUT = timedelta(minutes=10)
 
 _OVER = "over"
-"""In the run directory, with the exit code: the batch script, started once more, ends at once."""
+"""A file in the run directory, with an exit code. Where it exists, a batch script that starts again ends at once."""
 
 
 def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning: str = "USR2") -> int:
     """Act on the verdict of this run; the answer is the batch script's exit code.
 
-    ``status`` is srun's exit code; it counts only where the agents left no verdict, and for a joiner, who has none to
-    act upon. ``warning`` is the name of the signal by which Slurm warns, for as long as agents go on without this srun.
+    ``status`` is srun's exit code; it counts only where the agents left no verdict, and for a joiner, which has no
+    verdict of its own. ``warning`` is the name of the signal by which Slurm warns of the time limit: agents may go on
+    without this srun, and are told of the warning.
     """
     if JOIN in environ:
         return status
@@ -54,12 +55,12 @@ def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning
     return 1 if verdict["outcome"] == "failed" else 0
 
 
-def await_verdict(rundir: RunDir, run: int, each: Callable[[], None]) -> dict[str, Any] | None:
-    """The verdict of ``run``, when its srun has ended. Agents that were started anew are steps of their own, and go on
-    when the last of the first ones has died: as long as somebody leads, there may be a verdict yet. None if there is
-    none. ``each`` is called twice a second meanwhile.
+def await_verdict(rundir: RunDir, run: int, heed: Callable[[], None]) -> dict[str, Any] | None:
+    """The verdict of ``run``, whose srun has ended; None if there is none. An agent that was started anew is a job step
+    of its own, and goes on without that srun: as long as an agent leads, there may be a verdict yet. ``heed`` is called
+    twice a second meanwhile.
     """
-    beat, since = 0, 0.0
+    beat, last_beat_at = 0, 0.0
     while True:
         verdict = rundir.read("verdict.json")
         if verdict and verdict["run"] == run:
@@ -67,26 +68,28 @@ def await_verdict(rundir: RunDir, run: int, each: Callable[[], None]) -> dict[st
         if (rundir.read("endpoint.json") or {}).get("run") != run:
             return None
         if beat != (beat := rundir.heartbeat()):
-            since = time.monotonic()
+            last_beat_at = time.monotonic()
         silence = float((rundir.read("spec.json") or {}).get("--heartbeat-timeout", 5))
-        if time.monotonic() - since > 3 * silence:
+        if time.monotonic() - last_beat_at > 3 * silence:
             return None
-        each()
+        heed()
         time.sleep(0.5)
 
 
 def _pass_on(rundir: RunDir, warning: str) -> Callable[[], None]:
-    """From now on hear the signal of that name; the answer, called again and again, tells the leader of one."""
-    came: list[int] = []
-    signal.signal(signal.Signals[f"SIG{warning}"], lambda number, _: came.append(number))
+    """Handle the signal of that name from now on. The answer is to be called now and then: it passes a signal that was
+    received on to the leader.
+    """
+    received: list[int] = []
+    signal.signal(signal.Signals[f"SIG{warning}"], lambda number, _: received.append(number))
 
-    def look() -> None:
-        if came:
-            came.clear()
+    def pass_on() -> None:
+        if received:
+            received.clear()
             with contextlib.suppress(ElasticError):
                 ask_leader(rundir, "drain", "time limit")
 
-    return look
+    return pass_on
 
 
 def act(
@@ -99,10 +102,11 @@ def act(
     alone: bool,
     others: Sequence[str],
 ) -> str | None:
-    """An agent, on this node, requeues the job. ``alone``: the batch host is lost, and with it the batch script and
-    srun; then the agent sees to the end of the job too: a job step is started that waits until the agents have left,
-    and on one of the ``others`` a deputy, which acts if that step is lost. ``environ`` is what the agent was started
-    with. The answer is the problem, if Slurm could not be asked.
+    """Requeue the job from this node's agent. The answer is the problem, if Slurm could not be asked.
+
+    ``alone``: the batch host is lost, and with it the batch script and srun. Then the agent also ends the job: it
+    starts a job step that waits until the agents have left, and on one of the ``others`` a deputy, which acts if that
+    step is lost. ``environ`` is what the agent was started with.
     """
     if env.local:
         return None
@@ -121,7 +125,7 @@ def act(
 
 
 def cancel(env: AgentEnv) -> str | None:
-    """The user's batch script, which ran ``elastic-srun``, is lost with its node: nobody else ends the job."""
+    """Cancel the job: the user's batch script, which ran ``elastic-srun``, is lost with its node, and cannot end it."""
     print("elastic_hpc: the batch script is lost with its node; the job is cancelled", file=sys.stderr)
     try:
         slurm.cancel(env.job)
@@ -131,7 +135,7 @@ def cancel(env: AgentEnv) -> str | None:
 
 
 def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, deputy_of: str | None) -> int:
-    """What the steps that ``act`` starts do. SIGTERM ends a deputy that waits: the job is on its way then."""
+    """Run as one of the job steps that ``act`` starts. SIGTERM ends a deputy that waits: then the job is requeued."""
     job, step = job_name(environ), environ["SLURM_STEP_ID"]
     if deputy_of:
         slurm.wait_until_alone(job, step, deadline=_DEPUTY_TIMEOUT, deputy_of=deputy_of)
@@ -152,7 +156,7 @@ def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, 
 
 
 def _cancel_joiners(rundir: RunDir, job: str) -> None:
-    """Those that wait in the queue, or have not left. One that cannot be cancelled leaves as soon as it starts."""
+    """Cancel the joiners in the queue, and those that have not left. Any other joiner leaves as soon as it starts."""
     with contextlib.suppress(ElasticError):
         if (rundir.read("spec.json") or {}).get("--grow") == "on":
             slurm.cancel(*(joiner.id for joiner in slurm.joiners(job)))
@@ -164,7 +168,7 @@ def _mark_acted(rundir: RunDir, environ: Mapping[str, str], job: str) -> None:
 
 
 def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] = ()) -> int:
-    """SIGTERM, which the requeue sends to its own caller, must be ignored before."""
+    """Requeue the job, and exclude nodes that failed. The caller ignores SIGTERM, which the requeue sends to it."""
     job, count = job_name(environ), restart_count(environ)
     exclude, readmit = _nodes_to_avoid(rundir, job)
     if exclude:
@@ -180,7 +184,7 @@ def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] =
 
 
 def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmError) -> int:
-    """The job was not requeued. If it may not be, a new one takes its place."""
+    """The job was not requeued. If Slurm does not allow that for this job, submit a new job in its place."""
     try:
         shown = slurm.show_job(job)
         if shown.may_requeue:
@@ -205,21 +209,21 @@ def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmE
 
 
 def _cancelled(rundir: RunDir) -> None:
-    """The user ended the job with scancel, which the agents could not tell from other ends."""
+    """Record that the user ended the job with scancel, which the agents cannot tell from other ends."""
     verdict = {**(rundir.read("verdict.json") or {}), "outcome": "failed", "cause": "user", "reason": "scancel"}
     rundir.append_event(time.time(), "verdict", verdict)
     rundir.write("verdict.json", verdict)
 
 
 def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Nodes to exclude, and nodes that need not be any more. None of either where that cannot be told."""
+    """The nodes to exclude, and the nodes that need not be excluded any more; no node where the record is damaged."""
     try:
-        known = strikes.load([*(rundir.read("state.json") or {}).get("strikes", ()), *rundir.unfit()])
-        if not known:
+        recorded = strikes.load([*(rundir.read("state.json") or {}).get("strikes", ()), *rundir.unfit()])
+        if not recorded:
             return (), ()
-        asked = rundir.read("spec.json") or {}
-        wanted = NodeRange.parse(asked.get("--nodes", "1:1")).max + int(asked.get("--spares", 0))
-        exclude = strikes.excluded(known, time.time(), slurm.usable_nodes(job), wanted)
-        return exclude, strikes.readmitted(known, exclude)
+        options = rundir.read("spec.json") or {}
+        wanted = NodeRange.parse(options.get("--nodes", "1:1")).max + int(options.get("--spares", 0))
+        exclude = strikes.excluded(recorded, time.time(), slurm.usable_nodes(job), wanted)
+        return exclude, strikes.readmitted(recorded, exclude)
     except (ElasticError, OSError, ValueError):
         return (), ()

@@ -1,4 +1,4 @@
-"""Checks of one node before its agent joins: what would cost the whole job its start is told here, a line each."""
+"""Checks of one node before its agent joins the job: each problem that would spoil the job's start is one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHARED = "choose a folder that all nodes share: --log-dir DIR"
 
 @dataclass(frozen=True)
 class Problem:
-    """``what``: in one line what was found, what was expected and what to do. ``fatal``: the node is of no use."""
+    """``what``: what was found, what was expected, and what to do. ``fatal``: the job cannot use the node."""
 
     what: str
     fatal: bool
@@ -64,7 +64,7 @@ def check(
     command: str | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> list[Problem]:
-    """What is wrong with this node, what is fatal first. A check that hangs is a problem, and is left behind.
+    """The problems of this node, the fatal ones first. A check that hangs is a problem, and its thread is left behind.
 
     ``gpus``: how many Slurm granted here. ``cuda_visible``: the value of ``CUDA_VISIBLE_DEVICES``.
     ``command``: the site's own check, a command line; ``environ``: what it sees, as Slurm has set it.
@@ -83,9 +83,10 @@ def check(
         checks.append(_Check(COMMAND_LIMIT + 2, partial(_command, command, environ), Problem(hung, fatal=True)))
     started = time.monotonic()
     problems = []
-    for each, thread in sorted([(each, each.start()) for each in checks], key=lambda pair: pair[0].limit):
-        thread.join(max(0.0, started + each.limit - time.monotonic()))
-        problems += [each.late] if thread.is_alive() else each.found
+    threads = [(check, check.start()) for check in sorted(checks, key=lambda check: check.limit)]
+    for check, thread in threads:
+        thread.join(max(0.0, started + check.limit - time.monotonic()))
+        problems += [check.late] if thread.is_alive() else check.found
     return sorted(problems, key=lambda problem: not problem.fatal)
 
 
@@ -152,40 +153,40 @@ def _own_address() -> str:
 
 
 def _names() -> Iterator[Problem]:
-    """Ask for the form of the address that torch asks for. Not by getnameinfo: that one stops all other threads."""
-    with contextlib.suppress(OSError):  # no name, but an answer
+    """Look up this node's address in the form in which torch does. getnameinfo would stop all other threads."""
+    with contextlib.suppress(OSError):  # the name server has answered that there is no name
         socket.gethostbyaddr(f"::ffff:{_own_address()}")
     yield from ()
 
 
 def _gpus(granted: int, cuda_visible: str | None) -> Iterator[Problem]:
     try:
-        every = _nvidia_smi("--query-gpu=index,uuid,mig.mode.current")
-        if any(mode == "Enabled" for _, _, mode in every):
-            return  # what was granted are parts of GPUs, which are not listed
+        listed = _nvidia_smi("--query-gpu=index,uuid,mig.mode.current")
+        if any(mode == "Enabled" for _, _, mode in listed):
+            return  # parts of GPUs were granted, which the list does not have
         wanted = None if cuda_visible is None else [name.strip() for name in cuda_visible.split(",")]
         ours = {
             uuid: index
-            for index, uuid, _ in every
+            for index, uuid, _ in listed
             if wanted is None or any(name == index or (name[:4] == "GPU-" and uuid.startswith(name)) for name in wanted)
         }
         if len(ours) < granted:
-            seen = f"{len(ours)} of the {granted} granted GPUs" if ours else f"none of the {granted} granted GPUs"
+            visible = f"{len(ours)} of the {granted} granted GPUs" if ours else f"none of the {granted} granted GPUs"
             yield Problem(
-                f"{seen} can be seen (nvidia-smi lists {len(every)}, CUDA_VISIBLE_DEVICES={cuda_visible}); "
+                f"{visible} can be seen (nvidia-smi lists {len(listed)}, CUDA_VISIBLE_DEVICES={cuda_visible}); "
                 "look for Xid in dmesg, have this node drained",
                 fatal=True,
             )
         if len(ours) != granted:
-            return  # which of them are ours is not known
+            return  # which of the listed GPUs are ours is not known
         deadline = time.monotonic() + _DYING
         while (busy := _foreign(ours)) and time.monotonic() < deadline:
             time.sleep(0.25)
     except OSError:
         yield Problem(f"{granted} GPUs were granted but no nvidia-smi can be run: they were not checked", fatal=False)
     except (subprocess.CalledProcessError, ValueError) as error:
-        said = (error.stdout.strip() or str(error)).splitlines()[-1] if hasattr(error, "stdout") else str(error)
-        yield Problem(f"nvidia-smi: {said}; expected {granted} GPUs, have this node drained", fatal=True)
+        output = (error.stdout.strip() or str(error)).splitlines()[-1] if hasattr(error, "stdout") else str(error)
+        yield Problem(f"nvidia-smi: {output}; expected {granted} GPUs, have this node drained", fatal=True)
     else:
         if busy:
             yield Problem(f"{'; '.join(busy)}: expected idle GPUs; end what was left behind on this node", fatal=True)
@@ -212,28 +213,29 @@ def _nvidia_smi(query: str) -> list[tuple[str, str, str]]:
     return [(a.strip(), b.strip(), c.strip()) for a, b, c in rows]
 
 
-def _command(line: str, environ: Mapping[str, str] | None) -> Iterator[Problem]:
+def _command(command: str, environ: Mapping[str, str] | None) -> Iterator[Problem]:
     output = os.memfd_create("preflight")
     try:
-        argv = shlex.split(line)
+        argv = shlex.split(command)
         process = subprocess.Popen(
             argv, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         code = process.wait(COMMAND_LIMIT)
     except ValueError as error:
-        yield Problem(f"--preflight {line!r}: {error}; expected a command line", fatal=True)
+        yield Problem(f"--preflight {command!r}: {error}; expected a command line", fatal=True)
     except OSError as error:
-        yield Problem(f"--preflight {line!r}: {error.strerror}; expected a command that is on every node", fatal=True)
+        expected = "expected a command that is on every node"
+        yield Problem(f"--preflight {command!r}: {error.strerror}; {expected}", fatal=True)
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        yield Problem(f"--preflight {line!r}: not finished within {COMMAND_LIMIT:.0f} s", fatal=True)
+        yield Problem(f"--preflight {command!r}: not finished within {COMMAND_LIMIT:.0f} s", fatal=True)
     else:
         if code:
             size = os.lseek(output, 0, os.SEEK_END)
-            said = os.pread(output, 4096, max(0, size - 4096)).decode(errors="replace").split("\n")
-            last = next((text.strip() for text in reversed(said) if text.strip()), "it wrote nothing")
-            yield Problem(f"--preflight {line!r}: exit code {code}, expected 0: {last}", fatal=True)
+            lines = os.pread(output, 4096, max(0, size - 4096)).decode(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
+            yield Problem(f"--preflight {command!r}: exit code {code}, expected 0: {last}", fatal=True)
     finally:
         os.close(output)

@@ -1,4 +1,4 @@
-"""torch's ``RendezvousHandler`` on top of the control connection: the seam between torch's agent and our leader."""
+"""torch's ``RendezvousHandler`` on top of the control connection: where torch's agent meets the leader of the job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from elastic_hpc.training.progress import LOCAL_DIR
 
 
 class ElasticRendezvousHandler(RendezvousHandler):
-    """Gives torch's agent the place that the leader decided on. No method touches a store or waits for absent nodes."""
+    """Gives torch's agent the place that the leader has decided on. No method uses a store, or waits for lost nodes."""
 
     def __init__(self, parts: Assembly) -> None:
         self._control = parts.control
@@ -47,7 +47,7 @@ class ElasticRendezvousHandler(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Wait for the next round. Raises JobEnded, which torch's agent hands through."""
+        """Wait for the next round. Raises JobEnded, which passes through torch's agent."""
         seat = self.seat = self._control.next_seat()
         self.restart_wanted = False
         os.environ["ELASTIC_HPC_ROUND"] = str(seat.round)

@@ -1,7 +1,7 @@
-"""The c10d stores that workers meet at: a fresh TCPStore for every round, on the leader's host.
+"""The c10d stores at which workers meet: a new TCPStore for every round, on the leader's host.
 
-A store may block for as long as a name server does (torch-facts: reverse look-ups), so each is opened on a thread of
-its own that can be abandoned. Reusing one store over rounds makes new ranks read dead peers' addresses.
+Opening a store may block for as long as a name server takes to answer, so each store is opened on a thread of its own,
+which can be abandoned. In a store that is used for several rounds, new ranks would read addresses of dead peers.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch.distributed import TCPStore
 from elastic_hpc.network.addresses import listen_from
 
 _PORTS = 32
-"""Consecutive rounds use different ports in this range, so that a straggler of an old round meets nobody."""
+"""Consecutive rounds use different ports of this many, so that a late worker of an old round finds no store."""
 
 
 class StoreHost:
-    """Opens the stores of the rounds; keeps this round's and the next one's."""
+    """Opens the stores of the rounds, and keeps those of the last two rounds."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._stores: dict[int, TCPStore] = {}
 
     def open(self, round: int) -> Future[int]:
-        """Start the store of ``round``; the future gives the port it listens on."""
+        """Open the store of ``round``. The result is the port on which it listens."""
         opened: Future[int] = Future()
 
         def work() -> None:
@@ -41,7 +41,7 @@ class StoreHost:
                     timeout=timedelta(seconds=60),
                     master_listen_fd=listener.detach(),
                 )
-            except Exception as error:  # noqa: BLE001 - handed to whoever waits for the store
+            except Exception as error:  # noqa: BLE001 - raised where the result is waited for
                 opened.set_exception(error)
                 return
             for old in [r for r in self._stores if r < round - 1]:
