@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from elastic_hpc.doctor.findings import Finding, Level, some
 from elastic_hpc.doctor.reach import name_findings, port_findings
@@ -167,12 +167,12 @@ def _software(reports: Sequence[NodeReport]) -> list[Finding]:
 
 
 def _gpus(reports: Sequence[NodeReport]) -> list[Finding]:
-    granted: Callable[[NodeReport], str] = lambda report: report.gpus_granted or "0"  # noqa: E731
-    if all(granted(report) == "0" for report in reports):
+    granted = {report.node: report.gpus_granted or "0" for report in reports}
+    if set(granted.values()) == {"0"}:
         hidden = [report.node for report in reports if report.gpu_devices]
         found = "none were asked for" + (f"; there are some on {some(hidden)}" if hidden else "")
         return [Finding(Level.NOTE, "GPUs", found, "not judged", "you: elastic-hpc doctor --run -- --gpus-per-node=N")]
-    bare = [report.node for report in reports if int(granted(report)) > report.gpu_devices]
+    bare = [report.node for report in reports if int(granted[report.node]) > report.gpu_devices]
     if bare:
         return [
             Finding(
@@ -183,11 +183,11 @@ def _gpus(reports: Sequence[NodeReport]) -> list[Finding]:
                 "administrator: nvidia-smi on these nodes; you: --exclude " + ",".join(bare),
             )
         ]
-    kinds = {granted(report) for report in reports}
+    kinds = set(granted.values())
     unset = [report.node for report in reports if not report.gpus_visible]
     if len(kinds) > 1 or unset:
         found = ", ".join(
-            f"{r.node}: {granted(r)} ({r.gpus_visible or 'CUDA_VISIBLE_DEVICES not set'})" for r in reports
+            f"{r.node}: {granted[r.node]} ({r.gpus_visible or 'CUDA_VISIBLE_DEVICES not set'})" for r in reports
         )
         means = "each node must start the same number of workers, on GPUs of its own"
         return [Finding(Level.WARN, "GPUs", found, means, "you: --gpus-per-node=N")]

@@ -1,4 +1,4 @@
-"""Runs a training script on a few agents of this machine, lets happen what happens on a cluster, and observes it."""
+"""Runs a training script on a few agents of this machine, carries out the acts of a rehearsal, and observes the script."""
 
 from __future__ import annotations
 
