@@ -1,4 +1,4 @@
-"""Writes the leader's record on its own thread: a full, read-only or stalled file system never stops training."""
+"""Writes the leader's record on a thread of its own: a full, read-only or stalled file system never stops training."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Events, state and verdict of one job, written by the leader on ``host``. No method blocks; that a write fails is
-    told once. Events and state that could not be written are, as soon as that is possible again.
+    """Events, state and verdict of one job, written by the leader on ``host``. No method but ``close`` blocks.
+
+    The first write that fails is logged. Events and state that could not be written are written as soon as the file
+    system accepts them again.
     """
 
     def __init__(self, rundir: RunDir, run: int, host: Host) -> None:
         self._rundir = rundir
         self._run = run
         self._host = host
-        self._strikes: tuple[Strike, ...] = ()  # for the thread alone
-        self._unwritten: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=1000)  # this and the next: the same
+        # only the thread uses the next three
+        self._strikes: tuple[Strike, ...] = ()
+        self._unwritten: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=1000)
         self._unwritten_state: dict[str, Any] | None = None
-        self._beaten = 0.0
+        self._last_beat = 0.0
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._complained = False
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
@@ -41,22 +44,22 @@ class Recorder:
         self._put(self._load_strikes)
 
     def publish(self) -> None:
-        """Say in ``endpoint.json`` that the leader is here."""
-        where = {"run": self._run, "node": self._host.node, "host": self._host.name}
-        listens = {"addresses": self._host.addresses, "port": self._host.port}
-        self._put(lambda: self._rundir.write("endpoint.json", {**where, **listens}))
+        """Publish in ``endpoint.json`` where the leader listens."""
+        leader = {"run": self._run, "node": self._host.node, "host": self._host.name}
+        endpoint = {**leader, "addresses": self._host.addresses, "port": self._host.port}
+        self._put(lambda: self._rundir.write("endpoint.json", endpoint))
 
     def beat(self) -> None:
-        """Say by the time of ``endpoint.json`` that somebody leads; needs no space on the file system."""
-        if time.monotonic() - self._beaten > 1.0:
-            self._beaten = time.monotonic()
+        """Set the time of ``endpoint.json``, which shows that a leader is at work, and needs no space on the disk."""
+        if time.monotonic() - self._last_beat > 1.0:
+            self._last_beat = time.monotonic()
             self._put(self._beat)
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
-        """Append an event; also shown on the agent's stderr."""
+        """Append an event; the agent's log shows most of them too."""
         when = time.time()
         if name in {"lost", "unfit"}:
-            self._put(lambda: self._strike(Strike(fields["node"], when, fields["reason"])))
+            self._put(lambda: self._add_strike(Strike(fields["node"], when, fields["reason"])))
         if name not in {"progress", "allocation", "started"}:
             log.info("%s", sentence(name, fields))
 
@@ -76,11 +79,11 @@ class Recorder:
         self._put(write)
 
     def verdict(self, verdict: dict[str, Any]) -> Future[None]:
-        """Replace ``verdict.json``; the future is done when it is on disk, or has the OSError."""
+        """Replace ``verdict.json``; the future is done when the file is on disk, or has the OSError."""
         return self._put(lambda: self._rundir.write("verdict.json", {**verdict, "run": self._run, "time": time.time()}))
 
     def close(self, timeout: float = 5.0) -> None:
-        """Wait for what is queued, at most ``timeout`` seconds."""
+        """Wait, at most ``timeout`` seconds, until the thread has written what is queued."""
         self._put(self._catch_up)
         self._queue.put(None)
         self._thread.join(timeout)
@@ -91,12 +94,12 @@ class Recorder:
         return done
 
     def _load_strikes(self) -> None:
-        """Of nodes that failed before this recorder was made."""
+        """The strikes of nodes that failed before this recorder was made."""
         try:
-            known = load((self._rundir.read("state.json") or {}).get("strikes", ()))
+            earlier = load((self._rundir.read("state.json") or {}).get("strikes", ()))
         except ElasticError as error:
             raise OSError(str(error)) from error
-        self._strikes = live((*known, *self._strikes), time.time())
+        self._strikes = live((*earlier, *self._strikes), time.time())
 
     def _beat(self) -> None:
         os.utime(self._rundir.path / "endpoint.json")
@@ -110,7 +113,7 @@ class Recorder:
             self._rundir.write("state.json", self._unwritten_state)
             self._unwritten_state = None
 
-    def _strike(self, strike: Strike) -> None:
+    def _add_strike(self, strike: Strike) -> None:
         self._strikes = (*self._strikes, strike)
 
     def _write(self) -> None:

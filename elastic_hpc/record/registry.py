@@ -1,7 +1,7 @@
 """Where this user's jobs have their run directories, so that they are found from any folder. Reads and writes a file.
 
-``$XDG_STATE_HOME/elastic_hpc/jobs``, by default in ``~/.local/state``: one run directory a line, the newest last.
-That it cannot be written is no failure: a job is found by its path too.
+The file is ``$XDG_STATE_HOME/elastic_hpc/jobs``, by default in ``~/.local/state``, and has one run directory a line,
+the newest last. If the file cannot be written, nothing fails: a job is found by its path too.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 from glob import escape
 from pathlib import Path
 
-_LATELY = 256 * 1024
-"""So many bytes of the file, at its end, are looked at."""
+_READ = 256 * 1024
+"""So many bytes are read, at the end of the file."""
 
 
 def _file() -> Path:
@@ -21,8 +21,8 @@ def _file() -> Path:
 
 
 def remember(run_dir: str | os.PathLike[str]) -> None:
-    """A job was submitted whose run directory is, or will be, there; for an array that of no task."""
-    with contextlib.suppress(OSError, RuntimeError):  # the latter: there is no home
+    """Add the run directory of a submitted job, which need not exist yet; of an array, the path before ``_TASK``."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         file = _file()
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -31,19 +31,19 @@ def remember(run_dir: str | os.PathLike[str]) -> None:
 
 
 def remembered() -> list[Path]:
-    """The run directories of jobs that were submitted lately, the newest last; some may not be there yet, or any more.
-    Of an array there is never one.
+    """The run directories of the jobs that were submitted last, the newest at the end. A folder may not exist yet, or
+    no longer; that of an array never exists.
     """
     lines: list[bytes] = []
     with contextlib.suppress(OSError, RuntimeError), open(_file(), "rb") as jobs:
         size = os.fstat(jobs.fileno()).st_size
-        jobs.seek(max(0, size - _LATELY))
-        lines = jobs.read().split(b"\n")[1 if size > _LATELY else 0 : -1]
+        jobs.seek(max(0, size - _READ))
+        lines = jobs.read().split(b"\n")[1 if size > _READ else 0 : -1]
     return [Path(os.fsdecode(line)) for line in reversed(dict.fromkeys(reversed(lines)))]
 
 
 def known() -> list[Path]:
-    """The same, of an array those of its tasks that have started."""
+    """Like ``remembered``, but for an array the run directories of its tasks that have started."""
     return [found for path in remembered() for found in tasks(path) or [path]]
 
 
@@ -51,6 +51,6 @@ def tasks(run_dir: Path) -> list[Path]:
     """The run directories of an array's tasks that have started; ``run_dir`` would be that of the array."""
     if run_dir.is_dir():
         return []
-    named = run_dir.parent.glob(f"{escape(run_dir.name)}_*")
-    found = (path for path in named if path.name.removeprefix(f"{run_dir.name}_").isdecimal())
+    candidates = run_dir.parent.glob(f"{escape(run_dir.name)}_*")
+    found = (path for path in candidates if path.name.removeprefix(f"{run_dir.name}_").isdecimal())
     return sorted(found, key=lambda path: (len(path.name), path.name))

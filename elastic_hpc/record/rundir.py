@@ -1,4 +1,4 @@
-"""The run directory: one folder per job on the shared file system, the job's memory. For the job's owner only."""
+"""The run directory: one folder per job on the shared file system, which only the job's owner may read."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from typing import IO, Any
 from elastic_hpc.errors import ElasticError, UsageError
 
 _HELD = "running"
+"""The file that ``hold`` locks."""
 
 
 class RunDir:
     """Paths and files of one job.
 
-    ``secret``: key of the control connections. ``spec.json``: what was asked for. ``endpoint.json``: where the leader
-    listens; its time of change says when somebody led last. ``state.json``: round and budgets, carried over requeues.
-    ``events.jsonl``: what happened, one JSON object a line. ``verdict.json``: how the last run ended.
-    ``logs/RUN.ROUND/NODE/rankK.out`` and ``.err``: output of the workers; ``times.jsonl`` there: how long those files
-    were when. ``logs/RUN.agent-NODE.log``: output of the agents.
+    ``secret``: the key of the control connections. ``spec.json``: the options of the job. ``endpoint.json``: where the
+    leader listens; its time of change is the last moment at which a leader was at work. ``state.json``: round and
+    budgets, carried over requeues. ``events.jsonl``: what happened, one JSON object a line. ``verdict.json``: how the
+    last run ended. ``logs/RUN.ROUND/NODE/rankK.out`` and ``.err``: the output of the workers; ``times.jsonl`` there:
+    how long those files were at which time. ``logs/RUN.agent-NODE.log``: the output of the agents.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def create(self, *, exist_ok: bool = True) -> RunDir:
-        """Make the folder, mode 0700. Raises ElasticError when that cannot be done, FileExistsError if it is there and
-        may not be.
+        """Make the folder, mode 0700. Raises ElasticError if that fails, and FileExistsError if the folder exists and
+        ``exist_ok`` is false.
         """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=exist_ok)
@@ -44,14 +45,14 @@ class RunDir:
 
     @classmethod
     def new(cls, folder: str | os.PathLike[str], name: str) -> RunDir:
-        """The first of ``name.0``, ``name.1``, ... in ``folder`` that is nobody's yet. Raises ElasticError."""
+        """The first of ``name.0``, ``name.1``, ... in ``folder`` that does not exist yet. Raises ElasticError."""
         for number in range(10_000):
             with contextlib.suppress(FileExistsError):
                 return cls(Path(folder).absolute() / f"{name}.{number}").create(exist_ok=False)
         raise UsageError(f"--log-dir {str(folder)!r}: no free name left; remove old run directories")
 
     def make_secret(self) -> bytes:
-        """The job's secret; made at the first call, the same for all agents and after a requeue."""
+        """The job's secret. The first call makes it; it is the same for all agents, and after a requeue."""
         path = self.path / "secret"
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -62,7 +63,7 @@ class RunDir:
         return self.read_secret()
 
     def read_secret(self) -> bytes:
-        """The job's secret. Raises ElasticError while there is none, or if others could read it."""
+        """The job's secret. Raises ElasticError while there is none, or if other users could read it."""
         path = self.path / "secret"
         try:
             mode = path.stat().st_mode
@@ -75,7 +76,7 @@ class RunDir:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The JSON object in ``name``, or None if there is no such file yet. Raises ElasticError if it is damaged."""
-        os.scandir(self.path).close()  # has NFS look again, also for a name that was missing a moment ago
+        os.scandir(self.path).close()  # makes NFS look again, also for a name that was missing a moment ago
         try:
             body = json.loads((self.path / name).read_text())
         except FileNotFoundError:
@@ -97,7 +98,7 @@ class RunDir:
         os.replace(temporary, self.path / name)
 
     def heartbeat(self) -> int:
-        """Changes as long as somebody leads; 0 if nobody ever has, or that cannot be told."""
+        """A number that changes as long as a leader is at work; 0 if none ever was, or the file cannot be read."""
         try:
             with open(self.path / "endpoint.json", "rb") as file:  # opened, so that NFS asks the server
                 return os.fstat(file.fileno()).st_mtime_ns
@@ -105,16 +106,16 @@ class RunDir:
             return 0
 
     def write_unfit(self, node: str, when: float, reason: str) -> None:
-        """``node`` says itself why it could not take part, as no leader can know. Raises OSError."""
+        """Called on ``node``: why this node could not take part, which no leader can know. Raises OSError."""
         self.write(f"unfit.{node}.json", {"node": node, "time": when, "reason": reason})
 
     def unfit(self) -> list[dict[str, Any]]:
-        """What ``write_unfit`` has left. Raises ElasticError for a damaged file."""
+        """The nodes of ``write_unfit``: ``node``, ``time``, ``reason``. Raises ElasticError for a damaged file."""
         return [body for path in self.path.glob("unfit.*.json") if (body := self.read(path.name))]
 
     def hold(self) -> IO[str]:
-        """A file with a lock, held by whoever has it or inherits it: the launcher of a job on one machine. Without one
-        where that has inherited it.
+        """An open file whose lock shows that the launcher of a job on one machine runs; processes inherit the lock. If
+        this process has inherited one already, the file has no lock of its own.
         """
         file = open(self.path / _HELD, "w")  # noqa: SIM115 - the caller's to close
         with contextlib.suppress(BlockingIOError):
@@ -122,7 +123,7 @@ class RunDir:
         return file
 
     def is_held(self) -> bool | None:
-        """Whether the launcher still runs; None for a job that has no such launcher."""
+        """Whether the launcher still runs; None for a job without a launcher that calls ``hold``."""
         try:
             with open(self.path / _HELD) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -133,28 +134,28 @@ class RunDir:
         return False
 
     def mark_acted(self, run: int, job: str) -> None:
-        """The verdict of ``run`` was a requeue, and that is done: as ``job``, the same one or one in its place. Raises
+        """The verdict of ``run`` was a requeue, and the job was requeued, or submitted again, as ``job``. Raises
         OSError.
         """
         (self.path / f"acted.{run}").write_text(job)
 
     def acted(self, run: int) -> str | None:
-        """The job that goes on after ``run``, None if there is none yet."""
+        """The id of the job that goes on after ``run``; None if there is none yet."""
         with contextlib.suppress(OSError):
             return (self.path / f"acted.{run}").read_text()
         return None
 
     def goes_on_as(self, run: int) -> str | None:
-        """The last job that this one was told to go on as, at ``run`` or before."""
+        """The id of the job that went on last, after ``run`` or a run before it."""
         return next((job for number in range(run, -1, -1) if (job := self.acted(number))), None)
 
     def last_round(self) -> dict[str, Any]:
-        """The event of the last world that was formed, ``round``, ``nodes``, ``world_size``; empty before the first."""
+        """The event ``round`` of the last world that was formed; empty before the first."""
         return next((event for event in reversed(self.events()) if event["event"] == "round"), {})
 
     def append_event(self, when: float, event: str, fields: dict[str, Any]) -> None:
-        """Append one line to ``events.jsonl``: ``time`` (``when``, seconds since the epoch), ``event``, ``fields``.
-        On a new line, also after one of which only a part was written. Raises OSError.
+        """Append one line to ``events.jsonl``: ``time`` (``when``, seconds since the epoch), ``event``, ``fields``. If
+        the last line there has no end, a new line is begun. Raises OSError.
         """
         line = (json.dumps({"time": when, "event": event, **fields}) + "\n").encode()
         descriptor = os.open(self.path / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -168,38 +169,38 @@ class RunDir:
             os.close(descriptor)
 
     def events(self) -> list[dict[str, Any]]:
-        """All events so far; a line that is damaged or not complete yet is left out."""
+        """All events so far, without lines that are damaged or not complete yet."""
         reader = EventReader(self)
         reader.read()
         return reader.events
 
 
 class EventReader:
-    """``events.jsonl`` read as it grows."""
+    """Reads ``events.jsonl`` as the file grows."""
 
     def __init__(self, rundir: RunDir) -> None:
         self._path = rundir.path / "events.jsonl"
-        self._read = 0
+        self._offset = 0
         self.events: list[dict[str, Any]] = []
         self.damaged = 0
-        """Lines that are no event."""
+        """The number of lines that are no event."""
 
     def read(self) -> bool:
-        """Take in what was added since the last time; a last line that is not complete is left for the next. Whether
-        there was anything. Raises ElasticError if the file is there and cannot be read.
+        """Add the lines that were written since the last call; a last line without an end is left for the next call.
+        The answer is whether there were any. Raises ElasticError if the file exists and cannot be read.
         """
         try:
             with open(self._path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self._read:  # another file has taken its place
-                    self._read, self.events, self.damaged = 0, [], 0
-                file.seek(self._read)
+                if os.fstat(file.fileno()).st_size < self._offset:  # another file has taken its place
+                    self._offset, self.events, self.damaged = 0, [], 0
+                file.seek(self._offset)
                 added = file.read()
         except FileNotFoundError:
             return False
         except OSError as error:
             raise ElasticError(f"{self._path}: {error.strerror}") from error
         added = added[: added.rfind(b"\n") + 1]
-        self._read += len(added)
+        self._offset += len(added)
         for line in filter(None, added.decode(errors="replace").split("\n")):
             try:
                 body = json.loads(line)

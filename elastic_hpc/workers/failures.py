@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.distributed.elastic.multiprocessing import PContext
 
 from elastic_hpc.membership.causes import explain
 from elastic_hpc.membership.messages import Failure
-from elastic_hpc.record.stderr import tail
+from elastic_hpc.membership.tracebacks import READ
 
 
 def first_failure(failed: Mapping[Worker, int], node: str, context: PContext, *, oom: bool) -> Failure:
@@ -25,9 +26,17 @@ def first_failure(failed: Mapping[Worker, int], node: str, context: PContext, *,
     return min(failures, key=lambda failure: (failure.collateral, failure.time))
 
 
+def stderr_tail(path: str | os.PathLike[str]) -> str:
+    """The last 64 KiB of what a worker has written to ``path``; empty if the file cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - READ))
+        return file.read(READ).decode(errors="replace")
+    return ""
+
+
 def _failure(worker: Worker, code: int, node: str, context: PContext, *, oom: bool) -> Failure:
     local = worker.local_rank
-    cause = explain(code, tail(context.stderrs[local]), oom=oom)
+    cause = explain(code, stderr_tail(context.stderrs[local]), oom=oom)
     failed_at = time.time()
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         error = json.loads(Path(context.error_files[local]).read_text())["message"]

@@ -13,7 +13,7 @@ import pytest
 
 from elastic_hpc.membership.causes import Cause, explain, is_collateral, kind_of, signature
 from elastic_hpc.membership.tracebacks import last_line, message_of, traceback_of
-from elastic_hpc.record.stderr import tail
+from elastic_hpc.workers.failures import stderr_tail
 
 
 def die(script: str, tmp_path: Path, **environ: str) -> tuple[int, str]:
@@ -24,7 +24,7 @@ def die(script: str, tmp_path: Path, **environ: str) -> tuple[int, str]:
         done = subprocess.run(
             [sys.executable, path], stderr=err, env={**os.environ, **environ}, cwd=tmp_path, timeout=60, check=False
         )
-    return done.returncode, tail(tmp_path / "err")
+    return done.returncode, stderr_tail(tmp_path / "err")
 
 
 def death(script: str, tmp_path: Path, **environ: str) -> Cause:
@@ -341,7 +341,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], li
     for line in done.stdout.splitlines():
         how, victim, *codes = line.split()
         found[how, int(victim)] = [
-            explain(int(code), tail(folder / f"{how}.{victim}.{rank}")) for rank, code in enumerate(codes)
+            explain(int(code), stderr_tail(folder / f"{how}.{victim}.{rank}")) for rank, code in enumerate(codes)
         ]
     return found
 
@@ -472,7 +472,7 @@ def test_other_failures_have_other_signatures() -> None:
 
 
 def test_rubbish_is_survived(tmp_path: Path) -> None:
-    assert tail(tmp_path / "none") == ""
+    assert stderr_tail(tmp_path / "none") == ""
     assert last_line("\n \n") == ""
     assert traceback_of("") is None
     assert message_of("Traceback (most recent call last):") == "Traceback (most recent call last):"
@@ -485,4 +485,4 @@ def test_rubbish_is_survived(tmp_path: Path) -> None:
         assert traceback_of(text)
         assert explain(1, text).kind == "exception"
     (tmp_path / "big").write_bytes(b"\xff" * 100_000 + b"\nlast\n")
-    assert last_line(tail(tmp_path / "big")) == "last"
+    assert last_line(stderr_tail(tmp_path / "big")) == "last"
