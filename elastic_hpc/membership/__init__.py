@@ -1,1 +1,14 @@
-"""Who takes part in a job, who leads it, and what the leader does next. Pure. Start with ``leader``."""
+"""Who takes part in a job, who leads it, and what its leader does next and why.
+
+Everything here is pure: no clock, file, thread, process, connection or environment. What has arrived is passed in with
+the time, and what is to be sent or done is returned; ``network`` and ``agent`` do it. Start reading with ``leader``.
+
+* ``leader``: the state machine, with its parts ``mandate`` (does a majority agree), ``peers`` (agents in touch),
+  ``world`` (the round that runs), ``inputs`` (requests, stores, nodes on their way) and ``orders`` (what was sent).
+* ``policy`` and ``rules``: what the user allows and what the leader sees; the decision made of both, with its reason.
+* ``election``: majorities over the rounds, which keep two worlds from training at once.
+* ``follower``: what an agent does about the leader's latest order. ``leaderless``: what it does without a leader.
+* ``messages`` and ``roster``: what agents and leader send to each other, and what every agent holds to take over.
+* ``growth``: how many nodes further jobs are to bring. ``strikes``: nodes that the job avoids after a requeue.
+* ``causes`` and ``tracebacks``: why a worker died. ``events``: the events of the record. ``nodes``: numbers and names.
+"""

@@ -1,4 +1,4 @@
-"""Why a worker died, read from its exit code and its stderr: nothing is asked of the training script."""
+"""Why a worker died, found from its exit code and its stderr; the training script need not do anything. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OUT_OF_MEMORY = re.compile(
     r"|DefaultCPUAllocator: (can't allocate|not enough) memory|CUBLAS_STATUS_ALLOC_FAILED|bad_alloc"
 )
 _KILLED_CHILD = re.compile(r"killed by signal: Killed|exited unexpectedly|terminated abruptly")
-"""What a process says when a child of its own, such as a data loader's worker, was killed."""
+"""The message of a process whose own child, such as a data loader's worker, was killed."""
 
 _LOST_PEER = re.compile(
     # gloo, all versions: pair.cc, buffer.cc, unbound_buffer.cc
@@ -51,7 +51,7 @@ _VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a worker died. ``message``: type and text of the exception, else what is known; may have several lines."""
+    """Why a worker died. ``message``: type and text of the exception, else what else is known; of one or more lines."""
 
     kind: Kind
     message: str
@@ -84,12 +84,12 @@ def explain(exitcode: int, stderr: str, *, oom: bool = False) -> Cause:
 
 
 def advice(message: str, traceback: str = "") -> str:
-    """What to do, if the script wants a variable that workers do not have; else nothing. It is named in ``message``, in
-    one of the exceptions before it, or in the line of source that raised.
+    """What to do if the script needs a variable that workers do not have; else empty. The name of the variable is in
+    ``message``, in an exception that was chained before, or in the line of source that raised.
     """
     raised = traceback.rpartition("\n  File ")[2].partition("\n")[2]
-    said = "\n".join([message, *chain_of(traceback), raised])
-    name, instead = next(((n, what) for n in _VARIABLE.findall(said) if (what := instead_of(n))), ("", ""))
+    text = "\n".join([message, *chain_of(traceback), raised])
+    name, instead = next(((n, other) for n in _VARIABLE.findall(text) if (other := instead_of(n))), ("", ""))
     if not name:
         return ""
     if "environments/slurm.py" in traceback:
@@ -98,12 +98,12 @@ def advice(message: str, traceback: str = "") -> str:
 
 
 def kind_of(exitcode: int, text: str | None, *, oom: bool = False) -> Kind:
-    """``text``: the traceback or message, if any. An exception that nobody catches ends Python with exit code 1."""
+    """``text``: the traceback or message, if any. An uncaught exception ends Python with exit code 1."""
     if exitcode in {-signal.SIGKILL, 128 + signal.SIGKILL} and oom:
         return "out of memory"
     if text and exitcode in {1, -signal.SIGABRT}:
-        said = "\n".join(chain_of(text))
-        if _OUT_OF_MEMORY.search(said) or (oom and _KILLED_CHILD.search(said)):
+        messages = "\n".join(chain_of(text))
+        if _OUT_OF_MEMORY.search(messages) or (oom and _KILLED_CHILD.search(messages)):
             return "out of memory"
     if exitcode < 0:
         return "signal"
@@ -111,15 +111,15 @@ def kind_of(exitcode: int, text: str | None, *, oom: bool = False) -> Kind:
 
 
 def is_collateral(text: str) -> bool:
-    """Whether a message or traceback is the echo of another rank's death. Of chained exceptions the first one counts:
-    what comes after it may be a collective in the cleanup.
+    """Whether a message or traceback is the echo of another rank's death. Of chained exceptions the first counts: a
+    later one may come from a collective in the cleanup.
     """
     first = chain_of(text)[0]
     return bool(_LOST_PEER.search(first)) and not _OWN_FAULT.search(first)
 
 
 def signature(kind: str, message: str) -> str:
-    """The same for the same failure met again: without numbers, addresses, host names' digits and temporary paths."""
+    """A text that is the same when a failure is repeated: numbers, addresses and temporary paths are left out."""
     lines = [line for line in without_ranks(message).splitlines() if line.strip()] or [""]
     text = lines[0] if "Original Traceback" not in message else f"{lines[0]} {lines[-1]}"  # a data loader's worker
     text = re.sub(r"(/tmp|/var/tmp|/dev/shm|/scratch)/[^\s'\":,)\]]+", "TMP", text)

@@ -24,25 +24,25 @@ class Base:
     members: tuple[int, ...]
 
     def agrees(self, nodes: Collection[int]) -> bool:
-        """Whether ``nodes`` hold more than half of the members, or exactly half with the one that led."""
-        there = len(set(nodes).intersection(self.members))
-        return 2 * there > len(self.members) or (2 * there == len(self.members) and self.leader in nodes)
+        """Whether ``nodes`` hold more than half of the members, or exactly half with the node that led."""
+        agreeing, needed = 2 * len(set(nodes).intersection(self.members)), len(self.members)
+        return agreeing > needed or (agreeing == needed and self.leader in nodes)
 
 
 def has_quorum(bases: Iterable[Base], nodes: Collection[int]) -> bool:
-    """Whether ``nodes`` may go on. No base, before the first round, asks for nobody."""
+    """Whether ``nodes`` may go on. Without a base, before the first round, nobody need agree."""
     return all(base.agrees(nodes) for base in bases)
 
 
 def extended(bases: tuple[Base, ...], new: Base) -> tuple[Base, ...]:
-    """``bases`` with those of a round that was just formed. Older ones that ask for the same are dropped."""
+    """``bases`` and the ``new`` one, of a round that was just formed. An older base with equal members is dropped."""
     return (*(b for b in bases if (b.leader, b.members) != (new.leader, new.members)), new)
 
 
 def relevant(bases: tuple[Base, ...], held: Mapping[int, int]) -> tuple[Base, ...]:
-    """``bases`` without those that cannot decide any more: too few of their members do not know of a newer one.
+    """``bases`` without those that cannot decide any more: too few of their members do not know of a newer base.
 
-    ``held``: the round of the newest base that each node is known to hold; who formed a round holds its base.
+    ``held``: the round of the newest base that each node is known to hold; a node that formed a round holds its base.
     """
     known = dict(held)
     for base in bases:

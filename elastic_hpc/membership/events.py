@@ -1,7 +1,7 @@
-"""What events.jsonl can say: every event with its fields, and one line for a person. Pure.
+"""The events of events.jsonl: each event with its fields, and a sentence for a person. Pure.
 
-Every event has ``time``, seconds since the epoch on the leader's node, and ``event``, its name. A reader must be
-content with fields and events that it does not know.
+Every event has ``time``, seconds since the epoch on the leader's node, and ``event``, its name. A reader must accept
+fields and events that it does not know.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
             )
         case "started":
             size = f", of {fields['standby_mb']:.0f} MiB each" if fields["standby_mb"] else ""
-            said = f"{fields['warm']} of {fields['warm'] + fields['cold']} workers were standbys{size}"
-            return "; ".join([said, *fields["why"]])
+            started = f"{fields['warm']} of {fields['warm'] + fields['cold']} workers were standbys{size}"
+            return "; ".join([started, *fields["why"]])
         case "failure":
             first = "failed" if fields["first"] else "failed too"
             return f"rank {fields['rank']} on {fields['node']} {first}: {fields['message']}"
@@ -178,5 +178,5 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
         case "abdicate":
             return f"this node leads no more: {fields['reason']}"
         case _:
-            known = {key: value for key, value in fields.items() if key not in {"time", "event"}}
-            return f"{name}: " + ", ".join(f"{key} {value}" for key, value in known.items())
+            others = {key: value for key, value in fields.items() if key not in {"time", "event"}}
+            return f"{name}: " + ", ".join(f"{key} {value}" for key, value in others.items())

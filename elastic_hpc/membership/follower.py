@@ -9,7 +9,7 @@ from elastic_hpc.membership.messages import Order, Plan, Status
 
 @dataclass(frozen=True)
 class Wait:
-    """Go on as it is."""
+    """Nothing is to be done."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Ack
     if order is not None and order.stage == "gather":
         return Wait() if (status.state, status.round) == ("idle", order.round) else Acknowledge(order.round)
     if status.state == "failed" and order is not None and order.round == status.round:
-        return Wait()  # until the leader has heard of it: it says so by gathering the next round
-    if status.state != "idle":  # its workers have been stopped since: it is a newcomer now
+        return Wait()  # the leader has received the report when it gathers the next round
+    if status.state != "idle":  # the workers have been stopped since: this node is a newcomer now
         return Acknowledge(0)
     if order is not None and order.plan and status.round == order.round:
         return Start(order.round, order.plan)

@@ -1,4 +1,4 @@
-"""How many nodes are to be brought, and by what: further jobs, or agents started anew. Pure."""
+"""How many nodes a job is to be brought by further jobs, its joiners, and when what failed is tried again. Pure."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from elastic_hpc.membership.nodes import joiner
 from elastic_hpc.membership.roster import Host
 
 TOO_LATE = 300.0
-"""Seconds to the job's end from which on no node is worth its start."""
+"""With fewer seconds to the end of the job, no further node is worth its start."""
 
 RETRY, RETRY_AT_MOST = 10.0, 600.0
-"""Seconds until something that failed is tried again: doubled each time, up to the second."""
+"""Seconds until a failed attempt is repeated: ``RETRY`` at first, doubled each time, at most ``RETRY_AT_MOST``."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Needs:
     """What a leader could use."""
 
     nodes: int
-    """More than are in touch."""
+    """How many more than are in touch."""
     joiners: frozenset[int]
-    """Numbers of those in touch (``election.FIRST_JOINER``)."""
+    """Numbers of the joiners that are in touch (``nodes.FIRST_JOINER``)."""
     names: frozenset[str]
     """Slurm's names of the nodes in touch."""
     missing: tuple[Host, ...]
@@ -34,7 +34,7 @@ class Needs:
 
 
 class JoinerJob(Protocol):
-    """A job that brings a node (``slurm.Joiner``)."""
+    """A job that brings a node; as a rule a ``slurm.Joiner``."""
 
     @property
     def id(self) -> str: ...
@@ -48,7 +48,7 @@ class JoinerJob(Protocol):
 
 @dataclass
 class Backoff:
-    """When something that fails again and again is tried next."""
+    """When an attempt that has failed several times is repeated."""
 
     at: float = 0.0
     _wait: float = field(default=RETRY, repr=False)
@@ -62,7 +62,7 @@ class Backoff:
 
 @dataclass(frozen=True)
 class Growth:
-    """What is to be done about the joiners now."""
+    """What is to be done about the joiners now, and what is on its way then."""
 
     submit: int
     cancel: tuple[str, ...]
@@ -70,7 +70,7 @@ class Growth:
     starting: int
     """Jobs that have started and whose agents are not in touch yet."""
     pending: int
-    """Jobs that wait, without those of ``cancel``."""
+    """Jobs that wait in the queue and are not to be cancelled."""
     shorten: tuple[str, ...] = ()
     """Ids of jobs that wait, whose time limit is longer than what is left to the job: shorter ones start earlier."""
 
@@ -78,9 +78,11 @@ class Growth:
 def plan_growth(
     needs: Needs, jobs: Collection[JoinerJob], *, came: Collection[int], restarting: int, remaining: float
 ) -> Growth:
-    """``jobs``: all joiners that Slurm knows of. ``came``: the numbers of those that have been in touch; any that is
-    not now is leaving, or lost. ``restarting``: agents that are being started anew. ``remaining``: seconds that are
-    left to the job.
+    """What is to be done for ``needs``.
+
+    ``jobs``: all joiners that Slurm knows of. ``came``: numbers of the joiners that have been in touch; if such a
+    joiner is not in touch now, it is leaving, or lost. ``restarting``: number of agents that are being started anew.
+    ``remaining``: seconds that are left to the job.
     """
     waiting = [job for job in jobs if job.state == "PENDING"]
     starting = [job for job in jobs if _is_starting(job) and joiner(job.id) not in came]
@@ -98,7 +100,7 @@ def plan_growth(
 
 
 def _is_longer(limit: timedelta | None, remaining: float) -> bool:
-    """By a tenth at least: there would be no end of changes."""
+    """Longer by a tenth at least: else the limit would be changed again and again."""
     return remaining < float("inf") and (limit is None or limit.total_seconds() > 1.1 * remaining)
 
 

@@ -1,4 +1,4 @@
-"""What agents and leader say to each other. Pure.
+"""What agents and leader send to each other. Pure.
 
 Both sides always send their *whole* state, on every change and as the heartbeat. A message that is lost, late,
 doubled or overtaken is therefore healed by the next one: ``seq`` drops what is old, ``round`` ties every statement
@@ -22,14 +22,14 @@ MAX_LINE = 1024 * 1024
 State = Literal["idle", "running", "succeeded", "failed"]
 Stage = Literal["gather", "run", "end"]
 Request = Literal["drain", "save-and-stop", "stop"]
-"""What may be asked of the leader: ``drain``, save and return through the queue; ``save-and-stop``, save and end the
-job; ``stop``, end it at once.
+"""What the leader may be requested to do: ``drain``, save and return through the queue; ``save-and-stop``, save and end
+the job; ``stop``, end it at once.
 """
 REQUESTS: tuple[Request, ...] = get_args(Request)
 LEAVE = "leave"
-"""Asks the leader to let one node go, at a step boundary if its workers listen; a joiner's job is about to end."""
+"""Requests that the leader lets a node go, at a step boundary if its workers listen: a joiner's job is about to end."""
 WHO = "who"
-"""Asks an agent, leader or not, whom it follows. Answered by a ``Redirect``; commits to nothing."""
+"""Asks an agent, leader or not, whom it follows. The answer is a ``Redirect``; neither side is bound by it."""
 _T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "RosterChange", "Leave", Base)
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "int": int,
@@ -40,12 +40,12 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-_NONSENSE = (TypeError, ValueError, KeyError, IndexError, AttributeError)
-"""What a message that is none leads to."""
+_MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""The errors that decoding a malformed message leads to: a field is missing, unknown, or of another type."""
 
 
 class ProtocolError(Exception):
-    """The peer said something that this protocol does not know, or could not prove that it holds the secret."""
+    """The peer sent a message that is malformed, or could not prove that it holds the secret."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Failure:
     exitcode: int
     message: str
     time: float
-    """When the worker was seen dead, seconds since the epoch on its own node."""
+    """When the worker was found dead, in seconds since the epoch on its own node."""
     traceback: str = ""
     """The worker's last Python traceback."""
     collateral: bool = False
@@ -72,7 +72,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Status:
-    """Agent to leader. ``idle`` in round r means: told to gather for r, and none of its workers is alive."""
+    """Agent to leader. ``idle`` in round r: the agent knows that r is gathered, and none of its workers is alive."""
 
     seq: int
     host: Host
@@ -81,33 +81,33 @@ class Status:
     round: int = 0
     failure: Failure | None = None
     seen: int = 0
-    """Highest round that this agent was ever told of."""
+    """The highest round of all orders that this agent has received."""
     roster: int = -1
     """Round of the roster that this agent holds."""
     mark: str = ""
-    """Which one of that round."""
+    """The ``Roster.mark`` of that roster."""
     step: int = -1
     """Last training step that one of its workers reported; -1 for none."""
     step_at: float = 0.0
-    """When, in seconds since the epoch on its own node; so is ``first_at``."""
+    """When ``step`` was reported, in seconds since the epoch on its own node; so is ``first_at``."""
     first: int = -1
-    """The first step that they have reported in this round."""
+    """The first step that the workers reported in this round."""
     first_at: float = 0.0
     loss: float | None = None
     unfit: str = ""
-    """Why this node should not take part, as its preflight found."""
+    """Why this node should not take part, as its preflight has found; empty if it may."""
     drained: bool = False
-    """``succeeded``, because the workers stopped for a drain."""
+    """The state is ``succeeded`` because the workers stopped for a drain."""
     listens: bool = False
-    """Its workers ask whether they are to save and stop, or were told so by a signal."""
+    """The workers check for a drain, or were told of one by a signal."""
     leaving: str = ""
-    """Why this node has to go: it takes no part in the next round."""
+    """Why this node has to go and takes no part in the next round; empty if it may stay."""
     warm: int = 0
-    """So many workers of the round had been standbys; ``cold`` were not, because of ``cold_why``."""
+    """Number of workers of the round that were standbys; ``cold`` were not, because of ``cold_why``."""
     cold: int = 0
     cold_why: str = ""
     standby_mb: float = 0.0
-    """Memory of one standby, in MiB, as far as it shares it with nobody."""
+    """Memory of a standby, in MiB, that it shares with no other process."""
 
     @property
     def node(self) -> int:
@@ -144,18 +144,18 @@ class Order:
     roster: int = -1
     """Round of the roster that the leader holds."""
     leads: bool = True
-    """False while it has no majority yet, or any more."""
+    """False while the leader has no majority yet, or any more."""
     oldest: int = 0
-    """Members of rounds before this one are not asked any more (``elastic_hpc.membership.election``)."""
+    """The oldest round whose members must agree to the leader (``election``)."""
     drain: bool = False
-    """The workers shall save and stop."""
+    """The workers are to save and stop."""
     stacks: bool = False
     """Record where the workers stand before they are stopped."""
 
     @functools.cached_property
     def line(self) -> bytes:
-        """One without a plan goes to many, and is encoded once."""
-        return json_line(_told(self) | ({"plan": vars(self.plan)} if self.plan else {}))
+        """An order without a plan is sent to many agents, and encoded once."""
+        return json_line(_without_defaults(self) | ({"plan": vars(self.plan)} if self.plan else {}))
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ class Leave:
 
 @dataclass(frozen=True)
 class Redirect:
-    """Agent to agent: whom I follow, myself if I lead or want to, None if I look for a leader. ``leads``: it has a
-    majority.
+    """Agent to agent: ``to`` is the leader that the sender follows; the sender itself, if it leads or wants to; None
+    while it looks for a leader. ``leads``: that leader has a majority.
     """
 
     to: Host | None
@@ -180,23 +180,23 @@ Message = Status | Order | Roster | RosterChange | Redirect | dict[str, Any]
 
 
 def encode(message: Message) -> bytes:
-    """One JSON line, without what has its default. A roster, its change and a redirect are marked as what they are."""
+    """One line of JSON, without fields that have their default. A roster, a change and a redirect bear their type."""
     if isinstance(message, (Order, Roster, RosterChange)):
         return message.line
     if isinstance(message, Status):
         failure = {"failure": vars(message.failure)} if message.failure else {}
-        return json_line({**_told(message), "host": vars(message.host), **failure})
+        return json_line({**_without_defaults(message), "host": vars(message.host), **failure})
     if isinstance(message, Redirect):
         return json_line({"redirect": {"to": message.to and vars(message.to), "leads": message.leads}})
     return json_line(message)
 
 
-def _told(said: Status | Order) -> dict[str, Any]:
-    values = vars(said)
-    return {name: values[name] for name, default in _DEFAULTS[type(said)] if values[name] != default}
+def _without_defaults(message: Status | Order) -> dict[str, Any]:
+    values = vars(message)
+    return {name: values[name] for name, default in _DEFAULTS[type(message)] if values[name] != default}
 
 
-_DEFAULTS = {said: [(one.name, one.default) for one in fields(said)] for said in (Status, Order)}
+_DEFAULTS = {kind: [(field.name, field.default) for field in fields(kind)] for kind in (Status, Order)}
 
 
 def decode(line: bytes) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def decode_from_agent(line: bytes) -> Status | Roster | Leave | Request | Literal["who"]:
-    """What an agent, or somebody who asks for something, says to a leader. Raises ProtocolError."""
+    """A message to a leader: from an agent, or from somebody who requests something. Raises ProtocolError."""
     body = decode(line)
     try:
         if body.get("request") in (*REQUESTS, WHO):
@@ -222,12 +222,12 @@ def decode_from_agent(line: bytes) -> Status | Roster | Leave | Request | Litera
             roster = _roster(body["roster"])
             return replace(roster, hosts=tuple(roster.hosts))
         return _status(body)
-    except _NONSENSE as error:
+    except _MALFORMED as error:
         raise ProtocolError(f"not a status: {error}") from error
 
 
 def decode_from_leader(line: bytes) -> Order | Roster | RosterChange | Redirect:
-    """What a leader, or an agent that was taken for one, says. Raises ProtocolError."""
+    """A message from a leader, or from an agent that was taken for a leader. Raises ProtocolError."""
     body = decode(line)
     try:
         if "roster" in body and "seq" not in body:
@@ -239,7 +239,7 @@ def decode_from_leader(line: bytes) -> Order | Roster | RosterChange | Redirect:
             return Redirect(_host(to) if to else None, bool(body["redirect"]["leads"]))
         plan = body.pop("plan", None)
         return Order(**body, plan=Plan(**plan) if plan else None)
-    except _NONSENSE as error:
+    except _MALFORMED as error:
         raise ProtocolError(f"not an order: {error}") from error
 
 
@@ -264,21 +264,21 @@ def _change(body: dict[str, Any]) -> RosterChange:
 
 
 def _of_roster(body: dict[str, Any]) -> dict[str, Any]:
-    """The leader's hosts are not looked at before they are needed, as its orders are not checked either."""
+    """The hosts stay packed, and so unchecked: the leader is trusted, whose orders are not checked either."""
     bases = (_checked(Base(round, leader, numbers(members))) for round, leader, members in body["bases"])
     return {**body, "hosts": Hosts(body["hosts"]), "bases": tuple(bases), "members": numbers(body["members"])}
 
 
-def _checked(said: _T) -> _T:
-    """``said``, a dataclass, if its numbers are numbers and its strings are strings. Raises TypeError."""
-    values = vars(said)
-    for name, kind, expected in _CHECKED[type(said)]:
+def _checked(decoded: _T) -> _T:
+    """``decoded``, if each field that should be a number, a string or a bool is. Raises TypeError."""
+    values = vars(decoded)
+    for name, kind, expected in _CHECKED[type(decoded)]:
         if not isinstance(values[name], kind):
             raise TypeError(f"{name} {values[name]!r}: expected {expected}")
-    return said
+    return decoded
 
 
 _CHECKED = {
-    said: [(one.name, _KINDS[str(one.type)], one.type) for one in fields(said) if str(one.type) in _KINDS]
-    for said in (Status, Failure, Host, Roster, RosterChange, Leave, Base)
+    kind: [(field.name, _KINDS[str(field.type)], field.type) for field in fields(kind) if str(field.type) in _KINDS]
+    for kind in (Status, Failure, Host, Roster, RosterChange, Leave, Base)
 }

@@ -1,7 +1,7 @@
-"""Nodes: how they are numbered, and many of them in few words (ranges of numbers, names in Slurm's notation). Pure.
+"""How nodes are numbered, and how many nodes are written: ranges of numbers, and names in Slurm's notation. Pure.
 
-ClusterShell folds names too, in several dimensions. For a thousand like ``ip-10-0-37-91`` that takes it a second, and
-here the leader does it among its heartbeats.
+ClusterShell folds names too, in several dimensions; a thousand names like ``ip-10-0-37-91`` take it a second. That is
+too long here, as the leader folds names between its heartbeats.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 FIRST_JOINER = 1 << 20
-"""Nodes from this number on are joiners: this number and the id of the job that brings them, which is never used again.
-Those before are indices in Slurm's order of the job's own nodes.
+"""A joiner's number is this one plus the id of the job that brings it, which is never used again. Lower numbers are the
+indices of the job's own nodes in Slurm's order.
 """
 
 MAX_NODES = 1 << 17
-"""Nodes that a range may stand for; more can only be a mistake."""
+"""Most nodes that a range may stand for; more can only be a mistake."""
 
 
 def joiner(job_id: str) -> int:
@@ -27,7 +27,7 @@ def joiner(job_id: str) -> int:
 
 
 def votes(node: int) -> bool:
-    """Whether ``node`` is of the job's own allocation."""
+    """Whether ``node`` is of the job's own allocation, and so takes part in elections."""
     return node < FIRST_JOINER
 
 
@@ -58,14 +58,14 @@ def numbers(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class NumberRanges:
-    """Numbers as a user types them, ``0-3,8``. They are never listed: a range may be of any length."""
+    """Numbers as a user types them, ``0-3,8``. They are never listed, as a range may be of any length."""
 
     ranges: tuple[tuple[range, int], ...]
     """Each with the least number of digits, as in ``001-003``."""
 
     @classmethod
     def of(cls, text: str) -> NumberRanges:
-        """Raises ValueError for what is no number, and for a range that ends before it begins."""
+        """Raises ValueError for text that is no number, and for a range that ends before it begins."""
         found = []
         for part in text.split(","):
             match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
@@ -81,23 +81,23 @@ class NumberRanges:
         return any(number in span for span, _ in self.ranges)
 
     def has(self, digits: str) -> bool:
-        """Whether it is written so, zeros in front counted."""
+        """Whether the number ``digits`` is among these, written with as many leading zeros."""
         return any(int(digits) in span and digits == f"{int(digits):0{width}}" for span, width in self.ranges)
 
 
 @lru_cache
 def name_matcher(text: str) -> Callable[[str], bool]:
-    """Whether a node's name is in ``text``: names in Slurm's notation, in which ``*`` and ``?`` stand for anything and
-    for any character. They are never listed. Raises ValueError.
+    """A function that tells whether a node's name is among those of ``text``: names in Slurm's notation, in which ``*``
+    stands for any text and ``?`` for any character. Raises ValueError.
     """
     parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
     if not parts or ",".join(parts) != text:
         raise ValueError("a bracket or a comma has no partner")
-    each = [_named(part) for part in parts]
-    return lambda name: any(has(name) for has in each)
+    matchers = [_part_matcher(part) for part in parts]
+    return lambda name: any(matches(name) for matches in matchers)
 
 
-def _named(part: str) -> Callable[[str], bool]:
+def _part_matcher(part: str) -> Callable[[str], bool]:
     pieces = re.split(r"\[(.*?)\]", part)
     wanted = [NumberRanges.of(piece) for piece in pieces[1::2]]
     texts = ["".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in piece) for piece in pieces[::2]]
@@ -121,9 +121,9 @@ def fold(names: Iterable[str]) -> str:
         else:
             rest.append(name)
     for (before, after), digits in groups.items():
-        padded = any(each.startswith("0") and len(each) > 1 for each in digits)
-        for width in sorted({len(each) for each in digits}) if padded else [0]:
-            those = sorted(int(each) for each in digits if not padded or len(each) == width)
-            text = spans(those, width)
-            rest.append(f"{before}[{text}]{after}" if len(those) > 1 else f"{before}{text}{after}")
+        padded = any(number.startswith("0") and len(number) > 1 for number in digits)
+        for width in sorted({len(number) for number in digits}) if padded else [0]:
+            folded = sorted(int(number) for number in digits if not padded or len(number) == width)
+            text = spans(folded, width)
+            rest.append(f"{before}[{text}]{after}" if len(folded) > 1 else f"{before}{text}{after}")
     return ",".join(sorted(rest))

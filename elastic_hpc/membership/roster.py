@@ -1,4 +1,4 @@
-"""What every agent holds so that it can take over, and how that is sent to a thousand. Pure."""
+"""What every agent holds so that it can take over, and how it is sent to a thousand agents. Pure."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Host:
 
 
 class Hosts(Sequence[Host]):
-    """Those of a roster, without their software. Every agent holds a thousand and as a rule asks for none, so they stay
-    packed until one is asked for.
+    """The hosts of a roster, without their software. Every agent may hold a thousand hosts and as a rule needs none of
+    them, so they stay packed until a host is looked up.
     """
 
     def __init__(self, packed: str = "", rows: dict[int, str] | None = None) -> None:
@@ -77,8 +77,8 @@ class Hosts(Sequence[Host]):
 
 @dataclass(frozen=True)
 class Roster:
-    """What every agent holds so that it can take over: who listens where, who decides (``election``), and
-    what has been charged when ``round`` was formed.
+    """What every agent holds so that it can take over: where each agent listens, whose agreement a leader needs
+    (``election``), and what had been charged when ``round`` was formed.
     """
 
     round: int
@@ -89,29 +89,32 @@ class Roster:
     members: tuple[int, ...] = ()
     """All nodes of ``round``; its base has those that vote."""
     mark: str = ""
-    """Tells it from any other one, also of the same round, that another leader has made."""
+    """Unique: another leader may form a roster of the same round."""
 
     def change_from(self, before: Roster) -> RosterChange | None:
-        """What makes this one of ``before``; None if nobody can hold that."""
+        """The difference to the roster ``before``; None if no agent can hold that one."""
         if not before.mark:
             return None
-        known, now = Hosts.of(before.hosts).rows, Hosts.of(self.hosts).rows
-        new = Hosts(rows={node: row for node, row in now.items() if known.get(node) != row})
-        told = {name: getattr(self, name) for name in _TOLD_ANYHOW}
-        return RosterChange(**told, since=before.mark, hosts=new, gone=tuple(sorted(known.keys() - now.keys())))
+        rows_before, rows = Hosts.of(before.hosts).rows, Hosts.of(self.hosts).rows
+        new = Hosts(rows={node: row for node, row in rows.items() if rows_before.get(node) != row})
+        gone = tuple(sorted(rows_before.keys() - rows.keys()))
+        return RosterChange(**_common(self), since=before.mark, hosts=new, gone=gone)
 
     @functools.cached_property
     def line(self) -> bytes:
-        """It goes to everybody, and is encoded once."""
+        """A roster is sent to every agent, and encoded once."""
         return json_line({"roster": _body(self)})
 
 
-_TOLD_ANYHOW = ("round", "bases", "restarts", "requeues", "members", "mark")
+def _common(roster: Roster | RosterChange) -> dict[str, Any]:
+    """The fields that a roster and a change have in common, but for the hosts."""
+    names = ("round", "bases", "restarts", "requeues", "members", "mark")
+    return {name: getattr(roster, name) for name in names}
 
 
 @dataclass(frozen=True)
 class RosterChange:
-    """A roster, for those who hold the one before: as a rule a few hosts of a thousand are other ones."""
+    """A roster, for agents that hold the roster before: as a rule a few hosts of a thousand have changed."""
 
     round: int
     bases: tuple[Base, ...]
@@ -120,25 +123,25 @@ class RosterChange:
     members: tuple[int, ...]
     mark: str
     since: str
-    """The mark of the one before."""
+    """The mark of the roster before."""
     hosts: Sequence[Host]
-    """Those that are new, or listen elsewhere."""
+    """The hosts that are new, or listen elsewhere."""
     gone: tuple[int, ...]
 
     def of(self, before: Roster) -> Roster:
         """The roster itself; ``before`` is the one with the mark ``since``."""
         hosts = Hosts.of(before.hosts).changed(self.gone, self.hosts)
-        return Roster(hosts=hosts, **{name: getattr(self, name) for name in _TOLD_ANYHOW})
+        return Roster(hosts=hosts, **_common(self))
 
     @functools.cached_property
     def line(self) -> bytes:
-        """It goes to many, and is encoded once."""
+        """A change is sent to many agents, and encoded once."""
         return json_line({"change": {**_body(self), "since": self.since, "gone": spans(self.gone)}})
 
 
 def _body(roster: Roster | RosterChange) -> dict[str, Any]:
     return {
-        **{name: getattr(roster, name) for name in _TOLD_ANYHOW},
+        **_common(roster),
         "members": spans(roster.members),
         "bases": [(base.round, base.leader, spans(base.members)) for base in roster.bases],
         "hosts": Hosts.of(roster.hosts).packed(),
@@ -146,5 +149,5 @@ def _body(roster: Roster | RosterChange) -> dict[str, Any]:
 
 
 def json_line(body: dict[str, Any]) -> bytes:
-    """``body`` as every message goes over the network."""
+    """``body`` as a line of JSON, the form of every message on the network."""
     return json.dumps(body, separators=(",", ":")).encode() + b"\n"

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 EXPIRY = timedelta(hours=24)
-"""By then a node that is broken for good has been drained by the site, and one that is not has been repaired."""
+"""By then the site has drained the node, or repaired it."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Strike:
 
 
 def load(saved: Iterable[Mapping[str, Any]]) -> tuple[Strike, ...]:
-    """The strikes from ``state.json``; an entry that is not one is left out."""
+    """The strikes from ``state.json``; a malformed entry is left out."""
     found = []
-    for each in saved:
+    for entry in saved:
         try:
-            found.append(Strike(str(each["node"]), float(each["time"]), str(each["reason"])))
+            found.append(Strike(str(entry["node"]), float(entry["time"]), str(entry["reason"])))
         except (KeyError, TypeError, ValueError):
             continue
     return tuple(found)
@@ -39,16 +39,16 @@ def dump(strikes: Iterable[Strike]) -> list[dict[str, Any]]:
 
 
 def live(strikes: Iterable[Strike], now: float) -> tuple[Strike, ...]:
-    """``strikes`` that count at ``now``; one from the future does, as clocks of nodes differ."""
+    """``strikes`` that count at ``now``. A strike from the future counts, as clocks of nodes differ."""
     return tuple(strike for strike in strikes if now - strike.time < EXPIRY.total_seconds())
 
 
 def excluded(strikes: Collection[Strike], now: float, usable: Collection[str], nodes_wanted: int) -> tuple[str, ...]:
-    """The nodes to exclude at a requeue, those with most live strikes first, then the latest ones.
+    """The nodes to exclude at a requeue. Nodes with most live strikes come first, then nodes with the latest strikes.
 
-    ``usable`` nodes are those that Slurm could give to the job. At least ``nodes_wanted`` of them stay, if there are so
-    many: a bad node is better than a job that never starts. Nodes that are not usable are no choice of Slurm's now, but
-    they are excluded as well, as they may be back before the job starts.
+    ``usable`` are the nodes that Slurm could give to the job. At least ``nodes_wanted`` of them stay, if there are so
+    many: a bad node is better than a job that never starts. Nodes that are not usable are excluded as well, as they may
+    be back before the job starts.
     """
     counts, latest = Counter[str](), dict[str, float]()
     for strike in live(strikes, now):

@@ -1,4 +1,4 @@
-"""The traceback, or last line, that a process wrote to stderr before it died. What it means is for ``causes``. Pure."""
+"""The traceback, or last line, that a process wrote to stderr before it died; ``causes`` interprets it. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHAIN = (
 )
 _IGNORED = ("Exception ignored", "--- Logging error ---")
 _ELSEWHERE = ("Exception in thread ", "Process ")
-"""What stands above a traceback that did not end this process: a thread's, or that of a child on the same stderr."""
+"""Starts of the line above a traceback that did not end this process, but a thread or a child with the same stderr."""
 _SYNTAX_ERROR = re.compile(
     r'^  File "[^"\n]*", line \d+\n(?:.*\n){1,4}?(?:Syntax|Indentation|Tab)Error: .*', re.MULTILINE
 )  # in the script itself: it has no header
@@ -28,17 +28,17 @@ _NOISE = re.compile(
     r"^(\[rank\d+\]:)?\[[WIEF]\d+ |^[WIEF]\d{4} |^Exception ignored|^\S+:\d+: \w*Warning: |^Exception raised from "
     r"|^frame #\d+: |^terminate called after |^Process \S+:$|^Exception in thread "
 )
-"""Lines that libraries write while a process goes down; they end an exception's text and are no last word."""
+"""Lines that libraries write while a process ends. Such a line ends the text of an exception, and is no last line."""
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
+    """The last line that is not empty and not ``_NOISE``."""
     lines = (line.strip() for line in reversed(_ANSI.sub("", text[-READ:]).splitlines()))
     return next((without_ranks(line)[:500] for line in lines if line and not _NOISE.search(line)), "")
 
 
 def traceback_of(text: str) -> str | None:
-    """The traceback that ended a Python process, among what it wrote to stderr: the last one, with those it is chained
+    """The traceback that ended a Python process, from ``text``, its stderr: the last traceback with those it is chained
     to, without torch's ``[rank0]: `` on every line.
     """
     text = _ANSI.sub("", text[-READ:])
@@ -63,25 +63,25 @@ def traceback_of(text: str) -> str | None:
 
 
 def abort_of(text: str) -> str | None:
-    """Type and text of the C++ exception that ended a process, among what it wrote to stderr."""
+    """Type and text of the C++ exception that ended a process, from ``text``, its stderr."""
     aborts = _ABORT.findall(text)
     return ": ".join(dict.fromkeys(aborts[-1])) if aborts else None
 
 
 def chain_of(text: str) -> list[str]:
-    """What each of the chained exceptions in a traceback says, first one first; a mere message is its own."""
+    """Type and text of each chained exception in a traceback, in order of time. A mere message is returned as it is."""
     if text.startswith("Fatal Python error: "):
         return [text.split("\n", 1)[0]]
     if not re.match(r"(  \+ Exception Group )?Traceback \(|  File ", text):
         return [text]
-    said = []
+    messages = []
     for part in re.split("|".join(rf"\n\n\s*\|?\s*{re.escape(marker)}\n\n" for marker in _CHAIN), text):
         if part.startswith("  + "):
             found = re.findall(r"^ +\| ((?!Traceback \()[^\s|+].*)$", part, re.MULTILINE)
-            said.append("\n".join(found))
+            messages.append("\n".join(found))
         else:
-            said.append(re.split(r"\n(?=\S)", part, maxsplit=1)[-1].strip())
-    return said
+            messages.append(re.split(r"\n(?=\S)", part, maxsplit=1)[-1].strip())
+    return messages
 
 
 def message_of(traceback: str) -> str:
@@ -103,13 +103,13 @@ def without_ranks(text: str) -> str:
 
 
 def _starts(line: str) -> bool:
-    """Whether a traceback starts in ``line``, perhaps behind a progress bar, and no inner one of a group."""
+    """Whether a traceback starts in ``line``, perhaps behind a progress bar; inner ones of a group do not count."""
     found = _HEADER.search(line)
     return found is not None and line[: found.start()][-1:] not in {" ", "|"}
 
 
 def _above(lines: list[str], at: int) -> str:
-    return next((said for line in reversed(lines[:at]) if (said := without_ranks(line).strip())), "")
+    return next((text for line in reversed(lines[:at]) if (text := without_ranks(line).strip())), "")
 
 
 def _chain_start(lines: list[str], at: int) -> int:
