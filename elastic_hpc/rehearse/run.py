@@ -1,4 +1,4 @@
-"""Runs a training script on a few agents of this machine, carries out the acts of a rehearsal, and observes the script."""
+"""Runs a training script on a few agents of this machine, carries out the acts of a rehearsal, and observes both."""
 
 from __future__ import annotations
 
