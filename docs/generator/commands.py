@@ -94,7 +94,7 @@ def _block(lines: list[str], *, is_literal: bool) -> Block:
 def _sbatch() -> Command:
     """Its options are in tables of their own: argparse would not stop at the script."""
     groups = tuple(
-        (title, tuple(OptionHelp(_flags(o.flag, o.letter), o.metavar, o.help, o.is_switch) for o in options))
+        (title, tuple(OptionHelp(o.flags, o.metavar, o.help, o.is_switch) for o in options))
         for title, options in sbatch.GROUPS.items()
     )
     own = {flag for _, options in groups for option in options for flag in option.flags}
@@ -112,13 +112,10 @@ def _sbatch() -> Command:
 
 def _passed(own: set[str]) -> Iterable[OptionHelp]:
     for option in SBATCH.values():
-        flags = tuple(flag for flag in _flags(option.flag, option.letter) if flag not in own)
+        letter = [f"-{option.letter}"] if option.letter else []
+        flags = tuple(flag for flag in (*letter, option.flag) if flag not in own)
         if option.flag in flags and option.name not in REFUSED:
             yield OptionHelp(flags, "VALUE" if option.value else "", "", option.value == "[=]")
-
-
-def _flags(flag: str, letter: str) -> tuple[str, ...]:
-    return (f"-{letter}", flag) if letter else (flag,)
 
 
 def _of_parser(parser: argparse.ArgumentParser, summary: str = "") -> Command:

@@ -190,9 +190,8 @@ def _help() -> str:
     for title, options in GROUPS.items():
         parts.append(f"{title}:")
         for option in options:
-            letter = f"-{option.letter}, " if option.letter else ""
             value = f"[={option.metavar}]" if option.is_switch else f" {option.metavar}".rstrip()
-            parts.append(f"  {letter}{option.flag}{value}")
+            parts.append(f"  {', '.join(option.flags)}{value}")
             parts.append(fill(option.help, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
         parts.append("")
     return "\n".join(parts).rstrip() + "\n" + NOTES.rstrip()

@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("where it runs")
     for option in _WHERE:
-        flags = [option.flag, f"-{option.letter}"] if option.letter else [option.flag]
+        flags = reversed(option.flags)
         if option.metavar:
             group.add_argument(*flags, metavar=option.metavar, help=option.help)
         else:

@@ -55,6 +55,11 @@ class ElasticOption:
         return f"--{self.name}"
 
     @property
+    def flags(self) -> tuple[str, ...]:
+        """The forms in which the option is typed, the long one last."""
+        return (f"-{self.letter}", self.flag) if self.letter else (self.flag,)
+
+    @property
     def dest(self) -> str:
         """The name in Python."""
         return self.name.replace("-", "_")
@@ -318,8 +323,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     """Add the launch options, ``-m/--module`` and ``--no-python`` to ``parser``. All default to None: not given."""
     group = parser.add_argument_group("launch options")
     for option in LAUNCH_OPTIONS:
-        flags = [option.flag, f"-{option.letter}"] if option.letter else [option.flag]
+        flags = reversed(option.flags)
         group.add_argument(*flags, metavar=option.metavar, type=argument(option.parse), help=option.help)
     for switch in SCRIPT_SWITCHES:
-        flags = [f"-{switch.letter}", switch.flag] if switch.letter else [switch.flag]
-        group.add_argument(*flags, action="store_true", default=None, help=switch.help)
+        group.add_argument(*switch.flags, action="store_true", default=None, help=switch.help)
