@@ -1,4 +1,8 @@
-"""Brings the nodes that a leader could use, beside it: what to do is decided in ``growth``, done by a ``Source``."""
+"""Brings the nodes that a leader could use: agents are started anew on the job's own nodes, and further jobs bring
+nodes.
+
+``membership.growth`` decides what to do about these jobs, the joiners; a ``Source`` does it.
+"""
 
 from __future__ import annotations
 
@@ -18,59 +22,61 @@ from elastic_hpc.membership.roster import Host
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT = 300.0
-"""Seconds that a joiner may take from its job's start until it comes; the environment may lie on a slow file system."""
+"""Seconds that a joiner may take from the start of its job until its agent is in touch; the environment may lie on a
+slow file system.
+"""
 
 _WASTED_AT_MOST = 2
-"""A node on which so many joiners have ended before they came is not asked for again."""
+"""A node on which so many joiners have ended before their agents were in touch is excluded from then on."""
 
 _FAILED = (ElasticError, OSError)
 
 _RESTART_TIMEOUT = 60.0
-"""Seconds that an agent which was started anew may take to come."""
+"""Seconds that an agent which was started anew may take until it is in touch."""
 
 _POLL, _POLL_AT_MOST = 0.5, 60.0
-"""Seconds between two looks at the queue, and at nodes that are lost; twice as long each time that nothing has changed.
-"""
+"""Seconds between two looks at the queue and at the lost nodes; doubled each time that nothing has changed."""
 
 
 class Source(Protocol):
-    """Slurm (``joiners.SlurmSource``), or a simulated one. All but the first raise ElasticError."""
+    """Slurm (``joiners.SlurmSource``), or a simulated one. All methods but the first raise ElasticError."""
 
     async def lacks_agent(self, host: Host) -> bool:
         """Whether ``host`` answers, and has no agent: not if it has lost power, or its agent is only cut off."""
 
     async def restart(self, host: Host) -> bool:
-        """Start an agent there. False if the node is not the job's any more."""
+        """Start an agent on ``host``. False if the job does not have that node any more."""
 
     async def joiners(self) -> Sequence[JoinerJob]:
-        """Those that wait or run."""
+        """The jobs that wait or run."""
 
     async def remaining(self) -> float:
         """Seconds until the job's time limit."""
 
     async def shorten(self, ids: Collection[str], seconds: float) -> None:
-        """Give joiners that wait a time limit of ``seconds``."""
+        """Give the joiners ``ids``, which wait, a time limit of ``seconds``."""
 
     async def submit(self, exclude: Collection[str]) -> str:
-        """One joiner, for any node but those; the answer is its id."""
+        """Submit one joiner, for any node but ``exclude``; the answer is its id."""
 
     async def cancel(self, ids: Collection[str]) -> None: ...
 
 
 class _Restart:
-    """The agent of one node, which is to be started anew."""
+    """The restart of the agent of one node."""
 
     def __init__(self) -> None:
         self.backoff = Backoff()
         self.task: asyncio.Task[None] | None = None
-        self.until = 0.0
-        """It has been started and may come until then."""
-        self.gone = False
+        self.expected_until = 0.0
+        """Until when the agent that was started may get in touch."""
+        self.impossible = False
+        """Whether the job does not have the node any more."""
 
 
 class Supply:
-    """For one leader, until ``run`` is cancelled; ``event`` records what is done. Who acts on the verdict sees to the
-    joiners that are left then (``conclude``).
+    """Serves one leader until ``run`` is cancelled; ``event`` records what is done. Joiners that are left after the
+    verdict are cancelled by whoever acts on it (``conclude``).
     """
 
     def __init__(self, source: Source, event: Callable[[str, dict[str, Any]], None], *, grow: bool) -> None:
@@ -80,14 +86,19 @@ class Supply:
         self._needs: Needs | None = None
         self._restarts: dict[int, _Restart] = {}
         self._jobs: dict[str, JoinerJob] = {}
+        """The joiners of the last look at the queue, by id."""
         self._came: set[int] = set()
+        """The numbers of all joiners that have been in touch."""
         self._wasted = Counter[str]()
-        """How many joiners did not come, by their node."""
-        self._running_since: dict[str, float] = {}
-        self._looked = False
+        """How many joiners have ended before they were in touch, by node."""
+        self._started_at: dict[str, float] = {}
+        """When joiners that run and are not in touch were seen first, by id."""
+        self._queue_is_current = False
+        """Whether the last look at the queue includes all joiners that were submitted."""
         self._growth = Growth(0, (), 0, 0)
         self._backoff = Backoff()
-        self._told = ""
+        self._problem = ""
+        """The last problem that was recorded."""
         self._changed = asyncio.Event()
 
     def need(self, needs: Needs) -> None:
@@ -98,7 +109,7 @@ class Supply:
             self._changed.set()
 
     async def run(self, report: Callable[[Needs, int, int], None]) -> None:
-        """``report`` is told how many agents are starting, and for how many nodes Slurm was asked."""
+        """See ``network.server.Supplier``."""
         loop = asyncio.get_running_loop()
         poll: float | None = None
         needs = self._needs
@@ -109,7 +120,7 @@ class Supply:
             before, needs = (needs, self._growth), self._needs
             assert needs
             restarting = await self._restart(needs.missing)
-            if self._grow and (needs.nodes or self._jobs or not self._looked):
+            if self._grow and (needs.nodes or self._jobs or not self._queue_is_current):
                 self._growth = await self._provide(needs, restarting)
             report(needs, restarting + self._growth.starting, self._growth.pending)
             if not (needs.missing or (self._grow and (needs.nodes or self._jobs))):
@@ -124,43 +135,49 @@ class Supply:
     # agents that are started anew
 
     async def _restart(self, missing: Collection[Host]) -> int:
-        """How many are being started, and are expected."""
+        """Begin to start agents on nodes that answer and have none. How many are being started or expected now."""
         now = asyncio.get_running_loop().time()
         lost = {host.node: host for host in missing}
-        for node, known in self._restarts.items():
-            known.until = known.until if node in lost else 0.0  # it came
-        due = {node: self._restarts.setdefault(node, _Restart()) for node in lost}
-        due = {node: k for node, k in due.items() if not (k.gone or k.task or now < max(k.backoff.at, k.until))}
+        for node, restart in self._restarts.items():
+            if node not in lost:  # its agent is in touch again
+                restart.expected_until = 0.0
+        restarts = {node: self._restarts.setdefault(node, _Restart()) for node in lost}
+        due = {
+            node: restart
+            for node, restart in restarts.items()
+            if not (restart.impossible or restart.task or now < max(restart.backoff.at, restart.expected_until))
+        }
         lacking = await asyncio.gather(*(self._source.lacks_agent(lost[node]) for node in due))
-        for (node, known), lacks in zip(due.items(), lacking, strict=True):
+        for (node, restart), lacks in zip(due.items(), lacking, strict=True):
             if lacks:
-                known.task = asyncio.ensure_future(self._start(lost[node], known))
-        return sum(bool(known.task) or known.until > now for node, known in self._restarts.items() if node in lost)
+                restart.task = asyncio.ensure_future(self._start(lost[node], restart))
+        return sum(bool(restart.task) or restart.expected_until > now for restart in restarts.values())
 
-    async def _start(self, host: Host, known: _Restart) -> None:
+    async def _start(self, host: Host, restart: _Restart) -> None:
         now = asyncio.get_running_loop().time()
-        known.backoff.failed(now)
+        restart.backoff.failed(now)
         try:
-            known.gone = not await self._source.restart(host)
-            if not known.gone:
-                known.until = now + _RESTART_TIMEOUT
+            restart.impossible = not await self._source.restart(host)
+            if not restart.impossible:
+                restart.expected_until = now + _RESTART_TIMEOUT
                 self._event("agent_restart", {"node": host.name})
         except _FAILED as error:
-            self._complain(f"no new agent on {host.name}: {error}")
+            self._record_problem(f"no new agent on {host.name}: {error}")
         finally:
-            known.task = None
+            restart.task = None
             self._changed.set()
 
     # joiners
 
     async def _provide(self, needs: Needs, restarting: int) -> Growth:
-        came = frozenset(self._came)  # as of needs: those that come meanwhile are among the nodes that it lacks
+        """Submit and cancel joiners. What is starting and pending then."""
+        came = frozenset(self._came)  # as of ``needs``, which counts a joiner that comes meanwhile as lacking
         try:
             jobs = await self._source.joiners()
             remaining = await self._source.remaining() if needs.nodes or jobs else 0.0
-            self._looked = True
-            self._look_for_waste(jobs, needs)
-            await self._give_up_overdue(jobs)
+            self._queue_is_current = True
+            self._count_wasted(jobs, needs)
+            await self._cancel_overdue(jobs)
             plan = growth.plan_growth(needs, jobs, came=came, restarting=restarting, remaining=remaining)
             if plan.cancel:
                 await self._source.cancel(plan.cancel)
@@ -169,13 +186,13 @@ class Supply:
             if plan.shorten:
                 await self._source.shorten(plan.shorten, remaining)
         except _FAILED as error:
-            self._complain(str(error))
+            self._record_problem(str(error))
             return self._growth
         submitted = await self._submit(plan.submit, needs)
         return Growth(0, (), plan.starting, plan.pending + submitted)
 
     async def _submit(self, count: int, needs: Needs) -> int:
-        """How many were accepted."""
+        """Submit ``count`` joiners, while the leader still needs as many. How many Slurm has accepted."""
         now = asyncio.get_running_loop().time
         useless = {node for node, times in self._wasted.items() if times >= _WASTED_AT_MOST and node}
         accepted: list[str] = []
@@ -185,35 +202,35 @@ class Supply:
                 self._backoff.succeeded()
             except _FAILED as error:
                 self._backoff.failed(now())
-                self._complain(f"no joiner: {error}")
+                self._record_problem(f"no joiner: {error}")
         if accepted:
-            self._told = ""
+            self._problem = ""
             self._event("joiners", {"jobs": accepted, "wanted": needs.nodes})
-            self._looked = False  # have a look at them soon
+            self._queue_is_current = False
         return len(accepted)
 
-    def _look_for_waste(self, jobs: Sequence[JoinerJob], needs: Needs) -> None:
-        """Joiners that have ended and never came: their nodes are of no use, and the next ones had better wait. Not so
-        where another one came from the same node, which is shared.
+    def _count_wasted(self, jobs: Sequence[JoinerJob], needs: Needs) -> None:
+        """Note joiners that have ended before they were in touch: their nodes may be of no use, and the next joiner is
+        submitted later. Nothing is noted where another agent came from the same node, which jobs may share.
         """
-        now = {job.id: job for job in jobs}
+        current = {job.id: job for job in jobs}
         for id, job in self._jobs.items():
-            if id not in now and joiner(id) not in self._came and job.node not in needs.names:
+            if id not in current and joiner(id) not in self._came and job.node not in needs.names:
                 self._backoff.failed(asyncio.get_running_loop().time())
                 self._wasted[job.node] += 1
-                self._complain(f"joiner {id} ended{f' on {job.node}' if job.node else ''} and did not come")
-        self._jobs = now
+                self._record_problem(f"joiner {id} ended{f' on {job.node}' if job.node else ''} and did not come")
+        self._jobs = current
 
-    async def _give_up_overdue(self, jobs: Sequence[JoinerJob]) -> None:
-        """Joiners that have started long ago and do not come keep a node for nothing."""
+    async def _cancel_overdue(self, jobs: Sequence[JoinerJob]) -> None:
+        """A joiner that has started long ago and is not in touch keeps a node for nothing."""
         now = asyncio.get_running_loop().time()
         started = [job.id for job in jobs if job.state == "RUNNING" and joiner(job.id) not in self._came]
-        self._running_since = {id: self._running_since.get(id, now) for id in started}
-        if overdue := [id for id, since in self._running_since.items() if now - since > _START_TIMEOUT]:
+        self._started_at = {id: self._started_at.get(id, now) for id in started}
+        if overdue := [id for id, started_at in self._started_at.items() if now - started_at > _START_TIMEOUT]:
             await self._source.cancel(overdue)
 
-    def _complain(self, problem: str) -> None:
-        """Once, until something else is wrong."""
-        if problem != self._told:
-            self._told = problem
+    def _record_problem(self, problem: str) -> None:
+        """Once, until there is another problem."""
+        if problem != self._problem:
+            self._problem = problem
             self._event("growth_problem", {"reason": problem})
