@@ -43,7 +43,7 @@ class Ending:
     """Slurm's commands are not here: the batch script, outside, does what it can."""
     open_recorder: Callable[[], Recorder]
     _last_beat: tuple[int, float] = field(default=(0, 0.0))
-    """The newest time of change of ``endpoint.json``, and when it was seen."""
+    """The time of the last change of ``endpoint.json``, and when this agent noticed that change."""
     _stays_out: bool = False
 
     def act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:

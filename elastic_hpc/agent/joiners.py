@@ -1,4 +1,4 @@
-"""Joiners, seen from both sides: how an agent enters a job that runs, and how the leader has Slurm bring one."""
+"""Joiners from both sides: how an agent enters a job that runs, and how Slurm brings an agent for a leader."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
 
 _PROBE = 0.5
-"""Seconds in which a node that has power answers."""
+"""Seconds in which a node that has power answers a connection attempt."""
 
 
 def enter(env: AgentEnv, rundir: RunDir) -> AgentEnv:
-    """``env`` of a joiner as part of the job that it joins. Raises JobEnded if that is over, or in the queue."""
+    """The ``env`` of a joiner, changed to that of the job that it joins. Raises JobEnded if that job is over, or in the
+    queue.
+    """
     spec, endpoint = rundir.read("spec.json"), rundir.read("endpoint.json")
     if not spec or not endpoint:
         raise ElasticError(f"{rundir.path}: no job has been started there that could be joined")
     verdict = rundir.read("verdict.json")
     if verdict and verdict["run"] >= endpoint["run"]:
         raise JobEnded("lost", f"the job is over: {verdict['reason']}")
-    with contextlib.suppress(SlurmError):  # then it is looked for
+    with contextlib.suppress(SlurmError):  # without an answer of Slurm, the agent looks for the leader
         if (state := slurm.job_state(spec["job"], endpoint["run"])) != "RUNNING":
             raise JobEnded("lost", f"job {spec['job']} is {state}")
     return replace(env, job=spec["job"], run=endpoint["run"])
 
 
 async def _answers(address: str, port: int) -> bool | None:
-    """Whether somebody listens there; None if the node does not answer."""
+    """Whether a process listens on ``port``; None if the node does not answer."""
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), _PROBE)
     except ConnectionRefusedError:
@@ -47,16 +49,16 @@ async def _answers(address: str, port: int) -> bool | None:
 
 
 class SlurmSource:
-    """What ``supply`` asks for, done by Slurm, in threads: no answer may keep the leader."""
+    """The ``supply.Source`` of a job under Slurm. Its commands run on threads, so that none can delay the leader."""
 
     def __init__(self, env: AgentEnv, rundir: RunDir, environ: Mapping[str, str]) -> None:
-        """``environ``: what this agent was started with, which is what the batch script has prepared."""
+        """``environ``: what this agent was started with; the batch script has prepared it."""
         self._env = env
         self._rundir = rundir
         self._environ = environ
 
     async def lacks_agent(self, host: Host) -> bool:
-        """A node without power does not answer at all; where an agent stands still, its kernel answers."""
+        """A node without power does not answer at all. Where an agent is frozen, the kernel accepts the connection."""
         answers = await asyncio.gather(*(_answers(address, host.port) for address in host.addresses))
         return False in answers and True not in answers
 

@@ -109,7 +109,7 @@ class Leading:
         recorder.event("allocation", {"run": self.env.run, **{k: slurm.epoch(text) for k, text in moments.items()}})
 
     def prepare(self) -> None:
-        """The job's secret, and what was asked for."""
+        """Make the job's secret, and write down the options of the job."""
         self.rundir.make_secret()
         self.rundir.write(
             "spec.json",

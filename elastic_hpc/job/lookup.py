@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.config import load
-from elastic_hpc.record.registry import known, remembered, tasks
+from elastic_hpc.record.registry import remembered, tasks, with_tasks
 from elastic_hpc.record.rundir import RunDir
 
 _FILES = ("spec.json", "secret", "events.jsonl", "verdict.json", "script.sbatch")
@@ -49,7 +49,7 @@ def select(run_dirs: Sequence[RunDir]) -> list[RunDir]:
     if run_dirs:
         return [RunDir(path) for rundir in run_dirs for path in expand(rundir.path)]
     here = [path.absolute() for path in _LOG_DIR.glob("*") if (path / "spec.json").exists()]
-    return [RunDir(path) for path in dict.fromkeys([*known(), *sorted(here, key=lambda p: (len(p.name), p.name))])]
+    return [RunDir(path) for path in dict.fromkeys([*with_tasks(), *sorted(here, key=lambda p: (len(p.name), p.name))])]
 
 
 def _candidates(job: str) -> Iterator[Path]:

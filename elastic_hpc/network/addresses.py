@@ -1,4 +1,4 @@
-"""Which addresses this node has, which of them the others should dial, and which port is free."""
+"""The network addresses of this node, those that other nodes should dial, and free ports."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from elastic_hpc.errors import ElasticError
 BACKLOG = 4096
 """Connections that may wait to be accepted; the kernel has a bound of its own, net.core.somaxconn."""
 
-_OWN_FILES = 512
+_OTHER_FILES = 512
+"""Files that this process may have open besides its connections."""
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def interface_addresses() -> dict[str, str]:
-    """IPv4 address of every interface that has one, by interface name."""
+    """The IPv4 address of every interface that has one, by the name of the interface."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -30,15 +31,16 @@ def interface_addresses() -> dict[str, str]:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the interface that has ``address``."""
+    """The name of the interface that has ``address``."""
     return next((name for name, own in interface_addresses().items() if own == address), None)
 
 
 def to_publish(node: str, interface: str | None, submit_host: str | None) -> tuple[str, ...]:
-    """Addresses under which the others may reach this node, best first.
+    """Addresses under which other nodes may reach this node, the best first.
 
-    The one of ``interface`` if given (``--interface``); else what Slurm's name of this node resolves to, then the one
-    that the route to ``submit_host`` uses, then all others. Never loopback. Raises ElasticError if there is none.
+    The address of ``interface`` if that is given (``--interface``). Else the addresses to which ``node``, Slurm's name
+    of this node, resolves, then the address that the route to ``submit_host`` uses, then all others. Never loopback.
+    Raises ElasticError if there is none.
     """
     own = interface_addresses()
     if interface is not None:
@@ -80,17 +82,17 @@ def _route_to(host: str | None) -> list[str]:
 
 
 def allow_connections(count: int) -> None:
-    """Let this process keep ``count`` connections open besides its files, as far as its hard limit goes; workers that
-    are started later inherit it. Many systems start with 1024 for all.
+    """Raise the limit of this process to ``count`` connections besides its files, as far as its hard limit allows. Many
+    systems begin with 1024 for both. Workers that are started later inherit the limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OWN_FILES if hard == resource.RLIM_INFINITY else min(count + _OWN_FILES, hard)
+    wanted = count + _OTHER_FILES if hard == resource.RLIM_INFINITY else min(count + _OTHER_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def listen_from(port: int, tries: int = 512) -> socket.socket:
-    """A listening socket on the first free port from ``port`` upwards, on all interfaces."""
+    """A socket that listens on all interfaces, on the first free port from ``port`` upwards."""
     problem: OSError | None = None
     for candidate in range(port, min(port + tries, 65536)):
         try:

@@ -14,11 +14,14 @@ from elastic_hpc.network import proofs
 from elastic_hpc.network.addresses import BACKLOG
 
 HANDSHAKE_TIMEOUT = 5.0
-_STRANGERS = 2048
-"""Connections that may be waiting to prove themselves, or half of what this process may open; beyond that the oldest
-goes. A thousand agents dial at once when their leader is lost.
+"""Seconds that a peer has for each message of the handshake."""
+
+_MOST_STRANGERS = 2048
+"""The most connections that may be in their handshake, or half of the files that this process may open; if there are
+more, the oldest is closed. A thousand agents dial at once when their leader is lost.
 """
 _SLOW_READER = 4 * messages.MAX_LINE
+"""A peer for which more bytes than these wait to be sent is given up."""
 
 
 class Link(Protocol):
@@ -38,7 +41,7 @@ class Channel:
     """A ``Link`` over TCP."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Raises OSError if the peer has reset it already."""
+        """Raises OSError if the peer has reset the connection already."""
         self._reader, self._writer = reader, writer
         peer, local = writer.get_extra_info("peername"), writer.get_extra_info("sockname")
         if not peer or not local:
@@ -49,7 +52,7 @@ class Channel:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     async def read(self) -> bytes:
-        """The next line. Raises ProtocolError for one that is too long, ConnectionError at the end."""
+        """The next line. Raises ProtocolError for a line that is too long, ConnectionError at the end."""
         try:
             line = await self._reader.readline()
         except ValueError as error:
@@ -59,7 +62,7 @@ class Channel:
         return line
 
     def send(self, *sent: messages.Message) -> None:
-        """Queue them; never blocks. A peer that does not read is given up."""
+        """Queue messages; never blocks. A peer that does not read is given up."""
         if self._writer.transport.get_write_buffer_size() > _SLOW_READER:
             self.close()
         elif not self._writer.is_closing():
@@ -69,7 +72,7 @@ class Channel:
         self._writer.transport.abort()
 
     async def flush(self) -> None:
-        """Wait until what was sent has left, then close."""
+        """Wait until all that was sent has left this process, then close."""
         try:
             await self._writer.drain()
             self._writer.close()
@@ -79,9 +82,9 @@ class Channel:
 
 
 class Network:
-    """The control connections of one agent: those it accepts on ``listener``, and those it dials.
+    """The control connections of one agent: connections that it accepts on ``listener``, and connections that it dials.
 
-    ``secret`` may raise ElasticError as long as there is none.
+    ``secret`` gives the job's secret, and may raise ElasticError as long as there is none.
     """
 
     def __init__(self, listener: socket.socket, secret: Callable[[], Awaitable[bytes]], dial_timeout: float) -> None:
@@ -89,23 +92,24 @@ class Network:
         self._secret = secret
         self._dial_timeout = dial_timeout
         self._strangers: dict[asyncio.StreamWriter, None] = {}
+        """Connections in their handshake, the oldest first."""
         self.on_stranger: Callable[[str, str], None] = lambda _addr, _reason: None
-        """Told the address of who was refused, and why."""
+        """Called with the address of a peer that was refused, and the reason."""
 
     async def serve(self, attend: Callable[[Channel], Awaitable[None]]) -> asyncio.AbstractServer:
-        """Accept from now on; each peer that proves itself is handed to ``attend``."""
+        """Accept connections from now on; ``attend`` gets each peer that holds the secret."""
 
-        async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             self._strangers[writer] = None
             if len(self._strangers) > most_strangers():
                 oldest = next(iter(self._strangers))
-                del self._strangers[oldest]  # it notices later, and meanwhile others come
+                del self._strangers[oldest]  # at once: its own task ends later
                 oldest.transport.abort()
             try:
                 channel = await self._accept(reader, writer)
             except (OSError, asyncio.TimeoutError, messages.ProtocolError, ElasticError) as error:
                 writer.transport.abort()
-                if isinstance(error, messages.ProtocolError):  # an agent that gave up, or was looked for, is none
+                if isinstance(error, messages.ProtocolError):  # agents too may close their connections early
                     self.on_stranger(str(writer.get_extra_info("peername")), str(error))
                 return
             finally:
@@ -115,9 +119,9 @@ class Network:
             finally:
                 channel.close()
 
-        server = await asyncio.start_server(met, sock=self._listener, limit=messages.MAX_LINE)
-        # asyncio has shortened it to 100. To tell asyncio would not do: it tries to accept so often at a time, even
-        # when no more files can be opened, and logs each failure.
+        server = await asyncio.start_server(on_connection, sock=self._listener, limit=messages.MAX_LINE)
+        # asyncio has shortened the backlog to 100. Its own argument would not do: asyncio tries to accept that many
+        # connections at a time, even when no more files can be opened, and logs each failure.
         self._listener.listen(BACKLOG)
         return server
 
@@ -138,13 +142,13 @@ class Network:
 
 
 def most_strangers() -> int:
-    """How many connections may be waiting to prove themselves now."""
-    return min(_STRANGERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    """How many connections may be in their handshake at a time."""
+    return min(_MOST_STRANGERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 async def connect(addresses: Sequence[str], port: int, secret: bytes, *, timeout: float = HANDSHAKE_TIMEOUT) -> Channel:
-    """Dial the first of ``addresses`` that answers within ``timeout`` seconds. Raises OSError, ProtocolError or
-    TimeoutError with what the last one said.
+    """Connect to the first of ``addresses`` that answers within ``timeout`` seconds. Raises the OSError, ProtocolError
+    or TimeoutError of the last address.
     """
     problem: Exception = ConnectionRefusedError("no address to dial")
     for address in addresses:

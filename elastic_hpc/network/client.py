@@ -1,4 +1,4 @@
-"""Ask a running job's leader for something, from outside its agents: the batch script's trap, Ctrl-C, a user."""
+"""Requests to the leader of a running job from outside its agents: by the batch script's trap, Ctrl-C, or a user."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def ask_leader(rundir: RunDir, request: Request, reason: str = "user") -> None:
     """Send ``request`` to the leader of the job in ``rundir``, with its ``reason``: ``time limit``, ``preempted`` or
     ``user``. Raises ElasticError if it cannot be reached.
     """
-    _tell(rundir, {"request": request, "reason": reason})
+    _send(rundir, {"request": request, "reason": reason})
 
 
 def ask_to_leave(rundir: RunDir, node: int, reason: str) -> None:
-    """Have the leader of the job in ``rundir`` let the joiner ``node`` go. Raises ElasticError as ``ask_leader``."""
-    _tell(rundir, {"request": LEAVE, "node": node, "reason": reason})
+    """Ask the leader of the job in ``rundir`` to let the joiner ``node`` go. Raises ElasticError as ``ask_leader``."""
+    _send(rundir, {"request": LEAVE, "node": node, "reason": reason})
 
 
-def _tell(rundir: RunDir, message: dict[str, Any]) -> None:
+def _send(rundir: RunDir, message: dict[str, Any]) -> None:
     endpoint = rundir.read("endpoint.json")
     if endpoint is None:
         raise ElasticError(f"{rundir.path}: no leader has been started yet")
@@ -39,7 +39,7 @@ def _tell(rundir: RunDir, message: dict[str, Any]) -> None:
             asyncio.get_running_loop()
         except RuntimeError:
             asyncio.run(send())
-        else:  # in a notebook, or a program of asyncio
+        else:  # the caller runs in a notebook, or in an asyncio program
             with ThreadPoolExecutor(1) as thread:
                 thread.submit(asyncio.run, send()).result()
     except (OSError, ProtocolError, asyncio.TimeoutError) as error:

@@ -51,7 +51,7 @@ class Finder:
         own_leader: OwnLeader,
         heartbeat_timeout: float,
     ) -> None:
-        """``follower`` knows the roster, which names the nodes that can be asked."""
+        """``follower`` holds the roster, which names the nodes that can be asked."""
         self._me = me
         self._node = node
         self._transport = transport
@@ -99,7 +99,7 @@ class Finder:
         someone_is_ahead = False
         for node in order_of_succession(filter(votes, hosts.rows), lost=lost, me=self._me.node):
             if node == lost and self._lost_silently:
-                continue  # the others are asked for a way back to it
+                continue  # the other nodes tell whether it still leads
             reply = await self._ask(hosts.at(node))
             if reply and reply.to and reply.to == self._lost and self._now() - self._lost_at < self._timeout:
                 return None  # most probably it has not noticed the loss yet

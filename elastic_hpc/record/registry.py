@@ -42,7 +42,7 @@ def remembered() -> list[Path]:
     return [Path(os.fsdecode(line)) for line in reversed(dict.fromkeys(reversed(lines)))]
 
 
-def known() -> list[Path]:
+def with_tasks() -> list[Path]:
     """Like ``remembered``, but for an array the run directories of its tasks that have started."""
     return [found for path in remembered() for found in tasks(path) or [path]]
 

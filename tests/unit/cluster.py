@@ -183,14 +183,14 @@ class Cluster:
             return list(threads.map(Control.next_seat, controls))
 
     def wait_stop(self, round: int) -> None:
-        """Until all agents have heard that the workers of ``round`` may not go on. One that has not would get its old
-        place from ``seats``: its workers have never started, unlike in life.
+        """Until all agents have received that the workers of ``round`` may not go on. An agent that has not would get
+        its old place from ``seats``: unlike in life, its workers have never started.
         """
         for control in self.controls:
             wait_for(lambda control=control: control.must_stop(round))
 
     def connect(self) -> socket.socket:
-        """A connection to the leader that has said nothing yet."""
+        """A connection to the leader over which nothing was sent yet."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
     def events(self, name: str) -> list[dict[str, Any]]:

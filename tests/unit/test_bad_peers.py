@@ -40,16 +40,16 @@ def assert_undisturbed(cluster: Cluster, *, record: bool = True) -> None:
     leader = cluster.nodes[0].leader
     assert leader
 
-    def heard() -> list[int]:
+    def received() -> list[int]:
         return [peer.status.seq for peer in leader.peers.values() if peer.joined]
 
-    def told() -> list[int]:
+    def ordered() -> list[int]:
         return [control.order.seq if control.order else -1 for control in cluster.controls]
 
-    said, ordered = cluster.nodes[0].in_loop(heard), told()
-    assert len(said) == 3
-    wait_for(lambda: min(new - old for new, old in zip(told(), ordered, strict=True)) > 0)
-    wait_for(lambda: all(new - old > 0 for new, old in zip(cluster.nodes[0].in_loop(heard), said, strict=True)))
+    statuses, orders = cluster.nodes[0].in_loop(received), ordered()
+    assert len(statuses) == 3
+    wait_for(lambda: min(new - old for new, old in zip(ordered(), orders, strict=True)) > 0)
+    wait_for(lambda: all(new - old > 0 for new, old in zip(cluster.nodes[0].in_loop(received), statuses, strict=True)))
     assert all(control.must_stop(1) is None for control in cluster.controls)
     assert (leader.round, leader.restarts, leader.leads, leader.verdict) == (1, 0, True, None)
     assert cluster.nodes[0].in_loop(lambda: set(leader.peers.by_node)) == {0, 1, 2}
@@ -74,20 +74,20 @@ class Peer:
         self.lines.close()
         self.socket.close()
 
-    def hear(self) -> dict[str, Any]:
-        said: dict[str, Any] = json.loads(self.lines.readline())
-        return said
+    def receive(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(self.lines.readline())
+        return message
 
     def send(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # it was thrown out while it still shouted
+        with contextlib.suppress(OSError):  # its connection was closed while it still sent
             self.socket.sendall(data)
 
     def prove(self) -> Peer:
-        theirs, mine = self.hear()["challenge"], proofs.new_nonce()
+        theirs, mine = self.receive()["challenge"], proofs.new_nonce()
         self.send(
             messages.encode({"challenge": mine, "proof": proofs.proof(self.cluster.secret, "agent", theirs, mine)})
         )
-        assert self.hear().keys() == {"proof"}
+        assert self.receive().keys() == {"proof"}
         return self
 
     def is_thrown_out(self) -> bool:
@@ -133,7 +133,7 @@ def test_who_does_not_hold_the_secret_is_refused(
 
     before = strangers()
     with Peer(cluster) as peer:
-        peer.hear()
+        peer.receive()
         peer.send(noise)
         if noise.endswith(b"\n") or len(noise) > messages.MAX_LINE:
             assert peer.is_thrown_out()
@@ -152,12 +152,12 @@ def test_half_a_line_is_not_waited_for_long(cluster: Cluster, monkeypatch: pytes
 
 def test_a_proof_that_was_overheard_opens_no_other_connection(cluster: Cluster) -> None:
     with Peer(cluster) as first, Peer(cluster) as second:
-        theirs, mine = first.hear()["challenge"], proofs.new_nonce()
+        theirs, mine = first.receive()["challenge"], proofs.new_nonce()
         overheard = messages.encode({"challenge": mine, "proof": proofs.proof(cluster.secret, "agent", theirs, mine)})
         first.send(overheard)
-        assert first.hear().keys() == {"proof"}
+        assert first.receive().keys() == {"proof"}
         second.send(overheard)
-        second.hear()
+        second.receive()
         assert second.is_thrown_out()
         assert_undisturbed(cluster)
 
@@ -165,11 +165,12 @@ def test_a_proof_that_was_overheard_opens_no_other_connection(cluster: Cluster) 
 def test_what_the_leader_proves_to_one_is_of_no_use_for_another(cluster: Cluster) -> None:
     """Its answer to a challenge is made for the other role."""
     with Peer(cluster) as peer, Peer(cluster) as oracle:
-        theirs = peer.hear()["challenge"]
-        asked, mine = oracle.hear()["challenge"], theirs
-        oracle.send(messages.encode({"challenge": mine, "proof": proofs.proof(cluster.secret, "agent", asked, mine)}))
-        answer = oracle.hear()["proof"]
-        peer.send(messages.encode({"challenge": asked, "proof": answer}))
+        theirs = peer.receive()["challenge"]
+        challenge, mine = oracle.receive()["challenge"], theirs
+        proof = proofs.proof(cluster.secret, "agent", challenge, mine)
+        oracle.send(messages.encode({"challenge": mine, "proof": proof}))
+        answer = oracle.receive()["proof"]
+        peer.send(messages.encode({"challenge": challenge, "proof": answer}))
         assert peer.is_thrown_out()
         assert_undisturbed(cluster)
 
@@ -215,7 +216,7 @@ def test_nonsense_from_who_holds_the_secret_costs_its_own_connection_only(
         fresh.send(nonsense)
         assert fresh.is_thrown_out()
         joined.send(status(state="running", round=9))  # it has workers of another round: not a newcomer yet
-        joined.hear()
+        joined.receive()
         joined.send(nonsense)
         assert joined.is_thrown_out()
         assert_undisturbed(cluster)
@@ -233,8 +234,8 @@ def test_who_says_nothing_after_it_has_proved_itself_is_given_up(cluster: Cluste
 def test_a_spare_that_falls_silent_is_given_up_without_a_restart(cluster: Cluster) -> None:
     with Peer(cluster).prove() as spare:
         spare.send(status(state="running", round=9))
-        assert "roster" in spare.hear()
-        assert spare.hear()["stage"] == "run"
+        assert "roster" in spare.receive()
+        assert spare.receive()["stage"] == "run"
         assert spare.is_thrown_out()
         assert_undisturbed(cluster)
 
@@ -274,10 +275,10 @@ def test_a_thousand_idle_connections_do_not_keep_the_next_agent_out(cluster: Clu
         for _ in range(1000):
             idle.enter_context(cluster.connect())
         assert_undisturbed(cluster)
-        assert cluster.nodes[0].in_loop(lambda: len(waiting)) <= channel._STRANGERS
+        assert cluster.nodes[0].in_loop(lambda: len(waiting)) <= channel._MOST_STRANGERS
         with Peer(cluster).prove() as agent:
             agent.send(messages.encode({"request": WHO}))
-            assert agent.hear()["redirect"]["leads"]
+            assert agent.receive()["redirect"]["leads"]
     assert_undisturbed(cluster)
 
 

@@ -108,10 +108,10 @@ def test_anybody_who_holds_the_secret_is_told_who_leads(cluster: Cluster) -> Non
     async def ask(host: Host) -> Redirect:
         link = await channel.connect(host.addresses, host.port, cluster.secret)
         link.send({"request": WHO})
-        said = messages.decode_from_leader(await link.read())
+        reply = messages.decode_from_leader(await link.read())
         link.close()
-        assert isinstance(said, Redirect)
-        return said
+        assert isinstance(reply, Redirect)
+        return reply
 
     for node in cluster.nodes:
         assert asyncio.run(ask(node.host)) == Redirect(cluster.nodes[0].host, leads=True)
@@ -236,8 +236,8 @@ def test_the_steps_of_a_round_are_not_told_of_the_next_one(cluster: Cluster) -> 
     cluster.seats()
     for control in cluster.controls:
         control.report("running", 1)
-        said = Progress(62, drained=False, listens=True, first=1, first_at=100.0, step_at=162.0)
-        control.report_progress(said)
+        progress = Progress(62, drained=False, listens=True, first=1, first_at=100.0, step_at=162.0)
+        control.report_progress(progress)
     wait_for(lambda: cluster.events("progress"))
     cluster.controls[1].report("failed", 1, Failure("exit", "n1", 1, 0, 9, "exit code 9", 0.0))
     cluster.wait_stop(1)
@@ -247,8 +247,8 @@ def test_the_steps_of_a_round_are_not_told_of_the_next_one(cluster: Cluster) -> 
         control.report("running", 2)
         control.report_progress(Progress(61, drained=False, first=61, first_at=200.0, step_at=200.0))
     wait_for(lambda: cluster.events("progress")[-1]["round"] == 2)
-    told = cluster.events("progress")[-1]
-    assert (told["first"], told["step"], told["first_at"]) == (61, 61, 200.0)
+    event = cluster.events("progress")[-1]
+    assert (event["first"], event["step"], event["first_at"]) == (61, 61, 200.0)
 
 
 def test_a_peer_that_resets_the_connection_at_once_is_one_that_cannot_be_reached() -> None:

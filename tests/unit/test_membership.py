@@ -150,7 +150,7 @@ def test_after_all_were_apart_whoever_leads_says_who_was_lost_and_how(seed: int,
         assert await job.until(lambda: job.over() or (job.training() and job.trained > before), 60)
         why = [fields["reason"] for _, _, name, fields in job.events if name in {"take_over", "restart"}]
         assert all(
-            re.fullmatch(r"n[0-3] lost: nothing heard for 5 s|\d more node\(s\) joined", each) for each in why
+            re.fullmatch(r"n[0-3] lost: nothing heard for 5 s|\d more node\(s\) joined", reason) for reason in why
         ), why
 
     job.run(story)

@@ -18,7 +18,7 @@ from rich.console import Console
 from elastic_hpc import slurm
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.job.look import Jobs
-from elastic_hpc.record.registry import known, remember
+from elastic_hpc.record.registry import remember, with_tasks
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm import Queued
 from elastic_hpc.view.job import SCHEMA, JobView, as_json, view
@@ -218,21 +218,21 @@ def test_without_a_job_all_are_shown_that_are_not_over_or_ended_lately(
 
 
 def test_known_jobs_are_the_last_ones_each_once_and_an_array_by_its_tasks(home: Path) -> None:
-    assert known() == []
+    assert with_tasks() == []
     for name in ("1", "2", "1"):
         remember(home / name)
-    assert [path.name for path in known()] == ["2", "1"]
+    assert [path.name for path in with_tasks()] == ["2", "1"]
     for task in ("3_10", "3_9"):
         (home / task).mkdir()
     remember(home / "3")
-    assert [path.name for path in known()] == ["2", "1", "3_9", "3_10"]
+    assert [path.name for path in with_tasks()] == ["2", "1", "3_9", "3_10"]
     assert (home / "state" / "elastic_hpc" / "jobs").stat().st_mode & 0o077 == 0
 
 
 def test_a_home_that_cannot_be_written_is_no_failure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "state").write_text("a file")
     remember(home / "1")
-    assert known() == []
+    assert with_tasks() == []
 
 
 def test_watch_ends_with_the_job_and_when_it_is_no_terminal_shows_its_end(capsys: pytest.CaptureFixture[str]) -> None:
