@@ -606,9 +606,8 @@ class Job:
         try:
             loop.run_until_complete(play())
         finally:
-            pending = asyncio.all_tasks(loop)
-            for task in pending:
-                task.cancel()
-            if pending:
-                loop.run_until_complete(asyncio.wait(pending))
+            while pending := asyncio.all_tasks(loop):  # again: Python 3.11 loses some cancellations in wait_for
+                for task in pending:
+                    task.cancel()
+                loop.run_until_complete(asyncio.wait(pending, timeout=1))
             loop.close()
