@@ -1,6 +1,7 @@
-"""What a standby has imported ahead, kept aside until the script imports it: not in ``sys.modules`` before, as in a
-fresh process. That import is the moment of truth: the modules would have become the same if they had been imported now,
-or this process has to begin again as a fresh one. Imports nothing but what every interpreter has loaded.
+"""The modules that a standby has imported ahead, kept out of ``sys.modules`` until the script imports them.
+
+At that import it is decided whether the modules are as they would be if they were imported now. If they are not, the
+process begins again as a fresh one. Imports only what every interpreter has loaded.
 """
 
 import _imp
@@ -29,23 +30,23 @@ OF_A_ROUND = frozenset(
         "SUBMITIT_FOLDER",  # which submitit sets before it loads a function
     )
 )
-"""Variables that a worker is told for its round. They are not there when modules are imported ahead, which read them
-when a world is formed.
+"""Variables of a worker that hold for one round. A standby does not have them when it imports modules ahead: modules
+read them when a world is formed, later.
 """
 
 Changes = dict[str, str | None]
-"""What became of variables: of ``os.environ``, and with a ``=`` behind its name what only C libraries see of one
-(``os.putenv``). None for those that are gone.
+"""New values of variables, None for those that were removed. A name with a ``=`` at its end is that of a variable which
+only C libraries see (``os.putenv``), any other name that of a variable in ``os.environ``.
 """
 
 
 def changes(before: dict[str, str], after: dict[str, str]) -> Changes:
-    """What turns ``before`` into ``after``."""
+    """The changes that turn ``before`` into ``after``."""
     return {name: after.get(name) for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
 def changed(environ: dict[str, str], by: Changes) -> dict[str, str]:
-    """``environ`` with what ``by`` says of it."""
+    """``environ`` with the changes ``by``, but for those that only C libraries see."""
     return {name: value for name, value in {**environ, **by}.items() if value is not None and name[-1:] != "="}
 
 
@@ -58,7 +59,7 @@ def set_environ(wanted: dict[str, str]) -> None:
 
 
 def putenv(name: str, value: "str | None") -> None:
-    """For C libraries alone."""
+    """Set a variable for C libraries alone."""
     if value is None:
         os.unsetenv(name)
     else:
@@ -66,25 +67,25 @@ def putenv(name: str, value: "str | None") -> None:
 
 
 def getenv_all() -> dict[str, str]:
-    """The variables as C libraries see them, which ``os.environ`` does not always know of (``os.putenv``)."""
+    """The variables as C libraries see them, also those that ``os.environ`` does not have (``os.putenv``)."""
     try:
-        posix = _imp.create_builtin(ModuleSpec("posix", None))  # another one, which reads them anew
+        posix = _imp.create_builtin(ModuleSpec("posix", None))  # a second one, which reads them again
         _imp.exec_builtin(posix)
         return {os.fsdecode(name): os.fsdecode(value) for name, value in posix.environ.items()}
-    except Exception:  # noqa: BLE001 - an interpreter without that
+    except Exception:  # noqa: BLE001 - this interpreter has no such module
         return dict(os.environ)
 
 
 def is_of_python(name: str) -> bool:
-    """Whether this is a module of the standard library: their imports go by no variable that a script would set."""
+    """Whether this is a module of the standard library: no variable that a script would set matters to its import."""
     return name.partition(".")[0] in sys.stdlib_module_names or name.startswith("_sysconfigdata_")
 
 
 def at_import(names: set[str]) -> None:
-    """Have Python's own modules know what they look at when they are imported."""
+    """Set what Python's own modules ``names`` note when they are imported: the time, the working directory."""
     if "logging" in names:
-        known = sys.modules["logging"]
-        known._startTime = time.time_ns() if type(known._startTime) is int else time.time()  # type: ignore[attr-defined]  # noqa: SLF001
+        logging = sys.modules["logging"]
+        logging._startTime = time.time_ns() if type(logging._startTime) is int else time.time()  # type: ignore[attr-defined]  # noqa: SLF001
     if "multiprocessing.process" in names:
         sys.modules["multiprocessing.process"].ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
     if "multiprocessing" in names:
@@ -94,13 +95,13 @@ def at_import(names: set[str]) -> None:
 _OF_IMPORTS = frozenset(
     {
         *("importlib._bootstrap", "importlib._bootstrap_external"),
-        *("_frozen_importlib", "_frozen_importlib_external"),  # the same before somebody imports importlib
+        *("_frozen_importlib", "_frozen_importlib_external"),  # their names before importlib is imported
     }
 )
 
 
 class _Finding:
-    """Asked first for every module: it has none, and knows which is being loaded."""
+    """The import system asks this finder first for every module. It has no module, and notes which one is loaded."""
 
     loading = ""
 
@@ -109,30 +110,30 @@ class _Finding:
 
 
 class Stage:
-    """One import that was made ahead, and what it did."""
+    """One import that was made ahead, and what the import did."""
 
     def __init__(self, name: str, by_script: Changes) -> None:
-        """``by_script``: what the script is known to have done to its variables when it imports ``name``."""
+        """``by_script``: what the script did to its variables before it imported ``name``, in an earlier round."""
         self.name, self.by_script = name, by_script
         self.modules: dict[str, ModuleType] = {}
         self.imports: set[tuple[str, str]] = set()
-        """Which module has imported which, whether it was there already or not. Not so a module of Python's that was
-        asked to import another's (``pickle``).
+        """Pairs of a module and one that it has imported, even if that was loaded already. Not in it: what a module of
+        Python's imports for somebody else (``pickle``).
         """
         self.sets: Changes = {}
-        self.said = (b"", b"")
+        self.output = (b"", b"")
 
     def run(self, environ: dict[str, str]) -> dict[str, str]:
-        """Import it; the answer is ``environ`` with what the import did to that. Raises whatever it raises."""
-        loaded, began = set(sys.modules), [os.fstat(number).st_size for number in (1, 2)]
-        seen = changed(environ, self.by_script)
-        set_environ(seen)
+        """Import the module. The answer is ``environ`` as the import has changed it. Raises what the import raises."""
+        loaded, written = set(sys.modules), [os.fstat(number).st_size for number in (1, 2)]
+        given = changed(environ, self.by_script)
+        set_environ(given)
         putenvs = {name[:-1]: value for name, value in self.by_script.items() if name[-1:] == "="}
         for name, value in putenvs.items():
             putenv(name, value)
         import_, finder = builtins.__import__, _Finding()
 
-        def noted(
+        def noting_import(
             name: str,
             globals: "Mapping[str, object] | None" = None,
             locals: "Mapping[str, object] | None" = None,
@@ -143,15 +144,15 @@ class Stage:
             module = import_(name, globals, locals, fromlist, level)
             finder.loading = loading
             importer = (globals or {}).get("__name__")
-            if importer in _OF_IMPORTS:  # what C imports while a module in C is loaded
+            if importer in _OF_IMPORTS:  # a module in C, which is being loaded, imports another
                 importer = loading
             if isinstance(importer, str):
                 whole = getattr(module, "__name__", name) if level else name
-                imported = {(importer, whole), *((importer, f"{whole}.{each}") for each in fromlist or ())}
+                imported = {(importer, whole), *((importer, f"{whole}.{child}") for child in fromlist or ())}
                 self.imports |= {pair for pair in imported if is_of_python(pair[1]) or not is_of_python(importer)}
             return module
 
-        builtins.__import__ = noted
+        builtins.__import__ = noting_import
         sys.meta_path.insert(0, finder)
         try:
             __import__(self.name)
@@ -161,35 +162,35 @@ class Stage:
                 sys.meta_path.remove(finder)
             for name in putenvs:
                 putenv(name, os.environ.get(name))
-            self.sets = changes(seen, dict(os.environ))
-            self.said = (os.pread(1, 1 << 20, began[0]), os.pread(2, 1 << 20, began[1]))
+            self.sets = changes(given, dict(os.environ))
+            self.output = (os.pread(1, 1 << 20, written[0]), os.pread(2, 1 << 20, written[1]))
             self.modules = {name: sys.modules[name] for name in list(sys.modules) if name not in loaded}
         return changed(environ, self.sets)
 
 
 class Aside:
-    """A finder that has all of them. ``sys.meta_path`` begins with it until everything has been asked for."""
+    """A finder that holds the modules. ``sys.meta_path`` begins with it until the script has imported all of them."""
 
     def __init__(self, stages: list[Stage], watched: str) -> None:
-        """Takes the modules of ``stages`` out of ``sys.modules``. ``watched``: a module whose moment is to be told."""
+        """Takes the modules of ``stages`` out of ``sys.modules``. ``watched``: a module whose import is reported."""
         self._stages = stages
-        alike = {name: stage for stage in stages for name in stage.modules}
+        stage_of = {name: stage for stage in stages for name in stage.modules}
         self._held = {}
-        """By name, in the order in which their imports ended."""
-        for name in [name for name in sys.modules if name in alike]:
+        """Module and stage by name, in the order in which the imports ended."""
+        for name in [name for name in sys.modules if name in stage_of]:
             if "." in name or getattr(sys.modules[name], "__spec__", None):
-                self._held[name] = sys.modules.pop(name), alike[name]
+                self._held[name] = sys.modules.pop(name), stage_of[name]
         sys.modules.pop("__mp_main__", None)
         self._watched = "" if watched in self._held else watched
         order = {name: number for number, name in enumerate(self._held)}
         self._brings = {name: {name.rpartition(".")[0]} for name in self._held}
-        """What comes with each: its package, and what it imports itself."""
+        """What each module brings into ``sys.modules`` with it: its package, and the modules that it imports."""
         for stage in stages:
             for importer, imported in stage.imports:
                 if importer in self._brings:
                     self._brings[importer].add(imported)
         self._later: dict[str, tuple[ModuleType, str]] = {}
-        """Those that were imported after their package, and where to put them."""
+        """Modules that were imported after their package, with the package and their name in it."""
         for name, (module, _) in self._held.items():
             package, _, child = name.rpartition(".")
             if order[name] < order.get(package, 0) or (package in order and not getattr(module, "__spec__", None)):
@@ -209,37 +210,39 @@ class Aside:
         tell: "Callable[[str, str, list[tuple[str, Changes]]], None]",
         differs: "Callable[[str, list[tuple[str, Changes]]], None]",
     ) -> None:
-        """The script starts, with the variables ``environ``. ``tell``: what became of the modules, why, and when the
-        script asked for which. ``differs``: called when a fresh process would have got others; may not return.
+        """The script starts, with the variables ``environ``.
+
+        ``tell``: to be called with what became of the modules, why, and which modules the script has imported at which
+        moment. ``differs``: called when a fresh process would have got other modules; it may not return.
         """
         self._environ, self._tell, self._differs = environ, tell, differs
         self._pid, self._path, self._flags = os.getpid(), list(sys.path), sys.getdlopenflags()
         self._native, self._import = getenv_all(), builtins.__import__
         for stage in self._stages:
-            if stage.name not in self._held:  # this process had it from its beginning
+            if stage.name not in self._held:  # this process has had the module from its beginning
                 self._finish(stage)
         if self._held or self._watched:
             sys.meta_path.insert(0, self)
-        self._finders = [each for each in sys.path_importer_cache.values() if isinstance(each, FileFinder)]
+        self._finders = [finder for finder in sys.path_importer_cache.values() if isinstance(finder, FileFinder)]
         for finder in self._finders:
             self._guard(finder)
 
     def _guard(self, finder: "Any") -> None:
-        """Who asks a path's finder, past ``sys.meta_path``, is not to load a second one of what is here."""
-        found_by = finder.find_spec
+        """A caller may ask the finder of a path, past ``sys.meta_path``, which must not load a module held here."""
+        original = finder.find_spec
 
         def find_spec(name: str, *rest: object) -> "ModuleSpec | None":
-            spec: ModuleSpec | None = found_by(name, *rest)
+            spec: ModuleSpec | None = original(name, *rest)
             return self.find_spec(name) or spec if spec and name in self._held else spec
 
         finder.find_spec = find_spec
 
     def end(self) -> None:
-        """The script has ended: what is imported from now on is for the interpreter's end."""
+        """The script has ended: from now on, imports belong to the interpreter's end."""
         self._over = True
         if os.getpid() == self._pid:
             self._tell("warm", "", self._moments)
-        del self._tell, self._differs  # which refer to the script, whose objects are to go as they would have
+        del self._tell, self._differs  # they refer to the script, whose objects must go as in a fresh process
 
     def find_spec(self, name: str, *_: object) -> "ModuleSpec | None":
         if name == self._watched and os.getpid() == self._pid and not self._over:
@@ -257,9 +260,9 @@ class Aside:
         return spec
 
     def give(self, name: str) -> None:
-        """The script imports ``name``: have it in ``sys.modules``, with all that this import had brought."""
+        """The script imports ``name``: put it into ``sys.modules``, with all that its import had brought."""
         with self._lock:
-            if name in self._held:  # no other thread has
+            if name in self._held:  # no other thread has imported it
                 self._give(name)
 
     def _give(self, name: str) -> None:
@@ -269,13 +272,13 @@ class Aside:
             self._moments.append((name, by_script))
             if why := self._difference(needed, by_script):
                 self._differs(f"{why} before {name} was imported", self._moments)
-        for each in [each for each in self._held if each in needed]:
-            module = self._held[each][0]
-            if each in self._later:
-                holder, child = self._later.pop(each)
+        for other in [other for other in self._held if other in needed]:
+            module = self._held[other][0]
+            if other in self._later:
+                holder, child = self._later.pop(other)
                 setattr(holder, child, module)
-            sys.modules.setdefault(each, module)
-            del self._held[each]  # last: another thread may look for it
+            sys.modules.setdefault(other, module)
+            del self._held[other]  # last: another thread may look for it
         at_import(needed)
         for finder in self._in_front():
             if hasattr(finder, "given"):
@@ -290,8 +293,8 @@ class Aside:
                 sys.meta_path.remove(self)
 
     def _in_front(self) -> "list[Any]":
-        """Finders that are asked before this one, and are not told of what comes at once. One that has a method
-        ``given`` looks for itself then.
+        """Finders that are asked before this one, and do not learn of modules that come together. Such a finder may
+        have a method ``given``, which is called then.
         """
         return sys.meta_path[: sys.meta_path.index(self)] if self in sys.meta_path else []
 
@@ -299,22 +302,22 @@ class Aside:
         self._environ = changed(self._environ, stage.sets)
         set_environ(changed(dict(os.environ), stage.sets))
         self._native = getenv_all()
-        for number, said in enumerate(stage.said, 1):
-            while said:
-                said = said[os.write(number, said) :]  # noqa: PLW2901
+        for number, rest in enumerate(stage.output, 1):
+            while rest:
+                rest = rest[os.write(number, rest) :]  # noqa: PLW2901
         if stage.name and os.getpid() == self._pid and not self._over:
             self._tell("warm", "", self._moments)
 
     def _needed(self, name: str) -> set[str]:
-        """What the import of ``name`` has brought: all of its stage if it was for its sake, and what comes with it."""
+        """The modules that the import of ``name`` has brought; for the name of a stage, all its modules."""
         stage = self._held[name][1]
         among = self._stages[: self._stages.index(stage) + 1]
         todo, needed = set(stage.modules) if name == stage.name else {name}, set()
         while todo:
-            each = todo.pop()
-            if each in self._held and self._held[each][1] in among:
-                needed.add(each)
-                todo |= self._brings[each] - needed
+            other = todo.pop()
+            if other in self._held and self._held[other][1] in among:
+                needed.add(other)
+                todo |= self._brings[other] - needed
         return needed
 
     def _by_script(self) -> Changes:
@@ -326,13 +329,13 @@ class Aside:
         return {name: value for name, value in by_script.items() if name.rstrip("=") not in OF_A_ROUND}
 
     def _difference(self, needed: set[str], by_script: Changes) -> str:
-        """Why these modules would have become others now; empty if they would not."""
+        """Why the modules ``needed`` would differ if they were imported now; empty if they would not."""
         for stage in self._stages:
             if any(name in stage.modules and not is_of_python(name) for name in needed):
                 for name in sorted(by_script.keys() | stage.by_script.keys()):
-                    here, there = (each.get(name, "=") for each in (by_script, stage.by_script))
-                    if here != there:
-                        how = "left alone" if here == "=" else "removed" if here is None else "set"
+                    value = by_script.get(name, "=")
+                    if value != stage.by_script.get(name, "="):
+                        how = "left alone" if value == "=" else "removed" if value is None else "set"
                         return f"{name.rstrip('=')} was {how}"
         for name in needed:
             module, _ = self._held[name]
@@ -343,13 +346,13 @@ class Aside:
                 if found.has_location and (not now or now.origin != found.origin):
                     return f"sys.path was changed, which leads to another {name},"
         untouched = self in sys.meta_path and builtins.__import__ is self._import
-        if not untouched or not all(hasattr(each, "given") for each in self._in_front()):
+        if not untouched or not all(hasattr(finder, "given") for finder in self._in_front()):
             return "a hook was set on imports"
         return "sys.setdlopenflags was called" if sys.getdlopenflags() != self._flags else ""
 
 
 class _Loader:
-    """Of one module, which exists."""
+    """The loader of one module that is held."""
 
     def __init__(self, aside: Aside, name: str, module: "ModuleType", spec: "ModuleSpec | None") -> None:
         self._aside, self._name, self._module, self._spec = aside, name, module, spec
@@ -359,7 +362,7 @@ class _Loader:
 
     def exec_module(self, module: "ModuleType") -> None:
         if self._spec is not None:
-            module.__spec__ = self._spec  # the import system has just set another
+            module.__spec__ = self._spec  # the import system has just set another spec
         self._aside.give(self._name)
 
     def __getattr__(self, name: str) -> object:

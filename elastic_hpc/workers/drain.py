@@ -1,4 +1,4 @@
-"""How workers are told to save and stop that do not ask whether they are to: by a signal, ``--drain-signal``."""
+"""Workers that do not call ``drain_requested`` are told by a signal to save and stop: ``--drain-signal``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class DrainSignals:
-    """Those of one node, round after round. ``workers``, everywhere, are the ones that live: a pidfd by each pid."""
+    """The signals to the workers of one node, round after round. ``workers``: the pidfds of those that live, by pid."""
 
     def __init__(self, wanted: DrainSignal | None, *, slurm: bool) -> None:
-        """``wanted``: None for SIGTERM to each worker that handles it. One that does not would be dead before its next
-        checkpoint, and is left to train for as long as there is time. ``slurm``: this is a node of a Slurm job.
+        """``wanted``: None for SIGTERM, to each worker that handles it. A worker without a handler would be dead before
+        its next checkpoint, so it may train for as long as there is time. ``slurm``: this is a node of a Slurm job.
         """
         self._wanted = wanted
         self._number = wanted.number if wanted else signal.SIGTERM
@@ -27,25 +27,25 @@ class DrainSignals:
 
     def begin(self) -> None:
         """A round has started."""
-        self._told: set[int] = set()
+        self._signalled: set[int] = set()
         self._advised = False
 
     @property
     def told(self) -> bool:
-        """Whether a worker of the round was told."""
-        return bool(self._told)
+        """Whether a worker of the round was told to save and stop."""
+        return bool(self._signalled)
 
     def can_tell(self, workers: Mapping[int, int]) -> bool:
-        """Whether there is a worker that the signal would tell, or has told."""
+        """Whether a worker would heed the signal, or has got it."""
         return self.told or any(map(self._takes, workers))
 
     def tell(self, workers: Mapping[int, int], got: int = 0) -> None:
-        """Send it to those that were not told yet. ``got``: the signal that this agent has got itself, 0 for none: the
-        workers have got it too, if it comes from Slurm.
+        """Send the signal to the workers that have not got it. ``got``: the signal that this agent has got, 0 for none.
+        If it came from Slurm, the workers have got it too.
         """
-        for pid in workers.keys() - self._told:
+        for pid in workers.keys() - self._signalled:
             if self._takes(pid):
-                self._told.add(pid)
+                self._signalled.add(pid)
                 if not (self._slurm and got == self._number):
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(workers[pid], self._number)

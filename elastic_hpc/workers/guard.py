@@ -97,7 +97,7 @@ def main() -> None:
     watch(token, float(sys.argv[2]) if len(sys.argv) > 2 else float("inf"))
     kill_all(token, limit=20)
     if len(sys.argv) > 3:
-        import shutil  # noqa: PLC0415 - takes memory, and is needed at the end
+        import shutil  # noqa: PLC0415 - it takes memory, and is needed only here
 
         shutil.rmtree(sys.argv[3], ignore_errors=True)
 

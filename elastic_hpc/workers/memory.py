@@ -1,6 +1,4 @@
-"""Memory of this node and of the cgroup that this process is in: what is free, and whether the kernel's out-of-memory
-killer has struck.
-"""
+"""Memory of this node and of this process's cgroup: what is free, and whether the out-of-memory killer has struck."""
 
 from __future__ import annotations
 
@@ -12,13 +10,13 @@ _LIMIT_AND_USE = {
     "memory.events": ("memory.max", "memory.current"),
     "memory.oom_control": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
-"""Files of a cgroup, by the one that has the killer's counter in that version."""
+"""The files with limit and use of a cgroup, by the file with the killer's counter: version 2, version 1."""
 
 
 class OomWatch:
     """Whether the kernel's out-of-memory killer took a process of this one's cgroup since the watch was made.
 
-    Where the cgroup has no such counter, that of the whole machine is asked.
+    Where the cgroup has no such counter, the counter of the whole machine counts.
     """
 
     def __init__(self) -> None:
@@ -35,14 +33,14 @@ def available() -> float:
         for folder, counters in _cgroups():
             limit, used = _LIMIT_AND_USE[counters]
             for group in (folder, *folder.parents):
-                with contextlib.suppress(OSError, ValueError):  # no group any more; no limit, "max"
+                with contextlib.suppress(OSError, ValueError):  # no such group; or no limit, which reads "max"
                     left = int((group / limit).read_text()) - int((group / used).read_text())
                     free = min(free, left + (_number(group / "memory.stat", "inactive_file") or 0))
     return free / 1024**2
 
 
 def _oom_kills() -> dict[str, int]:
-    """How many processes the kernel has killed for lack of memory, by the file that says so."""
+    """How many processes the kernel has killed for lack of memory, by the file with the counter."""
     found = {}
     with contextlib.suppress(OSError, ValueError):
         for folder, name in _cgroups():
@@ -54,7 +52,7 @@ def _oom_kills() -> dict[str, int]:
 
 
 def _cgroups() -> list[tuple[Path, str]]:
-    """Folder of this process's memory cgroup, version 1 or 2, and the file in it that has the counter."""
+    """Folder of this process's memory cgroup, version 1 or 2, and the file in it with the killer's counter."""
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -79,7 +77,7 @@ def _cgroups() -> list[tuple[Path, str]]:
 
 
 def _number(file: Path, name: str) -> int | None:
-    """What stands behind ``name`` in a file of names and numbers."""
+    """The number of ``name`` in a file with a name and a number on each line."""
     with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
         return next(int(words[1]) for words in map(str.split, file.read_text().splitlines()) if words[0] == name)
     return None

@@ -1,4 +1,4 @@
-"""Where stuck processes are: their stacks by py-spy, or what the kernel tells about them. Nothing is asked of them."""
+"""Where stuck processes are: their stacks by py-spy, or what the kernel tells. The processes need not take part."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _ALLOW = "sysctl kernel.yama.ptrace_scope=0, by an administrator,"
 
 
 def dump(processes: Mapping[str, int], folder: Path, *, timeout: float = 10.0) -> list[Path]:
-    """Write the stack of every process, pid by name, into ``folder``/NAME.stacks; the answer is what was written.
+    """Write the stack of every process into ``folder``/NAME.stacks. ``processes``: pid by name. The answer is what was
+    written.
 
-    Takes ``timeout`` seconds at most for all together, and never raises: a process that is gone or that nobody may
-    look at, and a folder that cannot be written, are no reason to fail.
+    Takes at most ``timeout`` seconds for all processes together. Never raises, also not where a process is gone or may
+    not be looked at, or the folder cannot be written.
     """
     deadline = time.monotonic() + timeout
     program = _py_spy()
     written: list[Path] = []
 
-    def one(name: str, pid: int) -> None:
+    def dump_one(name: str, pid: int) -> None:
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             text = _stack(program, pid, deadline - 0.5)
@@ -33,7 +34,7 @@ def dump(processes: Mapping[str, int], folder: Path, *, timeout: float = 10.0) -
             path.write_text(text)
             written.append(path)
 
-    threads = [threading.Thread(target=one, args=item, name="stacks", daemon=True) for item in processes.items()]
+    threads = [threading.Thread(target=dump_one, args=item, name="stacks", daemon=True) for item in processes.items()]
     for thread in threads:
         thread.start()
     for thread in threads:

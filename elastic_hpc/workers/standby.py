@@ -1,11 +1,15 @@
-"""A worker before its round: the interpreter has started and the modules of ``--preload`` are imported, then it waits
-for its place in a world. Run by path (``workers.standbys``), and only of what every interpreter has loaded anyway.
+"""A standby: a process that becomes a worker when a round starts. Before that it starts Python, imports the modules of
+``--preload``, and waits, so that the round does not wait for these imports.
 
-What runs then must not be told from a process that was started at that moment. Where that cannot be had, it is one:
-this process replaces itself by it (exec), under the same pid.
+The agent runs this file by its path (``workers.standbys``). The file imports only modules that every interpreter has
+loaded anyway, and ``aside``, which lies next to it and hides the preloaded modules until the script imports them.
+
+The script must find no difference from a process that was started for the round. Where there would be a difference,
+because the script or the agent has changed a variable for example, the standby replaces itself by a fresh process
+(exec), under the same pid.
 """
 
-fresh = dict(globals())  # what the interpreter gives to a script
+fresh = dict(globals())  # as the interpreter gives it to a script
 
 import marshal  # noqa: E402
 import os  # noqa: E402
@@ -30,13 +34,12 @@ else:
     from elastic_hpc.workers import aside
 
 SOCKET = "ELASTIC_HPC_STANDBY"
-"""Number of the descriptor that leads to the agent, and blanks: room for the variables that come later."""
+"""The variable with the number of the descriptor that leads to the agent, and with blanks: room for later variables."""
 
 
 class Gently:
-    """Rests twice as long as each import took, until this worker is wanted: of one core it takes a third.
-
-    A niceness would do more, but nobody without privileges gets rid of it again.
+    """Pauses after each import for twice the time that the import took, until this worker is wanted. So it uses a third
+    of one core. A niceness would do more, but a process without privileges cannot take it back.
     """
 
     def __init__(self, agent: _socket.socket) -> None:
@@ -45,7 +48,7 @@ class Gently:
         self.wanted = False
 
     def find_spec(self, *_: object) -> None:
-        """Asked first for every module: it has none."""
+        """The import system asks this finder first, for every module. It never has a module: it pauses."""
         if self.wanted:
             return
         self._agent.settimeout(max(0.0001, 2 * (time.process_time() - self._spent)))
@@ -63,7 +66,7 @@ def private_megabytes() -> float:
     try:
         with open("/proc/self/smaps_rollup", "rb") as file:
             return sum(int(line.split()[1]) for line in file if line.startswith(b"Private_")) / 1024
-    except OSError:  # all of it is more, which is the safe side
+    except OSError:  # the resident memory is more, which is the safe side
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
 
@@ -71,9 +74,10 @@ def private_megabytes() -> float:
 def preload(
     plan: list[tuple[str, aside.Changes, bool]], agent: _socket.socket, *, gently: bool
 ) -> tuple[list[aside.Stage], str]:
-    """Import what ``plan`` says: names, what the script does to its variables before, and whether the script's own
-    import would be the one to tell that it does not work. The answer is what was imported, and why that does not do,
-    or empty.
+    """Import the modules of ``plan``. The answer is what was imported, and why that is of no use, empty if it is.
+
+    ``plan``: of each module its name, what the script does to its variables before it imports the module, and whether
+    the module is optional: left out if this worker is wanted meanwhile, and without a word if its import fails.
     """
     gentle = Gently(agent)
     if gently:
@@ -82,28 +86,28 @@ def preload(
     own.modules = {name: sys.modules[name] for name in ("_signal", "_socket") if name not in loaded}
     stages = [own]
     try:
-        for name, by_script, with_luck in plan:
-            if with_luck and gentle.wanted:
+        for name, by_script, optional in plan:
+            if optional and gentle.wanted:
                 continue
             stage = aside.Stage(name, by_script)
             stages.append(stage)
             try:
                 environ = stage.run(environ)
             except (Exception, SystemExit) as error:  # noqa: BLE001
-                if not with_luck:
+                if not optional:
                     return stages, f"--preload {name}: {type(error).__name__}: {error}"
     finally:
         if gentle in sys.meta_path:
             sys.meta_path.remove(gentle)
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
-        modules = ",".join(name for name, _, with_luck in plan if not with_luck)
+        modules = ",".join(name for name, _, optional in plan if not optional)
         return stages, f"--preload {modules} has initialized CUDA, which belongs to the script"
     return stages, ""
 
 
 def receive(agent: _socket.socket) -> tuple[tuple[int, int], dict[str, str]]:
-    """Wait to be wanted: descriptors for stdout and stderr, and the environment."""
+    """Wait until the agent wants this worker. The answer is descriptors for stdout and stderr, and the environment."""
     data, ancillary, _, _ = agent.recvmsg(16, _socket.CMSG_SPACE(3 * 4))
     if not data:
         os._exit(0)  # the agent is gone
@@ -115,13 +119,13 @@ def receive(agent: _socket.socket) -> tuple[tuple[int, int], dict[str, str]]:
 
 
 def is_plain(path: str) -> bool:
-    """Whether ``path`` is a script, rather than a folder or an archive that has one."""
+    """Whether ``path`` is a script, not an archive with a script in it."""
     with open(path, "rb") as file:
         return file.read(2) != b"PK"
 
 
 def obstacle(argv: list[str], started_with: dict[str, str], environ: dict[str, str], outputs: tuple[int, int]) -> str:
-    """Why a fresh process would be another one; empty if it would not."""
+    """Why a fresh process would differ from this one; empty if it would not."""
     for name in started_with.keys() | environ.keys():
         if started_with.get(name) != environ.get(name) and name not in aside.OF_A_ROUND:
             return f"{name} has changed"
@@ -133,13 +137,13 @@ def obstacle(argv: list[str], started_with: dict[str, str], environ: dict[str, s
 
 
 class Process:
-    """This one when its script starts, which it may have to do once more as a fresh process."""
+    """This process at the moment when its script starts, so that it can begin again as a fresh process."""
 
     def __init__(self, command: list[str], environ: dict[str, str]) -> None:
         self._command, self._environ = command, environ
         self._pid, self._folder, self._umask = os.getpid(), os.getcwd(), os.umask(0o22)
         os.umask(self._umask)
-        self._threads, self._files = _thread._count(), self._open()  # noqa: SLF001 - those of libraries hold no work
+        self._threads, self._files = _thread._count(), self._open()  # noqa: SLF001 - threads of libraries hold no work
         self._outputs = [(os.fstat(number), os.lseek(number, 0, os.SEEK_CUR)) for number in (1, 2)]
         self._ignored = [n for n in _signal.valid_signals() if _signal.getsignal(n) == _signal.SIG_IGN]
         self._blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, [])
@@ -148,14 +152,14 @@ class Process:
     def _open() -> dict[str, str]:
         found = {}
         for number in os.listdir("/proc/self/fd"):
-            try:  # noqa: SIM105 - contextlib may be one of the script's own
+            try:  # noqa: SIM105 - the script may have a contextlib of its own
                 found[number] = os.readlink(f"/proc/self/fd/{number}")
             except OSError:
                 pass
         return found
 
-    def company(self) -> str:
-        """Why the script cannot begin again without being noticed; empty if it can."""
+    def witness(self) -> str:
+        """What would notice that the script begins again; empty if nothing would."""
         if os.getpid() != self._pid:
             return "this is a child of the worker"
         if _thread._count() > self._threads:  # noqa: SLF001
@@ -176,13 +180,13 @@ class Process:
         return ""
 
     def begin_again(self) -> None:
-        """By exec. What the script has written is taken back."""
+        """Become a fresh process, by exec. The output of the script is taken back."""
         for number, (_, length) in enumerate(self._outputs, 1):
             os.ftruncate(number, length)
             os.lseek(number, length, os.SEEK_SET)
-        for each in self._open().keys() - self._files.keys():
+        for descriptor in self._open().keys() - self._files.keys():
             try:  # noqa: SIM105
-                os.set_inheritable(int(each), False)  # noqa: FBT003
+                os.set_inheritable(int(descriptor), False)  # noqa: FBT003
             except OSError:
                 pass
         os.chdir(self._folder)
@@ -201,8 +205,8 @@ def become_fresh(command: list[str], environ: dict[str, str]) -> None:
 
 
 def show(command: list[str], environ: dict[str, str]) -> None:
-    """Have ``ps`` and ``/proc`` show ``command``, and the variables of ``environ`` that came late: they overwrite what
-    this process was started with, where room was left for them.
+    """Have ``ps`` and ``/proc`` show ``command``, and the variables ``environ`` of the round. They overwrite the memory
+    with the arguments and variables that this process was started with, where the agent has left room for them.
     """
     try:
         with open("/proc/self/stat", "rb") as file:
@@ -224,7 +228,7 @@ def show(command: list[str], environ: dict[str, str]) -> None:
 
 
 def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
-    """Everything until the script may run: its code and namespace; no code for a module."""
+    """All that comes before the script runs. The answer is its code, or the name of a module, and its namespace."""
     agent = _socket.socket(fileno=int(os.environ.pop(SOCKET)))
     started_with = dict(os.environ)
     argv, plan, watched, record, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
@@ -242,12 +246,12 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
     parent = os.getppid()
 
     def tell(what: str, why: str, moments: list[tuple[str, aside.Changes]]) -> None:
-        """Have the agent know, which may be gone. No descriptor is kept open for that."""
+        """Write into the agent's record of this worker, if the agent lives. No descriptor is kept open for that."""
         try:
             if os.getppid() == parent:
-                told = os.open(f"/proc/{parent}/fd/{record}", os.O_WRONLY | os.O_APPEND)
-                os.write(told, marshal.dumps((what, why, moments)))
-                os.close(told)
+                written = os.open(f"/proc/{parent}/fd/{record}", os.O_WRONLY | os.O_APPEND)
+                os.write(written, marshal.dumps((what, why, moments)))
+                os.close(written)
         except OSError:
             pass
 
@@ -267,14 +271,14 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
     process = Process(command, environ)
 
     def differs(why: str, moments: list[tuple[str, aside.Changes]]) -> None:
-        company = process.company()
-        if not company:
+        witness = process.witness()
+        if not witness:
             tell("cold", why, moments)
             process.begin_again()
-        told = (
-            f"elastic_hpc: {why}, but it had been imported ahead (--preload): no effect in this round, as {company}\n"
+        message = (
+            f"elastic_hpc: {why}, but it had been imported ahead (--preload): no effect in this round, as {witness}\n"
         )
-        os.write(2, told.encode(errors="replace"))
+        os.write(2, message.encode(errors="replace"))
         tell("late", why, moments)
 
     held.begin(environ, tell, differs)

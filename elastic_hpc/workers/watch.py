@@ -1,4 +1,4 @@
-"""Whether one node's workers get on: what they report, what they write, whether they were stopped. Reads files."""
+"""Whether the workers of one node make progress: what they report and write, and whether a signal has stopped them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from elastic_hpc.workers.proc import is_stopped
 
 @dataclass(frozen=True)
 class Trouble:
-    """Workers that stand still; ``pid`` is one of them."""
+    """Why the workers stand still; ``pid`` is one of them."""
 
     kind: str
     message: str
@@ -38,45 +38,45 @@ class Watch:
         """A round has started. ``outputs`` are the files that the workers write to."""
         self.stop()
         self._pids, self._outputs = list(pids), list(outputs)
-        self._moved = time.monotonic()
+        self._last_progress = time.monotonic()
 
     def stop(self) -> None:
         self.progress = Progress(-1, drained=False)
-        """Of all workers: the last step of the one that is furthest, what any has said of drains, the first loss."""
+        """Of all workers: the last step of the one that is furthest, what any of them reports of drains, and a loss."""
         self.stacks_recorded = False
         self._pids, self._outputs = [], []
-        self._moved = 0.0
-        self._written = -1
+        self._last_progress = 0.0
+        self._output_size = -1
         self._stopped: dict[int, float] = {}
 
     def look(self) -> None:
-        """See what has changed."""
+        """Read what the workers have reported and written."""
         now = time.monotonic()
-        found = [
+        reports = [
             read_progress(Path(os.environ[LOCAL_DIR], PROGRESS_FILE.format(local_rank=local)))
             for local in range(len(self._pids))
         ]
-        told = [progress for progress in found if progress]
-        furthest = max(told, key=lambda progress: progress.step, default=Progress(-1, drained=False))
-        seen = furthest._replace(
-            drained=any(progress.drained for progress in told),
-            listens=any(progress.listens for progress in told),
-            loss=next((progress.loss for progress in told if progress.loss is not None), None),
+        reported = [progress for progress in reports if progress]
+        furthest = max(reported, key=lambda progress: progress.step, default=Progress(-1, drained=False))
+        latest = furthest._replace(
+            drained=any(progress.drained for progress in reported),
+            listens=any(progress.listens for progress in reported),
+            loss=next((progress.loss for progress in reported if progress.loss is not None), None),
         )
-        written = sum(map(_size, self._outputs))
-        if seen.step != self.progress.step or (seen.step < 0 and written != self._written):
-            self._moved = now
-        self.progress, self._written = seen, written
+        output_size = sum(map(_size, self._outputs))
+        if latest.step != self.progress.step or (latest.step < 0 and output_size != self._output_size):
+            self._last_progress = now
+        self.progress, self._output_size = latest, output_size
         stopped = {pid for pid in self._pids if is_stopped(pid)}
         self._stopped = {pid: self._stopped.get(pid, now) for pid in stopped}
 
     def trouble(self) -> Trouble | None:
-        """What is wrong with them, if anything."""
+        """Why the workers stand still, if they do."""
         now = time.monotonic()
-        for pid, since in self._stopped.items():
-            if now - since > self._stop_timeout:
+        for pid, stopped_at in self._stopped.items():
+            if now - stopped_at > self._stop_timeout:
                 return Trouble("stopped", f"stopped by a signal for {self._stop_timeout:g} s (SIGSTOP)", pid)
-        if self._hang_timeout and self._pids and now - self._moved > self._hang_timeout:
+        if self._hang_timeout and self._pids and now - self._last_progress > self._hang_timeout:
             step = self.progress.step
             what = f"no progress after step {step}" if step >= 0 else "no output"
             return Trouble("hang", f"{what} for {self._hang_timeout:g} s (--hang-timeout)", self._pids[0])
