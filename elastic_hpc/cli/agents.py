@@ -30,7 +30,7 @@ class Agents:
     def __init__(self, rundir: RunDir, commands: list[tuple[list[str], dict[str, str]]]) -> None:
         self._rundir = rundir
         self._signals: list[int] = []
-        self._heeded = 0
+        self._handled = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(name, self._on_signal)
@@ -63,7 +63,7 @@ class Agents:
         for pidfd in left:
             poll.register(pidfd, select.POLLIN)
         while left:
-            self.heed()
+            self.handle_signals()
             for ready, _ in poll.poll():
                 if ready == self._wake:
                     os.eventfd_read(self._wake)
@@ -72,11 +72,11 @@ class Agents:
                     left.pop(ready).wait()
                     os.close(ready)
 
-    def heed(self) -> None:
+    def handle_signals(self) -> None:
         """Handle the signals that have come."""
-        while self._heeded < len(self._signals):
-            self._heeded += 1
-            self._stop(self._heeded)
+        while self._handled < len(self._signals):
+            self._handled += 1
+            self._stop(self._handled)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         self._signals.append(signum)

@@ -187,7 +187,10 @@ def _given_run_dir(path: str, *, again: bool) -> RunDir:
 
 
 def _outcome(rundir: RunDir, run: Agents, *, local: bool) -> int:
-    verdict = rundir.read("verdict.json") if local else await_verdict(rundir, run_number(os.environ), run.heed)
+    if local:
+        verdict = rundir.read("verdict.json")
+    else:
+        verdict = await_verdict(rundir, run_number(os.environ), run.handle_signals)
     if verdict is None:
         entry.tell("elastic-srun", "the agents left no verdict; see their messages above")
         return 1

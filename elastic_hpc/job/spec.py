@@ -1,4 +1,4 @@
-"""A batch job, complete, and the steps from a request to it. Looks at the script and its folder."""
+"""A batch job, complete, and the steps that make it of a request. Looks at the script and its folder."""
 
 from __future__ import annotations
 
@@ -72,10 +72,11 @@ class JobSpec:
 
             JobSpec.of("train.py", "--lr", 1e-3, nodes=(4, 8), grow=True, partition="gpu", time=timedelta(hours=8))
 
-        ``options`` are long options of elastic-sbatch and of sbatch, with ``_`` for ``-``; ``sbatch`` has those that
-        only a newer sbatch knows. None is not given; True and False are a switch that is and is not. Times are a
-        timedelta, seconds where elastic-sbatch has seconds, or in sbatch's own notation. A list is what sbatch
-        separates by commas. Raises UsageError, a ValueError too, as the command would refuse.
+        ``options`` are long options of elastic-sbatch and of sbatch, with ``_`` for ``-``; ``sbatch`` has options that
+        only a newer sbatch knows. None means that an option is not given; True sets a switch, False unsets it. A time
+        is a timedelta, a number of seconds for options of elastic-sbatch, or a string in sbatch's notation. A list
+        stands for values that sbatch separates by commas. Raises UsageError, which is a ValueError, where the command
+        would refuse.
         """
         return build(
             of_call(
