@@ -1,5 +1,5 @@
 """Whole jobs in simulated time: the real membership, server and leader of several nodes, on an event loop whose clock
-jumps, over a network that delays, reorders, drops and doubles messages and can be cut.
+jumps, over a network with faults (``simulated_network``), and with a simulated Slurm (``simulated_slurm``).
 
 Only sockets, threads, files and processes are replaced. The invariants are asserted wherever workers start: no round is
 formed twice, and never do two worlds train at the same time, or an older one after a newer one.
@@ -11,22 +11,23 @@ import asyncio
 import contextlib
 import itertools
 import random
-import selectors
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any
 
+from simulated_network import SimLink, SimNetwork, VirtualLoop
+from simulated_slurm import Queue, SimSource
+
 from elastic_hpc.agent.supply import Supply
-from elastic_hpc.errors import JobEnded, SlurmError
+from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import follower, messages
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.leaderless import Conclude, GiveUp, without_leader
 from elastic_hpc.membership.messages import Failure, Order, Status
-from elastic_hpc.membership.nodes import joiner, votes
+from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.policy import Policy, Verdict
-from elastic_hpc.membership.roster import Host, Roster, RosterChange
+from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
 
@@ -48,105 +49,6 @@ POLICY = Policy(
     grace=30.0,
     can_requeue=True,
 )
-
-
-class _Jump(selectors.SelectSelector):
-    """Instead of waiting the time passes."""
-
-    now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        assert timeout is not None, "nothing is left to happen"
-        self.now += max(0.0, timeout)
-        return []
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jump = _Jump()
-        super().__init__(self._jump)
-
-    def time(self) -> float:
-        return self._jump.now
-
-
-class SimLink:
-    """One end of a connection."""
-
-    def __init__(self, job: Job, mine: SimNode, theirs: SimNode) -> None:
-        self.job, self.mine, self.theirs = job, mine, theirs
-        self.other: SimLink
-        self.peer, self.local = f"10.0.0.{theirs.index}", f"10.0.0.{mine.index}"
-        self.inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.closed = False
-
-    async def read(self) -> bytes:
-        line = None if self.closed else await self.inbox.get()
-        while self.mine.frozen:
-            await asyncio.sleep(0.5)
-        if line is None:
-            self.inbox.put_nowait(None)
-            raise ConnectionResetError("the connection was closed")
-        return line
-
-    def send(self, *sent: messages.Message) -> None:
-        for message in sent:
-            self._send(message)
-
-    def _send(self, message: messages.Message) -> None:
-        if self.closed or self.mine.dead:
-            return
-        dice = self.job.random.random()
-        lossy = isinstance(message, (Status, Order, Roster, RosterChange))
-        copies = 0 if lossy and dice < self.job.loss else 2 if lossy and dice < 2 * self.job.loss else 1
-        for _ in range(copies):
-            self._later(messages.encode(message))
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.inbox.put_nowait(None)
-            if not self.mine.dead:
-                self._later(None)
-
-    def _later(self, line: bytes | None) -> None:
-        delay = self.job.latency()
-        if line is None:
-            delay += 1.5  # what was sent before arrives first
-        asyncio.get_running_loop().call_later(delay, self._arrive, line)
-
-    def _arrive(self, line: bytes | None) -> None:
-        if self.job.connected(self.mine, self.theirs) and not self.theirs.dead:
-            if line is None:
-                self.other.closed = True
-            self.other.inbox.put_nowait(line)
-
-
-@dataclass
-class SimNetwork:
-    job: Job
-    node: SimNode
-    on_stranger: Callable[[str, str], None] = lambda _addr, _reason: None
-
-    async def serve(self, attend: Callable[[Any], Awaitable[None]]) -> None:
-        self.node.attend = attend
-
-    async def dial(self, addresses: Sequence[str], port: int) -> SimLink:
-        target = self.job.at[port]
-        await asyncio.sleep(self.job.latency())
-        while target.frozen and not target.dead:
-            await asyncio.sleep(0.5)
-        if not self.job.connected(self.node, target) or target.dead == "power":
-            await asyncio.sleep(1.0)
-            raise asyncio.TimeoutError
-        if target.dead or target.attend is None:
-            raise ConnectionRefusedError
-        mine, theirs = SimLink(self.job, self.node, target), SimLink(self.job, target, self.node)
-        mine.other, theirs.other = theirs, mine
-        self.node.links.append(mine)
-        target.links.append(theirs)
-        target.spawn(target.attend(theirs))
-        return mine
 
 
 class SimRecord:
@@ -389,109 +291,6 @@ class SimNode:
         for task in self._tasks:
             task.cancel()
         self.job.queue.ended(self)
-
-
-@dataclass
-class SimJoiner:
-    """A job that brings one node."""
-
-    id: str
-    state: str = "PENDING"
-    node: str = ""
-    time_limit: timedelta | None = None
-
-
-class Queue:
-    """Slurm: ``free`` nodes, and the joiners that wait for them."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.free = 0
-        self.refuses = False
-        self.restarts = False
-        """Whether agents can be started anew."""
-        self.jobs: dict[str, SimJoiner] = {}
-        self._ids = itertools.count(100)
-
-    def set_free(self, nodes: int) -> None:
-        self.free = nodes
-        self.schedule()
-
-    def submit(self) -> str:
-        made = SimJoiner(str(next(self._ids)))
-        self.jobs[made.id] = made
-        self.schedule()
-        return made.id
-
-    def schedule(self) -> None:
-        for waiting in self.jobs.values():
-            if waiting.state == "PENDING" and self.free > 0:
-                self.free -= 1
-                waiting.state, waiting.node = "RUNNING", f"n{joiner(waiting.id)}"
-                delay = self.job.random.uniform(0.5, 6)
-                asyncio.get_running_loop().call_later(delay, self._start, waiting.id)
-
-    def _start(self, id: str) -> None:
-        if id in self.jobs:
-            self.job.add(joiner(id)).start()
-
-    def cancel(self, id: str) -> None:
-        gone = self.jobs.get(id)
-        if gone and gone.state == "PENDING":
-            del self.jobs[id]
-        elif gone and (node := self.job.at.get(joiner(id))):
-            node.kill()
-
-    def ended(self, node: SimNode) -> None:
-        """The agent of a joiner has left, or is dead."""
-        for id in [id for id in self.jobs if joiner(id) == node.index]:
-            del self.jobs[id]
-            if node.dead != "power":
-                self.set_free(self.free + 1)
-
-
-class SimSource:
-    """What a leader's supply asks of Slurm."""
-
-    def __init__(self, job: Job, node: SimNode) -> None:
-        self.job, self.node = job, node
-
-    async def _asks(self) -> None:
-        await asyncio.sleep(self.job.random.uniform(0.01, 1.0))
-        if self.node.dead:
-            await asyncio.Event().wait()
-        if self.job.queue.refuses:
-            raise SlurmError("refused")
-
-    async def lacks_agent(self, host: Host) -> bool:
-        await asyncio.sleep(self.job.latency())
-        there = self.job.at[host.node]
-        return self.job.queue.restarts and there.dead == "killed" and self.job.connected(self.node, there)
-
-    async def restart(self, host: Host) -> bool:
-        await self._asks()
-        if self.job.at[host.node].dead == "killed":
-            self.job.add(host.node).start()
-        return True
-
-    async def joiners(self) -> list[SimJoiner]:
-        await self._asks()
-        return [replace(job) for job in self.job.queue.jobs.values()]
-
-    async def remaining(self) -> float:
-        return float("inf")
-
-    async def submit(self, exclude: Collection[str]) -> str:
-        await self._asks()
-        return self.job.queue.submit()
-
-    async def shorten(self, ids: Collection[str], seconds: float) -> None:
-        await self._asks()
-
-    async def cancel(self, ids: Collection[str]) -> None:
-        await self._asks()
-        for id in ids:
-            self.job.queue.cancel(id)
 
 
 @dataclass

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import POLICY, Job, SimJoiner, SimNode
+from simulated import POLICY, Job, SimNode
+from simulated_slurm import SimJoiner
 
 from elastic_hpc.membership import growth
 from elastic_hpc.membership.growth import Needs

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-import simulated
+import simulated_network
 from simulated import POLICY, Job, SimNode
 
 from elastic_hpc.membership import leader as leader_module
@@ -250,4 +250,4 @@ def test_what_has_its_default_is_not_said(make: Callable[[], Any]) -> None:
 
 
 def test_the_simulation_drops_changes_of_rosters_too() -> None:
-    assert simulated.RosterChange is RosterChange
+    assert simulated_network.RosterChange is RosterChange

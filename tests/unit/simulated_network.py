@@ -1,0 +1,117 @@
+"""The network and the clock of simulated jobs: messages are delayed, reordered, dropped and doubled, links can be cut,
+and time jumps to the next event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from elastic_hpc.membership import messages
+from elastic_hpc.membership.messages import Order, Status
+from elastic_hpc.membership.roster import Roster, RosterChange
+
+if TYPE_CHECKING:
+    from simulated import Job, SimNode
+
+
+class _Jump(selectors.SelectSelector):
+    """Instead of waiting the time passes."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        assert timeout is not None, "nothing is left to happen"
+        self.now += max(0.0, timeout)
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._jump = _Jump()
+        super().__init__(self._jump)
+
+    def time(self) -> float:
+        return self._jump.now
+
+
+class SimLink:
+    """One end of a connection."""
+
+    def __init__(self, job: Job, mine: SimNode, theirs: SimNode) -> None:
+        self.job, self.mine, self.theirs = job, mine, theirs
+        self.other: SimLink
+        self.peer, self.local = f"10.0.0.{theirs.index}", f"10.0.0.{mine.index}"
+        self.inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.closed = False
+
+    async def read(self) -> bytes:
+        line = None if self.closed else await self.inbox.get()
+        while self.mine.frozen:
+            await asyncio.sleep(0.5)
+        if line is None:
+            self.inbox.put_nowait(None)
+            raise ConnectionResetError("the connection was closed")
+        return line
+
+    def send(self, *sent: messages.Message) -> None:
+        for message in sent:
+            self._send(message)
+
+    def _send(self, message: messages.Message) -> None:
+        if self.closed or self.mine.dead:
+            return
+        dice = self.job.random.random()
+        lossy = isinstance(message, (Status, Order, Roster, RosterChange))
+        copies = 0 if lossy and dice < self.job.loss else 2 if lossy and dice < 2 * self.job.loss else 1
+        for _ in range(copies):
+            self._later(messages.encode(message))
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.inbox.put_nowait(None)
+            if not self.mine.dead:
+                self._later(None)
+
+    def _later(self, line: bytes | None) -> None:
+        delay = self.job.latency()
+        if line is None:
+            delay += 1.5  # what was sent before arrives first
+        asyncio.get_running_loop().call_later(delay, self._arrive, line)
+
+    def _arrive(self, line: bytes | None) -> None:
+        if self.job.connected(self.mine, self.theirs) and not self.theirs.dead:
+            if line is None:
+                self.other.closed = True
+            self.other.inbox.put_nowait(line)
+
+
+@dataclass
+class SimNetwork:
+    job: Job
+    node: SimNode
+    on_stranger: Callable[[str, str], None] = lambda _addr, _reason: None
+
+    async def serve(self, attend: Callable[[Any], Awaitable[None]]) -> None:
+        self.node.attend = attend
+
+    async def dial(self, addresses: Sequence[str], port: int) -> SimLink:
+        target = self.job.at[port]
+        await asyncio.sleep(self.job.latency())
+        while target.frozen and not target.dead:
+            await asyncio.sleep(0.5)
+        if not self.job.connected(self.node, target) or target.dead == "power":
+            await asyncio.sleep(1.0)
+            raise asyncio.TimeoutError
+        if target.dead or target.attend is None:
+            raise ConnectionRefusedError
+        mine, theirs = SimLink(self.job, self.node, target), SimLink(self.job, target, self.node)
+        mine.other, theirs.other = theirs, mine
+        self.node.links.append(mine)
+        target.links.append(theirs)
+        target.spawn(target.attend(theirs))
+        return mine

@@ -1,0 +1,120 @@
+"""What simulated jobs have of Slurm: free nodes, a queue of joiners, and agents that are started anew."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from elastic_hpc.errors import SlurmError
+from elastic_hpc.membership.nodes import joiner
+from elastic_hpc.membership.roster import Host
+
+if TYPE_CHECKING:
+    from simulated import Job, SimNode
+
+
+@dataclass
+class SimJoiner:
+    """A job that brings one node."""
+
+    id: str
+    state: str = "PENDING"
+    node: str = ""
+    time_limit: timedelta | None = None
+
+
+class Queue:
+    """Slurm: ``free`` nodes, and the joiners that wait for them."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.free = 0
+        self.refuses = False
+        self.restarts = False
+        """Whether agents can be started anew."""
+        self.jobs: dict[str, SimJoiner] = {}
+        self._ids = itertools.count(100)
+
+    def set_free(self, nodes: int) -> None:
+        self.free = nodes
+        self.schedule()
+
+    def submit(self) -> str:
+        made = SimJoiner(str(next(self._ids)))
+        self.jobs[made.id] = made
+        self.schedule()
+        return made.id
+
+    def schedule(self) -> None:
+        for waiting in self.jobs.values():
+            if waiting.state == "PENDING" and self.free > 0:
+                self.free -= 1
+                waiting.state, waiting.node = "RUNNING", f"n{joiner(waiting.id)}"
+                delay = self.job.random.uniform(0.5, 6)
+                asyncio.get_running_loop().call_later(delay, self._start, waiting.id)
+
+    def _start(self, id: str) -> None:
+        if id in self.jobs:
+            self.job.add(joiner(id)).start()
+
+    def cancel(self, id: str) -> None:
+        gone = self.jobs.get(id)
+        if gone and gone.state == "PENDING":
+            del self.jobs[id]
+        elif gone and (node := self.job.at.get(joiner(id))):
+            node.kill()
+
+    def ended(self, node: SimNode) -> None:
+        """The agent of a joiner has left, or is dead."""
+        for id in [id for id in self.jobs if joiner(id) == node.index]:
+            del self.jobs[id]
+            if node.dead != "power":
+                self.set_free(self.free + 1)
+
+
+class SimSource:
+    """What a leader's supply asks of Slurm."""
+
+    def __init__(self, job: Job, node: SimNode) -> None:
+        self.job, self.node = job, node
+
+    async def _asks(self) -> None:
+        await asyncio.sleep(self.job.random.uniform(0.01, 1.0))
+        if self.node.dead:
+            await asyncio.Event().wait()
+        if self.job.queue.refuses:
+            raise SlurmError("refused")
+
+    async def lacks_agent(self, host: Host) -> bool:
+        await asyncio.sleep(self.job.latency())
+        lost = self.job.at[host.node]
+        return self.job.queue.restarts and lost.dead == "killed" and self.job.connected(self.node, lost)
+
+    async def restart(self, host: Host) -> bool:
+        await self._asks()
+        if self.job.at[host.node].dead == "killed":
+            self.job.add(host.node).start()
+        return True
+
+    async def joiners(self) -> list[SimJoiner]:
+        await self._asks()
+        return [replace(job) for job in self.job.queue.jobs.values()]
+
+    async def remaining(self) -> float:
+        return float("inf")
+
+    async def submit(self, exclude: Collection[str]) -> str:
+        await self._asks()
+        return self.job.queue.submit()
+
+    async def shorten(self, ids: Collection[str], seconds: float) -> None:
+        await self._asks()
+
+    async def cancel(self, ids: Collection[str]) -> None:
+        await self._asks()
+        for id in ids:
+            self.job.queue.cancel(id)
