@@ -205,8 +205,8 @@ def measure(at: Cluster, launcher: str, options: Sequence[str], deadline: float,
 
     def change(rung: str, moment: float, size: int | None) -> Change:
         steps, run = job.watch(lambda: job.change(moment, size), moment, deadline)
-        change = Change(rung=rung, launcher=launcher, busy_before=job.busy_before, **run)
-        return _split(change, job, moment, *steps) if steps else change
+        result = Change(rung=rung, launcher=launcher, busy_before=job.busy_before, **run)
+        return _split(result, job, moment, *steps) if steps else result
 
     try:
         job.wait_until_steady(SMALL)

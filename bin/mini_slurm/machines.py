@@ -58,7 +58,7 @@ def start_machine(cluster: Cluster, shape: Shape, machine: str) -> None:
 
 
 def set_links(cluster: Cluster, machine: str, state: Literal["up", "down"]) -> None:
-    """Connect a machine to the bridges, or cut it off: at the rack's end, so that the machine does not see it."""
+    """Connect a machine to the bridges, or cut it off, at the rack's end of its links."""
     cluster.ip("rack", *(f"link set {machine}-{interface} {state}" for interface in NETWORKS))
 
 
