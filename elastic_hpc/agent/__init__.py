@@ -4,5 +4,6 @@ Start with ``main``, which puts an agent together from its command line (``argum
 runs it. Two threads run from then on. On the main thread, torch's agent asks ``rendezvous`` for its place in the next
 round. On the other, the membership of ``network`` follows the leader; ``bridge`` lies between the two. ``leading`` has
 what an agent needs to lead: stores for the workers (``store``), and nodes that Slurm brings (``supply``, ``joiners``).
-``conclude`` does at the end of a run what the verdict says: requeue the job, or end it.
+At the end of a run, or when no leader can be found, ``ending`` has ``conclude`` do what the verdict says: requeue the
+job, or end it.
 """
