@@ -13,19 +13,17 @@ from elastic_hpc.errors import UsageError, argument
 from elastic_hpc.options import durations
 from elastic_hpc.options.sbatch import Option
 from elastic_hpc.options.values import (
-    CONTAINER_RUNTIMES,
     DrainSignal,
     Endpoint,
     NodeRange,
     Preload,
     RdzvConf,
+    choice,
     container_image,
     container_mounts,
-    container_runtime,
     count,
     interpreter,
     nproc,
-    numa_mode,
     on_off,
     positive,
     ranks,
@@ -238,7 +236,7 @@ LAUNCH_OPTIONS = (
     ElasticOption(
         "numa-binding",
         "node|socket|exclusive|core-complex",
-        numa_mode,
+        choice("node", "socket", "exclusive", "core-complex"),
         "bind each worker to the cores near its GPU, as torchrun does; needs numactl on the nodes (default: not bound)",
     ),
 )
@@ -281,8 +279,8 @@ JOB_OPTIONS = (
     ),
     ElasticOption(
         "container-runtime",
-        "|".join(CONTAINER_RUNTIMES),
-        container_runtime,
+        "pyxis|apptainer",
+        choice("pyxis", "apptainer"),
         "what runs the container (default: apptainer for an IMAGE that ends in .sif, else pyxis)",
     ),
     ElasticOption(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from itertools import pairwise
@@ -117,10 +118,15 @@ def ranks(text: str) -> str:
     raise UsageError(f"{text!r}: expected local ranks separated by commas, for example 0,1")
 
 
-def numa_mode(text: str) -> str:
-    if text in {"node", "socket", "exclusive", "core-complex"}:
-        return text
-    raise UsageError(f"{text!r}: expected node, socket, exclusive or core-complex")
+def choice(*words: str) -> Callable[[str], str]:
+    """A parser that takes one of ``words``."""
+
+    def parse(text: str) -> str:
+        if text in words:
+            return text
+        raise UsageError(f"{text!r}: expected {', '.join(words[:-1])} or {words[-1]}")
+
+    return parse
 
 
 def on_off(text: str) -> bool:
@@ -171,15 +177,6 @@ def container_mounts(text: str) -> str:
                 f"--container-mounts {text!r}: expected SRC:DST[:FLAGS] with an absolute DST, separated by commas, for "
                 "example --container-mounts /data:/data:ro,/scratch:/scratch"
             )
-    return text
-
-
-CONTAINER_RUNTIMES = ("pyxis", "apptainer")
-
-
-def container_runtime(text: str) -> str:
-    if text not in CONTAINER_RUNTIMES:
-        raise UsageError(f"--container-runtime {text!r}: expected {' or '.join(CONTAINER_RUNTIMES)}")
     return text
 
 
