@@ -1,4 +1,4 @@
-"""What our processes tell one another by environment variables, and which of Slurm's variables workers do not see.
+"""The variables by which our processes tell one another things, and those of Slurm that workers do not see.
 
 Pure: each function is given the environment as a mapping.
 """
@@ -11,27 +11,31 @@ from collections.abc import Mapping, MutableMapping
 LOCAL_NODE, LOCAL_NODES = "ELASTIC_HPC_LOCAL_NODE", "ELASTIC_HPC_LOCAL_NODES"
 
 JOIN = "ELASTIC_HPC_JOIN"
-"""The run directory of another job, which this one brings a node for."""
+"""The run directory of another job, for which this job brings a node."""
 
 AGAIN = "ELASTIC_HPC_AGAIN"
-"""Index of the node, in the job, whose agent is started anew."""
+"""The index in the job of the node whose agent is started anew."""
 
 CONTINUE, FIRST_RUN, FIRST_JOB = "ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_FIRST_RUN", "ELASTIC_HPC_FIRST_JOB"
-"""The run directory of the job that this one goes on for, since it may not be requeued, how often that started, and its
-id.
+"""Where a job may not be requeued, another job goes on in its place, and is given the run directory of the first job, how
+often that has started, and its id.
 """
 
 AGENT_MARK = "ELASTIC_HPC_AGENT"
-"""Marks an agent's workers, ``JOB.TOKEN``; its guard kills all that have it and are of that Slurm job, or of none."""
+"""Marks an agent's workers, ``JOB.TOKEN``. The agent, after a round, and its guard, after the agent's end, kill all
+processes with the mark that are part of that Slurm job, or of no job.
+"""
 
 RUN_DIR, GIVEN = "ELASTIC_HPC_RUN_DIR", "ELASTIC_HPC_GIVEN"
-"""GIVEN: what workers have from their agent and not from the user, ``NAME=VALUE;...``; no value stands for any."""
+"""GIVEN: the variables that workers have from their agent, not from the user, ``NAME=VALUE;...``. An empty value stands
+for every value.
+"""
 
 OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, CONTINUE, FIRST_RUN, FIRST_JOB)
-"""What is said to the agents of one job. Where another is started from within, these are leftovers."""
+"""Variables for the agents of one job. A job that is started from within that job must not have them."""
 
 _OF_A_ROUND = ("ELASTIC_HPC_ROUND", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR", "GLOO_SOCKET_IFNAME")
-"""What ``rendezvous`` sets for each round."""
+"""Variables that ``agent.rendezvous`` sets for each round."""
 
 INSTEAD = {
     "SLURM_PROCID": "RANK",
@@ -56,8 +60,8 @@ INSTEAD = {
     "SLURM_STEP_NODELIST": "MASTER_ADDR",
     "SLURM_NODE_ALIASES": "MASTER_ADDR",
 }
-"""Slurm's variables that describe the agents and the granted nodes, and what workers have in their place. Those that
-saw them would take themselves for what Slurm launched, and spares, joiners and dead nodes for a part of their world.
+"""Slurm's variables that describe the agents and the granted nodes, and what workers have in their place. A worker that
+saw Slurm's variables would take itself for a task of Slurm, and spares, joiners and dead nodes for part of its world.
 """
 
 FAMILIES = {
@@ -69,15 +73,15 @@ FAMILIES = {
         "RANK, WORLD_SIZE and LOCAL_RANK",
     ),
 }
-"""The same, by how their names begin: what MPI libraries are told by srun or mpirun."""
+"""The same by the beginnings of names: variables that srun or mpirun sets for MPI libraries."""
 
 
 def instead_of(name: str) -> str | None:
     """What workers have in place of the variable ``name``; None if it is not hidden from them."""
-    if name.startswith("PMIX_MCA_"):  # settings, the user's
+    if name.startswith("PMIX_MCA_"):  # these are settings of the user
         return None
-    name = re.sub(r"_(HET|PACK)_GROUP_\d+$", "", name)  # Slurm says some things once more for each component
-    by_family = (what for family, what in FAMILIES.items() if name.startswith(family))
+    name = re.sub(r"_(HET|PACK)_GROUP_\d+$", "", name)  # Slurm repeats some variables for each component
+    by_family = (instead for family, instead in FAMILIES.items() if name.startswith(family))
     return INSTEAD.get(name) or next(by_family, None)
 
 
@@ -95,8 +99,8 @@ def prepare_worker_env(
     run_dir: str = "",
     interface: str | None = None,
 ) -> None:
-    """Change ``environ`` into what the workers shall inherit. To be called before there are threads: C libraries read
-    it at any time, for a name's address for example.
+    """Change ``environ`` into what the workers shall inherit. To be called before there are threads: C libraries may
+    read the environment at any time, for example to look up a name.
     """
     for name in [name for name in environ if name in OF_A_JOB or is_hidden(name)]:
         del environ[name]
@@ -104,32 +108,32 @@ def prepare_worker_env(
         "OMP_NUM_THREADS": str(max(1, cpus // nproc)),
         "RES_OPTIONS": "timeout:1 attempts:1",  # a name server that is gone costs seconds, not minutes
         **({"NCCL_SOCKET_IFNAME": interface} if interface else {}),
-        **dict.fromkeys(_OF_A_ROUND, ""),  # later only values change: a new name moves all, under threads that read
+        **dict.fromkeys(_OF_A_ROUND, ""),  # later only values change: a new name moves all
         "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # ranks follow from the plan; no store traffic
     }
     given = {name: value for name, value in ours.items() if name not in environ}
-    told = ";".join(f"{name}={value}" for name, value in given.items())
-    environ.update({**given, AGENT_MARK: mark, RUN_DIR: run_dir, GIVEN: told})
+    listed = ";".join(f"{name}={value}" for name, value in given.items())
+    environ.update({**given, AGENT_MARK: mark, RUN_DIR: run_dir, GIVEN: listed})
 
 
 def forget_enclosing(environ: MutableMapping[str, str]) -> None:
-    """Take out of ``environ`` what it has from the agent of another job, if this process was started by a worker or is
-    of a job that one submitted. The mark stays: what a worker starts dies with its agent.
+    """Remove from ``environ`` what it has from the agent of another job: a worker of that job may have started this
+    process, or submitted its job. The mark stays: what a worker starts dies with its agent.
     """
-    given = (each.partition("=")[::2] for each in environ.get(GIVEN, "").split(";"))
+    given = (entry.partition("=")[::2] for entry in environ.get(GIVEN, "").split(";"))
     leftover = {name for name, value in given if value in {"", environ.get(name)}}
     for name in (*leftover, *_OF_A_ROUND[:-1], RUN_DIR, GIVEN):
         environ.pop(name, None)
 
 
 def for_a_new_job(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` without what makes a process part of a job that runs: for one that is started or submitted here."""
+    """``environ`` for a job that is started or submitted here: without what makes this process part of its own job."""
     made = {name: value for name, value in environ.items() if name not in OF_A_JOB}
     forget_enclosing(made)
     return made
 
 
 def is_of_another_job(environ: Mapping[str, str]) -> bool:
-    """Whether this process is of a Slurm job that a worker has submitted, and has only inherited the worker's place."""
+    """Whether a worker has submitted this process's Slurm job, so that the worker's variables mean nothing here."""
     agents, own = environ.get(AGENT_MARK, "").partition(".")[0], environ.get("SLURM_JOB_ID", "")
     return bool(agents and own) and agents != own

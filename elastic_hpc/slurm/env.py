@@ -1,4 +1,4 @@
-"""What Slurm, or the launcher of ``elastic-srun --local``, tells an agent: read once from the environment."""
+"""What the environment says of a job step and of one agent in it: by Slurm, or by ``elastic-srun --local``."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class AgentEnv:
     submit_host: str | None
     local: bool
     run_id: str = ""
-    """What the workers see as TORCHELASTIC_RUN_ID, unless the user says it: the same in all runs of the job."""
+    """TORCHELASTIC_RUN_ID of the workers, unless the user chooses it: the same in all runs of the job."""
     late: bool = False
-    """It comes when the job runs already: a joiner, or an agent that is started anew."""
+    """This agent comes when the job runs already: a joiner's, or one that is started anew."""
 
     @property
     def joins(self) -> bool:
@@ -50,17 +50,17 @@ def job_name(environ: Mapping[str, str]) -> str:
 
 
 def restart_count(environ: Mapping[str, str]) -> int:
-    """How often Slurm has requeued this job; it says nothing in the first run."""
+    """How often Slurm has requeued this job. In the first run, there is no such variable."""
     return int(environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def run_number(environ: Mapping[str, str]) -> int:
-    """How often the job has started before, counting the jobs that it goes on for (``slurm.resubmit``)."""
+    """How often the job has started before, with the jobs in whose place it goes on (``slurm.resubmit``)."""
     return restart_count(environ) + int(environ.get(FIRST_RUN, 0))
 
 
 def first_job(environ: Mapping[str, str]) -> str:
-    """``job_name`` of the job that was submitted by the user, for which this one may go on."""
+    """``job_name`` of the job that the user has submitted, in whose place this one may go on."""
     return environ.get(FIRST_JOB) or job_name(environ)
 
 

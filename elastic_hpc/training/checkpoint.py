@@ -127,39 +127,39 @@ _groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def _distributed() -> Any:
-    """``torch.distributed`` if it is initialised, else None: who has not imported it, has not initialised it."""
+    """``torch.distributed`` if it is initialised, else None; it is not imported, as then it cannot be initialised."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist and dist.is_available() and dist.is_initialized() else None
 
 
 @contextlib.contextmanager
 def _agree(failed: str) -> Iterator[None]:
-    """Raises CheckpointError on all ranks if the block raised on any, saying on which and what."""
+    """Raises CheckpointError on all ranks if the block raised on any rank; the error says where, and what."""
     problem = None
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - told to all ranks, raised on all
+    except Exception as error:  # noqa: BLE001 - sent to all ranks, raised on all
         problem = error
-    told = f"{type(problem).__name__}: {problem}" if problem else None
-    everybody = [told]
+    report = f"{type(problem).__name__}: {problem}" if problem else None
+    reports = [report]
     if control := control_group():
         dist, group = control
-        everybody = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, told, group=group)
-    problems = [f"rank {rank}: {text}" for rank, text in enumerate(everybody) if text]
+        reports = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, report, group=group)
+    problems = [f"rank {rank}: {text}" for rank, text in enumerate(reports) if text]
     if problems:
         raise CheckpointError(f"{failed}; {'; '.join(problems[:4])}{'; ...' if problems[4:] else ''}") from problem
 
 
 def _lead(action: Callable[[], T], failed: str) -> T:
-    """What ``action`` returns on rank 0, on all ranks; or what it raises, a CheckpointError if it is not ours."""
+    """Run ``action`` on rank 0, and have its result on all ranks. All raise what it raises, as an ElasticError."""
     outcome: list[Any] = [None, None]
     if world()[0] == 0:
         try:
             outcome[0] = action()
         except ElasticError as error:
             outcome[1] = error
-        except Exception as error:  # noqa: BLE001 - told to all ranks, raised on all
+        except Exception as error:  # noqa: BLE001 - sent to all ranks, raised on all
             outcome[1] = CheckpointError(f"{failed}; {type(error).__name__}: {error}")
             outcome[1].__cause__ = error
     if control := control_group():

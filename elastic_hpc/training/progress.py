@@ -18,7 +18,7 @@ from elastic_hpc.environment import is_of_another_job
 
 LOCAL_DIR = "ELASTIC_HPC_LOCAL_DIR"
 STEP_LOG = "ELASTIC_HPC_STEP_LOG"
-"""A folder: there rank 0 appends every step that it reports to ``steps.jsonl``. A rehearsal asks for it."""
+"""A folder, set by a rehearsal: rank 0 appends every step that it reports to ``steps.jsonl`` there."""
 PROGRESS_FILE = "progress.{local_rank}"
 _RECORD = struct.Struct("<qqqddd")  # step, flags, first step, loss, when the first step was reported, when the last
 _DRAINED, _LISTENS = 1, 2
@@ -126,7 +126,7 @@ class ProgressFile:
 
 @functools.cache
 def _step_log() -> int | None:
-    """A descriptor; None where no steps are to be logged, or not by this rank."""
+    """A descriptor; None where no steps are to be logged, or by another rank."""
     folder = os.environ.get(STEP_LOG)
     if not folder or os.environ.get("RANK", "0") != "0":
         return None

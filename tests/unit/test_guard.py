@@ -31,7 +31,12 @@ while True:
     guard.beat(pipe)
     time.sleep(0.1)
 """
-WORKER = r"import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'up\n'); time.sleep(600)"
+WORKER = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.write(1, b'up\\n')
+time.sleep(600)
+"""
 
 
 class Agent:
