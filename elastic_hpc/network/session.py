@@ -1,7 +1,8 @@
-"""One agent among the others: follows the leader, finds the next one when it is gone, leads when it is its turn.
+"""Keeps an agent in touch with the leader of its job: the agent finds the leader, follows it until it is lost, and
+leads itself when its turn comes.
 
-Runs on the control thread, touches no file, and never waits for anything without a deadline. ``finding``, ``following``
-and ``own_leader`` have the three parts; here they are put together, and peers that connect are answered.
+This runs on the control thread, touches no file, and waits for nothing without a deadline. The three parts are
+``finding``, ``following`` and ``own_leader``; this module puts them together, and answers peers that connect.
 ``tests/unit/test_membership.py`` runs whole jobs of this code in simulated time.
 """
 
@@ -27,7 +28,9 @@ class Membership:
     def __init__(
         self, me: Host, node: Node, transport: Transport, *, heartbeat_timeout: float, join_timeout: float, first: bool
     ) -> None:
-        """``first``: this agent leads from the start. ``join_timeout``: how long the others wait for it, in seconds."""
+        """``first``: this agent leads from the start. ``join_timeout``: how long it waits for the first leader, in
+        seconds.
+        """
         self._me = me
         self._node = node
         self._transport = transport
@@ -69,12 +72,12 @@ class Membership:
         self._follower.send_status()
 
     def terminated(self) -> None:
-        """This agent got SIGTERM. On the leader's node that is taken for the end of the allocation."""
+        """This agent got SIGTERM. On the leader's node that means that the allocation ends."""
         if self._own_leader.server:
             self._own_leader.server.on_request("drain", "terminated")
 
     async def _follow(self) -> None:
-        """One leader after the other, until the job is over."""
+        """Follow one leader after the other, until the job is over."""
         found: Found | None = None
         while not (self._left.is_set() or self._follower.is_over):
             link, leader = found or await self._finder.find()
@@ -90,7 +93,7 @@ class Membership:
             found = candidacy.result() if candidacy and candidacy.done() and not candidacy.exception() else None
 
     async def _watch(self) -> None:
-        """Without a leader for too long, somebody must end or requeue the job: an allocation that nobody uses."""
+        """When there was no leader for too long, have the node give up: nobody may be using the allocation."""
         began = self._now()
         while True:
             await asyncio.sleep(self._timeout / 5)

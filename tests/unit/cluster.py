@@ -67,7 +67,7 @@ class ClosedInTheEnd(Network):
 
 
 class Node:
-    """One agent, and what its control thread needs of the rest of it."""
+    """One agent: its control, and a stand-in for what the control needs of the rest of the agent."""
 
     def __init__(self, cluster: Cluster, index: int, *, first: bool) -> None:
         self.cluster = cluster
@@ -128,7 +128,7 @@ class Node:
         self.cluster.acted.append((verdict, lost, alone))
 
     def train(self, round: int) -> None:
-        """Its workers have done a step of ``round``."""
+        """Report that its workers have done a step of ``round``."""
         self.control.report("running", round)
         self.control.report_progress(Progress(1, drained=False))
 
@@ -142,7 +142,7 @@ class Node:
         return asyncio.run_coroutine_threadsafe(run(), self.control._loop).result(timeout=10)
 
     def close(self) -> None:
-        """Its agent ends; nothing of it answers any more."""
+        """Its agent ends; from then on nothing answers at its address."""
         self.in_loop(self.network.server.close)
         self.control.close(timeout=10)
         self.listener.close()
