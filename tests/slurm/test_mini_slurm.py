@@ -296,9 +296,9 @@ class TestLifeCycle:
         assert apart.mini("status", "--json").stdout == inits
 
     def test_two_ups_at_once_make_one_cluster(self, apart: Apart) -> None:
-        with apart.start("up", "--nodes", "1") as one, apart.start("up", "--nodes", "1") as other:
-            answers = sorted([one.communicate(timeout=60)[1], other.communicate(timeout=60)[1]])
-        assert (one.returncode, other.returncode) == (0, 0)
+        with apart.start("up", "--nodes", "1") as first, apart.start("up", "--nodes", "1") as second:
+            answers = sorted([up.communicate(timeout=60)[1] for up in (first, second)])
+        assert (first.returncode, second.returncode) == (0, 0)
         assert sum("already up" in answer for answer in answers) == 1
         assert len([name for name in os.listdir(apart.state / "machines") if name.startswith("n")]) == 1
 
