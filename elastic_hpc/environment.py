@@ -17,8 +17,8 @@ AGAIN = "ELASTIC_HPC_AGAIN"
 """The index in the job of the node whose agent is started anew."""
 
 CONTINUE, FIRST_RUN, FIRST_JOB = "ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_FIRST_RUN", "ELASTIC_HPC_FIRST_JOB"
-"""Where a job may not be requeued, another job goes on in its place, and is given the run directory of the first job, how
-often that has started, and its id.
+"""Where a job may not be requeued, another job goes on in its place, and is given the run directory of the first job,
+how often that has started, and its id.
 """
 
 AGENT_MARK = "ELASTIC_HPC_AGENT"
