@@ -31,13 +31,13 @@ class DrainSignals:
         self._advised = False
 
     @property
-    def told(self) -> bool:
-        """Whether a worker of the round was told to save and stop."""
+    def sent(self) -> bool:
+        """Whether a worker of the round has got the signal."""
         return bool(self._signalled)
 
     def can_tell(self, workers: Mapping[int, int]) -> bool:
         """Whether a worker would heed the signal, or has got it."""
-        return self.told or any(map(self._takes, workers))
+        return self.sent or any(map(self._takes, workers))
 
     def tell(self, workers: Mapping[int, int], got: int = 0) -> None:
         """Send the signal to the workers that have not got it. ``got``: the signal that this agent has got, 0 for none.

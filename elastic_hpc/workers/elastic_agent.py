@@ -168,7 +168,7 @@ class ElasticAgent(LocalElasticAgent):
         codes = {worker: self._exit_code(worker) for worker in worker_group.workers}
         failed = {worker: code for worker, code in codes.items() if code}
         failure = first_failure(failed, self._node, self._pcontext, oom=self._oom.happened()) if failed else None
-        drained = failure is not None and self._is_draining and (self._signals.told or failure.collateral)
+        drained = failure is not None and self._is_draining and (self._signals.sent or failure.collateral)
         if failure and not drained:
             self._report_progress()
             self._control.report("failed", self._handler.round, failure)
@@ -180,7 +180,7 @@ class ElasticAgent(LocalElasticAgent):
         self._report_progress()
         if failure:
             log.info("the drain ended %s", failure)
-        drained = drained or self._signals.told or self._watch.progress.drained
+        drained = drained or self._signals.sent or self._watch.progress.drained
         self._control.report("succeeded", self._handler.round, drained=drained)
         self._wait_for_stop()  # raises JobEnded when all nodes have finished
         return self._stop_for_next_round()
@@ -230,7 +230,7 @@ class ElasticAgent(LocalElasticAgent):
     def _report_progress(self) -> None:
         self._watch.look()
         progress = self._watch.progress
-        self._control.report_progress(progress._replace(listens=progress.listens or self._signals.told))
+        self._control.report_progress(progress._replace(listens=progress.listens or self._signals.sent))
         steady = progress.step >= 0 or time.monotonic() - self._started_at > _STEADY
         self._standbys.look(going=steady and not self._drain_passed_on)
         self._control.report_start(**vars(self._standbys.started))

@@ -214,7 +214,7 @@ def test_a_process_is_looked_at_for_a_handler(
     signals, workers = DrainSignals(None, slurm=False), {one.pid: os.pidfd_open(one.pid)}
     assert handles(one.pid, signal.SIGTERM) == signals.can_tell(workers) == bool(ends)
     signals.tell(workers)
-    assert signals.told == bool(ends)
+    assert signals.sent == bool(ends)
     assert (one.wait(10) if ends else one.poll()) == ends
     os.close(workers[one.pid])
 
@@ -227,7 +227,7 @@ def test_what_slurm_has_sent_to_the_workers_is_not_sent_again(
     signals = DrainSignals(None, slurm=True)
     signals.tell(workers, got=signal.SIGTERM)
     signals.tell(workers)
-    assert signals.told
+    assert signals.sent
     os.kill(one.pid, 0)
     assert one.poll() is None
     signals.begin()
