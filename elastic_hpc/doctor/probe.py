@@ -118,7 +118,7 @@ def _measure(rundir: RunDir, node: str, connection: socket.socket) -> PeerReport
                 best, ahead = trip, (answer["received"] - before + answer["sent"] - after) / 2
         _, answer, _ = ask(mark=node)
         seen_after, lock_held = _look_for(rundir.path / str(answer["made"]))
-    return PeerReport(ahead=ahead, round_trip=max(0.0, best), seen_after=seen_after, lock_held=lock_held)
+    return PeerReport(ahead=ahead, seen_after=seen_after, lock_held=lock_held)
 
 
 def _look_for(path: Path) -> tuple[float | None, bool | None]:
@@ -216,9 +216,7 @@ def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> in
         python=platform.python_version(),
         torch=_version("torch"),
         elastic_hpc=__version__,
-        published=published,
         interfaces=addresses.interface_addresses(),
-        port=server.port,
         gpus_granted=environ.get("SLURM_GPUS_ON_NODE"),
         gpus_visible=environ.get("CUDA_VISIBLE_DEVICES"),
         gpu_devices=len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()]),

@@ -30,7 +30,6 @@ class PeerReport:
     dials: tuple[Dial, ...] = ()
     ahead: float | None = None
     """The other's clock minus this one's."""
-    round_trip: float | None = None
     seen_after: float | None = None
     """Time from when the other had made a file until it was seen here."""
     lock_held: bool | None = None
@@ -48,11 +47,8 @@ class NodeReport:
     torch: str
     """Version, empty if it is not installed. The same for ``elastic_hpc``."""
     elastic_hpc: str
-    published: tuple[str, ...]
-    """Addresses that its agent would publish, the best first."""
     interfaces: Mapping[str, str]
     """The address of each interface."""
-    port: int
     gpus_granted: str | None
     gpus_visible: str | None
     gpu_devices: int
@@ -71,8 +67,7 @@ class NodeReport:
             raise ValueError(f"report of another version of elastic_hpc: schema {body.get('schema')}")
         values = {name: value for name, value in body.items() if name != "schema"}
         values["peers"] = {name: _peer(body) for name, body in values["peers"].items()}
-        for name in ("published", "problems"):
-            values[name] = tuple(values[name])
+        values["problems"] = tuple(values["problems"])
         return cls(**values)
 
 

@@ -59,13 +59,13 @@ def queue(*jobs: str) -> dict[str, Queued]:
         return {}
     try:
         selection = ("--array", "--states=all", f"--jobs={','.join(jobs)}")
-        answer = client.run("squeue", "--noheader", *selection, "--format=%i|%T|%S|%e|%r")
+        answer = client.run("squeue", "--noheader", *selection, "--format=%i|%T|%e|%r")
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return {}
         raise
-    rows = (line.split("|", 4) for line in answer.splitlines() if line)
-    return {id: Queued(state, epoch(start), epoch(end), reason) for id, state, start, end, reason in rows}
+    rows = (line.split("|", 3) for line in answer.splitlines() if line)
+    return {id: Queued(state, epoch(end), reason) for id, state, end, reason in rows}
 
 
 def job_state(job: str, run: int | None = None) -> str:

@@ -27,10 +27,6 @@ class Site:
     """From SIGTERM to SIGKILL, at the time limit and at scancel."""
     grace_time: timedelta
     """Time that a preempted job has until it is killed; zero for none."""
-    over_time_limit: timedelta | None
-    """Time that a job may run over its limit; None for no limit."""
-    slurmd_timeout: timedelta
-    """Time without an answer after which Slurm gives a node up."""
     job_requeue: bool
     """Whether jobs may be requeued unless they say otherwise; ``--requeue`` of sbatch wins over it."""
     preempt_mode: str
@@ -132,12 +128,9 @@ def _row(partitions: str, names: str | None) -> dict[str, str]:
 
 def _site(settings: Mapping[str, str], row: Mapping[str, str]) -> Site:
     try:
-        over = settings["OverTimeLimit"] if row["OverTimeLimit"] == "NONE" else row["OverTimeLimit"]
         return Site(
             kill_wait=timedelta(seconds=_number(settings["KillWait"])),
             grace_time=timedelta(seconds=_number(row["GraceTime"])),
-            over_time_limit=None if over.startswith("UNLIMITED") else timedelta(minutes=_number(over)),
-            slurmd_timeout=timedelta(seconds=_number(settings["SlurmdTimeout"])),
             job_requeue=settings["JobRequeue"] == "1",
             preempt_mode="OFF" if settings["PreemptType"].endswith("none") else row["PreemptMode"],
             warns_before_preemption="preempt_send_user_signal" in settings["SlurmctldParameters"].lower(),

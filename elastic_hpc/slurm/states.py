@@ -83,8 +83,6 @@ class Queued:
     """What squeue says of a job. Times are seconds since the epoch, None for unknown."""
 
     state: str
-    starts: float | None
-    """When the job started, or is expected to start."""
     ends: float | None
     """Its time limit."""
     reason: str

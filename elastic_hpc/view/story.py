@@ -22,8 +22,6 @@ class Fault:
     message: str
     rank: int | None = None
     traceback: str = ""
-    collateral: bool = False
-    """Whether another fault caused it."""
 
     def __str__(self) -> str:
         return (

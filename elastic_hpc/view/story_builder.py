@@ -110,7 +110,7 @@ class _StoryBuilder:
 
     def _on_failure(self, event: Mapping[str, Any], when: float) -> None:
         self._broken = self._broken or when
-        failure = {name: event[name] for name in ("kind", "message", "rank", "traceback", "collateral")}
+        failure = {name: event[name] for name in ("kind", "message", "rank", "traceback")}
         self._add_fault(Fault(when, str(event["node"]), **failure), cause=bool(event["first"]))
 
     def _add_fault(self, fault: Fault, *, cause: bool) -> None:

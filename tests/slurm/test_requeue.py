@@ -248,7 +248,7 @@ def test_the_site_and_its_usable_nodes_are_asked(fresh: Cluster, start: Start):
         begin = time.monotonic()
         site = slurm.site("main")
         tell("seconds", time.monotonic() - begin)
-        tell("site", [site.kill_wait.seconds, site.slurmd_timeout.seconds, site.job_requeue, site.preempt_mode])
+        tell("site", [site.kill_wait.seconds, site.job_requeue, site.preempt_mode])
         try: slurm.site("nowhere")
         except SlurmError as error: tell("error", str(error))
         """,
@@ -256,7 +256,7 @@ def test_the_site_and_its_usable_nodes_are_asked(fresh: Cluster, start: Start):
     )
     assert job.answer("usable", "n2") == ["n1", "n2", "n4"]
     assert job.answer("seconds", "n2") < 1
-    assert job.answer("site", "n2") == [30, 10, True, "OFF"]
+    assert job.answer("site", "n2") == [30, True, "OFF"]
     assert "nowhere" in job.answer("error", "n2")
 
 

@@ -219,9 +219,7 @@ def report(node: str, *others: str, **changes: object) -> NodeReport:
         python="3.11.2",
         torch="2.13.0",
         elastic_hpc="0.1.0",
-        published=(f"10.0.0.{number}", f"10.1.0.{number}"),
         interfaces={"lo": "127.0.0.1", "eth0": f"10.0.0.{number}", "ib0": f"10.1.0.{number}"},
-        port=29400,
         gpus_granted=None,
         gpus_visible=None,
         gpu_devices=0,
@@ -239,7 +237,7 @@ def peer(name: str, error: str = "", ib0: str = "", any_port: str = "", ahead: f
         Dial(ib, 29400, any_port=False, error=ib0),
         Dial(ib, 40001, any_port=True, error=any_port or ib0),
     )
-    return PeerReport((eth,), dials, ahead, 0.001, 0.1, lock_held=True)
+    return PeerReport((eth,), dials, ahead, 0.1, lock_held=True)
 
 
 def ran(*reports: NodeReport, nodes: tuple[str, ...] = ("n1", "n2", "n3"), **changes: object) -> list[Finding]:

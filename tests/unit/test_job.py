@@ -81,14 +81,14 @@ def test_a_slurm_that_does_not_answer_does_not_end_a_job(job: Job, tmp_path: Pat
 
 
 def test_a_job_that_has_not_started_is_cancelled_in_the_queue(job: Job, tmp_path: Path) -> None:
-    says(tmp_path, "echo '23|PENDING|N/A|N/A|Resources'")
+    says(tmp_path, "echo '23|PENDING|N/A|Resources'")
     assert Job(tmp_path / "elastic-logs" / "23").stop() == "cancelled"
     assert Path("asked").read_text().splitlines()[-1] == f"{tmp_path}/bin/scancel 23"
 
 
 def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
     record(job, REQUEUED).mark_acted(0, "17")
-    says(tmp_path, "echo '17|PENDING|N/A|N/A|None'")
+    says(tmp_path, "echo '17|PENDING|N/A|None'")
     assert (job.status().state, job.status().done) == ("PENDING", False)
     with pytest.raises(TimeoutError):
         job.wait(timeout=1)
@@ -99,7 +99,7 @@ def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
 def test_a_job_that_another_goes_on_for_is_that_job_from_then_on(job: Job, tmp_path: Path) -> None:
     record(job, REQUEUED)
     says(
-        tmp_path, f"echo '17|COMPLETED|N/A|N/A|None'; echo '18|RUNNING|N/A|N/A|None'; printf 18 > {job.run_dir}/acted.0"
+        tmp_path, f"echo '17|COMPLETED|N/A|None'; echo '18|RUNNING|N/A|None'; printf 18 > {job.run_dir}/acted.0"
     )  # while it is asked for
     status = job.status()
     assert (status.state, status.done, job.slurm_id) == ("RUNNING", False, "18")
@@ -158,7 +158,7 @@ def test_what_the_command_refuses_is_refused_from_python(job: Job, options: dict
 
 
 def test_waiting_asks_slurm_less_and_less_often(job: Job, tmp_path: Path) -> None:
-    says(tmp_path, "echo '17|RUNNING|N/A|N/A|None'")
+    says(tmp_path, "echo '17|RUNNING|N/A|None'")
     begin = time.monotonic()
     with pytest.raises(TimeoutError):
         job.wait(timeout=4)
@@ -171,7 +171,7 @@ def by_command(job: Job, capsys: pytest.CaptureFixture[str]) -> dict:
 
 
 def knows(*rows: str) -> str:
-    return "; ".join(f"echo '{row}|N/A|N/A|None'" for row in rows)
+    return "; ".join(f"echo '{row}|N/A|None'" for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -146,13 +146,11 @@ def test_the_site_is_read_for_the_job_s_partition(fake: Fake):
     assert low == slurm.Site(
         kill_wait=timedelta(seconds=30),
         grace_time=timedelta(seconds=90),
-        over_time_limit=timedelta(minutes=5),
-        slurmd_timeout=timedelta(minutes=5),
         job_requeue=False,
         preempt_mode="REQUEUE",
         warns_before_preemption=True,
     )
-    assert slurm.site(None).over_time_limit is None
+    assert slurm.site(None).preempt_mode == "OFF"
     with pytest.raises(SlurmError, match="partition 'x': unknown"):
         slurm.site("x")
 

@@ -40,7 +40,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def seen(**changes: Any) -> Observed:
     unset: dict[str, Any] = {"id": "4711", "slurm_id": "4711", "run_dir": "elastic-logs/4711", "script": "train.py"}
-    return Observed(**{**unset, "silent": 0.5, "queued": Queued("RUNNING", 100.0, 4000.0, "None"), **changes})
+    return Observed(**{**unset, "silent": 0.5, "queued": Queued("RUNNING", 4000.0, "None"), **changes})
 
 
 def ended(outcome: str = "finished", **changes: Any) -> Observed:
@@ -62,7 +62,7 @@ def shown(what: Any, width: int = 150) -> str:
 def test_a_running_job_is_told_with_its_world_its_budgets_and_its_progress() -> None:
     story = running()
     now = story.last_time + 1
-    one = view(seen(queued=Queued("RUNNING", now - 60, now + 600, "None")), story, now)
+    one = view(seen(queued=Queued("RUNNING", now + 600, "None")), story, now)
     assert (one.state, one.note) == ("RUNNING", "")
     assert (len(one.nodes), one.min_nodes, one.max_nodes, one.joiners) == (3, 2, 4, 1)
     assert (one.round, one.restarts, one.max_restarts, one.requeues, one.max_requeues) == (4, 3, 10, 0, 5)
@@ -108,7 +108,7 @@ def test_a_job_that_was_cancelled_while_it_waited_after_a_requeue() -> None:
     one = view(seen(queued=None), first, time.time())
     assert one.state == "UNKNOWN"
     assert "it was cancelled there" in one.note
-    waits = view(seen(queued=Queued("PENDING", None, None, "BeginTime")), first, time.time())
+    waits = view(seen(queued=Queued("PENDING", None, "BeginTime")), first, time.time())
     assert (waits.state, waits.note) == (
         "PENDING",
         "BeginTime; it was requeued: time limit: the workers saved and stopped",
@@ -122,7 +122,7 @@ def test_a_running_job_that_nobody_leads_is_told_so() -> None:
 
 
 def test_a_job_that_has_not_started_says_what_it_waits_for() -> None:
-    one = view(seen(queued=Queued("PENDING", None, None, "Resources"), script="", silent=None), Story(), time.time())
+    one = view(seen(queued=Queued("PENDING", None, "Resources"), script="", silent=None), Story(), time.time())
     assert (one.state, one.note, one.round, one.step) == ("PENDING", "Resources", 0, None)
     assert "Resources" in shown(card(one))
     assert "PENDING" in shown(table([one, one]))
@@ -266,7 +266,7 @@ def test_status_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("state", ["PENDING", "CONFIGURING", "REQUEUED", "RUNNING", "COMPLETING", "STAGE_OUT"])
 def test_a_job_is_over_only_in_a_state_that_slurm_does_not_leave(state: str) -> None:
-    one = view(seen(queued=Queued(state, None, None, "None")), records.story("faults"), time.time())
+    one = view(seen(queued=Queued(state, None, "None")), records.story("faults"), time.time())
     assert not one.over
     assert view(ended(), records.story("faults"), time.time()).over
     assert view(seen(queued=None), running(), time.time()).over, "Slurm forgets only what has ended"
@@ -311,7 +311,7 @@ def batch(**changes: str) -> slurm.SlurmJob:
 def test_a_job_whose_batch_script_never_ran_says_why_and_what_to_do(
     state: str, said: slurm.SlurmJob | None, lacks: str, note: str, advice: str
 ) -> None:
-    known = Queued(state, None, None, "None")
+    known = Queued(state, None, "None")
     one = view(seen(queued=known, ended=said, missing_folder=lacks, script="", silent=None), Story(), time.time())
     assert (one.state, one.over) == (state, True)
     assert note in one.note
@@ -330,7 +330,7 @@ def test_a_job_whose_batch_script_never_ran_says_why_and_what_to_do(
     ],
 )
 def test_a_job_that_will_not_start_by_itself_says_what_to_do(reason: str, advice: str) -> None:
-    one = view(seen(queued=Queued("PENDING", None, None, reason), script="", silent=None), Story(), time.time())
+    one = view(seen(queued=Queued("PENDING", None, reason), script="", silent=None), Story(), time.time())
     assert (one.over, one.note) == (False, reason)
     assert advice in " ".join(one.advice)
     assert bool(advice) == bool(one.advice)

@@ -81,7 +81,7 @@ def test_what_was_collateral_is_told_as_that() -> None:
     from elastic_hpc.view.why import page
 
     story = records.story("faults")
-    echo = Fault(0.0, "n1", "exception", "RuntimeError: Connection closed by peer", rank=0, collateral=True)
+    echo = Fault(0.0, "n1", "exception", "RuntimeError: Connection closed by peer", rank=0)
     first = replace(story.rounds[0], faults=(*story.rounds[0].faults, echo))
     story = replace(story, rounds=(first, *story.rounds[1:]))
     console = Console(width=200)
