@@ -40,10 +40,10 @@ _HOMES = {
     "render": "job.script",
 }
 
-if not TYPE_CHECKING:  # the names above are all there are, and have their types
+if not TYPE_CHECKING:  # type checkers see the imports above
 
     def __getattr__(name):  # noqa: ANN001, ANN202
-        """Import what is asked for, when it is: every agent and every command imports this package."""
+        """Import a name when it is used first: every agent and every command imports this package."""
         if name == "training":
             return import_module(f"{__name__}.training")
         if name not in _HOMES:

@@ -1,4 +1,4 @@
-"""The variables by which our processes tell one another things, and those of Slurm that workers do not see.
+"""The environment variables that our processes pass on to each other, and those of Slurm that workers do not see.
 
 Pure: each function is given the environment as a mapping.
 """
@@ -108,7 +108,7 @@ def prepare_worker_env(
         "OMP_NUM_THREADS": str(max(1, cpus // nproc)),
         "RES_OPTIONS": "timeout:1 attempts:1",  # a name server that is gone costs seconds, not minutes
         **({"NCCL_SOCKET_IFNAME": interface} if interface else {}),
-        **dict.fromkeys(_OF_A_ROUND, ""),  # later only values change: a new name moves all
+        **dict.fromkeys(_OF_A_ROUND, ""),  # a new name would move all; a new value does not
         "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # ranks follow from the plan; no store traffic
     }
     given = {name: value for name, value in ours.items() if name not in environ}

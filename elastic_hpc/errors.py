@@ -24,13 +24,13 @@ class UsageError(ElasticError, ValueError):
 
 
 class ArgumentError(ElasticError):
-    """A UsageError that argparse lets through; it has words of its own for a ValueError."""
+    """A UsageError that argparse passes on; for a ValueError argparse prints a message of its own."""
 
     exit_code = 2
 
 
 def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """``parse`` as the ``type`` of an argument: what it refuses is told in its own words."""
+    """``parse`` as the ``type`` of an argument: the user sees its own error messages."""
 
     def parsed(text: str) -> T:
         try:

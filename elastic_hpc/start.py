@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-# Python 3.10 has no -P, and what another interpreter has is not known: this code does the same. Python 3.13 imports
-# modules before it runs it, from the working directory too; a variable that 3.10 does not know keeps it from that.
+# Python 3.10 has no -P, and the version of another interpreter is unknown: this code has the effect of -P. Python 3.13
+# imports modules before it runs the code, from the working directory too; the variable, unknown to 3.10, prevents that.
 _SAFE = "PYTHONSAFEPATH"
 _CODE = (
     f'import os, sys; os.environ.pop("{_SAFE}", None); sys.path = [*filter(None, sys.path)]; '
@@ -15,9 +15,9 @@ _CODE = (
 
 
 def module_command(python: str | Sequence[str], module: str, *args: str, unbuffered: bool = False) -> list[str]:
-    """``python -m module args``, but without the working directory on the path: a ``queue.py`` of the user's there
-    would be taken for the library's, before any code of ours runs. What PYTHONPATH says counts. ``python`` may be
-    several words, with options of its own.
+    """``python -m module args``, but without the working directory on the path: Python would import a user's
+    ``queue.py`` there instead of the library's, before any code of ours runs. PYTHONPATH stays in effect. ``python``
+    may be several words, with options of its own.
     """
     options = ["-u"] if unbuffered else []
     words = [python] if isinstance(python, str) else python

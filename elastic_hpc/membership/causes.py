@@ -51,7 +51,7 @@ _VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a worker died. ``message``: type and text of the exception, else what else is known; of one or more lines."""
+    """Why a worker died. ``message``: one or more lines, type and text of the exception or what else is known."""
 
     kind: Kind
     message: str
@@ -60,8 +60,8 @@ class Cause:
 
 
 def explain(exitcode: int, stderr: str, *, oom: bool = False) -> Cause:
-    """``exitcode`` is minus the signal if one killed the worker, ``stderr`` the ``tail`` of its output, ``oom`` what
-    an ``OomWatch`` saw.
+    """``exitcode``: minus the signal if a signal killed the worker. ``stderr``: the end of its output. ``oom``: memory
+    ran out in the meantime (``workers.memory.OomWatch``).
     """
     traceback = traceback_of(stderr)
     if exitcode == 1 and traceback:

@@ -3,7 +3,7 @@
 An agent obeys one leader at a time, and kills its workers before it turns to another; a world trains only while all its
 members obey the same one. So there are never two worlds as long as any two groups of nodes that may go on have a node
 in common. Each round changes the nodes that count. As in Raft's joint consensus the members of the old round and those
-of the new one must both agree, until so many have said that they know the new one that the others cannot decide.
+of the new round must both agree, until so many have acknowledged the new round that the others cannot decide.
 
 Only nodes of the job's own allocation vote and lead. Joiners, which further jobs bring, train as members of a world
 like any other, obey one leader at a time too, and leave when nobody of the job's own nodes leads.

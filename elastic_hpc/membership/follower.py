@@ -43,7 +43,7 @@ class End:
 
 
 def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Acknowledge | Start | End:
-    """``order`` is the leader's latest, None while it is not connected; ``workers`` the round whose workers are alive
+    """``order``: the leader's latest, None while no leader is connected. ``workers``: the round whose workers are alive
     on this node or have just ended, 0 for none.
     """
     if order is not None and order.stage == "end":

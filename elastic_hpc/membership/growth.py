@@ -1,4 +1,4 @@
-"""How many nodes a job is to be brought by further jobs, its joiners, and when what failed is tried again. Pure."""
+"""How many joiners, further jobs that bring one node each, a job needs, and when a failed attempt is repeated. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Needs:
     """What a leader could use."""
 
     nodes: int
-    """How many more than are in touch."""
+    """How many nodes more than are in touch."""
     joiners: frozenset[int]
     """Numbers of the joiners that are in touch (``nodes.FIRST_JOINER``)."""
     names: frozenset[str]
@@ -51,6 +51,7 @@ class Backoff:
     """When an attempt that has failed several times is repeated."""
 
     at: float = 0.0
+    """When to try again, on the caller's clock."""
     _wait: float = field(default=RETRY, repr=False)
 
     def failed(self, now: float) -> None:
@@ -62,7 +63,7 @@ class Backoff:
 
 @dataclass(frozen=True)
 class Growth:
-    """What is to be done about the joiners now, and what is on its way then."""
+    """How many joiners to submit, which to cancel or shorten, and how many are on their way then."""
 
     submit: int
     cancel: tuple[str, ...]
@@ -72,7 +73,7 @@ class Growth:
     pending: int
     """Jobs that wait in the queue and are not to be cancelled."""
     shorten: tuple[str, ...] = ()
-    """Ids of jobs that wait, whose time limit is longer than what is left to the job: shorter ones start earlier."""
+    """Ids of jobs that wait and whose time limit is beyond the end of this job: shorter jobs start earlier."""
 
 
 def plan_growth(

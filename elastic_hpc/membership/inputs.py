@@ -43,7 +43,7 @@ class Stores:
         self._error = ""
 
     def failed(self, reason: str) -> bool:
-        """A store could not be opened, because of ``reason``. Whether the reason is a new one."""
+        """A store could not be opened, because of ``reason``. True if the last attempt had another reason."""
         is_new, self._error = reason != self._error, reason
         return is_new
 
@@ -59,7 +59,7 @@ class Arrivals:
     """Nodes on their way, as ``agent.supply`` has reported last."""
 
     def __init__(self, *, supplied: bool) -> None:
-        """``supplied``: there is somebody who brings nodes, and reports them."""
+        """``supplied``: ``agent.supply`` brings nodes, and reports them."""
         self._supplied = supplied
         self._up_to_date = True
         self._starting = self._pending = 0

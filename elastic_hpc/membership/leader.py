@@ -32,8 +32,8 @@ _OUTCOMES: dict[Action, Outcome] = {Action.FINISH: "finished", Action.FAIL: "fai
 class Leader:
     """Membership and rounds of one job. ``now`` is always the leader's own monotonic clock, in seconds.
 
-    A status is only stored when it arrives, and acted upon in ``decide``: a thousand that arrive together lead to one
-    look at all nodes, and heartbeats without news to none.
+    ``on_status`` only stores a status, and ``decide`` acts upon it: a thousand statuses that arrive together lead to
+    one decision, and heartbeats without news to none.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Leader:
     ) -> None:
         """Lead from the start, with the counters of the run before; or take over with the roster ``inherited``, because
         of ``reason``, as soon as a majority agrees. ``granted`` and ``granted_names``: as in ``Peers``. ``supplied``:
-        somebody brings the nodes of ``needs``. ``host``: this node's, whose software the others must have.
+        ``agent.supply`` brings the nodes of ``needs``. ``host``: that of this node; all nodes must have its software.
         """
         roster = inherited or Roster(round, (), (), restarts, requeues)
         self.policy = policy
@@ -64,7 +64,7 @@ class Leader:
         self.round, self.restarts, self.requeues = roster.round + 1, roster.restarts, roster.requeues
         self.verdict: Verdict | None = None
         self.abdicated = ""
-        """Why this leader stopped without a verdict; the loss that cost it its majority, where one is known."""
+        """Why this leader stopped without a verdict: the last loss of a node, else the lack of a majority."""
         self.has_news = True
         """Whether anything has arrived that ``decide`` has yet to act upon."""
 
@@ -84,7 +84,7 @@ class Leader:
         self._last_loss = ""
         """The last loss of a node in this round, or since the last round."""
         self._reason = self._waiting = self._waiting_recorded = reason or "waiting for nodes"
-        """Why of the last action, of the present wait, and of the wait that was recorded last."""
+        """The reasons of the last action, of the present wait, and of the wait that was recorded last."""
         self._decide_at = float("inf")
         """When to decide again, even if nothing arrives."""
         self._events: list[tuple[str, dict[str, Any]]] = []
@@ -125,7 +125,7 @@ class Leader:
                 self._world.lost.setdefault(status.node, f"{status.name} lost: it has left the round")
 
     def on_roster(self, roster: Roster) -> None:
-        """An agent holds a later roster than the one that was inherited."""
+        """An agent holds ``roster``. A leader that has yet to take over adopts a later roster than its own."""
         if not self.leads and self._stage == "gather" and self._mandate.on_roster(roster):
             self.restarts, self.requeues = max(self.restarts, roster.restarts), roster.requeues
             self.round = max(self.round, roster.round + 1)
@@ -152,7 +152,7 @@ class Leader:
 
     def on_request(self, request: Request, reason: str, now: float) -> None:
         """Somebody who holds the secret requests a drain or the end of the job. ``reason``: ``time limit``,
-        ``preempted`` or ``user``; a worker that requests the end says why in its own words.
+        ``preempted`` or ``user``, or the words of a worker that requests the end.
         """
         self._event("request", request=request, reason=reason)
         self._requests.add(request, reason, now)
@@ -180,7 +180,7 @@ class Leader:
         self._advance(now)
 
     def on_tick(self, now: float) -> None:
-        """To be called a few times per heartbeat."""
+        """Declare silent agents lost, and decide. To be called a few times per heartbeat."""
         for conn, silent in self.peers.silent(now).items():
             self.on_lost(conn, f"nothing heard for {self.policy.heartbeat_timeout:g} s", silent=silent)
         if self._stage == "gather" and now - self._gathering_since > STOP_TIMEOUT:
@@ -201,7 +201,7 @@ class Leader:
         self._stage = "end"
 
     def decide(self, now: float) -> None:
-        """Act upon what has arrived. To be called when all statuses that have arrived are in."""
+        """Act upon what has arrived. To be called when all statuses that have arrived are stored."""
         if self.has_news:
             self._advance(now)
 
@@ -251,7 +251,9 @@ class Leader:
 
     @property
     def needs(self) -> Needs | None:
-        """What the job could use besides the nodes that are in touch; None while this leader may not say."""
+        """What the job could use besides the nodes in touch. Unless the job ends, None before the first round and
+        without a majority.
+        """
         over = bool(self.verdict or self._requests.request)
         if not over and (self._first or not self.leads):
             return None
@@ -281,7 +283,7 @@ class Leader:
             self._end(requeue_or_fail(reason, self.requeues, self.policy), now)
 
     def _connect(self, conn: int, addr: str, status: Status, now: float) -> Peer:
-        """A peer for an agent that came over a new connection; an older agent of the same node is lost."""
+        """Add a peer for an agent with a new connection; an older agent of the same node is declared lost."""
         older = self.peers.conns.get(status.node)
         if older is not None:
             self.on_lost(older, "a new agent of the same node came")
@@ -295,7 +297,7 @@ class Leader:
         return peer
 
     def _is_being_stopped(self, node: int) -> bool:
-        """Whether ``node`` comes from the world that is taken over: its workers are being stopped, it is waited for."""
+        """Whether ``node`` belongs to the world that is taken over: this leader waits until its workers are stopped."""
         return bool(self._predecessor_lost) and node in self.roster.members
 
     def _is_idle(self, status: Status) -> bool:

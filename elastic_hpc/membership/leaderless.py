@@ -29,7 +29,7 @@ class GiveUp:
 
 @dataclass(frozen=True)
 class Conclude:
-    """Act on ``verdict``, that of a leader that is gone. None: there is none, and this agent has to write one."""
+    """Act on ``verdict``, which a lost leader has written. If it is None, this agent has to write a verdict."""
 
     verdict: Mapping[str, Any] | None
 
@@ -62,6 +62,6 @@ def without_leader(
     if patient:
         return KeepLooking()
     verdict = read_verdict()
-    if verdict and verdict.get("actor") == "batch script":  # it acts when the last agent has left
+    if verdict and verdict.get("actor") == "batch script":  # which acts when the last agent has left
         return GiveUp(verdict["outcome"], verdict["reason"])
     return Conclude(verdict)

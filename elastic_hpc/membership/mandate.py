@@ -11,7 +11,7 @@ from elastic_hpc.membership.roster import Host, Roster, RosterChange
 
 
 class Mandate:
-    """Of the first leader of a job (``inherited`` is false), or of a leader that takes over ``roster``. The mandate is
+    """The mandate of the first leader of a job (``inherited`` is false), or of a leader that takes over ``roster``.
     ``granted`` while enough nodes agree.
     """
 
@@ -26,8 +26,8 @@ class Mandate:
         self._acknowledged: dict[int, int] = {}
         """By node: round of the newest roster that the node is known to hold."""
         self._has_new_acknowledgements = False
-        """``_bases`` may have some that do not count any more; left to the next reader, as a thousand nodes acknowledge
-        a roster one after the other.
+        """``_bases`` may hold bases that do not count any more. ``bases`` removes them when it is read next: a thousand
+        nodes acknowledge a roster one after the other.
         """
 
     @property
@@ -55,7 +55,7 @@ class Mandate:
             self._has_new_acknowledgements = True
 
     def on_roster(self, roster: Roster) -> bool:
-        """An agent holds ``roster``. Whether it is of a later round: this leader takes over that one then."""
+        """An agent holds ``roster``. True if it is of a later round: then this leader adopts it."""
         if roster.round <= self.roster.round:
             return False
         self.roster, self._bases = roster, roster.bases
@@ -65,7 +65,7 @@ class Mandate:
     def on_form(
         self, base: Base, hosts: Sequence[Host], members: tuple[int, ...], *, restarts: int, requeues: int, mark: str
     ) -> None:
-        """A round is formed: its ``base`` counts too from now on. Its roster is for the agents to hold."""
+        """A round is formed: from now on its ``base`` counts too, and the agents are to hold its roster."""
         self._bases = extended(self.bases, base)
         roster = Roster(base.round, hosts, self._bases, restarts, requeues, members, mark)
         self.roster, self.change = roster, roster.change_from(self.roster)
@@ -80,8 +80,8 @@ class Mandate:
         return len(relevant(self.bases, self._acknowledged | dict.fromkeys(formed, self.roster.round))) <= 1
 
     def renew(self, joined: Collection[Status], agreeing: Collection[int], now: float, *, stale: bool) -> bool:
-        """Look whether ``agreeing``, of the nodes that have ``joined``, are enough. True if the mandate is granted for
-        the first time. ``stale``: the world runs, and was not settled in time.
+        """Grant the mandate if ``agreeing``, of the nodes that have ``joined``, are enough, else withdraw it. True if
+        it is granted for the first time. ``stale``: the world runs, and was not settled in time.
         """
         quorum = has_quorum(self.bases, agreeing) and not stale
         quorum = quorum and all(status.roster <= self.roster.round for status in joined)

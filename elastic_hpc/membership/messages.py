@@ -29,7 +29,7 @@ REQUESTS: tuple[Request, ...] = get_args(Request)
 LEAVE = "leave"
 """Requests that the leader lets a node go, at a step boundary if its workers listen: a joiner's job is about to end."""
 WHO = "who"
-"""Asks an agent, leader or not, whom it follows. The answer is a ``Redirect``; neither side is bound by it."""
+"""Asks an agent which leader it follows. The answer, a ``Redirect``, binds neither side."""
 _T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "RosterChange", "Leave", Base)
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "int": int,
@@ -72,7 +72,9 @@ class Failure:
 
 @dataclass(frozen=True)
 class Status:
-    """Agent to leader. ``idle`` in round r: the agent knows that r is gathered, and none of its workers is alive."""
+    """What an agent sends to the leader. ``idle`` in round r: the agent knows that r is gathered, and none of its
+    workers is alive.
+    """
 
     seq: int
     host: Host
@@ -99,7 +101,7 @@ class Status:
     drained: bool = False
     """The state is ``succeeded`` because the workers stopped for a drain."""
     listens: bool = False
-    """The workers check for a drain, or were told of one by a signal."""
+    """The workers check for a drain, or a signal has told them of a drain."""
     leaving: str = ""
     """Why this node has to go and takes no part in the next round; empty if it may stay."""
     warm: int = 0
@@ -131,8 +133,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Order:
-    """Leader to agent. ``gather``: stop your workers and say so; ``run``: start them (``plan``), or wait as a spare
-    (no plan); ``end``: leave.
+    """What the leader sends to an agent. ``gather``: stop the workers and acknowledge; ``run``: start the workers as
+    ``plan`` says, or wait as a spare without a plan; ``end``: leave the job.
     """
 
     seq: int
@@ -144,7 +146,7 @@ class Order:
     roster: int = -1
     """Round of the roster that the leader holds."""
     leads: bool = True
-    """False while the leader has no majority yet, or any more."""
+    """Whether the leader has a majority."""
     oldest: int = 0
     """The oldest round whose members must agree to the leader (``election``)."""
     drain: bool = False
@@ -168,8 +170,8 @@ class Leave:
 
 @dataclass(frozen=True)
 class Redirect:
-    """Agent to agent: ``to`` is the leader that the sender follows; the sender itself, if it leads or wants to; None
-    while it looks for a leader. ``leads``: that leader has a majority.
+    """What an agent answers to ``WHO``. ``to``: the leader that it follows; the agent itself, if it leads or is a
+    candidate; None while it looks for a leader. ``leads``: that leader has a majority.
     """
 
     to: Host | None
@@ -180,7 +182,7 @@ Message = Status | Order | Roster | RosterChange | Redirect | dict[str, Any]
 
 
 def encode(message: Message) -> bytes:
-    """One line of JSON, without fields that have their default. A roster, a change and a redirect bear their type."""
+    """One line of JSON, without the fields of a status or order that have their default."""
     if isinstance(message, (Order, Roster, RosterChange)):
         return message.line
     if isinstance(message, Status):
@@ -211,7 +213,7 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def decode_from_agent(line: bytes) -> Status | Roster | Leave | Request | Literal["who"]:
-    """A message to a leader: from an agent, or from somebody who requests something. Raises ProtocolError."""
+    """A message to a leader, from an agent or from ``network.client``. Raises ProtocolError."""
     body = decode(line)
     try:
         if body.get("request") in (*REQUESTS, WHO):
@@ -270,7 +272,7 @@ def _of_roster(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(decoded: _T) -> _T:
-    """``decoded``, if each field that should be a number, a string or a bool is. Raises TypeError."""
+    """Return ``decoded``. Raises TypeError if a number, string or bool in it has another type than declared."""
     values = vars(decoded)
     for name, kind, expected in _CHECKED[type(decoded)]:
         if not isinstance(values[name], kind):

@@ -12,7 +12,7 @@ from elastic_hpc.membership.policy import NodesView, Policy
 from elastic_hpc.membership.roster import Host
 
 _MOST_NAMES = 200
-"""Characters that the names of missing nodes get in the record."""
+"""Most characters that the names of absent nodes take in the record."""
 
 
 def deciding_fields(status: Status) -> tuple[object, ...]:
@@ -28,18 +28,18 @@ class Peer:
     """An agent that is in touch."""
 
     status: Status
-    """The last one that was received."""
+    """The last status that was received."""
     addr: str
     last_contact: float
     arrived_at: float
-    """When the agent came; from when it has joined, the time of that."""
+    """When the agent connected; once it has joined, when it joined."""
     forgetful: bool = False
     """The node is a member of a round that counts, but its agent was started anew and does not know of that round. As
     the agent has forgotten what it agreed to, it agrees to no leader until it holds a roster again.
     """
     joined: bool = False
-    """The agent had no workers once, or comes from the world that is taken over. An agent that has not joined holds
-    nobody up.
+    """The agent has reported that it has no workers, or belongs to the world that is taken over. The leader waits for
+    no agent that has not joined.
     """
 
     @property
@@ -69,9 +69,9 @@ class Peers(dict[int, Peer]):
         self.leaving: dict[int, str] = {}
         """Nodes that have to go, and why, as others than their agents have reported."""
         self.highest_round = 0
-        """The highest round that an agent was ever told of, by whichever leader."""
+        """The highest round of all orders that an agent has received from any leader."""
         self._arrived: set[int] = set()
-        """The job's own nodes that are not waited for any more: they have joined once, or were refused."""
+        """The job's own nodes that have joined once, or were refused. At the start the leader waits for the others."""
         self._timeout = heartbeat_timeout
         self._hosts = {host.node: host for host in known}
         self._granted, self._granted_names = granted, granted_names
@@ -134,7 +134,7 @@ class Peers(dict[int, Peer]):
         return text if len(text) <= _MOST_NAMES else f"{text[:_MOST_NAMES].rpartition(',')[0]}, ..."
 
     def needs(self, wanted: int, *, over: bool) -> Needs:
-        """What is missing to ``wanted`` nodes; 0: the job wants no more. ``over``: the job ends."""
+        """What the job lacks to hold ``wanted`` nodes; 0 if it is to get no more nodes. ``over``: the job ends."""
         staying = sum(not self.why_leaving(peer.status) for peer in self.values())
         return Needs(
             nodes=max(0, wanted - staying),

@@ -24,7 +24,7 @@ class Action(Enum):
     GATHER = "gather"
     """Stop the round: all workers stop, a new world is formed. Charged to ``--max-restarts``."""
     DRAIN = "drain"
-    """Have the workers save and stop, as a new world is to be formed that need not be formed at once."""
+    """Have the workers save and stop, for a new world that can wait until then."""
     FORM = "form"
     RELEASE = "release"
     """Let nodes go that are of no use, or that have to go."""
@@ -90,7 +90,7 @@ class Decision:
     again: float = float("inf")
     """WAIT: seconds after which to decide again, even if no message has arrived."""
     grows: bool = False
-    """DRAIN, and the GATHER that follows: because there may be a larger world."""
+    """DRAIN, and the GATHER that follows: for a larger world."""
 
 
 Outcome = Literal["finished", "failed", "requeue"]
@@ -119,7 +119,7 @@ class RoundView:
     """Nodes of the round that were lost before they finished."""
     succeeded: frozenset[int]
     failure: str | None
-    """What ended the round that runs, or that a lost leader has left: its first failure, or a loss."""
+    """What ended the round that runs, or the round of a lost leader: its first failure, or a loss."""
     cause: str
     """The kind of ``failure``: ``node lost``, or that of the worker's failure."""
     settling: bool

@@ -114,7 +114,7 @@ def _common(roster: Roster | RosterChange) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RosterChange:
-    """A roster, for agents that hold the roster before: as a rule a few hosts of a thousand have changed."""
+    """A roster as its difference to the roster before: as a rule a few hosts of a thousand have changed."""
 
     round: int
     bases: tuple[Base, ...]
@@ -129,7 +129,7 @@ class RosterChange:
     gone: tuple[int, ...]
 
     def of(self, before: Roster) -> Roster:
-        """The roster itself; ``before`` is the one with the mark ``since``."""
+        """The new roster; ``before`` is the roster with the mark ``since``."""
         hosts = Hosts.of(before.hosts).changed(self.gone, self.hosts)
         return Roster(hosts=hosts, **_common(self))
 

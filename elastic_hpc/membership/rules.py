@@ -13,7 +13,7 @@ members notice the loss of the old leader within one heartbeat, a fifth of the t
 """
 
 FIRST_STEP_TIMEOUT = 60.0
-"""Seconds for which a round whose workers are still starting is not given up for a larger one: the first step after a
+"""Seconds for which a round whose workers are still starting is not stopped for a larger world: the first step after a
 fault should come soon. Many scripts do not report that they have started.
 """
 
@@ -58,7 +58,7 @@ def _is_done(view: View) -> bool:
 
 
 def _released(view: View, policy: Policy) -> Decision | None:
-    """Let joiners of no use go, and nodes that have to go. The job's own nodes are kept: Slurm could not use them."""
+    """Release joiners that the job cannot use, and nodes that have to go. Slurm could not use the job's own nodes."""
     if leaving := view.leaving & view.idle - view.formed:
         return Decision(Action.RELEASE, "its job ends", nodes=tuple(leaving))
     free = sorted(node for node in view.ready - view.formed if not votes(node))

@@ -1,4 +1,4 @@
-"""Nodes that failed under a job: which of them it avoids when it comes back from the queue."""
+"""Nodes that failed under a job, and which of them the job avoids after a requeue. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 EXPIRY = timedelta(hours=24)
-"""By then the site has drained the node, or repaired it."""
+"""Age at which a strike stops counting: by then the site has drained the node, or repaired it."""
 
 
 @dataclass(frozen=True)

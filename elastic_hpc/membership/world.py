@@ -81,7 +81,7 @@ class World:
     succeeded: set[int] = field(default_factory=set)
     drained: bool = False
     failure: Failure | None = None
-    """The first failure that is no echo of another one; an echo until the cause is reported."""
+    """The first failure that is no echo of another failure; an echo, until the cause is reported."""
     failed_at: float = 0.0
     going: bool = False
     """The workers have reported a step, or that they listen for a drain."""
@@ -163,7 +163,7 @@ class FailureHistory:
         return before == self._signature and not progress
 
     def on_end(self, failure: Failure | None) -> None:
-        """A round ended, because of ``failure`` or of something else."""
+        """A round ended; ``failure`` is None if no worker failed."""
         self.last_failure = failure or self.last_failure
         if failure is None:
             self._signature = ""

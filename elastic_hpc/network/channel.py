@@ -21,7 +21,7 @@ _MOST_STRANGERS = 2048
 more, the oldest is closed. A thousand agents dial at once when their leader is lost.
 """
 _SLOW_READER = 4 * messages.MAX_LINE
-"""A peer for which more bytes than these wait to be sent is given up."""
+"""Most bytes that may wait to be sent to a peer: with more, its connection is closed."""
 
 
 class Link(Protocol):
@@ -62,7 +62,7 @@ class Channel:
         return line
 
     def send(self, *sent: messages.Message) -> None:
-        """Queue messages; never blocks. A peer that does not read is given up."""
+        """Queue messages; never blocks. Closes the connection if the peer does not read."""
         if self._writer.transport.get_write_buffer_size() > _SLOW_READER:
             self.close()
         elif not self._writer.is_closing():
@@ -120,8 +120,8 @@ class Network:
                 channel.close()
 
         server = await asyncio.start_server(on_connection, sock=self._listener, limit=messages.MAX_LINE)
-        # asyncio has shortened the backlog to 100. Its own argument would not do: asyncio tries to accept that many
-        # connections at a time, even when no more files can be opened, and logs each failure.
+        # asyncio has shortened the backlog to 100. With a longer backlog as its argument, asyncio would try to accept
+        # that many connections at a time, even when no more files can be opened, and log each failure.
         self._listener.listen(BACKLOG)
         return server
 

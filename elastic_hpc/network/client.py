@@ -14,7 +14,7 @@ from elastic_hpc.record.rundir import RunDir
 
 def ask_leader(rundir: RunDir, request: Request, reason: str = "user") -> None:
     """Send ``request`` to the leader of the job in ``rundir``, with its ``reason``: ``time limit``, ``preempted`` or
-    ``user``. Raises ElasticError if it cannot be reached.
+    ``user``. Raises ElasticError if the leader cannot be reached.
     """
     _send(rundir, {"request": request, "reason": reason})
 

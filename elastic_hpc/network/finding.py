@@ -1,6 +1,6 @@
-"""How an agent finds the leader: where the run directory says, else by asking the agents that come before it.
+"""How an agent finds the leader: it reads the run directory, and asks the agents before it in Slurm's order.
 
-An agent that finds nobody before it stands for election itself. ``membership.election`` has the rules.
+An agent that reaches none of these becomes a candidate itself. ``membership.election`` has the rules.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ log = logging.getLogger(__name__)
 
 _FAILED = (OSError, asyncio.TimeoutError, messages.ProtocolError, ElasticError)
 _SAMPLE = 3
-"""How many of the nodes that come later in the order a candidate asks at a time whom they follow."""
+"""How many of the nodes after it in Slurm's order a candidate asks at a time which leader they follow."""
 
 _RETRY, _RETRY_AT_MOST, _RETRY_GROWTH = 0.1, 1.0, 1.5
-"""Seconds between two attempts to find a leader, at first and in the end, and their growth; half of it is jitter."""
+"""Seconds between two attempts to find a leader, at first and at most, and the factor by which they grow. A jitter
+changes them by up to half.
+"""
 
 _RETRY_PER_NODE = 0.001
-"""Seconds: after a loss all agents turn to the same node, so the bound of the wait depends on their number."""
+"""Seconds of the longest wait for each node: after a loss all agents dial the same node."""
 
 _WARN_AFTER, _WARN_GROWTH = 5.0, 3.0
-"""Seconds without a leader after which the log says so, and their growth from one warning to the next."""
+"""Seconds without a leader until the log has a warning, and the factor by which they grow for the next warning."""
 
 Found = tuple[Link, Host]
 """A leader, and a connection to it."""
@@ -99,7 +101,7 @@ class Finder:
         someone_is_ahead = False
         for node in order_of_succession(filter(votes, hosts.rows), lost=lost, me=self._me.node):
             if node == lost and self._lost_silently:
-                continue  # the other nodes tell whether it still leads
+                continue  # the other nodes know whether it still leads
             reply = await self._ask(hosts.at(node))
             if reply and reply.to and reply.to == self._lost and self._now() - self._lost_at < self._timeout:
                 return None  # most probably it has not noticed the loss yet

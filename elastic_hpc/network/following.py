@@ -15,7 +15,7 @@ from elastic_hpc.network.own_leader import OwnLeader
 
 
 class Loss(NamedTuple):
-    """How the connection to a leader ended that had its majority."""
+    """How the connection to a leader with a majority ended."""
 
     reason: str
     silent: bool
@@ -23,18 +23,18 @@ class Loss(NamedTuple):
 
 
 class Follower:
-    """Follows one leader after another. What it has learned of rounds and rosters outlasts each of them."""
+    """Follows one leader after another, and keeps the highest round and the newest roster of all of them."""
 
     def __init__(self, node: Node, own_leader: OwnLeader, heartbeat_timeout: float) -> None:
         self._node = node
         self._own_leader = own_leader
         self._timeout = heartbeat_timeout
         self.leader: Host | None = None
-        """The leader that it follows now."""
+        """The leader that this agent follows now."""
         self.order: Order | None = None
-        """The latest order of that leader; after the end of the job, of the last one."""
+        """The latest order of that leader; after the end of the job, of the last leader."""
         self.last_led: float | None = None
-        """When the last order of a leader with its majority came."""
+        """When the last order of a leader with a majority came."""
         self._link: Link | None = None
         self._last_contact = 0.0
         self._roster: Roster | None = None
@@ -55,7 +55,7 @@ class Follower:
         return bool(self.order and self.order.stage == "end")
 
     async def follow(self, link: Link, leader: Host) -> Loss | None:
-        """Obey ``leader`` until ``link`` ends. None if it never had its majority meanwhile, or has ended the job."""
+        """Obey ``leader`` until ``link`` ends. None if ``leader`` had no majority meanwhile, or has ended the job."""
         self._link, self.leader, self._last_contact = link, leader, self._now()
         heartbeat = asyncio.ensure_future(self._send_heartbeats(link))
         self.send_status()
@@ -69,7 +69,7 @@ class Follower:
                     break
                 if isinstance(message, (Roster, RosterChange)):
                     if self._learn(message):
-                        self.send_status()  # the leader may wait for it
+                        self.send_status()  # the leader may wait for this acknowledgement
                 elif message.seq > last_seq:
                     last_seq, led = message.seq, led or message.leads
                     self._obey(message, link)
@@ -87,7 +87,7 @@ class Follower:
         return Loss(f"nothing heard for {self._timeout:g} s" if silent else reason, silent)
 
     def send_status(self) -> None:
-        """To the leader, if there is one: on every change, and as the heartbeat."""
+        """Send the status of this node to the leader, if there is one: on every change, and as the heartbeat."""
         if not self._link:
             return
         self._seq += 1
@@ -128,7 +128,7 @@ class Follower:
         self._node.set_order(order, link)
 
     async def _send_heartbeats(self, link: Link) -> None:
-        """Until the leader has been silent for too long; then close ``link``."""
+        """Send a status a few times per timeout until the leader has been silent for too long; then close ``link``."""
         interval = self._timeout / 5
         before = self._now()
         while True:

@@ -35,8 +35,8 @@ class Node(Protocol):
         """The leader that the run directory names."""
 
     async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
-        """No leader for ``waited`` seconds, because of ``why``; none ever if there is no ``roster``. Unless ``patient``
-        see to it that the job returns or ends.
+        """This agent had no leader for ``waited`` seconds, because of ``why``; without a ``roster`` it never had one.
+        Unless ``patient``, requeue or end the job.
         """
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class OwnLeader:
-    """``make_server`` gives a leader that inherits a roster, for a reason."""
+    """``make_server(roster, reason)`` makes the first leader, or a leader that takes over."""
 
     def __init__(self, make_server: Callable[[Roster | None, str], LeaderServer]) -> None:
         self._make_server = make_server
@@ -35,7 +35,7 @@ class OwnLeader:
         self.server = self._task = None
 
     def cancel(self) -> None:
-        """End its task; peers that are still connected are answered as before."""
+        """End the leader's task; the answers to peers that are still connected do not change."""
         if self._task:
             self._task.cancel()
 
@@ -50,7 +50,7 @@ class OwnLeader:
 
     @property
     def roster(self) -> Roster | None:
-        """What the present or the former leader on this node has handed out last."""
+        """The last roster of the present or the former leader on this node."""
         return self._latest.roster if self._latest and self._latest.roster.bases else None
 
     @property

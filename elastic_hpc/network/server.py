@@ -35,7 +35,7 @@ _MOST_PASSES = 64
 """Passes of the event loop after which the leader decides, even if each pass has brought more messages."""
 
 _EVENTS_OF_STRANGERS = 20
-"""So many refused connections are recorded."""
+"""Most refused connections that are recorded."""
 
 
 class Record(Protocol):
@@ -94,8 +94,8 @@ class LeaderServer:
         self._changed = asyncio.Event()
 
     async def run(self) -> str:
-        """Lead until every agent has left after the verdict, or until this leader abdicates. The answer is its reason
-        to abdicate, or empty.
+        """Lead until every agent has left after the verdict, or until this leader abdicates. Returns the reason to
+        abdicate, or an empty text.
         """
         loop = asyncio.get_running_loop()
         interval = self.leader.policy.heartbeat_timeout / 5
@@ -136,7 +136,7 @@ class LeaderServer:
                 link.close()
 
     async def attend(self, link: Link, first: Status) -> None:
-        """Receive the messages of one agent, of which ``first`` is here already, until its connection ends."""
+        """Receive the messages of one agent until its connection ends. ``first``: the first message."""
         conn = next(self._connections)
         self._links[conn] = link
         now = asyncio.get_running_loop().time
@@ -221,7 +221,7 @@ class LeaderServer:
     async def _act_on(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None:
         try:
             await self._act(verdict, lost, alone=alone, others=others)
-        except Exception:  # even then the agents must leave: others may act when they have
+        except Exception:  # even then the agents must leave: others may act after that
             log.exception("the verdict could not be acted upon")
 
     def _after_input(self, *, beat: bool = False) -> None:

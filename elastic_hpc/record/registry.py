@@ -12,7 +12,7 @@ from glob import escape
 from pathlib import Path
 
 _READ = 256 * 1024
-"""So many bytes are read, at the end of the file."""
+"""Bytes that are read, at the end of the file."""
 
 
 def _file() -> Path:

@@ -187,7 +187,7 @@ class EventReader:
 
     def read(self) -> bool:
         """Add the lines that were written since the last call; a last line without an end is left for the next call.
-        The answer is whether there were any. Raises ElasticError if the file exists and cannot be read.
+        Returns whether there were any. Raises ElasticError if the file exists and cannot be read.
         """
         try:
             with open(self._path, "rb") as file:

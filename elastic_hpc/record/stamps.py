@@ -21,7 +21,7 @@ _FIRST, _LAST = 1.0, 30.0
 
 
 class Stamper:
-    """Notes how the output files of one round grow, on a thread of its own: a stalled file system stalls nobody."""
+    """Notes how the output files of one round grow, on a thread of its own, as the file system may stall."""
 
     def __init__(self) -> None:
         self._over: threading.Event | None = None

@@ -18,7 +18,7 @@ _ROUND = re.compile(r"(\d+)\.(\d+)")
 _FILE = re.compile(r"rank(\d+)\.(out|err)")
 _CHUNK = 1 << 20
 _PARTIAL = 64 * 1024
-"""A line longer than this is shown in parts: a progress bar may never end one."""
+"""Bytes; a longer line is shown in parts, as a progress bar may never end its line."""
 
 
 @dataclass(frozen=True)
