@@ -63,14 +63,14 @@ def policy_of(spec: LaunchSpec, nproc: int, *, can_requeue: bool) -> Policy:
 
 
 def run_id(spec: LaunchSpec, env: AgentEnv, rundir: RunDir) -> str:
-    """What workers see as TORCHELASTIC_RUN_ID: those of a joiner have the id of the job that it joins."""
+    """What workers see as TORCHELASTIC_RUN_ID. The workers of a joiner have the id of the job that it joins."""
     joined = (rundir.read("spec.json") or {}).get("--rdzv-id") if env.joins else None
     return spec.rdzv_id or joined or env.run_id or env.job
 
 
 def workers_per_node(wanted: str | None, env: AgentEnv, visible_gpus: Callable[[], int]) -> int:
-    """Number of workers for ``--nproc-per-node``. ``visible_gpus`` counts when Slurm does not say how many it granted.
-    Raises ElasticError for ``gpu`` on a node without any.
+    """Number of workers for ``--nproc-per-node``. ``visible_gpus`` counts GPUs when Slurm does not say how many it
+    granted. Raises ElasticError for ``gpu`` on a node without GPUs.
     """
     if wanted == "cpu":
         return env.cpus
@@ -99,14 +99,14 @@ def visible_gpus() -> int:
 
 
 def worker_args(spec: LaunchSpec) -> list[str]:
-    """What a worker's interpreter is given."""
+    """The arguments of a worker's interpreter: the script, or ``-m`` and the module, and what follows."""
     script = f"./{spec.script}" if spec.script.startswith("-") else spec.script  # no option of python's
     return [*(["-m", spec.script] if spec.module else [script]), *spec.script_args]
 
 
 def worker_python(own_argv: Sequence[str]) -> list[str]:
-    """A worker's interpreter with its options. ``own_argv``: how this process was started; the words before the last
-    ``-u`` in it are the options of --python.
+    """A worker's interpreter with its options. ``own_argv``: the command line of this process, in which the words
+    before the last ``-u`` are the options of --python.
     """
     before = list(itertools.takewhile(lambda word: word not in {"-m", "-c"}, own_argv[1:]))
     last = max((at for at, word in enumerate(before) if word == "-u"), default=0)
@@ -114,7 +114,7 @@ def worker_python(own_argv: Sequence[str]) -> list[str]:
 
 
 def what_to_preload(spec: LaunchSpec) -> tuple[tuple[str, ...], str]:
-    """The modules that standbys import, and why there are no standbys, if there are none."""
+    """The modules that standbys import, and the reason for no standbys if there are no modules."""
     for option, rules_it_out in (("--no-python", spec.no_python), ("--numa-binding", spec.numa_binding)):
         if rules_it_out:
             return (), option
@@ -122,7 +122,7 @@ def what_to_preload(spec: LaunchSpec) -> tuple[tuple[str, ...], str]:
 
 
 def numa_options(mode: str | None) -> dict[str, Any]:
-    """The part of torch's WorkerSpec for --numa-binding. UsageError where it would fail when the workers start."""
+    """The part of torch's WorkerSpec for --numa-binding. Raises UsageError if the workers could not start with it."""
     if mode is None:
         return {}
     import torch

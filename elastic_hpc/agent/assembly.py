@@ -1,4 +1,4 @@
-"""The parts of an agent that are the same whoever starts its workers: ``python -m elastic_hpc.agent`` or ``torchrun``.
+"""The parts of an agent that ``python -m elastic_hpc.agent`` and ``torchrun`` have in common.
 
 torch is imported in ``connect`` at the earliest, so that standbys may import it at the same time as this process.
 """
@@ -35,7 +35,7 @@ _CONTROL_PORT_OFFSET = 32
 
 
 class Assembly:
-    """One agent but for its workers. ``connect`` follows ``__init__``, and ``close`` ends the agent."""
+    """One agent without its workers. ``connect`` follows ``__init__``, and ``close`` ends the agent."""
 
     leading: Leading
     control: Control
@@ -59,7 +59,7 @@ class Assembly:
         self.policy = policy_of(spec, nproc, can_requeue=can_requeue)
         token = f"{environ.get('SLURM_JOB_ID', '')}.{secrets.token_hex(8)}"
         self.mark = f"{AGENT_MARK}={token}\0".encode()
-        """What all workers of this agent, and no other process, have in their environment."""
+        """The entry that all workers of this agent, and no other process, have in their environment."""
         prepare_worker_env(os.environ, env.cpus, nproc, token, run_dir=str(rundir.path), interface=interface)
         self._log = _start_log(rundir, env)
         self.local_folder = _make_local_folder()
@@ -75,10 +75,10 @@ class Assembly:
         contained: bool = False,
         unfit: Callable[[], str] = lambda: "",
     ) -> None:
-        """Make the parts that find, follow or are the leader; ``control.start`` has them begin.
+        """Make the parts that find, follow or are the leader; ``control.start`` starts them.
 
         ``published``: this node's addresses. ``first``: this node leads at the beginning. ``supplies``, ``contained``:
-        see ``Leading``. ``unfit`` may wait, and says why this node should not take part.
+        see ``Leading``. ``unfit`` may block, and returns why this node should not take part.
         """
         listener = addresses.listen_from(self.spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
         host = Host(self.env.node, self.env.name, published, listener.getsockname()[1], _software())
@@ -126,8 +126,8 @@ class Assembly:
 
 
 def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
-    """To stderr, and to a file, because srun may be lost with the first node. Records go through a queue: the control
-    thread must not wait for a stalled stderr or file system.
+    """Log to stderr, and to a file, because srun may be lost with the first node. Records go through a queue: the
+    control thread must not wait for a stalled stderr or file system.
     """
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     handlers: list[logging.Handler] = [logging.StreamHandler()]
@@ -150,17 +150,17 @@ def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
 
 
 def _make_local_folder() -> str:
-    """In memory if possible, for its owner only."""
+    """Make the folder in memory if possible; only its owner may use it."""
     shared = "/dev/shm"  # noqa: S108 - a folder of our own, mode 0700, is made in it
     return tempfile.mkdtemp(prefix="elastic-hpc-", dir=shared if os.access(shared, os.W_OK) else None)
 
 
 def _start_guard(token: str, silence: float, folder: str) -> int:
-    """The pipe by which the agent tells the guard that it lives; its closing sets the guard off."""
+    """Start the guard. Returns the pipe by which the agent shows that it lives; when it is closed, the guard kills."""
     theirs, ours = os.pipe()
     subprocess.Popen(
         [sys.executable, "-I", "-S", guard.__file__, token, f"{silence:g}", folder],
-        env={name: value for name, value in os.environ.items() if name != AGENT_MARK},  # it is no worker
+        env={name: value for name, value in os.environ.items() if name != AGENT_MARK},  # not a worker
         stdin=theirs,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -171,7 +171,7 @@ def _start_guard(token: str, silence: float, folder: str) -> int:
 
 
 def _software() -> str:
-    """What all nodes must have the same of."""
+    """The versions that all nodes must share."""
     import torch
 
     return f"torch {torch.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"

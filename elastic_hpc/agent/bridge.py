@@ -28,7 +28,7 @@ from elastic_hpc.training.progress import Progress
 log = logging.getLogger(__name__)
 
 _FILE_TIMEOUT = 0.5
-"""Seconds that a look into the run directory may take; a file system that stalls must not delay a take-over."""
+"""Seconds to wait for a file of the run directory; a file system that stalls must not delay a take-over."""
 
 _NO_PROGRESS = {"step": -1, "step_at": 0.0, "first": -1, "first_at": 0.0, "loss": None}
 _BEFORE_A_ROUND = {"listens": False, "warm": 0, "cold": 0, "cold_why": "", **_NO_PROGRESS}
@@ -87,7 +87,7 @@ class Control:
         """The addresses of the connection over which that order came: the leader's, and this node's own."""
         self._over: JobEnded | None = None
         self._lookup: asyncio.Future[Host | None] | None = None
-        """The look into the run directory that has not returned yet."""
+        """The read of the run directory that has not returned yet."""
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
@@ -136,7 +136,7 @@ class Control:
             self._report(**changes)
 
     def report_progress(self, progress: Progress) -> None:
-        """Tell the leader how far the workers are, with the next heartbeat; at once if they can be told to stop."""
+        """Tell the leader how far the workers are, with the next heartbeat; at once when they begin to listen."""
         with self._changed:
             if progress.listens != self._status.listens:
                 self._report(listens=progress.listens)
@@ -148,8 +148,8 @@ class Control:
             self._status = replace(self._status, warm=warm, cold=cold, cold_why=why, standby_mb=standby_mb)
 
     def on_signal(self) -> None:
-        """This agent got SIGTERM. If Slurm sends it, all agents of the allocation get it, and the leader's agent acts
-        for all of them. A joiner's job ends alone, so a joiner reports that it leaves.
+        """This agent got SIGTERM. All agents of the allocation get a SIGTERM of Slurm, and the leader's agent acts for
+        all of them. A joiner's job ends alone, so a joiner reports that it leaves.
         """
         if votes(self._status.node):
             self._call(self._membership.terminated)
@@ -201,7 +201,9 @@ class Control:
         os.eventfd_write(self.wake_fd, 1)
 
     async def published(self) -> Host | None:
-        """None where the file system does not answer in time. The next call waits for the same answer."""
+        """The leader that the run directory names. None if the file system does not answer in time; the next call goes
+        on waiting for that answer.
+        """
         if self._lookup is None:
             self._lookup = asyncio.ensure_future(asyncio.to_thread(self._outside.find_leader))
         done, _ = await asyncio.wait([self._lookup], timeout=_FILE_TIMEOUT)

@@ -1,4 +1,4 @@
-"""What is done about the end of a run: by the batch script, or by an agent when nobody else is left."""
+"""How a run is concluded: the job is requeued or ended, by the batch script, or by an agent if that script is lost."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _OVER = "over"
 
 
 def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning: str = "USR2") -> int:
-    """Act on the verdict of this run; the answer is the batch script's exit code.
+    """Act on the verdict of this run. Returns the exit code for the batch script.
 
     ``status`` is srun's exit code; it counts only where the agents left no verdict, and for a joiner, which has no
-    verdict of its own. ``warning`` is the name of the signal by which Slurm warns of the time limit: agents may go on
-    without this srun, and are told of the warning.
+    verdict of its own. ``warning``: the name of the signal by which Slurm warns of the time limit. Agents that go on
+    without this srun are told of that warning.
     """
     if JOIN in environ:
         return status
@@ -56,8 +56,8 @@ def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning
 
 
 def await_verdict(rundir: RunDir, run: int, heed: Callable[[], None]) -> dict[str, Any] | None:
-    """The verdict of ``run``, whose srun has ended; None if there is none. An agent that was started anew is a job step
-    of its own, and goes on without that srun: as long as an agent leads, there may be a verdict yet. ``heed`` is called
+    """The verdict of ``run``, whose srun has ended; None without a verdict. An agent that was started anew is a job
+    step of its own, and goes on without that srun: as long as an agent leads, a verdict may follow. ``heed`` is called
     twice a second meanwhile.
     """
     beat, last_beat_at = 0, 0.0
@@ -77,8 +77,8 @@ def await_verdict(rundir: RunDir, run: int, heed: Callable[[], None]) -> dict[st
 
 
 def _pass_on(rundir: RunDir, warning: str) -> Callable[[], None]:
-    """Handle the signal of that name from now on. The answer is to be called now and then: it passes a signal that was
-    received on to the leader.
+    """Handle the signal named ``warning`` from now on. Returns a function to be called again and again: it passes a
+    signal that was received on to the leader.
     """
     received: list[int] = []
     signal.signal(signal.Signals[f"SIG{warning}"], lambda number, _: received.append(number))
@@ -102,7 +102,7 @@ def act(
     alone: bool,
     others: Sequence[str],
 ) -> str | None:
-    """Requeue the job from this node's agent. The answer is the problem, if Slurm could not be asked.
+    """Requeue the job from this node's agent. Returns the problem, if Slurm could not be asked.
 
     ``alone``: the batch host is lost, and with it the batch script and srun. Then the agent also ends the job: it
     starts a job step that waits until the agents have left, and on one of the ``others`` a deputy, which acts if that
@@ -184,7 +184,7 @@ def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] =
 
 
 def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmError) -> int:
-    """The job was not requeued. If Slurm does not allow that for this job, submit a new job in its place."""
+    """The job was not requeued. If Slurm does not let this job be requeued, submit a new job in its place."""
     try:
         shown = slurm.show_job(job)
         if shown.may_requeue:
@@ -209,14 +209,14 @@ def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmE
 
 
 def _cancelled(rundir: RunDir) -> None:
-    """Record that the user ended the job with scancel, which the agents cannot tell from other ends."""
+    """Record that the user ended the job with scancel, which agents cannot distinguish from other ends."""
     verdict = {**(rundir.read("verdict.json") or {}), "outcome": "failed", "cause": "user", "reason": "scancel"}
     rundir.append_event(time.time(), "verdict", verdict)
     rundir.write("verdict.json", verdict)
 
 
 def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The nodes to exclude, and the nodes that need not be excluded any more; no node where the record is damaged."""
+    """The nodes to exclude, and the nodes not to exclude any more. Both are empty if the record is damaged."""
     try:
         recorded = strikes.load([*(rundir.read("state.json") or {}).get("strikes", ()), *rundir.unfit()])
         if not recorded:

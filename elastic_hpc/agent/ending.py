@@ -40,15 +40,15 @@ class Ending:
     environ: Mapping[str, str]
     """What this agent was started with."""
     contained: bool
-    """Slurm's commands are not here: the batch script, outside, does what it can."""
+    """The agent runs in a container without Slurm's commands: the batch script, outside, does what it can."""
     open_recorder: Callable[[], Recorder]
     _last_beat: tuple[int, float] = field(default=(0, 0.0))
     """The time of the last change of ``endpoint.json``, and when this agent noticed that change."""
     _stays_out: bool = False
 
     def act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
-        """Requeue or end the job; the answer is the problem, if there is one. The parameters are those of
-        ``conclude.act``. A job that runs in an allocation of the user (``elastic-srun``) is not requeued.
+        """Requeue or end the job. Returns the problem, if any. The parameters are those of ``conclude.act``. A job that
+        runs in an allocation of the user (``elastic-srun``) is not requeued.
         """
         if self.contained:
             if alone:
@@ -94,8 +94,8 @@ class Ending:
                 return None if problem else JobEnded("lost", verdict["reason"])
 
     def _stay_out(self, why: str) -> None:
-        """The leader cannot be reached from here: the job goes on without this node, and avoids it when it comes back
-        from the queue.
+        """The leader cannot be reached from this node: the job goes on without the node, and avoids it after a
+        requeue.
         """
         if self._stays_out:
             return
@@ -109,7 +109,9 @@ class Ending:
             self.rundir.write_unfit(self.env.name, time.time(), f"the leader could not be reached: {why}")
 
     def _somebody_leads(self) -> bool:
-        """Whether the record was touched within two heartbeat timeouts, as long as this agent has looked at it."""
+        """Whether a leader has touched the record in the last two heartbeat timeouts, or this agent has only begun to
+        look.
+        """
         touched, now = self.rundir.heartbeat(), time.monotonic()
         if touched != self._last_beat[0] or not self._last_beat[1]:
             self._last_beat = touched, now
@@ -124,7 +126,7 @@ class Ending:
         return verdict if verdict and verdict["run"] == self.env.run else None
 
     def _write_verdict(self, roster: Roster | None, reason: str) -> dict[str, Any]:
-        """An agent that nobody leads returns the job through the queue, or ends it."""
+        """Write the verdict of a run that nobody leads: requeue, or fail if that is not possible."""
         try:
             state = self.rundir.read("state.json") or {}
         except (ElasticError, OSError):

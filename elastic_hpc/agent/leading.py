@@ -46,7 +46,7 @@ class Leading:
     supplies: bool = False
     """Slurm's commands start agents anew, and bring nodes."""
     contained: bool = False
-    """Slurm's commands are not here: the batch script, outside, does what it can."""
+    """As in ``Ending``."""
     recorder: Recorder | None = None
     """Set as soon as this node has led."""
 
@@ -54,7 +54,7 @@ class Leading:
         self._ending = Ending(self.env, self.policy, self.rundir, self.environ, self.contained, self._recorder_or_new)
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
-        """A leader on this node. ``roster`` is None for the first one, which goes on from ``state.json``."""
+        """A leader on this node. ``roster`` is None for the first leader, which goes on from ``state.json``."""
         from elastic_hpc.agent.store import StoreHost
 
         self.recorder = self._recorder_or_new()
@@ -86,7 +86,7 @@ class Leading:
         return self.recorder or Recorder(self.rundir, self.env.run, self.host)
 
     def _first(self, recorder: Recorder) -> dict[str, Any]:
-        """With what the first leader of a run begins; the start of the run is recorded."""
+        """The nodes and counters with which the first leader begins. Records the start of the run."""
         state = self.rundir.read("state.json") or {}
         run = {"run": self.env.run, "job": self.env.job, "granted": self.env.nodes, "nproc_per_node": self.nproc}
         recorder.event("start", {"version": __version__, **run, **vars(self.policy)})
@@ -109,7 +109,7 @@ class Leading:
         recorder.event("allocation", {"run": self.env.run, **{k: slurm.epoch(text) for k, text in moments.items()}})
 
     def prepare(self) -> None:
-        """Make the job's secret, and write down the options of the job."""
+        """Make the job's secret, and write the options of the job to ``spec.json``."""
         self.rundir.make_secret()
         self.rundir.write(
             "spec.json",

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     unfit = _start_preflight(parts)
     modules, without = what_to_preload(spec)
     standbys = Standbys(worker_args(spec), modules, nproc, worker_python(sys.orig_argv), without)
-    standbys.prepare()  # they import while this process does
+    standbys.prepare()  # they import torch at the same time as this process
 
     head = spec.rdzv_endpoint.head
     contained = not env.local and (args.contained or shutil.which("scontrol") is None)
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _start_preflight(parts: Assembly) -> Callable[[], str]:
-    """Check this node on a thread. The answer waits for that, and says why the node should not take part, if so."""
+    """Check this node on a thread. The returned function waits for the check: why the node should not take part."""
     unfit: list[str] = []
 
     def check() -> None:
@@ -133,7 +133,7 @@ def _agent(parts: Assembly, standbys: Standbys, numa: dict[str, Any]) -> Elastic
 
 
 def _run(parts: Assembly, agent: ElasticAgent, standbys: Standbys) -> int:
-    """Run the workers until the leader ends the job, or a signal this agent."""
+    """Run the workers until the leader ends the job, or a signal ends this agent. Returns the exit code."""
     from torch.distributed.elastic.multiprocessing import SignalException
 
     agent.handle_signals()

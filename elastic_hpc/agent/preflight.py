@@ -1,4 +1,4 @@
-"""Checks of one node before its agent joins the job: each problem that would spoil the job's start is one line."""
+"""Checks of one node before its agent joins the job. Each problem is one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from elastic_hpc.network import addresses
 
 LIMIT = 10.0
-"""Seconds after which a check that has not come back is a problem."""
+"""Seconds after which a check that has not returned is a problem."""
 GPU_LIMIT = 30.0
 """The same for nvidia-smi, which wakes one GPU after the other where the driver does not stay loaded."""
 COMMAND_LIMIT = 60.0
@@ -64,10 +64,10 @@ def check(
     command: str | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> list[Problem]:
-    """The problems of this node, the fatal ones first. A check that hangs is a problem, and its thread is left behind.
+    """The problems of this node, fatal problems first. A check that hangs is a problem, and its thread is abandoned.
 
-    ``gpus``: how many Slurm granted here. ``cuda_visible``: the value of ``CUDA_VISIBLE_DEVICES``.
-    ``command``: the site's own check, a command line; ``environ``: what it sees, as Slurm has set it.
+    ``gpus``: how many Slurm granted on this node. ``cuda_visible``: the value of ``CUDA_VISIBLE_DEVICES``.
+    ``command``: the site's own check, a command line, which gets the environment ``environ``.
     """
     silent = f"no answer within {LIMIT:.0f} s"
     checks = [
@@ -91,7 +91,7 @@ def check(
 
 
 def _run_dir(path: Path) -> Iterator[Problem]:
-    """Write, sync and remove a file; its time is the file server's."""
+    """Write, sync and remove a file; its modification time shows the clock of the file server."""
     probe = path / f".preflight.{socket.gethostname()}.{os.getpid()}"
     try:
         before = time.time()
@@ -133,7 +133,7 @@ def _space(what: str, path: Path, todo: str) -> Iterator[Problem]:
         yield Problem(f"{what} {path}: {error.strerror}", fatal=True)
         return
     free = disk.f_bavail * disk.f_frsize
-    if disk.f_files and not disk.f_favail:  # 0 in all: this file system does not count them
+    if disk.f_files and not disk.f_favail:  # f_files is 0 where the file system does not count inodes
         yield Problem(f"{what} {path}: no inode is free; {todo}", fatal=True)
     elif free < _SPARSE:
         expected = f"{free // _MIB} MiB are free, expected {_SPARSE // _MIB}"
@@ -153,8 +153,8 @@ def _own_address() -> str:
 
 
 def _names() -> Iterator[Problem]:
-    """Look up this node's address in the form in which torch does. getnameinfo would stop all other threads."""
-    with contextlib.suppress(OSError):  # the name server has answered that there is no name
+    """Look up this node's address as torch writes it. ``getnameinfo`` would stop all other threads meanwhile."""
+    with contextlib.suppress(OSError):  # the name server knows no name, but has answered
         socket.gethostbyaddr(f"::ffff:{_own_address()}")
     yield from ()
 
@@ -178,7 +178,7 @@ def _gpus(granted: int, cuda_visible: str | None) -> Iterator[Problem]:
                 fatal=True,
             )
         if len(ours) != granted:
-            return  # which of the listed GPUs are ours is not known
+            return  # it is unknown which of the listed GPUs are granted
         deadline = time.monotonic() + _DYING
         while (busy := _foreign(ours)) and time.monotonic() < deadline:
             time.sleep(0.25)
@@ -202,7 +202,7 @@ def _foreign(ours: dict[str, str]) -> list[str]:
 
 
 def _nvidia_smi(query: str) -> list[tuple[str, str, str]]:
-    """The answer's rows of three fields, of which the last may contain commas."""
+    """The rows of the answer, each of three fields; the last field may contain commas."""
     argv = ["nvidia-smi", query, "--format=csv,noheader"]
     done = subprocess.run(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True

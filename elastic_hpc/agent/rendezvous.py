@@ -58,7 +58,7 @@ class ElasticRendezvousHandler(RendezvousHandler):
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         return RendezvousInfo(
-            HashStore(),  # torch's agent wants a store of its own; with identical nodes it never uses it
+            HashStore(),  # torch's agent requires a store; with TORCH_ELASTIC_WORKER_IDENTICAL it does not use it
             seat.plan.group_rank,
             seat.plan.group_world_size,
             RendezvousStoreInfo(seat.leader_addr, seat.plan.store_port),

@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 from elastic_hpc.network.addresses import listen_from
 
 _PORTS = 32
-"""Consecutive rounds use different ports of this many, so that a late worker of an old round finds no store."""
+"""Number of ports that the rounds use in turn, so that a late worker of an old round finds no store."""
 
 
 class StoreHost:

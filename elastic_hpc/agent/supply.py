@@ -27,7 +27,7 @@ slow file system.
 """
 
 _WASTED_AT_MOST = 2
-"""A node on which so many joiners have ended before their agents were in touch is excluded from then on."""
+"""Number of joiners that may end on a node before their agents are in touch; then the node is excluded."""
 
 _FAILED = (ElasticError, OSError)
 
@@ -35,14 +35,14 @@ _RESTART_TIMEOUT = 60.0
 """Seconds that an agent which was started anew may take until it is in touch."""
 
 _POLL, _POLL_AT_MOST = 0.5, 60.0
-"""Seconds between two looks at the queue and at the lost nodes; doubled each time that nothing has changed."""
+"""Seconds between two queries of the queue and of the lost nodes; doubled each time that nothing has changed."""
 
 
 class Source(Protocol):
     """Slurm (``joiners.SlurmSource``), or a simulated one. All methods but the first raise ElasticError."""
 
     async def lacks_agent(self, host: Host) -> bool:
-        """Whether ``host`` answers, and has no agent: not if it has lost power, or its agent is only cut off."""
+        """Whether ``host`` answers and has no agent. False if the node has lost power, or its agent is only cut off."""
 
     async def restart(self, host: Host) -> bool:
         """Start an agent on ``host``. False if the job does not have that node any more."""
@@ -57,7 +57,7 @@ class Source(Protocol):
         """Give the joiners ``ids``, which wait, a time limit of ``seconds``."""
 
     async def submit(self, exclude: Collection[str]) -> str:
-        """Submit one joiner, for any node but ``exclude``; the answer is its id."""
+        """Submit one joiner, for any node but ``exclude``. Returns the id of its job."""
 
     async def cancel(self, ids: Collection[str]) -> None: ...
 
@@ -86,15 +86,15 @@ class Supply:
         self._needs: Needs | None = None
         self._restarts: dict[int, _Restart] = {}
         self._jobs: dict[str, JoinerJob] = {}
-        """The joiners of the last look at the queue, by id."""
+        """The joiners that the queue had last, by id."""
         self._came: set[int] = set()
         """The numbers of all joiners that have been in touch."""
         self._wasted = Counter[str]()
         """How many joiners have ended before they were in touch, by node."""
         self._started_at: dict[str, float] = {}
-        """When joiners that run and are not in touch were seen first, by id."""
+        """When a joiner that runs and is not in touch was found in the queue first, by id."""
         self._queue_is_current = False
-        """Whether the last look at the queue includes all joiners that were submitted."""
+        """Whether ``_jobs`` includes all joiners that were submitted."""
         self._growth = Growth(0, (), 0, 0)
         self._backoff = Backoff()
         self._problem = ""
@@ -135,7 +135,7 @@ class Supply:
     # agents that are started anew
 
     async def _restart(self, missing: Collection[Host]) -> int:
-        """Begin to start agents on nodes that answer and have none. How many are being started or expected now."""
+        """Start agents on nodes that answer and have none. Returns how many agents are being started or expected."""
         now = asyncio.get_running_loop().time()
         lost = {host.node: host for host in missing}
         for node, restart in self._restarts.items():
@@ -170,7 +170,7 @@ class Supply:
     # joiners
 
     async def _provide(self, needs: Needs, restarting: int) -> Growth:
-        """Submit and cancel joiners. What is starting and pending then."""
+        """Submit and cancel joiners. Returns how many are starting and pending then."""
         came = frozenset(self._came)  # as of ``needs``, which counts a joiner that comes meanwhile as lacking
         try:
             jobs = await self._source.joiners()
@@ -192,7 +192,7 @@ class Supply:
         return Growth(0, (), plan.starting, plan.pending + submitted)
 
     async def _submit(self, count: int, needs: Needs) -> int:
-        """Submit ``count`` joiners, while the leader still needs as many. How many Slurm has accepted."""
+        """Submit ``count`` joiners, while the leader still needs as many. Returns how many Slurm has accepted."""
         now = asyncio.get_running_loop().time
         useless = {node for node, times in self._wasted.items() if times >= _WASTED_AT_MOST and node}
         accepted: list[str] = []
@@ -222,7 +222,7 @@ class Supply:
         self._jobs = current
 
     async def _cancel_overdue(self, jobs: Sequence[JoinerJob]) -> None:
-        """A joiner that has started long ago and is not in touch keeps a node for nothing."""
+        """Cancel joiners that have started long ago and are not in touch: they hold a node for nothing."""
         now = asyncio.get_running_loop().time()
         started = [job.id for job in jobs if job.state == "RUNNING" and joiner(job.id) not in self._came]
         self._started_at = {id: self._started_at.get(id, now) for id in started}
@@ -230,7 +230,7 @@ class Supply:
             await self._source.cancel(overdue)
 
     def _record_problem(self, problem: str) -> None:
-        """Once, until there is another problem."""
+        """Record ``problem``, unless it was the last one recorded."""
         if problem != self._problem:
             self._problem = problem
             self._event("growth_problem", {"reason": problem})

@@ -1,7 +1,7 @@
 """The modules that a standby has imported ahead, kept out of ``sys.modules`` until the script imports them.
 
-At that import it is decided whether the modules are as they would be if they were imported now. If they are not, the
-process begins again as a fresh one. Imports only what every interpreter has loaded.
+At that import, ``Aside`` checks that the modules are as they would be if they were imported now. If they are not, the
+process begins again as a fresh process. Imports only what every interpreter has loaded.
 """
 
 import _imp
@@ -30,13 +30,13 @@ OF_A_ROUND = frozenset(
         "SUBMITIT_FOLDER",  # which submitit sets before it loads a function
     )
 )
-"""Variables of a worker that hold for one round. A standby does not have them when it imports modules ahead: modules
-read them when a world is formed, later.
+"""Variables of a worker that hold for one round. A standby does not have them when it imports modules ahead; modules
+read them later, when a world is formed.
 """
 
 Changes = dict[str, str | None]
-"""New values of variables, None for those that were removed. A name with a ``=`` at its end is that of a variable which
-only C libraries see (``os.putenv``), any other name that of a variable in ``os.environ``.
+"""New values of variables, None for a variable that was removed. A name that ends in ``=`` stands for a variable that
+only C libraries see (``os.putenv``), any other name for a variable in ``os.environ``.
 """
 
 
@@ -46,7 +46,7 @@ def changes(before: dict[str, str], after: dict[str, str]) -> Changes:
 
 
 def changed(environ: dict[str, str], by: Changes) -> dict[str, str]:
-    """``environ`` with the changes ``by``, but for those that only C libraries see."""
+    """``environ`` with the changes ``by``, without the variables that only C libraries see."""
     return {name: value for name, value in {**environ, **by}.items() if value is not None and name[-1:] != "="}
 
 
@@ -69,7 +69,7 @@ def putenv(name: str, value: "str | None") -> None:
 def getenv_all() -> dict[str, str]:
     """The variables as C libraries see them, also those that ``os.environ`` does not have (``os.putenv``)."""
     try:
-        posix = _imp.create_builtin(ModuleSpec("posix", None))  # a second one, which reads them again
+        posix = _imp.create_builtin(ModuleSpec("posix", None))  # another instance, which reads them again
         _imp.exec_builtin(posix)
         return {os.fsdecode(name): os.fsdecode(value) for name, value in posix.environ.items()}
     except Exception:  # noqa: BLE001 - this interpreter has no such module
@@ -77,12 +77,12 @@ def getenv_all() -> dict[str, str]:
 
 
 def is_of_python(name: str) -> bool:
-    """Whether this is a module of the standard library: no variable that a script would set matters to its import."""
+    """Whether ``name`` is a module of the standard library, whose import depends on no variable that scripts set."""
     return name.partition(".")[0] in sys.stdlib_module_names or name.startswith("_sysconfigdata_")
 
 
 def at_import(names: set[str]) -> None:
-    """Set what Python's own modules ``names`` note when they are imported: the time, the working directory."""
+    """Set what Python's own modules, of ``names``, note when they are imported: the time, the working directory."""
     if "logging" in names:
         logging = sys.modules["logging"]
         logging._startTime = time.time_ns() if type(logging._startTime) is int else time.time()  # type: ignore[attr-defined]  # noqa: SLF001
@@ -101,7 +101,7 @@ _OF_IMPORTS = frozenset(
 
 
 class _Finding:
-    """The import system asks this finder first for every module. It has no module, and notes which one is loaded."""
+    """The import system asks this finder first for every module. It has no module, and notes the name."""
 
     loading = ""
 
@@ -110,21 +110,21 @@ class _Finding:
 
 
 class Stage:
-    """One import that was made ahead, and what the import did."""
+    """One import that was made ahead, and its effects."""
 
     def __init__(self, name: str, by_script: Changes) -> None:
         """``by_script``: what the script did to its variables before it imported ``name``, in an earlier round."""
         self.name, self.by_script = name, by_script
         self.modules: dict[str, ModuleType] = {}
         self.imports: set[tuple[str, str]] = set()
-        """Pairs of a module and one that it has imported, even if that was loaded already. Not in it: what a module of
-        Python's imports for somebody else (``pickle``).
+        """Pairs of a module and a module that it has imported, even if the latter was loaded already; without the
+        modules that Python's own modules import for others (``pickle``).
         """
         self.sets: Changes = {}
         self.output = (b"", b"")
 
     def run(self, environ: dict[str, str]) -> dict[str, str]:
-        """Import the module. The answer is ``environ`` as the import has changed it. Raises what the import raises."""
+        """Import the module. Returns ``environ`` as the import has changed it. Raises what the import raises."""
         loaded, written = set(sys.modules), [os.fstat(number).st_size for number in (1, 2)]
         given = changed(environ, self.by_script)
         set_environ(given)
@@ -169,10 +169,10 @@ class Stage:
 
 
 class Aside:
-    """A finder that holds the modules. ``sys.meta_path`` begins with it until the script has imported all of them."""
+    """A finder that holds the modules. ``sys.meta_path`` begins with it until the script has imported all of these."""
 
     def __init__(self, stages: list[Stage], watched: str) -> None:
-        """Takes the modules of ``stages`` out of ``sys.modules``. ``watched``: a module whose import is reported."""
+        """Take the modules of ``stages`` out of ``sys.modules``. ``watched``: a module whose import is reported."""
         self._stages = stages
         stage_of = {name: stage for stage in stages for name in stage.modules}
         self._held = {}
@@ -184,7 +184,7 @@ class Aside:
         self._watched = "" if watched in self._held else watched
         order = {name: number for number, name in enumerate(self._held)}
         self._brings = {name: {name.rpartition(".")[0]} for name in self._held}
-        """What each module brings into ``sys.modules`` with it: its package, and the modules that it imports."""
+        """The modules that come into ``sys.modules`` with each module: its package, and the modules that it imports."""
         for stage in stages:
             for importer, imported in stage.imports:
                 if importer in self._brings:
@@ -212,8 +212,8 @@ class Aside:
     ) -> None:
         """The script starts, with the variables ``environ``.
 
-        ``tell``: to be called with what became of the modules, why, and which modules the script has imported at which
-        moment. ``differs``: called when a fresh process would have got other modules; it may not return.
+        ``tell``: called with what became of the modules, why, and the moments at which the script has imported modules.
+        ``differs``: called when a fresh process would have other modules; it may not return.
         """
         self._environ, self._tell, self._differs = environ, tell, differs
         self._pid, self._path, self._flags = os.getpid(), list(sys.path), sys.getdlopenflags()
@@ -228,7 +228,7 @@ class Aside:
             self._guard(finder)
 
     def _guard(self, finder: "Any") -> None:
-        """A caller may ask the finder of a path, past ``sys.meta_path``, which must not load a module held here."""
+        """Keep the finder of a path, which may be asked past ``sys.meta_path``, from loading a module held here."""
         original = finder.find_spec
 
         def find_spec(name: str, *rest: object) -> "ModuleSpec | None":
@@ -242,7 +242,7 @@ class Aside:
         self._over = True
         if os.getpid() == self._pid:
             self._tell("warm", "", self._moments)
-        del self._tell, self._differs  # they refer to the script, whose objects must go as in a fresh process
+        del self._tell, self._differs  # they refer to the script, whose objects must be freed as in a fresh process
 
     def find_spec(self, name: str, *_: object) -> "ModuleSpec | None":
         if name == self._watched and os.getpid() == self._pid and not self._over:
@@ -260,7 +260,7 @@ class Aside:
         return spec
 
     def give(self, name: str) -> None:
-        """The script imports ``name``: put it into ``sys.modules``, with all that its import had brought."""
+        """The script imports ``name``: put the module into ``sys.modules``, with all that its import brought."""
         with self._lock:
             if name in self._held:  # no other thread has imported it
                 self._give(name)
@@ -293,8 +293,8 @@ class Aside:
                 sys.meta_path.remove(self)
 
     def _in_front(self) -> "list[Any]":
-        """Finders that are asked before this one, and do not learn of modules that come together. Such a finder may
-        have a method ``given``, which is called then.
+        """Finders that the import system asks before this one. They are not asked for modules that come with another
+        module; a method ``given`` of such a finder is called then.
         """
         return sys.meta_path[: sys.meta_path.index(self)] if self in sys.meta_path else []
 
@@ -309,7 +309,7 @@ class Aside:
             self._tell("warm", "", self._moments)
 
     def _needed(self, name: str) -> set[str]:
-        """The modules that the import of ``name`` has brought; for the name of a stage, all its modules."""
+        """The modules that come with ``name``; for the name of a stage, all modules of the stage."""
         stage = self._held[name][1]
         among = self._stages[: self._stages.index(stage) + 1]
         todo, needed = set(stage.modules) if name == stage.name else {name}, set()
@@ -321,7 +321,7 @@ class Aside:
         return needed
 
     def _by_script(self) -> Changes:
-        """What the script has done to its variables by now."""
+        """The changes that the script has made to its variables by now."""
         by_script = changes(self._environ, dict(os.environ))
         for name, value in changes(self._native, getenv_all()).items():
             if os.environ.get(name) != value:

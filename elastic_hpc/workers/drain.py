@@ -1,4 +1,4 @@
-"""Workers that do not call ``drain_requested`` are told by a signal to save and stop: ``--drain-signal``."""
+"""The signal that tells workers to save and stop if they do not call ``drain_requested``: ``--drain-signal``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class DrainSignals:
-    """The signals to the workers of one node, round after round. ``workers``: the pidfds of those that live, by pid."""
+    """The signals to the workers of one node, round after round. ``workers``: pidfds of the living workers, by pid."""
 
     def __init__(self, wanted: DrainSignal | None, *, slurm: bool) -> None:
-        """``wanted``: None for SIGTERM, to each worker that handles it. A worker without a handler would be dead before
-        its next checkpoint, so it may train for as long as there is time. ``slurm``: this is a node of a Slurm job.
+        """``wanted``: None for SIGTERM to each worker that handles it. SIGTERM would kill a worker without a handler,
+        which trains on for as long as there is time. ``slurm``: this is a node of a Slurm job.
         """
         self._wanted = wanted
         self._number = wanted.number if wanted else signal.SIGTERM
@@ -36,12 +36,12 @@ class DrainSignals:
         return bool(self._signalled)
 
     def can_tell(self, workers: Mapping[int, int]) -> bool:
-        """Whether a worker would heed the signal, or has got it."""
+        """Whether a worker would handle the signal, or has got it."""
         return self.sent or any(map(self._takes, workers))
 
     def tell(self, workers: Mapping[int, int], got: int = 0) -> None:
         """Send the signal to the workers that have not got it. ``got``: the signal that this agent has got, 0 for none.
-        If it came from Slurm, the workers have got it too.
+        If Slurm has sent that signal, the workers have got it too.
         """
         for pid in workers.keys() - self._signalled:
             if self._takes(pid):

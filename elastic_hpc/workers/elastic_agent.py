@@ -1,7 +1,7 @@
-"""torch's ``LocalElasticAgent`` with the waiting done on events: the one place that leans on its inner workings.
+"""torch's ``LocalElasticAgent``, but it waits for events. Only this module depends on the internals of that class.
 
-The methods overridden here are the ones that torch's documentation names as extension points; their signatures
-drift between releases, hence ``*args, **kwargs``. ``tests/unit/test_torch_contract.py`` notices when torch changes.
+The methods overridden here are those that torch's documentation names as extension points; their signatures change
+between releases, hence ``*args, **kwargs``. ``tests/unit/test_torch_contract.py`` fails when torch changes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ElasticAgent(LocalElasticAgent):
         standbys: Standbys,
         signals: DrainSignals,
     ) -> None:
-        """``mark``: what all workers have in their environment."""
+        """``mark``: the entry that all workers have in their environment."""
         super().__init__(spec, logs_specs=logs, log_line_prefix_template="[rank${rank}]: ")
         self._control = control
         self._logs = logs
@@ -108,7 +108,7 @@ class ElasticAgent(LocalElasticAgent):
         self._watch = Watch(hang_timeout, policy.heartbeat_timeout)
         self._stamper = Stamper()
         self._pidfds: dict[int, int] = {}
-        """Of every worker of the round, by its pid."""
+        """The pidfd of every worker of the round, by pid."""
         self._started_at = 0.0
         self._oom = OomWatch()
         self._drain_passed_on = False
@@ -121,12 +121,12 @@ class ElasticAgent(LocalElasticAgent):
     # signals to this agent
 
     def handle_signals(self) -> None:
-        """In the main thread. torch sets handlers of its own whenever it starts workers."""
+        """To be called in the main thread, whenever workers were started: torch sets handlers of its own then."""
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(name, self._on_signal)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        """Slurm wants the job to end, or somebody wants this agent to."""
+        """Slurm ends the job, or somebody ends this agent."""
         number = signal.Signals(signum)
         leaving = SignalException(f"got {number.name}", number)
         if not self._pidfds:
@@ -156,8 +156,8 @@ class ElasticAgent(LocalElasticAgent):
         return ids
 
     def _monitor_workers(self, worker_group: WorkerGroup, *_args: Any, **_kwargs: Any) -> RunResult:
-        """Sleep until a worker exits or the leader has news. A failure is the leader's to judge, never this node's:
-        it is reported, and torch is told to restart, which waits for the next round.
+        """Sleep until a worker exits or the leader has news. Only the leader judges a failure: this agent reports it,
+        and tells torch to restart, which waits for the next round.
         """
         self._wait_for_news()
         if self._control.must_stop(self._handler.round):
@@ -176,7 +176,7 @@ class ElasticAgent(LocalElasticAgent):
         if None in codes.values():
             self._look_after(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
-        self._kill_workers()  # what they left running
+        self._kill_workers()  # processes that the workers left running
         self._report_progress()
         if failure:
             log.info("the drain ended %s", failure)
@@ -186,8 +186,8 @@ class ElasticAgent(LocalElasticAgent):
         return self._stop_for_next_round()
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Workers of a broken round are stuck in a collective: they are killed at once. Only a signal to this agent,
-        which Slurm sends to the workers too, leaves them time.
+        """Kill the workers at once, as those of a broken round are stuck in a collective. Only after a signal to this
+        agent, which Slurm sends to the workers too, they have time to end.
         """
         leaving = sys.exc_info()[1]
         if isinstance(leaving, SignalException):

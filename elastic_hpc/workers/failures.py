@@ -18,7 +18,7 @@ from elastic_hpc.membership.tracebacks import READ
 
 
 def first_failure(failed: Mapping[Worker, int], node: str, context: PContext, *, oom: bool) -> Failure:
-    """The first failure that is no echo of another: the one whose error file is oldest, else that of the lowest rank.
+    """The first failure that is no echo of another: that with the oldest error file, else that of the lowest rank.
 
     ``failed``: exit codes of workers of ``node``. ``oom``: the kernel has killed a process there for lack of memory.
     """

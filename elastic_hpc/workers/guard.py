@@ -2,13 +2,13 @@
 ``python -I -S guard.py TOKEN [SILENCE [FOLDER]]``. So this module imports nothing of the package, which is not on the
 path then; an agent that ends a round kills its workers with ``kill_all``, by the same mark.
 
-When the agent is gone, however it died, its end of the pipe closes. Every process that inherited the agent's token in
-its environment, workers in sessions of their own and what they started, is then killed. Not so another Slurm job that
-they submitted: it has inherited the token too, and may share the node.
+When the agent is gone, however it died, its end of the pipe closes. The guard then kills every process that inherited
+the agent's token in its environment: workers, in sessions of their own, and what they started. It spares other Slurm
+jobs that the workers submitted, which have inherited the token too and may share the node.
 
-An agent that is frozen closes nothing. With ``SILENCE``, a number of seconds, the agent calls ``beat`` with every
-heartbeat, and is frozen when that long nothing came: the same processes are killed, again and again, until it beats
-once more. Nobody is frozen before the first beat, nor for the time in which the guard itself did not run.
+An agent that is frozen closes nothing. With ``SILENCE``, in seconds, the agent calls ``beat`` with every heartbeat, and
+counts as frozen after that long without a beat: the guard kills the same processes, again and again, until the next
+beat. The guard waits for the first beat, and does not count the time in which it did not run itself.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ def beat(pipe: int) -> None:
 
 
 def marked(token: bytes) -> list[int]:
-    """Processes of this user that carry ``token`` in the environment they were started with, without those of other
-    Slurm jobs than this process's, if that is part of one.
+    """Processes of this user that carry ``token`` in the environment they were started with. If this process is part of
+    a Slurm job, without processes of other jobs.
     """
     here, found = os.environb.get(b"SLURM_JOB_ID"), []
     for entry in os.scandir("/proc"):
@@ -51,7 +51,7 @@ def _job_of(environ: bytes) -> bytes | None:
 
 
 def kill_marked(token: bytes, spared: "Collection[int]" = ()) -> int:
-    """SIGKILL to every process that carries ``token``, but for sessions in ``spared``; how many there were."""
+    """Send SIGKILL to every process that carries ``token``, except in the sessions ``spared``. Returns their number."""
     count = 0
     for pid in marked(token):
         with contextlib.suppress(OSError):
@@ -62,8 +62,8 @@ def kill_marked(token: bytes, spared: "Collection[int]" = ()) -> int:
 
 
 def kill_all(token: bytes, spared: "Collection[int]" = (), limit: float = 10.0) -> None:
-    """The same until no such process is left, for at most ``limit`` seconds: a process may start others meanwhile, and
-    one that waits for a disk or a device dies when that answers.
+    """Call ``kill_marked`` until no such process is left, for at most ``limit`` seconds: a process may start others
+    meanwhile, and a process that waits for a device dies only when the device answers.
     """
     deadline = time.monotonic() + limit
     while kill_marked(token, spared) and time.monotonic() < deadline:
@@ -84,7 +84,7 @@ def watch(token: bytes, limit: float) -> None:
                 return
             silence, beaten = 0.0, True
         elif beaten:
-            silence += min(now - ticked, 2 * tick)  # not for how long this process was frozen too
+            silence += min(now - ticked, 2 * tick)  # without the time in which this process was frozen too
         ticked = now
         if silence >= limit:
             kill_marked(token)
@@ -97,7 +97,7 @@ def main() -> None:
     watch(token, float(sys.argv[2]) if len(sys.argv) > 2 else float("inf"))
     kill_all(token, limit=20)
     if len(sys.argv) > 3:
-        import shutil  # noqa: PLC0415 - it takes memory, and is needed only here
+        import shutil  # noqa: PLC0415 - takes memory, and is needed only at the end
 
         shutil.rmtree(sys.argv[3], ignore_errors=True)
 

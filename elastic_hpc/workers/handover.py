@@ -1,6 +1,6 @@
-"""Where torch's agent starts workers, standbys take the place of new processes.
+"""Has torch's agent take standbys where it would start new processes.
 
-``get_subprocess_handler`` is private to torch. A release that has moved it starts all workers as torch does.
+``get_subprocess_handler`` is private to torch. In a release that has moved it, all workers start as torch starts them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from elastic_hpc.workers.standbys import Standbys
 
 
 class StandbyHandler(SubprocessHandler):
-    """Starts a worker, as torch's class does, or takes a standby while there are standbys."""
+    """Takes a standby as the worker, or starts a process as torch's class does if no standby is left."""
 
     def __init__(self, standbys: Standbys, **kwargs: Any) -> None:
         self._standbys = standbys

@@ -1,4 +1,4 @@
-"""Where the workers of a node write to, and what torch's agent shows of that."""
+"""The files that the workers of a node write to, and the output that torch's agent shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NodeLogs(LogsSpecs):
     """
 
     def __init__(self, root: Path, run: int, node: str, shown: str | None = None) -> None:
-        """``shown``: the local ranks whose output is, ``0,1``; None for all."""
+        """``shown``: the local ranks whose output is shown, ``0,1``; None for all."""
         super().__init__(log_dir=str(root))
         self._root, self._run, self._node = root, run, node
         self._shown = None if shown is None else set(map(int, shown.split(",")))
@@ -27,14 +27,14 @@ class NodeLogs(LogsSpecs):
 
     @property
     def folder(self) -> Path:
-        """Of the current round."""
+        """The folder of the current round."""
         return self._root / f"{self._run}.{os.environ['ELASTIC_HPC_ROUND']}" / self._node
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         folder = self.folder
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for env in envs.values():  # torch would fail where it opens them
+            for env in envs.values():  # torch would fail later, when it opens them
                 for kind in ("out", "err"):
                     (folder / f"rank{env['RANK']}.{kind}").touch(mode=0o600)
         except OSError as error:

@@ -14,9 +14,9 @@ _LIMIT_AND_USE = {
 
 
 class OomWatch:
-    """Whether the kernel's out-of-memory killer took a process of this one's cgroup since the watch was made.
+    """Whether the kernel has killed a process of this cgroup for lack of memory since the watch was made.
 
-    Where the cgroup has no such counter, the counter of the whole machine counts.
+    Where the cgroup has no counter of such kills, the counter of the whole machine counts.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class OomWatch:
 
 
 def available() -> float:
-    """MiB that processes of this cgroup may still take; where it has no limit, what the machine has."""
+    """MiB that processes of this cgroup may still take; without a limit, MiB that the machine has."""
     free = (_number(Path("/proc/meminfo"), "MemAvailable:") or 0) * 1024
     with contextlib.suppress(OSError, ValueError):
         for folder, counters in _cgroups():

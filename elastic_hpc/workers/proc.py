@@ -1,4 +1,4 @@
-"""What the kernel tells of a process: its state, its parent, its variables, how it ended. Reads ``/proc``.
+"""What the kernel knows of a process: its state, its parent, its variables, how it ended. Reads ``/proc``.
 
 A process that is gone has no parent and no variables, is not stopped, and handles no signal. ``guard``, ``standby`` and
 ``aside`` run outside of the package and import nothing of it, so they read the few files that they need themselves.
@@ -12,8 +12,8 @@ from pathlib import Path
 
 
 def exit_code(pidfd: int) -> int | None:
-    """Exit code of a child, minus the signal if one killed it; None while it lives. The child is left for torch to
-    reap; afterwards the answer is 0.
+    """Exit code of a child, minus the signal if a signal killed it; None while it lives. torch reaps the child, and the
+    exit code is 0 after that.
     """
     try:
         ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -44,7 +44,9 @@ def variable(pid: int, name: str) -> str | None:
 
 
 def handles(pid: int, number: int) -> bool:
-    """Whether the process has a handler of signal ``number``, or blocks it in its first thread, to wait in another."""
+    """Whether the process has a handler of signal ``number``, or blocks it in its first thread, to wait for it in
+    another.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Where stuck processes are: their stacks by py-spy, or what the kernel tells. The processes need not take part."""
+"""Where stuck processes are: their stacks by py-spy, or what the kernel knows. The processes need not cooperate."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _ALLOW = "sysctl kernel.yama.ptrace_scope=0, by an administrator,"
 
 
 def dump(processes: Mapping[str, int], folder: Path, *, timeout: float = 10.0) -> list[Path]:
-    """Write the stack of every process into ``folder``/NAME.stacks. ``processes``: pid by name. The answer is what was
-    written.
+    """Write the stack of every process into ``folder``/NAME.stacks. ``processes``: pid by name. Returns the files that
+    were written.
 
-    Takes at most ``timeout`` seconds for all processes together. Never raises, also not where a process is gone or may
-    not be looked at, or the folder cannot be written.
+    Takes at most ``timeout`` seconds for all processes together. Never raises: a process may be gone or inaccessible,
+    and the folder may not be writable.
     """
     deadline = time.monotonic() + timeout
     program = _py_spy()
@@ -51,7 +51,7 @@ def _stack(program: str | None, pid: int, deadline: float) -> str:
     if program is None:
         return f"{_kernel_view(pid)}\nFor the Python stack: {_INSTALL} shows it next time.\n"
     why = ""
-    for options in ([], ["--nonblocking"]):  # a process that is stopped cannot be halted for the look
+    for options in ([], ["--nonblocking"]):  # py-spy cannot halt a process that is stopped already
         try:
             done = subprocess.run(
                 [program, "dump", *options, "--pid", str(pid)],
@@ -75,7 +75,7 @@ def _stack(program: str | None, pid: int, deadline: float) -> str:
 
 
 def _kernel_view(pid: int) -> str:
-    """State, and the call that it waits in, of every thread."""
+    """The state of every thread, and the system call in which it waits."""
     command = " ".join(_read(f"/proc/{pid}/cmdline").replace("\0", " ").split())
     lines = [f"Process {pid}: {command[:300] or 'gone'}"]
     with contextlib.suppress(OSError):

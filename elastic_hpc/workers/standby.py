@@ -38,8 +38,8 @@ SOCKET = "ELASTIC_HPC_STANDBY"
 
 
 class Gently:
-    """Pauses after each import for twice the time that the import took, until this worker is wanted. So it uses a third
-    of one core. A niceness would do more, but a process without privileges cannot take it back.
+    """Pauses after each import for twice the time that the import took, until this worker is wanted. So the standby
+    uses a third of one core. A process without privileges could not take a niceness back.
     """
 
     def __init__(self, agent: _socket.socket) -> None:
@@ -48,7 +48,7 @@ class Gently:
         self.wanted = False
 
     def find_spec(self, *_: object) -> None:
-        """The import system asks this finder first, for every module. It never has a module: it pauses."""
+        """The import system asks this finder first for every module. It pauses, and never has the module."""
         if self.wanted:
             return
         self._agent.settimeout(max(0.0001, 2 * (time.process_time() - self._spent)))
@@ -62,11 +62,11 @@ class Gently:
 
 
 def private_megabytes() -> float:
-    """Memory of this process that no other shares."""
+    """Memory that this process shares with no other, in MiB."""
     try:
         with open("/proc/self/smaps_rollup", "rb") as file:
             return sum(int(line.split()[1]) for line in file if line.startswith(b"Private_")) / 1024
-    except OSError:  # the resident memory is more, which is the safe side
+    except OSError:  # the resident memory is larger, which is on the safe side
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
 
@@ -74,10 +74,10 @@ def private_megabytes() -> float:
 def preload(
     plan: list[tuple[str, aside.Changes, bool]], agent: _socket.socket, *, gently: bool
 ) -> tuple[list[aside.Stage], str]:
-    """Import the modules of ``plan``. The answer is what was imported, and why that is of no use, empty if it is.
+    """Import the modules of ``plan``. Returns what was imported, and why it cannot be used; empty if it can.
 
-    ``plan``: of each module its name, what the script does to its variables before it imports the module, and whether
-    the module is optional: left out if this worker is wanted meanwhile, and without a word if its import fails.
+    ``plan``: for each module its name, the changes that the script makes to its variables before it imports the module,
+    and whether the module is optional: left out if this worker is wanted meanwhile, and also if its import fails.
     """
     gentle = Gently(agent)
     if gently:
@@ -107,7 +107,7 @@ def preload(
 
 
 def receive(agent: _socket.socket) -> tuple[tuple[int, int], dict[str, str]]:
-    """Wait until the agent wants this worker. The answer is descriptors for stdout and stderr, and the environment."""
+    """Wait until the agent wants this worker. Returns descriptors for stdout and stderr, and the environment."""
     data, ancillary, _, _ = agent.recvmsg(16, _socket.CMSG_SPACE(3 * 4))
     if not data:
         os._exit(0)  # the agent is gone
@@ -159,7 +159,7 @@ class Process:
         return found
 
     def witness(self) -> str:
-        """What would notice that the script begins again; empty if nothing would."""
+        """What would reveal that the script begins again; empty if nothing would."""
         if os.getpid() != self._pid:
             return "this is a child of the worker"
         if _thread._count() > self._threads:  # noqa: SLF001
@@ -180,7 +180,7 @@ class Process:
         return ""
 
     def begin_again(self) -> None:
-        """Become a fresh process, by exec. The output of the script is taken back."""
+        """Become a fresh process, by exec. Removes the output of the script so far."""
         for number, (_, length) in enumerate(self._outputs, 1):
             os.ftruncate(number, length)
             os.lseek(number, length, os.SEEK_SET)
@@ -205,8 +205,8 @@ def become_fresh(command: list[str], environ: dict[str, str]) -> None:
 
 
 def show(command: list[str], environ: dict[str, str]) -> None:
-    """Have ``ps`` and ``/proc`` show ``command``, and the variables ``environ`` of the round. They overwrite the memory
-    with the arguments and variables that this process was started with, where the agent has left room for them.
+    """Have ``ps`` and ``/proc`` show ``command``, and the variables ``environ`` of the round: overwrite the memory with
+    the arguments and variables that this process was started with, where the agent has left room.
     """
     try:
         with open("/proc/self/stat", "rb") as file:
@@ -228,7 +228,9 @@ def show(command: list[str], environ: dict[str, str]) -> None:
 
 
 def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
-    """All that comes before the script runs. The answer is its code, or the name of a module, and its namespace."""
+    """All that comes before the script runs. Returns its source and path, or the name of a module; its namespace; and
+    the modules held for it.
+    """
     agent = _socket.socket(fileno=int(os.environ.pop(SOCKET)))
     started_with = dict(os.environ)
     argv, plan, watched, record, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
@@ -246,7 +248,7 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
     parent = os.getppid()
 
     def tell(what: str, why: str, moments: list[tuple[str, aside.Changes]]) -> None:
-        """Write into the agent's record of this worker, if the agent lives. No descriptor is kept open for that."""
+        """Write into the agent's record of this worker, if the agent lives. Keeps no descriptor open."""
         try:
             if os.getppid() == parent:
                 written = os.open(f"/proc/{parent}/fd/{record}", os.O_WRONLY | os.O_APPEND)

@@ -1,4 +1,4 @@
-"""The standbys of an agent: processes that have started and imported ahead, and become workers of the next round."""
+"""The standbys of an agent: processes that have started Python and imported modules, and become the next workers."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from elastic_hpc.workers.aside import OF_A_ROUND, Changes
 log = logging.getLogger(__name__)
 
 SHARE = 0.1
-"""The share of the memory that is free while the workers train, which standbys may take."""
+"""The share that standbys may take of the memory that is free while the workers train."""
 
 _LATER = "torch._dynamo"
 """DistributedDataParallel and torch.compile import this module at their first use, which takes as long as torch itself.
-For a script that was seen to import it, standbys import it ahead too.
+If the script has imported it in one round, the standbys for later rounds import it ahead too.
 """
 
 _ROOM = 2048
 """Bytes for the variables that torch sets for a worker: rank, world size, addresses, files."""
 
 _DEATHS = 3
-"""So often standbys may die while they wait, unless one becomes a worker in between; then the node does without."""
+"""How often standbys may die while they wait, unless one becomes a worker in between; then the node has no more."""
 
 _VAIN = 2
-"""So many rounds in a row standbys may begin again as fresh processes, because of what their script does."""
+"""For how many rounds in a row standbys may begin again as fresh processes, because of what their script does."""
 
 Moment = tuple[str, Changes]
-"""A module that a script imports, and what the script has done to its variables before."""
+"""A module that a script imports, and the changes that the script has made to its variables before."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """How many workers of a round had been standbys, as far as is known."""
+    """How many workers of a round were standbys before, as far as is known."""
 
     warm: int = 0
     cold: int = 0
     why: str = ""
-    """Why the cold workers had been no standbys."""
+    """Why the cold workers were no standbys."""
     standby_mb: float = 0.0
     """Memory of a standby that no other process shares, in MiB; 0 while that is not known."""
 
@@ -97,7 +97,7 @@ class _Standby:
                 os.close(descriptor)
         self.ready = False
         self.started_as = ""
-        """``warm`` or ``cold``, once it has become a worker and that is known."""
+        """``warm`` or ``cold``, once that is known; empty before."""
 
     def receive(self) -> str:
         """What the standby has sent: ``ready MEGABYTES``, once, and nothing otherwise."""
@@ -108,13 +108,13 @@ class _Standby:
         return message.decode()
 
     def read(self) -> Iterator[tuple[str, str, list[Moment]]]:
-        """What it has recorded as a worker: ``warm``, ``cold``, ``late`` or ``seen``; why; its script's moments."""
+        """What the standby has recorded as a worker: ``warm``, ``cold``, ``late`` or ``seen``; why; the moments."""
         with contextlib.suppress(EOFError, ValueError, TypeError):
             while True:
                 yield marshal.load(self._record)  # noqa: S302 - written by the same interpreter and user
 
     def go(self, environ: Mapping[str, str], outputs: Sequence[int]) -> None:
-        """Have it become a worker. Raises OSError if it is gone."""
+        """Make the standby a worker. Raises OSError if its process is gone."""
         content = os.memfd_create("environ")
         try:
             os.write(content, marshal.dumps(dict(environ)))
@@ -143,9 +143,9 @@ class Standbys:
         python: Sequence[str] = (sys.executable, "-u"),
         without: str = "--preload off",
     ) -> None:
-        """``argv``: what the interpreter ``python`` is given: ``["train.py", "--lr", "1e-3"]``, or ``["-m", ...]``.
-        ``modules``: what is imported ahead; without any there are no standbys, for the reason ``without``.
-        ``count``: the number of workers of this node.
+        """``argv``: the arguments of the interpreter ``python``: ``["train.py", "--lr", "1e-3"]``, or ``["-m", ...]``.
+        ``modules``: what standbys import; if empty, there are no standbys, for the reason ``without``. ``count``: the
+        number of workers of this node.
         """
         self._argv, self._modules, self._count = tuple(argv), tuple(modules), count
         self._python = tuple(python)
@@ -155,7 +155,7 @@ class Standbys:
         self._moments: dict[int, list[Moment]] = {}
         """What the scripts of this node's workers have imported, by local rank."""
         self._unsteady: set[str] = set()
-        """Modules that the scripts import with other variables each time, which are not imported ahead."""
+        """Modules that the scripts import with other variables each time; standbys do not import these."""
         self._over = not modules
         self._why = without if self._over else "no standby was ready"
         self._in_vain = ""
@@ -173,13 +173,13 @@ class Standbys:
             self._start(gently=False)
 
     def look(self, *, going: bool) -> None:
-        """Read what the standbys have sent. While the workers are ``going``, start the next ones, one at a time."""
+        """Read what the standbys have sent. While the workers are ``going``, start further standbys one at a time."""
         for standby in (*self._waiting, *self._working):
             if message := standby.receive():
                 self.started = replace(self.started, standby_mb=float(message.partition(" ")[2]))
         self._read()
         for standby in self._working if going else ():
-            self._note(standby, "warm")  # its script has needed none of the modules, up to now
+            self._note(standby, "warm")  # its script has imported none of the modules so far
         dead = [standby for standby in self._waiting if standby.process.poll() is not None]
         for standby in dead:
             self._waiting.remove(standby)

@@ -16,7 +16,7 @@ from elastic_hpc.workers.proc import is_stopped
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why the workers stand still; ``pid`` is one of them."""
+    """Why the workers stand still. ``pid``: the worker that is stopped, or the first worker."""
 
     kind: str
     message: str
@@ -42,7 +42,7 @@ class Watch:
 
     def stop(self) -> None:
         self.progress = Progress(-1, drained=False)
-        """Of all workers: the last step of the one that is furthest, what any of them reports of drains, and a loss."""
+        """Of all workers together: the highest step, whether any worker listens or was drained, and a loss."""
         self.stacks_recorded = False
         self._pids, self._outputs = [], []
         self._last_progress = 0.0
