@@ -36,7 +36,7 @@ def fresh_process(monkeypatch):
     for name in ("ELASTIC_HPC_LOCAL_DIR", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     forget()
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # another test of this process may have left one
     yield
     signal.signal(signal.SIGTERM, handler)
     forget()
