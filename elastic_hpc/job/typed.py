@@ -49,136 +49,39 @@ class LaunchOptions(TypedDict, total=False):
     numa_binding: Text
 
 
-class TorchrunOptions(TypedDict, total=False):
-    """Of torchrun's, where ours have other names; see docs/torchrun.md."""
+TorchrunOptions = TypedDict("TorchrunOptions", {  # noqa: UP013 - a table in rows
+    "nnodes": Nodes, "standalone": Flag, "master_addr": Text, "master_port": Text, "rdzv_backend": Text,
+    "node_rank": Text, "monitor_interval": Text | float, "start_method": Text, "event_log_handler": Text,
+    "redirects": Text, "tee": Text, "duplicate_stdout_filters": Text, "duplicate_stderr_filters": Text,
+    "logs_specs": Text, "local_addr": Text, "signals_to_handle": Text, "shutdown_timeout": Text,
+    "virtual_local_rank": Flag, "run_path": Flag, "use_env": Flag,
+}, total=False)  # fmt: skip
+"""Of torchrun's, where ours have other names; see docs/torchrun.md."""
 
-    nnodes: Nodes
-    standalone: Flag
-    master_addr: Text
-    master_port: Text
-    rdzv_backend: Text
-    node_rank: Text
-    monitor_interval: Text | float
-    start_method: Text
-    event_log_handler: Text
-    redirects: Text
-    tee: Text
-    duplicate_stdout_filters: Text
-    duplicate_stderr_filters: Text
-    logs_specs: Text
-    local_addr: Text
-    signals_to_handle: Text
-    shutdown_timeout: Text
-    virtual_local_rank: Flag
-    run_path: Flag
-    use_env: Flag
-
-
-class SbatchOptions(TypedDict, total=False):
-    """Of sbatch's, those that an elastic job may have. Times are in sbatch's own notation, or a timedelta."""
-
-    account: Text
-    acctg_freq: Words
-    array: Words | range
-    batch: Text
-    bb: Text
-    bbf: Text
-    begin: Text | timedelta | date
-    chdir: Text
-    cluster_constraint: Text
-    clusters: Words
-    comment: Text
-    consolidate_segments: Flag
-    constraint: Text
-    container: Text
-    container_id: Text
-    container_type: Text
-    contiguous: Flag
-    core_spec: Text
-    cores_per_socket: Text
-    cpu_freq: Text
-    cpus_per_gpu: Text
-    cpus_per_task: Text
-    deadline: Text | timedelta | date
-    delay_boot: Text | timedelta
-    dependency: Words
-    distribution: Text
-    error: Text
-    exclude: Words
-    exclusive: Switch | int
-    export: Words
-    export_file: Text
-    extra: Text
-    extra_node_info: Text
-    get_user_env: Switch | int
-    gid: Text
-    gpu_bind: Text
-    gpu_freq: Text
-    gpus: Text
-    gpus_per_node: Text
-    gpus_per_socket: Text
-    gres: Words
-    gres_flags: Text
-    hint: Text
-    hold: Flag
-    ignore_pbs: Flag
-    input: Text
-    job_name: Text
-    kill_on_invalid_dep: Text
-    licenses: Words
-    mail_type: Words
-    mail_user: Text
-    mcs_label: Text
-    mem: Text
-    mem_bind: Text
-    mem_per_cpu: Text
-    mem_per_gpu: Text
-    mem_update: Text
-    mincpus: Text
-    network: Text
-    nice: Switch | int
-    no_kill: Switch | int
-    nodefile: Text
-    nodelist: Words
-    ntasks: Text
-    ntasks_per_core: Text
-    ntasks_per_node: Text
-    ntasks_per_socket: Text
-    oom_kill_step: Switch | int
-    open_mode: Text
-    output: Text
-    overcommit: Flag
-    oversubscribe: Flag
-    partition: Words
-    power: Text
-    prefer: Text
-    priority: Text
-    profile: Words
-    propagate: Words
-    qos: Words
-    reboot: Flag
-    requeue: Switch | int
-    reservation: Words
-    resources: Text
-    resv_ports: Switch | int
-    segment: Text
-    share: Flag
-    signal: Text
-    sockets_per_node: Text
-    spread_job: Flag
-    spread_segments: Flag
-    stepmgr: Flag
-    switches: Text
-    tasks_per_node: Text
-    thread_spec: Text
-    threads_per_core: Text
-    time: Text | timedelta
-    time_min: Text | timedelta
-    tmp: Text
-    tres_bind: Text
-    uid: Text
-    wait_all_nodes: Text
-    wckey: Text
+SbatchOptions = TypedDict("SbatchOptions", {  # noqa: UP013 - a table in rows
+    "account": Text, "acctg_freq": Words, "array": Words | range, "batch": Text, "bb": Text, "bbf": Text,
+    "begin": Text | timedelta | date, "chdir": Text, "cluster_constraint": Text, "clusters": Words, "comment": Text,
+    "consolidate_segments": Flag, "constraint": Text, "container": Text, "container_id": Text,
+    "container_type": Text, "contiguous": Flag, "core_spec": Text, "cores_per_socket": Text, "cpu_freq": Text,
+    "cpus_per_gpu": Text, "cpus_per_task": Text, "deadline": Text | timedelta | date,
+    "delay_boot": Text | timedelta, "dependency": Words, "distribution": Text, "error": Text, "exclude": Words,
+    "exclusive": Switch | int, "export": Words, "export_file": Text, "extra": Text, "extra_node_info": Text,
+    "get_user_env": Switch | int, "gid": Text, "gpu_bind": Text, "gpu_freq": Text, "gpus": Text,
+    "gpus_per_node": Text, "gpus_per_socket": Text, "gres": Words, "gres_flags": Text, "hint": Text, "hold": Flag,
+    "ignore_pbs": Flag, "input": Text, "job_name": Text, "kill_on_invalid_dep": Text, "licenses": Words,
+    "mail_type": Words, "mail_user": Text, "mcs_label": Text, "mem": Text, "mem_bind": Text, "mem_per_cpu": Text,
+    "mem_per_gpu": Text, "mem_update": Text, "mincpus": Text, "network": Text, "nice": Switch | int,
+    "no_kill": Switch | int, "nodefile": Text, "nodelist": Words, "ntasks": Text, "ntasks_per_core": Text,
+    "ntasks_per_node": Text, "ntasks_per_socket": Text, "oom_kill_step": Switch | int, "open_mode": Text,
+    "output": Text, "overcommit": Flag, "oversubscribe": Flag, "partition": Words, "power": Text, "prefer": Text,
+    "priority": Text, "profile": Words, "propagate": Words, "qos": Words, "reboot": Flag, "requeue": Switch | int,
+    "reservation": Words, "resources": Text, "resv_ports": Switch | int, "segment": Text, "share": Flag,
+    "signal": Text, "sockets_per_node": Text, "spread_job": Flag, "spread_segments": Flag, "stepmgr": Flag,
+    "switches": Text, "tasks_per_node": Text, "thread_spec": Text, "threads_per_core": Text,
+    "time": Text | timedelta, "time_min": Text | timedelta, "tmp": Text, "tres_bind": Text, "uid": Text,
+    "wait_all_nodes": Text, "wckey": Text,
+}, total=False)  # fmt: skip
+"""Of sbatch's, those that an elastic job may have. Times are in sbatch's own notation, or a timedelta."""
 
 
 class JobOptions(LaunchOptions, TorchrunOptions, SbatchOptions, total=False):
