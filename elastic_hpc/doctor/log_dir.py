@@ -45,10 +45,5 @@ def log_dir_finding(mountinfo: str, path: str) -> Finding:
         return Finding(Level.OK, "log-dir", found, "a file system of the network; --run tells whether all nodes see it")
     if any(PurePath(path).is_relative_to(folder) for folder in ("/tmp", "/var/tmp")):  # noqa: S108
         return Finding(Level.WARN, "log-dir", found, "each machine has a folder of that name of its own", choose)
-    return Finding(
-        Level.UNKNOWN,
-        "log-dir",
-        found,
-        "it may be this machine's own",
-        "you: elastic-hpc doctor --run; it asks the nodes",
-    )
+    means = "it may be this machine's own"
+    return Finding(Level.UNKNOWN, "log-dir", found, means, "you: elastic-hpc doctor --run; it asks the nodes")

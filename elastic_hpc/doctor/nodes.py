@@ -26,36 +26,28 @@ def run_findings(run: ProbeRun, log_dir: str) -> list[Finding]:
 def _requeue(run: ProbeRun) -> Finding:
     if run.may_requeue:
         return Finding(Level.OK, "requeue", "Requeue = 1 for a job with --requeue", "jobs may come back by themselves")
-    return Finding(
-        Level.WARN,
-        "requeue",
-        "Requeue = 0 for a job with --requeue",
-        "Slurm does not let jobs back into the queue: a new job with another id goes on in the place of one that must",
-        "administrator, slurm.conf: JobRequeue=1, and no submission filter that takes --requeue back",
+    means = (
+        "Slurm does not let jobs back into the queue: a new job with another id goes on in the place of one that must"
     )
+    advice = "administrator, slurm.conf: JobRequeue=1, and no submission filter that takes --requeue back"
+    return Finding(Level.WARN, "requeue", "Requeue = 0 for a job with --requeue", means, advice)
 
 
 def _reported(run: ProbeRun, log_dir: str) -> Finding:
     missing = sorted(set(run.nodes) - {report.node for report in run.reports})
     cause = run.causes.get("", "")
     if not run.reports:
-        return Finding(
-            Level.BAD,
-            "nodes",
-            f"no node of {some(run.nodes) or 'the job'} has reported; the job ended as {run.ended}"
-            + (f"; {cause}" if cause else ""),
-            "an elastic job could not start: its nodes must share the run directory, and the Python",
-            f"you: --log-dir DIR that all nodes share (now {log_dir}); --python, --setup in a configuration file",
-        )
+        why = f"; {cause}" if cause else ""
+        found = f"no node of {some(run.nodes) or 'the job'} has reported; the job ended as {run.ended}{why}"
+        means = "an elastic job could not start: its nodes must share the run directory, and the Python"
+        advice = f"you: --log-dir DIR that all nodes share (now {log_dir}); --python, --setup in a configuration file"
+        return Finding(Level.BAD, "nodes", found, means, advice)
     if missing:
         why = some([run.causes[node] for node in missing if node in run.causes], "; ") or cause
-        return Finding(
-            Level.BAD,
-            "nodes",
-            f"{some(missing)} never reported" + (f": {why}" if why else ""),
-            "the agent there could not start either",
-            "you: --exclude " + ",".join(missing) + "; administrator: look at the shared file systems there",
-        )
+        found = f"{some(missing)} never reported" + (f": {why}" if why else "")
+        means = "the agent there could not start either"
+        advice = "you: --exclude " + ",".join(missing) + "; administrator: look at the shared file systems there"
+        return Finding(Level.BAD, "nodes", found, means, advice)
     problems = [f"{report.node}: {problem}" for report in run.reports for problem in report.problems]
     if problems:
         return Finding(
@@ -67,15 +59,10 @@ def _reported(run: ProbeRun, log_dir: str) -> Finding:
 def _file_system(reports: Sequence[NodeReport]) -> list[Finding]:
     makers = [report.node for report in reports if report.created]
     if len(makers) != 1:
-        return [
-            Finding(
-                Level.BAD,
-                "file system",
-                f"{some(makers) or 'no node'} made the one file that all tried to make (O_EXCL)",
-                "two agents could both take themselves for the first",
-                "you: --log-dir DIR, on another file system",
-            )
-        ]
+        found = f"{some(makers) or 'no node'} made the one file that all tried to make (O_EXCL)"
+        means = "two agents could both take themselves for the first"
+        advice = "you: --log-dir DIR, on another file system"
+        return [Finding(Level.BAD, "file system", found, means, advice)]
     if len(reports) < 2:
         return [Finding(Level.UNKNOWN, "file system", "there was one node alone", "not judged", "you: --nodes 2")]
     peers = [(report.node, name, peer) for report, name, peer in pairs(reports)]
@@ -88,15 +75,9 @@ def _visibility(peers: Sequence[tuple[str, str, PeerReport]]) -> list[Finding]:
         return [Finding(Level.UNKNOWN, "file system", "nodes could not agree on a file to look for", "see ports")]
     found = f"a file of one node was seen by others after at most {max(times):.2f} s"
     if max(times) > _SLOW:
-        return [
-            Finding(
-                Level.WARN,
-                "file system",
-                found,
-                "verdicts and checkpoints are seen that much later",
-                "you: --log-dir DIR, on another file system; administrator: the mount's attribute cache (actimeo)",
-            )
-        ]
+        means = "verdicts and checkpoints are seen that much later"
+        advice = "you: --log-dir DIR, on another file system; administrator: the mount's attribute cache (actimeo)"
+        return [Finding(Level.WARN, "file system", found, means, advice)]
     late = [f"{node}: a file of {name}" for node, name, peer in peers if peer.dials and peer.seen_after is None]
     if late and not _is_cut(peers):
         found = f"not seen: {some(late, '; ')}"
@@ -126,43 +107,26 @@ def _clocks(reports: Sequence[NodeReport]) -> list[Finding]:
     found = f"at most {abs(most):.3f} s apart"
     if abs(most) < _SKEW:
         return [Finding(Level.OK, "clocks", found, "times in logs and records can be compared")]
-    return [
-        Finding(
-            Level.WARN,
-            "clocks",
-            f"{ahead_of} is {abs(most):.1f} s ahead of {behind}",
-            "times in logs and records mislead",
-            "administrator: chronyc tracking on these nodes",
-        )
-    ]
+    means = "times in logs and records mislead"
+    advice = "administrator: chronyc tracking on these nodes"
+    return [Finding(Level.WARN, "clocks", f"{ahead_of} is {abs(most):.1f} s ahead of {behind}", means, advice)]
 
 
 def _software(reports: Sequence[NodeReport]) -> list[Finding]:
     none = [report.node for report in reports if not report.torch]
     if none:
-        return [
-            Finding(
-                Level.BAD,
-                "software",
-                f"no torch on {some(none)}",
-                "workers cannot start",
-                "you: --python with an interpreter that has it, or --setup LINE, in a configuration file",
-            )
-        ]
+        means = "workers cannot start"
+        advice = "you: --python with an interpreter that has it, or --setup LINE, in a configuration file"
+        return [Finding(Level.BAD, "software", f"no torch on {some(none)}", means, advice)]
     kinds: dict[str, list[str]] = defaultdict(list)
     for report in reports:
         minor = ".".join(report.python.split(".")[:2])
         kinds[f"torch {report.torch}, Python {minor}, elastic_hpc {report.elastic_hpc}"].append(report.node)
     if len(kinds) > 1:
-        return [
-            Finding(
-                Level.BAD,
-                "software",
-                "; ".join(f"{some(nodes)}: {kind}" for kind, nodes in sorted(kinds.items())),
-                "agents with another torch or Python are refused",
-                "you: --python in an environment on the shared file system",
-            )
-        ]
+        found = "; ".join(f"{some(nodes)}: {kind}" for kind, nodes in sorted(kinds.items()))
+        means = "agents with another torch or Python are refused"
+        advice = "you: --python in an environment on the shared file system"
+        return [Finding(Level.BAD, "software", found, means, advice)]
     return [Finding(Level.OK, "software", next(iter(kinds)), "the same on all nodes")]
 
 
@@ -174,15 +138,10 @@ def _gpus(reports: Sequence[NodeReport]) -> list[Finding]:
         return [Finding(Level.NOTE, "GPUs", found, "not judged", "you: elastic-hpc doctor --run -- --gpus-per-node=N")]
     bare = [report.node for report in reports if int(granted[report.node]) > report.gpu_devices]
     if bare:
-        return [
-            Finding(
-                Level.BAD,
-                "GPUs",
-                f"Slurm granted more than there are /dev/nvidia* on {some(bare)}",
-                "workers find no GPU: the driver is not loaded, or Slurm's gres.conf is wrong",
-                "administrator: nvidia-smi on these nodes; you: --exclude " + ",".join(bare),
-            )
-        ]
+        found = f"Slurm granted more than there are /dev/nvidia* on {some(bare)}"
+        means = "workers find no GPU: the driver is not loaded, or Slurm's gres.conf is wrong"
+        advice = "administrator: nvidia-smi on these nodes; you: --exclude " + ",".join(bare)
+        return [Finding(Level.BAD, "GPUs", found, means, advice)]
     kinds = set(granted.values())
     unset = [report.node for report in reports if not report.gpus_visible]
     if len(kinds) > 1 or unset:

@@ -24,26 +24,16 @@ def port_findings(reports: Sequence[NodeReport]) -> list[Finding]:
             detours[report.node].append(f"{name} by {good[0]}, not by {agents[0].address} ({agents[0].error})")
     findings = []
     if cut:
-        findings.append(
-            Finding(
-                Level.BAD,
-                "ports",
-                _unreached(cut),
-                "an agent there cannot take part",
-                f"administrator: let nodes reach each other's TCP ports from {FIRST_PORT}; you: --interface, if "
-                "another network is open, or --exclude NODE",
-            )
+        means = "an agent there cannot take part"
+        advice = (
+            f"administrator: let nodes reach each other's TCP ports from {FIRST_PORT}; you: --interface, if "
+            "another network is open, or --exclude NODE"
         )
+        findings.append(Finding(Level.BAD, "ports", _unreached(cut), means, advice))
     if others:
-        findings.append(
-            Finding(
-                Level.BAD,
-                "ports of workers",
-                _unreached(others),
-                "agents meet, but workers (gloo, NCCL) talk over ports that the system chooses",
-                "administrator: let nodes reach each other's TCP ports above 1023",
-            )
-        )
+        means = "agents meet, but workers (gloo, NCCL) talk over ports that the system chooses"
+        advice = "administrator: let nodes reach each other's TCP ports above 1023"
+        findings.append(Finding(Level.BAD, "ports of workers", _unreached(others), means, advice))
     if detours:
         findings.append(_detours(detours, _open_interface(reports)))
     nodes = some([report.node for report in reports])
@@ -61,14 +51,10 @@ def _unreached(cut: Mapping[str, Sequence[str]]) -> str:
 
 
 def _detours(detours: Mapping[str, Sequence[str]], interface: str) -> Finding:
-    return Finding(
-        Level.WARN,
-        "addresses",
-        "; ".join(f"{node}: {some(names)}" for node, names in sorted(detours.items())[:NAMED]),
-        "agents try the address that does not answer first; workers may know no other",
-        f"you: --interface {interface}" if interface else "you: --interface IFNAME, of a network that is open",
-        {"interface": interface} if interface else {},
-    )
+    found = "; ".join(f"{node}: {some(names)}" for node, names in sorted(detours.items())[:NAMED])
+    means = "agents try the address that does not answer first; workers may know no other"
+    advice = f"you: --interface {interface}" if interface else "you: --interface IFNAME, of a network that is open"
+    return Finding(Level.WARN, "addresses", found, means, advice, {"interface": interface} if interface else {})
 
 
 def name_findings(reports: Sequence[NodeReport]) -> list[Finding]:
@@ -79,15 +65,9 @@ def name_findings(reports: Sequence[NodeReport]) -> list[Finding]:
             wrong.append(f"on {report.node} {name} is {', '.join(peer.resolves) or 'unknown'}")
     renamed = [f"{r.node} calls itself {r.hostname}" for r in reports if _short(r.hostname) != _short(r.node)]
     if wrong:
-        return [
-            Finding(
-                Level.WARN,
-                "names",
-                some(wrong, "; "),
-                "agents use the addresses that each node tells, but plain torchrun and MASTER_ADDR need names",
-                "administrator: /etc/hosts or DNS of the nodes; you: --interface IFNAME",
-            )
-        ]
+        means = "agents use the addresses that each node tells, but plain torchrun and MASTER_ADDR need names"
+        advice = "administrator: /etc/hosts or DNS of the nodes; you: --interface IFNAME"
+        return [Finding(Level.WARN, "names", some(wrong, "; "), means, advice)]
     if renamed:
         means = "agents go by Slurm's names; a script that looks for its own host name in Slurm's list does not find it"
         return [Finding(Level.NOTE, "names", some(renamed, "; "), means)]

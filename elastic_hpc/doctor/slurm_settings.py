@@ -25,16 +25,12 @@ class _Unknown(Exception):
 def slurm_findings(facts: Facts, grace: timedelta) -> list[Finding]:
     """What Slurm's settings mean for jobs with ``--grace``; or that Slurm cannot be asked."""
     if not facts.answered:
-        return [
-            Finding(
-                Level.BAD,
-                "Slurm",
-                facts.unknown["config"],
-                "it cannot be asked: nothing can be submitted from here, and nothing is known of this site",
-                "you: try on a login node of the cluster, with Slurm's module loaded; if sinfo fails there, ask the "
-                "administrator",
-            )
-        ]
+        means = "it cannot be asked: nothing can be submitted from here, and nothing is known of this site"
+        advice = (
+            "you: try on a login node of the cluster, with Slurm's module loaded; if sinfo fails there, ask the "
+            "administrator"
+        )
+        return [Finding(Level.BAD, "Slurm", facts.unknown["config"], means, advice)]
     return [_judged(about, check, facts, grace) for about, check in _CHECKS]
 
 
@@ -47,6 +43,12 @@ def _judged(about: str, check: Callable[[Facts, timedelta], Finding], facts: Fac
 
 def _config(facts: Facts, name: str) -> str:
     return _value(facts.config, name, facts.unknown.get("config"), "scontrol show config")
+
+
+def _setting(facts: Facts, name: str) -> tuple[str, str]:
+    """A setting's value, and the setting as a finding shows it."""
+    value = _config(facts, name)
+    return value, f"{name} = {value}"
 
 
 def _partition(facts: Facts, name: str) -> str:
@@ -71,71 +73,53 @@ def _slurm_conf(line: str) -> str:
 
 
 def _requeue(facts: Facts, _: timedelta) -> Finding:
-    value = _config(facts, "JobRequeue")
-    found = f"JobRequeue = {value}"
+    value, found = _setting(facts, "JobRequeue")
     if value == "1":
         return Finding(Level.OK, "requeue", found, "jobs may come back through the queue")
-    return Finding(
-        Level.WARN,
-        "requeue",
-        found,
+    means = (
         "jobs ask with --requeue, which Slurm may ignore; then a new job with another id goes on in the place of one "
-        "that must come back",
-        f"{_slurm_conf('JobRequeue=1')}; --run tells whether --requeue is enough",
+        "that must come back"
     )
+    advice = f"{_slurm_conf('JobRequeue=1')}; --run tells whether --requeue is enough"
+    return Finding(Level.WARN, "requeue", found, means, advice)
 
 
 def _kill_on_bad_exit(facts: Facts, _: timedelta) -> Finding:
-    value = _config(facts, "KillOnBadExit")
-    found = f"KillOnBadExit = {value}"
+    value, found = _setting(facts, "KillOnBadExit")
     if value == "0":
         return Finding(Level.OK, "KillOnBadExit", found, "a step goes on when one of its tasks fails")
-    return Finding(
-        Level.NOTE,
-        "KillOnBadExit",
-        found,
+    means = (
         "elastic-sbatch and elastic-srun overrule it; a step that you start yourself, for torchrun, ends with its "
-        "first task that fails",
-        "you, in scripts of your own: srun --kill-on-bad-exit=0",
+        "first task that fails"
     )
+    return Finding(Level.NOTE, "KillOnBadExit", found, means, "you, in scripts of your own: srun --kill-on-bad-exit=0")
 
 
 def _slurmd_timeout(facts: Facts, _: timedelta) -> Finding:
-    value = _config(facts, "SlurmdTimeout")
-    seconds, found = _number(value, "SlurmdTimeout"), f"SlurmdTimeout = {value}"
+    value, found = _setting(facts, "SlurmdTimeout")
+    seconds = _number(value, "SlurmdTimeout")
     if seconds == 0:
-        return Finding(
-            Level.WARN,
-            "SlurmdTimeout",
-            found,
-            "Slurm never gives up a silent node: a job that has lost one cannot end until an administrator acts",
-            _slurm_conf("SlurmdTimeout=300"),
-        )
+        means = "Slurm never gives up a silent node: a job that has lost one cannot end until an administrator acts"
+        return Finding(Level.WARN, "SlurmdTimeout", found, means, _slurm_conf("SlurmdTimeout=300"))
     if seconds <= _QUICK:
         return Finding(Level.OK, "SlurmdTimeout", found, "Slurm soon notices that a node is lost")
-    return Finding(
-        Level.NOTE,
-        "SlurmdTimeout",
-        found,
+    means = (
         "training goes on after --heartbeat-timeout; but the end of a job that has lost a node, and its requeue after "
-        f"the loss of its first node, may wait {seconds} s",
-        _slurm_conf(f"SlurmdTimeout={_QUICK}, where that does not give up nodes that are only busy"),
+        f"the loss of its first node, may wait {seconds} s"
     )
+    advice = _slurm_conf(f"SlurmdTimeout={_QUICK}, where that does not give up nodes that are only busy")
+    return Finding(Level.NOTE, "SlurmdTimeout", found, means, advice)
 
 
 def _kill_wait(facts: Facts, _: timedelta) -> Finding:
-    value = _config(facts, "KillWait")
-    found = f"KillWait = {value}"
+    value, found = _setting(facts, "KillWait")
     if _number(value, "KillWait") >= _KILL_WAIT:
         return Finding(Level.OK, "KillWait", found, "after SIGTERM workers have the 20 s that agents give them")
-    return Finding(
-        Level.WARN,
-        "KillWait",
-        found,
+    means = (
         "after SIGTERM (scancel, a preemption without warning) Slurm kills before the 20 s are over that agents give "
-        "the workers to save",
-        f"{_slurm_conf('KillWait=30')}; you: save often",
+        "the workers to save"
     )
+    return Finding(Level.WARN, "KillWait", found, means, f"{_slurm_conf('KillWait=30')}; you: save often")
 
 
 def _preemption(facts: Facts, grace: timedelta) -> Finding:
@@ -147,35 +131,24 @@ def _preemption(facts: Facts, grace: timedelta) -> Finding:
     signal = "with" if warned else "without"
     found = f"PreemptMode = {mode}, GraceTime = {given} s, {signal} preempt_send_user_signal"
     if {"SUSPEND", "GANG"} & set(mode.split(",")):
-        return Finding(
-            Level.WARN,
-            "preemption",
-            found,
-            "a suspended job stands still with all its agents and may take its nodes for lost when it goes on",
-            "you: --partition with one that is not suspended; " + _slurm_conf("PreemptMode=REQUEUE"),
-        )
+        means = "a suspended job stands still with all its agents and may take its nodes for lost when it goes on"
+        advice = "you: --partition with one that is not suspended; " + _slurm_conf("PreemptMode=REQUEUE")
+        return Finding(Level.WARN, "preemption", found, means, advice)
     then = "Slurm puts the job back into the queue" if mode == "REQUEUE" else "Slurm cancels, the agents requeue"
     if warned and seconds >= grace.total_seconds():
         return Finding(Level.OK, "preemption", found, f"workers are told and have --grace {as_text(grace)}; {then}")
     grace_time = f"GraceTime={as_text(grace)} in the partition"
     if warned:
-        return Finding(
-            Level.WARN,
-            "preemption",
-            found,
-            f"workers are told, but have {seconds} s and not --grace {as_text(grace)}; {then}",
-            f"you: --grace {_grace(seconds)}; {_slurm_conf(grace_time)}",
-            {"grace": _grace(seconds)} if seconds else {},
-        )
+        means = f"workers are told, but have {seconds} s and not --grace {as_text(grace)}; {then}"
+        advice = f"you: --grace {_grace(seconds)}; {_slurm_conf(grace_time)}"
+        return Finding(Level.WARN, "preemption", found, means, advice, {"grace": _grace(seconds)} if seconds else {})
     hurry = f", with --grace {_grace(seconds)} for the agents to requeue in time" if mode != "REQUEUE" else ""
-    return Finding(
-        Level.WARN,
-        "preemption",
-        found,
+    means = (
         "no warning comes before SIGTERM, which reaches the workers too: those that listen have at most "
-        f"{min(20, seconds or 20)} s to save, others die at once; {then}",
-        f"you: save often{hurry}; {_slurm_conf(f'SlurmctldParameters=preempt_send_user_signal, and {grace_time}')}",
+        f"{min(20, seconds or 20)} s to save, others die at once; {then}"
     )
+    advice = f"you: save often{hurry}; {_slurm_conf(f'SlurmctldParameters=preempt_send_user_signal, and {grace_time}')}"
+    return Finding(Level.WARN, "preemption", found, means, advice)
 
 
 def _preempts(facts: Facts) -> bool:
@@ -191,8 +164,7 @@ def _grace(seconds: int) -> int:
 
 
 def _arrays(facts: Facts, _: timedelta) -> Finding:
-    value = _config(facts, "MaxArraySize")
-    found = f"MaxArraySize = {value}"
+    value, found = _setting(facts, "MaxArraySize")
     if (size := _number(value, "MaxArraySize")) > 1:
         return Finding(Level.OK, "job arrays", found, f"--array takes indices up to {size - 1}")
     return Finding(
@@ -201,18 +173,13 @@ def _arrays(facts: Facts, _: timedelta) -> Finding:
 
 
 def _accounting(facts: Facts, _: timedelta) -> Finding:
-    value = _config(facts, "AccountingStorageType")
-    found = f"AccountingStorageType = {value}"
+    value, found = _setting(facts, "AccountingStorageType")
     if value.endswith("slurmdbd"):
         return Finding(Level.OK, "accounting", found, "Slurm remembers jobs that have ended")
     age = _config(facts, "MinJobAge")
-    return Finding(
-        Level.NOTE,
-        "accounting",
-        f"{found}, MinJobAge = {age}",
-        f"Slurm forgets a job {age} after its end; what is known then is in its run directory",
-        "you: keep the run directories (--log-dir)",
-    )
+    means = f"Slurm forgets a job {age} after its end; what is known then is in its run directory"
+    advice = "you: keep the run directories (--log-dir)"
+    return Finding(Level.NOTE, "accounting", f"{found}, MinJobAge = {age}", means, advice)
 
 
 def _pyxis(facts: Facts, _: timedelta) -> Finding:
@@ -220,13 +187,9 @@ def _pyxis(facts: Facts, _: timedelta) -> Finding:
         raise _Unknown(facts.unknown["srun_help"])
     if "--container-image" in facts.srun_help:
         return Finding(Level.OK, "pyxis", "srun has --container-image", "--container-image works with any image")
-    return Finding(
-        Level.NOTE,
-        "pyxis",
-        "srun has no --container-image: the plugin is not loaded here",
-        "--container-image works only where apptainer is",
-        "you: --container-runtime apptainer with an image IMAGE.sif",
-    )
+    means = "--container-image works only where apptainer is"
+    advice = "you: --container-runtime apptainer with an image IMAGE.sif"
+    return Finding(Level.NOTE, "pyxis", "srun has no --container-image: the plugin is not loaded here", means, advice)
 
 
 _CHECKS: tuple[tuple[str, Callable[[Facts, timedelta], Finding]], ...] = (
