@@ -73,7 +73,6 @@ class Agents:
                     os.close(ready)
 
     def handle_signals(self) -> None:
-        """Handle the signals that have come."""
         while self._handled < len(self._signals):
             self._handled += 1
             self._stop(self._handled)

@@ -18,7 +18,7 @@ from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, scan
 from elastic_hpc.options.values import number
 
 HELP = "tell what this site means for elastic jobs, and what to set"
-_EPILOG = """\
+EPILOG = """\
 examples:
   elastic-hpc doctor
   elastic-hpc doctor --run --partition gpu -- --gpus-per-node=4 --account=mine
@@ -37,7 +37,6 @@ _COLORS = {Level.BAD: "bold red", Level.WARN: "yellow", Level.UNKNOWN: "magenta"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = _EPILOG
     parser.add_argument("--run", action="store_true", dest="runs", help="ask the nodes too, by a job of one minute")
     parser.add_argument(
         "--nodes", "-N", type=argument(_nodes), metavar="N", help="how many nodes --run asks (default: 2)"

@@ -18,7 +18,8 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import job_name
 
 MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "doctor", "rehearse")
-"""Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, add_arguments(parser) and run(args)."""
+"""Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and
+run(args), which returns the exit code."""
 _HERE = ("drain", "stop")
 _INTERNAL = ("conclude", "conclude-alone")
 """What batch scripts and agents call: not listed anywhere."""
@@ -39,6 +40,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
             name,
             help=module.HELP,
             description=module.HELP[0].upper() + module.HELP[1:] + ".",
+            epilog=module.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(added)

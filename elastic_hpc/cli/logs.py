@@ -23,7 +23,7 @@ from elastic_hpc.view.story_builder import story_of
 from elastic_hpc.view.times import clock
 
 HELP = "show what the workers wrote, in order of time over ranks and rounds"
-_EPILOG = """examples:
+EPILOG = """examples:
   elastic-hpc logs 4711                   rank 0, and what any rank wrote to stderr
   elastic-hpc logs 4711 -f                follow it, through restarts and requeues, until the job ends
   elastic-hpc logs 4711 --rank 0-3,8      all that these ranks wrote
@@ -38,9 +38,7 @@ _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     add_job(parser)
-    parser.epilog = _EPILOG
     parser.add_argument("-f", "--follow", action="store_true", help="go on as more is written, until the job ends")
     parser.add_argument("--rank", metavar="R", help="of these ranks only: 3, 0-7, 0,8, or all")
     parser.add_argument(
@@ -58,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; the answer is its exit code."""
     rundir = single("logs", args.job)
     if args.lines is not None and args.lines < 0:
         raise UsageError(f"--lines {args.lines}: expected a number of lines, for example --lines 100")

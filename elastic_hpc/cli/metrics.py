@@ -22,7 +22,7 @@ from elastic_hpc.view.metrics import JobMetrics
 from elastic_hpc.view.story import Story
 
 HELP = "export my jobs as Prometheus metrics: goodput, faults, restarts, lost time"
-_EPILOG = """examples:
+EPILOG = """examples:
   elastic-hpc metrics                                    print them
   elastic-hpc metrics --output DIR/elastic_hpc.prom      once, for node_exporter's textfile collector
   elastic-hpc metrics --output DIR/elastic_hpc.prom --every 30
@@ -32,9 +32,7 @@ Goodput of all jobs:  sum(elastic_hpc_node_seconds_total{kind="kept"}) / sum(ela
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     add_job(parser, "*")
-    parser.epilog = _EPILOG
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--output", metavar="FILE", help="write them there, replacing the file at once")
     how.add_argument("--port", type=int, metavar="PORT", help="serve them over HTTP")
@@ -50,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; the answer is its exit code."""
     if args.every is not None and not (args.every < threading.TIMEOUT_MAX and args.output):
         raise UsageError(f"--every {args.every:g}: expected fewer seconds, and --output FILE, for example --every 30")
     registry = JobMetrics(lambda: _look(list(args.job))).registry()

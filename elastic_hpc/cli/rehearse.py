@@ -23,7 +23,7 @@ from elastic_hpc.rehearse.run import Rehearsal, RehearsalOptions
 
 HELP = "kill workers and nodes under your script, on this machine, and tell whether it resumes correctly"
 
-_EPILOG = """acts:
+EPILOG = """acts:
   worker   a worker is killed                     head     the node of rank 0 is killed, another takes over
   node     another node is killed                 drain    the script saves, stops, and is started again
   shrink   the same with one node less            grow     the same with more nodes
@@ -39,8 +39,6 @@ exit code: 0 if it always resumed correctly, 1 if it did not, 3 if that cannot b
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options, and the script with its own."""
-    parser.epilog = _EPILOG
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="agents on this machine (default: 3)")
     parser.add_argument("--nproc-per-node", default="1", metavar="K", help="workers of each agent (default: 1)")
     parser.add_argument(
@@ -93,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"elastic-hpc: interrupted; what the script has printed is in {folder}/output", file=sys.stderr)
         return 130
     if not rehearsal.acts and rehearsal.crashes and not rehearsal.finished:
-        trace = "\n".join(text for text in (rehearsal.crashes[-1].traceback,) if text)
+        trace = rehearsal.crashes[-1].traceback
         raise ElasticError(
             f"the script failed before anything was done to it: {rehearsal.end} ({folder}/output)\n{trace}"
         )

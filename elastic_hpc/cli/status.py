@@ -21,7 +21,7 @@ from elastic_hpc.view import status
 from elastic_hpc.view.job import as_json
 
 HELP = "show how my jobs are: nodes, round, restarts, progress, time lost"
-_EPILOG = """examples:
+EPILOG = """examples:
   elastic-hpc status                    all jobs that are not over, and those that ended within a day
   elastic-hpc status 4711               one job, in detail
   elastic-hpc status 4711 --watch       until it ends, or Ctrl-C
@@ -33,16 +33,14 @@ _LOOK_INTERVAL, _SLURM_INTERVAL = 1.0, 10.0  # seconds between two looks, and tw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     add_job(parser, "*")
-    parser.epilog = _EPILOG
     parser.add_argument("--all", action="store_true", help="also jobs that ended more than a day ago")
     parser.add_argument("--watch", action="store_true", help="show it live, until all have ended, or Ctrl-C")
     parser.add_argument("--json", action="store_true", help="print one JSON object, described in docs/status.md")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; the answer is its exit code: 1 if Slurm could not be asked."""
+    """Returns the exit code: 1 if Slurm could not be asked."""
     if args.watch and args.json:
         raise UsageError("--watch and --json: expected one of them; call --json again and again instead")
     jobs = Jobs(select(args.job))

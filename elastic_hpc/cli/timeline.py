@@ -13,22 +13,19 @@ from elastic_hpc.job.look import Jobs
 from elastic_hpc.view.timeline import html, png
 
 HELP = "draw a job: world size, faults, progress and goodput over time"
-_EPILOG = """examples:
+EPILOG = """examples:
   elastic-hpc timeline 4711 --html 4711.html       one self-contained page, to be mailed or put on a web server
   elastic-hpc timeline 4711 --html - | mail ...    the same to stdout
   elastic-hpc timeline 4711 --png 4711.png         the picture alone; needs: pip install 'elastic_hpc[png]'"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     add_job(parser)
-    parser.epilog = _EPILOG
     parser.add_argument("--html", metavar="FILE", help="write the page there; - is stdout")
     parser.add_argument("--png", metavar="FILE", help="write the picture there; - is stdout")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; the answer is its exit code."""
     if not (args.html or args.png):
         raise UsageError(f"where to? for example: elastic-hpc timeline {args.job.path.name} --html timeline.html")
     if args.html == args.png:

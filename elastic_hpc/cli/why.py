@@ -11,7 +11,7 @@ from elastic_hpc.job.look import Jobs
 from elastic_hpc.view.why import page
 
 HELP = "tell why a job went as it did: the end of each round, what it cost, what to do"
-_EPILOG = """examples:
+EPILOG = """examples:
   elastic-hpc why 4711
   elastic-hpc why elastic-logs/4711 | less -R
 
@@ -19,13 +19,10 @@ It is told from the run directory, also weeks later and where there is no Slurm.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     add_job(parser)
-    parser.epilog = _EPILOG
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; the answer is its exit code."""
     (look,) = Jobs([single("why", args.job)]).look()
     Console(highlight=False, soft_wrap=True).print(page(*look))
     return 0
