@@ -43,15 +43,8 @@ def srun_options(nodes: str, cpus_per_task: str | None = None) -> list[str]:
 
     ``cpus_per_task`` where the job asked for it: srun does not take it over from sbatch since Slurm 22.05.
     """
-    options = [
-        joined("--nodes=", nodes),
-        joined("--ntasks=", nodes),
-        "--ntasks-per-node=1",
-        "--no-kill",
-        "--kill-on-bad-exit=0",
-        "--wait=0",
-        "--cpu-bind=none",
-    ]
+    options = [joined("--nodes=", nodes), joined("--ntasks=", nodes), "--ntasks-per-node=1"]
+    options += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none"]
     if cpus_per_task is not None:
         options.append(joined("--cpus-per-task=", cpus_per_task))
     return options

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from elastic_hpc.errors import UsageError
 
 _LINE_LENGTH = 110
+_UNPRINTABLE = r"[\x00-\x1f\x7f\udc80-\udcff]"  # the last: a byte that is not UTF-8
 
 
 class Shell(str):
@@ -27,16 +28,11 @@ def quote(word: str) -> str:
     """``word`` as bash reads it back byte for byte, on one line and in valid UTF-8 whatever its bytes."""
     if isinstance(word, Shell):
         return word
-    if not re.search(r"[\x00-\x1f\x7f\udc80-\udcff]", word):
+    if not re.search(_UNPRINTABLE, word):
         return shlex.quote(word)
     named = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "'": r"\'", "\\": r"\\"}
-
-    def escaped(char: str) -> str:
-        if re.match(r"[\x00-\x1f\x7f\udc80-\udcff]", char):  # the last: a byte that is not UTF-8
-            return rf"\x{ord(char) & 0xFF:02x}"
-        return char
-
-    return "$'" + "".join(named.get(char) or escaped(char) for char in word) + "'"
+    escaped = re.sub(rf"{_UNPRINTABLE}|['\\]", lambda char: named.get(char[0]) or rf"\x{ord(char[0]) & 0xFF:02x}", word)
+    return f"$'{escaped}'"
 
 
 def quote_all(words: Sequence[str], indent: int = 2) -> str:

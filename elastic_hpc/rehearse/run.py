@@ -66,14 +66,10 @@ class Rehearsal:
         self._steps_offset = 0
         """Number of bytes of ``steps.jsonl`` that were read."""
 
-    @property
-    def left(self) -> list[str]:
-        """The acts that were not carried out."""
-        return [planned.act for planned in self._planned[len(self.acts) :]]
-
     def judgements(self) -> list[Judgement]:
         """Whether the script resumed correctly after each act."""
-        return judge(self.steps, self.acts, self.crashes, end=self.end, finished=self.finished, left=self.left)
+        left = [planned.act for planned in self._planned[len(self.acts) :]]
+        return judge(self.steps, self.acts, self.crashes, end=self.end, finished=self.finished, left=left)
 
     def run(self) -> None:
         """Carry out the acts, as far as the training gets. Leaves no process, whatever is raised."""

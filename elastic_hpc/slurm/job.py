@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from datetime import datetime
 from typing import Literal
 
@@ -19,9 +18,8 @@ _PATH = r".*?(?= \w+=|\s*$)"
 
 def show_job(job: str) -> SlurmJob:
     """Ask for ``job``, for an array task ``JOB_TASK``. Raises SlurmError if Slurm knows it no longer."""
-    ids, _, fields = client.scontrol("show", "job", "--oneliner", job).partition(
-        " UserId="
-    )  # its name may hold anything
+    shown = client.scontrol("show", "job", "--oneliner", job)
+    ids, _, fields = shown.partition(" UserId=")  # its name may hold anything
 
     def field(name: str, value: str = r"\S*") -> str:
         match = re.search(rf" {name}=({value})", fields)
@@ -119,15 +117,11 @@ def usable_nodes(job: str) -> frozenset[str]:
     that the job excludes are among them, because that may change.
     """
     partitions = set(show_job(job).partitions)
-    return _usable(client.scontrol("show", "node", "--oneliner"), partitions)
-
-
-def _usable(shown: str, partitions: Collection[str]) -> frozenset[str]:
     # Not from sinfo: 22.05 goes on listing a node as mixed* that was set DOWN under a job.
     gone = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "FUTURE", "UNKNOWN", "NOT_RESPONDING", "MAINT"}
     return frozenset(
         row["NodeName"]
-        for row in client.records(shown)
-        if not set(partitions).isdisjoint(row.get("Partitions", "").split(","))
+        for row in client.records(client.scontrol("show", "node", "--oneliner"))
+        if not partitions.isdisjoint(row.get("Partitions", "").split(","))
         and gone.isdisjoint(word.rstrip("*~#!%$@^-") for word in row.get("State", "UNKNOWN").split("+"))
     )

@@ -70,14 +70,8 @@ def submit_joiner(
         limit = str(-(-remaining // _MINUTE))  # rounded up: Slurm must not warn the joiner before its parent
     if directives.given(script, "gpus"):
         raise UsageError("--gpus counts the GPUs of all nodes, a joiner has one node; use --gpus-per-node=N")
-    options = [
-        f"--job-name={_NAME.format(parent=parent)}",
-        "--nodes=1",
-        "--no-requeue",
-        f"--output={log}",
-        f"--time={limit}",
-        "--export=ALL",
-    ]
+    options = [f"--job-name={_NAME.format(parent=parent)}", "--nodes=1", "--no-requeue"]
+    options += [f"--output={log}", f"--time={limit}", "--export=ALL"]
     own = directives.given(script, "exclude") or ""
     if "/" in own:  # the name of a file
         own = shown.excluded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from elastic_hpc.slurm.states import LIVES
@@ -145,5 +145,4 @@ def view(job: Observed, story: Story, now: float) -> JobView:
 
 def as_json(views: Sequence[JobView], now: float, problem: str) -> dict[str, Any]:
     """What ``--json`` prints. ``slurm`` says why Slurm could not be asked, null if it could."""
-    jobs = [{field.name: getattr(view, field.name) for field in fields(view)} for view in views]
-    return {"schema": SCHEMA, "time": now, "slurm": problem or None, "jobs": jobs}
+    return {"schema": SCHEMA, "time": now, "slurm": problem or None, "jobs": [vars(view) for view in views]}

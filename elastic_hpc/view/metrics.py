@@ -81,20 +81,13 @@ def _family(family: Metric, samples: Iterable[tuple[Sequence[str], float | None]
 
 
 def _gauge(view: JobView, name: str) -> float | None:
-    match name:
-        case "nodes":
-            return len(view.nodes) if view.state == "RUNNING" else 0
-        case "workers":
-            return view.world_size if view.state == "RUNNING" else 0
-        case "goodput_ratio":
-            return view.goodput
-        case "time_left_seconds":
-            return view.time_left
-        case "leader_silent_seconds":
-            return view.silent
-        case _:
-            value: float | None = getattr(view, name)
-            return value
+    if name == "nodes":
+        return len(view.nodes) if view.state == "RUNNING" else 0
+    if name == "workers":
+        return view.world_size if view.state == "RUNNING" else 0
+    field = {"goodput_ratio": "goodput", "time_left_seconds": "time_left", "leader_silent_seconds": "silent"}
+    value: float | None = getattr(view, field.get(name, name))
+    return value
 
 
 def _count(view: JobView, story: Story, name: str) -> float:

@@ -78,7 +78,6 @@ def first_nodes(nodes: Sequence[str]) -> str:
 
 
 def card(view: JobView) -> RenderableType:
-    """One job on a screen."""
     head = Text.assemble(
         ("job ", "bold"), (view.id, "bold"), "  ", (view.state, STYLES.get(view.state, "bold")), "  ", view.script
     )
