@@ -23,12 +23,9 @@ from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
 from elastic_hpc.options.torchrun import translate
 from elastic_hpc.record.registry import remember
 
-_FROM_BATCH = ElasticOption(
-    "from-batch",
-    "FILE",
-    str,
-    "instead of SCRIPT: a batch script; its #SBATCH lines, set-up lines and torchrun line become the job",
-)
+_FROM_BATCH = ElasticOption("from-batch", "FILE", str,
+                            help="instead of SCRIPT: a batch script; its #SBATCH lines, set-up lines and torchrun line "
+                                 "become the job")  # fmt: skip
 _ACTIONS = (
     *SCRIPT_SWITCHES,
     ElasticOption("dry-run", "", bool, "print the batch script, with a reason beside each line, and submit nothing"),
@@ -79,7 +76,6 @@ Exit codes: 0 submitted, 1 Slurm could not be asked, 2 the request was refused a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     return entry.run("elastic-sbatch", lambda: _run(given))
 

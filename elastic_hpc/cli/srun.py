@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elastic_hpc import __version__
+from elastic_hpc import __version__, slurm
 from elastic_hpc.agent.conclude import await_verdict
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.agents import Agents
@@ -47,25 +47,18 @@ Ctrl-C once lets the workers save and stop (--grace), twice stops them at once, 
 
 
 _WHERE = (
-    ElasticOption("local", "N", str, "N agents as processes of this machine, without Slurm"),
-    ElasticOption("standalone", "", bool, "one agent on this machine, without Slurm"),
-    ElasticOption(
-        "nodelist",
-        "NODES",
-        str,
-        "these nodes of the allocation, in Slurm's notation, for example n[3-4] (default: the first ones)",
-        letter="w",
-    ),
-    ElasticOption(
-        "log-dir",
-        "DIR",
-        str,
-        "folder for run directories, on a file system that all nodes share (default: ./elastic-logs)",
-    ),
-    ElasticOption("run-dir", "DIR", str, "the run directory itself, of no other run (default: a new one in --log-dir)"),
+    ElasticOption("local", "N", str, help="N agents as processes of this machine, without Slurm"),
+    ElasticOption("standalone", "", bool, help="one agent on this machine, without Slurm"),
+    ElasticOption("nodelist", "NODES", str, letter="w",
+                  help="these nodes of the allocation, in Slurm's notation, for example n[3-4] "
+                       "(default: the first ones)"),
+    ElasticOption("log-dir", "DIR", str,
+                  help="folder for run directories, on a file system that all nodes share (default: ./elastic-logs)"),
+    ElasticOption("run-dir", "DIR", str,
+                  help="the run directory itself, of no other run (default: a new one in --log-dir)"),
     ElasticOption("again", "", bool, argparse.SUPPRESS),  # for a rehearsal: see _given_run_dir
-    ElasticOption("version", "", bool, "show the version and exit", letter="V"),
-)
+    ElasticOption("version", "", bool, letter="V", help="show the version and exit"),
+)  # fmt: skip
 _ONE_OF = ("local", "standalone", "nodelist")
 _OPTIONS = {option.name: option for option in (*_WHERE, *LAUNCH_OPTIONS, *SCRIPT_SWITCHES)}
 _OWN = (*(option.scanned(switch="[ ]") for option in _OPTIONS.values()), Option("help", "h", ""))
@@ -148,8 +141,6 @@ def _nodes_here(args: argparse.Namespace) -> int:
             "an allocation with --gpus-per-task: an agent, the one task of its node, would get one task's GPUs; "
             f"expected --gpus-per-node, for example: salloc --gpus-per-node 4 elastic-srun {args.script}"
         )
-    from elastic_hpc import slurm
-
     nodes = slurm.expand(slurm.show_job(os.environ["SLURM_JOB_ID"]).nodes)
     if args.nodelist is None:
         return len(nodes)
@@ -166,8 +157,6 @@ def _commands(
     agent = agent_command(launch, head="", run_dir=str(rundir.path), python=(sys.executable,), can_requeue=False)
     if local:
         return [(agent, {**os.environ, LOCAL_NODE: str(node), LOCAL_NODES: str(count)}) for node in range(count)]
-    from elastic_hpc import slurm
-
     # Overlap: this may run in a step that has all the node's resources. No --cpus-per-task: then an agent has all that
     # the job has on its node, however many tasks the allocation was made for.
     step = ["srun", f"--jobid={os.environ['SLURM_JOB_ID']}", "--overlap", "--mem=0", "--input=none", "--unbuffered"]
@@ -246,7 +235,6 @@ def _main(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; the answer is the exit code."""
     return entry.run("elastic-srun", lambda: _main(argv))
 
 

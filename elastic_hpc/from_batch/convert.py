@@ -13,10 +13,10 @@ from elastic_hpc.from_batch.shape import Shape
 from elastic_hpc.from_batch.shell_text import statements
 from elastic_hpc.from_batch.variables import Variables, names
 from elastic_hpc.from_batch.wrappers import Launch
-from elastic_hpc.job.config import Layer
 from elastic_hpc.job.quoting import Shell
 from elastic_hpc.job.script_file import interpreter
 from elastic_hpc.options import sbatch_lines
+from elastic_hpc.options.table import Layer
 
 _LOGIN = """source /etc/profile
 for f in ~/.bash_profile ~/.bash_login ~/.profile; do if [ -r "$f" ]; then . "$f"; break; fi; done"""
@@ -72,8 +72,8 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
         launch.no_python,
         layers=(
             *(Layer(option.source, (), [option]) for option in shape.sbatch),
-            *(Layer(source, [(option, value)], []) for option, value, source in shape.options),
-            *(Layer(source, [("setup", line)], []) for line, source in setup),
+            *(Layer(source, [(option, value)]) for option, value, source in shape.options),
+            *(Layer(source, [("setup", line)]) for line, source in setup),
         ),
         notes=(f"{name}: taken: {_summary(shape, launch, len(setup))}", *_in_order(notes)),
         folder=found.folder,

@@ -16,7 +16,7 @@ Later wins. Set-up lines add up in this order, environment variables by name; ea
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.job import toml_file
 from elastic_hpc.options.sbatch import Given, check
 from elastic_hpc.options.sbatch_environment import from_environment
-from elastic_hpc.options.table import ELASTIC
+from elastic_hpc.options.table import ELASTIC, Layer
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,6 @@ class Setting:
 
     value: Any
     source: str
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The settings from one source: our options by name, and sbatch's."""
-
-    source: str
-    options: Sequence[tuple[str, str]]
-    sbatch: Sequence[Given]
 
 
 @dataclass(frozen=True)
@@ -56,28 +47,22 @@ class Configuration:
     notes: tuple[str, ...] = ()
     """Settings that were dropped, and why: a line each, for the user."""
 
-    def with_layer(
-        self,
-        source: str,
-        options: Iterable[tuple[str, str]],
-        sbatch: Sequence[Given] = (),
-        unset: Collection[str] = (),
-    ) -> Configuration:
-        """The settings with a layer on top. ``unset``: options of sbatch that this layer removes."""
+    def with_layer(self, layer: Layer) -> Configuration:
+        """The settings with ``layer`` on top."""
         merged, setup, env = dict(self.options), list(self.setup), dict(self.env)
-        for name, text in options:
+        for name, text in layer.options:
             value = _value(name, text)
             if name == "setup":
-                setup.append(Setting(value, source))
+                setup.append(Setting(value, layer.source))
             elif name == "env":
-                env[value[0]] = Setting(value[1], source)
+                env[value[0]] = Setting(value[1], layer.source)
             else:
-                merged[name] = Setting(value, source)
-        replaced = {given.name for given in sbatch} | set(unset)
+                merged[name] = Setting(value, layer.source)
+        replaced = {given.name for given in layer.sbatch} | set(layer.unset)
         kept = [given for given in self.sbatch if given.name not in replaced]
         nodes = merged["nodes"].value if "nodes" in merged else None
         fixed = nodes.max if nodes and nodes.min == nodes.max else None
-        added = [given for given in sbatch if check(given, fixed)]
+        added = [given for given in layer.sbatch if check(given, fixed)]
         return Configuration(merged, tuple(setup), env, (*kept, *added), self.notes)
 
 
@@ -113,16 +98,15 @@ def load(environ: Mapping[str, str], directory: Path, script: Sequence[Layer] = 
             configuration = _with_file(configuration, path, source)
     for layer in script:
         try:
-            configuration = configuration.with_layer(layer.source, layer.options, layer.sbatch)
+            configuration = configuration.with_layer(layer)
         except UsageError as error:
             raise UsageError(f"{layer.source}: {error}") from None
     given, notes = from_environment(environ)
-    return replace(configuration.with_layer("environment", (), given), notes=tuple(notes))
+    return replace(configuration.with_layer(Layer("environment", (), given)), notes=tuple(notes))
 
 
 def _with_file(configuration: Configuration, path: Path, source: str) -> Configuration:
     try:
-        content = toml_file.read(path, source)
-        return configuration.with_layer(source, content.options, content.sbatch, content.unset)
+        return configuration.with_layer(toml_file.read(path, source))
     except UsageError as error:
         raise UsageError(f"configuration file {source}: {error}") from None

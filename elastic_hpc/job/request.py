@@ -5,21 +5,20 @@ Reads the configuration files and looks at the script.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_hpc.errors import NO_FOLDER, UsageError
 from elastic_hpc.job import programs
-from elastic_hpc.job.config import Configuration, Layer, Setting, load
+from elastic_hpc.job.config import Configuration, Setting, load
 from elastic_hpc.job.quoting import Shell
 from elastic_hpc.job.script_file import not_python
-from elastic_hpc.options import from_python
 from elastic_hpc.options.from_python import PYTHON
 from elastic_hpc.options.sbatch import Given, is_for_containers, last
 from elastic_hpc.options.sbatch_lines import directives_of_python
-from elastic_hpc.options.table import ELASTIC, NOT_FOR_TORCHRUN
-from elastic_hpc.options.torchrun import translate, unneeded
+from elastic_hpc.options.table import NOT_FOR_TORCHRUN, Layer
+from elastic_hpc.options.torchrun import unneeded
 
 _CONTAINER = (
     "it would put the batch script itself into a container, where srun and scontrol are not; use --container-image "
@@ -65,41 +64,6 @@ class Place:
     """What the user should know of the script, if anything."""
 
 
-def of_call(
-    script: str | os.PathLike[str],
-    script_args: Iterable[object],
-    *,
-    module: bool = False,
-    no_python: bool = False,
-    setup: str | Iterable[object] = (),
-    env: Mapping[str, object] | None = None,
-    options: Mapping[str, object],
-    sbatch: Mapping[str, object] | None = None,
-) -> Request:
-    """The request of a call in Python: ``options`` as ``from_python.options`` takes them."""
-    for name, value in (("module", module), ("no_python", no_python)):
-        if not isinstance(value, bool):
-            raise UsageError(f"{name}={value!r}: expected True or False")
-    named, unset = from_python.options(options, sbatch)
-    given, torchrun = translate(named)
-    ours = [("setup", line) for line in from_python.lines(setup)]
-    ours += [("env", variable) for variable in from_python.environment(env)]
-    ours += [(option.name, option.value or "") for option in given if option.name in ELASTIC]
-    script, passed = from_python.word(script, "script"), [option for option in given if option.name not in ELASTIC]
-    return Request(
-        script,
-        [from_python.word(arg, "argument of the script") for arg in script_args],
-        ours,
-        passed,
-        module=module,
-        source=PYTHON,
-        no_python=no_python,
-        torchrun=torchrun,
-        of_script=[] if module or no_python else layers_of(script, last(passed, "chdir")),
-        unset=unset,
-    )
-
-
 def layers_of(script: str, chdir: str | None) -> list[Layer]:
     """The layers of a Python script's #SBATCH lines. Empty if the script cannot be read: ``located`` refuses it."""
     found = [path for path in (os.path.join(chdir or "", script), script) if os.path.isfile(path)]
@@ -110,7 +74,7 @@ def layers_of(script: str, chdir: str | None) -> list[Layer]:
     if not_python(content, script):
         return []
     return [
-        Layer(g.source, [("nodes", g.value or "")], []) if g.name == "nodes" else Layer(g.source, [], [g])
+        Layer(g.source, [("nodes", g.value or "")]) if g.name == "nodes" else Layer(g.source, [], [g])
         for g in directives_of_python(content, script)
     ]
 
@@ -126,7 +90,7 @@ def configured(request: Request) -> Configuration:
     except FileNotFoundError:
         raise UsageError(NO_FOLDER) from None
     configuration = load(os.environ, directory, request.of_script)
-    return configuration.with_layer(request.source, request.options, request.sbatch, request.unset)
+    return configuration.with_layer(Layer(request.source, request.options, request.sbatch, request.unset))
 
 
 def located(request: Request, configuration: Configuration) -> Place:

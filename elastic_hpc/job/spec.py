@@ -17,12 +17,14 @@ from elastic_hpc.job import outputs, programs
 from elastic_hpc.job.commands import Container
 from elastic_hpc.job.config import Configuration, Setting
 from elastic_hpc.job.quoting import Shell
-from elastic_hpc.job.request import Place, Request, configured, effective, located, of_call
+from elastic_hpc.job.request import Place, Request, configured, effective, layers_of, located
 from elastic_hpc.job.snapshot import WorkTree
-from elastic_hpc.options import durations
+from elastic_hpc.options import durations, from_python
+from elastic_hpc.options.from_python import PYTHON
 from elastic_hpc.options.sbatch import LONGEST_LEAD, SBATCH, Given, WarningSignal, last
 from elastic_hpc.options.spec import LaunchSpec
-from elastic_hpc.options.table import LAUNCH_OPTIONS, NOT_FOR_TORCHRUN
+from elastic_hpc.options.table import ELASTIC, LAUNCH_OPTIONS, NOT_FOR_TORCHRUN
+from elastic_hpc.options.torchrun import translate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,18 +80,28 @@ class JobSpec:
         stands for values that sbatch separates by commas. Raises UsageError, which is a ValueError, where the command
         would refuse.
         """
-        return build(
-            of_call(
-                script,
-                script_args,
-                module=module,
-                no_python=no_python,
-                setup=setup,
-                env=env,
-                options=options,
-                sbatch=sbatch,
-            )
+        for name, value in (("module", module), ("no_python", no_python)):
+            if not isinstance(value, bool):
+                raise UsageError(f"{name}={value!r}: expected True or False")
+        named, unset = from_python.options(options, sbatch)
+        given, torchrun = translate(named)
+        ours = [("setup", line) for line in from_python.lines(setup)]
+        ours += [("env", variable) for variable in from_python.environment(env)]
+        ours += [(option.name, option.value or "") for option in given if option.name in ELASTIC]
+        path, passed = from_python.word(script, "script"), [option for option in given if option.name not in ELASTIC]
+        request = Request(
+            path,
+            [from_python.word(arg, "argument of the script") for arg in script_args],
+            ours,
+            passed,
+            PYTHON,
+            module=module,
+            no_python=no_python,
+            torchrun=torchrun,
+            of_script=[] if module or no_python else layers_of(path, last(passed, "chdir")),
+            unset=unset,
         )
+        return build(request)
 
     @property
     def staged(self) -> str:

@@ -10,14 +10,13 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from datetime import date, time
 from pathlib import Path
 from typing import Any
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, is_for_containers, named
-from elastic_hpc.options.table import ELASTIC
+from elastic_hpc.options.table import ELASTIC, Layer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,17 +24,10 @@ else:
     import tomli as tomllib
 
 
-@dataclass(frozen=True)
-class Content:
-    """What a file sets: ``options`` of ours and of ``sbatch``. ``unset``: options of sbatch that are false there."""
-
-    options: list[tuple[str, str]]
-    sbatch: list[Given]
-    unset: list[str]
-
-
-def read(path: Path, source: str) -> Content:
-    """The content of the file at ``path``, which messages call ``source``. Raises UsageError."""
+def read(path: Path, source: str) -> Layer:
+    """What the file at ``path`` sets. Messages call it ``source``. An option of sbatch that is false is unset. Raises
+    UsageError.
+    """
     try:
         table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors mark UTF-8
     except OSError as error:
@@ -52,7 +44,7 @@ def read(path: Path, source: str) -> Content:
             unset.append(name)
         else:
             given.append(Given(option, _sbatch_value(f"[sbatch] {key}", option, value), source))
-    return Content(list(_options(table, path)), given, unset)
+    return Layer(source, list(_options(table, path)), given, unset)
 
 
 def _by_name(table: dict[str, Any], place: str) -> Iterator[tuple[str, str, Any]]:

@@ -43,8 +43,10 @@ def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]
         if option.value != "=" and not _is_on(text, option):
             continue
         found = Given(option, text if option.value == "=" or text not in _ON else None, f"environment: {name}")
+        if is_for_containers(option.name):
+            dropped.append(f"{name} in the environment is not used: {found}: use --container-image IMAGE")
+            continue
         try:
-            _refuse_container(found)
             if check(found):
                 given.append(found)
         except UsageError as error:
@@ -55,11 +57,6 @@ def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]
 def for_sbatch_itself(environ: Mapping[str, str]) -> list[str]:
     """The flags that ``environ`` sets and that do not describe the job, such as ``--wait``."""
     return [option.flag for name, option in _SPEAKING.items() if name in environ and _is_on(environ[name], option)]
-
-
-def _refuse_container(given: Given) -> None:
-    if is_for_containers(given.name):
-        raise UsageError(f"{given}: use --container-image IMAGE")
 
 
 _ON = ("", "yes", "1")

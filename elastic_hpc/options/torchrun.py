@@ -37,67 +37,45 @@ _OUTPUT = (
 )
 _FILTERS = "all output is in files: elastic-hpc logs JOB | grep WORD"
 
-_NODES = Option("nnodes")
-_STANDALONE = Option("standalone", value="")
 _MASTER = ("master-addr", "master-port")
-_JUDGED = {
-    row.option.name: row
-    for row in (
-        _Judged(
-            Option("rdzv-backend"),
-            "c10d|static|elastic-hpc",
-            "the agents meet at a rendezvous on one of the job's nodes",
-            "the rendezvous runs on one of the job's nodes, without a server; leave out --rdzv-backend, and the "
-            "--rdzv-endpoint of a server",
-        ),
-        _Judged(
-            Option("node-rank"),
-            "0?",
-            "one command starts the agents of all nodes and numbers them",
-            "one command starts the agents of all nodes and numbers them; leave it out",
-        ),
-        _Judged(
-            Option("monitor-interval"),
-            r"\d+\.?\d*|\.\d+",
-            "the end of a worker is noticed at once",
-            "expected a number of seconds, for example 0.1; the end of a worker is noticed at once anyway",
-        ),
-        _Judged(
-            Option("start-method"),
-            "spawn|fork|forkserver",
-            "a script is a process of its own, as under torchrun",
-            "expected spawn, fork or forkserver; a script is a process of its own anyway",
-        ),
-        _Judged(
-            Option("event-log-handler"),
-            "null",
-            "the run directory has the job's events",
-            "events.jsonl in the run directory has the job's events: elastic-hpc timeline JOB",
-        ),
-        _Judged(Option("redirects", "r"), *_OUTPUT),
-        _Judged(Option("tee", "t"), *_OUTPUT),
-        _Judged(Option("duplicate-stdout-filters"), instead=_FILTERS),
-        _Judged(Option("duplicate-stderr-filters"), instead=_FILTERS),
-        _Judged(Option("logs-specs"), instead="the output of each rank is in the run directory: elastic-hpc logs JOB"),
-        _Judged(Option("local-addr"), instead="use --interface IFNAME, the network interface of every node"),
-        _Judged(
-            Option("signals-to-handle"),
-            r"(SIG)?(TERM|INT|HUP|QUIT)(,(SIG)?(TERM|INT|HUP|QUIT))*",
-            "the agents handle these signals",
-            "use --drain-signal NAME for what the workers get before the time limit and at a preemption, and "
-            "--signal=NAME@SECONDS for when they get it",
-        ),
-        _Judged(Option("shutdown-timeout"), instead="use --grace SECONDS, the time that workers have to save and stop"),
-        _Judged(
-            Option("virtual-local-rank", value=""),
+_JUDGED = {row.option.name: row for row in (
+    _Judged(Option("rdzv-backend"), "c10d|static|elastic-hpc",
+            because="the agents meet at a rendezvous on one of the job's nodes",
+            instead="the rendezvous runs on one of the job's nodes, without a server; leave out --rdzv-backend, and "
+                    "the --rdzv-endpoint of a server"),
+    _Judged(Option("node-rank"), "0?",
+            because="one command starts the agents of all nodes and numbers them",
+            instead="one command starts the agents of all nodes and numbers them; leave it out"),
+    _Judged(Option("monitor-interval"), r"\d+\.?\d*|\.\d+",
+            because="the end of a worker is noticed at once",
+            instead="expected a number of seconds, for example 0.1; the end of a worker is noticed at once anyway"),
+    _Judged(Option("start-method"), "spawn|fork|forkserver",
+            because="a script is a process of its own, as under torchrun",
+            instead="expected spawn, fork or forkserver; a script is a process of its own anyway"),
+    _Judged(Option("event-log-handler"), "null",
+            because="the run directory has the job's events",
+            instead="events.jsonl in the run directory has the job's events: elastic-hpc timeline JOB"),
+    _Judged(Option("redirects", "r"), *_OUTPUT),
+    _Judged(Option("tee", "t"), *_OUTPUT),
+    _Judged(Option("duplicate-stdout-filters"), instead=_FILTERS),
+    _Judged(Option("duplicate-stderr-filters"), instead=_FILTERS),
+    _Judged(Option("logs-specs"), instead="the output of each rank is in the run directory: elastic-hpc logs JOB"),
+    _Judged(Option("local-addr"), instead="use --interface IFNAME, the network interface of every node"),
+    _Judged(Option("signals-to-handle"), r"(SIG)?(TERM|INT|HUP|QUIT)(,(SIG)?(TERM|INT|HUP|QUIT))*",
+            because="the agents handle these signals",
+            instead="use --drain-signal NAME for what the workers get before the time limit and at a preemption, and "
+                    "--signal=NAME@SECONDS for when they get it"),
+    _Judged(Option("shutdown-timeout"), instead="use --grace SECONDS, the time that workers have to save and stop"),
+    _Judged(Option("virtual-local-rank", value=""),
             instead="each worker sees all GPUs of its node; for one GPU per worker: --no-python bash -c "
-            "'CUDA_VISIBLE_DEVICES=$LOCAL_RANK exec python \"$@\"' - train.py",
-        ),
-        _Judged(Option("run-path", value=""), ".*", "the script runs as __main__"),
-        _Judged(Option("use-env", value=""), ".*", "workers have their ranks in the environment"),
-    )
-}
-OPTIONS = (_NODES, _STANDALONE, *map(Option, _MASTER), *SAME, *(row.option for row in _JUDGED.values()))
+                    "'CUDA_VISIBLE_DEVICES=$LOCAL_RANK exec python \"$@\"' - train.py"),
+    _Judged(Option("run-path", value=""), ".*", "the script runs as __main__"),
+    _Judged(Option("use-env", value=""), ".*", "workers have their ranks in the environment"),
+)}  # fmt: skip
+OPTIONS = (
+    *(Option("nnodes"), Option("standalone", value=""), *map(Option, _MASTER), *SAME),
+    *(row.option for row in _JUDGED.values()),
+)
 """All options of torchrun, and ``--use-env`` of torch.distributed.launch."""
 
 _HOST = "the rendezvous is on the job's own first node"

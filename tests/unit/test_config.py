@@ -3,6 +3,7 @@ import pytest
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.config import Configuration, load
 from elastic_hpc.options.sbatch import SBATCH, Given
+from elastic_hpc.options.table import Layer
 from elastic_hpc.options.values import NodeRange
 
 
@@ -45,7 +46,7 @@ def test_later_files_win_and_every_value_remembers_its_source(site):
 
 def test_the_command_line_wins_over_all_files(site):
     settings = site.load(site="nodes = 3\n[sbatch]\npartition = 'a'\nqos = 'b'").with_layer(
-        "command line", [("nodes", "1:2")], [Given(SBATCH["partition"], "c")]
+        Layer("command line", [("nodes", "1:2")], [Given(SBATCH["partition"], "c")])
     )
     assert settings.options["nodes"].value == NodeRange(1, 2)
     assert [(g.name, g.value) for g in settings.sbatch] == [("qos", "b"), ("partition", "c")]
