@@ -1,4 +1,4 @@
-"""The options of a job: which there are, how their values are written and read. Pure: it touches nothing.
+"""The options of a job, and how their values are written and read. Pure: it touches nothing.
 
 Start with ``table``, which has all options of elastic jobs, and ``spec.LaunchSpec``, what the agents make of them.
 

@@ -1,4 +1,4 @@
-"""Options and values given in Python, written as on a command line. Raises UsageError for others. Pure."""
+"""Options and values given in Python, written as on a command line. Pure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TORCHRUN = {option.name: option for option in OPTIONS if option.name not in ELA
 
 
 def word(value: Any, what: str) -> str:
-    """``value`` as one word of a command line: an argument of the script, or its path. A refusal calls it ``what``."""
+    """``value`` as one word of a command line: an argument of the script, or its path. Errors name it ``what``."""
     value = value.value if isinstance(value, Enum) else value
     if _is_number(value):
         return str(value)
@@ -68,10 +68,10 @@ def lines(setup: str | Iterable[object]) -> list[str]:
 def options(
     given: Mapping[str, object], sbatch: Mapping[str, object] | None = None
 ) -> tuple[list[Given], AbstractSet[str]]:
-    """The options that ``given`` and ``sbatch`` set, and the names of those that they unset, whatever a file says.
+    """The options that ``given`` and ``sbatch`` set, and the names of options that they unset, also those of a file.
 
-    ``given`` has options of ours, torchrun's and sbatch's by name, with ``_`` for ``-``; ``sbatch`` those that only a
-    newer sbatch has. None means not given; True sets a switch, False unsets it.
+    ``given`` has options of ours, torchrun's and sbatch's by name, with ``_`` for ``-``; ``sbatch`` has options that
+    only a newer sbatch knows. None means not given; True sets a switch, False unsets it.
     """
     if not (sbatch is None or (isinstance(sbatch, Mapping) and all(isinstance(name, str) for name in sbatch))):
         raise UsageError(f"sbatch={sbatch!r}: expected a dict of options by name, for example sbatch={{'nice': 100}}")

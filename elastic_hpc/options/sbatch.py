@@ -12,7 +12,7 @@ from datetime import timedelta
 from elastic_hpc.errors import UsageError
 
 # In the manual's notation: --name= takes a value, --name[=] may take one, --name takes none. Slurm 22.05 to 26.05,
-# and the older names that sbatch still accepts. `-K` is srun's; it is here to be refused by name.
+# and the older names that sbatch still accepts. `-K` is an option of srun, listed to be refused by name.
 _TABLE = """
 -A,--account= --acctg-freq= -a,--array= --batch= --bb= --bbf= -b,--begin= -D,--chdir= --cluster-constraint=
 -M,--clusters= --comment= --consolidate-segments -C,--constraint= --container= --container-id= --container-type=

@@ -8,7 +8,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.options.sbatch import SBATCH, Given, Option, check, is_for_containers
 
 # The variables that sbatch reads, of Slurm 22.05 to 26.05; their names without SBATCH_, and the option where that has
-# another name. SBATCH_NODES, SBATCH_MAIL_USER and others that one might think of mean nothing to it.
+# another name. sbatch ignores SBATCH_NODES, SBATCH_MAIL_USER and the like.
 _TABLE = """
 ACCOUNT ACCTG_FREQ ARRAY_INX=array BATCH CLUSTERS CLUSTER_CONSTRAINT CONSOLIDATE_SEGMENTS CONSTRAINT CONTAINER
 CONTAINER_ID CORE_SPEC CPUS_PER_GPU CPU_FREQ_REQ=cpu-freq DELAY_BOOT DISTRIBUTION ERROR EXCLUSIVE EXPORT GET_USER_ENV

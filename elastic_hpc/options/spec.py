@@ -77,7 +77,7 @@ class LaunchSpec:
         return fitting
 
     def check_sizes(self) -> None:
-        """Raise UsageError if no world is possible. Without a number in --nproc-per-node only the nodes can tell."""
+        """Raise UsageError if no world is possible. Without a number in --nproc-per-node, only the nodes know that."""
         if self._nproc:
             self.sizes(int(self._nproc))
 

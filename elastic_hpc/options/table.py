@@ -45,7 +45,7 @@ class ElasticOption:
     help: str
     letter: str = ""
     elastic_only: bool = False
-    """Whether the option means nothing to a plain torchrun, the template of that name."""
+    """Whether the option has no effect on a plain torchrun, the template of that name."""
     repeated: bool = False
     """Whether the option may be given several times, and each value counts. A TOML file has a list."""
 
@@ -69,7 +69,7 @@ class ElasticOption:
         return self.type is on_off
 
     def scanned(self, switch: str = "[=]") -> Option:
-        """The option for ``scan``, with ``switch`` for the value of one that is on or off."""
+        """The option for ``scan``. ``switch``: ``Option.value`` of an option that is on or off."""
         return Option(self.name, self.letter, switch if self.is_switch else "=" if self.metavar else "")
 
     def parse(self, text: str) -> Any:
@@ -190,7 +190,7 @@ ELASTIC = {option.name: option for option in (*LAUNCH_OPTIONS, *JOB_OPTIONS)}
 """The options that have a value, by name: the keys of a configuration file, and keyword arguments in Python."""
 
 NOT_FOR_TORCHRUN = ("signal", *(option.name for option in ELASTIC.values() if option.elastic_only))
-"""Options that mean nothing to a plain torchrun, the template of that name: sbatch's --signal is among them."""
+"""Options that have no effect on a plain torchrun, the template of that name; also sbatch's --signal."""
 
 
 @dataclass(frozen=True)

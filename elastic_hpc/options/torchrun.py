@@ -90,8 +90,8 @@ _LOCAL_HOSTS = {"127.0.0.1", "localhost", "::1", "[::1]"}
 
 
 def translate(given: Sequence[Given]) -> tuple[list[Given], list[Given]]:
-    """``given`` with options of ours in the place of torchrun's, and those of torchrun's that have none: see
-    ``unneeded``. Options of others stay.
+    """``given`` with our options in the place of torchrun's, and the options of torchrun that have no counterpart: see
+    ``unneeded``. Other options stay.
     """
     ours: list[Given] = []
     others: list[Given] = []
@@ -139,7 +139,7 @@ class TorchrunCommand:
 
 
 def parse_command(argv: Sequence[str]) -> TorchrunCommand:
-    """Read the arguments of a ``torchrun``. Raises UsageError if they are none.
+    """Read the arguments of a ``torchrun``. Raises UsageError if torchrun would refuse them.
 
     A value that a shell expands stays as it is written. An option of ``OF_EACH_JOB`` with such a value is dropped.
     """

@@ -22,7 +22,7 @@ _SOME_SIZES = r"\d{1,6}(?:-\d{1,6}(?::0*[1-9]\d{0,5})?)?"
 class NodeRange:
     """``MIN:MAX`` nodes, as in ``torchrun --nnodes``. One number means a job of fixed size.
 
-    ``sizes``: the exact numbers of ``4,6,8``, ascending from ``min`` to ``max``; None for all between.
+    ``sizes``: the exact numbers of ``4,6,8``, ascending from ``min`` to ``max``; None for all numbers between.
     """
 
     min: int
@@ -81,7 +81,7 @@ class Endpoint:
 
     @property
     def head(self) -> str | None:
-        """The host, if the user named one. ``localhost`` is no such name: every node calls itself so."""
+        """The host, if the user named one. ``localhost`` does not count: it stands for every node."""
         return None if self.host in _LOOPBACK else self.host
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class Endpoint:
 
 
 def number(text: str) -> int | None:
-    """The whole number that ``text`` is; None if it is none. Only ASCII digits count, and at most nine."""
+    """``text`` as a whole number of at most nine ASCII digits; None if it is none."""
     return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
 
 

@@ -1,8 +1,8 @@
-"""For training scripts, and none of it is needed: learn of a drain, tell the progress, share a batch, checkpoints.
+"""For training scripts: drain, progress, shares of a batch, checkpoints. A script may use any of these, or none.
 
-Without an agent, under plain torchrun or python, the same script runs: no drain is ever asked for, progress is told to
-nobody, and checkpoints are not fenced. Importing this imports no torch. Files and the process group are all that this
-folder touches. The agent of a node reads what ``progress`` writes, and writes what ``drain`` looks for; start there.
+Without an agent, under plain torchrun or python, the same script runs: no drain is requested, no agent reads the
+progress, and checkpoints are not fenced. Importing this package imports no torch. It touches files and the process
+group only. The agent of a node reads what ``progress`` writes, and writes what ``drain`` looks for; start with these.
 """
 
 from elastic_hpc.training.checkpoint import CheckpointError, Checkpoints

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: saved by any number of ranks, never by a worker of a round that is over."""
+"""Checkpoints that are complete or do not exist, saved by any number of ranks, but not by workers of earlier rounds."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ T = TypeVar("T")
 
 
 class CheckpointError(ElasticError):
-    """A checkpoint was not committed, or none of those that exist can be loaded. Raised on all ranks alike."""
+    """A checkpoint was not committed, or no existing checkpoint can be loaded. Raised on all ranks."""
 
 
 class Checkpoints:
-    """The checkpoints in ``folder``, which all ranks must share; by default in the job's run directory, else here.
+    """The checkpoints in ``folder``, which all ranks must share; by default ``checkpoints`` in the job's run directory,
+    without an agent in the working directory.
 
-    Every call is for all ranks together, like a collective: the same calls in the same order. Making it comes after
-    ``init_process_group`` and before any reading; it removes what earlier rounds left unfinished. ``keep``: how many
-    steps are kept after a save, not counting later ones, which a loader must have refused. This and ``save`` raise
-    FencedOut on a worker whose round is over; without ELASTIC_HPC_ROUND, as under torchrun, nobody is fenced out.
+    All ranks make the same calls in the same order, as for a collective. Create the object after
+    ``init_process_group`` and before you read a checkpoint; this removes what earlier rounds left unfinished. ``keep``:
+    how many steps are kept after a save, besides later steps, which a loader must have refused. Raises FencedOut, as
+    ``save`` does, on a worker whose round is over; without ELASTIC_HPC_ROUND, as under torchrun, on no worker.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, keep: int = 3) -> None:
@@ -43,12 +44,12 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def save(self, step: int) -> Iterator[Path]:
-        """A new folder on all ranks, the same one, to write into; committed when all have left the block.
+        """Give all ranks the path of one new folder to write into; commit when all ranks have left the block.
 
-        One rank may write, or all, as with ``torch.distributed.checkpoint``. What rank 0 finds in it is synced; other
-        ranks sync their own files, as that one does. If any rank leaves with an exception, or the commit fails,
-        nothing is committed and all raise CheckpointError: training may go on without this checkpoint. Saving a step
-        again replaces it.
+        One rank may write, or all, as with ``torch.distributed.checkpoint``. Rank 0 syncs the files that it finds in
+        the folder; other ranks must sync their own files, as ``torch.distributed.checkpoint`` does. If any rank leaves
+        with an exception, or the commit fails, nothing is committed and all ranks raise CheckpointError; training may
+        go on without this checkpoint. Saving a step again replaces its checkpoint.
         """
         if step < 0:
             raise UsageError(f"save({step}): expected the number of steps done, at least 0")
@@ -71,10 +72,10 @@ class Checkpoints:
         return [self.folder / name for name in names]
 
     def load(self, loader: Callable[[Path], T]) -> T | None:
-        """What ``loader`` makes of the newest checkpoint that it can load on all ranks; None if there is no checkpoint.
+        """What ``loader`` returns for the newest checkpoint that it can load on all ranks; None without a checkpoint.
 
-        Where it raises on any rank, all ranks go to the one before. Raises CheckpointError if none of them loads:
-        that is rather a fault of the loader, and starting from nothing would end in overwriting them.
+        If ``loader`` raises on any rank, all ranks try the checkpoint before. Raises CheckpointError if no checkpoint
+        loads: the loader is probably at fault, and a training that starts anew would overwrite the checkpoints.
         """
         failure = ""
         for path in self.newest_first():
@@ -92,13 +93,13 @@ class Checkpoints:
         return None
 
     def _look(self, name: str) -> None:
-        """Raises CheckpointError unless all ranks see ``name``; has NFS look again."""
+        """Raise CheckpointError unless all ranks see ``name``. Makes NFS look again."""
         with _agree(f"{self.folder}: expected a folder that the nodes of all ranks share"):
             os.scandir(self.folder / name).close()
 
 
 def world() -> tuple[int, int]:
-    """Rank and world size. Raises UsageError where the launcher says that there are others, but nothing joins them."""
+    """Rank and world size. Raises UsageError if the launcher has started more ranks, but there is no process group."""
     dist = _distributed()
     if dist is not None:
         return dist.get_rank(), dist.get_world_size()
@@ -111,7 +112,7 @@ def world() -> tuple[int, int]:
 def control_group() -> tuple[Any, Any] | None:
     """``torch.distributed`` and a gloo group of all ranks, apart from the training's; None if there is one rank.
 
-    All ranks make it together, at their first call. It ends with the default group: kept any longer, its threads would
+    All ranks make the group together, at their first call. It ends with the default group: otherwise its threads would
     be alive while Python shuts down (pytorch issue 190489).
     """
     dist = _distributed()
@@ -127,14 +128,14 @@ _groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def _distributed() -> Any:
-    """``torch.distributed`` if it is initialised, else None; it is not imported, as then it cannot be initialised."""
+    """``torch.distributed`` if it is initialised, else None. Does not import it."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist and dist.is_available() and dist.is_initialized() else None
 
 
 @contextlib.contextmanager
 def _agree(failed: str) -> Iterator[None]:
-    """Raises CheckpointError on all ranks if the block raised on any rank; the error says where, and what."""
+    """Raise CheckpointError on all ranks if the block raised on any rank; the error names the ranks and problems."""
     problem = None
     try:
         yield
@@ -152,7 +153,7 @@ def _agree(failed: str) -> Iterator[None]:
 
 
 def _lead(action: Callable[[], T], failed: str) -> T:
-    """Run ``action`` on rank 0, and have its result on all ranks. All raise what it raises, as an ElasticError."""
+    """Run ``action`` on rank 0, and return its result on all ranks. All raise what it raises, as an ElasticError."""
     outcome: list[Any] = [None, None]
     if world()[0] == 0:
         try:

@@ -1,19 +1,19 @@
-"""A folder of checkpoints that are whole or not there, in which only the latest round of a job can save.
+"""A folder of checkpoints that are complete or do not exist, in which only the latest round of a job can save.
 
 In it, for a job JOB in its round 7:
 
 ``step-00000120``             complete, the rename to this name is the commit; ``step-00000120.1`` if saved once more
 ``.tmp-step-00000120.JOB.r7`` being written
-``.pruned.JOB.r7``            what the round prunes goes through here
+``.pruned.JOB.r7``            checkpoints that the round prunes are renamed into this folder
 ``.fence.JOB.r7``             the fence: no later round has opened the folder
-``.trash-...``                out of everybody's reach, being deleted
+``.trash-...``                being deleted; no round uses this name
 
-A worker may sleep at any place for any time and then go on, hence the order. Who opens: put up the own fence, take down
-those of the rounds before, rename their ``.tmp`` and ``.pruned`` away, and only then list. Who writes: make the
-``.tmp``, fill it, and only then look for the own fence and rename. A late writer's ``.tmp`` was either there to be
-renamed away, and then its commit came before the listing or fails; or it was not, and then its fence was down before.
-Nobody replaces a complete checkpoint, and pruning is a rename into a folder that can be renamed away, so the same holds
-for them. All it takes is a file system on which all nodes see renames in one order.
+A worker may sleep at any place for any time and then go on, hence the order. To open: set up the own fence, remove the
+fences of the rounds before, rename their ``.tmp`` and ``.pruned`` away, and only then list. To write: make the
+``.tmp``, fill it, and only then look for the own fence and rename. A late writer's ``.tmp`` either was there to be
+renamed away, and then its commit came before the listing or fails; or was made later, when its fence was gone already.
+Complete checkpoints are never replaced, and pruning is a rename into a folder that can be renamed away, so the same
+holds for pruning. The only condition is a file system on which all nodes see renames in one order.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Files:
         self._keep = keep
 
     def open(self) -> None:
-        """Shut out all rounds before this one. Of another job, that is any round: who opens last has the folder."""
+        """Fence out the rounds of this job before this one, and all rounds of other jobs: the last to open may save."""
         os.makedirs(self._folder, exist_ok=True)
         if not self._fenced:
             return
@@ -72,7 +72,7 @@ class Files:
         name = f".tmp-step-{step:08d}.{self._owner}"
         os.mkdir(self._folder / name)
         try:
-            self._check()  # commit does it too: this one saves the trouble of writing
+            self._check()  # commit checks too; checked here, a worker that is fenced out writes nothing
         except FencedOut:
             self.discard(name)
             raise
@@ -96,11 +96,11 @@ class Files:
             log.warning("cannot prune old checkpoints: %s", error)
 
     def complete(self) -> list[str]:
-        """Names of the complete checkpoints, newest first: by step, and of one step that which was saved last."""
+        """Names of the complete checkpoints, newest first: by step, then by when the step was saved."""
         return sorted(filter(_COMPLETE.fullmatch, os.listdir(self._folder)), key=_parse, reverse=True)
 
     def discard(self, name: str) -> None:
-        """Take ``name`` out of everybody's reach at once, then delete it. Gone already is fine."""
+        """Rename ``name`` away at once, then delete it. It may be gone already."""
         trash = self._folder / f".trash-{os.urandom(8).hex()}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._folder / name, trash)
@@ -132,7 +132,7 @@ class Files:
         self.discard(grave.name)
 
     def _check(self) -> None:
-        """Raises FencedOut unless the own fence stands."""
+        """Raise FencedOut unless the own fence exists."""
         if not self._fenced:
             return
         fence = self._folder / f".fence.{self._owner}"

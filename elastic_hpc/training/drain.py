@@ -1,4 +1,4 @@
-"""Whether to save and stop now, asked by a training script: all ranks get the same answer.
+"""Tells a training script whether to save and stop now; all ranks get the same answer.
 
 The agent of a node makes the file ``drain`` in the folder where it meets its workers.
 """
@@ -19,10 +19,11 @@ DRAIN_FILE = "drain"
 
 
 def drain_requested(every: int = 1) -> bool:
-    """Whether to save and end now, as the time is up, the job is preempted, or the user wants it; once True, ever True.
+    """Whether to save and stop now, as the time limit is near, the job is preempted, a new world is to be formed, or
+    the user wants it. Once True, always True.
 
-    The same answer on all ranks: call it at the same place on all of them, for example once a step. Only every
-    ``every``-th call asks the others, which costs a round trip among all ranks; the calls between repeat its answer.
+    All ranks get the same answer, and must call it at the same place, for example once a step. Only every ``every``-th
+    call asks the other ranks, which costs a round trip among all ranks; the calls between repeat the last answer.
     Before ``init_process_group`` each rank has an answer of its own.
     """
     if every < 1:
@@ -48,10 +49,10 @@ class Drain:
         self._file = os.path.join(folder, DRAIN_FILE) if folder else None
         self._calls = 0
         self._with_agents = True
-        """Whether any rank has an agent; taken for granted until the ranks first talk."""
+        """Whether any rank has an agent; True until the ranks have exchanged this."""
         self._terminated = False
         self._agreed = False
-        """Whether all ranks have answered True; before there was a process group, one may have done so alone."""
+        """Whether all ranks have answered True together; before ``init_process_group`` a rank answers alone."""
 
     def requested(self, every: int) -> bool:
         """See ``drain_requested``."""
@@ -80,8 +81,8 @@ class Drain:
         return self._file is not None and os.path.exists(self._file)
 
     def _heed_sigterm(self) -> None:
-        """Slurm sends SIGTERM to workers too, at a preemption and scancel: for a script that listens that is a drain.
-        A handler of the script's own is left alone, and so are processes that this one forks.
+        """Take SIGTERM for a drain: Slurm sends it to workers too, at a preemption and at scancel. Leaves a handler of
+        the script in place, and forked processes as they would be.
         """
         if self._file is None or threading.current_thread() is not threading.main_thread():
             return

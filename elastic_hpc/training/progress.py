@@ -1,5 +1,6 @@
 """How far a training is, reported by its script. Each worker writes a record of fixed size into its file
-``progress.<LOCAL_RANK>``, in the folder ``ELASTIC_HPC_LOCAL_DIR`` where it meets its agent, and the agent reads that.
+``progress.<LOCAL_RANK>``, in the folder ``ELASTIC_HPC_LOCAL_DIR`` where it meets its agent, and the agent reads the
+file.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ _DRAINED, _LISTENS = 1, 2
 
 
 class Progress(NamedTuple):
-    """What a worker has told its agent."""
+    """What a worker has reported to its agent."""
 
     step: int
-    """Steps done; -1 if it has not said."""
+    """Number of steps done; -1 if the worker has reported none."""
     drained: bool
-    """Whether ``drain_requested`` has returned True: if it ends now, it was drained rather than finished."""
+    """Whether ``drain_requested`` has returned True: a worker that ends then was drained, and has not finished."""
     listens: bool = False
-    """Whether it calls ``drain_requested`` at all."""
+    """Whether the worker calls ``drain_requested``."""
     first: int = -1
-    """The first step that it has reported: one more than what its checkpoint had, -1 for none."""
+    """The first step that was reported, as a rule the step after that of the checkpoint; -1 for none."""
     loss: float | None = None
     first_at: float = 0.0
-    """When, in seconds since the epoch, it has reported the first step."""
+    """When ``first`` was reported, in seconds since the epoch."""
     step_at: float = 0.0
-    """When it has reported the last one."""
+    """When ``step`` was reported, in seconds since the epoch."""
 
 
 def read_progress(path: str | os.PathLike[str]) -> Progress | None:
-    """What the worker that writes ``path`` told last; None if it has told nothing, or the file cannot be read."""
+    """The last report of the worker that writes ``path``; None without a report, or if the file cannot be read."""
     try:
         with open(path, "rb") as file:
             step, flags, first, loss, first_at, step_at = _RECORD.unpack(file.read(_RECORD.size))
@@ -54,8 +55,8 @@ def read_progress(path: str | os.PathLike[str]) -> Progress | None:
 
 
 def report_progress(step: int, loss: float | None = None) -> None:
-    """Tell the agent that ``step`` steps are done, and what the loss was, where that is known on the host already.
-    Takes microseconds, and a failure is not worth an exception.
+    """Tell the agent that ``step`` steps are done, and the ``loss``, if its value is on the host already. Takes
+    microseconds. A report that cannot be written raises nothing.
     """
     own_progress_file().step(operator.index(step), math.nan if loss is None else float(loss))
     if (log := _step_log()) is not None:
@@ -75,7 +76,7 @@ def own_progress_file() -> ProgressFile:
 
 
 def listen() -> None:
-    """Tell the agent that this worker heeds ``drain.is_told_to_drain``, for a launcher that does so for its script."""
+    """Tell the agent that this worker obeys ``drain.is_told_to_drain``, for a launcher that does so for its script."""
     own_progress_file().listen()
 
 
@@ -104,12 +105,10 @@ class ProgressFile:
         self._write()
 
     def listen(self) -> None:
-        """See the function of this name."""
         self._listens = True
         self._write()
 
     def mark_drained(self) -> None:
-        """See the function of this name."""
         self.drained = True
         self._write()
 
@@ -126,7 +125,7 @@ class ProgressFile:
 
 @functools.cache
 def _step_log() -> int | None:
-    """A descriptor; None where no steps are to be logged, or by another rank."""
+    """The descriptor of the step log; None if no steps are to be logged, or not by this rank."""
     folder = os.environ.get(STEP_LOG)
     if not folder or os.environ.get("RANK", "0") != "0":
         return None

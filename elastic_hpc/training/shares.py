@@ -16,16 +16,16 @@ class Share:
     """One rank's part of a global batch, in micro batches; all ranks have the same number of them."""
 
     slices: tuple[slice, ...]
-    """Into the global batch. The last is never empty, unless the batch has fewer samples than there are ranks; an
-    earlier one only if ``micro_batch`` is 1."""
+    """The micro batches, as slices of the global batch. The last slice is empty only if the batch has fewer samples
+    than there are ranks; an earlier slice only if ``micro_batch`` is 1."""
     scale: float
-    """For the *sum* of a micro batch's losses: then DDP's average over the ranks of what each has accumulated is the
-    gradient of the mean over the global batch."""
+    """Factor for the *sum* of a micro batch's losses. With it, the average over the ranks (DDP) of the accumulated
+    gradients is the gradient of the mean over the global batch."""
 
     def micro_batches(self, model: Any) -> Iterator[slice]:
         """The slices, one after the other, for forward and backward; the ranks' gradients are averaged in the last.
 
-        ``model`` may be a DistributedDataParallel or any other, which then has nothing to average.
+        ``model``: a DistributedDataParallel, or any other model, whose gradients are not averaged.
         """
         for part in self.slices[:-1]:
             with getattr(model, "no_sync", contextlib.nullcontext)():
@@ -48,7 +48,7 @@ def accumulation(
             f"accumulation({global_batch}, {micro_batch}, {world_size=}, {rank=}): "
             "expected batches of at least 1 sample, and 0 <= rank < world_size"
         )
-    count = -(-global_batch // world_size // micro_batch)  # twice rounded up: by the largest share
+    count = -(-global_batch // world_size // micro_batch)  # rounded up twice, for the largest share
     begin, end = rank * global_batch // world_size, (rank + 1) * global_batch // world_size
     bounds = [begin + (end - begin) * i // count for i in range(count + 1)]
     return Share(tuple(map(slice, bounds[:-1], bounds[1:])), world_size / global_batch)
