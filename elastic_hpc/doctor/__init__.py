@@ -5,7 +5,7 @@ submits a job.
 
 * ``findings``: what a finding is, and the configuration file that follows. ``slurm_settings``: findings on Slurm's
   settings. ``log_dir``: on the file system.
-* ``probe``: runs on each node of the job, and writes a report. ``reports``: what a report has. ``probe_job``: the job.
+* ``probe_job``: the job. ``probe``: runs on each node of the job, and writes a report. ``reports``: its fields.
 * ``nodes``, ``reach``: findings on the reports.
 
 ``findings``, ``slurm_settings``, ``reports``, ``nodes``, and ``reach`` touch nothing.

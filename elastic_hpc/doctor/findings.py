@@ -15,7 +15,7 @@ _LASTING = frozenset(
 """Options of sbatch that belong to the site rather than to one job."""
 
 NAMED = 6
-"""How many of many nodes or pairs a finding names; the others are counted."""
+"""Most nodes or pairs of nodes that a finding names; the others are counted."""
 
 
 class Level(Enum):
@@ -24,16 +24,18 @@ class Level(Enum):
     BAD = "bad"
     """Elastic jobs do not work here."""
     WARN = "warn"
-    """They work, and lose more than they must."""
+    """Elastic jobs work, and lose more than necessary."""
     UNKNOWN = "unknown"
-    """It could not be found out; never a good sign by itself."""
+    """Nobody could say; never a good sign by itself."""
     NOTE = "note"
     OK = "ok"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``found``: the value, as Slurm writes it. ``means``: for elastic jobs. ``set``: what to type or set, and who."""
+    """``found``: the value, as Slurm writes it. ``means``: what follows for elastic jobs. ``set``: what to type or set,
+    and who does so.
+    """
 
     level: Level
     about: str
@@ -41,7 +43,7 @@ class Finding:
     means: str
     set: str = ""
     config: Mapping[str, str | int] = field(default_factory=dict)
-    """Lines of a configuration file that follow from it."""
+    """Lines of a configuration file that follow from the finding."""
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
@@ -50,7 +52,7 @@ def worst_first(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """Versioned: a reader may rely on what ``schema`` 1 has."""
+    """``findings`` for programs, which may rely on the fields of ``schema`` 1."""
     rows = [{**vars(finding), "level": finding.level.value, "config": dict(finding.config)} for finding in findings]
     return json.dumps({"schema": 1, "findings": rows}, indent=1)
 

@@ -1,4 +1,4 @@
-"""Whether the folder of the run directories can be seen by all nodes, as far as this machine can tell. Reads /proc."""
+"""Whether all nodes see the folder of the run directories, as far as this machine can tell. Reads /proc."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def file_system(mountinfo: str, path: str) -> tuple[str, str]:
     for line in mountinfo.splitlines():
         mount, _, source = line.partition(" - ")
         point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount.split()[4])
-        if PurePath(path).is_relative_to(point) and len(point) >= len(best[1]):  # of two at one point, the later hides
+        if PurePath(path).is_relative_to(point) and len(point) >= len(best[1]):  # a later mount hides an earlier one
             best = (source.split()[0], point)
     return best
 
 
 def check(path: str) -> Finding:
-    """The finding on the folder ``path``, which may not be there yet."""
+    """The finding on the folder ``path``, which need not exist yet."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text()
     except OSError as error:

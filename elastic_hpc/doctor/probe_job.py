@@ -26,7 +26,7 @@ _WAITING = frozenset({"PENDING", "CONFIGURING"})
 _NEVER = frozenset(
     ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS", "AccountNotAllowed")
 )
-"""Reasons to wait that do not go away."""
+"""Slurm's reasons for which a job waits for ever."""
 _LAST_LINES = 3
 
 
@@ -72,7 +72,7 @@ def _job(nodes: int, log_dir: str, rundir: RunDir, sbatch: Sequence[Given]) -> J
     job = build(Request(probe, [str(rundir.path)], [*options.items()], given, source=_DOCTOR, module=True))
     interface = ["--interface", job.launch.interface] if job.launch.interface else []
     launch = replace(job.launch, script_args=(*job.launch.script_args, *interface))
-    passed = tuple(given for given in job.sbatch if given.name != "error")  # a file of its own, in a configuration file
+    passed = tuple(given for given in job.sbatch if given.name != "error")  # all output goes to the log
     python = None if job.container else job.agent_python
     return replace(job, launch=launch, sbatch=passed, container=None, agent_python=python)
 

@@ -29,11 +29,11 @@ class PeerReport:
     resolves: tuple[str, ...] = ()
     dials: tuple[Dial, ...] = ()
     ahead: float | None = None
-    """The other's clock minus this one's."""
+    """The other node's clock minus this node's."""
     seen_after: float | None = None
-    """Time from when the other had made a file until it was seen here."""
+    """Time from when the other node had made a file until this node saw the file."""
     lock_held: bool | None = None
-    """Whether the other's flock on that file was effective here."""
+    """Whether the other node's flock on that file was effective on this node."""
     error: str = ""
 
 
@@ -53,7 +53,7 @@ class NodeReport:
     gpus_visible: str | None
     gpu_devices: int
     created: bool
-    """Whether it was this node that made the file that all tried to make with O_EXCL."""
+    """Whether this node made the file that all nodes tried to make with O_EXCL."""
     problems: tuple[str, ...] = ()
     peers: Mapping[str, PeerReport] = field(default_factory=dict)
 

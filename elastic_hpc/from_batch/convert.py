@@ -1,4 +1,4 @@
-"""A batch script becomes the parts of an elastic job: #SBATCH lines, set-up lines, script and arguments. Pure."""
+"""Makes the parts of an elastic job of a batch script: #SBATCH lines, set-up lines, script and arguments. Pure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BRINGS_PYTHON = re.compile(
 
 @dataclass(frozen=True)
 class FromBatch:
-    """What a batch script says of the job."""
+    """The parts of an elastic job that a batch script gives."""
 
     script: str
     script_args: tuple[str, ...]

@@ -21,8 +21,8 @@ def job_of_batch_script(
     sbatch: Sequence[Given],
     torchrun: Sequence[Given],
 ) -> JobSpec:
-    """The job of the batch script at ``path`` with its arguments ``args``. The other parameters are what the command
-    line says besides, see ``Request``. Raises UsageError.
+    """The job of the batch script at ``path`` with its arguments ``args``. The other parameters are the options of the
+    command line, see ``Request``. Raises UsageError.
     """
     try:
         content = Path(path).read_bytes()
@@ -48,7 +48,7 @@ def job_of_batch_script(
 
 
 def _notes(job: JobSpec, found: FromBatch) -> list[str]:
-    """What may not be as the batch script's user expects."""
+    """Notes on what the user of the batch script may not expect."""
     notes = []
     if job.launch.grow and any("SLURM_JOB" in line.value for line in job.setup):
         notes.append("--grow: each joiner is a Slurm job with its own $SLURM_JOB_ID")

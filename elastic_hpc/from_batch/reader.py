@@ -106,7 +106,7 @@ class Reader:
 
     @staticmethod
     def _rank(launch: Launch) -> int:
-        """The lower, the more probable: a torchrun starts the training, a python may do something else."""
+        """Lower for a more probable launch: a torchrun starts the training, a python may do something else."""
         return 0 if launch.kind != "python" else 1 if launch.by_srun else 2
 
     def _complete(self, launch: Launch) -> Launch:
@@ -196,8 +196,8 @@ def first_line(text: str) -> str:
 
 
 def _rendezvous(found: Sequence[Statement], used: Sequence[str]) -> set[Statement]:
-    """The statements that only serve to tell the nodes of each other, or only show that. ``used``: what the launch and
-    the lines with it need.
+    """The statements whose only purpose is that nodes find each other, or that print this. ``used``: the text of the
+    launch and of the lines that belong to it, whose variables are needed.
     """
     simple = [statement for statement in found if not statement.compound and len(statement.parts()) == 1]
     variables = {statement: _defined(statement) for statement in simple}

@@ -22,7 +22,7 @@ class Shape:
     def __init__(self, given: Sequence[Given], launch: Launch, place: str) -> None:
         self.notes: list[str] = []
         self.cpus_of_a_task = ""
-        """SLURM_CPUS_PER_TASK in the batch script's job, if it is another number in the elastic job."""
+        """SLURM_CPUS_PER_TASK in the batch script's job, if the elastic job has another number."""
         self.options = [(name, value, place) for name, value in launch.options if name != "nodes"]
         self._by_torchrun = launch.kind != "python"
         directives = {option.name: option for option in given}

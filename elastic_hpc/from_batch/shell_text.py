@@ -15,7 +15,7 @@ _STILL_COMMAND = {"then", "else", "elif", "do", "!", "time", *_OPENS} - {"for", 
 
 @dataclass(frozen=True)
 class Token:
-    """A word as it is written, quotes and all, or an operator, line breaks among them."""
+    """A word as it is written, with its quotes, or an operator; a line break is an operator."""
 
     text: str
     is_word: bool
@@ -92,7 +92,7 @@ def statements(text: str) -> list[Statement]:
 
 
 class _Parser:
-    """Joins tokens to statements."""
+    """Joins tokens into statements."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -158,7 +158,7 @@ class _Parser:
         self._held, self._compound = [], False
 
     def finished(self) -> list[Statement]:
-        """The statements. Raises UsageError if one is not closed."""
+        """The statements. Raises UsageError if a statement is not closed."""
         if self._ends:
             line = _line(self._text, self._held[0].begin)
             raise UsageError(f"line {line}: expected {self._ends[-1]!r} before the end of the file")

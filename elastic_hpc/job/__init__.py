@@ -1,10 +1,10 @@
-"""A job before it runs, and the handle of a job that runs or ran. Reads configuration files and the script, writes what
-is put aside for a job; ``slurm`` submits it.
+"""A job before it runs, and the handle of a job that runs or ran. Reads configuration files and the script, and writes
+the files that the job needs; ``slurm`` submits the job.
 
-Start with ``spec.build``: ``request`` (a caller's wishes over those of ``config``) -> ``spec.JobSpec`` -> ``script``
-(the batch script) -> ``submission`` (the last checks, and what must be in place).
+Start with ``spec.build``: ``request`` (a caller's options over those of ``config``) -> ``spec.JobSpec`` -> ``script``
+(the batch script) -> ``submission`` (the last checks, the files that the job needs).
 
 * ``programs``, ``script_file``, ``snapshot``, ``outputs``: files of the job, as they are on this machine.
-* ``commands``, ``quoting``: the lines of the batch script. ``toml_file``: configuration files.
+* ``commands``, ``quoting``: the lines of the batch script. ``toml_file``: one configuration file. ``typed``: types.
 * ``handle.Job``, with ``look`` and ``lookup``: a job that was submitted. ``launch``, ``functions``: functions as jobs.
 """

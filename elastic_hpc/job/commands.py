@@ -13,7 +13,7 @@ from elastic_hpc.start import module_command
 
 @dataclass(frozen=True)
 class Container:
-    """What the agents and their workers run in. The batch script stays outside, where Slurm's commands are."""
+    """The container of the agents and their workers. The batch script stays outside, where Slurm's commands are."""
 
     image: str
     runtime: str = "pyxis"  # a plugin of srun; or apptainer, a command in front of the agent's
@@ -28,7 +28,7 @@ class Container:
         return [*options, *([f"--container-env={','.join(env)}"] if env else [])]
 
     def around(self, command: Sequence[str], folders: str, *, gpus: bool) -> list[str]:
-        """``command``, which runs in it. For apptainer ``env`` is exported under other names (prepare.j2)."""
+        """``command``, run in the container. For apptainer, ``env`` is exported under other names (prepare.j2)."""
         if self.runtime == "pyxis":
             return list(command)
         words = ["apptainer", "exec", "--bind", self._mounts(folders), "--pwd", Shell('"$PWD"')]
@@ -39,9 +39,9 @@ class Container:
 
 
 def srun_options(nodes: str, cpus_per_task: str | None = None) -> list[str]:
-    """Options of srun for one agent per node that outlives other nodes, for elastic-srun and the script alike.
+    """Options of srun for one agent per node that outlives other nodes, in elastic-srun and in the batch script.
 
-    ``cpus_per_task`` where the job asked for it: srun does not take it over from sbatch since Slurm 22.05.
+    ``cpus_per_task``: the value that the job asked for, which srun does not take over from sbatch since Slurm 22.05.
     """
     options = [joined("--nodes=", nodes), joined("--ntasks=", nodes), "--ntasks-per-node=1"]
     options += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none"]
@@ -59,8 +59,8 @@ def agent_command(
     can_requeue: bool = True,
     contained: bool = False,
 ) -> list[str]:
-    """The command each agent runs. ``head`` hosts the rendezvous unless the user named a host. ``contained``: in a
-    container, where Slurm's commands are not.
+    """The command of each agent. ``head`` hosts the rendezvous unless the user named a host. ``contained``: the agent
+    runs in a container, without Slurm's commands.
     """
     words = module_command(python, "elastic_hpc.agent", unbuffered=True)
     for flag, value in launch.options():

@@ -1,4 +1,4 @@
-"""A job from Python: submit it, look at its state, wait for it, read its logs, stop it. The handle works from the run
+"""A job from Python: submit it, look at its state, wait for it, read its logs, stop it. The handle reads the run
 directory, and asks Slurm only for what is not there, so that it works when Slurm has forgotten the job.
 """
 
@@ -28,7 +28,7 @@ from elastic_hpc.view.job import JobView
 
 _LOOK_INTERVAL = 0.5
 _SLURM_INTERVALS = 2.0, 30.0
-"""Seconds between two questions to Slurm, at first and after a while."""
+"""Seconds between two queries of Slurm, at first and after a while."""
 
 Stopped = Literal["cancelled", "told", "over"]
 """What ``Job.stop`` has done: ``cancelled``, by Slurm, a job that waited in the queue or had no leader; ``told`` the
@@ -43,16 +43,16 @@ class JobStatus:
     """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ...; UNKNOWN if neither the run directory nor Slurm
     knows."""
     done: bool
-    """Whether it will not run again."""
+    """Whether the job will not run again."""
     round: int
-    """Of the world that trains or trained last; 0 before the first."""
+    """Number of the round that trains or trained last; 0 before the first."""
     nodes: tuple[str, ...]
-    """Of that world, in rank order."""
+    """The nodes of that round, in rank order."""
     world_size: int
     restarts: int
     requeues: int
     reason: str
-    """Why the last run ended, in a sentence; empty while the first one runs."""
+    """Why the last run ended, in a sentence; empty during the first run."""
     failure: Mapping[str, Any] | None
     """The first failure of a job that failed: ``kind``, ``node``, ``rank``, ``exit_code``, ``message``, ``traceback``
     and so on."""
@@ -88,12 +88,12 @@ class Job:
     """A submitted job, or a task of an array. Slurm is not asked before a method is called. Two handles are equal if
     they have the same run directory.
 
-    ``run_dir`` is the memory of the job, for its owner only: docs/how-it-works.md describes the files.
+    ``run_dir`` has the record of the job, for its owner only: docs/how-it-works.md describes the files.
     """
 
     def __init__(self, job: int | str | os.PathLike[str], *, is_array: bool = False) -> None:
-        """A job that exists, by its id, which the commands look up in the same way, or by its run directory, which has
-        a ``/``: ``Job(4711)``, ``Job("elastic-logs/4711")``. Raises UsageError if no job has that id, or more than one.
+        """An existing job, by its id, as for the commands, or by the path of its run directory, which has a ``/``:
+        ``Job(4711)``, ``Job("elastic-logs/4711")``. Raises UsageError if no job has that id, or more than one.
         """
         given: Any = str(int(job)) if isinstance(job, Integral) else job
         if not isinstance(given, (str, os.PathLike)):
@@ -125,7 +125,7 @@ class Job:
             return html_table({"job": self.id, "": str(error)})
 
     def _has_tasks(self) -> bool:
-        """Whether it is an array: submitted as one, or with tasks that have started."""
+        """Whether the job is an array: submitted as an array, or with tasks that have started."""
         return self._is_array or expand(self.run_dir) != [self.run_dir]
 
     def task(self, index: int) -> Job:
@@ -133,7 +133,7 @@ class Job:
         return Job(self.run_dir.with_name(f"{self.id}_{index}"))
 
     def status(self) -> JobStatus:
-        """The job now. Raises SlurmError if only Slurm knows, and cannot be asked."""
+        """The state of the job now. Raises SlurmError if only Slurm knows that, and cannot be asked."""
         view = self._look().view
         if self._jobs.problem:
             raise SlurmError(self._jobs.problem)
@@ -187,7 +187,7 @@ class Job:
                 return
 
     def events(self) -> list[dict[str, Any]]:
-        """The events that its leaders recorded: ``time`` in seconds since the epoch, ``event``, and more fields."""
+        """The events that the leaders recorded: ``time`` in seconds since the epoch, ``event``, and more fields."""
         return self._record.events()
 
     def why(self) -> str:
@@ -261,11 +261,11 @@ class Job:
 
     @property
     def slurm_id(self) -> str:
-        """Its id, or the id of the job that goes on in its place where a job may not be requeued."""
+        """The id of the job, or of the job that goes on in its place where a job may not be requeued."""
         return recorded(self._record).slurm_id
 
     def final_state(self) -> str | None:
-        """Slurm's word for its end; None if the run directory does not say that it has ended."""
+        """Slurm's word for the end of the job; None if the run directory does not say that the job has ended."""
         return recorded(self._record).final
 
     def last_round(self) -> Mapping[str, Any]:

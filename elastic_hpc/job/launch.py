@@ -1,5 +1,5 @@
 """``elastic_launch`` runs a function or a script, from Python, on the nodes of the allocation or on this machine.
-In the shape of torch's ``torch.distributed.launcher.api``; what runs is ``elastic-srun``.
+Has the interface of ``torch.distributed.launcher.api``, and runs ``elastic-srun``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class LaunchFailed(ElasticError):
-    """The workers have not finished. The text has the first failure's traceback, where there was one."""
+    """The workers have not finished. The text has the traceback of the first failure, if there was a failure."""
 
     def __init__(self, text: str, run_dir: Path, verdict: Mapping[str, Any] | None) -> None:
         super().__init__(text)
@@ -47,8 +47,8 @@ class LaunchConfig:
         log_dir: str | os.PathLike[str] = "elastic-logs",
         **options: Unpack[LaunchOptions],
     ) -> None:
-        """``local``: that many agents as processes of this machine, without Slurm; else the allocation's nodes are
-        used. ``log_dir``: where the run directory is made. Values are those of JobSpec.of. Raises UsageError for
+        """``local``: the number of agents to run as processes of this machine, without Slurm; None for the nodes of the
+        allocation. ``log_dir``: where the run directory is made. Values are as in JobSpec.of. Raises UsageError for
         options or values that do not exist.
 
         ``LaunchConfig(nodes=(2, 4), nproc_per_node=8, max_restarts=3)``
@@ -71,7 +71,7 @@ class LaunchConfig:
             self.options.append(f"{option.flag}={option.value}")
 
     def command(self, run_dir: Path, script: str, *script_args: str, module: bool = False) -> list[str]:
-        """The command that runs it."""
+        """The command that runs ``script``."""
         where = [] if self.local is None else [f"--local={self.local}"]
         how = [*self.options, *(["--module"] if module else [])]
         options = [*where, f"--run-dir={run_dir}", *how]
@@ -92,7 +92,7 @@ class elastic_launch:  # noqa: N801 - torch's name
         self._entrypoint = entrypoint
 
     def __call__(self, *args: Any) -> dict[int, Any]:
-        """Run to the end. What every rank of the last world has returned, by rank; empty for a script.
+        """Run to the end. Returns what each rank of the last world has returned, by rank; empty for a script.
 
         Raises LaunchFailed if the workers have not finished. Ctrl-C once lets them save and stop, twice stops them.
         """
@@ -112,7 +112,7 @@ class elastic_launch:  # noqa: N801 - torch's name
 
 
 def _run(command: list[str], environ: Mapping[str, str]) -> None:
-    # Ctrl-C reaches this process alone. What a worker starts stays in its session: with that it is killed.
+    # In another session, so that Ctrl-C reaches this process alone; but within a worker in its session, to die with it.
     alone = AGENT_MARK not in os.environ
     process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=alone)
     while True:

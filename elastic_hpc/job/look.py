@@ -1,4 +1,4 @@
-"""Observes jobs: reads their records, and asks Slurm for what the records cannot say, with one question for all jobs.
+"""Observes jobs: reads their records, and asks Slurm for what the records cannot say, with one query for all jobs.
 ``view.job`` decides what the observation means.
 """
 
@@ -21,7 +21,7 @@ from elastic_hpc.view.story import Story
 from elastic_hpc.view.story_builder import story_of
 
 _RECENT = 24 * 3600.0
-"""Seconds after its end for which a job is listed without being named."""
+"""Seconds after its end for which a job is listed when the user names no job."""
 
 
 class Look(NamedTuple):
@@ -76,7 +76,7 @@ class Jobs:
         self._ended: dict[str, slurm.SlurmJob | None] = {}
         """What Slurm says about jobs that ended before an agent led them; None if it does not know the job."""
         self.problem = ""
-        """Why Slurm cannot be asked; empty if there was no need to."""
+        """Why Slurm cannot be asked; empty if it answered, or need not be asked."""
 
     def look(self, query_interval: float = 0.0) -> list[Look]:
         """The jobs as they are now. Slurm is asked if the last query is ``query_interval`` seconds ago."""
@@ -135,7 +135,7 @@ class Jobs:
 
 
 def _needs_slurm(job: Observed) -> bool:
-    """Whether only Slurm knows if the job runs. squeue refuses the whole query if one id is none of Slurm's."""
+    """Whether only Slurm knows if the job runs. One id that is none of Slurm's makes squeue refuse the whole query."""
     is_id = re.fullmatch(r"\d+(_\d+)?", job.slurm_id, re.ASCII) is not None
     return not job.final and job.launcher_runs is None and is_id
 

@@ -1,4 +1,4 @@
-"""What a job runs: where its script, program or interpreter is found from the folder it runs in. Looks at files."""
+"""What a job runs: finds its script, program or interpreter from the folder in which the job runs. Looks at files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def check_module(name: str) -> None:
 
 
 def find_script(script: str, work_dir: str, submitted_from: Path) -> tuple[str, str]:
-    """``script`` as the job finds it in ``work_dir``, and what the user should know about that, if anything. With
-    --chdir it may be, as for sbatch, in the folder of the submission.
+    """``script`` as the job finds it in ``work_dir``, and a note for the user, or an empty text. With --chdir the
+    script may be, as for sbatch, in the folder of the submission.
     """
     folders = list(dict.fromkeys((work_dir, str(submitted_from))))
     places = [os.path.join(folder, script) for folder in folders]
@@ -44,7 +44,7 @@ def find_script(script: str, work_dir: str, submitted_from: Path) -> tuple[str, 
 
 
 def find_program(program: str, work_dir: str, submitted_from: Path) -> str:
-    """``program`` of --no-python: a path is looked for as a script is, a name on the PATH of the nodes."""
+    """``program`` of --no-python: a path is searched as for a script, a name on the PATH of the nodes."""
     if os.sep not in program:
         if os.path.isfile(os.path.join(work_dir, program)) and shutil.which(program) is None:
             raise UsageError(f"--no-python {program}: is not on PATH; expected ./{program}, or leave out --no-python")
@@ -57,7 +57,7 @@ def find_program(program: str, work_dir: str, submitted_from: Path) -> str:
 
 
 def find_interpreter(words: Sequence[str], work_dir: str, submitted_from: Path) -> tuple[str, ...]:
-    """Those of --python. A path from the folder of the submission leads there from ``work_dir`` too."""
+    """The words of --python. A path that leads to a file only from the folder of the submission becomes absolute."""
     here = os.path.join(submitted_from, words[0])
     if os.sep in words[0] and not os.path.isfile(os.path.join(work_dir, words[0])) and os.path.isfile(here):
         return here, *words[1:]
@@ -70,8 +70,8 @@ def is_temporary(prefix: str) -> bool:
 
 
 def environment_that_lasts(prefix: str, work_dir: str, *, other: bool) -> str:
-    """A line on ``prefix``, the environment that submits and that the job is to find on its nodes, if they may not have
-    it. ``other``: agents and workers have another interpreter. UsageError if it will be gone.
+    """A note for the user if the nodes may not have ``prefix``, the environment that submits and that the job uses;
+    else empty. ``other``: agents and workers have another interpreter. Raises UsageError if ``prefix`` will be gone.
     """
     advice = "expected the environment in which you train: install elastic_hpc there, with uv add or uv pip install"
     if is_temporary(prefix):

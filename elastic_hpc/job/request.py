@@ -1,5 +1,5 @@
-"""What a caller asks for, and what that means here: the configuration under it, the script, the options that count.
-Reads the configuration files and looks at the script.
+"""What a caller asks for, put over the configuration; where its script is; which options count. Reads the configuration
+files and looks at the script.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class Request:
     """Our options by name, and their values."""
     sbatch: Sequence[Given]
     source: str
-    """The caller, as it is named beside each value in the batch script."""
+    """The caller, as the batch script names it beside each value."""
     module: bool = False
     no_python: bool = False
     torchrun: Sequence[Given] = ()
     """Options of torchrun that have no counterpart here."""
     of_script: Sequence[Layer] = ()
-    """What the script itself says."""
+    """The layers that the script itself sets."""
     notes: Sequence[str] = ()
-    """What the user should know, a line each."""
+    """Notes for the user, a line each."""
     folder: str | None = ""
     """The folder that the set-up lines change to, from the working directory; None if it is not known."""
     unset: Collection[str] = ()
-    """Options of sbatch that the job is not to have, whatever a file says."""
+    """Options of sbatch that the job is not to have, even if a file sets them."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Place:
     """Where a job runs, and what it runs there."""
 
     script: str
-    """As the job finds it."""
+    """The script as the job finds it."""
     work_dir: str
     submitted_from: Path
     note: str
-    """What the user should know of the script, if anything."""
+    """A note for the user on the script, or empty."""
 
 
 def layers_of(script: str, chdir: str | None) -> list[Layer]:
@@ -102,7 +102,7 @@ def located(request: Request, configuration: Configuration) -> Place:
     if request.module:
         programs.check_module(script)
     elif request.folder is None or isinstance(script, Shell):
-        pass  # only running the set-up lines tells
+        pass  # only running the set-up lines would tell
     elif request.no_python:
         script = programs.find_program(script, runs_in, looked_in)
     else:
@@ -111,8 +111,8 @@ def located(request: Request, configuration: Configuration) -> Place:
 
 
 def effective(request: Request, configuration: Configuration) -> dict[str, Setting]:
-    """Our options, without those that a file gives for elastic jobs and a plain torchrun has no use for. Raises
-    UsageError for an option that this job cannot have.
+    """Our options; for a plain torchrun, without options of a file that only elastic jobs use. Raises UsageError for an
+    option that this job cannot have.
     """
     options = dict(configuration.options)
     if "nodes" not in options:

@@ -26,7 +26,7 @@ def built_in_templates() -> list[str]:
 
 
 def _words(job: JobSpec) -> dict[str, Any]:
-    """What a template has of commands."""
+    """The commands that a template can use, as lists of words."""
     head, run_dir = Shell('"$head_node"'), Shell('"$run_dir"')
     srun = srun_options(
         Shell('"$SLURM_JOB_NUM_NODES"'), Shell('"$SLURM_CPUS_PER_TASK"') if job.has("cpus-per-task") else None

@@ -1,5 +1,5 @@
-"""The file that is given as the training script: whether it can be Python. Told by its content, not by its name.
-Reads that file.
+"""Whether the file that is given as the training script can be Python, by its content, not by its name. Reads that
+file.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The code of a job: what git says of it, which every submission puts aside for the run directory, and with --snapshot
-a copy of the files that git tracks. Runs git, reads and writes files.
+"""The code of a job: what git says of it, which every submission keeps for the run directory, and with --snapshot a
+copy of the files that git tracks. Runs git, reads and writes files.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class WorkTree:
         return os.path.normpath(os.path.join("code", self.folder))
 
     def script(self, script: str) -> str:
-        """``script`` relative to the working directory, so that it leads to the copy in the copy. Raises UsageError if
-        git does not track it.
+        """``script`` relative to the working directory: in the copy, this path leads to the script's copy. Raises
+        UsageError if git does not track the script.
         """
         folder, name = os.path.split(os.path.join(self.directory, script))
         path = os.path.join(os.path.realpath(folder), name)
@@ -68,7 +68,7 @@ class WorkTree:
 
 def put_aside(code: WorkTree, staged: Path, *, snapshot: bool) -> None:
     """Make ``staged`` with ``code.json`` and ``code.diff``, and with ``snapshot`` the files, in ``code/``. Raises
-    UsageError if the copy cannot be made; without one, a record that cannot be made is left out.
+    UsageError if the copy cannot be made. Without ``snapshot``, a record that cannot be made is left out.
     """
     try:
         staged.mkdir(mode=0o700)
@@ -85,13 +85,13 @@ def put_aside(code: WorkTree, staged: Path, *, snapshot: bool) -> None:
 
 
 def discard(staged: Path) -> None:
-    """No job will come for it."""
+    """Remove ``staged``, which no job will use."""
     shutil.rmtree(staged, ignore_errors=True)
 
 
 def _copy(code: WorkTree, to: Path) -> None:
-    """The files as they are in the work tree. What is tracked and was deleted there is left out, as are submodules that
-    have not been fetched.
+    """Copy the files as they are in the work tree, without tracked files that were deleted there, and without
+    submodules that have not been fetched.
     """
     (to / code.folder).mkdir(parents=True)
     for name in code.files():
@@ -119,7 +119,7 @@ def _write_record(code: WorkTree, to: Path, *, snapshot: bool) -> None:
 
 
 def _diff(top: str, seconds: float) -> tuple[bytes, bool]:
-    """Tracked files against the revision, as far as it fits and git is fast enough; and whether that is all."""
+    """The difference of tracked files to the revision, up to the limits of size and time; whether it is complete."""
     arguments = ("diff", "--binary", "--submodule=diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD", "--")
     try:
         process = subprocess.Popen(
@@ -162,5 +162,5 @@ def _git(directory: str, *arguments: str, seconds: float) -> bytes | None:
 
 
 def _environ() -> dict[str, str]:
-    """To look at a work tree must not wait for, or disturb, others who use it."""
+    """The environment in which git takes no locks, which others who use the work tree may hold or wait for."""
     return {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}

@@ -1,4 +1,4 @@
-"""The submission of a job: what is refused before Slurm is asked, and what is put in place. Writes files."""
+"""The submission of a job: the last checks before Slurm is asked, and the files that the job needs. Writes files."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def checked(job: JobSpec) -> str:
 
 
 def _check_time(job: JobSpec, script: str) -> None:
-    """A job that is warned as soon as it starts would save, return to the queue, start and be warned again."""
+    """Refuse a job that is warned as soon as it starts: it would save, return to the queue, and be warned again."""
     text = last(job.sbatch, "time")
     limit = time_limit(text) if text else None
     if limit and limit <= job.signal.lead and f"--signal={job.signal}" in script:

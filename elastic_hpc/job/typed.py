@@ -14,7 +14,7 @@ Text: TypeAlias = str | int | PathLike[str] | None
 Words: TypeAlias = Text | Sequence[str | int] | set[str]
 Number: TypeAlias = int | str | None
 Time: TypeAlias = timedelta | float | str | None
-"""Of ours: a number is in seconds."""
+"""For options of ours; a number is in seconds."""
 Switch: TypeAlias = bool | str | None
 Flag: TypeAlias = bool | None
 Nodes: TypeAlias = int | str | tuple[int, ...] | list[int] | range
@@ -22,7 +22,7 @@ Nodes: TypeAlias = int | str | tuple[int, ...] | list[int] | range
 
 
 class LaunchOptions(TypedDict, total=False):
-    """How the agents run the workers: of JobSpec.of and LaunchConfig."""
+    """How the agents run the workers; for JobSpec.of and LaunchConfig."""
 
     nodes: Nodes
     spares: Number
@@ -56,7 +56,7 @@ TorchrunOptions = TypedDict("TorchrunOptions", {  # noqa: UP013 - a table in row
     "logs_specs": Text, "local_addr": Text, "signals_to_handle": Text, "shutdown_timeout": Text,
     "virtual_local_rank": Flag, "run_path": Flag, "use_env": Flag,
 }, total=False)  # fmt: skip
-"""Of torchrun's, where ours have other names; see docs/torchrun.md."""
+"""Options of torchrun for which ours have other names; see docs/torchrun.md."""
 
 SbatchOptions = TypedDict("SbatchOptions", {  # noqa: UP013 - a table in rows
     "account": Text, "acctg_freq": Words, "array": Words | range, "batch": Text, "bb": Text, "bbf": Text,
@@ -81,11 +81,11 @@ SbatchOptions = TypedDict("SbatchOptions", {  # noqa: UP013 - a table in rows
     "time": Text | timedelta, "time_min": Text | timedelta, "tmp": Text, "tres_bind": Text, "uid": Text,
     "wait_all_nodes": Text, "wckey": Text,
 }, total=False)  # fmt: skip
-"""Of sbatch's, those that an elastic job may have. Times are in sbatch's own notation, or a timedelta."""
+"""Options of sbatch that an elastic job may have. Times are in sbatch's own notation, or a timedelta."""
 
 
 class JobOptions(LaunchOptions, TorchrunOptions, SbatchOptions, total=False):
-    """All that JobSpec.of takes by name."""
+    """All options that JobSpec.of takes by name."""
 
     log_dir: Text
     template: Text

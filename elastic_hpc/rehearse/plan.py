@@ -14,7 +14,7 @@ from elastic_hpc.errors import UsageError
 Verdict = Literal["ok", "bad", "cannot tell"]
 
 ORDER = ("worker", "head", "drain", "node", "shrink", "grow")
-"""All acts, so that few of them need the training to be started once more."""
+"""All acts, in an order in which few acts need the training to be started once more."""
 
 LEAST = {"worker": 1, "node": 2, "head": 3, "drain": 1, "shrink": 2, "grow": 1}
 """How many nodes an act needs: when the head is lost, more than half of the nodes must be left."""
@@ -32,7 +32,7 @@ TWO_LINES = "add: from elastic_hpc.training import report_progress, and once a s
 class PlannedAct:
     act: str
     nodes: int
-    """How many are left after the act, or are started."""
+    """How many nodes are left after the act, or are started."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class DoneAct:
 
     act: str
     round: int
-    """The round that it ended."""
+    """The round that the act ended."""
     time: float
     what: str
-    """In words, as ``rank 2 was killed``."""
+    """In words, for example ``rank 2 was killed``."""
     saves: bool = False
     """Whether the script was asked to save first, and calls ``drain_requested``."""
 
@@ -112,8 +112,8 @@ def judge(
 ) -> list[Judgement]:
     """Whether the script resumed correctly after each of ``acts``, all of which came after a step.
 
-    ``steps`` in the order in which they were reported. ``end``: why there are no more, ``finished``: whether because
-    the training is over, ``left``: the acts that were not carried out for that reason.
+    ``steps``: in the order in which they were reported. ``end``: why no more steps follow. ``finished``: the training
+    is over. ``left``: the acts that were not carried out, because of ``end``.
     """
     judgements = []
     for at, act in enumerate(acts):
@@ -127,7 +127,7 @@ def judge(
 
 
 def exit_code(judgements: Sequence[Judgement]) -> int:
-    """0 if all are ok, 1 if one is bad, 3 if it cannot be told."""
+    """0 if all judgements are ok, 1 if one is bad, else 3."""
     verdicts = {judgement.verdict for judgement in judgements}
     return 1 if "bad" in verdicts else 3 if "cannot tell" in verdicts else 0
 
@@ -170,7 +170,7 @@ def _judge_act(
 
 
 def _resume(act: DoneAct, history: list[ReportedStep], resumed: list[ReportedStep]) -> list[tuple[Verdict, str]]:
-    """What the steps of a round, ``resumed``, say after those of all rounds before, ``history``."""
+    """What the steps of a round, ``resumed``, show after the steps of all rounds before, ``history``."""
     origin, last, first = history[0].step, history[-1], resumed[0]
     stride = _stride([*history, *resumed])
     repeated = (last.step - first.step) // stride + 1

@@ -1,4 +1,4 @@
-"""Runs a training script on a few agents of this machine, carries out the acts of a rehearsal, and observes both."""
+"""Runs a training script on agents of this machine, carries out the acts of a rehearsal, and records what happens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RehearsalOptions:
     steps: int
     """How many steps are done before each act, and after the last one."""
     timeout: float
-    """Seconds without a step after which nothing more is expected."""
+    """Seconds without a step after which no further step is expected."""
     folder: Path
     """For the run directory, the reported steps and the output of the agents; exists."""
 
@@ -244,7 +244,7 @@ class Rehearsal:
         workers = list(self._workers())
         deadline = time.monotonic() + _KILL_TIMEOUT
         if not self._has_ended():
-            self._process.terminate()  # it may be about to start agents
+            self._process.terminate()  # the launcher may be about to start agents
         while not self._has_ended() and time.monotonic() < deadline:
             for pid in self._agents().values():
                 with contextlib.suppress(ProcessLookupError):

@@ -17,7 +17,7 @@ SECONDS = 60  # for an answer of slurmctld; its own clients give up after 10 to 
 # Our own variables mark what an agent has started, which a new job must outlive, or belong to the calling job.
 _SLURM = ("SLURM", "_SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SPANK_", "PMI")
 _OURS = "ELASTIC_HPC_"
-# To find and enter the cluster, and our configuration.
+# Variables to find and enter the cluster, and to find our configuration.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "ELASTIC_HPC_CONFIG"})
 
 # A user's defaults for tables and questions, which would change the answers. A job keeps them (clean_environment).
@@ -25,7 +25,7 @@ _FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SACCT_", "SSTAT_", "S
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` for something outside of the job that this process may be part of, such as a job that it submits."""
+    """``environ`` for a process outside of the job that this process may be part of, such as a job that it submits."""
     return {k: v for k, v in environ.items() if k in _KEPT or not k.startswith((*_SLURM, _OURS))}
 
 

@@ -10,8 +10,8 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, scan
 from elastic_hpc.options.sbatch_lines import DIRECTIVE, lines, unquoted, words
 
-# What a joiner must not ask for again: whether and when it starts, and for how long; what the job has once; which
-# nodes, and what is counted over all of them; by whom, where and with which environment it is submitted.
+# Options that a joiner must not have too: whether and when it starts, and for how long; what the job has only once;
+# which nodes, and what is counted over all nodes; by whom, where and with which environment it is submitted.
 _WHOLE_JOB = COMMAND_LINE_ONLY | {
     *("array", "begin", "deadline", "dependency", "hold", "kill-on-invalid-dep", "no-requeue", "priority", "requeue"),
     *("time", "time-min"),
@@ -23,7 +23,7 @@ _WHOLE_JOB = COMMAND_LINE_ONLY | {
 
 
 def _abbreviations() -> Iterator[Option]:
-    """What sbatch takes for an option of ``_WHOLE_JOB``: any prefix of its name that no other option has."""
+    """Abbreviations that sbatch accepts for options of ``_WHOLE_JOB``: prefixes that no other option has."""
     for prefix in sorted({name[:end] for name in _WHOLE_JOB for end in range(1, len(name))} - SBATCH.keys()):
         meant = [option for name, option in SBATCH.items() if name.startswith(prefix)]
         if {option.name for option in meant} <= _WHOLE_JOB and len({option.value for option in meant}) == 1:
@@ -40,7 +40,7 @@ class _Words:
 
     given: tuple[Given, ...]
     text: str
-    """As in the line, with the space in front."""
+    """The words as in the line, with the space in front."""
     letters: int
     """Where in ``text`` the options' letters begin, if they are letters."""
 
@@ -51,7 +51,7 @@ class _Words:
             return self.text if all(keep) else ""
         begin, end = self.letters, self.letters + len(keep)
         letters = "".join(letter for letter, kept in zip(self.text[begin:end], keep, strict=True) if kept)
-        return self.text[:begin] + letters + (self.text[end:] if keep[-1] else "")  # only the last one has a value
+        return self.text[:begin] + letters + (self.text[end:] if keep[-1] else "")  # only the last option has a value
 
 
 def joiner_script(script: bytes) -> bytes:
@@ -72,7 +72,7 @@ def joiner_script(script: bytes) -> bytes:
 def given(script: bytes, name: str) -> str | None:
     """The last value in the directives for ``name``, one of the options that ``joiner_script`` drops.
 
-    None if there is none.
+    None if no directive has that option.
     """
     found = [option for _, groups in _lines(script) for group in groups for option in group.given]
     meant = (option for option in reversed(found) if option.name in _DROPPED and name.startswith(option.name))

@@ -1,4 +1,4 @@
-"""What the environment says of a job step and of one agent in it: by Slurm, or by ``elastic-srun --local``."""
+"""A job step and one agent in it, as the variables of Slurm, or of ``elastic-srun --local``, describe them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class AgentEnv:
     run_id: str = ""
     """TORCHELASTIC_RUN_ID of the workers, unless the user chooses it: the same in all runs of the job."""
     late: bool = False
-    """This agent comes when the job runs already: a joiner's, or one that is started anew."""
+    """This agent starts when the job runs already: on a joiner's node, or in the place of an agent that died."""
 
     @property
     def joins(self) -> bool:
@@ -50,12 +50,12 @@ def job_name(environ: Mapping[str, str]) -> str:
 
 
 def restart_count(environ: Mapping[str, str]) -> int:
-    """How often Slurm has requeued this job. In the first run, there is no such variable."""
+    """How often Slurm has requeued this job. Slurm does not set the variable in the first run."""
     return int(environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def run_number(environ: Mapping[str, str]) -> int:
-    """How often the job has started before, with the jobs in whose place it goes on (``slurm.resubmit``)."""
+    """How often the job has started before, together with the jobs in whose place it goes on (``slurm.resubmit``)."""
     return restart_count(environ) + int(environ.get(FIRST_RUN, 0))
 
 

@@ -85,5 +85,5 @@ def submit_joiner(
 
 
 def change_time_limit(job: str, limit: timedelta) -> None:
-    """Set the time limit of ``job``, in whole minutes; without privilege only to less. Raises SlurmError."""
+    """Set the time limit of ``job``, in whole minutes; a user can only shorten it. Raises SlurmError."""
     client.scontrol("update", f"JobId={job}", f"TimeLimit={max(limit // _MINUTE, 1)}")

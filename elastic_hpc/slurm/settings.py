@@ -1,4 +1,4 @@
-"""What Slurm's settings at this site are."""
+"""Slurm's settings at this site."""
 
 from __future__ import annotations
 

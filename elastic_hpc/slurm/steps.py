@@ -51,7 +51,7 @@ def start_step(
     end with ``wait_until_alone``. Returns when ``command`` runs. ``job_id`` is SLURM_JOB_ID, also in arrays. Raises
     SlurmError.
     """
-    # Neither memory nor GPUs: the agents have them all.
+    # Neither memory nor GPUs: the agents have all of them.
     _start(job_id, node, _STEP_NAME, ["--gres=none"], command, environ, log)
 
 
@@ -150,10 +150,8 @@ def _complaint(log: Path, before: int) -> str:
 def wait_until_alone(job: str, step: str, *, deadline: timedelta, deputy_of: str | None = None) -> bool:
     """Wait until Slurm knows that the batch host of ``job`` is lost and ``step`` (SLURM_STEP_ID) is its last step.
 
-    Another step of ``start_step`` is not waited for, unless ``step`` is its deputy, and the node ``deputy_of``, where
-    that step runs, is there.
-
-    False if ``deadline`` comes first: a requeue then takes longer.
+    Does not wait for another step of ``start_step``, unless ``step`` is its deputy, and the job still has the node
+    ``deputy_of``, where that step runs. Returns False if ``deadline`` comes first: a requeue then takes longer.
     """
     begin = time.monotonic()
     while True:
