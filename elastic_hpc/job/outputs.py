@@ -1,5 +1,5 @@
-"""The files of ``--output`` and ``--error``. Slurm does not make their folders: if one is missing, a job fails without a
-message, and its batch script never runs. Touches files.
+"""The files of ``--output`` and ``--error``. Slurm does not make their folders: without its folder a job fails without
+a message, and its batch script never runs. Touches files.
 """
 
 from __future__ import annotations
