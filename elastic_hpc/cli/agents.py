@@ -16,8 +16,8 @@ from elastic_hpc.record.rundir import RunDir
 
 
 def _end_with_parent() -> None:
-    """For a process that has just been forked: it gets SIGTERM when its parent dies, for whatever reason. This ends a
-    run that a worker has started: what kills the worker kills its session, but agents and srun have their own sessions.
+    """To be called in a process that was just forked: it gets SIGTERM when its parent dies, for whatever reason. This
+    ends a run that a worker has started: agents and srun have their own sessions, and are not killed with the worker's.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

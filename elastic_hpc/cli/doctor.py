@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> list[Given]:
-    """What sbatch is told, the partition among it."""
+    """The options for sbatch, with the partition."""
     options, rest = scan(args.sbatch, ())
     if rest:
         raise UsageError(f"{rest[0]!r}: expected options of sbatch after --, for example -- --account=mine")
@@ -91,7 +91,7 @@ def _options(args: argparse.Namespace) -> list[Given]:
 
 
 class _Progress:
-    """One line on stderr, renewed on a terminal; elsewhere a line whenever something else is waited for."""
+    """One line on stderr, renewed on a terminal; elsewhere a line whenever the job waits for something else."""
 
     def __init__(self) -> None:
         self._on_terminal = sys.stderr.isatty()

@@ -16,8 +16,8 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
 def run(name: str, work: Callable[[], int]) -> int:
-    """The exit code of the command ``name``: what ``work`` answers, 1 or 2 with the message of an ElasticError, 130
-    after Ctrl-C, 1 without a word when whoever reads the output has enough.
+    """The exit code of the command ``name``: what ``work`` returns, 1 or 2 with the message of an ElasticError, 130
+    after Ctrl-C, 1 without a message when nobody reads the output any more.
 
     What a terminal has no character for is written as ``?``.
     """
@@ -28,7 +28,7 @@ def run(name: str, work: Callable[[], int]) -> int:
             written.reconfigure(errors="replace")
     try:
         code = _code(name, work)
-        sys.stdout.flush()  # here, where it may fail: at the interpreter's end that is a traceback
+        sys.stdout.flush()  # here, as a failure at the interpreter's end would show a traceback
     except BrokenPipeError:
         _forget_output()
         return 1

@@ -22,7 +22,7 @@ MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "doc
 run(args), which returns the exit code."""
 _HERE = ("drain", "stop")
 _INTERNAL = ("conclude", "conclude-alone")
-"""What batch scripts and agents call: not listed anywhere."""
+"""Commands for batch scripts and agents, which no help lists."""
 
 
 def parser(only: str = "") -> argparse.ArgumentParser:
@@ -108,7 +108,7 @@ def _stop(job: Job, *, after_checkpoint: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; the answer is the exit code: 0, 1 for a failure, 2 for bad input."""
+    """Entry point. Returns the exit code: 0, 1 for a failure, 2 for bad input."""
     given = sys.argv[1:] if argv is None else argv
 
     def work() -> int:

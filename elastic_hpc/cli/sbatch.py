@@ -172,7 +172,7 @@ def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
 
 
 def _tell(job: JobSpec) -> None:
-    """Print the notes on a job. Of a job that is refused the user sees only the refusal."""
+    """Print the notes on a job. Not called for a job that is refused, whose user sees only the error."""
     for note in job.notes:
         _warn(note)
 

@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace | str:
-    """The command line; or a text, if that is all there is to show."""
+    """The command line, parsed; or the text to show for --help or --version."""
     given, rest = scan(argv, _OWN, (*SBATCH.values(), *TORCHRUN))
     names = [option.name for option in given]
     if "help" in names:

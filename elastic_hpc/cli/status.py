@@ -1,4 +1,4 @@
-"""``elastic-hpc status``: how one's jobs are."""
+"""``elastic-hpc status``: the state of jobs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EPILOG = """examples:
 
 A state of UNKNOWN means what it says: Slurm could not be asked, or does not know the job, and its record has no end."""
 
-_LOOK_INTERVAL, _SLURM_INTERVAL = 1.0, 10.0  # seconds between two looks, and two questions to Slurm, of --watch
+_LOOK_INTERVAL, _SLURM_INTERVAL = 1.0, 10.0  # seconds between two looks, and two queries of Slurm, of --watch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What submitit asks of the place where a function runs: its rank and world, and the paths of its rank."""
+"""What submitit asks in a worker that runs a function: its rank and world, and the paths of its rank."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from elastic_hpc.submitit.environment import ElasticPaths
 
 
 class States(core.InfoWatcher):
-    """What Slurm says about all unfinished jobs, with one question for all of them; accounting is not needed."""
+    """What Slurm says about all unfinished jobs, with one query for all of them. Works without Slurm's accounting."""
 
     def update(self) -> None:
         jobs = sorted(self._registered - self._finished)

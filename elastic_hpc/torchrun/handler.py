@@ -38,7 +38,9 @@ log = logging.getLogger("elastic_hpc")
 
 
 def _begin(rundir: RunDir) -> None:
-    """Of an ended job of this name, keep the record and the number of the last round, not the spent restarts."""
+    """If a job of this name has ended, begin anew: keep its record and the number of its last round, and count the
+    restarts from 0.
+    """
     if rundir.read("verdict.json"):
         rundir.write("state.json", {**(rundir.read("state.json") or {}), "restarts": 0})
         (rundir.path / "verdict.json").unlink()
@@ -69,7 +71,7 @@ def join(parameters: RendezvousParameters) -> TorchrunHandler:
 
 
 class _ExitBarrier:
-    """The store that torch's agent waits on when its workers have finished: until the job has."""
+    """The store at which torch's agent waits when its workers have finished, until the job has finished."""
 
     timeout = timedelta(0)
 
@@ -77,7 +79,7 @@ class _ExitBarrier:
         self._wait_for_all = wait_for_all
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """The leader knows who is still there: no timeout is needed."""
+        """Does nothing: the leader notices when agents are lost, so no timeout is needed."""
 
     def add(self, _key: str, _amount: int) -> int:
         return 0
@@ -89,8 +91,9 @@ class _ExitBarrier:
 class TorchrunHandler(ElasticRendezvousHandler):
     """Watches the workers of a stock agent for the leader, and kills them when the leader says so.
 
-    They are killed between the agent's look at them and its question whether to restart. So torch's agent takes the
-    restart for a change of membership, which costs none of its ``--max-restarts``, and has no worker to wait for.
+    It kills the workers after torch's agent has looked at them, and before that agent asks whether to restart. So
+    torch's agent takes the restart for a change of membership, which costs none of its ``--max-restarts``, and waits
+    for no worker.
     """
 
     def __init__(self, parts: Assembly) -> None:
@@ -107,7 +110,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the next round. SystemExit ends torchrun when the job has finished without this node."""
         self._report_failure(self.round, None)
-        self._kill_workers()  # what those that failed have left running
+        self._kill_workers()  # processes that failed workers have left running
         try:
             info = super().next_rendezvous()
         except JobEnded as over:
@@ -132,7 +135,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
         return super().num_nodes_waiting()
 
     def shutdown(self) -> bool:
-        """The agent gives up, or all is done."""
+        """Called when torch's agent gives up, or when its workers have finished."""
         self._report_failure(self.round, None)
         self._parts.close()
         shutil.rmtree(self._parts.local_folder, ignore_errors=True)
@@ -192,14 +195,14 @@ class TorchrunHandler(ElasticRendezvousHandler):
         return True
 
     def _kill_workers(self) -> None:
-        """The workers of a broken round are stuck in a collective."""
+        """Kill the workers at once: in a broken round they are stuck in a collective."""
         with self._lock:
             self._reported = True
         guard.kill_all(self._parts.mark)
 
     def _wait_for_all(self) -> None:
         """All workers of this node have finished: wait until the job has."""
-        self._kill_workers()  # what they left running
+        self._kill_workers()  # processes that the workers left running
         self._control.report("succeeded", self.round)
         try:
             while not (stop := self._control.must_stop(self.round)):

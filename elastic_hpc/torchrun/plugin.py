@@ -1,7 +1,7 @@
 """The entry point ``torchrun.handlers``, by which torch finds ``torchrun --rdzv-backend=elastic-hpc``.
 
 torch loads this module whenever its rendezvous is imported, in every agent and in some workers. So the module imports
-nothing before somebody wants this backend.
+nothing before this backend is used.
 """
 
 from __future__ import annotations

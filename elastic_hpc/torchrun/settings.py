@@ -1,4 +1,4 @@
-"""What the options of ``torchrun`` and its ``--rdzv-conf`` say of a job, and this node's place in the job."""
+"""The options of a job, from those of ``torchrun`` and its ``--rdzv-conf``, and this node's place in the job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a job is: the one model of it, for the screens, for Python and for programs. Pure."""
+"""A job at one moment: one model for the screens, for Python and for programs. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from elastic_hpc.view.state import Observed, last_reason, state_of
 from elastic_hpc.view.story import Story
 
 SCHEMA = 1
-"""Of ``as_json``. A new number when a field changes its meaning or goes; new fields may come at any time."""
+"""Version of ``as_json``, raised when a field changes its meaning or is removed; new fields may come at any time."""
 
 _HAS_NODES = frozenset({"RUNNING", "COMPLETING", "SUSPENDED"})
 
@@ -25,16 +25,16 @@ class JobView:
     """What Slurm calls it, or the name of its run directory where there is no Slurm."""
     run_dir: str
     script: str
-    """Empty if it has not started yet."""
+    """Empty if the job has not started yet."""
     state: str
     """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ...; UNKNOWN if Slurm cannot be asked, or does not
     know a job whose record has no end."""
     over: bool
-    """Whether it will not run again; False while Slurm cannot be asked and the record has no end."""
+    """Whether the job will not run again; False while Slurm cannot be asked and the record has no end."""
     note: str
-    """An explanation of the state: why it waits, why the state is unknown, why it ended, that nobody leads."""
+    """An explanation of the state: why the job waits or has ended, why the state is unknown, that nobody leads."""
     reason: str
-    """Why its last run ended, in a sentence; empty while the first one runs."""
+    """Why the last run ended, in a sentence; empty during the first run."""
     advice: tuple[str, ...]
     """What the user may do about the state."""
     failure: Mapping[str, Any] | None
@@ -52,17 +52,17 @@ class JobView:
     """Name of the leader's node, empty for unknown."""
     round: int
     runs: int
-    """How often it has started."""
+    """How often the job has started."""
     restarts: int
-    """How many were charged so far, of ``max_restarts``."""
+    """Restarts charged so far, of ``max_restarts``."""
     max_restarts: int | None
     requeues: int
-    """How many were charged so far, of ``max_requeues``: those after failures."""
+    """Requeues charged so far, those after failures, of ``max_requeues``."""
     max_requeues: int | None
     step: int | None
     """Last step that was reported."""
     steps_per_second: float | None
-    """Lately, while it trains."""
+    """Speed of the last steps; null while the job does not train."""
     loss: float | None
     queued: float
     """Time in the queue."""
@@ -80,7 +80,7 @@ class JobView:
     node_seconds: Mapping[Kind, float]
     """The nodes' time, by what it was spent on; see ``account.MEANINGS``."""
     last_restart: str
-    """Why the last restart was charged, empty if none was."""
+    """Why the last restart was charged; empty if no restart was charged."""
     damaged: int
     """Events of the record that could not be understood."""
 
@@ -91,7 +91,7 @@ class JobView:
 
     @property
     def has_nodes(self) -> bool:
-        """Whether it holds nodes, so that its time goes on."""
+        """Whether the job holds nodes, so that its time goes on."""
         return self.state in _HAS_NODES
 
 

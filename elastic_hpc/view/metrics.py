@@ -36,7 +36,7 @@ COUNTERS = {
 
 
 class JobMetrics(Collector):
-    """``look`` is called at each scrape: the jobs, and whether Slurm answered."""
+    """``look`` is called at each scrape. It returns the jobs, and whether Slurm answered."""
 
     def __init__(self, look: Callable[[], tuple[Sequence[tuple[JobView, Story]], bool]]) -> None:
         self._look = look

@@ -37,14 +37,14 @@ STYLE = (
     ".loss{fill:none;stroke:#3182ce;stroke-width:1.5}"
     + "".join(f".{kind}{{fill:{colour}}}" for kind, colour in _COLOURS.items())
 )
-"""For the classes of the picture, on a light background."""
+"""The style of the picture's classes, on a light background."""
 
 _STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """From a range of values to one of pixels."""
+    """Maps a range of values to a range of pixels."""
 
     low: float
     high: float

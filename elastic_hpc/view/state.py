@@ -1,6 +1,6 @@
 """Which state a job is in, from its record and from what Slurm says. Pure.
 
-Slurm's answer on whether a job runs wins over the record: an end that no agent was left to write down is in no record.
+Slurm's answer on whether a job runs wins over the record: if no agent was left at the end, the record has no end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Observed:
 
     @property
     def final(self) -> str | None:
-        """Slurm's word for its end, by the record; None if it has not ended by that."""
+        """Slurm's word for the end of the job, by the record; None if the record has no end."""
         if self.verdict is None or self.verdict["outcome"] == "requeue" or self.leader_run > self.verdict["run"]:
             return None
         failed = "CANCELLED" if self.verdict["cause"] == "user" else "FAILED"

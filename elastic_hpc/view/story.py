@@ -49,17 +49,17 @@ class Round:
     nodes: tuple[str, ...]
     world_size: int
     restarts: int
-    """Charged before it was formed."""
+    """Restarts charged before the round was formed."""
     formed: float
     gap: float | None
     """Seconds from ``broken`` of the round before, or from the start of the run, to ``formed``."""
     leader: str = ""
     broken: float | None = None
-    """When the cause of its end happened, as far as is known: the last contact with a node that was lost."""
+    """When the cause of the round's end happened, as far as is known: the last contact with a node that was lost."""
     ended: float | None = None
-    """When its workers were told to stop, or had finished."""
+    """When the workers were told to stop, or had finished."""
     cause: str = ""
-    """What ended it, empty while it runs."""
+    """What ended the round; empty while it runs."""
     charged: bool = False
     """Whether its end was charged to ``--max-restarts``."""
     first: int | None = None
@@ -95,9 +95,9 @@ class Run:
     began: float
     """When its first leader began to lead."""
     submitted: float | None = None
-    """When the job was put into the queue for it."""
+    """When the job was put into the queue for this run."""
     started: float | None = None
-    """When Slurm gave it its nodes."""
+    """When Slurm granted the nodes."""
     ends: float | None = None
     """Its time limit."""
     ended: float | None = None
@@ -165,7 +165,7 @@ class Story:
 
     @property
     def steps_per_second(self) -> float | None:
-        """Of the last round, lately; None if that is not reported."""
+        """Speed of the last steps of the last round; None if steps are not reported."""
         if not self.rounds or len(self.rounds[-1].samples) < 2:
             return None
         samples = self.rounds[-1].samples

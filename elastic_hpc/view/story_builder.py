@@ -1,6 +1,6 @@
 """Makes the story of a job from the events of its record. Pure.
 
-An event that is damaged, or that another version wrote, is left out and counted; the rest of the story is told.
+An event that is damaged, or that another version wrote, is left out and counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _StoryBuilder:
         self._runs: list[Run] = []
         self._rounds: list[Round] = []
         self._joined: dict[str, JoinedNode] = {}
-        """Those that have not left, by name."""
+        """The joined nodes that have not left, by name."""
         self._left: list[JoinedNode] = []
         self._limits: Mapping[str, Any] = {}
         self._broken: float | None = None
@@ -119,7 +119,7 @@ class _StoryBuilder:
             self._change_current(faults=(fault, *others) if cause else (*others, fault))
 
     def _on_take_over(self, event: Mapping[str, Any], when: float) -> None:
-        if self._current and not self._current.faults:  # the leader was lost, which is in no event of its own
+        if self._current and not self._current.faults:  # the leader was lost, for which no event was written
             self._broken = self._broken or when
             reason = str(event["reason"])
             node, _, why = reason.partition(" lost: ")

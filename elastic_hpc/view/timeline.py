@@ -15,7 +15,7 @@ from elastic_hpc.view.times import clock, span
 
 
 def html(view: JobView, story: Story, now: float) -> str:
-    """``now``: seconds since the epoch; counts only for a job that runs."""
+    """The page. ``now``: seconds since the epoch; used only for a job that runs."""
     text = resources.files("elastic_hpc.view").joinpath("timeline.html.j2").read_text("utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(text)
     return page.render(
@@ -30,7 +30,7 @@ def html(view: JobView, story: Story, now: float) -> str:
 
 
 def png(view: JobView, story: Story, now: float) -> bytes:
-    """The picture alone. Raises ElasticError if what draws it is not installed."""
+    """The picture alone. Raises ElasticError if the library that draws it is not installed."""
     try:
         resvg_py = importlib.import_module("resvg_py")
     except ImportError:

@@ -250,7 +250,7 @@ class SimNode:
     # faults
 
     def end_workers(self, *, failed: bool, drained: bool = False, message: str = "exit code 1", step: int = -1) -> None:
-        """They crash, or they finish."""
+        """The workers crash, or they finish."""
         if self.workers.alive and not self._busy and not self.dead and not self.frozen:
             self.workers.alive = False
             failure = Failure("signal", self.host.name, self.index, 0, -9, message, self.job.now)
@@ -270,7 +270,7 @@ class SimNode:
         self._die("killed")
 
     def freeze(self, seconds: float) -> None:
-        """Its agent stands still; its workers go on."""
+        """The agent stands still; its workers go on."""
         if self.dead or self.frozen or self.left:
             return
         self.frozen = True
@@ -324,7 +324,7 @@ class Job:
         self._formed: dict[int, int] = {}
 
     def add(self, index: int, *, first: bool = False) -> SimNode:
-        """A node, or a new agent on one whose agent has died, which remembers nothing."""
+        """Add a node, or a new agent, which remembers nothing, on a node whose agent has died."""
         node = self.at[index] = SimNode(self, index, first=first)
         self.nodes = [*(other for other in self.nodes if other.index != index), node]
         return node
@@ -348,7 +348,7 @@ class Job:
         return frozenset((one.index, other.index)) not in self.cuts
 
     def cut(self, nodes: Sequence[int]) -> None:
-        """Between ``nodes`` and all others nothing passes."""
+        """Let no message pass between ``nodes`` and the other nodes."""
         rest = set(self.at) - set(nodes)
         self.cuts = {frozenset((a, b)) for a in nodes for b in rest}
 
@@ -374,7 +374,7 @@ class Job:
             self.trained = training[0]
 
     def training(self) -> bool:
-        """Everybody who is left trains in one world, or waits beside a full one."""
+        """Whether all nodes that are left train in one world, or wait beside a full world."""
         rounds = {node.workers.round for node in self.left if node.workers.alive}
         running = [node for node in self.left if node.workers.alive]
         return len(rounds) == 1 and len(running) == min(len(self.left), self.policy.max_nodes)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _Jump(selectors.SelectSelector):
-    """Instead of waiting the time passes."""
+    """Advances the time instead of waiting."""
 
     now = 0.0
 

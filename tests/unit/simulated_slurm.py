@@ -1,4 +1,4 @@
-"""What simulated jobs have of Slurm: free nodes, a queue of joiners, and agents that are started anew."""
+"""The Slurm of simulated jobs: free nodes, a queue of joiners, and agents that are started anew."""
 
 from __future__ import annotations
 
