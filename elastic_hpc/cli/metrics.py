@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.every is not None and not (args.every < threading.TIMEOUT_MAX and args.output):
         raise UsageError(f"--every {args.every:g}: expected fewer seconds, and --output FILE, for example --every 30")
-    registry = JobMetrics(lambda: _look(list(args.job))).registry()
+    registry = CollectorRegistry()
+    registry.register(JobMetrics(lambda: _look(list(args.job))))
     if args.port is not None:
         return _serve(registry, args.address, args.port)
     if args.output is None:

@@ -11,8 +11,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from elastic_hpc.errors import ElasticError, UsageError, argument
 from elastic_hpc.job.launch import LaunchConfig
@@ -84,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     screen = sys.stderr if args.json else sys.stdout
     rehearsal = Rehearsal(options, planned, lambda text: print(text, file=screen, flush=True))
     for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _interrupt)
+        signal.signal(name, signal.default_int_handler)
     try:
         rehearsal.run()
     except KeyboardInterrupt:
@@ -115,10 +113,6 @@ def _folder(keep: str | None) -> Path:
     except OSError as error:
         raise UsageError(f"--keep {keep}: {error.strerror}; expected the name of a new folder") from error
     return Path(keep).absolute()
-
-
-def _interrupt(signum: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt(signal.Signals(signum).name)
 
 
 def _report(rehearsal: Rehearsal, folder: Path, *, keep: bool, as_json: bool) -> int:

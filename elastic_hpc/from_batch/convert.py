@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.from_batch.reader import Reader, first_line
@@ -14,8 +13,10 @@ from elastic_hpc.from_batch.shell_text import statements
 from elastic_hpc.from_batch.variables import Variables, names
 from elastic_hpc.from_batch.wrappers import Launch
 from elastic_hpc.job.quoting import Shell
+from elastic_hpc.job.request import Request
 from elastic_hpc.job.script_file import interpreter
 from elastic_hpc.options import sbatch_lines
+from elastic_hpc.options.sbatch import COMMAND_LINE
 from elastic_hpc.options.table import Layer
 
 _LOGIN = """source /etc/profile
@@ -27,26 +28,12 @@ _BRINGS_PYTHON = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class FromBatch:
-    """The parts of an elastic job that a batch script gives."""
-
-    script: str
-    script_args: tuple[str, ...]
-    module: bool
-    no_python: bool
-    layers: tuple[Layer, ...]
-    notes: tuple[str, ...]
-    """What was dropped and what was changed, and why: a line each."""
-    folder: str | None = ""
-    """The folder that the set-up lines change to, from the job's working directory; None if only running them tells."""
-    environment: str = ""
-    """The set-up line that brings an interpreter, and its place; empty if there is none."""
-
-
-def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[str, str]) -> FromBatch:
+def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[str, str]) -> tuple[Request, str]:
     """The job of the batch script ``content``, which is called ``name`` and given ``args``; ``environ`` is that of its
     submission. Raises UsageError, with the line, if no elastic job can be made of it.
+
+    Returns the request, whose notes say what was dropped or changed, and the set-up line that brings an interpreter,
+    with its place; empty if there is none.
     """
     text = _text(content, name)
     given = sbatch_lines.options(content, name)
@@ -65,20 +52,23 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
     setup = _with_cpus_of_a_task(setup, shape.cpus_of_a_task)
     notes = [*shape.notes, *found.notes, *(f"{place}: {note}" for note in launch.notes)]
     brings_python = [f"{source}: {first_line(line)!r}" for line, source in found.setup if _BRINGS_PYTHON.search(line)]
-    return FromBatch(
+    request = Request(
         script,
         script_args,
-        launch.module,
-        launch.no_python,
-        layers=(
+        options=(),
+        sbatch=(),
+        source=COMMAND_LINE,
+        module=launch.module,
+        no_python=launch.no_python,
+        of_script=(
             *(Layer(option.source, (), [option]) for option in shape.sbatch),
             *(Layer(source, [(option, value)]) for option, value, source in shape.options),
             *(Layer(source, [("setup", line)]) for line, source in setup),
         ),
         notes=(f"{name}: taken: {_summary(shape, launch, len(setup))}", *_in_order(notes)),
         folder=found.folder,
-        environment=brings_python[-1] if brings_python else "",
     )
+    return request, brings_python[-1] if brings_python else ""
 
 
 def _text(content: bytes, name: str) -> str:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.from_batch.convert import FromBatch, from_batch
-from elastic_hpc.job.request import Request
+from elastic_hpc.from_batch.convert import from_batch
 from elastic_hpc.job.spec import JobSpec, build
 from elastic_hpc.options.sbatch import COMMAND_LINE, Given
 
@@ -28,33 +27,19 @@ def job_of_batch_script(
         content = Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"--from-batch {path}: {error.strerror}; expected a batch script that can be read") from None
-    found = from_batch(content, path, args, os.environ)
-    job = build(
-        Request(
-            found.script,
-            found.script_args,
-            options,
-            sbatch,
-            COMMAND_LINE,
-            module=found.module,
-            no_python=found.no_python,
-            torchrun=torchrun,
-            of_script=found.layers,
-            notes=found.notes,
-            folder=found.folder,
-        )
-    )
-    return replace(job, notes=(*job.notes, *_notes(job, found)))
+    request, environment = from_batch(content, path, args, os.environ)
+    job = build(replace(request, options=options, sbatch=sbatch, torchrun=torchrun))
+    return replace(job, notes=(*job.notes, *_notes(job, environment)))
 
 
-def _notes(job: JobSpec, found: FromBatch) -> list[str]:
-    """Notes on what the user of the batch script may not expect."""
+def _notes(job: JobSpec, environment: str) -> list[str]:
+    """Notes on what the user of the batch script may not expect. ``environment``: see ``from_batch``."""
     notes = []
     if job.launch.grow and any("SLURM_JOB" in line.value for line in job.setup):
         notes.append("--grow: each joiner is a Slurm job with its own $SLURM_JOB_ID")
-    if found.environment and job.agent_python is None and job.container is None:
+    if environment and job.agent_python is None and job.container is None:
         kept = f"agents and workers run with {job.python}; to use the Python of this line, if elastic_hpc is in it"
-        notes.append(f"{found.environment}: {kept}: --python python")
+        notes.append(f"{environment}: {kept}: --python python")
     nodes, source = job.launch.nodes, job.sources["nodes"]
     if nodes.min == nodes.max > 1 and source != COMMAND_LINE:
         fixed = f"{source}: the job needs all its {nodes.max} nodes; to let it run on fewer, for example"

@@ -20,34 +20,15 @@ Flag: TypeAlias = bool | None
 Nodes: TypeAlias = int | str | tuple[int, ...] | list[int] | range
 """``(4, 8)`` is MIN and MAX; more than two are exact numbers."""
 
-
-class LaunchOptions(TypedDict, total=False):
-    """How the agents run the workers; for JobSpec.of and LaunchConfig."""
-
-    nodes: Nodes
-    spares: Number
-    world_multiple_of: Number
-    grow: Switch
-    grow_every: Time
-    free_growth: Switch
-    wait_for_nodes: Time
-    nproc_per_node: Text
-    max_restarts: Number
-    max_requeues: Number
-    rdzv_endpoint: Text
-    rdzv_id: Text
-    rdzv_conf: str | Mapping[str, float | timedelta] | None
-    heartbeat_timeout: Time
-    grace: Time
-    drain_signal: Text | bool
-    hang_timeout: Time
-    preload: Words | bool
-    preflight: Text
-    interface: Text
-    role: Text
-    local_ranks_filter: Words
-    numa_binding: Text
-
+LaunchOptions = TypedDict("LaunchOptions", {  # noqa: UP013 - a table in rows
+    "nodes": Nodes, "spares": Number, "world_multiple_of": Number, "grow": Switch, "grow_every": Time,
+    "free_growth": Switch, "wait_for_nodes": Time, "nproc_per_node": Text, "max_restarts": Number,
+    "max_requeues": Number, "rdzv_endpoint": Text, "rdzv_id": Text,
+    "rdzv_conf": str | Mapping[str, float | timedelta] | None, "heartbeat_timeout": Time, "grace": Time,
+    "drain_signal": Text | bool, "hang_timeout": Time, "preload": Words | bool, "preflight": Text, "interface": Text,
+    "role": Text, "local_ranks_filter": Words, "numa_binding": Text,
+}, total=False)  # fmt: skip
+"""How the agents run the workers; for JobSpec.of and LaunchConfig."""
 
 TorchrunOptions = TypedDict("TorchrunOptions", {  # noqa: UP013 - a table in rows
     "nnodes": Nodes, "standalone": Flag, "master_addr": Text, "master_port": Text, "rdzv_backend": Text,

@@ -86,10 +86,7 @@ class Rehearsal:
     def _start(self, nodes: int) -> None:
         options = self._options
         config = LaunchConfig(
-            local=nodes,
-            nodes=f"1:{nodes}",
-            nproc_per_node=options.nproc_per_node,
-            max_restarts=len(self._planned) + 3,
+            local=nodes, nodes=f"1:{nodes}", nproc_per_node=options.nproc_per_node, max_restarts=len(self._planned) + 3
         )
         arguments = [argument.replace("{folder}", str(options.folder)) for argument in options.script_args]
         python, *srun = config.command(self._rundir.path, options.script, *arguments)

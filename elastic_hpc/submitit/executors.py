@@ -35,11 +35,7 @@ class ElasticExecutor(core.Executor):
     """
 
     def __init__(
-        self,
-        folder: Path | str,
-        max_num_timeout: int = 3,
-        max_pickle_size_gb: float = 1.0,
-        python: str | None = None,
+        self, folder: Path | str, max_num_timeout: int = 3, max_pickle_size_gb: float = 1.0, python: str | None = None
     ) -> None:
         """``max_num_timeout``: how often a function that can checkpoint goes on after its time limit. ``python``: as
         the option of elastic-sbatch.

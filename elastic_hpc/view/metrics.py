@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -40,12 +39,6 @@ class JobMetrics(Collector):
 
     def __init__(self, look: Callable[[], tuple[Sequence[tuple[JobView, Story]], bool]]) -> None:
         self._look = look
-
-    def registry(self) -> CollectorRegistry:
-        """A registry with these metrics only."""
-        registry = CollectorRegistry()
-        registry.register(self)
-        return registry
 
     def collect(self) -> Iterator[Metric]:
         """All metrics of all jobs, as they are now."""

@@ -139,12 +139,7 @@ def _spent(view: JobView) -> RenderableType:
 
 def advice(view: JobView, story: Story) -> list[str]:
     """What the user may do next, most urgent first."""
-    return [
-        *view.advice,
-        *_about_the_end(story, view.id),
-        *_about_causes(story),
-        *_about_time(view, story),
-    ]
+    return [*view.advice, *_about_the_end(story, view.id), *_about_causes(story), *_about_time(view, story)]
 
 
 def _about_the_end(story: Story, id: str) -> Iterator[str]:

@@ -12,7 +12,8 @@ import pytest
 
 from elastic_hpc.cli.sbatch import main
 from elastic_hpc.errors import UsageError
-from elastic_hpc.from_batch.convert import FromBatch, from_batch
+from elastic_hpc.from_batch.convert import from_batch
+from elastic_hpc.job.request import Request
 
 PYTORCH = r"""#!/bin/bash
 
@@ -40,28 +41,28 @@ srun torchrun \
 """
 
 
-def read(text: str, *args: str, **environ: str) -> FromBatch:
-    return from_batch(text.encode(), "job.sh", args, environ)
+def read(text: str, *args: str, **environ: str) -> Request:
+    return from_batch(text.encode(), "job.sh", args, environ)[0]
 
 
 def batch(launch: str, *lines: str, head: str = "#SBATCH --nodes=4") -> str:
     return "\n".join(["#!/bin/bash", head, *lines, launch, ""])
 
 
-def options(found: FromBatch) -> dict[str, str]:
-    return {name: value for layer in found.layers for name, value in layer.options if name != "setup"}
+def options(found: Request) -> dict[str, str]:
+    return {name: value for layer in found.of_script for name, value in layer.options if name != "setup"}
 
 
-def setup(found: FromBatch) -> list[str]:
-    return [value for layer in found.layers for name, value in layer.options if name == "setup"]
+def setup(found: Request) -> list[str]:
+    return [value for layer in found.of_script for name, value in layer.options if name == "setup"]
 
 
-def sbatch(found: FromBatch) -> list[str]:
-    given = [each for layer in found.layers for each in layer.sbatch]
+def sbatch(found: Request) -> list[str]:
+    given = [each for layer in found.of_script for each in layer.sbatch]
     return [each.option.flag if each.value is None else f"{each.option.flag}={each.value}" for each in given]
 
 
-def noted(found: FromBatch, text: str) -> bool:
+def noted(found: Request, text: str) -> bool:
     return any(text in note for note in found.notes)
 
 
