@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from elastic_hpc.doctor.findings import Finding, Level, some
 from elastic_hpc.doctor.reach import name_findings, port_findings
@@ -79,7 +79,8 @@ def _visibility(peers: Sequence[tuple[str, str, PeerReport]]) -> list[Finding]:
         advice = "you: --log-dir DIR, on another file system; administrator: the mount's attribute cache (actimeo)"
         return [Finding(Level.WARN, "file system", found, means, advice)]
     late = [f"{node}: a file of {name}" for node, name, peer in peers if peer.dials and peer.seen_after is None]
-    if late and not _is_cut(peers):
+    cut = any(all(dial.error for dial in peer.dials) for _, _, peer in peers)
+    if late and not cut:
         found = f"not seen: {some(late, '; ')}"
         return [Finding(Level.WARN, "file system", found, "a record may be incomplete there")]
     return [Finding(Level.OK, "file system", found, "all nodes see the run directory; O_EXCL and rename work")]
@@ -92,10 +93,6 @@ def _locks(peers: Sequence[tuple[str, str, PeerReport]]) -> list[Finding]:
     found = f"not felt on {some(free, '; ')}"
     means = "elastic_hpc locks nothing between nodes; a script of yours that does is not protected"
     return [Finding(Level.NOTE, "flock", found, means)]
-
-
-def _is_cut(peers: Iterable[tuple[str, str, PeerReport]]) -> bool:
-    return any(all(dial.error for dial in peer.dials) for _, _, peer in peers)
 
 
 def _clocks(reports: Sequence[NodeReport]) -> list[Finding]:

@@ -123,11 +123,12 @@ def _kill_wait(facts: Facts, _: timedelta) -> Finding:
 
 
 def _preemption(facts: Facts, grace: timedelta) -> Finding:
-    if not _preempts(facts):
+    if _config(facts, "PreemptType").endswith("none") or _partition(facts, "PreemptMode") == "OFF":
         kind = f"PreemptType = {_config(facts, 'PreemptType')}, PreemptMode = {_partition(facts, 'PreemptMode')}"
         return Finding(Level.OK, "preemption", kind, "jobs of this partition are not preempted")
     mode, given = _partition(facts, "PreemptMode"), _partition(facts, "GraceTime")
-    warned, seconds = _is_warned(facts), _number(given, "GraceTime")
+    warned = "preempt_send_user_signal" in _config(facts, "SlurmctldParameters").lower()
+    seconds = _number(given, "GraceTime")
     signal = "with" if warned else "without"
     found = f"PreemptMode = {mode}, GraceTime = {given} s, {signal} preempt_send_user_signal"
     if {"SUSPEND", "GANG"} & set(mode.split(",")):
@@ -149,14 +150,6 @@ def _preemption(facts: Facts, grace: timedelta) -> Finding:
     )
     advice = f"you: save often{hurry}; {_slurm_conf(f'SlurmctldParameters=preempt_send_user_signal, and {grace_time}')}"
     return Finding(Level.WARN, "preemption", found, means, advice)
-
-
-def _preempts(facts: Facts) -> bool:
-    return not _config(facts, "PreemptType").endswith("none") and _partition(facts, "PreemptMode") != "OFF"
-
-
-def _is_warned(facts: Facts) -> bool:
-    return "preempt_send_user_signal" in _config(facts, "SlurmctldParameters").lower()
 
 
 def _grace(seconds: int) -> int:

@@ -124,7 +124,8 @@ def _in_order(notes: Sequence[str]) -> list[str]:
 def _command(launch: Launch) -> tuple[str, tuple[str, ...], str]:
     """Script and arguments, and a set-up line that keeps them in an array if a shell must expand them."""
     words = [launch.script, *launch.script_args]
-    values = [_literal(word) for word in words]
+    # None for a word that a shell must expand
+    values = [None if word.startswith("~") else Variables({}).resolve(word) for word in words]
     if None not in values:
         script, *script_args = [value or "" for value in values]
         return script, tuple(script_args), ""
@@ -132,8 +133,3 @@ def _command(launch: Launch) -> tuple[str, tuple[str, ...], str]:
     if values[0] is None:
         return kept, (), f"{_ARRAY}=({' '.join(words)})"
     return values[0], (kept,), f"{_ARRAY}=({' '.join(words[1:])})"
-
-
-def _literal(word: str) -> str | None:
-    """The text of ``word``; None if a shell must expand it."""
-    return Variables({}).resolve(word) if word[:1] != "~" else None

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -168,6 +168,8 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
         python = programs.find_interpreter(python, place.work_dir, place.submitted_from)
     lasts = programs.environment_that_lasts(sys.prefix, place.work_dir, other=bool(python and not container))
     template = value("template", JobSpec.template)
+    # its rendezvous numbers the nodes
+    of_torchrun = [option for option in request.torchrun if option.name != "node-rank" and option.value != "static"]
     return JobSpec(
         launch=launch,
         log_dir=log_dir,
@@ -181,7 +183,7 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
         container=container,
         code=code,
         snapshot=value("snapshot", default=False),
-        torchrun=tuple(_words_for_torchrun(request.torchrun)) if template == "torchrun" else (),
+        torchrun=tuple(map(str, of_torchrun)) if template == "torchrun" else (),
         sources={name: setting.source for name, setting in options.items()},
         notes=(
             *request.notes,
@@ -241,10 +243,3 @@ def _warning(given: str | None, grace: timedelta) -> WarningSignal:
             f"{durations.as_text(longest - AFTER_GRACE)} s"
         )
     return WarningSignal.parse(given, lead) if given else WarningSignal(lead=lead)
-
-
-def _words_for_torchrun(given: Sequence[Given]) -> Iterator[str]:
-    """The options of torchrun that stay on its command line. Its rendezvous numbers the nodes."""
-    for option in given:
-        if option.name != "node-rank" and option.value != "static":
-            yield str(option)

@@ -149,7 +149,7 @@ def parse_command(argv: Sequence[str]) -> TorchrunCommand:
     dropped: list[tuple[str, str]] = []
     kept = []
     for option in given:
-        if option.name in OF_EACH_JOB and _is_shell(option):
+        if option.name in OF_EACH_JOB and re.search("[$`]", option.value or ""):
             dropped.append((str(option), OF_EACH_JOB[option.name]))
         else:
             kept.append(option)
@@ -167,7 +167,3 @@ def parse_command(argv: Sequence[str]) -> TorchrunCommand:
         tuple(rest[1:]),
         tuple(dropped),
     )
-
-
-def _is_shell(given: Given) -> bool:
-    return "$" in (given.value or "") or "`" in (given.value or "")

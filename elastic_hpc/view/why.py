@@ -14,7 +14,7 @@ from elastic_hpc.membership.events import sentence
 from elastic_hpc.view.account import MEANINGS
 from elastic_hpc.view.job import JobView
 from elastic_hpc.view.status import STYLES, first_nodes
-from elastic_hpc.view.story import Fault, Round, Run, Story
+from elastic_hpc.view.story import Round, Run, Story
 from elastic_hpc.view.times import clock, span
 
 _SHOWN = frozenset(
@@ -90,16 +90,12 @@ def _round(round: Round, following: Round | None, story: Story, events: Sequence
         cause = round.faults[0] if round.faults else None
         if cause and cause.traceback:
             details.append(cause.traceback.rstrip() + "\n", "dim")
-        if collateral := _collateral(round.faults[1:]):
+        if collateral := "; ".join(str(fault).splitlines()[0][:150] for fault in round.faults[1:]):
             details.append(f"collateral: {collateral}\n")
         details.append("\n".join(_consequences(round, following, story)))
     for line in details.split():
         lines.append("\n  ").append_text(line)
     return lines
-
-
-def _collateral(faults: Sequence[Fault]) -> str:
-    return "; ".join(str(fault).splitlines()[0][:150] for fault in faults)
 
 
 def _consequences(round: Round, following: Round | None, story: Story) -> Iterator[str]:
