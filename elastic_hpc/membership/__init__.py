@@ -5,7 +5,8 @@ the time, and what is to be sent or done is returned; ``network`` and ``agent`` 
 
 * ``leader``: the state machine, with its parts ``mandate`` (does a majority agree), ``peers`` (agents in touch),
   ``world`` (the round that runs), ``inputs`` (requests, stores, nodes on their way) and ``orders`` (what was sent).
-* ``policy`` and ``rules``: what the user allows and what the leader sees; the decision made of both, with its reason.
+* ``policy``: what the user allows, and what the leader sees. ``rules``: the decision made of both, such as to form a
+  round or to stop it, with its reason.
 * ``election``: majorities over the rounds, which keep two worlds from training at once.
 * ``follower``: what an agent does about the leader's latest order. ``leaderless``: what it does without a leader.
 * ``messages`` and ``roster``: what agents and leader send to each other, and what every agent holds to take over.

@@ -3,7 +3,7 @@
 Start with ``table``, which has all options of elastic jobs, and ``spec.LaunchSpec``, what the agents make of them.
 
 * ``values``, ``durations``: the values, each with its parser.
-* ``sbatch``: sbatch's options, the scanner of command lines, and what an elastic job refuses. ``sbatch_lines`` and
+* ``sbatch``: sbatch's options, which of them are refused and why, the scanner of command lines. ``sbatch_lines`` and
   ``sbatch_environment`` read the same options from #SBATCH lines and from variables.
 * ``torchrun``: torchrun's options, and the counterpart of each. ``from_python``: values given in Python.
 """

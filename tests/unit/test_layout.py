@@ -1,4 +1,4 @@
-"""Which module of the package may import which: the table in CONTRIBUTING, held against the code."""
+"""Which module of the package may import which: the table in CONTRIBUTING, compared with the code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "workers": {"options", "membership", "record", "training"},
     "agent": {"options", "membership", "record", "slurm", "network", "training", "workers"},
     "view": {"membership", "slurm.states"},
-    "job": {"options", "slurm", "record", "network.client", "training", "view"},
+    "job": {"options", "slurm", "record", "network.client", "view"},
     "from_batch": {"options", "job"},
     "torchrun": {"options", "membership", "record", "slurm", "network", "workers", "agent"},
     "submitit": {"options", "slurm", "record", "network.client", "training", "job"},
@@ -39,7 +39,7 @@ IMPURE = {"os", "time", "asyncio", "socket", "threading", "subprocess", "select"
 """What pure modules do not import: they touch no file, clock, thread, process, connection, or environment."""
 
 LOCAL_TIME = {"view.times": {"time"}}
-"""Writes moments in this machine's time zone, which ``time`` knows; does not ask what the time is."""
+"""The exceptions: ``view.times`` reads this machine's time zone, but no clock."""
 
 
 def _module(path: Path) -> str:
