@@ -290,6 +290,7 @@ class ElasticAgent(LocalElasticAgent):
         """SIGKILL to the workers and to all that they have started; wait until the workers are dead."""
         if not self._pidfds:
             return
+        guard.kill_sessions(self._pidfds)  # each worker leads a session
         guard.kill_all(self._mark, self._standbys.waiting)
         for pidfd in self._pidfds.values():
             poll = select.poll()

@@ -1,6 +1,7 @@
 """Kills what an agent leaves behind, and removes its FOLDER. Run by path, without torch, stdin from the agent:
 ``python -I -S guard.py TOKEN [SILENCE [FOLDER]]``. So this module imports nothing of the package, which is not on the
-path then; an agent that ends a round kills its workers with ``kill_all``, by the same mark.
+path then. An agent that ends a round kills its workers with ``kill_sessions``, and all that they have started with
+``kill_all``, by the same mark.
 
 When the agent is gone, however it died, its end of the pipe closes. The guard then kills every process that inherited
 the agent's token in its environment: workers, in sessions of their own, and what they started. It spares other Slurm
@@ -59,6 +60,17 @@ def kill_marked(token: bytes, spared: "Collection[int]" = ()) -> int:
                 count += 1
                 os.kill(pid, signal.SIGKILL)
     return count
+
+
+def kill_sessions(sessions: "Collection[int]") -> None:
+    """Send SIGKILL to every process in ``sessions``. A process may have lost the token: a clean environment was given to
+    it, or it has written a title of its own over the environment that it was started with.
+    """
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if os.getsid(int(entry.name)) in sessions:
+                    os.kill(int(entry.name), signal.SIGKILL)
 
 
 def kill_all(token: bytes, spared: "Collection[int]" = (), limit: float = 10.0) -> None:

@@ -69,6 +69,19 @@ if os.environ["ELASTIC_HPC_ROUND"] == "1" and os.environ["RANK"] == "0":
 """
 """To be put before a script."""
 
+FORGETS = """
+import os, sys, time
+path = os.environ["ELASTIC_HPC_RUN_DIR"] + "/forgot"
+if os.environ["ELASTIC_HPC_ROUND"] == "1":
+    if os.environ["RANK"] == "0":
+        open(path, "w").write(str(os.getpid()))
+        os.execve("/bin/sleep", ["sleep", "600"], {})
+    while not os.path.exists(path) or not (pid := open(path).read()) or open(f"/proc/{pid}/environ").read():
+        time.sleep(0.01)
+    sys.exit(3)
+"""
+"""Rank 0 replaces its environment, as programs do that set the title of their process. To be put before a script."""
+
 
 class Local:
     """A running ``elastic-srun --local``."""
@@ -215,6 +228,12 @@ def test_what_a_worker_starts_in_a_session_of_its_own_ends_with_the_round_and_th
     os.kill(pids[1], signal.SIGKILL)
     assert {job.stepped(2, rank)[0] for rank in (0, 1)} == standbys
     assert left not in job.marked()
+    assert job.finish() == 0
+
+
+def test_a_worker_without_its_environment_is_killed_with_its_round(local: Callable[..., Local]) -> None:
+    job = local("--standalone", "--nproc-per-node", "2", script=FORGETS + TRAIN)
+    assert job.stepped(2, 0)[1:] == [2, 1]
     assert job.finish() == 0
 
 
