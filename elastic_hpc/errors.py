@@ -1,4 +1,4 @@
-"""The errors a user may meet, each of them one line that says what to type instead."""
+"""The errors that a user may meet. Each is one line that says what to type instead."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 class SlurmError(ElasticError):
-    """Slurm refused, or could not be asked. Never means "there is nothing"."""
+    """Slurm refused, or could not be asked. It does not mean that there are no jobs or nodes."""
 
 
 class JobEnded(ElasticError):

@@ -58,7 +58,7 @@ class SlurmSource:
         self._environ = environ
 
     async def lacks_agent(self, host: Host) -> bool:
-        """A node without power does not answer at all. Where an agent is frozen, the kernel accepts the connection."""
+        """A node without power gives no answer. Where an agent is frozen, the kernel accepts the connection."""
         answers = await asyncio.gather(*(_answers(address, host.port) for address in host.addresses))
         return False in answers and True not in answers
 

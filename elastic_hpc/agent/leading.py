@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Leading:
-    """What the control thread needs of the rest of its agent (``bridge.Outside``). It makes the leader when this node
-    is to lead, looks up in the run directory who leads, and has ``Ending`` give up when nobody can be found.
+    """What the control thread needs of the rest of its agent (``bridge.Outside``): makes the leader when this node is
+    to lead, looks up the leader in the run directory, and has ``Ending`` give up when no leader can be found.
     """
 
     spec: LaunchSpec

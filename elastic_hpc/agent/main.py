@@ -144,7 +144,7 @@ def _run(parts: Assembly, agent: ElasticAgent, standbys: Standbys) -> int:
         agent.run()
         raise AssertionError("torch's agent returned; only the leader ends a job")
     except JobEnded as ended:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller, who has more to do
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller too
         joins, leads = parts.env.joins, parts.leading.recorder is not None
         if not leads or ended.outcome == "lost":
             log.info("%s: %s", "leaving" if joins else ended.outcome, ended.reason)

@@ -21,7 +21,7 @@ from elastic_hpc.network import addresses
 LIMIT = 10.0
 """Seconds after which a check that has not returned is a problem."""
 GPU_LIMIT = 30.0
-"""The same for nvidia-smi, which wakes one GPU after the other where the driver does not stay loaded."""
+"""The limit for nvidia-smi, which wakes one GPU after another where the driver does not stay loaded."""
 COMMAND_LIMIT = 60.0
 _NAMES_LIMIT = 2.0
 _SKEW = 5.0

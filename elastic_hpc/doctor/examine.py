@@ -22,9 +22,9 @@ from elastic_hpc.options.spec import LaunchSpec
 def examine(
     partition: str | None, folder: str | None, nodes: int, sbatch: Sequence[Given], tell: Callable[[str], None]
 ) -> tuple[list[Finding], bool]:
-    """All findings, the worst first, and whether Slurm answered. ``partition`` and ``folder``, that of the run
-    directories, are by default those of the configuration files. ``nodes``: the number of nodes that a job with the
-    options ``sbatch`` examines, 0 for no job. ``tell`` gets what the job waits for.
+    """All findings, the worst first, and whether Slurm answered. ``partition``, and ``folder`` of the run directories:
+    None for the values of the configuration files. ``nodes``: the number of nodes that a job with the options
+    ``sbatch`` examines, 0 for no job. ``tell`` gets what the job waits for.
 
     Raises UsageError if Slurm does not know the partition.
     """

@@ -24,7 +24,7 @@ class Dial:
 
 @dataclass(frozen=True)
 class PeerReport:
-    """What one node measured of another. Times in seconds; None for what could not be measured."""
+    """What one node measured of another node. Times in seconds; None for what could not be measured."""
 
     resolves: tuple[str, ...] = ()
     dials: tuple[Dial, ...] = ()

@@ -123,7 +123,7 @@ class Shape:
 
 
 def _number(options: Mapping[str, Given], *names: str) -> int:
-    """The number in the first of the options ``names`` that has one, else 0."""
+    """The number in the first option of ``names`` that has a number, else 0."""
     values = [options[name].value or "" for name in names if name in options]
     return next(filter(None, map(number, values)), 0)
 

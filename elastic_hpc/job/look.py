@@ -93,7 +93,7 @@ class Jobs:
         return looks
 
     def _query(self, observed: Sequence[Observed], interval: float) -> None:
-        """Ask for all jobs whose records have no end; at once, if the last query left one of them out."""
+        """Ask for all jobs whose records have no end; at once, if the last query left such a job out."""
         ids = {job.slurm_id for job in observed if _needs_slurm(job)}
         if not ids:
             self.problem = ""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from elastic_hpc.job.typed import JobOptions
 
 NAME_OF_SCRIPT = "the script's name"
-"""The source of a job name that nobody gave."""
+"""The source of a job name that the user has not given."""
 AFTER_GRACE = timedelta(seconds=30)
 """Time to requeue, between the end of --grace and that of the allocation."""
 

@@ -111,8 +111,8 @@ def kind_of(exitcode: int, text: str | None, *, oom: bool = False) -> Kind:
 
 
 def is_collateral(text: str) -> bool:
-    """Whether a message or traceback is the echo of another rank's death. Of chained exceptions the first counts: a
-    later one may come from a collective in the cleanup.
+    """Whether a message or traceback is the echo of another rank's death. The first of chained exceptions counts: a
+    later exception may come from a collective in the cleanup.
     """
     first = chain_of(text)[0]
     return bool(_LOST_PEER.search(first)) and not _OWN_FAULT.search(first)

@@ -1,8 +1,8 @@
 """Who may lead: majorities over the members of the last rounds. Pure.
 
 An agent obeys one leader at a time, and kills its workers before it turns to another; a world trains only while all its
-members obey the same one. So there are never two worlds as long as any two groups of nodes that may go on have a node
-in common. Each round changes the nodes that count. As in Raft's joint consensus the members of the old round and those
+members obey the same leader. So two worlds never train as long as any two groups of nodes that may go on have a node in
+common. Each round changes the nodes that count. As in Raft's joint consensus the members of the old round and those
 of the new round must both agree, until so many have acknowledged the new round that the others cannot decide.
 
 Only nodes of the job's own allocation vote and lead. Joiners, which further jobs bring, train as members of a world
@@ -30,7 +30,7 @@ class Base:
 
 
 def has_quorum(bases: Iterable[Base], nodes: Collection[int]) -> bool:
-    """Whether ``nodes`` may go on. Without a base, before the first round, nobody need agree."""
+    """Whether ``nodes`` may go on. Without a base, before the first round, no node need agree."""
     return all(base.agrees(nodes) for base in bases)
 
 

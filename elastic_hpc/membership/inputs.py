@@ -16,7 +16,7 @@ class Requests:
         self._requested_at = 0.0
 
     def add(self, request: Request, reason: str, now: float) -> None:
-        """The time of the first request counts, and the reason of the first one or of a ``stop``."""
+        """The time of the first request counts, and the reason of the first request or of a ``stop``."""
         if self.request is None:
             self._requested_at = now
         if self.request is None or request == "stop":
@@ -38,7 +38,7 @@ class Stores:
         self._last_ready = now
 
     def opened(self, round: int, port: int, *, current: int) -> None:
-        """Stores of rounds before the ``current`` one are forgotten."""
+        """Forgets the stores of rounds before ``current``."""
         self.ports = {known: at for known, at in self.ports.items() if known >= current} | {round: port}
         self._error = ""
 

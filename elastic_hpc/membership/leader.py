@@ -397,11 +397,11 @@ class Leader:
             self._event("release", node=peer.status.name, reason=reason)
 
     def _gather(self, decision: Decision, now: float) -> None:
-        """Stop the round that runs, or end that of the leader before, and gather the next one."""
+        """Stop the round that runs, or end the round of the leader before, and gather the next round."""
         if decision.grows:
             self._arrivals.on_growth(now)
         self._close_round(now)
-        if self._predecessor_lost:  # the number of this round is a new one already
+        if self._predecessor_lost:  # this round has a new number already
             self._predecessor_lost = ""
         else:
             self._open_round(now)

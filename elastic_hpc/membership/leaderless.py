@@ -47,7 +47,7 @@ def without_leader(
 ) -> KeepLooking | GiveUp | Conclude:
     """``waited``: seconds without a leader, because of ``why``. ``joins``: this agent is a joiner, which never ends the
     job, and never keeps its node for a job that is over or cannot be reached. ``ever_led``: it has obeyed a leader
-    before. ``patient``: it may still wait. ``read_verdict`` gives the verdict of this run, if there is one, and
+    before. ``patient``: it may still wait. ``read_verdict`` returns the verdict of this run or None, and
     ``somebody_leads`` whether a leader, reached or not, is at work. Both may take long, and are called only where the
     answer decides.
     """

@@ -19,7 +19,7 @@ class Mandate:
         self.roster = roster
         """What the agents hold since the last round was formed."""
         self.change: RosterChange | None = None
-        """The difference between ``roster`` and the one before; None if this leader has formed no round."""
+        """The difference between ``roster`` and the roster before; None if this leader has formed no round."""
         self.granted = self.ever_granted = not inherited
         self._granted_at = self._last_granted = now
         self._bases = roster.bases
@@ -47,8 +47,8 @@ class Mandate:
         return self.bases[0].round if self.bases else 0
 
     def on_status(self, status: Status) -> None:
-        """Only a node that has not been told of a later round acknowledges this roster: another node may be bound to a
-        round that ignores it.
+        """A node acknowledges this roster only if it has received no order of a later round: it may be bound to that
+        round, which ignores this roster.
         """
         if status.roster == self.roster.round >= status.seen and self._acknowledged.get(status.node) != status.roster:
             self._acknowledged[status.node] = status.roster
@@ -71,9 +71,9 @@ class Mandate:
         self.roster, self.change = roster, roster.change_from(self.roster)
 
     def is_settled(self, formed: Collection[int]) -> bool:
-        """Whether no other world could be formed without members of this one, ``formed``: too few members of the older
-        rounds do not hold its roster. Its own members hold the roster before they start; nodes that are left over, as
-        MAX is reached, must have acknowledged it.
+        """Whether no other world could be formed without members of this world, ``formed``: too few members of the
+        older rounds do not hold its roster. Its own members hold the roster before they start; nodes that are left
+        over, as MAX is reached, must have acknowledged it.
         """
         if len(self.bases) <= 1:
             return True

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 FIRST_JOINER = 1 << 20
-"""A joiner's number is this one plus the id of the job that brings it, which is never used again. Lower numbers are the
-indices of the job's own nodes in Slurm's order.
+"""A joiner's number is this number plus the id of the job that brings it, as Slurm never uses an id again. Lower
+numbers are the indices of the job's own nodes in Slurm's order.
 """
 
 MAX_NODES = 1 << 17

@@ -1,4 +1,4 @@
-"""What a leader has sent to whom, so that it sends only what has changed. Pure."""
+"""What a leader has sent to each agent, so that it sends only what has changed. Pure."""
 
 from __future__ import annotations
 

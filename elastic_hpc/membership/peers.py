@@ -16,8 +16,8 @@ _MOST_NAMES = 200
 
 
 def deciding_fields(status: Status) -> tuple[object, ...]:
-    """The fields of ``status`` that decisions depend on. A status that differs from the one before in other fields only
-    leads to no new decision; these fields are for the record.
+    """The fields of ``status`` that decisions depend on. The other fields are for the record: a change of those alone
+    leads to no new decision.
     """
     workers = (status.state, status.round, status.failure, status.drained, status.listens, status.step >= 0)
     return (*workers, status.seen, status.roster, status.mark, status.unfit, status.leaving, status.host)
@@ -65,7 +65,7 @@ class Peers(dict[int, Peer]):
         super().__init__()
         self.by_node: dict[int, Peer] = {}
         self.conns: dict[int, int] = {}
-        """By node, which has one connection at most."""
+        """The connection of each node."""
         self.leaving: dict[int, str] = {}
         """Nodes that have to go, and why, as others than their agents have reported."""
         self.highest_round = 0

@@ -44,7 +44,7 @@ class Policy:
     sizes: tuple[int, ...]
     """The numbers of nodes that a world may have, ascending; empty for all from ``min_nodes`` to ``max_nodes``."""
     spares: int
-    """Nodes beside a full world that wait for a place in the next one."""
+    """Nodes beside a full world that wait for a place in the next world."""
     grow: bool
     """Whether further jobs bring more nodes."""
     free_growth: bool
@@ -152,7 +152,7 @@ class NodesView:
     since_newcomer: float
     """Since the last of the ready nodes outside the round came; 0 if there is no such node."""
     listens: bool
-    """Workers of the round listen for a drain, or were told of one by a signal."""
+    """Workers of the round listen for a drain, or a signal has told them of a drain."""
     absent: int
     """Granted nodes that have never been in touch. The leader waits for them at the start only."""
     since_start: float
@@ -170,7 +170,7 @@ class QuorumView:
     """Enough members of the last rounds agree (``election``)."""
     since_quorum: float
     without_quorum: float
-    """Since the majority was lost; 0 while there is one."""
+    """Since the majority was lost; 0 while the leader has a majority."""
     expected: int
     """Members of the round before a take-over that have not been in touch since."""
 
@@ -203,7 +203,7 @@ class SupplyView:
     starting: int
     """Nodes whose agents are known to be starting."""
     coming: int
-    """Nodes that may come: ``starting``, and those that Slurm has been asked for."""
+    """Nodes that may come: ``starting``, and nodes that Slurm has been asked for."""
     since_growth: float
 
 

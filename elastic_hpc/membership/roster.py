@@ -87,12 +87,12 @@ class Roster:
     restarts: int
     requeues: int
     members: tuple[int, ...] = ()
-    """All nodes of ``round``; its base has those that vote."""
+    """All nodes of ``round``; its base has only the nodes that vote."""
     mark: str = ""
     """Unique: another leader may form a roster of the same round."""
 
     def change_from(self, before: Roster) -> RosterChange | None:
-        """The difference to the roster ``before``; None if no agent can hold that one."""
+        """The difference to the roster ``before``; None if no agent can hold ``before``."""
         if not before.mark:
             return None
         rows_before, rows = Hosts.of(before.hosts).rows, Hosts.of(self.hosts).rows

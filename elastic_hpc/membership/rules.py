@@ -1,4 +1,4 @@
-"""The rules: one pure function from what the leader sees to what happens next, with its reason."""
+"""The rules: ``decide``, a pure function from what the leader sees to what happens next, with the reason."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ def live(strikes: Iterable[Strike], now: float) -> tuple[Strike, ...]:
 def excluded(strikes: Collection[Strike], now: float, usable: Collection[str], nodes_wanted: int) -> tuple[str, ...]:
     """The nodes to exclude at a requeue. Nodes with most live strikes come first, then nodes with the latest strikes.
 
-    ``usable`` are the nodes that Slurm could give to the job. At least ``nodes_wanted`` of them stay, if there are so
-    many: a bad node is better than a job that never starts. Nodes that are not usable are excluded as well, as they may
-    be back before the job starts.
+    ``usable`` are the nodes that Slurm could give to the job. At least ``nodes_wanted`` of them stay, if possible: a
+    bad node is better than a job that never starts. Nodes that are not usable are excluded as well, as they may be back
+    before the job starts.
     """
     counts, latest = Counter[str](), dict[str, float]()
     for strike in live(strikes, now):

@@ -1,4 +1,4 @@
-"""The network addresses of this node, those that other nodes should dial, and free ports."""
+"""The network addresses of this node, the addresses that other nodes should dial, and free ports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def interface_addresses() -> dict[str, str]:
-    """The IPv4 address of every interface that has one, by the name of the interface."""
+    """The IPv4 addresses of the interfaces, by the name of the interface."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():

@@ -171,8 +171,8 @@ class LeaderServer:
                 self._decide_or_pass()
 
     def _decide_or_pass(self) -> None:
-        """Decide after two passes of the event loop without news: what lies in the sockets needs one pass to be read,
-        and one to be decoded.
+        """Decide after two passes of the event loop without news: a message in a socket needs a pass to be read, and
+        a pass to be decoded.
         """
         loop = asyncio.get_running_loop()
         if self._quiet_passes < 2 and self._passes < _MOST_PASSES:

@@ -93,7 +93,7 @@ class Membership:
             found = candidacy.result() if candidacy and candidacy.done() and not candidacy.exception() else None
 
     async def _watch(self) -> None:
-        """When there was no leader for too long, have the node give up: nobody may be using the allocation."""
+        """Have the node give up when it had no leader for too long: the allocation may be idle."""
         began = self._now()
         while True:
             await asyncio.sleep(self._timeout / 5)

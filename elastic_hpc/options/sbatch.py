@@ -232,7 +232,7 @@ class WarningSignal:
 
     @classmethod
     def parse(cls, text: str, lead: timedelta | None = None) -> WarningSignal:
-        """Read ``text`` in any form that sbatch takes. ``lead`` is the default for a text without one."""
+        """Read ``text`` in any form that sbatch takes. ``lead``: the default for a text without a time."""
         match = re.fullmatch(r"(?:([BR]{1,2}):)?(?:SIG)?([A-Z]+\d?|\d{1,2})(?:@(\d{1,5}))?", text.upper(), re.ASCII)
         name = match[2] if match else ""
         if name.isdecimal() and int(name) in set(signal.Signals):

@@ -1,4 +1,4 @@
-"""torchrun's options: the one table of them, with the counterpart of each in an elastic job. Pure."""
+"""The table of torchrun's options, with the counterpart of each in an elastic job. Pure."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class RunDir:
 
     def hold(self) -> IO[str]:
         """An open file whose lock shows that the launcher of a job on one machine runs; processes inherit the lock. If
-        this process has inherited one already, the file has no lock of its own.
+        this process has inherited a lock already, the file has no lock of its own.
         """
         file = open(self.path / _HELD, "w")  # noqa: SIM115 - the caller's to close
         with contextlib.suppress(BlockingIOError):

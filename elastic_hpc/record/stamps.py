@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FILE = "times.jsonl"
-"""In the folder of a round and node; each line has ``time`` and the sizes of those files that have grown."""
+"""In the folder of a round and node; each line has ``time`` and the sizes of the files that have grown."""
 
 _FIRST, _LAST = 1.0, 30.0
 """Seconds between two looks: at first, and after a long time."""

@@ -54,7 +54,7 @@ class Rehearsal:
         self.end = ""
         """Why the rehearsal went no further; empty if all acts were carried out and enough steps followed."""
         self.finished = False
-        """Whether the training is over, so that there was nothing to go on with."""
+        """Whether the training has finished, so that it could not go on."""
         self._options, self._planned, self._show = options, planned, show
         self._began = time.monotonic()
         self._last_report = self._last_shown = self._began

@@ -52,7 +52,7 @@ def show_job(job: str) -> SlurmJob:
 
 
 def queue(*jobs: str) -> dict[str, Queued]:
-    """What squeue says of those of ``jobs``, ``JOB`` or ``JOB_TASK``, that Slurm still knows. Raises SlurmError."""
+    """What squeue says of ``jobs``, ``JOB`` or ``JOB_TASK``, as far as Slurm still knows them. Raises SlurmError."""
     if not jobs:
         return {}
     try:

@@ -84,7 +84,8 @@ def _requeue(job: str, before: SlurmJob, run: int | None, lost: Collection[str] 
 def _release(before: SlurmJob, job: str, lost: Collection[str]) -> None:
     """Take ``lost`` nodes from the running job.
 
-    Only before a requeue at once, which ends srun: srun is not told, and would wait for the tasks there for ever.
+    To be called only right before a requeue, which ends srun: Slurm does not tell srun, which would wait for the tasks
+    on these nodes for ever.
     """
     kept = [node for node in expand(before.nodes) if node not in lost]
     if lost and before.batch_host in kept:
@@ -106,7 +107,7 @@ def _excluding(before: SlurmJob, exclude: Collection[str], readmit: Collection[s
 
 
 def _change(job: str, changes: Sequence[Sequence[str]]) -> str | None:
-    """Make ``changes`` independently of each other. The refusals, None if there are none so far."""
+    """Make ``changes`` independently of each other. Returns the refusals so far, None without any."""
     updates = [client.ask("scontrol", "update", f"JobId={job}", *change) for change in changes]
     end = time.monotonic() + _CHANGE_SECONDS
     refused = []

@@ -25,11 +25,11 @@ class SlurmJob:
     """Slurm's word, for example RUNNING. During COMPLETING, Slurm does not say what comes next; see ``becomes``."""
     reason: str
     restarts: int
-    """Requeues, for whatever cause; counted as soon as one is accepted."""
+    """Requeues, for whatever cause; counted as soon as Slurm accepts them."""
     may_requeue: bool
     """False after ``--no-requeue``, where the site has JobRequeue=0, or if an administrator has forbidden it."""
     partitions: tuple[str, ...]
-    """A single one once the job has started."""
+    """A single partition once the job has started."""
     nodes: str
     """Allocated and not yet lost in Slurm's eyes."""
     batch_host: str

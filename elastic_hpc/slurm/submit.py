@@ -1,4 +1,4 @@
-"""Runs sbatch, for a new job and for the batch script of a running one."""
+"""Runs sbatch, for a new job and for the batch script of a running job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import show_job
 
-# sbatch has one exit code for all failures. These are not due to the user's input.
+# sbatch has one exit code for all failures. Messages of failures that are not due to the user's input.
 _UNREACHABLE = re.compile(
     "unable to contact|timed out|connection (failure|refused)|configuration source|zero bytes|munge|authentication",
     re.IGNORECASE,

@@ -128,8 +128,8 @@ def is_loopback(host: str | None) -> bool:
 
 
 def leads_at_first(settings: Settings, env: AgentEnv, rundir: RunDir) -> bool:
-    """Whether this agent leads at the beginning. The endpoint's host leads, as with torch's own backend, and one of
-    several agents there. Where the job runs already, the agent follows.
+    """Whether this agent leads at the beginning. As with torch's own backend, the endpoint's host leads; of several
+    agents on that host, only one does. If the job runs already, the agent follows.
     """
     host, first = settings.spec.rdzv_endpoint.host, settings.is_host
     if first is None:

@@ -15,7 +15,7 @@ from elastic_hpc.view.story import Story
 from elastic_hpc.view.times import span
 
 _SILENT = 30.0
-"""Seconds without a sign of a leader after which a running job is said to be without one."""
+"""Seconds without a sign of a leader after which a running job counts as having no leader."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Observed:
     queued: Queued | None = None
     """What squeue says; None if Slurm does not know the job."""
     problem: str = ""
-    """Why Slurm could not be asked; empty if it was, or there was no need."""
+    """Why Slurm could not be asked; empty if it answered, or need not be asked."""
     silent: float | None = None
     """Seconds since the last sign of a leader, None for never."""
     ended: SlurmJob | None = None

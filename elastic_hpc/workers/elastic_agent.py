@@ -112,7 +112,7 @@ class ElasticAgent(LocalElasticAgent):
         self._started_at = 0.0
         self._oom = OomWatch()
         self._drain_passed_on = False
-        """The workers of the round have been told to save and stop, as far as they listen."""
+        """The workers of the round that listen have been told to save and stop."""
         self._received: tuple[SignalException, float] | None = None
         """The signal that this agent got while workers ran, and when."""
         self._closing: threading.Thread | None = None

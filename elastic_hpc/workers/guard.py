@@ -63,8 +63,8 @@ def kill_marked(token: bytes, spared: "Collection[int]" = ()) -> int:
 
 
 def kill_sessions(sessions: "Collection[int]") -> None:
-    """Send SIGKILL to every process in ``sessions``. A process may have lost the token: a clean environment was given to
-    it, or it has written a title of its own over the environment that it was started with.
+    """Send SIGKILL to every process in ``sessions``. A process may have lost the token: it was started with a clean
+    environment, or has written a title of its own over its environment.
     """
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():

@@ -184,7 +184,7 @@ class Standbys:
         for standby in dead:
             self._waiting.remove(standby)
             standby.close()
-        self._deaths += bool(dead)  # one cause may kill them all
+        self._deaths += bool(dead)  # one cause may kill all of them
         if self._deaths >= _DEATHS:
             self._give_up(f"standbys died while they waited, {_DEATHS} times")
         lacking = self._count - len(self._waiting)
