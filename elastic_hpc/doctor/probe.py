@@ -162,13 +162,6 @@ def _create(path: Path) -> bool:
     return True
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def _bodies(rundir: RunDir, kind: str) -> dict[str, dict[str, Any]]:
     """The files ``kind.NODE.json`` so far, by node."""
     os.scandir(rundir.path).close()  # makes NFS look again
@@ -210,11 +203,14 @@ def probe(folder: Path, interface: str | None, environ: Mapping[str, str]) -> in
         thread.start()
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
+    torch = ""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        torch = metadata.version("torch")
     report = NodeReport(
         node=node,
         hostname=socket.gethostname(),
         python=platform.python_version(),
-        torch=_version("torch"),
+        torch=torch,
         elastic_hpc=__version__,
         interfaces=addresses.interface_addresses(),
         gpus_granted=environ.get("SLURM_GPUS_ON_NODE"),

@@ -110,16 +110,13 @@ def _option(key: str, *, may_be_new: bool) -> Option:
         return option
     if may_be_new:
         return named(name)
-    raise UsageError(f"{key}: {_unknown(name, (*ELASTIC, *SBATCH, *_TORCHRUN))}")
-
-
-def _unknown(name: str, known: Iterable[str]) -> str:
-    """The refusal of an option that does not exist."""
     from difflib import get_close_matches
 
-    close = get_close_matches(name, list(known), n=1)
+    close = get_close_matches(name, [*ELASTIC, *SBATCH, *_TORCHRUN], n=1)
     meant = f"did you mean {close[0].replace('-', '_')}? " if close else ""
-    return f"unknown option; {meant}an option that only a newer sbatch has goes into sbatch={{{name!r}: ...}}"
+    raise UsageError(
+        f"{key}: unknown option; {meant}an option that only a newer sbatch has goes into sbatch={{{name!r}: ...}}"
+    )
 
 
 def text(name: str, value: object, *, whole: bool = False) -> str:

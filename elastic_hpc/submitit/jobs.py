@@ -15,7 +15,6 @@ from submitit.core import core, logger, utils
 from elastic_hpc import slurm
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.job import functions
-from elastic_hpc.job.functions import runs_folder
 from elastic_hpc.job.handle import Job, JobStatus
 from elastic_hpc.submitit.environment import ElasticPaths
 
@@ -47,7 +46,7 @@ class ElasticJob(core.Job[core.R]):
     def __init__(self, folder: Path | str, job_id: str, tasks: Sequence[int] | None = None) -> None:
         """``tasks``: one rank only; None for all ranks."""
         self._folder, self._rank = folder, tasks[0] if tasks else None
-        run_dir = runs_folder(folder) / job_id
+        run_dir = functions.runs_folder(folder) / job_id
         self._job = Job(run_dir)
         super().__init__(folder, job_id, tasks or (0,))
         self._elastic_paths = ElasticPaths(folder, job_id, self._rank or 0, run_dir, 0)

@@ -51,8 +51,12 @@ def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     ours = {key.removeprefix("elastic_"): value for key, value in given.items() if key.startswith("elastic_")}
     for name in ours:
         if name not in _KNOWN:
+            from difflib import get_close_matches
+
+            close = get_close_matches(name, _KNOWN, n=1)
+            meant = f" Did you mean 'elastic_{close[0]}'?" if close else ""
             raise NameError(
-                f"Unknown argument '{name}' for executor 'elastic' in parameter 'elastic_{name}'.{_meant(name)} "
+                f"Unknown argument '{name}' for executor 'elastic' in parameter 'elastic_{name}'.{meant} "
                 f"Valid arguments: {', '.join(sorted(_KNOWN))}"
             )
     return ours, {key: value for key, value in given.items() if not key.startswith("elastic_")}
@@ -107,10 +111,3 @@ def options_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
     known = {name.replace("-", "_"): value for name, value in forced.items() if name.replace("-", "_") in _OPTIONS}
     newer = {name: value for name, value in forced.items() if name.replace("-", "_") not in _OPTIONS}
     return {**options, **known, **({"sbatch": newer} if newer else {})}
-
-
-def _meant(name: str) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, _KNOWN, n=1)
-    return f" Did you mean 'elastic_{close[0]}'?" if close else ""
