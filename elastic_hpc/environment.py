@@ -73,7 +73,7 @@ FAMILIES = {
         "RANK, WORLD_SIZE and LOCAL_RANK",
     ),
 }
-"""The same by the beginnings of names: variables that srun or mpirun sets for MPI libraries."""
+"""As INSTEAD, by the beginnings of names: variables that srun or mpirun sets for MPI libraries, and bindings."""
 
 
 def instead_of(name: str) -> str | None:

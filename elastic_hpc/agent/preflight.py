@@ -43,7 +43,7 @@ class Problem:
 
 @dataclass
 class _Check:
-    """``run`` goes on a thread of its own; ``late`` is the problem if that takes longer than ``limit`` seconds."""
+    """``run`` is called on a thread of its own; ``late`` is the problem if it takes longer than ``limit`` seconds."""
 
     limit: float
     run: Callable[[], Iterator[Problem]]

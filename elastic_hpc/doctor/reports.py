@@ -45,7 +45,7 @@ class NodeReport:
     hostname: str
     python: str
     torch: str
-    """Version, empty if it is not installed. The same for ``elastic_hpc``."""
+    """Version, empty if torch is not installed."""
     elastic_hpc: str
     interfaces: Mapping[str, str]
     """The address of each interface."""

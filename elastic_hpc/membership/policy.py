@@ -27,7 +27,7 @@ class Action(Enum):
     """Have the workers save and stop, for a new world that can wait until then."""
     FORM = "form"
     RELEASE = "release"
-    """Let nodes go that are of no use, or that have to go."""
+    """Let nodes go that the job cannot use, or that have to go."""
     ABDICATE = "abdicate"
     """Stop leading, without a verdict: others may lead by now."""
     FINISH = "finish"

@@ -21,7 +21,7 @@ NEWCOMER_QUIET = 1.0
 """Seconds without another newcomer after which the newcomers are taken into a new round together."""
 
 NEWCOMER_QUIET_STARTING = 20.0
-"""The same, while the agents of further nodes are known to be starting."""
+"""As NEWCOMER_QUIET, while the agents of further nodes are known to be starting."""
 
 STORE_TIMEOUT = 120.0
 """Seconds for which a round waits for its store, whose start is tried again and again. A name server that does not

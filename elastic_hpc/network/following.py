@@ -101,7 +101,7 @@ class Follower:
             self._link.close()
 
     def _learn(self, news: Roster | RosterChange) -> bool:
-        """Whether ``news`` led to a newer roster. A change of a roster that this node does not hold is of no use."""
+        """Whether ``news`` led to a newer roster. A change of a roster that this node does not hold is ignored."""
         held = self.roster
         if held and news.round <= held.round:
             return False

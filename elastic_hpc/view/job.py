@@ -91,7 +91,7 @@ class JobView:
 
     @property
     def has_nodes(self) -> bool:
-        """Whether the job holds nodes, so that its time goes on."""
+        """Whether the job holds nodes now, so that its times grow."""
         return self.state in _HAS_NODES
 
 
