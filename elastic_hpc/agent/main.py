@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     modules, without = what_to_preload(spec)
     standbys = Standbys(worker_args(spec), modules, nproc, worker_python(sys.orig_argv), without)
     standbys.prepare()  # they import torch at the same time as this process
+    from elastic_hpc.workers import elastic_agent  # noqa: F401 - imports torch, while the preflight runs
 
     head = spec.rdzv_endpoint.head
     contained = not env.local and (args.contained or shutil.which("scontrol") is None)
