@@ -22,6 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 from elastic_hpc.training import drain_requested, report_progress
 dist.init_process_group("gloo")
+dist.barrier()  # a rank that ends at once must not close connections that others are still making
 print("{version} in", os.getcwd(), flush=True)
 step = 0
 while "SLURM_RESTART_COUNT" not in os.environ and not drain_requested():
