@@ -169,7 +169,8 @@ class TestRunningCluster:
         with tempfile.TemporaryDirectory() as directory:
             os.chmod(directory, 0o755)
             copy = str(copied(Path(directory)))
-            done = subprocess.run([copy, "up"], user=65534, cwd="/", capture_output=True, text=True, check=False)
+            nobody: Any = {"user": 65534, "group": 65534, "extra_groups": []}
+            done = subprocess.run([copy, "up"], **nobody, cwd="/", capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (2, f"mini-slurm: needs root: type  sudo {copy} up\n")
 
 
