@@ -30,6 +30,9 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
 from elastic_hpc.workers import guard
 
+LEAVE = LEAVE_TIMEOUT + 20
+"""Seconds that an agent takes at most to leave when the job has ended: its leader waits so long for all others."""
+
 _CONTROL_PORT_OFFSET = 32
 """Control port above the endpoint's: the 32 below are for the stores of the rounds."""
 
@@ -117,7 +120,7 @@ class Assembly:
 
         return Network(listener, secret, max(0.5, self.policy.heartbeat_timeout / 5))
 
-    def close(self, timeout: float = LEAVE_TIMEOUT + 20) -> None:
+    def close(self, timeout: float = LEAVE) -> None:
         """Leave the job. The leader's agent waits, at most ``timeout`` seconds, until all others have left."""
         self.control.close(timeout)
         if self.leading.recorder:

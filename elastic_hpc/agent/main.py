@@ -24,12 +24,11 @@ from elastic_hpc.agent.arguments import (
     worker_python,
     workers_per_node,
 )
-from elastic_hpc.agent.assembly import Assembly
+from elastic_hpc.agent.assembly import LEAVE, Assembly
 from elastic_hpc.agent.joiners import enter
 from elastic_hpc.environment import forget_enclosing
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.network import addresses
-from elastic_hpc.network.server import LEAVE_TIMEOUT
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import read_agent_env
 from elastic_hpc.workers.drain import DrainSignals
@@ -149,7 +148,7 @@ def _run(parts: Assembly, agent: ElasticAgent, standbys: Standbys) -> int:
         joins, leads = parts.env.joins, parts.leading.recorder is not None
         if not leads or ended.outcome == "lost":
             log.info("%s: %s", "leaving" if joins else ended.outcome, ended.reason)
-        code, leave = 0 if joins else EXIT_CODES[ended.outcome], LEAVE_TIMEOUT + 20
+        code, leave = 0 if joins else EXIT_CODES[ended.outcome], LEAVE
     except SignalException as error:
         log.info("%s: leaving", error)
         code, leave = 128 + error.sigval, 0.5

@@ -17,7 +17,7 @@ from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.roster import Host, Hosts
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.following import Follower, Loss
-from elastic_hpc.network.node import Node, Transport
+from elastic_hpc.network.node import Node, Transport, now
 from elastic_hpc.network.own_leader import OwnLeader
 
 log = logging.getLogger(__name__)
@@ -72,16 +72,16 @@ class Finder:
         abdicated = self._own_leader.abdicated if leader == self._me else ""
         self.reason = abdicated or f"{leader.name} lost: {loss.reason}"
         self._lost = leader if leader != self._me else self._lost
-        self._lost_at, self._lost_silently = self._now(), loss.silent
+        self._lost_at, self._lost_silently = now(), loss.silent
 
     async def find(self) -> Found:
         """A connection to the node that leads, or will lead once it has a majority."""
-        began, wait, warn_after = self._now(), _RETRY, _WARN_AFTER
+        began, wait, warn_after = now(), _RETRY, _WARN_AFTER
         while True:
             found = await self._try()
             if found:
                 return found
-            if (waited := self._now() - began) > warn_after:
+            if (waited := now() - began) > warn_after:
                 warn_after *= _WARN_GROWTH
                 log.warning("no leader was found for %.0f s: %s; looking on", waited, self.reason)
             await asyncio.sleep(random.uniform(0.5, 1.5) * wait)  # noqa: S311 - jitter
@@ -103,7 +103,7 @@ class Finder:
             if node == lost and self._lost_silently:
                 continue  # the other nodes know whether it still leads
             reply = await self._ask(hosts.at(node))
-            if reply and reply.to and reply.to == self._lost and self._now() - self._lost_at < self._timeout:
+            if reply and reply.to and reply.to == self._lost and now() - self._lost_at < self._timeout:
                 return None  # most probably it has not noticed the loss yet
             if reply and reply.to and (found := await self._connect(reply.to)):
                 return found
@@ -174,6 +174,3 @@ class Finder:
             if not self._follower.roster:
                 self.reason = f"{leader.name} at {' or '.join(addresses)} port {leader.port}: {error}"
             return None
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()

@@ -10,7 +10,7 @@ from elastic_hpc.membership import messages
 from elastic_hpc.membership.messages import Order, Redirect
 from elastic_hpc.membership.roster import Host, Roster, RosterChange
 from elastic_hpc.network.channel import Link
-from elastic_hpc.network.node import Node
+from elastic_hpc.network.node import Node, now
 from elastic_hpc.network.own_leader import OwnLeader
 
 
@@ -56,14 +56,14 @@ class Follower:
 
     async def follow(self, link: Link, leader: Host) -> Loss | None:
         """Obey ``leader`` until ``link`` ends. None if ``leader`` had no majority meanwhile, or has ended the job."""
-        self._link, self.leader, self._last_contact = link, leader, self._now()
+        self._link, self.leader, self._last_contact = link, leader, now()
         heartbeat = asyncio.ensure_future(self._send_heartbeats(link))
         self.send_status()
         last_seq, led, reason = -1, False, "its connection was closed"
         try:
             while True:
                 message = messages.decode_from_leader(await link.read())
-                self._last_contact = self._now()
+                self._last_contact = now()
                 if isinstance(message, Redirect):
                     reason = "it does not lead any more"
                     break
@@ -78,7 +78,7 @@ class Follower:
         finally:
             heartbeat.cancel()
             self._link = self.leader = None
-            silent = self._now() - self._last_contact >= self._timeout
+            silent = now() - self._last_contact >= self._timeout
             if not self.is_over:
                 self.order = None
                 self._node.set_order(None, None)
@@ -116,7 +116,7 @@ class Follower:
     def _obey(self, order: Order, link: Link) -> None:
         self._highest_round = max(self._highest_round, order.round)
         if order.leads:
-            self.last_led = self._now()
+            self.last_led = now()
         held = self.roster
         if held and held.round > order.roster:
             link.send(held)
@@ -130,17 +130,14 @@ class Follower:
     async def _send_heartbeats(self, link: Link) -> None:
         """Send a status a few times per timeout until the leader has been silent for too long; then close ``link``."""
         interval = self._timeout / 5
-        before = self._now()
+        before = now()
         while True:
             await asyncio.sleep(interval)
-            now = self._now()
+            woken = now()
             # while this process was frozen nothing could be received
-            self._last_contact += max(0.0, now - before - 2 * interval)
-            before = now
-            if now - self._last_contact > self._timeout:
+            self._last_contact += max(0.0, woken - before - 2 * interval)
+            before = woken
+            if woken - self._last_contact > self._timeout:
                 link.close()
                 return
             self.send_status()
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()

@@ -1,7 +1,8 @@
-"""What the parts of a session need of their node: its agent, and its network."""
+"""What the parts of a session need of their node: its agent, its network, its clock."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -10,6 +11,11 @@ from elastic_hpc.membership.messages import Order, Status
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.server import LeaderServer
+
+
+def now() -> float:
+    """Seconds on the clock of the running event loop; tests simulate that clock."""
+    return asyncio.get_running_loop().time()
 
 
 class Transport(Protocol):

@@ -18,7 +18,7 @@ from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.finding import Finder, Found
 from elastic_hpc.network.following import Follower
-from elastic_hpc.network.node import Node, Transport
+from elastic_hpc.network.node import Node, Transport, now
 from elastic_hpc.network.own_leader import OwnLeader
 
 
@@ -94,11 +94,11 @@ class Membership:
 
     async def _watch(self) -> None:
         """Have the node give up when it had no leader for too long: the allocation may be idle."""
-        began = self._now()
+        began = now()
         while True:
             await asyncio.sleep(self._timeout / 5)
             last_led = self._follower.last_led
-            waited = self._now() - (began if last_led is None else last_led)
+            waited = now() - (began if last_led is None else last_led)
             if waited > self._timeout:
                 after_a_loss = 2 * self._timeout + 2.0 * min(self._me.node, 20)
                 patient = waited < (self._join_timeout if last_led is None else after_a_loss)
@@ -134,6 +134,3 @@ class Membership:
     def _on_stranger(self, addr: str, reason: str) -> None:
         if self._own_leader.server:
             self._own_leader.server.on_stranger(addr, reason)
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
