@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +71,14 @@ def test_those_before_are_asked_in_order_and_the_lost_leader_last() -> None:
     assert order_of_succession({5, 7}, lost=5, me=5) == []
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _clock() -> Iterator[None]:
+    """The agents of this module run without an event loop; their time stands still."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("elastic_hpc.network.following.now", lambda: 0.0)
+        yield
+
+
 class Agent(Follower):
     """A node's agent whose connection and time the scheduler holds."""
 
@@ -81,9 +91,6 @@ class Agent(Follower):
         self.leads: Leader | None = None
         self.workers = 0
         self.was_started_anew = False
-
-    def _now(self) -> float:
-        return 0.0
 
     def status(self) -> Status:
         return self.own
