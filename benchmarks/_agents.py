@@ -128,7 +128,7 @@ class Agent:
         async def secret() -> bytes:
             return SECRET
 
-        self._network = channel.Network(self._listener, secret, HEARTBEAT_TIMEOUT / 5)
+        self._network = channel.Network([self._listener], secret, HEARTBEAT_TIMEOUT / 5)
         self.membership = Membership(
             self.host,
             self,

@@ -15,8 +15,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+from elastic_hpc import __version__
 from elastic_hpc.agent.arguments import policy_of
 from elastic_hpc.agent.bridge import Control
 from elastic_hpc.agent.leading import Leading
@@ -83,8 +84,8 @@ class Assembly:
         ``published``: this node's addresses. ``first``: this node leads at the beginning. ``supplies``, ``contained``:
         see ``Leading``. ``unfit`` may block, and returns why this node should not take part.
         """
-        listener = addresses.listen_from(self.spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
-        host = Host(self.env.node, self.env.name, published, listener.getsockname()[1], _software())
+        listeners = addresses.listen_on(_interfaces(published), self.spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
+        host = Host(self.env.node, self.env.name, published, listeners[0].getsockname()[1], _software())
         self.leading = Leading(
             self.spec,
             self.env,
@@ -101,7 +102,7 @@ class Assembly:
         self.control = Control(
             host,
             self.nproc,
-            self._network(listener),
+            self._network(listeners),
             self.leading,
             heartbeat_timeout=self.policy.heartbeat_timeout,
             join_timeout=self.policy.join_timeout,
@@ -110,7 +111,7 @@ class Assembly:
             beat=lambda: guard.beat(self._guard),
         )
 
-    def _network(self, listener: socket.socket) -> Network:
+    def _network(self, listeners: Sequence[socket.socket]) -> Network:
         known: list[bytes] = []
 
         async def secret() -> bytes:
@@ -118,7 +119,7 @@ class Assembly:
                 known.append(await asyncio.to_thread(self.rundir.read_secret))
             return known[0]
 
-        return Network(listener, secret, max(0.5, self.policy.heartbeat_timeout / 5))
+        return Network(listeners, secret, max(0.5, self.policy.heartbeat_timeout / 5))
 
     def close(self, timeout: float = LEAVE) -> None:
         """Leave the job. The leader's agent waits, at most ``timeout`` seconds, until all others have left."""
@@ -126,6 +127,14 @@ class Assembly:
         if self.leading.recorder:
             self.leading.recorder.close()
         self._log.stop()
+
+
+def _interfaces(published: Sequence[str]) -> list[str]:
+    """The addresses at which an agent listens that publishes ``published``. Loopback too: an agent that leads dials
+    itself, also while its interface is down. All, if the published ones are those of a device that translates them.
+    """
+    own = addresses.own(published)
+    return list(dict.fromkeys([*own, addresses.LOOPBACK])) if own else [""]
 
 
 def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
@@ -177,4 +186,5 @@ def _software() -> str:
     """The versions that all nodes must share."""
     import torch
 
-    return f"torch {torch.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return f"elastic_hpc {__version__}, torch {torch.__version__}, Python {python}"

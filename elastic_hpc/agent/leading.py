@@ -75,7 +75,7 @@ class Leading:
             )
         source = SlurmSource(self.env, self.rundir, self.environ)
         supply = Supply(source, self.recorder.event, grow=self.policy.grow) if self.supplies else None
-        stores = StoreHost(self.spec.rdzv_endpoint.port)
+        stores = StoreHost(self.spec.rdzv_endpoint.port, self.host.addresses)
 
         async def open_store(round: int) -> int:
             return await asyncio.wrap_future(stores.open(round))

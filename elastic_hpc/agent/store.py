@@ -7,12 +7,13 @@ which can be abandoned. In a store that is used for several rounds, new ranks wo
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from elastic_hpc.network.addresses import listen_from
+from elastic_hpc.network.addresses import LOOPBACK, listen_from, own
 
 _PORTS = 32
 """Number of ports that the rounds use in turn, so that a late worker of an old round finds no store."""
@@ -21,8 +22,12 @@ _PORTS = 32
 class StoreHost:
     """Opens the stores of the rounds, and keeps those of the last two rounds."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, published: Sequence[str]) -> None:
+        """``published``: the addresses of this node. torch's store has one socket, so with several addresses the
+        store listens on all interfaces.
+        """
         self._port = port
+        self._host = published[0] if len(published) == 1 and own(published) else ""
         self._stores: dict[int, TCPStore] = {}
 
     def open(self, round: int) -> Future[int]:
@@ -31,10 +36,10 @@ class StoreHost:
 
         def work() -> None:
             try:
-                listener = listen_from(self._port + (round - 1) % _PORTS)
+                listener = listen_from(self._port + (round - 1) % _PORTS, self._host)
                 port = listener.getsockname()[1]
                 store = TCPStore(
-                    "127.0.0.1",
+                    self._host or LOOPBACK,
                     port,
                     is_master=True,
                     wait_for_workers=False,

@@ -47,7 +47,7 @@ class _Server:
     def __init__(self, rundir: RunDir, node: str) -> None:
         self._rundir, self._node, self._secret = rundir, node, rundir.read_secret().decode()
         self._locked: list[Any] = []  # files, open to keep their locks
-        range_socket = addresses.listen_from(FIRST_PORT, LAST_PORT - FIRST_PORT + 1)
+        range_socket = addresses.listen_from(FIRST_PORT, tries=LAST_PORT - FIRST_PORT + 1)
         any_socket = socket.create_server(("", 0), backlog=1024)
         self.port, self.any_port = range_socket.getsockname()[1], any_socket.getsockname()[1]
         for listening in (range_socket, any_socket):

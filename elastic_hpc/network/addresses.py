@@ -2,65 +2,127 @@
 
 from __future__ import annotations
 
+import array
+import contextlib
+import errno
 import fcntl
+import ipaddress
 import resource
 import socket
 import struct
+from collections.abc import Sequence
+from pathlib import Path
 
 from elastic_hpc.errors import ElasticError
 
 BACKLOG = 4096
 """Connections that may wait to be accepted; the kernel has a bound of its own, net.core.somaxconn."""
 
+LOOPBACK = "127.0.0.1"
+
+_LOCALHOST = frozenset({"localhost", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback"})
 _OTHER_FILES = 512
 """Files that this process may have open besides its connections."""
-_SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+_SIOCGIFCONF, _SIOCGIFFLAGS = 0x8912, 0x8913  # linux/sockios.h
+_UP_AND_RUNNING = 0x1 | 0x40  # IFF_UP, IFF_RUNNING
+_SYSTEM = "/sys/class/net"
+_ENTRY = 40 if struct.calcsize("P") == 8 else 32
+"""Bytes of an entry of SIOCGIFCONF: 16 of the name, then a socket address."""
 
 
 def interface_addresses() -> dict[str, str]:
-    """The IPv4 addresses of the interfaces, by the name of the interface."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue
-            found[name] = socket.inet_ntoa(answer[20:24])
+    """The first IPv4 address of each interface, by the name of the interface."""
+    found: dict[str, str] = {}
+    for name, address in _own():
+        found.setdefault(name, address)
     return found
 
 
 def interface_of(address: str) -> str | None:
     """The name of the interface that has ``address``."""
-    return next((name for name, own in interface_addresses().items() if own == address), None)
+    return next((name for name, own in _own() if own == address), None)
+
+
+def _own() -> list[tuple[str, str]]:
+    """All IPv4 addresses of this node, each with the name of its interface."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        room = 64 * _ENTRY
+        while True:
+            answer = array.array("B", bytes(room))
+            request = struct.pack("iP", room, answer.buffer_info()[0])
+            used: int = struct.unpack("iP", fcntl.ioctl(probe, _SIOCGIFCONF, request))[0]
+            if used < room:
+                break
+            room *= 2
+    entries = [answer[at : at + _ENTRY].tobytes() for at in range(0, used, _ENTRY)]
+    return [(entry[:16].rstrip(b"\0").decode(), socket.inet_ntoa(entry[20:24])) for entry in entries]
 
 
 def to_publish(node: str, interface: str | None, submit_host: str | None) -> tuple[str, ...]:
     """Addresses under which other nodes may reach this node, the best first.
 
     The address of ``interface`` if that is given (``--interface``). Else the addresses to which ``node``, Slurm's name
-    of this node, resolves, then the address that the route to ``submit_host`` uses, then all others. Never loopback.
-    Raises ElasticError if there is none.
+    of this node, resolves, then the address that the route to ``submit_host`` uses, then those of all other interfaces
+    that lead out of this node. A bridge of containers or virtual machines has the same address on every node and leads
+    to none of them; neither does loopback, a link-local address, or an interface that is down. If there are only such
+    addresses, all but loopback are returned. Raises ElasticError if there is none.
     """
-    own = interface_addresses()
     if interface is not None:
-        if interface not in own:
+        first = interface_addresses()
+        if interface not in first:
             raise ElasticError(
                 f"--interface {interface!r}: {node} has no such interface with an address, "
-                f"expected one of {', '.join(sorted(own))}"
+                f"expected one of {', '.join(sorted(first))}"
             )
-        return (own[interface],)
-    candidates = [*_resolve(node), *_route_to(submit_host), *own.values()]
-    usable = [a for a in dict.fromkeys(candidates) if a in own.values() and not a.startswith("127.")]
+        return (first[interface],)
+    own = [(name, address) for name, address in _own() if not is_loopback(address)]
+    name_of = {address: name for name, address in own}
+    named = [address for address in (*_resolve(node), *_route_to(submit_host)) if address in name_of]
+    firsts = [address for name, address in interface_addresses().items() if address in name_of]
+    sound = {address for name, address in own if _is_sound(name, address)}
+    best = [a for a in named if a in sound] + [a for a in firsts if a in sound and _leads_out(name_of[a])]
+    usable = best or [a for a in firsts if a in sound] or [*named, *firsts]
     if not usable:
         raise ElasticError(f"{node} has no network address but loopback; name the interface to use: --interface IFNAME")
-    return tuple(usable)
+    return tuple(dict.fromkeys(usable))
+
+
+def _is_sound(interface: str, address: str) -> bool:
+    """Whether packets for ``address`` may arrive from other nodes at all."""
+    is_bridge = Path(_SYSTEM, interface, "bridge").exists()
+    if ipaddress.ip_address(address).is_link_local or (is_bridge and not _leads_out(interface)):
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        answer = fcntl.ioctl(probe, _SIOCGIFFLAGS, struct.pack("256s", interface.encode()))
+        flags: int = struct.unpack_from("H", answer, 16)[0]
+        return flags & _UP_AND_RUNNING == _UP_AND_RUNNING
+    return True
+
+
+def _leads_out(interface: str) -> bool:
+    """Whether ``interface`` is a device, or lies upon one, as a bond does; true if the system does not say."""
+    folder = Path(_SYSTEM, interface)
+    lower = (path.name.partition("_")[2] for path in folder.glob("lower_*"))
+    return not folder.exists() or (folder / "device").exists() or any(map(_leads_out, lower))
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether ``host`` is this machine on every machine: ``localhost``, ``127.0.0.1``, ``::1``, ``0.0.0.0``."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address((host or "").strip("[]"))
+        return address.is_loopback or address.is_unspecified
+    name = (host or "").lower().rstrip(".")
+    return name.partition(".")[0] in _LOCALHOST or name.endswith(".localhost")
 
 
 def is_me(host: str, node: str) -> bool:
-    """Whether ``host`` (a name or an address) is this node, which Slurm calls ``node``."""
+    """Whether ``host`` (a name or an address) is this node, which Slurm calls ``node``. An address may be that of
+    several nodes.
+    """
     names = {node, node.partition(".")[0], socket.gethostname()}
-    return host in names or any(address in interface_addresses().values() for address in _resolve(host))
+    own = {address for _, address in _own()}
+    return host in names or any(address in own or is_loopback(address) for address in _resolve(host))
 
 
 def _resolve(name: str) -> list[str]:
@@ -91,12 +153,37 @@ def allow_connections(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def listen_from(port: int, tries: int = 512) -> socket.socket:
-    """A socket that listens on all interfaces, on the first free port from ``port`` upwards."""
+def listen_from(port: int, host: str = "", tries: int = 512) -> socket.socket:
+    """A socket that listens on ``host``, by default on all interfaces, on the first free port from ``port`` upwards."""
+    return listen_on([host], port, tries)[0]
+
+
+def listen_on(hosts: Sequence[str], port: int, tries: int = 512) -> list[socket.socket]:
+    """A socket for each of ``hosts``, all on one port: the first from ``port`` upwards that is free on all of them.
+    Raises ElasticError.
+    """
     problem: OSError | None = None
     for candidate in range(port, min(port + tries, 65536)):
         try:
-            return socket.create_server(("", candidate), backlog=BACKLOG, reuse_port=False)
+            return _listen(hosts, candidate)
         except OSError as error:
             problem = error
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ElasticError(f"{' or '.join(hosts)} is no address of this node any more: {error}") from error
     raise ElasticError(f"no free port from {port} upwards ({problem}); choose another: --rdzv-endpoint :PORT")
+
+
+def _listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    with contextlib.ExitStack() as sockets:
+        made = []
+        for host in hosts:
+            made.append(sockets.enter_context(socket.create_server((host, port), backlog=BACKLOG, reuse_port=False)))
+            port = made[0].getsockname()[1]
+        sockets.pop_all()
+        return made
+
+
+def own(hosts: Sequence[str]) -> list[str]:
+    """Which of ``hosts`` are addresses of this node."""
+    here = {address for _, address in _own()}
+    return [host for host in hosts if host in here or is_loopback(host)]

@@ -82,13 +82,16 @@ class Channel:
 
 
 class Network:
-    """The control connections of one agent: connections that it accepts on ``listener``, and connections that it dials.
+    """The control connections of one agent: those that it accepts on ``listeners``, and those that it dials.
 
     ``secret`` gives the job's secret, and may raise ElasticError as long as there is none.
     """
 
-    def __init__(self, listener: socket.socket, secret: Callable[[], Awaitable[bytes]], dial_timeout: float) -> None:
-        self._listener = listener
+    def __init__(
+        self, listeners: Sequence[socket.socket], secret: Callable[[], Awaitable[bytes]], dial_timeout: float
+    ) -> None:
+        self._listeners = listeners
+        self._servers: list[asyncio.AbstractServer] = []
         self._secret = secret
         self._dial_timeout = dial_timeout
         self._strangers: dict[asyncio.StreamWriter, None] = {}
@@ -96,7 +99,7 @@ class Network:
         self.on_stranger: Callable[[str, str], None] = lambda _addr, _reason: None
         """Called with the address of a peer that was refused, and the reason."""
 
-    async def serve(self, attend: Callable[[Channel], Awaitable[None]]) -> asyncio.AbstractServer:
+    async def serve(self, attend: Callable[[Channel], Awaitable[None]]) -> None:
         """Accept connections from now on; ``attend`` gets each peer that holds the secret."""
 
         async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -119,11 +122,16 @@ class Network:
             finally:
                 channel.close()
 
-        server = await asyncio.start_server(on_connection, sock=self._listener, limit=messages.MAX_LINE)
-        # asyncio has shortened the backlog to 100. With a longer backlog as its argument, asyncio would try to accept
-        # that many connections at a time, even when no more files can be opened, and log each failure.
-        self._listener.listen(BACKLOG)
-        return server
+        for listener in self._listeners:
+            self._servers.append(await asyncio.start_server(on_connection, sock=listener, limit=messages.MAX_LINE))
+            # asyncio has shortened the backlog to 100. With a longer backlog as its argument, asyncio would try to
+            # accept that many connections at a time, even when no more files can be opened, and log each failure.
+            listener.listen(BACKLOG)
+
+    def close(self) -> None:
+        """Accept no more connections."""
+        for server in self._servers:
+            server.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
         channel = Channel(reader, writer)

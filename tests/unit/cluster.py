@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.policy import Verdict
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
-from elastic_hpc.network.channel import Channel, Network
+from elastic_hpc.network.channel import Network
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.rundir import RunDir
@@ -58,14 +58,6 @@ def end_of(control: Control, round: int) -> JobEnded:
     return ended.value
 
 
-class ClosedInTheEnd(Network):
-    """In life the process ends; here nothing may be accepted while the control thread ends."""
-
-    async def serve(self, attend: Callable[[Channel], Awaitable[None]]) -> asyncio.AbstractServer:
-        self.server = await super().serve(attend)
-        return self.server
-
-
 class Node:
     """One agent: its control, and a stand-in for what the control needs of the rest of the agent."""
 
@@ -97,7 +89,7 @@ class Node:
         async def secret() -> bytes:
             return self.cluster.rundir.read_secret()
 
-        self.network = ClosedInTheEnd(self.listener, secret, self.cluster.policy.heartbeat_timeout / 5)
+        self.network = Network([self.listener], secret, self.cluster.policy.heartbeat_timeout / 5)
         return self.network
 
     def find_leader(self) -> Host | None:
@@ -143,7 +135,7 @@ class Node:
 
     def close(self) -> None:
         """Its agent ends; from then on nothing answers at its address."""
-        self.in_loop(self.network.server.close)
+        self.in_loop(self.network.close)
         self.control.close(timeout=10)
         self.listener.close()
         if self.recorder:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,24 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
             log = job.run_dir / "logs" / f"0.{round}" / f"local{rank}" / f"rank{rank}.out"
             assert f"round {round} rank {rank}" in log.read_text()
     assert "[rank1]: round 3 rank 1" in job.output.read_text()
+
+
+def listened(pids: Iterable[int]) -> set[str]:
+    """The addresses at which the processes ``pids`` listen, as the kernel writes them."""
+    inodes = set()
+    for pid in pids:
+        for name in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(os.readlink(name).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for kind in ("tcp", "tcp6") for line in Path("/proc/self/net", kind).read_text().splitlines()]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+def test_agents_and_workers_of_this_machine_listen_on_loopback_alone(local: Callable[..., Local]) -> None:
+    job = local("--local", "2")
+    job.stepped(1, 1)
+    assert listened([job.agent(0), job.agent(1), *job.marked()]) == {"0100007F"}
+    assert job.finish() == 0
 
 
 def test_the_next_workers_are_the_standbys_that_waited(local: Callable[..., Local]) -> None:

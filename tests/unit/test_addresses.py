@@ -1,0 +1,138 @@
+"""Which addresses a node publishes and listens on, and which hosts it takes for itself."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.network import addresses
+
+BRIDGES = {"docker0": "172.17.0.1", "virbr0": "192.168.122.1", "cni-podman0": "10.88.0.1", "usb0": "169.254.3.1"}
+
+
+class Machine:
+    """The interfaces of a node as the system shows them."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder = folder
+        self.own = [("lo", "127.0.0.1")]
+        self.names: dict[str, list[str]] = {}
+        monkeypatch.setattr(addresses, "_SYSTEM", str(folder))
+        monkeypatch.setattr(addresses, "_own", lambda: self.own)
+        monkeypatch.setattr(addresses, "_resolve", lambda name: self.names.get(name, []))
+        self.add("lo")
+
+    def add(self, name: str, *own: str, kind: str = "", over: str = "") -> Machine:
+        """``kind``: ``device`` or ``bridge``. ``over``: the interface below."""
+        (self._folder / name / kind).mkdir(parents=True)
+        if over:
+            (self._folder / name / f"lower_{over}").touch()
+        self.own += [(name, address) for address in own]
+        return self
+
+    def published(self, node: str = "n1") -> tuple[str, ...]:
+        return addresses.to_publish(node, None, None)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+def with_bridges(machine: Machine) -> Machine:
+    for name, address in BRIDGES.items():
+        machine.add(name, address, kind="device" if name == "usb0" else "bridge")
+    return machine.add("tap0", "10.0.2.100").add("kube-ipvs0", "10.96.0.1", "10.96.0.10")
+
+
+@pytest.mark.parametrize("names", [[], ["10.1.0.7"], ["172.17.0.1", "10.1.0.7", "169.254.3.1"], ["127.0.1.1"]])
+def test_what_every_node_has_is_not_published(machine: Machine, names: list[str]) -> None:
+    machine.names["n1"] = names
+    with_bridges(machine).add("eth0", "10.1.0.7", kind="device").add("ib0", "10.2.0.7", kind="device")
+    assert machine.published() == ("10.1.0.7", "10.2.0.7")
+
+
+def test_the_address_of_a_bond_a_vlan_or_a_bridge_over_a_device_is_published(machine: Machine) -> None:
+    machine.add("eth0", kind="device").add("bond0", over="eth0").add("bond0.7", "10.1.0.7", over="bond0")
+    machine.add("eth1", kind="device").add("br0", "10.2.0.7", kind="bridge", over="eth1")
+    assert with_bridges(machine).published() == ("10.1.0.7", "10.2.0.7")
+
+
+def test_the_address_of_a_nodes_name_is_published_whatever_its_interface_is(machine: Machine) -> None:
+    """That of a container's veth, of a bridge of Open vSwitch, of a node that announces its address itself."""
+    machine.names["n1"] = ["10.1.0.8"]
+    with_bridges(machine).add("br-ex", "10.1.0.7", "10.1.0.8")
+    assert machine.published() == ("10.1.0.8",)
+    machine.names["n1"] = ["10.3.0.1"]
+    machine.own.append(("lo", "10.3.0.1"))
+    assert machine.published() == ("10.3.0.1",)
+
+
+def test_without_a_better_address_any_is_published_but_loopback(machine: Machine) -> None:
+    with pytest.raises(ElasticError, match="no network address but loopback"):
+        machine.published()
+    machine.add("usb0", "169.254.3.1", kind="device").add("docker0", "172.17.0.1", kind="bridge")
+    machine.names["n1"] = ["172.17.0.1"]
+    assert machine.published() == ("172.17.0.1", "169.254.3.1")
+    machine.add("eth0", "10.1.0.7")  # a container's
+    assert machine.published() == ("10.1.0.7",)
+
+
+def test_a_bridge_of_containers_is_known_in_a_real_network(tmp_path: Path) -> None:
+    if (
+        not shutil.which("ip")
+        or subprocess.run(["unshare", "-rn", "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("no network namespace can be made")
+    script = tmp_path / "script.sh"
+    script.write_text(
+        "set -e\nmount -t sysfs sysfs /sys\nip link set lo up\n"
+        "ip link add docker0 type bridge; ip addr add 172.17.0.1/16 dev docker0; ip link set docker0 up\n"
+        "ip link add v0 type veth peer name v1; ip addr add 10.9.0.1/24 dev v0; ip addr add 10.9.0.2/24 dev v0\n"
+        "ip link set v0 up; ip link set v1 up\n"
+        "ip link add v2 type veth peer name v3; ip addr add 10.9.1.1/24 dev v2\n"
+        'exec "$0" -c "from elastic_hpc.network import addresses as a; print(a.to_publish(\'10.9.0.2\', None, None), '
+        "a.to_publish('no-such-host.invalid', None, None), a.to_publish('n', 'docker0', None), a.own(['10.9.0.2']), "
+        "a.is_me('10.9.0.2', 'n'))\"\n"
+    )
+    done = subprocess.run(
+        ["unshare", "-rmn", "sh", "-c", script.read_text(), sys.executable], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split(") (") == ["('10.9.0.2',", "'10.9.0.1',", "'172.17.0.1',) ['10.9.0.2'] True\n"]
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST.", "localhost.localdomain", "localhost6", "ip6-loopback", "a.localhost", "127.0.0.1",
+     "127.0.1.1", "::1", "[::1]", "0.0.0.0", "::"],
+)  # fmt: skip
+def test_what_is_every_machine_itself(host: str) -> None:
+    assert addresses.is_loopback(host)
+
+
+@pytest.mark.parametrize("host", [None, "", "n1", "local", "10.0.0.1", "localhost2", "fe80::1", "n1.localdomain"])
+def test_what_is_one_machine(host: str | None) -> None:
+    assert not addresses.is_loopback(host)
+
+
+def test_an_agent_listens_on_one_port_of_each_address_and_nowhere_else() -> None:
+    with socket.create_server(("127.0.0.3", 43100)):
+        made = addresses.listen_on(["127.0.0.2", "127.0.0.3"], 43100)
+    try:
+        port = made[0].getsockname()[1]
+        assert [one.getsockname() for one in made] == [("127.0.0.2", port), ("127.0.0.3", port)]
+        assert port > 43100
+        socket.create_connection(("127.0.0.2", port)).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+    finally:
+        for one in made:
+            one.close()
+    with pytest.raises(ElasticError, match=r"203\.0\.113\.9 is no address of this node"):
+        addresses.listen_on(["203.0.113.9"], 43100)
