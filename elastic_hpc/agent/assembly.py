@@ -5,7 +5,7 @@ torch is imported in ``connect`` at the earliest, so that standbys may import it
 
 from __future__ import annotations
 
-import asyncio
+import copy
 import logging
 import logging.handlers
 import os
@@ -21,6 +21,7 @@ from elastic_hpc import __version__
 from elastic_hpc.agent.arguments import policy_of
 from elastic_hpc.agent.bridge import Control
 from elastic_hpc.agent.leading import Leading
+from elastic_hpc.agent.threads import Reader, within
 from elastic_hpc.environment import AGENT_MARK, prepare_worker_env
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
@@ -36,6 +37,12 @@ LEAVE = LEAVE_TIMEOUT + 20
 
 _CONTROL_PORT_OFFSET = 32
 """Control port above the endpoint's: the 32 below are for the stores of the rounds."""
+
+_SECRET_TIMEOUT = 2.0
+"""Seconds that a connection waits for the secret, which is read from the run directory once."""
+
+_LOG_TIMEOUT = 5.0
+"""Seconds in which the last lines of the log are written when the agent leaves."""
 
 
 class Assembly:
@@ -84,6 +91,8 @@ class Assembly:
         ``published``: this node's addresses. ``first``: this node leads at the beginning. ``supplies``, ``contained``:
         see ``Leading``. ``unfit`` may block, and returns why this node should not take part.
         """
+        from elastic_hpc.agent.store import StoreHost
+
         listeners = addresses.listen_on(_interfaces(published), self.spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
         host = Host(self.env.node, self.env.name, published, listeners[0].getsockname()[1], _software())
         self.leading = Leading(
@@ -94,6 +103,7 @@ class Assembly:
             self.policy,
             self.rundir,
             self.environ,
+            StoreHost(self.spec.rdzv_endpoint.port, published).open,
             supplies=supplies,
             contained=contained,
         )
@@ -113,10 +123,11 @@ class Assembly:
 
     def _network(self, listeners: Sequence[socket.socket]) -> Network:
         known: list[bytes] = []
+        reader = Reader(self.rundir.read_secret, _SECRET_TIMEOUT)
 
         async def secret() -> bytes:
             if not known:
-                known.append(await asyncio.to_thread(self.rundir.read_secret))
+                known.append(await reader.read())
             return known[0]
 
         return Network(listeners, secret, max(0.5, self.policy.heartbeat_timeout / 5))
@@ -126,7 +137,16 @@ class Assembly:
         self.control.close(timeout)
         if self.leading.recorder:
             self.leading.recorder.close()
-        self._log.stop()
+        within(_LOG_TIMEOUT, self._log.stop)
+
+
+class _ToListener(logging.handlers.QueueHandler):
+    """Leaves the formatting of tracebacks, for which source files are read, to the listener."""
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        record = copy.copy(record)
+        record.msg, record.args = record.getMessage(), None
+        return record
 
 
 def _interfaces(published: Sequence[str]) -> list[str]:
@@ -153,10 +173,11 @@ def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
         handler.setFormatter(logging.Formatter(f"%(asctime)s elastic_hpc[{env.name}]: %(message)s", "%H:%M:%S"))
     listener = logging.handlers.QueueListener(records, *handlers)
     listener.start()
-    log = logging.getLogger("elastic_hpc")
-    log.addHandler(logging.handlers.QueueHandler(records))
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    for name in ("elastic_hpc", "asyncio"):  # asyncio logs what goes wrong in a callback or a task
+        log = logging.getLogger(name)
+        log.addHandler(_ToListener(records))
+        log.setLevel(logging.INFO)
+        log.propagate = False
     logging.raiseExceptions = False  # the recorder reports a full file system, once
     return listener
 

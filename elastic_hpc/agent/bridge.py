@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from elastic_hpc.errors import JobEnded
+from elastic_hpc.agent.threads import Reader, on_thread
+from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership import follower
 from elastic_hpc.membership.messages import Failure, Order, Plan, State, Status
 from elastic_hpc.membership.nodes import votes
@@ -86,8 +87,7 @@ class Control:
         self._addresses: tuple[str, str] | None = None
         """The addresses of the connection over which that order came: the leader's, and this node's own."""
         self._over: JobEnded | None = None
-        self._lookup: asyncio.Future[Host | None] | None = None
-        """The read of the run directory that has not returned yet."""
+        self._published = Reader(outside.find_leader, _FILE_TIMEOUT)
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
@@ -201,19 +201,16 @@ class Control:
         os.eventfd_write(self.wake_fd, 1)
 
     async def published(self) -> Host | None:
-        """The leader that the run directory names. None if the file system does not answer in time; the next call goes
-        on waiting for that answer.
+        """The leader that the run directory names. None if the file system answers with an error, or
+        not in time.
         """
-        if self._lookup is None:
-            self._lookup = asyncio.ensure_future(asyncio.to_thread(self._outside.find_leader))
-        done, _ = await asyncio.wait([self._lookup], timeout=_FILE_TIMEOUT)
-        if not done:
+        try:
+            return await self._published.read()
+        except (ElasticError, OSError):
             return None
-        lookup, self._lookup = self._lookup, None
-        return lookup.result()
 
     async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
-        return await asyncio.to_thread(self._outside.give_up, roster, waited, why, patient=patient)
+        return await on_thread(self._outside.give_up, roster, waited, why, patient=patient)
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
         return self._outside.lead(roster, reason)
@@ -224,6 +221,8 @@ class Control:
         except Exception as error:  # a bug here must not leave the main thread waiting for ever
             log.exception("the control thread failed")
             self.ended(JobEnded("lost", f"the control thread failed: {error}"))
+        finally:
+            self._started.set()
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()

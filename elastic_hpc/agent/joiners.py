@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from elastic_hpc import slurm
+from elastic_hpc.agent.threads import on_thread
 from elastic_hpc.environment import AGAIN, JOIN
 from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
 from elastic_hpc.membership.roster import Host
@@ -18,6 +19,9 @@ from elastic_hpc.slurm.env import AgentEnv
 
 _PROBE = 0.5
 """Seconds in which a node that has power answers a connection attempt."""
+
+_MOST_STARTING = 16
+"""How many agents are started at a time: for each, slurmctld answers two requests, and starts a job step."""
 
 
 def enter(env: AgentEnv, rundir: RunDir) -> AgentEnv:
@@ -56,6 +60,7 @@ class SlurmSource:
         self._env = env
         self._rundir = rundir
         self._environ = environ
+        self._starting = asyncio.Semaphore(_MOST_STARTING)
 
     async def lacks_agent(self, host: Host) -> bool:
         """A node without power gives no answer. Where an agent is frozen, the kernel accepts the connection."""
@@ -63,24 +68,25 @@ class SlurmSource:
         return False in answers and True not in answers
 
     async def restart(self, host: Host) -> bool:
-        return await asyncio.to_thread(self._restart, host)
+        async with self._starting:
+            return await on_thread(self._restart, host)
 
     async def joiners(self) -> Sequence[slurm.Joiner]:
-        return await asyncio.to_thread(slurm.joiners, self._env.job)
+        return await on_thread(slurm.joiners, self._env.job)
 
     async def remaining(self) -> float:
-        left = (await asyncio.to_thread(slurm.show_job, self._env.job)).remaining
+        left = (await on_thread(slurm.show_job, self._env.job)).remaining
         return float("inf") if left is None else left.total_seconds()
 
     async def shorten(self, ids: Collection[str], seconds: float) -> None:
         for id in ids:
-            await asyncio.to_thread(slurm.change_time_limit, id, timedelta(seconds=seconds))
+            await on_thread(slurm.change_time_limit, id, timedelta(seconds=seconds))
 
     async def submit(self, exclude: Collection[str]) -> str:
-        return await asyncio.to_thread(self._submit, exclude)
+        return await on_thread(self._submit, exclude)
 
     async def cancel(self, ids: Collection[str]) -> None:
-        await asyncio.to_thread(slurm.cancel, *ids)
+        await on_thread(slurm.cancel, *ids)
 
     def _restart(self, host: Host) -> bool:
         if host.name not in slurm.expand(slurm.show_job(self._env.job).nodes):

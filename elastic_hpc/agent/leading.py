@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.agent.ending import Ending, published_leader
 from elastic_hpc.agent.joiners import SlurmSource
 from elastic_hpc.agent.supply import Supply
+from elastic_hpc.agent.threads import on_thread
 from elastic_hpc.errors import JobEnded, SlurmError
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.policy import Policy, Verdict
@@ -43,20 +43,22 @@ class Leading:
     rundir: RunDir
     environ: Mapping[str, str]
     """What this agent was started with."""
+    open_store: Callable[[int], Awaitable[int]]
+    """As in ``LeaderServer``."""
     supplies: bool = False
     """Slurm's commands start agents anew, and bring nodes."""
     contained: bool = False
     """As in ``Ending``."""
     recorder: Recorder | None = None
     """Set as soon as this node has led."""
+    _counters: dict[str, int] = field(default_factory=dict)
+    """Those with which the first leader begins."""
 
     def __post_init__(self) -> None:
         self._ending = Ending(self.env, self.policy, self.rundir, self.environ, self.contained, self._recorder_or_new)
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
-        """A leader on this node. ``roster`` is None for the first leader, which goes on from ``state.json``."""
-        from elastic_hpc.agent.store import StoreHost
-
+        """A leader on this node. ``roster`` is None for the first leader, which ``prepare`` precedes."""
         self.recorder = self._recorder_or_new()
         start: dict[str, Any] = {"inherited": roster, "reason": reason} if roster else self._first(self.recorder)
         addresses.allow_connections(4 * self.env.nodes)  # all may dial at once, and again before the first has ended
@@ -75,27 +77,20 @@ class Leading:
             )
         source = SlurmSource(self.env, self.rundir, self.environ)
         supply = Supply(source, self.recorder.event, grow=self.policy.grow) if self.supplies else None
-        stores = StoreHost(self.spec.rdzv_endpoint.port, self.host.addresses)
-
-        async def open_store(round: int) -> int:
-            return await asyncio.wrap_future(stores.open(round))
-
-        return LeaderServer(leader, self.recorder, open_store, self._act, supply)
+        return LeaderServer(leader, self.recorder, self.open_store, self._act, supply)
 
     def _recorder_or_new(self) -> Recorder:
         return self.recorder or Recorder(self.rundir, self.env.run, self.host)
 
     def _first(self, recorder: Recorder) -> dict[str, Any]:
         """The nodes and counters with which the first leader begins. Records the start of the run."""
-        state = self.rundir.read("state.json") or {}
         run = {"run": self.env.run, "job": self.env.job, "granted": self.env.nodes, "nproc_per_node": self.nproc}
         recorder.event("start", {"version": __version__, **run, **vars(self.policy)})
         names = [f"local{node}" for node in range(self.env.nodes)] if self.env.local else []
         if self.supplies:  # on a thread: nothing but the record waits for Slurm's answers
             args = (recorder, names)
             threading.Thread(target=self._record_allocation, args=args, name="allocation", daemon=True).start()
-        counters = {name: state.get(name, 0) for name in ("round", "restarts", "requeues")}
-        return {"granted": self.env.nodes, "granted_names": names, **counters}
+        return {"granted": self.env.nodes, "granted_names": names, **self._counters}
 
     def _record_allocation(self, recorder: Recorder, names: list[str]) -> None:
         """Fill in the ``names`` of the granted nodes, and record since when the job has them."""
@@ -109,8 +104,12 @@ class Leading:
         recorder.event("allocation", {"run": self.env.run, **{k: slurm.epoch(text) for k, text in moments.items()}})
 
     def prepare(self) -> None:
-        """Make the job's secret, and write the options of the job to ``spec.json``."""
+        """Make the job's secret, write the options of the job to ``spec.json``, and read with which counters the first
+        leader begins.
+        """
         self.rundir.make_secret()
+        state = self.rundir.read("state.json") or {}
+        self._counters = {name: state.get(name, 0) for name in ("round", "restarts", "requeues")}
         self.rundir.write(
             "spec.json",
             {
@@ -131,6 +130,6 @@ class Leading:
 
     async def _act(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None:
         body = {"outcome": verdict.outcome, "reason": verdict.reason}
-        problem = await asyncio.to_thread(self._ending.act, body, lost, alone=alone, others=others)
+        problem = await on_thread(self._ending.act, body, lost, alone=alone, others=others)
         if problem:
             log.warning("%s", problem)

@@ -1,26 +1,51 @@
 """The c10d stores at which workers meet: a new TCPStore for every round, on the leader's host.
 
-Opening a store may block for as long as a name server takes to answer, so each store is opened on a thread of its own,
+Opening a store may block for as long as a name server takes to answer, so each attempt runs on a thread of its own,
 which can be abandoned. In a store that is used for several rounds, new ranks would read addresses of dead peers.
 """
 
 from __future__ import annotations
 
-import threading
+import asyncio
 from collections.abc import Sequence
-from concurrent.futures import Future
 from datetime import timedelta
 
 from torch.distributed import TCPStore
 
+from elastic_hpc.agent.threads import on_thread, start
 from elastic_hpc.network.addresses import LOOPBACK, listen_from, own
 
 _PORTS = 32
 """Number of ports that the rounds use in turn, so that a late worker of an old round finds no store."""
 
+_MOST_ATTEMPTS = 3
+"""Attempts to open the store of one round that may be under way at a time."""
+
+
+class _Opened:
+    """A store that listens on ``host``, on the first free port from ``port`` upwards."""
+
+    def __init__(self, host: str, port: int) -> None:
+        listener = listen_from(port, host)
+        self.port = int(listener.getsockname()[1])
+        self._stores = [
+            TCPStore(
+                host or LOOPBACK,
+                self.port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=60),
+                master_listen_fd=listener.detach(),
+            )
+        ]
+
+    def close(self) -> None:
+        """A store is closed when nothing refers to it. That ends a thread of torch, so a thread of ours does it."""
+        start(self._stores.clear)
+
 
 class StoreHost:
-    """Opens the stores of the rounds, and keeps those of the last two rounds."""
+    """Opens the stores of the rounds, and keeps those of the last two rounds. Used by one event loop alone."""
 
     def __init__(self, port: int, published: Sequence[str]) -> None:
         """``published``: the addresses of this node. torch's store has one socket, so with several addresses the
@@ -28,31 +53,36 @@ class StoreHost:
         """
         self._port = port
         self._host = published[0] if len(published) == 1 and own(published) else ""
-        self._stores: dict[int, TCPStore] = {}
+        self._stores: dict[int, _Opened] = {}
+        self._attempts: dict[int, list[asyncio.Future[_Opened]]] = {}
+        """By round; only those of the round that was asked for last."""
 
-    def open(self, round: int) -> Future[int]:
-        """Open the store of ``round``. The result is the port on which it listens."""
-        opened: Future[int] = Future()
+    async def open(self, round: int) -> int:
+        """The port of the store of ``round``. If a caller stops waiting and asks again, another attempt begins beside
+        the first one, on another port; the first store that is open counts, and the others are closed.
+        """
+        for old in [r for r in self._attempts if r != round]:
+            _abandon(self._attempts.pop(old))
+        attempts = self._attempts.setdefault(round, [])
+        if len(attempts) < _MOST_ATTEMPTS and not any(attempt.done() for attempt in attempts):
+            attempts.append(asyncio.ensure_future(on_thread(_Opened, self._host, self._port + (round - 1) % _PORTS)))
+        done, _ = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
+        attempt = min(done, key=lambda attempt: attempt.exception() is not None)
+        attempts.remove(attempt)
+        opened: _Opened = attempt.result()
+        _abandon(self._attempts.pop(round, []))
+        for old in [r for r in self._stores if r < round - 1]:
+            self._stores.pop(old).close()
+        self._stores[round] = opened
+        return opened.port
 
-        def work() -> None:
-            try:
-                listener = listen_from(self._port + (round - 1) % _PORTS, self._host)
-                port = listener.getsockname()[1]
-                store = TCPStore(
-                    self._host or LOOPBACK,
-                    port,
-                    is_master=True,
-                    wait_for_workers=False,
-                    timeout=timedelta(seconds=60),
-                    master_listen_fd=listener.detach(),
-                )
-            except Exception as error:  # noqa: BLE001 - raised where the result is waited for
-                opened.set_exception(error)
-                return
-            for old in [r for r in self._stores if r < round - 1]:
-                del self._stores[old]
-            self._stores[round] = store
-            opened.set_result(port)
 
-        threading.Thread(target=work, name=f"store-{round}", daemon=True).start()
-        return opened
+def _abandon(attempts: list[asyncio.Future[_Opened]]) -> None:
+    """Close what ``attempts`` open, sooner or later."""
+    for attempt in attempts:
+        attempt.add_done_callback(_close_late)
+
+
+def _close_late(attempt: asyncio.Future[_Opened]) -> None:
+    if not attempt.cancelled() and not attempt.exception():
+        attempt.result().close()

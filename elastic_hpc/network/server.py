@@ -31,6 +31,9 @@ BATCH_HOST = 0
 LEAVE_TIMEOUT = 10.0
 """Seconds that the agents have to leave after the verdict before the leader leaves."""
 
+STORE_TIMEOUT = 10.0
+"""Seconds that the store of a round may take to open before the leader is told, and another attempt begins."""
+
 _MOST_PASSES = 64
 """Passes of the event loop after which the leader decides, even if each pass has brought more messages."""
 
@@ -67,7 +70,9 @@ class Supplier(Protocol):
 
 
 class LeaderServer:
-    """Serves ``leader``. ``open_store(round)`` starts a store and gives its port; ``supply`` brings nodes."""
+    """Serves ``leader``. ``open_store(round)`` starts a store and gives its port; it is called again if it fails or is
+    cancelled for being late. ``supply`` brings nodes.
+    """
 
     def __init__(
         self,
@@ -253,13 +258,16 @@ class LeaderServer:
 
     async def _open(self, wanted: int) -> None:
         try:
-            port = await self._open_store(wanted)
+            port = await asyncio.wait_for(self._open_store(wanted), STORE_TIMEOUT)
         except Exception as error:  # noqa: BLE001 - whatever keeps a store from opening is recorded, and tried again
-            problem = (str(error) or type(error).__name__).splitlines()[0]  # torch's own traceback may follow
+            late = f"it was not open after {STORE_TIMEOUT:g} s" if isinstance(error, asyncio.TimeoutError) else ""
+            problem = (late or str(error) or type(error).__name__).splitlines()[0]  # torch's own traceback may follow
             self.leader.on_store_failed(wanted, problem, asyncio.get_running_loop().time())
             self._after_input()
             await asyncio.sleep(1.0)
-            self._opening = None
+            if self._opening == wanted:
+                self._opening = None
+                self._after_input()
             return
         self.leader.on_store(wanted, port, asyncio.get_running_loop().time())
         self._after_input()

@@ -232,10 +232,14 @@ ENDPOINT = {"run": 1, "node": 0, "host": "n1", "addresses": ["10.0.0.1"], "port"
 WHY = "n1 at 10.0.0.1 port 29432: Connection refused"
 
 
+async def no_store(round: int) -> int:
+    raise AssertionError(f"nobody forms round {round}")
+
+
 def agent(rundir: RunDir, run: int = 1, **changes: Any) -> Leading:
     """One that has lost all others, where nobody has Slurm."""
     env = AgentEnv("7", 1, "n2", 2, run, 2, None, None, local=True)
-    return Leading(None, env, HOST, 1, replace(POLICY, **changes), rundir, {})  # type: ignore[arg-type]
+    return Leading(None, env, HOST, 1, replace(POLICY, **changes), rundir, {}, no_store)  # type: ignore[arg-type]
 
 
 def roster(restarts: int, requeues: int) -> Roster:
@@ -345,6 +349,7 @@ def test_a_leader_that_takes_over_goes_on_with_what_the_last_one_had_charged(tmp
     leader = leading.lead(roster(2, 1), "n1 lost").leader
     assert (leader.round, leader.restarts, leader.requeues, leader.leads) == (5, 2, 1, False)
     RunDir(tmp_path).write("state.json", {"round": 7, "restarts": 2, "requeues": 1})
+    leading.prepare()
     leader = leading.lead(None, "").leader
     assert (leader.round, leader.restarts, leader.requeues, leader.leads) == (8, 2, 1, True)
     assert leading.recorder

@@ -248,12 +248,16 @@ def test_a_set_up_line_that_fails_is_told_and_the_job_goes_on(project: Path) -> 
 # an agent without Slurm's commands
 
 
+async def no_store(round: int) -> int:
+    raise AssertionError(f"nobody forms round {round}")
+
+
 def leading(rundir: RunDir) -> Leading:
     env = AgentEnv("7", 1, "n2", 2, 0, 2, None, None, local=False)
     policy = replace(simulated.POLICY, heartbeat_timeout=0.05)
     spec = LaunchSpec.from_namespace(argparse.Namespace(script="t.py"))
     host = Host(1, "n2", ("10.0.0.2",), 29432, "torch 2")
-    return Leading(spec, env, host, 1, policy, rundir, {}, contained=True)
+    return Leading(spec, env, host, 1, policy, rundir, {}, no_store, contained=True)
 
 
 def test_a_leader_without_slurms_commands_asks_for_no_nodes_and_leaves_requeues_to_the_batch_script(
