@@ -25,6 +25,7 @@ from elastic_hpc.agent.arguments import (
     workers_per_node,
 )
 from elastic_hpc.agent.assembly import LEAVE, Assembly
+from elastic_hpc.agent.first import leads_at_first
 from elastic_hpc.agent.joiners import enter
 from elastic_hpc.environment import forget_enclosing
 from elastic_hpc.errors import JobEnded
@@ -64,11 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     standbys.prepare()  # they import torch at the same time as this process
     from elastic_hpc.workers import elastic_agent  # noqa: F401 - imports torch, while the preflight runs
 
-    head = spec.rdzv_endpoint.head
     contained = not env.local and (args.contained or shutil.which("scontrol") is None)
     parts.connect(
         ("127.0.0.1",) if env.local else addresses.to_publish(env.name, spec.interface, env.submit_host),
-        first=not env.late and (addresses.is_me(head, env.name) if head and not env.local else env.node == 0),
+        first=leads_at_first(spec.rdzv_endpoint, env, rundir, environ),
         supplies=not (env.local or contained),
         contained=contained,
         unfit=unfit,

@@ -20,7 +20,6 @@ BACKLOG = 4096
 
 LOOPBACK = "127.0.0.1"
 
-_LOCALHOST = frozenset({"localhost", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback"})
 _OTHER_FILES = 512
 """Files that this process may have open besides its connections."""
 
@@ -76,9 +75,9 @@ def to_publish(node: str, interface: str | None, submit_host: str | None) -> tup
                 f"expected one of {', '.join(sorted(first))}"
             )
         return (first[interface],)
-    own = [(name, address) for name, address in _own() if not is_loopback(address)]
+    own = [(name, address) for name, address in _own() if not address.startswith("127.")]
     name_of = {address: name for name, address in own}
-    named = [address for address in (*_resolve(node), *_route_to(submit_host)) if address in name_of]
+    named = [address for address in (*resolve(node), *_route_to(submit_host)) if address in name_of]
     firsts = [address for name, address in interface_addresses().items() if address in name_of]
     sound = {address for name, address in own if _is_sound(name, address)}
     best = [a for a in named if a in sound] + [a for a in firsts if a in sound and _leads_out(name_of[a])]
@@ -107,25 +106,17 @@ def _leads_out(interface: str) -> bool:
     return not folder.exists() or (folder / "device").exists() or any(map(_leads_out, lower))
 
 
-def is_loopback(host: str | None) -> bool:
-    """Whether ``host`` is this machine on every machine: ``localhost``, ``127.0.0.1``, ``::1``, ``0.0.0.0``."""
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address((host or "").strip("[]"))
-        return address.is_loopback or address.is_unspecified
-    name = (host or "").lower().rstrip(".")
-    return name.partition(".")[0] in _LOCALHOST or name.endswith(".localhost")
-
-
 def is_me(host: str, node: str) -> bool:
     """Whether ``host`` (a name or an address) is this node, which Slurm calls ``node``. An address may be that of
     several nodes.
     """
     names = {node, node.partition(".")[0], socket.gethostname()}
     own = {address for _, address in _own()}
-    return host in names or any(address in own or is_loopback(address) for address in _resolve(host))
+    return host in names or any(address in own or address.startswith("127.") for address in resolve(host))
 
 
-def _resolve(name: str) -> list[str]:
+def resolve(name: str) -> list[str]:
+    """The IPv4 addresses of ``name``; none if it is unknown."""
     try:
         return [str(info[4][0]) for info in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)]
     except OSError:
@@ -186,4 +177,4 @@ def _listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
 def own(hosts: Sequence[str]) -> list[str]:
     """Which of ``hosts`` are addresses of this node."""
     here = {address for _, address in _own()}
-    return [host for host in hosts if host in here or is_loopback(host)]
+    return [host for host in hosts if host in here or host.startswith("127.")]

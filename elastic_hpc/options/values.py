@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import re
 import shlex
 import signal
@@ -14,7 +16,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.options import durations
 
 DEFAULT_PORT = 29400
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_LOCALHOST = frozenset({"localhost", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback"})
 _SOME_SIZES = r"\d{1,6}(?:-\d{1,6}(?::0*[1-9]\d{0,5})?)?"
 
 
@@ -82,7 +84,16 @@ class Endpoint:
     @property
     def head(self) -> str | None:
         """The host, if the user named one. ``localhost`` does not count: it stands for every node."""
-        return None if self.host in _LOOPBACK else self.host
+        return None if self.is_loopback else self.host
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the host means each machine itself: ``localhost``, ``127.0.0.1``, ``::1``, ``0.0.0.0``."""
+        with contextlib.suppress(ValueError):
+            address = ipaddress.ip_address(self.host or "")
+            return address.is_loopback or address.is_unspecified
+        name = (self.host or "").lower().rstrip(".")
+        return name.partition(".")[0] in _LOCALHOST or name.endswith(".localhost")
 
     def __str__(self) -> str:
         host = self.host or ""

@@ -53,13 +53,7 @@ class RunDir:
 
     def make_secret(self) -> bytes:
         """The job's secret. The first call makes it; it is the same for all agents, and after a requeue."""
-        path = self.path / "secret"
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return self.read_secret()
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(os.urandom(32).hex().encode())
+        self.claim("secret", os.urandom(32).hex())
         return self.read_secret()
 
     def read_secret(self) -> bytes:
@@ -132,6 +126,21 @@ class RunDir:
         except BlockingIOError:
             return True
         return False
+
+    def claim(self, name: str, text: str) -> bool:
+        """Write ``text`` to the file ``name``, unless another process has done so. Returns whether this call was the
+        first. Raises ElasticError.
+        """
+        path = self.path / name
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise ElasticError(f"{path}: {error.strerror}") from error
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        return True
 
     def mark_acted(self, run: int, job: str) -> None:
         """The verdict of ``run`` was a requeue, and the job was requeued, or submitted again, as ``job``. Raises

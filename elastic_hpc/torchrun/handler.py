@@ -24,12 +24,13 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from elastic_hpc.agent.assembly import Assembly
 from elastic_hpc.agent.rendezvous import ElasticRendezvousHandler
 from elastic_hpc.environment import forget_enclosing
-from elastic_hpc.errors import JobEnded
+from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership.causes import explain
 from elastic_hpc.membership.messages import Failure
 from elastic_hpc.network import addresses
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.torchrun.settings import is_loopback, leads_at_first, place, read_settings
+from elastic_hpc.slurm.env import AgentEnv
+from elastic_hpc.torchrun.settings import Settings, leads_at_first, place, read_settings
 from elastic_hpc.workers import guard, proc
 from elastic_hpc.workers.memory import OomWatch
 from elastic_hpc.workers.watch import Watch
@@ -53,21 +54,29 @@ def join(parameters: RendezvousParameters) -> TorchrunHandler:
     forget_enclosing(os.environ)
     environ, env = dict(os.environ), place(settings, rundir)
     parts = Assembly(spec, env, rundir, settings.nproc, environ, can_requeue=False)
-    if parameters.local_addr:
-        published: tuple[str, ...] = (parameters.local_addr,)
-    elif is_loopback(spec.rdzv_endpoint.host):
-        published = ("127.0.0.1",)
-    else:
-        published = addresses.to_publish(
-            os.uname().nodename if env.local else env.name, spec.interface, env.submit_host
-        )
     first = leads_at_first(settings, env, rundir)
     if first:
         _begin(rundir)
-    parts.connect(published, first=first)
+    parts.connect(_published(settings, env, parameters.local_addr), first=first)
     handler = TorchrunHandler(parts)
     parts.control.start()
     return handler
+
+
+def _published(settings: Settings, env: AgentEnv, given: str | None) -> tuple[str, ...]:
+    """The addresses of this node; ``given`` is torchrun's ``--local-addr``."""
+    if given:
+        return tuple(addresses.resolve(given)) or (given,)
+    by_hand, spec = env.local, settings.spec
+    alone = (addresses.LOOPBACK,)
+    if by_hand and spec.rdzv_endpoint.head is None and spec.nodes.max == 1:  # no other node will come
+        return alone
+    try:
+        return addresses.to_publish(os.uname().nodename if by_hand else env.name, spec.interface, env.submit_host)
+    except ElasticError:
+        if by_hand and spec.rdzv_endpoint.is_loopback:  # all agents are on this machine
+            return alone
+        raise
 
 
 class _ExitBarrier:

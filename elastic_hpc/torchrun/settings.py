@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import ipaddress
 import itertools
 import os
 import sys
@@ -18,6 +16,7 @@ from typing import Any
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
+from elastic_hpc.agent.first import leads_at_first as first_of_step
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.network import addresses
 from elastic_hpc.options.spec import LaunchSpec
@@ -121,22 +120,17 @@ def place(settings: Settings, rundir: RunDir) -> AgentEnv:
     return AgentEnv(job, node, name, settings.spec.nodes.max, 0, cpus, None, None, local=True)
 
 
-def is_loopback(host: str | None) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host or "").is_loopback
-    return host == "localhost"
-
-
 def leads_at_first(settings: Settings, env: AgentEnv, rundir: RunDir) -> bool:
     """Whether this agent leads at the beginning. As with torch's own backend, the endpoint's host leads; of several
     agents on that host, only one does. If the job runs already, the agent follows.
     """
-    host, first = settings.spec.rdzv_endpoint.host, settings.is_host
-    if first is None:
-        if host is None or is_loopback(host):
-            first = env.node == 0
-        else:
-            first = addresses.is_me(host, env.name) and (not env.local or _lock(rundir.path / "host.lock"))
+    endpoint, first = settings.spec.rdzv_endpoint, settings.is_host
+    if not env.local:
+        first = first_of_step(endpoint, env, rundir, os.environ, is_host=first)
+    else:
+        if first is None:
+            first = addresses.is_me(endpoint.head, env.name) if endpoint.head else env.node == 0
+        first = first and _locks_lead(rundir, settings)
     if not first or not (rundir.path / "endpoint.json").exists():
         return first
     if rundir.read("verdict.json"):
@@ -148,3 +142,13 @@ def leads_at_first(settings: Settings, env: AgentEnv, rundir: RunDir) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def _locks_lead(rundir: RunDir, settings: Settings) -> bool:
+    """Whether no other agent has begun to lead. Where the file system has no locks, nodes with numbers are believed."""
+    try:
+        return _lock(rundir.path / "host.lock")
+    except ElasticError:
+        if settings.node is None:
+            raise
+        return True

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from elastic_hpc.agent.first import leads_at_first
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.network import addresses
+from elastic_hpc.options.values import Endpoint
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import read_agent_env
 
 BRIDGES = {"docker0": "172.17.0.1", "virbr0": "192.168.122.1", "cni-podman0": "10.88.0.1", "usb0": "169.254.3.1"}
 
@@ -25,7 +29,7 @@ class Machine:
         self.names: dict[str, list[str]] = {}
         monkeypatch.setattr(addresses, "_SYSTEM", str(folder))
         monkeypatch.setattr(addresses, "_own", lambda: self.own)
-        monkeypatch.setattr(addresses, "_resolve", lambda name: self.names.get(name, []))
+        monkeypatch.setattr(addresses, "resolve", lambda name: self.names.get(name, []))
         self.add("lo")
 
     def add(self, name: str, *own: str, kind: str = "", over: str = "") -> Machine:
@@ -110,15 +114,19 @@ def test_a_bridge_of_containers_is_known_in_a_real_network(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "host",
     ["localhost", "LOCALHOST.", "localhost.localdomain", "localhost6", "ip6-loopback", "a.localhost", "127.0.0.1",
-     "127.0.1.1", "::1", "[::1]", "0.0.0.0", "::"],
+     "127.0.1.1", "::1", "0.0.0.0", "::"],
 )  # fmt: skip
 def test_what_is_every_machine_itself(host: str) -> None:
-    assert addresses.is_loopback(host)
+    endpoint = Endpoint.parse(f"[{host}]:29400" if ":" in host else f"{host}:29400")
+    assert endpoint.is_loopback
+    assert endpoint.head is None
 
 
 @pytest.mark.parametrize("host", [None, "", "n1", "local", "10.0.0.1", "localhost2", "fe80::1", "n1.localdomain"])
 def test_what_is_one_machine(host: str | None) -> None:
-    assert not addresses.is_loopback(host)
+    endpoint = Endpoint(host)
+    assert not endpoint.is_loopback
+    assert endpoint.head == host
 
 
 def test_an_agent_listens_on_one_port_of_each_address_and_nowhere_else() -> None:
@@ -136,3 +144,45 @@ def test_an_agent_listens_on_one_port_of_each_address_and_nowhere_else() -> None
             one.close()
     with pytest.raises(ElasticError, match=r"203\.0\.113\.9 is no address of this node"):
         addresses.listen_on(["203.0.113.9"], 43100)
+
+
+def leaders(rundir: RunDir, endpoint: str, *, nodes: int = 3, is_host: bool | None = None, **environ: str) -> list[int]:
+    """Which nodes of a job step lead at the beginning."""
+    envs = [
+        read_agent_env({**STEP, **environ, "SLURM_NODEID": str(n), "SLURMD_NODENAME": f"n{n}"}) for n in range(nodes)
+    ]
+    found = Endpoint.parse(endpoint)
+    return [env.node for env in envs if leads_at_first(found, env, rundir, {**STEP, **environ}, is_host=is_host)]
+
+
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NUM_TASKS": "3"}
+
+
+@pytest.mark.parametrize(
+    "endpoint", [":29400", "localhost:29400", "127.0.0.1", "[::1]:29400", "0.0.0.0:29400", "localhost.localdomain"]
+)
+def test_the_first_node_leads_where_the_endpoint_is_every_machine_itself(machine: Machine, endpoint: str) -> None:
+    machine.names |= {"localhost": ["127.0.0.1"], "localhost.localdomain": ["127.0.0.1"]}
+    for nodes in (1, 3):
+        assert leaders(RunDir("/none"), endpoint, nodes=nodes) == [0]
+
+
+@pytest.mark.parametrize("endpoint", ["head.site", "10.1.0.9", socket.gethostname()])
+def test_one_node_leads_where_several_have_the_endpoints_name_or_address(
+    machine: Machine, tmp_path: Path, endpoint: str
+) -> None:
+    """An address that moves between nodes, a name in the hosts file of a common image."""
+    rundir = RunDir(tmp_path / "run").create()
+    machine.add("eth0", "10.1.0.9")
+    machine.names |= {"head.site": ["127.0.1.1"], "10.1.0.9": ["10.1.0.9"]}
+    for environ in ({}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "8"}):
+        assert leaders(rundir, endpoint, **environ) == [0]
+    assert leaders(rundir, endpoint, SLURM_STEP_ID="2", ELASTIC_HPC_AGAIN="0") == []
+    assert leaders(rundir, endpoint, SLURM_STEP_ID="2", is_host=False) == []
+    assert leaders(rundir, endpoint, SLURM_STEP_ID="2", is_host=True) == [0]
+
+
+def test_the_node_that_the_endpoint_names_leads(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path / "run").create()
+    assert leaders(rundir, "n2:29400") == [2]
+    assert leaders(rundir, "elsewhere.invalid") == []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from elastic_hpc.errors import UsageError
+from elastic_hpc.network import addresses
 from elastic_hpc.network.addresses import listen_from
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.torchrun.settings import read_settings
+from elastic_hpc.slurm.env import AgentEnv
+from elastic_hpc.torchrun.handler import _published
+from elastic_hpc.torchrun.settings import leads_at_first, place, read_settings
 from elastic_hpc.workers.guard import marked
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
@@ -187,3 +191,39 @@ def test_keys_that_do_not_exist_and_values_that_mean_nothing_are_refused() -> No
     assert refused(is_host="maybe") == "--rdzv-conf is_host=maybe: expected true or false"
     assert "'nproc_per_node': 4" in refused(timeout="900")
     assert "for example --rdzv-id $SLURM_JOB_ID" in refused("none")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "confs"),
+    [
+        ("localhost:29400", [{"node": "0"}, {"node": "0"}, {"node": "1"}]),
+        ("0.0.0.0:29400", [{}, {}, {}]),
+        ("127.0.0.9:29400", [{}, {}, {}]),
+        (f"{os.uname().nodename}:29400", [{}, {}, {}]),
+        ("elsewhere.invalid", [{"is_host": "true"}, {"is_host": "true"}, {"is_host": "false"}]),
+    ],
+)
+def test_one_torchrun_leads_whatever_each_of_them_is_told(
+    tmp_path: Path, endpoint: str, confs: list[dict[str, str]]
+) -> None:
+    rundir, firsts = RunDir(tmp_path / "run").create(), []
+    for conf in confs:
+        parameters = RendezvousParameters("elastic-hpc", endpoint, "7", 1, 3, None, nproc_per_node="1", **conf)
+        settings = read_settings(parameters)
+        firsts.append(leads_at_first(settings, place(settings, rundir), rundir))
+    assert firsts == [True, False, False]
+
+
+def test_a_torchrun_alone_listens_on_loopback_and_others_where_they_can_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(addresses, "to_publish", lambda *_: ("10.1.0.7",))
+    by_hand = AgentEnv("7", 0, "n1", 3, 0, 1, None, None, local=True)
+
+    def published(endpoint: str, most: int, given: str | None = None, **place: Any) -> tuple[str, ...]:
+        parameters = RendezvousParameters("elastic-hpc", endpoint, "7", 1, most, given, nproc_per_node="1")
+        return _published(read_settings(parameters), replace(by_hand, **place), given)
+
+    assert published("localhost:29400", 1) == published("", 1) == ("127.0.0.1",)
+    assert published("localhost:29400", 3) == published("localhost:29400", 1, local=False) == ("10.1.0.7",)
+    assert published("n1", 3, "localhost") == ("127.0.0.1",)

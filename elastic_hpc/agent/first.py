@@ -1,0 +1,27 @@
+"""Which agent leads at the beginning: exactly one, whatever the nodes think of ``--rdzv-endpoint``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from elastic_hpc.network import addresses
+from elastic_hpc.options.values import Endpoint
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import AgentEnv
+
+
+def leads_at_first(
+    endpoint: Endpoint, env: AgentEnv, rundir: RunDir, environ: Mapping[str, str], *, is_host: bool | None = None
+) -> bool:
+    """Whether this agent of a job step leads at the beginning: that of the first node, unless ``endpoint`` names a
+    host, or ``is_host`` says whether this node is that host. Several nodes may take the name or the address for their
+    own; the first of them that claims the lead in the run directory has it.
+    """
+    if env.late:
+        return False
+    if is_host is None and (env.local or endpoint.head is None):
+        return env.node == 0
+    if is_host is None:
+        is_host = addresses.is_me(str(endpoint.head), env.name)
+    step = (environ.get("SLURM_JOB_ID", env.job), environ.get("SLURM_STEP_ID", ""), str(env.run))
+    return is_host and rundir.claim(f"first.{'.'.join(step)}", env.name)
