@@ -34,7 +34,10 @@ for every value.
 OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, CONTINUE, FIRST_RUN, FIRST_JOB)
 """Variables for the agents of one job. A job that is started from within that job must not have them."""
 
-_OF_A_ROUND = ("ELASTIC_HPC_ROUND", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR", "GLOO_SOCKET_IFNAME")
+FENCE = "ELASTIC_HPC_FENCE"
+"""The job, run and round of a worker, ``JOB.RUN.ROUND``, by which its checkpoints are fenced (``training.fences``)."""
+
+_OF_A_ROUND = ("ELASTIC_HPC_ROUND", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR", FENCE, "GLOO_SOCKET_IFNAME")
 """Variables that ``agent.rendezvous`` sets for each round."""
 
 INSTEAD = {

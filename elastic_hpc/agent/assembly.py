@@ -6,6 +6,7 @@ torch is imported in ``connect`` at the earliest, so that standbys may import it
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import logging.handlers
 import os
@@ -131,6 +132,11 @@ class Assembly:
             return known[0]
 
         return Network(listeners, secret, max(0.5, self.policy.heartbeat_timeout / 5))
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """``RunDir.identity``; to be read when a leader has been found, which needs the job's secret too."""
+        return self.rundir.identity()
 
     def close(self, timeout: float = LEAVE) -> None:
         """Leave the job. The leader's agent waits, at most ``timeout`` seconds, until all others have left."""

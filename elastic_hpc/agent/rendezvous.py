@@ -9,6 +9,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 from elastic_hpc.agent.assembly import Assembly
 from elastic_hpc.agent.bridge import Seat
+from elastic_hpc.environment import FENCE
 from elastic_hpc.membership.messages import Plan
 from elastic_hpc.network import addresses
 from elastic_hpc.training.progress import LOCAL_DIR
@@ -18,7 +19,7 @@ class ElasticRendezvousHandler(RendezvousHandler):
     """Gives torch's agent the place that the leader has decided on. No method uses a store, or waits for lost nodes."""
 
     def __init__(self, parts: Assembly) -> None:
-        self._control = parts.control
+        self._control, self._parts = parts.control, parts
         self._run_id = str(parts.spec.rdzv_id)
         self._gloo_interface = parts.environ.get("GLOO_SOCKET_IFNAME")
         self._local_folder = parts.local_folder
@@ -54,6 +55,7 @@ class ElasticRendezvousHandler(RendezvousHandler):
         os.environ[LOCAL_DIR] = os.path.join(self._local_folder, str(seat.round))
         os.mkdir(os.environ[LOCAL_DIR], 0o700)
         os.environ["ELASTIC_HPC_RANK0_ADDR"] = seat.plan.rank0_addr
+        os.environ[FENCE] = f"{self._parts.identity}.{self._parts.env.run}.{seat.round}"
         interface = self._gloo_interface or addresses.interface_of(seat.local_addr)
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface

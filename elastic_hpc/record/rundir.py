@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -67,6 +68,12 @@ class RunDir:
         if mode & 0o077 or len(secret) < 32:
             raise ElasticError(f"{path}: expected a file of mode 0600 with the job's secret; remove it and start again")
         return secret
+
+    def identity(self) -> str:
+        """A name that no other run directory has, the same in all runs of the job: a hash of the secret, which tells
+        nobody the secret. Raises ElasticError.
+        """
+        return hashlib.sha256(b"identity of a run directory" + self.read_secret()).hexdigest()[:16]
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The JSON object in ``name``, or None if there is no such file yet. Raises ElasticError if it is damaged."""

@@ -107,7 +107,6 @@ class TorchrunHandler(ElasticRendezvousHandler):
 
     def __init__(self, parts: Assembly) -> None:
         super().__init__(parts)
-        self._parts = parts
         self._lock = threading.Lock()
         self._watched_round = 0
         self._reported = False

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or do not exist, saved by any number of ranks, but not by workers of earlier rounds."""
+"""Checkpoints that are complete or do not exist, saved by any number of ranks of one job, in its latest round."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from elastic_hpc.environment import is_of_another_job
 from elastic_hpc.errors import ElasticError, UsageError
-from elastic_hpc.training.checkpoint_folder import Files
+from elastic_hpc.training import fences
+from elastic_hpc.training.checkpoint_folder import Files, complete
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -23,23 +23,77 @@ class CheckpointError(ElasticError):
     """A checkpoint was not committed, or no existing checkpoint can be loaded. Raised on all ranks."""
 
 
-class Checkpoints:
+class CheckpointReader:
+    """The complete checkpoints in ``folder``, which all ranks must share, for a job that saves none there: an
+    evaluation, or a training that begins with the weights of another. Touches nothing, so a training may go on there.
+
+    All ranks make the same calls in the same order, as for a collective.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder).absolute()
+
+    def newest_first(self) -> list[Path]:
+        """The complete checkpoints, the same on all ranks."""
+        names = _lead(lambda: complete(self.folder), f"cannot list {self.folder}")
+        self._look(".")
+        return [self.folder / name for name in names]
+
+    def load(self, loader: Callable[[Path], T]) -> T | None:
+        """What ``loader`` returns for the newest checkpoint that it can load on all ranks; None without a checkpoint.
+
+        If ``loader`` raises on any rank, all ranks try the checkpoint before. If the checkpoints were pruned in the
+        meantime, those that have come are tried. Raises CheckpointError if no checkpoint loads: the loader is probably
+        at fault, and a training that starts anew would overwrite the checkpoints.
+        """
+        failure, tried, found = "", set[Path](), self.newest_first()
+        while untried := [path for path in found if path not in tried]:
+            for path in untried:
+                tried.add(path)
+                try:
+                    with _agree(f"cannot load {path}"):
+                        result = loader(path)
+                except CheckpointError as error:
+                    failure = str(error)
+                    if world()[0] == 0:
+                        log.warning("%s; trying the one before", failure)
+                else:
+                    return result
+            found = self.newest_first()
+            if tried <= set(found):  # none was pruned
+                break
+        if failure:
+            raise CheckpointError(f"{failure}; nor any later one: mend the loader, or start anew in another folder")
+        return None
+
+    def _look(self, name: str) -> None:
+        """Raise CheckpointError unless all ranks see ``name``. Makes NFS look again."""
+        with _agree(f"{self.folder}: expected a folder that the nodes of all ranks share"):
+            os.scandir(self.folder / name).close()
+
+
+class Checkpoints(CheckpointReader):
     """The checkpoints in ``folder``, which all ranks must share; by default ``checkpoints`` in the job's run directory,
-    without an agent in the working directory.
+    without an agent in the working directory. ``keep``: how many steps are kept after a save, besides later steps,
+    which a loader must have refused. To load without saving, use ``CheckpointReader``.
 
     All ranks make the same calls in the same order, as for a collective. Create the object after
-    ``init_process_group`` and before you read a checkpoint; this removes what earlier rounds left unfinished. ``keep``:
-    how many steps are kept after a save, besides later steps, which a loader must have refused. Raises FencedOut, as
-    ``save`` does, on a worker whose round is over; without ELASTIC_HPC_ROUND, as under torchrun, on no worker.
+    ``init_process_group`` and before you read a checkpoint: the folder belongs to this round of this job from then on,
+    and what earlier rounds left unfinished is removed.
+
+    Never do two owners save: whoever opens the folder removes the fence of the owner before, and no checkpoint is
+    committed without its fence, however long a worker was asleep. Raises FencedOut, as ``save`` does, on a worker of an
+    earlier round or run of the job, which is known by number; and for a folder of another job that is alive. Another
+    job is alive as long as its agents show so in its run directory. If that cannot be written or seen, or without
+    agents, as under plain torchrun, the last one to open the folder has it, and the other's next save fails.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, keep: int = 3) -> None:
         if keep < 1:
             raise UsageError(f"Checkpoints(keep={keep}): expected the number of checkpoints to keep, at least 1")
-        self.folder = Path(folder or Path(os.environ.get("ELASTIC_HPC_RUN_DIR", ""), "checkpoints")).absolute()
-        round = None if is_of_another_job(os.environ) else os.environ.get("ELASTIC_HPC_ROUND")
-        job = os.environ.get("TORCHELASTIC_RUN_ID", "") if round else "none"
-        self._files = Files(self.folder, job, int(round or 0), keep, fenced=bool(round))
+        super().__init__(folder or Path(os.environ.get("ELASTIC_HPC_RUN_DIR", ""), "checkpoints"))
+        owner, run_dir = fences.own(os.environ)
+        self._files = Files(self.folder, owner, keep, run_dir)
         _lead(self._files.open, f"cannot use {self.folder} for checkpoints")
 
     @contextlib.contextmanager
@@ -64,38 +118,6 @@ class Checkpoints:
                 self._files.discard(name)
             raise
         _lead(lambda: self._files.commit(step, name), failed)
-
-    def newest_first(self) -> list[Path]:
-        """The complete checkpoints, the same on all ranks."""
-        names = _lead(self._files.complete, f"cannot list {self.folder}")
-        self._look(".")
-        return [self.folder / name for name in names]
-
-    def load(self, loader: Callable[[Path], T]) -> T | None:
-        """What ``loader`` returns for the newest checkpoint that it can load on all ranks; None without a checkpoint.
-
-        If ``loader`` raises on any rank, all ranks try the checkpoint before. Raises CheckpointError if no checkpoint
-        loads: the loader is probably at fault, and a training that starts anew would overwrite the checkpoints.
-        """
-        failure = ""
-        for path in self.newest_first():
-            try:
-                with _agree(f"cannot load {path}"):
-                    result = loader(path)
-            except CheckpointError as error:
-                failure = str(error)
-                if world()[0] == 0:
-                    log.warning("%s; trying the one before", failure)
-            else:
-                return result
-        if failure:
-            raise CheckpointError(f"{failure}; nor any later one: mend the loader, or start anew in another folder")
-        return None
-
-    def _look(self, name: str) -> None:
-        """Raise CheckpointError unless all ranks see ``name``. Makes NFS look again."""
-        with _agree(f"{self.folder}: expected a folder that the nodes of all ranks share"):
-            os.scandir(self.folder / name).close()
 
 
 def world() -> tuple[int, int]:

@@ -1,19 +1,24 @@
-"""A folder of checkpoints that are complete or do not exist, in which only the latest round of a job can save.
+"""A folder of checkpoints that are complete or do not exist, in which one owner at a time can save.
 
-In it, for a job JOB in its round 7:
+In it, for a job JOB in its run 0 and round 7:
 
-``step-00000120``             complete, the rename to this name is the commit; ``step-00000120.1`` if saved once more
-``.tmp-step-00000120.JOB.r7`` being written
-``.pruned.JOB.r7``            checkpoints that the round prunes are renamed into this folder
-``.fence.JOB.r7``             the fence: no later round has opened the folder
-``.trash-...``                being deleted; no round uses this name
+``step-00000120``               complete, the rename to this name is the commit; ``step-00000120.1`` if saved once more
+``.tmp-step-00000120.JOB.0.7``  being written
+``.pruned.JOB.0.7``             checkpoints that the round prunes are renamed into this folder
+``.fence.JOB.0.7``              the fence: nobody has taken the folder over; the run directory of the job is in it
+``.trash-...``                  being deleted; no owner uses this name
+
+Earlier rounds of the own job are always shut out, by number. Another job may be shut out when it has ended
+(``fences.living``); that is a question of courtesy, as nobody can know it of a frozen node. What makes sure that no two
+owners save is the fence alone.
 
 A worker may sleep at any place for any time and then go on, hence the order. To open: set up the own fence, remove the
-fences of the rounds before, rename their ``.tmp`` and ``.pruned`` away, and only then list. To write: make the
-``.tmp``, fill it, and only then look for the own fence and rename. A late writer's ``.tmp`` either was there to be
-renamed away, and then its commit came before the listing or fails; or was made later, when its fence was gone already.
-Complete checkpoints are never replaced, and pruning is a rename into a folder that can be renamed away, so the same
-holds for pruning. The only condition is a file system on which all nodes see renames in one order.
+fences of the others, list, see that the own fence stands, rename what was listed of the others' ``.tmp`` and
+``.pruned`` away, and only then list the checkpoints. To write: make the ``.tmp``, fill it, and only then look for the
+own fence and rename. A late writer's ``.tmp`` either was there to be renamed away, and then its commit came before the
+listing or fails; or was made later, when its fence was gone already. Complete checkpoints are never replaced, and
+pruning is a rename into a folder that can be renamed away, so the same holds for pruning. The only condition is a file
+system on which all nodes see renames in one order.
 """
 
 from __future__ import annotations
@@ -23,52 +28,62 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from urllib.parse import quote
 
-from elastic_hpc.errors import ElasticError
+from elastic_hpc.training import fences
+from elastic_hpc.training.fences import FencedOut, Owner
 
 log = logging.getLogger(__name__)
 
 _COMPLETE = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-_OWNED = re.compile(r"\.(tmp-step-\d+|pruned|fence)\.(.*)\.r(\d+)")
-
-
-class FencedOut(ElasticError):
-    """A later round of the job has opened the folder: this worker is a leftover and may not save. Let it end."""
+_OWNED = re.compile(r"\.(tmp-step-\d+|pruned|fence)\.(.+\.\d+\.\d+)")
 
 
 class Files:
     """What rank 0 does to the folder. Raises FencedOut, and OSError."""
 
-    def __init__(self, folder: Path, job: str, round: int, keep: int, *, fenced: bool = True) -> None:
-        self._folder = folder
-        self._job, self._round, self._fenced = quote(job, safe="")[:100], round, fenced
-        self._owner = f"{self._job}.r{round}"
-        self._keep = keep
+    def __init__(self, folder: Path, owner: Owner, keep: int, run_dir: str = "") -> None:
+        """``run_dir``: that of the owner's job; empty without an agent."""
+        self._folder, self._owner, self._keep, self._run_dir = folder, owner, keep, run_dir
+        self._fence = folder / f".fence.{owner}"
 
     def open(self) -> None:
-        """Fence out the rounds of this job before this one, and all rounds of other jobs: the last to open may save."""
+        """Take the folder over from earlier rounds of this job, and from jobs that have ended. Raises FencedOut, and
+        then has changed nothing, if the folder belongs to a later round, or to a job that is alive.
+        """
         os.makedirs(self._folder, exist_ok=True)
-        if not self._fenced:
-            return
-        fence = self._folder / f".fence.{self._owner}"
-        os.close(os.open(fence, os.O_WRONLY | os.O_CREAT, 0o600))
-        _sync(self._folder)
+        for left in (2, 1, 0):
+            self._take_over()
+            try:
+                self._sweep(lambda owner: owner != str(self._owner))
+            except FencedOut:  # another job has opened the folder meanwhile; it may have lost its own fence likewise
+                if not left:
+                    raise
+            else:
+                return
+
+    def _take_over(self) -> None:
+        before = self._others()
+        written = fences.run_dirs({other: path for other, path in before.items() if other.job != self._owner.job})
+        if (alive := fences.living(written)) is not None:
+            raise FencedOut(
+                f"{self._folder} belongs to {fences.names([alive])}, which is alive ({alive}): wait until that job has "
+                "ended, or give this job a folder of its own; to load without saving use CheckpointReader"
+            )
+        self._set_fence()
         try:
-            before = self._fences_before()
+            others = self._others()
+            self._give_way(others.keys() - before.keys())
         except FencedOut:
-            fence.unlink(missing_ok=True)
+            self._fence.unlink(missing_ok=True)
             raise
-        for name in before:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._folder / name)
-        self._sweep(self._is_before)
+        for path in others.values():
+            path.unlink(missing_ok=True)
 
     def begin(self, step: int) -> str:
         """Name of a new, empty folder for ``step``."""
-        self._sweep(lambda owned: (owned[2], int(owned[3])) == (self._job, self._round))  # left by saves that failed
+        self._sweep(lambda owner: owner == str(self._owner))  # left by saves that failed
         name = f".tmp-step-{step:08d}.{self._owner}"
         os.mkdir(self._folder / name)
         try:
@@ -80,7 +95,7 @@ class Files:
 
     def commit(self, step: int, name: str) -> None:
         """Make the folder that ``begin`` named the newest checkpoint of ``step``, then prune."""
-        taken = [again for other, again in map(_parse, self.complete()) if other == step]
+        taken = [again for other, again in map(_parse, complete(self._folder)) if other == step]
         final = f"step-{step:08d}" + (f".{max(taken) + 1}" if taken else "")
         try:
             _sync_all(self._folder / name)
@@ -95,10 +110,6 @@ class Files:
         except OSError as error:
             log.warning("cannot prune old checkpoints: %s", error)
 
-    def complete(self) -> list[str]:
-        """Names of the complete checkpoints, newest first: by step, then by when the step was saved."""
-        return sorted(filter(_COMPLETE.fullmatch, os.listdir(self._folder)), key=_parse, reverse=True)
-
     def discard(self, name: str) -> None:
         """Rename ``name`` away at once, then delete it. It may be gone already."""
         trash = self._folder / f".trash-{os.urandom(8).hex()}"
@@ -106,16 +117,21 @@ class Files:
             os.rename(self._folder / name, trash)
             shutil.rmtree(trash, ignore_errors=True)
 
-    def _sweep(self, whose: Callable[[re.Match[str]], bool]) -> None:
-        for name in os.listdir(self._folder):
+    def _sweep(self, whose: Callable[[str], bool]) -> None:
+        """Discard what owners have begun and not finished. What a later owner has begun stays: it removes this owner's
+        fence before it begins anything.
+        """
+        names = os.listdir(self._folder)
+        self._check()
+        for name in names:
             owned = _OWNED.fullmatch(name)
-            if name.startswith(".trash-") or (owned and owned[1] != "fence" and whose(owned)):
+            if name.startswith(".trash-") or (owned and owned[1] != "fence" and whose(owned[2])):
                 self.discard(name)
 
     def _prune(self, step: int) -> None:
         kept: set[int] = set()
         old = []
-        for name in self.complete():
+        for name in complete(self._folder):
             other, _ = _parse(name)
             if other > step:
                 continue  # refused by the loader, or training would have gone on from it
@@ -131,32 +147,44 @@ class Files:
             os.rename(self._folder / name, grave / name)
         self.discard(grave.name)
 
+    def _give_way(self, rivals: Collection[Owner]) -> None:
+        """Of jobs that open the folder at the same moment, the one with the lowest name stays."""
+        if any(rival < self._owner for rival in rivals if rival.job != self._owner.job):
+            raise FencedOut(f"{self._folder}: another job has opened the folder at the same moment; give each its own")
+
+    def _set_fence(self) -> None:
+        descriptor = os.open(self._fence, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            with contextlib.suppress(OSError):  # no space is left: others will take this job for one that has ended
+                os.write(descriptor, os.fsencode(self._run_dir))
+        finally:
+            os.close(descriptor)
+        _sync(self._folder)
+
     def _check(self) -> None:
         """Raise FencedOut unless the own fence exists."""
-        if not self._fenced:
-            return
-        fence = self._folder / f".fence.{self._owner}"
         try:
-            os.close(os.open(fence, os.O_RDONLY))  # unlike stat, open asks an NFS server
+            os.close(os.open(self._fence, os.O_RDONLY))  # unlike stat, open asks an NFS server
         except FileNotFoundError:
-            self._fences_before()
-            raise FencedOut(
-                f"{self._folder}: {fence.name} is gone, another job has opened the folder; give each job its own"
-            ) from None
+            jobs = fences.names(fences.run_dirs(self._others()).values()) or "another job"
+            raise FencedOut(f"{self._folder}: {jobs} has opened the folder; give each job its own") from None
 
-    def _fences_before(self) -> list[str]:
-        """Names of the fences of rounds before this one. Raises FencedOut if there is one of a later round."""
+    def _others(self) -> dict[Owner, Path]:
+        """All fences but the own, by owner. Raises FencedOut if one is that of a later round of this job."""
         found = [owned for owned in map(_OWNED.fullmatch, os.listdir(self._folder)) if owned and owned[1] == "fence"]
-        for owned in found:
-            if owned[2] == self._job and int(owned[3]) > self._round:
+        others = {Owner.parse(owned[2]): self._folder / owned[0] for owned in found if owned[2] != str(self._owner)}
+        for other in others:
+            if self._owner.precedes(other):
                 raise FencedOut(
-                    f"{self._folder}: opened by round {owned[3]} of this job; this is round {self._round} and may not "
-                    f"save any more; if the rounds were made to count from 1 again, remove {owned[0]} there"
+                    f"{self._folder}: opened by round {other.round} of run {other.run} of this job; this is round "
+                    f"{self._owner.round} of run {self._owner.run} and may not save any more"
                 )
-        return [owned[0] for owned in found if self._is_before(owned)]
+        return others
 
-    def _is_before(self, owned: re.Match[str]) -> bool:
-        return owned[2] != self._job or int(owned[3]) < self._round
+
+def complete(folder: Path) -> list[str]:
+    """Names of the complete checkpoints in ``folder``, newest first: by step, then by when the step was saved."""
+    return sorted(filter(_COMPLETE.fullmatch, os.listdir(folder)), key=_parse, reverse=True)
 
 
 def _parse(name: str) -> tuple[int, int]:

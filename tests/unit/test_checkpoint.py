@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import socket
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +18,9 @@ from typing import Any
 import pytest
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.training.checkpoint import CheckpointError, Checkpoints, control_group
-from elastic_hpc.training.checkpoint_folder import FencedOut
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.training.checkpoint import CheckpointError, CheckpointReader, Checkpoints, control_group
+from elastic_hpc.training.fences import FencedOut
 
 DEADLINE_S = 60.0
 processes = multiprocessing.get_context("forkserver")
@@ -102,7 +105,7 @@ def read(path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def no_agent(monkeypatch):
-    for name in ("ELASTIC_HPC_ROUND", "ELASTIC_HPC_RUN_DIR", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"):
+    for name in ("ELASTIC_HPC_FENCE", "ELASTIC_HPC_RUN_DIR", "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -181,45 +184,170 @@ def test_what_makes_no_sense_is_refused(tmp_path, monkeypatch):
         Checkpoints(tmp_path)
 
 
-def test_without_rounds_nobody_is_fenced_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("ELASTIC_HPC_ROUND", "7")
-    save(Checkpoints(tmp_path), 1)
-    monkeypatch.delenv("ELASTIC_HPC_ROUND")
-    outside = Checkpoints(tmp_path)  # for example an evaluation on a login node
-    assert outside.load(read) == "1"
-    save(outside, 2)
-    monkeypatch.setenv("ELASTIC_HPC_ROUND", "7")
-    assert Checkpoints(tmp_path).load(read) == "2"
-
-
 def test_a_later_round_shuts_out_an_earlier_one_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "17_4")
-    monkeypatch.setenv("ELASTIC_HPC_ROUND", "9")
+    monkeypatch.setenv("ELASTIC_HPC_FENCE", "job.0.9")
     old = Checkpoints(tmp_path)
     save(old, 1)
-    monkeypatch.setenv("ELASTIC_HPC_ROUND", "10")
+    monkeypatch.setenv("ELASTIC_HPC_FENCE", "job.0.10")
     new = Checkpoints(tmp_path)
-    with pytest.raises(FencedOut, match="opened by round 10 of this job; this is round 9"), old.save(2):
+    said = "opened by round 10 of run 0 of this job; this is round 9"
+    with pytest.raises(FencedOut, match=said), old.save(2):
         pytest.fail("the block was entered")
     assert names(tmp_path) == ["step-00000001"]
     save(new, 2)
-    monkeypatch.setenv("ELASTIC_HPC_ROUND", "9")
+    monkeypatch.setenv("ELASTIC_HPC_FENCE", "job.0.9")
     with pytest.raises(FencedOut, match="round 10"):
         Checkpoints(tmp_path)
 
 
-def test_another_job_may_go_on_in_the_folder_and_has_it_from_then_on(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a/job")
-    monkeypatch.setenv("ELASTIC_HPC_ROUND", "9")
-    before = Checkpoints(tmp_path)
+# --- several jobs in one folder -------------------------------------------------------------------------------------
+
+
+class Job:
+    """A job with a run directory, in which a leader is at work until ``end`` or ``die``."""
+
+    def __init__(self, path: Path, run: int = 0) -> None:
+        self.rundir, self.run = RunDir(path).create(), run
+        self.rundir.make_secret()
+        self.rundir.write("spec.json", {"--heartbeat-timeout": "0.5"})
+        self.rundir.write("endpoint.json", {"run": run})
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._over.wait(0.1):
+            os.utime(self.rundir.path / "endpoint.json")
+
+    def die(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def end(self) -> None:
+        self.rundir.write("verdict.json", {"run": self.run})
+        self.die()
+
+    def checkpoints(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, round: int = 1) -> Checkpoints:
+        """In a worker of that job."""
+        with monkeypatch.context() as patch:
+            patch.setenv("ELASTIC_HPC_FENCE", f"{self.rundir.identity()}.{self.run}.{round}")
+            patch.setenv("ELASTIC_HPC_RUN_DIR", str(self.rundir.path))
+            return Checkpoints(folder)
+
+
+@pytest.fixture
+def jobs(tmp_path) -> Iterator[Callable[..., Job]]:
+    """Makes jobs by their names."""
+    made = []
+
+    def make(name: str, run: int = 0) -> Job:
+        made.append(Job(tmp_path / name, run))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.die()
+
+
+@pytest.mark.parametrize("how", ["end", "die"])
+def test_a_job_goes_on_where_another_job_has_ended_whatever_its_rounds(tmp_path, monkeypatch, jobs, how):
+    folder = tmp_path / "checkpoints"
+    first = jobs("first")
+    before = first.checkpoints(folder, monkeypatch, round=9)
     save(before, 1)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    monkeypatch.setenv("ELASTIC_HPC_ROUND", "1")
-    after = Checkpoints(tmp_path)
+    getattr(first, how)()
+    after = jobs("second").checkpoints(folder, monkeypatch)
     assert after.load(read) == "1"
-    with pytest.raises(FencedOut, match="another job"):
+    with pytest.raises(FencedOut, match="job second has opened the folder"):
         save(before, 2)
     save(after, 2)
+
+
+def test_a_job_is_refused_where_another_job_is_alive_and_harms_nobody(tmp_path, monkeypatch, jobs):
+    folder = tmp_path / "checkpoints"
+    first, second = jobs("first"), jobs("second")
+    owner = first.checkpoints(folder, monkeypatch)
+    save(owner, 1)
+    before = sorted(os.listdir(folder))
+    for _ in range(2):
+        with pytest.raises(FencedOut, match=r"belongs to job first, which is alive.*CheckpointReader"):
+            second.checkpoints(folder, monkeypatch, round=7)
+    assert sorted(os.listdir(folder)) == before
+    with pytest.raises(FencedOut, match="job first, which is alive"):
+        Checkpoints(folder)  # in a process without an agent
+    save(owner, 2)
+    first.die()
+    save(second.checkpoints(folder, monkeypatch, round=7), 3)
+    with pytest.raises(FencedOut, match="job second"):
+        save(owner, 3)
+
+
+def test_a_job_whose_run_directory_was_removed_is_not_taken_for_the_one_that_is_there_now(tmp_path, monkeypatch, jobs):
+    folder, first = tmp_path / "checkpoints", jobs("local.0")
+    save(first.checkpoints(folder, monkeypatch, round=9), 1)
+    first.die()
+    shutil.rmtree(first.rundir.path)
+    assert jobs("local.0").checkpoints(folder, monkeypatch).load(read) == "1"
+
+
+def test_a_job_in_a_later_run_is_alive_though_its_run_before_has_ended(tmp_path, monkeypatch, jobs):
+    folder, first = tmp_path / "checkpoints", jobs("first")
+    save(first.checkpoints(folder, monkeypatch), 1)
+    first.end()
+    jobs("first", run=1)
+    with pytest.raises(FencedOut, match="job first, which is alive"):
+        jobs("second").checkpoints(folder, monkeypatch)
+
+
+def test_without_an_agent_the_last_to_open_the_folder_has_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELASTIC_HPC_FENCE", "job.0.7")
+    within = Checkpoints(tmp_path)
+    save(within, 1)
+    monkeypatch.delenv("ELASTIC_HPC_FENCE")
+    outside = Checkpoints(tmp_path)
+    assert outside.load(read) == "1"
+    with pytest.raises(FencedOut, match="a process without an agent"):
+        save(within, 2)
+    save(Checkpoints(tmp_path), 2)
+    save(outside, 3)  # of the same process
+    assert run_world(1, one_writes, tmp_path)[0][0] == "3"
+    with pytest.raises(FencedOut):
+        save(outside, 5)
+
+
+# --- readers --------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_touches_nothing_and_the_training_goes_on(tmp_path, monkeypatch, jobs):
+    folder = tmp_path / "checkpoints"
+    training = jobs("training").checkpoints(folder, monkeypatch)
+    save(training, 1)
+    with training.save(2) as path:
+        (path / "state").write_text("2")
+        before = sorted(os.listdir(folder))
+        os.chmod(folder, 0o500)
+        assert CheckpointReader(folder).load(read) == "1"
+        assert sorted(os.listdir(folder)) == before
+        os.chmod(folder, 0o700)
+    assert [path.name for path in CheckpointReader(folder).newest_first()] == ["step-00000002", "step-00000001"]
+    with pytest.raises(CheckpointError, match=r"cannot list .*missing; FileNotFoundError"):
+        CheckpointReader(tmp_path / "missing").load(read)
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_reader_whose_checkpoints_are_pruned_while_it_reads_takes_those_that_have_come(tmp_path):
+    training = Checkpoints(tmp_path, keep=1)
+    save(training, 1)
+    tries = []
+
+    def slow(path: Path) -> str:
+        tries.append(path.name)
+        if len(tries) < 3:
+            save(training, len(tries) + 1)
+        return read(path)
+
+    assert CheckpointReader(tmp_path).load(slow) == "3"
+    assert tries == ["step-00000001", "step-00000002", "step-00000003"]
 
 
 # --- worlds of several processes ------------------------------------------------------------------------------------
@@ -271,10 +399,10 @@ def test_a_sharded_checkpoint_is_loaded_by_a_world_of_another_size(tmp_path):
     def expected(step: int) -> list[list[float]]:
         return [[step * 2.0 * row, step * (2.0 * row + 1)] for row in range(7)]
 
-    assert run_world(2, sharded, tmp_path, 2, ELASTIC_HPC_ROUND=1) == [(2, expected(0))] * 2
+    assert run_world(2, sharded, tmp_path, 2, ELASTIC_HPC_FENCE="job.0.1") == [(2, expected(0))] * 2
     assert len(list((tmp_path / "step-00000002").glob("*.distcp"))) == 2
-    assert run_world(3, sharded, tmp_path, 1, ELASTIC_HPC_ROUND=2) == [(3, expected(2))] * 3
-    assert run_world(1, sharded, tmp_path, 0, ELASTIC_HPC_ROUND=3) == [(3, expected(3))]
+    assert run_world(3, sharded, tmp_path, 1, ELASTIC_HPC_FENCE="job.0.2") == [(3, expected(2))] * 3
+    assert run_world(1, sharded, tmp_path, 0, ELASTIC_HPC_FENCE="job.0.3") == [(3, expected(3))]
 
 
 def troubles(folder: Path) -> list[Any]:
@@ -296,14 +424,14 @@ def troubles(folder: Path) -> list[Any]:
         return path.name
 
     seen = [raised(fail), checkpoints.load(load)]
-    os.environ["ELASTIC_HPC_ROUND"] = "2"
+    os.environ["ELASTIC_HPC_FENCE"] = "job.0.2"
     seen.append(Checkpoints(folder).load(lambda path: path.name))  # also saves 3 to nowhere, below
     seen.append(raised(lambda: save(checkpoints, 3)).partition(":")[0])
     return [*seen, raised(lambda: Checkpoints(folder / "step-00000001" / "state")).partition(":")[0]]
 
 
 def test_what_goes_wrong_on_one_rank_goes_the_same_way_on_all(tmp_path):
-    first, second = run_world(2, troubles, tmp_path, ELASTIC_HPC_ROUND=1)
+    first, second = run_world(2, troubles, tmp_path, ELASTIC_HPC_FENCE="job.0.1")
     assert "no checkpoint of step 3" in first[0]
     assert "rank 1: ValueError: no luck <- NoneType" in first[0]
     assert "rank 1: ValueError: no luck <- ValueError" in second[0]
@@ -328,19 +456,21 @@ def half_saved(folder: Path, gate: Connection) -> str:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_worker_that_is_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path, victim):
     ours, theirs = processes.Pipe()
-    with ours, theirs, started(2, half_saved, tmp_path, theirs, ELASTIC_HPC_ROUND=1, SLOW=victim) as world:
+    with ours, theirs, started(2, half_saved, tmp_path, theirs, ELASTIC_HPC_FENCE="job.0.1", SLOW=victim) as world:
         assert [answer(ours), answer(ours)] == ["inside", "inside"]
-        assert names(tmp_path) == [".tmp-step-00000002..r1", "step-00000001"]
+        assert names(tmp_path) == [".tmp-step-00000002.job.0.1", "step-00000001"]
         world[victim][0].kill()
         assert answer(world[1 - victim][1]) != "nothing"
     assert "step-00000002" not in names(tmp_path)
-    assert run_world(1, one_writes, tmp_path, ELASTIC_HPC_ROUND=2) == [("1", ["step-00000002", "step-00000001"])]
+    assert run_world(1, one_writes, tmp_path, ELASTIC_HPC_FENCE="job.0.2") == [
+        ("1", ["step-00000002", "step-00000001"])
+    ]
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
 def test_a_worker_that_slept_while_a_later_round_went_on_cannot_save(tmp_path, monkeypatch):
     ours, theirs = processes.Pipe()
-    with ours, theirs, started(1, half_saved, tmp_path, theirs, ELASTIC_HPC_ROUND=1, SLOW=0) as [(_, answers)]:
+    with ours, theirs, started(1, half_saved, tmp_path, theirs, ELASTIC_HPC_FENCE="job.0.1", SLOW=0) as [(_, answers)]:
         assert answer(ours) == "inside"
         monkeypatch.setenv("ELASTIC_HPC_ROUND", "2")
         later = Checkpoints(tmp_path)

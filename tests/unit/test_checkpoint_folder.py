@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_hpc.training.checkpoint_folder import FencedOut, Files
+from elastic_hpc.training.checkpoint_folder import Files, complete
+from elastic_hpc.training.fences import FencedOut, Owner
 
 DEADLINE_S = 60.0
 
@@ -28,13 +29,18 @@ class Killed(BaseException):
 class Round(threading.Thread):
     """A worker whose every call to the file system is a step: opens the folder, lists it, saves ``steps``."""
 
-    def __init__(self, folder: Path, round: int, steps: Sequence[int], *, keep: int, coin: random.Random) -> None:
+    def __init__(
+        self, folder: Path, round: int | Owner, steps: Sequence[int], *, keep: int, coin: random.Random
+    ) -> None:
+        """``round``: of one job, or of another job or run."""
         super().__init__(name=f"round {round}", daemon=True)
-        self.round, self.listed, self.committed = round, None, []
+        self.owner = round if isinstance(round, Owner) else Owner("job", 0, round)
+        self.round, self.committed = self.owner.round, []
+        self.listed: list[str] | None = None
         self.problem: BaseException | None = None
         self.next = ""
         """The call that this thread makes next."""
-        self._files, self._steps, self._coin = Files(folder, "job", round, keep), steps, coin
+        self._files, self._steps, self._coin = Files(folder, self.owner, keep), steps, coin
         self._folder = folder
         self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
         self.ended = self._killed = False
@@ -70,7 +76,7 @@ class Round(threading.Thread):
         try:
             self.pause()
             self._files.open()
-            self.listed = self._files.complete()
+            self.listed = complete(self._folder)
             for step in self._steps:
                 name = self._files.begin(step)
                 for file in "ab":
@@ -159,7 +165,7 @@ def finish(folder: Path, rounds: Sequence[Round]) -> None:
     while not after.ended:
         after.step()
     assert after.problem is None
-    assert sorted(os.listdir(folder)) == [f".fence.job.r{after.round}", *sorted(before)]
+    assert sorted(os.listdir(folder)) == [f".fence.{after.owner}", *sorted(before)]
     assert contents(folder) == before
 
 
@@ -222,14 +228,13 @@ def test_whoever_falls_asleep_twice_does_no_harm_on_waking_up(first):
                 return
 
 
-@pytest.mark.parametrize("fenced", [True, False])
-def test_wherever_a_worker_dies_the_old_or_the_new_checkpoint_is_there_and_the_next_cleans_up(fenced):
+@pytest.mark.parametrize("again", [Owner("job", 0, 2), Owner("job", 1, 1), Owner("another", 0, 1)], ids=str)
+def test_wherever_a_worker_dies_the_old_or_the_new_checkpoint_is_there_and_the_next_cleans_up(again):
     newest = set()
     with stepwise():
         for calls in range(1, 1000):
             with folder_with(1, 2) as folder:
                 victim = Round(folder, 1, [2, 3], keep=1, coin=random.Random(0))
-                victim._files._fenced = fenced
                 for _ in range(calls):
                     if not victim.ended:
                         victim.step()
@@ -239,11 +244,88 @@ def test_wherever_a_worker_dies_the_old_or_the_new_checkpoint_is_there_and_the_n
                 assert victim.ended
                 found = contents(folder)
                 newest.add(found[max(found)])
-                again = Round(folder, 2 if fenced else 1, [2, 3], keep=1, coin=random.Random(0))
-                again._files._fenced = fenced
-                while not again.ended:
-                    again.step()
-                assert again.problem is None
-                assert list(contents(folder).values()) == [f"{again.round}: 3"]
+                after = Round(folder, again, [2, 3], keep=1, coin=random.Random(0))
+                while not after.ended:
+                    after.step()
+                assert after.problem is None
+                assert list(contents(folder).values()) == [f"{after.round}: 3"]
                 assert [name for name in os.listdir(folder) if not name.startswith((".fence.", "step-"))] == []
     assert newest == {"0: 2", "1: 2", "1: 3"}
+
+
+# --- several jobs and runs ------------------------------------------------------------------------------------------
+
+OWNERS = (Owner("job", 0, 5), Owner("job", 1, 2), Owner("a", 0, 7), Owner("z", 0, 9))
+
+
+@given(
+    turns=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), max_size=10),
+    seed=st.integers(0, 2**16),
+    killed=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_only_the_last_to_list_the_folder_changes_it_whatever_jobs_they_belong_to(turns, seed, killed):
+    coin = random.Random(seed)
+    with stepwise(), folder_with(1, 2) as folder:
+        actors = [Round(folder, owner, [2, 3], keep=1, coin=coin) for owner in OWNERS]
+        holder: Round | None = None
+
+        def go(actor: Round) -> None:
+            nonlocal holder
+            before, listed = contents(folder), actor.listed
+            actor.step()
+            after = contents(folder)
+            assert after
+            assert after == before or holder in {None, actor}
+            if listed is None and actor.listed is not None and (folder / f".fence.{actor.owner}").exists():
+                assert actor.listed == sorted(before, reverse=True)
+                holder = actor
+
+        for who, calls in turns:
+            for _ in range(calls):
+                if not actors[who].ended:
+                    go(actors[who])
+        victim = coin.choice(actors)
+        if killed and not victim.ended:
+            victim.step(kill=True)
+        for actor in coin.sample(actors, len(actors)):
+            while not actor.ended:
+                go(actor)
+            assert actor.problem is None or isinstance(actor.problem, Killed | FencedOut | FileNotFoundError)
+        before = contents(folder)
+        after = Round(folder, Owner("m", 0, 1), [], keep=9, coin=coin)
+        while not after.ended:
+            after.step()
+        assert after.problem is None
+        assert sorted(os.listdir(folder)) == [".fence.m.0.1", *sorted(before)]
+
+
+def test_of_two_jobs_that_open_the_folder_at_once_one_has_it():
+    with stepwise():
+        for calls in range(1, 100):
+            for others in range(1, 100):
+                with folder_with(1) as folder:
+                    one, other = (Round(folder, Owner(job, 0, 1), [], keep=9, coin=random.Random(0)) for job in "ab")
+                    for actor, count in ((one, calls), (other, others)):
+                        for _ in range(count):
+                            if not actor.ended:
+                                actor.step()
+                    stopped = not other.ended, not one.ended
+                    for actor in (one, other):
+                        while not actor.ended:
+                            actor.step()
+                    assert one.problem is None or other.problem is None
+                    assert len(list(folder.glob(".fence.*"))) == 1
+                if not stopped[0]:
+                    break
+            if not stopped[1]:
+                return
+
+
+def test_a_later_run_is_not_held_up_by_the_number_of_its_round(tmp_path):
+    """Run 0 reached round 5 while its record could not be written, so run 1 counts from 2."""
+    Files(tmp_path, Owner("job", 0, 5), 3).open()
+    Files(tmp_path, Owner("job", 1, 2), 3).open()
+    with pytest.raises(FencedOut, match="opened by round 2 of run 1 of this job; this is round 6 of run 0"):
+        Files(tmp_path, Owner("job", 0, 6), 3).open()
+    assert os.listdir(tmp_path) == [".fence.job.1.2"]

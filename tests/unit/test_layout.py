@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "record": {"membership"},
     "slurm": {"options", "membership.nodes"},
     "network": {"membership", "record"},
-    "training": set[str](),
+    "training": {"record"},
     "workers": {"options", "membership", "record", "training"},
     "agent": {"options", "membership", "record", "slurm", "network", "training", "workers"},
     "view": {"membership", "slurm.states"},

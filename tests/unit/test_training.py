@@ -120,12 +120,12 @@ def test_without_an_agent_nothing_is_told_and_nothing_asked_for(tmp_path, monkey
     assert os.listdir(tmp_path) == ["drain"]
 
 
-def test_agents_and_scripts_that_need_no_torch_import_none():
+def test_agents_and_scripts_that_need_no_torch_import_none(tmp_path):
     code = (
-        "import sys; from elastic_hpc.training import *; report_progress(1); drain_requested(); Checkpoints('.');"
-        "accumulation(4, 2); sys.exit('torch' in sys.modules)"
+        "import sys; from elastic_hpc.training import *; report_progress(1); drain_requested(); accumulation(4, 2);"
+        "Checkpoints(sys.argv[1]); sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
 # --- drain ----------------------------------------------------------------------------------------------------------
@@ -246,7 +246,8 @@ def test_a_script_that_uses_all_of_it_runs_under_plain_torchrun_and_plain_python
         command = [sys.executable, *launcher, str(script), str(tmp_path / "checkpoints")]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == [f"step-{step:08d}" for step in (4, 5, 6)]
+    seen = sorted(path.name for path in (tmp_path / "checkpoints").glob("[!.]*"))
+    assert seen == [f"step-{step:08d}" for step in (4, 5, 6)]
 
 
 # --- a constant global batch ----------------------------------------------------------------------------------------
