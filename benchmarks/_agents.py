@@ -33,6 +33,7 @@ from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.values import NodeRange, RdzvConf
+from elastic_hpc.record.endpoint import Published
 
 STARTS_WITHIN = 10.0
 """Seconds in which 1,024 agents start; fewer start in less time, at the same rate."""
@@ -92,7 +93,7 @@ class Record:
     def __init__(self, endpoint: Path, host: Host) -> None:
         self._endpoint, self._host = endpoint, host
 
-    def publish(self) -> None:
+    def publish(self, _agents: object) -> None:
         new = self._endpoint.with_suffix(f".{self._host.node}")
         new.write_text(json.dumps({"node": self._host.node, "port": self._host.port}))
         new.replace(self._endpoint)
@@ -176,12 +177,12 @@ class Agent:
     def ended(self, over: JobEnded) -> None:
         raise BenchmarkError(f"an agent gave up: {over}")
 
-    async def published(self) -> Host | None:
+    async def published(self) -> Published | None:
         try:
             found = json.loads(self._endpoint.read_text())
         except FileNotFoundError:
             return None
-        return _host(found["node"], found["port"])
+        return Published(0, _host(found["node"], found["port"]))
 
     async def give_up(self, *_: object, **__: object) -> JobEnded | None:
         return None

@@ -24,6 +24,7 @@ from elastic_hpc.network.channel import Link
 from elastic_hpc.network.node import Transport
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
+from elastic_hpc.record.endpoint import Published
 from elastic_hpc.training.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Outside(Protocol):
     block, so they run on threads of their own.
     """
 
-    def find_leader(self) -> Host | None: ...
+    def find_leader(self) -> Published | None: ...
     def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None: ...
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer: ...
 
@@ -200,10 +201,8 @@ class Control:
             self._changed.notify_all()
         os.eventfd_write(self.wake_fd, 1)
 
-    async def published(self) -> Host | None:
-        """The leader that the run directory names. None if the file system answers with an error, or
-        not in time.
-        """
+    async def published(self) -> Published | None:
+        """See ``network.node.Node``. None if the file system answers with an error, or not in time."""
         try:
             return await self._published.read()
         except (ElasticError, OSError):

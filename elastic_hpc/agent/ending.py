@@ -13,8 +13,9 @@ from elastic_hpc.agent import conclude
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership.leaderless import Conclude, GiveUp, KeepLooking, without_leader
 from elastic_hpc.membership.policy import Action, Policy
-from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.roster import Roster
 from elastic_hpc.membership.rules import requeue_or_fail
+from elastic_hpc.record.endpoint import Published, read_published
 from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
@@ -22,12 +23,10 @@ from elastic_hpc.slurm.env import AgentEnv
 log = logging.getLogger(__name__)
 
 
-def published_leader(rundir: RunDir, run: int) -> Host | None:
+def published(rundir: RunDir, run: int) -> Published | None:
     """Where the leader of ``run`` listens, as the run directory says."""
-    found = rundir.read("endpoint.json")
-    if not found or found.get("run") != run:
-        return None
-    return Host(found["node"], found["host"], tuple(found["addresses"]), found["port"])
+    found = read_published(rundir)
+    return found if found and found.run == run else None
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Ending:
     """The agent runs in a container without Slurm's commands: the batch script, outside, does what it can."""
     open_recorder: Callable[[], Recorder]
     _last_beat: tuple[int, float] = field(default=(0, 0.0))
-    """The time of the last change of ``endpoint.json``, and when this agent noticed that change."""
+    """The last sign of a leader at work (``RunDir.heartbeat``), and when this agent noticed that sign."""
     _stays_out: bool = False
 
     def act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
@@ -79,7 +78,7 @@ class Ending:
         )
         match step:
             case KeepLooking(unreachable):
-                if unreachable and published_leader(self.rundir, self.env.run):
+                if unreachable and published(self.rundir, self.env.run):
                     self._stay_out(why)
                 return None
             case GiveUp(outcome, reason, unreachable):

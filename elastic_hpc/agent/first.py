@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from elastic_hpc.errors import ElasticError
 from elastic_hpc.network import addresses
 from elastic_hpc.options.values import Endpoint
 from elastic_hpc.record.rundir import RunDir
@@ -15,7 +16,8 @@ def leads_at_first(
 ) -> bool:
     """Whether this agent of a job step leads at the beginning: that of the first node, unless ``endpoint`` names a
     host, or ``is_host`` says whether this node is that host. Several nodes may take the name or the address for their
-    own; the first of them that claims the lead in the run directory has it.
+    own; the first of them that claims the lead in the run directory has it, or the job's first node if the directory
+    cannot be written.
     """
     if env.late:
         return False
@@ -24,4 +26,7 @@ def leads_at_first(
     if is_host is None:
         is_host = addresses.is_me(str(endpoint.head), env.name)
     step = (environ.get("SLURM_JOB_ID", env.job), environ.get("SLURM_STEP_ID", ""), str(env.run))
-    return is_host and rundir.claim(f"first.{'.'.join(step)}", env.name)
+    try:
+        return is_host and rundir.claim(f"first.{'.'.join(step)}", env.name)
+    except ElasticError:
+        return is_host and env.node == 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_hpc import __version__, slurm
-from elastic_hpc.agent.ending import Ending, published_leader
+from elastic_hpc.agent.ending import Ending, published
 from elastic_hpc.agent.joiners import SlurmSource
 from elastic_hpc.agent.supply import Supply
 from elastic_hpc.agent.threads import on_thread
@@ -22,6 +22,7 @@ from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.record.endpoint import Published
 from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
@@ -104,25 +105,23 @@ class Leading:
         recorder.event("allocation", {"run": self.env.run, **{k: slurm.epoch(text) for k, text in moments.items()}})
 
     def prepare(self) -> None:
-        """Make the job's secret, write the options of the job to ``spec.json``, and read with which counters the first
-        leader begins.
-        """
+        """Make the job's secret, record its options, and read the counters with which the first leader begins."""
         self.rundir.make_secret()
         state = self.rundir.read("state.json") or {}
         self._counters = {name: state.get(name, 0) for name in ("round", "restarts", "requeues")}
-        self.rundir.write(
-            "spec.json",
+        self.recorder = self._recorder_or_new()
+        self.recorder.options(
             {
                 **{f: str(v) for f, v in self.spec.options()},
                 "script": self.spec.script,
                 "script_args": self.spec.script_args,
                 "module": self.spec.module,
                 "job": self.env.job,
-            },
+            }
         )
 
-    def find_leader(self) -> Host | None:
-        return published_leader(self.rundir, self.env.run)
+    def find_leader(self) -> Published | None:
+        return published(self.rundir, self.env.run)
 
     def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
         """See ``network.node.Node``."""

@@ -1,20 +1,37 @@
-"""Requests to the leader of a running job from outside its agents: by the batch script's trap, Ctrl-C, or a user."""
+"""Requests to the leader of a running job from outside its agents: by the batch script, Ctrl-C, or a user.
+
+The run directory may name a leader that is lost: it may have been full, or read-only, when another agent took over. So
+the other agents that it names are asked as well, and a redirect is followed.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from elastic_hpc.errors import ElasticError
-from elastic_hpc.membership.messages import LEAVE, ProtocolError, Request
+from elastic_hpc.membership import messages
+from elastic_hpc.membership.messages import LEAVE, ProtocolError, Redirect, Request
+from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import channel
+from elastic_hpc.record.endpoint import read_published
 from elastic_hpc.record.rundir import RunDir
+
+PATIENCE = 30.0
+"""Seconds for a take-over to end, as long as any agent of the job answers."""
+
+_DIAL_TIMEOUT = 3.0
+_PAUSE = 0.5
+
+_FAILED = (OSError, ProtocolError, asyncio.TimeoutError)
 
 
 def ask_leader(rundir: RunDir, request: Request, reason: str = "user") -> None:
     """Send ``request`` to the leader of the job in ``rundir``, with its ``reason``: ``time limit``, ``preempted`` or
-    ``user``. Raises ElasticError if the leader cannot be reached.
+    ``user``. Returns when the leader has taken the request. Raises ElasticError if the leader cannot be reached.
     """
     _send(rundir, {"request": request, "reason": reason})
 
@@ -25,24 +42,81 @@ def ask_to_leave(rundir: RunDir, node: int, reason: str) -> None:
 
 
 def _send(rundir: RunDir, message: dict[str, Any]) -> None:
-    endpoint = rundir.read("endpoint.json")
-    if endpoint is None:
+    published = read_published(rundir)
+    if published is None:
         raise ElasticError(f"{rundir.path}: no leader has been started yet")
-
-    async def send() -> None:
-        link = await channel.connect(endpoint["addresses"], endpoint["port"], rundir.read_secret())
-        link.send(message)
-        await link.flush()
-
+    search = _Search(rundir.read_secret(), message)
+    work = search.send(published.leader, published.others)
     try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+    else:  # the caller runs in a notebook, or in an asyncio program
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, work).result()
+
+
+class _Search:
+    """Looks for the agent that takes ``message``."""
+
+    def __init__(self, secret: bytes, message: dict[str, Any]) -> None:
+        self._secret = secret
+        self._message = message
+        self._problems: dict[Host, str] = {}
+        """What went wrong last, with each agent."""
+
+    async def send(self, leader: Host, others: Iterable[Host]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not await self._ask_all(leader, others):
+            if time.monotonic() > deadline or _NO_LEADER not in self._problems.values():
+                raise ElasticError(self._told(leader))
+            await asyncio.sleep(_PAUSE)
+
+    async def _ask_all(self, leader: Host, others: Iterable[Host]) -> bool:
+        """Whether ``leader`` has taken the message, or else one of the ``others``, or the leader that they name."""
+        self._problems = {}
+        asked = {asyncio.ensure_future(self._try(leader))}
+        done, _ = await asyncio.wait(asked, timeout=_DIAL_TIMEOUT)
+        if not any(task.result() for task in done):
+            asked |= {asyncio.ensure_future(self._try(host)) for host in others}
         try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            asyncio.run(send())
-        else:  # the caller runs in a notebook, or in an asyncio program
-            with ThreadPoolExecutor(1) as thread:
-                thread.submit(asyncio.run, send()).result()
-    except (OSError, ProtocolError, asyncio.TimeoutError) as error:
-        raise ElasticError(
-            f"the leader on {endpoint['host']} port {endpoint['port']} did not answer: {error}"
-        ) from error
+            for answer in asyncio.as_completed(asked):
+                if await answer:
+                    return True
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.wait(asked)  # their connections are closed by then
+        return False
+
+    async def _try(self, host: Host) -> bool:
+        """Whether ``host``, or the leader that it names, has taken the message."""
+        if host in self._problems:
+            return False
+        self._problems[host] = "asked"
+        try:
+            link = await channel.connect(host.addresses, host.port, self._secret, timeout=_DIAL_TIMEOUT)
+            try:
+                link.send(self._message)
+                reply = messages.decode_from_leader(await asyncio.wait_for(link.read(), _DIAL_TIMEOUT))
+            finally:
+                link.close()
+        except _FAILED as error:
+            self._problems[host] = str(error) or "no answer"
+            return False
+        if isinstance(reply, Redirect) and reply.leads and reply.to and reply.to.node == host.node:
+            return True
+        self._problems[host] = _NO_LEADER
+        return isinstance(reply, Redirect) and reply.to is not None and await self._try(reply.to)
+
+    def _told(self, leader: Host) -> str:
+        others = [host.name for host in self._problems if host != leader]
+        told = f"the leader on {leader.name} port {leader.port} did not answer: {self._problems[leader]}"
+        if self._problems[leader] == _NO_LEADER:
+            told = f"the agent on {leader.name} port {leader.port} does not lead any more"
+        if others:
+            told += f"; nor did another agent lead: {', '.join(others)} were asked"
+        return told
+
+
+_NO_LEADER = "it has no leader"

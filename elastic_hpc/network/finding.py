@@ -65,6 +65,10 @@ class Finder:
         self._lost: Host | None = None
         """The last leader that was lost, on another node."""
         self._lost_at = 0.0
+        self._tried: Host | None = None
+        """The leader that the run directory names, if this agent has just reached it without being led: other agents
+        are asked next.
+        """
         self._lost_silently = False
 
     def on_loss(self, leader: Host, loss: Loss) -> None:
@@ -94,8 +98,7 @@ class Finder:
             return await self._connect(self._me)
         roster = self._follower.roster
         if not roster:
-            published = await self._node.published()
-            return await self._connect(published) if published else None
+            return await self._look_up()
         hosts = Hosts.of(roster.hosts)
         lost = self._lost.node if self._lost else None
         someone_is_ahead = False
@@ -111,12 +114,33 @@ class Finder:
                 someone_is_ahead = True
                 break
         published = await self._node.published()
-        if published and published not in (self._lost, self._me) and (found := await self._connect(published)):
+        leader = published and published.leader
+        if leader and leader not in (self._lost, self._me) and (found := await self._connect(leader)):
             return found
         if someone_is_ahead or not votes(self._me.node):
             return None
         self._own_leader.begin(roster, self.reason)
         return await self._connect(self._me)
+
+    async def _look_up(self) -> Found | None:
+        """The leader that the run directory names, or a later one: the run directory may be full since a take-over."""
+        published = await self._node.published()
+        if not published:
+            return None
+        again, self._tried = self._tried == published.leader, None
+        if published.leader != self._me and not again and (found := await self._connect(published.leader)):
+            self._tried = published.leader
+            return found
+        others = [host for host in published.others if host.node != self._me.node]
+        for host in random.sample(others, min(_SAMPLE, len(others))):
+            reply = await self._ask(host)
+            if reply and reply.leads and reply.to and (found := await self._connect(reply.to)):
+                return found
+        return None
+
+    async def redirected(self, to: Host) -> Found | None:
+        """A connection to ``to``, of which an agent that does not lead says that it follows it."""
+        return await self._connect(to) if to != self._me else None
 
     async def instead_of_candidacy(self, link: Link) -> Found | None:
         """While this node is a candidate, look for a node that leads, or precedes it. If one is found, the candidacy
@@ -137,7 +161,7 @@ class Finder:
         roster = self._follower.roster
         assert roster
         published = await self._node.published()
-        if published and published != self._me and (found := await self._connect(published)):
+        if published and published.leader != self._me and (found := await self._connect(published.leader)):
             return found
         others = [host for host in roster.hosts if host.node != self._me.node]
         before = [host for host in others if host.node < self._me.node]

@@ -31,6 +31,8 @@ class Follower:
         self._timeout = heartbeat_timeout
         self.leader: Host | None = None
         """The leader that this agent follows now."""
+        self.redirected: Host | None = None
+        """The leader that the agent followed last has named, as it does not lead itself."""
         self.order: Order | None = None
         """The latest order of that leader; after the end of the job, of the last leader."""
         self.last_led: float | None = None
@@ -57,6 +59,7 @@ class Follower:
     async def follow(self, link: Link, leader: Host) -> Loss | None:
         """Obey ``leader`` until ``link`` ends. None if ``leader`` had no majority meanwhile, or has ended the job."""
         self._link, self.leader, self._last_contact = link, leader, now()
+        self.redirected = None
         heartbeat = asyncio.ensure_future(self._send_heartbeats(link))
         self.send_status()
         last_seq, led, reason = -1, False, "its connection was closed"
@@ -65,7 +68,7 @@ class Follower:
                 message = messages.decode_from_leader(await link.read())
                 self._last_contact = now()
                 if isinstance(message, Redirect):
-                    reason = "it does not lead any more"
+                    reason, self.redirected = "it does not lead any more", message.to
                     break
                 if isinstance(message, (Roster, RosterChange)):
                     if self._learn(message):

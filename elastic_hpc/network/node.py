@@ -8,9 +8,10 @@ from typing import Protocol
 
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.messages import Order, Status
-from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.roster import Roster
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.server import LeaderServer
+from elastic_hpc.record.endpoint import Published
 
 
 def now() -> float:
@@ -37,8 +38,8 @@ class Node(Protocol):
         """The leader's latest order, which came over ``link``. None without a leader: the workers may not go on."""
 
     def ended(self, over: JobEnded) -> None: ...
-    async def published(self) -> Host | None:
-        """The leader that the run directory names."""
+    async def published(self) -> Published | None:
+        """The leader that the run directory names, and agents that may know of a later one."""
 
     async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
         """This agent had no leader for ``waited`` seconds, because of ``why``; without a ``roster`` it never had one.

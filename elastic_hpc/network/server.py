@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from elastic_hpc.membership.growth import Needs
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.messages import Leave, Request, Status
 from elastic_hpc.membership.policy import Verdict
-from elastic_hpc.membership.roster import Roster
+from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.channel import Link
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ _EVENTS_OF_STRANGERS = 20
 class Record(Protocol):
     """Where the leader's record goes (``record.recorder.Recorder``). No method blocks."""
 
-    def publish(self) -> None: ...
+    def publish(self, agents: Iterable[Host]) -> None: ...
     def beat(self) -> None: ...
     def event(self, name: str, fields: dict[str, Any]) -> None: ...
     def state(self, **state: int) -> None: ...
@@ -233,9 +233,11 @@ class LeaderServer:
         leader = self.leader
         if leader.has_led and not self._published:
             self._published = True
-            self.record.publish()
+            self.record.publish(leader.roster.hosts)
         for name, fields in leader.take_events() if leader.has_led else ():
             self.record.event(name, fields)
+            if name == "round":
+                self.record.publish(leader.roster.hosts)
             if name in {"round", "restart", "verdict"}:
                 self.record.state(round=leader.roster.round, restarts=leader.restarts, requeues=leader.requeues)
         for conn in leader.take_dropped():

@@ -21,6 +21,9 @@ from elastic_hpc.network.following import Follower
 from elastic_hpc.network.node import Node, Transport, now
 from elastic_hpc.network.own_leader import OwnLeader
 
+_MOST_REDIRECTS = 3
+"""How many agents in turn may name another leader, before this agent looks for the leader anew."""
+
 
 class Membership:
     """``run`` keeps this agent in touch with the leader until ``leave``."""
@@ -79,6 +82,7 @@ class Membership:
     async def _follow(self) -> None:
         """Follow one leader after the other, until the job is over."""
         found: Found | None = None
+        redirects = 0
         while not (self._left.is_set() or self._follower.is_over):
             link, leader = found or await self._finder.find()
             candidacy = asyncio.ensure_future(self._finder.instead_of_candidacy(link)) if leader == self._me else None
@@ -91,6 +95,9 @@ class Membership:
             if loss:
                 self._finder.on_loss(leader, loss)
             found = candidacy.result() if candidacy and candidacy.done() and not candidacy.exception() else None
+            redirects = redirects + 1 if self._follower.redirected else 0
+            if not found and self._follower.redirected and redirects <= _MOST_REDIRECTS:
+                found = await self._finder.redirected(self._follower.redirected)
 
     async def _watch(self) -> None:
         """Have the node give up when it had no leader for too long: the allocation may be idle."""
@@ -115,15 +122,18 @@ class Membership:
                 line = await asyncio.wait_for(link.read(), self._timeout)
                 message = messages.decode_from_agent(line)
                 server = self._own_leader.server
-                if not server or message == "who":
-                    link.send(self._whom_to_follow())
-                elif isinstance(message, Status):
+                if server and isinstance(message, Status):
                     await server.attend(link, message)
                     return
+                # whoever asks an agent that does not lead, for whatever, is told who does; and the same answer of the
+                # leader says that it has taken the request
+                if not (server and server.leader.leads) or message == "who":
+                    pass
                 elif isinstance(message, Leave):
                     server.on_request(message)
-                elif not isinstance(message, Roster):
+                elif not isinstance(message, (Roster, Status)):
                     server.on_request(message, str(messages.decode(line).get("reason", "user")))
+                link.send(self._whom_to_follow())
 
     def _whom_to_follow(self) -> Redirect:
         if self._own_leader.server:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,26 +15,29 @@ from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.events import sentence
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.membership.strikes import Strike, dump, live, load
+from elastic_hpc.record.endpoint import ENDPOINT, Published
 from elastic_hpc.record.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Events, state and verdict of one job, written by the leader on ``host``. No method but ``close`` blocks.
+    """The record of one job, written by the leader on ``host``. No method but ``close`` blocks.
 
-    The first write that fails is logged. Events and state that could not be written are written as soon as the file
-    system accepts them again.
+    The first write that fails is logged. Whatever could not be written is tried again with every heartbeat, until it
+    stands: the file system may be full, or read-only, for a while.
     """
 
     def __init__(self, rundir: RunDir, run: int, host: Host) -> None:
         self._rundir = rundir
         self._run = run
         self._host = host
-        # only the thread uses the next three
+        # only the thread uses the next four
         self._strikes: tuple[Strike, ...] = ()
-        self._unwritten: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=1000)
-        self._unwritten_state: dict[str, Any] | None = None
+        self._strikes_loaded = False
+        self._unwritten_events: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=1000)
+        self._unwritten_files: dict[str, Callable[[], dict[str, Any]]] = {}
+        """Gives what is to replace the content of a file, by the name of the file."""
         self._last_beat = 0.0
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._complained = False
@@ -43,14 +45,17 @@ class Recorder:
         self._thread.start()
         self._put(self._load_strikes)
 
-    def publish(self) -> None:
-        """Publish in ``endpoint.json`` where the leader listens."""
-        leader = {"run": self._run, "node": self._host.node, "host": self._host.name}
-        endpoint = {**leader, "addresses": self._host.addresses, "port": self._host.port}
-        self._put(lambda: self._rundir.write("endpoint.json", endpoint))
+    def publish(self, agents: Iterable[Host]) -> None:
+        """Publish in ``endpoint.json`` where the leader listens, and where the other ``agents`` do."""
+        endpoint = Published.of(self._run, self._host, agents).body()
+        self._put(lambda: self._replace(ENDPOINT, lambda: endpoint))
+
+    def options(self, options: dict[str, Any]) -> None:
+        """Replace ``spec.json``, the options of the job."""
+        self._put(lambda: self._replace("spec.json", lambda: options))
 
     def beat(self) -> None:
-        """Set the time of ``endpoint.json``, which shows that a leader is at work, and needs no space on the disk."""
+        """Show that a leader is at work: see ``RunDir.beat``."""
         if time.monotonic() - self._last_beat > 1.0:
             self._last_beat = time.monotonic()
             self._put(self._beat)
@@ -64,7 +69,7 @@ class Recorder:
             log.info("%s", sentence(name, fields))
 
         def write() -> None:
-            self._unwritten.append((when, name, fields))
+            self._unwritten_events.append((when, name, fields))
             self._catch_up()
 
         self._put(write)
@@ -72,15 +77,18 @@ class Recorder:
     def state(self, **state: int) -> None:
         """Replace ``state.json``."""
 
-        def write() -> None:
-            self._unwritten_state = {**state, "run": self._run, "strikes": dump(self._strikes)}
-            self._catch_up()
+        def body() -> dict[str, Any]:
+            self._load_strikes()
+            return {**state, "run": self._run, "strikes": dump(self._strikes)}
 
-        self._put(write)
+        self._put(lambda: self._replace("state.json", body))
 
     def verdict(self, verdict: dict[str, Any]) -> Future[None]:
-        """Replace ``verdict.json``; the future is done when the file is on disk, or has the OSError."""
-        return self._put(lambda: self._rundir.write("verdict.json", {**verdict, "run": self._run, "time": time.time()}))
+        """Replace ``verdict.json``; the future is done when the file is on disk, or has the OSError of the first
+        attempt.
+        """
+        body = {**verdict, "run": self._run, "time": time.time()}
+        return self._put(lambda: self._replace("verdict.json", lambda: body))
 
     def close(self, timeout: float = 5.0) -> None:
         """Wait, at most ``timeout`` seconds, until the thread has written what is queued."""
@@ -94,24 +102,43 @@ class Recorder:
         return done
 
     def _load_strikes(self) -> None:
-        """The strikes of nodes that failed before this recorder was made."""
+        """Add the strikes of nodes that failed before this recorder was made, once they can be read."""
+        if self._strikes_loaded:
+            return
         try:
-            earlier = load((self._rundir.read("state.json") or {}).get("strikes", ()))
+            state = self._rundir.read("state.json") or {}
         except ElasticError as error:
-            raise OSError(str(error)) from error
-        self._strikes = live((*earlier, *self._strikes), time.time())
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            state = {}  # damaged for ever
+        self._strikes_loaded = True
+        self._strikes = live((*load(state.get("strikes", ())), *self._strikes), time.time())
 
     def _beat(self) -> None:
-        os.utime(self._rundir.path / "endpoint.json")
+        self._catch_up()
+        self._rundir.beat()
+
+    def _replace(self, name: str, body: Callable[[], dict[str, Any]]) -> None:
+        self._unwritten_files[name] = body
         self._catch_up()
 
     def _catch_up(self) -> None:
-        while self._unwritten:
-            self._rundir.append_event(*self._unwritten[0])
-            self._unwritten.popleft()
-        if self._unwritten_state is not None:
-            self._rundir.write("state.json", self._unwritten_state)
-            self._unwritten_state = None
+        """Write what does not stand yet: all that can be written. Raises the first OSError after that."""
+        problem: OSError | None = None
+        try:
+            while self._unwritten_events:
+                self._rundir.append_event(*self._unwritten_events[0])
+                self._unwritten_events.popleft()
+        except OSError as error:
+            problem = error
+        for name, body in list(self._unwritten_files.items()):
+            try:
+                self._rundir.write(name, body())
+                del self._unwritten_files[name]
+            except OSError as error:
+                problem = problem or error
+        if problem:
+            raise problem
 
     def _add_strike(self, strike: Strike) -> None:
         self._strikes = (*self._strikes, strike)

@@ -21,8 +21,9 @@ class RunDir:
     """Paths and files of one job.
 
     ``secret``: the key of the control connections. ``spec.json``: the options of the job. ``endpoint.json``: where the
-    leader listens; its time of change is the last moment at which a leader was at work. ``state.json``: round and
-    budgets, carried over requeues. ``events.jsonl``: what happened, one JSON object a line. ``verdict.json``: how the
+    leader listens, and which other agents know (``record.endpoint``). ``state.json``: round and budgets, carried over
+    requeues. ``events.jsonl``: what happened, one JSON object a line; its time of change is the last moment at which a
+    leader was at work (``heartbeat``). ``verdict.json``: how the
     last run ended. ``logs/RUN.ROUND/NODE/rankK.out`` and ``.err``: the output of the workers; ``times.jsonl`` there:
     how long those files were at which time. ``logs/RUN.agent-NODE.log``: the output of the agents.
     """
@@ -92,19 +93,31 @@ class RunDir:
         """Replace ``name`` atomically: a reader sees the old object or the new one, whole. Raises OSError."""
         temporary = self.path / f".{name}.{os.uname().nodename}.{os.getpid()}"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(body, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(body, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # a full disk lacks that space
+            raise
+
+    def beat(self) -> None:
+        """Set the time of ``events.jsonl``, which shows that a leader is at work. That needs no space on the disk, and
+        says nothing about who leads: ``endpoint.json`` may be that of a leader before. Raises OSError.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.path / "events.jsonl")
 
     def heartbeat(self) -> int:
-        """A number that changes as long as a leader is at work; 0 if none ever was, or the file cannot be read."""
-        try:
-            with open(self.path / "endpoint.json", "rb") as file:  # opened, so that NFS asks the server
-                return os.fstat(file.fileno()).st_mtime_ns
-        except OSError:
-            return 0
+        """A number that changes as long as a leader is at work; 0 if none ever was, or the files cannot be read."""
+        latest = 0
+        for name in ("events.jsonl", "endpoint.json"):
+            with contextlib.suppress(OSError), open(self.path / name, "rb") as file:  # opened, so NFS asks the server
+                latest = max(latest, os.fstat(file.fileno()).st_mtime_ns)
+        return latest
 
     def write_unfit(self, node: str, when: float, reason: str) -> None:
         """Called on ``node``: why this node could not take part, which no leader can know. Raises OSError."""
@@ -145,8 +158,12 @@ class RunDir:
             return False
         except OSError as error:
             raise ElasticError(f"{path}: {error.strerror}") from error
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+        except OSError as error:
+            path.unlink()  # the disk is full; half a text would stay for ever
+            raise ElasticError(f"{path}: {error.strerror}") from error
         return True
 
     def mark_acted(self, run: int, job: str) -> None:

@@ -24,6 +24,7 @@ from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.network.channel import Network
 from elastic_hpc.network.server import LeaderServer
+from elastic_hpc.record.endpoint import Published, read_published
 from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.training import Progress
@@ -92,9 +93,8 @@ class Node:
         self.network = Network([self.listener], secret, self.cluster.policy.heartbeat_timeout / 5)
         return self.network
 
-    def find_leader(self) -> Host | None:
-        found = self.cluster.rundir.read("endpoint.json")
-        return found and Host(found["node"], found["host"], tuple(found["addresses"]), found["port"])
+    def find_leader(self) -> Published | None:
+        return read_published(self.cluster.rundir)
 
     def give_up(self, _roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
         self.gave_up.append(waited)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +30,7 @@ from elastic_hpc.membership.policy import Policy, Verdict
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
+from elastic_hpc.record.endpoint import Published
 
 TIMEOUT = 5.0
 POLICY = Policy(
@@ -57,8 +58,9 @@ class SimRecord:
     def __init__(self, job: Job, node: SimNode) -> None:
         self.job, self.node = job, node
 
-    def publish(self) -> None:
-        self.job.endpoint = self.node.host
+    def publish(self, agents: Iterable[Host]) -> None:
+        if not self.job.full:
+            self.job.published = Published.of(0, self.node.host, agents)
 
     def beat(self) -> None:
         self.job.beats += 1
@@ -151,9 +153,9 @@ class SimNode:
     def ended(self, over: JobEnded) -> None:
         self.leave(over.outcome)
 
-    async def published(self) -> Host | None:
+    async def published(self) -> Published | None:
         await asyncio.sleep(0.01)
-        return self.job.endpoint if self.job.files else None
+        return self.job.published if self.job.files else None
 
     async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
         step = without_leader(
@@ -306,7 +308,9 @@ class Job:
     events: list[tuple[float, int, str, dict[str, Any]]] = field(default_factory=list)
     verdict: dict[str, Any] | None = None
     requeued: bool = False
-    endpoint: Host | None = None
+    full: bool = False
+    """Whether nothing can be written in the shared folder."""
+    published: Published | None = None
     beats: int = 0
     scripts_listen: bool = False
     bugs: list[Exception] = field(default_factory=list)

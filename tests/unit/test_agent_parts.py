@@ -23,6 +23,7 @@ from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import add_launch_options
+from elastic_hpc.record.endpoint import Published
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv, read_agent_env
 
@@ -293,11 +294,11 @@ def test_a_node_that_was_cut_off_leaves_the_living_job_alone(tmp_path: Path, *, 
 
 def test_each_time_the_record_is_touched_a_node_that_was_cut_off_begins_to_wait_anew(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    rundir.write("endpoint.json", ENDPOINT)
+    rundir.append_event(1.0, "start", {})
     alone = agent(rundir, heartbeat_timeout=0.05)
     assert alone.give_up(None, 9.0, WHY, patient=False) is None
     since = alone._ending._last_beat[1]
-    os.utime(rundir.path / "endpoint.json", (1, 1))
+    os.utime(rundir.path / "events.jsonl", (1, 1))
     assert alone.give_up(None, 9.0, WHY, patient=False) is None
     assert alone._ending._last_beat[1] > since
     wait_for(lambda: alone.give_up(None, 9.0, WHY, patient=False))
@@ -336,7 +337,7 @@ def test_the_leader_of_another_run_is_not_asked(tmp_path: Path) -> None:
     where = {"run": 0, "node": 1, "host": "n2", "addresses": ["10.0.0.2"], "port": 29432}
     rundir.write("endpoint.json", where)
     assert agent(rundir).find_leader() is None
-    assert agent(rundir, run=0).find_leader() == HOST
+    assert agent(rundir, run=0).find_leader() == Published(0, HOST)
 
 
 def test_a_leader_that_takes_over_goes_on_with_what_the_last_one_had_charged(tmp_path: Path) -> None:

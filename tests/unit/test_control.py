@@ -71,7 +71,9 @@ def test_the_next_agent_leads_when_the_first_is_gone(cluster: Cluster) -> None:
     assert round > 1
     wait_for(lambda: cluster.events("take_over"))
     assert "n0 lost" in cluster.events("take_over")[0]["reason"]
-    assert cluster.nodes[0].find_leader() == cluster.nodes[0].host
+    published = cluster.nodes[0].find_leader()
+    assert published
+    assert published.leader == cluster.nodes[0].host
     for control in cluster.controls:
         control.report("succeeded", round)
     assert {end_of(control, round).outcome for control in cluster.controls} == {"finished"}

@@ -1,0 +1,55 @@
+"""``endpoint.json``: where the leader of a job listens, and other agents, which know who leads after its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.membership.roster import Host
+from elastic_hpc.record.rundir import RunDir
+
+ENDPOINT = "endpoint.json"
+
+_MOST_OTHERS = 32
+"""Most other agents that are named: each of them knows the leader."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a leader publishes."""
+
+    run: int
+    leader: Host
+    others: tuple[Host, ...] = ()
+    """Agents that followed the leader when the last round was formed."""
+
+    @classmethod
+    def of(cls, run: int, leader: Host, agents: Iterable[Host]) -> Published:
+        """``agents``: all of the job, maybe with the ``leader``."""
+        others = (agent for agent in agents if agent.node != leader.node)
+        return cls(run, leader, tuple(agent for _, agent in zip(range(_MOST_OTHERS), others, strict=False)))
+
+    def body(self) -> dict[str, Any]:
+        """The content of the file."""
+        return {"run": self.run, **_fields(self.leader), "others": [_fields(agent) for agent in self.others]}
+
+
+def read_published(rundir: RunDir) -> Published | None:
+    """What was published last, by the leader of whichever run; None if nothing was. Raises ElasticError."""
+    body = rundir.read(ENDPOINT)
+    if body is None:
+        return None
+    try:
+        return Published(int(body["run"]), _host(body), tuple(map(_host, body.get("others", ()))))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ElasticError(f"{rundir.path / ENDPOINT}: not as a leader writes it: {error!r}") from error
+
+
+def _fields(host: Host) -> dict[str, Any]:
+    return {"node": host.node, "host": host.name, "addresses": list(host.addresses), "port": host.port}
+
+
+def _host(fields: dict[str, Any]) -> Host:
+    return Host(int(fields["node"]), str(fields["host"]), tuple(map(str, fields["addresses"])), int(fields["port"]))

@@ -1,0 +1,166 @@
+"""A run directory that is full, or read-only, while another agent takes over: really, on file systems of their own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, Node, end_of, wait_for
+
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.membership.roster import Host
+from elastic_hpc.network.client import ask_leader
+from elastic_hpc.record.endpoint import Published, read_published
+from elastic_hpc.record.recorder import Recorder
+from elastic_hpc.record.rundir import RunDir
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: sudo make test")
+
+
+class Disk:
+    """A file system of 256 KiB."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._filler = path / "filler"
+        mount("-t", "tmpfs", "-o", "size=256k,mode=755", "none", str(path))
+
+    def fill(self) -> None:
+        """Leave not a page."""
+        with pytest.raises(OSError, match="No space left") as full, self._filler.open("wb", buffering=0) as file:  # noqa: PT012
+            while True:
+                file.write(b"x" * 4096)
+        assert full.value.errno == errno.ENOSPC
+
+    def empty(self) -> None:
+        self._filler.unlink()
+
+    def protect(self) -> None:
+        mount("-o", "remount,ro", str(self.path))
+
+    def unprotect(self) -> None:
+        mount("-o", "remount,rw", str(self.path))
+
+
+def mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    yield Disk(path)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture
+def cluster(disk: Disk) -> Iterator[Cluster]:
+    made = Cluster(disk.path)
+    yield made
+    made.close()
+
+
+def train(cluster: Cluster) -> int:
+    """All agents train in the next round, the number of which is returned."""
+    (round,) = {seat.round for seat in cluster.seats()}
+    for node in cluster.nodes:
+        node.train(round)
+    return round
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_leader_that_cannot_publish_its_address_is_found_by_all(cluster: Cluster, disk: Disk, how: str) -> None:
+    train(cluster)
+    wait_for(lambda: read_published(cluster.rundir) and read_published(cluster.rundir).others)  # type: ignore[union-attr]
+    (disk.fill if how == "full" else disk.protect)()
+    cluster.nodes[0].die()
+    cluster.wait_stop(1)
+    round = train(cluster)
+    published = read_published(cluster.rundir)
+    assert published
+    assert published.leader.node == 0, "that is the dead one"
+
+    with ThreadPoolExecutor(1) as threads:  # a new agent has nothing but the run directory
+        cluster.nodes.append(Node(cluster, 3, first=False))
+        seat = threads.submit(cluster.nodes[-1].control.next_seat)
+        for control in cluster.controls[:-1]:
+            wait_for(lambda control=control: control.must_stop(round))
+        round = max(seat.round for seat in cluster.seats(cluster.nodes[:-1]))
+        assert seat.result(timeout=20).plan.group_world_size == 3
+    for node in cluster.nodes:
+        node.train(round)
+    ask_leader(cluster.rundir, "drain", "time limit")
+    for control in cluster.controls:
+        wait_for(lambda control=control: control.order and control.order.drain)
+
+    (disk.empty if how == "full" else disk.unprotect)()
+    leader = cluster.nodes[0].host
+    wait_for(lambda: (found := read_published(cluster.rundir)) and found.leader == leader, seconds=5)
+    wait_for(lambda: cluster.events("take_over"), seconds=5)
+    wait_for(lambda: (cluster.rundir.read("state.json") or {}).get("round") == round, seconds=5)
+    for control in cluster.controls:
+        control.report("succeeded", round, drained=True)
+    assert {end_of(control, round).outcome for control in cluster.controls} == {"failed"}, "it cannot be requeued"
+    wait_for(lambda: cluster.rundir.read("verdict.json"))
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_all_that_is_written_once_is_written_again_until_it_stands(disk: Disk, how: str) -> None:
+    rundir = RunDir(disk.path / "run").create()
+    old, new = Host(0, "n0", ("10.0.0.1",), 1), Host(1, "n1", ("10.0.0.2",), 2)
+    first = Recorder(rundir, 0, old)
+    first.event("start", {})
+    first.publish([old, new])
+    first.close()
+    before = (rundir.path / "endpoint.json").stat().st_mtime_ns
+    (disk.fill if how == "full" else disk.protect)()
+    recorder = Recorder(rundir, 0, new)
+    recorder.options({"--nodes": "1:2"})
+    recorder.publish([new])
+    recorder.event("lost", {"node": "n0", "reason": "x" * 5000})
+    recorder.state(round=2)
+    with pytest.raises(OSError, match=r"No space left|Read-only"):
+        recorder.verdict({"outcome": "finished"}).result(timeout=5)
+    beat = rundir.heartbeat()
+    recorder.beat()
+    if how == "full":
+        wait_for(lambda: rundir.heartbeat() != beat)
+    assert read_published(rundir) == Published(0, old, (new,))
+    assert (rundir.path / "endpoint.json").stat().st_mtime_ns == before, "nothing says that the old leader is at work"
+    (disk.empty if how == "full" else disk.unprotect)()
+
+    def stands() -> bool:
+        recorder.beat()
+        return rundir.read("verdict.json") is not None
+
+    wait_for(stands, seconds=5)
+    assert read_published(rundir) == Published(0, new)
+    assert [event["event"] for event in rundir.events()] == ["start", "lost"]
+    assert (rundir.read("state.json") or {})["strikes"][0]["node"] == "n0"
+    assert rundir.read("spec.json") == {"--nodes": "1:2"}
+    assert not [name for name in os.listdir(rundir.path) if name.startswith(".")], "no half-written files"
+    recorder.close()
+
+
+def test_a_secret_is_whole_or_not_there(disk: Disk) -> None:
+    rundir = RunDir(disk.path / "run").create()
+    disk.fill()
+    with pytest.raises(ElasticError, match="No space left"):
+        rundir.make_secret()
+    disk.empty()
+    assert len(rundir.make_secret()) == 64
+
+
+def test_who_was_asked_is_told_where_nobody_leads(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path).create()
+    rundir.make_secret()
+    hosts = [Host(node, f"n{node}", ("127.0.0.1",), 1) for node in range(3)]
+    rundir.write("endpoint.json", Published.of(0, hosts[0], hosts).body())
+    with pytest.raises(ElasticError, match=r"the leader on n0 port 1 did not answer: .*n1, n2 were asked"):
+        ask_leader(rundir, "stop")
