@@ -38,6 +38,7 @@ class Recorder:
         self._unwritten_events: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=1000)
         self._unwritten_files: dict[str, Callable[[], dict[str, Any]]] = {}
         """Gives what is to replace the content of a file, by the name of the file."""
+        self._published: Published | None = None
         self._last_beat = 0.0
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._complained = False
@@ -47,8 +48,10 @@ class Recorder:
 
     def publish(self, agents: Iterable[Host]) -> None:
         """Publish in ``endpoint.json`` where the leader listens, and where the other ``agents`` do."""
-        endpoint = Published.of(self._run, self._host, agents).body()
-        self._put(lambda: self._replace(ENDPOINT, lambda: endpoint))
+        published = Published.of(self._run, self._host, agents)
+        if published != self._published:
+            self._published = published
+            self._put(lambda: self._replace(ENDPOINT, published.body))
 
     def options(self, options: dict[str, Any]) -> None:
         """Replace ``spec.json``, the options of the job."""

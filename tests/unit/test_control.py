@@ -166,6 +166,7 @@ def test_sigterm_of_the_leaders_agent_is_taken_for_the_end_of_the_allocation(clu
     cluster.controls[0].on_signal()
     for control in cluster.controls:
         wait_for(lambda control=control: control.order and control.order.drain)
+    wait_for(lambda: cluster.events("request"))
     assert [event["reason"] for event in cluster.events("request")] == ["terminated"]
 
 
