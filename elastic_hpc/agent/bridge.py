@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -54,7 +54,7 @@ class Outside(Protocol):
     """
 
     def find_leader(self) -> Published | None: ...
-    def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None: ...
+    def give_up(self, roster: Roster | None, waited: float, why: str, **how: Any) -> JobEnded | None: ...
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer: ...
 
 
@@ -208,8 +208,20 @@ class Control:
         except (ElasticError, OSError):
             return None
 
-    async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
-        return await on_thread(self._outside.give_up, roster, waited, why, patient=patient)
+    async def give_up(
+        self, roster: Roster | None, waited: float, why: str, *, patient: bool, others: Sequence[str]
+    ) -> JobEnded | None:
+        try:
+            return await on_thread(
+                self._outside.give_up, roster, waited, why, patient=patient, others=others, is_led=self._is_led
+            )
+        except (ElasticError, OSError) as error:
+            log.warning("%s; tried again", error)
+            return None
+
+    def _is_led(self) -> bool:
+        order = self._order
+        return order is not None and order.leads
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
         return self._outside.lead(roster, reason)

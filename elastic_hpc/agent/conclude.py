@@ -106,7 +106,7 @@ def act(
 
     ``alone``: the batch host is lost, and with it the batch script and srun. Then the agent also ends the job: it
     starts a job step that waits until the agents have left, and on one of the ``others`` a deputy, which acts if that
-    step is lost. ``environ`` is what the agent was started with.
+    step is lost. A node that cannot have the deputy is passed over. ``environ`` is what the agent was started with.
     """
     if env.local:
         return None
@@ -117,10 +117,12 @@ def act(
     log = rundir.path / "logs" / "conclude.log"
     try:
         slurm.start_step(environ["SLURM_JOB_ID"], env.name, command, log, environ)
-        for node in others[:1]:
-            slurm.start_step(environ["SLURM_JOB_ID"], node, [*command, "--deputy-of", env.name], log, environ)
     except SlurmError as error:
         return str(error)
+    for node in others[:2]:
+        with contextlib.suppress(SlurmError):
+            slurm.start_step(environ["SLURM_JOB_ID"], node, [*command, "--deputy-of", env.name], log, environ)
+            break
     return None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_hpc.agent import conclude
+from elastic_hpc.agent.turns import Turns
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership.leaderless import Conclude, GiveUp, KeepLooking, without_leader
 from elastic_hpc.membership.policy import Action, Policy
@@ -45,10 +46,22 @@ class Ending:
     """The last sign of a leader at work (``RunDir.heartbeat``), and when this agent noticed that sign."""
     _stays_out: bool = False
 
+    def __post_init__(self) -> None:
+        self._turns = Turns(self.rundir, self.env.run, self.env.name)
+
     def act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
         """Requeue or end the job. Returns the problem, if any. The parameters are those of ``conclude.act``. A job that
-        runs in an allocation of the user (``elastic-srun``) is not requeued.
+        runs in an allocation of the user (``elastic-srun``) is not requeued. If ``alone``, other agents whose leader is
+        lost do not act until the turn of this one is over.
         """
+        if alone:
+            self._turns.take()
+        problem = self._act(verdict, lost, alone=alone, others=others)
+        if alone and not problem and (others or self.env.local or self.contained or not self.policy.can_requeue):
+            self._turns.done()
+        return problem
+
+    def _act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
         if self.contained:
             if alone:
                 log.warning(
@@ -64,8 +77,19 @@ class Ending:
             return conclude.cancel(self.env)
         return None
 
-    def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
-        """See ``network.node.Node``."""
+    def give_up(
+        self,
+        roster: Roster | None,
+        waited: float,
+        why: str,
+        *,
+        patient: bool,
+        others: Sequence[str] = (),
+        is_led: Callable[[], bool] = lambda: False,
+    ) -> JobEnded | None:
+        """See ``network.node.Node``. ``is_led`` says whether there is a leader again: by the time that a file system
+        has answered, there may be.
+        """
         step = without_leader(
             waited,
             why,
@@ -75,7 +99,10 @@ class Ending:
             heartbeat_timeout=self.policy.heartbeat_timeout,
             read_verdict=self._read_verdict,
             somebody_leads=self._somebody_leads,
+            somebody_acts=self._turns.are_done,
         )
+        if is_led():
+            return None
         match step:
             case KeepLooking(unreachable):
                 if unreachable and published(self.rundir, self.env.run):
@@ -86,11 +113,16 @@ class Ending:
                     self._stay_out(why)
                 return JobEnded(outcome, reason)
             case Conclude(verdict):
+                if not self._turns.take() or is_led():
+                    return None
                 verdict = verdict or self._write_verdict(
                     roster, f"no leader was found for {waited:.0f} s ({why}), and too few nodes to have another"
                 )
-                problem = self.act(verdict, [], alone=True, others=())
-                return None if problem else JobEnded("lost", verdict["reason"])
+                if problem := self.act(verdict, [], alone=True, others=others):
+                    log.warning("%s; tried again later", problem)
+                    self._turns.failed()
+                    return None
+                return JobEnded("lost", verdict["reason"])
 
     def _stay_out(self, why: str) -> None:
         """The leader cannot be reached from this node: the job goes on without the node, and avoids it after a

@@ -123,9 +123,9 @@ class Leading:
     def find_leader(self) -> Published | None:
         return published(self.rundir, self.env.run)
 
-    def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
-        """See ``network.node.Node``."""
-        return self._ending.give_up(roster, waited, why, patient=patient)
+    def give_up(self, roster: Roster | None, waited: float, why: str, **how: Any) -> JobEnded | None:
+        """See ``Ending.give_up``."""
+        return self._ending.give_up(roster, waited, why, **how)
 
     async def _act(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None:
         body = {"outcome": verdict.outcome, "reason": verdict.reason}

@@ -170,8 +170,8 @@ def _given_run_dir(path: str, *, again: bool) -> RunDir:
     if (rundir.path / "events.jsonl").exists():
         if not again or rundir.is_held():
             raise UsageError(f"--run-dir {path!r}: another run has been there; choose a new one, or remove it")
-        for name in ("verdict.json", "endpoint.json"):
-            (rundir.path / name).unlink(missing_ok=True)
+        rundir.forget_verdict()
+        (rundir.path / "endpoint.json").unlink(missing_ok=True)
     return rundir
 
 

@@ -44,12 +44,13 @@ def without_leader(
     heartbeat_timeout: float,
     read_verdict: Callable[[], Mapping[str, Any] | None],
     somebody_leads: Callable[[], bool],
+    somebody_acts: Callable[[], bool],
 ) -> KeepLooking | GiveUp | Conclude:
     """``waited``: seconds without a leader, because of ``why``. ``joins``: this agent is a joiner, which never ends the
     job, and never keeps its node for a job that is over or cannot be reached. ``ever_led``: it has obeyed a leader
-    before. ``patient``: it may still wait. ``read_verdict`` returns the verdict of this run or None, and
-    ``somebody_leads`` whether a leader, reached or not, is at work. Both may take long, and are called only where the
-    answer decides.
+    before. ``patient``: it may still wait. ``read_verdict`` returns the verdict of this run or None,
+    ``somebody_leads`` whether a leader, reached or not, is at work, and ``somebody_acts`` whether another agent ends or
+    requeues the job. They may take long, and are called only where the answer decides.
     """
     if joins:
         if verdict := read_verdict():
@@ -59,6 +60,8 @@ def without_leader(
         return GiveUp("lost", f"no leader was found for {waited:.0f} s: {why}", unreachable=somebody_leads())
     if somebody_leads():
         return KeepLooking(unreachable=not ever_led and waited > 2 * heartbeat_timeout)
+    if somebody_acts():
+        return GiveUp("lost", "another agent that is left acts for all")
     if patient:
         return KeepLooking()
     verdict = read_verdict()

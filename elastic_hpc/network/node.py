@@ -41,9 +41,12 @@ class Node(Protocol):
     async def published(self) -> Published | None:
         """The leader that the run directory names, and agents that may know of a later one."""
 
-    async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
+    async def give_up(
+        self, roster: Roster | None, waited: float, why: str, *, patient: bool, others: Sequence[str]
+    ) -> JobEnded | None:
         """This agent had no leader for ``waited`` seconds, because of ``why``; without a ``roster`` it never had one.
-        Unless ``patient``, requeue or end the job.
+        Unless ``patient``, requeue or end the job. ``others``: the names of nodes that are left besides this one, as
+        far as this agent knows.
         """
 
     def lead(self, roster: Roster | None, reason: str) -> LeaderServer:

@@ -24,6 +24,9 @@ from elastic_hpc.network.own_leader import OwnLeader
 _MOST_REDIRECTS = 3
 """How many agents in turn may name another leader, before this agent looks for the leader anew."""
 
+_NEXT = 60.0
+"""Seconds that the agents that are left give one of them to end or requeue the job."""
+
 
 class Membership:
     """``run`` keeps this agent in touch with the leader until ``leave``."""
@@ -102,15 +105,26 @@ class Membership:
     async def _watch(self) -> None:
         """Have the node give up when it had no leader for too long: the allocation may be idle."""
         began = now()
+        others: list[str] = []
+        is_first = True
         while True:
             await asyncio.sleep(self._timeout / 5)
             last_led = self._follower.last_led
             waited = now() - (began if last_led is None else last_led)
-            if waited > self._timeout:
-                after_a_loss = 2 * self._timeout + 2.0 * min(self._me.node, 20)
-                patient = waited < (self._join_timeout if last_led is None else after_a_loss)
+            if waited <= self._timeout:
+                others, is_first = [], True
+            else:
+                if server := self._own_leader.server:  # asks for a majority, gives up, and asks again
+                    others = server.leader.peers.names(without=self._me.node) or others
+                order = self._follower.order
+                if order and not order.leads and self._follower.leader != self._me:  # another one asks, and acts first
+                    is_first = False
                 roster, reason = self._follower.roster, self._finder.reason
-                over = await self._node.give_up(roster, waited, reason, patient=patient)
+                after_a_loss = 2 * self._timeout + 2.0 * min(self._me.node, 20)
+                if not is_first:
+                    after_a_loss += _NEXT + self._me.node
+                patient = waited < (self._join_timeout if last_led is None else after_a_loss)
+                over = await self._node.give_up(roster, waited, reason, patient=patient, others=others)
                 if over:
                     self._node.ended(over)
                     return

@@ -166,6 +166,12 @@ class RunDir:
             raise ElasticError(f"{path}: {error.strerror}") from error
         return True
 
+    def forget_verdict(self) -> None:
+        """A run that has ended here continues: remove its verdict, and what says who acts on that."""
+        for pattern in ("verdict.json", "turn.*", "acts.*"):
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
+
     def mark_acted(self, run: int, job: str) -> None:
         """The verdict of ``run`` was a requeue, and the job was requeued, or submitted again, as ``job``. Raises
         OSError.

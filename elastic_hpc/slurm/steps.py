@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import select
 import subprocess
@@ -27,6 +28,7 @@ _AGENT_NAME = "elastic-agent"
 # seconds. Slurm goes on listing a step that ended on the other nodes before Slurm noticed the loss.
 _STEP_SECONDS = 20
 _GIVE_UP_SECONDS = 3
+_POLL, _POLL_AT_MOST = 0.5, 8.0  # seconds between two looks at the steps: an eighth of the time so far
 # Prefixes of variables that Slurm sets for the batch script and that its steps inherit; srun ignores them.
 _OF_THE_JOB = (
     *("SLURM_ARRAY_", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_"),
@@ -164,7 +166,8 @@ def wait_until_alone(job: str, step: str, *, deadline: timedelta, deputy_of: str
                 return True
         if time.monotonic() - begin > deadline.total_seconds():
             return False
-        time.sleep(0.5)
+        waited = time.monotonic() - begin
+        time.sleep(random.uniform(0.75, 1.25) * min(max(waited / 8, _POLL), _POLL_AT_MOST))  # noqa: S311 - jitter
 
 
 def _other_steps(job: str, step: str) -> set[str]:

@@ -44,7 +44,7 @@ def _begin(rundir: RunDir) -> None:
     """
     if rundir.read("verdict.json"):
         rundir.write("state.json", {**(rundir.read("state.json") or {}), "restarts": 0})
-        (rundir.path / "verdict.json").unlink()
+        rundir.forget_verdict()
 
 
 def join(parameters: RendezvousParameters) -> TorchrunHandler:

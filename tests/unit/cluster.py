@@ -96,7 +96,9 @@ class Node:
     def find_leader(self) -> Published | None:
         return read_published(self.cluster.rundir)
 
-    def give_up(self, _roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
+    def give_up(
+        self, _roster: Roster | None, waited: float, why: str, *, patient: bool, **_: object
+    ) -> JobEnded | None:
         self.gave_up.append(waited)
         return None if patient else JobEnded("lost", f"no leader: {why}")
 

@@ -157,7 +157,9 @@ class SimNode:
         await asyncio.sleep(0.01)
         return self.job.published if self.job.files else None
 
-    async def give_up(self, roster: Roster | None, waited: float, why: str, *, patient: bool) -> JobEnded | None:
+    async def give_up(
+        self, roster: Roster | None, waited: float, why: str, *, patient: bool, others: Sequence[str]
+    ) -> JobEnded | None:
         step = without_leader(
             waited,
             why,
@@ -167,6 +169,7 @@ class SimNode:
             heartbeat_timeout=TIMEOUT,
             read_verdict=lambda: self.job.verdict,
             somebody_leads=self._somebody_leads,
+            somebody_acts=lambda: self.job.files and bool(self.job.acted),
         )
         match step:
             case GiveUp(outcome, reason):
@@ -174,6 +177,7 @@ class SimNode:
             case Conclude(verdict):
                 self.job.verdict = verdict or {"outcome": "requeue", "reason": "no leader", "cause": "node lost"}
                 self.job.requeued = True
+                self.job.acted.append((self.index, list(others)))
                 return JobEnded("lost", "no leader")
         return None
 
@@ -308,6 +312,8 @@ class Job:
     events: list[tuple[float, int, str, dict[str, Any]]] = field(default_factory=list)
     verdict: dict[str, Any] | None = None
     requeued: bool = False
+    acted: list[tuple[int, list[str]]] = field(default_factory=list)
+    """The nodes without a leader that have requeued the job, each with the nodes that it was in touch with."""
     full: bool = False
     """Whether nothing can be written in the shared folder."""
     published: Published | None = None

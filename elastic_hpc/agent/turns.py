@@ -1,0 +1,72 @@
+"""Which of the agents that nobody leads acts for all: the first that takes a turn in the run directory, and the next
+when that turn has led to nothing. slurmctld would have to answer hundreds of agents that act at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.membership.growth import Backoff
+from elastic_hpc.record.rundir import RunDir
+
+TURN = 60.0
+"""Seconds until the next agent may take a turn."""
+
+
+class Turns:
+    """The turns of one agent. The files are ``turn.RUN.NUMBER``, with the name of the node that acts, and
+    ``acts.RUN`` when the other agents need not wait.
+    """
+
+    def __init__(self, rundir: RunDir, run: int, node: str) -> None:
+        self._rundir = rundir
+        self._node = node
+        self._turn, self._done = f"turn.{run}.", f"acts.{run}"
+        self._last = 0
+        """The number of the last turn that somebody has taken."""
+        self._since = 0.0
+        """When this agent has noticed that turn."""
+        self._mine = False
+        self._backoff = Backoff()
+
+    def take(self) -> bool:
+        """Whether this agent shall act now. If the run directory cannot be written, nobody can be told."""
+        now = time.monotonic()
+        last = max((int(name.removeprefix(self._turn)) for name in self._names() if self._is_turn(name)), default=0)
+        if last > self._last:
+            self._last, self._since, self._mine = last, now, False
+        if self._mine:
+            return now >= self._backoff.at
+        if self._last and now - self._since < TURN:
+            return False
+        try:
+            self._mine = self._rundir.claim(f"{self._turn}{self._last + 1}", self._node)
+        except ElasticError:
+            return now >= self._backoff.at
+        self._last, self._since = self._last + 1, now
+        return self._mine
+
+    def failed(self) -> None:
+        """This agent has acted in vain, and tries again later, as long as it is its turn."""
+        self._backoff.failed(time.monotonic())
+
+    def done(self) -> None:
+        """Others may leave: this agent has acted, and somebody acts even if this node is lost now."""
+        try:
+            self._rundir.claim(self._done, self._node)
+        except ElasticError:
+            return  # the end of the job ends them too
+
+    def are_done(self) -> bool:
+        return self._done in self._names()
+
+    def _is_turn(self, name: str) -> bool:
+        return name.startswith(self._turn) and name.removeprefix(self._turn).isdecimal()
+
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self._rundir.path)
+        except OSError:
+            return []

@@ -1,0 +1,181 @@
+"""More than half of the nodes are lost at once: of those that are left one acts for all, and the next one later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simulated
+from simulated import Job
+
+from elastic_hpc import slurm
+from elastic_hpc.agent import turns
+from elastic_hpc.agent.leading import Leading
+from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
+from elastic_hpc.membership.election import Base
+from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import AgentEnv
+
+POLICY = replace(simulated.POLICY, heartbeat_timeout=0.0)
+ENVIRON = {"SLURM_JOB_ID": "7"}
+
+
+async def no_store(round: int) -> int:
+    raise AssertionError(f"nobody forms round {round}")
+
+
+class Survivors:
+    """Agents that have lost their leader, on ``n1``, ``n2`` and so on, and a Slurm that notes which steps it starts."""
+
+    def __init__(self, path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.rundir = RunDir(path)
+        self.steps: list[str] = []
+        self.refuses: set[str] = set()
+        """Nodes on which no step starts."""
+        self.agents = {f"n{index}": self._agent(index, count) for index in range(1, count + 1)}
+        monkeypatch.setattr(slurm, "start_step", self._start_step)
+        monkeypatch.setattr(turns.time, "monotonic", lambda: self.now)
+
+    def _agent(self, index: int, count: int) -> Leading:
+        env = AgentEnv("7", index, f"n{index}", count, 0, 1, None, None, local=False)
+        host = Host(index, f"n{index}", (f"10.0.0.{index}",), 29432)
+        return Leading(None, env, host, 1, POLICY, self.rundir, ENVIRON, no_store)  # type: ignore[arg-type]
+
+    def _start_step(self, _job: str, node: str, *_: Any) -> None:
+        self.steps.append(node)
+        if node in self.refuses:
+            raise SlurmError(f"srun: {node} does not answer")
+
+    def look(self, name: str, **how: Any) -> JobEnded | None:
+        """``name`` looks what to do, once."""
+        roster = Roster(4, (self.agents[name].host,), (Base(4, 0, (0, 1)),), 0, 0)
+        return self.agents[name].give_up(roster, 99.0, "n0 lost", **{"patient": False, **how})
+
+    def left(self, others: tuple[str, ...] = ()) -> list[str]:
+        """All look once; those that leave."""
+        return [name for name in self.agents if self.look(name, others=others)]
+
+
+@pytest.fixture
+def survivors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Survivors]:
+    return lambda count: Survivors(tmp_path, count, monkeypatch)
+
+
+def test_one_of_four_hundred_acts_and_the_others_leave(survivors: Callable[[int], Survivors]) -> None:
+    job = survivors(400)
+    assert len(job.left(others=("n2", "n3", "n4"))) == 400
+    assert job.steps == ["n1", "n2"], "a step, and its deputy"
+    assert [event["event"] for event in job.rundir.events()] == ["verdict"]
+
+
+def test_who_is_patient_leaves_too_when_somebody_has_acted(survivors: Callable[[int], Survivors]) -> None:
+    job = survivors(2)
+    assert job.look("n2", patient=True) is None
+    assert job.look("n1", others=("n2",))
+    assert job.look("n2", patient=True)
+
+
+def test_without_a_deputy_the_others_stay_and_the_next_acts_later(survivors: Callable[[int], Survivors]) -> None:
+    job = survivors(400)
+    assert job.left() == ["n1"]
+    del job.agents["n1"]
+    for turn in range(2, 5):
+        for _ in range(5):
+            assert job.left() == []
+            job.now += turns.TURN / 5 - 1
+        job.now += 10
+        assert job.left() == [f"n{turn}"]
+        del job.agents[f"n{turn}"]
+    assert job.steps == ["n1", "n2", "n3", "n4"]
+
+
+def test_an_agent_that_acts_in_vain_tries_again_later_and_then_another_does(
+    survivors: Callable[[int], Survivors],
+) -> None:
+    job = survivors(400)
+    job.refuses = {"n1", "n2"}
+    for _ in range(60):
+        assert job.left() == []
+        job.now += 1.0
+    assert set(job.steps) == {"n1"}
+    assert len(job.steps) <= 3
+    for _ in range(60):
+        assert job.left() == []
+        job.now += 1.0
+    assert len(job.steps) <= 7
+    assert len(job.left(others=("n9",))) == 398, "all that look after n3, whose turn it is, and that has a deputy"
+    assert job.steps[-2:] == ["n3", "n9"]
+    assert len(job.left()) == 400
+
+
+def test_a_node_that_cannot_have_the_deputy_is_passed_over(survivors: Callable[[int], Survivors]) -> None:
+    job = survivors(1)
+    job.refuses = {"n2"}
+    assert job.left(others=("n2", "n3", "n4")) == ["n1"]
+    assert job.steps == ["n1", "n2", "n3"]
+
+
+def test_an_agent_acts_though_the_run_directory_cannot_be_written(
+    survivors: Callable[[int], Survivors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> bool:
+        raise ElasticError("read-only file system")
+
+    monkeypatch.setattr(RunDir, "claim", refuse)
+    job = survivors(1)
+    assert job.left() == ["n1"]
+    assert job.steps == ["n1"]
+
+
+def test_nobody_acts_when_there_is_a_leader_again(survivors: Callable[[int], Survivors]) -> None:
+    """By the time that a stalled file system has answered."""
+    job = survivors(1)
+    assert job.look("n1", is_led=lambda: True) is None
+    assert job.rundir.read("verdict.json") is None
+    assert job.steps == []
+
+
+def test_the_agents_do_not_act_again_where_their_leader_has(survivors: Callable[[int], Survivors]) -> None:
+    job = survivors(3)
+    verdict = {"run": 0, "outcome": "requeue", "reason": "n0 lost", "actor": "agents"}
+    job.rundir.write("verdict.json", verdict)
+    assert job.agents["n1"]._ending.act(verdict, [], alone=True, others=["n2", "n3"]) is None
+    del job.agents["n1"]
+    assert job.left() == ["n2", "n3"]
+    assert job.steps == ["n1", "n2"]
+
+
+def test_a_run_that_continues_begins_with_the_first_turn(survivors: Callable[[int], Survivors]) -> None:
+    job = survivors(2)
+    job.left(others=("n2",))
+    job.rundir.forget_verdict()
+    assert [path.name for path in job.rundir.path.iterdir() if path.name.startswith(("turn", "acts", "verd"))] == []
+
+
+@pytest.mark.parametrize("files", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_agent_that_asks_for_a_majority_in_vain_acts_for_those_that_are_in_touch_with_it(
+    seed: int, *, files: bool
+) -> None:
+    """Also where the run directory does not answer, and tells nobody."""
+    job = Job(seed, 9, replace(simulated.POLICY, max_nodes=9))
+
+    async def story() -> None:
+        assert await job.until(job.training, 100)
+        job.loss, job.files = 0.0, files
+        for node in job.nodes[:5]:
+            node.power_off()
+        await job.until(lambda: bool(job.acted), 120)
+        await job.until(lambda: False, 30)
+        ((index, others),) = job.acted
+        assert index == 5
+        assert others
+        assert set(others) <= {"n6", "n7", "n8"}
+        assert all(node.left for node in job.nodes[5:]) == files
+
+    job.run(story)
