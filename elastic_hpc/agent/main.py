@@ -125,7 +125,7 @@ def _agent(parts: Assembly, standbys: Standbys, numa: dict[str, Any]) -> Elastic
         args=tuple(arg.replace("$", "$$") for arg in command[1:]),
         **numa,
     )
-    logs = NodeLogs(Path(parts.rundir.path, "logs"), env.run, env.name, spec.local_ranks_filter)
+    logs = NodeLogs(Path(parts.rundir.path, "logs"), env.run, env.name, spec.tee, spec.local_ranks_filter)
     signals = DrainSignals(spec.drain_signal, slurm=not env.local)
     return ElasticAgent(
         worker_spec, logs, parts.control, parts.mark, env.name, parts.policy, spec.hang_timeout, standbys, signals

@@ -30,8 +30,8 @@ EPILOG = """examples:
   elastic-hpc logs 4711 --round 2 --node 'n[3-4]' --stderr
   elastic-hpc logs 4711 -t -n 100 --rank all
 
-Lines of different ranks are put in order by when their agent saw the file grow: to a second at first, to half a minute
-in rounds of hours. With -f they come as they are written."""
+Lines of different ranks are put in order by when their agents read them, which is a tenth of a second after they were
+written. With -f they come about a second later."""
 
 _LOOK_INTERVAL, _STATE_INTERVAL = 0.3, 5.0
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
@@ -81,9 +81,9 @@ def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
             if view.state != "RUNNING" and view.summary != last_summary:
                 entry.tell("elastic-hpc", "\n  ".join((f"job {view.id} is {view.summary}", *view.advice)))
             last_summary = view.summary
-        printer.print(logs.added(time.time()))
+        printer.print(logs.added())
         if over:
-            printer.print(logs.rest(time.time()))
+            printer.print(logs.rest())
             return
         entry.heed_reader()
         time.sleep(_LOOK_INTERVAL)

@@ -4,7 +4,6 @@ directory, and asks Slurm only for what is not there, so that it works when Slur
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import time
@@ -23,7 +22,7 @@ from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.job.submission import prepared
 from elastic_hpc.record.registry import remember
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.record.worker_logs import Stream, files
+from elastic_hpc.record.worker_logs import Logs, Stream, Wanted
 from elastic_hpc.view.job import JobView
 
 _LOOK_INTERVAL = 0.5
@@ -177,14 +176,12 @@ class Job:
         """
         if stream not in get_args(Stream):
             raise UsageError(f"stream {stream!r}: expected 'out' or 'err'")
-        read: dict[Path, int] = {}
+        logs = Logs(self.run_dir / "logs", Wanted(ranks=(rank,), streams=(stream,)))
         for view in self._watch() if follow else [None]:
-            for path in files(self.run_dir / "logs", rank, stream):
-                for line in _lines(path, read.get(path, 0), rest=view is None or view.over):
-                    read[path] = read.get(path, 0) + len(line)
-                    yield line.decode(errors="replace")
-            if view is not None and view.over:
-                return
+            yield from (line.written for line in logs.added())
+            if view is None or view.over:
+                break
+        yield from (line.written for line in logs.rest())
 
     def events(self) -> list[dict[str, Any]]:
         """The events that the leaders recorded: ``time`` in seconds since the epoch, ``event``, and more fields."""
@@ -271,13 +268,6 @@ class Job:
     def last_round(self) -> Mapping[str, Any]:
         """The event of the last world that was formed, ``round``, ``nodes``, ``world_size``; empty before the first."""
         return self._record.last_round()
-
-
-def _lines(path: Path, offset: int, *, rest: bool) -> Iterator[bytes]:
-    """The lines of a file from ``offset`` on, with ``rest`` also a last line without an end."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(offset)
-        yield from (line for line in file if rest or line.endswith(b"\n"))
 
 
 def submit(spec: JobSpec, on_message: Callable[[str], None] = lambda _: None) -> Job:

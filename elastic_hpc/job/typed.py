@@ -26,14 +26,14 @@ LaunchOptions = TypedDict("LaunchOptions", {  # noqa: UP013 - a table in rows
     "max_requeues": Number, "rdzv_endpoint": Text, "rdzv_id": Text,
     "rdzv_conf": str | Mapping[str, float | timedelta] | None, "heartbeat_timeout": Time, "grace": Time,
     "drain_signal": Text | bool, "hang_timeout": Time, "preload": Words | bool, "preflight": Text, "interface": Text,
-    "role": Text, "local_ranks_filter": Words, "numa_binding": Text,
+    "role": Text, "tee": Words, "local_ranks_filter": Words, "numa_binding": Text,
 }, total=False)  # fmt: skip
 """How the agents run the workers; for JobSpec.of and LaunchConfig."""
 
 TorchrunOptions = TypedDict("TorchrunOptions", {  # noqa: UP013 - a table in rows
     "nnodes": Nodes, "standalone": Flag, "master_addr": Text, "master_port": Text, "rdzv_backend": Text,
     "node_rank": Text, "monitor_interval": Text | float, "start_method": Text, "event_log_handler": Text,
-    "redirects": Text, "tee": Text, "duplicate_stdout_filters": Text, "duplicate_stderr_filters": Text,
+    "redirects": Text, "duplicate_stdout_filters": Text, "duplicate_stderr_filters": Text,
     "logs_specs": Text, "local_addr": Text, "signals_to_handle": Text, "shutdown_timeout": Text,
     "virtual_local_rank": Flag, "run_path": Flag, "use_env": Flag,
 }, total=False)  # fmt: skip

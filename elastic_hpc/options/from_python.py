@@ -25,7 +25,7 @@ _SLURMS_TIMES = frozenset({"time", "time-min", "delay-boot"})
 _MOMENTS = frozenset({"begin", "deadline"})
 _LISTS = frozenset(
     {
-        *("preload", "local-ranks-filter", "container-mounts"),
+        *("preload", "tee", "local-ranks-filter", "container-mounts"),
         *("array", "clusters", "dependency", "exclude", "export", "gres", "licenses", "mail-type", "nodelist"),
         *("partition", "propagate", "profile", "acctg-freq", "qos", "reservation"),
     }

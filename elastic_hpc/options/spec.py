@@ -43,6 +43,7 @@ class LaunchSpec:
     preflight: str | None = None
     interface: str | None = None
     role: str | None = None
+    tee: str | None = None
     local_ranks_filter: str | None = None
     numa_binding: str | None = None
 

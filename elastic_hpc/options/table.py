@@ -29,6 +29,7 @@ from elastic_hpc.options.values import (
     positive,
     ranks,
     setup_line,
+    tee,
     variable,
 )
 
@@ -140,9 +141,12 @@ LAUNCH_OPTIONS = (
                   help="network interface the nodes talk over, for example ib0 "
                        "(default: the one that Slurm's node name leads to)"),
     ElasticOption("role", "NAME", str, help="what the workers see as ROLE_NAME, as under torchrun (default: default)"),
+    ElasticOption("tee", "all|RANK,FIRST-LAST,...", tee,
+                  help="ranks whose output is shown in the job's output, too; the log files have the output of all; "
+                       "torchrun's 1, 2, 3 and RANK:3 mean all here (default: 0)"),
     ElasticOption("local-ranks-filter", "RANK,...", ranks,
-                  help="show only the output of these local ranks of each node; the log files have the output of all "
-                       "(default: all)"),
+                  help="of the ranks of --tee, or else of all, show only the output of these local ranks of each node; "
+                       "the log files have the output of all (default: all)"),
     ElasticOption("numa-binding", "node|socket|exclusive|core-complex",
                   choice("node", "socket", "exclusive", "core-complex"),
                   help="bind each worker to the cores near its GPU, as torchrun does; needs numactl on the nodes "

@@ -12,6 +12,7 @@ from elastic_hpc.options.sbatch import Given, Option, last, scan
 SAME = (
     *(Option(name) for name in ("nproc-per-node", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "max-restarts", "log-dir")),
     *(Option(name) for name in ("role", "local-ranks-filter", "numa-binding")),
+    Option("tee", "t"),
     Option("module", "m", ""),
     Option("no-python", value=""),
 )
@@ -30,11 +31,6 @@ class _Judged:
     instead: str = ""
 
 
-_OUTPUT = (
-    r"[0-3]|\d+:[0-3](,\d+:[0-3])*",
-    "each rank's output is in files of its own, and all output in the job's output file",
-    "expected 0 to 3, or RANK:0 to 3 separated by commas; each rank's output is in files of its own anyway",
-)
 _FILTERS = "all output is in files: elastic-hpc logs JOB | grep WORD"
 
 _MASTER = ("master-addr", "master-port")
@@ -55,8 +51,10 @@ _JUDGED = {row.option.name: row for row in (
     _Judged(Option("event-log-handler"), "null",
             because="the run directory has the job's events",
             instead="events.jsonl in the run directory has the job's events: elastic-hpc timeline JOB"),
-    _Judged(Option("redirects", "r"), *_OUTPUT),
-    _Judged(Option("tee", "t"), *_OUTPUT),
+    _Judged(Option("redirects", "r"), r"[0-3]|\d+:[0-3](,\d+:[0-3])*",
+            because="the run directory has the output of each rank anyway",
+            instead="expected 0 to 3, or RANK:0 to 3 separated by commas; the run directory has the output of each "
+                    "rank anyway"),
     _Judged(Option("duplicate-stdout-filters"), instead=_FILTERS),
     _Judged(Option("duplicate-stderr-filters"), instead=_FILTERS),
     _Judged(Option("logs-specs"), instead="the output of each rank is in the run directory: elastic-hpc logs JOB"),

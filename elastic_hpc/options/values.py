@@ -129,6 +129,21 @@ def ranks(text: str) -> str:
     raise UsageError(f"{text!r}: expected local ranks separated by commas, for example 0,1")
 
 
+def tee(text: str) -> str:
+    """Ranks, or what torchrun's --tee takes."""
+    spans = [span.split("-") for span in text.split(",")]
+    numbers = all(re.fullmatch(r"\d{1,6}", number, re.ASCII) for span in spans for number in span)
+    if text == "all" or (numbers and all(len(span) < 3 and int(span[0]) <= int(span[-1]) for span in spans)):
+        return text
+    if TORCHRUNS_TEE.fullmatch(text):
+        return text
+    raise UsageError(f"{text!r}: expected all, or ranks separated by commas, for example 0,8-15")
+
+
+TORCHRUNS_TEE = re.compile(r"[0-3]|\d+:[0-3](,\d+:[0-3])*", re.ASCII)
+"""What torchrun's --tee takes: streams, 3 for both, of all ranks or of each given local rank."""
+
+
 def choice(*words: str) -> Callable[[str], str]:
     """A parser that takes one of ``words``."""
 

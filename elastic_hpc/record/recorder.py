@@ -69,7 +69,8 @@ class Recorder:
         if name in {"lost", "unfit"}:
             self._put(lambda: self._add_strike(Strike(fields["node"], when, fields["reason"])))
         if name not in {"progress", "allocation", "started"}:
-            log.info("%s", sentence(name, fields))
+            first = name == "failure" and fields["first"]  # the output of its rank may not be among what is shown
+            log.info("%s", "\n".join([sentence(name, fields), *([fields["traceback"]] if first else [])]).rstrip())
 
         def write() -> None:
             self._unwritten_events.append((when, name, fields))

@@ -23,9 +23,9 @@ class RunDir:
     ``secret``: the key of the control connections. ``spec.json``: the options of the job. ``endpoint.json``: where the
     leader listens, and which other agents know (``record.endpoint``). ``state.json``: round and budgets, carried over
     requeues. ``events.jsonl``: what happened, one JSON object a line; its time of change is the last moment at which a
-    leader was at work (``heartbeat``). ``verdict.json``: how the
-    last run ended. ``logs/RUN.ROUND/NODE/rankK.out`` and ``.err``: the output of the workers; ``times.jsonl`` there:
-    how long those files were at which time. ``logs/RUN.agent-NODE.log``: the output of the agents.
+    leader was at work (``heartbeat``). ``verdict.json``: how the last run ended.
+    ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``: the output of the workers of a node; ``NODE.stacks`` there: where they
+    hung. ``logs/RUN.agent-NODE.log``: the output of the agents.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -1,30 +1,58 @@
-"""The output of the workers, in order over ranks and rounds, and as it grows. Reads files."""
+"""The output of the workers: the format of its files, and a reader that puts it in order over ranks and rounds, also
+while it grows. Reads files.
+
+The agent of each node writes what its workers write to one file a round, ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``.
+Each line is labelled as container runtimes do it::
+
+    2026-11-28T21:44:05.123Z rank3 out F step 17, loss 0.42
+
+with the time at which the agent read it, the rank, the stream, and ``F`` for a full line. ``P`` marks a part of a line,
+whose rest follows under the next label of that rank and stream.
+"""
 
 from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from elastic_hpc.membership.nodes import fold, name_matcher, spans
-from elastic_hpc.record.stamps import Stamps
+from elastic_hpc.membership.nodes import NumberRanges, fold, name_matcher, spans
 
 Stream = Literal["out", "err"]
 
 _ROUND = re.compile(r"(\d+)\.(\d+)")
-_FILE = re.compile(r"rank(\d+)\.(out|err)")
+_FILE = re.compile(r"(.+)\.rank([\d,-]+)\.log")
+_LINE = re.compile(rb"(\S+) rank(\d+) (out|err) ([FP]) (.*)", re.DOTALL)
 _CHUNK = 1 << 20
 _PARTIAL = 64 * 1024
 """Bytes; a longer line is shown in parts, as a progress bar may never end its line."""
 
 
+def file_name(node: str, ranks: Sequence[int]) -> str:
+    """The file of ``node``, whose workers have ``ranks``, in the folder of a round."""
+    return f"{node}.rank{spans(sorted(ranks))}.log"
+
+
+def label(rank: int, stream: Stream, when: float, *, full: bool = True) -> bytes:
+    """What stands before a line, or a part of a line, that was read at ``when``, in seconds since the epoch."""
+    moment = datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="milliseconds").partition("+")[0]
+    return f"{moment}Z rank{rank} {stream} {'F' if full else 'P'} ".encode()
+
+
+@lru_cache
+def _seconds(moment: bytes) -> float:
+    return datetime.fromisoformat(f"{moment.decode().removesuffix('Z')}+00:00").timestamp()
+
+
 @dataclass(frozen=True)
 class LogLine:
-    """One line that a worker wrote. ``time``: when, in seconds since the epoch by the clock of its node; exact to a
-    second at first, and to half a minute after an hour.
+    """One line that a worker wrote. ``time``: when its agent read it, in seconds since the epoch by the clock of its
+    node; a tenth of a second after the line was written.
     """
 
     time: float
@@ -32,8 +60,13 @@ class LogLine:
     node: str
     rank: int
     stream: Stream
-    text: str
-    """Without its end."""
+    written: str
+    """As it was written, with its end."""
+
+    @property
+    def text(self) -> str:
+        """As a terminal would show it: without its end; of a progress bar the last state."""
+        return self.written.rstrip("\r\n").rpartition("\r")[2]
 
 
 @dataclass(frozen=True)
@@ -47,106 +80,116 @@ class Wanted:
     rounds: Container[int] | None = None
     streams: Collection[Stream] | None = None
 
-    def has(self, source: _Source) -> bool:
-        if self.ranks is None and self.nodes is None and self.streams is None:
-            chosen = source.rank == 0 or source.stream == "err"
-        else:
-            chosen = self.ranks is None or source.rank in self.ranks
+    def may_have(self, file: _File) -> bool:
         return (
-            chosen
-            and (self.nodes is None or any(name_matcher(nodes)(source.node) for nodes in self.nodes))
-            and (self.rounds is None or source.round in self.rounds)
-            and (self.streams is None or source.stream in self.streams)
+            (self.ranks is None or any(rank in self.ranks for rank in file.ranks))
+            and (self.nodes is None or any(name_matcher(nodes)(file.node) for nodes in self.nodes))
+            and (self.rounds is None or file.round in self.rounds)
         )
+
+    def has(self, rank: int, stream: Stream) -> bool:
+        if self.ranks is None and self.nodes is None and self.streams is None:
+            return rank == 0 or stream == "err"
+        return (self.ranks is None or rank in self.ranks) and (self.streams is None or stream in self.streams)
 
 
 @dataclass(frozen=True, order=True)
-class _Source:
-    """One file."""
+class _File:
+    """What the workers of one node wrote in one round."""
 
     run: int
     round: int
-    rank: int
-    stream: Stream
+    ranks: tuple[int, ...]
     node: str
     path: Path
 
 
-def _sources(folder: Path, wanted: Wanted) -> list[_Source]:
-    """The files in ``folder``, the ``logs`` of a run directory, that are wanted, the oldest round first."""
+def _files(folder: Path, wanted: Wanted) -> list[_File]:
+    """The files in ``folder``, the ``logs`` of a run directory, that may have wanted lines, the oldest round first."""
     found = []
-    for path in folder.glob("*/*/rank*.*"):
-        number, file = _ROUND.fullmatch(path.parts[-3]), _FILE.fullmatch(path.name)
-        if number and file:
-            stream: Stream = "out" if file[2] == "out" else "err"
-            source = _Source(int(number[1]), int(number[2]), int(file[1]), stream, path.parts[-2], path)
-            if wanted.has(source):
-                found.append(source)
+    for path in folder.glob("*/*.log"):
+        number, name = _ROUND.fullmatch(path.parent.name), _FILE.fullmatch(path.name)
+        if number and name:
+            ranks = tuple(rank for span, _ in NumberRanges.of(name[2]).ranges for rank in span)
+            file = _File(int(number[1]), int(number[2]), ranks, name[1], path)
+            if wanted.may_have(file):
+                found.append(file)
     return sorted(found)
 
 
-def files(folder: Path, rank: int, stream: Stream) -> list[Path]:
-    """The files in ``folder``, the ``logs`` of a run directory, that the worker of ``rank`` wrote, one a round."""
-    return [source.path for source in _sources(folder, Wanted(ranks=(rank,), streams=(stream,)))]
+def files(folder: Path, rank: int) -> list[Path]:
+    """The files in ``folder``, the ``logs`` of a run directory, with the output of ``rank``, one a round."""
+    return [file.path for file in _files(folder, Wanted(ranks=(rank,)))]
 
 
 def summary(folder: Path) -> str:
     """The rounds, ranks and nodes that have files in ``folder``, the ``logs`` of a run directory; empty for none."""
-    sources = _sources(folder, Wanted(streams=("out", "err")))
-    if not sources:
+    found = _files(folder, Wanted(streams=("out", "err")))
+    if not found:
         return ""
-    rounds, ranks = (spans(sorted(numbers)) for numbers in ({s.round for s in sources}, {s.rank for s in sources}))
-    return f"rounds {rounds}, ranks {ranks}, nodes {fold({source.node for source in sources})}"
+    rounds, ranks = {file.round for file in found}, {rank for file in found for rank in file.ranks}
+    return f"rounds {spans(sorted(rounds))}, ranks {spans(sorted(ranks))}, nodes {fold({file.node for file in found})}"
 
 
 class _Tail:
-    """Reads the lines that were added to a file since the last call."""
+    """Reads the wanted lines that were added to a file since the last call."""
 
-    def __init__(self, source: _Source) -> None:
-        self._source = source
+    def __init__(self, file: _File, wanted: Wanted) -> None:
+        self._file, self._wanted = file, wanted
         self._offset = 0
-        self._partial = b""
-        """The beginning of a line whose end is not written yet."""
-        self._stamps = Stamps(source.path)
+        self._unread = b""
+        """The beginning of a labelled line whose end is not in the file yet."""
+        self._begun: dict[tuple[int, Stream], tuple[float, bytes]] = {}
+        """The beginnings of lines that the workers have not ended."""
 
-    def read(self, *, now: float | None = None) -> list[LogLine]:
-        """Some of the lines, none at the end of the file. ``now``: when they were added; None to look that up."""
-        added_lines: list[LogLine] = []
-        while not added_lines:
+    def read(self) -> list[LogLine]:
+        """Some of the lines, none at the end of the file."""
+        added: list[LogLine] = []
+        while not added:
             try:
-                with open(self._source.path, "rb") as file:
+                with open(self._file.path, "rb") as file:
                     file.seek(self._offset)
-                    added = file.read(_CHUNK)
+                    chunk = file.read(_CHUNK)
             except OSError:
-                return []
-            if not added:
-                return []
-            begin = self._offset - len(self._partial)
-            self._offset += len(added)
-            *lines, self._partial = (self._partial + added).split(b"\n")
-            for text in lines:
-                begin += len(text) + 1
-                added_lines.append(self._line(text, begin, now))
-            if len(self._partial) > _PARTIAL:
-                added_lines.extend(self.rest(now=now))
-        return added_lines
+                break
+            if not chunk:
+                break
+            self._offset += len(chunk)
+            *lines, self._unread = (self._unread + chunk).split(b"\n")
+            for line in lines:
+                added.extend(self._parse(line))
+        return added
 
     def all(self, *, rest: bool) -> Iterator[LogLine]:
-        """All lines, with ``rest`` also a last line without an end."""
+        """All lines, with ``rest`` also last lines without an end."""
         while lines := self.read():
             yield from lines
         if rest:
             yield from self.rest()
 
-    def rest(self, *, now: float | None = None) -> list[LogLine]:
-        """A last line without an end."""
-        text, self._partial = self._partial, b""
-        return [self._line(text, self._offset, now)] if text else []
+    def rest(self) -> list[LogLine]:
+        """Last lines without an end."""
+        begun, self._begun = self._begun, {}
+        return [self._line(when, rank, stream, text) for (rank, stream), (when, text) in begun.items()]
 
-    def _line(self, text: bytes, end: int, now: float | None) -> LogLine:
-        shown = text.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")  # of a progress bar its last state
-        time, source = self._stamps.at(end) if now is None else now, self._source
-        return LogLine(time, source.round, source.node, source.rank, source.stream, shown)
+    def _parse(self, line: bytes) -> Iterator[LogLine]:
+        """The line that ``line`` ends; none if it is not wanted, a part, or torn because the file system was full."""
+        match = _LINE.fullmatch(line)
+        if match is None:
+            return
+        when, rank, full = _seconds(match[1]), int(match[2]), match[4] == b"F"
+        stream: Stream = "out" if match[3] == b"out" else "err"
+        if not self._wanted.has(rank, stream):
+            return
+        _, begun = self._begun.pop((rank, stream), (0.0, b""))
+        text = begun + match[5] + b"\n" * full
+        if full or len(text) > _PARTIAL:
+            yield self._line(when, rank, stream, text)
+        else:
+            self._begun[rank, stream] = when, text
+
+    def _line(self, when: float, rank: int, stream: Stream, text: bytes) -> LogLine:
+        return LogLine(when, self._file.round, self._file.node, rank, stream, text.decode(errors="replace"))
 
 
 class Logs:
@@ -161,26 +204,25 @@ class Logs:
         no end yet to ``added``.
         """
         rounds: dict[tuple[int, int], list[_Tail]] = {}
-        for source, tail in self._update():
-            rounds.setdefault((source.run, source.round), []).append(tail)
+        for file, tail in self._update():
+            rounds.setdefault((file.run, file.round), []).append(tail)
         for tails in rounds.values():
             yield from heapq.merge(*(tail.all(rest=not follow) for tail in tails), key=lambda line: line.time)
 
-    def added(self, now: float) -> Iterator[LogLine]:
+    def added(self) -> Iterator[LogLine]:
         """The lines that were added since the last call."""
         for _, tail in self._update():
-            while lines := tail.read(now=now):
-                yield from lines
+            yield from tail.all(rest=False)
 
-    def rest(self, now: float) -> Iterator[LogLine]:
+    def rest(self) -> Iterator[LogLine]:
         """The last lines without an end, when nothing more will be written."""
         for tail in self._tails.values():
-            yield from tail.rest(now=now)
+            yield from tail.rest()
 
-    def _update(self) -> list[tuple[_Source, _Tail]]:
+    def _update(self) -> list[tuple[_File, _Tail]]:
         """All files so far."""
-        sources = _sources(self._folder, self._wanted)
-        for source in sources:
-            if source.path not in self._tails:
-                self._tails[source.path] = _Tail(source)
-        return [(source, self._tails[source.path]) for source in sources]
+        found = _files(self._folder, self._wanted)
+        for file in found:
+            if file.path not in self._tails:
+                self._tails[file.path] = _Tail(file, self._wanted)
+        return [(file, self._tails[file.path]) for file in found]

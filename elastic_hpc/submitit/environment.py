@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from submitit.core import job_environment, utils
 
@@ -13,9 +13,6 @@ from elastic_hpc.environment import LOCAL_NODES
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.job.functions import CLUSTERS, results_folder
 from elastic_hpc.record.rundir import EventReader, RunDir
-
-if TYPE_CHECKING:
-    from elastic_hpc.record.worker_logs import Stream
 
 _RECORD_WITHIN = 30.0
 """Seconds after which a shared file system should show what the leader has written."""
@@ -34,18 +31,15 @@ class ElasticPaths(utils.JobPaths):
 
     @property
     def stdout(self) -> Path:
-        return self._log("out")
-
-    @property
-    def stderr(self) -> Path:
-        return self._log("err")
-
-    def _log(self, stream: Stream) -> Path:
-        """The last file of the rank; before the rank was started, the output of the batch script and the agents."""
+        """The last file with the output of the rank, and of all others of its node; before the rank has written, the
+        output of the batch script and the agents.
+        """
         from elastic_hpc.record.worker_logs import files
 
-        written = files(self.run_dir / "logs", self.task_id, stream)
+        written = files(self.run_dir / "logs", self.task_id)
         return written[-1] if written else self.run_dir.with_name(f"{self.run_dir.name}.log")
+
+    stderr = stdout
 
 
 class ElasticJobEnvironment(job_environment.JobEnvironment):

@@ -161,7 +161,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
     def _look_after(self, round: int, workers: dict[int, tuple[int, int]]) -> None:
         """Report at once when a worker fails. torch's agent would first stop the others."""
         oom, watch, poll = OomWatch(), Watch(None, 0), select.poll()
-        watch.start([pid for pid, _ in workers.values()], [])
+        watch.start([pid for pid, _ in workers.values()])
         for pidfd in workers:
             poll.register(pidfd, select.POLLIN)
         living = set(workers)

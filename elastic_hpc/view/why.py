@@ -164,7 +164,7 @@ def _about_causes(story: Story) -> Iterator[str]:
     if kinds["out of memory"]:
         yield "ask for more memory (--mem), or use less: a smaller batch on each rank, fewer data loader workers"
     if kinds["hang"]:
-        yield "see where it hung: the workers' stacks are in the round's folder of the run directory, logs/*/*/*.stacks"
+        yield "see where it hung: the workers' stacks are in the round's folder of the run directory, logs/*/*.stacks"
     suspects = Counter(fault.node for fault in causes if fault.kind != "exception")
     for node, count in suspects.items():
         if count > 1:

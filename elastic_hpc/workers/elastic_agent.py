@@ -30,7 +30,6 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from elastic_hpc.membership.messages import Failure, Order, Plan, State
 from elastic_hpc.membership.policy import TERM_GRACE, Policy
-from elastic_hpc.record.stamps import Stamper
 from elastic_hpc.training.drain import DRAIN_FILE
 from elastic_hpc.training.progress import LOCAL_DIR, Progress
 from elastic_hpc.workers import guard, stacks
@@ -97,7 +96,7 @@ class ElasticAgent(LocalElasticAgent):
         signals: DrainSignals,
     ) -> None:
         """``mark``: the entry that all workers have in their environment."""
-        super().__init__(spec, logs_specs=logs, log_line_prefix_template="[rank${rank}]: ")
+        super().__init__(spec, logs_specs=logs)
         self._control = control
         self._logs = logs
         self._mark = mark
@@ -105,8 +104,7 @@ class ElasticAgent(LocalElasticAgent):
         self._policy = policy
         self._standbys = standbys
         self._signals = signals
-        self._watch = Watch(hang_timeout, policy.heartbeat_timeout)
-        self._stamper = Stamper()
+        self._watch = Watch(hang_timeout, policy.heartbeat_timeout, lambda: logs.written)
         self._pidfds: dict[int, int] = {}
         """The pidfd of every worker of the round, by pid."""
         self._started_at = 0.0
@@ -116,7 +114,7 @@ class ElasticAgent(LocalElasticAgent):
         self._received: tuple[SignalException, float] | None = None
         """The signal that this agent got while workers ran, and when."""
         self._closing: threading.Thread | None = None
-        """Closes the files of the round before."""
+        """Reaps the workers of the round before."""
 
     # signals to this agent
 
@@ -149,10 +147,8 @@ class ElasticAgent(LocalElasticAgent):
         self.handle_signals()
         self._control.report("running", self._handler.round)
         self._pidfds = {pid: os.pidfd_open(pid) for pid in ids.values()}
-        outputs = [path for paths in (self._pcontext.stdouts, self._pcontext.stderrs) for path in paths.values()]
-        self._watch.start(list(ids.values()), outputs)
+        self._watch.start(list(ids.values()))
         self._started_at = time.monotonic()
-        self._stamper.start(outputs)
         return ids
 
     def _monitor_workers(self, worker_group: WorkerGroup, *_args: Any, **_kwargs: Any) -> RunResult:
@@ -193,14 +189,16 @@ class ElasticAgent(LocalElasticAgent):
         if isinstance(leaving, SignalException):
             super()._shutdown(*args, **{**kwargs, "timeout": int(min(TERM_GRACE, self._policy.grace))})
         self._kill_workers()
-        self._stamper.stop()
+        self._logs.finish()
         context, self._pcontext = self._pcontext, None
         super()._shutdown(*args, **kwargs)
-        if context:  # reaps, and shows the last lines of output; the next round does not wait for that
+        if context:  # reaps; the next round does not wait for that
             self._closing = threading.Thread(target=context.close, name="close", daemon=True)
             self._closing.start()
         if leaving and self._closing:
             self._closing.join(timeout=5)
+        if leaving:
+            self._logs.close(timeout=5)
         for pidfd in self._pidfds.values():
             os.close(pidfd)
         self._pidfds = {}
@@ -253,8 +251,9 @@ class ElasticAgent(LocalElasticAgent):
             return
         self._watch.stacks_recorded = True
         pids = {f"rank{worker.global_rank}": worker.id for worker in self._worker_group.workers}
-        written = stacks.dump(pids, self._logs.folder, timeout=_STACKS_TIMEOUT)
-        log.info("the workers stand still; their stacks are in %s", ", ".join(map(str, written)) or "no file")
+        path = self._logs.folder / f"{self._node}.stacks"
+        written = stacks.dump(pids, path, timeout=_STACKS_TIMEOUT)
+        log.info("the workers stand still; their stacks are in %s", path if written else "no file")
 
     @property
     def _handler(self) -> Rendezvous:

@@ -1,25 +1,36 @@
-"""The files that the workers of a node write to, and the output that torch's agent shows."""
+"""Where the workers of a node write to, and which of them the agent shows on its own output."""
 
 from __future__ import annotations
 
 import os
-import sys
+import time
+from collections.abc import Container
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
+from elastic_hpc.membership.nodes import NumberRanges
+from elastic_hpc.record.worker_logs import Stream, file_name
+from elastic_hpc.training.progress import LOCAL_DIR
+from elastic_hpc.workers.output import LogFile, Output, Terminal
+
 
 class NodeLogs(LogsSpecs):
-    """``logs/<requeue>.<round>/<node>/rank<k>.{out,err}`` in the run directory, also shown on the agent's own output.
-
-    Where the folder cannot be made, the workers write to the agent's output alone.
+    """The workers write to memory of this node; ``output`` takes that to ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log`` in
+    the run directory. So the start of a round touches no shared file system.
     """
 
-    def __init__(self, root: Path, run: int, node: str, shown: str | None = None) -> None:
-        """``shown``: the local ranks whose output is shown, ``0,1``; None for all."""
+    def __init__(self, root: Path, run: int, node: str, tee: str | None = None, local_ranks: str | None = None) -> None:
+        """``tee``: the ranks whose output the agent shows too, as in --tee; ``local_ranks``: only these of each node,
+        as in --local-ranks-filter.
+        """
         super().__init__(log_dir=str(root))
         self._root, self._run, self._node = root, run, node
-        self._shown = None if shown is None else set(map(int, shown.split(",")))
+        self._shown = shown_ranks(tee, local_ranks)
+        self._local_ranks = local_ranks and NumberRanges.of(local_ranks)
+        self._log_file = LogFile()
+        self._terminals: dict[Stream, Terminal] = {"out": Terminal(1), "err": Terminal(2)}
+        self._output: Output | None = None
 
     @property
     def root_log_dir(self) -> str:
@@ -28,26 +39,53 @@ class NodeLogs(LogsSpecs):
     @property
     def folder(self) -> Path:
         """The folder of the current round."""
-        return self._root / f"{self._run}.{os.environ['ELASTIC_HPC_ROUND']}" / self._node
+        return self._root / f"{self._run}.{os.environ['ELASTIC_HPC_ROUND']}"
+
+    @property
+    def written(self) -> int:
+        """Bytes that the workers of this round have written."""
+        return self._output.size if self._output else 0
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        folder = self.folder
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for env in envs.values():  # torch would fail later, when it opens them
-                for kind in ("out", "err"):
-                    (folder / f"rank{env['RANK']}.{kind}").touch(mode=0o600)
-        except OSError as error:
-            print(f"{folder}: {error.strerror}; the workers' output goes to this agent's alone", file=sys.stderr)
-            return LogsDest(dict.fromkeys(envs, ""), dict.fromkeys(envs, ""), {}, {}, dict.fromkeys(envs, os.devnull))
-        paths: dict[str, dict[int, str]] = {
-            kind: {local: str(folder / f"rank{env['RANK']}.{kind}") for local, env in envs.items()}
-            for kind in ("out", "err", "error.json")
+        """Called by torch's agent before it starts the workers that have ``envs``."""
+        self.finish()
+        ranks = {local: int(env["RANK"]) for local, env in envs.items()}
+        shown = {
+            rank
+            for local, rank in ranks.items()
+            if rank in self._shown and (not self._local_ranks or local in self._local_ranks)
         }
+        path = self.folder / file_name(self._node, list(ranks.values()))
+        self._output = Output(ranks, shown, path, self._log_file, self._terminals)
+        errors = {local: os.path.join(os.environ[LOCAL_DIR], f"rank{rank}.error.json") for local, rank in ranks.items()}
         for local, env in envs.items():
-            env["TORCHELASTIC_ERROR_FILE"] = paths["error.json"][local]
-        out, err = (
-            {local: path for local, path in paths[kind].items() if self._shown is None or local in self._shown}
-            for kind in ("out", "err")
-        )
-        return LogsDest(paths["out"], paths["err"], out, err, paths["error.json"])
+            env["TORCHELASTIC_ERROR_FILE"] = errors[local]
+        return LogsDest(self._output.paths("out"), self._output.paths("err"), {}, {}, errors)
+
+    def finish(self) -> None:
+        """The workers of the round have ended; the rest of their output is passed on meanwhile."""
+        if self._output:
+            self._output.finish()
+
+    def close(self, timeout: float) -> None:
+        """Wait, at most ``timeout`` seconds, until all output is where it belongs."""
+        self.finish()
+        deadline = time.monotonic() + timeout
+        if self._output:
+            self._output.join(timeout)
+        for destination in (self._log_file, *self._terminals.values()):
+            destination.close(deadline - time.monotonic())
+
+
+class _All:
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def shown_ranks(tee: str | None, local_ranks: str | None) -> Container[int]:
+    """The ranks that --tee ``tee`` names. What torchrun's --tee takes, such as ``3`` and ``0:3``, means all."""
+    if tee is None:
+        return _All() if local_ranks else {0}
+    if tee in {"all", "1", "2", "3"} or ":" in tee:
+        return _All()
+    return NumberRanges.of(tee)

@@ -8,38 +8,47 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _INSTALL = "pip install py-spy, in the environment of the job,"
 _ALLOW = "sysctl kernel.yama.ptrace_scope=0, by an administrator,"
 
 
-def dump(processes: Mapping[str, int], folder: Path, *, timeout: float = 10.0) -> list[Path]:
-    """Write the stack of every process into ``folder``/NAME.stacks. ``processes``: pid by name. Returns the files that
-    were written.
+def dump(processes: Mapping[str, int], path: Path, *, timeout: float = 10.0) -> bool:
+    """Write the stacks of all processes into the file ``path``. ``processes``: pid by name. Returns whether the file
+    was written.
 
     Takes at most ``timeout`` seconds for all processes together. Never raises: a process may be gone or inaccessible,
     and the folder may not be writable.
     """
     deadline = time.monotonic() + timeout
     program = _py_spy()
-    written: list[Path] = []
+    stacks = dict.fromkeys(processes, "")
+    written = threading.Event()
 
-    def dump_one(name: str, pid: int) -> None:
+    def look(name: str) -> None:
+        stacks[name] = _stack(program, processes[name], deadline - 0.5)
+
+    def write(text: str) -> None:
         with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            text = _stack(program, pid, deadline - 0.5)
-            path = folder / f"{name}.stacks"
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.write_text(text)
-            written.append(path)
+            written.set()
 
-    threads = [threading.Thread(target=dump_one, args=item, name="stacks", daemon=True) for item in processes.items()]
+    _run([threading.Thread(target=look, args=[name], name="stacks", daemon=True) for name in processes], deadline - 0.3)
+    text = "\n".join(f"{name}\n{stack}" for name, stack in stacks.items() if stack)
+    if text:
+        _run([threading.Thread(target=write, args=[text], name="stacks", daemon=True)], deadline)
+    return written.is_set()
+
+
+def _run(threads: Sequence[threading.Thread], deadline: float) -> None:
+    """Run ``threads``, and go on at the ``deadline`` without those that have not ended."""
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    return sorted(written)
 
 
 def _py_spy() -> str | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,25 +25,27 @@ class Trouble:
 class Watch:
     """The workers of one node, round after round."""
 
-    def __init__(self, hang_timeout: timedelta | None, stop_timeout: float) -> None:
-        """A worker that is stopped (SIGSTOP) for ``stop_timeout`` seconds is in trouble."""
+    def __init__(self, hang_timeout: timedelta | None, stop_timeout: float, written: Callable[[], int] = int) -> None:
+        """A worker that is stopped (SIGSTOP) for ``stop_timeout`` seconds is in trouble. ``written``: how many bytes
+        the workers of the round have written; who reads their output counts them, so that no file is looked at.
+        """
         self._pids: list[int] = []
-        self._outputs: list[str] = []
+        self._written = written
         self._hang_timeout = hang_timeout.total_seconds() if hang_timeout else None
         self._stop_timeout = stop_timeout
         self.stop()
 
-    def start(self, pids: Sequence[int], outputs: Sequence[str]) -> None:
-        """A round has started. ``outputs`` are the files that the workers write to."""
+    def start(self, pids: Sequence[int]) -> None:
+        """A round has started."""
         self.stop()
-        self._pids, self._outputs = list(pids), list(outputs)
+        self._pids = list(pids)
         self._last_progress = time.monotonic()
 
     def stop(self) -> None:
         self.progress = Progress(-1, drained=False)
         """Of all workers together: the highest step, whether any worker listens or was drained, and a loss."""
         self.stacks_recorded = False
-        self._pids, self._outputs = [], []
+        self._pids = []
         self._last_progress = 0.0
         self._output_size = -1
         self._stopped: dict[int, float] = {}
@@ -63,7 +64,7 @@ class Watch:
             listens=any(progress.listens for progress in reported),
             loss=next((progress.loss for progress in reported if progress.loss is not None), None),
         )
-        output_size = sum(map(_size, self._outputs))
+        output_size = self._written()
         if latest.step != self.progress.step or (latest.step < 0 and output_size != self._output_size):
             self._last_progress = now
         self.progress, self._output_size = latest, output_size
@@ -81,9 +82,3 @@ class Watch:
             what = f"no progress after step {step}" if step >= 0 else "no output"
             return Trouble("hang", f"{what} for {self._hang_timeout:g} s (--hang-timeout)", self._pids[0])
         return None
-
-
-def _size(path: str) -> int:
-    with contextlib.suppress(OSError):
-        return os.path.getsize(path)
-    return 0

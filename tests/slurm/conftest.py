@@ -27,6 +27,8 @@ from _cluster import reset, slurmctld  # noqa: E402
 from _jobs import wrong_steps  # noqa: E402
 from _processes import processes  # noqa: E402
 
+from elastic_hpc.record.worker_logs import Logs, Wanted  # noqa: E402
+
 os.umask(0o022)  # what a test writes, the cluster's user reads
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 if (process := os.environ.get("PYTEST_XDIST_WORKER", "gw0")) != "gw0":
@@ -182,7 +184,10 @@ class Job:
 
     def worker_output(self) -> str:
         """What the workers wrote, round after round; kept also when srun is lost."""
-        return "".join(path.read_text() for path in sorted(self.run_dir.glob("logs/*/*/rank*.out")))
+        return self.written(Wanted(streams=("out",)))
+
+    def written(self, wanted: Wanted) -> str:
+        return "".join(line.written for line in Logs(self.run_dir / "logs", wanted).written())
 
     def wait_event(self, name: str, count: int = 1, deadline: float = 90) -> dict[str, Any]:
         return wait_for(f"{count} x {name} of job {self.id}", lambda: self.events(name)[count - 1 : count], deadline)[0]

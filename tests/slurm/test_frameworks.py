@@ -9,29 +9,31 @@ from pathlib import Path
 
 from conftest import ROOT, Cluster, Job, wait_for
 
+from elastic_hpc.record.worker_logs import Logs, Wanted
+
 TOOL = str(Path(sys.executable).with_name("elastic-hpc"))
 Submit = Callable[..., Job]
 STEPS = 1000
 
 
-def output_of(job: Job, run: int, round: int) -> str:
+def output_of(job: Job, round: int) -> str:
     """What rank 0 has printed in a round."""
-    return "".join(path.read_text() for path in job.run_dir.glob(f"logs/{run}.{round}/*/rank0.out"))
+    return job.written(Wanted(ranks=(0,), rounds=(round,), streams=("out",)))
 
 
 def starts(job: Job) -> list[tuple[int, int]]:
     """World size of each round, and the step after which it went on."""
     found = []
-    for path in job.run_dir.glob("logs/*.*/*/rank0.out"):
-        begin = re.search(r"^(\d+) workers, going on after step (\d+)$", path.read_text(), re.MULTILINE)
+    for line in Logs(job.run_dir / "logs", Wanted(ranks=(0,), streams=("out",))).written():
+        begin = re.fullmatch(r"(\d+) workers, going on after step (\d+)", line.text)
         if begin:
-            found.append((int(path.parent.parent.name.partition(".")[2]), int(begin[1]), int(begin[2])))
-    return [(size, step) for _, size, step in sorted(found)]
+            found.append((int(begin[1]), int(begin[2])))
+    return found
 
 
-def wait_for_step(job: Job, run: int, round: int, least: int) -> None:
+def wait_for_step(job: Job, round: int, least: int) -> None:
     def far_enough() -> bool:
-        return any(int(step) >= least for step in re.findall(r"^step (\d+)", output_of(job, run, round), re.MULTILINE))
+        return any(int(step) >= least for step in re.findall(r"^step (\d+)", output_of(job, round), re.MULTILINE))
 
     wait_for(f"step {least} in round {round} of {job.folder.name}", far_enough, 120)
 
@@ -48,9 +50,9 @@ def test_lightning_goes_on_after_a_loss_and_after_a_drain_and_the_job_is_requeue
 ) -> None:
     script = ROOT / "examples" / "lightning_digits.py"
     job = submit("--nodes", "2:3", script=script, args=["--steps", str(STEPS)])
-    wait_for_step(job, 0, 1, 100)
+    wait_for_step(job, 1, 100)
     fresh.mini("kill", "n3")
-    wait_for_step(job, 0, 2, 120)
+    wait_for_step(job, 2, 120)
     before = fresh.processes("srun", "n1")
     fresh.exec([TOOL, "drain", str(job.run_dir)])
     wait_for("a second start", lambda: job.events("start")[1:])
@@ -65,7 +67,7 @@ def test_lightning_goes_on_after_a_loss_and_after_a_drain_and_the_job_is_requeue
     assert third > second
     assert fresh.job_field(job.id, "Restarts") == "1"
     assert (job.verdict()["restarts"], job.verdict()["requeues"]) == (1, 0)
-    complaints = "".join(path.read_text() for path in job.run_dir.glob("logs/*/*/rank*.err"))
+    complaints = job.written(Wanted(streams=("err",)))
     assert "MEMBER: 1/3" in complaints  # what Lightning says is there
     assert "auto-requeueing" not in complaints
 
@@ -85,11 +87,11 @@ def test_accelerate_trainer_and_fsdp_go_on_at_another_size(submit: Submit, fresh
 
     accelerate, trainer = start("accelerate", "n[1-2]", 2000), start("trainer", "n[3-4]", 2000)
     for job, node in ((accelerate, "n2"), (trainer, "n4")):
-        wait_for_step(job, 0, 1, 80)
+        wait_for_step(job, 1, 80)
         fresh.mini("kill", node)
     goes_on(accelerate, 2000)
     goes_on(trainer, 2000)
     fsdp = start("fsdp", "n1,n3", 240)
-    wait_for_step(fsdp, 0, 1, 80)
+    wait_for_step(fsdp, 1, 80)
     fresh.mini("kill", "n3")
     goes_on(fsdp, 240)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from conftest import ROOT, Cluster, Job, wait_for
 
+from elastic_hpc.record.worker_logs import Wanted
+
 Submit = Callable[..., Job]
 TOOL = str(Path(sys.executable).with_name("elastic-hpc"))
 
@@ -143,5 +145,4 @@ def test_a_job_that_cannot_start_says_why_and_one_that_waits_is_stopped_once(
 
 def _of_rank_0(job: Job) -> str:
     """What rank 0 wrote, round after round."""
-    paths = sorted(job.run_dir.glob("logs/*/*/rank0.out"), key=lambda path: path.parts[-3])
-    return "".join(path.read_text() for path in paths)
+    return job.written(Wanted(ranks=(0,), streams=("out",)))

@@ -29,7 +29,7 @@ def test_a_job_in_an_allocation_is_shown_live_and_ends_with_its_verdict(fresh: C
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert [event["world_size"] for event in events if event["event"] == "round"] == [3]
     for node in range(3):
-        assert (run_dir / "logs" / "0.1" / f"n{node + 1}" / f"rank{node}.out").exists()
+        assert (run_dir / "logs" / "0.1" / f"n{node + 1}.rank{node}.log").exists()
 
 
 def test_granted_gpus_decide_the_number_of_workers_and_a_subset_of_the_nodes_can_be_used(
@@ -41,7 +41,7 @@ def test_granted_gpus_decide_the_number_of_workers_and_a_subset_of_the_nodes_can
         "print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'CUDA_VISIBLE_DEVICES')))\n"
     )
     allocated = salloc("--nodes=3", "--gpus-per-node=2")
-    done = fresh.exec([*allocated, SRUN, "--nodes", "2", str(script)], cwd=folder, timeout=120)
+    done = fresh.exec([*allocated, SRUN, "--nodes", "2", "--tee", "all", str(script)], cwd=folder, timeout=120)
     assert sorted(done.stdout.splitlines()) == [f"[rank{rank}]: {rank} 4 2 0,1" for rank in range(4)]
 
 

@@ -17,6 +17,7 @@ import records
 from elastic_hpc import __version__
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.record.worker_logs import label
 
 FAULTS = str(records.FOLDER / "faults")
 HPC = [sys.executable, "-m", "elastic_hpc"]
@@ -116,8 +117,8 @@ def test_what_a_terminal_has_no_character_for_is_a_question_mark(
 ) -> None:
     folder = records.copy("broken", tmp_path).rename(tmp_path / "日本")
     written = "Größe ✓ 日本"
-    for path in folder.glob("logs/*/*/rank0.err"):
-        path.write_text(f"{written}\n")
+    for path in folder.glob("logs/*/*.rank0.log"):
+        path.write_bytes(label(0, "err", 1.0) + f"{written}\n".encode())
     record = records.events("broken")
     for event in record:
         event.update(reason=written) if event["event"] == "verdict" else None

@@ -17,6 +17,7 @@ from elastic_hpc.cli.hpc import main
 from elastic_hpc.job import lookup
 from elastic_hpc.record.registry import remember
 from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.record.worker_logs import label
 
 FINISHED = {"outcome": "finished", "cause": "", "reason": "all workers finished", "failure": None, "run": 0}
 FAILED = {**FINISHED, "outcome": "failed", "cause": "budget", "reason": "used up", "failure": {"rank": 1}}
@@ -108,9 +109,9 @@ def test_a_job_that_another_goes_on_for_is_that_job_from_then_on(job: Job, tmp_p
 def test_logs_are_those_of_one_rank_round_after_round(job: Job) -> None:
     for round in ("0.1", "0.10", "0.9", "1.11"):
         for rank in (1, 10):
-            path = job.run_dir / "logs" / round / "n1" / f"rank{rank}.out"
+            path = job.run_dir / "logs" / round / f"n1.rank{rank}.log"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{round} {rank}\n")
+            path.write_bytes(label(rank, "out", 1.0) + f"{round} {rank}\n".encode())
     assert list(job.logs(rank=1)) == ["0.1 1\n", "0.9 1\n", "0.10 1\n", "1.11 1\n"]
     assert list(job.logs(rank=1, stream="err")) == []
 
@@ -271,15 +272,16 @@ def test_logs_of_a_stream_that_there_is_not_are_refused(job: Job) -> None:
 
 def test_logs_are_followed_until_the_job_ends(job: Job, tmp_path: Path) -> None:
     says(tmp_path, knows("17|RUNNING"))
-    path = job.run_dir / "logs" / "0.2" / "n1" / "rank0.out"
+    path = job.run_dir / "logs" / "0.2" / "n1.rank0.log"
     path.parent.mkdir(parents=True)
-    path.write_bytes(b"one\ntw")
+    full, part = label(0, "out", 1.0), label(0, "out", 1.0, full=False)
+    path.write_bytes(full + b"one\n" + part + b"tw\n")
     lines = job.logs(follow=True)
     assert next(lines) == "one\n"
 
     def go_on() -> None:
         with path.open("ab") as file:
-            file.write(b"o\n\xff\nlast")
+            file.write(full + b"o\n" + full + b"\xff\n" + part + b"last\n")
         record(job, FINISHED)
 
     threading.Timer(0.7, go_on).start()

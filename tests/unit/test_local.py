@@ -18,6 +18,7 @@ import pytest
 import elastic_hpc
 from elastic_hpc.cli.srun import _read, _request
 from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.record.worker_logs import Logs, Wanted
 from elastic_hpc.workers.guard import marked
 
 SRUN = Path(sys.executable).with_name("elastic-srun")
@@ -81,6 +82,12 @@ if os.environ["ELASTIC_HPC_ROUND"] == "1":
     sys.exit(3)
 """
 """Rank 0 replaces its environment, as programs do that set the title of their process. To be put before a script."""
+
+
+def written(run_dir: Path, round: int, rank: int) -> str:
+    """What a worker has written to stdout."""
+    wanted = Wanted(ranks=(rank,), rounds=(round,), streams=("out",))
+    return "".join(line.written for line in Logs(run_dir / "logs", wanted).written())
 
 
 class Local:
@@ -166,6 +173,7 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
     os.kill(pid, signal.SIGKILL)
     pid, world, restarts = job.stepped(2, 2)
     assert (world, restarts) == (3, 1)
+    job.wait_for(lambda: written(job.run_dir, 2, 2))  # the last second would be lost with the agent
     os.kill(job.agent(2), signal.SIGKILL)
     assert job.stepped(3, 0)[1:] == job.stepped(3, 1)[1:] == [2, 2]
     job.wait_for(lambda: not Path(f"/proc/{pid}").exists())  # the lost agent's guard has killed its worker
@@ -174,9 +182,9 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
     assert tuple(json.loads((job.run_dir / "args.0").read_text())) == awkward
     for round, ranks in ((1, 3), (2, 3), (3, 2)):
         for rank in range(ranks):
-            log = job.run_dir / "logs" / f"0.{round}" / f"local{rank}" / f"rank{rank}.out"
-            assert f"round {round} rank {rank}" in log.read_text()
-    assert "[rank1]: round 3 rank 1" in job.output.read_text()
+            assert f"round {round} rank {rank}" in written(job.run_dir, round, rank)
+    assert "[rank0]: round 3 rank 0" in job.output.read_text()
+    assert "[rank1]: " not in job.output.read_text(), "by default only rank 0 is shown"
 
 
 def listened(pids: Iterable[int]) -> set[str]:
@@ -216,7 +224,8 @@ def test_the_next_workers_are_the_standbys_that_waited(local: Callable[..., Loca
 
 def test_what_a_script_sets_before_it_imports_torch_holds_in_each_round(local: Callable[..., Local]) -> None:
     """In the first its standbys begin again; the next ones have imported torch with these variables."""
-    sets = "import os\nos.environ.update(TORCH_LOGS='+dynamo', TORCH_COMPILE_DISABLE='1')\n"
+    sets = "import os, time\nprint('begins', flush=True)\ntime.sleep(0.3)  # the agent has read that\n"
+    sets += "os.environ.update(TORCH_LOGS='+dynamo', TORCH_COMPILE_DISABLE='1')\n"
     looks = "import logging, torch._dynamo.config\n"
     looks += "print('seen', logging.getLogger('torch._dynamo').level, torch._dynamo.config.disable, flush=True)\n"
     job = local("--local", "2", script=sets + looks + LISTEN)
@@ -226,7 +235,7 @@ def test_what_a_script_sets_before_it_imports_torch_holds_in_each_round(local: C
     assert job.stepped(2, 1)[0] != pid
     job.wait_for(lambda: len(job.events("started")) == 2)
     for round in (1, 2):
-        assert "seen 10 True" in (job.run_dir / "logs" / f"0.{round}" / "local1" / "rank1.out").read_text()
+        assert written(job.run_dir, round, 1).startswith("begins\nseen 10 True\n")
     first, second = job.events("started")
     assert (first["warm"], first["cold"], second["warm"], second["cold"]) == (0, 2, 2, 0)
     assert first["why"] == ["TORCH_COMPILE_DISABLE was set before torch was imported"]
@@ -444,7 +453,7 @@ def test_any_program_can_be_a_worker_under_torchruns_own_options(tmp_path: Path)
         assert done.stdout.count("formed") == 1
         assert "hidden" not in done.stdout
         run_dir = max((tmp_path / "elastic-logs").iterdir())
-        assert "hidden" in (run_dir / "logs" / "0.1" / "local0" / "rank1.out").read_text()
+        assert "hidden" in written(run_dir, 1, 1)
         started = next(e for e in RunDir(run_dir).events() if e["event"] == "started")
         assert "--no-python" in json.dumps(started)
 
@@ -462,5 +471,5 @@ def test_an_interpreters_own_options_reach_agents_and_warm_and_cold_workers(tmp_
         environ = {**os.environ, "ELASTIC_HPC_LOCAL_NODE": "0", "ELASTIC_HPC_LOCAL_NODES": "1"}
         command = [*agent, "--max-restarts=1", "--run-dir", str(run_dir), "--", str(script)]
         subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, check=True, timeout=60)
-        for output in run_dir.glob("logs/*/local0/rank0.out"):
-            assert output.read_text() == f"dev True ['-X', 'dev', '-W', 'ignore', '-u', '{script}']\n"
+        for round in (1, 2):
+            assert written(run_dir, round, 0) == f"dev True ['-X', 'dev', '-W', 'ignore', '-u', '{script}']\n"

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import records
 
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.record.stamps import FILE, Stamper, Stamps
-from elastic_hpc.record.worker_logs import LogLine, Logs, Wanted
+from elastic_hpc.record.worker_logs import LogLine, Logs, Stream, Wanted, file_name, label
 
 FAULTS = records.FOLDER / "faults"
 
@@ -27,17 +23,16 @@ def read(folder: Path, wanted: Wanted | None = None) -> list[LogLine]:
 class Round:
     """The output of one round on one node, written a piece at a time."""
 
-    def __init__(self, logs: Path, name: str, node: str) -> None:
-        self.folder = logs / name / node
-        self.folder.mkdir(parents=True)
+    def __init__(self, logs: Path, name: str, node: str, *ranks: int) -> None:
+        self.path = logs / name / file_name(node, ranks or (0, 1))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, rank: int, text: str, when: float | None = None, stream: str = "out") -> None:
-        path = self.folder / f"rank{rank}.{stream}"
-        with path.open("a") as file:
-            file.write(text)
-        if when is not None:
-            with (self.folder / FILE).open("a") as notes:
-                notes.write(json.dumps({"time": when, path.name: path.stat().st_size}) + "\n")
+    def write(self, rank: int, text: str | bytes, when: float = 1.0, stream: Stream = "out") -> None:
+        written = text.encode() if isinstance(text, str) else text
+        with self.path.open("ab") as file:
+            for line in written.splitlines(keepends=True):
+                full = line.endswith(b"\n")
+                file.write(label(rank, stream, when, full=full) + line.removesuffix(b"\n") + b"\n")
 
 
 def test_by_default_rank_0_and_what_any_rank_wrote_to_stderr() -> None:
@@ -56,8 +51,7 @@ def test_the_rounds_follow_each_other_also_over_a_requeue() -> None:
 
 def test_all_that_was_written_is_shown_when_all_is_asked_for() -> None:
     lines = read(FAULTS / "logs", Wanted(streams=("out", "err")))
-    files = [path for path in FAULTS.glob("logs/*/*/rank*.*") if path.suffix in {".out", ".err"}]
-    assert len(lines) == sum(len(path.read_text().splitlines()) for path in files)
+    assert len(lines) == sum(len(path.read_text().splitlines()) for path in FAULTS.glob("logs/*/*.rank*.log")) > 0
 
 
 def test_ranks_nodes_rounds_and_streams_are_chosen() -> None:
@@ -68,7 +62,7 @@ def test_ranks_nodes_rounds_and_streams_are_chosen() -> None:
 
 
 def test_lines_of_several_ranks_are_in_order_of_time(tmp_path: Path) -> None:
-    first, second = Round(tmp_path, "0.1", "n1"), Round(tmp_path, "0.1", "n2")
+    first, second = Round(tmp_path, "0.1", "n1", 0), Round(tmp_path, "0.1", "n2", 1)
     expected = []
     for number in range(50):
         one = random.Random(number).choice([(first, 0), (second, 1)])
@@ -83,45 +77,28 @@ def test_round_10_comes_after_round_9(tmp_path: Path) -> None:
     assert [line.text for line in read(tmp_path)] == ["0.9", "0.10", "1.11"]
 
 
-def test_when_nobody_noted_the_time_it_is_that_of_the_last_note_or_change(tmp_path: Path) -> None:
-    one = Round(tmp_path, "0.1", "n1")
-    one.write(0, "early\n", 5.0)
-    one.write(0, "late\n")
-    os.utime(one.folder / "rank0.out", (50.0, 50.0))
-    assert [line.time for line in read(tmp_path)] == [5.0, 5.0]
-    (one.folder / FILE).write_bytes(b"\xff{\n[]\n")
-    assert [line.time for line in read(tmp_path)] == [50.0, 50.0]
-
-
 def test_a_progress_bar_is_shown_as_it_was_last_and_odd_bytes_do_no_harm(tmp_path: Path) -> None:
     one = Round(tmp_path, "0.1", "n1")
     one.write(0, "  1%\r 50%\r100%\r\nno end", 1.0)
-    with (one.folder / "rank0.err").open("wb") as file:
-        file.write(b"\xff\xfe" + b"x" * 200_000)
+    one.write(0, b"\xff\xfe" + b"x" * 60_000, 2.0, "err")
+    one.write(0, b"y" * 60_000, 2.0, "err")
+    with one.path.open("ab") as file:
+        file.write(b"torn, as the disk was full\n\n" + label(0, "out", 3.0)[:9])
     texts = [line.text for line in read(tmp_path)]
-    assert texts[:2] == ["100%", "no end"] or texts[-2:] == ["100%", "no end"]
-    assert sum(len(text) for text in texts if "x" in text) == 200_002
+    assert texts == ["100%", "\N{REPLACEMENT CHARACTER}" * 2 + "x" * 60_000 + "y" * 60_000, "no end"]
 
 
-def test_the_stamper_notes_how_files_grow_and_what_was_written_last(tmp_path: Path) -> None:
-    path = tmp_path / "rank0.out"
-    path.write_text("")
-    stamper, began = Stamper(), time.time()
-    stamper.start([str(path), str(path), ""])
-    path.write_text("one\n")
-    end = time.monotonic() + 20
-    while Stamps(path).at(4) > time.time() or not (tmp_path / FILE).exists() or not (tmp_path / FILE).read_text():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    with path.open("a") as file:
-        file.write("two\n")
-    stamper.stop()
-    while len((tmp_path / FILE).read_text().splitlines()) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    assert began <= Stamps(path).at(4) <= Stamps(path).at(8) <= time.time()
-    assert (tmp_path / FILE).stat().st_mode & 0o077 == 0
-    Stamper().start([])
+def test_a_line_that_was_written_in_parts_is_one_line_also_of_several_ranks_at_once(tmp_path: Path) -> None:
+    one = Round(tmp_path, "0.1", "n1")
+    one.write(0, b"load" + "…".encode()[:1])
+    one.write(1, "load")
+    one.write(0, "err", stream="err")
+    one.write(0, "…".encode()[1:] + b" done\n")
+    one.write(1, "ed\n", 3.0)
+    lines = read(tmp_path, Wanted(ranks=(0, 1)))
+    assert [(line.rank, line.stream, line.written) for line in lines] == [
+        (0, "out", "load… done\n"), (1, "out", "loaded\n"), (0, "err", "err"),
+    ]  # fmt: skip
 
 
 def test_what_comes_is_followed_and_no_line_is_lost_or_shown_twice(tmp_path: Path) -> None:
@@ -131,16 +108,12 @@ def test_what_comes_is_followed_and_no_line_is_lost_or_shown_twice(tmp_path: Pat
     assert [line.text for line in logs.written(follow=True)] == ["a"]
     one.write(0, "b\nc\n")
     Round(tmp_path, "0.2", "n1").write(0, "d\n")
-    Round(tmp_path, "0.2", "n2").write(1, "not asked for\n")
-    assert [(line.round, line.text, line.time) for line in logs.added(7.0)] == [
-        (1, "bb", 7.0),
-        (1, "c", 7.0),
-        (2, "d", 7.0),
-    ]
-    assert list(logs.added(8.0)) == []
+    Round(tmp_path, "0.2", "n2", 2).write(2, "not asked for\n")
+    assert [(line.round, line.text) for line in logs.added()] == [(1, "bb"), (1, "c"), (2, "d")]
+    assert list(logs.added()) == []
     one.write(0, "e")
-    assert list(logs.added(9.0)) == []
-    assert [line.text for line in logs.rest(9.0)] == ["e"]
+    assert list(logs.added()) == []
+    assert [line.text for line in logs.rest()] == ["e"]
 
 
 def test_the_command_labels_each_line_and_heads_each_round(capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,9 +181,8 @@ def test_bad_input_is_told_with_what_to_type(
 
 
 def test_a_stream_to_which_nothing_was_written_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = Round(tmp_path / "job" / "logs", "0.1", "n1")
+    one = Round(tmp_path / "job" / "logs", "0.1", "n1", 1)
     one.write(1, "line\n")
-    one.write(1, "", stream="err")
     assert main(["logs", str(tmp_path / "job"), "--stderr"]) == 2
     assert "--stderr: nothing was written there; the logs have rounds 1, ranks 1, nodes n1" in capsys.readouterr().err
     assert main(["logs", str(tmp_path / "job")]) == 0

@@ -41,6 +41,7 @@ specs = st.builds(
     preflight=st.sampled_from([None, "", "/opt/site check --gpus"]),
     interface=st.sampled_from([None, "ib0"]),
     role=st.sampled_from([None, "trainer"]),
+    tee=st.sampled_from([None, "all", "0,8-15", "3", "0:3,1:3"]),
     local_ranks_filter=st.sampled_from([None, "0", "0,1"]),
     numa_binding=st.sampled_from([None, "node"]),
 )
@@ -184,7 +185,7 @@ def test_every_refusal_names_the_option(option, text):
         return
     if option.flag == "--rdzv-endpoint" and text in {"-1", "0.0.0", "1,2", "٣", "1_0", "9" * 5000}:
         return  # a host name to judge for the resolver
-    if option.flag in {"--nodes", "--local-ranks-filter"} and text == "1,2":
+    if option.flag in {"--nodes", "--tee", "--local-ranks-filter"} and text == "1,2":
         return  # an exact set
     with pytest.raises(UsageError, match=f"^{option.flag} .*expected"):
         option.parse(text)

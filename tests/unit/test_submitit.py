@@ -420,7 +420,7 @@ def test_functions_run_on_this_machine_and_their_jobs_can_be_pickled(local: subm
     assert (job.state, job.exception(), job.num_tasks) == ("COMPLETED", None, 2)
     assert "rank 1\n" in job.task(1).stdout()
     assert job.task(1).result() == (1, 2, 2, 32)
-    assert job.paths.stderr.name == "rank0.err"
+    assert job.paths.stderr.name == "local0.rank0.log"
     with pytest.raises(ValueError, match="expected a rank of the last world, 0 to 1"):
         job.task(2)
 

@@ -65,7 +65,7 @@ def test_standalone_is_one_node_unless_more_are_asked_for():
     "option",
     [
         *("--rdzv_backend=c10d", "--rdzv_backend=static", "--node_rank=0", "--monitor_interval=0.5"),
-        *("--start-method=spawn", "--start_method=forkserver", "-r3", "--redirects=0:1,1:2", "-t 3", "--tee=3"),
+        *("--start-method=spawn", "--start_method=forkserver", "-r3", "--redirects=0:1,1:2"),
         *("--event_log_handler=null", "--signals-to-handle=SIGTERM,SIGINT", "--run-path", "--use_env"),
     ],
 )  # fmt: skip
@@ -83,7 +83,6 @@ def test_an_option_that_says_what_is_done_anyway_is_accepted(option):
         ("--monitor-interval=often", "expected a number of seconds"),
         ("--start-method=thread", "expected spawn, fork or forkserver"),
         ("--event-log-handler=console", "elastic-hpc timeline JOB"),
-        ("--tee=4", "expected 0 to 3"),
         ("--duplicate-stdout-filters=loss", "elastic-hpc logs JOB"),
         ("--logs-specs=mine", "elastic-hpc logs JOB"),
         ("--local-addr=10.0.0.1", "use --interface IFNAME"),
