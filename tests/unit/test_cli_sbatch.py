@@ -282,7 +282,7 @@ def test_plain_torchrun_is_told_what_it_knows_and_nothing_else_is_listed(project
     assert f" --log-dir={project.folder}/l " in command
     listed = re.findall(r"^# (--[a-z-]+) ", project.seen("script"), re.MULTILINE)
     assert set(listed) == {
-        *("--nodes", "--max-restarts", "--rdzv-endpoint", "--rdzv-conf", "--role", "--log-dir", "--template"),
+        *("--nodes", "--max-restarts", "--rdzv-endpoint", "--rdzv-conf", "--role", "--tee", "--log-dir", "--template"),
     }
 
 
