@@ -14,6 +14,7 @@ from elastic_hpc.agent.threads import on_thread
 from elastic_hpc.environment import AGAIN, JOIN
 from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
 from elastic_hpc.membership.roster import Host
+from elastic_hpc.network import addresses
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
 
@@ -63,13 +64,20 @@ class SlurmSource:
         self._starting = asyncio.Semaphore(_MOST_STARTING)
 
     async def lacks_agent(self, host: Host) -> bool:
-        """A node without power gives no answer. Where an agent is frozen, the kernel accepts the connection."""
-        answers = await asyncio.gather(*(_answers(address, host.port) for address in host.addresses))
+        """A node without power gives no answer. Where an agent is frozen, the kernel accepts the connection. At an
+        address that this node has too, this node itself would answer.
+        """
+        here = {address for address in addresses.own(host.addresses) if not address.startswith("127.")}
+        others = [address for address in host.addresses if address not in here]
+        answers = await asyncio.gather(*(_answers(address, host.port) for address in others))
         return False in answers and True not in answers
 
     async def restart(self, host: Host) -> bool:
         async with self._starting:
             return await on_thread(self._restart, host)
+
+    async def starting(self) -> Mapping[str, str]:
+        return await on_thread(slurm.agent_steps, self._environ["SLURM_JOB_ID"])
 
     async def joiners(self) -> Sequence[slurm.Joiner]:
         return await on_thread(slurm.joiners, self._env.job)

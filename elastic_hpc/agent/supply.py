@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from elastic_hpc.errors import ElasticError
@@ -22,8 +22,8 @@ from elastic_hpc.membership.roster import Host
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT = 300.0
-"""Seconds that a joiner may take from the start of its job until its agent is in touch; the environment may lie on a
-slow file system.
+"""Seconds that an agent may take from the start of its job, or of its job step, until it is in touch; the environment
+may lie on a slow file system.
 """
 
 _WASTED_AT_MOST = 2
@@ -31,21 +31,23 @@ _WASTED_AT_MOST = 2
 
 _FAILED = (ElasticError, OSError)
 
-_RESTART_TIMEOUT = 60.0
-"""Seconds that an agent which was started anew may take until it is in touch."""
-
 _POLL, _POLL_AT_MOST = 0.5, 60.0
 """Seconds between two queries of the queue and of the lost nodes; doubled each time that nothing has changed."""
 
 
 class Source(Protocol):
-    """Slurm (``joiners.SlurmSource``), or a simulated one. All methods but the first raise ElasticError."""
+    """Slurm (``joiners.SlurmSource``), or a simulated one. All methods but ``lacks_agent`` raise ElasticError."""
 
     async def lacks_agent(self, host: Host) -> bool:
         """Whether ``host`` answers and has no agent. False if the node has lost power, or its agent is only cut off."""
 
     async def restart(self, host: Host) -> bool:
         """Start an agent on ``host``. False if the job does not have that node any more."""
+
+    async def starting(self) -> Mapping[str, str]:
+        """The job steps of ``restart`` that have not ended, by the name of their node, whichever leader has started
+        them.
+        """
 
     async def joiners(self) -> Sequence[JoinerJob]:
         """The jobs that wait or run."""
@@ -59,7 +61,8 @@ class Source(Protocol):
     async def submit(self, exclude: Collection[str]) -> str:
         """Submit one joiner, for any node but ``exclude``. Returns the id of its job."""
 
-    async def cancel(self, ids: Collection[str]) -> None: ...
+    async def cancel(self, ids: Collection[str]) -> None:
+        """End these jobs or job steps."""
 
 
 class _Restart:
@@ -68,8 +71,8 @@ class _Restart:
     def __init__(self) -> None:
         self.backoff = Backoff()
         self.task: asyncio.Task[None] | None = None
-        self.expected_until = 0.0
-        """Until when the agent that was started may get in touch."""
+        self.starting_since: float | None = None
+        """Since when a job step is known in which the agent starts."""
         self.impossible = False
         """Whether the job does not have the node any more."""
 
@@ -140,18 +143,34 @@ class Supply:
         lost = {host.node: host for host in missing}
         for node, restart in self._restarts.items():
             if node not in lost:  # its agent is in touch again
-                restart.expected_until = 0.0
+                restart.starting_since = None
         restarts = {node: self._restarts.setdefault(node, _Restart()) for node in lost}
-        due = {
-            node: restart
-            for node, restart in restarts.items()
-            if not (restart.impossible or restart.task or now < max(restart.backoff.at, restart.expected_until))
-        }
-        lacking = await asyncio.gather(*(self._source.lacks_agent(lost[node]) for node in due))
-        for (node, restart), lacks in zip(due.items(), lacking, strict=True):
-            if lacks:
-                restart.task = asyncio.ensure_future(self._start(lost[node], restart))
-        return sum(bool(restart.task) or restart.expected_until > now for restart in restarts.values())
+        asked = [node for node, restart in restarts.items() if not (restart.impossible or restart.task)]
+        answers = await asyncio.gather(*(self._source.lacks_agent(lost[node]) for node in asked))
+        lacking = [node for node, lacks in zip(asked, answers, strict=True) if lacks]
+        try:
+            steps = await self._source.starting() if lacking else {}
+            for node in lacking:
+                await self._start_unless_starting(lost[node], restarts[node], steps.get(lost[node].name))
+        except _FAILED as error:
+            self._record_problem(f"no new agent on {lost[lacking[0]].name}: {error}")
+        return sum(bool(restart.task) or _is_expected(restart, now) for restart in restarts.values())
+
+    async def _start_unless_starting(self, host: Host, restart: _Restart, step: str | None) -> None:
+        """Start an agent on ``host``, which has none, unless ``step`` is there, in which an agent still starts. Where
+        that takes too long, the step is ended first, so that a node never has two agents.
+        """
+        now = asyncio.get_running_loop().time()
+        if step is None:
+            restart.starting_since = None
+            if now >= restart.backoff.at:
+                restart.task = asyncio.ensure_future(self._start(host, restart))
+        elif restart.starting_since is None:
+            restart.starting_since = now
+        elif not _is_expected(restart, now):
+            restart.starting_since = now
+            await self._source.cancel([step])
+            self._record_problem(f"the new agent on {host.name} has not started in {_START_TIMEOUT:.0f} s")
 
     async def _start(self, host: Host, restart: _Restart) -> None:
         now = asyncio.get_running_loop().time()
@@ -159,7 +178,7 @@ class Supply:
         try:
             restart.impossible = not await self._source.restart(host)
             if not restart.impossible:
-                restart.expected_until = now + _RESTART_TIMEOUT
+                restart.starting_since = now
                 self._event("agent_restart", {"node": host.name})
         except _FAILED as error:
             self._record_problem(f"no new agent on {host.name}: {error}")
@@ -234,3 +253,8 @@ class Supply:
         if problem != self._problem:
             self._problem = problem
             self._event("growth_problem", {"reason": problem})
+
+
+def _is_expected(restart: _Restart, now: float) -> bool:
+    """Whether the agent starts, and has not taken too long."""
+    return restart.starting_since is not None and now - restart.starting_since < _START_TIMEOUT

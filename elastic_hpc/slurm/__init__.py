@@ -15,12 +15,12 @@ from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit
 from elastic_hpc.slurm.requeuing import complete, requeue
 from elastic_hpc.slurm.settings import Facts, Site, facts, site
 from elastic_hpc.slurm.states import LIVES, WAITS, Queued, SlurmJob
-from elastic_hpc.slurm.steps import start_agent, start_step, step_environment, wait_until_alone
+from elastic_hpc.slurm.steps import agent_steps, start_agent, start_step, step_environment, wait_until_alone
 from elastic_hpc.slurm.submit import resubmit, sbatch, submit_script
 
 __all__ = [
-    "LIVES", "WAITS", "Facts", "Joiner", "Queued", "Site", "SlurmJob", "cancel", "change_time_limit", "complete",
-    "epoch", "expand", "facts", "job_state", "joiner_script", "joiners", "queue", "requeue", "resubmit", "sbatch",
-    "show_job", "site", "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script",
+    "LIVES", "WAITS", "Facts", "Joiner", "Queued", "Site", "SlurmJob", "agent_steps", "cancel", "change_time_limit",
+    "complete", "epoch", "expand", "facts", "job_state", "joiner_script", "joiners", "queue", "requeue", "resubmit",
+    "sbatch", "show_job", "site", "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script",
     "usable_nodes", "wait_until_alone", "warn", "warning_reason",
 ]  # fmt: skip

@@ -78,6 +78,16 @@ def start_agent(
     _start(job_id, node, _AGENT_NAME, options, command, environ, log)
 
 
+def agent_steps(job_id: str) -> dict[str, str]:
+    """The job steps of ``start_agent`` that have not ended, by the node they are on. Raises SlurmError."""
+    listed = [line.split(maxsplit=2) for line in _steps(job_id, "%i %N %j")]
+    return {words[1]: words[0] for words in listed if words[2:] == [_AGENT_NAME]}
+
+
+def _steps(job: str, form: str) -> list[str]:
+    return client.run("squeue", "--noheader", "--steps", f"--jobs={job}", f"--format={form}").splitlines()
+
+
 def _start(
     job_id: str,
     node: str,
@@ -172,7 +182,6 @@ def wait_until_alone(job: str, step: str, *, deadline: timedelta, deputy_of: str
 
 def _other_steps(job: str, step: str) -> set[str]:
     """Names of the job steps beside ``step``, those of the batch script and of Slurm itself left out."""
-    listed = client.run("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i %j").splitlines()
-    found = [line.partition(" ") for line in listed]
+    found = [line.partition(" ") for line in _steps(job, "%i %j")]
     numbers = [(id.rpartition(".")[2], name) for id, _, name in found]
     return {name for number, name in numbers if number.isdecimal() and number != step}

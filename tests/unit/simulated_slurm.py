@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -36,6 +36,10 @@ class Queue:
         self.refuses = False
         self.restarts = False
         """Whether agents can be started anew."""
+        self.start_takes: Callable[[], float] = lambda: 0.0
+        """Seconds until an agent that is started anew listens; infinite if it hangs."""
+        self.steps: dict[str, SimNode | None] = {}
+        """The job steps of agents that were started anew, by the name of their node; None while the agent starts."""
         self.jobs: dict[str, SimJoiner] = {}
         self._ids = itertools.count(100)
 
@@ -68,8 +72,29 @@ class Queue:
         elif gone and (node := self.job.at.get(joiner(id))):
             node.kill()
 
+    def restart(self, host: Host) -> None:
+        """Start an agent anew, in a step of its own."""
+        if host.name in self.steps:
+            self.job.bugs.append(AssertionError(f"a second agent on {host.name}"))
+        if self.job.at[host.node].dead == "killed":
+            self.steps[host.name] = None
+            if (delay := self.start_takes()) < float("inf"):
+                asyncio.get_running_loop().call_later(delay, self._listen, host)
+
+    def _listen(self, host: Host) -> None:
+        if host.name in self.steps and self.steps[host.name] is None:
+            node = self.steps[host.name] = self.job.add(host.node)
+            node.start()
+
+    def end_step(self, name: str) -> None:
+        if (node := self.steps.get(name)) and not (node.dead or node.left):
+            node.kill()
+        self.steps.pop(name, None)
+
     def ended(self, node: SimNode) -> None:
-        """The agent of a joiner has left, or is dead."""
+        """The agent of a node has left, or is dead."""
+        if self.steps.get(node.host.name) is node:
+            del self.steps[node.host.name]
         for id in [id for id in self.jobs if joiner(id) == node.index]:
             del self.jobs[id]
             if node.dead != "power":
@@ -96,9 +121,12 @@ class SimSource:
 
     async def restart(self, host: Host) -> bool:
         await self._asks()
-        if self.job.at[host.node].dead == "killed":
-            self.job.add(host.node).start()
+        self.job.queue.restart(host)
         return True
+
+    async def starting(self) -> dict[str, str]:
+        await self._asks()
+        return {name: f"step.{name}" for name in self.job.queue.steps}
 
     async def joiners(self) -> list[SimJoiner]:
         await self._asks()
@@ -117,4 +145,6 @@ class SimSource:
     async def cancel(self, ids: Collection[str]) -> None:
         await self._asks()
         for id in ids:
+            if id.startswith("step."):
+                self.job.queue.end_step(id.removeprefix("step."))
             self.job.queue.cancel(id)

@@ -268,6 +268,44 @@ def test_an_agent_that_died_is_started_anew_and_its_node_comes_back(seed: int) -
     job.run(story)
 
 
+@given(seed=SEEDS, takes=st.floats(50, 290))
+@settings(max_examples=10, deadline=None)
+def test_an_agent_that_starts_slowly_gets_no_rival_whoever_leads_meanwhile(*, seed: int, takes: float) -> None:
+    """``Queue.restart`` tells when an agent is started beside another one."""
+    job = Job(seed, 4, replace(POLICY, grow=False), loss=0.0)
+    job.queue.restarts = True
+    job.queue.start_takes = lambda: takes
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        job.at[3].kill()
+        assert await job.until(lambda: len(rounds(job)) == 2 and job.training(), 30)
+        await job.until(job.over, job.random.uniform(0, takes - 40))
+        job.at[0].kill()  # the leader, which has started that agent
+        assert await job.until(lambda: len(job.left) == 4 and job.training(), 400), job.events[-5:]
+        assert [event[3]["node"] for event in job.events if event[2] == "agent_restart"] == ["n3", "n0"]
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=5, deadline=None)
+def test_a_start_that_hangs_is_ended_before_the_next_one(seed: int) -> None:
+    job = Job(seed, 3, replace(POLICY, max_nodes=3, grow=False), loss=0.0)
+    job.queue.restarts = True
+    starts = iter([float("inf"), 20.0])
+    job.queue.start_takes = lambda: next(starts)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        job.at[2].kill()
+        assert await job.until(lambda: len(job.left) == 3 and job.training(), 600), job.events[-5:]
+        problems = [event[3]["reason"] for event in job.events if event[2] == "growth_problem"]
+        assert problems == ["the new agent on n2 has not started in 300 s"]
+
+    job.run(story)
+
+
 def test_a_spare_waits_without_a_worker_steps_in_at_once_and_leaves_with_the_others() -> None:
     job = Job(3, 4, replace(POLICY, max_nodes=3, spares=1, grow=False), loss=0.0)
 

@@ -17,6 +17,7 @@ from elastic_hpc.environment import AGAIN, JOIN, prepare_worker_env
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership.nodes import joiner, votes
 from elastic_hpc.membership.roster import Host
+from elastic_hpc.network import addresses
 from elastic_hpc.network.client import ask_to_leave
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import read_agent_env
@@ -118,6 +119,23 @@ def test_a_node_lacks_an_agent_when_it_answers_and_nobody_listens_there(rundir: 
         host = Host(1, "n2", ("127.0.0.1",), server.getsockname()[1])
         assert not asyncio.run(source.lacks_agent(host)), "an agent that stands still"
     assert asyncio.run(source.lacks_agent(host))
+
+
+def test_at_an_address_that_this_node_has_too_it_does_not_ask_itself(
+    rundir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SlurmSource(read_agent_env(TASK), rundir, TASK)
+    asked: list[str] = []
+
+    async def answers(address: str, _port: int) -> bool | None:
+        asked.append(address)
+        return None if address == "10.0.0.2" else address == "172.17.0.1"
+
+    monkeypatch.setattr("elastic_hpc.agent.joiners._answers", answers)
+    monkeypatch.setattr(addresses, "_own", lambda: [("eth0", "10.0.0.1"), ("docker0", "172.17.0.1")])
+    for second in ("172.17.0.1", "10.0.0.1"):  # at the second address, the agent of the leader's node, or nobody
+        assert not asyncio.run(source.lacks_agent(Host(1, "n2", ("10.0.0.2", second), 1)))
+    assert set(asked) == {"10.0.0.2"}
 
 
 def test_the_verdict_is_waited_for_as_long_as_somebody_leads(rundir: RunDir) -> None:

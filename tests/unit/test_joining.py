@@ -255,3 +255,14 @@ def test_an_agent_that_does_not_start_is_an_error_in_srun_s_words(fake: Fake):
     with pytest.raises(SlurmError, match="ended before it had started"):
         agent(fake.folder, "echo hello")
     assert not (fake.folder / "a b").exists()
+
+
+def test_the_steps_of_agents_that_were_started_anew_are_known_by_their_nodes(fake: Fake):
+    fake.tell(
+        "squeue", "7.0 n[1-4] python\n7.3 n2 elastic-agent\n7.4 n3 elastic-conclude\n7.5 n4 elastic-agent\n7.6  x\n"
+    )
+    assert slurm.agent_steps("7") == {"n2": "7.3", "n4": "7.5"}
+    assert fake.said("calls") == ["--noheader --steps --jobs=7 --format=%i %N %j"]
+    fake.refuse("slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n")
+    with pytest.raises(SlurmError, match="Unable to contact"):
+        slurm.agent_steps("7")
