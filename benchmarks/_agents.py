@@ -27,7 +27,8 @@ from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import follower, messages
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.messages import Order, Status
-from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.promises import Promises
+from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses, channel
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
@@ -134,6 +135,7 @@ class Agent:
             self.host,
             self,
             self._network,
+            Promises(),
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
             join_timeout=600.0,
             first=node == 0,
@@ -187,14 +189,14 @@ class Agent:
     async def give_up(self, *_: object, **__: object) -> JobEnded | None:
         return None
 
-    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
+    def lead(self, promises: Promises, reason: str) -> LeaderServer:
         conf = RdzvConf(last_call_timeout=timedelta(seconds=600))
         spec = LaunchSpec("no script", nodes=NodeRange(1, self._size), max_restarts=1000, rdzv_conf=conf)
         policy = policy_of(spec, 8, can_requeue=False)
-        granted = 0 if roster else self._size
+        granted = 0 if promises.roster else self._size
         now = time.monotonic()
         leader = Leader(
-            policy, node=self.node, nproc=8, now=now, granted=granted, inherited=roster, reason=reason, host=self.host
+            policy, node=self.node, nproc=8, now=now, granted=granted, promises=promises, reason=reason, host=self.host
         )
 
         async def open_store(round: int) -> int:

@@ -19,11 +19,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 from elastic_hpc import __version__
+from elastic_hpc.agent import promise_file
 from elastic_hpc.agent.arguments import policy_of
 from elastic_hpc.agent.bridge import Control
 from elastic_hpc.agent.leading import Leading
 from elastic_hpc.agent.threads import Reader, within
 from elastic_hpc.environment import AGENT_MARK, prepare_worker_env
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
 from elastic_hpc.network.channel import Network
@@ -74,8 +76,10 @@ class Assembly:
         """The entry that all workers of this agent, and no other process, have in their environment."""
         prepare_worker_env(os.environ, env.cpus, nproc, token, run_dir=str(rundir.path), interface=interface)
         self._log = _start_log(rundir, env)
-        self.local_folder = _make_local_folder()
-        """Where the agent meets its workers."""
+        self._place = promise_file.Place(rundir.path, env.job, env.run, env.node)
+        self._promise_file: promise_file.PromiseFile | None = None
+        self.local_folder = tempfile.mkdtemp(prefix="elastic-hpc-", dir=promise_file.memory_folder())
+        """Where the agent meets its workers; only its owner may use it."""
         self._guard = _start_guard(token, 1.5 * self.policy.heartbeat_timeout, self.local_folder)
 
     def connect(
@@ -85,12 +89,14 @@ class Assembly:
         first: bool,
         supplies: bool = False,
         contained: bool = False,
+        again: bool | None = None,
         unfit: Callable[[], str] = lambda: "",
     ) -> None:
         """Make the parts that find, follow or are the leader; ``control.start`` starts them.
 
         ``published``: this node's addresses. ``first``: this node leads at the beginning. ``supplies``, ``contained``:
-        see ``Leading``. ``unfit`` may block, and returns why this node should not take part.
+        see ``Leading``. ``again``: an agent of this node was here before in this run; None if no agent is started anew,
+        so that no promise need outlive this agent. ``unfit`` may block, and returns why this node should not take part.
         """
         from elastic_hpc.agent.store import StoreHost
 
@@ -110,11 +116,16 @@ class Assembly:
         )
         if first:
             self.leading.prepare()
+        promises = Promises(votes=not self.env.joins)
+        if again is not None:
+            nodes = max(self.env.nodes, self.policy.max_nodes)
+            promises, self._promise_file = promise_file.begin(self._place, nodes, again=again)
         self.control = Control(
             host,
             self.nproc,
             self._network(listeners),
             self.leading,
+            promises,
             heartbeat_timeout=self.policy.heartbeat_timeout,
             join_timeout=self.policy.join_timeout,
             first=first,
@@ -141,6 +152,9 @@ class Assembly:
     def close(self, timeout: float = LEAVE) -> None:
         """Leave the job. The leader's agent waits, at most ``timeout`` seconds, until all others have left."""
         self.control.close(timeout)
+        if self._promise_file:
+            self._promise_file.remove()
+            promise_file.clean_up(self._place, ended=True)
         if self.leading.recorder:
             self.leading.recorder.close()
         within(_LOG_TIMEOUT, self._log.stop)
@@ -186,12 +200,6 @@ def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
         log.propagate = False
     logging.raiseExceptions = False  # the recorder reports a full file system, once
     return listener
-
-
-def _make_local_folder() -> str:
-    """Make the folder in memory if possible; only its owner may use it."""
-    shared = "/dev/shm"  # noqa: S108 - a folder of our own, mode 0700, is made in it
-    return tempfile.mkdtemp(prefix="elastic-hpc-", dir=shared if os.access(shared, os.W_OK) else None)
 
 
 def _start_guard(token: str, silence: float, folder: str) -> int:

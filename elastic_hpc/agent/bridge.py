@@ -19,6 +19,7 @@ from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership import follower
 from elastic_hpc.membership.messages import Failure, Order, Plan, State, Status
 from elastic_hpc.membership.nodes import votes
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.node import Transport
@@ -55,7 +56,7 @@ class Outside(Protocol):
 
     def find_leader(self) -> Published | None: ...
     def give_up(self, roster: Roster | None, waited: float, why: str, **how: Any) -> JobEnded | None: ...
-    def lead(self, roster: Roster | None, reason: str) -> LeaderServer: ...
+    def lead(self, promises: Promises, reason: str) -> LeaderServer: ...
 
 
 class Control:
@@ -67,6 +68,7 @@ class Control:
         nproc: int,
         network: Transport,
         outside: Outside,
+        promises: Promises,
         *,
         heartbeat_timeout: float,
         join_timeout: float,
@@ -82,7 +84,13 @@ class Control:
         self._outside = outside
         self._beat_interval = heartbeat_timeout / 5
         self._membership = Membership(
-            host, self, network, heartbeat_timeout=heartbeat_timeout, join_timeout=join_timeout, first=first
+            host,
+            self,
+            network,
+            promises,
+            heartbeat_timeout=heartbeat_timeout,
+            join_timeout=join_timeout,
+            first=first,
         )
         self._order: Order | None = None
         self._addresses: tuple[str, str] | None = None
@@ -223,8 +231,8 @@ class Control:
         order = self._order
         return order is not None and order.leads
 
-    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
-        return self._outside.lead(roster, reason)
+    def lead(self, promises: Promises, reason: str) -> LeaderServer:
+        return self._outside.lead(promises, reason)
 
     def _run(self) -> None:
         try:

@@ -18,6 +18,7 @@ from elastic_hpc.agent.threads import on_thread
 from elastic_hpc.errors import JobEnded, SlurmError
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.policy import Policy, Verdict
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.network.server import LeaderServer
@@ -58,10 +59,10 @@ class Leading:
     def __post_init__(self) -> None:
         self._ending = Ending(self.env, self.policy, self.rundir, self.environ, self.contained, self._recorder_or_new)
 
-    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
-        """A leader on this node. ``roster`` is None for the first leader, which ``prepare`` precedes."""
+    def lead(self, promises: Promises, reason: str) -> LeaderServer:
+        """A leader on this node. ``prepare`` precedes the first leader, whose node holds no roster yet."""
         self.recorder = self._recorder_or_new()
-        start: dict[str, Any] = {"inherited": roster, "reason": reason} if roster else self._first(self.recorder)
+        start: dict[str, Any] = {"reason": reason} if promises.roster else self._first(self.recorder)
         addresses.allow_connections(4 * self.env.nodes)  # all may dial at once, and again before the first has ended
         leader = Leader(
             self.policy,
@@ -70,6 +71,7 @@ class Leading:
             now=time.monotonic(),
             supplied=self.supplies,
             host=self.host,
+            promises=promises,
             **start,
         )
         if self.contained:

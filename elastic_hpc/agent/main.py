@@ -66,11 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     from elastic_hpc.workers import elastic_agent  # noqa: F401 - imports torch, while the preflight runs
 
     contained = not env.local and (args.contained or shutil.which("scontrol") is None)
+    supplies = not (env.local or contained)
     parts.connect(
         ("127.0.0.1",) if env.local else addresses.to_publish(env.name, spec.interface, env.submit_host),
         first=leads_at_first(spec.rdzv_endpoint, env, rundir, environ),
-        supplies=not (env.local or contained),
+        supplies=supplies,
         contained=contained,
+        again=env.late if supplies and not env.joins else None,
         unfit=unfit,
     )
     return _run(parts, _agent(parts, standbys, numa), standbys)

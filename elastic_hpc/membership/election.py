@@ -51,6 +51,8 @@ def relevant(bases: tuple[Base, ...], held: Mapping[int, int]) -> tuple[Base, ..
     return (*kept, *bases[-1:])
 
 
-def order_of_succession(nodes: Iterable[int], *, lost: int | None, me: int) -> list[int]:
-    """Nodes that ``me`` asks before it leads itself: those before it in Slurm's order, the lost leader last."""
-    return sorted((node for node in nodes if node < me), key=lambda node: (node == lost, node))
+def order_of_succession(nodes: Iterable[int], *, lost: int | None, me: int | None) -> list[int]:
+    """Nodes that ``me`` asks before it leads itself: those before it in Slurm's order, the lost leader last. None
+    stands for a node that does not lead, and asks all.
+    """
+    return sorted((node for node in nodes if me is None or node < me), key=lambda node: (node == lost, node))

@@ -19,6 +19,7 @@ from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.orders import Orders, ToAgent
 from elastic_hpc.membership.peers import Peer, Peers, deciding_fields
 from elastic_hpc.membership.policy import Action, Decision, Outcome, Policy, Verdict, View
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.membership.rules import decide, requeue_or_fail
 from elastic_hpc.membership.world import SETTLE, FailureHistory, World
@@ -48,20 +49,24 @@ class Leader:
         round: int = 0,
         restarts: int = 0,
         requeues: int = 0,
-        inherited: Roster | None = None,
+        promises: Promises | None = None,
         reason: str = "",
         supplied: bool = False,
         host: Host | None = None,
     ) -> None:
-        """Lead from the start, with the counters of the run before; or take over with the roster ``inherited``, because
-        of ``reason``, as soon as a majority agrees. ``granted`` and ``granted_names``: as in ``Peers``. ``supplied``:
-        ``agent.supply`` brings the nodes of ``needs``. ``host``: that of this node; all nodes must have its software.
+        """``promises``: those of this node. If it holds a roster, take over, because of ``reason``, as soon as a
+        majority agrees. Else lead from the start, with the counters of the run before. ``granted`` and
+        ``granted_names``: as in ``Peers``. ``supplied``: ``agent.supply`` brings the nodes of ``needs``. ``host``: that
+        of this node; all nodes must have its software.
         """
+        self._promises = promises or Promises()
+        inherited = self._promises.roster
         roster = inherited or Roster(round, (), (), restarts, requeues)
         self.policy = policy
         self.node, self._nproc, self._host = node, nproc, host
 
-        self.round, self.restarts, self.requeues = roster.round + 1, roster.restarts, roster.requeues
+        self.round = max(roster.round, self._promises.seen) + 1
+        self.restarts, self.requeues = roster.restarts, roster.requeues
         self.verdict: Verdict | None = None
         self.abdicated = ""
         """Why this leader stopped without a verdict: the last loss of a node, else the lack of a majority."""
@@ -127,6 +132,7 @@ class Leader:
     def on_roster(self, roster: Roster) -> None:
         """An agent holds ``roster``. A leader that has yet to take over adopts a later roster than its own."""
         if not self.leads and self._stage == "gather" and self._mandate.on_roster(roster):
+            self._promises.hold(roster)
             self.restarts, self.requeues = max(self.restarts, roster.restarts), roster.requeues
             self.round = max(self.round, roster.round + 1)
             self.has_news = True
@@ -181,6 +187,7 @@ class Leader:
 
     def on_tick(self, now: float) -> None:
         """Declare silent agents lost, and decide. To be called a few times per heartbeat."""
+        self._look(now)
         for conn, silent in self.peers.silent(now).items():
             self.on_lost(conn, f"nothing heard for {self.policy.heartbeat_timeout:g} s", silent=silent)
         if self._stage == "gather" and now - self._gathering_since > STOP_TIMEOUT:
@@ -236,7 +243,7 @@ class Leader:
             drain=runs and bool(self._requests.request in {"drain", "save-and-stop"} or self._world.change),
             stacks=bool(self._stage == "gather" and failure and failure.kind == "hang"),
         )
-        plans = self._world.plans if runs and self._mandate.is_settled(self._world.formed) else {}
+        plans = self._world.plans if runs and self.leads and self._mandate.is_settled(self._world.formed) else {}
         return self._orders.take(self.peers, order, plans, self.roster, self._mandate.change, beat=beat)
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
@@ -288,8 +295,7 @@ class Leader:
         if older is not None:
             self.on_lost(older, "a new agent of the same node came")
             self.decide(now)
-        forgetful = status.roster < 0 and self._mandate.is_member(status.node)
-        peer = Peer(status, addr, now, now, forgetful)
+        peer = Peer(status, addr, now, now)
         self.peers.add(conn, peer)
         if self._stage == "gather" and status.seen >= self.round:
             # another leader may have formed that round from the nodes that were with it
@@ -315,7 +321,12 @@ class Leader:
 
     # decisions
 
+    def _look(self, now: float) -> None:
+        if self.peers.look(now, self._orders.next):
+            self._mandate.on_freeze(now)
+
     def _advance(self, now: float) -> None:
+        self._look(now)
         self.has_news, self._decide_at = False, float("inf")
         while not self.verdict and not self.abdicated:
             self._renew_mandate(now)
@@ -338,7 +349,7 @@ class Leader:
         return View(
             **vars(nodes),
             **vars(self._world.view(self._predecessor_lost, now)),
-            **vars(self._mandate.view(nodes.live, now, running=bool(formed))),
+            **vars(self._mandate.view(nodes.live, now, running=bool(formed), regains=self.peers.are_asked)),
             **vars(self._requests.view(now)),
             **vars(self._stores.view(self.round, now, needed=gathers)),
             **vars(self._arrivals.view(now)),
@@ -375,10 +386,11 @@ class Leader:
         plans = {node: Plan(rank, size, self.restarts, port, addr) for rank, node in enumerate(nodes)}
         self._stage, self._first, self._last_loss = "run", False, ""
         self._world = World(nodes, plans, now)
-        base = Base(self.round, self.node, tuple(filter(votes, nodes)))
+        base = Base(self.round, self.node, tuple(node for node in nodes if peers[node].status.votes))
         hosts = tuple(peer.status.host for _, peer in sorted(peers.items()) if peer.joined)
         mark = f"{self.round}.{self.node}.{now:.6f}"  # a leader never forms two rounds within a microsecond
         self._mandate.on_form(base, hosts, nodes, restarts=self.restarts, requeues=self.requeues, mark=mark)
+        self._promises.hold(self.roster)  # before anybody hears of it
         self._event(
             "round",
             round=self.round,
@@ -425,7 +437,7 @@ class Leader:
         self._record_progress(now, over=True)
 
     def _open_round(self, now: float) -> None:
-        self.round = max(self.round, self.peers.highest_round) + 1
+        self.round = max(self.round, self.peers.highest_round, self._promises.seen) + 1
         self._stage, self._world, self._gathering_since = "gather", World(), now
 
     def _record_progress(self, now: float, *, over: bool = False) -> None:

@@ -37,10 +37,6 @@ class Mandate:
             self._has_new_acknowledgements, self._bases = False, relevant(self._bases, self._acknowledged)
         return self._bases
 
-    def is_member(self, node: int) -> bool:
-        """Whether ``node`` belongs to a round that counts."""
-        return any(node in base.members for base in self.bases)
-
     @property
     def oldest(self) -> int:
         """The oldest round whose members must agree."""
@@ -48,9 +44,10 @@ class Mandate:
 
     def on_status(self, status: Status) -> None:
         """A node acknowledges this roster only if it has received no order of a later round: it may be bound to that
-        round, which ignores this roster.
+        round, which ignores this roster. A node that has forgotten its promises does not know which orders it received.
         """
-        if status.roster == self.roster.round >= status.seen and self._acknowledged.get(status.node) != status.roster:
+        acknowledges = status.votes and status.roster == self.roster.round >= status.seen
+        if acknowledges and self._acknowledged.get(status.node) != status.roster:
             self._acknowledged[status.node] = status.roster
             self._has_new_acknowledgements = True
 
@@ -79,6 +76,10 @@ class Mandate:
             return True
         return len(relevant(self.bases, self._acknowledged | dict.fromkeys(formed, self.roster.round))) <= 1
 
+    def on_freeze(self, now: float) -> None:
+        """This leader was frozen until ``now``: the time to regain the mandate begins."""
+        self._last_granted = now
+
     def renew(self, joined: Collection[Status], agreeing: Collection[int], now: float, *, stale: bool) -> bool:
         """Grant the mandate if ``agreeing``, of the nodes that have ``joined``, are enough, else withdraw it. True if
         it is granted for the first time. ``stale``: the world runs, and was not settled in time.
@@ -93,9 +94,9 @@ class Mandate:
         self.granted, self.ever_granted = quorum, quorum or self.ever_granted
         return is_first
 
-    def view(self, live: Collection[int], now: float, *, running: bool) -> QuorumView:
-        """``running``: a round runs."""
+    def view(self, live: Collection[int], now: float, *, running: bool, regains: bool) -> QuorumView:
+        """``running``: a round runs. ``regains``: as in ``QuorumView``."""
         expected = set[int]()
         if self.roster.bases and not running:
             expected = set(self.roster.members).difference(live, {self.roster.bases[-1].leader})
-        return QuorumView(self.granted, now - self._granted_at, now - self._last_granted, len(expected))
+        return QuorumView(self.granted, now - self._granted_at, now - self._last_granted, len(expected), regains)

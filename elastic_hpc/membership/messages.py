@@ -30,7 +30,7 @@ LEAVE = "leave"
 """Requests that the leader lets a node go, at a step boundary if its workers listen: a joiner's job is about to end."""
 WHO = "who"
 """Asks an agent which leader it follows. The answer, a ``Redirect``, binds neither side."""
-_T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "RosterChange", "Leave", Base)
+_T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "RosterChange", "Leave", "Redirect", Base)
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "int": int,
     "float": (int, float),
@@ -84,6 +84,10 @@ class Status:
     failure: Failure | None = None
     seen: int = 0
     """The highest round of all orders that this agent has received."""
+    heard: int = 0
+    """``Order.seq`` of the last order that came over this connection."""
+    votes: bool = True
+    """Whether this agent remembers all that its node has promised (``promises``); else no leader counts it."""
     roster: int = -1
     """Round of the roster that this agent holds."""
     mark: str = ""
@@ -176,6 +180,8 @@ class Redirect:
 
     to: Host | None
     leads: bool = False
+    may_lead: bool = True
+    """Whether the agent itself would lead if no other agent did."""
 
 
 Message = Status | Order | Roster | RosterChange | Redirect | dict[str, Any]
@@ -189,7 +195,7 @@ def encode(message: Message) -> bytes:
         failure = {"failure": vars(message.failure)} if message.failure else {}
         return json_line({**_without_defaults(message), "host": vars(message.host), **failure})
     if isinstance(message, Redirect):
-        return json_line({"redirect": {"to": message.to and vars(message.to), "leads": message.leads}})
+        return json_line({"redirect": {**vars(message), "to": message.to and vars(message.to)}})
     return json_line(message)
 
 
@@ -237,8 +243,8 @@ def decode_from_leader(line: bytes) -> Order | Roster | RosterChange | Redirect:
         if "change" in body:
             return _change(body["change"])
         if "redirect" in body:
-            to = body["redirect"]["to"]
-            return Redirect(_host(to) if to else None, bool(body["redirect"]["leads"]))
+            redirect = Redirect(**body["redirect"])
+            return _checked(replace(redirect, to=_host(body["redirect"]["to"]) if redirect.to else None))
         plan = body.pop("plan", None)
         return Order(**body, plan=Plan(**plan) if plan else None)
     except _MALFORMED as error:
@@ -282,5 +288,5 @@ def _checked(decoded: _T) -> _T:
 
 _CHECKED = {
     kind: [(field.name, _KINDS[str(field.type)], field.type) for field in fields(kind) if str(field.type) in _KINDS]
-    for kind in (Status, Failure, Host, Roster, RosterChange, Leave, Base)
+    for kind in (Status, Failure, Host, Roster, RosterChange, Leave, Redirect, Base)
 }

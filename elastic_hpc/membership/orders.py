@@ -29,6 +29,11 @@ class Orders:
         self._unacknowledged: set[int] = set()
         """Connections that were sent the roster since the last beat: its acknowledgement may be on its way."""
 
+    @property
+    def next(self) -> int:
+        """The number of the orders that are sent next."""
+        return self._seq + 1
+
     def forget(self, conn: int) -> None:
         """Connection ``conn`` is gone."""
         self._unacknowledged.discard(conn)

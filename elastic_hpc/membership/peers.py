@@ -33,18 +33,10 @@ class Peer:
     last_contact: float
     arrived_at: float
     """When the agent connected; once it has joined, when it joined."""
-    forgetful: bool = False
-    """The node is a member of a round that counts, but its agent was started anew and does not know of that round. As
-    the agent has forgotten what it agreed to, it agrees to no leader until it holds a roster again.
-    """
     joined: bool = False
     """The agent has reported that it has no workers, or belongs to the world that is taken over. The leader waits for
     no agent that has not joined.
     """
-
-    @property
-    def agrees(self) -> bool:
-        return self.joined and not (self.forgetful and self.status.roster < 0)
 
 
 class Peers(dict[int, Peer]):
@@ -75,7 +67,9 @@ class Peers(dict[int, Peer]):
         self._timeout = heartbeat_timeout
         self._hosts = {host.node: host for host in known}
         self._granted, self._granted_names = granted, granted_names
-        self._started_at = self._last_below_min = self._last_check = now
+        self._started_at = self._last_below_min = self._looked_at = now
+        self._asked = 0
+        """The first order since this leader was frozen. Who has not heard it may obey another leader by now."""
         self._min_at: float | None = None
         """Since when enough nodes are live; None while too few are."""
 
@@ -152,7 +146,12 @@ class Peers(dict[int, Peer]):
     @property
     def agreeing(self) -> set[int]:
         """Nodes that agree to this leader."""
-        return {node for node, peer in self.by_node.items() if peer.agrees}
+        return {n for n, status in self.joined.items() if status.votes and status.heard >= self._asked}
+
+    @property
+    def are_asked(self) -> bool:
+        """Whether nodes have yet to answer a leader that was frozen."""
+        return any(status.votes and status.heard < self._asked for status in self.joined.values())
 
     def view(self, idle: Collection[int], formed: Collection[int], policy: Policy, now: float) -> NodesView:
         """``idle``: nodes without workers, which are ready for the next round. ``formed``: the round that runs."""
@@ -198,13 +197,19 @@ class Peers(dict[int, Peer]):
         """When the first agent will have been silent for too long, if nothing arrives."""
         return min((peer.last_contact for peer in self.values()), default=float("inf")) + self._timeout
 
-    def silent(self, now: float) -> dict[int, float]:
-        """Connections on which nothing has arrived for too long, and for how many seconds. To be called a few times
-        per heartbeat: a longer time without a call means that the leader itself was frozen, and does not count.
+    def look(self, now: float, next_order: int) -> bool:
+        """Whether this leader was frozen until now. To be called a few times per heartbeat timeout, and before any
+        decision. The time in which the leader was frozen is no silence of the agents, but they may have left unnoticed:
+        an agent agrees again when it has heard ``next_order``, the number of the order that this leader sends next.
         """
-        frozen = now - self._last_check - self._timeout / 4
-        self._last_check = now
+        frozen = now - self._looked_at - self._timeout / 4
+        self._looked_at = now
         if frozen > 0:
+            self._asked = next_order
             for peer in self.values():
                 peer.last_contact = min(now, peer.last_contact + frozen)
+        return frozen > 0
+
+    def silent(self, now: float) -> dict[int, float]:
+        """Connections on which nothing has arrived for too long, and for how many seconds."""
         return {c: now - peer.last_contact for c, peer in self.items() if now - peer.last_contact > self._timeout}

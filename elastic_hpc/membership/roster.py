@@ -91,6 +91,11 @@ class Roster:
     mark: str = ""
     """Unique: another leader may form a roster of the same round."""
 
+    @property
+    def successors(self) -> tuple[int, ...]:
+        """The nodes that may lead next: every majority has one of them."""
+        return self.bases[-1].members if self.bases else ()
+
     def change_from(self, before: Roster) -> RosterChange | None:
         """The difference to the roster ``before``; None if no agent can hold ``before``."""
         if not before.mark:

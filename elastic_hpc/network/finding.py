@@ -13,10 +13,10 @@ from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.election import order_of_succession
 from elastic_hpc.membership.messages import WHO, Redirect
-from elastic_hpc.membership.nodes import votes
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Hosts
 from elastic_hpc.network.channel import Link
-from elastic_hpc.network.following import Follower, Loss
+from elastic_hpc.network.following import Loss
 from elastic_hpc.network.node import Node, Transport, now
 from elastic_hpc.network.own_leader import OwnLeader
 
@@ -49,15 +49,15 @@ class Finder:
         me: Host,
         node: Node,
         transport: Transport,
-        follower: Follower,
+        promises: Promises,
         own_leader: OwnLeader,
         heartbeat_timeout: float,
     ) -> None:
-        """``follower`` holds the roster, which names the nodes that can be asked."""
+        """``promises`` hold the roster, which names the nodes that can be asked."""
         self._me = me
         self._node = node
         self._transport = transport
-        self._follower = follower
+        self._promises = promises
         self._own_leader = own_leader
         self._timeout = heartbeat_timeout
         self.reason = "no leader has published its address"
@@ -70,6 +70,12 @@ class Finder:
         are asked next.
         """
         self._lost_silently = False
+
+    @property
+    def may_lead(self) -> bool:
+        """Whether this node leads when no node before it does: the newest round's members that vote may."""
+        roster = self._promises.roster
+        return self._promises.votes and bool(roster and self._me.node in roster.successors)
 
     def on_loss(self, leader: Host, loss: Loss) -> None:
         """``leader`` was lost just now."""
@@ -89,20 +95,20 @@ class Finder:
                 warn_after *= _WARN_GROWTH
                 log.warning("no leader was found for %.0f s: %s; looking on", waited, self.reason)
             await asyncio.sleep(random.uniform(0.5, 1.5) * wait)  # noqa: S311 - jitter
-            roster = self._follower.roster
+            roster = self._promises.roster
             bound = max(2 * _RETRY, _RETRY_PER_NODE * len(roster.hosts)) if roster else _RETRY_AT_MOST
             wait = min(_RETRY_GROWTH * wait, bound, _RETRY_AT_MOST)
 
     async def _try(self) -> Found | None:
         if self._own_leader.server:
             return await self._connect(self._me)
-        roster = self._follower.roster
+        roster = self._promises.roster
         if not roster:
             return await self._look_up()
         hosts = Hosts.of(roster.hosts)
         lost = self._lost.node if self._lost else None
         someone_is_ahead = False
-        for node in order_of_succession(filter(votes, hosts.rows), lost=lost, me=self._me.node):
+        for node in order_of_succession(roster.successors, lost=lost, me=self._me.node if self.may_lead else None):
             if node == lost and self._lost_silently:
                 continue  # the other nodes know whether it still leads
             reply = await self._ask(hosts.at(node))
@@ -110,16 +116,16 @@ class Finder:
                 return None  # most probably it has not noticed the loss yet
             if reply and reply.to and (found := await self._connect(reply.to)):
                 return found
-            if reply and node != lost:
+            if reply and reply.may_lead and node != lost:
                 someone_is_ahead = True
                 break
         published = await self._node.published()
         leader = published and published.leader
         if leader and leader not in (self._lost, self._me) and (found := await self._connect(leader)):
             return found
-        if someone_is_ahead or not votes(self._me.node):
+        if someone_is_ahead or not self.may_lead:
             return None
-        self._own_leader.begin(roster, self.reason)
+        self._own_leader.begin(self.reason)
         return await self._connect(self._me)
 
     async def _look_up(self) -> Found | None:
@@ -158,7 +164,7 @@ class Finder:
         return None
 
     async def _try_elsewhere(self) -> Found | None:
-        roster = self._follower.roster
+        roster = self._promises.roster
         assert roster
         published = await self._node.published()
         if published and published.leader != self._me and (found := await self._connect(published.leader)):
@@ -195,6 +201,6 @@ class Finder:
         try:
             return await self._transport.dial(addresses, leader.port), leader
         except _FAILED as error:
-            if not self._follower.roster:
+            if not self._promises.roster:
                 self.reason = f"{leader.name} at {' or '.join(addresses)} port {leader.port}: {error}"
             return None

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.messages import Order, Redirect
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster, RosterChange
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.node import Node, now
-from elastic_hpc.network.own_leader import OwnLeader
 
 
 class Loss(NamedTuple):
@@ -23,11 +23,11 @@ class Loss(NamedTuple):
 
 
 class Follower:
-    """Follows one leader after another, and keeps the highest round and the newest roster of all of them."""
+    """Follows one leader after another, and promises them what ``promises`` keeps."""
 
-    def __init__(self, node: Node, own_leader: OwnLeader, heartbeat_timeout: float) -> None:
+    def __init__(self, node: Node, promises: Promises, heartbeat_timeout: float) -> None:
         self._node = node
-        self._own_leader = own_leader
+        self._promises = promises
         self._timeout = heartbeat_timeout
         self.leader: Host | None = None
         """The leader that this agent follows now."""
@@ -39,17 +39,7 @@ class Follower:
         """When the last order of a leader with a majority came."""
         self._link: Link | None = None
         self._last_contact = 0.0
-        self._roster: Roster | None = None
-        self._highest_round = 0
-        self._seq = 0
-
-    @property
-    def roster(self) -> Roster | None:
-        """The newest roster that this node holds: as an agent, or as the leader that it is or was."""
-        led = self._own_leader.roster
-        if led and (not self._roster or led.round > self._roster.round):
-            self._roster = led
-        return self._roster
+        self._seq = self._heard = 0
 
     @property
     def is_over(self) -> bool:
@@ -58,11 +48,11 @@ class Follower:
 
     async def follow(self, link: Link, leader: Host) -> Loss | None:
         """Obey ``leader`` until ``link`` ends. None if ``leader`` had no majority meanwhile, or has ended the job."""
-        self._link, self.leader, self._last_contact = link, leader, now()
+        self._link, self.leader, self._last_contact, self._heard = link, leader, now(), 0
         self.redirected = None
         heartbeat = asyncio.ensure_future(self._send_heartbeats(link))
         self.send_status()
-        last_seq, led, reason = -1, False, "its connection was closed"
+        led, reason = False, "its connection was closed"
         try:
             while True:
                 message = messages.decode_from_leader(await link.read())
@@ -73,8 +63,8 @@ class Follower:
                 if isinstance(message, (Roster, RosterChange)):
                     if self._learn(message):
                         self.send_status()  # the leader may wait for this acknowledgement
-                elif message.seq > last_seq:
-                    last_seq, led = message.seq, led or message.leads
+                elif message.seq > self._heard:
+                    led = led or message.leads
                     self._obey(message, link)
         except (OSError, messages.ProtocolError) as error:
             reason = str(error) or reason
@@ -94,9 +84,16 @@ class Follower:
         if not self._link:
             return
         self._seq += 1
-        held = self.roster
-        round, mark = (held.round, held.mark) if held else (-1, "")
-        status = replace(self._node.status(), seq=self._seq, seen=self._highest_round, roster=round, mark=mark)
+        promises, held = self._promises, self._promises.roster
+        status = replace(
+            self._node.status(),
+            seq=self._seq,
+            heard=self._heard,
+            votes=promises.votes,
+            seen=promises.seen,
+            roster=held.round if held else -1,
+            mark=held.mark if held else "",
+        )
         self._link.send(status)
 
     def disconnect(self) -> None:
@@ -105,28 +102,23 @@ class Follower:
 
     def _learn(self, news: Roster | RosterChange) -> bool:
         """Whether ``news`` led to a newer roster. A change of a roster that this node does not hold is ignored."""
-        held = self.roster
-        if held and news.round <= held.round:
-            return False
+        held = self._promises.roster
         if isinstance(news, Roster):
-            self._roster = news
-        elif held and news.since == held.mark:
-            self._roster = news.of(held)
-        else:
-            return False
-        return True
+            return self._promises.hold(news)
+        return bool(held and news.since == held.mark and self._promises.hold(news.of(held)))
 
     def _obey(self, order: Order, link: Link) -> None:
-        self._highest_round = max(self._highest_round, order.round)
+        self._heard = order.seq
+        self._promises.see(order.round)
         if order.leads:
             self.last_led = now()
-        held = self.roster
+        held = self._promises.roster
         if held and held.round > order.roster:
             link.send(held)
         elif order.plan and (not held or held.round < order.round):
             return  # without the roster of its round this node must not start: the leader sends it again
-        if held and held.round == order.roster and any(base.round < order.oldest for base in held.bases):
-            self._roster = replace(held, bases=tuple(base for base in held.bases if base.round >= order.oldest))
+        if held and held.round == order.roster:
+            self._promises.forget_bases_before(order.oldest)
         self.order = order
         self._node.set_order(order, link)
 

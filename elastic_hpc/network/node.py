@@ -8,6 +8,7 @@ from typing import Protocol
 
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.messages import Order, Status
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Roster
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.server import LeaderServer
@@ -49,5 +50,7 @@ class Node(Protocol):
         far as this agent knows.
         """
 
-    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
-        """A leader on this node: the first leader of the job, or a leader that takes over, because of ``reason``."""
+    def lead(self, promises: Promises, reason: str) -> LeaderServer:
+        """A leader on this node: the first leader of the job, or a leader that takes over, because of ``reason``, with
+        the roster of ``promises``.
+        """

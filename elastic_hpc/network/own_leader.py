@@ -7,25 +7,27 @@ import logging
 from collections.abc import Callable
 
 from elastic_hpc.membership.leader import Leader
-from elastic_hpc.membership.roster import Roster
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.network.server import LeaderServer
 
 log = logging.getLogger(__name__)
 
 
 class OwnLeader:
-    """``make_server(roster, reason)`` makes the first leader, or a leader that takes over."""
+    """``make_server(promises, reason)`` makes the first leader, or a leader that takes over (``Node.lead``)."""
 
-    def __init__(self, make_server: Callable[[Roster | None, str], LeaderServer]) -> None:
+    def __init__(self, make_server: Callable[[Promises, str], LeaderServer], promises: Promises) -> None:
         self._make_server = make_server
+        self._promises = promises
         self.server: LeaderServer | None = None
         """None while this node neither leads nor asks for a majority."""
         self._task: asyncio.Task[str] | None = None
         self._latest: Leader | None = None
         """The leader that serves, or served last."""
 
-    def begin(self, roster: Roster | None, reason: str) -> None:
-        self.server = self._make_server(roster, reason)
+    def begin(self, reason: str) -> None:
+        """Lead, or ask for a majority."""
+        self.server = self._make_server(self._promises, reason)
         self._latest = self.server.leader
         self._task = asyncio.ensure_future(self.server.run())
         self._task.add_done_callback(self._on_done)
@@ -47,11 +49,6 @@ class OwnLeader:
     def is_candidate(self) -> bool:
         """Whether this node asks for a majority and has not had one yet."""
         return bool(self.server and not self.server.leader.has_led)
-
-    @property
-    def roster(self) -> Roster | None:
-        """The last roster of the present or the former leader on this node."""
-        return self._latest.roster if self._latest and self._latest.roster.bases else None
 
     @property
     def abdicated(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.messages import Leave, Redirect, Status
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.finding import Finder, Found
@@ -32,7 +33,15 @@ class Membership:
     """``run`` keeps this agent in touch with the leader until ``leave``."""
 
     def __init__(
-        self, me: Host, node: Node, transport: Transport, *, heartbeat_timeout: float, join_timeout: float, first: bool
+        self,
+        me: Host,
+        node: Node,
+        transport: Transport,
+        promises: Promises,
+        *,
+        heartbeat_timeout: float,
+        join_timeout: float,
+        first: bool,
     ) -> None:
         """``first``: this agent leads from the start. ``join_timeout``: how long it waits for the first leader, in
         seconds.
@@ -43,9 +52,10 @@ class Membership:
         self._timeout = heartbeat_timeout
         self._join_timeout = join_timeout
         self._first = first
-        self._own_leader = OwnLeader(node.lead)
-        self._follower = Follower(node, self._own_leader, heartbeat_timeout)
-        self._finder = Finder(me, node, transport, self._follower, self._own_leader, heartbeat_timeout)
+        self._promises = promises
+        self._own_leader = OwnLeader(node.lead, promises)
+        self._follower = Follower(node, promises, heartbeat_timeout)
+        self._finder = Finder(me, node, transport, promises, self._own_leader, heartbeat_timeout)
         self._left = asyncio.Event()
 
     async def run(self) -> None:
@@ -53,7 +63,7 @@ class Membership:
         self._transport.on_stranger = self._on_stranger
         await self._transport.serve(self._attend)
         if self._first:
-            self._own_leader.begin(None, "")
+            self._own_leader.begin("")
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(work) for work in (self._follow(), self._watch(), self._left.wait())
         ]
@@ -119,7 +129,7 @@ class Membership:
                 order = self._follower.order
                 if order and not order.leads and self._follower.leader != self._me:  # another one asks, and acts first
                     is_first = False
-                roster, reason = self._follower.roster, self._finder.reason
+                roster, reason = self._promises.roster, self._finder.reason
                 after_a_loss = 2 * self._timeout + 2.0 * min(self._me.node, 20)
                 if not is_first:
                     after_a_loss += _NEXT + self._me.node
@@ -153,7 +163,7 @@ class Membership:
         if self._own_leader.server:
             return Redirect(self._me, self._own_leader.server.leader.leads)
         order = self._follower.order
-        return Redirect(self._follower.leader, bool(order and order.leads))
+        return Redirect(self._follower.leader, bool(order and order.leads), self._finder.may_lead)
 
     def _on_stranger(self, addr: str, reason: str) -> None:
         if self._own_leader.server:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousInfo, RendezvousParameters
@@ -45,6 +46,20 @@ def _begin(rundir: RunDir) -> None:
     if rundir.read("verdict.json"):
         rundir.write("state.json", {**(rundir.read("state.json") or {}), "restarts": 0})
         rundir.forget_verdict()
+    for path in rundir.path.glob("began.*"):
+        path.unlink()
+
+
+def _began(env: AgentEnv, rundir: RunDir) -> bool:
+    """Whether an agent of this node began before in this job. Notes that one does now."""
+    path = _began_path(env, rundir)
+    before = path.exists()
+    path.touch(0o600)
+    return before
+
+
+def _began_path(env: AgentEnv, rundir: RunDir) -> Path:
+    return rundir.path / f"began.{env.run}.{env.node}"
 
 
 def join(parameters: RendezvousParameters) -> TorchrunHandler:
@@ -57,7 +72,8 @@ def join(parameters: RendezvousParameters) -> TorchrunHandler:
     first = leads_at_first(settings, env, rundir)
     if first:
         _begin(rundir)
-    parts.connect(_published(settings, env, parameters.local_addr), first=first)
+    again = _began(env, rundir) and not first
+    parts.connect(_published(settings, env, parameters.local_addr), first=first, again=again)
     handler = TorchrunHandler(parts)
     parts.control.start()
     return handler
@@ -146,6 +162,8 @@ class TorchrunHandler(ElasticRendezvousHandler):
         """Called when torch's agent gives up, or when its workers have finished."""
         self._report_failure(self.round, None)
         self._parts.close()
+        if self._parts.rundir.read("verdict.json"):  # the next job of this name begins anew
+            _began_path(self._parts.env, self._parts.rundir).unlink(missing_ok=True)
         shutil.rmtree(self._parts.local_folder, ignore_errors=True)
         return True
 

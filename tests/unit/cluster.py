@@ -20,6 +20,7 @@ from elastic_hpc.agent.bridge import Control, Seat
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.policy import Verdict
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.network.channel import Network
@@ -76,6 +77,7 @@ class Node:
             1,
             self._network(),
             self,
+            Promises(),
             heartbeat_timeout=policy.heartbeat_timeout,
             join_timeout=policy.join_timeout,
             first=first,
@@ -102,15 +104,15 @@ class Node:
         self.gave_up.append(waited)
         return None if patient else JobEnded("lost", f"no leader: {why}")
 
-    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
+    def lead(self, promises: Promises, reason: str) -> LeaderServer:
         self.recorder = self.recorder or Recorder(self.cluster.rundir, 0, self.host)
         self.leader = Leader(
             self.cluster.policy,
             node=self.host.node,
             nproc=1,
             now=time.monotonic(),
-            granted=0 if roster else self.cluster.granted,
-            inherited=roster,
+            granted=0 if promises.roster else self.cluster.granted,
+            promises=promises,
             reason=reason,
         )
         return LeaderServer(self.leader, self.recorder, self._open_store, self._act)

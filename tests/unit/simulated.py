@@ -27,6 +27,7 @@ from elastic_hpc.membership.leaderless import Conclude, GiveUp, without_leader
 from elastic_hpc.membership.messages import Failure, Order, Status
 from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.policy import Policy, Verdict
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
@@ -108,6 +109,9 @@ class SimNode:
         self.left = ""
         self.workers = Workers()
         self.started: list[tuple[int, messages.Plan]] = []
+        kept = job.memories.get(index, b"")
+        lost = index in job.memories and not kept
+        self.promises = Promises(self._keep, kept, votes=votes(index) and not lost)
         self.membership: Membership
         self._status = Status(0, self.host, 1)
         self.order: Order | None = None
@@ -115,6 +119,10 @@ class SimNode:
         self._busy = False
         self._beats = (-1, 0.0)
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def _keep(self, promises: bytes) -> None:
+        if not self.dead:
+            self.job.memories[self.index] = promises
 
     def spawn(self, work: Awaitable[Any]) -> None:
         async def guarded() -> None:
@@ -133,6 +141,7 @@ class SimNode:
             self.host,
             self,
             SimNetwork(self.job, self),
+            self.promises,
             heartbeat_timeout=TIMEOUT,
             join_timeout=self.job.policy.join_timeout,
             first=self.first,
@@ -186,14 +195,14 @@ class SimNode:
             self._beats = (self.job.beats, self.job.now)
         return self.job.now - self._beats[1] < 2 * TIMEOUT
 
-    def lead(self, roster: Roster | None, reason: str) -> LeaderServer:
+    def lead(self, promises: Promises, reason: str) -> LeaderServer:
         leader = Leader(
             self.job.policy,
             node=self.index,
             nproc=1,
             now=self.job.now,
-            granted=0 if roster else self.job.size,
-            inherited=roster,
+            granted=0 if promises.roster else self.job.size,
+            promises=promises,
             reason=reason,
             supplied=True,
         )
@@ -324,6 +333,8 @@ class Job:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.ports = itertools.count(1000)
+        self.memories: dict[int, bytes] = {}
+        """What the agents of each node have kept; empty after a reboot of the node."""
         self.nodes: list[SimNode] = []
         self.at: dict[int, SimNode] = {}
         for index in range(self.size):
@@ -334,7 +345,7 @@ class Job:
         self._formed: dict[int, int] = {}
 
     def add(self, index: int, *, first: bool = False) -> SimNode:
-        """Add a node, or a new agent, which remembers nothing, on a node whose agent has died."""
+        """Add a node, or a new agent, which finds what was kept, on a node whose agent has died."""
         node = self.at[index] = SimNode(self, index, first=first)
         self.nodes = [*(other for other in self.nodes if other.index != index), node]
         return node

@@ -11,6 +11,7 @@ import simulated
 from elastic_hpc.membership.leader import STOP_TIMEOUT, Leader
 from elastic_hpc.membership.messages import Failure, Order, Request, Status
 from elastic_hpc.membership.policy import TERM_GRACE
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.membership.rules import STORE_TIMEOUT
 from elastic_hpc.membership.world import ALIVE_IS_PROGRESS, RECORD_EVERY, SETTLE
@@ -27,6 +28,13 @@ def failure(node: int = 0, message: str = "exit code 1", **fields: Any) -> Failu
     return Failure(**{**known, "message": message, **fields})
 
 
+def promises_of(roster: Roster | None) -> Promises:
+    promises = Promises()
+    if roster:
+        promises.hold(roster)
+    return promises
+
+
 class Job:
     """A leader whose agents, one per connection of the same number, say what the test says."""
 
@@ -38,7 +46,7 @@ class Job:
             nproc=2,
             now=0.0,
             granted=granted,
-            inherited=inherited,
+            promises=promises_of(inherited),
             reason="n9 lost" if inherited else "",
         )
         self.seq = 0
@@ -66,7 +74,7 @@ class Job:
         self.now += seconds
         for peer in self.leader.peers.values():
             peer.last_contact = self.now
-        self.leader.peers._last_check = self.now
+        self.leader.peers._looked_at = self.now
         self.leader.on_tick(self.now)
 
     def ready(self, *nodes: int) -> dict[int, list[Order | Roster]]:

@@ -1,0 +1,61 @@
+"""What a node has promised to the leaders that its agent obeyed. Pure.
+
+As Raft's vote, a promise outlives the agent that made it: it is kept before anybody hears of it, and an agent that is
+started anew on the node begins with what was kept. ``agent.memory`` keeps promises in a file of the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from elastic_hpc.membership.messages import ProtocolError, decode, decode_from_leader
+from elastic_hpc.membership.roster import Roster, json_line
+
+
+class Promises:
+    """The promises of one node, which its agent and the leader on it share. ``election`` says what they are for."""
+
+    def __init__(
+        self, keep: Callable[[bytes], None] = lambda _: None, kept: bytes = b"", *, votes: bool = True
+    ) -> None:
+        """``keep`` stores what the next agent of this node is given as ``kept``. Without ``votes`` this node trains
+        like any other, but no leader counts its agreement. Raises ProtocolError if ``kept`` is damaged.
+        """
+        self._keep = keep
+        self.votes = votes
+        self.seen = 0
+        """The highest round of all orders that this node has received. Of earlier rounds it acknowledges no roster."""
+        self.roster: Roster | None = None
+        """The newest roster that this node holds: it has received it, or formed its round."""
+        if kept:
+            first, *rest = kept.splitlines()
+            before, roster = decode(first), decode_from_leader(rest[0]) if rest else None
+            if not (isinstance(before.get("seen"), int) and (roster is None or isinstance(roster, Roster))):
+                raise ProtocolError(f"not what a node has promised: {kept[:60]!r}")
+            self.votes, self.seen, self.roster = votes and bool(before.get("votes")), before["seen"], roster
+        self._write()
+
+    def see(self, round: int) -> None:
+        """An order of ``round`` was received."""
+        if round > self.seen:
+            self.seen = round
+            self._write()
+
+    def hold(self, roster: Roster) -> bool:
+        """Hold ``roster``, unless this node holds one of that round or of a later one. Returns whether it does now."""
+        if self.roster and roster.round <= self.roster.round:
+            return False
+        self.roster = roster
+        self._write()
+        return True
+
+    def forget_bases_before(self, oldest: int) -> None:
+        """The leader whose roster this node holds says that no older base than of round ``oldest`` can decide."""
+        if self.roster and any(base.round < oldest for base in self.roster.bases):
+            bases = tuple(base for base in self.roster.bases if base.round >= oldest)
+            self.roster = replace(self.roster, bases=bases)
+            self._write()
+
+    def _write(self) -> None:
+        self._keep(json_line({"votes": self.votes, "seen": self.seen}) + (self.roster.line if self.roster else b""))
