@@ -34,6 +34,11 @@ class ElasticRendezvousHandler(RendezvousHandler):
         return self.seat.round if self.seat else 0
 
     @property
+    def run(self) -> int:
+        """The number of this run of the job."""
+        return self._parts.env.run
+
+    @property
     def plan(self) -> Plan:
         """The plan of the current round."""
         assert self.seat is not None
@@ -55,7 +60,7 @@ class ElasticRendezvousHandler(RendezvousHandler):
         os.environ[LOCAL_DIR] = os.path.join(self._local_folder, str(seat.round))
         os.mkdir(os.environ[LOCAL_DIR], 0o700)
         os.environ["ELASTIC_HPC_RANK0_ADDR"] = seat.plan.rank0_addr
-        os.environ[FENCE] = f"{self._parts.identity}.{self._parts.env.run}.{seat.round}"
+        os.environ[FENCE] = f"{self._parts.identity}.{self.run}.{seat.round}"
         interface = self._gloo_interface or addresses.interface_of(seat.local_addr)
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface

@@ -40,9 +40,10 @@ log = logging.getLogger("elastic_hpc")
 
 
 def _begin(rundir: RunDir) -> None:
-    """If a job of this name has ended, begin anew: keep its record and the number of its last round, and count the
-    restarts from 0.
+    """Count this start. If a job of this name has ended, begin anew: keep its record and the number of its last round,
+    and count the restarts from 0.
     """
+    rundir.write("starts.json", {"starts": _starts(rundir) + 1})
     if rundir.read("verdict.json"):
         rundir.write("state.json", {**(rundir.read("state.json") or {}), "restarts": 0})
         rundir.forget_verdict()
@@ -60,6 +61,10 @@ def _began(env: AgentEnv, rundir: RunDir) -> bool:
 
 def _began_path(env: AgentEnv, rundir: RunDir) -> Path:
     return rundir.path / f"began.{env.run}.{env.node}"
+
+
+def _starts(rundir: RunDir) -> int:
+    return int((rundir.read("starts.json") or {}).get("starts", 0))
 
 
 def join(parameters: RendezvousParameters) -> TorchrunHandler:
@@ -127,6 +132,13 @@ class TorchrunHandler(ElasticRendezvousHandler):
         self._watched_round = 0
         self._reported = False
         """The leader has learned how the workers of this round ended, or has ended them itself."""
+
+    @property
+    def run(self) -> int:
+        """How often a job of this name was started. No variable tells, so whoever leads at first counts. Not kept: of
+        several agents that claim the lead, all may count.
+        """
+        return _starts(self._parts.rundir)
 
     def get_backend(self) -> str:
         return "elastic-hpc"
