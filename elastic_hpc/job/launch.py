@@ -18,7 +18,7 @@ from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.job import functions
 from elastic_hpc.options import from_python, torchrun
 from elastic_hpc.options.table import LAUNCH_OPTIONS
-from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.record.rundir import RunDir, make_log_dir
 from elastic_hpc.start import module_command
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class elastic_launch:  # noqa: N801 - torch's name
 
         Raises LaunchFailed if the workers have not finished. Ctrl-C once lets them save and stop, twice stops them.
         """
+        make_log_dir(self._config.log_dir)
         run_dir = self._config.log_dir / f"launch.{secrets.token_hex(4)}"
         if isinstance(self._entrypoint, (str, os.PathLike)):
             words = [from_python.word(part, "argument of the script") for part in (self._entrypoint, *args)]

@@ -20,6 +20,7 @@ from elastic_hpc.job.spec import AFTER_GRACE, NAME_OF_SCRIPT, JobSpec
 from elastic_hpc.options.durations import as_text, time_limit
 from elastic_hpc.options.from_python import PYTHON
 from elastic_hpc.options.sbatch import COMMAND_LINE, last
+from elastic_hpc.record.rundir import make_log_dir
 
 _KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM
 
@@ -32,8 +33,8 @@ def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
     """
     job = replace(job, token=secrets.token_hex(8))
     script, staged = checked(job), Path(job.staged)
+    make_log_dir(job.log_dir)
     try:
-        os.makedirs(job.log_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=job.log_dir).close()
     except OSError as error:
         raise UsageError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.record import folders
 
 _HELD = "running"
 """The file that ``hold`` locks."""
@@ -32,11 +33,11 @@ class RunDir:
         self.path = Path(path)
 
     def create(self, *, exist_ok: bool = True) -> RunDir:
-        """Make the folder, mode 0700. Raises ElasticError if that fails, and FileExistsError if the folder exists and
-        ``exist_ok`` is false.
+        """Make the folder, mode 0700. Raises ElasticError if that fails, or if the folder that is there is another
+        user's or other users may write to it, and FileExistsError if there is one and ``exist_ok`` is false.
         """
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=exist_ok)
+            folders.make_private(self.path, exist_ok=exist_ok)
         except OSError as error:
             if isinstance(error, FileExistsError) and not exist_ok:
                 raise
@@ -48,6 +49,7 @@ class RunDir:
     @classmethod
     def new(cls, folder: str | os.PathLike[str], name: str) -> RunDir:
         """The first of ``name.0``, ``name.1``, ... in ``folder`` that does not exist yet. Raises ElasticError."""
+        make_log_dir(folder)
         for number in range(10_000):
             with contextlib.suppress(FileExistsError):
                 return cls(Path(folder).absolute() / f"{name}.{number}").create(exist_ok=False)
@@ -59,15 +61,21 @@ class RunDir:
         return self.read_secret()
 
     def read_secret(self) -> bytes:
-        """The job's secret. Raises ElasticError while there is none, or if other users could read it."""
+        """The job's secret. Raises ElasticError while there is none, if other users could read it, or if another user
+        has put it there.
+        """
         path = self.path / "secret"
         try:
-            mode = path.stat().st_mode
-            secret = path.read_bytes()
+            with path.open("rb") as file:
+                found, secret = os.fstat(file.fileno()), file.read()
+            owner = self.path.stat().st_uid
         except OSError as error:
             raise ElasticError(f"{path}: {error.strerror}") from error
-        if mode & 0o077 or len(secret) < 32:
-            raise ElasticError(f"{path}: expected a file of mode 0600 with the job's secret; remove it and start again")
+        if found.st_mode & 0o077 or found.st_uid != owner or len(secret) < 32:
+            raise ElasticError(
+                f"{path}: owner {found.st_uid}, mode {found.st_mode & 0o7777:04o}, {len(secret)} bytes; expected a "
+                f"file of mode 0600 of the folder's owner {owner}, with the job's secret; remove it and start again"
+            )
         return secret
 
     def identity(self) -> str:
@@ -212,6 +220,16 @@ class RunDir:
         reader = EventReader(self)
         reader.read()
         return reader.events
+
+
+def make_log_dir(path: str | os.PathLike[str]) -> None:
+    """Make the folder of run directories, or check the one that is there. Raises UsageError."""
+    try:
+        folders.make_shared(Path(path).absolute())
+    except OSError as error:
+        raise UsageError(
+            f"--log-dir {str(path)!r}: {error.strerror}; expected a folder that can be written and that all nodes share"
+        ) from error
 
 
 class EventReader:

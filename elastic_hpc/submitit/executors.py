@@ -120,7 +120,9 @@ class ElasticExecutor(core.Executor):
 
     def _dump(self, delayed_submissions: Sequence[utils.DelayedSubmission]) -> list[Path]:
         """The pickles, under temporary names until the jobs have ids."""
-        self._runs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        from elastic_hpc.record.rundir import make_log_dir
+
+        make_log_dir(self._runs)
         paths = []
         for delayed in delayed_submissions:
             delayed.set_timeout(0, self.max_num_timeout)

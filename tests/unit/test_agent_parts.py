@@ -191,7 +191,7 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     rundir.make_secret()
     (tmp_path / "secret").chmod(0o644)
-    with pytest.raises(ElasticError, match="expected a file of mode 0600"):
+    with pytest.raises(ElasticError, match="mode 0644, 64 bytes; expected a file of mode 0600"):
         rundir.read_secret()
 
 

@@ -1,0 +1,136 @@
+"""Which folders a job accepts for its run directory: those that no stranger may change."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.record import folders
+from elastic_hpc.record.rundir import RunDir, make_log_dir
+
+OTHER = 4242
+
+
+@pytest.fixture(params=[0o022, 0o002, 0])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All folders that are there belong to another user, files that this user makes do not."""
+    real = Path.stat
+
+    def other(path: Path, **options: bool) -> os.stat_result:
+        found = real(path, **options)
+        fields = list(found)
+        fields[stat.ST_UID] = OTHER
+        return os.stat_result(fields) if stat.S_ISDIR(found.st_mode) else found
+
+    monkeypatch.setattr(Path, "stat", other)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_what_is_made_is_for_its_user_alone_and_no_folder_above_it_for_everybody(tmp_path: Path, umask: int) -> None:
+    make_log_dir(tmp_path / "a" / "logs")
+    rundir = RunDir(tmp_path / "a" / "logs" / "7").create().create()
+    assert mode(rundir.path) == 0o700
+    assert mode(tmp_path / "a") == mode(tmp_path / "a" / "logs") == 0o775 & ~umask
+    assert mode(RunDir.new(tmp_path / "b", "local").path) == 0o700
+
+
+@pytest.mark.parametrize("bits", [0o777, 0o770, 0o722, 0o702, 0o1777])
+def test_a_run_directory_that_others_may_write_to_is_refused_with_what_to_type(tmp_path: Path, bits: int) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    path.chmod(bits)
+    says = rf"run directory {path}: owner \w+, mode {bits:04o}; expected .* \(mode 0700\); type: chmod go-w {path};"
+    with pytest.raises(ElasticError, match=says):
+        RunDir(path).create()
+    subprocess.run(["chmod", "go-w", str(path)], check=True)
+    RunDir(path).create()
+
+
+def test_a_folder_of_ones_own_that_others_may_read_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to(path)
+    assert RunDir(path).create().make_secret() == RunDir(tmp_path / "link").create().read_secret()
+
+
+@pytest.mark.parametrize("bits", [0o777, 0o2777, 0o722, 0o702])
+def test_a_log_dir_that_everybody_may_write_to_is_refused_with_what_to_type(tmp_path: Path, bits: int) -> None:
+    tmp_path.chmod(bits)
+    with pytest.raises(UsageError, match=rf"--log-dir .*mode {bits:04o}; .* --log-dir {tmp_path}/\w+$") as refused:
+        make_log_dir(tmp_path)
+    with pytest.raises(UsageError, match="--log-dir"):
+        RunDir.new(tmp_path, "local")
+    typed = str(refused.value).rpartition(" ")[2]
+    make_log_dir(typed)
+    assert RunDir.new(typed, "local").path.parent == Path(typed)
+
+
+@pytest.mark.parametrize("bits", [0o755, 0o775, 0o2770, 0o1777, 0o3777])
+def test_a_log_dir_of_ones_own_or_of_a_group_or_sticky_is_accepted(tmp_path: Path, bits: int) -> None:
+    tmp_path.chmod(bits)
+    assert mode(RunDir.new(tmp_path, "local").path) & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures("foreign")
+def test_folders_of_another_user_are_refused_but_a_log_dir_that_a_group_shares(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    says = f"owner {OTHER}, mode 0755; expected owner {folders._name(os.geteuid())}"
+    with pytest.raises(ElasticError, match=f"run directory .*{says}.*--log-dir DIR"):
+        RunDir(tmp_path).create()
+    with pytest.raises(UsageError, match=f"--log-dir .*{says}.*--log-dir {tmp_path}/"):
+        make_log_dir(tmp_path)
+    tmp_path.chmod(0o2775)
+    make_log_dir(tmp_path)
+    with pytest.raises(ElasticError, match=f"run directory .*owner {OTHER}, mode 2775"):
+        RunDir(tmp_path).create()
+
+
+@pytest.mark.usefixtures("foreign")
+def test_a_file_server_that_shows_one_owner_for_all_users_is_no_reason_to_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fstat
+
+    def squashed(descriptor: int) -> os.stat_result:
+        fields = list(real(descriptor))
+        fields[stat.ST_UID] = OTHER
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(os, "fstat", squashed)
+    path = tmp_path / "logs"
+    path.mkdir(mode=0o755)
+    make_log_dir(path)
+    rundir = RunDir(path / "7").create().create()
+    assert rundir.make_secret() == rundir.read_secret()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_link_and_a_secret_that_another_user_has_put_there_are_refused(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path / "run").create()
+    rundir.make_secret()
+    link = tmp_path / "link"
+    link.symlink_to(rundir.path)
+    os.lchown(link, OTHER, OTHER)
+    with pytest.raises(ElasticError, match=f"link: owner {OTHER}.*remove that link"):
+        RunDir(link).create()
+    os.chown(rundir.path / "secret", OTHER, OTHER)
+    with pytest.raises(
+        ElasticError, match=f"secret: owner {OTHER}, mode 0600, 64 bytes; expected a file of mode 0600 of"
+    ):
+        rundir.read_secret()
