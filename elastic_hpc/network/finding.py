@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import AsyncIterator, Sequence
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership import messages
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 _FAILED = (OSError, asyncio.TimeoutError, messages.ProtocolError, ElasticError)
 _SAMPLE = 3
 """How many of the nodes after it in Slurm's order a candidate asks at a time which leader they follow."""
+
+_MORE = 8
+"""How many times more nodes are asked at a time, if those before did not lead to the leader."""
 
 _RETRY, _RETRY_AT_MOST, _RETRY_GROWTH = 0.1, 1.0, 1.5
 """Seconds between two attempts to find a leader, at first and at most, and the factor by which they grow. A jitter
@@ -70,6 +74,8 @@ class Finder:
         are asked next.
         """
         self._lost_silently = False
+        self._in_vain = 0
+        """How many nodes have not answered, since the last loss, before one did."""
 
     @property
     def may_lead(self) -> bool:
@@ -82,7 +88,7 @@ class Finder:
         abdicated = self._own_leader.abdicated if leader == self._me else ""
         self.reason = abdicated or f"{leader.name} lost: {loss.reason}"
         self._lost = leader if leader != self._me else self._lost
-        self._lost_at, self._lost_silently = now(), loss.silent
+        self._lost_at, self._lost_silently, self._in_vain = now(), loss.silent, 0
 
     async def find(self) -> Found:
         """A connection to the node that leads, or will lead once it has a majority."""
@@ -108,10 +114,10 @@ class Finder:
         hosts = Hosts.of(roster.hosts)
         lost = self._lost.node if self._lost else None
         someone_is_ahead = False
-        for node in order_of_succession(roster.successors, lost=lost, me=self._me.node if self.may_lead else None):
-            if node == lost and self._lost_silently:
-                continue  # the other nodes know whether it still leads
-            reply = await self._ask(hosts.at(node))
+        ahead = order_of_succession(roster.successors, lost=lost, me=self._me.node if self.may_lead else None)
+        if self._lost_silently:
+            ahead = [node for node in ahead if node != lost]  # the other nodes know whether it still leads
+        async for node, reply in self._ask_in_turn([hosts.at(node) for node in ahead]):
             if reply and reply.to and reply.to == self._lost and now() - self._lost_at < self._timeout:
                 return None  # most probably it has not noticed the loss yet
             if reply and reply.to and (found := await self._connect(reply.to)):
@@ -180,6 +186,20 @@ class Finder:
                 if found:
                     return found
         return None
+
+    async def _ask_in_turn(self, hosts: Sequence[Host]) -> AsyncIterator[tuple[int, Redirect | None]]:
+        """The answers of ``hosts`` in their order. First one host is asked, or as many as were in vain the last time, then
+        ever more at a time: nodes without power answer nothing, and all nodes of a rack may have lost theirs.
+        """
+        at, together = 0, self._in_vain + 1
+        while at < len(hosts):
+            asked = hosts[at : at + together]
+            self._in_vain = at + len(asked)
+            for host, reply in zip(asked, await asyncio.gather(*map(self._ask, asked)), strict=True):
+                if reply:
+                    self._in_vain = min(self._in_vain, hosts.index(host))
+                yield host.node, reply
+            at, together = at + together, _MORE * together
 
     async def _ask(self, host: Host) -> Redirect | None:
         """Whom ``host`` follows; None if it does not answer."""

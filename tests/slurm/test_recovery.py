@@ -187,14 +187,19 @@ def test_nothing_keeps_the_allocation_when_who_ends_the_job_is_lost_too(counts: 
     finish(job)
 
 
-def test_one_survivor_of_two_brings_the_job_back_when_the_head_loses_power(counts: Submit, fresh: Cluster) -> None:
-    job = counts("--nodes", "1:2")
+@pytest.mark.parametrize(("nodes", "lost"), [(2, ["n1"]), (4, ["n1", "n2"])])
+def test_the_survivors_bring_the_job_back_when_half_of_it_loses_power_and_one_of_them_acts(
+    counts: Submit, fresh: Cluster, nodes: int, lost: list[str]
+) -> None:
+    job = counts("--nodes", f"1:{nodes}")
     job.wait_steps(25)
-    fresh.mini("kill", "n1")
+    for node in lost:
+        fresh.mini("kill", node)
     wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1", 120)
     finish(job, deadline=240)
     assert [event["run"] for event in job.events("start")] == [0, 1]
-    assert "n1" not in job.events("round")[-1]["nodes"]
+    assert not set(lost) & set(job.events("round")[-1]["nodes"])
+    assert len(list(job.run_dir.glob("turn.0.*"))) == 1
 
 
 def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(counts: Submit, fresh: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""More than half of the nodes are lost at once: of those that are left one acts for all, and the next one later."""
+"""Many nodes are lost at once: a majority that is left goes on, else one agent acts for all, and the next one later."""
 
 from __future__ import annotations
 
@@ -177,5 +177,21 @@ def test_the_agent_that_asks_for_a_majority_in_vain_acts_for_those_that_are_in_t
         assert others
         assert set(others) <= {"n6", "n7", "n8"}
         assert all(node.left for node in job.nodes[5:]) == files
+
+    job.run(story)
+
+
+def test_the_next_node_takes_over_when_all_nodes_of_some_racks_have_lost_power() -> None:
+    """Asked one after the other, so many nodes that do not answer would take longer than the others wait."""
+    job = Job(1, 100, replace(simulated.POLICY, min_nodes=1, max_nodes=100))
+
+    async def story() -> None:
+        assert await job.until(job.training, 100)
+        job.loss = 0.0
+        for node in job.nodes[:48]:
+            node.power_off()
+        assert await job.until(lambda: any(name == "take_over" for _, _, name, _ in job.events), 30)
+        assert await job.until(job.training, 10)
+        assert not job.acted
 
     job.run(story)
