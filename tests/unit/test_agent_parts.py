@@ -19,6 +19,7 @@ from elastic_hpc.agent.leading import Leading
 from elastic_hpc.environment import for_a_new_job, is_of_another_job, prepare_worker_env
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.election import Base
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.options.spec import LaunchSpec
@@ -347,11 +348,13 @@ def test_a_leader_that_takes_over_goes_on_with_what_the_last_one_had_charged(tmp
     args.script, args.script_args = "train.py", []
     leading = agent(RunDir(tmp_path))
     leading.spec = LaunchSpec.from_namespace(args)
-    leader = leading.lead(roster(2, 1), "n1 lost").leader
+    held = Promises()
+    held.hold(roster(2, 1))
+    leader = leading.lead(held, "n1 lost").leader
     assert (leader.round, leader.restarts, leader.requeues, leader.leads) == (5, 2, 1, False)
     RunDir(tmp_path).write("state.json", {"round": 7, "restarts": 2, "requeues": 1})
     leading.prepare()
-    leader = leading.lead(None, "").leader
+    leader = leading.lead(Promises(), "").leader
     assert (leader.round, leader.restarts, leader.requeues, leader.leads) == (8, 2, 1, True)
     assert leading.recorder
     leading.recorder.close()

@@ -26,6 +26,7 @@ from elastic_hpc.job.quoting import quote_all
 from elastic_hpc.job.script import render
 from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.job.submission import checked
+from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.record.rundir import RunDir
@@ -266,7 +267,7 @@ def test_a_leader_without_slurms_commands_asks_for_no_nodes_and_leaves_requeues_
     monkeypatch.setenv("PATH", str(tmp_path))
     caplog.set_level("INFO", "elastic_hpc")
     agent = leading(RunDir(tmp_path))
-    server = agent.lead(None, "")
+    server = agent.lead(Promises(), "")
     assert server._supply is None
     assert agent._ending.act({"outcome": "requeue"}, ["n3"], alone=False, others=()) is None
     assert [record.getMessage() for record in caplog.records if record.name == "elastic_hpc.agent.leading"] == [

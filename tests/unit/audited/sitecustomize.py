@@ -25,7 +25,7 @@ ON_DESCRIPTORS = ("read", "write", "pread", "pwrite", "preadv", "pwritev", "fsyn
 CLOCK = ("localtime", "strftime", "ctime", "mktime", "tzset")
 """Functions of ``time`` that may read the time zone's file."""
 
-_write, _fstat = os.write, os.fstat
+_write, _fstat, _readlink = os.write, os.fstat, os.readlink
 _busy = threading.local()
 
 
@@ -72,11 +72,16 @@ class Audit:
 
     def _watched(self, name: str, real: Callable[..., Any], *, on_descriptor: bool = False) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if not on_descriptor or stat.S_ISREG(_fstat(args[0]).st_mode):
+            if not on_descriptor or (stat.S_ISREG(_fstat(args[0]).st_mode) and not _keeps_promises(args[0])):
                 self.note(name, args)
             return real(*args, **kwargs)
 
         return watched
+
+
+def _keeps_promises(descriptor: int) -> bool:
+    """Whether ``descriptor`` is that of the one file that the control thread may write: it lies in memory."""
+    return _readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/shm/elastic-hpc-promises-")  # noqa: S108
 
 
 def _frames() -> Iterator[FrameType]:
