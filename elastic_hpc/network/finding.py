@@ -188,7 +188,7 @@ class Finder:
         return None
 
     async def _ask_in_turn(self, hosts: Sequence[Host]) -> AsyncIterator[tuple[int, Redirect | None]]:
-        """The answers of ``hosts`` in their order. At first one host is asked, or as many as were in vain the last time,
+        """The answers of ``hosts`` in their order. One host is asked first, or as many as were in vain the last time,
         then ever more at a time: nodes without power answer nothing, and all nodes of a rack may have lost theirs.
         """
         at, together = 0, self._in_vain + 1

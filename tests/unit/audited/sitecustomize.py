@@ -81,7 +81,7 @@ class Audit:
 
 def _keeps_promises(descriptor: int) -> bool:
     """Whether ``descriptor`` is that of the one file that the control thread may write: it lies in memory."""
-    return _readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/shm/elastic-hpc-promises-")  # noqa: S108
+    return _readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/shm/elastic-hpc-promises-")
 
 
 def _frames() -> Iterator[FrameType]:
