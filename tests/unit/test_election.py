@@ -163,6 +163,9 @@ class Link:
 class Nodes:
     """The nodes of a job, and what the scheduler does to them."""
 
+    pace: tuple[float, ...] = (0.0, 0.1, 0.4)
+    """Seconds that may pass until a leader acts again."""
+
     def __init__(
         self,
         seed: int,
@@ -306,7 +309,7 @@ class Nodes:
     def after(self, agent: Agent, *, beat: bool = False) -> None:
         leader = agent.leads
         assert leader
-        agent.clock += self.dice.choice((0.0, 0.1, 0.4))
+        agent.clock += self.dice.choice(self.pace)
         if beat:
             leader.on_tick(agent.clock)
         leader.decide(agent.clock)
@@ -387,3 +390,123 @@ def test_two_groups_without_a_common_node_never_both_go_on(
         nodes.step()
         if len(nodes.log) > heard:
             nodes.check()
+
+
+class Story(Nodes):
+    """What happens is told step by step, and nothing is left to chance."""
+
+    pace = (0.0,)
+
+    def __init__(self, size: int, max_nodes: int) -> None:
+        super().__init__(0, size, max_nodes)
+
+    def after(self, agent: Agent, *, beat: bool = False) -> None:
+        """A leader decides when all have spoken."""
+        if beat:
+            super().after(agent, beat=True)
+
+    def talk(self, *nodes: int, seconds: float = 3.0) -> None:
+        """``nodes`` talk to each other; what the others have sent, or are sent, is under way."""
+        end = {agent.index: agent.clock + seconds for agent in self.agents}
+        while True:
+            links = [(conn, link) for conn, link in self.links.items() if {link.agent.index, link.to.index} <= {*nodes}]
+            for conn, link in links:
+                while conn in self.links and link.agent.link is link and (link.up or link.down):
+                    self.deliver(conn, up=bool(link.up))
+            leaders = [agent for agent in self.agents if agent.leads and agent.index in nodes]
+            self.check()
+            if all(agent.clock >= end[agent.index] for agent in leaders):
+                return
+            for agent in leaders:
+                agent.clock += 0.3
+                self.after(agent, beat=True)
+            for _, link in links:
+                if link.agent.link is link:
+                    link.agent.send_status()
+
+    def gather(self, leader: int, *nodes: int) -> None:
+        """``nodes`` leave the leader that they have, which does not notice, and follow ``leader``."""
+        for node in nodes:
+            self.agents[node].leave()
+            self.connect(self.agents[node], self.agents[leader])
+
+    def lead(self, node: int, *others: int) -> None:
+        """``node`` has lost its leader, and asks ``others`` for a majority."""
+        self.agents[node].leave()
+        self.take_over(self.agents[node])
+        self.gather(node, *others)
+        self.talk(node, *others, seconds=1.5)
+
+    def die(self, node: int) -> None:
+        for conn in [conn for conn, link in self.links.items() if link.agent is self.agents[node]]:
+            self.lose(conn)
+
+    def begin_anew(self, node: int, *, remembers: bool) -> None:
+        agent = self.agents[node]
+        agent.workers = 0
+        self.agents[node] = Agent(node, agent.kept if remembers else None)
+
+    @property
+    def world(self) -> tuple[int, ...]:
+        """The nodes that train."""
+        (round,) = self.worlds()
+        return self.formed[round].members
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_a_leader_beside_its_world_that_begins_anew_breaks_no_tie_twice(*, remembers: bool) -> None:
+    """It has broken the tie between 0 and 1 already: {0, 2} trains, and 1 does not know of it."""
+    story = Story(4, 2)
+    story.gather(0, 0, 1, 3)
+    story.talk(0, 1, 3)
+    story.stop(story.agents[0])
+    story.lead(3, 0, 1)
+    assert story.world == (0, 1)
+    story.die(1)
+    story.gather(3, 2)
+    story.talk(0, 2, 3)
+    assert story.world == (0, 2)
+    story.begin_anew(3, remembers=remembers)  # 0 and 2 do not notice yet
+    story.lead(1, 3)
+    assert story.world == (0, 2)
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_who_begins_anew_is_not_counted_either_when_its_leader_learns_of_rounds_that_it_belonged_to(
+    *, remembers: bool
+) -> None:
+    story = Story(4, 3)
+    story.gather(0, 0, 1, 2)
+    story.talk(0, 1, 2)
+    story.die(2)
+    story.gather(0, 3)
+    story.talk(0, 1, 3)
+    assert story.world == (0, 1, 3)
+    story.die(1)
+    story.talk(0, 3)
+    assert story.world == (0, 3)
+    story.die(3)
+    story.talk(0)
+    assert story.world == (0,)
+    story.begin_anew(3, remembers=remembers)
+    story.lead(2, 3)
+    story.gather(2, 1)
+    story.talk(1, 2, 3)
+    assert story.world == (0,)
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_a_leader_that_was_frozen_gives_nobody_who_begins_anew_its_vote_back(*, remembers: bool) -> None:
+    story = Story(3, 3)
+    story.gather(0, 0, 1, 2)
+    story.talk(0, 1, 2)
+    assert story.world == (0, 1, 2)
+    story.lead(1, 2)  # as 0 is frozen
+    story.die(2)
+    story.talk(1)
+    assert story.world == (1,)
+    story.begin_anew(2, remembers=remembers)
+    story.agents[0].clock += 60.0
+    story.gather(0, 2)
+    story.talk(0, 2)
+    assert story.world == (1,)
