@@ -65,7 +65,7 @@ class PromiseFile:
     def __init__(self, path: str, descriptor: int) -> None:
         """Use the file ``path``, which is open and locked."""
         self._path, self._descriptor = path, descriptor
-        self._slot = (os.fstat(descriptor).st_size - _FIRST_SLOT) // 2
+        self._slot = max(0, os.fstat(descriptor).st_size - _FIRST_SLOT) // 2
         self._number = 0
 
     def read(self) -> bytes | None:
@@ -87,11 +87,15 @@ class PromiseFile:
             raise OSError(f"{self._path}: {len(record)} bytes do not fit into {self._slot}")
         os.pwrite(self._descriptor, record, _FIRST_SLOT + self._number % 2 * self._slot)
 
+    def close(self) -> None:
+        """Leave the file to the next agent of this node."""
+        os.close(self._descriptor)
+
     def remove(self) -> None:
         """Remove the file: nobody goes on here."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
-        os.close(self._descriptor)
+        self.close()
 
 
 def begin(place: Place, nodes: int, *, again: bool) -> tuple[Promises, PromiseFile | None]:

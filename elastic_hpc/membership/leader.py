@@ -112,6 +112,7 @@ class Leader:
             return
         else:
             is_news = deciding_fields(status) != deciding_fields(peer.status)
+            is_news = is_news or peer.status.heard < self.peers.asked <= status.heard
         self.has_news = self.has_news or is_news
         self.peers.on_status(peer, status, now)
         self._mandate.on_status(status)

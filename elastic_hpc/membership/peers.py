@@ -68,7 +68,7 @@ class Peers(dict[int, Peer]):
         self._hosts = {host.node: host for host in known}
         self._granted, self._granted_names = granted, granted_names
         self._started_at = self._last_below_min = self._looked_at = now
-        self._asked = 0
+        self.asked = 0
         """The first order since this leader was frozen. Who has not heard it may obey another leader by now."""
         self._min_at: float | None = None
         """Since when enough nodes are live; None while too few are."""
@@ -146,12 +146,12 @@ class Peers(dict[int, Peer]):
     @property
     def agreeing(self) -> set[int]:
         """Nodes that agree to this leader."""
-        return {n for n, status in self.joined.items() if status.votes and status.heard >= self._asked}
+        return {n for n, status in self.joined.items() if status.votes and status.heard >= self.asked}
 
     @property
     def are_asked(self) -> bool:
         """Whether nodes have yet to answer a leader that was frozen."""
-        return any(status.votes and status.heard < self._asked for status in self.joined.values())
+        return any(status.votes and status.heard < self.asked for status in self.joined.values())
 
     def view(self, idle: Collection[int], formed: Collection[int], policy: Policy, now: float) -> NodesView:
         """``idle``: nodes without workers, which are ready for the next round. ``formed``: the round that runs."""
@@ -205,7 +205,7 @@ class Peers(dict[int, Peer]):
         frozen = now - self._looked_at - self._timeout / 4
         self._looked_at = now
         if frozen > 0:
-            self._asked = next_order
+            self.asked = next_order
             for peer in self.values():
                 peer.last_contact = min(now, peer.last_contact + frozen)
         return frozen > 0

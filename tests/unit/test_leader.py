@@ -279,6 +279,57 @@ def test_a_leader_that_was_frozen_does_not_blame_its_agents() -> None:
     assert sorted(job.leader.take_dropped()) == [0, 1]
 
 
+def test_a_leader_that_was_frozen_leads_again_when_its_agents_have_answered_and_their_workers_go_on() -> None:
+    job = formed(3)
+    for node in (0, 1, 2):
+        job.say(node, state="running", round=1, roster=1, seen=1)
+    heard = max(order.seq for order in orders(job.leader.take_orders(beat=True)).values())
+    job.now += 100.0
+    job.leader.on_request("stop", "user", job.now)
+    asked = orders(job.leader.take_orders(beat=True))
+    for conn in (1, 2):
+        assert (asked[conn].leads, asked[conn].stage, asked[conn].plan) == (False, "run", None)
+        job.say(conn, state="running", round=1, roster=1, seen=1, heard=heard)
+    assert not job.leader.leads, "what was under way when it was frozen proves nothing"
+    assert job.verdict is None
+    assert not job.leader.abdicated
+    for conn in (1, 2):
+        assert job.verdict is None
+        job.say(conn, state="running", round=1, roster=1, seen=1, heard=asked[conn].seq)
+    assert job.leader.leads
+    assert job.verdict.reason == "stopped by the user"
+
+
+def test_a_leader_that_was_frozen_and_gets_no_answer_leaves_no_verdict() -> None:
+    job = formed(3, max_restarts=0)
+    job.now += 100.0
+    for _ in range(30):
+        job.lose(1, "gone")
+        job.leader.on_tick(job.now)
+        assert job.verdict is None
+        assert not any(order.plan or order.leads for order in orders(job.leader.take_orders(beat=True)).values())
+        job.now += POLICY.heartbeat_timeout / 5
+    assert job.leader.abdicated
+
+
+def test_a_node_that_has_lost_what_it_promised_trains_but_neither_agrees_nor_acknowledges() -> None:
+    job = formed(3)
+    for node in (0, 1, 2):
+        job.say(node, state="running", round=1, roster=1, seen=1)
+    for node in (1, 2):
+        job.lose(node, "gone")
+        job.say(node, conn=7 + node, votes=node == 2)
+        job.say(node, conn=7 + node, round=job.leader.round, votes=node == 2)
+    job.wait(POLICY.heartbeat_timeout)
+    job.ready(0)
+    assert job.leader.roster.members == (0, 1, 2)
+    assert job.leader.roster.bases[-1].members == (0, 2)
+    assert job.leader.roster.successors == (0, 2)
+    job.lose(9, "gone")
+    job.say(1, conn=8, state="running", round=2, roster=2, votes=False)
+    assert {base.round for base in job.leader._mandate.bases} == {1, 2}
+
+
 def test_workers_that_cannot_be_stopped_do_not_hold_up_the_others_for_ever() -> None:
     job = formed(3, last_call_timeout=0.0, min_nodes=1)
     for node in (0, 1, 2):
