@@ -34,6 +34,9 @@ Lines of different ranks are put in order by when their agents read them, which 
 written. With -f they come about a second later."""
 
 _LOOK_INTERVAL, _STATE_INTERVAL = 0.3, 5.0
+_PER_FILE = 0.001
+"""Seconds between two looks for each file, as each look opens all of them."""
+
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
 
@@ -86,7 +89,7 @@ def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
             printer.print(logs.rest())
             return
         entry.heed_reader()
-        time.sleep(_LOOK_INTERVAL)
+        time.sleep(max(_LOOK_INTERVAL, logs.size * _PER_FILE))
 
 
 def _explain_nothing_shown(args: argparse.Namespace, rundir: RunDir) -> None:

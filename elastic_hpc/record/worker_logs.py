@@ -104,16 +104,19 @@ class _File:
     path: Path
 
 
-def _files(folder: Path, wanted: Wanted) -> list[_File]:
-    """The files in ``folder``, the ``logs`` of a run directory, that may have wanted lines, the oldest round first."""
+def _files(folder: Path, wanted: Wanted, without: Container[str] = ()) -> list[_File]:
+    """The files in ``folder``, the ``logs`` of a run directory, that may have wanted lines, the oldest round first.
+    ``without``: names of folders of rounds that are not looked at.
+    """
     found = []
-    for path in folder.glob("*/*.log"):
-        number, name = _ROUND.fullmatch(path.parent.name), _FILE.fullmatch(path.name)
-        if number and name:
-            ranks = tuple(rank for span, _ in NumberRanges.of(name[2]).ranges for rank in span)
-            file = _File(int(number[1]), int(number[2]), ranks, name[1], path)
-            if wanted.may_have(file):
-                found.append(file)
+    for of_round in folder.glob("*.*"):
+        number = _ROUND.fullmatch(of_round.name)
+        for path in of_round.glob("*.log") if number and of_round.name not in without else ():
+            if number and (name := _FILE.fullmatch(path.name)):
+                ranks = tuple(rank for span, _ in NumberRanges.of(name[2]).ranges for rank in span)
+                file = _File(int(number[1]), int(number[2]), ranks, name[1], path)
+                if wanted.may_have(file):
+                    found.append(file)
     return sorted(found)
 
 
@@ -198,6 +201,13 @@ class Logs:
     def __init__(self, folder: Path, wanted: Wanted) -> None:
         self._folder, self._wanted = folder, wanted
         self._tails: dict[Path, _Tail] = {}
+        self._over: set[str] = set()
+        """The folders of rounds to which nothing more is written."""
+
+    @property
+    def size(self) -> int:
+        """How many files a call of ``added`` reads."""
+        return sum(path.parent.name not in self._over for path in self._tails)
 
     def written(self, *, follow: bool = False) -> Iterator[LogLine]:
         """All lines so far, round after round, in each round in order of time. ``follow``: leave a last line that has
@@ -210,9 +220,12 @@ class Logs:
             yield from heapq.merge(*(tail.all(rest=not follow) for tail in tails), key=lambda line: line.time)
 
     def added(self) -> Iterator[LogLine]:
-        """The lines that were added since the last call."""
-        for _, tail in self._update():
-            yield from tail.all(rest=False)
+        """The lines that were added since the last call. A round is read until two others have followed it."""
+        found = self._update()
+        over = list(dict.fromkeys(file.path.parent.name for file, _ in found))[:-2]
+        for file, tail in found:
+            yield from tail.all(rest=file.path.parent.name in over)
+        self._over.update(over)
 
     def rest(self) -> Iterator[LogLine]:
         """The last lines without an end, when nothing more will be written."""
@@ -221,7 +234,7 @@ class Logs:
 
     def _update(self) -> list[tuple[_File, _Tail]]:
         """All files so far."""
-        found = _files(self._folder, self._wanted)
+        found = _files(self._folder, self._wanted, self._over)
         for file in found:
             if file.path not in self._tails:
                 self._tails[file.path] = _Tail(file, self._wanted)

@@ -116,6 +116,19 @@ def test_what_comes_is_followed_and_no_line_is_lost_or_shown_twice(tmp_path: Pat
     assert [line.text for line in logs.rest()] == ["e"]
 
 
+def test_rounds_long_over_are_not_looked_at_again(tmp_path: Path) -> None:
+    rounds = [Round(tmp_path, f"0.{number}", "n1") for number in (1, 2, 9, 10)]
+    for number, one in enumerate(rounds):
+        one.write(0, f"{number}\n" if number else "no end")
+    logs = Logs(tmp_path, Wanted())
+    assert [line.text for line in logs.added()] == ["no end", "1", "2", "3"]
+    assert logs.size == 2
+    rounds[0].path.unlink()
+    rounds[2].write(0, "late\n")
+    rounds[3].write(0, "new\n")
+    assert [line.text for line in logs.added()] == ["late", "new"]
+
+
 def test_the_command_labels_each_line_and_heads_each_round(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["logs", str(FAULTS)]) == 0
     lines = capsys.readouterr().out.splitlines()
