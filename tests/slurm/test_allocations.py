@@ -11,6 +11,7 @@ import pytest
 from conftest import Cluster, wait_for
 
 SRUN = str(Path(sys.executable).with_name("elastic-srun"))
+ALL_RANKS = [SRUN, "--tee", "all"]
 NAMES = ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
@@ -29,7 +30,7 @@ def ranks_output(text: str) -> list[str]:
 def test_in_a_step_that_has_all_resources_a_job_still_runs_on_all_nodes_with_all_gpus(
     fresh: Cluster, folder: Path, script: str
 ) -> None:
-    first = f"{shlex.join([SRUN, script])}; touch over"
+    first = f"{shlex.join([*ALL_RANKS, script])}; touch over"
     here = f'if [ "$SLURM_PROCID" = 0 ]; then {first}; else until [ -e over ]; do sleep 0.1; done; fi'
     step = ["srun", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--gpus-per-node=2", "bash", "-c", here]
     done = fresh.exec(["salloc", "--quiet", "--nodes=2", "--gpus-per-node=2", *step], cwd=folder, timeout=120)
@@ -39,7 +40,7 @@ def test_in_a_step_that_has_all_resources_a_job_still_runs_on_all_nodes_with_all
 def test_several_at_once_share_an_allocation_on_the_same_nodes_and_on_nodes_of_their_own(
     fresh: Cluster, folder: Path, script: str
 ) -> None:
-    run = shlex.join([SRUN, "-N", "2", "-w"])
+    run = shlex.join([*ALL_RANKS, "-N", "2", "-w"])
     commands = "".join(f"{run} {nodes} {script} & " for nodes in ("n[1-2]", "n[1-2]", "n[3-4]"))
     commands += f"{shlex.join([SRUN, '--nodelist', 'n9', script])}; wait"
     done = fresh.exec(["salloc", "--quiet", "--nodes=4", "bash", "-c", commands], cwd=folder, timeout=120)
@@ -55,7 +56,7 @@ def test_an_allocation_made_for_many_tasks_gives_each_agent_its_whole_node(
     fresh: Cluster, folder: Path, script: str
 ) -> None:
     tasks = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem-per-cpu=100"]
-    command = ["salloc", "--quiet", *tasks, "env", "SRUN_CPUS_PER_TASK=1", SRUN, script]
+    command = ["salloc", "--quiet", *tasks, "env", "SRUN_CPUS_PER_TASK=1", *ALL_RANKS, script]
     done = fresh.exec(command, cwd=folder, timeout=120)
     assert ranks_output(done.stdout) == ["n1 0 2 None 2", "n2 1 2 None 2"]
 
