@@ -16,6 +16,7 @@ from elastic_hpc.agent.joiners import SlurmSource
 from elastic_hpc.agent.supply import Supply
 from elastic_hpc.agent.threads import on_thread
 from elastic_hpc.errors import JobEnded, SlurmError
+from elastic_hpc.membership import strikes
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.policy import Policy, Verdict
 from elastic_hpc.membership.promises import Promises
@@ -53,8 +54,8 @@ class Leading:
     """As in ``Ending``."""
     recorder: Recorder | None = None
     """Set as soon as this node has led."""
-    _counters: dict[str, int] = field(default_factory=dict)
-    """Those with which the first leader begins."""
+    _start: dict[str, Any] = field(default_factory=dict)
+    """What the first leader goes on from: counters and strikes of the run before."""
 
     def __post_init__(self) -> None:
         self._ending = Ending(self.env, self.policy, self.rundir, self.environ, self.contained, self._recorder_or_new)
@@ -93,7 +94,7 @@ class Leading:
         if self.supplies:  # on a thread: nothing but the record waits for Slurm's answers
             args = (recorder, names)
             threading.Thread(target=self._record_allocation, args=args, name="allocation", daemon=True).start()
-        return {"granted": self.env.nodes, "granted_names": names, **self._counters}
+        return {"granted": self.env.nodes, "granted_names": names, **self._start}
 
     def _record_allocation(self, recorder: Recorder, names: list[str]) -> None:
         """Fill in the ``names`` of the granted nodes, and record since when the job has them."""
@@ -110,7 +111,10 @@ class Leading:
         """Make the job's secret, record its options, and read the counters with which the first leader begins."""
         self.rundir.make_secret()
         state = self.rundir.read("state.json") or {}
-        self._counters = {name: state.get(name, 0) for name in ("round", "restarts", "requeues")}
+        self._start = {
+            **{name: state.get(name, 0) for name in ("round", "restarts", "requeues")},
+            "strikes": strikes.live(strikes.load(state.get("strikes", ())), time.time()),
+        }
         self.recorder = self._recorder_or_new()
         self.recorder.options(
             {

@@ -46,6 +46,13 @@ _OWN_FAULT = re.compile(
     r"CUDA error|illegal memory access|device-side assert|No space left on device|no socket interface found"
     r"|Address already in use|EADDRINUSE|invalid usage"
 )
+_MACHINE = re.compile(
+    r"(CUDA|HIP|XPU)( driver)? error(?!: (device-side assert|out of memory|an illegal memory access))"
+    r"|CUBLAS_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR)|CUDNN_STATUS_INTERNAL_ERROR|No CUDA GPUs are available"
+    r"|CUDA unknown error|\bECC\b|\bNVML\b|NVLink|\bXid\b|SIGBUS"
+    r"|Input/output error|Stale file handle|Transport endpoint|No space left on device|Read-only file system"
+)
+"""What the script is rarely to blame for."""
 _VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
 
 
@@ -118,8 +125,17 @@ def is_collateral(text: str) -> bool:
     return bool(_LOST_PEER.search(first)) and not _OWN_FAULT.search(first)
 
 
-def signature(kind: str, message: str) -> str:
-    """A text that is the same when a failure is repeated: numbers, addresses and temporary paths are left out."""
+def blames_machine(message: str) -> bool:
+    """Whether a failure looks like the machine's, as far as its message tells."""
+    return bool(_MACHINE.search(message))
+
+
+def signature(kind: str, message: str, node: str = "") -> str:
+    """A text that is the same when a failure is repeated: numbers, addresses, temporary paths and the name of the
+    ``node`` are left out.
+    """
+    if node:
+        message = re.sub(rf"(?<![\w-]){re.escape(node)}(?![\w-])", "NODE", message)
     lines = [line for line in without_ranks(message).splitlines() if line.strip()] or [""]
     text = lines[0] if "Original Traceback" not in message else f"{lines[0]} {lines[-1]}"  # a data loader's worker
     text = re.sub(r"(/tmp|/var/tmp|/dev/shm|/scratch)/[^\s'\":,)\]]+", "TMP", text)

@@ -95,6 +95,15 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
             "collateral": "whether it looks like the echo of another rank's death",
         },
     ),
+    "barred": (
+        "a node gets no workers any more, and is excluded at the requeue: they fail there again and again",
+        {
+            "node": _NODE,
+            "reason": _WHY,
+            "signature": "the failure without its numbers and names",
+            "step": "last step before it, or -1",
+        },
+    ),
     "request": ("somebody asks for a drain or the end", {"request": "drain, save-and-stop or stop", "reason": _WHY}),
     "drain": ("the workers are asked to save and stop, for a new world", {"round": _ROUND, "reason": _WHY}),
     "restart": (
@@ -139,7 +148,7 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
             return f"the agent on {fields['node']} is started anew"
         case "growth_problem":
             return f"the job does not grow: {fields['reason']}"
-        case "unfit":
+        case "unfit" | "barred":
             return f"{fields['node']} stays out: {fields['reason']}"
         case "refused":
             return f"{fields['node']} was refused: {fields['reason']}"

@@ -6,7 +6,7 @@ Its inputs are what has arrived (``on_...``), with the time; its outputs are col
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,10 +22,13 @@ from elastic_hpc.membership.policy import Action, Decision, Outcome, Policy, Ver
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.membership.rules import decide, requeue_or_fail
-from elastic_hpc.membership.world import SETTLE, FailureHistory, World
+from elastic_hpc.membership.strikes import Strike
+from elastic_hpc.membership.world import FailureHistory, World
 
 STOP_TIMEOUT = 60.0
 """Seconds in which an agent must report that its workers are gone; then it is given up, as they cannot be killed."""
+
+BARRED = "its workers failed again and again"
 
 _OUTCOMES: dict[Action, Outcome] = {Action.FINISH: "finished", Action.FAIL: "failed", Action.REQUEUE: "requeue"}
 
@@ -53,11 +56,13 @@ class Leader:
         reason: str = "",
         supplied: bool = False,
         host: Host | None = None,
+        strikes: Collection[Strike] = (),
     ) -> None:
         """``promises``: those of this node. If it holds a roster, take over, because of ``reason``, as soon as a
         majority agrees. Else lead from the start, with the counters of the run before. ``granted`` and
         ``granted_names``: as in ``Peers``. ``supplied``: ``agent.supply`` brings the nodes of ``needs``. ``host``: that
-        of this node; all nodes must have its software.
+        of this node; all nodes must have its software. ``strikes``: of the nodes that failed in the
+        runs before.
         """
         self._promises = promises or Promises()
         inherited = self._promises.roster
@@ -76,7 +81,8 @@ class Leader:
         self._mandate = Mandate(roster, inherited=inherited is not None, now=now)
         timeout = policy.heartbeat_timeout
         self.peers = Peers(roster.hosts, timeout, now, granted=granted, granted_names=granted_names)
-        self._world, self._failures = World(), FailureHistory()
+        self.peers.barred = dict.fromkeys(roster.barred, BARRED)
+        self._world, self._failures = World(), FailureHistory(strikes)
         self._requests, self._stores, self._arrivals = Requests(), Stores(now), Arrivals(supplied=supplied)
         self._orders = Orders()
 
@@ -136,6 +142,7 @@ class Leader:
             self._promises.hold(roster)
             self.restarts, self.requeues = max(self.restarts, roster.restarts), roster.requeues
             self.round = max(self.round, roster.round + 1)
+            self.peers.barred |= dict.fromkeys(roster.barred, BARRED)
             self.has_news = True
 
     def on_lost(self, conn: int, reason: str, *, silent: float = 0.0) -> None:
@@ -272,7 +279,7 @@ class Leader:
     def next_expiry(self) -> float:
         """When, on the leader's clock, ``on_tick`` is due even if nothing arrives before."""
         due = min(self.peers.next_silence, self._decide_at)
-        return min(due, self._world.failed_at + SETTLE) if self._world.failure else due
+        return min(due, self._world.settled_at) if self._world.settled_at else due
 
     @property
     def wanted_store(self) -> int | None:
@@ -317,8 +324,11 @@ class Leader:
         elif status.state == "failed" and (failure := status.failure):
             first = self._world.on_failure(failure, now)
             self._event("failure", round=self.round, first=first, **asdict(failure))
+            alone, alive = len(self._world.formed) == 1, now - self._world.formed_at
             if first:
-                self._world.repeated = self._failures.is_repeated(failure, now - self._world.formed_at)
+                self._world.on_blame(self._failures.judge(failure, alive, alone=alone), status.node, now)
+            elif self._world.failure and self._failures.is_same(failure, self._world.failure):
+                self._world.on_same_failure()
 
     # decisions
 
@@ -366,6 +376,8 @@ class Leader:
                 self._event("abdicate", round=self.round, reason=decision.reason)
             return
         self._reason = decision.reason
+        if decision.bars:
+            self._bar(decision)
         match decision.action:
             case Action.FORM:
                 self._form(decision.nodes, now)
@@ -390,7 +402,15 @@ class Leader:
         base = Base(self.round, self.node, tuple(node for node in nodes if peers[node].status.votes))
         hosts = tuple(peer.status.host for _, peer in sorted(peers.items()) if peer.joined)
         mark = f"{self.round}.{self.node}.{now:.6f}"  # a leader never forms two rounds within a microsecond
-        self._mandate.on_form(base, hosts, nodes, restarts=self.restarts, requeues=self.requeues, mark=mark)
+        self._mandate.on_form(
+            base,
+            hosts,
+            nodes,
+            restarts=self.restarts,
+            requeues=self.requeues,
+            mark=mark,
+            barred=tuple(self.peers.barred),
+        )
         self._promises.hold(self.roster)  # before anybody hears of it
         self._event(
             "round",
@@ -420,6 +440,12 @@ class Leader:
             self._open_round(now)
         self.restarts += decision.charged
         self._event("restart", round=self.round, restarts=self.restarts, reason=decision.reason)
+
+    def _bar(self, decision: Decision) -> None:
+        failure = self._world.failure
+        assert failure
+        self.peers.barred[failure.node] = BARRED
+        self._event("barred", node=failure.node, reason=decision.reason, **self._failures.strike(failure))
 
     def _end(self, decision: Decision, now: float) -> None:
         outcome, ended = _OUTCOMES[decision.action], self.round

@@ -60,11 +60,19 @@ class Mandate:
         return True
 
     def on_form(
-        self, base: Base, hosts: Sequence[Host], members: tuple[int, ...], *, restarts: int, requeues: int, mark: str
+        self,
+        base: Base,
+        hosts: Sequence[Host],
+        members: tuple[int, ...],
+        *,
+        restarts: int,
+        requeues: int,
+        mark: str,
+        barred: tuple[str, ...],
     ) -> None:
         """A round is formed: from now on its ``base`` counts too, and the agents are to hold its roster."""
         self._bases = extended(self.bases, base)
-        roster = Roster(base.round, hosts, self._bases, restarts, requeues, members, mark)
+        roster = Roster(base.round, hosts, self._bases, restarts, requeues, members, mark, barred)
         self.roster, self.change = roster, roster.change_from(self.roster)
 
     def is_settled(self, formed: Collection[int]) -> bool:

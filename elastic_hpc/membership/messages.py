@@ -274,7 +274,9 @@ def _change(body: dict[str, Any]) -> RosterChange:
 def _of_roster(body: dict[str, Any]) -> dict[str, Any]:
     """The hosts stay packed, and so unchecked: the leader is trusted, whose orders are not checked either."""
     bases = (_checked(Base(round, leader, numbers(members))) for round, leader, members in body["bases"])
-    return {**body, "hosts": Hosts(body["hosts"]), "bases": tuple(bases), "members": numbers(body["members"])}
+    barred = tuple(map(str, body["barred"]))
+    members = numbers(body["members"])
+    return {**body, "hosts": Hosts(body["hosts"]), "bases": tuple(bases), "members": members, "barred": barred}
 
 
 def _checked(decoded: _T) -> _T:

@@ -60,6 +60,8 @@ class Peers(dict[int, Peer]):
         """The connection of each node."""
         self.leaving: dict[int, str] = {}
         """Nodes that have to go, and why, as others than their agents have reported."""
+        self.barred: dict[str, str] = {}
+        """By name: nodes that get no workers any more, and why."""
         self.highest_round = 0
         """The highest round of all orders that an agent has received from any leader."""
         self._arrived: set[int] = set()
@@ -96,8 +98,9 @@ class Peers(dict[int, Peer]):
             self._arrived.add(node)
 
     def why_leaving(self, status: Status) -> str:
-        """Why the node has to go; empty if it may stay."""
-        return status.leaving or self.leaving.get(status.node, "")
+        """Why the node has to go; empty if it may stay. The job's own nodes stay although barred, as they vote."""
+        barred = "" if votes(status.node) else self.barred.get(status.name, "")
+        return status.leaving or self.leaving.get(status.node, "") or barred
 
     def refusal(self, status: Status, nproc: int, leader: Host | None) -> str:
         """Why the node may not take part; empty if it may. ``nproc``: the number of workers on each node. ``leader``:
@@ -110,6 +113,8 @@ class Peers(dict[int, Peer]):
                 f"{status.name} would start {status.nproc} workers, the leader's node {nproc}: "
                 "all nodes must start the same number (--nproc-per-node)"
             )
+        if not votes(status.node) and status.name in self.barred:
+            return f"{status.name} stays out: {self.barred[status.name]}"
         if not votes(status.node) and status.name in {
             joined.name for node, joined in self.joined.items() if node != status.node
         }:
@@ -129,11 +134,13 @@ class Peers(dict[int, Peer]):
 
     def needs(self, wanted: int, *, over: bool) -> Needs:
         """What the job lacks to hold ``wanted`` nodes; 0 if it is to get no more nodes. ``over``: the job ends."""
-        staying = sum(not self.why_leaving(peer.status) for peer in self.values())
+        staying = sum(
+            not self.why_leaving(peer.status) and peer.status.name not in self.barred for peer in self.values()
+        )
         return Needs(
             nodes=max(0, wanted - staying),
             joiners=frozenset(node for node in self.by_node if not votes(node)),
-            names=frozenset(peer.status.name for peer in self.values()),
+            names=frozenset(peer.status.name for peer in self.values()) | self.barred.keys(),
             missing=tuple(self.missing) if wanted else (),
             over=over,
         )
@@ -156,8 +163,9 @@ class Peers(dict[int, Peer]):
     def view(self, idle: Collection[int], formed: Collection[int], policy: Policy, now: float) -> NodesView:
         """``idle``: nodes without workers, which are ready for the next round. ``formed``: the round that runs."""
         joined = self.joined
-        leaving = {node for node, status in joined.items() if status.leaving or node in self.leaving}
-        live = joined.keys() - leaving
+        leaving = {node for node, status in joined.items() if self.why_leaving(status)}
+        barred = {node for node, status in joined.items() if status.name in self.barred} - leaving
+        live = joined.keys() - leaving - barred
         ready = live.intersection(idle)
         newcomers = ready.difference(formed)
         if policy.fit(live):
@@ -169,6 +177,7 @@ class Peers(dict[int, Peer]):
             ready=frozenset(ready),
             live=frozenset(live),
             leaving=frozenset(leaving),
+            barred=frozenset(barred),
             idle=frozenset(idle),
             since_newcomer=now - max(self.by_node[node].arrived_at for node in newcomers) if newcomers else 0.0,
             listens=any(self.by_node[node].status.listens for node in formed if node in self.by_node),

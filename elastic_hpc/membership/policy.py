@@ -91,6 +91,8 @@ class Decision:
     """WAIT: seconds after which to decide again, even if no message has arrived."""
     grows: bool = False
     """DRAIN, and the GATHER that follows: for a larger world."""
+    bars: bool = False
+    """GATHER and REQUEUE: the node with the failure stays out from now on."""
 
 
 Outcome = Literal["finished", "failed", "requeue"]
@@ -125,7 +127,9 @@ class RoundView:
     settling: bool
     """What was reported looks like the echo of another failure, which may still be reported."""
     repeated: bool
-    """The round before ended with the same failure, and no step was done in between."""
+    """The job has failed in the same way before, without progress in between."""
+    suspect: int | None
+    """The node on which alone the job fails again and again; None if there is no such node."""
     since_formed: float
     """0 while no round runs."""
     going: bool
@@ -147,6 +151,8 @@ class NodesView:
     """In touch, and not about to go."""
     leaving: frozenset[int]
     """In touch, but they have to go."""
+    barred: frozenset[int]
+    """In touch and the job's own, but workers failed there again and again: they vote, and get no workers."""
     idle: frozenset[int]
     """In touch, with no worker alive."""
     since_newcomer: float

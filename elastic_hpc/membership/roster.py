@@ -90,6 +90,8 @@ class Roster:
     """All nodes of ``round``; its base has only the nodes that vote."""
     mark: str = ""
     """Unique: another leader may form a roster of the same round."""
+    barred: tuple[str, ...] = ()
+    """Names of the nodes that get no workers any more."""
 
     @property
     def successors(self) -> tuple[int, ...]:
@@ -113,7 +115,7 @@ class Roster:
 
 def _common(roster: Roster | RosterChange) -> dict[str, Any]:
     """The fields that a roster and a change have in common, but for the hosts."""
-    names = ("round", "bases", "restarts", "requeues", "members", "mark")
+    names = ("round", "bases", "restarts", "requeues", "members", "mark", "barred")
     return {name: getattr(roster, name) for name in names}
 
 
@@ -127,6 +129,7 @@ class RosterChange:
     requeues: int
     members: tuple[int, ...]
     mark: str
+    barred: tuple[str, ...]
     since: str
     """The mark of the roster before."""
     hosts: Sequence[Host]

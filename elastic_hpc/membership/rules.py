@@ -106,6 +106,8 @@ def _while_running(view: View, policy: Policy) -> Decision:
         why = view.failure or f"{len(view.lost)} of {len(view.formed) + len(view.lost)} nodes lost"
         if view.settling and not view.lost:
             return Decision(Action.WAIT, f"looking for the cause of: {why}")
+        if view.suspect is not None and (decision := _without_suspect(why, view, policy)):
+            return decision
         if view.repeated:
             return Decision(Action.FAIL, f"{why}; the same failure as before, without progress in between", view.cause)
         return _restart(Decision(Action.GATHER, why), view, policy)
@@ -117,6 +119,18 @@ def _while_running(view: View, policy: Policy) -> Decision:
     if view.succeeded or view.request:
         return Decision(Action.WAIT, "training")
     return _change(view, policy)
+
+
+def _without_suspect(why: str, view: View, policy: Policy) -> Decision | None:
+    """Go on without the node that fails again and again, here or after a requeue; None if that is no use."""
+    same = "the same failure" if view.repeated else "failures"
+    why = f"{why}; {same} on the same node again and again, without progress in between"
+    if policy.fit(view.live - {view.suspect}) or view.coming or policy.grow:
+        return _restart(Decision(Action.GATHER, why, bars=True), view, policy)
+    if view.repeated:
+        decision = requeue_or_fail(why, view.requeues, policy, view.cause)
+        return replace(decision, bars=decision.action is Action.REQUEUE)
+    return None
 
 
 def _restart(decision: Decision, view: View, policy: Policy) -> Decision:
@@ -165,7 +179,7 @@ def _while_gathering(view: View, policy: Policy) -> Decision:
     if view.first and view.absent and view.since_min < policy.last_call_timeout:
         why = f"waiting for {view.absent} more granted node(s)"
         return Decision(Action.WAIT, why, again=policy.last_call_timeout - view.since_min)
-    if view.ready != view.live or view.leaving - view.idle:
+    if view.ready != view.live or (view.leaving | view.barred) - view.idle:
         return Decision(Action.WAIT, "workers of the last round are being stopped")
     if not view.store_ready:
         return _without_store(view, policy)
@@ -194,7 +208,8 @@ def _while_too_few(view: View, policy: Policy) -> Decision:
     if waited < patience:
         more = f", {view.coming} on the way" if view.coming else ""
         return Decision(Action.WAIT, f"{len(view.live)} of at least {least} nodes are here{more}")
-    return requeue_or_fail(f"{len(view.live)} nodes are left, fewer than MIN {least}", view.requeues, policy)
+    out = f"; {len(view.barred)} more stay out, as their workers failed again and again" if view.barred else ""
+    return requeue_or_fail(f"{len(view.live)} nodes are left, fewer than MIN {least}{out}", view.requeues, policy)
 
 
 def requeue_or_fail(why: str, requeues: int, policy: Policy, cause: str = "node lost") -> Decision:

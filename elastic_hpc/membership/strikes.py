@@ -20,6 +20,10 @@ class Strike:
     time: float
     """Seconds since the epoch."""
     reason: str
+    signature: str = ""
+    """Of the workers' failure that is held against the node (``causes.signature``); empty for a node that was lost."""
+    step: int = -1
+    """The last step before that failure; -1 for none."""
 
 
 def load(saved: Iterable[Mapping[str, Any]]) -> tuple[Strike, ...]:
@@ -27,7 +31,8 @@ def load(saved: Iterable[Mapping[str, Any]]) -> tuple[Strike, ...]:
     found = []
     for entry in saved:
         try:
-            found.append(Strike(str(entry["node"]), float(entry["time"]), str(entry["reason"])))
+            signature, step = str(entry.get("signature", "")), int(entry.get("step", -1))
+            found.append(Strike(str(entry["node"]), float(entry["time"]), str(entry["reason"]), signature, step))
         except (KeyError, TypeError, ValueError):
             continue
     return tuple(found)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_hpc.membership.causes import signature
+from elastic_hpc.membership.causes import blames_machine, signature
 from elastic_hpc.membership.messages import Failure, Plan, Status
 from elastic_hpc.membership.policy import Decision, RoundView
+from elastic_hpc.membership.strikes import Strike
 
 SETTLE = 0.25
 """Seconds in which the cause of a failure may still be reported, when its echo was faster."""
+
+OTHERS = 2.0
+"""Seconds in which other nodes may still fail in the same way, before a node is blamed for a failure."""
+
+IN_A_ROW = 3
+"""Number of failures in a row, of any kind and without progress in between, after which their node is blamed."""
 
 RECORD_EVERY = 10.0
 """Seconds between two entries in the record of how far the workers are."""
@@ -68,6 +75,19 @@ class StartReport:
         return {"warm": warm, "cold": cold, "why": why, "standby_mb": max(status.standby_mb for status in reported)}
 
 
+@dataclass(frozen=True)
+class Blame:
+    """What is known of a failure from the failures before it."""
+
+    repeated: bool = False
+    """The job has failed in the same way before, without progress in between."""
+    node: bool = False
+    """On this node alone the job fails again and again, without progress in between."""
+
+
+NOBODY = Blame()
+
+
 @dataclass
 class World:
     """The round that runs; empty while a round is gathered. Nodes are numbers, times are on the leader's clock."""
@@ -85,8 +105,10 @@ class World:
     failed_at: float = 0.0
     going: bool = False
     """The workers have reported a step, or that they listen for a drain."""
-    repeated: bool = False
-    """The round before ended with the same failure, and no step was done in between."""
+    blame: Blame = NOBODY
+    """Whether this failure is known from before."""
+    suspect: int | None = None
+    """The node that is to blame; None if that is not a node."""
     change: Decision | None = None
     """Why the workers were told to save and stop for a new world."""
     changed_at: float = 0.0
@@ -112,12 +134,28 @@ class World:
         self.failure = failure
         return True
 
+    def on_blame(self, blame: Blame, node: int, now: float) -> None:
+        """``blame``: for the failure that was last taken for the cause, on ``node``."""
+        self.blame, self.suspect = blame, node if blame.node else None
+        if blame.node:
+            self.failed_at = now
+
+    def on_same_failure(self) -> None:
+        """Another node has failed in the same way, so no node is to blame."""
+        self.suspect = None
+
+    @property
+    def settled_at(self) -> float:
+        """Until when more is to be learned of the failure."""
+        if self.failure and self.failure.collateral:
+            return self.failed_at + SETTLE
+        return self.failed_at + OTHERS if self.suspect is not None else 0.0
+
     def view(self, predecessor_lost: str, now: float) -> RoundView:
         """``predecessor_lost``: why the leader before was lost, if its round has yet to be ended."""
         lost = next(iter(self.lost.values()), "") or predecessor_lost
-        is_echo = bool(self.failure and self.failure.collateral)
         ended, cause = lost or None, "node lost"
-        if self.failure and not (is_echo and lost):
+        if self.failure and not (self.failure.collateral and lost):
             ended, cause = str(self.failure), self.failure.kind
         return RoundView(
             formed=frozenset(self.formed) - self.lost.keys(),
@@ -125,8 +163,9 @@ class World:
             succeeded=frozenset(self.succeeded),
             failure=ended,
             cause=cause,
-            settling=is_echo and now - self.failed_at < SETTLE,
-            repeated=self.repeated,
+            settling=now < self.settled_at,
+            repeated=self.blame.repeated,
+            suspect=self.suspect,
             since_formed=now - self.formed_at if self.formed else 0.0,
             going=self.going,
             change=self.change,
@@ -143,27 +182,57 @@ class World:
 
 
 class FailureHistory:
-    """Whether the job makes progress from one failure to the next."""
+    """Whether the job makes progress from one failure to the next, and if not, whether its script or a node is to
+    blame: what fails on different nodes is the script, what fails on one node alone is that node.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, strikes: Iterable[Strike] = ()) -> None:
+        """``strikes``: those of the runs before, as a node that was left out for a failure may have been innocent."""
+        before = [strike for strike in strikes if strike.signature]
         self.step = -1
         """Last training step that a worker reported; -1 for none."""
         self.last_failure: Failure | None = None
-        self._signature, self._failed_at_step = "", -1
+        self._failed = [(strike.signature, strike.node) for strike in before]
+        """Signature and node of the failures since the last progress. No signature is that of a signal."""
+        self._failed_at_step = max((strike.step for strike in before), default=-1)
 
-    def is_repeated(self, failure: Failure, alive: float) -> bool:
-        """Whether a round that lived for ``alive`` seconds fails as the round before did, without progress in between.
-        A signal is never taken for a repetition, as it comes from outside, nor is an echo.
+    def judge(self, failure: Failure, alive: float, *, alone: bool) -> Blame:
+        """A round that lived for ``alive`` seconds has failed. A signal is never taken for a repetition, as it comes
+        from outside, nor is an echo. A hang is everybody's. A node that is ``alone`` in its round cannot be compared
+        with others: it is to blame only for what scripts rarely do.
         """
-        if failure.collateral or failure.kind in {"signal", "stopped"}:
-            return False
-        before, self._signature = self._signature, signature(failure.kind, failure.message)
-        step_before, self._failed_at_step = self._failed_at_step, self.step
-        progress = self.step > step_before if self.step >= 0 else alive > ALIVE_IS_PROGRESS
-        return before == self._signature and not progress
+        if failure.collateral or failure.kind == "stopped":
+            return NOBODY
+        if self.step > self._failed_at_step if self.step >= 0 else alive > ALIVE_IS_PROGRESS:
+            self._failed.clear()
+        node, mark = failure.node, self._signature(failure)
+        nodes = {other for before, other in self._failed if before == mark} if mark else set()
+        in_a_row = [other for _, other in self._failed[1 - IN_A_ROW :]] == [node] * (IN_A_ROW - 1)
+        self._failed.append((mark, node))
+        self._failed_at_step = self.step
+        on_node = nodes == {node} or (in_a_row and nodes <= {node})
+        comparable = failure.kind != "hang" and (not alone or blames_machine(failure.message))
+        return Blame(repeated=bool(nodes), node=on_node and comparable)
+
+    def is_same(self, failure: Failure, other: Failure) -> bool:
+        """Whether another node has failed by itself in the same way."""
+        return (
+            not failure.collateral
+            and failure.node != other.node
+            and signature(failure.kind, failure.message, failure.node)
+            == signature(other.kind, other.message, other.node)
+        )
+
+    def strike(self, failure: Failure) -> dict[str, Any]:
+        """What a ``Strike`` for ``failure`` has to hold, besides the node and the reason."""
+        return {"signature": self._signature(failure), "step": self._failed_at_step}
 
     def on_end(self, failure: Failure | None) -> None:
         """A round ended; ``failure`` is None if no worker failed."""
         self.last_failure = failure or self.last_failure
         if failure is None:
-            self._signature = ""
+            self._failed.clear()
+
+    @staticmethod
+    def _signature(failure: Failure) -> str:
+        return "" if failure.kind == "signal" else signature(failure.kind, failure.message, failure.node)

@@ -66,8 +66,9 @@ class Recorder:
     def event(self, name: str, fields: dict[str, Any]) -> None:
         """Append an event; the agent's log shows most of them too."""
         when = time.time()
-        if name in {"lost", "unfit"}:
-            self._put(lambda: self._add_strike(Strike(fields["node"], when, fields["reason"])))
+        if name in {"lost", "unfit", "barred"}:
+            known = {field: fields[field] for field in ("node", "reason", "signature", "step") if field in fields}
+            self._put(lambda: self._add_strike(Strike(time=when, **known)))
         if name not in {"progress", "allocation", "started"}:
             first = name == "failure" and fields["first"]  # the output of its rank may not be among what is shown
             log.info("%s", "\n".join([sentence(name, fields), *([fields["traceback"]] if first else [])]).rstrip())

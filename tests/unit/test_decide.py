@@ -56,9 +56,11 @@ ANY_VIEWS = st.builds(
     cause=st.sampled_from(["exit", "node lost"]),
     settling=st.booleans(),
     repeated=st.booleans(),
+    suspect=st.none() | OWN,
     ready=NODES,
     live=NODES,
     leaving=NODES,
+    barred=st.frozensets(OWN, max_size=2),
     idle=NODES,
     since_newcomer=SECONDS,
     starting=COUNTS,
@@ -93,6 +95,7 @@ ANY_VIEWS = st.builds(
 def gathering(view: View) -> View:
     """All who are there are ready, and nothing else is the matter."""
     calm = replace(view, formed=frozenset(), lost=frozenset(), failure=None, request=None, ready=view.live)
+    calm = replace(calm, barred=frozenset())
     return replace(calm, quorum=True, store_ready=True, leaving=frozenset(), idle=view.live)
 
 
@@ -210,7 +213,7 @@ def test_no_state_waits_for_ever(view: View, policy: Policy) -> None:
         assert view.failure is None
     else:
         assert policy.fit(view.live)
-        assert view.ready != view.live or view.leaving - view.idle
+        assert view.ready != view.live or (view.leaving | view.barred) - view.idle
 
 
 @given(VIEWS, policies())

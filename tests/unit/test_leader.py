@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from elastic_hpc.membership.policy import TERM_GRACE
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.membership.rules import STORE_TIMEOUT
+from elastic_hpc.membership.strikes import Strike
 from elastic_hpc.membership.world import ALIVE_IS_PROGRESS, RECORD_EVERY, SETTLE
 
 POLICY = replace(simulated.POLICY, max_restarts=100)
@@ -38,7 +40,9 @@ def promises_of(roster: Roster | None) -> Promises:
 class Job:
     """A leader whose agents, one per connection of the same number, say what the test says."""
 
-    def __init__(self, granted: int = 2, inherited: Roster | None = None, **changes: Any) -> None:
+    def __init__(
+        self, granted: int = 2, inherited: Roster | None = None, strikes: Sequence[Strike] = (), **changes: Any
+    ) -> None:
         self.now = 0.0
         self.leader = Leader(
             replace(POLICY, **changes),
@@ -48,6 +52,7 @@ class Job:
             granted=granted,
             promises=promises_of(inherited),
             reason="n9 lost" if inherited else "",
+            strikes=strikes,
         )
         self.seq = 0
         self.store()
@@ -241,7 +246,7 @@ def test_an_echo_in_between_is_not_taken_for_another_failure() -> None:
     job.fail(0, failure(message="connection closed", collateral=True))
     job.wait(SETTLE * 2)
     job.ready(0, 1)
-    job.fail(0, failure(message="ValueError: a"))
+    job.fail(1, failure(1, message="ValueError: a"))
     assert job.verdict
     assert job.verdict.outcome == "failed"
 
@@ -252,7 +257,7 @@ def test_a_step_that_was_done_in_between_is_progress() -> None:
         job.fail(0, step=step)
         job.ready(0, 1)
     assert job.verdict is None
-    job.fail(0, step=7)
+    job.fail(1, step=7)
     assert job.verdict
 
 
@@ -265,7 +270,7 @@ def test_a_round_that_lived_long_enough_is_progress_where_no_steps_are_reported(
     assert job.verdict is None
     job.ready(0, 1)
     job.wait(ALIVE_IS_PROGRESS - 1)
-    job.fail(0)
+    job.fail(1)
     assert job.verdict
 
 

@@ -1,0 +1,251 @@
+"""Who is to blame for a failure that comes again: the script, or a node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_leader import Job, failure, formed, orders
+
+from elastic_hpc.membership.causes import blames_machine, signature
+from elastic_hpc.membership.messages import Failure
+from elastic_hpc.membership.nodes import joiner
+from elastic_hpc.membership.strikes import Strike, dump, excluded, load
+from elastic_hpc.membership.world import OTHERS
+
+CUDA = "RuntimeError: CUDA error: unspecified launch failure"
+BUG = "ValueError: no such data set"
+
+
+def error(node: int, message: str = CUDA, **fields: Any) -> Failure:
+    return failure(node, message, **{"kind": "exception", **fields})
+
+
+def trained(*nodes: int, granted: int = 4, **changes: Any) -> Job:
+    """Round 1 runs on the first ``max_nodes`` of ``granted`` nodes."""
+    return formed(granted, **{"min_nodes": 3, "max_nodes": 3, "grow": False, "can_requeue": False, **changes})
+
+
+def again(job: Job, *nodes: int) -> None:
+    """The next round is formed; ``nodes`` have no workers alive."""
+    job.ready(*nodes)
+
+
+def fail_twice(job: Job, node: int, message: str = CUDA, nodes: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+    """The workers of ``node`` fail twice, and of no other."""
+    job.fail(node, error(node, message))
+    again(job, *nodes)
+    job.fail(node, error(node, message))
+    job.wait(OTHERS + 0.1)
+
+
+def members(job: Job) -> tuple[int, ...]:
+    return job.leader.roster.members
+
+
+def test_a_spare_takes_the_place_of_the_node_that_fails_again() -> None:
+    job = trained()
+    assert members(job) == (0, 1, 2)
+    fail_twice(job, 1)
+    assert job.verdict is None
+    (barred,) = job.events("barred")
+    assert barred["node"] == "n1"
+    assert "CUDA error: unspecified launch failure; the same failure on the same node" in barred["reason"]
+    again(job, 0, 1, 2, 3)
+    assert members(job) == (0, 2, 3)
+    assert job.leader.restarts == 2
+    assert orders(job.leader.take_orders(beat=True))[1].plan is None, "it stays in touch, and votes"
+
+
+def test_a_smaller_world_goes_on_without_it() -> None:
+    job = trained(granted=3, min_nodes=2)
+    fail_twice(job, 1, nodes=(0, 1, 2))
+    again(job, 0, 1, 2)
+    assert members(job) == (0, 2)
+
+
+def test_a_joiner_takes_its_place() -> None:
+    job = trained(granted=3, grow=True)
+    fail_twice(job, 1, nodes=(0, 1, 2))
+    assert job.verdict is None
+    assert job.leader.needs.nodes == 1
+    assert "n1" in job.leader.needs.names
+    new = joiner("17")
+    again(job, 0, 1, 2, new)
+    assert members(job) == (0, 2, new)
+
+
+def test_where_no_joiner_comes_the_job_goes_back_to_the_queue() -> None:
+    job = trained(granted=3, grow=True, can_requeue=True)
+    fail_twice(job, 1, nodes=(0, 1, 2))
+    again(job, 0, 1, 2)
+    job.wait(60.0)
+    assert job.verdict.outcome == "requeue"
+    assert "2 nodes are left, fewer than MIN 3; 1 more stay out" in job.verdict.reason
+
+
+def test_a_joiner_that_fails_again_is_let_go_and_may_not_come_back() -> None:
+    new = joiner("17")
+    job = trained(granted=2, min_nodes=2, grow=True, grow_every=0.0)
+    job.lose(1, "gone")
+    again(job, 0, new)
+    assert members(job) == (0, new)
+    name = f"n{new}"
+    for _ in range(2):
+        job.fail(new, error(new))
+        job.wait(OTHERS + 0.1)
+        again(job, 0, new)
+    assert [event["node"] for event in job.events("release")] == [name]
+    job.say(new, conn=77)
+    assert [event["node"] for event in job.events("refused")] == [name]
+
+
+def test_it_waits_until_the_workers_there_are_gone() -> None:
+    job = trained()
+    fail_twice(job, 1)
+    again(job, 0, 2, 3)
+    assert members(job) == (0, 1, 2)
+    again(job, 1)
+    assert members(job) == (0, 2, 3)
+
+
+@pytest.mark.parametrize(("can_requeue", "outcome"), [(True, "requeue"), (False, "failed")])
+def test_without_another_node_the_job_goes_back_to_the_queue_and_avoids_it(can_requeue: Any, outcome: str) -> None:
+    job = trained(granted=3, can_requeue=can_requeue)
+    fail_twice(job, 1, nodes=(0, 1, 2))
+    assert job.verdict.outcome == outcome
+    assert job.verdict.cause == "exception"
+    assert "CUDA error: unspecified launch failure; the same failure on the same node" in job.verdict.reason
+    assert ("cannot be requeued" in job.verdict.reason) == (not can_requeue)
+    assert [event["node"] for event in job.events("barred")] == ["n1"] * can_requeue
+
+
+def test_what_fails_on_all_nodes_is_the_scripts_though_the_same_node_is_the_first_to_say_so() -> None:
+    job = trained()
+    job.fail(0, error(0, BUG))
+    again(job, 0, 1, 2, 3)
+    job.fail(0, error(0, BUG))
+    assert job.verdict is None
+    job.fail(2, error(2, BUG))
+    assert job.verdict.outcome == "failed"
+    assert f"{BUG}; the same failure as before, without progress in between" in job.verdict.reason
+    assert job.leader.restarts == 1
+
+
+def test_what_fails_on_rank_0_wherever_that_is_is_the_scripts() -> None:
+    job = trained()
+    fail_twice(job, 0, BUG)
+    again(job, 0, 1, 2, 3)
+    assert members(job) == (1, 2, 3)
+    job.fail(1, error(1, BUG))
+    assert job.verdict.outcome == "failed"
+    assert "the same failure as before" in job.verdict.reason
+    assert job.leader.restarts == 2
+
+
+def test_an_innocent_node_costs_one_requeue_then_the_script_is_blamed() -> None:
+    job = trained(granted=3, can_requeue=True)
+    fail_twice(job, 0, BUG, nodes=(0, 1, 2))
+    assert job.verdict.outcome == "requeue"
+    (barred,) = job.events("barred")
+    strike = Strike(barred["node"], 0.0, barred["reason"], barred["signature"], barred["step"])
+    assert excluded([strike], 1.0, {"n0", "n1", "n2", "n3"}, 3) == ("n0",)
+    after = trained(granted=3, can_requeue=True, strikes=load(dump([strike])))
+    after.fail(1, error(1, BUG))
+    assert after.verdict.outcome == "failed"
+
+
+def test_progress_acquits_the_nodes_of_the_run_before() -> None:
+    job = trained(strikes=[Strike("n0", 0.0, "", signature("exception", BUG), 5)])
+    job.fail(1, error(1, BUG), step=6)
+    assert job.verdict is None
+
+
+@pytest.mark.parametrize(("message", "outcome"), [(CUDA, "requeue"), (BUG, "failed")])
+def test_a_node_that_is_alone_is_blamed_only_for_what_scripts_rarely_do(message: str, outcome: str) -> None:
+    job = trained(granted=1, min_nodes=1, max_nodes=1, can_requeue=True)
+    fail_twice(job, 0, message, nodes=(0,))
+    assert job.verdict.outcome == outcome
+
+
+def test_a_node_that_fails_in_many_ways_stays_out_too() -> None:
+    job = trained()
+    for message in (CUDA, "RuntimeError: cuDNN error", "OSError: [Errno 5] Input/output error"):
+        job.fail(1, error(1, message))
+        job.wait(OTHERS + 0.1)
+        again(job, 0, 1, 2, 3)
+    assert members(job) == (0, 2, 3)
+    assert job.verdict is None
+
+
+def test_a_node_whose_workers_are_killed_again_and_again_stays_out_if_others_can_go_on() -> None:
+    for granted, world in ((4, (0, 2, 3)), (3, (0, 1, 2))):
+        job = trained(granted=granted, can_requeue=True)
+        for _ in range(3):
+            job.fail(1, failure(1, "killed by SIGSEGV", kind="signal"))
+            job.wait(OTHERS + 0.1)
+            again(job, *range(granted))
+        assert members(job) == world
+        assert job.verdict is None
+
+
+def test_a_hang_is_nobodys() -> None:
+    job = trained()
+    fail_twice(job, 1, "no step for 60 s")
+    job = trained()
+    for _ in range(2):
+        job.fail(1, failure(1, "no step for 60 s", kind="hang"))
+        again(job, 0, 1, 2, 3)
+    assert job.verdict.outcome == "failed"
+
+
+def test_an_echo_does_not_hide_the_node() -> None:
+    job = trained()
+    job.fail(1, error(1))
+    again(job, 0, 1, 2, 3)
+    job.fail(0, error(0, "connection closed by peer", collateral=True))
+    job.fail(1, error(1))
+    job.fail(2, error(2, "connection closed by peer", collateral=True))
+    job.wait(OTHERS + 0.1)
+    again(job, 0, 1, 2, 3)
+    assert members(job) == (0, 2, 3)
+
+
+def test_the_budget_of_restarts_holds() -> None:
+    job = trained(max_restarts=1)
+    fail_twice(job, 1)
+    assert job.verdict.cause == "budget"
+    assert job.events("barred") == []
+
+
+def test_the_next_leader_leaves_the_node_out_too() -> None:
+    job = trained()
+    fail_twice(job, 1)
+    again(job, 0, 1, 2, 3)
+    after = Job(inherited=job.leader.roster, min_nodes=2, max_nodes=3)
+    for node in (0, 1, 2, 3):
+        after.say(node, round=0, roster=2, seen=2)
+    after.wait(1.0)
+    again(after, 0, 1, 2, 3)
+    assert members(after) == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_it"),
+    [
+        (CUDA, True),
+        ("RuntimeError: CUDA error: uncorrectable ECC error encountered", True),
+        ("RuntimeError: No CUDA GPUs are available", True),
+        ("OSError: [Errno 5] Input/output error: '/data/train.bin'", True),
+        ("RuntimeError: CUDA error: device-side assert triggered", False),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        (BUG, False),
+    ],
+)
+def test_what_scripts_rarely_do(message: str, is_it: Any) -> None:
+    assert blames_machine(message) == is_it
+
+
+def test_the_name_of_the_node_makes_no_other_failure() -> None:
+    assert signature("exit", "gpu-a: no space", "gpu-a") == signature("exit", "gpu-b: no space", "gpu-b")
+    assert signature("exit", "data-1 is bad", "a") != signature("exit", "datb-1 is bad", "b")
