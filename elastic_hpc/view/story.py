@@ -125,6 +125,8 @@ class Story:
     runs: tuple[Run, ...] = ()
     rounds: tuple[Round, ...] = ()
     joiners: tuple[JoinedNode, ...] = ()
+    barred: tuple[str, ...] = ()
+    """Nodes that got no workers any more, because they failed there again and again."""
     limits: Mapping[str, Any] = field(default_factory=dict)
     """What the user asked for, with the names of ``policy.Policy``; empty if that is not known."""
     restarts: int = 0

@@ -32,6 +32,7 @@ class _StoryBuilder:
         self._joined: dict[str, JoinedNode] = {}
         """The joined nodes that have not left, by name."""
         self._left: list[JoinedNode] = []
+        self._barred: dict[str, None] = {}
         self._limits: Mapping[str, Any] = {}
         self._broken: float | None = None
         """When the cause of the last round's end happened, or the run began; None while a round is unbroken."""
@@ -43,6 +44,7 @@ class _StoryBuilder:
             runs=tuple(self._runs),
             rounds=tuple(self._rounds),
             joiners=(*self._left, *self._joined.values()),
+            barred=tuple(self._barred),
             limits=self._limits,
             restarts=self._restarts,
             requeues=self._requeues,
@@ -87,6 +89,9 @@ class _StoryBuilder:
     def _on_join(self, event: Mapping[str, Any], when: float) -> None:
         if event.get("joiner"):
             self._joined.setdefault(str(event["node"]), JoinedNode(str(event["node"]), when))
+
+    def _on_barred(self, event: Mapping[str, Any], _when: float) -> None:
+        self._barred[str(event["node"])] = None
 
     def _leave(self, node: str | None, when: float) -> None:
         """``node`` has left, or all nodes that have joined."""

@@ -19,7 +19,16 @@ from elastic_hpc.view.times import clock, span
 
 _SHOWN = frozenset(
     {
-        *("take_over", "abdicate", "agent_restart", "joiners", "joiners_cancelled", "growth_problem", "unfit"),
+        *(
+            "take_over",
+            "abdicate",
+            "agent_restart",
+            "joiners",
+            "joiners_cancelled",
+            "growth_problem",
+            "unfit",
+            "barred",
+        ),
         *("refused", "release", "left", "drain", "request", "store_failed", "stranger", "started"),
     }
 )
@@ -143,7 +152,7 @@ def _about_the_end(story: Story, id: str) -> Iterator[str]:
     if run is None or run.outcome != "failed":
         return
     cause = next((round.faults[0] for round in reversed(story.rounds) if round.faults), None)
-    if "the same failure as before" in run.reason and cause:
+    if _is_the_scripts(story) and cause:
         yield (
             f"mend the script: it failed twice in the same way without a step in between; what it wrote: "
             f"elastic-hpc logs {id} --round last --rank {cause.rank if cause.rank is not None else 0}"
@@ -166,9 +175,18 @@ def _about_causes(story: Story) -> Iterator[str]:
     if kinds["hang"]:
         yield "see where it hung: the workers' stacks are in the round's folder of the run directory, logs/*/*.stacks"
     suspects = Counter(fault.node for fault in causes if fault.kind != "exception")
+    for node in () if _is_the_scripts(story) else story.barred:
+        yield (
+            f"tell your administrator of {node}, on which alone workers failed again and again; leave it out: "
+            f"--exclude {node}"
+        )
     for node, count in suspects.items():
-        if count > 1:
+        if count > 1 and node not in story.barred:
             yield f"tell your administrator of {node}, the first to fail {count} times; leave it out: --exclude {node}"
+
+
+def _is_the_scripts(story: Story) -> bool:
+    return bool(story.runs) and "the same failure as before" in story.runs[-1].reason
 
 
 def _about_time(view: JobView, story: Story) -> Iterator[str]:

@@ -10,7 +10,9 @@ import pytest
 import records
 
 from elastic_hpc.cli.hpc import main
+from elastic_hpc.membership.events import sentence
 from elastic_hpc.view.story import Fault, Story
+from elastic_hpc.view.story_builder import story_of
 from elastic_hpc.view.why import advice
 
 
@@ -100,6 +102,16 @@ def test_the_advice_fits_the_cause(kind: str, expected: str) -> None:
         replace(one, faults=(replace(one.faults[0], kind=kind),)) if one.faults else one for one in story.rounds
     )
     assert expected in advised("faults", rounds=rounds)
+
+
+def test_a_node_that_failed_again_and_again_is_named_unless_it_was_the_script() -> None:
+    event = {"time": 1.0, "event": "barred", "node": "n7", "reason": "CUDA error; the same failure on the same node"}
+    barred = story_of([event]).barred
+    assert sentence("barred", event) == "n7 stays out: CUDA error; the same failure on the same node"
+    said = "tell your administrator of n7, on which alone workers failed again and again; leave it out: --exclude n7"
+    assert said in advised("faults", barred=barred)
+    run = records.story("broken").runs[-1]
+    assert said not in advised("faults", barred=barred, runs=(run,))
 
 
 def test_a_job_whose_budget_is_spent_is_told_which() -> None:
