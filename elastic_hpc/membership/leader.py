@@ -20,7 +20,7 @@ from elastic_hpc.membership.orders import Orders, ToAgent
 from elastic_hpc.membership.peers import Peer, Peers, deciding_fields
 from elastic_hpc.membership.policy import Action, Decision, Outcome, Policy, Verdict, View
 from elastic_hpc.membership.promises import Promises
-from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.roster import Host, Roster, distinct
 from elastic_hpc.membership.rules import decide, requeue_or_fail
 from elastic_hpc.membership.strikes import Strike
 from elastic_hpc.membership.world import FailureHistory, World
@@ -400,7 +400,7 @@ class Leader:
         self._stage, self._first, self._last_loss = "run", False, ""
         self._world = World(nodes, plans, now)
         base = Base(self.round, self.node, tuple(node for node in nodes if peers[node].status.votes))
-        hosts = tuple(peer.status.host for _, peer in sorted(peers.items()) if peer.joined)
+        hosts = distinct([peer.status.host for _, peer in sorted(peers.items()) if peer.joined])
         mark = f"{self.round}.{self.node}.{now:.6f}"  # a leader never forms two rounds within a microsecond
         self._mandate.on_form(
             base,

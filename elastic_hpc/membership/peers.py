@@ -9,7 +9,7 @@ from elastic_hpc.membership.growth import Needs
 from elastic_hpc.membership.messages import Status
 from elastic_hpc.membership.nodes import fold, votes
 from elastic_hpc.membership.policy import NodesView, Policy
-from elastic_hpc.membership.roster import Host
+from elastic_hpc.membership.roster import Host, distinct
 
 _MOST_NAMES = 200
 """Most characters that the names of absent nodes take in the record."""
@@ -190,7 +190,10 @@ class Peers(dict[int, Peer]):
     @property
     def missing(self) -> list[Host]:
         """The job's own nodes that were in touch, and are not any more."""
-        return [host for node, host in sorted(self._hosts.items()) if node not in self.by_node and votes(node)]
+        if not any(node not in self.by_node and votes(node) for node in self._hosts):
+            return []
+        hosts = distinct([host for _, host in sorted(self._hosts.items())])
+        return [host for host in hosts if host.node not in self.by_node and votes(host.node)]
 
     @property
     def lost_names(self) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic_hpc.membership.election import Base
@@ -22,6 +23,16 @@ class Host:
     port: int
     software: str = field(default="", compare=False)
     """The versions that all nodes must share, ``torch 2.13.0, Python 3.11``, as far as this is known."""
+
+
+def distinct(hosts: Sequence[Host]) -> tuple[Host, ...]:
+    """``hosts`` without the addresses that several of them have, as those of a bridge of containers, or of a link to
+    each machine's own service processor: there a caller would reach any of them, or itself. A host without any other
+    address keeps all it has, as agents on one machine do.
+    """
+    count = Counter(address for host in hosts for address in set(host.addresses))
+    own = [tuple(address for address in host.addresses if count[address] == 1) for host in hosts]
+    return tuple(replace(host, addresses=found or host.addresses) for host, found in zip(hosts, own, strict=True))
 
 
 class Hosts(Sequence[Host]):

@@ -12,6 +12,7 @@ import pytest
 
 from elastic_hpc.agent.first import leads_at_first
 from elastic_hpc.errors import ElasticError
+from elastic_hpc.membership.roster import Host, distinct
 from elastic_hpc.network import addresses
 from elastic_hpc.options.values import Endpoint
 from elastic_hpc.record.rundir import RunDir
@@ -186,3 +187,15 @@ def test_the_node_that_the_endpoint_names_leads(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path / "run").create()
     assert leaders(rundir, "n2:29400") == [2]
     assert leaders(rundir, "elsewhere.invalid") == []
+
+
+def test_an_address_of_several_hosts_is_in_no_roster_unless_a_host_has_no_other() -> None:
+    bridge, rshim = "172.17.0.1", "192.168.100.1"
+    hosts = [Host(n, f"n{n}", (bridge, f"10.0.0.{n}", rshim), 1, "torch 2") for n in range(3)]
+    assert [host.addresses for host in distinct(hosts)] == [("10.0.0.0",), ("10.0.0.1",), ("10.0.0.2",)]
+    assert [host.software for host in distinct(hosts)] == ["torch 2"] * 3
+    lone = Host(3, "n3", (bridge,), 1)
+    assert distinct([*hosts, lone])[-1] == lone
+    local = [Host(n, f"local{n}", ("127.0.0.1",), n) for n in range(2)]
+    assert distinct(local) == tuple(local)
+    assert distinct([]) == ()
