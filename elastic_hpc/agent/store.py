@@ -26,6 +26,7 @@ class _Opened:
     """A store that listens on ``host``, on the first free port from ``port`` upwards."""
 
     def __init__(self, host: str, port: int) -> None:
+        host = host if own([host]) else ""  # it may have lost that address
         listener = listen_from(port, host)
         self.port = int(listener.getsockname()[1])
         self._stores = [
@@ -52,7 +53,7 @@ class StoreHost:
         store listens on all interfaces.
         """
         self._port = port
-        self._host = published[0] if len(published) == 1 and own(published) else ""
+        self._host = published[0] if len(published) == 1 else ""
         self._stores: dict[int, _Opened] = {}
         self._attempts: dict[int, list[asyncio.Future[_Opened]]] = {}
         """By round; only those of the round that was asked for last."""

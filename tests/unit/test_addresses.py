@@ -104,12 +104,16 @@ def test_a_bridge_of_containers_is_known_in_a_real_network(tmp_path: Path) -> No
         "ip link add v2 type veth peer name v3; ip addr add 10.9.1.1/24 dev v2\n"
         'exec "$0" -c "from elastic_hpc.network import addresses as a; print(a.to_publish(\'10.9.0.2\', None, None), '
         "a.to_publish('no-such-host.invalid', None, None), a.to_publish('n', 'docker0', None), a.own(['10.9.0.2']), "
-        "a.is_me('10.9.0.2', 'n'))\"\n"
+        "a.is_me('10.9.0.2', 'n'), a.own(['10.9.0.2', '10.9.9.9', '127.0.0.1']))\"\n"
     )
     done = subprocess.run(
         ["unshare", "-rmn", "sh", "-c", script.read_text(), sys.executable], check=True, capture_output=True, text=True
     )
-    assert done.stdout.split(") (") == ["('10.9.0.2',", "'10.9.0.1',", "'172.17.0.1',) ['10.9.0.2'] True\n"]
+    assert done.stdout.split(") (") == [
+        "('10.9.0.2',",
+        "'10.9.0.1',",
+        "'172.17.0.1',) ['10.9.0.2'] True ['10.9.0.2', '127.0.0.1']\n",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_at_an_address_that_this_node_has_too_it_does_not_ask_itself(
         return None if address == "10.0.0.2" else address == "172.17.0.1"
 
     monkeypatch.setattr("elastic_hpc.agent.joiners._answers", answers)
-    monkeypatch.setattr(addresses, "_own", lambda: [("eth0", "10.0.0.1"), ("docker0", "172.17.0.1")])
+    monkeypatch.setattr(addresses, "own", lambda hosts: [host for host in hosts if host in ("10.0.0.1", "172.17.0.1")])
     for second in ("172.17.0.1", "10.0.0.1"):  # at the second address, the agent of the leader's node, or nobody
         assert not asyncio.run(source.lacks_agent(Host(1, "n2", ("10.0.0.2", second), 1)))
     assert set(asked) == {"10.0.0.2"}
