@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import simulated
+import torch
 from cluster import wait_for
 
+import elastic_hpc
 from elastic_hpc.agent.arguments import workers_per_node
+from elastic_hpc.agent.assembly import _software
 from elastic_hpc.agent.conclude import conclude
 from elastic_hpc.agent.leading import Leading
 from elastic_hpc.environment import for_a_new_job, is_of_another_job, prepare_worker_env
@@ -173,6 +177,11 @@ def test_a_node_knows_its_own_names() -> None:
     assert addresses.is_me(socket.gethostname(), "n1")
     assert addresses.is_me("127.0.0.1", "n1")
     assert not addresses.is_me("no-such-host.invalid", "n1")
+
+
+def test_all_nodes_need_the_same_elastic_hpc_torch_and_python() -> None:
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert _software() == f"elastic_hpc {elastic_hpc.__version__}, torch {torch.__version__}, Python {version}"
 
 
 def test_the_run_directory_is_for_its_owner_only_and_keeps_its_secret(tmp_path: Path) -> None:
