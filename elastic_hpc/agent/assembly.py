@@ -25,6 +25,7 @@ from elastic_hpc.agent.bridge import Control
 from elastic_hpc.agent.leading import Leading
 from elastic_hpc.agent.threads import Reader, within
 from elastic_hpc.environment import AGENT_MARK, prepare_worker_env
+from elastic_hpc.membership.leader import STOP_TIMEOUT
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
@@ -91,6 +92,7 @@ class Assembly:
         contained: bool = False,
         again: bool | None = None,
         unfit: Callable[[], str] = lambda: "",
+        on_stuck: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the parts that find, follow or are the leader; ``control.start`` starts them.
 
@@ -131,6 +133,7 @@ class Assembly:
             first=first,
             unfit=unfit(),
             beat=lambda: guard.beat(self._guard),
+            on_stuck=on_stuck,
         )
 
     def _network(self, listeners: Sequence[socket.socket]) -> Network:
@@ -206,7 +209,16 @@ def _start_guard(token: str, silence: float, folder: str) -> int:
     """Start the guard. Returns the pipe by which the agent shows that it lives; when it is closed, the guard kills."""
     theirs, ours = os.pipe()
     subprocess.Popen(
-        [sys.executable, "-I", "-S", guard.__file__, token, f"{silence:g}", folder],
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            guard.__file__,
+            token,
+            f"{silence:g}",
+            folder,
+            f"{max(STOP_TIMEOUT, 2 * silence):g}",
+        ],
         env={name: value for name, value in os.environ.items() if name != AGENT_MARK},  # not a worker
         stdin=theirs,
         stdout=subprocess.DEVNULL,

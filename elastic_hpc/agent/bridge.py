@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from elastic_hpc.agent.threads import Reader, on_thread
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership import follower
+from elastic_hpc.membership.leader import STOP_TIMEOUT
 from elastic_hpc.membership.messages import Failure, Order, Plan, State, Status
 from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.promises import Promises
@@ -75,11 +76,14 @@ class Control:
         first: bool,
         unfit: str = "",
         beat: Callable[[], None] = lambda: None,
+        on_stuck: Callable[[], None] = lambda: None,
     ) -> None:
         """``unfit``: why this node should not take part. ``beat`` is called a few times per heartbeat timeout, as long
-        as the control thread is alive.
+        as the control thread is alive; ``on_stuck`` on that thread, when the main thread has not done for
+        ``STOP_TIMEOUT`` what the leader has ordered.
         """
         self._beat = beat
+        self._on_stuck = on_stuck
         self._status = Status(0, host, nproc, unfit=unfit)
         self._outside = outside
         self._beat_interval = heartbeat_timeout / 5
@@ -155,6 +159,11 @@ class Control:
         """Tell the leader how the workers were started (``workers.standbys.Started``), with the next heartbeat."""
         with self._changed:
             self._status = replace(self._status, warm=warm, cold=cold, cold_why=why, standby_mb=standby_mb)
+
+    def report_unfit(self, why: str) -> None:
+        """Tell the leader that this node cannot take part any more."""
+        with self._changed:
+            self._report(unfit=why)
 
     def on_signal(self) -> None:
         """This agent got SIGTERM. All agents of the allocation get a SIGTERM of Slurm, and the leader's agent acts for
@@ -251,6 +260,20 @@ class Control:
         beating.cancel()
 
     async def _keep_beating(self) -> None:
+        stuck = 0.0
         while True:
             self._beat()
             await asyncio.sleep(self._beat_interval)
+            stuck = stuck + self._beat_interval if self._waits_for_main_thread() else 0.0  # without frozen times
+            if stuck > STOP_TIMEOUT:
+                self._on_stuck()
+
+    def _waits_for_main_thread(self) -> bool:
+        """Whether the main thread should stop the workers, acknowledge that they have stopped, or leave. It waits for
+        the end itself, once it has reported that this node is unfit.
+        """
+        status = self._status
+        if status.unfit:
+            return False
+        step = follower.step(self._order, status, status.round if status.state != "idle" else 0)
+        return isinstance(step, (follower.Stop, follower.Acknowledge, follower.End))

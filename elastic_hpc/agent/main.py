@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +29,10 @@ from elastic_hpc.agent.arguments import (
 from elastic_hpc.agent.assembly import LEAVE, Assembly
 from elastic_hpc.agent.first import leads_at_first
 from elastic_hpc.agent.joiners import enter
+from elastic_hpc.agent.threads import start
 from elastic_hpc.environment import forget_enclosing
 from elastic_hpc.errors import JobEnded
+from elastic_hpc.membership.leader import STOP_TIMEOUT
 from elastic_hpc.network import addresses
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import read_agent_env
@@ -39,6 +43,11 @@ if TYPE_CHECKING:
     from elastic_hpc.workers.elastic_agent import ElasticAgent
 
 log = logging.getLogger("elastic_hpc")
+
+_STRIKE_TIMEOUT = 1.0
+
+_LAST = 5.0
+"""Seconds that an agent has to leave, besides those that it waits for others."""
 
 EXIT_CODES = {"finished": 0, "failed": 1, "requeue": 0, "lost": 1}
 """Exit code of an agent by outcome; a hint only, the verdict is in the run directory."""
@@ -74,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         contained=contained,
         again=env.late if supplies and not env.joins else None,
         unfit=unfit,
+        on_stuck=lambda: _exit(1, f"this agent has not done for {STOP_TIMEOUT:g} s what the leader has ordered"),
     )
     return _run(parts, _agent(parts, standbys, numa), standbys)
 
@@ -130,8 +140,23 @@ def _agent(parts: Assembly, standbys: Standbys, numa: dict[str, Any]) -> Elastic
     logs = NodeLogs(Path(parts.rundir.path, "logs"), env.run, env.name, spec.tee, spec.local_ranks_filter)
     signals = DrainSignals(spec.drain_signal, slurm=not env.local)
     return ElasticAgent(
-        worker_spec, logs, parts.control, parts.mark, env.name, parts.policy, spec.hang_timeout, standbys, signals
+        worker_spec,
+        logs,
+        parts.control,
+        parts.mark,
+        env.name,
+        parts.policy,
+        spec.hang_timeout,
+        standbys,
+        signals,
+        strike=lambda why: _strike(parts, why),
     )
+
+
+def _strike(parts: Assembly, why: str) -> None:
+    """Record why a requeue should avoid this node; for some seconds at most, as the file system may be the reason."""
+    with contextlib.suppress(OSError, TimeoutError):
+        start(parts.rundir.write_unfit, parts.env.name, time.time(), why).result(timeout=_STRIKE_TIMEOUT)
 
 
 def _run(parts: Assembly, agent: ElasticAgent, standbys: Standbys) -> int:
@@ -154,6 +179,16 @@ def _run(parts: Assembly, agent: ElasticAgent, standbys: Standbys) -> int:
     except SignalException as error:
         log.info("%s: leaving", error)
         code, leave = 128 + error.sigval, 0.5
+    timer = threading.Timer(leave + _LAST, _exit, [code, f"this agent has not left within {leave + _LAST:g} s"])
+    timer.daemon = True
+    timer.start()
     standbys.close()
     parts.close(leave)
     return code
+
+
+def _exit(code: int, why: str) -> None:
+    """End this process, whatever its threads wait for; the guard kills what is left."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"elastic_hpc: {why}: it exits; a GPU or a file system may not answer\n".encode())
+    os._exit(code)

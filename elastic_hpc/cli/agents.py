@@ -7,12 +7,39 @@ import os
 import select
 import signal
 import subprocess
+import time
 from types import FrameType
 
+from elastic_hpc.agent.threads import start
 from elastic_hpc.cli import entry
 from elastic_hpc.environment import AGENT_MARK
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.record.rundir import RunDir
+
+_TICK = 2.0
+"""Seconds between two looks for the verdict."""
+
+_LEAVE, _LAST = 40.0, 5.0
+"""Seconds after the verdict in which agents leave (at most ``assembly.LEAVE``), and seconds to be killed in."""
+
+
+class _VerdictClock:
+    """How long ago this process has noticed that the verdict of this run stands. A file system that stalls delays the
+    answer, and nothing else.
+    """
+
+    def __init__(self, rundir: RunDir) -> None:
+        self._look = (rundir.path / "verdict.json").exists
+        self._answer = start(self._look)
+        self._since: float | None = None
+
+    def age(self) -> float:
+        """In seconds; negative while there is no verdict."""
+        if self._since is None and self._answer.done():
+            if not self._answer.exception() and self._answer.result():
+                self._since = time.monotonic()
+            self._answer = start(self._look)
+        return -1.0 if self._since is None else time.monotonic() - self._since
 
 
 def _end_with_parent() -> None:
@@ -56,21 +83,34 @@ class Agents:
         return signal.SIGINT in self._signals
 
     def wait(self) -> None:
-        """Wait until all agents have left."""
+        """Wait until all agents have left. After the verdict they have some time for that; then those that are left are
+        ended, as frozen agents, and at last not waited for, as agents on a dead node.
+        """
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         left = {os.pidfd_open(process.pid): process for process in self._processes}
         for pidfd in left:
             poll.register(pidfd, select.POLLIN)
+        verdict = _VerdictClock(self._rundir)
+        stages = [(_LEAVE, subprocess.Popen.terminate), (_LEAVE + _LAST, subprocess.Popen.kill)]
         while left:
             self.handle_signals()
-            for ready, _ in poll.poll():
+            for ready, _ in poll.poll(_TICK * 1000):
                 if ready == self._wake:
                     os.eventfd_read(self._wake)
                 else:
                     poll.unregister(ready)
                     left.pop(ready).wait()
                     os.close(ready)
+            age = verdict.age()
+            if left and stages and age > stages[0][0]:
+                entry.tell("elastic-srun", f"{age:.0f} s after the verdict not all agents have left: they are ended")
+                end = stages.pop(0)[1]
+                for process in left.values():
+                    end(process)
+            elif left and age > _LEAVE + 2 * _LAST:
+                entry.tell("elastic-srun", "agents that cannot be killed are left behind")
+                return
 
     def handle_signals(self) -> None:
         while self._handled < len(self._signals):

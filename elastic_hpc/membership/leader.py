@@ -116,6 +116,9 @@ class Leader:
             is_news = True
         elif status.seq <= peer.status.seq or status.node != peer.status.node:
             return
+        elif status.unfit:
+            self._give_up(peer, status, now)
+            return
         else:
             is_news = deciding_fields(status) != deciding_fields(peer.status)
             is_news = is_news or peer.status.heard < self.peers.asked <= status.heard
@@ -158,11 +161,7 @@ class Leader:
         why = self.peers.why_leaving(status)
         name, reason = ("left", why) if why else ("lost", reason)
         self._event(name, node=status.name, reason=reason, round=self.round, silent=round(silent, 3))
-        self._arrivals.outdate()
-        self._last_loss = f"{status.name} lost: {reason}"
-        if status.node in self._world.plans and status.node not in self._world.succeeded:
-            self._world.lost[status.node] = self._last_loss
-        self.has_news = True
+        self._lose(status.node, f"{status.name} lost: {reason}")
 
     def on_request(self, request: Request, reason: str, now: float) -> None:
         """Somebody who holds the secret requests a drain or the end of the job. ``reason``: ``time limit``,
@@ -329,6 +328,24 @@ class Leader:
                 self._world.on_blame(self._failures.judge(failure, alive, alone=alone), status.node, now)
             elif self._world.failure and self._failures.is_same(failure, self._world.failure):
                 self._world.on_same_failure()
+
+    def _give_up(self, peer: Peer, status: Status, now: float) -> None:
+        """The processes of a node that took part cannot be killed: the node stays out, and its agent, which may be this
+        leader's own, leaves when the job ends.
+        """
+        self.peers.on_status(peer, status, now)
+        if peer.joined:
+            peer.joined = False
+            self.peers.barred[status.name] = "its processes cannot be killed"
+            self._event("lost", node=status.name, reason=status.unfit, round=self.round, silent=0.0)
+            self._lose(status.node, f"{status.name} lost: {status.unfit}")
+
+    def _lose(self, node: int, reason: str) -> None:
+        self._arrivals.outdate()
+        self._last_loss = reason
+        if node in self._world.plans and node not in self._world.succeeded:
+            self._world.lost[node] = reason
+        self.has_news = True
 
     # decisions
 

@@ -100,7 +100,7 @@ class Peers(dict[int, Peer]):
     def why_leaving(self, status: Status) -> str:
         """Why the node has to go; empty if it may stay. The job's own nodes stay although barred, as they vote."""
         barred = "" if votes(status.node) else self.barred.get(status.name, "")
-        return status.leaving or self.leaving.get(status.node, "") or barred
+        return status.leaving or status.unfit or self.leaving.get(status.node, "") or barred
 
     def refusal(self, status: Status, nproc: int, leader: Host | None) -> str:
         """Why the node may not take part; empty if it may. ``nproc``: the number of workers on each node. ``leader``:
@@ -152,8 +152,9 @@ class Peers(dict[int, Peer]):
 
     @property
     def agreeing(self) -> set[int]:
-        """Nodes that agree to this leader."""
-        return {n for n, status in self.joined.items() if status.votes and status.heard >= self.asked}
+        """Nodes that agree to this leader, those that were given up too: their agents obey it, and have no workers."""
+        statuses = {node: peer.status for node, peer in self.by_node.items() if peer.joined or peer.status.unfit}
+        return {n for n, status in statuses.items() if status.votes and status.heard >= self.asked}
 
     @property
     def are_asked(self) -> bool:
@@ -197,8 +198,11 @@ class Peers(dict[int, Peer]):
 
     @property
     def lost_names(self) -> list[str]:
-        """Slurm's names of the ``missing`` nodes."""
-        return [host.name for host in self.missing]
+        """Slurm's names of the ``missing`` nodes, and of those that were given up."""
+        return [
+            *(host.name for host in self.missing),
+            *(peer.status.name for peer in self.values() if peer.status.unfit),
+        ]
 
     def names(self, *, without: int) -> list[str]:
         """Slurm's names of the job's own nodes that are in touch, but not that of the node ``without``."""

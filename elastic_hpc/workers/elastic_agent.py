@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -28,11 +29,13 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 
+from elastic_hpc.errors import JobEnded
+from elastic_hpc.membership.leader import STOP_TIMEOUT
 from elastic_hpc.membership.messages import Failure, Order, Plan, State
 from elastic_hpc.membership.policy import TERM_GRACE, Policy
 from elastic_hpc.training.drain import DRAIN_FILE
 from elastic_hpc.training.progress import LOCAL_DIR, Progress
-from elastic_hpc.workers import guard, stacks
+from elastic_hpc.workers import guard, proc, stacks
 from elastic_hpc.workers.drain import DrainSignals
 from elastic_hpc.workers.failures import first_failure
 from elastic_hpc.workers.handover import StandbyHandler
@@ -46,6 +49,12 @@ log = logging.getLogger(__name__)
 
 _STEADY = 10.0
 """Seconds after which the next standbys are prepared, if the workers of the round report no steps."""
+
+_KILL_TIMEOUT = STOP_TIMEOUT - 10
+"""Seconds in which workers that were killed must be dead. The leader waits a little longer."""
+
+_LEAVE_TIMEOUT = 8.0
+"""The same when the job has ended: less than the leader waits for the agents to leave (``network.server``)."""
 
 _STACKS_TIMEOUT = 8.0
 """Seconds that recording the stacks of hung workers may take."""
@@ -63,6 +72,7 @@ class LeaderConnection(Protocol):
     def report(self, state: State, round: int, failure: Failure | None = None, *, drained: bool = False) -> None: ...
     def report_progress(self, progress: Progress, /) -> None: ...
     def report_start(self, *, warm: int, cold: int, why: str, standby_mb: float) -> None: ...
+    def report_unfit(self, why: str) -> None: ...
     def on_signal(self) -> None: ...
 
 
@@ -94,8 +104,11 @@ class ElasticAgent(LocalElasticAgent):
         hang_timeout: timedelta | None,
         standbys: Standbys,
         signals: DrainSignals,
+        strike: Callable[[str], None],
     ) -> None:
-        """``mark``: the entry that all workers have in their environment."""
+        """``mark``: the entry that all workers have in their environment. ``strike`` records why a requeue should avoid
+        this node.
+        """
         super().__init__(spec, logs_specs=logs)
         self._control = control
         self._logs = logs
@@ -104,6 +117,7 @@ class ElasticAgent(LocalElasticAgent):
         self._policy = policy
         self._standbys = standbys
         self._signals = signals
+        self._strike = strike
         self._watch = Watch(hang_timeout, policy.heartbeat_timeout, lambda: logs.written)
         self._pidfds: dict[int, int] = {}
         """The pidfd of every worker of the round, by pid."""
@@ -113,6 +127,8 @@ class ElasticAgent(LocalElasticAgent):
         """The workers of the round that listen have been told to save and stop."""
         self._received: tuple[SignalException, float] | None = None
         """The signal that this agent got while workers ran, and when."""
+        self._given_up = False
+        """Processes of this node could not be killed."""
         self._closing: threading.Thread | None = None
         """Reaps the workers of the round before."""
 
@@ -187,8 +203,13 @@ class ElasticAgent(LocalElasticAgent):
         """
         leaving = sys.exc_info()[1]
         if isinstance(leaving, SignalException):
-            super()._shutdown(*args, **{**kwargs, "timeout": int(min(TERM_GRACE, self._policy.grace))})
-        self._kill_workers()
+            grace = int(min(TERM_GRACE, self._policy.grace))
+            asking = threading.Thread(  # torch waits for killed workers without end
+                target=super()._shutdown, args=args, kwargs={**kwargs, "timeout": grace}, daemon=True
+            )
+            asking.start()
+            asking.join(grace + 1)
+        self._kill_workers(leaving=isinstance(leaving, (JobEnded, SignalException)))
         self._logs.finish()
         context, self._pcontext = self._pcontext, None
         super()._shutdown(*args, **kwargs)
@@ -285,13 +306,36 @@ class ElasticAgent(LocalElasticAgent):
     def _exit_code(self, worker: Worker) -> int | None:
         return exit_code(self._pidfds[worker.id])
 
-    def _kill_workers(self) -> None:
-        """SIGKILL to the workers and to all that they have started; wait until the workers are dead."""
-        if not self._pidfds:
+    def _kill_workers(self, *, leaving: bool = False) -> None:
+        """SIGKILL to the workers and to all that they have started; wait until all are dead, but not for ever: a
+        process that waits for a GPU or a file system cannot be killed until that answers. Then this node is given up:
+        unless the agent is ``leaving`` anyway, it waits for the end of the job, and never has workers again.
+        """
+        if not self._pidfds or self._given_up:
             return
+        limit = _LEAVE_TIMEOUT if leaving else _KILL_TIMEOUT
+        deadline = time.monotonic() + limit
         guard.kill_sessions(self._pidfds)  # each worker leads a session
-        guard.kill_all(self._mark, self._standbys.waiting)
-        for pidfd in self._pidfds.values():
+        left = set(guard.kill_all(self._mark, self._standbys.waiting, limit))
+        for pid, pidfd in self._pidfds.items():
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
-            poll.poll()
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                left.add(pid)
+        if left:
+            self._give_up(sorted(left), limit, leaving=leaving)
+
+    def _give_up(self, left: list[int], limit: float, *, leaving: bool) -> None:
+        self._given_up = True
+        shown, more = ", ".join(map(proc.shown, left[:5])), f" and {len(left) - 5} more" if len(left) > 5 else ""
+        why = f"could not be killed within {limit:g} s: {shown}{more}"
+        log.warning("%s: a GPU or a file system of this node may not answer; the node is given up", why)
+        if leaving:
+            if not all(map(proc.is_busy, left)):
+                self._strike(why)
+            return
+        self._control.report_unfit(why)
+        while not self._received:
+            self._control.must_stop(self._handler.round)  # raises JobEnded when the job has ended
+            self._wait_for_news()
+        raise self._received[0]

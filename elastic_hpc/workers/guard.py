@@ -1,7 +1,7 @@
 """Kills what an agent leaves behind, and removes its FOLDER. Run by path, without torch, stdin from the agent:
-``python -I -S guard.py TOKEN [SILENCE [FOLDER]]``. So this module imports nothing of the package, which is not on the
-path then. An agent that ends a round kills its workers with ``kill_sessions``, and all that they have started with
-``kill_all``, by the same mark.
+``python -I -S guard.py TOKEN [SILENCE [FOLDER [PATIENCE]]]``. So this module imports nothing of the package, which is
+not on the path then. An agent that ends a round kills its workers with ``kill_sessions``, and what they have started
+with ``kill_all``, by the same mark.
 
 When the agent is gone, however it died, its end of the pipe closes. The guard then kills every process that inherited
 the agent's token in its environment: workers, in sessions of their own, and what they started. It spares other Slurm
@@ -9,7 +9,8 @@ jobs that the workers submitted, which have inherited the token too and may shar
 
 An agent that is frozen closes nothing. With ``SILENCE``, in seconds, the agent calls ``beat`` with every heartbeat, and
 counts as frozen after that long without a beat: the guard kills the same processes, again and again, until the next
-beat. The guard waits for the first beat, and does not count the time in which it did not run itself.
+beat. After ``PATIENCE`` seconds without a beat it kills the agent too, which would keep the whole job from ending. The
+guard waits for the first beat, and does not count the time in which it did not run itself.
 """
 
 import contextlib
@@ -51,15 +52,15 @@ def _job_of(environ: bytes) -> bytes | None:
     return rest.partition(b"\0")[0] if name else None
 
 
-def kill_marked(token: bytes, spared: "Collection[int]" = ()) -> int:
-    """Send SIGKILL to every process that carries ``token``, except in the sessions ``spared``. Returns their number."""
-    count = 0
+def kill_marked(token: bytes, spared: "Collection[int]" = ()) -> list[int]:
+    """Send SIGKILL to every process that carries ``token``, except in the sessions ``spared``. Returns their pids."""
+    killed = []
     for pid in marked(token):
         with contextlib.suppress(OSError):
             if os.getsid(pid) not in spared:
-                count += 1
+                killed.append(pid)
                 os.kill(pid, signal.SIGKILL)
-    return count
+    return killed
 
 
 def kill_sessions(sessions: "Collection[int]") -> None:
@@ -73,18 +74,22 @@ def kill_sessions(sessions: "Collection[int]") -> None:
                     os.kill(int(entry.name), signal.SIGKILL)
 
 
-def kill_all(token: bytes, spared: "Collection[int]" = (), limit: float = 10.0) -> None:
+def kill_all(token: bytes, spared: "Collection[int]" = (), limit: float = 10.0) -> list[int]:
     """Call ``kill_marked`` until no such process is left, for at most ``limit`` seconds: a process may start others
-    meanwhile, and a process that waits for a device dies only when the device answers.
+    meanwhile, and a process that waits for a device dies only when the device answers. Returns the pids that are left.
     """
     deadline = time.monotonic() + limit
-    while kill_marked(token, spared) and time.monotonic() < deadline:
+    while (left := kill_marked(token, spared)) and time.monotonic() < deadline:
         time.sleep(0.01)
+    return left
 
 
-def watch(token: bytes, limit: float) -> None:
-    """Return when the agent has closed the pipe; kill while it has been silent for ``limit`` seconds."""
+def watch(token: bytes, limit: float, patience: float) -> None:
+    """Return when the agent has closed the pipe. Kill while it has been silent for ``limit`` seconds, and the agent
+    itself when it has been for ``patience``.
+    """
     tick = max(0.1, min(limit / 8, 1.0))
+    agent = os.pidfd_open(os.getppid())  # another process if the agent is dead already; then the pipe is closed
     poll = select.poll()
     poll.register(0, select.POLLIN)
     silence, beaten, ticked = 0.0, False, time.monotonic()
@@ -100,13 +105,17 @@ def watch(token: bytes, limit: float) -> None:
         ticked = now
         if silence >= limit:
             kill_marked(token)
+        if silence >= patience:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(agent, signal.SIGKILL)
 
 
 def main() -> None:
     token = b"ELASTIC_HPC_AGENT=" + sys.argv[1].encode() + b"\0"
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
-    watch(token, float(sys.argv[2]) if len(sys.argv) > 2 else float("inf"))
+    limit, patience = (float(sys.argv[n]) if len(sys.argv) > n else float("inf") for n in (2, 4))
+    watch(token, limit, patience)
     kill_all(token, limit=20)
     if len(sys.argv) > 3:
         import shutil  # noqa: PLC0415 - takes memory, and is needed only at the end

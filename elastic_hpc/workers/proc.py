@@ -29,6 +29,19 @@ def is_stopped(pid: int) -> bool:
     return _stat(pid)[0] == b"T"
 
 
+def shown(pid: int) -> str:
+    """``python3 (pid 17, state D)``. Reads nothing that makes the reader wait for a process that hangs."""
+    name = "process"
+    with contextlib.suppress(OSError):
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+    return f"{name} (pid {pid}, state {_stat(pid)[0].decode()})"
+
+
+def is_busy(pid: int) -> bool:
+    """Whether the process runs, as one does that is freeing its memory in the end."""
+    return _stat(pid)[0] == b"R"
+
+
 def parent(pid: int) -> int:
     return int(_stat(pid)[1])
 

@@ -29,6 +29,9 @@ If the script has imported it in one round, the standbys for later rounds import
 _ROOM = 2048
 """Bytes for the variables that torch sets for a worker: rank, world size, addresses, files."""
 
+_KILL_TIMEOUT = 2.0
+"""Seconds that a standby may take to die: it may hang in a file system, as the modules that it imports do."""
+
 _DEATHS = 3
 """How often standbys may die while they wait, unless one becomes a worker in between; then the node has no more."""
 
@@ -128,7 +131,8 @@ class _Standby:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_KILL_TIMEOUT)
         self.close()
 
 

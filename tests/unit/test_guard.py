@@ -231,3 +231,27 @@ def test_the_guard_is_small(start: Callable[..., Agent]) -> None:
     wait_until(lambda: state(agent.guard) == "S")
     private = [int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon")]
     assert private < [8 * 1024]  # KiB
+
+
+def test_an_agent_that_stays_frozen_is_killed_and_the_guard_ends_with_it(start: Callable[..., Agent]) -> None:
+    """It would keep its job step, and with it the job, for ever."""
+    agent = start("0.4", "", "2.0")
+    agent.beats()
+    worker = agent.worker()
+    frozen = time.monotonic()
+    agent.stop(agent.process.pid)
+    assert worker.wait(10) == -signal.SIGKILL
+    assert agent.process.poll() is None
+    assert agent.process.wait(10) == -signal.SIGKILL
+    assert time.monotonic() - frozen > 1.5
+    wait_until(lambda: not Path(f"/proc/{agent.guard}").exists() or state(agent.guard) == "Z")
+
+
+def test_an_agent_that_wakes_up_in_time_lives_on(start: Callable[..., Agent]) -> None:
+    agent = start("0.4", "", "3.0")
+    agent.beats()
+    for _ in range(2):
+        agent.stop(agent.process.pid)
+        assert lives_on(agent.process, 1.5)
+        os.kill(agent.process.pid, signal.SIGCONT)
+        wait_until(lambda: lives_on(agent.worker(), 0.8))

@@ -648,3 +648,43 @@ def test_a_store_that_opens_late_is_in_time_and_the_next_one_has_as_much_time() 
     job.fail(0)
     job.wait(1.0)
     assert job.verdict is None
+
+
+STUCK = "could not be killed within 50 s: python3 (pid 17, state D)"
+
+
+@pytest.mark.parametrize("node", [0, 2])
+def test_a_node_whose_workers_cannot_be_killed_is_lost_and_the_others_go_on_at_once(node: int) -> None:
+    """Node 0 leads, and goes on to lead."""
+    job = formed(3)
+    others = [other for other in range(3) if other != node]
+    job.fail(others[0])
+    job.say(node, state="running", round=1, unfit=STUCK)
+    (lost,) = job.events("lost")
+    assert (lost["node"], lost["reason"]) == (f"n{node}", STUCK), "that is a strike"
+    job.ready(*others)
+    assert job.leader.roster.members == tuple(others)
+    assert job.leader.needs
+    assert job.leader.needs.missing == (), "no new agent is started there"
+    assert job.leader.needs.nodes == 0 if POLICY.wanted <= 2 else job.leader.needs.nodes > 0
+    job.say(node, state="running", round=1, unfit=STUCK)
+    job.say(node, state="idle", round=2, unfit=STUCK)
+    job.wait(120)
+    assert job.events("lost") == []
+    assert job.leader.leads
+    for other in others:
+        job.say(other, state="succeeded", round=job.leader.round)
+    assert job.verdict.outcome == "finished"
+    assert job.leader.peers.lost_names == [f"n{node}"], "a requeue would take the node from the job"
+    job.leader.on_saved()
+    sent = orders(job.leader.take_orders(beat=True))
+    assert sent[node].stage == "end", "its agent leaves with the others"
+
+
+def test_a_leader_alone_whose_workers_cannot_be_killed_returns_the_job_through_the_queue() -> None:
+    job = formed(2, min_nodes=2)
+    job.fail(1)
+    job.say(0, state="running", round=1, unfit=STUCK)
+    job.ready(1)
+    job.wait(POLICY.wait_for_nodes + 1)
+    assert job.verdict.outcome == "requeue"

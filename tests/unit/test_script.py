@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic_hpc.agent.assembly import LEAVE
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.commands import agent_command, srun_options
 from elastic_hpc.job.config import Setting
 from elastic_hpc.job.quoting import Shell, directive, quote, quote_all
-from elastic_hpc.job.script import built_in_templates, render
+from elastic_hpc.job.script import built_in_templates, render, template_folder
 from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.options.sbatch import SBATCH, Given, WarningSignal
 from elastic_hpc.options.spec import LaunchSpec
@@ -329,3 +330,36 @@ def test_the_same_srun_line_serves_an_allocation_with_plain_values():
 def test_shell_syntax_is_never_quoted_again():
     assert quote(Shell('"$x"')) == '"$x"'
     assert quote('"$x"') == "'\"$x\"'"
+
+
+def test_srun_that_still_waits_long_after_the_verdict_is_ended_and_the_script_concludes(node):
+    """For a frozen agent, say. Pauses are a hundred times as short as in life, or shorter."""
+    run_dir = node / "logs" / "9"
+    run_dir.mkdir(parents=True)
+    (run_dir / "verdict.json").write_text("that of the run before")
+    (node / "asked").unlink(missing_ok=True)
+    (node / "ended").unlink(missing_ok=True)
+    fast = stub(node, "sleep", f'echo "$1" >> {node}/slept; exec {shutil.which("sleep")} "0.0$1"')
+    stays = f"trap 'echo TERM >> {node}/ended' TERM; touch {node}/ready; while :; do /bin/sleep 0.02; done"
+    (node / "srun_does").write_text(stays)
+    (node / "ready").unlink(missing_ok=True)
+    process = start(node, job(node), SLURM_JOB_ID="9")
+    try:
+        while not (node / "ready").exists() or (node / "slept").read_text().count("5\n") < 4:
+            time.sleep(0.02)
+        assert process.poll() is None, "the verdict of the run before does not count"
+        (run_dir / "new").write_text("that of this run")
+        (run_dir / "new").replace(run_dir / "verdict.json")
+        _, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        fast.unlink()
+        (node / "srun_does").write_text("")
+    assert b"40 s after the verdict srun waits for an agent that cannot leave: srun is ended\n" in err
+    assert (node / "ended").read_text() == "TERM\n", "srun may end its steps before it is killed"
+    assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 137 --signal USR2\n"
+
+
+def test_agents_have_the_time_to_leave_that_they_take_at_most():
+    assert "elastic_pause 40" in (template_folder() / "elastic.sbatch.j2").read_text()
+    assert LEAVE < 40

@@ -1,0 +1,216 @@
+"""Nothing keeps a job that is over: no frozen agent, no process that cannot be killed, no thread that waits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cluster import Cluster, wait_for
+from torch.distributed.elastic.multiprocessing import SignalException
+
+from elastic_hpc.agent import bridge
+from elastic_hpc.cli import agents
+from elastic_hpc.errors import JobEnded
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.workers import elastic_agent
+from elastic_hpc.workers.elastic_agent import ElasticAgent
+
+FREEZER = Path("/sys/fs/cgroup/freezer")
+needs_freezer = pytest.mark.skipif(
+    not os.access(FREEZER / "tasks", os.W_OK), reason="needs cgroup v1's freezer, as root"
+)
+
+
+@pytest.fixture
+def unkillable() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that no signal ends, as one that waits for a device: its cgroup is frozen."""
+    group = FREEZER / f"elastic-hpc-test-{os.getpid()}"
+    group.mkdir()
+    process = subprocess.Popen(
+        ["sleep", "600"], start_new_session=True, env={**os.environ, "ELASTIC_HPC_AGENT": "a-test.token"}
+    )
+    (group / "tasks").write_text(str(process.pid))
+    (group / "freezer.state").write_text("FROZEN")
+    wait_for(lambda: (group / "freezer.state").read_text() == "FROZEN\n")
+    yield process
+    process.kill()
+    (group / "freezer.state").write_text("THAWED")
+    process.wait(10)
+    wait_for(lambda: not (group / "tasks").read_text())
+    group.rmdir()
+
+
+class Agent:
+    """The part of an ``ElasticAgent`` that kills, with the workers ``pids``."""
+
+    def __init__(self, *pids: int) -> None:
+        self.told: list[str] = []
+        self.strikes: list[str] = []
+        self.ends: JobEnded | None = JobEnded("finished", "the others have finished")
+        self.agent: Any = ElasticAgent.__new__(ElasticAgent)
+        self.agent._pidfds = {pid: os.pidfd_open(pid) for pid in pids}
+        self.agent._given_up, self.agent._received = False, None
+        self.agent._mark = b"ELASTIC_HPC_AGENT=a-test.token\0"
+        self.agent._standbys = SimpleNamespace(waiting=set())
+        self.agent._strike = self.strikes.append
+        self.agent._control = SimpleNamespace(report_unfit=self.told.append, must_stop=self._must_stop)
+        self.agent._worker_group = SimpleNamespace(spec=SimpleNamespace(rdzv_handler=SimpleNamespace(round=1)))
+        self.agent._wait_for_news = lambda: None
+
+    def _must_stop(self, _round: int) -> str:
+        if self.ends:
+            raise self.ends
+        return "the round is over"
+
+    def close(self) -> None:
+        for pidfd in self.agent._pidfds.values():
+            os.close(pidfd)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic_agent, "_KILL_TIMEOUT", 0.5)
+    monkeypatch.setattr(elastic_agent, "_LEAVE_TIMEOUT", 0.5)
+    monkeypatch.setattr(agents, "_LEAVE", 0.5)
+    monkeypatch.setattr(agents, "_LAST", 0.5)
+    monkeypatch.setattr(agents, "_TICK", 0.1)
+
+
+@needs_freezer
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("grandchild", [False, True])
+def test_a_node_whose_worker_cannot_be_killed_is_given_up_and_leaves_with_the_job(
+    unkillable: subprocess.Popen[bytes], *, grandchild: bool
+) -> None:
+    worker = subprocess.Popen(["true"])
+    agent = Agent(worker.pid if grandchild else unkillable.pid)
+    with pytest.raises(JobEnded, match="the others have finished"):
+        agent.agent._kill_workers()
+    (told,) = agent.told
+    assert told == f"could not be killed within 0.5 s: sleep (pid {unkillable.pid}, state D)"
+    assert agent.strikes == [], "the leader makes the strike"
+    began = time.monotonic()
+    agent.agent._kill_workers(leaving=True)  # torch shuts down again
+    assert time.monotonic() - began < 0.4, "it has waited once"
+    agent.close()
+    worker.wait()
+
+
+@needs_freezer
+@pytest.mark.usefixtures("quick")
+def test_an_agent_that_leaves_waits_shortly_for_what_cannot_be_killed_and_has_the_requeue_avoid_its_node(
+    unkillable: subprocess.Popen[bytes],
+) -> None:
+    agent = Agent(unkillable.pid)
+    agent.agent._kill_workers(leaving=True)
+    assert (agent.told, len(agent.strikes)) == ([], 1)
+    agent.close()
+
+
+@needs_freezer
+@pytest.mark.usefixtures("quick")
+def test_a_node_that_was_given_up_leaves_at_a_signal(unkillable: subprocess.Popen[bytes]) -> None:
+    agent = Agent(unkillable.pid)
+    agent.ends, agent.agent._received = None, (SignalException("got SIGTERM", signal.SIGTERM), 0.0)
+    with pytest.raises(SignalException):
+        agent.agent._kill_workers()
+    agent.close()
+
+
+def test_workers_that_die_are_not_waited_for() -> None:
+    worker = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    agent = Agent(worker.pid)
+    began = time.monotonic()
+    agent.agent._kill_workers()
+    assert time.monotonic() - began < 5
+    assert worker.wait() == -signal.SIGKILL
+    agent.close()
+
+
+def test_a_main_thread_that_does_not_do_what_the_leader_orders_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "STOP_TIMEOUT", 1.5)
+    cluster = Cluster(tmp_path)
+    try:
+        cluster.seats()
+        for node in cluster.nodes:
+            node.train(1)
+        stuck: list[int] = []
+        for node in cluster.nodes:
+            monkeypatch.setattr(node.control, "_on_stuck", lambda node=node: stuck.append(node.host.node))
+        cluster.nodes[2].die()
+        cluster.wait_stop(1)
+        seat = cluster.nodes[0].control.next_seat  # that of node 1 hangs: it never says that its workers have stopped
+        with ThreadPoolExecutor(1) as threads:
+            seated = threads.submit(seat)
+            wait_for(lambda: stuck)
+            assert set(stuck) == {1}
+            cluster.nodes[1].control.next_seat()
+            seated.result(timeout=20)
+    finally:
+        cluster.close()
+
+
+FROZEN_AGENT = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+DEAF_AGENT = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("code", [FROZEN_AGENT, DEAF_AGENT])
+def test_elastic_srun_ends_what_has_not_left_long_after_the_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str
+) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        rundir = RunDir(tmp_path)
+        run = agents.Agents(rundir, [([sys.executable, "-c", code], dict(os.environ)), (["true"], {})])
+        rundir.write("verdict.json", {"outcome": "finished"})
+        run.wait()
+        assert [process.returncode for process in run._processes] == [-signal.SIGKILL, 0]
+        assert "after the verdict not all agents have left: they are ended" in capsys.readouterr().err
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@needs_freezer
+@pytest.mark.usefixtures("quick")
+def test_elastic_srun_does_not_wait_for_what_cannot_be_killed(
+    tmp_path: Path, unkillable: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        rundir = RunDir(tmp_path)
+        run = agents.Agents(rundir, [])
+        run._processes = [unkillable]
+        rundir.write("verdict.json", {"outcome": "finished"})
+        run.wait()
+        assert "agents that cannot be killed are left behind" in capsys.readouterr().err
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_without_a_verdict_elastic_srun_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents, "_LEAVE", 0.2)
+    monkeypatch.setattr(agents, "_TICK", 0.1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        run = agents.Agents(RunDir(tmp_path), [(["sleep", "1.5"], dict(os.environ))])
+        run.wait()
+        assert [process.returncode for process in run._processes] == [0]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
