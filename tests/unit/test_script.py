@@ -345,7 +345,8 @@ def test_srun_that_still_waits_long_after_the_verdict_is_ended_and_the_script_co
     (node / "ready").unlink(missing_ok=True)
     process = start(node, job(node), SLURM_JOB_ID="9")
     try:
-        while not (node / "ready").exists() or (node / "slept").read_text().count("5\n") < 4:
+        slept = node / "slept"
+        while not ((node / "ready").exists() and slept.exists() and slept.read_text().count("5\n") >= 4):
             time.sleep(0.02)
         assert process.poll() is None, "the verdict of the run before does not count"
         (run_dir / "new").write_text("that of this run")

@@ -1,0 +1,51 @@
+"""A job whose verdict stands completes, whatever keeps an agent on its node."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Cluster, Job, wait_for
+
+SCRIPT = """
+import os, time
+run = os.environ["ELASTIC_HPC_RUN_DIR"]
+open(f"{run}/up.{os.environ['ELASTIC_HPC_ROUND']}.{os.environ['RANK']}", "w").close()
+while not os.path.exists(f"{run}/enough"):
+    time.sleep(0.1)
+"""
+
+
+@pytest.fixture
+def job(folder: Path, submit: Callable[..., Job]) -> Job:
+    script = folder / "wait.py"
+    script.write_text(SCRIPT)
+    return submit("--nodes", "2:3", script=script)
+
+
+def up(job: Job, world: int) -> bool:
+    rounds = [event["round"] for event in job.events("round") if event["world_size"] == world]
+    return bool(rounds) and len([*job.run_dir.glob(f"up.{rounds[-1]}.*")]) == world
+
+
+def test_a_job_completes_though_an_agent_is_frozen_when_its_verdict_stands(job: Job, fresh: Cluster) -> None:
+    """Its guard is frozen too, as everything on that node is."""
+    wait_for("three workers", lambda: up(job, 3))
+    third = job.wait_event("round")["nodes"][2]
+    frozen = [*fresh.agents(third), *fresh.processes("guard.py", third)]
+    assert len(frozen) == 2
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    wait_for("a world without the frozen agent", lambda: up(job, 2))
+    fresh.exec(["touch", str(job.run_dir / "enough")])
+    job.wait_event("verdict")
+    began = time.monotonic()
+    job.wait_state("COMPLETED", deadline=110)
+    assert time.monotonic() - began > 20, "the agent was waited for"
+    assert "srun waits for an agent that cannot leave: srun is ended" in job.output()
+    assert "elastic_hpc: finished" in job.output()
+    wait_for("the end of the frozen agent", lambda: not fresh.agents(third))
