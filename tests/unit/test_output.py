@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -119,6 +120,32 @@ def test_a_stalled_file_system_stops_no_worker_and_what_is_left_out_is_said(
     reader.join(10)
     assert re.search(rb" rank0 err F elastic_hpc: \d{6} bytes of this node are left out here, as the run", written[0])
     assert re.findall(rb"out F (\d\d) x", written[0])[-3:] == [b"97", b"98", b"99"]
+
+
+def test_an_output_of_the_job_that_nobody_takes_stops_neither_the_workers_nor_their_log(node: Node) -> None:
+    for number in range(100):
+        node.write(0, b"%02d %s\n" % (number, b"x" * 10_000))
+    wait_for(lambda: len(node.read(0)) == 100)
+    os.close(node.terminal)
+
+
+def test_each_byte_arrives_whatever_the_workers_write_and_when(node: Node) -> None:
+    chance = random.Random(18)
+    written: dict[tuple[int, Stream], bytes] = {(0, "out"): b"", (0, "err"): b"", (1, "out"): b"", (1, "err"): b""}
+    for _ in range(300):
+        local, stream = source = chance.choice(list(written))
+        text = bytes(chance.choices(b"\n\r \0x\xff", k=chance.choice([1, 30, 3000])))
+        text += b"y" * chance.choice([0, 0, 0, 100_000])
+        node.write(local, text, stream)
+        written[source] += text
+        time.sleep(chance.choice([0, 0, 0.01, 0.03]))
+    node.output.finish()
+    node.output.join(10)
+    node.destinations[0].close(10)
+    os.close(node.terminal)
+    for (rank, stream), text in written.items():
+        lines = Logs(node.logs, Wanted(ranks=(rank,), streams=(stream,))).written()
+        assert "".join(line.written for line in lines) == text.decode(errors="replace")
 
 
 def test_a_folder_that_cannot_be_made_is_told_once_and_tried_again(
