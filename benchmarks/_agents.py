@@ -30,6 +30,7 @@ from elastic_hpc.membership.messages import Order, Status
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses, channel
+from elastic_hpc.network.identity import Identity
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
 from elastic_hpc.options.spec import LaunchSpec
@@ -130,7 +131,8 @@ class Agent:
         async def secret() -> bytes:
             return SECRET
 
-        self._network = channel.Network([self._listener], secret, HEARTBEAT_TIMEOUT / 5)
+        identity = Identity("benchmark", 0, node, self.host.name, str(node))
+        self._network = channel.Network([self._listener], identity, secret, HEARTBEAT_TIMEOUT / 5)
         self.membership = Membership(
             self.host,
             self,
@@ -225,6 +227,7 @@ class Child:
 def serve(pipe: Connection, nodes: range, size: int, endpoint: Path, spread: float) -> None:
     """In a process of its own: the agents of ``nodes``. They start within ``spread`` seconds of ``start``."""
     allow_files()
+    channel.MOST_STRANGERS_OF_ONE_ADDRESS = size  # here all agents have the same address
     logging.getLogger("elastic_hpc").setLevel(logging.ERROR)  # each agent would say that it waits for the head
     meter = Meter()
     rounds: dict[int, dict[int, float]] = {}

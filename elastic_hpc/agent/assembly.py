@@ -30,6 +30,7 @@ from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
 from elastic_hpc.network.channel import Network
+from elastic_hpc.network.identity import Identity
 from elastic_hpc.network.server import LEAVE_TIMEOUT
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.record.rundir import RunDir
@@ -104,6 +105,7 @@ class Assembly:
 
         listeners = addresses.listen_on(_interfaces(published), self.spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
         host = Host(self.env.node, self.env.name, published, listeners[0].getsockname()[1], _software())
+        identity = Identity(str(self.spec.rdzv_id), self.env.run, host.node, host.name, secrets.token_hex(8))
         self.leading = Leading(
             self.spec,
             self.env,
@@ -115,6 +117,7 @@ class Assembly:
             StoreHost(self.spec.rdzv_endpoint.port, published).open,
             supplies=supplies,
             contained=contained,
+            job=identity.job,
         )
         if first:
             self.leading.prepare()
@@ -125,7 +128,7 @@ class Assembly:
         self.control = Control(
             host,
             self.nproc,
-            self._network(listeners),
+            self._network(listeners, identity),
             self.leading,
             promises,
             heartbeat_timeout=self.policy.heartbeat_timeout,
@@ -136,7 +139,7 @@ class Assembly:
             on_stuck=on_stuck,
         )
 
-    def _network(self, listeners: Sequence[socket.socket]) -> Network:
+    def _network(self, listeners: Sequence[socket.socket], identity: Identity) -> Network:
         known: list[bytes] = []
         reader = Reader(self.rundir.read_secret, _SECRET_TIMEOUT)
 
@@ -145,7 +148,7 @@ class Assembly:
                 known.append(await reader.read())
             return known[0]
 
-        return Network(listeners, secret, max(0.5, self.policy.heartbeat_timeout / 5))
+        return Network(listeners, identity, secret, max(0.5, self.policy.heartbeat_timeout / 5))
 
     @functools.cached_property
     def identity(self) -> str:

@@ -16,6 +16,7 @@ from elastic_hpc.membership.leaderless import Conclude, GiveUp, KeepLooking, wit
 from elastic_hpc.membership.policy import Action, Policy
 from elastic_hpc.membership.roster import Roster
 from elastic_hpc.membership.rules import requeue_or_fail
+from elastic_hpc.network.identity import RunIsOver
 from elastic_hpc.record.endpoint import Published, read_published
 from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.rundir import RunDir
@@ -25,8 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def published(rundir: RunDir, run: int) -> Published | None:
-    """Where the leader of ``run`` listens, as the run directory says."""
+    """Where the leader of ``run`` listens, as the run directory says. Raises RunIsOver if a later run has a leader."""
     found = read_published(rundir)
+    if found and found.run > run:
+        raise RunIsOver(run, found.run)
     return found if found and found.run == run else None
 
 
@@ -90,6 +93,8 @@ class Ending:
         """See ``network.node.Node``. ``is_led`` says whether there is a leader again: by the time that a file system
         has answered, there may be.
         """
+        with contextlib.suppress(ElasticError, OSError):
+            published(self.rundir, self.env.run)
         step = without_leader(
             waited,
             why,

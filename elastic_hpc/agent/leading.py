@@ -52,6 +52,8 @@ class Leading:
     """Slurm's commands start agents anew, and bring nodes."""
     contained: bool = False
     """As in ``Ending``."""
+    job: str = ""
+    """What the agents call the job among themselves (``network.identity``)."""
     recorder: Recorder | None = None
     """Set as soon as this node has led."""
     _start: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class Leading:
         return LeaderServer(leader, self.recorder, self.open_store, self._act, supply)
 
     def _recorder_or_new(self) -> Recorder:
-        return self.recorder or Recorder(self.rundir, self.env.run, self.host)
+        return self.recorder or Recorder(self.rundir, self.env.run, self.host, self.job)
 
     def _first(self, recorder: Recorder) -> dict[str, Any]:
         """The nodes and counters with which the first leader begins. Records the start of the run."""

@@ -98,21 +98,27 @@ class Leader:
         """The reasons of the last action, of the present wait, and of the wait that was recorded last."""
         self._decide_at = float("inf")
         """When to decide again, even if nothing arrives."""
+        self._turned_away: set[str] = set()
+        """The boots of the agents that were turned away."""
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._dropped: list[int] = []
 
     # inputs
 
-    def on_status(self, conn: int, addr: str, status: Status, now: float) -> None:
-        """``status`` arrived over connection ``conn`` from ``addr``."""
+    def on_status(self, conn: int, addr: str, status: Status, now: float, *, boot: str = "") -> None:
+        """``status`` arrived over connection ``conn`` from ``addr``, from the process ``boot`` of the agent."""
         if conn in self._orders.refused or conn in self._dropped:
             return
         peer = self.peers.get(conn)
         if peer is None:
+            first = self.peers.by_node.get(status.node)
+            if first and first.boot != boot:
+                self._turn_away(conn, status, boot)
+                return
             if refusal := self.peers.refusal(status, self._nproc, self._host):
                 self._refuse(conn, status, refusal, now)
                 return
-            peer = self._connect(conn, addr, status, now)
+            peer = self._connect(conn, addr, status, now, boot)
             is_news = True
         elif status.seq <= peer.status.seq or status.node != peer.status.node:
             return
@@ -296,13 +302,21 @@ class Leader:
         if status.node == self.node and self._first:
             self._end(requeue_or_fail(reason, self.requeues, self.policy), now)
 
-    def _connect(self, conn: int, addr: str, status: Status, now: float) -> Peer:
-        """Add a peer for an agent with a new connection; an older agent of the same node is declared lost."""
+    def _turn_away(self, conn: int, status: Status, boot: str) -> None:
+        """Of two agents of one node the first keeps its place while it is in contact; the other may come again."""
+        self._orders.turned_away[conn] = reason = f"{status.name} has an agent in this job already, which is in contact"
+        self.has_news = True
+        if boot not in self._turned_away:
+            self._turned_away.add(boot)
+            self._event("refused", node=status.name, reason=reason)
+
+    def _connect(self, conn: int, addr: str, status: Status, now: float, boot: str) -> Peer:
+        """Add a peer for an agent with a new connection, which replaces the connection that it had before."""
         older = self.peers.conns.get(status.node)
         if older is not None:
-            self.on_lost(older, "a new agent of the same node came")
+            self.on_lost(older, "its agent has connected again")
             self.decide(now)
-        peer = Peer(status, addr, now, now)
+        peer = Peer(status, addr, now, now, boot)
         self.peers.add(conn, peer)
         if self._stage == "gather" and status.seen >= self.round:
             # another leader may have formed that round from the nodes that were with it

@@ -175,13 +175,15 @@ class Leave:
 @dataclass(frozen=True)
 class Redirect:
     """What an agent answers to ``WHO``. ``to``: the leader that it follows; the agent itself, if it leads or is a
-    candidate; None while it looks for a leader. ``leads``: that leader has a majority.
+    candidate; None while it looks for a leader. ``leads``: that leader has a majority. A leader sends it too, to an
+    agent that it does not take at present: ``refusal`` says why.
     """
 
     to: Host | None
     leads: bool = False
     may_lead: bool = True
     """Whether the agent itself would lead if no other agent did."""
+    refusal: str = ""
 
 
 Message = Status | Order | Roster | RosterChange | Redirect | dict[str, Any]

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from elastic_hpc.membership.messages import Order, Plan
+from elastic_hpc.membership.messages import Order, Plan, Redirect
 from elastic_hpc.membership.peers import Peers
 from elastic_hpc.membership.roster import Roster, RosterChange
 
-ToAgent = Order | Roster | RosterChange
+ToAgent = Order | Roster | RosterChange | Redirect
 
 
 class Orders:
@@ -19,6 +19,8 @@ class Orders:
     def __init__(self) -> None:
         self.refused: dict[int, str] = {}
         """Connections whose agents are to leave, and why."""
+        self.turned_away: dict[int, str] = {}
+        """Connections whose agents are to come again later, and why; until they have been told."""
         self._seq = 0
         self._sent: dict[int, tuple[Any, ...]] = {}
         """By connection: the content of the last order, which leaves ``seq``, ``reason`` and ``roster`` out."""
@@ -37,7 +39,7 @@ class Orders:
     def forget(self, conn: int) -> None:
         """Connection ``conn`` is gone."""
         self._unacknowledged.discard(conn)
-        for by_conn in (self.refused, self._sent, self._rosters_sent):
+        for by_conn in (self.refused, self.turned_away, self._sent, self._rosters_sent):
             by_conn.pop(conn, None)
 
     def take(
@@ -57,7 +59,10 @@ class Orders:
         if this leader leads: only the ``change``, if the agent holds the roster before. The roster is sent again with
         the second beat after, unless the agent has acknowledged it by then.
         """
-        taken: dict[int, list[ToAgent]] = {}
+        taken: dict[int, list[ToAgent]] = {
+            conn: [Redirect(None, refusal=reason)] for conn, reason in self.turned_away.items()
+        }
+        self.turned_away.clear()
         self._seq += 1
         order = replace(order, seq=self._seq)
         for conn, refusal in self.refused.items():

@@ -33,6 +33,8 @@ class Peer:
     last_contact: float
     arrived_at: float
     """When the agent connected; once it has joined, when it joined."""
+    boot: str
+    """The process of the agent, ``network.identity``."""
     joined: bool = False
     """The agent has reported that it has no workers, or belongs to the world that is taken over. The leader waits for
     no agent that has not joined.

@@ -7,6 +7,8 @@ the other agents that it names are asked as well, and a redirect is followed.
 from __future__ import annotations
 
 import asyncio
+import secrets
+import socket
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from elastic_hpc.membership import messages
 from elastic_hpc.membership.messages import LEAVE, ProtocolError, Redirect, Request
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import channel
+from elastic_hpc.network.identity import OUTSIDE, Identity, RunIsOver
 from elastic_hpc.record.endpoint import read_published
 from elastic_hpc.record.rundir import RunDir
 
@@ -26,7 +29,7 @@ PATIENCE = 30.0
 _DIAL_TIMEOUT = 3.0
 _PAUSE = 0.5
 
-_FAILED = (OSError, ProtocolError, asyncio.TimeoutError)
+_FAILED = (OSError, ProtocolError, RunIsOver, asyncio.TimeoutError)
 
 
 def ask_leader(rundir: RunDir, request: Request, reason: str = "user") -> None:
@@ -45,7 +48,8 @@ def _send(rundir: RunDir, message: dict[str, Any]) -> None:
     published = read_published(rundir)
     if published is None:
         raise ElasticError(f"{rundir.path}: no leader has been started yet")
-    search = _Search(rundir.read_secret(), message)
+    me = Identity(published.job, published.run, OUTSIDE, socket.gethostname(), secrets.token_hex(8))
+    search = _Search(me, rundir.read_secret(), message)
     work = search.send(published.leader, published.others)
     try:
         asyncio.get_running_loop()
@@ -59,7 +63,8 @@ def _send(rundir: RunDir, message: dict[str, Any]) -> None:
 class _Search:
     """Looks for the agent that takes ``message``."""
 
-    def __init__(self, secret: bytes, message: dict[str, Any]) -> None:
+    def __init__(self, me: Identity, secret: bytes, message: dict[str, Any]) -> None:
+        self._me = me
         self._secret = secret
         self._message = message
         self._problems: dict[Host, str] = {}
@@ -95,7 +100,7 @@ class _Search:
             return False
         self._problems[host] = "asked"
         try:
-            link = await channel.connect(host.addresses, host.port, self._secret, timeout=_DIAL_TIMEOUT)
+            link = await channel.connect(host, self._me, self._secret, timeout=_DIAL_TIMEOUT)
             try:
                 link.send(self._message)
                 reply = messages.decode_from_leader(await asyncio.wait_for(link.read(), _DIAL_TIMEOUT))

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership import messages
@@ -18,6 +19,7 @@ from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Hosts
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.following import Loss
+from elastic_hpc.network.identity import RunIsOver
 from elastic_hpc.network.node import Node, Transport, now
 from elastic_hpc.network.own_leader import OwnLeader
 
@@ -91,7 +93,7 @@ class Finder:
         self._lost_at, self._lost_silently, self._in_vain = now(), loss.silent, 0
 
     async def find(self) -> Found:
-        """A connection to the node that leads, or will lead once it has a majority."""
+        """A connection to the node that leads, or will lead once it has a majority. Raises RunIsOver."""
         began, wait, warn_after = now(), _RETRY, _WARN_AFTER
         while True:
             found = await self._try()
@@ -156,11 +158,16 @@ class Finder:
 
     async def instead_of_candidacy(self, link: Link) -> Found | None:
         """While this node is a candidate, look for a node that leads, or precedes it. If one is found, the candidacy
-        ends, and with it ``link``, this node's connection to itself.
+        ends, and with it ``link``, this node's connection to itself. So they do before RunIsOver is raised.
         """
         while self._own_leader.is_candidate():
             await asyncio.sleep(self._timeout / 5)
-            found = await self._try_elsewhere() if self._own_leader.is_candidate() else None
+            try:
+                found = await self._try_elsewhere() if self._own_leader.is_candidate() else None
+            except RunIsOver:
+                self._own_leader.stop()
+                link.close()
+                raise
             if found and self._own_leader.is_candidate():
                 self._own_leader.stop()
                 link.close()
@@ -204,7 +211,7 @@ class Finder:
     async def _ask(self, host: Host) -> Redirect | None:
         """Whom ``host`` follows; None if it does not answer."""
         try:
-            link = await self._transport.dial(host.addresses, host.port)
+            link = await self._transport.dial(host)
         except _FAILED:
             return None
         try:
@@ -217,10 +224,10 @@ class Finder:
             link.close()
 
     async def _connect(self, leader: Host) -> Found | None:
-        addresses = (*leader.addresses, "127.0.0.1") if leader == self._me else leader.addresses
+        host = replace(leader, addresses=(*leader.addresses, "127.0.0.1")) if leader == self._me else leader
         try:
-            return await self._transport.dial(addresses, leader.port), leader
+            return await self._transport.dial(host), leader
         except _FAILED as error:
             if not self._promises.roster:
-                self.reason = f"{leader.name} at {' or '.join(addresses)} port {leader.port}: {error}"
+                self.reason = f"{leader.name} at {' or '.join(host.addresses)} port {leader.port}: {error}"
             return None

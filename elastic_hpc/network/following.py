@@ -35,6 +35,8 @@ class Follower:
         """The leader that the agent followed last has named, as it does not lead itself."""
         self.order: Order | None = None
         """The latest order of that leader; after the end of the job, of the last leader."""
+        self.turned_away = ""
+        """Why the last leader did not take this agent; empty if it did."""
         self.last_led: float | None = None
         """When the last order of a leader with a majority came."""
         self._link: Link | None = None
@@ -49,7 +51,7 @@ class Follower:
     async def follow(self, link: Link, leader: Host) -> Loss | None:
         """Obey ``leader`` until ``link`` ends. None if ``leader`` had no majority meanwhile, or has ended the job."""
         self._link, self.leader, self._last_contact, self._heard = link, leader, now(), 0
-        self.redirected = None
+        self.redirected, self.turned_away = None, ""
         heartbeat = asyncio.ensure_future(self._send_heartbeats(link))
         self.send_status()
         led, reason = False, "its connection was closed"
@@ -59,6 +61,7 @@ class Follower:
                 self._last_contact = now()
                 if isinstance(message, Redirect):
                     reason, self.redirected = "it does not lead any more", message.to
+                    self.turned_away = message.refusal
                     break
                 if isinstance(message, (Roster, RosterChange)):
                     if self._learn(message):

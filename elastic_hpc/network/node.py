@@ -9,8 +9,9 @@ from typing import Protocol
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.messages import Order, Status
 from elastic_hpc.membership.promises import Promises
-from elastic_hpc.membership.roster import Roster
+from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.channel import Link
+from elastic_hpc.network.identity import RunIsOver
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.record.endpoint import Published
 
@@ -24,9 +25,10 @@ class Transport(Protocol):
     """``channel.Network``, or a simulated one."""
 
     on_stranger: Callable[[str, str], None]
+    on_over: Callable[[RunIsOver], None]
 
-    async def serve(self, attend: Callable[[Link], Awaitable[None]]) -> object: ...
-    async def dial(self, addresses: Sequence[str], port: int) -> Link: ...
+    async def serve(self, attend: Callable[[Link], Awaitable[None]]) -> None: ...
+    async def dial(self, host: Host) -> Link: ...
 
 
 class Node(Protocol):
@@ -40,14 +42,16 @@ class Node(Protocol):
 
     def ended(self, over: JobEnded) -> None: ...
     async def published(self) -> Published | None:
-        """The leader that the run directory names, and agents that may know of a later one."""
+        """The leader that the run directory names, and agents that may know of a later one. Raises RunIsOver if that
+        leader belongs to a later run.
+        """
 
     async def give_up(
         self, roster: Roster | None, waited: float, why: str, *, patient: bool, others: Sequence[str]
     ) -> JobEnded | None:
         """This agent had no leader for ``waited`` seconds, because of ``why``; without a ``roster`` it never had one.
         Unless ``patient``, requeue or end the job. ``others``: the names of nodes that are left besides this one, as
-        far as this agent knows.
+        far as this agent knows. Raises RunIsOver as ``published``.
         """
 
     def lead(self, promises: Promises, reason: str) -> LeaderServer:

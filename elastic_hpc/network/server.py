@@ -150,7 +150,8 @@ class LeaderServer:
         try:
             while True:
                 if isinstance(message, Status):
-                    self.leader.on_status(conn, link.peer, message, now())
+                    _check_speaker(message, link)
+                    self.leader.on_status(conn, link.peer, message, now(), boot=link.identity.boot)
                 elif isinstance(message, Roster):
                     self.leader.on_roster(message)
                 self._decide_soon()
@@ -273,3 +274,8 @@ class LeaderServer:
             return
         self.leader.on_store(wanted, port, asyncio.get_running_loop().time())
         self._after_input()
+
+
+def _check_speaker(status: Status, link: Link) -> None:
+    if status.node != link.identity.node:
+        raise messages.ProtocolError(f"the status of {status.name} comes from {link.identity.name}")

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Coroutine
 from typing import Any
 
+from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.messages import Leave, Redirect, Status
 from elastic_hpc.membership.promises import Promises
@@ -19,6 +21,7 @@ from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.finding import Finder, Found
 from elastic_hpc.network.following import Follower
+from elastic_hpc.network.identity import RunIsOver
 from elastic_hpc.network.node import Node, Transport, now
 from elastic_hpc.network.own_leader import OwnLeader
 
@@ -27,6 +30,9 @@ _MOST_REDIRECTS = 3
 
 _NEXT = 60.0
 """Seconds that the agents that are left give one of them to end or requeue the job."""
+
+_TURNED_AWAY = 3
+"""Heartbeat timeouts for which an agent tries to take the place of another agent of its node."""
 
 
 class Membership:
@@ -57,26 +63,30 @@ class Membership:
         self._follower = Follower(node, promises, heartbeat_timeout)
         self._finder = Finder(me, node, transport, promises, self._own_leader, heartbeat_timeout)
         self._left = asyncio.Event()
+        self._tasks: list[asyncio.Future[None]] = []
+        self._alone_since = 0.0
+        """When this agent was in touch with a leader last, or began to look for one."""
+        self._turned_away_since: float | None = None
 
     async def run(self) -> None:
         """Returns after ``leave``, and on a leader when all others have left too."""
         self._transport.on_stranger = self._on_stranger
+        self._transport.on_over = self._on_over
         await self._transport.serve(self._attend)
         if self._first:
             self._own_leader.begin("")
-        tasks: list[asyncio.Future[Any]] = [
-            asyncio.ensure_future(work) for work in (self._follow(), self._watch(), self._left.wait())
-        ]
-        waiting = set(tasks)
+        self._tasks = [asyncio.ensure_future(self._until_over(work)) for work in (self._follow(), self._watch())]
+        waiting: set[asyncio.Future[Any]] = {*self._tasks, asyncio.ensure_future(self._left.wait())}
         try:
             while not self._left.is_set():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    task.result()  # raises what went wrong
+                    if not task.cancelled():
+                        task.result()  # raises what went wrong
             self._follower.disconnect()
             await self._own_leader.finish()
         finally:
-            for task in tasks:
+            for task in (*self._tasks, *waiting):
                 task.cancel()
             self._own_leader.cancel()
 
@@ -92,8 +102,22 @@ class Membership:
         if self._own_leader.server:
             self._own_leader.server.on_request("drain", "terminated")
 
+    def _on_over(self, over: RunIsOver) -> None:
+        """This agent neither leads nor follows from now on: Slurm has started the job again."""
+        for task in self._tasks:
+            task.cancel()
+        self._own_leader.stop()
+        self._follower.disconnect()
+        self._node.ended(JobEnded("lost", str(over)))
+
+    async def _until_over(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except RunIsOver as over:
+            self._on_over(over)
+
     async def _follow(self) -> None:
-        """Follow one leader after the other, until the job is over."""
+        """Follow one leader after the other, until the job is over. Raises RunIsOver."""
         found: Found | None = None
         redirects = 0
         while not (self._left.is_set() or self._follower.is_over):
@@ -107,20 +131,34 @@ class Membership:
                     candidacy.cancel()
             if loss:
                 self._finder.on_loss(leader, loss)
-            found = candidacy.result() if candidacy and candidacy.done() and not candidacy.exception() else None
+            found = candidacy.result() if candidacy and candidacy.done() else None
             redirects = redirects + 1 if self._follower.redirected else 0
             if not found and self._follower.redirected and redirects <= _MOST_REDIRECTS:
                 found = await self._finder.redirected(self._follower.redirected)
+            if turned_away := self._follower.turned_away:
+                await self._wait_for_place(turned_away)
+
+    async def _wait_for_place(self, reason: str) -> None:
+        """The leader has another agent of this node, which may be lost without a word, or frozen: then its place is
+        free after the heartbeat timeout. An agent that is turned away for longer leaves.
+        """
+        self._alone_since = now()  # though not without a leader
+        self._turned_away_since = self._turned_away_since or self._alone_since
+        if self._alone_since - self._turned_away_since > _TURNED_AWAY * self._timeout:
+            self._node.ended(JobEnded("lost", reason))
+        await asyncio.sleep(self._timeout / 5)
 
     async def _watch(self) -> None:
-        """Have the node give up when it had no leader for too long: the allocation may be idle."""
-        began = now()
+        """Have the node give up when it had no leader for too long: the allocation may be idle. Raises RunIsOver."""
+        self._alone_since = now()
         others: list[str] = []
         is_first = True
         while True:
             await asyncio.sleep(self._timeout / 5)
             last_led = self._follower.last_led
-            waited = now() - (began if last_led is None else last_led)
+            if last_led is not None and last_led > self._alone_since:
+                self._alone_since, self._turned_away_since = last_led, None
+            waited = now() - self._alone_since
             if waited <= self._timeout:
                 others, is_first = [], True
             else:

@@ -24,16 +24,19 @@ class Published:
     leader: Host
     others: tuple[Host, ...] = ()
     """Agents that followed the leader when the last round was formed."""
+    job: str = ""
+    """What the agents call the job among themselves (``network.identity``)."""
 
     @classmethod
-    def of(cls, run: int, leader: Host, agents: Iterable[Host]) -> Published:
+    def of(cls, run: int, leader: Host, agents: Iterable[Host], job: str = "") -> Published:
         """``agents``: all of the job, maybe with the ``leader``."""
         others = (agent for agent in agents if agent.node != leader.node)
-        return cls(run, leader, tuple(agent for _, agent in zip(range(_MOST_OTHERS), others, strict=False)))
+        return cls(run, leader, tuple(agent for _, agent in zip(range(_MOST_OTHERS), others, strict=False)), job)
 
     def body(self) -> dict[str, Any]:
         """The content of the file."""
-        return {"run": self.run, **_fields(self.leader), "others": [_fields(agent) for agent in self.others]}
+        others = [_fields(agent) for agent in self.others]
+        return {"job": self.job, "run": self.run, **_fields(self.leader), "others": others}
 
 
 def read_published(rundir: RunDir) -> Published | None:
@@ -42,7 +45,8 @@ def read_published(rundir: RunDir) -> Published | None:
     if body is None:
         return None
     try:
-        return Published(int(body["run"]), _host(body), tuple(map(_host, body.get("others", ()))))
+        others = tuple(map(_host, body.get("others", ())))
+        return Published(int(body["run"]), _host(body), others, str(body.get("job", "")))
     except (KeyError, TypeError, ValueError) as error:
         raise ElasticError(f"{rundir.path / ENDPOINT}: not as a leader writes it: {error!r}") from error
 

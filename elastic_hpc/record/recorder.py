@@ -28,10 +28,12 @@ class Recorder:
     stands: the file system may be full, or read-only, for a while.
     """
 
-    def __init__(self, rundir: RunDir, run: int, host: Host) -> None:
+    def __init__(self, rundir: RunDir, run: int, host: Host, job: str = "") -> None:
+        """``job``: what the agents call the job among themselves (``network.identity``)."""
         self._rundir = rundir
         self._run = run
         self._host = host
+        self._job = job
         # only the thread uses the next four
         self._strikes: tuple[Strike, ...] = ()
         self._strikes_loaded = False
@@ -48,7 +50,7 @@ class Recorder:
 
     def publish(self, agents: Iterable[Host]) -> None:
         """Publish in ``endpoint.json`` where the leader listens, and where the other ``agents`` do."""
-        published = Published.of(self._run, self._host, agents)
+        published = Published.of(self._run, self._host, agents, self._job)
         if published != self._published:
             self._published = published
             self._put(lambda: self._replace(ENDPOINT, published.body))

@@ -5,6 +5,7 @@ workers, stores and Slurm are left out.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.network.channel import Network
+from elastic_hpc.network.identity import Identity
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.record.endpoint import Published, read_published
 from elastic_hpc.record.recorder import Recorder
@@ -67,6 +69,7 @@ class Node:
         self.cluster = cluster
         self.listener = addresses.listen_from(42000)
         self.host = Host(index, f"n{index}", ("127.0.0.1",), self.listener.getsockname()[1])
+        self.identity = Identity("job", 0, index, self.host.name, secrets.token_hex(8))
         self.recorder: Recorder | None = None
         self.leader: Leader | None = None
         self.beats = 0
@@ -92,7 +95,7 @@ class Node:
         async def secret() -> bytes:
             return self.cluster.rundir.read_secret()
 
-        self.network = Network([self.listener], secret, self.cluster.policy.heartbeat_timeout / 5)
+        self.network = Network([self.listener], self.identity, secret, self.cluster.policy.heartbeat_timeout / 5)
         return self.network
 
     def find_leader(self) -> Published | None:
@@ -105,7 +108,7 @@ class Node:
         return None if patient else JobEnded("lost", f"no leader: {why}")
 
     def lead(self, promises: Promises, reason: str) -> LeaderServer:
-        self.recorder = self.recorder or Recorder(self.cluster.rundir, 0, self.host)
+        self.recorder = self.recorder or Recorder(self.cluster.rundir, 0, self.host, "job")
         self.leader = Leader(
             self.cluster.policy,
             node=self.host.node,

@@ -29,6 +29,7 @@ from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.policy import Policy, Verdict
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.network.identity import Identity, RunIsOver
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
 from elastic_hpc.record.endpoint import Published
@@ -61,7 +62,8 @@ class SimRecord:
 
     def publish(self, agents: Iterable[Host]) -> None:
         if not self.job.full:
-            self.job.published = Published.of(0, self.node.host, agents)
+            assert self.node.run == self.job.run_number, "a leader of an earlier run takes the place of the present one"
+            self.job.published = Published.of(self.node.run, self.node.host, agents)
 
     def beat(self) -> None:
         self.job.beats += 1
@@ -99,9 +101,12 @@ class Workers:
 class SimNode:
     """A node: its agent's main thread, and what Membership needs of it."""
 
-    def __init__(self, job: Job, index: int, *, first: bool = False) -> None:
+    def __init__(self, job: Job, index: int, port: int, *, first: bool = False) -> None:
         self.job, self.index, self.first = job, index, first
-        self.host = Host(index, f"n{index}", (f"10.0.0.{index}",), index)
+        self.host = Host(index, f"n{index}", (*job.bridges, f"10.0.0.{index}"), port)
+        self.run = job.run_number
+        self.identity = Identity("sim", self.run, index, self.host.name, str(next(job.boots)))
+        self.network = SimNetwork(job, self)
         self.attend: Callable[[Any], Awaitable[None]] | None = None
         self.dead = ""
         """How it was lost: ``power``: in silence; ``killed``: its connections are closed."""
@@ -109,8 +114,15 @@ class SimNode:
         self.left = ""
         self.workers = Workers()
         self.started: list[tuple[int, messages.Plan]] = []
-        kept = job.memories.get(index, b"")
-        lost = index in job.memories and not kept
+        self._place = (self.run, index)
+        kept = job.memories.get(self._place, b"")
+        lost = self._place in job.memories and not kept
+        self._is_second = any(
+            (other.run, other.index) == self._place and other.host.port != port and not other.dead
+            for other in job.nodes
+        )
+        if self._is_second:  # it does not see the memory of the first, else it would not have started
+            kept, lost = b"", True
         self.promises = Promises(self._keep, kept, votes=votes(index) and not lost)
         self.membership: Membership
         self._status = Status(0, self.host, 1)
@@ -121,8 +133,8 @@ class SimNode:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _keep(self, promises: bytes) -> None:
-        if not self.dead:
-            self.job.memories[self.index] = promises
+        if not (self.dead or self._is_second):
+            self.job.memories[self._place] = promises
 
     def spawn(self, work: Awaitable[Any]) -> None:
         async def guarded() -> None:
@@ -140,7 +152,7 @@ class SimNode:
         self.membership = Membership(
             self.host,
             self,
-            SimNetwork(self.job, self),
+            self.network,
             self.promises,
             heartbeat_timeout=TIMEOUT,
             join_timeout=self.job.policy.join_timeout,
@@ -164,11 +176,21 @@ class SimNode:
 
     async def published(self) -> Published | None:
         await asyncio.sleep(0.01)
-        return self.job.published if self.job.files else None
+        if not self.job.files:
+            return None
+        self._check_run()
+        published = self.job.published
+        return published if published and published.run == self.run else None
+
+    def _check_run(self) -> None:
+        if self.job.published and self.job.published.run > self.run:
+            raise RunIsOver(self.run, self.job.published.run)
 
     async def give_up(
         self, roster: Roster | None, waited: float, why: str, *, patient: bool, others: Sequence[str]
     ) -> JobEnded | None:
+        if self.job.files:
+            self._check_run()
         step = without_leader(
             waited,
             why,
@@ -202,6 +224,7 @@ class SimNode:
             nproc=1,
             now=self.job.now,
             granted=0 if promises.roster else self.job.size,
+            round=0 if promises.roster else self.job.trained,
             promises=promises,
             reason=reason,
             supplied=True,
@@ -326,6 +349,10 @@ class Job:
     full: bool = False
     """Whether nothing can be written in the shared folder."""
     published: Published | None = None
+    bridges: tuple[str, ...] = ()
+    """Addresses that each node publishes besides its own."""
+    run_number: int = 0
+    """The run that is at work."""
     beats: int = 0
     scripts_listen: bool = False
     bugs: list[Exception] = field(default_factory=list)
@@ -333,10 +360,12 @@ class Job:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.ports = itertools.count(1000)
-        self.memories: dict[int, bytes] = {}
-        """What the agents of each node have kept; empty after a reboot of the node."""
+        self.memories: dict[tuple[int, int], bytes] = {}
+        """What the agents of each run and node have kept; empty after a reboot of the node."""
+        self.boots = itertools.count()
         self.nodes: list[SimNode] = []
         self.at: dict[int, SimNode] = {}
+        """By port. The agent of a node listens on the port of its index, and further agents of that node elsewhere."""
         for index in range(self.size):
             self.add(index, first=index == 0)
         self.queue = Queue(self)
@@ -344,11 +373,19 @@ class Job:
         self.trained = 0
         self._formed: dict[int, int] = {}
 
-    def add(self, index: int, *, first: bool = False) -> SimNode:
-        """Add a node, or a new agent, which finds what was kept, on a node whose agent has died."""
-        node = self.at[index] = SimNode(self, index, first=first)
-        self.nodes = [*(other for other in self.nodes if other.index != index), node]
+    def add(self, index: int, port: int | None = None, *, first: bool = False) -> SimNode:
+        """Add a node, or a new agent, which finds what was kept, on a node whose agent has died. On another ``port`` it
+        is a second agent of the node.
+        """
+        port = index if port is None else port
+        node = self.at[port] = SimNode(self, index, port, first=first)
+        self.nodes = [*(other for other in self.nodes if other.host.port != port), node]
         return node
+
+    def requeue(self) -> None:
+        """Slurm starts the job again: from now on new agents belong to the next run. Whoever is cut off stays."""
+        self.run_number += 1
+        self.verdict = None
 
     @property
     def joiners(self) -> list[SimNode]:
@@ -366,10 +403,10 @@ class Job:
         return self.random.choice((0.001, 0.01, self.random.uniform(0, 0.3 if not self.loss else 1.5)))
 
     def connected(self, one: SimNode, other: SimNode) -> bool:
-        return frozenset((one.index, other.index)) not in self.cuts
+        return frozenset((one.host.port, other.host.port)) not in self.cuts
 
     def cut(self, nodes: Sequence[int]) -> None:
-        """Let no message pass between ``nodes`` and the other nodes."""
+        """Let no message pass between ``nodes``, by port, and the other nodes."""
         rest = set(self.at) - set(nodes)
         self.cuts = {frozenset((a, b)) for a in nodes for b in rest}
 

@@ -6,16 +6,21 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.messages import Order, Status
-from elastic_hpc.membership.roster import Roster, RosterChange
+from elastic_hpc.membership.roster import Host, Roster, RosterChange
+from elastic_hpc.network.identity import RunIsOver
 
 if TYPE_CHECKING:
     from simulated import Job, SimNode
+
+
+OWN_ON_EVERY_NODE = ("127.0.0.1", "172.17.0.1")
+"""Addresses that lead to the agent itself: those of loopback, and of Docker's bridge."""
 
 
 class _Jump(selectors.SelectSelector):
@@ -44,6 +49,7 @@ class SimLink:
     def __init__(self, job: Job, mine: SimNode, theirs: SimNode) -> None:
         self.job, self.mine, self.theirs = job, mine, theirs
         self.other: SimLink
+        self.identity = theirs.identity
         self.peer, self.local = f"10.0.0.{theirs.index}", f"10.0.0.{mine.index}"
         self.inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.closed = False
@@ -95,12 +101,22 @@ class SimNetwork:
     job: Job
     node: SimNode
     on_stranger: Callable[[str, str], None] = lambda _addr, _reason: None
+    on_over: Callable[[RunIsOver], None] = lambda _over: None
 
     async def serve(self, attend: Callable[[Any], Awaitable[None]]) -> None:
         self.node.attend = attend
 
-    async def dial(self, addresses: Sequence[str], port: int) -> SimLink:
-        target = self.job.at[port]
+    async def dial(self, host: Host) -> SimLink:
+        problem: Exception = ConnectionRefusedError("no address to dial")
+        for address in host.addresses:
+            try:
+                return await self._dial(address, host)
+            except (OSError, asyncio.TimeoutError, messages.ProtocolError) as error:
+                problem = error
+        raise problem
+
+    async def _dial(self, address: str, host: Host) -> SimLink:
+        target = self.node if address in OWN_ON_EVERY_NODE else self.job.at[host.port]
         await asyncio.sleep(self.job.latency())
         while target.frozen and not target.dead:
             await asyncio.sleep(0.5)
@@ -109,6 +125,14 @@ class SimNetwork:
             raise asyncio.TimeoutError
         if target.dead or target.attend is None:
             raise ConnectionRefusedError
+        try:
+            target.identity.check(self.node.identity)
+        except RunIsOver as over:
+            target.network.on_over(over)
+        except messages.ProtocolError:
+            pass
+        self.node.identity.check(target.identity)
+        self.node.identity.check_answer(target.identity, host.node)
         mine, theirs = SimLink(self.job, self.node, target), SimLink(self.job, target, self.node)
         mine.other, theirs.other = theirs, mine
         self.node.links.append(mine)

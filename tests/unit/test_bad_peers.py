@@ -21,7 +21,9 @@ from cluster import Cluster, wait_for
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.messages import WHO, Status
 from elastic_hpc.membership.roster import Host
-from elastic_hpc.network import channel, proofs
+from elastic_hpc.network import channel
+from elastic_hpc.network.identity import Identity
+from elastic_hpc.network.proofs import Handshake, Seal, new_nonce
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,12 @@ def assert_undisturbed(cluster: Cluster, *, record: bool = True) -> None:
 class Peer:
     """A bare connection to the leader."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    sent: Seal
+    received: Seal
+
+    def __init__(self, cluster: Cluster, identity: Identity | None = None) -> None:
+        """As node 7, if it is to prove anything."""
+        self.identity = identity or Identity("job", 0, 7, "n7", "boot")
         self.socket = cluster.connect()
         self.lines = self.socket.makefile("rb")
         self.cluster = cluster
@@ -75,19 +82,28 @@ class Peer:
         self.socket.close()
 
     def receive(self) -> dict[str, Any]:
-        message: dict[str, Any] = json.loads(self.lines.readline())
+        message: dict[str, Any] = json.loads(self.received.check(self.lines.readline()))
         return message
+
+    def say(self, line: bytes) -> None:
+        """Send ``line`` with its MAC."""
+        self.send(self.sent.sign(line) + line)
 
     def send(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # its connection was closed while it still sent
             self.socket.sendall(data)
 
+    def introduce(self, challenge: bytes) -> bytes:
+        """What a peer with the secret answers to ``challenge``."""
+        self.handshake = Handshake(self.cluster.secret, challenge)
+        introduction = {"challenge": new_nonce(), "identity": vars(self.identity)}
+        return self.handshake.sign("dialer", messages.encode(introduction))
+
     def prove(self) -> Peer:
-        theirs, mine = self.receive()["challenge"], proofs.new_nonce()
-        self.send(
-            messages.encode({"challenge": mine, "proof": proofs.proof(self.cluster.secret, "agent", theirs, mine)})
-        )
-        assert self.receive().keys() == {"proof"}
+        self.send(self.introduce(self.lines.readline()))
+        answer = json.loads(self.handshake.check("acceptor", self.lines.readline()))
+        assert answer == {"identity": vars(self.cluster.nodes[0].identity)}
+        self.sent, self.received = self.handshake.seal("dialer"), self.handshake.seal("acceptor")
         return self
 
     def is_thrown_out(self) -> bool:
@@ -133,7 +149,7 @@ def test_who_does_not_hold_the_secret_is_refused(
 
     before = strangers()
     with Peer(cluster) as peer:
-        peer.receive()
+        peer.lines.readline()
         peer.send(noise)
         if noise.endswith(b"\n") or len(noise) > messages.MAX_LINE:
             assert peer.is_thrown_out()
@@ -152,25 +168,22 @@ def test_half_a_line_is_not_waited_for_long(cluster: Cluster, monkeypatch: pytes
 
 def test_a_proof_that_was_overheard_opens_no_other_connection(cluster: Cluster) -> None:
     with Peer(cluster) as first, Peer(cluster) as second:
-        theirs, mine = first.receive()["challenge"], proofs.new_nonce()
-        overheard = messages.encode({"challenge": mine, "proof": proofs.proof(cluster.secret, "agent", theirs, mine)})
+        overheard = first.introduce(first.lines.readline())
         first.send(overheard)
-        assert first.receive().keys() == {"proof"}
+        assert b"identity" in first.lines.readline()
+        second.lines.readline()
         second.send(overheard)
-        second.receive()
         assert second.is_thrown_out()
         assert_undisturbed(cluster)
 
 
 def test_what_the_leader_proves_to_one_is_of_no_use_for_another(cluster: Cluster) -> None:
-    """Its answer to a challenge is made for the other role."""
+    """Its answer is made for the other role."""
     with Peer(cluster) as peer, Peer(cluster) as oracle:
-        theirs = peer.receive()["challenge"]
-        challenge, mine = oracle.receive()["challenge"], theirs
-        proof = proofs.proof(cluster.secret, "agent", challenge, mine)
-        oracle.send(messages.encode({"challenge": mine, "proof": proof}))
-        answer = oracle.receive()["proof"]
-        peer.send(messages.encode({"challenge": challenge, "proof": answer}))
+        oracle.send(oracle.introduce(oracle.lines.readline()))
+        answer = oracle.lines.readline()
+        peer.lines.readline()
+        peer.send(answer)
         assert peer.is_thrown_out()
         assert_undisturbed(cluster)
 
@@ -213,11 +226,11 @@ def test_nonsense_from_who_holds_the_secret_costs_its_own_connection_only(
     cluster: Cluster, nonsense: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Peer(cluster).prove() as fresh, Peer(cluster).prove() as joined:
-        fresh.send(nonsense)
+        fresh.say(nonsense)
         assert fresh.is_thrown_out()
-        joined.send(status(state="running", round=9))  # it has workers of another round: not a newcomer yet
+        joined.say(status(state="running", round=9))  # it has workers of another round: not a newcomer yet
         joined.receive()
-        joined.send(nonsense)
+        joined.say(nonsense)
         assert joined.is_thrown_out()
         assert_undisturbed(cluster)
     assert not caplog.records
@@ -233,7 +246,7 @@ def test_who_says_nothing_after_it_has_proved_itself_is_given_up(cluster: Cluste
 
 def test_a_spare_that_falls_silent_is_given_up_without_a_restart(cluster: Cluster) -> None:
     with Peer(cluster).prove() as spare:
-        spare.send(status(state="running", round=9))
+        spare.say(status(state="running", round=9))
         assert "roster" in spare.receive()
         assert spare.receive()["stage"] == "run"
         assert spare.is_thrown_out()
@@ -243,10 +256,10 @@ def test_a_spare_that_falls_silent_is_given_up_without_a_restart(cluster: Cluste
 def test_a_reader_that_is_too_slow_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """It asks, and does not read the answers."""
     monkeypatch.setattr(channel, "_SLOW_READER", 64 * 1024)
-    questions = messages.encode({"request": WHO, "and": "so on" * 100}) * 100
+    question = messages.encode({"request": WHO, "and": "so on" * 100})
 
     def attended() -> int:
-        return len([task for task in asyncio.all_tasks() if "Network.serve" in repr(task.get_coro())])
+        return len([task for task in asyncio.all_tasks() if "Network._serve" in repr(task.get_coro())])
 
     leader = cluster.nodes[0]
     wait_for(lambda: leader.in_loop(attended) == 3)
@@ -254,7 +267,7 @@ def test_a_reader_that_is_too_slow_is_given_up(cluster: Cluster, monkeypatch: py
         assert leader.in_loop(attended) == 4
         slow.socket.settimeout(5)
         while leader.in_loop(attended) == 4:
-            slow.send(questions)
+            slow.send(b"".join(slow.sent.sign(question) + question for _ in range(100)))
         assert_undisturbed(cluster)
 
 
@@ -275,9 +288,9 @@ def test_a_thousand_idle_connections_do_not_keep_the_next_agent_out(cluster: Clu
         for _ in range(1000):
             idle.enter_context(cluster.connect())
         assert_undisturbed(cluster)
-        assert cluster.nodes[0].in_loop(lambda: len(waiting)) <= channel._MOST_STRANGERS
+        assert cluster.nodes[0].in_loop(lambda: len(waiting)) <= channel.MOST_STRANGERS_OF_ONE_ADDRESS
         with Peer(cluster).prove() as agent:
-            agent.send(messages.encode({"request": WHO}))
+            agent.say(messages.encode({"request": WHO}))
             assert agent.receive()["redirect"]["leads"]
     assert_undisturbed(cluster)
 
@@ -318,7 +331,7 @@ def test_an_agent_that_can_open_no_more_files_keeps_those_that_are_connected(
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as crowd, no_more_files_than(10):
         assert crowd.stdout
         assert crowd.stdout.readline() == b"here\n"
-        wait_for(lambda: "out of system resource" in caplog.text)
+        wait_for(lambda: "Too many open files" in caplog.text)
         assert_undisturbed(cluster, record=False)
         crowd.communicate()
     with Peer(cluster).prove():  # as soon as there is room, who comes is let in again
