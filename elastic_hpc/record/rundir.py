@@ -25,8 +25,9 @@ class RunDir:
     leader listens, and which other agents know (``record.endpoint``). ``state.json``: round and budgets, carried over
     requeues. ``events.jsonl``: what happened, one JSON object a line; its time of change is the last moment at which a
     leader was at work (``heartbeat``). ``verdict.json``: how the last run ended. ``starts.json``: under torchrun, how
-    often the job was started. ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``: the output of the workers of a node;
-    ``NODE.stacks`` there: where they hung. ``logs/RUN.agent-NODE.log``: the output of the agents.
+    often the job was started. ``first.JOB.STEP.RUN``: which node leads at first, where several could.
+    ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``: the output of the workers of a node; ``NODE.stacks`` there: where they
+    hung. ``logs/RUN.agent-NODE.log``: the output of the agents.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
