@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ SETTLE = 0.25
 
 OTHERS = 2.0
 """Seconds in which other nodes may still fail in the same way, before a node is blamed for a failure."""
+
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL})
 
 IN_A_ROW = 3
 """Number of failures in a row, of any kind and without progress in between, after which their node is blamed."""
@@ -193,15 +196,16 @@ class FailureHistory:
         """Last training step that a worker reported; -1 for none."""
         self.last_failure: Failure | None = None
         self._failed = [(strike.signature, strike.node) for strike in before]
-        """Signature and node of the failures since the last progress. No signature is that of a signal."""
+        """Signature and node of the failures since the last progress; the signature of a crash is empty."""
         self._failed_at_step = max((strike.step for strike in before), default=-1)
 
     def judge(self, failure: Failure, alive: float, *, alone: bool) -> Blame:
-        """A round that lived for ``alive`` seconds has failed. A signal is never taken for a repetition, as it comes
-        from outside, nor is an echo. A hang is everybody's. A node that is ``alone`` in its round cannot be compared
-        with others: it is to blame only for what scripts rarely do.
+        """A round that lived for ``alive`` seconds has failed. An echo does not count, nor does what comes from
+        outside, as most signals do; two crashes alike need not be the same failure. A hang is everybody's. A node that
+        is ``alone`` in its round cannot be compared with others: it is to blame only for what scripts rarely do.
         """
-        if failure.collateral or failure.kind == "stopped":
+        is_from_outside = failure.kind == "signal" and -failure.exitcode not in _CRASHES
+        if failure.collateral or failure.kind == "stopped" or is_from_outside:
             return NOBODY
         if self.step > self._failed_at_step if self.step >= 0 else alive > ALIVE_IS_PROGRESS:
             self._failed.clear()

@@ -256,7 +256,12 @@ class SimNode:
             case follower.Start(round, plan):
                 self.workers = Workers(round, alive=True)
                 self.started.append((round, plan))
-                self._report(state="running", round=round, listens=self.job.scripts_listen, step=round)
+                self._report(
+                    state="running",
+                    round=round,
+                    listens=self.job.scripts_listen,
+                    step=round if self.job.scripts_progress else -1,
+                )
                 self.job.check()
 
     def _stopped(self) -> None:
@@ -287,11 +292,19 @@ class SimNode:
 
     # faults
 
-    def end_workers(self, *, failed: bool, drained: bool = False, message: str = "exit code 1", step: int = -1) -> None:
+    def end_workers(
+        self,
+        *,
+        failed: bool,
+        drained: bool = False,
+        kind: str = "signal",
+        message: str = "exit code 1",
+        step: int = -1,
+    ) -> None:
         """The workers crash, or they finish."""
         if self.workers.alive and not self._busy and not self.dead and not self.frozen:
             self.workers.alive = False
-            failure = Failure("signal", self.host.name, self.index, 0, -9, message, self.job.now)
+            failure = Failure(kind, self.host.name, self.index, 0, -9, message, self.job.now)
             self._report(
                 state="failed" if failed else "succeeded",
                 round=self.workers.round,
@@ -355,6 +368,7 @@ class Job:
     """The run that is at work."""
     beats: int = 0
     scripts_listen: bool = False
+    scripts_progress: bool = True
     bugs: list[Exception] = field(default_factory=list)
 
     def __post_init__(self) -> None:

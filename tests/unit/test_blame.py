@@ -182,11 +182,20 @@ def test_a_node_whose_workers_are_killed_again_and_again_stays_out_if_others_can
     for granted, world in ((4, (0, 2, 3)), (3, (0, 1, 2))):
         job = trained(granted=granted, can_requeue=True)
         for _ in range(3):
-            job.fail(1, failure(1, "killed by SIGSEGV", kind="signal"))
+            job.fail(1, failure(1, "killed by SIGSEGV", kind="signal", exitcode=-11))
             job.wait(OTHERS + 0.1)
             again(job, *range(granted))
         assert members(job) == world
         assert job.verdict is None
+
+
+def test_a_node_on_which_somebody_kills_workers_is_not_to_blame() -> None:
+    job = trained()
+    for _ in range(5):
+        job.fail(1, failure(1, "killed by SIGKILL", kind="signal", exitcode=-9))
+        job.wait(OTHERS + 0.1)
+        again(job, 0, 1, 2, 3)
+    assert members(job) == (0, 1, 2)
 
 
 def test_a_hang_is_nobodys() -> None:

@@ -284,3 +284,32 @@ def test_a_node_that_is_lost_after_its_part_is_done_does_not_restart_the_others(
         assert (job.verdict["outcome"], job.verdict["restarts"]) == ("finished", 0)
 
     job.run(story)
+
+
+@given(SEEDS, st.integers(0, 2))
+@settings(max_examples=10, deadline=None)
+def test_a_node_on_which_alone_the_workers_fail_stays_out_also_when_another_node_leads(seed: int, bad: int) -> None:
+    policy = replace(POLICY, min_nodes=2, max_nodes=3, spares=1, grow=False, max_restarts=10)
+    job = Job(seed, 4, policy, loss=0.0, scripts_progress=False)
+
+    def world() -> set[int]:
+        """The nodes of the one world that trains."""
+        running = [node for node in job.left if node.workers.alive]
+        whole = running and len(running) == running[0].started[-1][1].group_world_size
+        return {node.index for node in running} if whole else set()
+
+    async def story() -> None:
+        for _ in range(2):
+            assert await job.until(lambda: bad in world(), 60)
+            job.at[bad].end_workers(failed=True, kind="exception", message="CUDA error: launch failure")
+            assert await job.until(lambda: not world(), 10)
+        others = set(range(job.size)) - {bad}
+        assert await job.until(lambda: world() == others, 60), job.events[-8:]
+        leader = next(fields["leader"] for _, _, name, fields in reversed(job.events) if name == "round")
+        job.at[int(leader[1:])].kill()
+        assert await job.until(lambda: not world(), 10)
+        assert await job.until(lambda: len(world()) >= 2, 60), job.events[-8:]
+        assert not await job.until(lambda: bad in world(), 60)
+        assert not job.over()
+
+    job.run(story)
