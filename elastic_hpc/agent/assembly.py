@@ -80,9 +80,20 @@ class Assembly:
         self._log = _start_log(rundir, env)
         self._place = promise_file.Place(rundir.path, env.job, env.run, env.node)
         self._promise_file: promise_file.PromiseFile | None = None
+        self._promises = Promises(votes=not env.joins)
         self.local_folder = tempfile.mkdtemp(prefix="elastic-hpc-", dir=promise_file.memory_folder())
         """Where the agent meets its workers; only its owner may use it."""
         self._guard = _start_guard(token, 1.5 * self.policy.heartbeat_timeout, self.local_folder)
+
+    def remember(self, *, again: bool) -> bool:
+        """Keep what this node promises for an agent that is started anew here. ``again``: an agent was here before in
+        this run. Returns whether that agent has obeyed or been a leader that formed a round. Raises ElasticError.
+        """
+        if self._promise_file:
+            self._promise_file.remove()
+        nodes = max(self.env.nodes, self.policy.max_nodes)
+        self._promises, self._promise_file = promise_file.begin(self._place, nodes, again=again)
+        return self._promises.roster is not None
 
     def connect(
         self,
@@ -91,15 +102,13 @@ class Assembly:
         first: bool,
         supplies: bool = False,
         contained: bool = False,
-        again: bool | None = None,
         unfit: Callable[[], str] = lambda: "",
         on_stuck: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the parts that find, follow or are the leader; ``control.start`` starts them.
 
         ``published``: this node's addresses. ``first``: this node leads at the beginning. ``supplies``, ``contained``:
-        see ``Leading``. ``again``: an agent of this node was here before in this run; None if no agent is started anew,
-        so that no promise need outlive this agent. ``unfit`` may block, and returns why this node should not take part.
+        see ``Leading``. ``unfit`` may block, and returns why this node should not take part.
         """
         from elastic_hpc.agent.store import StoreHost
 
@@ -121,16 +130,12 @@ class Assembly:
         )
         if first:
             self.leading.prepare()
-        promises = Promises(votes=not self.env.joins)
-        if again is not None:
-            nodes = max(self.env.nodes, self.policy.max_nodes)
-            promises, self._promise_file = promise_file.begin(self._place, nodes, again=again)
         self.control = Control(
             host,
             self.nproc,
             self._network(listeners, identity),
             self.leading,
-            promises,
+            self._promises,
             heartbeat_timeout=self.policy.heartbeat_timeout,
             join_timeout=self.policy.join_timeout,
             first=first,

@@ -76,12 +76,13 @@ def main(argv: list[str] | None = None) -> int:
 
     contained = not env.local and (args.contained or shutil.which("scontrol") is None)
     supplies = not (env.local or contained)
+    if supplies and not env.joins:  # else no agent is ever started anew
+        parts.remember(again=env.late)
     parts.connect(
         ("127.0.0.1",) if env.local else addresses.to_publish(env.name, spec.interface, env.submit_host),
         first=leads_at_first(spec.rdzv_endpoint, env, rundir, environ),
         supplies=supplies,
         contained=contained,
-        again=env.late if supplies and not env.joins else None,
         unfit=unfit,
         on_stuck=lambda: _exit(1, f"this agent has not done for {STOP_TIMEOUT:g} s what the leader has ordered"),
     )

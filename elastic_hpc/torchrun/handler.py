@@ -54,7 +54,7 @@ def _begin(rundir: RunDir) -> None:
 def _began(env: AgentEnv, rundir: RunDir) -> bool:
     """Whether an agent of this node began before in this job. Notes that one does now."""
     path = _began_path(env, rundir)
-    before = path.exists()
+    before = path.exists() and not rundir.read("verdict.json")  # else the job of this name has ended
     path.touch(0o600)
     return before
 
@@ -74,11 +74,14 @@ def join(parameters: RendezvousParameters) -> TorchrunHandler:
     forget_enclosing(os.environ)
     environ, env = dict(os.environ), place(settings, rundir)
     parts = Assembly(spec, env, rundir, settings.nproc, environ, can_requeue=False)
-    first = leads_at_first(settings, env, rundir)
+    is_alone = spec.nodes.max == 1
+    goes_on = not is_alone and parts.remember(again=_began(env, rundir))
+    first = not goes_on and leads_at_first(settings, env, rundir)
     if first:
         _begin(rundir)
-    again = _began(env, rundir) and not first
-    parts.connect(_published(settings, env, parameters.local_addr), first=first, again=again)
+    if first and not is_alone:
+        parts.remember(again=False)
+    parts.connect(_published(settings, env, parameters.local_addr), first=first)
     handler = TorchrunHandler(parts)
     parts.control.start()
     return handler
