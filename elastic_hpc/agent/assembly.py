@@ -115,6 +115,7 @@ class Assembly:
         listeners = addresses.listen_on(_interfaces(published), self.spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
         host = Host(self.env.node, self.env.name, published, listeners[0].getsockname()[1], _software())
         identity = Identity(str(self.spec.rdzv_id), self.env.run, host.node, host.name, secrets.token_hex(8))
+        network = self._network(listeners, identity)
         self.leading = Leading(
             self.spec,
             self.env,
@@ -127,13 +128,14 @@ class Assembly:
             supplies=supplies,
             contained=contained,
             job=identity.job,
+            dial=network.dial,
         )
         if first:
             self.leading.prepare()
         self.control = Control(
             host,
             self.nproc,
-            self._network(listeners, identity),
+            network,
             self.leading,
             self._promises,
             heartbeat_timeout=self.policy.heartbeat_timeout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -13,8 +13,11 @@ from elastic_hpc import slurm
 from elastic_hpc.agent.threads import on_thread
 from elastic_hpc.environment import AGAIN, JOIN
 from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
+from elastic_hpc.membership.messages import ProtocolError
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
+from elastic_hpc.network.channel import Link
+from elastic_hpc.network.identity import AnotherNode, RunIsOver
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
 
@@ -56,21 +59,44 @@ async def _answers(address: str, port: int) -> bool | None:
 class SlurmSource:
     """The ``supply.Source`` of a job under Slurm. Its commands run on threads, so that none can delay the leader."""
 
-    def __init__(self, env: AgentEnv, rundir: RunDir, environ: Mapping[str, str]) -> None:
-        """``environ``: what this agent was started with; the batch script has prepared it."""
+    def __init__(
+        self,
+        env: AgentEnv,
+        rundir: RunDir,
+        environ: Mapping[str, str],
+        dial: Callable[[Host], Awaitable[Link]] | None = None,
+    ) -> None:
+        """``environ``: what this agent was started with; the batch script has prepared it. ``dial``: as that of
+        ``network.node.Transport``; without it, whoever listens at the port of an agent is taken for that agent.
+        """
         self._env = env
+        self._dial = dial
         self._rundir = rundir
         self._environ = environ
         self._starting = asyncio.Semaphore(_MOST_STARTING)
 
     async def lacks_agent(self, host: Host) -> bool:
-        """A node without power gives no answer. Where an agent is frozen, the kernel accepts the connection. At an
-        address that this node has too, this node itself would answer.
-        """
+        """A node without power gives no answer. Where an agent is frozen, the kernel accepts the connection."""
         here = {address for address in addresses.own(host.addresses) if not address.startswith("127.")}
         others = [address for address in host.addresses if address not in here]
-        answers = await asyncio.gather(*(_answers(address, host.port) for address in others))
-        return False in answers and True not in answers
+        found = await asyncio.gather(*(self._has_agent(replace(host, addresses=(address,))) for address in others))
+        return False in found and True not in found
+
+    async def _has_agent(self, host: Host) -> bool | None:
+        """Whether ``host`` has its agent, by its only address; None if nothing is known."""
+        answers = await _answers(host.addresses[0], host.port)
+        if not (answers and self._dial):
+            return answers
+        try:
+            link = await self._dial(host)
+        except AnotherNode:
+            return None
+        except (asyncio.TimeoutError, TimeoutError, ElasticError, RunIsOver):  # it may be frozen
+            return True
+        except (OSError, ProtocolError):  # a process of somebody else has the port of an agent that is gone
+            return False
+        link.close()
+        return True
 
     async def restart(self, host: Host) -> bool:
         async with self._starting:

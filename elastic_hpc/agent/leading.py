@@ -22,6 +22,7 @@ from elastic_hpc.membership.policy import Policy, Verdict
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
+from elastic_hpc.network.channel import Link
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.record.endpoint import Published
@@ -54,6 +55,8 @@ class Leading:
     """As in ``Ending``."""
     job: str = ""
     """What the agents call the job among themselves (``network.identity``)."""
+    dial: Callable[[Host], Awaitable[Link]] | None = None
+    """As in ``SlurmSource``."""
     recorder: Recorder | None = None
     """Set as soon as this node has led."""
     _start: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +84,7 @@ class Leading:
             log.info(
                 "Slurm's commands are not here: no agent is started anew, no node is brought, the batch script requeues"
             )
-        source = SlurmSource(self.env, self.rundir, self.environ)
+        source = SlurmSource(self.env, self.rundir, self.environ, self.dial)
         supply = Supply(source, self.recorder.event, grow=self.policy.grow) if self.supplies else None
         return LeaderServer(leader, self.recorder, self.open_store, self._act, supply)
 

@@ -17,6 +17,10 @@ class RunIsOver(Exception):
         super().__init__(f"run {over} is over: run {at_work} is at work")
 
 
+class AnotherNode(ProtocolError):
+    """The address does not lead to the node that was dialled, but to another one of the job, or to the caller."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """An agent, or a process that sends requests."""
@@ -52,9 +56,9 @@ class Identity:
             raise ProtocolError(f"{peer.name} belongs to run {peer.run}, which is over")
 
     def check_answer(self, peer: Identity, node: int) -> None:
-        """Raises ProtocolError unless ``peer``, which has answered, is the agent of ``node``. An address that every
+        """Raises AnotherNode unless ``peer``, which has answered, is the agent of ``node``. An address that every
         node has, such as that of docker0, leads to the caller itself.
         """
         if peer.node != node:
             itself = " (this agent itself)" if peer.boot == self.boot else ""
-            raise ProtocolError(f"{peer.name}{itself} answers there, and not node {node}")
+            raise AnotherNode(f"{peer.name}{itself} answers there, and not node {node}")

@@ -20,6 +20,7 @@ import simulated
 from elastic_hpc.agent.bridge import Control, Seat
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.leader import Leader
+from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.policy import Verdict
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
@@ -80,7 +81,7 @@ class Node:
             1,
             self._network(),
             self,
-            Promises(),
+            Promises(votes=votes(index)),
             heartbeat_timeout=policy.heartbeat_timeout,
             join_timeout=policy.join_timeout,
             first=first,

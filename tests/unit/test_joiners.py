@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership.nodes import joiner, votes
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
+from elastic_hpc.network.channel import Link
 from elastic_hpc.network.client import ask_to_leave
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import read_agent_env
@@ -113,18 +115,39 @@ def test_a_joiner_whose_leader_is_gone_never_leads(grown: tuple[Cluster, Node]) 
     assert not votes(joins.host.node)
 
 
+async def no_dial(_host: Host) -> Link:
+    raise asyncio.TimeoutError
+
+
 def test_a_node_lacks_an_agent_when_it_answers_and_nobody_listens_there(rundir: RunDir) -> None:
-    source = SlurmSource(read_agent_env(TASK), rundir, TASK)
+    source = SlurmSource(read_agent_env(TASK), rundir, TASK, no_dial)
     with socket.create_server(("127.0.0.1", 0)) as server:
         host = Host(1, "n2", ("127.0.0.1",), server.getsockname()[1])
         assert not asyncio.run(source.lacks_agent(host)), "an agent that stands still"
     assert asyncio.run(source.lacks_agent(host))
 
 
+def test_who_listens_at_the_port_of_an_agent_is_that_agent_or_somebody_else(tmp_path: Path) -> None:
+    cluster, other = Cluster(tmp_path / "this", granted=2), Cluster(tmp_path / "other", granted=1)
+    leader = cluster.nodes[0]
+    source = SlurmSource(read_agent_env(TASK), cluster.rundir, TASK, leader.network.dial)
+
+    def lacks(host: Host) -> bool:
+        assert leader.control._loop
+        return asyncio.run_coroutine_threadsafe(source.lacks_agent(host), leader.control._loop).result(timeout=10)
+
+    lost = cluster.nodes[1].host
+    assert not lacks(lost)
+    assert not lacks(replace(lost, port=leader.host.port)), "the address leads to this agent itself"
+    assert lacks(replace(lost, port=other.nodes[0].host.port)), "the agent of another job has that port now"
+    cluster.close()
+    other.close()
+
+
 def test_at_an_address_that_this_node_has_too_it_does_not_ask_itself(
     rundir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = SlurmSource(read_agent_env(TASK), rundir, TASK)
+    source = SlurmSource(read_agent_env(TASK), rundir, TASK, no_dial)
     asked: list[str] = []
 
     async def answers(address: str, _port: int) -> bool | None:
