@@ -154,6 +154,28 @@ def test_the_same_failure_without_progress_ends_the_job_with_its_traceback(submi
     assert "in load\n" in job.output()
 
 
+def test_a_node_on_which_alone_the_script_fails_is_excluded_and_the_job_completes_elsewhere(
+    submit: Submit, fresh: Cluster, folder: Path
+) -> None:
+    script = folder / "train.py"
+    script.write_text(
+        "import os, torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "if os.environ['SLURMD_NODENAME'] == 'n2':\n"
+        "    raise RuntimeError('CUDA error: unspecified launch failure')\n"
+        "dist.all_reduce(torch.ones(1))\n"
+        "dist.destroy_process_group()\n"
+    )
+    job = submit("--nodes", "2", script=script)
+    assert job.wait_state("COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", job.output()[-3000:]
+    *before, last = [event["nodes"] for event in job.events("round")]
+    assert before == [["n1", "n2"]] * 2
+    assert "n2" not in last
+    assert [event["node"] for event in job.events("barred")] == ["n2"]
+    assert fresh.job_field(job.id, "ExcNodeList") == "n2"
+    assert "nodes that failed are avoided: n2" in job.output()
+
+
 def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_completes(
     counts: Submit, fresh: Cluster, folder: Path
 ) -> None:
