@@ -22,7 +22,7 @@ from elastic_hpc import __version__
 from elastic_hpc.agent import promise_file
 from elastic_hpc.agent.arguments import policy_of
 from elastic_hpc.agent.bridge import Control
-from elastic_hpc.agent.leading import Leading
+from elastic_hpc.agent.leading import CONTROL_PORT_OFFSET, Leading
 from elastic_hpc.agent.threads import Reader, within
 from elastic_hpc.environment import AGENT_MARK, prepare_worker_env
 from elastic_hpc.membership.leader import STOP_TIMEOUT
@@ -39,9 +39,6 @@ from elastic_hpc.workers import guard
 
 LEAVE = LEAVE_TIMEOUT + 20
 """Seconds that an agent takes at most to leave when the job has ended: its leader waits so long for all others."""
-
-_CONTROL_PORT_OFFSET = 32
-"""Control port above the endpoint's: the 32 below are for the stores of the rounds."""
 
 _SECRET_TIMEOUT = 2.0
 """Seconds that a connection waits for the secret, which is read from the run directory once."""
@@ -112,7 +109,7 @@ class Assembly:
         """
         from elastic_hpc.agent.store import StoreHost
 
-        listeners = addresses.listen_on(_interfaces(published), self.spec.rdzv_endpoint.port + _CONTROL_PORT_OFFSET)
+        listeners = addresses.listen_on(_interfaces(published), self.spec.rdzv_endpoint.port + CONTROL_PORT_OFFSET)
         host = Host(self.env.node, self.env.name, published, listeners[0].getsockname()[1], _software())
         identity = Identity(str(self.spec.rdzv_id), self.env.run, host.node, host.name, secrets.token_hex(8))
         network = self._network(listeners, identity)

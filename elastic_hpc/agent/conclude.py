@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from elastic_hpc import slurm
+from elastic_hpc.agent import last_words
 from elastic_hpc.environment import CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.membership import strikes
@@ -42,6 +43,8 @@ def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning
     if JOIN in environ:
         return status
     verdict = await_verdict(rundir, run_number(environ), _pass_on(rundir, warning))
+    known = last_words.take(job_name(environ), run_number(environ))
+    verdict = verdict or known
     _cancel_joiners(rundir, job_name(environ))
     if verdict is None:
         print(f"elastic_hpc: the agents left no verdict; srun ended with exit code {status}", file=sys.stderr)
@@ -147,7 +150,12 @@ def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, 
     _cancel_joiners(rundir, job)
     if outcome == "requeue":
         return _requeue(rundir, environ)
-    (rundir.path / _OVER).write_text("0" if outcome == "finished" else "1")
+    try:
+        (rundir.path / _OVER).write_text("0" if outcome == "finished" else "1")
+    except OSError as error:  # the script would train again
+        print(f"elastic_hpc: {outcome}, but {error}: the job is cancelled", file=sys.stderr)
+        slurm.cancel(job)
+        return 0
     try:
         problem = slurm.complete(job, start_after=REQUEUE_DELAY, run=restart_count(environ))
     except SlurmError as error:
@@ -213,8 +221,9 @@ def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmE
 def _cancelled(rundir: RunDir) -> None:
     """Record that the user ended the job with scancel, which agents cannot distinguish from other ends."""
     verdict = {**(rundir.read("verdict.json") or {}), "outcome": "failed", "cause": "user", "reason": "scancel"}
-    rundir.append_event(time.time(), "verdict", verdict)
-    rundir.write("verdict.json", verdict)
+    with contextlib.suppress(OSError):
+        rundir.append_event(time.time(), "verdict", verdict)
+        rundir.write("verdict.json", verdict)
 
 
 def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

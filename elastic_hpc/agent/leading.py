@@ -32,6 +32,12 @@ from elastic_hpc.slurm.env import AgentEnv
 
 log = logging.getLogger(__name__)
 
+CONTROL_PORT_OFFSET = 32
+"""Control port above the endpoint's: the 32 below are for the stores of the rounds."""
+
+_GUESS_AFTER = 15.0
+"""Seconds after which an agent dials the job's first node, if the run directory names no leader of this run."""
+
 
 @dataclass
 class Leading:
@@ -63,6 +69,7 @@ class Leading:
     """What the first leader goes on from: counters and strikes of the run before."""
 
     def __post_init__(self) -> None:
+        self._began = time.monotonic()
         self._ending = Ending(self.env, self.policy, self.rundir, self.environ, self.contained, self._recorder_or_new)
 
     def lead(self, promises: Promises, reason: str) -> LeaderServer:
@@ -132,7 +139,14 @@ class Leading:
         )
 
     def find_leader(self) -> Published | None:
-        return published(self.rundir, self.env.run)
+        """What the run directory says. If that is nothing for long, as it may be full since the run before: where the
+        first leader listens if its port was free.
+        """
+        found = published(self.rundir, self.env.run)
+        if found or time.monotonic() - self._began < _GUESS_AFTER or not (head := self.spec.rdzv_endpoint.head):
+            return found
+        port = self.spec.rdzv_endpoint.port + CONTROL_PORT_OFFSET
+        return Published(self.env.run, Host(0, head, (head,), port))
 
     def give_up(self, roster: Roster | None, waited: float, why: str, **how: Any) -> JobEnded | None:
         """See ``Ending.give_up``."""

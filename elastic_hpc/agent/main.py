@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic_hpc.agent import preflight
+from elastic_hpc.agent import last_words, preflight
 from elastic_hpc.agent.arguments import (
     numa_options,
     parse_args,
@@ -34,6 +34,7 @@ from elastic_hpc.environment import forget_enclosing
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.leader import STOP_TIMEOUT
 from elastic_hpc.network import addresses
+from elastic_hpc.network.server import BATCH_HOST
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import read_agent_env
 from elastic_hpc.workers.drain import DrainSignals
@@ -177,6 +178,8 @@ def _run(parts: Assembly, agent: ElasticAgent, standbys: Standbys) -> int:
         if not leads or ended.outcome == "lost":
             log.info("%s: %s", "leaving" if joins else ended.outcome, ended.reason)
         code, leave = 0 if joins else EXIT_CODES[ended.outcome], LEAVE
+        if parts.env.node == BATCH_HOST and not parts.env.local and ended.outcome != "lost":
+            last_words.leave(parts.env.job, parts.env.run, ended.outcome, ended.reason)
     except SignalException as error:
         log.info("%s: leaving", error)
         code, leave = 128 + error.sigval, 0.5

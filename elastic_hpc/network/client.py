@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from elastic_hpc.errors import ElasticError
@@ -100,7 +101,7 @@ class _Search:
             return False
         self._problems[host] = "asked"
         try:
-            link = await channel.connect(host, self._me, self._secret, timeout=_DIAL_TIMEOUT)
+            link = await self._connect(host)
             try:
                 link.send(self._message)
                 reply = messages.decode_from_leader(await asyncio.wait_for(link.read(), _DIAL_TIMEOUT))
@@ -113,6 +114,14 @@ class _Search:
             return True
         self._problems[host] = _NO_LEADER
         return isinstance(reply, Redirect) and reply.to is not None and await self._try(reply.to)
+
+    async def _connect(self, host: Host) -> channel.Channel:
+        """The run directory may be full since the run before: then the agent says which run is at work."""
+        try:
+            return await channel.connect(host, self._me, self._secret, timeout=_DIAL_TIMEOUT)
+        except RunIsOver as over:
+            self._me = replace(self._me, run=over.at_work)
+            return await channel.connect(host, self._me, self._secret, timeout=_DIAL_TIMEOUT)
 
     def _told(self, leader: Host) -> str:
         others = [host.name for host in self._problems if host != leader]

@@ -15,6 +15,7 @@ class RunIsOver(Exception):
 
     def __init__(self, over: int, at_work: int) -> None:
         super().__init__(f"run {over} is over: run {at_work} is at work")
+        self.at_work = at_work
 
 
 class AnotherNode(ProtocolError):

@@ -22,6 +22,9 @@ from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import expand, show_job
 
+# The run directory may be read-only for a while.
+_SHELL = """log=$1; shift; ( : >>"$log" ) 2>/dev/null || log=/dev/null
+echo started; read -r go && exec "$@" >>"$log" 2>&1 </dev/null"""
 _STEP_NAME = "elastic-conclude"
 _AGENT_NAME = "elastic-agent"
 # If srun's node is lost, a node's part of a step ends when its daemon has given up reaching srun, after 12 to 17
@@ -100,14 +103,14 @@ def _start(
     """Return when ``command`` is started, or raise SlurmError when it never will be. A shell on the node reports that
     it has started, and starts ``command`` when it reads ``go``, which is sent only if the report comes in time.
     """
-    shell = ["sh", "-c", 'log=$1; shift; echo started; read -r go && exec "$@" >>"$log" 2>&1 </dev/null', "sh"]
+    shell = ["sh", "-c", _SHELL, "sh"]
     step = ["srun", f"--jobid={job_id}", f"--job-name={name}", "--overlap", "--no-kill"]
     step += ["--nodes=1", "--ntasks=1", f"--nodelist={node}", "--mem=0", "--mpi=none", *options]
     inherited = step_environment(environ)
     try:
         output = log.open("ab")  # srun outlives the caller
-    except OSError as error:
-        raise SlurmError(f"{log}: {error.strerror}") from None
+    except OSError:
+        output = open(os.devnull, "ab")  # noqa: SIM115
     with output:
         before = output.tell()
         process = client.ask(*step, *shell, str(log), *command, environ=inherited, stdin=subprocess.PIPE, stderr=output)

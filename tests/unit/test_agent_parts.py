@@ -28,6 +28,7 @@ from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import add_launch_options
+from elastic_hpc.options.values import Endpoint
 from elastic_hpc.record.endpoint import Published
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv, read_agent_env
@@ -348,6 +349,21 @@ def test_the_leader_of_another_run_is_not_asked(tmp_path: Path) -> None:
     rundir.write("endpoint.json", where)
     assert agent(rundir).find_leader() is None
     assert agent(rundir, run=0).find_leader() == Published(0, HOST)
+
+
+def test_an_agent_whose_run_has_published_nothing_for_long_dials_the_jobs_first_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run directory has been full since the run before."""
+    rundir = RunDir(tmp_path)
+    rundir.write("endpoint.json", {**ENDPOINT, "run": 0})
+    looking = agent(rundir)
+    looking.spec = LaunchSpec("train.py", rdzv_endpoint=Endpoint("n1", 29400))
+    assert looking.find_leader() is None
+    monkeypatch.setattr("elastic_hpc.agent.leading._GUESS_AFTER", 0.0)
+    assert looking.find_leader() == Published(1, Host(0, "n1", ("n1",), 29432))
+    rundir.write("endpoint.json", ENDPOINT)
+    assert looking.find_leader() == Published(1, Host(0, "n1", ("10.0.0.1",), 29432))
 
 
 def test_a_leader_that_takes_over_goes_on_with_what_the_last_one_had_charged(tmp_path: Path) -> None:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, Node, end_of, wait_for
+from test_script import stub
 
+from elastic_hpc.agent import conclude, last_words
 from elastic_hpc.errors import ElasticError
+from elastic_hpc.job.script import render
+from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network.client import ask_leader
+from elastic_hpc.options.spec import LaunchSpec
+from elastic_hpc.options.values import NodeRange
 from elastic_hpc.record.endpoint import Published, read_published
 from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm import steps
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: sudo make test")
 
@@ -164,3 +173,86 @@ def test_who_was_asked_is_told_where_nobody_leads(tmp_path: Path) -> None:
     rundir.write("endpoint.json", Published.of(0, hosts[0], hosts).body())
     with pytest.raises(ElasticError, match=r"the leader on n0 port 1 did not answer: .*n1, n2 were asked"):
         ask_leader(rundir, "stop")
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1)])
+def test_the_batch_script_knows_how_the_job_has_ended_though_no_verdict_could_be_written(
+    disk: Disk, capsys: pytest.CaptureFixture[str], outcome: str, code: int
+) -> None:
+    rundir = RunDir(disk.path / "run").create()
+    disk.protect()
+    job = f"test{os.getpid()}"
+    last_words.leave(job, 0, outcome, "as the leader has said")
+    assert conclude.conclude(rundir, {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": "1"}, 0) == 1, "of another run"
+    assert conclude.conclude(rundir, {"SLURM_JOB_ID": job}, 137) == code
+    assert f"{outcome}: as the leader has said" in capsys.readouterr().err
+    assert conclude.conclude(rundir, {"SLURM_JOB_ID": job}, 137) == 137, "it is told once"
+
+
+def test_a_job_without_a_batch_host_is_cancelled_if_its_script_could_not_know_that_it_is_over(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run once more, the script would train again."""
+    rundir = RunDir(disk.path / "run").create()
+    disk.protect()
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("scontrol", "squeue", "scancel"):
+        (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/asked\nexit {int(name != "scancel")}\n')
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    monkeypatch.setattr(conclude, "_ALONE_TIMEOUT", timedelta(0))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        environ = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
+        assert conclude.conclude_alone(rundir, environ, "finished", deputy_of=None) == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "scancel 7"
+
+
+def test_an_agent_is_started_though_its_log_cannot_be_written(disk: Disk, tmp_path: Path) -> None:
+    disk.protect()
+    done = tmp_path / "done"
+    command = ["sh", "-c", steps._SHELL, "sh", str(disk.path / "again-n3.log"), "touch", str(done)]
+    shell = subprocess.run(command, input=b"go\n", capture_output=True, timeout=20, check=True)
+    assert (shell.stdout, shell.stderr, done.exists()) == (b"started\n", b"", True)
+
+
+def test_a_request_reaches_a_run_whose_leader_could_never_publish_its_address(cluster: Cluster) -> None:
+    """What the run directory says is that of the run before."""
+    cluster.seats()
+    for node in cluster.nodes:
+        node.train(1)
+    wait_for(lambda: (found := read_published(cluster.rundir)) and found.others)
+    body = cluster.rundir.read("endpoint.json")
+    assert body
+    cluster.rundir.write("endpoint.json", {**body, "run": -1})
+    ask_leader(cluster.rundir, "drain", "time limit")
+    for control in cluster.controls:
+        wait_for(lambda control=control: control.order and control.order.drain)
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_the_batch_script_starts_again_in_a_run_directory_that_cannot_be_written(
+    disk: Disk, tmp_path: Path, how: str
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, does in (("srun", f"echo >> {tmp_path}/ran"), ("scontrol", "echo n1"), ("python", "")):
+        stub(tools, name, does)
+    spec = JobSpec(
+        launch=LaunchSpec("train.py", nodes=NodeRange(2, 4)), log_dir=str(disk.path), python=str(tools / "python")
+    )
+    script = tmp_path / "script"
+    script.write_text(render(spec))
+    environ = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
+    for _ in range(2):
+        subprocess.run(["bash", script], env=environ, check=True, timeout=20)
+    before = (disk.path / "7" / "script.sbatch").read_bytes()
+    assert before == script.read_bytes()
+    script.write_text(f"{script.read_text()}# {'x' * 4096}\n")  # edited since
+    (disk.fill if how == "full" else disk.protect)()
+    subprocess.run(["bash", script], env=environ, check=True, timeout=20)
+    assert (tmp_path / "ran").read_text().count("\n") == 3
+    assert (disk.path / "7" / "script.sbatch").read_bytes() == before, "nor was it made empty"
