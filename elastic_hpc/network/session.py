@@ -75,7 +75,10 @@ class Membership:
         await self._transport.serve(self._attend)
         if self._first:
             self._own_leader.begin("")
-        self._tasks = [asyncio.ensure_future(self._until_over(work)) for work in (self._follow(), self._watch())]
+        self._tasks = [
+            asyncio.ensure_future(self._until_over(work))
+            for work in (self._follow(), self._watch(), self._look_for_a_later_run())
+        ]
         waiting: set[asyncio.Future[Any]] = {*self._tasks, asyncio.ensure_future(self._left.wait())}
         try:
             while not self._left.is_set():
@@ -176,6 +179,15 @@ class Membership:
                 if over:
                     self._node.ended(over)
                     return
+
+    async def _look_for_a_later_run(self) -> None:
+        """A leader with a majority has no reason to look for other agents, and no agent of a later run may know of it.
+        Raises RunIsOver.
+        """
+        while True:
+            await asyncio.sleep(self._timeout)
+            if (server := self._own_leader.server) and server.leader.leads:
+                await self._node.published()
 
     async def _attend(self, link: Link) -> None:
         """A peer that holds the secret has connected."""
