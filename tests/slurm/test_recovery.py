@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import COUNTS, Cluster, Job, wait_for
+from conftest import COUNTS, ROOT, Cluster, Job, wait_for
 
 Submit = Callable[..., Job]
 EVERY = 10
+AUDITED = ROOT / "tests" / "unit" / "audited"
 
 
 def finish(job: Job, deadline: float = 150) -> None:
@@ -179,7 +180,8 @@ def test_a_node_on_which_alone_the_script_fails_is_excluded_and_the_job_complete
 def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_completes(
     counts: Submit, fresh: Cluster, folder: Path
 ) -> None:
-    job = counts("--nodes", "2:4")
+    audit = folder / "audit"
+    job = counts("--nodes", "2:4", "--setup", f"export PYTHONPATH={AUDITED} AUDIT_LOG={audit}")
     after = fresh.exec(
         ["sbatch", "--parsable", f"--dependency=afterok:{job.id}", "--wrap=true"], cwd=folder
     ).stdout.strip()
@@ -193,6 +195,7 @@ def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_complete
     assert [event["leader"] for event in job.events("round")] == ["n1", "n2"]
     wait_for("the dependent job", lambda: fresh.job_field(after, "JobState") == "COMPLETED", 60)
     assert "this node leads now" in (job.run_dir / "logs" / "0.agent-n2.log").read_text()
+    assert set(audit.read_text().splitlines()) == {"an event loop began"}, "no control thread touches a file"
 
 
 def test_nothing_keeps_the_allocation_when_who_ends_the_job_is_lost_too(counts: Submit, fresh: Cluster) -> None:

@@ -109,6 +109,7 @@ def test_no_agent_touches_a_file_on_its_control_thread(tmp_path: Path, audit: Pa
         job.process.terminate()
         job.process.terminate()
         job.process.wait(timeout=60)
+    assert "this node leads now" in (job.run_dir / "logs" / "0.agent-local1.log").read_text()
     noted = audit.read_text().splitlines()
     assert noted.count("an event loop began") == 4
     assert set(noted) == {"an event loop began"}

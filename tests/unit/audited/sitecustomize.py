@@ -15,6 +15,7 @@ from typing import Any
 HARMLESS = (
     *("sys._getframe", "sys.set_asyncgen_hook", "object.", "code.__new__", "gc.", "builtins.id", "_thread."),
     *("socket.__new__", "socket.bind", "socket.connect", "socket.sendmsg"),  # all addresses are numeric
+    *("fcntl.ioctl", "array."),  # for the addresses of the interfaces, on a socket
 )
 """Beginnings of the audit events that touch no file."""
 
@@ -35,11 +36,11 @@ class Audit:
         self._seen = False
         sys.addaudithook(self._on_event)
         for name in ON_PATHS:
-            setattr(os, name, self._watched(f"os.{name}", getattr(os, name)))
+            setattr(os, name, Watched(self, f"os.{name}", getattr(os, name)))
         for name in ON_DESCRIPTORS:
-            setattr(os, name, self._watched(f"os.{name}", getattr(os, name), on_descriptor=True))
+            setattr(os, name, Watched(self, f"os.{name}", getattr(os, name), on_descriptor=True))
         for name in CLOCK:
-            setattr(time, name, self._watched(f"time.{name}", getattr(time, name)))
+            setattr(time, name, Watched(self, f"time.{name}", getattr(time, name)))
         sys.stdout, sys.stderr = Output(sys.stdout, self), Output(sys.stderr, self)
 
     def note(self, what: str, args: tuple[Any, ...]) -> None:
@@ -70,14 +71,6 @@ class Audit:
             self._seen = True
             _write(self._log, b"an event loop began\n")
 
-    def _watched(self, name: str, real: Callable[..., Any], *, on_descriptor: bool = False) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if not on_descriptor or (stat.S_ISREG(_fstat(args[0]).st_mode) and not _keeps_promises(args[0])):
-                self.note(name, args)
-            return real(*args, **kwargs)
-
-        return watched
-
 
 def _keeps_promises(descriptor: int) -> bool:
     """Whether ``descriptor`` is that of the one file that the control thread may write: it lies in memory."""
@@ -91,6 +84,18 @@ def _frames() -> Iterator[FrameType]:
         if frame.f_code.co_filename != __file__:
             yield frame
         frame = frame.f_back
+
+
+class Watched:
+    """A function of C. It stays one where it is an attribute of a class, as ``time.localtime`` is in ``logging``."""
+
+    def __init__(self, audit: Audit, name: str, real: Callable[..., Any], *, on_descriptor: bool = False) -> None:
+        self._audit, self._name, self._real, self._on_descriptor = audit, name, real, on_descriptor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._on_descriptor or (stat.S_ISREG(_fstat(args[0]).st_mode) and not _keeps_promises(args[0])):
+            self._audit.note(self._name, args)
+        return self._real(*args, **kwargs)
 
 
 class Output:
