@@ -11,22 +11,18 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
 
 
-def leads_at_first(
-    endpoint: Endpoint, env: AgentEnv, rundir: RunDir, environ: Mapping[str, str], *, is_host: bool | None = None
-) -> bool:
+def leads_at_first(endpoint: Endpoint, env: AgentEnv, rundir: RunDir, environ: Mapping[str, str]) -> bool:
     """Whether this agent of a job step leads at the beginning: that of the first node, unless ``endpoint`` names a
-    host, or ``is_host`` says whether this node is that host. Several nodes may take the name or the address for their
-    own; the first of them that claims the lead in the run directory has it, or the job's first node if the directory
-    cannot be written.
+    host. Several nodes may take the name or the address for their own; the first of them that claims the lead in the
+    run directory has it. If the directory cannot be written, that is the node of Slurm's name, or the job's first node.
     """
     if env.late:
         return False
-    if is_host is None and (env.local or endpoint.head is None):
+    if env.local or endpoint.head is None:
         return env.node == 0
-    if is_host is None:
-        is_host = addresses.is_me(str(endpoint.head), env.name)
     step = (environ.get("SLURM_JOB_ID", env.job), environ.get("SLURM_STEP_ID", ""), str(env.run))
+    is_me = addresses.is_me(endpoint.head, env.name)
     try:
-        return is_host and rundir.claim(f"first.{'.'.join(step)}", env.name)
+        return is_me and rundir.claim(f"first.{'.'.join(step)}", env.name)
     except ElasticError:
-        return is_host and env.node == 0
+        return is_me and (env.node == 0 or endpoint.head == env.name)

@@ -16,7 +16,6 @@ from typing import Any
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-from elastic_hpc.agent.first import leads_at_first as first_of_step
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.network import addresses
 from elastic_hpc.options.spec import LaunchSpec
@@ -122,15 +121,12 @@ def place(settings: Settings, rundir: RunDir) -> AgentEnv:
 
 def leads_at_first(settings: Settings, env: AgentEnv, rundir: RunDir) -> bool:
     """Whether this agent leads at the beginning. As with torch's own backend, the endpoint's host leads; of several
-    agents on that host, only one does. If the job runs already, the agent follows.
+    agents that take themselves for that host, only one does. If the job runs already, the agent follows.
     """
     endpoint, first = settings.spec.rdzv_endpoint, settings.is_host
-    if not env.local:
-        first = first_of_step(endpoint, env, rundir, os.environ, is_host=first)
-    else:
-        if first is None:
-            first = addresses.is_me(endpoint.head, env.name) if endpoint.head else env.node == 0
-        first = first and _locks_lead(rundir, settings)
+    if first is None:
+        first = addresses.is_me(endpoint.head, env.name) if endpoint.head else env.node == 0
+    first = first and _locks_lead(rundir, has_number=settings.node is not None or not env.local)
     if not first or not (rundir.path / "endpoint.json").exists():
         return first
     if rundir.read("verdict.json"):
@@ -144,11 +140,11 @@ def leads_at_first(settings: Settings, env: AgentEnv, rundir: RunDir) -> bool:
     return True
 
 
-def _locks_lead(rundir: RunDir, settings: Settings) -> bool:
+def _locks_lead(rundir: RunDir, *, has_number: bool) -> bool:
     """Whether no other agent has begun to lead. Where the file system has no locks, nodes with numbers are believed."""
     try:
         return _lock(rundir.path / "host.lock")
     except ElasticError:
-        if settings.node is None:
-            raise
-        return True
+        if has_number:
+            return True
+        raise

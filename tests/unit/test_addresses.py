@@ -151,13 +151,13 @@ def test_an_agent_listens_on_one_port_of_each_address_and_nowhere_else() -> None
         addresses.listen_on(["203.0.113.9"], 43100)
 
 
-def leaders(rundir: RunDir, endpoint: str, *, nodes: int = 3, is_host: bool | None = None, **environ: str) -> list[int]:
+def leaders(rundir: RunDir, endpoint: str, *, nodes: int = 3, **environ: str) -> list[int]:
     """Which nodes of a job step lead at the beginning."""
     envs = [
         read_agent_env({**STEP, **environ, "SLURM_NODEID": str(n), "SLURMD_NODENAME": f"n{n}"}) for n in range(nodes)
     ]
     found = Endpoint.parse(endpoint)
-    return [env.node for env in envs if leads_at_first(found, env, rundir, {**STEP, **environ}, is_host=is_host)]
+    return [env.node for env in envs if leads_at_first(found, env, rundir, {**STEP, **environ})]
 
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NUM_TASKS": "3"}
@@ -183,8 +183,6 @@ def test_one_node_leads_where_several_have_the_endpoints_name_or_address(
     for environ in ({}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "8"}):
         assert leaders(rundir, endpoint, **environ) == [0]
     assert leaders(rundir, endpoint, SLURM_STEP_ID="2", ELASTIC_HPC_AGAIN="0") == []
-    assert leaders(rundir, endpoint, SLURM_STEP_ID="2", is_host=False) == []
-    assert leaders(rundir, endpoint, SLURM_STEP_ID="2", is_host=True) == [0]
 
 
 def test_the_node_that_the_endpoint_names_leads(tmp_path: Path) -> None:
@@ -203,3 +201,8 @@ def test_an_address_of_several_hosts_is_in_no_roster_unless_a_host_has_no_other(
     local = [Host(n, f"local{n}", ("127.0.0.1",), n) for n in range(2)]
     assert distinct(local) == tuple(local)
     assert distinct([]) == ()
+
+
+@pytest.mark.parametrize(("endpoint", "first"), [("n2", [2]), (socket.gethostname(), [0])])
+def test_one_node_leads_though_the_run_directory_cannot_be_written(endpoint: str, first: list[int]) -> None:
+    assert leaders(RunDir("/proc/none"), endpoint) == first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -212,6 +213,28 @@ def test_one_torchrun_leads_whatever_each_of_them_is_told(
         settings = read_settings(parameters)
         firsts.append(leads_at_first(settings, place(settings, rundir), rundir))
     assert firsts == [True, False, False]
+
+
+def test_one_torchrun_of_a_job_step_leads_and_one_again_when_the_step_starts_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rundir, held = RunDir(tmp_path / "run").create(), []
+    parameters = RendezvousParameters("elastic-hpc", os.uname().nodename, "7", 1, 3, None, nproc_per_node="1")
+    envs = [AgentEnv("7", node, f"n{node}", 3, 0, 1, None, None, local=False) for node in (2, 1)]
+
+    def lock(path: Path) -> bool:
+        held.append(os.open(path, os.O_RDWR | os.O_CREAT))
+        try:
+            fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    monkeypatch.setattr("elastic_hpc.torchrun.settings._lock", lock)
+    for _ in range(2):
+        assert [leads_at_first(read_settings(parameters), env, rundir) for env in envs] == [True, False]
+        while held:  # their processes end
+            os.close(held.pop())
 
 
 def test_a_torchrun_alone_listens_on_loopback_and_others_where_they_can_be_reached(
