@@ -34,6 +34,9 @@ _LIMIT = 64 << 20
 _FILE_INTERVAL, _RETRY_INTERVAL = 1.0, 2.0
 """Seconds from one write to the log file to the next, and to a new try."""
 
+_REST = 5.0
+"""Seconds in which what the workers of an ended round have written is passed on."""
+
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 _libc = ctypes.CDLL(None)
 
@@ -260,10 +263,11 @@ class Output:
         self._thread.join(max(0.0, timeout))
 
     def _run(self) -> None:
-        going = True
-        while going:
-            ending = self._ending.wait(0.0 if any(s.has_more for s in self._sources.values()) else _LOOK_INTERVAL)
-            going = self._pass_on(last=ending) or not ending
+        while not self._ending.wait(0.0 if any(s.has_more for s in self._sources.values()) else _LOOK_INTERVAL):
+            self._pass_on(last=False)
+        deadline = time.monotonic() + _REST  # a process that could not be killed may go on writing
+        while self._pass_on(last=True) and time.monotonic() < deadline:
+            pass
         for source in self._sources.values():
             source.close()
 
