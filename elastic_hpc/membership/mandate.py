@@ -85,7 +85,7 @@ class Mandate:
         return len(relevant(self.bases, self._acknowledged | dict.fromkeys(formed, self.roster.round))) <= 1
 
     def on_freeze(self, now: float) -> None:
-        """This leader was frozen until ``now``: the time to regain the mandate begins."""
+        """This leader was frozen until ``now``: from then on it has a heartbeat timeout to regain the mandate."""
         self._last_granted = now
 
     def renew(self, joined: Collection[Status], agreeing: Collection[int], now: float, *, stale: bool) -> bool:

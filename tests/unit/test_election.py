@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from elastic_hpc.membership import follower
 from elastic_hpc.membership.election import Base, extended, has_quorum, order_of_succession, relevant
 from elastic_hpc.membership.leader import Leader
-from elastic_hpc.membership.messages import Failure, Message, Order, Status
+from elastic_hpc.membership.messages import Failure, Message, Order, Redirect, Status
 from elastic_hpc.membership.policy import Policy
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster, RosterChange
@@ -82,6 +82,8 @@ def _clock() -> Iterator[None]:
 class Agent(Follower):
     """A node's agent whose connection and time the scheduler holds."""
 
+    boots = itertools.count()
+
     def __init__(self, index: int, kept: bytes | None = b"") -> None:
         """``kept``: what the agent before has promised; None if it is lost."""
         self.kept = b""
@@ -90,6 +92,7 @@ class Agent(Follower):
         super().__init__(self, promises, 1.0)  # type: ignore[arg-type]
         self.host = host
         self.index = index
+        self.boot = f"{index}.{next(self.boots)}"
         self.own = Status(0, host, 1)
         self.leads: Leader | None = None
         self.workers = 0
@@ -128,8 +131,10 @@ class Agent(Follower):
         self.own = Status(**{**vars(self.own), **changes})
         self.send_status()
 
-    def hear(self, said: Order | Roster | RosterChange) -> None:
-        if isinstance(said, (Roster, RosterChange)):
+    def hear(self, said: Order | Roster | RosterChange | Redirect) -> None:
+        if isinstance(said, Redirect):
+            self.leave()  # another agent of this node is in contact
+        elif isinstance(said, (Roster, RosterChange)):
             self._learn(said)
         elif said.seq > self._heard:
             self._obey(said, self._link)  # type: ignore[arg-type]
@@ -280,7 +285,7 @@ class Nodes:
             said = link.up.popleft()
             self.log.append(f"n{link.to.index} hears n{link.agent.index}: {_short(said)}")
             if isinstance(said, Status):
-                link.leader.on_status(conn, "10.0.0.1", said, link.to.clock)
+                link.leader.on_status(conn, "10.0.0.1", said, link.to.clock, boot=link.agent.boot)
             elif isinstance(said, Roster):
                 link.leader.on_roster(said)
             self.after(link.to)
