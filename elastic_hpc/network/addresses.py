@@ -80,7 +80,9 @@ def to_publish(node: str, interface: str | None, submit_host: str | None) -> tup
     named = [address for address in (*resolve(node), *_route_to(submit_host)) if address in name_of]
     firsts = [address for name, address in interface_addresses().items() if address in name_of]
     sound = {address for name, address in own if _is_sound(name, address)}
-    best = [a for a in named if a in sound] + [a for a in firsts if a in sound and _leads_out(name_of[a])]
+    best = [address for address in named if address in sound]
+    known = {name_of[address] for address in best}
+    best += [a for a in firsts if a in sound and name_of[a] not in known and _leads_out(name_of[a])]
     usable = best or [a for a in firsts if a in sound] or [*named, *firsts]
     if not usable:
         raise ElasticError(f"{node} has no network address but loopback; name the interface to use: --interface IFNAME")
@@ -90,7 +92,7 @@ def to_publish(node: str, interface: str | None, submit_host: str | None) -> tup
 def _is_sound(interface: str, address: str) -> bool:
     """Whether packets for ``address`` may arrive from other nodes at all."""
     is_bridge = Path(_SYSTEM, interface, "bridge").exists()
-    if ipaddress.ip_address(address).is_link_local or (is_bridge and not _leads_out(interface)):
+    if ipaddress.ip_address(address).is_link_local or (is_bridge and not _is_upon_a_device(interface)):
         return False
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         answer = fcntl.ioctl(probe, _SIOCGIFFLAGS, struct.pack("256s", interface.encode()))
@@ -100,10 +102,20 @@ def _is_sound(interface: str, address: str) -> bool:
 
 
 def _leads_out(interface: str) -> bool:
-    """Whether ``interface`` is a device, or lies upon one, as a bond does; true if the system does not say."""
+    """Whether ``interface`` is a device, or is linked to another interface: it lies upon that, as a bond and a VLAN do,
+    or is the inner end of a container's. A tunnel, a tap or a dummy is not; true if the system does not say.
+    """
+    try:
+        index, linked = (Path(_SYSTEM, interface, name).read_text() for name in ("ifindex", "iflink"))
+    except OSError:
+        return True
+    return index != linked or _is_upon_a_device(interface)
+
+
+def _is_upon_a_device(interface: str) -> bool:
     folder = Path(_SYSTEM, interface)
     lower = (path.name.partition("_")[2] for path in folder.glob("lower_*"))
-    return not folder.exists() or (folder / "device").exists() or any(map(_leads_out, lower))
+    return (folder / "device").exists() or any(map(_is_upon_a_device, lower))
 
 
 def is_me(host: str, node: str) -> bool:

@@ -34,8 +34,10 @@ class Machine:
         self.add("lo")
 
     def add(self, name: str, *own: str, kind: str = "", over: str = "") -> Machine:
-        """``kind``: ``device`` or ``bridge``. ``over``: the interface below."""
+        """``kind``: ``device``, ``bridge`` or ``veth``. ``over``: the interface below."""
         (self._folder / name / kind).mkdir(parents=True)
+        (self._folder / name / "ifindex").write_text("2\n")
+        (self._folder / name / "iflink").write_text("7\n" if kind == "veth" else "2\n")
         if over:
             (self._folder / name / f"lower_{over}").touch()
         self.own += [(name, address) for address in own]
@@ -51,8 +53,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def with_bridges(machine: Machine) -> Machine:
+    machine.add("veth1a2b", kind="veth")  # the outer end of a container's
     for name, address in BRIDGES.items():
-        machine.add(name, address, kind="device" if name == "usb0" else "bridge")
+        machine.add(name, address, kind="device" if name == "usb0" else "bridge", over="veth1a2b")
     return machine.add("tap0", "10.0.2.100").add("kube-ipvs0", "10.96.0.1", "10.96.0.10")
 
 
@@ -67,6 +70,12 @@ def test_the_address_of_a_bond_a_vlan_or_a_bridge_over_a_device_is_published(mac
     machine.add("eth0", kind="device").add("bond0", over="eth0").add("bond0.7", "10.1.0.7", over="bond0")
     machine.add("eth1", kind="device").add("br0", "10.2.0.7", kind="bridge", over="eth1")
     assert with_bridges(machine).published() == ("10.1.0.7", "10.2.0.7")
+
+
+def test_both_networks_of_a_container_are_published(machine: Machine) -> None:
+    machine.names["n1"] = ["10.1.0.7"]
+    machine.add("eth0", "10.1.0.7", kind="veth").add("ib0", "10.2.0.7", kind="veth").add("tun0", "10.8.0.1")
+    assert machine.published() == ("10.1.0.7", "10.2.0.7")
 
 
 def test_the_address_of_a_nodes_name_is_published_whatever_its_interface_is(machine: Machine) -> None:

@@ -134,3 +134,15 @@ def test_a_link_and_a_secret_that_another_user_has_put_there_are_refused(tmp_pat
         ElasticError, match=f"secret: owner {OTHER}, mode 0600, 64 bytes; expected a file of mode 0600 of"
     ):
         rundir.read_secret()
+
+
+def test_a_claim_that_could_not_be_written_is_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rundir = RunDir(tmp_path / "run").create()
+    real = os.fdopen
+    monkeypatch.setattr(os, "fdopen", lambda _descriptor, _mode: real(os.open("/dev/full", os.O_WRONLY), "w"))
+    with pytest.raises(ElasticError, match="No space left"):
+        rundir.make_secret()
+    monkeypatch.undo()
+    assert len(rundir.make_secret()) == 64
+    assert rundir.claim("first", "n1")
+    assert not rundir.claim("first", "n2")
