@@ -306,6 +306,35 @@ def test_a_start_that_hangs_is_ended_before_the_next_one(seed: int) -> None:
     job.run(story)
 
 
+@given(SEEDS)
+@settings(max_examples=15, deadline=None)
+def test_a_node_that_was_rebooted_trains_again_and_keeps_nobody_from_leading(seed: int) -> None:
+    """It has lost what it promised, so it does not vote, and those behind it in Slurm's order do not wait for it."""
+    job = Job(seed, 4, replace(POLICY, max_nodes=4, grow=False), loss=0.0)
+    job.queue.restarts = True
+
+    async def story() -> None:
+        assert await job.until(job.training, 60), job.events[-5:]
+        before = job.trained
+        job.at[1].kill()
+        job.memories[job.at[1]._place] = b""
+        assert await job.until(lambda: len(job.left) == 4 and job.training() and job.trained > before, 40)
+        assert [node.promises.votes for node in sorted(job.nodes, key=lambda node: node.index)] == [
+            True,
+            False,
+            True,
+            True,
+        ]
+        before = job.trained
+        job.queue.restarts = False
+        job.at[0].power_off()
+        assert await job.until(lambda: job.training() and job.trained > before, 40), job.events[-5:]
+        assert events(job, "round")[-1]["leader"] == "n2"
+        assert events(job, "round")[-1]["nodes"] == ["n1", "n2", "n3"]
+
+    job.run(story)
+
+
 def test_a_spare_waits_without_a_worker_steps_in_at_once_and_leaves_with_the_others() -> None:
     job = Job(3, 4, replace(POLICY, max_nodes=3, spares=1, grow=False), loss=0.0)
 
