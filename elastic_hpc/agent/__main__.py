@@ -4,6 +4,7 @@ import os
 import sys
 
 from elastic_hpc.agent.main import main
+from elastic_hpc.agent.threads import within
 from elastic_hpc.errors import ElasticError
 
 try:
@@ -11,6 +12,6 @@ try:
 except (ElasticError, OSError) as error:
     print(f"elastic_hpc.agent: {error}", file=sys.stderr)
     status = getattr(error, "exit_code", 1)
-sys.stdout.flush()
-sys.stderr.flush()
+within(5, sys.stdout.flush)  # nobody may read what srun gets, or srun stands still
+within(5, sys.stderr.flush)
 os._exit(status)  # threads that wait for a dead store or file system must not keep the node
