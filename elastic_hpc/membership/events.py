@@ -47,7 +47,10 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
     "release": ("a node is let go", {"node": _NODE, "reason": _WHY}),
     "unfit": ("a node's preflight says that it should not take part", {"node": _NODE, "reason": _WHY}),
     "refused": ("an agent may not take part", {"node": _NODE, "reason": _WHY}),
-    "stranger": ("a connection without the job's secret was refused", {"addr": "where from", "reason": _WHY}),
+    "stranger": (
+        "a connection was refused: the peer has not proved to be an agent of this run, or somebody else spoke on it",
+        {"addr": "where from", "reason": _WHY},
+    ),
     "waiting": ("the next round cannot be formed yet", {"round": _ROUND, "reason": "what is waited for"}),
     "round": (
         "a world was formed",

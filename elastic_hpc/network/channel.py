@@ -109,15 +109,6 @@ class Channel:
     def close(self) -> None:
         self._writer.transport.abort()
 
-    async def flush(self) -> None:
-        """Wait until all that was sent has left this process, then close."""
-        try:
-            await self._writer.drain()
-            self._writer.close()
-            await self._writer.wait_closed()
-        except OSError:
-            self.close()
-
 
 class Network:
     """The control connections of the agent ``me``: those that it accepts on ``listeners``, and those that it dials.
