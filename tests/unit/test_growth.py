@@ -308,8 +308,8 @@ def test_a_start_that_hangs_is_ended_before_the_next_one(seed: int) -> None:
 
 @given(SEEDS)
 @settings(max_examples=15, deadline=None)
-def test_a_node_that_was_rebooted_trains_again_and_keeps_nobody_from_leading(seed: int) -> None:
-    """It has lost what it promised, so it does not vote, and those behind it in Slurm's order do not wait for it."""
+def test_a_node_that_was_rebooted_trains_again_and_does_not_vote(seed: int) -> None:
+    """It has lost what it promised."""
     job = Job(seed, 4, replace(POLICY, max_nodes=4, grow=False), loss=0.0)
     job.queue.restarts = True
 
@@ -331,6 +331,24 @@ def test_a_node_that_was_rebooted_trains_again_and_keeps_nobody_from_leading(see
         assert await job.until(lambda: job.training() and job.trained > before, 40), job.events[-5:]
         assert events(job, "round")[-1]["leader"] == "n2"
         assert events(job, "round")[-1]["nodes"] == ["n1", "n2", "n3"]
+
+    job.run(story)
+
+
+def test_nobody_waits_for_a_member_that_was_rebooted_and_cannot_lead() -> None:
+    """It is back before another round is formed without it, and then the leader is lost."""
+    job = Job(1, 5, replace(POLICY, min_nodes=5, max_nodes=5, grow=False), loss=0.0)
+    job.queue.restarts = True
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        job.at[1].kill()
+        job.memories[job.at[1]._place] = b""
+        assert await job.until(lambda: job.at[1].promises.roster is not None and not job.at[1].dead, 60)
+        assert not job.at[1].promises.votes
+        job.at[0].power_off()
+        assert await job.until(lambda: bool(events(job, "take_over")), 30), job.events[-5:]
+        assert [index for _, index, name, _ in job.events if name == "take_over"] == [2]
 
     job.run(story)
 
