@@ -1,0 +1,269 @@
+"""One node for the model checker: the real leader, the real agent's handling of orders and rosters, and workers that
+only have a name. Sockets, time and threads are left out; what they do is an input.
+
+A node is deterministic: the same input in the same state has the same effect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+from elastic_hpc.membership import follower
+from elastic_hpc.membership.leader import Leader
+from elastic_hpc.membership.messages import Failure, Order, Redirect, Status
+from elastic_hpc.membership.policy import Policy
+from elastic_hpc.membership.promises import Promises
+from elastic_hpc.membership.roster import Host, Roster, RosterChange
+from elastic_hpc.network.following import Follower
+
+HOSTS = tuple(Host(node, f"n{node}", (f"10.0.0.{node}",), node) for node in range(8))
+
+SLOTS = 8
+"""Most connections of one agent to one leader: ones that the leader has not yet found closed."""
+
+TIMEOUT = 10.0
+
+FROZEN = 2 * TIMEOUT
+"""Seconds for which a frozen leader stands still."""
+
+World = tuple[int, int]
+"""A formed world: a number that no other has, and how many nodes it has."""
+
+
+def policy(least: int, most: int) -> Policy:
+    """Nothing but what the checker does ends a round, and nothing ends the job."""
+    return Policy(
+        min_nodes=least,
+        max_nodes=most,
+        sizes=(),
+        spares=0,
+        grow=False,
+        free_growth=False,
+        grow_every=0.0,
+        wait_for_nodes=1e9,
+        max_restarts=10**6,
+        max_requeues=0,
+        heartbeat_timeout=TIMEOUT,
+        join_timeout=1e9,
+        last_call_timeout=0.0,
+        grace=0.0,
+        can_requeue=True,
+    )
+
+
+@contextlib.contextmanager
+def timeless() -> Iterator[None]:
+    """Without an event loop there is no clock. A leader that takes over waits for nobody: the checker makes it wait, or
+    not, by when it delivers.
+    """
+    with (
+        patch("elastic_hpc.network.following.now", lambda: 0.0),
+        patch("elastic_hpc.membership.rules.TAKE_OVER_WAIT", 0.0),
+        patch("elastic_hpc.membership.world.SETTLE", 0.0),
+    ):
+        yield
+
+
+@dataclass
+class Output:
+    """What a node does in answer to one input."""
+
+    up: list[Any]
+    """Messages of its agent to the leader that it is connected to."""
+    down: list[tuple[int, list[Any]]]
+    """Messages of its leader, by connection."""
+    closed: list[int]
+    """Connections that its leader closes."""
+    ended: bool = False
+    """Its leader leads no more."""
+
+
+class Site:
+    """A node. To ``Follower`` it is the ``Node``, and the connection too."""
+
+    def __init__(self, index: int, rules: Policy) -> None:
+        self.index, self.policy = index, rules
+        self.leader: Leader | None = None
+        self.begun = 0
+        """Leaders that have begun on this node: their clock, so that the marks of their rosters differ."""
+        self.slept = self.agents = 0
+        self.out = Output([], [], [])
+        self.kept = b""
+        """The file in which this node keeps its promises."""
+        self._new_agent(Promises(self.keep))
+
+    def _new_agent(self, promises: Promises) -> None:
+        self.promises = promises
+        self.agents += 1
+        self.own = Status(0, HOSTS[self.index], 1)
+        self.order: Order | None = None
+        self.round, self.world = 0, None
+        self.follower = Follower(self, promises, TIMEOUT)  # type: ignore[arg-type]
+
+    round: int
+    """The round whose workers are alive or have just ended."""
+    world: World | None
+    """That of the workers that are alive."""
+
+    @property
+    def clock(self) -> float:
+        return self.begun * 0.001 + self.slept * FROZEN
+
+    def keep(self, promises: bytes) -> None:
+        self.kept = promises
+
+    # what the follower needs
+
+    def status(self) -> Status:
+        return self.own
+
+    def set_order(self, order: Order | None, _link: object) -> None:
+        self.order = order
+
+    def send(self, *messages: Any) -> None:
+        self.out.up.extend(messages)
+
+    def close(self) -> None:
+        raise AssertionError("no message closes a connection")
+
+    # what a node looks like
+
+    @property
+    def linked(self) -> bool:
+        return self.follower._link is not None
+
+    @property
+    def must_act(self) -> bool:
+        """Whether its main thread has something to do."""
+        return not isinstance(follower.step(self.order, self.own, self.round), follower.Wait)
+
+    # inputs of the agent
+
+    def connect(self) -> None:
+        self.follower._link, self.follower._heard = self, 0  # type: ignore[assignment]
+        self.follower.send_status()
+
+    def leave(self) -> None:
+        """Its connection has ended, and the control thread has seen that."""
+        self.follower._link = self.follower.order = self.order = None
+
+    def hear(self, message: Any) -> None:
+        """One turn of ``Follower.follow``."""
+        if isinstance(message, Redirect):
+            self.leave()
+        elif isinstance(message, (Roster, RosterChange)):
+            if self.follower._learn(message):
+                self.follower.send_status()
+        else:
+            self.follower._obey(message, self)  # type: ignore[arg-type]
+
+    def heartbeat(self) -> None:
+        self.follower.send_status()
+
+    def act(self) -> None:
+        """The main thread has a turn."""
+        while True:
+            match follower.step(self.order, self.own, self.round):
+                case follower.Stop():
+                    self.round, self.world = 0, None
+                case follower.Acknowledge(round):
+                    self._report(state="idle", round=round, failure=None)
+                case follower.Start(round, plan):
+                    self.round, self.world = round, (plan.store_port, plan.group_world_size)
+                    self._report(state="running", round=round)
+                case follower.End():
+                    raise AssertionError("nobody ends the job")
+                case _:
+                    return
+
+    def fail(self) -> None:
+        """Its workers fail."""
+        self.world = None
+        failure = Failure("signal", HOSTS[self.index].name, 0, 0, -9, "killed", 0.0)
+        self._report(state="failed", failure=failure)
+
+    def _report(self, **changes: Any) -> None:
+        self.own = replace(self.own, **changes)
+        self.follower.send_status()
+
+    def restart(self) -> None:
+        """Its agent dies, with its workers and its leader, and is started anew."""
+        self.leader = None
+        self._new_agent(Promises(self.keep, self.kept))
+
+    def reboot(self) -> None:
+        """As ``restart``, but what the node has promised is lost."""
+        self.leader = None
+        self._new_agent(Promises(self.keep, votes=False))
+
+    # inputs of the leader
+
+    def lead(self, *, first: bool = False) -> None:
+        self.begun += 1
+        assert first == (self.promises.roster is None)
+        self.leader = Leader(
+            self.policy, node=self.index, nproc=1, now=self.clock, promises=self.promises, reason="the leader is lost"
+        )
+        self._after()
+
+    def hears(self, conn: int, boot: int, message: Any) -> None:
+        """``boot``: which agent of its node has connected."""
+        assert self.leader
+        if isinstance(message, Status):
+            status, addr = replace(message, seq=1), HOSTS[message.node].addresses[0]
+            self.leader.on_status(conn, addr, status, self.clock, boot=str(boot))
+        else:
+            self.leader.on_roster(message)
+
+    def lost(self, conn: int) -> None:
+        assert self.leader
+        self.leader.on_lost(conn, "lost")
+
+    def decide(self) -> None:
+        assert self.leader
+        self.leader.decide(self.clock)
+        self._after()
+
+    def beat(self) -> None:
+        assert self.leader
+        self.leader.on_tick(self.clock)
+        self._after(beat=True)
+
+    def sleep(self) -> None:
+        """The node stands still for longer than the timeout; the next message is heard when it is awake."""
+        self.slept += 1
+
+    def stop(self) -> None:
+        """A candidate gives way."""
+        self._end_lead()
+
+    def _after(self, *, beat: bool = False) -> None:
+        leader = self.leader
+        assert leader
+        while (round := leader.wanted_store) is not None:
+            leader.on_store(round, (round * 8 + self.index) * 16 + self.begun, self.clock)
+        assert not leader.verdict, leader.verdict
+        self.out.closed = leader.take_dropped()
+        # orders that are sent before the leader is frozen again all have one number, and so the same content
+        leader._orders._seq = max(leader.peers.asked, 1) - 1
+        self.out.down = list(leader.take_orders(beat=beat).items())
+        if leader.abdicated:
+            self._end_lead()
+
+    def _end_lead(self) -> None:
+        self.leader, self.out.ended = None, True
+
+    def settle(self) -> Output:
+        """What has been done since the last call. Numbers of messages start anew: a connection keeps their order."""
+        if self.leader:
+            self.leader.take_events()
+            self.leader._orders._unacknowledged.clear()  # a heartbeat may repeat a roster at any time
+            for peer in self.leader.peers.values():
+                peer.status = replace(peer.status, seq=0)
+        self.follower._seq = 0
+        out, self.out = self.out, Output([], [], [])
+        return out
