@@ -45,6 +45,7 @@ class Crowd:
         policy = replace(POLICY, max_nodes=size, max_restarts=100)
         self.leader = Leader(policy, node=0, nproc=1, now=0.0, granted=size)
         self.held: dict[int, Roster] = {}
+        self.last_order: dict[int, int] = {}
         self.world: dict[int, Status] = {}
         for node in range(size):
             self.say(node)
@@ -55,7 +56,7 @@ class Crowd:
         host = Host(node, f"node{node:04}", (f"10.0.{node // 256}.{node % 256}",), 29432)
         known, held = self.world.get(node, Status(0, host, 1)), self.held.get(node)
         holds = {"roster": held.round, "mark": held.mark} if held else {}
-        self.world[node] = replace(known, seq=self.seq, **holds, **changes)
+        self.world[node] = replace(known, seq=self.seq, heard=self.last_order.get(node, 0), **holds, **changes)
         self.leader.on_status(node, host.addresses[0], self.world[node], self.now)
 
     def settle(self) -> None:
@@ -74,6 +75,8 @@ class Crowd:
     def hear(self, node: int, message: Any) -> None:
         self.counts.messages += 1
         self.counts.bytes += len(messages.encode(message))
+        if isinstance(message, Order):
+            self.last_order[node] = message.seq
         if isinstance(message, Roster):
             self.held[node] = message
         elif isinstance(message, RosterChange):
@@ -84,9 +87,22 @@ class Crowd:
         elif message.plan and self.world[node].state == "idle":
             self.say(node, state="running", round=message.round)
 
+    def pass_time(self, seconds: int) -> None:
+        """The leader acts every second, and each agent answers a heartbeat before it is silent for too long."""
+        for second in range(seconds):
+            self.now += 1
+            self.leader.on_tick(self.now)
+            if second % 4 == 0:
+                for node, sent in self.leader.take_orders(beat=True).items():
+                    for message in sent:
+                        self.hear(node, message)
+                    self.say(node)
+                self.settle()
+
     def lose(self, node: int) -> Counts:
         """What the round costs that follows."""
-        self.now += 60  # the leader is no new one
+        self.counts = Counts()
+        self.pass_time(20)  # the leader is no new one
         self.counts = Counts()
         self.leader.on_lost(node, "gone")
         self.settle()
