@@ -122,10 +122,10 @@ class Assembly:
             self.rundir,
             self.environ,
             StoreHost(self.spec.rdzv_endpoint.port, published).open,
+            network.dial,
             supplies=supplies,
             contained=contained,
             job=identity.job,
-            dial=network.dial,
         )
         if first:
             self.leading.prepare()

@@ -64,10 +64,10 @@ class SlurmSource:
         env: AgentEnv,
         rundir: RunDir,
         environ: Mapping[str, str],
-        dial: Callable[[Host], Awaitable[Link]] | None = None,
+        dial: Callable[[Host], Awaitable[Link]],
     ) -> None:
-        """``environ``: what this agent was started with; the batch script has prepared it. ``dial``: as that of
-        ``network.node.Transport``; without it, whoever listens at the port of an agent is taken for that agent.
+        """``environ``: what this agent was started with, as the batch script has prepared it. ``dial``: see
+        ``network.node.Transport``.
         """
         self._env = env
         self._dial = dial
@@ -85,7 +85,7 @@ class SlurmSource:
     async def _has_agent(self, host: Host) -> bool | None:
         """Whether ``host`` has its agent, by its only address; None if nothing is known."""
         answers = await _answers(host.addresses[0], host.port)
-        if not (answers and self._dial):
+        if not answers:
             return answers
         try:
             link = await self._dial(host)

@@ -55,14 +55,14 @@ class Leading:
     """What this agent was started with."""
     open_store: Callable[[int], Awaitable[int]]
     """As in ``LeaderServer``."""
+    dial: Callable[[Host], Awaitable[Link]]
+    """As in ``SlurmSource``."""
     supplies: bool = False
     """Slurm's commands start agents anew, and bring nodes."""
     contained: bool = False
     """As in ``Ending``."""
     job: str = ""
     """What the agents call the job among themselves (``network.identity``)."""
-    dial: Callable[[Host], Awaitable[Link]] | None = None
-    """As in ``SlurmSource``."""
     recorder: Recorder | None = None
     """Set as soon as this node has led."""
     _start: dict[str, Any] = field(default_factory=dict)

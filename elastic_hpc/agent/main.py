@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from elastic_hpc.agent.arguments import (
 from elastic_hpc.agent.assembly import LEAVE, Assembly
 from elastic_hpc.agent.first import leads_at_first
 from elastic_hpc.agent.joiners import enter
-from elastic_hpc.agent.threads import start
+from elastic_hpc.agent.threads import start, within
 from elastic_hpc.environment import forget_enclosing
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.leader import STOP_TIMEOUT
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     nproc, numa = workers_per_node(spec.nproc_per_node, env, visible_gpus), numa_options(spec.numa_binding)
     can_requeue = not (args.no_requeue or env.local)
     parts = Assembly(spec, env, rundir, nproc, environ, can_requeue=can_requeue, interface=spec.interface)
-    unfit = _start_preflight(parts)
+    unfit = start(_check, parts).result
     modules, without = what_to_preload(spec)
     standbys = Standbys(worker_args(spec), modules, nproc, worker_python(sys.orig_argv), without)
     standbys.prepare()  # they import torch at the same time as this process
@@ -90,30 +89,18 @@ def main(argv: list[str] | None = None) -> int:
     return _run(parts, _agent(parts, standbys, numa), standbys)
 
 
-def _start_preflight(parts: Assembly) -> Callable[[], str]:
-    """Check this node on a thread. The returned function waits for the check: why the node should not take part."""
-    unfit: list[str] = []
-
-    def check() -> None:
-        problems = preflight.check(
-            parts.rundir.path,
-            gpus=parts.env.gpus,
-            cuda_visible=parts.environ.get("CUDA_VISIBLE_DEVICES"),
-            command=parts.spec.preflight,
-            environ=parts.environ,
-        )
-        for problem in problems:
-            log.warning("preflight: %s", problem.what)
-            if problem.fatal:
-                unfit.append(problem.what)
-
-    def result() -> str:
-        thread.join()
-        return "; ".join(unfit)
-
-    thread = threading.Thread(target=check)
-    thread.start()
-    return result
+def _check(parts: Assembly) -> str:
+    """Check this node. Returns why it should not take part; empty if it should."""
+    problems = preflight.check(
+        parts.rundir.path,
+        gpus=parts.env.gpus,
+        cuda_visible=parts.environ.get("CUDA_VISIBLE_DEVICES"),
+        command=parts.spec.preflight,
+        environ=parts.environ,
+    )
+    for problem in problems:
+        log.warning("preflight: %s", problem.what)
+    return "; ".join(problem.what for problem in problems if problem.fatal)
 
 
 def _agent(parts: Assembly, standbys: Standbys, numa: dict[str, Any]) -> ElasticAgent:
@@ -157,8 +144,7 @@ def _agent(parts: Assembly, standbys: Standbys, numa: dict[str, Any]) -> Elastic
 
 def _strike(parts: Assembly, why: str) -> None:
     """Record why a requeue should avoid this node; for some seconds at most, as the file system may be the reason."""
-    with contextlib.suppress(OSError, TimeoutError):
-        start(parts.rundir.write_unfit, parts.env.name, time.time(), why).result(timeout=_STRIKE_TIMEOUT)
+    within(_STRIKE_TIMEOUT, lambda: parts.rundir.write_unfit(parts.env.name, time.time(), why))
 
 
 def _run(parts: Assembly, agent: ElasticAgent, standbys: Standbys) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Generic, ParamSpec, TypeVar
 
 from elastic_hpc.errors import ElasticError
@@ -40,9 +40,7 @@ async def on_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
 
 def within(seconds: float, work: Callable[[], object]) -> None:
     """Call ``work``, and wait at most ``seconds`` for its end; what it raises is ignored."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    wait([start(work)], seconds)
 
 
 class Reader(Generic[T]):

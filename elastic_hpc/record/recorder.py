@@ -35,7 +35,7 @@ class Recorder:
         self._host = host
         self._job = job
         # only the thread uses the next four
-        self._strikes: tuple[Strike, ...] = ()
+        self._strikes: list[Strike] = []
         self._strikes_loaded = False
         self._unwritten_events: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=1000)
         self._unwritten_files: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -70,7 +70,7 @@ class Recorder:
         when = time.time()
         if name in {"lost", "unfit", "barred"}:
             known = {field: fields[field] for field in ("node", "reason", "signature", "step") if field in fields}
-            self._put(lambda: self._add_strike(Strike(time=when, **known)))
+            self._put(lambda: self._strikes.append(Strike(time=when, **known)))
         if name not in {"progress", "allocation", "started"}:
             first = name == "failure" and fields["first"]  # the output of its rank may not be among what is shown
             log.info("%s", "\n".join([sentence(name, fields), *([fields["traceback"]] if first else [])]).rstrip())
@@ -119,7 +119,7 @@ class Recorder:
                 raise error.__cause__ from None
             state = {}  # damaged for ever
         self._strikes_loaded = True
-        self._strikes = live((*load(state.get("strikes", ())), *self._strikes), time.time())
+        self._strikes = list(live((*load(state.get("strikes", ())), *self._strikes), time.time()))
 
     def _beat(self) -> None:
         self._catch_up()
@@ -146,9 +146,6 @@ class Recorder:
                 problem = problem or error
         if problem:
             raise problem
-
-    def _add_strike(self, strike: Strike) -> None:
-        self._strikes = (*self._strikes, strike)
 
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Container
 from pathlib import Path
@@ -77,15 +78,11 @@ class NodeLogs(LogsSpecs):
             destination.close(deadline - time.monotonic())
 
 
-class _All:
-    def __contains__(self, _: object) -> bool:
-        return True
-
-
 def shown_ranks(tee: str | None, local_ranks: str | None) -> Container[int]:
     """The ranks that --tee ``tee`` names. What torchrun's --tee takes, such as ``3`` and ``0:3``, means all."""
+    every = range(sys.maxsize)
     if tee is None:
-        return _All() if local_ranks else {0}
+        return every if local_ranks else {0}
     if tee in {"all", "1", "2", "3"} or ":" in tee:
-        return _All()
+        return every
     return NumberRanges.of(tee)

@@ -251,7 +251,7 @@ async def no_store(round: int) -> int:
 def agent(rundir: RunDir, run: int = 1, **changes: Any) -> Leading:
     """One that has lost all others, where nobody has Slurm."""
     env = AgentEnv("7", 1, "n2", 2, run, 2, None, None, local=True)
-    return Leading(None, env, HOST, 1, replace(POLICY, **changes), rundir, {}, no_store)  # type: ignore[arg-type]
+    return Leading(None, env, HOST, 1, replace(POLICY, **changes), rundir, {}, no_store, None)  # type: ignore[arg-type]
 
 
 def roster(restarts: int, requeues: int) -> Roster:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from cluster import wait_for
+from test_joiners import no_dial
 from test_local import LISTEN, Local
 
 from elastic_hpc import slurm
@@ -149,7 +150,7 @@ def test_commands_that_do_not_return_keep_no_other_from_running(
 
     monkeypatch.setattr(SlurmSource, "_restart", restart)
     monkeypatch.setattr(slurm, "joiners", lambda job: [job])
-    source = SlurmSource(AgentEnv("7", 0, "n0", 99, 0, 1, None, None, local=False), RunDir(tmp_path), {})
+    source = SlurmSource(AgentEnv("7", 0, "n0", 99, 0, 1, None, None, local=False), RunDir(tmp_path), {}, no_dial)
 
     async def run() -> Any:
         restarts = [asyncio.ensure_future(source.restart(HOST)) for _ in range(100)]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import simulated
 from cluster import wait_for
+from test_joiners import no_dial
 
 from elastic_hpc.agent.arguments import parse_args
 from elastic_hpc.agent.leading import Leading
@@ -258,7 +259,7 @@ def leading(rundir: RunDir) -> Leading:
     policy = replace(simulated.POLICY, heartbeat_timeout=0.05)
     spec = LaunchSpec.from_namespace(argparse.Namespace(script="t.py"))
     host = Host(1, "n2", ("10.0.0.2",), 29432, "torch 2")
-    return Leading(spec, env, host, 1, policy, rundir, {}, no_store, contained=True)
+    return Leading(spec, env, host, 1, policy, rundir, {}, no_store, no_dial, contained=True)
 
 
 def test_a_leader_without_slurms_commands_asks_for_no_nodes_and_leaves_requeues_to_the_batch_script(

@@ -44,7 +44,7 @@ class Survivors:
     def _agent(self, index: int, count: int) -> Leading:
         env = AgentEnv("7", index, f"n{index}", count, 0, 1, None, None, local=False)
         host = Host(index, f"n{index}", (f"10.0.0.{index}",), 29432)
-        return Leading(None, env, host, 1, POLICY, self.rundir, ENVIRON, no_store)  # type: ignore[arg-type]
+        return Leading(None, env, host, 1, POLICY, self.rundir, ENVIRON, no_store, None)  # type: ignore[arg-type]
 
     def _start_step(self, _job: str, node: str, *_: Any) -> None:
         self.steps.append(node)
