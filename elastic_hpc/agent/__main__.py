@@ -12,6 +12,6 @@ try:
 except (ElasticError, OSError) as error:
     print(f"elastic_hpc.agent: {error}", file=sys.stderr)
     status = getattr(error, "exit_code", 1)
-within(5, sys.stdout.flush)  # nobody may read what srun gets, or srun stands still
+within(5, sys.stdout.flush)  # blocks if srun is frozen
 within(5, sys.stderr.flush)
-os._exit(status)  # threads that wait for a dead store or file system must not keep the node
+os._exit(status)  # threads that block on a dead store or file system must not keep the node

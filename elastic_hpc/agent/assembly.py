@@ -38,13 +38,13 @@ from elastic_hpc.slurm.env import AgentEnv
 from elastic_hpc.workers import guard
 
 LEAVE = LEAVE_TIMEOUT + 20
-"""Seconds that an agent takes at most to leave when the job has ended: its leader waits so long for all others."""
+"""Seconds that an agent takes at most to leave when the job has ended: the leader waits that long for all others."""
 
 _SECRET_TIMEOUT = 2.0
-"""Seconds that a connection waits for the secret, which is read from the run directory once."""
+"""Seconds that a connection waits for the secret. The agent reads the secret from the run directory once."""
 
 _LOG_TIMEOUT = 5.0
-"""Seconds in which the last lines of the log are written when the agent leaves."""
+"""Seconds that an agent that leaves has to write the last lines of its log."""
 
 
 class Assembly:
@@ -83,8 +83,8 @@ class Assembly:
         self._guard = _start_guard(token, 1.5 * self.policy.heartbeat_timeout, self.local_folder)
 
     def remember(self, *, again: bool) -> bool:
-        """Keep what this node promises for an agent that is started anew here. ``again``: an agent was here before in
-        this run. Returns whether that agent has obeyed or been a leader that formed a round. Raises ElasticError.
+        """Keep the promises of this node in a file, for the next agent on the node. ``again``: the node had an agent
+        before in this run. Returns whether that agent had followed or been a leader. Raises ElasticError.
         """
         if self._promise_file:
             self._promise_file.remove()
@@ -105,7 +105,8 @@ class Assembly:
         """Make the parts that find, follow or are the leader; ``control.start`` starts them.
 
         ``published``: this node's addresses. ``first``: this node leads at the beginning. ``supplies``, ``contained``:
-        see ``Leading``. ``unfit`` may block, and returns why this node should not take part.
+        see ``Leading``. ``unfit`` may block, and returns why this node should not take part. ``on_stuck``: see
+        ``Control``.
         """
         from elastic_hpc.agent.store import StoreHost
 
@@ -156,7 +157,7 @@ class Assembly:
 
     @functools.cached_property
     def identity(self) -> str:
-        """``RunDir.identity``; to be read when a leader has been found, which needs the job's secret too."""
+        """See ``RunDir.identity``. Available once a leader was found: the secret exists by then."""
         return self.rundir.identity()
 
     def close(self, timeout: float = LEAVE) -> None:
@@ -171,7 +172,7 @@ class Assembly:
 
 
 class _ToListener(logging.handlers.QueueHandler):
-    """Leaves the formatting of tracebacks, for which source files are read, to the listener."""
+    """Lets the listener format tracebacks, because that reads source files."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         record = copy.copy(record)
@@ -180,8 +181,9 @@ class _ToListener(logging.handlers.QueueHandler):
 
 
 def _interfaces(published: Sequence[str]) -> list[str]:
-    """The addresses at which an agent listens that publishes ``published``. Loopback too: an agent that leads dials
-    itself, also while its interface is down. All, if the published ones are those of a device that translates them.
+    """The addresses on which an agent listens that publishes ``published``, and loopback, because an agent that leads
+    dials itself, also while its interface is down. If no published address is this machine's own (a device between the
+    nodes translates addresses), the agent listens on all interfaces.
     """
     own = addresses.own(published)
     return list(dict.fromkeys([*own, addresses.LOOPBACK])) if own else [""]
@@ -203,7 +205,7 @@ def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
         handler.setFormatter(logging.Formatter(f"%(asctime)s elastic_hpc[{env.name}]: %(message)s", "%H:%M:%S"))
     listener = logging.handlers.QueueListener(records, *handlers)
     listener.start()
-    for name in ("elastic_hpc", "asyncio"):  # asyncio logs what goes wrong in a callback or a task
+    for name in ("elastic_hpc", "asyncio"):  # asyncio logs exceptions of callbacks and tasks
         log = logging.getLogger(name)
         log.addHandler(_ToListener(records))
         log.setLevel(logging.INFO)
@@ -213,7 +215,7 @@ def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
 
 
 def _start_guard(token: str, silence: float, folder: str) -> int:
-    """Start the guard. Returns the pipe by which the agent shows that it lives; when it is closed, the guard kills."""
+    """Start the guard. Returns the pipe on which the agent sends its beats; when the pipe closes, the guard kills."""
     theirs, ours = os.pipe()
     subprocess.Popen(
         [

@@ -1,4 +1,4 @@
-"""The bridge between the two threads of an agent. The control thread runs the membership; it touches no file, and never
+"""The bridge between the two threads of an agent. The control thread runs the membership, accesses no file, and never
 waits for the main thread. The main thread runs torch's agent, reads the leader's latest order, and reports what its
 workers do.
 """
@@ -51,7 +51,7 @@ class Seat:
 
 
 class Outside(Protocol):
-    """What the control thread needs of the rest of the agent (``leading.Leading``). ``find_leader`` and ``give_up`` may
+    """The parts of the agent that the control thread uses (``leading.Leading``). ``find_leader`` and ``give_up`` may
     block, so they run on threads of their own.
     """
 
@@ -79,8 +79,8 @@ class Control:
         on_stuck: Callable[[], None] = lambda: None,
     ) -> None:
         """``unfit``: why this node should not take part. ``beat`` is called a few times per heartbeat timeout, as long
-        as the control thread is alive; ``on_stuck`` on that thread, when the main thread has not done for
-        ``STOP_TIMEOUT`` what the leader has ordered.
+        as the control thread is alive. ``on_stuck`` is called on that thread when the main thread has not carried out
+        an order of the leader within ``STOP_TIMEOUT``.
         """
         self._beat = beat
         self._on_stuck = on_stuck
@@ -264,13 +264,14 @@ class Control:
         while True:
             self._beat()
             await asyncio.sleep(self._beat_interval)
-            stuck = stuck + self._beat_interval if self._waits_for_main_thread() else 0.0  # without frozen times
+            # counts intervals, so that the time in which this process was frozen does not count
+            stuck = stuck + self._beat_interval if self._waits_for_main_thread() else 0.0
             if stuck > STOP_TIMEOUT:
                 self._on_stuck()
 
     def _waits_for_main_thread(self) -> bool:
-        """Whether the main thread should stop the workers, acknowledge that they have stopped, or leave. It waits for
-        the end itself, once it has reported that this node is unfit.
+        """Whether the main thread has to stop the workers, acknowledge that they have stopped, or leave. A main thread
+        that has reported this node unfit only waits for the end of the job.
         """
         status = self._status
         if status.unfit:

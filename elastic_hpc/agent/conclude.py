@@ -108,8 +108,9 @@ def act(
     """Requeue the job from this node's agent. Returns the problem, if Slurm could not be asked.
 
     ``alone``: the batch host is lost, and with it the batch script and srun. Then the agent also ends the job: it
-    starts a job step that waits until the agents have left, and on one of the ``others`` a deputy, which acts if that
-    step is lost. A node that cannot have the deputy is passed over. ``environ`` is what the agent was started with.
+    starts a job step that waits until the agents have left, and a deputy on one of the nodes ``others``, which acts if
+    that step is lost. If Slurm cannot start the deputy on the first of them, the second is tried. ``environ`` is what
+    the agent was started with.
     """
     if env.local:
         return None

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def published(rundir: RunDir, run: int) -> Published | None:
-    """Where the leader of ``run`` listens, as the run directory says. Raises RunIsOver if a later run has a leader."""
+    """The leader of ``run`` in the run directory, if there is one. Raises RunIsOver if a later run has a leader."""
     found = read_published(rundir)
     if found and found.run > run:
         raise RunIsOver(run, found.run)
@@ -53,9 +53,9 @@ class Ending:
         self._turns = Turns(self.rundir, self.env.run, self.env.name)
 
     def act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
-        """Requeue or end the job. Returns the problem, if any. The parameters are those of ``conclude.act``. A job that
-        runs in an allocation of the user (``elastic-srun``) is not requeued. If ``alone``, other agents whose leader is
-        lost do not act until the turn of this one is over.
+        """Requeue or end the job. Returns the problem, if any. The parameters are those of ``conclude.act``. A job in
+        an allocation of the user (``elastic-srun``) is not requeued. If ``alone``, this agent takes a turn, so that no
+        agent without a leader acts at the same time.
         """
         if alone:
             self._turns.take()
@@ -90,8 +90,8 @@ class Ending:
         others: Sequence[str] = (),
         is_led: Callable[[], bool] = lambda: False,
     ) -> JobEnded | None:
-        """See ``network.node.Node``. ``is_led`` says whether there is a leader again: by the time that a file system
-        has answered, there may be.
+        """See ``network.node.Node``. ``is_led`` returns whether the agent has a leader again, which may have happened
+        while this method waited for a file system. Raises RunIsOver if a later run has a leader.
         """
         with contextlib.suppress(ElasticError, OSError):
             published(self.rundir, self.env.run)
@@ -145,8 +145,8 @@ class Ending:
             self.rundir.write_unfit(self.env.name, time.time(), f"the leader could not be reached: {why}")
 
     def _somebody_leads(self) -> bool:
-        """Whether a leader has touched the record in the last two heartbeat timeouts, or this agent has only begun to
-        look.
+        """Whether a leader has shown its heartbeat in the last two heartbeat timeouts. Also true for that long after
+        the first call.
         """
         touched, now = self.rundir.heartbeat(), time.monotonic()
         if touched != self._last_beat[0] or not self._last_beat[1]:

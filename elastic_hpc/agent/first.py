@@ -1,4 +1,4 @@
-"""Which agent leads at the beginning: exactly one, whatever the nodes think of ``--rdzv-endpoint``."""
+"""Which agent leads at the beginning. Exactly one does, even if several nodes find ``--rdzv-endpoint`` to be theirs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from elastic_hpc.slurm.env import AgentEnv
 
 
 def leads_at_first(endpoint: Endpoint, env: AgentEnv, rundir: RunDir, environ: Mapping[str, str]) -> bool:
-    """Whether this agent of a job step leads at the beginning: that of the first node, unless ``endpoint`` names a
-    host. Several nodes may take the name or the address for their own; the first of them that claims the lead in the
-    run directory has it. If the directory cannot be written, that is the node of Slurm's name, or the job's first node.
+    """Whether this agent of a job step leads at the beginning. If ``endpoint`` names no host, the agent of the first
+    node leads. Otherwise it is an agent of that host. The name or address may belong to several nodes; then the first
+    agent that claims the lead in the run directory leads. If the directory cannot be written, the node with that name
+    in Slurm leads, or the job's first node.
     """
     if env.late:
         return False

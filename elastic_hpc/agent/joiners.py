@@ -25,7 +25,7 @@ _PROBE = 0.5
 """Seconds in which a node that has power answers a connection attempt."""
 
 _MOST_STARTING = 16
-"""How many agents are started at a time: for each, slurmctld answers two requests, and starts a job step."""
+"""Maximum number of agents that are started at the same time. Each costs slurmctld two requests and a job step."""
 
 
 def enter(env: AgentEnv, rundir: RunDir) -> AgentEnv:
@@ -76,14 +76,14 @@ class SlurmSource:
         self._starting = asyncio.Semaphore(_MOST_STARTING)
 
     async def lacks_agent(self, host: Host) -> bool:
-        """A node without power gives no answer. Where an agent is frozen, the kernel accepts the connection."""
+        """A node without power does not answer. On a node with a frozen agent, the kernel accepts the connection."""
         here = {address for address in addresses.own(host.addresses) if not address.startswith("127.")}
         others = [address for address in host.addresses if address not in here]
         found = await asyncio.gather(*(self._has_agent(replace(host, addresses=(address,))) for address in others))
         return False in found and True not in found
 
     async def _has_agent(self, host: Host) -> bool | None:
-        """Whether ``host`` has its agent, by its only address; None if nothing is known."""
+        """Whether ``host``, at its only address, has its agent; None if another node answers, or none."""
         answers = await _answers(host.addresses[0], host.port)
         if not answers:
             return answers
@@ -93,7 +93,7 @@ class SlurmSource:
             return None
         except (asyncio.TimeoutError, TimeoutError, ElasticError, RunIsOver):  # it may be frozen
             return True
-        except (OSError, ProtocolError):  # a process of somebody else has the port of an agent that is gone
+        except (OSError, ProtocolError):  # another process has taken the port of the dead agent
             return False
         link.close()
         return True

@@ -1,5 +1,5 @@
-"""How the job has ended, as the agent of the batch host tells the batch script: in a file in memory, because the run
-directory may be full or read-only, and without a verdict the script would take a finished job for a failed one.
+"""A file in memory by which the agent of the batch host passes the outcome of the job to the batch script. The run
+directory may be full or read-only, and without a verdict the script would report a finished job as failed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _path(job: str, run: int) -> Path:
 
 
 def leave(job: str, run: int, outcome: str, reason: str) -> None:
-    """Called by the agent, once it is told that the job has ended."""
+    """Write the file. The agent calls this when the leader has ended the job."""
     with contextlib.suppress(OSError):
         descriptor, path = tempfile.mkstemp(prefix="elastic-hpc-end-", dir=memory_folder())
         with os.fdopen(descriptor, "w") as file:
@@ -28,12 +28,12 @@ def leave(job: str, run: int, outcome: str, reason: str) -> None:
 
 
 def take(job: str, run: int) -> dict[str, Any] | None:
-    """Called by the batch script: what its agent has left, which is removed; None if there is nothing."""
+    """Read and remove the file. The batch script calls this. Returns None if there is no such file of this user."""
     path = _path(job, run)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(descriptor) as file:
-            if os.fstat(descriptor).st_uid != os.getuid():  # anybody may write there
+            if os.fstat(descriptor).st_uid != os.getuid():  # all users may write to the folder
                 return None
             found: dict[str, Any] = json.load(file)
             path.unlink()

@@ -36,13 +36,13 @@ CONTROL_PORT_OFFSET = 32
 """Control port above the endpoint's: the 32 below are for the stores of the rounds."""
 
 _GUESS_AFTER = 15.0
-"""Seconds after which an agent dials the job's first node, if the run directory names no leader of this run."""
+"""Seconds without a leader of this run in the run directory, after which an agent dials the job's first node."""
 
 
 @dataclass
 class Leading:
-    """What the control thread needs of the rest of its agent (``bridge.Outside``): makes the leader when this node is
-    to lead, looks up the leader in the run directory, and has ``Ending`` give up when no leader can be found.
+    """The part of the agent that the control thread uses (``bridge.Outside``): makes the leader when this node is to
+    lead, looks up the leader in the run directory, and lets ``Ending`` give up when there is no leader to be found.
     """
 
     spec: LaunchSpec
@@ -62,11 +62,11 @@ class Leading:
     contained: bool = False
     """As in ``Ending``."""
     job: str = ""
-    """What the agents call the job among themselves (``network.identity``)."""
+    """The job in the identity of its agents (``network.identity``)."""
     recorder: Recorder | None = None
     """Set as soon as this node has led."""
     _start: dict[str, Any] = field(default_factory=dict)
-    """What the first leader goes on from: counters and strikes of the run before."""
+    """Counters and strikes of the run before, with which the first leader begins."""
 
     def __post_init__(self) -> None:
         self._began = time.monotonic()
@@ -139,8 +139,8 @@ class Leading:
         )
 
     def find_leader(self) -> Published | None:
-        """What the run directory says. If that is nothing for long, as it may be full since the run before: where the
-        first leader listens if its port was free.
+        """The leader in the run directory. If the directory names none for ``_GUESS_AFTER`` seconds, perhaps because it
+        has been full since the run before: the address at which the first leader listens if its port was free.
         """
         found = published(self.rundir, self.env.run)
         if found or time.monotonic() - self._began < _GUESS_AFTER or not (head := self.spec.rdzv_endpoint.head):

@@ -47,7 +47,7 @@ log = logging.getLogger("elastic_hpc")
 _STRIKE_TIMEOUT = 1.0
 
 _LAST = 5.0
-"""Seconds that an agent has to leave, besides those that it waits for others."""
+"""Seconds that an agent has to leave, in addition to those in which it waits for others."""
 
 EXIT_CODES = {"finished": 0, "failed": 1, "requeue": 0, "lost": 1}
 """Exit code of an agent by outcome; a hint only, the verdict is in the run directory."""
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
     contained = not env.local and (args.contained or shutil.which("scontrol") is None)
     supplies = not (env.local or contained)
-    if supplies and not env.joins:  # else no agent is ever started anew
+    if supplies and not env.joins:  # in all other cases no agent is ever restarted
         parts.remember(again=env.late)
     parts.connect(
         ("127.0.0.1",) if env.local else addresses.to_publish(env.name, spec.interface, env.submit_host),
@@ -143,7 +143,7 @@ def _agent(parts: Assembly, standbys: Standbys, numa: dict[str, Any]) -> Elastic
 
 
 def _strike(parts: Assembly, why: str) -> None:
-    """Record why a requeue should avoid this node; for some seconds at most, as the file system may be the reason."""
+    """Record why a requeue should avoid this node. Gives up soon: the reason may be a file system that stalls."""
     within(_STRIKE_TIMEOUT, lambda: parts.rundir.write_unfit(parts.env.name, time.time(), why))
 
 
@@ -178,7 +178,7 @@ def _run(parts: Assembly, agent: ElasticAgent, standbys: Standbys) -> int:
 
 
 def _exit(code: int, why: str) -> None:
-    """End this process, whatever its threads wait for; the guard kills what is left."""
+    """End this process, even if a thread blocks; the guard kills its workers."""
     with contextlib.suppress(OSError):
         os.write(2, f"elastic_hpc: {why}: it exits; a GPU or a file system may not answer\n".encode())
     os._exit(code)

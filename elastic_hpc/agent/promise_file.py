@@ -1,12 +1,12 @@
-"""Where a node's promises outlive its agent: a file in memory, which belongs to one node of one run of a job.
+"""A file in memory in which a node's promises (``membership.promises``) outlive its agent: one for each node and run.
 
-The file is opened, filled and locked at the start; after that the control thread only writes bytes in place, which
-waits for nothing. It has two slots, and each write goes to the older one, so an agent that is killed while it writes
-leaves the other one whole. The next agent of the node reads it (``membership.promises``). A file from before a reboot,
-which may have lost the last writes, counts as none.
+The agent opens, fills and locks the file when it starts. After that the control thread only overwrites bytes in place,
+which never blocks. The file has two slots, and each write goes to the older slot: if the agent is killed while it
+writes, the other slot is intact. The next agent of the node reads the file. A file that was written before a reboot is
+ignored, because its last writes may be lost.
 
-Who ends with the job removes its file, and those of agents that died on the same machine. What is left then, on nodes
-where the last agent died, is removed by the next agent of the same user there.
+An agent that leaves with the job removes its file, and the files of agents of that run that died on this machine. A
+file that remains, because the last agent of a node died, is removed by the next agent of the same user there.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from elastic_hpc.membership.promises import Promises
 
 _PREFIX = "elastic-hpc-promises-"
 _HEAD = struct.Struct("<QII")
-"""At the start of a slot: the number of the write, and length and checksum of what follows."""
+"""The head of a slot: the number of the write, then length and checksum of the promises that follow."""
 _FIRST_SLOT = 64
-"""Where the first slot begins, behind the boot id of the machine."""
+"""Offset of the first slot. The boot id of the machine precedes it."""
 _SLOT, _SLOT_PER_NODE = 64 * 1024, 512
-"""Bytes of a slot, and bytes for each node: a roster names hosts with all their addresses."""
+"""Bytes of a slot, and bytes more for each node: a roster contains all addresses of its hosts."""
 
 
 def memory_folder() -> str:
-    """A folder in memory, if there is one."""
+    """A folder in memory; the folder for temporary files if there is none."""
     shared = "/dev/shm"  # noqa: S108 - only files and folders of our own are used there, closed to others
     return shared if os.access(shared, os.W_OK) else tempfile.gettempdir()
 
 
 @dataclass(frozen=True)
 class Place:
-    """Whose promises a file has: those of ``node`` in ``run`` of ``job``, which has the run directory ``run_dir``."""
+    """Names the promises in a file: those of ``node`` in ``run`` of ``job``, whose run directory is ``run_dir``."""
 
     run_dir: Path
     job: str
@@ -50,7 +50,7 @@ class Place:
 
     @property
     def of_run(self) -> str:
-        """How the names of all files of the run begin."""
+        """The prefix of the names of all files of the run."""
         run = hashlib.sha256(f"{self.run_dir}\0{self.job}\0{self.run}".encode()).hexdigest()[:16]
         return f"{_PREFIX}{run}."
 
@@ -69,7 +69,7 @@ class PromiseFile:
         self._number = 0
 
     def read(self) -> bytes | None:
-        """What was written last; None if nothing is whole, or the machine was started again since."""
+        """The promises of the last complete write; None without one, or if the machine has rebooted since."""
         promises = None
         for slot in (0, 1) if os.pread(self._descriptor, _FIRST_SLOT, 0).rstrip(b"\0") == _boot_id() else ():
             raw = os.pread(self._descriptor, self._slot, _FIRST_SLOT + slot * self._slot)
@@ -80,7 +80,7 @@ class PromiseFile:
         return promises
 
     def write(self, promises: bytes) -> None:
-        """Keep ``promises``. Raises OSError if they are too long."""
+        """Write ``promises``. Raises OSError if they are too long."""
         self._number += 1
         record = _HEAD.pack(self._number, len(promises), zlib.crc32(promises, self._number)) + promises
         if len(record) > self._slot:
@@ -92,16 +92,16 @@ class PromiseFile:
         os.close(self._descriptor)
 
     def remove(self) -> None:
-        """Remove the file: nobody goes on here."""
+        """Remove the file: no agent of this node follows in this run."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
         self.close()
 
 
 def begin(place: Place, nodes: int, *, again: bool) -> tuple[Promises, PromiseFile | None]:
-    """The promises of ``place``, and the file that keeps them. ``nodes``: the most nodes that the job may have.
-    ``again``: an agent was here before; if its file is lost, this node has no vote any more. Raises ElasticError while
-    another agent of that node runs on this machine.
+    """The promises of ``place``, and the file that keeps them. ``nodes``: the maximum number of nodes of the job.
+    ``again``: this node had an agent before in this run; if its file is lost, the node has no vote any more. Raises
+    ElasticError while another agent of this node runs on this machine.
     """
     clean_up(place, ended=False)
     for path in _files(place.prefix):
@@ -126,8 +126,9 @@ def _create(place: Place, nodes: int) -> PromiseFile:
 
 
 def clean_up(place: Place, *, ended: bool) -> None:
-    """Remove files of this user whose agents are dead: those of the run of ``place``, if it has ended, else those of
-    all other runs. If another run goes on, and will have a new agent here, its node has no vote any more.
+    """Remove files of this user whose agents are dead. If the run of ``place`` has ``ended``, these are the files of
+    that run, else those of all other runs. If another of these runs goes on, and starts an agent here, that node has
+    lost its vote.
     """
     for path in _files(_PREFIX):
         if os.path.basename(path).startswith(place.of_run) == ended:
@@ -137,7 +138,7 @@ def clean_up(place: Place, *, ended: bool) -> None:
 
 
 def _files(prefix: str) -> list[str]:
-    """Files of this user. Names can be chosen by anybody."""
+    """Files of this user whose names begin with ``prefix``. Other users may have made files with such names."""
     with os.scandir(memory_folder()) as entries:
         named = [entry for entry in entries if entry.name.startswith(prefix) and entry.is_file(follow_symlinks=False)]
     return [entry.path for entry in named if _is_mine(entry)]

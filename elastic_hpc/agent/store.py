@@ -19,14 +19,14 @@ _PORTS = 32
 """Number of ports that the rounds use in turn, so that a late worker of an old round finds no store."""
 
 _MOST_ATTEMPTS = 3
-"""Attempts to open the store of one round that may be under way at a time."""
+"""Maximum number of attempts at the same time to open the store of one round."""
 
 
 class _Opened:
     """A store that listens on ``host``, on the first free port from ``port`` upwards."""
 
     def __init__(self, host: str, port: int) -> None:
-        host = host if own([host]) else ""  # it may have lost that address
+        host = host if own([host]) else ""  # this machine may have lost that address
         listener = listen_from(port, host)
         self.port = int(listener.getsockname()[1])
         self._stores = [
@@ -41,7 +41,7 @@ class _Opened:
         ]
 
     def close(self) -> None:
-        """A store is closed when nothing refers to it. That ends a thread of torch, so a thread of ours does it."""
+        """Close the store by the removal of the last reference. That may block, so it happens on another thread."""
         start(self._stores.clear)
 
 
@@ -56,11 +56,11 @@ class StoreHost:
         self._host = published[0] if len(published) == 1 else ""
         self._stores: dict[int, _Opened] = {}
         self._attempts: dict[int, list[asyncio.Future[_Opened]]] = {}
-        """By round; only those of the round that was asked for last."""
+        """By round; only those of the last round for which ``open`` was called."""
 
     async def open(self, round: int) -> int:
-        """The port of the store of ``round``. If a caller stops waiting and asks again, another attempt begins beside
-        the first one, on another port; the first store that is open counts, and the others are closed.
+        """The port of the store of ``round``. If a caller stops waiting and calls again, a second attempt begins, on
+        another port, while the first one goes on. The first store that opens is used, the others are closed.
         """
         for old in [r for r in self._attempts if r != round]:
             _abandon(self._attempts.pop(old))
@@ -79,7 +79,7 @@ class StoreHost:
 
 
 def _abandon(attempts: list[asyncio.Future[_Opened]]) -> None:
-    """Close what ``attempts`` open, sooner or later."""
+    """Close the stores that ``attempts`` still open, when they are open."""
     for attempt in attempts:
         attempt.add_done_callback(_close_late)
 

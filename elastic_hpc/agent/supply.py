@@ -39,14 +39,14 @@ class Source(Protocol):
     """Slurm (``joiners.SlurmSource``), or a simulated one. All methods but ``lacks_agent`` raise ElasticError."""
 
     async def lacks_agent(self, host: Host) -> bool:
-        """Whether ``host`` answers and has no agent. False if the node has lost power, or its agent is only cut off."""
+        """Whether ``host`` answers and has no agent. False if ``host`` has no power, or cannot be reached."""
 
     async def restart(self, host: Host) -> bool:
         """Start an agent on ``host``. False if the job does not have that node any more."""
 
     async def starting(self) -> Mapping[str, str]:
-        """The job steps of ``restart`` that have not ended, by the name of their node, whichever leader has started
-        them.
+        """The job steps of ``restart`` that have not ended, of this leader and of those before it, by the name of their
+        node.
         """
 
     async def joiners(self) -> Sequence[JoinerJob]:
@@ -72,14 +72,14 @@ class _Restart:
         self.backoff = Backoff()
         self.task: asyncio.Task[None] | None = None
         self.starting_since: float | None = None
-        """Since when a job step is known in which the agent starts."""
+        """When this leader first knew of the job step in which the agent starts."""
         self.impossible = False
         """Whether the job does not have the node any more."""
 
 
 class Supply:
-    """Serves one leader until ``run`` is cancelled; ``event`` records what is done. Joiners that are left after the
-    verdict are cancelled by whoever acts on it (``conclude``).
+    """Serves one leader until ``run`` is cancelled; ``event`` records what it does. After the verdict ``conclude``
+    cancels the joiners that are left.
     """
 
     def __init__(self, source: Source, event: Callable[[str, dict[str, Any]], None], *, grow: bool) -> None:
@@ -138,7 +138,7 @@ class Supply:
     # agents that are started anew
 
     async def _restart(self, missing: Collection[Host]) -> int:
-        """Start agents on nodes that answer and have none. Returns how many agents are being started or expected."""
+        """Start agents on nodes that answer and have no agent. Returns how many agents are starting."""
         now = asyncio.get_running_loop().time()
         lost = {host.node: host for host in missing}
         for node, restart in self._restarts.items():
@@ -157,8 +157,8 @@ class Supply:
         return sum(bool(restart.task) or _is_expected(restart, now) for restart in restarts.values())
 
     async def _start_unless_starting(self, host: Host, restart: _Restart, step: str | None) -> None:
-        """Start an agent on ``host``, which has none, unless ``step`` is there, in which an agent still starts. Where
-        that takes too long, the step is ended first, so that a node never has two agents.
+        """Start an agent on ``host``, unless an agent starts there in the job step ``step``. A step that takes too long
+        is cancelled first, so that a node never has two agents.
         """
         now = asyncio.get_running_loop().time()
         if step is None:

@@ -1,5 +1,5 @@
-"""Calls that may block, for a control thread that must not: each call runs on a thread of its own, which can be
-abandoned. In a pool of threads, calls to a file system that stalls would keep those that wait behind them from running.
+"""Calls that may block, for a control thread that must not block: each call runs on a thread of its own, which the
+caller can abandon. In a pool, calls to a stalled file system would occupy all threads, and later calls would wait.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def start(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[
     def run() -> None:
         try:
             answer = work(*args, **kwargs)
-        except BaseException as error:  # noqa: BLE001 - raised where the result is waited for
+        except BaseException as error:  # noqa: BLE001 - the caller gets it from the future
             result.set_exception(error)
         else:
             result.set_result(answer)
@@ -39,23 +39,23 @@ async def on_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
 
 
 def within(seconds: float, work: Callable[[], object]) -> None:
-    """Call ``work``, and wait at most ``seconds`` for its end; what it raises is ignored."""
+    """Call ``work``, and wait at most ``seconds`` until it returns; ignore what it raises."""
     wait([start(work)], seconds)
 
 
 class Reader(Generic[T]):
-    """Reads again and again from a file system that may stall, never twice at a time."""
+    """Calls ``read``, which may block on a stalled file system, on a thread: never twice at the same time."""
 
     def __init__(self, read: Callable[[], T], seconds: float) -> None:
-        """``seconds``: how long an answer is waited for."""
+        """``seconds``: how long a caller waits for the result."""
         self._read = read
         self._seconds = seconds
         self._answer: asyncio.Future[T] | None = None
-        """The answer to a call of ``read``, until a caller has it."""
+        """The result of a call of ``read`` that no caller has got yet."""
 
     async def read(self) -> T:
-        """What ``read`` returns or raises. Raises ElasticError if there is no answer in time; the next call goes on
-        waiting for that answer.
+        """What ``read`` returns or raises. Raises ElasticError if ``read`` has not returned in time; the next call of
+        this method waits for the same result.
         """
         answer = self._answer
         if answer is None:

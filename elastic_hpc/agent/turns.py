@@ -1,5 +1,5 @@
-"""Which of the agents that nobody leads acts for all: the first that takes a turn in the run directory, and the next
-when that turn has led to nothing. slurmctld would have to answer hundreds of agents that act at once.
+"""Which agent ends or requeues a job that has lost its leader: the first agent that takes a turn in the run directory.
+If it fails, the next agent takes a turn. Hundreds of agents that acted at once would overload slurmctld.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ TURN = 60.0
 
 
 class Turns:
-    """The turns of one agent. The files are ``turn.RUN.NUMBER``, with the name of the node that acts, and
-    ``acts.RUN`` when the other agents need not wait.
+    """The turns of one agent. A turn is the file ``turn.RUN.NUMBER``, which names the node that acts. The file
+    ``acts.RUN`` exists when the other agents may leave.
     """
 
     def __init__(self, rundir: RunDir, run: int, node: str) -> None:
@@ -25,14 +25,14 @@ class Turns:
         self._node = node
         self._turn, self._done = f"turn.{run}.", f"acts.{run}"
         self._last = 0
-        """The number of the last turn that somebody has taken."""
+        """The number of the last turn that an agent has taken."""
         self._since = 0.0
-        """When this agent has noticed that turn."""
+        """When this agent noticed that turn."""
         self._mine = False
         self._backoff = Backoff()
 
     def take(self) -> bool:
-        """Whether this agent shall act now. If the run directory cannot be written, nobody can be told."""
+        """Whether this agent shall act now. If the run directory cannot be written, every agent that asks shall act."""
         now = time.monotonic()
         last = max((int(name.removeprefix(self._turn)) for name in self._names() if self._is_turn(name)), default=0)
         if last > self._last:
@@ -49,11 +49,11 @@ class Turns:
         return self._mine
 
     def failed(self) -> None:
-        """This agent has acted in vain, and tries again later, as long as it is its turn."""
+        """This agent has failed, and tries again later, until another agent takes the next turn."""
         self._backoff.failed(time.monotonic())
 
     def done(self) -> None:
-        """Others may leave: this agent has acted, and somebody acts even if this node is lost now."""
+        """The other agents may leave: this agent has acted, and a deputy replaces it if this node is lost now."""
         try:
             self._rundir.claim(self._done, self._node)
         except ElasticError:

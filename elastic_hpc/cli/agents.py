@@ -17,16 +17,16 @@ from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.record.rundir import RunDir
 
 _TICK = 2.0
-"""Seconds between two looks for the verdict."""
+"""Seconds between two checks for the verdict."""
 
 _LEAVE, _LAST = 40.0, 5.0
-"""Seconds after the verdict in which agents leave (at most ``assembly.LEAVE``), and seconds to be killed in."""
+"""Seconds after the verdict in which the agents leave (``assembly.LEAVE``), and seconds that each signal takes to end
+them.
+"""
 
 
 class _VerdictClock:
-    """How long ago this process has noticed that the verdict of this run stands. A file system that stalls delays the
-    answer, and nothing else.
-    """
+    """The time since this process noticed the verdict of this run. A file system that stalls blocks no caller."""
 
     def __init__(self, rundir: RunDir) -> None:
         self._look = (rundir.path / "verdict.json").exists
@@ -34,7 +34,7 @@ class _VerdictClock:
         self._since: float | None = None
 
     def age(self) -> float:
-        """In seconds; negative while there is no verdict."""
+        """Seconds since then; negative while there is no verdict."""
         if self._since is None and self._answer.done():
             if not self._answer.exception() and self._answer.result():
                 self._since = time.monotonic()
@@ -83,8 +83,8 @@ class Agents:
         return signal.SIGINT in self._signals
 
     def wait(self) -> None:
-        """Wait until all agents have left. After the verdict they have some time for that; then those that are left are
-        ended, as frozen agents, and at last not waited for, as agents on a dead node.
+        """Wait until all agents have left. Agents that have not left some time after the verdict, for example frozen
+        ones, are ended by a signal. Agents that do not end then, for example on a dead node, are left behind.
         """
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)

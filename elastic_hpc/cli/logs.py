@@ -35,7 +35,7 @@ written. With -f they come about a second later."""
 
 _LOOK_INTERVAL, _STATE_INTERVAL = 0.3, 5.0
 _PER_FILE = 0.001
-"""Seconds between two looks for each file, as each look opens all of them."""
+"""Seconds between two rounds of reading, for each file, as all files are opened each time."""
 
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 

@@ -1,4 +1,6 @@
-"""``endpoint.json``: where the leader of a job listens, and other agents, which know who leads after its loss."""
+"""``endpoint.json``: the address of a job's leader, and those of other agents, which know the next leader if it is
+lost.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,23 @@ from elastic_hpc.record.rundir import RunDir
 ENDPOINT = "endpoint.json"
 
 _MOST_OTHERS = 32
-"""Most other agents that are named: each of them knows the leader."""
+"""Maximum number of other agents in the file; each of them knows the leader."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a leader publishes."""
+    """The content of ``endpoint.json``, which the leader writes."""
 
     run: int
     leader: Host
     others: tuple[Host, ...] = ()
-    """Agents that followed the leader when the last round was formed."""
+    """Agents that followed the leader when the last round was formed, ``_MOST_OTHERS`` at most."""
     job: str = ""
-    """What the agents call the job among themselves (``network.identity``)."""
+    """The job in the identity of its agents (``network.identity``)."""
 
     @classmethod
     def of(cls, run: int, leader: Host, agents: Iterable[Host], job: str = "") -> Published:
-        """``agents``: all of the job, maybe with the ``leader``."""
+        """``agents``: all agents of the job; the ``leader`` may be among them."""
         others = (agent for agent in agents if agent.node != leader.node)
         return cls(run, leader, tuple(agent for _, agent in zip(range(_MOST_OTHERS), others, strict=False)), job)
 
@@ -40,7 +42,7 @@ class Published:
 
 
 def read_published(rundir: RunDir) -> Published | None:
-    """What was published last, by the leader of whichever run; None if nothing was. Raises ElasticError."""
+    """The content of the file, of whichever run; None if there is no file. Raises ElasticError."""
     body = rundir.read(ENDPOINT)
     if body is None:
         return None

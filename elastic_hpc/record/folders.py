@@ -1,7 +1,8 @@
-"""The folders of run directories, which no stranger may change: a job takes its code and its secret from there.
+"""Makes and checks the folders of run directories. No other user may change them, as a job takes its code and its
+secret from there.
 
-What sshd asks of the folder of a user's keys (StrictModes) is asked of these folders. Folders above them are the
-site's, and are not examined.
+The rules are those of sshd for the folder of a user's keys (StrictModes). Folders further up belong to the site, and
+are not checked.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from elastic_hpc.errors import ElasticError, UsageError
 
 
 def make_private(path: Path, *, exist_ok: bool) -> None:
-    """Make the folder ``path`` for this user alone, or accept the one that is there if it is this user's and no other
-    user may write to it. Raises OSError, and ElasticError for a folder that is refused.
+    """Make the folder ``path`` for this user alone, or accept an existing folder that this user owns and no other user
+    may write to. Raises OSError, and ElasticError for a folder that is refused.
     """
     _make(path.parent)
     try:
@@ -31,7 +32,7 @@ def make_private(path: Path, *, exist_ok: bool) -> None:
             todo = "choose another: --log-dir DIR"
             raise ElasticError(_refusal("run directory", path, path.stat(), todo)) from None
     else:
-        if _others_write(path):  # the file system has given it the rights of its parent
+        if _others_write(path):  # the file system copies the mode of the parent
             path.chmod(0o700)
     if _others_write(path):
         todo = f"type: chmod go-w {path}; or choose a file system that keeps modes: --log-dir DIR"
@@ -39,8 +40,8 @@ def make_private(path: Path, *, exist_ok: bool) -> None:
 
 
 def make_shared(path: Path) -> None:
-    """Make the folder ``path``, or accept the one that is there: this user's, root's, or one that a group shares. Who
-    may write to it may replace run directories in it, so a folder to which everybody may write is refused unless it is
+    """Make the folder ``path``, or accept an existing folder of this user, of root, or of a group. Whoever may write to
+    the folder can replace run directories in it, so a folder that everybody may write to is refused unless it is
     sticky, as /tmp is. Raises OSError, and UsageError for a folder that is refused.
     """
     _make(path)
@@ -52,7 +53,7 @@ def make_shared(path: Path) -> None:
 
 
 def _make(path: Path) -> None:
-    """Make ``path`` and the folders above it that are missing, none of them for everybody to write to."""
+    """Make ``path`` and missing folders above it, without write permission for everybody."""
     if not path.is_dir():
         _make(path.parent)
         path.mkdir(0o775, exist_ok=True)
@@ -63,8 +64,8 @@ def _others_write(path: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this user or root has ``path``. A file server may show other owners than this machine knows, also for
-    what this user makes there.
+    """Whether this user or root owns ``path``. A file server may map owners to other users. Then the owner of a file
+    that this user makes there is compared.
     """
     owner = path.stat().st_uid
     if owner in {os.geteuid(), 0}:

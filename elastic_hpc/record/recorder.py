@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 class Recorder:
     """The record of one job, written by the leader on ``host``. No method but ``close`` blocks.
 
-    The first write that fails is logged. Whatever could not be written is tried again with every heartbeat, until it
-    stands: the file system may be full, or read-only, for a while.
+    The first write that fails is logged. A write that failed is repeated with every heartbeat until it succeeds: the
+    file system may be full, or read-only, for a while.
     """
 
     def __init__(self, rundir: RunDir, run: int, host: Host, job: str = "") -> None:
-        """``job``: what the agents call the job among themselves (``network.identity``)."""
+        """``job``: the job in the identity of its agents (``network.identity``)."""
         self._rundir = rundir
         self._run = run
         self._host = host
@@ -39,7 +39,7 @@ class Recorder:
         self._strikes_loaded = False
         self._unwritten_events: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=1000)
         self._unwritten_files: dict[str, Callable[[], dict[str, Any]]] = {}
-        """Gives what is to replace the content of a file, by the name of the file."""
+        """Functions that return the new content of a file, by the name of the file."""
         self._published: Published | None = None
         self._last_beat = 0.0
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
@@ -49,7 +49,7 @@ class Recorder:
         self._put(self._load_strikes)
 
     def publish(self, agents: Iterable[Host]) -> None:
-        """Publish in ``endpoint.json`` where the leader listens, and where the other ``agents`` do."""
+        """Write the addresses of the leader and of the other ``agents`` to ``endpoint.json``."""
         published = Published.of(self._run, self._host, agents, self._job)
         if published != self._published:
             self._published = published
@@ -72,7 +72,7 @@ class Recorder:
             known = {field: fields[field] for field in ("node", "reason", "signature", "step") if field in fields}
             self._put(lambda: self._strikes.append(Strike(time=when, **known)))
         if name not in {"progress", "allocation", "started"}:
-            first = name == "failure" and fields["first"]  # the output of its rank may not be among what is shown
+            first = name == "failure" and fields["first"]  # --tee may not show the output of its rank
             log.info("%s", "\n".join([sentence(name, fields), *([fields["traceback"]] if first else [])]).rstrip())
 
         def write() -> None:
@@ -109,7 +109,7 @@ class Recorder:
         return done
 
     def _load_strikes(self) -> None:
-        """Add the strikes of nodes that failed before this recorder was made, once they can be read."""
+        """Add the strikes that the record already has. Does nothing once that has succeeded. Raises OSError."""
         if self._strikes_loaded:
             return
         try:
@@ -117,7 +117,7 @@ class Recorder:
         except ElasticError as error:
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
-            state = {}  # damaged for ever
+            state = {}  # damaged, and will not be read later either
         self._strikes_loaded = True
         self._strikes = list(live((*load(state.get("strikes", ())), *self._strikes), time.time()))
 
@@ -130,7 +130,7 @@ class Recorder:
         self._catch_up()
 
     def _catch_up(self) -> None:
-        """Write what does not stand yet: all that can be written. Raises the first OSError after that."""
+        """Write all that is not written yet, as far as that succeeds. Then raises the first OSError, if any."""
         problem: OSError | None = None
         try:
             while self._unwritten_events:

@@ -21,21 +21,21 @@ _HELD = "running"
 class RunDir:
     """Paths and files of one job.
 
-    ``secret``: the key of the control connections. ``spec.json``: the options of the job. ``endpoint.json``: where the
-    leader listens, and which other agents know (``record.endpoint``). ``state.json``: round and budgets, carried over
-    requeues. ``events.jsonl``: what happened, one JSON object a line; its time of change is the last moment at which a
-    leader was at work (``heartbeat``). ``verdict.json``: how the last run ended. ``starts.json``: under torchrun, how
-    often the job was started. ``first.JOB.STEP.RUN``: which node leads at first, where several could.
-    ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``: the output of the workers of a node; ``NODE.stacks`` there: where they
-    hung. ``logs/RUN.agent-NODE.log``: the output of the agents.
+    ``secret``: the key of the control connections. ``spec.json``: the options of the job. ``endpoint.json``: the
+    addresses of the leader and of other agents (``record.endpoint``). ``state.json``: round and budgets, carried over
+    requeues. ``events.jsonl``: what happened, one JSON object a line; its modification time is the last heartbeat of a
+    leader (``heartbeat``). ``verdict.json``: how the last run ended. ``starts.json``: under torchrun, how often the job
+    was started. ``first.JOB.STEP.RUN``: the node that leads at first, where several nodes could.
+    ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``: the output of the workers of a node; ``NODE.stacks`` there: their stacks
+    when they hung. ``logs/RUN.agent-NODE.log``: the output of the agents.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def create(self, *, exist_ok: bool = True) -> RunDir:
-        """Make the folder, mode 0700. Raises ElasticError if that fails, or if the folder that is there is another
-        user's or other users may write to it, and FileExistsError if there is one and ``exist_ok`` is false.
+        """Make the folder, mode 0700. Raises ElasticError if that fails, or if an existing folder belongs to another
+        user or other users may write to it, and FileExistsError if there is a folder and ``exist_ok`` is false.
         """
         try:
             folders.make_private(self.path, exist_ok=exist_ok)
@@ -62,8 +62,8 @@ class RunDir:
         return self.read_secret()
 
     def read_secret(self) -> bytes:
-        """The job's secret. Raises ElasticError while there is none, if other users could read it, or if another user
-        has put it there.
+        """The job's secret. Raises ElasticError while there is none, if other users can read the file, or if the file
+        belongs to another user.
         """
         path = self.path / "secret"
         try:
@@ -80,8 +80,8 @@ class RunDir:
         return secret
 
     def identity(self) -> str:
-        """A name that no other run directory has, the same in all runs of the job: a hash of the secret, which tells
-        nobody the secret. Raises ElasticError.
+        """A name that no other run directory has, the same in all runs of the job: a hash of the secret, from which
+        nobody can compute the secret. Raises ElasticError.
         """
         return hashlib.sha256(b"identity of a run directory" + self.read_secret()).hexdigest()[:16]
 
@@ -110,18 +110,18 @@ class RunDir:
             os.replace(temporary, self.path / name)
         except OSError:
             with contextlib.suppress(OSError):
-                temporary.unlink()  # a full disk lacks that space
+                temporary.unlink()  # the disk may be full
             raise
 
     def beat(self) -> None:
-        """Set the time of ``events.jsonl``, which shows that a leader is at work. That needs no space on the disk, and
-        says nothing about who leads: ``endpoint.json`` may be that of a leader before. Raises OSError.
+        """Set the modification time of ``events.jsonl``, as the heartbeat of a leader. That needs no space on the disk.
+        ``endpoint.json`` is not touched, as it may still name an earlier leader. Raises OSError.
         """
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.path / "events.jsonl")
 
     def heartbeat(self) -> int:
-        """A number that changes as long as a leader is at work; 0 if none ever was, or the files cannot be read."""
+        """A number that changes with each heartbeat of a leader; 0 before the first, or if no file can be read."""
         latest = 0
         for name in ("events.jsonl", "endpoint.json"):
             with contextlib.suppress(OSError), open(self.path / name, "rb") as file:  # opened, so NFS asks the server
@@ -171,12 +171,12 @@ class RunDir:
             with os.fdopen(descriptor, "w") as file:
                 file.write(text)
         except OSError as error:
-            path.unlink()  # the disk is full; half a text would stay for ever
+            path.unlink()  # the disk is full; a part of the text would never be replaced
             raise ElasticError(f"{path}: {error.strerror}") from error
         return True
 
     def forget_verdict(self) -> None:
-        """A run that has ended here continues: remove its verdict, and what says who acts on that."""
+        """Another run begins here: remove the verdict of the last one, and the files of the agents that acted on it."""
         for pattern in ("verdict.json", "turn.*", "acts.*"):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)

@@ -1,13 +1,13 @@
-"""The output of the workers: the format of its files, and a reader that puts it in order over ranks and rounds, also
-while it grows. Reads files.
+"""The format of the workers' log files, and a reader that orders their lines over ranks and rounds, also while the
+files grow. Reads files.
 
-The agent of each node writes what its workers write to one file a round, ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``.
-Each line is labelled as container runtimes do it::
+The agent of each node writes the output of its workers to one file a round, ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``.
+Each line has a label, as in the log files of container runtimes::
 
     2026-11-28T21:44:05.123Z rank3 out F step 17, loss 0.42
 
-with the time at which the agent read it, the rank, the stream, and ``F`` for a full line. ``P`` marks a part of a line,
-whose rest follows under the next label of that rank and stream.
+with the time at which the agent read the line, the rank, the stream, and ``F`` for a full line. ``P`` marks a part of a
+line; the rest follows under the next label of that rank and stream.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _PARTIAL = 64 * 1024
 
 
 def file_name(node: str, ranks: Sequence[int]) -> str:
-    """The file of ``node``, whose workers have ``ranks``, in the folder of a round."""
+    """The name of the log file, in the folder of a round, of ``node`` whose workers have ``ranks``."""
     return f"{node}.rank{spans(sorted(ranks))}.log"
 
 
 def label(rank: int, stream: Stream, when: float, *, full: bool = True) -> bytes:
-    """What stands before a line, or a part of a line, that was read at ``when``, in seconds since the epoch."""
+    """The label of a line, or of a part of a line, that the agent read at ``when``, in seconds since the epoch."""
     moment = datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="milliseconds").partition("+")[0]
     return f"{moment}Z rank{rank} {stream} {'F' if full else 'P'} ".encode()
 
@@ -51,8 +51,8 @@ def _seconds(moment: bytes) -> float:
 
 @dataclass(frozen=True)
 class LogLine:
-    """One line that a worker wrote. ``time``: when its agent read it, in seconds since the epoch by the clock of its
-    node; a tenth of a second after the line was written.
+    """One line that a worker wrote. ``time``: when the agent read the line, in seconds since the epoch by the clock of
+    the node; at most about a tenth of a second after the worker wrote the line.
     """
 
     time: float
@@ -106,7 +106,7 @@ class _File:
 
 def _files(folder: Path, wanted: Wanted, without: Container[str] = ()) -> list[_File]:
     """The files in ``folder``, the ``logs`` of a run directory, that may have wanted lines, the oldest round first.
-    ``without``: names of folders of rounds that are not looked at.
+    ``without``: names of folders of rounds to leave out.
     """
     found = []
     for of_round in folder.glob("*.*"):
@@ -176,7 +176,7 @@ class _Tail:
         return [self._line(when, rank, stream, text) for (rank, stream), (when, text) in begun.items()]
 
     def _parse(self, line: bytes) -> Iterator[LogLine]:
-        """The line that ``line`` ends; none if it is not wanted, a part, or torn because the file system was full."""
+        """The line that ``line`` completes; none if ``line`` is unwanted, a part, or damaged by a full disk."""
         match = _LINE.fullmatch(line)
         if match is None:
             return

@@ -31,7 +31,7 @@ _AGENT_NAME = "elastic-agent"
 # seconds. Slurm goes on listing a step that ended on the other nodes before Slurm noticed the loss.
 _STEP_SECONDS = 20
 _GIVE_UP_SECONDS = 3
-_POLL, _POLL_AT_MOST = 0.5, 8.0  # seconds between two looks at the steps: an eighth of the time so far
+_POLL, _POLL_AT_MOST = 0.5, 8.0  # seconds between two queries of the steps: an eighth of the time so far
 # Prefixes of variables that Slurm sets for the batch script and that its steps inherit; srun ignores them.
 _OF_THE_JOB = (
     *("SLURM_ARRAY_", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_"),

@@ -138,8 +138,8 @@ class TorchrunHandler(ElasticRendezvousHandler):
 
     @property
     def run(self) -> int:
-        """How often a job of this name was started. No variable tells, so whoever leads at first counts. Not kept: of
-        several agents that claim the lead, all may count.
+        """How often a job of this name was started. There is no variable for it, so the agent that leads at first
+        counts. Read each time, because several agents may claim the lead and count.
         """
         return _starts(self._parts.rundir)
 

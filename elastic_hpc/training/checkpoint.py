@@ -42,8 +42,8 @@ class CheckpointReader:
     def load(self, loader: Callable[[Path], T]) -> T | None:
         """What ``loader`` returns for the newest checkpoint that it can load on all ranks; None without a checkpoint.
 
-        If ``loader`` raises on any rank, all ranks try the checkpoint before. If the checkpoints were pruned in the
-        meantime, those that have come are tried. Raises CheckpointError if no checkpoint loads: the loader is probably
+        If ``loader`` raises on any rank, all ranks try the checkpoint before. If checkpoints were pruned in the
+        meantime, newer ones are tried. Raises CheckpointError if no checkpoint loads: the loader is probably
         at fault, and a training that starts anew would overwrite the checkpoints.
         """
         failure, tried, found = "", set[Path](), self.newest_first()
@@ -81,11 +81,11 @@ class Checkpoints(CheckpointReader):
     ``init_process_group`` and before you read a checkpoint: the folder belongs to this round of this job from then on,
     and what earlier rounds left unfinished is removed.
 
-    Never do two owners save: whoever opens the folder removes the fence of the owner before, and no checkpoint is
-    committed without its fence, however long a worker was asleep. Raises FencedOut, as ``save`` does, on a worker of an
-    earlier round or run of the job, which is known by number; and for a folder of another job that is alive. Another
-    job is alive as long as its agents show so in its run directory. If that cannot be written or seen, or without
-    agents, as under plain torchrun, the last one to open the folder has it, and the other's next save fails.
+    Two owners never save at the same time: to open the folder removes the fence of the owner before, and a worker
+    commits a checkpoint only with its own fence, even if it was frozen for long. Raises FencedOut, as ``save`` does, on
+    a worker of an earlier round or run of the job, and for a folder of another job that is alive. A job is alive as
+    long as its leader sends heartbeats to its run directory. If that directory cannot be written or read, or without
+    agents, as under plain torchrun, the last to open the folder owns it, and the next save of the other one fails.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, keep: int = 3) -> None:

@@ -5,12 +5,12 @@ In it, for a job JOB in its run 0 and round 7:
 ``step-00000120``               complete, the rename to this name is the commit; ``step-00000120.1`` if saved once more
 ``.tmp-step-00000120.JOB.0.7``  being written
 ``.pruned.JOB.0.7``             checkpoints that the round prunes are renamed into this folder
-``.fence.JOB.0.7``              the fence: nobody has taken the folder over; the run directory of the job is in it
+``.fence.JOB.0.7``              the fence: no other owner has taken the folder over; contains the job's run directory
 ``.trash-...``                  being deleted; no owner uses this name
 
-Earlier rounds of the own job are always shut out, by number. Another job may be shut out when it has ended
-(``fences.living``); that is a question of courtesy, as nobody can know it of a frozen node. What makes sure that no two
-owners save is the fence alone.
+An owner always takes the folder over from earlier rounds of its own job, which the numbers tell. It takes the folder
+over from another job when that job has ended (``fences.living``). That check is a courtesy, and may be wrong about a
+frozen node. The fence alone ensures that no two owners save.
 
 A worker may sleep at any place for any time and then go on, hence the order. To open: set up the own fence, remove the
 fences of the others, list, see that the own fence stands, rename what was listed of the others' ``.tmp`` and
@@ -50,14 +50,14 @@ class Files:
 
     def open(self) -> None:
         """Take the folder over from earlier rounds of this job, and from jobs that have ended. Raises FencedOut, and
-        then has changed nothing, if the folder belongs to a later round, or to a job that is alive.
+        changes nothing, if a later round or a job that is alive owns the folder.
         """
         os.makedirs(self._folder, exist_ok=True)
         for left in (2, 1, 0):
             self._take_over()
             try:
                 self._sweep(lambda owner: owner != str(self._owner))
-            except FencedOut:  # another job has opened the folder meanwhile; it may have lost its own fence likewise
+            except FencedOut:  # another job has opened the folder, and may have lost its fence too
                 if not left:
                     raise
             else:
@@ -118,8 +118,8 @@ class Files:
             shutil.rmtree(trash, ignore_errors=True)
 
     def _sweep(self, whose: Callable[[str], bool]) -> None:
-        """Discard what owners have begun and not finished. What a later owner has begun stays: it removes this owner's
-        fence before it begins anything.
+        """Discard what owners have begun and not finished. What a later owner has begun is kept: a later owner removes
+        the fence of this owner before it begins anything.
         """
         names = os.listdir(self._folder)
         self._check()
@@ -155,7 +155,7 @@ class Files:
     def _set_fence(self) -> None:
         descriptor = os.open(self._fence, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
-            with contextlib.suppress(OSError):  # no space is left: others will take this job for one that has ended
+            with contextlib.suppress(OSError):  # the disk is full: other jobs will take this job for ended
                 os.write(descriptor, os.fsencode(self._run_dir))
         finally:
             os.close(descriptor)
@@ -170,7 +170,7 @@ class Files:
             raise FencedOut(f"{self._folder}: {jobs} has opened the folder; give each job its own") from None
 
     def _others(self) -> dict[Owner, Path]:
-        """All fences but the own, by owner. Raises FencedOut if one is that of a later round of this job."""
+        """All fences of other owners. Raises FencedOut if one belongs to a later round of this job."""
         found = [owned for owned in map(_OWNED.fullmatch, os.listdir(self._folder)) if owned and owned[1] == "fence"]
         others = {Owner.parse(owned[2]): self._folder / owned[0] for owned in found if owned[2] != str(self._owner)}
         for other in others:

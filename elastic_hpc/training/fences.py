@@ -1,4 +1,4 @@
-"""Who may save in a folder of checkpoints: owners, the fences that name them, and whether another owner is alive."""
+"""Who may save in a folder of checkpoints: the fences that name owners, and whether another owner is alive."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _POLL = 0.2
 
 
 class FencedOut(ElasticError):
-    """This worker may not save in the folder, which belongs to a later round of its job, or to another job."""
+    """This worker may not save in the folder: a later round of its job, or another job, owns the folder."""
 
 
 class Owner(NamedTuple):
     """One round of one run of a job; or a process without an agent, which is a job of its own."""
 
     job: str
-    """``RunDir.identity``: other jobs may have the same ``--rdzv-id``, and the same Slurm job may run two trainings."""
+    """``RunDir.identity``. Neither ``--rdzv-id`` nor the id of the Slurm job is unique to one training."""
     run: int
-    """How often Slurm has started the job before. A run starts with a round of any number, as the record of the run
-    before may be lost.
+    """How often Slurm has started the job before. The first round of a run may have any number, because the record of
+    the run before may be lost.
     """
     round: int
 
@@ -45,28 +45,28 @@ class Owner(NamedTuple):
         return cls(job, int(run), int(round))
 
     def precedes(self, other: Owner) -> bool:
-        """Whether this is an earlier round of the same job, by number alone: no file and no clock is asked."""
+        """Whether this is an earlier round of the same job. The numbers decide, without a file or a clock."""
         return self.job == other.job and self[1:] < other[1:]
 
 
 def own(environ: Mapping[str, str]) -> tuple[Owner, str]:
-    """The owner that this process is, and the run directory of its job; empty without an agent."""
+    """This process as an owner, and the run directory of its job, which is empty without an agent."""
     if environ.get(FENCE) and not is_of_another_job(environ):
         return Owner.parse(environ[FENCE]), os.path.abspath(environ.get(RUN_DIR, ""))
     return Owner(f"process-{_PROCESS}-{os.getpid()}", 0, 0), ""
 
 
 def living(owners: Mapping[Owner, str]) -> str | None:
-    """The run directory of a job that is alive, of several ``owners`` with their run directories; None if all jobs have
-    ended.
+    """Finds out whether a job of ``owners`` is alive, from its run directory. Returns the run directory of the first
+    that is; None if all jobs have ended.
 
-    A job is alive while a leader is at work, which sets the time of a file in the run directory every second. Whether
-    that time changes is looked at until it has stood still for three heartbeat timeouts: no two clocks are compared,
-    and Slurm is not asked. A job with a verdict has ended, and so has a job whose run directory cannot be read.
+    The leader of a job that is alive sends a heartbeat every second (``RunDir.beat``). A job without a heartbeat for
+    three heartbeat timeouts, by the clock of this process, counts as ended. So does a job with a verdict, and a job
+    whose run directory cannot be read.
     """
     watched = {path: RunDir(path) for owner, path in owners.items() if path and _is_of(RunDir(path), owner)}
     beats = {path: rundir.heartbeat() for path, rundir in watched.items()}
-    began, told = time.monotonic(), False
+    began, logged = time.monotonic(), False
     while watched := {path: rundir for path, rundir in watched.items() if not _has_ended(rundir)}:
         waited = time.monotonic() - began
         for path, rundir in list(watched.items()):
@@ -74,15 +74,15 @@ def living(owners: Mapping[Owner, str]) -> str | None:
                 return path
             if waited > _patience(rundir):
                 del watched[path]
-        if waited > 2 and not told and watched:
-            told = True
+        if waited > 2 and not logged and watched:
+            logged = True
             log.warning("watching whether the job in %s, which used this folder last, is alive", next(iter(watched)))
         time.sleep(_POLL)
     return None
 
 
 def run_dirs(fences: Mapping[Owner, Path]) -> dict[Owner, str]:
-    """What is written in ``fences``: the run directory of each owner's job, empty without an agent."""
+    """The content of ``fences``: the run directory of each owner's job, empty for an owner without an agent."""
     found = {}
     for owner, path in fences.items():
         with contextlib.suppress(OSError):
@@ -91,12 +91,12 @@ def run_dirs(fences: Mapping[Owner, Path]) -> dict[Owner, str]:
 
 
 def names(paths: Collection[str]) -> str:
-    """The jobs with the run directories ``paths``, as the user knows them."""
+    """Names for users of the jobs with the run directories ``paths``."""
     return ", ".join(f"job {os.path.basename(path)}" if path else "a process without an agent" for path in paths)
 
 
 def _is_of(rundir: RunDir, owner: Owner) -> bool:
-    """Whether ``rundir`` is still that of the owner's job: another job may have made its own in the same place."""
+    """Whether ``rundir`` still belongs to the owner's job; another job may have made its own at the same path."""
     try:
         return rundir.identity() == owner.job
     except ElasticError:
@@ -112,7 +112,7 @@ def _has_ended(rundir: RunDir) -> bool:
 
 
 def _patience(rundir: RunDir) -> float:
-    """Seconds after which a job without a sign of a leader has ended: the next leader takes over earlier."""
+    """Seconds without a heartbeat after which a job has ended. The next leader of the job would take over earlier."""
     with contextlib.suppress(ElasticError, OSError, ValueError):
         return 3 * float((rundir.read("spec.json") or {}).get("--heartbeat-timeout", 5))
     return 15.0

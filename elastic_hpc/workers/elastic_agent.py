@@ -51,10 +51,10 @@ _STEADY = 10.0
 """Seconds after which the next standbys are prepared, if the workers of the round report no steps."""
 
 _KILL_TIMEOUT = STOP_TIMEOUT - 10
-"""Seconds in which workers that were killed must be dead. The leader waits a little longer."""
+"""Seconds after which workers that were killed must be dead. The leader waits a little longer."""
 
 _LEAVE_TIMEOUT = 8.0
-"""The same when the job has ended: less than the leader waits for the agents to leave (``network.server``)."""
+"""The same when the job has ended: less than the leader waits for the agents to leave (``LEAVE_TIMEOUT``)."""
 
 _STACKS_TIMEOUT = 8.0
 """Seconds that recording the stacks of hung workers may take."""
@@ -128,7 +128,7 @@ class ElasticAgent(LocalElasticAgent):
         self._received: tuple[SignalException, float] | None = None
         """The signal that this agent got while workers ran, and when."""
         self._given_up = False
-        """Processes of this node could not be killed."""
+        """Whether processes of this node could not be killed."""
         self._closing: threading.Thread | None = None
         """Reaps the workers of the round before."""
 
@@ -274,7 +274,7 @@ class ElasticAgent(LocalElasticAgent):
         pids = {f"rank{worker.global_rank}": worker.id for worker in self._worker_group.workers}
         path = self._logs.folder / f"{self._node}.stacks"
         written = stacks.dump(pids, path, timeout=_STACKS_TIMEOUT)
-        log.info("the workers stand still; their stacks are in %s", path if written else "no file")
+        log.info("the workers stand still; their stacks %s", f"are in {path}" if written else "could not be written")
 
     @property
     def _handler(self) -> Rendezvous:
@@ -307,9 +307,10 @@ class ElasticAgent(LocalElasticAgent):
         return exit_code(self._pidfds[worker.id])
 
     def _kill_workers(self, *, leaving: bool = False) -> None:
-        """SIGKILL to the workers and to all that they have started; wait until all are dead, but not for ever: a
-        process that waits for a GPU or a file system cannot be killed until that answers. Then this node is given up:
-        unless the agent is ``leaving`` anyway, it waits for the end of the job, and never has workers again.
+        """Send SIGKILL to the workers and to all processes that they have started, and wait until all are dead, with a
+        time limit: a process that waits for a GPU or a file system dies only when that answers. When the limit is over,
+        this node is given up: the agent never has workers again, and waits for the end of the job unless it is
+        ``leaving`` anyway.
         """
         if not self._pidfds or self._given_up:
             return

@@ -9,8 +9,8 @@ jobs that the workers submitted, which have inherited the token too and may shar
 
 An agent that is frozen closes nothing. With ``SILENCE``, in seconds, the agent calls ``beat`` with every heartbeat, and
 counts as frozen after that long without a beat: the guard kills the same processes, again and again, until the next
-beat. After ``PATIENCE`` seconds without a beat it kills the agent too, which would keep the whole job from ending. The
-guard waits for the first beat, and does not count the time in which it did not run itself.
+beat. After ``PATIENCE`` seconds without a beat the guard kills the agent too, because a frozen agent would keep the job
+from ending. The guard waits for the first beat, and does not count the time in which it did not run itself.
 """
 
 import contextlib
@@ -85,8 +85,8 @@ def kill_all(token: bytes, spared: "Collection[int]" = (), limit: float = 10.0) 
 
 
 def watch(token: bytes, limit: float, patience: float) -> None:
-    """Return when the agent has closed the pipe. Kill while it has been silent for ``limit`` seconds, and the agent
-    itself when it has been for ``patience``.
+    """Return when the agent has closed the pipe. Kill the workers while the agent has been silent for ``limit``
+    seconds, and the agent when it has been silent for ``patience`` seconds.
     """
     tick = max(0.1, min(limit / 8, 1.0))
     agent = os.pidfd_open(os.getppid())  # another process if the agent is dead already; then the pipe is closed

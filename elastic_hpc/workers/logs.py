@@ -1,4 +1,4 @@
-"""Where the workers of a node write to, and which of them the agent shows on its own output."""
+"""Where torch lets the workers of a node write, and which ranks the agent shows on its own output."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from elastic_hpc.workers.output import LogFile, Output, Terminal
 
 
 class NodeLogs(LogsSpecs):
-    """The workers write to memory of this node; ``output`` takes that to ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log`` in
-    the run directory. So the start of a round touches no shared file system.
+    """Lets the workers write to memory of this node; ``Output`` copies that to
+    ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log`` in the run directory. So the start of a round needs no shared file
+    system.
     """
 
     def __init__(self, root: Path, run: int, node: str, tee: str | None = None, local_ranks: str | None = None) -> None:
-        """``tee``: the ranks whose output the agent shows too, as in --tee; ``local_ranks``: only these of each node,
-        as in --local-ranks-filter.
+        """``tee``: the ranks whose output the agent shows too (--tee). ``local_ranks``: of these, the agent shows only
+        these local ranks of each node (--local-ranks-filter).
         """
         super().__init__(log_dir=str(root))
         self._root, self._run, self._node = root, run, node
@@ -44,7 +45,7 @@ class NodeLogs(LogsSpecs):
 
     @property
     def written(self) -> int:
-        """Bytes that the workers of this round have written."""
+        """Bytes of output of the workers of this round."""
         return self._output.size if self._output else 0
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
@@ -64,12 +65,12 @@ class NodeLogs(LogsSpecs):
         return LogsDest(self._output.paths("out"), self._output.paths("err"), {}, {}, errors)
 
     def finish(self) -> None:
-        """The workers of the round have ended; the rest of their output is passed on meanwhile."""
+        """The workers of the round have ended. Does not wait until the rest of their output is copied."""
         if self._output:
             self._output.finish()
 
     def close(self, timeout: float) -> None:
-        """Wait, at most ``timeout`` seconds, until all output is where it belongs."""
+        """Wait, at most ``timeout`` seconds, until all output is copied."""
         self.finish()
         deadline = time.monotonic() + timeout
         if self._output:

@@ -1,7 +1,7 @@
-"""What the workers of a node write, on its way to the log file and to the agent's own output.
+"""Copies the output of a node's workers to the log file and to the agent's own output.
 
-The workers write to memory of this node, so no full, slow or stalled file system stops them. One thread empties that
-memory, and each destination has a thread of its own, which may have to wait.
+The workers write to files in memory, so no full, slow or stalled file system blocks them. One thread reads these files,
+and each destination has a thread of its own, which may block.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from elastic_hpc.record.worker_logs import Stream, label
 _LOOK_INTERVAL = 0.1
 _CHUNK = 1 << 20
 _KEPT = 2 * READ
-"""Bytes of each stream that stay readable, as a traceback is looked for in the last ones."""
+"""Bytes at the end of each stream that stay in memory: a traceback is searched there."""
 
 _PART_AFTER, _PART = 1.0, 64 * 1024
-"""A line that has not ended after so many seconds, or that is longer, is passed on in parts."""
+"""A line without an end after that many seconds, or with more bytes, is passed on in parts."""
 
 _LIMIT = 64 << 20
-"""Bytes that may wait for a destination that does not take them."""
+"""Maximum number of bytes that wait for a destination."""
 
 _FILE_INTERVAL, _RETRY_INTERVAL = 1.0, 2.0
-"""Seconds from one write to the log file to the next, and to a new try."""
+"""Seconds between two writes to the log file, and after a write that failed."""
 
 _REST = 5.0
-"""Seconds in which what the workers of an ended round have written is passed on."""
+"""Seconds in which the rest of the output is passed on when the workers of a round have ended."""
 
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 _libc = ctypes.CDLL(None)
 
 
 class Destination:
-    """Writes on a thread of its own. Who gives it something to write never waits: if too much is waiting already, the
-    oldest is left out, and a note in its place says so.
+    """Writes on a thread of its own. A caller of ``put`` never waits: if more than ``_LIMIT`` bytes wait to be written,
+    the oldest are dropped, and a line in their place reports how many.
     """
 
     _interval = 0.0
@@ -57,7 +57,7 @@ class Destination:
         self._thread: threading.Thread | None = None
 
     def put(self, path: Path, data: bytes) -> None:
-        """``path``: of the log file of the round."""
+        """Have ``data`` written. ``path``: the log file of the round."""
         with self._changed:
             self._waiting.append((path, data))
             self._size += len(data)
@@ -71,7 +71,7 @@ class Destination:
             self._changed.notify()
 
     def close(self, timeout: float) -> None:
-        """Write what waits, if that takes at most ``timeout`` seconds."""
+        """Wait, at most ``timeout`` seconds, until all data is written."""
         with self._changed:
             self._ending.set()
             self._changed.notify()
@@ -90,7 +90,7 @@ class Destination:
                 self._changed.wait_for(lambda: self._ending.is_set() or self._size > _LIMIT // 8, self._interval)
 
     def _take(self) -> tuple[Path, bytes]:
-        """All that waits for the same file."""
+        """All data that waits for the log file of the oldest data."""
         path = self._waiting[0][0]
         parts = []
         if self._lost:
@@ -103,7 +103,7 @@ class Destination:
         return path, b"".join(parts)
 
     def _note(self, lost: int, following: bytes, /) -> bytes:
-        """The line that says that ``lost`` bytes before ``following`` are left out."""
+        """The line that reports that ``lost`` bytes before ``following`` were dropped."""
         raise NotImplementedError
 
     def _write(self, path: Path, data: bytes, /) -> None:
@@ -111,7 +111,7 @@ class Destination:
 
 
 class LogFile(Destination):
-    """The file of this node and round in the run directory. Made when there is something to write, not before."""
+    """The log file of this node and round in the run directory, made when a worker has written something."""
 
     _interval = _FILE_INTERVAL
 
@@ -123,8 +123,8 @@ class LogFile(Destination):
 
     def _note(self, lost: int, following: bytes) -> bytes:
         moment, rank, _ = following.decode(errors="replace").split(" ", 2)
-        said = f"elastic_hpc: {lost} bytes of this node are left out here, as the run directory could not be written"
-        return f"{moment} {rank} err F {said}\n".encode()
+        note = f"elastic_hpc: {lost} bytes of this node are left out here, as the run directory could not be written"
+        return f"{moment} {rank} err F {note}\n".encode()
 
     def _write(self, path: Path, data: bytes) -> None:
         rest = memoryview(data)
@@ -161,14 +161,14 @@ class LogFile(Destination):
 
 
 class Terminal(Destination):
-    """The agent's own stdout or stderr, which srun takes to the job's output."""
+    """The agent's own stdout or stderr, which srun copies to the job's output."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__("tee")
         self._descriptor = descriptor
 
     def _note(self, lost: int, _following: bytes) -> bytes:
-        return f"elastic_hpc: {lost} bytes are left out, which srun did not take; the log files have them\n".encode()
+        return f"elastic_hpc: {lost} bytes are left out, as srun did not read them; see the log files\n".encode()
 
     def _write(self, _path: Path, data: bytes) -> None:
         rest = memoryview(data)
@@ -184,7 +184,7 @@ class _Source:
         self.rank, self.stream = rank, stream
         self._file = os.memfd_create(f"rank{rank}.{stream}")
         self.path = f"/proc/self/fd/{self._file}"
-        """For this process, until the file is closed."""
+        """Valid in this process, until the file is closed."""
         self.has_more = False
         self._offset = self._freed = 0
         self._begun = b""
@@ -192,8 +192,8 @@ class _Source:
         self._begun_at = 0.0
 
     def read(self, now: float, *, last: bool) -> tuple[bytes, bytes]:
-        """The lines that were added, and the beginning of a line whose end is not waited for. ``last``: nothing more
-        will be written.
+        """The lines that were added, and the beginning of a line that has waited too long for its end. ``last``: the
+        workers have ended.
         """
         chunk = os.pread(self._file, _CHUNK, self._offset)
         self.has_more = len(chunk) == _CHUNK
@@ -213,11 +213,11 @@ class _Source:
 
     @property
     def size(self) -> int:
-        """Bytes that were written so far."""
+        """Bytes that were read so far."""
         return self._offset
 
     def _free(self) -> None:
-        """Give back the memory of what was read, but the last part."""
+        """Free the memory of what was read, except the last ``_KEPT`` bytes."""
         upto = (self._offset - _KEPT) // mmap.PAGESIZE * mmap.PAGESIZE
         if upto - self._freed >= _CHUNK:
             begin, length = ctypes.c_int64(self._freed), ctypes.c_int64(upto - self._freed)
@@ -229,7 +229,7 @@ class _Source:
 
 
 class Output:
-    """What the workers of one round write."""
+    """The output of the workers of one round, and the thread that reads it."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class Output:
         log_file: LogFile,
         terminals: Mapping[Stream, Terminal],
     ) -> None:
-        """``ranks``: by local rank. ``shown``: those whose output ``terminals`` get too. ``path``: of the log file."""
+        """``ranks``: by local rank. ``shown``: the ranks whose output ``terminals`` get too. ``path``: the log file."""
         self._sources = {(local, kind): _Source(rank, kind) for local, rank in ranks.items() for kind in terminals}
         self._shown, self._path, self._log_file, self._terminals = shown, path, log_file, terminals
         self._ending = threading.Event()
@@ -248,15 +248,15 @@ class Output:
 
     @property
     def size(self) -> int:
-        """Bytes that the workers have written so far, as far as they were read."""
+        """Bytes of the workers' output that were read so far."""
         return sum(source.size for source in self._sources.values())
 
     def paths(self, stream: Stream) -> dict[int, str]:
-        """Where the workers write, by local rank."""
+        """The files to which the workers write, by local rank."""
         return {local: source.path for (local, kind), source in self._sources.items() if kind == stream}
 
     def finish(self) -> None:
-        """The workers have ended, and nobody reads from the paths any more. The thread passes on the rest."""
+        """The workers have ended, and ``paths`` are not used any more. The thread passes on the rest, then ends."""
         self._ending.set()
 
     def join(self, timeout: float) -> None:
@@ -272,7 +272,7 @@ class Output:
             source.close()
 
     def _pass_on(self, *, last: bool) -> bool:
-        """Whether there was something to pass on."""
+        """Pass on what the workers have added. Returns whether they have added anything."""
         now, clock, labelled = time.time(), time.monotonic(), []
         any_read = False
         for source in self._sources.values():
@@ -292,5 +292,5 @@ class Output:
 
 
 def _before_each(prefix: bytes, lines: bytes) -> bytes:
-    """``lines``, of which the last one has an end, each after ``prefix``."""
+    """``prefix`` before each of ``lines``; the last line ends with a line feed, too."""
     return prefix + lines[:-1].replace(b"\n", b"\n" + prefix) + b"\n"

@@ -30,7 +30,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def shown(pid: int) -> str:
-    """``python3 (pid 17, state D)``. Reads nothing that makes the reader wait for a process that hangs."""
+    """The process in a message: ``python3 (pid 17, state D)``. Does not block if the process hangs in the kernel."""
     name = "process"
     with contextlib.suppress(OSError):
         name = Path(f"/proc/{pid}/comm").read_text().strip()
@@ -38,7 +38,7 @@ def shown(pid: int) -> str:
 
 
 def is_busy(pid: int) -> bool:
-    """Whether the process runs, as one does that is freeing its memory in the end."""
+    """Whether the process is running, as a killed process does while it frees its memory."""
     return _stat(pid)[0] == b"R"
 
 

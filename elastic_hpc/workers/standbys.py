@@ -30,7 +30,7 @@ _ROOM = 2048
 """Bytes for the variables that torch sets for a worker: rank, world size, addresses, files."""
 
 _KILL_TIMEOUT = 2.0
-"""Seconds that a standby may take to die: it may hang in a file system, as the modules that it imports do."""
+"""Seconds to wait for the death of a standby, which may hang in a file system while it imports modules."""
 
 _DEATHS = 3
 """How often standbys may die while they wait, unless one becomes a worker in between; then the node has no more."""

@@ -26,8 +26,8 @@ class Watch:
     """The workers of one node, round after round."""
 
     def __init__(self, hang_timeout: timedelta | None, stop_timeout: float, written: Callable[[], int] = int) -> None:
-        """A worker that is stopped (SIGSTOP) for ``stop_timeout`` seconds is in trouble. ``written``: how many bytes
-        the workers of the round have written; who reads their output counts them, so that no file is looked at.
+        """A worker that is stopped (SIGSTOP) for ``stop_timeout`` seconds is in trouble. ``written`` returns how
+        many bytes of output the workers of the round have written (``NodeLogs.written``).
         """
         self._pids: list[int] = []
         self._written = written
