@@ -53,7 +53,8 @@ def assert_undisturbed(cluster: Cluster, *, record: bool = True) -> None:
     wait_for(lambda: min(new - old for new, old in zip(ordered(), orders, strict=True)) > 0)
     wait_for(lambda: all(new - old > 0 for new, old in zip(cluster.nodes[0].in_loop(received), statuses, strict=True)))
     assert all(control.must_stop(1) is None for control in cluster.controls)
-    assert (leader.round, leader.restarts, leader.leads, leader.verdict) == (1, 0, True, None)
+    wait_for(lambda: leader.leads)  # on a busy machine it may just have counted as frozen, until its agents answered
+    assert (leader.round, leader.restarts, leader.verdict) == (1, 0, None)
     assert cluster.nodes[0].in_loop(lambda: set(leader.peers.by_node)) == {0, 1, 2}
     if record:
         assert not cluster.events("lost")
@@ -290,8 +291,12 @@ def test_a_thousand_idle_connections_do_not_keep_the_next_agent_out(cluster: Clu
         assert_undisturbed(cluster)
         assert cluster.nodes[0].in_loop(lambda: len(waiting)) <= channel.MOST_STRANGERS_OF_ONE_ADDRESS
         with Peer(cluster).prove() as agent:
-            agent.say(messages.encode({"request": WHO}))
-            assert agent.receive()["redirect"]["leads"]
+
+            def is_told_who_leads() -> bool:
+                agent.say(messages.encode({"request": WHO}))
+                return bool(agent.receive()["redirect"]["leads"])
+
+            wait_for(is_told_who_leads)
     assert_undisturbed(cluster)
 
 
