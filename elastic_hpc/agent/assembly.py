@@ -217,17 +217,9 @@ def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
 def _start_guard(token: str, silence: float, folder: str) -> int:
     """Start the guard. Returns the pipe on which the agent sends its beats; when the pipe closes, the guard kills."""
     theirs, ours = os.pipe()
+    patience = max(STOP_TIMEOUT, 2 * silence)
     subprocess.Popen(
-        [
-            sys.executable,
-            "-I",
-            "-S",
-            guard.__file__,
-            token,
-            f"{silence:g}",
-            folder,
-            f"{max(STOP_TIMEOUT, 2 * silence):g}",
-        ],
+        [sys.executable, "-I", "-S", guard.__file__, token, f"{silence:g}", folder, f"{patience:g}"],
         env={name: value for name, value in os.environ.items() if name != AGENT_MARK},  # not a worker
         stdin=theirs,
         stdout=subprocess.DEVNULL,

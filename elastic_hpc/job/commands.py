@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from elastic_hpc.job.quoting import Shell, joined, quote
 from elastic_hpc.options.spec import LaunchSpec
-from elastic_hpc.options.values import TORCHRUNS_TEE, RdzvConf
+from elastic_hpc.options.values import TORCHRUNS_STREAMS, RdzvConf
 from elastic_hpc.start import module_command
 
 
@@ -97,7 +97,7 @@ def torchrun_command(
     same = {
         "rdzv-conf": str(launch.rdzv_conf) if launch.rdzv_conf != RdzvConf() else None,
         "role": launch.role,
-        "tee": launch.tee if TORCHRUNS_TEE.fullmatch(launch.tee or "") else None,
+        "tee": launch.tee if TORCHRUNS_STREAMS.fullmatch(launch.tee or "") else None,
         "local-ranks-filter": launch.local_ranks_filter,
         "numa-binding": launch.numa_binding,
         "log-dir": log_dir,

@@ -142,7 +142,7 @@ LAUNCH_OPTIONS = (
                        "(default: the one that Slurm's node name leads to)"),
     ElasticOption("role", "NAME", str, help="what the workers see as ROLE_NAME, as under torchrun (default: default)"),
     ElasticOption("tee", "all|RANK,FIRST-LAST,...", tee,
-                  help="ranks whose output is shown in the job's output, too; the log files have the output of all; "
+                  help="ranks whose output is shown in the job's output too; the log files have the output of all; "
                        "torchrun's 1, 2, 3 and RANK:3 mean all here (default: 0)"),
     ElasticOption("local-ranks-filter", "RANK,...", ranks,
                   help="of the ranks of --tee, or else of all, show only the output of these local ranks of each node; "

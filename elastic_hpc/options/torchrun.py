@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.sbatch import Given, Option, last, scan
+from elastic_hpc.options.values import TORCHRUNS_STREAMS
 
 SAME = (
     *(Option(name) for name in ("nproc-per-node", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "max-restarts", "log-dir")),
@@ -51,7 +52,7 @@ _JUDGED = {row.option.name: row for row in (
     _Judged(Option("event-log-handler"), "null",
             because="the run directory has the job's events",
             instead="events.jsonl in the run directory has the job's events: elastic-hpc timeline JOB"),
-    _Judged(Option("redirects", "r"), r"[0-3]|\d+:[0-3](,\d+:[0-3])*",
+    _Judged(Option("redirects", "r"), TORCHRUNS_STREAMS.pattern,
             because="the run directory has the output of each rank anyway",
             instead="expected 0 to 3, or RANK:0 to 3 separated by commas; the run directory has the output of each "
                     "rank anyway"),

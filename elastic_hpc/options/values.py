@@ -131,17 +131,15 @@ def ranks(text: str) -> str:
 
 def tee(text: str) -> str:
     """Ranks, or what torchrun's --tee takes."""
-    spans = [span.split("-") for span in text.split(",")]
-    numbers = all(re.fullmatch(r"\d{1,6}", number, re.ASCII) for span in spans for number in span)
-    if text == "all" or (numbers and all(len(span) < 3 and int(span[0]) <= int(span[-1]) for span in spans)):
-        return text
-    if TORCHRUNS_TEE.fullmatch(text):
+    spans = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", span, re.ASCII) for span in text.split(",")]
+    are_ranks = all(span and int(span[1]) <= int(span[2] or span[1]) for span in spans)
+    if are_ranks or text == "all" or TORCHRUNS_STREAMS.fullmatch(text):
         return text
     raise UsageError(f"{text!r}: expected all, or ranks separated by commas, for example 0,8-15")
 
 
-TORCHRUNS_TEE = re.compile(r"[0-3]|\d+:[0-3](,\d+:[0-3])*", re.ASCII)
-"""What torchrun's --tee takes: streams, 3 for both, of all ranks or of each given local rank."""
+TORCHRUNS_STREAMS = re.compile(r"[0-3]|\d+:[0-3](,\d+:[0-3])*", re.ASCII)
+"""What torchrun's --tee and --redirects take: streams (3 for both), of all local ranks or of single ones."""
 
 
 def choice(*words: str) -> Callable[[str], str]:

@@ -22,7 +22,7 @@ from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import expand, show_job
 
-# The run directory may be read-only for a while.
+# Without its log file, as in a read-only run directory, the command runs nevertheless.
 _SHELL = """log=$1; shift; ( : >>"$log" ) 2>/dev/null || log=/dev/null
 echo started; read -r go && exec "$@" >>"$log" 2>&1 </dev/null"""
 _STEP_NAME = "elastic-conclude"

@@ -121,7 +121,7 @@ def place(settings: Settings, rundir: RunDir) -> AgentEnv:
 
 def leads_at_first(settings: Settings, env: AgentEnv, rundir: RunDir) -> bool:
     """Whether this agent leads at the beginning. As with torch's own backend, the endpoint's host leads; of several
-    agents that take themselves for that host, only one does. If the job runs already, the agent follows.
+    agents on that host, one leads. If the job runs already, the agent follows its leader.
     """
     endpoint, first = settings.spec.rdzv_endpoint, settings.is_host
     if first is None:
@@ -141,7 +141,7 @@ def leads_at_first(settings: Settings, env: AgentEnv, rundir: RunDir) -> bool:
 
 
 def _locks_lead(rundir: RunDir, *, has_number: bool) -> bool:
-    """Whether no other agent has begun to lead. Where the file system has no locks, nodes with numbers are believed."""
+    """Whether no other agent leads at first. Without locks in the file system, a node with a number may lead."""
     try:
         return _lock(rundir.path / "host.lock")
     except ElasticError:

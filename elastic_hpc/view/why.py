@@ -19,17 +19,8 @@ from elastic_hpc.view.times import clock, span
 
 _SHOWN = frozenset(
     {
-        *(
-            "take_over",
-            "abdicate",
-            "agent_restart",
-            "joiners",
-            "joiners_cancelled",
-            "growth_problem",
-            "unfit",
-            "barred",
-        ),
-        *("refused", "release", "left", "drain", "request", "store_failed", "stranger", "started"),
+        *("take_over", "abdicate", "agent_restart", "joiners", "joiners_cancelled", "growth_problem", "unfit"),
+        *("barred", "refused", "release", "left", "drain", "request", "store_failed", "stranger", "started"),
     }
 )
 """Events that say what was done, or why it was not done."""

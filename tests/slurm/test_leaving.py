@@ -46,6 +46,6 @@ def test_a_job_completes_though_an_agent_is_frozen_when_its_verdict_stands(job: 
     began = time.monotonic()
     job.wait_state("COMPLETED", deadline=110)
     assert time.monotonic() - began > 20, "the agent was waited for"
-    assert "srun waits for an agent that cannot leave: srun is ended" in job.output()
+    assert "srun still waits for an agent, 40 s after the verdict: srun is ended" in job.output()
     assert "elastic_hpc: finished" in job.output()
     wait_for("the end of the frozen agent", lambda: not fresh.agents(third))

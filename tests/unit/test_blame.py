@@ -21,20 +21,15 @@ def error(node: int, message: str = CUDA, **fields: Any) -> Failure:
     return failure(node, message, **{"kind": "exception", **fields})
 
 
-def trained(*nodes: int, granted: int = 4, **changes: Any) -> Job:
+def trained(*, granted: int = 4, **changes: Any) -> Job:
     """Round 1 runs on the first ``max_nodes`` of ``granted`` nodes."""
     return formed(granted, **{"min_nodes": 3, "max_nodes": 3, "grow": False, "can_requeue": False, **changes})
-
-
-def again(job: Job, *nodes: int) -> None:
-    """The next round is formed; ``nodes`` have no workers alive."""
-    job.ready(*nodes)
 
 
 def fail_twice(job: Job, node: int, message: str = CUDA, nodes: tuple[int, ...] = (0, 1, 2, 3)) -> None:
     """The workers of ``node`` fail twice, and of no other."""
     job.fail(node, error(node, message))
-    again(job, *nodes)
+    job.ready(*nodes)
     job.fail(node, error(node, message))
     job.wait(OTHERS + 0.1)
 
@@ -51,7 +46,7 @@ def test_a_spare_takes_the_place_of_the_node_that_fails_again() -> None:
     (barred,) = job.events("barred")
     assert barred["node"] == "n1"
     assert "CUDA error: unspecified launch failure; the same failure on the same node" in barred["reason"]
-    again(job, 0, 1, 2, 3)
+    job.ready(0, 1, 2, 3)
     assert members(job) == (0, 2, 3)
     assert job.leader.restarts == 2
     assert orders(job.leader.take_orders(beat=True))[1].plan is None, "it stays in touch, and votes"
@@ -60,7 +55,7 @@ def test_a_spare_takes_the_place_of_the_node_that_fails_again() -> None:
 def test_a_smaller_world_goes_on_without_it() -> None:
     job = trained(granted=3, min_nodes=2)
     fail_twice(job, 1, nodes=(0, 1, 2))
-    again(job, 0, 1, 2)
+    job.ready(0, 1, 2)
     assert members(job) == (0, 2)
 
 
@@ -71,14 +66,14 @@ def test_a_joiner_takes_its_place() -> None:
     assert job.leader.needs.nodes == 1
     assert "n1" in job.leader.needs.names
     new = joiner("17")
-    again(job, 0, 1, 2, new)
+    job.ready(0, 1, 2, new)
     assert members(job) == (0, 2, new)
 
 
 def test_where_no_joiner_comes_the_job_goes_back_to_the_queue() -> None:
     job = trained(granted=3, grow=True, can_requeue=True)
     fail_twice(job, 1, nodes=(0, 1, 2))
-    again(job, 0, 1, 2)
+    job.ready(0, 1, 2)
     job.wait(60.0)
     assert job.verdict.outcome == "requeue"
     assert "2 nodes are left, fewer than MIN 3; 1 more stay out" in job.verdict.reason
@@ -88,13 +83,13 @@ def test_a_joiner_that_fails_again_is_let_go_and_may_not_come_back() -> None:
     new = joiner("17")
     job = trained(granted=2, min_nodes=2, grow=True, grow_every=0.0)
     job.lose(1, "gone")
-    again(job, 0, new)
+    job.ready(0, new)
     assert members(job) == (0, new)
     name = f"n{new}"
     for _ in range(2):
         job.fail(new, error(new))
         job.wait(OTHERS + 0.1)
-        again(job, 0, new)
+        job.ready(0, new)
     assert [event["node"] for event in job.events("release")] == [name]
     job.say(new, conn=77)
     assert [event["node"] for event in job.events("refused")] == [name]
@@ -103,9 +98,9 @@ def test_a_joiner_that_fails_again_is_let_go_and_may_not_come_back() -> None:
 def test_it_waits_until_the_workers_there_are_gone() -> None:
     job = trained()
     fail_twice(job, 1)
-    again(job, 0, 2, 3)
+    job.ready(0, 2, 3)
     assert members(job) == (0, 1, 2)
-    again(job, 1)
+    job.ready(1)
     assert members(job) == (0, 2, 3)
 
 
@@ -123,7 +118,7 @@ def test_without_another_node_the_job_goes_back_to_the_queue_and_avoids_it(can_r
 def test_what_fails_on_all_nodes_is_the_scripts_though_the_same_node_is_the_first_to_say_so() -> None:
     job = trained()
     job.fail(0, error(0, BUG))
-    again(job, 0, 1, 2, 3)
+    job.ready(0, 1, 2, 3)
     job.fail(0, error(0, BUG))
     assert job.verdict is None
     job.fail(2, error(2, BUG))
@@ -135,7 +130,7 @@ def test_what_fails_on_all_nodes_is_the_scripts_though_the_same_node_is_the_firs
 def test_what_fails_on_rank_0_wherever_that_is_is_the_scripts() -> None:
     job = trained()
     fail_twice(job, 0, BUG)
-    again(job, 0, 1, 2, 3)
+    job.ready(0, 1, 2, 3)
     assert members(job) == (1, 2, 3)
     job.fail(1, error(1, BUG))
     assert job.verdict.outcome == "failed"
@@ -173,7 +168,7 @@ def test_a_node_that_fails_in_many_ways_stays_out_too() -> None:
     for message in (CUDA, "RuntimeError: cuDNN error", "OSError: [Errno 5] Input/output error"):
         job.fail(1, error(1, message))
         job.wait(OTHERS + 0.1)
-        again(job, 0, 1, 2, 3)
+        job.ready(0, 1, 2, 3)
     assert members(job) == (0, 2, 3)
     assert job.verdict is None
 
@@ -184,7 +179,7 @@ def test_a_node_whose_workers_are_killed_again_and_again_stays_out_if_others_can
         for _ in range(3):
             job.fail(1, failure(1, "killed by SIGSEGV", kind="signal", exitcode=-11))
             job.wait(OTHERS + 0.1)
-            again(job, *range(granted))
+            job.ready(*range(granted))
         assert members(job) == world
         assert job.verdict is None
 
@@ -194,29 +189,27 @@ def test_a_node_on_which_somebody_kills_workers_is_not_to_blame() -> None:
     for _ in range(5):
         job.fail(1, failure(1, "killed by SIGKILL", kind="signal", exitcode=-9))
         job.wait(OTHERS + 0.1)
-        again(job, 0, 1, 2, 3)
+        job.ready(0, 1, 2, 3)
     assert members(job) == (0, 1, 2)
 
 
 def test_a_hang_is_nobodys() -> None:
     job = trained()
-    fail_twice(job, 1, "no step for 60 s")
-    job = trained()
     for _ in range(2):
         job.fail(1, failure(1, "no step for 60 s", kind="hang"))
-        again(job, 0, 1, 2, 3)
+        job.ready(0, 1, 2, 3)
     assert job.verdict.outcome == "failed"
 
 
 def test_an_echo_does_not_hide_the_node() -> None:
     job = trained()
     job.fail(1, error(1))
-    again(job, 0, 1, 2, 3)
+    job.ready(0, 1, 2, 3)
     job.fail(0, error(0, "connection closed by peer", collateral=True))
     job.fail(1, error(1))
     job.fail(2, error(2, "connection closed by peer", collateral=True))
     job.wait(OTHERS + 0.1)
-    again(job, 0, 1, 2, 3)
+    job.ready(0, 1, 2, 3)
     assert members(job) == (0, 2, 3)
 
 
@@ -230,12 +223,12 @@ def test_the_budget_of_restarts_holds() -> None:
 def test_the_next_leader_leaves_the_node_out_too() -> None:
     job = trained()
     fail_twice(job, 1)
-    again(job, 0, 1, 2, 3)
+    job.ready(0, 1, 2, 3)
     after = Job(inherited=job.leader.roster, min_nodes=2, max_nodes=3)
     for node in (0, 1, 2, 3):
         after.say(node, round=0, roster=2, seen=2)
     after.wait(1.0)
-    again(after, 0, 1, 2, 3)
+    after.ready(0, 1, 2, 3)
     assert members(after) == (0, 2, 3)
 
 

@@ -356,7 +356,7 @@ def test_srun_that_still_waits_long_after_the_verdict_is_ended_and_the_script_co
         process.kill()
         fast.unlink()
         (node / "srun_does").write_text("")
-    assert b"40 s after the verdict srun waits for an agent that cannot leave: srun is ended\n" in err
+    assert b"srun still waits for an agent, 40 s after the verdict: srun is ended\n" in err
     assert (node / "ended").read_text() == "TERM\n", "srun may end its steps before it is killed"
     assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 137 --signal USR2\n"
 
