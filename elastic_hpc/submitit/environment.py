@@ -31,8 +31,8 @@ class ElasticPaths(utils.JobPaths):
 
     @property
     def stdout(self) -> Path:
-        """The last file with the output of the rank's node, all of its ranks. Before the rank has written, the output of
-        the batch script and the agents.
+        """The last file with the output of the rank's node, all of its ranks; before the rank has written, the output
+        of the batch script and the agents.
         """
         from elastic_hpc.record.worker_logs import files
 
