@@ -262,7 +262,8 @@ class Soak(Job):
                 return self.at.pids(node, self._script, but=[AGENT])
             return self.at.pids(node, self._script, AGENT)
 
-        return self._wait(f"{'a worker' if worker else 'an agent'} on {node}", found, 30)[0]
+        # a job that went back to the queue meanwhile has no process there until Slurm starts it again
+        return self._wait(f"{'a worker' if worker else 'an agent'} on {node}", found)[0]
 
     def _judge(self, fault: Fault, group: Collection[Fault]) -> None:
         """Fill in what became of ``fault``."""
