@@ -52,7 +52,7 @@ def _begin(rundir: RunDir) -> None:
 
 
 def _began(env: AgentEnv, rundir: RunDir) -> bool:
-    """Whether an agent of this node began before in this job. Notes that one does now."""
+    """Whether an agent of this node began before in this job. Notes that this agent begins."""
     path = _began_path(env, rundir)
     before = path.exists() and not rundir.read("verdict.json")  # else the job of this name has ended
     path.touch(0o600)
