@@ -2,7 +2,7 @@
 
 _elastic_srun_options() {
   case "$1" in
-  "") echo "-h --help --local --standalone -w --nodelist --log-dir --run-dir -V --version -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --preload --preflight --interface --role --local-ranks-filter --numa-binding -m --module --no-python" ;;
+  "") echo "-h --help --local --standalone -w --nodelist --log-dir --run-dir -V --version -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --preload --preflight --interface --role --tee --local-ranks-filter --numa-binding -m --module --no-python" ;;
   esac
 }
 
@@ -33,6 +33,7 @@ _elastic_srun_value() {
   " --preflight") echo 'other' ;;
   " --interface") echo 'other' ;;
   " --role") echo 'other' ;;
+  " --tee") echo 'words all' ;;
   " --local-ranks-filter") echo 'other' ;;
   " --numa-binding") echo 'words node socket exclusive core-complex' ;;
   esac
