@@ -18,7 +18,8 @@ from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.job import functions
 from elastic_hpc.options import from_python, torchrun
 from elastic_hpc.options.table import LAUNCH_OPTIONS
-from elastic_hpc.record.rundir import RunDir, make_log_dir
+from elastic_hpc.record.folders import make_log_dir
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.start import module_command
 
 if TYPE_CHECKING:

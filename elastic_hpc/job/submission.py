@@ -20,7 +20,7 @@ from elastic_hpc.job.spec import AFTER_GRACE, NAME_OF_SCRIPT, JobSpec
 from elastic_hpc.options.durations import as_text, time_limit
 from elastic_hpc.options.from_python import PYTHON
 from elastic_hpc.options.sbatch import COMMAND_LINE, last
-from elastic_hpc.record.rundir import make_log_dir
+from elastic_hpc.record.folders import make_log_dir
 
 _KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM
 

@@ -39,13 +39,20 @@ def make_private(path: Path, *, exist_ok: bool) -> None:
         raise ElasticError(_refusal("run directory", path, path.stat(), todo))
 
 
-def make_shared(path: Path) -> None:
-    """Make the folder ``path``, or accept an existing folder of this user, of root, or of a group. Whoever may write to
-    the folder can replace run directories in it, so a folder that everybody may write to is refused unless it is
-    sticky, as /tmp is. Raises OSError, and UsageError for a folder that is refused.
+def make_log_dir(folder: str | os.PathLike[str]) -> None:
+    """Make the folder of run directories, or accept an existing folder of this user, of root, or of a group. Whoever
+    may write to the folder can replace run directories in it, so a folder that everybody may write to is refused unless
+    it is sticky, as /tmp is. Raises UsageError.
     """
-    _make(path)
-    mode = path.stat().st_mode
+    path = Path(folder).absolute()
+    try:
+        _make(path)
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise UsageError(
+            f"--log-dir {str(folder)!r}: {error.strerror}; expected a folder that can be written and that all nodes "
+            "share"
+        ) from error
     everybody = mode & stat.S_IWOTH and not mode & stat.S_ISVTX
     if everybody or not (mode & stat.S_IWGRP or mode & stat.S_ISVTX or _is_ours(path)):
         todo = f"choose a folder of your own, for example: --log-dir {path / _name(os.geteuid())}"

@@ -50,7 +50,7 @@ class RunDir:
     @classmethod
     def new(cls, folder: str | os.PathLike[str], name: str) -> RunDir:
         """The first of ``name.0``, ``name.1``, ... in ``folder`` that does not exist yet. Raises ElasticError."""
-        make_log_dir(folder)
+        folders.make_log_dir(folder)
         for number in range(10_000):
             with contextlib.suppress(FileExistsError):
                 return cls(Path(folder).absolute() / f"{name}.{number}").create(exist_ok=False)
@@ -221,16 +221,6 @@ class RunDir:
         reader = EventReader(self)
         reader.read()
         return reader.events
-
-
-def make_log_dir(path: str | os.PathLike[str]) -> None:
-    """Make the folder of run directories, or check the one that is there. Raises UsageError."""
-    try:
-        folders.make_shared(Path(path).absolute())
-    except OSError as error:
-        raise UsageError(
-            f"--log-dir {str(path)!r}: {error.strerror}; expected a folder that can be written and that all nodes share"
-        ) from error
 
 
 class EventReader:

@@ -120,7 +120,7 @@ class ElasticExecutor(core.Executor):
 
     def _dump(self, delayed_submissions: Sequence[utils.DelayedSubmission]) -> list[Path]:
         """The pickles, under temporary names until the jobs have ids."""
-        from elastic_hpc.record.rundir import make_log_dir
+        from elastic_hpc.record.folders import make_log_dir
 
         make_log_dir(self._runs)
         paths = []

@@ -12,7 +12,8 @@ import pytest
 
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.record import folders
-from elastic_hpc.record.rundir import RunDir, make_log_dir
+from elastic_hpc.record.folders import make_log_dir
+from elastic_hpc.record.rundir import RunDir
 
 OTHER = 4242
 
