@@ -123,8 +123,8 @@ def _while_running(view: View, policy: Policy) -> Decision:
 
 def _without_suspect(why: str, view: View, policy: Policy) -> Decision | None:
     """Go on without the node that fails again and again, here or after a requeue; None if that is no use."""
-    same = "the same failure" if view.repeated else "failures"
-    why = f"{why}; {same} on the same node again and again, without progress in between"
+    same, between = ("the same failure", ", without progress in between") if view.repeated else ("failures", "")
+    why = f"{why}; {same} on the same node again and again{between}"
     if policy.fit(view.live - {view.suspect}) or view.coming or policy.grow:
         return _restart(Decision(Action.GATHER, why, bars=True), view, policy)
     if view.repeated:

@@ -21,7 +21,9 @@ OTHERS = 2.0
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL})
 
 IN_A_ROW = 3
-"""Number of failures in a row, of any kind and without progress in between, after which their node is blamed."""
+"""Number of failures in a row after which their node is blamed: of any kind, if there is no progress in between; else
+if the last one looks like the machine's.
+"""
 
 RECORD_EVERY = 10.0
 """Seconds between two entries in the record of how far the workers are."""
@@ -85,7 +87,7 @@ class Blame:
     repeated: bool = False
     """The job has failed in the same way before, without progress in between."""
     node: bool = False
-    """On this node alone the job fails again and again, without progress in between."""
+    """On this node alone the job fails again and again."""
 
 
 NOBODY = Blame()
@@ -186,7 +188,8 @@ class World:
 
 class FailureHistory:
     """Whether the job makes progress from one failure to the next, and if not, whether its script or a node is to
-    blame: what fails on different nodes is the script, what fails on one node alone is that node.
+    blame: what fails on different nodes is the script, what fails on one node alone is that node. A machine that fails
+    every hour is to blame too, though its workers make progress in between.
     """
 
     def __init__(self, strikes: Iterable[Strike] = ()) -> None:
@@ -197,6 +200,8 @@ class FailureHistory:
         self.last_failure: Failure | None = None
         self._failed = [(strike.signature, strike.node) for strike in before]
         """Signature and node of the failures since the last progress; the signature of a crash is empty."""
+        self._nodes: list[str] = []
+        """Nodes of the last failures, whatever progress there was in between."""
         self._failed_at_step = max((strike.step for strike in before), default=-1)
 
     def judge(self, failure: Failure, alive: float, *, alone: bool) -> Blame:
@@ -215,8 +220,11 @@ class FailureHistory:
         self._failed.append((mark, node))
         self._failed_at_step = self.step
         on_node = nodes == {node} or (in_a_row and nodes <= {node})
-        comparable = failure.kind != "hang" and (not alone or blames_machine(failure.message))
-        return Blame(repeated=bool(nodes), node=on_node and comparable)
+        self._nodes = [*self._nodes, node][-IN_A_ROW:]
+        is_machines = blames_machine(failure.message)
+        comparable = failure.kind != "hang" and (not alone or is_machines)
+        is_broken = is_machines and nodes <= {node} and self._nodes == [node] * IN_A_ROW
+        return Blame(repeated=bool(nodes), node=comparable and (on_node or is_broken))
 
     def is_same(self, failure: Failure, other: Failure) -> bool:
         """Whether another node has failed by itself in the same way."""

@@ -173,6 +173,27 @@ def test_a_node_that_fails_in_many_ways_stays_out_too() -> None:
     assert job.verdict is None
 
 
+@pytest.mark.parametrize(("message", "world"), [(CUDA, (0, 2, 3)), (BUG, (0, 1, 2))])
+def test_progress_does_not_acquit_a_node_on_which_alone_the_machine_fails(message: str, world: tuple[int, ...]) -> None:
+    job = trained()
+    for step in (10, 20, 30):
+        assert members(job) == (0, 1, 2)
+        job.fail(1, error(1, message), step=step)
+        job.wait(OTHERS + 0.1)
+        job.ready(0, 1, 2, 3)
+    assert members(job) == world
+    assert "without progress" not in str(job.events("barred"))
+
+
+def test_machines_that_fail_in_turn_stay_in() -> None:
+    job = trained()
+    for step, node in enumerate((1, 1, 0, 1, 1, 2)):
+        job.fail(node, error(node), step=10 * step)
+        job.wait(OTHERS + 0.1)
+        job.ready(0, 1, 2, 3)
+    assert members(job) == (0, 1, 2)
+
+
 def test_a_node_whose_workers_are_killed_again_and_again_stays_out_if_others_can_go_on() -> None:
     for granted, world in ((4, (0, 2, 3)), (3, (0, 1, 2))):
         job = trained(granted=granted, can_requeue=True)
