@@ -10,7 +10,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from elastic_hpc.membership.admission import Admission, Refusal
 from elastic_hpc.membership.election import Base
+from elastic_hpc.membership.failures import FailureHistory
 from elastic_hpc.membership.growth import Needs
 from elastic_hpc.membership.inputs import Arrivals, Requests, Stores
 from elastic_hpc.membership.mandate import Mandate
@@ -23,7 +25,7 @@ from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster, distinct
 from elastic_hpc.membership.rules import decide, requeue_or_fail
 from elastic_hpc.membership.strikes import Strike
-from elastic_hpc.membership.world import FailureHistory, World
+from elastic_hpc.membership.world import World
 
 STOP_TIMEOUT = 60.0
 """Seconds in which an agent must report that its workers are gone; then it is given up, as they cannot be killed."""
@@ -68,7 +70,7 @@ class Leader:
         inherited = self._promises.roster
         roster = inherited or Roster(round, (), (), restarts, requeues)
         self.policy = policy
-        self.node, self._nproc, self._host = node, nproc, host
+        self.node, self._nproc = node, nproc
 
         self.round = max(roster.round, self._promises.seen) + 1
         self.restarts, self.requeues = roster.restarts, roster.requeues
@@ -84,7 +86,7 @@ class Leader:
         self.peers.barred = dict.fromkeys(roster.barred, BARRED)
         self._world, self._failures = World(), FailureHistory(strikes)
         self._requests, self._stores, self._arrivals = Requests(), Stores(now), Arrivals(supplied=supplied)
-        self._orders = Orders()
+        self._orders, self._admission = Orders(), Admission(nproc, host)
 
         self._stage: Stage = "gather"
         self._gathering_since = now
@@ -98,8 +100,6 @@ class Leader:
         """The reasons of the last action, of the present wait, and of the wait that was recorded last."""
         self._decide_at = float("inf")
         """When to decide again, even if nothing arrives."""
-        self._turned_away: set[str] = set()
-        """The boots of the agents that were turned away."""
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._dropped: list[int] = []
 
@@ -107,20 +107,16 @@ class Leader:
 
     def on_status(self, conn: int, addr: str, status: Status, now: float, *, boot: str = "") -> None:
         """``status`` arrived over connection ``conn`` from ``addr``, from the process ``boot`` of the agent."""
-        if conn in self._orders.refused or conn in self._dropped:
+        if self._orders.is_refused(conn) or conn in self._dropped:
             return
         peer = self.peers.get(conn)
         if peer is None:
-            first = self.peers.by_node.get(status.node)
-            if first and first.boot != boot:
-                self._turn_away(conn, status, boot)
-                return
-            if refusal := self.peers.refusal(status, self._nproc, self._host):
+            if refusal := self._admission.refusal(status, boot, self.peers):
                 self._refuse(conn, status, refusal, now)
                 return
             peer = self._connect(conn, addr, status, now, boot)
             is_news = True
-        elif status.seq <= peer.status.seq or status.node != peer.status.node:
+        elif status.seq <= peer.status.seq:
             return
         elif status.unfit:
             self._give_up(peer, status, now)
@@ -136,14 +132,10 @@ class Leader:
             self.peers.on_arrival(status.node)
             self._event("join", node=status.name, addr=addr, joiner=not votes(status.node))
             self._arrivals.outdate()
-        if self._stage == "run" and status.node in self._world.plans:
-            if status.round == self.round:
-                self._failures.step = max(self._failures.step, status.step)
-                self._world.on_status(status)
-                if is_news:
-                    self._on_state(status, now)
-            elif status.state == "idle":
-                self._world.lost.setdefault(status.node, f"{status.name} lost: it has left the round")
+        if self._stage == "run":
+            failure = self._world.on_status(status, self._failures, now, round=self.round, is_news=is_news)
+            if failure:
+                self._event("failure", round=self.round, **failure)
 
     def on_roster(self, roster: Roster) -> None:
         """An agent holds ``roster``. A leader that has yet to take over adopts a later roster than its own."""
@@ -294,21 +286,15 @@ class Leader:
 
     # agents
 
-    def _refuse(self, conn: int, status: Status, reason: str, now: float) -> None:
-        self._orders.refused[conn] = reason
-        self.peers.on_arrival(status.node)
+    def _refuse(self, conn: int, status: Status, refusal: Refusal, now: float) -> None:
+        self._orders.refuse(conn, refusal)
         self.has_news = True
-        self._event("unfit" if status.unfit else "refused", node=status.name, reason=reason)
-        if status.node == self.node and self._first:
-            self._end(requeue_or_fail(reason, self.requeues, self.policy), now)
-
-    def _turn_away(self, conn: int, status: Status, boot: str) -> None:
-        """Of two agents of one node the first keeps its place while it is in contact; the other may come again."""
-        self._orders.turned_away[conn] = reason = f"{status.name} has an agent in this job already, which is in contact"
-        self.has_news = True
-        if boot not in self._turned_away:
-            self._turned_away.add(boot)
-            self._event("refused", node=status.name, reason=reason)
+        if refusal.is_new:
+            self._event("unfit" if status.unfit else "refused", node=status.name, reason=refusal.reason)
+        if refusal.final:
+            self.peers.on_arrival(status.node)
+            if status.node == self.node and self._first:
+                self._end(requeue_or_fail(refusal.reason, self.requeues, self.policy), now)
 
     def _connect(self, conn: int, addr: str, status: Status, now: float, boot: str) -> Peer:
         """Add a peer for an agent with a new connection, which replaces the connection that it had before."""
@@ -331,18 +317,6 @@ class Leader:
         """Whether no worker is alive, and the agent knows of this round."""
         return status.state == "idle" and (self._stage == "run" or status.round == self.round)
 
-    def _on_state(self, status: Status, now: float) -> None:
-        if status.state == "succeeded":
-            self._world.on_success(status)
-        elif status.state == "failed" and (failure := status.failure):
-            first = self._world.on_failure(failure, now)
-            self._event("failure", round=self.round, first=first, **asdict(failure))
-            alone, alive = len(self._world.formed) == 1, now - self._world.formed_at
-            if first:
-                self._world.on_blame(self._failures.judge(failure, alive, alone=alone), status.node, now)
-            elif self._world.failure and self._failures.is_same(failure, self._world.failure):
-                self._world.on_same_failure()
-
     def _give_up(self, peer: Peer, status: Status, now: float) -> None:
         """The processes of a node that took part cannot be killed: the node stays out, and its agent, which may be this
         leader's own, leaves when the job ends.
@@ -357,8 +331,7 @@ class Leader:
     def _lose(self, node: int, reason: str) -> None:
         self._arrivals.outdate()
         self._last_loss = reason
-        if node in self._world.plans and node not in self._world.succeeded:
-            self._world.lost[node] = reason
+        self._world.on_lost(node, reason)
         self.has_news = True
 
     # decisions
@@ -433,15 +406,8 @@ class Leader:
         base = Base(self.round, self.node, tuple(node for node in nodes if peers[node].status.votes))
         hosts = distinct([peer.status.host for _, peer in sorted(peers.items()) if peer.joined])
         mark = f"{self.round}.{self.node}.{now:.6f}"  # a leader never forms two rounds within a microsecond
-        self._mandate.on_form(
-            base,
-            hosts,
-            nodes,
-            restarts=self.restarts,
-            requeues=self.requeues,
-            mark=mark,
-            barred=tuple(self.peers.barred),
-        )
+        barred = tuple(self.peers.barred)
+        self._mandate.on_form(Roster(self.round, hosts, (base,), self.restarts, self.requeues, nodes, mark, barred))
         self._promises.hold(self.roster)  # before anybody hears of it
         self._event(
             "round",
@@ -457,7 +423,8 @@ class Leader:
             conn = self.peers.conns[node]
             peer = self.peers.remove(conn)
             assert peer
-            self._orders.refused[conn] = reason = self.peers.why_leaving(peer.status) or decision.reason
+            reason = self.peers.why_leaving(peer.status) or decision.reason
+            self._orders.refuse(conn, Refusal(reason))
             self._event("release", node=peer.status.name, reason=reason)
 
     def _gather(self, decision: Decision, now: float) -> None:

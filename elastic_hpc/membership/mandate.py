@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from dataclasses import replace
 
 from elastic_hpc.membership.election import Base, extended, has_quorum, relevant
 from elastic_hpc.membership.messages import Status
 from elastic_hpc.membership.policy import QuorumView
-from elastic_hpc.membership.roster import Host, Roster, RosterChange
+from elastic_hpc.membership.roster import Roster, RosterChange
 
 
 class Mandate:
@@ -59,21 +60,13 @@ class Mandate:
         self._acknowledged, self._has_new_acknowledgements = {}, False
         return True
 
-    def on_form(
-        self,
-        base: Base,
-        hosts: Sequence[Host],
-        members: tuple[int, ...],
-        *,
-        restarts: int,
-        requeues: int,
-        mark: str,
-        barred: tuple[str, ...],
-    ) -> None:
-        """A round is formed: from now on its ``base`` counts too, and the agents are to hold its roster."""
-        self._bases = extended(self.bases, base)
-        roster = Roster(base.round, hosts, self._bases, restarts, requeues, members, mark, barred)
-        self.roster, self.change = roster, roster.change_from(self.roster)
+    def on_form(self, roster: Roster) -> None:
+        """A round is formed, whose ``roster`` has the new base alone. From now on that base counts beside those that
+        counted before, and the agents are to hold all of them.
+        """
+        self._bases = extended(self.bases, *roster.bases)
+        before, self.roster = self.roster, replace(roster, bases=self._bases)
+        self.change = self.roster.change_from(before)
 
     def is_settled(self, formed: Collection[int]) -> bool:
         """Whether no other world could be formed without members of this world, ``formed``: too few members of the

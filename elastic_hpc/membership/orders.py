@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from elastic_hpc.membership.admission import Refusal
 from elastic_hpc.membership.messages import Order, Plan, Redirect
 from elastic_hpc.membership.peers import Peers
 from elastic_hpc.membership.roster import Roster, RosterChange
@@ -17,10 +18,8 @@ class Orders:
     """To the agents, by connection."""
 
     def __init__(self) -> None:
-        self.refused: dict[int, str] = {}
-        """Connections whose agents are to leave, and why."""
-        self.turned_away: dict[int, str] = {}
-        """Connections whose agents are to come again later, and why; until they have been told."""
+        self._refused: dict[int, Refusal] = {}
+        """By connection: the agents that may not take part; those that may connect again, until that is sent."""
         self._seq = 0
         self._sent: dict[int, tuple[Any, ...]] = {}
         """By connection: the content of the last order, which leaves ``seq``, ``reason`` and ``roster`` out."""
@@ -36,10 +35,18 @@ class Orders:
         """The number of the orders that are sent next."""
         return self._seq + 1
 
+    def is_refused(self, conn: int) -> bool:
+        """Whether the agent of ``conn`` has been refused for good."""
+        return conn in self._refused and self._refused[conn].final
+
+    def refuse(self, conn: int, refusal: Refusal) -> None:
+        """The agent of ``conn`` may not take part."""
+        self._refused[conn] = refusal
+
     def forget(self, conn: int) -> None:
         """Connection ``conn`` is gone."""
         self._unacknowledged.discard(conn)
-        for by_conn in (self.refused, self.turned_away, self._sent, self._rosters_sent):
+        for by_conn in (self._refused, self._sent, self._rosters_sent):
             by_conn.pop(conn, None)
 
     def take(
@@ -59,15 +66,15 @@ class Orders:
         if this leader leads: only the ``change``, if the agent holds the roster before. The roster is sent again with
         the second beat after, unless the agent has acknowledged it by then.
         """
-        taken: dict[int, list[ToAgent]] = {
-            conn: [Redirect(None, refusal=reason)] for conn, reason in self.turned_away.items()
-        }
-        self.turned_away.clear()
+        taken: dict[int, list[ToAgent]] = {}
         self._seq += 1
         order = replace(order, seq=self._seq)
-        for conn, refusal in self.refused.items():
-            if self._is_news(conn, (refusal,)):
-                taken[conn] = [replace(order, stage="end", reason=refusal, outcome="failed", drain=False)]
+        for conn, refusal in list(self._refused.items()):
+            if not refusal.final:
+                taken[conn] = [Redirect(None, refusal=refusal.reason)]
+                del self._refused[conn]
+            elif self._is_news(conn, (refusal,)):
+                taken[conn] = [replace(order, stage="end", reason=refusal.reason, outcome="failed", drain=False)]
         content = (order.stage, order.round, order.oldest, order.drain, order.leads, bool(plans))
         to_all = beat or content != self._content
         self._content = content

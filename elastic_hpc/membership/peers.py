@@ -104,30 +104,6 @@ class Peers(dict[int, Peer]):
         barred = "" if votes(status.node) else self.barred.get(status.name, "")
         return status.leaving or status.unfit or self.leaving.get(status.node, "") or barred
 
-    def refusal(self, status: Status, nproc: int, leader: Host | None) -> str:
-        """Why the node may not take part; empty if it may. ``nproc``: the number of workers on each node. ``leader``:
-        the host whose software all nodes must have; None if any will do.
-        """
-        if status.unfit:
-            return f"{status.name} is not fit: {status.unfit}"
-        if status.nproc != nproc:
-            return (
-                f"{status.name} would start {status.nproc} workers, the leader's node {nproc}: "
-                "all nodes must start the same number (--nproc-per-node)"
-            )
-        if not votes(status.node) and status.name in self.barred:
-            return f"{status.name} stays out: {self.barred[status.name]}"
-        if not votes(status.node) and status.name in {
-            joined.name for node, joined in self.joined.items() if node != status.node
-        }:
-            return f"{status.name} runs an agent of this job already"
-        if leader and status.host.software != leader.software:
-            return (
-                f"{status.name} has {status.host.software or 'unknown versions'}, the leader's node {leader.name} "
-                f"{leader.software}: all nodes must have the same; train in one environment that they share"
-            )
-        return ""
-
     @property
     def absent_names(self) -> str:
         """The granted nodes that have never been in touch, in Slurm's notation."""

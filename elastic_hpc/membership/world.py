@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from elastic_hpc.membership.causes import blames_machine, signature
+from elastic_hpc.membership.failures import NOBODY, Blame, FailureHistory
 from elastic_hpc.membership.messages import Failure, Plan, Status
 from elastic_hpc.membership.policy import Decision, RoundView
-from elastic_hpc.membership.strikes import Strike
 
 SETTLE = 0.25
 """Seconds in which the cause of a failure may still be reported, when its echo was faster."""
@@ -18,18 +16,8 @@ SETTLE = 0.25
 OTHERS = 2.0
 """Seconds in which other nodes may still fail in the same way, before a node is blamed for a failure."""
 
-_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL})
-
-IN_A_ROW = 3
-"""Number of failures in a row after which their node is blamed: of any kind, if there is no progress in between; else
-if the last one looks like the machine's.
-"""
-
 RECORD_EVERY = 10.0
 """Seconds between two entries in the record of how far the workers are."""
-
-ALIVE_IS_PROGRESS = 60.0
-"""Seconds after which a round has made progress, if its workers report no steps."""
 
 
 @dataclass
@@ -80,19 +68,6 @@ class StartReport:
         return {"warm": warm, "cold": cold, "why": why, "standby_mb": max(status.standby_mb for status in reported)}
 
 
-@dataclass(frozen=True)
-class Blame:
-    """What is known of a failure from the failures before it."""
-
-    repeated: bool = False
-    """The job has failed in the same way before, without progress in between."""
-    node: bool = False
-    """On this node alone the job fails again and again."""
-
-
-NOBODY = Blame()
-
-
 @dataclass
 class World:
     """The round that runs; empty while a round is gathered. Nodes are numbers, times are on the leader's clock."""
@@ -120,34 +95,46 @@ class World:
     _steps: StepReport = field(default_factory=StepReport)
     _starts: StartReport = field(default_factory=StartReport)
 
-    def on_status(self, status: Status) -> None:
-        """A node of the round has reported."""
+    def on_status(
+        self, status: Status, history: FailureHistory, now: float, *, round: int, is_news: bool
+    ) -> dict[str, Any] | None:
+        """A node has sent ``status`` while ``round`` runs. ``is_news``: a field that decisions depend on has changed.
+        Returns the fields of the event ``failure`` if a worker of this round has failed.
+        """
+        if status.node not in self.plans:
+            return None
+        if status.round != round:
+            if status.state == "idle":
+                self.lost.setdefault(status.node, f"{status.name} lost: it has left the round")
+            return None
         self._steps.update(status, rank0=status.node == self.formed[0])
         self._starts.update(status)
         self.going = self.going or status.step >= 0 or status.listens
+        history.step = max(history.step, status.step)
+        if is_news and status.state == "succeeded":
+            self.succeeded.add(status.node)
+            self.drained = self.drained or status.drained
+        if is_news and status.state == "failed" and status.failure:
+            return {"first": self._on_failure(status.failure, status.node, history, now), **asdict(status.failure)}
+        return None
 
-    def on_success(self, status: Status) -> None:
-        self.succeeded.add(status.node)
-        self.drained = self.drained or status.drained
+    def on_lost(self, node: int, reason: str) -> None:
+        """The agent of ``node`` is lost, or its workers cannot be killed."""
+        if node in self.plans and node not in self.succeeded:
+            self.lost[node] = reason
 
-    def on_failure(self, failure: Failure, now: float) -> bool:
+    def _on_failure(self, failure: Failure, node: int, history: FailureHistory, now: float) -> bool:
         """Whether ``failure`` is the cause, as far as is known: no failure was known before, or only an echo."""
-        if self.failure is None:
-            self.failed_at = now
-        elif failure.collateral or not self.failure.collateral:
+        if self.failure and (failure.collateral or not self.failure.collateral):
+            if history.is_same(failure, self.failure):
+                self.suspect = None  # another node has failed in the same way
             return False
+        self.blame = history.judge(failure, now - self.formed_at, alone=len(self.formed) == 1)
+        self.suspect = node if self.blame.node else None
+        if self.failure is None or self.blame.node:
+            self.failed_at = now
         self.failure = failure
         return True
-
-    def on_blame(self, blame: Blame, node: int, now: float) -> None:
-        """``blame``: for the failure that was last taken for the cause, on ``node``."""
-        self.blame, self.suspect = blame, node if blame.node else None
-        if blame.node:
-            self.failed_at = now
-
-    def on_same_failure(self) -> None:
-        """Another node has failed in the same way, so no node is to blame."""
-        self.suspect = None
 
     @property
     def settled_at(self) -> float:
@@ -184,67 +171,3 @@ class World:
             yield "started", fields
         if fields := self._steps.due(now, over=over):
             yield "progress", fields
-
-
-class FailureHistory:
-    """Whether the job makes progress from one failure to the next, and if not, whether its script or a node is to
-    blame: what fails on different nodes is the script, what fails on one node alone is that node. A machine that fails
-    every hour is to blame too, though its workers make progress in between.
-    """
-
-    def __init__(self, strikes: Iterable[Strike] = ()) -> None:
-        """``strikes``: those of the runs before, as a node that was left out for a failure may have been innocent."""
-        before = [strike for strike in strikes if strike.signature]
-        self.step = -1
-        """Last training step that a worker reported; -1 for none."""
-        self.last_failure: Failure | None = None
-        self._failed = [(strike.signature, strike.node) for strike in before]
-        """Signature and node of the failures since the last progress; the signature of a crash is empty."""
-        self._nodes: list[str] = []
-        """Nodes of the last failures, whatever progress there was in between."""
-        self._failed_at_step = max((strike.step for strike in before), default=-1)
-
-    def judge(self, failure: Failure, alive: float, *, alone: bool) -> Blame:
-        """A round that lived for ``alive`` seconds has failed. An echo does not count, nor does what comes from
-        outside, as most signals do; two crashes alike need not be the same failure. A hang is everybody's. A node that
-        is ``alone`` in its round cannot be compared with others: it is to blame only for what scripts rarely do.
-        """
-        is_from_outside = failure.kind == "signal" and -failure.exitcode not in _CRASHES
-        if failure.collateral or failure.kind == "stopped" or is_from_outside:
-            return NOBODY
-        if self.step > self._failed_at_step if self.step >= 0 else alive > ALIVE_IS_PROGRESS:
-            self._failed.clear()
-        node, mark = failure.node, self._signature(failure)
-        nodes = {other for before, other in self._failed if before == mark} if mark else set()
-        in_a_row = [other for _, other in self._failed[1 - IN_A_ROW :]] == [node] * (IN_A_ROW - 1)
-        self._failed.append((mark, node))
-        self._failed_at_step = self.step
-        on_node = nodes == {node} or (in_a_row and nodes <= {node})
-        self._nodes = [*self._nodes, node][-IN_A_ROW:]
-        is_machines = blames_machine(failure.message)
-        comparable = failure.kind != "hang" and (not alone or is_machines)
-        is_broken = is_machines and nodes <= {node} and self._nodes == [node] * IN_A_ROW
-        return Blame(repeated=bool(nodes), node=comparable and (on_node or is_broken))
-
-    def is_same(self, failure: Failure, other: Failure) -> bool:
-        """Whether another node has failed by itself in the same way."""
-        return (
-            not failure.collateral
-            and failure.node != other.node
-            and signature(failure.kind, failure.message, failure.node)
-            == signature(other.kind, other.message, other.node)
-        )
-
-    def strike(self, failure: Failure) -> dict[str, Any]:
-        """What a ``Strike`` for ``failure`` has to hold, besides the node and the reason."""
-        return {"signature": self._signature(failure), "step": self._failed_at_step}
-
-    def on_end(self, failure: Failure | None) -> None:
-        """A round ended; ``failure`` is None if no worker failed."""
-        self.last_failure = failure or self.last_failure
-        if failure is None:
-            self._failed.clear()
-
-    @staticmethod
-    def _signature(failure: Failure) -> str:
-        return "" if failure.kind == "signal" else signature(failure.kind, failure.message, failure.node)

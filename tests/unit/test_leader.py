@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import simulated
 
+from elastic_hpc.membership.failures import ALIVE_IS_PROGRESS
 from elastic_hpc.membership.leader import STOP_TIMEOUT, Leader
 from elastic_hpc.membership.messages import Failure, Order, Request, Status
 from elastic_hpc.membership.policy import TERM_GRACE
@@ -16,7 +17,7 @@ from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.membership.rules import STORE_TIMEOUT
 from elastic_hpc.membership.strikes import Strike
-from elastic_hpc.membership.world import ALIVE_IS_PROGRESS, RECORD_EVERY, SETTLE
+from elastic_hpc.membership.world import RECORD_EVERY, SETTLE
 
 POLICY = replace(simulated.POLICY, max_restarts=100)
 
@@ -363,7 +364,7 @@ def test_a_node_with_another_torch_or_python_is_refused_with_both_nodes_and_both
     job = Job(3)
     ours = "torch 2.13.0, Python 3.11"
     hosts = [replace(host(node), software=software) for node, software in enumerate([ours, other, ours])]
-    job.leader._host = hosts[0]
+    job.leader._admission.leader = hosts[0]
     for round in (0, 1):
         for each in hosts:
             sent = job.say(each.node, round=round, host=each)
