@@ -1,4 +1,4 @@
-"""Which agents a leader takes into touch, and which it refuses. Pure."""
+"""Which agents may take part in a job, and which its leader refuses. Pure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Admission:
         """
         self._nproc, self.leader = nproc, leader
         self._refused_boots: set[str] = set()
-        """The second agents of nodes that were refused."""
+        """The processes that were refused as the second agent of a node."""
 
     def refusal(self, status: Status, boot: str, peers: Peers) -> Refusal | None:
         """Why the agent that has connected, the process ``boot``, may not take part; None if it may."""

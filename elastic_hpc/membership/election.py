@@ -5,19 +5,21 @@ members obey the same leader. So two worlds never train as long as any two group
 common. Each round changes the nodes that count. As in Raft's joint consensus the members of the old round and those
 of the new round must both agree, until so many have acknowledged the new round that the others cannot decide.
 
-As in Paxos, a round's number is a ballot, and ``promises`` are what a node accepts by. A round is formed only when all
-nodes that its leader counts have received an order with its number, and have told which roster they held by then; the
-leader adopts a later one. A node acknowledges a roster only if it has received no order with a higher number. So of two
-rounds that do not know of each other, at most one is ever acknowledged by enough nodes, and a world starts only then.
-This holds for every node that remembers: an agent that is started anew has the promises of its node (``promises``), or
-it has no vote in this run any more, like a joiner.
+As in Paxos, the number of a round is a ballot, and each node keeps what it has promised and accepted (``promises``). A
+leader forms a round only when all nodes that it counts have received an order with the number of that round, and have
+reported which roster they hold; the leader adopts a later roster than its own. A node acknowledges a roster only if it
+has received no order with a higher number. So of two rounds that do not know of each other, at most one is ever
+acknowledged by enough nodes, and a world starts only then. This holds for every node that keeps its promises. An agent
+that is started anew on a node reads the promises of that node; where they are lost, the node has no vote in this run
+any more, like a joiner.
 
 No clock is part of this, and the clocks of two nodes need not agree. A leader may go on for a heartbeat timeout without
-its agents, which may obey another leader by then; what it orders meanwhile reaches nobody who does. Clocks only say
-when a node looks for another leader, and when a leader that was frozen must hear from its agents before it decides.
+its agents, which may obey another leader by then; its orders reach no agent that obeys another leader. Clocks only say
+when a node looks for another leader, and when a leader was frozen and must wait for the answers of its agents before it
+decides.
 
 Only nodes of the job's own allocation vote and lead. Joiners, which further jobs bring, train as members of a world
-like any other, obey one leader at a time too, and leave when nobody of the job's own nodes leads.
+like any other, obey one leader at a time too, and leave when none of the job's own nodes leads.
 """
 
 from __future__ import annotations

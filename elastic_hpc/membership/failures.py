@@ -54,9 +54,10 @@ class FailureHistory:
         self._failed_at_step = max((strike.step for strike in before), default=-1)
 
     def judge(self, failure: Failure, alive: float, *, alone: bool) -> Blame:
-        """A round that lived for ``alive`` seconds has failed. An echo does not count, nor does what comes from
-        outside, as most signals do; two crashes alike need not be the same failure. A hang is everybody's. A node that
-        is ``alone`` in its round cannot be compared with others: it is to blame only for what scripts rarely do.
+        """A round has failed after ``alive`` seconds. An echo does not count, nor does a failure that comes from
+        outside, such as most signals. Two crashes by the same signal may have different causes. No node is to blame for
+        a hang. A node that is ``alone`` in its round cannot be compared with others: it is to blame only for failures
+        that scripts rarely cause.
         """
         is_from_outside = failure.kind == "signal" and -failure.exitcode not in _CRASHES
         if failure.collateral or failure.kind == "stopped" or is_from_outside:

@@ -63,8 +63,7 @@ class Leader:
         """``promises``: those of this node. If it holds a roster, take over, because of ``reason``, as soon as a
         majority agrees. Else lead from the start, with the counters of the run before. ``granted`` and
         ``granted_names``: as in ``Peers``. ``supplied``: ``agent.supply`` brings the nodes of ``needs``. ``host``: that
-        of this node; all nodes must have its software. ``strikes``: of the nodes that failed in the
-        runs before.
+        of this node; all nodes must have its software. ``strikes``: those of the runs before.
         """
         self._promises = promises or Promises()
         inherited = self._promises.roster
@@ -123,7 +122,7 @@ class Leader:
             return
         else:
             is_news = deciding_fields(status) != deciding_fields(peer.status)
-            is_news = is_news or peer.status.heard < self.peers.asked <= status.heard
+            is_news = is_news or peer.status.last_order < self.peers.fresh_order <= status.last_order
         self.has_news = self.has_news or is_news
         self.peers.on_status(peer, status, now)
         self._mandate.on_status(status)
@@ -140,7 +139,7 @@ class Leader:
     def on_roster(self, roster: Roster) -> None:
         """An agent holds ``roster``. A leader that has yet to take over adopts a later roster than its own."""
         if not self.leads and self._stage == "gather" and self._mandate.on_roster(roster):
-            self._promises.hold(roster)
+            self._promises.accept(roster)
             self.restarts, self.requeues = max(self.restarts, roster.restarts), roster.requeues
             self.round = max(self.round, roster.round + 1)
             self.peers.barred |= dict.fromkeys(roster.barred, BARRED)
@@ -192,7 +191,7 @@ class Leader:
 
     def on_tick(self, now: float) -> None:
         """Declare silent agents lost, and decide. To be called a few times per heartbeat."""
-        self._look(now)
+        self._check_freeze(now)
         for conn, silent in self.peers.silent(now).items():
             self.on_lost(conn, f"nothing heard for {self.policy.heartbeat_timeout:g} s", silent=silent)
         if self._stage == "gather" and now - self._gathering_since > STOP_TIMEOUT:
@@ -336,12 +335,12 @@ class Leader:
 
     # decisions
 
-    def _look(self, now: float) -> None:
-        if self.peers.look(now, self._orders.next):
+    def _check_freeze(self, now: float) -> None:
+        if self.peers.check_freeze(now, self._orders.next):
             self._mandate.on_freeze(now)
 
     def _advance(self, now: float) -> None:
-        self._look(now)
+        self._check_freeze(now)
         self.has_news, self._decide_at = False, float("inf")
         while not self.verdict and not self.abdicated:
             self._renew_mandate(now)
@@ -364,7 +363,7 @@ class Leader:
         return View(
             **vars(nodes),
             **vars(self._world.view(self._predecessor_lost, now)),
-            **vars(self._mandate.view(nodes.live, now, running=bool(formed), regains=self.peers.are_asked)),
+            **vars(self._mandate.view(nodes.live, now, running=bool(formed), confirming=self.peers.are_confirming)),
             **vars(self._requests.view(now)),
             **vars(self._stores.view(self.round, now, needed=gathers)),
             **vars(self._arrivals.view(now)),
@@ -408,7 +407,7 @@ class Leader:
         mark = f"{self.round}.{self.node}.{now:.6f}"  # a leader never forms two rounds within a microsecond
         barred = tuple(self.peers.barred)
         self._mandate.on_form(Roster(self.round, hosts, (base,), self.restarts, self.requeues, nodes, mark, barred))
-        self._promises.hold(self.roster)  # before anybody hears of it
+        self._promises.accept(self.roster)  # before it is sent to any agent
         self._event(
             "round",
             round=self.round,

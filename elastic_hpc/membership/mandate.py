@@ -44,8 +44,9 @@ class Mandate:
         return self.bases[0].round if self.bases else 0
 
     def on_status(self, status: Status) -> None:
-        """A node acknowledges this roster only if it has received no order of a later round: it may be bound to that
-        round, which ignores this roster. A node that has forgotten its promises does not know which orders it received.
+        """A node has sent ``status``, which acknowledges the roster of this leader unless the node has received an
+        order of a later round: the leader of that round may not know this roster. A node that has lost its promises
+        does not know which orders it has received.
         """
         acknowledges = status.votes and status.roster == self.roster.round >= status.seen
         if acknowledges and self._acknowledged.get(status.node) != status.roster:
@@ -61,8 +62,8 @@ class Mandate:
         return True
 
     def on_form(self, roster: Roster) -> None:
-        """A round is formed, whose ``roster`` has the new base alone. From now on that base counts beside those that
-        counted before, and the agents are to hold all of them.
+        """A round is formed. ``roster`` has the base of that round alone; the roster that the agents are to hold also
+        has the older bases that still count.
         """
         self._bases = extended(self.bases, *roster.bases)
         before, self.roster = self.roster, replace(roster, bases=self._bases)
@@ -95,9 +96,9 @@ class Mandate:
         self.granted, self.ever_granted = quorum, quorum or self.ever_granted
         return is_first
 
-    def view(self, live: Collection[int], now: float, *, running: bool, regains: bool) -> QuorumView:
-        """``running``: a round runs. ``regains``: as in ``QuorumView``."""
+    def view(self, live: Collection[int], now: float, *, running: bool, confirming: bool) -> QuorumView:
+        """``running``: a round runs. ``confirming``: as in ``QuorumView``."""
         expected = set[int]()
         if self.roster.bases and not running:
             expected = set(self.roster.members).difference(live, {self.roster.bases[-1].leader})
-        return QuorumView(self.granted, now - self._granted_at, now - self._last_granted, len(expected), regains)
+        return QuorumView(self.granted, now - self._granted_at, now - self._last_granted, len(expected), confirming)

@@ -84,7 +84,7 @@ class Status:
     failure: Failure | None = None
     seen: int = 0
     """The highest round of all orders that this agent has received."""
-    heard: int = 0
+    last_order: int = 0
     """``Order.seq`` of the last order that came over this connection."""
     votes: bool = True
     """Whether this agent remembers all that its node has promised (``promises``); else no leader counts it."""

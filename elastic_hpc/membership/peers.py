@@ -34,7 +34,7 @@ class Peer:
     arrived_at: float
     """When the agent connected; once it has joined, when it joined."""
     boot: str
-    """The process of the agent, ``network.identity``."""
+    """A random text that stands for the process of the agent (``network.identity``)."""
     joined: bool = False
     """The agent has reported that it has no workers, or belongs to the world that is taken over. The leader waits for
     no agent that has not joined.
@@ -61,7 +61,7 @@ class Peers(dict[int, Peer]):
         self.conns: dict[int, int] = {}
         """The connection of each node."""
         self.leaving: dict[int, str] = {}
-        """Nodes that have to go, and why, as others than their agents have reported."""
+        """Nodes that have to go, as other processes than their agents have reported, and why."""
         self.barred: dict[str, str] = {}
         """By name: nodes that get no workers any more, and why."""
         self.highest_round = 0
@@ -71,9 +71,11 @@ class Peers(dict[int, Peer]):
         self._timeout = heartbeat_timeout
         self._hosts = {host.node: host for host in known}
         self._granted, self._granted_names = granted, granted_names
-        self._started_at = self._last_below_min = self._looked_at = now
-        self.asked = 0
-        """The first order since this leader was frozen. Who has not heard it may obey another leader by now."""
+        self._started_at = self._last_below_min = self._checked_at = now
+        self.fresh_order = 0
+        """The number of the first order since this leader was frozen. An agent that has not received that order may
+        obey another leader by now.
+        """
         self._min_at: float | None = None
         """Since when enough nodes are live; None while too few are."""
 
@@ -130,14 +132,16 @@ class Peers(dict[int, Peer]):
 
     @property
     def agreeing(self) -> set[int]:
-        """Nodes that agree to this leader, those that were given up too: their agents obey it, and have no workers."""
+        """Nodes that agree to this leader, also those whose processes cannot be killed: their agents obey this leader,
+        and start no workers.
+        """
         statuses = {node: peer.status for node, peer in self.by_node.items() if peer.joined or peer.status.unfit}
-        return {n for n, status in statuses.items() if status.votes and status.heard >= self.asked}
+        return {n for n, status in statuses.items() if status.votes and status.last_order >= self.fresh_order}
 
     @property
-    def are_asked(self) -> bool:
-        """Whether nodes have yet to answer a leader that was frozen."""
-        return any(status.votes and status.heard < self.asked for status in self.joined.values())
+    def are_confirming(self) -> bool:
+        """Whether this leader was frozen, and nodes have yet to acknowledge an order since."""
+        return any(status.votes and status.last_order < self.fresh_order for status in self.joined.values())
 
     def view(self, idle: Collection[int], formed: Collection[int], policy: Policy, now: float) -> NodesView:
         """``idle``: nodes without workers, which are ready for the next round. ``formed``: the round that runs."""
@@ -191,15 +195,15 @@ class Peers(dict[int, Peer]):
         """When the first agent will have been silent for too long, if nothing arrives."""
         return min((peer.last_contact for peer in self.values()), default=float("inf")) + self._timeout
 
-    def look(self, now: float, next_order: int) -> bool:
+    def check_freeze(self, now: float, next_order: int) -> bool:
         """Whether this leader was frozen until now. To be called a few times per heartbeat timeout, and before any
-        decision. The time in which the leader was frozen is no silence of the agents, but they may have left unnoticed:
-        an agent agrees again when it has heard ``next_order``, the number of the order that this leader sends next.
+        decision. The agents were not silent while the leader was frozen, but they may obey another leader by now: an
+        agent agrees again when it has received ``next_order``, the number of the order that this leader sends next.
         """
-        frozen = now - self._looked_at - self._timeout / 4
-        self._looked_at = now
+        frozen = now - self._checked_at - self._timeout / 4
+        self._checked_at = now
         if frozen > 0:
-            self.asked = next_order
+            self.fresh_order = next_order
             for peer in self.values():
                 peer.last_contact = min(now, peer.last_contact + frozen)
         return frozen > 0

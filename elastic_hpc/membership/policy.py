@@ -179,7 +179,7 @@ class QuorumView:
     """Since the majority was lost; 0 while the leader has a majority."""
     expected: int
     """Members of the round before a take-over that have not been in touch since."""
-    regains: bool
+    confirming: bool
     """The leader was frozen, and not all of its agents have answered since."""
 
 

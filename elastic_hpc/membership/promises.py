@@ -1,7 +1,8 @@
 """What a node has promised to the leaders that its agent obeyed. Pure.
 
-As Raft's vote, a promise outlives the agent that made it: it is kept before anybody hears of it, and an agent that is
-started anew on the node begins with what was kept. ``agent.memory`` keeps promises in a file of the node.
+As Raft's persisted vote, a promise outlives the agent that made the promise: an agent stores a promise before it sends
+any message that depends on the promise, and an agent that is started anew on the node begins with the stored promises.
+``agent.promise_file`` stores the promises in a file of the node.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Promises:
         self.seen = 0
         """The highest round of all orders that this node has received. Of earlier rounds it acknowledges no roster."""
         self.roster: Roster | None = None
-        """The newest roster that this node holds: it has received it, or formed its round."""
+        """The newest roster that this node has received, or has sent as the leader."""
         if kept:
             first, *rest = kept.splitlines()
             before, roster = decode(first), decode_from_leader(rest[0]) if rest else None
@@ -36,14 +37,16 @@ class Promises:
             self.votes, self.seen, self.roster = votes and bool(before.get("votes")), before["seen"], roster
         self._write()
 
-    def see(self, round: int) -> None:
-        """An order of ``round`` was received."""
+    def promise(self, round: int) -> None:
+        """Acknowledge no roster of a round before ``round``: an order of that round was received."""
         if round > self.seen:
             self.seen = round
             self._write()
 
-    def hold(self, roster: Roster) -> bool:
-        """Hold ``roster``, unless this node holds one of that round or of a later one. Returns whether it does now."""
+    def accept(self, roster: Roster) -> bool:
+        """Hold ``roster`` from now on, unless this node holds a roster of that round or of a later round. Whether the
+        roster was accepted.
+        """
         if self.roster and roster.round <= self.roster.round:
             return False
         self.roster = roster

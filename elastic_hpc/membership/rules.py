@@ -37,7 +37,7 @@ no worker has reported this by then, the workers are stopped without a checkpoin
 def decide(view: View, policy: Policy) -> Decision:
     """What happens next, and why. The first rule that matches decides."""
     if not view.quorum:
-        if view.without_quorum < policy.heartbeat_timeout and (view.regains or not (view.formed or view.lost)):
+        if view.without_quorum < policy.heartbeat_timeout and (view.confirming or not (view.formed or view.lost)):
             return Decision(Action.WAIT, "fewer than half of the last round's nodes are in touch")
         return Decision(Action.ABDICATE, "fewer than half of the last round's nodes are in touch")
     if view.request == "stop":

@@ -90,7 +90,7 @@ class World:
     suspect: int | None = None
     """The node that is to blame; None if that is not a node."""
     change: Decision | None = None
-    """Why the workers were told to save and stop for a new world."""
+    """Why the workers are to save and stop for a new world."""
     changed_at: float = 0.0
     _steps: StepReport = field(default_factory=StepReport)
     _starts: StartReport = field(default_factory=StartReport)

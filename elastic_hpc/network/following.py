@@ -35,13 +35,13 @@ class Follower:
         """The leader that the agent followed last has named, as it does not lead itself."""
         self.order: Order | None = None
         """The latest order of that leader; after the end of the job, of the last leader."""
-        self.turned_away = ""
+        self.refusal = ""
         """Why the last leader did not take this agent; empty if it did."""
         self.last_led: float | None = None
         """When the last order of a leader with a majority came."""
         self._link: Link | None = None
         self._last_contact = 0.0
-        self._seq = self._heard = 0
+        self._seq = self._last_order = 0
 
     @property
     def is_over(self) -> bool:
@@ -50,8 +50,8 @@ class Follower:
 
     async def follow(self, link: Link, leader: Host) -> Loss | None:
         """Obey ``leader`` until ``link`` ends. None if ``leader`` had no majority meanwhile, or has ended the job."""
-        self._link, self.leader, self._last_contact, self._heard = link, leader, now(), 0
-        self.redirected, self.turned_away = None, ""
+        self._link, self.leader, self._last_contact, self._last_order = link, leader, now(), 0
+        self.redirected, self.refusal = None, ""
         heartbeat = asyncio.ensure_future(self._send_heartbeats(link))
         self.send_status()
         led, reason = False, "its connection was closed"
@@ -61,12 +61,12 @@ class Follower:
                 self._last_contact = now()
                 if isinstance(message, Redirect):
                     reason, self.redirected = "it does not lead any more", message.to
-                    self.turned_away = message.refusal
+                    self.refusal = message.refusal
                     break
                 if isinstance(message, (Roster, RosterChange)):
                     if self._learn(message):
                         self.send_status()  # the leader may wait for this acknowledgement
-                elif message.seq > self._heard:
+                elif message.seq > self._last_order:
                     led = led or message.leads
                     self._obey(message, link)
         except (OSError, messages.ProtocolError) as error:
@@ -91,7 +91,7 @@ class Follower:
         status = replace(
             self._node.status(),
             seq=self._seq,
-            heard=self._heard,
+            last_order=self._last_order,
             votes=promises.votes,
             seen=promises.seen,
             roster=held.round if held else -1,
@@ -107,12 +107,12 @@ class Follower:
         """Whether ``news`` led to a newer roster. A change of a roster that this node does not hold is ignored."""
         held = self._promises.roster
         if isinstance(news, Roster):
-            return self._promises.hold(news)
-        return bool(held and news.since == held.mark and self._promises.hold(news.of(held)))
+            return self._promises.accept(news)
+        return bool(held and news.since == held.mark and self._promises.accept(news.of(held)))
 
     def _obey(self, order: Order, link: Link) -> None:
-        self._heard = order.seq
-        self._promises.see(order.round)
+        self._last_order = order.seq
+        self._promises.promise(order.round)
         if order.leads:
             self.last_led = now()
         held = self._promises.roster

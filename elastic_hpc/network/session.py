@@ -31,8 +31,8 @@ _MOST_REDIRECTS = 3
 _NEXT = 60.0
 """Seconds that the agents that are left give one of them to end or requeue the job."""
 
-_TURNED_AWAY = 3
-"""Heartbeat timeouts for which an agent tries to take the place of another agent of its node."""
+_REFUSED = 3
+"""Heartbeat timeouts after which an agent leaves that the leader refuses because of another agent of its node."""
 
 
 class Membership:
@@ -66,7 +66,7 @@ class Membership:
         self._tasks: list[asyncio.Future[None]] = []
         self._alone_since = 0.0
         """When this agent was in touch with a leader last, or began to look for one."""
-        self._turned_away_since: float | None = None
+        self._refused_since: float | None = None
 
     async def run(self) -> None:
         """Returns after ``leave``, and on a leader when all others have left too."""
@@ -138,16 +138,16 @@ class Membership:
             redirects = redirects + 1 if self._follower.redirected else 0
             if not found and self._follower.redirected and redirects <= _MOST_REDIRECTS:
                 found = await self._finder.redirected(self._follower.redirected)
-            if turned_away := self._follower.turned_away:
-                await self._wait_for_place(turned_away)
+            if refusal := self._follower.refusal:
+                await self._wait_for_place(refusal)
 
     async def _wait_for_place(self, reason: str) -> None:
         """The leader has another agent of this node, which may be lost without a word, or frozen: then its place is
         free after the heartbeat timeout. An agent that is turned away for longer leaves.
         """
         self._alone_since = now()  # though not without a leader
-        self._turned_away_since = self._turned_away_since or self._alone_since
-        if self._alone_since - self._turned_away_since > _TURNED_AWAY * self._timeout:
+        self._refused_since = self._refused_since or self._alone_since
+        if self._alone_since - self._refused_since > _REFUSED * self._timeout:
             self._node.ended(JobEnded("lost", reason))
         await asyncio.sleep(self._timeout / 5)
 
@@ -160,7 +160,7 @@ class Membership:
             await asyncio.sleep(self._timeout / 5)
             last_led = self._follower.last_led
             if last_led is not None and last_led > self._alone_since:
-                self._alone_since, self._turned_away_since = last_led, None
+                self._alone_since, self._refused_since = last_led, None
             waited = now() - self._alone_since
             if waited <= self._timeout:
                 others, is_first = [], True
@@ -199,8 +199,8 @@ class Membership:
                 if server and isinstance(message, Status):
                     await server.attend(link, message)
                     return
-                # whoever asks an agent that does not lead, for whatever, is told who does; and the same answer of the
-                # leader says that it has taken the request
+                # an agent that does not lead answers every request with the name of the leader; the same answer of the
+                # leader acknowledges a request
                 if not (server and server.leader.leads) or message == "who":
                     pass
                 elif isinstance(message, Leave):

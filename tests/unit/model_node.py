@@ -144,7 +144,7 @@ class Site:
     # inputs of the agent
 
     def connect(self) -> None:
-        self.follower._link, self.follower._heard = self, 0  # type: ignore[assignment]
+        self.follower._link, self.follower._last_order = self, 0  # type: ignore[assignment]
         self.follower.send_status()
 
     def leave(self) -> None:
@@ -249,7 +249,7 @@ class Site:
         assert not leader.verdict, leader.verdict
         self.out.closed = leader.take_dropped()
         # orders that are sent before the leader is frozen again all have one number, and so the same content
-        leader._orders._seq = max(leader.peers.asked, 1) - 1
+        leader._orders._seq = max(leader.peers.fresh_order, 1) - 1
         self.out.down = list(leader.take_orders(beat=beat).items())
         if leader.abdicated:
             self._end_lead()

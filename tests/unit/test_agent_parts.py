@@ -374,7 +374,7 @@ def test_a_leader_that_takes_over_goes_on_with_what_the_last_one_had_charged(tmp
     leading = agent(RunDir(tmp_path))
     leading.spec = LaunchSpec.from_namespace(args)
     held = Promises()
-    held.hold(roster(2, 1))
+    held.accept(roster(2, 1))
     leader = leading.lead(held, "n1 lost").leader
     assert (leader.round, leader.restarts, leader.requeues, leader.leads) == (5, 2, 1, False)
     RunDir(tmp_path).write("state.json", {"round": 7, "restarts": 2, "requeues": 1})

@@ -133,7 +133,7 @@ def after_long(view: View, policy: Policy) -> View:
 def test_without_a_majority_it_decides_nothing_but_to_wait_or_to_stop_leading(view: View, policy: Policy) -> None:
     decision = decide(replace(view, quorum=False), policy)
     assert decision.action in {Action.WAIT, Action.ABDICATE}
-    if view.formed and not view.regains:
+    if view.formed and not view.confirming:
         assert decision.action is Action.ABDICATE, "workers run: they stop at once"
 
 

@@ -136,11 +136,11 @@ class Agent(Follower):
             self.leave()  # another agent of this node is in contact
         elif isinstance(said, (Roster, RosterChange)):
             self._learn(said)
-        elif said.seq > self._heard:
+        elif said.seq > self._last_order:
             self._obey(said, self._link)  # type: ignore[arg-type]
 
     def connect(self, link: Link) -> None:
-        self._link, self._heard = link, 0  # type: ignore[assignment]
+        self._link, self._last_order = link, 0  # type: ignore[assignment]
         self.send_status()
 
     def leave(self) -> None:

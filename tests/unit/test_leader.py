@@ -34,7 +34,7 @@ def failure(node: int = 0, message: str = "exit code 1", **fields: Any) -> Failu
 def promises_of(roster: Roster | None) -> Promises:
     promises = Promises()
     if roster:
-        promises.hold(roster)
+        promises.accept(roster)
     return promises
 
 
@@ -80,7 +80,7 @@ class Job:
         self.now += seconds
         for peer in self.leader.peers.values():
             peer.last_contact = self.now
-        self.leader.peers._looked_at = self.now
+        self.leader.peers._checked_at = self.now
         self.leader.on_tick(self.now)
 
     def ready(self, *nodes: int) -> dict[int, list[Order | Roster]]:
@@ -295,13 +295,13 @@ def test_a_leader_that_was_frozen_leads_again_when_its_agents_have_answered_and_
     asked = orders(job.leader.take_orders(beat=True))
     for conn in (1, 2):
         assert (asked[conn].leads, asked[conn].stage, asked[conn].plan) == (False, "run", None)
-        job.say(conn, state="running", round=1, roster=1, seen=1, heard=heard)
+        job.say(conn, state="running", round=1, roster=1, seen=1, last_order=heard)
     assert not job.leader.leads, "what was under way when it was frozen proves nothing"
     assert job.verdict is None
     assert not job.leader.abdicated
     for conn in (1, 2):
         assert job.verdict is None
-        job.say(conn, state="running", round=1, roster=1, seen=1, heard=asked[conn].seq)
+        job.say(conn, state="running", round=1, roster=1, seen=1, last_order=asked[conn].seq)
     assert job.leader.leads
     assert job.verdict.reason == "stopped by the user"
 

@@ -57,10 +57,10 @@ def test_the_next_agent_of_the_node_finds_what_was_promised_last(place: Place, o
     promises = start(place, opened, again=False)
     assert (promises.votes, promises.seen, promises.roster) == (True, 0, None)
     for round in range(1, 6):
-        promises.see(round)
-        assert promises.hold(roster(round))
-    promises.see(7)
-    assert not promises.hold(roster(4))
+        promises.promise(round)
+        assert promises.accept(roster(round))
+    promises.promise(7)
+    assert not promises.accept(roster(4))
     again = start(place, opened, again=True)
     assert (again.votes, again.seen) == (True, 7)
     assert again.roster == roster(5)
@@ -73,7 +73,7 @@ def test_who_finds_no_file_has_no_vote_and_the_first_agent_of_a_run_finds_none(
 ) -> None:
     assert not start(place, opened, again=True).votes
     assert files(place) == []
-    start(place, opened, again=False).see(5)
+    start(place, opened, again=False).promise(5)
     (left,) = files(place)
     assert start(place, opened, again=False).seen == 0
     assert files(place) != [left]
@@ -82,8 +82,8 @@ def test_who_finds_no_file_has_no_vote_and_the_first_agent_of_a_run_finds_none(
 
 
 def test_a_write_that_is_cut_off_leaves_the_one_before(place: Place, opened: list[PromiseFile]) -> None:
-    start(place, opened, again=False).see(5)
-    start(place, opened, again=True).see(6)
+    start(place, opened, again=False).promise(5)
+    start(place, opened, again=True).promise(6)
     (name,) = files(place)
     path = place.run_dir.parent / "shm" / name
     raw = path.read_bytes()
@@ -95,7 +95,7 @@ def test_a_write_that_is_cut_off_leaves_the_one_before(place: Place, opened: lis
 
 @pytest.mark.parametrize("what", ["damaged", "empty", "of an older boot"])
 def test_a_file_that_cannot_be_relied_on_counts_as_none(place: Place, opened: list[PromiseFile], what: str) -> None:
-    start(place, opened, again=False).see(5)
+    start(place, opened, again=False).promise(5)
     (name,) = files(place)
     path = place.run_dir.parent / "shm" / name
     raw = path.read_bytes()
@@ -125,7 +125,7 @@ def test_two_agents_of_one_node_never_share_it_and_only_files_of_dead_agents_are
 def test_a_file_of_somebody_else_is_not_read(
     place: Place, opened: list[PromiseFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start(place, opened, again=False).see(5)
+    start(place, opened, again=False).promise(5)
     (name,) = files(place)
     assert (place.run_dir.parent / "shm" / name).stat().st_mode & 0o777 == 0o600
     user = os.geteuid()
@@ -137,9 +137,9 @@ def test_a_file_of_somebody_else_is_not_read(
 def test_a_roster_of_a_thousand_hosts_fits_and_what_does_not_fit_is_no_promise(place: Place) -> None:
     promises, file = begin(place, 1024, again=False)
     assert file
-    promises.hold(roster(1, 1024))
+    promises.accept(roster(1, 1024))
     with pytest.raises(OSError, match="do not fit"):
-        promises.hold(roster(2, 20_000))
+        promises.accept(roster(2, 20_000))
     file.close()
     found, file = begin(place, 1024, again=True)
     assert file
@@ -155,7 +155,7 @@ from elastic_hpc.agent import promise_file
 promise_file.memory_folder = lambda: sys.argv[1]
 promises, _ = promise_file.begin(promise_file.Place(Path(sys.argv[2]), "17", 0, 3), 4, again=False)
 for round in range(1, 1 << 40):
-    promises.see(round)
+    promises.promise(round)
     if round % 1000 == 0:
         print(round, flush=True)
 """

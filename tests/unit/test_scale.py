@@ -56,7 +56,7 @@ class Crowd:
         host = Host(node, f"node{node:04}", (f"10.0.{node // 256}.{node % 256}",), 29432)
         known, held = self.world.get(node, Status(0, host, 1)), self.held.get(node)
         holds = {"roster": held.round, "mark": held.mark} if held else {}
-        self.world[node] = replace(known, seq=self.seq, heard=self.last_order.get(node, 0), **holds, **changes)
+        self.world[node] = replace(known, seq=self.seq, last_order=self.last_order.get(node, 0), **holds, **changes)
         self.leader.on_status(node, host.addresses[0], self.world[node], self.now)
 
     def settle(self) -> None:
