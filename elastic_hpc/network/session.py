@@ -123,23 +123,29 @@ class Membership:
         """Follow one leader after the other, until the job is over. Raises RunIsOver."""
         found: Found | None = None
         redirects = 0
-        while not (self._left.is_set() or self._follower.is_over):
-            link, leader = found or await self._finder.find()
-            candidacy = asyncio.ensure_future(self._finder.instead_of_candidacy(link)) if leader == self._me else None
-            try:
-                loss = await self._follower.follow(link, leader)
-            finally:
-                link.close()
-                if candidacy:
-                    candidacy.cancel()
-            if loss:
-                self._finder.on_loss(leader, loss)
-            found = candidacy.result() if candidacy and candidacy.done() else None
-            redirects = redirects + 1 if self._follower.redirected else 0
-            if not found and self._follower.redirected and redirects <= _MOST_REDIRECTS:
-                found = await self._finder.redirected(self._follower.redirected)
-            if refusal := self._follower.refusal:
-                await self._wait_for_place(refusal)
+        try:
+            while not (self._left.is_set() or self._follower.is_over):
+                link, leader = found or await self._finder.find()
+                candidacy = (
+                    asyncio.ensure_future(self._finder.instead_of_candidacy(link)) if leader == self._me else None
+                )
+                try:
+                    loss = await self._follower.follow(link, leader)
+                finally:
+                    link.close()
+                    if candidacy:
+                        candidacy.cancel()
+                if loss:
+                    self._finder.on_loss(leader, loss)
+                found = candidacy.result() if candidacy and candidacy.done() else None
+                redirects = redirects + 1 if self._follower.redirected else 0
+                if not found and self._follower.redirected and redirects <= _MOST_REDIRECTS:
+                    found = await self._finder.redirected(self._follower.redirected)
+                if refusal := self._follower.refusal:
+                    await self._wait_for_place(refusal)
+        finally:
+            if found:  # the job ended, or this agent left, before that leader was followed
+                found[0].close()
 
     async def _wait_for_place(self, reason: str) -> None:
         """The leader has another agent of this node, which may be lost without a word, or frozen: then its place is
