@@ -6,11 +6,13 @@ import argparse
 import importlib
 import os
 import sys
+import time
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.environment import JOIN
+from elastic_hpc.errors import ElasticError
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
 from elastic_hpc.membership.nodes import joiner
@@ -21,6 +23,8 @@ MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "doc
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and
 run(args), which returns the exit code."""
 _HERE = ("drain", "stop")
+_AGENTS_START = 60.0
+"""Seconds that the warning waits for a leader. Slurm may send the warning up to a minute early, while agents start."""
 _INTERNAL = ("conclude", "conclude-alone")
 """Commands for batch scripts and agents, which no help lists."""
 
@@ -87,8 +91,20 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     tasks = [Job(path) for path in expand(rundir.path)]
     for job in [task for task in tasks if not task.final_state()] or tasks:
-        job.drain(reason)
+        _drain(job, reason, patience=_AGENTS_START if os.environ.get("ENVIRONMENT") == "BATCH" else 0.0)
     return 0
+
+
+def _drain(job: Job, reason: str, *, patience: float) -> None:
+    """``patience``: seconds in which a leader that cannot be reached may still begin to lead."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return job.drain(reason)
+        except ElasticError:
+            if time.monotonic() > deadline or job.final_state():
+                raise
+        time.sleep(1)
 
 
 def _stop(job: Job, *, after_checkpoint: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -180,8 +181,10 @@ def test_a_node_on_which_alone_the_script_fails_is_excluded_and_the_job_complete
 def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_completes(
     counts: Submit, fresh: Cluster, folder: Path
 ) -> None:
-    audit = folder / "audit"
-    job = counts("--nodes", "2:4", "--setup", f"export PYTHONPATH={AUDITED} AUDIT_LOG={audit}")
+    audit, audited = folder / "audit", Path(shutil.copytree(AUDITED, folder / "audited"))
+    for path in (audited, *audited.iterdir()):  # whatever the umask, the job's user reads them
+        path.chmod(0o755)
+    job = counts("--nodes", "2:4", "--setup", f"export PYTHONPATH={audited} AUDIT_LOG={audit}")
     after = fresh.exec(
         ["sbatch", "--parsable", f"--dependency=afterok:{job.id}", "--wrap=true"], cwd=folder
     ).stdout.strip()

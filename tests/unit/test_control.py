@@ -6,13 +6,16 @@ import asyncio
 import json
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cluster import Cluster, Node, end_of, wait_for
 
+from elastic_hpc.cli import hpc
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.messages import WHO, Failure, Redirect
@@ -144,6 +147,25 @@ def test_a_leader_without_the_secret_is_not_believed() -> None:
         await server.wait_closed()
 
     asyncio.run(dial())
+
+
+def test_the_warning_of_a_batch_script_waits_for_a_leader_that_has_yet_to_publish_its_address(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.seats()
+    wait_for(lambda: cluster.rundir.read("endpoint.json"))
+    endpoint = cluster.rundir.path / "endpoint.json"
+    hidden = endpoint.rename(endpoint.with_name("hidden"))
+
+    def publish(_seconds: float) -> None:
+        hidden.rename(endpoint)
+
+    monkeypatch.setattr(hpc, "time", SimpleNamespace(monotonic=time.monotonic, sleep=publish))
+    monkeypatch.setenv("ENVIRONMENT", "BATCH")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert hpc.main(["drain", str(cluster.rundir.path)]) == 0
+    wait_for(lambda: cluster.events("request"))
+    assert not hidden.exists()
 
 
 def test_the_batch_script_can_ask_for_a_drain_with_nothing_but_the_run_directory(cluster: Cluster) -> None:

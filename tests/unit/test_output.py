@@ -159,6 +159,7 @@ def test_the_end_of_a_round_does_not_wait_for_a_process_that_goes_on_writing(
         with open(node.output.paths("out")[1], "ab") as file:
             while not over.is_set():
                 file.write(b"again\n" * 1000)
+                over.wait(0.001)  # not more than the log file takes
 
     writer = threading.Thread(target=write)
     writer.start()
