@@ -42,7 +42,7 @@ torchrun's options are accepted too, with dashes or underscores: --nnodes is --n
 are --rdzv-endpoint. An option that asks for what is done anyway has no effect; the refusal of another one says what to
 use here.
 
-exit code: 0 if the workers finished, 1 if the job failed, 75 if it may be started again, 130 after Ctrl-C
+exit code: 0 if the workers finished, 1 if the job failed, 2 if the command was refused, 130 after Ctrl-C
 Ctrl-C once lets the workers save and stop (--grace), twice stops them at once, a third time kills the agents."""
 
 
@@ -184,7 +184,7 @@ def _outcome(rundir: RunDir, run: Agents, *, local: bool) -> int:
         entry.tell("elastic-srun", "the agents left no verdict; see their messages above")
         return 1
     entry.tell("elastic-srun", f"{verdict['outcome']}: {verdict['reason']} ({rundir.path})")
-    return {"finished": 0, "failed": 1, "requeue": 75}[verdict["outcome"]]
+    return 0 if verdict["outcome"] == "finished" else 1
 
 
 def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:
