@@ -195,6 +195,9 @@ class Soak(Job):
         """Nodes for a fault of ``kind``: in the world, and not broken by another one; None while there is none. One
         agent is always left: nobody else could bring the job back.
         """
+        happened = [event["event"] for event in self.events() if event["event"] in {"round", "verdict"}]
+        if happened[-1:] == ["verdict"]:
+            return None  # the job is on its way through the queue; there is no world before its next round
         broken = {node for node, round in self._killed.items() if round == self._round()}
         broken |= {node for _, node, _ in self._undo} | set(self._healing)
         nodes = [node for node in self._world() if node not in broken]
@@ -262,8 +265,7 @@ class Soak(Job):
                 return self.at.pids(node, self._script, but=[AGENT])
             return self.at.pids(node, self._script, AGENT)
 
-        # a job that went back to the queue meanwhile has no process there until Slurm starts it again
-        return self._wait(f"{'a worker' if worker else 'an agent'} on {node}", found)[0]
+        return self._wait(f"{'a worker' if worker else 'an agent'} on {node}", found, 30)[0]
 
     def _judge(self, fault: Fault, group: Collection[Fault]) -> None:
         """Fill in what became of ``fault``."""
