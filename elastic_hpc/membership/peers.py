@@ -103,7 +103,7 @@ class Peers(dict[int, Peer]):
 
     def why_leaving(self, status: Status) -> str:
         """Why the node has to go; empty if it may stay. The job's own nodes stay although barred, as they vote."""
-        barred = "" if votes(status.node) else self.barred.get(status.name, "")
+        barred = self.barred.get(status.name, "") if self.barred and not votes(status.node) else ""
         return status.leaving or status.unfit or self.leaving.get(status.node, "") or barred
 
     @property
@@ -141,13 +141,16 @@ class Peers(dict[int, Peer]):
     @property
     def are_confirming(self) -> bool:
         """Whether this leader was frozen, and nodes have yet to acknowledge an order since."""
-        return any(status.votes and status.last_order < self.fresh_order for status in self.joined.values())
+        fresh = self.fresh_order
+        return bool(fresh) and any(status.votes and status.last_order < fresh for status in self.joined.values())
 
     def view(self, idle: Collection[int], formed: Collection[int], policy: Policy, now: float) -> NodesView:
         """``idle``: nodes without workers, which are ready for the next round. ``formed``: the round that runs."""
         joined = self.joined
         leaving = {node for node, status in joined.items() if self.why_leaving(status)}
-        barred = {node for node, status in joined.items() if status.name in self.barred} - leaving
+        barred = (
+            {node for node, status in joined.items() if status.name in self.barred} - leaving if self.barred else set()
+        )
         live = joined.keys() - leaving - barred
         ready = live.intersection(idle)
         newcomers = ready.difference(formed)

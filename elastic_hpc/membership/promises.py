@@ -29,12 +29,19 @@ class Promises:
         """The highest round of all orders that this node has received. Of earlier rounds it acknowledges no roster."""
         self.roster: Roster | None = None
         """The newest roster that this node has received, or has sent as the leader."""
+        self._whole: Roster | None = None
+        """That roster with all its bases. It is encoded once, however often promises are stored."""
+        self._oldest = 0
+        """No base of an earlier round than this can decide."""
         if kept:
             first, *rest = kept.splitlines()
             before, roster = decode(first), decode_from_leader(rest[0]) if rest else None
-            if not (isinstance(before.get("seen"), int) and (roster is None or isinstance(roster, Roster))):
+            numbers = before.get("seen"), before.get("oldest")
+            if not (all(type(number) is int for number in numbers) and (roster is None or isinstance(roster, Roster))):
                 raise ProtocolError(f"not what a node has promised: {kept[:60]!r}")
-            self.votes, self.seen, self.roster = votes and bool(before.get("votes")), before["seen"], roster
+            self.votes, self.seen = votes and bool(before.get("votes")), before["seen"]
+            self.roster = self._whole = roster
+            self.forget_bases_before(before["oldest"])
         self._write()
 
     def promise(self, round: int) -> None:
@@ -49,7 +56,8 @@ class Promises:
         """
         if self.roster and roster.round <= self.roster.round:
             return False
-        self.roster = roster
+        self.roster = self._whole = roster
+        self._oldest = 0
         self._write()
         return True
 
@@ -57,8 +65,9 @@ class Promises:
         """The leader whose roster this node holds says that no older base than of round ``oldest`` can decide."""
         if self.roster and any(base.round < oldest for base in self.roster.bases):
             bases = tuple(base for base in self.roster.bases if base.round >= oldest)
-            self.roster = replace(self.roster, bases=bases)
+            self.roster, self._oldest = replace(self.roster, bases=bases), oldest
             self._write()
 
     def _write(self) -> None:
-        self._keep(json_line({"votes": self.votes, "seen": self.seen}) + (self.roster.line if self.roster else b""))
+        numbers = json_line({"votes": self.votes, "seen": self.seen, "oldest": self._oldest})
+        self._keep(numbers + (self._whole.line if self._whole else b""))
