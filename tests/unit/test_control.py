@@ -153,7 +153,8 @@ def test_the_warning_of_a_batch_script_waits_for_a_leader_that_has_yet_to_publis
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.seats()
-    wait_for(lambda: cluster.rundir.read("endpoint.json"))
+    # the leader publishes it again, with the other agents, when the round has been formed
+    wait_for(lambda: len((cluster.rundir.read("endpoint.json") or {}).get("others", ())) == 2)
     endpoint = cluster.rundir.path / "endpoint.json"
     hidden = endpoint.rename(endpoint.with_name("hidden"))
 
