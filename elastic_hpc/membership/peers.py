@@ -117,11 +117,12 @@ class Peers(dict[int, Peer]):
         staying = sum(
             not self.why_leaving(peer.status) and peer.status.name not in self.barred for peer in self.values()
         )
+        missing = self.missing if wanted else []
         return Needs(
             nodes=max(0, wanted - staying),
             joiners=frozenset(node for node in self.by_node if not votes(node)),
             names=frozenset(peer.status.name for peer in self.values()) | self.barred.keys(),
-            missing=tuple(self.missing) if wanted else (),
+            missing=distinct(missing, self._hosts.values()) if missing else (),
             over=over,
         )
 
@@ -135,8 +136,9 @@ class Peers(dict[int, Peer]):
         """Nodes that agree to this leader, also those whose processes cannot be killed: their agents obey this leader,
         and start no workers.
         """
-        statuses = {node: peer.status for node, peer in self.by_node.items() if peer.joined or peer.status.unfit}
-        return {n for n, status in statuses.items() if status.votes and status.last_order >= self.fresh_order}
+        peers, fresh = self.by_node.items(), self.fresh_order
+        obeying = ((node, peer.status) for node, peer in peers if peer.joined or peer.status.unfit)
+        return {node for node, status in obeying if status.votes and status.last_order >= fresh}
 
     @property
     def are_confirming(self) -> bool:
@@ -176,10 +178,7 @@ class Peers(dict[int, Peer]):
     @property
     def missing(self) -> list[Host]:
         """The job's own nodes that were in touch, and are not any more."""
-        if not any(node not in self.by_node and votes(node) for node in self._hosts):
-            return []
-        hosts = distinct([host for _, host in sorted(self._hosts.items())])
-        return [host for host in hosts if host.node not in self.by_node and votes(host.node)]
+        return [host for node, host in sorted(self._hosts.items()) if node not in self.by_node and votes(node)]
 
     @property
     def lost_names(self) -> list[str]:

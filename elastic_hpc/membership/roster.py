@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,12 +25,13 @@ class Host:
     """The versions that all nodes must share, ``torch 2.13.0, Python 3.11``, as far as this is known."""
 
 
-def distinct(hosts: Sequence[Host]) -> tuple[Host, ...]:
-    """``hosts`` without the addresses that several of them have, as those of a bridge of containers, or of a link to
-    each machine's own service processor: there a caller would reach any of them, or itself. A host without any other
-    address keeps all it has, as agents on one machine do.
+def distinct(hosts: Sequence[Host], among: Collection[Host] | None = None) -> tuple[Host, ...]:
+    """``hosts`` without the addresses that several hosts have, as those of a bridge of containers, or of a link to each
+    machine's own service processor: there a caller would reach any of them, or itself. A host without any other address
+    keeps all it has, as agents on one machine do. ``among``: the hosts that are compared, ``hosts`` among them; by
+    default ``hosts`` alone.
     """
-    count = Counter(address for host in hosts for address in set(host.addresses))
+    count = Counter(address for host in (hosts if among is None else among) for address in set(host.addresses))
     own = [tuple(address for address in host.addresses if count[address] == 1) for host in hosts]
     return tuple(replace(host, addresses=found or host.addresses) for host, found in zip(hosts, own, strict=True))
 

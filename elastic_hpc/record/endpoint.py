@@ -4,6 +4,7 @@ lost.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class Published:
     def of(cls, run: int, leader: Host, agents: Iterable[Host], job: str = "") -> Published:
         """``agents``: all agents of the job; the ``leader`` may be among them."""
         others = (agent for agent in agents if agent.node != leader.node)
-        return cls(run, leader, tuple(agent for _, agent in zip(range(_MOST_OTHERS), others, strict=False)), job)
+        return cls(run, leader, tuple(itertools.islice(others, _MOST_OTHERS)), job)
 
     def body(self) -> dict[str, Any]:
         """The content of the file."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
+import simulated
+
 from elastic_hpc.membership import follower
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.messages import Failure, Order, Redirect, Status
@@ -36,14 +38,11 @@ World = tuple[int, int]
 
 def policy(least: int, most: int) -> Policy:
     """Nothing but what the checker does ends a round, and nothing ends the job."""
-    return Policy(
+    return replace(
+        simulated.POLICY,
         min_nodes=least,
         max_nodes=most,
-        sizes=(),
-        spares=0,
         grow=False,
-        free_growth=False,
-        grow_every=0.0,
         wait_for_nodes=1e9,
         max_restarts=10**6,
         max_requeues=0,
@@ -51,7 +50,6 @@ def policy(least: int, most: int) -> Policy:
         join_timeout=1e9,
         last_call_timeout=0.0,
         grace=0.0,
-        can_requeue=True,
     )
 
 

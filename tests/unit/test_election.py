@@ -9,8 +9,10 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
+import simulated
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +20,6 @@ from elastic_hpc.membership import follower
 from elastic_hpc.membership.election import Base, extended, has_quorum, order_of_succession, relevant
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.messages import Failure, Message, Order, Redirect, Status
-from elastic_hpc.membership.policy import Policy
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster, RosterChange
 from elastic_hpc.network.following import Follower
@@ -187,14 +188,11 @@ class Nodes:
         self.faults = (restarts, reboots, freezes)
         self.loss = loss
         self.unrest = self.dice.choice((0.1, 0.2, 0.4))
-        self.policy = Policy(
+        self.policy = replace(
+            simulated.POLICY,
             min_nodes=1,
             max_nodes=max_nodes,
-            sizes=(),
-            spares=0,
             grow=False,
-            free_growth=False,
-            grow_every=0.0,
             wait_for_nodes=0.0,
             max_restarts=10**6,
             max_requeues=0,
@@ -202,7 +200,6 @@ class Nodes:
             join_timeout=1e9,
             last_call_timeout=0.0,
             grace=0.0,
-            can_requeue=True,
         )
         self.agents = [Agent(index) for index in range(size)]
         self.links: dict[int, Link] = {}
