@@ -280,6 +280,7 @@ def test_an_agent_that_starts_slowly_gets_no_rival_whoever_leads_meanwhile(*, se
         assert await job.until(job.training, 60)
         job.at[3].kill()
         assert await job.until(lambda: len(rounds(job)) == 2 and job.training(), 30)
+        assert await job.until(lambda: events(job, "agent_restart"), 30), job.events[-5:]
         await job.until(job.over, job.random.uniform(0, takes - 40))
         job.at[0].kill()  # the leader, which has started that agent
         assert await job.until(lambda: len(job.left) == 4 and job.training(), 400), job.events[-5:]
