@@ -306,13 +306,21 @@ def rounds_of(size: int, bound: float) -> dict[str, Any]:
     spread = STARTS_WITHIN * min(1.0, size / 1024)
     with tempfile.TemporaryDirectory() as folder:
         endpoint = Path(folder, "endpoint.json")
-        others = start_child(range(1, size), size, endpoint, spread)
-        head = start_child(range(1), size, endpoint, 0.0)
+        head, next_head = (start_child(range(node, node + 1), size, endpoint, 0.0) for node in range(2))
+        others = start_child(range(2, size), size, endpoint, spread)
+
+        def begun(round: int, members: int, within: float) -> float:
+            """When the next head and ``members`` of the others had all begun ``round`` or a later round."""
+            return max(
+                float(child.ask("begun", round, count, within=within)[2])
+                for child, count in ((others, members), (next_head, 1))
+            )
+
         try:
             led_at = time.monotonic()
-            head.ask("start")
-            others.ask("start")
-            _, _, last = others.ask("begun", 1, size - 1, within=spread + bound)
+            for child in (head, next_head, others):
+                child.ask("start")
+            last = begun(1, size - 2, spread + bound)
             first_arrival, last_arrival = others.ask("look")["arrivals"]
             formed = head.ask("look")
             time.sleep(1.5)  # no more messages about the start of the round
@@ -338,7 +346,7 @@ def rounds_of(size: int, bound: float) -> dict[str, Any]:
             before = after
             load = os.getloadavg()[0]
             lost_at = others.ask("lose", size // 2)
-            _, _, last = others.ask("begun", 2, size - 2, within=bound)
+            last = begun(2, size - 3, bound)
             after = head.ask("look")
             result |= {
                 "reform_s": last - lost_at,
@@ -356,11 +364,11 @@ def rounds_of(size: int, bound: float) -> dict[str, Any]:
             killed_at = time.monotonic()
             head.process.kill()
             try:
-                _, _, last = others.ask("begun", 3, size - 2, within=bound)
+                last = begun(3, size - 3, bound)
             except BenchmarkError:
                 return {**result, "take_over_s": None, "bound_s": bound}
             return {**result, "take_over_s": last - killed_at}
         finally:
-            for child in (head, others):
+            for child in (head, next_head, others):
                 child.process.kill()
                 child.process.join()

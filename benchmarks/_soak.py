@@ -56,7 +56,7 @@ class Soak(Job):
         self.faults: list[Fault] = []
         self._undo: list[tuple[float, str, Callable[[], subprocess.Popen[str] | None]]] = []
         self._healing: dict[str, subprocess.Popen[str]] = {}
-        self._killed: dict[str, int] = {}  # round in which an agent was killed, by its node
+        self._killed: dict[str, int] = {}  # round in which an agent died, by its node
         self._script = str(folder / "train.py")
         self._state_looked_up = 0.0  # when Slurm was last asked for the state of the job
         options = [f"--nodes={NODES}", "--nproc-per-node=1", "--max-restarts=1000", "--max-requeues=1000"]
@@ -129,10 +129,11 @@ class Soak(Job):
 
     def undo_all(self) -> None:
         """End all faults that last, whatever happened."""
-        healing = list(self._healing.values())
-        healing += [process for _, _, undo in self._undo if (process := undo())]
-        for process in healing:
+        for process in self._healing.values():
             process.communicate()
+        for _, _, undo in sorted(self._undo, key=lambda entry: entry[1] != "login"):
+            if process := undo():
+                process.communicate()
 
     # inside
 
@@ -156,7 +157,9 @@ class Soak(Job):
 
     def _tend(self) -> None:
         now = time.monotonic()
-        for due in [entry for entry in self._undo if entry[0] <= now]:
+        # a node is healed with the help of slurmctld, so slurmctld is started first
+        stopped = "login" in self._healing or any(where == "login" for _, where, _ in self._undo)
+        for due in [entry for entry in self._undo if entry[0] <= now and (entry[1] == "login" or not stopped)]:
             self._undo.remove(due)
             if process := due[2]():
                 self._healing[due[1]] = process
@@ -237,9 +240,11 @@ class Soak(Job):
         round_, moment = self._round(), time.time()
         if draw.kind == "slurmctld":
             self.at.slurmctld("stop")
-            self._later(draw.seconds, "login", lambda: self.at.slurmctld("start"))
+            self._later(draw.seconds, "login", self._start_slurmctld)
         elif draw.kind.endswith(("-power", "-cut")):
             verb = "kill" if draw.kind.endswith("-power") else "cut"
+            if draw.kind.endswith("-power"):
+                self._killed |= dict.fromkeys(nodes, round_)  # no agent is there before the next round
             for node in nodes:
                 moment = float(self.at.mini(verb, node).split()[0])
                 self._later(draw.seconds, node, functools.partial(self.at.start, "heal", node))
@@ -255,6 +260,10 @@ class Soak(Job):
                 self._later(draw.seconds, nodes[0], functools.partial(_continue, os.pidfd_open(pid)))
         lasts = draw.kind not in BREAKING
         return Fault(draw.kind, tuple(nodes), draw.moment, draw.seconds if lasts else None, moment, round_, group)
+
+    def _start_slurmctld(self) -> None:
+        self.at.slurmctld("start")
+        wait_for("slurmctld", lambda: "UP" in self.at.run("scontrol", "ping", check=False) or None, 30)
 
     def _later(self, seconds: float, node: str, undo: Callable[[], subprocess.Popen[str] | None]) -> None:
         self._undo.append((time.monotonic() + seconds, node, undo))

@@ -98,8 +98,8 @@ def sizes(text: str) -> tuple[int, ...]:
         numbers = tuple(map(positive, text.split(",")))
     except argparse.ArgumentTypeError:
         numbers = ()
-    if not numbers or min(numbers) < 3:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of agents from 3 upwards, for example 4,64,1024")
+    if not numbers or min(numbers) < 4:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of agents from 4 upwards, for example 4,64,1024")
     return numbers
 
 

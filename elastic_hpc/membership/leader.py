@@ -343,23 +343,24 @@ class Leader:
         self._check_freeze(now)
         self.has_news, self._decide_at = False, float("inf")
         while not self.verdict and not self.abdicated:
-            self._renew_mandate(now)
-            decision = decide(self._view(now), self.policy)
+            joined = self.peers.joined
+            self._renew_mandate(joined, now)
+            decision = decide(self._view(joined, now), self.policy)
             if decision.action is Action.WAIT:
                 self._waiting, self._decide_at = decision.reason, now + decision.again
                 return
             self._act(decision, now)
 
-    def _renew_mandate(self, now: float) -> None:
+    def _renew_mandate(self, joined: dict[int, Status], now: float) -> None:
         late = self._stage == "run" and now - self._world.formed_at > self.policy.heartbeat_timeout
         stale = late and not self._mandate.is_settled(self._world.formed)
-        if self._mandate.renew(self.peers.joined.values(), self.peers.agreeing, now, stale=stale):
+        if self._mandate.renew(joined.values(), self.peers.agreeing, now, stale=stale):
             self._event("take_over", round=self.round, reason=self._predecessor_lost)
 
-    def _view(self, now: float) -> View:
+    def _view(self, joined: dict[int, Status], now: float) -> View:
         formed, gathers = self._world.formed, self._stage != "run"
-        idle = {node for node, status in self.peers.joined.items() if self._is_idle(status)}
-        nodes = self.peers.view(idle, formed, self.policy, now)
+        idle = {node for node, status in joined.items() if self._is_idle(status)}
+        nodes = self.peers.view(joined, idle, formed, self.policy, now)
         return View(
             **vars(nodes),
             **vars(self._world.view(self._predecessor_lost, now)),

@@ -31,6 +31,7 @@ LEAVE = "leave"
 WHO = "who"
 """Asks an agent which leader it follows. The answer, a ``Redirect``, binds neither side."""
 _T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "RosterChange", "Leave", "Redirect", Base)
+_News = TypeVar("_News", "Roster", "RosterChange")
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "int": int,
     "float": (int, float),
@@ -241,9 +242,9 @@ def decode_from_leader(line: bytes) -> Order | Roster | RosterChange | Redirect:
     body = decode(line)
     try:
         if "roster" in body and "seq" not in body:
-            return _roster(body["roster"])
+            return _with_line(_roster(body["roster"]), line)
         if "change" in body:
-            return _change(body["change"])
+            return _with_line(_change(body["change"]), line)
         if "redirect" in body:
             redirect = Redirect(**body["redirect"])
             return _checked(replace(redirect, to=_host(body["redirect"]["to"]) if redirect.to else None))
@@ -271,6 +272,12 @@ def _roster(body: dict[str, Any]) -> Roster:
 
 def _change(body: dict[str, Any]) -> RosterChange:
     return _checked(RosterChange(**{**_of_roster(body), "gone": numbers(body["gone"])}))
+
+
+def _with_line(news: _News, line: bytes) -> _News:
+    """``news``, which came as ``line``: it is stored, and may be sent on."""
+    vars(news)["line"] = line
+    return news
 
 
 def _of_roster(body: dict[str, Any]) -> dict[str, Any]:

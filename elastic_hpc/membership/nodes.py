@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 FIRST_JOINER = 1 << 20
 """A joiner's number is this number plus the id of the job that brings it, as Slurm never uses an id again. Lower
@@ -33,12 +34,9 @@ def votes(node: int) -> bool:
 
 def spans(numbers: Iterable[int], width: int = 0) -> str:
     """``0-3,7`` for 0, 1, 2, 3, 7, in the order given; of ``width`` digits at least."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
+    all = list(numbers)
+    begins = [at for at, (before, number) in enumerate(pairwise(all), 1) if number != before + 1]
+    found = [(all[begin], all[end - 1]) for begin, end in pairwise([0, *begins, len(all)])] if all else ()
     return ",".join(
         f"{first:0{width}}" if first == last else f"{first:0{width}}-{last:0{width}}" for first, last in found
     )

@@ -103,8 +103,10 @@ class Peers(dict[int, Peer]):
 
     def why_leaving(self, status: Status) -> str:
         """Why the node has to go; empty if it may stay. The job's own nodes stay although barred, as they vote."""
-        barred = self.barred.get(status.name, "") if self.barred and not votes(status.node) else ""
-        return status.leaving or status.unfit or self.leaving.get(status.node, "") or barred
+        if (why := status.leaving or status.unfit) or not (self.leaving or self.barred):
+            return why
+        barred = self.barred.get(status.name, "") if not votes(status.node) else ""
+        return self.leaving.get(status.node, "") or barred
 
     @property
     def absent_names(self) -> str:
@@ -146,9 +148,17 @@ class Peers(dict[int, Peer]):
         fresh = self.fresh_order
         return bool(fresh) and any(status.votes and status.last_order < fresh for status in self.joined.values())
 
-    def view(self, idle: Collection[int], formed: Collection[int], policy: Policy, now: float) -> NodesView:
-        """``idle``: nodes without workers, which are ready for the next round. ``formed``: the round that runs."""
-        joined = self.joined
+    def view(
+        self,
+        joined: dict[int, Status],
+        idle: Collection[int],
+        formed: Collection[int],
+        policy: Policy,
+        now: float,
+    ) -> NodesView:
+        """``joined``: the statuses of the nodes that have joined. ``idle``: those without workers, which are ready for
+        the next round. ``formed``: the round that runs.
+        """
         leaving = {node for node, status in joined.items() if self.why_leaving(status)}
         barred = (
             {node for node, status in joined.items() if status.name in self.barred} - leaving if self.barred else set()

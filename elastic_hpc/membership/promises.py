@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from elastic_hpc.membership.messages import ProtocolError, decode, decode_from_leader
-from elastic_hpc.membership.roster import Roster, json_line
+from elastic_hpc.membership.roster import Roster, RosterChange, json_line
 
 
 class Promises:
@@ -29,18 +29,18 @@ class Promises:
         """The highest round of all orders that this node has received. Of earlier rounds it acknowledges no roster."""
         self.roster: Roster | None = None
         """The newest roster that this node has received, or has sent as the leader."""
-        self._whole: Roster | None = None
-        """That roster with all its bases. It is encoded once, however often promises are stored."""
+        self._lines: list[bytes] = []
+        """That roster as it is stored, with all its bases: a roster, and the changes that were received since."""
         self._oldest = 0
         """No base of an earlier round than this can decide."""
         if kept:
-            first, *rest = kept.splitlines()
-            before, roster = decode(first), decode_from_leader(rest[0]) if rest else None
+            first, *rest = kept.splitlines(keepends=True)
+            before, news = decode(first), list(map(decode_from_leader, rest))
             numbers = before.get("seen"), before.get("oldest")
-            if not (all(type(number) is int for number in numbers) and (roster is None or isinstance(roster, Roster))):
+            held = all(isinstance(one, (Roster, RosterChange)) and self._hold(one) for one in news)
+            if not (held and all(type(number) is int for number in numbers)):
                 raise ProtocolError(f"not what a node has promised: {kept[:60]!r}")
             self.votes, self.seen = votes and bool(before.get("votes")), before["seen"]
-            self.roster = self._whole = roster
             self.forget_bases_before(before["oldest"])
         self._write()
 
@@ -50,15 +50,29 @@ class Promises:
             self.seen = round
             self._write()
 
-    def accept(self, roster: Roster) -> bool:
-        """Hold ``roster`` from now on, unless this node holds a roster of that round or of a later round. Whether the
-        roster was accepted.
+    def accept(self, news: Roster | RosterChange) -> bool:
+        """Hold the roster ``news``, or the present roster with the change ``news``, from now on. Whether that was done:
+        not if this node holds a roster of that round or of a later round, or a roster that ``news`` does not change.
         """
-        if self.roster and roster.round <= self.roster.round:
+        accepted = self._hold(news)
+        if accepted:
+            self._write()
+        return accepted
+
+    def _hold(self, news: Roster | RosterChange) -> bool:
+        held = self.roster
+        if held and news.round <= held.round:
             return False
-        self.roster = self._whole = roster
+        if isinstance(news, Roster):
+            self.roster, self._lines = news, [news.line]
+        elif held and news.since == held.mark:
+            self.roster = news.of(held)
+            changes = [*self._lines[1:], news.line]
+            is_short = sum(map(len, changes)) < len(self._lines[0])
+            self._lines = [self._lines[0], *changes] if is_short else [self.roster.line]
+        else:
+            return False
         self._oldest = 0
-        self._write()
         return True
 
     def forget_bases_before(self, oldest: int) -> None:
@@ -70,4 +84,4 @@ class Promises:
 
     def _write(self) -> None:
         numbers = json_line({"votes": self.votes, "seen": self.seen, "oldest": self._oldest})
-        self._keep(numbers + (self._whole.line if self._whole else b""))
+        self._keep(b"".join((numbers, *self._lines)))

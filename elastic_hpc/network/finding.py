@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
 
 from elastic_hpc.errors import ElasticError
@@ -78,6 +78,8 @@ class Finder:
         self._lost_silently = False
         self._in_vain = 0
         """How many nodes have not answered, since the last loss, before one did."""
+        self._open: dict[int, Link] = {}
+        """By node: connections to nodes that say that they lead, or will lead."""
 
     @property
     def may_lead(self) -> bool:
@@ -96,7 +98,7 @@ class Finder:
         """A connection to the node that leads, or will lead once it has a majority. Raises RunIsOver."""
         began, wait, warn_after = now(), _RETRY, _WARN_AFTER
         while True:
-            found = await self._try()
+            found = await self._first_of(self._try())
             if found:
                 return found
             if (waited := now() - began) > warn_after:
@@ -107,19 +109,27 @@ class Finder:
             bound = max(2 * _RETRY, _RETRY_PER_NODE * len(roster.hosts)) if roster else _RETRY_AT_MOST
             wait = min(_RETRY_GROWTH * wait, bound, _RETRY_AT_MOST)
 
+    async def _first_of(self, search: Awaitable[Found | None]) -> Found | None:
+        """What ``search`` finds. All other connections that it has opened are closed."""
+        try:
+            return await search
+        finally:
+            for link in self._open.values():
+                link.close()
+            self._open.clear()
+
     async def _try(self) -> Found | None:
         if self._own_leader.server:
             return await self._connect(self._me)
         roster = self._promises.roster
         if not roster:
             return await self._look_up()
-        hosts = Hosts.of(roster.hosts)
         lost = self._lost.node if self._lost else None
         someone_is_ahead = False
         ahead = order_of_succession(roster.successors, lost=lost, me=self._me.node if self.may_lead else None)
         if self._lost_silently:
             ahead = [node for node in ahead if node != lost]  # the other nodes know whether it still leads
-        async for node, reply in self._ask_in_turn([hosts.at(node) for node in ahead]):
+        async for node, reply in self._ask_in_turn(Hosts.of(roster.hosts), ahead):
             if reply and reply.to and reply.to == self._lost and now() - self._lost_at < self._timeout:
                 return None  # most probably it has not noticed the loss yet
             if reply and reply.to and (found := await self._connect(reply.to)):
@@ -163,7 +173,7 @@ class Finder:
         while self._own_leader.is_candidate():
             await asyncio.sleep(self._timeout / 5)
             try:
-                found = await self._try_elsewhere() if self._own_leader.is_candidate() else None
+                found = await self._first_of(self._try_elsewhere()) if self._own_leader.is_candidate() else None
             except RunIsOver:
                 self._own_leader.stop()
                 link.close()
@@ -194,36 +204,40 @@ class Finder:
                     return found
         return None
 
-    async def _ask_in_turn(self, hosts: Sequence[Host]) -> AsyncIterator[tuple[int, Redirect | None]]:
-        """The answers of ``hosts`` in their order. One host is asked first, or as many as were in vain the last time,
+    async def _ask_in_turn(self, hosts: Hosts, nodes: Sequence[int]) -> AsyncIterator[tuple[int, Redirect | None]]:
+        """The answers of ``nodes`` in their order. One node is asked first, or as many as were in vain the last time,
         then ever more at a time: nodes without power answer nothing, and all nodes of a rack may have lost theirs.
         """
         at, together = 0, self._in_vain + 1
-        while at < len(hosts):
-            asked = hosts[at : at + together]
-            self._in_vain = at + len(asked)
-            for host, reply in zip(asked, await asyncio.gather(*map(self._ask, asked)), strict=True):
-                if reply:
-                    self._in_vain = min(self._in_vain, hosts.index(host))
-                yield host.node, reply
+        while at < len(nodes):
+            asked = nodes[at : at + together]
+            replies = await asyncio.gather(*(self._ask(hosts.at(node)) for node in asked))
+            self._in_vain = at + next((before for before, reply in enumerate(replies) if reply), len(asked))
+            for node, reply in zip(asked, replies, strict=True):
+                yield node, reply
             at, together = at + together, _MORE * together
 
     async def _ask(self, host: Host) -> Redirect | None:
-        """Whom ``host`` follows; None if it does not answer."""
+        """Whom ``host`` follows; None if it does not answer. The connection stays open if it follows itself."""
+        link: Link | None = None
         try:
             link = await self._transport.dial(host)
-        except _FAILED:
-            return None
-        try:
             link.send({"request": WHO})
             reply = messages.decode_from_leader(await asyncio.wait_for(link.read(), self._timeout / 5))
-            return reply if isinstance(reply, Redirect) else Redirect(None)
+            if not isinstance(reply, Redirect):
+                return Redirect(None)
+            if reply.to and reply.to.node == host.node:
+                self._open[host.node], link = link, None
+            return reply
         except _FAILED:
             return None
         finally:
-            link.close()
+            if link:
+                link.close()
 
     async def _connect(self, leader: Host) -> Found | None:
+        if link := self._open.pop(leader.node, None):
+            return link, leader
         host = replace(leader, addresses=(*leader.addresses, "127.0.0.1")) if leader == self._me else leader
         try:
             return await self._transport.dial(host), leader

@@ -64,7 +64,7 @@ class Follower:
                     self.refusal = message.refusal
                     break
                 if isinstance(message, (Roster, RosterChange)):
-                    if self._learn(message):
+                    if self._promises.accept(message):
                         self.send_status()  # the leader may wait for this acknowledgement
                 elif message.seq > self._last_order:
                     led = led or message.leads
@@ -102,13 +102,6 @@ class Follower:
     def disconnect(self) -> None:
         if self._link:
             self._link.close()
-
-    def _learn(self, news: Roster | RosterChange) -> bool:
-        """Whether ``news`` led to a newer roster. A change of a roster that this node does not hold is ignored."""
-        held = self._promises.roster
-        if isinstance(news, Roster):
-            return self._promises.accept(news)
-        return bool(held and news.since == held.mark and self._promises.accept(news.of(held)))
 
     def _obey(self, order: Order, link: Link) -> None:
         self._last_order = order.seq

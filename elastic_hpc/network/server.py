@@ -34,8 +34,10 @@ LEAVE_TIMEOUT = 10.0
 STORE_TIMEOUT = 10.0
 """Seconds that the store of a round may take to open before the leader is told, and another attempt begins."""
 
-_MOST_PASSES = 64
-"""Passes of the event loop after which the leader decides, even if each pass has brought more messages."""
+_REST, _REST_AT_MOST = 4.0, 0.02
+"""The leader does not decide again before so many times the duration of its last decision have passed, and so many
+seconds at most: the time of a decision grows with the number of agents, and messages that arrive meanwhile share one.
+"""
 
 _EVENTS_OF_STRANGERS = 20
 """Most refused connections that are recorded."""
@@ -93,7 +95,8 @@ class LeaderServer:
         """By the number of the connection, the same as in ``leader``."""
         self._connections = itertools.count(1)
         self._strangers = 0
-        self._passes = self._quiet_passes = 0
+        self._deciding: asyncio.TimerHandle | None = None
+        self._rests_until = 0.0
         self._published = self._ends = self._batch_host_is_lost = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -168,25 +171,20 @@ class LeaderServer:
             self._changed.set()
 
     def _decide_soon(self) -> None:
-        """Decide when all that has arrived by now is received: messages that a thousand agents send at once lead to one
-        decision.
+        """Decide in the next pass of the event loop, or after the rest: messages that a thousand agents send at once
+        lead to few decisions.
         """
-        if self.leader.has_news:
-            self._quiet_passes = 0
-            if not self._passes:
-                self._decide_or_pass()
+        if self.leader.has_news and not self._deciding:
+            loop = asyncio.get_running_loop()
+            self._deciding = loop.call_at(max(loop.time(), self._rests_until), self._decide)
 
-    def _decide_or_pass(self) -> None:
-        """Decide after two passes of the event loop without news: a message in a socket needs a pass to be read, and
-        a pass to be decoded.
-        """
+    def _decide(self) -> None:
+        self._deciding = None
         loop = asyncio.get_running_loop()
-        if self._quiet_passes < 2 and self._passes < _MOST_PASSES:
-            self._passes, self._quiet_passes = self._passes + 1, self._quiet_passes + 1
-            loop.call_soon(self._decide_or_pass)
-            return
-        self._passes = 0
-        self.leader.decide(loop.time())
+        began = loop.time()
+        self.leader.decide(began)
+        ended = loop.time()
+        self._rests_until = ended + min(_REST * (ended - began), _REST_AT_MOST)
         self._after_input()
 
     def on_request(self, request: Request | Leave, reason: str = "") -> None:

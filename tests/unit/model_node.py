@@ -154,7 +154,7 @@ class Site:
         if isinstance(message, Redirect):
             self.leave()
         elif isinstance(message, (Roster, RosterChange)):
-            if self.follower._learn(message):
+            if self.promises.accept(message):
                 self.follower.send_status()
         else:
             self.follower._obey(message, self)  # type: ignore[arg-type]

@@ -136,7 +136,7 @@ class Agent(Follower):
         if isinstance(said, Redirect):
             self.leave()  # another agent of this node is in contact
         elif isinstance(said, (Roster, RosterChange)):
-            self._learn(said)
+            self._promises.accept(said)
         elif said.seq > self._last_order:
             self._obey(said, self._link)  # type: ignore[arg-type]
 
