@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from elastic_hpc.agent import promise_file
 from elastic_hpc.agent.promise_file import Place, PromiseFile, begin, clean_up
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.election import Base
+from elastic_hpc.membership.messages import ProtocolError, decode_from_leader
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 
@@ -66,6 +68,27 @@ def test_the_next_agent_of_the_node_finds_what_was_promised_last(place: Place, o
     assert again.roster == roster(5)
     again.forget_bases_before(9)
     assert start(place, opened, again=True).roster == Roster(5, roster(5).hosts, (), 1, 0, (0, 1), "5.0.1")
+
+
+def test_changes_are_stored_as_they_came_until_they_are_longer_than_the_roster() -> None:
+    kept: list[bytes] = []
+    promises, held = Promises(kept.append), roster(1, 9)
+    assert promises.accept(decode_from_leader(held.line))
+    for round in range(2, 9):
+        later = roster(round, 9 + round % 2)
+        change = later.change_from(held)
+        assert change
+        assert not promises.accept(replace(change, since="another"))
+        assert promises.accept(decode_from_leader(change.line))
+        again = Promises(kept=kept[-1])
+        assert again.roster == promises.roster == later
+        assert len(kept[-1]) < 2 * len(held.line) + 100
+        held = later
+    lines = [one.count(b"\n") for one in kept]
+    assert lines[:3] == [1, 2, 3]
+    assert 2 in lines[3:], "a whole roster again"
+    with pytest.raises(ProtocolError, match="not what a node has promised"):
+        Promises(kept=kept[1].splitlines(keepends=True)[0] + change.line)
 
 
 def test_who_finds_no_file_has_no_vote_and_the_first_agent_of_a_run_finds_none(

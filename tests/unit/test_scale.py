@@ -173,6 +173,31 @@ def test_a_thousand_agents_speak_to_the_server_at_once_and_it_decides_a_few_time
     assert len(decided) < 20
 
 
+def test_an_agent_joins_the_next_leader_over_the_connection_on_which_it_asked_and_unpacks_the_hosts_that_it_dials_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = Job(1, 40, replace(POLICY, max_nodes=40, min_nodes=2), loss=0.0)
+    dialled: list[int] = []
+    dial, unpack, unpacked = simulated_network.SimNetwork.dial, Hosts.at, []
+
+    def counted_dial(network: Any, host: Host) -> Any:
+        dialled.append(host.node)
+        return dial(network, host)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        await asyncio.sleep(10)  # nobody unpacks hosts for the round any more
+        monkeypatch.setattr(simulated_network.SimNetwork, "dial", counted_dial)
+        monkeypatch.setattr(Hosts, "at", lambda hosts, node: (unpacked.append(node), unpack(hosts, node))[1])
+        before = job.trained
+        job.nodes[0].kill()
+        assert await job.until(lambda: job.trained > before and job.training(), 60)
+
+    job.run(story)
+    assert dialled.count(1) <= 2 * 39, "once before its candidacy, and once to join over the same connection"
+    assert len(unpacked) <= 20 * 39
+
+
 # joining at start
 
 
