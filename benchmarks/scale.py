@@ -1,8 +1,8 @@
 """Rounds at scale: the real protocol with hundreds of agents on this machine, against torch's c10d rendezvous.
 
 Every agent is the real membership over real, authenticated TCP connections on loopback; only workers, stores and Slurm
-are left out. The leader has a process of its own, all other agents share a second one, so that two cores carry
-everything: the CPU of a thousand nodes too. It needs neither Slurm nor root.
+are left out. The leader and the node that takes over have a process each, all other agents share a third one, so that
+two cores carry everything: the CPU of a thousand nodes too. It needs neither Slurm nor root.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ FORMS = {"ours": ".3f", "theirs": ".2f", "ratio": ".0f"}
 
 def show_all(results: list[dict[str, Any]]) -> None:
     headings = ("agents", *(heading for heading, _, _ in COLUMNS.values()))
-    rounds = table_of("Rounds: the leader alone in one process, all other agents in another", headings)
+    rounds = table_of("Rounds: the leader and its successor in a process each, all other agents in a third", headings)
     for result in results:
         if result["what"] == "rounds":
             values = ((result.get(key), text, by) for key, (_, text, by) in COLUMNS.items())

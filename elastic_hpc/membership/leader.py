@@ -143,6 +143,7 @@ class Leader:
             self.restarts, self.requeues = max(self.restarts, roster.restarts), roster.requeues
             self.round = max(self.round, roster.round + 1)
             self.peers.barred |= dict.fromkeys(roster.barred, BARRED)
+            self.peers.add_known(roster.hosts)
             self.has_news = True
 
     def on_lost(self, conn: int, reason: str, *, silent: float = 0.0) -> None:
@@ -404,7 +405,9 @@ class Leader:
         self._stage, self._first, self._last_loss = "run", False, ""
         self._world = World(nodes, plans, now)
         base = Base(self.round, self.node, tuple(node for node in nodes if peers[node].status.votes))
-        hosts = distinct([peer.status.host for _, peer in sorted(peers.items()) if peer.joined])
+        # with the nodes that were lost, for the next leader: it starts new agents there, or excludes them at a requeue
+        known = [*(peer.status.host for peer in peers.values() if peer.joined), *self.peers.missing]
+        hosts = distinct(sorted(known, key=lambda host: host.node))
         mark = f"{self.round}.{self.node}.{now:.6f}"  # a leader never forms two rounds within a microsecond
         barred = tuple(self.peers.barred)
         self._mandate.on_form(Roster(self.round, hosts, (base,), self.restarts, self.requeues, nodes, mark, barred))

@@ -69,7 +69,8 @@ class Peers(dict[int, Peer]):
         self._arrived: set[int] = set()
         """The job's own nodes that have joined once, or were refused. At the start the leader waits for the others."""
         self._timeout = heartbeat_timeout
-        self._hosts = {host.node: host for host in known}
+        self._hosts: dict[int, Host] = {}
+        self.add_known(known)
         self._granted, self._granted_names = granted, granted_names
         self._started_at = self._last_below_min = self._checked_at = now
         self.fresh_order = 0
@@ -78,6 +79,10 @@ class Peers(dict[int, Peer]):
         """
         self._min_at: float | None = None
         """Since when enough nodes are live; None while too few are."""
+
+    def add_known(self, hosts: Iterable[Host]) -> None:
+        """``hosts`` were in touch with a leader before."""
+        self._hosts = {host.node: host for host in hosts} | self._hosts
 
     def add(self, conn: int, peer: Peer) -> None:
         self[conn] = self.by_node[peer.status.node] = peer

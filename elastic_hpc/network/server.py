@@ -232,11 +232,11 @@ class LeaderServer:
         leader = self.leader
         if leader.has_led and not self._published:
             self._published = True
-            self.record.publish(leader.roster.hosts)
+            self._publish()
         for name, fields in leader.take_events() if leader.has_led else ():
             self.record.event(name, fields)
             if name == "round":
-                self.record.publish(leader.roster.hosts)
+                self._publish()
             if name in {"round", "restart", "verdict"}:
                 self.record.state(round=leader.roster.round, restarts=leader.restarts, requeues=leader.requeues)
         for conn in leader.take_dropped():
@@ -256,6 +256,10 @@ class LeaderServer:
         if (leader.verdict or leader.abdicated) and not self._ends:
             self._ends = True
             self._changed.set()
+
+    def _publish(self) -> None:
+        leader = self.leader
+        self.record.publish(host for host in leader.roster.hosts if host.node in leader.peers.by_node)
 
     async def _open(self, wanted: int) -> None:
         try:

@@ -558,6 +558,24 @@ def test_who_takes_over_learns_of_a_later_round_before_it_decides() -> None:
     assert job.leader.restarts >= 5
 
 
+@pytest.mark.parametrize("adopts", [False, True])
+def test_who_takes_over_knows_the_nodes_that_were_lost_before(*, adopts: bool) -> None:
+    first = formed(4)
+    first.lose(3, "gone")
+    first.ready(0, 1, 2)
+    later = first.leader.roster
+    assert (later.round, later.members) == (2, (0, 1, 2))
+    job = Job(inherited=replace(later, round=1, hosts=later.hosts[:3]) if adopts else later)
+    if adopts:
+        job.leader.on_roster(later)
+    for node in (0, 1):
+        job.say(node, seen=2, roster=2)
+    needs = job.leader.needs
+    assert needs
+    assert [known.name for known in needs.missing] == ["n2", "n3"], "new agents are started there"
+    assert job.leader.peers.lost_names == ["n2", "n3"], "a requeue excludes them"
+
+
 def test_who_takes_over_in_vain_gives_up_without_a_word() -> None:
     job = Job(inherited=inherited())
     job.say(0, seen=1, roster=1)
