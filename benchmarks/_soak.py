@@ -195,21 +195,23 @@ class Soak(Job):
         return host
 
     def _free(self, kind: str) -> list[str] | None:
-        """Nodes for a fault of ``kind``: in the world, and not broken by another one; None while there is none. One
-        agent is always left: nobody else could bring the job back.
+        """Nodes for a fault of ``kind``: in the world, and not broken by another one; None while there is none. They
+        have an agent, and a worker if that is to fail. One agent is always left: nobody else could bring the job back.
         """
         happened = [event["event"] for event in self.events() if event["event"] in {"round", "verdict"}]
         if happened[-1:] == ["verdict"]:
             return None  # the job is on its way through the queue; there is no world before its next round
         broken = {node for node, round in self._killed.items() if round == self._round()}
         broken |= {node for _, node, _ in self._undo} | set(self._healing)
-        nodes = [node for node in self._world() if node not in broken]
+        nodes = [node for node in self._world() if node not in broken and self._pids(node, worker=False)]
         if kind in {"half-cut", "agent-kill", "node-power", "head-power"} and len(nodes) < 2:
             return None
         if kind.startswith("head-"):
             nodes = [node for node in nodes if node == self._leader()]
         if kind.startswith("node-"):
             nodes = [node for node in nodes if node != self._leader()]
+        if kind.startswith("worker-"):
+            nodes = [node for node in nodes if self._pids(node, worker=True)]
         return nodes or None
 
     def _wait_for_moment(self, draw: Draw, first: float) -> None:
@@ -268,13 +270,12 @@ class Soak(Job):
     def _later(self, seconds: float, node: str, undo: Callable[[], subprocess.Popen[str] | None]) -> None:
         self._undo.append((time.monotonic() + seconds, node, undo))
 
-    def _pid(self, node: str, *, worker: bool) -> int:
-        def found() -> list[int]:
-            if worker:
-                return self.at.pids(node, self._script, but=[AGENT])
-            return self.at.pids(node, self._script, AGENT)
+    def _pids(self, node: str, *, worker: bool) -> list[int]:
+        return self.at.pids(node, self._script, but=[AGENT]) if worker else self.at.pids(node, self._script, AGENT)
 
-        return self._wait(f"{'a worker' if worker else 'an agent'} on {node}", found, 30)[0]
+    def _pid(self, node: str, *, worker: bool) -> int:
+        what = f"{'a worker' if worker else 'an agent'} on {node}"
+        return self._wait(what, functools.partial(self._pids, node, worker=worker), 30)[0]
 
     def _judge(self, fault: Fault, group: Collection[Fault]) -> None:
         """Fill in what became of ``fault``."""
