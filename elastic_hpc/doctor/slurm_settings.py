@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from elastic_hpc.doctor.findings import Finding, Level
 from elastic_hpc.options.durations import as_text
-from elastic_hpc.slurm.settings import Facts
+from elastic_hpc.slurm.settings import Facts, is_none
 
 _QUICK = 60
 """Seconds of SlurmdTimeout up to which a lost node is noticed soon."""
@@ -123,7 +123,7 @@ def _kill_wait(facts: Facts, _: timedelta) -> Finding:
 
 
 def _preemption(facts: Facts, grace: timedelta) -> Finding:
-    if _config(facts, "PreemptType").endswith("none") or _partition(facts, "PreemptMode") == "OFF":
+    if is_none(_config(facts, "PreemptType")) or _partition(facts, "PreemptMode") == "OFF":
         kind = f"PreemptType = {_config(facts, 'PreemptType')}, PreemptMode = {_partition(facts, 'PreemptMode')}"
         return Finding(Level.OK, "preemption", kind, "jobs of this partition are not preempted")
     mode, given = _partition(facts, "PreemptMode"), _partition(facts, "GraceTime")

@@ -37,8 +37,10 @@ def condensed(messages: str) -> str:
 
 
 def records(shown: str) -> list[dict[str, str]]:
-    """The output of ``scontrol show`` with ``--oneliner`` as records, for names and values without spaces."""
-    return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in shown.splitlines()]
+    """The output of ``scontrol show`` with ``--oneliner`` as records, for names and values without spaces. Of two
+    values of one name the first counts: text that people write, as the reason of a node, comes last.
+    """
+    return [dict(reversed(re.findall(r"(?<!\S)(\w+)=(\S*)", line))) for line in shown.splitlines()]
 
 
 def scontrol(*arguments: str) -> str:

@@ -13,17 +13,20 @@ from elastic_hpc.slurm.states import Queued, SlurmJob
 # What scancel writes about jobs that have ended. The version and the number of jobs decide whether that is an error.
 _ENDED = re.compile("already (completing|completed|finished)|Invalid job id specified", re.IGNORECASE)
 
-_PATH = r".*?(?= \w+=|\s*$)"
-
 
 def show_job(job: str) -> SlurmJob:
     """Ask for ``job``, for an array task ``JOB_TASK``. Raises SlurmError if Slurm knows it no longer."""
-    shown = client.scontrol("show", "job", "--oneliner", job)
-    ids, _, fields = shown.partition(" UserId=")  # its name may hold anything
+    shown = client.scontrol("show", "job", job)
+    ids, _, fields = shown.partition("\n   UserId=")  # the job's name may hold anything
+    # The lines after the command may hold anything too: SubmitLine, which 24.11 shows first, or a comment.
+    fields, _, texts = fields.partition("\n   Command=")
 
-    def field(name: str, value: str = r"\S*") -> str:
-        match = re.search(rf" {name}=({value})", fields)
-        return "" if match is None or match[1] == "(null)" else match[1]
+    def field(name: str) -> str:
+        return _value(re.search(rf"\s{name}=(\S*)", fields))
+
+    def path(name: str) -> str:
+        """The rest of a line of its own."""
+        return _value(re.search(rf"^   {name}=(.*?) *$", texts, re.MULTILINE))
 
     return SlurmJob(
         id=ids.partition(" ")[0].removeprefix("JobId="),
@@ -45,10 +48,14 @@ def show_job(job: str) -> SlurmJob:
         time_limit=field("TimeLimit"),
         run_time=field("RunTime"),
         exit_code=field("ExitCode"),
-        output=field("StdOut", _PATH),
-        error=field("StdErr", _PATH),
-        folder=field("WorkDir", _PATH),
+        output=path("StdOut"),
+        error=path("StdErr"),
+        folder=path("WorkDir"),
     )
+
+
+def _value(found: re.Match[str] | None) -> str:
+    return "" if found is None or found[1] == "(null)" else found[1]
 
 
 def queue(*jobs: str) -> dict[str, Queued]:

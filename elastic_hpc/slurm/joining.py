@@ -63,7 +63,7 @@ def submit_joiner(
     job, SlurmError if it could not be asked.
     """
     shown = show_job(parent)
-    limit = "UNLIMITED"
+    limit = shown.time_limit  # in Slurm's own word for no limit, which its partition allows
     if (remaining := shown.remaining) is not None:
         if remaining < _MINUTE:
             return None

@@ -114,7 +114,12 @@ def _raised(answer: str | SlurmError) -> str:
 
 
 def _settings(config: str) -> dict[str, str]:
-    return dict(re.findall(r"^(\w+) *= (.*?) *$", config, re.MULTILINE))
+    return dict(re.findall(r"^(\w+) *= ?(.*?) *$", config, re.MULTILINE))
+
+
+def is_none(setting: str) -> bool:
+    """Whether ``setting`` names no plugin or program: ``preempt/none``; newer versions say ``(null)`` for both."""
+    return setting in {"", "none", "(null)"} or setting.endswith("/none")
 
 
 def _row(partitions: str, names: str | None) -> dict[str, str]:
@@ -132,7 +137,7 @@ def _site(settings: Mapping[str, str], row: Mapping[str, str]) -> Site:
             kill_wait=timedelta(seconds=_number(settings["KillWait"])),
             grace_time=timedelta(seconds=_number(row["GraceTime"])),
             job_requeue=settings["JobRequeue"] == "1",
-            preempt_mode="OFF" if settings["PreemptType"].endswith("none") else row["PreemptMode"],
+            preempt_mode="OFF" if is_none(settings["PreemptType"]) else row["PreemptMode"],
             warns_before_preemption="preempt_send_user_signal" in settings["SlurmctldParameters"].lower(),
         )
     except (KeyError, ValueError) as error:

@@ -47,7 +47,7 @@ class SlurmJob:
     account: str
     qos: str
     time_limit: str
-    """In Slurm's notation, 1-12:00:00 or UNLIMITED."""
+    """In Slurm's notation, 1-12:00:00; UNLIMITED for no limit, in newer versions 365-00:00:00."""
     run_time: str
     """How much of ``time_limit`` is used up."""
     exit_code: str
@@ -89,9 +89,12 @@ class Queued:
     """Why it waits, in Slurm's words."""
 
 
+_NO_LIMIT = frozenset({"UNLIMITED", "365-00:00:00"})  # the year is what 26.05 says for no limit
+
+
 def duration(text: str) -> timedelta | None:
-    """``text`` in Slurm's notation, [DAYS-][[HOURS:]MINUTES:]SECONDS; None for UNLIMITED. Raises SlurmError."""
-    if text == "UNLIMITED":
+    """``text`` in Slurm's notation, [DAYS-][[HOURS:]MINUTES:]SECONDS; None for no limit. Raises SlurmError."""
+    if text in _NO_LIMIT:
         return None
     match = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+)", text, re.ASCII)
     if match is None:

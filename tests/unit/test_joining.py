@@ -15,9 +15,9 @@ from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.options.sbatch import SBATCH
 
 PARENT = (
-    "JobId=4714 ArrayJobId=4711 ArrayTaskId=3 JobName=x JobState=PENDING UserId=me(1) JobState=RUNNING "
-    "Account={account} QOS={qos} RunTime={used} TimeLimit={limit} Partition=a NodeList=n1 "
-    "ExcNodeList=n9 WorkDir=/home/my dir StdErr=/x"
+    "JobId=4714 ArrayJobId=4711 ArrayTaskId=3 JobName=x JobState=PENDING\n   UserId=me(1)\n   JobState=RUNNING "
+    "Account={account} QOS={qos}\n   RunTime={used} TimeLimit={limit}\n   Partition=a\n   NodeList=n1\n"
+    "   ExcNodeList=n9\n   Command=(null)\n   WorkDir=/home/my dir\n   StdErr=/x\n"
 )
 HOUR = {"account": "(null)", "qos": "N/A", "used": "00:30:01", "limit": "01:00:00"}
 
@@ -143,11 +143,12 @@ def test_a_joiner_is_submitted_for_one_node_with_its_parent_s_place_and_time(fak
     assert environ.keys().isdisjoint({"SLURM_JOB_ID", "ELASTIC_HPC_AGENT", AGAIN})
 
 
-def test_what_the_parent_does_not_have_is_not_asked_for(fake: Fake):
-    fake.tell("scontrol", PARENT.format(**{**HOUR, "limit": "UNLIMITED"}))
+@pytest.mark.parametrize("no_limit", ["UNLIMITED", "365-00:00:00"])
+def test_what_the_parent_does_not_have_is_not_asked_for(fake: Fake, no_limit: str):
+    fake.tell("scontrol", PARENT.format(**{**HOUR, "limit": no_limit}))
     fake.submit()
     options = fake.said("options")
-    assert "--time=UNLIMITED" in options
+    assert f"--time={no_limit}" in options
     assert not [option for option in options if option.startswith(("--account", "--qos", "--exclude"))]
 
 
@@ -184,12 +185,14 @@ def test_joiners_are_read_whatever_the_reason_says(fake: Fake, monkeypatch: pyte
     monkeypatch.setenv("SQUEUE_STATES", "FAILED")
     fake.tell(
         "squeue",
-        "5|PENDING||n[1-2],n4|2:00|(a | b), c\n6|RUNNING|n1||1-00:00:30|None\n7|COMPLETING|n2|(null)|UNLIMITED|x\n",
+        "5|PENDING||n[1-2],n4|2:00|(a | b), c\n6|RUNNING|n1||1-00:00:30|None\n7|COMPLETING|n2|(null)|UNLIMITED|x\n"
+        "8|PENDING|||365-00:00:00|None\n",
     )
     assert slurm.joiners("4711_3") == (
         slurm.Joiner("5", "PENDING", "", "(a | b), c", "n[1-2],n4", timedelta(minutes=2)),
         slurm.Joiner("6", "RUNNING", "n1", "None", "", timedelta(days=1, seconds=30)),
         slurm.Joiner("7", "COMPLETING", "n2", "x", "", None),
+        slurm.Joiner("8", "PENDING", "", "None", "", None),
     )
     assert "--name=join-4711_3" in fake.said("calls")[0]
     fake.tell("squeue", "")

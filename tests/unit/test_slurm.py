@@ -15,10 +15,11 @@ from elastic_hpc.errors import SlurmError
 
 SOON = timedelta(seconds=8)
 JOB = (
-    "JobId=7 JobName=evil JobState=FAILED UserId=me(1) JobState={state} Reason={reason} Dependency=(null) "
-    "Requeue=1 Restarts={restarts} PreemptEligibleTime=t0 PreemptTime={preempted} EndTime=t1 Partition=a,b "
-    "ReqNodeList=(null) ExcNodeList={excluded} NodeList=n[1-2] BatchHost=n1 WorkDir=/home/my dir StdErr=/dev/null "
-    "StdIn=/dev/null StdOut=/home/my dir/a b.out Power="
+    "JobId=7 JobName=evil JobState=FAILED\n   UserId=me(1)\n   JobState={state} Reason={reason} Dependency=(null)\n"
+    "   Requeue=1 Restarts={restarts}\n   PreemptEligibleTime=t0 PreemptTime={preempted} EndTime=t1\n   Partition=a,b\n"
+    "   ReqNodeList=(null) ExcNodeList={excluded}\n   NodeList=n[1-2]\n   BatchHost=n1\n"
+    "   Command=(null)\n   WorkDir=/home/my dir\n   StdErr=/dev/null\n"
+    "   StdIn=/dev/null\n   StdOut=/home/my dir/a b.out\n   Power=\n"
 )
 RUNNING = {"state": "RUNNING", "reason": "None", "restarts": 0, "preempted": "None", "excluded": "(null)"}
 
@@ -151,6 +152,9 @@ def test_the_site_is_read_for_the_job_s_partition(fake: Fake):
         warns_before_preemption=True,
     )
     assert slurm.site(None).preempt_mode == "OFF"
+    for none in ("preempt/none", "(null)"):
+        fake.tell("show config", CONFIG.replace("preempt/partition_prio", none))
+        assert slurm.site("low").preempt_mode == "OFF"
     with pytest.raises(SlurmError, match="partition 'x': unknown"):
         slurm.site("x")
 
@@ -176,13 +180,14 @@ def test_nodes_that_are_down_drained_silent_or_elsewhere_are_not_usable(fake: Fa
         "n5": "IDLE+CLOUD+POWERED_DOWN", "n6": "MIXED+COMPLETING",
     }  # fmt: skip
     lines = [f"NodeName={name} State={state} Partitions=x,b" for name, state in states.items()]
+    lines[2] += " Reason=was State=IDLE [root@t0]"
     fake.tell("show node", "\n".join([*lines, "NodeName=n7 State=IDLE Partitions=c"]))
     assert slurm.usable_nodes("7") == {"n1", "n5", "n6"}
 
 
 def test_without_slurm_the_error_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SlurmError, match=r"scontrol show job --oneliner 7: No such file"):
+    with pytest.raises(SlurmError, match=r"scontrol show job 7: No such file"):
         slurm.job_state("7")
 
 
