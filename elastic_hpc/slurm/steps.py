@@ -82,9 +82,13 @@ def start_agent(
 
 
 def agent_steps(job_id: str) -> dict[str, str]:
-    """The job steps of ``start_agent`` that have not ended, by the node they are on. Raises SlurmError."""
+    """The job steps of ``start_agent`` that have not ended, by the node they are on. Slurm goes on listing a step whose
+    node it has taken from the job: such steps are left out. Raises SlurmError.
+    """
     listed = [line.split(maxsplit=2) for line in _steps(job_id, "%i %N %j")]
-    return {words[1]: words[0] for words in listed if words[2:] == [_AGENT_NAME]}
+    steps = {words[1]: words[0] for words in listed if words[2:] == [_AGENT_NAME]}
+    nodes = expand(show_job(job_id).nodes) if steps else ()
+    return {node: step for node, step in steps.items() if node in nodes}
 
 
 def _steps(job: str, form: str) -> list[str]:
