@@ -2,11 +2,12 @@
 PYTHON := .venv/bin/python
 SHELL_FILES := bin/setup-venv .ci/run
 
-.PHONY: help demo test check docs clean
+.PHONY: help demo test test-site check docs clean
 
 help:
 	@echo 'make demo    train on a real Slurm of four nodes on this machine, and take the power from one'
 	@echo 'make test    run all tests; those that need a real Slurm only as root'
+	@echo 'make test-site  run all tests that need a real Slurm on one that is configured as sites do it'
 	@echo 'make check   ruff, mypy, shellcheck'
 	@echo 'make docs    the reference, the man pages and the completion from the code, and the site into site/'
 	@echo 'make clean   remove .venv and what the commands above left'
@@ -18,6 +19,9 @@ demo:
 test:
 	@bin/setup-venv
 	XDG_STATE_HOME="$(CURDIR)/.pytest_cache/state" $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-site:
+	MINI_SLURM_SITE=1 $(MAKE) test PYTEST_ARGS='tests/slurm $(PYTEST_ARGS)'
 
 check:
 	@bin/setup-venv dev,examples,test

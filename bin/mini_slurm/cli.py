@@ -45,6 +45,7 @@ up: start the cluster; returns when all nodes are idle. Installs Slurm's package
   mini-slurm up
   mini-slurm up --nodes 2 --cpus-per-node 4 --gpus-per-node 0
   mini-slurm up --share /root/project
+  mini-slurm up --site
 down: end and remove everything; harmless when there is nothing.
   mini-slurm down
 status: show nodes, daemons and jobs; exit code 0 when up, 3 when not.
@@ -93,6 +94,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--nodes", type=number_in(1, 64), default=4, metavar="N", help="default: 4")
     add("--cpus-per-node", type=number_in(1, 256), default=2, metavar="K", help="default: 2")
     add("--gpus-per-node", type=number_in(0, 64), default=2, metavar="G", help="fake ones (default: 2)")
+    add(
+        "--site",
+        action="store_true",
+        help="as sites configure Slurm: accounting, limits, cgroups, prologs, private data",
+    )
     text = "a directory that jobs must reach although one above it is closed (repeatable; default: this checkout)"
     add("--share", action="append", metavar="PATH", help=text)
     of["status"].add_argument("--json", action="store_true", help="for programs; has the host pids of the nodes' inits")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mini_slurm import cgroups
 from mini_slurm.system import MiniSlurmError, identity_of, run, say
 
 USER = "minislurm"
@@ -27,6 +28,8 @@ class Shape:
     gpus_per_node: int
     shares: tuple[str, ...]
     """Directories that all machines see, though a directory above is closed to others."""
+    site: bool = False
+    """Configured as sites do it: see the module site."""
 
     @property
     def names(self) -> list[str]:
@@ -84,6 +87,7 @@ class Cluster:
         with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(init)) as handle:
             if self.init_of(machine) == init:  # else the pid was reused before the handle was ours
                 signal.pidfd_send_signal(handle.fileno(), signal.SIGKILL)
+                cgroups.thaw(self.state, "" if machine == "rack" else machine)
                 if not select.select([handle], [], [], 30.0)[0]:
                     raise MiniSlurmError(f"{machine}: its init {init} is still there 30 s after SIGKILL")
 
@@ -101,7 +105,9 @@ class Cluster:
         """Run a command as root in all namespaces of a machine."""
         if (init := self.init_of(machine)) is None:
             raise MiniSlurmError(f"machine {machine} is dead; the logs say:\n{self.log_tail()}")
-        return run("nsenter", f"--target={init}", "-m", "-u", "-i", "-n", "-p", "--wd=/", "--", *argv, check=check)
+        return run(
+            "nsenter", f"--target={init}", "-m", "-u", "-i", "-n", "-p", "-C", "--wd=/", "--", *argv, check=check
+        )
 
     def slurm(self, *argv: str, check: bool = True) -> str:
         """Run a command of Slurm on the login machine; times in its output are epoch seconds."""

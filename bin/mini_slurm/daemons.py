@@ -7,23 +7,28 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mini_slurm import cgroups
 from mini_slurm.cluster import Cluster
 from mini_slurm.system import MiniSlurmError, say
 
 DEADLINE_S = 90.0
 
 
-def start_controller(cluster: Cluster) -> None:
-    """Start munged and slurmctld on the login machine. The nodes reach munged by its socket in the state directory."""
+def start_munged(cluster: Cluster) -> None:
+    """On the login machine. The nodes reach munged by its socket in the state directory."""
     munge = {"key-file": "munge.key", "socket": "run/munge.socket", "pid-file": "run/munged-login.pid"}
     munge |= {"log-file": "log/munged.log", "seed-file": "run/munge.seed"}
     options = [f"--{option}={cluster.state / path}" for option, path in munge.items()]
     cluster.inside("login", "munged", "--force", *options)
+
+
+def start_controller(cluster: Cluster) -> None:
     cluster.inside("login", "slurmctld", "-f", str(cluster.conf))
 
 
 def start_slurmd(cluster: Cluster, node: str) -> None:
-    cluster.inside(node, "slurmd", "-N", node, "-f", str(cluster.conf))
+    join = cgroups.joining(cluster.state, node)
+    cluster.inside(node, *join, "slurmd", "-N", node, "-f", str(cluster.conf))
 
 
 def daemon_runs(cluster: Cluster, machine: str, daemon: str) -> bool:

@@ -28,7 +28,9 @@ def execute(cluster: Cluster, args: argparse.Namespace) -> int:
     argv = args.command[1:] if args.command[:1] == ["--"] else args.command
     argv = argv or ["/bin/bash", "-l"]
     here, init = os.getcwd(), cluster.init_of(args.node)
-    namespaces = [os.open(f"/proc/{init}/ns/{kind}", os.O_RDONLY) for kind in ("pid", "ipc", "uts", "net", "mnt")]
+    namespaces = [
+        os.open(f"/proc/{init}/ns/{kind}", os.O_RDONLY) for kind in ("cgroup", "pid", "ipc", "uts", "net", "mnt")
+    ]
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     for namespace in namespaces:
         libc("setns", namespace, 0)

@@ -49,7 +49,8 @@ def status(cluster: Cluster, args: argparse.Namespace) -> int:
     report: dict[str, object] = {"up": saved is not None, "state": str(cluster.state)}
     if saved is not None:
         states, ports = node_states(cluster), cluster.ports()
-        daemons = {name: daemon_runs(cluster, "login", name) for name in ("munged", "slurmctld")}
+        names = ("munged", "slurmctld", *(("slurmdbd", "mariadbd") if saved[0].site else ()))
+        daemons = {name: daemon_runs(cluster, "login", name) for name in names}
         nodes = {
             node: {
                 "slurm": states.get(node, ("unknown", 0))[0],

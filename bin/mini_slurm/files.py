@@ -7,6 +7,7 @@ import shutil
 import stat
 from pathlib import Path
 
+from mini_slurm import site
 from mini_slurm.cluster import USER, Cluster, Shape
 from mini_slurm.machines import NETWORKS, address
 from mini_slurm.system import run
@@ -62,8 +63,8 @@ def write_files(cluster: Cluster, shape: Shape, uid: int) -> None:
     os.chown(cluster.home, uid, uid)
     with open(os.open(state / "munge.key", os.O_WRONLY | os.O_CREAT, 0o400), "wb") as file:
         file.write(os.urandom(128))
-    for k in range(shape.gpus_per_node):  # nobody opens them, but slurmd insists on devices: these are /dev/null's
-        os.mknod(state / f"gpus/gpu{k}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    for k in range(shape.gpus_per_node):  # slurmd insists on devices; these have no driver, and numbers for local use
+        os.mknod(state / f"gpus/gpu{k}", 0o666 | stat.S_IFCHR, os.makedev(240, k))
     run("cp", "--archive", "/etc", str(etc), pass_fds=[cluster.lock_fd])
     shutil.rmtree(etc / "slurm", ignore_errors=True)
     (etc / "slurm").mkdir()
@@ -92,7 +93,8 @@ def hosts(shape: Shape) -> str:
 
 def slurm_conf(state: Path, shape: Shape) -> str:
     gres = f" Gres=gpu:{shape.gpus_per_node}" if shape.gpus_per_node else ""
-    return SLURM_CONF.format(state=state, nodes=shape.nodes, cpus=shape.cpus_per_node, gres=gres)
+    conf = SLURM_CONF.format(state=state, nodes=shape.nodes, cpus=shape.cpus_per_node, gres=gres)
+    return site.slurm_conf(conf, state, shape) if shape.site else conf
 
 
 def gres_conf(state: Path, shape: Shape) -> str:

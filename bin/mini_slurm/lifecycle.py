@@ -10,8 +10,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from mini_slurm import cgroups, site
 from mini_slurm.cluster import USER, Cluster, Shape
-from mini_slurm.daemons import start_controller, start_slurmd, wait_usable
+from mini_slurm.daemons import start_controller, start_munged, start_slurmd, wait_usable
 from mini_slurm.files import write_files
 from mini_slurm.machines import start_machine, start_rack
 from mini_slurm.packages import free_uid, install_packages, remove_policy
@@ -22,7 +23,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 def up(cluster: Cluster, args: argparse.Namespace) -> int:
     started = time.time()
-    shape = Shape(args.nodes, args.cpus_per_node, args.gpus_per_node, requested_shares(args.share))
+    shape = Shape(args.nodes, args.cpus_per_node, args.gpus_per_node, requested_shares(args.share), args.site)
     with cluster.lock():
         if cluster.is_up() and (saved := cluster.saved()) is not None:
             if saved[0] != shape:
@@ -58,11 +59,16 @@ def bring_up(cluster: Cluster, shape: Shape) -> None:
     state, started = cluster.state, time.time()
     state.mkdir(mode=0o755)
     cluster.marker.touch()
-    install_packages(cluster)
+    install_packages(cluster, site=shape.site)
     uid = free_uid(state)
     write_files(cluster, shape, uid)
+    if shape.site:
+        site.write_files(state, shape)
     start_rack(cluster)
     start_machine(cluster, shape, "login")
+    start_munged(cluster)
+    if shape.site:
+        site.start_accounting(cluster)
     start_controller(cluster)
     for node in shape.names:
         start_machine(cluster, shape, node)
@@ -85,6 +91,7 @@ def tear_down(cluster: Cluster) -> bool:
     if not cluster.marker.exists() and any(cluster.state.iterdir()):
         raise MiniSlurmError(f"{cluster.state} is not mini-slurm's: name another directory with --state")
     cluster.power_off("rack")
+    cgroups.remove(cluster.state)
     remove_policy()
     for entry in set(cluster.state.iterdir()) - {cluster.marker}:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

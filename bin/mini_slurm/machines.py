@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from mini_slurm import cgroups
 from mini_slurm.cluster import Cluster, Shape
 from mini_slurm.system import (
     CLONE_NEWIPC,
@@ -122,6 +123,8 @@ def furnish(cluster: Cluster, shape: Shape, machine: str) -> None:
     cgroup = os.open("/sys/fs/cgroup", os.O_PATH)
     mount("sysfs", "/sys", "sysfs", MS_SAFE)  # a new one shows the interfaces of this machine
     mount(f"/proc/self/fd/{cgroup}", "/sys/fs/cgroup", flags=MS_BIND | MS_REC)
+    if shape.site and cgroups.usable():
+        cgroups.enter(cluster.state, machine)
     mount("tmpfs", "/dev/shm", "tmpfs", MS_SAFE, "mode=1777")  # noqa: S108 - a mount point
     mount(cluster.state / "etc", "/etc", flags=MS_BIND)
     # Let everybody reach the shares: where a directory above one is closed, an open and empty one takes its place.

@@ -13,12 +13,21 @@ from mini_slurm.cluster import Cluster
 from mini_slurm.system import CLEAN_ENV, MiniSlurmError, run, say
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge", "ip": "iproute2"}
+SITE_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
+SITE_LIBRARIES = {
+    "liblua5.3.so.0": "liblua5.3-0"
+}  # opened by Slurm's plugin job_submit/lua, so no package depends on it
+SERVICES = {name: name for name in ("slurmctld", "slurmd", "munge", "slurmdbd")} | {"mariadb-server": "mariadb"}
 POLICY = Path("/usr/sbin/policy-rc.d")  # Debian's way to say that an installation must not start services
 POLICY_TEXT = "#!/bin/sh\n# Written by mini-slurm during an installation.\nexit 101\n"
 
 
-def install_packages(cluster: Cluster) -> None:
-    missing = sorted({pack for name, pack in PACKAGES.items() if shutil.which(name, path=CLEAN_ENV["PATH"]) is None})
+def install_packages(cluster: Cluster, *, site: bool) -> None:
+    commands = PACKAGES | (SITE_PACKAGES if site else {})
+    needed = {pack for name, pack in commands.items() if shutil.which(name, path=CLEAN_ENV["PATH"]) is None}
+    if site:
+        needed |= {pack for name, pack in SITE_LIBRARIES.items() if not any(Path("/usr/lib").glob(f"*/{name}"))}
+    missing = sorted(needed)
     if not missing:
         return
     say(f"installing {' '.join(missing)}")
@@ -30,11 +39,12 @@ def install_packages(cluster: Cluster) -> None:
         POLICY.chmod(0o755)
     try:
         keep = [cluster.lock_fd]
-        run("apt-get", "-q", "update", env=apt, pass_fds=keep)
-        run("apt-get", "-q", "install", "-y", "--no-install-recommends", *missing, env=apt, pass_fds=keep)
+        wait = ["-o", "DPkg::Lock::Timeout=300"]  # another installation may be under way
+        run("apt-get", "-q", *wait, "update", env=apt, pass_fds=keep)
+        run("apt-get", "-q", *wait, "install", "-y", "--no-install-recommends", *missing, env=apt, pass_fds=keep)
         if shutil.which("systemctl") is not None:
-            for service in {"slurmctld", "slurmd", "munge"} & set(missing):
-                run("systemctl", "disable", service, check=False)
+            for package in SERVICES.keys() & set(missing):
+                run("systemctl", "disable", SERVICES[package], check=False)
     finally:
         remove_policy()
 

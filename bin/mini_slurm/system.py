@@ -12,6 +12,7 @@ from pathlib import Path
 CLEAN_ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 << 29, 1 << 30
+CLONE_NEWCGROUP = 1 << 25
 MS_SAFE, MS_BIND, MS_REC, MS_PRIVATE = 2 | 4, 1 << 12, 1 << 14, 1 << 18  # SAFE: nosuid, nodev
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -1,10 +1,12 @@
 """A real Slurm for the tests of this directory, one for each process that runs tests, and the jobs that run on it.
 
-The cluster is ``bin/mini-slurm``'s. Set MINI_SLURM_STATE to use one that is already up; it is then left up.
+The cluster is ``bin/mini-slurm``'s. Set MINI_SLURM_STATE to use one that is already up; it is then left up. With
+MINI_SLURM_SITE=1 it is one of ``up --site``, for all tests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -33,6 +35,7 @@ os.umask(0o022)  # what a test writes, the cluster's user reads
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 if (process := os.environ.get("PYTEST_XDIST_WORKER", "gw0")) != "gw0":
     STATE = STATE.with_name(f"{STATE.name}-{process}")
+ALL_ON_SITE = bool(os.environ.get("MINI_SLURM_SITE"))  # make test-site
 os.environ["MINI_SLURM_STATE"] = str(STATE)  # for whatever calls bin/mini-slurm
 
 
@@ -216,17 +219,34 @@ class Job:
         assert wrong_steps(self.steps(), checkpoint_every) == []
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    made = Cluster()
+@contextlib.contextmanager
+def started(state: Path, *options: str) -> Iterator[Cluster]:
+    """The cluster in ``state``; started, and taken down at the end, unless it was up."""
+    made = Cluster(state)
     was_up = made.mini("status", check=False).returncode == 0
     if not was_up:
         made.mini("down")
-        made.mini("up", timeout=400)
+        made.mini("up", *options, timeout=600)
     made.reset()
     yield made
     if not was_up:
         made.mini("down")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    with started(STATE, *(["--site"] if ALL_ON_SITE else [])) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def site(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A cluster that is configured as sites do it. A module whose tests all run on it overrides ``cluster`` with it."""
+    if ALL_ON_SITE:
+        yield request.getfixturevalue("cluster")
+        return
+    with started(STATE.with_name(f"{STATE.name}-site"), "--site") as made:
+        yield made
 
 
 @pytest.fixture
