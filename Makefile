@@ -7,7 +7,7 @@ SHELL_FILES := bin/setup-venv .ci/run
 help:
 	@echo 'make demo    train on a real Slurm of four nodes on this machine, and take the power from one'
 	@echo 'make test    run all tests; those that need a real Slurm only as root'
-	@echo 'make test-site  run all tests that need a real Slurm on one that is configured as sites do it'
+	@echo 'make test-site  the tests that need a real Slurm, on one that is configured as sites do it'
 	@echo 'make check   ruff, mypy, shellcheck'
 	@echo 'make docs    the reference, the man pages and the completion from the code, and the site into site/'
 	@echo 'make clean   remove .venv and what the commands above left'
