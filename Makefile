@@ -1,13 +1,14 @@
 # demo and test install what is missing, see bin/setup-venv.
 PYTHON := .venv/bin/python
-SHELL_FILES := bin/setup-venv .ci/run
+SHELL_FILES := bin/setup-venv bin/trixie .ci/run
 
-.PHONY: help demo test test-site check docs clean
+.PHONY: help demo test test-site test-trixie check docs clean
 
 help:
 	@echo 'make demo    train on a real Slurm of four nodes on this machine, and take the power from one'
 	@echo 'make test    run all tests; those that need a real Slurm only as root'
 	@echo 'make test-site  the tests that need a real Slurm, on one that is configured as sites do it'
+	@echo 'make test-trixie  the same tests on the Slurm of Debian 13, see bin/trixie'
 	@echo 'make check   ruff, mypy, shellcheck'
 	@echo 'make docs    the reference, the man pages and the completion from the code, and the site into site/'
 	@echo 'make clean   remove .venv and what the commands above left'
@@ -22,6 +23,10 @@ test:
 
 test-site:
 	MINI_SLURM_SITE=1 $(MAKE) test PYTEST_ARGS='tests/slurm $(PYTEST_ARGS)'
+
+test-trixie:
+	@bin/setup-venv
+	bin/trixie $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm $(PYTEST_ARGS)
 
 check:
 	@bin/setup-venv dev,examples,test

@@ -18,7 +18,7 @@ def show_job(job: str) -> SlurmJob:
     """Ask for ``job``, for an array task ``JOB_TASK``. Raises SlurmError if Slurm knows it no longer."""
     shown = client.scontrol("show", "job", job)
     ids, _, fields = shown.partition("\n   UserId=")  # the job's name may hold anything
-    # The lines after the command may hold anything too: SubmitLine, which 24.11 shows first, or a comment.
+    # The lines after the command may hold anything too: SubmitLine, which 26.05 shows, or a comment.
     fields, _, texts = fields.partition("\n   Command=")
 
     def field(name: str) -> str:
