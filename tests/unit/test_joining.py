@@ -264,7 +264,7 @@ def test_the_steps_of_agents_that_were_started_anew_are_known_by_their_nodes(fak
     fake.tell(
         "squeue", "7.0 n[1-4] python\n7.3 n2 elastic-agent\n7.4 n3 elastic-conclude\n7.5 n4 elastic-agent\n7.6  x\n"
     )
-    shown = "JobId=7 JobName=x UserId=me(1000) JobState=RUNNING NodeList=n[2-3]"
+    shown = "JobId=7 JobName=x\n   UserId=me(1000)\n   JobState=RUNNING\n   NodeList=n[2-3]"
     (fake.folder / "scontrol").write_text(f"#!/bin/sh\n[ $2 = hostnames ] && echo n2 n3 || echo '{shown}'\n")
     assert slurm.agent_steps("7") == {"n2": "7.3"}, "Slurm has taken n4 from the job, and goes on listing its step"
     assert fake.said("calls")[0] == "--noheader --steps --jobs=7 --format=%i %N %j"
