@@ -11,11 +11,10 @@ from datetime import timedelta
 from typing import Any
 
 from elastic_hpc import slurm
-from elastic_hpc.agent import last_words
+from elastic_hpc.agent import last_words, warned
 from elastic_hpc.environment import CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.membership import strikes
-from elastic_hpc.network.client import ask_leader
 from elastic_hpc.options.values import NodeRange
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv, first_job, job_name, restart_count, run_number
@@ -42,7 +41,7 @@ def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning
     """
     if JOIN in environ:
         return status
-    verdict = await_verdict(rundir, run_number(environ), _pass_on(rundir, warning))
+    verdict = await_verdict(rundir, run_number(environ), _pass_on(rundir, environ, warning))
     known = last_words.take(job_name(environ), run_number(environ))
     verdict = verdict or known
     _cancel_joiners(rundir, job_name(environ))
@@ -79,18 +78,16 @@ def await_verdict(rundir: RunDir, run: int, heed: Callable[[], None]) -> dict[st
         time.sleep(0.5)
 
 
-def _pass_on(rundir: RunDir, warning: str) -> Callable[[], None]:
+def _pass_on(rundir: RunDir, environ: Mapping[str, str], warning: str) -> Callable[[], None]:
     """Handle the signal named ``warning`` from now on. Returns a function to be called again and again: it passes a
-    signal that was received on to the leader.
+    signal that was received on, until a leader has taken the warning.
     """
     received: list[int] = []
     signal.signal(signal.Signals[f"SIG{warning}"], lambda number, _: received.append(number))
 
     def pass_on() -> None:
-        if received:
+        if received and warned.ask(rundir, environ, "time limit"):
             received.clear()
-            with contextlib.suppress(ElasticError):
-                ask_leader(rundir, "drain", "time limit")
 
     return pass_on
 

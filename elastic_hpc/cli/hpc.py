@@ -6,16 +6,12 @@ import argparse
 import importlib
 import os
 import sys
-import time
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job
-from elastic_hpc.environment import JOIN
-from elastic_hpc.errors import ElasticError
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
-from elastic_hpc.membership.nodes import joiner
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import job_name
 
@@ -23,9 +19,7 @@ MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "doc
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and
 run(args), which returns the exit code."""
 _HERE = ("drain", "stop")
-_AGENTS_START = 60.0
-"""Seconds that the warning waits for a leader. Slurm may send the warning up to a minute early, while agents start."""
-_INTERNAL = ("conclude", "conclude-alone")
+_INTERNAL = ("conclude", "conclude-alone", "warned")
 """Commands for batch scripts and agents, which no help lists."""
 
 
@@ -63,6 +57,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
         alone = command("conclude-alone", "act on a verdict where the batch script was lost; an agent calls")
         alone.add_argument("outcome", help="finished, failed or requeue")
         alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")
+        command("warned", "tell the leader of Slurm's warning to this run; the batch script calls")
         return parser
     command("drain", "have a running job save, stop and return through the queue, as before its time limit")
     stop = command("stop", "end a job, running or waiting in the queue: it does not come back")
@@ -82,29 +77,16 @@ def _run(args: argparse.Namespace) -> int:
         return conclude.conclude_alone(rundir, os.environ, args.outcome, deputy_of=args.deputy_of)
     if args.command == "stop":
         return _stop(Job(rundir.path), after_checkpoint=args.after_checkpoint)
-    warned = "SLURM_JOB_ID" in os.environ  # the batch script calls
-    reason = slurm.warning_reason(job_name(os.environ)) if warned else "user"
-    if JOIN in os.environ:  # the batch script of a joiner calls for its node alone
-        from elastic_hpc.network.client import ask_to_leave
+    if args.command == "warned":
+        from elastic_hpc.agent import warned
 
-        ask_to_leave(rundir, joiner(os.environ["SLURM_JOB_ID"]), reason)
+        warned.pass_on(rundir, os.environ)
         return 0
+    reason = slurm.warning_reason(job_name(os.environ)) if "SLURM_JOB_ID" in os.environ else "user"
     tasks = [Job(path) for path in expand(rundir.path)]
     for job in [task for task in tasks if not task.final_state()] or tasks:
-        _drain(job, reason, patience=_AGENTS_START if os.environ.get("ENVIRONMENT") == "BATCH" else 0.0)
+        job.drain(reason)
     return 0
-
-
-def _drain(job: Job, reason: str, *, patience: float) -> None:
-    """``patience``: seconds in which a leader that cannot be reached may still begin to lead."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return job.drain(reason)
-        except ElasticError:
-            if time.monotonic() > deadline or job.final_state():
-                raise
-        time.sleep(1)
 
 
 def _stop(job: Job, *, after_checkpoint: bool) -> int:

@@ -15,14 +15,19 @@ class Requests:
         self._reason = ""
         self._requested_at = 0.0
 
-    def add(self, request: Request, reason: str, now: float) -> None:
-        """The time of the first request counts, and the reason of the first request or of a ``stop``."""
+    def add(self, request: Request, reason: str, now: float) -> bool:
+        """The time of the first request counts, and the reason of the first request or of a ``stop``. Returns whether
+        ``request`` is stronger than those before.
+        """
+        order = (None, "drain", "save-and-stop", "stop")
+        if order.index(request) <= order.index(self.request):
+            return False
         if self.request is None:
             self._requested_at = now
         if self.request is None or request == "stop":
-            self.request, self._reason = request, reason
-        elif (request, self.request) == ("save-and-stop", "drain"):
-            self.request = request
+            self._reason = reason
+        self.request = request
+        return True
 
     def view(self, now: float) -> RequestView:
         return RequestView(self.request, self._reason, now - self._requested_at)

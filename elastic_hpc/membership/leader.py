@@ -163,11 +163,11 @@ class Leader:
 
     def on_request(self, request: Request, reason: str, now: float) -> None:
         """Somebody who holds the secret requests a drain or the end of the job. ``reason``: ``time limit``,
-        ``preempted`` or ``user``, or the words of a worker that requests the end.
+        ``preempted`` or ``user``, or the words of a worker that requests the end. The same request may come again.
         """
-        self._event("request", request=request, reason=reason)
-        self._requests.add(request, reason, now)
-        self._advance(now)
+        if self._requests.add(request, reason, now):
+            self._event("request", request=request, reason=reason)
+            self._advance(now)
 
     def on_leave(self, node: int, reason: str, now: float) -> None:
         """``node`` has to go, because of ``reason``: its job is about to end."""

@@ -33,11 +33,12 @@ _PAUSE = 0.5
 _FAILED = (OSError, ProtocolError, RunIsOver, asyncio.TimeoutError)
 
 
-def ask_leader(rundir: RunDir, request: Request, reason: str = "user") -> None:
+def ask_leader(rundir: RunDir, request: Request, reason: str = "user", run: int | None = None) -> None:
     """Send ``request`` to the leader of the job in ``rundir``, with its ``reason``: ``time limit``, ``preempted`` or
-    ``user``. Returns when the leader has taken the request. Raises ElasticError if the leader cannot be reached.
+    ``user``. Returns when the leader has taken the request. With ``run``, only a leader of that run may take it. Raises
+    ElasticError if the leader cannot be reached.
     """
-    _send(rundir, {"request": request, "reason": reason})
+    _send(rundir, {"request": request, "reason": reason}, run)
 
 
 def ask_to_leave(rundir: RunDir, node: int, reason: str) -> None:
@@ -45,12 +46,12 @@ def ask_to_leave(rundir: RunDir, node: int, reason: str) -> None:
     _send(rundir, {"request": LEAVE, "node": node, "reason": reason})
 
 
-def _send(rundir: RunDir, message: dict[str, Any]) -> None:
+def _send(rundir: RunDir, message: dict[str, Any], run: int | None = None) -> None:
     published = read_published(rundir)
     if published is None:
         raise ElasticError(f"{rundir.path}: no leader has been started yet")
     me = Identity(published.job, published.run, OUTSIDE, socket.gethostname(), secrets.token_hex(8))
-    search = _Search(me, rundir.read_secret(), message)
+    search = _Search(replace(me, run=me.run if run is None else run), rundir.read_secret(), message, run)
     work = search.send(published.leader, published.others)
     try:
         asyncio.get_running_loop()
@@ -64,8 +65,9 @@ def _send(rundir: RunDir, message: dict[str, Any]) -> None:
 class _Search:
     """Looks for the agent that takes ``message``."""
 
-    def __init__(self, me: Identity, secret: bytes, message: dict[str, Any]) -> None:
+    def __init__(self, me: Identity, secret: bytes, message: dict[str, Any], run: int | None) -> None:
         self._me = me
+        self._run = run
         self._secret = secret
         self._message = message
         self._problems: dict[Host, str] = {}
@@ -120,6 +122,8 @@ class _Search:
         try:
             return await channel.connect(host, self._me, self._secret, timeout=_DIAL_TIMEOUT)
         except RunIsOver as over:
+            if self._run is not None:
+                raise
             self._me = replace(self._me, run=over.at_work)
             return await channel.connect(host, self._me, self._secret, timeout=_DIAL_TIMEOUT)
 

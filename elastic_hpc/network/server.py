@@ -46,6 +46,10 @@ _EVENTS_OF_STRANGERS = 20
 class Record(Protocol):
     """Where the leader's record goes (``record.recorder.Recorder``). No method blocks."""
 
+    @property
+    def warning(self) -> str:
+        """Why Slurm has warned this run, for every leader to see; empty if it has not. Current after each ``beat``."""
+
     def publish(self, agents: Iterable[Host]) -> None: ...
     def beat(self) -> None: ...
     def event(self, name: str, fields: dict[str, Any]) -> None: ...
@@ -127,6 +131,8 @@ class LeaderServer:
                     return self.leader.abdicated
                 if self.leader.leads:
                     self.record.beat()
+                    if self.record.warning:
+                        self.on_request("drain", self.record.warning)
                 if self.leader.verdict and saving is None:
                     saving = asyncio.ensure_future(self._save(self.leader.verdict))
                     saving.add_done_callback(lambda _: self._changed.set())

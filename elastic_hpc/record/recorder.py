@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -30,6 +31,8 @@ class Recorder:
 
     def __init__(self, rundir: RunDir, run: int, host: Host, job: str = "") -> None:
         """``job``: the job in the identity of its agents (``network.identity``)."""
+        self.warning = ""
+        """Why Slurm has warned this run, as the run directory said at the last heartbeat; empty if it has not."""
         self._rundir = rundir
         self._run = run
         self._host = host
@@ -60,7 +63,7 @@ class Recorder:
         self._put(lambda: self._replace("spec.json", lambda: options))
 
     def beat(self) -> None:
-        """Show that a leader is at work: see ``RunDir.beat``."""
+        """Show that a leader is at work (``RunDir.beat``), and look for a warning."""
         if time.monotonic() - self._last_beat > 1.0:
             self._last_beat = time.monotonic()
             self._put(self._beat)
@@ -122,6 +125,8 @@ class Recorder:
         self._strikes = list(live((*load(state.get("strikes", ())), *self._strikes), time.time()))
 
     def _beat(self) -> None:
+        with contextlib.suppress(ElasticError):
+            self.warning = self.warning or self._rundir.warning(self._run)
         self._catch_up()
         self._rundir.beat()
 

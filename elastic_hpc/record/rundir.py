@@ -24,8 +24,9 @@ class RunDir:
     ``secret``: the key of the control connections. ``spec.json``: the options of the job. ``endpoint.json``: the
     addresses of the leader and of other agents (``record.endpoint``). ``state.json``: round and budgets, carried over
     requeues. ``events.jsonl``: what happened, one JSON object a line; its modification time is the last heartbeat of a
-    leader (``heartbeat``). ``verdict.json``: how the last run ended. ``starts.json``: under torchrun, how often the job
-    was started. ``first.JOB.STEP.RUN``: the node that leads at first, where several nodes could.
+    leader (``heartbeat``). ``verdict.json``: how the last run ended. ``warning.json``: Slurm's last warning
+    (``agent.warned``). ``starts.json``: under torchrun, how often the job was started. ``first.JOB.STEP.RUN``: the node
+    that leads at first, where several nodes could.
     ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``: the output of the workers of a node; ``NODE.stacks`` there: their stacks
     when they hung. ``logs/RUN.agent-NODE.log``: the output of the agents.
     """
@@ -135,6 +136,15 @@ class RunDir:
     def unfit(self) -> list[dict[str, Any]]:
         """The nodes of ``write_unfit``: ``node``, ``time``, ``reason``. Raises ElasticError for a damaged file."""
         return [body for path in self.path.glob("unfit.*.json") if (body := self.read(path.name))]
+
+    def write_warning(self, run: int, reason: str) -> None:
+        """Slurm has warned ``run`` that the job is about to end, because of ``reason``. Raises OSError."""
+        self.write("warning.json", {"run": run, "reason": reason})
+
+    def warning(self, run: int) -> str:
+        """Why Slurm has warned ``run``; empty if it has not. Raises ElasticError."""
+        warning = self.read("warning.json") or {}
+        return str(warning.get("reason", "")) if warning.get("run") == run else ""
 
     def hold(self) -> IO[str]:
         """An open file whose lock shows that the launcher of a job on one machine runs; processes inherit the lock. If

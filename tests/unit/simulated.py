@@ -60,6 +60,10 @@ class SimRecord:
     def __init__(self, job: Job, node: SimNode) -> None:
         self.job, self.node = job, node
 
+    @property
+    def warning(self) -> str:
+        return self.job.warning
+
     def publish(self, agents: Iterable[Host]) -> None:
         if not self.job.full:
             assert self.node.run == self.job.run_number, "a leader of an earlier run takes the place of the present one"
@@ -366,6 +370,7 @@ class Job:
     """Addresses that each node publishes besides its own."""
     run_number: int = 0
     """The run that is at work."""
+    warning: str = ""
     beats: int = 0
     scripts_listen: bool = False
     scripts_progress: bool = True

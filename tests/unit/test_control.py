@@ -6,8 +6,7 @@ import asyncio
 import json
 import socket
 import struct
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from cluster import Cluster, Node, end_of, wait_for
 
+from elastic_hpc.agent import warned
 from elastic_hpc.cli import hpc
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership import messages
@@ -149,24 +149,97 @@ def test_a_leader_without_the_secret_is_not_believed() -> None:
     asyncio.run(dial())
 
 
-def test_the_warning_of_a_batch_script_waits_for_a_leader_that_has_yet_to_publish_its_address(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def warn(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluster, int], None]:
+    """What the batch script of a run does when its warning came."""
+    monkeypatch.setattr(warned, "_PAUSE", 0.01)
+    monkeypatch.setenv("PATH", "")  # without Slurm's commands the reason is the time limit
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+
+    def call(cluster: Cluster, run: int) -> None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(run))
+        assert hpc.main(["warned", str(cluster.rundir.path)]) == 0
+
+    return call
+
+
+def drained(cluster: Cluster) -> list[str]:
+    """The reasons for which workers of round 1 were told to save; each once."""
+    for control in cluster.controls:
+        wait_for(lambda control=control: control.order and control.order.drain)
+    wait_for(lambda: cluster.events("request"))
+    return [event["reason"] for event in cluster.events("request")]
+
+
+def test_a_warning_waits_for_a_leader_that_has_yet_to_publish_its_address(
+    cluster: Cluster, warn: Callable[[Cluster, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.seats()
     # the leader publishes it again, with the other agents, when the round has been formed
     wait_for(lambda: len((cluster.rundir.read("endpoint.json") or {}).get("others", ())) == 2)
     endpoint = cluster.rundir.path / "endpoint.json"
     hidden = endpoint.rename(endpoint.with_name("hidden"))
-
-    def publish(_seconds: float) -> None:
-        hidden.rename(endpoint)
-
-    monkeypatch.setattr(hpc, "time", SimpleNamespace(monotonic=time.monotonic, sleep=publish))
-    monkeypatch.setenv("ENVIRONMENT", "BATCH")
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert hpc.main(["drain", str(cluster.rundir.path)]) == 0
-    wait_for(lambda: cluster.events("request"))
+    monkeypatch.setattr(RunDir, "write_warning", lambda *_: None)  # the disk is full
+    monkeypatch.setattr(warned, "time", SimpleNamespace(sleep=lambda _: hidden.rename(endpoint)))
+    warn(cluster, 0)
+    assert drained(cluster) == ["time limit"]
     assert not hidden.exists()
+
+
+def test_a_warning_that_came_before_the_leader_began_is_found_by_it(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, granted=0, join_timeout=20.0)
+    cluster.rundir.write_warning(0, "preempted")
+    cluster.nodes.append(Node(cluster, 0, first=True))
+    wait_for(lambda: cluster.events("request"))
+    assert end_of(cluster.controls[0], 1).reason == "preempted: no worker ran; this job cannot be requeued"
+    cluster.close()
+
+
+def test_a_warning_that_the_leader_took_before_it_was_lost_is_known_to_the_next_leader(
+    cluster: Cluster, warn: Callable[[Cluster, int], None]
+) -> None:
+    cluster.seats()
+    for node in cluster.nodes:
+        node.train(1)
+    wait_for(lambda: cluster.rundir.read("endpoint.json"))
+    warn(cluster, 0)
+    drained(cluster)
+    cluster.nodes[0].die()
+    wait_for(lambda: cluster.rundir.read("verdict.json"))
+    verdict = cluster.rundir.read("verdict.json")
+    assert verdict
+    assert verdict["cause"] == "time limit"
+    assert [event["reason"] for event in cluster.events("request")] == ["time limit"] * 2, "once for each leader"
+
+
+def test_a_warning_of_the_run_before_is_not_one_of_this_run(
+    cluster: Cluster, warn: Callable[[Cluster, int], None]
+) -> None:
+    cluster.rundir.write_warning(-1, "time limit")
+    cluster.seats()
+    cluster.rundir.write("verdict.json", {"run": -1, "outcome": "requeue"})
+    warn(cluster, -1)  # its batch script lives longer than the job's next run needs to start
+    beats = cluster.nodes[0].recorder._last_beat
+    wait_for(lambda: cluster.nodes[0].recorder._last_beat > beats)
+    assert cluster.events("request") == []
+
+
+def test_the_warning_of_a_run_does_not_take_the_address_of_the_run_before_for_that_of_its_own(
+    tmp_path: Path, warn: Callable[[Cluster, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(tmp_path, granted=1)
+    wait_for(lambda: cluster.rundir.read("endpoint.json"))
+    asked = []
+
+    def verdict(_seconds: float) -> None:
+        asked.append(cluster.rundir.warning(1))
+        cluster.rundir.write("verdict.json", {"run": 1, "outcome": "requeue"})
+
+    monkeypatch.setattr(warned, "time", SimpleNamespace(sleep=verdict))
+    warn(cluster, 1)  # of the run that follows: its agents are still starting
+    assert asked == ["time limit"], "asked again until there is a verdict, and left for the leader"
+    assert cluster.events("request") == []
+    cluster.close()
 
 
 def test_the_batch_script_can_ask_for_a_drain_with_nothing_but_the_run_directory(cluster: Cluster) -> None:

@@ -88,7 +88,7 @@ def test_pyxis_gets_options_of_the_srun_line_and_the_batch_script_stays_outside(
     ]  # fmt: skip
     script = render(spec)
     assert not re.search(r"^#SBATCH.*container", script, re.MULTILINE)
-    for does in "conclude", "drain":
+    for does in "conclude", "warned":
         assert quote_all(module_command(sys.executable, "elastic_hpc", does)) in script.replace("\n    ", "\n  ")
 
 

@@ -44,6 +44,8 @@ def node():
     folder = Path(tempfile.mkdtemp())
     stub(folder, "srun", f"printf '%s\\0' \"$@\" > {folder}/argv; . {folder}/srun_does")
     stub(folder, "scontrol", "echo n1; echo n2")
+    stub(folder, "squeue", f"cat {folder}/ends")
+    (folder / "ends").write_text("Unknown\n")
     stub(folder, "python", f"shift 2; echo $* >> {folder}/asked")
     (folder / "srun_does").write_text("")
     yield folder
@@ -191,9 +193,33 @@ def test_the_warning_reaches_the_agents_and_sruns_own_exit_code_survives_it(node
         time.sleep(0.2)
     assert process.communicate(timeout=20) == (b"", b"")
     (node / "srun_does").write_text("")
-    drain = f"elastic_hpc drain {node}/logs/7\n"
+    warned = f"elastic_hpc warned {node}/logs/7\n"
     conclude = f"elastic_hpc conclude {node}/logs/7 3 --signal {name}\n"
-    assert (node / "asked").read_text() == drain + drain + conclude
+    assert (node / "asked").read_text() == warned + warned + conclude
+
+
+@pytest.mark.parametrize(("left", "warned"), [(50, True), (3600, False), (None, False)])
+def test_a_warning_that_slurm_sent_before_the_script_began_is_not_lost(node, left, warned):
+    (node / "asked").unlink(missing_ok=True)
+    (node / "ends").write_text(f"{time.time() + left:.0f}\n" if left else "Unknown\n")
+    (node / "srun_does").write_text("sleep 0.5")
+    process = start(node, job(node, signal=WarningSignal(lead=timedelta(seconds=60))))
+    assert process.communicate(timeout=20) == (b"", b"")
+    (node / "srun_does").write_text("")
+    (node / "ends").write_text("Unknown\n")
+    assert ("elastic_hpc warned" in (node / "asked").read_text()) == warned
+
+
+def test_a_warning_that_comes_as_soon_as_the_script_begins_does_not_end_it(node):
+    (node / "asked").unlink(missing_ok=True)
+    slow = stub(node, "install", f'touch {node}/began; sleep 0.5; exec /usr/bin/install "$@"')
+    process = start(node, job(node))
+    while not (node / "began").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR2)
+    assert (*process.communicate(timeout=20), process.returncode) == (b"", b"", 0)
+    slow.unlink()
+    assert "elastic_hpc warned" in (node / "asked").read_text()
 
 
 def test_a_warning_that_comes_before_conclude_listens_does_not_end_the_script(node):

@@ -124,6 +124,8 @@ def test_a_store_of_a_round_that_nobody_wants_any_more_is_closed_when_it_comes(h
 class Record:
     """Keeps the events; nothing else is written."""
 
+    warning = ""
+
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
