@@ -225,14 +225,24 @@ def _cancelled(rundir: RunDir) -> None:
 
 
 def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The nodes to exclude, and the nodes not to exclude any more. Both are empty if the record is damaged."""
+    """The nodes to exclude, and the nodes not to exclude any more. Both are empty if the record is damaged, or Slurm
+    shows no nodes at all. What could not be seen is printed.
+    """
     try:
         recorded = strikes.load([*(rundir.read("state.json") or {}).get("strikes", ()), *rundir.unfit()])
         if not recorded:
             return (), ()
         options = rundir.read("spec.json") or {}
         wanted = NodeRange.parse(options.get("--nodes", "1:1")).max + int(options.get("--spares", 0))
-        exclude = strikes.excluded(recorded, time.time(), slurm.usable_nodes(job), wanted)
+        usable, problem = slurm.usable_nodes(job)
+        if problem:
+            print(
+                f"elastic_hpc: the states of nodes cannot be seen ({problem}): each node of the partition counts as "
+                "usable; nodes that failed under this job are known from its record",
+                file=sys.stderr,
+            )
+        exclude = strikes.excluded(recorded, time.time(), usable, wanted)
         return exclude, strikes.readmitted(recorded, exclude)
-    except (ElasticError, OSError, ValueError):
+    except (ElasticError, OSError, ValueError) as error:
+        print(f"elastic_hpc: no node is avoided, although some may have failed: {error}", file=sys.stderr)
         return (), ()

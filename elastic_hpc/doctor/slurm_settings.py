@@ -175,6 +175,21 @@ def _accounting(facts: Facts, _: timedelta) -> Finding:
     return Finding(Level.NOTE, "accounting", f"{found}, MinJobAge = {age}", means, advice)
 
 
+def _private_data(facts: Facts, _: timedelta) -> Finding:
+    value, found = _setting(facts, "PrivateData")
+    hidden = set(value.replace(" ", "").split(","))
+    if "nodes" in hidden:
+        means = (
+            "Slurm shows users no states of nodes: a job avoids the nodes that failed under it, and does not know "
+            "which others are down"
+        )
+        advice = "you: nothing; administrator, who wants jobs to see them: PrivateData without nodes"
+        return Finding(Level.NOTE, "private data", found, means, advice)
+    return Finding(
+        Level.OK, "private data", found, "your jobs see the states of nodes, which they need after a requeue"
+    )
+
+
 def _pyxis(facts: Facts, _: timedelta) -> Finding:
     if "srun_help" in facts.unknown:
         raise _Unknown(facts.unknown["srun_help"])
@@ -193,5 +208,6 @@ _CHECKS: tuple[tuple[str, Callable[[Facts, timedelta], Finding]], ...] = (
     ("preemption", _preemption),
     ("job arrays", _arrays),
     ("accounting", _accounting),
+    ("private data", _private_data),
     ("pyxis", _pyxis),
 )

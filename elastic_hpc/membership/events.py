@@ -45,6 +45,10 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "left": ("an agent has gone that had to", {"node": _NODE, "reason": _WHY, "round": _ROUND, "silent": "the same"}),
     "release": ("a node is let go", {"node": _NODE, "reason": _WHY}),
+    "absent": (
+        "the job goes on without a granted node, whose agent was never in touch",
+        {"node": _NODE, "reason": _WHY},
+    ),
     "unfit": ("a node's preflight says that it should not take part", {"node": _NODE, "reason": _WHY}),
     "refused": ("an agent may not take part", {"node": _NODE, "reason": _WHY}),
     "stranger": (
@@ -151,6 +155,8 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
             return f"the agent on {fields['node']} is started anew"
         case "growth_problem":
             return f"the job does not grow: {fields['reason']}"
+        case "absent":
+            return f"{fields['node']} never joined: {fields['reason']}"
         case "unfit" | "barred":
             return f"{fields['node']} stays out: {fields['reason']}"
         case "refused":

@@ -7,7 +7,7 @@ Its inputs are what has arrived (``on_...``), with the time; its outputs are col
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from elastic_hpc.membership.admission import Admission, Refusal
@@ -24,7 +24,7 @@ from elastic_hpc.membership.policy import Action, Decision, Outcome, Policy, Ver
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster, distinct
 from elastic_hpc.membership.rules import decide, requeue_or_fail
-from elastic_hpc.membership.strikes import Strike
+from elastic_hpc.membership.strikes import NEVER_JOINED, Strike
 from elastic_hpc.membership.world import World
 
 STOP_TIMEOUT = 60.0
@@ -402,6 +402,7 @@ class Leader:
         addr = rank0.status.host.addresses[0] if rank0.addr.startswith("127.") else rank0.addr
         port, size = self._stores.ports[self.round], len(nodes)
         plans = {node: Plan(rank, size, self.restarts, port, addr) for rank, node in enumerate(nodes)}
+        self._record_absent()
         self._stage, self._first, self._last_loss = "run", False, ""
         self._world = World(nodes, plans, now)
         base = Base(self.round, self.node, tuple(node for node in nodes if peers[node].status.votes))
@@ -420,6 +421,11 @@ class Leader:
             restarts=self.restarts,
             leader=peers[self.node].status.name if self.node in peers else None,
         )
+
+    def _record_absent(self) -> None:
+        """The job goes on without the granted nodes that have never been in touch, and avoids them after a requeue."""
+        for name in self.peers.absent if self._first else ():
+            self._event("absent", node=name, reason=NEVER_JOINED)
 
     def _release(self, decision: Decision) -> None:
         for node in decision.nodes:
@@ -450,6 +456,9 @@ class Leader:
 
     def _end(self, decision: Decision, now: float) -> None:
         outcome, ended = _OUTCOMES[decision.action], self.round
+        if self._first and decision.cause == "node lost" and (absent := self.peers.absent_names):
+            decision = replace(decision, reason=f"{decision.reason}; never joined: {absent}")
+            self._record_absent()
         self._close_round(now)
         failure = None if outcome == "finished" else self._failures.last_failure
         if outcome == "requeue":

@@ -114,9 +114,14 @@ class Peers(dict[int, Peer]):
         return self.leaving.get(status.node, "") or barred
 
     @property
+    def absent(self) -> list[str]:
+        """Slurm's names of the granted nodes that have never been in touch; none while the names are not known."""
+        return [name for node, name in enumerate(self._granted_names) if node not in self._arrived]
+
+    @property
     def absent_names(self) -> str:
-        """The granted nodes that have never been in touch, in Slurm's notation."""
-        text = fold([name for node, name in enumerate(self._granted_names) if node not in self._arrived])
+        """``absent`` in Slurm's notation."""
+        text = fold(self.absent)
         return text if len(text) <= _MOST_NAMES else f"{text[:_MOST_NAMES].rpartition(',')[0]}, ..."
 
     def needs(self, wanted: int, *, over: bool) -> Needs:

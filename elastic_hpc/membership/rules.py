@@ -28,6 +28,11 @@ STORE_TIMEOUT = 120.0
 answer delays a start by up to a minute.
 """
 
+STRAGGLER_SHARE = 0.3
+"""How long a start with too few nodes goes on after the last agent has come, in parts of ``join_timeout``. All agents
+start at the same moment: a node that is silent for so long has no agent that starts, and other nodes may be free.
+"""
+
 LISTEN_TIMEOUT = 3.0
 """Seconds after a drain in which workers of a round that was just formed may still report that they listen for it. If
 no worker has reported this by then, the workers are stopped without a checkpoint.
@@ -201,6 +206,8 @@ def _while_too_few(view: View, policy: Policy) -> Decision:
     least = policy.sizes[0] if policy.sizes else policy.min_nodes
     if view.first:
         waited, patience = view.since_start, policy.join_timeout
+        if view.absent and policy.can_requeue and view.requeues < policy.max_requeues:
+            patience = min(patience, waited - view.since_newcomer + STRAGGLER_SHARE * patience)
     else:
         waited, patience = view.below_min, policy.heartbeat_timeout
         if view.coming:

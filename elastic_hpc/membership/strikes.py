@@ -12,6 +12,10 @@ EXPIRY = timedelta(hours=24)
 """Age at which a strike stops counting: by then the site has drained the node, or repaired it."""
 
 
+NEVER_JOINED = "it was granted, and its agent was never in touch"
+"""The reason of a strike that is forgotten when an agent comes from that node."""
+
+
 @dataclass(frozen=True)
 class Strike:
     """One failure of one node."""

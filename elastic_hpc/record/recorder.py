@@ -15,7 +15,7 @@ from typing import Any
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.events import sentence
 from elastic_hpc.membership.roster import Host
-from elastic_hpc.membership.strikes import Strike, dump, live, load
+from elastic_hpc.membership.strikes import NEVER_JOINED, Strike, dump, live, load
 from elastic_hpc.record.endpoint import ENDPOINT, Published
 from elastic_hpc.record.rundir import RunDir
 
@@ -71,7 +71,9 @@ class Recorder:
     def event(self, name: str, fields: dict[str, Any]) -> None:
         """Append an event; the agent's log shows most of them too."""
         when = time.time()
-        if name in {"lost", "unfit", "barred"}:
+        if name == "join":
+            self._put(lambda: self._forgive(fields["node"]))
+        if name in {"lost", "unfit", "barred", "absent"}:
             known = {field: fields[field] for field in ("node", "reason", "signature", "step") if field in fields}
             self._put(lambda: self._strikes.append(Strike(time=when, **known)))
         if name not in {"progress", "allocation", "started"}:
@@ -123,6 +125,10 @@ class Recorder:
             state = {}  # damaged, and will not be read later either
         self._strikes_loaded = True
         self._strikes = list(live((*load(state.get("strikes", ())), *self._strikes), time.time()))
+
+    def _forgive(self, node: str) -> None:
+        """An agent has come from ``node``, which may be late, or work again."""
+        self._strikes = [strike for strike in self._strikes if (strike.node, strike.reason) != (node, NEVER_JOINED)]
 
     def _beat(self) -> None:
         with contextlib.suppress(ElasticError):

@@ -117,18 +117,33 @@ def expand(nodes: str) -> list[str]:
     return client.scontrol("show", "hostnames", nodes).split() if nodes else []
 
 
-def usable_nodes(job: str) -> frozenset[str]:
-    """Names of the nodes that Slurm could give to ``job``, now or when others have left them.
+def usable_nodes(job: str) -> tuple[frozenset[str], str]:
+    """Names of the nodes that Slurm could give to ``job``, now or when others have left them; and why the states of
+    nodes could not be seen, empty if they were seen.
 
-    They are in one of its partitions and neither down nor drained. Other demands of the job are not considered. Nodes
-    that the job excludes are among them, because that may change.
+    The nodes are in one of its partitions and neither down nor drained. Other demands of the job are not considered.
+    Nodes that the job excludes are among them, because that may change. A site with PrivateData=nodes refuses the
+    states to users, of sinfo too: then these are all nodes of its partitions. Raises SlurmError if nothing can be seen.
     """
     partitions = set(show_job(job).partitions)
+    try:
+        rows = client.records(client.scontrol("show", "node", "--oneliner"))
+    except SlurmError as error:
+        return _nodes_of(partitions), str(error)
+    if not rows:
+        return _nodes_of(partitions), "Slurm shows no node"
     # Not from sinfo: 22.05 goes on listing a node as mixed* that was set DOWN under a job.
     gone = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "FUTURE", "UNKNOWN", "NOT_RESPONDING", "MAINT"}
-    return frozenset(
+    usable = frozenset(
         row["NodeName"]
-        for row in client.records(client.scontrol("show", "node", "--oneliner"))
+        for row in rows
         if not partitions.isdisjoint(row.get("Partitions", "").split(","))
         and gone.isdisjoint(word.rstrip("*~#!%$@^-") for word in row.get("State", "UNKNOWN").split("+"))
     )
+    return usable, ""
+
+
+def _nodes_of(partitions: set[str]) -> frozenset[str]:
+    rows = client.records(client.scontrol("show", "partition", "--oneliner", "--all"))
+    nodes = [row.get("Nodes", "(null)") for row in rows if row.get("PartitionName") in partitions]
+    return frozenset(expand(",".join(text for text in nodes if text != "(null)")))

@@ -41,13 +41,13 @@ class JobView:
     """The first failure of a job that failed: ``kind``, ``node``, ``rank``, ``exit_code``, ``message``, ``traceback``
     and so on."""
     nodes: tuple[str, ...]
-    """The nodes of the world that trains, or trained last, in rank order."""
+    """The nodes of the world that trains, or that trained last if the job does not run, in rank order."""
     min_nodes: int | None
     max_nodes: int | None
     joiners: int
     """Nodes that jobs of their own have brought."""
     world_size: int
-    """Workers; 0 before the first world."""
+    """Workers of that world; 0 without one."""
     leader: str
     """Name of the leader's node, empty for unknown."""
     round: int
@@ -102,6 +102,7 @@ def view(job: Observed, story: Story, now: float) -> JobView:
     has_nodes = state in _HAS_NODES
     spent = account(story, now if has_nodes else None)
     last = story.rounds[-1] if story.rounds else None
+    world = None if state == "RUNNING" and not story.current else last
     charged = next((round for round in reversed(story.rounds) if round.charged), None)
     limit = (job.queued.ends if job.queued else None) or (story.runs[-1].ends if story.runs else None)
     limits = story.limits
@@ -115,12 +116,12 @@ def view(job: Observed, story: Story, now: float) -> JobView:
         reason=last_reason(job, story) or (note if over else ""),
         advice=advice,
         failure=job.verdict["failure"] if job.final and job.verdict and job.final != "COMPLETED" else None,
-        nodes=last.nodes if last else (),
+        nodes=world.nodes if world else (),
         min_nodes=limits.get("min_nodes"),
         max_nodes=limits.get("max_nodes"),
         joiners=sum(joiner.left is None for joiner in story.joiners) if has_nodes else 0,
-        world_size=last.world_size if last else 0,
-        leader=last.leader if last else "",
+        world_size=world.world_size if world else 0,
+        leader=world.leader if world else "",
         round=last.number if last else 0,
         runs=len(story.runs),
         restarts=story.restarts,

@@ -12,10 +12,17 @@ from typing import Any, NamedTuple
 
 from elastic_hpc.slurm.states import LIVES, WAITS, Queued, SlurmJob
 from elastic_hpc.view.story import Story
-from elastic_hpc.view.times import span
+from elastic_hpc.view.times import clock, span
 
 _SILENT = 30.0
 """Seconds without a sign of a leader after which a running job counts as having no leader."""
+
+
+_LIVING = {
+    "CONFIGURING": "Slurm prepares its nodes: they boot, or the site's prolog runs there",
+    "COMPLETING": "Slurm waits for its nodes: their processes end, or the site's epilog runs there, or a node is lost",
+}
+"""What the states mean of a job that is not over and does not train."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def state_of(job: Observed, story: Story) -> State:
         note = queued.reason + (f"; it was requeued: {reason}" if reason else "")
         return State(queued.state, note, _to_start(job, queued.reason))
     if queued.state in LIVES:
-        return State(queued.state, _leadership(job, story) if queued.state == "RUNNING" else "")
+        return State(queued.state, _LIVING.get(queued.state, "") or _leadership(job, story))
     if not story.runs:
         return _never_led(job, queued)
     note = f"Slurm ended it; before, it was requeued: {reason}" if reason else "Slurm ended it, its record has no end"
@@ -94,8 +101,14 @@ def last_reason(job: Observed, story: Story) -> str:
 def _leadership(job: Observed, story: Story) -> str:
     """A note on a running job that has no leader, or no world; else empty."""
     if job.silent is None or job.silent > _SILENT:
+        if not story.runs or story.runs[-1].ended is not None:  # a leader of the run before tells nothing of this one
+            return "nobody leads yet: no agent has started on its first node"
         return f"nobody leads {'yet' if job.silent is None else f'since {span(job.silent)}'}"
-    return "" if story.current else "the world is being formed"
+    if story.current:
+        return ""
+    if not story.waiting:
+        return "the world is being formed"
+    return f"waiting since {clock(story.waiting_since)}: {story.waiting}"
 
 
 def _forgotten(job: Observed, story: Story, reason: str) -> State:

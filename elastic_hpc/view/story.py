@@ -131,6 +131,9 @@ class Story:
     """What the user asked for, with the names of ``policy.Policy``; empty if that is not known."""
     restarts: int = 0
     requeues: int = 0
+    waiting: str = ""
+    """What the next round waits for; empty if it does not wait, or not for long."""
+    waiting_since: float = 0.0
     last_time: float = 0.0
     """Of the last event."""
     damaged: int = 0

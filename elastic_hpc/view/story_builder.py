@@ -36,6 +36,7 @@ class _StoryBuilder:
         self._limits: Mapping[str, Any] = {}
         self._broken: float | None = None
         """When the cause of the last round's end happened, or the run began; None while a round is unbroken."""
+        self._waiting = ""
         self._restarts = self._requeues = 0
         self._last_time = 0.0
 
@@ -48,6 +49,8 @@ class _StoryBuilder:
             limits=self._limits,
             restarts=self._restarts,
             requeues=self._requeues,
+            waiting=self._waiting,
+            waiting_since=self._broken or 0.0,
             last_time=self._last_time,
         )
 
@@ -75,10 +78,14 @@ class _StoryBuilder:
             self._runs[-1] = replace(self._runs[-1], ended=self._last_time)
         self._leave(None, when)
         self._runs.append(run)
-        self._broken = when
+        self._broken, self._waiting = when, ""
         self._limits = {
             k: v for k, v in event.items() if k not in {"time", "event", "version", "run", "job", "granted"}
         }
+
+    def _on_waiting(self, event: Mapping[str, Any], when: float) -> None:
+        self._waiting = str(event["reason"])
+        self._broken = self._broken or when
 
     def _on_allocation(self, event: Mapping[str, Any], _when: float) -> None:
         names = ("submitted", "started", "ends")
@@ -173,7 +180,7 @@ class _StoryBuilder:
         )
         if self._current:
             self._end(when, "its end is not on record", formed.restarts)
-        self._broken = None
+        self._broken, self._waiting = None, ""
         self._rounds.append(formed)
 
     def _on_restart(self, event: Mapping[str, Any], when: float) -> None:
@@ -190,6 +197,7 @@ class _StoryBuilder:
         self._end(when, end["reason"], int(event["restarts"]))
         charged = int(event["requeues"]) > self._requeues
         self._requeues = int(event["requeues"])
+        self._waiting = ""
         self._leave(None, when)
         if self._runs:
             self._runs[-1] = replace(self._runs[-1], ended=when, charged=charged, **end)

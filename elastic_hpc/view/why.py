@@ -20,7 +20,7 @@ from elastic_hpc.view.times import clock, span
 _SHOWN = frozenset(
     {
         *("take_over", "abdicate", "agent_restart", "joiners", "joiners_cancelled", "growth_problem", "unfit"),
-        *("barred", "refused", "release", "left", "drain", "request", "store_failed", "stranger", "started"),
+        *("absent", "barred", "refused", "release", "left", "drain", "request", "store_failed", "stranger", "started"),
     }
 )
 """Events that say what was done, or why it was not done."""
@@ -31,6 +31,7 @@ def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> Re
     parts: list[RenderableType] = [_head(view, story)]
     runs = {run.number: run for run in story.runs}
     last_run = -1
+    led = {round.run for round in story.rounds}
     for number, round in enumerate(story.rounds):
         if round.run != last_run:
             last_run = round.run
@@ -39,6 +40,7 @@ def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> Re
         until = following.formed if following else float("inf")
         shown = [event for event in events if event["event"] in _SHOWN and round.formed <= event["time"] < until]
         parts.append(_round(round, following, story, shown))
+    parts.extend(_without_world(run, events) for run in story.runs if run.number not in led)
     if view.node_seconds:
         parts.append(_spent(view))
     if advised := advice(view, story):
@@ -70,6 +72,15 @@ def _run_head(run: Run | None, number: int) -> Text:
     if run.submitted is not None and run.started is not None:
         text += f", after {span(max(0.0, run.started - run.submitted))} in the queue"
     return Text(text, "bold")
+
+
+def _without_world(run: Run, events: Sequence[Mapping[str, Any]]) -> Text:
+    """A run in which no world was formed: what it waited for."""
+    text = _run_head(run, run.number)
+    for event in events:
+        if event["event"] in _SHOWN | {"waiting", "join"} and run.began <= event["time"] <= (run.ended or float("inf")):
+            text.append(f"\n  {clock(event['time'])[11:]}  {sentence(event['event'], event)}", "not bold dim")
+    return text.append(f"\n  no world was formed: {run.reason}" if run.reason else "", "not bold")
 
 
 def _round(round: Round, following: Round | None, story: Story, events: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -70,7 +70,11 @@ def test_a_site_that_suits_elastic_jobs_is_told_so(commands: Path):
     findings = slurm_findings(slurm.facts(None), GRACE)
     assert {finding.about: finding.level for finding in findings} == {
         **dict.fromkeys(
-            ("requeue", "KillOnBadExit", "SlurmdTimeout", "KillWait", "preemption", "job arrays"), Level.OK
+            (
+                *("requeue", "KillOnBadExit", "SlurmdTimeout", "KillWait", "preemption", "job arrays"),
+                "private data",
+            ),
+            Level.OK,
         ),
         "accounting": Level.NOTE,
         "pyxis": Level.NOTE,
@@ -93,6 +97,7 @@ def test_a_site_that_forbids_requeue_is_told_what_to_set(commands: Path):
         ("SlurmdTimeout", "0 sec", "SlurmdTimeout", Level.WARN, "SlurmdTimeout=300"),
         ("KillWait", "10 sec", "KillWait", Level.WARN, "KillWait=30"),
         ("MaxArraySize", "1", "job arrays", Level.NOTE, "--array"),
+        ("PrivateData", "jobs,nodes", "private data", Level.NOTE, "PrivateData without nodes"),
     ],
 )
 def test_each_setting_that_costs_something_says_what_to_set(

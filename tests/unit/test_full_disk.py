@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -15,11 +16,13 @@ import pytest
 from cluster import Cluster, Node, end_of, wait_for
 from test_script import stub
 
+from elastic_hpc import slurm
 from elastic_hpc.agent import conclude, last_words
-from elastic_hpc.errors import ElasticError
+from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.job.script import render
 from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.membership.roster import Host
+from elastic_hpc.membership.strikes import NEVER_JOINED, Strike, dump
 from elastic_hpc.network.client import ask_leader
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.values import NodeRange
@@ -155,6 +158,37 @@ def test_all_that_is_written_once_is_written_again_until_it_stands(disk: Disk, h
     assert rundir.read("spec.json") == {"--nodes": "1:2"}
     assert not [name for name in os.listdir(rundir.path) if name.startswith(".")], "no half-written files"
     recorder.close()
+
+
+def test_a_node_that_never_joined_is_avoided_until_its_agent_comes(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path)
+    recorder = Recorder(rundir, 0, Host(0, "n0", ("10.0.0.1",), 1))
+    for node in ("n1", "n2"):
+        recorder.event("absent", {"node": node, "reason": NEVER_JOINED})
+    recorder.event("lost", {"node": "n2", "reason": "its connection was closed", "round": 1, "silent": 0.0})
+    recorder.event("join", {"node": "n2", "addr": "10.0.0.3", "joiner": False})
+    recorder.state(round=1)
+    recorder.close()
+    struck = [(strike["node"], strike["reason"]) for strike in (rundir.read("state.json") or {})["strikes"]]
+    assert struck == [("n1", NEVER_JOINED), ("n2", "its connection was closed")]
+
+
+@pytest.mark.parametrize("shows", ["nodes", "partitions", "nothing"])
+def test_a_requeue_says_what_it_cannot_see_and_avoids_what_its_own_record_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shows: str
+) -> None:
+    rundir, nodes = RunDir(tmp_path), frozenset({"n1", "n2", "n3", "n4"})
+
+    def usable(_job: str) -> tuple[frozenset[str], str]:
+        if shows == "nothing":
+            raise SlurmError("Access/permission denied")
+        return nodes, "Access/permission denied" if shows == "partitions" else ""
+
+    monkeypatch.setattr(slurm, "usable_nodes", usable)
+    rundir.write("spec.json", {"--nodes": "3:3"})
+    rundir.write("state.json", {"strikes": dump([Strike("n3", time.time(), NEVER_JOINED)])})
+    assert conclude._nodes_to_avoid(rundir, "7") == (((), ()) if shows == "nothing" else (("n3",), ()))
+    assert ("denied" in capsys.readouterr().err) == (shows != "nodes")
 
 
 def test_a_secret_is_whole_or_not_there(disk: Disk) -> None:

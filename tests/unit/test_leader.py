@@ -42,7 +42,12 @@ class Job:
     """A leader whose agents, one per connection of the same number, say what the test says."""
 
     def __init__(
-        self, granted: int = 2, inherited: Roster | None = None, strikes: Sequence[Strike] = (), **changes: Any
+        self,
+        granted: int = 2,
+        inherited: Roster | None = None,
+        strikes: Sequence[Strike] = (),
+        names: Sequence[str] = (),
+        **changes: Any,
     ) -> None:
         self.now = 0.0
         self.leader = Leader(
@@ -51,6 +56,7 @@ class Job:
             nproc=2,
             now=0.0,
             granted=granted,
+            granted_names=names,
             promises=promises_of(inherited),
             reason="n9 lost" if inherited else "",
             strikes=strikes,
@@ -122,6 +128,42 @@ def test_a_round_forms_without_any_wait_when_all_granted_nodes_are_there() -> No
     sent = orders(job.say(1, round=1))
     assert {order.stage for order in sent.values()} == {"run"}
     assert [sent[conn].plan.group_rank for conn in (0, 1)] == [0, 1]  # type: ignore[union-attr]
+
+
+NAMES = ("n0", "n1", "n2")
+
+
+def test_a_granted_node_whose_agent_never_starts_is_given_up_long_before_the_join_timeout() -> None:
+    job = Job(3, names=NAMES, min_nodes=3, max_nodes=3, can_requeue=True, join_timeout=600.0)
+    job.ready(0)
+    job.wait(20)
+    job.ready(1)
+    while not job.leader.verdict and job.now < 600:
+        job.wait(1)
+        job.ready(0, 1)
+    assert 200 <= job.now < 210, "180 s after the last agent came"
+    assert job.leader.verdict
+    assert job.leader.verdict.outcome == "requeue"
+    assert job.leader.verdict.reason.endswith("; never joined: n2")
+    assert [event["node"] for event in job.events("absent")] == ["n2"]
+
+
+@pytest.mark.parametrize("changes", [{"can_requeue": False}, {"can_requeue": True, "max_requeues": 0}])
+def test_a_job_that_gets_no_other_nodes_waits_for_all_of_the_join_timeout(changes: Any) -> None:
+    job = Job(3, names=NAMES, min_nodes=3, max_nodes=3, join_timeout=600.0, **changes)
+    job.ready(0)
+    while not job.leader.verdict and job.now < 700:
+        job.wait(1)
+        job.ready(0)
+    assert 599 < job.now < 605
+
+
+def test_a_world_that_forms_without_a_granted_node_notes_that_node() -> None:
+    job = Job(3, names=NAMES, min_nodes=2, max_nodes=3)
+    job.ready(0)
+    job.ready(1)
+    job.wait(POLICY.last_call_timeout + 1)
+    assert [event["node"] for event in job.events("absent")] == ["n2"]
 
 
 def test_the_roster_goes_before_the_run_order_and_only_to_those_who_do_not_have_it() -> None:

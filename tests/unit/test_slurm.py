@@ -182,7 +182,21 @@ def test_nodes_that_are_down_drained_silent_or_elsewhere_are_not_usable(fake: Fa
     lines = [f"NodeName={name} State={state} Partitions=x,b" for name, state in states.items()]
     lines[2] += " Reason=was State=IDLE [root@t0]"
     fake.tell("show node", "\n".join([*lines, "NodeName=n7 State=IDLE Partitions=c"]))
-    assert slurm.usable_nodes("7") == {"n1", "n5", "n6"}
+    assert slurm.usable_nodes("7") == ({"n1", "n5", "n6"}, "")
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_where_the_site_hides_its_nodes_those_of_the_partition_count_as_usable_and_the_reason_is_told(
+    fake: Fake, *, refuses: bool
+):
+    refusal = 'echo "slurm_load_node error: Access/permission denied" >&2; exit 1' if refuses else ":"
+    hosts = 'echo "$3" | tr , "\\n"'
+    fake.program("scontrol", f'case "$1 $2" in "show node") {refusal};; "show hostnames") {hosts};; esac')
+    lines = ["PartitionName=d Nodes=n8", "PartitionName=b Nodes=n1,n2", "PartitionName=a Nodes=(null)"]
+    fake.tell("show partition", "\n".join([*lines, "PartitionName=c Nodes=n9"]))
+    nodes, problem = slurm.usable_nodes("7")
+    assert nodes == {"n1", "n2"}
+    assert ("denied" in problem) if refuses else problem
 
 
 def test_without_slurm_the_error_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

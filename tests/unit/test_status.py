@@ -26,7 +26,8 @@ from elastic_hpc.view.state import Observed
 from elastic_hpc.view.status import card, table
 from elastic_hpc.view.story import Story
 from elastic_hpc.view.story_builder import story_of
-from elastic_hpc.view.times import span
+from elastic_hpc.view.times import clock, span
+from elastic_hpc.view.why import page
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,26 @@ def test_a_job_that_was_cancelled_while_it_waited_after_a_requeue() -> None:
 def test_a_running_job_that_nobody_leads_is_told_so() -> None:
     now = time.time()
     assert view(seen(silent=65.0), running(), now).note == "nobody leads since 1 min 5 s"
-    assert view(seen(silent=None), Story(), now).note == "nobody leads yet"
+    assert view(seen(silent=None), Story(), now).note == "nobody leads yet: no agent has started on its first node"
+
+
+def test_a_running_job_without_a_world_names_what_it_waits_for_and_shows_no_node_of_the_run_before() -> None:
+    events = list(records.events("faults"))
+    again = next(i for i, event in enumerate(events) if event["event"] == "start" and event["run"] == 1)
+    start = events[again]
+    waits = {"event": "waiting", "round": 9, "reason": "2 of at least 3 nodes are here; not joined yet: n3"}
+    until_now = [*events[: again + 1], {**waits, "time": start["time"] + 1}]
+    story = story_of(until_now)
+    one = view(seen(), story, start["time"] + 5)
+    assert one.note == f"waiting since {clock(start['time'])}: 2 of at least 3 nodes are here; not joined yet: n3"
+    assert (one.nodes, one.world_size, one.leader) == ((), 0, "")
+    assert f"0 of {one.min_nodes}:{one.max_nodes}" in shown(table([one]))
+    assert "not joined yet: n3" in shown(page(one, story, until_now)).partition("run 2")[2]
+
+
+def test_a_job_whose_nodes_slurm_prepares_or_clears_is_told_so() -> None:
+    assert "prolog" in view(seen(queued=Queued("CONFIGURING", None, "Prolog")), Story(), 0.0).note
+    assert "epilog" in view(seen(queued=Queued("COMPLETING", None, "None")), running(), 0.0).note
 
 
 def test_a_job_that_has_not_started_says_what_it_waits_for() -> None:
