@@ -1,8 +1,14 @@
-"""Sends a job back to the queue: to go on, or to end as its batch script would have ended."""
+"""Sends a job back to the queue: to go on, or to end as its batch script would have ended.
+
+Slurm lets a job start two minutes after its completion, unless its start time lies beyond the completion already. No
+process of the job lives so long, and an epilog may take any time. So the caller lives until the first other node of the
+job has completed, and takes the time of that node for what its own node will need.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Collection, Sequence
 from datetime import timedelta
@@ -10,11 +16,23 @@ from datetime import timedelta
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import cancel, expand, show_job
+from elastic_hpc.slurm.settings import has_epilog
 from elastic_hpc.slurm.states import SlurmJob
 
 # slurmctld retries a change that it cannot make yet for 5 seconds, and makes it even if the client is gone by then.
 # A process of the job must not wait that long: the job does not complete while the process lives.
 _CHANGE_SECONDS = 1
+
+_WATCH_SECONDS = 25
+"""Seconds for which another node is watched. After KillWait, 30 s by default, Slurm kills the caller."""
+
+_POLL = 0.5
+
+_MOMENT = 2.0
+"""Seconds that a completion takes if nothing holds it up."""
+
+_EPILOG = timedelta(seconds=30)
+"""Time that an epilog may take where there is no other node to watch."""
 
 
 def requeue(
@@ -28,10 +46,10 @@ def requeue(
 ) -> str | None:
     """Send ``job``, for an array task ``JOB_TASK``, back to the queue, to start after ``start_after``.
 
-    ``start_after`` must outlast the completion of the job, else Slurm sets a start time of its own, two minutes away.
-    Nodes of ``exclude`` are added to those that the job excludes, nodes of ``readmit`` are taken off again. For
-    ``lost`` nodes, other than the batch host, the completion does not wait until Slurm notices the loss too. With
-    ``run``, the caller's SLURM_RESTART_COUNT, a requeue that another caller made counts as this one.
+    ``start_after`` is for a completion that nothing holds up: the time that an epilog takes is added. Nodes of
+    ``exclude`` are added to those that the job excludes, nodes of ``readmit`` are taken off again. For ``lost`` nodes,
+    other than the batch host, the completion does not wait until Slurm notices the loss too. With ``run``, the caller's
+    SLURM_RESTART_COUNT, a requeue that another caller made counts as this one.
 
     Every process of the job should end as soon as this returns, the caller included: where Slurm has taken a lost node
     from the job and has no slurmdbd, it accepts a start time only when the job has completed, and waits 5 seconds for
@@ -40,8 +58,11 @@ def requeue(
     Raises SlurmError if the job is not requeued. Returns what Slurm refused after that, None if nothing.
     """
     before = show_job(job)
-    _requeue(job, before, run, lost)
-    return _change(job, [_start(start_after), *_excluding(before, exclude, readmit)])
+    is_mine = _requeue(job, before, run, lost)
+    refused = _change(job, [_start(start_after), *_excluding(before, exclude, readmit)])
+    with contextlib.suppress(SlurmError):
+        _outlast(job, before, start_after, lost, watch=is_mine)
+    return refused
 
 
 def complete(job: str, *, start_after: timedelta, exclude: Collection[str] = (), run: int | None = None) -> str | None:
@@ -53,32 +74,60 @@ def complete(job: str, *, start_after: timedelta, exclude: Collection[str] = (),
     """
     before = show_job(job)
     try:
-        _requeue(job, before, run)
+        is_mine = _requeue(job, before, run)
     except SlurmError as error:
         cancel(job)
         raise SlurmError(f"{error}; cancelled it instead") from None
     least = [["NumNodes=1"], ["TimeLimit=1"]]  # the time limit for backfill
     if before.required:
         least.append(["ReqNodeList="])
-    return _change(job, [*_excluding(before, exclude, ()), *least, _start(start_after)])
+    refused = _change(job, [*_excluding(before, exclude, ()), *least, _start(start_after)])
+    with contextlib.suppress(SlurmError):
+        _outlast(job, before, start_after, watch=is_mine)
+    return refused
 
 
-def _requeue(job: str, before: SlurmJob, run: int | None, lost: Collection[str] = ()) -> None:
-    """Requeue ``job`` unless it is requeued already. Never brings a cancelled job back."""
+def _outlast(job: str, before: SlurmJob, start_after: timedelta, lost: Collection[str] = (), *, watch: bool) -> None:
+    """Put the start of ``job`` off by as long as its completion takes, if that is longer than a moment. Only one caller
+    may ``watch``: two would wait for each other's nodes.
+    """
+    nodes = set(expand(before.nodes)).difference(lost, {before.batch_host, os.environ.get("SLURMD_NODENAME", "")})
+    if not (watch and nodes):
+        if has_epilog():
+            _change(job, [_start(start_after + _EPILOG)])
+        return
+    begin, put_off = time.monotonic(), 0.0
+    while (elapsed := time.monotonic() - begin) < _WATCH_SECONDS:
+        shown = show_job(job)
+        if shown.state != "COMPLETING" or not nodes <= set(expand(shown.nodes)):
+            break
+        if elapsed > put_off + _MOMENT:  # in time, should the caller be killed now
+            put_off = elapsed
+            _change(job, [_start(start_after + timedelta(seconds=put_off))])
+        time.sleep(_POLL)
+    if put_off:
+        _change(job, [_start(start_after + timedelta(seconds=elapsed))])
+
+
+def _requeue(job: str, before: SlurmJob, run: int | None, lost: Collection[str] = ()) -> bool:
+    """Requeue ``job`` unless it is requeued already. Never brings a cancelled job back. Returns whether this call has
+    requeued the job.
+    """
     becomes = before.becomes(run)
     if becomes == "REQUEUED":
-        return
+        return False
     if not before.may_requeue:
         raise SlurmError(f"job {job} may not be requeued: --no-requeue, JobRequeue=0 of the site, or an administrator")
     if becomes in {"TIMEOUT", "PREEMPTED"}:
         client.scontrol("requeue", job)
-        return
+        return True
     if before.state == "COMPLETING":
         raise SlurmError(f"job {job} is {becomes}: not requeued")
     _release(before, job, lost)
     client.scontrol("requeue", "incomplete", job)  # does nothing, silently, if the job was cancelled this moment
     if show_job(job).restarts == before.restarts:
         raise SlurmError(f"job {job} ended before it could be requeued")
+    return True
 
 
 def _release(before: SlurmJob, job: str, lost: Collection[str]) -> None:

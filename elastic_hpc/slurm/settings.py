@@ -61,6 +61,12 @@ def site(partition: str | None) -> Site:
     return _site(_settings(config), _row(partitions, partition))
 
 
+def has_epilog() -> bool:
+    """Whether a program runs when a job ends, on its nodes or beside slurmctld. Raises SlurmError."""
+    settings = _settings(client.run(*_CONFIG))
+    return not all(is_none(settings.get(name, "")) for name in ("Epilog", "EpilogSlurmctld", "Epilog[0]"))
+
+
 def facts(partition: str | None) -> Facts:
     """All that can be asked without a job; the partition as for ``site``."""
     found: dict[str, str] = {}

@@ -111,6 +111,54 @@ def test_a_change_that_slurm_holds_back_is_not_waited_for(fake: Fake):
     assert fake.calls("update") == ["update JobId=7 StartTime=now+8"]
 
 
+COMPLETES = r"""
+case "$1 $2" in
+  "show job") echo x >> {folder}/asked
+    [ "$(wc -l < {folder}/asked)" -lt {after} ] || sed -i s/=n1,n2,n3/=n1,n2/ "{folder}/answer.show job";;
+  "requeue incomplete")
+    sed -i "s/Restarts=0/Restarts=1/; s/JobState=RUNNING/JobState=COMPLETING/" "{folder}/answer.show job";;
+  "show hostnames") echo "$3" | tr , "\n";;
+esac
+"""
+
+
+def starts(fake: Fake) -> list[int]:
+    """The seconds after which the job was to start, in order."""
+    told = [call for call in (fake.folder / "calls").read_text().splitlines() if "StartTime=now+" in call]
+    return [int(call.rpartition("+")[2]) for call in told]
+
+
+@pytest.mark.parametrize(("after", "held_up"), [(3, False), (12, True)])
+def test_the_start_outlasts_an_epilog_by_what_the_first_other_node_takes_to_complete(
+    fake: Fake, after: int, *, held_up: bool
+):
+    fake.tell("show job", JOB.format(**RUNNING).replace("n[1-2]", "n1,n2,n3"))
+    fake.program("scontrol", COMPLETES.format(folder=fake.folder, after=after))
+    begin = time.monotonic()
+    assert slurm.requeue("7", start_after=SOON, run=0) is None
+    if held_up:  # more than 2 s by the answers of this Slurm
+        assert starts(fake)[-1] >= 8 + int(time.monotonic() - begin) - 1 > 9
+    else:
+        assert starts(fake) == [8]
+
+
+@pytest.mark.parametrize(("epilog", "expected"), [("/etc/epilog", [8, 38]), ("(null)", [8])])
+def test_a_job_of_one_node_leaves_time_for_an_epilog(fake: Fake, epilog: str, expected: list[int]):
+    fake.tell("show job", JOB.format(**RUNNING).replace("n[1-2]", "n1"))
+    fake.tell("show config", f"Epilog = {epilog}\nEpilogSlurmctld = (null)\n")
+    fake.program("scontrol", COMPLETES.format(folder=fake.folder, after=99))
+    assert slurm.requeue("7", start_after=SOON, run=0) is None
+    assert starts(fake) == expected
+
+
+def test_who_finds_the_job_requeued_already_does_not_watch(fake: Fake):
+    fake.tell("show job", JOB.format(**{**RUNNING, "restarts": 1, "state": "COMPLETING"}).replace("n[1-2]", "n1,n2"))
+    begin = time.monotonic()
+    assert slurm.requeue("7", start_after=SOON, run=0) is None
+    assert time.monotonic() - begin < 10
+    assert starts(fake) == [8]
+
+
 def test_a_refused_exclusion_does_not_cost_the_early_start(fake: Fake):
     fake.tell("show job", JOB.format(**{**RUNNING, "restarts": 1, "state": "COMPLETING"}))
     fake.program("scontrol", 'case "$*" in *Exc*) echo "slurm_update error: Invalid node name" >&2; exit 1;; esac')
