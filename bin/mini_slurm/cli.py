@@ -46,6 +46,7 @@ up: start the cluster; returns when all nodes are idle. Installs Slurm's package
   mini-slurm up --nodes 2 --cpus-per-node 4 --gpus-per-node 0
   mini-slurm up --share /root/project
   mini-slurm up --site
+  mini-slurm --slurm /opt/slurm up
 down: end and remove everything; harmless when there is nothing.
   mini-slurm down
 status: show nodes, daemons and jobs; exit code 0 when up, 3 when not.
@@ -81,6 +82,9 @@ def parse_arguments() -> argparse.Namespace:
     default = os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm")
     text = "the cluster's directory, several can be side by side (default: $MINI_SLURM_STATE or /var/lib/mini-slurm)"
     top.add_argument("--state", type=Path, default=default, metavar="DIR", help=text)
+    prefix = os.environ.get("MINI_SLURM_PREFIX", "")
+    text = "the prefix of an installed Slurm, for up (default: $MINI_SLURM_PREFIX, or the Slurm of Debian's packages)"
+    top.add_argument("--slurm", default=prefix, metavar="PREFIX", help=text)
     subparsers = top.add_subparsers(required=True, metavar="COMMAND", dest="command_name")
     of = {}
     for name, text, examples in re.findall(r"^(\w+): ((?:.+\n)+?)((?:  .+\n)+)", HELP, re.MULTILINE):

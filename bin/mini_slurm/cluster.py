@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mini_slurm import cgroups
-from mini_slurm.system import MiniSlurmError, identity_of, run, say
+from mini_slurm.system import CLEAN_ENV, MiniSlurmError, identity_of, run, say
 
 USER = "minislurm"
 
@@ -30,6 +30,8 @@ class Shape:
     """Directories that all machines see, though a directory above is closed to others."""
     site: bool = False
     """Configured as sites do it: see the module site."""
+    slurm: str = ""
+    """The prefix of the Slurm that is used; empty for the packages' one."""
 
     @property
     def names(self) -> list[str]:
@@ -44,6 +46,7 @@ class Cluster:
         self.marker = state / "state.json"  # first file in, last one out: it says that the directory is ours
         self.conf = state / "etc/slurm/slurm.conf"
         self.home = state / "home"
+        self.slurm_link = state / "slurm"  # to the prefix of the Slurm that is used, if that is not the packages' one
         self.lock_fd = -1  # commands that outlive a crash of `up` inherit it, so that `down` waits for their end
 
     def saved(self) -> tuple[Shape, int] | None:
@@ -53,6 +56,14 @@ class Cluster:
             return Shape(**{**saved["shape"], "shares": tuple(saved["shape"]["shares"])}), saved["uid"]
         except (FileNotFoundError, ValueError):
             return None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For commands inside the machines: Slurm's are those of the cluster's own Slurm."""
+        if not self.slurm_link.is_symlink():
+            return CLEAN_ENV
+        prefix = self.slurm_link.readlink()
+        return {**CLEAN_ENV, "PATH": f"{prefix}/bin:{prefix}/sbin:{CLEAN_ENV['PATH']}"}
 
     def is_up(self) -> bool:
         return self.saved() is not None and self.init_of("rack") is not None and self.init_of("login") is not None
@@ -105,9 +116,8 @@ class Cluster:
         """Run a command as root in all namespaces of a machine."""
         if (init := self.init_of(machine)) is None:
             raise MiniSlurmError(f"machine {machine} is dead; the logs say:\n{self.log_tail()}")
-        return run(
-            "nsenter", f"--target={init}", "-m", "-u", "-i", "-n", "-p", "-C", "--wd=/", "--", *argv, check=check
-        )
+        enter = ("nsenter", f"--target={init}", "-m", "-u", "-i", "-n", "-p", "-C", "--wd=/", "--")
+        return run(*enter, *argv, check=check, env=self.environment)
 
     def slurm(self, *argv: str, check: bool = True) -> str:
         """Run a command of Slurm on the login machine; times in its output are epoch seconds."""

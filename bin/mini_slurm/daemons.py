@@ -14,12 +14,16 @@ from mini_slurm.system import MiniSlurmError, say
 DEADLINE_S = 90.0
 
 
-def start_munged(cluster: Cluster) -> None:
-    """On the login machine. The nodes reach munged by its socket in the state directory."""
-    munge = {"key-file": "munge.key", "socket": "run/munge.socket", "pid-file": "run/munged-login.pid"}
-    munge |= {"log-file": "log/munged.log", "seed-file": "run/munge.seed"}
+def start_munged(cluster: Cluster, machine: str) -> None:
+    """Each machine has a munged of its own. A munged takes a credential once, and only a slurmd that was built with
+    multiple-slurmd, as Debian's, works nevertheless where several share a munged.
+    """
+    if daemon_runs(cluster, machine, "munged"):
+        return
+    munge = {"key-file": "munge.key", "socket": "run/munge/socket", "pid-file": f"run/munged-{machine}.pid"}
+    munge |= {"log-file": f"log/munged-{machine}.log", "seed-file": f"munge/{machine}/seed"}
     options = [f"--{option}={cluster.state / path}" for option, path in munge.items()]
-    cluster.inside("login", "munged", "--force", *options)
+    cluster.inside(machine, "munged", "--force", *options)
 
 
 def start_controller(cluster: Cluster) -> None:
@@ -27,6 +31,7 @@ def start_controller(cluster: Cluster) -> None:
 
 
 def start_slurmd(cluster: Cluster, node: str) -> None:
+    start_munged(cluster, node)
     join = cgroups.joining(cluster.state, node)
     cluster.inside(node, *join, "slurmd", "-N", node, "-f", str(cluster.conf))
 

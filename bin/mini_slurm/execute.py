@@ -9,7 +9,7 @@ import resource
 import signal
 
 from mini_slurm.cluster import USER, Cluster
-from mini_slurm.system import CLEAN_ENV, PR_SET_PDEATHSIG, MiniSlurmError, libc, say
+from mini_slurm.system import PR_SET_PDEATHSIG, MiniSlurmError, libc, say
 
 
 def execute(cluster: Cluster, args: argparse.Namespace) -> int:
@@ -18,8 +18,8 @@ def execute(cluster: Cluster, args: argparse.Namespace) -> int:
     if args.node != "login":
         cluster.require_node(args.node)
     uid, user, home = (0, "root", "/root") if args.root else (uid, USER, str(cluster.home))
-    env = {**CLEAN_ENV, "TERM": os.environ.get("TERM", "dumb"), "SHELL": "/bin/bash", "SLURM_CONF": str(cluster.conf)}
-    env |= {"HOME": home, "USER": user, "LOGNAME": user}
+    env = {**cluster.environment, "TERM": os.environ.get("TERM", "dumb"), "SLURM_CONF": str(cluster.conf)}
+    env |= {"SHELL": "/bin/bash", "HOME": home, "USER": user, "LOGNAME": user}
     for item in args.env:
         name, equals, value = item.partition("=")
         if not name or not (equals or name in os.environ):

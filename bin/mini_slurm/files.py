@@ -60,6 +60,10 @@ def write_files(cluster: Cluster, shape: Shape, uid: int) -> None:
         (state / name).mkdir()
     for node in shape.names:
         (state / "spool" / node).mkdir()
+    for machine in ("login", *shape.names):
+        (state / "munge" / machine).mkdir(parents=True)
+    (state / "run/munge").mkdir()  # where each machine sees its own directory
+    (state / "run/munge.socket").symlink_to("munge/socket")
     os.chown(cluster.home, uid, uid)
     with open(os.open(state / "munge.key", os.O_WRONLY | os.O_CREAT, 0o400), "wb") as file:
         file.write(os.urandom(128))
@@ -72,11 +76,14 @@ def write_files(cluster: Cluster, shape: Shape, uid: int) -> None:
         "hosts": hosts(shape),
         "resolv.conf": "",
         "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files\n",
-        "passwd": f"{Path('/etc/passwd').read_text()}{USER}:x:{uid}:{uid}::{cluster.home}:/bin/bash\n",
+        "passwd": f"{Path('/etc/passwd').read_text()}{USER}:*:{uid}:{uid}::{cluster.home}:/bin/bash\n",
+        # Not "x", which promises an entry in shadow: su, which Slurm asks for the login environment, would refuse.
         "group": f"{Path('/etc/group').read_text()}{USER}:x:{uid}:\n",
         "slurm/slurm.conf": slurm_conf(state, shape),
         "slurm/gres.conf": gres_conf(state, shape),
+        **({"profile.d/slurm.sh": f"PATH={shape.slurm}/bin:{shape.slurm}/sbin:$PATH\n"} if shape.slurm else {}),
     }.items():
+        (etc / name).parent.mkdir(exist_ok=True)
         (etc / name).unlink(missing_ok=True)  # it may be a link to the machine's own
         (etc / name).write_text(text)
 

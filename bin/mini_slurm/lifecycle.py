@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mini_slurm import cgroups, site
@@ -24,6 +24,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 def up(cluster: Cluster, args: argparse.Namespace) -> int:
     started = time.time()
     shape = Shape(args.nodes, args.cpus_per_node, args.gpus_per_node, requested_shares(args.share), args.site)
+    shape = replace(shape, slurm=installed(args.slurm))
     with cluster.lock():
         if cluster.is_up() and (saved := cluster.saved()) is not None:
             if saved[0] != shape:
@@ -55,10 +56,24 @@ def requested_shares(paths: list[str] | None) -> tuple[str, ...]:
     return tuple(sorted(shares))
 
 
+def installed(prefix: str) -> str:
+    """``prefix``, empty for the packages' Slurm, as an absolute path. Raises MiniSlurmError if no Slurm is there."""
+    if not prefix:
+        return ""
+    for name in ("sbin/slurmctld", "sbin/slurmd", "bin/srun"):
+        if not os.access(os.path.join(prefix, name), os.X_OK):
+            raise MiniSlurmError(
+                f"--slurm {prefix}: expected the prefix of an installed Slurm, but {name} is not there"
+            )
+    return os.path.realpath(prefix)
+
+
 def bring_up(cluster: Cluster, shape: Shape) -> None:
     state, started = cluster.state, time.time()
     state.mkdir(mode=0o755)
     cluster.marker.touch()
+    if shape.slurm:
+        cluster.slurm_link.symlink_to(shape.slurm)
     install_packages(cluster, site=shape.site)
     uid = free_uid(state)
     write_files(cluster, shape, uid)
@@ -66,7 +81,7 @@ def bring_up(cluster: Cluster, shape: Shape) -> None:
         site.write_files(state, shape)
     start_rack(cluster)
     start_machine(cluster, shape, "login")
-    start_munged(cluster)
+    start_munged(cluster, "login")
     if shape.site:
         site.start_accounting(cluster)
     start_controller(cluster)
@@ -94,7 +109,7 @@ def tear_down(cluster: Cluster) -> bool:
     cgroups.remove(cluster.state)
     remove_policy()
     for entry in set(cluster.state.iterdir()) - {cluster.marker}:
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     cluster.marker.unlink(missing_ok=True)
     cluster.state.rmdir()
     return True

@@ -127,10 +127,11 @@ def furnish(cluster: Cluster, shape: Shape, machine: str) -> None:
         cgroups.enter(cluster.state, machine)
     mount("tmpfs", "/dev/shm", "tmpfs", MS_SAFE, "mode=1777")  # noqa: S108 - a mount point
     mount(cluster.state / "etc", "/etc", flags=MS_BIND)
+    mount(cluster.state / "munge" / machine, cluster.state / "run/munge", flags=MS_BIND)
     # Let everybody reach the shares: where a directory above one is closed, an open and empty one takes its place.
     closed = {
         share: next((above for above in reversed(Path(share).parents) if not above.stat().st_mode & 0o001), None)
-        for share in sorted({str(cluster.state), *shape.shares})
+        for share in sorted({str(cluster.state), *shape.shares, *filter(None, [shape.slurm])})
     }
     handles = {share: os.open(share, os.O_PATH) for share, above in closed.items() if above is not None}
     for above in sorted({above for above in closed.values() if above is not None}):

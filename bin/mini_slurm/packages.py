@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 from mini_slurm.cluster import Cluster
-from mini_slurm.system import CLEAN_ENV, MiniSlurmError, run, say
+from mini_slurm.system import MiniSlurmError, run, say
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge", "ip": "iproute2"}
 SITE_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
@@ -24,7 +24,7 @@ POLICY_TEXT = "#!/bin/sh\n# Written by mini-slurm during an installation.\nexit 
 
 def install_packages(cluster: Cluster, *, site: bool) -> None:
     commands = PACKAGES | (SITE_PACKAGES if site else {})
-    needed = {pack for name, pack in commands.items() if shutil.which(name, path=CLEAN_ENV["PATH"]) is None}
+    needed = {pack for name, pack in commands.items() if shutil.which(name, path=cluster.environment["PATH"]) is None}
     if site:
         needed |= {pack for name, pack in SITE_LIBRARIES.items() if not any(Path("/usr/lib").glob(f"*/{name}"))}
     missing = sorted(needed)

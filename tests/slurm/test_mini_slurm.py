@@ -100,6 +100,13 @@ class TestRunningCluster:
         done = cluster.exec(["bash", "-c", script])
         assert [line for line in done.stdout.splitlines() if line.startswith("seen")] == [f"seen-by-{n}" for n in NODES]
 
+    def test_a_job_that_takes_nothing_from_its_submitter_has_the_environment_of_a_login(self, cluster: Any) -> None:
+        script = (
+            "cd; sbatch --wait --export=NONE -o login.out --wrap 'echo $LOGNAME $HOME'; cat login.out; rm login.out"
+        )
+        done = cluster.exec(["bash", "-c", script])
+        assert done.stdout.splitlines()[-1] == f"minislurm {status(cluster)['home']}"
+
     def test_two_jobs_share_a_node(self, cluster: Any) -> None:
         both = "srun -w n1 -n1 sh -c 'srun --version; squeue -h -t R -w n1 -o %j'"
         cluster.exec(["sbatch", "-J", "first", "-w", "n1", "-n1", "-o", "/dev/null", "--wrap", "sleep 60"])
@@ -382,6 +389,26 @@ class TestLifeCycle:
             assert apart.mini("exec", *command, str(checkout / "marker")).stdout == "seen\n"
         assert apart.mini("exec", "cat", str(apart.directory / "secret"), check=False).returncode != 0
         assert os.stat(apart.directory).st_mode & 0o077 == 0
+
+    def test_the_slurm_of_another_prefix_is_used_also_by_jobs_and_after_a_power_loss(self, apart: Apart) -> None:
+        prefix = apart.directory / "opt"
+        for name in ("bin/sbatch", "bin/scontrol", "bin/squeue", "bin/srun", "sbin/slurmctld", "sbin/slurmd"):
+            (prefix / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(f"/usr/{name}", prefix / name)
+        prefix.chmod(0o755)
+        apart.mini("--slurm", str(prefix), "up", "--nodes", "2")
+        apart.mini("kill", "n2")
+        apart.mini("heal", "n2")
+        daemons = (path for name in ("slurmctld", "slurmd") for path in apart.state.glob(f"run/{name}-*.pid"))
+        for path in daemons:
+            init = (apart.state / "machines" / path.stem.partition("-")[2]).read_text().split()[0]
+            exe = Path(f"/proc/{init}/root/proc/{path.read_text().strip()}/exe")
+            assert os.readlink(exe) == str(prefix / "sbin" / path.stem.partition("-")[0])
+        for options in ([], ["--export=NONE"]):
+            found = apart.mini("exec", "srun", *options, "-N2", "/bin/bash", "-lc", "command -v srun").stdout
+            assert found == f"{prefix}/bin/srun\n" * 2
+        refused = apart.mini("--slurm", "/nope", "up", check=False)
+        assert "sbin/slurmctld is not there" in refused.stderr
 
     def test_a_shape_of_ones_own_is_what_slurm_offers(self, apart: Apart) -> None:
         apart.mini("up", "--nodes", "2", "--cpus-per-node", "3", "--gpus-per-node", "0")
