@@ -207,6 +207,8 @@ class Supply:
         except _FAILED as error:
             self._record_problem(str(error))
             return self._growth
+        for id, reason in plan.held[:1]:  # the others wait for the same, as a rule
+            self._record_problem(f"joiner {id} does not start when nodes are free: {reason}")
         submitted = await self._submit(plan.submit, needs)
         return Growth(0, (), plan.starting, plan.pending + submitted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,6 +16,15 @@ TOO_LATE = 300.0
 
 RETRY, RETRY_AT_MOST = 10.0, 600.0
 """Seconds until a failed attempt is repeated: ``RETRY`` at first, doubled each time, at most ``RETRY_AT_MOST``."""
+
+_HELD = re.compile(
+    r"(Assoc|QOS|Account|Association)\w+|JobHeld\w+|Invalid\w+|\w+NotAllowed|Partition(Down|Inactive|\w+Limit)"
+    r"|MaxMemPerLimit|BadConstraints|DependencyNeverSatisfied|JobLaunchFailure|LaunchFailed\w*",
+    re.IGNORECASE,
+)
+"""Slurm's reasons for which a joiner waits, and which free nodes do not remove: limits of the user, account or QOS, for
+which the job that asks counts too, a hold, or a refusal.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class JoinerJob(Protocol):
     def state(self) -> str: ...
     @property
     def node(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
     @property
     def time_limit(self) -> timedelta | None: ...
 
@@ -71,9 +83,13 @@ class Growth:
     starting: int
     """Jobs that have started and whose agents are not in touch yet."""
     pending: int
-    """Jobs that wait in the queue and are not to be cancelled."""
+    """Jobs that wait in the queue for nodes and are not to be cancelled."""
     shorten: tuple[str, ...] = ()
     """Ids of jobs that wait and whose time limit is beyond the end of this job: shorter jobs start earlier."""
+    held: tuple[tuple[str, str], ...] = ()
+    """Ids of jobs that stay in the queue and that free nodes alone do not start, with Slurm's reason. They are not on
+    their way, and no other job is submitted in their place.
+    """
 
 
 def plan_growth(
@@ -90,13 +106,15 @@ def plan_growth(
     wanted = 0 if remaining < TOO_LATE or needs.over else needs.nodes
     lacking = wanted - restarting - len(starting) - len(waiting)
     waiting.sort(key=lambda job: int(job.id))
-    surplus = waiting[max(0, len(waiting) + min(0, lacking)) :]
+    waiting, surplus = waiting[: (kept := max(0, len(waiting) + min(0, lacking)))], waiting[kept:]
+    held = tuple((job.id, job.reason) for job in waiting if _HELD.fullmatch(job.reason))
     return Growth(
         submit=max(0, lacking),
         cancel=tuple(job.id for job in surplus),
         starting=len(starting),
-        pending=len(waiting) - len(surplus),
-        shorten=tuple(job.id for job in waiting if job not in surplus and _is_longer(job.time_limit, remaining)),
+        pending=len(waiting) - len(held),
+        shorten=tuple(job.id for job in waiting if _is_longer(job.time_limit, remaining)),
+        held=held,
     )
 
 

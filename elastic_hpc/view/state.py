@@ -99,13 +99,13 @@ def last_reason(job: Observed, story: Story) -> str:
 
 
 def _leadership(job: Observed, story: Story) -> str:
-    """A note on a running job that has no leader, or no world; else empty."""
+    """A note on a running job that has no leader, no world, or does not get further nodes; else empty."""
     if job.silent is None or job.silent > _SILENT:
         if not story.runs or story.runs[-1].ended is not None:  # a leader of the run before tells nothing of this one
             return "nobody leads yet: no agent has started on its first node"
         return f"nobody leads {'yet' if job.silent is None else f'since {span(job.silent)}'}"
     if story.current:
-        return ""
+        return f"no further nodes: {story.not_growing}" if story.not_growing else ""
     if not story.waiting:
         return "the world is being formed"
     return f"waiting since {clock(story.waiting_since)}: {story.waiting}"

@@ -134,6 +134,8 @@ class Story:
     waiting: str = ""
     """What the next round waits for; empty if it does not wait, or not for long."""
     waiting_since: float = 0.0
+    not_growing: str = ""
+    """What keeps further nodes from coming; empty for nothing."""
     last_time: float = 0.0
     """Of the last event."""
     damaged: int = 0

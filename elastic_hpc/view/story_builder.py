@@ -36,7 +36,7 @@ class _StoryBuilder:
         self._limits: Mapping[str, Any] = {}
         self._broken: float | None = None
         """When the cause of the last round's end happened, or the run began; None while a round is unbroken."""
-        self._waiting = ""
+        self._waiting = self._not_growing = ""
         self._restarts = self._requeues = 0
         self._last_time = 0.0
 
@@ -51,6 +51,7 @@ class _StoryBuilder:
             requeues=self._requeues,
             waiting=self._waiting,
             waiting_since=self._broken or 0.0,
+            not_growing=self._not_growing,
             last_time=self._last_time,
         )
 
@@ -78,7 +79,7 @@ class _StoryBuilder:
             self._runs[-1] = replace(self._runs[-1], ended=self._last_time)
         self._leave(None, when)
         self._runs.append(run)
-        self._broken, self._waiting = when, ""
+        self._broken, self._waiting, self._not_growing = when, "", ""
         self._limits = {
             k: v for k, v in event.items() if k not in {"time", "event", "version", "run", "job", "granted"}
         }
@@ -93,7 +94,14 @@ class _StoryBuilder:
         if self._runs and self._runs[-1].number == event["run"]:
             self._runs[-1] = replace(self._runs[-1], **times)
 
+    def _on_growth_problem(self, event: Mapping[str, Any], _when: float) -> None:
+        self._not_growing = str(event["reason"])
+
+    def _on_joiners_cancelled(self, _event: Mapping[str, Any], _when: float) -> None:
+        self._not_growing = ""
+
     def _on_join(self, event: Mapping[str, Any], when: float) -> None:
+        self._not_growing = ""
         if event.get("joiner"):
             self._joined.setdefault(str(event["node"]), JoinedNode(str(event["node"]), when))
 

@@ -25,6 +25,7 @@ class SimJoiner:
     state: str = "PENDING"
     node: str = ""
     time_limit: timedelta | None = None
+    reason: str = "Resources"
 
 
 class Queue:
@@ -34,6 +35,8 @@ class Queue:
         self.job = job
         self.free = 0
         self.refuses = False
+        self.holds = ""
+        """The reason for which no joiner starts, whatever is free."""
         self.restarts = False
         """Whether agents can be started anew."""
         self.start_takes: Callable[[], float] = lambda: 0.0
@@ -55,6 +58,9 @@ class Queue:
 
     def schedule(self) -> None:
         for waiting in self.jobs.values():
+            waiting.reason = self.holds or "Resources"
+            if self.holds:
+                continue
             if waiting.state == "PENDING" and self.free > 0:
                 self.free -= 1
                 waiting.state, waiting.node = "RUNNING", f"n{joiner(waiting.id)}"

@@ -167,6 +167,47 @@ def test_below_min_the_job_waits_for_a_replacement_but_not_for_ever(seed: int) -
     job.run(story)
 
 
+@given(seed=SEEDS, spare=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_below_min_the_nodes_are_not_held_for_a_joiner_that_a_limit_keeps_in_the_queue(
+    seed: int, *, spare: bool
+) -> None:
+    job = Job(seed, 2, replace(POLICY, max_nodes=2 + spare), loss=0.0)
+    job.queue.holds = "AssocMaxJobsLimit"
+    job.queue.set_free(3)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        if spare:
+            assert await job.until(lambda: events(job, "growth_problem"), 60)
+        job.nodes[1].power_off()
+        assert await job.until(job.over, 30), job.events[-5:]
+        assert job.verdict
+        assert job.verdict["outcome"] == "requeue"
+        reasons = [problem["reason"] for problem in events(job, "growth_problem")]
+        assert any("AssocMaxJobsLimit" in reason for reason in reasons)
+        assert await job.until(lambda: no_node_is_held(job), 30)
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=10, deadline=None)
+def test_a_joiner_whose_limit_is_lifted_comes(seed: int) -> None:
+    job = Job(seed, 2, replace(POLICY, max_nodes=3), loss=0.0)
+    job.queue.holds = "QOSMaxJobsPerUserLimit"
+    job.queue.set_free(1)
+
+    async def story() -> None:
+        assert await job.until(lambda: job.training() and events(job, "growth_problem"), 60)
+        job.queue.holds = ""
+        job.queue.set_free(1)
+        assert await job.until(lambda: len(rounds(job)[-1]["nodes"]) == 3 and job.training(), 90)
+        assert len(events(job, "joiners")) == 1
+
+    job.run(story)
+
+
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
 def test_where_slurm_refuses_joiners_a_job_below_min_gives_its_nodes_back_soon(seed: int) -> None:
@@ -436,6 +477,25 @@ def needs(nodes: int, *in_touch: int, over: bool = False) -> Needs:
 def test_what_is_in_flight_is_what_is_wanted(wanted: Needs, known: dict[str, str], submit: int, cancel: Any) -> None:
     plan = growth.plan_growth(wanted, jobs(**known), came=wanted.joiners, restarting=0, remaining=3600.0)
     assert (plan.submit, plan.cancel) == (submit, cancel)
+
+
+@pytest.mark.parametrize(
+    ("reason", "held"),
+    [
+        *((reason, False) for reason in ("None", "Priority", "Resources", "BeginTime", "Licenses", "Reservation")),
+        *((reason, False) for reason in ("ReqNodeNotAvail, UnavailableNodes:n3", "Cleaning", "Dependency")),
+        ("Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions", False),
+        *((reason, True) for reason in ("AssocMaxJobsLimit", "AssocGrpNodeLimit", "QOSMaxNodePerUserLimit")),
+        *((reason, True) for reason in ("QOSGrpCpuLimit", "QOSMaxSubmitJobPerUserLimit", "AssocGrpBillingMinutes")),
+        *((reason, True) for reason in ("JobHeldUser", "JobHeldAdmin", "InvalidQOS", "PartitionTimeLimit")),
+        *((reason, True) for reason in ("PartitionDown", "PartitionInactive", "AccountNotAllowed", "BadConstraints")),
+    ],
+)
+def test_a_joiner_is_on_its_way_unless_something_else_than_nodes_keeps_it(reason: str, *, held: bool) -> None:
+    known = [SimJoiner("7", reason=reason), SimJoiner("8", "RUNNING")]
+    plan = growth.plan_growth(needs(2), known, came=(), restarting=0, remaining=3600.0)
+    assert (plan.submit, plan.cancel, plan.starting, plan.pending) == (0, (), 1, int(not held))
+    assert plan.held == ((("7", reason),) if held else ())
 
 
 def test_near_the_end_of_the_job_no_node_is_asked_for_any_more() -> None:

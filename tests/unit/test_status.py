@@ -122,6 +122,11 @@ def test_a_running_job_that_nobody_leads_is_told_so() -> None:
     assert view(seen(silent=None), Story(), now).note == "nobody leads yet: no agent has started on its first node"
 
 
+def test_a_running_job_says_what_keeps_further_nodes_from_coming() -> None:
+    told = view(seen(), replace(running(), not_growing="joiner 5: AssocMaxJobsLimit"), time.time())
+    assert (told.state, told.note) == ("RUNNING", "no further nodes: joiner 5: AssocMaxJobsLimit")
+
+
 def test_a_running_job_without_a_world_names_what_it_waits_for_and_shows_no_node_of_the_run_before() -> None:
     events = list(records.events("faults"))
     again = next(i for i, event in enumerate(events) if event["event"] == "start" and event["run"] == 1)

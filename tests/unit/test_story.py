@@ -81,6 +81,14 @@ def test_joiners_are_counted_while_they_are_there() -> None:
     assert story.runs[0].granted == 2
 
 
+def test_what_keeps_further_nodes_from_coming_is_told_until_one_comes() -> None:
+    events = records.events("grown")
+    begins = next(at for at, event in enumerate(events) if event["event"] == "round") + 1
+    problem = {"time": events[begins - 1]["time"], "event": "growth_problem", "reason": "joiner 5: AssocMaxJobsLimit"}
+    assert story_of([*events[:begins], problem]).not_growing == problem["reason"]
+    assert story_of([*events[:begins], problem, *events[begins:]]).not_growing == ""
+
+
 def test_a_script_that_cannot_run_has_two_rounds_without_a_step() -> None:
     story = records.story("broken")
     assert [one.first for one in story.rounds] == [None, None]
