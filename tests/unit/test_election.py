@@ -255,7 +255,7 @@ class Nodes:
         agent.leave()
         self.agents[agent.index] = Agent(agent.index, kept)
         for conn in [conn for conn, link in self.links.items() if link.agent is agent]:
-            if self.dice.random() < 0.5:
+            if self.dice.random() < 0.5 and conn in self.links:  # a leader that hears of one loss may let others go
                 self.lose(conn)  # else its leader notices later
 
     def take_over(self, agent: Agent) -> None:
