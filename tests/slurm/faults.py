@@ -83,11 +83,11 @@ class Scene:
                 os.kill(self.asleep.pop(), signal.SIGCONT)
 
     def wait_noticed(self, cause: str) -> None:
-        """Until a round has been formed because of ``cause``."""
+        """Until a round has been formed after ``cause``."""
 
         def look() -> bool:
             events = self.job.events()
-            first = next((i for i, e in enumerate(events) if e["event"] == "restart" and cause in e["reason"]), None)
+            first = next((number for number, event in enumerate(events) if cause in reason(event)), None)
             return first is not None and any(event["event"] == "round" for event in events[first:])
 
         wait_for(f"a round because of {cause!r}", look)
@@ -96,12 +96,23 @@ class Scene:
         return self.job.lines(self.data / "steps.jsonl")
 
 
+def reason(event: dict[str, Any]) -> str:
+    """Why there was a restart, or what was lost: a loss while a round is formed leads to no restart of its own."""
+    match event["event"]:
+        case "restart":
+            return str(event["reason"])
+        case "lost":
+            return f"{event['node']} lost: {event['reason']}"
+        case _:
+            return ""
+
+
 @dataclass(frozen=True)
 class Fault:
     name: str
     strike: Callable[[Scene], None]
     cause: str | None
-    """Part of the reason of a restart; None if the fault must not be noticed at all."""
+    """Part of the ``reason`` of an event; None if the fault must not be noticed at all."""
     off: tuple[str, ...] = ()
     """Nodes that have no power afterwards."""
     prepare: Callable[[Cluster, Path, contextlib.ExitStack], Any] | None = None

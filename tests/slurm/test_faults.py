@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from _jobs import wrong_steps
 from conftest import Cluster, Job, wait_for
-from faults import NODES, OF_MORE, OF_WORKERS, PROVOKED, Fault, Scene
+from faults import NODES, OF_MORE, OF_WORKERS, PROVOKED, Fault, Scene, reason
 
 Submit = Callable[..., Job]
 EVERY = 10
@@ -65,18 +65,18 @@ def test_training_goes_on_after(fault: Fault, moment: str, submit: Submit, fresh
         finally:
             scene.release()
         assert job.wait_state("COMPLETED", "FAILED", "CANCELLED", deadline=240) == "COMPLETED", job.output()[-3000:]
-        steps, restarts, verdict = scene.steps(), job.events("restart"), job.verdict()
+        steps, events, verdict = scene.steps(), job.events(), job.verdict()
     assert wrong_steps(steps, EVERY) == []
     assert steps[-1]["step"] == 60
     rounds = [step["round"] for step in steps]
     assert rounds == sorted(rounds), "an older world wrote after a newer one"
-    reasons = [event["reason"] for event in restarts]
+    reasons = [event["reason"] for event in events if event["event"] == "restart"]
     if moment == "forming" and fault.cause in {PROVOKED, None}:
         assert [INJECTED in reason for reason in reasons] == [True]
     elif fault.cause is None:
         assert reasons == []
     else:
-        assert any(fault.cause in reason for reason in reasons), reasons
+        assert any(fault.cause in reason(event) for event in events), reasons
     assert verdict["outcome"] == "finished"
     for node in {*NODES} - {*fault.off}:
         wait_for(f"no process on {node}", lambda node=node: not fresh.in_jobs(node), 30)
