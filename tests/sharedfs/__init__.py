@@ -1,8 +1,8 @@
 """A shared file system of the tests' own that behaves like NFS: a server, which is a folder, and clients, which are
 mounts with caches of their own. A test switches faults while it runs, by a file outside of the mounts.
 
-``client`` has what a client does, ``fuse`` how the kernel asks for it. What differs from NFS: a process that writes, or
-reads what its node has in memory, waits for a server that has stopped too; locks (``flock``) hold within a node only.
+``client`` has what a client does, ``fuse`` how the kernel asks for it. What differs from NFS: locks (``flock``) hold
+within a node only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Behaviour:
     metadata_s: float = 0.0
     """How long a question about names or attributes takes."""
     stopped: bool = False
-    """Every call waits, in state D, until it is false again."""
+    """Who needs the server waits, in state D, until it is false again."""
     over_quota: bool = False
     """Nothing is made and no file grows: EDQUOT. A write says so only when the data goes to the server."""
     epoch: int = 0
@@ -47,7 +47,8 @@ class Server:
         self.folder, self.path = folder, path
         self._control = control
         self._behaviour = Behaviour()
-        self._clients: list[subprocess.Popen[str]] = []
+        self._clients: list[tuple[subprocess.Popen[str], list[str]]] = []
+        """With the command that unmounts."""
         self.behave()
 
     def behave(self, **changes: float) -> None:
@@ -59,21 +60,23 @@ class Server:
 
     def mount(self, path: Path | None = None, inside: Sequence[str] = ()) -> subprocess.Popen[str]:
         """Mount at ``path`` as one more client. ``inside``: the command that enters the namespaces of a node."""
-        program = [sys.executable, "-m", "sharedfs.client", str(self.folder), str(self._control)]
+        target = str(path or self.path)
         client = subprocess.Popen(
-            [*inside, *program, str(path or self.path)],
+            [*inside, sys.executable, "-m", "sharedfs.client", str(self.folder), str(self._control), target],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"},
         )
-        self._clients.append(client)
+        self._clients.append((client, [*inside, "umount", "--lazy", target]))
         assert client.stdout is not None
         assert client.stdout.readline() == "ready\n", "the client did not start"
         return client
 
     def close(self) -> None:
-        """End all clients; what they have not written is lost."""
-        for client in self._clients:
+        """Unmount. A client that no process uses any more ends; the others are killed, and lose what is not written."""
+        self.behave(stopped=False)
+        for client, unmount in self._clients:
+            subprocess.run(unmount, stderr=subprocess.DEVNULL, check=False)  # its node may be without power
             client.kill()
             client.wait()
             if client.stdout:

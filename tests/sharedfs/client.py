@@ -11,7 +11,6 @@ import contextlib
 import errno
 import math
 import os
-import queue
 import resource
 import select
 import signal
@@ -21,15 +20,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sharedfs import Behaviour, fuse
 from sharedfs.fuse import Op, Request
 
-THREADS = 16
-MOST_DIRTY = 1 << 20
-"""Bytes of one file that wait for the server."""
+DYING = 0x4
+"""PF_EXITING of a task's flags."""
+MOST_DIRTY = 1000
+"""Writes to one file that wait for the server."""
 
 
 @dataclass
@@ -79,21 +80,15 @@ class Client:
         self._handles: dict[int, tuple[Node, int]] = {}
         self._listings: dict[int, list[tuple[str, int, int]]] = {}
         self._last = 1
-        self._work: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._serving = threading.local()
         self.interrupted = threading.Event()
 
     def serve(self) -> None:
-        """Until the file system is unmounted. Of a server that has stopped no request is taken, so that a process waits
-        in state D as for NFS, and SIGKILL ends it.
-        """
-        for _ in range(THREADS):
-            threading.Thread(target=self._answer, daemon=True).start()
+        """Until the file system is unmounted."""
         poll = select.poll()
         poll.register(self._device, select.POLLIN)
+        threads = ThreadPoolExecutor(1000)  # for as many processes as may wait for the server
         while True:
-            if self.behaviour().stopped:
-                time.sleep(0.02)
-                continue
             poll.poll(20)
             try:
                 request = fuse.read(self._device)
@@ -102,7 +97,7 @@ class Client:
                     return
                 raise
             if request is not None:
-                self._work.put(request)
+                threads.submit(self._answer, request)
             self._write_back()
 
     def behaviour(self) -> Behaviour:
@@ -111,22 +106,21 @@ class Client:
             self._behaviour, self._behaviour_of = Behaviour.read(self._control), changed
         return self._behaviour
 
-    def _answer(self) -> None:
-        while True:
-            request = self._work.get()
-            try:
-                if request.op == Op.INTERRUPT:  # ENOSYS: the kernel asks no more, and waits in state D
-                    fuse.answer(self._device, request.unique, error=errno.ENOSYS)
-                    self.interrupted.set()
-                elif request.op in {Op.FORGET, Op.BATCH_FORGET}:
-                    self._forget(request)
-                else:
-                    handle = getattr(self, f"_{Op(request.op).name.lower()}")
-                    fuse.answer(self._device, request.unique, handle(request))
-            except ValueError:
+    def _answer(self, request: Request) -> None:
+        self._serving.request = request
+        try:
+            if request.op == Op.INTERRUPT:  # ENOSYS: the kernel asks no more, and waits in state D
                 fuse.answer(self._device, request.unique, error=errno.ENOSYS)
-            except OSError as error:
-                fuse.answer(self._device, request.unique, error=error.errno or errno.EIO)
+                self.interrupted.set()
+            elif request.op in {Op.FORGET, Op.BATCH_FORGET}:
+                self._forget(request)
+            else:
+                handle = getattr(self, f"_{Op(request.op).name.lower()}")
+                fuse.answer(self._device, request.unique, handle(request))
+        except ValueError:
+            fuse.answer(self._device, request.unique, error=errno.ENOSYS)
+        except OSError as error:
+            fuse.answer(self._device, request.unique, error=error.errno or errno.EIO)
 
     # what is remembered
 
@@ -135,8 +129,16 @@ class Client:
         found = os.fstat(node.fd)
         return found.st_dev, found.st_ino
 
+    def _reach(self) -> None:
+        """Wait while the server has stopped. Of whoever waits, SIGKILL ends it, as it does for NFS."""
+        while self.behaviour().stopped:
+            if is_dying(self._serving.request.pid):
+                raise OSError(errno.EINTR, os.strerror(errno.EINTR))
+            time.sleep(0.02)
+
     def _ask(self) -> None:
         """A question to the server about names or attributes."""
+        self._reach()
         time.sleep(self.behaviour().metadata_s)
 
     def _node(self, id: int) -> Node:
@@ -223,8 +225,14 @@ class Client:
 
     # what was written and is not on the server yet
 
-    def _flush_node(self, node: Node) -> None:
+    def _send(self, node: Node) -> None:
         """Write what is dirty. Raises OSError once for a write that failed."""
+        if node.dirty:
+            self._reach()
+        with self._lock:
+            self._flush_node(node)
+
+    def _flush_node(self, node: Node) -> None:
         if node.dirty:
             dirty, node.dirty = node.dirty, []
             try:
@@ -244,6 +252,8 @@ class Client:
             raise OSError(failed, os.strerror(failed))
 
     def _write_back(self) -> None:
+        if self.behaviour().stopped:
+            return
         before = time.monotonic() - self.behaviour().write_back_s
         with self._lock:
             for node in [node for node in self._nodes.values() if node.dirty and node.dirty_since < before]:
@@ -299,8 +309,8 @@ class Client:
         atime, mtime = request.fields("2I3Q2Q")[5:7]
         atime_ns, mtime_ns, _, mode, _, uid, gid, _ = rest
         self._ask()
+        self._send(node)
         with self._lock:
-            self._flush_node(node)
             if valid & 1:
                 os.chmod(node.path, stat.S_IMODE(mode))
             if valid & 6:
@@ -431,8 +441,9 @@ class Client:
     def _read(self, request: Request) -> bytes:
         handle, offset, size = request.fields("2QI")
         node = self._node(request.node)
+        self._reach()
+        self._send(node)
         with self._lock:
-            self._flush_node(node)
             if not os.fstat(node.fd).st_nlink and not node.removed_here:
                 self._is_stale(node)
             return os.pread(self._handles[handle][1], size, offset)
@@ -440,22 +451,18 @@ class Client:
     def _write(self, request: Request) -> bytes:
         _, offset, size, _, _, flags, _ = request.fields("2Q2IQ2I")
         node = self._node(request.node)
+        if node.failed or len(node.dirty) > MOST_DIRTY:
+            self._send(node)
         with self._lock:
-            if node.failed:
-                self._flush_node(node)
             if flags & os.O_APPEND:  # where this client believes the end to be
                 offset = max((node.found or self._fetch(node)).st_size, node.end)
             if not node.dirty:
                 node.dirty_since = time.monotonic()
             node.dirty.append((offset, request.body[40 : 40 + size]))
-            if sum(len(data) for _, data in node.dirty) > MOST_DIRTY:
-                self._flush_node(node)
         return struct.pack("<2I", size, 0)
 
     def _flush(self, request: Request) -> bytes:
-        node = self._nodes[request.node]
-        with self._lock:
-            self._flush_node(node)
+        self._send(self._nodes[request.node])
         return b""
 
     _fsync = _flush
@@ -465,10 +472,7 @@ class Client:
 
     def _release(self, request: Request) -> bytes:
         with self._lock:
-            node, file = self._handles.pop(request.fields("Q")[0])
-            os.close(file)
-            with contextlib.suppress(OSError):
-                self._flush_node(node)
+            os.close(self._handles.pop(request.fields("Q")[0])[1])
         return b""
 
     def _opendir(self, request: Request) -> bytes:
@@ -492,6 +496,16 @@ class Client:
     def _releasedir(self, request: Request) -> bytes:
         self._listings.pop(request.fields("Q")[0], None)
         return b""
+
+
+def is_dying(task: int) -> bool:
+    """Whether SIGKILL ends this task, or it ends already and closes its files."""
+    try:
+        status, flags = (Path(f"/proc/{task}/{name}").read_text() for name in ("status", "stat"))
+    except OSError:
+        return True
+    pending = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigPnd"))
+    return bool(pending >> (signal.SIGKILL - 1) & 1 or int(flags.rpartition(")")[2].split()[6]) & DYING)
 
 
 def interrupt(target: str, device: int) -> int:
@@ -522,6 +536,7 @@ def main(server: str, control: str, target: str) -> None:
 
     threading.Thread(target=ready, daemon=True).start()
     client.serve()
+    os._exit(0)  # no process waits for the threads that are left
 
 
 if __name__ == "__main__":

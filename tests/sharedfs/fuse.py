@@ -59,13 +59,14 @@ class Op(IntEnum):
 
 
 class Request(NamedTuple):
-    """What a process asked for; ``node`` is the number of the file, ``uid`` and ``gid`` are the process's."""
+    """What a process asked for; ``node`` is the number of the file, ``uid``, ``gid`` and ``pid`` are the thread's."""
 
     op: int
     unique: int
     node: int
     uid: int
     gid: int
+    pid: int
     body: bytes
 
     def fields(self, layout: str) -> tuple[int, ...]:
@@ -95,8 +96,8 @@ def read(device: int) -> Request | None:
         if error.errno in {errno.EAGAIN, errno.EINTR, errno.ENOENT}:
             return None
         raise
-    _, op, unique, node, uid, gid, _, _, _ = _IN.unpack_from(message)
-    return Request(op, unique, node, uid, gid, message[_IN.size :])
+    _, op, unique, node, uid, gid, pid, _, _ = _IN.unpack_from(message)
+    return Request(op, unique, node, uid, gid, pid, message[_IN.size :])
 
 
 def answer(device: int, unique: int, body: bytes = b"", error: int = 0) -> None:

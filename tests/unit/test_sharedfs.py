@@ -29,17 +29,12 @@ class Two:
         self.there, self.a, self.b = folder / "server", folder / "a", folder / "b"
         self.clients = {path: self.server.mount(path) for path in (self.a, self.b)}
 
-    def close(self) -> None:
-        self.server.close()
-        for path in self.clients:
-            subprocess.run(["umount", "--lazy", str(path)], check=True)
-
 
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[Two]:
     made = Two(tmp_path)
     yield made
-    made.close()
+    made.server.close()
 
 
 def run(code: str, path: Path) -> subprocess.Popen[str]:
@@ -139,7 +134,7 @@ def test_a_server_that_forgets_all_files_makes_the_open_ones_stale(two: Two) -> 
         assert (two.a / "folder" / "file").read_text() == "text"
 
 
-def test_every_call_waits_in_state_d_for_a_server_that_has_stopped(two: Two) -> None:
+def test_who_asks_waits_in_state_d_for_a_server_that_has_stopped(two: Two) -> None:
     (two.a / "file").write_text("text")
     two.server.behave(stopped=True)
     codes = [
@@ -160,6 +155,28 @@ def test_every_call_waits_in_state_d_for_a_server_that_has_stopped(two: Two) -> 
     assert answers == ["", "text\n", "", ""]
     assert [process.returncode for process in waiting] == [-signal.SIGTERM, 0, 0]
     assert (two.b / "file.new").read_text() == "new"
+
+
+def test_what_a_node_has_in_memory_needs_no_server_and_a_killed_process_does_not_wait_to_close(two: Two) -> None:
+    code = (
+        "import sys, time; f = open(sys.argv[1], 'w'); f.write('text'); print('open', flush=True); sys.stdin.read(1); "
+        "f.flush(); print('written', flush=True); time.sleep(600)"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, str(two.a / "file")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    assert writer.stdin is not None
+    with writer.stdin, writer.stdout:
+        assert writer.stdout.readline() == "open\n"
+        two.server.behave(stopped=True)
+        writer.stdin.write(".")
+        writer.stdin.flush()
+        assert writer.stdout.readline() == "written\n"
+        writer.kill()
+        assert writer.wait(10) == -signal.SIGKILL
+    two.server.behave(stopped=False, write_back_s=0.1)
+    until(lambda: (two.there / "file").read_text() == "text")
 
 
 def test_questions_about_names_and_attributes_can_be_slow(two: Two) -> None:
