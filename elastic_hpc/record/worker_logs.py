@@ -12,7 +12,9 @@ line; the rest follows under the next label of that rank and stream.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+import os
 import re
 from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,6 +111,8 @@ def _files(folder: Path, wanted: Wanted, without: Container[str] = ()) -> list[_
     ``without``: names of folders of rounds to leave out.
     """
     found = []
+    with contextlib.suppress(OSError):
+        os.scandir(folder.parent).close()  # makes NFS look again for a folder that was missing a moment ago
     for of_round in folder.glob("*.*"):
         number = _ROUND.fullmatch(of_round.name)
         for path in of_round.glob("*.log") if number and of_round.name not in without else ():

@@ -118,8 +118,9 @@ class LogFile(Destination):
     def __init__(self) -> None:
         super().__init__("log file")
         self._path: Path | None = None
-        self._file = -1
-        self._complained = False
+        self._end = 0
+        """The size of that file without what a failed write left there."""
+        self._failed = self._complained = False
 
     def _note(self, lost: int, following: bytes) -> bytes:
         moment, rank, _ = following.decode(errors="replace").split(" ", 2)
@@ -127,14 +128,11 @@ class LogFile(Destination):
         return f"{moment} {rank} err F {note}\n".encode()
 
     def _write(self, path: Path, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
+        while True:
             try:
-                if path != self._path:
-                    self._open(path)
-                rest = rest[os.write(self._file, rest) :]
+                self._append(path, data)
             except OSError as error:
-                self._close()
+                self._failed = True
                 if not self._complained:
                     self._complained = True
                     print(
@@ -145,19 +143,31 @@ class LogFile(Destination):
                     )
                 if self._ending.wait(_RETRY_INTERVAL):
                     return
+            else:
+                return
 
-    def _open(self, path: Path) -> None:
-        self._close()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._path = path
-
-    def _close(self) -> None:
-        self._path = None
-        if self._file >= 0:
+    def _append(self, path: Path, data: bytes) -> None:
+        """The file is closed each time: only then does NFS send the data, so that readers on other nodes see them, and
+        tell whether the server has taken them.
+        """
+        if path != self._path:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if path != self._path:
+                self._path, self._end, self._failed = path, os.fstat(file).st_size, False
+            if self._failed:
+                os.ftruncate(file, self._end)
+                self._failed = False
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(file, rest) :]
+        except OSError:
             with contextlib.suppress(OSError):
-                os.close(self._file)
-            self._file = -1
+                os.close(file)
+            raise
+        os.close(file)
+        self._end += len(data)
 
 
 class Terminal(Destination):

@@ -81,3 +81,14 @@ class Server:
             client.wait()
             if client.stdout:
                 client.stdout.close()
+
+
+class Two:
+    """The server, and what the nodes ``a`` and ``b`` see of it."""
+
+    def __init__(self, folder: Path) -> None:
+        for name in ("server", "a", "b"):
+            (folder / name).mkdir()
+        self.server = Server(folder / "server", folder / "a", folder / "control.json")
+        self.there, self.a, self.b = folder / "server", folder / "a", folder / "b"
+        self.clients = {path: self.server.mount(path) for path in (self.a, self.b)}

@@ -12,27 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sharedfs import Server
+from sharedfs import Two
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: sudo make test")
-LONG = 600.0
-
-
-class Two:
-    """The server, and what the nodes ``a`` and ``b`` see of it."""
-
-    def __init__(self, folder: Path) -> None:
-        for name in ("server", "a", "b"):
-            (folder / name).mkdir()
-        self.server = Server(folder / "server", folder / "a", folder / "control.json")
-        self.server.behave(attributes_s=LONG, names_s=LONG, write_back_s=LONG)
-        self.there, self.a, self.b = folder / "server", folder / "a", folder / "b"
-        self.clients = {path: self.server.mount(path) for path in (self.a, self.b)}
 
 
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[Two]:
     made = Two(tmp_path)
+    made.server.behave(attributes_s=600, names_s=600, write_back_s=600)  # what is old stays old
     yield made
     made.server.close()
 
