@@ -208,8 +208,11 @@ class RunDir:
         return next((job for number in range(run, -1, -1) if (job := self.acted(number))), None)
 
     def last_round(self) -> dict[str, Any]:
-        """The event ``round`` of the last world that was formed; empty before the first."""
-        return next((event for event in reversed(self.events()) if event["event"] == "round"), {})
+        """The event ``round`` of the last world that was formed; empty before the first. It has the highest number: an
+        earlier leader may write its last events later, when the file server answers again.
+        """
+        rounds = (event for event in self.events() if event["event"] == "round")
+        return max(rounds, key=lambda event: int(event["round"]), default={})
 
     def append_event(self, when: float, event: str, fields: dict[str, Any]) -> None:
         """Append one line to ``events.jsonl``: ``time`` (``when``, seconds since the epoch), ``event``, ``fields``. If

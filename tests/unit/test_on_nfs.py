@@ -79,3 +79,10 @@ def test_events_are_whole_and_in_order_when_the_quota_was_full(two: Two) -> None
     ours.write("state.json", {"round": 1})
     assert [event["event"] for event in theirs.events()] == ["first", "second"]
     assert theirs.read("state.json") == {"round": 1}
+
+
+def test_the_last_round_is_that_of_the_leader_who_took_over_though_the_one_before_writes_later(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path)
+    for when, round in ((1.0, 1), (3.0, 3), (2.0, 2)):
+        rundir.append_event(when, "round", {"round": round})
+    assert rundir.last_round()["round"] == 3
