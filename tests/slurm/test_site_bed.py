@@ -65,6 +65,7 @@ def configured(cluster: Cluster, **settings: str) -> Iterator[None]:
             cluster.slurmctld("stop")
             conf.write_text(text)
             cluster.slurmctld("start")
+            root(cluster, "scontrol", "reconfigure")  # slurmd too
             if text is after:
                 yield
     finally:
@@ -178,9 +179,8 @@ def test_preemption_warns_waits_and_requeues_or_cancels(fresh: Cluster, folder: 
     sends = ["-t5", "--exclusive", "-o", "/dev/null", "--parsable", "--signal=B:USR1@60"]
     low = {}
     with contextlib.ExitStack() as stack:
-        if by == "qos":
-            other = {"PreemptType": "preempt/qos", "SlurmctldParameters": "preempt_send_user_signal"}
-            stack.enter_context(configured(fresh, **other))
+        qos = {"PreemptType": "preempt/qos", "SlurmctldParameters": "preempt_send_user_signal"}
+        stack.enter_context(configured(fresh, KillWait="2", **(qos if by == "qos" else {})))
         for node, name in (("n1", "low"), ("n2", "lowcancel")):
             grace = "GraceTime={}"
             change = {
