@@ -120,7 +120,11 @@ def _raised(answer: str | SlurmError) -> str:
 
 
 def _settings(config: str) -> dict[str, str]:
-    return dict(re.findall(r"^(\w+) *= ?(.*?) *$", config, re.MULTILINE))
+    """Newer versions show a list as Prolog[0], Prolog[1], ..., and an empty one not at all: both as older ones here."""
+    found = {"Prolog": "(null)", "Epilog": "(null)"} if config else {}
+    for name, index, value in re.findall(r"^(\w+)(?:\[(\d+)\])? *= ?(.*?) *$", config, re.MULTILINE):
+        found[name] = f"{found[name]},{value}" if index and index != "0" else value
+    return found
 
 
 def is_none(setting: str) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from elastic_hpc import slurm
 from elastic_hpc.errors import SlurmError
+from elastic_hpc.slurm.settings import facts
 
 SOON = timedelta(seconds=8)
 JOB = (
@@ -205,6 +206,20 @@ def test_the_site_is_read_for_the_job_s_partition(fake: Fake):
         assert slurm.site("low").preempt_mode == "OFF"
     with pytest.raises(SlurmError, match="partition 'x': unknown"):
         slurm.site("x")
+
+
+@pytest.mark.parametrize(
+    ("shown", "prolog", "epilog"),
+    [
+        ("Prolog   = /etc/p\nEpilog = (null)\n", "/etc/p", "(null)"),  # 22.05
+        ("Prolog[0] = /etc/p\nProlog[1] = /etc/q\n", "/etc/p,/etc/q", "(null)"),  # 24.11
+    ],
+)
+def test_a_prolog_is_read_alone_or_in_a_list(fake: Fake, shown: str, prolog: str, epilog: str):
+    fake.tell("show config", CONFIG + shown)
+    fake.tell("show partition", PARTITIONS)
+    config = facts(None).config
+    assert (config["Prolog"], config["Epilog"]) == (prolog, epilog)
 
 
 def test_a_slow_slurm_does_not_hold_up_a_submission(fake: Fake):
