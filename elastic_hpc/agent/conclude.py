@@ -31,6 +31,9 @@ _DEPUTY_TIMEOUT = timedelta(minutes=10)
 _OVER = "over"
 """A file in the run directory, with an exit code. Where it exists, a batch script that starts again ends at once."""
 
+_ONCE_MORE = "once-more"
+"""A file in the run directory: Slurm will requeue the job at its end (``slurm.keeps_preemption``)."""
+
 
 def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning: str = "USR2") -> int:
     """Act on the verdict of this run. Returns the exit code for the batch script.
@@ -54,7 +57,11 @@ def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning
     if verdict["outcome"] == "requeue":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
         return 0 if rundir.acted(run_number(environ)) is not None else _requeue(rundir, environ)
-    return 1 if verdict["outcome"] == "failed" else 0
+    code = 1 if verdict["outcome"] == "failed" else 0
+    with contextlib.suppress(OSError):
+        (rundir.path / _ONCE_MORE).unlink()
+        (rundir.path / _OVER).write_text(str(code))
+    return code
 
 
 def await_verdict(rundir: RunDir, run: int, heed: Callable[[], None]) -> dict[str, Any] | None:
@@ -181,6 +188,9 @@ def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] =
     exclude, readmit = _nodes_to_avoid(rundir, job)
     if exclude:
         print(f"elastic_hpc: nodes that failed are avoided: {', '.join(exclude)}", file=sys.stderr)
+    if slurm.keeps_preemption(job):
+        with contextlib.suppress(OSError):
+            (rundir.path / _ONCE_MORE).touch()
     try:
         problem = slurm.requeue(job, start_after=REQUEUE_DELAY, exclude=exclude, readmit=readmit, lost=lost, run=count)
     except SlurmError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Collection, Sequence
 from datetime import timedelta
@@ -85,6 +86,19 @@ def complete(job: str, *, start_after: timedelta, exclude: Collection[str] = (),
     with contextlib.suppress(SlurmError):
         _outlast(job, before, start_after, watch=is_mine)
     return refused
+
+
+def keeps_preemption(job: str) -> bool:
+    """Whether ``job`` is preempted, is in its grace time, and will still count as preempted in its next run.
+
+    So it is since Slurm 24.05, if not Slurm but the job itself requeues it: at the end of the next run Slurm requeues
+    the job once more. False if Slurm cannot be asked.
+    """
+    try:
+        version = re.search(r"(\d+)\.(\d+)", client.scontrol("--version"))
+        return bool(version and (int(version[1]), int(version[2])) >= (24, 5) and show_job(job).preempt_time)
+    except SlurmError:
+        return False
 
 
 def _outlast(job: str, before: SlurmJob, start_after: timedelta, lost: Collection[str] = (), *, watch: bool) -> None:

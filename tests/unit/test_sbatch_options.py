@@ -113,6 +113,7 @@ def test_what_looks_like_an_option_of_ours_does_not_reach_slurm(word):
         (["--gpus-per-task=1"], "use --gpus-per-node=N"),
         (["--tres-per-task=gres/gpu:1"], "use --gpus-per-node=N"),
         (["--no-requeue"], "--max-requeues 0"),
+        (["--requeue=expedite"], "requeue and hold a job that has failed for good"),
         (["-K"], "--max-restarts 0"),
         (["--kill-on-bad-exit=1"], "--max-restarts 0"),
         (["--no-kill=off"], "a lost node ends the whole job"),
@@ -151,7 +152,7 @@ def test_what_the_script_says_already_is_accepted_once(argv):
 
 
 def test_requeue_modes_of_newer_slurm_and_export_lists_with_all_pass():
-    assert all(check(g) for g in scan(["--requeue=expedite", "--export=ALL,A=1", "--signal=B:USR1@30"], ())[0])
+    assert all(check(g) for g in scan(["--requeue=other", "--export=ALL,A=1", "--signal=B:USR1@30"], ())[0])
 
 
 def test_no_option_of_ours_or_sbatchs_is_refused_by_an_accident_of_its_name():
