@@ -26,6 +26,9 @@ REQUEUE_DELAY = timedelta(seconds=8)
 _ALONE_TIMEOUT = timedelta(seconds=60)
 """Time for the agents' step to end when the batch host is lost. A requeue before the end takes longer."""
 
+_LEAVE_TIME = timedelta(seconds=5)
+"""Time for the other agents to leave, where Slurm is not waited for."""
+
 _DEPUTY_TIMEOUT = timedelta(minutes=10)
 
 _OVER = "over"
@@ -134,6 +137,21 @@ def act(
     return None
 
 
+def let_go(rundir: RunDir, env: AgentEnv, lost: Collection[str]) -> str | None:
+    """The job is over, and all agents but those of ``lost`` nodes have left: take these nodes from the job, so that it
+    does not complete for as long as Slurm waits for them (``SlurmdTimeout``), and have the batch script end srun, which
+    waits for them as well. Returns the problem, if Slurm could not be asked.
+    """
+    problem = None
+    try:
+        slurm.release(env.job, lost)
+    except SlurmError as error:
+        problem = str(error)
+    with contextlib.suppress(OSError):  # then the batch script ends srun later
+        rundir.mark_left()
+    return problem
+
+
 def cancel(env: AgentEnv) -> str | None:
     """Cancel the job: the user's batch script, which ran ``elastic-srun``, is lost with its node, and cannot end it."""
     print("elastic_hpc: the batch script is lost with its node; the job is cancelled", file=sys.stderr)
@@ -151,7 +169,7 @@ def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, 
         slurm.wait_until_alone(job, step, deadline=_DEPUTY_TIMEOUT, deputy_of=deputy_of)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
     if not deputy_of:
-        slurm.wait_until_alone(job, step, deadline=_ALONE_TIMEOUT)
+        slurm.wait_until_alone(job, step, deadline=_time_for_slurm())
     _cancel_joiners(rundir, job)
     if outcome == "requeue":
         return _requeue(rundir, environ)
@@ -168,6 +186,16 @@ def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, 
     if problem:
         print(f"elastic_hpc: {problem}", file=sys.stderr)
     return 0
+
+
+def _time_for_slurm() -> timedelta:
+    """How long to wait until Slurm notices that the batch host is lost. Where that takes minutes, the other nodes of
+    the job are not held for it: they are free as soon as the job is requeued, which then starts later.
+    """
+    with contextlib.suppress(SlurmError):
+        if not slurm.notices_within(_ALONE_TIMEOUT.total_seconds()):
+            return min(_ALONE_TIMEOUT, _LEAVE_TIME)
+    return _ALONE_TIMEOUT
 
 
 def _cancel_joiners(rundir: RunDir, job: str) -> None:

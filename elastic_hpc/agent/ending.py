@@ -54,8 +54,8 @@ class Ending:
 
     def act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
         """Requeue or end the job. Returns the problem, if any. The parameters are those of ``conclude.act``. A job in
-        an allocation of the user (``elastic-srun``) is not requeued. If ``alone``, this agent takes a turn, so that no
-        agent without a leader acts at the same time.
+        an allocation of the user (``elastic-srun``) is not requeued, and keeps its nodes. If ``alone``, this agent
+        takes a turn, so that no agent without a leader acts at the same time.
         """
         if alone:
             self._turns.take()
@@ -65,6 +65,9 @@ class Ending:
         return problem
 
     def _act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
+        if not alone and verdict["outcome"] != "requeue":
+            kept = self.contained or not self.policy.can_requeue
+            return conclude.let_go(self.rundir, self.env, [] if kept else lost)
         if self.contained:
             if alone:
                 log.warning(

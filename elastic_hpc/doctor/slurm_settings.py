@@ -104,8 +104,9 @@ def _slurmd_timeout(facts: Facts, _: timedelta) -> Finding:
     if seconds <= _QUICK:
         return Finding(Level.OK, "SlurmdTimeout", found, "Slurm soon notices that a node is lost")
     means = (
-        "training goes on after --heartbeat-timeout; but the end of a job that has lost a node, and its requeue after "
-        f"the loss of its first node, may wait {seconds} s"
+        "training goes on after --heartbeat-timeout, and at the end the nodes that work are free within seconds; but a "
+        f"job that has lost its first node stays COMPLETING, or waits in the queue, for {seconds} s or more: only Slurm "
+        "or an operator can end that"
     )
     advice = _slurm_conf(f"SlurmdTimeout={_QUICK}, where that does not give up nodes that are only busy")
     return Finding(Level.NOTE, "SlurmdTimeout", found, means, advice)

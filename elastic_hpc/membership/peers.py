@@ -202,10 +202,11 @@ class Peers(dict[int, Peer]):
 
     @property
     def lost_names(self) -> list[str]:
-        """Slurm's names of the ``missing`` nodes, and of those that were given up."""
+        """Slurm's names of the ``missing`` nodes, of those given up, and of those never in touch."""
         return [
             *(host.name for host in self.missing),
             *(peer.status.name for peer in self.values() if peer.status.unfit),
+            *self.absent,
         ]
 
     def names(self, *, without: int) -> list[str]:

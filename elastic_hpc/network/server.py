@@ -139,7 +139,7 @@ class LeaderServer:
                 elif saving and saving.done() and leave_at == float("inf"):
                     leave_at = loop.time() + LEAVE_TIMEOUT
             verdict = self.leader.verdict
-            if verdict and verdict.outcome == "requeue" and not self._batch_host_is_lost:
+            if verdict and not self._batch_host_is_lost and (verdict.outcome == "requeue" or saving.result()):
                 # not left to the batch script: srun waits for lost nodes until Slurm notices, which may take minutes
                 await self._act_on(verdict, saving.result(), alone=False, others=[])
             return ""

@@ -17,6 +17,9 @@ from elastic_hpc.record import folders
 _HELD = "running"
 """The file that ``hold`` locks."""
 
+_LEFT = "left"
+"""A file that the batch script looks for: see ``mark_left``."""
+
 
 class RunDir:
     """Paths and files of one job.
@@ -187,9 +190,13 @@ class RunDir:
 
     def forget_verdict(self) -> None:
         """Another run begins here: remove the verdict of the last one, and the files of the agents that acted on it."""
-        for pattern in ("verdict.json", "turn.*", "acts.*"):
+        for pattern in ("verdict.json", "turn.*", "acts.*", _LEFT):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
+
+    def mark_left(self) -> None:
+        """All agents have left after the verdict, but those of lost nodes: srun need not wait. Raises OSError."""
+        (self.path / _LEFT).touch()
 
     def mark_acted(self, run: int, job: str) -> None:
         """The verdict of ``run`` was a requeue, and the job was requeued, or submitted again, as ``job``. Raises

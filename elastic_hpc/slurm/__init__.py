@@ -12,15 +12,16 @@ of jobs.
 from elastic_hpc.slurm.directives import joiner_script
 from elastic_hpc.slurm.job import cancel, epoch, expand, job_state, queue, show_job, usable_nodes, warn, warning_reason
 from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
-from elastic_hpc.slurm.requeuing import complete, keeps_preemption, requeue
-from elastic_hpc.slurm.settings import Facts, Site, facts, site
+from elastic_hpc.slurm.requeuing import complete, keeps_preemption, release, requeue
+from elastic_hpc.slurm.settings import Facts, Site, facts, notices_within, site
 from elastic_hpc.slurm.states import LIVES, WAITS, Queued, SlurmJob
 from elastic_hpc.slurm.steps import agent_steps, start_agent, start_step, step_environment, wait_until_alone
 from elastic_hpc.slurm.submit import resubmit, sbatch, submit_script
 
 __all__ = [
     "LIVES", "WAITS", "Facts", "Joiner", "Queued", "Site", "SlurmJob", "agent_steps", "cancel", "change_time_limit",
-    "complete", "epoch", "expand", "facts", "job_state", "joiner_script", "joiners", "keeps_preemption", "queue",
-    "requeue", "resubmit", "sbatch", "show_job", "site", "start_agent", "start_step", "step_environment",
-    "submit_joiner", "submit_script", "usable_nodes", "wait_until_alone", "warn", "warning_reason",
+    "complete", "epoch", "expand", "facts", "job_state", "joiner_script", "joiners", "keeps_preemption",
+    "notices_within", "queue", "release", "requeue", "resubmit", "sbatch", "show_job", "site", "start_agent",
+    "start_step", "step_environment", "submit_joiner", "submit_script", "usable_nodes", "wait_until_alone", "warn",
+    "warning_reason",
 ]  # fmt: skip

@@ -66,6 +66,14 @@ def requeue(
     return refused
 
 
+def release(job: str, lost: Collection[str]) -> None:
+    """Take ``lost`` nodes, other than the batch host, from ``job``, which is over and whose srun is to be ended: else
+    the job is COMPLETING until Slurm notices their loss too. Raises SlurmError.
+    """
+    if lost and (shown := show_job(job)).state == "RUNNING":
+        _release(shown, job, lost)
+
+
 def complete(job: str, *, start_after: timedelta, exclude: Collection[str] = (), run: int | None = None) -> str | None:
     """End ``job``, whose batch script is gone, as that script would have: COMPLETED, or FAILED.
 

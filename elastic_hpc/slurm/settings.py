@@ -67,6 +67,15 @@ def has_epilog() -> bool:
     return not all(is_none(settings.get(name, "")) for name in ("Epilog", "EpilogSlurmctld", "Epilog[0]"))
 
 
+def notices_within(seconds: float) -> bool:
+    """Whether Slurm notices the loss of a node within ``seconds`` (``SlurmdTimeout``). Raises SlurmError."""
+    settings = _settings(client.scontrol("show", "config"))
+    try:
+        return 0 < _number(settings["SlurmdTimeout"]) <= seconds  # 0: never
+    except (KeyError, ValueError) as error:
+        raise SlurmError(f"scontrol show config: expected {error}") from None
+
+
 def facts(partition: str | None) -> Facts:
     """All that can be asked without a job; the partition as for ``site``."""
     found: dict[str, str] = {}

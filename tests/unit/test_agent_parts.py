@@ -16,6 +16,7 @@ import torch
 from cluster import wait_for
 
 import elastic_hpc
+from elastic_hpc import slurm
 from elastic_hpc.agent.arguments import workers_per_node
 from elastic_hpc.agent.assembly import _software
 from elastic_hpc.agent.conclude import conclude
@@ -252,6 +253,22 @@ def agent(rundir: RunDir, run: int = 1, **changes: Any) -> Leading:
     """One that has lost all others, where nobody has Slurm."""
     env = AgentEnv("7", 1, "n2", 2, run, 2, None, None, local=True)
     return Leading(None, env, HOST, 1, replace(POLICY, **changes), rundir, {}, no_store, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("can_requeue", "contained"), [(True, False), (False, False), (True, True)])
+def test_at_the_end_lost_nodes_are_given_up_and_the_batch_script_is_told_to_end_srun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, can_requeue: bool, contained: bool
+) -> None:
+    released: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(slurm, "release", lambda job, lost: released.append((job, lost)))
+    leading = agent(RunDir(tmp_path), can_requeue=can_requeue)
+    leading._ending.contained = contained
+    verdict = {"outcome": "finished", "reason": "all workers finished"}
+    assert leading._ending.act(verdict, ["n3"], alone=False, others=[]) is None
+    assert released == [("7", ["n3"] if can_requeue and not contained else [])]
+    assert (tmp_path / "left").exists()
+    RunDir(tmp_path).forget_verdict()
+    assert not (tmp_path / "left").exists(), "it is that of one run"
 
 
 def roster(restarts: int, requeues: int) -> Roster:

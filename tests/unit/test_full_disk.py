@@ -173,6 +173,19 @@ def test_a_node_that_never_joined_is_avoided_until_its_agent_comes(tmp_path: Pat
     assert struck == [("n1", NEVER_JOINED), ("n2", "its connection was closed")]
 
 
+@pytest.mark.parametrize(("notices", "seconds"), [(True, 60), (False, 5), (None, 60)])
+def test_nodes_are_not_held_for_a_slurm_that_takes_minutes_to_notice_a_loss(
+    monkeypatch: pytest.MonkeyPatch, *, notices: bool | None, seconds: int
+) -> None:
+    def notices_within(_seconds: float) -> bool:
+        if notices is None:
+            raise SlurmError("no answer")
+        return notices
+
+    monkeypatch.setattr(slurm, "notices_within", notices_within)
+    assert conclude._time_for_slurm() == timedelta(seconds=seconds)
+
+
 @pytest.mark.parametrize("shows", ["nodes", "partitions", "nothing"])
 def test_a_requeue_says_what_it_cannot_see_and_avoids_what_its_own_record_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shows: str

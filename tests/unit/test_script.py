@@ -358,10 +358,11 @@ def test_shell_syntax_is_never_quoted_again():
     assert quote('"$x"') == "'\"$x\"'"
 
 
-def test_srun_that_still_waits_long_after_the_verdict_is_ended_and_the_script_concludes(node):
+@pytest.mark.parametrize("left", [False, True])
+def test_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_concludes(node, left):
     """For a frozen agent, say. Pauses are a hundred times as short as in life, or shorter."""
     run_dir = node / "logs" / "9"
-    run_dir.mkdir(parents=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "verdict.json").write_text("that of the run before")
     (node / "asked").unlink(missing_ok=True)
     (node / "ended").unlink(missing_ok=True)
@@ -369,12 +370,16 @@ def test_srun_that_still_waits_long_after_the_verdict_is_ended_and_the_script_co
     stays = f"trap 'echo TERM >> {node}/ended' TERM; touch {node}/ready; while :; do /bin/sleep 0.02; done"
     (node / "srun_does").write_text(stays)
     (node / "ready").unlink(missing_ok=True)
+    (run_dir / "left").unlink(missing_ok=True)
     process = start(node, job(node), SLURM_JOB_ID="9")
     try:
         slept = node / "slept"
-        while not ((node / "ready").exists() and slept.exists() and slept.read_text().count("5\n") >= 4):
+        while not ((node / "ready").exists() and slept.exists() and slept.read_text().count("2\n") >= 4):
             time.sleep(0.02)
         assert process.poll() is None, "the verdict of the run before does not count"
+        if left:
+            (run_dir / "left").touch()  # all agents but those of lost nodes
+        (node / "slept").unlink()
         (run_dir / "new").write_text("that of this run")
         (run_dir / "new").replace(run_dir / "verdict.json")
         _, err = process.communicate(timeout=20)
@@ -382,11 +387,13 @@ def test_srun_that_still_waits_long_after_the_verdict_is_ended_and_the_script_co
         process.kill()
         fast.unlink()
         (node / "srun_does").write_text("")
-    assert b"srun still waits for an agent, 40 s after the verdict: srun is ended\n" in err
+    assert b"srun still waits for an agent that is lost or frozen: srun is ended\n" in err
+    pauses = slept.read_text().split()
+    assert pauses.count("2") <= 3 if left else pauses.count("2") >= 21, "40 s for agents to leave"
     assert (node / "ended").read_text() == "TERM\n", "srun may end its steps before it is killed"
     assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 137 --signal USR2\n"
 
 
 def test_agents_have_the_time_to_leave_that_they_take_at_most():
-    assert "elastic_pause 40" in (template_folder() / "elastic.sbatch.j2").read_text()
+    assert "for _ in {1..20}; do if [ -e" in (template_folder() / "elastic.sbatch.j2").read_text()
     assert LEAVE < 40

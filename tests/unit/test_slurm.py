@@ -274,3 +274,17 @@ def test_a_step_has_what_its_job_was_told_and_nothing_of_the_step_or_the_shell_i
     left = ("SLURM_GPUS_PER_TASK", "SLURM_PROCID", "SRUN_CPUS_PER_TASK", "SALLOC_QOS", "SBATCH_QOS", "SLURMD_NODENAME")
     left += ("PMI_RANK", "PMIX_RANK", "SPANK_X", "_SLURM_SPANK_OPTION_x", "ELASTIC_HPC_AGENT", "ELASTIC_HPC_LOCAL_NODE")
     assert slurm.step_environment({**job, **own, **dict.fromkeys(left, "1")}) == {**job, **own}
+
+
+@pytest.mark.parametrize(("shown", "says"), [("10 sec", True), ("300 sec", False), ("0 sec", False)])
+def test_whether_slurm_soon_notices_a_lost_node_is_the_sites_own_figure(fake: Fake, shown: str, *, says: bool):
+    fake.tell("show config", f"SlurmdTimeout           = {shown}\n")
+    assert slurm.notices_within(60) is says
+
+
+def test_a_job_that_is_over_gives_up_its_lost_nodes_but_never_its_batch_host(fake: Fake):
+    fake.tell("show job", JOB.replace("n[1-2]", "n1,n2,n3").format(**RUNNING))
+    slurm.release("7", [])
+    slurm.release("7", ["n1"])
+    slurm.release("7", ["n3"])
+    assert fake.calls("update") == ["update JobId=7 NodeList=n1,n2"]
