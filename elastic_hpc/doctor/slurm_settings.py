@@ -105,8 +105,8 @@ def _slurmd_timeout(facts: Facts, _: timedelta) -> Finding:
         return Finding(Level.OK, "SlurmdTimeout", found, "Slurm soon notices that a node is lost")
     means = (
         "training goes on after --heartbeat-timeout, and at the end the nodes that work are free within seconds; but a "
-        f"job that has lost its first node stays COMPLETING, or waits in the queue, for {seconds} s or more: only Slurm "
-        "or an operator can end that"
+        f"job that has lost its first node stays COMPLETING, or waits in the queue, for {seconds} s and more: only "
+        "Slurm or an operator can end that"
     )
     advice = _slurm_conf(f"SlurmdTimeout={_QUICK}, where that does not give up nodes that are only busy")
     return Finding(Level.NOTE, "SlurmdTimeout", found, means, advice)
