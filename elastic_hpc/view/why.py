@@ -176,7 +176,8 @@ def _about_causes(story: Story) -> Iterator[str]:
         yield "ask for more memory (--mem), or use less: a smaller batch on each rank, fewer data loader workers"
     if kinds["hang"]:
         yield "see where it hung: the workers' stacks are in the round's folder of the run directory, logs/*/*.stacks"
-    suspects = Counter(fault.node for fault in causes if fault.kind != "exception")
+    # memory runs out where the job's share of it is too small, and the advice above says so
+    suspects = Counter(fault.node for fault in causes if fault.kind not in {"exception", "out of memory"})
     for node in () if _is_the_scripts(story) else story.barred:
         yield (
             f"tell your administrator of {node}, on which alone workers failed again and again; leave it out: "
