@@ -127,10 +127,11 @@ class Finder:
         lost = self._lost.node if self._lost else None
         someone_is_ahead = False
         ahead = order_of_succession(roster.successors, lost=lost, me=self._me.node if self.may_lead else None)
-        if self._lost_silently:
+        just_lost = now() - self._lost_at < self._timeout
+        if self._lost_silently and just_lost:
             ahead = [node for node in ahead if node != lost]  # the other nodes know whether it still leads
         async for node, reply in self._ask_in_turn(Hosts.of(roster.hosts), ahead):
-            if reply and reply.to and reply.to == self._lost and now() - self._lost_at < self._timeout:
+            if reply and reply.to and reply.to == self._lost and just_lost:
                 return None  # most probably it has not noticed the loss yet
             if reply and reply.to and (found := await self._connect(reply.to)):
                 return found
@@ -139,7 +140,8 @@ class Finder:
                 break
         published = await self._node.published()
         leader = published and published.leader
-        if leader and leader not in (self._lost, self._me) and (found := await self._connect(leader)):
+        may_lead_again = leader != self._lost or not just_lost  # this node may have been cut off from it
+        if leader and leader != self._me and may_lead_again and (found := await self._connect(leader)):
             return found
         if someone_is_ahead or not self.may_lead:
             return None

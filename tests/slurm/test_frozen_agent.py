@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,9 +42,6 @@ def test_a_job_completes_though_an_agent_is_frozen_when_its_verdict_stands(job: 
     wait_for("a world without the frozen agent", lambda: up(job, 2))
     fresh.exec(["touch", str(job.run_dir / "enough")])
     job.wait_event("verdict")
-    began = time.monotonic()
-    job.wait_state("COMPLETED", deadline=110)
-    assert time.monotonic() - began > 20, "the agent was waited for"
-    assert "srun still waits for an agent, 40 s after the verdict: srun is ended" in job.output()
+    assert job.wait_state("COMPLETED", "FAILED", "CANCELLED", deadline=110) == "COMPLETED", job.output()
     assert "elastic_hpc: finished" in job.output()
     wait_for("the end of the frozen agent", lambda: not fresh.agents(third))

@@ -113,8 +113,14 @@ class Local:
     def stepped(self, round: int, rank: int) -> list[int]:
         """pid, world size and restart count of ``rank`` once it has stepped in ``round``."""
         path = self.run_dir / f"stepped.{round}.{rank}"
-        self.wait_for(lambda: path.exists() and path.read_text())
-        return [int(word) for word in path.read_text().split()]
+        words: list[str] = []
+
+        def look() -> bool:
+            words[:] = path.read_text().split() if path.exists() else []  # the worker writes the file anew at each step
+            return bool(words)
+
+        self.wait_for(look)
+        return [int(word) for word in words]
 
     def agent(self, node: int) -> int:
         for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():

@@ -251,6 +251,23 @@ def test_nodes_that_were_left_over_and_cut_off_as_the_round_was_formed_are_no_se
     job.run(story)
 
 
+def test_a_spare_that_was_cut_off_from_the_only_node_that_may_lead_comes_back() -> None:
+    job = Job(1, 2, replace(POLICY, min_nodes=1, max_nodes=1, spares=1), loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        assert await job.until(lambda: bool(job.nodes[1].membership._promises.roster), 60)
+        server = job.nodes[0].membership._own_leader.server
+        assert server
+        job.cut([1])
+        assert await job.until(lambda: 1 not in server.leader.peers.by_node, 30)
+        await asyncio.sleep(10)
+        job.heal()
+        assert await job.until(lambda: 1 in server.leader.peers.by_node, 30)
+
+    job.run(story)
+
+
 def test_a_late_node_is_taken_in_by_a_new_round() -> None:
     job = Job(2, 4, POLICY, loss=0.0)
     late = job.nodes[3]

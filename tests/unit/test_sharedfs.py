@@ -223,7 +223,8 @@ def test_what_a_node_has_not_sent_is_lost_with_it(two: Two) -> None:
 
 def test_a_program_works_on_one_mount_as_on_a_local_folder(two: Two) -> None:
     script = (
-        "set -e; cd $0; mkdir d; cp -r $1 d/copy; diff -r $1 d/copy; ln -s x y; echo text > x; ln x z; mv z w; "
+        'set -e; cd "$0"; mkdir d; cp -r "$1" d/copy; diff -r "$1" d/copy;'
+        " ln -s x y; echo text > x; ln x z; mv z w; "
         "test $(cat y) = text; cat w >> w2; rm y; chmod 640 x; chown 1:2 x; touch -d @7 x; stat -c '%a %u %g %Y' x; "
         "truncate -s 2 w; cat x; rm -r d x w; ls"
     )
