@@ -74,8 +74,7 @@ def await_verdict(rundir: RunDir, run: int, heed: Callable[[], None]) -> dict[st
     """
     beat, last_beat_at = 0, 0.0
     while True:
-        verdict = rundir.read("verdict.json")
-        if verdict and verdict["run"] == run:
+        if verdict := rundir.verdict(run):
             return verdict
         if (rundir.read("endpoint.json") or {}).get("run") != run:
             return None

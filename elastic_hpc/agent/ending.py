@@ -159,10 +159,9 @@ class Ending:
     def _read_verdict(self) -> dict[str, Any] | None:
         """The verdict of this run."""
         try:
-            verdict = self.rundir.read("verdict.json")
+            return self.rundir.verdict(self.env.run)
         except (ElasticError, OSError):
             return None
-        return verdict if verdict and verdict["run"] == self.env.run else None
 
     def _write_verdict(self, roster: Roster | None, reason: str) -> dict[str, Any]:
         """Write the verdict of a run that nobody leads: requeue, or fail if that is not possible."""

@@ -49,6 +49,5 @@ def ask(rundir: RunDir, environ: Mapping[str, str], reason: str) -> bool:
 
 def _is_over(rundir: RunDir, environ: Mapping[str, str]) -> bool:
     with contextlib.suppress(ElasticError, OSError):
-        verdict = rundir.read("verdict.json")
-        return bool(verdict and JOIN not in environ and verdict["run"] == run_number(environ))
+        return JOIN not in environ and rundir.verdict(run_number(environ)) is not None
     return False

@@ -50,8 +50,9 @@ def _send(rundir: RunDir, message: dict[str, Any], run: int | None = None) -> No
     published = read_published(rundir)
     if published is None:
         raise ElasticError(f"{rundir.path}: no leader has been started yet")
-    me = Identity(published.job, published.run, OUTSIDE, socket.gethostname(), secrets.token_hex(8))
-    search = _Search(replace(me, run=me.run if run is None else run), rundir.read_secret(), message, run)
+    of_run = published.run if run is None else run
+    me = Identity(published.job, of_run, OUTSIDE, socket.gethostname(), secrets.token_hex(8))
+    search = _Search(me, rundir.read_secret(), message, run)
     work = search.send(published.leader, published.others)
     try:
         asyncio.get_running_loop()

@@ -140,6 +140,11 @@ class RunDir:
         """The nodes of ``write_unfit``: ``node``, ``time``, ``reason``. Raises ElasticError for a damaged file."""
         return [body for path in self.path.glob("unfit.*.json") if (body := self.read(path.name))]
 
+    def verdict(self, run: int) -> dict[str, Any] | None:
+        """The verdict of ``run``; None while there is none. Raises ElasticError."""
+        verdict = self.read("verdict.json")
+        return verdict if verdict and verdict["run"] == run else None
+
     def write_warning(self, run: int, reason: str) -> None:
         """Slurm has warned ``run`` that the job is about to end, because of ``reason``. Raises OSError."""
         self.write("warning.json", {"run": run, "reason": reason})

@@ -64,12 +64,12 @@ def site(partition: str | None) -> Site:
 def has_epilog() -> bool:
     """Whether a program runs when a job ends, on its nodes or beside slurmctld. Raises SlurmError."""
     settings = _settings(client.run(*_CONFIG))
-    return not all(is_none(settings.get(name, "")) for name in ("Epilog", "EpilogSlurmctld", "Epilog[0]"))
+    return not all(is_none(settings.get(name, "")) for name in ("Epilog", "EpilogSlurmctld"))
 
 
 def notices_within(seconds: float) -> bool:
     """Whether Slurm notices the loss of a node within ``seconds`` (``SlurmdTimeout``). Raises SlurmError."""
-    settings = _settings(client.scontrol("show", "config"))
+    settings = _settings(client.run(*_CONFIG))
     try:
         return 0 < _number(settings["SlurmdTimeout"]) <= seconds  # 0: never
     except (KeyError, ValueError) as error:
