@@ -27,9 +27,13 @@ from pathlib import Path
 from elastic_hpc.training import report_progress
 run, rank, how = Path(os.environ["ELASTIC_HPC_RUN_DIR"]), int(os.environ["RANK"]), sys.argv[1]
 number = getattr(signal, sys.argv[2])
+got = os.open(run / f"got.{rank}", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK)
+signal.set_wakeup_fd(got)  # written to also within a collective
 
 def save(*_):
-    time.sleep(0.2 * (1 - rank))  # one is gone while the other still saves
+    while rank == 1 and how != "first" and not (run / "got.0").stat().st_size:  # rank 0 can no longer miss the signal
+        time.sleep(0.01)
+    time.sleep(0.2 * (1 - rank))  # rank 1 is gone while rank 0 still saves
     (run / f"saved.{rank}").touch()
     if how == "exits":
         os._exit(0)
@@ -153,8 +157,11 @@ def test_before_a_growth_a_script_saves_in_its_handler_and_the_next_round_is_no_
     children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
     command = os.fsdecode(Path(f"/proc/{children[0]}/cmdline").read_bytes()).split("\0")[:-1]
     environ = {**os.environ, "ELASTIC_HPC_LOCAL_NODE": "2", "ELASTIC_HPC_LOCAL_NODES": "3"}
-    with subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True):
-        assert run.process.wait(60) == 0, run.output.read_text()
+    with subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True) as third:
+        try:
+            assert run.process.wait(60) == 0, run.output.read_text()
+        finally:
+            third.terminate()
     events = [json.loads(line) for line in (run.dir / "events.jsonl").read_text().splitlines()]
     assert [event["world_size"] for event in events if event["event"] == "round"] == [2, 3]
     assert [event["reason"] for event in events if event["event"] == "restart"] == ["1 more node(s) joined"]
