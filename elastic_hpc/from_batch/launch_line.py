@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posixpath
 import re
 import shlex
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def launch_of(words: Sequence[str], variables: Variables) -> Launch | None:
     if not words:
         return None
     first = program_of(words[0], variables)
-    name = os.path.basename(first)
+    name = posixpath.basename(first)
     if name in _OTHERS:
         raise UsageError(f"{first}: {_OTHERS[name]}")
     if (inner := _text_of_shell(words, variables)) is not None:
@@ -62,7 +62,7 @@ def not_understood(words: Sequence[str], variables: Variables) -> str:
         parts = [part for statement in statements(inner) if not statement.compound for _, part in statement.parts()]
         return next(filter(None, (not_understood(part, variables) for part in reversed(parts))), "")
     programs = [program_of(word, variables) for word in words]
-    names_of = [os.path.basename(program) for program in programs]
+    names_of = [posixpath.basename(program) for program in programs]
     found = next((at for at, name in enumerate(names_of) if _LAUNCHERS.fullmatch(name)), 0)
     has_script = any(word.endswith(".py") or word == "-m" for word in programs[found + 1 :])
     if found and has_script and names_of[0] not in {"echo", "printf"}:
@@ -81,15 +81,15 @@ def _interpreter(launch: Launch, command: str) -> Launch:
     """``launch`` with --python, if ``command`` is a path: the interpreter is in the same folder."""
     if "/" not in command or "$" in command:
         return launch
-    folder, name = os.path.split(command)
-    python = command if name.startswith("python") else os.path.join(folder, "python")
+    folder, name = posixpath.split(command)
+    python = command if name.startswith("python") else posixpath.join(folder, "python")
     note = f"{command}: agents and workers run with {python}, where elastic_hpc must be installed"
     return launch.with_note(note).with_option("python", shlex.quote(python))
 
 
 def _text_of_shell(words: Sequence[str], variables: Variables) -> str | None:
     """TEXT of ``bash -c 'TEXT'``, as that shell reads it; None if ``words`` are another command."""
-    program = os.path.basename(program_of(words[0], variables)) if words else ""
+    program = posixpath.basename(program_of(words[0], variables)) if words else ""
     if program not in {"bash", "sh", "zsh"} or len(words) < 3 or not re.fullmatch(r"-[a-z]*c", words[1]):
         return None
     text = words[2]

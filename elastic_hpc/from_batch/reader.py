@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posixpath
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -172,7 +172,7 @@ class Reader:
                 target = self._variables.resolve(match[1])
                 if target is None:
                     return None
-                folder = os.path.join(folder, target)
+                folder = posixpath.join(folder, target)
             elif re.search(r"\b(cd|pushd|popd)\b", line):
                 return None
         return folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posixpath
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -87,7 +87,7 @@ def unwrapped(words: Sequence[str], variables: Variables) -> tuple[Launch, list[
     """What stands in front of the program in ``words``, and the rest: the program and its arguments."""
     rest, launch = variables.expand(words), Launch()
     while rest:
-        name = os.path.basename(program_of(rest[0], variables))
+        name = posixpath.basename(program_of(rest[0], variables))
         if match := ASSIGNS.fullmatch(rest[0]):
             if OF_RENDEZVOUS.fullmatch(match[1]):
                 launch = launch.with_note(f"dropped {match[1]}: {SET_BY_AGENTS}")
@@ -172,7 +172,7 @@ def _apptainer(launch: Launch, words: list[str], variables: Variables) -> _Unwra
 
 
 def _runner(launch: Launch, words: list[str], variables: Variables) -> _Unwrapped:
-    name, rest = os.path.basename(variables.resolve(words[0]) or words[0]), words[1:]
+    name, rest = posixpath.basename(variables.resolve(words[0]) or words[0]), words[1:]
     while rest and rest[0] != "run":
         rest = rest[1:]
     rest = rest[1:]

@@ -118,10 +118,3 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_the_reference_is_made_of_public_names() -> None:
     text = "".join(path.read_text() for path in (ROOT / "docs" / "generator").glob("*.py"))
     assert re.findall(r"from elastic_hpc\S* import .*\b_[a-z]\w*|\b(?:hpc|srun|sbatch)\._\w+", text) == []
-
-
-def test_every_folder_and_module_of_the_package_is_in_the_contributors_list() -> None:
-    listed = set(re.findall(r"^\| `([a-z_]+/?)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
-    modules = {path.stem for path in (ROOT / "elastic_hpc").glob("*.py")} - {"__init__", "__main__"}
-    packages = {f"{path.parent.name}/" for path in (ROOT / "elastic_hpc").glob("*/__init__.py")}
-    assert listed == modules | packages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -12,34 +13,39 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "elastic_hpc"
 
-LEAVES = {"errors", "environment", "start"}
+_ROW = re.compile(r"^\| `([a-z_]+)(/?)` \|[^|]*\|([^|]*)\|([^|]*)\|$", re.MULTILINE)
+_ROWS = _ROW.findall((ROOT / "CONTRIBUTING.md").read_text())
+
+
+def _names(cell: str) -> set[str]:
+    return set(re.findall(r"`([a-z_.]+)`", cell))
+
+
+LEAVES = {name for name, folder, _, _ in _ROWS if not folder}
 """Modules beside the folders, which import nothing; all folders may import them."""
 
-MAY_IMPORT = {
-    "options": set[str](),
-    "membership": set[str](),
-    "record": {"membership"},
-    "slurm": {"options", "membership.nodes"},
-    "network": {"membership", "record"},
-    "training": {"record"},
-    "workers": {"options", "membership", "record", "training"},
-    "agent": {"options", "membership", "record", "slurm", "network", "training", "workers"},
-    "view": {"membership", "slurm.states"},
-    "job": {"options", "slurm", "record", "network.client", "view"},
-    "from_batch": {"options", "job"},
-    "torchrun": {"options", "membership", "record", "slurm", "network", "workers", "agent"},
-    "submitit": {"options", "slurm", "record", "network.client", "training", "job"},
-    "rehearse": {"record", "network.client", "training", "job"},
-    "doctor": {"options", "slurm", "record", "network.addresses", "job"},
+MAY_IMPORT = {name: _names(cell) for name, folder, _, cell in _ROWS if folder and cell.strip() != "all"}
+"""By folder. A name with a dot is one module of a folder."""
+
+TOUCHES = {name: cell.strip() for name, _, cell, _ in _ROWS}
+"""By folder, or module beside the folders. ``nothing``, or ``... else nothing``: pure, but for the modules named."""
+
+HARMLESS = {
+    *("__future__", "argparse", "collections", "contextlib", "dataclasses", "datetime", "difflib", "enum", "functools"),
+    *("html", "ipaddress", "itertools", "json", "math", "numbers", "posixpath", "re", "shlex", "signal", "typing"),
+    *("jinja2", "markupsafe", "prometheus_client", "rich"),
 }
-"""By folder; ``cli`` may import all. A name with a dot is one module of a folder."""
+"""What pure modules import: no file, clock, thread, process, connection, random number or environment. ``signal`` has
+names of numbers, and ``posixpath`` works on text.
+"""
 
-PURE = ("options", "membership", "view", "errors", "environment", "start")
-IMPURE = {"os", "time", "asyncio", "socket", "threading", "subprocess", "select", "pathlib", "io", "tempfile", "shutil"}
-"""What pure modules do not import: they touch no file, clock, thread, process, connection, or environment."""
-
-LOCAL_TIME = {"view.times": {"time"}}
-"""The exceptions: ``view.times`` reads this machine's time zone, but no clock."""
+EXCEPTIONS = {
+    "start": {"sys"},  # compares an interpreter with this one
+    "view.times": {"time"},  # this machine's time zone, but no clock
+    "view.timeline": {"importlib"},  # its template, and a library that may be missing
+}
+IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "__import__", "now", "utcnow", "today"}
+"""``now`` and the like are those of ``datetime``."""
 
 
 def _module(path: Path) -> str:
@@ -52,14 +58,20 @@ def modules() -> dict[str, Path]:
 
 
 @cache
+def nodes(module: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(modules()[module].read_text())))
+
+
+@cache
 def imports(module: str) -> frozenset[str]:
     """All that ``module`` imports, inside functions too; of this package the modules, not the names in them."""
     found = set()
-    for node in ast.walk(ast.parse(modules()[module].read_text())):
+    for node in nodes(module):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.module, f"{module}: expected absolute imports"
+            assert not node.level, f"{module}: expected absolute imports"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in modules() else node.module for name in names}
     return frozenset(found)
@@ -70,7 +82,21 @@ def place(module: str) -> str:
     return module.removeprefix("elastic_hpc").removeprefix(".")
 
 
+def is_pure(module: str) -> bool:
+    folder, _, name = place(module).partition(".")
+    touches = TOUCHES.get(folder, "")
+    return touches.startswith("nothing") or (touches.endswith("else nothing") and name not in _names(touches))
+
+
 OURS = sorted(modules())
+PURE = list(filter(is_pure, OURS))
+
+
+def test_the_table_has_all_folders_and_says_which_are_pure() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert MAY_IMPORT.keys() | {"cli"} == folders
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == LEAVES
+    assert {place(name).partition(".")[0] for name in PURE} >= {*LEAVES, "options", "membership", "view"}
 
 
 @pytest.mark.parametrize("module", OURS)
@@ -83,11 +109,25 @@ def test_a_module_imports_only_what_its_folder_may(module: str) -> None:
     assert {name for name in wanted if not {name, name.partition(".")[0]} & allowed} == set()
 
 
-@pytest.mark.parametrize("module", [name for name in OURS if place(name).partition(".")[0] in PURE])
+@pytest.mark.parametrize("module", [name for name in OURS if "." in name])
+def test_no_import_of_ours_goes_round_the_table(module: str) -> None:
+    """A public name of the package leads to any folder, and so does a name that is put together."""
+    taken, called = set(), set()
+    for node in nodes(module):
+        if isinstance(node, ast.ImportFrom) and node.module == "elastic_hpc":
+            taken |= {alias.name for alias in node.names if f"elastic_hpc.{alias.name}" not in modules()}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            called.add(ast.unparse(node.args[0]))
+    assert taken <= {"__version__"}
+    assert not any("elastic_hpc" in name for name in called) or place(module) == "cli.hpc"
+
+
+@pytest.mark.parametrize("module", PURE)
 def test_a_pure_module_imports_nothing_that_touches_the_world(module: str) -> None:
-    assert {name for name in imports(module) if name.partition(".")[0] in IMPURE} == LOCAL_TIME.get(
-        place(module), set()
-    )
+    harmless = HARMLESS | EXCEPTIONS.get(place(module), set()) | {"elastic_hpc"}
+    assert {name for name in imports(module) if name.partition(".")[0] not in harmless} == set()
+    functions = [ast.unparse(node.func) for node in nodes(module) if isinstance(node, ast.Call)]
+    assert [name for name in functions if name.rpartition(".")[2] in IMPURE_CALLS] == []
 
 
 def test_no_two_modules_import_each_other_and_no_more_do_in_a_ring() -> None:
