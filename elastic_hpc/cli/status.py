@@ -43,10 +43,11 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 if Slurm could not be asked."""
     if args.watch and args.json:
         raise UsageError("--watch and --json: expected one of them; call --json again and again instead")
-    jobs = Jobs(select(args.job))
+    selected = select(args.job)
+    jobs = Jobs(selected)
     if args.watch:
         return _watch(jobs, args)
-    looks = _wanted(jobs.look(), args)
+    looks = _wanted(jobs.look(ends=len(selected) == 1), args)
     if args.json:
         print(json.dumps(as_json([look.view for look in looks], time.time(), jobs.problem), indent=1))
     else:

@@ -23,6 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    (look,) = Jobs([single("why", args.job)]).look()
+    (look,) = Jobs([single("why", args.job)]).look(ends=True)
     Console(highlight=False, soft_wrap=True).print(page(*look))
     return 0

@@ -165,10 +165,10 @@ class Job:
             yield self._look(min(most, max(least, (time.monotonic() - begin) / 4))).view
             time.sleep(_LOOK_INTERVAL)
 
-    def _look(self, query_interval: float = 0.0) -> Look:
+    def _look(self, query_interval: float = 0.0, *, ends: bool = False) -> Look:
         if self._has_tasks():
             raise UsageError(f"job {self.id} is an array; expected one of its tasks, for example job.task(0)")
-        return self._jobs.look(query_interval)[0]
+        return self._jobs.look(query_interval, ends=ends)[0]
 
     def logs(self, rank: int = 0, stream: Stream = "out", *, follow: bool = False) -> Iterator[str]:
         """The lines that the worker of this rank has written, round after round. ``follow``: go on as more is written,
@@ -195,7 +195,7 @@ class Job:
 
         text = io.StringIO()
         console = Console(file=text, force_terminal=False, force_jupyter=False, highlight=False, soft_wrap=True)
-        console.print(page(*self._look()))
+        console.print(page(*self._look(ends=True)))
         return text.getvalue()
 
     def drain(self, reason: str = "user") -> None:

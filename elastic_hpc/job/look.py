@@ -75,21 +75,28 @@ class Jobs:
         """The answer of the last query, by id."""
         self._ended: dict[str, slurm.SlurmJob | None] = {}
         """What Slurm says about jobs that ended before an agent led them; None if it does not know the job."""
+        self._recorded: dict[str, str] = {}
+        """Slurm's words for the ends of jobs, by id; empty for those that it does not know."""
         self.problem = ""
         """Why Slurm cannot be asked; empty if it answered, or need not be asked."""
 
-    def look(self, query_interval: float = 0.0) -> list[Look]:
-        """The jobs as they are now. Slurm is asked if the last query is ``query_interval`` seconds ago."""
+    def look(self, query_interval: float = 0.0, *, ends: bool = False) -> list[Look]:
+        """The jobs as they are now. Slurm is asked if the last query is ``query_interval`` seconds ago. ``ends``: also
+        ask Slurm, once for each job that is over, what it has recorded as its end.
+        """
         observed = [recorded(rundir) for rundir, _ in self._records]
         self._query(observed, query_interval)
         if any(map(self._slurm_says_ended, observed)):  # by now the record may have the end, or name a successor
             observed = [recorded(rundir) for rundir, _ in self._records]
             self._query(observed, float("inf"))
         looks = []
-        for job, (_, reader) in zip(observed, self._records, strict=True):
+        for seen, (_, reader) in zip(observed, self._records, strict=True):
             reader.read()
             story = story_of(reader.events, reader.damaged)
-            looks.append(Look(view(self._with_slurm(job, story), story, time.time()), story, reader.events))
+            job = self._with_slurm(seen, story)
+            if ends and (job.final or (_needs_slurm(job) and job.queued is None and not self.problem)):
+                job = replace(job, recorded_end=self._recorded_end(job))
+            looks.append(Look(view(job, story, time.time()), story, reader.events))
         return looks
 
     def _query(self, observed: Sequence[Observed], interval: float) -> None:
@@ -126,6 +133,14 @@ class Jobs:
         folders = [os.path.dirname(path) for path in (ended.output, ended.error)] if ended else []
         return replace(job, ended=ended, missing_folder=next(filter(_is_missing, folders), ""))
 
+    def _recorded_end(self, job: Observed) -> str:
+        """Only of a job with a batch script of ours: an allocation in which ``elastic-srun`` ran ends for itself."""
+        if not (_is_slurms(job) and os.path.exists(os.path.join(job.run_dir, "script.sbatch"))):
+            return ""
+        if not self._recorded.get(job.slurm_id):
+            self._recorded[job.slurm_id] = slurm.recorded_end(job.slurm_id)
+        return self._recorded[job.slurm_id]
+
     def _show_ended(self, id: str) -> slurm.SlurmJob | None:
         if id not in self._ended:
             self._ended[id] = None
@@ -136,8 +151,11 @@ class Jobs:
 
 def _needs_slurm(job: Observed) -> bool:
     """Whether only Slurm knows if the job runs. One id that is none of Slurm's makes squeue refuse the whole query."""
-    is_id = re.fullmatch(r"\d+(_\d+)?", job.slurm_id, re.ASCII) is not None
-    return not job.final and job.launcher_runs is None and is_id
+    return not job.final and _is_slurms(job)
+
+
+def _is_slurms(job: Observed) -> bool:
+    return job.launcher_runs is None and re.fullmatch(r"\d+(_\d+)?", job.slurm_id, re.ASCII) is not None
 
 
 def _is_missing(folder: str) -> bool:

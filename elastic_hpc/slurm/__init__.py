@@ -10,7 +10,18 @@ of jobs.
 """
 
 from elastic_hpc.slurm.directives import joiner_script
-from elastic_hpc.slurm.job import cancel, epoch, expand, job_state, queue, show_job, usable_nodes, warn, warning_reason
+from elastic_hpc.slurm.job import (
+    cancel,
+    epoch,
+    expand,
+    job_state,
+    queue,
+    recorded_end,
+    show_job,
+    usable_nodes,
+    warn,
+    warning_reason,
+)
 from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
 from elastic_hpc.slurm.requeuing import complete, keeps_preemption, release, requeue
 from elastic_hpc.slurm.settings import Facts, Site, facts, notices_within, site
@@ -21,7 +32,7 @@ from elastic_hpc.slurm.submit import resubmit, sbatch, submit_script
 __all__ = [
     "LIVES", "WAITS", "Facts", "Joiner", "Queued", "Site", "SlurmJob", "agent_steps", "cancel", "change_time_limit",
     "complete", "epoch", "expand", "facts", "job_state", "joiner_script", "joiners", "keeps_preemption",
-    "notices_within", "queue", "release", "requeue", "resubmit", "sbatch", "show_job", "site", "start_agent",
-    "start_step", "step_environment", "submit_joiner", "submit_script", "usable_nodes", "wait_until_alone", "warn",
-    "warning_reason",
+    "notices_within", "queue", "recorded_end", "release", "requeue", "resubmit", "sbatch", "show_job", "site",
+    "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script", "usable_nodes",
+    "wait_until_alone", "warn", "warning_reason",
 ]  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from datetime import datetime
 from typing import Literal
 
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
-from elastic_hpc.slurm.states import Queued, SlurmJob
+from elastic_hpc.slurm.states import LIVES, Queued, SlurmJob
+
+_END_SECONDS = 5
 
 # What scancel writes about jobs that have ended. The version and the number of jobs decide whether that is an error.
 _ENDED = re.compile("already (completing|completed|finished)|Invalid job id specified", re.IGNORECASE)
@@ -71,6 +74,21 @@ def queue(*jobs: str) -> dict[str, Queued]:
         raise
     rows = (line.split("|", 3) for line in answer.splitlines() if line)
     return {id: Queued(state, epoch(end), reason) for id, state, end, reason in rows}
+
+
+def recorded_end(job: str) -> str:
+    """Slurm's word for the end of ``job``, for an array task ``JOB_TASK``: from slurmctld, which forgets a job minutes
+    after its end (``MinJobAge``), or from the accounting, where the site has it. Empty if the job is not over, or if
+    neither knows it, or answers within 5 seconds.
+    """
+    for command in (
+        ("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%T"),
+        ("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State"),
+    ):
+        with contextlib.suppress(SlurmError, TimeoutError):
+            if words := client.answer(client.ask(*command), _END_SECONDS).strip().rpartition("\n")[2].split():
+                return "" if words[0] in LIVES else words[0]  # CANCELLED by 1000
+    return ""
 
 
 def job_state(job: str, run: int | None = None) -> str:

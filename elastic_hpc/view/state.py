@@ -49,6 +49,10 @@ class Observed:
     """Seconds since the last sign of a leader, None for never."""
     ended: SlurmJob | None = None
     """What Slurm says about a job that ended before an agent led it; None if it was not asked."""
+    recorded_end: str = ""
+    """Slurm's word for the end of a job of ``elastic-sbatch``; empty if the job is not over, if Slurm does not know it
+    any more, or was not asked.
+    """
     missing_folder: str = ""
     """A folder into which the batch script should write, and which does not exist."""
 
@@ -72,7 +76,7 @@ def state_of(job: Observed, story: Story) -> State:
     """The state of ``job``, why, and what its user may do about that."""
     reason, queued = last_reason(job, story), job.queued
     if job.final:
-        return State(job.final, reason)
+        return State(job.final, "\n".join(filter(None, (reason, _disagreement(job)))))
     if job.launcher_runs:
         return State("RUNNING", _leadership(job, story))
     if job.launcher_runs is False:
@@ -91,6 +95,34 @@ def state_of(job: Observed, story: Story) -> State:
         return _never_led(job, queued)
     note = f"Slurm ended it; before, it was requeued: {reason}" if reason else "Slurm ended it, its record has no end"
     return State(queued.state, note)
+
+
+_RECORDED = {
+    "TIMEOUT": "as the batch script had not ended at the time limit, or at the end of a preemption's grace time",
+    "PREEMPTED": "as the job had been preempted: Slurm 24.05 and newer say so whatever the job did after that",
+    "NODE_FAIL": "as one of the job's nodes was lost",
+    "OUT_OF_MEMORY": "as a process of the batch script, not a worker, ran out of memory",
+    "CANCELLED": "as the job was cancelled before its batch script had ended",
+    "FAILED": "as the batch script ended with an exit code other than 0",
+}
+"""Why Slurm may have another word for the end of a job whose training finished."""
+
+
+def _disagreement(job: Observed) -> str:
+    """What Slurm has recorded if that is a failure where the training finished, or the reverse; else empty."""
+    finished, recorded = job.final == "COMPLETED", job.recorded_end
+    if not recorded or finished == (recorded == "COMPLETED"):
+        return ""
+    if not finished:
+        return (
+            "Slurm recorded COMPLETED, as the batch script ended with exit code 0: jobs that wait for this one with "
+            "--dependency=afterok start all the same"
+        )
+    why = f", {_RECORDED[recorded]}" if recorded in _RECORDED else ""
+    return (
+        f"the training finished, but Slurm recorded {recorded}{why}: jobs that wait for this one with "
+        "--dependency=afterok never start; submit them again, they need to wait no more"
+    )
 
 
 def last_reason(job: Observed, story: Story) -> str:
@@ -112,7 +144,10 @@ def _leadership(job: Observed, story: Story) -> str:
 
 
 def _forgotten(job: Observed, story: Story, reason: str) -> State:
-    """Slurm does not know the job, whose record has no end."""
+    """Slurm's controller does not know the job, whose record has no end."""
+    if job.recorded_end:
+        before = f"; before, it was requeued: {reason}" if reason else ""
+        return State(job.recorded_end, f"so says Slurm's accounting; its record has no end{before}")
     if not story.runs:
         note = "Slurm does not know it, and no agent has led it: it was cancelled, it failed, or is another cluster's"
     elif story.runs[-1].outcome == "requeue":
