@@ -4,9 +4,10 @@ Start with ``examine``, which collects all findings. It asks Slurm, reads config
 submits a job.
 
 * ``findings``: what a finding is, and the configuration file that follows. ``slurm_settings``: findings on Slurm's
-  settings. ``log_dir``: on the file system.
+  settings, with ``delays`` (what holds up starts and ends) and ``limits``; ``asked`` reads a setting. ``log_dir``: on
+  the file system.
 * ``probe_job``: the job. ``probe``: runs on each node of the job, and writes a report. ``reports``: its fields.
 * ``nodes``, ``reach``: findings on the reports.
 
-``findings``, ``slurm_settings``, ``reports``, ``nodes``, and ``reach`` touch nothing.
+All but ``examine``, ``log_dir``, ``probe`` and ``probe_job`` touch nothing.
 """

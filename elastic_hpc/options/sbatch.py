@@ -123,7 +123,7 @@ def check(given: Given, fixed: int | None = None) -> bool:
         raise UsageError(f"{given}: then a lost node ends the whole job; leave it out")
     if name == "open-mode" and value != "append":
         raise UsageError(f"{given}: a requeue would wipe the log; leave it out, the mode is append")
-    if name == "requeue" and value and "expedite".startswith(value.lower()):
+    if name == "requeue" and value and "expedited".startswith(value.lower()):
         raise UsageError(
             f"{given}: Slurm would requeue and hold a job that has failed for good, and would not let the job choose "
             "its nodes and its start; leave it out, an elastic job comes back through the queue by itself"

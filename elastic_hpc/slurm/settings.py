@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -17,6 +19,7 @@ _FACTS_SECONDS = 15  # for a command that is about the answers
 _CONFIG = ("scontrol", "show", "config")
 _PARTITIONS = ("scontrol", "show", "partition", "--oneliner")
 _SRUN = ("srun", "--help")
+_LIMITS = ("Cluster", "Account", "Partition", "MaxJobs", "MaxSubmitJobs")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Facts:
     partition: Mapping[str, str] = field(default_factory=dict)
     srun_help: str = ""
     """The output of ``srun --help``, with the options of the plugins that are loaded."""
+    limits: Sequence[Mapping[str, str]] = ()
+    """The user's associations, by sacctmgr's names; what is not set is empty."""
     unknown: Mapping[str, str] = field(default_factory=dict)
     """Which of the fields above could not be asked for, and why."""
 
@@ -80,8 +85,8 @@ def facts(partition: str | None) -> Facts:
     """All that can be asked without a job; the partition as for ``site``."""
     found: dict[str, str] = {}
     unknown: dict[str, str] = {}
-    names = ("config", "partition", "srun_help")
-    for name, answer in zip(names, _answers(_FACTS_SECONDS, _CONFIG, _PARTITIONS, _SRUN), strict=True):
+    commands = {"config": _CONFIG, "partition": _PARTITIONS, "srun_help": _SRUN, "limits": _associations()}
+    for name, answer in zip(commands, _answers(_FACTS_SECONDS, *commands.values()), strict=True):
         if isinstance(answer, SlurmError):
             unknown[name] = str(answer)
         else:
@@ -92,7 +97,17 @@ def facts(partition: str | None) -> Facts:
             row = _row(found["partition"], partition)
         except SlurmError as error:
             unknown["partition"] = str(error)
-    return Facts(_settings(found.get("config", "")), row, found.get("srun_help", ""), unknown)
+    limits = [dict(zip(_LIMITS, line.split("|"), strict=False)) for line in found.get("limits", "").splitlines()]
+    return Facts(_settings(found.get("config", "")), row, found.get("srun_help", ""), limits, unknown)
+
+
+def _associations() -> tuple[str, ...]:
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # in a container without the site's users
+        user = str(os.getuid())
+    show = ("sacctmgr", "--noheader", "--parsable2", "--readonly", "show", "associations")
+    return (*show, f"users={user}", f"format={','.join(_LIMITS)}")
 
 
 def _answers(seconds: float, *commands: tuple[str, ...]) -> list[str | SlurmError]:

@@ -37,6 +37,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "help").write_text("      --container             Path to OCI container bundle\n")
     program(tmp_path, "scontrol", f'case "$2" in config) cat {tmp_path}/config;; *) cat {tmp_path}/partitions;; esac')
     program(tmp_path, "srun", f"cat {tmp_path}/help")
+    program(tmp_path, "sacctmgr", f"cat {tmp_path}/associations")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
     monkeypatch.delenv("ELASTIC_HPC_CONFIG", raising=False)
@@ -55,6 +56,11 @@ def change(file: Path, **settings: str) -> None:
         assert any(line.split(" ")[0] == name for line in lines), name
         lines = [f"{name} = {value}" if line.split(" ")[0] == name else line for line in lines]
     file.write_text("\n".join(lines))
+
+
+def add(file: Path, **settings: str) -> None:
+    """What newer versions of Slurm say besides."""
+    file.write_text(file.read_text() + "".join(f"\n{name} = {value}" for name, value in settings.items()))
 
 
 def about(findings: list[Finding], name: str) -> Finding:
@@ -110,6 +116,95 @@ def test_each_setting_that_costs_something_says_what_to_set(
     assert says in found.set
 
 
+def test_a_job_keeps_its_lost_nodes_where_slurm_lets_no_job_shrink(commands: Path):
+    change(commands / "config", SlurmdTimeout="300 sec")
+    assert "lost its first node" in judged(None, "SlurmdTimeout").means
+    change(commands / "config", SchedulerParameters="bf_interval=1,disable_job_shrink")
+    found = judged(None, "SlurmdTimeout")
+    assert "has disable_job_shrink" in found.found
+    assert "lost a node stays COMPLETING, or waits in the queue, for 300 s and more" in found.means
+    assert "no disable_job_shrink" in found.set
+
+
+def test_a_prolog_and_an_epilog_are_told_with_their_limit_and_what_a_requeue_waits_for(commands: Path):
+    change(commands / "config", Prolog="/site/prolog", Epilog="/site/epilog", CompleteWait="32 sec")
+    found = judged(None, "prolog")
+    assert (found.level, found.found) == (Level.NOTE, "Prolog = /site/prolog, PrologEpilogTimeout = none")
+    assert "--wait-for-nodes" in found.set
+    assert "PrologEpilogTimeout=300" in found.set
+    found = judged(None, "epilog")
+    assert found.found == "Epilog = /site/epilog, PrologEpilogTimeout = none, CompleteWait = 32 s"
+    assert "up to 32 s" in found.means
+    assert "121 s after it" in found.means
+    change(commands / "config", PrologEpilogTimeout="600", AuthInfo="socket=/run/munge,cred_expire=30")
+    assert judged(None, "epilog").set == ""
+    assert " s after it" not in judged(None, "epilog").means
+    assert "Slurm drains the node" in judged(None, "prolog").means
+    add(commands / "config", PrologTimeout="65534", EpilogTimeout="60")  # since 25.11
+    assert "PrologTimeout = none" in judged(None, "prolog").found
+    assert "EpilogTimeout = 60 s" in judged(None, "epilog").found
+
+
+def test_only_a_slurm_that_can_requeue_sooner_and_does_not_is_told_how(commands: Path):
+    def told() -> list[Finding]:
+        return [one for one in slurm_findings(slurm.facts(None), GRACE) if one.about == "requeue delay"]
+
+    assert not told()
+    change(commands / "config", SLURM_VERSION="25.11.2")
+    (found,) = told()
+    assert "121 s after its completion" in found.means
+    assert "requeue_delay=5" in found.set
+    change(commands / "config", SchedulerParameters="requeue_delay=5")
+    assert not told()
+
+
+def test_users_who_may_be_told_of_an_expedited_requeue_are_told_to_leave_it_out(commands: Path):
+    change(commands / "config", SlurmctldParameters="enable_configless,enable_expedited_requeue")
+    found = judged(None, "expedited requeue")
+    assert (found.level, "--requeue=expedite" in found.set) == (Level.NOTE, True)
+
+
+def test_memory_that_a_job_gets_unasked_is_told_where_the_kernel_keeps_jobs_to_it(commands: Path):
+    change(commands / "config", SelectTypeParameters="CR_CORE_MEMORY", DefMemPerNode="2048")
+    assert not [one for one in slurm_findings(slurm.facts(None), GRACE) if one.about == "memory"]
+    change(commands / "config", TaskPlugin="task/cgroup,task/affinity")
+    found = judged(None, "memory")
+    assert (found.level, found.found) == (Level.NOTE, "DefMemPerNode = 2048")
+    text = (commands / "partitions").read_text()
+    (commands / "partitions").write_text(text.replace("DefMemPerNode=UNLIMITED", "DefMemPerCPU=1000"))
+    found = judged("low", "memory")
+    assert found.found == "DefMemPerCPU = 1000"
+    assert "1000 MiB for each of its CPUs" in found.means
+    assert "--mem=0" in found.set
+    add(commands / "config", ConstrainRAMSpace="no")
+    assert not [one for one in slurm_findings(slurm.facts("low"), GRACE) if one.about == "memory"]
+
+
+@pytest.mark.parametrize(
+    ("associations", "level", "says"),
+    [
+        ("mini|research||1|100", Level.WARN, "none starts while the job that asked for it runs"),
+        ("mini|research||4|100\nmini|other|||", Level.NOTE, "3 at most beside the job that grows"),
+        ("mini|research|||\nelsewhere|research||1|1", None, ""),
+    ],
+)
+def test_limits_that_joiners_meet_are_told(commands: Path, associations: str, level: Level | None, says: str):
+    (commands / "associations").write_text(associations)
+    change(commands / "config", ClusterName="mini")
+    assert not [one for one in slurm_findings(slurm.facts(None), GRACE) if one.about == "limits"]
+    change(commands / "config", AccountingStorageEnforce="associations,limits,qos")
+    found = [one for one in slurm_findings(slurm.facts(None), GRACE) if one.about == "limits"]
+    assert [one.level for one in found] == ([level] if level else [])
+    assert all(says in one.means and "in account research" in one.found for one in found)
+
+
+def test_limits_that_cannot_be_asked_are_unknown(commands: Path):
+    program(commands, "sacctmgr", 'echo "sacctmgr: error: Problem talking to the database" >&2; exit 1')
+    change(commands / "config", AccountingStorageEnforce="associations,limits")
+    found = judged(None, "limits")
+    assert (found.level, "Problem talking to the database" in found.found) == (Level.UNKNOWN, True)
+
+
 def test_a_preemption_without_warning_is_told_with_what_the_workers_have(commands: Path):
     found = judged("lowcancel", "preemption")
     assert found.level is Level.WARN
@@ -127,6 +222,12 @@ def test_a_preemption_that_is_announced_too_late_for_the_grace_gives_the_grace_t
     assert found.config == {"grace": 5}
     enough = slurm_findings(slurm.facts("low"), timedelta(seconds=10))
     assert about(enough, "preemption").level is Level.OK
+
+
+def test_a_preemption_by_qos_is_not_judged_by_the_partition(commands: Path):
+    change(commands / "config", PreemptType="preempt/qos")
+    found = judged(None, "preemption")
+    assert (found.level, "sacctmgr show qos" in found.set) == (Level.UNKNOWN, True)
 
 
 def test_a_partition_that_suspends_is_warned_of(commands: Path):

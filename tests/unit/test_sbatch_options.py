@@ -114,6 +114,7 @@ def test_what_looks_like_an_option_of_ours_does_not_reach_slurm(word):
         (["--tres-per-task=gres/gpu:1"], "use --gpus-per-node=N"),
         (["--no-requeue"], "--max-requeues 0"),
         (["--requeue=expedite"], "requeue and hold a job that has failed for good"),
+        (["--requeue=expedited"], "requeue and hold a job that has failed for good"),
         (["-K"], "--max-restarts 0"),
         (["--kill-on-bad-exit=1"], "--max-restarts 0"),
         (["--no-kill=off"], "a lost node ends the whole job"),

@@ -1,0 +1,127 @@
+"""What holds up the starts and the ends of jobs at a site: programs of the site, and lost nodes. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from elastic_hpc.doctor.asked import config, has, number, setting, slurm_conf
+from elastic_hpc.doctor.findings import Finding, Level
+from elastic_hpc.slurm.settings import Facts, is_none
+
+_QUICK = 60
+"""Seconds of SlurmdTimeout up to which a lost node is noticed soon."""
+_KILL_WAIT = 25
+"""Least seconds of KillWait for the 20 s that agents give the workers after SIGTERM."""
+_CRED_EXPIRE = 120
+"""Slurm's default for the seconds that a requeued job waits after its completion."""
+_ENDLESS = 65534
+"""What Slurm shows as PrologEpilogTimeout where none is set."""
+_LIMIT = slurm_conf("PrologEpilogTimeout=300, which ends a program that hangs")
+
+
+def prolog(facts: Facts) -> Finding | None:
+    names = [name for name in ("Prolog", "PrologSlurmctld") if not is_none(config(facts, name))]
+    if not names:
+        return None
+    shown, limit = _ends_after(facts, "Prolog")
+    hangs = "Slurm drains the node, and may requeue the job" if limit else "nothing ends it"
+    means = (
+        "agents start when it has ended, those of joiners (--grow) and of requeued jobs too; where it takes 3 minutes "
+        f"longer than on other nodes, the job goes on without that node; if it hangs, {hangs}"
+    )
+    advice = "you: a longer --wait-for-nodes, if it takes minutes" + ("" if limit else f"; {_LIMIT}")
+    return Finding(Level.NOTE, "prolog", ", ".join([*_shown(facts, names), shown]), means, advice)
+
+
+def epilog(facts: Facts) -> Finding | None:
+    names = [name for name in ("Epilog", "EpilogSlurmctld") if not is_none(config(facts, name))]
+    wait = number(config(facts, "CompleteWait"), "CompleteWait")
+    if not names and not wait:
+        return None
+    found, advice, (shown, limit) = _shown(facts, names), [], _ends_after(facts, "Epilog")
+    means = "the nodes of a job are free, also for its own requeue, when it has ended"
+    if names:
+        found.append(shown)
+        advice += [] if limit else [_LIMIT]
+    if wait:
+        found.append(f"CompleteWait = {wait} s")
+        means = f"while a job completes, Slurm may start no other, requeued jobs and joiners too, for up to {wait} s"
+    if (delay := _requeue_delay(facts)) > _QUICK:
+        means += f"; if a completion takes longer than half a minute, the job starts {delay} s after it"
+    return Finding(Level.NOTE, "epilog", ", ".join(found), means, "; ".join(advice))
+
+
+def requeue_delay(facts: Facts) -> Finding | None:
+    """Only where there is something to set: a site of before 25.11 cannot change it for requeues alone."""
+    delay = _requeue_delay(facts)
+    if not (advice := _quicker_requeue(facts, delay)):
+        return None
+    means = (
+        f"a requeued job starts after about 10 s, but {delay} s after its completion if that takes longer than its "
+        "agents can wait: after the loss of its first node, or a long epilog"
+    )
+    return Finding(Level.NOTE, "requeue delay", "SchedulerParameters without requeue_delay", means, advice)
+
+
+def slurmd_timeout(facts: Facts) -> Finding:
+    value, found = setting(facts, "SlurmdTimeout")
+    seconds = number(value, "SlurmdTimeout")
+    keeps = has(facts, "SchedulerParameters", "disable_job_shrink")
+    if keeps:
+        found += ", SchedulerParameters has disable_job_shrink"
+    if seconds == 0:
+        means = "Slurm never gives up a silent node: a job that has lost one cannot end until an administrator acts"
+        return Finding(Level.WARN, "SlurmdTimeout", found, means, slurm_conf("SlurmdTimeout=300"))
+    if seconds <= _QUICK:
+        return Finding(Level.OK, "SlurmdTimeout", found, "Slurm soon notices that a node is lost")
+    means = (
+        "training goes on after --heartbeat-timeout, and at the end the nodes that work are free within seconds; but a "
+        f"job that has lost {'a' if keeps else 'its first'} node stays COMPLETING, or waits in the queue, for "
+        f"{seconds} s and more: only Slurm or an operator can end that"
+    )
+    advice = slurm_conf(f"SlurmdTimeout={_QUICK}, where that does not give up nodes that are only busy")
+    if keeps:
+        advice += "; or no disable_job_shrink, so that a job can give up lost nodes but the first"
+    return Finding(Level.NOTE, "SlurmdTimeout", found, means, advice)
+
+
+def kill_wait(facts: Facts) -> Finding:
+    value, found = setting(facts, "KillWait")
+    if number(value, "KillWait") >= _KILL_WAIT:
+        return Finding(Level.OK, "KillWait", found, "after SIGTERM workers have the 20 s that agents give them")
+    means = (
+        "after SIGTERM (scancel, a preemption without warning) Slurm kills before the 20 s are over that agents give "
+        "the workers to save"
+    )
+    return Finding(Level.WARN, "KillWait", found, means, f"{slurm_conf('KillWait=30')}; you: save often")
+
+
+def _shown(facts: Facts, names: Sequence[str]) -> list[str]:
+    return [setting(facts, name)[1] for name in names]
+
+
+def _ends_after(facts: Facts, program: str) -> tuple[str, int]:
+    """The limit of the time that a prolog or an epilog may take, as a finding shows it, and in seconds; 0 for none."""
+    name = f"{program}Timeout"
+    name = name if name in facts.config else "PrologEpilogTimeout"
+    value = config(facts, name)
+    seconds = 0 if is_none(value.lower()) else number(value, name)
+    seconds = 0 if seconds == _ENDLESS else seconds
+    return f"{name} = {f'{seconds} s' if seconds else 'none'}", seconds
+
+
+def _requeue_delay(facts: Facts) -> int:
+    """Seconds from the completion of a requeued job to its start, unless its start was set before."""
+    for name, option in (("SchedulerParameters", "requeue_delay"), ("AuthInfo", "cred_expire")):
+        if found := re.search(rf"\b{option}=(\d+)", config(facts, name)):
+            return int(found[1]) + 1
+    return _CRED_EXPIRE + 1
+
+
+def _quicker_requeue(facts: Facts, delay: int) -> str:
+    """How to shorten that delay, where Slurm can."""
+    version = re.match(r"(\d+)\.(\d+)", config(facts, "SLURM_VERSION"))
+    if delay <= _QUICK or version is None or (int(version[1]), int(version[2])) < (25, 11):
+        return ""
+    return slurm_conf("SchedulerParameters=requeue_delay=5")
