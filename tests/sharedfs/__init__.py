@@ -1,8 +1,8 @@
 """A shared file system of the tests' own that behaves like NFS: a server, which is a folder, and clients, which are
 mounts with caches of their own. A test switches faults while it runs, by a file outside of the mounts.
 
-``client`` has what a client does, ``fuse`` how the kernel asks for it. What differs from NFS: locks (``flock``) hold
-within a node only.
+``client`` is a mount. It answers the ``operations`` that the kernel asks for by ``fuse``, out of a ``cache`` or over a
+``link`` to the server, which has the faults. What differs from NFS: locks (``flock``) hold within a node only.
 """
 
 from __future__ import annotations

@@ -77,6 +77,11 @@ class Request(NamedTuple):
         """The strings after ``skip`` bytes of the body."""
         return [os.fsdecode(name) for name in self.body[skip:].split(b"\0")[:-1]]
 
+    def forgotten(self) -> list[tuple[int, ...]]:
+        """The numbers of the files that the kernel forgets, and of how many lookups."""
+        several = self.op == Op.BATCH_FORGET
+        return list(struct.iter_unpack("<QQ", self.body[8:])) if several else [(self.node, *self.fields("Q"))]
+
 
 def mount(target: str) -> int:
     """Mount a file system at ``target``, for all users; the answer is the descriptor of its requests."""

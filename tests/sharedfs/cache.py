@@ -1,0 +1,190 @@
+"""What one client remembers of the server, for how long it believes that, and what it has not sent yet."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from sharedfs import fuse
+from sharedfs.link import Link
+
+
+@dataclass
+class Node:
+    """A file, a folder or a link that the kernel knows, and what this client remembers of it."""
+
+    id: int
+    fd: int
+    lookups: int = 0
+    epoch: int = 0
+    found: os.stat_result | None = None
+    found_at: float = 0.0
+    names: dict[str, Node | None] = field(default_factory=dict)
+    """Of a folder; None for a name that did not exist."""
+    entries: list[tuple[str, int, int]] | None = None
+    names_mtime: int = 0
+    names_at: float = -math.inf
+    """When the server was asked whether the names have changed."""
+    dirty: list[tuple[int, bytes]] = field(default_factory=list)
+    dirty_since: float = 0.0
+    failed: int = 0
+    """The error of a write that nobody has been told of yet."""
+    removed_here: bool = False
+    """This client removed the last name, so it keeps the file for those that have opened it."""
+    stale: bool = False
+
+    @property
+    def end(self) -> int:
+        return max((offset + len(data) for offset, data in self.dirty), default=0)
+
+    @property
+    def path(self) -> str:
+        return f"/proc/self/fd/{self.fd}"
+
+
+class Cache:
+    """``lock`` guards all of it; no delay of the server is under the lock."""
+
+    def __init__(self, server: str, link: Link) -> None:
+        self._link = link
+        self.lock = threading.RLock()
+        root = Node(1, os.open(server, os.O_PATH | os.O_DIRECTORY), lookups=1)
+        self.nodes = {1: root}
+        self._by_inode: dict[tuple[int, int], Node] = {self._inode(root): root}
+        self._last = 1
+
+    @staticmethod
+    def _inode(node: Node) -> tuple[int, int]:
+        found = os.fstat(node.fd)
+        return found.st_dev, found.st_ino
+
+    def node(self, id: int) -> Node:
+        """Raises OSError if the server has forgotten it."""
+        node = self.nodes[id]
+        if node.stale or (id != 1 and node.epoch != self._link.behaviour().epoch):
+            self.mark_stale(node)
+        return node
+
+    @staticmethod
+    def mark_stale(node: Node) -> None:
+        """Raises OSError, also whenever the file is asked for again by its number."""
+        node.stale = True
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def fetch(self, node: Node) -> os.stat_result:
+        """The attributes that the server has."""
+        found = os.fstat(node.fd)
+        if not found.st_nlink and not node.removed_here:
+            self.mark_stale(node)
+        node.found, node.found_at = found, time.monotonic()
+        return found
+
+    def attributes(self, node: Node) -> bytes:
+        """The attributes as far as this client knows."""
+        if node.found is None or time.monotonic() > node.found_at + self._link.behaviour().attributes_s:
+            self._link.ask()
+            with self.lock:
+                self.fetch(node)
+        with self.lock:
+            found = node.found or self.fetch(node)
+            return fuse.attributes(found, max(found.st_size, node.end))
+
+    def look_again(self, folder: Node) -> None:
+        """Forget the names of a folder that has changed on the server."""
+        self._link.ask()
+        with self.lock:
+            found = self.fetch(folder)
+            folder.names_at = time.monotonic()
+            if found.st_mtime_ns != folder.names_mtime:
+                folder.names_mtime = found.st_mtime_ns
+                folder.names.clear()
+                folder.entries = None
+
+    def changed(self, folder: Node) -> None:
+        """By this client, which then asks for all names anew."""
+        folder.names.clear()
+        folder.entries, folder.found, folder.names_at = None, None, -math.inf
+
+    def adopt(self, parent: Node, name: str) -> Node:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent.fd)
+        node = Node(0, fd)
+        known = self._by_inode.get(self._inode(node))
+        if known is None:
+            self._last += 1
+            node.id = self._last
+            self.nodes[node.id] = self._by_inode[self._inode(node)] = known = node
+        else:
+            os.close(fd)
+        known.stale, known.epoch = False, self._link.behaviour().epoch
+        parent.names[name] = known
+        return known
+
+    def entry(self, node: Node) -> bytes:
+        with self.lock:
+            node.lookups += 1
+        return fuse.entry(node.id, self.attributes(node))
+
+    def forget(self, pairs: Iterable[tuple[int, ...]]) -> None:
+        """``pairs``: as ``fuse.Request.forgotten`` returns them."""
+        with self.lock:
+            for id, count in pairs:
+                if (node := self.nodes.get(id)) is None or id == 1:
+                    continue
+                node.lookups -= count
+                if node.lookups <= 0 and not node.dirty:
+                    del self.nodes[id]
+                    self._by_inode.pop(self._inode(node), None)
+                    os.close(node.fd)
+                    node.fd, node.stale = -1, True
+
+    def gone(self, folder: Node, name: str) -> Node | None:
+        """The file whose name this client is about to take away."""
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
+            return self._by_inode.get((found.st_dev, found.st_ino))
+        return None
+
+    # what was written and is not on the server yet
+
+    def send(self, node: Node) -> None:
+        """Write what is dirty. Raises OSError once for a write that failed."""
+        if node.dirty:
+            self._link.reach()
+        with self.lock:
+            self._flush_node(node)
+
+    def _flush_node(self, node: Node) -> None:
+        if node.dirty:
+            dirty, node.dirty = node.dirty, []
+            try:
+                self._link.check_quota(max(offset + len(data) for offset, data in dirty) - self.fetch(node).st_size)
+                file = os.open(node.path, os.O_WRONLY)
+                try:
+                    for offset, data in dirty:
+                        os.pwrite(file, data, offset)
+                finally:
+                    os.close(file)
+            except OSError as error:
+                node.failed = error.errno or errno.EIO
+            with contextlib.suppress(OSError):
+                self.fetch(node)
+        failed, node.failed = node.failed, 0
+        if failed:
+            raise OSError(failed, os.strerror(failed))
+
+    def write_back(self) -> None:
+        if self._link.behaviour().stopped:
+            return
+        before = time.monotonic() - self._link.behaviour().write_back_s
+        with self.lock:
+            for node in [node for node in self.nodes.values() if node.dirty and node.dirty_since < before]:
+                try:
+                    self._flush_node(node)
+                except OSError as error:
+                    node.failed = error.errno or errno.EIO
