@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from elastic_hpc.doctor.findings import Finding, Level, some
 from elastic_hpc.doctor.reach import name_findings, port_findings
-from elastic_hpc.doctor.reports import NodeReport, PeerReport, ProbeRun, pairs
+from elastic_hpc.doctor.reports import END_TIMEOUT, NodeReport, PeerReport, ProbeRun, pairs
 
 _SKEW = 5.0
 """Seconds between two clocks from which times in logs mislead."""
 _SLOW = 2.0
 """Seconds after which a file is seen late by other nodes."""
+_SLOW_END = 30.0
+"""Seconds from the end of a job to its requeue that its agents can bridge."""
 
 
 def run_findings(run: ProbeRun, log_dir: str) -> list[Finding]:
@@ -20,7 +22,11 @@ def run_findings(run: ProbeRun, log_dir: str) -> list[Finding]:
     if not run.reports:
         return findings
     checks = (port_findings, name_findings, _file_system, _clocks, _software, _gpus)
-    return [*findings, *(finding for check in checks for finding in check(run.reports))]
+    return [
+        *findings,
+        *_completion(run.completed_after),
+        *(finding for check in checks for finding in check(run.reports)),
+    ]
 
 
 def _requeue(run: ProbeRun) -> Finding:
@@ -31,6 +37,18 @@ def _requeue(run: ProbeRun) -> Finding:
     )
     advice = "administrator, slurm.conf: JobRequeue=1, and no submission filter that takes --requeue back"
     return Finding(Level.WARN, "requeue", "Requeue = 0 for a job with --requeue", means, advice)
+
+
+def _completion(took: float | None) -> list[Finding]:
+    if took is None:
+        return []
+    late = "not even " if took >= END_TIMEOUT else ""
+    found = f"nodes were free {late}{took:.0f} s after the end of the job"
+    if took < _SLOW_END:
+        return [Finding(Level.OK, "epilog", found, "a requeued job waits no longer for them")]
+    means = "a requeued job starts minutes later than it could: its agents can wait for half a minute"
+    advice = "administrator: look at the epilog; from Slurm 25.11 on, slurm.conf: SchedulerParameters=requeue_delay=5"
+    return [Finding(Level.WARN, "epilog", found, means, advice)]
 
 
 def _reported(run: ProbeRun, log_dir: str) -> Finding:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from elastic_hpc import slurm
-from elastic_hpc.doctor.reports import NodeReport, ProbeRun
+from elastic_hpc.doctor.reports import END_TIMEOUT, NodeReport, ProbeRun
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.job.request import Request
 from elastic_hpc.job.script import render, template_folder
@@ -21,7 +21,6 @@ from elastic_hpc.record.rundir import RunDir
 
 _DOCTOR = "elastic-hpc doctor"
 _RUN_TIMEOUT = 100.0  # seconds: a minute, and the time that Slurm needs to end the job
-_END_TIMEOUT = 45.0  # seconds from its cancellation until the job has ended
 _WAITING = frozenset({"PENDING", "CONFIGURING"})
 _NEVER = frozenset(
     ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS", "AccountNotAllowed")
@@ -44,7 +43,8 @@ def run(nodes: int, log_dir: str, sbatch: Sequence[Given], tell: Callable[[str],
         rundir.make_secret()
         script = os.fsencode(render(_job(nodes, log_dir, rundir, sbatch)))
         slurm.sbatch(script, [], os.environ, lambda answer: submitted.append(answer.partition(";")[0]), tell)
-        return _wait(submitted[0], nodes, rundir, tell)
+        found = _wait(submitted[0], nodes, rundir, tell)
+        return replace(found, completed_after=_end(submitted[0]))
     finally:
         for job in submitted:
             _end(job)
@@ -127,10 +127,14 @@ def _log_lines(rundir: RunDir, nodes: Sequence[str]) -> dict[str, str]:
     return {**found, "": " / ".join(lines[-_LAST_LINES:])}
 
 
-def _end(job: str) -> None:
-    """Cancel ``job``, and wait until it has ended, so that it writes no more."""
-    end = time.monotonic() + _END_TIMEOUT
+def _end(job: str) -> float | None:
+    """Cancel ``job``, and wait until it has ended, so that it writes no more. Returns the seconds that took, with the
+    epilog, at most ``END_TIMEOUT``; None if Slurm could not be asked.
+    """
+    begin = time.monotonic()
     with contextlib.suppress(SlurmError):
         slurm.cancel(job)
-        while slurm.show_job(job).state in slurm.LIVES and time.monotonic() < end:
+        while slurm.show_job(job).state in slurm.LIVES and time.monotonic() - begin < END_TIMEOUT:
             time.sleep(0.5)
+        return min(time.monotonic() - begin, END_TIMEOUT)
+    return None

@@ -9,6 +9,8 @@ from typing import Any
 
 FIRST_PORT, LAST_PORT = 29400, 29499
 SCHEMA = 1
+END_TIMEOUT = 45.0
+"""Seconds from the cancellation of the job in which its end is waited for."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class ProbeRun:
     """Slurm's word for its state in the end."""
     causes: Mapping[str, str] = field(default_factory=dict)
     """Why there is no report, by node; under "" for the job as a whole."""
+    completed_after: float | None = None
+    """Seconds until its nodes were free, at most ``END_TIMEOUT``; None for unknown."""
 
 
 def pairs(reports: Sequence[NodeReport]) -> list[tuple[NodeReport, str, PeerReport]]:

@@ -347,7 +347,7 @@ def peer(name: str, error: str = "", ib0: str = "", any_port: str = "", ahead: f
 
 
 def ran(*reports: NodeReport, nodes: tuple[str, ...] = ("n1", "n2", "n3"), **changes: object) -> list[Finding]:
-    run = ProbeRun(nodes, reports, may_requeue=True, ended="COMPLETED")
+    run = ProbeRun(nodes, reports, may_requeue=True, ended="COMPLETED", completed_after=1.0)
     return run_findings(replace(run, **changes), "/logs")  # type: ignore[arg-type]
 
 
@@ -445,6 +445,12 @@ def test_granted_gpus_without_a_driver_are_bad():
 
 def test_a_submission_filter_that_takes_requeue_back_is_found():
     assert about(ran(*ALL, may_requeue=False), "requeue").level is Level.WARN
+
+
+@pytest.mark.parametrize(("seconds", "says"), [(40.0, "were free 40 s after"), (45.0, "were free not even 45 s after")])
+def test_a_long_completion_is_found(seconds: float, says: str):
+    found = about(ran(*ALL, completed_after=seconds), "epilog")
+    assert (found.level, says in found.found) == (Level.WARN, True)
 
 
 def test_one_node_alone_cannot_tell_of_ports_and_files():
