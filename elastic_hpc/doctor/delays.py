@@ -27,10 +27,10 @@ def prolog(facts: Facts) -> Finding | None:
     shown, limit = _ends_after(facts, "Prolog")
     hangs = "Slurm drains the node, and may requeue the job" if limit else "nothing ends it"
     means = (
-        "agents start when it has ended, those of joiners (--grow) and of requeued jobs too; where it takes 3 minutes "
-        f"longer than on other nodes, the job goes on without that node; if it hangs, {hangs}"
+        "agents start when it has ended, also after a requeue, and on a replacement (--grow), for which a job below "
+        f"MIN waits 300 s unless --wait-for-nodes says more; if it hangs, {hangs}"
     )
-    advice = "you: a longer --wait-for-nodes, if it takes minutes" + ("" if limit else f"; {_LIMIT}")
+    advice = "you: --wait-for-nodes, if it takes minutes" + ("" if limit else f"; {_LIMIT}")
     return Finding(Level.NOTE, "prolog", ", ".join([*_shown(facts, names), shown]), means, advice)
 
 
@@ -39,16 +39,16 @@ def epilog(facts: Facts) -> Finding | None:
     wait = number(config(facts, "CompleteWait"), "CompleteWait")
     if not names and not wait:
         return None
-    found, advice, (shown, limit) = _shown(facts, names), [], _ends_after(facts, "Epilog")
-    means = "the nodes of a job are free, also for its own requeue, when it has ended"
+    found, advice, (shown, limit) = _shown(facts, names), list[str](), _ends_after(facts, "Epilog")
+    means = "the nodes of a job are free, also for its own requeue, when it has ended on them"
     if names:
         found.append(shown)
-        advice += [] if limit else [_LIMIT]
+        advice = ["you: --run tells how long it takes", *([] if limit else [_LIMIT])]
     if wait:
         found.append(f"CompleteWait = {wait} s")
         means = f"while a job completes, Slurm may start no other, requeued jobs and joiners too, for up to {wait} s"
     if (delay := _requeue_delay(facts)) > _QUICK:
-        means += f"; if a completion takes longer than half a minute, the job starts {delay} s after it"
+        means += f"; a requeued job that completes in more than half a minute starts {delay} s after that"
     return Finding(Level.NOTE, "epilog", ", ".join(found), means, "; ".join(advice))
 
 

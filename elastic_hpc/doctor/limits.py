@@ -36,12 +36,11 @@ def running_jobs(facts: Facts) -> Finding | None:
     if reason := facts.unknown.get("limits"):
         raise Unknown(reason)
     here = [row for row in facts.limits if row["Cluster"] in {config(facts, "ClusterName"), ""}]
-    limited = {(row[name], name, row["Account"]) for row in here for name in ("MaxJobs", "MaxSubmitJobs") if row[name]}
+    limited = {row["Account"]: int(row["MaxJobs"]) for row in here if row["MaxJobs"]}
     if not limited:
         return None
-    found = ", ".join(f"{name} = {value} in account {account}" for value, name, account in sorted(limited))
-    least = min(int(value) for value, _, _ in limited)
-    if least <= 1:
+    found = ", ".join(f"MaxJobs = {jobs} in account {account}" for account, jobs in sorted(limited.items()))
+    if (least := min(limited.values())) <= 1:
         means = "a joiner of --grow is a job of its own: none starts while the job that asked for it runs"
         advice = "you: no --grow, but --spares or a larger MAX; administrator: sacctmgr modify user NAME set MaxJobs=N"
         return Finding(Level.WARN, "limits", found, means, advice)

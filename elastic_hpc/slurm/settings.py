@@ -19,7 +19,7 @@ _FACTS_SECONDS = 15  # for a command that is about the answers
 _CONFIG = ("scontrol", "show", "config")
 _PARTITIONS = ("scontrol", "show", "partition", "--oneliner")
 _SRUN = ("srun", "--help")
-_LIMITS = ("Cluster", "Account", "Partition", "MaxJobs", "MaxSubmitJobs")
+_LIMITS = ("Cluster", "Account", "MaxJobs")
 
 
 @dataclass(frozen=True)
