@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.from_batch.wrappers import Launch
-from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, check, is_for_containers
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, INSTEAD_OF_CONTAINER, SBATCH, Given, check, is_for_containers
 from elastic_hpc.options.values import number
 
 _TASKS = ("ntasks-per-node", "tasks-per-node", "ntasks")
@@ -92,7 +92,7 @@ class Shape:
         elif name == "signal" and not value.startswith("B:"):
             self._signal(given)
         elif is_for_containers(name):
-            self._drop(given, "use --container-image IMAGE")
+            self._drop(given, INSTEAD_OF_CONTAINER)
         else:
             try:
                 if check(given):

@@ -133,10 +133,13 @@ def _srun(launch: Launch, words: list[str], variables: Variables) -> _Unwrapped:
                     launch = launch.with_setup(f"export {variable}={_assignable(value, option.value or '', variables)}")
         elif option.name in {"container-image", "container-mounts"}:
             launch = launch.with_option(option.name, option.value or "")
+        elif option.name == "container":
+            launch = launch.with_option("container-image", option.value or "")
         elif "container" in option.name:
             launch = launch.with_note(f"dropped {option.flag} of srun: --container-image is all that is needed")
-    if any(option.name == "container-image" for option in given):
-        launch = launch.with_note(_IN_IMAGE).with_option("container-runtime", "pyxis")
+    for name, runtime in ("container-image", "pyxis"), ("container", "oci"):
+        if any(option.name == name for option in given):
+            launch = launch.with_note(_IN_IMAGE).with_option("container-runtime", runtime)
     launch = replace(launch, by_srun=True, srun=(*launch.srun, *given))
     return launch, list(words[len(words) - len(rest) :])
 

@@ -16,21 +16,26 @@ class Container:
     """The container of the agents and their workers. The batch script stays outside, where Slurm's commands are."""
 
     image: str
-    runtime: str = "pyxis"  # a plugin of srun; or apptainer, a command in front of the agent's
+    runtime: str = "pyxis"  # a plugin of srun; oci, srun's own; or apptainer, a command in front of the agent's
     mounts: str | None = None  # SRC:DST[:FLAGS],... besides the working directory and the run directory
 
     def srun_options(self, folders: str, env: Collection[str]) -> list[str]:
         """``folders``: "SRC:DST,..." for bash. ``env``: variables that count more than those of the image."""
+        if self.runtime == "oci":
+            return [f"--container={self.image}"]
         if self.runtime != "pyxis":
             return []
         options = [f"--container-image={self.image}", joined("--container-mounts=", self._mounts(folders))]
         options.append(Shell('--container-workdir="$PWD"'))
         return [*options, *([f"--container-env={','.join(env)}"] if env else [])]
 
-    def around(self, command: Sequence[str], folders: str, *, gpus: bool) -> list[str]:
+    def around(self, command: Sequence[str], folders: str, env: Collection[str], *, gpus: bool) -> list[str]:
         """``command``, run in the container. For apptainer, ``env`` is exported under other names (prepare.j2)."""
         if self.runtime == "pyxis":
             return list(command)
+        if self.runtime == "oci":  # the bundle's config.json decides the working directory, and variables before srun's
+            given = [joined(f"{name}=", Shell(f'"${name}"')) for name in env]
+            return ["env", joined("--chdir=", Shell('"$PWD"')), *given, *command]
         words = ["apptainer", "exec", "--bind", self._mounts(folders), "--pwd", Shell('"$PWD"')]
         return [*words, *(["--nv"] if gpus else []), self.image, *command]
 

@@ -15,14 +15,14 @@ from elastic_hpc.job.config import Configuration, Setting, load
 from elastic_hpc.job.quoting import Shell
 from elastic_hpc.job.script_file import not_python
 from elastic_hpc.options.from_python import PYTHON
-from elastic_hpc.options.sbatch import Given, is_for_containers, last
+from elastic_hpc.options.sbatch import INSTEAD_OF_CONTAINER, Given, is_for_containers, last
 from elastic_hpc.options.sbatch_lines import directives_of_python
 from elastic_hpc.options.table import NOT_FOR_TORCHRUN, Layer
 from elastic_hpc.options.torchrun import unneeded
 
 _CONTAINER = (
-    "it would put the batch script itself into a container, where srun and scontrol are not; use --container-image "
-    "IMAGE and --container-mounts SRC:DST of elastic-sbatch, in a configuration file above [sbatch]; the working "
+    f"it would put the batch script itself into a container, where srun and scontrol are not; {INSTEAD_OF_CONTAINER}, "
+    "else with --container-mounts SRC:DST, in a configuration file above [sbatch]; the working "
     "directory is that of --chdir; whatever else pyxis can do belongs on the srun line of a template of your own"
 )
 

@@ -44,8 +44,8 @@ def _words(job: JobSpec) -> dict[str, Any]:
     if box:
         folders = "$PWD:$PWD" + (",$run_dir:$run_dir" if job.template != "torchrun" else "")
         srun += box.srun_options(folders, job.env)
-        agent = box.around(agent, folders, gpus=job.asks_for_gpus)
-        torchrun = box.around(torchrun, folders, gpus=job.asks_for_gpus)
+        agent = box.around(agent, folders, job.env, gpus=job.asks_for_gpus)
+        torchrun = box.around(torchrun, folders, job.env, gpus=job.asks_for_gpus)
     return {"python": job.python, "srun_options": srun, "agent_command": agent, "torchrun_command": torchrun}
 
 

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,7 +208,15 @@ def _container(options: Mapping[str, Setting], source: str, work_dir: str, log_d
                 "mounted; use another one, see --chdir and --log-dir"
             )
     decided = "apptainer" if image.value.endswith(".sif") else "pyxis"
-    return Container(image.value, runtime.value if runtime else decided, mounts.value if mounts else None)
+    box = Container(image.value, runtime.value if runtime else decided, mounts.value if mounts else None)
+    if box.runtime != "oci":
+        return box
+    if box.mounts:
+        raise UsageError(
+            f"--container-mounts {box.mounts} with --container-runtime oci: an OCI bundle says in its own config.json "
+            "which folders are mounted; add them there"
+        )
+    return replace(box, image=os.path.abspath(box.image))
 
 
 def _in_snapshot(request: Request, place: Place, code: WorkTree | None) -> str:

@@ -138,6 +138,9 @@ def check(given: Given, fixed: int | None = None) -> bool:
     return not (name in {"no-kill", "open-mode"} or (name == "requeue" and value is None))
 
 
+INSTEAD_OF_CONTAINER = "use --container-image IMAGE; for an OCI bundle with --container-runtime oci"
+
+
 def is_for_containers(name: str) -> bool:
     """Whether ``name`` is an option for containers, of sbatch or pyxis, or the beginning of one."""
     return "container" in name or (name not in SBATCH and "container".startswith(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.options.sbatch import SBATCH, Given, Option, check, is_for_containers
+from elastic_hpc.options.sbatch import INSTEAD_OF_CONTAINER, SBATCH, Given, Option, check, is_for_containers
 
 # The variables that sbatch reads, of Slurm 22.05 to 26.05; their names without SBATCH_, and the option where that has
 # another name. sbatch ignores SBATCH_NODES, SBATCH_MAIL_USER and the like.
@@ -44,7 +44,7 @@ def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]
             continue
         found = Given(option, text if option.value == "=" or text not in _ON else None, f"environment: {name}")
         if is_for_containers(option.name):
-            dropped.append(f"{name} in the environment is not used: {found}: use --container-image IMAGE")
+            dropped.append(f"{name} in the environment is not used: {found}: {INSTEAD_OF_CONTAINER}")
             continue
         try:
             if check(found):

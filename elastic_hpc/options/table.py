@@ -172,8 +172,9 @@ JOB_OPTIONS = (
     ElasticOption("container-mounts", "SRC:DST[:FLAGS],...", container_mounts,
                   help="folders of the nodes that the container sees, besides the working directory and the run "
                        "directory"),
-    ElasticOption("container-runtime", "pyxis|apptainer", choice("pyxis", "apptainer"),
-                  help="what runs the container (default: apptainer for an IMAGE that ends in .sif, else pyxis)"),
+    ElasticOption("container-runtime", "pyxis|apptainer|oci", choice("pyxis", "apptainer", "oci"),
+                  help="what runs the container; oci is Slurm's own --container, and IMAGE the folder of an OCI bundle "
+                       "(default: apptainer for an IMAGE that ends in .sif, else pyxis)"),
     ElasticOption("snapshot", "on|off", on_off, elastic_only=True,
                   help="run a copy, made now, of the files that git tracks, so that later changes do not reach the job "
                        "(default: off)"),

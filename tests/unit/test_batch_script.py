@@ -121,6 +121,8 @@ def test_the_example_of_pytorchs_own_page() -> None:
          ["train.py"], {}),
         ("srun --container-image=nvcr.io#nvidia/pytorch --container-mounts=/d:/d torchrun train.py", ["train.py"],
          {"container-image": "nvcr.io#nvidia/pytorch", "container-mounts": "/d:/d", "container-runtime": "pyxis"}),
+        ("srun --container=/images/train torchrun train.py", ["train.py"],
+         {"container-image": "/images/train", "container-runtime": "oci"}),
         ("srun apptainer exec --nv -B /data,/x:/y image.sif torchrun train.py", ["train.py"],
          {"container-image": "image.sif", "container-mounts": "/data:/data,/x:/y", "container-runtime": "apptainer"}),
         ("srun accelerate launch --multi_gpu --num_machines 4 --num_processes 16 --mixed_precision bf16 train.py",

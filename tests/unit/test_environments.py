@@ -36,6 +36,7 @@ from elastic_hpc.start import module_command
 
 PYXIS = {"container_image": "registry.example#nvidia/pytorch:25.01-py3"}
 APPTAINER = {"container_image": "train.sif"}
+OCI = {"container_image": "bundle", "container_runtime": "oci"}
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,15 @@ def test_apptainer_is_the_command_and_mounts_what_the_agent_needs(project: Path)
     assert "export A='x y'\nexport APPTAINERENV_A=\"$A\"  #" in render(spec)
 
 
+def test_an_oci_bundle_is_an_option_of_srun_and_env_sets_what_its_config_decides(project: Path) -> None:
+    spec = of(**OCI, env={"A": "x y"}, python="/opt/venv/bin/python")
+    assert ours(srun_argv(spec)) == [
+        f"--container={project}/bundle",
+        "env", f"--chdir={project}", "A=x y",
+        *module_command("/opt/venv/bin/python", "elastic_hpc.agent", unbuffered=True),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "nv"),
     [
@@ -116,7 +126,7 @@ def test_apptainer_sees_the_gpus_that_were_asked_for(options: dict[str, Any], *,
 
 
 def test_the_agent_in_a_container_is_told_that_it_is_in_one() -> None:
-    for options, contained in (PYXIS, True), (APPTAINER, True), ({}, False):
+    for options, contained in (PYXIS, True), (APPTAINER, True), (OCI, True), ({}, False):
         argv = srun_argv(of(**options))
         words = argv[argv.index("elastic_hpc.agent") + 1 :]
         assert parse_args(words)[1].contained == contained
@@ -166,10 +176,14 @@ def test_a_template_of_ones_own_has_the_container_in_its_lists_of_words(project:
     assert f'\napptainer exec --bind "$PWD:$PWD,$run_dir:$run_dir" --pwd "$PWD" {agent}' in text
 
 
-@pytest.mark.parametrize("options", [PYXIS, APPTAINER])
+@pytest.mark.parametrize("options", [PYXIS, APPTAINER, OCI])
 @pytest.mark.parametrize("template", ["elastic", "torchrun"])
 def test_scripts_with_containers_are_clean(project: Path, options: dict[str, str], template: str) -> None:
-    extra = {"setup": ["true", "a=1\nb=2"], "env": {"A": "b\nc"}, "container_mounts": "/it's:/b"}
+    extra = {
+        "setup": ["true", "a=1\nb=2"],
+        "env": {"A": "b\nc"},
+        **({} if options is OCI else {"container_mounts": "/it's:/b"}),
+    }
     (project / "script").write_text(render(of(**options, **extra, template=template)))
     subprocess.run(["bash", "-n", "script"], check=True)
     if not shutil.which("shellcheck"):
@@ -184,7 +198,8 @@ def test_scripts_with_containers_are_clean(project: Path, options: dict[str, str
         ({"container_runtime": "pyxis"}, r"--container-runtime pyxis: needs a container"),
         ({**PYXIS, "container_mounts": "/a"}, r"--container-mounts '/a': expected SRC:DST\[:FLAGS\]"),
         ({**PYXIS, "container_mounts": "/a:/b,"}, r"--container-mounts '/a:/b,': expected"),
-        ({**PYXIS, "container_runtime": "docker"}, "--container-runtime 'docker': expected pyxis or apptainer"),
+        ({**PYXIS, "container_runtime": "docker"}, "--container-runtime 'docker': expected pyxis, apptainer or oci"),
+        ({**OCI, "container_mounts": "/a:/a"}, "--container-mounts /a:/a with --container-runtime oci: .* config.json"),
         ({"container_image": ""}, "--container-image '': expected an image"),
         ({**PYXIS, "log_dir": "a,b"}, "a,b['\"] with --container-image: a folder with a comma"),
         ({**PYXIS, "grow": True}, "--grow with --container-image: .* leave out --grow, or write --grow=off"),

@@ -124,7 +124,7 @@ def test_options_of_ours_and_of_sbatch_are_completed(complete: Callable[..., set
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["elastic-sbatch", "--container-runtime", ""], {"pyxis", "apptainer"}),
+        (["elastic-sbatch", "--container-runtime", ""], {"pyxis", "apptainer", "oci"}),
         (["elastic-sbatch", "--grow", "=", ""], {"on", "off"}),
         (["elastic-srun", "--grow", ""], {"on", "off"}),
         (["elastic-srun", "--loc"], {"--local", "--local-ranks-filter"}),
