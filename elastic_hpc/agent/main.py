@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     parts = Assembly(spec, env, rundir, nproc, environ, can_requeue=can_requeue, interface=spec.interface)
     unfit = start(_check, parts).result
     modules, without = what_to_preload(spec)
-    standbys = Standbys(worker_args(spec), modules, nproc, worker_python(sys.orig_argv), without)
+    standbys = Standbys(
+        worker_args(spec), modules, nproc, worker_python(sys.orig_argv), without, learns=spec.preload.learns
+    )
     standbys.prepare()  # they import torch at the same time as this process
     from elastic_hpc.workers import elastic_agent  # noqa: F401 - imports torch, while the preflight runs
 

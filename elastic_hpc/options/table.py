@@ -130,10 +130,10 @@ LAUNCH_OPTIONS = (
                   help="declare the workers hung when no worker of a node has reported progress for this long, or "
                        "written anything if the script never reports progress; their stacks are kept beside their logs "
                        "(default: never)"),
-    ElasticOption("preload", "MODULE,...|off", Preload.parse, elastic_only=True,
+    ElasticOption("preload", "auto|MODULE,...|off", Preload.parse, elastic_only=True,
                   help="modules that the processes of the next workers import while the present ones train, so that a "
-                       "new round starts at once; off: each worker starts and imports when its round begins "
-                       "(default: torch)"),
+                       "new round starts at once; auto: torch, and what the script is seen to import, installed "
+                       "packages only; off: each worker starts and imports when its round begins (default: auto)"),
     ElasticOption("preflight", "COMMAND", str, elastic_only=True,
                   help="the site's own check of a node before it takes part, for example a GPU test; a node where it "
                        "fails stays out"),

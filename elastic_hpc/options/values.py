@@ -206,21 +206,28 @@ def container_mounts(text: str) -> str:
 
 @dataclass(frozen=True)
 class Preload:
-    """``--preload MODULE,...``: the modules that a standby imports before it is needed; none for ``off``."""
+    """``--preload auto|MODULE,...``: the modules that a standby imports before it is needed; none for ``off``."""
 
     modules: tuple[str, ...] = ("torch",)
+    learns: bool = True
+    """``auto``: further modules are those that the script has imported in an earlier round."""
 
     @classmethod
     def parse(cls, text: str) -> Preload:
         if text == "off":
-            return cls(())
-        modules = tuple(text.split(","))
+            return cls((), learns=False)
+        words = text.split(",")
+        learns = "auto" in words
+        modules = tuple(dict.fromkeys(word if word != "auto" else "torch" for word in words))
         if all(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) for module in modules):
-            return cls(modules)
-        raise UsageError(f"--preload {text!r}: expected MODULE,... or off, for example --preload torch,transformers")
+            return cls(modules, learns)
+        raise UsageError(
+            f"--preload {text!r}: expected auto, MODULE,... or off, for example --preload auto,transformers"
+        )
 
     def __str__(self) -> str:
-        return ",".join(self.modules) or "off"
+        names = ["auto" if name == "torch" and self.learns else name for name in self.modules]
+        return ",".join(names) or "off"
 
 
 @dataclass(frozen=True)

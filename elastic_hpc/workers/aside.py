@@ -58,6 +58,16 @@ def set_environ(wanted: dict[str, str]) -> None:
             os.environ[name] = value
 
 
+def still_to_make(by_script: Changes, environ: dict[str, str]) -> Changes:
+    """The changes of ``by_script`` that ``environ``, and what C libraries see, do not have yet: imports made them."""
+    native = getenv_all()
+    return {
+        name: value
+        for name, value in by_script.items()
+        if (native.get(name[:-1]) if name[-1:] == "=" else environ.get(name)) != value
+    }
+
+
 def putenv(name: str, value: "str | None") -> None:
     """Set a variable for C libraries alone."""
     if value is None:
@@ -121,6 +131,8 @@ class Stage:
         modules that Python's own modules import for others (``pickle``).
         """
         self.sets: Changes = {}
+        self.reads: set[str] = set()
+        """The variables of a round that the import has asked for, before a round has given them a value."""
         self.output = (b"", b"")
 
     def run(self, environ: dict[str, str]) -> dict[str, str]:
@@ -152,11 +164,20 @@ class Stage:
                 self.imports |= {pair for pair in imported if is_of_python(pair[1]) or not is_of_python(importer)}
             return module
 
+        key_of = os.environ.encodekey
+
+        def noting_key(name: str) -> str:
+            if name in OF_A_ROUND:
+                self.reads.add(name)
+            return key_of(name)
+
+        os.environ.encodekey = noting_key
         builtins.__import__ = noting_import
         sys.meta_path.insert(0, finder)
         try:
             __import__(self.name)
         finally:
+            os.environ.encodekey = key_of
             builtins.__import__ = import_
             if finder in sys.meta_path:
                 sys.meta_path.remove(finder)
@@ -171,8 +192,8 @@ class Stage:
 class Aside:
     """A finder that holds the modules. ``sys.meta_path`` begins with it until the script has imported all of these."""
 
-    def __init__(self, stages: list[Stage], watched: str) -> None:
-        """Take the modules of ``stages`` out of ``sys.modules``. ``watched``: a module whose import is reported."""
+    def __init__(self, stages: list[Stage]) -> None:
+        """Take the modules of ``stages`` out of ``sys.modules``."""
         self._stages = stages
         stage_of = {name: stage for stage in stages for name in stage.modules}
         self._held = {}
@@ -181,7 +202,6 @@ class Aside:
             if "." in name or getattr(sys.modules[name], "__spec__", None):
                 self._held[name] = sys.modules.pop(name), stage_of[name]
         sys.modules.pop("__mp_main__", None)
-        self._watched = "" if watched in self._held else watched
         order = {name: number for number, name in enumerate(self._held)}
         self._brings = {name: {name.rpartition(".")[0]} for name in self._held}
         """The modules that come into ``sys.modules`` with each module: its package, and the modules that it imports."""
@@ -221,7 +241,7 @@ class Aside:
         for stage in self._stages:
             if stage.name not in self._held:  # this process has had the module from its beginning
                 self._finish(stage)
-        if self._held or self._watched:
+        if self._held:
             sys.meta_path.insert(0, self)
         self._finders = [finder for finder in sys.path_importer_cache.values() if isinstance(finder, FileFinder)]
         for finder in self._finders:
@@ -245,10 +265,6 @@ class Aside:
         del self._tell, self._differs  # they refer to the script, whose objects must be freed as in a fresh process
 
     def find_spec(self, name: str, *_: object) -> "ModuleSpec | None":
-        if name == self._watched and os.getpid() == self._pid and not self._over:
-            self._watched = ""
-            self._moments.append((name, self._by_script()))
-            self._tell("seen", "", self._moments)
         if (held := self._held.get(name)) is None:
             return None
         module = held[0]
@@ -258,6 +274,12 @@ class Aside:
         spec.submodule_search_locations = getattr(found, "submodule_search_locations", None)
         spec.has_location = getattr(found, "has_location", False)
         return spec
+
+    def note(self, name: str) -> None:
+        """The script imports ``name``, which was not imported ahead."""
+        if os.getpid() == self._pid and not self._over and not is_of_python(name):
+            self._moments.append((name, self._by_script()))
+            self._tell("seen", "", self._moments)
 
     def give(self, name: str) -> None:
         """The script imports ``name``: put the module into ``sys.modules``, with all that its import brought."""
@@ -289,7 +311,7 @@ class Aside:
         if not self._held:
             for finder in self._finders:
                 vars(finder).pop("find_spec", None)
-            if not self._watched and self in sys.meta_path:
+            if self in sys.meta_path:
                 sys.meta_path.remove(self)
 
     def _in_front(self) -> "list[Any]":

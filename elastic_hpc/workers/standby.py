@@ -2,7 +2,8 @@
 ``--preload``, and waits, so that the round does not wait for these imports.
 
 The agent runs this file by its path (``workers.standbys``). The file imports only modules that every interpreter has
-loaded anyway, and ``aside``, which lies next to it and hides the preloaded modules until the script imports them.
+loaded anyway, and two that lie next to it: ``aside`` hides the preloaded modules until the script imports them, and
+``seen`` notes what else the script imports.
 
 The script must find no difference from a process that was started for the round. Where there would be a difference,
 because the script or the agent has changed a variable for example, the standby replaces itself by a fresh process
@@ -27,11 +28,12 @@ if __name__ == "__main__":
     folder = os.path.dirname(__file__)
     sys.path.insert(0, folder)
     import aside  # type: ignore[import-not-found]
+    import seen  # type: ignore[import-not-found]
 
     del sys.path[: 1 if SAFE_PATH else 2], sys.path_importer_cache[folder]
-    del sys.modules["aside"]
+    del sys.modules["aside"], sys.modules["seen"]
 else:
-    from elastic_hpc.workers import aside
+    from elastic_hpc.workers import aside, seen
 
 SOCKET = "ELASTIC_HPC_STANDBY"
 """The variable with the number of the descriptor that leads to the agent, and with blanks: room for later variables."""
@@ -73,12 +75,14 @@ def private_megabytes() -> float:
 
 def preload(
     plan: list[tuple[str, aside.Changes, bool]], agent: _socket.socket, *, gently: bool
-) -> tuple[list[aside.Stage], str]:
-    """Import the modules of ``plan``. Returns what was imported, and why it cannot be used; empty if it can.
+) -> tuple[list[aside.Stage], str, dict[str, str]]:
+    """Import the modules of ``plan``. Returns what was imported; why it cannot be used, empty if it can; and the
+    optional modules that later standbys should not import, each with the reason.
 
     ``plan``: for each module its name, the changes that the script makes to its variables before it imports the module,
-    and whether the module is optional: left out if this worker is wanted meanwhile, and also if its import fails.
+    and whether the module is optional: left out if this worker is wanted meanwhile, and where its import fails.
     """
+    unfit: dict[str, str] = {}
     gentle = Gently(agent)
     if gently:
         sys.meta_path.insert(0, gentle)
@@ -89,21 +93,39 @@ def preload(
         for name, by_script, optional in plan:
             if optional and gentle.wanted:
                 continue
-            stage = aside.Stage(name, by_script)
+            if optional:
+                tell_agent(agent, "importing", name)
+            stage = aside.Stage(name, aside.still_to_make(by_script, environ))
             stages.append(stage)
             try:
                 environ = stage.run(environ)
             except (Exception, SystemExit) as error:  # noqa: BLE001
                 if not optional:
-                    return stages, f"--preload {name}: {type(error).__name__}: {error}"
+                    return stages, f"--preload {name}: {type(error).__name__}: {error}", unfit
+                unfit[name] = f"failed: {type(error).__name__}: {error}"
+            if optional and stage.reads:
+                unfit[name] = f"reads {' and '.join(sorted(stage.reads))}, which has no value before the round"
+                return stages, f"{name} {unfit[name]}", unfit
+            if cuda_is_initialized():
+                unfit[name] = "has initialized CUDA, which belongs to the script"
+                return stages, f"{'' if optional else '--preload '}{name} {unfit[name]}", unfit
     finally:
         if gentle in sys.meta_path:
             sys.meta_path.remove(gentle)
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_initialized():
-        modules = ",".join(name for name, _, optional in plan if not optional)
-        return stages, f"--preload {modules} has initialized CUDA, which belongs to the script"
-    return stages, ""
+    return stages, "", unfit
+
+
+def cuda_is_initialized() -> bool:
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    return cuda is not None and bool(cuda.is_initialized())
+
+
+def tell_agent(agent: _socket.socket, *what: str | float | dict[str, str]) -> None:
+    """Send ``what`` unless the agent does not read."""
+    try:  # noqa: SIM105 - the script may have a contextlib of its own
+        agent.send(marshal.dumps(what), _socket.MSG_DONTWAIT)
+    except OSError:
+        pass
 
 
 def receive(agent: _socket.socket) -> tuple[tuple[int, int], dict[str, str]]:
@@ -233,16 +255,16 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
     """
     agent = _socket.socket(fileno=int(os.environ.pop(SOCKET)))
     started_with = dict(os.environ)
-    argv, plan, watched, record, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
+    argv, plan, learns, record, gently = marshal.loads(agent.recv(1 << 20))  # noqa: S302 - of the same interpreter
     command = [*sys.orig_argv[: sys.orig_argv.index(sys.argv[0])], *argv]
     is_module = argv[0] == "-m"
     sys.argv = ["-m", *argv[2:]] if is_module else list(argv)
     sys.orig_argv = command
     if not SAFE_PATH:
         sys.path.insert(0, os.getcwd() if is_module else os.path.dirname(os.path.realpath(argv[0])))
-    stages, why = preload(plan, agent, gently=gently)
-    held = aside.Aside(stages, watched)
-    agent.send(f"ready {private_megabytes():.1f}".encode())
+    stages, why, unfit = preload(plan, agent, gently=gently)
+    held = aside.Aside(stages)
+    tell_agent(agent, "ready", private_megabytes(), why, unfit)
     outputs, environ = receive(agent)
     agent.close()
     parent = os.getppid()
@@ -283,6 +305,8 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
         os.write(2, message.encode(errors="replace"))
         tell("late", why, moments)
 
+    if learns:
+        sys.meta_path.insert(0, seen.Seen(held.note))
     held.begin(environ, tell, differs)
     if is_module:
         del main.__file__, main.__cached__

@@ -21,11 +21,6 @@ log = logging.getLogger(__name__)
 SHARE = 0.1
 """The share that standbys may take of the memory that is free while the workers train."""
 
-_LATER = "torch._dynamo"
-"""DistributedDataParallel and torch.compile import this module at their first use, which takes as long as torch itself.
-If the script has imported it in one round, the standbys for later rounds import it ahead too.
-"""
-
 _ROOM = 2048
 """Bytes for the variables that torch sets for a worker: rank, world size, addresses, files."""
 
@@ -65,9 +60,12 @@ class _Standby:
         moments: Sequence[Moment],
         *,
         local_rank: int,
+        learns: bool,
         gently: bool,
     ) -> None:
-        """``moments``: what the script of worker ``local_rank`` did in an earlier round. ``gently``: workers train."""
+        """``moments``: what the script of worker ``local_rank`` did in an earlier round. ``learns``: the standby notes
+        what its script imports. ``gently``: workers train.
+        """
         self.local_rank = local_rank
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         out, err = os.memfd_create("stdout"), os.memfd_create("stderr")
@@ -83,9 +81,8 @@ class _Standby:
         last = moments[-1][1] if moments else {}
         self.ahead = {*modules, *dict(moments)}
         plan = seen + [(name, last, False) for name in modules if name not in dict(moments)]
-        watched = _LATER if "torch" in modules and _LATER not in self.ahead else ""
         try:
-            self._socket.send(marshal.dumps((list(argv), plan, watched, self._record.fileno(), gently)))
+            self._socket.send(marshal.dumps((list(argv), plan, learns, self._record.fileno(), gently)))
             self.process = subprocess.Popen(
                 start,
                 env={**environ, program.SOCKET: f"{theirs.fileno()}{blanks}"},  # it must be the last variable
@@ -99,16 +96,24 @@ class _Standby:
             for descriptor in (out, err):
                 os.close(descriptor)
         self.ready = False
+        self.importing = ""
+        """The optional module whose import has begun last."""
         self.started_as = ""
         """``warm`` or ``cold``, once that is known; empty before."""
 
-    def receive(self) -> str:
-        """What the standby has sent: ``ready MEGABYTES``, once, and nothing otherwise."""
-        message = b""
+    def receive(self) -> tuple[float, str, dict[str, str]] | None:
+        """What the standby has sent when it became ready, once: the memory that no other process shares, in MiB; why it
+        cannot become a worker, empty if it can; and modules that the next standbys should not import, each with the
+        reason.
+        """
         with contextlib.suppress(OSError):
-            message = self._socket.recv(4096, socket.MSG_DONTWAIT)
-        self.ready = self.ready or bool(message)
-        return message.decode()
+            while message := self._socket.recv(1 << 16, socket.MSG_DONTWAIT):
+                what, *rest = marshal.loads(message)  # noqa: S302 - of the same interpreter
+                if what == "ready":
+                    self.ready = True
+                    return tuple(rest)
+                (self.importing,) = rest
+        return None
 
     def read(self) -> Iterator[tuple[str, str, list[Moment]]]:
         """What the standby has recorded as a worker: ``warm``, ``cold``, ``late`` or ``seen``; why; the moments."""
@@ -146,20 +151,23 @@ class Standbys:
         count: int,
         python: Sequence[str] = (sys.executable, "-u"),
         without: str = "--preload off",
+        *,
+        learns: bool = False,
     ) -> None:
         """``argv``: the arguments of the interpreter ``python``: ``["train.py", "--lr", "1e-3"]``, or ``["-m", ...]``.
         ``modules``: what standbys import; if empty, there are no standbys, for the reason ``without``. ``count``: the
-        number of workers of this node.
+        number of workers of this node. ``learns``: the standbys for later rounds also import the installed modules that
+        the script has imported.
         """
         self._argv, self._modules, self._count = tuple(argv), tuple(modules), count
-        self._python = tuple(python)
+        self._python, self._learns = tuple(python), learns
         self._waiting: list[_Standby] = []
         self._working: list[_Standby] = []
         self._deaths = self._vain = 0
         self._moments: dict[int, list[Moment]] = {}
         """What the scripts of this node's workers have imported, by local rank."""
-        self._unsteady: set[str] = set()
-        """Modules that the scripts import with other variables each time; standbys do not import these."""
+        self._left_out: set[str] = set()
+        """Modules that standbys do not import although the script does."""
         self._over = not modules
         self._why = without if self._over else "no standby was ready"
         self._in_vain = ""
@@ -180,7 +188,7 @@ class Standbys:
         """Read what the standbys have sent. While the workers are ``going``, start further standbys one at a time."""
         for standby in (*self._waiting, *self._working):
             if message := standby.receive():
-                self.started = replace(self.started, standby_mb=float(message.partition(" ")[2]))
+                self._is_ready(standby, *message)
         self._read()
         for standby in self._working if going else ():
             self._note(standby, "warm")  # its script has imported none of the modules so far
@@ -188,6 +196,8 @@ class Standbys:
         for standby in dead:
             self._waiting.remove(standby)
             standby.close()
+            if standby.importing and not standby.ready:
+                self._leave_out(standby.importing, "ended the process")
         self._deaths += bool(dead)  # one cause may kill all of them
         if self._deaths >= _DEATHS:
             self._give_up(f"standbys died while they waited, {_DEATHS} times")
@@ -242,10 +252,11 @@ class Standbys:
     def _start(self, *, gently: bool) -> None:
         taken = [standby.local_rank for standby in self._waiting]
         local_rank = next(rank for rank in range(self._count) if rank not in taken)
-        moments = [moment for moment in self._moments.get(local_rank, []) if moment[0] not in self._unsteady]
+        moments = [moment for moment in self._moments.get(local_rank, []) if moment[0] not in self._left_out]
+        options = {"learns": self._learns, "gently": gently}
         try:
             self._waiting.append(
-                _Standby(self._python, self._argv, self._modules, moments, local_rank=local_rank, gently=gently)
+                _Standby(self._python, self._argv, self._modules, moments, local_rank=local_rank, **options)
             )
         except OSError as error:
             self._give_up(f"no standby could be started: {error}")
@@ -264,9 +275,22 @@ class Standbys:
                 if why.startswith("--preload "):  # the next standbys would fare no better
                     self._give_up(why)
 
+    def _is_ready(self, standby: _Standby, megabytes: float, why: str, unfit: dict[str, str]) -> None:
+        self.started = replace(self.started, standby_mb=megabytes)
+        for name, reason in unfit.items():
+            self._leave_out(name, reason)
+        if why and unfit and standby in self._waiting:  # the next one may do
+            self._waiting.remove(standby)
+            standby.kill()
+
+    def _leave_out(self, name: str, why: str) -> None:
+        if name not in self._left_out:
+            self._left_out.add(name)
+            log.info("the next standbys do not import %s ahead: its import %s", name, why)
+
     def _differed(self, standby: _Standby, why: str, name: str) -> None:
         if name in standby.ahead and name not in self._modules:
-            self._unsteady.add(name)
+            self._left_out.add(name)
         else:
             self._in_vain = why
 

@@ -44,9 +44,9 @@ class Launch:
         pool.close()
         return ran
 
-    def rounds(self, *argv: str, modules: Sequence[str], count: int) -> list[Ran]:
+    def rounds(self, *argv: str, modules: Sequence[str], count: int, learns: bool = False) -> list[Ran]:
         """Run it ``count`` times in a row. Of all but the first, the standbys were prepared while it ran."""
-        pool = Standbys(argv, modules, 1)
+        pool = Standbys(argv, modules, 1, learns=learns)
         pool.prepare()
         all_ran = []
         for _ in range(count):

@@ -225,34 +225,113 @@ def __getattr__(name):
 """
 
 
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of installed packages."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder
+
+
 @pytest.mark.parametrize("asks", ["torch._dynamo", "__import__('torch._dynamo')._dynamo"])
-def test_what_torch_imports_late_comes_ahead_as_the_script_was_seen_to_import_it(asks: str, launch: Launch) -> None:
-    Path("torch").mkdir()
-    script(FAKE_TORCH, "torch/__init__.py")
+def test_what_torch_imports_late_comes_ahead_as_the_script_was_seen_to_import_it(
+    asks: str, launch: Launch, installed: Path
+) -> None:
+    (installed / "torch").mkdir()
+    script(FAKE_TORCH, f"{installed}/torch/__init__.py")
     script(
-        "import os\nDISABLED = os.environ.get('TORCH_COMPILE_DISABLE')\nAHEAD = 'RANK' not in os.environ",
-        "torch/_dynamo.py",
+        "import os\nDISABLED = os.environ.get('TORCH_COMPILE_DISABLE')\nAHEAD = 'RANK' not in dict(os.environ)",
+        f"{installed}/torch/_dynamo.py",
     )
     name = script(
         "import sys, os, torch\nos.environ['TORCH_COMPILE_DISABLE'] = os.environ['FIRST']\n"
         f"print('torch._dynamo' in sys.modules, vars(torch).get('_dynamo'), {asks}.DISABLED, torch._dynamo.AHEAD)"
     )
-    first, second, third = launch.rounds(name, modules=("torch",), count=3)
+    first, second, third = launch.rounds(name, modules=("torch",), count=3, learns=True)
     assert first.out == "False None 1 False\n"
     assert second.out == third.out == "False None 1 True\n"
     assert [ran.how.warm for ran in (first, second, third)] == [1, 1, 1]
 
 
-def test_what_comes_late_and_otherwise_each_time_is_left_to_the_script(launch: Launch) -> None:
-    Path("torch").mkdir()
-    script(FAKE_TORCH, "torch/__init__.py")
-    script("import os\nSEEN = os.environ['SET_BY_SCRIPT']", "torch/_dynamo.py")
+def test_what_comes_late_and_otherwise_each_time_is_left_to_the_script(launch: Launch, installed: Path) -> None:
+    (installed / "torch").mkdir()
+    script(FAKE_TORCH, f"{installed}/torch/__init__.py")
+    script("import os\nSEEN = os.environ['SET_BY_SCRIPT']", f"{installed}/torch/_dynamo.py")
     name = script(
         "import os, torch\npid = os.environ['SET_BY_SCRIPT'] = str(os.getpid())\nprint(torch._dynamo.SEEN == pid)"
     )
-    rounds = launch.rounds(name, modules=("torch",), count=4)
+    rounds = launch.rounds(name, modules=("torch",), count=4, learns=True)
     assert [ran.out for ran in rounds] == ["True\n"] * 4
     assert [ran.how.warm for ran in rounds] == [1, 0, 1, 1]
+
+
+INITIALIZES_CUDA = """
+import sys, types
+sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: True))
+"""
+AHEAD = "import os\nAHEAD = 'RANK' not in dict(os.environ)"
+
+
+def test_installed_modules_that_the_script_imports_come_ahead_in_later_rounds(launch: Launch, installed: Path) -> None:
+    """Those that its own modules and called functions import too; not its own modules, nor what is not there."""
+    for name in ("first", "second", "third", "brought"):
+        script(AHEAD, f"{installed}/{name}.py")
+    (installed / "family").mkdir()
+    script("import brought", f"{installed}/family/__init__.py")
+    script("def late():\n    import third\n    return third.AHEAD", f"{installed}/family/part.py")
+    script(f"{AHEAD}\nimport second", "own.py")
+    name = script("""
+import first, own, family.part
+try:
+    import nothing_of_this_name
+except ImportError:
+    pass
+print(first.AHEAD, own.second.AHEAD, family.part.late(), family.brought.AHEAD, own.AHEAD)
+""")
+    rounds = launch.rounds(name, modules=("json",), count=3, learns=True)
+    assert [ran.out for ran in rounds] == ["False False False False False\n", *["True True True True False\n"] * 2]
+    assert [ran.how.warm for ran in rounds] == [1, 1, 1]
+    exactly = launch.rounds(name, modules=("json",), count=2)
+    assert [ran.out for ran in exactly] == ["False False False False False\n"] * 2
+
+
+def test_variables_that_imports_set_are_not_taken_for_the_scripts(launch: Launch, installed: Path) -> None:
+    script("import os\nos.environ.setdefault('SET_BY_IMPORT', '1')", f"{installed}/first.py")
+    script("import ctypes\nctypes.CDLL(None).setenv(b'SET_BY_IMPORT_IN_C', b'1', 1)", f"{installed}/second.py")
+    script(AHEAD, f"{installed}/third.py")
+    name = script("import first, second, third\nprint(third.AHEAD)")
+    rounds = launch.rounds(name, modules=("json",), count=3, learns=True)
+    assert [ran.out for ran in rounds] == ["False\n", "True\n", "True\n"]
+    assert [ran.how.warm for ran in rounds] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("import os\nos.environ.get('LOCAL_RANK')", "reads LOCAL_RANK, which has no value before the round"),
+        (
+            "import os\nif 'RANK' not in dict(os.environ): raise RuntimeError('no rank')",
+            "failed: RuntimeError: no rank",
+        ),
+        ("import os\nif 'RANK' not in dict(os.environ): os._exit(1)", "ended the process"),
+        (INITIALIZES_CUDA, "has initialized CUDA, which belongs to the script"),
+    ],
+)
+def test_a_module_that_cannot_come_ahead_is_named_and_left_to_the_script(
+    text: str, why: str, launch: Launch, installed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script(AHEAD, f"{installed}/first.py")
+    script(AHEAD, f"{installed}/second.py")
+    script(f"{text}\n{AHEAD}", f"{installed}/awkward.py")
+    name = script("import first, awkward, second\nprint(first.AHEAD, awkward.AHEAD, second.AHEAD)")
+    with caplog.at_level("INFO"):
+        rounds = launch.rounds(name, modules=("json",), count=4, learns=True)
+    assert rounds[0].out == "False False False\n"
+    assert rounds[-1].out == "True False True\n"
+    assert rounds[-1].how.warm == 1
+    assert {ran.code for ran in rounds} == {0}
+    assert caplog.messages == [f"the next standbys do not import awkward ahead: its import {why}"]
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_what_an_import_says_and_sets_comes_with_it(launch: Launch) -> None:
         ("--preload nothing_of_this_name: ModuleNotFoundError: No module named 'nothing_of_this_name'",
          {"modules": ("nothing_of_this_name",)}),
         ("--preload mine: SystemExit: 5", {"modules": ("mine",)}),
-        ("--preload gpu,torch has initialized CUDA, which belongs to the script", {"modules": ("gpu", "torch")}),
+        ("--preload gpu has initialized CUDA, which belongs to the script", {"modules": ("gpu", "torch")}),
         ("the output is no file", {"pipe": True}),
         ("the script is no plain file", {"archive": True}),
         ("the script is no plain file", {"missing": True}),
