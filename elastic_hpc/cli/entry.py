@@ -9,17 +9,34 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from typing import IO
 
 from elastic_hpc.errors import NO_FOLDER, ElasticError
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
-def run(name: str, work: Callable[[], int]) -> int:
+class _MayFail(io.TextIOBase):
+    """``stream``, where what cannot be written is lost without an error."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            _forget_output()
+        return len(text)
+
+
+def run(name: str, work: Callable[[], int], *, output_counts: bool = True) -> int:
     """The exit code of the command ``name``: what ``work`` returns, 1 or 2 with the message of an ElasticError, 130
     after Ctrl-C, 1 without a message when nobody reads the output any more.
 
-    What a terminal has no character for is written as ``?``.
+    What a terminal has no character for is written as ``?``. ``output_counts``: false for a command that acts, for
+    example requeues a job, whether or not its messages can be written.
     """
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the shell: >&-
@@ -27,7 +44,8 @@ def run(name: str, work: Callable[[], int]) -> int:
         elif isinstance(written := getattr(sys, stream), io.TextIOWrapper):
             written.reconfigure(errors="replace")
     try:
-        code = _code(name, work)
+        with contextlib.nullcontext() if output_counts else contextlib.redirect_stderr(_MayFail(sys.stderr)):
+            code = _code(name, work)
         sys.stdout.flush()  # here, as a failure at the interpreter's end would show a traceback
     except BrokenPipeError:
         _forget_output()

@@ -113,4 +113,4 @@ def main(argv: list[str] | None = None) -> int:
         args = parser(given[0] if given else "").parse_args(given)
         return int(args.run(args))
 
-    return entry.run("elastic-hpc", work)
+    return entry.run("elastic-hpc", work, output_counts=given[:1] not in [[name] for name in _INTERNAL])

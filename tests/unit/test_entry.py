@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import records
+from test_preempted import slurm as stand_in_for_slurm
 
 from elastic_hpc import __version__
 from elastic_hpc.cli.hpc import main
@@ -71,6 +72,21 @@ def test_a_full_disk_is_told_in_a_line() -> None:
         for command in ([*HPC, "status", FAULTS], [*HPC, "--help"], [*HPC, "status", "--json", FAULTS]):
             done = called(command, stdout=full, stderr=subprocess.PIPE)
             assert (done.returncode, done.stderr) == (1, b"elastic-hpc: cannot write: No space left on device\n")
+
+
+@pytest.mark.parametrize(("outcome", "code", "restarts"), [("finished", 0, 0), ("failed", 1, 0), ("requeue", 0, 1)])
+def test_what_becomes_of_a_job_does_not_depend_on_its_output_file(
+    tmp_path: Path, outcome: str, code: int, restarts: int
+) -> None:
+    """That is full, or was replaced on the file server."""
+    stand_in_for_slurm(tmp_path, "22.05.8", "None")
+    rundir = RunDir(tmp_path / "run").create()
+    rundir.write("verdict.json", {"run": 0, "outcome": outcome, "reason": "", "failure": None})
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    with open("/dev/full", "w") as full:
+        done = called([*HPC, "conclude", str(rundir.path), "0"], stdout=full, stderr=full, env=environ)
+    assert done.returncode == code
+    assert f"Restarts={restarts}" in (tmp_path / "job").read_text()
 
 
 @pytest.mark.parametrize("words", [["elastic-sbatch", "-N1", "x.py"], ["elastic-srun", "--local", "1", "x.py"],
