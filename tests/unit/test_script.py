@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sharedfs import Two
 
 from elastic_hpc.agent.assembly import LEAVE
 from elastic_hpc.errors import UsageError
@@ -394,6 +395,39 @@ def test_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_conclud
     assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 137 --signal USR2\n"
 
 
+@pytest.fixture
+def two(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root: sudo make test")
+    made = Two(tmp_path)
+    made.server.behave(attributes_s=600, names_s=600)
+    yield made
+    made.server.close()
+
+
+def test_the_script_sees_what_another_node_has_written_to_nfs_though_it_looked_before(node, two):
+    ours, theirs = two.b / "7", two.a / "7"
+    theirs.mkdir()
+    (node / "slept").unlink(missing_ok=True)
+    fast = stub(node, "sleep", f'echo "$1" >> {node}/slept; exec {shutil.which("sleep")} "0.0$1"')
+    (node / "srun_does").write_text("while :; do /bin/sleep 0.02; done")
+    process = start(node, job(node, log_dir=str(two.b)))
+    try:
+        while not ((node / "slept").exists() and (node / "slept").read_text().count("2\n") >= 4):
+            time.sleep(0.02)
+        (theirs / "left").touch()
+        (theirs / "verdict.json").write_text("that of this run")
+        assert b"srun is ended\n" in process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+        fast.unlink()
+        (node / "srun_does").write_text("")
+    assert not (ours / "over").exists()
+    (theirs / "over").write_text("3")
+    process = start(node, job(node, log_dir=str(two.b)))
+    assert (*process.communicate(timeout=20), process.returncode) == (b"", b"", 3)
+
+
 def test_agents_have_the_time_to_leave_that_they_take_at_most():
-    assert "for _ in {1..20}; do if [ -e" in (template_folder() / "elastic.sbatch.j2").read_text()
+    assert "for _ in {1..20}; do if : " in (template_folder() / "elastic.sbatch.j2").read_text()
     assert LEAVE < 40
