@@ -101,6 +101,7 @@ class Operations:
         parent = self._cache.node(request.node)
         self._link.ask()
         with self._cache.lock:
+            parent.names.pop(name, None)  # also if it exists: then the next lookup asks the server
             self._link.check_quota()
             make(parent)
             group = -1 if os.fstat(parent.fd).st_mode & stat.S_ISGID else request.gid

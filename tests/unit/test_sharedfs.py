@@ -65,6 +65,14 @@ def test_the_new_file_of_another_node_is_not_seen_until_somebody_lists_the_folde
     until((two.b / "third").exists)
 
 
+def test_who_makes_what_another_node_has_made_sees_it_from_then_on(two: Two) -> None:
+    assert is_lost(two.b / "folder" / "file")
+    (two.a / "folder").mkdir()
+    assert not (two.b / "folder").exists()
+    (two.b / "folder").mkdir(exist_ok=True)  # EEXIST makes the client forget the name
+    assert (two.b / "folder").is_dir()
+
+
 def test_the_size_is_old_until_the_file_is_opened_or_the_time_is_up(two: Two) -> None:
     (two.a / "file").write_text("one")
     assert (two.b / "file").stat().st_size == 3
