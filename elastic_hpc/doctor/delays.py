@@ -27,8 +27,9 @@ def prolog(facts: Facts) -> Finding | None:
     shown, limit = _ends_after(facts, "Prolog")
     hangs = "Slurm drains the node, and may requeue the job" if limit else "nothing ends it"
     means = (
-        "agents start when it has ended, also after a requeue, and on a replacement (--grow), for which a job below "
-        f"MIN waits 300 s unless --wait-for-nodes says more; if it hangs, {hangs}"
+        "agents start when it has ended, also after a requeue and on a replacement (--grow); a job with MIN nodes "
+        "starts without a node where it takes half a minute longer; below MIN a job waits 300 s for a replacement; if "
+        f"it hangs, {hangs}"
     )
     advice = "you: --wait-for-nodes, if it takes minutes" + ("" if limit else f"; {_LIMIT}")
     return Finding(Level.NOTE, "prolog", ", ".join([*_shown(facts, names), shown]), means, advice)
@@ -76,9 +77,9 @@ def slurmd_timeout(facts: Facts) -> Finding:
     if seconds <= _QUICK:
         return Finding(Level.OK, "SlurmdTimeout", found, "Slurm soon notices that a node is lost")
     means = (
-        "training goes on after --heartbeat-timeout, and at the end the nodes that work are free within seconds; but a "
-        f"job that has lost {'a' if keeps else 'its first'} node stays COMPLETING, or waits in the queue, for "
-        f"{seconds} s and more: only Slurm or an operator can end that"
+        "training goes on without a lost node after --heartbeat-timeout, and at the end the other nodes are free "
+        f"within seconds; but a job that has lost {'a' if keeps else 'its first'} node stays COMPLETING, or waits in "
+        f"the queue, for {seconds} s and more: only Slurm or an operator can end that"
     )
     advice = slurm_conf(f"SlurmdTimeout={_QUICK}, where that does not give up nodes that are only busy")
     if keeps:

@@ -140,7 +140,7 @@ def _private_data(facts: Facts) -> Finding:
             "Slurm shows users no states of nodes: a job avoids the nodes that failed under it, and does not know "
             "which others are down"
         )
-        advice = "you: nothing; administrator, who wants jobs to see them: PrivateData without nodes"
+        advice = slurm_conf("PrivateData without nodes, if jobs are to see them")
         return Finding(Level.NOTE, "private data", found, means, advice)
     return Finding(
         Level.OK, "private data", found, "your jobs see the states of nodes, which they need after a requeue"
