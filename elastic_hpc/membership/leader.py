@@ -7,32 +7,25 @@ Its inputs are what has arrived (``on_...``), with the time; its outputs are col
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
 from typing import Any
 
 from elastic_hpc.membership.admission import Admission, Refusal
-from elastic_hpc.membership.election import Base
-from elastic_hpc.membership.failures import FailureHistory
 from elastic_hpc.membership.growth import Needs
 from elastic_hpc.membership.inputs import Arrivals, Requests, Stores
 from elastic_hpc.membership.mandate import Mandate
-from elastic_hpc.membership.messages import Order, Plan, Request, Stage, Status
+from elastic_hpc.membership.messages import Order, Request, Status
 from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.orders import Orders, ToAgent
 from elastic_hpc.membership.peers import Peer, Peers, deciding_fields
-from elastic_hpc.membership.policy import Action, Decision, Outcome, Policy, Verdict, View
+from elastic_hpc.membership.policy import Action, Decision, Policy, Verdict, View
 from elastic_hpc.membership.promises import Promises
-from elastic_hpc.membership.roster import Host, Roster, distinct
+from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.rounds import BARRED, Rounds
 from elastic_hpc.membership.rules import decide, requeue_or_fail
-from elastic_hpc.membership.strikes import NEVER_JOINED, Strike
-from elastic_hpc.membership.world import World
+from elastic_hpc.membership.strikes import Strike
 
 STOP_TIMEOUT = 60.0
 """Seconds in which an agent must report that its workers are gone; then it is given up, as they cannot be killed."""
-
-BARRED = "its workers failed again and again"
-
-_OUTCOMES: dict[Action, Outcome] = {Action.FINISH: "finished", Action.FAIL: "failed", Action.REQUEUE: "requeue"}
 
 
 class Leader:
@@ -69,11 +62,8 @@ class Leader:
         inherited = self._promises.roster
         roster = inherited or Roster(round, (), (), restarts, requeues)
         self.policy = policy
-        self.node, self._nproc = node, nproc
+        self.node = node
 
-        self.round = max(roster.round, self._promises.seen) + 1
-        self.restarts, self.requeues = roster.restarts, roster.requeues
-        self.verdict: Verdict | None = None
         self.abdicated = ""
         """Why this leader stopped without a verdict: the last loss of a node, else the lack of a majority."""
         self.has_news = True
@@ -83,23 +73,16 @@ class Leader:
         timeout = policy.heartbeat_timeout
         self.peers = Peers(roster.hosts, timeout, now, granted=granted, granted_names=granted_names)
         self.peers.barred = dict.fromkeys(roster.barred, BARRED)
-        self._world, self._failures = World(), FailureHistory(strikes)
+        self._events: list[tuple[str, dict[str, Any]]] = []
+        parts = (self._mandate, self._promises, self.peers, self._event)
+        self._rounds = Rounds(*parts, strikes, node=node, nproc=nproc, now=now, reason=reason)
         self._requests, self._stores, self._arrivals = Requests(), Stores(now), Arrivals(supplied=supplied)
         self._orders, self._admission = Orders(), Admission(nproc, host)
 
-        self._stage: Stage = "gather"
-        self._gathering_since = now
-        self._first = inherited is None
-        """No round has been formed in this allocation yet."""
-        self._predecessor_lost = reason if inherited else ""
-        """Why the leader before was lost, until its round has been ended."""
-        self._last_loss = ""
-        """The last loss of a node in this round, or since the last round."""
         self._reason = self._waiting = self._waiting_recorded = reason or "waiting for nodes"
         """The reasons of the last action, of the present wait, and of the wait that was recorded last."""
         self._decide_at = float("inf")
         """When to decide again, even if nothing arrives."""
-        self._events: list[tuple[str, dict[str, Any]]] = []
         self._dropped: list[int] = []
 
     # inputs
@@ -126,22 +109,18 @@ class Leader:
         self.has_news = self.has_news or is_news
         self.peers.on_status(peer, status, now)
         self._mandate.on_status(status)
-        if not peer.joined and (status.state == "idle" or self._is_being_stopped(status.node)):
+        if not peer.joined and (status.state == "idle" or self._rounds.is_being_stopped(status.node)):
             peer.joined, peer.arrived_at = True, now
             self.peers.on_arrival(status.node)
             self._event("join", node=status.name, addr=addr, joiner=not votes(status.node))
             self._arrivals.outdate()
-        if self._stage == "run":
-            failure = self._world.on_status(status, self._failures, now, round=self.round, is_news=is_news)
-            if failure:
-                self._event("failure", round=self.round, **failure)
+        self._rounds.on_status(status, now, is_news=is_news)
 
     def on_roster(self, roster: Roster) -> None:
         """An agent holds ``roster``. A leader that has yet to take over adopts a later roster than its own."""
-        if not self.leads and self._stage == "gather" and self._mandate.on_roster(roster):
+        if not self.leads and self._rounds.stage == "gather" and self._mandate.on_roster(roster):
             self._promises.accept(roster)
-            self.restarts, self.requeues = max(self.restarts, roster.restarts), roster.requeues
-            self.round = max(self.round, roster.round + 1)
+            self._rounds.on_roster(roster)
             self.peers.barred |= dict.fromkeys(roster.barred, BARRED)
             self.peers.add_known(roster.hosts)
             self.has_news = True
@@ -195,14 +174,14 @@ class Leader:
         self._check_freeze(now)
         for conn, silent in self.peers.silent(now).items():
             self.on_lost(conn, f"nothing heard for {self.policy.heartbeat_timeout:g} s", silent=silent)
-        if self._stage == "gather" and now - self._gathering_since > STOP_TIMEOUT:
+        if self._rounds.stage == "gather" and now - self._rounds.gathering_since > STOP_TIMEOUT:
             for conn, peer in list(self.peers.items()):
-                if peer.joined and not self._is_idle(peer.status):
+                if peer.joined and not self._rounds.is_idle(peer.status):
                     self.on_lost(conn, f"its workers did not stop within {STOP_TIMEOUT:g} s")
         self._advance(now)
-        self._record_progress(now)
-        if self._stage == "gather" and now - self._gathering_since > 1 and not self.verdict:
-            absent = self.peers.absent_names if self._first else ""
+        self._rounds.record_progress(now)
+        if self._rounds.stage == "gather" and now - self._rounds.gathering_since > 1 and not self.verdict:
+            absent = self.peers.absent_names if self._rounds.first else ""
             waiting = self._waiting + (f"; not joined yet: {absent}" if absent else "")
             if waiting != self._waiting_recorded:
                 self._waiting_recorded = waiting
@@ -210,7 +189,7 @@ class Leader:
 
     def on_saved(self) -> None:
         """The verdict is on disk, or cannot be written: the agents may leave."""
-        self._stage = "end"
+        self._rounds.stage = "end"
 
     def decide(self, now: float) -> None:
         """Act upon what has arrived. To be called when all statuses that have arrived are stored."""
@@ -218,6 +197,23 @@ class Leader:
             self._advance(now)
 
     # outputs
+
+    @property
+    def round(self) -> int:
+        """The round that is gathered or runs."""
+        return self._rounds.round
+
+    @property
+    def restarts(self) -> int:
+        return self._rounds.restarts
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return self._rounds.verdict
+
+    @property
+    def requeues(self) -> int:
+        return self._rounds.requeues
 
     @property
     def leads(self) -> bool:
@@ -235,20 +231,21 @@ class Leader:
 
     def take_orders(self, *, beat: bool = False) -> dict[int, list[ToAgent]]:
         """What to send, by connection: the orders that have changed, or with ``beat`` an order for every agent."""
-        runs, failure = self._stage == "run", self._failures.last_failure
+        runs, failure = self._rounds.stage == "run", self._rounds.failures.last_failure
+        world = self._rounds.world
         order = Order(
             seq=0,
-            stage=self._stage,
+            stage=self._rounds.stage,
             round=self.round,
             reason=self._reason,
-            outcome=self.verdict.outcome if self.verdict and self._stage == "end" else None,
+            outcome=self.verdict.outcome if self.verdict and self._rounds.stage == "end" else None,
             roster=self.roster.round,
             leads=self.leads,
             oldest=self._mandate.oldest,
-            drain=runs and bool(self._requests.request in {"drain", "save-and-stop"} or self._world.change),
-            stacks=bool(self._stage == "gather" and failure and failure.kind == "hang"),
+            drain=runs and bool(self._requests.request in {"drain", "save-and-stop"} or world.change),
+            stacks=bool(self._rounds.stage == "gather" and failure and failure.kind == "hang"),
         )
-        plans = self._world.plans if runs and self.leads and self._mandate.is_settled(self._world.formed) else {}
+        plans = world.plans if runs and self.leads and self._mandate.is_settled(world.formed) else {}
         return self._orders.take(self.peers, order, plans, self.roster, self._mandate.change, beat=beat)
 
     def take_events(self) -> list[tuple[str, dict[str, Any]]]:
@@ -267,21 +264,21 @@ class Leader:
         without a majority.
         """
         over = bool(self.verdict or self._requests.request)
-        if not over and (self._first or not self.leads):
+        if not over and (self._rounds.first or not self.leads):
             return None
-        pays = self.policy.free_growth or self.restarts < self.policy.max_restarts or self._stage == "gather"
+        pays = self.policy.free_growth or self.restarts < self.policy.max_restarts or self._rounds.stage == "gather"
         return self.peers.needs(0 if over or not pays else self.policy.wanted, over=over)
 
     @property
     def next_expiry(self) -> float:
         """When, on the leader's clock, ``on_tick`` is due even if nothing arrives before."""
         due = min(self.peers.next_silence, self._decide_at)
-        return min(due, self._world.settled_at) if self._world.settled_at else due
+        return min(due, self._rounds.world.settled_at) if self._rounds.world.settled_at else due
 
     @property
     def wanted_store(self) -> int | None:
         """The round whose store should be opened next. One store is always opened ahead of its need."""
-        wanted = self.round + (self._stage == "run")
+        wanted = self.round + (self._rounds.stage == "run")
         return wanted if wanted not in self._stores.ports and self.leads and not self.verdict else None
 
     # agents
@@ -293,8 +290,8 @@ class Leader:
             self._event("unfit" if status.unfit else "refused", node=status.name, reason=refusal.reason)
         if refusal.final:
             self.peers.on_arrival(status.node)
-            if status.node == self.node and self._first:
-                self._end(requeue_or_fail(refusal.reason, self.requeues, self.policy), now)
+            if status.node == self.node and self._rounds.first:
+                self._rounds.end(requeue_or_fail(refusal.reason, self.requeues, self.policy), now)
 
     def _connect(self, conn: int, addr: str, status: Status, now: float, boot: str) -> Peer:
         """Add a peer for an agent with a new connection, which replaces the connection that it had before."""
@@ -304,18 +301,8 @@ class Leader:
             self.decide(now)
         peer = Peer(status, addr, now, now, boot)
         self.peers.add(conn, peer)
-        if self._stage == "gather" and status.seen >= self.round:
-            # another leader may have formed that round from the nodes that were with it
-            self.round, self._gathering_since = status.seen + 1, now
+        self._rounds.on_seen(status.seen, now)
         return peer
-
-    def _is_being_stopped(self, node: int) -> bool:
-        """Whether ``node`` belongs to the world that is taken over: this leader waits until its workers are stopped."""
-        return bool(self._predecessor_lost) and node in self.roster.members
-
-    def _is_idle(self, status: Status) -> bool:
-        """Whether no worker is alive, and the agent knows of this round."""
-        return status.state == "idle" and (self._stage == "run" or status.round == self.round)
 
     def _give_up(self, peer: Peer, status: Status, now: float) -> None:
         """The processes of a node that took part cannot be killed: the node stays out, and its agent, which may be this
@@ -330,8 +317,7 @@ class Leader:
 
     def _lose(self, node: int, reason: str) -> None:
         self._arrivals.outdate()
-        self._last_loss = reason
-        self._world.on_lost(node, reason)
+        self._rounds.on_lost(node, reason)
         self.has_news = True
 
     # decisions
@@ -353,79 +339,50 @@ class Leader:
             self._act(decision, now)
 
     def _renew_mandate(self, joined: dict[int, Status], now: float) -> None:
-        late = self._stage == "run" and now - self._world.formed_at > self.policy.heartbeat_timeout
-        stale = late and not self._mandate.is_settled(self._world.formed)
+        world = self._rounds.world
+        late = self._rounds.stage == "run" and now - world.formed_at > self.policy.heartbeat_timeout
+        stale = late and not self._mandate.is_settled(world.formed)
         if self._mandate.renew(joined.values(), self.peers.agreeing, now, stale=stale):
-            self._event("take_over", round=self.round, reason=self._predecessor_lost)
+            self._event("take_over", round=self.round, reason=self._rounds.predecessor_lost)
 
     def _view(self, joined: dict[int, Status], now: float) -> View:
-        formed, gathers = self._world.formed, self._stage != "run"
-        idle = {node for node, status in joined.items() if self._is_idle(status)}
+        formed, gathers = self._rounds.world.formed, self._rounds.stage != "run"
+        idle = {node for node, status in joined.items() if self._rounds.is_idle(status)}
         nodes = self.peers.view(joined, idle, formed, self.policy, now)
         return View(
             **vars(nodes),
-            **vars(self._world.view(self._predecessor_lost, now)),
+            **vars(self._rounds.view(now)),
             **vars(self._mandate.view(nodes.live, now, running=bool(formed), confirming=self.peers.are_confirming)),
             **vars(self._requests.view(now)),
             **vars(self._stores.view(self.round, now, needed=gathers)),
             **vars(self._arrivals.view(now)),
-            first=self._first,
+            first=self._rounds.first,
             restarts=self.restarts,
             requeues=self.requeues,
         )
 
     def _act(self, decision: Decision, now: float) -> None:
         if decision.action is Action.ABDICATE:
-            self.abdicated = self._last_loss or decision.reason
+            self.abdicated = self._rounds.last_loss or decision.reason
             if self.has_led:
                 self._event("abdicate", round=self.round, reason=decision.reason)
             return
         self._reason = decision.reason
         if decision.bars:
-            self._bar(decision)
+            self._rounds.bar(decision.reason)
         match decision.action:
             case Action.FORM:
-                self._form(decision.nodes, now)
+                self._rounds.form(decision.nodes, self._stores.ports[self.round], now)
             case Action.DRAIN:
-                self._world.change, self._world.changed_at = decision, now
-                self._event("drain", round=self.round, reason=decision.reason)
+                self._rounds.drain(decision, now)
             case Action.RELEASE:
                 self._release(decision)
             case Action.GATHER:
-                self._gather(decision, now)
+                if decision.grows:
+                    self._arrivals.on_growth(now)
+                self._rounds.gather(decision, now)
             case _:
-                self._end(decision, now)
-
-    def _form(self, nodes: tuple[int, ...], now: float) -> None:
-        peers = self.peers.by_node
-        rank0 = peers[nodes[0]]
-        addr = rank0.status.host.addresses[0] if rank0.addr.startswith("127.") else rank0.addr
-        port, size = self._stores.ports[self.round], len(nodes)
-        plans = {node: Plan(rank, size, self.restarts, port, addr) for rank, node in enumerate(nodes)}
-        self._record_absent()
-        self._stage, self._first, self._last_loss = "run", False, ""
-        self._world = World(nodes, plans, now)
-        base = Base(self.round, self.node, tuple(node for node in nodes if peers[node].status.votes))
-        # with the nodes that were lost, for the next leader: it starts new agents there, or excludes them at a requeue
-        known = [*(peer.status.host for peer in peers.values() if peer.joined), *self.peers.missing]
-        hosts = distinct(sorted(known, key=lambda host: host.node))
-        mark = f"{self.round}.{self.node}.{now:.6f}"  # a leader never forms two rounds within a microsecond
-        barred = tuple(self.peers.barred)
-        self._mandate.on_form(Roster(self.round, hosts, (base,), self.restarts, self.requeues, nodes, mark, barred))
-        self._promises.accept(self.roster)  # before it is sent to any agent
-        self._event(
-            "round",
-            round=self.round,
-            nodes=[peers[node].status.name for node in nodes],
-            world_size=size * self._nproc,
-            restarts=self.restarts,
-            leader=peers[self.node].status.name if self.node in peers else None,
-        )
-
-    def _record_absent(self) -> None:
-        """The job goes on without the granted nodes that have never been in touch, and avoids them after a requeue."""
-        for name in self.peers.absent if self._first else ():
-            self._event("absent", node=name, reason=NEVER_JOINED)
+                self._rounds.end(decision, now)
 
     def _release(self, decision: Decision) -> None:
         for node in decision.nodes:
@@ -435,52 +392,6 @@ class Leader:
             reason = self.peers.why_leaving(peer.status) or decision.reason
             self._orders.refuse(conn, Refusal(reason))
             self._event("release", node=peer.status.name, reason=reason)
-
-    def _gather(self, decision: Decision, now: float) -> None:
-        """Stop the round that runs, or end the round of the leader before, and gather the next round."""
-        if decision.grows:
-            self._arrivals.on_growth(now)
-        self._close_round(now)
-        if self._predecessor_lost:  # this round has a new number already
-            self._predecessor_lost = ""
-        else:
-            self._open_round(now)
-        self.restarts += decision.charged
-        self._event("restart", round=self.round, restarts=self.restarts, reason=decision.reason)
-
-    def _bar(self, decision: Decision) -> None:
-        failure = self._world.failure
-        assert failure
-        self.peers.barred[failure.node] = BARRED
-        self._event("barred", node=failure.node, reason=decision.reason, **self._failures.strike(failure))
-
-    def _end(self, decision: Decision, now: float) -> None:
-        outcome, ended = _OUTCOMES[decision.action], self.round
-        if self._first and decision.cause == "node lost" and (absent := self.peers.absent_names):
-            decision = replace(decision, reason=f"{decision.reason}; never joined: {absent}")
-            self._record_absent()
-        self._close_round(now)
-        failure = None if outcome == "finished" else self._failures.last_failure
-        if outcome == "requeue":
-            self.requeues += decision.charged
-        if outcome != "finished":
-            self._open_round(now)  # the workers are stopped
-        counters = (self.restarts, self.requeues, ended)
-        self.verdict = Verdict(outcome, decision.cause, decision.reason, failure, *counters)
-        self._event("verdict", **asdict(self.verdict))
-
-    def _close_round(self, now: float) -> None:
-        self._failures.on_end(self._world.failure)
-        self._record_progress(now, over=True)
-
-    def _open_round(self, now: float) -> None:
-        self.round = max(self.round, self.peers.highest_round, self._promises.seen) + 1
-        self._stage, self._world, self._gathering_since = "gather", World(), now
-
-    def _record_progress(self, now: float, *, over: bool = False) -> None:
-        workers = len(self._world.formed) * self._nproc
-        for name, fields in self._world.due_records(workers, now, over=over):
-            self._event(name, round=self.round, **fields)
 
     def _event(self, name: str, **fields: Any) -> None:
         self._events.append((name, fields))
