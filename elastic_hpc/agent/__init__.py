@@ -6,4 +6,8 @@ round. On the other, the membership of ``network`` follows the leader; ``bridge`
 what an agent needs to lead: stores for the workers (``store``), and nodes that Slurm brings (``supply``, ``joiners``).
 At the end of a run, or when no leader can be found, ``ending`` has ``conclude`` do what the verdict says: requeue the
 job, or end it.
+
+* ``first``: which agent leads at the beginning. ``turns``: which agent acts when no leader is left.
+* ``promise_file``, ``last_words``: files in memory, for the next agent of the node, and for the batch script.
+* ``warned``: Slurm's warning, on its way from the batch script to the leader. ``threads``: calls that may block.
 """

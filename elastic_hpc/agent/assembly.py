@@ -23,7 +23,7 @@ from elastic_hpc.agent import promise_file
 from elastic_hpc.agent.arguments import policy_of
 from elastic_hpc.agent.bridge import Control
 from elastic_hpc.agent.leading import CONTROL_PORT_OFFSET, Leading
-from elastic_hpc.agent.threads import Reader, within
+from elastic_hpc.agent.threads import ThreadedReader, within
 from elastic_hpc.environment import AGENT_MARK, prepare_worker_env
 from elastic_hpc.membership.leader import STOP_TIMEOUT
 from elastic_hpc.membership.promises import Promises
@@ -75,7 +75,7 @@ class Assembly:
         """The entry that all workers of this agent, and no other process, have in their environment."""
         prepare_worker_env(os.environ, env.cpus, nproc, token, run_dir=str(rundir.path), interface=interface)
         self._log = _start_log(rundir, env)
-        self._place = promise_file.Place(rundir.path, env.job, env.run, env.node)
+        self._place = promise_file.PromisesKey(rundir.path, env.job, env.run, env.node)
         self._promise_file: promise_file.PromiseFile | None = None
         self._promises = Promises(votes=not env.joins)
         self.local_folder = tempfile.mkdtemp(prefix="elastic-hpc-", dir=promise_file.memory_folder())
@@ -146,7 +146,7 @@ class Assembly:
 
     def _network(self, listeners: Sequence[socket.socket], identity: Identity) -> Network:
         known: list[bytes] = []
-        reader = Reader(self.rundir.read_secret, _SECRET_TIMEOUT)
+        reader = ThreadedReader(self.rundir.read_secret, _SECRET_TIMEOUT)
 
         async def secret() -> bytes:
             if not known:

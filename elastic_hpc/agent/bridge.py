@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from elastic_hpc.agent.threads import Reader, on_thread
+from elastic_hpc.agent.threads import ThreadedReader, on_thread
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership import follower
 from elastic_hpc.membership.leader import STOP_TIMEOUT
@@ -100,7 +100,7 @@ class Control:
         self._addresses: tuple[str, str] | None = None
         """The addresses of the connection over which that order came: the leader's, and this node's own."""
         self._over: JobEnded | None = None
-        self._published = Reader(outside.find_leader, _FILE_TIMEOUT)
+        self._published = ThreadedReader(outside.find_leader, _FILE_TIMEOUT)
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()

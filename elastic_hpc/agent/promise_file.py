@@ -40,7 +40,7 @@ def memory_folder() -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class PromisesKey:
     """Names the promises in a file: those of ``node`` in ``run`` of ``job``, whose run directory is ``run_dir``."""
 
     run_dir: Path
@@ -98,7 +98,7 @@ class PromiseFile:
         self.close()
 
 
-def begin(place: Place, nodes: int, *, again: bool) -> tuple[Promises, PromiseFile | None]:
+def begin(place: PromisesKey, nodes: int, *, again: bool) -> tuple[Promises, PromiseFile | None]:
     """The promises of ``place``, and the file that keeps them. ``nodes``: the maximum number of nodes of the job.
     ``again``: this node had an agent before in this run; if its file is lost, the node has no vote any more. Raises
     ElasticError while another agent of this node runs on this machine.
@@ -116,7 +116,7 @@ def begin(place: Place, nodes: int, *, again: bool) -> tuple[Promises, PromiseFi
     return Promises(file.write), file
 
 
-def _create(place: Place, nodes: int) -> PromiseFile:
+def _create(place: PromisesKey, nodes: int) -> PromiseFile:
     descriptor, path = tempfile.mkstemp(prefix=place.prefix, dir=memory_folder())
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     slot = _SLOT + nodes * _SLOT_PER_NODE
@@ -125,7 +125,7 @@ def _create(place: Place, nodes: int) -> PromiseFile:
     return PromiseFile(path, descriptor)
 
 
-def clean_up(place: Place, *, ended: bool) -> None:
+def clean_up(place: PromisesKey, *, ended: bool) -> None:
     """Remove files of this user whose agents are dead. If the run of ``place`` has ``ended``, these are the files of
     that run, else those of all other runs. If another of these runs goes on, and starts an agent here, that node has
     lost its vote.

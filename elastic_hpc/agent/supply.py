@@ -145,9 +145,9 @@ class Supply:
             if node not in lost:  # its agent is in touch again
                 restart.starting_since = None
         restarts = {node: self._restarts.setdefault(node, _Restart()) for node in lost}
-        asked = [node for node, restart in restarts.items() if not (restart.impossible or restart.task)]
-        answers = await asyncio.gather(*(self._source.lacks_agent(lost[node]) for node in asked))
-        lacking = [node for node, lacks in zip(asked, answers, strict=True) if lacks]
+        candidates = [node for node, restart in restarts.items() if not (restart.impossible or restart.task)]
+        answers = await asyncio.gather(*(self._source.lacks_agent(lost[node]) for node in candidates))
+        lacking = [node for node, lacks in zip(candidates, answers, strict=True) if lacks]
         try:
             steps = await self._source.starting() if lacking else {}
             for node in lacking:

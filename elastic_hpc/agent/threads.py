@@ -43,7 +43,7 @@ def within(seconds: float, work: Callable[[], object]) -> None:
     wait([start(work)], seconds)
 
 
-class Reader(Generic[T]):
+class ThreadedReader(Generic[T]):
     """Calls ``read``, which may block on a stalled file system, on a thread: never twice at the same time."""
 
     def __init__(self, read: Callable[[], T], seconds: float) -> None:

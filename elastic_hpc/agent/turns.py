@@ -26,7 +26,7 @@ class Turns:
         self._turn, self._done = f"turn.{run}.", f"acts.{run}"
         self._last = 0
         """The number of the last turn that an agent has taken."""
-        self._since = 0.0
+        self._noticed_at = 0.0
         """When this agent noticed that turn."""
         self._mine = False
         self._backoff = Backoff()
@@ -36,16 +36,16 @@ class Turns:
         now = time.monotonic()
         last = max((int(name.removeprefix(self._turn)) for name in self._names() if self._is_turn(name)), default=0)
         if last > self._last:
-            self._last, self._since, self._mine = last, now, False
+            self._last, self._noticed_at, self._mine = last, now, False
         if self._mine:
             return now >= self._backoff.at
-        if self._last and now - self._since < TURN:
+        if self._last and now - self._noticed_at < TURN:
             return False
         try:
             self._mine = self._rundir.claim(f"{self._turn}{self._last + 1}", self._node)
         except ElasticError:
             return now >= self._backoff.at
-        self._last, self._since = self._last + 1, now
+        self._last, self._noticed_at = self._last + 1, now
         return self._mine
 
     def failed(self) -> None:

@@ -31,15 +31,15 @@ class _VerdictClock:
     def __init__(self, rundir: RunDir) -> None:
         self._look = (rundir.path / "verdict.json").exists
         self._answer = start(self._look)
-        self._since: float | None = None
+        self._noticed_at: float | None = None
 
     def age(self) -> float:
         """Seconds since then; negative while there is no verdict."""
-        if self._since is None and self._answer.done():
+        if self._noticed_at is None and self._answer.done():
             if not self._answer.exception() and self._answer.result():
-                self._since = time.monotonic()
+                self._noticed_at = time.monotonic()
             self._answer = start(self._look)
-        return -1.0 if self._since is None else time.monotonic() - self._since
+        return -1.0 if self._noticed_at is None else time.monotonic() - self._noticed_at
 
 
 def _end_with_parent() -> None:

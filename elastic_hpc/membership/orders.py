@@ -88,7 +88,7 @@ class Orders:
                 if is_behind and (not is_sent or (beat and conn not in self._unacknowledged)):
                     self._rosters_sent[conn] = roster.round
                     self._unacknowledged.add(conn)
-                    taken[conn].insert(0, change if change and status.mark == change.since else roster)
+                    taken[conn].insert(0, change if change and status.mark == change.previous else roster)
                 elif beat:
                     self._unacknowledged.discard(conn)
         return taken

@@ -37,7 +37,7 @@ class Promises:
             first, *rest = kept.splitlines(keepends=True)
             before, news = decode(first), list(map(decode_from_leader, rest))
             numbers = before.get("seen"), before.get("oldest")
-            held = all(isinstance(one, (Roster, RosterChange)) and self._hold(one) for one in news)
+            held = all(isinstance(entry, (Roster, RosterChange)) and self._hold(entry) for entry in news)
             if not (held and all(type(number) is int for number in numbers)):
                 raise ProtocolError(f"not what a node has promised: {kept[:60]!r}")
             self.votes, self.seen = votes and bool(before.get("votes")), before["seen"]
@@ -65,7 +65,7 @@ class Promises:
             return False
         if isinstance(news, Roster):
             self.roster, self._lines = news, [news.line]
-        elif held and news.since == held.mark:
+        elif held and news.previous == held.mark:
             self.roster = news.of(held)
             changes = [*self._lines[1:], news.line]
             is_short = sum(map(len, changes)) < len(self._lines[0])

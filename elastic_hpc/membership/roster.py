@@ -117,7 +117,7 @@ class Roster:
         rows_before, rows = Hosts.of(before.hosts).rows, Hosts.of(self.hosts).rows
         new = Hosts(rows={node: row for node, row in rows.items() if rows_before.get(node) != row})
         gone = tuple(sorted(rows_before.keys() - rows.keys()))
-        return RosterChange(**_common(self), since=before.mark, hosts=new, gone=gone)
+        return RosterChange(**_common(self), previous=before.mark, hosts=new, gone=gone)
 
     @functools.cached_property
     def line(self) -> bytes:
@@ -142,21 +142,21 @@ class RosterChange:
     members: tuple[int, ...]
     mark: str
     barred: tuple[str, ...]
-    since: str
+    previous: str
     """The mark of the roster before."""
     hosts: Sequence[Host]
     """The hosts that are new, or listen elsewhere."""
     gone: tuple[int, ...]
 
     def of(self, before: Roster) -> Roster:
-        """The new roster; ``before`` is the roster with the mark ``since``."""
+        """The new roster; ``before`` is the roster with the mark ``previous``."""
         hosts = Hosts.of(before.hosts).changed(self.gone, self.hosts)
         return Roster(hosts=hosts, **_common(self))
 
     @functools.cached_property
     def line(self) -> bytes:
         """A change is sent to many agents, and encoded once."""
-        return json_line({"change": {**_body(self), "since": self.since, "gone": spans(self.gone)}})
+        return json_line({"change": {**_body(self), "previous": self.previous, "gone": spans(self.gone)}})
 
 
 def _body(roster: Roster | RosterChange) -> dict[str, Any]:

@@ -224,8 +224,8 @@ class Network:
         challenge = messages.encode({"challenge": new_nonce()})
         handshake = Handshake(secret, challenge)
         await loop.sock_sendall(connection, challenge)
-        said = messages.decode(handshake.check("dialer", await _read_line(connection)))
-        peer = Identity.of(said.get("identity"))
+        answer = messages.decode(handshake.check("dialer", await _read_line(connection)))
+        peer = Identity.of(answer.get("identity"))
         # before the peer is judged: this proves to an agent of an earlier run that its run is over
         await loop.sock_sendall(connection, handshake.sign("acceptor", messages.encode({"identity": vars(self._me)})))
         self._me.check(peer)

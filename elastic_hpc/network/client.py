@@ -78,24 +78,24 @@ class _Search:
         deadline = time.monotonic() + PATIENCE
         while not await self._ask_all(leader, others):
             if time.monotonic() > deadline or _NO_LEADER not in self._problems.values():
-                raise ElasticError(self._told(leader))
+                raise ElasticError(self._no_answer(leader))
             await asyncio.sleep(_PAUSE)
 
     async def _ask_all(self, leader: Host, others: Iterable[Host]) -> bool:
         """Whether ``leader`` has taken the message, or else one of the ``others``, or the leader that they name."""
         self._problems = {}
-        asked = {asyncio.ensure_future(self._try(leader))}
-        done, _ = await asyncio.wait(asked, timeout=_DIAL_TIMEOUT)
+        tries = {asyncio.ensure_future(self._try(leader))}
+        done, _ = await asyncio.wait(tries, timeout=_DIAL_TIMEOUT)
         if not any(task.result() for task in done):
-            asked |= {asyncio.ensure_future(self._try(host)) for host in others}
+            tries |= {asyncio.ensure_future(self._try(host)) for host in others}
         try:
-            for answer in asyncio.as_completed(asked):
+            for answer in asyncio.as_completed(tries):
                 if await answer:
                     return True
         finally:
-            for task in asked:
+            for task in tries:
                 task.cancel()
-            await asyncio.wait(asked)  # their connections are closed by then
+            await asyncio.wait(tries)  # their connections are closed by then
         return False
 
     async def _try(self, host: Host) -> bool:
@@ -128,14 +128,14 @@ class _Search:
             self._me = replace(self._me, run=over.at_work)
             return await channel.connect(host, self._me, self._secret, timeout=_DIAL_TIMEOUT)
 
-    def _told(self, leader: Host) -> str:
+    def _no_answer(self, leader: Host) -> str:
         others = [host.name for host in self._problems if host != leader]
-        told = f"the leader on {leader.name} port {leader.port} did not answer: {self._problems[leader]}"
+        text = f"the leader on {leader.name} port {leader.port} did not answer: {self._problems[leader]}"
         if self._problems[leader] == _NO_LEADER:
-            told = f"the agent on {leader.name} port {leader.port} does not lead any more"
+            text = f"the agent on {leader.name} port {leader.port} does not lead any more"
         if others:
-            told += f"; nor did another agent lead: {', '.join(others)} were asked"
-        return told
+            text += f"; nor did another agent lead: {', '.join(others)} were asked"
+        return text
 
 
 _NO_LEADER = "it has no leader"

@@ -212,10 +212,10 @@ class Finder:
         """
         at, together = 0, self._in_vain + 1
         while at < len(nodes):
-            asked = nodes[at : at + together]
-            replies = await asyncio.gather(*(self._ask(hosts.at(node)) for node in asked))
-            self._in_vain = at + next((before for before, reply in enumerate(replies) if reply), len(asked))
-            for node, reply in zip(asked, replies, strict=True):
+            batch = nodes[at : at + together]
+            replies = await asyncio.gather(*(self._ask(hosts.at(node)) for node in batch))
+            self._in_vain = at + next((before for before, reply in enumerate(replies) if reply), len(batch))
+            for node, reply in zip(batch, replies, strict=True):
                 yield node, reply
             at, together = at + together, _MORE * together
 

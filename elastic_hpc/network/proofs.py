@@ -69,11 +69,11 @@ class Handshake:
 
     def __init__(self, secret: bytes, challenge: bytes) -> None:
         """``challenge``: the first line."""
-        self._said = hmac.new(secret, challenge, "sha256")
+        self._transcript = hmac.new(secret, challenge, "sha256")
 
     def sign(self, role: Role, line: bytes) -> bytes:
         """``line``, which ``role`` says next, with its MAC."""
-        self._said.update(line)
+        self._transcript.update(line)
         return self._mac(role).hexdigest()[:MAC_SIZE].encode() + line
 
     def check(self, role: Role, signed: bytes) -> bytes:
@@ -88,6 +88,6 @@ class Handshake:
         return Seal(self._mac(f"key of the {role}").digest())
 
     def _mac(self, purpose: str) -> hmac.HMAC:
-        mac = self._said.copy()
+        mac = self._transcript.copy()
         mac.update(purpose.encode())
         return mac

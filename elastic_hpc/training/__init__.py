@@ -3,6 +3,7 @@
 Without an agent, under plain torchrun or python, the same script runs: no drain is requested, and no agent reads the
 progress. Importing this package imports no torch. It touches files and the process
 group only. The agent of a node reads what ``progress`` writes, and writes what ``drain`` looks for; start with these.
+``checkpoint`` saves and loads in a ``checkpoint_folder``; ``fences`` say who owns the folder. ``shares``: of a batch.
 """
 
 from elastic_hpc.training.checkpoint import CheckpointError, CheckpointReader, Checkpoints

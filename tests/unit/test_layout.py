@@ -99,6 +99,13 @@ def test_the_table_has_all_folders_and_says_which_are_pure() -> None:
     assert {place(name).partition(".")[0] for name in PURE} >= {*LEAVES, "options", "membership", "view"}
 
 
+@pytest.mark.parametrize("folder", sorted(MAY_IMPORT))
+def test_the_head_of_a_folder_names_its_modules(folder: str) -> None:
+    head = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text())) or ""
+    named = {word for words in re.findall(r"``([^`]+)``", head) for word in re.split(r"[. ]", words)}
+    assert {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__", "__main__"} - named == set()
+
+
 @pytest.mark.parametrize("module", OURS)
 def test_a_module_imports_only_what_its_folder_may(module: str) -> None:
     folder = place(module).partition(".")[0]
@@ -137,6 +144,11 @@ def test_no_two_modules_import_each_other_and_no_more_do_in_a_ring() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_no_two_classes_have_the_same_name() -> None:
+    classes = [node.name for name in OURS for node in nodes(name) if isinstance(node, ast.ClassDef)]
+    assert {name for name in classes if classes.count(name) > 1} == set()
 
 
 def test_no_two_folders_import_each_other() -> None:

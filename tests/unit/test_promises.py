@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from elastic_hpc.agent import promise_file
-from elastic_hpc.agent.promise_file import Place, PromiseFile, begin, clean_up
+from elastic_hpc.agent.promise_file import PromiseFile, PromisesKey, begin, clean_up
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.election import Base
 from elastic_hpc.membership.messages import ProtocolError, decode_from_leader
@@ -27,13 +27,13 @@ def roster(round: int, hosts: int = 2) -> Roster:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PromisesKey:
     (tmp_path / "shm").mkdir()
     monkeypatch.setattr(promise_file, "memory_folder", lambda: str(tmp_path / "shm"))
-    return Place(tmp_path / "run", "17", 0, 3)
+    return PromisesKey(tmp_path / "run", "17", 0, 3)
 
 
-def files(place: Place) -> list[str]:
+def files(place: PromisesKey) -> list[str]:
     return sorted(os.listdir(place.run_dir.parent / "shm"))
 
 
@@ -45,7 +45,7 @@ def opened() -> Iterator[list[PromiseFile]]:
         file.close()
 
 
-def start(place: Place, opened: list[PromiseFile], *, again: bool) -> Promises:
+def start(place: PromisesKey, opened: list[PromiseFile], *, again: bool) -> Promises:
     """An agent starts; the one before is dead."""
     while opened:
         opened.pop().close()
@@ -55,7 +55,7 @@ def start(place: Place, opened: list[PromiseFile], *, again: bool) -> Promises:
     return promises
 
 
-def test_the_next_agent_of_the_node_finds_what_was_promised_last(place: Place, opened: list[PromiseFile]) -> None:
+def test_the_next_agent_of_the_node_finds_what_was_promised_last(place: PromisesKey, opened: list[PromiseFile]) -> None:
     promises = start(place, opened, again=False)
     assert (promises.votes, promises.seen, promises.roster) == (True, 0, None)
     for round in range(1, 6):
@@ -78,7 +78,7 @@ def test_changes_are_stored_as_they_came_until_they_are_longer_than_the_roster()
         later = roster(round, 9 + round % 2)
         change = later.change_from(held)
         assert change
-        assert not promises.accept(replace(change, since="another"))
+        assert not promises.accept(replace(change, previous="another"))
         assert promises.accept(decode_from_leader(change.line))
         again = Promises(kept=kept[-1])
         assert again.roster == promises.roster == later
@@ -92,7 +92,7 @@ def test_changes_are_stored_as_they_came_until_they_are_longer_than_the_roster()
 
 
 def test_who_finds_no_file_has_no_vote_and_the_first_agent_of_a_run_finds_none(
-    place: Place, opened: list[PromiseFile]
+    place: PromisesKey, opened: list[PromiseFile]
 ) -> None:
     assert not start(place, opened, again=True).votes
     assert files(place) == []
@@ -100,11 +100,11 @@ def test_who_finds_no_file_has_no_vote_and_the_first_agent_of_a_run_finds_none(
     (left,) = files(place)
     assert start(place, opened, again=False).seen == 0
     assert files(place) != [left]
-    assert not start(Place(place.run_dir, "17", 1, 3), opened, again=True).votes
+    assert not start(PromisesKey(place.run_dir, "17", 1, 3), opened, again=True).votes
     assert files(place) == [], "what an earlier run has left is removed"
 
 
-def test_a_write_that_is_cut_off_leaves_the_one_before(place: Place, opened: list[PromiseFile]) -> None:
+def test_a_write_that_is_cut_off_leaves_the_one_before(place: PromisesKey, opened: list[PromiseFile]) -> None:
     start(place, opened, again=False).promise(5)
     start(place, opened, again=True).promise(6)
     (name,) = files(place)
@@ -117,7 +117,9 @@ def test_a_write_that_is_cut_off_leaves_the_one_before(place: Place, opened: lis
 
 
 @pytest.mark.parametrize("what", ["damaged", "empty", "of an older boot"])
-def test_a_file_that_cannot_be_relied_on_counts_as_none(place: Place, opened: list[PromiseFile], what: str) -> None:
+def test_a_file_that_cannot_be_relied_on_counts_as_none(
+    place: PromisesKey, opened: list[PromiseFile], what: str
+) -> None:
     start(place, opened, again=False).promise(5)
     (name,) = files(place)
     path = place.run_dir.parent / "shm" / name
@@ -128,25 +130,25 @@ def test_a_file_that_cannot_be_relied_on_counts_as_none(place: Place, opened: li
 
 
 def test_two_agents_of_one_node_never_share_it_and_only_files_of_dead_agents_are_removed(
-    place: Place, opened: list[PromiseFile]
+    place: PromisesKey, opened: list[PromiseFile]
 ) -> None:
     start(place, opened, again=False)
     for again in (True, False):
         with pytest.raises(ElasticError, match="another agent of this node runs already"):
             begin(place, 4, again=again)
     for run in (0, 1):
-        clean_up(Place(place.run_dir, "17", run, 0), ended=True)
-    clean_up(Place(place.run_dir, "18", 0, 0), ended=False)
+        clean_up(PromisesKey(place.run_dir, "17", run, 0), ended=True)
+    clean_up(PromisesKey(place.run_dir, "18", 0, 0), ended=False)
     assert len(files(place)) == 1
     opened.pop().close()
-    clean_up(Place(place.run_dir, "17", 0, 0), ended=False)
+    clean_up(PromisesKey(place.run_dir, "17", 0, 0), ended=False)
     assert len(files(place)) == 1, "the run goes on"
-    clean_up(Place(place.run_dir, "17", 0, 0), ended=True)
+    clean_up(PromisesKey(place.run_dir, "17", 0, 0), ended=True)
     assert files(place) == []
 
 
 def test_a_file_of_somebody_else_is_not_read(
-    place: Place, opened: list[PromiseFile], monkeypatch: pytest.MonkeyPatch
+    place: PromisesKey, opened: list[PromiseFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(place, opened, again=False).promise(5)
     (name,) = files(place)
@@ -157,7 +159,7 @@ def test_a_file_of_somebody_else_is_not_read(
     assert files(place) == [name]
 
 
-def test_a_roster_of_a_thousand_hosts_fits_and_what_does_not_fit_is_no_promise(place: Place) -> None:
+def test_a_roster_of_a_thousand_hosts_fits_and_what_does_not_fit_is_no_promise(place: PromisesKey) -> None:
     promises, file = begin(place, 1024, again=False)
     assert file
     promises.accept(roster(1, 1024))
@@ -170,13 +172,13 @@ def test_a_roster_of_a_thousand_hosts_fits_and_what_does_not_fit_is_no_promise(p
     file.remove()
 
 
-def test_an_agent_that_is_killed_while_it_writes_leaves_a_whole_promise(tmp_path: Path, place: Place) -> None:
+def test_an_agent_that_is_killed_while_it_writes_leaves_a_whole_promise(tmp_path: Path, place: PromisesKey) -> None:
     write = """
 import sys
 from pathlib import Path
 from elastic_hpc.agent import promise_file
 promise_file.memory_folder = lambda: sys.argv[1]
-promises, _ = promise_file.begin(promise_file.Place(Path(sys.argv[2]), "17", 0, 3), 4, again=False)
+promises, _ = promise_file.begin(promise_file.PromisesKey(Path(sys.argv[2]), "17", 0, 3), 4, again=False)
 for round in range(1, 1 << 40):
     promises.promise(round)
     if round % 1000 == 0:

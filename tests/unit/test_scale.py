@@ -80,7 +80,7 @@ class Crowd:
         if isinstance(message, Roster):
             self.held[node] = message
         elif isinstance(message, RosterChange):
-            assert message.since == self.held[node].mark
+            assert message.previous == self.held[node].mark
             self.held[node] = message.of(self.held[node])
         elif isinstance(message, Order) and message.stage == "gather":
             self.say(node, state="idle", round=message.round)
