@@ -104,7 +104,7 @@ def preload(
                     return stages, f"--preload {name}: {type(error).__name__}: {error}", unfit
                 unfit[name] = f"failed: {type(error).__name__}: {error}"
             if optional and stage.reads:
-                unfit[name] = f"reads {' and '.join(sorted(stage.reads))}, which has no value before the round"
+                unfit[name] = f"reads {' and '.join(sorted(stage.reads))}, which only a round sets"
                 return stages, f"{name} {unfit[name]}", unfit
             if cuda_is_initialized():
                 unfit[name] = "has initialized CUDA, which belongs to the script"

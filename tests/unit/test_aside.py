@@ -309,7 +309,7 @@ def test_variables_that_imports_set_are_not_taken_for_the_scripts(launch: Launch
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("import os\nos.environ.get('LOCAL_RANK')", "reads LOCAL_RANK, which has no value before the round"),
+        ("import os\nos.environ.get('LOCAL_RANK')", "reads LOCAL_RANK, which only a round sets"),
         (
             "import os\nif 'RANK' not in dict(os.environ): raise RuntimeError('no rank')",
             "failed: RuntimeError: no rank",
