@@ -11,7 +11,7 @@ _UNLIMITED = frozenset({"", "0", "UNLIMITED"})
 
 def memory(facts: Facts) -> Finding | None:
     """Only where Slurm gives a job less than the memory of its nodes, and keeps the job to that."""
-    if "MEMORY" not in config(facts, "SelectTypeParameters") or not has(facts, "TaskPlugin", "task/cgroup"):
+    if "MEMORY" not in config(facts, "SelectTypeParameters") or "cgroup" not in config(facts, "TaskPlugin"):
         return None
     if facts.config.get("ConstrainRAMSpace", "").lower() == "no":  # only some versions show cgroup.conf
         return None
