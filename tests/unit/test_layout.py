@@ -39,7 +39,11 @@ HARMLESS = {
 names of numbers, and ``posixpath`` works on text.
 """
 
+EFFECTS = {"network": {"asyncio", "http", "socket", "ssl", "urllib"}, "processes": {"multiprocessing", "subprocess"}}
+"""What other modules import only if their folder touches that."""
+
 EXCEPTIONS = {
+    "workers.standbys": {"socket"},  # a pair of sockets, of which a child inherits one
     "start": {"sys"},  # compares an interpreter with this one
     "view.times": {"time"},  # this machine's time zone, but no clock
     "view.timeline": {"importlib"},  # its template, and a library that may be missing
@@ -135,6 +139,14 @@ def test_a_pure_module_imports_nothing_that_touches_the_world(module: str) -> No
     assert {name for name in imports(module) if name.partition(".")[0] not in harmless} == set()
     functions = [ast.unparse(node.func) for node in nodes(module) if isinstance(node, ast.Call)]
     assert [name for name in functions if name.rpartition(".")[2] in IMPURE_CALLS] == []
+
+
+@pytest.mark.parametrize("module", sorted({*OURS} - {*PURE}))
+def test_a_module_touches_only_what_its_folder_may(module: str) -> None:
+    touches = set(re.findall("[a-z]+", TOUCHES.get(place(module).partition(".")[0], "all")))
+    barred = {name for effect, names in EFFECTS.items() for name in names if not touches & {effect, "all"}}
+    found = {name for name in imports(module) if name.partition(".")[0] in barred}
+    assert found <= EXCEPTIONS.get(place(module), set())
 
 
 def test_no_two_modules_import_each_other_and_no_more_do_in_a_ring() -> None:
