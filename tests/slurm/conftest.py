@@ -161,6 +161,8 @@ class Job:
     folder: Path
     """Where it was submitted."""
     log_dir: Path = Path("elastic-logs")
+    data: Path | None = None
+    """Where the script records its steps, if not in the run directory."""
 
     @property
     def run_dir(self) -> Path:
@@ -176,7 +178,7 @@ class Job:
         return [event for event in self.lines(self.run_dir / "events.jsonl") if name in {None, event["event"]}]
 
     def steps(self) -> list[dict[str, Any]]:
-        return self.lines(self.run_dir / "steps.jsonl")
+        return self.lines((self.data or self.run_dir) / "steps.jsonl")
 
     def verdict(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.run_dir / "verdict.json").read_text())
