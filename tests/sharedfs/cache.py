@@ -67,9 +67,12 @@ class Cache:
     def node(self, id: int) -> Node:
         """Raises OSError if the server has forgotten it."""
         node = self.nodes[id]
-        if node.stale or (id != 1 and node.epoch != self._link.behaviour().epoch):
+        if self.is_stale(node):
             self.mark_stale(node)
         return node
+
+    def is_stale(self, node: Node) -> bool:
+        return node.stale or (node.id != 1 and node.epoch != self._link.behaviour().epoch)
 
     @staticmethod
     def mark_stale(node: Node) -> None:
@@ -113,20 +116,20 @@ class Cache:
 
     def adopt(self, parent: Node, name: str) -> Node:
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent.fd)
-        node = Node(0, fd)
+        node = Node(self._last + 1, fd, epoch=self._link.behaviour().epoch)
         known = self._by_inode.get(self._inode(node))
-        if known is None:
-            self._last += 1
-            node.id = self._last
+        if known is None or self.is_stale(known):  # whoever has opened a stale file keeps that one
+            self._last = node.id
             self.nodes[node.id] = self._by_inode[self._inode(node)] = known = node
         else:
             os.close(fd)
-        known.stale, known.epoch = False, self._link.behaviour().epoch
         parent.names[name] = known
         return known
 
     def entry(self, node: Node) -> bytes:
         with self.lock:
+            if node.stale:  # forgotten a moment ago
+                self.mark_stale(node)
             node.lookups += 1
         return fuse.entry(node.id, self.attributes(node))
 
@@ -139,7 +142,8 @@ class Cache:
                 node.lookups -= count
                 if node.lookups <= 0 and not node.dirty:
                     del self.nodes[id]
-                    self._by_inode.pop(self._inode(node), None)
+                    if self._by_inode.get(inode := self._inode(node)) is node:
+                        del self._by_inode[inode]
                     os.close(node.fd)
                     node.fd, node.stale = -1, True
 

@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,6 +67,9 @@ class Client:
             fuse.answer(self._device, request.unique, error=errno.ENOSYS)
         except OSError as error:
             fuse.answer(self._device, request.unique, error=error.errno or errno.EIO)
+        except Exception:  # noqa: BLE001 - who waits for the answer would wait for ever
+            fuse.answer(self._device, request.unique, error=errno.EIO)
+            traceback.print_exc()
 
 
 def interrupt(target: str, device: int) -> int:

@@ -47,7 +47,7 @@ class Operations:
             self._cache.look_again(parent)
         with self._cache.lock:
             child = parent.names.get(name)
-            known = name in parent.names and not (child and child.stale)
+            known = name in parent.names and not (child and self._cache.is_stale(child))
         if not known:
             self._link.ask()
             with self._cache.lock:
