@@ -199,11 +199,12 @@ def test_the_warning_reaches_the_agents_and_sruns_own_exit_code_survives_it(node
     assert (node / "asked").read_text() == warned + warned + conclude
 
 
-@pytest.mark.parametrize(("left", "warned"), [(50, True), (3600, False), (None, False)])
+@pytest.mark.parametrize(("left", "warned"), [(50, True), (62, True), (100, False), (3600, False), (None, False)])
 def test_a_warning_that_slurm_sent_before_the_script_began_is_not_lost(node, left, warned):
+    """Also if Slurm sent it early, as it may by up to a minute."""
     (node / "asked").unlink(missing_ok=True)
     (node / "ends").write_text(f"{time.time() + left:.0f}\n" if left else "Unknown\n")
-    (node / "srun_does").write_text("sleep 0.5")
+    (node / "srun_does").write_text("sleep 4" if left == 62 else "sleep 0.5")
     process = start(node, job(node, signal=WarningSignal(lead=timedelta(seconds=60))))
     assert process.communicate(timeout=20) == (b"", b"")
     (node / "srun_does").write_text("")
