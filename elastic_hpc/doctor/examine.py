@@ -34,7 +34,8 @@ def examine(
     facts = slurm.facts(partition)
     if partition and "unknown to Slurm" in facts.unknown.get("partition", ""):
         raise UsageError(f"--partition {partition}: unknown to Slurm; see sinfo")
-    findings += slurm_findings(facts, grace)
+    qos = last([*settings.sbatch, *sbatch], "qos")
+    findings += slurm_findings(facts, grace, qos)
     configured = settings.options["log-dir"].value if "log-dir" in settings.options else "elastic-logs"
     folder = os.path.abspath(folder or configured)
     observed = _of_nodes(nodes, folder, sbatch, tell) if nodes and facts.answered else [log_dir.check(folder)]

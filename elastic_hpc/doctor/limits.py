@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from elastic_hpc.doctor.asked import Unknown, config, has
 from elastic_hpc.doctor.findings import Finding, Level
 from elastic_hpc.slurm.settings import Facts
@@ -29,20 +31,40 @@ def memory(facts: Facts) -> Finding | None:
     return Finding(Level.NOTE, "memory", found, means, advice)
 
 
-def running_jobs(facts: Facts) -> Finding | None:
-    """Only where the user's associations limit the number of jobs: each joiner is a job."""
+def running_jobs(facts: Facts, qos: str | None) -> Finding | None:
+    """Only where the user's associations, or the QOS of the user's jobs, limit the number of jobs."""
     if not has(facts, "AccountingStorageEnforce", "limits"):
         return None
-    if reason := facts.unknown.get("limits"):
-        raise Unknown(reason)
-    here = [row for row in facts.limits if row["Cluster"] in {config(facts, "ClusterName"), ""}]
-    limited = {row["Account"]: int(row["MaxJobs"]) for row in here if row["MaxJobs"]}
-    if not limited:
+    limited = {
+        f"MaxJobs = {row['MaxJobs']} in account {row['Account']}": row["MaxJobs"] for row in associations(facts)
+    } | {
+        f"MaxJobsPerUser = {row['MaxJobsPerUser']} in QOS {row['Name']}": row["MaxJobsPerUser"]
+        for row in of_jobs(facts, qos, facts.partition.get("QoS", ""))
+    }
+    limits = {found: int(jobs) for found, jobs in limited.items() if jobs}
+    if not limits:
         return None
-    found = ", ".join(f"MaxJobs = {jobs} in account {account}" for account, jobs in sorted(limited.items()))
-    if (least := min(limited.values())) <= 1:
+    found, least = ", ".join(sorted(limits)), min(limits.values())
+    if least <= 1:
         means = "a joiner of --grow is a job of its own: none starts while the job that asked for it runs"
-        advice = "you: no --grow, but --spares or a larger MAX; administrator: sacctmgr modify user NAME set MaxJobs=N"
+        advice = "you: no --grow, but --spares or a larger MAX; administrator: sacctmgr, a higher limit"
         return Finding(Level.WARN, "limits", found, means, advice)
     means = f"each joiner of --grow is a job of its own, and counts: {least - 1} at most beside the job that grows"
     return Finding(Level.NOTE, "limits", found, means, "you: count your other jobs too before you rely on --grow")
+
+
+def associations(facts: Facts) -> list[Mapping[str, str]]:
+    """Those of this cluster."""
+    if reason := facts.unknown.get("associations"):
+        raise Unknown(reason)
+    return [row for row in facts.associations if row["Cluster"] == config(facts, "ClusterName")]
+
+
+def of_jobs(facts: Facts, qos: str | None, *others: str) -> list[Mapping[str, str]]:
+    """The QOS ``qos`` of the user's jobs, or those that they have unasked, and ``others``."""
+    if reason := facts.unknown.get("qos"):
+        raise Unknown(reason)
+    names = {qos} if qos else {row["DefaultQOS"] or "normal" for row in associations(facts)}
+    if not (found := [row for row in facts.qos if row["Name"] in {*names, *others}]):
+        raise Unknown(f"sacctmgr shows no QOS {', '.join(names) or 'and no association of yours'}")
+    return found

@@ -16,8 +16,8 @@ _TO_REQUEUE = 5
 """Seconds of the grace time that agents need for the requeue itself."""
 
 
-def slurm_findings(facts: Facts, grace: timedelta) -> list[Finding]:
-    """What Slurm's settings mean for jobs with ``--grace``; or that Slurm cannot be asked."""
+def slurm_findings(facts: Facts, grace: timedelta, qos: str | None = None) -> list[Finding]:
+    """What Slurm's settings mean for jobs with ``--grace`` in ``qos``; or that Slurm cannot be asked."""
     if not facts.answered:
         means = "it cannot be asked: nothing can be submitted from here, and nothing is known of this site"
         advice = (
@@ -33,9 +33,9 @@ def slurm_findings(facts: Facts, grace: timedelta) -> list[Finding]:
         "KillWait": delays.kill_wait,
         "prolog": delays.prolog,
         "epilog": delays.epilog,
-        "preemption": partial(_preemption, grace=grace),
+        "preemption": partial(_preemption, grace=grace, qos=qos),
         "memory": limits.memory,
-        "limits": limits.running_jobs,
+        "limits": partial(limits.running_jobs, qos=qos),
         "job arrays": _arrays,
         "accounting": _accounting,
         "private data": _private_data,
@@ -75,27 +75,29 @@ def _kill_on_bad_exit(facts: Facts) -> Finding:
     return Finding(Level.NOTE, "KillOnBadExit", found, means, "you, in scripts of your own: srun --kill-on-bad-exit=0")
 
 
-def _preemption(facts: Facts, grace: timedelta) -> Finding:
-    if config(facts, "PreemptType") == "preempt/qos":
-        means = "the QOS of a job says whether the job is preempted, how, and with which GraceTime: not asked"
-        advice = "you: sacctmgr show qos format=name,preempt,preemptmode,gracetime; --grace below that GraceTime"
-        return Finding(Level.UNKNOWN, "preemption", setting(facts, "PreemptType")[1], means, advice)
-    if is_none(config(facts, "PreemptType")) or partition(facts, "PreemptMode") == "OFF":
-        kind = f"PreemptType = {config(facts, 'PreemptType')}, PreemptMode = {partition(facts, 'PreemptMode')}"
-        return Finding(Level.OK, "preemption", kind, "jobs of this partition are not preempted")
-    mode, given = partition(facts, "PreemptMode"), partition(facts, "GraceTime")
+def _preemption(facts: Facts, grace: timedelta, qos: str | None) -> Finding:
+    kind, found = setting(facts, "PreemptType")
+    if kind == "preempt/qos":
+        where, preempted = _preempted_qos(facts, qos)
+    else:
+        mode, preempted = partition(facts, "PreemptMode"), None
+        where, found = f"partition {partition(facts, 'PartitionName')}", f"{found}, PreemptMode = {mode}"
+        if not is_none(kind) and mode != "OFF":
+            preempted = mode, number(partition(facts, "GraceTime"), "GraceTime")
+    if preempted is None:
+        return Finding(Level.OK, "preemption", found, f"jobs in {where} are not preempted")
+    mode, seconds = preempted
     warned = "preempt_send_user_signal" in config(facts, "SlurmctldParameters").lower()
-    seconds = number(given, "GraceTime")
     signal = "with" if warned else "without"
-    found = f"PreemptMode = {mode}, GraceTime = {given} s, {signal} preempt_send_user_signal"
+    found = f"{where}: PreemptMode = {mode}, GraceTime = {seconds} s, {signal} preempt_send_user_signal"
     if {"SUSPEND", "GANG"} & set(mode.split(",")):
         means = "a suspended job stands still with all its agents and may take its nodes for lost when it goes on"
-        advice = "you: --partition with one that is not suspended; " + slurm_conf("PreemptMode=REQUEUE")
+        advice = f"you: another {where.split()[0]}, which is not suspended; {slurm_conf('PreemptMode=REQUEUE')}"
         return Finding(Level.WARN, "preemption", found, means, advice)
     then = "Slurm puts the job back into the queue" if mode == "REQUEUE" else "Slurm cancels, the agents requeue"
     if warned and seconds >= grace.total_seconds():
         return Finding(Level.OK, "preemption", found, f"workers are told and have --grace {as_text(grace)}; {then}")
-    grace_time = f"GraceTime={as_text(grace)} in the partition"
+    grace_time = f"GraceTime={as_text(grace)} in {where}"
     if warned:
         means = f"workers are told, but have {seconds} s and not --grace {as_text(grace)}; {then}"
         advice = f"you: --grace {_grace(seconds)}; {slurm_conf(grace_time)}"
@@ -107,6 +109,20 @@ def _preemption(facts: Facts, grace: timedelta) -> Finding:
     )
     advice = f"you: save often{hurry}; {slurm_conf(f'SlurmctldParameters=preempt_send_user_signal, and {grace_time}')}"
     return Finding(Level.WARN, "preemption", found, means, advice)
+
+
+def _preempted_qos(facts: Facts, qos: str | None) -> tuple[str, tuple[str, int] | None]:
+    """The QOS of jobs, as a finding names it; and the mode and the grace time in seconds of its preemption, None if no
+    other QOS preempts it. Of several QOS, one that is preempted.
+    """
+    own = limits.of_jobs(facts, qos)
+    preempted = {name for row in facts.qos for name in row["Preempt"].split(",")}
+    for row in own:
+        if row["Name"] in preempted:
+            mode = config(facts, "PreemptMode") if row["PreemptMode"] == "cluster" else row["PreemptMode"].upper()
+            hours, minutes, seconds = (number(part, "GraceTime") for part in row["GraceTime"].split(":"))
+            return f"QOS {row['Name']}", (mode, 3600 * hours + 60 * minutes + seconds)
+    return f"QOS {', '.join(row['Name'] for row in own)}", None
 
 
 def _grace(seconds: int) -> int:

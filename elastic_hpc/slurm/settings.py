@@ -19,7 +19,8 @@ _FACTS_SECONDS = 15  # for a command that is about the answers
 _CONFIG = ("scontrol", "show", "config")
 _PARTITIONS = ("scontrol", "show", "partition", "--oneliner")
 _SRUN = ("srun", "--help")
-_LIMITS = ("Cluster", "Account", "MaxJobs")
+_ASSOCIATION = ("Cluster", "Account", "MaxJobs", "DefaultQOS")
+_QOS = ("Name", "MaxJobsPerUser", "Preempt", "PreemptMode", "GraceTime")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ class Facts:
     partition: Mapping[str, str] = field(default_factory=dict)
     srun_help: str = ""
     """The output of ``srun --help``, with the options of the plugins that are loaded."""
-    limits: Sequence[Mapping[str, str]] = ()
-    """The user's associations, by sacctmgr's names; what is not set is empty."""
+    associations: Sequence[Mapping[str, str]] = ()
+    """The user's, by sacctmgr's names; what is not set is empty."""
+    qos: Sequence[Mapping[str, str]] = ()
+    """All QOS, in the same way."""
     unknown: Mapping[str, str] = field(default_factory=dict)
     """Which of the fields above could not be asked for, and why."""
 
@@ -85,7 +88,8 @@ def facts(partition: str | None) -> Facts:
     """All that can be asked without a job; the partition as for ``site``."""
     found: dict[str, str] = {}
     unknown: dict[str, str] = {}
-    commands = {"config": _CONFIG, "partition": _PARTITIONS, "srun_help": _SRUN, "limits": _associations()}
+    commands = {"config": _CONFIG, "partition": _PARTITIONS, "srun_help": _SRUN}
+    commands |= {"associations": _shown("associations", _ASSOCIATION, f"users={_user()}"), "qos": _shown("qos", _QOS)}
     for name, answer in zip(commands, _answers(_FACTS_SECONDS, *commands.values()), strict=True):
         if isinstance(answer, SlurmError):
             unknown[name] = str(answer)
@@ -97,17 +101,23 @@ def facts(partition: str | None) -> Facts:
             row = _row(found["partition"], partition)
         except SlurmError as error:
             unknown["partition"] = str(error)
-    limits = [dict(zip(_LIMITS, line.split("|"), strict=False)) for line in found.get("limits", "").splitlines()]
-    return Facts(_settings(found.get("config", "")), row, found.get("srun_help", ""), limits, unknown)
+    associations, qos = (
+        [dict(zip(names, line.split("|"), strict=False)) for line in found.get(what, "").splitlines()]
+        for what, names in (("associations", _ASSOCIATION), ("qos", _QOS))
+    )
+    return Facts(_settings(found.get("config", "")), row, found.get("srun_help", ""), associations, qos, unknown)
 
 
-def _associations() -> tuple[str, ...]:
+def _shown(what: str, names: Sequence[str], *which: str) -> tuple[str, ...]:
+    command = ("sacctmgr", "--noheader", "--parsable2", "--readonly", "show", what)
+    return (*command, *which, f"format={','.join(names)}")
+
+
+def _user() -> str:
     try:
-        user = pwd.getpwuid(os.getuid()).pw_name
+        return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # in a container without the site's users
-        user = str(os.getuid())
-    show = ("sacctmgr", "--noheader", "--parsable2", "--readonly", "show", "associations")
-    return (*show, f"users={user}", f"format={','.join(_LIMITS)}")
+        return str(os.getuid())
 
 
 def _answers(seconds: float, *commands: tuple[str, ...]) -> list[str | SlurmError]:

@@ -34,7 +34,7 @@ def one_job(fresh: Cluster) -> Iterator[None]:
 def no_shrink(cluster: Cluster) -> Iterator[None]:
     before = re.search(r"^SchedulerParameters=(.*)", (cluster.state / "etc/slurm/slurm.conf").read_text(), re.MULTILINE)
     assert before
-    with configured(cluster, SchedulerParameters=f"{before[1]},disable_job_shrink"):
+    with configured(cluster, SchedulerParameters=f"{before[1]},disable_job_shrink", PreemptType="preempt/qos"):
         yield
 
 
@@ -91,8 +91,11 @@ def test_where_no_job_may_shrink_the_nodes_that_work_are_free_at_its_end_all_the
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     assert job.verdict()["outcome"] == "finished"
     assert ended(fresh, job.id) == ["COMPLETED|0:0"]
-    found = doctor(fresh, folder)["SlurmdTimeout"]
-    assert "disable_job_shrink" in found["found"]
+    found = doctor(fresh, folder)
+    assert "disable_job_shrink" in found["SlurmdTimeout"]["found"]
+    assert found["preemption"]["means"] == "jobs in QOS normal are not preempted"
+    (folder / "elastic_hpc.toml").write_text('[sbatch]\nqos = "low"\n')
+    assert doctor(fresh, folder)["preemption"]["found"].startswith("QOS low: PreemptMode = REQUEUE, GraceTime = 10 s")
 
 
 def test_the_doctor_tells_what_the_site_has_and_what_to_do(fresh: Cluster, folder: Path) -> None:

@@ -37,7 +37,15 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "help").write_text("      --container             Path to OCI container bundle\n")
     program(tmp_path, "scontrol", f'case "$2" in config) cat {tmp_path}/config;; *) cat {tmp_path}/partitions;; esac')
     program(tmp_path, "srun", f"cat {tmp_path}/help")
-    program(tmp_path, "sacctmgr", f"cat {tmp_path}/associations")
+    program(
+        tmp_path,
+        "sacctmgr",
+        f'case "$*" in *" associations "*) cat {tmp_path}/associations;; *) cat {tmp_path}/qos;; esac',
+    )
+    (tmp_path / "associations").write_text("mini|research||\nelsewhere|research|1|low\n")
+    (tmp_path / "qos").write_text(
+        "normal|||cluster|00:00:00\nlow|1||requeue|00:00:10\nhigh||low,lowcancel|cluster|00:00:00\n"
+    )
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
     monkeypatch.delenv("ELASTIC_HPC_CONFIG", raising=False)
@@ -183,9 +191,9 @@ def test_memory_that_a_job_gets_unasked_is_told_where_the_kernel_keeps_jobs_to_i
 @pytest.mark.parametrize(
     ("associations", "level", "says"),
     [
-        ("mini|research|1", Level.WARN, "none starts while the job that asked for it runs"),
-        ("mini|research|4\nmini|other|", Level.NOTE, "3 at most beside the job that grows"),
-        ("mini|research|\nelsewhere|research|1", None, ""),
+        ("mini|research|1|normal", Level.WARN, "none starts while the job that asked for it runs"),
+        ("mini|research|4|\nmini|other||normal", Level.NOTE, "3 at most beside the job that grows"),
+        ("mini|research||\nelsewhere|research|1|low", None, ""),
     ],
 )
 def test_limits_that_joiners_meet_are_told(commands: Path, associations: str, level: Level | None, says: str):
@@ -196,6 +204,8 @@ def test_limits_that_joiners_meet_are_told(commands: Path, associations: str, le
     found = [one for one in slurm_findings(slurm.facts(None), GRACE) if one.about == "limits"]
     assert [one.level for one in found] == ([level] if level else [])
     assert all(says in one.means and "in account research" in one.found for one in found)
+    found = [one for one in slurm_findings(slurm.facts(None), GRACE, "low") if one.about == "limits"]
+    assert "MaxJobsPerUser = 1 in QOS low" in found[0].found
 
 
 def test_limits_that_cannot_be_asked_are_unknown(commands: Path):
@@ -208,7 +218,9 @@ def test_limits_that_cannot_be_asked_are_unknown(commands: Path):
 def test_a_preemption_without_warning_is_told_with_what_the_workers_have(commands: Path):
     found = judged("lowcancel", "preemption")
     assert found.level is Level.WARN
-    assert found.found == "PreemptMode = CANCEL, GraceTime = 10 s, without preempt_send_user_signal"
+    assert (
+        found.found == "partition lowcancel: PreemptMode = CANCEL, GraceTime = 10 s, without preempt_send_user_signal"
+    )
     assert "at most 10 s" in found.means
     assert "--grace 5" in found.set
     assert not found.config
@@ -224,10 +236,18 @@ def test_a_preemption_that_is_announced_too_late_for_the_grace_gives_the_grace_t
     assert about(enough, "preemption").level is Level.OK
 
 
-def test_a_preemption_by_qos_is_not_judged_by_the_partition(commands: Path):
-    change(commands / "config", PreemptType="preempt/qos")
+def test_a_preemption_by_qos_is_judged_by_the_qos_of_the_users_jobs(commands: Path):
+    change(commands / "config", PreemptType="preempt/qos", SlurmctldParameters="preempt_send_user_signal")
+    found = judged("low", "preemption")
+    assert (found.level, found.means) == (Level.OK, "jobs in QOS normal are not preempted")
+    found = about(slurm_findings(slurm.facts(None), GRACE, "low"), "preemption")
+    assert found.found == "QOS low: PreemptMode = REQUEUE, GraceTime = 10 s, with preempt_send_user_signal"
+    assert (found.level, found.config) == (Level.WARN, {"grace": 5})
+    (commands / "associations").write_text("mini|research||low\n")
+    assert judged(None, "preemption").found.startswith("QOS low: ")
+    (commands / "qos").write_text("")
     found = judged(None, "preemption")
-    assert (found.level, "sacctmgr show qos" in found.set) == (Level.UNKNOWN, True)
+    assert (found.level, found.found) == (Level.UNKNOWN, "sacctmgr shows no QOS low")
 
 
 def test_a_partition_that_suspends_is_warned_of(commands: Path):
