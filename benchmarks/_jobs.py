@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from _cluster import Cluster, wait_for
 from _report import BenchmarkError, spread
 
+from elastic_hpc.record.rundir import RunDir
+
 T = TypeVar("T")
 
 
@@ -132,7 +134,7 @@ class Job:
         return json_lines(self._steps or self.run_dir / "steps.jsonl")
 
     def events(self) -> list[dict[str, Any]]:
-        return json_lines(self.run_dir / "events.jsonl")
+        return RunDir(self.run_dir).events()
 
     def output(self) -> str:
         return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("slurm-*.out")))

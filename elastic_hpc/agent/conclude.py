@@ -16,6 +16,7 @@ from elastic_hpc.environment import CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.membership import strikes
 from elastic_hpc.options.values import NodeRange
+from elastic_hpc.record.events import append_event
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv, first_job, job_name, restart_count, run_number
 from elastic_hpc.start import module_command
@@ -235,7 +236,7 @@ def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmE
         if shown.may_requeue:
             print(f"elastic_hpc: not requeued: {error}", file=sys.stderr)
             if shown.becomes(restart_count(environ)) == "CANCELLED":
-                _cancelled(rundir)
+                _cancelled(rundir, environ)
             return 1
         exports = {
             CONTINUE: str(rundir.path), FIRST_RUN: str(run_number(environ) + 1), FIRST_JOB: first_job(environ)
@@ -253,11 +254,11 @@ def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmE
     return 0
 
 
-def _cancelled(rundir: RunDir) -> None:
+def _cancelled(rundir: RunDir, environ: Mapping[str, str]) -> None:
     """Record that the user ended the job with scancel, which agents cannot distinguish from other ends."""
     verdict = {**(rundir.read("verdict.json") or {}), "outcome": "failed", "cause": "user", "reason": "scancel"}
     with contextlib.suppress(OSError):
-        rundir.append_event(time.time(), "verdict", verdict)
+        append_event(rundir.path, environ["SLURMD_NODENAME"], time.time(), "verdict", verdict)
         rundir.write("verdict.json", verdict)
 
 

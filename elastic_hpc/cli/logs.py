@@ -16,7 +16,8 @@ from elastic_hpc.cli.jobs import add_job, nothing_to_show, single
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.look import Jobs
 from elastic_hpc.membership.nodes import NumberRanges, name_matcher
-from elastic_hpc.record.rundir import EventReader, RunDir
+from elastic_hpc.record.events import EventReader
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import LogLine, Logs, Stream, Wanted, summary
 from elastic_hpc.view.story import Round
 from elastic_hpc.view.story_builder import story_of
@@ -137,7 +138,7 @@ class _Printer:
     """Prints each line with its rank, and a headline for each round."""
 
     def __init__(self, rundir: RunDir, *, timestamps: bool) -> None:
-        self._reader = EventReader(rundir)
+        self._reader = EventReader(rundir.path)
         self._console = Console(highlight=False, soft_wrap=True)
         self._timestamps = timestamps
         self._round = -1

@@ -26,6 +26,7 @@ from elastic_hpc.options.table import LAUNCH_OPTIONS, SCRIPT_SWITCHES, ElasticOp
 from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
 from elastic_hpc.options.torchrun import translate, unneeded
 from elastic_hpc.options.values import NodeRange, number
+from elastic_hpc.record.events import event_files
 from elastic_hpc.record.registry import remember
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import run_number
@@ -167,7 +168,7 @@ def _commands(
 def _given_run_dir(path: str, *, again: bool) -> RunDir:
     """The run directory ``path``. ``again``: a run that has ended there continues, as a requeued job does."""
     rundir = RunDir(Path(path).absolute()).create()
-    if (rundir.path / "events.jsonl").exists():
+    if event_files(rundir.path):
         if not again or rundir.is_held():
             raise UsageError(f"--run-dir {path!r}: another run has been there; choose a new one, or remove it")
         rundir.forget_verdict()

@@ -28,6 +28,7 @@ from elastic_hpc import __version__
 from elastic_hpc.doctor.reports import FIRST_PORT, LAST_PORT, Dial, NodeReport, PeerReport
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.network import addresses
+from elastic_hpc.record.folders import look_again
 from elastic_hpc.record.rundir import RunDir
 
 # Seconds:
@@ -138,7 +139,7 @@ def _look_for(path: Path) -> tuple[float | None, bool | None]:
         except OSError:
             time.sleep(0.02)
             with contextlib.suppress(OSError):
-                os.scandir(path.parent).close()  # makes NFS look again
+                look_again(path.parent)
     return None, None
 
 
@@ -164,7 +165,6 @@ def _create(path: Path) -> bool:
 
 def _bodies(rundir: RunDir, kind: str) -> dict[str, dict[str, Any]]:
     """The files ``kind.NODE.json`` so far, by node."""
-    os.scandir(rundir.path).close()  # makes NFS look again
     names = [path.name for path in rundir.path.glob(f"{kind}.*.json")]
     return {name[len(kind) + 1 : -5]: body for name in names if (body := rundir.read(name))}
 

@@ -20,6 +20,7 @@ from elastic_hpc.job.look import Jobs, Look, recorded
 from elastic_hpc.job.lookup import expand, find
 from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.job.submission import prepared
+from elastic_hpc.record.folders import is_there
 from elastic_hpc.record.registry import remember
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import Logs, Stream, Wanted
@@ -229,7 +230,7 @@ class Job:
         view = self._look().view
         if view.over:
             return "over"
-        if view.state not in slurm.WAITS and self.run_dir.is_dir():
+        if view.state not in slurm.WAITS and is_there(self.run_dir):
             try:
                 self._request("save-and-stop" if after_checkpoint else "stop")
             except ElasticError:
@@ -252,7 +253,7 @@ class Job:
     def _request(self, request: Literal["drain", "save-and-stop", "stop"], reason: str = "user") -> None:
         from elastic_hpc.network.client import ask_leader  # asyncio takes its time to be imported
 
-        if not self.run_dir.is_dir():
+        if not is_there(self.run_dir):
             raise ElasticError(f"{self.run_dir}: is not there yet, the job has not started")
         ask_leader(self._record, request, reason)
 

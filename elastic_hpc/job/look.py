@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from elastic_hpc import slurm
 from elastic_hpc.errors import ElasticError, SlurmError
-from elastic_hpc.record.rundir import EventReader, RunDir
+from elastic_hpc.record.events import EventReader
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.job import JobView, view
 from elastic_hpc.view.state import Observed
 from elastic_hpc.view.story import Story
@@ -68,7 +69,7 @@ class Jobs:
     """Jobs that are observed again and again. Each look reads only the events that were added since the last one."""
 
     def __init__(self, run_dirs: Sequence[RunDir]) -> None:
-        self._records = [(rundir, EventReader(rundir)) for rundir in run_dirs]
+        self._records = [(rundir, EventReader(rundir.path)) for rundir in run_dirs]
         self._last_query = float("-inf")
         self._queried_ids: set[str] = set()
         self._queue: dict[str, slurm.Queued] = {}

@@ -12,7 +12,7 @@ from elastic_hpc.job.config import load
 from elastic_hpc.record.registry import remembered, tasks, with_tasks
 from elastic_hpc.record.rundir import RunDir
 
-_FILES = ("spec.json", "secret", "events.jsonl", "verdict.json", "script.sbatch")
+_FILES = ("spec.json", "secret", "verdict.json", "script.sbatch")
 """A folder in the working directory that has a job's name is its run directory if it has one of these files."""
 _LOG_DIR = Path("elastic-logs")
 

@@ -1,4 +1,4 @@
-"""The events of events.jsonl: each event with its fields, and a sentence for a person. Pure.
+"""The events of a job: each event with its fields, and a sentence for a person. Pure.
 
 Every event has ``time``, seconds since the epoch on the leader's node, and ``event``, its name. A reader must accept
 fields and events that it does not know.
@@ -141,7 +141,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def sentence(name: str, fields: Mapping[str, Any]) -> str:
-    """One line for a person; the full record is in events.jsonl."""
+    """One line for a person; the full record is in the run directory."""
     match name:
         case "join":
             return f"{fields['node']} joined"

@@ -51,7 +51,7 @@ _JUDGED = {row.option.name: row for row in (
             instead="expected spawn, fork or forkserver; a script is a process of its own anyway"),
     _Judged(Option("event-log-handler"), "null",
             because="the run directory has the job's events",
-            instead="events.jsonl in the run directory has the job's events: elastic-hpc timeline JOB"),
+            instead="the run directory has the job's events: elastic-hpc timeline JOB"),
     _Judged(Option("redirects", "r"), TORCHRUNS_STREAMS.pattern,
             because="the run directory has the output of each rank anyway",
             instead="expected 0 to 3, or RANK:0 to 3 separated by commas; the run directory has the output of each "

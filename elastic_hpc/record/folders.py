@@ -1,12 +1,12 @@
-"""Makes and checks the folders of run directories. No other user may change them, as a job takes its code and its
-secret from there.
+"""Makes and checks the folders of run directories, and makes NFS look again for what is in them.
 
-The rules are those of sshd for the folder of a user's keys (StrictModes). Folders further up belong to the site, and
-are not checked.
+No other user may change these folders, as a job takes its code and its secret from there. The rules are those of sshd
+for the folder of a user's keys (StrictModes). Folders further up belong to the site, and are not checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import stat
@@ -57,6 +57,26 @@ def make_log_dir(folder: str | os.PathLike[str]) -> None:
     if everybody or not (mode & stat.S_IWGRP or mode & stat.S_ISVTX or _is_ours(path)):
         todo = f"choose a folder of your own, for example: --log-dir {path / _name(os.geteuid())}"
         raise UsageError(_refusal("--log-dir", path, path.stat(), todo))
+
+
+def look_again(folder: Path) -> None:
+    """Make NFS ask the server for the names in ``folder``: a client believes for up to a minute that a name is missing
+    which another node has made since. Raises OSError if there is no such folder.
+    """
+    try:
+        os.scandir(folder).close()
+    except FileNotFoundError:
+        if folder == folder.parent:
+            raise
+        look_again(folder.parent)
+        os.scandir(folder).close()
+
+
+def is_there(path: Path) -> bool:
+    """Whether ``path`` exists, also if another node has just made it: see ``look_again``."""
+    with contextlib.suppress(OSError):
+        look_again(path.parent)
+    return path.exists()
 
 
 def _make(path: Path) -> None:

@@ -17,6 +17,7 @@ from elastic_hpc.membership.events import sentence
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.membership.strikes import NEVER_JOINED, Strike, dump, live, load
 from elastic_hpc.record.endpoint import ENDPOINT, Published
+from elastic_hpc.record.events import append_event
 from elastic_hpc.record.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -133,8 +134,10 @@ class Recorder:
     def _beat(self) -> None:
         with contextlib.suppress(ElasticError):
             self.warning = self.warning or self._rundir.warning(self._run)
-        self._catch_up()
-        self._rundir.beat()
+        try:
+            self._rundir.beat()
+        finally:
+            self._catch_up()
 
     def _replace(self, name: str, body: Callable[[], dict[str, Any]]) -> None:
         self._unwritten_files[name] = body
@@ -145,7 +148,7 @@ class Recorder:
         problem: OSError | None = None
         try:
             while self._unwritten_events:
-                self._rundir.append_event(*self._unwritten_events[0])
+                append_event(self._rundir.path, self._host.name, *self._unwritten_events[0])
                 self._unwritten_events.popleft()
         except OSError as error:
             problem = error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.record import folders
+from elastic_hpc.record.events import EventReader
 
 _HELD = "running"
 """The file that ``hold`` locks."""
@@ -26,10 +26,10 @@ class RunDir:
 
     ``secret``: the key of the control connections. ``spec.json``: the options of the job. ``endpoint.json``: the
     addresses of the leader and of other agents (``record.endpoint``). ``state.json``: round and budgets, carried over
-    requeues. ``events.jsonl``: what happened, one JSON object a line; its modification time is the last heartbeat of a
-    leader (``heartbeat``). ``verdict.json``: how the last run ended. ``warning.json``: Slurm's last warning
-    (``agent.warned``). ``starts.json``: under torchrun, how often the job was started. ``first.JOB.STEP.RUN``: the node
-    that leads at first, where several nodes could.
+    requeues. ``events.NODE.jsonl``: what happened while that node led, one JSON object a line. ``heartbeat``: its
+    modification time is the last heartbeat of a leader. ``verdict.json``: how the last run ended. ``warning.json``:
+    Slurm's last warning (``agent.warned``). ``starts.json``: under torchrun, how often the job was started.
+    ``first.JOB.STEP.RUN``: the node that leads at first, where several nodes could.
     ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``: the output of the workers of a node; ``NODE.stacks`` there: their stacks
     when they hung. ``logs/RUN.agent-NODE.log``: the output of the agents.
     """
@@ -91,7 +91,7 @@ class RunDir:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The JSON object in ``name``, or None if there is no such file yet. Raises ElasticError if it is damaged."""
-        os.scandir(self.path).close()  # makes NFS look again, also for a name that was missing a moment ago
+        folders.look_again(self.path)
         try:
             body = json.loads((self.path / name).read_text())
         except FileNotFoundError:
@@ -118,16 +118,17 @@ class RunDir:
             raise
 
     def beat(self) -> None:
-        """Set the modification time of ``events.jsonl``, as the heartbeat of a leader. That needs no space on the disk.
+        """Set the modification time of ``heartbeat``, as the heartbeat of a leader. That needs no space on the disk.
         ``endpoint.json`` is not touched, as it may still name an earlier leader. Raises OSError.
         """
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(self.path / "events.jsonl")
+        (self.path / "heartbeat").touch(0o600)
 
     def heartbeat(self) -> int:
         """A number that changes with each heartbeat of a leader; 0 before the first, or if no file can be read."""
         latest = 0
-        for name in ("events.jsonl", "endpoint.json"):
+        with contextlib.suppress(OSError):
+            folders.look_again(self.path)
+        for name in ("heartbeat", "endpoint.json", "events.jsonl"):  # the last: of a leader of an earlier version
             with contextlib.suppress(OSError), open(self.path / name, "rb") as file:  # opened, so NFS asks the server
                 latest = max(latest, os.fstat(file.fileno()).st_mtime_ns)
         return latest
@@ -226,61 +227,8 @@ class RunDir:
         rounds = (event for event in self.events() if event["event"] == "round")
         return max(rounds, key=lambda event: int(event["round"]), default={})
 
-    def append_event(self, when: float, event: str, fields: dict[str, Any]) -> None:
-        """Append one line to ``events.jsonl``: ``time`` (``when``, seconds since the epoch), ``event``, ``fields``. If
-        the last line there has no end, a new line is begun. Raises OSError.
-        """
-        line = (json.dumps({"time": when, "event": event, **fields}) + "\n").encode()
-        descriptor = os.open(self.path / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                line = b"\n" + line
-            if os.write(descriptor, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
-
     def events(self) -> list[dict[str, Any]]:
         """All events so far, without lines that are damaged or not complete yet."""
-        reader = EventReader(self)
+        reader = EventReader(self.path)
         reader.read()
         return reader.events
-
-
-class EventReader:
-    """Reads ``events.jsonl`` as the file grows."""
-
-    def __init__(self, rundir: RunDir) -> None:
-        self._path = rundir.path / "events.jsonl"
-        self._offset = 0
-        self.events: list[dict[str, Any]] = []
-        self.damaged = 0
-        """The number of lines that are no event."""
-
-    def read(self) -> bool:
-        """Add the lines that were written since the last call; a last line without an end is left for the next call.
-        Returns whether there were any. Raises ElasticError if the file exists and cannot be read.
-        """
-        try:
-            with open(self._path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self._offset:  # another file has taken its place
-                    self._offset, self.events, self.damaged = 0, [], 0
-                file.seek(self._offset)
-                added = file.read()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise ElasticError(f"{self._path}: {error.strerror}") from error
-        added = added[: added.rfind(b"\n") + 1]
-        self._offset += len(added)
-        for line in filter(None, added.decode(errors="replace").split("\n")):
-            try:
-                body = json.loads(line)
-            except (ValueError, RecursionError):
-                body = None
-            if isinstance(body, dict) and isinstance(body.get("event"), str) and "time" in body:
-                self.events.append(body)
-            else:
-                self.damaged += 1
-        return bool(added)

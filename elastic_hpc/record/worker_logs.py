@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import os
 import re
 from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from elastic_hpc.membership.nodes import NumberRanges, fold, name_matcher, spans
+from elastic_hpc.record.folders import look_again
 
 Stream = Literal["out", "err"]
 
@@ -112,7 +112,7 @@ def _files(folder: Path, wanted: Wanted, without: Container[str] = ()) -> list[_
     """
     found = []
     with contextlib.suppress(OSError):
-        os.scandir(folder.parent).close()  # makes NFS look again for a folder that was missing a moment ago
+        look_again(folder)
     for of_round in folder.glob("*.*"):
         number = _ROUND.fullmatch(of_round.name)
         for path in of_round.glob("*.log") if number and of_round.name not in without else ():

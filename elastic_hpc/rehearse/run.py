@@ -17,7 +17,8 @@ from elastic_hpc.environment import LOCAL_NODE
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.job.launch import LaunchConfig
 from elastic_hpc.network.client import ask_leader
-from elastic_hpc.record.rundir import EventReader, RunDir
+from elastic_hpc.record.events import EventReader
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.rehearse.plan import Crash, DoneAct, Judgement, PlannedAct, ReportedStep, count, judge
 from elastic_hpc.training.progress import LOCAL_DIR, PROGRESS_FILE, STEP_LOG, read_progress
 
@@ -60,9 +61,7 @@ class Rehearsal:
         self._last_report = self._last_shown = self._began
         self._process: subprocess.Popen[bytes] | None = None
         self._rundir = RunDir(options.folder / "run").create()
-        self._events = EventReader(self._rundir)
-        self._handled = 0
-        """Number of events that were handled."""
+        self._events = EventReader(self._rundir.path)
         self._steps_offset = 0
         """Number of bytes of ``steps.jsonl`` that were read."""
 
@@ -173,9 +172,7 @@ class Rehearsal:
 
     def _read_reports(self) -> None:
         """Handle the events and steps that were added since the last call."""
-        self._events.read()
-        for event in self._events.events[self._handled :]:
-            self._handled += 1
+        for event in self._events.read():
             self._on_event(event)
         with contextlib.suppress(FileNotFoundError), (self._options.folder / "steps.jsonl").open("rb") as file:
             file.seek(self._steps_offset)

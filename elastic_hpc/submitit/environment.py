@@ -12,7 +12,7 @@ from submitit.core import job_environment, utils
 from elastic_hpc.environment import LOCAL_NODES
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.job.functions import CLUSTERS, results_folder
-from elastic_hpc.record.rundir import EventReader, RunDir
+from elastic_hpc.record.events import EventReader
 
 _RECORD_WITHIN = 30.0
 """Seconds after which a shared file system should show what the leader has written."""
@@ -91,7 +91,7 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
         """The nodes of this world, in rank order. Raises ElasticError if the record does not name them."""
         if self._is_local:
             return ["localhost"] * self.num_nodes
-        reader, end = EventReader(RunDir(self.run_dir)), time.monotonic() + _RECORD_WITHIN
+        reader, end = EventReader(self.run_dir), time.monotonic() + _RECORD_WITHIN
         while True:
             reader.read()
             for event in reversed(reader.events):

@@ -16,6 +16,7 @@ from elastic_hpc import slurm
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.job import functions
 from elastic_hpc.job.handle import Job, JobStatus
+from elastic_hpc.record.folders import is_there
 from elastic_hpc.submitit.environment import ElasticPaths
 
 
@@ -138,7 +139,7 @@ class ElasticJob(core.Job[core.R]):
     def _result_of(self, rank: int) -> Any:
         path = functions.results_folder(self._job.run_dir, self._job.last_round()["round"]) / f"{rank}.pkl"
         end = time.monotonic() + self._results_timeout_s  # a shared file system may take its time
-        while not path.exists():
+        while not is_there(path):
             if time.monotonic() > end:
                 raise utils.UncompletedJobError(
                     f"Job {self.job_id} (task: {rank}) has not produced any output (state: {self.state}): there is no "

@@ -24,6 +24,7 @@ from submitit.core import job_environment, utils
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.network.client import ask_leader
+from elastic_hpc.record.folders import is_there
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.training.drain import is_told_to_drain
 from elastic_hpc.training.progress import listen, mark_drained
@@ -158,7 +159,7 @@ class DrainHandler(job_environment.SignalHandler):
         if self._rank == 0:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
             return
-        while not self._saved.exists():
+        while not is_there(self._saved):
             time.sleep(_POLL)
         mark_drained()
         self._left(self._rank).touch()
@@ -190,7 +191,7 @@ class DrainHandler(job_environment.SignalHandler):
     def _exit(self) -> None:
         mark_drained()
         self._saved.touch()
-        end = time.monotonic() + _LEAVE
-        while time.monotonic() < end and not all(self._left(rank).exists() for rank in range(1, self._size)):
+        end, others = time.monotonic() + _LEAVE, {self._left(rank).name for rank in range(1, self._size)}
+        while time.monotonic() < end and not others.issubset(os.listdir(self._saved.parent)):
             time.sleep(_POLL)
         os._exit(0)

@@ -21,6 +21,7 @@ from elastic_hpc.network import addresses
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import LAUNCH_OPTIONS
 from elastic_hpc.options.values import Endpoint, NodeRange, RdzvConf
+from elastic_hpc.record.folders import is_there
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv, read_agent_env
 
@@ -127,7 +128,7 @@ def leads_at_first(settings: Settings, env: AgentEnv, rundir: RunDir) -> bool:
     if first is None:
         first = addresses.is_me(endpoint.head, env.name) if endpoint.head else env.node == 0
     first = first and _locks_lead(rundir, has_number=settings.node is not None or not env.local)
-    if not first or not (rundir.path / "endpoint.json").exists():
+    if not first or not is_there(rundir.path / "endpoint.json"):
         return first
     if rundir.read("verdict.json"):
         return True

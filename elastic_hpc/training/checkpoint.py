@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.record.folders import look_again
 from elastic_hpc.training import fences
 from elastic_hpc.training.checkpoint_folder import Files, complete
 
@@ -69,7 +70,7 @@ class CheckpointReader:
     def _look(self, name: str) -> None:
         """Raise CheckpointError unless all ranks see ``name``. Makes NFS look again."""
         with _agree(f"{self.folder}: expected a folder that the nodes of all ranks share"):
-            os.scandir(self.folder / name).close()
+            look_again(self.folder / name)
 
 
 class Checkpoints(CheckpointReader):

@@ -29,6 +29,7 @@ from _cluster import reset, slurmctld  # noqa: E402
 from _jobs import wrong_steps  # noqa: E402
 from _processes import processes  # noqa: E402
 
+from elastic_hpc.record.rundir import RunDir  # noqa: E402
 from elastic_hpc.record.worker_logs import Logs, Wanted  # noqa: E402
 
 os.umask(0o022)  # what a test writes, the cluster's user reads
@@ -175,7 +176,7 @@ class Job:
         return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        return [event for event in self.lines(self.run_dir / "events.jsonl") if name in {None, event["event"]}]
+        return [event for event in RunDir(self.run_dir).events() if name in {None, event["event"]}]
 
     def steps(self) -> list[dict[str, Any]]:
         return self.lines((self.data or self.run_dir) / "steps.jsonl")
@@ -264,7 +265,7 @@ def folder(fresh: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
     path = fresh.home / re.sub(r"\W+", "_", request.node.name)[:60]
     fresh.exec(["mkdir", "-p", str(path)])
     yield path
-    for record in path.rglob("events.jsonl"):  # pytest shows what is printed here if the test has failed
+    for record in path.rglob("events.*.jsonl"):  # pytest shows what is printed here if the test has failed
         print(record, record.read_text(), sep="\n")
     shutil.rmtree(path, ignore_errors=True)
 

@@ -91,7 +91,7 @@ def shared(fresh: Cluster, folder: Path) -> Iterator[Shared]:
     made = Shared(fresh, folder)
     yield made
     made.server.behave(stopped=False, over_quota=False)
-    for record in made.there.rglob("events.jsonl"):  # pytest shows what is printed here if the test has failed
+    for record in made.there.rglob("events.*.jsonl"):  # pytest shows what is printed here if the test has failed
         print(record, record.read_text(), sep="\n")
     for output in made.there.glob("slurm-*.out"):
         print(output, output.read_text(errors="replace"), sep="\n")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from conftest import COUNTS, ROOT, Cluster, wait_for
 
+from elastic_hpc.record.rundir import RunDir
+
 SRUN = str(Path(sys.executable).with_name("elastic-srun"))
 TRAIN = str(ROOT / "examples" / "train_digits.py")
 
@@ -26,7 +28,7 @@ def test_a_job_in_an_allocation_is_shown_live_and_ends_with_its_verdict(fresh: C
     assert "[rank0]: " in done.stdout
     assert "elastic-srun: finished: all workers finished" in done.stderr
     (run_dir,) = (folder / "elastic-logs").iterdir()
-    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    events = RunDir(run_dir).events()
     assert [event["world_size"] for event in events if event["event"] == "round"] == [3]
     assert (run_dir / "logs" / "0.1" / "n1.rank0.log").exists()
 
@@ -79,7 +81,7 @@ def test_ctrl_c_stops_all_workers_in_good_order(fresh: Cluster, folder: Path) ->
         wait_for("its processes", lambda: fresh.processes("counts.py", "n2"))
         (tool,) = fresh.running("elastic-srun", "login")
         os.kill(tool, signal.SIGINT)  # the workers may save and stop; these do not listen
-        wait_for("the request", lambda: "save-and-stop" in (steps[0].parent / "events.jsonl").read_text())
+        wait_for("the request", lambda: "save-and-stop" in str(RunDir(steps[0].parent).events()))
         os.kill(tool, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:

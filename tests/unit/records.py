@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from elastic_hpc.record.rundir import EventReader, RunDir
+from elastic_hpc.record.events import EventReader
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.story import Story
 from elastic_hpc.view.story_builder import story_of
 
@@ -24,7 +25,7 @@ def story(name: str) -> Story:
 
 
 def story_in(folder: Path) -> Story:
-    reader = EventReader(RunDir(folder))
+    reader = EventReader(folder)
     reader.read()
     return story_of(reader.events, reader.damaged)
 

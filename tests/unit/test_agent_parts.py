@@ -31,6 +31,7 @@ from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import add_launch_options
 from elastic_hpc.options.values import Endpoint
 from elastic_hpc.record.endpoint import Published
+from elastic_hpc.record.events import append_event
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv, read_agent_env
 
@@ -191,7 +192,7 @@ def test_the_run_directory_is_for_its_owner_only_and_keeps_its_secret(tmp_path: 
     secret = rundir.make_secret()
     assert rundir.make_secret() == secret == rundir.read_secret()
     rundir.write("state.json", {"round": 1})
-    rundir.append_event(1.5, "join", {"node": "n1"})
+    append_event(rundir.path, "n1", 1.5, "join", {"node": "n1"})
     assert rundir.path.stat().st_mode & 0o077 == 0
     assert all(path.stat().st_mode & 0o077 == 0 for path in rundir.path.iterdir())
     assert rundir.read("state.json") == {"round": 1}
@@ -212,9 +213,9 @@ def test_damaged_records_are_told_and_damaged_events_left_out(tmp_path: Path) ->
     (tmp_path / "verdict.json").write_text('{"outcome": "fin')
     with pytest.raises(ElasticError, match=r"verdict\.json"):
         rundir.read("verdict.json")
-    (tmp_path / "events.jsonl").write_text('{"time": 1, "event": "join"}\nrubbish\n[1]\n{"time": 2, "ev')
+    (tmp_path / "events.n1.jsonl").write_text('{"time": 1, "event": "join"}\nrubbish\n[1]\n{"time": 2, "ev')
     assert [event["event"] for event in rundir.events()] == ["join"]
-    rundir.append_event(2.5, "lost", {})
+    append_event(rundir.path, "n1", 2.5, "lost", {})
     assert [event["event"] for event in rundir.events()] == ["join", "lost"]
 
 
@@ -322,11 +323,11 @@ def test_a_node_that_was_cut_off_leaves_the_living_job_alone(tmp_path: Path, *, 
 
 def test_each_time_the_record_is_touched_a_node_that_was_cut_off_begins_to_wait_anew(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    rundir.append_event(1.0, "start", {})
+    rundir.beat()
     alone = agent(rundir, heartbeat_timeout=0.05)
     assert alone.give_up(None, 9.0, WHY, patient=False) is None
     since = alone._ending._last_beat[1]
-    os.utime(rundir.path / "events.jsonl", (1, 1))
+    os.utime(rundir.path / "heartbeat", (1, 1))
     assert alone.give_up(None, 9.0, WHY, patient=False) is None
     assert alone._ending._last_beat[1] > since
     wait_for(lambda: alone.give_up(None, 9.0, WHY, patient=False))

@@ -23,6 +23,7 @@ from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import channel, proofs
 from elastic_hpc.network.client import ask_leader
 from elastic_hpc.network.identity import OUTSIDE, Identity
+from elastic_hpc.record.events import event_files
 from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.training import Progress
@@ -318,7 +319,8 @@ def test_what_could_not_be_written_is_written_later_in_order(tmp_path: Path, cap
 def test_events_are_one_json_object_a_line(cluster: Cluster) -> None:
     cluster.seats()
     wait_for(lambda: cluster.events("round"))
-    for line in (cluster.rundir.path / "events.jsonl").read_text().splitlines():
+    (path,) = event_files(cluster.rundir.path)
+    for line in path.read_text().splitlines():
         assert {"time", "event"} <= json.loads(line).keys()
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.values import DrainSignal
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.workers.drain import DrainSignals
 from elastic_hpc.workers.proc import handles
 
@@ -162,7 +163,7 @@ def test_before_a_growth_a_script_saves_in_its_handler_and_the_next_round_is_no_
             assert run.process.wait(60) == 0, run.output.read_text()
         finally:
             third.terminate()
-    events = [json.loads(line) for line in (run.dir / "events.jsonl").read_text().splitlines()]
+    events = RunDir(run.dir).events()
     assert [event["world_size"] for event in events if event["event"] == "round"] == [2, 3]
     assert [event["reason"] for event in events if event["event"] == "restart"] == ["1 more node(s) joined"]
     assert "failure" not in {event["event"] for event in events}

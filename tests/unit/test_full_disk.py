@@ -128,6 +128,7 @@ def test_all_that_is_written_once_is_written_again_until_it_stands(disk: Disk, h
     old, new = Host(0, "n0", ("10.0.0.1",), 1), Host(1, "n1", ("10.0.0.2",), 2)
     first = Recorder(rundir, 0, old)
     first.event("start", {})
+    first.beat()
     first.publish([old, new])
     first.close()
     before = (rundir.path / "endpoint.json").stat().st_mtime_ns

@@ -15,6 +15,7 @@ import pytest
 from elastic_hpc import ElasticError, Job, JobFailed, JobSpec, SlurmError, UsageError, render, submit
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.job import lookup
+from elastic_hpc.record.events import append_event
 from elastic_hpc.record.registry import remember
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import label
@@ -37,9 +38,10 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
     rundir = RunDir(tmp_path / "elastic-logs" / "17").create()
-    rundir.append_event(1.0, "start", {"run": 0, "job": "17", "granted": 2})
+    rundir.make_secret()
+    append_event(rundir.path, "n1", 1.0, "start", {"run": 0, "job": "17", "granted": 2})
     world = {"round": 2, "nodes": ["n1", "n3"], "world_size": 4, "restarts": 1, "leader": "n1"}
-    rundir.append_event(1.0, "round", world)
+    append_event(rundir.path, "n1", 1.0, "round", world)
     says(tmp_path, "echo squeue: error: Invalid job id specified >&2; exit 1")
     return Job(rundir.path)
 
@@ -50,7 +52,7 @@ def says(folder: Path, answer: str) -> None:
 
 def record(job: Job, verdict: dict[str, object]) -> RunDir:
     rundir = RunDir(job.run_dir)
-    rundir.append_event(2.0, "verdict", {**verdict, "restarts": 1, "requeues": 3})
+    append_event(rundir.path, "n1", 2.0, "verdict", {**verdict, "restarts": 1, "requeues": 3})
     rundir.write("verdict.json", verdict)
     return rundir
 

@@ -13,6 +13,11 @@ from cluster import wait_for
 from sharedfs import Two
 from test_output import Node
 
+from elastic_hpc.membership.roster import Host
+from elastic_hpc.record import worker_logs
+from elastic_hpc.record.events import EventReader, append_event
+from elastic_hpc.record.folders import is_there
+from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import Logs, Wanted
 from elastic_hpc.workers import output
@@ -67,22 +72,77 @@ def test_no_output_is_lost_or_doubled_when_the_quota_is_full_for_a_while(
 
 def test_events_are_whole_and_in_order_when_the_quota_was_full(two: Two) -> None:
     ours, theirs = RunDir(two.a), RunDir(two.b)
-    ours.append_event(1.0, "first", {})
+    append_event(ours.path, "n1", 1.0, "first", {})
     two.server.behave(over_quota=True)
     with pytest.raises(OSError, match="quota"):
-        ours.append_event(2.0, "second", {})
+        append_event(ours.path, "n1", 2.0, "second", {})
     with pytest.raises(OSError, match="quota"):
         ours.write("state.json", {"round": 1})
     assert theirs.read("state.json") is None
     two.server.behave(over_quota=False)
-    ours.append_event(2.0, "second", {})
+    append_event(ours.path, "n1", 2.0, "second", {})
     ours.write("state.json", {"round": 1})
     assert [event["event"] for event in theirs.events()] == ["first", "second"]
     assert theirs.read("state.json") == {"round": 1}
 
 
+def test_a_leader_whose_quota_is_full_is_seen_at_work(two: Two) -> None:
+    leader, theirs = Recorder(RunDir(two.a), 0, Host(0, "n0", ("127.0.0.1",), 1)), RunDir(two.b)
+    leader.event("start", {})
+    leader.beat()
+    wait_for(theirs.events)
+    wait_for(theirs.heartbeat)
+    two.server.behave(over_quota=True)
+    leader.event("lost", {"node": "n1", "reason": "its connection was closed"})
+    last = theirs.heartbeat()
+
+    def is_seen() -> bool:
+        leader.beat()
+        return theirs.heartbeat() != last
+
+    wait_for(is_seen)
+    two.server.behave(over_quota=False)
+    leader.close()
+
+
+def test_what_another_node_has_just_made_is_there_though_it_was_missing_a_moment_ago(two: Two) -> None:
+    two.server.behave(names_s=600)
+    path = two.b / "run" / "results" / "0.pkl"
+    theirs, reader, logs = RunDir(two.b / "run"), EventReader(two.b / "run"), Logs(two.b / "run" / "logs", Wanted())
+    assert not is_there(path)
+    assert (reader.read(), list(logs.added()), theirs.heartbeat()) == ([], [], 0)
+    ours = RunDir(two.a / "run").create()
+    (ours.path / "results").mkdir()
+    (ours.path / "results" / "0.pkl").touch()
+    append_event(ours.path, "n0", 1.0, "start", {})
+    log = ours.path / "logs" / "0.1" / worker_logs.file_name("n0", [0])
+    log.parent.mkdir(parents=True)
+    log.write_bytes(worker_logs.label(0, "out", 1.0) + b"text\n")
+    assert is_there(path)
+    assert len(reader.read()) == 1
+    assert [line.text for line in logs.added()] == ["text"]
+    assert theirs.heartbeat() == 0
+    ours.beat()
+    assert theirs.heartbeat() > 0
+
+
+def test_two_leaders_that_write_at_the_same_time_lose_no_event(two: Two) -> None:
+    """The first is cut off, and does not know yet that the second has taken over."""
+    two.server.behave(metadata_s=0.02)
+    folders = (two.a, two.b)
+    leaders = [Recorder(RunDir(path), 0, Host(n, f"n{n}", ("127.0.0.1",), 1)) for n, path in enumerate(folders)]
+    for number in range(20):
+        for node, leader in enumerate(leaders):
+            leader.event("progress", {"node": f"n{node}", "step": number})
+    for leader in leaders:
+        leader.close(30)
+    for path in folders:
+        events = RunDir(path).events()
+        assert [(event["step"], event["node"]) for event in events] == [(n, f"n{k}") for n in range(20) for k in (0, 1)]
+
+
 def test_the_last_round_is_that_of_the_leader_who_took_over_though_the_one_before_writes_later(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     for when, round in ((1.0, 1), (3.0, 3), (2.0, 2)):
-        rundir.append_event(when, "round", {"round": round})
+        append_event(rundir.path, "n1", when, "round", {"round": round})
     assert rundir.last_round()["round"] == 3

@@ -11,7 +11,8 @@ import pytest
 import records
 
 from elastic_hpc.membership.events import EVENTS, sentence
-from elastic_hpc.record.rundir import EventReader, RunDir
+from elastic_hpc.record.events import EventReader, append_event
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.account import MEANINGS, account, phases
 from elastic_hpc.view.story_builder import story_of
 
@@ -186,9 +187,27 @@ def test_damaged_lines_are_counted(tmp_path: Path) -> None:
     assert story.runs[-1].outcome == "finished"
 
 
+def test_the_events_of_several_leaders_are_merged_by_time_as_they_are_written(tmp_path: Path) -> None:
+    """The first is cut off, and writes what it did meanwhile when the others have gone on."""
+    reader = EventReader(tmp_path)
+
+    def write(node: str, *times: float) -> list[float]:
+        for when in times:
+            append_event(tmp_path, node, when, "progress", {})
+        return [event["time"] for event in reader.read()]
+
+    (tmp_path / "events.jsonl").write_text('{"time": 0, "event": "start"}\n')  # of an earlier version
+    assert write("n1", 1.0, 2.0) == [0, 1.0, 2.0]
+    assert write("n2", 4.0, 6.0) == [4.0, 6.0]
+    assert write("n1", 3.0, 5.0) == [3.0, 5.0]
+    assert write("n2") == []
+    assert [event["time"] for event in reader.events] == [0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert RunDir(tmp_path).events() == reader.events
+
+
 def test_a_record_is_read_as_it_grows(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    reader = EventReader(rundir)
+    reader = EventReader(rundir.path)
     assert not reader.read()
     lines = (records.FOLDER / "faults" / "events.jsonl").read_bytes()
     (tmp_path / "events.jsonl").write_bytes(lines[:300])

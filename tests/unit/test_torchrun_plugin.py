@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sharedfs import Two
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from elastic_hpc.errors import UsageError
@@ -235,6 +237,33 @@ def test_one_torchrun_of_a_job_step_leads_and_one_again_when_the_step_starts_it_
         assert [leads_at_first(read_settings(parameters), env, rundir) for env in envs] == [True, False]
         while held:  # their processes end
             os.close(held.pop())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: sudo make test")
+def test_a_torchrun_that_is_started_anew_follows_a_leader_that_nfs_has_not_shown_it_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = Two(tmp_path)
+    two.server.behave(names_s=600)
+    monkeypatch.setattr("elastic_hpc.torchrun.settings._lock", lambda _: True)
+    settings = read_settings(RendezvousParameters("elastic-hpc", "", "7", 1, 3, None, nproc_per_node="1", node="0"))
+    rundir, leader, over = RunDir(two.b), RunDir(two.a), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.1):
+            leader.beat()
+
+    try:
+        assert leads_at_first(settings, place(settings, rundir), rundir)
+        leader.write("endpoint.json", {"run": 0})
+        beats = threading.Thread(target=beat)
+        beats.start()
+        assert not leads_at_first(settings, place(settings, rundir), rundir)
+        over.set()
+        beats.join()
+    finally:
+        over.set()
+        two.server.close()
 
 
 def test_a_torchrun_alone_listens_on_loopback_and_others_where_they_can_be_reached(
