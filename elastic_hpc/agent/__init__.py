@@ -9,5 +9,6 @@ job, or end it.
 
 * ``first``: which agent leads at the beginning. ``turns``: which agent acts when no leader is left.
 * ``promise_file``, ``last_words``: files in memory, for the next agent of the node, and for the batch script.
-* ``warned``: Slurm's warning, on its way from the batch script to the leader. ``threads``: calls that may block.
+* ``warned``: Slurm's warning, on its way from the batch script to the leader. ``log``: what an agent says of itself.
+* ``threads``: calls that may block.
 """

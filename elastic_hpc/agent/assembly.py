@@ -5,12 +5,8 @@ torch is imported in ``connect`` at the earliest, so that standbys may import it
 
 from __future__ import annotations
 
-import copy
 import functools
-import logging
-import logging.handlers
 import os
-import queue
 import secrets
 import socket
 import subprocess
@@ -23,7 +19,8 @@ from elastic_hpc.agent import promise_file
 from elastic_hpc.agent.arguments import policy_of
 from elastic_hpc.agent.bridge import Control
 from elastic_hpc.agent.leading import CONTROL_PORT_OFFSET, Leading
-from elastic_hpc.agent.threads import ThreadedReader, within
+from elastic_hpc.agent.log import AgentLog
+from elastic_hpc.agent.threads import ThreadedReader
 from elastic_hpc.environment import AGENT_MARK, prepare_worker_env
 from elastic_hpc.membership.leader import STOP_TIMEOUT
 from elastic_hpc.membership.promises import Promises
@@ -42,9 +39,6 @@ LEAVE = LEAVE_TIMEOUT + 20
 
 _SECRET_TIMEOUT = 2.0
 """Seconds that a connection waits for the secret. The agent reads the secret from the run directory once."""
-
-_LOG_TIMEOUT = 5.0
-"""Seconds that an agent that leaves has to write the last lines of its log."""
 
 
 class Assembly:
@@ -74,7 +68,7 @@ class Assembly:
         self.mark = f"{AGENT_MARK}={token}\0".encode()
         """The entry that all workers of this agent, and no other process, have in their environment."""
         prepare_worker_env(os.environ, env.cpus, nproc, token, run_dir=str(rundir.path), interface=interface)
-        self._log = _start_log(rundir, env)
+        self._log = AgentLog(rundir, env)
         self._place = promise_file.PromisesKey(rundir.path, env.job, env.run, env.node)
         self._promise_file: promise_file.PromiseFile | None = None
         self._promises = Promises(votes=not env.joins)
@@ -168,16 +162,7 @@ class Assembly:
             promise_file.clean_up(self._place, ended=True)
         if self.leading.recorder:
             self.leading.recorder.close()
-        within(_LOG_TIMEOUT, self._log.stop)
-
-
-class _ToListener(logging.handlers.QueueHandler):
-    """Lets the listener format tracebacks, because that reads source files."""
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        record = copy.copy(record)
-        record.msg, record.args = record.getMessage(), None
-        return record
+        self._log.close()
 
 
 def _interfaces(published: Sequence[str]) -> list[str]:
@@ -187,31 +172,6 @@ def _interfaces(published: Sequence[str]) -> list[str]:
     """
     own = addresses.own(published)
     return list(dict.fromkeys([*own, addresses.LOOPBACK])) if own else [""]
-
-
-def _start_log(rundir: RunDir, env: AgentEnv) -> logging.handlers.QueueListener:
-    """Log to stderr, and to a file, because srun may be lost with the first node. Records go through a queue: the
-    control thread must not wait for a stalled stderr or file system.
-    """
-    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
-    try:
-        folder = rundir.path / "logs"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / f"{env.run}.agent-{env.name}.log"))
-    except OSError as error:
-        print(f"elastic_hpc[{env.name}]: no log file: {error}", file=sys.stderr)
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(f"%(asctime)s elastic_hpc[{env.name}]: %(message)s", "%H:%M:%S"))
-    listener = logging.handlers.QueueListener(records, *handlers)
-    listener.start()
-    for name in ("elastic_hpc", "asyncio"):  # asyncio logs exceptions of callbacks and tasks
-        log = logging.getLogger(name)
-        log.addHandler(_ToListener(records))
-        log.setLevel(logging.INFO)
-        log.propagate = False
-    logging.raiseExceptions = False  # the recorder reports a full file system, once
-    return listener
 
 
 def _start_guard(token: str, silence: float, folder: str) -> int:

@@ -54,7 +54,7 @@ class EventReader:
     def __init__(self, folder: Path) -> None:
         """``folder``: the run directory."""
         self._folder = folder
-        self._files: dict[Path, _File] = {}
+        self._files: dict[Path, _EventFile] = {}
         self.events: list[dict[str, Any]] = []
         """All events that were read. Those of one leader are in the order in which it wrote them, those of several
         leaders in order of time, by the clocks of their nodes.
@@ -73,7 +73,7 @@ class EventReader:
             paths = event_files(self._folder)
         except OSError as error:
             raise ElasticError(f"{self._folder}: {error.strerror}") from error
-        added = [self._files.setdefault(path, _File(path)).read() for path in paths]
+        added = [self._files.setdefault(path, _EventFile(path)).read() for path in paths]
         self.events = _merged(file.events for file in self._files.values())
         return _merged(added)
 
@@ -82,7 +82,7 @@ def _merged(events: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return list(heapq.merge(*events, key=lambda event: event["time"]))
 
 
-class _File:
+class _EventFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0

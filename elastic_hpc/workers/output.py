@@ -111,7 +111,7 @@ class Destination:
 
 
 class LogFile(Destination):
-    """The log file of this node and round in the run directory, made when a worker has written something."""
+    """A log file of this node in the run directory, made when there is something to write: that of a round."""
 
     _interval = _FILE_INTERVAL
 
@@ -136,8 +136,8 @@ class LogFile(Destination):
                 if not self._complained:
                     self._complained = True
                     print(
-                        f"elastic_hpc: {path}: {error.strerror}; the workers go on, their last {_LIMIT >> 20} MiB of "
-                        "output wait in memory",
+                        f"elastic_hpc: {path}: {error.strerror}; the workers go on, and up to {_LIMIT >> 20} MiB for "
+                        "this file wait in memory",
                         file=sys.stderr,
                         flush=True,
                     )

@@ -23,8 +23,8 @@ from test_joiners import no_dial
 from test_local import LISTEN, Local
 
 from elastic_hpc import slurm
-from elastic_hpc.agent.assembly import _ToListener
 from elastic_hpc.agent.joiners import SlurmSource
+from elastic_hpc.agent.log import _ToListener
 from elastic_hpc.agent.threads import Reader, on_thread
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.roster import Host
