@@ -25,7 +25,7 @@ from test_local import LISTEN, Local
 from elastic_hpc import slurm
 from elastic_hpc.agent.joiners import SlurmSource
 from elastic_hpc.agent.log import _ToListener
-from elastic_hpc.agent.threads import Reader, on_thread
+from elastic_hpc.agent.threads import ThreadedReader, on_thread
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network.client import ask_leader
@@ -176,7 +176,7 @@ def test_a_file_is_read_once_at_a_time_however_many_wait_for_it() -> None:
         return len(calls)
 
     async def run() -> None:
-        reader = Reader(read, 0.05)
+        reader = ThreadedReader(read, 0.05)
         late = await asyncio.gather(*(reader.read() for _ in range(100)), return_exceptions=True)
         assert {str(error) for error in late} == {"the file system has not answered for 0.05 s"}
         with pytest.raises(ElasticError):
