@@ -179,10 +179,13 @@ def _about_causes(story: Story) -> Iterator[str]:
     # memory runs out where the job's share of it is too small, and the advice above says so
     suspects = Counter(fault.node for fault in causes if fault.kind not in {"exception", "out of memory"})
     for node in () if _is_the_scripts(story) else story.barred:
-        yield (
-            f"tell your administrator of {node}, on which alone workers failed again and again; leave it out: "
-            f"--exclude {node}"
-        )
+        if {fault.kind for fault in causes if fault.node == node} == {"out of memory"}:
+            what = (
+                f"memory ran out again and again on {node} alone: that node has less memory, or its workers need more"
+            )
+        else:
+            what = f"tell your administrator of {node}, on which alone workers failed again and again"
+        yield f"{what}; leave it out: --exclude {node}"
     for node, count in suspects.items():
         if count > 1 and node not in story.barred:
             yield f"tell your administrator of {node}, the first to fail {count} times; leave it out: --exclude {node}"

@@ -116,6 +116,21 @@ def test_a_node_that_failed_again_and_again_is_named_unless_it_was_the_script() 
     assert said not in advised("faults", barred=barred, runs=(run,))
 
 
+def test_a_node_left_out_for_memory_alone_is_no_broken_node() -> None:
+    story = records.story("faults")
+    fault, other = story.rounds[0].faults[0], story.rounds[1]
+
+    def told(*kinds: str) -> str:
+        rounds = [replace(story.rounds[0], faults=(replace(fault, node="n7", kind=kind),)) for kind in kinds]
+        return advised("faults", barred=("n7",), rounds=(*rounds, other))
+
+    memory = told("out of memory", "out of memory")
+    assert "memory ran out again and again on n7 alone: that node has less memory, or its workers need more" in memory
+    assert "--exclude n7" in memory
+    assert "administrator" not in memory
+    assert "tell your administrator of n7" in told("out of memory", "signal")
+
+
 def test_a_job_whose_budget_is_spent_is_told_which() -> None:
     run = replace(
         records.story("faults").runs[-1], outcome="failed", cause="budget", reason="all 2 restarts are used up"
