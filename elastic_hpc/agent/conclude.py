@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from elastic_hpc import slurm
-from elastic_hpc.agent import last_words, warned
+from elastic_hpc.agent import last_words, once_more, warned
 from elastic_hpc.environment import CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.membership import strikes
@@ -21,9 +21,6 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv, first_job, job_name, restart_count, run_number
 from elastic_hpc.start import module_command
 
-REQUEUE_DELAY = timedelta(seconds=8)
-"""Start time asked for after a requeue. It must lie beyond the job's completion, else Slurm puts it two minutes off."""
-
 _ALONE_TIMEOUT = timedelta(seconds=60)
 """Time for the agents' step to end when the batch host is lost. A requeue before the end takes longer."""
 
@@ -31,12 +28,6 @@ _LEAVE_TIME = timedelta(seconds=5)
 """Time for the other agents to leave, where Slurm is not waited for."""
 
 _DEPUTY_TIMEOUT = timedelta(minutes=10)
-
-_OVER = "over"
-"""A file in the run directory, with an exit code. Where it exists, a batch script that starts again ends at once."""
-
-_ONCE_MORE = "once-more"
-"""A file in the run directory: Slurm will requeue the job at its end (``slurm.keeps_preemption``)."""
 
 
 def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning: str = "USR2") -> int:
@@ -58,14 +49,11 @@ def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning
     print(f"elastic_hpc: {verdict['outcome']}: {verdict['reason']}", file=sys.stderr)
     if verdict.get("failure"):
         print(verdict["failure"]["traceback"], file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
     if verdict["outcome"] == "requeue":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
         return 0 if rundir.acted(run_number(environ)) is not None else _requeue(rundir, environ)
-    code = 1 if verdict["outcome"] == "failed" else 0
-    with contextlib.suppress(OSError):
-        (rundir.path / _ONCE_MORE).unlink()
-        (rundir.path / _OVER).write_text(str(code))
-    return code
+    once_more.settle(rundir, environ, verdict["outcome"])
+    return 1 if verdict["outcome"] == "failed" else 0
 
 
 def await_verdict(rundir: RunDir, run: int, heed: Callable[[], None]) -> dict[str, Any] | None:
@@ -174,17 +162,10 @@ def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, 
     if outcome == "requeue":
         return _requeue(rundir, environ)
     try:
-        (rundir.path / _OVER).write_text("0" if outcome == "finished" else "1")
+        once_more.complete(rundir, environ, outcome)
     except OSError as error:  # the script would train again
         print(f"elastic_hpc: {outcome}, but {error}: the job is cancelled", file=sys.stderr)
         slurm.cancel(job)
-        return 0
-    try:
-        problem = slurm.complete(job, start_after=REQUEUE_DELAY, run=restart_count(environ))
-    except SlurmError as error:
-        problem = str(error)
-    if problem:
-        print(f"elastic_hpc: {problem}", file=sys.stderr)
     return 0
 
 
@@ -199,10 +180,12 @@ def _time_for_slurm() -> timedelta:
 
 
 def _cancel_joiners(rundir: RunDir, job: str) -> None:
-    """Cancel the joiners in the queue, and those that have not left. Any other joiner leaves as soon as it starts."""
+    """Cancel the joiners that have not started. The others leave, or leave as soon as they start: CANCELLED would be
+    the word for them too.
+    """
     with contextlib.suppress(ElasticError):
         if (rundir.read("spec.json") or {}).get("--grow") == "on":
-            slurm.cancel(*(joiner.id for joiner in slurm.joiners(job)))
+            slurm.cancel(*(joiner.id for joiner in slurm.joiners(job) if joiner.state not in {"RUNNING", "COMPLETING"}))
 
 
 def _mark_acted(rundir: RunDir, environ: Mapping[str, str], job: str) -> None:
@@ -216,11 +199,11 @@ def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] =
     exclude, readmit = _nodes_to_avoid(rundir, job)
     if exclude:
         print(f"elastic_hpc: nodes that failed are avoided: {', '.join(exclude)}", file=sys.stderr)
-    if slurm.keeps_preemption(job):
-        with contextlib.suppress(OSError):
-            (rundir.path / _ONCE_MORE).touch()
+    once_more.expect(rundir, job)
     try:
-        problem = slurm.requeue(job, start_after=REQUEUE_DELAY, exclude=exclude, readmit=readmit, lost=lost, run=count)
+        problem = slurm.requeue(
+            job, start_after=once_more.REQUEUE_DELAY, exclude=exclude, readmit=readmit, lost=lost, run=count
+        )
     except SlurmError as error:
         return _instead(rundir, environ, job, error)
     _mark_acted(rundir, environ, job)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_hpc.agent import conclude
+from elastic_hpc.agent import conclude, once_more
 from elastic_hpc.agent.turns import Turns
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership.leaderless import Conclude, GiveUp, KeepLooking, without_leader
@@ -67,6 +67,8 @@ class Ending:
     def _act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
         if not alone and verdict["outcome"] != "requeue":
             kept = self.contained or not self.policy.can_requeue
+            if not kept:
+                once_more.settle(self.rundir, self.environ, verdict["outcome"])
             return conclude.let_go(self.rundir, self.env, [] if kept else lost)
         if self.contained:
             if alone:

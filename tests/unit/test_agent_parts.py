@@ -253,7 +253,8 @@ async def no_store(round: int) -> int:
 def agent(rundir: RunDir, run: int = 1, **changes: Any) -> Leading:
     """One that has lost all others, where nobody has Slurm."""
     env = AgentEnv("7", 1, "n2", 2, run, 2, None, None, local=True)
-    return Leading(None, env, HOST, 1, replace(POLICY, **changes), rundir, {}, no_store, None)  # type: ignore[arg-type]
+    environ, policy = {"SLURM_JOB_ID": "7"}, replace(POLICY, **changes)
+    return Leading(None, env, HOST, 1, policy, rundir, environ, no_store, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("can_requeue", "contained"), [(True, False), (False, False), (True, True)])

@@ -1,0 +1,126 @@
+"""A job that requeues itself, or ends, in the grace time of its preemption, or ends after its time limit: stand-ins for
+Slurm of several versions.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from test_slurm import JOB, RUNNING
+
+from elastic_hpc.agent import conclude
+from elastic_hpc.cli.hpc import main
+from elastic_hpc.record.rundir import RunDir
+
+SCONTROL = """\
+#!/bin/sh
+case "$1" in
+  --version) echo "slurm {version}";;
+  show) cat {folder}/job;;
+  requeue) echo "$*" >>{folder}/requeued; sed -i s/Restarts=0/Restarts=1/ {folder}/job;;
+esac
+"""
+
+
+@pytest.fixture
+def rundir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(conclude.signal, "signal", lambda *_: None)  # the handlers of this process
+    return RunDir(tmp_path / "run").create()
+
+
+def ends(rundir: RunDir, run: int, outcome: str) -> int:
+    """The exit code of the batch script of ``run``."""
+    rundir.write("verdict.json", {"run": run, "outcome": outcome, "cause": "", "reason": "", "failure": None})
+    return conclude.conclude(rundir, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(run)}, 0)
+
+
+def slurm(folder: Path, version: str, preempted: str, *, ends: str = "t1", **changes: str) -> None:
+    (folder / "job").write_text(JOB.format(**{**RUNNING, **changes, "preempted": preempted}).replace("t1", ends))
+    (folder / "scontrol").write_text(SCONTROL.format(version=version, folder=folder))
+    (folder / "scontrol").chmod(0o755)
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1)])
+@pytest.mark.parametrize("version", ["24.05.0", "24.11.5", "26.05.3"])
+def test_the_run_to_which_a_newer_slurm_sends_an_ended_job_ends_at_once(
+    rundir: RunDir, tmp_path: Path, version: str, outcome: str, code: int
+) -> None:
+    slurm(tmp_path, version, "2026-11-29T02:00:00")
+    assert ends(rundir, 0, "requeue") == 0
+    assert not (rundir.path / "over").exists(), "the job is to go on"
+    assert ends(rundir, 1, outcome) == code
+    assert (rundir.path / "over").read_text() == str(code)  # the batch script ends there: test_script.py
+
+
+@pytest.mark.parametrize(
+    ("version", "preempted"), [("22.05.8", "2026-11-29T02:00:00"), ("23.11.10", "t0"), ("24.11.5", "None")]
+)
+def test_a_job_that_no_such_run_awaits_leaves_no_mark(
+    rundir: RunDir, tmp_path: Path, version: str, preempted: str
+) -> None:
+    slurm(tmp_path, version, preempted)
+    assert ends(rundir, 0, "requeue") == 0
+    assert ends(rundir, 1, "finished") == 0
+    assert not (rundir.path / "over").exists()
+
+
+@pytest.mark.parametrize(("version", "comes_back"), [("22.05.8", False), ("23.11.10", False), ("24.11.5", True)])
+@pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1)])
+def test_a_job_that_ends_by_itself_in_the_grace_time_does_not_train_again_when_slurm_requeues_it(
+    rundir: RunDir, tmp_path: Path, version: str, outcome: str, code: int, *, comes_back: bool
+) -> None:
+    slurm(tmp_path, version, "2026-11-29T02:00:00")
+    assert ends(rundir, 0, outcome) == code
+    assert (rundir.path / "over").exists() == comes_back
+    if comes_back:
+        assert (rundir.path / "over").read_text() == str(code)
+
+
+def test_why_says_what_slurm_calls_the_end_of_a_job_whose_preemption_cancels(
+    rundir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PreemptMode=CANCEL: Slurm 24.05 and newer keep calling such a job PREEMPTED, and no requeue changes that."""
+    slurm(tmp_path, "24.11.5", "2026-11-29T02:00:00")
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho PREEMPTED\n")
+    (tmp_path / "squeue").chmod(0o755)
+    assert [ends(rundir, 0, "requeue"), ends(rundir, 1, "finished")] == [0, 0]
+    rundir.write("spec.json", {"job": "7"})
+    (rundir.path / "script.sbatch").touch()
+    assert main(["why", str(rundir.path)]) == 0
+    told = capsys.readouterr().out
+    assert "COMPLETED" in told
+    assert "the training finished, but Slurm recorded PREEMPTED" in told
+
+
+LATE, EARLY = "2026-01-01T00:00:00", "2099-01-01T00:00:00"
+
+
+@pytest.mark.parametrize(
+    ("ends_at", "changes"), [(LATE, {}), (LATE, {"state": "COMPLETING", "reason": "TimeLimit"})], ids=["late", "ended"]
+)
+def test_a_training_that_finishes_after_the_time_limit_has_its_job_completed_by_one_more_run(
+    rundir: RunDir, tmp_path: Path, ends_at: str, changes: dict[str, str]
+) -> None:
+    slurm(tmp_path, "22.05.8", "None", ends=ends_at, **changes)
+    assert ends(rundir, 0, "finished") == 0
+    assert (rundir.path / "over").read_text() == "0"
+    assert (tmp_path / "requeued").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(("outcome", "ends_at"), [("finished", EARLY), ("finished", "Unknown"), ("failed", LATE)])
+def test_no_other_end_costs_another_run(rundir: RunDir, tmp_path: Path, outcome: str, ends_at: str) -> None:
+    slurm(tmp_path, "22.05.8", "None", ends=ends_at)
+    ends(rundir, 0, outcome)
+    assert not (rundir.path / "over").exists()
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_job_that_may_not_be_requeued_times_out(rundir: RunDir, tmp_path: Path) -> None:
+    slurm(tmp_path, "22.05.8", "None", ends=LATE)
+    (tmp_path / "job").write_text((tmp_path / "job").read_text().replace("Requeue=1", "Requeue=0"))
+    assert ends(rundir, 0, "finished") == 0
+    assert not (rundir.path / "over").exists()
+    assert not (tmp_path / "requeued").exists()
