@@ -35,10 +35,6 @@ class DrainSignals:
         """Whether a worker of the round has got the signal."""
         return bool(self._signalled)
 
-    def can_tell(self, workers: Mapping[int, int]) -> bool:
-        """Whether a worker would handle the signal, or has got it."""
-        return self.sent or any(map(self._takes, workers))
-
     def tell(self, workers: Mapping[int, int], got: int = 0) -> None:
         """Send the signal to the workers that have not got it. ``got``: the signal that this agent has got, 0 for none.
         If Slurm has sent that signal, the workers have got it too.

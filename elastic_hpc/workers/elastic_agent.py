@@ -56,6 +56,9 @@ _KILL_TIMEOUT = STOP_TIMEOUT - 10
 _LEAVE_TIMEOUT = 8.0
 """The same when the job has ended: less than the leader waits for the agents to leave (``LEAVE_TIMEOUT``)."""
 
+_VERDICT_TIME = 2.0
+"""Seconds after the workers' time to save within which an agent that got SIGTERM hears the leader's verdict."""
+
 _STACKS_TIMEOUT = 8.0
 """Seconds that recording the stacks of hung workers may take."""
 
@@ -239,9 +242,9 @@ class ElasticAgent(LocalElasticAgent):
             self._report_progress()
         if self._received:
             leaving, received_at = self._received
-            can_save = listens or self._signals.can_tell(living)
-            patience = min(TERM_GRACE, self._policy.grace) if can_save and self._drain_passed_on else 1.0
-            if not can_save or time.monotonic() - received_at > patience:
+            # An agent that leaves before the leader's verdict is a lost node.
+            patience = min(TERM_GRACE, self._policy.grace) + _VERDICT_TIME if self._drain_passed_on else 1.0
+            if time.monotonic() - received_at > patience:
                 raise leaving
         elif trouble := self._watch.trouble():
             self._report_trouble(trouble)

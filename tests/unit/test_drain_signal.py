@@ -79,6 +79,12 @@ class Run:
             assert self.process.poll() is None, self.output.read_text()
             time.sleep(0.02)
 
+    def agents(self) -> list[int]:
+        """Their pids."""
+        return [
+            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ]
+
     def drain(self) -> dict[str, Any]:
         """Ask for it; the verdict."""
         subprocess.run([TOOL, "drain", self.dir], check=True, timeout=60)
@@ -143,6 +149,20 @@ def test_a_script_that_would_only_be_killed_trains_until_the_time_is_up(
     assert (advice in run.output.read_text()) == (name == "SIGUSR2")
 
 
+def test_agents_that_get_sigterm_stay_for_the_verdict_though_the_script_ignores_the_signal(
+    start: Callable[..., Run],
+) -> None:
+    """As from Slurm at a preemption without a warning: an agent that left first would be a lost node."""
+    run = start("ignorant", "SIGTERM", "--grace=2")
+    for pid in run.agents():
+        os.kill(pid, signal.SIGTERM)
+    assert run.process.wait(60) == 1, run.output.read_text()
+    verdict = json.loads((run.dir / "verdict.json").read_text())
+    assert (verdict["cause"], verdict["restarts"]) == ("terminated", 0)
+    assert "the workers did not stop within 2 s" in verdict["reason"]
+    assert '"lost"' not in (run.dir / "events.jsonl").read_text()
+
+
 def test_ctrl_c_lets_a_script_save_in_its_handler(start: Callable[..., Run]) -> None:
     run = start("code", "SIGTERM")
     run.process.send_signal(signal.SIGINT)
@@ -155,8 +175,7 @@ def test_before_a_growth_a_script_saves_in_its_handler_and_the_next_round_is_no_
     start: Callable[..., Run],
 ) -> None:
     run = start("code", "SIGTERM", "--nodes=2:3")  # the last one counts
-    children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
-    command = os.fsdecode(Path(f"/proc/{children[0]}/cmdline").read_bytes()).split("\0")[:-1]
+    command = os.fsdecode(Path(f"/proc/{run.agents()[0]}/cmdline").read_bytes()).split("\0")[:-1]
     environ = {**os.environ, "ELASTIC_HPC_LOCAL_NODE": "2", "ELASTIC_HPC_LOCAL_NODES": "3"}
     with subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True) as third:
         try:
@@ -220,7 +239,7 @@ def test_a_process_is_looked_at_for_a_handler(
 ) -> None:
     one = process(code)
     signals, workers = DrainSignals(None, slurm=False), {one.pid: os.pidfd_open(one.pid)}
-    assert handles(one.pid, signal.SIGTERM) == signals.can_tell(workers) == bool(ends)
+    assert handles(one.pid, signal.SIGTERM) == bool(ends)
     signals.tell(workers)
     assert signals.sent == bool(ends)
     assert (one.wait(10) if ends else one.poll()) == ends
