@@ -40,7 +40,7 @@ class Rounds:
         now: float,
         reason: str,
     ) -> None:
-        """All as in ``Leader``, whose ``mandate`` is new. ``event(name, **fields)`` records an event."""
+        """The values of the ``Leader``, before it has formed a round. ``event(name, **fields)`` records an event."""
         self._mandate, self._promises, self._peers, self._event = mandate, promises, peers, event
         self._node, self._nproc = node, nproc
         self.round = max(mandate.roster.round, promises.seen) + 1
