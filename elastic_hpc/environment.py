@@ -16,6 +16,11 @@ JOIN = "ELASTIC_HPC_JOIN"
 AGAIN = "ELASTIC_HPC_AGAIN"
 """The index in the job of the node whose agent is started anew."""
 
+NODES = "ELASTIC_HPC_NODES"
+"""The names of the job's nodes, in Slurm's order, for agents in an OCI container: up to Slurm 22.05 the variables there
+are those of the batch script, the same on all nodes, and do not say which node this is.
+"""
+
 CONTINUE, FIRST_RUN, FIRST_JOB = "ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_FIRST_RUN", "ELASTIC_HPC_FIRST_JOB"
 """Where a job may not be requeued, another job goes on in its place, and is given the run directory of the first job,
 how often that has started, and its id.
@@ -31,7 +36,7 @@ RUN_DIR, GIVEN = "ELASTIC_HPC_RUN_DIR", "ELASTIC_HPC_GIVEN"
 for every value.
 """
 
-OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, CONTINUE, FIRST_RUN, FIRST_JOB)
+OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, NODES, CONTINUE, FIRST_RUN, FIRST_JOB)
 """Variables for the agents of one job. A job that is started from within that job must not have them."""
 
 FENCE = "ELASTIC_HPC_FENCE"

@@ -52,6 +52,14 @@ PartitionName=lowcancel Nodes=n[1-{nodes}] PriorityTier=1 PreemptMode=CANCEL Gra
 PartitionName=high Nodes=n[1-{nodes}] PriorityTier=10 PreemptMode=OFF State=UP
 """
 
+# How srun --container runs an OCI bundle: as the job's user, by runc, if that is installed.
+OCI_CONF = """\
+RunTimeQuery="runc --root=/dev/shm/runc.%u state %j.%s.%t"
+RunTimeKill="runc --root=/dev/shm/runc.%u kill --all %j.%s.%t"
+RunTimeDelete="runc --root=/dev/shm/runc.%u delete --force %j.%s.%t"
+RunTimeRun="runc --root=/dev/shm/runc.%u run --bundle %b %j.%s.%t"
+"""
+
 
 def write_files(cluster: Cluster, shape: Shape, uid: int) -> None:
     """Fill the state directory. ``uid`` is the user's, who exists only in the machines' /etc."""
@@ -81,6 +89,7 @@ def write_files(cluster: Cluster, shape: Shape, uid: int) -> None:
         "group": f"{Path('/etc/group').read_text()}{USER}:x:{uid}:\n",
         "slurm/slurm.conf": slurm_conf(state, shape),
         "slurm/gres.conf": gres_conf(state, shape),
+        "slurm/oci.conf": OCI_CONF,
         **({"profile.d/slurm.sh": f"PATH={shape.slurm}/bin:{shape.slurm}/sbin:$PATH\n"} if shape.slurm else {}),
     }.items():
         (etc / name).parent.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from elastic_hpc.environment import AGAIN, FIRST_JOB, FIRST_RUN, JOIN, LOCAL_NODE, LOCAL_NODES
+from elastic_hpc.environment import AGAIN, FIRST_JOB, FIRST_RUN, JOIN, LOCAL_NODE, LOCAL_NODES, NODES
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.nodes import joiner, votes
 
@@ -82,6 +82,9 @@ def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:
             f"{missing.args[0]} is not set: an agent runs in a Slurm job step, from elastic-sbatch or elastic-srun;"
             " on this machine alone type: elastic-srun --standalone SCRIPT"
         ) from None
+    host, names = os.uname().nodename.partition(".")[0], environ.get(NODES, "").split()
+    if host in names:
+        name, node = host, names.index(host)
     if tasks != count:
         raise ElasticError(
             f"{tasks} agents on {count} nodes: expected one per node, "

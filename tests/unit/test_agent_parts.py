@@ -21,7 +21,7 @@ from elastic_hpc.agent.arguments import workers_per_node
 from elastic_hpc.agent.assembly import _software
 from elastic_hpc.agent.conclude import conclude
 from elastic_hpc.agent.leading import Leading
-from elastic_hpc.environment import for_a_new_job, is_of_another_job, prepare_worker_env
+from elastic_hpc.environment import NODES, for_a_new_job, is_of_another_job, prepare_worker_env
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.election import Base
 from elastic_hpc.membership.promises import Promises
@@ -50,6 +50,14 @@ def test_an_agent_finds_its_place_in_slurms_environment() -> None:
     env = read_agent_env({**STEP, "SLURM_RESTART_COUNT": "2", "SLURM_GPUS_ON_NODE": "4"})
     assert (env.job, env.node, env.name, env.nodes, env.run, env.gpus) == ("7", 1, "n2", 3, 2, 4)
     assert env.cpus <= 2
+
+
+def test_the_node_of_an_agent_in_an_oci_container_is_the_one_with_the_name_of_its_host() -> None:
+    host = os.uname().nodename.partition(".")[0]
+    env = read_agent_env({**STEP, NODES: f"n1\nn2\n{host}"})
+    assert (env.node, env.name) == (2, host)
+    env = read_agent_env({**STEP, NODES: "n1\nn2\nn3"})  # the container has a host name of its own
+    assert (env.node, env.name) == (1, "n2")
 
 
 def test_an_array_task_is_named_as_scontrol_names_it() -> None:
