@@ -36,6 +36,11 @@ exec podman --root /dev/shm/podman --runroot /dev/shm/podman.run --storage-drive
   run --rm --network host --uts host --env-host \\
   -v /dev/shm:/dev/shm -v "$HOME:$HOME" -w "$PWD" -v {root}:{root} --rootfs {image} {python} "$@"
 """
+RUNTIMES = {
+    "charliecloud": ("charliecloud-runtime", "ch-run", IN_CHARLIECLOUD),
+    "podman": ("podman", "podman", IN_PODMAN),
+}
+"""The Debian package, its command, and the script in the place of Python, by runtime."""
 
 
 def installed(package: str, command: str) -> None:
@@ -99,7 +104,7 @@ def bundle(image: Path, home: Path) -> Path:
     return image.parent
 
 
-def loses_a_node(submit: Submit, fresh: Cluster, folder: Path, image: Path, *options: str) -> Job:
+def loses_a_node(submit: Submit, fresh: Cluster, folder: Path, image: Path, *options: str) -> None:
     """A job with ``options`` whose workers train in ``image``, and go on when a node is lost, to the end."""
     (folder / "hold").touch()
     job = submit("--nodes", "2:3", "--env", "SAYS=job", *options, script=COUNTS)
@@ -116,30 +121,68 @@ def loses_a_node(submit: Submit, fresh: Cluster, folder: Path, image: Path, *opt
     assert job.worlds() == [3, 2]
     assert job.verdict()["outcome"] == "finished"
     assert "Traceback" not in job.output()
-    for node in "n1", "n2":
-        wait_for(f"{node} to have no process of the job", lambda node=node: not fresh.in_jobs(node))
-    return job
+    leaves_nothing(fresh)
+
+
+def leaves_nothing(fresh: Cluster) -> None:
+    """Agents and workers have ended on all nodes. podman keeps a process of its own for its next container."""
+    for node in "n1", "n2", "n3", "n4":
+        wait_for(
+            f"{node} to have no agent and no worker",
+            lambda node=node: not [argv for argv in fresh.in_jobs(node) if argv and "python" in argv[0]],
+        )
+
+
+def is_cancelled(submit: Submit, fresh: Cluster, folder: Path, *options: str) -> None:
+    (folder / "hold").touch()
+    job = submit("--nodes", "2", *options, script=COUNTS)
+    job.wait_steps(10)
+    fresh.exec(["scancel", job.id])
+    assert job.wait_state("CANCELLED", "COMPLETED", "FAILED") == "CANCELLED", job.output()
+    leaves_nothing(fresh)
+    assert not job.events("restart")
+
+
+def oci(fresh: Cluster, image: Path) -> list[str]:
+    """The options of a job in ``image`` by Slurm's own --container."""
+    installed("runc", "runc")
+    made = bundle(image, fresh.home)
+    return ["--container-image", str(made), "--container-runtime", "oci", "--python", sys.executable]
+
+
+def in_script(folder: Path, image: Path, runtime: str) -> list[str]:
+    """The options of a job whose Python is a script that runs ``image``."""
+    package, command, script = RUNTIMES[runtime]
+    installed(package, command)
+    (folder / "in-container").write_text(script.format(root=ROOT, image=image, python=sys.executable))
+    (folder / "in-container").chmod(0o755)
+    return ["--python", "./in-container"]
 
 
 def test_a_job_in_slurms_own_container_loses_a_node_and_completes(
     submit: Submit, fresh: Cluster, folder: Path, image: Path
 ) -> None:
-    installed("runc", "runc")
-    made = bundle(image, fresh.home)
-    options = ["--container-image", str(made), "--container-runtime", "oci", "--python", sys.executable]
-    loses_a_node(submit, fresh, folder, image, *options)
+    loses_a_node(submit, fresh, folder, image, *oci(fresh, image))
 
 
 @ON_DEMAND
-@pytest.mark.parametrize(
-    ("package", "command", "script"),
-    [("charliecloud-runtime", "ch-run", IN_CHARLIECLOUD), ("podman", "podman", IN_PODMAN)],
-    ids=["charliecloud", "podman"],
-)
-def test_a_job_whose_python_is_in_a_container_loses_a_node_and_completes(
-    submit: Submit, fresh: Cluster, folder: Path, image: Path, package: str, command: str, script: str
+def test_a_cancelled_job_leaves_nothing_in_slurms_own_container(
+    submit: Submit, fresh: Cluster, folder: Path, image: Path
 ) -> None:
-    installed(package, command)
-    (folder / "in-container").write_text(script.format(root=ROOT, image=image, python=sys.executable))
-    (folder / "in-container").chmod(0o755)
-    loses_a_node(submit, fresh, folder, image, "--python", "./in-container")
+    is_cancelled(submit, fresh, folder, *oci(fresh, image))
+
+
+@ON_DEMAND
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_job_whose_python_is_in_a_container_loses_a_node_and_completes(
+    submit: Submit, fresh: Cluster, folder: Path, image: Path, runtime: str
+) -> None:
+    loses_a_node(submit, fresh, folder, image, *in_script(folder, image, runtime))
+
+
+@ON_DEMAND
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_cancelled_job_leaves_nothing_in_a_container_of_its_python(
+    submit: Submit, fresh: Cluster, folder: Path, image: Path, runtime: str
+) -> None:
+    is_cancelled(submit, fresh, folder, *in_script(folder, image, runtime))
