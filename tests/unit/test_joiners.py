@@ -85,6 +85,21 @@ def test_the_batch_script_of_a_joiner_acts_on_no_verdict(rundir: RunDir) -> None
     assert conclude.conclude(rundir, {**TASK, JOIN: str(rundir.path)}, 0) == 0
 
 
+def test_at_the_end_of_a_job_joiners_that_have_started_leave_and_only_the_others_are_cancelled(
+    rundir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING")
+    listed = "".join(f"{id}|{state}||(null)|10:00|None\n" for id, state in enumerate(states, 11))
+    for name, body in (("squeue", f"printf '{listed}'"), ("scancel", f'echo "$*" >> {tmp_path}/cancelled')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    rundir.write("spec.json", {"job": "4711", "--grow": "on"})
+    rundir.write("verdict.json", {"run": 0, "outcome": "failed", "reason": "", "failure": None})
+    assert conclude.conclude(rundir, TASK, 0) == 1
+    assert (tmp_path / "cancelled").read_text() == "11 13\n"
+
+
 def test_a_joiner_trains_and_is_let_go_when_it_is_asked_for(grown: tuple[Cluster, Node]) -> None:
     cluster, joins = grown
     own = cluster.nodes[0]
