@@ -35,8 +35,7 @@ class Shared:
         self.server.behave(metadata_s=0.02, write_back_s=2)  # soon enough for a test that looks at the server
         for machine in ("login", *NODES):
             self.mount(machine)
-        self.work, self.there = path / "work", folder / "work"
-        cluster.exec(["mkdir", str(self.work)])
+        self.work, self.there = path, folder
         cluster.exec(["cp", str(Path(__file__).with_name(SCRIPT)), str(self.work)])
 
     def mount(self, machine: str) -> None:
@@ -203,7 +202,9 @@ def full_quota(shared: Shared) -> Job:
 
 
 def forgotten_files(shared: Shared) -> Job:
-    """On the server, each file of the run directory is replaced by a copy, then the server forgets all open files."""
+    """On the server, each file of the run directory is replaced by a copy, then the server forgets all open files. (Not
+    the working directory, which is what is mounted: no new process can work in a stale one.)
+    """
     job = shared.submit("--nodes", "2:4", checkpoints=shared.data / "checkpoints")
     job.wait_steps(20)
     for path in [path for path in job.run_dir.rglob("*") if path.is_file()]:
@@ -230,7 +231,7 @@ ROWS = (
     Row(head_lost, [4, 3, 2]),
     Row(server_stops, [4, 3], each_time=True),
     Row(server_stops_at_take_over, [4, 3]),
-    Row(requeue, [4, 4]),
+    Row(requeue, [4, 4], each_time=True),
     Row(requeue_of_all, [4, 4]),
     Row(growth, [2, 4]),
     Row(full_quota, [4, 3]),
