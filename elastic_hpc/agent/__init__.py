@@ -11,4 +11,5 @@ job, or end it.
 * ``promise_file``, ``last_words``: files in memory, for the next agent of the node, and for the batch script.
 * ``warned``: Slurm's warning, on its way from the batch script to the leader. ``log``: what an agent says of itself.
 * ``threads``: calls that may block.
+* ``once_more``: one more run of a job that is over, which ends at once.
 """
