@@ -20,7 +20,7 @@ from elastic_hpc.agent.arguments import policy_of
 from elastic_hpc.agent.bridge import Control
 from elastic_hpc.agent.leading import CONTROL_PORT_OFFSET, Leading
 from elastic_hpc.agent.log import AgentLog
-from elastic_hpc.agent.threads import ThreadedReader
+from elastic_hpc.agent.threads import ThreadedReader, run_while_processes_start
 from elastic_hpc.environment import AGENT_MARK, prepare_worker_env
 from elastic_hpc.membership.leader import STOP_TIMEOUT
 from elastic_hpc.membership.promises import Promises
@@ -62,6 +62,7 @@ class Assembly:
 
         ``environ``: what this process was started with. ``interface``: what NCCL uses.
         """
+        run_while_processes_start()
         self.spec, self.env, self.rundir, self.nproc, self.environ = spec, env, rundir, nproc, environ
         self.policy = policy_of(spec, nproc, can_requeue=can_requeue)
         token = f"{environ.get('SLURM_JOB_ID', '')}.{secrets.token_hex(8)}"

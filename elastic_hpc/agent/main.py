@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -57,9 +56,6 @@ EXIT_CODES = {"finished": 0, "failed": 1, "requeue": 0, "lost": 1}
 def main(argv: list[str] | None = None) -> int:
     spec, args = parse_args(argv)
     forget_enclosing(os.environ)
-    # With vfork all threads of this process stand still until the child runs its program. That takes as long as the
-    # file server does not answer: a child closes our log files, and its program may be on that server too.
-    subprocess._USE_VFORK = False  # type: ignore[attr-defined]  # noqa: SLF001 - documented; no effect in Python 3.10
     environ, env = dict(os.environ), read_agent_env(os.environ)
     rundir = RunDir(args.run_dir).create()
     if env.joins:

@@ -5,6 +5,7 @@ caller can abandon. In a pool, calls to a stalled file system would occupy all t
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -36,6 +37,15 @@ def start(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[
 async def on_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """As ``asyncio.to_thread``, but on a thread of its own."""
     return await asyncio.wrap_future(start(work, *args, **kwargs))
+
+
+def run_while_processes_start() -> None:
+    """Let all threads run on while ``subprocess`` starts a process. With vfork and posix_spawn they would stand still
+    until the child runs its program, which takes as long as the file server that has the program does not answer
+    (python/cpython#104372). Without effect before Python 3.10.5.
+    """
+    subprocess._USE_VFORK = False  # type: ignore[attr-defined]  # noqa: SLF001 - documented, as is the next one
+    subprocess._USE_POSIX_SPAWN = False  # type: ignore[misc]  # noqa: SLF001
 
 
 def within(seconds: float, work: Callable[[], object]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import select
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +127,38 @@ def test_what_another_node_has_just_made_is_there_though_it_was_missing_a_moment
     assert theirs.heartbeat() == 0
     ours.beat()
     assert theirs.heartbeat() > 0
+
+
+def test_the_threads_of_an_agent_run_on_while_a_process_is_started_from_a_server_that_stands_still(two: Two) -> None:
+    two.server.behave(attributes_s=600, names_s=600)
+    shutil.copy(shutil.which("true") or "", two.a / "program")
+    script = (
+        "import subprocess, sys, threading\n"
+        "from elastic_hpc.agent.threads import run_while_processes_start\n"
+        "def print_lines():\n"
+        "    for line in sys.stdin:\n"
+        "        print(line, end='', flush=True)\n"
+        "run_while_processes_start()\n"
+        "threading.Thread(target=print_lines).start()\n"
+        "subprocess.run([sys.argv[1]], check=True)\n"
+    )
+    two.server.behave(stopped=True)
+    agent = subprocess.Popen(
+        [sys.executable, "-c", script, str(two.a / "program")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    try:
+        wait_for(children.read_text)
+        assert agent.stdin is not None
+        assert agent.stdout is not None
+        agent.stdin.write("on\n")
+        agent.stdin.flush()
+        assert select.select([agent.stdout], [], [], 10)[0]
+        assert children.read_text()
+    finally:
+        two.server.behave(stopped=False)
+        agent.communicate(timeout=20)
+    assert agent.returncode == 0
 
 
 def test_two_leaders_that_write_at_the_same_time_lose_no_event(two: Two) -> None:
