@@ -25,7 +25,7 @@ _elastic_sbatch_value() {
   " --grace") echo 'other' ;;
   " --drain-signal") echo 'words off' ;;
   " --hang-timeout") echo 'other' ;;
-  " --preload") echo 'words off' ;;
+  " --preload") echo 'words auto off' ;;
   " --preflight") echo 'other' ;;
   " --interface") echo 'other' ;;
   " --role") echo 'other' ;;
@@ -39,7 +39,7 @@ _elastic_sbatch_value() {
   " --python") echo 'file' ;;
   " --container-image") echo 'file' ;;
   " --container-mounts") echo 'other' ;;
-  " --container-runtime") echo 'words pyxis apptainer' ;;
+  " --container-runtime") echo 'words pyxis apptainer oci' ;;
   " --snapshot=") echo 'words on off' ;;
   " --template") echo 'file' ;;
   " -A" | " --account") echo 'other' ;;

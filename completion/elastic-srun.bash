@@ -29,7 +29,7 @@ _elastic_srun_value() {
   " --grace") echo 'other' ;;
   " --drain-signal") echo 'words off' ;;
   " --hang-timeout") echo 'other' ;;
-  " --preload") echo 'words off' ;;
+  " --preload") echo 'words auto off' ;;
   " --preflight") echo 'other' ;;
   " --interface") echo 'other' ;;
   " --role") echo 'other' ;;
