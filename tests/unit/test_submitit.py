@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import submitit
+from sharedfs import Two
 from submitit.core import plugins, utils
 from submitit.slurm.slurm import SlurmExecutor
 
@@ -403,6 +404,32 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[submitit.
     executor = submitit.AutoExecutor(tmp_path / "jobs", cluster="elastic-local")
     executor.update_parameters(nodes="1:2", slurm_partition="of no concern here")
     return executor
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: sudo make test")
+def test_the_ranks_leave_at_once_when_rank_0_has_saved_though_each_is_on_a_node_of_its_own(tmp_path: Path) -> None:
+    two = Two(tmp_path)
+    two.server.behave(names_s=600)
+    script = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from elastic_hpc.submitit import worker
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+worker.is_told_to_drain, worker._LEAVE = lambda: True, 600
+env, paths = SimpleNamespace(global_rank=rank, num_tasks=2), SimpleNamespace(result_pickle=folder / f"{rank}.pkl")
+handler = worker.DrainHandler(env, paths, None, folder)
+handler._watch() if rank else handler._exit()
+"""
+    try:
+        assert not (two.a / "left.1").exists()
+        assert not (two.b / "saved").exists()
+        command = [sys.executable, "-c", script]
+        ranks = [subprocess.Popen([*command, str(rank), str(path)]) for rank, path in ((1, two.b), (0, two.a))]
+        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    finally:
+        two.server.close()
 
 
 def test_functions_run_on_this_machine_and_their_jobs_can_be_pickled(local: submitit.AutoExecutor) -> None:
