@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 @dataclass(frozen=True)
 class MemoryCgroup:
     folder: Path
-    _version: int
+    version: int
 
     @property
     def procs(self) -> Path:
@@ -23,26 +23,37 @@ class MemoryCgroup:
 
     def limit(self, size: int) -> None:
         """In bytes."""
-        name = "memory.limit_in_bytes" if self._version == 1 else "memory.max"
+        name = "memory.limit_in_bytes" if self.version == 1 else "memory.max"
         (self.folder / name).write_text(str(size))
 
     @property
     def used(self) -> int:
         """In bytes."""
-        name = "memory.usage_in_bytes" if self._version == 1 else "memory.current"
+        name = "memory.usage_in_bytes" if self.version == 1 else "memory.current"
         return int((self.folder / name).read_text())
+
+
+def _top() -> MemoryCgroup:
+    """That of the machine."""
+    first = Path("/sys/fs/cgroup/memory")
+    return MemoryCgroup(first, 1) if (first / "cgroup.procs").exists() else MemoryCgroup(first.parent, 2)
+
+
+def memory_cgroup_of(pid: int) -> MemoryCgroup:
+    """That of a process."""
+    top, lines = _top(), Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    _, _, path = next(line.split(":", 2) for line in lines if ":memory:" in line or line.startswith("0::"))
+    return replace(top, folder=top.folder / path.strip("/"))
 
 
 @contextlib.contextmanager
 def memory_cgroup() -> Iterator[MemoryCgroup]:
     """A new one, which must be empty at the end. The test is skipped where none can be made."""
-    top, version = Path("/sys/fs/cgroup/memory"), 1
-    if not (top / "cgroup.procs").exists():
-        top, version = Path("/sys/fs/cgroup"), 2
-    made = MemoryCgroup(top / f"elastic_hpc_test_{os.getpid()}", version)
+    top = _top()
+    made = replace(top, folder=top.folder / f"elastic_hpc_test_{os.getpid()}")
     try:
-        if version == 2 and "memory" not in (top / "cgroup.subtree_control").read_text():
-            (top / "cgroup.subtree_control").write_text("+memory")
+        if top.version == 2 and "memory" not in (top.folder / "cgroup.subtree_control").read_text():
+            (top.folder / "cgroup.subtree_control").write_text("+memory")
         made.folder.mkdir()
     except OSError as error:
         pytest.skip(f"no memory cgroup can be made: {error}")

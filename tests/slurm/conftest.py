@@ -115,6 +115,23 @@ class Cluster:
         if what == "start":
             wait_for("slurmctld", lambda: self.exec(["scontrol", "ping"], check=False).returncode == 0)
 
+    @property
+    def is_site(self) -> bool:
+        """Whether it is configured as sites do it."""
+        return (self.state / "site").exists()
+
+    def wait_noticed(self, *nodes: str) -> None:
+        """Until Slurm knows that ``nodes`` are lost. On a site an administrator says so: SlurmdTimeout is minutes."""
+        if self.is_site:
+            down = ["State=DOWN", "Reason=lost"]
+            self.mini("exec", "--root", "--", "scontrol", "update", f"NodeName={','.join(nodes)}", *down)
+
+        def noticed() -> bool:
+            shown = json.loads(self.mini("status", "--json").stdout)["nodes"]
+            return all("DOWN" in shown[node]["slurm"] for node in nodes)
+
+        wait_for(f"Slurm to notice the loss of {' and '.join(nodes)}", noticed, 120)
+
     def seen_from_login(self, path: Path) -> Path:
         """``path`` with what is mounted there inside the machines."""
         init = (self.state / "machines" / "login").read_text().split()[0]
@@ -236,8 +253,20 @@ def started(state: Path, *options: str) -> Iterator[Cluster]:
         made.mini("down")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with the marker ``site`` runs on both clusters, the usual one and that of a site."""
+    if metafunc.definition.get_closest_marker("site") and not ALL_ON_SITE:
+        metafunc.parametrize("cluster", ["usual", "site"], indirect=True, scope="module")
+
+
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    found: Cluster = request.getfixturevalue(getattr(request, "param", "usual"))
+    return found
+
+
+@pytest.fixture(scope="session")
+def usual() -> Iterator[Cluster]:
     with started(STATE, *(["--site"] if ALL_ON_SITE else [])) as made:
         yield made
 
@@ -246,7 +275,7 @@ def cluster() -> Iterator[Cluster]:
 def site(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A cluster that is configured as sites do it. A module whose tests all run on it overrides ``cluster`` with it."""
     if ALL_ON_SITE:
-        yield request.getfixturevalue("cluster")
+        yield request.getfixturevalue("usual")
         return
     with started(STATE.with_name(f"{STATE.name}-site"), "--site") as made:
         yield made

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conftest import STATE, Cluster, Job, wait_for
-from memory import MemoryCgroup, memory_cgroup
+from conftest import Cluster, Job, wait_for
+from memory import memory_cgroup, memory_cgroup_of
 
 NODES = ("n1", "n2", "n3", "n4")
 DISK_SIZE = 1200 << 20  # sparse; less would be refused by the preflight
@@ -136,28 +136,24 @@ def stop_worker(scene: Scene) -> None:
     os.kill(scene.worker("n3"), signal.SIGSTOP)
 
 
-def n3_in_a_cgroup(cluster: Cluster, folder: Path, end: contextlib.ExitStack) -> MemoryCgroup:
+def n3_in_a_cgroup(cluster: Cluster, folder: Path, end: contextlib.ExitStack) -> None:
     """The slurmd of n3, and with it all that it starts, as on a site that bounds the memory of jobs."""
+    if cluster.is_site:
+        return
     slurmd = next(iter(cluster.processes("slurmd", "n3")))
-    home = next(
-        line
-        for line in Path(f"/proc/{slurmd}/cgroup").read_text().splitlines()
-        if ":memory:" in line or line.startswith("0::")
-    )
-    cgroup = end.enter_context(memory_cgroup())
+    home, cgroup = memory_cgroup_of(slurmd), end.enter_context(memory_cgroup())
 
     def leave() -> None:
-        top = cgroup.folder.parent / home.rpartition(":")[2].strip("/")
-        (top / "cgroup.procs").write_text(str(slurmd))
+        home.procs.write_text(str(slurmd))
         wait_for("the cgroup to be empty", lambda: not cgroup.procs.read_text(), 60)
 
     end.callback(leave)
     cgroup.procs.write_text(str(slurmd))
-    return cgroup
 
 
 def starve_worker(scene: Scene) -> None:
-    scene.prepared.limit(scene.prepared.used + (128 << 20))
+    cgroup = memory_cgroup_of(scene.worker("n3"))
+    cgroup.limit(cgroup.used + (128 << 20))
     scene.touch("eat.1.2")
 
 
@@ -333,19 +329,20 @@ def shift_clocks(scene: Scene) -> None:
 
 def kill_name_server(scene: Scene) -> None:
     """The nodes' names are in no /etc/hosts any more, and the name server takes questions and does not answer."""
-    hosts = STATE / "hosts"
-    lines = (STATE / "etc" / "hosts").read_text().splitlines(keepends=True)
+    state = scene.cluster.state
+    hosts = state / "hosts"
+    lines = (state / "etc" / "hosts").read_text().splitlines(keepends=True)
     hosts.write_text("".join(line for line in lines if "localhost" in line or "login" in line))
     texts = {
         "resolv.conf": "nameserver 127.0.0.1\n",
         "nsswitch.conf": "hosts: files dns\npasswd: files\ngroup: files\n",
     }
     for name, text in texts.items():
-        (STATE / name).write_text(text)
+        (state / name).write_text(text)
     for node in NODES:
         scene.in_background(node, "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('127.0.0.1', 53))")
         for name in ("hosts", *texts):
-            scene.at_node(node, "mount", "--bind", str(STATE / name), f"/etc/{name}")
+            scene.at_node(node, "mount", "--bind", str(state / name), f"/etc/{name}")
             scene.end.callback(scene.at_node, node, "umount", f"/etc/{name}")
     assert scene.cluster.exec(["timeout", "1", "getent", "hosts", "n2"], "n1", check=False).returncode == 124
     scene.provoke()

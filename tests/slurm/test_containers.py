@@ -91,6 +91,7 @@ def test_agents_without_slurms_commands_survive_a_lost_node_and_the_batch_script
     fresh.mini("kill", "n3")
     drain(fresh, job, round=2)
     assert job.wait_event("verdict")["outcome"] == "requeue"
+    fresh.wait_noticed("n3")
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
 
     assert [event["nodes"] for event in job.events("round")][:2] == [["n1", "n2", "n3"], ["n1", "n2"]]

@@ -156,6 +156,7 @@ def test_the_time_limit_brings_the_job_back_without_a_charge(submit: Submit, fre
     assert outcomes[-1][0] == "finished"
 
 
+@pytest.mark.site
 def test_a_preempted_job_saves_and_returns(submit: Submit, fresh: Cluster, folder: Path, listens: Path) -> None:
     job = submit("--nodes", "4", "--partition", "low", script=listens, args=["+20"])
     wait_training(job, 4)

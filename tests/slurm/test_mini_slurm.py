@@ -227,7 +227,7 @@ class TestFaults:
         running = ["squeue", "-h", "-o", "%T %N"]
         eventually("the job runs", lambda: cluster.exec(running).stdout == "RUNNING n[3-4]\n")
         cluster.mini(fault, "n4")
-        eventually("Slurm gives n4 up", lambda: "DOWN" in status(cluster)["nodes"]["n4"]["slurm"], within_s=120)
+        cluster.wait_noticed("n4")
         assert cluster.exec(running).stdout == "RUNNING n3\n"
         cluster.exec(["scancel", "-u", "minislurm"])
         cluster.mini("heal", "n4")

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,14 @@ EVERY = 10
 AUDITED = ROOT / "tests" / "unit" / "audited"
 
 
-def finish(job: Job, deadline: float = 150) -> None:
-    """Wait until the job is completed; its training must have gone through all steps."""
+def finish(job: Job, deadline: float = 150, lost: Sequence[str] = ()) -> None:
+    """Wait until the job is completed; its training must have gone through all steps. It completes only when Slurm has
+    noticed the loss of the nodes ``lost``.
+    """
     (job.folder / "hold").unlink(missing_ok=True)
+    if lost:
+        job.wait_event("verdict")
+        job.cluster.wait_noticed(*lost)
     assert job.wait_state("COMPLETED", "FAILED", "CANCELLED", deadline=deadline) == "COMPLETED", job.output()[-3000:]
     job.assert_steps_contiguous(EVERY)
     assert job.verdict()["outcome"] == "finished"
@@ -190,7 +195,7 @@ def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_complete
     ).stdout.strip()
     job.wait_steps(25)
     fresh.mini("kill", "n1")
-    finish(job, deadline=240)
+    finish(job, deadline=240, lost=["n1"])
     assert job.worlds() == [4, 3]
     assert fresh.job_field(job.id, "Restarts") == "1"  # for the record of Slurm alone
     (taken,) = job.events("take_over")
@@ -209,6 +214,7 @@ def test_nothing_keeps_the_allocation_when_who_ends_the_job_is_lost_too(counts: 
     job.wait_event("verdict")
     wait_for("the deputy", lambda: fresh.processes("--deputy-of", "n3"))
     fresh.mini("kill", "n2")
+    fresh.wait_noticed("n1", "n2")
     job.wait_state("PENDING")
     # the deputy's step lingers, because its srun is lost too, so that the early start is refused: not waited for
     fresh.mini("exec", "--root", "--", "scontrol", "update", f"JobId={job.id}", "StartTime=now")
@@ -223,6 +229,8 @@ def test_the_survivors_bring_the_job_back_when_half_of_it_loses_power_and_one_of
     job.wait_steps(25)
     for node in lost:
         fresh.mini("kill", node)
+    wait_for("one of them to act", lambda: list(job.run_dir.glob("turn.0.*")))
+    fresh.wait_noticed(*lost)
     wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1", 120)
     finish(job, deadline=240)
     assert [event["run"] for event in job.events("start")] == [0, 1]

@@ -142,6 +142,7 @@ def in_own_step(code: str) -> str:
     )
 
 
+@pytest.mark.site
 def test_a_job_is_back_within_30_seconds_when_a_node_lost_power_and_slurm_has_not_noticed(fresh: Cluster, start: Start):
     job = start("--nodes=2-4", on=("n1", "n2", "n3", "n4"))
     fresh.mini("kill", "n4")
@@ -239,12 +240,14 @@ def test_a_job_comes_back_after_its_time_limit(fresh: Cluster, start: Start):
     assert job.script_ran(1) - requested_at < FAST
 
 
+@pytest.mark.site
 def test_the_site_and_its_usable_nodes_are_asked(fresh: Cluster, start: Start):
     job = start("--nodes=1", "--nodelist=n2", on=("n2",))
     fresh.mini("exec", "--root", "--", "scontrol", "update", "NodeName=n3", "State=DRAIN", "Reason=test")
     job.order(
         """\
-        tell("usable", sorted(slurm.usable_nodes(job)[0]))
+        usable, hidden = slurm.usable_nodes(job)
+        tell("usable", [sorted(usable), hidden])
         begin = time.monotonic()
         site = slurm.site("main")
         tell("seconds", time.monotonic() - begin)
@@ -254,7 +257,9 @@ def test_the_site_and_its_usable_nodes_are_asked(fresh: Cluster, start: Start):
         """,
         "n2",
     )
-    assert job.answer("usable", "n2") == ["n1", "n2", "n4"]
+    usable, hidden = job.answer("usable", "n2")
+    assert usable == (["n1", "n2", "n3", "n4"] if fresh.is_site else ["n1", "n2", "n4"])  # PrivateData=nodes
+    assert ("denied" in hidden) == fresh.is_site, hidden
     assert job.answer("seconds", "n2") < 1
     assert job.answer("site", "n2") == [30, True, "OFF"]
     assert "nowhere" in job.answer("error", "n2")
@@ -295,10 +300,7 @@ def headless(cluster: Cluster) -> Iterator[Headless]:
         cluster.mini("kill", node)
     (lost.folder / "verdict").write_text("0")  # its second run need not train
     lost.order(in_own_step('tell("refused", slurm.requeue(job, start_after=soon, exclude=["n1"]))'), "n2")
-    for job in (finished, lost, failed):
-        wait_for(
-            "Slurm to notice", lambda job=job: "," not in (n := cluster.job_field(job.id, "NodeList")) and "[" not in n
-        )
+    cluster.wait_noticed("n1", "n3")
     (finished.folder / "verdict").write_text("0")
     (failed.folder / "verdict").write_text("1")
     noticed = time.time()

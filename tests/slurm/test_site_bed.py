@@ -1,4 +1,4 @@
-"""The cluster of ``mini-slurm up --site`` is what it claims to be, and an elastic job loses a node on it."""
+"""The cluster of ``mini-slurm up --site`` is what it claims to be."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import COUNTS, Cluster, Job, started, wait_for
+from conftest import Cluster, started, wait_for
 
 CONFINED = """\
 echo cores $(sed -n 's/Cpus_allowed_list:[[:space:]]*//p' /proc/self/status)
@@ -217,25 +217,6 @@ def test_the_health_check_drains_a_sick_node_and_brings_it_back(fresh: Cluster) 
 def test_salloc_gives_a_shell_on_the_first_node(fresh: Cluster) -> None:
     typed = "echo 'hostname; exit' | script -qec 'salloc -t1 -w n3' /dev/null"
     assert re.search(r"^n3\r?$|l\r?n3\r?$", fresh.exec(["sh", "-c", typed]).stdout, re.MULTILINE)
-
-
-def test_an_elastic_job_loses_a_node_and_the_accounting_says_completed(
-    submit: Callable[..., Job], fresh: Cluster, folder: Path
-) -> None:
-    (folder / "hold").touch()
-    job = submit("--nodes", "2:3", "--time", "10", script=COUNTS)
-    job.wait_steps(10)
-    fresh.mini("kill", "n3")
-    job.wait_event("round", 2)
-    (folder / "hold").unlink()
-    wait_for("the verdict", (job.run_dir / "verdict.json").exists)
-    fresh.mini("heal", "n3")  # with SlurmdTimeout=300 Slurm hears of the loss from the administrator
-    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
-    job.assert_steps_contiguous(10)
-    assert job.worlds() == [3, 2]
-    assert job.verdict()["outcome"] == "finished"
-    # Slurm keeps a record of each size of a job that lost a node: only the last has the end.
-    assert ended(fresh, job.id) == ["RESIZING|0:0", "COMPLETED|0:0"]
 
 
 def test_down_leaves_no_process_file_or_control_group() -> None:

@@ -1,0 +1,110 @@
+"""Elastic jobs on a cluster that is configured as sites do it: where its settings make a difference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import COUNTS, Cluster, Job, wait_for
+from test_drain import LISTENS
+from test_site_bed import ended
+
+Submit = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def cluster(site: Cluster) -> Cluster:
+    return site
+
+
+@pytest.fixture
+def counts(submit: Submit, folder: Path) -> Submit:
+    """Submit counts.py, which goes on until there is no file ``hold``."""
+
+    def do(*options: str) -> Job:
+        (folder / "hold").touch()
+        return submit(*options, "--time", "10", script=COUNTS)
+
+    return do
+
+
+@contextlib.contextmanager
+def delayed(cluster: Cluster, script: str, seconds: int) -> Iterator[None]:
+    """The site's ``script``, "epilog" for example, takes ``seconds``."""
+    path = cluster.state / f"site/{script}_delay"
+    path.write_text(str(seconds))
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def idle_nodes(cluster: Cluster) -> set[str]:
+    """As root sees them: users see no nodes here."""
+    shown = cluster.mini("exec", "--root", "--", "sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N")
+    return set(shown.stdout.split())
+
+
+def test_a_job_is_over_although_slurm_takes_its_lost_node_for_alive_for_minutes(counts: Submit, fresh: Cluster) -> None:
+    job = counts("--nodes", "2:3")
+    job.wait_steps(10)
+    fresh.mini("kill", "n3")
+    job.wait_event("round", 2)
+    (job.folder / "hold").unlink()
+    job.wait_event("verdict")
+    assert job.wait_state("COMPLETED", "FAILED", deadline=40) == "COMPLETED", job.output()
+    job.assert_steps_contiguous(10)
+    assert job.worlds() == [3, 2]
+    assert job.verdict()["outcome"] == "finished"
+    # Slurm keeps a record of each size of a job that lost a node: only the last has the end.
+    assert ended(fresh, job.id) == ["RESIZING|0:0", "COMPLETED|0:0"]
+
+
+def test_a_job_that_lost_its_first_node_frees_the_others_within_seconds_and_completes_when_slurm_knows(
+    counts: Submit, fresh: Cluster
+) -> None:
+    job = counts("--nodes", "2:4")
+    job.wait_steps(10)
+    fresh.mini("kill", "n1")
+    job.wait_event("take_over")
+    (job.folder / "hold").unlink()
+    job.wait_event("verdict")
+    wait_for("the nodes that work to be idle", lambda: idle_nodes(fresh) >= {"n2", "n3", "n4"}, 40)
+    assert fresh.job_field(job.id, "JobState") == "COMPLETING"
+    fresh.wait_noticed("n1")
+    job.wait_state("PENDING")
+    fresh.mini("exec", "--root", "--", "scontrol", "update", f"JobId={job.id}", "StartTime=now")
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    assert ended(fresh, job.id)[-1] == "COMPLETED|0:0"
+
+
+def test_a_job_is_soon_back_without_the_dead_node_where_users_see_no_nodes_and_the_epilog_takes_12_seconds(
+    counts: Submit, fresh: Cluster
+) -> None:
+    with delayed(fresh, "epilog", 12):
+        job = counts("--nodes", "3")
+        job.wait_steps(10)
+        fresh.mini("kill", "n3")
+        verdict, started = job.wait_event("verdict"), job.wait_event("start", 2)
+    assert started["time"] - verdict["time"] < 60, "Slurm's own delay is 121 s"
+    (job.folder / "hold").unlink()
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    assert [event["nodes"] for event in job.events("round")] == [["n1", "n2", "n3"], ["n1", "n2", "n4"]]
+    assert "the states of nodes cannot be seen" in job.output()
+
+
+def test_a_warning_that_comes_before_the_agents_is_heeded_when_they_have_come(
+    submit: Submit, fresh: Cluster, folder: Path
+) -> None:
+    script = folder / "listens.py"
+    script.write_text(LISTENS)
+    with delayed(fresh, "task_prolog", 5):
+        job = submit("--nodes", "2", "--time", "10", script=script, args=["+20"])
+        wait_for("the batch script", (job.run_dir / "script.sbatch").exists)
+        fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+        assert not job.events("start")
+        assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    outcomes = [(event["outcome"], event["cause"]) for event in job.events("verdict")]
+    assert outcomes == [("requeue", "time limit"), ("finished", "")]
