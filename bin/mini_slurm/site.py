@@ -103,9 +103,8 @@ HEALTH_CHECK = """\
 #!/bin/sh
 # Drains a node while site/sick-NODE exists, and brings it back after that.
 node=$(hostname)
-state=$(scontrol show node "$node" | grep -o 'State=[^ ]*')
-case $state in
-*DRAIN*) [ -e {state}/site/sick-"$node" ] || scontrol update NodeName="$node" State=RESUME ;;
+case $(scontrol show node "$node") in
+*"Reason=health check"*) [ -e {state}/site/sick-"$node" ] || scontrol update NodeName="$node" State=RESUME ;;
 *) [ ! -e {state}/site/sick-"$node" ] || scontrol update NodeName="$node" State=DRAIN Reason="health check: sick" ;;
 esac
 """

@@ -71,7 +71,7 @@ def test_a_job_that_lost_its_first_node_frees_the_others_within_seconds_and_comp
     job.wait_event("take_over")
     (job.folder / "hold").unlink()
     job.wait_event("verdict")
-    wait_for("the nodes that work to be idle", lambda: idle_nodes(fresh) >= {"n2", "n3", "n4"}, 40)
+    wait_for("the nodes that work to be idle", lambda: idle_nodes(fresh) >= {"n2", "n3", "n4"}, 60)
     assert fresh.job_field(job.id, "JobState") == "COMPLETING"
     fresh.wait_noticed("n1")
     job.wait_state("PENDING")
