@@ -55,7 +55,7 @@ def test_several_at_once_share_an_allocation_on_the_same_nodes_and_on_nodes_of_t
 def test_an_allocation_made_for_many_tasks_gives_each_agent_its_whole_node(
     fresh: Cluster, folder: Path, script: str
 ) -> None:
-    tasks = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem-per-cpu=100"]
+    tasks = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem-per-cpu=500"]
     command = ["salloc", "--quiet", *tasks, "env", "SRUN_CPUS_PER_TASK=1", *ALL_RANKS, script]
     done = fresh.exec(command, cwd=folder, timeout=120)
     assert ranks_output(done.stdout) == ["n1 0 2 None 2", "n2 1 2 None 2"]
