@@ -67,6 +67,8 @@ def test_in_a_batch_script_that_is_lost_with_the_head_training_ends_and_nothing_
     wait_for("training", (run_dir / "steps.jsonl").exists)
     fresh.mini("kill", "n1")
     (folder / "hold").unlink()
+    wait_for("the verdict", (run_dir / "verdict.json").exists)
+    fresh.wait_noticed("n1")
     wait_for("the end", lambda: fresh.job_field(job, "JobState") == "CANCELLED", 120)
     assert json.loads((run_dir / "verdict.json").read_text())["outcome"] == "finished"
     assert fresh.job_field(job, "Restarts") == "0"
