@@ -29,12 +29,16 @@ exec ch-run --bind "$HOME" --bind {root} --cd "$PWD" {image} -- {python} "$@"
 """
 # The machines share folders that podman wants to be a node's own, and crun 1.8 refuses control groups of both versions.
 IN_PODMAN = """\
-#!/bin/sh
+#!/bin/bash
 export XDG_RUNTIME_DIR=/dev/shm/run
 mkdir -p "$XDG_RUNTIME_DIR"
-exec podman --root /dev/shm/podman --runroot /dev/shm/podman.run --storage-driver vfs --runtime runc \\
-  run --rm --network host --uts host --env-host \\
-  -v /dev/shm:/dev/shm -v "$HOME:$HOME" -w "$PWD" -v {root}:{root} --rootfs {image} {python} "$@"
+store="--root /dev/shm/podman --runroot /dev/shm/podman.run --storage-driver vfs --runtime runc"
+podman() {{ command podman $store "$@"; }}
+trap 'podman stop --time 20 "agent-$SLURM_JOB_ID"' TERM
+podman run --rm --name "agent-$SLURM_JOB_ID" --network host --uts host --env-host \\
+  -v /dev/shm:/dev/shm -v "$HOME:$HOME" -w "$PWD" -v {root}:{root} --rootfs {image} {python} "$@" &
+wait $!
+wait $!
 """
 RUNTIMES = {
     "charliecloud": ("charliecloud-runtime", "ch-run", IN_CHARLIECLOUD),
