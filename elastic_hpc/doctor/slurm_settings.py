@@ -168,7 +168,7 @@ def _pyxis(facts: Facts) -> Finding:
         raise Unknown(facts.unknown["srun_help"])
     if "--container-image" in facts.srun_help:
         return Finding(Level.OK, "pyxis", "srun has --container-image", "--container-image works with any image")
-    means = "--container-image works only where apptainer is"
+    means = "--container-image works only where apptainer is, or for an OCI bundle where the site has an oci.conf"
     advice = "you: --container-runtime apptainer with an image IMAGE.sif"
     return Finding(Level.NOTE, "pyxis", "srun has no --container-image: the plugin is not loaded here", means, advice)
 
