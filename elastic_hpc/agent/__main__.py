@@ -3,10 +3,12 @@
 import os
 import sys
 
+from elastic_hpc.agent.log import Stderr
 from elastic_hpc.agent.main import main
 from elastic_hpc.agent.threads import within
 from elastic_hpc.errors import ElasticError
 
+sys.stderr = Stderr()
 try:
     status = main()
 except (ElasticError, OSError) as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 import logging.handlers
+import os
 import queue
 import time
 from pathlib import Path
@@ -45,6 +48,20 @@ class AgentLog:
         within(_LOG_TIMEOUT, self._listener.stop)
         for destination in self._destinations:
             destination.close(end - time.monotonic())
+
+
+class Stderr(io.TextIOBase):
+    """The agent's stderr, where what cannot be written is lost without an error: the file of the job's output may be on
+    a full disk, and no requeue must fail for that.
+    """
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            os.write(self.fileno(), text.encode(errors="replace"))
+        return len(text)
+
+    def fileno(self) -> int:
+        return 2
 
 
 class _ToListener(logging.handlers.QueueHandler):

@@ -135,12 +135,11 @@ class LogFile(Destination):
                 self._failed = True
                 if not self._complained:
                     self._complained = True
-                    print(
+                    said = (
                         f"elastic_hpc: {path}: {error.strerror}; the workers go on, and up to {_LIMIT >> 20} MiB for "
-                        "this file wait in memory",
-                        file=sys.stderr,
-                        flush=True,
                     )
+                    with contextlib.suppress(OSError):  # stderr is a file on the same full disk
+                        print(f"{said}this file wait in memory", file=sys.stderr, flush=True)
                 if self._ending.wait(_RETRY_INTERVAL):
                     return
             else:

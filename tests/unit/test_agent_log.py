@@ -28,6 +28,17 @@ log.close()
 """
 
 
+def test_an_agent_goes_on_when_its_output_file_is_on_a_full_disk() -> None:
+    script = (
+        "import runpy, sys\n"
+        "from elastic_hpc.agent import main\n"
+        "main.main = lambda: [print('some words', file=sys.stderr, flush=True), 7][1]\n"
+        "runpy.run_module('elastic_hpc.agent', run_name='__main__')\n"
+    )
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", script], stderr=full, check=False, timeout=60).returncode == 7
+
+
 class Agent:
     """Logs on ``a``; its log is read on ``b``."""
 

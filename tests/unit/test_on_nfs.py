@@ -73,6 +73,20 @@ def test_no_output_is_lost_or_doubled_when_the_quota_is_full_for_a_while(
     assert seen(two.b) == ["before", "meanwhile", "after"]
 
 
+def test_output_goes_on_where_the_agents_own_output_is_on_the_same_full_disk(
+    two: Two, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "_RETRY_INTERVAL", 0.05)
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        two.server.behave(over_quota=True)
+        node.write(0, b"meanwhile\n")
+        wait_for(lambda: node.destinations[0]._complained)  # type: ignore[union-attr]
+        two.server.behave(over_quota=False)
+        node.write(0, b"after\n")
+        wait_for(lambda: seen(two.b) == ["meanwhile", "after"])
+
+
 def test_events_are_whole_and_in_order_when_the_quota_was_full(two: Two) -> None:
     ours, theirs = RunDir(two.a), RunDir(two.b)
     append_event(ours.path, "n1", 1.0, "first", {})
