@@ -48,6 +48,17 @@ time.sleep(0 if int(os.environ["ELASTIC_HPC_ROUND"]) > 1 else 1000)
 """
 
 
+IGNORES_UNTIL_TOLD = """\
+# Heeds no signal, and finishes when there is a file.
+import signal, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with open("started", "a") as started:
+    print("started", file=started)
+while not Path("finish").exists():
+    time.sleep(0.05)
+"""
+
 HANDLES = """\
 # Has a job evaluate on its own node, and trains until its handler saves; the next run has nothing to do.
 import os, signal, subprocess, sys, time
@@ -156,19 +167,54 @@ def test_the_time_limit_brings_the_job_back_without_a_charge(submit: Submit, fre
     assert outcomes[-1][0] == "finished"
 
 
+def assert_completed_or_told(job: Job, partition: str) -> None:
+    """Slurm 24.05 and newer record PREEMPTED where preemption cancels, whatever the job did after that: why says so."""
+    state = job.wait_state("COMPLETED", "FAILED", "PREEMPTED", deadline=240)
+    assert state == "COMPLETED" or (state, partition) == ("PREEMPTED", "lowcancel"), job.output()
+    told = job.cluster.exec([TOOL, "why", job.id], cwd=job.folder).stdout
+    assert ("the training finished, but Slurm recorded PREEMPTED" in told) == (state == "PREEMPTED")
+
+
 @pytest.mark.site
-def test_a_preempted_job_saves_and_returns(submit: Submit, fresh: Cluster, folder: Path, listens: Path) -> None:
-    job = submit("--nodes", "4", "--partition", "low", script=listens, args=["+20"])
+@pytest.mark.parametrize("partition", ["low", "lowcancel"])
+def test_a_preempted_job_saves_and_returns(
+    submit: Submit, fresh: Cluster, folder: Path, listens: Path, partition: str
+) -> None:
+    job = submit("--nodes", "4", "--partition", partition, script=listens, args=["+20"])
     wait_training(job, 4)
     other = fresh.exec(
         ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=srun sleep 3"], cwd=folder
     ).stdout.strip()
     step = stopped_at(job, 1, 4)
     wait_for("the other job", lambda: fresh.job_field(other, "JobState") == "COMPLETED", 60)
-    assert job.wait_state("COMPLETED", "FAILED", deadline=240) == "COMPLETED", job.output()
     assert stopped_at(job, 2, 4) == step + 20
-    assert fresh.job_field(job.id, "Restarts") == "1"
+    assert_completed_or_told(job, partition)
+    assert [event["outcome"] for event in job.events("verdict")] == ["requeue", "finished"]
     assert job.verdict()["requeues"] == 0
+
+
+@pytest.mark.parametrize("partition", ["low", "lowcancel"])
+def test_a_job_that_finishes_in_the_grace_time_of_a_preemption_is_completed_and_trains_no_more(
+    submit: Submit, fresh: Cluster, folder: Path, partition: str
+) -> None:
+    (folder / "ignores.py").write_text(IGNORES_UNTIL_TOLD)
+    grace = ["exec", "--root", "--", "scontrol", "update", f"PartitionName={partition}"]
+    fresh.mini(*grace, "GraceTime=120")
+    try:
+        job = submit("--nodes", "2", "--partition", partition, script=folder / "ignores.py")
+        wait_for("the script", (folder / "started").exists)
+        nodes = fresh.job_field(job.id, "NodeList")
+        fresh.exec(
+            ["sbatch", "--partition=high", "--nodes=2", "--exclusive", f"--nodelist={nodes}", "--wrap=true"], cwd=folder
+        )
+        job.wait_event("request")
+        (folder / "finish").touch()
+        wait_for("the verdict", lambda: job.events("verdict"))
+        assert_completed_or_told(job, partition)
+        assert [event["outcome"] for event in job.events("verdict")] == ["finished"]
+        assert (folder / "started").read_text().split() == ["started", "started"]
+    finally:
+        fresh.mini(*grace, "GraceTime=10")
 
 
 def test_scancel_never_requeues(submit: Submit, fresh: Cluster, listens: Path) -> None:
