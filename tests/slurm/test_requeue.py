@@ -90,7 +90,7 @@ class Puppets:
         path.write_text(dedent(code))
         path.rename(self.folder / f"order.{node}")
 
-    def script_ran(self, run: int, deadline: float = 90) -> float:
+    def script_ran(self, run: int, deadline: float = 200) -> float:
         """Epoch seconds at which the batch script started for the ``run``-th time."""
         path = self.folder / f"script.{run}"
         wait_for(f"run {run} of job {self.id}", path.exists, deadline)
