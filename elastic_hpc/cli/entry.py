@@ -27,7 +27,7 @@ class _MayFail(io.TextIOBase):
             self._stream.write(text)
             self._stream.flush()
         except OSError:
-            _forget_output()
+            _forget(self._stream)
         return len(text)
 
 
@@ -48,7 +48,7 @@ def run(name: str, work: Callable[[], int], *, output_counts: bool = True) -> in
             code = _code(name, work)
         sys.stdout.flush()  # here, as a failure at the interpreter's end would show a traceback
     except BrokenPipeError:
-        _forget_output()
+        _forget(sys.stdout, sys.stderr)
         return 1
     except PermissionError as error:  # of another user's job
         tell(name, f"{error.filename}: {error.strerror}")
@@ -59,7 +59,7 @@ def run(name: str, work: Callable[[], int], *, output_counts: bool = True) -> in
             return 2
         if error.errno not in _UNWRITABLE:
             raise
-        _forget_output()
+        _forget(sys.stdout, sys.stderr)
         tell(name, f"cannot write: {error.strerror}")
         return 1
     except KeyboardInterrupt:
@@ -92,9 +92,9 @@ def _code(name: str, work: Callable[[], int]) -> int:
         return ended.code if isinstance(ended.code, int) else 0
 
 
-def _forget_output() -> None:
-    """Discard what is left in the buffers of the output and cannot be written."""
-    for stream in (sys.stdout, sys.stderr):
+def _forget(*streams: IO[str]) -> None:
+    """Discard what is left in the buffers and cannot be written: else Python would exit with 120."""
+    for stream in streams:
         try:
             stream.flush()
         except OSError:

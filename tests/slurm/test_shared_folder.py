@@ -36,6 +36,8 @@ class Shared:
         for machine in ("login", *NODES):
             self.mount(machine)
         self.work, self.there = path, folder
+        self.off = set[str]()
+        """Nodes without power."""
         cluster.exec(["cp", str(Path(__file__).with_name(SCRIPT)), str(self.work)])
 
     def mount(self, machine: str) -> None:
@@ -67,21 +69,27 @@ class Shared:
     def kill(self, *nodes: str) -> None:
         for node in nodes:
             self.cluster.mini("kill", node)
+            self.off.add(node)
 
     def requeued(self, job: Job, *lost: str) -> None:
         """Wait until the job is in the queue again, and bring the nodes back that it has lost."""
+        if self.off == {*NODES} and self.cluster.is_site:  # nobody else tells Slurm
+            self.cluster.wait_noticed(*self.off)
         wait_for("the requeue", lambda: self.cluster.job_field(job.id, "Restarts") == "1", 120)
         self.cluster.exec(["scontrol", "hold", job.id])  # until the nodes have their mounts
         for node in lost:
             self.cluster.mini("heal", node)
             self.mount(node)
+            self.off.remove(node)
         self.cluster.exec(["scontrol", "update", f"JobId={job.id}", "StartTime=now"])  # Slurm's own may be far off
         self.cluster.exec(["scontrol", "release", job.id])
 
     def finish(self, job: Job) -> None:
         self.cluster.exec(["rm", "hold"], cwd=self.data)
+        if "n1" in self.off and self.cluster.is_site:  # the job completes without its batch host
+            self.cluster.wait_noticed("n1")
         state = job.wait_state("COMPLETED", "FAILED", "CANCELLED")
-        assert state == "COMPLETED", job.output()[-3000:]
+        assert state == "COMPLETED", (self.cluster.job_field(job.id, "ExitCode"), job.output()[-3000:])
         wait_for("the verdict", lambda: job.verdict()["outcome"] == "finished", 10)
 
 

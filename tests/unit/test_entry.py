@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import records
-from test_preempted import slurm as stand_in_for_slurm
+from test_once_more import slurm as stand_in_for_slurm
 
 from elastic_hpc import __version__
 from elastic_hpc.cli.hpc import main
@@ -81,8 +81,8 @@ def test_what_becomes_of_a_job_does_not_depend_on_its_output_file(
     """That is full, or was replaced on the file server."""
     stand_in_for_slurm(tmp_path, "22.05.8", "None")
     rundir = RunDir(tmp_path / "run").create()
-    rundir.write("verdict.json", {"run": 0, "outcome": outcome, "reason": "", "failure": None})
-    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    rundir.write("verdict.json", {"run": 0, "outcome": outcome, "cause": "", "reason": "", "failure": None})
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}  # without PYTHONUNBUFFERED
     with open("/dev/full", "w") as full:
         done = called([*HPC, "conclude", str(rundir.path), "0"], stdout=full, stderr=full, env=environ)
     assert done.returncode == code
