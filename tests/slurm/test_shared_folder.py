@@ -81,7 +81,6 @@ class Shared:
             self.cluster.mini("heal", node)
             self.mount(node)
             self.off.remove(node)
-        self.cluster.exec(["scontrol", "update", f"JobId={job.id}", "StartTime=now"])  # Slurm's own may be far off
         self.cluster.exec(["scontrol", "release", job.id])
 
     def finish(self, job: Job) -> None:
