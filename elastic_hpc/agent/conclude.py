@@ -49,11 +49,10 @@ def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning
     print(f"elastic_hpc: {verdict['outcome']}: {verdict['reason']}", file=sys.stderr)
     if verdict.get("failure"):
         print(verdict["failure"]["traceback"], file=sys.stderr)
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
     if verdict["outcome"] == "requeue":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
         return 0 if rundir.acted(run_number(environ)) is not None else _requeue(rundir, environ)
     once_more.settle(rundir, environ, verdict["outcome"])
-    signal.signal(signal.SIGTERM, handler)
     return 1 if verdict["outcome"] == "failed" else 0
 
 

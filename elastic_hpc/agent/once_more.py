@@ -1,7 +1,6 @@
 """One more run of a job that is over: its batch script finds the file ``over``, with an exit code, and ends at once.
 
-Slurm starts such a run by itself after some preemptions. Agents ask for one if the batch script is lost with its node,
-or if Slurm is about to record TIMEOUT for a training that finished.
+Slurm starts such a run by itself after some preemptions. Agents ask for one if the batch script is lost with its node.
 """
 
 from __future__ import annotations
@@ -34,13 +33,10 @@ def expect(rundir: RunDir, job: str) -> None:
 
 
 def settle(rundir: RunDir, environ: Mapping[str, str], outcome: str) -> None:
-    """The job ends with ``outcome``. See to it that Slurm ends it in the same way, and only once."""
-    job = job_name(environ)
-    with contextlib.suppress(OSError, SlurmError):
-        if _comes_back(rundir, job):
+    """The job ends with ``outcome``, also if Slurm requeues it at its end."""
+    with contextlib.suppress(OSError):
+        if _comes_back(rundir, job_name(environ)):
             _mark(rundir, outcome)
-        elif outcome == "finished" and slurm.times_out(job, restart_count(environ)):
-            complete(rundir, environ, outcome)
 
 
 def complete(rundir: RunDir, environ: Mapping[str, str], outcome: str) -> None:

@@ -23,7 +23,7 @@ from elastic_hpc.slurm.job import (
     warning_reason,
 )
 from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
-from elastic_hpc.slurm.requeuing import complete, keeps_preemption, release, requeue, times_out
+from elastic_hpc.slurm.requeuing import complete, keeps_preemption, release, requeue
 from elastic_hpc.slurm.settings import Facts, Site, facts, notices_within, site
 from elastic_hpc.slurm.states import LIVES, WAITS, Queued, SlurmJob
 from elastic_hpc.slurm.steps import agent_steps, start_agent, start_step, step_environment, wait_until_alone
@@ -33,6 +33,6 @@ __all__ = [
     "LIVES", "WAITS", "Facts", "Joiner", "Queued", "Site", "SlurmJob", "agent_steps", "cancel", "change_time_limit",
     "complete", "epoch", "expand", "facts", "job_state", "joiner_script", "joiners", "keeps_preemption",
     "notices_within", "queue", "recorded_end", "release", "requeue", "resubmit", "sbatch", "show_job", "site",
-    "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script", "times_out", "usable_nodes",
+    "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script", "usable_nodes",
     "wait_until_alone", "warn", "warning_reason",
 ]  # fmt: skip

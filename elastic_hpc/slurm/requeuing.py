@@ -16,7 +16,7 @@ from datetime import timedelta
 
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
-from elastic_hpc.slurm.job import cancel, epoch, expand, show_job
+from elastic_hpc.slurm.job import cancel, expand, show_job
 from elastic_hpc.slurm.settings import has_epilog
 from elastic_hpc.slurm.states import SlurmJob
 
@@ -113,18 +113,6 @@ def keeps_preemption(job: str) -> bool:
         return bool(version and (int(version[1]), int(version[2])) >= (24, 5) and show_job(job).preempt_time)
     except SlurmError:
         return False
-
-
-def times_out(job: str, run: int) -> bool:
-    """Whether Slurm will record TIMEOUT for ``job``, though its batch script ends with exit code 0: its time limit, or
-    the grace time of its preemption, is over. False for a job that may not be requeued. Raises SlurmError.
-
-    ``run``: the caller's SLURM_RESTART_COUNT.
-    """
-    shown = show_job(job)
-    ends = epoch(shown.end_time)
-    is_late = shown.state == "RUNNING" and ends is not None and ends < time.time()
-    return shown.may_requeue and (is_late or shown.becomes(run) == "TIMEOUT")
 
 
 def _outlast(job: str, before: SlurmJob, start_after: timedelta, lost: Collection[str] = (), *, watch: bool) -> None:

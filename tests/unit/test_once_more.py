@@ -1,6 +1,4 @@
-"""A job that requeues itself, or ends, in the grace time of its preemption, or ends after its time limit: stand-ins for
-Slurm of several versions.
-"""
+"""A job that requeues itself, or ends, in the grace time of its preemption: stand-ins for Slurm of several versions."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ SCONTROL = """\
 case "$1" in
   --version) echo "slurm {version}";;
   show) cat {folder}/job;;
-  requeue) echo "$*" >>{folder}/requeued; sed -i s/Restarts=0/Restarts=1/ {folder}/job;;
+  requeue) sed -i s/Restarts=0/Restarts=1/ {folder}/job;;
 esac
 """
 
@@ -37,8 +35,8 @@ def ends(rundir: RunDir, run: int, outcome: str) -> int:
     return conclude.conclude(rundir, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(run)}, 0)
 
 
-def slurm(folder: Path, version: str, preempted: str, *, ends: str = "t1", **changes: str) -> None:
-    (folder / "job").write_text(JOB.format(**{**RUNNING, **changes, "preempted": preempted}).replace("t1", ends))
+def slurm(folder: Path, version: str, preempted: str) -> None:
+    (folder / "job").write_text(JOB.format(**{**RUNNING, "preempted": preempted}))
     (folder / "scontrol").write_text(SCONTROL.format(version=version, folder=folder))
     (folder / "scontrol").chmod(0o755)
 
@@ -93,34 +91,3 @@ def test_why_says_what_slurm_calls_the_end_of_a_job_whose_preemption_cancels(
     told = capsys.readouterr().out
     assert "COMPLETED" in told
     assert "the training finished, but Slurm recorded PREEMPTED" in told
-
-
-LATE, EARLY = "2026-01-01T00:00:00", "2099-01-01T00:00:00"
-
-
-@pytest.mark.parametrize(
-    ("ends_at", "changes"), [(LATE, {}), (LATE, {"state": "COMPLETING", "reason": "TimeLimit"})], ids=["late", "ended"]
-)
-def test_a_training_that_finishes_after_the_time_limit_has_its_job_completed_by_one_more_run(
-    rundir: RunDir, tmp_path: Path, ends_at: str, changes: dict[str, str]
-) -> None:
-    slurm(tmp_path, "22.05.8", "None", ends=ends_at, **changes)
-    assert ends(rundir, 0, "finished") == 0
-    assert (rundir.path / "over").read_text() == "0"
-    assert (tmp_path / "requeued").read_text().count("\n") == 1
-
-
-@pytest.mark.parametrize(("outcome", "ends_at"), [("finished", EARLY), ("finished", "Unknown"), ("failed", LATE)])
-def test_no_other_end_costs_another_run(rundir: RunDir, tmp_path: Path, outcome: str, ends_at: str) -> None:
-    slurm(tmp_path, "22.05.8", "None", ends=ends_at)
-    ends(rundir, 0, outcome)
-    assert not (rundir.path / "over").exists()
-    assert not (tmp_path / "requeued").exists()
-
-
-def test_a_job_that_may_not_be_requeued_times_out(rundir: RunDir, tmp_path: Path) -> None:
-    slurm(tmp_path, "22.05.8", "None", ends=LATE)
-    (tmp_path / "job").write_text((tmp_path / "job").read_text().replace("Requeue=1", "Requeue=0"))
-    assert ends(rundir, 0, "finished") == 0
-    assert not (rundir.path / "over").exists()
-    assert not (tmp_path / "requeued").exists()
