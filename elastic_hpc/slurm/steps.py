@@ -9,6 +9,7 @@ import os
 import random
 import re
 import select
+import signal
 import subprocess
 import threading
 import time
@@ -57,7 +58,13 @@ def start_step(
     SlurmError.
     """
     # Neither memory nor GPUs: the agents have all of them.
-    _start(job_id, node, _STEP_NAME, ["--gres=none"], command, environ, log)
+    srun = _start(job_id, node, _STEP_NAME, ["--gres=none"], command, environ, log)
+    # Slurm kills all that the caller has started when the caller's own step ends (proctrack/cgroup). The process with
+    # which srun watches over itself may then cancel the new step, so that process dies first.
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{srun.pid}/task/{srun.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+    srun.kill()
 
 
 def start_agent(
@@ -103,9 +110,9 @@ def _start(
     command: Sequence[str],
     environ: Mapping[str, str],
     log: Path,
-) -> None:
-    """Return when ``command`` is started, or raise SlurmError when it never will be. A shell on the node reports that
-    it has started, and starts ``command`` when it reads ``go``, which is sent only if the report comes in time.
+) -> subprocess.Popen[bytes]:
+    """Return srun when ``command`` is started, or raise SlurmError when it never will be. A shell on the node reports
+    that it has started, and starts ``command`` when it reads ``go``, which is sent only if the report comes in time.
     """
     shell = ["sh", "-c", _SHELL, "sh"]
     step = ["srun", f"--jobid={job_id}", f"--job-name={name}", "--overlap", "--no-kill"]
@@ -126,7 +133,7 @@ def _start(
             if _reads(process.stdout, b"started\n"):
                 os.write(process.stdin.fileno(), b"go\n")
                 threading.Thread(target=process.wait, daemon=True).start()  # no zombie while the caller lives
-                return
+                return process
             process.wait(_GIVE_UP_SECONDS)
         except TimeoutError:
             problem = f"not started in {client.SECONDS} s"
