@@ -169,7 +169,7 @@ def test_looking_for_executors_imports_little_and_cannot_fail_for_what_jobs_need
 
 
 LIGHT = {
-    *("environment", "errors", "job", "job.functions", "record", "record.folders", "record.rundir"),
+    *("environment", "errors", "job", "job.functions", "record", "record.events", "record.folders", "record.rundir"),
     *("submitit", "submitit.environment", "submitit.executors"),
 }
 
