@@ -25,7 +25,7 @@ from elastic_hpc.slurm.job import expand, show_job
 
 # Without its log file, as in a read-only run directory, the command runs nevertheless.
 _SHELL = """log=$1; shift; ( : >>"$log" ) 2>/dev/null || log=/dev/null
-echo started; read -r go && exec "$@" >>"$log" 2>&1 </dev/null"""
+echo started; read -r go && echo going && exec "$@" >>"$log" 2>&1 </dev/null"""
 _STEP_NAME = "elastic-conclude"
 _AGENT_NAME = "elastic-agent"
 # If srun's node is lost, a node's part of a step ends when its daemon has given up reaching srun, after 12 to 17
@@ -113,6 +113,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     """Return srun when ``command`` is started, or raise SlurmError when it never will be. A shell on the node reports
     that it has started, and starts ``command`` when it reads ``go``, which is sent only if the report comes in time.
+    The shell acknowledges ``go``: srun may be killed before it has passed that on.
     """
     shell = ["sh", "-c", _SHELL, "sh"]
     step = ["srun", f"--jobid={job_id}", f"--job-name={name}", "--overlap", "--no-kill"]
@@ -132,8 +133,9 @@ def _start(
         try:
             if _reads(process.stdout, b"started\n"):
                 os.write(process.stdin.fileno(), b"go\n")
-                threading.Thread(target=process.wait, daemon=True).start()  # no zombie while the caller lives
-                return process
+                if _reads(process.stdout, b"going\n"):
+                    threading.Thread(target=process.wait, daemon=True).start()  # no zombie while the caller lives
+                    return process
             process.wait(_GIVE_UP_SECONDS)
         except TimeoutError:
             problem = f"not started in {client.SECONDS} s"

@@ -264,7 +264,7 @@ def test_an_agent_is_started_though_its_log_cannot_be_written(disk: Disk, tmp_pa
     done = tmp_path / "done"
     command = ["sh", "-c", steps._SHELL, "sh", str(disk.path / "again-n3.log"), "touch", str(done)]
     shell = subprocess.run(command, input=b"go\n", capture_output=True, timeout=20, check=True)
-    assert (shell.stdout, shell.stderr, done.exists()) == (b"started\n", b"", True)
+    assert (shell.stdout, shell.stderr, done.exists()) == (b"started\ngoing\n", b"", True)
 
 
 def test_a_request_reaches_a_run_whose_leader_could_never_publish_its_address(cluster: Cluster) -> None:
