@@ -200,7 +200,7 @@ def inject(at: Cluster, job: DigitsJob, rung: str) -> float:
         return float(at.mini("kill", head if rung == "head" else node).split()[0])
     if rung == "drain" or (rung == "requeue" and job.launcher not in OF_US):
         moment = time.time()
-        at.run(*(["scontrol", "requeue"] if rung == "requeue" else ["scancel", "--batch", "--signal=USR2"]), job.id)
+        at.run(*(["scontrol", "requeue"] if rung == "requeue" else ["scancel", "--batch", "--signal=URG"]), job.id)
         return moment
     nodes = [node, other] if rung == "requeue" else [node]
     launcher = AGENTS.get(job.launcher, TORCHRUN_MODULE)

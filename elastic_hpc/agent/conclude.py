@@ -15,6 +15,7 @@ from elastic_hpc.agent import last_words, once_more, warned
 from elastic_hpc.environment import CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.membership import strikes
+from elastic_hpc.options.sbatch import WarningSignal
 from elastic_hpc.options.values import NodeRange
 from elastic_hpc.record.events import append_event
 from elastic_hpc.record.rundir import RunDir
@@ -30,7 +31,7 @@ _LEAVE_TIME = timedelta(seconds=5)
 _DEPUTY_TIMEOUT = timedelta(minutes=10)
 
 
-def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning: str = "USR2") -> int:
+def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning: str = WarningSignal.name) -> int:
     """Act on the verdict of this run. Returns the exit code for the batch script.
 
     ``status`` is srun's exit code; it counts only where the agents left no verdict, and for a joiner, which has no

@@ -12,6 +12,7 @@ from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
+from elastic_hpc.options.sbatch import WarningSignal
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import job_name
 
@@ -53,7 +54,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
     if only in _INTERNAL:
         conclude = command("conclude", "act on a job's verdict; the last line of the batch script")
         conclude.add_argument("status", type=int, help="exit code of srun")
-        conclude.add_argument("--signal", metavar="NAME", default="USR2", help="the warning signal (default: USR2)")
+        conclude.add_argument("--signal", metavar="NAME", default=WarningSignal.name, help="the warning signal")
         alone = command("conclude-alone", "act on a verdict where the batch script was lost; an agent calls")
         alone.add_argument("outcome", help="finished, failed or requeue")
         alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")

@@ -8,7 +8,15 @@ from dataclasses import replace
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.from_batch.wrappers import Launch
-from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, INSTEAD_OF_CONTAINER, SBATCH, Given, check, is_for_containers
+from elastic_hpc.options.sbatch import (
+    COMMAND_LINE_ONLY,
+    INSTEAD_OF_CONTAINER,
+    SBATCH,
+    Given,
+    WarningSignal,
+    check,
+    is_for_containers,
+)
 from elastic_hpc.options.values import number
 
 _TASKS = ("ntasks-per-node", "tasks-per-node", "ntasks")
@@ -105,7 +113,7 @@ class Shape:
     def _signal(self, given: Given) -> None:
         """Slurm sends the signal to the tasks. In the batch script these are the workers."""
         word, _, seconds = (given.value or "").upper().rpartition(":")[2].partition("@")
-        warning = replace(given, value=f"USR2@{seconds or 60}")
+        warning = replace(given, value=f"{WarningSignal.name}@{seconds or 60}")
         drain = f"--drain-signal={word}"
         self.notes.append(
             f"{given.source}: changed {given} to {warning} and {drain}: the agents pass the warning on to the workers"

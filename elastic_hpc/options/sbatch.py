@@ -233,7 +233,8 @@ class WarningSignal:
     before preemption.
     """
 
-    name: str = "USR2"
+    name: str = "URG"
+    """Without a handler it ends no process: Slurm may send the signal just before the batch script has its trap."""
     lead: timedelta = timedelta(seconds=120)
     before_reservations: bool = False
     """sbatch's ``R:``: the job may overlap a reservation, and gets the signal before the reservation begins."""
@@ -247,12 +248,12 @@ class WarningSignal:
             name = signal.Signals(int(name)).name.removeprefix("SIG")
         if match and f"SIG{name}" in signal.Signals.__members__ and int(match[3] or 0) <= LONGEST_LEAD:
             if name in {"TERM", "CONT", "KILL", "STOP", "INT", "CHLD"}:
-                raise UsageError(f"--signal={text}: Slurm or the shell needs SIG{name} itself; use --signal=USR2@120")
+                raise UsageError(f"--signal={text}: Slurm or the shell needs SIG{name} itself; use --signal=URG@120")
             given = timedelta(seconds=int(match[3])) if match[3] else lead or cls.lead
             return cls(name, given, "R" in (match[1] or ""))
         raise UsageError(
             f"--signal={text}: expected [B:|R:]SIGNAL[@SECONDS] with at most {LONGEST_LEAD} s, for example "
-            "--signal=USR2@120"
+            "--signal=URG@120"
         )
 
     def __str__(self) -> str:

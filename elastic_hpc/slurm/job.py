@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Literal
 
 from elastic_hpc.errors import SlurmError
+from elastic_hpc.options.sbatch import WarningSignal
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.states import LIVES, Queued, SlurmJob
 
@@ -108,7 +109,7 @@ def epoch(text: str) -> float | None:
 
 def warn(job: str) -> None:
     """Send the batch script of ``job`` its warning signal, as Slurm does before the time limit. Raises SlurmError."""
-    client.run("scancel", "--batch", "--signal=USR2", job)
+    client.run("scancel", "--batch", f"--signal={WarningSignal.name}", job)
 
 
 def warning_reason(job: str) -> Literal["preempted", "time limit"]:

@@ -63,7 +63,7 @@ def faults(stage: Stage) -> Job:
     job.wait_event("round", 3)
     stage.wait_step(job, 240)
     stage.cluster.mini("heal", "n3")
-    stage.cluster.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    stage.cluster.exec(["scancel", "--batch", "--signal=URG", job.id])
     return job
 
 

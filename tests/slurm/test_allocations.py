@@ -84,15 +84,15 @@ def test_a_batch_script_of_ones_own_passes_the_warning_on_and_the_workers_save(f
         "while not drain_requested():\n    time.sleep(0.05)\nopen('saved', 'w')\n"
     )
     batch.write_text(f"""#!/bin/bash
-#SBATCH --nodes=2 --no-kill --signal=B:USR2@60
-trap 'kill -TERM "$pid"' USR2
+#SBATCH --nodes=2 --no-kill --signal=B:URG@60
+trap 'kill -TERM "$pid"' URG
 {shlex.join([SRUN, str(listens)])} &
 pid=$!
 wait "$pid" || wait "$pid"
 """)
     job = fresh.exec(["sbatch", "--parsable", str(batch)], cwd=folder).stdout.strip()
     wait_for("training", (folder / "trains").exists)
-    fresh.exec(["scancel", "--batch", "--signal=USR2", job])
+    fresh.exec(["scancel", "--batch", "--signal=URG", job])
     wait_for("the end", lambda: fresh.job_field(job, "JobState") == "FAILED")
     (verdict,) = (folder / "elastic-logs").glob("*/verdict.json")
     assert json.loads(verdict.read_text())["reason"] == "stopped by the user; the workers saved and stopped"

@@ -118,7 +118,7 @@ def test_at_the_warning_all_ranks_save_the_same_step_and_the_job_goes_on_after_a
 ) -> None:
     job = submit("--nodes", "2:3", script=listens, args=["+20"])
     wait_training(job, 3)
-    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    fresh.exec(["scancel", "--batch", "--signal=URG", job.id])
     step = stopped_at(job, 1, 3)
     wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1", 60)
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
@@ -135,7 +135,7 @@ def test_a_script_with_a_handler_saves_at_the_warning_and_a_job_that_it_submitte
     (folder / "evaluate.sh").write_text(EVALUATE)
     job = submit("--nodes", "2", script=folder / "handles.py")
     wait_for("the evaluation", (folder / "evaluating").exists)
-    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    fresh.exec(["scancel", "--batch", "--signal=URG", job.id])
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     assert [(event["outcome"], event["restarts"]) for event in job.events("verdict")] == [
         ("requeue", 0),
@@ -153,7 +153,7 @@ def test_a_script_that_ignores_everything_is_stopped_in_time_and_requeued(
 ) -> None:
     job = submit("--nodes", "2", "--grace", "4", script=ignores)
     wait_for("its workers", lambda: "started" in job.worker_output())
-    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    fresh.exec(["scancel", "--batch", "--signal=URG", job.id])
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     first = next(event for event in job.events("verdict") if event["outcome"] == "requeue")
     assert "did not stop within 4 s (--grace)" in first["reason"]
@@ -243,7 +243,7 @@ def test_a_job_that_may_not_be_requeued_goes_on_as_another_one(submit: Submit, f
     job = submit("--nodes", "2", script=listens, args=["+20"])
     wait_training(job, 2)
     fresh.exec(["scontrol", "update", f"JobId={job.id}", "Requeue=0"])
-    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    fresh.exec(["scancel", "--batch", "--signal=URG", job.id])
     step = stopped_at(job, 1, 2)
     assert stopped_at(job, 2, 2) == step + 20
     wait_for("the end", lambda: job.verdict()["outcome"] == "finished")
@@ -254,7 +254,7 @@ def test_a_job_that_may_not_be_requeued_goes_on_as_another_one(submit: Submit, f
 def test_a_stopped_requeued_job_leaves_the_queue(submit: Submit, fresh: Cluster, listens: Path) -> None:
     job = submit("--nodes", "2", script=listens, args=["+1"])
     wait_training(job, 2)
-    fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+    fresh.exec(["scancel", "--batch", "--signal=URG", job.id])
     job.wait_state("PENDING", deadline=60)
     fresh.exec([TOOL, "stop", job.id], cwd=job.folder)
     assert job.wait_state("CANCELLED") == "CANCELLED"

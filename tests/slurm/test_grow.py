@@ -128,7 +128,7 @@ def test_neither_a_take_over_nor_a_requeue_forgets_a_joiner_that_waits_or_runs(
     job.job.wait_event("take_over")
     job.wait_all_again()
     assert list(job.joiners()) == [waiting]
-    fresh.exec(["scancel", "--batch", "--signal=USR2", job.job.id])
+    fresh.exec(["scancel", "--batch", "--signal=URG", job.job.id])
     wait_for("the requeue", lambda: fresh.job_field(job.job.id, "Restarts") == "1")
     assert waiting not in job.joiners()
     wait_for("another joiner", job.joiners, 60)
@@ -158,7 +158,7 @@ def test_a_joiner_that_is_warned_or_preempted_leaves_without_a_lost_step(
             node = f"--nodelist={fresh.job_field(joiner, 'NodeList')}"
             fresh.exec(["sbatch", "--partition=high", "--exclusive", node, "--output=/dev/null", "--wrap=sleep 600"])
         else:
-            fresh.exec(["scancel", "--batch", "--signal=USR2", joiner])
+            fresh.exec(["scancel", "--batch", "--signal=URG", joiner])
         job.wait_world(2)
         wait_for("it to be gone", lambda joiner=joiner: joiner not in job.joiners(), 40)
     job.wait_world(3)

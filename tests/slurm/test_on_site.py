@@ -103,7 +103,7 @@ def test_a_warning_that_comes_before_the_agents_is_heeded_when_they_have_come(
     with delayed(fresh, "task_prolog", 5):
         job = submit("--nodes", "2", "--time", "10", script=script, args=["+20"])
         wait_for("the batch script", (job.run_dir / "script.sbatch").exists)
-        fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+        fresh.exec(["scancel", "--batch", "--signal=URG", job.id])
         assert not job.events("start")
         assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     outcomes = [(event["outcome"], event["cause"]) for event in job.events("verdict")]

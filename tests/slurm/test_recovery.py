@@ -279,7 +279,7 @@ def test_each_task_of_an_array_has_its_own_run_and_returns_alone(counts: Submit,
     tasks = [Job(fresh, f"{array.id}_{index}", array.folder) for index in (0, 1)]
     for task in tasks:
         task.wait_steps(15)
-    fresh.exec(["scancel", "--batch", "--signal=USR2", tasks[0].id])
+    fresh.exec(["scancel", "--batch", "--signal=URG", tasks[0].id])
     for task in tasks:
         finish(task)
     assert [task.verdict()["run"] for task in tasks] == [1, 0]

@@ -69,7 +69,7 @@ def test_a_job_is_watched_and_followed_through_a_lost_node_a_requeue_and_a_slurm
         wait_for("step 120", lambda: "step 120\n" in job.worker_output())
 
         fresh.mini("heal", "n3")
-        fresh.exec(["scancel", "--batch", "--signal=USR2", job.id])
+        fresh.exec(["scancel", "--batch", "--signal=URG", job.id])
         job.wait_event("start", 2, deadline=120)
         running = json.loads(fresh.exec([TOOL, "status", "--json"], cwd=Path("/")).stdout)["jobs"]
         assert [(row["id"], row["runs"]) for row in running if row["id"] == job.id] == [(job.id, 2)]

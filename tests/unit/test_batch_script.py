@@ -216,7 +216,7 @@ def test_sizes_in_arguments_that_an_elastic_job_does_not_have_are_told() -> None
         ("#SBATCH -J 'my job' --comment=\"a # b\"", "torchrun train.py",
          ["--job-name=my job", "--comment=a # b", "--nodes=1"]),
         ("#SBATCH --signal=SIGUSR1@300", "torchrun train.py",
-         ["--signal=USR2@300", "--drain-signal=SIGUSR1", "--nodes=1"]),
+         ["--signal=URG@300", "--drain-signal=SIGUSR1", "--nodes=1"]),
         ("#SBATCH --signal=B:USR1@300", "torchrun train.py", ["--signal=B:USR1@300", "--nodes=1"]),
         ("", "srun -N 3 -n 3 --gpus-per-task=2 torchrun train.py", ["--gpus-per-node=2", "--nodes=3"]),
         ("#SBATCH -n 8 --mem-per-cpu=4000", "torchrun --standalone --nproc-per-node=4 train.py",

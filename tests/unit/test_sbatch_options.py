@@ -123,7 +123,7 @@ def test_what_looks_like_an_option_of_ours_does_not_reach_slurm(word):
         (["--wrap=hostname"], "train.py"),
         (["--export=NONE"], "--export=ALL,NAME=VALUE or --env"),
         (["--export=FOO"], "--export=ALL,NAME=VALUE or --env"),
-        (["--signal=TERM@60"], "use --signal=USR2@120"),
+        (["--signal=TERM@60"], "use --signal=URG@120"),
         (["--signal=X:USR1@60"], r"\[B:\|R:\]SIGNAL"),
         (["--signal=USR1@65536"], r"at most 65535 s"),
     ],

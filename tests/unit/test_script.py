@@ -58,15 +58,16 @@ def job(node, *script_args, **changes):
     return JobSpec(**{"launch": launch, "log_dir": str(node / "logs"), "python": str(node / "python"), **changes})
 
 
-def start(node, spec, **environ):
-    """The script of ``spec`` as sbatch would start it."""
+def start(node, spec, before="", **environ):
+    """The script of ``spec`` as sbatch would start it. ``before``: what the process does until it runs the script."""
     script = node / "script"
     script.write_bytes(os.fsencode(render(spec)))
     environ = {
         "PATH": f"{node}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4",
         "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_CPUS_PER_TASK": "3", **environ,
     }  # fmt: skip
-    return subprocess.Popen(["bash", script], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    argv = ["bash", "-c", f'{before}\nexec bash "$0"', script]
+    return subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def srun_argv(node, spec, **environ):
@@ -149,7 +150,7 @@ def test_a_joiner_runs_in_the_run_directory_of_the_job_it_joins_and_leaves_the_j
     assert argv[argv.index("--run-dir") + 1] == str(run_dir)
     assert [path.name for path in run_dir.iterdir()] == ["over"]
     assert not (node / "own } logs").exists()
-    assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 0 --signal USR2\n"
+    assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 0 --signal URG\n"
 
 
 def test_a_job_that_is_over_ends_at_once_with_its_exit_code(node):
@@ -181,7 +182,7 @@ def test_setup_lines_run_as_written_before_srun(node):
     (node / "srun_does").write_text("")
 
 
-@pytest.mark.parametrize("name", ["USR2", "HUP"])
+@pytest.mark.parametrize("name", ["URG", "USR2"])
 def test_the_warning_reaches_the_agents_and_sruns_own_exit_code_survives_it(node, name):
     (node / "asked").unlink(missing_ok=True)
     (node / "srun_does").write_text(f"touch {node}/ready; sleep 1; exit 3")
@@ -212,13 +213,24 @@ def test_a_warning_that_slurm_sent_before_the_script_began_is_not_lost(node, lef
     assert ("elastic_hpc warned" in (node / "asked").read_text()) == warned
 
 
+def test_a_warning_that_comes_before_bash_has_read_the_script_neither_ends_it_nor_is_lost(node):
+    """Slurm sends it as soon as the script's process exists, when it was due during the prolog."""
+    (node / "asked").unlink(missing_ok=True)
+    (node / "ends").write_text(f"{time.time() + 50:.0f}\n")
+    name = WarningSignal().name
+    process = start(node, job(node), before=f"kill -{name} $$")
+    assert (*process.communicate(timeout=20), process.returncode) == (b"", b"", 0)
+    (node / "ends").write_text("Unknown\n")
+    assert "elastic_hpc warned" in (node / "asked").read_text()
+
+
 def test_a_warning_that_comes_as_soon_as_the_script_begins_does_not_end_it(node):
     (node / "asked").unlink(missing_ok=True)
     slow = stub(node, "install", f'touch {node}/began; sleep 0.5; exec /usr/bin/install "$@"')
     process = start(node, job(node))
     while not (node / "began").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR2)
+    process.send_signal(signal.SIGURG)
     assert (*process.communicate(timeout=20), process.returncode) == (b"", b"", 0)
     slow.unlink()
     assert "elastic_hpc warned" in (node / "asked").read_text()
@@ -231,7 +243,7 @@ def test_a_warning_that_comes_before_conclude_listens_does_not_end_the_script(no
     process = start(node, job(node, python=str(python)))
     while not (node / "ready").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR2)
+    process.send_signal(signal.SIGURG)
     assert (*process.communicate(timeout=20), process.returncode) == (b"", b"", 0)
     assert " conclude " in asked.read_text()
 
@@ -268,7 +280,7 @@ def test_the_directives_keep_the_job_elastic_and_never_count_tasks(node, templat
     directives = [line.split(" # ")[0].strip() for line in text.splitlines() if line.startswith("#SBATCH")]
     for line in ("--nodes=2-4", "--no-kill", "--requeue", "--open-mode=append", "--array=1-3%2", "--hold"):
         assert f"#SBATCH {line}" in directives
-    assert ("#SBATCH --signal=B:USR2@120" in directives) == (template == "elastic")
+    assert ("#SBATCH --signal=B:URG@120" in directives) == (template == "elastic")
     assert not any("ntasks" in line for line in directives)
     assert re.search(r"--cpus-per-task=4 +# site\.toml$", text, re.MULTILINE)
 
@@ -393,7 +405,7 @@ def test_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_conclud
     pauses = slept.read_text().split()
     assert pauses.count("2") <= 3 if left else pauses.count("2") >= 21, "40 s for agents to leave"
     assert (node / "ended").read_text() == "TERM\n", "srun may end its steps before it is killed"
-    assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 137 --signal USR2\n"
+    assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 137 --signal URG\n"
 
 
 @pytest.fixture

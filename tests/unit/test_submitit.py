@@ -308,7 +308,7 @@ def test_parameters_become_options_of_the_job(sbatch: Path) -> None:
         "--partition=gpu",
         "--reservation=tuesday",
         "--exclusive",
-        "--signal=B:USR2@60",
+        "--signal=B:URG@60",
         f"--output={sbatch}/jobs/elastic/%j.log",
     }
     script = (sbatch / "script").read_text()
