@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from elastic_hpc.record.rundir import RunDir  # noqa: E402
 from elastic_hpc.record.worker_logs import Logs, Wanted  # noqa: E402
 
 os.umask(0o022)  # what a test writes, the cluster's user reads
+signal.signal(signal.SIGINT, signal.default_int_handler)  # "pytest &" ignores SIGINT, and so would what a test starts
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 if (process := os.environ.get("PYTEST_XDIST_WORKER", "gw0")) != "gw0":
     STATE = STATE.with_name(f"{STATE.name}-{process}")
