@@ -175,7 +175,9 @@ def start_accounting(cluster: Cluster) -> None:
     cluster.inside("login", "mount", "-t", "tmpfs", "-o", "mode=0700,nosuid,nodev", "mariadb", data)
     cluster.inside("login", "mariadb-install-db", *server[:3], "--skip-test-db")
     cluster.inside("login", "sh", "-c", 'setsid "$@" >/dev/null 2>&1 &', "sh", "mariadbd", *server)
-    client = ("mariadb", "--no-defaults", f"--socket={data}/socket", "--execute=SELECT 1")
+    # slurmdbd would make the database, but its connection is of no use then with MariaDB 11.8.9's client library.
+    make = "CREATE DATABASE IF NOT EXISTS slurm; SELECT 1"
+    client = ("mariadb", "--no-defaults", f"--socket={data}/socket", f"--execute={make}")
     wait_for(cluster, "MariaDB", lambda: "1" in cluster.inside("login", *client, check=False))
     cluster.inside("login", "env", f"MYSQL_UNIX_PORT={data}/socket", "slurmdbd")
     add = ["sacctmgr", "--immediate", "--quiet", "add"]

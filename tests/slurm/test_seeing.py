@@ -120,17 +120,18 @@ def test_a_job_that_cannot_start_says_why_and_one_that_waits_is_stopped_once(
         done = fresh.exec([TOOL, command, job.id], cwd=Path("/"), check=False)
         return done.returncode, done.stdout + done.stderr
 
-    fresh.exec(["mkdir", "logs"], cwd=folder)
-    lost = submit("--nodes", "1", "--hold", "--output", "logs/%j.out")
+    fresh.exec(["mkdir", "-p", "closed/logs"], cwd=folder)
+    lost = submit("--nodes", "1", "--hold", "--output", "closed/logs/%j.out")
     held = submit("--nodes", "1", "--hold")
-    fresh.exec(["rmdir", "logs"], cwd=folder)
+    fresh.exec(["rmdir", "closed/logs"], cwd=folder)
+    fresh.exec(["chmod", "a-w", "closed"], cwd=folder)  # elsewhere Slurm 24.11 makes the folder itself
     fresh.exec(["scontrol", "release", lost.id])
     lost.wait_state("FAILED")
-    why = f"its batch script never ran: the folder of its output is not there: {folder}/logs"
+    why = f"its batch script never ran: the folder of its output is not there: {folder}/closed/logs"
     for command, code in (("why", 0), ("logs", 1), ("timeline", 2)):
         assert (answer := call(command, lost))[0] == code
         assert why in answer[1] or command == "timeline"
-    assert f"mkdir -p {folder}/logs" in call("why", lost)[1]
+    assert f"mkdir -p {folder}/closed/logs" in call("why", lost)[1]
     assert call("stop", lost)[1].startswith(f"job {lost.id} is over already, FAILED: its batch script never ran")
 
     assert f"scontrol release {held.id}" in call("why", held)[1]
