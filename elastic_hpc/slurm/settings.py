@@ -153,9 +153,12 @@ def _raised(answer: str | SlurmError) -> str:
     return answer
 
 
+_PROGRAMS = ("Prolog", "PrologSlurmctld", "Epilog", "EpilogSlurmctld")
+
+
 def _settings(config: str) -> dict[str, str]:
     """Newer versions show a list as Prolog[0], Prolog[1], ..., and an empty one not at all: both as older ones here."""
-    found = {"Prolog": "(null)", "Epilog": "(null)"} if config else {}
+    found = dict.fromkeys(_PROGRAMS, "(null)") if config else {}
     for name, index, value in re.findall(r"^(\w+)(?:\[(\d+)\])? *= ?(.*?) *$", config, re.MULTILINE):
         found[name] = f"{found[name]},{value}" if index and index != "0" else value
     return found

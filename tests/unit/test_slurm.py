@@ -223,6 +223,7 @@ def test_a_prolog_is_read_alone_or_in_a_list(fake: Fake, shown: str, prolog: str
     fake.tell("show partition", PARTITIONS)
     config = facts(None).config
     assert (config["Prolog"], config["Epilog"]) == (prolog, epilog)
+    assert (config["PrologSlurmctld"], config["EpilogSlurmctld"]) == ("(null)", "(null)")
 
 
 def test_a_slow_slurm_does_not_hold_up_a_submission(fake: Fake):
