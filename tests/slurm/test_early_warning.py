@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, Job, wait_for
+from conftest import ON_DEMAND, Cluster, Job, wait_for
 from test_site_bed import ended, ran_at, root
 
 
@@ -17,7 +16,7 @@ def cluster(site: Cluster) -> Cluster:
     return site
 
 
-@pytest.mark.skipif("ELASTIC_HPC_ALL_FAULTS" not in os.environ, reason="takes four minutes: ELASTIC_HPC_ALL_FAULTS=1")
+@ON_DEMAND
 @pytest.mark.parametrize(("prolog_s", "grace_s"), [(40, 70), (50, 35)])
 def test_a_job_that_is_warned_while_its_prolog_runs_saves_and_returns(
     submit: Callable[..., Job], fresh: Cluster, folder: Path, prolog_s: int, grace_s: int

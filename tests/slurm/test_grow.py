@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, Job, wait_for
+from conftest import ON_DEMAND, Cluster, Job, wait_for
 
 Submit = Callable[..., Job]
 SOON = ["--grow", "--grow-every", "1", "--exclusive"]  # two joiners could share a node else
@@ -219,7 +219,7 @@ def test_an_agent_that_was_killed_comes_back_in_the_same_allocation_and_so_do_al
     job.finish()
 
 
-@pytest.mark.skipif("ELASTIC_HPC_ALL_FAULTS" not in os.environ, reason="takes minutes: ELASTIC_HPC_ALL_FAULTS=1")
+@ON_DEMAND
 def test_ten_joiners_that_come_at_once_join_in_one_round() -> None:
     cluster = Cluster(Path("/var/lib/mini-slurm-twelve"))
     cluster.mini("up", "--nodes", "12", "--cpus-per-node", "1", timeout=400)

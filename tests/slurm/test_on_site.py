@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import COUNTS, Cluster, Job, wait_for
+from conftest import COUNTS, ON_DEMAND, Cluster, Job, wait_for
 from test_drain import LISTENS
 from test_site_bed import ended
 
@@ -62,6 +62,7 @@ def test_a_job_is_over_although_slurm_takes_its_lost_node_for_alive_for_minutes(
     assert ended(fresh, job.id) == ["RESIZING|0:0", "COMPLETED|0:0"]
 
 
+@ON_DEMAND
 def test_a_job_that_lost_its_first_node_frees_the_others_within_seconds_and_completes_when_slurm_knows(
     counts: Submit, fresh: Cluster
 ) -> None:

@@ -147,7 +147,6 @@ def in_own_step(code: str) -> str:
     )
 
 
-@pytest.mark.site
 def test_a_job_is_back_within_30_seconds_when_a_node_lost_power_and_slurm_has_not_noticed(fresh: Cluster, start: Start):
     job = start("--nodes=2-4", on=("n1", "n2", "n3", "n4"))
     fresh.mini("kill", "n4")

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import COUNTS, ROOT, Cluster, Job, wait_for
+from conftest import COUNTS, ON_DEMAND, ROOT, Cluster, Job, wait_for
 
 Submit = Callable[..., Job]
-ON_DEMAND = pytest.mark.skipif("ELASTIC_HPC_ALL_FAULTS" not in os.environ, reason="on demand: ELASTIC_HPC_ALL_FAULTS=1")
 PACKAGES = ("python3", "bash", "coreutils", "dash", "libstdc++6")
 LINKS = ("bin", "sbin", "lib", "lib64")
 MOUNT_POINTS = ("dev", "proc", "sys", "tmp", "home", "root", "run/secrets", "var", "etc")

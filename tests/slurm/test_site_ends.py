@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, Job, wait_for
+from conftest import ON_DEMAND, Cluster, Job, wait_for
 from test_drain import IGNORES_UNTIL_TOLD, TOOL
 from test_site_bed import ended
 
@@ -32,6 +32,7 @@ def why(job: Job) -> str:
     return job.cluster.exec([TOOL, "why", job.id], cwd=job.folder).stdout
 
 
+@ON_DEMAND
 def test_of_a_training_that_finishes_after_the_time_limit_slurm_records_a_timeout_and_why_says_so(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import COUNTS, Cluster, Job, wait_for
+from conftest import COUNTS, ON_DEMAND, Cluster, Job, wait_for
 from test_doctor_site import doctor
 from test_site_bed import configured, ended, root
 
@@ -71,6 +71,7 @@ def test_a_job_does_not_wait_for_a_joiner_that_its_user_may_not_run(
     assert (found["level"], found["found"]) == ("warn", "MaxJobs = 1 in account research")
 
 
+@ON_DEMAND
 @pytest.mark.usefixtures("no_shrink")
 def test_where_no_job_may_shrink_the_nodes_that_work_are_free_at_its_end_all_the_same(
     submit: Submit, fresh: Cluster, folder: Path

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import _cluster
-import pytest
 import soak
-from conftest import STATE, Cluster
+from conftest import ON_DEMAND, STATE, Cluster
 
 
-@pytest.mark.skipif(not os.environ.get("ELASTIC_HPC_ALL_FAULTS"), reason="takes minutes: ELASTIC_HPC_ALL_FAULTS=1")
+@ON_DEMAND
 def test_a_job_that_meets_random_faults_completes_with_every_step_in_place(fresh: Cluster) -> None:
     report = soak.soak(_cluster.Cluster(STATE), seed=2, faults=6, deadline=120)
     assert report.problems == [], report.evidence
