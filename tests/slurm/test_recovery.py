@@ -105,20 +105,6 @@ def test_a_job_starts_with_min_nodes_when_the_others_are_busy(submit: Submit, fr
     assert job.worlds() == [2]
 
 
-def test_a_job_starts_with_the_others_when_slurm_takes_a_node_from_it_before_the_agents_start(
-    counts: Submit, fresh: Cluster, folder: Path
-) -> None:
-    """For example during a long --setup."""
-    job = counts("--nodes", "2:4", "--setup", "touch set_up; until [ -e go ]; do sleep 0.1; done")
-    wait_for("the setup", (folder / "set_up").exists)
-    fresh.mini("kill", "n4")
-    fresh.wait_noticed("n4")
-    (folder / "go").touch()
-    job.wait_steps(20)
-    finish(job)
-    assert job.worlds() == [3]
-
-
 def test_training_goes_on_from_its_checkpoint_when_a_worker_crashes_and_then_a_node_loses_power(
     submit: Submit, fresh: Cluster
 ) -> None:

@@ -45,11 +45,7 @@ def node():
     folder = Path(tempfile.mkdtemp())
     stub(folder, "srun", f"printf '%s\\0' \"$@\" > {folder}/argv; . {folder}/srun_does")
     stub(folder, "scontrol", "echo n1; echo n2")
-    stub(
-        folder, "squeue", f'case "$*" in *%D) cat {folder}/left;; *%i) cat {folder}/steps;; *) cat {folder}/ends;; esac'
-    )
-    (folder / "left").write_text("4\n")
-    (folder / "steps").write_text("7.batch\n7.0\n")
+    stub(folder, "squeue", f"cat {folder}/ends")
     (folder / "ends").write_text("Unknown\n")
     stub(folder, "python", f"shift 2; echo $* >> {folder}/asked")
     (folder / "srun_does").write_text("")
@@ -118,23 +114,6 @@ def test_srun_starts_one_agent_on_each_granted_node_and_the_first_host_is_the_en
     assert {"--no-kill", "--kill-on-bad-exit=0", "--wait=0"} <= {*argv}
     assert not any(word.startswith("--cpus-per-task") for word in argv)
     assert argv[argv.index("--rdzv-endpoint") + 1] == "n1:29400"
-
-
-def test_a_node_that_was_lost_before_the_agents_start_is_not_waited_for(node):
-    (node / "left").write_text("3\n")
-    assert {"--nodes=3", "--ntasks=3"} <= {*srun_argv(node, job(node))}
-    (node / "left").write_text("4\n")
-
-
-def test_a_node_that_is_lost_while_srun_tries_to_start_the_agents_is_not_waited_for(node):
-    """Then srun creates no step, and waits."""
-    (node / "steps").write_text("7.batch\n")
-    (node / "srun_does").write_text(
-        f'[ "$1" = --nodes=3 ] && {{ echo 7.0 > {node}/steps; exit; }}; echo 3 > {node}/left; exec sleep 60'
-    )
-    assert {"--nodes=3", "--ntasks=3"} <= {*srun_argv(node, job(node))}
-    (node / "srun_does").write_text("")
-    (node / "left").write_text("4\n")
 
 
 def test_cores_asked_for_are_restated_on_the_srun_line(node):
