@@ -32,11 +32,9 @@ _POLL = 0.5
 _MOMENT = 2.0
 """Seconds that a completion takes if nothing holds it up."""
 
-_OFTEN = 8.0
-"""Seconds in which slurmd looks each second whether the caller, its job terminated, has ended. 10 seconds after SIGTERM
-slurmd begins to look only every 10 seconds (its ``_pause_for_job_completion``)."""
-
 _SELDOM = timedelta(seconds=10)
+"""10 seconds after SIGTERM slurmd begins to look only this often whether the caller, its job terminated, has ended
+(its ``_pause_for_job_completion``)."""
 
 _EPILOG = timedelta(seconds=30)
 """Time that an epilog may take where there is no other node to watch."""
@@ -134,8 +132,7 @@ def _outlast(job: str, before: SlurmJob, start_after: timedelta, lost: Collectio
             _change(job, [_start(start_after + timedelta(seconds=put_off))])
         time.sleep(_POLL)
     if put_off:
-        unseen = _SELDOM if elapsed > _OFTEN else timedelta()
-        _change(job, [_start(start_after + timedelta(seconds=elapsed) + unseen)])
+        _change(job, [_start(start_after + timedelta(seconds=elapsed) + _SELDOM)])
 
 
 def _requeue(job: str, before: SlurmJob, run: int | None, lost: Collection[str] = ()) -> bool:
