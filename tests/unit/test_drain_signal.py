@@ -16,6 +16,7 @@ import pytest
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.values import DrainSignal
+from elastic_hpc.record.events import EventReader
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.workers.drain import DrainSignals
 from elastic_hpc.workers.proc import handles
@@ -160,7 +161,7 @@ def test_agents_that_get_sigterm_stay_for_the_verdict_though_the_script_ignores_
     verdict = json.loads((run.dir / "verdict.json").read_text())
     assert (verdict["cause"], verdict["restarts"]) == ("terminated", 0)
     assert "the workers did not stop within 2 s" in verdict["reason"]
-    assert '"lost"' not in (run.dir / "events.jsonl").read_text()
+    assert "lost" not in {event["event"] for event in EventReader(run.dir).read()}
 
 
 def test_ctrl_c_lets_a_script_save_in_its_handler(start: Callable[..., Run]) -> None:
