@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from elastic_hpc.doctor.asked import config, has, number, setting, slurm_conf
 from elastic_hpc.doctor.findings import Finding, Level
-from elastic_hpc.slurm.settings import Facts, is_none
+from elastic_hpc.slurm.settings import Facts, is_none, version
 
 _QUICK = 60
 """Seconds of SlurmdTimeout up to which a lost node is noticed soon."""
@@ -122,7 +122,5 @@ def _requeue_delay(facts: Facts) -> int:
 
 def _quicker_requeue(facts: Facts, delay: int) -> str:
     """How to shorten that delay, where Slurm can."""
-    version = re.match(r"(\d+)\.(\d+)", config(facts, "SLURM_VERSION"))
-    if delay <= _QUICK or version is None or (int(version[1]), int(version[2])) < (25, 11):
-        return ""
-    return slurm_conf("SchedulerParameters=requeue_delay=5")
+    can = version(config(facts, "SLURM_VERSION")) >= (25, 11)
+    return slurm_conf("SchedulerParameters=requeue_delay=5") if can and delay > _QUICK else ""

@@ -43,8 +43,9 @@ def run(nodes: int, log_dir: str, sbatch: Sequence[Given], tell: Callable[[str],
         rundir.make_secret()
         script = os.fsencode(render(_job(nodes, log_dir, rundir, sbatch)))
         slurm.sbatch(script, [], os.environ, lambda answer: submitted.append(answer.partition(";")[0]), tell)
-        found = _wait(submitted[0], nodes, rundir, tell)
-        return replace(found, completed_after=_end(submitted[0]))
+        found = replace(_wait(submitted[0], nodes, rundir, tell), completed_after=_end(submitted[0]))
+        submitted.clear()
+        return found
     finally:
         for job in submitted:
             _end(job)

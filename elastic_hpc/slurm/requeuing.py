@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Collection, Sequence
 from datetime import timedelta
@@ -17,7 +16,7 @@ from datetime import timedelta
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import cancel, expand, show_job
-from elastic_hpc.slurm.settings import has_epilog
+from elastic_hpc.slurm.settings import has_epilog, version
 from elastic_hpc.slurm.states import SlurmJob
 
 # slurmctld retries a change that it cannot make yet for 5 seconds, and makes it even if the client is gone by then.
@@ -107,8 +106,7 @@ def keeps_preemption(job: str) -> bool:
     the job once more. False if Slurm cannot be asked.
     """
     try:
-        version = re.search(r"(\d+)\.(\d+)", client.scontrol("--version"))
-        return bool(version and (int(version[1]), int(version[2])) >= (24, 5) and show_job(job).preempt_time)
+        return version(client.scontrol("--version")) >= (24, 5) and bool(show_job(job).preempt_time)
     except SlurmError:
         return False
 

@@ -156,6 +156,12 @@ def _raised(answer: str | SlurmError) -> str:
 _PROGRAMS = ("Prolog", "PrologSlurmctld", "Epilog", "EpilogSlurmctld")
 
 
+def version(text: str) -> tuple[int, int]:
+    """The first two numbers of Slurm's version in ``text``; zeros if there is none."""
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def _settings(config: str) -> dict[str, str]:
     """Newer versions show a list as Prolog[0], Prolog[1], ..., and an empty one not at all: both as older ones here."""
     found = dict.fromkeys(_PROGRAMS, "(null)") if config else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import marshal
 import os
@@ -253,11 +254,9 @@ class Standbys:
         taken = [standby.local_rank for standby in self._waiting]
         local_rank = next(rank for rank in range(self._count) if rank not in taken)
         moments = [moment for moment in self._moments.get(local_rank, []) if moment[0] not in self._left_out]
-        options = {"learns": self._learns, "gently": gently}
+        start = functools.partial(_Standby, self._python, self._argv, self._modules, moments)
         try:
-            self._waiting.append(
-                _Standby(self._python, self._argv, self._modules, moments, local_rank=local_rank, **options)
-            )
+            self._waiting.append(start(local_rank=local_rank, learns=self._learns, gently=gently))
         except OSError as error:
             self._give_up(f"no standby could be started: {error}")
 
