@@ -5,20 +5,24 @@ SHELL_FILES := bin/setup-venv bin/trixie .ci/run
 .PHONY: help demo test test-site test-trixie check docs clean
 
 help:
-	@echo 'make demo    train on a real Slurm of four nodes on this machine, and take the power from one'
+	@echo 'make demo    train on a real Slurm of four nodes on this machine, and cut the power of one node'
 	@echo 'make test    run all tests; those that need a real Slurm only as root'
 	@echo 'make test-site  the tests that need a real Slurm, on one that is configured as sites do it'
 	@echo 'make test-trixie  the same tests on the Slurm of Debian 13, see bin/trixie'
-	@echo 'make check   ruff, mypy, shellcheck'
+	@echo 'make check   ruff, mypy, shellcheck, and the words of help texts and documents'
 	@echo 'make docs    the reference, the man pages and the completion from the code, and the site into site/'
-	@echo 'make clean   remove .venv and what the commands above left'
+	@echo 'make clean   remove .venv, .venv-2.14 and what the commands above left'
 
+# ELASTIC_HPC_TORCH_214: another interpreter with torch 2.14 for the demo and the in-place tests, or "off"
 demo:
-	@bin/setup-venv examples
-	@$(PYTHON) bin/demo
+	@python=$${ELASTIC_HPC_TORCH_214:-.venv-2.14/bin/python}; \
+	if [ "$$python" = off ] || { [ -z "$$ELASTIC_HPC_TORCH_214" ] && ! bin/setup-venv examples 2.14.1; }; then \
+		bin/setup-venv examples && python=$(PYTHON); \
+	fi && "$$python" bin/demo $(if $(RESTART),--restart)
 
 test:
 	@bin/setup-venv
+	@[ -n "$$ELASTIC_HPC_TORCH_214" ] || bin/setup-venv live 2.14.1 || echo 'make: the in-place tests are skipped'
 	XDG_STATE_HOME="$(CURDIR)/.pytest_cache/state" $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-site:
@@ -33,11 +37,12 @@ check:
 	$(PYTHON) -m ruff check . bin/demo bin/docs
 	$(PYTHON) -m mypy
 	shellcheck $(SHELL_FILES)
+	$(PYTHON) -m pytest -q -n 0 tests/unit/test_words.py
 
 docs:
 	@bin/setup-venv docs
 	@$(PYTHON) bin/docs build
 
 clean:
-	rm -rf .venv site build dist elastic-logs digits .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-* site build dist elastic-logs digits .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -92,6 +92,8 @@ def _rss_mib() -> float:
 class Record:
     """The leader's record; only the address is written."""
 
+    warning, stalls = "", False
+
     def __init__(self, endpoint: Path, host: Host) -> None:
         self._endpoint, self._host = endpoint, host
 
@@ -104,7 +106,7 @@ class Record:
 
     def event(self, name: str, fields: dict[str, Any]) -> None: ...
 
-    def state(self, **state: int) -> None: ...
+    def state(self, **state: Any) -> None: ...
 
     def verdict(self, _verdict: dict[str, Any]) -> Future[None]:
         done: Future[None] = Future()

@@ -36,7 +36,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def wrong_steps(steps: Sequence[dict[str, Any]], checkpoint_every: int) -> list[str]:
-    """Where the training of examples/train_digits.py did not go as it must: every round goes on right after a
+    """Where the training of examples/train_digits.py did not go as it must: every round continues right after a
     checkpoint, never skips or repeats a step of its own, and writes nothing once a later round does.
     """
     wrong = [] if steps and steps[0]["step"] == 1 else ["the first step is missing"]
@@ -140,7 +140,7 @@ class Job:
         return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("slurm-*.out")))
 
     def watch(self, look: Callable[[], T | None], since: float, seconds: float) -> tuple[T | None, dict[str, Any]]:
-        """What ``look`` finds within ``seconds`` of ``since``, and what a ``Run`` says of that. It goes on looking
+        """What ``look`` finds within ``seconds`` of ``since``, and what a ``Run`` says of that. It continues looking
         until then, unless the job leaves the queue.
         """
         load, state_looked_up, outcome, answer = os.getloadavg()[0], 0.0, "stuck", None

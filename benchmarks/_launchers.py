@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from _cluster import Cluster
-from _report import BenchmarkError
+from _report import ROOT, BenchmarkError
 
+LIVE = "elastic-live"
 OURS, TORCHRUN, OWN_STORE, FT = "elastic", "torchrun", "torchrun-own-store", "ft_launcher"
 AGENT, TORCHRUN_MODULE, FT_MODULE = (
     "elastic_hpc.agent",
@@ -18,6 +20,14 @@ AGENT, TORCHRUN_MODULE, FT_MODULE = (
 )
 """Modules that run on each node, and are a word of its command line there."""
 OWN_STORE_OPTION = "--env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+
+
+def torch_214() -> Path:
+    """The interpreter with torch 2.14, which training in place takes. BenchmarkError if there is none."""
+    python = Path(os.environ.get("ELASTIC_HPC_TORCH_214") or ROOT / ".venv-2.14" / "bin" / "python")
+    if not python.exists():
+        raise BenchmarkError(f"{python} is missing: make it with  bin/setup-venv live 2.14.1, or leave out {LIVE}")
+    return python
 
 
 def launcher_template(at: Cluster, name: str, module: str, *options: str) -> str:

@@ -45,6 +45,11 @@ def processes(state: Path, node: str) -> list[Process]:
     return found
 
 
+def is_standby(line: Sequence[str]) -> bool:
+    """``line``: the command line of a process; a standby has its script's only once it is a worker."""
+    return len(line) > 2 and os.path.basename(line[2]) == "standby.py"
+
+
 def cpu_seconds(pid: int) -> float:
     """What ``pid`` has used; 0 if it is gone."""
     fields = _stat(pid)

@@ -18,6 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from elastic_hpc import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 _DEFAULT_STATE = os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-benchmarks")
 
@@ -139,7 +141,7 @@ def machine() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M %z"),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "elastic_hpc": version("elastic_hpc"),
+        "elastic_hpc": __version__,
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "load_average": os.getloadavg(),

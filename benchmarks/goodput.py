@@ -129,10 +129,10 @@ def model() -> str:
             f"  MIN is {LEAST:.0%} of the nodes for ours and torchrun with spares, else all.",
             "  Spares: one for each 256 nodes, at least one.",
             "launchers:",
-            "  elastic      goes on with fewer nodes; takes new ones in at its next start, or after a checkpoint",
+            "  elastic      continues with fewer nodes; takes new ones in at its next start, or after a checkpoint",
             "  requeue only each failure is a pass through the queue, with 121 s of Slurm's own",
             "  torchrun     a killed worker is started again (own store); a lost node is a pass through the queue",
-            "  torchrun, spares   goes on with fewer nodes after the timeout; loses the job with its first node;",
+            "  torchrun, spares   continues with fewer nodes after the timeout; loses the job with its first node;",
             "               gets no new nodes but in the queue",
             "goodput: share of the node-hours held, spares included, that went into steps that lasted",
         ]

@@ -2,7 +2,7 @@
 
 Every pass submits benchmarks/train_steps.py to a real Slurm (bin/mini-slurm), which has two nodes for it at first. Ours
 gets a third from the queue, loses an agent, gets a spare, and loses an agent again. The other launchers, which cannot
-ask Slurm for a node, are given the third by hand.
+ask Slurm for a node, are given the third by hand. In place it is benchmarks/live_steps.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from _launchers import (
     AGENT,
     FT,
     FT_MODULE,
+    LIVE,
     OURS,
     OWN_STORE,
     OWN_STORE_OPTION,
@@ -33,6 +34,7 @@ from _launchers import (
     install_ft_launcher,
     launcher_template,
     peer_name,
+    torch_214,
 )
 from _processes import start_time
 from _report import (
@@ -52,7 +54,7 @@ from _report import (
 )
 from rich.table import Table
 
-SCRIPT = str(ROOT / "benchmarks" / "train_steps.py")
+SCRIPT, LIVE_SCRIPT = (str(ROOT / "benchmarks" / name) for name in ("train_steps.py", "live_steps.py"))
 CHECKPOINT_EVERY = 100
 SMALL, LARGE = 2, 3
 """Nodes of the two worlds, with one worker each."""
@@ -62,12 +64,14 @@ PATIENCE = 90.0
 DEAF = "elastic-deaf"
 LAUNCHERS = {
     OURS: "elastic-sbatch --grow, and a script that saves and ends when it is asked to",
-    DEAF: "the same with a script that does not listen",
+    LIVE: "the same in place: the workers keep their processes, on torch 2.14",
+    DEAF: "with a script that does not listen",
     TORCHRUN: "the quickstart's command; the third node is given by hand, as to the following",
     OWN_STORE: "the same with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     FT: "NVIDIA's",
 }
-AGENTS = {OURS: AGENT, DEAF: AGENT, FT: FT_MODULE}
+OF_US = (OURS, LIVE, DEAF)
+AGENTS = {**dict.fromkeys(OF_US, AGENT), FT: FT_MODULE}
 """Word of the agents' command line, where it is not torchrun's."""
 LAST_CALL = "--rdzv-conf=last_call_timeout=3"
 """For the other launchers, which would wait 30 s before they start with two nodes of at most three. A world of three
@@ -111,19 +115,20 @@ class Growing(Job):
     def __init__(self, at: Cluster, launcher: str, options: Sequence[str]) -> None:
         """``options``: how to submit with ``launcher``."""
         self.launcher = launcher
+        self.script = LIVE_SCRIPT if launcher == LIVE else SCRIPT
         self.head, self.victim, self.third, self.fourth = at.nodes[:4]
         self.busy_before = busy()
         self._taken: dict[str, str] = {}
         folder = at.home / f"grow-{launcher}"
-        if launcher in {OURS, DEAF}:
+        if launcher in OF_US:
             self._take(at, self.third, self.fourth)
         nodes = [f"--nodes={SMALL}:{LARGE}", "--nproc-per-node=1", "--exclusive"]
         arguments = [f"--folder={folder}", f"--checkpoint-every={CHECKPOINT_EVERY}"]
         arguments += ["--listen"] if launcher == OURS else []
-        super().__init__(at, folder, folder / "steps.jsonl", *nodes, *options, SCRIPT, *arguments)
+        super().__init__(at, folder, folder / "steps.jsonl", *nodes, *options, self.script, *arguments)
 
     def submit(self, *argv: str) -> str:
-        if self.launcher in {OURS, DEAF}:
+        if self.launcher in OF_US:
             return super().submit(*argv)
         endpoint = ["--rdzv-id=grow", f"--rdzv-endpoint={self.head}:29400"]
         (self.folder / "job.sbatch").write_text(self.elastic_sbatch("--dry-run", *endpoint, *argv))
@@ -138,7 +143,7 @@ class Growing(Job):
         word = AGENTS.get(self.launcher, TORCHRUN_MODULE)
 
         def started() -> float | None:
-            return min(map(start_time, self.at.pids(self.third, word, SCRIPT)), default=None)
+            return min(map(start_time, self.at.pids(self.third, word, self.script)), default=None)
 
         return wait_for(f"an agent on {self.third}", started, PATIENCE)
 
@@ -156,7 +161,7 @@ class Growing(Job):
         self.at.run("scancel", self._taken.pop(node))
 
     def kill_agent(self) -> float:
-        (agent,) = self.at.pids(self.victim, AGENTS[self.launcher], SCRIPT)
+        (agent,) = self.at.pids(self.victim, AGENTS[self.launcher], self.script)
         moment = time.time()
         os.kill(agent, signal.SIGKILL)
         return moment
@@ -211,7 +216,7 @@ def measure(at: Cluster, launcher: str, options: Sequence[str], deadline: float,
     try:
         job.wait_until_steady(SMALL)
         yield change("grow", job.bring_third(), LARGE)
-        if launcher != OURS:
+        if launcher not in {OURS, LIVE}:
             return
         job.wait_until_steady(LARGE)
         killed = job.kill_agent()
@@ -266,7 +271,7 @@ def lines(rows: Sequence[dict[str, Any]], torch: str) -> list[dict[str, Any]]:
     for row in rows:
         if row["launcher"] == OURS or not ours:
             continue
-        peer = peer_name(row["launcher"], torch)
+        peer = "ours, in place" if row["launcher"] == LIVE else peer_name(row["launcher"], torch)
         for name, what in (("standstill", "training stands still"), ("total", "until it trains with it")):
             mine, theirs = (side[name]["median"] if side[name] else None for side in (ours, row))
             note = "" if theirs else "not within the deadline"
@@ -298,6 +303,8 @@ def how_to_submit(at: Cluster, launchers: Sequence[str]) -> dict[str, list[str]]
     if len(at.nodes) <= LARGE:
         raise BenchmarkError(f"{len(at.nodes)} nodes: expected a mini-slurm of {LARGE + 1} or more")
     options = {OURS: [*grow, "--spares=1"], DEAF: grow}
+    if LIVE in launchers:
+        options[LIVE] = [*options[OURS], f"--python={torch_214()}"]
     if {TORCHRUN, OWN_STORE} & set(launchers):
         template = launcher_template(at, TORCHRUN, TORCHRUN_MODULE, LAST_CALL)
         options |= {TORCHRUN: [template], OWN_STORE: [template, OWN_STORE_OPTION]}

@@ -1,7 +1,7 @@
 """Seconds from a fault to the first step of the new world: elastic_hpc against plain torchrun.
 
 Every run submits examples/train_digits.py to a real Slurm (bin/mini-slurm), waits until it trains on all nodes, breaks
-something, and reads from what the training wrote when it went on.
+something, and reads from what the training wrote when it continued. In place it is examples/live_digits.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from _launchers import (
     AGENT,
     FT,
     FT_MODULE,
+    LIVE,
     OURS,
     OWN_STORE,
     OWN_STORE_OPTION,
@@ -32,8 +33,9 @@ from _launchers import (
     install_ft_launcher,
     installed,
     peer_name,
+    torch_214,
 )
-from _processes import cpu_seconds
+from _processes import cpu_seconds, is_standby
 from _report import (
     ROOT,
     BenchmarkError,
@@ -51,7 +53,7 @@ from _report import (
 )
 from rich.table import Table
 
-SCRIPT = str(ROOT / "examples" / "train_digits.py")
+SCRIPT, LIVE_SCRIPT = (str(ROOT / "examples" / name) for name in ("train_digits.py", "live_digits.py"))
 CHECKPOINT_EVERY = 20
 START_DEADLINE = 240.0
 """Seconds for a job to start training; with four imports of torch on two cores it takes some 20."""
@@ -66,6 +68,7 @@ OF_US = {
     OURS: [],
     COLD: ["--preload=off"],
     FULL: ["--preload=torch,torch._dynamo,sklearn.datasets"],  # all that the example comes to import
+    LIVE: [],  # and the interpreter that torch_214 finds
 }
 LAUNCHERS = {
     **OF_US,
@@ -116,11 +119,8 @@ class Fault(Run):
     """Steps that the new world repeated."""
     warm: int | None = None
     """Workers of the new world that had been standbys."""
-
-
-def is_standby(line: Sequence[str]) -> bool:
-    """``line``: the command line of a process; a standby has its script's only once it is a worker."""
-    return len(line) > 2 and line[2].startswith("/dev/fd/")
+    kept: int | None = None
+    """Worker processes from before the fault that live when the new world has done its first step."""
 
 
 class DigitsJob(Job):
@@ -128,14 +128,22 @@ class DigitsJob(Job):
 
     def __init__(self, at: Cluster, rung: str, launcher: str) -> None:
         self.launcher = launcher
+        self.script = LIVE_SCRIPT if launcher == LIVE else SCRIPT
         folder = at.home / f"{rung}-{launcher}"
-        checkpoint = folder / "digits" / "checkpoint.pt"
+        data = folder / "digits"
         least = len(at.nodes) - 1 if rung == "requeue" else 2
         options = [f"--nodes={least}:{len(at.nodes)}", "--nproc-per-node=1", *LAUNCHERS[launcher]]
         if rung == "drain":
             options.append("--grace=10")  # the example does not listen: it trains on for as long
-        arguments = [f"--checkpoint={checkpoint}", f"--checkpoint-every={CHECKPOINT_EVERY}", "--epochs=100000"]
-        super().__init__(at, folder, checkpoint.with_name("steps.jsonl"), *options, SCRIPT, *arguments)
+        where = f"--folder={data}" if launcher == LIVE else f"--checkpoint={data / 'checkpoint.pt'}"
+        arguments = [where, f"--checkpoint-every={CHECKPOINT_EVERY}", "--epochs=100000"]
+        super().__init__(at, folder, data / "steps.jsonl", *options, self.script, *arguments)
+
+    def agents(self, node: str) -> list[int]:
+        return self.at.pids(node, AGENTS.get(self.launcher, TORCHRUN_MODULE), self.script)
+
+    def workers(self, node: str) -> list[int]:
+        return self.at.pids(node, self.script, but=[AGENTS.get(self.launcher, TORCHRUN_MODULE)])
 
     def wait_until_it_trains(self) -> None:
         """Wait for steps of a world of all nodes, a few after a checkpoint: a restart must show in the step numbers."""
@@ -147,7 +155,7 @@ class DigitsJob(Job):
             return bool(last["world_size"] == len(self.at.nodes))
 
         self.wait_for_steps(lambda: self.steps() or None, START_DEADLINE)
-        if self.launcher in {OURS, FULL}:
+        if self.launcher in {OURS, FULL, LIVE}:
             self._wait_for_standbys()
         if not self.wait_for_steps(trains, START_DEADLINE):
             raise BenchmarkError(
@@ -203,15 +211,14 @@ def inject(at: Cluster, job: DigitsJob, rung: str) -> float:
         at.run(*(["scontrol", "requeue"] if rung == "requeue" else ["scancel", "--batch", "--signal=URG"]), job.id)
         return moment
     nodes = [node, other] if rung == "requeue" else [node]
-    launcher = AGENTS.get(job.launcher, TORCHRUN_MODULE)
-    agents = [pid for name in nodes for pid in at.pids(name, launcher, SCRIPT)]
-    workers = [pid for name in nodes for pid in at.pids(name, SCRIPT, but=[launcher])]
+    agents = [pid for name in nodes for pid in job.agents(name)]
+    workers = [pid for name in nodes for pid in job.workers(name)]
     if len(workers) != len(nodes) or (len(agents) != len(nodes) and job.launcher != FT):
         raise BenchmarkError(f"{node}: expected one agent and one worker, found {len(agents)} and {len(workers)}")
     victims = workers if rung == "worker" else agents if job.launcher in OF_US else agents + workers
     moment = time.time()
     for pid in victims:
-        os.kill(pid, signal.SIGSTOP if rung == "requeue" else signal.SIGKILL)  # one that is killed is started anew
+        os.kill(pid, signal.SIGSTOP if rung == "requeue" else signal.SIGKILL)  # one that is killed is restarted
     return moment
 
 
@@ -223,9 +230,11 @@ def measure(at: Cluster, rung: str, launcher: str, bound: float, keep: Path | No
     job = DigitsJob(at, rung, launcher)
     try:
         job.wait_until_it_trains()
+        before = {pid for node in at.nodes for pid in job.workers(node)}
         moment = inject(at, job, rung)
         new_world, run = job.watch(job.first_step_of_new_world, moment, bound)
-        fault = Fault(rung=rung, launcher=launcher, busy_before=others, **run)
+        after = {pid for node in at.nodes for pid in job.workers(node)}
+        fault = Fault(rung=rung, launcher=launcher, busy_before=others, kept=len(before & after), **run)
         return _split(at, fault, job, moment, *new_world) if new_world else fault
     finally:
         job.clear(keep)
@@ -259,7 +268,7 @@ def _split(at: Cluster, run: Fault, job: DigitsJob, moment: float, step: dict[st
 
 def summarize(runs: Sequence[Fault]) -> list[dict[str, Any]]:
     """One row for each rung and launcher: counts, median, least and most of each phase, ratio to ours."""
-    rows = summary(runs, RUNGS, list(LAUNCHERS), ("recovered", "stuck", "ended"), PHASES)
+    rows = summary(runs, RUNGS, list(LAUNCHERS), ("recovered", "stuck", "ended"), (*PHASES, "steps_lost", "kept"))
     totals = {row["rung"]: row["total"]["median"] for row in rows if row["launcher"] == OURS and row["total"]}
     for row in rows:
         mine = [run for run in runs if (run.rung, run.launcher) == (row["rung"], row["launcher"])]
@@ -291,7 +300,7 @@ def lines(rows: Sequence[dict[str, Any]], where: dict[str, Any]) -> list[dict[st
         stuck = f"stuck: no step in {row['bound']:.0f} s" if row["stuck"] else "ended the job" if row["ended"] else ""
         theirs = row["total"]["median"] if row["total"] else None
         names = {name: f"ours, {' '.join(options)}" for name, options in OF_US.items()}
-        names |= {FT: f"{FT} {where.get(FT, '')}"}
+        names |= {LIVE: "ours, in place", FT: f"{FT} {where.get(FT, '')}"}
         peer = names.get(row["launcher"], peer_name(row["launcher"], where["torch"]))
         if row["launcher"] == OURS:
             shown.append(figure(what, theirs, "-", None, note=stuck))
@@ -302,6 +311,7 @@ def lines(rows: Sequence[dict[str, Any]], where: dict[str, Any]) -> list[dict[st
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     names = ("rung", "launcher", "recovered", "detection", "new round", "RUNNING", "worker start", "total", "of ours")
+    names += ("repeated", "kept")
     title = "seconds from the fault: median (least to most) of the runs that recovered"
     made = table_of(title, names, left=("rung", "launcher"))
     for column in made.columns:
@@ -323,11 +333,15 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
                 text += f"\n{row['ended']} ended the job"
         yield text.strip()
     yield f"x {row['times_ours']:.1f}" if row["times_ours"] else ""
+    for count in ("steps_lost", "kept"):
+        yield f"{row[count]['median']:g}" if row[count] else ""
 
 
 def line(run: Fault) -> str:
     """What is printed of ``run`` when it has ended."""
-    world = f", world of {run.world_size}, {run.steps_lost} steps repeated" if run.world_size else ""
+    world = ""
+    if run.world_size:
+        world = f", world of {run.world_size}, {run.steps_lost} steps repeated, {run.kept} processes kept"
     return run.text(PHASES, world + ("" if run.warm is None else f", {run.warm} standbys"))
 
 
@@ -357,6 +371,8 @@ def main() -> int:
     with kept(runs), cluster(args.state) as at:
         if FT in args.launchers:
             LAUNCHERS[FT] += install_ft_launcher(at)
+        if LIVE in args.launchers:
+            LAUNCHERS[LIVE] += [f"--python={torch_214()}"]
         where = where_it_runs(at)
         pairs = [(rung, launcher) for rung in args.rungs for launcher in args.launchers]
         plan = [pair for pair in pairs if pair[1] in THROUGH_THE_QUEUE.get(pair[0], LAUNCHERS)] * args.runs
@@ -367,7 +383,7 @@ def main() -> int:
             write_json(args.json, report(runs, where))
     if not runs:
         return 1
-    show(table(summarize(runs)), width=160)
+    show(table(summarize(runs)), width=180)
     print(origin(where, [run.busy_before for run in runs]))
     return 0
 

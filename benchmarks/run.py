@@ -1,7 +1,7 @@
 """All benchmarks in one run of under 15 minutes: one table of ours against the named peers.
 
 The parts run one after the other, those that need Slurm on one mini-slurm. A part that fails is named with its reason,
-the others go on, and the exit code is 1. Ctrl-C keeps what was measured.
+the others continue, and the exit code is 1. Ctrl-C keeps what was measured.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ import recovery
 import start
 import submit
 from _cluster import Cluster, cluster
-from _launchers import FT, OURS, OWN_STORE, install_ft_launcher
+from _launchers import FT, LIVE, OURS, OWN_STORE, install_ft_launcher, torch_214
 from _month import Recovery
 from _report import (
     ROOT,
     BenchmarkError,
     busy,
+    figure,
     machine,
     parser_with,
     positive,
@@ -45,9 +46,10 @@ PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks/run.py: begin -->", "<!-- benchmarks/run.py: end -->"
 
 RECOVERY = [
-    *(("worker", OURS, 60), ("worker", OWN_STORE, 60), ("power", OURS, 60), ("head", OURS, 60), ("worker", FULL, 60)),
-    *(("requeue", OURS, 60), ("worker", COLD, 60), ("agent", OURS, 60), ("agent", OWN_STORE, 90)),
-    *(("power", OWN_STORE, 30), ("worker", FT, 60), ("power", COLD, 60), ("head", OWN_STORE, 30)),
+    *(("worker", OURS, 60), ("worker", LIVE, 60), ("worker", OWN_STORE, 60), ("power", OURS, 60), ("power", LIVE, 60)),
+    *(("agent", OURS, 60), ("agent", LIVE, 60), ("head", OURS, 60), ("head", LIVE, 60), ("worker", FT, 60)),
+    *(("requeue", OURS, 60), ("worker", COLD, 60), ("agent", OWN_STORE, 90), ("power", OWN_STORE, 30)),
+    *(("worker", FULL, 60), ("power", COLD, 60), ("head", OWN_STORE, 30)),
 ]
 """Fault, launcher, and how long to wait for a step before it counts as stuck, in seconds; the most telling ones first.
 torchrun after a power loss waits for its process group, which is longer than this run.
@@ -60,6 +62,7 @@ PARTS = {
     "submit": "submit.py: the submission of one job, against sbatch, torchx and submitit",
     "scale": "scale.py: rounds of up to 1,024 agents, against torch's c10d rendezvous; two to three minutes",
     "recovery": "recovery.py: each fault once, as far as time is left, against torchrun and ft_launcher",
+    "cost": "live_cost.py: what training in place costs while nothing happens; a minute",
     "goodput": "goodput.py: the model of a month, with the recovery times of this run",
     "grow": "grow.py: one node more, against torchrun; two minutes more, not run by default",
 }
@@ -117,11 +120,16 @@ class Run:
 
     def _recovery(self) -> Iterator[dict[str, Any]]:
         at, runs, without = self._cluster, [], set()
-        try:
-            recovery.LAUNCHERS[FT] = install_ft_launcher(at)
-        except BenchmarkError as error:
-            without.add(FT)
-            self.failed[FT] = str(error)
+        find: dict[str, Callable[[], list[str]]] = {
+            FT: lambda: install_ft_launcher(at),
+            LIVE: lambda: [f"--python={torch_214()}"],
+        }
+        for name, options in find.items():
+            try:
+                recovery.LAUNCHERS[name] = options()
+            except BenchmarkError as error:
+                without.add(name)
+                self.failed[name] = str(error)
         where = recovery.where_it_runs(at)
         for rung, launcher, bound in RECOVERY:
             if launcher in without:
@@ -140,9 +148,23 @@ class Run:
         times = Recovery.of(measured["summary"]) if measured else Recovery()
         yield goodput.report(goodput.SIZES, seeds=20, recovery=times)
 
+    def _cost(self) -> Iterator[dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            results = Path(folder, "cost.json")
+            command = [str(torch_214()), str(ROOT / "bin" / "elastic-srun"), "--local=2", "--nproc-per-node=1"]
+            command += [f"--log-dir={folder}", str(ROOT / "benchmarks" / "live_cost.py"), f"--json={results}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if not results.exists():
+                raise BenchmarkError(f"live_cost.py: exit code {done.returncode}: {done.stderr[-500:]}")
+            found = json.loads(results.read_text())
+        step, cost = 1000 * found["step"], 1000 * found["cost"]
+        note = f"{cost / step:.1%} more, over {found['rounds']} rounds"
+        line = figure("a short step in place", step + cost, "the same without live", step, unit="ms", note=note)
+        yield found | {"table": [line]}
+
     def _grow(self) -> Iterator[dict[str, Any]]:
         runs: list[grow.Change] = []
-        launchers = [OURS, OWN_STORE]
+        launchers = [OURS, LIVE, OWN_STORE]
         options = grow.how_to_submit(self._cluster, launchers)
         for launcher in launchers:
             for run in grow.measure(self._cluster, launcher, options[launcher], 45, None):

@@ -8,9 +8,13 @@ _elastic_hpc_options() {
   "why") echo "-h --help" ;;
   "timeline") echo "-h --help --html --png" ;;
   "metrics") echo "-h --help --output --port --every --address" ;;
+  "notice") echo "-h --help --node --well" ;;
+  "plan") echo "-h --help --scaling --work --json" ;;
   "doctor") echo "-h --help --run -N --nodes -p --partition --log-dir --json --write-site" ;;
   "rehearse") echo "-h --help --nodes --nproc-per-node --acts --steps --timeout --keep --json" ;;
   "drain") echo "-h --help" ;;
+  "resize") echo "-h --help" ;;
+  "release") echo "-h --help" ;;
   "stop") echo "-h --help --after-checkpoint" ;;
   esac
 }
@@ -27,6 +31,10 @@ _elastic_hpc_value() {
   "metrics --port") echo 'other' ;;
   "metrics --every") echo 'other' ;;
   "metrics --address") echo 'other' ;;
+  "notice --node") echo 'other' ;;
+  "notice --well") echo 'other' ;;
+  "plan --scaling") echo 'words linear' ;;
+  "plan --work") echo 'other' ;;
   "doctor -N" | "doctor --nodes") echo 'other' ;;
   "doctor -p" | "doctor --partition") echo 'other' ;;
   "doctor --log-dir") echo 'folder' ;;
@@ -40,8 +48,8 @@ _elastic_hpc_value() {
   esac
 }
 
-_elastic_hpc_commands='status logs why timeline metrics doctor rehearse drain stop'
-_elastic_hpc_with_job='status logs why timeline metrics drain stop'
+_elastic_hpc_commands='status logs why timeline metrics notice plan doctor rehearse drain resize release stop'
+_elastic_hpc_with_job='status logs why timeline metrics notice drain resize release stop'
 
 # ids of jobs: of those submitted from here, and of those that elastic-hpc remembers
 _elastic_hpc_jobs() {

@@ -2,7 +2,7 @@
 
 _elastic_sbatch_options() {
   case "$1" in
-  "") echo "-N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --preload --preflight --interface --role --tee --local-ranks-filter --numa-binding --from-batch --log-dir --setup --env --python --container-image --container-mounts --container-runtime --snapshot --template -m --module --no-python --dry-run --parsable -W --wait --test-only -Q --quiet -v --verbose -h --help -V --version -A --account --acctg-freq -a --array --batch --bb --bbf -b --begin -D --chdir --cluster-constraint -M --clusters --comment --consolidate-segments -C --constraint --container --container-id --container-type --contiguous -S --core-spec --cores-per-socket --cpu-freq --cpus-per-gpu -c --cpus-per-task --deadline --delay-boot -d --dependency --distribution -e --error -x --exclude --exclusive --export --export-file --extra -B --extra-node-info --get-user-env --gid --gpu-bind --gpu-freq -G --gpus --gpus-per-node --gpus-per-socket --gres --gres-flags --hint -H --hold --ignore-pbs -i --input -J --job-name --kill-on-invalid-dep -L --licenses --mail-type --mail-user --mcs-label --mem --mem-bind --mem-per-cpu --mem-per-gpu --mem-update --mincpus --network --nice -k --no-kill -F --nodefile -w --nodelist --ntasks-per-core --ntasks-per-socket --oom-kill-step --open-mode -o --output -O --overcommit -s --oversubscribe -p --partition --power --prefer --priority --profile --propagate -q --qos --reboot --requeue --reservation --resources --resv-ports --segment --share --signal --sockets-per-node --spread-job --spread-segments --stepmgr --switches --thread-spec --threads-per-core -t --time --time-min --tmp --tres-bind --uid --usage --wait-all-nodes --wckey" ;;
+  "") echo "-N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --yield-to --yield-every --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --preload --preflight --health-dir --interface --role --tee --local-ranks-filter --numa-binding --from-batch --resume --log-dir --setup --env --python --container-image --container-mounts --container-runtime --snapshot --notify --notify-after --template -m --module --no-python --dry-run --parsable -W --wait --test-only -Q --quiet -v --verbose -h --help -V --version -A --account --acctg-freq -a --array --batch --bb --bbf -b --begin -D --chdir --cluster-constraint -M --clusters --comment --consolidate-segments -C --constraint --container --container-id --container-type --contiguous -S --core-spec --cores-per-socket --cpu-freq --cpus-per-gpu -c --cpus-per-task --deadline --delay-boot -d --dependency --distribution -e --error -x --exclude --exclusive --export --export-file --extra -B --extra-node-info --get-user-env --gid --gpu-bind --gpu-freq -G --gpus --gpus-per-node --gpus-per-socket --gres --gres-flags --hint -H --hold --ignore-pbs -i --input -J --job-name --kill-on-invalid-dep -L --licenses --mail-type --mail-user --mcs-label --mem --mem-bind --mem-per-cpu --mem-per-gpu --mem-update --mincpus --network --nice -k --no-kill -F --nodefile -w --nodelist --ntasks-per-core --ntasks-per-socket --oom-kill-step --open-mode -o --output -O --overcommit -s --oversubscribe -p --partition --power --prefer --priority --profile --propagate -q --qos --reboot --requeue --reservation --resources --resv-ports --segment --share --signal --sockets-per-node --spread-job --spread-segments --stepmgr --switches --thread-spec --threads-per-core -t --time --time-min --tmp --tres-bind --uid --usage --wait-all-nodes --wckey --grow-partition --grow-qos --grow-account --grow-constraint --grow-time" ;;
   esac
 }
 
@@ -14,6 +14,8 @@ _elastic_sbatch_value() {
   " --grow=") echo 'words on off' ;;
   " --grow-every") echo 'other' ;;
   " --free-growth=") echo 'words on off' ;;
+  " --yield-to") echo 'words pending user' ;;
+  " --yield-every") echo 'other' ;;
   " --wait-for-nodes") echo 'other' ;;
   " --nproc-per-node") echo 'words gpu cpu auto' ;;
   " --max-restarts") echo 'other' ;;
@@ -24,15 +26,17 @@ _elastic_sbatch_value() {
   " --heartbeat-timeout") echo 'other' ;;
   " --grace") echo 'other' ;;
   " --drain-signal") echo 'words off' ;;
-  " --hang-timeout") echo 'other' ;;
+  " --hang-timeout") echo 'words auto off' ;;
   " --preload") echo 'words auto off' ;;
   " --preflight") echo 'other' ;;
+  " --health-dir") echo 'folder' ;;
   " --interface") echo 'other' ;;
   " --role") echo 'other' ;;
   " --tee") echo 'words all' ;;
   " --local-ranks-filter") echo 'other' ;;
   " --numa-binding") echo 'words node socket exclusive core-complex' ;;
   " --from-batch") echo 'file' ;;
+  " --resume") echo 'other' ;;
   " --log-dir") echo 'folder' ;;
   " --setup") echo 'other' ;;
   " --env") echo 'other' ;;
@@ -41,6 +45,8 @@ _elastic_sbatch_value() {
   " --container-mounts") echo 'other' ;;
   " --container-runtime") echo 'words pyxis apptainer oci' ;;
   " --snapshot=") echo 'words on off' ;;
+  " --notify") echo 'other' ;;
+  " --notify-after") echo 'other' ;;
   " --template") echo 'file' ;;
   " -A" | " --account") echo 'other' ;;
   " --acctg-freq") echo 'other' ;;
@@ -130,6 +136,11 @@ _elastic_sbatch_value() {
   " --uid") echo 'other' ;;
   " --wait-all-nodes") echo 'other' ;;
   " --wckey") echo 'other' ;;
+  " --grow-partition") echo 'other' ;;
+  " --grow-qos") echo 'other' ;;
+  " --grow-account") echo 'other' ;;
+  " --grow-constraint") echo 'other' ;;
+  " --grow-time") echo 'other' ;;
   esac
 }
 

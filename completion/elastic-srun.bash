@@ -2,7 +2,7 @@
 
 _elastic_srun_options() {
   case "$1" in
-  "") echo "-h --help --local --standalone -w --nodelist --log-dir --run-dir -V --version -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --preload --preflight --interface --role --tee --local-ranks-filter --numa-binding -m --module --no-python" ;;
+  "") echo "-h --help --local --standalone -w --nodelist --log-dir --run-dir -V --version -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --yield-to --yield-every --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --preload --preflight --health-dir --interface --role --tee --local-ranks-filter --numa-binding -m --module --no-python" ;;
   esac
 }
 
@@ -18,6 +18,8 @@ _elastic_srun_value() {
   " --grow") echo 'words on off' ;;
   " --grow-every") echo 'other' ;;
   " --free-growth") echo 'words on off' ;;
+  " --yield-to") echo 'words pending user' ;;
+  " --yield-every") echo 'other' ;;
   " --wait-for-nodes") echo 'other' ;;
   " --nproc-per-node") echo 'words gpu cpu auto' ;;
   " --max-restarts") echo 'other' ;;
@@ -28,9 +30,10 @@ _elastic_srun_value() {
   " --heartbeat-timeout") echo 'other' ;;
   " --grace") echo 'other' ;;
   " --drain-signal") echo 'words off' ;;
-  " --hang-timeout") echo 'other' ;;
+  " --hang-timeout") echo 'words auto off' ;;
   " --preload") echo 'words auto off' ;;
   " --preflight") echo 'other' ;;
+  " --health-dir") echo 'folder' ;;
   " --interface") echo 'other' ;;
   " --role") echo 'other' ;;
   " --tee") echo 'words all' ;;

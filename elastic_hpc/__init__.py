@@ -1,7 +1,8 @@
 """Elastic PyTorch jobs on Slurm: start with MIN nodes, use up to MAX, survive the loss of nodes.
 
 Public are the names in ``__all__`` of this package, the Python way in, and of ``elastic_hpc.training``, for training
-scripts. All other modules are private: they change without notice.
+scripts, and ``LiveStrategy`` of ``elastic_hpc.training.lightning``. All other modules are private: they change without
+notice.
 """
 
 from importlib import import_module

@@ -14,7 +14,7 @@ JOIN = "ELASTIC_HPC_JOIN"
 """The run directory of another job, for which this job brings a node."""
 
 AGAIN = "ELASTIC_HPC_AGAIN"
-"""The index in the job of the node whose agent is started anew."""
+"""The index in the job of the node whose agent is restarted."""
 
 NODES = "ELASTIC_HPC_NODES"
 """The names of the job's nodes, in Slurm's order, for agents in an OCI container: up to Slurm 22.05 the variables there
@@ -22,8 +22,12 @@ are those of the batch script, the same on all nodes, and do not say which node 
 """
 
 CONTINUE, FIRST_RUN, FIRST_JOB = "ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_FIRST_RUN", "ELASTIC_HPC_FIRST_JOB"
-"""Where a job may not be requeued, another job goes on in its place, and is given the run directory of the first job,
+"""Where a job may not be requeued, another job continues in its place, and is given the run directory of the first job,
 how often that has started, and its id.
+"""
+
+SPENT = "ELASTIC_HPC_SPENT"
+"""``RESTARTS,REQUEUES`` that were charged before the job was resumed: the budgets of this submission begin after them.
 """
 
 AGENT_MARK = "ELASTIC_HPC_AGENT"
@@ -36,8 +40,14 @@ RUN_DIR, GIVEN = "ELASTIC_HPC_RUN_DIR", "ELASTIC_HPC_GIVEN"
 for every value.
 """
 
-OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, NODES, CONTINUE, FIRST_RUN, FIRST_JOB)
+NOTIFY, NOTIFY_AFTER = "ELASTIC_HPC_NOTIFY", "ELASTIC_HPC_NOTIFY_AFTER"
+"""What is to be told of the job (``agent.notify``), and after how many seconds without progress."""
+
+OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, NODES, CONTINUE, FIRST_RUN, FIRST_JOB, SPENT, NOTIFY, NOTIFY_AFTER)
 """Variables for the agents of one job. A job that is started from within that job must not have them."""
+
+LIVE = "ELASTIC_HPC_LIVE"
+"""The socket of the agent to which workers connect that can be kept for the next round (``workers.lives``)."""
 
 FENCE = "ELASTIC_HPC_FENCE"
 """The job, run and round of a worker, ``JOB.RUN.ROUND``, by which its checkpoints are fenced (``training.fences``)."""
@@ -69,7 +79,7 @@ INSTEAD = {
     "SLURM_NODE_ALIASES": "MASTER_ADDR",
 }
 """Slurm's variables that describe the agents and the granted nodes, and what workers have in their place. A worker that
-saw Slurm's variables would take itself for a task of Slurm, and spares, joiners and dead nodes for part of its world.
+saw Slurm's variables would believe that it is a task of Slurm, and count spares, joiners and dead nodes in its world.
 """
 
 FAMILIES = {
@@ -105,10 +115,12 @@ def prepare_worker_env(
     mark: str,
     *,
     run_dir: str = "",
+    live: str = "",
     interface: str | None = None,
 ) -> None:
     """Change ``environ`` into what the workers shall inherit. To be called before there are threads: C libraries may
-    read the environment at any time, for example to look up a name.
+    read the environment at any time, for example to look up a name. ``live``: the path of the socket ``LIVE``, empty if
+    the agent keeps no workers.
     """
     for name in [name for name in environ if name in OF_A_JOB or is_hidden(name)]:
         del environ[name]
@@ -121,7 +133,7 @@ def prepare_worker_env(
     }
     given = {name: value for name, value in ours.items() if name not in environ}
     listed = ";".join(f"{name}={value}" for name, value in given.items())
-    environ.update({**given, AGENT_MARK: mark, RUN_DIR: run_dir, GIVEN: listed})
+    environ.update({**given, AGENT_MARK: mark, RUN_DIR: run_dir, GIVEN: listed, **({LIVE: live} if live else {})})
 
 
 def forget_enclosing(environ: MutableMapping[str, str]) -> None:
@@ -130,7 +142,7 @@ def forget_enclosing(environ: MutableMapping[str, str]) -> None:
     """
     given = (entry.partition("=")[::2] for entry in environ.get(GIVEN, "").split(";"))
     leftover = {name for name, value in given if value in {"", environ.get(name)}}
-    for name in (*leftover, *_OF_A_ROUND[:-1], RUN_DIR, GIVEN):
+    for name in (*leftover, *_OF_A_ROUND[:-1], RUN_DIR, LIVE, GIVEN):
         environ.pop(name, None)
 
 

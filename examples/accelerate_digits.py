@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate: a small net on handwritten digits, which goes on at any world size from its last checkpoint.
+"""Hugging Face Accelerate: a small net on handwritten digits, which continues from its last checkpoint at any size.
 
 elastic-sbatch --nodes 2:4 examples/accelerate_digits.py       python examples/accelerate_digits.py
 """
@@ -31,7 +31,7 @@ net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
 
 checkpoints = Checkpoints()  # in the run directory: whole ones only, and none of a round that is over
 step = checkpoints.load(lambda path: accelerator.load_state(str(path)) or int((path / "step").read_text())) or 0
-accelerator.print(f"{accelerator.num_processes} workers, going on after step {step}", flush=True)
+accelerator.print(f"{accelerator.num_processes} workers, continuing after step {step}", flush=True)
 stop = False
 while step < args.steps and not stop:
     for batch, expected in loader:

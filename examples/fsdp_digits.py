@@ -1,4 +1,4 @@
-"""FSDP: a small net on handwritten digits, sharded over the ranks, which goes on at any world size: each checkpoint is
+"""FSDP: a small net on handwritten digits, sharded over the ranks, which continues at any size: each checkpoint is
 sharded too, and is distributed anew when it is loaded.
 
 elastic-sbatch --nodes 2:4 examples/fsdp_digits.py       torchrun --nproc-per-node 2 examples/fsdp_digits.py
@@ -47,7 +47,7 @@ def load(path: Path) -> int:
 
 step = checkpoints.load(load) or 0
 if dist.get_rank() == 0:
-    print(f"{dist.get_world_size()} workers, going on after step {step}", flush=True)
+    print(f"{dist.get_world_size()} workers, continuing after step {step}", flush=True)
 stop = False
 while step < args.steps and not stop:
     batch = torch.randperm(len(labels), generator=torch.Generator().manual_seed(step))[:96]  # the same in every world

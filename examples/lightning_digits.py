@@ -1,4 +1,4 @@
-"""Lightning: a small net on handwritten digits, which goes on at any world size from its last checkpoint.
+"""Lightning: a small net on handwritten digits, which continues at any world size from its last checkpoint.
 
 elastic-sbatch --nodes 2:4 examples/lightning_digits.py       python examples/lightning_digits.py
 """
@@ -37,7 +37,7 @@ class Elastic(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            print(f"{trainer.world_size} workers, going on after step {trainer.global_step}", flush=True)
+            print(f"{trainer.world_size} workers, continuing after step {trainer.global_step}", flush=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, _module: pl.LightningModule, outputs: Any, *_: object) -> None:
         report_progress(trainer.global_step, outputs["loss"].item())

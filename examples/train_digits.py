@@ -1,4 +1,4 @@
-"""Train a conv net on scikit-learn's handwritten digits. It may be killed at any moment and goes on at any world size.
+"""Train a conv net on scikit-learn's handwritten digits. It can be killed at any moment, and continues at any size.
 
 elastic-sbatch --nodes 2:4 examples/train_digits.py       elastic-srun --local 4 examples/train_digits.py
 torchrun --nproc-per-node 2 examples/train_digits.py      python examples/train_digits.py
@@ -48,11 +48,11 @@ layers += [nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Fla
 net = nn.Sequential(*layers).to(device)
 optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr)
 
-# Steps done and samples consumed: with the model and the optimizer that is all a world of any size needs to go on.
+# Steps done and samples consumed: with the model and the optimizer that is all a world of any size needs to continue.
 step, consumed, end = 0, 0, args.epochs * len(train)
 saved = [torch.load(args.checkpoint, map_location="cpu") if rank == 0 and args.checkpoint.exists() else None]
 if world_size > 1:
-    dist.broadcast_object_list(saved, device=device)  # one reader, so that all ranks go on from the same step
+    dist.broadcast_object_list(saved, device=device)  # one reader, so that all ranks continue from the same step
 if saved[0]:
     net.load_state_dict(saved[0]["net"])
     optimizer.load_state_dict(saved[0]["optimizer"])
@@ -62,7 +62,7 @@ if rank == 0:
     args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     record = args.checkpoint.with_name("steps.jsonl").open("a", buffering=1)
     world = {"world_size": world_size, "round": round_, "restart": restart}
-    print(f"{world_size} workers, going on after step {step}", flush=True)
+    print(f"{world_size} workers, continuing after step {step}", flush=True)
 
 while consumed < end:
     epoch, position = divmod(consumed, len(train))

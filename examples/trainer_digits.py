@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a small net on handwritten digits, which goes on at any world size from its last checkpoint.
+"""Hugging Face Trainer: a small net on handwritten digits, which continues at any world size from its last checkpoint.
 
 elastic-sbatch --nodes 2:4 examples/trainer_digits.py       python examples/trainer_digits.py
 """
@@ -31,7 +31,7 @@ class Elastic(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, _control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            print(f"{args.world_size} workers, going on after step {state.global_step}", flush=True)
+            print(f"{args.world_size} workers, continuing after step {state.global_step}", flush=True)
 
     def on_step_end(self, _args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         report_progress(state.global_step)

@@ -80,10 +80,10 @@ def parse_arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser("mini-slurm", description=DESCRIPTION, formatter_class=raw, allow_abbrev=False)
     default = os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm")
-    text = "the cluster's directory, several can be side by side (default: $MINI_SLURM_STATE or /var/lib/mini-slurm)"
+    text = "directory of the cluster; several clusters can coexist (default: $MINI_SLURM_STATE or /var/lib/mini-slurm)"
     top.add_argument("--state", type=Path, default=default, metavar="DIR", help=text)
     prefix = os.environ.get("MINI_SLURM_PREFIX", "")
-    text = "the prefix of an installed Slurm, for up (default: $MINI_SLURM_PREFIX, or the Slurm of Debian's packages)"
+    text = "for up: prefix of an installed Slurm (default: $MINI_SLURM_PREFIX, or the Slurm of Debian's packages)"
     top.add_argument("--slurm", default=prefix, metavar="PREFIX", help=text)
     subparsers = top.add_subparsers(required=True, metavar="COMMAND", dest="command_name")
     of = {}
@@ -97,18 +97,18 @@ def parse_arguments() -> argparse.Namespace:
     add = of["up"].add_argument
     add("--nodes", type=number_in(1, 64), default=4, metavar="N", help="default: 4")
     add("--cpus-per-node", type=number_in(1, 256), default=2, metavar="K", help="default: 2")
-    add("--gpus-per-node", type=number_in(0, 64), default=2, metavar="G", help="fake ones (default: 2)")
+    add("--gpus-per-node", type=number_in(0, 64), default=2, metavar="G", help="fake GPUs (default: 2)")
     add(
         "--site",
         action="store_true",
-        help="as sites configure Slurm: accounting, limits, cgroups, prologs, private data",
+        help="configure Slurm as sites do: accounting, limits, cgroups, prologs, private data",
     )
-    text = "a directory that jobs must reach although one above it is closed (repeatable; default: this checkout)"
+    text = "directory to open for jobs although a parent directory is closed (repeatable; default: this checkout)"
     add("--share", action="append", metavar="PATH", help=text)
-    of["status"].add_argument("--json", action="store_true", help="for programs; has the host pids of the nodes' inits")
+    of["status"].add_argument("--json", action="store_true", help="print JSON, with the host PIDs of the nodes' inits")
     add = of["exec"].add_argument
     add("--node", default="login", metavar="NODE", help="n1, n2, ... (default: login)")
-    add("--root", action="store_true", help="as root, who is a Slurm operator")
+    add("--root", action="store_true", help="run the command as root, who is a Slurm operator")
     text = "set a variable, or pass NAME on (repeatable)"
     add("--env", action="append", default=[], metavar="NAME=VALUE", help=text)
     add("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="-- and the command with its arguments")

@@ -51,7 +51,7 @@ def update_node(cluster: Cluster, node: str, *settings: str, check: bool = True)
 def node_states(cluster: Cluster) -> dict[str, tuple[str, int]]:
     """State in Slurm's words and start of slurmd (epoch seconds, 0 before it registers), by node.
 
-    Not from sinfo: in 22.05 that goes on showing a node that ran a job as mixed* after Slurm has set it DOWN.
+    Not from sinfo: in 22.05 that keeps showing a node that ran a job as mixed* after Slurm has set it DOWN.
     """
     text = cluster.slurm("scontrol", "--oneliner", "show", "nodes", check=False)
     nodes = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in text.splitlines()]

@@ -38,7 +38,9 @@ SlurmdParameters=config_overrides
 # Only the scheduler's own waits are short. KillWait and the lifetime of credentials keep Slurm's defaults, because
 # what an elastic job experiences (the delay of a requeue above all) depends on them.
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
-SlurmdTimeout=10
+# A ping to a dead node takes 12 s, and the answers of the other nodes of that ping count only after it: with 10 s Slurm
+# believes these dead too.
+SlurmdTimeout=20
 ReturnToService=2
 JobRequeue=1
 GresTypes=gpu

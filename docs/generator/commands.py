@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from elastic_hpc.cli import hpc, sbatch, srun
+from elastic_hpc.options.of_joiners import COMMON
 from elastic_hpc.options.sbatch import REFUSED, SBATCH
 
 _WIDTH = 116  # a line of a help text that had room for the next word ends there on purpose
@@ -116,6 +117,7 @@ def _passed(own: set[str]) -> Iterable[OptionHelp]:
         flags = tuple(flag for flag in (*letter, option.flag) if flag not in own)
         if option.flag in flags and option.name not in REFUSED:
             yield OptionHelp(flags, "VALUE" if option.value else "", "", option.value == "[=]")
+    yield from (OptionHelp((f"--{name}",), "VALUE", "") for name in COMMON)
 
 
 def _of_parser(parser: argparse.ArgumentParser, summary: str = "") -> Command:

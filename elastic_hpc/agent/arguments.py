@@ -28,15 +28,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[LaunchSpec, argparse.Name
         "elastic-srun; by hand: srun --ntasks-per-node=1 python -m elastic_hpc.agent ... -- train.py",
     )
     add_launch_options(parser)
-    parser.add_argument("--run-dir", required=True, help="the job's folder on a file system that all nodes share")
     parser.add_argument(
-        "--no-requeue", action="store_true", help="nobody acts on a requeue verdict: end the job instead"
+        "--run-dir", required=True, help="run directory of the job, on a file system that all nodes share"
     )
+    parser.add_argument("--no-requeue", action="store_true", help="end the job instead of requeueing it")
     parser.add_argument(
-        "--contained", action="store_true", help="this is a container: Slurm's commands outside are not for this agent"
+        "--contained", action="store_true", help="this agent runs in a container, without Slurm's commands"
     )
     parser.add_argument("script", help="the training script, or with -m the module")
-    parser.add_argument("script_args", nargs=argparse.REMAINDER, help="its arguments")
+    parser.add_argument("script_args", nargs=argparse.REMAINDER, help="the script's own arguments")
     args = parser.parse_args(argv)
     return LaunchSpec.from_namespace(args), args
 
@@ -59,6 +59,7 @@ def policy_of(spec: LaunchSpec, nproc: int, *, can_requeue: bool) -> Policy:
         last_call_timeout=spec.rdzv_conf.last_call_timeout.total_seconds(),
         grace=spec.grace.total_seconds(),
         can_requeue=can_requeue,
+        learns_hangs=spec.hang_timeout.learns,
     )
 
 

@@ -23,7 +23,7 @@ from elastic_hpc.agent.log import AgentLog
 from elastic_hpc.agent.threads import ThreadedReader, run_while_processes_start
 from elastic_hpc.environment import AGENT_MARK, prepare_worker_env
 from elastic_hpc.membership.leader import STOP_TIMEOUT
-from elastic_hpc.membership.promises import Promises
+from elastic_hpc.membership.promises import ROOM, Promises
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
 from elastic_hpc.network.channel import Network
@@ -32,7 +32,7 @@ from elastic_hpc.network.server import LEAVE_TIMEOUT
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
-from elastic_hpc.workers import guard
+from elastic_hpc.workers import folder, guard
 
 LEAVE = LEAVE_TIMEOUT + 20
 """Seconds that an agent takes at most to leave when the job has ended: the leader waits that long for all others."""
@@ -57,24 +57,36 @@ class Assembly:
         *,
         can_requeue: bool,
         interface: str | None = None,
+        keeps: bool = False,
     ) -> None:
         """Make this process an agent: ``os.environ`` becomes what the workers inherit, so no thread may run yet.
 
-        ``environ``: what this process was started with. ``interface``: what NCCL uses.
+        ``environ``: what this process was started with. ``interface``: what NCCL uses. ``keeps``: workers may connect
+        to the agent, which then keeps their processes for the next round.
         """
         run_while_processes_start()
+        folder.remember()
         self.spec, self.env, self.rundir, self.nproc, self.environ = spec, env, rundir, nproc, environ
         self.policy = policy_of(spec, nproc, can_requeue=can_requeue)
         token = f"{environ.get('SLURM_JOB_ID', '')}.{secrets.token_hex(8)}"
         self.mark = f"{AGENT_MARK}={token}\0".encode()
         """The entry that all workers of this agent, and no other process, have in their environment."""
-        prepare_worker_env(os.environ, env.cpus, nproc, token, run_dir=str(rundir.path), interface=interface)
+        self.local_folder = tempfile.mkdtemp(prefix="elastic-hpc-", dir=promise_file.memory_folder())
+        """Where the agent meets its workers; only its owner may use it."""
+        self.live_socket = os.path.join(self.local_folder, "live") if keeps else ""
+        prepare_worker_env(
+            os.environ,
+            env.cpus,
+            nproc,
+            token,
+            run_dir=str(rundir.path),
+            live=self.live_socket,
+            interface=interface,
+        )
         self._log = AgentLog(rundir, env)
         self._place = promise_file.PromisesKey(rundir.path, env.job, env.run, env.node)
         self._promise_file: promise_file.PromiseFile | None = None
         self._promises = Promises(votes=not env.joins)
-        self.local_folder = tempfile.mkdtemp(prefix="elastic-hpc-", dir=promise_file.memory_folder())
-        """Where the agent meets its workers; only its owner may use it."""
         self._guard = _start_guard(token, 1.5 * self.policy.heartbeat_timeout, self.local_folder)
 
     def remember(self, *, again: bool) -> bool:
@@ -83,7 +95,7 @@ class Assembly:
         """
         if self._promise_file:
             self._promise_file.remove()
-        nodes = max(self.env.nodes, self.policy.max_nodes)
+        nodes = max(self.env.nodes, self.policy.max_nodes, ROOM)
         self._promises, self._promise_file = promise_file.begin(self._place, nodes, again=again)
         return self._promises.roster is not None
 
@@ -148,7 +160,9 @@ class Assembly:
                 known.append(await reader.read())
             return known[0]
 
-        return Network(listeners, identity, secret, max(0.5, self.policy.heartbeat_timeout / 5))
+        timeout = max(0.5, self.policy.heartbeat_timeout / 5)
+        named = self.environ.get("NCCL_SOCKET_IFNAME") or self.environ.get("GLOO_SOCKET_IFNAME", "")
+        return Network(listeners, identity, secret, timeout, addresses.of_workers(named))
 
     @functools.cached_property
     def identity(self) -> str:

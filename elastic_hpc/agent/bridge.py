@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from elastic_hpc.agent.threads import ThreadedReader, on_thread
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership import follower
+from elastic_hpc.membership.hangs import NO_SIGNS, Signs
 from elastic_hpc.membership.leader import STOP_TIMEOUT
 from elastic_hpc.membership.messages import Failure, Order, Plan, State, Status
 from elastic_hpc.membership.nodes import votes
@@ -28,14 +29,20 @@ from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
 from elastic_hpc.record.endpoint import Published
 from elastic_hpc.training.progress import Progress
+from elastic_hpc.workers.ahead import Ahead
 
 log = logging.getLogger(__name__)
 
 _FILE_TIMEOUT = 0.5
 """Seconds to wait for a file of the run directory; a file system that stalls must not delay a take-over."""
 
+_LOOK_EVERY = 0.05
+"""Seconds between two looks at workers that are started ahead."""
+
 _NO_PROGRESS = {"step": -1, "step_at": 0.0, "first": -1, "first_at": 0.0, "loss": None}
-_BEFORE_A_ROUND = {"listens": False, "warm": 0, "cold": 0, "cold_why": "", **_NO_PROGRESS}
+_NOT_KEPT = {"kept": 0, "not_kept": ""}
+_BEFORE_A_ROUND: dict[str, Any] = {"listens": False, "live": False, "warm": 0, "cold": 0, "cold_why": ""}
+_BEFORE_A_ROUND |= {**_NOT_KEPT, **_NO_PROGRESS, "signs": NO_SIGNS}
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Outside(Protocol):
 
 
 class Control:
-    """Keeps this agent in touch with the leader. To the membership it is the ``Node``, on the control thread."""
+    """Keeps this agent connected to the leader. To the membership it is the ``Node``, on the control thread."""
 
     def __init__(
         self,
@@ -114,19 +121,34 @@ class Control:
         self._thread.start()
         self._started.wait()
 
-    def next_seat(self) -> Seat:
-        """Wait for a place in the next round; none of this node's workers may be alive. Raises JobEnded."""
-        with self._changed:
-            while True:
+    def next_seat(self, ahead: Ahead | None = None) -> Seat:
+        """Wait for a place in the next round; all of this node's workers must be dead, or stand still. Raises JobEnded.
+
+        ``ahead`` starts workers meanwhile, if a world of live workers runs without this node.
+        """
+        preparing = ahead is not None and ahead.lacking
+        while True:
+            with self._changed:
                 match self._step(workers=0):
                     case follower.Acknowledge(round):
-                        self._report(state="idle", round=round, failure=None, drained=False, **_BEFORE_A_ROUND)
+                        idle: dict[str, Any] = {**_BEFORE_A_ROUND, "preparing": preparing}
+                        idle["live"] = ahead is not None and ahead.waiting
+                        self._report(state="idle", round=round, failure=None, drained=False, **idle)
                     case follower.Start(round, plan) if self._addresses:
+                        self._status = replace(self._status, preparing=False)
                         return Seat(round, plan, *self._addresses)
-                self._changed.wait()
+                order = self._order
+                if preparing != self._status.preparing:
+                    self._report(preparing=preparing)
+            if ahead:
+                without = order is not None and order.stage == "run" and not order.plan
+                preparing = ahead.look(wanted=without and order is not None and order.live)
+            with self._changed:
+                if self._order is order and preparing == self._status.preparing:
+                    self._changed.wait(_LOOK_EVERY if preparing else None)
 
     def must_stop(self, round: int) -> str | None:
-        """Why the workers of ``round`` may not go on, or None if they may. Raises JobEnded."""
+        """Why the workers of ``round`` may not continue, or None if they may. Raises JobEnded."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake_fd)
         with self._changed:
@@ -148,17 +170,23 @@ class Control:
                 changes |= _BEFORE_A_ROUND
             self._report(**changes)
 
-    def report_progress(self, progress: Progress) -> None:
-        """Tell the leader how far the workers are, with the next heartbeat; at once when they begin to listen."""
+    def report_progress(self, progress: Progress, *, live: bool = False, signs: Signs = NO_SIGNS) -> None:
+        """Tell the leader how far the workers are, whether they are ``live`` (``workers.lives``), and what ``signs`` of
+        life they have given, with the next heartbeat; at once when they begin to listen, or to be live.
+        """
         with self._changed:
-            if progress.listens != self._status.listens:
-                self._report(listens=progress.listens)
-            self._status = replace(self._status, **{name: getattr(progress, name) for name in _NO_PROGRESS})
+            if (progress.listens, live) != (self._status.listens, self._status.live):
+                self._report(listens=progress.listens, live=live)
+            steps = {name: getattr(progress, name) for name in _NO_PROGRESS}
+            self._status = replace(self._status, **steps, signs=signs)
 
-    def report_start(self, *, warm: int, cold: int, why: str, standby_mb: float) -> None:
-        """Tell the leader how the workers were started (``workers.standbys.Started``), with the next heartbeat."""
+    def report_start(self, *, kept: int, not_kept: str, warm: int, cold: int, why: str, standby_mb: float) -> None:
+        """Tell the leader how the workers were started, with the next heartbeat: ``kept`` of them in the round before,
+        another one not because of ``not_kept``, the others as ``workers.standbys.Started`` says.
+        """
         with self._changed:
-            self._status = replace(self._status, warm=warm, cold=cold, cold_why=why, standby_mb=standby_mb)
+            changes: dict[str, Any] = {"kept": kept, "not_kept": not_kept, "warm": warm, "cold": cold}
+            self._status = replace(self._status, **changes, cold_why=why, standby_mb=standby_mb)
 
     def report_unfit(self, why: str) -> None:
         """Tell the leader that this node cannot take part any more."""

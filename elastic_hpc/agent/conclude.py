@@ -11,16 +11,19 @@ from datetime import timedelta
 from typing import Any
 
 from elastic_hpc import slurm
-from elastic_hpc.agent import last_words, once_more, warned
-from elastic_hpc.environment import CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
+from elastic_hpc.agent import last_words, notify, once_more, unreached, warned
+from elastic_hpc.environment import CONTINUE, FIRST_JOB, FIRST_RUN, JOIN, SPENT
 from elastic_hpc.errors import ElasticError, SlurmError
-from elastic_hpc.membership import strikes
+from elastic_hpc.membership import strikes, wishes
 from elastic_hpc.options.sbatch import WarningSignal
+from elastic_hpc.options.sbatch_lines import grows_elsewhere
+from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.values import NodeRange
 from elastic_hpc.record.events import append_event
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import AgentEnv, first_job, job_name, restart_count, run_number
+from elastic_hpc.slurm.env import AgentEnv, first_job, job_name, restart_count, run_number, spent
 from elastic_hpc.start import module_command
+from elastic_hpc.workers import folder
 
 _ALONE_TIMEOUT = timedelta(seconds=60)
 """Time for the agents' step to end when the batch host is lost. A requeue before the end takes longer."""
@@ -31,36 +34,56 @@ _LEAVE_TIME = timedelta(seconds=5)
 _DEPUTY_TIMEOUT = timedelta(minutes=10)
 
 
-def conclude(rundir: RunDir, environ: Mapping[str, str], status: int, *, warning: str = WarningSignal.name) -> int:
+def conclude(
+    rundir: RunDir,
+    environ: Mapping[str, str],
+    status: int,
+    *,
+    warning: str = WarningSignal.name,
+    max_requeues: int = LaunchSpec.max_requeues,
+) -> int:
     """Act on the verdict of this run. Returns the exit code for the batch script.
 
     ``status`` is srun's exit code; it counts only where the agents left no verdict, and for a joiner, which has no
-    verdict of its own. ``warning``: the name of the signal by which Slurm warns of the time limit. Agents that go on
-    without this srun are told of that warning.
+    verdict of its own. ``warning``: the name of the signal by which Slurm warns of the time limit. Agents that continue
+    without this srun are told of that warning. ``max_requeues``: the job's budget, for a run that srun could not start.
     """
     if JOIN in environ:
         return status
     verdict = await_verdict(rundir, run_number(environ), _pass_on(rundir, environ, warning))
     known = last_words.take(job_name(environ), run_number(environ))
-    verdict = verdict or known
+    verdict, lost = verdict or known, list[str]()
     _cancel_joiners(rundir, job_name(environ))
+    if verdict is None and status:
+        verdict, lost = unreached.judge(rundir, environ, max_requeues + spent(environ)[1])
     if verdict is None:
-        print(f"elastic_hpc: the agents left no verdict; srun ended with exit code {status}", file=sys.stderr)
+        reason = f"the agents left no verdict; srun ended with exit code {status}"
+        print(f"elastic_hpc: {reason}", file=sys.stderr)
+        _notify(rundir, environ, {"outcome": "failed", "reason": reason})
         return status or 1
     print(f"elastic_hpc: {verdict['outcome']}: {verdict['reason']}", file=sys.stderr)
     if verdict.get("failure"):
         print(verdict["failure"]["traceback"], file=sys.stderr)
     if verdict["outcome"] == "requeue":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
-        return 0 if rundir.acted(run_number(environ)) is not None else _requeue(rundir, environ)
+        code = 0 if rundir.acted(run_number(environ)) is not None else _requeue(rundir, environ, lost)
+        _notify(rundir, environ, verdict)
+        return code
     once_more.settle(rundir, environ, verdict["outcome"])
+    _notify(rundir, environ, verdict)
     return 1 if verdict["outcome"] == "failed" else 0
 
 
-def await_verdict(rundir: RunDir, run: int, heed: Callable[[], None]) -> dict[str, Any] | None:
-    """The verdict of ``run``, whose srun has ended; None without a verdict. An agent that was started anew is a job
-    step of its own, and goes on without that srun: as long as an agent leads, a verdict may follow. ``heed`` is called
-    twice a second meanwhile.
+def _notify(rundir: RunDir, environ: Mapping[str, str], verdict: Mapping[str, Any]) -> None:
+    """Tell the user how the run has ended, if that is wanted (--notify)."""
+    if problem := notify.send(notify.of_verdict(rundir, verdict), environ):
+        print(f"elastic_hpc: {problem}", file=sys.stderr)
+
+
+def await_verdict(rundir: RunDir, run: int, handle_signals: Callable[[], None]) -> dict[str, Any] | None:
+    """The verdict of ``run``, whose srun has ended; None without a verdict. An agent that was restarted is a job
+    step of its own, and continues without that srun: as long as an agent leads, a verdict may follow. Meanwhile
+    ``handle_signals`` is called twice a second.
     """
     beat, last_beat_at = 0, 0.0
     while True:
@@ -73,12 +96,12 @@ def await_verdict(rundir: RunDir, run: int, heed: Callable[[], None]) -> dict[st
         silence = float((rundir.read("spec.json") or {}).get("--heartbeat-timeout", 5))
         if time.monotonic() - last_beat_at > 3 * silence:
             return None
-        heed()
+        handle_signals()
         time.sleep(0.5)
 
 
 def _pass_on(rundir: RunDir, environ: Mapping[str, str], warning: str) -> Callable[[], None]:
-    """Handle the signal named ``warning`` from now on. Returns a function to be called again and again: it passes a
+    """Handle the signal named ``warning`` from now on. Returns a function to be called repeatedly: it passes a
     signal that was received on, until a leader has taken the warning.
     """
     received: list[int] = []
@@ -115,6 +138,7 @@ def act(
         return None if _requeue(rundir, environ, lost) == 0 else "not requeued"
     command = module_command(sys.executable, "elastic_hpc", "conclude-alone", str(rundir.path), verdict["outcome"])
     log = rundir.path / "logs" / "conclude.log"
+    folder.renew()
     try:
         slurm.start_step(environ["SLURM_JOB_ID"], env.name, command, log, environ)
     except SlurmError as error:
@@ -160,8 +184,12 @@ def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, 
     if not deputy_of:
         slurm.wait_until_alone(job, step, deadline=_time_for_slurm())
     _cancel_joiners(rundir, job)
+    verdict = {"reason": "its batch script was lost", **(rundir.read("verdict.json") or {}), "outcome": outcome}
     if outcome == "requeue":
-        return _requeue(rundir, environ)
+        code = _requeue(rundir, environ)
+        _notify(rundir, environ, verdict)
+        return code
+    _notify(rundir, environ, verdict)  # first: the job is run once more, which ends this process
     try:
         once_more.complete(rundir, environ, outcome)
     except OSError as error:  # the script would train again
@@ -203,7 +231,13 @@ def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] =
     once_more.expect(rundir, job)
     try:
         problem = slurm.requeue(
-            job, start_after=once_more.REQUEUE_DELAY, exclude=exclude, readmit=readmit, lost=lost, run=count
+            job,
+            start_after=once_more.REQUEUE_DELAY,
+            exclude=exclude,
+            readmit=readmit,
+            lost=lost,
+            run=count,
+            nodes=_nodes_to_ask_for(rundir),
         )
     except SlurmError as error:
         return _instead(rundir, environ, job, error)
@@ -223,18 +257,19 @@ def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmE
                 _cancelled(rundir, environ)
             return 1
         exports = {
-            CONTINUE: str(rundir.path), FIRST_RUN: str(run_number(environ) + 1), FIRST_JOB: first_job(environ)
+            CONTINUE: str(rundir.path), FIRST_RUN: str(run_number(environ) + 1), FIRST_JOB: first_job(environ),
+            SPENT: environ.get(SPENT, ""),
         }  # fmt: skip
         new = slurm.resubmit(job, rundir.path / "script.sbatch", environ, exports)
     except SlurmError as again:
         print(
-            f"elastic_hpc: the job cannot be requeued: {error}; nor submitted again: {again}; submit it yourself, the "
-            "training goes on from its last checkpoint",
+            f"elastic_hpc: the job cannot be requeued: {error}; nor submitted again: {again}; type: elastic-sbatch "
+            f"--resume {rundir.path}",
             file=sys.stderr,
         )
         return 1
     _mark_acted(rundir, environ, new)
-    print(f"elastic_hpc: {error}; job {new} goes on in its place, in the same run directory", file=sys.stderr)
+    print(f"elastic_hpc: {error}; job {new} continues in its place, in the same run directory", file=sys.stderr)
     return 0
 
 
@@ -246,6 +281,21 @@ def _cancelled(rundir: RunDir, environ: Mapping[str, str]) -> None:
         rundir.write("verdict.json", verdict)
 
 
+def _asks(rundir: RunDir) -> NodeRange:
+    """The nodes that Slurm is to be asked for, by the bounds that hold by now. Raises ElasticError, or ValueError."""
+    spec = LaunchSpec.of_nodes(rundir.read("spec.json") or {})
+    if bounds := wishes.saved(rundir.read("state.json")):
+        spec = spec.resized(bounds.min_nodes, bounds.max_nodes)
+    return spec.asks_slurm(grows_elsewhere=grows_elsewhere(rundir.script()))
+
+
+def _nodes_to_ask_for(rundir: RunDir) -> str:
+    """In Slurm's notation, as the job may have given nodes back, or has other bounds by now; empty if unknown."""
+    with contextlib.suppress(ElasticError, ValueError):
+        return _asks(rundir).slurm
+    return ""
+
+
 def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The nodes to exclude, and the nodes not to exclude any more. Both are empty if the record is damaged, or Slurm
     shows no nodes at all. What could not be seen is printed.
@@ -254,8 +304,7 @@ def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[st
         recorded = strikes.load([*(rundir.read("state.json") or {}).get("strikes", ()), *rundir.unfit()])
         if not recorded:
             return (), ()
-        options = rundir.read("spec.json") or {}
-        wanted = NodeRange.parse(options.get("--nodes", "1:1")).max + int(options.get("--spares", 0))
+        most = _asks(rundir).max
         usable, problem = slurm.usable_nodes(job)
         if problem:
             print(
@@ -263,7 +312,7 @@ def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[st
                 "usable; nodes that failed under this job are known from its record",
                 file=sys.stderr,
             )
-        exclude = strikes.excluded(recorded, time.time(), usable, wanted)
+        exclude = strikes.excluded(recorded, time.time(), usable, most)
         return exclude, strikes.readmitted(recorded, exclude)
     except (ElasticError, OSError, ValueError) as error:
         print(f"elastic_hpc: no node is avoided, although some may have failed: {error}", file=sys.stderr)

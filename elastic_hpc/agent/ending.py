@@ -12,6 +12,8 @@ from typing import Any
 from elastic_hpc.agent import conclude, once_more
 from elastic_hpc.agent.turns import Turns
 from elastic_hpc.errors import ElasticError, JobEnded
+from elastic_hpc.membership import wishes
+from elastic_hpc.membership.hangs import Rhythm
 from elastic_hpc.membership.leaderless import Conclude, GiveUp, KeepLooking, without_leader
 from elastic_hpc.membership.policy import Action, Policy
 from elastic_hpc.membership.roster import Roster
@@ -135,7 +137,7 @@ class Ending:
                 return JobEnded("lost", verdict["reason"])
 
     def _stay_out(self, why: str) -> None:
-        """The leader cannot be reached from this node: the job goes on without the node, and avoids it after a
+        """The leader cannot be reached from this node: the job continues without the node, and avoids it after a
         requeue.
         """
         if self._stays_out:
@@ -178,7 +180,9 @@ class Ending:
         requeues += decision.action is Action.REQUEUE
         counters = {"round": roster.round if roster else 0, "restarts": restarts, "requeues": requeues}
         recorder = self.open_recorder()
-        recorder.state(**{**counters, "round": max(counters["round"], state.get("round", 0))})
+        bounds = wishes.saved(state)
+        counted = {**counters, "round": max(counters["round"], state.get("round", 0))}
+        recorder.state(**counted, bounds=bounds, rhythm=Rhythm.of(state.get("rhythm")))
         verdict = {"outcome": outcome, "cause": decision.cause, "reason": decision.reason, "failure": None, **counters}
         verdict["actor"] = "agents"
         recorder.event("verdict", verdict)

@@ -16,10 +16,11 @@ from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
 from elastic_hpc.membership.messages import ProtocolError
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.network import addresses
-from elastic_hpc.network.channel import Link
+from elastic_hpc.network.channel import Link, knock
 from elastic_hpc.network.identity import AnotherNode, RunIsOver
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
+from elastic_hpc.workers import folder
 
 _PROBE = 0.5
 """Seconds in which a node that has power answers a connection attempt."""
@@ -47,12 +48,11 @@ def enter(env: AgentEnv, rundir: RunDir) -> AgentEnv:
 async def _answers(address: str, port: int) -> bool | None:
     """Whether a process listens on ``port``; None if the node does not answer."""
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), _PROBE)
+        await knock(address, port, _PROBE)
     except ConnectionRefusedError:
         return False
     except (OSError, asyncio.TimeoutError):
         return None
-    writer.close()
     return True
 
 
@@ -122,6 +122,9 @@ class SlurmSource:
     async def cancel(self, ids: Collection[str]) -> None:
         await on_thread(slurm.cancel, *ids)
 
+    async def give_back(self, names: Collection[str]) -> None:
+        await on_thread(slurm.give_back, self._env.job, names)
+
     def _restart(self, host: Host) -> bool:
         if host.name not in slurm.expand(slurm.show_job(self._env.job).nodes):
             return False
@@ -129,6 +132,7 @@ class SlurmSource:
         log = self._rundir.path / "logs" / f"{self._env.run}.again-{host.name}.log"
         cpus = self._environ.get("SLURM_CPUS_PER_TASK")
         environ = {**self._environ, AGAIN: str(host.node)}
+        folder.renew()
         slurm.start_agent(self._environ["SLURM_JOB_ID"], host.name, command, environ, log, cpus)
         return True
 
@@ -140,6 +144,7 @@ class SlurmSource:
             raise ElasticError(f"{script}: {error.strerror}") from error
         if JOIN.encode() not in body:
             raise ElasticError(f"{script}: expected a script that knows {JOIN}, as the built-in template does")
+        folder.renew()
         submitted = slurm.submit_joiner(
             self._env.job,
             body,

@@ -12,15 +12,21 @@ from typing import Any
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.agent.ending import Ending, published
+from elastic_hpc.agent.giving_way import GivingWay
+from elastic_hpc.agent.health import health_of
 from elastic_hpc.agent.joiners import SlurmSource
+from elastic_hpc.agent.lookout import Lookout, Outlook
 from elastic_hpc.agent.supply import Supply
+from elastic_hpc.agent.telling import Comment, StandstillAlarm
 from elastic_hpc.agent.threads import on_thread
 from elastic_hpc.errors import JobEnded, SlurmError
-from elastic_hpc.membership import strikes
+from elastic_hpc.membership import strikes, wishes
+from elastic_hpc.membership.hangs import Rhythm
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.policy import Policy, Verdict
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.yielding import Rule
 from elastic_hpc.network import addresses
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.server import LeaderServer
@@ -83,17 +89,32 @@ class Leading:
             nproc=self.nproc,
             now=time.monotonic(),
             supplied=self.supplies,
+            gives_back=self.supplies,
             host=self.host,
             promises=promises,
             **start,
         )
         if self.contained:
             log.info(
-                "Slurm's commands are not here: no agent is started anew, no node is brought, the batch script requeues"
+                "Slurm's commands are not here: no agent restarts, the job does not grow, the batch script requeues"
             )
         source = SlurmSource(self.env, self.rundir, self.environ, self.dial)
         supply = Supply(source, self.recorder.event, grow=self.policy.grow) if self.supplies else None
-        return LeaderServer(leader, self.recorder, self.open_store, self._act, supply)
+        lookout = Lookout(self._outlooks(self.recorder), self.recorder.event)
+        return LeaderServer(leader, self.recorder, self.open_store, self._act, supply, lookout)
+
+    def _outlooks(self, recorder: Recorder) -> list[Outlook]:
+        """What the leader looks at regularly."""
+        reserved = "SLURM_JOB_RESERVATION" in self.environ
+        outlooks = health_of(self.rundir.notices, self.spec.health_dir, asks=self.supplies, reserved=reserved).outlooks
+        if self.supplies:
+            outlooks.append(Comment(self.env.job).outlook)
+        if StandstillAlarm.wanted(self.environ):
+            outlooks.append(StandstillAlarm(self.rundir, self.environ).outlook)
+        if self.supplies and self.spec.yield_to:
+            rule = Rule.of(self.spec.yield_to, self.spec.yield_every.total_seconds())
+            outlooks.append(GivingWay(rule, self.env.job, recorder.event).outlook)
+        return outlooks
 
     def _recorder_or_new(self) -> Recorder:
         return self.recorder or Recorder(self.rundir, self.env.run, self.host, self.job)
@@ -101,7 +122,10 @@ class Leading:
     def _first(self, recorder: Recorder) -> dict[str, Any]:
         """The nodes and counters with which the first leader begins. Records the start of the run."""
         run = {"run": self.env.run, "job": self.env.job, "granted": self.env.nodes, "nproc_per_node": self.nproc}
-        recorder.event("start", {"version": __version__, **run, **vars(self.policy)})
+        policy = self.policy.within(self._start.get("bounds"), None)
+        limit = self.spec.hang_timeout.limit
+        given = {"hang_timeout": limit.total_seconds() if limit else None}
+        recorder.event("start", {"version": __version__, **run, **vars(policy), **given})
         names = [f"local{node}" for node in range(self.env.nodes)] if self.env.local else []
         if self.supplies:  # on a thread: nothing but the record waits for Slurm's answers
             args = (recorder, names)
@@ -126,6 +150,8 @@ class Leading:
         self._start = {
             **{name: state.get(name, 0) for name in ("round", "restarts", "requeues")},
             "strikes": strikes.live(strikes.load(state.get("strikes", ())), time.time()),
+            "bounds": wishes.saved(state),
+            "rhythm": Rhythm.of(state.get("rhythm")),
         }
         self.recorder = self._recorder_or_new()
         self.recorder.options(
@@ -135,6 +161,7 @@ class Leading:
                 "script_args": self.spec.script_args,
                 "module": self.spec.module,
                 "job": self.env.job,
+                "folder": self.environ.get("SLURM_SUBMIT_DIR", ""),
             }
         )
 

@@ -51,8 +51,8 @@ class AgentLog:
 
 
 class Stderr(io.TextIOBase):
-    """The agent's stderr, where what cannot be written is lost without an error: the file of the job's output may be on
-    a full disk, and no requeue must fail for that.
+    """The stderr of agents and of what the batch script calls. What cannot be written is lost without an error: the
+    file of the job's output may be on a full disk, and no requeue must fail for that.
     """
 
     def write(self, text: str) -> int:

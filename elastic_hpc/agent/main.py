@@ -32,10 +32,10 @@ from elastic_hpc.agent.threads import start, within
 from elastic_hpc.environment import forget_enclosing
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.leader import STOP_TIMEOUT
+from elastic_hpc.membership.nodes import BATCH_HOST
 from elastic_hpc.network import addresses
-from elastic_hpc.network.server import BATCH_HOST
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.slurm.env import read_agent_env
+from elastic_hpc.slurm.env import read_agent_env, spent
 from elastic_hpc.workers.drain import DrainSignals
 from elastic_hpc.workers.standbys import Standbys
 
@@ -64,10 +64,16 @@ def main(argv: list[str] | None = None) -> int:
         except JobEnded as over:
             print(f"elastic_hpc[{env.name}]: {over.reason}: nothing to join", file=sys.stderr)
             return 0
-    spec = replace(spec, rdzv_id=run_id(spec, env, rundir))
+    restarts, requeues = spent(environ)
+    spec = replace(
+        spec,
+        rdzv_id=run_id(spec, env, rundir),
+        max_restarts=spec.max_restarts + restarts,
+        max_requeues=spec.max_requeues + requeues,
+    )
     nproc, numa = workers_per_node(spec.nproc_per_node, env, visible_gpus), numa_options(spec.numa_binding)
     can_requeue = not (args.no_requeue or env.local)
-    parts = Assembly(spec, env, rundir, nproc, environ, can_requeue=can_requeue, interface=spec.interface)
+    parts = Assembly(spec, env, rundir, nproc, environ, can_requeue=can_requeue, interface=spec.interface, keeps=True)
     unfit = start(_check, parts).result
     modules, without = what_to_preload(spec)
     standbys = Standbys(
@@ -109,9 +115,12 @@ def _agent(parts: Assembly, standbys: Standbys, numa: dict[str, Any]) -> Elastic
     from torch.distributed.elastic.agent.server.api import WorkerSpec
 
     from elastic_hpc.agent.rendezvous import ElasticRendezvousHandler
+    from elastic_hpc.workers.ahead import Ahead
     from elastic_hpc.workers.elastic_agent import ElasticAgent
+    from elastic_hpc.workers.lives import Lives
     from elastic_hpc.workers.logs import NodeLogs
 
+    lives = Lives(parts.live_socket)
     spec, env = parts.spec, parts.env
     if spec.no_python:
         command = [spec.script, *spec.script_args]
@@ -120,7 +129,7 @@ def _agent(parts: Assembly, standbys: Standbys, numa: dict[str, Any]) -> Elastic
     worker_spec = WorkerSpec(
         role=spec.role or "default",
         local_world_size=parts.nproc,
-        rdzv_handler=ElasticRendezvousHandler(parts),
+        rdzv_handler=ElasticRendezvousHandler(parts, Ahead(lives, standbys, command, parts.nproc)),
         max_restarts=spec.max_restarts,
         monitor_interval=0.001,  # the waiting is done on events in ElasticAgent
         entrypoint=command[0],
@@ -137,8 +146,9 @@ def _agent(parts: Assembly, standbys: Standbys, numa: dict[str, Any]) -> Elastic
         parts.mark,
         env.name,
         parts.policy,
-        spec.hang_timeout,
+        spec.hang_timeout.limit,
         standbys,
+        lives,
         signals,
         strike=lambda why: _strike(parts, why),
     )

@@ -127,7 +127,7 @@ def _create(place: PromisesKey, nodes: int) -> PromiseFile:
 
 def clean_up(place: PromisesKey, *, ended: bool) -> None:
     """Remove files of this user whose agents are dead. If the run of ``place`` has ``ended``, these are the files of
-    that run, else those of all other runs. If another of these runs goes on, and starts an agent here, that node has
+    that run, else those of all other runs. If another of these runs continues, and starts an agent here, that node has
     lost its vote.
     """
     for path in _files(_PREFIX):

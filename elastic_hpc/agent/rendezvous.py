@@ -13,20 +13,22 @@ from elastic_hpc.environment import FENCE
 from elastic_hpc.membership.messages import Plan
 from elastic_hpc.network import addresses
 from elastic_hpc.training.progress import LOCAL_DIR
+from elastic_hpc.workers import folder
+from elastic_hpc.workers.ahead import Ahead
 
 
 class ElasticRendezvousHandler(RendezvousHandler):
     """Gives torch's agent the place that the leader has decided on. No method uses a store, or waits for lost nodes."""
 
-    def __init__(self, parts: Assembly) -> None:
-        self._control, self._parts = parts.control, parts
+    def __init__(self, parts: Assembly, ahead: Ahead | None = None) -> None:
+        self._control, self._parts, self._ahead = parts.control, parts, ahead
         self._run_id = str(parts.spec.rdzv_id)
         self._gloo_interface = parts.environ.get("GLOO_SOCKET_IFNAME")
         self._local_folder = parts.local_folder
         self.seat: Seat | None = None
         """This node's place in the current round."""
         self.restart_wanted = False
-        """Set when the workers of the current round may not go on; torch's agent asks ``num_nodes_waiting``."""
+        """Set when the workers of the current round may not continue; torch's agent asks ``num_nodes_waiting``."""
 
     @property
     def round(self) -> int:
@@ -54,8 +56,9 @@ class ElasticRendezvousHandler(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the next round. Raises JobEnded, which passes through torch's agent."""
-        seat = self.seat = self._control.next_seat()
+        seat = self.seat = self._wait_for_seat()
         self.restart_wanted = False
+        folder.renew()
         os.environ["ELASTIC_HPC_ROUND"] = str(seat.round)
         os.environ[LOCAL_DIR] = os.path.join(self._local_folder, str(seat.round))
         os.mkdir(os.environ[LOCAL_DIR], 0o700)
@@ -70,6 +73,13 @@ class ElasticRendezvousHandler(RendezvousHandler):
             seat.plan.group_world_size,
             RendezvousStoreInfo(seat.leader_addr, seat.plan.store_port),
         )
+
+    def _wait_for_seat(self) -> Seat:
+        try:
+            return self._control.next_seat(self._ahead)
+        finally:
+            if self._ahead:
+                self._ahead.end()
 
     def is_closed(self) -> bool:
         return False

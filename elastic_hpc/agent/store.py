@@ -60,7 +60,7 @@ class StoreHost:
 
     async def open(self, round: int) -> int:
         """The port of the store of ``round``. If a caller stops waiting and calls again, a second attempt begins, on
-        another port, while the first one goes on. The first store that opens is used, the others are closed.
+        another port, while the first one continues. The first store that opens is used, the others are closed.
         """
         for old in [r for r in self._attempts if r != round]:
             _abandon(self._attempts.pop(old))

@@ -1,4 +1,4 @@
-"""Brings the nodes that a leader could use: agents are started anew on the job's own nodes, and further jobs bring
+"""Brings the nodes that a leader could use: agents are restarted on the job's own nodes, and further jobs bring
 nodes.
 
 ``membership.growth`` decides what to do about these jobs, the joiners; a ``Source`` does it.
@@ -15,19 +15,20 @@ from typing import Any, Protocol
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership import growth
-from elastic_hpc.membership.growth import Backoff, Growth, JoinerJob, Needs
+from elastic_hpc.membership.growth import WORTH, Backoff, Growth, JoinerJob, Needs, Patience
 from elastic_hpc.membership.nodes import joiner
 from elastic_hpc.membership.roster import Host
+from elastic_hpc.network.tasks import within
 
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT = 300.0
-"""Seconds that an agent may take from the start of its job, or of its job step, until it is in touch; the environment
+"""Seconds that an agent may take from the start of its job, or of its job step, until it is connected; the environment
 may lie on a slow file system.
 """
 
 _WASTED_AT_MOST = 2
-"""Number of joiners that may end on a node before their agents are in touch; then the node is excluded."""
+"""Number of joiners that may end on a node before their agents are connected; then the node is excluded."""
 
 _FAILED = (ElasticError, OSError)
 
@@ -61,6 +62,9 @@ class Source(Protocol):
     async def submit(self, exclude: Collection[str]) -> str:
         """Submit one joiner, for any node but ``exclude``. Returns the id of its job."""
 
+    async def give_back(self, names: Collection[str]) -> None:
+        """Take these nodes, whose agents have left, from the job. Nodes that the job does not have are no error."""
+
     async def cancel(self, ids: Collection[str]) -> None:
         """End these jobs or job steps."""
 
@@ -90,59 +94,93 @@ class Supply:
         self._restarts: dict[int, _Restart] = {}
         self._jobs: dict[str, JoinerJob] = {}
         """The joiners that the queue had last, by id."""
-        self._came: set[int] = set()
-        """The numbers of all joiners that have been in touch."""
+        self._came: dict[int, float] = {}
+        """When each joiner has been connected first, by number."""
         self._wasted = Counter[str]()
-        """How many joiners have ended before they were in touch, by node."""
+        """How many joiners have ended before they were connected, by node."""
         self._started_at: dict[str, float] = {}
-        """When a joiner that runs and is not in touch was found in the queue first, by id."""
+        """When a joiner that runs and is not connected was found in the queue first, by id."""
         self._queue_is_current = False
         """Whether ``_jobs`` includes all joiners that were submitted."""
         self._growth = Growth(0, (), 0, 0)
-        self._backoff = Backoff()
+        self._backoff, self._patience = Backoff(), Patience()
         self._problem = ""
         """The last problem that was recorded."""
+        self._not_given_back: dict[str, Any] = {}
+        """The last event of that name."""
         self._changed = asyncio.Event()
 
     def need(self, needs: Needs) -> None:
         """What the leader could use now."""
-        if needs != self._needs:
-            self._needs = needs
-            self._came |= needs.joiners
-            self._changed.set()
+        if needs == self._needs:
+            return
+        now = asyncio.get_running_loop().time()
+        taken = needs.taken - (self._needs.taken if self._needs else frozenset())
+        self._came |= dict.fromkeys(needs.joiners - self._came.keys(), now)
+        self._needs = needs
+        self._changed.set()
+        stays = [now - self._came[number] for number in taken & self._came.keys()]
+        if stays and self._patience.taken(now, max(stays)) and self._grow and needs.nodes:
+            self._record_problem(
+                f"nodes are taken again within {WORTH / 60:.0f} minutes: the next joiner is submitted in "
+                f"{self._patience.at - now:.0f} s"
+            )
 
-    async def run(self, report: Callable[[Needs, int, int], None]) -> None:
+    async def run(
+        self, report: Callable[[Needs, int, int], None], given_back: Callable[[Collection[int]], None]
+    ) -> None:
         """See ``network.server.Supplier``."""
         loop = asyncio.get_running_loop()
         poll: float | None = None
         needs = self._needs
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), poll)
+                await within(poll, self._changed.wait())
             self._changed.clear()
             before, needs = (needs, self._growth), self._needs
             assert needs
+            await self._give_back(needs.surplus, given_back)
             restarting = await self._restart(needs.missing)
             if self._grow and (needs.nodes or self._jobs or not self._queue_is_current):
                 self._growth = await self._provide(needs, restarting)
             report(needs, restarting + self._growth.starting, self._growth.pending)
-            if not (needs.missing or (self._grow and (needs.nodes or self._jobs))):
+            if not (needs.missing or needs.surplus or (self._grow and (needs.nodes or self._jobs))):
                 poll = None
             elif poll is None or (needs, self._growth) != before:
                 poll = _POLL
             else:
                 poll = min(2 * poll, _POLL_AT_MOST)
-            if poll and needs.nodes and self._backoff.at:
-                poll = min(poll, max(self._backoff.at - loop.time(), 1.0))
+            due = self._may_submit_at - loop.time()
+            if poll and needs.nodes and due > 0:
+                poll = min(poll, max(due, 1.0))
 
-    # agents that are started anew
+    @property
+    def _may_submit_at(self) -> float:
+        return max(self._backoff.at, self._patience.at)
+
+    # nodes that are given back
+
+    async def _give_back(self, surplus: Collection[Host], given_back: Callable[[Collection[int]], None]) -> None:
+        if not surplus:
+            return
+        try:
+            await self._source.give_back([host.name for host in surplus])
+        except _FAILED as error:
+            problem = {"nodes": sorted(host.name for host in surplus), "reason": str(error)}
+            if problem != self._not_given_back:
+                self._not_given_back = problem
+                self._event("not_given_back", problem)
+        else:
+            given_back([host.node for host in surplus])
+
+    # agents that are restarted
 
     async def _restart(self, missing: Collection[Host]) -> int:
         """Start agents on nodes that answer and have no agent. Returns how many agents are starting."""
         now = asyncio.get_running_loop().time()
         lost = {host.node: host for host in missing}
         for node, restart in self._restarts.items():
-            if node not in lost:  # its agent is in touch again
+            if node not in lost:  # its agent is connected again
                 restart.starting_since = None
         restarts = {node: self._restarts.setdefault(node, _Restart()) for node in lost}
         candidates = [node for node, restart in restarts.items() if not (restart.impossible or restart.task)]
@@ -200,7 +238,7 @@ class Supply:
             plan = growth.plan_growth(needs, jobs, came=came, restarting=restarting, remaining=remaining)
             if plan.cancel:
                 await self._source.cancel(plan.cancel)
-                self._came |= set(map(joiner, plan.cancel))
+                self._came |= dict.fromkeys(map(joiner, plan.cancel), asyncio.get_running_loop().time())
                 self._event("joiners_cancelled", {"jobs": plan.cancel})
             if plan.shorten:
                 await self._source.shorten(plan.shorten, remaining)
@@ -217,7 +255,7 @@ class Supply:
         now = asyncio.get_running_loop().time
         useless = {node for node, times in self._wasted.items() if times >= _WASTED_AT_MOST and node}
         accepted: list[str] = []
-        while len(accepted) < min(count, self._needs.nodes if self._needs else 0) and now() >= self._backoff.at:
+        while len(accepted) < min(count, self._needs.nodes if self._needs else 0) and now() >= self._may_submit_at:
             try:
                 accepted.append(await self._source.submit(needs.names | useless))
                 self._backoff.succeeded()
@@ -231,7 +269,7 @@ class Supply:
         return len(accepted)
 
     def _count_wasted(self, jobs: Sequence[JoinerJob], needs: Needs) -> None:
-        """Note joiners that have ended before they were in touch: their nodes may be of no use, and the next joiner is
+        """Note joiners that have ended before they were connected: their nodes may be of no use, and the next joiner is
         submitted later. Nothing is noted where another agent came from the same node, which jobs may share.
         """
         current = {job.id: job for job in jobs}
@@ -243,7 +281,7 @@ class Supply:
         self._jobs = current
 
     async def _cancel_overdue(self, jobs: Sequence[JoinerJob]) -> None:
-        """Cancel joiners that have started long ago and are not in touch: they hold a node for nothing."""
+        """Cancel joiners that have started long ago and are not connected: they hold a node for nothing."""
         now = asyncio.get_running_loop().time()
         started = [job.id for job in jobs if job.state == "RUNNING" and joiner(job.id) not in self._came]
         self._started_at = {id: self._started_at.get(id, now) for id in started}

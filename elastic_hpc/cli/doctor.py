@@ -17,15 +17,15 @@ from elastic_hpc.errors import UsageError, argument
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, scan
 from elastic_hpc.options.values import number
 
-HELP = "tell what this site means for elastic jobs, and what to set"
+HELP = "check this site's Slurm for elastic jobs, and say what to set"
 EPILOG = """\
 examples:
   elastic-hpc doctor
   elastic-hpc doctor --run --partition gpu -- --gpus-per-node=4 --account=mine
   elastic-hpc doctor --run --write-site site.toml
 
-What follows -- are options of sbatch for the job of --run.
-Exit codes: 0, 1 if something is bad, 2 for bad input.
+Options of sbatch after -- apply to the job of --run.
+Exit codes: 0 no bad finding; 1 a bad finding; 2 bad input.
 """
 _OURS = frozenset(
     {
@@ -37,17 +37,17 @@ _COLORS = {Level.BAD: "bold red", Level.WARN: "yellow", Level.UNKNOWN: "magenta"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", action="store_true", dest="runs", help="ask the nodes too, by a job of one minute")
+    parser.add_argument("--run", action="store_true", dest="runs", help="check the nodes too, with a one-minute job")
     parser.add_argument(
-        "--nodes", "-N", type=argument(_nodes), metavar="N", help="how many nodes --run asks (default: 2)"
+        "--nodes", "-N", type=argument(_nodes), metavar="N", help="number of nodes of that job (default: 2)"
     )
-    parser.add_argument("--partition", "-p", metavar="NAME", help="the partition that is asked about")
-    parser.add_argument("--log-dir", metavar="DIR", help="parent of run directories (default: ./elastic-logs)")
-    parser.add_argument("--json", action="store_true", help="findings for programs")
+    parser.add_argument("--partition", "-p", metavar="NAME", help="partition to check")
+    parser.add_argument("--log-dir", metavar="DIR", help="parent folder of run directories (default: ./elastic-logs)")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
-        "--write-site", metavar="FILE", help="write a configuration file of what follows; it must be new"
+        "--write-site", metavar="FILE", help="write the recommended settings to FILE, a new configuration file"
     )
-    parser.add_argument("sbatch", nargs="*", metavar="-- SBATCH-OPTION", help="for the job of --run")
+    parser.add_argument("sbatch", nargs="*", metavar="-- SBATCH-OPTION", help="options of sbatch for the job of --run")
 
 
 def _nodes(text: str) -> int:

@@ -16,27 +16,11 @@ from elastic_hpc.errors import NO_FOLDER, ElasticError
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
-class _MayFail(io.TextIOBase):
-    """``stream``, where what cannot be written is lost without an error."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError:
-            _forget(self._stream)
-        return len(text)
-
-
-def run(name: str, work: Callable[[], int], *, output_counts: bool = True) -> int:
+def run(name: str, work: Callable[[], int]) -> int:
     """The exit code of the command ``name``: what ``work`` returns, 1 or 2 with the message of an ElasticError, 130
     after Ctrl-C, 1 without a message when nobody reads the output any more.
 
-    What a terminal has no character for is written as ``?``. ``output_counts``: false for a command that acts, for
-    example requeues a job, whether or not its messages can be written.
+    What a terminal has no character for is written as ``?``.
     """
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the shell: >&-
@@ -44,8 +28,7 @@ def run(name: str, work: Callable[[], int], *, output_counts: bool = True) -> in
         elif isinstance(written := getattr(sys, stream), io.TextIOWrapper):
             written.reconfigure(errors="replace")
     try:
-        with contextlib.nullcontext() if output_counts else contextlib.redirect_stderr(_MayFail(sys.stderr)):
-            code = _code(name, work)
+        code = _code(name, work)
         sys.stdout.flush()  # here, as a failure at the interpreter's end would show a traceback
     except BrokenPipeError:
         _forget(sys.stdout, sys.stderr)
@@ -73,7 +56,7 @@ def tell(name: str, text: str) -> None:
         print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
-def heed_reader() -> None:
+def end_without_reader() -> None:
     """End a command that waits for news, as a write would, if nobody reads stdout any more."""
     poll = select.poll()
     with contextlib.suppress(io.UnsupportedOperation):  # stdout is no file: another program has called

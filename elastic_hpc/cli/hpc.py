@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
-from elastic_hpc.cli.jobs import add_job
+from elastic_hpc.cli.jobs import add_job, single
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
 from elastic_hpc.options.sbatch import WarningSignal
+from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import job_name
 
-MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "doctor", "rehearse")
+MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "notice", "plan", "doctor", "rehearse")
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and
 run(args), which returns the exit code."""
-_HERE = ("drain", "stop")
+_HERE = ("drain", "stop", "resize", "release")
+_RESIZE = """\
+examples:
+  elastic-hpc resize 4711 2:6      MIN 2, MAX 6
+  elastic-hpc resize 4711 4        4 nodes, neither more nor fewer
+
+At a step boundary, the job returns nodes beyond MAX to Slurm; the workers on the other nodes continue. With --grow,
+the job requests more nodes at once, without --grow at its next requeue. A resize does not count against --max-restarts.
+The new bounds persist over requeues.
+"""
+_RELEASE = """\
+example:
+  elastic-hpc release 4711 n17 n18
+
+elastic-hpc refuses to release the job's first node or the leader's node, or to leave fewer than MIN nodes.
+"""
 _INTERNAL = ("conclude", "conclude-alone", "warned")
 """Commands for batch scripts and agents, which no help lists."""
 
@@ -28,10 +45,12 @@ def parser(only: str = "") -> argparse.ArgumentParser:
     """``only``: the command that is called, if it is one; what the others need is not imported."""
     parser = argparse.ArgumentParser(
         prog="elastic-hpc",
-        description="Look at elastic jobs, or tell them something. JOB is a job's id, or its run directory, for "
-        "example elastic-logs/4711. elastic-hpc COMMAND --help has more.",
+        description="Monitor and control elastic jobs. JOB is a job ID, or a run directory, for "
+        "example elastic-logs/4711. For details: elastic-hpc COMMAND --help.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {__version__}", help="show the version and exit"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in () if only in _HERE + _INTERNAL else (only,) if only in MODULES else MODULES:
         module = importlib.import_module(f"elastic_hpc.cli.{name}")
@@ -45,8 +64,14 @@ def parser(only: str = "") -> argparse.ArgumentParser:
         module.add_arguments(added)
         added.set_defaults(run=module.run)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         add_job(added)
         added.set_defaults(run=_run)
         return added
@@ -55,16 +80,19 @@ def parser(only: str = "") -> argparse.ArgumentParser:
         conclude = command("conclude", "act on a job's verdict; the last line of the batch script")
         conclude.add_argument("status", type=int, help="exit code of srun")
         conclude.add_argument("--signal", metavar="NAME", default=WarningSignal.name, help="the warning signal")
+        conclude.add_argument("--max-requeues", type=int, default=LaunchSpec.max_requeues, help="the job's own")
         alone = command("conclude-alone", "act on a verdict where the batch script was lost; an agent calls")
         alone.add_argument("outcome", help="finished, failed or requeue")
         alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")
-        command("warned", "tell the leader of Slurm's warning to this run; the batch script calls")
+        command("warned", "report Slurm's warning to this run's leader; the batch script calls")
         return parser
-    command("drain", "have a running job save, stop and return through the queue, as before its time limit")
-    stop = command("stop", "end a job, running or waiting in the queue: it does not come back")
-    stop.add_argument(
-        "--after-checkpoint", action="store_true", help="let the workers save first; they have as long as --grace says"
-    )
+    command("drain", "let a running job save, stop and requeue itself, as before its time limit")
+    resize = command("resize", "change MIN and MAX of a job", _RESIZE)
+    resize.add_argument("nodes", metavar="NODES", help="N, MIN:MAX or exact numbers, as for --nodes: 2:6, or 4,6,8")
+    release = command("release", "return nodes of a running job to Slurm, at a step boundary", _RELEASE)
+    release.add_argument("nodes", metavar="NODE", nargs="+", help="Slurm's name of a node of the job")
+    stop = command("stop", "end a running or pending job; the job is not requeued")
+    stop.add_argument("--after-checkpoint", action="store_true", help="let the workers save first, for at most --grace")
     return parser
 
 
@@ -74,8 +102,16 @@ def _run(args: argparse.Namespace) -> int:
         from elastic_hpc.agent import conclude
 
         if args.command == "conclude":
-            return conclude.conclude(rundir, os.environ, args.status, warning=args.signal)
+            return conclude.conclude(
+                rundir, os.environ, args.status, warning=args.signal, max_requeues=args.max_requeues
+            )
         return conclude.conclude_alone(rundir, os.environ, args.outcome, deputy_of=args.deputy_of)
+    if args.command in {"resize", "release"}:
+        job = Job(single(args.command, rundir).path)
+        answer = job.resize(args.nodes) if args.command == "resize" else job.release(*args.nodes)
+        done = f"may have {args.nodes} nodes" if args.command == "resize" else f"releases {', '.join(args.nodes)}"
+        print(f"job {job.id} {done}" + (f"; {answer}" if answer else ""))
+        return 0
     if args.command == "stop":
         return _stop(Job(rundir.path), after_checkpoint=args.after_checkpoint)
     if args.command == "warned":
@@ -95,14 +131,11 @@ def _stop(job: Job, *, after_checkpoint: bool) -> int:
     done = job.stop(after_checkpoint=after_checkpoint)
     if done == "over":
         status = job.status()
-        print(f"job {job.id} is over already, {status.state}" + (f": {status.reason}" if status.reason else ""))
+        print(f"job {job.id} has already ended, {status.state}" + (f": {status.reason}" if status.reason else ""))
     elif done == "cancelled":
         print(f"job {job.id} is cancelled")
     else:
-        print(
-            f"job {job.id}: its leader was told to stop it"
-            + (", the workers may save first" if after_checkpoint else "")
-        )
+        print(f"job {job.id}: stop requested" + ("; the workers save first" if after_checkpoint else ""))
     return 0
 
 
@@ -111,7 +144,17 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
 
     def work() -> int:
-        args = parser(given[0] if given else "").parse_args(given)
+        argv = given
+        if given[:1] == ["plan"]:  # whose options are those of elastic-sbatch
+            from elastic_hpc.cli import plan
+
+            argv = ["plan", *plan.arranged(given[1:])]
+        args = parser(given[0] if given else "").parse_args(argv)
         return int(args.run(args))
 
-    return entry.run("elastic-hpc", work, output_counts=given[:1] not in [[name] for name in _INTERNAL])
+    with contextlib.ExitStack() as stack:
+        if given[:1] in [[name] for name in _INTERNAL]:  # such a command acts though its messages cannot be written
+            from elastic_hpc.agent.log import Stderr
+
+            stack.enter_context(contextlib.redirect_stderr(Stderr()))
+        return entry.run("elastic-hpc", work)

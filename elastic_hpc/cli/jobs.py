@@ -17,7 +17,7 @@ def add_job(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
         metavar="JOB",
         nargs=nargs,
         type=argument(lambda text: RunDir(find(text))),
-        help="the job's id, or its run directory, for example elastic-logs/4711",
+        help="job ID, or run directory, for example elastic-logs/4711",
     )
 
 

@@ -13,7 +13,7 @@ from prometheus_client.exposition import generate_latest
 
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.errors import ElasticError, UsageError, argument
-from elastic_hpc.job.look import Jobs
+from elastic_hpc.job.look import Jobs, may_be_recent
 from elastic_hpc.job.lookup import select
 from elastic_hpc.options.durations import seconds
 from elastic_hpc.record.rundir import RunDir
@@ -21,12 +21,12 @@ from elastic_hpc.view.job import JobView
 from elastic_hpc.view.metrics import JobMetrics
 from elastic_hpc.view.story import Story
 
-HELP = "export my jobs as Prometheus metrics: goodput, faults, restarts, lost time"
+HELP = "export Prometheus metrics of your jobs: goodput, faults, restarts, lost time"
 EPILOG = """examples:
-  elastic-hpc metrics                                    print them
+  elastic-hpc metrics                                    print the metrics
   elastic-hpc metrics --output DIR/elastic_hpc.prom      once, for node_exporter's textfile collector
   elastic-hpc metrics --output DIR/elastic_hpc.prom --every 30
-  elastic-hpc metrics --port 9650                        serve them to this machine, until Ctrl-C
+  elastic-hpc metrics --port 9650                        serve the metrics to this machine, until Ctrl-C
 
 Goodput of all jobs:  sum(elastic_hpc_node_seconds_total{kind="kept"}) / sum(elastic_hpc_node_seconds_total)"""
 
@@ -34,16 +34,19 @@ Goodput of all jobs:  sum(elastic_hpc_node_seconds_total{kind="kept"}) / sum(ela
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "*")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--output", metavar="FILE", help="write them there, replacing the file at once")
-    how.add_argument("--port", type=int, metavar="PORT", help="serve them over HTTP")
+    how.add_argument("--output", metavar="FILE", help="write the metrics to FILE, replaced atomically")
+    how.add_argument("--port", type=int, metavar="PORT", help="serve the metrics over HTTP")
     parser.add_argument(
         "--every",
         type=argument(seconds("--every")),
         metavar="TIME",
-        help="with --output: again and again, until Ctrl-C; in seconds, or as 5m",
+        help="with --output: interval at which FILE is written again, until Ctrl-C; in seconds, or as 5m",
     )
     parser.add_argument(
-        "--address", metavar="ADDRESS", default="127.0.0.1", help="with --port: where to listen (default: %(default)s)"
+        "--address",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="with --port: address to listen on (default: %(default)s)",
     )
 
 
@@ -51,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if args.every is not None and not (args.every < threading.TIMEOUT_MAX and args.output):
         raise UsageError(f"--every {args.every:g}: expected fewer seconds, and --output FILE, for example --every 30")
     registry = CollectorRegistry()
-    registry.register(JobMetrics(lambda: _look(list(args.job))))
+    jobs, scrape = Jobs([]), threading.Lock()
+    registry.register(JobMetrics(lambda: _look(jobs, list(args.job), scrape)))
     if args.port is not None:
         return _serve(registry, args.address, args.port)
     if args.output is None:
@@ -65,9 +69,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _look(run_dirs: Sequence[RunDir]) -> tuple[list[tuple[JobView, Story]], bool]:
-    jobs = Jobs(select(run_dirs))
-    return [look[:2] for look in jobs.look() if run_dirs or look.is_recent()], not jobs.problem
+def _look(jobs: Jobs, run_dirs: Sequence[RunDir], scrape: threading.Lock) -> tuple[list[tuple[JobView, Story]], bool]:
+    """``scrape``: held, as several scrapes may come at once and ``jobs`` remembers what it has read."""
+    with scrape:
+        jobs.observe([rundir for rundir in select(run_dirs) if run_dirs or may_be_recent(rundir)])
+        return [look[:2] for look in jobs.look() if run_dirs or look.is_recent()], not jobs.problem
 
 
 def _write(registry: CollectorRegistry, path: str) -> None:

@@ -19,12 +19,12 @@ from elastic_hpc.options.durations import seconds
 from elastic_hpc.rehearse.plan import LEAST, ORDER, Judgement, exit_code, plan
 from elastic_hpc.rehearse.run import Rehearsal, RehearsalOptions
 
-HELP = "kill workers and nodes under your script, on this machine, and tell whether it resumes correctly"
+HELP = "test on this machine whether your script resumes correctly after lost workers and nodes"
 
 EPILOG = """acts:
-  worker   a worker is killed                     head     the node of rank 0 is killed, another takes over
-  node     another node is killed                 drain    the script saves, stops, and is started again
-  shrink   the same with one node less            grow     the same with more nodes
+  worker   kill a worker                          head     kill the node of rank 0; another node takes over
+  node     kill another node                      drain    the script saves and stops; start it again
+  shrink   drain, then start on one node fewer    grow     drain, then start on more nodes
 
 examples:
   elastic-hpc rehearse train.py --lr 1e-3
@@ -32,38 +32,36 @@ examples:
   elastic-hpc rehearse --nodes 2 --nproc-per-node 2 --json train.py
 
 The script runs in the current folder and writes its checkpoints where it always does: in the run directory that
-ELASTIC_HPC_RUN_DIR names, or where its arguments say. There {folder} stands for the rehearsal's own folder.
-exit code: 0 if it always resumed correctly, 1 if it did not, 3 if that cannot be told"""
+ELASTIC_HPC_RUN_DIR names, or where its arguments say. In the arguments, {folder} stands for the rehearsal's own folder.
+exit code: 0 if the script always resumed correctly, 1 if not, 3 if the rehearsal could not judge"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=3, metavar="N", help="agents on this machine (default: 3)")
+    parser.add_argument("--nodes", type=int, default=3, metavar="N", help="number of agents (default: 3)")
     parser.add_argument("--nproc-per-node", default="1", metavar="K", help="workers of each agent (default: 1)")
-    parser.add_argument(
-        "--acts", metavar="LIST", help=f"what is done to the training, in this order (default: {','.join(ORDER)})"
-    )
+    parser.add_argument("--acts", metavar="LIST", help=f"acts to perform, in this order (default: {','.join(ORDER)})")
     parser.add_argument(
         "--steps",
         type=int,
         default=50,
         metavar="N",
-        help="steps before each act and after the last; more than lie between two checkpoints (default: 50)",
+        help="steps before each act and after the last; must exceed the steps between two checkpoints (default: 50)",
     )
     parser.add_argument(
         "--timeout",
         type=argument(seconds("--timeout")),
         default=120,
         metavar="TIME",
-        help="how long to wait for the next step; in seconds, or as 5m (default: 120)",
+        help="maximum time to wait for the next step; in seconds, or as 5m (default: 120)",
     )
     parser.add_argument(
         "--keep",
         metavar="DIR",
-        help="a new folder for what it leaves (default: a temporary one, kept if not all is ok)",
+        help="new folder for the rehearsal's files (default: a temporary folder, kept unless all acts passed)",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON, what happens on stderr")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, and progress to stderr")
     parser.add_argument("script", metavar="SCRIPT", help="the training script")
-    parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="everything after it is its own")
+    parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,9 +88,7 @@ def run(args: argparse.Namespace) -> int:
         return 130
     if not rehearsal.acts and rehearsal.crashes and not rehearsal.finished:
         trace = rehearsal.crashes[-1].traceback
-        raise ElasticError(
-            f"the script failed before anything was done to it: {rehearsal.end} ({folder}/output)\n{trace}"
-        )
+        raise ElasticError(f"the script failed before the first act: {rehearsal.end} ({folder}/output)\n{trace}")
     return _report(rehearsal, folder, keep=args.keep is not None, as_json=args.json)
 
 

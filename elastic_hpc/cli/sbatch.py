@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from textwrap import fill
 
@@ -13,39 +13,47 @@ from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.errors import UsageError
 from elastic_hpc.from_batch.job import job_of_batch_script
+from elastic_hpc.job.lookup import find
 from elastic_hpc.job.request import Request, layers_of
 from elastic_hpc.job.spec import JobSpec, build
 from elastic_hpc.job.submission import checked, prepared, short_times
+from elastic_hpc.options.of_joiners import JOINERS
 from elastic_hpc.options.sbatch import COMMAND_LINE, COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.options.sbatch_environment import for_sbatch_itself
 from elastic_hpc.options.table import ELASTIC, JOB_OPTIONS, LAUNCH_OPTIONS, SCRIPT_SWITCHES, ElasticOption
 from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
-from elastic_hpc.options.torchrun import translate
+from elastic_hpc.options.torchrun import translate, unneeded
 from elastic_hpc.record.registry import remember
 
 _FROM_BATCH = ElasticOption("from-batch", "FILE", str,
-                            help="instead of SCRIPT: a batch script; its #SBATCH lines, set-up lines and torchrun line "
-                                 "become the job")  # fmt: skip
+                            help="make the job from the #SBATCH lines, set-up lines and torchrun line of this batch "
+                                 "script, instead of from SCRIPT")  # fmt: skip
+_RESUME = ElasticOption("resume", "JOB|DIR", str,
+                        help="continue a job that failed, timed out or was cancelled, in its run directory: with its "
+                             "checkpoints, record and counters; options and SCRIPT are those of its submission, unless "
+                             "given anew")  # fmt: skip
 _ACTIONS = (
     *SCRIPT_SWITCHES,
     ElasticOption("dry-run", "", bool, "print the batch script, with a reason beside each line, and submit nothing"),
-    ElasticOption("parsable", "", bool, "print the job id alone"),
+    ElasticOption("parsable", "", bool, "print only the job ID"),
     ElasticOption("wait", "", bool, "wait for the job and return its exit code", letter="W"),
-    ElasticOption("test-only", "", bool, "let Slurm check the job and estimate its start; submit nothing"),
-    ElasticOption("quiet", "", bool, "say nothing on success", letter="Q"),
-    ElasticOption("verbose", "", bool, "let sbatch report more", letter="v"),
+    ElasticOption("test-only", "", bool, "let Slurm check the job and estimate its start time; submit nothing"),
+    ElasticOption("quiet", "", bool, "print nothing on success", letter="Q"),
+    ElasticOption("verbose", "", bool, "pass --verbose to sbatch", letter="v"),
     ElasticOption("help", "", bool, "show this help and exit", letter="h"),
     ElasticOption("version", "", bool, "show the version and exit", letter="V"),
 )
-GROUPS = {"launch options": LAUNCH_OPTIONS, "job options": (_FROM_BATCH, *JOB_OPTIONS), "what to do": _ACTIONS}
+GROUPS = {"launch options": LAUNCH_OPTIONS, "job options": (_FROM_BATCH, _RESUME, *JOB_OPTIONS), "what to do": _ACTIONS}
 _OWN = (*(option.scanned() for group in GROUPS.values() for option in group), Option("usage", value=""))
 _OWN_NAMES = {option.name for option in _OWN}
+SUBMITS = frozenset(option.name for option in _ACTIONS if option not in SCRIPT_SWITCHES)
+"""Options that say what to do with the job."""
 _TORCHRUNS = tuple(replace(o, letter=o.letter.strip("t")) for o in TORCHRUN if o.name not in _OWN_NAMES)  # -t is --time
 
 USAGE = "elastic-sbatch [options] SCRIPT [args...]"
 DESCRIPTION = """\
-Submit a PyTorch training script to Slurm as an elastic job: it starts when MIN nodes are free, uses up to MAX, goes on
-when nodes are lost, and comes back by itself when Slurm takes everything away.
+Submit a PyTorch training script to Slurm as an elastic job. The job starts when MIN nodes are free, uses up to MAX,
+continues when nodes are lost, and requeues itself when Slurm takes all of its nodes.
 
   elastic-sbatch --nodes 4:8 train.py --lr 1e-3
   elastic-sbatch -N 2:4 -p gpu -t 8:00:00 --gpus-per-node=8 train.py
@@ -53,25 +61,30 @@ when nodes are lost, and comes back by itself when Slurm takes everything away.
   elastic-sbatch --dry-run -N 2:4 train.py        # read the batch script first
   elastic-sbatch --from-batch job.sh -N 2:4       # from a batch script with a torchrun line
 
-Everything after SCRIPT belongs to the script. Every sbatch option that is not listed here is passed through, in any
-form: -p gpu, --partition gpu, --partition=gpu. Options that would break an elastic job are refused with the reason.
-torchrun's options are accepted too, with dashes or underscores: --nnodes is --nodes, --master_addr and --master_port
-are --rdzv-endpoint. An option that asks for what is done anyway has no effect; the refusal of another one says what to
-use here.
+Everything after SCRIPT belongs to the script. elastic-sbatch passes all other options of sbatch through, in any form:
+-p gpu, --partition gpu, --partition=gpu. It refuses options that would break an elastic job, and says why.
+It accepts torchrun's options too, with dashes or underscores: --nnodes means --nodes, --master_addr and --master_port
+mean --rdzv-endpoint. A torchrun option whose effect an elastic job has anyway is ignored; elastic-sbatch refuses any
+other torchrun option and names the replacement.
 
-TIME is in seconds, or 90s, 5m, 1h30m, 2d, or in Slurm's notation, [D-]HH:MM:SS or MM:SS. The times of
-sbatch's own options, such as --time, are in Slurm's notation only, where a plain number means minutes.
+--grow-NAME sets sbatch's --NAME for the one-node jobs that --grow submits: --grow-partition, --grow-qos,
+--grow-account, --grow-constraint, --grow-time and others. If one of them names another partition, QOS or account, the
+job itself requests MIN nodes and reaches MAX through the one-node jobs.
+
+TIME is a number of seconds, or 90s, 5m, 1h30m, 2d, or Slurm's [D-]HH:MM:SS or MM:SS. sbatch's own options, such as
+--time, accept only Slurm's notation, where a plain number means minutes.
 """
 NOTES = """
 Defaults come from the TOML files $ELASTIC_HPC_CONFIG, ~/.config/elastic_hpc/config.toml and ./elastic_hpc.toml, then
-from sbatch's variables, such as SBATCH_ACCOUNT. Later sources win, the command line over all; --setup lines add up:
+from sbatch's variables, such as SBATCH_ACCOUNT. Later sources override earlier ones, and the command line overrides
+all; --setup lines add up:
 
   nodes = "2:4"
   setup = ["module load cuda"]
   [sbatch]
   partition = "gpu"
 
-Exit codes: 0 submitted, 1 Slurm could not be asked, 2 the request was refused and nothing was submitted.
+Exit codes: 0 submitted; 1 Slurm did not answer; 2 the request was refused and nothing was submitted.
 """
 
 
@@ -81,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    given, rest = scan(argv, (*_OWN, *_TORCHRUNS))
+    given, rest = read(argv)
     switches = {g.name for g in given if not g.option.value}
     if switches & {"help", "usage"}:
         print(_help())
@@ -89,7 +102,9 @@ def _run(argv: list[str]) -> int:
     if "version" in switches:
         print(f"elastic-sbatch {__version__}")
         return 0
-    job = _job(given, rest)
+    if any(g.name == _RESUME.name for g in given):
+        return _resume(given, rest, switches)
+    job = job_of(given, rest)
     by_letter = any(re.match("-t(?![a-z])", word) for word in argv[: len(argv) - len(rest)])
     if by_letter and re.fullmatch("[0-3]|.*,.*", minutes := last(given, "time") or ""):
         note = f"-t {minutes} is sbatch's --time, in minutes; torchrun's -t is written --tee here"
@@ -105,7 +120,15 @@ def _run(argv: list[str]) -> int:
         return _submit(job, script, given)
 
 
-def _job(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
+def read(argv: Sequence[str], others: Sequence[Option] = ()) -> tuple[list[Given], list[str]]:
+    """The options in ``argv``, and the script with its arguments. ``others``: options of another command."""
+    return scan(argv, (*_OWN, *JOINERS.values(), *others, *_TORCHRUNS))
+
+
+def job_of(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
+    """The job of a command line that was ``read``. Raises UsageError."""
+    if (resumed := last(given, _RESUME.name)) is not None:
+        raise UsageError(f"--resume {resumed}: only elastic-sbatch itself resumes a job; leave it out")
     _refuse_switch_apart(given, rest)
     module, no_python = (any(g.name == name for g in given) for name in ("module", "no-python"))
     ours, torchruns = translate(given)
@@ -143,9 +166,66 @@ def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
         raise UsageError(f"{shown}: expected the value after '=', for example {shown.replace(' ', '=')}")
 
 
-def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
+def _resume(given: Sequence[Given], rest: Sequence[str], switches: Collection[str]) -> int:
+    """Submit the job that continues the one of --resume."""
+    from elastic_hpc.job.resume import Anew, Resumption
+
+    _refuse_switch_apart(given, rest)
+    if (batch := last(given, _FROM_BATCH.name)) is not None:
+        raise UsageError(f"--from-batch {batch} with --resume: the job keeps the batch script it has; leave it out")
+    ours, torchruns = translate(given)
+    for option in torchruns:
+        unneeded(option)
+    module, no_python = ("module" in switches), ("no-python" in switches)
+    if (module or no_python) and not rest:
+        raise UsageError("-m or --no-python with --resume: expected SCRIPT too, or leave it out")
+    anew = Anew(
+        COMMAND_LINE,
+        [(g.name, "on" if g.value is None else g.value) for g in ours if g.name in ELASTIC],
+        [g for g in ours if g.name not in _OWN_NAMES | COMMAND_LINE_ONLY],
+        rest,
+        module,
+        no_python,
+    )
+    resumption = Resumption(find(last(given, _RESUME.name) or ""), anew)
+    notes = () if "quiet" in switches else (*resumption.notes(), *(resumption.job.notes if resumption.job else ()))
+    if "dry-run" in switches:
+        for note in notes:
+            _warn(note)
+        sys.stdout.buffer.write(resumption.script)
+        sys.stdout.buffer.flush()
+        return 0
+
+    def on_submitted(answer: str) -> None:
+        number, _, cluster = answer.partition(";")
+        resumption.submitted(number)
+        if "parsable" in switches:
+            print(answer, flush=True)
+        elif "quiet" not in switches:
+            print(f"Submitted batch job {number}" + (f" on cluster {cluster}" if cluster else ""), flush=True)
+            print(f"run directory: {resumption.run_dir}", file=sys.stderr)
+        for note in notes:
+            _warn(note)
+
+    with resumption.submission(will_run="test-only" not in switches) as script:
+        return slurm.sbatch(
+            script,
+            [*_for_sbatch_itself(given), *resumption.options],
+            os.environ,
+            on_submitted,
+            lambda text: print(text, end="", file=sys.stderr),
+            resumption.exports,
+            resumption.folder,
+        )
+
+
+def _for_sbatch_itself(given: Sequence[Given]) -> list[str]:
     passed = [g.flag for g in given if g.name in {"test-only", "wait", "verbose", "quiet"}]
-    passed += [flag for flag in for_sbatch_itself(os.environ) if flag not in passed]
+    return passed + [flag for flag in for_sbatch_itself(os.environ) if flag not in passed]
+
+
+def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
+    passed = _for_sbatch_itself(given)
     parsable = any(g.name == "parsable" for g in given)
     quiet = any(g.name == "quiet" for g in given)
 
@@ -165,6 +245,8 @@ def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
     code = slurm.sbatch(script, passed, os.environ, on_submitted, lambda text: print(text, end="", file=sys.stderr))
     if "--test-only" in passed:
         _tell(job)
+        if not quiet and job.launch.nodes.min < job.launch.nodes.max:
+            _warn(f"elastic-hpc plan with the same options says when each size of {job.launch.nodes} would start")
     if not (parsable or quiet or job.template == "torchrun"):
         for warning in short_times(job):
             _warn(warning)

@@ -20,6 +20,7 @@ from elastic_hpc.environment import LOCAL_NODE, LOCAL_NODES, for_a_new_job
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.commands import agent_command, srun_options
 from elastic_hpc.job.programs import check_module, find_program, find_script
+from elastic_hpc.options.of_joiners import JOINERS, is_for_joiners
 from elastic_hpc.options.sbatch import SBATCH, Option, check, scan
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import LAUNCH_OPTIONS, SCRIPT_SWITCHES, ElasticOption, add_launch_options
@@ -33,33 +34,35 @@ from elastic_hpc.slurm.env import run_number
 
 _USAGE = "elastic-srun [options] SCRIPT [ARGS...]"
 _EPILOG = """examples:
-  salloc --nodes 4 elastic-srun train.py --lr 1e-3     in an allocation; goes on while 1 of its nodes is left
+  salloc --nodes 4 elastic-srun train.py --lr 1e-3     in an allocation; continues while 1 of its nodes is left
   elastic-srun --nodes 2:4 train.py                    at least 2, at most 4 of the allocation's nodes
   elastic-srun --standalone --nproc-per-node 2 train.py     this machine, no Slurm, as torchrun --standalone
   elastic-srun --local 4 train.py                      rehearse with 4 agents on this machine
 
-TIME is in seconds, or 90s, 5m, 1h30m, 2d, or in Slurm's notation, [D-]HH:MM:SS or MM:SS.
-torchrun's options are accepted too, with dashes or underscores: --nnodes is --nodes, --master-addr and --master-port
-are --rdzv-endpoint. An option that asks for what is done anyway has no effect; the refusal of another one says what to
-use here.
+TIME is a number of seconds, or 90s, 5m, 1h30m, 2d, or Slurm's [D-]HH:MM:SS or MM:SS.
+The command accepts torchrun's options too, with dashes or underscores: --nnodes means --nodes, --master-addr and
+--master-port mean --rdzv-endpoint. A torchrun option whose effect an elastic job has anyway is ignored; elastic-srun
+refuses any other torchrun option and names the replacement.
 
 exit code: 0 if the workers finished, 1 if the job failed, 2 if the command was refused, 130 after Ctrl-C
 Ctrl-C once lets the workers save and stop (--grace), twice stops them at once, a third time kills the agents."""
 
 
 _WHERE = (
-    ElasticOption("local", "N", str, help="N agents as processes of this machine, without Slurm"),
-    ElasticOption("standalone", "", bool, help="one agent on this machine, without Slurm"),
+    ElasticOption("local", "N", str, help="run N agents as processes on this machine, without Slurm"),
+    ElasticOption("standalone", "", bool, help="run one agent on this machine, without Slurm"),
     ElasticOption("nodelist", "NODES", str, letter="w",
-                  help="these nodes of the allocation, in Slurm's notation, for example n[3-4] "
-                       "(default: the first ones)"),
+                  help="nodes of the allocation to run on, in Slurm's notation, for example n[3-4] "
+                       "(default: the first nodes)"),
     ElasticOption("log-dir", "DIR", str,
-                  help="folder for run directories, on a file system that all nodes share (default: ./elastic-logs)"),
+                  help="parent folder of the run directories, on a file system that all nodes share "
+                       "(default: ./elastic-logs)"),
     ElasticOption("run-dir", "DIR", str,
-                  help="the run directory itself, of no other run (default: a new one in --log-dir)"),
+                  help="run directory; no other run may have used it (default: a new folder in --log-dir)"),
     ElasticOption("again", "", bool, argparse.SUPPRESS),  # for a rehearsal: see _given_run_dir
     ElasticOption("version", "", bool, letter="V", help="show the version and exit"),
 )  # fmt: skip
+_DOES_NOT_GROW = "elastic-srun runs in the current allocation; to submit a job that grows: elastic-sbatch --grow"
 _ONE_OF = ("local", "standalone", "nodelist")
 _OPTIONS = {option.name: option for option in (*_WHERE, *LAUNCH_OPTIONS, *SCRIPT_SWITCHES)}
 _OWN = (*(option.scanned(switch="[ ]") for option in _OPTIONS.values()), Option("help", "h", ""))
@@ -72,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=_USAGE,
-        description="Run SCRIPT on the nodes of the Slurm allocation you are in; it survives the loss of nodes.",
+        description="Run SCRIPT on the nodes of the current Slurm allocation. The run survives the loss of nodes.",
     )
     group = parser.add_argument_group("where it runs")
     for option in _WHERE:
@@ -89,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     """The command line, parsed; or the text to show for --help or --version."""
-    given, rest = scan(argv, _OWN, (*SBATCH.values(), *TORCHRUN))
+    given, rest = scan(argv, _OWN, (*SBATCH.values(), *JOINERS.values(), *TORCHRUN))
     names = [option.name for option in given]
     if "help" in names:
         return parser().format_help()
@@ -105,6 +108,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     for option in others:
         unneeded(option)
     for option in ours:
+        if is_for_joiners(option.name):
+            raise UsageError(f"{option}: {_DOES_NOT_GROW}")
         if option.name not in _OPTIONS and check(option):
             raise UsageError(
                 f"{option.flag}: is for the allocation that elastic-srun runs in, for example: salloc "
@@ -192,9 +197,11 @@ def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:
     """What to run, and on how many of ``here`` nodes."""
     launch = LaunchSpec.from_namespace(args)
     if launch.grow:
+        raise UsageError(f"--grow on: {_DOES_NOT_GROW}")
+    if launch.yield_to:
         raise UsageError(
-            "--grow on: elastic-srun runs in the allocation that is there; "
-            "a job that grows is submitted with elastic-sbatch --grow"
+            f"--yield-to {launch.yield_to}: elastic-srun runs in the current allocation, and releases no node of "
+            "it; to submit a job that releases nodes: elastic-sbatch --yield-to"
         )
     if args.nodes is None:
         launch = replace(launch, nodes=NodeRange(1, here))
@@ -209,7 +216,7 @@ def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:
         check_module(launch.script)
     else:
         find_script(launch.script, os.getcwd(), Path.cwd())
-    return launch, min(here, launch.nodes.max + launch.spares)
+    return launch, min(here, launch.most_nodes)
 
 
 def _main(argv: list[str] | None) -> int:

@@ -15,35 +15,37 @@ from rich.text import Text
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.errors import UsageError
-from elastic_hpc.job.look import Jobs, Look
+from elastic_hpc.job.look import Jobs, Look, may_be_recent
 from elastic_hpc.job.lookup import select
 from elastic_hpc.view import status
 from elastic_hpc.view.job import as_json
 
-HELP = "show how my jobs are: nodes, round, restarts, progress, time lost"
+HELP = "show the state of your jobs: nodes, round, restarts, progress, lost time"
 EPILOG = """examples:
-  elastic-hpc status                    all jobs that are not over, and those that ended within a day
+  elastic-hpc status                    all active jobs, and jobs that ended within the last day
   elastic-hpc status 4711               one job, in detail
-  elastic-hpc status 4711 --watch       until it ends, or Ctrl-C
+  elastic-hpc status 4711 --watch       update until the job ends, or Ctrl-C
   elastic-hpc status --json | jq '.jobs[] | select(.state == "RUNNING") | .goodput'
 
-A state of UNKNOWN means what it says: Slurm could not be asked, or does not know the job, and its record has no end."""
+State UNKNOWN: Slurm does not answer or does not know the job, and the job's record has no end."""
 
 _LOOK_INTERVAL, _SLURM_INTERVAL = 1.0, 10.0  # seconds between two looks, and two queries of Slurm, of --watch
+_NO_SCREEN = 10_000
+"""Columns of a file or a pipe."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "*")
-    parser.add_argument("--all", action="store_true", help="also jobs that ended more than a day ago")
-    parser.add_argument("--watch", action="store_true", help="show it live, until all have ended, or Ctrl-C")
+    parser.add_argument("--all", action="store_true", help="include jobs that ended more than a day ago")
+    parser.add_argument("--watch", action="store_true", help="update the screen until all jobs have ended, or Ctrl-C")
     parser.add_argument("--json", action="store_true", help="print one JSON object, described in docs/status.md")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 if Slurm could not be asked."""
     if args.watch and args.json:
-        raise UsageError("--watch and --json: expected one of them; call --json again and again instead")
-    selected = select(args.job)
+        raise UsageError("--watch and --json: expected one of them; call --json repeatedly instead")
+    selected = [rundir for rundir in select(args.job) if args.job or args.all or may_be_recent(rundir)]
     jobs = Jobs(selected)
     if args.watch:
         return _watch(jobs, args)
@@ -51,9 +53,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_json([look.view for look in looks], time.time(), jobs.problem), indent=1))
     else:
-        console = Console(highlight=False)
+        console = _console()
         console.print(_screen(looks, jobs.problem, console))
     return 1 if jobs.problem else 0
+
+
+def _console() -> Console:
+    """Nothing is wrapped or left out where it is no screen."""
+    return Console(highlight=False, width=None if Console().is_terminal else _NO_SCREEN)
 
 
 def _wanted(looks: Sequence[Look], args: argparse.Namespace) -> list[Look]:
@@ -65,20 +72,19 @@ def _screen(looks: Sequence[Look], problem: str, console: Console) -> Renderable
     if len(looks) == 1:
         return Group(*parts, status.card(looks[0].view))
     if not looks:
-        return Group(*parts, "no job that is not over; elastic-hpc status --all shows the others")
+        return Group(*parts, "No active jobs (--all shows finished ones)")
     return Group(*parts, status.table([look.view for look in looks], console.width))
 
 
 def _watch(jobs: Jobs, args: argparse.Namespace) -> int:
-    console = Console(highlight=False)
-
+    console = _console()
     with contextlib.suppress(KeyboardInterrupt):
         looks = _wanted(jobs.look(), args)
         with Live(
             _screen(looks, jobs.problem, console), console=console, screen=console.is_terminal, auto_refresh=False
         ) as live:
             while not all(look.view.over for look in looks):
-                entry.heed_reader()
+                entry.end_without_reader()
                 time.sleep(_LOOK_INTERVAL)
                 looks = _wanted(jobs.look(_SLURM_INTERVAL), args)
                 live.update(_screen(looks, jobs.problem, console), refresh=True)

@@ -12,17 +12,17 @@ from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.job.look import Jobs
 from elastic_hpc.view.timeline import html, png
 
-HELP = "draw a job: world size, faults, progress and goodput over time"
+HELP = "draw a job over time: world size, faults, progress and goodput"
 EPILOG = """examples:
-  elastic-hpc timeline 4711 --html 4711.html       one self-contained page, to be mailed or put on a web server
-  elastic-hpc timeline 4711 --html - | mail ...    the same to stdout
-  elastic-hpc timeline 4711 --png 4711.png         the picture alone; needs: pip install 'elastic_hpc[png]'"""
+  elastic-hpc timeline 4711 --html 4711.html       one self-contained page, to mail or to put on a web server
+  elastic-hpc timeline 4711 --html - | mail ...    the same page, to stdout
+  elastic-hpc timeline 4711 --png 4711.png         only the picture; needs: pip install 'elastic_hpc[png]'"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser)
-    parser.add_argument("--html", metavar="FILE", help="write the page there; - is stdout")
-    parser.add_argument("--png", metavar="FILE", help="write the picture there; - is stdout")
+    parser.add_argument("--html", metavar="FILE", help="write a page to FILE; - is stdout")
+    parser.add_argument("--png", metavar="FILE", help="write a picture to FILE; - is stdout")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,12 +10,12 @@ from elastic_hpc.cli.jobs import add_job, single
 from elastic_hpc.job.look import Jobs
 from elastic_hpc.view.why import page
 
-HELP = "tell why a job went as it did: the end of each round, what it cost, what to do"
+HELP = "explain how a job went: cause and cost of each restart and requeue, and what to do"
 EPILOG = """examples:
   elastic-hpc why 4711
   elastic-hpc why elastic-logs/4711 | less -R
 
-It is told from the run directory, also weeks later and where there is no Slurm."""
+elastic-hpc why reads only the run directory: it also works weeks later, and where there is no Slurm."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

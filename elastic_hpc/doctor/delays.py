@@ -44,7 +44,7 @@ def epilog(facts: Facts) -> Finding | None:
     means = "the nodes of a job are free, also for its own requeue, when it has ended on them"
     if names:
         found.append(shown)
-        advice = ["you: --run tells how long it takes", *([] if limit else [_LIMIT])]
+        advice = ["you: --run measures it", *([] if limit else [_LIMIT])]
     if wait:
         found.append(f"CompleteWait = {wait} s")
         means = f"while a job completes, Slurm may start no other, requeued jobs and joiners too, for up to {wait} s"
@@ -77,7 +77,7 @@ def slurmd_timeout(facts: Facts) -> Finding:
     if seconds <= _QUICK:
         return Finding(Level.OK, "SlurmdTimeout", found, "Slurm soon notices that a node is lost")
     means = (
-        "training goes on without a lost node after --heartbeat-timeout, and at the end the other nodes are free "
+        "training continues without a lost node after --heartbeat-timeout, and at the end the other nodes are free "
         f"within seconds; but a job that has lost {'a' if keeps else 'its first'} node stays COMPLETING, or waits in "
         f"the queue, for {seconds} s and more: only Slurm or an operator can end that"
     )

@@ -42,7 +42,9 @@ def log_dir_finding(mountinfo: str, path: str) -> Finding:
     if kind in _OF_ONE_MACHINE:
         return Finding(Level.BAD, "log-dir", found, "that is in this machine's memory, no node sees it", choose)
     if kind in _SHARED or kind.startswith("fuse."):
-        return Finding(Level.OK, "log-dir", found, "a file system of the network; --run tells whether all nodes see it")
+        return Finding(
+            Level.OK, "log-dir", found, "a file system of the network; --run checks whether all nodes see it"
+        )
     if any(PurePath(path).is_relative_to(folder) for folder in ("/tmp", "/var/tmp")):  # noqa: S108
         return Finding(Level.WARN, "log-dir", found, "each machine has a folder of that name of its own", choose)
     means = "it may be this machine's own"

@@ -32,9 +32,7 @@ def run_findings(run: ProbeRun, log_dir: str) -> list[Finding]:
 def _requeue(run: ProbeRun) -> Finding:
     if run.may_requeue:
         return Finding(Level.OK, "requeue", "Requeue = 1 for a job with --requeue", "jobs may come back by themselves")
-    means = (
-        "Slurm does not let jobs back into the queue: a new job with another id goes on in the place of one that must"
-    )
+    means = "Slurm does not let jobs back into the queue: a new job with another ID continues in its place"
     advice = "administrator, slurm.conf: JobRequeue=1, and no submission filter that takes --requeue back"
     return Finding(Level.WARN, "requeue", "Requeue = 0 for a job with --requeue", means, advice)
 
@@ -78,7 +76,7 @@ def _file_system(reports: Sequence[NodeReport]) -> list[Finding]:
     makers = [report.node for report in reports if report.created]
     if len(makers) != 1:
         found = f"{some(makers) or 'no node'} made the one file that all tried to make (O_EXCL)"
-        means = "two agents could both take themselves for the first"
+        means = "two agents could both believe that they are the first"
         advice = "you: --log-dir DIR, on another file system"
         return [Finding(Level.BAD, "file system", found, means, advice)]
     if len(reports) < 2:
@@ -149,7 +147,7 @@ def _gpus(reports: Sequence[NodeReport]) -> list[Finding]:
     granted = {report.node: report.gpus_granted or "0" for report in reports}
     if set(granted.values()) == {"0"}:
         hidden = [report.node for report in reports if report.gpu_devices]
-        found = "none were asked for" + (f"; there are some on {some(hidden)}" if hidden else "")
+        found = "no GPUs were requested" + (f"; there are some on {some(hidden)}" if hidden else "")
         return [Finding(Level.NOTE, "GPUs", found, "not judged", "you: elastic-hpc doctor --run -- --gpus-per-node=N")]
     bare = [report.node for report in reports if int(granted[report.node]) > report.gpu_devices]
     if bare:

@@ -65,7 +65,7 @@ def name_findings(reports: Sequence[NodeReport]) -> list[Finding]:
             wrong.append(f"on {report.node} {name} is {', '.join(peer.resolves) or 'unknown'}")
     renamed = [f"{r.node} calls itself {r.hostname}" for r in reports if _short(r.hostname) != _short(r.node)]
     if wrong:
-        means = "agents use the addresses that each node tells, but plain torchrun and MASTER_ADDR need names"
+        means = "agents use the addresses that each node reports, but plain torchrun and MASTER_ADDR need names"
         advice = "administrator: /etc/hosts or DNS of the nodes; you: --interface IFNAME"
         return [Finding(Level.WARN, "names", some(wrong, "; "), means, advice)]
     if renamed:

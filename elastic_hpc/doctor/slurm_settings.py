@@ -19,7 +19,7 @@ _TO_REQUEUE = 5
 def slurm_findings(facts: Facts, grace: timedelta, qos: str | None = None) -> list[Finding]:
     """What Slurm's settings mean for jobs with ``--grace`` in ``qos``; or that Slurm cannot be asked."""
     if not facts.answered:
-        means = "it cannot be asked: nothing can be submitted from here, and nothing is known of this site"
+        means = "it does not answer: nobody can submit jobs from here, and nothing is known of this site"
         advice = (
             "you: try on a login node of the cluster, with Slurm's module loaded; if sinfo fails there, ask the "
             "administrator"
@@ -30,6 +30,7 @@ def slurm_findings(facts: Facts, grace: timedelta, qos: str | None = None) -> li
         "requeue delay": delays.requeue_delay,
         "KillOnBadExit": _kill_on_bad_exit,
         "SlurmdTimeout": delays.slurmd_timeout,
+        "giving back": _giving_back,
         "KillWait": delays.kill_wait,
         "prolog": delays.prolog,
         "epilog": delays.epilog,
@@ -57,22 +58,35 @@ def _requeue(facts: Facts) -> Finding:
     if value == "1":
         return Finding(Level.OK, "requeue", found, "jobs may come back through the queue")
     means = (
-        "jobs ask with --requeue, which Slurm may ignore; then a new job with another id goes on in the place of one "
-        "that must come back"
+        "jobs request it with --requeue, which Slurm may ignore; then a new job with another ID continues in the place "
+        "of the old one"
     )
-    advice = f"{slurm_conf('JobRequeue=1')}; --run tells whether --requeue is enough"
+    advice = f"{slurm_conf('JobRequeue=1')}; --run checks whether --requeue is enough"
     return Finding(Level.WARN, "requeue", found, means, advice)
 
 
 def _kill_on_bad_exit(facts: Facts) -> Finding:
     value, found = setting(facts, "KillOnBadExit")
     if value == "0":
-        return Finding(Level.OK, "KillOnBadExit", found, "a step goes on when one of its tasks fails")
+        return Finding(Level.OK, "KillOnBadExit", found, "a step continues when one of its tasks fails")
     means = (
         "elastic-sbatch and elastic-srun overrule it; a step that you start yourself, for torchrun, ends with its "
         "first task that fails"
     )
     return Finding(Level.NOTE, "KillOnBadExit", found, means, "you, in scripts of your own: srun --kill-on-bad-exit=0")
+
+
+def _giving_back(facts: Facts) -> Finding:
+    value, accounting = setting(facts, "AccountingStorageType")
+    if has(facts, "SchedulerParameters", "disable_job_shrink"):
+        means = "a job that runs cannot give nodes back: elastic-hpc resize and release let joiners go, and no others"
+        advice = slurm_conf("SchedulerParameters without disable_job_shrink")
+        return Finding(Level.WARN, "giving back", "SchedulerParameters has disable_job_shrink", means, advice)
+    if not value.endswith("slurmdbd"):
+        means = "a job can give nodes back once in a run; Slurm then refuses to change it, and a requeue takes minutes"
+        advice = slurm_conf("AccountingStorageType=accounting_storage/slurmdbd")
+        return Finding(Level.NOTE, "giving back", accounting, means, advice)
+    return Finding(Level.OK, "giving back", accounting, "a job that runs can give nodes back to Slurm")
 
 
 def _preemption(facts: Facts, grace: timedelta, qos: str | None) -> Finding:
@@ -91,15 +105,17 @@ def _preemption(facts: Facts, grace: timedelta, qos: str | None) -> Finding:
     signal = "with" if warned else "without"
     found = f"{where}: PreemptMode = {mode}, GraceTime = {seconds} s, {signal} preempt_send_user_signal"
     if {"SUSPEND", "GANG"} & set(mode.split(",")):
-        means = "a suspended job stands still with all its agents and may take its nodes for lost when it goes on"
+        means = "a suspended job stops with all its agents, and may declare its nodes lost when it resumes"
         advice = f"you: another {where.split()[0]}, which is not suspended; {slurm_conf('PreemptMode=REQUEUE')}"
         return Finding(Level.WARN, "preemption", found, means, advice)
     then = "Slurm puts the job back into the queue" if mode == "REQUEUE" else "Slurm cancels, the agents requeue"
     if warned and seconds >= grace.total_seconds():
-        return Finding(Level.OK, "preemption", found, f"workers are told and have --grace {as_text(grace)}; {then}")
+        return Finding(
+            Level.OK, "preemption", found, f"the workers get a signal and have --grace {as_text(grace)}; {then}"
+        )
     grace_time = f"GraceTime={as_text(grace)} in {where}"
     if warned:
-        means = f"workers are told, but have {seconds} s and not --grace {as_text(grace)}; {then}"
+        means = f"the workers get a signal, but have {seconds} s and not --grace {as_text(grace)}; {then}"
         advice = f"you: --grace {_grace(seconds)}; {slurm_conf(grace_time)}"
         return Finding(Level.WARN, "preemption", found, means, advice, {"grace": _grace(seconds)} if seconds else {})
     hurry = f", with --grace {_grace(seconds)} for the agents to requeue in time" if mode != "REQUEUE" else ""
@@ -154,7 +170,7 @@ def _private_data(facts: Facts) -> Finding:
     if "nodes" in hidden:
         means = (
             "Slurm shows users no states of nodes: a job avoids the nodes that failed under it, and does not know "
-            "which others are down"
+            "which others are down, or drained, unless a notice or --health-dir says so; --yield-to gives up nothing"
         )
         advice = slurm_conf("PrivateData without nodes, if jobs are to see them")
         return Finding(Level.NOTE, "private data", found, means, advice)

@@ -29,7 +29,7 @@ def job_of_batch_script(
         raise UsageError(f"--from-batch {path}: {error.strerror}; expected a batch script that can be read") from None
     request, environment = from_batch(content, path, args, os.environ)
     job = build(replace(request, options=options, sbatch=sbatch, torchrun=torchrun))
-    return replace(job, notes=(*job.notes, *_notes(job, environment)))
+    return replace(job, notes=(*job.notes, *_notes(job, environment)), repeatable=False)
 
 
 def _notes(job: JobSpec, environment: str) -> list[str]:

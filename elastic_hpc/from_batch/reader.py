@@ -151,7 +151,7 @@ class Reader:
             if statement in dropped:
                 continue
             if _command(statement) == "trap":
-                self._note(statement, "dropped trap: the agents tell the workers to save and stop, see --grace")
+                self._note(statement, "dropped trap: the agents ask the workers to save and stop, see --grace")
             elif re.match(r"export +SRUN_\w+=", statement.text):
                 self._note(
                     statement, f"dropped {first_line(statement.text)!r}: elastic-sbatch writes its own srun line"

@@ -6,5 +6,7 @@ Start with ``spec.build``: ``request`` (a caller's options over those of ``confi
 
 * ``programs``, ``script_file``, ``snapshot``, ``outputs``: files of the job, as they are on this machine.
 * ``commands``, ``quoting``: the lines of the batch script. ``toml_file``: one configuration file. ``typed``: types.
-* ``handle.Job``, with ``look`` and ``lookup``: a job that was submitted. ``launch``, ``functions``: functions as jobs.
+* ``handle.Job``, with ``look``, ``lookup``, ``resizing`` and ``notices``: a job that was submitted.
+* ``resume``: a job that has ended continues; ``recorded``: how it was submitted, as its batch script says.
+* ``launch``, ``functions``: functions as jobs.
 """

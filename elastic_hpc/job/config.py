@@ -11,6 +11,10 @@ Later wins. Set-up lines add up in this order, environment variables by name; ea
     partition = "gpu"                      # any long option of sbatch
     exclusive = true                       # true: without a value; false: not at all
     "--new-option" = "x"                   # one that only a newer sbatch knows, with its dashes
+    [grow]                                 # in the place of grow = true above
+    on = true                              # the same as grow = true
+    every = 300                            # as grow-every
+    partition = "preempt"                  # any long option of sbatch, for the jobs by which a job grows
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job import toml_file
+from elastic_hpc.options.of_joiners import check_for_joiners
 from elastic_hpc.options.sbatch import Given, check
 from elastic_hpc.options.sbatch_environment import from_environment
 from elastic_hpc.options.table import ELASTIC, Layer
@@ -62,6 +67,8 @@ class Configuration:
         kept = [given for given in self.sbatch if given.name not in replaced]
         nodes = merged["nodes"].value if "nodes" in merged else None
         fixed = nodes.max if nodes and nodes.min == nodes.max else None
+        for given in layer.sbatch:
+            check_for_joiners(given)
         added = [given for given in layer.sbatch if check(given, fixed)]
         return Configuration(merged, tuple(setup), env, (*kept, *added), self.notes)
 

@@ -1,5 +1,5 @@
 """A Python function in the place of a training script. submitit pickles the function and runs it on every rank. What
-the ranks return, or raise, is kept by round, so that the leftovers of a lost world are never taken for the result.
+the ranks return, or raise, is kept by round, so that the leftovers of a lost world never count as the result.
 """
 
 from __future__ import annotations

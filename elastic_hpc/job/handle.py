@@ -12,27 +12,33 @@ from dataclasses import dataclass
 from datetime import timedelta
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from elastic_hpc import slurm
 from elastic_hpc.errors import ElasticError, SlurmError, UsageError
 from elastic_hpc.job.look import Jobs, Look, recorded
 from elastic_hpc.job.lookup import expand, find
+from elastic_hpc.job.notices import notify
 from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.job.submission import prepared
 from elastic_hpc.record.folders import is_there
-from elastic_hpc.record.registry import remember
+from elastic_hpc.record.registry import itself, remember
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import Logs, Stream, Wanted
 from elastic_hpc.view.job import JobView
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from elastic_hpc.job.typed import JobOptions
 
 _LOOK_INTERVAL = 0.5
 _SLURM_INTERVALS = 2.0, 30.0
 """Seconds between two queries of Slurm, at first and after a while."""
 
 Stopped = Literal["cancelled", "told", "over"]
-"""What ``Job.stop`` has done: ``cancelled``, by Slurm, a job that waited in the queue or had no leader; ``told`` the
-leader to stop; or nothing, as the job was ``over`` already."""
+"""What ``Job.stop`` has done. ``cancelled``: Slurm cancelled the job, which was pending or had no leader. ``told``: the
+leader got the request to stop. ``over``: nothing, because the job had already ended."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Job:
         if not isinstance(given, (str, os.PathLike)):
             raise UsageError(f"job {job!r}: expected its id, or its run directory, for example Job(4711)")
         is_id = isinstance(given, str) and "/" not in given
-        self.run_dir = find(str(given).strip()) if is_id else Path(os.path.abspath(given))
+        self.run_dir = find(str(given).strip()) if is_id else itself(Path(os.path.abspath(given)))
         self.id = self.run_dir.name
         """The id that ``sbatch`` printed; ``ARRAY_TASK`` for a task of an array."""
         self._is_array = is_array
@@ -133,18 +139,18 @@ class Job:
         return Job(self.run_dir.with_name(f"{self.id}_{index}"))
 
     def status(self) -> JobStatus:
-        """The state of the job now. Raises SlurmError if only Slurm knows that, and cannot be asked."""
+        """The state of the job now. Raises SlurmError if only Slurm knows the state, and does not answer."""
         view = self._look().view
         if self._jobs.problem:
             raise SlurmError(self._jobs.problem)
         return JobStatus.of(view)
 
     def wait(self, timeout: float | timedelta | None = None, *, check: bool = False) -> JobStatus:
-        """Wait until the job has ended for good: it finished, failed or was cancelled. The wait goes on over requeues,
-        and while Slurm cannot be asked. Ctrl-C ends the wait, not the job.
+        """Wait until the job has finished, failed or been cancelled. The wait continues over
+        requeues, and while Slurm does not answer. Ctrl-C ends the wait, not the job.
 
-        ``timeout``: seconds, or a timedelta. Raises TimeoutError when it has passed; the job goes on. ``check``: raise
-        JobFailed unless the job has completed.
+        ``timeout``: seconds, or a timedelta. After ``timeout``, raises TimeoutError; the job continues. ``check``:
+        raise JobFailed unless the job has completed.
         """
         timeout = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         begin = time.monotonic()
@@ -156,7 +162,7 @@ class Job:
                 return status
             if timeout is not None and time.monotonic() - begin > timeout:
                 break
-        raise TimeoutError(f"job {self.id} has not ended in {timeout:g} s; it goes on")
+        raise TimeoutError(f"job {self.id} has not ended in {timeout:g} s; the job continues")
 
     def _watch(self) -> Iterator[JobView]:
         """The job at one moment after another. Slurm is asked less and less often."""
@@ -172,8 +178,8 @@ class Job:
         return self._jobs.look(query_interval, ends=ends)[0]
 
     def logs(self, rank: int = 0, stream: Stream = "out", *, follow: bool = False) -> Iterator[str]:
-        """The lines that the worker of this rank has written, round after round. ``follow``: go on as more is written,
-        until the job has ended.
+        """The lines that the worker of this rank has written, round after round. ``follow``: continue as more is
+        written, until the job has ended.
         """
         if stream not in get_args(Stream):
             raise UsageError(f"stream {stream!r}: expected 'out' or 'err'")
@@ -200,9 +206,9 @@ class Job:
         return text.getvalue()
 
     def drain(self, reason: str = "user") -> None:
-        """Have the job save, stop, and come back through the queue. ``reason``: ``user``, or, to rehearse it, ``time
-        limit`` or ``preempted``. Raises ElasticError if its leader cannot be reached, as the job waits in the queue, or
-        is over.
+        """Let the job save, stop and requeue itself. ``reason``: ``user``, or, to rehearse such an event, ``time
+        limit`` or ``preempted``. Raises ElasticError if the job's leader cannot be reached, because the job is pending
+        or has ended.
         """
         final = self.final_state()
         try:
@@ -216,13 +222,62 @@ class Job:
             if not view.over:
                 raise
             final = view.state
-        raise ElasticError(f"job {self.id} is over, {final}: nothing runs that could be drained")
+        raise ElasticError(f"job {self.id} has ended, {final}: there is nothing to drain")
+
+    def resize(self, nodes: str | int) -> str:
+        """Change MIN and MAX of the job, as for ``--nodes``: ``"2:6"``, ``"4,6,8"`` or 4. The new bounds persist over
+        requeues. Nodes beyond MAX leave at a step boundary and return to Slurm; more nodes come only with ``grow``, or
+        with the next requeue. Returns what happens next, in a sentence.
+
+        Raises UsageError for impossible bounds, and ElasticError if the job has ended, or its leader cannot be reached
+        or refuses.
+        """
+        from elastic_hpc.job import resizing
+
+        look = self._not_over("resized")
+        sizes = resizing.sizes_of(str(nodes), self._record, look)
+        if look.view.state in slurm.WAITS:
+            return resizing.resize_waiting(str(nodes), sizes, self._record, look, self.slurm_id)
+        return resizing.resize(sizes, self._record, look)
+
+    def release(self, *nodes: str) -> str:
+        """Return these nodes to Slurm at a step boundary. This run of the job avoids them. Raises as ``resize``."""
+        from elastic_hpc.job import resizing
+
+        return resizing.release(nodes, self._record, self._not_over("released"))
+
+    def _not_over(self, what: str) -> Look:
+        look = self._look()
+        if look.view.over:
+            raise ElasticError(f"job {self.id} is over, {look.view.state}: it has no nodes that could be {what}")
+        return look
+
+    def notice(self, node: str, reason: str | None) -> None:
+        """Announce that ``node`` is about to fail, and why: the job continues without the node from the next step, if
+        MIN nodes are left, and avoids the node for a day. ``reason`` None withdraws the notice. Raises ElasticError.
+        """
+        if final := self.final_state():
+            raise ElasticError(f"job {self.id} is over, {final}: it has no nodes")
+        notify(self._record, node, reason)
+
+    def resume(self, *script: object, **options: Unpack[JobOptions]) -> str:
+        """Continue a job that failed, timed out or was cancelled, in its run directory, with its checkpoints, record
+        and counters. ``script``: the script and its arguments, if others than before; ``options`` as for
+        ``JobSpec.of``, over those of the job's submission. Returns the id of the Slurm job that continues.
+
+        Raises UsageError for a job that has not ended, has finished, or is another user's, or whose options do not
+        fit, and SlurmError if Slurm cannot be asked.
+        """
+        from elastic_hpc.job import resume
+
+        return resume.from_python(self.run_dir, script, options)
 
     def stop(self, *, after_checkpoint: bool = False) -> Stopped:
-        """End the job for good, running or waiting. ``after_checkpoint``: the workers have ``--grace`` to save first.
+        """End the running or pending job without a requeue. ``after_checkpoint``: the workers have ``--grace`` to save
+        first.
 
-        Returns what was done: ``cancelled``, ``told`` or ``over``, see ``Stopped``. Raises ElasticError if its leader
-        cannot be reached and Slurm cannot cancel the job, or with ``after_checkpoint`` would not let it save.
+        Returns ``cancelled``, ``told`` or ``over``, see ``Stopped``. Raises ElasticError if the job's leader cannot be
+        reached and Slurm cannot cancel the job, or with ``after_checkpoint`` would not let it save.
         """
         if self._has_tasks():
             slurm.cancel(self.id)
@@ -259,7 +314,7 @@ class Job:
 
     @property
     def slurm_id(self) -> str:
-        """The id of the job, or of the job that goes on in its place where a job may not be requeued."""
+        """The id of the job, or of the job that continues in its place where a job may not be requeued."""
         return recorded(self._record).slurm_id
 
     def final_state(self) -> str | None:

@@ -132,7 +132,7 @@ def _outcome(rundir: RunDir) -> Mapping[str, Any]:
         return rundir.last_round()
     if not verdict:
         raise LaunchFailed(
-            f"the agents left no verdict; see what they said above, and {rundir.path}", rundir.path, None
+            f"the agents left no verdict; see their messages above, and {rundir.path}", rundir.path, None
         )
     trace = f"\n{verdict['failure']['traceback']}" if verdict["failure"] else ""
     raise LaunchFailed(f"{verdict['outcome']}: {verdict['reason']} ({rundir.path}){trace}", rundir.path, verdict)

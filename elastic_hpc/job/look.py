@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from elastic_hpc import slurm
@@ -19,14 +20,14 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.job import JobView, view
 from elastic_hpc.view.state import Observed
 from elastic_hpc.view.story import Story
-from elastic_hpc.view.story_builder import story_of
+from elastic_hpc.view.story_builder import StoryBuilder
 
 _RECENT = 24 * 3600.0
 """Seconds after its end for which a job is listed when the user names no job."""
 
 
 class Look(NamedTuple):
-    """One job at one moment. ``events``: all of its record."""
+    """One job at one moment. ``events``: those of its record, without progress."""
 
     view: JobView
     story: Story
@@ -39,21 +40,60 @@ class Look(NamedTuple):
         return not self.view.over or time.time() - (self.story.last_time or _mtime(self.view.run_dir)) < _RECENT
 
 
+def may_be_recent(rundir: RunDir) -> bool:
+    """Whether ``Look.is_recent`` may hold; cheap for a job that ended long ago by its record."""
+    files = (str(rundir.path / name) for name in ("verdict.json", "heartbeat", "endpoint.json"))
+    if time.time() - max(map(_mtime, files)) < _RECENT:
+        return True
+    verdict = _read(rundir, "verdict.json")
+    return verdict.get("outcome") in {None, "requeue"} or rundir.acted(verdict.get("run", 0)) is not None
+
+
+class JobRecord:
+    """The record of a job, whose story is told on as events are added."""
+
+    def __init__(self, folder: Path) -> None:
+        """``folder``: the run directory."""
+        self._folder = folder
+        self._begin()
+
+    def _begin(self) -> None:
+        self._reader, self._builder = EventReader(self._folder, for_screens=True), StoryBuilder()
+
+    def story(self) -> Story:
+        """The story by now. Reads only what was added since the last call. Raises ElasticError."""
+        added = self._reader.read()
+        if self._reader.is_new_story:
+            self._begin()
+            added = self._reader.read()
+        self._builder.add(added)
+        return self._builder.story(self._reader.damaged)
+
+    @property
+    def events(self) -> Sequence[Mapping[str, Any]]:
+        """The events of that story, without progress."""
+        return self._reader.events
+
+
 def recorded(rundir: RunDir) -> Observed:
     """What the files of the run directory say, without the events. A damaged file counts as missing."""
     spec, verdict, endpoint = (_read(rundir, f"{name}.json") for name in ("spec", "verdict", "endpoint"))
     if not ({"outcome", "cause", "reason", "failure"} <= verdict.keys() and isinstance(verdict.get("run"), int)):
         verdict = {}
-    leader_run, heartbeat, held = endpoint.get("run"), rundir.heartbeat(), None
+    heartbeat, held = rundir.heartbeat(), None
+    leader_run = endpoint["run"] if isinstance(endpoint.get("run"), int) else 0
+    last_run = max(leader_run, verdict.get("run", 0))
+    led = str(spec.get("job", rundir.path.name))
     with contextlib.suppress(OSError):  # another user's
         held = rundir.is_held()
     return Observed(
         id=rundir.path.name,
-        slurm_id=str((verdict and rundir.goes_on_as(verdict["run"])) or spec.get("job", rundir.path.name)),
+        slurm_id=rundir.goes_on_as(last_run) or led,
         run_dir=str(rundir.path),
         script=os.path.basename(str(spec.get("script", ""))),
         verdict=verdict or None,
-        leader_run=leader_run if isinstance(leader_run, int) else 0,
+        leader_run=leader_run,
+        resumed=rundir.acted(last_run) not in {None, led},
         launcher_runs=held,
         silent=max(0.0, time.time() - heartbeat / 1e9) if heartbeat else None,
     )
@@ -66,10 +106,11 @@ def _read(rundir: RunDir, name: str) -> dict[str, Any]:
 
 
 class Jobs:
-    """Jobs that are observed again and again. Each look reads only the events that were added since the last one."""
+    """Jobs that are observed repeatedly. Each look reads only the events that were added since the last one."""
 
     def __init__(self, run_dirs: Sequence[RunDir]) -> None:
-        self._records = [(rundir, EventReader(rundir.path)) for rundir in run_dirs]
+        self._records: list[tuple[RunDir, JobRecord]] = []
+        self.observe(run_dirs)
         self._last_query = float("-inf")
         self._queried_ids: set[str] = set()
         self._queue: dict[str, slurm.Queued] = {}
@@ -81,6 +122,11 @@ class Jobs:
         self.problem = ""
         """Why Slurm cannot be asked; empty if it answered, or need not be asked."""
 
+    def observe(self, run_dirs: Sequence[RunDir]) -> None:
+        """From now on observe these jobs; what was read of them before is kept."""
+        known = {rundir.path: record for rundir, record in self._records}
+        self._records = [(rundir, known.get(rundir.path) or JobRecord(rundir.path)) for rundir in run_dirs]
+
     def look(self, query_interval: float = 0.0, *, ends: bool = False) -> list[Look]:
         """The jobs as they are now. Slurm is asked if the last query is ``query_interval`` seconds ago. ``ends``: also
         ask Slurm, once for each job that is over, what it has recorded as its end.
@@ -91,13 +137,12 @@ class Jobs:
             observed = [recorded(rundir) for rundir, _ in self._records]
             self._query(observed, float("inf"))
         looks = []
-        for seen, (_, reader) in zip(observed, self._records, strict=True):
-            reader.read()
-            story = story_of(reader.events, reader.damaged)
+        for seen, (_, record) in zip(observed, self._records, strict=True):
+            story = record.story()
             job = self._with_slurm(seen, story)
             if ends and (job.final or (_needs_slurm(job) and job.queued is None and not self.problem)):
                 job = replace(job, recorded_end=self._recorded_end(job))
-            looks.append(Look(view(job, story, time.time()), story, reader.events))
+            looks.append(Look(view(job, story, time.time()), story, record.events))
         return looks
 
     def _query(self, observed: Sequence[Observed], interval: float) -> None:
@@ -128,7 +173,7 @@ class Jobs:
             return job
         queued = self._queued(job.slurm_id)
         job = replace(job, queued=queued, problem=self.problem)
-        if story.runs or queued is None or not self._slurm_says_ended(job):
+        if (story.runs and not job.resumed) or queued is None or not self._slurm_says_ended(job):
             return job
         ended = self._show_ended(job.slurm_id)
         folders = [os.path.dirname(path) for path in (ended.output, ended.error)] if ended else []
@@ -138,7 +183,7 @@ class Jobs:
         """Only of a job with a batch script of ours: an allocation in which ``elastic-srun`` ran ends for itself."""
         if not (_is_slurms(job) and os.path.exists(os.path.join(job.run_dir, "script.sbatch"))):
             return ""
-        if not self._recorded.get(job.slurm_id):
+        if self._recorded.get(job.slurm_id, "") in {"", *slurm.LIVES}:
             self._recorded[job.slurm_id] = slurm.recorded_end(job.slurm_id)
         return self._recorded[job.slurm_id]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.config import load
-from elastic_hpc.record.registry import remembered, tasks, with_tasks
+from elastic_hpc.record.registry import itself, remembered, tasks, with_tasks
 from elastic_hpc.record.rundir import RunDir
 
 _FILES = ("spec.json", "secret", "verdict.json", "script.sbatch")
@@ -23,7 +23,7 @@ def find(job: str) -> Path:
     Raises UsageError if there is no such job, or more than one: of another folder or another cluster.
     """
     try:
-        found = {os.path.realpath(path): path.absolute() for path in _candidates(job)}
+        found = {os.path.realpath(path): itself(path.absolute()) for path in _candidates(job)}
     except OSError:  # the name is too long
         found = {}
     if not found:
@@ -48,7 +48,7 @@ def select(run_dirs: Sequence[RunDir]) -> list[RunDir]:
     """
     if run_dirs:
         return [RunDir(path) for rundir in run_dirs for path in expand(rundir.path)]
-    here = [path.absolute() for path in _LOG_DIR.glob("*") if (path / "spec.json").exists()]
+    here = [itself(path.absolute()) for path in _LOG_DIR.glob("*") if (path / "spec.json").exists()]
     return [RunDir(path) for path in dict.fromkeys([*with_tasks(), *sorted(here, key=lambda p: (len(p.name), p.name))])]
 
 

@@ -46,8 +46,10 @@ def quote_all(words: Sequence[str], indent: int = 2) -> str:
     return f" \\\n{' ' * indent}".join([*lines, line])
 
 
-def directive(option: str, value: object = None, reason: str = "") -> str:
-    """An ``#SBATCH`` line. sbatch has its own quoting there: double quotes, backslashes, and ``#`` begins a comment."""
+def directive(option: str, value: object = None, reason: str = "", mark: str = "#SBATCH") -> str:
+    """A line that begins with ``mark``. sbatch has its own quoting there: double quotes, backslashes, and ``#``
+    begins a comment.
+    """
     text = option
     if value is not None:
         given = str(value)
@@ -56,7 +58,7 @@ def directive(option: str, value: object = None, reason: str = "") -> str:
         if not re.fullmatch(r"[\w@%+=:,./^*-]+", given, re.ASCII):
             given = '"' + re.sub(r'(["\\])', r"\\\1", given) + '"'
         text += f"={given}"
-    return f"#SBATCH {text:<32} # {comment(reason)}" if reason else f"#SBATCH {text}"
+    return f"{mark} {text:<32} # {comment(reason)}" if reason else f"{mark} {text}"
 
 
 def comment(text: str) -> str:

@@ -50,6 +50,10 @@ class Request:
     """The folder that the set-up lines change to, from the working directory; None if it is not known."""
     unset: Collection[str] = ()
     """Options of sbatch that the job is not to have, even if a file sets them."""
+    resumed: Layer | None = None
+    """The options of the submission that this one resumes. Those of files and of the environment do not count then."""
+    directory: Path | None = None
+    """Where the job is submitted from; None for the working directory."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +89,20 @@ def configured(request: Request) -> Configuration:
         raise UsageError("--no-python with --module: a module needs Python; leave out one of the two options")
     if request.script == ":":
         raise UsageError("':': heterogeneous jobs are not elastic; submit one job with --nodes MIN:MAX")
-    try:
-        directory = Path.cwd()
-    except FileNotFoundError:
-        raise UsageError(NO_FOLDER) from None
-    configuration = load(os.environ, directory, request.of_script)
+    if request.resumed:
+        configuration = Configuration().with_layer(request.resumed)
+    else:
+        try:
+            directory = Path.cwd()
+        except FileNotFoundError:
+            raise UsageError(NO_FOLDER) from None
+        configuration = load(os.environ, directory, request.of_script)
     return configuration.with_layer(Layer(request.source, request.options, request.sbatch, request.unset))
 
 
 def located(request: Request, configuration: Configuration) -> Place:
     """The script, as it is found from the folder in which the job runs. Raises UsageError if it is not there."""
-    directory, script, note = Path.cwd(), request.script, ""
+    directory, script, note = request.directory or Path.cwd(), request.script, ""
     work_dir = os.path.normpath(os.path.join(directory, last(configuration.sbatch, "chdir") or "."))
     runs_in = os.path.normpath(os.path.join(work_dir, request.folder or ""))
     looked_in = Path(runs_in) if request.folder else directory

@@ -8,6 +8,7 @@ from typing import Any
 
 from elastic_hpc import __version__
 from elastic_hpc.errors import UsageError
+from elastic_hpc.job import recorded
 from elastic_hpc.job.commands import agent_command, srun_options, torchrun_command
 from elastic_hpc.job.quoting import Shell, comment, directive, quote, quote_all
 from elastic_hpc.job.spec import JobSpec
@@ -88,4 +89,4 @@ def render(job: JobSpec) -> str:
         raise UsageError(f"--template {job.template}: {error.message}") from None
     except OSError as error:
         raise UsageError(f"--template {job.template}: {error.strerror}") from None
-    return text
+    return recorded.with_record(text, job)

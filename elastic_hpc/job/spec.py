@@ -21,6 +21,7 @@ from elastic_hpc.job.request import Place, Request, configured, effective, layer
 from elastic_hpc.job.snapshot import WorkTree
 from elastic_hpc.options import durations, from_python
 from elastic_hpc.options.from_python import PYTHON
+from elastic_hpc.options.of_joiners import are_elsewhere, is_for_joiners, of_joiners
 from elastic_hpc.options.sbatch import LONGEST_LEAD, SBATCH, Given, WarningSignal, last
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import ELASTIC, LAUNCH_OPTIONS, NOT_FOR_TORCHRUN
@@ -44,6 +45,7 @@ class JobSpec:
     launch: LaunchSpec
     log_dir: str  # absolute
     sbatch: tuple[Given, ...] = ()  # passed through
+    joiners: tuple[Given, ...] = ()  # options of sbatch for the jobs by which it grows
     signal: WarningSignal = WarningSignal()
     setup: tuple[Setting, ...] = ()
     env: Mapping[str, Setting] = field(default_factory=dict)
@@ -53,6 +55,10 @@ class JobSpec:
     container: Container | None = None
     code: WorkTree | None = None  # what git says of it is recorded
     snapshot: bool = False  # a copy of it runs
+    notify: str | None = None  # a command or a web address
+    notify_after: timedelta = timedelta(minutes=30)  # without progress
+    keeps_code: bool = False  # the copy that the run directory has from an earlier submission
+    repeatable: bool = True  # its script records how it was submitted, for --resume
     token: str = "TOKEN"  # noqa: S105 - names what is put aside for this job, when it is submitted
     torchrun: tuple[str, ...] = ()  # options of torchrun's that only the template of that name needs
     sources: Mapping[str, str] = field(default_factory=dict)  # long option -> where its value came from
@@ -109,6 +115,16 @@ class JobSpec:
         return f"{self.log_dir}/.submission.{self.token}"
 
     @property
+    def grows_elsewhere(self) -> bool:
+        """Whether all nodes above MIN are to come from another partition, account or QOS."""
+        return are_elsewhere(self.joiners)
+
+    @property
+    def slurm_nodes(self) -> str:
+        """The nodes that Slurm is asked for at the start, in sbatch's own notation."""
+        return self.launch.asks_slurm(grows_elsewhere=self.grows_elsewhere).slurm
+
+    @property
     def asks_for_gpus(self) -> bool:
         return any(g.name.startswith("gpus") or (g.name == "gres" and "gpu" in str(g.value)) for g in self.sbatch)
 
@@ -127,6 +143,8 @@ class JobSpec:
             "container-runtime": box.runtime if box else None,
             "container-mounts": box.mounts if box else None,
             "snapshot": "on" if self.snapshot else None,
+            "notify": self.notify,
+            "notify-after": durations.as_text(self.notify_after) if self.notify else None,
         }
         rows = [*self.launch.options(), *((f"--{name}", text) for name, text in job.items() if text)]
         if self.template == "torchrun":
@@ -154,15 +172,17 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
     log_dir = os.path.abspath(value("log-dir", "elastic-logs"))
     container = _container(options, request.source, place.work_dir, log_dir)
     code = WorkTree.around(place.work_dir)
+    keeps_code = bool(request.resumed and value("snapshot") and options["snapshot"].source == request.resumed.source)
     launch = LaunchSpec(
-        script=_in_snapshot(request, place, code) if value("snapshot") else place.script,
+        script=_in_snapshot(request, place, code) if value("snapshot") and not keeps_code else place.script,
         script_args=tuple(request.script_args),
         module=request.module,
         no_python=request.no_python,
         **{option.dest: value(option.name) for option in LAUNCH_OPTIONS if option.name in options},
     )
     launch.check_sizes()
-    sbatch = [*_job_name(configuration, launch), *(given for given in configuration.sbatch if given.name != "signal")]
+    passed = [given for given in configuration.sbatch if not is_for_joiners(given.name)]
+    sbatch = [*_job_name(configuration, launch), *(given for given in passed if given.name != "signal")]
     python = value("python")
     if python and not container:
         python = programs.find_interpreter(python, place.work_dir, place.submitted_from)
@@ -174,6 +194,7 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
         launch=launch,
         log_dir=log_dir,
         sbatch=tuple(sbatch),
+        joiners=_of_joiners(request, configuration, launch),
         signal=_warning(last(configuration.sbatch, "signal"), launch.grace),
         setup=configuration.setup,
         env=configuration.env,
@@ -183,6 +204,9 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
         container=container,
         code=code,
         snapshot=value("snapshot", default=False),
+        notify=value("notify"),
+        notify_after=value("notify-after", JobSpec.notify_after),
+        keeps_code=keeps_code,
         torchrun=tuple(map(str, of_torchrun)) if template == "torchrun" else (),
         sources={name: setting.source for name, setting in options.items()},
         notes=(
@@ -192,6 +216,16 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
             *outputs.notes(sbatch, place.work_dir),
         ),
     )
+
+
+def _of_joiners(request: Request, configuration: Configuration, launch: LaunchSpec) -> tuple[Given, ...]:
+    """The options for joiners. Without --grow those of a configuration file do not count, and others are refused."""
+    if launch.grow:
+        return of_joiners(configuration.sbatch)
+    typed = next((g for g in configuration.sbatch if is_for_joiners(g.name) and g.source == request.source), None)
+    if typed:
+        raise UsageError(f"{typed}: is for the jobs that --grow submits; add --grow, or leave it out")
+    return ()
 
 
 def _container(options: Mapping[str, Setting], source: str, work_dir: str, log_dir: str) -> Container | None:
@@ -246,8 +280,8 @@ def _warning(given: str | None, grace: timedelta) -> WarningSignal:
     lead, longest = grace + AFTER_GRACE, timedelta(seconds=LONGEST_LEAD)
     if lead > longest and "@" not in (given or ""):
         raise UsageError(
-            f"--grace {durations.as_text(grace)}: the workers are told {durations.as_text(lead)} s before the end of "
-            f"the job, and Slurm's --signal takes at most {LONGEST_LEAD} s; expected at most "
+            f"--grace {durations.as_text(grace)}: the workers get the warning {durations.as_text(lead)} s before the "
+            f"end of the job, and Slurm's --signal takes at most {LONGEST_LEAD} s; expected at most "
             f"{durations.as_text(longest - AFTER_GRACE)} s"
         )
     return WarningSignal.parse(given, lead) if given else WarningSignal(lead=lead)

@@ -20,16 +20,18 @@ from elastic_hpc.job.spec import AFTER_GRACE, NAME_OF_SCRIPT, JobSpec
 from elastic_hpc.options.durations import as_text, time_limit
 from elastic_hpc.options.from_python import PYTHON
 from elastic_hpc.options.sbatch import COMMAND_LINE, last
+from elastic_hpc.options.sbatch_lines import FOR_JOINERS
 from elastic_hpc.record.folders import make_log_dir
 
 _KILL_WAIT = timedelta(seconds=25)  # the agents give the workers 20 s after SIGTERM
 
 
 @contextlib.contextmanager
-def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
+def prepared(job: JobSpec, *, will_run: bool = True, folder: str = "") -> Iterator[bytes]:
     """Put in place what ``job`` needs, and yield its batch script, for the body to submit. Raises UsageError.
 
     If the body raises UsageError, the copy of the code is removed. ``will_run``: False if Slurm only checks the job.
+    ``folder``: where it is submitted from; empty for the working directory.
     """
     job = replace(job, token=secrets.token_hex(8))
     script, staged = checked(job), Path(job.staged)
@@ -42,17 +44,17 @@ def prepared(job: JobSpec, *, will_run: bool = True) -> Iterator[bytes]:
             "expected a folder that can be written and that all nodes share"
         ) from None
     if will_run:
-        outputs.make_folders(job.sbatch, os.path.join(os.getcwd(), last(job.sbatch, "chdir") or ""))
-    if job.code and will_run and job.token in script:
+        outputs.make_folders(job.sbatch, os.path.join(folder or os.getcwd(), last(job.sbatch, "chdir") or ""))
+    if job.code and will_run and not job.keeps_code and job.token in script:
         snapshot.put_aside(job.code, staged, snapshot=job.snapshot)
     try:
         yield os.fsencode(script)
     except UsageError as error:  # Slurm refused the job; after other errors it may be there
         snapshot.discard(staged)
-        raise UsageError(f"{error}{_from_elsewhere(job, str(error))}") from None
+        raise UsageError(f"{error}{from_elsewhere(job, str(error))}") from None
 
 
-def _from_elsewhere(job: JobSpec, refusal: str) -> str:
+def from_elsewhere(job: JobSpec, refusal: str) -> str:
     """The options that ``refusal`` names and that nobody typed for this job, with their sources."""
     words = {word.strip("-") for word in re.findall(r"[a-z-]+", refusal.lower())}
     typed = (COMMAND_LINE, PYTHON, NAME_OF_SCRIPT)
@@ -63,12 +65,13 @@ def _from_elsewhere(job: JobSpec, refusal: str) -> str:
 def checked(job: JobSpec) -> str:
     """The batch script of ``job``. Raises UsageError also for a job that would fail later."""
     text = render(job)
-    _check_time(job, text)
+    _check_times(job, text)
     if job.snapshot and os.path.basename(job.staged) not in text:
         raise UsageError(
             f"--template {job.template} with --snapshot: it does not take the copy of the code; include snapshot.j2 "
             "and workdir.j2 as the built-in template elastic.sbatch.j2 does, or leave out --snapshot"
         )
+    _check_yielding(job)
     if not job.launch.grow:
         return text
     if job.container:
@@ -87,38 +90,62 @@ def checked(job: JobSpec) -> str:
             f"--template {job.template} with --grow: it has no ELASTIC_HPC_JOIN, by which one more node finds the job; "
             "take the lines that have it from the built-in template elastic.sbatch.j2, or leave out --grow"
         )
+    if job.joiners and f"\n{FOR_JOINERS}" not in text:
+        raise UsageError(
+            f"--template {job.template} with --grow-{job.joiners[0].name}: it has no {FOR_JOINERS} lines; include "
+            "directives.j2 as the built-in template elastic.sbatch.j2 does"
+        )
     return text
 
 
-def _check_time(job: JobSpec, script: str) -> None:
-    """Refuse a job that is warned as soon as it starts: it would save, return to the queue, and be warned again."""
-    text = last(job.sbatch, "time")
-    limit = time_limit(text) if text else None
-    if limit and limit <= job.signal.lead and f"--signal={job.signal}" in script:
-        lead = f"{job.signal.lead.total_seconds():.0f} s"
-        ours = "--grace" if job.signal.lead == job.launch.grace + AFTER_GRACE else "--signal"
+def _check_yielding(job: JobSpec) -> None:
+    launch = job.launch
+    if launch.yield_to and job.container:
         raise UsageError(
-            f"--time={text}: the workers are told to save {lead} before the end ({ours}), that is as soon as they have "
-            f"started; expected more than {lead}, or a shorter {ours}"
+            f"--yield-to {launch.yield_to} with --container-image: it is the leader, in the container, that would look "
+            "at the queue, and Slurm's commands are not there; leave out --yield-to"
         )
+    if launch.yield_to and launch.nodes.min == launch.nodes.max and not launch.spares:
+        raise UsageError(
+            f"--yield-to {launch.yield_to} with --nodes {launch.nodes.slurm}: only nodes above MIN are given back, and "
+            f"there are none; expected a range, for example --nodes 1:{max(2, launch.nodes.max)}"
+        )
+
+
+def _check_times(job: JobSpec, script: str) -> None:
+    """Refuse a job that is warned as soon as it starts: it would save, return to the queue, and be warned again. Its
+    joiners have the same warning.
+    """
+    for flag, options in (("--time", job.sbatch), ("--grow-time", job.joiners)):
+        text = last(options, "time")
+        limit = time_limit(text) if text else None
+        if limit and limit <= job.signal.lead and f"--signal={job.signal}" in script:
+            lead = f"{job.signal.lead.total_seconds():.0f} s"
+            ours = "--grace" if job.signal.lead == job.launch.grace + AFTER_GRACE else "--signal"
+            raise UsageError(
+                f"{flag}={text}: the workers are asked to save {lead} before the end ({ours}), that is as soon as they "
+                f"have started; expected more than {lead}, or a shorter {ours}"
+            )
 
 
 def short_times(job: JobSpec) -> Iterator[str]:
     """A warning for each end at which the site grants less time than the workers are promised. Asks Slurm."""
-    grace, lead = job.launch.grace, job.signal.lead
+    grace, lead, partition = job.launch.grace, job.signal.lead, last(job.sbatch, "partition")
     if lead < grace:
         yield f"--signal comes {as_text(lead)} s before the time limit, less than the {as_text(grace)} s of --grace"
     try:
-        site = slurm.site(next((g.value for g in job.sbatch if g.name == "partition"), None))
+        site = slurm.site(partition)
+        of_joiners = slurm.site(last(job.joiners, "partition") or partition) if job.joiners else site
     except ElasticError:
         return
     if not site.job_requeue:
-        yield "this site does not requeue jobs (JobRequeue=0): instead of a requeue a new job goes on"
-    preempted = site.preempt_mode not in {"OFF", ""} and not site.warns_before_preemption
-    if preempted and site.grace_time < grace:
-        yield (
-            f"a preempted job has {as_text(site.grace_time)} s here (GraceTime), less than --grace {as_text(grace)}: "
-            "save often enough"
-        )
+        yield "this site does not requeue jobs (JobRequeue=0): a new job continues instead"
+    for who, there in {"job": site, "joiner": of_joiners}.items():
+        preempted = there.preempt_mode not in {"OFF", ""} and not there.warns_before_preemption
+        if preempted and there.grace_time < grace and (who == "job" or there != site):
+            yield (
+                f"a preempted {who} has {as_text(there.grace_time)} s here (GraceTime), less than --grace "
+                f"{as_text(grace)}: save often enough"
+            )
     if site.kill_wait < _KILL_WAIT:
         yield f"after SIGTERM the site waits {as_text(site.kill_wait)} s (KillWait): too short for workers to save"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_hpc.errors import UsageError
+from elastic_hpc.options.of_joiners import JOINERS, is_for_joiners
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, is_for_containers, named
 from elastic_hpc.options.table import ELASTIC, Layer
 
@@ -37,21 +38,49 @@ def read(path: Path, source: str) -> Layer:
     rows = table.pop("sbatch", {})
     if not isinstance(rows, dict):
         raise UsageError(f"sbatch = {_shown(rows)}: expected a table, [sbatch]")
+    _flatten(table)
+    of_joiners = {key: table.pop(key) for key in list(table) if is_for_joiners(_long(key))}
+    found = [(f"[sbatch] {key}", _option(key, name), value) for key, name, value in _by_name(rows, "[sbatch] ")]
+    found += [(key, _option_of_joiners(key, name), value) for key, name, value in _by_name(of_joiners, "")]
     given, unset = [], []
-    for key, name, value in _by_name(rows, "[sbatch] "):
-        option = _option(key, name)
+    for key, option, value in found:
         if value is False:
-            unset.append(name)
+            unset.append(option.name)
         else:
-            given.append(Given(option, _sbatch_value(f"[sbatch] {key}", option, value), source))
+            given.append(Given(option, _sbatch_value(key, option, value), source))
     return Layer(source, list(_options(table, path)), given, unset)
+
+
+def _flatten(table: dict[str, Any]) -> None:
+    """Write ``[grow] NAME = value`` as ``grow-NAME = value``, and ``[grow] on = value`` as ``grow = value``."""
+    rows = table.get("grow")
+    if not isinstance(rows, dict):
+        return
+    del table["grow"]
+    known = {_long(key) for key in table}
+    for key, name, value in _by_name(rows, "[grow] "):
+        long = "grow" if name == "on" else f"grow-{name}"
+        if long in known:
+            raise UsageError(f"[grow] {key}: {long} is set too; leave out one of the two")
+        table[long] = value
+
+
+def _option_of_joiners(key: str, name: str) -> Option:
+    if name not in JOINERS:
+        raise UsageError(f"{key}: unknown option of sbatch for joiners{_closest(name, [*ELASTIC, *JOINERS])}")
+    return JOINERS[name]
+
+
+def _long(key: str) -> str:
+    """The long name of an option that ``key`` stands for."""
+    return key.removeprefix("--").replace("_", "-")
 
 
 def _by_name(table: dict[str, Any], place: str) -> Iterator[tuple[str, str, Any]]:
     """Each key as it is written, the long name it stands for, and its value."""
     seen: dict[str, str] = {}
     for key, value in table.items():
-        name = key.removeprefix("--").replace("_", "-")
+        name = _long(key)
         if name in seen:
             raise UsageError(f"{place}{key}: {seen[name]} is set too; leave out one of the two")
         seen[name] = key

@@ -22,11 +22,11 @@ Nodes: TypeAlias = int | str | tuple[int, ...] | list[int] | range
 
 LaunchOptions = TypedDict("LaunchOptions", {  # noqa: UP013 - a table in rows
     "nodes": Nodes, "spares": Number, "world_multiple_of": Number, "grow": Switch, "grow_every": Time,
-    "free_growth": Switch, "wait_for_nodes": Time, "nproc_per_node": Text, "max_restarts": Number,
-    "max_requeues": Number, "rdzv_endpoint": Text, "rdzv_id": Text,
+    "free_growth": Switch, "yield_to": Text, "yield_every": Time, "wait_for_nodes": Time, "nproc_per_node": Text,
+    "max_restarts": Number, "max_requeues": Number, "rdzv_endpoint": Text, "rdzv_id": Text,
     "rdzv_conf": str | Mapping[str, float | timedelta] | None, "heartbeat_timeout": Time, "grace": Time,
-    "drain_signal": Text | bool, "hang_timeout": Time, "preload": Words | bool, "preflight": Text, "interface": Text,
-    "role": Text, "tee": Words, "local_ranks_filter": Words, "numa_binding": Text,
+    "drain_signal": Text | bool, "hang_timeout": Time, "preload": Words | bool, "preflight": Text, "health_dir": Text,
+    "interface": Text, "role": Text, "tee": Words, "local_ranks_filter": Words, "numa_binding": Text,
 }, total=False)  # fmt: skip
 """How the agents run the workers; for JobSpec.of and LaunchConfig."""
 
@@ -65,7 +65,16 @@ SbatchOptions = TypedDict("SbatchOptions", {  # noqa: UP013 - a table in rows
 """Options of sbatch that an elastic job may have. Times are in sbatch's own notation, or a timedelta."""
 
 
-class JobOptions(LaunchOptions, TorchrunOptions, SbatchOptions, total=False):
+JoinerOptions = TypedDict("JoinerOptions", {  # noqa: UP013 - a table in rows
+    "grow_partition": Words, "grow_qos": Words, "grow_account": Text, "grow_constraint": Text,
+    "grow_time": Text | timedelta, "grow_gres": Words, "grow_gpus_per_node": Text, "grow_cpus_per_task": Text,
+    "grow_mem": Text, "grow_exclusive": Switch | int, "grow_nice": Switch | int, "grow_reservation": Words,
+    "grow_time_min": Text | timedelta,
+}, total=False)  # fmt: skip
+"""Options of sbatch for joiners, those that make a difference; ``sbatch={"grow-NAME": ...}`` takes any other."""
+
+
+class JobOptions(LaunchOptions, TorchrunOptions, SbatchOptions, JoinerOptions, total=False):
     """All options that JobSpec.of takes by name."""
 
     log_dir: Text
@@ -75,3 +84,5 @@ class JobOptions(LaunchOptions, TorchrunOptions, SbatchOptions, total=False):
     container_mounts: Words
     container_runtime: Text
     snapshot: Switch
+    notify: Text
+    notify_after: Time

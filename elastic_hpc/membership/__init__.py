@@ -3,7 +3,7 @@
 Everything here is pure: no clock, file, thread, process, connection or environment. What has arrived is passed in with
 the time, and what is to be sent or done is returned; ``network`` and ``agent`` do it. Start reading with ``leader``.
 
-* ``leader``: the state machine, with its parts ``mandate`` (does a majority agree), ``peers`` (agents in touch),
+* ``leader``: the state machine, with its parts ``mandate`` (does a majority agree), ``peers`` (agents connected),
   ``admission`` (who may take part), ``rounds`` (how a round begins and ends), ``world`` (the round that runs),
   ``inputs`` (requests, stores, nodes on their way) and ``orders`` (what was sent).
 * ``policy``: what the user allows, and what the leader sees. ``rules``: the decision made of both, such as to form a
@@ -12,7 +12,12 @@ the time, and what is to be sent or done is returned; ``network`` and ``agent`` 
   promised to the leaders that its agent obeyed.
 * ``follower``: what an agent does about the leader's latest order. ``leaderless``: what it does without a leader.
 * ``messages`` and ``roster``: what agents and leader send to each other, and what every agent holds to take over.
-* ``growth``: how many nodes further jobs are to bring. ``strikes``: nodes that the job avoids after a requeue.
-* ``causes`` and ``tracebacks``: why a worker died. ``failures``: whether the script is to blame, or a node.
+* ``sizing``: how many nodes the job may have by now, and which have to go, as ``wishes`` that outlive the leader.
+  ``growth``: how many nodes further jobs are to bring. ``yielding``: for whom nodes are given up, and how many.
+  ``strikes``: nodes that the job avoids after a requeue. ``departures``: nodes that it leaves before they
+  fail. ``links``: nodes that do not reach each other, and which of them it leaves.
+* ``causes`` and ``tracebacks``: why a worker died. ``known``: the table of causes that are known, and whose fault they
+  are. ``failures``: whether the script is to blame, or a node.
+  ``hangs``: how long workers may be silent. ``standstill``: whether the job makes no progress.
   ``events``: the events of the record. ``nodes``: numbers and names.
 """

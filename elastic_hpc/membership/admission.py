@@ -19,6 +19,8 @@ class Refusal:
     """The agent has to leave; else it may connect again later."""
     is_new: bool = True
     """The same process has not been refused before."""
+    let_go: bool = False
+    """The agent has taken part, and is not needed any more: that is no failure."""
 
 
 class Admission:
@@ -35,7 +37,7 @@ class Admission:
     def refusal(self, status: Status, boot: str, peers: Peers) -> Refusal | None:
         """Why the agent that has connected, the process ``boot``, may not take part; None if it may."""
         first = peers.by_node.get(status.node)
-        if first and first.boot != boot:  # the first keeps its place while it is in touch
+        if first and first.boot != boot:  # the first keeps its place while it is connected
             is_new = boot not in self._refused_boots
             self._refused_boots.add(boot)
             reason = f"{status.name} has an agent in this job already, which is in contact"

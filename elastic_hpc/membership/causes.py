@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from elastic_hpc.environment import instead_of
+from elastic_hpc.membership.known import OUT_OF_MEMORY, known_of
 from elastic_hpc.membership.tracebacks import (
     abort_of,
     bounded,
@@ -20,39 +22,9 @@ from elastic_hpc.membership.tracebacks import (
 
 Kind = Literal["exception", "out of memory", "signal", "exit"]
 
-_OUT_OF_MEMORY = re.compile(
-    r"\b_?(Array)?MemoryError\b|\bOutOfMemoryError\b|(CUDA|HIP|XPU) out of memory|CUDA error: out of memory"
-    r"|DefaultCPUAllocator: (can't allocate|not enough) memory|CUBLAS_STATUS_ALLOC_FAILED|bad_alloc"
-)
 _KILLED_CHILD = re.compile(r"killed by signal: Killed|exited unexpectedly|terminated abruptly")
 """The message of a process whose own child, such as a data loader's worker, was killed."""
 
-_LOST_PEER = re.compile(
-    # gloo, all versions: pair.cc, buffer.cc, unbound_buffer.cc
-    r"gloo/transport/\S+\] .*(closed by peer|Read error|Write error|reset by peer|Broken pipe|[Tt]imed out|[Tt]imeout"
-    r"|Socket closed|refused)|Gloo connectFullMesh failed|monitoredBarrier"
-    # the store
-    r"|client socket has (timed out|failed to connect)|wait timeout after \d+ ?ms|seconds waiting for clients"
-    r"|Failed to (recv|send), |Did the remote server shutdown or crash|\"should dump\" flag on TCPStore"
-    r"|^(torch\.distributed\.\w+|RuntimeError): (Connection (reset by peer|refused|timed out|was likely closed)"
-    r"|Broken pipe|Socket Timeout|No route to host)"
-    # NCCL and RCCL
-    r"|remote process exited|ncclRemoteError|ncclSystemError|unhandled system error"
-    r"|NCCL communicator was aborted|[Ww]atchdog caught collective operation timeout"
-    r"|dump signal from another rank|NCCL (operations have failed or timed out)",
-    re.MULTILINE,
-)
-_OWN_FAULT = re.compile(
-    r"CUDA error|illegal memory access|device-side assert|No space left on device|no socket interface found"
-    r"|Address already in use|EADDRINUSE|invalid usage"
-)
-_MACHINE = re.compile(
-    r"(CUDA|HIP|XPU)( driver)? error(?!: (device-side assert|out of memory|an illegal memory access))"
-    r"|CUBLAS_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR)|CUDNN_STATUS_INTERNAL_ERROR|No CUDA GPUs are available"
-    r"|CUDA unknown error|\bECC\b|\bNVML\b|NVLink|\bXid\b|SIGBUS"
-    r"|Input/output error|Stale file handle|Transport endpoint|No space left on device|Read-only file system"
-)
-"""What the script is rarely to blame for."""
 _VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b")
 
 
@@ -63,31 +35,42 @@ class Cause:
     kind: Kind
     message: str
     traceback: str | None
+    known: str = ""
+    """Its name in the table of causes (``known.KNOWN``); empty if it is not there."""
     collateral: bool = False
 
 
-def explain(exitcode: int, stderr: str, *, oom: bool = False) -> Cause:
+def explain(exitcode: int, stderr: str, *, oom: bool = False, kernel: Sequence[str] = ()) -> Cause:
     """``exitcode``: minus the signal if a signal killed the worker. ``stderr``: the end of its output. ``oom``: memory
-    ran out in the meantime (``workers.memory.OomWatch``).
+    ran out in the meantime (``workers.memory.OomWatch``). ``kernel``: what the kernel of its node has logged since.
     """
     traceback = traceback_of(stderr)
     if exitcode == 1 and traceback:
         kind, message = kind_of(exitcode, traceback, oom=oom), message_of(traceback)
-        return Cause(kind, message + advice(message, traceback), bounded(traceback), is_collateral(traceback))
+        return _cause(kind, message + advice(message, traceback), traceback, chain_of(traceback), kernel)
     if exitcode >= 0:
         last = last_line(stderr)
         message = f"exit code {exitcode}" + (f": {last}{advice(last)}" if last else "")
     else:
         message = f"killed by {_signal_name(-exitcode)}"
         if exitcode == -signal.SIGABRT and traceback and is_collateral(traceback):  # threads abort while Python ends
-            return Cause("exception", message_of(traceback), bounded(traceback), collateral=True)
+            return _cause("exception", message_of(traceback), traceback, chain_of(traceback))
         traceback = traceback if traceback and traceback.startswith("Fatal") else None
         if exitcode == -signal.SIGABRT and (thrown := abort_of(stderr)):
             message += f": {thrown}"
     kind = kind_of(exitcode, message, oom=oom)
     if kind == "out of memory":
         message += " (out of memory; ask for more, for example --mem)"
-    return Cause(kind, message[:2000], traceback and bounded(traceback), is_collateral(message))
+    return _cause(kind, message[:2000], traceback, [message], kernel)
+
+
+def _cause(kind: Kind, message: str, traceback: str | None, chain: Sequence[str], kernel: Sequence[str] = ()) -> Cause:
+    known = known_of(chain, kernel)
+    collateral = known is not None and known.party == "network"
+    if known and known.explains:
+        said = next(line for line in kernel if known.pattern.match(f"kernel: {line}"))
+        message += f" (the kernel's log: {said[:200]})"
+    return Cause(kind, message, traceback and bounded(traceback), known.name if known else "", collateral)
 
 
 def advice(message: str, traceback: str = "") -> str:
@@ -109,8 +92,9 @@ def kind_of(exitcode: int, text: str | None, *, oom: bool = False) -> Kind:
     if exitcode in {-signal.SIGKILL, 128 + signal.SIGKILL} and oom:
         return "out of memory"
     if text and exitcode in {1, -signal.SIGABRT}:
-        messages = "\n".join(chain_of(text))
-        if _OUT_OF_MEMORY.search(messages) or (oom and _KILLED_CHILD.search(messages)):
+        chain = chain_of(text)
+        known = known_of(chain)
+        if (known and known.name in OUT_OF_MEMORY) or (oom and _KILLED_CHILD.search("\n".join(chain))):
             return "out of memory"
     if exitcode < 0:
         return "signal"
@@ -118,16 +102,9 @@ def kind_of(exitcode: int, text: str | None, *, oom: bool = False) -> Kind:
 
 
 def is_collateral(text: str) -> bool:
-    """Whether a message or traceback is the echo of another rank's death. The first of chained exceptions counts: a
-    later exception may come from a collective in the cleanup.
-    """
-    first = chain_of(text)[0]
-    return bool(_LOST_PEER.search(first)) and not _OWN_FAULT.search(first)
-
-
-def blames_machine(message: str) -> bool:
-    """Whether a failure looks like the machine's, as far as its message tells."""
-    return bool(_MACHINE.search(message))
+    """Whether a message or traceback is the echo of another rank's death."""
+    known = known_of(chain_of(text))
+    return known is not None and known.party == "network"
 
 
 def signature(kind: str, message: str, node: str = "") -> str:

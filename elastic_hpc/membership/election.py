@@ -1,8 +1,8 @@
 """Who may lead: majorities over the members of the last rounds. Pure.
 
 An agent obeys one leader at a time, and kills its workers before it turns to another; a world trains only while all its
-members obey the same leader. So two worlds never train as long as any two groups of nodes that may go on have a node in
-common. Each round changes the nodes that count. As in Raft's joint consensus the members of the old round and those
+members obey the same leader. So two worlds never train as long as any two groups of nodes that may continue have a node
+in common. Each round changes the nodes that count. As in Raft's joint consensus the members of the old round and those
 of the new round must both agree, until so many have acknowledged the new round that the others cannot decide.
 
 As in Paxos, the number of a round is a ballot, and each node keeps what it has promised and accepted (``promises``). A
@@ -10,13 +10,13 @@ leader forms a round only when all nodes that it counts have received an order w
 reported which roster they hold; the leader adopts a later roster than its own. A node acknowledges a roster only if it
 has received no order with a higher number. So of two rounds that do not know of each other, at most one is ever
 acknowledged by enough nodes, and a world starts only then. This holds for every node that keeps its promises. An agent
-that is started anew on a node reads the promises of that node; where they are lost, the node has no vote in this run
+that is restarted on a node reads the promises of that node; where they are lost, the node has no vote in this run
 any more, like a joiner.
 
-No clock is part of this, and the clocks of two nodes need not agree. A leader may go on for a heartbeat timeout without
-its agents, which may obey another leader by then; its orders reach no agent that obeys another leader. Clocks only say
-when a node looks for another leader, and when a leader was frozen and must wait for the answers of its agents before it
-decides.
+No clock is part of this, and the clocks of two nodes need not agree. A leader may continue for a heartbeat timeout
+without its agents, which may obey another leader by then; its orders reach no agent that obeys another leader. Clocks
+only say when a node looks for another leader, and when a leader was frozen and must wait for the answers of its agents
+before it decides.
 
 Only nodes of the job's own allocation vote and lead. Joiners, which further jobs bring, train as members of a world
 like any other, obey one leader at a time too, and leave when none of the job's own nodes leads.
@@ -43,7 +43,7 @@ class Base:
 
 
 def has_quorum(bases: Iterable[Base], nodes: Collection[int]) -> bool:
-    """Whether ``nodes`` may go on. Without a base, before the first round, no node need agree."""
+    """Whether ``nodes`` may continue. Without a base, before the first round, no node need agree."""
     return all(base.agrees(nodes) for base in bases)
 
 

@@ -23,7 +23,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
             "job": "what scontrol calls it",
             "granted": "number of the job's own nodes",
             "nproc_per_node": "workers on each node",
-            "min_nodes, max_nodes, sizes, spares, grow, ...": "what was asked for; times in seconds",
+            "min_nodes, max_nodes, sizes, spares, grow, ...": "the job's options; times in seconds",
         },
     ),
     "allocation": (
@@ -36,24 +36,49 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "join": (
-        "an agent is in touch",
-        {"node": _NODE, "addr": "address it comes from", "joiner": "whether a job of its own brought it"},
+        "an agent has connected to the leader",
+        {"node": _NODE, "addr": "the agent's address", "joiner": "whether a one-node job of --grow brought the node"},
     ),
     "lost": (
-        "an agent is gone",
-        {"node": _NODE, "reason": _WHY, "round": _ROUND, "silent": "seconds since it was heard of last"},
+        "the leader has declared an agent lost",
+        {"node": _NODE, "reason": _WHY, "round": _ROUND, "silent": "seconds since the last message of the agent"},
     ),
-    "left": ("an agent has gone that had to", {"node": _NODE, "reason": _WHY, "round": _ROUND, "silent": "the same"}),
-    "release": ("a node is let go", {"node": _NODE, "reason": _WHY}),
+    "left": (
+        "an agent that had to leave is gone",
+        {"node": _NODE, "reason": _WHY, "round": _ROUND, "silent": "the same"},
+    ),
+    "resize": (
+        "MIN and MAX of the job have changed",
+        {"min_nodes, max_nodes": "of a world", "sizes": "the numbers between, as 2-6 or 4,8", "reason": _WHY},
+    ),
+    "cap": (
+        "the job temporarily holds fewer nodes than MAX",
+        {"nodes": "maximum number, or null when the limit ends", "reason": _WHY},
+    ),
+    "leave": (
+        "a node must leave, at a step boundary",
+        {"node": _NODE, "reason": _WHY, "exclude": "whether the job avoids the node from then on"},
+    ),
+    "stay": ("a node no longer has to leave", {"node": _NODE, "reason": "why the node had to leave"}),
+    "stays": (
+        "a node that must leave stays until the job can continue without the node",
+        {"node": _NODE, "reason": "why the node must leave", "why": "why the node stays"},
+    ),
+    "not_given_back": (
+        "Slurm did not take back nodes that the job released; the job tries again",
+        {"nodes": "Slurm's names of the nodes", "reason": _WHY},
+    ),
+    "given_back": ("the job has returned nodes to Slurm", {"nodes": "Slurm's names of the nodes", "reason": _WHY}),
+    "release": ("the leader releases a node", {"node": _NODE, "reason": _WHY}),
     "absent": (
-        "the job goes on without a granted node, whose agent was never in touch",
+        "the job continues without an allocated node whose agent never connected",
         {"node": _NODE, "reason": _WHY},
     ),
-    "unfit": ("a node's preflight says that it should not take part", {"node": _NODE, "reason": _WHY}),
-    "refused": ("an agent may not take part", {"node": _NODE, "reason": _WHY}),
+    "unfit": ("a node has failed its preflight check", {"node": _NODE, "reason": _WHY}),
+    "refused": ("the leader has refused an agent", {"node": _NODE, "reason": _WHY}),
     "stranger": (
-        "a connection was refused: the peer has not proved to be an agent of this run, or somebody else spoke on it",
-        {"addr": "where from", "reason": _WHY},
+        "the leader has refused a connection: the peer did not prove that it is an agent of this run",
+        {"addr": "address of the peer", "reason": _WHY},
     ),
     "waiting": ("the next round cannot be formed yet", {"round": _ROUND, "reason": "what is waited for"}),
     "round": (
@@ -70,10 +95,11 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         "how the workers of a round were started, when all have been",
         {
             "round": _ROUND,
+            "kept": "number of workers that kept their process from the round before: in place",
             "warm": "number of workers that were standbys: their interpreter and imports were ready",
-            "cold": "number of those that were not",
-            "why": "why those were not: a list, one entry for each reason",
-            "standby_mb": "memory of one standby that it shares with no other process, in MiB; the largest",
+            "cold": "number of workers that were started as new processes",
+            "why": "why they were started as new processes, or could not be kept: a list, one entry for each reason",
+            "standby_mb": "unshared memory of the largest standby, in MiB",
         },
     ),
     "progress": (
@@ -84,46 +110,86 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
             "step_at": "when",
             "first": "first step that was reported in this round",
             "first_at": "when",
-            "loss": "what was reported with it, if anything",
+            "loss": "the loss reported with that step, if any",
         },
     ),
     "failure": (
         "a worker has failed",
         {
             "round": _ROUND,
-            "first": "whether it is the cause, as far as is known yet",
+            "first": "whether this failure is the cause, as far as is known yet",
             "kind": "exception, out of memory, signal, exit, hang or stopped",
             "node": _NODE,
             "rank": "of the worker",
             "local_rank": "of the worker",
             "exitcode": "minus the signal if one killed it",
             "message": "type and text of the exception, or what else is known",
-            "traceback": "its last Python traceback",
-            "collateral": "whether it looks like the echo of another rank's death",
+            "traceback": "the worker's last Python traceback",
+            "collateral": "whether the failure looks like a consequence of another rank's death",
+            "known": "its name in the table of known causes, or empty",
         },
     ),
+    "hang_timeout": (
+        "the time after which silent workers count as hung was learned anew (--hang-timeout auto)",
+        {
+            "seconds": "without any sign of life of the workers, in which they neither compute, nor read or write",
+            "reason": _WHY,
+        },
+    ),
+    "apart": (
+        "nodes of a round that has failed do not reach each other, though their agents reach the leader",
+        {"round": _ROUND, "pairs": "Slurm's names of the two nodes of each pair, 100 pairs at most", "reason": _WHY},
+    ),
     "barred": (
-        "a node gets no workers any more, and is excluded at the requeue: they fail there again and again",
+        "workers failed repeatedly on a node: the node gets no workers any more, and a requeue excludes the node",
         {
             "node": _NODE,
             "reason": _WHY,
             "signature": "the failure without its numbers and names",
-            "step": "last step before it, or -1",
+            "step": "last step before the failure, or -1",
         },
     ),
-    "request": ("somebody asks for a drain or the end", {"request": "drain, save-and-stop or stop", "reason": _WHY}),
-    "drain": ("the workers are asked to save and stop, for a new world", {"round": _ROUND, "reason": _WHY}),
+    "request": (
+        "the user, Slurm or a worker has requested a drain or the end of the job",
+        {"request": "drain, save-and-stop or stop", "reason": _WHY},
+    ),
+    "drain": ("the leader asks the workers to save and stop, for a new world", {"round": _ROUND, "reason": _WHY}),
     "restart": (
-        "the workers are stopped, the next round is formed",
+        "the agents stop the workers; the leader forms the next round",
         {"round": "number of the next round", "restarts": "restarts charged so far", "reason": _WHY},
     ),
     "take_over": ("another agent leads now", {"round": "number of the next round", "reason": _WHY}),
-    "abdicate": ("a leader is without its majority", {"round": _ROUND, "reason": _WHY}),
-    "joiners": ("Slurm was asked for more nodes", {"jobs": _JOBS, "wanted": "nodes that could be used"}),
-    "joiners_cancelled": ("they are not needed any more", {"jobs": _JOBS}),
-    "agent_restart": ("an agent is started anew on its node", {"node": _NODE}),
-    "growth_problem": ("nodes cannot be asked for", {"reason": _WHY}),
-    "store_failed": ("the store of a round could not be opened, and is tried again", {"round": _ROUND, "reason": _WHY}),
+    "abdicate": ("a leader has lost its majority", {"round": _ROUND, "reason": _WHY}),
+    "joiners": (
+        "the job has submitted one-node jobs to get more nodes",
+        {"jobs": _JOBS, "wanted": "number of nodes that the job could use"},
+    ),
+    "joiners_cancelled": ("the job has cancelled one-node jobs that it no longer needs", {"jobs": _JOBS}),
+    "agent_restart": ("the job restarts an agent on its node", {"node": _NODE}),
+    "growth_problem": ("the job cannot request more nodes", {"reason": _WHY}),
+    "yield": (
+        "the job releases nodes for another, pending job (--yield-to)",
+        {
+            "job": "ID of the other job, as squeue shows it",
+            "user": "owner of the other job",
+            "given": "number of released nodes",
+            "kept": "number of nodes kept",
+            "reason": _WHY,
+        },
+    ),
+    "yielded": (
+        "what happened to nodes that the job released for another job",
+        {
+            "job": "ID of the other job",
+            "started": "whether the other job has started; null if unknown",
+            "reason": _WHY,
+        },
+    ),
+    "unseen": (
+        "the leader could not read what it reads regularly; the leader tries again, and records the failure once",
+        {"what": "what the leader reads", "reason": _WHY},
+    ),
+    "store_failed": ("the store of a round did not open; the leader tries again", {"round": _ROUND, "reason": _WHY}),
     "verdict": (
         "how the run ends",
         {
@@ -147,30 +213,56 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
             return f"{fields['node']} joined"
         case "left" | "release":
             return f"{fields['node']} leaves: {fields['reason']}"
+        case "resize":
+            return f"the world may have {fields['min_nodes']} to {fields['max_nodes']} nodes from now on"
+        case "cap":
+            how = "as many nodes as it may" if fields["nodes"] is None else f"{fields['nodes']} node(s) at most"
+            return f"the job holds {how}: {fields['reason']}"
+        case "leave":
+            return f"{fields['node']} must leave: {fields['reason']}"
+        case "stay":
+            return f"{fields['node']} no longer has to leave: {fields['reason']}"
+        case "stays":
+            return f"{fields['node']} must leave ({fields['reason']}), but stays for now: {fields['why']}"
+        case "not_given_back":
+            return f"Slurm did not take back {', '.join(fields['nodes'])}: {fields['reason']}"
+        case "given_back":
+            return f"returned to Slurm: {', '.join(fields['nodes'])}: {fields['reason']}"
         case "joiners":
-            return f"asked Slurm for {len(fields['jobs'])} more node(s): job(s) {', '.join(fields['jobs'])}"
+            return f"requested {len(fields['jobs'])} more node(s) from Slurm: job(s) {', '.join(fields['jobs'])}"
         case "joiners_cancelled":
-            return f"not needed any more: job(s) {', '.join(fields['jobs'])}"
+            return f"cancelled, no longer needed: job(s) {', '.join(fields['jobs'])}"
         case "agent_restart":
-            return f"the agent on {fields['node']} is started anew"
+            return f"restarting the agent on {fields['node']}"
         case "growth_problem":
-            return f"the job does not grow: {fields['reason']}"
+            return f"the job cannot grow: {fields['reason']}"
         case "absent":
             return f"{fields['node']} never joined: {fields['reason']}"
         case "unfit" | "barred":
             return f"{fields['node']} stays out: {fields['reason']}"
+        case "apart":
+            return str(fields["reason"])
         case "refused":
             return f"{fields['node']} was refused: {fields['reason']}"
         case "request":
-            return f"{fields['request']} was asked for: {fields['reason']}"
+            return f"{fields['request']} requested: {fields['reason']}"
+        case "hang_timeout":
+            return f"workers without a sign of life for {fields['seconds']:.0f} s hang: {fields['reason']}"
         case "waiting":
             return f"waiting: {fields['reason']}"
+        case "yield":
+            return f"releases {fields['given']} node(s): {fields['reason']}"
+        case "yielded":
+            how = {True: "has started", False: "has not started", None: "is gone"}[fields["started"]]
+            return f"job {fields['job']}, for which this job released nodes, {how}: {fields['reason']}"
+        case "unseen":
+            return f"cannot read {fields['what']}: {fields['reason']}"
         case "store_failed":
             return f"the store of round {fields['round']} could not be opened: {fields['reason']}"
         case "stranger":
             return f"a connection from {fields['addr']} was refused: {fields['reason']}"
         case "drain":
-            return f"the workers are asked to save and stop: {fields['reason']}"
+            return f"asking the workers to save and stop: {fields['reason']}"
         case "lost":
             return f"{fields['node']} is lost: {fields['reason']}"
         case "round":
@@ -182,8 +274,11 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
             )
         case "started":
             size = f", of {fields['standby_mb']:.0f} MiB each" if fields["standby_mb"] else ""
-            started = f"{fields['warm']} of {fields['warm'] + fields['cold']} workers were standbys{size}"
-            return "; ".join([started, *fields["why"]])
+            kept, new = int(fields.get("kept", 0)), fields["warm"] + fields["cold"]
+            started = [f"in place: {kept} of {kept + new} workers kept their process"] if kept else []
+            if new:
+                started.append(f"{fields['warm']} of {new} {'other ' * bool(kept)}workers were standbys{size}")
+            return "; ".join([*started, *fields["why"]])
         case "failure":
             first = "failed" if fields["first"] else "failed too"
             return f"rank {fields['rank']} on {fields['node']} {first}: {fields['message']}"
@@ -194,7 +289,7 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
         case "take_over":
             return f"this node leads now: {fields['reason']}"
         case "abdicate":
-            return f"this node leads no more: {fields['reason']}"
+            return f"this node no longer leads: {fields['reason']}"
         case _:
             others = {key: value for key, value in fields.items() if key not in {"time", "event"}}
             return f"{name}: " + ", ".join(f"{key} {value}" for key, value in others.items())

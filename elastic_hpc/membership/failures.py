@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_hpc.membership.causes import blames_machine, signature
+from elastic_hpc.membership.causes import signature
+from elastic_hpc.membership.hangs import LEARNED
+from elastic_hpc.membership.known import BY_NAME, Known
 from elastic_hpc.membership.messages import Failure
 from elastic_hpc.membership.strikes import Strike
 
@@ -29,7 +31,9 @@ class Blame:
     repeated: bool = False
     """The job has failed in the same way before, without progress in between."""
     node: bool = False
-    """On this node alone the job fails again and again."""
+    """On this node alone the job fails repeatedly, or the failure is known to be that node's fault."""
+    known: Known | None = None
+    """What the failure is known to be, if that decides: its node is to be left, or the job to be stopped."""
 
 
 NOBODY = Blame()
@@ -38,7 +42,8 @@ NOBODY = Blame()
 class FailureHistory:
     """Whether the job makes progress from one failure to the next, and if not, whether its script or a node is to
     blame: what fails on different nodes is the script, what fails on one node alone is that node. A machine that fails
-    every hour is to blame too, though its workers make progress in between.
+    every hour is to blame too, though its workers make progress in between. For what the table of causes knows
+    (``known``), the answer there decides.
     """
 
     def __init__(self, strikes: Iterable[Strike] = ()) -> None:
@@ -62,19 +67,29 @@ class FailureHistory:
         is_from_outside = failure.kind == "signal" and -failure.exitcode not in _CRASHES
         if failure.collateral or failure.kind == "stopped" or is_from_outside:
             return NOBODY
-        if self.step > self._failed_at_step if self.step >= 0 else alive > ALIVE_IS_PROGRESS:
+        known = BY_NAME.get(failure.known)
+        progressed = self.step > self._failed_at_step if self.step >= 0 else alive > ALIVE_IS_PROGRESS
+        if progressed:
             self._failed.clear()
         node, mark = failure.node, self._signature(failure)
-        nodes = {other for before, other in self._failed if before == mark} if mark else set()
+        before = [other for earlier, other in self._failed if earlier == mark] if mark else []
+        nodes = set(before)
+        # the learned timeout is doubled after an alarm: only the third at the same place proves that the script hangs
+        is_doubtful = failure.kind == "hang" and LEARNED in failure.message and len(before) < IN_A_ROW - 1
         in_a_row = [other for _, other in self._failed[1 - IN_A_ROW :]] == [node] * (IN_A_ROW - 1)
         self._failed.append((mark, node))
         self._failed_at_step = self.step
         on_node = nodes == {node} or (in_a_row and nodes <= {node})
         self._nodes = [*self._nodes, node][-IN_A_ROW:]
-        is_machines = blames_machine(failure.message)
+        if known and known.answer == "leave":
+            return Blame(repeated=node in nodes, node=True, known=known)
+        is_machines = known is not None and known.party == "node"
         comparable = failure.kind != "hang" and (not alone or is_machines)
         is_broken = is_machines and nodes <= {node} and self._nodes == [node] * IN_A_ROW
-        return Blame(repeated=bool(nodes), node=comparable and (on_node or is_broken))
+        shared = known is not None and known.party == "site"  # all nodes have it: a disk, a quota, a limit
+        stops = known is not None and known.answer.startswith("stop") and not progressed
+        repeated, on_node = bool(nodes) and not is_doubtful, on_node or is_broken
+        return Blame(repeated, comparable and not shared and on_node, known if stops else None)
 
     def is_same(self, failure: Failure, other: Failure) -> bool:
         """Whether another node has failed by itself in the same way."""
@@ -88,6 +103,10 @@ class FailureHistory:
     def strike(self, failure: Failure) -> dict[str, Any]:
         """What a ``Strike`` for ``failure`` has to hold, besides the node and the reason."""
         return {"signature": self._signature(failure), "step": self._failed_at_step}
+
+    def on_explained(self) -> None:
+        """The last failure was a link's, which is left: the script is not to blame if it fails in the same way."""
+        self._failed.clear()
 
     def on_end(self, failure: Failure | None) -> None:
         """A round ended; ``failure`` is None if no worker failed."""

@@ -14,7 +14,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Stop:
-    """The workers may not go on."""
+    """The workers may not continue."""
 
     reason: str
 

@@ -17,6 +17,12 @@ TOO_LATE = 300.0
 RETRY, RETRY_AT_MOST = 10.0, 600.0
 """Seconds until a failed attempt is repeated: ``RETRY`` at first, doubled each time, at most ``RETRY_AT_MOST``."""
 
+WORTH = 600.0
+"""A joiner that took part for so many seconds was worth the changes of the world that it cost."""
+
+PREEMPTED = "preempted"
+"""Why a joiner has to go that Slurm takes before its time (``slurm.warning_reason``)."""
+
 _HELD = re.compile(
     r"(Assoc|QOS|Account|Association)\w+|JobHeld\w+|Invalid\w+|\w+NotAllowed|Partition(Down|Inactive|\w+Limit)"
     r"|MaxMemPerLimit|BadConstraints|DependencyNeverSatisfied|JobLaunchFailure|LaunchFailed\w*",
@@ -32,15 +38,19 @@ class Needs:
     """What a leader could use."""
 
     nodes: int
-    """How many nodes more than are in touch."""
+    """How many nodes more than are connected."""
     joiners: frozenset[int]
-    """Numbers of the joiners that are in touch (``nodes.FIRST_JOINER``)."""
+    """Numbers of the joiners that are connected (``nodes.FIRST_JOINER``)."""
     names: frozenset[str]
-    """Slurm's names of the nodes in touch."""
+    """Slurm's names of the nodes connected, but for those of ``taken``, and of the nodes that get no workers."""
     missing: tuple[Host, ...]
     """The job's own nodes whose agents are lost."""
     over: bool
     """The job ends, or goes back to the queue."""
+    surplus: tuple[Host, ...] = ()
+    """The job's own nodes that have left, for Slurm to have back."""
+    taken: frozenset[int] = frozenset()
+    """Numbers of the joiners that were connected and go, or are gone, before their time: preempted, cancelled, lost."""
 
 
 class JoinerJob(Protocol):
@@ -62,15 +72,38 @@ class JoinerJob(Protocol):
 class Backoff:
     """When an attempt that has failed several times is repeated."""
 
+    first: float = RETRY
+    """Seconds until the first repetition."""
     at: float = 0.0
     """When to try again, on the caller's clock."""
-    _wait: float = field(default=RETRY, repr=False)
+    _wait: float | None = field(default=None, repr=False)
 
     def failed(self, now: float) -> None:
-        self.at, self._wait = now + self._wait, min(2 * self._wait, RETRY_AT_MOST)
+        wait = self.first if self._wait is None else self._wait
+        self.at, self._wait = now + wait, min(max(2 * wait, RETRY), RETRY_AT_MOST)
 
     def succeeded(self) -> None:
-        self.at, self._wait = 0.0, RETRY
+        self.at, self._wait = 0.0, None
+
+
+class Patience(Backoff):
+    """When a joiner is asked for after joiners were taken: at once, and later and later if they are taken soon after
+    they have come, as each of them costs two changes of the world.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(first=0.0)
+
+    def taken(self, now: float, stayed: float) -> bool:
+        """A joiner was taken after ``stayed`` seconds, or several at once; then the longest time counts. Returns
+        whether the next joiner is late therefore.
+        """
+        if stayed >= WORTH:
+            self.succeeded()
+        if now < self.at + RETRY:  # taken with the last one, by the same preemption
+            return False
+        self.failed(now)
+        return self.at > now
 
 
 @dataclass(frozen=True)
@@ -81,7 +114,7 @@ class Growth:
     cancel: tuple[str, ...]
     """Ids of jobs that wait in the queue and are not needed any more."""
     starting: int
-    """Jobs that have started and whose agents are not in touch yet."""
+    """Jobs that have started and whose agents are not connected yet."""
     pending: int
     """Jobs that wait in the queue for nodes and are not to be cancelled."""
     shorten: tuple[str, ...] = ()
@@ -97,8 +130,8 @@ def plan_growth(
 ) -> Growth:
     """What is to be done for ``needs``.
 
-    ``jobs``: all joiners that Slurm knows of. ``came``: numbers of the joiners that have been in touch; if such a
-    joiner is not in touch now, it is leaving, or lost. ``restarting``: number of agents that are being started anew.
+    ``jobs``: all joiners that Slurm knows of. ``came``: numbers of the joiners that have been connected; if such a
+    joiner is not connected now, it is leaving, or lost. ``restarting``: number of agents that are being restarted.
     ``remaining``: seconds that are left to the job.
     """
     waiting = [job for job in jobs if job.state == "PENDING"]
@@ -119,7 +152,7 @@ def plan_growth(
 
 
 def _is_longer(limit: timedelta | None, remaining: float) -> bool:
-    """Longer by a tenth at least: else the limit would be changed again and again."""
+    """Longer by a tenth at least: else the limit would be changed repeatedly."""
     return remaining < float("inf") and (limit is None or limit.total_seconds() > 1.1 * remaining)
 
 

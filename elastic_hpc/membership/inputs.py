@@ -71,11 +71,11 @@ class Arrivals:
         self._last_growth = -float("inf")
 
     def outdate(self) -> None:
-        """The nodes in touch have changed: until the next report one node counts as starting."""
+        """The nodes connected have changed: until the next report one node counts as starting."""
         self._up_to_date = not self._supplied
 
     def update(self, starting: int, pending: int, *, up_to_date: bool) -> None:
-        """``up_to_date``: the report knows all nodes in touch."""
+        """``up_to_date``: the report knows all nodes connected."""
         self._starting, self._pending = starting, pending
         self._up_to_date = self._up_to_date or up_to_date
 

@@ -11,10 +11,12 @@ from typing import Any
 
 from elastic_hpc.membership.admission import Admission, Refusal
 from elastic_hpc.membership.growth import Needs
+from elastic_hpc.membership.hangs import NO_RHYTHM, Rhythm
 from elastic_hpc.membership.inputs import Arrivals, Requests, Stores
+from elastic_hpc.membership.links import Links
 from elastic_hpc.membership.mandate import Mandate
 from elastic_hpc.membership.messages import Order, Request, Status
-from elastic_hpc.membership.nodes import votes
+from elastic_hpc.membership.nodes import fold, votes
 from elastic_hpc.membership.orders import Orders, ToAgent
 from elastic_hpc.membership.peers import Peer, Peers, deciding_fields
 from elastic_hpc.membership.policy import Action, Decision, Policy, Verdict, View
@@ -22,7 +24,11 @@ from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.membership.rounds import BARRED, Rounds
 from elastic_hpc.membership.rules import decide, requeue_or_fail
+from elastic_hpc.membership.sizing import Answer, Sizing
+from elastic_hpc.membership.standstill import Reached
 from elastic_hpc.membership.strikes import Strike
+from elastic_hpc.membership.wishes import Bounds, Parting, Wishes
+from elastic_hpc.membership.yielding import Holding
 
 STOP_TIMEOUT = 60.0
 """Seconds in which an agent must report that its workers are gone; then it is given up, as they cannot be killed."""
@@ -52,16 +58,20 @@ class Leader:
         supplied: bool = False,
         host: Host | None = None,
         strikes: Collection[Strike] = (),
+        bounds: Bounds | None = None,
+        gives_back: bool = True,
+        rhythm: Rhythm = NO_RHYTHM,
     ) -> None:
         """``promises``: those of this node. If it holds a roster, take over, because of ``reason``, as soon as a
         majority agrees. Else lead from the start, with the counters of the run before. ``granted`` and
         ``granted_names``: as in ``Peers``. ``supplied``: ``agent.supply`` brings the nodes of ``needs``. ``host``: that
-        of this node; all nodes must have its software. ``strikes``: those of the runs before.
+        of this node; all nodes must have its software. ``strikes``: those of the runs before. ``bounds``: those that
+        a run before had, instead of those of ``policy``. ``gives_back``: as in ``Sizing``. ``rhythm``: what was learned
+        in the runs before.
         """
         self._promises = promises or Promises()
         inherited = self._promises.roster
         roster = inherited or Roster(round, (), (), restarts, requeues)
-        self.policy = policy
         self.node = node
 
         self.abdicated = ""
@@ -74,8 +84,17 @@ class Leader:
         self.peers = Peers(roster.hosts, timeout, now, granted=granted, granted_names=granted_names)
         self.peers.barred = dict.fromkeys(roster.barred, BARRED)
         self._events: list[tuple[str, dict[str, Any]]] = []
+        self._sizing = Sizing(policy, bounds, self._promises, self.peers, self._event, node=node, gives_back=gives_back)
+        self._links = Links(self.peers, self._sizing, self._event, node)
+        self._leaving: dict[int, float] = {}
+        """The connections of the job's own nodes that were let go and whose agents have not left, and since when. Slurm
+        gets all of them back at once: without accounting it takes no second change.
+        """
         parts = (self._mandate, self._promises, self.peers, self._event)
-        self._rounds = Rounds(*parts, strikes, node=node, nproc=nproc, now=now, reason=reason)
+        rhythm = max(rhythm, self._promises.rhythm)
+        self._rounds = Rounds(*parts, strikes, node=node, nproc=nproc, now=now, reason=reason, rhythm=rhythm)
+        self.stalls = False
+        """The record cannot be written at present, as its file system does not answer."""
         self._requests, self._stores, self._arrivals = Requests(), Stores(now), Arrivals(supplied=supplied)
         self._orders, self._admission = Orders(), Admission(nproc, host)
 
@@ -114,6 +133,9 @@ class Leader:
             self.peers.on_arrival(status.node)
             self._event("join", node=status.name, addr=addr, joiner=not votes(status.node))
             self._arrivals.outdate()
+        self._rounds.hangs.adopt(status.rhythm)
+        if self._sizing.adopt(status.wishes):
+            self.has_news = True
         self._rounds.on_status(status, now, is_news=is_news)
 
     def on_roster(self, roster: Roster) -> None:
@@ -128,6 +150,8 @@ class Leader:
     def on_lost(self, conn: int, reason: str, *, silent: float = 0.0) -> None:
         """Connection ``conn`` is gone, or must be given up for ``reason``, after ``silent`` seconds of silence."""
         self._orders.forget(conn)
+        if self._leaving.pop(conn, None) is not None:
+            self.has_news = True
         peer = self.peers.remove(conn)
         if peer is None:
             return
@@ -148,9 +172,52 @@ class Leader:
             self._event("request", request=request, reason=reason)
             self._advance(now)
 
-    def on_leave(self, node: int, reason: str, now: float) -> None:
-        """``node`` has to go, because of ``reason``: its job is about to end."""
-        self.peers.leaving.setdefault(node, reason)
+    def on_leave(
+        self,
+        node: int | str,
+        reason: str,
+        now: float,
+        *,
+        exclude: bool = False,
+        give_back: bool = False,
+        by: float | None = None,
+    ) -> Answer:
+        """``node``, its number or Slurm's name of it, has to go at a step boundary, because of ``reason``. ``exclude``:
+        the node is not fit, and a requeue avoids it too; the leader's node stays, but without workers. ``give_back``:
+        Slurm gets the node back, if it is the job's own. Without both, the job of the node, a joiner, is about to end.
+        ``by``: when the node will be taken away, in seconds since the epoch. The same request may come again.
+        """
+        found = self.peers.find(node)
+        if found is None and isinstance(node, str):
+            return Answer(refusal=f"{node} is no node of this job; it has {fold(self.peers.all_names)}")
+        number, name = (found.node, found.name) if found else (int(node), "")  # a joiner that is not connected yet
+        parting = Parting(number, name, reason, exclude, give_back, by)
+        view = self._view(self.peers.joined, now)
+        answer = self._sizing.leave(parting, view.live, found, settled=view.settled)
+        self._advance(now)
+        return answer
+
+    def on_stay(self, name: str, now: float) -> Answer:
+        """The node that Slurm calls ``name`` need not go any more, and is not avoided any more."""
+        answer = self._sizing.stay(name)
+        self._advance(now)
+        return answer
+
+    def on_resize(self, bounds: Bounds, now: float) -> Answer:
+        """From now on, over take-overs too, a world may have ``bounds``."""
+        view = self._view(self.peers.joined, now)
+        answer = self._sizing.resize(bounds, view.live, view.formed)
+        self._advance(now)
+        return answer
+
+    def on_cap(self, nodes: int | None, reason: str, now: float) -> None:
+        """For a while the job is to hold at most ``nodes`` nodes, but never fewer than MIN; None: no more."""
+        self._sizing.cap(nodes, reason)
+        self._advance(now)
+
+    def on_given_back(self, nodes: Collection[int], now: float) -> None:
+        """Slurm has ``nodes`` of ``needs.surplus`` back."""
+        self._sizing.on_given_back(nodes)
         self._advance(now)
 
     def on_coming(self, needs: Needs, starting: int, pending: int, now: float) -> None:
@@ -169,15 +236,23 @@ class Leader:
             self._event("store_failed", round=round, reason=reason)
         self._advance(now)
 
-    def on_tick(self, now: float) -> None:
-        """Declare silent agents lost, and decide. To be called a few times per heartbeat."""
+    def on_tick(self, now: float, wall: float = 0.0) -> None:
+        """Declare silent agents lost, and decide. To be called a few times per heartbeat. ``wall``: the time in seconds
+        since the epoch.
+        """
         self._check_freeze(now)
         for conn, silent in self.peers.silent(now).items():
-            self.on_lost(conn, f"nothing heard for {self.policy.heartbeat_timeout:g} s", silent=silent)
+            self.on_lost(conn, f"no heartbeat for {self.policy.heartbeat_timeout:g} s", silent=silent)
         if self._rounds.stage == "gather" and now - self._rounds.gathering_since > STOP_TIMEOUT:
             for conn, peer in list(self.peers.items()):
                 if peer.joined and not self._rounds.is_idle(peer.status):
                     self.on_lost(conn, f"its workers did not stop within {STOP_TIMEOUT:g} s")
+        for conn, since in list(self._leaving.items()):
+            if now - since > STOP_TIMEOUT:  # its agent is frozen
+                self.on_lost(conn, "it did not leave")
+                self._dropped.append(conn)
+        if self.policy.learns_hangs and self.leads and not self._requests.request:
+            self.has_news |= self._rounds.look_for_hang(now, wall, held=self.stalls)
         self._advance(now)
         self._rounds.record_progress(now)
         if self._rounds.stage == "gather" and now - self._rounds.gathering_since > 1 and not self.verdict:
@@ -197,6 +272,21 @@ class Leader:
             self._advance(now)
 
     # outputs
+
+    @property
+    def policy(self) -> Policy:
+        """What the user allows by now."""
+        return self._sizing.policy
+
+    @property
+    def wishes(self) -> Wishes:
+        """What is wanted of the job's nodes."""
+        return self._sizing.wishes
+
+    @property
+    def rhythm(self) -> Rhythm:
+        """What has been learned of the job's signs of life."""
+        return self._rounds.hangs.rhythm
 
     @property
     def round(self) -> int:
@@ -232,7 +322,7 @@ class Leader:
     def take_orders(self, *, beat: bool = False) -> dict[int, list[ToAgent]]:
         """What to send, by connection: the orders that have changed, or with ``beat`` an order for every agent."""
         runs, failure = self._rounds.stage == "run", self._rounds.failures.last_failure
-        world = self._rounds.world
+        world, drains = self._rounds.world, self._requests.request in {"drain", "save-and-stop"}
         order = Order(
             seq=0,
             stage=self._rounds.stage,
@@ -242,8 +332,14 @@ class Leader:
             roster=self.roster.round,
             leads=self.leads,
             oldest=self._mandate.oldest,
-            drain=runs and bool(self._requests.request in {"drain", "save-and-stop"} or world.change),
+            drain=runs and bool(drains or world.change),
+            new_world=runs and not drains and bool(world.change and world.change.in_place),
             stacks=bool(self._rounds.stage == "gather" and failure and failure.kind == "hang"),
+            live=runs and world.live,
+            wishes=self.wishes,
+            rhythm=self.rhythm,
+            probe=self._links.probe.number,
+            among=self._links.among,
         )
         plans = world.plans if runs and self.leads and self._mandate.is_settled(world.formed) else {}
         return self._orders.take(self.peers, order, plans, self.roster, self._mandate.change, beat=beat)
@@ -260,14 +356,24 @@ class Leader:
 
     @property
     def needs(self) -> Needs | None:
-        """What the job could use besides the nodes in touch. Unless the job ends, None before the first round and
+        """What the job could use besides the nodes connected. Unless the job ends, None before the first round and
         without a majority.
         """
         over = bool(self.verdict or self._requests.request)
         if not over and (self._rounds.first or not self.leads):
             return None
         pays = self.policy.free_growth or self.restarts < self.policy.max_restarts or self._rounds.stage == "gather"
-        return self.peers.needs(0 if over or not pays else self.policy.wanted, over=over)
+        surplus = () if over or self._leaving else self._sizing.surplus
+        return self.peers.needs(0 if over or not pays else self.policy.wanted, over=over, surplus=surplus)
+
+    def holding(self, job: str) -> Holding | None:
+        """See ``Sizing.holding``. None before the first round and without a majority."""
+        return self._sizing.holding(job) if self.leads and not self._rounds.first else None
+
+    @property
+    def progress(self) -> Reached:
+        """How far the job is."""
+        return self._rounds.progress
 
     @property
     def next_expiry(self) -> float:
@@ -332,6 +438,7 @@ class Leader:
         while not self.verdict and not self.abdicated:
             joined = self.peers.joined
             self._renew_mandate(joined, now)
+            self._look_at_links(joined, now)
             decision = decide(self._view(joined, now), self.policy)
             if decision.action is Action.WAIT:
                 self._waiting, self._decide_at = decision.reason, now + decision.again
@@ -345,20 +452,32 @@ class Leader:
         if self._mandate.renew(joined.values(), self.peers.agreeing, now, stale=stale):
             self._event("take_over", round=self.round, reason=self._rounds.predecessor_lost)
 
+    def _look_at_links(self, joined: dict[int, Status], now: float) -> None:
+        world = self._rounds.world
+        calm = bool(world.formed and not world.failure and not world.lost and self.leads)
+        if calm or self._links.probe.number:
+            live = lambda: self._view(joined, now).live  # noqa: E731
+            if self._links.look(self.round, joined, live, now, calm=calm):
+                self._rounds.failures.on_explained()
+
     def _view(self, joined: dict[int, Status], now: float) -> View:
         formed, gathers = self._rounds.world.formed, self._rounds.stage != "run"
         idle = {node for node, status in joined.items() if self._rounds.is_idle(status)}
-        nodes = self.peers.view(joined, idle, formed, self.policy, now)
+        staying = self._sizing.staying
+        nodes = self.peers.view(joined, idle, formed, self.policy, now, staying=staying)
+        agree = self._mandate.view(joined, nodes.live, now, running=bool(formed), confirming=self.peers.are_confirming)
         return View(
             **vars(nodes),
             **vars(self._rounds.view(now)),
-            **vars(self._mandate.view(nodes.live, now, running=bool(formed), confirming=self.peers.are_confirming)),
+            **vars(agree),
+            **vars(self._links.view(self.round, now)),
             **vars(self._requests.view(now)),
             **vars(self._stores.view(self.round, now, needed=gathers)),
             **vars(self._arrivals.view(now)),
             first=self._rounds.first,
             restarts=self.restarts,
             requeues=self.requeues,
+            shrinks=self._sizing.shrinks,
         )
 
     def _act(self, decision: Decision, now: float) -> None:
@@ -373,10 +492,12 @@ class Leader:
         match decision.action:
             case Action.FORM:
                 self._rounds.form(decision.nodes, self._stores.ports[self.round], now)
+            case Action.PROBE:
+                self._links.begin(self.round, self._rounds.world.formed, now)
             case Action.DRAIN:
                 self._rounds.drain(decision, now)
             case Action.RELEASE:
-                self._release(decision)
+                self._release(decision, now)
             case Action.GATHER:
                 if decision.grows:
                     self._arrivals.on_growth(now)
@@ -384,13 +505,16 @@ class Leader:
             case _:
                 self._rounds.end(decision, now)
 
-    def _release(self, decision: Decision) -> None:
+    def _release(self, decision: Decision, now: float) -> None:
         for node in decision.nodes:
             conn = self.peers.conns[node]
-            peer = self.peers.remove(conn)
+            peer = self.peers.remove(conn, let_go=True)
             assert peer
             reason = self.peers.why_leaving(peer.status) or decision.reason
-            self._orders.refuse(conn, Refusal(reason))
+            self._orders.refuse(conn, Refusal(reason, let_go=True))
+            if votes(node):
+                self._leaving[conn] = now
+            self._sizing.on_release(node, peer.status.host, reason)
             self._event("release", node=peer.status.name, reason=reason)
 
     def _event(self, name: str, **fields: Any) -> None:

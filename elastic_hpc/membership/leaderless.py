@@ -20,7 +20,7 @@ class KeepLooking:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Leave the job, which ends, or goes on, without this agent."""
+    """Leave the job, which ends, or continues, without this agent."""
 
     outcome: str
     reason: str

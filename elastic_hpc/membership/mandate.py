@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from elastic_hpc.membership.election import Base, extended, has_quorum, relevant
@@ -96,9 +96,20 @@ class Mandate:
         self.granted, self.ever_granted = quorum, quorum or self.ever_granted
         return is_first
 
-    def view(self, live: Collection[int], now: float, *, running: bool, confirming: bool) -> QuorumView:
-        """``running``: a round runs. ``confirming``: as in ``QuorumView``."""
+    def view(
+        self, joined: Mapping[int, Status], live: Collection[int], now: float, *, running: bool, confirming: bool
+    ) -> QuorumView:
+        """``joined``: the statuses of the nodes that have joined. ``running``: a round runs. ``confirming``: as in
+        ``QuorumView``.
+        """
         expected = set[int]()
         if self.roster.bases and not running:
             expected = set(self.roster.members).difference(live, {self.roster.bases[-1].leader})
-        return QuorumView(self.granted, now - self._granted_at, now - self._last_granted, len(expected), confirming)
+        settled = running and all(self._knows(joined.get(node)) for node in self.roster.bases[-1].members)
+        return QuorumView(
+            self.granted, now - self._granted_at, now - self._last_granted, len(expected), confirming, settled
+        )
+
+    def _knows(self, status: Status | None) -> bool:
+        """Whether a node knows that only the members of the last round must agree."""
+        return status is not None and status.roster == status.oldest == self.roster.round

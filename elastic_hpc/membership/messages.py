@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from elastic_hpc.membership.election import Base
+from elastic_hpc.membership.hangs import NO_RHYTHM, NO_SIGNS, Rhythm, Signs
+from elastic_hpc.membership.known import Party, party_of
 from elastic_hpc.membership.nodes import numbers
 from elastic_hpc.membership.roster import Host, Hosts, Roster, RosterChange, json_line
+from elastic_hpc.membership.wishes import NO_WISHES, Bounds, Wishes
 
 MAX_LINE = 1024 * 1024
 """Longest line, in bytes, that either side accepts."""
@@ -27,21 +31,26 @@ the job; ``stop``, end it at once.
 """
 REQUESTS: tuple[Request, ...] = get_args(Request)
 LEAVE = "leave"
-"""Requests that the leader lets a node go, at a step boundary if its workers listen: a joiner's job is about to end."""
+"""Requests that the leader lets a node go, at a step boundary if its workers listen."""
+STAY = "stay"
+"""Takes back a ``LEAVE``."""
+RESIZE = "resize"
+"""Requests that the world has other bounds."""
 WHO = "who"
 """Asks an agent which leader it follows. The answer, a ``Redirect``, binds neither side."""
-_T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "RosterChange", "Leave", "Redirect", Base)
+_T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "RosterChange", "Leave", "Stay", "Bounds", "Redirect", Base)
 _News = TypeVar("_News", "Roster", "RosterChange")
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "int": int,
     "float": (int, float),
     "float | None": (int, float, type(None)),
     "str": str,
+    "int | str": (int, str),
     "bool": bool,
 }
 
 
-_MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError)
+MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError)
 """The errors that decoding a malformed message leads to: a field is missing, unknown, or of another type."""
 
 
@@ -66,6 +75,13 @@ class Failure:
     """The worker's last Python traceback."""
     collateral: bool = False
     """Whether this looks like the echo of another rank's death, such as a connection closed by the peer."""
+    known: str = ""
+    """Its name in the table of causes (``known.KNOWN``); empty if it is not there."""
+
+    @property
+    def party(self) -> Party | None:
+        """Whose fault it is, as far as the table of causes tells."""
+        return party_of(self.known)
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}: {self.message}"
@@ -109,12 +125,36 @@ class Status:
     """The workers check for a drain, or a signal has told them of a drain."""
     leaving: str = ""
     """Why this node has to go and takes no part in the next round; empty if it may stay."""
+    live: bool = False
+    """The workers of the round can continue in the next round without a new process (``training.live``); ``idle``:
+    workers have paused for that, and hold what has been trained.
+    """
+    preparing: bool = False
+    """Workers of this node are to be started, or are starting. The world continues without the node until they are
+    ready, if that is possible.
+    """
     warm: int = 0
     """Number of workers of the round that were standbys; ``cold`` were not, because of ``cold_why``."""
     cold: int = 0
     cold_why: str = ""
     standby_mb: float = 0.0
     """Memory of a standby, in MiB, that it shares with no other process."""
+    oldest: int = 0
+    """The oldest round of the bases in that roster."""
+    kept: int = 0
+    """Number of workers of the round that kept their process from the round before: they are neither warm nor cold."""
+    not_kept: str = ""
+    """Why a worker that could have been kept was not; empty if all were."""
+    wishes: Wishes = NO_WISHES
+    """The newest that this node was told."""
+    signs: Signs = NO_SIGNS
+    """Of the workers of the round."""
+    rhythm: Rhythm = NO_RHYTHM
+    """The newest that this node was told."""
+    probed: int = 0
+    """``Order.probe``, as long as that stands, if this node has tried to reach the others."""
+    unreached: str = ""
+    """Those that it has not reached (``nodes.spans``)."""
 
     @property
     def node(self) -> int:
@@ -156,8 +196,18 @@ class Order:
     """The oldest round whose members must agree to the leader (``election``)."""
     drain: bool = False
     """The workers are to save and stop."""
+    new_world: bool = False
+    """The drain is for a new world with nodes of this one: workers that can be kept pause, and need not save."""
     stacks: bool = False
     """Record where the workers stand before they are stopped."""
+    live: bool = False
+    """Workers of the round that runs are live (``Status.live``): a node without a place starts its workers ahead."""
+    wishes: Wishes = NO_WISHES
+    rhythm: Rhythm = NO_RHYTHM
+    """What the leader has learned of the job's signs of life."""
+    probe: int = 0
+    """The nodes of ``among`` are to try to reach each other; 0 if no node is (``links``)."""
+    among: str = ""
 
     @functools.cached_property
     def line(self) -> bytes:
@@ -167,10 +217,20 @@ class Order:
 
 @dataclass(frozen=True)
 class Leave:
-    """To the leader: ``node`` has to go, because of ``reason``."""
+    """To the leader: ``node``, its number or Slurm's name of it, has to go, because of ``reason``."""
 
-    node: int
+    node: int | str
     reason: str
+    exclude: bool = False
+    """As in ``wishes.Parting``; so is ``give_back``. Without both the node's own job ends: it goes anyway."""
+    give_back: bool = False
+
+
+@dataclass(frozen=True)
+class Stay:
+    """To the leader: the node that Slurm calls ``node`` need not go any more."""
+
+    node: str
 
 
 @dataclass(frozen=True)
@@ -185,7 +245,12 @@ class Redirect:
     may_lead: bool = True
     """Whether the agent itself would lead if no other agent did."""
     refusal: str = ""
+    answer: str = ""
+    """What becomes of a request that the leader has taken, if there is more to say."""
 
+
+ToLeader = Request | Leave | Stay | Bounds
+"""What somebody outside the agents may want of the leader."""
 
 Message = Status | Order | Roster | RosterChange | Redirect | dict[str, Any]
 
@@ -204,7 +269,8 @@ def encode(message: Message) -> bytes:
 
 def _without_defaults(message: Status | Order) -> dict[str, Any]:
     values = vars(message)
-    return {name: values[name] for name, default in _DEFAULTS[type(message)] if values[name] != default}
+    body = {name: values[name] for name, default in _DEFAULTS[type(message)] if values[name] != default}
+    return body | {"wishes": message.wishes.body} if "wishes" in body else body
 
 
 _DEFAULTS = {kind: [(field.name, field.default) for field in fields(kind)] for kind in (Status, Order)}
@@ -221,24 +287,28 @@ def decode(line: bytes) -> dict[str, Any]:
     return body
 
 
-def decode_from_agent(line: bytes) -> Status | Roster | Leave | Request | Literal["who"]:
+def decode_from_agent(line: bytes) -> Status | Roster | ToLeader | Literal["who"]:
     """A message to a leader, from an agent or from ``network.client``. Raises ProtocolError."""
     body = decode(line)
     try:
         if body.get("request") in (*REQUESTS, WHO):
             return cast(Request, body["request"])
         if body.get("request") == LEAVE:
-            return _checked(Leave(body["node"], body["reason"]))
+            return _checked(Leave(**{name: value for name, value in body.items() if name != "request"}))
+        if body.get("request") == STAY:
+            return _checked(Stay(body["node"]))
+        if body.get("request") == RESIZE:
+            return _checked(Bounds.of(body))
         if "roster" in body and "seq" not in body:
             roster = _roster(body["roster"])
             return replace(roster, hosts=tuple(roster.hosts))
         return _status(body)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise ProtocolError(f"not a status: {error}") from error
 
 
 def decode_from_leader(line: bytes) -> Order | Roster | RosterChange | Redirect:
-    """A message from a leader, or from an agent that was taken for a leader. Raises ProtocolError."""
+    """A message from a leader, or from an agent that passed as a leader. Raises ProtocolError."""
     body = decode(line)
     try:
         if "roster" in body and "seq" not in body:
@@ -249,17 +319,25 @@ def decode_from_leader(line: bytes) -> Order | Roster | RosterChange | Redirect:
             redirect = Redirect(**body["redirect"])
             return _checked(replace(redirect, to=_host(body["redirect"]["to"]) if redirect.to else None))
         plan = body.pop("plan", None)
-        return Order(**body, plan=Plan(**plan) if plan else None)
-    except _MALFORMED as error:
+        return Order(**_with_parts(body), plan=Plan(**plan) if plan else None)
+    except MALFORMED as error:
         raise ProtocolError(f"not an order: {error}") from error
 
 
 def _status(body: dict[str, Any]) -> Status:
     failure = body.pop("failure", None)
-    status = Status(**{**body, "host": _host(body["host"])}, failure=_checked(Failure(**failure)) if failure else None)
+    body = {**_with_parts(body), "host": _host(body["host"])}
+    status = Status(**body, failure=_checked(Failure(**failure)) if failure else None)
     if status.state not in get_args(State):
         raise TypeError(f"state {status.state!r}: expected one of {', '.join(get_args(State))}")
     return _checked(status)
+
+
+def _with_parts(body: dict[str, Any]) -> dict[str, Any]:
+    return body | {name: of(body[name]) for name, of in _PARTS.items() if name in body}
+
+
+_PARTS: dict[str, Callable[[Any], object]] = {"wishes": Wishes.of, "signs": Signs.of, "rhythm": Rhythm.of}
 
 
 def _host(body: dict[str, Any]) -> Host:
@@ -299,5 +377,5 @@ def _checked(decoded: _T) -> _T:
 
 _CHECKED = {
     kind: [(field.name, _KINDS[str(field.type)], field.type) for field in fields(kind) if str(field.type) in _KINDS]
-    for kind in (Status, Failure, Host, Roster, RosterChange, Leave, Redirect, Base)
+    for kind in (Status, Failure, Host, Roster, RosterChange, Leave, Stay, Bounds, Redirect, Base)
 }

@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import prod
 
 FIRST_JOINER = 1 << 20
 """A joiner's number is this number plus the id of the job that brings it, as Slurm never uses an id again. Lower
 numbers are the indices of the job's own nodes in Slurm's order.
 """
+
+BATCH_HOST = 0
+"""The number of the node on which the batch script runs."""
 
 MAX_NODES = 1 << 17
 """Most nodes that a range may stand for; more can only be a mistake."""
@@ -83,15 +87,25 @@ class NumberRanges:
         return any(int(digits) in span and digits == f"{int(digits):0{width}}" for span, width in self.ranges)
 
 
+def count_names(text: str) -> int:
+    """The number of names that ``text``, in Slurm's notation, stands for. Raises ValueError."""
+    brackets = (re.findall(r"\[(.*?)\]", part) for part in _parts(text))
+    return sum(prod(sum(len(span) for span, _ in NumberRanges.of(text).ranges) for text in part) for part in brackets)
+
+
+def _parts(text: str) -> list[str]:
+    parts: list[str] = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
+    if not parts or ",".join(parts) != text:
+        raise ValueError("a bracket or a comma has no partner")
+    return parts
+
+
 @lru_cache
 def name_matcher(text: str) -> Callable[[str], bool]:
     """A function that tells whether a node's name is among those of ``text``: names in Slurm's notation, in which ``*``
     stands for any text and ``?`` for any character. Raises ValueError.
     """
-    parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
-    if not parts or ",".join(parts) != text:
-        raise ValueError("a bracket or a comma has no partner")
-    matchers = [_part_matcher(part) for part in parts]
+    matchers = [_part_matcher(part) for part in _parts(text)]
     return lambda name: any(matches(name) for matches in matchers)
 
 

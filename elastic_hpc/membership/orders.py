@@ -9,6 +9,7 @@ from typing import Any
 from elastic_hpc.membership.admission import Refusal
 from elastic_hpc.membership.messages import Order, Plan, Redirect
 from elastic_hpc.membership.peers import Peers
+from elastic_hpc.membership.policy import Outcome
 from elastic_hpc.membership.roster import Roster, RosterChange
 
 ToAgent = Order | Roster | RosterChange | Redirect
@@ -74,8 +75,11 @@ class Orders:
                 taken[conn] = [Redirect(None, refusal=refusal.reason)]
                 del self._refused[conn]
             elif self._is_news(conn, (refusal,)):
-                taken[conn] = [replace(order, stage="end", reason=refusal.reason, outcome="failed", drain=False)]
-        content = (order.stage, order.round, order.oldest, order.drain, order.leads, bool(plans))
+                outcome: Outcome = "finished" if refusal.let_go else "failed"
+                end = replace(order, stage="end", reason=refusal.reason, outcome=outcome)
+                taken[conn] = [replace(end, drain=False, new_world=False)]
+        told = (order.drain, order.new_world, order.live, order.wishes.number, order.probe)
+        content = (order.stage, order.round, order.oldest, *told, order.leads, bool(plans))
         to_all = beat or content != self._content
         self._content = content
         for conn in peers if to_all else peers.keys() - self._sent.keys():

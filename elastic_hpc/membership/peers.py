@@ -1,15 +1,16 @@
-"""The agents that are in touch with a leader, and the nodes that ever were. Pure."""
+"""The agents that are connected to a leader, and the nodes that ever were. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from elastic_hpc.membership.growth import Needs
+from elastic_hpc.membership.growth import PREEMPTED, Needs
 from elastic_hpc.membership.messages import Status
 from elastic_hpc.membership.nodes import fold, votes
 from elastic_hpc.membership.policy import NodesView, Policy
 from elastic_hpc.membership.roster import Host, distinct
+from elastic_hpc.membership.wishes import NO_WISHES, Parting
 
 _MOST_NAMES = 200
 """Most characters that the names of absent nodes take in the record."""
@@ -20,12 +21,14 @@ def deciding_fields(status: Status) -> tuple[object, ...]:
     leads to no new decision.
     """
     workers = (status.state, status.round, status.failure, status.drained, status.listens, status.step >= 0)
-    return (*workers, status.seen, status.roster, status.mark, status.unfit, status.leaving, status.host)
+    going_on = (status.live, status.preparing)
+    held = (status.seen, status.roster, status.mark, status.oldest)
+    return (*workers, *going_on, *held, status.probed, status.unreached, status.unfit, status.leaving, status.host)
 
 
 @dataclass
 class Peer:
-    """An agent that is in touch."""
+    """An agent that is connected."""
 
     status: Status
     """The last status that was received."""
@@ -53,15 +56,19 @@ class Peers(dict[int, Peer]):
         granted: int,
         granted_names: Sequence[str],
     ) -> None:
-        """``known``: hosts that were in touch with the leader before. ``granted``: the number of the job's own nodes,
+        """``known``: hosts that were connected to the leader before. ``granted``: the number of the job's own nodes,
         and ``granted_names`` Slurm's names of them, in Slurm's order; the names may be filled in later.
         """
         super().__init__()
         self.by_node: dict[int, Peer] = {}
         self.conns: dict[int, int] = {}
         """The connection of each node."""
-        self.leaving: dict[int, str] = {}
-        """Nodes that have to go, as other processes than their agents have reported, and why."""
+        self.wishes = NO_WISHES
+        """What is wanted of the job's nodes."""
+        self.let_go: set[int] = set()
+        """The job's own nodes that this leader has let go."""
+        self._taken: set[int] = set()
+        """See ``Needs.taken``: those that are not connected any more."""
         self.barred: dict[str, str] = {}
         """By name: nodes that get no workers any more, and why."""
         self.highest_round = 0
@@ -81,18 +88,21 @@ class Peers(dict[int, Peer]):
         """Since when enough nodes are live; None while too few are."""
 
     def add_known(self, hosts: Iterable[Host]) -> None:
-        """``hosts`` were in touch with a leader before."""
+        """``hosts`` were connected to a leader before."""
         self._hosts = {host.node: host for host in hosts} | self._hosts
 
     def add(self, conn: int, peer: Peer) -> None:
         self[conn] = self.by_node[peer.status.node] = peer
+        self._taken.discard(peer.status.node)
         self.conns[peer.status.node] = conn
 
-    def remove(self, conn: int) -> Peer | None:
-        """The peer of ``conn``, if there is one."""
+    def remove(self, conn: int, *, let_go: bool = False) -> Peer | None:
+        """The peer of ``conn``, if there is one. ``let_go``: it was not lost."""
         peer = self.pop(conn, None)
         if peer:
             del self.by_node[peer.status.node], self.conns[peer.status.node]
+            if self._is_taken(peer.status, lost=not let_go):
+                self._taken.add(peer.status.node)
         return peer
 
     def on_status(self, peer: Peer, status: Status, now: float) -> None:
@@ -101,6 +111,11 @@ class Peers(dict[int, Peer]):
         self._hosts[status.node] = status.host
         self.highest_round = max(self.highest_round, status.seen)
 
+    def find(self, node: int | str) -> Host | None:
+        """The host with this number or name that is, or was, connected; that of two with one name that is connected."""
+        hosts = [peer.status.host for peer in self.values()] + list(self._hosts.values())
+        return next((host for host in hosts if node in {host.node, host.name}), None)
+
     def on_arrival(self, node: int) -> None:
         """``node`` has joined or was refused."""
         if votes(node):
@@ -108,14 +123,38 @@ class Peers(dict[int, Peer]):
 
     def why_leaving(self, status: Status) -> str:
         """Why the node has to go; empty if it may stay. The job's own nodes stay although barred, as they vote."""
-        if (why := status.leaving or status.unfit) or not (self.leaving or self.barred):
+        if (why := status.leaving or status.unfit) or not (self.wishes.partings or self.barred):
             return why
         barred = self.barred.get(status.name, "") if not votes(status.node) else ""
-        return self.leaving.get(status.node, "") or barred
+        parting = self._parting(status)
+        return parting.reason if parting else barred
+
+    def _parting(self, status: Status) -> Parting | None:
+        for parting in self.wishes.partings:
+            if parting.node == status.node or (parting.asked and parting.name == status.name):
+                return parting
+        return None
+
+    @property
+    def avoided(self) -> frozenset[str]:
+        """Slurm's names of the nodes that the job avoids."""
+        return frozenset(parting.name for parting in self.wishes.partings if parting.asked)
+
+    def _is_taken(self, status: Status, *, lost: bool = False) -> bool:
+        """See ``Needs.taken``. An agent that says itself that it leaves has got a signal."""
+        if votes(status.node):
+            return False
+        parting = self._parting(status)
+        return parting.reason == PREEMPTED if parting else lost or bool(status.leaving)
+
+    @property
+    def unfit(self) -> frozenset[str]:
+        """Those of ``avoided`` that Slurm, the site or the user say are not fit."""
+        return frozenset(parting.name for parting in self.wishes.partings if parting.exclude and not parting.apart)
 
     @property
     def absent(self) -> list[str]:
-        """Slurm's names of the granted nodes that have never been in touch; none while the names are not known."""
+        """Slurm's names of the granted nodes that have never been connected; none while the names are not known."""
         return [name for node, name in enumerate(self._granted_names) if node not in self._arrived]
 
     @property
@@ -124,18 +163,25 @@ class Peers(dict[int, Peer]):
         text = fold(self.absent)
         return text if len(text) <= _MOST_NAMES else f"{text[:_MOST_NAMES].rpartition(',')[0]}, ..."
 
-    def needs(self, wanted: int, *, over: bool) -> Needs:
-        """What the job lacks to hold ``wanted`` nodes; 0 if it is to get no more nodes. ``over``: the job ends."""
+    def needs(self, wanted: int, *, over: bool, surplus: tuple[Host, ...] = ()) -> Needs:
+        """What the job lacks to hold ``wanted`` nodes; 0 if it is to get no more nodes. ``over``: the job ends.
+        ``surplus``: nodes for Slurm to have back.
+        """
         staying = sum(
             not self.why_leaving(peer.status) and peer.status.name not in self.barred for peer in self.values()
         )
         missing = self.missing if wanted else []
+        taken = frozenset(self._taken.union(node for node, peer in self.by_node.items() if self._is_taken(peer.status)))
         return Needs(
             nodes=max(0, wanted - staying),
             joiners=frozenset(node for node in self.by_node if not votes(node)),
-            names=frozenset(peer.status.name for peer in self.values()) | self.barred.keys(),
+            names=frozenset(peer.status.name for peer in self.values() if peer.status.node not in taken)
+            | self.barred.keys()
+            | self.avoided,
             missing=distinct(missing, self._hosts.values()) if missing else (),
             over=over,
+            surplus=surplus,
+            taken=taken,
         )
 
     @property
@@ -165,15 +211,24 @@ class Peers(dict[int, Peer]):
         formed: Collection[int],
         policy: Policy,
         now: float,
+        *,
+        staying: frozenset[int],
     ) -> NodesView:
         """``joined``: the statuses of the nodes that have joined. ``idle``: those without workers, which are ready for
-        the next round. ``formed``: the round that runs.
+        the next round. ``formed``: the round that runs. ``staying``: nodes that Slurm cannot have back.
         """
         leaving = {node for node, status in joined.items() if self.why_leaving(status)}
+        asked = {node: parting for node in leaving if (parting := self._asked(joined[node]))}
         barred = (
             {node for node, status in joined.items() if status.name in self.barred} - leaving if self.barred else set()
         )
         live = joined.keys() - leaving - barred
+        if policy.fit(live | asked.keys()):  # if too few would be left, as many as are needed stay, bad nodes last
+            for node in sorted(asked, key=lambda node: (asked[node].exclude, node)):
+                if policy.fit(live):
+                    break
+                live, leaving = live | {node}, leaving - {node}
+                del asked[node]
         ready = live.intersection(idle)
         newcomers = ready.difference(formed)
         if policy.fit(live):
@@ -185,8 +240,13 @@ class Peers(dict[int, Peer]):
             ready=frozenset(ready),
             live=frozenset(live),
             leaving=frozenset(leaving),
+            asked=frozenset(asked),
+            returning=frozenset(node for node, parting in asked.items() if parting.give_back and votes(node)) - staying,
+            staying=staying,
             barred=frozenset(barred),
             idle=frozenset(idle),
+            preparing=frozenset(node for node in newcomers if joined[node].preparing),
+            paused=frozenset(node for node in newcomers if joined[node].live),
             since_newcomer=now - max(self.by_node[node].arrived_at for node in newcomers) if newcomers else 0.0,
             listens=any(self.by_node[node].status.listens for node in formed if node in self.by_node),
             absent=max(0, self._granted - len(self._arrived)),
@@ -195,22 +255,33 @@ class Peers(dict[int, Peer]):
             below_min=now - self._last_below_min,
         )
 
+    def _asked(self, status: Status) -> Parting | None:
+        """Why somebody wants the node to go, if nothing else makes it go."""
+        parting = None if status.leaving or status.unfit else self._parting(status)
+        return parting if parting and parting.asked else None
+
     @property
     def missing(self) -> list[Host]:
-        """The job's own nodes that were in touch, and are not any more."""
-        return [host for node, host in sorted(self._hosts.items()) if node not in self.by_node and votes(node)]
+        """The job's own nodes that were connected, and are not any more, but for those that were let go."""
+        gone = self.by_node.keys() | self.let_go | set(self.wishes.given_back)
+        return [host for node, host in sorted(self._hosts.items()) if node not in gone and votes(node)]
 
     @property
     def lost_names(self) -> list[str]:
-        """Slurm's names of the ``missing`` nodes, of those given up, and of those never in touch."""
+        """Slurm's names of the ``missing`` nodes, of those given up, and of those never connected."""
         return [
             *(host.name for host in self.missing),
             *(peer.status.name for peer in self.values() if peer.status.unfit),
             *self.absent,
         ]
 
+    @property
+    def all_names(self) -> list[str]:
+        """Slurm's names of all nodes connected."""
+        return sorted({peer.status.name for peer in self.values()})
+
     def names(self, *, without: int) -> list[str]:
-        """Slurm's names of the job's own nodes that are in touch, but not that of the node ``without``."""
+        """Slurm's names of the job's own nodes that are connected, but not that of the node ``without``."""
         return [peer.status.name for node, peer in sorted(self.by_node.items()) if node != without and votes(node)]
 
     @property

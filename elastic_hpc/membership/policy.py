@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
 from elastic_hpc.membership.messages import Failure, Request
 from elastic_hpc.membership.nodes import votes
+from elastic_hpc.membership.wishes import Bounds
 
 TERM_GRACE = 20.0
 """Seconds that workers get at most to save after SIGTERM: Slurm kills all after KillWait, by default 30 s."""
@@ -23,6 +24,8 @@ class Action(Enum):
     WAIT = "wait"
     GATHER = "gather"
     """Stop the round: all workers stop, a new world is formed. Charged to ``--max-restarts``."""
+    PROBE = "probe"
+    """Have the members of the round that has failed try to reach each other."""
     DRAIN = "drain"
     """Have the workers save and stop, for a new world that can wait until then."""
     FORM = "form"
@@ -36,13 +39,9 @@ class Action(Enum):
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(Bounds):
     """What the user allows. Times in seconds."""
 
-    min_nodes: int
-    max_nodes: int
-    sizes: tuple[int, ...]
-    """The numbers of nodes that a world may have, ascending; empty for all from ``min_nodes`` to ``max_nodes``."""
     spares: int
     """Nodes beside a full world that wait for a place in the next world."""
     grow: bool
@@ -61,6 +60,8 @@ class Policy:
     grace: float
     """How long workers may take to save and stop after a drain."""
     can_requeue: bool
+    learns_hangs: bool = False
+    """The leader learns from the job when its workers hang (``hangs``); else their agents know it, or nobody."""
 
     def fit(self, nodes: Collection[int]) -> int:
         """The size of the largest world of ``nodes``; 0 if they are too few for any, or none is the job's own."""
@@ -75,6 +76,16 @@ class Policy:
     def wanted(self) -> int:
         """How many nodes the job may hold."""
         return self.max_nodes + self.spares
+
+    def within(self, bounds: Bounds | None, cap: int | None) -> Policy:
+        """This policy with other ``bounds``, if there are any. Under a ``cap`` the job holds at most so many nodes, or
+        MIN, and no spares.
+        """
+        bounds = bounds or Bounds(self.min_nodes, self.max_nodes, self.sizes)
+        if cap is None:
+            return replace(self, **vars(bounds))
+        capped = bounds.capped(cap)
+        return replace(self, **vars(capped), spares=max(0, min(self.spares, cap - capped.max_nodes)))
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,8 @@ class Decision:
     """WAIT: seconds after which to decide again, even if no message has arrived."""
     grows: bool = False
     """DRAIN, and the GATHER that follows: for a larger world."""
+    in_place: bool = False
+    """DRAIN: nodes of this world are in the next. Workers there that are kept bring what has been trained."""
     bars: bool = False
     """GATHER and REQUEUE: the node with the failure stays out from now on."""
 
@@ -116,7 +129,7 @@ class RoundView:
     """The round that runs (``world.World``). While a round is gathered, the sets are empty."""
 
     formed: frozenset[int]
-    """Nodes of the round that are in touch or have finished their part."""
+    """Nodes of the round that are connected or have finished their part."""
     lost: frozenset[int]
     """Nodes of the round that were lost before they finished."""
     succeeded: frozenset[int]
@@ -124,16 +137,24 @@ class RoundView:
     """What ended the round that runs, or the round of a lost leader: its first failure, or a loss."""
     cause: str
     """The kind of ``failure``: ``node lost``, or that of the worker's failure."""
+    of_network: bool
+    """The failure may be the network's: workers hang, or have lost a peer, and no node is lost."""
     settling: bool
     """What was reported looks like the echo of another failure, which may still be reported."""
     repeated: bool
     """The job has failed in the same way before, without progress in between."""
     suspect: int | None
-    """The node on which alone the job fails again and again; None if there is no such node."""
+    """The node on which alone the job fails repeatedly, or whose fault the failure is known to be; None if there is no
+    such node.
+    """
+    known: str
+    """What the failure is known to be, if a restart on the same nodes is no use: the fault of ``suspect``, else of the
+    script. Empty if that is not known.
+    """
     since_formed: float
     """0 while no round runs."""
     going: bool
-    """The workers have reported a step, or that they listen for a drain."""
+    """The workers have reported a step or, unless they are live, that they listen for a drain."""
     change: Decision | None
     """Why the workers are to save and stop for a new world; None if they are not."""
     since_change: float
@@ -143,24 +164,34 @@ class RoundView:
 
 @dataclass(frozen=True)
 class NodesView:
-    """The nodes whose agents are, or were, in touch (``peers.Peers``)."""
+    """The nodes whose agents are, or were, connected (``peers.Peers``)."""
 
     ready: frozenset[int]
     """Live nodes without workers that wait for a place."""
     live: frozenset[int]
-    """In touch, and not about to go."""
+    """Connected, and not about to go."""
     leaving: frozenset[int]
-    """In touch, but they have to go."""
+    """Connected, but they have to go."""
+    asked: frozenset[int]
+    """Those of ``leaving`` that somebody wants to go: that is not charged."""
+    returning: frozenset[int]
+    """Those of ``leaving`` that are the job's own, and that Slurm is to have back."""
+    staying: frozenset[int]
+    """The leader's node and the batch host: Slurm cannot have them back."""
     barred: frozenset[int]
-    """In touch and the job's own, but workers failed there again and again: they vote, and get no workers."""
+    """Connected and the job's own, but workers failed there repeatedly: they vote, and get no workers."""
     idle: frozenset[int]
-    """In touch, with no worker alive."""
+    """Connected, with no worker alive."""
+    preparing: frozenset[int]
+    """Ready nodes outside the round whose workers are being started ahead of their place."""
+    paused: frozenset[int]
+    """Ready nodes outside the round with workers that have paused, and hold what has been trained."""
     since_newcomer: float
     """Since the last of the ready nodes outside the round came; 0 if there is no such node."""
     listens: bool
     """Workers of the round listen for a drain, or a signal has told them of a drain."""
     absent: int
-    """Granted nodes that have never been in touch. The leader waits for them at the start only."""
+    """Granted nodes that have never been connected. The leader waits for them at the start only."""
     since_start: float
     since_min: float
     """Since enough nodes are live; 0 while too few are."""
@@ -178,9 +209,26 @@ class QuorumView:
     without_quorum: float
     """Since the majority was lost; 0 while the leader has a majority."""
     expected: int
-    """Members of the round before a take-over that have not been in touch since."""
+    """Members of the round before a take-over that have not been connected since."""
     confirming: bool
     """The leader was frozen, and not all of its agents have answered since."""
+    settled: bool
+    """Only the members of the round that runs must agree, and all of them know: no other node is needed for a majority.
+    """
+
+
+@dataclass(frozen=True)
+class LinksView:
+    """Whether the members of the round that has failed reach each other (``links.Links``)."""
+
+    probed: bool
+    """They have tried, or are trying."""
+    probing: float
+    """Seconds that are left for their answers; 0 if they are all there, or not asked for."""
+    apart: str
+    """Which of them do not reach each other, in a sentence; empty if all do, as far as is known."""
+    parts: bool
+    """The job continues without some of them, so that all others reach each other."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +264,7 @@ class SupplyView:
 
 
 @dataclass(frozen=True)
-class View(RoundView, NodesView, QuorumView, RequestView, StoreView, SupplyView):
+class View(RoundView, NodesView, QuorumView, LinksView, RequestView, StoreView, SupplyView):
     """The job as its leader sees it. Nodes are indices in Slurm's order, or joiners' numbers. A field named ``since_``,
     ``below_`` or ``without_`` is a time span in seconds.
     """
@@ -225,6 +273,9 @@ class View(RoundView, NodesView, QuorumView, RequestView, StoreView, SupplyView)
     """No round has been formed in this allocation yet."""
     restarts: int
     requeues: int
+    shrinks: bool
+    """The user or a cap has set other bounds than those of the submission: the job's own nodes beyond go back to Slurm.
+    """
 
     @property
     def running(self) -> bool:

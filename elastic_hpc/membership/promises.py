@@ -1,17 +1,23 @@
 """What a node has promised to the leaders that its agent obeyed. Pure.
 
 As Raft's persisted vote, a promise outlives the agent that made the promise: an agent stores a promise before it sends
-any message that depends on the promise, and an agent that is started anew on the node begins with the stored promises.
+any message that depends on the promise, and an agent that is restarted on the node begins with the stored promises.
 ``agent.promise_file`` stores the promises in a file of the node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
-from elastic_hpc.membership.messages import ProtocolError, decode, decode_from_leader
+from elastic_hpc.membership.hangs import NO_RHYTHM, Rhythm
+from elastic_hpc.membership.messages import MALFORMED, ProtocolError, decode, decode_from_leader
 from elastic_hpc.membership.roster import Roster, RosterChange, json_line
+from elastic_hpc.membership.wishes import NO_WISHES, Wishes
+
+ROOM = 256
+"""Nodes of a job for whose roster each node has room at least, also if the job began with fewer."""
 
 
 class Promises:
@@ -29,6 +35,10 @@ class Promises:
         """The highest round of all orders that this node has received. Of earlier rounds it acknowledges no roster."""
         self.roster: Roster | None = None
         """The newest roster that this node has received, or has sent as the leader."""
+        self.wishes = NO_WISHES
+        """What is wanted of the job's nodes, as this node was told last."""
+        self.rhythm = NO_RHYTHM
+        """What this node was told last of the job's signs of life. An agent that is started anew forgets that."""
         self._lines: list[bytes] = []
         """That roster as it is stored, with all its bases: a roster, and the changes that were received since."""
         self._oldest = 0
@@ -41,6 +51,8 @@ class Promises:
             if not (held and all(type(number) is int for number in numbers)):
                 raise ProtocolError(f"not what a node has promised: {kept[:60]!r}")
             self.votes, self.seen = votes and bool(before.get("votes")), before["seen"]
+            with suppress(*MALFORMED):
+                self.wishes = Wishes.of(before["wishes"])
             self.forget_bases_before(before["oldest"])
         self._write()
 
@@ -82,6 +94,18 @@ class Promises:
             self.roster, self._oldest = replace(self.roster, bases=bases), oldest
             self._write()
 
+    def wish(self, wishes: Wishes) -> None:
+        """Hold ``wishes``, of the leader that this node obeys, from now on, unless they are older than those it holds:
+        that leader does not know the newer ones yet.
+        """
+        if wishes != self.wishes and wishes.number >= self.wishes.number:
+            self.wishes = wishes
+            self._write()
+
+    def learn(self, rhythm: Rhythm) -> None:
+        """Hold ``rhythm``, unless it is older than what this node holds."""
+        self.rhythm = self.rhythm.newer(rhythm)
+
     def _write(self) -> None:
-        numbers = json_line({"votes": self.votes, "seen": self.seen, "oldest": self._oldest})
-        self._keep(b"".join((numbers, *self._lines)))
+        head = {"votes": self.votes, "seen": self.seen, "oldest": self._oldest, "wishes": self.wishes.body}
+        self._keep(b"".join((json_line(head), *self._lines)))

@@ -10,16 +10,24 @@ from dataclasses import asdict, replace
 
 from elastic_hpc.membership.election import Base
 from elastic_hpc.membership.failures import FailureHistory
+from elastic_hpc.membership.hangs import HangWatch, Rhythm, timeout
 from elastic_hpc.membership.mandate import Mandate
-from elastic_hpc.membership.messages import Plan, Stage, Status
+from elastic_hpc.membership.messages import Failure, Plan, Stage, Status
 from elastic_hpc.membership.peers import Peers
 from elastic_hpc.membership.policy import Action, Decision, Outcome, RoundView, Verdict
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Roster, distinct
+from elastic_hpc.membership.standstill import Reached
 from elastic_hpc.membership.strikes import NEVER_JOINED, Strike
 from elastic_hpc.membership.world import World
 
-BARRED = "its workers failed again and again"
+BARRED = "its workers failed repeatedly"
+
+_LOOK_EVERY = 1.0
+"""Seconds between two looks at the silence of the workers."""
+
+_NEWS = 1.5
+"""Factor by which the timeout of a hang must change to be recorded again."""
 
 _OUTCOMES: dict[Action, Outcome] = {Action.FINISH: "finished", Action.FAIL: "failed", Action.REQUEUE: "requeue"}
 
@@ -39,6 +47,7 @@ class Rounds:
         nproc: int,
         now: float,
         reason: str,
+        rhythm: Rhythm,
     ) -> None:
         """The values of the ``Leader``, before it has formed a round. ``event(name, **fields)`` records an event."""
         self._mandate, self._promises, self._peers, self._event = mandate, promises, peers, event
@@ -49,6 +58,10 @@ class Rounds:
         self.gathering_since = now
         self.restarts, self.requeues = mandate.roster.restarts, mandate.roster.requeues
         self.world, self.failures = World(), FailureHistory(strikes)
+        self.hangs = HangWatch(rhythm)
+        self._announced = float("inf")
+        """The timeout of a hang that was recorded last."""
+        self._next_look = 0.0
         self.verdict: Verdict | None = None
         self.first = mandate.granted
         """No round has been formed in this allocation yet."""
@@ -94,6 +107,12 @@ class Rounds:
     def view(self, now: float) -> RoundView:
         return self.world.view(self.predecessor_lost, now)
 
+    @property
+    def progress(self) -> Reached:
+        """How far the job is."""
+        nodes = len(self.world.formed)
+        return Reached(self.round, nodes, nodes * self._nproc, self.restarts, self.world.step)
+
     # what was decided
 
     def form(self, nodes: tuple[int, ...], port: int, now: float) -> None:
@@ -105,6 +124,7 @@ class Rounds:
         plans = {node: Plan(rank, size, self.restarts, port, addr) for rank, node in enumerate(nodes)}
         self._record_absent()
         self.stage, self.first, self.last_loss = "run", False, ""
+        self.hangs.begin()
         self.world = World(nodes, plans, now)
         base = Base(self.round, self._node, tuple(node for node in nodes if peers[node].status.votes))
         # with the nodes that were lost, for the next leader: it starts new agents there, or excludes them at a requeue
@@ -167,8 +187,35 @@ class Rounds:
         for name, fields in self.world.due_records(workers, now, over=over):
             self._event(name, round=self.round, **fields)
 
+    def look_for_hang(self, now: float, wall: float, *, held: bool) -> bool:
+        """See whether the workers of the round hang: a failure of the node that has been silent for longest. To be
+        called with each tick, while nobody wants the round to end. ``held``: as in ``HangWatch.look``.
+        """
+        world, peers = self.world, self._peers.by_node
+        if self.stage != "run" or world.failure or world.lost or world.change or now < self._next_look:
+            return False
+        self._next_look = now + _LOOK_EVERY
+        known = {node: peers[node].status for node in world.formed if node in peers}
+        running = {node: status for node, status in known.items() if status.state == "running"}
+        here = [status for status in known.values() if status.round == self.round]
+        if len(here) < len(world.formed) or len(running) + len(world.succeeded) < len(here):
+            return False
+        signs = {node: status.signs for node, status in running.items()}
+        step = max((status.step for status in running.values()), default=-1)
+        hang = self.hangs.look(signs, step, whole=not world.succeeded, live=world.live, held=held)
+        limit, why = timeout(self.hangs.rhythm, live=world.live)
+        if limit != float("inf") and not 1 / _NEWS < limit / self._announced < _NEWS:
+            self._announced = limit
+            self._event("hang_timeout", seconds=limit, reason=why)
+        if not hang:
+            return False
+        rank = world.formed.index(hang.node) * self._nproc
+        failure = Failure("hang", known[hang.node].name, rank, 0, 0, hang.message, wall)
+        self._event("failure", round=self.round, **world.on_hang(failure, hang.node, self.failures, now))
+        return True
+
     def _record_absent(self) -> None:
-        """The job goes on without the granted nodes that have never been in touch, and avoids them after a requeue."""
+        """The job continues without the granted nodes that never connected, and avoids them after a requeue."""
         for name in self._peers.absent if self.first else ():
             self._event("absent", node=name, reason=NEVER_JOINED)
 

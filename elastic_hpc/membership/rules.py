@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from elastic_hpc.membership.nodes import votes
@@ -23,13 +24,16 @@ NEWCOMER_QUIET = 1.0
 NEWCOMER_QUIET_STARTING = 20.0
 """As NEWCOMER_QUIET, while the agents of further nodes are known to be starting."""
 
+SCRIPTS = "a restart cannot fix that"
+"""In the reason of a job that failed by a fault of its script."""
+
 STORE_TIMEOUT = 120.0
-"""Seconds for which a round waits for its store, whose start is tried again and again. A name server that does not
+"""Seconds for which a round waits for its store, whose start is tried repeatedly. A name server that does not
 answer delays a start by up to a minute.
 """
 
 STRAGGLER_SHARE = 0.3
-"""How long a start with too few nodes goes on after the last agent has come, in parts of ``join_timeout``. All agents
+"""How long a start with too few nodes continues after the last agent has come, in parts of ``join_timeout``. All agents
 start at the same moment: a node that is silent for so long has no agent that starts, and other nodes may be free.
 """
 
@@ -43,8 +47,8 @@ def decide(view: View, policy: Policy) -> Decision:
     """What happens next, and why. The first rule that matches decides."""
     if not view.quorum:
         if view.without_quorum < policy.heartbeat_timeout and (view.confirming or not (view.formed or view.lost)):
-            return Decision(Action.WAIT, "fewer than half of the last round's nodes are in touch")
-        return Decision(Action.ABDICATE, "fewer than half of the last round's nodes are in touch")
+            return Decision(Action.WAIT, "fewer than half of the last round's nodes are connected")
+        return Decision(Action.ABDICATE, "fewer than half of the last round's nodes are connected")
     if view.request == "stop":
         if view.requested_for == "user":
             return Decision(Action.FAIL, "stopped by the user", "user")
@@ -63,16 +67,30 @@ def _is_done(view: View) -> bool:
 
 
 def _released(view: View, policy: Policy) -> Decision | None:
-    """Release joiners that the job cannot use, and nodes that have to go. Slurm could not use the job's own nodes."""
-    if leaving := view.leaving & view.idle - view.formed:
+    """Release nodes that have to go, and nodes beyond those that the job may have. The job's own nodes are released
+    only while a round runs whose members need no agreement of others, and only if Slurm is to have them back.
+    """
+    own = (view.returning | view.live) - view.staying if view.settled else frozenset[int]()
+    outside = view.idle - view.formed
+    if leaving := frozenset(node for node in view.leaving & outside if not votes(node) or node in view.returning & own):
         return Decision(Action.RELEASE, "its job ends", nodes=tuple(leaving))
-    free = sorted(node for node in view.ready - view.formed if not votes(node))
-    excess = len(view.live | view.formed) - policy.wanted
-    if view.running and not _may_grow(view, policy):
-        return Decision(Action.RELEASE, "no restart is left to take it in", nodes=tuple(free)) if free else None
-    if free and excess > 0:
-        return Decision(Action.RELEASE, "the job has all nodes that it may use", nodes=tuple(free[-excess:]))
+    joiners = tuple(sorted(node for node in view.ready - view.formed if not votes(node)))
+    if view.running and not _may_grow(view, policy) and joiners:
+        return Decision(Action.RELEASE, "no restart is left to take it in", nodes=joiners)
+    going = surplus((view.live | view.formed) - view.leaving, view.staying | view.formed, policy)
+    free = tuple(node for node in going if node in view.ready)
+    free = tuple(node for node in free if not votes(node) or (view.shrinks and node in own))
+    if free:
+        return Decision(Action.RELEASE, "the job has all nodes that it may use", nodes=free)
     return None
+
+
+def surplus(held: frozenset[int], staying: Collection[int], policy: Policy) -> tuple[int, ...]:
+    """The nodes of ``held`` beyond those that the job may hold, in the order in which they go: joiners, the newest
+    first, then own nodes from the highest number. ``staying`` cannot go.
+    """
+    excess = max(0, len(held) - policy.wanted)
+    return tuple(sorted(held.difference(staying), reverse=True)[:excess])
 
 
 def _may_grow(view: View, policy: Policy) -> bool:
@@ -80,6 +98,8 @@ def _may_grow(view: View, policy: Policy) -> bool:
 
 
 def _still_draining(view: View, policy: Policy) -> bool:
+    if not view.running and view.paused:  # they save when they have formed a world
+        return view.since_request < _grace(view, policy)
     whole = bool(view.formed) and not view.lost and not view.failure
     return whole and not view.formed <= view.succeeded and view.since_request < _grace(view, policy)
 
@@ -111,13 +131,18 @@ def _while_running(view: View, policy: Policy) -> Decision:
         why = view.failure or f"{len(view.lost)} of {len(view.formed) + len(view.lost)} nodes lost"
         if view.settling and not view.lost:
             return Decision(Action.WAIT, f"looking for the cause of: {why}")
+        if view.of_network and (decision := _after_probe(why, view, policy)):
+            return decision
+        why = f"{why}; {view.apart}" if view.apart else why
         if view.suspect is not None and (decision := _without_suspect(why, view, policy)):
             return decision
+        if view.known and view.suspect is None:
+            return Decision(Action.FAIL, f"{why}; {SCRIPTS}, and no progress was made: {view.known}", view.cause)
         if view.repeated:
             return Decision(Action.FAIL, f"{why}; the same failure as before, without progress in between", view.cause)
         return _restart(Decision(Action.GATHER, why), view, policy)
     if _is_done(view):
-        why = "the workers saved and stopped, as a signal or a worker had told them to"
+        why = "the workers saved and stopped at the request of a signal or a worker"
         return _restart(view.change or Decision(Action.GATHER, why), view, policy)
     if view.change:
         return _while_changing(view, view.change, policy)
@@ -126,10 +151,25 @@ def _while_running(view: View, policy: Policy) -> Decision:
     return _change(view, policy)
 
 
+def _after_probe(why: str, view: View, policy: Policy) -> Decision | None:
+    """What follows from whether the members of the round reach each other; None if nothing does."""
+    if not view.probed:
+        return Decision(Action.PROBE, f"do the nodes reach each other? {why}")
+    if view.probing:
+        return Decision(Action.WAIT, f"the nodes try to reach each other: {why}", again=view.probing)
+    why = f"{why}; {view.apart}"
+    if view.parts:
+        return _restart(Decision(Action.GATHER, why), view, policy)
+    if view.apart and view.repeated:
+        return requeue_or_fail(why, view.requeues, policy, view.cause)
+    return None
+
+
 def _without_suspect(why: str, view: View, policy: Policy) -> Decision | None:
-    """Go on without the node that fails again and again, here or after a requeue; None if that is no use."""
+    """Continue without the node that fails repeatedly, here or after a requeue; None if that is no use."""
     same, between = ("the same failure", ", without progress in between") if view.repeated else ("failures", "")
-    why = f"{why}; {same} on the same node again and again{between}"
+    what = f"the fault of that node: {view.known}" if view.known else f"{same} on the same node repeatedly{between}"
+    why = f"{why}; {what}"
     if policy.fit(view.live - {view.suspect}) or view.coming or policy.grow:
         return _restart(Decision(Action.GATHER, why, bars=True), view, policy)
     if view.repeated:
@@ -147,15 +187,24 @@ def _restart(decision: Decision, view: View, policy: Policy) -> Decision:
 
 
 def _change(view: View, policy: Policy) -> Decision:
-    """A change of a world that trains and could go on: a node has to go, or there may be a larger world."""
-    if (leaving := view.leaving & view.formed) and view.restarts < policy.max_restarts:
-        return Decision(Action.DRAIN, f"{len(leaving)} node(s) have to go")
+    """A change of a world that trains and could continue: a node has to go, or there may be a larger world."""
+    in_place = bool(view.formed.intersection(_world_of(view.live - view.preparing, view, policy)))
+    leaving = view.leaving & view.formed
+    charged = bool(leaving - view.asked)
+    if leaving and (view.restarts < policy.max_restarts or not charged) and (charged or _is_going(view)):
+        return Decision(Action.DRAIN, f"{len(leaving)} node(s) must leave", charged=charged, in_place=in_place)
+    if 0 < (size := policy.fit(view.live)) < len(view.formed) and _is_going(view):
+        why = f"the world changes to {size} node(s), from {len(view.formed)}"
+        return Decision(Action.DRAIN, why, charged=False, in_place=in_place)
     newcomers = view.ready - view.formed
-    if not newcomers or policy.fit(view.live) <= len(view.formed):
+    if _has_to_swap(view, policy) and _is_going(view):
+        why = f"{len(newcomers)} node(s) that cannot be given back take the place of others"
+        return Decision(Action.DRAIN, why, charged=False, in_place=in_place)
+    if not newcomers or policy.fit(view.live - view.preparing) <= len(view.formed):
         return Decision(Action.WAIT, "training")
     if not _may_grow(view, policy):
         return Decision(Action.WAIT, "a node is ready to join, but no restart is left to take it in")
-    if not view.going and view.since_formed < FIRST_STEP_TIMEOUT:
+    if not _is_going(view):
         return Decision(Action.WAIT, "a node is ready to join, when a step has been done")
     if view.since_growth < policy.grow_every:
         return Decision(Action.WAIT, f"a node is ready to join, {policy.grow_every:g} s after the last (--grow-every)")
@@ -163,7 +212,21 @@ def _change(view: View, policy: Policy) -> Decision:
     if view.since_newcomer < quiet:
         why = "a node is ready to join; others may follow"
         return Decision(Action.WAIT, why, again=quiet - view.since_newcomer)
-    return Decision(Action.DRAIN, f"{len(newcomers)} more node(s) joined", charged=not policy.free_growth, grows=True)
+    newcomers -= view.preparing
+    why, charged = f"{len(newcomers)} more node(s) joined", not policy.free_growth
+    return Decision(Action.DRAIN, why, charged=charged, grows=True, in_place=in_place)
+
+
+def _has_to_swap(view: View, policy: Policy) -> bool:
+    """Whether the job holds nodes beyond those that it may, and only those beside the world cannot be given back."""
+    beside, excess = view.live - view.formed, len(view.live | view.formed) - policy.wanted
+    ready = beside and beside <= view.staying & view.ready - view.preparing
+    return bool(view.shrinks and excess > 0 and ready and view.formed - view.staying)
+
+
+def _is_going(view: View) -> bool:
+    """Whether the round has done a step, or had the time to."""
+    return view.going or view.since_formed >= FIRST_STEP_TIMEOUT
 
 
 def _while_changing(view: View, change: Decision, policy: Policy) -> Decision:
@@ -188,13 +251,24 @@ def _while_gathering(view: View, policy: Policy) -> Decision:
         return Decision(Action.WAIT, "workers of the last round are being stopped")
     if not view.store_ready:
         return _without_store(view, policy)
-    return Decision(Action.FORM, f"{size} nodes are ready", nodes=tuple(sorted(view.ready)[:size]))
+    prepared = view.ready - view.preparing if _may_grow(view, policy) else view.ready
+    world = _world_of(prepared, view, policy) if any(map(votes, prepared)) else ()
+    world = world or _world_of(view.ready, view, policy)
+    return Decision(Action.FORM, f"{len(world)} nodes are ready", nodes=world)
+
+
+def _world_of(nodes: frozenset[int], view: View, policy: Policy) -> tuple[int, ...]:
+    """The largest world of ``nodes``, in rank order; empty if they are too few for any. Of a job that gives nodes back,
+    those that cannot go come before others.
+    """
+    first = sorted(nodes, key=lambda node: (view.shrinks and node not in view.staying, node))
+    return tuple(sorted(first[: policy.fit(nodes)]))
 
 
 def _without_store(view: View, policy: Policy) -> Decision:
     """Wait, then requeue: on other nodes the store may start."""
     if view.without_store < STORE_TIMEOUT:
-        so_far = f", so far in vain: {view.store_error}" if view.store_error else ""
+        so_far = f", failed so far: {view.store_error}" if view.store_error else ""
         left = STORE_TIMEOUT - view.without_store
         return Decision(Action.WAIT, f"the store of the next round is being opened{so_far}", again=left)
     why = view.store_error or "nothing was heard of it"
@@ -215,12 +289,12 @@ def _while_too_few(view: View, policy: Policy) -> Decision:
     if waited < patience:
         more = f", {view.coming} on the way" if view.coming else ""
         return Decision(Action.WAIT, f"{len(view.live)} of at least {least} nodes are here{more}")
-    out = f"; {len(view.barred)} more stay out, as their workers failed again and again" if view.barred else ""
+    out = f"; {len(view.barred)} more stay out, as their workers failed repeatedly" if view.barred else ""
     return requeue_or_fail(f"{len(view.live)} nodes are left, fewer than MIN {least}{out}", view.requeues, policy)
 
 
 def requeue_or_fail(why: str, requeues: int, policy: Policy, cause: str = "node lost") -> Decision:
-    """The job cannot go on in this allocation: requeue it, or fail if that is not possible or its budget is used up."""
+    """The job cannot continue in this allocation: requeue it, or fail if that is impossible or the budget is spent."""
     if not policy.can_requeue:
         return Decision(Action.FAIL, f"{why}; this job cannot be requeued", cause)
     if requeues >= policy.max_requeues:

@@ -12,7 +12,7 @@ EXPIRY = timedelta(hours=24)
 """Age at which a strike stops counting: by then the site has drained the node, or repaired it."""
 
 
-NEVER_JOINED = "it was granted, and its agent was never in touch"
+NEVER_JOINED = "Slurm allocated the node, but its agent never connected"
 """The reason of a strike that is forgotten when an agent comes from that node."""
 
 

@@ -38,6 +38,11 @@ class StepReport:
         if status.loss is not None and (rank0 or "loss" not in latest):
             latest["loss"] = status.loss
 
+    @property
+    def step(self) -> int | None:
+        """The last step that was reported."""
+        return self._latest.get("step")
+
     def due(self, now: float, *, over: bool) -> dict[str, Any]:
         """What to record now; empty if nothing has changed, or the last entry is recent. ``over``: the round ends."""
         if self._latest == self._recorded or not (over or now - self._recorded_at >= RECORD_EVERY):
@@ -54,18 +59,19 @@ class StartReport:
     _recorded: bool = False
 
     def update(self, status: Status) -> None:
-        if status.warm + status.cold:
+        if status.warm + status.cold + status.kept:
             self._by_node[status.node] = status
 
     def due(self, workers: int, *, over: bool) -> dict[str, Any]:
         """What to record now, if anything. ``workers``: their number in the round. ``over``: the round ends."""
         reported = self._by_node.values()
-        warm, cold = sum(status.warm for status in reported), sum(status.cold for status in reported)
-        if self._recorded or not reported or (warm + cold < workers and not over):
+        counts = {name: sum(getattr(status, name) for status in reported) for name in ("kept", "warm", "cold")}
+        if self._recorded or not reported or (sum(counts.values()) < workers and not over):
             return {}
         self._recorded = True
-        why = sorted({status.cold_why for status in reported if status.cold})
-        return {"warm": warm, "cold": cold, "why": why, "standby_mb": max(status.standby_mb for status in reported)}
+        cold = {status.cold_why for status in reported if status.cold}
+        not_kept = {f"a worker could not be kept: {status.not_kept}" for status in reported if status.not_kept}
+        return {**counts, "why": sorted(cold | not_kept), "standby_mb": max(status.standby_mb for status in reported)}
 
 
 @dataclass
@@ -84,16 +90,27 @@ class World:
     """The first failure that is no echo of another failure; an echo, until the cause is reported."""
     failed_at: float = 0.0
     going: bool = False
-    """The workers have reported a step, or that they listen for a drain."""
+    """The workers have reported a step or, unless they are live, that they listen for a drain."""
+    live: bool = False
+    """Workers of the round are live (``Status.live``)."""
     blame: Blame = NOBODY
     """Whether this failure is known from before."""
     suspect: int | None = None
     """The node that is to blame; None if that is not a node."""
+    shared: bool = False
+    """Another node has failed in the same way."""
     change: Decision | None = None
     """Why the workers are to save and stop for a new world."""
     changed_at: float = 0.0
+    _failures: dict[int, Failure] = field(default_factory=dict)
+    """The last that each node has reported."""
     _steps: StepReport = field(default_factory=StepReport)
     _starts: StartReport = field(default_factory=StartReport)
+
+    @property
+    def step(self) -> int | None:
+        """The last step of the round that its workers have reported."""
+        return self._steps.step
 
     def on_status(
         self, status: Status, history: FailureHistory, now: float, *, round: int, is_news: bool
@@ -109,14 +126,22 @@ class World:
             return None
         self._steps.update(status, rank0=status.node == self.formed[0])
         self._starts.update(status)
-        self.going = self.going or status.step >= 0 or status.listens
+        # live workers listen before their new world has formed, and standing still then would take as long as that
+        self.going = self.going or status.step >= 0 or (status.listens and not status.live)
+        self.live = self.live or status.live
         history.step = max(history.step, status.step)
         if is_news and status.state == "succeeded":
             self.succeeded.add(status.node)
             self.drained = self.drained or status.drained
-        if is_news and status.state == "failed" and status.failure:
+        is_known = self._failures.get(status.node) == status.failure  # the status has other news, as of a probe
+        if is_news and status.state == "failed" and status.failure and not is_known:
+            self._failures[status.node] = status.failure
             return {"first": self._on_failure(status.failure, status.node, history, now), **asdict(status.failure)}
         return None
+
+    def on_hang(self, failure: Failure, node: int, history: FailureHistory, now: float) -> dict[str, Any]:
+        """The leader has found that the workers hang. Returns the fields of the event ``failure``."""
+        return {"first": self._on_failure(failure, node, history, now), **asdict(failure)}
 
     def on_lost(self, node: int, reason: str) -> None:
         """The agent of ``node`` is lost, or its workers cannot be killed."""
@@ -127,21 +152,49 @@ class World:
         """Whether ``failure`` is the cause, as far as is known: no failure was known before, or only an echo."""
         if self.failure and (failure.collateral or not self.failure.collateral):
             if history.is_same(failure, self.failure):
-                self.suspect = None  # another node has failed in the same way
+                self.shared = True
+                self.suspect = self.suspect if self._leaves else None
             return False
         self.blame = history.judge(failure, now - self.formed_at, alone=len(self.formed) == 1)
         self.suspect = node if self.blame.node else None
-        if self.failure is None or self.blame.node:
+        self.shared = len(self.formed) == 1
+        if self.failure is None or self.settles:
             self.failed_at = now
         self.failure = failure
         return True
+
+    @property
+    def of_network(self) -> bool:
+        """Whether the failure may be the network's: workers hang, or have lost a peer, and no node is lost."""
+        failure = self.failure
+        return bool(
+            failure and (failure.collateral or failure.kind == "hang") and len(self.formed) > 1 and not self.lost
+        )
 
     @property
     def settled_at(self) -> float:
         """Until when more is to be learned of the failure."""
         if self.failure and self.failure.collateral:
             return self.failed_at + SETTLE
-        return self.failed_at + OTHERS if self.suspect is not None else 0.0
+        return self.failed_at + OTHERS if self.settles else 0.0
+
+    @property
+    def settles(self) -> bool:
+        """Whether it matters if other nodes fail in the same way."""
+        if self.blame.known and self.suspect is None:
+            return self.blame.known.answer == "stop if others fail too" and not self.shared
+        return self.suspect is not None and not self._leaves
+
+    @property
+    def _leaves(self) -> bool:
+        """Whether the failure is known to be the fault of its node."""
+        return self.blame.known is not None and self.blame.known.answer == "leave"
+
+    @property
+    def _stops(self) -> bool:
+        """Whether the failure is known to be the script's fault, and no progress was made."""
+        known = None if self._leaves else self.blame.known
+        return known is not None and (known.answer == "stop" or self.shared)
 
     def view(self, predecessor_lost: str, now: float) -> RoundView:
         """``predecessor_lost``: why the leader before was lost, if its round has yet to be ended."""
@@ -155,9 +208,11 @@ class World:
             succeeded=frozenset(self.succeeded),
             failure=ended,
             cause=cause,
+            of_network=self.of_network,
             settling=now < self.settled_at,
             repeated=self.blame.repeated,
             suspect=self.suspect,
+            known=self.blame.known.what if self.blame.known and (self._leaves or self._stops) else "",
             since_formed=now - self.formed_at if self.formed else 0.0,
             going=self.going,
             change=self.change,

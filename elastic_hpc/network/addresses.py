@@ -38,6 +38,17 @@ def interface_addresses() -> dict[str, str]:
     return found
 
 
+def of_workers(named: str) -> str:
+    """The address of the interface that is ``named`` for the workers, as NCCL reads it: a prefix, or several, or an
+    exact name after an equals sign. Empty if none is found, and where only what is left out is named, after ``^``.
+    """
+    first = named.partition(",")[0]
+    for name, address in interface_addresses().items() if first else ():
+        if name == first[1:] if first.startswith("=") else name.startswith(first):
+            return address
+    return ""
+
+
 def interface_of(address: str) -> str | None:
     """The name of the interface that has ``address``."""
     return next((name for name, own in _own() if own == address), None)
@@ -116,6 +127,14 @@ def _is_upon_a_device(interface: str) -> bool:
     folder = Path(_SYSTEM, interface)
     lower = (path.name.partition("_")[2] for path in folder.glob("lower_*"))
     return (folder / "device").exists() or any(map(_is_upon_a_device, lower))
+
+
+def nearest(hosts: Sequence[str], to: str) -> str:
+    """The one of the addresses ``hosts`` that is most probably on the network of the address ``to``: it has the longest
+    prefix in common with it.
+    """
+    number = int(ipaddress.ip_address(to))
+    return min(hosts, key=lambda host: (number ^ int(ipaddress.ip_address(host))).bit_length())
 
 
 def is_me(host: str, node: str) -> bool:

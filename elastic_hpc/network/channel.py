@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import resource
 import socket
@@ -17,9 +18,10 @@ from typing import Protocol
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.roster import Host
-from elastic_hpc.network.addresses import BACKLOG
+from elastic_hpc.network import addresses
 from elastic_hpc.network.identity import Identity, RunIsOver
 from elastic_hpc.network.proofs import MAC_SIZE, Handshake, Seal, new_nonce
+from elastic_hpc.network.tasks import within
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,12 @@ more, the oldest is closed. A thousand agents dial at once when their leader is 
 """
 _SLOW_READER = 4 * messages.MAX_LINE
 """Most bytes that may wait to be sent to a peer: with more, its connection is closed."""
+
+_REACH_TIMEOUT = 2.5
+"""Seconds that ``Network.reaches`` takes at most: the kernel repeats a lost packet after 1 s."""
+
+_OWN_LACK = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN})
+"""Errors that say nothing about the network."""
 
 _ACCEPTED_AT_ONCE = 64
 """Connections that are accepted before those that have been accepted are served."""
@@ -122,8 +130,11 @@ class Network:
         me: Identity,
         secret: Callable[[], Awaitable[bytes]],
         dial_timeout: float,
+        workers_address: str = "",
     ) -> None:
+        """``workers_address``: that of the interface that the user has named for the workers, if any."""
         self._listeners = listeners
+        self._workers_address = workers_address
         self._closed = False
         self._me = me
         self._secret = secret
@@ -143,7 +154,7 @@ class Network:
         """Accept connections from now on; ``attend`` gets each peer that has proved to belong to this run."""
         for listener in self._listeners:
             listener.settimeout(0)
-            listener.listen(BACKLOG)
+            listener.listen(addresses.BACKLOG)
             self._accept_on(listener, attend)
 
     def close(self) -> None:
@@ -239,10 +250,26 @@ class Network:
         channel.on_forgery = self.on_stranger
         return channel
 
+    async def reaches(self, host: Host, local: str) -> bool:
+        """See ``node.Transport``. No handshake is waited for: that an agent is slow says nothing about its network."""
+        address = addresses.nearest(host.addresses, self._workers_address or local)
+        try:
+            await knock(address, host.port, _REACH_TIMEOUT)
+        except (OSError, asyncio.TimeoutError) as error:
+            return isinstance(error, OSError) and error.errno in _OWN_LACK
+        return True
+
 
 def most_strangers() -> int:
     """How many connections may be in their handshake at a time."""
     return min(_MOST_STRANGERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
+async def knock(address: str, port: int, seconds: float) -> None:
+    """Open a connection and close it. Raises OSError, or asyncio.TimeoutError after ``seconds``."""
+    with socket.socket() as connection:
+        connection.settimeout(0)
+        await within(seconds, asyncio.get_running_loop().sock_connect(connection, (address, port)))
 
 
 async def connect(host: Host, me: Identity, secret: bytes, *, timeout: float = HANDSHAKE_TIMEOUT) -> Channel:
@@ -255,7 +282,7 @@ async def connect(host: Host, me: Identity, secret: bytes, *, timeout: float = H
         connection = socket.socket()
         connection.settimeout(0)
         try:
-            await asyncio.wait_for(asyncio.get_running_loop().sock_connect(connection, (address, host.port)), timeout)
+            await within(timeout, asyncio.get_running_loop().sock_connect(connection, (address, host.port)))
             return await _introduce(connection, host.node, me, secret, timeout)
         except (OSError, asyncio.TimeoutError, messages.ProtocolError) as error:
             connection.close()
@@ -267,11 +294,11 @@ async def connect(host: Host, me: Identity, secret: bytes, *, timeout: float = H
 
 
 async def _introduce(connection: socket.socket, node: int, me: Identity, secret: bytes, timeout: float) -> Channel:
-    challenge = await asyncio.wait_for(_read_line(connection), timeout)
+    challenge = await within(timeout, _read_line(connection))
     handshake = Handshake(secret, challenge)
     introduction = messages.encode({"challenge": new_nonce(), "identity": vars(me)})
     await asyncio.get_running_loop().sock_sendall(connection, handshake.sign("dialer", introduction))
-    answer = messages.decode(handshake.check("acceptor", await asyncio.wait_for(_read_line(connection), timeout)))
+    answer = messages.decode(handshake.check("acceptor", await within(timeout, _read_line(connection))))
     peer = Identity.of(answer.get("identity"))
     me.check(peer)
     me.check_answer(peer, node)

@@ -17,10 +17,12 @@ from typing import Any
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership import messages
-from elastic_hpc.membership.messages import LEAVE, ProtocolError, Redirect, Request
+from elastic_hpc.membership.messages import LEAVE, RESIZE, STAY, ProtocolError, Redirect, Request
 from elastic_hpc.membership.roster import Host
+from elastic_hpc.membership.wishes import Bounds
 from elastic_hpc.network import channel
 from elastic_hpc.network.identity import OUTSIDE, Identity, RunIsOver
+from elastic_hpc.network.tasks import end, within
 from elastic_hpc.record.endpoint import read_published
 from elastic_hpc.record.rundir import RunDir
 
@@ -41,12 +43,27 @@ def ask_leader(rundir: RunDir, request: Request, reason: str = "user", run: int 
     _send(rundir, {"request": request, "reason": reason}, run)
 
 
-def ask_to_leave(rundir: RunDir, node: int, reason: str) -> None:
-    """Ask the leader of the job in ``rundir`` to let the joiner ``node`` go. Raises ElasticError as ``ask_leader``."""
-    _send(rundir, {"request": LEAVE, "node": node, "reason": reason})
+def ask_to_leave(
+    rundir: RunDir, node: int | str, reason: str, *, exclude: bool = False, give_back: bool = False
+) -> str:
+    """Ask the leader of the job in ``rundir`` to let ``node`` go, as ``messages.Leave`` says. Returns what becomes of
+    it, if there is more to say. Raises ElasticError as ``ask_leader``, and if the leader refuses.
+    """
+    how = {"exclude": exclude, "give_back": give_back}
+    return _send(rundir, {"request": LEAVE, "node": node, "reason": reason, **how})
 
 
-def _send(rundir: RunDir, message: dict[str, Any], run: int | None = None) -> None:
+def ask_to_stay(rundir: RunDir, node: str) -> str:
+    """Take ``ask_to_leave`` back. Raises ElasticError as ``ask_leader``."""
+    return _send(rundir, {"request": STAY, "node": node})
+
+
+def ask_to_resize(rundir: RunDir, sizes: tuple[int, ...]) -> str:
+    """Ask the leader of the job in ``rundir`` for worlds of ``sizes``, ascending. As ``ask_to_leave``."""
+    return _send(rundir, {"request": RESIZE, **Bounds(sizes[0], sizes[-1], sizes).body})
+
+
+def _send(rundir: RunDir, message: dict[str, Any], run: int | None = None) -> str:
     published = read_published(rundir)
     if published is None:
         raise ElasticError(f"{rundir.path}: no leader has been started yet")
@@ -61,6 +78,9 @@ def _send(rundir: RunDir, message: dict[str, Any], run: int | None = None) -> No
     else:  # the caller runs in a notebook, or in an asyncio program
         with ThreadPoolExecutor(1) as thread:
             thread.submit(asyncio.run, work).result()
+    if search.refusal:
+        raise ElasticError(search.refusal)
+    return search.answer
 
 
 class _Search:
@@ -73,6 +93,8 @@ class _Search:
         self._message = message
         self._problems: dict[Host, str] = {}
         """What went wrong last, with each agent."""
+        self.answer = self.refusal = ""
+        """Of the leader."""
 
     async def send(self, leader: Host, others: Iterable[Host]) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -93,9 +115,7 @@ class _Search:
                 if await answer:
                     return True
         finally:
-            for task in tries:
-                task.cancel()
-            await asyncio.wait(tries)  # their connections are closed by then
+            await end(tries)  # their connections are closed by then
         return False
 
     async def _try(self, host: Host) -> bool:
@@ -107,13 +127,14 @@ class _Search:
             link = await self._connect(host)
             try:
                 link.send(self._message)
-                reply = messages.decode_from_leader(await asyncio.wait_for(link.read(), _DIAL_TIMEOUT))
+                reply = messages.decode_from_leader(await within(_DIAL_TIMEOUT, link.read()))
             finally:
                 link.close()
         except _FAILED as error:
             self._problems[host] = str(error) or "no answer"
             return False
         if isinstance(reply, Redirect) and reply.leads and reply.to and reply.to.node == host.node:
+            self.answer, self.refusal = reply.answer, reply.refusal
             return True
         self._problems[host] = _NO_LEADER
         return isinstance(reply, Redirect) and reply.to is not None and await self._try(reply.to)
@@ -132,7 +153,7 @@ class _Search:
         others = [host.name for host in self._problems if host != leader]
         text = f"the leader on {leader.name} port {leader.port} did not answer: {self._problems[leader]}"
         if self._problems[leader] == _NO_LEADER:
-            text = f"the agent on {leader.name} port {leader.port} does not lead any more"
+            text = f"the agent on {leader.name} port {leader.port} no longer leads"
         if others:
             text += f"; nor did another agent lead: {', '.join(others)} were asked"
         return text

@@ -22,6 +22,7 @@ from elastic_hpc.network.following import Loss
 from elastic_hpc.network.identity import RunIsOver
 from elastic_hpc.network.node import Node, Transport, now
 from elastic_hpc.network.own_leader import OwnLeader
+from elastic_hpc.network.tasks import end, within
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +214,11 @@ class Finder:
         at, together = 0, self._in_vain + 1
         while at < len(nodes):
             batch = nodes[at : at + together]
-            replies = await asyncio.gather(*(self._ask(hosts.at(node)) for node in batch))
+            asked = [asyncio.ensure_future(self._ask(hosts.at(node))) for node in batch]
+            try:
+                replies = await asyncio.gather(*asked)
+            finally:
+                await end(asked)
             self._in_vain = at + next((before for before, reply in enumerate(replies) if reply), len(batch))
             for node, reply in zip(batch, replies, strict=True):
                 yield node, reply
@@ -225,7 +230,7 @@ class Finder:
         try:
             link = await self._transport.dial(host)
             link.send({"request": WHO})
-            reply = messages.decode_from_leader(await asyncio.wait_for(link.read(), self._timeout / 5))
+            reply = messages.decode_from_leader(await within(self._timeout / 5, link.read()))
             if not isinstance(reply, Redirect):
                 return Redirect(None)
             if reply.to and reply.to.node == host.node:

@@ -12,6 +12,7 @@ from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster, RosterChange
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.node import Node, now
+from elastic_hpc.network.probing import Prober
 
 
 class Loss(NamedTuple):
@@ -25,8 +26,9 @@ class Loss(NamedTuple):
 class Follower:
     """Follows one leader after another, and promises them what ``promises`` keeps."""
 
-    def __init__(self, node: Node, promises: Promises, heartbeat_timeout: float) -> None:
+    def __init__(self, node: Node, promises: Promises, heartbeat_timeout: float, prober: Prober | None = None) -> None:
         self._node = node
+        self._prober = prober
         self._promises = promises
         self._timeout = heartbeat_timeout
         self.leader: Host | None = None
@@ -60,7 +62,7 @@ class Follower:
                 message = messages.decode_from_leader(await link.read())
                 self._last_contact = now()
                 if isinstance(message, Redirect):
-                    reason, self.redirected = "it does not lead any more", message.to
+                    reason, self.redirected = "it no longer leads", message.to
                     self.refusal = message.refusal
                     break
                 if isinstance(message, (Roster, RosterChange)):
@@ -73,6 +75,8 @@ class Follower:
             reason = str(error) or reason
         finally:
             heartbeat.cancel()
+            if self._prober:
+                self._prober.forget()
             self._link = self.leader = None
             silent = now() - self._last_contact >= self._timeout
             if not self.is_over:
@@ -80,7 +84,7 @@ class Follower:
                 self._node.set_order(None, None)
         if self.is_over or not led:
             return None
-        return Loss(f"nothing heard for {self._timeout:g} s" if silent else reason, silent)
+        return Loss(f"no heartbeat for {self._timeout:g} s" if silent else reason, silent)
 
     def send_status(self) -> None:
         """Send the status of this node to the leader, if there is one: on every change, and as the heartbeat."""
@@ -96,6 +100,11 @@ class Follower:
             seen=promises.seen,
             roster=held.round if held else -1,
             mark=held.mark if held else "",
+            oldest=held.bases[0].round if held and held.bases else 0,
+            wishes=promises.wishes,
+            rhythm=promises.rhythm,
+            probed=self._prober.probed if self._prober else 0,
+            unreached=self._prober.unreached if self._prober else "",
         )
         self._link.send(status)
 
@@ -108,6 +117,8 @@ class Follower:
         self._promises.promise(order.round)
         if order.leads:
             self.last_led = now()
+            self._promises.wish(order.wishes)
+            self._promises.learn(order.rhythm)
         held = self._promises.roster
         if held and held.round > order.roster:
             link.send(held)
@@ -115,6 +126,8 @@ class Follower:
             return  # without the roster of its round this node must not start: the leader sends it again
         if held and held.round == order.roster:
             self._promises.forget_bases_before(order.oldest)
+        if self._prober:
+            self._prober.obey(order, link.local, self.send_status)
         self.order = order
         self._node.set_order(order, link)
 

@@ -35,7 +35,7 @@ class Identity:
     name: str
     """Slurm's name of the node."""
     boot: str
-    """A random text of this process: an agent that is started anew on the node has another."""
+    """A random text of this process: an agent that is restarted on the node has another."""
 
     @classmethod
     def of(cls, body: object) -> Identity:

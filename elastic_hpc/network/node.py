@@ -29,6 +29,10 @@ class Transport(Protocol):
 
     async def serve(self, attend: Callable[[Link], Awaitable[None]]) -> None: ...
     async def dial(self, host: Host) -> Link: ...
+    async def reaches(self, host: Host, local: str) -> bool:
+        """Whether a connection to ``host`` can be opened on the network of the workers. Unless the user has named an
+        interface for them, that is the network of this node's address ``local``.
+        """
 
 
 class Node(Protocol):
@@ -38,7 +42,7 @@ class Node(Protocol):
         """What the workers do. The follower fills in the fields that belong to its connection."""
 
     def set_order(self, order: Order | None, link: Link | None) -> None:
-        """The leader's latest order, which came over ``link``. None without a leader: the workers may not go on."""
+        """The leader's latest order, which came over ``link``. None without a leader: the workers may not continue."""
 
     def ended(self, over: JobEnded) -> None: ...
     async def published(self) -> Published | None:

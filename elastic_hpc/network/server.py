@@ -10,23 +10,26 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from elastic_hpc.membership import messages
 from elastic_hpc.membership.growth import Needs
+from elastic_hpc.membership.hangs import Rhythm
 from elastic_hpc.membership.leader import Leader
-from elastic_hpc.membership.messages import Leave, Request, Status
+from elastic_hpc.membership.messages import Leave, Status, Stay, ToLeader
+from elastic_hpc.membership.nodes import BATCH_HOST
 from elastic_hpc.membership.policy import Verdict
 from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.sizing import Answer
+from elastic_hpc.membership.wishes import Bounds
 from elastic_hpc.network.channel import Link
+from elastic_hpc.network.tasks import within
 
 log = logging.getLogger(__name__)
-
-BATCH_HOST = 0
-"""Index of the node on which the batch script runs."""
 
 LEAVE_TIMEOUT = 10.0
 """Seconds that the agents have to leave after the verdict before the leader leaves."""
@@ -50,10 +53,14 @@ class Record(Protocol):
     def warning(self) -> str:
         """Why Slurm has warned this run, for every leader to see; empty if it has not. Current after each ``beat``."""
 
+    @property
+    def stalls(self) -> bool:
+        """Whether the file system of the record does not answer."""
+
     def publish(self, agents: Iterable[Host]) -> None: ...
     def beat(self) -> None: ...
     def event(self, name: str, fields: dict[str, Any]) -> None: ...
-    def state(self, **state: int) -> None: ...
+    def state(self, *, bounds: Bounds | None, rhythm: Rhythm, **state: int) -> None: ...
     def verdict(self, verdict: dict[str, Any]) -> Future[None]: ...
 
 
@@ -69,15 +76,25 @@ class Supplier(Protocol):
     """Brings the nodes that the leader could use (``agent.supply.Supply``)."""
 
     def need(self, needs: Needs) -> None: ...
-    async def run(self, report: Callable[[Needs, int, int], None]) -> None:
+    async def run(
+        self, report: Callable[[Needs, int, int], None], given_back: Callable[[Collection[int]], None]
+    ) -> None:
         """Until it is cancelled. ``report(needs, starting, pending)`` says how many agents are starting, and for how
-        many nodes Slurm was asked, in answer to ``needs``.
+        many nodes Slurm was asked, in answer to ``needs``. ``given_back(nodes)`` says which of ``needs.surplus`` Slurm
+        has back.
         """
+
+
+class Watches(Protocol):
+    """Sees what Slurm and the site say about the job (``agent.lookout.Lookout``)."""
+
+    async def run(self, leader: Leader, on_input: Callable[[], None]) -> None:
+        """Until it is cancelled. ``on_input`` is called after the leader was given inputs."""
 
 
 class LeaderServer:
     """Serves ``leader``. ``open_store(round)`` starts a store and gives its port; it is called again if it fails or is
-    cancelled for being late. ``supply`` brings nodes.
+    cancelled for being late. ``supply`` brings nodes, ``lookout`` sees what Slurm and the site say.
     """
 
     def __init__(
@@ -87,12 +104,14 @@ class LeaderServer:
         open_store: Callable[[int], Awaitable[int]],
         act: Act,
         supply: Supplier | None = None,
+        lookout: Watches | None = None,
     ) -> None:
         self.leader = leader
         self.record = record
         self._open_store = open_store
         self._act = act
         self._supply = supply
+        self._lookout = lookout
         self._opening: int | None = None
         """The round whose store was opened last, or is being opened."""
         self._links: dict[int, Link] = {}
@@ -114,16 +133,21 @@ class LeaderServer:
         saving: asyncio.Future[list[str]] | None = None
         leave_at = float("inf")
         next_heartbeat = 0.0
-        supplying = self._supply and asyncio.ensure_future(self._supply.run(self._on_coming))
+        beside: list[asyncio.Future[None]] = []
+        if self._supply:
+            beside.append(asyncio.ensure_future(self._supply.run(self._on_coming, self._on_given_back)))
+        if self._lookout:
+            beside.append(asyncio.ensure_future(self._lookout.run(self.leader, self._after_input)))
         try:
             self._after_input()
             while not (saving and saving.done() and (not self._links or loop.time() > leave_at)):
                 due = min(next_heartbeat, max(loop.time() + 0.01, self.leader.next_expiry + 0.001))
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), max(0.0, due - loop.time()))
+                    await within(max(0.0, due - loop.time()), self._changed.wait())
                 self._changed.clear()
                 now = loop.time()
-                self.leader.on_tick(now)
+                self.leader.stalls = self.record.stalls
+                self.leader.on_tick(now, time.time())
                 beat = now > next_heartbeat - 0.001  # a timer may be early by the resolution of the clock
                 self._after_input(beat=beat)
                 next_heartbeat = now + interval if beat else next_heartbeat
@@ -144,7 +168,7 @@ class LeaderServer:
                 await self._act_on(verdict, saving.result(), alone=False, others=[])
             return ""
         finally:
-            for task in (*self._tasks, *([supplying] if supplying else [])):
+            for task in (*self._tasks, *beside):
                 task.cancel()
             for link in self._links.values():
                 link.close()
@@ -193,13 +217,29 @@ class LeaderServer:
         self._rests_until = ended + min(_REST * (ended - began), _REST_AT_MOST)
         self._after_input()
 
-    def on_request(self, request: Request | Leave, reason: str = "") -> None:
-        """Somebody who holds the secret asks for a drain or the end, or to let a node go."""
+    def on_request(self, request: ToLeader, reason: str = "") -> Answer:
+        """Somebody who holds the secret wants something of the job, ``reason`` says why."""
         now = asyncio.get_running_loop().time()
-        if isinstance(request, Leave):
-            self.leader.on_leave(request.node, request.reason, now)
-        else:
-            self.leader.on_request(request, reason, now)
+        answer = Answer()
+        match request:
+            case Leave(node, why, exclude, give_back):
+                answer = self.leader.on_leave(node, why, now, exclude=exclude, give_back=give_back)
+            case Stay(name):
+                answer = self.leader.on_stay(name, now)
+            case Bounds():
+                answer = self.leader.on_resize(request, now)
+            case _:
+                self.leader.on_request(request, reason, now)
+        self._after_input()
+        return answer
+
+    def on_cap(self, nodes: int | None, reason: str) -> None:
+        """See ``Leader.on_cap``."""
+        self.leader.on_cap(nodes, reason, asyncio.get_running_loop().time())
+        self._after_input()
+
+    def _on_given_back(self, nodes: Collection[int]) -> None:
+        self.leader.on_given_back(nodes, asyncio.get_running_loop().time())
         self._after_input()
 
     def _on_coming(self, needs: Needs, starting: int, pending: int) -> None:
@@ -217,7 +257,7 @@ class LeaderServer:
         actor = "agents" if self._batch_host_is_lost else "batch script"
         written = self.record.verdict({**asdict(verdict), "actor": actor})
         try:
-            await asyncio.wait_for(asyncio.wrap_future(written), LEAVE_TIMEOUT)
+            await within(LEAVE_TIMEOUT, asyncio.wrap_future(written))
         except (OSError, asyncio.TimeoutError) as error:
             log.warning("the verdict could not be written: %s", error or "the file system does not answer")
         lost = self.leader.peers.lost_names
@@ -243,8 +283,10 @@ class LeaderServer:
             self.record.event(name, fields)
             if name == "round":
                 self._publish()
-            if name in {"round", "restart", "verdict"}:
-                self.record.state(round=leader.roster.round, restarts=leader.restarts, requeues=leader.requeues)
+            if name in {"round", "restart", "verdict", "resize", "leave", "stay", "hang_timeout"}:
+                counters = {"restarts": leader.restarts, "requeues": leader.requeues}
+                bounds, rhythm = leader.wishes.bounds, leader.rhythm
+                self.record.state(round=leader.roster.round, **counters, bounds=bounds, rhythm=rhythm)
         for conn in leader.take_dropped():
             if conn in self._links:
                 self._links[conn].close()
@@ -269,7 +311,7 @@ class LeaderServer:
 
     async def _open(self, wanted: int) -> None:
         try:
-            port = await asyncio.wait_for(self._open_store(wanted), STORE_TIMEOUT)
+            port = await within(STORE_TIMEOUT, self._open_store(wanted))
         except Exception as error:  # noqa: BLE001 - whatever keeps a store from opening is recorded, and tried again
             late = f"it was not open after {STORE_TIMEOUT:g} s" if isinstance(error, asyncio.TimeoutError) else ""
             problem = (late or str(error) or type(error).__name__).splitlines()[0]  # torch's own traceback may follow

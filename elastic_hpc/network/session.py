@@ -1,4 +1,4 @@
-"""Keeps an agent in touch with the leader of its job: the agent finds the leader, follows it until it is lost, and
+"""Keeps an agent connected to the leader of its job: the agent finds the leader, follows it until it is lost, and
 leads itself when its turn comes.
 
 This runs on the control thread, touches no file, and waits for nothing without a deadline. The three parts are
@@ -15,7 +15,7 @@ from typing import Any
 
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import messages
-from elastic_hpc.membership.messages import Leave, Redirect, Status
+from elastic_hpc.membership.messages import Redirect, Status
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network.channel import Link
@@ -24,6 +24,8 @@ from elastic_hpc.network.following import Follower
 from elastic_hpc.network.identity import RunIsOver
 from elastic_hpc.network.node import Node, Transport, now
 from elastic_hpc.network.own_leader import OwnLeader
+from elastic_hpc.network.probing import Prober
+from elastic_hpc.network.tasks import end, within
 
 _MOST_REDIRECTS = 3
 """How many agents in turn may name another leader, before this agent looks for the leader anew."""
@@ -36,7 +38,7 @@ _REFUSED = 3
 
 
 class Membership:
-    """``run`` keeps this agent in touch with the leader until ``leave``."""
+    """``run`` keeps this agent connected to the leader until ``leave``."""
 
     def __init__(
         self,
@@ -60,12 +62,12 @@ class Membership:
         self._first = first
         self._promises = promises
         self._own_leader = OwnLeader(node.lead, promises)
-        self._follower = Follower(node, promises, heartbeat_timeout)
+        self._follower = Follower(node, promises, heartbeat_timeout, Prober(me, transport, promises))
         self._finder = Finder(me, node, transport, promises, self._own_leader, heartbeat_timeout)
         self._left = asyncio.Event()
         self._tasks: list[asyncio.Future[None]] = []
         self._alone_since = 0.0
-        """When this agent was in touch with a leader last, or began to look for one."""
+        """When this agent was connected to a leader last, or began to look for one."""
         self._refused_since: float | None = None
 
     async def run(self) -> None:
@@ -126,6 +128,7 @@ class Membership:
         try:
             while not (self._left.is_set() or self._follower.is_over):
                 link, leader = found or await self._finder.find()
+                found = None
                 candidacy = (
                     asyncio.ensure_future(self._finder.instead_of_candidacy(link)) if leader == self._me else None
                 )
@@ -134,10 +137,10 @@ class Membership:
                 finally:
                     link.close()
                     if candidacy:
-                        candidacy.cancel()
+                        await end([candidacy])
+                        found = None if candidacy.cancelled() else candidacy.result()
                 if loss:
                     self._finder.on_loss(leader, loss)
-                found = candidacy.result() if candidacy and candidacy.done() else None
                 redirects = redirects + 1 if self._follower.redirected else 0
                 if not found and self._follower.redirected and redirects <= _MOST_REDIRECTS:
                     found = await self._finder.redirected(self._follower.redirected)
@@ -199,7 +202,7 @@ class Membership:
         """A peer that holds the secret has connected."""
         with contextlib.suppress(OSError, asyncio.TimeoutError, messages.ProtocolError):
             while True:
-                line = await asyncio.wait_for(link.read(), self._timeout)
+                line = await within(self._timeout, link.read())
                 message = messages.decode_from_agent(line)
                 server = self._own_leader.server
                 if server and isinstance(message, Status):
@@ -209,10 +212,10 @@ class Membership:
                 # leader acknowledges a request
                 if not (server and server.leader.leads) or message == "who":
                     pass
-                elif isinstance(message, Leave):
-                    server.on_request(message)
                 elif not isinstance(message, (Roster, Status)):
-                    server.on_request(message, str(messages.decode(line).get("reason", "user")))
+                    answer = server.on_request(message, str(messages.decode(line).get("reason", "user")))
+                    link.send(Redirect(self._me, leads=True, refusal=answer.refusal, answer=answer.text))
+                    continue
                 link.send(self._whom_to_follow())
 
     def _whom_to_follow(self) -> Redirect:

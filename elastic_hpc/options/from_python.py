@@ -13,14 +13,16 @@ from typing import Any
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options import durations
+from elastic_hpc.options.of_joiners import JOINERS, without_prefix
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, named
 from elastic_hpc.options.table import ELASTIC
 from elastic_hpc.options.torchrun import OPTIONS
+from elastic_hpc.options.values import HangTimeout
 
 PYTHON = "Python"
 """The source of a setting that a call in Python gave."""
 
-_TIMES = frozenset(option.name for option in ELASTIC.values() if option.type is durations.parse)
+_TIMES = frozenset(option.name for option in ELASTIC.values() if option.type in {durations.parse, HangTimeout.parse})
 _SLURMS_TIMES = frozenset({"time", "time-min", "delay-boot"})
 _MOMENTS = frozenset({"begin", "deadline"})
 _LISTS = frozenset(
@@ -106,13 +108,13 @@ def _option(key: str, *, may_be_new: bool) -> Option:
         return Option(name)
     if name in COMMAND_LINE_ONLY:
         raise UsageError(f"{key}: belongs on sbatch's command line, a job in Python has no such option")
-    if option := _TORCHRUN.get(name) or SBATCH.get(name):
+    if option := _TORCHRUN.get(name) or SBATCH.get(name) or JOINERS.get(name):
         return option
     if may_be_new:
         return named(name)
     from difflib import get_close_matches
 
-    close = get_close_matches(name, [*ELASTIC, *SBATCH, *_TORCHRUN], n=1)
+    close = get_close_matches(name, [*ELASTIC, *SBATCH, *_TORCHRUN, *JOINERS], n=1)
     meant = f"did you mean {close[0].replace('-', '_')}? " if close else ""
     raise UsageError(
         f"{key}: unknown option; {meant}an option that only a newer sbatch has goes into sbatch={{{name!r}: ...}}"
@@ -137,7 +139,7 @@ def text(name: str, value: object, *, whole: bool = False) -> str:
         return ",".join(f"{key}={_scalar(name, item, whole=False)}" for key, item in pairs)
     if name == "python" and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return shlex.join(word(item, name) for item in value)
-    if isinstance(value, (list, tuple, AbstractSet)) and value and name in _LISTS:
+    if isinstance(value, (list, tuple, AbstractSet)) and value and without_prefix(name) in _LISTS:
         texts = [_scalar(name, item, whole=whole) for item in value]
         return ",".join(sorted(texts) if isinstance(value, AbstractSet) else texts)
     return _scalar(name, value, whole=whole)
@@ -161,7 +163,7 @@ def _time(name: str, value: timedelta | date) -> str:
     if isinstance(value, timedelta) and value > timedelta(0):
         if name in _TIMES:
             return durations.as_text(value)
-        if name in _SLURMS_TIMES:
+        if without_prefix(name) in _SLURMS_TIMES:
             return durations.slurm_time(value)
         if name in _MOMENTS:
             return f"now+{math.ceil(value.total_seconds())}"

@@ -7,30 +7,33 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from elastic_hpc.errors import UsageError
+from elastic_hpc.options.of_joiners import are_elsewhere
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, scan
 from elastic_hpc.options.table import ELASTIC
 
 DIRECTIVE = "#SBATCH"
+FOR_JOINERS = "#GROW"
+"""Begins the lines with options for joiners, which sbatch takes for comments."""
 # sbatch's own quoting: a backslash counts within both kinds of quotes, and # begins a comment within a word too.
 _QUOTED = r"""\\(.)|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""
 _WORD = re.compile(rf"""\s*((?:{_QUOTED}|[^\s#"'\\])+)(?=[\s#]|$)""", re.ASCII)
 _REST = re.compile(r"\s*(?:#.*)?$", re.ASCII)
 
 
-def lines(script: bytes) -> Iterator[tuple[str, bool]]:
-    """Each line of ``script``, with a character for each byte, and whether it is a directive. sbatch reads directives
-    up to the first command.
+def lines(script: bytes, mark: str = DIRECTIVE) -> Iterator[tuple[str, bool]]:
+    """Each line of ``script``, with a character for each byte, and whether it is a directive, which begins with
+    ``mark``. sbatch reads directives up to the first command.
     """
     head = True
     for line in re.findall(r"[^\n]*\n|[^\n]+$", script.decode("latin-1")):
-        directive = head and line.startswith(DIRECTIVE)
+        directive = head and line.startswith(mark)
         head = head and (directive or _REST.match(line) is not None)
         yield line, directive
 
 
-def words(line: str) -> list[re.Match[str]]:
+def words(line: str, mark: str = DIRECTIVE) -> list[re.Match[str]]:
     """The words of a directive, quoted as they are: group 1 of each match, which begins with the space before."""
-    found, at = [], len(DIRECTIVE)
+    found, at = [], len(mark)
     while not _REST.match(line, at):
         word = _WORD.match(line, at)
         if word is None:
@@ -45,17 +48,17 @@ def unquoted(word: str) -> str:
     return re.sub(_QUOTED, lambda part: part[1] or re.sub(r"\\(.)", r"\1", part[0][1:-1]), word)
 
 
-def options(script: bytes, name: str) -> list[Given]:
-    """The options in the directives of ``script``, by their full names, with ``name`` and the number of the line as
-    source. Raises UsageError for a line that sbatch would not understand.
+def options(script: bytes, name: str, mark: str = DIRECTIVE) -> list[Given]:
+    """The options in the lines of ``script`` that begin with ``mark``, by their full names, with ``name`` and the
+    number of the line as source. Raises UsageError for a line that sbatch would not understand.
     """
     found: list[Given] = []
-    for number, (line, directive) in enumerate(lines(script), 1):
+    for number, (line, directive) in enumerate(lines(script, mark), 1):
         if not directive:
             continue
         place = f"{name} line {number}"
         try:
-            given, rest = scan([unquoted(word[1]) for word in words(line)], ())
+            given, rest = scan([unquoted(word[1]) for word in words(line, mark)], ())
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from None
         if rest:
@@ -64,6 +67,13 @@ def options(script: bytes, name: str) -> list[Given]:
             text = option.value and option.value.encode("latin-1").decode(errors="surrogateescape")
             found.append(replace(option, value=text, source=place))
     return found
+
+
+def grows_elsewhere(script: bytes) -> bool:
+    """Whether the joiners of the job with this batch ``script`` run under another account or QOS, or in another
+    partition. Raises UsageError.
+    """
+    return are_elsewhere(options(script, "script.sbatch", FOR_JOINERS))
 
 
 def directives_of_python(script: bytes, name: str) -> list[Given]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from typing import Any
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options import durations
 from elastic_hpc.options.table import LAUNCH_OPTIONS
-from elastic_hpc.options.values import DrainSignal, Endpoint, NodeRange, Preload, RdzvConf
+from elastic_hpc.options.values import DrainSignal, Endpoint, HangTimeout, NodeRange, Preload, RdzvConf
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class LaunchSpec:
     grow: bool = False
     grow_every: timedelta = timedelta(seconds=60)
     free_growth: bool = False
+    yield_to: str | None = None
+    yield_every: timedelta = timedelta(seconds=600)
     wait_for_nodes: timedelta = timedelta(seconds=300)
     nproc_per_node: str | None = None
     max_restarts: int = 10
@@ -38,9 +41,10 @@ class LaunchSpec:
     heartbeat_timeout: timedelta = timedelta(seconds=5)
     grace: timedelta = timedelta(seconds=90)
     drain_signal: DrainSignal | None = None
-    hang_timeout: timedelta | None = None
+    hang_timeout: HangTimeout = HangTimeout()
     preload: Preload = Preload()
     preflight: str | None = None
+    health_dir: str | None = None
     interface: str | None = None
     role: str | None = None
     tee: str | None = None
@@ -55,11 +59,34 @@ class LaunchSpec:
         values["script_args"] = tuple(values.get("script_args", ()))
         return cls(**values)
 
+    @classmethod
+    def of_nodes(cls, options: Mapping[str, str]) -> LaunchSpec:
+        """What ``options``, as in ``spec.json``, say about the number of nodes. Raises UsageError, and ValueError if
+        they are damaged.
+        """
+        return cls(
+            script="",
+            nodes=NodeRange.parse(options.get("--nodes", "1:1")),
+            spares=int(options.get("--spares", 0)),
+            world_multiple_of=int(options.get("--world-multiple-of", 1)),
+            nproc_per_node=options.get("--nproc-per-node"),
+        )
+
+    def resized(self, least: int, most: int) -> LaunchSpec:
+        """With other bounds, numbers of nodes that a world may have."""
+        return replace(self, nodes=NodeRange(least, most), world_multiple_of=None)
+
     @property
-    def slurm_nodes(self) -> str:
-        """The nodes that Slurm is asked for, the spares among them, in sbatch's own notation: ``4-10``."""
+    def most_nodes(self) -> int:
+        """The most nodes that the job may have, the spares among them."""
+        return self.nodes.max + self.spares
+
+    def asks_slurm(self, *, grows_elsewhere: bool) -> NodeRange:
+        """The nodes that Slurm is asked for at the start, the spares among them. ``grows_elsewhere``: all nodes above
+        MIN are to come from another partition, account or QOS.
+        """
         least = self.sizes(int(self._nproc))[0] if self._nproc else self.nodes.min
-        return NodeRange(least, self.nodes.max + self.spares).slurm
+        return NodeRange(least, least if grows_elsewhere else self.most_nodes)
 
     def sizes(self, nproc: int) -> tuple[int, ...]:
         """The numbers of nodes that a world may have, ascending, with ``nproc`` workers on each node. Raises UsageError

@@ -16,14 +16,17 @@ from elastic_hpc.options.sbatch import Given, Option
 from elastic_hpc.options.values import (
     DrainSignal,
     Endpoint,
+    HangTimeout,
     NodeRange,
     Preload,
     RdzvConf,
+    absolute,
     choice,
     container_image,
     container_mounts,
     count,
     interpreter,
+    notify,
     nproc,
     on_off,
     positive,
@@ -31,6 +34,7 @@ from elastic_hpc.options.values import (
     setup_line,
     tee,
     variable,
+    yield_to,
 )
 
 
@@ -84,110 +88,127 @@ class ElasticOption:
 
 LAUNCH_OPTIONS = (
     ElasticOption("nodes", "N|MIN:MAX|N,N,...", NodeRange.parse, letter="N",
-                  help="nodes to run on; with MIN:MAX the job starts when MIN are free, uses up to MAX, and goes on "
-                       "while MIN are left; with 4,6,8 it runs on 4, 6 or 8"),
+                  help="number of nodes; MIN:MAX: the job starts when MIN nodes are free, uses up to MAX, and "
+                       "continues while MIN nodes are left; 4,6,8: the job runs on exactly 4, 6 or 8 nodes"),
     ElasticOption("spares", "K", count, elastic_only=True,
-                  help="K more nodes, which wait ready and step in when one is lost (default: 0)"),
+                  help="K spare nodes, which wait without workers and replace lost nodes at once (default: 0)"),
     ElasticOption("world-multiple-of", "K", positive, elastic_only=True,
-                  help="run with a number of workers that is a multiple of K; surplus nodes wait as spares "
+                  help="the number of workers must be a multiple of K; surplus nodes wait as spares "
                        "(default: any number)"),
     ElasticOption("grow", "on|off", on_off, elastic_only=True,
-                  help="bring more nodes while the job runs, each by a one-node job of its own, up to MAX and the "
-                       "spares; lost nodes are replaced (default: off)"),
+                  help="add nodes while the job runs, up to MAX plus the spares, and replace lost nodes; each new node "
+                       "comes through a one-node Slurm job (default: off)"),
     ElasticOption("grow-every", "TIME", durations.parse, elastic_only=True,
-                  help="shortest time from one growth to the next, as each growth restarts the workers (default: 60)"),
+                  help="minimum time between two growths; each growth restarts the workers (default: 60)"),
     ElasticOption("free-growth", "on|off", on_off, elastic_only=True,
-                  help="do not count a restart that makes the world larger against --max-restarts (default: off)"),
+                  help="do not count restarts caused by growth against --max-restarts (default: off)"),
+    ElasticOption("yield-to", "pending|qos:NAME|partition:NAME|user", yield_to, elastic_only=True,
+                  help="release nodes above MIN while another job is pending for them: any job, a job of this QOS or "
+                       "partition, or another job of the same user; with --grow the job grows again afterwards "
+                       "(default: never)"),
+    ElasticOption("yield-every", "TIME", durations.parse, elastic_only=True,
+                  help="minimum time between two releases of nodes for other jobs (default: 600)"),
     ElasticOption("wait-for-nodes", "TIME", durations.parse, elastic_only=True,
-                  help="how long a job below MIN waits for a replacement that is on its way, workers stopped and nodes "
-                       "kept, before it is requeued (default: 300)"),
+                  help="time that a job below MIN waits for a replacement that is on its way before the job is "
+                       "requeued; meanwhile the job keeps its nodes and stops its workers (default: 300)"),
     ElasticOption("nproc-per-node", "gpu|cpu|auto|N", nproc,
-                  help="workers on each node; gpu: one per granted GPU, cpu: one per usable core, auto: gpu where "
+                  help="workers on each node; gpu: one per allocated GPU, cpu: one per usable core, auto: gpu where "
                        "there are GPUs, else cpu (default: gpu where there are GPUs, else 1)"),
     ElasticOption("max-restarts", "N", count,
-                  help="restarts of the workers in the whole job before giving up, whatever the cause: failure or "
+                  help="maximum number of worker restarts in the whole job, for any cause: failure or "
                        "membership change (default: 10)"),
     ElasticOption("max-requeues", "N", count, elastic_only=True,
-                  help="requeues after failures in the whole job before giving up; preemption and the time limit are "
-                       "not counted (default: 5)"),
+                  help="maximum number of requeues after failures in the whole job; requeues after a preemption or "
+                       "at the time limit are not counted (default: 5)"),
     ElasticOption("rdzv-endpoint", "HOST[:PORT]", Endpoint.parse,
-                  help="node that hosts the c10d rendezvous, and its port (default: the first host, 29400)"),
+                  help="node that hosts the c10d rendezvous, and the port (default: the job's first node, 29400)"),
     ElasticOption("rdzv-id", "ID", str,
-                  help="name of the run that workers see as TORCHELASTIC_RUN_ID "
-                       "(default: the job id; without Slurm a new one)"),
+                  help="run ID, which workers see as TORCHELASTIC_RUN_ID "
+                       "(default: the job ID; without Slurm a new ID)"),
     ElasticOption("rdzv-conf", "KEY=VALUE,...", RdzvConf.parse,
                   help="torchrun's join_timeout and last_call_timeout, in seconds (default: 600 and 30)"),
     ElasticOption("heartbeat-timeout", "TIME", durations.parse, elastic_only=True,
-                  help="silence after which a node is declared lost (default: 5)"),
+                  help="time without a heartbeat before a node is declared lost (default: 5)"),
     ElasticOption("grace", "TIME", durations.parse, elastic_only=True,
-                  help="how long the workers may take to save and stop, when the time limit or a preemption nears, or "
-                       "the user asks (default: 90)"),
+                  help="time that the workers have to save and stop before the time limit, before a preemption, or "
+                       "when you ask for a drain (default: 90)"),
     ElasticOption("drain-signal", "SIGNAL|off", DrainSignal.parse, elastic_only=True,
-                  help="signal that tells workers to save and stop if they never call drain_requested(); a SIGNAL "
-                       "given here is sent to workers that do not handle it, too; off: none "
-                       "(default: TERM, only to workers that handle it)"),
-    ElasticOption("hang-timeout", "TIME", durations.parse, elastic_only=True,
-                  help="declare the workers hung when no worker of a node has reported progress for this long, or "
-                       "written anything if the script never reports progress; their stacks are kept beside their logs "
-                       "(default: never)"),
+                  help="signal that asks workers to save and stop if they never call drain_requested(); an explicit "
+                       "SIGNAL is sent even to workers without a handler for it; off: send no signal "
+                       "(default: TERM, only to workers with a handler for it)"),
+    ElasticOption("hang-timeout", "auto|TIME|off", HangTimeout.parse, elastic_only=True,
+                  help="time after which the workers are declared hung: no worker of a node has reported progress or, "
+                       "if the script never reports progress, written output; the job saves the workers' stacks "
+                       "beside their logs and restarts the workers. auto: 10 times the longest silence of all workers "
+                       "so far, at least 5 minutes, longer before the first step and while they compute or write, no "
+                       "limit for a script that gives no sign of life (default: auto)"),
     ElasticOption("preload", "auto|MODULE,...|off", Preload.parse, elastic_only=True,
-                  help="modules that the processes of the next workers import while the present ones train, so that a "
-                       "new round starts at once; auto: torch, and what the script is seen to import, installed "
-                       "packages only; off: each worker starts and imports when its round begins (default: auto)"),
+                  help="modules that standby processes import while the workers train, so that a new round starts "
+                       "at once; auto: torch and the installed packages that the script imports; off: no standby "
+                       "processes (default: auto)"),
     ElasticOption("preflight", "COMMAND", str, elastic_only=True,
-                  help="the site's own check of a node before it takes part, for example a GPU test; a node where it "
-                       "fails stays out"),
+                  help="the site's own check, for example a GPU test; a node on which COMMAND fails does not join the "
+                       "job"),
+    ElasticOption("health-dir", "DIR", absolute, elastic_only=True,
+                  help="folder where the site marks failing nodes: if DIR/segment_health_check.NODE is not empty, the "
+                       "job leaves NODE (default: none)"),
     ElasticOption("interface", "IFNAME", str, elastic_only=True,
-                  help="network interface the nodes talk over, for example ib0 "
-                       "(default: the one that Slurm's node name leads to)"),
-    ElasticOption("role", "NAME", str, help="what the workers see as ROLE_NAME, as under torchrun (default: default)"),
+                  help="network interface between the nodes, for example ib0 "
+                       "(default: the interface of the address that Slurm's node name resolves to)"),
+    ElasticOption("role", "NAME", str, help="value of ROLE_NAME in the workers, as under torchrun (default: default)"),
     ElasticOption("tee", "all|RANK,FIRST-LAST,...", tee,
-                  help="ranks whose output is shown in the job's output too; the log files have the output of all; "
-                       "torchrun's 1, 2, 3 and RANK:3 mean all here (default: 0)"),
+                  help="ranks whose output is copied to the job's output; the log files have the output of all ranks; "
+                       "torchrun's values 1, 2, 3 and RANK:3 mean all here (default: 0)"),
     ElasticOption("local-ranks-filter", "RANK,...", ranks,
-                  help="of the ranks of --tee, or else of all, show only the output of these local ranks of each node; "
-                       "the log files have the output of all (default: all)"),
+                  help="local ranks whose output is copied to the job's output, among the ranks of --tee or, without "
+                       "--tee, among all ranks; the log files have the output of all ranks (default: all)"),
     ElasticOption("numa-binding", "node|socket|exclusive|core-complex",
                   choice("node", "socket", "exclusive", "core-complex"),
                   help="bind each worker to the cores near its GPU, as torchrun does; needs numactl on the nodes "
-                       "(default: not bound)"),
+                       "(default: no binding)"),
 )  # fmt: skip
 """How the agents run the workers."""
 
 JOB_OPTIONS = (
     ElasticOption("log-dir", "DIR", str,
-                  help="parent of the jobs' run directories, on a file system that all nodes share "
+                  help="parent folder of the run directories, on a file system that all nodes share "
                        "(default: ./elastic-logs)"),
     ElasticOption("setup", "LINE", setup_line, repeated=True,
-                  help="shell line for the first node, before the agents start: 'module load cuda', 'source env.sh'; "
-                       "may be repeated"),
+                  help="shell line that the first node runs before the agents start: 'module load cuda', "
+                       "'source env.sh'; may be repeated"),
     ElasticOption("env", "NAME=VALUE", variable, repeated=True,
                   help="environment variable for the workers; may be repeated"),
     ElasticOption("python", "PATH", interpreter,
-                  help="interpreter of the agents and the workers (default: the one that runs elastic-sbatch; in a "
-                       "container python3)"),
+                  help="Python interpreter of the agents and the workers (default: the interpreter of elastic-sbatch; "
+                       "in a container python3)"),
     ElasticOption("container-image", "IMAGE", container_image,
-                  help="run the agents and the workers in a container, the batch script outside; elastic_hpc must be "
-                       "installed in it"),
+                  help="run the agents and the workers in a container from IMAGE, which must have elastic_hpc "
+                       "installed; the batch script runs outside"),
     ElasticOption("container-mounts", "SRC:DST[:FLAGS],...", container_mounts,
-                  help="folders of the nodes that the container sees, besides the working directory and the run "
+                  help="folders of the node to mount in the container, besides the working directory and the run "
                        "directory"),
     ElasticOption("container-runtime", "pyxis|apptainer|oci", choice("pyxis", "apptainer", "oci"),
-                  help="what runs the container; oci is Slurm's own --container, and IMAGE the folder of an OCI bundle "
+                  help="container runtime; oci: Slurm's own --container, with the folder of an OCI bundle as IMAGE "
                        "(default: apptainer for an IMAGE that ends in .sif, else pyxis)"),
     ElasticOption("snapshot", "on|off", on_off, elastic_only=True,
-                  help="run a copy, made now, of the files that git tracks, so that later changes do not reach the job "
-                       "(default: off)"),
+                  help="copy the files that git tracks now, and run the copy, so that later edits do not affect the "
+                       "job (default: off)"),
+    ElasticOption("notify", "COMMAND|URL", notify, elastic_only=True,
+                  help="notify when the job ends, returns to the queue, or makes no progress: run COMMAND with the "
+                       "text on its stdin, or post JSON to a webhook, as Slack and others take it (default: nobody)"),
+    ElasticOption("notify-after", "TIME", durations.parse, elastic_only=True,
+                  help="time without a new step after which --notify says that the job makes no progress "
+                       "(default: 1800)"),
     ElasticOption("template", "NAME|FILE", str,
-                  help="elastic, torchrun (the quickstart's plain command), or a Jinja2 file of your own "
-                       "(default: elastic)"),
+                  help="template of the batch script: elastic, torchrun (plain torchrun, not elastic), or your own "
+                       "Jinja2 file (default: elastic)"),
 )  # fmt: skip
 """Options of a submission. The agents do not see them."""
 
 SCRIPT_SWITCHES = (
-    ElasticOption("module", "", bool, letter="m", help="run SCRIPT as a Python module, like python -m"),
+    ElasticOption("module", "", bool, letter="m", help="run SCRIPT as a Python module, as python -m does"),
     ElasticOption("no-python", "", bool,
-                  help="run SCRIPT itself, which may be any program: nsys, numactl, bash; there are no standbys then"),
+                  help="SCRIPT is any program, for example nsys, numactl or bash; disables standby processes"),
 )  # fmt: skip
 """What SCRIPT is."""
 

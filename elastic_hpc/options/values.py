@@ -123,6 +123,12 @@ def positive(text: str) -> int:
     raise UsageError(f"{text!r}: expected a whole number, 1 or more, for example 8")
 
 
+def absolute(text: str) -> str:
+    if text.startswith("/"):
+        return text
+    raise UsageError(f"{text!r}: expected a folder as all nodes see it, with a /, for example /shared/health")
+
+
 def ranks(text: str) -> str:
     if re.fullmatch(r"\d{1,6}(,\d{1,6})*", text, re.ASCII):
         return text
@@ -159,6 +165,12 @@ def on_off(text: str) -> bool:
     raise UsageError(f"{text!r}: expected on or off")
 
 
+def yield_to(text: str) -> str:
+    if re.fullmatch(r"pending|user|(qos|partition):[^\s,:]+", text):
+        return text
+    raise UsageError(f"{text!r}: expected pending, user, qos:NAME or partition:NAME, for example qos:urgent")
+
+
 def setup_line(text: str) -> str:
     if re.search(r"[\r\0]", text):
         raise UsageError(f"--setup {text!r}: sbatch refuses scripts with DOS line breaks; expected plain lines")
@@ -171,6 +183,19 @@ def variable(text: str) -> tuple[str, str]:
     if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
         raise UsageError(f"--env {text!r}: expected NAME=VALUE, for example --env OMP_NUM_THREADS=8")
     return name, value
+
+
+def notify(text: str) -> str:
+    """A command, or a web address."""
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote that is not closed
+        words = []
+    if not words or not text.isprintable() or (text.startswith(("http://", "https://")) and len(words) > 1):
+        raise UsageError(
+            f"--notify {text!r}: expected a command or a web address, for example --notify 'mail -s job me@example.org'"
+        )
+    return text
 
 
 def interpreter(text: str) -> tuple[str, ...]:
@@ -228,6 +253,31 @@ class Preload:
     def __str__(self) -> str:
         names = ["auto" if name == "torch" and self.learns else name for name in self.modules]
         return ",".join(names) or "off"
+
+
+@dataclass(frozen=True)
+class HangTimeout:
+    """``--hang-timeout auto|TIME|off``: after how much silence the workers hang. None for ``off`` and ``auto``."""
+
+    limit: timedelta | None = None
+    learns: bool = True
+    """``auto``: the leader learns that from the job."""
+
+    @classmethod
+    def parse(cls, text: str) -> HangTimeout:
+        if text == "auto":
+            return cls()
+        if text == "off" or re.fullmatch(r"0+(\.0*)?", text, re.ASCII):
+            return cls(None, learns=False)
+        try:
+            return cls(durations.parse(text), learns=False)
+        except UsageError:
+            raise UsageError(
+                f"--hang-timeout {text!r}: expected auto, off, or a time above 0, for example --hang-timeout 10m"
+            ) from None
+
+    def __str__(self) -> str:
+        return durations.as_text(self.limit) if self.limit else "auto" if self.learns else "off"
 
 
 @dataclass(frozen=True)

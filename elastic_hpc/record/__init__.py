@@ -4,5 +4,5 @@ Start reading with ``rundir``, whose class has the list of the files. ``recorder
 ``events`` has the files of events, one for each node that has led, and their reader.
 ``endpoint`` is the address of the leader in that directory, ``folders`` makes the directory and refuses an unsafe one.
 ``worker_logs`` has the format of the workers' log files, and reads them. ``registry`` remembers where the run
-directories of a user's jobs are.
+directories of a user's jobs are. ``health``: marks of nodes that are not to be used.
 """

@@ -51,14 +51,23 @@ def append_event(folder: Path, node: str, when: float, event: str, fields: Mappi
 class EventReader:
     """Reads the events of a job as they are written."""
 
-    def __init__(self, folder: Path) -> None:
-        """``folder``: the run directory."""
-        self._folder = folder
+    def __init__(self, folder: Path, *, for_screens: bool = False) -> None:
+        """``folder``: the run directory. ``for_screens``: where much progress is read at once, leave out most of it;
+        and keep no progress in ``events``, so that they stay few however long a job runs.
+        """
+        self._folder, self._for_screens = folder, for_screens
         self._files: dict[Path, _EventFile] = {}
-        self.events: list[dict[str, Any]] = []
+        self.is_new_story = False
+        """Whether the last call of ``read`` has returned events that belong before those of an earlier call: another
+        leader wrote them later, or another file took the place of one that was read.
+        """
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
         """All events that were read. Those of one leader are in the order in which it wrote them, those of several
         leaders in order of time, by the clocks of their nodes.
         """
+        return _merged(file.events for file in self._files.values())
 
     @property
     def damaged(self) -> int:
@@ -73,47 +82,79 @@ class EventReader:
             paths = event_files(self._folder)
         except OSError as error:
             raise ElasticError(f"{self._folder}: {error.strerror}") from error
-        added = [self._files.setdefault(path, _EventFile(path)).read() for path in paths]
-        self.events = _merged(file.events for file in self._files.values())
-        return _merged(added)
+        files = [self._files.setdefault(path, _EventFile(path, for_screens=self._for_screens)) for path in paths]
+        before = {file: file.last for file in files}
+        added = {file: file.read() for file in files}
+        self.is_new_story = any(
+            events and events[0]["time"] < last
+            for file, events in added.items()
+            for other, last in before.items()
+            if other is not file
+        ) or any(file.was_replaced for file in files)
+        return _merged(added.values())
 
 
 def _merged(events: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return list(heapq.merge(*events, key=lambda event: event["time"]))
 
 
+_CHUNK = 1 << 20
+_MOST = 256
+"""Lines with progress of a chunk, about 6,000 lines, that are kept for screens, besides the last of each round."""
+_LAST = 8
+"""The last lines with progress, of which all are kept: they tell the speed."""
+_PROGRESS = b'"event": "progress"'
+
+
+def _thinned(lines: list[bytes]) -> list[bytes]:
+    """``lines`` without most of those with progress, if they are many."""
+    progress = [number for number, line in enumerate(lines) if _PROGRESS in line[:60]]
+    if len(progress) <= _MOST:
+        return lines
+    left_out = set(progress).difference(progress[:: len(progress) // _MOST], progress[-_LAST:])
+    left_out = {number for number in left_out if _PROGRESS in lines[number + 1][:60]}  # not the last of a round
+    return [line for number, line in enumerate(lines) if number not in left_out]
+
+
 class _EventFile:
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, for_screens: bool) -> None:
+        self._path, self._for_screens = path, for_screens
         self._offset = 0
         self.events: list[dict[str, Any]] = []
+        self.last = float("-inf")
+        """The latest time of an event that was read."""
+        self.was_replaced = False
         self.damaged = 0
 
     def read(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any] | None] = []
+        rest = b""
         try:
             with open(self._path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self._offset:  # another file has taken its place
+                self.was_replaced = os.fstat(file.fileno()).st_size < self._offset  # another file has taken its place
+                if self.was_replaced:
                     self._offset, self.events, self.damaged = 0, [], 0
                 file.seek(self._offset)
-                added = file.read()
+                while chunk := file.read(_CHUNK):
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    found.extend(map(_parsed, filter(None, _thinned(lines) if self._for_screens else lines)))
+                self._offset = file.tell() - len(rest)
         except FileNotFoundError:
             return []
         except OSError as error:
             raise ElasticError(f"{self._path}: {error.strerror}") from error
-        added = added[: added.rfind(b"\n") + 1]
-        self._offset += len(added)
-        known = len(self.events)
-        for line in filter(None, added.decode(errors="replace").split("\n")):
-            try:
-                body = json.loads(line)
-            except (ValueError, RecursionError):
-                body = None
-            if (
-                isinstance(body, dict)
-                and isinstance(body.get("event"), str)
-                and isinstance(body.get("time"), (int, float))
-            ):
-                self.events.append(body)
-            else:
-                self.damaged += 1
-        return self.events[known:]
+        added = [event for event in found if event is not None]
+        self.damaged += len(found) - len(added)
+        self.events += (event for event in added if not self._for_screens or event["event"] != "progress")
+        self.last = max((float(event["time"]) for event in added), default=self.last)
+        return added
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The event in ``line``; None if there is none."""
+    try:
+        body = json.loads(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    is_event = isinstance(body, dict) and isinstance(body.get("event"), str)
+    return body if is_event and isinstance(body.get("time"), (int, float)) else None

@@ -72,6 +72,22 @@ def look_again(folder: Path) -> None:
         os.scandir(folder).close()
 
 
+def replace(path: Path, text: str) -> None:
+    """Write the file ``path``, for this user alone: a reader sees the old text or ``text``, whole. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # the disk may be full
+        raise
+
+
 def is_there(path: Path) -> bool:
     """Whether ``path`` exists, also if another node has just made it: see ``look_again``."""
     with contextlib.suppress(OSError):

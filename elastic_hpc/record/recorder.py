@@ -14,13 +14,18 @@ from typing import Any
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.events import sentence
+from elastic_hpc.membership.hangs import NO_RHYTHM, Rhythm
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.membership.strikes import NEVER_JOINED, Strike, dump, live, load
+from elastic_hpc.membership.wishes import Bounds
 from elastic_hpc.record.endpoint import ENDPOINT, Published
 from elastic_hpc.record.events import append_event
 from elastic_hpc.record.rundir import RunDir
 
 log = logging.getLogger(__name__)
+
+_STALL = 5.0
+"""Seconds after which a write that has not come back shows that the file system does not answer."""
 
 
 class Recorder:
@@ -48,6 +53,8 @@ class Recorder:
         self._last_beat = 0.0
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._complained = False
+        self._writing_since: float | None = None
+        """When the thread began with the write that it is at."""
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
         self._put(self._load_strikes)
@@ -73,8 +80,10 @@ class Recorder:
         """Append an event; the agent's log shows most of them too."""
         when = time.time()
         if name == "join":
-            self._put(lambda: self._forgive(fields["node"]))
-        if name in {"lost", "unfit", "barred", "absent"}:
+            self._put(lambda: self._forgive(fields["node"], NEVER_JOINED))
+        if name == "stay":
+            self._put(lambda: self._forgive(fields["node"], fields["reason"]))
+        if name in {"lost", "unfit", "barred", "absent", "stays"} or (name == "leave" and fields["exclude"]):
             known = {field: fields[field] for field in ("node", "reason", "signature", "step") if field in fields}
             self._put(lambda: self._strikes.append(Strike(time=when, **known)))
         if name not in {"progress", "allocation", "started"}:
@@ -87,12 +96,20 @@ class Recorder:
 
         self._put(write)
 
-    def state(self, **state: int) -> None:
-        """Replace ``state.json``."""
+    @property
+    def stalls(self) -> bool:
+        """Whether a write has not come back for ``_STALL`` seconds: the file system does not answer."""
+        began = self._writing_since
+        return began is not None and time.monotonic() - began > _STALL
+
+    def state(self, *, bounds: Bounds | None = None, rhythm: Rhythm = NO_RHYTHM, **state: int) -> None:
+        """Replace ``state.json``. ``bounds``: those that hold instead of those of the submission."""
 
         def body() -> dict[str, Any]:
             self._load_strikes()
-            return {**state, "run": self._run, "strikes": dump(self._strikes)}
+            changed: dict[str, Any] = {"bounds": bounds.body} if bounds else {}
+            changed |= {"rhythm": list(rhythm)} if rhythm.number else {}
+            return {**state, **changed, "run": self._run, "strikes": dump(self._strikes)}
 
         self._put(lambda: self._replace("state.json", body))
 
@@ -127,9 +144,9 @@ class Recorder:
         self._strikes_loaded = True
         self._strikes = list(live((*load(state.get("strikes", ())), *self._strikes), time.time()))
 
-    def _forgive(self, node: str) -> None:
-        """An agent has come from ``node``, which may be late, or work again."""
-        self._strikes = [strike for strike in self._strikes if (strike.node, strike.reason) != (node, NEVER_JOINED)]
+    def _forgive(self, node: str, reason: str) -> None:
+        """An agent has come from ``node``, which may be late, or work again; or the node need not go any more."""
+        self._strikes = [strike for strike in self._strikes if (strike.node, strike.reason) != (node, reason)]
 
     def _beat(self) -> None:
         with contextlib.suppress(ElasticError):
@@ -164,12 +181,15 @@ class Recorder:
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
             write, done = item
+            self._writing_since = time.monotonic()
             try:
                 write()
             except OSError as error:
                 if not self._complained:
-                    log.warning("the run directory cannot be written (%s); training goes on without its record", error)
+                    log.warning("cannot write the run directory (%s); training continues without its record", error)
                 self._complained = True
                 done.set_exception(error)
             else:
                 done.set_result(None)
+            finally:
+                self._writing_since = None

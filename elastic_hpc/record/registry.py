@@ -43,8 +43,14 @@ def remembered() -> list[Path]:
 
 
 def with_tasks() -> list[Path]:
-    """Like ``remembered``, but for an array the run directories of its tasks that have started."""
-    return [found for path in remembered() for found in tasks(path) or [path]]
+    """Like ``remembered``, but for an array the run directories of its tasks that have started; each once."""
+    found = (run_dir for path in remembered() for run_dir in tasks(path) or [path])
+    return list(dict.fromkeys(map(itself, found)))
+
+
+def itself(run_dir: Path) -> Path:
+    """``run_dir``, or the run directory beside it that it is a link to: see ``RunDir.call_also``."""
+    return run_dir.with_name(os.path.basename(os.readlink(run_dir))) if run_dir.is_symlink() else run_dir
 
 
 def tasks(run_dir: Path) -> list[Path]:

@@ -7,15 +7,20 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.membership.wishes import Bounds, saved
 from elastic_hpc.record import folders
 from elastic_hpc.record.events import EventReader
 
 _HELD = "running"
 """The file that ``hold`` locks."""
+
+_OF_AN_END = ("left", "over", "once-more")
+"""Files that describe the end of a run, and would mislead a run that begins after it: see ``agent.once_more``."""
 
 _LEFT = "left"
 """A file that the batch script looks for: see ``mark_left``."""
@@ -31,11 +36,13 @@ class RunDir:
     Slurm's last warning (``agent.warned``). ``starts.json``: under torchrun, how often the job was started.
     ``first.JOB.STEP.RUN``: the node that leads at first, where several nodes could.
     ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``: the output of the workers of a node; ``NODE.stacks`` there: their stacks
-    when they hung. ``logs/RUN.agent-NODE.log``: the output of the agents.
+    when they hung. ``logs/RUN.agent-NODE.log``: the output of the agents. ``notices``: marks of nodes
+    (``record.health``).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.notices = self.path / "notices"
 
     def create(self, *, exist_ok: bool = True) -> RunDir:
         """Make the folder, mode 0700. Raises ElasticError if that fails, or if an existing folder belongs to another
@@ -102,20 +109,27 @@ class RunDir:
             raise ElasticError(f"{self.path / name}: expected a JSON object")
         return body
 
+    def script(self) -> bytes:
+        """The batch script; empty without one. Raises ElasticError."""
+        try:
+            return (self.path / "script.sbatch").read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise ElasticError(f"{self.path / 'script.sbatch'}: {error.strerror}") from error
+
     def write(self, name: str, body: dict[str, Any]) -> None:
         """Replace ``name`` atomically: a reader sees the old object or the new one, whole. Raises OSError."""
-        temporary = self.path / f".{name}.{os.uname().nodename}.{os.getpid()}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(body, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()  # the disk may be full
-            raise
+        folders.replace(self.path / name, json.dumps(body, indent=1))
+
+    def write_bounds(self, sizes: Sequence[int]) -> None:
+        """The next run's worlds may have ``sizes``, ascending, and no other. Raises ElasticError and OSError."""
+        bounds = Bounds(sizes[0], sizes[-1], tuple(sizes)).body
+        self.write("state.json", {**(self.read("state.json") or {}), "bounds": bounds})
+
+    def bounds(self) -> Bounds | None:
+        """Those of ``write_bounds``; None if those of the submission hold. Raises ElasticError."""
+        return saved(self.read("state.json"))
 
     def beat(self) -> None:
         """Set the modification time of ``heartbeat``, as the heartbeat of a leader. That needs no space on the disk.
@@ -134,7 +148,9 @@ class RunDir:
         return latest
 
     def write_unfit(self, node: str, when: float, reason: str) -> None:
-        """Called on ``node``: why this node could not take part, which no leader can know. Raises OSError."""
+        """Called on ``node``, or by the batch script: why this node could not take part, which no leader can know.
+        Raises OSError.
+        """
         self.write(f"unfit.{node}.json", {"node": node, "time": when, "reason": reason})
 
     def unfit(self) -> list[dict[str, Any]]:
@@ -200,6 +216,21 @@ class RunDir:
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
 
+    def begin_again(self, *, forget_bounds: bool) -> None:
+        """The job is about to be resumed after its end. Its last verdict stays until the next one. ``forget_bounds``:
+        those of ``write_bounds`` do not hold any more. Raises ElasticError and OSError.
+        """
+        for name in _OF_AN_END:
+            (self.path / name).unlink(missing_ok=True)
+        state = self.read("state.json") or {}
+        if forget_bounds and state.pop("bounds", None):
+            self.write("state.json", state)
+
+    def call_also(self, job: str) -> None:
+        """Let the run directory be found under the id of ``job`` too, which goes on in it: by a link beside it."""
+        with contextlib.suppress(OSError):
+            (self.path.parent / job).symlink_to(self.path.name)
+
     def mark_left(self) -> None:
         """All agents have left after the verdict, but those of lost nodes: srun need not wait. Raises OSError."""
         (self.path / _LEFT).touch()
@@ -211,13 +242,13 @@ class RunDir:
         (self.path / f"acted.{run}").write_text(job)
 
     def acted(self, run: int) -> str | None:
-        """The id of the job that goes on after ``run``; None if there is none yet."""
+        """The id of the job that continues after ``run``; None if there is none yet."""
         with contextlib.suppress(OSError):
             return (self.path / f"acted.{run}").read_text()
         return None
 
     def goes_on_as(self, run: int) -> str | None:
-        """The id of the job that went on last, after ``run`` or a run before it."""
+        """The id of the job that continued last, after ``run`` or a run before it."""
         return next((job for number in range(run, -1, -1) if (job := self.acted(number))), None)
 
     def last_round(self) -> dict[str, Any]:

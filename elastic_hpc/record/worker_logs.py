@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from elastic_hpc.membership.nodes import NumberRanges, fold, name_matcher, spans
 from elastic_hpc.record.folders import look_again
@@ -51,8 +51,7 @@ def _seconds(moment: bytes) -> float:
     return datetime.fromisoformat(f"{moment.decode().removesuffix('Z')}+00:00").timestamp()
 
 
-@dataclass(frozen=True)
-class LogLine:
+class LogLine(NamedTuple):
     """One line that a worker wrote. ``time``: when the agent read the line, in seconds since the epoch by the clock of
     the node; at most about a tenth of a second after the worker wrote the line.
     """

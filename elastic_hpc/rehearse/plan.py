@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from statistics import median
@@ -15,6 +15,9 @@ Verdict = Literal["ok", "bad", "cannot tell"]
 
 ORDER = ("worker", "head", "drain", "node", "shrink", "grow")
 """All acts, in an order in which few acts need the training to be started once more."""
+
+FAULTS = {"worker", "node", "head"}
+"""Acts after which the same training continues; after the others it is started again."""
 
 LEAST = {"worker": 1, "node": 2, "head": 3, "drain": 1, "shrink": 2, "grow": 1}
 """How many nodes an act needs: when the head is lost, more than half of the nodes must be left."""
@@ -43,6 +46,17 @@ class ReportedStep:
     step: int
     loss: float | None
     world_size: int
+    not_in_place: str | None = "the script does not call live"
+    """Why a fault restarts this worker; empty if it can continue in place."""
+
+
+@dataclass(frozen=True)
+class RoundStart:
+    """How the workers of a round were started."""
+
+    kept: int
+    """Number of workers that kept their process from the round before."""
+    new: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,8 @@ class Judgement:
     said: tuple[str, ...]
     """What was observed, a sentence each."""
     traceback: str = ""
+    workers_kept: int | None = None
+    """Number of workers that kept their process; None if the act starts the training again, or if it is not known."""
 
 
 def plan(acts: Iterable[str], nodes: int) -> tuple[PlannedAct, ...]:
@@ -105,6 +121,7 @@ def judge(
     steps: Sequence[ReportedStep],
     acts: Sequence[DoneAct],
     crashes: Sequence[Crash] = (),
+    starts: Mapping[int, RoundStart] | None = None,
     *,
     end: str = "",
     finished: bool = False,
@@ -113,7 +130,7 @@ def judge(
     """Whether the script resumed correctly after each of ``acts``, all of which came after a step.
 
     ``steps``: in the order in which they were reported. ``end``: why no more steps follow. ``finished``: the training
-    is over. ``left``: the acts that were not carried out, because of ``end``.
+    is over. ``left``: the acts that were not carried out, because of ``end``. ``starts``: by round.
     """
     judgements = []
     for at, act in enumerate(acts):
@@ -121,7 +138,7 @@ def judge(
         before = [step for step in steps if step.round <= act.round]
         after = [step for step in steps if act.round < step.round <= (following.round if following else math.inf)]
         own = [crash for crash in crashes if _belongs(crash, act, following)]
-        judgements.append(_judge_act(act, before, after, own, end, finished=finished))
+        judgements.append(_judge_act(act, before, after, own, starts or {}, end, finished=finished))
     why = end if steps else f"the script has reported no step; {TWO_LINES}"
     return [*judgements, *(Judgement(act, "cannot tell", (f"not done: {why}",)) for act in left)]
 
@@ -148,6 +165,7 @@ def _judge_act(
     before: list[ReportedStep],
     after: list[ReportedStep],
     crashes: list[Crash],
+    starts: Mapping[int, RoundStart],
     end: str,
     *,
     finished: bool,
@@ -157,45 +175,68 @@ def _judge_act(
         when = f"in round {crash.round}, after the resume" if crash.round > act.round else "while it was saving"
         observed.append(("bad", f"the script failed {when}: {crash.message}"))
     history = list(before)
-    for _, group in groupby(after, key=lambda step: step.round):
+    for round_, group in groupby(after, key=lambda step: step.round):
         resumed = list(group)
-        observed += _resume(act, history, resumed)
+        in_place = bool(round_ in starts and starts[round_].kept)
+        observed += _resume(act, history, resumed, in_place=in_place)
         history += resumed
     if not after:
         observed.append(("cannot tell" if finished else "bad", f"no further step was reported: {end}"))
     ranks: tuple[Verdict, ...] = ("ok", "cannot tell", "bad")
     worst = max((verdict for verdict, _ in observed), key=ranks.index)
     texts = (act.what, *(text for _, text in observed))
-    return Judgement(act.act, worst, texts, next((crash.traceback for crash in crashes if crash.traceback), ""))
+    traceback = next((crash.traceback for crash in crashes if crash.traceback), "")
+    start = starts.get(after[0].round) if after and act.act in FAULTS else None
+    if start is None:
+        return Judgement(act.act, worst, texts, traceback)
+    return Judgement(act.act, worst, (*texts, _in_place(before[-1], after[0], start)), traceback, start.kept)
 
 
-def _resume(act: DoneAct, history: list[ReportedStep], resumed: list[ReportedStep]) -> list[tuple[Verdict, str]]:
-    """What the steps of a round, ``resumed``, show after the steps of all rounds before, ``history``."""
+def _in_place(last: ReportedStep, first: ReportedStep, start: RoundStart) -> str:
+    """Whether the workers continued in place after a fault. ``last`` came before it, ``first`` after it."""
+    if start.kept:
+        repeated = count(max(0, last.step - first.step + 1), "step")
+        return f"in place: {start.kept} of {start.kept + start.new} workers kept their process, {repeated} repeated"
+    alone = "there was no other worker" if last.world_size == 1 else ""
+    return f"restarted: {last.not_in_place or alone or 'no worker could be kept; the agents say why in the output'}"
+
+
+def _resume(
+    act: DoneAct, history: list[ReportedStep], resumed: list[ReportedStep], *, in_place: bool
+) -> list[tuple[Verdict, str]]:
+    """What the steps of a round, ``resumed``, show after the steps of all rounds before, ``history``. ``in_place``:
+    workers were kept. One of them may have done the step in which rank 0 was interrupted.
+    """
     origin, last, first = history[0].step, history[-1], resumed[0]
     stride = _stride([*history, *resumed])
     repeated = (last.step - first.step) // stride + 1
     if first.step <= origin < last.step:
         often = "no checkpoint was loaded; or none had been saved yet, then give --steps more than lie between two"
-        return [("bad", f"began anew with step {first.step} after step {last.step}: {often}")]
+        return [("bad", f"started over with step {first.step} after step {last.step}: {often}")]
     observed: list[tuple[Verdict, str]] = []
-    if first.step > last.step + stride:
+    if in_place and first.step == last.step + 2 * stride:
+        between = f"step {last.step + stride} was done by another rank, and taken over"
+        observed.append(("ok", f"continued with step {first.step} after step {last.step}: {between}"))
+    elif first.step > last.step + stride:
         observed.append(
-            ("bad", f"went on with step {first.step} after step {last.step}: those between were never done")
+            ("bad", f"continued with step {first.step} after step {last.step}: those between were never done")
         )
     elif act.saves and last.round == act.round and repeated > 0:
-        what = f"was asked to save after step {last.step}, but went on with step {first.step}"
+        what = f"was asked to save after step {last.step}, but continued with step {first.step}"
         observed.append(("bad", f"{what}: save once more when drain_requested() says so"))
     else:
         counted = f"{count(repeated, 'step')} repeated" if repeated > 0 else "none repeated"
-        observed.append(("ok", f"went on with step {first.step} after step {last.step}: {counted}, none skipped"))
+        observed.append(("ok", f"continued with step {first.step} after step {last.step}: {counted}, none skipped"))
     if first.world_size != last.world_size:
-        observed.append(("ok", f"a checkpoint of {count(last.world_size, 'worker')} was loaded by {first.world_size}"))
+        what = "the state" if in_place else "a checkpoint"
+        how = "continued with" if in_place else "was loaded by"
+        observed.append(("ok", f"{what} of {count(last.world_size, 'worker')} {how} {first.world_size}"))
     return [*observed, _loss(history, resumed)]
 
 
 def _loss(history: list[ReportedStep], resumed: list[ReportedStep]) -> tuple[Verdict, str]:
-    """Whether the loss goes on where it was: the median over the first steps after the resume, compared with the median
-    over the last steps before, and over the first steps of the training.
+    """Whether the loss continues where it was: the median over the first steps after the resume, compared with the
+    median over the last steps before, and over the first steps of the training.
     """
     by_step = {step.step: step.loss for step in history if step.loss is not None and step.step < resumed[0].step}
     losses = [by_step[step] for step in sorted(by_step)]

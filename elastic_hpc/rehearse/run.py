@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from elastic_hpc.job.launch import LaunchConfig
 from elastic_hpc.network.client import ask_leader
 from elastic_hpc.record.events import EventReader
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.rehearse.plan import Crash, DoneAct, Judgement, PlannedAct, ReportedStep, count, judge
-from elastic_hpc.training.progress import LOCAL_DIR, PROGRESS_FILE, STEP_LOG, read_progress
+from elastic_hpc.rehearse.plan import Crash, DoneAct, Judgement, PlannedAct, ReportedStep, RoundStart, count, judge
+from elastic_hpc.training.progress import STEP_LOG
 
 _TICK = 0.05
 _SHOW_INTERVAL = 5.0
 """Seconds between two steps that are shown."""
 _KILL_TIMEOUT = 30.0
-"""Seconds until agents that were killed, and their workers, are taken for stuck."""
+"""Seconds until agents that were killed, and their workers, count as stuck."""
 
 
 @dataclass(frozen=True)
@@ -52,33 +52,42 @@ class Rehearsal:
         self.steps: list[ReportedStep] = []
         self.acts: list[DoneAct] = []
         self.crashes: list[Crash] = []
+        self.starts: dict[int, RoundStart] = {}
+        """By round."""
         self.end = ""
         """Why the rehearsal went no further; empty if all acts were carried out and enough steps followed."""
         self.finished = False
-        """Whether the training has finished, so that it could not go on."""
+        """Whether the training has finished, so that it could not continue."""
         self._options, self._planned, self._show = options, planned, show
         self._began = time.monotonic()
         self._last_report = self._last_shown = self._began
         self._process: subprocess.Popen[bytes] | None = None
         self._rundir = RunDir(options.folder / "run").create()
         self._events = EventReader(self._rundir.path)
+        self._nodes: dict[int, list[str]] = {}
+        """Of each round, in rank order."""
+        self._round_at = self._began
+        self._listens = False
+        """Whether rank 0 calls ``drain_requested``, which all ranks do."""
         self._steps_offset = 0
         """Number of bytes of ``steps.jsonl`` that were read."""
 
     def judgements(self) -> list[Judgement]:
         """Whether the script resumed correctly after each act."""
         left = [planned.act for planned in self._planned[len(self.acts) :]]
-        return judge(self.steps, self.acts, self.crashes, end=self.end, finished=self.finished, left=left)
+        return judge(self.steps, self.acts, self.crashes, self.starts, end=self.end, finished=self.finished, left=left)
 
     def run(self) -> None:
         """Carry out the acts, as far as the training gets. Leaves no process, whatever is raised."""
         try:
             self._start(self._options.nodes)
+            nodes = self._options.nodes
             for planned in self._planned:
-                if not self._wait_for_steps():
+                if not self._wait_for_steps(nodes):
                     return
                 self._carry_out(planned)
-            self._wait_for_steps()
+                nodes = planned.nodes
+            self._wait_for_steps(nodes)
         finally:
             self._kill()
 
@@ -102,8 +111,10 @@ class Rehearsal:
             )
         self._print(f"the training is started on {count(nodes, 'node')}")
 
-    def _wait_for_steps(self) -> bool:
-        """Wait until the round after the last act has done enough steps. If False, ``end`` says why it has not."""
+    def _wait_for_steps(self, nodes: int) -> bool:
+        """Wait until the round after the last act has done enough steps, and all ``nodes`` take part again: in place
+        the others continue without a node whose worker is restarted. If False, ``end`` says why it has not.
+        """
         last = self.acts[-1].round if self.acts else 0
         self._last_report = time.monotonic()
         while True:
@@ -111,7 +122,10 @@ class Rehearsal:
             self._read_reports()
             if self.steps and (round_ := self.steps[-1].round) > last:
                 first = next(step for step in self.steps if step.round == round_)
-                if self.steps[-1].step - first.step + 1 >= self._options.steps:
+                whole = len(self._nodes.get(round_, ())) >= nodes and round_ in self.starts
+                if (whole or time.monotonic() - self._round_at > self._options.timeout) and self.steps[
+                    -1
+                ].step - first.step + 1 >= self._options.steps:
                     return True
             if ended:
                 self._conclude()
@@ -134,7 +148,7 @@ class Rehearsal:
         round_, now = self.steps[-1].round, time.time()
         match planned.act:
             case "worker":
-                rank, pid = max((int(environ["RANK"]), pid) for pid, environ in self._workers().items())
+                rank, pid = self._last_worker()
                 self._record(DoneAct("worker", round_, now, f"rank {rank} was killed"))
                 os.kill(pid, signal.SIGKILL)
             case "node" | "head":
@@ -150,7 +164,7 @@ class Rehearsal:
 
     def _start_again(self, planned: PlannedAct, round_: int, now: float) -> None:
         """Have the workers save and stop, if they listen, else stop them; then start the training once more."""
-        listens = self._all_listen()
+        listens = self._listens
         how = "asked to save and stop" if listens else "stopped, as it does not call drain_requested(),"
         what = f"the script was {how} and then started again on {count(planned.nodes, 'node')}"
         self._record(DoneAct(planned.act, round_, now, what, saves=listens))
@@ -186,7 +200,12 @@ class Rehearsal:
         match event["event"]:
             case "round":
                 self._last_report = time.monotonic()
+                self._nodes[event["round"]], self._round_at = event["nodes"], self._last_report
                 self._print(f"round {event['round']} begins on {count(len(event['nodes']), 'node')}")
+            case "started":
+                start = self.starts[event["round"]] = RoundStart(event["kept"], event["warm"] + event["cold"])
+                if start.kept:
+                    self._print(f"{start.kept} of {start.kept + start.new} workers kept their process")
             case "take_over":
                 self._print("another agent leads now")
             case "failure" if event["first"]:
@@ -196,6 +215,9 @@ class Rehearsal:
 
     def _on_step(self, report: Mapping[str, Any]) -> None:
         step = ReportedStep(report["round"], report["step"], report["loss"], report["world_size"])
+        if report["not_in_place"] is not None:
+            step = replace(step, not_in_place=report["not_in_place"])
+        self._listens = report["listens"]
         self._last_report = time.monotonic()
         is_first = not self.steps or self.steps[-1].round != step.round
         self.steps.append(step)
@@ -221,15 +243,19 @@ class Rehearsal:
     def _workers(self) -> dict[int, dict[str, str]]:
         """The environment of each worker."""
         pids = [pid for agent in self._agents().values() for pid in _children(agent)]
-        return {pid: environ for pid in pids if "RANK" in (environ := _environ(pid))}
+        return {pid: environ for pid in pids if "LOCAL_RANK" in (environ := _environ(pid))}
 
-    def _all_listen(self) -> bool:
-        """Whether all workers call ``drain_requested``."""
-        progress = [
-            read_progress(Path(environ[LOCAL_DIR], PROGRESS_FILE.format(local_rank=environ["LOCAL_RANK"])))
-            for environ in self._workers().values()
-        ]
-        return bool(progress) and all(worker is not None and worker.listens for worker in progress)
+    def _last_worker(self) -> tuple[int, int]:
+        """The highest rank, and its pid. What ``/proc`` shows of a worker that was kept is its rank in an old round."""
+        nodes = self._nodes[max(self._nodes)]
+        node = int(nodes[-1].removeprefix("local"))
+        local = {
+            int(environ["LOCAL_RANK"]): pid
+            for pid in _children(self._agents()[node])
+            if "LOCAL_RANK" in (environ := _environ(pid))
+        }
+        last = max(local)
+        return len(nodes) * (last + 1) - 1, local[last]
 
     def _kill(self) -> None:
         """Kill the agents. Their guards kill the workers."""

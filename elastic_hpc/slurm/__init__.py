@@ -2,16 +2,20 @@
 empty: what Slurm does not answer raises SlurmError.
 
 Start with ``job``: what Slurm says about jobs and nodes. ``client`` runs the commands. ``states`` (pure) has the states
-of jobs.
+of jobs. ``nodes``: which nodes Slurm takes out of service.
 
 * ``submit``, ``requeuing``, ``steps``: a job is submitted, goes back to the queue, gets another job step.
+* ``estimate``: when Slurm would start a job.
 * ``joining``, ``directives`` (pure): joiners, and which lines of the batch script hold for them.
+* ``others``: the whole queue and all nodes, for a job that gives way.
 * ``settings``: what the site has set. ``env``: what Slurm tells an agent by its environment.
 """
 
 from elastic_hpc.slurm.directives import joiner_script
+from elastic_hpc.slurm.estimate import estimates
 from elastic_hpc.slurm.job import (
     cancel,
+    comment,
     epoch,
     expand,
     job_state,
@@ -21,18 +25,21 @@ from elastic_hpc.slurm.job import (
     usable_nodes,
     warn,
     warning_reason,
+    write_comment,
 )
 from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
-from elastic_hpc.slurm.requeuing import complete, keeps_preemption, release, requeue
-from elastic_hpc.slurm.settings import Facts, Site, facts, notices_within, site
-from elastic_hpc.slurm.states import LIVES, WAITS, Queued, SlurmJob
-from elastic_hpc.slurm.steps import agent_steps, start_agent, start_step, step_environment, wait_until_alone
+from elastic_hpc.slurm.nodes import Maintenance, maintenance, out_of_service
+from elastic_hpc.slurm.requeuing import change_nodes, complete, give_back, keeps_preemption, release, requeue
+from elastic_hpc.slurm.settings import Facts, Site, facts, lets_shrink, notices_within, site
+from elastic_hpc.slurm.states import LIVES, WAITS, Estimate, Queued, SlurmJob
+from elastic_hpc.slurm.steps import agent_steps, start_agent, start_step, step_environment, unreached, wait_until_alone
 from elastic_hpc.slurm.submit import resubmit, sbatch, submit_script
 
 __all__ = [
-    "LIVES", "WAITS", "Facts", "Joiner", "Queued", "Site", "SlurmJob", "agent_steps", "cancel", "change_time_limit",
-    "complete", "epoch", "expand", "facts", "job_state", "joiner_script", "joiners", "keeps_preemption",
-    "notices_within", "queue", "recorded_end", "release", "requeue", "resubmit", "sbatch", "show_job", "site",
-    "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script", "usable_nodes",
-    "wait_until_alone", "warn", "warning_reason",
+    "LIVES", "WAITS", "Estimate", "Facts", "Joiner", "Maintenance", "Queued", "Site", "SlurmJob", "agent_steps",
+    "cancel", "change_nodes", "change_time_limit", "comment", "complete", "epoch", "estimates", "expand", "facts",
+    "give_back", "job_state", "joiner_script", "joiners", "keeps_preemption", "lets_shrink", "maintenance",
+    "notices_within", "out_of_service", "queue", "recorded_end", "release", "requeue", "resubmit", "sbatch",
+    "show_job", "site", "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script",
+    "unreached", "usable_nodes", "wait_until_alone", "warn", "warning_reason", "write_comment",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from typing import IO
 
@@ -92,9 +93,41 @@ def answer(process: subprocess.Popen[bytes], seconds: float) -> str:
         raise TimeoutError from None
     if process.returncode:
         assert isinstance(process.args, tuple)
-        reason = condensed(stderr.decode(errors="replace")) or f"exit code {process.returncode}"
+        written = stdout if stderr is None else stderr
+        reason = condensed(written.decode(errors="replace")) or f"exit code {process.returncode}"
         raise SlurmError(f"{' '.join(process.args)}: {reason}")
     return stdout.decode(errors="replace")
+
+
+def answers(
+    seconds: float, *commands: tuple[str, ...], environ: Mapping[str, str] | None = None, stderr: int = subprocess.PIPE
+) -> list[str | SlurmError]:
+    """The answers of ``commands``, all started at once, within ``seconds``."""
+    processes = [_started(command, environ, stderr) for command in commands]
+    last = time.monotonic() + seconds
+    found: list[str | SlurmError] = []
+    for command, process in zip(commands, processes, strict=True):
+        if isinstance(process, SlurmError):
+            found.append(process)
+            continue
+        try:
+            found.append(answer(process, max(0.0, last - time.monotonic())))
+        except TimeoutError:
+            found.append(SlurmError(f"{' '.join(command)}: no answer in {seconds:g} s"))
+        except SlurmError as error:
+            found.append(error)
+        finally:
+            end(process)
+    return found
+
+
+def _started(
+    command: tuple[str, ...], environ: Mapping[str, str] | None, stderr: int
+) -> subprocess.Popen[bytes] | SlurmError:
+    try:
+        return ask(*command, environ=environ, stderr=stderr)
+    except SlurmError as error:
+        return error
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

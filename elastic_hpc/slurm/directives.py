@@ -7,31 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, scan
+from elastic_hpc.options.of_joiners import WHOLE_JOB
+from elastic_hpc.options.sbatch import SBATCH, Given, Option, scan
 from elastic_hpc.options.sbatch_lines import DIRECTIVE, lines, unquoted, words
-
-# Options that a joiner must not have too: whether and when it starts, and for how long; what the job has only once;
-# which nodes, and what is counted over all nodes; by whom, where and with which environment it is submitted.
-_WHOLE_JOB = COMMAND_LINE_ONLY | {
-    *("array", "begin", "deadline", "dependency", "hold", "kill-on-invalid-dep", "no-requeue", "priority", "requeue"),
-    *("time", "time-min"),
-    *("bb", "bbf", "error", "input", "job-name", "licenses", "mail-type", "mail-user", "output"),
-    *("batch", "consolidate-segments", "contiguous", "exclude", "gpus", "nodefile", "nodelist", "nodes", "ntasks"),
-    *("segment", "spread-job", "spread-segments", "switches", "use-min-nodes", "wait-all-nodes"),
-    *("cluster-constraint", "clusters", "export", "export-file", "gid", "uid"),
-}
 
 
 def _abbreviations() -> Iterator[Option]:
-    """Abbreviations that sbatch accepts for options of ``_WHOLE_JOB``: prefixes that no other option has."""
-    for prefix in sorted({name[:end] for name in _WHOLE_JOB for end in range(1, len(name))} - SBATCH.keys()):
+    """Abbreviations that sbatch accepts for options of ``WHOLE_JOB``: prefixes that no other option has."""
+    for prefix in sorted({name[:end] for name in WHOLE_JOB for end in range(1, len(name))} - SBATCH.keys()):
         meant = [option for name, option in SBATCH.items() if name.startswith(prefix)]
-        if {option.name for option in meant} <= _WHOLE_JOB and len({option.value for option in meant}) == 1:
+        if {option.name for option in meant} <= WHOLE_JOB and len({option.value for option in meant}) == 1:
             yield Option(prefix, value=meant[0].value)
 
 
 _ABBREVIATED = tuple(_abbreviations())
-_DROPPED = _WHOLE_JOB | {option.name for option in _ABBREVIATED}
+_DROPPED = WHOLE_JOB | {option.name for option in _ABBREVIATED}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from elastic_hpc.environment import AGAIN, FIRST_JOB, FIRST_RUN, JOIN, LOCAL_NODE, LOCAL_NODES, NODES
+from elastic_hpc.environment import AGAIN, FIRST_JOB, FIRST_RUN, JOIN, LOCAL_NODE, LOCAL_NODES, NODES, SPENT
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.nodes import joiner, votes
 
@@ -55,13 +55,19 @@ def restart_count(environ: Mapping[str, str]) -> int:
 
 
 def run_number(environ: Mapping[str, str]) -> int:
-    """How often the job has started before, together with the jobs in whose place it goes on (``slurm.resubmit``)."""
+    """How often the job has started before, together with the jobs in whose place it continues (``slurm.resubmit``)."""
     return restart_count(environ) + int(environ.get(FIRST_RUN, 0))
 
 
 def first_job(environ: Mapping[str, str]) -> str:
-    """``job_name`` of the job that the user has submitted, in whose place this one may go on."""
+    """``job_name`` of the job that the user has submitted, in whose place this one may continue."""
     return environ.get(FIRST_JOB) or job_name(environ)
+
+
+def spent(environ: Mapping[str, str]) -> tuple[int, int]:
+    """The restarts and the requeues that were charged before the job was resumed."""
+    restarts, _, requeues = environ.get(SPENT, "").partition(",")
+    return int(restarts or 0), int(requeues or 0)
 
 
 def read_agent_env(environ: Mapping[str, str]) -> AgentEnv:

@@ -10,7 +10,7 @@ from typing import Literal
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.options.sbatch import WarningSignal
 from elastic_hpc.slurm import client
-from elastic_hpc.slurm.states import LIVES, Queued, SlurmJob
+from elastic_hpc.slurm.states import LIVES, Queued, SlurmJob, words
 
 _END_SECONDS = 5
 
@@ -68,27 +68,37 @@ def queue(*jobs: str) -> dict[str, Queued]:
         return {}
     try:
         selection = ("--array", "--states=all", f"--jobs={','.join(jobs)}")
-        answer = client.run("squeue", "--noheader", *selection, "--format=%i|%T|%e|%r")
+        answer = client.run("squeue", "--noheader", *selection, "--format=%i|%T|%e|%S|%r")
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return {}
         raise
-    rows = (line.split("|", 3) for line in answer.splitlines() if line)
-    return {id: Queued(state, epoch(end), reason) for id, state, end, reason in rows}
+    rows = (line.split("|", 4) for line in answer.splitlines() if line)
+    return {id: Queued(state, epoch(end), reason, epoch(start)) for id, state, end, start, reason in rows}
+
+
+def comment(job: str) -> str:
+    """The comment of ``job``; empty for none. Raises SlurmError."""
+    shown = client.run("squeue", "--noheader", f"--jobs={job}", "--format=%k").strip()
+    return "" if shown == "(null)" else shown
+
+
+def write_comment(job: str, text: str) -> None:
+    """Replace the comment of ``job``. Raises SlurmError, also where the site does not let users do that."""
+    client.scontrol("update", f"JobId={job}", f"Comment={text}")
 
 
 def recorded_end(job: str) -> str:
     """Slurm's word for the end of ``job``, for an array task ``JOB_TASK``: from slurmctld, which forgets a job minutes
-    after its end (``MinJobAge``), or from the accounting, where the site has it. Empty if the job is not over, or if
-    neither knows it, or answers within 5 seconds.
+    after its end (``MinJobAge``), or from the accounting, where the site has it. If slurmctld says that the job is not
+    over, its word for that, COMPLETING for example. Empty if neither knows the job, or answers within 5 seconds.
     """
-    for command in (
-        ("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%T"),
-        ("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State"),
-    ):
+    squeue = ("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%T")
+    sacct = ("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State")
+    for command in (squeue, sacct):
         with contextlib.suppress(SlurmError, TimeoutError):
             if words := client.answer(client.ask(*command), _END_SECONDS).strip().rpartition("\n")[2].split():
-                return "" if words[0] in LIVES else words[0]  # CANCELLED by 1000
+                return "" if command is sacct and words[0] in LIVES else words[0]  # CANCELLED by 1000
     return ""
 
 
@@ -151,13 +161,13 @@ def usable_nodes(job: str) -> tuple[frozenset[str], str]:
         return _nodes_of(partitions), str(error)
     if not rows:
         return _nodes_of(partitions), "Slurm shows no node"
-    # Not from sinfo: 22.05 goes on listing a node as mixed* that was set DOWN under a job.
+    # Not from sinfo: 22.05 keeps listing a node as mixed* that was set DOWN under a job.
     gone = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "FUTURE", "UNKNOWN", "NOT_RESPONDING", "MAINT"}
     usable = frozenset(
         row["NodeName"]
         for row in rows
         if not partitions.isdisjoint(row.get("Partitions", "").split(","))
-        and gone.isdisjoint(word.rstrip("*~#!%$@^-") for word in row.get("State", "UNKNOWN").split("+"))
+        and gone.isdisjoint(words(row.get("State", "UNKNOWN")))
     )
     return usable, ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,12 +10,15 @@ from pathlib import Path
 
 from elastic_hpc.environment import JOIN
 from elastic_hpc.errors import SlurmError, UsageError
+from elastic_hpc.options import sbatch_lines
+from elastic_hpc.options.of_joiners import time_of_joiners
 from elastic_hpc.slurm import client, directives
 from elastic_hpc.slurm.job import show_job
 from elastic_hpc.slurm.states import duration
 from elastic_hpc.slurm.submit import submit_script
 
 _NAME = "join-{parent}"
+_NAMES = re.compile(r"join-\d+(_\d+)?")
 _MINUTE = timedelta(minutes=1)
 
 
@@ -33,6 +37,11 @@ class Joiner:
     """Nodes that the job must not get, in Slurm's notation."""
     time_limit: timedelta | None
     """None for no limit."""
+
+
+def is_joiner(name: str) -> bool:
+    """Whether a job of this name is a joiner, of whichever parent."""
+    return bool(_NAMES.fullmatch(name))
 
 
 def joiners(parent: str) -> tuple[Joiner, ...]:
@@ -58,16 +67,17 @@ def submit_joiner(
     """Submit a joiner of ``parent``, which runs, and return its id; None if ``parent`` ends within a minute.
 
     ``script`` is the parent's batch script. The joiner runs it with ELASTIC_HPC_JOIN=``run_dir`` in ``environ``, under
-    those of its directives that make sense for one node. The joiner gets none of the nodes ``exclude``, none that the
-    script excludes, and must end when ``parent`` does. ``log`` may contain %j. Raises UsageError if Slurm refuses the
-    job, SlurmError if it could not be asked.
+    those of its directives that make sense for one node, and under the options in its #GROW lines, which count more.
+    The joiner gets none of the nodes ``exclude``, none that the script excludes, and must end when ``parent`` does.
+    ``log`` may contain %j. Raises UsageError if Slurm refuses the job, SlurmError if it could not be asked.
     """
-    shown = show_job(parent)
+    shown, given = show_job(parent), sbatch_lines.options(script, "script.sbatch", sbatch_lines.FOR_JOINERS)
+    remaining = shown.remaining
+    if remaining is not None and remaining < _MINUTE:
+        return None
     limit = shown.time_limit  # in Slurm's own word for no limit, which its partition allows
-    if (remaining := shown.remaining) is not None:
-        if remaining < _MINUTE:
-            return None
-        limit = str(-(-remaining // _MINUTE))  # rounded up: Slurm must not warn the joiner before its parent
+    if limits := [time for time in (remaining, time_of_joiners(given)) if time is not None]:
+        limit = str(-(-min(limits) // _MINUTE))  # rounded up: Slurm must not warn the joiner before its parent
     if directives.given(script, "gpus"):
         raise UsageError("--gpus counts the GPUs of all nodes, a joiner has one node; use --gpus-per-node=N")
     options = [f"--job-name={_NAME.format(parent=parent)}", "--nodes=1", "--no-requeue"]
@@ -81,6 +91,7 @@ def submit_joiner(
         "partition": ",".join(shown.partitions), "account": shown.account, "qos": shown.qos, "chdir": shown.folder
     }  # fmt: skip
     options += [f"--{name}={value}" for name, value in of_parent.items() if value]
+    options += [str(option) for option in given if option.name != "time"]
     return submit_script(directives.joiner_script(script), options, environ, exports={JOIN: str(run_dir)})
 
 

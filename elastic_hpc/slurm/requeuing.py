@@ -1,4 +1,4 @@
-"""Sends a job back to the queue: to go on, or to end as its batch script would have ended.
+"""Sends a job back to the queue: to continue, or to end as its batch script would have ended.
 
 Slurm lets a job start two minutes after its completion, unless its start time lies beyond the completion already. No
 process of the job lives so long, and an epilog may take any time. So the caller lives until the first other node of the
@@ -47,8 +47,10 @@ def requeue(
     readmit: Collection[str] = (),
     lost: Collection[str] = (),
     run: int | None = None,
+    nodes: str = "",
 ) -> str | None:
-    """Send ``job``, for an array task ``JOB_TASK``, back to the queue, to start after ``start_after``.
+    """Send ``job``, for an array task ``JOB_TASK``, back to the queue, to start after ``start_after``, on ``nodes``, in
+    Slurm's notation, if it is to ask for other nodes than before.
 
     ``start_after`` is for a completion that nothing holds up: the time that an epilog takes is added. Nodes of
     ``exclude`` are added to those that the job excludes, nodes of ``readmit`` are taken off again. For ``lost`` nodes,
@@ -63,7 +65,8 @@ def requeue(
     """
     before = show_job(job)
     is_mine = _requeue(job, before, run, lost)
-    refused = _change(job, [_start(start_after), *_excluding(before, exclude, readmit)])
+    changes = [_start(start_after), *_excluding(before, exclude, readmit), *([[f"NumNodes={nodes}"]] if nodes else [])]
+    refused = _change(job, changes)
     with contextlib.suppress(SlurmError):
         _outlast(job, before, start_after, lost, watch=is_mine)
     return refused
@@ -75,6 +78,19 @@ def release(job: str, lost: Collection[str]) -> None:
     """
     if lost and (shown := show_job(job)).state == "RUNNING":
         _release(shown, job, lost)
+
+
+def give_back(job: str, nodes: Collection[str]) -> None:
+    """Take ``nodes``, on which nothing of ``job`` runs any more, from the running ``job``. Raises SlurmError."""
+    before = show_job(job)
+    kept = [node for node in expand(before.nodes) if node not in nodes]
+    if len(kept) < len(expand(before.nodes)):
+        client.scontrol("update", f"JobId={job}", f"NodeList={','.join(kept)}")
+
+
+def change_nodes(job: str, nodes: str) -> None:
+    """Have ``job``, which waits, ask for ``nodes``, in Slurm's notation. Raises SlurmError."""
+    client.scontrol("update", f"JobId={job}", f"NumNodes={nodes}")
 
 
 def complete(job: str, *, start_after: timedelta, exclude: Collection[str] = (), run: int | None = None) -> str | None:
@@ -188,7 +204,7 @@ def _change(job: str, changes: Sequence[Sequence[str]]) -> str | None:
         try:
             client.answer(process, max(0.0, end - time.monotonic()))
         except TimeoutError:
-            continue  # slurmctld goes on with it
+            continue  # slurmctld continues with it
         except SlurmError as error:
             refused.append(str(error))
     return "; ".join(refused) or None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import re
-import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,7 +12,7 @@ from datetime import timedelta
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 
-_SITE_SECONDS = 2  # before a submission, which goes on without the answers
+_SITE_SECONDS = 2  # before a submission, which continues without the answers
 _FACTS_SECONDS = 15  # for a command that is about the answers
 _CONFIG = ("scontrol", "show", "config")
 _PARTITIONS = ("scontrol", "show", "partition", "--oneliner")
@@ -65,7 +63,7 @@ def site(partition: str | None) -> Site:
 
     Raises SlurmError if there is no such partition or no quick answer.
     """
-    config, partitions = map(_raised, _answers(_SITE_SECONDS, _CONFIG, _PARTITIONS))
+    config, partitions = map(_raised, client.answers(_SITE_SECONDS, _CONFIG, _PARTITIONS))
     return _site(_settings(config), _row(partitions, partition))
 
 
@@ -73,6 +71,11 @@ def has_epilog() -> bool:
     """Whether a program runs when a job ends, on its nodes or beside slurmctld. Raises SlurmError."""
     settings = _settings(client.run(*_CONFIG))
     return not all(is_none(settings.get(name, "")) for name in ("Epilog", "EpilogSlurmctld"))
+
+
+def lets_shrink() -> bool:
+    """Whether a user may give nodes of a running job back. Raises SlurmError."""
+    return "disable_job_shrink" not in _settings(client.run(*_CONFIG)).get("SchedulerParameters", "").lower()
 
 
 def notices_within(seconds: float) -> bool:
@@ -90,7 +93,7 @@ def facts(partition: str | None) -> Facts:
     unknown: dict[str, str] = {}
     commands = {"config": _CONFIG, "partition": _PARTITIONS, "srun_help": _SRUN}
     commands |= {"associations": _shown("associations", _ASSOCIATION, f"users={_user()}"), "qos": _shown("qos", _QOS)}
-    for name, answer in zip(commands, _answers(_FACTS_SECONDS, *commands.values()), strict=True):
+    for name, answer in zip(commands, client.answers(_FACTS_SECONDS, *commands.values()), strict=True):
         if isinstance(answer, SlurmError):
             unknown[name] = str(answer)
         else:
@@ -118,33 +121,6 @@ def _user() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # in a container without the site's users
         return str(os.getuid())
-
-
-def _answers(seconds: float, *commands: tuple[str, ...]) -> list[str | SlurmError]:
-    """The answers of ``commands``, all started at once, within ``seconds``."""
-    processes = [_started(command) for command in commands]
-    end = time.monotonic() + seconds
-    answers: list[str | SlurmError] = []
-    for command, process in zip(commands, processes, strict=True):
-        if isinstance(process, SlurmError):
-            answers.append(process)
-            continue
-        try:
-            answers.append(client.answer(process, max(0.0, end - time.monotonic())))
-        except TimeoutError:
-            answers.append(SlurmError(f"{' '.join(command)}: no answer in {seconds:g} s"))
-        except SlurmError as error:
-            answers.append(error)
-        finally:
-            client.end(process)
-    return answers
-
-
-def _started(command: tuple[str, ...]) -> subprocess.Popen[bytes] | SlurmError:
-    try:
-        return client.ask(*command)
-    except SlurmError as error:
-        return error
 
 
 def _raised(answer: str | SlurmError) -> str:

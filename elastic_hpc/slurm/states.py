@@ -1,4 +1,4 @@
-"""What Slurm says of jobs, and the states that they can be in. Pure."""
+"""What Slurm says of jobs, and the states that jobs and nodes can be in. Pure."""
 
 from __future__ import annotations
 
@@ -87,6 +87,27 @@ class Queued:
     """Its time limit."""
     reason: str
     """Why it waits, in Slurm's words."""
+    starts: float | None = None
+    """When it started; while it waits, when Slurm expects it to start."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """When Slurm would start a job of ``least`` to ``most`` nodes."""
+
+    least: int
+    most: int
+    starts: float | None = None
+    """Seconds since the epoch, None if Slurm gives no time."""
+    nodes: int = 0
+    """How many nodes it would get; 0 for unknown."""
+    refused: str = ""
+    """Why Slurm refuses such a job; empty if it would take it."""
+
+
+def words(state: str) -> set[str]:
+    """The words in the state of a node, ``MIXED+DRAIN`` for example."""
+    return {word.rstrip("*~#!%$@^-") for word in state.split("+")}
 
 
 _NO_LIMIT = frozenset({"UNLIMITED", "365-00:00:00"})  # the year is what 26.05 says for no limit

@@ -1,5 +1,5 @@
-"""Starts job steps beside the first one: to conclude a job that has lost its batch host, and with it srun, and to
-replace an agent that died.
+"""Starts job steps beside the first one: to conclude a job that has lost its batch host, and with it srun, to replace
+an agent that died, and to learn which nodes srun cannot reach.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 import select
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -29,7 +28,7 @@ echo started; read -r go && echo going && exec "$@" >>"$log" 2>&1 </dev/null"""
 _STEP_NAME = "elastic-conclude"
 _AGENT_NAME = "elastic-agent"
 # If srun's node is lost, a node's part of a step ends when its daemon has given up reaching srun, after 12 to 17
-# seconds. Slurm goes on listing a step that ended on the other nodes before Slurm noticed the loss.
+# seconds. Slurm keeps listing a step that ended on the other nodes before Slurm noticed the loss.
 _STEP_SECONDS = 20
 _GIVE_UP_SECONDS = 3
 _POLL, _POLL_AT_MOST = 0.5, 8.0  # seconds between two queries of the steps: an eighth of the time so far
@@ -50,7 +49,7 @@ def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
 def start_step(
     job_id: str, node: str, command: Sequence[str], log: Path, environ: Mapping[str, str] = os.environ
 ) -> None:
-    """Run ``command`` on ``node`` in a job step that goes on when the caller's step ends; its output goes to ``log``.
+    """Run ``command`` on ``node`` in a job step that continues when the caller's step ends; its output goes to ``log``.
 
     For the requeue of a job that lost its batch host, and with it srun: the step of the agents then takes 10 to 20
     seconds to end after its last process, too long for ``requeue``. In a step of its own, ``command`` can wait for that
@@ -58,13 +57,7 @@ def start_step(
     SlurmError.
     """
     # Neither memory nor GPUs: the agents have all of them.
-    srun = _start(job_id, node, _STEP_NAME, ["--gres=none"], command, environ, log)
-    # Slurm kills all that the caller has started when the caller's own step ends (proctrack/cgroup). The process with
-    # which srun watches over itself may then cancel the new step, so that process dies first.
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{srun.pid}/task/{srun.pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
-    srun.kill()
+    _start(job_id, node, _STEP_NAME, ["--gres=none"], command, environ, log)
 
 
 def start_agent(
@@ -89,13 +82,39 @@ def start_agent(
 
 
 def agent_steps(job_id: str) -> dict[str, str]:
-    """The job steps of ``start_agent`` that have not ended, by the node they are on. Slurm goes on listing a step whose
+    """The job steps of ``start_agent`` that have not ended, by the node they are on. Slurm keeps listing a step whose
     node it has taken from the job: such steps are left out. Raises SlurmError.
     """
     listed = [line.split(maxsplit=2) for line in _steps(job_id, "%i %N %j")]
     steps = {words[1]: words[0] for words in listed if words[2:] == [_AGENT_NAME]}
     nodes = expand(show_job(job_id).nodes) if steps else ()
     return {node: step for node, step in steps.items() if node in nodes}
+
+
+def unreached(job: str, environ: Mapping[str, str]) -> list[str]:
+    """The nodes that the running ``job`` had at its srun and that srun cannot reach: Slurm has taken them from the job
+    since, or a job step that does nothing does not start there. That step takes 2 to 12 seconds if there are any.
+    ``environ`` is the batch script's. Raises SlurmError, also if ``job`` does not run, or srun reaches no node at all.
+    """
+    shown = show_job(job)
+    if shown.state != "RUNNING":
+        raise SlurmError(f"job {job} is {shown.state}")
+    nodes = expand(shown.nodes)
+    taken = set(expand(environ.get("SLURM_JOB_NODELIST", ""))).difference(nodes)
+    count = len(nodes)
+    step = ["srun", f"--jobid={environ['SLURM_JOB_ID']}", "--job-name=elastic-reach", "--overlap", "--no-kill"]
+    step += [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--mem=0", "--gres=none", "--mpi=none"]
+    process = client.ask(*step, "true", environ=step_environment(environ))
+    try:
+        client.answer(process, client.SECONDS)
+    except TimeoutError:
+        raise SlurmError(f"{' '.join(step)}: no answer in {client.SECONDS} s") from None
+    except SlurmError as error:
+        failed = set(re.findall(r"Task launch for \S+ failed on node ([^\s:]+)", str(error)))
+        if failed.issuperset(nodes):
+            raise
+        taken |= failed
+    return sorted(taken)
 
 
 def _steps(job: str, form: str) -> list[str]:
@@ -110,17 +129,17 @@ def _start(
     command: Sequence[str],
     environ: Mapping[str, str],
     log: Path,
-) -> subprocess.Popen[bytes]:
-    """Return srun when ``command`` is started, or raise SlurmError when it never will be. A shell on the node reports
-    that it has started, and starts ``command`` when it reads ``go``, which is sent only if the report comes in time.
-    The shell acknowledges ``go``: srun may be killed before it has passed that on.
+) -> None:
+    """Return when ``command`` is started, or raise SlurmError when it never will be. A shell on the node reports that
+    it has started, and starts ``command`` when it reads ``go``, which is sent only if the report comes in time. The
+    shell acknowledges ``go``: only then may srun be ended.
     """
     shell = ["sh", "-c", _SHELL, "sh"]
     step = ["srun", f"--jobid={job_id}", f"--job-name={name}", "--overlap", "--no-kill"]
     step += ["--nodes=1", "--ntasks=1", f"--nodelist={node}", "--mem=0", "--mpi=none", *options]
     inherited = step_environment(environ)
     try:
-        output = log.open("ab")  # srun outlives the caller
+        output = log.open("ab")
     except OSError:
         output = open(os.devnull, "ab")  # noqa: SIM115
     with output:
@@ -134,8 +153,8 @@ def _start(
             if _reads(process.stdout, b"started\n"):
                 os.write(process.stdin.fileno(), b"go\n")
                 if _reads(process.stdout, b"going\n"):
-                    threading.Thread(target=process.wait, daemon=True).start()  # no zombie while the caller lives
-                    return process
+                    _leave_alone(process)
+                    return
             process.wait(_GIVE_UP_SECONDS)
         except TimeoutError:
             problem = f"not started in {client.SECONDS} s"
@@ -155,6 +174,18 @@ def _reads(stdout: IO[bytes], line: bytes) -> bool:
             return False
         received += more
     return True
+
+
+def _leave_alone(srun: subprocess.Popen[bytes]) -> None:
+    """End ``srun``; its step continues. Slurm kills all that the caller has started when the caller's own step ends
+    (proctrack/cgroup). The process with which srun watches over itself may then cancel the new step, so that process
+    dies first.
+    """
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{srun.pid}/task/{srun.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+    srun.kill()
+    srun.wait()
 
 
 def _give_up(process: subprocess.Popen[bytes]) -> None:

@@ -16,7 +16,8 @@ from elastic_hpc.slurm.job import show_job
 
 # sbatch has one exit code for all failures. Messages of failures that are not due to the user's input.
 _UNREACHABLE = re.compile(
-    "unable to contact|timed out|connection (failure|refused)|configuration source|zero bytes|munge|authentication",
+    "unable to contact|timed out|no answer in|connection (failure|refused)|configuration source|zero bytes|munge|"
+    "authentication",
     re.IGNORECASE,
 )
 
@@ -28,8 +29,9 @@ def sbatch(
     on_submitted: Callable[[str], None],
     on_message: Callable[[str], None],
     exports: Mapping[str, str] | None = None,
+    folder: str | None = None,
 ) -> int:
-    """Submit ``script`` and return sbatch's exit code, with ``--wait`` the job's.
+    """Submit ``script`` from ``folder`` and return sbatch's exit code, with ``--wait`` the job's.
 
     The job has ``exports`` and, unless ``--export`` hides them, the variables of ``environ`` that are neither Slurm's
     nor ours. ``on_submitted`` is called at once with ``ID[;CLUSTER]``; ``on_message`` with the rest of sbatch's output.
@@ -43,6 +45,7 @@ def sbatch(
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env={**client.clean_environment(for_a_new_job(environ)), **(exports or {})},
+                cwd=folder,
             )
         except OSError as error:
             raise SlurmError(
@@ -65,7 +68,7 @@ def sbatch(
                 on_submitted(job)
             try:
                 process.wait()
-            except KeyboardInterrupt:  # with --wait: the job goes on
+            except KeyboardInterrupt:  # with --wait: the job continues
                 process.kill()
                 raise
         stderr.seek(0)
@@ -74,9 +77,14 @@ def sbatch(
             on_message(messages)
             return process.returncode
         reason = client.condensed(messages) or f"sbatch ended with exit code {process.returncode}"
-        if _UNREACHABLE.search(reason):
-            raise SlurmError(f"sbatch: {reason}")
-        raise UsageError(f"Slurm refused the job: {reason}")
+        raise refusal(reason)
+
+
+def refusal(reason: str) -> SlurmError | UsageError:
+    """What it means that sbatch has failed with ``reason``: Slurm could not be asked, or refused the job."""
+    if _UNREACHABLE.search(reason):
+        return SlurmError(f"sbatch: {reason}")
+    return UsageError(f"Slurm refused the job: {reason}")
 
 
 def resubmit(job: str, script: Path, environ: Mapping[str, str], exports: Mapping[str, str]) -> str:
@@ -104,10 +112,11 @@ def submit_script(
     environ: Mapping[str, str],
     on_message: Callable[[str], None] = lambda _: None,
     exports: Mapping[str, str] | None = None,
+    folder: str | None = None,
 ) -> str:
     """As ``sbatch``, but returns the id of the new job."""
     submitted: list[str] = []
-    sbatch(script, options, environ, submitted.append, on_message, exports)
+    sbatch(script, options, environ, submitted.append, on_message, exports, folder)
     if not submitted:
         raise SlurmError("sbatch: no job id")
     return submitted[0].partition(";")[0]

@@ -66,7 +66,7 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
 
     @property
     def job_id(self) -> str:
-        """The id under which the job was submitted, also on a joiner, and if another job goes on in its place."""
+        """The id under which the job was submitted, also on a joiner, and if another job continues in its place."""
         return self.run_dir.name
 
     @property

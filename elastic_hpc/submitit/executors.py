@@ -37,7 +37,7 @@ class ElasticExecutor(core.Executor):
     def __init__(
         self, folder: Path | str, max_num_timeout: int = 3, max_pickle_size_gb: float = 1.0, python: str | None = None
     ) -> None:
-        """``max_num_timeout``: how often a function that can checkpoint goes on after its time limit. ``python``: as
+        """``max_num_timeout``: how often a function that can checkpoint continues after its time limit. ``python``: as
         the option of elastic-sbatch.
         """
         super().__init__(folder)
@@ -170,7 +170,7 @@ class ElasticLocalExecutor(ElasticExecutor):
 
         rundir = RunDir.new(self._runs, "local")
         launch = replace(spec.launch, grow=False)
-        count = launch.nodes.max + launch.spares
+        count = launch.most_nodes
         options = [f"{flag}={value}" for flag, value in launch.options()]
         options = [f"--local={count}", f"--run-dir={rundir.path}", *options, "--module"]
         srun = module_command(sys.executable, "elastic_hpc.cli.srun", *options)

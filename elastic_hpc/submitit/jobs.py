@@ -86,7 +86,7 @@ class ElasticJob(core.Job[core.R]):
             return final, True
         state = self.watcher.get_state(self._job.slurm_id, mode)
         if state != "UNKNOWN" and self.watcher.is_done(self._job.slurm_id, "cache"):
-            status = self._job.status()  # another job may go on in its place
+            status = self._job.status()  # another job may continue in its place
             return status.state, status.done
         return state, False
 

@@ -10,6 +10,7 @@ from submitit.auto.auto import AutoExecutor
 from submitit.slurm.slurm import SlurmExecutor
 
 from elastic_hpc.errors import UsageError
+from elastic_hpc.options.of_joiners import JOINERS
 from elastic_hpc.options.sbatch import SBATCH
 from elastic_hpc.options.table import ELASTIC
 from elastic_hpc.options.torchrun import OPTIONS
@@ -30,7 +31,9 @@ _REFUSED = {
     "teardown": "the batch script may be lost with its node; let the function clean up",
     "log_dir": "the run directories are in the executor's folder",
 }
-_OPTIONS = frozenset(name.replace("-", "_") for name in (*ELASTIC, *SBATCH, *(option.name for option in OPTIONS)))
+_OPTIONS = frozenset(
+    name.replace("-", "_") for name in (*ELASTIC, *SBATCH, *JOINERS, *(option.name for option in OPTIONS))
+)
 _KNOWN = _OPTIONS | SlurmExecutor._valid_parameters() | AutoExecutor._valid_parameters()
 
 

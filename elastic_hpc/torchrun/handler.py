@@ -231,7 +231,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
         # the exit code does not tell whether this failure is the echo of another rank's death
         collateral = cause.kind == "exit"
         node, now = self._parts.env.name, time.time()
-        failure = Failure(cause.kind, node, rank, local, code or 1, message, now, collateral=collateral)
+        failure = Failure(cause.kind, node, rank, local, code or 1, message, now, "", collateral, cause.known)
         self._control.report("failed", round, failure)
         return True
 
@@ -248,7 +248,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
         try:
             while not (stop := self._control.must_stop(self.round)):
                 select.select([self._control.wake_fd], [], [], 1.0)
-            log.info("this node's workers have finished, and it leaves the job, which goes on: %s", stop)
+            log.info("this node's workers have finished; the node leaves the job, which continues: %s", stop)
         except JobEnded as over:
             if over.outcome != "finished":
                 log.info("%s: %s", over.outcome, over.reason)

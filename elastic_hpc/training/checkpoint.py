@@ -26,7 +26,7 @@ class CheckpointError(ElasticError):
 
 class CheckpointReader:
     """The complete checkpoints in ``folder``, which all ranks must share, for a job that saves none there: an
-    evaluation, or a training that begins with the weights of another. Touches nothing, so a training may go on there.
+    evaluation, or a training that begins with the weights of another. Touches nothing: a training may continue there.
 
     All ranks make the same calls in the same order, as for a collective.
     """
@@ -64,7 +64,7 @@ class CheckpointReader:
             if tried <= set(found):  # none was pruned
                 break
         if failure:
-            raise CheckpointError(f"{failure}; nor any later one: mend the loader, or start anew in another folder")
+            raise CheckpointError(f"{failure}; nor any later one: fix the loader, or start again in another folder")
         return None
 
     def _look(self, name: str) -> None:
@@ -104,7 +104,7 @@ class Checkpoints(CheckpointReader):
         One rank may write, or all, as with ``torch.distributed.checkpoint``. Rank 0 syncs the files that it finds in
         the folder; other ranks must sync their own files, as ``torch.distributed.checkpoint`` does. If any rank leaves
         with an exception, or the commit fails, nothing is committed and all ranks raise CheckpointError; training may
-        go on without this checkpoint. Saving a step again replaces its checkpoint.
+        continue without this checkpoint. Saving a step again replaces its checkpoint.
         """
         if step < 0:
             raise UsageError(f"save({step}): expected the number of steps done, at least 0")
@@ -141,13 +141,24 @@ def control_group() -> tuple[Any, Any] | None:
     dist = _distributed()
     if dist is None or dist.get_world_size() == 1:
         return None
+    if dist.group.WORLD in _share_their_group:
+        return dist, dist.group.WORLD
     group = _groups.get(dist.group.WORLD)
     if group is None:
         group = _groups[dist.group.WORLD] = dist.new_group(backend="gloo")
     return dist, group
 
 
+def use_default_group() -> None:
+    """From now on the default group is the control group too: its members change, which no other group can follow. It
+    must have gloo for tensors on CPUs.
+    """
+    dist = _distributed()
+    _share_their_group.add(dist.group.WORLD)
+
+
 _groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_share_their_group: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _distributed() -> Any:

@@ -12,8 +12,8 @@ An owner always takes the folder over from earlier rounds of its own job, which 
 over from another job when that job has ended (``fences.living``). That check is a courtesy, and may be wrong about a
 frozen node. The fence alone ensures that no two owners save.
 
-A worker may sleep at any place for any time and then go on, hence the order. To open: set up the own fence, remove the
-fences of the others, list, see that the own fence stands, rename what was listed of the others' ``.tmp`` and
+A worker may sleep at any place for any time and then continue, hence the order. To open: set up the own fence, remove
+the fences of the others, list, see that the own fence stands, rename what was listed of the others' ``.tmp`` and
 ``.pruned`` away, and only then list the checkpoints. To write: make the ``.tmp``, fill it, and only then look for the
 own fence and rename. A late writer's ``.tmp`` either was there to be renamed away, and then its commit came before the
 listing or fails; or was made later, when its fence was gone already. Complete checkpoints are never replaced, and

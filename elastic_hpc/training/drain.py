@@ -13,7 +13,8 @@ import threading
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.training.checkpoint import control_group
-from elastic_hpc.training.progress import ProgressFile, meeting_folder, own_progress_file
+from elastic_hpc.training.departures import own_question
+from elastic_hpc.training.progress import ProgressFile, forget_round, meeting_folder, own_progress_file
 
 DRAIN_FILE = "drain"
 
@@ -41,6 +42,15 @@ def own_drain() -> Drain:
     return Drain(meeting_folder(), own_progress_file())
 
 
+def enter_round() -> None:
+    """A worker that is kept enters another round. A SIGTERM that it has received still counts."""
+    terminated = own_drain().terminated
+    forget_round()
+    own_drain.cache_clear()
+    own_question.cache_clear()
+    own_drain().terminated = terminated
+
+
 class Drain:
     """One worker's part in a drain; ``folder`` is where it meets its agent, None if there is no agent."""
 
@@ -50,38 +60,54 @@ class Drain:
         self._calls = 0
         self._with_agents = True
         """Whether any rank has an agent; True until the ranks have exchanged this."""
-        self._terminated = False
+        self.terminated = False
+        """Whether SIGTERM has come."""
         self._agreed = False
         """Whether all ranks have answered True together; before ``init_process_group`` a rank answers alone."""
 
     def requested(self, every: int) -> bool:
         """See ``drain_requested``."""
-        self._calls += 1
-        if self._calls == 1:
-            self.progress.listen()
-            self._heed_sigterm()
+        self._begin()
         if self._agreed:
             return True
         control = control_group() if self._with_agents else None
         if self._calls % every:
             return self.progress.drained and control is None
-        answer = self.progress.drained or self._terminated or self.is_told
+        return self.ask()[0]
+
+    def ask(self, number: int = 0) -> tuple[bool, int]:
+        """Whether to save and stop now, asked of all ranks; and the largest ``number`` that a rank has given. Without
+        any agent no rank is asked.
+        """
+        if not self._calls:
+            self._begin()
+        control = control_group() if self._with_agents else None
+        answer = self.progress.drained or self.terminated or self.is_told
         if control:
             dist, group = control
-            flags = sys.modules["torch"].tensor([int(answer), int(self._file is not None)])
+            own = [int(answer), int(self._file is not None), number]
+            # for each rank to send and receive, see reform.py; the script may have set another default device
+            flags = sys.modules["torch"].tensor(own * dist.get_world_size(group), device="cpu")
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
-            answer, self._with_agents = map(bool, flags.tolist())
+            told, with_agents, number = flags[:3].tolist()
+            answer, self._with_agents = bool(told), bool(with_agents)
             self._agreed = answer
         if answer and not self.progress.drained:
             self.progress.mark_drained()
-        return answer
+        return answer, number
+
+    def _begin(self) -> None:
+        self._calls += 1
+        if self._calls == 1:
+            self.progress.listen()
+            self._handle_sigterm()
 
     @property
     def is_told(self) -> bool:
         return self._file is not None and os.path.exists(self._file)
 
-    def _heed_sigterm(self) -> None:
-        """Take SIGTERM for a drain: Slurm sends it to workers too, at a preemption and at scancel. Leaves a handler of
+    def _handle_sigterm(self) -> None:
+        """Treat SIGTERM as a drain: Slurm sends it to workers too, at a preemption and at scancel. Leaves a handler of
         the script in place, and forked processes as they would be.
         """
         if self._file is None or threading.current_thread() is not threading.main_thread():
@@ -90,7 +116,7 @@ class Drain:
             return
 
         def on_sigterm(_signum: int, _frame: object) -> None:
-            self._terminated = True
+            own_drain().terminated = True  # that of the present round
 
         def in_child() -> None:
             if signal.getsignal(signal.SIGTERM) is on_sigterm:

@@ -23,6 +23,7 @@ STEP_LOG = "ELASTIC_HPC_STEP_LOG"
 PROGRESS_FILE = "progress.{local_rank}"
 _RECORD = struct.Struct("<qqqddd")  # step, flags, first step, loss, when the first step was reported, when the last
 _DRAINED, _LISTENS = 1, 2
+_not_in_place: str | None = None
 
 
 class Progress(NamedTuple):
@@ -62,7 +63,8 @@ def report_progress(step: int, loss: float | None = None) -> None:
     if (log := _step_log()) is not None:
         line = {"time": time.time(), "step": operator.index(step), "loss": None if loss is None else float(loss)}
         with contextlib.suppress(OSError):
-            os.write(log, (json.dumps({**line, **_world_of_launcher()}) + "\n").encode())
+            how = {"listens": own_progress_file().listens, "not_in_place": _not_in_place}
+            os.write(log, (json.dumps({**line, **how, **_world_of_launcher()}) + "\n").encode())
 
 
 def meeting_folder() -> str | None:
@@ -85,6 +87,21 @@ def mark_drained() -> None:
     own_progress_file().mark_drained()
 
 
+def note_in_place(why_not: str) -> None:
+    """For the step log: this worker has called ``live``, and can continue in place unless there is a ``why_not``."""
+    global _not_in_place  # noqa: PLW0603 - of the process, as the step log is
+    _not_in_place = why_not
+
+
+def forget_round() -> None:
+    """A worker that is kept enters another round: the folder, the rank and the step log are others."""
+    own_progress_file().close()
+    own_progress_file.cache_clear()
+    if (log := _step_log()) is not None:
+        os.close(log)
+    _step_log.cache_clear()
+
+
 class ProgressFile:
     """The file by which a worker tells its agent how far it is; without ``folder`` there is no agent, and no file."""
 
@@ -94,8 +111,7 @@ class ProgressFile:
         self._step = self._first = -1
         self._loss = math.nan
         self._first_at = self._step_at = 0.0
-        self._listens = False
-        self.drained = False
+        self.listens = self.drained = False
 
     def step(self, step: int, loss: float = math.nan) -> None:
         """See ``report_progress``."""
@@ -104,13 +120,25 @@ class ProgressFile:
             self._first, self._first_at = step, self._step_at
         self._write()
 
+    @property
+    def reported(self) -> int:
+        """The step that was reported last; -1 for none."""
+        return self._step
+
     def listen(self) -> None:
-        self._listens = True
+        self.listens = True
         self._write()
 
     def mark_drained(self) -> None:
         self.drained = True
         self._write()
+
+    def close(self) -> None:
+        """The round is over: nothing more is reported."""
+        self._path = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _write(self) -> None:
         if self._path is None:
@@ -118,7 +146,7 @@ class ProgressFile:
         with contextlib.suppress(OSError):
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            flags = _DRAINED * self.drained | _LISTENS * self._listens
+            flags = _DRAINED * self.drained | _LISTENS * self.listens
             record = self._step, flags, self._first, self._loss, self._first_at, self._step_at
             os.pwrite(self._descriptor, _RECORD.pack(*record), 0)
 

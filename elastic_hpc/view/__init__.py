@@ -3,7 +3,9 @@
 Start with ``story`` (the runs, rounds and faults of a job) and ``job.JobView`` (a job at one moment), which all views
 show.
 
-* ``story_builder``: events -> story. ``account``: where the time of the nodes went. ``state``: which state a job is in.
+* ``story_builder``: events -> story. ``account``: where the time of the nodes went. ``brought``: what
+  growth has won and lost. ``state``: which state a job is in.
 * ``status``: table and card. ``why``: the page of ``elastic-hpc why``. ``metrics``: for Prometheus.
+* ``scaling``: how fast on how many nodes. ``plan``: the table of ``elastic-hpc plan``.
 * ``timeline``, ``picture``: the page and image of ``elastic-hpc timeline``. ``times``: moments and durations as text.
 """

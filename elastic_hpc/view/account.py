@@ -1,24 +1,26 @@
 """Where the time of a job's nodes went. Pure.
 
 The time of the job's own nodes runs from Slurm's grant to the end of each run, also for a node that was lost, which
-stays allocated. The time of a node that a job of its own brought runs from the start of its agent to the agent's end.
+stays allocated; for a node that is given back, until then. The time of a node that a job of its own brought runs from
+the start of its agent to the agent's end.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from elastic_hpc.view.story import Round, Run, Story
+from elastic_hpc.view.story import JoinedNode, Round, Run, Story
 
 Kind = Literal["kept", "repeated", "unreported", "start", "workers", "stopping", "forming", "idle", "queue"]
 
 MEANINGS: dict[Kind, str] = {
     "kept": "steps that were kept",
-    "repeated": "steps that were done again",
-    "unreported": "training, whose steps were not reported",
+    "repeated": "steps that were repeated",
+    "unreported": "training whose steps the script did not report",
     "start": "start of a run, up to its first world",
     "workers": "start of the workers, up to their first step",
     "stopping": "from the last step to the end of the round: noticing, saving",
@@ -74,12 +76,13 @@ def account(story: Story, now: float | None = None) -> Account:
     spent: Counter[Kind] = Counter()
     first = min((r.first_at for r in story.rounds if r.first is not None), default=float("inf"))
     lost = queued = ran = 0.0
+    joined = _Joined(story.joiners)
     for phase in phases(story, now):
         if phase.kind == "queue":
             queued += phase.seconds
             continue
         ran += phase.seconds
-        allocated = _allocated(story, phase)
+        allocated = _own(phase) + joined.until(phase.end) - joined.until(phase.start)
         training = len(phase.round.nodes) * phase.seconds if phase.round else allocated
         spent[phase.kind] += training  # type: ignore[assignment]  # Counter takes floats
         spent["idle"] += max(0.0, allocated - training)  # type: ignore[assignment]
@@ -93,6 +96,9 @@ def phases(story: Story, now: float | None = None) -> list[Phase]:
     until = max(now or 0.0, story.last_time)
     found: list[Phase] = []
     before: float | None = None
+    rounds: dict[int, list[Round]] = defaultdict(list)
+    for round in story.rounds:
+        rounds[round.run].append(round)
     for number, run in enumerate(story.runs):
         begin = min(run.started or run.began, run.began)
         queued = run.submitted if before is None else before
@@ -100,13 +106,13 @@ def phases(story: Story, now: float | None = None) -> list[Phase]:
             found.append(Phase("queue", min(queued, begin), begin, run))
         following = story.runs[number + 1].began if number + 1 < len(story.runs) else until
         before = run.ended if run.ended is not None else following
-        found.extend(_of_run(story, run, begin, before))
+        found.extend(_of_run(story, run, rounds[run.number], begin, before))
     return [phase for phase in found if phase.seconds > 0]
 
 
-def _of_run(story: Story, run: Run, begin: float, end: float) -> Iterator[Phase]:
+def _of_run(story: Story, run: Run, rounds: Sequence[Round], begin: float, end: float) -> Iterator[Phase]:
     kind: Kind = "start"
-    for round in (round for round in story.rounds if round.run == run.number):
+    for round in rounds:
         formed = max(begin, round.formed)
         yield Phase(kind, begin, formed, run)
         begin = end if round.ended is None else max(formed, round.ended)
@@ -117,8 +123,7 @@ def _of_run(story: Story, run: Run, begin: float, end: float) -> Iterator[Phase]
 
 def _of_round(story: Story, run: Run, round: Round, begin: float, end: float) -> Iterator[Phase]:
     if round.first is None:
-        reports = any(other.first is not None for other in story.rounds)
-        yield Phase("workers" if reports else "unreported", begin, end, run, round)
+        yield Phase("workers" if story.reports else "unreported", begin, end, run, round)
         return
     first_at = min(max(begin, round.first_at), end)
     last_at = end if round.ended is None else min(max(first_at, round.last_at), end)
@@ -130,11 +135,34 @@ def _of_round(story: Story, run: Run, round: Round, begin: float, end: float) ->
     yield Phase("stopping", last_at, end, run, round)
 
 
-def _allocated(story: Story, phase: Phase) -> float:
-    """Node-seconds that the job had in ``phase``."""
-    own = phase.run.granted * phase.seconds
-    joined = sum(
-        max(0.0, min(phase.end, phase.end if node.left is None else node.left) - max(phase.start, node.joined))
-        for node in story.joiners
-    )
-    return own + joined
+def _own(phase: Phase) -> float:
+    """Node-seconds of the job's own nodes in ``phase``."""
+    gone = sum(max(0.0, phase.end - max(phase.start, when)) for when in phase.run.given_back)
+    return phase.run.granted * phase.seconds - gone
+
+
+class _Joined:
+    """The time of the nodes that jobs of their own brought."""
+
+    def __init__(self, joiners: Iterable[JoinedNode]) -> None:
+        changes: Counter[float] = Counter()
+        for node in joiners:
+            changes[node.joined] += 1
+            if node.left is not None:
+                changes[max(node.joined, node.left)] -= 1
+        self._times = sorted(changes)
+        self._spent: list[tuple[float, int]] = []
+        """At each of these times: the node-seconds before it, and the nodes from then on."""
+        spent, nodes, before = 0.0, 0, 0.0
+        for when in self._times:
+            spent += nodes * (when - before)
+            nodes, before = nodes + changes[when], when
+            self._spent.append((spent, nodes))
+
+    def until(self, when: float) -> float:
+        """Node-seconds before ``when``."""
+        at = bisect_right(self._times, when) - 1
+        if at < 0:
+            return 0.0
+        spent, nodes = self._spent[at]
+        return spent + nodes * (when - self._times[at])

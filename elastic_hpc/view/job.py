@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_hpc.slurm.states import LIVES
+from elastic_hpc.slurm.states import LIVES, WAITS
 from elastic_hpc.view.account import Kind, account
+from elastic_hpc.view.brought import brought
+from elastic_hpc.view.scaling import efficiency, speeds
 from elastic_hpc.view.state import Observed, last_reason, state_of
 from elastic_hpc.view.story import Story
 
@@ -23,6 +25,8 @@ class JobView:
 
     id: str
     """What Slurm calls it, or the name of its run directory where there is no Slurm."""
+    slurm_id: str
+    """``id``, or the id of the Slurm job that goes on in its place, for example because it was resumed."""
     run_dir: str
     script: str
     """Empty if the job has not started yet."""
@@ -42,12 +46,16 @@ class JobView:
     and so on."""
     nodes: tuple[str, ...]
     """The nodes of the world that trains, or that trained last if the job does not run, in rank order."""
+    missing: Mapping[str, str]
+    """Why nodes of the last run take no part, by name: they were lost, never came, or may not."""
     min_nodes: int | None
     max_nodes: int | None
     joiners: int
     """Nodes that jobs of their own have brought."""
     world_size: int
     """Workers of that world; 0 without one."""
+    workers_kept: int
+    """Those of them that kept their process from the round before, in place."""
     leader: str
     """Name of the leader's node, empty for unknown."""
     round: int
@@ -63,7 +71,13 @@ class JobView:
     """Last step that was reported."""
     steps_per_second: float | None
     """Speed of the last steps; null while the job does not train."""
+    speeds: Mapping[int, float]
+    """Steps per second by the number of nodes, over all rounds of that size."""
+    efficiency: Mapping[int, float]
+    """The speed per node, as a share of that on the fewest nodes, by the number of nodes."""
     loss: float | None
+    starts_in: float | None
+    """Of a job that waits: time until Slurm expects it to start; null if Slurm has no estimate."""
     queued: float
     """Time in the queue."""
     running: float
@@ -79,6 +93,12 @@ class JobView:
     """Time since the last sign of a leader."""
     node_seconds: Mapping[Kind, float]
     """The nodes' time, by what it was spent on; see ``account.MEANINGS``."""
+    hang_timeout: float | None
+    """Time without a sign of life after which the workers hang; null for never, or if the job has not shown it yet."""
+    hang_timeout_reason: str
+    """Whence that comes; empty without it."""
+    growth: Mapping[str, Any]
+    """What growth has won and lost, see ``brought.Brought``; empty if no job of its own has brought a node."""
     last_restart: str
     """Why the last restart was charged; empty if no restart was charged."""
     damaged: int
@@ -106,8 +126,11 @@ def view(job: Observed, story: Story, now: float) -> JobView:
     charged = next((round for round in reversed(story.rounds) if round.charged), None)
     limit = (job.queued.ends if job.queued else None) or (story.runs[-1].ends if story.runs else None)
     limits = story.limits
+    known = speeds(story)
+    starts = job.queued.starts if job.queued and state in WAITS else None
     return JobView(
         id=job.id,
+        slurm_id=job.slurm_id,
         run_dir=job.run_dir,
         script=job.script,
         state=state,
@@ -117,10 +140,12 @@ def view(job: Observed, story: Story, now: float) -> JobView:
         advice=advice,
         failure=job.verdict["failure"] if job.final and job.verdict and job.final != "COMPLETED" else None,
         nodes=world.nodes if world else (),
+        missing=story.missing,
         min_nodes=limits.get("min_nodes"),
         max_nodes=limits.get("max_nodes"),
         joiners=sum(joiner.left is None for joiner in story.joiners) if has_nodes else 0,
         world_size=world.world_size if world else 0,
+        workers_kept=world.workers_kept if world else 0,
         leader=world.leader if world else "",
         round=last.number if last else 0,
         runs=len(story.runs),
@@ -130,7 +155,10 @@ def view(job: Observed, story: Story, now: float) -> JobView:
         max_requeues=limits.get("max_requeues"),
         step=next((round.last for round in reversed(story.rounds) if round.last is not None), None),
         steps_per_second=story.steps_per_second if has_nodes and story.current else None,
+        speeds=known,
+        efficiency=efficiency(known),
         loss=next((round.loss for round in reversed(story.rounds) if round.loss is not None), None),
+        starts_in=max(0.0, starts - now) if starts else None,
         queued=spent.queued,
         running=spent.ran,
         time_left=max(0.0, limit - now) if limit and has_nodes else None,
@@ -138,6 +166,9 @@ def view(job: Observed, story: Story, now: float) -> JobView:
         repeated_steps=spent.repeated_steps,
         goodput=spent.goodput,
         node_seconds=spent.node_seconds,
+        growth=vars(brought(story, now if has_nodes else None)) if story.joiners else {},
+        hang_timeout=story.hang_timeout,
+        hang_timeout_reason=story.hang_timeout_reason,
         silent=job.silent if not job.final else None,
         last_restart=charged.cause if charged else "",
         damaged=story.damaged,

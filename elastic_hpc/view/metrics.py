@@ -20,13 +20,14 @@ GAUGES = {
     "goodput_ratio": "Share of the nodes' time that produced training steps which were kept.",
     "time_left_seconds": "Until the time limit.",
     "leader_silent_seconds": "Since the last sign of a leader.",
+    "hang_timeout_seconds": "Silence of the workers after which they are declared hung.",
 }
 COUNTERS = {
     "runs": "Starts of the job.",
     "rounds": "Worlds that were formed.",
     "restarts": "Restarts of the workers that were charged.",
     "requeues": "Requeues that were charged.",
-    "repeated_steps": "Training steps that were done again after a restart.",
+    "repeated_steps": "Training steps that were repeated after a restart.",
     "queued_seconds": "Spent in the queue.",
     "running_seconds": "With nodes.",
     "lost_seconds": "Since the first training step, without one that was kept.",
@@ -79,6 +80,7 @@ def _gauge(view: JobView, name: str) -> float | None:
     if name == "workers":
         return view.world_size if view.state == "RUNNING" else 0
     field = {"goodput_ratio": "goodput", "time_left_seconds": "time_left", "leader_silent_seconds": "silent"}
+    field["hang_timeout_seconds"] = "hang_timeout"
     value: float | None = getattr(view, field.get(name, name))
     return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from markupsafe import escape
 
@@ -161,14 +161,16 @@ def _allocation(story: Story, shown: Sequence[Phase]) -> list[tuple[float, int]]
 def _marks(story: Story, time: _Scale, top: int, base: int) -> Iterator[str]:
     """What ended the rounds: a line each, with a label if there is room for it."""
     free = [float("-inf")] * 3
-    for round in story.rounds:
+    for round, following in zip_longest(story.rounds, story.rounds[1:]):
         if round.ended is None:
             continue
         when = round.broken or round.ended
         x, kind = time(when), "fault" if round.faults else "done" if round.cause == FINISHED else "change"
         label = _label(round)
+        title = f"end of round {round.number}: {round.cause}"
+        title += f"; the next one {following.in_place}" if following and following.in_place else ""
         yield (
-            f'<g class="{kind}"><title>{escape(f"end of round {round.number}: {round.cause}")}</title>'
+            f'<g class="{kind}"><title>{escape(title)}</title>'
             f'<line x1="{x}" x2="{x}" y1="{top - 6}" y2="{base}"/><circle cx="{x}" cy="{top - 6}" r="3.5"/></g>'
         )
         width = 6.6 * len(label) + 8
@@ -193,7 +195,7 @@ def _progress(story: Story, _shown: Sequence[Phase], time: _Scale, top: int) -> 
     height, head = 140, 28
     base = top + head + height
     value = _Scale(0, max(steps), base, top + head)
-    parts = [_text(_LEFT, top + 16, "steps", "title"), _text(_LEFT + 50, top + 16, "orange: done again later", "small")]
+    parts = [_text(_LEFT, top + 16, "steps", "title"), _text(_LEFT + 50, top + 16, "orange: repeated later", "small")]
     parts.extend(_time_axis(time, base, top + head))
     parts.extend(_value_axis(value, _even(0, max(steps), 4), ".0f"))
     for round in story.rounds:

@@ -31,7 +31,7 @@ class Observed:
 
     id: str
     slurm_id: str
-    """``id``, or the id of the job that goes on in its place."""
+    """``id``, or the id of the job that continues in its place."""
     run_dir: str
     script: str
     """Empty if the job has not started yet."""
@@ -39,6 +39,8 @@ class Observed:
     """How the last run ended, by the record."""
     leader_run: int = 0
     """The last run that had a leader."""
+    resumed: bool = False
+    """Whether another Slurm job, ``slurm_id``, is to continue after that run, and no agent has led that job yet."""
     launcher_runs: bool | None = None
     """Whether the job's launcher on this machine runs; None for a job of Slurm."""
     queued: Queued | None = None
@@ -50,8 +52,8 @@ class Observed:
     ended: SlurmJob | None = None
     """What Slurm says about a job that ended before an agent led it; None if it was not asked."""
     recorded_end: str = ""
-    """Slurm's word for the end of a job of ``elastic-sbatch``; empty if the job is not over, if Slurm does not know it
-    any more, or was not asked.
+    """Slurm's word for the end of a job of ``elastic-sbatch``, or for its state if it is over by its record only; empty
+    if Slurm does not know the job any more, or was not asked.
     """
     missing_folder: str = ""
     """A folder into which the batch script should write, and which does not exist."""
@@ -60,6 +62,8 @@ class Observed:
     def final(self) -> str | None:
         """Slurm's word for the end of the job, by the record; None if the record has no end."""
         if self.verdict is None or self.verdict["outcome"] == "requeue" or self.leader_run > self.verdict["run"]:
+            return None
+        if self.resumed:
             return None
         failed = "CANCELLED" if self.verdict["cause"] == "user" else "FAILED"
         return "COMPLETED" if self.verdict["outcome"] == "finished" else failed
@@ -87,11 +91,11 @@ def state_of(job: Observed, story: Story) -> State:
     if queued is None:
         return _forgotten(job, story, reason)
     if queued.state in WAITS:
-        note = queued.reason + (f"; it was requeued: {reason}" if reason else "")
+        note = queued.reason + _since(job, reason)
         return State(queued.state, note, _to_start(job, queued.reason))
     if queued.state in LIVES:
         return State(queued.state, _LIVING.get(queued.state, "") or _leadership(job, story))
-    if not story.runs:
+    if not story.runs or job.resumed:
         return _never_led(job, queued)
     note = f"Slurm ended it; before, it was requeued: {reason}" if reason else "Slurm ended it, its record has no end"
     return State(queued.state, note)
@@ -109,8 +113,13 @@ _RECORDED = {
 
 
 def _disagreement(job: Observed) -> str:
-    """What Slurm has recorded if that is a failure where the training finished, or the reverse; else empty."""
+    """What Slurm has recorded if that is a failure where the training finished, or the reverse, or that the job is not
+    over for Slurm; else empty.
+    """
     finished, recorded = job.final == "COMPLETED", job.recorded_end
+    if recorded in LIVES:
+        ends = "it starts once more, and ends at once" if recorded in WAITS else "its batch script has not ended"
+        return f"Slurm still says {recorded}: {_LIVING.get(recorded, ends)}"
     if not recorded or finished == (recorded == "COMPLETED"):
         return ""
     if not finished:
@@ -121,8 +130,15 @@ def _disagreement(job: Observed) -> str:
     why = f", {_RECORDED[recorded]}" if recorded in _RECORDED else ""
     return (
         f"the training finished, but Slurm recorded {recorded}{why}: jobs that wait for this one with "
-        "--dependency=afterok never start; submit them again, they need to wait no more"
+        "--dependency=afterok never start; submit them again, without the dependency"
     )
+
+
+def _since(job: Observed, reason: str) -> str:
+    """Why a job waits that has run before; empty for another job."""
+    if job.resumed and not (job.verdict and job.verdict["outcome"] == "requeue"):
+        return f"; it was resumed as Slurm job {job.slurm_id}" + (f", and had ended before: {reason}" if reason else "")
+    return f"; it was requeued: {reason}" if reason else ""
 
 
 def last_reason(job: Observed, story: Story) -> str:
@@ -145,15 +161,17 @@ def _leadership(job: Observed, story: Story) -> str:
 
 def _forgotten(job: Observed, story: Story, reason: str) -> State:
     """Slurm's controller does not know the job, whose record has no end."""
-    if job.recorded_end:
+    if job.recorded_end and job.recorded_end not in LIVES:
         before = f"; before, it was requeued: {reason}" if reason else ""
         return State(job.recorded_end, f"so says Slurm's accounting; its record has no end{before}")
-    if not story.runs:
-        note = "Slurm does not know it, and no agent has led it: it was cancelled, it failed, or is another cluster's"
+    if job.resumed:
+        note = f"it was to continue as Slurm job {job.slurm_id}, which Slurm no longer knows"
+    elif not story.runs:
+        note = "Slurm does not know it, and no agent has led it: it was cancelled, it failed, or another cluster has it"
     elif story.runs[-1].outcome == "requeue":
-        note = f"it was requeued ({reason}), and Slurm does not know it any more: it was cancelled there"
+        note = f"it was requeued ({reason}), and Slurm no longer knows it: it was cancelled there"
     else:
-        note = "Slurm does not know it any more, and its record has no end: it was cut off"
+        note = "Slurm no longer knows it, and its record has no end: it was cut off"
     return State("UNKNOWN", note, (f"see what Slurm's accounting says, if the site has it: sacct -j {job.slurm_id}",))
 
 
@@ -162,7 +180,7 @@ def _to_start(job: Observed, reason: str) -> tuple[str, ...]:
     if reason == "DependencyNeverSatisfied":
         return (f"it will never start: elastic-hpc stop {job.id}, and submit it again with another --dependency",)
     if "held" in reason.lower():
-        who = "ask your administrator, or" if reason == "JobHeldAdmin" else "let it go, when its cause is mended:"
+        who = "ask your administrator, or" if reason == "JobHeldAdmin" else "release the job when the cause is fixed:"
         return (f"{who} scontrol release {job.slurm_id}",)
     return ()
 
@@ -182,7 +200,7 @@ def _never_led(job: Observed, queued: Queued) -> State:
         return State(word, note, (f"make it, then submit again: mkdir -p {shlex.quote(job.missing_folder)}",))
     if ended.reason == "JobLaunchFailure":
         note = f"its batch script never ran: {ended.batch_host} could not start it {cause}"
-        advice = f"submit it again with --exclude {ended.batch_host}, and tell your administrator of that node"
+        advice = f"submit the job again with --exclude {ended.batch_host}, and report that node to your administrator"
         return State(word, note, (advice,))
     return State(
         word, f"it ended before an agent led it {cause}", (f"see what its batch script wrote: {ended.output}",)

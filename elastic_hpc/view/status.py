@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from elastic_hpc.slurm.states import WAITS
 from elastic_hpc.view.job import JobView
 from elastic_hpc.view.times import span
 
@@ -49,7 +50,7 @@ def table(views: Sequence[JobView], width: int = 120) -> RenderableType:
     for row in zip(*filter(None, columns.values()), strict=True):
         table.add_row(row[0], *(Text(cell, STYLES.get(cell, "")) for cell in row[1:]))
     notes = [
-        Text.assemble((view.id, "bold"), f" {view.note.splitlines()[0]}")
+        Text.assemble((view.id, "bold"), f" {view.note.splitlines()[0]}", _starts(view) and f"; starts {_starts(view)}")
         for view in views
         if view.note and view.state != "COMPLETED"
     ]
@@ -73,6 +74,22 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
+def _starts(view: JobView) -> str:
+    return "" if view.starts_in is None else f"in {span(view.starts_in)}, as Slurm estimates"
+
+
+def _speeds(view: JobView) -> str:
+    """The speeds and the scaling efficiency, if there are two sizes to compare."""
+    if len(view.speeds) < 2:
+        return ""
+    least = min(view.speeds)
+    return ", ".join(
+        f"{nodes} node{'s' * (nodes > 1)} {speed:.2f} steps/s"
+        + (f" (efficiency {view.efficiency[nodes]:.0%})" if nodes > least else "")
+        for nodes, speed in view.speeds.items()
+    )
+
+
 def first_nodes(nodes: Sequence[str]) -> str:
     return " ".join(nodes[:16]) + (" ..." if len(nodes) > 16 else "")
 
@@ -90,12 +107,17 @@ def card(view: JobView) -> RenderableType:
             rows.add_row(name, Text(shown))
 
     row("", view.note)
+    row("in Slurm", view.slurm_id if view.slurm_id != view.id and view.slurm_id[:1].isdecimal() else "")
+    if view.state in WAITS:
+        row("starts", _starts(view) or "unknown: Slurm has no estimate yet")
     joined = f"{view.joiners} by jobs of their own" if view.joiners else ""
     row("nodes", _nodes(view), first_nodes(view.nodes), joined)
+    row("missing", *(f"{node}: {why}" for node, why in [*view.missing.items()][:4]), "..." * (len(view.missing) > 4))
     row(
         "workers",
         str(view.world_size) if view.world_size else "",
         f"round {view.round}",
+        f"{view.workers_kept} in place, with the process of the round before" * bool(view.workers_kept),
         f"leader {view.leader}" * bool(view.leader),
     )
     row("restarts", _of(view.restarts, view.max_restarts), f"last: {view.last_restart}" if view.last_restart else "")
@@ -107,6 +129,7 @@ def card(view: JobView) -> RenderableType:
         speed,
         "" if view.loss is None else f"loss {view.loss:.4g}",
     )
+    row("speed", _speeds(view))
     left = "" if view.time_left is None else f"{span(view.time_left)} left"
     row(
         "time",
@@ -117,10 +140,12 @@ def card(view: JobView) -> RenderableType:
     repeated = f"{view.repeated_steps} steps repeated" if view.repeated_steps else ""
     row(
         "lost",
-        span(view.lost) if view.lost else "nothing",
+        span(view.lost) if view.lost else "no time",
         repeated,
         f"goodput {_percent(view.goodput)}" * (view.goodput is not None),
     )
+    if view.hang_timeout is not None and not view.over:
+        row("hung after", f"{span(view.hang_timeout)} without a sign of life: {view.hang_timeout_reason}")
     row("record", view.run_dir, f"{view.damaged} entries could not be understood" if view.damaged else "")
     return Group(head, rows)
 

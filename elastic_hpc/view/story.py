@@ -22,6 +22,8 @@ class Fault:
     message: str
     rank: int | None = None
     traceback: str = ""
+    known: str = ""
+    """Its name in the table of causes."""
 
     def __str__(self) -> str:
         return (
@@ -54,6 +56,8 @@ class Round:
     gap: float | None
     """Seconds from ``broken`` of the round before, or from the start of the run, to ``formed``."""
     leader: str = ""
+    workers_kept: int = 0
+    """Workers that kept their process from the round before, in place."""
     broken: float | None = None
     """When the cause of the round's end happened, as far as is known: the last contact with a node that was lost."""
     ended: float | None = None
@@ -69,6 +73,13 @@ class Round:
     samples: tuple[Sample, ...] = ()
     faults: tuple[Fault, ...] = ()
     """What went wrong, the cause first, then what was collateral."""
+
+    @property
+    def in_place(self) -> str:
+        """How many workers kept their process; empty if all were restarted."""
+        return f"in place: {self.workers_kept} of {self.world_size} workers kept their process" * bool(
+            self.workers_kept
+        )
 
     @property
     def last(self) -> int | None:
@@ -107,6 +118,8 @@ class Run:
     reason: str = ""
     charged: bool = False
     """Whether its requeue was charged to ``--max-requeues``."""
+    given_back: tuple[float, ...] = ()
+    """When Slurm had nodes of ``granted`` back, a moment for each."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,8 @@ class JoinedNode:
     node: str
     joined: float
     left: float | None = None
+    taken: bool = False
+    """Whether it was preempted, cancelled or lost."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +141,16 @@ class Story:
     rounds: tuple[Round, ...] = ()
     joiners: tuple[JoinedNode, ...] = ()
     barred: tuple[str, ...] = ()
-    """Nodes that got no workers any more, because they failed there again and again."""
+    """Nodes that got no workers any more, because they failed there repeatedly."""
+    apart: tuple[str, ...] = ()
+    """Which nodes did not reach each other, in sentences."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Why nodes of the last run take no part: they were lost, never came, or may not. By name."""
     limits: Mapping[str, Any] = field(default_factory=dict)
     """What the user asked for, with the names of ``policy.Policy``; empty if that is not known."""
+    hang_timeout: float | None = None
+    """After how many seconds without a sign of life the workers hang; None for never, or if that is not known yet."""
+    hang_timeout_reason: str = ""
     restarts: int = 0
     requeues: int = 0
     waiting: str = ""
@@ -145,6 +167,11 @@ class Story:
     def current(self) -> Round | None:
         """The round that runs."""
         return self.rounds[-1] if self.rounds and self.rounds[-1].ended is None else None
+
+    @cached_property
+    def reports(self) -> bool:
+        """Whether the script reports its steps."""
+        return any(round.first is not None for round in self.rounds)
 
     def kept(self, round: Round) -> int:
         """How many steps of ``round`` no later round did again."""
@@ -165,7 +192,7 @@ class Story:
         return found
 
     def repeated(self, round: Round) -> int:
-        """How many steps of ``round`` were done again."""
+        """How many steps of ``round`` were repeated."""
         return (
             round.last - round.first + 1 - self.kept(round) if round.first is not None and round.last is not None else 0
         )

@@ -14,39 +14,66 @@ from elastic_hpc.view.story import Fault, JoinedNode, Round, Run, Sample, Story
 
 def story_of(events: Iterable[Mapping[str, Any]], damaged: int = 0) -> Story:
     """The story of ``events``, oldest first; ``damaged`` lines could not be read."""
-    builder = _StoryBuilder()
-    for event in events:
-        try:
-            builder.on_event(event)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            damaged += 1
-    return replace(builder.story(), damaged=damaged)
+    builder = StoryBuilder()
+    builder.add(events)
+    return builder.story(damaged)
 
 
-class _StoryBuilder:
+_SAMPLES = 1024
+"""Samples of a round, at most twice as many, that are kept: a screen has no room for more."""
+_LAST_SAMPLES = 32
+"""The last samples, of which all are kept: they tell the speed."""
+
+
+GIVEN = "given by --hang-timeout"
+"""Why that timeout of a hang holds."""
+
+
+class StoryBuilder:
     """Takes events, the oldest first: ``_on_NAME`` handles the event ``NAME``."""
 
     def __init__(self) -> None:
+        self._damaged = 0
         self._runs: list[Run] = []
         self._rounds: list[Round] = []
+        self._samples: list[Sample] = []
+        """Of the round that runs."""
         self._joined: dict[str, JoinedNode] = {}
         """The joined nodes that have not left, by name."""
         self._left: list[JoinedNode] = []
         self._barred: dict[str, None] = {}
+        self._apart: dict[str, None] = {}
+        self._missing: dict[str, str] = {}
         self._limits: Mapping[str, Any] = {}
+        self._hang_timeout: tuple[float | None, str] = None, ""
         self._broken: float | None = None
         """When the cause of the last round's end happened, or the run began; None while a round is unbroken."""
         self._waiting = self._not_growing = ""
         self._restarts = self._requeues = 0
         self._last_time = 0.0
 
-    def story(self) -> Story:
+    def add(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """``events`` have happened, after those that were added before."""
+        for event in events:
+            try:
+                self._on_event(event)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                self._damaged += 1
+
+    def story(self, damaged: int = 0) -> Story:
+        """What the events tell so far. ``damaged``: lines that could not be read."""
+        self._change_current(samples=tuple(self._samples))
         return Story(
+            damaged=damaged + self._damaged,
             runs=tuple(self._runs),
             rounds=tuple(self._rounds),
             joiners=(*self._left, *self._joined.values()),
             barred=tuple(self._barred),
+            apart=tuple(self._apart),
+            missing=dict(self._missing),
             limits=self._limits,
+            hang_timeout=self._hang_timeout[0],
+            hang_timeout_reason=self._hang_timeout[1],
             restarts=self._restarts,
             requeues=self._requeues,
             waiting=self._waiting,
@@ -55,7 +82,7 @@ class _StoryBuilder:
             last_time=self._last_time,
         )
 
-    def on_event(self, event: Mapping[str, Any]) -> None:
+    def _on_event(self, event: Mapping[str, Any]) -> None:
         when = float(event["time"])
         handle = getattr(self, f"_on_{event['event']}", None)
         if handle:
@@ -79,10 +106,24 @@ class _StoryBuilder:
             self._runs[-1] = replace(self._runs[-1], ended=self._last_time)
         self._leave(None, when)
         self._runs.append(run)
+        self._missing = {}
         self._broken, self._waiting, self._not_growing = when, "", ""
         self._limits = {
             k: v for k, v in event.items() if k not in {"time", "event", "version", "run", "job", "granted"}
         }
+        given = event.get("hang_timeout") or 0.0
+        self._hang_timeout = (float(given), GIVEN) if given else (None, "")
+
+    def _on_hang_timeout(self, event: Mapping[str, Any], _when: float) -> None:
+        self._hang_timeout = float(event["seconds"]), str(event["reason"])
+
+    def _on_resize(self, event: Mapping[str, Any], _when: float) -> None:
+        self._limits = {**self._limits, **{name: int(event[name]) for name in ("min_nodes", "max_nodes")}}
+
+    def _on_given_back(self, event: Mapping[str, Any], when: float) -> None:
+        if self._runs:
+            given = (*self._runs[-1].given_back, *(when for _ in event["nodes"]))
+            self._runs[-1] = replace(self._runs[-1], given_back=given)
 
     def _on_waiting(self, event: Mapping[str, Any], when: float) -> None:
         self._waiting = str(event["reason"])
@@ -102,26 +143,47 @@ class _StoryBuilder:
 
     def _on_join(self, event: Mapping[str, Any], when: float) -> None:
         self._not_growing = ""
+        self._missing.pop(str(event["node"]), None)
         if event.get("joiner"):
             self._joined.setdefault(str(event["node"]), JoinedNode(str(event["node"]), when))
 
-    def _on_barred(self, event: Mapping[str, Any], _when: float) -> None:
-        self._barred[str(event["node"])] = None
+    def _on_absent(self, event: Mapping[str, Any], _when: float) -> None:
+        self._missing[str(event["node"])] = str(event["reason"])
 
-    def _leave(self, node: str | None, when: float) -> None:
-        """``node`` has left, or all nodes that have joined."""
+    _on_unfit = _on_refused = _on_absent
+
+    def _on_leave(self, event: Mapping[str, Any], when: float) -> None:
+        if event["exclude"]:
+            self._on_absent(event, when)
+
+    def _on_stays(self, event: Mapping[str, Any], _when: float) -> None:
+        self._missing[str(event["node"])] = f"{event['reason']}; it stays: {event['why']}"
+
+    def _on_stay(self, event: Mapping[str, Any], _when: float) -> None:
+        self._missing.pop(str(event["node"]), None)
+
+    def _on_barred(self, event: Mapping[str, Any], when: float) -> None:
+        self._barred[str(event["node"])] = None
+        self._on_absent(event, when)
+
+    def _on_apart(self, event: Mapping[str, Any], _when: float) -> None:
+        self._apart[str(event["reason"])] = None
+
+    def _leave(self, node: str | None, when: float, *, taken: bool = False) -> None:
+        """``node`` has left, or all nodes that have joined. ``taken``: before its time."""
         for name in [node] if node else list(self._joined):
             if joined := self._joined.pop(name, None):
-                self._left.append(replace(joined, left=when))
+                self._left.append(replace(joined, left=when, taken=taken))
 
     def _on_left(self, event: Mapping[str, Any], when: float) -> None:
-        self._leave(str(event["node"]), when)
+        self._leave(str(event["node"]), when, taken=event["reason"] in {"preempted", "terminated"})
 
     _on_release = _on_left
 
     def _on_lost(self, event: Mapping[str, Any], when: float) -> None:
         node = str(event["node"])
-        self._leave(node, when)
+        self._leave(node, when, taken=True)
+        self._on_absent(event, when)
         if self._current and node in self._current.nodes:
             last_contact = when - float(event["silent"])
             self._broken = self._broken or last_contact
@@ -131,6 +193,7 @@ class _StoryBuilder:
     def _on_failure(self, event: Mapping[str, Any], when: float) -> None:
         self._broken = self._broken or when
         failure = {name: event[name] for name in ("kind", "message", "rank", "traceback")}
+        failure["known"] = str(event.get("known", ""))
         self._add_fault(Fault(when, str(event["node"]), **failure), cause=bool(event["first"]))
 
     def _add_fault(self, fault: Fault, *, cause: bool) -> None:
@@ -139,10 +202,12 @@ class _StoryBuilder:
             self._change_current(faults=(fault, *others) if cause else (*others, fault))
 
     def _on_take_over(self, event: Mapping[str, Any], when: float) -> None:
+        reason = str(event["reason"])
+        node, _, why = reason.partition(" lost: ")
+        if why:
+            self._missing[node] = why
         if self._current and not self._current.faults:  # the leader was lost, for which no event was written
             self._broken = self._broken or when
-            reason = str(event["reason"])
-            node, _, why = reason.partition(" lost: ")
             self._add_fault(Fault(when, node if why else self._current.leader, "node lost", why or reason), cause=True)
 
     def _on_progress(self, event: Mapping[str, Any], when: float) -> None:
@@ -150,13 +215,16 @@ class _StoryBuilder:
             return
         loss = event.get("loss")
         sample = Sample(float(event["step_at"]) or when, int(event["step"]), None if loss is None else float(loss))
-        samples = self._current.samples
-        first_at = float(event["first_at"])
-        if not samples:
-            self._extend_before(int(event["first"]))
-            if sample.step > event["first"]:
-                samples = (Sample(first_at, int(event["first"]), None),)
-        self._change_current(first=int(event["first"]), first_at=first_at, samples=(*samples, sample))
+        first, first_at = int(event["first"]), float(event["first_at"])
+        if not self._samples:
+            self._extend_before(first)
+            if sample.step > first:
+                self._samples.append(Sample(first_at, first, None))
+        if (first, first_at) != (self._current.first, self._current.first_at):
+            self._change_current(first=first, first_at=first_at)
+        self._samples.append(sample)
+        if len(self._samples) > 2 * _SAMPLES:
+            self._samples[:-_LAST_SAMPLES] = self._samples[:-_LAST_SAMPLES:2]
 
     def _extend_before(self, first: int) -> None:
         """A round that begins with step ``first`` has loaded a checkpoint of the step before. If no sample has that
@@ -189,7 +257,12 @@ class _StoryBuilder:
         if self._current:
             self._end(when, "its end is not on record", formed.restarts)
         self._broken, self._waiting = None, ""
+        self._samples = []
         self._rounds.append(formed)
+
+    def _on_started(self, event: Mapping[str, Any], _when: float) -> None:
+        if self._current and event["round"] == self._current.number:
+            self._change_current(workers_kept=int(event.get("kept", 0)))
 
     def _on_restart(self, event: Mapping[str, Any], when: float) -> None:
         self._end(when, str(event["reason"]), int(event["restarts"]))
@@ -197,7 +270,8 @@ class _StoryBuilder:
     def _end(self, when: float, cause: str, restarts: int) -> None:
         self._broken = self._broken or when
         if round := self._current:
-            self._change_current(ended=when, broken=self._broken, cause=cause, charged=restarts > round.restarts)
+            changes = {"broken": self._broken, "cause": cause, "charged": restarts > round.restarts}
+            self._change_current(ended=when, samples=tuple(self._samples), **changes)
         self._restarts = max(self._restarts, restarts)
 
     def _on_verdict(self, event: Mapping[str, Any], when: float) -> None:

@@ -8,6 +8,7 @@ from importlib import resources
 import jinja2
 
 from elastic_hpc.errors import ElasticError
+from elastic_hpc.view.brought import Brought
 from elastic_hpc.view.job import JobView
 from elastic_hpc.view.picture import STYLE, WIDTH, draw
 from elastic_hpc.view.story import Story
@@ -56,6 +57,16 @@ def _numbers(view: JobView) -> list[tuple[str, str]]:
         (str(view.restarts), f"restarts of {view.max_restarts}"),
         (str(max(0, view.runs - 1)), "requeues"),
     ]
+    if view.growth:
+        won = Brought(**view.growth)
+        numbers += [
+            (span(won.node_seconds), "node time by growth"),
+            (f"{won.steps:.0f}", "steps by growth"),
+            (span(won.standstill), "standstill for growth"),
+        ]
+        if won.taken:
+            lost = f"taken: {span(won.taken_standstill)}, {won.taken_repeated} steps repeated"
+            numbers.append((str(won.taken), f"joiners {lost}"))
     if view.step is not None:
         numbers += [(str(view.step), "steps done"), (str(view.repeated_steps), "steps repeated")]
     return numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -11,7 +12,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from elastic_hpc.membership.events import sentence
+from elastic_hpc.membership.known import BY_NAME
+from elastic_hpc.membership.rules import SCRIPTS
 from elastic_hpc.view.account import MEANINGS
+from elastic_hpc.view.brought import Brought
 from elastic_hpc.view.job import JobView
 from elastic_hpc.view.status import STYLES, first_nodes
 from elastic_hpc.view.story import Round, Run, Story
@@ -20,6 +24,8 @@ from elastic_hpc.view.times import clock, span
 _SHOWN = frozenset(
     {
         *("take_over", "abdicate", "agent_restart", "joiners", "joiners_cancelled", "growth_problem", "unfit"),
+        *("yield", "yielded", "hang_timeout", "apart"),
+        *("resize", "cap", "leave", "stay", "stays", "given_back", "not_given_back", "unseen"),
         *("absent", "barred", "refused", "release", "left", "drain", "request", "store_failed", "stranger", "started"),
     }
 )
@@ -35,16 +41,18 @@ def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> Re
     for number, round in enumerate(story.rounds):
         if round.run != last_run:
             last_run = round.run
-            parts.append(_run_head(runs.get(last_run), last_run))
+            parts.append(_run_head(runs.get(last_run), last_run, story.runs))
         following = story.rounds[number + 1] if number + 1 < len(story.rounds) else None
         until = following.formed if following else float("inf")
         shown = [event for event in events if event["event"] in _SHOWN and round.formed <= event["time"] < until]
         parts.append(_round(round, following, story, shown))
-    parts.extend(_without_world(run, events) for run in story.runs if run.number not in led)
+    parts.extend(_without_world(run, events, story.runs) for run in story.runs if run.number not in led)
     if view.node_seconds:
         parts.append(_spent(view))
+    if view.growth:
+        parts.append(_growth(Brought(**view.growth), view.step))
     if advised := advice(view, story):
-        parts.append(Text("\nwhat you may do", "bold"))
+        parts.append(Text("\nwhat you can do", "bold"))
         parts.extend(Text(f"  * {text}") for text in advised)
     return Group(*parts)
 
@@ -59,24 +67,25 @@ def _head(view: JobView, story: Story) -> Text:
     most = (story.limits.get("max_restarts", "?"), story.limits.get("max_requeues", "?"))
     head.append(f"\nrestarts charged: {story.restarts} of {most[0]}; requeues charged: {story.requeues} of {most[1]}")
     if story.damaged:
-        head.append(f"\n{story.damaged} entries of the record could not be understood and are left out here", "red")
+        head.append(f"\n{story.damaged} unreadable entries of the record are left out here", "red")
     if not story.rounds:
         head.append("\nno world was formed yet")
     return head
 
 
-def _run_head(run: Run | None, number: int) -> Text:
+def _run_head(run: Run | None, number: int, runs: Sequence[Run]) -> Text:
     if run is None:
         return Text(f"\nrun {number + 1}, of whose start there is no record", "bold")
     text = f"\nrun {number + 1}, {clock(run.began)}: {run.granted} nodes"
+    text += f", as Slurm job {run.job}" if run.job != runs[0].job else ""
     if run.submitted is not None and run.started is not None:
         text += f", after {span(max(0.0, run.started - run.submitted))} in the queue"
     return Text(text, "bold")
 
 
-def _without_world(run: Run, events: Sequence[Mapping[str, Any]]) -> Text:
+def _without_world(run: Run, events: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Text:
     """A run in which no world was formed: what it waited for."""
-    text = _run_head(run, run.number)
+    text = _run_head(run, run.number, runs)
     for event in events:
         if event["event"] in _SHOWN | {"waiting", "join"} and run.began <= event["time"] <= (run.ended or float("inf")):
             text.append(f"\n  {clock(event['time'])[11:]}  {sentence(event['event'], event)}", "not bold dim")
@@ -101,6 +110,8 @@ def _round(round: Round, following: Round | None, story: Story, events: Sequence
         cause = round.faults[0] if round.faults else None
         if cause and cause.traceback:
             details.append(cause.traceback.rstrip() + "\n", "dim")
+        if cause and (known := BY_NAME.get(cause.known)):
+            details.append(f"{known.name}, the fault of the {known.party}: {known.what}\n")
         if collateral := "; ".join(str(fault).splitlines()[0][:150] for fault in round.faults[1:]):
             details.append(f"collateral: {collateral}\n")
         details.append("\n".join(_consequences(round, following, story)))
@@ -116,22 +127,22 @@ def _consequences(round: Round, following: Round | None, story: Story) -> Iterat
         gone = [node for node in round.nodes if node not in following.nodes]
         new = [node for node in following.nodes if node not in round.nodes]
         changes = [f"without {' '.join(gone)}" if gone else "", f"with {' '.join(new)}" if new else ""]
-        what = " and ".join(filter(None, changes)) or "of the same nodes"
-        yield f"then: a new round {what}" + (
-            "" if following.gap is None else f", formed {following.gap:.2f} s after it"
-        )
+        what = " and ".join(filter(None, changes)) or "on the same nodes"
+        formed = "" if following.gap is None else f"{following.gap:.2f} s later"
+        yield f"next: new round {', '.join(filter(None, (what, formed, following.in_place)))}"
     elif run and run.outcome:
         charged = "requeue (--max-requeues)" if run.charged else "nothing"
-        yield f"charged: {charged}; then: {_OUTCOMES.get(run.outcome, run.outcome)}"
+        yield f"charged: {charged}; next: {_OUTCOMES.get(run.outcome, run.outcome)}"
     if repeated := story.repeated(round):
-        resumed = (round.last or 0) - repeated
-        yield f"{repeated} of its steps were done again: the last checkpoint was of step {resumed}"
+        in_place = following is not None and following.workers_kept
+        since = "" if in_place else f": the last checkpoint was of step {(round.last or 0) - repeated}"
+        yield f"{repeated} of its steps were repeated{since}"
 
 
 _OUTCOMES = {
-    "requeue": "the job went back to the queue under its own id",
-    "finished": "the job was over",
-    "failed": "the job was over",
+    "requeue": "the job returned to the queue under its own ID",
+    "finished": "the job ended",
+    "failed": "the job ended",
 }
 
 
@@ -144,9 +155,31 @@ def _spent(view: JobView) -> RenderableType:
     return lines
 
 
+def _growth(won: Brought, step: int | None) -> RenderableType:
+    lines = Text("\nwhat growth gained and cost", "bold")
+    lines.append(f"\n  {won.joiners} joiners, {span(won.node_seconds)} of node time in total", "not bold")
+    if step is not None:
+        lines.append(f"\n  their share of the kept steps: {won.steps:.0f} of {step + 1}", "not bold")
+    lines.append(f"\n  their arrival: {span(won.standstill)} without a step, in {won.came} changes", "not bold")
+    if won.taken:
+        cost = f"{span(won.taken_standstill)} without a step, {won.taken_repeated} steps repeated"
+        lines.append(f"\n  preempted, cancelled or lost: {won.taken}; cost: {cost}", "not bold")
+    return lines
+
+
 def advice(view: JobView, story: Story) -> list[str]:
     """What the user may do next, most urgent first."""
-    return [*view.advice, *_about_the_end(story, view.id), *_about_causes(story), *_about_time(view, story)]
+    end = [*_about_the_end(story, view.id)]
+    if not end and view.over and story.rounds and view.state != "COMPLETED":
+        end = [f"continue from the last checkpoint: {_again(view.id)}"]
+    return [*view.advice, *end, *_about_causes(story), *_about_time(view, story)]
+
+
+def _again(id: str) -> str:
+    """How the job ``id`` continues. Only a job of ``elastic-sbatch`` has an id of Slurm's as its name."""
+    if re.fullmatch(r"\d+(_\d+)?", id):
+        return f"elastic-sbatch --resume {id}"
+    return "start it again; it finds its checkpoints where the script saves them outside the run directory"
 
 
 def _about_the_end(story: Story, id: str) -> Iterator[str]:
@@ -154,53 +187,63 @@ def _about_the_end(story: Story, id: str) -> Iterator[str]:
     if run is None or run.outcome != "failed":
         return
     cause = next((round.faults[0] for round in reversed(story.rounds) if round.faults), None)
+    known = BY_NAME.get(cause.known) if cause else None
+    resume = _again(id)
     if _is_the_scripts(story) and cause:
+        what = f"{known.what};" if known else "fix the script:"
+        again = "" if SCRIPTS in run.reason else "it failed twice in the same way without a step in between; "
         yield (
-            f"mend the script: it failed twice in the same way without a step in between; what it wrote: "
-            f"elastic-hpc logs {id} --round last --rank {cause.rank if cause.rank is not None else 0}"
+            f"{what} {again}its output: "
+            f"elastic-hpc logs {id} --round last --rank {cause.rank if cause.rank is not None else 0}; then continue "
+            f"from its last checkpoint: {resume}"
         )
     elif run.cause == "budget":
-        yield "look at the causes above; if they are nobody's fault, allow more: --max-restarts, --max-requeues"
+        yield (
+            "check the causes above; if the script is not at fault, continue from the last checkpoint with new "
+            f"budgets, --max-restarts and --max-requeues: {resume}"
+        )
     if run.cause == "node lost":
-        yield "submit it again when there are nodes: it goes on from its last checkpoint"
+        yield f"when nodes are free, continue from the last checkpoint: {resume}"
     if run.cause == "store":
-        yield "see whether the leader's node has a free port and answers to its own name: elastic-hpc doctor --run"
+        yield "check that the leader's node has a free port and resolves its own name: elastic-hpc doctor --run"
     if "cannot be requeued" in run.reason:
-        yield "the site or --no-requeue forbids the requeue: submit it again, or chain jobs with --dependency=afterany"
+        yield f"the site or --no-requeue forbids requeues; continue from the last checkpoint: {resume}"
 
 
 def _about_causes(story: Story) -> Iterator[str]:
     causes = [round.faults[0] for round in story.rounds if round.faults]
     kinds = Counter(fault.kind for fault in causes)
     if kinds["out of memory"]:
-        yield "ask for more memory (--mem), or use less: a smaller batch on each rank, fewer data loader workers"
-    if kinds["hang"]:
-        yield "see where it hung: the workers' stacks are in the round's folder of the run directory, logs/*/*.stacks"
+        yield "request more memory (--mem), or use less: a smaller batch on each rank, fewer data loader workers"
+    for apart in story.apart:
+        yield f"report to your administrator: {apart}"
+    if kinds["hang"] and not story.apart:
+        yield "find where the workers hung: their stacks are in the run directory, in logs/*/*.stacks"
     # memory runs out where the job's share of it is too small, and the advice above says so
     suspects = Counter(fault.node for fault in causes if fault.kind not in {"exception", "out of memory"})
     for node in () if _is_the_scripts(story) else story.barred:
         if {fault.kind for fault in causes if fault.node == node} == {"out of memory"}:
-            what = (
-                f"memory ran out again and again on {node} alone: that node has less memory, or its workers need more"
-            )
+            what = f"memory ran out repeatedly, only on {node}: that node has less memory, or its workers need more"
         else:
-            what = f"tell your administrator of {node}, on which alone workers failed again and again"
-        yield f"{what}; leave it out: --exclude {node}"
+            what = f"report {node} to your administrator: workers failed repeatedly, and only there"
+        yield f"{what}; exclude the node: --exclude {node}"
     for node, count in suspects.items():
         if count > 1 and node not in story.barred:
-            yield f"tell your administrator of {node}, the first to fail {count} times; leave it out: --exclude {node}"
+            yield f"report {node} to your administrator: the first to fail {count} times; exclude it: --exclude {node}"
 
 
 def _is_the_scripts(story: Story) -> bool:
-    return bool(story.runs) and "the same failure as before" in story.runs[-1].reason
+    """Whether the job ended because a restart was no use."""
+    reason = story.runs[-1].reason if story.runs else ""
+    return "the same failure as before" in reason or SCRIPTS in reason
 
 
 def _about_time(view: JobView, story: Story) -> Iterator[str]:
     if story.rounds and all(round.first is None for round in story.rounds) and view.running > 600:
-        yield "have the script call report_progress(step): then lost time and goodput are known"
+        yield "call report_progress(step) in the script: then elastic-hpc can compute lost time and goodput"
     if view.repeated_steps > 0.1 * (view.step or 0):
-        yield f"save more often: {view.repeated_steps} steps were done again after restarts"
+        yield f"save more often: {view.repeated_steps} steps were repeated after restarts"
     gaps = [after.gap for before, after in pairwise(story.rounds) if before.run == after.run and after.gap is not None]
     timeout = story.limits.get("heartbeat_timeout", 5.0)
     if gaps and max(gaps) > 10 * timeout and view.max_nodes != view.min_nodes:
-        yield f"a new round took {span(max(gaps))} to form: see what was waited for above; --spares keeps nodes ready"
+        yield f"a new round took {span(max(gaps))} to form: the wait is explained above; --spares keeps nodes ready"

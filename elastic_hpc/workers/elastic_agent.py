@@ -13,11 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
@@ -30,18 +30,24 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from elastic_hpc.errors import JobEnded
+from elastic_hpc.membership.known import known_of
 from elastic_hpc.membership.leader import STOP_TIMEOUT
-from elastic_hpc.membership.messages import Failure, Order, Plan, State
+from elastic_hpc.membership.messages import Failure
 from elastic_hpc.membership.policy import TERM_GRACE, Policy
+from elastic_hpc.training.departures import LEAVING_FILE, UNKNOWN
 from elastic_hpc.training.drain import DRAIN_FILE
-from elastic_hpc.training.progress import LOCAL_DIR, Progress
-from elastic_hpc.workers import guard, proc, stacks
+from elastic_hpc.training.progress import LOCAL_DIR
+from elastic_hpc.workers import proc, stacks
 from elastic_hpc.workers.drain import DrainSignals
 from elastic_hpc.workers.failures import first_failure
 from elastic_hpc.workers.handover import StandbyHandler
+from elastic_hpc.workers.kernel_log import KernelLog
+from elastic_hpc.workers.killing import could_not_kill, kill_workers
+from elastic_hpc.workers.lives import Lives
 from elastic_hpc.workers.logs import NodeLogs
 from elastic_hpc.workers.memory import OomWatch
 from elastic_hpc.workers.proc import exit_code
+from elastic_hpc.workers.sides import LeaderConnection, Rendezvous
 from elastic_hpc.workers.standbys import Standbys
 from elastic_hpc.workers.watch import Trouble, Watch
 
@@ -63,34 +69,6 @@ _STACKS_TIMEOUT = 8.0
 """Seconds that recording the stacks of hung workers may take."""
 
 
-class LeaderConnection(Protocol):
-    """The agent's connection with the leader (``agent.bridge.Control``). ``must_stop`` raises JobEnded."""
-
-    wake_fd: int
-    """Readable when a new order has come."""
-
-    @property
-    def order(self) -> Order | None: ...
-    def must_stop(self, round: int) -> str | None: ...
-    def report(self, state: State, round: int, failure: Failure | None = None, *, drained: bool = False) -> None: ...
-    def report_progress(self, progress: Progress, /) -> None: ...
-    def report_start(self, *, warm: int, cold: int, why: str, standby_mb: float) -> None: ...
-    def report_unfit(self, why: str) -> None: ...
-    def on_signal(self) -> None: ...
-
-
-class Rendezvous(Protocol):
-    """The rendezvous handler of the agent (``agent.rendezvous``)."""
-
-    restart_wanted: bool
-    """To be set when the workers of the current round may not go on."""
-
-    @property
-    def round(self) -> int: ...
-    @property
-    def plan(self) -> Plan: ...
-
-
 class ElasticAgent(LocalElasticAgent):
     """Runs one node's workers; the leader, through ``control``, says when they start and stop."""
 
@@ -106,6 +84,7 @@ class ElasticAgent(LocalElasticAgent):
         policy: Policy,
         hang_timeout: timedelta | None,
         standbys: Standbys,
+        lives: Lives,
         signals: DrainSignals,
         strike: Callable[[str], None],
     ) -> None:
@@ -119,15 +98,23 @@ class ElasticAgent(LocalElasticAgent):
         self._node = node
         self._policy = policy
         self._standbys = standbys
+        self._lives = lives
         self._signals = signals
         self._strike = strike
         self._watch = Watch(hang_timeout, policy.heartbeat_timeout, lambda: logs.written)
         self._pidfds: dict[int, int] = {}
         """The pidfd of every worker of the round, by pid."""
+        self._ended: set[int] = set()
+        """The pidfds of the workers whose end has woken this agent."""
         self._started_at = 0.0
         self._oom = OomWatch()
+        self._kernel: KernelLog | None = None
         self._drain_passed_on = False
         """The workers of the round that listen have been told to save and stop."""
+        self._pauses = False
+        """They have been told to pause instead, for a new world."""
+        self._departure = 0
+        """What they have been told of when this node will be taken away: see ``training.departures``; 0 for never."""
         self._received: tuple[SignalException, float] | None = None
         """The signal that this agent got while workers ran, and when."""
         self._given_up = False
@@ -157,15 +144,17 @@ class ElasticAgent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> dict[int, Any]:
         # torch derives TORCHELASTIC_RESTART_COUNT from this agent's own remaining restarts; the job's count replaces it
         self._remaining_restarts = worker_group.spec.max_restarts - self._handler.plan.restart_count
-        self._oom = OomWatch()
-        self._drain_passed_on = False
+        self._oom, self._kernel = OomWatch(), KernelLog()
+        self._drain_passed_on = self._pauses = False
+        self._departure = 0
         self._signals.begin()
-        self._standbys.begin()
-        with StandbyHandler.used(self._standbys):
+        self._standbys.begin(self._lives.waiting)
+        with StandbyHandler.used(self._lives, self._standbys):
             ids: dict[int, Any] = super()._start_workers(worker_group, *args, **kwargs)
         self.handle_signals()
         self._control.report("running", self._handler.round)
-        self._pidfds = {pid: os.pidfd_open(pid) for pid in ids.values()}
+        self._pidfds, self._ended = {pid: os.pidfd_open(pid) for pid in ids.values()}, set()
+        self._lives.begin(self._pidfds)
         self._watch.start(list(ids.values()))
         self._started_at = time.monotonic()
         return ids
@@ -182,29 +171,36 @@ class ElasticAgent(LocalElasticAgent):
             return self._stop_for_next_round()
         codes = {worker: self._exit_code(worker) for worker in worker_group.workers}
         failed = {worker: code for worker, code in codes.items() if code}
-        failure = first_failure(failed, self._node, self._pcontext, oom=self._oom.happened()) if failed else None
+        failure = self._first_failure(failed) if failed else None
         drained = failure is not None and self._is_draining and (self._signals.sent or failure.collateral)
-        if failure and not drained:
+        if cause := self._broken() if failure is None or drained else failure:
             self._report_progress()
-            self._control.report("failed", self._handler.round, failure)
+            self._control.report("failed", self._handler.round, cause)
             return self._stop_for_next_round()
-        if None in codes.values():
+        living = {worker.id for worker, code in codes.items() if code is None}
+        if living and not (self._pauses and living <= self._lives.paused):
             self._look_after(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
-        self._kill_workers()  # processes that the workers left running
+        if not living:
+            self._kill_workers()  # processes that the workers left running
         self._report_progress()
         if failure:
             log.info("the drain ended %s", failure)
-        drained = drained or self._signals.sent or self._watch.progress.drained
+        drained = drained or self._signals.sent or self._watch.progress.drained or bool(living)
         self._control.report("succeeded", self._handler.round, drained=drained)
         self._wait_for_stop()  # raises JobEnded when all nodes have finished
         return self._stop_for_next_round()
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Kill the workers at once, as those of a broken round are stuck in a collective. Only after a signal to this
-        agent, which Slurm sends to the workers too, they have time to end.
+        """Kill the workers at once, as those of a broken round are stuck in a collective. Live workers pause instead,
+        for the next round. Only after a signal to this agent, which Slurm sends to the workers too, they have time to
+        end.
         """
-        leaving = sys.exc_info()[1]
+        leaving, began = sys.exc_info()[1], time.monotonic()
+        if leaving:
+            self._lives.discard("this agent leaves")
+        else:
+            self._keep_workers()
         if isinstance(leaving, SignalException):
             grace = int(min(TERM_GRACE, self._policy.grace))
             asking = threading.Thread(  # torch waits for killed workers without end
@@ -212,8 +208,12 @@ class ElasticAgent(LocalElasticAgent):
             )
             asking.start()
             asking.join(grace + 1)
-        self._kill_workers(leaving=isinstance(leaving, (JobEnded, SignalException)))
-        self._logs.finish()
+        spent = time.monotonic() - began
+        self._kill_workers(leaving=isinstance(leaving, (JobEnded, SignalException)), spent=spent)
+        if not self._lives.waiting:
+            self._logs.finish()
+        if self._kernel:
+            self._kernel.close()
         context, self._pcontext = self._pcontext, None
         super()._shutdown(*args, **kwargs)
         if context:  # reaps; the next round does not wait for that
@@ -231,12 +231,18 @@ class ElasticAgent(LocalElasticAgent):
 
     def _look_after(self, worker_group: WorkerGroup) -> None:
         """Pass on a drain, report how far the workers are, and notice when they stand still."""
+        living = {w.id: self._pidfds[w.id] for w in worker_group.workers if self._exit_code(w) is None}
+        self._announce_departure()
         if self._is_draining and not self._drain_passed_on:
             self._drain_passed_on = True
-            Path(os.environ[LOCAL_DIR], DRAIN_FILE).touch()
+            order = self._control.order
+            self._pauses = order is not None and order.new_world and living.keys() <= self._lives.connected
+            if self._pauses:
+                self._lives.pause(now=False)
+            else:
+                Path(os.environ[LOCAL_DIR], DRAIN_FILE).touch()
         self._report_progress()
-        living = {w.id: self._pidfds[w.id] for w in worker_group.workers if self._exit_code(w) is None}
-        listens = self._watch.progress.listens
+        listens = self._watch.progress.listens or self._pauses
         if self._drain_passed_on and not listens:
             self._signals.tell(living, got=self._received[0].sigval if self._received else 0)
             self._report_progress()
@@ -249,13 +255,26 @@ class ElasticAgent(LocalElasticAgent):
         elif trouble := self._watch.trouble():
             self._report_trouble(trouble)
 
+    def _announce_departure(self) -> None:
+        """Tell the workers whether this node is about to fail, or to be taken away."""
+        order = self._control.order
+        parting = order and next((each for each in order.wishes.partings if each.name == self._node), None)
+        departure = int(parting.by or UNKNOWN) if parting else 0
+        if departure != self._departure:
+            self._departure = departure
+            Path(os.environ[LOCAL_DIR], LEAVING_FILE).write_text(str(departure))
+
     def _report_progress(self) -> None:
         self._watch.look()
         progress = self._watch.progress
-        self._control.report_progress(progress._replace(listens=progress.listens or self._signals.sent))
+        live = bool(self._lives.connected)
+        listens = progress.listens or self._signals.sent or (live and progress.step >= 0)  # not while the world forms
+        self._control.report_progress(progress._replace(listens=listens), live=live, signs=self._watch.signs)
         steady = progress.step >= 0 or time.monotonic() - self._started_at > _STEADY
         self._standbys.look(going=steady and not self._drain_passed_on)
-        self._control.report_start(**vars(self._standbys.started))
+        started, lives = self._standbys.started, self._lives
+        starts = {**vars(started), "warm": started.warm + lives.ahead}
+        self._control.report_start(kept=lives.kept, not_kept=lives.not_kept, **starts)
 
     def _report_trouble(self, trouble: Trouble) -> None:
         """The workers stand still: have the leader end the round."""
@@ -301,39 +320,65 @@ class ElasticAgent(LocalElasticAgent):
     def _wait_for_news(self) -> None:
         poll = select.poll()
         poll.register(self._control.wake_fd, select.POLLIN)
-        for worker in self._worker_group.workers:
-            if self._exit_code(worker) is None:
-                poll.register(self._pidfds[worker.id], select.POLLIN)
-        poll.poll(1000)
+        pidfds = set(self._pidfds.values())
+        for pidfd in pidfds - self._ended:  # also of one that has ended since it was last looked at
+            poll.register(pidfd, select.POLLIN)
+        for connection in self._lives.fds():
+            poll.register(connection, select.POLLIN)
+        events = poll.poll(1000 * max(0.0, min(1.0, self._lives.due - time.monotonic())))
+        self._ended |= pidfds.intersection(descriptor for descriptor, _ in events)
+        self._lives.look()
+
+    def _first_failure(self, failed: Mapping[Worker, int]) -> Failure:
+        kernel = self._kernel.news() if self._kernel else ()
+        return first_failure(failed, self._node, self._pcontext, oom=self._oom.happened(), kernel=kernel)
 
     def _exit_code(self, worker: Worker) -> int | None:
         return exit_code(self._pidfds[worker.id])
 
-    def _kill_workers(self, *, leaving: bool = False) -> None:
-        """Send SIGKILL to the workers and to all processes that they have started, and wait until all are dead, with a
-        time limit: a process that waits for a GPU or a file system dies only when that answers. When the limit is over,
-        this node is given up: the agent never has workers again, and waits for the end of the job unless it is
-        ``leaving`` anyway.
+    def _broken(self) -> Failure | None:
+        """What a live worker that stands still or cannot continue has met: usually the echo of another rank's death."""
+        if (found := self._lives.broken()) is None:
+            return None
+        worker = next(worker for worker in self._worker_group.workers if worker.id == found[0])
+        where = self._node, worker.global_rank, worker.local_rank
+        known = known_of([found[1]])
+        name = known.name if known else ""
+        return Failure("exception", *where, 1, found[1][:2000], time.time(), collateral=True, known=name)
+
+    # the end of a round
+
+    def _keep_workers(self) -> None:
+        """Have the live workers pause, and keep those that do. Raises JobEnded if the job ends meanwhile."""
+        if self._pcontext is None or self._given_up:
+            return
+        self._lives.look()
+        self._lives.pause(now=True)
+        while self._lives.are_pausing and not self._received:
+            self._wait_for_news()
+            self._control.must_stop(self._handler.round)
+        self._lives.keep(self._pcontext.subprocess_handlers)
+        for pid in self._lives.waiting:
+            os.close(self._pidfds.pop(pid))
+
+    def _kill_workers(self, *, leaving: bool = False, spent: float = 0.0) -> None:
+        """Kill the workers that are not kept, and all processes that they have started, within a time limit, of which
+        ``spent`` seconds are over. When some are left then, this node is given up: the agent never has workers again,
+        and waits for the end of the job unless it is ``leaving`` anyway.
         """
         if not self._pidfds or self._given_up:
             return
-        limit = _LEAVE_TIMEOUT if leaving else _KILL_TIMEOUT
-        deadline = time.monotonic() + limit
-        guard.kill_sessions(self._pidfds)  # each worker leads a session
-        left = set(guard.kill_all(self._mark, self._standbys.waiting, limit))
-        for pid, pidfd in self._pidfds.items():
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                left.add(pid)
-        if left:
-            self._give_up(sorted(left), limit, leaving=leaving)
+        limit = _LEAVE_TIMEOUT if leaving else _KILL_TIMEOUT - spent
+        kept = self._lives.waiting
+        spared = self._standbys.waiting | (proc.sessions_of(kept) if kept else set())
+        if left := kill_workers(self._pidfds, self._mark, spared, limit):
+            self._give_up(left, limit, leaving=leaving)
 
     def _give_up(self, left: list[int], limit: float, *, leaving: bool) -> None:
         self._given_up = True
-        shown, more = ", ".join(map(proc.shown, left[:5])), f" and {len(left) - 5} more" if len(left) > 5 else ""
-        why = f"could not be killed within {limit:g} s: {shown}{more}"
-        log.warning("%s: a GPU or a file system of this node may not answer; the node is given up", why)
+        self._lives.discard("its node is given up")
+        why = could_not_kill(left, limit)
+        log.warning("%s: a GPU or a file system of this node may not answer; the job gives up the node", why)
         if leaving:
             if not all(map(proc.is_busy, left)):
                 self._strike(why)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch.distributed.elastic.agent.server.api import Worker
@@ -17,12 +17,15 @@ from elastic_hpc.membership.messages import Failure
 from elastic_hpc.membership.tracebacks import READ
 
 
-def first_failure(failed: Mapping[Worker, int], node: str, context: PContext, *, oom: bool) -> Failure:
+def first_failure(
+    failed: Mapping[Worker, int], node: str, context: PContext, *, oom: bool, kernel: Sequence[str] = ()
+) -> Failure:
     """The first failure that is no echo of another: that with the oldest error file, else that of the lowest rank.
 
     ``failed``: exit codes of workers of ``node``. ``oom``: the kernel has killed a process there for lack of memory.
+    ``kernel``: what it has logged there in the meantime.
     """
-    failures = [_failure(worker, code, node, context, oom=oom) for worker, code in failed.items()]
+    failures = [_failure(worker, code, node, context, oom=oom, kernel=kernel) for worker, code in failed.items()]
     return min(failures, key=lambda failure: (failure.collateral, failure.time))
 
 
@@ -34,9 +37,9 @@ def stderr_tail(path: str | os.PathLike[str]) -> str:
     return ""
 
 
-def _failure(worker: Worker, code: int, node: str, context: PContext, *, oom: bool) -> Failure:
+def _failure(worker: Worker, code: int, node: str, context: PContext, *, oom: bool, kernel: Sequence[str]) -> Failure:
     local = worker.local_rank
-    cause = explain(code, stderr_tail(context.stderrs[local]), oom=oom)
+    cause = explain(code, stderr_tail(context.stderrs[local]), oom=oom, kernel=kernel)
     failed_at = time.time()
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         error = json.loads(Path(context.error_files[local]).read_text())["message"]
@@ -51,4 +54,5 @@ def _failure(worker: Worker, code: int, node: str, context: PContext, *, oom: bo
         failed_at,
         (cause.traceback or "")[:8192],
         cause.collateral,
+        cause.known,
     )

@@ -8,7 +8,7 @@ the agent's token in its environment: workers, in sessions of their own, and wha
 jobs that the workers submitted, which have inherited the token too and may share the node.
 
 An agent that is frozen closes nothing. With ``SILENCE``, in seconds, the agent calls ``beat`` with every heartbeat, and
-counts as frozen after that long without a beat: the guard kills the same processes, again and again, until the next
+counts as frozen after that long without a beat: the guard kills the same processes, repeatedly, until the next
 beat. After ``PATIENCE`` seconds without a beat the guard kills the agent too, because a frozen agent would keep the job
 from ending. The guard waits for the first beat, and does not count the time in which it did not run itself.
 """

@@ -1,4 +1,4 @@
-"""Has torch's agent take standbys where it would start new processes.
+"""Has torch's agent take kept workers and standbys where it would start new processes.
 
 ``get_subprocess_handler`` is private to torch. In a release that has moved it, all workers start as torch starts them.
 """
@@ -14,22 +14,23 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing import api as multiprocessing
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+from elastic_hpc.workers.lives import Lives
 from elastic_hpc.workers.standbys import Standbys
 
 
 class StandbyHandler(SubprocessHandler):
-    """Takes a standby as the worker, or starts a process as torch's class does if no standby is left."""
+    """Takes the worker that was kept, or a standby, or starts a process as torch's class does if there is neither."""
 
-    def __init__(self, standbys: Standbys, **kwargs: Any) -> None:
-        self._standbys = standbys
+    def __init__(self, lives: Lives, standbys: Standbys, **kwargs: Any) -> None:
+        self._lives, self._standbys, self._local_rank = lives, standbys, int(kwargs["local_rank_id"])
         super().__init__(**kwargs)
 
     @classmethod
     @contextlib.contextmanager
-    def used(cls, standbys: Standbys) -> Iterator[None]:
+    def used(cls, lives: Lives, standbys: Standbys) -> Iterator[None]:
         """Within the block, torch's agent starts workers by this class."""
         before = multiprocessing.get_subprocess_handler
-        multiprocessing.get_subprocess_handler = functools.partial(cls, standbys)
+        multiprocessing.get_subprocess_handler = functools.partial(cls, lives, standbys)
         try:
             yield
         finally:
@@ -37,6 +38,6 @@ class StandbyHandler(SubprocessHandler):
 
     def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
         outputs = [file.fileno() if file else number for number, file in ((1, self._stdout), (2, self._stderr))]
-        standby = self._standbys.take(args, env, outputs)
-        process: subprocess.Popen[bytes] = standby or super()._popen(args, env)
+        ready = self._lives.take(self._local_rank, env, outputs) or self._standbys.take(args, env, outputs)
+        process: subprocess.Popen[bytes] = ready or super()._popen(args, env)
         return process

@@ -135,9 +135,7 @@ class LogFile(Destination):
                 self._failed = True
                 if not self._complained:
                     self._complained = True
-                    said = (
-                        f"elastic_hpc: {path}: {error.strerror}; the workers go on, and up to {_LIMIT >> 20} MiB for "
-                    )
+                    said = f"elastic_hpc: {path}: {error.strerror}; workers continue, and up to {_LIMIT >> 20} MiB for "
                     with contextlib.suppress(OSError):  # stderr is a file on the same full disk
                         print(f"{said}this file wait in memory", file=sys.stderr, flush=True)
                 if self._ending.wait(_RETRY_INTERVAL):
@@ -274,7 +272,7 @@ class Output:
     def _run(self) -> None:
         while not self._ending.wait(0.0 if any(s.has_more for s in self._sources.values()) else _LOOK_INTERVAL):
             self._pass_on(last=False)
-        deadline = time.monotonic() + _REST  # a process that could not be killed may go on writing
+        deadline = time.monotonic() + _REST  # a process that could not be killed may keep writing
         while self._pass_on(last=True) and time.monotonic() < deadline:
             pass
         for source in self._sources.values():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -44,6 +45,49 @@ def is_busy(pid: int) -> bool:
 
 def parent(pid: int) -> int:
     return int(_stat(pid)[1])
+
+
+def sessions_of(pids: Collection[int]) -> set[int]:
+    """The sessions of the processes ``pids``, and of all that they have started."""
+    parents, sessions = _everybody()
+    return {sessions[pid] for pid in _tree(pids, parents) if pid in sessions}
+
+
+def trees_of(pids: Collection[int]) -> list[set[int]]:
+    """Of each of the processes ``pids``: itself, and all that it has started."""
+    parents, _ = _everybody()
+    return [_tree([pid], parents) for pid in pids]
+
+
+def _everybody() -> tuple[dict[int, int], dict[int, int]]:
+    """The parents and the sessions of all processes."""
+    parents, sessions = {}, {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal() and len(stat := _stat(pid := int(entry.name))) > 3:
+            parents[pid], sessions[pid] = int(stat[1]), int(stat[3])
+    return parents, sessions
+
+
+def _tree(pids: Collection[int], parents: dict[int, int]) -> set[int]:
+    found = set(pids)
+    while more := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
+        found |= more
+    return found
+
+
+def cpu_ticks(pid: int) -> int:
+    """Time of the CPU that all threads of the process have taken, in clock ticks."""
+    stat = _stat(pid)
+    return int(stat[11]) + int(stat[12]) if len(stat) > 12 else 0
+
+
+def waits_for_device(pid: int) -> bool:
+    """Whether a thread of the process waits in the kernel and cannot be interrupted."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return False
+    return any(_stat(int(thread))[0] == b"D" for thread in threads)
 
 
 def variable(pid: int, name: str) -> str | None:

@@ -44,7 +44,7 @@ def dump(processes: Mapping[str, int], path: Path, *, timeout: float = 10.0) -> 
 
 
 def _run(threads: Sequence[threading.Thread], deadline: float) -> None:
-    """Run ``threads``, and go on at the ``deadline`` without those that have not ended."""
+    """Run ``threads``, and continue at the ``deadline`` without those that have not ended."""
     for thread in threads:
         thread.start()
     for thread in threads:

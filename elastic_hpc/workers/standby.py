@@ -198,7 +198,7 @@ class Process:
             return "the script has redirected its output"
         meeting = self._environ.get("ELASTIC_HPC_LOCAL_DIR", "=") + "/"
         if any(what.startswith(meeting) for what in opened):  # elastic_hpc.training keeps a file open
-            return "the script has told its agent that it listens, or how far it is"
+            return "the script has reported that it listens, or its progress"
         return ""
 
     def begin_again(self) -> None:
@@ -268,6 +268,10 @@ def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
     outputs, environ = receive(agent)
     agent.close()
     parent = os.getppid()
+    try:  # noqa: SIM105 - the script may have a contextlib of its own
+        os.chdir(f"/proc/{parent}/cwd")  # as a process that the agent starts now
+    except OSError:
+        pass
 
     def tell(what: str, why: str, moments: list[tuple[str, aside.Changes]]) -> None:
         """Write into the agent's record of this worker, if the agent lives. Keeps no descriptor open."""

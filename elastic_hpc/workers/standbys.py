@@ -10,10 +10,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from elastic_hpc.workers import memory
+from elastic_hpc.workers import folder, memory
 from elastic_hpc.workers import standby as program
 from elastic_hpc.workers.aside import OF_A_ROUND, Changes
 
@@ -48,6 +48,18 @@ class Started:
     """Why the cold workers were no standbys."""
     standby_mb: float = 0.0
     """Memory of a standby that no other process shares, in MiB; 0 while that is not known."""
+
+
+def send_go(connection: socket.socket, message: bytes, environ: Mapping[str, str], outputs: Sequence[int]) -> None:
+    """Give the process at the other end of ``connection`` its round: ``environ``, and its stdout and stderr. Raises
+    OSError if that process is gone.
+    """
+    content = os.memfd_create("environ")
+    try:
+        os.write(content, marshal.dumps(dict(environ)))
+        socket.send_fds(connection, [message], [*outputs, content])
+    finally:
+        os.close(content)
 
 
 class _Standby:
@@ -124,12 +136,7 @@ class _Standby:
 
     def go(self, environ: Mapping[str, str], outputs: Sequence[int]) -> None:
         """Make the standby a worker. Raises OSError if its process is gone."""
-        content = os.memfd_create("environ")
-        try:
-            os.write(content, marshal.dumps(dict(environ)))
-            socket.send_fds(self._socket, [b"go"], [*outputs, content])
-        finally:
-            os.close(content)
+        send_go(self._socket, b"go", environ, outputs)
 
     def close(self) -> None:
         self._socket.close()
@@ -164,6 +171,9 @@ class Standbys:
         self._python, self._learns = tuple(python), learns
         self._waiting: list[_Standby] = []
         self._working: list[_Standby] = []
+        """Those that became workers of this round."""
+        self._kept: list[_Standby] = []
+        """Those that became workers of an earlier round, and still are."""
         self._deaths = self._vain = 0
         self._moments: dict[int, list[Moment]] = {}
         """What the scripts of this node's workers have imported, by local rank."""
@@ -210,12 +220,15 @@ class Standbys:
             else:
                 self._why = f"standbys need {needed:.0f} MiB, which is more than {SHARE:.0%} of {free:.0f} MiB free"
 
-    def begin(self) -> None:
-        """The workers of a round are about to be started."""
+    def begin(self, kept: Collection[int] = ()) -> None:
+        """The workers of a round are about to be started. ``kept``: the pids of those that continue."""
         self._read()
-        for standby in self._working:
-            standby.close()
-        self._working = []
+        before, self._working, self._kept = (*self._working, *self._kept), [], []
+        for standby in before:
+            if standby.process.pid in kept:  # it still writes into its record
+                self._kept.append(standby)
+            else:
+                standby.close()
         self._vain = self._vain + 1 if self._in_vain else 0
         if self._vain >= _VAIN:
             self._give_up(f"{self._in_vain}, otherwise in each round")
@@ -246,14 +259,15 @@ class Standbys:
         """End the standbys that wait."""
         for standby in self._waiting:
             standby.kill()
-        for standby in self._working:
+        for standby in (*self._working, *self._kept):
             standby.close()
-        self._waiting, self._working = [], []
+        self._waiting, self._working, self._kept = [], [], []
 
     def _start(self, *, gently: bool) -> None:
         taken = [standby.local_rank for standby in self._waiting]
         local_rank = next(rank for rank in range(self._count) if rank not in taken)
         moments = [moment for moment in self._moments.get(local_rank, []) if moment[0] not in self._left_out]
+        folder.renew()
         start = functools.partial(_Standby, self._python, self._argv, self._modules, moments)
         try:
             self._waiting.append(start(local_rank=local_rank, learns=self._learns, gently=gently))
@@ -261,9 +275,9 @@ class Standbys:
             self._give_up(f"no standby could be started: {error}")
 
     def _read(self) -> None:
-        for standby in self._working:
+        for standby in (*self._working, *self._kept):
             for what, why, moments in standby.read():
-                if what in ("warm", "cold"):
+                if what in ("warm", "cold") and standby not in self._kept:
                     self._note(standby, what, why)
                 if moments and what in ("cold", "late"):
                     then = "it began again as a fresh process" if what == "cold" else "which has no effect on it"

@@ -66,6 +66,14 @@ def wait_for(what: str, look: Callable[[], T | bool | None], deadline: float = 9
     return cast(T, found)
 
 
+def what_runs(python: Sequence[str]) -> str:
+    """The module or file that the command line ``python`` names; after -c, the module that our own code there runs."""
+    if not python:  # the process is about to end
+        return ""
+    first = next((number for number, word in enumerate(python) if number and word[:1] != "-"), 0)
+    return next(iter(python[first + (python[first - 1] == "-c") :]), "")
+
+
 class Cluster:
     """The cluster as its unprivileged user sees it."""
 
@@ -157,9 +165,8 @@ class Cluster:
         """Pids of the Python processes on ``node`` that run a module or a file of this name, not of those that are to
         start it.
         """
-        lines = {process.pid: process.argv[1:] for process in processes(self.state, node) if process.is_python}
-        first = {pid: next((word for word in words if word[:1] != "-"), "") for pid, words in lines.items()}
-        return [pid for pid, word in first.items() if os.path.basename(word) == script]
+        found = [process for process in processes(self.state, node) if process.is_python]
+        return [process.pid for process in found if os.path.basename(what_runs(process.argv)) == script]
 
     def agents(self, node: str) -> list[int]:
         return self.running("elastic_hpc.agent", node)

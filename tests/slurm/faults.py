@@ -19,7 +19,7 @@ from memory import memory_cgroup, memory_cgroup_of
 NODES = ("n1", "n2", "n3", "n4")
 DISK_SIZE = 1200 << 20  # sparse; less would be refused by the preflight
 PORTS = range(29400, 29500)
-LOST = "lost: nothing heard for 5 s"
+LOST = "lost: no heartbeat for 5 s"
 PROVOKED = "killed by SIGKILL"
 
 
@@ -115,6 +115,8 @@ class Fault:
     """Part of the ``reason`` of an event; None if the fault must not be noticed at all."""
     off: tuple[str, ...] = ()
     """Nodes that have no power afterwards."""
+    ends: tuple[str, ...] | None = ("n3",)
+    """Nodes whose workers it ends; None if no node is left whose workers may go on."""
     prepare: Callable[[Cluster, Path, contextlib.ExitStack], Any] | None = None
     """Before the job is submitted, with the folder that it is submitted from."""
     environ: tuple[str, ...] = ()
@@ -357,19 +359,19 @@ OF_WORKERS = (
 OF_MORE = (
     Fault("agent_SIGKILL", kill_agent("n3"), "n3 lost"),
     Fault("agent_SIGSTOP", freeze_agent("n3"), f"n3 {LOST}"),
-    Fault("head_agent_SIGKILL", kill_agent("n1"), "n1 lost"),
-    Fault("head_agent_SIGSTOP", freeze_agent("n1"), f"n1 {LOST}"),
+    Fault("head_agent_SIGKILL", kill_agent("n1"), "n1 lost", ends=("n1",)),
+    Fault("head_agent_SIGSTOP", freeze_agent("n1"), f"n1 {LOST}", ends=("n1",)),
     Fault("power_loss", power_off("n3"), f"n3 {LOST}", off=("n3",)),
-    Fault("head_power_loss", power_off("n1"), f"n1 {LOST}", off=("n1",)),
-    Fault("head_then_next_head", head_then_next, f"n2 {LOST}", off=("n1", "n2")),
+    Fault("head_power_loss", power_off("n1"), f"n1 {LOST}", off=("n1",), ends=("n1",)),
+    Fault("head_then_next_head", head_then_next, f"n2 {LOST}", off=("n1", "n2"), ends=("n1", "n2")),
     Fault("partition_of_one", cut("n3"), f"n3 {LOST}"),
-    Fault("partition_of_the_head", cut("n1"), f"n1 {LOST}"),
-    Fault("partition_of_half", cut("n3", "n4"), LOST),
-    Fault("partition_of_the_heads_half", cut_the_heads_half, LOST),
-    Fault("store_port_taken", ports_taken_then_head_lost, f"n1 {LOST}", off=("n1",)),
-    Fault("slurmctld_restarted", slurmctld_away, None),
+    Fault("partition_of_the_head", cut("n1"), f"n1 {LOST}", ends=("n1",)),
+    Fault("partition_of_half", cut("n3", "n4"), LOST, ends=("n3", "n4")),
+    Fault("partition_of_the_heads_half", cut_the_heads_half, LOST, ends=None),
+    Fault("store_port_taken", ports_taken_then_head_lost, f"n1 {LOST}", off=("n1",), ends=("n1",)),
+    Fault("slurmctld_restarted", slurmctld_away, None, ends=()),
     Fault("shared_directory_full", fill_disk, PROVOKED, prepare=a_disk),
     Fault("shared_directory_read_only", write_protect, PROVOKED),
-    Fault("clock_jump", shift_clocks, None, prepare=a_clock, environ=("PYTHONPATH=site",)),
+    Fault("clock_jump", shift_clocks, None, prepare=a_clock, environ=("PYTHONPATH=site",), ends=()),
     Fault("name_server_silent", kill_name_server, PROVOKED),
 )

@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import Cluster, Job, wait_for
+from conftest import ON_DEMAND, Cluster, Job, wait_for
 
 Submit = Callable[..., Job]
 TOOL = str(Path(sys.executable).with_name("elastic-hpc"))
@@ -51,6 +51,7 @@ def drain(fresh: Cluster, job: Job, round: int = 1) -> None:
     fresh.exec([TOOL, "drain", str(job.run_dir)])
 
 
+@ON_DEMAND
 def test_a_snapshot_runs_as_it_was_submitted_after_a_requeue_too_whatever_is_edited_meanwhile(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
@@ -98,7 +99,7 @@ def test_agents_without_slurms_commands_survive_a_lost_node_and_the_batch_script
     assert [event["run"] for event in job.events("start")] == [0, 1]
     assert not job.events("growth_problem")
     log = (job.run_dir / "logs" / "0.agent-n1.log").read_text()
-    assert log.count("Slurm's commands are not here: no agent is started anew") == 1
+    assert log.count("Slurm's commands are not here: no agent restarts") == 1
     assert "submit it yourself" not in log
     assert "Traceback" not in log + job.output()
 

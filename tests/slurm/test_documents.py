@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Cluster
+from conftest import ON_DEMAND, ROOT, Cluster
 
 BLOCK = re.compile(r"^```(\w+) slurm( allocation)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = [path for path in sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")]) if BLOCK.search(path.read_text())]
 PATH = f"PATH={Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
+SLOW = {"allocations", "torchrun"}
+"""Their code takes a minute and more, and the tests of their topic run the same commands."""
+CASES = [pytest.param(path, marks=ON_DEMAND) if path.stem in SLOW else path for path in DOCUMENTS]
 SCRIPT = "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("document", CASES, ids=lambda path: path.stem)
 def test_code_runs(fresh: Cluster, folder: Path, document: Path) -> None:
     """Python: all of a page is one script. Shell: every command must succeed; bash: a batch script."""
     found = BLOCK.findall(document.read_text())

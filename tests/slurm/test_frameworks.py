@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ROOT, Cluster, Job, wait_for
+from conftest import ON_DEMAND, ROOT, Cluster, Job, wait_for
 
 from elastic_hpc.record.worker_logs import Logs, Wanted
 
@@ -25,7 +25,7 @@ def starts(job: Job) -> list[tuple[int, int]]:
     """World size of each round, and the step after which it went on."""
     found = []
     for line in Logs(job.run_dir / "logs", Wanted(ranks=(0,), streams=("out",))).written():
-        begin = re.fullmatch(r"(\d+) workers, going on after step (\d+)", line.text)
+        begin = re.fullmatch(r"(\d+) workers, continuing after step (\d+)", line.text)
         if begin:
             found.append((int(begin[1]), int(begin[2])))
     return found
@@ -45,6 +45,7 @@ def finished(job: Job, steps: int) -> None:
     assert float(accuracy[1]) > 0.95
 
 
+@ON_DEMAND
 def test_lightning_goes_on_after_a_loss_and_after_a_drain_and_the_job_is_requeued_once(
     submit: Submit, fresh: Cluster
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster, Job, wait_for
+from conftest import ON_DEMAND, Cluster, Job, wait_for
 
 HEAD = """
 import json, os, sys, time
@@ -140,6 +140,7 @@ say(results=job.results(), restarts=job.status.restarts, nodes=job.status.nodes)
     assert job.verdict()["requeues"] == 0
 
 
+@ON_DEMAND
 def test_a_function_that_can_checkpoint_does_so_before_a_requeue_and_is_given_up_after_too_many_timeouts(
     client: Callable[[str], Client],
 ) -> None:

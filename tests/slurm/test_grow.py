@@ -116,6 +116,7 @@ def test_a_job_grows_loses_a_node_replaces_it_and_finishes(
     assert job.job.verdict()["outcome"] == "finished"
 
 
+@ON_DEMAND
 def test_neither_a_take_over_nor_a_requeue_forgets_a_joiner_that_waits_or_runs(
     steady: Callable[..., Steady], busy: Callable[..., str], fresh: Cluster
 ) -> None:
@@ -131,7 +132,7 @@ def test_neither_a_take_over_nor_a_requeue_forgets_a_joiner_that_waits_or_runs(
     fresh.exec(["scancel", "--batch", "--signal=URG", job.job.id])
     wait_for("the requeue", lambda: fresh.job_field(job.job.id, "Restarts") == "1")
     assert waiting not in job.joiners()
-    wait_for("another joiner", job.joiners, 60)
+    wait_for("another joiner", job.joiners, 240)  # a job that was slow to complete starts two minutes later
     fresh.exec(["scancel", other])
     job.wait_world(4)
     running = job.joiners()
@@ -168,6 +169,50 @@ def test_a_joiner_that_is_warned_or_preempted_leaves_without_a_lost_step(
     assert job.job.events("lost") == job.job.events("failure") == []
 
 
+@ON_DEMAND
+@pytest.mark.parametrize("partition", ["low", "lowcancel"])
+def test_the_job_runs_where_it_is_safe_and_grows_where_nodes_are_preempted(
+    steady: Callable[..., Steady], fresh: Cluster, partition: str
+) -> None:
+    """Four nodes are free. Of a node that another job takes, no step is repeated, and it is asked for again."""
+    job = steady("--nodes", "2:4", "--partition", "main", "--grow-partition", partition, *SOON)
+    job.wait_world(4, 240)
+    assert fresh.job_field(job.job.id, "NumNodes") == "2"
+    joiners = [id for id, state in job.joiners().items() if state == "RUNNING"]
+    assert [fresh.job_field(id, "Partition") for id in joiners] == [partition] * 2
+    node = fresh.job_field(joiners[0], "NodeList")
+    preempts = ["--partition=high", "--exclusive", f"--nodelist={node}", "--output=/dev/null", "--wrap=sleep 600"]
+    other = fresh.exec(["sbatch", "--parsable", *preempts]).stdout.strip()
+    job.wait_world(3, 240)
+    wait_for("the other job to start", lambda: fresh.job_field(other, "JobState") == "RUNNING", 90)
+    fresh.exec(["scancel", other])
+    job.wait_world(4, 240)
+    job.finish()
+    assert job.worlds()[-3:] == [4, 3, 4]
+    assert job.repeated_steps() == 0
+    assert job.job.events("lost") == job.job.events("growth_problem") == []
+    assert fresh.job_field(joiners[0], "Restarts") == "0"
+    why = fresh.exec([str(Path(sys.executable).with_name("elastic-hpc")), "why", str(job.job.run_dir)]).stdout
+    assert "preempted, cancelled or lost: 1;" in why
+    assert "0 steps repeated" in why
+
+
+@ON_DEMAND
+def test_a_joiner_whose_own_time_ends_leaves_without_a_lost_step_and_is_replaced(
+    steady: Callable[..., Steady], fresh: Cluster
+) -> None:
+    job = steady("--nodes", "2:3", "--grow-partition", "low", "--grow-time", "2", "--grace", "30", *SOON)
+    job.wait_world(3, 240)
+    (first,) = job.joiners()
+    assert fresh.job_field(first, "TimeLimit") == "00:02:00"
+    wait_for("the next joiner", lambda: [id for id in job.joiners() if id != first], 150)
+    wait_for("three worlds", lambda: job.worlds()[-3:] == [3, 2, 3], 60)
+    job.finish()
+    assert job.repeated_steps() == 0
+    assert {event["reason"] for event in job.job.events("release") + job.job.events("left")} == {"time limit"}
+    assert fresh.job_field(first, "JobState") == "COMPLETED"
+
+
 def test_a_site_that_refuses_joiners_is_asked_again_later_and_training_goes_on(
     steady: Callable[..., Steady], busy: Callable[..., str], fresh: Cluster
 ) -> None:
@@ -202,6 +247,7 @@ def test_a_spare_steps_in_and_the_job_ends_clean(steady: Callable[..., Steady], 
     assert job.worlds() == [2, 2]
 
 
+@ON_DEMAND
 def test_an_agent_that_was_killed_comes_back_in_the_same_allocation_and_so_do_all_one_after_the_other(
     steady: Callable[..., Steady], fresh: Cluster
 ) -> None:

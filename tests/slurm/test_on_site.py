@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,6 +83,7 @@ def test_a_job_that_lost_its_first_node_frees_the_others_within_seconds_and_comp
     assert ended(fresh, job.id)[-1] == "COMPLETED|0:0"
 
 
+@ON_DEMAND
 def test_a_job_is_soon_back_without_the_dead_node_where_users_see_no_nodes_and_the_epilog_takes_12_seconds(
     counts: Submit, fresh: Cluster
 ) -> None:
@@ -93,16 +96,37 @@ def test_a_job_is_soon_back_without_the_dead_node_where_users_see_no_nodes_and_t
     (job.folder / "hold").unlink()
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     assert [event["nodes"] for event in job.events("round")] == [["n1", "n2", "n3"], ["n1", "n2", "n4"]]
-    assert "the states of nodes cannot be seen" in job.output()
+    assert "cannot read the states of nodes" in job.output()
 
 
+@ON_DEMAND
+def test_an_agent_that_was_started_anew_outlives_the_one_that_started_it_and_comes_back_again(
+    counts: Submit, fresh: Cluster
+) -> None:
+    job = counts("--nodes", "2:4")
+    job.wait_steps(10)
+    leader, *_, last = job.wait_event("round")["nodes"]
+    os.kill(fresh.agents(last)[0], signal.SIGKILL)
+    assert job.wait_event("join", 5)["node"] == last
+    os.kill(fresh.agents(leader)[0], signal.SIGKILL)  # Slurm kills all that the leader has started
+    job.wait_event("take_over")
+    wait_for("the new agent to follow", lambda: last in [event["node"] for event in job.events("join")[5:]])
+    job.wait_steps(50, round=3)
+    assert [event["node"] for event in job.events("lost")] == [last]
+    os.kill(fresh.agents(last)[0], signal.SIGKILL)
+    wait_for("one more agent", lambda: [e["node"] for e in job.events("agent_restart")].count(last) == 2, 30)
+    (job.folder / "hold").unlink()
+    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+
+
+@ON_DEMAND
 def test_a_warning_that_comes_before_the_agents_is_heeded_when_they_have_come(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     script = folder / "listens.py"
     script.write_text(LISTENS)
     with delayed(fresh, "task_prolog", 5):
-        job = submit("--nodes", "2", "--time", "10", script=script, args=["+20"])
+        job = submit("--nodes", "2", "--time", "10", script=script, args=["200"])
         wait_for("the batch script", (job.run_dir / "script.sbatch").exists)
         fresh.exec(["scancel", "--batch", "--signal=URG", job.id])
         assert not job.events("start")

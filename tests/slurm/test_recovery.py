@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import COUNTS, ROOT, Cluster, Job, wait_for
+from conftest import COUNTS, ON_DEMAND, ROOT, Cluster, Job, wait_for
 
 Submit = Callable[..., Job]
 EVERY = 10
@@ -103,6 +103,37 @@ def test_a_job_starts_with_min_nodes_when_the_others_are_busy(submit: Submit, fr
     job = submit("--nodes", "2:4", script=COUNTS)
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     assert job.worlds() == [2]
+
+
+SETUP = "touch set_up; until [ -e go ]; do sleep 0.1; done"
+
+
+def test_a_job_starts_with_the_others_when_slurm_takes_a_node_from_it_before_the_agents_start(
+    counts: Submit, fresh: Cluster, folder: Path
+) -> None:
+    """For example during a long --setup."""
+    job = counts("--nodes", "2:4", "--setup", SETUP)
+    wait_for("the setup", (folder / "set_up").exists)
+    fresh.mini("kill", "n4")
+    fresh.wait_noticed("n4")
+    (folder / "go").touch()
+    job.wait_steps(20)
+    finish(job)
+    assert job.worlds() == [3]
+
+
+def test_a_job_comes_back_without_a_node_that_srun_cannot_reach(counts: Submit, fresh: Cluster, folder: Path) -> None:
+    """Slurm takes that node for alive, and srun ends the agents on the others."""
+    job = counts("--nodes", "2:4", "--setup", SETUP)
+    wait_for("the setup", (folder / "set_up").exists)
+    fresh.mini("kill", "n4")
+    (folder / "go").touch()
+    wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1")
+    assert "requeue: srun could not start an agent on n4, and has ended the agents on the other nodes" in job.output()
+    job.wait_steps(20)
+    finish(job)
+    assert job.worlds() == [3]
+    assert (job.verdict()["run"], job.verdict()["requeues"]) == (1, 1)
 
 
 def test_training_goes_on_from_its_checkpoint_when_a_worker_crashes_and_then_a_node_loses_power(
@@ -199,13 +230,14 @@ def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_complete
     assert job.worlds() == [4, 3]
     assert fresh.job_field(job.id, "Restarts") == "1"  # for the record of Slurm alone
     (taken,) = job.events("take_over")
-    assert taken["reason"] == "n1 lost: nothing heard for 5 s"
+    assert taken["reason"] == "n1 lost: no heartbeat for 5 s"
     assert [event["leader"] for event in job.events("round")] == ["n1", "n2"]
     wait_for("the dependent job", lambda: fresh.job_field(after, "JobState") == "COMPLETED", 60)
     assert "this node leads now" in (job.run_dir / "logs" / "0.agent-n2.log").read_text()
     assert set(audit.read_text().splitlines()) == {"an event loop began"}, "no control thread touches a file"
 
 
+@ON_DEMAND
 def test_nothing_keeps_the_allocation_when_who_ends_the_job_is_lost_too(counts: Submit, fresh: Cluster) -> None:
     job = counts("--nodes", "2:4")
     job.wait_steps(15)
@@ -221,7 +253,7 @@ def test_nothing_keeps_the_allocation_when_who_ends_the_job_is_lost_too(counts: 
     finish(job)
 
 
-@pytest.mark.parametrize(("nodes", "lost"), [(2, ["n1"]), (4, ["n1", "n2"])])
+@pytest.mark.parametrize(("nodes", "lost"), [(2, ["n1"]), pytest.param(4, ["n1", "n2"], marks=ON_DEMAND)])
 def test_the_survivors_bring_the_job_back_when_half_of_it_loses_power_and_one_of_them_acts(
     counts: Submit, fresh: Cluster, nodes: int, lost: list[str]
 ) -> None:
@@ -263,7 +295,9 @@ def test_two_jobs_on_the_same_nodes_do_not_meet_at_a_port(counts: Submit) -> Non
     assert len(ports) == 2
 
 
-@pytest.mark.parametrize("options", [["--interface", "ib0"], ["--rdzv-endpoint", "n2.mini.cluster:29500"]])
+@pytest.mark.parametrize(
+    "options", [["--interface", "ib0"], pytest.param(["--rdzv-endpoint", "n2.mini.cluster:29500"], marks=ON_DEMAND)]
+)
 def test_names_with_a_domain_and_a_second_network_are_served(submit: Submit, options: list[str]) -> None:
     job = submit("--nodes", "2:4", *options, script=COUNTS)
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()

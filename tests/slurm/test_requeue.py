@@ -15,7 +15,7 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-from conftest import Cluster, wait_for
+from conftest import ON_DEMAND, Cluster, wait_for
 
 
 def fast(cluster: Cluster, *, watched: bool = False) -> float:
@@ -226,6 +226,7 @@ def test_a_job_that_an_administrator_does_not_let_come_back_is_cancelled_rather_
     assert job.ends() == "CANCELLED"
 
 
+@ON_DEMAND
 def test_a_job_comes_back_after_its_time_limit(fresh: Cluster, start: Start):
     job = start("--nodes=1", "--time=1", "--nodelist=n2", on=("n2",))
     wait_for("SIGTERM", (job.folder / "sigterm.0.n2").exists, 130)
@@ -323,6 +324,7 @@ def test_a_job_without_batch_host_ends_as_completed_and_releases_its_dependents(
     assert Puppets(cluster, headless.after_finished, job.folder).ends() == "COMPLETED"
 
 
+@ON_DEMAND
 def test_a_job_without_batch_host_ends_as_failed(cluster: Cluster, headless: Headless):
     job = headless.failed
     assert job.script_ran(1) - headless.noticed < fast(cluster)

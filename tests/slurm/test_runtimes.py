@@ -18,7 +18,7 @@ from conftest import COUNTS, ON_DEMAND, ROOT, Cluster, Job, wait_for
 Submit = Callable[..., Job]
 PACKAGES = ("python3", "bash", "coreutils", "dash", "libstdc++6")
 LINKS = ("bin", "sbin", "lib", "lib64")
-MOUNT_POINTS = ("dev", "proc", "sys", "tmp", "home", "root", "run/secrets", "var", "etc")
+MOUNT_POINTS = ("dev", "proc", "sys", "tmp", "home", "root", "run/secrets", "var/run/slurm", "etc")
 # Runtimes mount their own on these; charliecloud wants the first two, and podman all, as this image is read-only.
 FILES = ("etc/passwd", "etc/group", "etc/hosts", "etc/hostname", "etc/resolv.conf", "run/.containerenv")
 
@@ -67,8 +67,10 @@ def image(cluster: Cluster) -> Iterator[Path]:
         (root / folder).mkdir(parents=True, exist_ok=True)
     for link in LINKS:
         (root / link).symlink_to(f"usr/{link}")
-    others = [f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")]
-    needed = ["apt-cache", "depends", "--recurse", "--installed", *others, *PACKAGES]
+    alternatives = [
+        f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
+    ]
+    needed = ["apt-cache", "depends", "--recurse", "--installed", *alternatives, *PACKAGES]
     packages = [line for line in output(needed).splitlines() if line[:1].isalnum()]
     for name in output(["dpkg-query", "--listfiles", *packages]).splitlines():
         target = root / name[1:]
@@ -76,6 +78,11 @@ def image(cluster: Cluster) -> Iterator[Path]:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(name, target, follow_symlinks=False)
+    python, library = os.path.realpath(sys.executable), os.path.dirname(os.__file__)
+    if not (root / python[1:]).exists():  # under bin/trixie the interpreter is another system's
+        shutil.copy2(python, root / python[1:])
+        others = shutil.ignore_patterns("dist-packages", "test")
+        shutil.copytree(library, root / library[1:], symlinks=True, ignore=others)
     for file in FILES:
         (root / file).touch()
     (root / "etc/mtab").symlink_to("/proc/mounts")
@@ -119,6 +126,8 @@ def loses_a_node(submit: Submit, fresh: Cluster, folder: Path, image: Path, *opt
     fresh.mini("kill", "n3")
     job.wait_event("round", 2)
     (folder / "hold").unlink()
+    job.wait_event("verdict")
+    fresh.wait_noticed("n3")  # agents without Slurm's commands cannot take it from the job
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     job.assert_steps_contiguous(10)
     assert job.worlds() == [3, 2]

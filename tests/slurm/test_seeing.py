@@ -105,8 +105,8 @@ def test_a_job_is_watched_and_followed_through_a_lost_node_a_requeue_and_a_slurm
     assert any(re.fullmatch(r"rank [012] err\| saved at step \d+", line) for line in followed)
 
     text = fresh.exec([TOOL, "why", job.id], cwd=folder).stdout
-    assert "by: n3 lost: nothing heard for 5 s" in text
-    assert "the job went back to the queue under its own id" in text
+    assert "by: n3 lost: no heartbeat for 5 s" in text
+    assert "the job returned to the queue under its own ID" in text
     fresh.exec([TOOL, "timeline", job.id, "--html", "page.html"], cwd=folder)
     assert "n3 lost" in (folder / "page.html").read_text()
     metrics = fresh.exec([TOOL, "metrics", job.id], cwd=folder).stdout
@@ -132,7 +132,7 @@ def test_a_job_that_cannot_start_says_why_and_one_that_waits_is_stopped_once(
         assert (answer := call(command, lost))[0] == code
         assert why in answer[1] or command == "timeline"
     assert f"mkdir -p {folder}/closed/logs" in call("why", lost)[1]
-    assert call("stop", lost)[1].startswith(f"job {lost.id} is over already, FAILED: its batch script never ran")
+    assert call("stop", lost)[1].startswith(f"job {lost.id} has already ended, FAILED: its batch script never ran")
 
     assert f"scontrol release {held.id}" in call("why", held)[1]
     assert call("drain", held) == (
@@ -140,7 +140,7 @@ def test_a_job_that_cannot_start_says_why_and_one_that_waits_is_stopped_once(
         f"elastic-hpc: job {held.id} waits in the queue (JobHeldUser): nothing runs there yet\n",
     )
     assert call("stop", held) == (0, f"job {held.id} is cancelled\n")
-    assert call("stop", held)[1].startswith(f"job {held.id} is over already, CANCELLED")
+    assert call("stop", held)[1].startswith(f"job {held.id} has already ended, CANCELLED")
     assert call("drain", held)[0] == 1
 
 

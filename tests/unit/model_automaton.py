@@ -15,14 +15,16 @@ from typing import Any, ClassVar
 from model_node import Site, policy
 
 from elastic_hpc.membership.election import Base
+from elastic_hpc.membership.hangs import Rhythm
 from elastic_hpc.membership.messages import Failure, Order, Plan, Redirect, Status
 from elastic_hpc.membership.policy import Decision, Policy
 from elastic_hpc.membership.roster import Host, Roster, RosterChange
+from elastic_hpc.membership.wishes import Bounds, Parting, Wishes
 
 _IGNORED = {
     *("_promises", "_keep"),
     *("_events", "by_node", "_hosts", "_node", "_link", "policy", "_host", "_latest", "out", "_own_leader"),
-    *("last_led", "_last_contact", "_waiting", "_waiting_recorded", "_reason", "addr"),
+    *("_links", "hangs", "last_led", "_last_contact", "_waiting", "_waiting_recorded", "_reason", "addr"),
 }
 """Fields that decide nothing here, or follow from others."""
 
@@ -64,7 +66,10 @@ def _fields(value: Any) -> list[tuple[str, Any]]:
 
 VALUES = Values()
 
-_VALUE_TYPES = (Status, Order, Redirect, Roster, RosterChange, Base, Plan, Failure, Host, Policy, Decision)
+_VALUE_TYPES = (
+    *(Status, Order, Redirect, Roster, RosterChange, Base, Plan, Failure, Host, Policy, Decision),
+    *(Wishes, Bounds, Parting, Rhythm),
+)
 
 
 def _value(number: int) -> Any:
@@ -149,6 +154,8 @@ class Look:
     is_new: bool
     runs: bool
     world: tuple[int, int] | None
+    gone: bool
+    """Slurm has the node back."""
     agents: int
     """How many agents there were on this node."""
 
@@ -187,6 +194,7 @@ class Nodes:
                     is_new=site.promises.roster is None and site.promises.votes,
                     runs=site.own.state == "running" and site.round > 0,
                     world=site.world,
+                    gone=site.gone,
                     agents=site.agents,
                 )
             )

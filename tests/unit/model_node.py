@@ -20,6 +20,7 @@ from elastic_hpc.membership.messages import Failure, Order, Redirect, Status
 from elastic_hpc.membership.policy import Policy
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster, RosterChange
+from elastic_hpc.membership.wishes import Bounds
 from elastic_hpc.network.following import Follower
 
 HOSTS = tuple(Host(node, f"n{node}", (f"10.0.0.{node}",), node) for node in range(8))
@@ -83,9 +84,12 @@ class Output:
 class Site:
     """A node. To ``Follower`` it is the ``Node``, and the connection too."""
 
-    def __init__(self, index: int, rules: Policy) -> None:
-        self.index, self.policy = index, rules
+    def __init__(self, index: int, rules: Policy, *, steps: bool) -> None:
+        """``steps``: its workers report that they have done a step, without which no world is made smaller."""
+        self.index, self.policy, self.steps = index, rules, steps
         self.leader: Leader | None = None
+        self.gone = False
+        """Slurm has the node back, or is about to have it."""
         self.begun = 0
         """Leaders that have begun on this node: their clock, so that the marks of their rosters differ."""
         self.slept = self.agents = 0
@@ -172,9 +176,11 @@ class Site:
                     self._report(state="idle", round=round, failure=None)
                 case follower.Start(round, plan):
                     self.round, self.world = round, (plan.store_port, plan.group_world_size)
-                    self._report(state="running", round=round)
+                    self._report(state="running", round=round, step=0 if self.steps else -1)
                 case follower.End():
-                    raise AssertionError("nobody ends the job")
+                    self.gone, self.round, self.world = True, 0, None
+                    self.leave()
+                    return
                 case _:
                     return
 
@@ -235,6 +241,18 @@ class Site:
         """The node stands still for longer than the timeout; the next message is heard when it is awake."""
         self.slept += 1
 
+    def resize(self, most: int) -> None:
+        """The user gives the job another MAX."""
+        assert self.leader
+        self.leader.on_resize(Bounds(1, most, ()), self.clock)
+        self._after()
+
+    def release(self, node: int) -> None:
+        """The user gives a node back."""
+        assert self.leader
+        self.leader.on_leave(node, "released", self.clock, exclude=True, give_back=True)
+        self._after()
+
     def stop(self) -> None:
         """A candidate gives way."""
         self._end_lead()
@@ -245,6 +263,8 @@ class Site:
         while (round := leader.wanted_store) is not None:
             leader.on_store(round, (round * 8 + self.index) * 16 + self.begun, self.clock)
         assert not leader.verdict, leader.verdict
+        if leader.needs and leader.needs.surplus:
+            leader.on_given_back([host.node for host in leader.needs.surplus], self.clock)
         self.out.closed = leader.take_dropped()
         # orders that are sent before the leader is frozen again all have one number, and so the same content
         leader._orders._seq = max(leader.peers.fresh_order, 1) - 1

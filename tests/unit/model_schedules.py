@@ -25,6 +25,8 @@ FAULTS = {
     "reboots": "the same, and what the node has promised is lost",
     "freezes": "a node stands still, but its workers do not; it wakes at any time (not with --lines)",
     "holds": "nothing arrives over one direction of a connection, until any time (not with --lines)",
+    "resizes": "the user gives the job another MAX",
+    "gives back": "the user has a node go",
     "sleeps": "a leader stood still (only with --lines, where everything may be late without a fault)",
 }
 """What is counted."""
@@ -83,7 +85,8 @@ class Model:
 
     def start(self) -> State:
         """The first leader, on node 0, and no connection."""
-        sites = [Site(index, self.nodes.policy) for index in range(self.size)]
+        steps = not self._faults.isdisjoint({"resizes", "gives back"})
+        sites = [Site(index, self.nodes.policy, steps=steps) for index in range(self.size)]
         sites[0].lead(first=True)
         for site in sites:
             site.settle()
@@ -137,14 +140,14 @@ class Model:
         for index, look in enumerate(looks):
             if not self.lines:
                 yield ("wakes" if (index,) in still else "freezes", index)
-            if look.linked or not look.is_new:
+            if (look.linked or not look.is_new) and not look.gone:
                 yield ("restarts", index)
                 yield ("reboots", index)
             if look.leads:
                 yield ("deserted", index)
                 if self.lines:
                     yield ("sleeps", index)
-            if (index,) in still:
+            if (index,) in still or look.gone:
                 continue
             if look.must_act:
                 yield ("acts", index)
@@ -152,7 +155,10 @@ class Model:
                 yield ("fails", index)
             if look.leads:
                 yield ("decides" if look.has_news else "beats", index)
-                if not look.has_led:
+                if look.has_led:
+                    yield from (("resizes", index, most) for most in range(1, self.size + 1))
+                    yield from (("gives back", index, node) for node in range(self.size))
+                else:
                     yield ("gives way", index)
             if look.linked:
                 yield ("repeats", index)
@@ -251,6 +257,10 @@ class Model:
             case "repeats":
                 if not self._repeat(nodes, conns, index):
                     return None
+            case "resizes":
+                self._apply(nodes, conns, index, "resize", rest[0])
+            case "gives back":
+                self._apply(nodes, conns, index, "release", rest[0])
             case "gives way":
                 self._apply(nodes, conns, index, "stop")
             case "freezes" | "holds":
@@ -265,6 +275,9 @@ class Model:
                 raise ValueError(name)
         if acted:
             self._act(nodes, conns, index)
+        for conn in list(conns.values()):
+            if conn.agent_open and self.nodes.looks[nodes[conn.agent]].gone:
+                _put(conns, conn._replace(agent_open=False, down=()))
         held = tuple(one for one in held if one[:3] in conns or len(one) == 1)
         return tuple(nodes), tuple(sorted(conns.values())), held
 

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from elastic_hpc.record.events import EventReader
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.story import Story
@@ -36,3 +38,11 @@ def copy(name: str, to: Path) -> Path:
 
 def write(folder: Path, events: list[dict[str, Any]]) -> None:
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``folder``, as home and working directory of who knows no job; Slurm's commands are not there."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.chdir(folder)
+    return folder

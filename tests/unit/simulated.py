@@ -19,9 +19,11 @@ from typing import Any
 from simulated_network import SimLink, SimNetwork, VirtualLoop
 from simulated_slurm import Queue, SimSource
 
+from elastic_hpc.agent.lookout import Lookout, Outlook
 from elastic_hpc.agent.supply import Supply
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import follower, messages
+from elastic_hpc.membership.hangs import NO_RHYTHM, NO_SIGNS, Rhythm, Signs
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.leaderless import Conclude, GiveUp, without_leader
 from elastic_hpc.membership.messages import Failure, Order, Status
@@ -29,6 +31,7 @@ from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.policy import Policy, Verdict
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.wishes import Bounds
 from elastic_hpc.network.identity import Identity, RunIsOver
 from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.network.session import Membership
@@ -77,13 +80,18 @@ class SimRecord:
             return
         self.job.events.append((self.job.now, self.node.index, name, fields))
         if name == "round":
-            assert self.job.policy.min_nodes <= len(fields["nodes"]) <= self.job.policy.max_nodes
+            policy = self.job.policy.within(self.node.promises.wishes.bounds, None)
+            assert policy.min_nodes <= len(fields["nodes"]) <= policy.max_nodes
             nodes = [int(name[1:]) for name in fields["nodes"]]
             assert nodes == sorted(nodes), "group ranks follow Slurm's node order"
             assert fields["restarts"] <= self.job.policy.max_restarts
 
-    def state(self, **state: int) -> None:
-        pass
+    @property
+    def stalls(self) -> bool:
+        return self.job.stalls
+
+    def state(self, *, bounds: Bounds | None, rhythm: Rhythm, **state: int) -> None:
+        self.job.bounds, self.job.rhythm = bounds, rhythm
 
     def verdict(self, verdict: dict[str, Any]) -> Future[None]:
         assert self.job.verdict is None, "two verdicts"
@@ -167,7 +175,7 @@ class SimNode:
     # what membership needs
 
     def status(self) -> Status:
-        return self._status
+        return replace(self._status, signs=self.job.signs(self)) if self.workers.alive else self._status
 
     def set_order(self, order: Order | None, link: Any) -> None:
         self.order = order
@@ -232,10 +240,12 @@ class SimNode:
             promises=promises,
             reason=reason,
             supplied=True,
+            rhythm=NO_RHYTHM if promises.roster else self.job.rhythm,
         )
         record = SimRecord(self.job, self)
         supply = Supply(SimSource(self.job, self), record.event, grow=self.job.policy.grow)
-        return LeaderServer(leader, record, self._open_store, self._act_on, supply)
+        lookout = Lookout(self.job.outlooks(record), record.event)
+        return LeaderServer(leader, record, self._open_store, self._act_on, supply, lookout)
 
     async def _open_store(self, round: int) -> int:
         await asyncio.sleep(self.job.random.uniform(0, 0.2))
@@ -289,6 +299,12 @@ class SimNode:
     def warn(self) -> None:
         """The job that has brought this joiner is about to end."""
         self._report(leaving="preempted")
+
+    def warned(self, reason: str) -> None:
+        """The same, told to the leader by the batch script (``agent.warned``)."""
+        for node in self.job.left:
+            if server := node.membership._own_leader.server:
+                server.on_request(messages.Leave(self.index, reason))
 
     def _drained(self, round: int) -> None:
         if round == self.workers.round:
@@ -368,12 +384,21 @@ class Job:
     published: Published | None = None
     bridges: tuple[str, ...] = ()
     """Addresses that each node publishes besides its own."""
+    bounds: Bounds | None = None
+    """As in ``state.json``; so is ``rhythm``."""
+    rhythm: Rhythm = NO_RHYTHM
+    signs: Callable[[SimNode], Signs] = lambda _node: NO_SIGNS
+    """What the agent of a node whose workers run counts."""
+    stalls: bool = False
+    """Whether the file system of the record does not answer."""
     run_number: int = 0
     """The run that is at work."""
     warning: str = ""
     beats: int = 0
     scripts_listen: bool = False
     scripts_progress: bool = True
+    outlooks: Callable[[SimRecord], list[Outlook]] = lambda _record: []
+    """What each leader looks at regularly."""
     bugs: list[Exception] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -389,6 +414,8 @@ class Job:
             self.add(index, first=index == 0)
         self.queue = Queue(self)
         self.cuts: set[frozenset[int]] = set()
+        self.one_way: set[tuple[int, int]] = set()
+        """By port: who cannot send to whom."""
         self.trained = 0
         self._formed: dict[int, int] = {}
 
@@ -422,7 +449,8 @@ class Job:
         return self.random.choice((0.001, 0.01, self.random.uniform(0, 0.3 if not self.loss else 1.5)))
 
     def connected(self, one: SimNode, other: SimNode) -> bool:
-        return frozenset((one.host.port, other.host.port)) not in self.cuts
+        ports = (one.host.port, other.host.port)
+        return frozenset(ports) not in self.cuts and ports not in self.one_way
 
     def cut(self, nodes: Sequence[int]) -> None:
         """Let no message pass between ``nodes``, by port, and the other nodes."""
@@ -430,7 +458,7 @@ class Job:
         self.cuts = {frozenset((a, b)) for a in nodes for b in rest}
 
     def heal(self) -> None:
-        self.cuts = set()
+        self.cuts, self.one_way = set(), set()
 
     def check(self) -> None:
         """No round is formed twice, and only one world trains: the newest."""

@@ -115,12 +115,22 @@ class SimNetwork:
                 problem = error
         raise problem
 
+    async def reaches(self, host: Host, local: str) -> bool:
+        assert local == f"10.0.0.{self.node.index}"
+        target = self.job.at[host.port]
+        await asyncio.sleep(self.job.latency())
+        if self.job.connected(self.node, target) and self.job.connected(target, self.node) and target.dead != "power":
+            return not target.dead
+        await asyncio.sleep(2.5)
+        return False
+
     async def _dial(self, address: str, host: Host) -> SimLink:
         target = self.node if address in OWN_ON_EVERY_NODE else self.job.at[host.port]
         await asyncio.sleep(self.job.latency())
         while target.frozen and not target.dead:
             await asyncio.sleep(0.5)
-        if not self.job.connected(self.node, target) or target.dead == "power":
+        both = self.job.connected(self.node, target) and self.job.connected(target, self.node)
+        if not both or target.dead == "power":
             await asyncio.sleep(1.0)
             raise asyncio.TimeoutError
         if target.dead or target.attend is None:

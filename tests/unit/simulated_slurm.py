@@ -44,6 +44,8 @@ class Queue:
         self.steps: dict[str, SimNode | None] = {}
         """The job steps of agents that were started anew, by the name of their node; None while the agent starts."""
         self.jobs: dict[str, SimJoiner] = {}
+        self.given_back: list[str] = []
+        """The job's own nodes that it has not any more."""
         self._ids = itertools.count(100)
 
     def set_free(self, nodes: int) -> None:
@@ -97,6 +99,15 @@ class Queue:
             node.kill()
         self.steps.pop(name, None)
 
+    def take_back(self, names: Collection[str]) -> None:
+        """The job's own nodes are given back. An agent that is still there, as it was cut off, is killed."""
+        for name in names:
+            node = self.job.at[int(name[1:])]
+            node.kill()
+            if name not in self.given_back:
+                self.given_back.append(name)
+                self.set_free(self.free + 1)
+
     def ended(self, node: SimNode) -> None:
         """The agent of a node has left, or is dead."""
         if self.steps.get(node.host.name) is node:
@@ -133,6 +144,10 @@ class SimSource:
     async def starting(self) -> dict[str, str]:
         await self._asks()
         return {name: f"step.{name}" for name in self.job.queue.steps}
+
+    async def give_back(self, names: Collection[str]) -> None:
+        await self._asks()
+        self.job.queue.take_back(names)
 
     async def joiners(self) -> list[SimJoiner]:
         await self._asks()

@@ -87,7 +87,7 @@ def test_no_line_is_lost_when_the_quota_is_full_for_a_while(two: Two, agent: Age
     wait_for(agent.logged)
     two.server.behave(over_quota=True)
     agent.log("two")
-    wait_for(lambda: "Disk quota exceeded; the workers go on" in agent.stderr.read_text())
+    wait_for(lambda: "Disk quota exceeded; workers continue" in agent.stderr.read_text())
     two.server.behave(over_quota=False)
     agent.log("three")
     wait_for(lambda: agent.logged() == ["one", "two", "three"])

@@ -133,13 +133,14 @@ def test_what_a_worker_submits_or_starts_is_a_job_of_its_own() -> None:
     agent = AgentEnv("9", 1, "n2", 3, 1, 9, None, None, local=False)
     goes_on = {**STEP, "ELASTIC_HPC_CONTINUE": "/run", "ELASTIC_HPC_FIRST_RUN": "1", "ELASTIC_HPC_FIRST_JOB": "7"}
     outer = {**goes_on, "ELASTIC_HPC_LOCAL_NODE": "0", "ELASTIC_HPC_LOCAL_NODES": "2", "NCCL_SOCKET_IFNAME": "ib1"}
-    prepare_worker_env(outer, agent.cpus, 3, "9.outer", run_dir="/run", interface="ib0")
+    prepare_worker_env(outer, agent.cpus, 3, "9.outer", run_dir="/run", live="/live", interface="ib0")
     assert {name for name in outer if name.startswith("ELASTIC_HPC_")} == {
-        "ELASTIC_HPC_AGENT", "ELASTIC_HPC_FENCE", "ELASTIC_HPC_GIVEN", "ELASTIC_HPC_LOCAL_DIR",
+        "ELASTIC_HPC_AGENT", "ELASTIC_HPC_FENCE", "ELASTIC_HPC_GIVEN", "ELASTIC_HPC_LIVE", "ELASTIC_HPC_LOCAL_DIR",
         "ELASTIC_HPC_RANK0_ADDR", "ELASTIC_HPC_ROUND", "ELASTIC_HPC_RUN_DIR",
     }  # fmt: skip
     outer |= {"GLOO_SOCKET_IFNAME": "eth3", "ELASTIC_HPC_ROUND": "4", "ELASTIC_HPC_CONFIG": "mine.toml"}
     inner = for_a_new_job(outer)
+    assert "ELASTIC_HPC_LIVE" not in inner, "its agent does not know the workers of that job"
     prepare_worker_env(inner, 4, 1, "9.inner")
     assert (inner["OMP_NUM_THREADS"], inner["NCCL_SOCKET_IFNAME"], inner["GLOO_SOCKET_IFNAME"]) == ("4", "ib1", "")
     assert (inner["ELASTIC_HPC_ROUND"], inner["ELASTIC_HPC_AGENT"]) == ("", "9.inner")

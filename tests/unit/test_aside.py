@@ -154,7 +154,7 @@ def test_variables_of_the_site_reach_the_imports_whatever_they_begin_with(
         ("import socket\none, other = socket.socketpair()", "the script has opened connections"),
         ("import os\nos.dup2(os.open('log', os.O_RDWR | os.O_CREAT), 1)", "the script has redirected its output"),
         ("from elastic_hpc.training.progress import listen\nlisten()",
-         "the script has told its agent that it listens, or how far it is"),
+         "the script has reported that it listens, or its progress"),
         ("import os\nif pid := os.fork():\n    os.waitpid(pid, 0)\n    os._exit(0)", "this is a child of the worker"),
     ],
 )  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch_214 import IN_PLACE, TORCH_214
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import goodput
@@ -16,6 +18,7 @@ import run
 from _month import DAY, Inputs, Launcher, Recovery, launchers, simulate
 from _report import BenchmarkError, figure
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ELASTIC, SPARED, REQUEUE, TORCHRUN, *_ = launchers(Recovery(), 512)
 INPUTS = Inputs(nodes=512, rate=0.005)
 
@@ -149,3 +152,12 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(monkeypatch):
     everything.measure(["submit", "goodput"])
     assert everything.failed == {"submit": "it needs a mini-slurm"}
     assert everything.found["goodput"]["table"]
+
+
+@IN_PLACE
+def test_torch_reconfigures_what_the_gpu_benchmark_asks_it_to_reconfigure():
+    code = "import gpu; print(gpu.reconfigures('gloo', 'cpu')); print(gpu.reconfigures('no_backend', 'cpu'))"
+    done = subprocess.run([TORCH_214, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    gloo, unknown = done.stdout.splitlines()
+    assert gloo == "yes"
+    assert "no_backend" in unknown

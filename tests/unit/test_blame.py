@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_leader import Job, failure, formed, orders
 
-from elastic_hpc.membership.causes import blames_machine, signature
+from elastic_hpc.membership.causes import signature
 from elastic_hpc.membership.messages import Failure
 from elastic_hpc.membership.nodes import joiner
 from elastic_hpc.membership.strikes import Strike, dump, excluded, load
@@ -218,6 +218,7 @@ def test_a_hang_is_nobodys() -> None:
     job = trained()
     for _ in range(2):
         job.fail(1, failure(1, "no step for 60 s", kind="hang"))
+        job.reach(0, 1, 2)
         job.ready(0, 1, 2, 3)
     assert job.verdict.outcome == "failed"
 
@@ -253,22 +254,81 @@ def test_the_next_leader_leaves_the_node_out_too() -> None:
     assert members(after) == (0, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("message", "is_it"),
-    [
-        (CUDA, True),
-        ("RuntimeError: CUDA error: uncorrectable ECC error encountered", True),
-        ("RuntimeError: No CUDA GPUs are available", True),
-        ("OSError: [Errno 5] Input/output error: '/data/train.bin'", True),
-        ("RuntimeError: CUDA error: device-side assert triggered", False),
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", False),
-        (BUG, False),
-    ],
-)
-def test_what_scripts_rarely_do(message: str, is_it: Any) -> None:
-    assert blames_machine(message) == is_it
-
-
 def test_the_name_of_the_node_makes_no_other_failure() -> None:
     assert signature("exit", "gpu-a: no space", "gpu-a") == signature("exit", "gpu-b: no space", "gpu-b")
     assert signature("exit", "data-1 is bad", "a") != signature("exit", "datb-1 is bad", "b")
+
+
+# what the table of causes knows
+
+ECC = "RuntimeError: CUDA error: uncorrectable ECC error encountered"
+MODULE = "ModuleNotFoundError: No module named 'einops'"
+SHAPES = "RuntimeError: mat1 and mat2 shapes cannot be multiplied (4x10 and 20x5)"
+
+
+def test_a_node_that_is_known_to_be_at_fault_is_left_at_once() -> None:
+    job = trained()
+    job.fail(1, error(1, ECC))
+    assert job.verdict is None
+    (barred,) = job.events("barred")
+    assert barred["node"] == "n1"
+    assert "the fault of that node: the GPU's memory is damaged" in barred["reason"]
+    job.ready(0, 1, 2, 3)
+    assert members(job) == (0, 2, 3)
+
+
+def test_one_node_after_the_other_is_left_and_the_job_goes_on_while_others_are_there() -> None:
+    job = trained(granted=5)
+    for node, world in ((1, (0, 2, 3)), (2, (0, 3, 4))):
+        job.fail(node, error(node, ECC))
+        job.ready(*range(5))
+        assert members(job) == world
+    assert job.verdict is None
+
+
+@pytest.mark.parametrize(("can_requeue", "outcome"), [(True, "requeue"), (False, "failed")])
+def test_where_no_other_node_is_there_a_node_at_fault_gets_one_more_chance(can_requeue: Any, outcome: str) -> None:
+    job = trained(granted=3, can_requeue=can_requeue)
+    job.fail(1, error(1, ECC))
+    assert job.verdict is None
+    job.ready(0, 1, 2)
+    job.fail(1, error(1, ECC))
+    assert job.verdict.outcome == outcome
+
+
+@pytest.mark.parametrize(("message", "others"), [(SHAPES, False), (MODULE, True)])
+def test_a_fault_of_the_script_ends_a_job_without_progress_at_once(message: str, *, others: bool) -> None:
+    job = trained()
+    job.fail(1, error(1, message))
+    if others:
+        assert job.verdict is None
+        job.fail(2, error(2, message))
+    assert job.verdict.outcome == "failed"
+    assert "a restart cannot fix that, and no progress was made: " in job.verdict.reason
+    assert job.leader.restarts == 0
+
+
+def test_a_module_that_one_node_alone_has_not_got_ends_no_job() -> None:
+    job = trained()
+    for _ in range(2):
+        job.fail(1, error(1, MODULE))
+        job.wait(OTHERS + 0.1)
+        job.ready(0, 1, 2, 3)
+    assert job.verdict is None
+    assert members(job) == (0, 2, 3)
+
+
+def test_a_fault_of_the_script_after_progress_is_tried_once_more() -> None:
+    job = trained()
+    job.fail(1, error(1, SHAPES), step=7)
+    assert job.verdict is None
+    job.ready(0, 1, 2, 3)
+    job.fail(2, error(2, SHAPES), step=7)
+    assert job.verdict.outcome == "failed"
+
+
+def test_a_full_disk_that_all_share_costs_no_node_though_one_rank_alone_writes() -> None:
+    job = trained()
+    fail_twice(job, 1, "OSError: [Errno 28] No space left on device: '/work/me/ckpt.pt'")
+    assert job.verdict.outcome == "failed"
+    assert job.events("barred") == []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from worlds import run
 
 from elastic_hpc.membership.causes import Cause, explain, is_collateral, kind_of, signature
 from elastic_hpc.membership.tracebacks import last_line, message_of, traceback_of
@@ -179,9 +179,10 @@ def test_an_exit_without_an_exception_is_told_with_the_last_line(tmp_path: Path)
 
 
 def test_a_signal_is_told_by_its_name_and_with_the_stack_where_there_is_one(tmp_path: Path) -> None:
-    assert death("import os; os.kill(os.getpid(), 9)", tmp_path) == Cause("signal", "killed by SIGKILL", None)
+    killed = Cause("signal", "killed by SIGKILL", None, known="killed")
+    assert death("import os; os.kill(os.getpid(), 9)", tmp_path) == killed
     crash = "import ctypes\ndef crash():\n    ctypes.string_at(0)\ncrash()\n"
-    assert death(crash, tmp_path) == Cause("signal", "killed by SIGSEGV", None)
+    assert death(crash, tmp_path) == Cause("signal", "killed by SIGSEGV", None, known="crash")
     cause = death(crash, tmp_path, PYTHONFAULTHANDLER="1")
     assert cause.message == "killed by SIGSEGV"
     assert cause.traceback
@@ -325,21 +326,8 @@ CASES = [
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[Cause]]:
     """Causes of the three ranks' deaths, by what they did and who was the first to die."""
     folder = tmp_path_factory.mktemp("worlds")
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in CASES]
-    cases = [f"{how}:{victim}:{port.getsockname()[1]}" for (how, victim), port in zip(CASES, held, strict=True)]
-    for port in held:
-        port.close()
-    done = subprocess.run(
-        [sys.executable, "-c", WORLDS, str(folder), *cases],
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=120,
-        check=True,
-    )
     found = {}
-    for line in done.stdout.splitlines():
-        how, victim, *codes = line.split()
+    for how, victim, *codes in run(WORLDS, folder, CASES, 120):
         found[how, int(victim)] = [
             explain(int(code), stderr_tail(folder / f"{how}.{victim}.{rank}")) for rank, code in enumerate(codes)
         ]

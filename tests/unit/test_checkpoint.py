@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_not_counted(tmp_
 def test_training_does_not_start_anew_because_no_checkpoint_loads(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, "not JSON")
-    with pytest.raises(CheckpointError, match=r"step-00000001.*JSONDecodeError.*mend the loader"):
+    with pytest.raises(CheckpointError, match=r"step-00000001.*JSONDecodeError.*fix the loader"):
         checkpoints.load(lambda path: json.loads(read(path)))
 
 

@@ -40,8 +40,9 @@ class Project:
         self.folder, self.recorded, self.sbatch = folder, recorded, sbatch
 
     def seen(self, what):
+        """Of the script not the last line, which says all once more."""
         path = self.recorded / what
-        return path.read_text() if path.exists() else None
+        return path.read_text().partition("# elastic-sbatch --resume")[0] if path.exists() else None
 
     def agents(self):
         """The command that starts the agents, on one line."""
@@ -330,7 +331,7 @@ def test_the_warning_has_room_for_the_grace_it_is_given(project, capsys):
     assert "#SBATCH --signal=RB:USR1@90 " in project.seen("script")
     assert "comes 90 s before the time limit, less than the 100000 s of --grace" in capsys.readouterr().err
     assert main(["-N1", "--grace=1d", "train.py"]) == 2
-    assert "--grace 86400: the workers are told 86430 s before the end" in capsys.readouterr().err
+    assert "--grace 86400: the workers get the warning 86430 s before the end" in capsys.readouterr().err
 
 
 def test_torchruns_t_is_pointed_out_where_it_is_sbatchs(project, capsys):
@@ -451,8 +452,13 @@ def test_defaults_come_from_the_projects_file(project):
         (["-N", "2", "--grow", "--dry-run", "--gpus=8", "train.py"], "--gpus=8 with --grow: counts the GPUs of the"),
         (["-N", "2", "--grow", "--template=torchrun", "train.py"], "--grow: plain torchrun has no use for it"),
         (["-N", "2", "--spares=1", "--template=torchrun", "train.py"], "--spares: plain torchrun has no use for it"),
-        (["-N", "2", "--time=2", "train.py"], "--time=2: the workers are told to save 120 s before the end (--grace)"),
-        (["-N", "2", "-t", "1:30", "--signal=USR2@90", "train.py"], "--time=1:30: the workers are told to save 90 s b"),
+        (["-N", "2", "--time=2", "train.py"], "--time=2: the workers are asked to save 120 s before the end (--grace)"),
+        (
+            ["-N", "2", "-t", "1:30", "--signal=USR2@90", "train.py"],
+            "--time=1:30: the workers are asked to save 90 s b",
+        ),
+        (["-N", "2:4", "--yield-to=all", "t.py"], "--yield-to 'all': expected pending, user, qos:NAME or partition:"),
+        (["-N", "4", "--yield-to=user", "train.py"], "--yield-to user with --nodes 4: only nodes above MIN are given"),
         (["-N", "2,4", "--template=torchrun", "train.py"], "--nodes 2,4: plain torchrun expects N or MIN:MAX, for ex"),
     ],
 )
@@ -522,7 +528,7 @@ def test_the_help_teaches_and_needs_no_other_option(project, capsys):
     out = capsys.readouterr().out
     for text in (
         "elastic-sbatch --nodes 4:8 train.py",
-        "passed through",
+        "passes all other options of sbatch through",
         "-N, --nodes N|MIN:MAX",
         "--grow[=on|off]\n",
         "--dry-run",

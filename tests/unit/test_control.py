@@ -309,7 +309,7 @@ def test_what_could_not_be_written_is_written_later_in_order(tmp_path: Path, cap
         recorder.event("join", {"node": name})
     with pytest.raises(OSError, match="late"):
         recorder.verdict({}).result(timeout=5)
-    assert caplog.text.count("training goes on without its record") == 1
+    assert caplog.text.count("training continues without its record") == 1
     rundir.create()
     recorder.close()
     assert [event["node"] for event in rundir.events()] == ["n0", "n1"]

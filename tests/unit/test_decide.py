@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from elastic_hpc.membership.nodes import joiner, votes
@@ -15,7 +15,7 @@ OWN, JOINERS = st.integers(0, 7), st.integers(0, 3).map(lambda job: joiner(str(j
 NODES = st.frozensets(OWN | JOINERS, max_size=8)
 CHANGES = st.sampled_from(
     [
-        Decision(Action.GATHER, "1 node(s) have to go"),
+        Decision(Action.GATHER, "1 node(s) must leave"),
         Decision(Action.GATHER, "1 more node(s) joined", grows=True),
         Decision(Action.GATHER, "1 more node(s) joined", grows=True, charged=False),
     ]
@@ -54,14 +54,27 @@ ANY_VIEWS = st.builds(
     succeeded=NODES,
     failure=st.sampled_from([None, "rank 0 on n0: exit code 1"]),
     cause=st.sampled_from(["exit", "node lost"]),
+    of_network=st.booleans(),
+    probed=st.booleans(),
+    probing=st.sampled_from([0.0, 3.0]),
+    apart=st.sampled_from(["", "n1 and n2 do not reach each other"]),
+    parts=st.booleans(),
     settling=st.booleans(),
     repeated=st.booleans(),
     suspect=st.none() | OWN,
+    known=st.sampled_from(["", "a disk is full"]),
     ready=NODES,
     live=NODES,
     leaving=NODES,
+    asked=NODES,
+    returning=st.frozensets(OWN, max_size=2),
+    staying=st.frozensets(OWN, max_size=2),
+    settled=st.booleans(),
+    shrinks=st.booleans(),
     barred=st.frozensets(OWN, max_size=2),
     idle=NODES,
+    preparing=NODES,
+    paused=NODES,
     since_newcomer=SECONDS,
     starting=COUNTS,
     coming=COUNTS,
@@ -104,7 +117,7 @@ def training(view: View) -> View:
 
 
 VIEWS = ANY_VIEWS | ANY_VIEWS.map(gathering) | ANY_VIEWS.map(training)
-EVERYTHING = settings(max_examples=200, deadline=None)
+EVERYTHING = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def after_long(view: View, policy: Policy) -> View:
@@ -114,6 +127,7 @@ def after_long(view: View, policy: Policy) -> View:
     return replace(
         view,
         settling=False,  # it lasts SETTLE seconds
+        probing=0.0,
         since_start=view.since_start + day,
         since_min=view.since_min + day if enough else 0.0,
         below_min=0.0 if enough else view.below_min + day,
@@ -150,7 +164,8 @@ def test_a_world_has_a_size_that_is_allowed_and_nodes_that_are_ready(view: View,
     assert bool(decision.nodes) == (decision.action in {Action.FORM, Action.RELEASE})
     if decision.action is Action.FORM:
         assert policy.min_nodes <= len(decision.nodes) <= policy.max_nodes
-        assert len(decision.nodes) == policy.fit(view.ready)
+        prepared = view.ready - view.preparing
+        assert len(decision.nodes) in {policy.fit(view.ready), policy.fit(prepared)}
         assert any(map(votes, decision.nodes))
         assert list(decision.nodes) == sorted(set(decision.nodes)), "ranks follow Slurm's order"
         assert set(decision.nodes) <= view.ready == view.live
@@ -245,12 +260,58 @@ def test_whoever_waits_for_time_to_pass_does_so_within_the_users_timeouts(view: 
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_only_those_who_do_not_train_are_let_go_and_of_the_jobs_own_nodes_none(view: View, policy: Policy) -> None:
+def test_only_those_who_do_not_train_are_let_go_and_of_the_jobs_own_nodes_those_that_slurm_may_have_back(
+    view: View, policy: Policy
+) -> None:
     decision = decide(view, policy)
     if decision.action is Action.RELEASE:
         assert not view.formed.intersection(decision.nodes)
-        assert all(node in view.leaving or not votes(node) for node in decision.nodes)
         assert set(decision.nodes) <= view.idle | view.ready
+        if own := set(filter(votes, decision.nodes)):
+            assert view.settled, "no majority needs them"
+            assert not own & view.staying
+            assert own <= view.returning or view.shrinks
+
+
+@given(VIEWS, policies())
+@settings(EVERYTHING, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+def test_a_job_that_may_have_fewer_nodes_shrinks_to_them_without_charge_and_keeps_its_leader(
+    view: View, policy: Policy
+) -> None:
+    view = replace(view, going=True, failure=None, lost=frozenset(), succeeded=frozenset(), request=None)
+    view = replace(view, shrinks=True, change=None, quorum=True, drained=False, leaving=frozenset())
+    view = replace(view, restarts=policy.max_restarts)
+    view = replace(view, formed=view.live | view.staying, live=view.live | view.staying, ready=frozenset())
+    size = policy.fit(view.live)
+    assume(0 < size < len(view.formed) and votes(min(view.live)))
+    decision = decide(view, policy)
+    assert (decision.action, decision.charged) == (Action.DRAIN, False)
+    view = replace(view, formed=frozenset(), ready=view.live, idle=view.live, store_ready=True, barred=frozenset())
+    view = replace(view, expected=0, first=False, preparing=frozenset())
+    world = decide(view, policy)
+    assume(world.action is Action.FORM)
+    assert len(world.nodes) == size
+    assert view.staying <= set(world.nodes) or len(view.staying) > size
+
+
+@given(VIEWS, policies())
+@EVERYTHING
+def test_a_round_waits_for_workers_that_are_started_ahead_only_if_it_needs_them(view: View, policy: Policy) -> None:
+    decision = decide(view, policy)
+    if decision.action is Action.FORM and view.preparing.intersection(decision.nodes):
+        prepared = view.ready - view.preparing
+        may_come_back = policy.free_growth or view.restarts < policy.max_restarts
+        assert not (policy.fit(prepared) and any(map(votes, prepared)) and may_come_back)
+
+
+def _next_world(view: View, policy: Policy) -> frozenset[int]:
+    """The nodes of the world that is formed when all workers of the round have stopped."""
+    here = view.live - view.preparing
+    stopped = replace(view, formed=frozenset(), ready=here, live=here, idle=here, preparing=frozenset(), first=False)
+    stopped = replace(stopped, leaving=frozenset(), barred=frozenset(), expected=0, store_ready=True)
+    decision = decide(stopped, policy)
+    assume(decision.action is not Action.RELEASE)
+    return frozenset(decision.nodes)
 
 
 @given(VIEWS, policies())
@@ -261,6 +322,11 @@ def test_workers_are_asked_to_save_before_the_world_is_changed_without_need(view
         assert not view.lost
         assert view.failure is None
         assert not view.succeeded
-        assert policy.fit(view.live) > len(view.formed) or view.leaving & view.formed
+        larger = policy.fit(view.live - view.preparing) > len(view.formed)
+        smaller = 0 < policy.fit(view.live) < len(view.formed)
+        why = "nobody stands still for a node whose workers are still starting"
+        swapped = view.shrinks and view.live - view.formed <= view.staying
+        assert larger or smaller or swapped or view.leaving & view.formed, why
+        assert decision.in_place == bool(view.formed & _next_world(view, policy)), "else what is not saved is lost"
     if decision.action is Action.GATHER:
         assert view.failure or view.lost or view.drained or view.change

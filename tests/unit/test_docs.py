@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic_hpc.options.of_joiners import JOINERS
 from elastic_hpc.options.sbatch import SBATCH
 from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
 
@@ -39,7 +40,7 @@ def options_of(command: str) -> set[str]:
     listed = "" if command == "elastic-sbatch" else help_of(command)
     subcommands = re.findall(r"^    ([a-z-]+)(?: |$)", listed, re.MULTILINE)
     known = set(OPTION.findall(" ".join([help_of(command), *(help_of(command, name) for name in subcommands)])))
-    known |= {f"--{name}" for name in SBATCH} if command == "elastic-sbatch" else set()
+    known |= {f"--{name}" for name in (*SBATCH, *JOINERS)} if command == "elastic-sbatch" else set()
     return known | ({option.flag for option in TORCHRUN} if command in {"elastic-sbatch", "elastic-srun"} else set())
 
 
@@ -80,7 +81,7 @@ def test_options_and_variables_named_in_the_text_exist(document: Path) -> None:
     known = known.union(*(options_of(command) for command in OURS))
     code = " ".join(re.findall(r"`([^`\n]+)`", text))
     assert set(OPTION.findall(code)) <= known
-    files = [*ROOT.glob("elastic_hpc/**/*.py"), *ROOT.glob("bin/mini_slurm/*.py")]
+    files = [*ROOT.glob("elastic_hpc/**/*.py"), *ROOT.glob("bin/mini_slurm/*.py"), *ROOT.glob("tests/*.py")]
     sources = "".join(path.read_text() for path in files)
     sources += (ROOT / "tests" / "slurm" / "test_faults.py").read_text()
     for name in re.findall(r"\b(?:ELASTIC_HPC|MINI_SLURM)_[A-Z0-9_]+", text):

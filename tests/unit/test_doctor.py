@@ -91,6 +91,7 @@ def test_a_site_that_suits_elastic_jobs_is_told_so(commands: Path):
             Level.OK,
         ),
         "accounting": Level.NOTE,
+        "giving back": Level.NOTE,
         "pyxis": Level.NOTE,
     }
 
@@ -100,7 +101,7 @@ def test_a_site_that_forbids_requeue_is_told_what_to_set(commands: Path):
     found = judged(None, "requeue")
     assert (found.level, found.found) == (Level.WARN, "JobRequeue = 0")
     assert "JobRequeue=1" in found.set
-    assert "new job with another id" in found.means
+    assert "new job with another ID" in found.means
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,16 @@ def test_a_job_keeps_its_lost_nodes_where_slurm_lets_no_job_shrink(commands: Pat
     assert "no disable_job_shrink" in found.set
 
 
+def test_whether_a_running_job_may_give_nodes_back_is_told(commands: Path):
+    change(commands / "config", AccountingStorageType="accounting_storage/slurmdbd")
+    assert judged(None, "giving back").level is Level.OK
+    change(commands / "config", AccountingStorageType="accounting_storage/none")
+    assert "a job can give nodes back once in a run" in judged(None, "giving back").means
+    change(commands / "config", SchedulerParameters="bf_interval=1,disable_job_shrink")
+    found = judged(None, "giving back")
+    assert (found.level, found.found) == (Level.WARN, "SchedulerParameters has disable_job_shrink")
+
+
 def test_a_prolog_and_an_epilog_are_told_with_their_limit_and_what_a_requeue_waits_for(commands: Path):
     change(commands / "config", Prolog="/site/prolog", Epilog="/site/epilog", CompleteWait="32 sec")
     found = judged(None, "prolog")
@@ -145,7 +156,7 @@ def test_a_prolog_and_an_epilog_are_told_with_their_limit_and_what_a_requeue_wai
     assert "up to 32 s" in found.means
     assert "121 s after that" in found.means
     change(commands / "config", PrologEpilogTimeout="600", AuthInfo="socket=/run/munge,cred_expire=30")
-    assert judged(None, "epilog").set == "you: --run tells how long it takes"
+    assert judged(None, "epilog").set == "you: --run measures it"
     assert " s after that" not in judged(None, "epilog").means
     assert "Slurm drains the node" in judged(None, "prolog").means
     add(commands / "config", PrologTimeout="65534", EpilogTimeout="60")  # since 25.11
@@ -253,7 +264,7 @@ def test_a_preemption_by_qos_is_judged_by_the_qos_of_the_users_jobs(commands: Pa
 def test_a_partition_that_suspends_is_warned_of(commands: Path):
     text = (commands / "partitions").read_text()
     (commands / "partitions").write_text(text.replace("PreemptMode=REQUEUE", "PreemptMode=GANG,SUSPEND"))
-    assert "stands still" in judged("low", "preemption").means
+    assert "suspended job stops" in judged("low", "preemption").means
 
 
 def test_a_preemption_that_leaves_no_grace_time_writes_none(commands: Path):

@@ -38,7 +38,7 @@ def answers(folder: Path, squeue: str, sacct: str) -> None:
     ("squeue", "sacct", "end"),
     [
         ("echo TIMEOUT", NO_ACCOUNTING, "TIMEOUT"),
-        ("echo COMPLETING", "echo COMPLETED", ""),
+        ("echo COMPLETING", "echo COMPLETED", "COMPLETING"),
         (FORGOTTEN, "echo CANCELLED by 1000", "CANCELLED"),
         (FORGOTTEN, "printf 'RESIZING\\nCOMPLETED\\n'", "COMPLETED"),
         ("", "echo OUT_OF_MEMORY", "OUT_OF_MEMORY"),
@@ -83,6 +83,21 @@ def test_nothing_is_told_where_both_mean_the_same_to_a_dependency_or_slurm_knows
     outcome: str, recorded: str
 ) -> None:
     assert state_of(replace(ended(outcome), recorded_end=recorded), Story()).note == "all workers finished"
+
+
+@pytest.mark.parametrize("outcome", ["finished", "failed"])
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("COMPLETING", "Slurm waits for its nodes"),
+        ("RUNNING", "its batch script has not ended"),
+        ("PENDING", "it starts once more, and ends at once"),
+    ],
+)
+def test_a_job_that_is_over_by_its_record_and_not_yet_for_slurm_is_told_so(outcome: str, word: str, why: str) -> None:
+    state, note, _ = state_of(replace(ended(outcome), recorded_end=word), Story())
+    assert state == ("COMPLETED" if outcome == "finished" else "FAILED")
+    assert note.splitlines()[1].startswith(f"Slurm still says {word}: {why}")
 
 
 def test_the_accounting_says_how_a_job_ended_whose_record_has_no_end() -> None:

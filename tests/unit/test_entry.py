@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,15 +102,20 @@ def test_a_folder_that_has_been_removed_is_told_in_a_line(words: list[str], tmp_
     assert (done.returncode, lines) == (2, [said])
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users can enter. Each pytest closes the parent of ``tmp_path`` to them when it starts."""
+    with tempfile.TemporaryDirectory() as path:
+        Path(path).chmod(0o755)
+        yield Path(path)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="takes on another user")
 @pytest.mark.parametrize("words", [["status"], ["why"], ["logs"], ["drain"], ["stop"], ["timeline", "--html", "-"]])
-def test_another_users_job_is_refused_in_a_line(words: list[str], tmp_path: Path) -> None:
-    folder = records.copy("faults", tmp_path)
+def test_another_users_job_is_refused_in_a_line(words: list[str], open_folder: Path) -> None:
+    folder = records.copy("faults", open_folder)
     folder.chmod(0o700)
-    for above in (tmp_path, *tmp_path.parents):
-        if above.is_relative_to(tempfile.gettempdir()) and above != Path(tempfile.gettempdir()):
-            above.chmod(0o755)
-    other = {"stderr": subprocess.PIPE, "env": {**os.environ, "HOME": str(tmp_path)}, "user": 65534, "group": 65534}
+    other = {"stderr": subprocess.PIPE, "env": {**os.environ, "HOME": str(open_folder)}, "user": 65534, "group": 65534}
     try:
         runs = called([*HPC, "--version"], **other).returncode == 0
     except PermissionError:

@@ -287,7 +287,7 @@ def test_a_leader_without_slurms_commands_asks_for_no_nodes_and_leaves_requeues_
     assert server._supply is None
     assert agent._ending.act({"outcome": "requeue"}, ["n3"], alone=False, others=()) is None
     assert [record.getMessage() for record in caplog.records if record.name == "elastic_hpc.agent.leading"] == [
-        "Slurm's commands are not here: no agent is started anew, no node is brought, the batch script requeues"
+        "Slurm's commands are not here: no agent restarts, the job does not grow, the batch script requeues"
     ]
     assert agent.recorder
     agent.recorder.close()

@@ -1,4 +1,4 @@
-"""examples/train_digits.py, the model for users' scripts, under the launchers it says it runs under."""
+"""examples/train_digits.py and live_digits.py, the models for users' scripts, under the launchers they name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,27 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
+from torch_214 import IN_PLACE, TORCH_214
+
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "train_digits.py"
+EXAMPLE, LIVE = (ROOT / "examples" / name for name in ("train_digits.py", "live_digits.py"))
+ACCELERATE = ROOT / "examples" / "live_accelerate.py"
 SRUN = [sys.executable, str(ROOT / "bin" / "elastic-srun")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 DEADLINE_S = 120.0
 
 
-def train(launcher: Sequence[str], folder: Path, *arguments: str) -> str:
-    """Run the example to its end with its checkpoint in ``folder``: what it printed."""
-    command = [*launcher, str(EXAMPLE), "--checkpoint", str(folder / "checkpoint.pt"), *arguments]
+def into(folder: Path, example: Path = EXAMPLE) -> list[str]:
+    """The example, and the option that has it record its steps in ``folder``."""
+    where = ["--checkpoint", str(folder / "checkpoint.pt")] if example == EXAMPLE else ["--folder", str(folder)]
+    return [str(example), *where]
+
+
+def train(launcher: Sequence[str], folder: Path, *arguments: str, example: Path = EXAMPLE) -> str:
+    """Run the example to its end: what it printed."""
+    command = [*launcher, *into(folder, example), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRON, timeout=DEADLINE_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -53,33 +63,37 @@ def running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
             process.terminate()
 
 
-def worker(rank: int, checkpoint: Path) -> int:
-    """Pid of the worker with ``rank`` that trains into ``checkpoint``."""
+def worker(rank: int, folder: Path) -> int:
+    """Pid of the worker that was started with ``rank`` and trains into ``folder``."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 environ = (entry / "environ").read_bytes().split(b"\0")
-                command = (entry / "cmdline").read_bytes().split(b"\0")
+                command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if f"RANK={rank}".encode() in environ and str(checkpoint).encode() in command:
+            if f"RANK={rank}".encode() in environ and bytes(folder) in command:
                 return int(entry.name)
     raise AssertionError(f"no worker with rank {rank}")
 
 
-def test_training_goes_on_from_the_last_checkpoint_when_a_worker_is_killed(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint.pt"
-    options = ["--local", "2", "--log-dir", str(tmp_path / "logs")]
-    arguments = ["--checkpoint", str(checkpoint), "--epochs", "8", "--checkpoint-every", "7"]
-    with running([*SRUN, *options, str(EXAMPLE), *arguments]) as process:
+def train_with_a_kill(command: Sequence[str], folder: Path) -> str:
+    """Run ``command``, which trains into ``folder``, and kill its second worker after 25 steps: what it printed."""
+    with running(command) as process:
         deadline = time.monotonic() + DEADLINE_S
-        while len(steps(tmp_path)) < 25:
+        while len(steps(folder)) < 25:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        os.kill(worker(1, checkpoint), signal.SIGKILL)
+        os.kill(worker(1, folder), signal.SIGKILL)
         output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, output
+    return output
+
+
+def test_training_goes_on_from_the_last_checkpoint_when_a_worker_is_killed(tmp_path: Path) -> None:
+    options = ["--local", "2", "--log-dir", str(tmp_path / "logs")]
+    output = train_with_a_kill([*SRUN, *options, *into(tmp_path), "--epochs", "8", "--checkpoint-every", "7"], tmp_path)
 
     before, after = (list(world) for _, world in groupby(steps(tmp_path), key=lambda step: step["round"]))
     assert before[0]["step"] == 1
@@ -107,5 +121,41 @@ def test_a_run_that_changes_its_world_size_trains_like_one_that_does_not(tmp_pat
         assert math.isclose(one["loss"], other["loss"], rel_tol=0.05), (one, other)
 
 
-def test_the_example_is_short() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 100
+@IN_PLACE
+@pytest.mark.parametrize("example", [LIVE, ACCELERATE], ids=lambda path: path.name)
+def test_in_place_a_killed_worker_costs_the_others_neither_their_processes_nor_a_step(
+    example: Path, tmp_path: Path
+) -> None:
+    launcher = [TORCH_214, *SRUN[1:], "--local", "3", "--log-dir", str(tmp_path / "logs")]
+    length = ["--epochs", "8"] if example == LIVE else ["--steps", "120"]
+    output = train_with_a_kill([*launcher, *into(tmp_path, example), *length], tmp_path)
+
+    done = steps(tmp_path)
+    worlds = [list(world) for _, world in groupby(done, key=lambda step: step["round"])]
+    assert all(b["step"] == a["step"] + 1 for world in worlds for a, b in pairwise(world))
+    # another rank may have done the step in which the worker was killed, and given its state to rank 0
+    assert all(after[0]["step"] - before[-1]["step"] in {1, 2} for before, after in pairwise(worlds))
+    assert (done[0]["step"], done[-1]["step"]) == (1, 120)
+    assert len({step["pid"] for step in done}) == 1
+    # the new worker comes back when it is ready, which may be later than the end
+    assert [world[0]["world_size"] for world in worlds] in ([3, 2], [3, 2, 3])
+    assert accuracy(output) >= 0.95
+
+
+def test_the_script_for_training_in_place_restarts_elsewhere_and_trains_like_the_other(tmp_path: Path) -> None:
+    changing, steady = tmp_path / "changing", tmp_path / "steady"
+    torchrun = [*TORCHRUN, "--standalone", "--log-dir", str(tmp_path / "torchrun"), "--nproc-per-node", "2"]
+    train(torchrun, changing, "--epochs", "1", example=LIVE)
+    train([*SRUN, "--local", "3", "--log-dir", str(tmp_path / "logs")], changing, "--epochs", "2", example=LIVE)
+    train([sys.executable], changing, "--epochs", "3", example=LIVE)
+    train([sys.executable], steady, "--epochs", "3")
+
+    assert [step["step"] for step in steps(changing)] == list(range(1, 3 * 15 + 1))
+    assert [step["world_size"] for step in steps(changing)] == [2] * 15 + [3] * 15 + [1] * 15
+    for one, other in zip(steps(changing), steps(steady), strict=True):
+        assert math.isclose(one["loss"], other["loss"], rel_tol=0.05), (one, other)
+
+
+@pytest.mark.parametrize("example", [EXAMPLE, LIVE], ids=lambda path: path.name)
+def test_the_example_is_short(example: Path) -> None:
+    assert len(example.read_text().splitlines()) < 100

@@ -13,9 +13,11 @@ import pytest
 
 from elastic_hpc import JobSpec, LaunchConfig, UsageError, elastic_launch, render
 from elastic_hpc.job import typed as types
+from elastic_hpc.options.of_joiners import JOINERS
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, REFUSED, SBATCH
 from elastic_hpc.options.table import ELASTIC, LAUNCH_OPTIONS
 from elastic_hpc.options.torchrun import OPTIONS
+from elastic_hpc.options.values import HangTimeout
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +172,10 @@ def test_options_of_ours_take_what_python_has_for_them():
         nproc_per_node=8.0, python=["python3", "-X", "dev"],
     ).launch  # fmt: skip
     assert (launch.grow, launch.grace, launch.heartbeat_timeout) == (True, timedelta(minutes=5), timedelta(seconds=2.5))
-    assert (launch.hang_timeout, launch.preload.modules) == (timedelta(minutes=10), ("torch", "numpy"))
+    assert (launch.hang_timeout, launch.preload.modules) == (
+        HangTimeout(timedelta(minutes=10), learns=False),
+        ("torch", "numpy"),
+    )
     assert str(launch.rdzv_conf) == "join_timeout=60,last_call_timeout=5"
     assert (launch.max_restarts, launch.nproc_per_node) == (3, "8")
     assert of(preload=False).launch.preload.modules == ()
@@ -212,5 +217,6 @@ def test_the_types_of_the_options_have_the_names_of_the_tables():
     assert names(types.LaunchOptions) == {option.flag.removeprefix("--") for option in LAUNCH_OPTIONS}
     assert names(types.JobOptions) >= set(ELASTIC) - {"setup", "env"}
     assert names(types.TorchrunOptions) == {o.name for o in OPTIONS} - set(ELASTIC) - {"module", "no-python"}
+    assert names(types.JoinerOptions) <= JOINERS.keys()
     always = REFUSED.keys() - {"ntasks", "ntasks-per-node", "tasks-per-node"}
     assert names(types.SbatchOptions) == SBATCH.keys() - COMMAND_LINE_ONLY - always - {"nodes"}

@@ -285,7 +285,7 @@ def test_a_joiner_that_has_to_go_leaves_when_the_workers_have_saved(seed: int) -
         assert events(job, "lost") == []
         assert events(job, "failure") == []
         assert going.left
-        assert events(job, "restart")[-1]["reason"] == "1 node(s) have to go"
+        assert events(job, "restart")[-1]["reason"] == "1 node(s) must leave"
 
     job.run(story)
 
@@ -432,6 +432,64 @@ def test_a_world_has_only_the_sizes_that_are_allowed_and_the_others_wait(sizes: 
             assert len(rounds(job)[2]["nodes"]) == 2
         else:
             assert await job.until(job.over, 60)
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=2, deadline=None)
+def test_joiners_that_are_preempted_soon_after_they_come_are_asked_for_later_and_later(seed: int) -> None:
+    """With a free node at all times. A joiner that stays for long makes the job eager again."""
+    job = Job(seed, 2, replace(POLICY, max_nodes=3), loss=0.0, scripts_listen=True)
+
+    def submitted() -> list[float]:
+        return [when for when, _, name, _ in job.events if name == "joiners"]
+
+    async def preempted_after(seconds: float) -> float:
+        """How long after the preemption the next joiner is asked for."""
+        assert await job.until(lambda: len(rounds(job) and rounds(job)[-1]["nodes"]) == 3 and job.training(), 60)
+        await job.until(lambda: False, seconds)
+        before, left, (going,) = len(submitted()), job.now, [node for node in job.joiners if not node.left]
+        going.warn()
+        assert await job.until(lambda: len(rounds(job)[-1]["nodes"]) == 2 and len(submitted()) > before, 700)
+        return submitted()[-1] - left
+
+    async def story() -> None:
+        job.queue.set_free(1)
+        waits = [await preempted_after(30) for _ in range(9)]
+        assert waits[0] < 10, "a single preemption is no reason to wait"
+        for wait, least in zip(waits[1:], (10, 20, 40, 80, 160, 320, 600, 600), strict=True):
+            assert least <= wait <= least + 10
+        problems = [problem["reason"] for problem in events(job, "growth_problem")]
+        assert problems[0] == "nodes are taken again within 10 minutes: the next joiner is submitted in 10 s"
+        assert await preempted_after(growth.WORTH) < 10
+        assert events(job, "lost") == events(job, "failure") == []
+
+    job.run(story)
+
+
+@given(SEEDS)
+@settings(max_examples=5, deadline=None)
+def test_joiners_that_are_preempted_together_count_once_and_those_at_their_own_end_do_not(seed: int) -> None:
+    job = Job(seed, 2, replace(POLICY, max_nodes=6), loss=0.0, scripts_listen=True)
+
+    async def all_go(reason: str) -> float:
+        assert await job.until(lambda: len(rounds(job) and rounds(job)[-1]["nodes"]) == 6 and job.training(), 60)
+        await job.until(lambda: False, 15)
+        before, left = len(events(job, "joiners")), job.now
+        for node in [node for node in job.joiners if not node.left]:
+            node.warned(reason)
+        assert await job.until(
+            lambda: len(rounds(job)[-1]["nodes"]) < 6 and len(events(job, "joiners")) > before, 60
+        ), job.events[-5:]
+        return next(when for when, _, name, _ in reversed(job.events) if name == "joiners") - left
+
+    async def story() -> None:
+        job.queue.set_free(4)
+        for _ in range(4):
+            assert await all_go("time limit") < 10
+        assert await all_go("preempted") < 10
+        assert 10 <= await all_go("preempted") < 20
 
     job.run(story)
 

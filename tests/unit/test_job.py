@@ -79,19 +79,19 @@ def test_a_slurm_that_does_not_answer_does_not_end_a_job(job: Job, tmp_path: Pat
     says(tmp_path, "echo squeue: error: Unable to contact slurm controller >&2; exit 1")
     with pytest.raises(SlurmError, match="Unable to contact"):
         job.status()
-    with pytest.raises(TimeoutError, match="job 17 has not ended in 1 s; it goes on"):
+    with pytest.raises(TimeoutError, match="job 17 has not ended in 1 s; the job continues"):
         job.wait(timeout=1)
 
 
 def test_a_job_that_has_not_started_is_cancelled_in_the_queue(job: Job, tmp_path: Path) -> None:
-    says(tmp_path, "echo '23|PENDING|N/A|Resources'")
+    says(tmp_path, "echo '23|PENDING|N/A|N/A|Resources'")
     assert Job(tmp_path / "elastic-logs" / "23").stop() == "cancelled"
     assert Path("asked").read_text().splitlines()[-1] == f"{tmp_path}/bin/scancel 23"
 
 
 def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
     record(job, REQUEUED).mark_acted(0, "17")
-    says(tmp_path, "echo '17|PENDING|N/A|None'")
+    says(tmp_path, "echo '17|PENDING|N/A|N/A|None'")
     assert (job.status().state, job.status().done) == ("PENDING", False)
     with pytest.raises(TimeoutError):
         job.wait(timeout=1)
@@ -102,7 +102,7 @@ def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
 def test_a_job_that_another_goes_on_for_is_that_job_from_then_on(job: Job, tmp_path: Path) -> None:
     record(job, REQUEUED)
     says(
-        tmp_path, f"echo '17|COMPLETED|N/A|None'; echo '18|RUNNING|N/A|None'; printf 18 > {job.run_dir}/acted.0"
+        tmp_path, f"echo '17|COMPLETED|N/A|N/A|None'; echo '18|RUNNING|N/A|N/A|None'; printf 18 > {job.run_dir}/acted.0"
     )  # while it is asked for
     status = job.status()
     assert (status.state, status.done, job.slurm_id) == ("RUNNING", False, "18")
@@ -161,7 +161,7 @@ def test_what_the_command_refuses_is_refused_from_python(job: Job, options: dict
 
 
 def test_waiting_asks_slurm_less_and_less_often(job: Job, tmp_path: Path) -> None:
-    says(tmp_path, "echo '17|RUNNING|N/A|None'")
+    says(tmp_path, "echo '17|RUNNING|N/A|N/A|None'")
     begin = time.monotonic()
     with pytest.raises(TimeoutError):
         job.wait(timeout=4)
@@ -174,7 +174,7 @@ def by_command(job: Job, capsys: pytest.CaptureFixture[str]) -> dict:
 
 
 def knows(*rows: str) -> str:
-    return "; ".join(f"echo '{row}|N/A|None'" for row in rows)
+    return "; ".join(f"echo '{row}|N/A|N/A|None'" for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +303,9 @@ def test_a_job_that_is_over_is_not_stopped_again(job: Job, tmp_path: Path, capsy
     record(job, FINISHED)
     assert job.stop() == "over"
     assert main(["stop", str(job.run_dir)]) == 0
-    assert capsys.readouterr().out == "job 17 is over already, COMPLETED: all workers finished\n"
+    assert capsys.readouterr().out == "job 17 has already ended, COMPLETED: all workers finished\n"
     assert main(["drain", str(job.run_dir)]) == 1
-    assert capsys.readouterr().err == "elastic-hpc: job 17 is over, COMPLETED: nothing runs that could be drained\n"
+    assert capsys.readouterr().err == "elastic-hpc: job 17 has ended, COMPLETED: there is nothing to drain\n"
     assert not Path("asked").exists()
     assert main(["stop", "nosuchjob"]) == main(["drain", "nosuchjob"]) == 2
 
@@ -324,6 +324,45 @@ def test_a_job_that_waits_cannot_be_drained(job: Job, tmp_path: Path) -> None:
     says(tmp_path, knows("17|PENDING"))
     with pytest.raises(ElasticError, match=r"job 17 waits in the queue \(None\): nothing runs there yet"):
         job.drain()
+
+
+def test_a_job_that_cannot_be_resized_says_why_and_what_to_do(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*command: str) -> str:
+        assert main([command[0], str(job.run_dir), *command[1:]]) == 1
+        return capsys.readouterr().err.removeprefix("elastic-hpc: ").strip()
+
+    says(tmp_path, knows("17|PENDING"))
+    assert refused("resize", "1:2") == (
+        "job 17 waits in the queue and has not started yet: end it, elastic-hpc stop 17, and submit it with --nodes 1:2"
+    )
+    RunDir(job.run_dir).write("spec.json", {"--world-multiple-of": "2"})
+    assert main(["resize", str(job.run_dir), "3:2"]) == 2
+    assert "'3:2': expected N or MIN:MAX with 1 <= MIN <= MAX, for example 4:8" in capsys.readouterr().err
+    assert main(["resize", str(job.run_dir), "3"]) == 2
+    assert "expected a multiple of 2" in capsys.readouterr().err
+    config = "echo SchedulerParameters = bf_interval=1,disable_job_shrink"
+    says(tmp_path, f"case $0 in *scontrol) {config};; *) {knows('17|RUNNING')};; esac")
+    forbidden = "this site does not let a job give nodes back (SchedulerParameters=disable_job_shrink)"
+    assert refused("release", "n3") == f"{forbidden}: expected nodes that further jobs have brought: there is none"
+    record(job, FINISHED)
+    assert refused("resize", "2") == "job 17 is over, COMPLETED: it has no nodes that could be resized"
+    assert refused("release", "n3") == "job 17 is over, COMPLETED: it has no nodes that could be released"
+
+
+def test_a_job_that_waits_to_come_back_asks_slurm_for_the_new_number_and_begins_with_it(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rundir = RunDir(job.run_dir)
+    rundir.write("spec.json", {"--spares": "1", "job": "17"})
+    rundir.write("state.json", {"round": 2})
+    says(tmp_path, knows("17|PENDING"))
+    assert main(["resize", str(job.run_dir), "2,4"]) == 0
+    assert capsys.readouterr().out == "job 17 may have 2,4 nodes; it waits in the queue, and asks Slurm for as many\n"
+    assert Path("asked").read_text().splitlines()[-1].endswith("scontrol update JobId=17 NumNodes=2-5")
+    assert rundir.read("state.json") == {"round": 2, "bounds": {"min_nodes": 2, "max_nodes": 4, "sizes": "2,4"}}
+    assert (job._look().view.min_nodes, job._look().view.max_nodes) == (2, 4)
 
 
 def test_an_array_is_stopped_as_a_whole_and_looked_at_by_its_tasks(

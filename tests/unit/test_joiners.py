@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cluster import Cluster, Node, end_of, wait_for
 
+from elastic_hpc import slurm
 from elastic_hpc.agent import conclude
 from elastic_hpc.agent.joiners import SlurmSource, enter
 from elastic_hpc.environment import AGAIN, JOIN, prepare_worker_env
@@ -23,6 +26,7 @@ from elastic_hpc.network.channel import Link
 from elastic_hpc.network.client import ask_to_leave
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import read_agent_env
+from elastic_hpc.workers import folder
 
 TASK = {
     "SLURM_JOB_ID": "4712",
@@ -132,6 +136,37 @@ def test_a_joiner_whose_leader_is_gone_never_leads(grown: tuple[Cluster, Node]) 
 
 async def no_dial(_host: Host) -> Link:
     raise asyncio.TimeoutError
+
+
+def test_what_slurm_is_asked_to_start_finds_a_working_directory_again_that_was_made_anew(
+    rundir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, env, started = tmp_path / "work", read_agent_env(TASK), list[str]()
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(folder, "_remembered", "")
+    folder.remember()
+
+    def start(*_: object, **__: object) -> str:
+        started.append(os.getcwd())
+        return "4713"
+
+    for name in ("start_agent", "start_step", "submit_joiner"):
+        monkeypatch.setattr(slurm, name, start)
+    monkeypatch.setattr(slurm, "show_job", lambda _: SimpleNamespace(nodes="n5"))
+    monkeypatch.setattr(slurm, "expand", lambda nodes: (nodes,))
+    (rundir.path / "script.sbatch").write_text(JOIN)
+    source = SlurmSource(env, rundir, TASK, no_dial)
+    host, verdict = Host(1, "n5", ("127.0.0.1",), 1), {"outcome": "requeue", "reason": ""}
+    for ask in (
+        lambda: asyncio.run(source.restart(host)),
+        lambda: asyncio.run(source.submit(())),
+        lambda: conclude.act(rundir, env, verdict, (), environ=TASK, alone=True, others=()),
+    ):
+        work.rmdir()
+        work.mkdir()
+        ask()
+    assert started == [str(work)] * 3
 
 
 def test_a_node_lacks_an_agent_when_it_answers_and_nobody_listens_there(rundir: RunDir) -> None:

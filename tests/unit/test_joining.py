@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from cluster import wait_for
 
 from elastic_hpc import slurm
 from elastic_hpc.environment import AGAIN, JOIN
@@ -240,8 +242,24 @@ def agent(folder: Path, srun: str) -> None:
     slurm.start_agent("7", "n2", command, environ, folder / "log", "2")
 
 
+def _is_dead(pid: int) -> bool:
+    """Whether it has ended, be it that nobody has reaped it."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    return True
+
+
 def test_an_agent_is_started_after_whatever_a_prolog_says_and_knows_its_job(fake: Fake):
-    agent(fake.folder, f'echo "$*" > {fake.folder}/calls; until [ $1 = sh ]; do shift; done; echo hello; exec "$@"')
+    pids = fake.folder / "pids"
+    agent(
+        fake.folder,
+        f'echo "$*" > {fake.folder}/calls; until [ $1 = sh ]; do shift; done; echo hello; exec 3<&0\n'
+        f"sleep 600 & echo $$ $! > {pids}\n"  # srun, and the process with which it watches over itself
+        '( setsid "$@" <&3 & ); wait',
+    )
+    srun, watch = map(int, pids.read_text().split())
+    assert not Path(f"/proc/{srun}").exists(), "the agent needs no srun"
+    wait_for(lambda: _is_dead(watch))
     while not (fake.folder / "a b").exists():
         time.sleep(0.01)
     assert "--nodelist=n2 " in fake.said("calls")[0]

@@ -31,9 +31,9 @@ TOUCHES = {name: cell.strip() for name, _, cell, _ in _ROWS}
 """By folder, or module beside the folders. ``nothing``, or ``... else nothing``: pure, but for the modules named."""
 
 HARMLESS = {
-    *("__future__", "argparse", "collections", "contextlib", "dataclasses", "datetime", "difflib", "enum", "functools"),
-    *("html", "ipaddress", "itertools", "json", "math", "numbers", "posixpath", "re", "shlex", "signal", "typing"),
-    *("jinja2", "markupsafe", "prometheus_client", "rich"),
+    *("__future__", "argparse", "bisect", "collections", "contextlib", "dataclasses", "datetime", "difflib", "enum"),
+    *("functools", "html", "ipaddress", "itertools", "json", "math", "numbers", "posixpath", "re", "shlex", "signal"),
+    *("typing", "jinja2", "markupsafe", "prometheus_client", "rich"),
 }
 """What pure modules import: no file, clock, thread, process, connection, random number or environment. ``signal`` has
 names of numbers, and ``posixpath`` works on text.
@@ -44,6 +44,8 @@ EFFECTS = {"network": {"asyncio", "http", "socket", "ssl", "urllib"}, "processes
 
 EXCEPTIONS = {
     "workers.standbys": {"socket"},  # a pair of sockets, of which a child inherits one
+    "workers.lives": {"socket"},  # a socket in the local folder, to which workers connect
+    "workers.live_worker": {"socket"},  # one of these connections
     "start": {"sys"},  # compares an interpreter with this one
     "view.times": {"time"},  # this machine's time zone, but no clock
     "view.timeline": {"importlib"},  # its template, and a library that may be missing

@@ -10,12 +10,13 @@ import pytest
 import simulated
 
 from elastic_hpc.membership.failures import ALIVE_IS_PROGRESS
+from elastic_hpc.membership.known import known_of
 from elastic_hpc.membership.leader import STOP_TIMEOUT, Leader
 from elastic_hpc.membership.messages import Failure, Order, Request, Status
 from elastic_hpc.membership.policy import TERM_GRACE
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
-from elastic_hpc.membership.rules import STORE_TIMEOUT
+from elastic_hpc.membership.rules import NEWCOMER_QUIET, STORE_TIMEOUT
 from elastic_hpc.membership.strikes import Strike
 from elastic_hpc.membership.world import RECORD_EVERY, SETTLE
 
@@ -28,7 +29,8 @@ def host(node: int) -> Host:
 
 def failure(node: int = 0, message: str = "exit code 1", **fields: Any) -> Failure:
     known = {"kind": "exit", "node": f"n{node}", "rank": node, "local_rank": 0, "exitcode": 1, "time": 0.0}
-    return Failure(**{**known, "message": message, **fields})
+    found = known_of([message])
+    return Failure(**{**known, "message": message, "known": found.name if found else "", **fields})
 
 
 def promises_of(roster: Roster | None) -> Promises:
@@ -98,6 +100,16 @@ class Job:
 
     def fail(self, node: int, what: Failure | None = None, **fields: Any) -> None:
         self.say(node, state="failed", round=self.leader.round, failure=what or failure(node), **fields)
+
+    def reach(self, *nodes: int) -> None:
+        """``nodes`` answer the leader that they reach each other."""
+        probe = orders(self.leader.take_orders(beat=True))[nodes[0]].probe
+        assert probe
+        for node in nodes:
+            self.seq += 1
+            status = replace(self.leader.peers.by_node[node].status, seq=self.seq, probed=probe)
+            self.leader.on_status(node, f"10.0.0.{node}", status, self.now)
+        self.leader.decide(self.now)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [fields for event, fields in self.leader.take_events() if event == name]
@@ -244,6 +256,7 @@ def test_an_echo_alone_is_believed_after_a_moment() -> None:
     job.wait(SETTLE / 2)
     assert job.leader.round == 1
     job.wait(SETTLE)
+    job.reach(0, 1)
     assert [event["reason"] for event in job.events("restart")] == ["rank 0 on n0: connection closed by peer"]
 
 
@@ -268,7 +281,7 @@ def test_the_same_failure_without_a_step_in_between_ends_the_job() -> None:
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        ({"message": "ValueError: a"}, {"message": "TypeError: b"}),
+        ({"message": "ValueError: a"}, {"message": "LookupError: b"}),
         ({"kind": "signal", "message": "killed"}, {"kind": "signal", "message": "killed"}),
         ({"kind": "stopped", "message": "SIGSTOP"}, {"kind": "stopped", "message": "SIGSTOP"}),
     ],
@@ -288,6 +301,7 @@ def test_an_echo_in_between_is_not_taken_for_another_failure() -> None:
     job.ready(0, 1)
     job.fail(0, failure(message="connection closed", collateral=True))
     job.wait(SETTLE * 2)
+    job.reach(0, 1)
     job.ready(0, 1)
     job.fail(1, failure(1, message="ValueError: a"))
     assert job.verdict
@@ -448,6 +462,30 @@ def test_workers_that_are_asked_to_save_get_the_time_to(
         assert (job.verdict.requeues, job.verdict.restarts) == (0, 0), "nothing is charged"
     else:
         assert job.verdict.outcome == "finished", "they were through before they saw the request"
+
+
+def test_workers_need_not_save_for_a_new_world_but_for_the_end_of_the_run() -> None:
+    job = formed(max_nodes=3, free_growth=True, grow_every=0.0)
+    for node in (0, 1):
+        job.say(node, state="running", round=1, step=5, live=True, listens=True)
+    job.say(2)
+    job.wait(NEWCOMER_QUIET)
+    told = [orders(job.leader.take_orders())[node] for node in (0,)]
+    assert [(order.stage, order.drain, order.new_world) for order in told] == [("run", True, True)]
+    job.leader.on_request("drain", "time limit", job.now)
+    told = list(orders(job.leader.take_orders()).values())
+    assert {(order.stage, order.drain, order.new_world) for order in told} == {("run", True, False)}
+
+
+def test_a_world_of_live_workers_is_not_changed_again_before_it_has_done_a_step() -> None:
+    job = formed(max_nodes=3, free_growth=True, grow_every=0.0)
+    for node in (0, 1):
+        job.say(node, state="running", round=1, live=True, listens=True)
+    job.say(2)
+    job.wait(NEWCOMER_QUIET)
+    assert not any(order.drain for order in orders(job.leader.take_orders()).values()), "one of them may still form it"
+    job.say(0, state="running", round=1, step=1, live=True, listens=True)
+    assert all(order.new_world for order in orders(job.leader.take_orders()).values())
 
 
 def test_workers_that_do_not_stop_in_time_are_not_waited_for() -> None:
@@ -676,6 +714,17 @@ def test_the_record_tells_how_far_the_workers_are_at_first_at_times_and_at_the_e
     assert job.events("progress") == []
 
 
+def test_the_record_tells_how_many_workers_kept_their_process() -> None:
+    job = formed()
+    job.say(0, state="running", round=1, kept=2)
+    job.wait(1.0)
+    assert job.events("started") == []
+    job.say(1, state="running", round=1, kept=1, warm=1, standby_mb=200.0)
+    job.wait(1.0)
+    (event,) = job.events("started")
+    assert event == {"round": 1, "kept": 3, "warm": 1, "cold": 0, "why": [], "standby_mb": 200.0}
+
+
 def test_a_store_that_cannot_be_opened_is_told_once_tried_for_a_while_and_then_ends_the_run_with_its_reason() -> None:
     job = Job()
     job.store = lambda: None  # type: ignore[method-assign]
@@ -688,7 +737,7 @@ def test_a_store_that_cannot_be_opened_is_told_once_tried_for_a_while_and_then_e
     told = job.leader.take_events()
     assert [fields["reason"] for event, fields in told if event == "store_failed"] == ["no free port"]
     waiting = [fields["reason"] for event, fields in told if event == "waiting"]
-    assert waiting[-1] == "the store of the next round is being opened, so far in vain: no free port"
+    assert waiting[-1] == "the store of the next round is being opened, failed so far: no free port"
     job.wait(1.0)
     assert job.verdict
     assert (job.verdict.outcome, job.verdict.cause) == ("requeue", "store")

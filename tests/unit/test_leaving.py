@@ -23,6 +23,7 @@ from elastic_hpc.errors import JobEnded
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.workers import elastic_agent
 from elastic_hpc.workers.elastic_agent import ElasticAgent
+from elastic_hpc.workers.lives import Lives
 
 FREEZER = Path("/sys/fs/cgroup/freezer")
 needs_freezer = pytest.mark.skipif(
@@ -60,7 +61,7 @@ class Agent:
         self.agent._pidfds = {pid: os.pidfd_open(pid) for pid in pids}
         self.agent._given_up, self.agent._received = False, None
         self.agent._mark = b"ELASTIC_HPC_AGENT=a-test.token\0"
-        self.agent._standbys = SimpleNamespace(waiting=set())
+        self.agent._standbys, self.agent._lives = SimpleNamespace(waiting=set()), Lives("")
         self.agent._strike = self.strikes.append
         self.agent._control = SimpleNamespace(report_unfit=self.told.append, must_stop=self._must_stop)
         self.agent._worker_group = SimpleNamespace(spec=SimpleNamespace(rdzv_handler=SimpleNamespace(round=1)))

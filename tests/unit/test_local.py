@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,17 @@ if os.environ["ELASTIC_HPC_ROUND"] == "1" and os.environ["RANK"] == "0":
 """
 """To be put before a script."""
 
+ANEW = """
+import os, sys, time
+run = os.environ["ELASTIC_HPC_RUN_DIR"]
+if os.environ["ELASTIC_HPC_ROUND"] == "1":
+    open(f"{run}/began", "w").close()
+    while not os.path.exists(f"{run}/anew"):
+        time.sleep(0.01)
+    sys.exit(3)
+open(f"{run}/cwd", "w").write(os.getcwd())
+"""
+
 FORGETS = """
 import os, sys, time
 path = os.environ["ELASTIC_HPC_RUN_DIR"] + "/forgot"
@@ -102,6 +114,17 @@ class Local:
             self.process = subprocess.Popen(
                 [str(SRUN), *options, str(train), *args], cwd=folder, stdout=output, stderr=subprocess.STDOUT
             )
+
+    def close(self) -> None:
+        for asked in range(1, 4):  # to save, to stop, to be killed
+            if self.process.poll() is None:
+                self.process.terminate()
+                while self.process.poll() is None and self._stopping() < asked < 3:
+                    time.sleep(0.05)
+        self.process.wait(timeout=60)
+
+    def _stopping(self) -> int:
+        return self.output.read_text().count("elastic-srun: stopping")
 
     def wait_for(self, what: Callable[[], object], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
@@ -155,20 +178,8 @@ class Local:
 
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[Callable[..., Local]]:
-    started: list[Local] = []
-
-    def start(*options: str, args: tuple[str, ...] = (), script: str = TRAIN) -> Local:
-        started.append(Local(tmp_path, *options, args=args, script=script))
-        return started[-1]
-
-    yield start
-    for one in started:
-        for asked in range(1, 4):  # to save, to stop, to be killed
-            if one.process.poll() is None:
-                one.process.terminate()
-                while one.process.poll() is None and one.output.read_text().count("elastic-srun: stopping") < asked < 3:
-                    time.sleep(0.05)
-        one.process.wait(timeout=60)
+    with contextlib.ExitStack() as jobs:
+        yield lambda *options, **how: jobs.enter_context(contextlib.closing(Local(tmp_path, *options, **how)))
 
 
 def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[..., Local]) -> None:
@@ -191,6 +202,20 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
             assert f"round {round} rank {rank}" in written(job.run_dir, round, rank)
     assert "[rank0]: round 3 rank 0" in job.output.read_text()
     assert "[rank1]: " not in job.output.read_text(), "by default only rank 0 is shown"
+
+
+def test_the_next_round_works_in_a_working_directory_that_was_made_anew(
+    tmp_path: Path, local: Callable[..., Local]
+) -> None:
+    job = local("--local", "1", "--nodes", "1", "--preload", "off", script=ANEW)
+    job.wait_for((job.run_dir / "began").exists)
+    work = job.output.parent
+    work.rename(work.with_name("old"))
+    shutil.copytree(work.with_name("old"), work)
+    shutil.rmtree(work.with_name("old"))
+    (job.run_dir / "anew").touch()
+    assert job.process.wait(timeout=60) == 0, job.output.read_text()
+    assert (job.run_dir / "cwd").read_text() == str(work)
 
 
 def listened(pids: Iterable[int]) -> set[str]:
@@ -240,8 +265,8 @@ def test_what_a_script_sets_before_it_imports_torch_holds_in_each_round(local: C
     os.kill(pid, signal.SIGKILL)
     assert job.stepped(2, 1)[0] != pid
     job.wait_for(lambda: len(job.events("started")) == 2)
-    for round in (1, 2):
-        assert written(job.run_dir, round, 1).startswith("begins\nseen 10 True\n")
+    for number in (1, 2):
+        job.wait_for(lambda number=number: written(job.run_dir, number, 1).startswith("begins\nseen 10 True\n"))
     first, second = job.events("started")
     assert (first["warm"], first["cold"], second["warm"], second["cold"]) == (0, 2, 2, 0)
     assert first["why"] == ["TORCH_COMPILE_DISABLE was set before torch was imported"]
@@ -379,9 +404,9 @@ def test_agents_start_on_max_nodes_and_the_spares_as_far_as_they_are_there(
         (["--nodes", "8-4"], "--nodes '8-4': expected N or MIN:MAX"),
         (
             ["--local", "2", "--grow", "on"],
-            "elastic-srun: --grow on: elastic-srun runs in the allocation that is there; a job that grows is submitted",
+            "elastic-srun: --grow on: elastic-srun runs in the current allocation; to submit a job that grows",
         ),
-        (["--local", "2", "--grow"], "elastic-srun: --grow on: elastic-srun runs in the allocation that is there"),
+        (["--local", "2", "--grow"], "elastic-srun: --grow on: elastic-srun runs in the current allocation"),
         (["--local", "2", "--standalone"], "elastic-srun: --local with --standalone: only one of them"),
         (["--local", "2", "--node_rank=1"], "elastic-srun: --node-rank 1: one command starts the agents of all nodes"),
         (["--local", "2", "-p", "gpu"], "--partition: is for the allocation that elastic-srun runs in, for example: "),

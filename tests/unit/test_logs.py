@@ -134,7 +134,7 @@ def test_the_command_labels_each_line_and_heads_each_round(capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     heads = [line for line in lines if line.startswith("--- ")]
     assert [head.split(",")[0] for head in heads] == ["--- round 1", "--- round 2", "--- round 3", "--- round 4"]
-    assert "3 nodes, 3 workers, after: n3 lost: nothing heard for 5 s" in heads[2]
+    assert "3 nodes, 3 workers, after: n3 lost: no heartbeat for 5 s" in heads[2]
     assert "run 2" in heads[3]
     assert all(line.startswith(("--- ", "rank ")) for line in lines)
     assert main(["logs", str(FAULTS), "-n", "9" * 30, "--round", "last"]) == 0
@@ -199,6 +199,6 @@ def test_a_stream_to_which_nothing_was_written_is_told_so(tmp_path: Path, capsys
     assert main(["logs", str(tmp_path / "job"), "--stderr"]) == 2
     assert "--stderr: nothing was written there; the logs have rounds 1, ranks 1, nodes n1" in capsys.readouterr().err
     assert main(["logs", str(tmp_path / "job")]) == 0
-    assert "rank 0 has written nothing, nor any rank to stderr" in capsys.readouterr().err
+    assert "rank 0 wrote nothing, and no rank wrote to stderr" in capsys.readouterr().err
     assert main(["logs", str(tmp_path / "job"), "--rank=0-999999999999", "--node=n[1-999999999999]"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == "rank 1| line"

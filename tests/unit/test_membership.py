@@ -150,7 +150,7 @@ def test_after_all_were_apart_whoever_leads_says_who_was_lost_and_how(seed: int,
         assert await job.until(lambda: job.over() or (job.training() and job.trained > before), 60)
         why = [fields["reason"] for _, _, name, fields in job.events if name in {"take_over", "restart"}]
         assert all(
-            re.fullmatch(r"n[0-3] lost: nothing heard for 5 s|\d more node\(s\) joined", reason) for reason in why
+            re.fullmatch(r"n[0-3] lost: no heartbeat for 5 s|\d more node\(s\) joined", reason) for reason in why
         ), why
 
     job.run(story)
@@ -217,7 +217,8 @@ def test_a_job_is_finished_only_when_all_of_one_round_have_finished(seed: int) -
 
 
 @given(SEEDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
+@example(seed=340216)
 def test_nodes_that_were_left_over_and_cut_off_as_the_round_was_formed_are_no_second_world(seed: int) -> None:
     """MAX is 3: round 1 is of 0, 3 and 4, round 2 of 0, 1 and 2, and in that moment 3 and 4, who do not know of it yet
     and are the majority of round 1, are on their own.
@@ -243,10 +244,9 @@ def test_nodes_that_were_left_over_and_cut_off_as_the_round_was_formed_are_no_se
         for _ in range(10_000):
             job.check()
             await asyncio.sleep(0.001)
-        assert job.trained > 1
-        job.heal()
+        job.heal()  # round 2 does not train before that if it had not been acknowledged as they were cut off
         job.files = True
-        assert await job.until(job.training, 100), job.events[-8:]
+        assert await job.until(lambda: job.trained > 1 and job.training(), 100), job.events[-8:]
 
     job.run(story)
 

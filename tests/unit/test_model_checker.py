@@ -44,6 +44,7 @@ def search(model: Model, faults: int, script: tuple[Action, ...] = ()) -> Result
         ({"size": 3, "most": 3, "faults": ("takes over", "restarts", "reboots")}, 2),
         ({"size": 4, "most": 2, "faults": ("takes over", "restarts")}, 2),
         ({"size": 2, "most": 2, "lines": True, "faults": ("fails",)}, 1),
+        ({"size": 3, "most": 3, "faults": ("takes over", "resizes", "gives back")}, 2),
     ],
 )
 def test_never_two_worlds_train(model: dict[str, Any], faults: int) -> None:

@@ -66,7 +66,7 @@ def test_no_output_is_lost_or_doubled_when_the_quota_is_full_for_a_while(
     two.server.behave(over_quota=True)
     node.write(0, b"meanwhile\n")
     wait_for(said.getvalue)
-    assert "Disk quota exceeded; the workers go on" in said.getvalue()
+    assert "Disk quota exceeded; workers continue" in said.getvalue()
     two.server.behave(over_quota=False)
     node.write(0, b"after\n")
     wait_for(lambda: seen(two.b)[-1:] == ["after"])
@@ -173,6 +173,39 @@ def test_the_threads_of_an_agent_run_on_while_a_process_is_started_from_a_server
         two.server.behave(stopped=False)
         agent.communicate(timeout=20)
     assert agent.returncode == 0
+
+
+def test_an_agent_enters_its_working_directory_again_that_the_server_has_forgotten_and_waits_for_no_server(
+    two: Two,
+) -> None:
+    work = two.a / "work"
+    work.mkdir()
+    script = (
+        "import os, sys, time\n"
+        "from elastic_hpc.workers import folder\n"
+        "folder.remember()\n"
+        "for _ in sys.stdin:\n"
+        "    folder.renew()\n"
+        "    print('renewed', flush=True)\n"
+        "print(os.listdir())\n"
+    )
+    agent = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=work
+    )
+    assert agent.stdin is not None
+    assert agent.stdout is not None
+    print("begin", file=agent.stdin, flush=True)
+    assert agent.stdout.readline() == "renewed\n"
+    two.server.behave(stopped=True, epoch=1, attributes_s=0)
+    print("the server does not answer", file=agent.stdin, flush=True)
+    try:
+        assert select.select([agent.stdout], [], [], 20)[0]
+        assert agent.stdout.readline() == "renewed\n"
+    finally:
+        two.server.behave(stopped=False)
+    (two.there / "work" / "file").touch()
+    out, _ = agent.communicate("the server answers\n", timeout=20)
+    assert out == "renewed\n['file']\n"
 
 
 def test_two_leaders_that_write_at_the_same_time_lose_no_event(two: Two) -> None:

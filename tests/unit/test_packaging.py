@@ -205,4 +205,5 @@ def test_the_public_names_are_listed_have_a_home_and_are_the_only_ones_that_docu
         assert all(getattr(module, name) is not None for name in module.__all__)
     texts = [path.read_text() for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("examples/*.py"))]
     imported = re.compile(r"^ *(?:from|import) (elastic_hpc[.\w]*)", re.MULTILINE)
-    assert {name for text in texts for name in imported.findall(text)} == {"elastic_hpc", "elastic_hpc.training"}
+    homes = {"elastic_hpc", "elastic_hpc.training", "elastic_hpc.training.lightning"}
+    assert {name for text in texts for name in imported.findall(text)} == homes

@@ -9,16 +9,28 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch_214 import IN_PLACE, TORCH_214
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.rehearse.plan import Crash, DoneAct, Judgement, PlannedAct, ReportedStep, exit_code, judge, plan
+from elastic_hpc.rehearse.plan import (
+    Crash,
+    DoneAct,
+    Judgement,
+    PlannedAct,
+    ReportedStep,
+    RoundStart,
+    exit_code,
+    judge,
+    plan,
+)
 
 ROOT = Path(__file__).parents[2]
-REHEARSE = [sys.executable, str(ROOT / "bin" / "elastic-hpc"), "rehearse"]
+REHEARSE = [str(ROOT / "bin" / "elastic-hpc"), "rehearse"]
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 KILLED = DoneAct("worker", 1, 10.0, "rank 2 was killed")
@@ -40,20 +52,20 @@ def only(findings: list[Judgement]) -> tuple[str, str]:
 def test_a_script_that_goes_on_from_its_checkpoint_is_ok() -> None:
     verdict, said = only(judge([*steps(1, 1, 50), *steps(2, 41, 95, world=2)], [KILLED]))
     assert verdict == "ok"
-    assert "went on with step 41 after step 50: 10 steps repeated, none skipped" in said
+    assert "continued with step 41 after step 50: 10 steps repeated, none skipped" in said
     assert "a checkpoint of 3 workers was loaded by 2" in said
 
 
 def test_a_script_that_begins_anew_is_bad() -> None:
     verdict, said = only(judge([*steps(1, 1, 50), *steps(2, 1, 55)], [KILLED]))
     assert verdict == "bad"
-    assert "began anew with step 1 after step 50: no checkpoint was loaded" in said
+    assert "started over with step 1 after step 50: no checkpoint was loaded" in said
 
 
 def test_a_skipped_step_is_bad_unless_the_script_reports_only_some() -> None:
     verdict, said = only(judge([*steps(1, 1, 50), *steps(2, 52, 95)], [KILLED]))
     assert verdict == "bad"
-    assert "went on with step 52 after step 50: those between were never done" in said
+    assert "continued with step 52 after step 50: those between were never done" in said
     every_tenth = [
         ReportedStep(round, step, 1 / step, 2) for round in (1, 2) for step in range(600 * round, 600 * round + 600, 10)
     ]
@@ -64,7 +76,7 @@ def test_after_a_drain_no_step_is_repeated() -> None:
     assert only(judge([*steps(1, 1, 50), *steps(2, 51, 95)], [DRAINED]))[0] == "ok"
     verdict, said = only(judge([*steps(1, 1, 50), *steps(2, 41, 95)], [DRAINED]))
     assert verdict == "bad"
-    assert "was asked to save after step 50, but went on with step 41" in said
+    assert "was asked to save after step 50, but continued with step 41" in said
 
 
 def test_a_loss_that_is_back_where_the_training_began_is_bad() -> None:
@@ -120,6 +132,46 @@ def test_each_act_is_judged_by_the_rounds_that_follow_it() -> None:
     assert exit_code(findings) == 1
     assert exit_code(findings[:1]) == 0
     assert exit_code(judge(steps(1, 1, 50), [KILLED], finished=True)) == 3
+
+
+def test_it_is_said_whether_the_workers_kept_their_processes() -> None:
+    live = [replace(step, not_in_place="") for step in [*steps(1, 1, 50), *steps(2, 51, 95, world=2)]]
+    (finding,) = judge(live, [KILLED], starts={1: RoundStart(0, 3), 2: RoundStart(2, 0)})
+    assert finding.verdict == "ok"
+    assert finding.workers_kept == 2
+    assert finding.said[-1] == "in place: 2 of 2 workers kept their process, 0 steps repeated"
+    assert "the state of 3 workers continued with 2" in finding.said
+
+
+def test_a_step_that_another_rank_has_done_is_not_lost_in_place() -> None:
+    live = [replace(step, not_in_place="") for step in [*steps(1, 1, 50), *steps(2, 52, 95)]]
+    verdict, said = only(judge(live, [KILLED], starts={2: RoundStart(2, 1)}))
+    assert verdict == "ok"
+    assert "continued with step 52 after step 50: step 51 was done by another rank, and taken over" in said
+    assert only(judge(live, [KILLED], starts={2: RoundStart(0, 3)}))[0] == "bad"
+
+
+@pytest.mark.parametrize(
+    ("not_in_place", "world", "said"),
+    [
+        (None, 3, "restarted: the script does not call live"),
+        ("torch 2.13.0 cannot reconfigure", 3, "restarted: torch 2.13.0 cannot reconfigure"),
+        ("", 1, "restarted: there was no other worker"),
+        ("", 3, "restarted: no worker could be kept; the agents say why in the output"),
+    ],
+)
+def test_it_is_said_why_the_workers_were_restarted(not_in_place: str | None, world: int, said: str) -> None:
+    reported = [*steps(1, 1, 50, world=world), *steps(2, 41, 95, world=world)]
+    if not_in_place is not None:
+        reported = [replace(step, not_in_place=not_in_place) for step in reported]
+    (finding,) = judge(reported, [KILLED], starts={2: RoundStart(0, world)})
+    assert (finding.verdict, finding.workers_kept, finding.said[-1]) == ("ok", 0, said)
+
+
+def test_a_training_that_is_started_again_is_not_asked_for_its_processes() -> None:
+    (finding,) = judge([*steps(1, 1, 50), *steps(2, 51, 95)], [DRAINED], starts={2: RoundStart(0, 3)})
+    assert finding.workers_kept is None
+    assert not any("restarted" in said for said in finding.said)
 
 
 def test_a_drain_brings_the_nodes_back_that_an_act_needs() -> None:
@@ -192,9 +244,11 @@ dist.destroy_process_group()
 """
 
 
-def rehearse(folder: Path, script: str, *options: str, args: tuple[str, ...] = ()) -> tuple[int, str, str]:
+def rehearse(
+    folder: Path, script: str, *options: str, args: tuple[str, ...] = (), python: str = sys.executable
+) -> tuple[int, str, str]:
     (folder / "train.py").write_text(script)
-    command = [*REHEARSE, *options, "--steps", "25", "train.py", *args]
+    command = [python, *REHEARSE, *options, "--steps", "25", "train.py", *args]
     done = subprocess.run(command, cwd=folder, env=ENVIRON, capture_output=True, text=True, timeout=240, check=False)
     return done.returncode, done.stdout, done.stderr
 
@@ -211,16 +265,60 @@ def test_a_script_that_resumes_correctly_passes_its_rehearsal(tmp_path: Path) ->
     ]
     said = [" ".join(found["said"]) for found in report["findings"]]
     assert "a checkpoint of 3 workers was loaded by 2" in said[1]
+    assert [found["workers_kept"] for found in report["findings"]] == [0, 0, None]
+    assert "restarted: the script does not call live" in said[0]
     assert "asked to save and stop" in said[2]
     assert "none repeated, none skipped" in said[2]
     assert list((tmp_path / "kept" / "saved").glob("step-*"))
     assert "another agent leads now" in err
 
 
+LIVE = """
+import torch, torch.nn as nn
+from elastic_hpc.training import live, report_progress
+net = nn.Linear(1, 1, bias=False)
+nn.init.constant_(net.weight, 8.0)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.002)
+run = live(net, optimizer, checkpoint_every=10)
+for attempt in run.steps(until=10**6):
+    with attempt as step:
+        loss = (run.model(torch.ones(1, 1)) ** 2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        report_progress(step + 1, loss.item())
+"""
+
+
+@IN_PLACE
+def test_a_script_that_calls_live_is_seen_to_go_on_in_place(tmp_path: Path) -> None:
+    code, out, err = rehearse(tmp_path, LIVE, "--acts", "worker,head,worker", "--json", python=TORCH_214)
+    assert code == 0, out + err
+    found = json.loads(out)["findings"]
+    assert [(of["act"], of["verdict"], of["workers_kept"]) for of in found] == [
+        ("worker", "ok", 2),
+        ("head", "ok", 2),
+        ("worker", "ok", 1),
+    ]
+    assert found[0]["said"][-1] == "in place: 2 of 2 workers kept their process, 0 steps repeated"
+    assert "the state of 2 workers continued with 3" in found[0]["said"]
+    assert all("workers kept their process, " in of["said"][-1] for of in found[:2])
+    assert found[2]["said"][0] == "rank 1 was killed"
+
+
+def test_a_script_that_calls_live_under_an_old_torch_is_told_why_it_is_restarted(tmp_path: Path) -> None:
+    code, out, err = rehearse(tmp_path, LIVE, "--acts", "worker", "--json", "--nodes", "2")
+    assert code == 0, out + err
+    (found,) = json.loads(out)["findings"]
+    assert found["workers_kept"] == 0
+    assert "restarted: torch 2.13.0" in found["said"][-1]
+    assert "needs 2.14" in found["said"][-1]
+
+
 def test_a_script_that_loads_no_checkpoint_fails_its_rehearsal(tmp_path: Path) -> None:
     code, out, _ = rehearse(tmp_path, PLAIN.format(load=""), "--nodes", "2", "--acts", "worker", "--keep", "kept")
     assert code == 1, out
-    assert "began anew with step 1" in out
+    assert "started over with step 1" in out
     assert f"{tmp_path}/kept/output" in out
 
 
@@ -241,7 +339,7 @@ def test_a_script_that_reports_no_steps_is_told_what_to_add(tmp_path: Path) -> N
 
 def test_ctrl_c_leaves_no_process_and_says_where_the_output_is(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(PLAIN.format(load=LOADS))
-    command = [*REHEARSE, "--nodes", "2", "--steps", "1000000", "--keep", "kept", "train.py"]
+    command = [sys.executable, *REHEARSE, "--nodes", "2", "--steps", "1000000", "--keep", "kept", "train.py"]
     with subprocess.Popen(
         command, cwd=tmp_path, env=ENVIRON, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

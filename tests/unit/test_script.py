@@ -45,8 +45,13 @@ def node():
     folder = Path(tempfile.mkdtemp())
     stub(folder, "srun", f"printf '%s\\0' \"$@\" > {folder}/argv; . {folder}/srun_does")
     stub(folder, "scontrol", "echo n1; echo n2")
-    stub(folder, "squeue", f"cat {folder}/ends")
+    stub(
+        folder,
+        "squeue",
+        f'echo "$*" >> {folder}/queried; case "$*" in *%N) cat {folder}/nodes;; *) cat {folder}/ends;; esac',
+    )
     (folder / "ends").write_text("Unknown\n")
+    (folder / "nodes").write_text("4 n[1-4]\n")
     stub(folder, "python", f"shift 2; echo $* >> {folder}/asked")
     (folder / "srun_does").write_text("")
     yield folder
@@ -116,6 +121,30 @@ def test_srun_starts_one_agent_on_each_granted_node_and_the_first_host_is_the_en
     assert argv[argv.index("--rdzv-endpoint") + 1] == "n1:29400"
 
 
+@pytest.mark.parametrize("template", built_in_templates())
+def test_a_node_that_slurm_has_taken_from_the_job_before_srun_starts_is_not_waited_for(node, template):
+    (node / "nodes").write_text("3 n[1-2,4]\n")
+    (node / "srun_does").write_text('[ "$SLURM_JOB_NODELIST" = "n[1-2,4]" ] || echo no >&2')
+    assert {"--nodes=3", "--ntasks=3"} <= {*srun_argv(node, job(node, template=template))}
+    (node / "srun_does").write_text("")
+    (node / "nodes").write_text("slurm_load_jobs error\n")
+    assert {"--nodes=4", "--ntasks=4"} <= {*srun_argv(node, job(node, template=template))}
+    (node / "nodes").write_text("4 n[1-4]\n")
+
+
+def test_squeue_is_asked_for_one_task_of_an_array(node):
+    """The last task has the job id of the whole array."""
+    (node / "queried").unlink(missing_ok=True)
+    srun_argv(node, job(node), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
+    assert [line.split()[1] for line in (node / "queried").read_text().splitlines()] == ["--jobs=7_2"] * 2
+
+
+def test_nothing_is_left_to_wait_for_a_verdict_when_srun_has_ended_whatever_signals_are_lost(node):
+    """Bash loses a trap that becomes due while it reads a $( ), as if the signal were ignored."""
+    process = start(node, job(node), before="trap '' TERM")
+    assert (*process.communicate(timeout=20), process.returncode) == (b"", b"", 0)
+
+
 def test_cores_asked_for_are_restated_on_the_srun_line(node):
     (node / "srun_does").write_text('[ "$SRUN_CPUS_PER_TASK" = 3 ] || echo no >&2')
     assert "--cpus-per-task=3" in srun_argv(node, job(node, sbatch=(Given(SBATCH["cpus-per-task"], "3"),)))
@@ -145,12 +174,14 @@ def test_a_joiner_runs_in_the_run_directory_of_the_job_it_joins_and_leaves_the_j
     (run_dir / "over").write_text("3")
     (node / "asked").unlink(missing_ok=True)
     environ = {"ELASTIC_HPC_JOIN": str(run_dir), "ELASTIC_HPC_CONTINUE": "/elsewhere", "SLURM_JOB_NUM_NODES": "1"}
+    (node / "nodes").write_text("1 n5\n")
     argv = srun_argv(node, job(node, log_dir=str(node / "own } logs")), **environ)
+    (node / "nodes").write_text("4 n[1-4]\n")
     assert "--nodes=1" in argv
     assert argv[argv.index("--run-dir") + 1] == str(run_dir)
     assert [path.name for path in run_dir.iterdir()] == ["over"]
     assert not (node / "own } logs").exists()
-    assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 0 --signal URG\n"
+    assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 0 --signal URG --max-requeues 5\n"
 
 
 def test_a_job_that_is_over_ends_at_once_with_its_exit_code(node):
@@ -196,7 +227,7 @@ def test_the_warning_reaches_the_agents_and_sruns_own_exit_code_survives_it(node
     assert process.communicate(timeout=20) == (b"", b"")
     (node / "srun_does").write_text("")
     warned = f"elastic_hpc warned {node}/logs/7\n"
-    conclude = f"elastic_hpc conclude {node}/logs/7 3 --signal {name}\n"
+    conclude = f"elastic_hpc conclude {node}/logs/7 3 --signal {name} --max-requeues 5\n"
     assert (node / "asked").read_text() == warned + warned + conclude
 
 
@@ -303,7 +334,11 @@ def test_the_torchrun_template_writes_the_quickstarts_command(node):
 def test_a_users_template_has_the_same_variables_and_may_include_ours(node):
     path = node / "my.j2"
     path.write_text('#!/bin/sh\n{% include "directives.j2" %}\necho {{ launch.script_args | list | quote_all }}\n')
-    assert render(job(node, "a b", template=str(path))).endswith("\necho 'a b'\n")
+    assert (
+        render(job(node, "a b", template=str(path)))
+        .partition("# elastic-sbatch --resume")[0]
+        .endswith("\necho 'a b'\n")
+    )
 
 
 @pytest.mark.parametrize(
@@ -372,6 +407,17 @@ def test_shell_syntax_is_never_quoted_again():
     assert quote('"$x"') == "'\"$x\"'"
 
 
+def test_the_end_of_a_job_finds_a_working_directory_again_that_was_made_anew(node, tmp_path):
+    work, where = tmp_path / "it's work", tmp_path / "where"
+    work.mkdir()
+    python = stub(tmp_path, "python", f'[ "$4" != conclude ] || readlink /proc/self/cwd > {where}')
+    (node / "srun_does").write_text(f"rmdir {quote(str(work))}; mkdir {quote(str(work))}")
+    process = start(node, job(node, python=str(python)), before=f"cd {quote(str(work))}")
+    process.communicate(timeout=20)
+    (node / "srun_does").write_text("")
+    assert where.read_text() == f"{work}\n"
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_concludes(node, left):
     """For a frozen agent, say. Pauses are a hundred times as short as in life, or shorter."""
@@ -407,7 +453,7 @@ def test_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_conclud
     pauses = slept.read_text().count("2\n")
     assert pauses - after <= 3 if left else pauses - before >= 21, "40 s for agents to leave"
     assert (node / "ended").read_text() == "TERM\n", "srun may end its steps before it is killed"
-    assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 137 --signal URG\n"
+    assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 137 --signal URG --max-requeues 5\n"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import LAUNCH_OPTIONS, add_launch_options
-from elastic_hpc.options.values import DrainSignal, Endpoint, NodeRange, RdzvConf
+from elastic_hpc.options.values import DrainSignal, Endpoint, HangTimeout, NodeRange, RdzvConf
 
 counts = st.integers(0, 999999)
 seconds = st.integers(1, 86400).map(lambda s: timedelta(seconds=s))
@@ -27,6 +27,8 @@ specs = st.builds(
     grow=st.booleans(),
     grow_every=seconds,
     free_growth=st.booleans(),
+    yield_to=st.sampled_from([None, "pending", "user", "qos:urgent", "partition:gpu"]),
+    yield_every=seconds,
     wait_for_nodes=seconds,
     nproc_per_node=st.sampled_from([None, "gpu", "cpu", "auto", "8"]),
     max_restarts=counts,
@@ -37,8 +39,10 @@ specs = st.builds(
     heartbeat_timeout=seconds,
     grace=seconds,
     drain_signal=st.none() | st.sampled_from([0, signal.SIGUSR1, signal.SIGTERM]).map(DrainSignal),
-    hang_timeout=st.none() | seconds,
+    hang_timeout=st.sampled_from([HangTimeout(), HangTimeout(None, learns=False)])
+    | seconds.map(lambda time: HangTimeout(time, learns=False)),
     preflight=st.sampled_from([None, "", "/opt/site check --gpus"]),
+    health_dir=st.sampled_from([None, "/shared/my health"]),
     interface=st.sampled_from([None, "ib0"]),
     role=st.sampled_from([None, "trainer"]),
     tee=st.sampled_from([None, "all", "0,8-15", "3", "0:3,1:3"]),
@@ -112,7 +116,8 @@ def test_the_settings_of_torchs_own_rendezvous_are_taken_and_of_no_use():
     ("nodes", "spares", "slurm"), [("4", 0, "4"), ("4", 2, "4-6"), ("4:8", 2, "4-10"), ("4,6,8", 1, "4-9")]
 )
 def test_slurm_is_asked_for_the_spares_too_but_does_not_wait_for_them(nodes, spares, slurm):
-    assert LaunchSpec("t.py", nodes=NodeRange.parse(nodes), spares=spares).slurm_nodes == slurm
+    spec = LaunchSpec("t.py", nodes=NodeRange.parse(nodes), spares=spares)
+    assert spec.asks_slurm(grows_elsewhere=False).slurm == slurm
 
 
 @pytest.mark.parametrize(
@@ -189,3 +194,19 @@ def test_every_refusal_names_the_option(option, text):
         return  # an exact set
     with pytest.raises(UsageError, match=f"^{option.flag} .*expected"):
         option.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "learns"),
+    [("auto", None, True), ("off", None, False), ("0", None, False), ("10m", 600, False), ("15", 15, False)],
+)
+def test_a_hang_timeout_is_learned_given_or_off(text: str, limit: float | None, *, learns: bool) -> None:
+    read = HangTimeout.parse(text)
+    assert (read.limit and read.limit.total_seconds(), read.learns) == (limit, learns)
+    assert HangTimeout.parse(str(read)) == read
+
+
+@pytest.mark.parametrize("text", ["never", "-5", "", "auto,off"])
+def test_a_hang_timeout_that_is_none_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(UsageError, match=r"expected auto, off, or a time above 0, for example --hang-timeout 10m"):
+        HangTimeout.parse(text)

@@ -11,9 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from unit.launched import Launch, script, wait_until_ready
+from unit.launched import Launch, run, script, wait_until_ready
 
-from elastic_hpc.workers import standbys
+from elastic_hpc.workers import folder, standbys
 from elastic_hpc.workers.standbys import Standbys
 
 LOOK = """
@@ -285,6 +285,39 @@ def test_after_three_deaths_there_are_none_any_more() -> None:
     assert pool.started.why == "standbys died while they waited, 3 times"
 
 
+def test_one_begins_in_the_working_directory_that_its_agent_has_by_then(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [str(tmp_path / script("import os\nprint(os.getcwd())"))]
+    pool = Standbys(argv, ["json"], 1)
+    pool.prepare()
+    wait_until_ready(pool)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    ran = run(pool, argv, warm=True)
+    pool.close()
+    assert (ran.out, ran.err, ran.how.warm) == (f"{tmp_path / 'other'}\n", "", 1)
+
+
+def test_one_that_starts_after_the_working_directory_was_made_anew_finds_it(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "_remembered", "")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    folder.remember()
+    work.rmdir()
+    work.mkdir()
+    (work / "train.py").write_text("import os\nprint(os.getcwd())")
+    pool = Standbys(["-m", "train"], ["json"], 1)
+    pool.prepare()
+    wait_until_ready(pool)
+    ran = run(pool, ["-m", "train"], warm=True)
+    pool.close()
+    assert (ran.out, ran.err, ran.how.warm) == (f"{work}\n", "", 1)
+
+
 def test_one_whose_agent_is_gone_ends() -> None:
     pool = Standbys(["train.py"], ["json"], 1)
     pool.prepare()
@@ -300,3 +333,22 @@ def test_signals_reach_the_worker_and_all_it_has_started(launch: Launch, tmp_pat
         "open('output/fifo', 'w').write('x')\nchild.wait()\nprint(child.returncode)\ntime.sleep(60)"
     )
     assert launch(name, kill=signal.SIGTERM).code == -signal.SIGTERM
+
+
+def test_a_worker_that_is_kept_for_the_next_round_goes_on_to_write_into_its_own_record(launch: Launch) -> None:
+    Path("a").touch()
+    name = script("import os, time\nwhile os.path.exists('a'):\n    time.sleep(0.01)\nimport json\n")
+    pool = Standbys([name], ("json",), 1)
+    pool.prepare()
+    wait_until_ready(pool)
+    with open(os.devnull, "w") as null:
+        worker = pool.take([sys.executable, "-u", name], os.environ, [null.fileno(), null.fileno()])
+    assert worker
+    pool.begin(kept={worker.pid})
+    others = [os.memfd_create("other") for _ in range(20)]  # one would have the number of a record that was closed
+    Path("a").unlink()
+    assert worker.wait(60) == 0
+    assert [os.fstat(other).st_size for other in others] == [0] * 20
+    for other in others:
+        os.close(other)
+    pool.close()

@@ -32,11 +32,7 @@ from elastic_hpc.view.why import page
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No job is known, Slurm's commands are not there."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return records.alone(tmp_path, monkeypatch)
 
 
 def seen(**changes: Any) -> Observed:
@@ -86,6 +82,38 @@ def test_a_running_job_is_told_with_its_world_its_budgets_and_its_progress() -> 
         assert part in text
 
 
+def test_a_job_that_has_run_at_several_sizes_shows_its_speed_at_each_and_how_well_it_scales() -> None:
+    at = 1000.0
+    events: list[dict[str, Any]] = [{"time": at, "event": "start", "run": 0, "job": "1", "granted": 4}]
+    for number, (nodes, steps) in enumerate([(2, 100), (4, 150), (2, 100)], 1):
+        names = [f"n{node}" for node in range(nodes)]
+        formed = {"round": number, "nodes": names, "world_size": nodes, "restarts": 0, "leader": "n0"}
+        events.append({"time": at, "event": "round", **formed})
+        progress = {"event": "progress", "round": number, "first": 1, "first_at": at + 10}
+        for step in (1, steps + 1):
+            when = at + 10 + (step > 1) * 10
+            events.append({"time": when, **progress, "step": step, "step_at": when})
+        events.append({"time": at + 20, "event": "restart", "reason": "growth", "restarts": 0})
+        at += 20
+    one = view(seen(), story_of(events), at)
+    assert one.speeds == {2: 10.0, 4: 15.0}
+    assert one.efficiency == {2: 1.0, 4: 0.75}
+    assert "2 nodes 10.00 steps/s, 4 nodes 15.00 steps/s (efficiency 75%)" in shown(card(one))
+    assert "efficiency" not in shown(card(view(seen(), running("broken"), at)))
+
+
+def test_a_job_that_waits_says_when_slurm_expects_it_to_start_or_that_slurm_does_not() -> None:
+    waits = view(seen(queued=Queued("PENDING", None, "Resources", 2500.0)), Story(), 1000.0)
+    assert waits.starts_in == 1500
+    assert "starts    in 25 min, as Slurm estimates" in shown(card(waits))
+    assert "4711 Resources; starts in 25 min, as Slurm estimates" in shown(table([waits]))
+    unknown = view(seen(queued=Queued("PENDING", None, "Priority", None)), Story(), 1000.0)
+    assert unknown.starts_in is None
+    assert "unknown: Slurm has no estimate yet" in shown(card(unknown))
+    assert "; starts" not in shown(table([unknown]))
+    assert view(seen(queued=Queued("RUNNING", None, "None", 900.0)), running(), 1000.0).starts_in is None
+
+
 def test_when_slurm_cannot_be_asked_nothing_is_said_to_be_healthy() -> None:
     one = view(seen(queued=None, problem="Slurm cannot be asked: timed out"), running(), time.time())
     assert one.state == "UNKNOWN"
@@ -99,7 +127,7 @@ def test_a_job_that_slurm_forgot_without_an_end_on_record_was_cut_off() -> None:
     one = view(seen(queued=None), running(), time.time())
     assert (one.state, one.note) == (
         "UNKNOWN",
-        "Slurm does not know it any more, and its record has no end: it was cut off",
+        "Slurm no longer knows it, and its record has no end: it was cut off",
     )
 
 
@@ -139,6 +167,46 @@ def test_a_running_job_without_a_world_names_what_it_waits_for_and_shows_no_node
     assert (one.nodes, one.world_size, one.leader) == ((), 0, "")
     assert f"0 of {one.min_nodes}:{one.max_nodes}" in shown(table([one]))
     assert "not joined yet: n3" in shown(page(one, story, until_now)).partition("run 2")[2]
+
+
+def test_a_job_without_one_of_its_nodes_names_that_node_and_says_why_until_the_node_is_back() -> None:
+    start = {"run": 0, "job": "7", "granted": 3}
+    formed = {"world_size": 2, "restarts": 0, "leader": "n1"}
+    events: list[dict[str, Any]] = [
+        {"event": name, "time": float(when), **event}
+        for when, (name, event) in enumerate(
+            (
+                ("start", start),
+                ("join", {"node": "n1"}),
+                ("join", {"node": "n2"}),
+                ("absent", {"node": "n3", "reason": "Slurm allocated the node, but its agent never connected"}),
+                ("round", {"round": 1, "nodes": ["n1", "n2"], **formed}),
+                ("lost", {"node": "n2", "reason": "no heartbeat for 5 s", "round": 1, "silent": 5.0}),
+            )
+        )
+    ]
+    never = {"n3": "Slurm allocated the node, but its agent never connected"}
+    assert view(seen(), story_of(events), 6.0).missing == {**never, "n2": "no heartbeat for 5 s"}
+    text = shown(card(view(seen(), story_of(events[:5]), 6.0)))
+    assert "missing n3: Slurm allocated the node, but its agent never connected" in " ".join(text.split())
+    assert "lost nothing" not in " ".join(text.split())
+    again: dict[str, Any] = {"event": "join", "time": 7.0, "node": "n2"}
+    assert view(seen(), story_of([*events, again]), 8.0).missing == never
+    took_over = {"event": "take_over", "time": 7.0, "round": 2, "reason": "n1 lost: Connection reset by peer"}
+    assert view(seen(), story_of([*events[:4], took_over]), 8.0).missing == {**never, "n1": "Connection reset by peer"}
+    requeued = {"event": "start", "time": 9.0, **start, "run": 1}
+    assert view(seen(), story_of([*events, requeued]), 10.0).missing == {}
+
+
+def test_nodes_that_are_about_to_fail_are_shown_with_the_reason_until_they_may_stay() -> None:
+    begin = {"time": 1.0, "event": "start", "run": 0, "job": "7", "granted": 3, "min_nodes": 2, "max_nodes": 3}
+    drained = {"time": 2.0, "event": "leave", "node": "n2", "reason": "drained in Slurm: ECC", "exclude": True}
+    needed = {"time": 3.0, "event": "stays", "node": "n3", "reason": "Xid 79", "why": "1 node(s) are left"}
+    wanted = {"time": 4.0, "event": "leave", "node": "n1", "reason": "the user gives it back", "exclude": False}
+    undone = {"time": 5.0, "event": "stay", "node": "n2", "reason": "drained in Slurm: ECC"}
+    bad = {"n2": "drained in Slurm: ECC", "n3": "Xid 79; it stays: 1 node(s) are left"}
+    assert view(seen(), story_of([begin, drained, needed, wanted]), 6.0).missing == bad
+    assert view(seen(), story_of([begin, drained, needed, wanted, undone]), 6.0).missing == {"n3": bad["n3"]}
 
 
 def test_a_job_whose_nodes_slurm_prepares_or_clears_is_told_so() -> None:
@@ -229,7 +297,7 @@ def test_without_a_job_all_are_shown_that_are_not_over_or_ended_lately(
         remember(folder := records.copy(name, home / "elastic-logs"))
         records.write(folder, [{**event, "time": event["time"] - 3 * 86400} for event in records.events(name)])
     assert main(["status"]) == 0
-    assert "no job that is not over" in capsys.readouterr().out
+    assert "No active jobs" in capsys.readouterr().out
     assert main(["status", "--all"]) == 0
     text = capsys.readouterr().out
     assert text.index("faults") < text.index("broken")
@@ -319,7 +387,7 @@ def batch(**changes: str) -> slurm.SlurmJob:
             batch(),
             "",
             "its batch script never ran: n1 could not start it (Slurm: JobLaunchFailure, exit code 0:53)",
-            "submit it again with --exclude n1, and tell your administrator of that node",
+            "submit the job again with --exclude n1, and report that node to your administrator",
         ),
         (
             "FAILED",

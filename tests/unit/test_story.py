@@ -67,7 +67,7 @@ def test_the_loss_of_the_leader_is_told_though_nobody_was_there_to_say_so() -> N
     first, second = story.rounds
     assert (first.leader, second.leader) == ("n1", "n2")
     (fault,) = first.faults
-    assert (fault.node, fault.kind, fault.message) == ("n1", "node lost", "nothing heard for 5 s")
+    assert (fault.node, fault.kind, fault.message) == ("n1", "node lost", "no heartbeat for 5 s")
     assert second.first is not None
     assert first.last is not None
     assert first.last >= second.first - 1, "who goes on there had a checkpoint of it"
@@ -220,3 +220,13 @@ def test_a_record_is_read_as_it_grows(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text(json.dumps({"time": 1.0, "event": "join"}) + "\n")
     reader.read()
     assert [event["event"] for event in reader.events] == ["join"]
+
+
+def test_the_story_tells_after_how_much_silence_the_workers_hang_and_why() -> None:
+    start = {"time": 1.0, "event": "start", "run": 0, "job": "1", "granted": 2, "version": "1"}
+    learned = {"time": 9.0, "event": "hang_timeout", "seconds": 420.0, "reason": "10 times the longest silence so far"}
+    story = story_of([{**start, "hang_timeout": None}, learned])
+    assert (story.hang_timeout, story.hang_timeout_reason) == (420.0, "10 times the longest silence so far")
+    given = story_of([{**start, "hang_timeout": 15.0}])
+    assert (given.hang_timeout, given.hang_timeout_reason) == (15.0, "given by --hang-timeout")
+    assert story_of([start]).hang_timeout is None

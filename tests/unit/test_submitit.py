@@ -565,7 +565,7 @@ def test_jobs_on_this_machine_ask_no_slurm_and_work_in_asyncio(
         slow.cancel()
         await slow.awaitable().wait()
         for timeout in (False, True):
-            with pytest.raises(ElasticError, match="is over, CANCELLED"):
+            with pytest.raises(ElasticError, match="has ended, CANCELLED"):
                 slow._interrupt(timeout=timeout)
         assert [each.job_id for each in submitit.helpers.as_completed([job, slow])] == [job.job_id, slow.job_id]
 

@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from test_checkpoint import run_world
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.training import Progress, accumulation, drain_requested, read_progress, report_progress
+from elastic_hpc.training import (
+    Leaving,
+    Progress,
+    accumulation,
+    drain_requested,
+    leaving,
+    read_progress,
+    report_progress,
+)
+from elastic_hpc.training.departures import own_question
 from elastic_hpc.training.drain import own_drain
 from elastic_hpc.training.progress import own_progress_file
 
@@ -28,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 def forget():
     own_progress_file.cache_clear()
     own_drain.cache_clear()
+    own_question.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -209,6 +219,44 @@ def talks_without_agents() -> int:
 
 def test_under_plain_torchrun_the_ranks_agree_once_that_nobody_will_ask():
     assert run_world(2, talks_without_agents) == [1, 1]
+
+
+# --- who leaves -----------------------------------------------------------------------------------------------------
+
+
+def who_leaves(folders: list[Path], every: int) -> list[Leaving | None]:
+    """Answers to six calls on this rank. The nodes of ranks 1 and 2 are to be left before the third call, and that of
+    rank 1 may stay before the fifth.
+    """
+    rank = int(os.environ["RANK"])
+    os.environ["ELASTIC_HPC_LOCAL_DIR"] = str(folders[rank])
+    answers = []
+    for call in range(1, 7):
+        if call == 3 and rank:
+            (folders[rank] / "leaving").write_text("2000000000" if rank == 1 else "1")
+        if call == 5 and rank == 1:
+            (folders[rank] / "leaving").unlink()
+        answers.append(leaving(every))
+    return answers
+
+
+@pytest.mark.parametrize(("every", "answers"), [
+    (1, [None, None, Leaving((1, 2), 2e9), Leaving((1, 2), 2e9), Leaving((2,), None), Leaving((2,), None)]),
+    (3, [None, None, Leaving((1, 2), 2e9), Leaving((1, 2), 2e9), Leaving((1, 2), 2e9), Leaving((2,), None)]),
+])  # fmt: skip
+def test_all_ranks_learn_at_the_same_call_which_of_them_are_on_nodes_that_are_to_be_left(tmp_path, every, answers):
+    folders = [tmp_path / str(rank) for rank in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    assert run_world(3, who_leaves, folders, every) == [answers] * 3
+
+
+def test_without_an_agent_nobody_leaves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "leaving").write_text("1")
+    assert leaving() is None
+    with pytest.raises(UsageError, match="every=0"):
+        leaving(every=0)
 
 
 SCRIPT = """

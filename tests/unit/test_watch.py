@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from cluster import wait_for
 
+from elastic_hpc.membership.hangs import Signs
 from elastic_hpc.training.drain import Drain
 from elastic_hpc.training.progress import LOCAL_DIR, PROGRESS_FILE, ProgressFile
 from elastic_hpc.workers import watch
@@ -32,6 +33,12 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
+
+    def run(self, seconds: float, seen: Watch) -> None:
+        """``seconds`` pass, in which the agent looks every second."""
+        for _ in range(int(seconds)):
+            self.now += 1
+            seen.look()
 
 
 @pytest.fixture
@@ -82,15 +89,13 @@ def test_the_step_is_that_of_the_worker_that_is_ahead(folder: Path) -> None:
 def test_a_step_keeps_the_alarm_quiet_and_its_absence_sets_it_off(folder: Path, clock: Clock) -> None:
     seen, told = watching(), worker(folder, 0)
     for step in range(5):
-        clock.now += 90
+        clock.run(90, seen)
         told.progress.step(step)
         seen.look()
         assert seen.trouble() is None
-    clock.now += 99
-    seen.look()
+    clock.run(99, seen)
     assert seen.trouble() is None
-    clock.now += 2
-    seen.look()
+    clock.run(2, seen)
     trouble = seen.trouble()
     assert trouble
     assert (trouble.kind, trouble.pid) == ("hang", os.getpid())
@@ -98,24 +103,20 @@ def test_a_step_keeps_the_alarm_quiet_and_its_absence_sets_it_off(folder: Path, 
 
 
 def test_output_counts_only_where_no_steps_are_reported(folder: Path, clock: Clock) -> None:
-    written = iter(range(10, 100, 10))
+    written = iter(range(10, 10000, 10))
     seen = watching(written=lambda: next(written))
-    for _ in range(3):
-        clock.now += 90
-        seen.look()
-        assert seen.trouble() is None
+    clock.run(300, seen)
+    assert seen.trouble() is None
     worker(folder, 0).progress.step(1)
     seen.look()
-    clock.now += 101
-    seen.look()
+    clock.run(101, seen)
     assert seen.trouble()
 
 
 def test_silent_workers_that_report_no_steps_hang(folder: Path, clock: Clock) -> None:
     seen = watching()
     seen.look()
-    clock.now += 101
-    seen.look()
+    clock.run(101, seen)
     trouble = seen.trouble()
     assert trouble
     assert trouble.message == "no output for 100 s (--hang-timeout)"
@@ -123,9 +124,57 @@ def test_silent_workers_that_report_no_steps_hang(folder: Path, clock: Clock) ->
 
 def test_without_a_hang_timeout_nobody_hangs(folder: Path, clock: Clock) -> None:
     seen = watching(hang=None)
-    clock.now += 1e6
+    clock.run(1000, seen)
+    assert seen.trouble() is None
+
+
+def test_time_in_which_the_agent_was_stopped_with_its_workers_does_not_count(folder: Path, clock: Clock) -> None:
+    seen = watching()
+    seen.look()
+    clock.now += 3600  # scontrol suspend
     seen.look()
     assert seen.trouble() is None
+    assert seen.signs.silent <= 10
+    clock.run(98, seen)
+    assert seen.trouble()
+
+
+def test_the_leader_is_told_since_when_there_is_no_sign_of_life(folder: Path, clock: Clock) -> None:
+    output = [0]
+    seen, told = watching(written=lambda: output[0]), worker(folder, 0)
+    clock.run(10, seen)
+    assert seen.signs == Signs(silent=10, idle=10, unreported=10, reports=0, span=-1, start=0)
+    output[0] = 80
+    seen.look()
+    clock.run(3, seen)
+    assert seen.signs == Signs(silent=3, idle=3, unreported=13, reports=0, span=0, start=0)
+    told.progress.step(1)
+    seen.look()
+    clock.run(5, seen)
+    assert seen.signs == Signs(silent=5, idle=5, unreported=5, reports=1, span=3, start=13)
+    told.progress.step(1)
+    seen.look()
+    assert seen.signs.silent == 0, "a report of the same step is a sign too, as in an evaluation"
+
+
+@pytest.mark.parametrize(("doing", "silent", "idle"), [("idle", 100, 100), ("busy", 100, 30), ("blocked", 30, 30)])
+def test_it_counts_what_silent_workers_do(
+    folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, doing: str, silent: float, idle: float
+) -> None:
+    monkeypatch.setattr(watch.Work, "look", lambda _work, _seconds: doing)
+    seen = watching()
+    clock.run(100, seen)
+    assert (seen.signs.silent, seen.signs.idle) == pytest.approx((silent, idle), abs=1)
+
+
+def test_workers_that_wait_for_a_device_for_more_than_an_hour_hang(
+    folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch.Work, "look", lambda _work, _seconds: "blocked")
+    monkeypatch.setattr(watch, "_BLOCKED_AT_MOST", 200.0)
+    seen = watching()
+    clock.run(330, seen)
+    assert seen.signs.silent == pytest.approx(130, abs=1)
 
 
 def test_a_new_round_starts_with_nothing_seen(folder: Path, clock: Clock) -> None:
@@ -148,8 +197,7 @@ def test_a_new_round_starts_with_nothing_seen(folder: Path, clock: Clock) -> Non
 def test_between_rounds_nobody_is_in_trouble(folder: Path, clock: Clock) -> None:
     seen = watching()
     seen.stop()
-    clock.now += 500
-    seen.look()
+    clock.run(500, seen)
     assert seen.trouble() is None
 
 
@@ -183,8 +231,7 @@ def test_a_stopped_process_is_in_trouble_after_a_while_and_not_when_it_goes_on(
     os.kill(process.pid, signal.SIGSTOP)
     wait_for(lambda: is_stopped(process.pid))
     seen.look()
-    clock.now += 6
-    seen.look()
+    clock.run(6, seen)
     trouble = seen.trouble()
     assert trouble
     assert (trouble.kind, trouble.pid, trouble.message) == (

@@ -42,13 +42,13 @@ def test_each_rounds_end_is_told_with_cause_traceback_charge_and_what_was_done(
         "by: rank 2 on n3: ValueError: sample",
         "in load_batch\n",
         "charged: restart 1 (--max-restarts)",
-        "then: a new round of the same nodes",
-        "8 of its steps were done again: the last checkpoint was of step 60",
-        "by: n3 lost: nothing heard for 5 s",
-        "then: a new round without n3",
-        "drain was asked for: time limit",
+        "next: new round on the same nodes",
+        "8 of its steps were repeated: the last checkpoint was of step 60",
+        "by: n3 lost: no heartbeat for 5 s",
+        "next: new round without n3",
+        "drain requested: time limit",
         "by: time limit: the workers saved and stopped",
-        "charged: nothing; then: the job went back to the queue under its own id",
+        "charged: nothing; next: the job returned to the queue under its own ID",
         "run 2, ",
         "steps that were kept",
     ):
@@ -57,21 +57,49 @@ def test_each_rounds_end_is_told_with_cause_traceback_charge_and_what_was_done(
 
 def test_the_loss_of_the_leader_is_told_with_who_took_over(capsys: pytest.CaptureFixture[str]) -> None:
     text = page("head", capsys)
-    assert "by: n1 lost: nothing heard for 5 s" in text
+    assert "by: n1 lost: no heartbeat for 5 s" in text
     assert "this node leads now: n1 lost" in text
-    assert "then: a new round without n1" in text
+    assert "next: new round without n1" in text
 
 
 def test_growth_is_told_with_the_jobs_that_were_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     text = page("grown", capsys)
-    assert "asked Slurm for 2 more node(s): job(s)" in text
-    assert "then: a new round with n" in text
+    assert "requested 2 more node(s) from Slurm: job(s)" in text
+    assert "next: new round with n" in text
+
+
+def test_a_restart_in_place_is_told_with_how_many_workers_kept_their_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = records.events("faults")
+    formed = [number for number, event in enumerate(events) if event["event"] == "round"][1]
+    events = [event for event in events if event["event"] != "started"]
+    kept = {"kept": 2, "warm": 1, "cold": 0, "why": [], "standby_mb": 0.0}
+    events.insert(formed + 1, {**events[formed], "event": "started", **kept})
+    story = story_of(events)
+    after = story.rounds[1]
+    assert (after.workers_kept, story.rounds[0].in_place) == (2, "")
+    assert after.in_place == f"in place: 2 of {after.world_size} workers kept their process"
+    said = "in place: 2 of 3 workers kept their process; 1 of 1 other workers were standbys"
+    assert sentence("started", kept) == said
+    folder = records.copy("faults", tmp_path)
+    for path in folder.glob("events*.jsonl"):
+        path.unlink()
+    records.write(folder, events)
+    assert main(["why", str(folder)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert said in text
+    assert f", {after.in_place} 8 of its steps were repeated round 2" in text
+    assert main(["timeline", str(folder), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert f"; the next one {after.in_place}</title>" in page
+    assert f"{after.world_size}, 2 in place</td>" in page
 
 
 def test_a_script_that_cannot_run_is_to_be_mended(capsys: pytest.CaptureFixture[str]) -> None:
     text = page("broken", capsys)
     assert "FileNotFoundError: [Errno 2] No such file or directory: 'data/train.bin'" in text
-    assert "mend the script: it failed twice in the same way without a step in between" in text
+    assert "fix the script: it failed twice in the same way without a step in between" in text
     assert "elastic-hpc logs broken --round last --rank 0" in text
 
 
@@ -94,7 +122,11 @@ def test_what_was_collateral_is_told_as_that() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("out of memory", "ask for more memory (--mem)"), ("hang", "stacks"), ("signal", "tell your administrator of n3")],
+    [
+        ("out of memory", "request more memory (--mem)"),
+        ("hang", "stacks"),
+        ("signal", "report n3 to your administrator"),
+    ],
 )
 def test_the_advice_fits_the_cause(kind: str, expected: str) -> None:
     story = records.story("faults")
@@ -110,10 +142,21 @@ def test_a_node_that_failed_again_and_again_is_named_unless_it_was_the_script() 
     event = {"time": 1.0, "event": "barred", "node": "n7", "reason": "CUDA error; the same failure on the same node"}
     barred = story_of([event]).barred
     assert sentence("barred", event) == "n7 stays out: CUDA error; the same failure on the same node"
-    said = "tell your administrator of n7, on which alone workers failed again and again; leave it out: --exclude n7"
+    said = "report n7 to your administrator: workers failed repeatedly, and only there; exclude the node: --exclude n7"
     assert said in advised("faults", barred=barred)
     run = records.story("broken").runs[-1]
     assert said not in advised("faults", barred=barred, runs=(run,))
+
+
+def test_nodes_that_do_not_reach_each_other_are_named_once() -> None:
+    event = {"time": 1.0, "event": "apart", "round": 1, "pairs": [["n2", "n3"]]}
+    event["reason"] = "n2 and n3 do not reach each other"
+    story = story_of([event, event])
+    assert sentence("apart", event) == "n2 and n3 do not reach each other"
+    assert (
+        advised("faults", apart=story.apart).count("report to your administrator: n2 and n3 do not reach each other")
+        == 1
+    )
 
 
 def test_a_node_left_out_for_memory_alone_is_no_broken_node() -> None:
@@ -125,10 +168,10 @@ def test_a_node_left_out_for_memory_alone_is_no_broken_node() -> None:
         return advised("faults", barred=("n7",), rounds=(*rounds, other))
 
     memory = told("out of memory", "out of memory")
-    assert "memory ran out again and again on n7 alone: that node has less memory, or its workers need more" in memory
+    assert "memory ran out repeatedly, only on n7: that node has less memory, or its workers need more" in memory
     assert "--exclude n7" in memory
     assert "administrator" not in memory
-    assert "tell your administrator of n7" in told("out of memory", "signal")
+    assert "report n7 to your administrator" in told("out of memory", "signal")
 
 
 def test_a_job_whose_budget_is_spent_is_told_which() -> None:

@@ -65,7 +65,7 @@ def run(folder: Path, *options: str) -> dict[str, dict[str, str]]:
 
 def documented() -> set[str]:
     """The variables that the page names where it says what a worker is told."""
-    section = DOCUMENT.read_text().partition("## What it is told")[2].partition("\n## ")[0]
+    section = DOCUMENT.read_text().partition("## Variables of the workers")[2].partition("\n## ")[0]
     return set(re.findall(r"`([A-Z][A-Z0-9_]+\*?)`", section))
 
 

@@ -1,0 +1,77 @@
+"""What the loop of ``live`` costs while nothing happens, in a training with short steps.
+
+.venv-2.14/bin/elastic-srun --local 2 --nproc-per-node=1 benchmarks/live_cost.py
+
+The steps are the same, in turn as many in a plain loop, which is one attempt of ``live``, and each in an attempt of its
+own. So both have the same processes, process group and model, and a load of the machine meets both.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from elastic_hpc.training import live
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--step", type=float, default=0.02, metavar="SECONDS", help="of a step (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=50, metavar="N", help="in turn (default: %(default)s)")
+parser.add_argument("--rounds", type=int, default=15, metavar="N", help="default: %(default)s")
+parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+args = parser.parse_args()
+
+net = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 1))
+optimizer = torch.optim.SGD(net.parameters(), lr=1e-6)
+inputs = torch.ones(4, 64)
+run = live(net, optimizer)
+
+
+def train() -> None:
+    """A step."""
+    ends = time.perf_counter() + args.step
+    optimizer.zero_grad()
+    run.model(inputs).square().mean().backward()
+    optimizer.step()
+    time.sleep(max(0.0, ends - time.perf_counter()))  # without load, as a worker that waits for its GPU
+
+
+CLOCKS = time.perf_counter, time.thread_time  # the latter does not see what else the machine does
+costs: list[list[float]] = []
+began = ended = plain = [0.0, 0.0]
+
+
+def now() -> list[float]:
+    return [clock() for clock in CLOCKS]
+
+
+for attempt in run.steps(until=(args.rounds + 1) * (args.steps + 1)):
+    with attempt as step:
+        if step % (args.steps + 1):
+            train()
+            ended = now()
+            continue
+        if step:
+            costs.append([(ended[i] - began[i] - plain[i]) / args.steps for i in range(2)])
+        before = now()
+        for _ in range(args.steps):
+            train()
+        began = now()
+        plain = [began[i] - before[i] for i in range(2)]
+
+if run.world.rank == 0 and not run.stopped:
+    measured, processor = zip(*costs[1:], strict=True)  # in the first round much is done for the first time
+    cost, cpu = statistics.median(measured), statistics.median(processor)
+    if args.json:
+        found = {"step": args.step, "cost": cost, "min": min(measured), "max": max(measured), "cpu": cpu}
+        args.json.write_text(json.dumps(found | {"rounds": len(measured), "torch": torch.__version__}) + "\n")
+    print(
+        f"{1e6 * cost:.0f} us a step ({1e6 * min(measured):.0f} to {1e6 * max(measured):.0f}, {len(measured)} rounds), "
+        f"{cost / args.step:.2%} of {1e3 * args.step:g} ms; processor time of the main thread {1e6 * cpu:.0f} us, "
+        f"{cpu / args.step:.2%}; {run.world.size} workers, torch {torch.__version__}"
+    )
+    sys.exit(cost > 0.01 * args.step)

@@ -1,0 +1,75 @@
+"""What the leader's agent tells others about the job's progress: a comment in Slurm, a notification at a standstill."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+from elastic_hpc import slurm
+from elastic_hpc.agent import lookout, notify
+from elastic_hpc.agent.threads import on_thread
+from elastic_hpc.environment import NOTIFY, NOTIFY_AFTER
+from elastic_hpc.errors import SlurmError
+from elastic_hpc.membership.leader import Leader
+from elastic_hpc.membership.standstill import Standstill
+from elastic_hpc.record.rundir import RunDir
+
+log = logging.getLogger(__name__)
+
+_OURS = "elastic_hpc: "
+"""Begins a comment of ours. A comment of the user is left as it is."""
+
+
+class Comment:
+    """Keeps the comment of ``job`` up to date, which ``squeue -o %k`` shows, until the site refuses it."""
+
+    def __init__(self, job: str) -> None:
+        self._job = job
+        self._last = ""
+        self._is_off = False
+
+    @property
+    def outlook(self) -> lookout.Outlook:
+        return lookout.Outlook("the job's comment", lookout.ASK_EVERY, self._look)
+
+    async def _look(self, leader: Leader) -> None:
+        text = f"{_OURS}{leader.progress}"
+        if not self._is_off and text != self._last:
+            await on_thread(self._write, text)
+
+    def _write(self, text: str) -> None:
+        try:
+            before = "" if self._last else slurm.comment(self._job)
+            self._is_off = bool(before) and not before.startswith(_OURS)
+            if not self._is_off:
+                slurm.write_comment(self._job, text)
+                self._last = text
+        except SlurmError as error:
+            log.debug("the job's comment in Slurm stays as it is: %s", error)
+            self._is_off = True
+
+
+class StandstillAlarm:
+    """Sends a notification when the job makes no progress, if the user wants notifications (``wanted``)."""
+
+    def __init__(self, rundir: RunDir, environ: Mapping[str, str]) -> None:
+        self._rundir, self._environ = rundir, environ
+        self._standstill = Standstill(float(environ[NOTIFY_AFTER]))
+
+    @staticmethod
+    def wanted(environ: Mapping[str, str]) -> bool:
+        return bool(environ.get(NOTIFY))
+
+    @property
+    def outlook(self) -> lookout.Outlook:
+        return lookout.Outlook("the job's progress", min(30.0, self._standstill.after / 4), self._look)
+
+    async def _look(self, leader: Leader) -> None:
+        if reason := self._standstill.look(leader.progress, asyncio.get_running_loop().time()):
+            log.warning("no progress: %s", reason)
+            await on_thread(self._tell, reason)
+
+    def _tell(self, reason: str) -> None:
+        if problem := notify.send(notify.of_standstill(self._rundir, reason), self._environ):
+            log.warning("%s", problem)

@@ -1,0 +1,208 @@
+"""Whether the workers of a job hang, learned from the job itself (``--hang-timeout auto``). Pure.
+
+Each agent counts how long its workers have given no sign of life (``Signs``): no step reported, no output. The leader
+compares the job's silence, that of the node that was heard last, with the longest silence that the job has survived
+(``Rhythm``). What is learned goes to the agents with the orders, comes back with their status, and is saved for the
+run after a requeue, so it outlives the leader. There is no clock here: the agents count only time in which their
+processes could run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+TIMES = 10
+"""The timeout is this many times the longest silence so far."""
+
+LEAST = 300.0
+"""Least timeout, in seconds, of workers that report steps."""
+
+LEAST_UNSURE = 1800.0
+"""The same before the first step of a round and after the end of some workers, and for a script that only writes."""
+
+BUSY = 6
+"""Workers that compute, read or write may be silent for this many times as long: they may evaluate, or save."""
+
+LEARNED = "--hang-timeout auto"
+
+_NOTABLE = 1.1
+"""A learned number is replaced by a number that is larger by this factor, so that few orders bring news."""
+
+
+class Signs(NamedTuple):
+    """The workers of one node in the round that runs. Times in seconds, in which they could run."""
+
+    silent: float = 0.0
+    """Since their last sign of life, or since they have started."""
+    idle: float = 0.0
+    """How much of ``silent`` they have neither computed, nor read or written."""
+    unreported: float = 0.0
+    """Since the last report of a step; if there was none, since they have started."""
+    reports: int = 0
+    """How often a new report was seen."""
+    span: float = -1.0
+    """From the first sign of life to the last; -1 before the first."""
+    start: float = 0.0
+    """From their start to the first report; 0 before it."""
+
+    @classmethod
+    def of(cls, values: Any) -> Signs:
+        """From a message. Raises TypeError or ValueError."""
+        silent, idle, unreported, reports, span, start = values
+        return cls(float(silent), float(idle), float(unreported), int(reports), float(span), float(start))
+
+    @property
+    def waited(self) -> float:
+        """``silent``, where time in which the workers were busy counts less."""
+        return self.idle + max(0.0, self.silent - self.idle) / BUSY
+
+
+class Rhythm(NamedTuple):
+    """What a job has shown of its signs of life. Times in seconds."""
+
+    number: int = 0
+    """Counts the changes: of two leaders' knowledge that with the higher number holds."""
+    longest: float = 0.0
+    """The longest silence that has ended by itself: between two reports, or two outputs if steps are not reported."""
+    start: float = 0.0
+    """The longest time from the start of a round to its first report."""
+    span: float = 0.0
+    """The longest time for which the job has given signs in one round."""
+    reports: bool = False
+    """The script has reported steps."""
+    alarm: float = 0.0
+    """The timeout of the last alarm, until the workers are beyond its place."""
+    place: float = -1.0
+    """Where that was: the step, or without steps the time for which the round had given signs."""
+
+    @classmethod
+    def of(cls, values: Any) -> Rhythm:
+        """From a message, or from ``state.json``; that of a new job if it is damaged."""
+        with suppress(TypeError, ValueError):
+            number, longest, start, span, reports, alarm, place = values
+            times = [float(time) for time in (longest, start, span, alarm, place)]
+            if all(map(math.isfinite, times)):
+                longest, start, span, alarm, place = times
+                return cls(int(number), longest, start, span, bool(reports), alarm, place)
+        return NO_RHYTHM
+
+    def newer(self, other: Rhythm) -> Rhythm:
+        """``other``, unless this one is as new."""
+        return other if other.number > self.number else self
+
+
+NO_SIGNS, NO_RHYTHM = Signs(), Rhythm()
+
+
+class Timeout(NamedTuple):
+    """``seconds`` is infinite as long as nothing is known by which a hang could be told."""
+
+    seconds: float
+    why: str
+
+
+def timeout(rhythm: Rhythm, *, live: bool = False, sure: bool = True) -> Timeout:
+    """The silence after which the workers hang. ``live``: they report each step by themselves. ``sure``: the round has
+    done a step and all of its workers still run.
+    """
+    learned = TIMES * rhythm.longest
+    if not (rhythm.reports or live):
+        seconds = max(LEAST_UNSURE, learned)
+        if not rhythm.longest or rhythm.span < seconds:
+            return Timeout(math.inf, "off until the script has reported two steps, or has written for 30 minutes")
+        least, kind = LEAST_UNSURE, "of a script that reports no steps"
+    elif sure and rhythm.longest:
+        least, kind = LEAST, "between two steps"
+    else:
+        learned = max(learned, TIMES * rhythm.start)
+        least, kind = LEAST_UNSURE, "before the first step, and after the end of a worker"
+    again = 2 * rhythm.alarm
+    if again > max(learned, least):
+        return Timeout(again, f"twice the {rhythm.alarm:.0f} s after which the job was restarted here before")
+    if learned > least:
+        longest = max(rhythm.longest, 0.0 if sure else rhythm.start)
+        return Timeout(learned, f"{TIMES} times the longest silence so far, {longest:.0f} s")
+    return Timeout(least, f"the least {kind}; the longest silence so far was {rhythm.longest:.0f} s")
+
+
+class Hang(NamedTuple):
+    node: int
+    message: str
+
+
+class HangWatch:
+    """The silence of a job under one leader."""
+
+    def __init__(self, rhythm: Rhythm = NO_RHYTHM) -> None:
+        self.rhythm = rhythm
+        self.begin()
+
+    def begin(self) -> None:
+        """A round begins: how its workers before were silent does not count any more."""
+        self._gap = 0.0
+        self._excused = 0.0
+        """The part of the silence that nobody could have broken."""
+
+    def adopt(self, rhythm: Rhythm) -> None:
+        """An agent was told ``rhythm`` by a leader."""
+        self.rhythm = self.rhythm.newer(rhythm)
+
+    def look(
+        self,
+        signs: Mapping[int, Signs],
+        step: int,
+        *,
+        whole: bool = True,
+        live: bool = False,
+        held: bool = False,
+    ) -> Hang | None:
+        """``signs`` of the nodes whose workers run, by node, and the last ``step`` of the round, or -1. ``whole``: no
+        worker has ended. ``held``: a file that the job needs does not answer, so silence proves nothing.
+        """
+        if not signs:
+            return None
+        self._learn(signs.values(), step)
+        waited = min(each.waited for each in signs.values())
+        if held or waited < self._excused:
+            self._excused = waited
+        limit, _ = timeout(self.rhythm, live=live, sure=whole and step >= 0)
+        if waited - self._excused <= limit:
+            return None
+        silent = min(each.silent for each in signs.values())
+        what = f"no step after step {step}, and no output," if step >= 0 else "no output, and no step,"
+        longest = f"the longest silence before was {self.rhythm.longest:.0f} s"
+        message = f"{what} for {silent:.0f} s; {longest} ({LEARNED}: {limit:.0f} s)"
+        self._change(alarm=max(limit, waited), place=self._place(signs.values(), step))
+        return Hang(max(signs, key=lambda node: (signs[node].silent, -node)), message)
+
+    def _learn(self, signs: Collection[Signs], step: int) -> None:
+        learned: dict[str, Any] = {}
+        if step >= 0 and not self.rhythm.reports:  # what was learned from the output is of no use any more
+            learned |= {"reports": True, "longest": 0.0}
+            self._gap = 0.0
+        elif self._gap > _NOTABLE * self.rhythm.longest and self._present_gap(signs) < self._gap:
+            learned["longest"] = self._gap
+        for name in ("start", "span"):
+            longest = max(getattr(each, name) for each in signs)
+            if longest > _NOTABLE * getattr(self.rhythm, name) + 1.0:
+                learned[name] = longest
+        if self.rhythm.alarm and self._place(signs, step) > self.rhythm.place:
+            learned |= {"alarm": 0.0, "place": -1.0}
+        if learned:
+            self._change(**learned)
+        self._gap = self._present_gap(signs)
+
+    def _present_gap(self, signs: Collection[Signs]) -> float:
+        """Since the last report, or without reports since the last output; 0 before the first of them in this round."""
+        if self.rhythm.reports:
+            return min((each.unreported for each in signs if each.reports), default=0.0)
+        return min(each.silent for each in signs) if any(each.span >= 0 for each in signs) else 0.0
+
+    def _place(self, signs: Collection[Signs], step: int) -> float:
+        return float(step) if self.rhythm.reports else max(each.span for each in signs)
+
+    def _change(self, **changes: Any) -> None:
+        self.rhythm = self.rhythm._replace(number=self.rhythm.number + 1, **changes)

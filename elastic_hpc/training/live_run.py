@@ -1,0 +1,322 @@
+"""The loop of ``live``: attempts at steps, and what happens between them and when the world changes."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from elastic_hpc.environment import LIVE, is_of_another_job
+from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.training import reform
+from elastic_hpc.training.checkpoint import Checkpoints, control_group
+from elastic_hpc.training.drain import enter_round
+from elastic_hpc.training.live_link import LiveLink
+from elastic_hpc.training.live_state import NEW, TORN, WHOLE, LiveModel, LiveStates, replica
+from elastic_hpc.training.live_step import Asking, Attempt, Optimizers, StepStart
+from elastic_hpc.training.progress import note_in_place, own_progress_file, report_progress
+
+log = logging.getLogger(__name__)
+
+_FORMING = 12.0
+"""Seconds in which a worker that forms a world notices a pause."""
+_SAVING = 30.0
+"""Seconds in which a worker that saves notices a pause: a sync to a busy disk cannot be interrupted."""
+_HANGS = 4
+"""How often, in a row, the main thread must be found to hang in a collective that has no connections any more."""
+
+
+class TornError(ElasticError):
+    """Every rank was interrupted after some of its optimizers had stepped, and before all had."""
+
+
+class LiveRun:
+    """A training that continues in place. See ``live``. ``optimizers``: those that are not among the ``states``."""
+
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        states: Mapping[str, Any],
+        checkpoint_every: int | None,
+        folder: str | os.PathLike[str] | None,
+        load: Callable[[], int | None] | None,
+        wrap: Callable[[Any], Any] | None,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> None:
+        self._net, self._every = net, checkpoint_every
+        self._folder = Path(folder).absolute() if folder else None  # the script may go to another directory
+        self._load, self._wrap = load, wrap or self._distribute
+        self._states = LiveStates(states)
+        registered = [of for of in states.values() if isinstance(of, torch.optim.Optimizer)]
+        self._optimizers = Optimizers([*registered, *optimizers])
+        self._start = StepStart(net, states.values())
+        self._has, self._saved, self._over = NEW, 0, 0
+        self._began = self._longest = 0.0
+        self._forming, self._saving, self._failed = True, False, False
+        self._checkpoints: Checkpoints | None = None
+        self._link: LiveLink | None = None
+        self.step = 0
+        """How many steps are done."""
+        self.stopped = False
+        """Whether ``steps`` has ended early, because of a drain."""
+        self.model = LiveModel(net)
+        """The model, to be called in a step; it stays the same object in all worlds."""
+        self.world = reform.LiveWorld.now()
+        """The ranks that train together. It is another one after a fault, so ask anew in each step."""
+        self._stuck = 0
+        self._cuda = cuda = any(parameter.is_cuda for parameter in net.parameters())
+        self._group = reform.Group(lambda: self._link is not None and self._link.pausing, cuda=cuda)
+        why_not = self._connect(cuda=cuda)
+        note_in_place(why_not)
+        if why_not:
+            (log.warning if LIVE in os.environ else log.info)("a fault restarts this worker: %s", why_not)
+            if "RANK" in os.environ and not dist.is_initialized():
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        try:
+            self._wait_for_place()
+            self._enter()
+        except Exception as error:
+            if not self.is_interruption(error):
+                raise
+            self._join(error)
+
+    def steps(self, until: int) -> Iterator[Attempt]:
+        """The attempts at the steps that are left until ``until`` steps are done, or the job is drained. Reports each
+        step to the agent, unless the script has. All ranks leave the loop together; for a worker that joined after the
+        others had left it, there is none.
+        """
+        if self._link:
+            self._link.open()
+        try:
+            while until > self._over:
+                if not self._go_on(lambda: self._between(until)):
+                    continue
+                if self.stopped or self.step >= until:
+                    if self._go_on(self._finish):
+                        self._over = self._over if self.stopped else until
+                        return
+                    continue
+                attempt = Attempt(self.begin, self.end)
+                yield attempt
+                if not attempt.entered:
+                    raise UsageError("for attempt in run.steps(...): expected `with attempt as step:` in the loop")
+        except GeneratorExit:  # a break, or an error of the script: what it has left in the group may never end
+            if not self._failed:
+                atexit.register(self._close)
+            raise
+        finally:
+            if self._link:
+                self._link.close()
+
+    def attempts(self) -> Iterator[Attempt]:
+        """The attempts at one step, for a loop of somebody else, which continues after a drain as it likes. The step
+        may also end without an attempt that was completed, as the state of another rank has it.
+        """
+        goal = self.step + 1
+        while self.step < goal:
+            if self._go_on(lambda: self._between(goal)):
+                yield Attempt(self.begin, self.end)
+
+    def finish(self) -> None:
+        """Leave a loop of somebody else, when all ranks do. Raises what ends the world before."""
+        self._finish()
+        if self._link:
+            self._link.close()
+
+    def begin(self) -> int:
+        """An attempt begins; for ``Attempt``. Returns how many steps are done."""
+        self._start.begin(self.step)
+        self._optimizers.begin()
+        self._began = time.monotonic()
+        return self.step
+
+    def end(self, error: BaseException | None) -> bool:
+        """An attempt ends; for ``Attempt``. Returns whether ``error`` is taken care of."""
+        if error is None:
+            self._longest = max(self._longest, time.monotonic() - self._began)
+            self._optimizers.end()
+            self._done()
+            return False
+        if not self.is_interruption(error):
+            self._failed = True
+            return False
+        done, torn = self._optimizers.interrupted()
+        if done:
+            self._done()
+        else:
+            self._start.put_back()
+            self._has = TORN if torn else self._has
+        self._join(error)
+        return True
+
+    def _connect(self, *, cuda: bool) -> str:
+        """Connect with the agent. Returns why this worker cannot continue in place, empty if it can."""
+        if LIVE not in os.environ or is_of_another_job(os.environ):
+            return "no agent that keeps workers has started it"
+        if dist.is_initialized():
+            return "the script has called init_process_group before live"
+        if obstacle := reform.obstacle(cuda=cuda):
+            return obstacle
+        try:
+            self._link = LiveLink(os.environ[LIVE], self._free, self._patience)
+        except OSError as error:
+            return f"its agent cannot keep it: {error}"
+        return ""
+
+    def _free(self, *, now: bool, again: bool) -> None:
+        """End the collectives of a world that is over, or of one that is not complete yet."""
+        if not (now or self._forming):
+            return
+        shut = self._group.shut(socket.SHUT_RDWR if again else socket.SHUT_RD, store=again)
+        stuck = again and not shut and not self._forming and not self._cuda and reform.hangs()
+        self._stuck = self._stuck + 1 if stuck else 0
+        if self._stuck == _HANGS and self._link:
+            self._link.cannot("gloo does not end a collective whose connections are closed")
+
+    def _wait_for_place(self) -> None:
+        """This worker may have been started before its node had a place in a world."""
+        if self._link and "RANK" not in os.environ:
+            self._link.wait_for_place().take_over()
+            enter_round()
+
+    def _patience(self) -> float:
+        """Within how many seconds a pause is noticed."""
+        return max(5.0, 3 * self._longest, _FORMING * self._forming, _SAVING * self._saving)
+
+    def is_interruption(self, error: BaseException) -> bool:
+        """Whether ``error`` comes from a change of the world, not from the script."""
+        if self._link is None or not isinstance(error, Exception):
+            return False
+        if reform.is_of_the_group(error):
+            return True
+        return self._link.pausing and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+
+    def _go_on(self, what: Callable[[], None]) -> bool:
+        """Do ``what`` with all ranks. Returns False if the world has changed meanwhile; then it is to be repeated."""
+        try:
+            what()
+        except Exception as error:
+            if not self.is_interruption(error):
+                raise
+            self._join(error)
+            return False
+        return True
+
+    def _join(self, error: Exception | BaseException) -> None:
+        """Leave a world that is over, because of ``error``, and enter the next one that can be formed."""
+        assert self._link is not None
+        while True:
+            why = f"{type(error).__name__}: {error}"
+            self._forming = True
+            self._group.shut(socket.SHUT_WR)
+            self._unwrap()
+            self._net.zero_grad()
+            self._optimizers.zero_grad()
+            if not self._link.pausing:
+                self._link.broken(why)
+            self._link.stand_still(self.step).take_over()
+            enter_round()
+            try:
+                self._enter()
+            except Exception as next_error:
+                if not self.is_interruption(next_error):
+                    self._link.cannot(f"{type(next_error).__name__}: {next_error}")
+                    raise
+                error = next_error
+            else:
+                return
+
+    def _enter(self) -> None:
+        """Enter the world that the environment describes, with the state of the rank that is furthest."""
+        self.world = reform.LiveWorld.now()
+        if self._link:
+            self._group.form(self.world)
+        if self._every:
+            self._checkpoints = Checkpoints(self._folder)
+        self._agree_on_state()
+        self.model.enter(self._wrap(self._net) if self.world.size > 1 else self._net)
+        self.stopped, self._asking = False, Asking()
+        self._forming = False
+
+    def _unwrap(self) -> None:
+        reform.forget(self.model.wrapped)
+        self.model.enter(self._net)
+
+    def _agree_on_state(self) -> None:
+        own = self._has, self.step, self._saved, self._over
+        reports: list[Any] = [own]
+        if self._link and (control := control_group()):
+            reports *= self.world.size
+            dist.all_gather_object(reports, own, group=control[1])
+        steps = [step if has == WHOLE else -1 for has, step, *_ in reports]
+        if any(step >= 0 for step in steps):
+            newest = max(steps)
+            if min(steps) < newest:
+                lacking = steps[self.world.rank] < newest
+                self.step = self._states.share(steps.index(newest), newest, lacking=lacking)
+            self._saved, self._over = (max(report[which] for report in reports) for which in (2, 3))
+        elif any(has == TORN for has, *_ in reports):
+            raise TornError("all ranks were interrupted while their optimizers stepped: no rank has a whole state")
+        else:
+            self.step = self._saved = self._load_checkpoint()
+            if self._link and self.world.size > 1 and (self._load or not self.step):
+                self._states.share(0, self.step, lacking=self.world.rank > 0)  # as DistributedDataParallel does it
+        self._has = WHOLE
+
+    def _distribute(self, net: torch.nn.Module) -> torch.nn.Module:
+        return replica(net) if self._link else DistributedDataParallel(net)
+
+    def _load_checkpoint(self) -> int:
+        if self._load:
+            return self._load() or 0
+        return self._checkpoints.load(self._states.load_from) or 0 if self._checkpoints else 0
+
+    def _done(self) -> None:
+        self.step += 1
+        if own_progress_file().reported != self.step:
+            report_progress(self.step)
+
+    def _between(self, until: int) -> None:
+        """What all ranks do between two steps."""
+        if self._link and self._link.pausing:
+            raise reform.Interrupted("a new world is to be formed")
+        if self._every and self.step // self._every > self._saved // self._every:
+            self._save()
+        if self.step < until:
+            self.stopped = self._asking.ask(leads=self.world.rank == 0)
+
+    def _save(self) -> None:
+        assert self._checkpoints is not None
+        self._saving = True
+        try:
+            with self._checkpoints.save(self.step) as path:
+                if self.world.rank == 0:
+                    self._states.save_into(path, self.step)
+        finally:
+            self._saving = False
+        self._saved = self.step
+
+    def _finish(self) -> None:
+        """Save, and leave the loop when all ranks do."""
+        if self._every and self._saved != self.step:
+            self._save()
+        if control := control_group():
+            dist.barrier(group=control[1])
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        """End the group before Python shuts down: its threads may abort then (pytorch issue 190489)."""
+        self._unwrap()
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,143 @@
+"""What a rank has learned so far: the registered objects, and the model. How ranks exchange them without broadcasts:
+gloo's often hang when a member is lost, see reform.py.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+_PIECE = 1 << 28
+"""Bytes that are sent to the other ranks at once."""
+_LEAST = 1024
+"""Elements that are sent, at least, so that each rank of a world sends and receives."""
+
+WHOLE, NEW, TORN = "whole", "new", "torn"
+
+
+class LiveStates:
+    """The objects that a script registers, by name, each with ``state_dict`` and ``load_state_dict``."""
+
+    def __init__(self, objects: Mapping[str, Any]) -> None:
+        self._objects = objects
+
+    def dump(self, file: Any, step: int) -> None:
+        torch.save({"step": step, **{name: of.state_dict() for name, of in self._objects.items()}}, file)
+
+    def load(self, file: Any) -> int:
+        """Returns the step."""
+        saved = torch.load(file, map_location="cpu", weights_only=False)
+        for name, of in self._objects.items():
+            of.load_state_dict(saved[name])
+        return int(saved["step"])
+
+    def save_into(self, folder: Path, step: int) -> None:
+        with (folder / "state.pt").open("wb") as file:
+            self.dump(file, step)
+
+    def load_from(self, folder: Path) -> int:
+        return self.load(folder / "state.pt")
+
+    def share(self, source: int, step: int, *, lacking: bool) -> int:
+        """Have rank ``source`` send its state to all ranks; those that are ``lacking`` it load it. Returns the step."""
+        sends, buffer = dist.get_rank() == source, io.BytesIO()
+        if sends:
+            self.dump(buffer, step)
+        told = torch.full((_LEAST,), buffer.tell(), device="cpu")  # the script may have set another default device
+        dist.all_reduce(told)
+        size = int(told[0])
+        content = torch.zeros(-(-size // _LEAST) * _LEAST, dtype=torch.uint8, device="cpu")
+        if sends:
+            content[:size] = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+        for piece in content.split(_PIECE):
+            dist.all_reduce(piece)
+        return self.load(io.BytesIO(content[:size].numpy())) if lacking else step
+
+
+class Buffers:
+    """The buffers of ``net`` as they are now: a module may have replaced one. ``saved``: only those that are saved."""
+
+    def __init__(self, net: torch.nn.Module, *, saved: bool) -> None:
+        keys = net.state_dict().keys() if saved else None
+        self._places = [
+            (module._buffers, name)  # noqa: SLF001 - ten times as fast as getattr
+            for prefix, module in net.named_modules()
+            for name, _ in module.named_buffers(recurse=False)
+            if keys is None or f"{prefix}.{name}".lstrip(".") in keys
+        ]
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    @property
+    def now(self) -> list[torch.Tensor]:
+        """With ``data`` a change is not held against a backward pass that is to come."""
+        return [buffer.data for buffers, name in self._places if (buffer := buffers[name]) is not None]
+
+    def take(self) -> None:
+        """Have the buffers of rank 0, by the sum of what it has and zeros."""
+        for device in dict.fromkeys(buffer.device for buffer in self.now):
+            alike: dict[torch.dtype, list[torch.Tensor]] = {}
+            for buffer in self.now:
+                if buffer.device == device:
+                    alike.setdefault(buffer.dtype, []).append(buffer.reshape(-1))
+            groups = sorted(alike.values(), key=lambda group: -group[0].element_size())  # each is aligned then
+            parts = [torch.cat(group).view(torch.uint8) for group in groups]
+            sizes = [part.numel() for part in parts]
+            rest = max(0, _LEAST - sum(sizes))
+            content = torch.cat([*parts, torch.zeros(rest, dtype=torch.uint8, device=device)])
+            if dist.get_rank():
+                content.zero_()
+            dist.all_reduce(content)
+            if dist.get_rank():
+                for group, part in zip(groups, content.split([*sizes, rest]), strict=False):
+                    numbers = part.view(group[0].dtype).split([buffer.numel() for buffer in group])
+                    torch._foreach_copy_(group, list(numbers))
+
+
+def replica(net: torch.nn.Module) -> DistributedDataParallel:
+    """``net`` for ranks that have the same state. As usual all have the buffers of rank 0 in each forward pass."""
+    made = DistributedDataParallel(net, init_sync=False, forward_sync_buffers=False)
+    if buffers := Buffers(net, saved=False):
+        made.register_forward_pre_hook(lambda *_: buffers.take())
+    return made
+
+
+class LiveModel(torch.nn.Module):
+    """Stands for the model in every world. Calls go to the model as the present world has wrapped it."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._wrapped = [module]  # in a list, so that the parameters are not found twice
+
+    def enter(self, wrapped: torch.nn.Module) -> None:
+        self._wrapped[0] = wrapped
+
+    @property
+    def wrapped(self) -> torch.nn.Module:
+        return self._wrapped[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped[0](*args, **kwargs)
+
+    def train(self, mode: bool = True) -> LiveModel:
+        super().train(mode)
+        self._wrapped[0].train(mode)
+        return self
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """As that of DistributedDataParallel: gradients are not averaged."""
+        if hasattr(self._wrapped[0], "no_sync"):
+            with self._wrapped[0].no_sync():
+                yield
+        else:
+            yield

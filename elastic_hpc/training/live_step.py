@@ -1,0 +1,155 @@
+"""One step of the loop of ``live``: an attempt at it, whether it is done, how what it has changed is put back, and the
+question before it whether to stop.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from elastic_hpc.training.drain import own_drain
+from elastic_hpc.training.live_state import Buffers
+
+_ASK_EVERY = 0.5
+"""Seconds between two questions to all ranks whether to stop."""
+_MOST_STEPS = 50
+"""Steps between two such questions, at most: steps may become slower."""
+
+
+class Attempt:
+    """One attempt at a step, for a ``with`` block. The block is given the number of steps done before. Without a fault,
+    the step is done when the block ends. A fault of the world ends the block without an exception; then the next
+    attempt is at the same step, unless all optimizers had stepped.
+    """
+
+    def __init__(self, begin: Callable[[], int], end: Callable[[BaseException | None], bool]) -> None:
+        self._begin, self._end = begin, end
+        self.entered = False
+
+    def __enter__(self) -> int:
+        self.entered = True
+        return self._begin()
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> bool:
+        return self._end(error)
+
+
+class Optimizers:
+    """Counts how often each optimizer steps, to tell whether a step that was interrupted is done."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self._optimizers = optimizers
+        self._begun = dict.fromkeys(map(id, optimizers), 0)
+        self._ended = dict(self._begun)
+        self._whole = {(1,) * len(optimizers)}
+        """How often each has stepped, in the steps that were done; before there is one, as is usual."""
+        self._guessed = True
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(self._on_begin)
+            optimizer.register_step_post_hook(self._on_end)
+
+    def begin(self) -> None:
+        """A step of the training begins."""
+        for counts in (self._begun, self._ended):
+            for key in counts:
+                counts[key] = 0
+
+    def end(self) -> None:
+        """The step is done."""
+        if self._guessed:
+            self._guessed, self._whole = False, set()
+        self._whole.add(tuple(self._ended.values()))
+
+    def interrupted(self) -> tuple[bool, bool]:
+        """Whether the step that was interrupted is done nevertheless, and whether it is half done."""
+        counts = tuple(self._ended.values())
+        more = [whole for whole in self._whole if all(map(operator.ge, whole, counts))]
+        done = any(counts) and self._begun == self._ended and more == [counts]
+        return done, not done and any(self._begun.values())
+
+    def zero_grad(self) -> None:
+        """Drop what an interrupted backward pass has left."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+
+    def _on_begin(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._begun[id(optimizer)] += 1
+
+    def _on_end(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._ended[id(optimizer)] += 1
+
+
+class StepStart:
+    """What a step changes before its optimizers do, as it was when the step began: the buffers of the model, such as
+    those of batch norm, random numbers, and the scale of a GradScaler, which may skip the optimizer.
+    """
+
+    def __init__(self, net: torch.nn.Module, states: Iterable[Any]) -> None:
+        self._buffers = Buffers(net, saved=True)  # another can be computed
+        self._noted: list[torch.Tensor] = []
+        self._scalers = [of for of in states if isinstance(of, torch.amp.GradScaler)]
+        self._step = -1
+
+    def begin(self, step: int) -> None:
+        """``step`` begins. If it did so before, it begins as it did then."""
+        if step == self._step:
+            self.put_back()
+            return
+        self._step = step
+        self._note_buffers()
+        self._scales = [scaler.state_dict() for scaler in self._scalers]
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy.random")
+        self._numpy = numpy.get_state() if numpy else None
+
+    def put_back(self) -> None:
+        """The step was interrupted before its optimizers stepped."""
+        if self._buffers:
+            torch._foreach_copy_(self._buffers.now, self._noted)
+        for scaler, scale in zip(self._scalers, self._scales, strict=True):
+            if scale and scaler._scale is not None:  # noqa: SLF001 - else nothing has been scaled
+                scaler.update(scale["scale"])  # forgets that gradients were unscaled
+                scaler.load_state_dict(scale)
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy.random"].set_state(self._numpy)
+
+    def _note_buffers(self) -> None:
+        if self._buffers:
+            try:
+                torch._foreach_copy_(self._noted, self._buffers.now)
+            except RuntimeError:  # as a rule: the first time
+                self._noted = [buffer.clone() for buffer in self._buffers.now]
+
+
+class Asking:
+    """Asks all ranks of a world whether to stop, about twice a second. All do so at the same step: the pace is that of
+    rank 0.
+    """
+
+    def __init__(self) -> None:
+        self._in, self._every, self._asked = 1, 1, time.monotonic()
+
+    def ask(self, *, leads: bool) -> bool:
+        """Whether to stop, to be called in each step. ``leads``: this is rank 0."""
+        self._in -= 1
+        if self._in:
+            return False
+        now = time.monotonic()
+        pace = int(_ASK_EVERY * self._every / max(now - self._asked, 1e-9))
+        pace = max(1, min(pace, 2 * self._every, _MOST_STEPS))
+        stop, self._every = own_drain().ask(pace if leads else 0)
+        self._in, self._asked = self._every, now
+        return stop

@@ -1,0 +1,123 @@
+"""Two nodes that do not reach each other, while both reach all others: the job continues without one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from conftest import ON_DEMAND, Cluster, wait_for
+from test_grow import Steady, Submit, steady  # noqa: F401 - fixtures
+from test_resize import ask
+
+NOBODY = "02:00:00:00:00:99"
+"""The address of no machine: the bridge between the nodes drops what is sent there."""
+
+
+class Links:
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._cut: list[tuple[str, str]] = []
+
+    def cut(self, here: str, there: str) -> None:
+        """Drop all that ``here`` sends to ``there``."""
+        self._neighbour(here, "replace", there, "lladdr", NOBODY, "nud", "permanent")
+        self._cut.append((here, there))
+
+    def heal(self) -> None:
+        while self._cut:
+            here, there = self._cut.pop()
+            self._neighbour(here, "del", there)
+
+    def _neighbour(self, node: str, what: str, other: str, *more: str) -> None:
+        command = ["ip", "neigh", what, f"10.213.0.{other[1:]}", "dev", "eth0", *more]
+        self._cluster.mini("exec", "--root", "--node", node, "--", *command)
+
+
+@pytest.fixture
+def links(fresh: Cluster) -> Iterator[Links]:
+    made = Links(fresh)
+    yield made
+    made.heal()
+
+
+@pytest.fixture
+def training(steady: Callable[..., Steady]) -> Callable[..., Steady]:  # noqa: F811
+    def do(nodes: str = "2:4", *options: str) -> Steady:
+        job = steady("--exclusive", "--nodes", nodes, "--hang-timeout", "20", *options)
+        job.wait_world(int(nodes.rpartition(":")[2]))
+        return job
+
+    return do
+
+
+def last_world(job: Steady) -> list[str]:
+    return list(job.job.events("round")[-1]["nodes"])
+
+
+def wait_apart(job: Steady) -> list[list[str]]:
+    return list(job.job.wait_event("apart", deadline=120)["pairs"])
+
+
+@ON_DEMAND
+def test_of_two_nodes_that_drop_each_others_packets_one_is_left_and_comes_back_when_they_reach_each_other(
+    training: Callable[..., Steady], links: Links
+) -> None:
+    job = training()
+    links.cut("n2", "n3")
+    links.cut("n3", "n2")
+    assert wait_apart(job) == [["n2", "n3"]]
+    job.wait_world(3)
+    assert last_world(job) == ["n1", "n2", "n4"]
+    for command in ("status", "why"):
+        assert "n2 and n3 do not reach each other" in ask(job, command).stdout
+    links.heal()
+    job.wait_world(4)
+    job.finish()
+    assert [event["node"] for event in job.job.events("stay")] == ["n3"]
+    assert job.job.events("lost") == []
+
+
+@ON_DEMAND
+@pytest.mark.parametrize(("here", "there"), [("n2", "n3"), ("n4", "n3")])
+def test_one_direction_is_enough(training: Callable[..., Steady], links: Links, here: str, there: str) -> None:
+    job = training()
+    links.cut(here, there)
+    assert wait_apart(job) == [sorted([here, there])]
+    job.wait_world(3)
+    assert last_world(job) == [node for node in ("n1", "n2", "n3", "n4") if node != max(here, there)]
+    job.finish()
+
+
+@ON_DEMAND
+def test_of_two_pairs_of_one_node_that_node_is_left(training: Callable[..., Steady], links: Links) -> None:
+    job = training()
+    for one, other in (("n2", "n3"), ("n2", "n4")):
+        links.cut(one, other)
+        links.cut(other, one)
+    assert wait_apart(job) == [["n2", "n3"], ["n2", "n4"]]
+    job.wait_world(3)
+    assert last_world(job) == ["n1", "n3", "n4"]
+    job.finish()
+
+
+@ON_DEMAND
+def test_below_min_the_job_goes_back_to_the_queue_without_one_of_the_pair(
+    training: Callable[..., Steady], links: Links
+) -> None:
+    job = training("3:3")  # with 4:4 on four nodes none could be excluded
+    links.cut("n2", "n3")
+    assert wait_apart(job) == [["n2", "n3"]]
+    wait_for("the requeue", lambda: job.cluster.job_field(job.job.id, "Restarts") == "1", 180)
+    assert "n2 and n3 do not reach each other" in job.job.verdict()["reason"]
+    assert job.cluster.job_field(job.job.id, "ExcNodeList") == "n3"
+    job.cluster.exec(["scancel", job.job.id])
+
+
+@ON_DEMAND
+def test_the_leader_leaves_a_node_that_it_does_not_reach(training: Callable[..., Steady], links: Links) -> None:
+    job = training()
+    links.cut("n1", "n3")
+    links.cut("n3", "n1")
+    job.wait_world(3)
+    assert last_world(job) == ["n1", "n2", "n4"]
+    job.finish()

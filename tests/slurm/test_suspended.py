@@ -1,0 +1,56 @@
+"""Workers that are silent because nothing lets them run, or write: no alarm, and the training goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import ON_DEMAND, Cluster, Job, wait_for
+
+SCRIPT = """
+import os, time
+import torch.distributed as dist
+from elastic_hpc.training import report_progress
+dist.init_process_group("gloo")
+run, step = os.environ["ELASTIC_HPC_RUN_DIR"], 0
+while not os.path.exists(f"{run}/enough"):
+    step += 1
+    dist.barrier()
+    report_progress(step)
+    time.sleep(0.1)
+    if dist.get_rank() == 0:
+        with open(f"{run}/steps", "w") as file:
+            file.write(f"{step}\\n")
+"""
+
+
+@ON_DEMAND
+def test_a_job_that_is_suspended_for_longer_than_the_hang_timeout_goes_on_without_an_alarm(
+    submit: Callable[..., Job], fresh: Cluster, folder: Path
+) -> None:
+    script = folder / "steps.py"
+    script.write_text(SCRIPT)
+    job = submit("--nodes", "2", "--hang-timeout", "8", script=script)
+
+    def step() -> int:
+        path = fresh.seen_from_login(job.run_dir / "steps")
+        return int(path.read_text().strip() or 0) if path.exists() else 0
+
+    wait_for("some steps", lambda: step() > 20, 240)
+    fresh.mini("exec", "--root", "--", "scontrol", "suspend", job.id)
+    before = wait_for("the workers to stand still", lambda: _still(step))
+    time.sleep(20)  # the suspension itself: nothing tells of its length but its length
+    assert step() == before
+    fresh.mini("exec", "--root", "--", "scontrol", "resume", job.id)
+    wait_for("further steps", lambda: step() > before + 20)
+    wait_for("the time in which an alarm would come", lambda: step() > before + 150)
+    fresh.exec(["touch", str(job.run_dir / "enough")])
+    assert job.wait_state("COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", job.output()
+    assert [event["kind"] for event in job.events("failure")] == []
+
+
+def _still(step: Callable[[], int]) -> int:
+    before = step()
+    time.sleep(1.5)
+    return before if before == step() else 0

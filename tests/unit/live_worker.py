@@ -1,0 +1,106 @@
+"""A worker that speaks with its agent as ``training.live`` does, without torch: it counts steps, alone.
+
+Run as a script. It writes ``stepped.ROUND.RANK`` into the run directory at each step (pid, world size, restarts, step)
+and ``paused.ROUND.PID`` when it has paused, and ends when that has ``enough``. A file ``WHAT.PID`` there makes the
+worker do something: ``breaks`` and ``cannot``, send that message; ``leaves``, close the connection and go on; ``deaf``,
+answer no pause.
+"""
+
+from __future__ import annotations
+
+import json
+import marshal
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from elastic_hpc.training.drain import enter_round
+from elastic_hpc.training.progress import report_progress
+
+
+class Agent:
+    """The connection with the agent."""
+
+    def __init__(self) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.connect(os.environ["ELASTIC_HPC_LIVE"])
+        self.send({"is": "live"})
+        if "RANK" not in os.environ:
+            print("ready", flush=True)
+            self.send({"is": "ready"})
+            self.receive(None)
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.socket.send(json.dumps(message).encode())
+
+    def receive(self, timeout: float | None) -> dict[str, Any]:
+        """What the agent sends within ``timeout`` seconds; empty for nothing. Ends this process when the agent has."""
+        self.socket.settimeout(timeout)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.socket, 4096, 3)
+        except (TimeoutError, BlockingIOError):
+            return {}
+        if not data:
+            os._exit(0)
+        message: dict[str, Any] = json.loads(data)
+        if descriptors:
+            out, err, memory = descriptors
+            os.environ.update(marshal.loads(os.pread(memory, os.fstat(memory).st_size, 0)))
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            enter_round()
+        return message
+
+    def pause(self, step: int, asked: dict[str, Any]) -> None:
+        """Stand still until the agent lets this worker go on. ``asked``: its message; empty if it has sent none."""
+        if not asked:
+            self.send({"is": "broken", "why": "RuntimeError: Connection closed by peer"})
+        while (asked := asked or self.receive(None))["do"] == "pause":
+            self.send({"is": "pausing", "seconds": 5})
+            self.send({"is": "paused", "step": step})
+            paused = f"paused.{os.environ['ELASTIC_HPC_ROUND']}.{os.getpid()}"
+            Path(os.environ["ELASTIC_HPC_RUN_DIR"], paused).write_text("now" if asked["now"] else "at its step's end")
+            asked = {}
+
+
+def main() -> None:
+    run, agent, step = Path(os.environ["ELASTIC_HPC_RUN_DIR"]), Agent(), 0
+    here = True
+
+    def told(what: str) -> bool:
+        try:
+            (run / f"{what}.{os.getpid()}").unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    while not (run / "enough").exists():
+        step += 1
+        round, rank = os.environ["ELASTIC_HPC_ROUND"], os.environ["RANK"]
+        what = f"{os.getpid()} {os.environ['WORLD_SIZE']} {os.environ['TORCHELASTIC_RESTART_COUNT']} {step}"
+        (run / f"new.{os.getpid()}").write_text(what)
+        (run / f"new.{os.getpid()}").rename(run / f"stepped.{round}.{rank}")
+        report_progress(step)
+        print(f"round {round} rank {rank} step {step}", flush=True)
+        if told("breaks"):
+            agent.pause(step, {})
+        elif told("cannot"):
+            agent.send({"is": "cannot", "why": "its state is torn"})
+            time.sleep(60)
+        elif told("leaves"):
+            agent.socket.close()
+            here = False
+        elif told("deaf"):
+            time.sleep(600)
+        elif not here:
+            time.sleep(0.02)
+        elif message := agent.receive(0.02):
+            agent.pause(step, message)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""When the workers of a job hang, in simulated time: what a leader learns, and what raises no alarm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+
+import pytest
+
+from elastic_hpc.membership.hangs import (
+    BUSY,
+    LEAST,
+    LEAST_UNSURE,
+    NO_RHYTHM,
+    TIMES,
+    Hang,
+    HangWatch,
+    Rhythm,
+    Signs,
+    timeout,
+)
+
+HOUR = 3600.0
+
+
+@dataclass
+class Node:
+    """What the agent of one node counts."""
+
+    silent: float = 0.0
+    idle: float = 0.0
+    unreported: float = 0.0
+    reports: int = 0
+    first: float = -1.0
+    age: float = 0.0
+    start: float = 0.0
+
+    def live(self, *, busy: bool, blocked: bool) -> None:
+        self.age += 1
+        if not blocked:
+            self.silent, self.unreported, self.idle = self.silent + 1, self.unreported + 1, self.idle + (not busy)
+
+    def sign(self, *, report: bool) -> None:
+        self.first = self.age if self.first < 0 else self.first
+        self.silent = self.idle = 0.0
+        if report:
+            self.start = self.start or self.age
+            self.unreported, self.reports = 0.0, self.reports + 1
+
+    @property
+    def signs(self) -> Signs:
+        span = self.age - self.silent - self.first if self.first >= 0 else -1.0
+        return Signs(self.silent, self.idle, self.unreported, self.reports, span, self.start)
+
+
+@dataclass
+class Training:
+    """A job of two nodes under one leader after another. A second is one look."""
+
+    watch: HangWatch = field(default_factory=HangWatch)
+    nodes: list[Node] = field(default_factory=lambda: [Node(), Node()])
+    step: int = -1
+    live: bool = False
+    whole: bool = True
+    hang: Hang | None = None
+
+    def pass_time(self, seconds: float, *, busy: bool = False, blocked: bool = False, held: bool = False) -> float:
+        """Without any sign of life. Returns the seconds until an alarm, or infinity."""
+        for passed in range(int(seconds)):
+            for node in self.nodes:
+                node.live(busy=busy, blocked=blocked)
+            if hang := self._look(held=held):
+                self.hang = hang
+                return passed + 1
+        return math.inf
+
+    def report(self) -> None:
+        self.step += 1
+        for node in self.nodes:
+            node.sign(report=True)
+        assert not self._look()
+
+    def write(self, nodes: int = 2) -> None:
+        for node in self.nodes[:nodes]:
+            node.sign(report=False)
+        assert not self._look()
+
+    def train(self, steps: int, seconds: float = 1, *, busy: bool = True) -> None:
+        for _ in range(steps):
+            assert self.pass_time(seconds, busy=busy) == math.inf
+            self.report()
+
+    def restart(self, step: int = -1) -> None:
+        """A new round from the checkpoint of ``step``."""
+        self.nodes, self.step, self.hang = [Node(), Node()], step, None
+        self.watch.begin()
+
+    def _look(self, *, held: bool = False) -> Hang | None:
+        step = self.step if any(node.reports for node in self.nodes) else -1
+        signs = {number: node.signs for number, node in enumerate(self.nodes)}
+        return self.watch.look(signs, step, whole=self.whole, live=self.live, held=held)
+
+
+def test_a_hang_is_noticed_after_five_minutes_when_steps_are_short() -> None:
+    job = Training()
+    job.train(50)
+    assert job.pass_time(HOUR) == LEAST + 1
+    assert job.hang
+    assert job.hang.message == (
+        "no step after step 49, and no output, for 301 s; "
+        "the longest silence before was 1 s (--hang-timeout auto: 300 s)"
+    )
+
+
+def test_the_timeout_is_ten_times_the_longest_silence() -> None:
+    job = Training()
+    job.train(5)
+    job.train(1, 120)
+    job.train(50)
+    assert job.pass_time(2 * HOUR) == pytest.approx(1200, rel=0.02)
+
+
+def test_a_job_that_has_shown_nothing_is_left_alone() -> None:
+    job = Training()
+    assert job.pass_time(10 * HOUR) == math.inf
+    assert timeout(job.watch.rhythm).seconds == math.inf
+
+
+def test_a_script_that_says_hello_and_trains_in_silence_is_left_alone() -> None:
+    job = Training()
+    for _ in range(100):
+        job.write()
+        job.pass_time(2)
+    assert job.pass_time(10 * HOUR) == math.inf
+    job.write()
+    assert job.pass_time(20 * HOUR) == math.inf
+
+
+def test_a_script_that_writes_regularly_is_watched_after_half_an_hour() -> None:
+    job = Training()
+    for _ in range(200):
+        job.write(1)
+        assert job.pass_time(10, busy=True) == math.inf
+    assert job.pass_time(HOUR) == pytest.approx(LEAST_UNSURE, abs=11)
+    job.restart()
+    assert job.pass_time(2 * HOUR) == pytest.approx(2 * LEAST_UNSURE, abs=22), "doubled after the alarm"
+
+
+def test_a_node_that_has_written_a_warning_and_is_silent_then_is_no_hang_while_another_trains() -> None:
+    job = Training()
+    job.nodes[1].sign(report=False)
+    for _ in range(2000):
+        job.nodes[0].sign(report=True)
+        job.step += 1
+        assert job.pass_time(2) == math.inf
+
+
+def test_the_first_step_may_take_longer() -> None:
+    job = Training(live=True)
+    assert job.pass_time(HOUR) == LEAST_UNSURE + 1
+    job = Training()
+    job.train(10)
+    job.restart()
+    assert job.pass_time(LEAST_UNSURE) == math.inf, "a round after a fault loads a checkpoint"
+
+
+def test_the_second_step_may_take_as_long_as_the_first() -> None:
+    job = Training()
+    for _ in range(600):  # the script has written until the first report
+        job.write()
+        job.pass_time(1)
+    job.report()
+    job.train(3, HOUR)
+
+
+def test_an_evaluation_that_computes_may_take_half_an_hour_unseen() -> None:
+    job = Training()
+    job.train(500)
+    assert job.pass_time(BUSY * LEAST - 2, busy=True) == math.inf
+    job.train(500)
+    assert timeout(job.watch.rhythm).seconds == pytest.approx(TIMES * BUSY * LEAST, rel=0.01)
+
+
+def test_an_evaluation_on_one_node_while_the_others_wait_is_no_hang() -> None:
+    job = Training()
+    job.train(500)
+    for _ in range(int(BUSY * LEAST)):
+        job.nodes[0].live(busy=True, blocked=False)
+        job.nodes[1].live(busy=False, blocked=False)
+        assert not job._look()
+
+
+def test_a_slow_checkpoint_raises_no_alarm() -> None:
+    job = Training()
+    job.train(500)
+    assert job.pass_time(6 * HOUR, blocked=True) == math.inf, "the workers wait for a disk"
+    assert job.pass_time(1000, busy=True) == math.inf, "and write"
+    job.train(10)
+
+
+def test_a_file_system_that_does_not_answer_raises_no_alarm_and_its_time_does_not_count_afterwards() -> None:
+    job = Training()
+    job.train(500)
+    assert job.pass_time(6 * HOUR, held=True) == math.inf
+    assert job.pass_time(LEAST) == math.inf
+    assert job.pass_time(10) == 1
+    job.restart(500)
+    job.train(10)
+
+
+def test_after_the_end_of_some_workers_the_others_have_longer() -> None:
+    job = Training()
+    job.train(50)
+    job.whole = False
+    assert job.pass_time(LEAST_UNSURE) == math.inf
+
+
+def test_a_false_alarm_doubles_the_timeout_and_is_not_repeated() -> None:
+    job = Training()
+    job.train(100)
+    assert job.pass_time(HOUR) == LEAST + 1
+    job.restart(90)
+    job.train(9)
+    assert job.pass_time(500) == math.inf, "the same place takes as long again, and longer"
+    job.report()
+    job.train(100)
+    assert timeout(job.watch.rhythm).seconds == pytest.approx(5000, rel=0.01)
+
+
+def test_the_third_alarm_at_the_same_place_comes_after_four_times_as_long() -> None:
+    job = Training()
+    job.train(100)
+    waited = []
+    for _ in range(3):
+        waited.append(job.pass_time(3 * HOUR))
+        job.restart(90)
+        job.train(9)
+    assert waited == pytest.approx([300, 600, 1200], rel=0.02)
+
+
+def test_after_a_hang_that_was_one_the_timeout_is_as_before() -> None:
+    job = Training()
+    job.train(100)
+    assert job.pass_time(HOUR) == LEAST + 1
+    job.restart(90)
+    job.train(20)
+    assert job.pass_time(HOUR) == LEAST + 1
+
+
+def test_another_leader_and_another_run_know_what_was_learned() -> None:
+    job = Training()
+    job.train(10)
+    job.train(1, 200)
+    for heir in (HangWatch(job.watch.rhythm), HangWatch(Rhythm.of(list(job.watch.rhythm)))):
+        assert timeout(heir.rhythm).seconds == 2000
+    stranger = HangWatch()
+    stranger.adopt(job.watch.rhythm)
+    stranger.adopt(NO_RHYTHM)
+    assert stranger.rhythm == job.watch.rhythm
+
+
+@pytest.mark.parametrize("damaged", [None, 3, [], ["x"] * 7, [1, math.nan, 0, 0, 1, 0, 0], {"number": 1}])
+def test_what_is_damaged_is_as_if_nothing_had_been_learned(damaged: object) -> None:
+    assert Rhythm.of(damaged) == NO_RHYTHM
+
+
+def test_what_is_learned_makes_few_changes() -> None:
+    job = Training()
+    for seconds in range(1, 60):
+        job.train(20, seconds)
+    assert job.watch.rhythm.number < 120
+
+
+def random_job(seed: int) -> Iterator[Callable[[Training], float]]:
+    import random
+
+    dice = random.Random(seed)
+    step = dice.choice([0.5, 2, 20, 200])
+    evaluation = dice.uniform(1, 10) * step
+    for number in count():
+        pause = evaluation if number % 50 == 49 else step * dice.uniform(0.5, 2)
+        busy = dice.random() < 0.5
+        yield lambda job, pause=pause, busy=busy: job.pass_time(max(1, pause), busy=busy)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ten_thousand_steps_of_any_length_raise_no_alarm(seed: int) -> None:
+    job, pauses = Training(), random_job(seed)
+    for _ in range(1000):
+        assert next(pauses)(job) == math.inf
+        job.report()

@@ -1,0 +1,72 @@
+"""One step of a loop in place that was interrupted: whether it is done, and that it leaves nothing if it is not."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from elastic_hpc.training.live_step import Optimizers, StepStart
+
+
+@pytest.mark.parametrize(
+    ("done", "stepped", "expected"),
+    [
+        ([], [1, 1], "done"),
+        ([], [1, 0], "half done"),
+        ([], [0, 0], "not done"),
+        ([[1, 1]], [1, 0], "half done"),
+        ([[1, 0], [0, 1]], [1, 0], "done"),  # they step in turn
+        ([[5, 0], [5, 1]], [5, 0], "half done"),
+        ([[5, 0], [5, 1]], [5, 1], "done"),
+        ([[0, 0], [1, 1]], [0, 0], "not done"),  # a GradScaler skips steps
+        ([[2, 1]], [1, 1], "half done"),
+    ],
+)
+def test_a_step_is_done_when_the_optimizers_stepped_as_in_one_that_was(done, stepped, expected):
+    optimizers = [torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1) for _ in range(2)]
+    counts = Optimizers(optimizers)
+    for times in [*done, stepped]:
+        counts.begin()
+        for optimizer, count in zip(optimizers, times, strict=True):
+            for _ in range(count):
+                optimizer.step()
+        if times is not stepped:
+            counts.end()
+    assert counts.interrupted() == (expected == "done", expected == "half done")
+
+
+def test_what_an_interrupted_step_has_changed_is_put_back():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    net[0].register_buffer("computed", torch.zeros(1), persistent=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    start = StepStart(net, [optimizer, scaler])
+
+    def attempt(step, factor=1.0):
+        start.begin(step)
+        drawn = [random.random(), np.random.rand(), torch.rand(1).item()]  # noqa: NPY002
+        scaler.scale(net(torch.randn(8, 4)).sum() * factor).backward()
+        scaler.unscale_(optimizer)
+        return drawn
+
+    attempt(0)
+    scaler.step(optimizer)
+    scaler.update()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    drawn = attempt(1, float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    assert int(net[1].num_batches_tracked) == 2
+    net[0].computed.fill_(1)
+    start.put_back()
+    assert scaler.get_scale() == 8.0
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net[0].computed == 1
+    assert attempt(1) == drawn
+    start.put_back()
+    attempt(1)  # gradients may be unscaled again

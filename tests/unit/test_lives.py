@@ -1,0 +1,196 @@
+"""Live workers keep their processes when a round ends, whatever happens to the others. They are without torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import live_worker
+import pytest
+from test_local import Local, written
+
+SCRIPT = Path(live_worker.__file__).read_text()
+MAIN = "def main() -> None:\n"
+SETS_A_VARIABLE = SCRIPT.replace(MAIN, f"{MAIN}    os.environ['OMP_NUM_THREADS'] = '7'\n")
+SETS_A_VARIABLE += "print('threads', os.environ['OMP_NUM_THREADS'])\n"
+NEEDS_A_RANK = SCRIPT.replace(MAIN, f"{MAIN}    os.environ['RANK']\n")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Callable[..., Local]]:
+    """Starts ``elastic-srun --local`` with live workers."""
+    with contextlib.ExitStack() as jobs:
+        yield lambda *options, script=SCRIPT: jobs.enter_context(
+            contextlib.closing(Local(tmp_path, *options, script=script))
+        )
+
+
+def pids(job: Local, round: int, *ranks: int) -> list[int]:
+    return [job.stepped(round, rank)[0] for rank in ranks]
+
+
+def kept(job: Local, round: int) -> tuple[int, int]:
+    """How many workers of ``round`` kept their process, and how many did not."""
+    job.wait_for(lambda: any(event["round"] == round for event in job.events("started")))
+    (event,) = [event for event in job.events("started") if event["round"] == round]
+    return event["kept"], event["warm"] + event["cold"]
+
+
+@pytest.mark.parametrize("nodes", ["3", "2:3"])
+def test_the_others_keep_their_processes_when_a_worker_is_killed(nodes: str, local: Callable[..., Local]) -> None:
+    """If they are enough, they go on without its node until its new worker is ready."""
+    job = local("--local", "3", "--nodes", nodes)
+    before = pids(job, 1, 0, 1, 2)
+    os.kill(before[1], signal.SIGKILL)
+    last = 2
+    if nodes == "2:3":
+        assert pids(job, 2, 0, 1) == [before[0], before[2]]
+        assert kept(job, 2) == (2, 0)
+        last = 3
+    after = pids(job, last, 0, 1, 2)
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1] not in before
+    assert kept(job, last) == (2, 1)
+    assert job.stepped(last, 0)[1:3] == [3, last - 1]
+    assert job.stepped(last, 0)[3] > 1
+    assert job.finish() == 0
+    assert f"round {last} rank 0 step" in written(job.run_dir, last, 0)
+    assert f"round {last} rank 0 step" not in written(job.run_dir, last - 1, 0)
+    assert written(job.run_dir, last, 1).startswith("ready\n") == (nodes == "2:3")
+    assert job.verdict()["outcome"] == "finished"
+
+
+def test_the_others_keep_their_processes_when_the_agent_that_leads_is_killed(local: Callable[..., Local]) -> None:
+    job = local("--local", "3", "--nodes", "2:3", script=SETS_A_VARIABLE)
+    before = pids(job, 1, 0, 1, 2)
+    os.kill(job.agent(0), signal.SIGKILL)
+    job.wait_for(lambda: len(job.events("round")) == 2)
+    round = job.events("round")[1]["round"]
+    assert pids(job, round, 0, 1) == before[1:]
+    assert kept(job, round) == (2, 0)
+    assert job.finish() == 0
+    assert "threads 7" in written(job.run_dir, round, 0)  # what a script has set stays
+    assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+
+
+def test_of_two_workers_on_a_node_that_which_lives_is_kept(local: Callable[..., Local]) -> None:
+    job = local("--local", "2", "--nodes", "2", "--nproc-per-node", "2")
+    before = pids(job, 1, 0, 1, 2, 3)
+    os.kill(before[3], signal.SIGKILL)
+    after = pids(job, 2, 0, 1, 2, 3)
+    assert after[:3] == before[:3]
+    assert after[3] != before[3]
+    assert job.finish() == 0
+
+
+def test_a_worker_that_a_signal_has_stopped_is_killed_and_the_others_are_kept(local: Callable[..., Local]) -> None:
+    job = local("--local", "2", "--nodes", "2", "--heartbeat-timeout", "1")
+    before = pids(job, 1, 0, 1)
+    os.kill(before[1], signal.SIGSTOP)
+    after = pids(job, 2, 0, 1)
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
+    assert not Path(f"/proc/{before[1]}").exists()
+    assert job.finish() == 0
+
+
+def test_a_worker_that_does_not_pause_is_killed(local: Callable[..., Local]) -> None:
+    job = local("--local", "2", "--nodes", "2")
+    before = pids(job, 1, 0, 1)
+    (job.run_dir / f"deaf.{before[0]}").touch()
+    job.wait_for(lambda: not (job.run_dir / f"deaf.{before[0]}").exists())
+    os.kill(before[1], signal.SIGKILL)
+    after = pids(job, 2, 0, 1)
+    assert not {*after} & {*before}
+    assert "is not kept for the next round: it has not paused within 3 s" in job.output.read_text()
+    job.wait_for(lambda: len(job.events("started")) == 2)
+    assert "a worker could not be kept: it has not paused within 3 s" in job.events("started")[1]["why"]
+    assert job.finish() == 0
+
+
+def test_a_spare_takes_a_lost_nodes_place_and_the_others_keep_their_processes(local: Callable[..., Local]) -> None:
+    job = local("--local", "3", "--nodes", "2", "--spares", "1")
+    before = pids(job, 1, 0, 1)
+    job.wait_for(lambda: "starting the workers of this node" in job.output.read_text())
+    os.kill(job.agent(1), signal.SIGKILL)
+    after = pids(job, 2, 0, 1)
+    assert after[0] == before[0]
+    assert kept(job, 2) == (1, 1)
+    assert job.finish() == 0
+
+
+@pytest.mark.parametrize("what", ["breaks", "cannot", "leaves"])
+def test_what_a_worker_says_of_itself(what: str, local: Callable[..., Local]) -> None:
+    job = local("--local", "2", "--nodes", "2")
+    before = pids(job, 1, 0, 1)
+    (job.run_dir / f"{what}.{before[0]}").touch()
+    if what == "leaves":
+        job.wait_for(lambda: not (job.run_dir / f"leaves.{before[0]}").exists())
+        os.kill(before[1], signal.SIGKILL)
+        assert not {*pids(job, 2, 0, 1)} & {*before}
+    elif what == "breaks":
+        assert pids(job, 2, 0, 1) == before
+        assert [event["collateral"] for event in job.events("failure")] == [True]
+    else:
+        after = pids(job, 2, 0, 1)
+        assert (after[0] == before[0], after[1] == before[1]) == (False, True)
+        assert job.events("failure")[0]["message"] == "its state is torn"
+    assert job.finish() == 0
+
+
+@pytest.mark.parametrize("script", [SCRIPT, NEEDS_A_RANK])
+def test_a_node_that_joins_costs_no_process(script: str, local: Callable[..., Local]) -> None:
+    job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "2", script=script)
+    before = pids(job, 1, 0, 1, 2)
+    agent = Path(f"/proc/{job.agent(2)}")
+    command = (agent / "cmdline").read_bytes().split(b"\0")[:-1]
+    environ = dict(entry.split(b"=", 1) for entry in (agent / "environ").read_bytes().split(b"\0") if entry)
+    os.kill(int(agent.name), signal.SIGKILL)
+    assert pids(job, 2, 0, 1) == before[:2]
+    said = job.run_dir / "said"
+    with contextlib.ExitStack() as stack, said.open("wb") as file:
+        joins = subprocess.Popen(command, env=environ, cwd=job.run_dir.parents[1], stderr=file)
+        stack.callback(joins.kill)
+        assert pids(job, 3, 0, 1) == before[:2]
+        assert kept(job, 3) == (2, 1)
+        assert job.stepped(3, 2)[1] == 3
+        assert job.finish() == 0
+        assert joins.wait(30) == 0
+    assert [event["reason"] for event in job.events("drain")] == ["1 more node(s) joined"]
+    paused = [(job.run_dir / f"paused.{round}.{before[0]}").read_text() for round in (1, 2)]
+    assert paused == ["now", "at its step's end"]
+    assert "starting the workers of this node" in said.read_text()
+    was_ready = written(job.run_dir, 3, 2).startswith("ready\n")
+    failed = "not started ahead: local rank 0 has ended with exit code 1: KeyError: 'RANK'" in said.read_text()
+    assert (was_ready, failed) == (script == SCRIPT, script == NEEDS_A_RANK)
+
+
+@pytest.fixture
+def paused(local: Callable[..., Local]) -> tuple[Local, list[int]]:
+    """A job whose worker of rank 0 has paused, while its agent waits for the other node, and the pids."""
+    job = local("--local", "2", "--nodes", "2")
+    before = pids(job, 1, 0, 1)
+    (job.run_dir / f"deaf.{before[1]}").touch()
+    job.wait_for(lambda: not (job.run_dir / f"deaf.{before[1]}").exists())
+    (job.run_dir / f"breaks.{before[0]}").touch()
+    job.wait_for((job.run_dir / f"paused.1.{before[0]}").exists)
+    return job, before
+
+
+def test_a_worker_that_is_killed_while_it_waits_is_replaced(paused: tuple[Local, list[int]]) -> None:
+    job, before = paused
+    os.kill(before[0], signal.SIGKILL)
+    assert not {*pids(job, 2, 0, 1)} & {*before}
+    assert "the worker of local rank 0 is not kept: it ended while it waited" in job.output.read_text()
+    assert job.finish() == 0
+
+
+def test_a_job_that_is_stopped_while_workers_wait_ends_them(paused: tuple[Local, list[int]]) -> None:
+    job, before = paused
+    job.process.terminate()
+    assert job.process.wait(timeout=60) == 1
+    assert job.verdict()["cause"] == "user"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in before)

@@ -1,0 +1,98 @@
+"""What silent workers do, as the kernel sees it: real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic_hpc.workers import proc
+from elastic_hpc.workers.work import Doing, Work
+
+SLEEPS = "import time; print(flush=True); time.sleep(600)"
+COMPUTES = "print(flush=True)\nwhile True: pass"
+READS = """
+import time
+print(flush=True)
+while True:
+    with open("/proc/self/exe", "rb") as file:
+        file.read(2**20)
+    time.sleep(0.05)
+"""
+OF_A_CHILD = "import subprocess, sys; print(flush=True); subprocess.run([sys.executable, '-c', {script!r}])"
+
+
+@pytest.fixture
+def started(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", request.param], stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        yield process
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+
+
+@pytest.mark.parametrize(
+    ("started", "expected"),
+    [
+        pytest.param(SLEEPS, "idle", id="sleeps"),
+        pytest.param(COMPUTES, "busy", id="computes"),
+        pytest.param(READS, "busy", id="reads"),
+        pytest.param(OF_A_CHILD.format(script=COMPUTES), "busy", id="its child computes"),
+    ],
+    indirect=["started"],
+)
+def test_what_a_worker_does_is_seen(started: subprocess.Popen[bytes], expected: Doing) -> None:
+    work = Work([os.getppid(), started.pid]) if expected == "busy" else Work([started.pid])
+    assert work.look(5.0) == "idle", "nothing is known of work before the first look"
+    deadline, seen = time.monotonic() + (20 if expected == "busy" else 1), "idle"
+    while seen == "idle" and time.monotonic() < deadline:
+        began = time.monotonic()
+        time.sleep(0.2)
+        seen = work.look(time.monotonic() - began) if expected == "idle" else work.look(0.2)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("started", [SLEEPS], indirect=True)
+def test_a_worker_that_waits_for_a_device_is_blocked(
+    started: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Work([started.pid])
+    work.look(5.0)
+    monkeypatch.setattr(proc, "waits_for_device", lambda pid: pid == started.pid)
+    assert work.look(5.0) == "blocked"
+
+
+def test_the_state_of_a_thread_is_read_from_the_kernel(tmp_path: Path) -> None:
+    """The child of a ``vfork`` lets its parent wait as a device does."""
+    script = (
+        "import ctypes, os, time; libc = ctypes.CDLL(None)\n"
+        "print(os.getpid(), flush=True)\n"
+        "pid = libc.vfork()\n"
+        "if pid == 0:\n    time.sleep(30)\n    os._exit(0)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            deadline = time.monotonic() + 10
+            while not (blocked := proc.waits_for_device(process.pid)) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert blocked
+        finally:
+            os.killpg(process.pid, 9)
+    assert not proc.waits_for_device(process.pid), "it is gone"
+
+
+def test_a_process_that_is_gone_does_nothing() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    assert (proc.cpu_ticks(process.pid), proc.waits_for_device(process.pid)) == (0, False)
+    assert proc.trees_of([process.pid]) == [{process.pid}]
+    assert Work([process.pid]).look(5.0) == "idle"
