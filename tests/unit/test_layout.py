@@ -165,6 +165,11 @@ def test_no_two_classes_have_the_same_name() -> None:
     assert {name for name in classes if classes.count(name) > 1} == set()
 
 
+def test_no_two_test_files_have_the_same_name() -> None:
+    names = [path.name for path in (ROOT / "tests").glob("*/*.py") if path.name != "conftest.py"]
+    assert sorted({name for name in names if names.count(name) > 1 and name != "__init__.py"}) == []
+
+
 def test_no_two_folders_import_each_other() -> None:
     graph: dict[str, set[str]] = {}
     for name in modules():
