@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -139,7 +140,7 @@ def _of_parser(parser: argparse.ArgumentParser, summary: str = "") -> Command:
                 options.append(OptionHelp(flags, value, formatter._expand_help(action) if action.help else ""))  # noqa: SLF001
             else:
                 shown = formatter._expand_help(action) if action.help else ""  # noqa: SLF001
-                arguments.append((_value(action, formatter).strip("[]"), shown))
+                arguments.append((_several(_value(action, formatter)), shown))
         if options:
             groups.append((group.title or "options", tuple(options)))
     description = parser.description or ""
@@ -160,6 +161,11 @@ def _value(action: argparse.Action, formatter: argparse.HelpFormatter) -> str:
         return str(action.metavar)
     default = action.dest.upper() if action.option_strings else action.dest
     return formatter._format_args(action, default)  # noqa: SLF001
+
+
+def _several(value: str) -> str:
+    """``value`` without what says how often it may be given: ``JOB ...`` for one or more."""
+    return re.sub(r"^(\S+) \[\1 \.\.\.\]$", r"\1 ...", value).strip("[]")
 
 
 def _summary(description: str) -> str:

@@ -18,10 +18,14 @@ from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import job_name
 
-MODULES: tuple[str, ...] = ("status", "logs", "why", "timeline", "metrics", "notice", "plan", "doctor", "rehearse")
+MODULES: tuple[str, ...] = (
+    *("status", "logs", "why", "timeline", "metrics"),
+    *("stop", "notice", "plan", "doctor", "rehearse"),
+)
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and
 run(args), which returns the exit code."""
-_HERE = ("drain", "stop", "resize", "release")
+_ALIASES = {"cancel": "stop"}
+_HERE = ("drain", "resize", "release")
 _RESIZE = """\
 examples:
   elastic-hpc resize 4711 2:6      MIN 2, MAX 6
@@ -51,11 +55,13 @@ def parser(only: str = "") -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {__version__}", help="show the version and exit"
     )
+    only = _ALIASES.get(only, only)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in () if only in _HERE + _INTERNAL else (only,) if only in MODULES else MODULES:
         module = importlib.import_module(f"elastic_hpc.cli.{name}")
         added = commands.add_parser(
             name,
+            aliases=[alias for alias, command in _ALIASES.items() if command == name],
             help=module.HELP,
             description=module.HELP[0].upper() + module.HELP[1:] + ".",
             epilog=module.EPILOG,
@@ -91,8 +97,6 @@ def parser(only: str = "") -> argparse.ArgumentParser:
     resize.add_argument("nodes", metavar="NODES", help="N, MIN:MAX or exact numbers, as for --nodes: 2:6, or 4,6,8")
     release = command("release", "return nodes of a running job to Slurm, at a step boundary", _RELEASE)
     release.add_argument("nodes", metavar="NODE", nargs="+", help="Slurm's name of a node of the job")
-    stop = command("stop", "end a running or pending job; the job is not requeued")
-    stop.add_argument("--after-checkpoint", action="store_true", help="let the workers save first, for at most --grace")
     return parser
 
 
@@ -112,8 +116,6 @@ def _run(args: argparse.Namespace) -> int:
         done = f"may have {args.nodes} nodes" if args.command == "resize" else f"releases {', '.join(args.nodes)}"
         print(f"job {job.id} {done}" + (f"; {answer}" if answer else ""))
         return 0
-    if args.command == "stop":
-        return _stop(Job(rundir.path), after_checkpoint=args.after_checkpoint)
     if args.command == "warned":
         from elastic_hpc.agent import warned
 
@@ -123,19 +125,6 @@ def _run(args: argparse.Namespace) -> int:
     tasks = [Job(path) for path in expand(rundir.path)]
     for job in [task for task in tasks if not task.final_state()] or tasks:
         job.drain(reason)
-    return 0
-
-
-def _stop(job: Job, *, after_checkpoint: bool) -> int:
-    """A job that is over already is no failure: it is what the user wants."""
-    done = job.stop(after_checkpoint=after_checkpoint)
-    if done == "over":
-        status = job.status()
-        print(f"job {job.id} has already ended, {status.state}" + (f": {status.reason}" if status.reason else ""))
-    elif done == "cancelled":
-        print(f"job {job.id} is cancelled")
-    else:
-        print(f"job {job.id}: stop requested" + ("; the workers save first" if after_checkpoint else ""))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections import deque
@@ -13,9 +14,10 @@ from rich.text import Text
 
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, nothing_to_show, single
-from elastic_hpc.errors import UsageError
+from elastic_hpc.errors import ElasticError, UsageError, argument
 from elastic_hpc.job.look import JobRecord, Jobs
 from elastic_hpc.membership.nodes import NumberRanges, name_matcher
+from elastic_hpc.options import moments
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import LogLine, Logs, Stream, Wanted, summary
 from elastic_hpc.view.story import Round
@@ -28,6 +30,8 @@ EPILOG = """examples:
   elastic-hpc logs 4711 --rank 0-3,8      all output of these ranks
   elastic-hpc logs 4711 --round 2 --node 'n[3-4]' --stderr
   elastic-hpc logs 4711 -t -n 100 --rank all
+  elastic-hpc logs 4711 --since 10m       the output of the last ten minutes; or --since 21:44, 2026-11-28T21:44
+  elastic-hpc logs 4711 -f --rank all --grep '(?i)warn|error'
 
 Lines of different ranks are sorted by the time at which an agent read them, up to a tenth of a second after the worker
 wrote them. With -f, lines appear about a second later."""
@@ -53,6 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--stdout", action="store_true", help="show only stdout")
     which.add_argument("--stderr", action="store_true", help="show only stderr")
+    parser.add_argument(
+        "--since",
+        metavar="TIME|DURATION",
+        type=argument(_since),
+        help="show only lines from then on: 10m, 2h or 1d ago, 21:44, 2026-11-28 or 2026-11-28T21:44",
+    )
+    parser.add_argument(
+        "--grep",
+        metavar="REGEX",
+        type=argument(_pattern),
+        help="show only lines in which REGEX, as in Python's re, is found; (?i) at its start ignores case",
+    )
     parser.add_argument("-n", "--lines", metavar="N", type=int, help="show only the last N lines")
     parser.add_argument("-t", "--timestamps", action="store_true", help="show the time of each line")
 
@@ -82,6 +98,8 @@ def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
             over = view.over
             if view.state != "RUNNING" and view.summary != last_summary:
                 entry.tell("elastic-hpc", "\n  ".join((f"job {view.id} is {view.summary}", *view.advice)))
+            elif view.state == "RUNNING" and not last_summary and not printer.printed:
+                entry.tell("elastic-hpc", f"job {view.id} is {view.summary}; there is no line to show yet")
             last_summary = view.summary
         printer.print(logs.added())
         if over:
@@ -91,18 +109,40 @@ def _follow(rundir: RunDir, logs: Logs, printer: _Printer) -> None:
         time.sleep(max(_LOOK_INTERVAL, logs.size * _PER_FILE))
 
 
+def _since(text: str) -> float:
+    try:
+        return moments.parse(text, time.time())
+    except UsageError as error:
+        raise UsageError(f"--since {error}") from None
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UsageError(f"--grep {text!r}: expected a regular expression of Python; {error}") from None
+
+
 def _explain_nothing_shown(args: argparse.Namespace, rundir: RunDir) -> None:
-    """Raises UsageError if the options leave nothing to show, ElasticError if there are no logs."""
+    """Raises UsageError if the options leave nothing to show, ElasticError if no line matches or there are no logs."""
     options = {"--rank": args.rank, "--node": ",".join(args.node or ()), "--round": args.round}
     given = [f"{name} {value}" for name, value in options.items() if value]
     given += [f"--{name}" for name in ("stdout", "stderr") if getattr(args, name)]
     existing = summary(rundir.path / "logs")
+    if existing and (args.grep or args.since is not None):
+        since = "" if args.since is None else f"--since {clock(args.since)}"
+        grep = f"--grep {args.grep.pattern!r}" if args.grep else ""
+        raise ElasticError(f"{' '.join(filter(None, [since, grep, *given]))}: no such line; the logs have {existing}")
     if given and existing:
         raise UsageError(f"{' '.join(given)}: nothing was written there; the logs have {existing}")
     if existing:
         entry.tell("elastic-hpc", f"rank 0 wrote nothing, and no rank wrote to stderr; the logs have {existing}")
+        return
+    (look,) = Jobs([rundir]).look()
+    if look.story.rounds:
+        entry.tell("elastic-hpc", f"the workers of job {look.view.id} have written nothing; it is {look.view.summary}")
     elif not args.follow:
-        raise nothing_to_show(*Jobs([rundir]).look())
+        raise nothing_to_show(look)
 
 
 def _wanted(args: argparse.Namespace, rundir: RunDir) -> Wanted:
@@ -122,7 +162,7 @@ def _wanted(args: argparse.Namespace, rundir: RunDir) -> Wanted:
     streams: list[Stream] | None = ["out"] if args.stdout else ["err"] if args.stderr else None
     if streams is None and args.rank == "all":
         streams = ["out", "err"]
-    return Wanted(ranks, args.node, rounds, streams)
+    return Wanted(ranks, args.node, rounds, streams, args.since, args.grep)
 
 
 def _numbers(option: str, text: str) -> NumberRanges:

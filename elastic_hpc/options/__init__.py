@@ -2,7 +2,7 @@
 
 Start with ``table``, which has all options of elastic jobs, and ``spec.LaunchSpec``, what the agents make of them.
 
-* ``values``, ``durations``: the values, each with its parser.
+* ``values``, ``durations``, ``moments``: the values, each with its parser.
 * ``sbatch``: sbatch's options, which of them are refused and why, the scanner of command lines. ``sbatch_lines`` and
   ``sbatch_environment`` read the same options from #SBATCH lines and from variables.
 * ``of_joiners``: the same options for the jobs by which a job grows.

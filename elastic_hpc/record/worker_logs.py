@@ -30,6 +30,7 @@ Stream = Literal["out", "err"]
 _ROUND = re.compile(r"(\d+)\.(\d+)")
 _FILE = re.compile(r"(.+)\.rank([\d,-]+)\.log")
 _LINE = re.compile(rb"(\S+) rank(\d+) (out|err) ([FP]) (.*)", re.DOTALL)
+_FULL = re.compile(rb"\S+ rank\d+ (?:out|err) F ")
 _CHUNK = 1 << 20
 _PARTIAL = 64 * 1024
 """Bytes; a longer line is shown in parts, as a progress bar may never end its line."""
@@ -42,8 +43,13 @@ def file_name(node: str, ranks: Sequence[int]) -> str:
 
 def label(rank: int, stream: Stream, when: float, *, full: bool = True) -> bytes:
     """The label of a line, or of a part of a line, that the agent read at ``when``, in seconds since the epoch."""
+    return f"{_moment(when)} rank{rank} {stream} {'F' if full else 'P'} ".encode()
+
+
+def _moment(when: float) -> str:
+    """``when`` as a label has it. The order of these texts is that of time."""
     moment = datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="milliseconds").partition("+")[0]
-    return f"{moment}Z rank{rank} {stream} {'F' if full else 'P'} ".encode()
+    return f"{moment}Z"
 
 
 @lru_cache
@@ -73,13 +79,16 @@ class LogLine(NamedTuple):
 @dataclass(frozen=True)
 class Wanted:
     """Which lines; None for all. By default the lines of rank 0, and what any rank wrote to stderr. ``nodes`` are
-    in Slurm's notation, and may be patterns: see ``membership.nodes.name_matcher``.
+    in Slurm's notation, and may be patterns: see ``membership.nodes.name_matcher``. ``since``: in seconds since the
+    epoch. ``pattern`` has to be found in the text of a line, as it is shown.
     """
 
     ranks: Container[int] | None = None
     nodes: Collection[str] | None = None
     rounds: Container[int] | None = None
     streams: Collection[Stream] | None = None
+    since: float | None = None
+    pattern: re.Pattern[str] | None = None
 
     def may_have(self, file: _File) -> bool:
         return (
@@ -147,6 +156,8 @@ class _Tail:
         """The beginning of a labelled line whose end is not in the file yet."""
         self._begun: dict[tuple[int, Stream], tuple[float, bytes]] = {}
         """The beginnings of lines that the workers have not ended."""
+        self._chooses = wanted.since is not None or wanted.pattern is not None
+        self._since = b"" if wanted.since is None else _moment(wanted.since).encode()
 
     def read(self) -> list[LogLine]:
         """Some of the lines, none at the end of the file."""
@@ -163,7 +174,10 @@ class _Tail:
             self._offset += len(chunk)
             *lines, self._unread = (self._unread + chunk).split(b"\n")
             for line in lines:
-                added.extend(self._parse(line))
+                if line < self._since and not self._begun and _FULL.match(line):
+                    continue  # too old: known without reading it, which takes ten times as long
+                parsed = self._parse(line)
+                added.extend(filter(self._is_wanted, parsed) if self._chooses else parsed)
         return added
 
     def all(self, *, rest: bool) -> Iterator[LogLine]:
@@ -176,7 +190,13 @@ class _Tail:
     def rest(self) -> list[LogLine]:
         """Last lines without an end."""
         begun, self._begun = self._begun, {}
-        return [self._line(when, rank, stream, text) for (rank, stream), (when, text) in begun.items()]
+        lines = [self._line(when, rank, stream, text) for (rank, stream), (when, text) in begun.items()]
+        return list(filter(self._is_wanted, lines))
+
+    def _is_wanted(self, line: LogLine) -> bool:
+        """Whether the text and the time of a line are; rank and stream are looked at before."""
+        since, pattern = self._wanted.since, self._wanted.pattern
+        return (since is None or line.time >= since) and (pattern is None or pattern.search(line.text) is not None)
 
     def _parse(self, line: bytes) -> Iterator[LogLine]:
         """The line that ``line`` completes; none if ``line`` is unwanted, a part, or damaged by a full disk."""

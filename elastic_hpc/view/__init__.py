@@ -5,7 +5,8 @@ show.
 
 * ``story_builder``: events -> story. ``account``: where the time of the nodes went. ``brought``: what
   growth has won and lost. ``state``: which state a job is in.
-* ``status``: table and card. ``why``: the page of ``elastic-hpc why``. ``metrics``: for Prometheus.
+* ``status``: table and card. ``why``, ``why_json``: the page of ``elastic-hpc why``, for people and for
+  programs. ``metrics``: for Prometheus.
 * ``scaling``: how fast on how many nodes. ``plan``: the table of ``elastic-hpc plan``.
 * ``timeline``, ``picture``: the page and image of ``elastic-hpc timeline``. ``times``: moments and durations as text.
 """

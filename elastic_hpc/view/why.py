@@ -21,7 +21,7 @@ from elastic_hpc.view.status import STYLES, first_nodes
 from elastic_hpc.view.story import Round, Run, Story
 from elastic_hpc.view.times import clock, span
 
-_SHOWN = frozenset(
+SHOWN = frozenset(
     {
         *("take_over", "abdicate", "agent_restart", "joiners", "joiners_cancelled", "growth_problem", "unfit"),
         *("yield", "yielded", "hang_timeout", "apart"),
@@ -44,7 +44,7 @@ def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> Re
             parts.append(_run_head(runs.get(last_run), last_run, story.runs))
         following = story.rounds[number + 1] if number + 1 < len(story.rounds) else None
         until = following.formed if following else float("inf")
-        shown = [event for event in events if event["event"] in _SHOWN and round.formed <= event["time"] < until]
+        shown = [event for event in events if event["event"] in SHOWN and round.formed <= event["time"] < until]
         parts.append(_round(round, following, story, shown))
     parts.extend(_without_world(run, events, story.runs) for run in story.runs if run.number not in led)
     if view.node_seconds:
@@ -87,7 +87,7 @@ def _without_world(run: Run, events: Sequence[Mapping[str, Any]], runs: Sequence
     """A run in which no world was formed: what it waited for."""
     text = _run_head(run, run.number, runs)
     for event in events:
-        if event["event"] in _SHOWN | {"waiting", "join"} and run.began <= event["time"] <= (run.ended or float("inf")):
+        if event["event"] in SHOWN | {"waiting", "join"} and run.began <= event["time"] <= (run.ended or float("inf")):
             text.append(f"\n  {clock(event['time'])[11:]}  {sentence(event['event'], event)}", "not bold dim")
     return text.append(f"\n  no world was formed: {run.reason}" if run.reason else "", "not bold")
 

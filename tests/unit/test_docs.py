@@ -71,7 +71,7 @@ def test_commands_in_code_blocks_exist_and_accept_their_options(document: Path) 
                 given = {match for word in words[at:script] for match in OPTION.findall(word)}
                 assert given <= options_of(name), words
                 if name in {"elastic-hpc", "mini-slurm"}:
-                    assert re.search(rf"^    {words[at + 1]} ", help_of(name), re.MULTILINE), words
+                    assert re.search(rf"^    (\w+ \()?{words[at + 1]}\)?\s", help_of(name), re.MULTILINE), words
 
 
 @each_document

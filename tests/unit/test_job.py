@@ -310,6 +310,30 @@ def test_a_job_that_is_over_is_not_stopped_again(job: Job, tmp_path: Path, capsy
     assert main(["stop", "nosuchjob"]) == main(["drain", "nosuchjob"]) == 2
 
 
+def test_of_several_jobs_each_is_cancelled_though_another_cannot_be(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(job, FINISHED)
+    for name in ("18", "19", "20_0"):
+        RunDir(tmp_path / "elastic-logs" / name).create()
+    running = "; ".join(knows(f"{id}|RUNNING") for id in ("18", "19"))
+    refuses = "case $* in *18*) echo scancel: error: Access/permission denied >&2; exit 1;; esac"
+    says(tmp_path, f"case $0 in *scancel) {refuses};; *) {running};; esac")
+    assert main(["cancel", "18", "nosuchjob", "17", "19", "20", "19"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "job 17 has already ended, COMPLETED: all workers finished",
+        "job 19 is cancelled",
+        "job 20 is cancelled",
+    ]
+    refusal, unknown = captured.err.splitlines()
+    assert refusal == "elastic-hpc: scancel 18: Access/permission denied"
+    assert unknown.startswith("elastic-hpc: 'nosuchjob': expected the id of a job")
+    asked = [line.split("/")[-1] for line in Path("asked").read_text().splitlines() if "scancel" in line]
+    assert asked == ["scancel 18", "scancel 19", "scancel 20"]
+    assert main(["cancel", "18", "19"]) == 1
+
+
 def test_a_job_that_nobody_leads_is_cancelled_by_slurm_but_cannot_save(job: Job, tmp_path: Path) -> None:
     says(tmp_path, knows("17|RUNNING"))
     with pytest.raises(ElasticError, match="no leader has been started yet"):

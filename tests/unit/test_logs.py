@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import records
 
 from elastic_hpc.cli.hpc import main
+from elastic_hpc.options import moments
 from elastic_hpc.record.worker_logs import LogLine, Logs, Stream, Wanted, file_name, label
 
 FAULTS = records.FOLDER / "faults"
@@ -182,6 +186,9 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         (["--round", "99"], "--round 99: nothing was written there; the logs have rounds 1-4"),
         (["--node", "n[10-12]"], "--node n[10-12]: nothing was written there; the logs have rounds 1-4"),
         (["--rank", "1", "--round", "2", "--node", "n9"], "--rank 1 --node n9 --round 2: nothing was written there"),
+        (["--since", "soon"], "--since 'soon': expected how long ago, for example 90 (seconds), 10m or 2d, or a time"),
+        (["--since", "2026-13-01"], "--since '2026-13-01': expected how long ago"),
+        (["--grep", "(x"], "--grep '(x': expected a regular expression of Python; missing )"),
         (["--rank", "99", "-f"], "--rank 99: nothing was written there; the logs have rounds 1-4"),
     ],
 )
@@ -202,3 +209,65 @@ def test_a_stream_to_which_nothing_was_written_is_told_so(tmp_path: Path, capsys
     assert "rank 0 wrote nothing, and no rank wrote to stderr" in capsys.readouterr().err
     assert main(["logs", str(tmp_path / "job"), "--rank=0-999999999999", "--node=n[1-999999999999]"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == "rank 1| line"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90", -90), ("10m", -600), ("1h30m", -5400), ("2d", -2 * 86400),
+        ("12:00", 0), ("11:59:30", -30), ("12:00:01", 1 - 86400), ("2026-11-28", -43200),
+        ("2026-11-28T11:00", -3600), ("2026-11-28 11:00:30", -3570), ("2026-11-28T13:00Z", 3600),
+        ("2026-11-28T13:00+01:00", 0),
+    ],
+)  # fmt: skip
+def test_since_takes_how_long_ago_a_time_of_day_or_a_date(
+    text: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    now = 1795867200.0  # 2026-11-28 12:00 UTC
+    assert moments.parse(text, now) - now == expected
+
+
+def test_lines_since_a_moment_are_shown_whole_whatever_their_parts(tmp_path: Path) -> None:
+    one = Round(tmp_path, "0.1", "n1", 0, 1)
+    one.write(0, "old\n", 99.9)
+    one.write(1, "old beginning, ", 99.9)
+    one.write(0, "still old\n", 99.9994)
+    one.write(1, "new end\n", 100.0)
+    one.write(0, "new\n", 100.0)
+    one.write(0, "no end", 101.0)
+    wanted = Wanted(ranks=(0, 1), since=100.0)
+    assert [line.text for line in read(tmp_path, wanted)] == ["old beginning, new end", "new", "no end"]
+
+
+def test_lines_that_match_are_shown_as_they_come(tmp_path: Path) -> None:
+    one = Round(tmp_path, "0.1", "n1")
+    one.write(0, "loss 1\nstep 1\r", 1.0)
+    logs = Logs(tmp_path, Wanted(pattern=re.compile("^loss")))
+    assert [line.text for line in logs.written(follow=True)] == ["loss 1"]
+    one.write(0, "loss 2\nno loss\nloss 3")
+    assert [line.text for line in logs.added()] == ["loss 2"]
+    assert [line.text for line in logs.rest()] == ["loss 3"]
+
+
+def test_the_command_chooses_by_time_and_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["logs", str(FAULTS), "--rank=all", "--grep", "(?i)DAMAGED$"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("---")]
+    assert len(lines) == 1
+    assert lines[0].endswith("sample 476 of shard-0002 is damaged")
+    assert main(["logs", str(FAULTS), "--since", "2000-01-01"]) == 0
+    everything = capsys.readouterr().out
+    assert main(["logs", str(FAULTS)]) == 0
+    assert capsys.readouterr().out == everything
+    assert main(["logs", str(FAULTS), "--since=1s", "--grep=x", "--rank=1", "-f"]) == 1
+    assert re.search(r"--since 20\S+ \S+ --grep 'x' --rank 1: no such line; the logs have", capsys.readouterr().err)
+
+
+def test_a_job_that_has_written_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = records.copy("cancelled", tmp_path)
+    shutil.rmtree(folder / "logs")
+    assert main(["logs", str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "the workers of job cancelled have written nothing; it is CANCELLED" in captured.err

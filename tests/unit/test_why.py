@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,28 @@ def test_each_rounds_end_is_told_with_cause_traceback_charge_and_what_was_done(
         "steps that were kept",
     ):
         assert part in text, part
+
+
+@pytest.mark.parametrize("name", records.NAMES)
+def test_the_json_has_what_the_page_has_and_every_field_is_documented(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = page(name, capsys)
+    assert main(["why", "--json", str(records.FOLDER / name)]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["job"]["state"] in text
+    assert [f"{round['number']}" for round in body["rounds"]] == re.findall(r"^round (\d+), ", text, re.MULTILINE)
+    for round in body["rounds"]:
+        assert round["cause"] in text
+        for fault in round["faults"][:1]:
+            assert fault["traceback"].rstrip().replace("\n", "\n  ") in text
+    assert all(f"  * {line}" in text for line in body["advice"])
+    told = {event["text"] for event in body["events"]}
+    assert set(re.findall(r"^  \d\d:\d\d:\d\d  (.*)$", text, re.MULTILINE)) <= told
+    documented = (records.FOLDER.parents[1] / "docs" / "status.md").read_text()
+    parts = [body, *body["runs"], *body["rounds"], *(fault for round in body["rounds"] for fault in round["faults"])]
+    missing = {field for part in parts for field in part} - set(re.findall(r"`(\w+)`", documented))
+    assert not missing
 
 
 def test_the_loss_of_the_leader_is_told_with_who_took_over(capsys: pytest.CaptureFixture[str]) -> None:

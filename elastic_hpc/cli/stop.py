@@ -1,0 +1,56 @@
+"""``elastic-hpc stop``, also called ``cancel``: jobs end for good."""
+
+from __future__ import annotations
+
+import argparse
+
+from elastic_hpc.cli import entry
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.job.handle import Job
+from elastic_hpc.job.lookup import find
+
+HELP = "end running or pending jobs; they are not requeued"
+EPILOG = """examples:
+  elastic-hpc stop 4711
+  elastic-hpc cancel 4711 4712 elastic-logs/4713     the same command by the name that users of scancel expect
+  elastic-hpc stop 4711 --after-checkpoint           the workers save first
+
+An array ends with all its tasks; 4711_3 is one task. A job that has already ended is no failure. If a job cannot be
+stopped, elastic-hpc says why and continues with the others; the exit code is then 1, or 2 for a JOB that does not
+exist."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # read in run: a JOB that does not exist must not keep the others running
+    parser.add_argument(
+        "jobs", metavar="JOB", nargs="+", help="job ID, or run directory, for example elastic-logs/4711"
+    )
+    parser.add_argument(
+        "--after-checkpoint", action="store_true", help="let the workers save first, for at most --grace"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code: the highest of the jobs'."""
+    code = 0
+    for given in dict.fromkeys(args.jobs):
+        try:
+            print(_stop(Job(find(given)), after_checkpoint=args.after_checkpoint), flush=True)
+        except ElasticError as error:
+            entry.tell("elastic-hpc", str(error))
+            code = max(code, error.exit_code)
+        except PermissionError as error:  # another user's job
+            entry.tell("elastic-hpc", f"{error.filename}: {error.strerror}")
+            code = max(code, 1)
+    return code
+
+
+def _stop(job: Job, *, after_checkpoint: bool) -> str:
+    """What was done. A job that is over already is no failure: it is what the user wants."""
+    done = job.stop(after_checkpoint=after_checkpoint)
+    if done == "over":
+        status = job.status()
+        return f"job {job.id} has already ended, {status.state}" + (f": {status.reason}" if status.reason else "")
+    if done == "cancelled":
+        return f"job {job.id} is cancelled"
+    return f"job {job.id}: stop requested" + ("; the workers save first" if after_checkpoint else "")
