@@ -4,10 +4,12 @@ _elastic_hpc_options() {
   case "$1" in
   "") echo "-h --help --version" ;;
   "status") echo "-h --help --all --watch --json" ;;
-  "logs") echo "-h --help -f --follow --rank --node --round --stdout --stderr -n --lines -t --timestamps" ;;
-  "why") echo "-h --help" ;;
+  "logs") echo "-h --help -f --follow --rank --node --round --stdout --stderr --since --grep -n --lines -t --timestamps" ;;
+  "why") echo "-h --help --json" ;;
   "timeline") echo "-h --help --html --png" ;;
+  "serve") echo "-h --help --port" ;;
   "metrics") echo "-h --help --output --port --every --address" ;;
+  "stop") echo "-h --help --after-checkpoint" ;;
   "notice") echo "-h --help --node --well" ;;
   "plan") echo "-h --help --scaling --work --json" ;;
   "doctor") echo "-h --help --run -N --nodes -p --partition --log-dir --json --write-site" ;;
@@ -15,7 +17,6 @@ _elastic_hpc_options() {
   "drain") echo "-h --help" ;;
   "resize") echo "-h --help" ;;
   "release") echo "-h --help" ;;
-  "stop") echo "-h --help --after-checkpoint" ;;
   esac
 }
 
@@ -24,9 +25,12 @@ _elastic_hpc_value() {
   "logs --rank") echo 'other' ;;
   "logs --node") echo 'other' ;;
   "logs --round") echo 'other' ;;
+  "logs --since") echo 'other' ;;
+  "logs --grep") echo 'other' ;;
   "logs -n" | "logs --lines") echo 'other' ;;
   "timeline --html") echo 'file' ;;
   "timeline --png") echo 'file' ;;
+  "serve --port") echo 'other' ;;
   "metrics --output") echo 'file' ;;
   "metrics --port") echo 'other' ;;
   "metrics --every") echo 'other' ;;
@@ -48,8 +52,8 @@ _elastic_hpc_value() {
   esac
 }
 
-_elastic_hpc_commands='status logs why timeline metrics notice plan doctor rehearse drain resize release stop'
-_elastic_hpc_with_job='status logs why timeline metrics notice drain resize release stop'
+_elastic_hpc_commands='status logs why timeline serve metrics stop notice plan doctor rehearse drain resize release'
+_elastic_hpc_with_job='status logs why timeline serve metrics stop notice drain resize release'
 
 # ids of jobs: of those submitted from here, and of those that elastic-hpc remembers
 _elastic_hpc_jobs() {

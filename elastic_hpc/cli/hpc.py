@@ -19,7 +19,7 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import job_name
 
 MODULES: tuple[str, ...] = (
-    *("status", "logs", "why", "timeline", "metrics"),
+    *("status", "logs", "why", "timeline", "serve", "metrics"),
     *("stop", "notice", "plan", "doctor", "rehearse"),
 )
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and

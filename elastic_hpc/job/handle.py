@@ -4,7 +4,6 @@ directory, and asks Slurm only for what is not there, so that it works when Slur
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -196,14 +195,7 @@ class Job:
 
     def why(self) -> str:
         """Why the job went as it did, and what to do: the text that ``elastic-hpc why`` prints."""
-        from rich.console import Console
-
-        from elastic_hpc.view.why import page
-
-        text = io.StringIO()
-        console = Console(file=text, force_terminal=False, force_jupyter=False, highlight=False, soft_wrap=True)
-        console.print(page(*self._look(ends=True)))
-        return text.getvalue()
+        return why(self._look(ends=True))
 
     def drain(self, reason: str = "user") -> None:
         """Let the job save, stop and requeue itself. ``reason``: ``user``, or, to rehearse such an event, ``time
@@ -338,3 +330,15 @@ def submit(spec: JobSpec, on_message: Callable[[str], None] = lambda _: None) ->
         run_dir = os.path.join(spec.log_dir, slurm.submit_script(script, [], os.environ, on_message))
     remember(run_dir)
     return Job(run_dir, is_array=spec.has("array"))
+
+
+def why(look: Look) -> str:
+    """The text that ``elastic-hpc why`` prints."""
+    from rich.console import Console
+
+    from elastic_hpc.view.why import page
+
+    console = Console(force_terminal=False, force_jupyter=False, highlight=False, soft_wrap=True)
+    with console.capture() as captured:
+        console.print(page(*look))
+    return captured.get()

@@ -8,5 +8,6 @@ show.
 * ``status``: table and card. ``why``, ``why_json``: the page of ``elastic-hpc why``, for people and for
   programs. ``metrics``: for Prometheus.
 * ``scaling``: how fast on how many nodes. ``plan``: the table of ``elastic-hpc plan``.
-* ``timeline``, ``picture``: the page and image of ``elastic-hpc timeline``. ``times``: moments and durations as text.
+* ``timeline``, ``picture``: the page and image of ``elastic-hpc timeline``. ``live``: the pages of ``elastic-hpc
+  serve``. ``times``: moments and durations as text.
 """

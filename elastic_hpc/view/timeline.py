@@ -1,9 +1,9 @@
-"""A job as one self-contained page, or as an image. Pure, but for the template of the page, a file of the package."""
+"""A job as one self-contained page, or as an image. Pure, but for the templates of the pages, files of the package."""
 
 from __future__ import annotations
 
 import importlib
-from importlib import resources
+from typing import Any
 
 import jinja2
 
@@ -14,20 +14,30 @@ from elastic_hpc.view.picture import STYLE, WIDTH, draw
 from elastic_hpc.view.story import Story
 from elastic_hpc.view.times import clock, span
 
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("elastic_hpc.view", ""),
+    autoescape=True,
+    trim_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
 
 def html(view: JobView, story: Story, now: float) -> str:
     """The page. ``now``: seconds since the epoch; used only for a job that runs."""
-    text = resources.files("elastic_hpc.view").joinpath("timeline.html.j2").read_text("utf-8")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(text)
-    return page.render(
-        view=view,
-        story=story,
-        style=STYLE,
-        picture=draw(story, _now(view, now)),
-        numbers=_numbers(view),
-        when=_when(story),
-        span=span,
-    )
+    return TEMPLATES.get_template("timeline.html.j2").render(shown(view, story, now))
+
+
+def shown(view: JobView, story: Story, now: float) -> dict[str, Any]:
+    """What the template of the page shows. ``now``: as for ``html``."""
+    return {
+        "view": view,
+        "story": story,
+        "style": STYLE,
+        "picture": draw(story, _now(view, now)),
+        "numbers": _numbers(view),
+        "when": _when(story),
+        "span": span,
+    }
 
 
 def png(view: JobView, story: Story, now: float) -> bytes:

@@ -1,0 +1,208 @@
+"""``elastic-hpc serve``: jobs in a browser, as they run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import hmac
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from elastic_hpc.cli import entry
+from elastic_hpc.cli.jobs import add_job
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.job.handle import Job, why
+from elastic_hpc.job.look import Jobs, Look, may_be_recent
+from elastic_hpc.job.lookup import select
+from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.record.worker_logs import Logs, Wanted
+from elastic_hpc.view.live import ACTIONS, job_page, jobs_page
+
+HELP = "show your jobs in a browser, as they run: timeline, output, why, drain and stop"
+EPILOG = """examples:
+  elastic-hpc serve                 all active jobs, and jobs that ended within the last day
+  elastic-hpc serve 4711 4712
+
+The command prints an address with a secret in it. The address works on this machine, until Ctrl-C. Whoever knows it
+can read the jobs' output and stop the jobs. To open the address on your own machine, first type the ssh command that is
+printed; it opens a tunnel."""
+
+_LOOK_INTERVAL, _SLURM_INTERVAL = 1.0, 10.0
+"""Seconds between two looks at the jobs, and between two queries of Slurm, however many pages are open."""
+_ACTIONS = {action.name for action in ACTIONS}
+_LINES = 300
+"""Of the workers' output on a page."""
+_STOPPED = {"over": "the job had already ended", "cancelled": "the job is cancelled", "told": "stop requested"}
+_PATIENCE = 10.0
+"""Seconds for a browser to send its request."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "*")
+    parser.add_argument("--port", type=int, metavar="PORT", default=0, help="port to listen on (default: any free one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    site = _Pages(args.job)
+    try:
+        server = _PageServer(("127.0.0.1", args.port), site)
+    except (OSError, OverflowError) as error:
+        raise ElasticError(f"--port {args.port}: {error}; choose another, or leave --port out") from error
+    port = server.server_port
+    tunnel = f"from your own machine, first: ssh -N -L {port}:127.0.0.1:{port} {socket.gethostname()}"
+    print(f"http://127.0.0.1:{port}/{site.token}/\n{tunnel}\nCtrl-C ends this", file=sys.stderr, flush=True)
+    with server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+    return 0
+
+
+class _Output:
+    """The last lines of a job's output."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._logs, self._begun = Logs(RunDir(run_dir).path / "logs", Wanted()), False
+        self._last: deque[str] = deque(maxlen=_LINES)
+
+    def lines(self) -> Sequence[str]:
+        added = self._logs.added() if self._begun else self._logs.written(follow=True)
+        self._begun = True
+        self._last.extend(f"rank {line.rank}{' err' if line.stream == 'err' else ''}| {line.text}" for line in added)
+        return self._last
+
+
+class _Pages:
+    """What the pages show. Threads of several requests call at once."""
+
+    def __init__(self, run_dirs: Sequence[RunDir]) -> None:
+        self.token = secrets.token_urlsafe(24)
+        self._run_dirs, self._jobs, self._lock = run_dirs, Jobs([]), threading.Lock()
+        self._looks: dict[str, Look] = {}
+        self._looked = float("-inf")
+        self._outputs: dict[str, _Output] = {}
+        self._said: dict[str, str] = {}
+        """What the last action on a job has done, by the job's key."""
+
+    def jobs(self, nonce: str) -> str:
+        with self._lock:
+            looks = self._look()
+            return jobs_page([(key, look.view) for key, look in looks.items()], self._jobs.problem, nonce)
+
+    def job(self, key: str, nonce: str) -> str | None:
+        """The page of one job, None if there is no such job."""
+        with self._lock:
+            if (look := self._look().get(key)) is None:
+                return None
+            run_dir = look.view.run_dir
+            lines = self._outputs.setdefault(key, _Output(run_dir)).lines()
+            said = self._said.get(key, "")
+            return job_page(
+                look.view, look.story, time.time(), key=key, why=why(look), log=lines, said=said, nonce=nonce
+            )
+
+    def act(self, key: str, action: str) -> bool:
+        """Do ``action`` with a job, and remember what happened. Returns False if there is no such job."""
+        with self._lock:
+            if (look := self._look().get(key)) is None:
+                return False
+        job = Job(look.view.run_dir)
+        try:
+            if action == "drain":
+                job.drain()
+                done = "drain requested: the workers save first"
+            else:
+                done = _STOPPED[job.stop(after_checkpoint=action == "save-and-stop")]
+        except ElasticError as error:
+            done = str(error)
+        with self._lock:
+            self._said[key] = f"{time.strftime('%H:%M:%S')}  {done}"
+            self._looked = float("-inf")
+        return True
+
+    def _look(self) -> dict[str, Look]:
+        """The jobs by their keys."""
+        if time.monotonic() - self._looked >= _LOOK_INTERVAL:
+            given = self._run_dirs
+            self._jobs.observe([rundir for rundir in select(given) if given or may_be_recent(rundir)])
+            looks = [look for look in self._jobs.look(_SLURM_INTERVAL) if given or look.is_recent()]
+            self._looks = {_key(look.view.run_dir): look for look in looks}
+            self._looked = time.monotonic()
+        return self._looks
+
+
+def _key(run_dir: str) -> str:
+    """Names a job in an address: two clusters may have jobs of the same id."""
+    return hashlib.sha256(run_dir.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+class _PageServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], site: _Pages) -> None:
+        self.site = site
+        super().__init__(address, _PageHandler)
+
+    def handle_error(self, *_: object) -> None:
+        """A browser that has gone away is no error."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            entry.tell("elastic-hpc", f"a page could not be made: {error!r}")
+
+
+class _PageHandler(BaseHTTPRequestHandler):
+    server: _PageServer
+    timeout = _PATIENCE
+
+    def do_GET(self) -> None:
+        nonce = secrets.token_urlsafe(12)
+        match self._path():
+            case [""]:
+                self._send(self.server.site.jobs(nonce), nonce)
+            case ["job", key] if page := self.server.site.job(key, nonce):
+                self._send(page, nonce)
+            case _:
+                self._unknown()
+
+    def do_POST(self) -> None:
+        match self._path():
+            case ["job", key, action] if action in _ACTIONS and self.server.site.act(key, action):
+                self.send_response(HTTPStatus.SEE_OTHER)
+                self.send_header("Location", f"../{key}")
+                self.end_headers()
+            case _:
+                self._unknown()
+
+    def _path(self) -> list[str] | None:
+        """The parts of the path after the token; None without the token."""
+        _, token, *rest = [*self.path.partition("?")[0].split("/"), ""]
+        return rest[:-1] if hmac.compare_digest(token.encode(), self.server.site.token.encode()) else None
+
+    def _send(self, page: str, nonce: str) -> None:
+        body = page.encode(errors="replace")
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header(
+            "Content-Security-Policy",
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data:; "
+            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        )
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _unknown(self) -> None:
+        """The same answer for a wrong token and for a job that is not there."""
+        self.send_error(HTTPStatus.NOT_FOUND)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: a request has the token in its path."""

@@ -1,0 +1,125 @@
+"""``elastic-hpc serve``: jobs in a browser, for whoever has the address."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import records
+from test_timeline import CHROMIUM, SCREENS, Page
+
+
+@contextlib.contextmanager
+def served(*jobs: Path) -> Iterator[str]:
+    """The address of the page of all jobs."""
+    command = [sys.executable, "-m", "elastic_hpc", "serve", *map(str, jobs)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        said = re.fullmatch(r"(http://127\.0\.0\.1:\d+/[\w-]{32}/)\n", process.stderr.readline())
+        assert said
+        assert "ssh -N -L " in process.stderr.readline()
+        try:
+            yield said[1]
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+            assert process.stderr.read() == "Ctrl-C ends this\n", (
+                "a request, whose path has the secret, is never logged"
+            )
+
+
+def get(address: str, method: str = "GET") -> tuple[int, str]:
+    """The status and the page; redirects are followed."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, method=method), timeout=30) as answer:
+            assert answer.headers["Cache-Control"] == "no-store"
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def link(page: str) -> str:
+    found = re.search(r'href="(job/\w+)"', page)
+    assert found
+    return found[1]
+
+
+def test_all_jobs_have_a_line_and_each_a_page_with_timeline_output_and_why(tmp_path: Path) -> None:
+    with served(records.copy("faults", tmp_path), records.copy("broken", tmp_path)) as address:
+        page = get(address)[1]
+        assert len(re.findall('href="job/', page)) == 2
+        assert "COMPLETED" in page
+        assert "FAILED" in page
+        job = get(address + link(page))[1]
+        assert "<svg" in job
+        assert "charged: restart 1" in job
+        assert "rank 0|" in job
+        assert "<button>" not in job, "there is nothing to stop in a job that is over"
+        assert not [loaded for loaded in Page(job).loads if loaded not in {"data:,", "../"}]
+
+
+def test_the_page_shows_what_was_added_to_the_record(tmp_path: Path) -> None:
+    folder = records.copy("faults", tmp_path)
+    events = records.events("faults")
+    records.write(folder, events[:8])
+    with served(folder) as address:
+        job = address + link(get(address)[1])
+        before = get(job)[1]
+        records.write(folder, events)
+        assert "charged: restart 2" not in before
+        while "charged: restart 2" not in get(job)[1]:  # the suite's time limit ends it
+            pass
+
+
+def test_without_the_secret_nothing_is_shown_and_nothing_done(tmp_path: Path) -> None:
+    with served(records.copy("faults", tmp_path)) as address:
+        root = address.rsplit("/", 2)[0]
+        job = link(get(address)[1])
+        for path in ("/", "/x/", f"/{job}", f"//{job}", f"/{'x' * 32}/{job}", f"/%2e%2e/{job}"):
+            for method in ("GET", "POST"):
+                assert get(root + path, method)[0] == 404, path
+        for path in ("job/0000000000000000", "job/../../etc", f"{job}/stop", "job/", f"{job}/x"):
+            assert get(address + path)[0] == 404, path
+        for path in (f"{job}/unknown", job, "", f"{job}/stop/stop", "job/0000000000000000/stop"):
+            assert get(address + path, "POST")[0] == 404, path
+
+
+def test_what_an_action_has_done_is_shown(tmp_path: Path) -> None:
+    with served(records.copy("faults", tmp_path)) as address:
+        job = address + link(get(address)[1])
+        status, page = get(f"{job}/stop", "POST")
+        assert status == 200
+        assert "the job had already ended" in page
+        assert "there is nothing to drain" in get(f"{job}/drain", "POST")[1]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")
+@pytest.mark.parametrize("which", ["jobs", "job"])
+def test_a_browser_shows_the_page_without_a_complaint(which: str, tmp_path: Path) -> None:
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    screen = SCREENS / f"serve-{which}.png"
+    screen.unlink(missing_ok=True)
+    with served(records.copy("faults", tmp_path), records.copy("broken", tmp_path)) as address:
+        done = subprocess.run(
+            [
+                *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+                *("--hide-scrollbars", "--window-size=1180,1800", "--enable-logging=stderr", "--no-first-run"),
+                *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=6000", f"--screenshot={screen}"),
+                address if which == "jobs" else address + link(get(address)[1]),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert screen.stat().st_size > 10_000
