@@ -105,9 +105,8 @@ def _preemption(facts: Facts, grace: timedelta, qos: str | None) -> Finding:
     signal = "with" if warned else "without"
     found = f"{where}: PreemptMode = {mode}, GraceTime = {seconds} s, {signal} preempt_send_user_signal"
     if {"SUSPEND", "GANG"} & set(mode.split(",")):
-        means = "a suspended job stops with all its agents, and may declare its nodes lost when it resumes"
-        advice = f"you: another {where.split()[0]}, which is not suspended; {slurm_conf('PreemptMode=REQUEUE')}"
-        return Finding(Level.WARN, "preemption", found, means, advice)
+        means = "a suspended job stands still with all its agents, and continues where it was when Slurm resumes it"
+        return Finding(Level.OK, "preemption", found, means)
     then = "Slurm puts the job back into the queue" if mode == "REQUEUE" else "Slurm cancels, the agents requeue"
     if warned and seconds >= grace.total_seconds():
         return Finding(

@@ -261,10 +261,11 @@ def test_a_preemption_by_qos_is_judged_by_the_qos_of_the_users_jobs(commands: Pa
     assert (found.level, found.found) == (Level.UNKNOWN, "sacctmgr shows no QOS low")
 
 
-def test_a_partition_that_suspends_is_warned_of(commands: Path):
+def test_a_partition_that_suspends_its_jobs_harms_none(commands: Path):
     text = (commands / "partitions").read_text()
     (commands / "partitions").write_text(text.replace("PreemptMode=REQUEUE", "PreemptMode=GANG,SUSPEND"))
-    assert "suspended job stops" in judged("low", "preemption").means
+    found = judged("low", "preemption")
+    assert (found.level, "continues where it was" in found.means) == (Level.OK, True)
 
 
 def test_a_preemption_that_leaves_no_grace_time_writes_none(commands: Path):
