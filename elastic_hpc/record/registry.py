@@ -1,7 +1,8 @@
 """Where this user's jobs have their run directories, so that they are found from any folder. Reads and writes a file.
 
 The file is ``$XDG_STATE_HOME/elastic_hpc/jobs``, by default in ``~/.local/state``, and has one run directory a line,
-the newest last. If the file cannot be written, nothing fails: a job is found by its path too.
+the newest last; a line with ``-`` before it says that the folder was removed. If the file cannot be written, nothing
+fails: a job is found by its path too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 _READ = 256 * 1024
 """Bytes that are read, at the end of the file."""
+_REMOVED = b"-"
 
 
 def _file() -> Path:
@@ -22,12 +24,21 @@ def _file() -> Path:
 
 def remember(run_dir: str | os.PathLike[str]) -> None:
     """Add the run directory of a submitted job, which need not exist yet; of an array, the path before ``_TASK``."""
+    _append(os.fsencode(os.path.abspath(run_dir)))
+
+
+def forget(run_dir: Path) -> None:
+    """A run directory was removed."""
+    _append(_REMOVED + os.fsencode(run_dir))
+
+
+def _append(line: bytes) -> None:
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         file = _file()
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(descriptor, "ab") as jobs:
-            jobs.write(os.fsencode(os.path.abspath(run_dir)) + b"\n")
+            jobs.write(line + b"\n")
 
 
 def remembered() -> list[Path]:
@@ -39,7 +50,9 @@ def remembered() -> list[Path]:
         size = os.fstat(jobs.fileno()).st_size
         jobs.seek(max(0, size - _READ))
         lines = jobs.read().split(b"\n")[1 if size > _READ else 0 : -1]
-    return [Path(os.fsdecode(line)) for line in reversed(dict.fromkeys(reversed(lines)))]
+    last = {line.removeprefix(_REMOVED): line for line in lines}  # where a path is in the file twice, its last line
+    newest = reversed(dict.fromkeys(line.removeprefix(_REMOVED) for line in reversed(lines)))
+    return [Path(os.fsdecode(path)) for path in newest if not last[path].startswith(_REMOVED)]
 
 
 def with_tasks() -> list[Path]:

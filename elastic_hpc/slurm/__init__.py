@@ -19,6 +19,7 @@ from elastic_hpc.slurm.job import (
     epoch,
     expand,
     job_state,
+    mine,
     queue,
     recorded_end,
     show_job,
@@ -39,7 +40,7 @@ __all__ = [
     "LIVES", "WAITS", "Estimate", "Facts", "Joiner", "Maintenance", "Queued", "Site", "SlurmJob", "agent_steps",
     "cancel", "change_nodes", "change_time_limit", "comment", "complete", "epoch", "estimates", "expand", "facts",
     "give_back", "job_state", "joiner_script", "joiners", "keeps_preemption", "lets_shrink", "maintenance",
-    "notices_within", "out_of_service", "queue", "recorded_end", "release", "requeue", "resubmit", "sbatch",
+    "mine", "notices_within", "out_of_service", "queue", "recorded_end", "release", "requeue", "resubmit", "sbatch",
     "show_job", "site", "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script",
     "unreached", "usable_nodes", "wait_until_alone", "warn", "warning_reason", "write_comment",
 ]  # fmt: skip

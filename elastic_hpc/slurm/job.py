@@ -77,6 +77,18 @@ def queue(*jobs: str) -> dict[str, Queued]:
     return {id: Queued(state, epoch(end), reason, epoch(start)) for id, state, end, start, reason in rows}
 
 
+def mine() -> list[str]:
+    """The ids of this user's active jobs, tasks of arrays as JOB_TASK; of all clusters, if they can be asked. Raises
+    SlurmError.
+    """
+    command = ("squeue", "--me", "--noheader", "--array", "--format=%i")
+    try:
+        answer = client.run(*command, "--clusters=all")
+    except SlurmError:  # without slurmdbd Slurm knows of no other cluster
+        answer = client.run(*command)
+    return re.findall(r"^\d+(?:_\d+)?$", answer, re.MULTILINE)
+
+
 def comment(job: str) -> str:
     """The comment of ``job``; empty for none. Raises SlurmError."""
     shown = client.run("squeue", "--noheader", f"--jobs={job}", "--format=%k").strip()

@@ -1,0 +1,234 @@
+"""``elastic-hpc clean``: which run directories go, and which stay whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import records
+
+from elastic_hpc.cli.hpc import main
+from elastic_hpc.job import cleaning
+from elastic_hpc.job.lookup import select
+from elastic_hpc.record.registry import remember, remembered
+from elastic_hpc.record.rundir import RunDir
+
+LONG_AGO = time.time() - 40 * 86400
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a Slurm answers that knows no job."""
+    records.alone(tmp_path, monkeypatch)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    slurm_says(tmp_path)
+    return tmp_path
+
+
+def slurm_says(home: Path, *active: str, fails: bool = False) -> None:
+    """What squeue answers at a site without other clusters: the jobs ``active``."""
+    mine = "\n".join(active)
+    ours = "; ".join(f"case $* in *{id}*) echo '{id}|RUNNING|N/A|N/A|None';; esac" for id in active) or ":"
+    fails_at = "*" if fails else "*--clusters=all*"
+    (home / "squeue").write_text(
+        f"#!/bin/sh\ncase $* in {fails_at}) echo squeue: error: no connection >&2; exit 1;; *--me*) echo '{mine}';; "
+        f"*) {ours};; esac\n"
+    )
+    (home / "squeue").chmod(0o755)
+    for name in ("sacct", "scontrol"):
+        (home / name).write_text("#!/bin/sh\nexit 1\n")
+        (home / name).chmod(0o755)
+
+
+def job(home: Path, name: str, record: str = "faults", *, ended: bool = True, when: float = LONG_AGO) -> Path:
+    folder = records.copy(record, home / "elastic-logs").rename(home / "elastic-logs" / name)
+    if not ended:
+        (folder / "verdict.json").unlink()
+        (folder / "acted.0").unlink(missing_ok=True)
+    remember(folder)
+    return aged(folder, when)
+
+
+def aged(folder: Path, when: float = LONG_AGO) -> Path:
+    for path in (folder, *folder.rglob("*")):
+        os.utime(path, (when, when), follow_symlinks=False)
+    return folder
+
+
+def removable(**how: bool) -> dict[str, str]:
+    """The names of what would be removed, with the states."""
+    found = cleaning.inventory(select([]), LONG_AGO + 60, **{"named": False, "with_files": False, **how})
+    return {leftover.path.name: leftover.state for leftover in found.leftovers}
+
+
+def test_jobs_that_ended_long_ago_go_and_are_forgotten(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, broken, new = job(home, "11"), job(home, "12", "broken"), job(home, "13", when=time.time() - 60)
+    assert main(["clean", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[2] for line in out.splitlines()[:2]] == ["COMPLETED", "FAILED"]
+    assert str(old) in out
+    assert str(new) not in out
+    assert "to be removed: 2 folders, " in out
+    assert old.is_dir()
+    assert main(["clean", "--yes"]) == 0
+    assert capsys.readouterr().out.endswith("removed: 2 of 2\n")
+    assert (old.exists(), broken.exists(), new.exists()) == (False, False, True)
+    assert remembered() == [new]
+    assert main(["clean", "--yes"]) == 0
+    assert capsys.readouterr().out == "nothing to remove\n"
+    assert main(["clean", "--yes", "--older-than", "30s"]) == 0
+    assert not new.exists()
+
+
+def test_a_job_that_is_submitted_to_a_removed_folder_is_known_again(home: Path) -> None:
+    old = job(home, "11")
+    assert main(["clean", "--yes"]) == 0
+    remember(old)
+    assert remembered() == [old]
+
+
+def test_active_jobs_stay_by_the_record_and_by_slurm(home: Path) -> None:
+    job(home, "11", ended=False)
+    job(home, "12")  # over by its record, but in the queue again
+    job(home, "13_4")
+    job(home, "14")
+    assert removable() == {"12": "COMPLETED", "13_4": "COMPLETED", "14": "COMPLETED"}
+    slurm_says(home, "11", "12", "13_5")
+    assert removable() == {"14": "COMPLETED"}
+
+
+def test_a_resumed_job_stays_while_the_job_that_continues_is_active(home: Path) -> None:
+    folder = job(home, "11")
+    (folder / "acted.1").write_text("15")
+    aged(folder)
+    slurm_says(home, "15")
+    assert removable() == {}
+
+
+def test_what_slurm_does_not_say_keeps_the_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job(home, "11")
+    slurm_says(home, fails=True)
+    assert removable() == {}
+    assert main(["clean", "--dry-run"]) == 0
+    assert "kept: 1 of Slurm, which did not answer (squeue --me" in capsys.readouterr().out
+
+
+def test_a_job_of_unknown_end_goes_only_if_it_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = job(home, "11", ended=False)
+    assert main(["clean", "--dry-run"]) == 0
+    assert "kept: 1 of unknown end" in capsys.readouterr().out
+    assert main(["clean", "--yes", "11"]) == 0
+    assert not folder.exists()
+
+
+def test_checkpoints_stay_unless_they_are_meant_too(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = job(home, "11")
+    (folder / "checkpoints").mkdir()
+    (folder / "best.pt").write_bytes(bytes(3_000_000))
+    aged(folder)
+    assert main(["clean", "--yes"]) == 0
+    assert "kept: 1 with files of the script, such as checkpoints; --with-checkpoints" in capsys.readouterr().out
+    assert main(["clean", "--yes", "--with-checkpoints"]) == 0
+    out = capsys.readouterr().out
+    assert f"{folder}  (with best.pt checkpoints)" in out
+    assert "to be removed: 1 folder, 3." in out
+    assert not folder.exists()
+
+
+def test_all_that_we_write_into_a_run_directory_is_ours(home: Path) -> None:
+    folder = job(home, "11")
+    for name in (
+        *("secret", "heartbeat", "events.n1.jsonl", "first.11.0.0", "left", "script.sbatch", "code.json", "code.diff"),
+        *("code.json.~1~", "unfit.n2.json", "turn.0.1", "acts.0", "over", "once-more", "running", ".state.json.n1.5"),
+        *("warning.json", "starts.json", "node.0.lock", "began.0.1", "resuming"),
+    ):
+        (folder / name).touch()
+    for name in ("code", "code.~1~", "notices"):
+        (folder / name).mkdir(exist_ok=True)
+    aged(folder)
+    assert removable() == {"11": "COMPLETED"}
+
+
+def test_links_are_not_followed(home: Path) -> None:
+    elsewhere = home / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "data").write_text("precious")
+    folder = job(home, "11")
+    (folder / "logs" / "link").symlink_to(elsewhere)
+    (folder.parent / "15").symlink_to("11")
+    link = folder.parent / "12"
+    link.symlink_to(job(elsewhere, "16"))
+    remember(link)
+    aged(folder)
+    assert main(["clean", "--yes"]) == 0
+    assert not folder.exists()
+    assert not (folder.parent / "15").is_symlink()
+    assert link.is_symlink()
+    assert (elsewhere / "data").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder away")
+def test_another_users_folder_stays(home: Path) -> None:
+    os.chown(job(home, "11"), 65534, 65534)
+    assert removable() == {}
+
+
+def test_a_folder_without_a_record_stays(home: Path) -> None:
+    (home / "elastic-logs" / "17" / "logs").mkdir(parents=True)
+    remember(home / "elastic-logs" / "17")
+    aged(home / "elastic-logs" / "17")
+    assert removable() == {}
+
+
+def test_copies_of_code_go_when_no_job_can_be_waiting_for_them(home: Path) -> None:
+    job(home, "11", when=time.time())
+    for name in (".submission.a", ".submission.b"):
+        (home / "elastic-logs" / name / "code").mkdir(parents=True)
+    aged(home / "elastic-logs" / ".submission.a")
+    slurm_says(home, "20")
+    assert removable() == {}
+    slurm_says(home)
+    assert removable() == {".submission.a": ""}
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], str]) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: answer())
+
+
+def test_it_asks_and_believes_only_yes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = job(home, "11")
+    for answer in ("", "n", "what?"):
+        answers(monkeypatch, lambda answer=answer: answer)
+        assert main(["clean"]) == 0
+        assert folder.exists()
+    answers(monkeypatch, lambda: "y")
+    assert main(["clean"]) == 0
+    assert not folder.exists()
+
+
+def test_a_job_that_is_resumed_while_it_asks_stays(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = job(home, "11")
+
+    def resumed() -> str:
+        RunDir(folder).write("endpoint.json", {**json.loads((folder / "endpoint.json").read_text()), "run": 7})
+        return "y"
+
+    answers(monkeypatch, resumed)
+    assert main(["clean"]) == 1
+    assert folder.exists()
+    assert "it has changed: not removed" in capsys.readouterr().err
+
+
+def test_without_a_terminal_it_removes_nothing_unasked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = job(home, "11")
+    assert main(["clean"]) == 2
+    assert "expected --yes to remove without a question, or --dry-run" in capsys.readouterr().err
+    assert folder.exists()
