@@ -2,6 +2,6 @@
 
 Start with ``sbatch``, or with ``hpc``, whose commands are modules with HELP, EPILOG, ``add_arguments`` and ``run``,
 which returns the exit code: ``status``, ``logs``, ``why``, ``timeline``, ``serve``, ``metrics``, ``stop``, ``clean``,
-``notice``, ``plan``, ``doctor``, ``rehearse``.
+``notice``, ``plan``, ``config``, ``doctor``, ``rehearse``.
 ``entry`` turns errors into one line and an exit code, ``jobs`` has the argument JOB, ``agents`` the agents of ``srun``.
 """

@@ -20,7 +20,7 @@ from elastic_hpc.slurm.env import job_name
 
 MODULES: tuple[str, ...] = (
     *("status", "logs", "why", "timeline", "serve", "metrics"),
-    *("stop", "clean", "notice", "plan", "doctor", "rehearse"),
+    *("stop", "clean", "notice", "plan", "config", "doctor", "rehearse"),
 )
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and
 run(args), which returns the exit code."""

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from textwrap import fill
 
 from elastic_hpc import __version__, slurm
@@ -17,6 +18,7 @@ from elastic_hpc.job.lookup import find
 from elastic_hpc.job.request import Request, layers_of
 from elastic_hpc.job.spec import JobSpec, build
 from elastic_hpc.job.submission import checked, prepared, short_times
+from elastic_hpc.job.toml_file import JobFile, read_job
 from elastic_hpc.options.of_joiners import JOINERS
 from elastic_hpc.options.sbatch import COMMAND_LINE, COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.options.sbatch_environment import for_sbatch_itself
@@ -32,6 +34,9 @@ _RESUME = ElasticOption("resume", "JOB|DIR", str,
                         help="continue a job that failed, timed out or was cancelled, in its run directory: with its "
                              "checkpoints, record and counters; options and SCRIPT are those of its submission, unless "
                              "given anew")  # fmt: skip
+_FILE = ElasticOption("file", "FILE", str, letter="f",
+                      help="take the job from this TOML file: options as in a configuration file, script and args; "
+                           "options on the command line win, and so does SCRIPT")  # fmt: skip
 _ACTIONS = (
     *SCRIPT_SWITCHES,
     ElasticOption("dry-run", "", bool, "print the batch script, with a reason beside each line, and submit nothing"),
@@ -43,7 +48,11 @@ _ACTIONS = (
     ElasticOption("help", "", bool, "show this help and exit", letter="h"),
     ElasticOption("version", "", bool, "show the version and exit", letter="V"),
 )
-GROUPS = {"launch options": LAUNCH_OPTIONS, "job options": (_FROM_BATCH, _RESUME, *JOB_OPTIONS), "what to do": _ACTIONS}
+GROUPS = {
+    "launch options": LAUNCH_OPTIONS,
+    "job options": (_FILE, _FROM_BATCH, _RESUME, *JOB_OPTIONS),
+    "what to do": _ACTIONS,
+}
 _OWN = (*(option.scanned() for group in GROUPS.values() for option in group), Option("usage", value=""))
 _OWN_NAMES = {option.name for option in _OWN}
 SUBMITS = frozenset(option.name for option in _ACTIONS if option not in SCRIPT_SWITCHES)
@@ -59,6 +68,7 @@ continues when nodes are lost, and requeues itself when Slurm takes all of its n
   elastic-sbatch -N 2:4 -p gpu -t 8:00:00 --gpus-per-node=8 train.py
   elastic-sbatch -N 2:4 --setup 'module load cuda' --env NCCL_DEBUG=INFO -m my_package.train --lr 1e-3
   elastic-sbatch --dry-run -N 2:4 train.py        # read the batch script first
+  elastic-sbatch --file job.toml                  # options, script and its arguments from a file
   elastic-sbatch --from-batch job.sh -N 2:4       # from a batch script with a torchrun line
 
 Everything after SCRIPT belongs to the script. elastic-sbatch passes all other options of sbatch through, in any form:
@@ -77,12 +87,16 @@ TIME is a number of seconds, or 90s, 5m, 1h30m, 2d, or Slurm's [D-]HH:MM:SS or M
 NOTES = """
 Defaults come from the TOML files $ELASTIC_HPC_CONFIG, ~/.config/elastic_hpc/config.toml and ./elastic_hpc.toml, then
 from sbatch's variables, such as SBATCH_ACCOUNT. Later sources override earlier ones, and the command line overrides
-all; --setup lines add up:
+all; --setup lines add up. A --file may also have script and args, and overrides all but the command line:
 
+  script = "train.py"
+  args = ["--lr", "1e-3"]
   nodes = "2:4"
   setup = ["module load cuda"]
   [sbatch]
   partition = "gpu"
+
+elastic-hpc config shows what counts, and where each value comes from.
 
 Exit codes: 0 submitted; 1 Slurm did not answer; 2 the request was refused and nothing was submitted.
 """
@@ -134,11 +148,16 @@ def job_of(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     ours, torchruns = translate(given)
     options = [(g.name, "on" if g.value is None else g.value) for g in ours if g.name in ELASTIC]
     sbatch = [g for g in ours if g.name not in _OWN_NAMES | COMMAND_LINE_ONLY]
-    batch = last(given, _FROM_BATCH.name)
+    batch, path = last(given, _FROM_BATCH.name), last(given, _FILE.name)
     if batch is not None:
+        if path is not None:
+            raise UsageError(f"--file {path} with --from-batch {batch}: expected one of them")
         if module or no_python:
             raise UsageError(f"-m or --no-python with --from-batch {batch}: the batch script says that; leave it out")
         return job_of_batch_script(batch, rest, options, sbatch, torchruns)
+    file = job_file(path) if path is not None else None
+    if file and file.script and not rest:
+        rest, module, no_python = [file.script, *file.args], module or file.module, no_python or file.no_python
     if not rest or rest[0] in {"", "-"}:
         for option in given:
             check(option)  # --wrap needs no script
@@ -155,8 +174,17 @@ def job_of(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
             no_python=no_python,
             torchrun=torchruns,
             of_script=layers,
+            job_file=file.layer if file else None,
         )
     )
+
+
+def job_file(path: str) -> JobFile:
+    """The job in the TOML file at ``path``. Raises UsageError."""
+    try:
+        return read_job(Path(path), path)
+    except UsageError as error:
+        raise UsageError(f"--file {path}: {error}") from None
 
 
 def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
@@ -173,6 +201,8 @@ def _resume(given: Sequence[Given], rest: Sequence[str], switches: Collection[st
     _refuse_switch_apart(given, rest)
     if (batch := last(given, _FROM_BATCH.name)) is not None:
         raise UsageError(f"--from-batch {batch} with --resume: the job keeps the batch script it has; leave it out")
+    if (path := last(given, _FILE.name)) is not None:
+        raise UsageError(f"--file {path} with --resume: the job keeps its options; give those that are to change")
     ours, torchruns = translate(given)
     for option in torchruns:
         unneeded(option)

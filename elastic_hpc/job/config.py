@@ -15,6 +15,15 @@ Later wins. Set-up lines add up in this order, environment variables by name; ea
     on = true                              # the same as grow = true
     every = 300                            # as grow-every
     partition = "preempt"                  # any long option of sbatch, for the jobs by which a job grows
+
+The file of one job, for ``elastic-sbatch --file job.toml``, is written in the same way. It wins over all but the
+command line, and may also say what runs::
+
+    script = "train.py"                    # from the working directory, as on the command line
+    args = ["--lr", "1e-3"]
+    module = false                         # true: script is a module, as for -m; also no-python
+
+``elastic-hpc config`` shows what counts, and where each value comes from.
 """
 
 from __future__ import annotations
@@ -93,15 +102,8 @@ def load(environ: Mapping[str, str], directory: Path, script: Sequence[Layer] = 
     then ``script``, such as its #SBATCH lines, then sbatch's variables, which win over the script, as for sbatch.
     """
     configuration = Configuration()
-    site = environ.get("ELASTIC_HPC_CONFIG")
-    if site:
-        configuration = _with_file(configuration, Path(site), site)
-    home = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
-    for path, source in (
-        (home / "elastic_hpc" / "config.toml", str(home / "elastic_hpc" / "config.toml")),
-        (directory / "elastic_hpc.toml", "./elastic_hpc.toml"),
-    ):
-        if path.exists():
+    for name, (path, source) in files(environ, directory).items():
+        if name == "site" or path.exists():
             configuration = _with_file(configuration, path, source)
     for layer in script:
         try:
@@ -110,6 +112,16 @@ def load(environ: Mapping[str, str], directory: Path, script: Sequence[Layer] = 
             raise UsageError(f"{layer.source}: {error}") from None
     given, notes = from_environment(environ)
     return replace(configuration.with_layer(Layer("environment", (), given)), notes=tuple(notes))
+
+
+def files(environ: Mapping[str, str], directory: Path) -> dict[str, tuple[Path, str]]:
+    """The configuration files in the order in which they count, and how messages call them. The site's is there only
+    if the environment names it; the others may not exist.
+    """
+    site = environ.get("ELASTIC_HPC_CONFIG")
+    home = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "elastic_hpc" / "config.toml"
+    of_site = {"site": (Path(site), site)} if site else {}
+    return {**of_site, "user": (home, str(home)), "project": (directory / "elastic_hpc.toml", "./elastic_hpc.toml")}
 
 
 def _with_file(configuration: Configuration, path: Path, source: str) -> Configuration:

@@ -50,6 +50,8 @@ class Request:
     """The folder that the set-up lines change to, from the working directory; None if it is not known."""
     unset: Collection[str] = ()
     """Options of sbatch that the job is not to have, even if a file sets them."""
+    job_file: Layer | None = None
+    """The options of the file that describes the job."""
     resumed: Layer | None = None
     """The options of the submission that this one resumes. Those of files and of the environment do not count then."""
     directory: Path | None = None
@@ -97,6 +99,11 @@ def configured(request: Request) -> Configuration:
         except FileNotFoundError:
             raise UsageError(NO_FOLDER) from None
         configuration = load(os.environ, directory, request.of_script)
+    if request.job_file:
+        try:
+            configuration = configuration.with_layer(request.job_file)
+        except UsageError as error:
+            raise UsageError(f"--file {request.job_file.source}: {error}") from None
     return configuration.with_layer(Layer(request.source, request.options, request.sbatch, request.unset))
 
 

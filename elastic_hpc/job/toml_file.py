@@ -1,4 +1,5 @@
-"""A configuration file in TOML: options by their long names, with values as on the command line. Reads the file.
+"""A file in TOML, of configuration or for one job: options by their long names, with values as on the command line.
+Reads the file.
 
 Habits of TOML users are accepted: ``_`` for ``-`` in a key, a table of variables, a string in the place of a list with
 one string. A file that could mean two things is refused.
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from datetime import date, time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.of_joiners import JOINERS, is_for_joiners
@@ -25,16 +26,60 @@ else:
     import tomli as tomllib
 
 
+_WHAT_RUNS = ("script", "args", "module", "no-python")
+"""Keys of a job file only."""
+
+
+class JobFile(NamedTuple):
+    """A job: its options, and what it runs. ``script`` is empty if the command line is to name the script."""
+
+    layer: Layer
+    script: str
+    args: tuple[str, ...]
+    module: bool
+    no_python: bool
+
+
 def read(path: Path, source: str) -> Layer:
     """What the file at ``path`` sets. Messages call it ``source``. An option of sbatch that is false is unset. Raises
     UsageError.
     """
+    return _layer(_table(path), path, source)
+
+
+def read_job(path: Path, source: str) -> JobFile:
+    """The job that the file at ``path`` describes. Raises UsageError."""
+    table = _table(path)
+    named = {name: (key, table.pop(key)) for key, name, _ in list(_by_name(table, "")) if name in _WHAT_RUNS}
+
+    def switch(name: str) -> bool:
+        key, value = named.get(name, (name, False))
+        if not isinstance(value, bool):
+            raise UsageError(f"{key} = {_shown(value)}: expected true or false")
+        return value
+
+    _, script = named.get("script", ("", ""))
+    if not isinstance(script, str):
+        raise UsageError(f"script = {_shown(script)}: expected the path of the training script")
+    _, args = named.get("args", ("", []))
+    if not isinstance(args, list):
+        raise UsageError(f"args = {_shown(args)}: expected a list of words, for example args = ['--lr', '1e-3']")
+    if not script and named:
+        raise UsageError(f"{next(iter(named))}: needs a script too, for example script = 'train.py'")
+    words = tuple(_text("args", word) for word in args)
+    return JobFile(_layer(table, path, source), script, words, switch("module"), switch("no-python"))
+
+
+def _table(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors mark UTF-8
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors mark UTF-8
     except OSError as error:
         raise UsageError(error.strerror or str(error)) from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise UsageError(str(error)) from None
+
+
+def _layer(table: dict[str, Any], path: Path, source: str) -> Layer:
     rows = table.pop("sbatch", {})
     if not isinstance(rows, dict):
         raise UsageError(f"sbatch = {_shown(rows)}: expected a table, [sbatch]")
@@ -97,7 +142,11 @@ def _options(table: dict[str, Any], path: Path) -> Iterable[tuple[str, str]]:
         if name not in ELASTIC:
             if name in SBATCH:
                 raise UsageError(f"{key}: unknown key; it is sbatch's own option: write it under [sbatch]")
-            raise UsageError(f"{key}: unknown key{_closest(name, ELASTIC)}; sbatch's own options go under [sbatch]")
+            if name in _WHAT_RUNS:
+                raise UsageError(f"{key}: belongs in a job file, for elastic-sbatch --file FILE")
+            raise UsageError(
+                f"{key}: unknown key{_closest(name, [*ELASTIC, *_WHAT_RUNS])}; sbatch's own options go under [sbatch]"
+            )
         if name == "env" and isinstance(value, dict):
             yield from ((name, _variable(variable, content)) for variable, content in value.items())
         elif ELASTIC[name].repeated:

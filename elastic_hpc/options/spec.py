@@ -117,7 +117,7 @@ class LaunchSpec:
     def options(self) -> list[tuple[str, str]]:
         """The launch options that are set, as ``(--option, value)`` pairs, for a command line."""
         values = ((option.flag, getattr(self, option.dest)) for option in LAUNCH_OPTIONS)
-        return [(flag, _as_text(value)) for flag, value in values if value is not None]
+        return [(flag, as_text(value)) for flag, value in values if value is not None]
 
     def command(self) -> list[str]:
         """The tail of an agent's command line: ``[--module | --no-python] -- SCRIPT ARGS``."""
@@ -125,7 +125,7 @@ class LaunchSpec:
         return [*how, "--", self.script, *self.script_args]
 
 
-def _as_text(value: object) -> str:
+def as_text(value: object) -> str:
     """``value`` as a command line has it; times are in seconds."""
     if isinstance(value, bool):
         return "on" if value else "off"

@@ -1,4 +1,5 @@
 import getpass
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic_hpc.cli.hpc import main as hpc
 from elastic_hpc.cli.sbatch import main
 
 ROOT = Path(__file__).parents[2]
@@ -420,6 +422,83 @@ def test_defaults_come_from_the_projects_file(project):
     assert "#SBATCH --partition=gpu                  # ./elastic_hpc.toml\n" in project.seen("script")
 
 
+JOB_FILE = """
+script = "train.py"
+args = ["--lr", 1e-3]
+nodes = "2:4"
+max-restarts = 7
+[sbatch]
+partition = "gpu"
+qos = false
+"""
+
+
+BAD_FILES = {
+    "bad": "scripts = 'x'",
+    "args": "script = 'x'\nargs = '--lr 1'",
+    "noscript": "module = true",
+    "range": "nodes = '4:2'",
+}
+
+
+def job_file(project, text=JOB_FILE):
+    (project.folder / "job.toml").write_text(text)
+
+
+def test_a_file_describes_the_whole_job_above_the_configuration_and_below_the_command_line(project, monkeypatch):
+    job_file(project)
+    (project.folder / "elastic_hpc.toml").write_text("max-restarts = 1\nspares = 1\n[sbatch]\nqos = 'low'\n")
+    monkeypatch.setenv("SBATCH_PARTITION", "cpu")
+    assert main(["-f", "job.toml"]) == 0
+    script = project.seen("script")
+    assert re.search(r"^#SBATCH --partition=gpu +# job.toml$", script, re.MULTILINE)
+    assert "--qos" not in script
+    assert {"--max-restarts 7", "--spares 1"} <= set(re.findall(r"--\S+ \d+", project.agents()))
+    assert project.agents().endswith(" -- train.py --lr 0.001 &")
+    (project.folder / "other.py").write_text("pass")
+    assert main(["--file=job.toml", "-p", "long", "--max-restarts=2", "other.py", "x"]) == 0
+    assert "#SBATCH --partition=long" in project.seen("script")
+    assert "--max-restarts 2" in project.agents()
+    assert project.agents().endswith(" -- other.py x &")
+
+
+def test_a_file_may_name_a_module_or_leave_the_script_to_the_command_line(project):
+    job_file(project, "nodes = 2\nscript = 'json.tool'\nmodule = true")
+    assert main(["-f", "job.toml"]) == 0
+    assert project.agents().endswith("--module -- json.tool &")
+    job_file(project, "nodes = 2")
+    assert main(["-f", "job.toml", "train.py"]) == 0
+    assert project.agents().endswith(" -- train.py &")
+
+
+def test_config_shows_what_counts_and_where_it_comes_from(project, monkeypatch, capsys):
+    job_file(project, f"notify = 'https://hooks.example/secret'\ngrace = '2m'\nsetup = 'module load a'\n{JOB_FILE}")
+    (project.folder / "elastic_hpc.toml").write_text("spares = 1\nenv = {A = 'b c'}\n[sbatch]\nqos = 'low'\n")
+    monkeypatch.setenv("SBATCH_PARTITION", "cpu")
+    monkeypatch.delenv("ELASTIC_HPC_CONFIG", raising=False)
+    assert hpc(["config"]) == 0
+    out = capsys.readouterr().out
+    head, _, settings = out.partition("\n\n")
+    assert [line.split()[0] for line in head.splitlines()] == ["site", "user", "project"]
+    assert head.endswith("./elastic_hpc.toml")
+    assert [line.split("  ")[0] for line in settings.splitlines()] == [
+        "--spares=1", "--env='A=b c'", "--qos=low", "--partition=cpu",
+    ]  # fmt: skip
+    assert settings.endswith("environment: SBATCH_PARTITION\n")
+    assert hpc(["config", "show", "--file", "job.toml", "--json"]) == 0
+    shown = {one["option"]: (one["value"], one["source"]) for one in json.loads(capsys.readouterr().out)["settings"]}
+    assert shown == {
+        "--nodes": ("2:4", "job.toml"), "--spares": ("1", "./elastic_hpc.toml"), "--max-restarts": ("7", "job.toml"),
+        "--grace": ("120", "job.toml"), "--notify": ("https://hooks.example/...", "job.toml"),
+        "--setup": ("module load a", "job.toml"), "--env": ("A=b c", "./elastic_hpc.toml"),
+        "--partition": ("gpu", "job.toml"),
+    }  # fmt: skip
+    assert hpc(["config", "--all"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^--max-restarts=10 +default$", out, re.MULTILINE)
+    assert re.search(r"^--tee +default: 0$", out, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -428,6 +507,13 @@ def test_defaults_come_from_the_projects_file(project):
         (["-N", "2", "--wrap", "hostname"], "--wrap=hostname: elastic-sbatch writes the batch script itself; give the"),
         (["-N", "2", "--node-rank=1", "train.py"], "--node-rank 1: one command starts the agents of all nodes"),
         ([], "expected a training script: elastic-sbatch [options] SCRIPT"),
+        (["-f", "no.toml"], "--file no.toml: No such file or directory"),
+        (["-f", "bad.toml"], "--file bad.toml: scripts: unknown key, did you mean script?"),
+        (["-f", "args.toml"], "--file args.toml: args = '--lr 1': expected a list of words, for example"),
+        (["-f", "noscript.toml"], "--file noscript.toml: module: needs a script too, for example script = 'train.py'"),
+        (["-f", "range.toml", "train.py"], "--file range.toml: --nodes '4:2': expected N or MIN:MAX"),
+        (["-f", "range.toml", "--from-batch", "x.sh"], "--file range.toml with --from-batch x.sh: expected one of"),
+        (["-f", "range.toml", "--resume", "x"], "--file range.toml with --resume: the job keeps its options"),
         (["-N", "4:2", "train.py"], "--nodes '4:2': expected N or MIN:MAX with 1 <= MIN <= MAX"),
         (["-N", "4-2", "train.py"], "--nodes '4-2': expected N or MIN:MAX"),
         (["-N", "2", "nope.py"], "script 'nope.py': No such file or directory"),
@@ -463,6 +549,8 @@ def test_defaults_come_from_the_projects_file(project):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_submitted(project, capsys, argv, message):
+    for name, text in BAD_FILES.items():
+        (project.folder / f"{name}.toml").write_text(text)
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -1,0 +1,99 @@
+"""``elastic-hpc config``: which settings count, and where each comes from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from elastic_hpc.cli.sbatch import job_file
+from elastic_hpc.job.config import Configuration, files
+from elastic_hpc.job.request import Request, configured
+from elastic_hpc.options.sbatch import COMMAND_LINE
+from elastic_hpc.options.spec import LaunchSpec, as_text
+from elastic_hpc.options.table import ELASTIC
+
+HELP = "show which settings count for a submission from here, and where each value comes from"
+EPILOG = """examples:
+  elastic-hpc config
+  elastic-hpc config --all | grep grace
+  elastic-hpc config --file job.toml         as elastic-sbatch --file job.toml would see it
+
+Later sources override earlier ones: the site's file, yours, the project's, sbatch's variables such as SBATCH_PARTITION,
+a --file. The command line of elastic-sbatch and the #SBATCH lines of a script come on top: elastic-sbatch --dry-run
+shows these too, beside each line of the batch script."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", choices=["show"], metavar="show", help="may be left out")
+    parser.add_argument("--file", metavar="FILE", help="a job file, as for elastic-sbatch --file")
+    parser.add_argument("--all", action="store_true", help="include options that have their default")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with a list of settings")
+
+
+def run(args: argparse.Namespace) -> int:
+    layer = job_file(args.file).layer if args.file else None
+    configuration = configured(Request("", [], [], [], COMMAND_LINE, job_file=layer))
+    rows = [*_ours(configuration, with_defaults=args.all), *_others(configuration)]
+    if args.json:
+        settings = [{"option": flag, "value": value, "source": source} for flag, value, source in rows]
+        print(json.dumps({"schema": 1, "settings": settings}, indent=1))
+        return 0
+    if not os.environ.get("ELASTIC_HPC_CONFIG"):
+        print("site     $ELASTIC_HPC_CONFIG is not set")
+    for name, (path, source) in files(os.environ, Path.cwd()).items():
+        print(f"{name:<9}{source}" + ("" if path.exists() else "  (not there)"))
+    print()
+    width = max((len(_word(flag, value)) for flag, value, _ in rows), default=0)
+    for flag, value, source in rows:
+        print(f"{_word(flag, value):<{min(width, 48)}}  {source}")
+    for note in configuration.notes:
+        print(f"note: {note}")
+    if not rows:
+        print("no setting is given: all options have their defaults (--all shows them)")
+    return 0
+
+
+def _word(flag: str, value: str | None) -> str:
+    """The setting as it would be typed."""
+    return flag if value is None else f"{flag}={shlex.quote(value)}"
+
+
+def _ours(configuration: Configuration, *, with_defaults: bool) -> Iterator[tuple[str, str | None, str]]:
+    defaults: dict[str, Any] = vars(LaunchSpec("")) if with_defaults else {}
+    for name, option in ELASTIC.items():
+        if setting := configuration.options.get(name):
+            yield option.flag, _text(name, setting.value), setting.source
+        elif with_defaults and name == "nodes":
+            yield option.flag, None, "no default: elastic-sbatch needs it"
+        elif with_defaults and not option.repeated:
+            default = re.search(r"\(default: (.*)\)$", option.help)
+            value = defaults.get(option.dest)
+            yield option.flag, None if value is None else as_text(value), f"default{_of(default, value)}"
+    for line in configuration.setup:
+        yield "--setup", line.value, line.source
+    for name, setting in configuration.env.items():
+        yield "--env", f"{name}={setting.value}", setting.source
+
+
+def _of(default: re.Match[str] | None, value: object) -> str:
+    """What the help says of a default that is no plain value."""
+    return f": {default[1]}" if default and value is None else ""
+
+
+def _others(configuration: Configuration) -> Iterator[tuple[str, str | None, str]]:
+    for given in configuration.sbatch:
+        yield given.flag, given.value, given.source
+
+
+def _text(name: str, value: Any) -> str:
+    if name == "python":
+        return shlex.join(value)
+    if name == "notify":  # the path of a webhook is a secret, and this output is sent to others
+        return re.sub(r"^(https?://[^/]+/).+", r"\1...", value)
+    return as_text(value)
