@@ -72,11 +72,12 @@ def read_job(path: Path, source: str) -> JobFile:
 
 def _table(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors mark UTF-8
+        table: dict[str, Any] = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors mark UTF-8
     except OSError as error:
         raise UsageError(error.strerror or str(error)) from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise UsageError(str(error)) from None
+    return table
 
 
 def _layer(table: dict[str, Any], path: Path, source: str) -> Layer:
