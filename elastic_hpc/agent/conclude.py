@@ -15,6 +15,7 @@ from elastic_hpc.agent import last_words, notify, once_more, unreached, warned
 from elastic_hpc.environment import CONTINUE, FIRST_JOB, FIRST_RUN, JOIN, SPENT
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.membership import strikes, wishes
+from elastic_hpc.membership.leaderless import LEADERLESS
 from elastic_hpc.options.sbatch import WarningSignal
 from elastic_hpc.options.sbatch_lines import grows_elsewhere
 from elastic_hpc.options.spec import LaunchSpec
@@ -137,6 +138,7 @@ def act(
         _cancel_joiners(rundir, env.job)
         return None if _requeue(rundir, environ, lost) == 0 else "not requeued"
     command = module_command(sys.executable, "elastic_hpc", "conclude-alone", str(rundir.path), verdict["outcome"])
+    command += ["--unless-led"] * (verdict.get("actor") == LEADERLESS)
     log = rundir.path / "logs" / "conclude.log"
     folder.renew()
     try:
@@ -175,14 +177,21 @@ def cancel(env: AgentEnv) -> str | None:
     return None
 
 
-def conclude_alone(rundir: RunDir, environ: Mapping[str, str], outcome: str, *, deputy_of: str | None) -> int:
-    """Run as one of the job steps that ``act`` starts. SIGTERM ends a deputy that waits: then the job is requeued."""
-    job, step = job_name(environ), environ["SLURM_STEP_ID"]
+def conclude_alone(
+    rundir: RunDir, environ: Mapping[str, str], outcome: str, *, deputy_of: str | None, unless_led: bool = False
+) -> int:
+    """Run as one of the job steps that ``act`` starts. SIGTERM ends a deputy that waits: then the job is requeued.
+    ``unless_led``: no majority has agreed to the verdict; so the job continues if a leader is at work by now.
+    """
+    job, step, beat = job_name(environ), environ["SLURM_STEP_ID"], rundir.heartbeat()
     if deputy_of:
         slurm.wait_until_alone(job, step, deadline=_DEPUTY_TIMEOUT, deputy_of=deputy_of)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
     if not deputy_of:
         slurm.wait_until_alone(job, step, deadline=_time_for_slurm())
+    if unless_led and rundir.heartbeat() != beat:
+        print(f"elastic_hpc: no {outcome}: a leader continues the job", file=sys.stderr)
+        return 0
     _cancel_joiners(rundir, job)
     verdict = {"reason": "its batch script was lost", **(rundir.read("verdict.json") or {}), "outcome": outcome}
     if outcome == "requeue":

@@ -14,7 +14,7 @@ from elastic_hpc.agent.turns import Turns
 from elastic_hpc.errors import ElasticError, JobEnded
 from elastic_hpc.membership import wishes
 from elastic_hpc.membership.hangs import Rhythm
-from elastic_hpc.membership.leaderless import Conclude, GiveUp, KeepLooking, without_leader
+from elastic_hpc.membership.leaderless import LEADERLESS, Conclude, GiveUp, KeepLooking, without_leader
 from elastic_hpc.membership.policy import Action, Policy
 from elastic_hpc.membership.roster import Roster
 from elastic_hpc.membership.rules import requeue_or_fail
@@ -184,7 +184,7 @@ class Ending:
         counted = {**counters, "round": max(counters["round"], state.get("round", 0))}
         recorder.state(**counted, bounds=bounds, rhythm=Rhythm.of(state.get("rhythm")))
         verdict = {"outcome": outcome, "cause": decision.cause, "reason": decision.reason, "failure": None, **counters}
-        verdict["actor"] = "agents"
+        verdict |= {"actor": LEADERLESS, "node": self.env.name}
         recorder.event("verdict", verdict)
         recorder.verdict(verdict)
         recorder.close()

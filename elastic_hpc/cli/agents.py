@@ -26,7 +26,9 @@ them.
 
 
 class _VerdictClock:
-    """The time since this process noticed the verdict of this run. A file system that stalls blocks no caller."""
+    """The time since this process noticed the verdict of this run, which a leader may withdraw. A file system that
+    stalls blocks no caller.
+    """
 
     def __init__(self, rundir: RunDir) -> None:
         self._look = (rundir.path / "verdict.json").exists
@@ -35,9 +37,9 @@ class _VerdictClock:
 
     def age(self) -> float:
         """Seconds since then; negative while there is no verdict."""
-        if self._noticed_at is None and self._answer.done():
-            if not self._answer.exception() and self._answer.result():
-                self._noticed_at = time.monotonic()
+        if self._answer.done():
+            if not self._answer.exception():
+                self._noticed_at = (self._noticed_at or time.monotonic()) if self._answer.result() else None
             self._answer = start(self._look)
         return -1.0 if self._noticed_at is None else time.monotonic() - self._noticed_at
 

@@ -90,6 +90,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
         alone = command("conclude-alone", "act on a verdict where the batch script was lost; an agent calls")
         alone.add_argument("outcome", help="finished, failed or requeue")
         alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")
+        alone.add_argument("--unless-led", action="store_true", help="act only if no leader is at work by then")
         command("warned", "report Slurm's warning to this run's leader; the batch script calls")
         return parser
     command("drain", "let a running job save, stop and requeue itself, as before its time limit")
@@ -109,7 +110,9 @@ def _run(args: argparse.Namespace) -> int:
             return conclude.conclude(
                 rundir, os.environ, args.status, warning=args.signal, max_requeues=args.max_requeues
             )
-        return conclude.conclude_alone(rundir, os.environ, args.outcome, deputy_of=args.deputy_of)
+        return conclude.conclude_alone(
+            rundir, os.environ, args.outcome, deputy_of=args.deputy_of, unless_led=args.unless_led
+        )
     if args.command in {"resize", "release"}:
         job = Job(single(args.command, rundir).path)
         answer = job.resize(args.nodes) if args.command == "resize" else job.release(*args.nodes)

@@ -202,6 +202,10 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
             "round": "number of the last round",
         },
     ),
+    "withdrawn": (
+        "the run continues: a leader has withdrawn the verdict of an agent that had found no leader",
+        {"node": "the node of that agent", "reason": "the reason of that verdict"},
+    ),
 }
 """By name: what it means, and what its fields mean."""
 
@@ -286,6 +290,8 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
             return f"restart {fields['restarts']}: {fields['reason']}"
         case "verdict":
             return f"{fields['outcome']}: {fields['reason']}"
+        case "withdrawn":
+            return f"the verdict of {fields['node']} is withdrawn, as the run continues; it was: {fields['reason']}"
         case "take_over":
             return f"this node leads now: {fields['reason']}"
         case "abdicate":

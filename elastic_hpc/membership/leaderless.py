@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LEADERLESS = "agents without a leader"
+"""The ``actor`` of a verdict that no majority has agreed to. It holds until a leader continues the run."""
+
 JOINER_PATIENCE = 30.0
 """Seconds that a joiner looks for a leader at least."""
 

@@ -71,7 +71,9 @@ class Recorder:
         self._put(lambda: self._replace("spec.json", lambda: options))
 
     def beat(self) -> None:
-        """Show that a leader is at work (``RunDir.beat``), and look for a warning."""
+        """Show that a leader is at work (``RunDir.beat``), look for a warning, and withdraw a verdict that this proves
+        wrong (``RunDir.withdraw``).
+        """
         if time.monotonic() - self._last_beat > 1.0:
             self._last_beat = time.monotonic()
             self._put(self._beat)
@@ -151,6 +153,9 @@ class Recorder:
     def _beat(self) -> None:
         with contextlib.suppress(ElasticError):
             self.warning = self.warning or self._rundir.warning(self._run)
+        with contextlib.suppress(ElasticError, OSError):
+            if withdrawn := self._rundir.withdraw(self._run):
+                self.event("withdrawn", {name: str(withdrawn[name]) for name in ("node", "reason")})
         try:
             self._rundir.beat()
         finally:

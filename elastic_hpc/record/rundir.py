@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from elastic_hpc.errors import ElasticError, UsageError
+from elastic_hpc.membership.leaderless import LEADERLESS
 from elastic_hpc.membership.wishes import Bounds, saved
 from elastic_hpc.record import folders
 from elastic_hpc.record.events import EventReader
@@ -215,6 +216,16 @@ class RunDir:
         for pattern in ("verdict.json", "turn.*", "acts.*", _LEFT):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
+
+    def withdraw(self, run: int) -> dict[str, Any] | None:
+        """A leader continues ``run``: remove the verdict of an agent that had found none. Returns that verdict, or None
+        if there is no such verdict. Raises ElasticError and OSError.
+        """
+        verdict = self.verdict(run)
+        if not verdict or verdict.get("actor") != LEADERLESS:
+            return None
+        self.forget_verdict()
+        return verdict
 
     def begin_again(self, *, forget_bounds: bool) -> None:
         """The job is about to be resumed after its end. Its last verdict stays until the next one. ``forget_bounds``:

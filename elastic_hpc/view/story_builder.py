@@ -50,6 +50,8 @@ class StoryBuilder:
         """When the cause of the last round's end happened, or the run began; None while a round is unbroken."""
         self._waiting = self._not_growing = ""
         self._restarts = self._requeues = 0
+        self._at_verdict: tuple[Round | None, float | None] = None, None
+        """The round that ran when the last verdict was written, and since when it was broken."""
         self._last_time = 0.0
 
     def add(self, events: Iterable[Mapping[str, Any]]) -> None:
@@ -276,6 +278,7 @@ class StoryBuilder:
 
     def _on_verdict(self, event: Mapping[str, Any], when: float) -> None:
         end: dict[str, Any] = {name: str(event[name]) for name in ("outcome", "cause", "reason")}
+        self._at_verdict = self._current, self._broken
         self._end(when, end["reason"], int(event["restarts"]))
         charged = int(event["requeues"]) > self._requeues
         self._requeues = int(event["requeues"])
@@ -283,3 +286,12 @@ class StoryBuilder:
         self._leave(None, when)
         if self._runs:
             self._runs[-1] = replace(self._runs[-1], ended=when, charged=charged, **end)
+
+    def _on_withdrawn(self, _event: Mapping[str, Any], _when: float) -> None:
+        """The run has not ended, nor has the round that ran at the verdict, unless another one was formed since."""
+        if self._runs:
+            self._requeues -= self._runs[-1].charged
+            self._runs[-1] = replace(self._runs[-1], ended=None, charged=False, outcome="", cause="", reason="")
+        round, broken = self._at_verdict
+        if round and self._rounds[-1].number == round.number:
+            self._rounds[-1], self._broken = round, broken

@@ -25,7 +25,7 @@ from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership import follower, messages
 from elastic_hpc.membership.hangs import NO_RHYTHM, NO_SIGNS, Rhythm, Signs
 from elastic_hpc.membership.leader import Leader
-from elastic_hpc.membership.leaderless import Conclude, GiveUp, without_leader
+from elastic_hpc.membership.leaderless import LEADERLESS, Conclude, GiveUp, without_leader
 from elastic_hpc.membership.messages import Failure, Order, Status
 from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.policy import Policy, Verdict
@@ -73,7 +73,12 @@ class SimRecord:
             self.job.published = Published.of(self.node.run, self.node.host, agents)
 
     def beat(self) -> None:
+        if self.job.stalls:
+            return
         self.job.beats += 1
+        if self.job.verdict and self.job.verdict.get("actor") == LEADERLESS:  # as RunDir.withdraw does
+            self.job.verdict, self.job.requeued = None, False
+            self.job.acted.clear()
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
         if self.node.dead:
@@ -218,7 +223,8 @@ class SimNode:
             case GiveUp(outcome, reason):
                 return JobEnded(outcome, reason)
             case Conclude(verdict):
-                self.job.verdict = verdict or {"outcome": "requeue", "reason": "no leader", "cause": "node lost"}
+                own = {"outcome": "requeue", "reason": "no leader", "cause": "node lost", "actor": LEADERLESS}
+                self.job.verdict = verdict or own
                 self.job.requeued = True
                 self.job.acted.append((self.index, list(others)))
                 return JobEnded("lost", "no leader")

@@ -24,6 +24,7 @@ from elastic_hpc.agent.leading import Leading
 from elastic_hpc.environment import NODES, for_a_new_job, is_of_another_job, prepare_worker_env
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.election import Base
+from elastic_hpc.membership.leaderless import LEADERLESS
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.network import addresses
@@ -297,7 +298,7 @@ def test_a_node_that_is_alone_returns_the_job_through_the_queue(tmp_path: Path) 
     assert verdict
     assert state
     known = (verdict["outcome"], verdict["run"], verdict["restarts"], verdict["requeues"], verdict["actor"])
-    assert known == ("requeue", 1, 2, 1, "agents")
+    assert known == ("requeue", 1, 2, 1, LEADERLESS)
     assert (state["round"], state["restarts"], state["requeues"]) == (4, 2, 1), "the next run goes on from there"
     assert [event["event"] for event in rundir.events()] == ["verdict"]
 

@@ -504,3 +504,26 @@ def test_an_interpreters_own_options_reach_agents_and_warm_and_cold_workers(tmp_
         subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, check=True, timeout=60)
         for round in (1, 2):
             assert written(run_dir, round, 0) == f"dev True ['-X', 'dev', '-W', 'ignore', '-u', '{script}']\n"
+
+
+def test_the_verdict_of_an_agent_that_found_no_leader_ends_no_job_that_the_others_continue(
+    local: Callable[..., Local],
+) -> None:
+    """The other agents stand still for longer than that agent waits, as on a machine without CPU time."""
+    job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "1")
+    job.stepped(1, 2)
+    agents = [job.agent(0), job.agent(1)]
+    for pid in agents:
+        os.kill(pid, signal.SIGSTOP)
+    verdict = job.run_dir / "verdict.json"
+    job.wait_for(verdict.exists)
+    assert job.verdict()["outcome"] == "failed", "a job without a queue cannot be requeued"
+    for pid in agents:
+        os.kill(pid, signal.SIGCONT)
+    job.wait_for(lambda: not verdict.exists())
+    job.wait_for(lambda: len(job.events("round")) == 2)
+    assert job.events("round")[1]["nodes"] == ["local0", "local1"]
+    assert [event["node"] for event in job.events("withdrawn")] == ["local2"]
+    assert job.stepped(int(job.events("round")[1]["round"]), 0)[1] == 2
+    assert job.finish() == 0
+    assert job.verdict()["outcome"] == "finished"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from test_slurm import JOB, RUNNING
 
 from elastic_hpc.agent import conclude
 from elastic_hpc.cli.hpc import main
+from elastic_hpc.membership.leaderless import LEADERLESS
 from elastic_hpc.record.rundir import RunDir
 
 SCONTROL = """\
@@ -39,6 +41,25 @@ def slurm(folder: Path, version: str, preempted: str) -> None:
     (folder / "job").write_text(JOB.format(**{**RUNNING, "preempted": preempted}))
     (folder / "scontrol").write_text(SCONTROL.format(version=version, folder=folder))
     (folder / "scontrol").chmod(0o755)
+
+
+@pytest.mark.parametrize("deputy_of", [None, "n1"])
+@pytest.mark.parametrize("led", [False, True])
+def test_agents_that_have_found_no_leader_requeue_no_job_that_has_one_by_then(
+    rundir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    *, led: bool, deputy_of: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(conclude, "_ALONE_TIMEOUT", timedelta(0))
+    monkeypatch.setattr(conclude, "_DEPUTY_TIMEOUT", timedelta(0))
+    slurm(tmp_path, "24.05.0", "None")
+    if led:  # it shows its heartbeat while the step waits for the other agents to leave
+        shown = SCONTROL.format(version="24.05.0", folder=tmp_path)
+        (tmp_path / "scontrol").write_text(shown.replace("show)", f"show) touch {rundir.path}/heartbeat;"))
+    rundir.write("verdict.json", {"run": 0, "outcome": "requeue", "reason": "no leader", "actor": LEADERLESS})
+    environ = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3", "SLURMD_NODENAME": "n2"}
+    assert conclude.conclude_alone(rundir, environ, "requeue", deputy_of=deputy_of, unless_led=True) == 0
+    assert ("Restarts=1" in (tmp_path / "job").read_text()) == (not led)
+    assert ("no requeue: a leader continues the job" in capsys.readouterr().err) == led
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1)])

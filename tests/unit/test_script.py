@@ -456,6 +456,36 @@ def test_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_conclud
     assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 137 --signal URG --max-requeues 5\n"
 
 
+def test_srun_is_left_alone_when_a_leader_has_withdrawn_the_verdict_of_an_agent_that_had_found_none(node):
+    run_dir = node / "logs" / "11"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    slept, ended, verdict = node / "slept", node / "ended", run_dir / "verdict.json"
+    slept.unlink(missing_ok=True)
+    fast = stub(node, "sleep", f'echo "$1" >> {slept}; exec {shutil.which("sleep")} "0.0$1"')
+    (node / "srun_does").write_text(f"trap 'echo TERM >> {ended}' TERM; while :; do /bin/sleep 0.02; done")
+    process = start(node, job(node), SLURM_JOB_ID="11")
+
+    def pauses(more):
+        end = more + slept.read_text().count("2\n") if slept.exists() else more
+        while not slept.exists() or slept.read_text().count("2\n") < end:
+            assert process.poll() is None
+            time.sleep(0.02)
+
+    try:
+        pauses(4)
+        verdict.write_text("of an agent without a leader")
+        pauses(4)
+        verdict.unlink()
+        pauses(30)  # 40 s after the verdict, in life, srun would be ended
+        verdict.write_text("of the leader")
+        _, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        fast.unlink()
+        (node / "srun_does").write_text("")
+    assert b"srun is ended\n" in err
+
+
 @pytest.fixture
 def two(tmp_path):
     if os.geteuid() != 0:

@@ -54,6 +54,20 @@ def test_the_rounds_of_a_job_with_a_failed_worker_a_lost_node_and_a_requeue() ->
     assert sum(map(story.repeated, story.rounds)) == sum(lasts) - sum(firsts) + 4 - 400
 
 
+def test_a_verdict_that_a_leader_has_withdrawn_has_ended_nothing() -> None:
+    before = [event for event in records.events("faults") if event.get("run", 0) == 0]
+    before = before[: next(index for index, event in enumerate(before) if event["event"] == "restart")]
+    last = before[-1]["time"]
+    verdict = {"outcome": "requeue", "cause": "node lost", "reason": "no leader was found", "failure": None}
+    verdict |= {"round": 1, "restarts": 0, "requeues": 1, "time": last + 1, "event": "verdict"}
+    withdrawn = {"node": "n3", "reason": "no leader was found", "time": last + 9, "event": "withdrawn"}
+    said, untouched = story_of([*before, verdict, withdrawn]), story_of(before)
+    assert (said.runs, said.rounds, said.requeues, said.waiting_since) == (
+        untouched.runs, untouched.rounds, untouched.requeues, untouched.waiting_since,
+    )  # fmt: skip
+    assert story_of([*before, verdict]).runs != said.runs
+
+
 def test_a_node_without_power_was_lost_when_it_was_heard_of_last() -> None:
     lost = records.story("faults").rounds[1]
     assert lost.broken is not None

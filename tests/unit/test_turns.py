@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Survivors:
         self.now = 1000.0
         self.rundir = RunDir(path)
         self.steps: list[str] = []
+        self.commands: list[list[str]] = []
         self.refuses: set[str] = set()
         """Nodes on which no step starts."""
         self.agents = {f"n{index}": self._agent(index, count) for index in range(1, count + 1)}
@@ -46,8 +47,9 @@ class Survivors:
         host = Host(index, f"n{index}", (f"10.0.0.{index}",), 29432)
         return Leading(None, env, host, 1, POLICY, self.rundir, ENVIRON, no_store, None)  # type: ignore[arg-type]
 
-    def _start_step(self, _job: str, node: str, *_: Any) -> None:
+    def _start_step(self, _job: str, node: str, command: Sequence[str], *_: Any) -> None:
         self.steps.append(node)
+        self.commands.append(list(command))
         if node in self.refuses:
             raise SlurmError(f"srun: {node} does not answer")
 
@@ -70,6 +72,7 @@ def test_one_of_four_hundred_acts_and_the_others_leave(survivors: Callable[[int]
     job = survivors(400)
     assert len(job.left(others=("n2", "n3", "n4"))) == 400
     assert job.steps == ["n1", "n2"], "a step, and its deputy"
+    assert all("--unless-led" in command for command in job.commands)
     assert [event["event"] for event in job.rundir.events()] == ["verdict"]
 
 
@@ -148,6 +151,7 @@ def test_the_agents_do_not_act_again_where_their_leader_has(survivors: Callable[
     del job.agents["n1"]
     assert job.left() == ["n2", "n3"]
     assert job.steps == ["n1", "n2"]
+    assert not any("--unless-led" in command for command in job.commands), "a majority has agreed"
 
 
 def test_a_run_that_continues_begins_with_the_first_turn(survivors: Callable[[int], Survivors]) -> None:
@@ -177,6 +181,32 @@ def test_the_agent_that_asks_for_a_majority_in_vain_acts_for_those_that_are_in_t
         assert others
         assert set(others) <= {"n6", "n7", "n8"}
         assert all(node.left for node in job.nodes[5:]) == files
+
+    job.run(story)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_verdict_without_a_majority_ends_no_job_that_a_majority_continues(seed: int) -> None:
+    """A node that is cut off sees no heartbeat of the leader, whose file system answers late."""
+    job = Job(seed, 4, simulated.POLICY)
+
+    async def story() -> None:
+        assert await job.until(job.training, 100)
+        job.loss, job.stalls = 0.0, True
+        job.cut([3])
+        assert await job.until(lambda: bool(job.acted), 120)
+        assert job.verdict
+        assert job.verdict["outcome"] == "requeue"
+        assert await job.until(job.training, 30)
+        assert [node.index for node in job.left] == [0, 1, 2]
+        job.stalls = False
+        assert await job.until(lambda: job.verdict is None, 10)
+        assert not job.acted, "the others would leave, as somebody acts for them"
+        for node in job.left:
+            node.end_workers(failed=False)
+        assert await job.until(job.over, 30)
+        assert job.verdict
+        assert job.verdict["outcome"] == "finished"
 
     job.run(story)
 
