@@ -94,6 +94,11 @@ def test_what_was_changed_by_hand_is_not_known_any_more(place: Path) -> None:
     assert b"--resume" not in os.fsencode(render(JobSpec.of("train.py", nodes=2, template="torchrun")))
 
 
+def taken(place: Path) -> str:
+    """The script that Slurm has taken, its commands unwrapped: where they wrap depends on this checkout's path."""
+    return (place / "taken").read_text().replace("\\\n  ", "")
+
+
 def test_a_resumed_job_has_its_options_unless_they_are_given_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rundir = ended(place, "--nodes=2:4", "--max-restarts=7", "--time=60", "--partition=gpu", "--env=A=1")
     (rundir.path / "left").touch()
@@ -102,7 +107,7 @@ def test_a_resumed_job_has_its_options_unless_they_are_given_anew(place: Path, m
     monkeypatch.setenv("SBATCH_ACCOUNT", "other")
     monkeypatch.chdir(place)
     assert sbatch.main(["--resume", str(rundir.path), "--time=30", "--env=B=2"]) == 0
-    script = (place / "taken").read_text()
+    script = taken(place)
     for line in ("--time=30", "--partition=gpu", "--nodes=2-4"):
         assert f"#SBATCH {line} " in script
     assert "account" not in script
@@ -175,7 +180,7 @@ def test_what_cannot_be_resumed_is_refused_with_what_to_type(
 def test_a_finished_job_trains_on_with_other_arguments(place: Path) -> None:
     rundir = ended(place, "--nodes=2:4", verdict={**FAILED, "outcome": "finished"})
     assert sbatch.main(["--resume", str(rundir.path), "-Q", "train.py", "--steps", "200"]) == 0
-    assert "-- train.py --steps 200" in (place / "taken").read_text()
+    assert "-- train.py --steps 200" in taken(place)
 
 
 def test_only_the_owner_resumes_a_job(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
