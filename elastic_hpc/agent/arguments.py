@@ -60,6 +60,8 @@ def policy_of(spec: LaunchSpec, nproc: int, *, can_requeue: bool) -> Policy:
         grace=spec.grace.total_seconds(),
         can_requeue=can_requeue,
         learns_hangs=spec.hang_timeout.learns,
+        slow_factor=spec.slow_node.factor,
+        leaves_slow=spec.slow_node.leaves,
     )
 
 

@@ -23,6 +23,7 @@ from elastic_hpc.membership.messages import Failure, Order, Plan, State, Status
 from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.slow import NO_PACE, Pace
 from elastic_hpc.network.channel import Link
 from elastic_hpc.network.node import Transport
 from elastic_hpc.network.server import LeaderServer
@@ -42,7 +43,7 @@ _LOOK_EVERY = 0.05
 _NO_PROGRESS = {"step": -1, "step_at": 0.0, "first": -1, "first_at": 0.0, "loss": None}
 _NOT_KEPT = {"kept": 0, "not_kept": ""}
 _BEFORE_A_ROUND: dict[str, Any] = {"listens": False, "live": False, "warm": 0, "cold": 0, "cold_why": ""}
-_BEFORE_A_ROUND |= {**_NOT_KEPT, **_NO_PROGRESS, "signs": NO_SIGNS}
+_BEFORE_A_ROUND |= {**_NOT_KEPT, **_NO_PROGRESS, "signs": NO_SIGNS, "pace": NO_PACE}
 
 
 @dataclass(frozen=True)
@@ -170,15 +171,18 @@ class Control:
                 changes |= _BEFORE_A_ROUND
             self._report(**changes)
 
-    def report_progress(self, progress: Progress, *, live: bool = False, signs: Signs = NO_SIGNS) -> None:
-        """Tell the leader how far the workers are, whether they are ``live`` (``workers.lives``), and what ``signs`` of
-        life they have given, with the next heartbeat; at once when they begin to listen, or to be live.
+    def report_progress(
+        self, progress: Progress, *, live: bool = False, signs: Signs = NO_SIGNS, pace: Pace = NO_PACE
+    ) -> None:
+        """Tell the leader how far the workers are, whether they are ``live`` (``workers.lives``), what ``signs`` of
+        life they have given, and their ``pace``, with the next heartbeat; at once when they begin to listen, or to be
+        live.
         """
         with self._changed:
             if (progress.listens, live) != (self._status.listens, self._status.live):
                 self._report(listens=progress.listens, live=live)
             steps = {name: getattr(progress, name) for name in _NO_PROGRESS}
-            self._status = replace(self._status, **steps, signs=signs)
+            self._status = replace(self._status, **steps, signs=signs, pace=pace)
 
     def report_start(self, *, kept: int, not_kept: str, warm: int, cold: int, why: str, standby_mb: float) -> None:
         """Tell the leader how the workers were started, with the next heartbeat: ``kept`` of them in the round before,

@@ -25,8 +25,9 @@ LaunchOptions = TypedDict("LaunchOptions", {  # noqa: UP013 - a table in rows
     "free_growth": Switch, "yield_to": Text, "yield_every": Time, "wait_for_nodes": Time, "nproc_per_node": Text,
     "max_restarts": Number, "max_requeues": Number, "rdzv_endpoint": Text, "rdzv_id": Text,
     "rdzv_conf": str | Mapping[str, float | timedelta] | None, "heartbeat_timeout": Time, "grace": Time,
-    "drain_signal": Text | bool, "hang_timeout": Time, "preload": Words | bool, "preflight": Text, "health_dir": Text,
-    "interface": Text, "role": Text, "tee": Words, "local_ranks_filter": Words, "numa_binding": Text,
+    "drain_signal": Text | bool, "hang_timeout": Time, "slow_node": Text | float, "preload": Words | bool,
+    "preflight": Text, "health_dir": Text, "interface": Text, "role": Text, "tee": Words, "local_ranks_filter": Words,
+    "numa_binding": Text,
 }, total=False)  # fmt: skip
 """How the agents run the workers; for JobSpec.of and LaunchConfig."""
 

@@ -18,6 +18,7 @@ the time, and what is to be sent or done is returned; ``network`` and ``agent`` 
   fail. ``links``: nodes that do not reach each other, and which of them it leaves.
 * ``causes`` and ``tracebacks``: why a worker died. ``known``: the table of causes that are known, and whose fault they
   are. ``failures``: whether the script is to blame, or a node.
-  ``hangs``: how long workers may be silent. ``standstill``: whether the job makes no progress.
+  ``hangs``: how long workers may be silent. ``slow``: which nodes are slower than the others.
+  ``standstill``: whether the job makes no progress.
   ``events``: the events of the record. ``nodes``: numbers and names.
 """

@@ -140,6 +140,18 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         "nodes of a round that has failed do not reach each other, though their agents reach the leader",
         {"round": _ROUND, "pairs": "Slurm's names of the two nodes of each pair, 100 pairs at most", "reason": _WHY},
     ),
+    "slow": (
+        "a node is slower than the others (--slow-node)",
+        {
+            "round": _ROUND,
+            "node": _NODE,
+            "seconds": "what its slowest worker takes in a step before its first collective",
+            "others": "the median of that on the other nodes",
+            "times": "seconds as a multiple of others",
+            "reason": _WHY,
+        },
+    ),
+    "slow_over": ("a node is no longer slower than the others", {"round": _ROUND, "node": _NODE}),
     "barred": (
         "workers failed repeatedly on a node: the node gets no workers any more, and a requeue excludes the node",
         {
@@ -246,6 +258,10 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
             return f"{fields['node']} stays out: {fields['reason']}"
         case "apart":
             return str(fields["reason"])
+        case "slow":
+            return f"{fields['node']}: {fields['reason']}"
+        case "slow_over":
+            return f"{fields['node']} is no longer slower than the others"
         case "refused":
             return f"{fields['node']} was refused: {fields['reason']}"
         case "request":

@@ -253,6 +253,8 @@ class Leader:
                 self._dropped.append(conn)
         if self.policy.learns_hangs and self.leads and not self._requests.request:
             self.has_news |= self._rounds.look_for_hang(now, wall, held=self.stalls)
+        if self.policy.slow_factor and self.leads and not self._requests.request:
+            self._look_for_slow(now)
         self._advance(now)
         self._rounds.record_progress(now)
         if self._rounds.stage == "gather" and now - self._rounds.gathering_since > 1 and not self.verdict:
@@ -459,6 +461,18 @@ class Leader:
             live = lambda: self._view(joined, now).live  # noqa: E731
             if self._links.look(self.round, joined, live, now, calm=calm):
                 self._rounds.failures.on_explained()
+
+    def _look_for_slow(self, now: float) -> None:
+        seen = self._rounds.look_for_slow(self.policy.slow_factor, now)
+        for slow in seen.to_leave if self.policy.leaves_slow else ():
+            host = self.peers.by_node[slow.node].status.host
+            if host.name not in self.peers.avoided:
+                parting = Parting(slow.node, host.name, slow.reason, exclude=True, give_back=True, slow=True)
+                view = self._view(self.peers.joined, now)
+                self._sizing.leave(parting, view.live, host, settled=view.settled)
+        for parting in self.wishes.partings:
+            if parting.slow and parting.node in seen.ended:
+                self._sizing.stay(parting.name)
 
     def _view(self, joined: dict[int, Status], now: float) -> View:
         formed, gathers = self._rounds.world.formed, self._rounds.stage != "run"

@@ -18,6 +18,7 @@ from elastic_hpc.membership.hangs import NO_RHYTHM, NO_SIGNS, Rhythm, Signs
 from elastic_hpc.membership.known import Party, party_of
 from elastic_hpc.membership.nodes import numbers
 from elastic_hpc.membership.roster import Host, Hosts, Roster, RosterChange, json_line
+from elastic_hpc.membership.slow import NO_PACE, Pace
 from elastic_hpc.membership.wishes import NO_WISHES, Bounds, Wishes
 
 MAX_LINE = 1024 * 1024
@@ -148,6 +149,8 @@ class Status:
     wishes: Wishes = NO_WISHES
     """The newest that this node was told."""
     signs: Signs = NO_SIGNS
+    """Of the workers of the round."""
+    pace: Pace = NO_PACE
     """Of the workers of the round."""
     rhythm: Rhythm = NO_RHYTHM
     """The newest that this node was told."""
@@ -337,7 +340,12 @@ def _with_parts(body: dict[str, Any]) -> dict[str, Any]:
     return body | {name: of(body[name]) for name, of in _PARTS.items() if name in body}
 
 
-_PARTS: dict[str, Callable[[Any], object]] = {"wishes": Wishes.of, "signs": Signs.of, "rhythm": Rhythm.of}
+_PARTS: dict[str, Callable[[Any], object]] = {
+    "wishes": Wishes.of,
+    "signs": Signs.of,
+    "pace": Pace.of,
+    "rhythm": Rhythm.of,
+}
 
 
 def _host(body: dict[str, Any]) -> Host:

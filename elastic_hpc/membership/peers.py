@@ -150,7 +150,11 @@ class Peers(dict[int, Peer]):
     @property
     def unfit(self) -> frozenset[str]:
         """Those of ``avoided`` that Slurm, the site or the user say are not fit."""
-        return frozenset(parting.name for parting in self.wishes.partings if parting.exclude and not parting.apart)
+        return frozenset(
+            parting.name
+            for parting in self.wishes.partings
+            if parting.exclude and not parting.apart and not parting.slow
+        )
 
     @property
     def absent(self) -> list[str]:

@@ -62,6 +62,10 @@ class Policy(Bounds):
     can_requeue: bool
     learns_hangs: bool = False
     """The leader learns from the job when its workers hang (``hangs``); else their agents know it, or nobody."""
+    slow_factor: float = 0.0
+    """How many times as long as those of the others the steps of a slow node take (``slow``); 0: nobody looks."""
+    leaves_slow: bool = False
+    """The job leaves a node that is slow."""
 
     def fit(self, nodes: Collection[int]) -> int:
         """The size of the largest world of ``nodes``; 0 if they are too few for any, or none is the job's own."""

@@ -17,6 +17,7 @@ from elastic_hpc.membership.peers import Peers
 from elastic_hpc.membership.policy import Action, Decision, Outcome, RoundView, Verdict
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Roster, distinct
+from elastic_hpc.membership.slow import NO_DIFFERENCE, Comparison, SlowWatch
 from elastic_hpc.membership.standstill import Reached
 from elastic_hpc.membership.strikes import NEVER_JOINED, Strike
 from elastic_hpc.membership.world import World
@@ -62,6 +63,8 @@ class Rounds:
         self._announced = float("inf")
         """The timeout of a hang that was recorded last."""
         self._next_look = 0.0
+        self._paces: SlowWatch | None = None
+        self._next_pace = 0.0
         self.verdict: Verdict | None = None
         self.first = mandate.granted
         """No round has been formed in this allocation yet."""
@@ -125,6 +128,8 @@ class Rounds:
         self._record_absent()
         self.stage, self.first, self.last_loss = "run", False, ""
         self.hangs.begin()
+        if self._paces:
+            self._paces.begin(nodes)
         self.world = World(nodes, plans, now)
         base = Base(self.round, self._node, tuple(node for node in nodes if peers[node].status.votes))
         # with the nodes that were lost, for the next leader: it starts new agents there, or excludes them at a requeue
@@ -213,6 +218,26 @@ class Rounds:
         failure = Failure("hang", known[hang.node].name, rank, 0, 0, hang.message, wall)
         self._event("failure", round=self.round, **world.on_hang(failure, hang.node, self.failures, now))
         return True
+
+    def look_for_slow(self, factor: float, now: float) -> Comparison:
+        """See which nodes are slow. To be called with each tick. ``factor``: as ``Policy.slow_factor``."""
+        world, peers = self.world, self._peers.by_node
+        calm = not (world.failure or world.lost or world.change or world.succeeded)
+        if self.stage != "run" or not calm or now < self._next_pace:
+            return NO_DIFFERENCE
+        self._next_pace = now + _LOOK_EVERY
+        self._paces = self._paces or SlowWatch(factor)
+        here = [peers[node].status for node in world.formed if node in peers]
+        if len(here) < len(world.formed) or any(status.round != self.round for status in here):
+            return NO_DIFFERENCE
+        seen = self._paces.look({status.node: status.pace for status in here})
+        for slow in seen.begun:
+            name = peers[slow.node].status.name
+            fields = {"seconds": slow.seconds, "others": slow.others, "times": slow.times}
+            self._event("slow", round=self.round, node=name, **fields, reason=slow.reason)
+        for node in seen.ended:
+            self._event("slow_over", round=self.round, node=peers[node].status.name)
+        return seen
 
     def _record_absent(self) -> None:
         """The job continues without the granted nodes that never connected, and avoids them after a requeue."""

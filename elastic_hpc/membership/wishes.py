@@ -70,6 +70,8 @@ class Parting:
     """When it will be taken away, in seconds since the epoch; None if nobody has said."""
     apart: tuple[int, ...] = ()
     """The nodes that this node does not reach, if it goes for that (``links``): it stays when it reaches them again."""
+    slow: bool = False
+    """The node is slower than the others (``slow``)."""
 
     @property
     def asked(self) -> bool:

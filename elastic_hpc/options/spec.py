@@ -12,7 +12,7 @@ from typing import Any
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options import durations
 from elastic_hpc.options.table import LAUNCH_OPTIONS
-from elastic_hpc.options.values import DrainSignal, Endpoint, HangTimeout, NodeRange, Preload, RdzvConf
+from elastic_hpc.options.values import DrainSignal, Endpoint, HangTimeout, NodeRange, Preload, RdzvConf, SlowNode
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class LaunchSpec:
     grace: timedelta = timedelta(seconds=90)
     drain_signal: DrainSignal | None = None
     hang_timeout: HangTimeout = HangTimeout()
+    slow_node: SlowNode = SlowNode()
     preload: Preload = Preload()
     preflight: str | None = None
     health_dir: str | None = None

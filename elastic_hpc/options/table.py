@@ -20,6 +20,7 @@ from elastic_hpc.options.values import (
     NodeRange,
     Preload,
     RdzvConf,
+    SlowNode,
     absolute,
     choice,
     container_image,
@@ -142,6 +143,11 @@ LAUNCH_OPTIONS = (
                        "beside their logs and restarts the workers. auto: 10 times the longest silence of all workers "
                        "so far, at least 5 minutes, longer before the first step and while they compute or write, no "
                        "limit for a script that gives no sign of life (default: auto)"),
+    ElasticOption("slow-node", "FACTOR[:leave]|off", SlowNode.parse, elastic_only=True,
+                  help="report a node whose workers take FACTOR times as long as those of the other nodes in a step "
+                       "before its collectives; FACTOR:leave: the job leaves that node at a step boundary, as soon as "
+                       "it can do without, and avoids it; for scripts that use live or time_steps, or measure this "
+                       "themselves (default: 1.5)"),
     ElasticOption("preload", "auto|MODULE,...|off", Preload.parse, elastic_only=True,
                   help="modules that standby processes import while the workers train, so that a new round starts "
                        "at once; auto: torch and the installed packages that the script imports; off: no standby "

@@ -281,6 +281,32 @@ class HangTimeout:
 
 
 @dataclass(frozen=True)
+class SlowNode:
+    """``--slow-node FACTOR[:leave]|off``: how many times as long as those of the others the steps of a slow node take;
+    0 for ``off``.
+    """
+
+    factor: float = 1.5
+    leaves: bool = False
+    """The job leaves the node; else it is only named."""
+
+    @classmethod
+    def parse(cls, text: str) -> SlowNode:
+        if text == "off":
+            return cls(0.0)
+        found = re.fullmatch(r"(\d+(?:\.\d*)?)(:leave)?", text, re.ASCII)
+        if found and 1.1 <= float(found[1]) <= 100:
+            return cls(float(found[1]), bool(found[2]))
+        raise UsageError(
+            f"--slow-node {text!r}: expected FACTOR or FACTOR:leave with FACTOR from 1.1 to 100, or off, for example "
+            "--slow-node 1.5:leave"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.factor:g}{':leave' * self.leaves}" if self.factor else "off"
+
+
+@dataclass(frozen=True)
 class DrainSignal:
     """``--drain-signal SIGNAL``, as sbatch names it; ``number`` is 0 for ``off``."""
 

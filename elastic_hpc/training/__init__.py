@@ -5,7 +5,7 @@ progress. Importing this package imports no torch. It touches files, the process
 only. The agent of a node reads what ``progress`` writes, and writes what ``drain`` and ``departures`` look for; start
 with these.
 ``checkpoint`` saves and loads in a ``checkpoint_folder``; ``fences`` say who owns the folder. ``shares``: of a batch.
-``audit`` compares the ranks.
+``audit`` compares the ranks. ``step_time`` measures what tells a slow node.
 
 ``in_place``: a training loop whose workers keep their processes when the world changes. ``live_run`` is the loop,
 ``live_link`` the connection with the agent, ``reform`` the process group that gets other members, ``live_step`` one
@@ -21,6 +21,7 @@ from elastic_hpc.training.fences import FencedOut
 from elastic_hpc.training.in_place import live
 from elastic_hpc.training.progress import Progress, read_progress, report_progress
 from elastic_hpc.training.shares import Share, accumulation
+from elastic_hpc.training.step_time import time_steps
 
 __all__ = [
     "CheckpointError",
@@ -37,5 +38,6 @@ __all__ = [
     "live",
     "read_progress",
     "report_progress",
+    "time_steps",
     "verify",
 ]

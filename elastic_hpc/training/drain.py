@@ -15,6 +15,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.training.checkpoint import control_group
 from elastic_hpc.training.departures import own_question
 from elastic_hpc.training.progress import ProgressFile, forget_round, meeting_folder, own_progress_file
+from elastic_hpc.training.step_time import waiting_for_others
 
 DRAIN_FILE = "drain"
 
@@ -88,7 +89,8 @@ class Drain:
             own = [int(answer), int(self._file is not None), number]
             # for each rank to send and receive, see reform.py; the script may have set another default device
             flags = sys.modules["torch"].tensor(own * dist.get_world_size(group), device="cpu")
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+            with waiting_for_others():
+                dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
             told, with_agents, number = flags[:3].tolist()
             answer, self._with_agents = bool(told), bool(with_agents)
             self._agreed = answer

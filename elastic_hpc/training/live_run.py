@@ -25,6 +25,7 @@ from elastic_hpc.training.live_link import LiveLink
 from elastic_hpc.training.live_state import NEW, TORN, WHOLE, LiveModel, LiveStates, replica
 from elastic_hpc.training.live_step import Asking, Attempt, Optimizers, StepStart
 from elastic_hpc.training.progress import note_in_place, own_progress_file, report_progress
+from elastic_hpc.training.step_time import StepTimer
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class LiveRun:
         registered = [of for of in states.values() if isinstance(of, torch.optim.Optimizer)]
         self._optimizers = Optimizers([*registered, *optimizers])
         self._start = StepStart(net, states.values())
+        self._timer = StepTimer(net)
         self._has, self._saved, self._over = NEW, 0, 0
         self._began = self._longest = 0.0
         self._forming, self._saving, self._failed = True, False, False
@@ -138,6 +140,7 @@ class LiveRun:
         self._start.begin(self.step)
         self._optimizers.begin()
         self._began = time.monotonic()
+        self._timer.begin()
         return self.step
 
     def end(self, error: BaseException | None) -> bool:
@@ -274,7 +277,7 @@ class LiveRun:
         self._has = WHOLE
 
     def _distribute(self, net: torch.nn.Module) -> torch.nn.Module:
-        return replica(net) if self._link else DistributedDataParallel(net)
+        return replica(net, self._timer) if self._link else DistributedDataParallel(net)
 
     def _load_checkpoint(self) -> int:
         if self._load:
@@ -283,6 +286,8 @@ class LiveRun:
 
     def _done(self) -> None:
         self.step += 1
+        for seconds in self._timer.known():
+            own_progress_file().took(seconds)
         if own_progress_file().reported != self.step:
             report_progress(self.step)
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from elastic_hpc.training.step_time import StepTimer
+
 _PIECE = 1 << 28
 """Bytes that are sent to the other ranks at once."""
 _LEAST = 1024
@@ -102,11 +104,19 @@ class Buffers:
                     torch._foreach_copy_(group, list(numbers))
 
 
-def replica(net: torch.nn.Module) -> DistributedDataParallel:
-    """``net`` for ranks that have the same state. As usual all have the buffers of rank 0 in each forward pass."""
+def replica(net: torch.nn.Module, timer: StepTimer) -> DistributedDataParallel:
+    """``net`` for ranks that have the same state. As usual all have the buffers of rank 0 in each forward pass.
+    ``timer``: of the steps.
+    """
     made = DistributedDataParallel(net, init_sync=False, forward_sync_buffers=False)
     if buffers := Buffers(net, saved=False):
-        made.register_forward_pre_hook(lambda *_: buffers.take())
+
+        def take(*_: Any) -> None:
+            timer.pause()
+            buffers.take()
+            timer.resume()
+
+        made.register_forward_pre_hook(take)
     return made
 
 

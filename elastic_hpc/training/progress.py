@@ -16,12 +16,17 @@ import time
 from typing import Any, NamedTuple
 
 from elastic_hpc.environment import is_of_another_job
+from elastic_hpc.training import step_time
 
 LOCAL_DIR = "ELASTIC_HPC_LOCAL_DIR"
 STEP_LOG = "ELASTIC_HPC_STEP_LOG"
 """A folder, set by a rehearsal: rank 0 appends every step that it reports to ``steps.jsonl`` there."""
 PROGRESS_FILE = "progress.{local_rank}"
+WINDOW = 128
+"""How many of the last steps each worker keeps the time of."""
 _RECORD = struct.Struct("<qqqddd")  # step, flags, first step, loss, when the first step was reported, when the last
+_COUNT, _TIME = struct.Struct("<q"), struct.Struct("<f")  # after it: how many steps were measured, and the last WINDOW
+_TIMES = struct.Struct(f"<q{WINDOW}f")
 _DRAINED, _LISTENS = 1, 2
 _not_in_place: str | None = None
 
@@ -55,10 +60,28 @@ def read_progress(path: str | os.PathLike[str]) -> Progress | None:
     return Progress(step, drained, listens, first, loss if math.isfinite(loss) else None, first_at, step_at)
 
 
-def report_progress(step: int, loss: float | None = None) -> None:
+def read_times(path: str | os.PathLike[str]) -> tuple[int, tuple[float, ...]]:
+    """How many steps the worker that writes ``path`` has measured, and what the last of them took before its first
+    collective, at most ``WINDOW`` of them, in no order.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(_RECORD.size)
+            count, *times = _TIMES.unpack(file.read(_TIMES.size))
+    except (OSError, struct.error):
+        return 0, ()
+    return count, tuple(times[:count])
+
+
+def report_progress(step: int, loss: float | None = None, *, own_seconds: float | None = None) -> None:
     """Tell the agent that ``step`` steps are done, and the ``loss``, if its value is on the host already. Takes
     microseconds. A report that cannot be written raises nothing.
+
+    ``own_seconds``: what this rank took in the step before its first collective, so that a slow node is found.
+    ``time_steps`` and ``live`` measure that themselves.
     """
+    for seconds in step_time.next_step() if own_seconds is None else (float(own_seconds),):
+        own_progress_file().took(seconds)
     own_progress_file().step(operator.index(step), math.nan if loss is None else float(loss))
     if (log := _step_log()) is not None:
         line = {"time": time.time(), "step": operator.index(step), "loss": None if loss is None else float(loss)}
@@ -111,6 +134,8 @@ class ProgressFile:
         self._step = self._first = -1
         self._loss = math.nan
         self._first_at = self._step_at = 0.0
+        self._measured = 0
+        self._record = bytearray(_RECORD.size + _TIMES.size)
         self.listens = self.drained = False
 
     def step(self, step: int, loss: float = math.nan) -> None:
@@ -119,6 +144,14 @@ class ProgressFile:
         if self._first < 0:
             self._first, self._first_at = step, self._step_at
         self._write()
+
+    def took(self, seconds: float) -> None:
+        """A step was measured. Is written with the next report."""
+        if 0 <= seconds < math.inf:
+            at = _RECORD.size + _COUNT.size + self._measured % WINDOW * _TIME.size
+            _TIME.pack_into(self._record, at, min(seconds, 1e9))
+            self._measured += 1
+            _COUNT.pack_into(self._record, _RECORD.size, self._measured)
 
     @property
     def reported(self) -> int:
@@ -148,7 +181,8 @@ class ProgressFile:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             flags = _DRAINED * self.drained | _LISTENS * self.listens
             record = self._step, flags, self._first, self._loss, self._first_at, self._step_at
-            os.pwrite(self._descriptor, _RECORD.pack(*record), 0)
+            _RECORD.pack_into(self._record, 0, *record)
+            os.pwrite(self._descriptor, self._record if self._measured else self._record[: _RECORD.size], 0)
 
 
 @functools.cache

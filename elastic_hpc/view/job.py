@@ -48,6 +48,8 @@ class JobView:
     """The nodes of the world that trains, or that trained last if the job does not run, in rank order."""
     missing: Mapping[str, str]
     """Why nodes of the last run take no part, by name: they were lost, never came, or may not."""
+    slow: Mapping[str, float]
+    """Nodes of that world that are slower than the others, and how many times, by name."""
     min_nodes: int | None
     max_nodes: int | None
     joiners: int
@@ -141,6 +143,7 @@ def view(job: Observed, story: Story, now: float) -> JobView:
         failure=job.verdict["failure"] if job.final and job.verdict and job.final != "COMPLETED" else None,
         nodes=world.nodes if world else (),
         missing=story.missing,
+        slow=story.slow if world and not over else {},
         min_nodes=limits.get("min_nodes"),
         max_nodes=limits.get("max_nodes"),
         joiners=sum(joiner.left is None for joiner in story.joiners) if has_nodes else 0,

@@ -61,6 +61,12 @@ class JobMetrics(Collector):
         yield _family(
             spent, (((view.id, kind), seconds) for view, _ in jobs for kind, seconds in view.node_seconds.items())
         )
+        slow = GaugeMetricFamily(
+            "elastic_hpc_slow_node_ratio",
+            "Nodes that are slower than the others, and how many times.",
+            labels=("job", "node"),
+        )
+        yield _family(slow, (((view.id, node), times) for view, _ in jobs for node, times in view.slow.items()))
         faults = CounterMetricFamily(
             "elastic_hpc_faults", "Rounds that a fault ended, by its kind.", labels=("job", "kind")
         )

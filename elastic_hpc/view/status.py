@@ -113,6 +113,7 @@ def card(view: JobView) -> RenderableType:
     joined = f"{view.joiners} by jobs of their own" if view.joiners else ""
     row("nodes", _nodes(view), first_nodes(view.nodes), joined)
     row("missing", *(f"{node}: {why}" for node, why in [*view.missing.items()][:4]), "..." * (len(view.missing) > 4))
+    row("slow", *(f"{node}: {times:g} times as long as the others" for node, times in view.slow.items()))
     row(
         "workers",
         str(view.world_size) if view.world_size else "",

@@ -144,6 +144,10 @@ class Story:
     """Nodes that got no workers any more, because they failed there repeatedly."""
     apart: tuple[str, ...] = ()
     """Which nodes did not reach each other, in sentences."""
+    slow: Mapping[str, float] = field(default_factory=dict)
+    """The nodes of the last round that are slower than the others, and how many times, by name."""
+    was_slow: tuple[str, ...] = ()
+    """The nodes that ever were, in sentences."""
     missing: Mapping[str, str] = field(default_factory=dict)
     """Why nodes of the last run take no part: they were lost, never came, or may not. By name."""
     limits: Mapping[str, Any] = field(default_factory=dict)

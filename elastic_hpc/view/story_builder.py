@@ -43,6 +43,8 @@ class StoryBuilder:
         self._left: list[JoinedNode] = []
         self._barred: dict[str, None] = {}
         self._apart: dict[str, None] = {}
+        self._slow: dict[str, float] = {}
+        self._was_slow: dict[str, str] = {}
         self._missing: dict[str, str] = {}
         self._limits: Mapping[str, Any] = {}
         self._hang_timeout: tuple[float | None, str] = None, ""
@@ -72,6 +74,8 @@ class StoryBuilder:
             joiners=(*self._left, *self._joined.values()),
             barred=tuple(self._barred),
             apart=tuple(self._apart),
+            slow=dict(self._slow),
+            was_slow=tuple(f"{node}: {reason}" for node, reason in self._was_slow.items()),
             missing=dict(self._missing),
             limits=self._limits,
             hang_timeout=self._hang_timeout[0],
@@ -108,7 +112,7 @@ class StoryBuilder:
             self._runs[-1] = replace(self._runs[-1], ended=self._last_time)
         self._leave(None, when)
         self._runs.append(run)
-        self._missing = {}
+        self._missing, self._slow = {}, {}
         self._broken, self._waiting, self._not_growing = when, "", ""
         self._limits = {
             k: v for k, v in event.items() if k not in {"time", "event", "version", "run", "job", "granted"}
@@ -171,6 +175,13 @@ class StoryBuilder:
     def _on_apart(self, event: Mapping[str, Any], _when: float) -> None:
         self._apart[str(event["reason"])] = None
 
+    def _on_slow(self, event: Mapping[str, Any], _when: float) -> None:
+        node, times, reason = str(event["node"]), float(event["times"]), str(event["reason"])
+        self._slow[node], self._was_slow[node] = times, reason
+
+    def _on_slow_over(self, event: Mapping[str, Any], _when: float) -> None:
+        self._slow.pop(str(event["node"]), None)
+
     def _leave(self, node: str | None, when: float, *, taken: bool = False) -> None:
         """``node`` has left, or all nodes that have joined. ``taken``: before its time."""
         for name in [node] if node else list(self._joined):
@@ -204,6 +215,7 @@ class StoryBuilder:
             self._change_current(faults=(fault, *others) if cause else (*others, fault))
 
     def _on_take_over(self, event: Mapping[str, Any], when: float) -> None:
+        self._slow = {}  # the new leader compares the nodes anew
         reason = str(event["reason"])
         node, _, why = reason.partition(" lost: ")
         if why:
@@ -259,6 +271,7 @@ class StoryBuilder:
         if self._current:
             self._end(when, "its end is not on record", formed.restarts)
         self._broken, self._waiting = None, ""
+        self._slow = {node: times for node, times in self._slow.items() if node in formed.nodes}
         self._samples = []
         self._rounds.append(formed)
 

@@ -24,7 +24,7 @@ from elastic_hpc.view.times import clock, span
 SHOWN = frozenset(
     {
         *("take_over", "abdicate", "agent_restart", "joiners", "joiners_cancelled", "growth_problem", "unfit"),
-        *("yield", "yielded", "hang_timeout", "apart"),
+        *("yield", "yielded", "hang_timeout", "apart", "slow", "slow_over"),
         *("resize", "cap", "leave", "stay", "stays", "given_back", "not_given_back", "unseen"),
         *("absent", "barred", "refused", "release", "left", "drain", "request", "store_failed", "stranger", "started"),
     }
@@ -215,8 +215,8 @@ def _about_causes(story: Story) -> Iterator[str]:
     kinds = Counter(fault.kind for fault in causes)
     if kinds["out of memory"]:
         yield "request more memory (--mem), or use less: a smaller batch on each rank, fewer data loader workers"
-    for apart in story.apart:
-        yield f"report to your administrator: {apart}"
+    for what in (*story.apart, *story.was_slow):
+        yield f"report to your administrator: {what}"
     if kinds["hang"] and not story.apart:
         yield "find where the workers hung: their stacks are in the run directory, in logs/*/*.stacks"
     # memory runs out where the job's share of it is too small, and the advice above says so

@@ -269,7 +269,8 @@ class ElasticAgent(LocalElasticAgent):
         progress = self._watch.progress
         live = bool(self._lives.connected)
         listens = progress.listens or self._signals.sent or (live and progress.step >= 0)  # not while the world forms
-        self._control.report_progress(progress._replace(listens=listens), live=live, signs=self._watch.signs)
+        signs, pace = self._watch.signs, self._watch.pace
+        self._control.report_progress(progress._replace(listens=listens), live=live, signs=signs, pace=pace)
         steady = progress.step >= 0 or time.monotonic() - self._started_at > _STEADY
         self._standbys.look(going=steady and not self._drain_passed_on)
         started, lives = self._standbys.started, self._lives

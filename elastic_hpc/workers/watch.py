@@ -13,7 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from elastic_hpc.membership.hangs import NO_SIGNS, Signs
-from elastic_hpc.training.progress import LOCAL_DIR, PROGRESS_FILE, Progress, read_progress
+from elastic_hpc.membership.slow import NO_PACE, Pace, usual
+from elastic_hpc.training.progress import LOCAL_DIR, PROGRESS_FILE, Progress, read_progress, read_times
 from elastic_hpc.workers.proc import is_stopped
 from elastic_hpc.workers.work import Doing, Work
 
@@ -25,6 +26,9 @@ _QUIET = 30.0
 
 _WORK_EVERY = 5.0
 """Seconds between two looks at what they do."""
+
+_PACE_EVERY = 0.5
+"""Seconds between two looks at the times of their steps."""
 
 _BLOCKED_AT_MOST = 3600.0
 """Seconds for which workers may wait for a device before that time counts too: a file server that does not answer may
@@ -65,6 +69,8 @@ class Watch:
         self.progress = Progress(-1, drained=False)
         """Of all workers together: the highest step, whether any worker listens or was drained, and a loss."""
         self._signs = NO_SIGNS
+        self.pace = NO_PACE
+        self._paced_at = self._now
         self.stacks_recorded = False
         self._pids: list[int] = []
         self._output_size = -1
@@ -83,10 +89,15 @@ class Watch:
         passed = min(time.monotonic() - self._looked_at, _PAUSE)
         self._looked_at = time.monotonic()
         self._now = now = self._now + passed
-        reports = [
-            read_progress(Path(os.environ[LOCAL_DIR], PROGRESS_FILE.format(local_rank=local)))
-            for local in range(len(self._pids))
+        files = [
+            Path(os.environ[LOCAL_DIR], PROGRESS_FILE.format(local_rank=local)) for local in range(len(self._pids))
         ]
+        reports = [read_progress(file) for file in files]
+        if now - self._paced_at >= _PACE_EVERY:
+            self._paced_at, times = now, [read_times(file) for file in files]
+            measured = min((count for count, _ in times), default=0)
+            slowest = max(usual(each) for _, each in times) if measured else 0.0
+            self.pace = Pace(measured, round(slowest, 6)) if measured else NO_PACE
         reported = [progress for progress in reports if progress]
         furthest = max(reported, key=lambda progress: progress.step, default=Progress(-1, drained=False))
         latest = furthest._replace(

@@ -31,6 +31,7 @@ from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.policy import Policy, Verdict
 from elastic_hpc.membership.promises import Promises
 from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.membership.slow import NO_PACE, Pace
 from elastic_hpc.membership.wishes import Bounds
 from elastic_hpc.network.identity import Identity, RunIsOver
 from elastic_hpc.network.server import LeaderServer
@@ -180,7 +181,9 @@ class SimNode:
     # what membership needs
 
     def status(self) -> Status:
-        return replace(self._status, signs=self.job.signs(self)) if self.workers.alive else self._status
+        if not self.workers.alive:
+            return self._status
+        return replace(self._status, signs=self.job.signs(self), pace=self.job.pace(self))
 
     def set_order(self, order: Order | None, link: Any) -> None:
         self.order = order
@@ -394,7 +397,8 @@ class Job:
     """As in ``state.json``; so is ``rhythm``."""
     rhythm: Rhythm = NO_RHYTHM
     signs: Callable[[SimNode], Signs] = lambda _node: NO_SIGNS
-    """What the agent of a node whose workers run counts."""
+    """What the agent of a node whose workers run counts; so is ``pace``."""
+    pace: Callable[[SimNode], Pace] = lambda _node: NO_PACE
     stalls: bool = False
     """Whether the file system of the record does not answer."""
     run_number: int = 0

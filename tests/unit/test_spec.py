@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import LAUNCH_OPTIONS, add_launch_options
-from elastic_hpc.options.values import DrainSignal, Endpoint, HangTimeout, NodeRange, RdzvConf
+from elastic_hpc.options.values import DrainSignal, Endpoint, HangTimeout, NodeRange, RdzvConf, SlowNode
 
 counts = st.integers(0, 999999)
 seconds = st.integers(1, 86400).map(lambda s: timedelta(seconds=s))
@@ -41,6 +41,9 @@ specs = st.builds(
     drain_signal=st.none() | st.sampled_from([0, signal.SIGUSR1, signal.SIGTERM]).map(DrainSignal),
     hang_timeout=st.sampled_from([HangTimeout(), HangTimeout(None, learns=False)])
     | seconds.map(lambda time: HangTimeout(time, learns=False)),
+    slow_node=st.builds(SlowNode, st.sampled_from([0.0, 1.5, 2.25]), st.booleans()).filter(
+        lambda slow: slow.factor or not slow.leaves
+    ),
     preflight=st.sampled_from([None, "", "/opt/site check --gpus"]),
     health_dir=st.sampled_from([None, "/shared/my health"]),
     interface=st.sampled_from([None, "ib0"]),
@@ -210,3 +213,19 @@ def test_a_hang_timeout_is_learned_given_or_off(text: str, limit: float | None, 
 def test_a_hang_timeout_that_is_none_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match=r"expected auto, off, or a time above 0, for example --hang-timeout 10m"):
         HangTimeout.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "factor", "leaves"),
+    [("1.5", 1.5, False), ("2:leave", 2, True), ("off", 0, False), ("1.25:leave", 1.25, True)],
+)
+def test_a_slow_node_is_named_left_or_not_looked_for(text: str, factor: float, *, leaves: bool) -> None:
+    read = SlowNode.parse(text)
+    assert (read.factor, read.leaves) == (factor, leaves)
+    assert str(read) == text
+
+
+@pytest.mark.parametrize("text", ["1", "0", "-2", "", "leave", "1.5:go", "1.5:", "off:leave", "inf", "1e3"])
+def test_a_slow_node_that_makes_no_sense_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(UsageError, match=r"expected FACTOR or FACTOR:leave .* for example --slow-node 1.5:leave"):
+        SlowNode.parse(text)

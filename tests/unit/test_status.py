@@ -22,6 +22,7 @@ from elastic_hpc.record.registry import remember, with_tasks
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm import Queued
 from elastic_hpc.view.job import SCHEMA, JobView, as_json, view
+from elastic_hpc.view.metrics import JobMetrics
 from elastic_hpc.view.state import Observed
 from elastic_hpc.view.status import card, table
 from elastic_hpc.view.story import Story
@@ -442,3 +443,31 @@ def test_an_id_of_two_folders_is_refused_with_a_list(home: Path, capsys: pytest.
         assert told.count("/local.0") == 2
     assert main(["status", "a/local.0"]) in {0, 1}
     assert main(["status", "x" * 300]) == 2
+
+
+def test_a_slow_node_is_named_in_status_why_and_metrics() -> None:
+    at, reason = 1000.0, "slow node: 63 ms in a step before its collectives, 2.1 times the 30 ms of the others"
+    world = {"round": 1, "nodes": ["n1", "n2", "n3"], "world_size": 3, "restarts": 0, "leader": "n1"}
+    slow = {"round": 1, "node": "n2", "seconds": 0.063, "others": 0.03, "times": 2.1, "reason": reason}
+    events: list[dict[str, Any]] = [
+        {"time": at, "event": "start", "run": 0, "job": "1", "granted": 3},
+        {"time": at, "event": "round", **world},
+        {"time": at + 9, "event": "slow", **slow},
+    ]
+
+    def metrics(one: JobView, story: Story) -> dict[str, float]:
+        families = JobMetrics(lambda: ([(one, story)], True)).collect()
+        found = [sample for family in families for sample in family.samples]
+        return {each.labels["node"]: each.value for each in found if each.name == "elastic_hpc_slow_node_ratio"}
+
+    story = story_of(events)
+    one = view(seen(), story, at + 20)
+    assert "slow      n2: 2.1 times as long as the others" in shown(card(one))
+    assert metrics(one, story) == {"n2": 2.1}
+    why = " ".join(shown(page(one, story, events)).split())
+    assert f"n2: {reason}" in why
+    assert f"* report to your administrator: n2: {reason}" in why
+    story = story_of([*events, {"time": at + 30, "event": "slow_over", "round": 1, "node": "n2"}])
+    one = view(seen(), story, at + 40)
+    assert "slow" not in shown(card(one))
+    assert metrics(one, story) == {}

@@ -6,6 +6,7 @@ import json
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import records
@@ -244,3 +245,21 @@ def test_the_story_tells_after_how_much_silence_the_workers_hang_and_why() -> No
     given = story_of([{**start, "hang_timeout": 15.0}])
     assert (given.hang_timeout, given.hang_timeout_reason) == (15.0, "given by --hang-timeout")
     assert story_of([start]).hang_timeout is None
+
+
+def test_the_story_tells_which_nodes_are_slow_until_they_are_not_or_have_left() -> None:
+    def round_of(*nodes: str) -> dict[str, Any]:
+        world = {"round": 1, "nodes": nodes, "world_size": 3, "restarts": 0, "leader": "n1"}
+        return {"time": 2.0, "event": "round", **world}
+
+    start = {"time": 1.0, "event": "start", "run": 0, "job": "1", "granted": 3, "version": "1"}
+    slow = [
+        {"time": 3.0, "event": "slow", "node": node, "times": times, "reason": f"slow node: {times}"}
+        for node, times in (("n2", 1.7), ("n3", 2.5))
+    ]
+    so_far = [start, round_of("n1", "n2", "n3"), *slow]
+    assert story_of(so_far).slow == {"n2": 1.7, "n3": 2.5}
+    assert story_of([*so_far, {"time": 4.0, "event": "slow_over", "node": "n2"}]).slow == {"n3": 2.5}
+    left = story_of([*so_far, round_of("n1", "n2")])
+    assert left.slow == {"n2": 1.7}
+    assert left.was_slow == ("n2: slow node: 1.7", "n3: slow node: 2.5")

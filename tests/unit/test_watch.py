@@ -16,6 +16,7 @@ import pytest
 from cluster import wait_for
 
 from elastic_hpc.membership.hangs import Signs
+from elastic_hpc.membership.slow import NO_PACE, Pace
 from elastic_hpc.training.drain import Drain
 from elastic_hpc.training.progress import LOCAL_DIR, PROGRESS_FILE, ProgressFile
 from elastic_hpc.workers import watch
@@ -250,3 +251,24 @@ def test_a_process_that_is_gone_is_not_stopped(folder: Path, clock: Clock, proce
     clock.now += 100
     seen.look()
     assert seen.trouble() is None
+
+
+def test_the_pace_of_a_node_is_that_of_its_slowest_worker_when_all_are_measured(folder: Path, clock: Clock) -> None:
+    seen, workers = watching(), [worker(folder, rank).progress for rank in range(2)]
+
+    def step(*times: float | None) -> Pace:
+        for told, seconds in zip(workers, times, strict=True):
+            if seconds is not None:
+                told.took(seconds)
+            told.step(told.reported + 1)
+        clock.run(1, seen)
+        return seen.pace
+
+    assert step(None, None) == NO_PACE
+    assert step(0.25, None) == NO_PACE
+    assert step(0.25, 0.5) == Pace(1, 0.5)
+    for _ in range(20):
+        step(0.25, 0.5)
+    assert step(9.0, 0.5) == Pace(22, 0.5), "a step that takes long now and then does not count"
+    seen.stop()
+    assert seen.pace == NO_PACE
