@@ -1,0 +1,49 @@
+"""The training script of test_slow_node.py: each step takes 15 ms of CPU before its collectives."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from elastic_hpc.training import Checkpoints, drain_requested, report_progress, time_steps
+
+data, round_ = Path(__file__).parent, int(os.environ["ELASTIC_HPC_ROUND"])
+rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+model = DistributedDataParallel(torch.nn.Linear(64, 64))
+time_steps(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+checkpoints = Checkpoints(data / "checkpoints")
+step = checkpoints.load(lambda path: int((path / "step").read_text())) or 0
+record = (data / "steps.jsonl").open("a", buffering=1) if rank == 0 else None
+finish = torch.zeros(1)
+while not finish and not drain_requested():
+    step += 1
+    began = time.thread_time()
+    while time.thread_time() - began < 0.015:
+        batch = torch.randn(64, 64)
+    optimizer.zero_grad()
+    model(batch).square().mean().backward()
+    optimizer.step()
+    if record:
+        finish[0] = (data / "finish").exists()
+        fields = {"step": step, "time": time.time(), "round": round_, "world_size": world_size}
+        record.write(json.dumps(fields) + "\n")
+    dist.broadcast(finish, 0)
+    if step % 100 == 0:
+        with checkpoints.save(step) as path:
+            if rank == 0:
+                (path / "step").write_text(str(step))
+    time.sleep(0.02)
+    report_progress(step)
+with checkpoints.save(step) as path:
+    if rank == 0:
+        (path / "step").write_text(str(step))
+dist.destroy_process_group()
