@@ -22,16 +22,29 @@ import datetime, os, sys, time
 import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from elastic_hpc.training import drain_requested, report_progress, time_steps
+from elastic_hpc.training import drain_requested, live, report_progress, time_steps
 
 class Slow(nn.Module):
     def forward(self, x):
-        time.sleep(0.03 if dist.get_rank() == slow else 0)
+        time.sleep(0.06 if dist.get_rank() == slow else 0)
         return x
 
-def train(rank):
+def net():
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), Slow(), nn.Linear(8, 4))
+
+def train_in_place():
+    module = net()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    run = live(module, optimizer)
+    for attempt in run.steps(until=20):
+        with attempt:
+            optimizer.zero_grad()
+            run.model(torch.randn(4, 8)).sum().backward()
+            optimizer.step()
+
+def train():
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), Slow(), nn.Linear(8, 4)))
+    model = DistributedDataParallel(net())
     time_steps(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(20):
@@ -44,15 +57,15 @@ def train(rank):
         report_progress(step)
 
 for case in sys.argv[2:]:
-    _, slow, port = case.split(":")
-    slow, folder, children = int(slow), f"{sys.argv[1]}/{slow}", []
+    how, slow, port = case.split(":")
+    slow, folder, children = int(slow), f"{sys.argv[1]}/{how}{slow}", []
     os.mkdir(folder)
     for rank in range(2):
         if (child := os.fork()) == 0:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
             os.environ.update(ELASTIC_HPC_LOCAL_DIR=folder, LOCAL_RANK=str(rank))
             try:
-                train(rank)
+                train_in_place() if how == "live" else train()
                 os._exit(0)
             except BaseException:
                 sys.excepthook(*sys.exc_info())
@@ -96,15 +109,16 @@ def test_a_time_that_makes_no_sense_does_not_stop_training(agent: Path) -> None:
 
 
 def test_the_rank_that_is_slow_is_told_from_the_rank_that_waits_for_it(tmp_path: Path) -> None:
-    run(WORLD, tmp_path, [("slow", 0), ("slow", 1)], 120)
-    for slow in range(2):
+    cases = [("script", 0), ("script", 1), ("live", 1)]
+    run(WORLD, tmp_path, cases, 180)
+    for how, slow in cases:
         usual = {}
         for rank in range(2):
-            count, times = read_times(tmp_path / f"{slow}/progress.{rank}")
-            assert count == 19, "the first step began before the first report"
+            count, times = read_times(tmp_path / f"{how}{slow}/progress.{rank}")
+            assert count == (20 if how == "live" else 19), "the first step begins before the first report"
             usual[rank] = statistics.median(times)
-        assert usual[slow] >= 0.03
-        assert usual[1 - slow] < 0.02, usual
+        assert usual[slow] >= 0.06
+        assert usual[1 - slow] < 0.04, usual
 
 
 def test_a_step_is_measured_to_its_first_gradient_and_only_once() -> None:
