@@ -16,5 +16,6 @@ job, or end it.
   them and for the job's comment in Slurm.
 * ``threads``: calls that may block.
 * ``once_more``: one more run of a job that is over, which ends at once.
+* ``beside``: a shell of the user, beside the agent.
 * ``unreached``: the verdict on a run in which srun could not reach a node.
 """

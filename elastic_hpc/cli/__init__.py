@@ -1,7 +1,7 @@
 """The commands ``elastic-sbatch``, ``elastic-srun`` and ``elastic-hpc``: arguments and printing, nothing else.
 
 Start with ``sbatch``, or with ``hpc``, whose commands are modules with HELP, EPILOG, ``add_arguments`` and ``run``,
-which returns the exit code: ``status``, ``logs``, ``why``, ``timeline``, ``serve``, ``metrics``, ``stop``, ``clean``,
-``notice``, ``plan``, ``config``, ``doctor``, ``rehearse``.
+which returns the exit code: ``status``, ``logs``, ``why``, ``timeline``, ``serve``, ``metrics``, ``shell``, ``stop``,
+``clean``, ``notice``, ``plan``, ``config``, ``doctor``, ``rehearse``.
 ``entry`` turns errors into one line and an exit code, ``jobs`` has the argument JOB, ``agents`` the agents of ``srun``.
 """

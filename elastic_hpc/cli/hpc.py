@@ -20,7 +20,7 @@ from elastic_hpc.slurm.env import job_name
 
 MODULES: tuple[str, ...] = (
     *("status", "logs", "why", "timeline", "serve", "metrics"),
-    *("stop", "clean", "notice", "plan", "config", "doctor", "rehearse"),
+    *("shell", "stop", "clean", "notice", "plan", "config", "doctor", "rehearse"),
 )
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and
 run(args), which returns the exit code."""
@@ -41,7 +41,7 @@ example:
 
 elastic-hpc refuses to release the job's first node or the leader's node, or to leave fewer than MIN nodes.
 """
-_INTERNAL = ("conclude", "conclude-alone", "warned")
+_INTERNAL = ("conclude", "conclude-alone", "warned", "inside")
 """Commands for batch scripts and agents, which no help lists."""
 
 
@@ -91,6 +91,10 @@ def parser(only: str = "") -> argparse.ArgumentParser:
         alone.add_argument("outcome", help="finished, failed or requeue")
         alone.add_argument("--deputy-of", metavar="NODE", help="act only if the one on NODE is lost")
         alone.add_argument("--unless-led", action="store_true", help="act only if no leader is at work by then")
+        inside = command(
+            "inside", "run a command in the environment of the agent of this node; elastic-hpc shell calls"
+        )
+        inside.add_argument("words", nargs=argparse.REMAINDER, help="the command; empty for a shell")
         command("warned", "report Slurm's warning to this run's leader; the batch script calls")
         return parser
     command("drain", "let a running job save, stop and requeue itself, as before its time limit")
@@ -119,6 +123,10 @@ def _run(args: argparse.Namespace) -> int:
         done = f"may have {args.nodes} nodes" if args.command == "resize" else f"releases {', '.join(args.nodes)}"
         print(f"job {job.id} {done}" + (f"; {answer}" if answer else ""))
         return 0
+    if args.command == "inside":
+        from elastic_hpc.agent import beside
+
+        beside.enter(str(rundir.path), args.words)
     if args.command == "warned":
         from elastic_hpc.agent import warned
 

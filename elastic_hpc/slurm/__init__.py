@@ -33,14 +33,23 @@ from elastic_hpc.slurm.nodes import Maintenance, maintenance, out_of_service
 from elastic_hpc.slurm.requeuing import change_nodes, complete, give_back, keeps_preemption, release, requeue
 from elastic_hpc.slurm.settings import Facts, Site, facts, lets_shrink, notices_within, site
 from elastic_hpc.slurm.states import LIVES, WAITS, Estimate, Queued, SlurmJob
-from elastic_hpc.slurm.steps import agent_steps, start_agent, start_step, step_environment, unreached, wait_until_alone
+from elastic_hpc.slurm.steps import (
+    agent_steps,
+    enter,
+    nodes_of,
+    start_agent,
+    start_step,
+    step_environment,
+    unreached,
+    wait_until_alone,
+)
 from elastic_hpc.slurm.submit import resubmit, sbatch, submit_script
 
 __all__ = [
     "LIVES", "WAITS", "Estimate", "Facts", "Joiner", "Maintenance", "Queued", "Site", "SlurmJob", "agent_steps",
-    "cancel", "change_nodes", "change_time_limit", "comment", "complete", "epoch", "estimates", "expand", "facts",
-    "give_back", "job_state", "joiner_script", "joiners", "keeps_preemption", "lets_shrink", "maintenance",
-    "mine", "notices_within", "out_of_service", "queue", "recorded_end", "release", "requeue", "resubmit", "sbatch",
-    "show_job", "site", "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script",
+    "cancel", "change_nodes", "change_time_limit", "comment", "complete", "enter", "epoch", "estimates", "expand",
+    "facts", "give_back", "job_state", "joiner_script", "joiners", "keeps_preemption", "lets_shrink", "maintenance",
+    "mine", "nodes_of", "notices_within", "out_of_service", "queue", "recorded_end", "release", "requeue", "resubmit",
+    "sbatch", "show_job", "site", "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script",
     "unreached", "usable_nodes", "wait_until_alone", "warn", "warning_reason", "write_comment",
 ]  # fmt: skip

@@ -1,5 +1,5 @@
 """Starts job steps beside the first one: to conclude a job that has lost its batch host, and with it srun, to replace
-an agent that died, and to learn which nodes srun cannot reach.
+an agent that died, to learn which nodes srun cannot reach, and for a shell of the user.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from elastic_hpc.environment import AGAIN, CONTINUE, FIRST_JOB, FIRST_RUN, JOIN
 from elastic_hpc.errors import SlurmError
 from elastic_hpc.slurm import client
 from elastic_hpc.slurm.job import expand, show_job
+from elastic_hpc.slurm.joining import joiners
 
 # Without its log file, as in a read-only run directory, the command runs nevertheless.
 _SHELL = """log=$1; shift; ( : >>"$log" ) 2>/dev/null || log=/dev/null
@@ -79,6 +80,27 @@ def start_agent(
     if cpus_per_task is not None:
         options.append(f"--cpus-per-task={cpus_per_task}")
     _start(job_id, node, _AGENT_NAME, options, command, environ, log)
+
+
+def enter(job_id: str, node: str, command: Sequence[str], *, terminal: bool) -> NoReturn:
+    """Replace this process by ``command`` on ``node`` of the job, in a job step of its own that has all that the job
+    was granted there, also what other steps use. ``terminal``: the command gets one. Raises SlurmError.
+    """
+    step = ["srun", f"--jobid={job_id}", "--job-name=elastic-shell", "--overlap", "--nodes=1", "--ntasks=1"]
+    step += [f"--nodelist={node}", "--mem=0", "--mpi=none", "--cpu-bind=none", "--quiet", *["--pty"] * terminal]
+    try:
+        os.execvpe(step[0], [*step, *command], step_environment(os.environ))  # noqa: S606 - as client.ask does
+    except OSError as error:
+        raise SlurmError(f"srun: {error.strerror}") from None
+
+
+def nodes_of(job: str) -> dict[str, str]:
+    """The nodes of the running ``job`` and of its joiners, each with the SLURM_JOB_ID of the job that brought it.
+    Raises SlurmError.
+    """
+    shown = show_job(job)
+    brought = {joiner.node: joiner.id for joiner in joiners(job) if joiner.node and joiner.state == "RUNNING"}
+    return {**dict.fromkeys(expand(shown.nodes), shown.id), **brought}
 
 
 def agent_steps(job_id: str) -> dict[str, str]:

@@ -90,14 +90,29 @@ def waits_for_device(pid: int) -> bool:
     return any(_stat(int(thread))[0] == b"D" for thread in threads)
 
 
+def all_pids() -> list[int]:
+    """All processes that this user may know of."""
+    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdecimal()]
+
+
+def command_line(pid: int) -> list[str]:
+    return _words(pid, "cmdline")
+
+
+def environment(pid: int) -> dict[str, str]:
+    """The environment that the process was started with; empty for a process of another user."""
+    return dict(word.partition("=")[::2] for word in _words(pid, "environ"))
+
+
 def variable(pid: int, name: str) -> str | None:
-    """The value of ``name`` in the environment that the process was started with."""
+    """The value of ``name`` in that environment."""
+    return environment(pid).get(name)
+
+
+def _words(pid: int, file: str) -> list[str]:
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            found, _, value = os.fsdecode(line).partition("=")
-            if found == name:
-                return value
-    return None
+        return os.fsdecode(Path(f"/proc/{pid}/{file}").read_bytes()).split("\0")[:-1]
+    return []
 
 
 def handles(pid: int, number: int) -> bool:
