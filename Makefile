@@ -1,6 +1,10 @@
 # demo and test install what is missing, see bin/setup-venv.
 PYTHON := .venv/bin/python
-SHELL_FILES := bin/setup-venv bin/trixie .ci/run
+SHELL_FILES := bin/setup-venv bin/trixie $(wildcard .ci/run)
+MADE := site build dist elastic-logs digits .pytest_cache .mypy_cache .ruff_cache .hypothesis
+# Under sudo, what is made in a checkout of the caller belongs to the caller.
+GIVE_BACK = if [ "$$(id -u)" = 0 ] && [ -n "$$SUDO_UID" ] && [ "$$(stat -c %u .)" = "$$SUDO_UID" ]; then \
+	find . -xdev -path ./.git -prune -o -user root -exec chown -h "$$SUDO_UID:$$SUDO_GID" {} +; fi
 
 .PHONY: help demo test test-site test-trixie check docs clean
 
@@ -18,12 +22,13 @@ demo:
 	@python=$${ELASTIC_HPC_TORCH_214:-.venv-2.14/bin/python}; \
 	if [ "$$python" = off ] || { [ -z "$$ELASTIC_HPC_TORCH_214" ] && ! bin/setup-venv examples 2.14.1; }; then \
 		bin/setup-venv examples && python=$(PYTHON); \
-	fi && "$$python" bin/demo $(if $(RESTART),--restart)
+	fi && { "$$python" bin/demo $(if $(RESTART),--restart); code=$$?; $(GIVE_BACK); exit $$code; }
 
 test:
 	@bin/setup-venv
 	@[ -n "$$ELASTIC_HPC_TORCH_214" ] || bin/setup-venv live 2.14.1 || echo 'make: the in-place tests are skipped'
-	XDG_STATE_HOME="$(CURDIR)/.pytest_cache/state" $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	XDG_STATE_HOME="$(CURDIR)/.pytest_cache/state" $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); \
+	code=$$?; $(GIVE_BACK); exit $$code
 
 test-site:
 	MINI_SLURM_SITE=1 $(MAKE) test PYTEST_ARGS='tests/slurm $(PYTEST_ARGS)'
@@ -38,11 +43,13 @@ check:
 	$(PYTHON) -m mypy
 	shellcheck $(SHELL_FILES)
 	$(PYTHON) -m pytest -q -n 0 tests/unit/test_words.py
+	@$(GIVE_BACK)
 
 docs:
 	@bin/setup-venv docs
 	@$(PYTHON) bin/docs build
 
 clean:
-	rm -rf .venv .venv-* site build dist elastic-logs digits .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf .venv .venv-* $(MADE) *.egg-info 2>/dev/null; find . -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null; \
+	left=$$(find . -maxdepth 1 \( -name '.venv*' $(MADE:%=-o -name %) \) -printf '%f (of %u) '); \
+	[ -z "$$left" ] || { echo "make: not removed: $${left% }; type: sudo make clean" >&2; exit 1; }

@@ -16,13 +16,14 @@ from mini_slurm.daemons import start_controller, start_munged, start_slurmd, wai
 from mini_slurm.files import write_files
 from mini_slurm.machines import start_machine, start_rack
 from mini_slurm.packages import free_uid, install_packages, remove_policy
-from mini_slurm.system import MiniSlurmError, say
+from mini_slurm.system import MiniSlurmError, check_root, say
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def up(cluster: Cluster, args: argparse.Namespace) -> int:
     started = time.time()
+    check_root()
     shape = Shape(args.nodes, args.cpus_per_node, args.gpus_per_node, requested_shares(args.share), args.site)
     shape = replace(shape, slurm=installed(args.slurm))
     with cluster.lock():

@@ -35,6 +35,21 @@ def mount(source: str | Path, target: str | Path, kind: str = "none", flags: int
     libc("mount", *map(os.fsencode, (source, target, kind)), ctypes.c_ulong(flags), os.fsencode(data))
 
 
+def check_root(mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
+    """Raises MiniSlurmError where the machines cannot have mounts of their own: in a chroot that is only a folder."""
+    try:
+        mounted = {line.split()[4] for line in mountinfo.read_text().splitlines()}
+    except OSError:
+        raise MiniSlurmError("/proc is not mounted here: type  mount -t proc proc /proc") from None
+    if "/" not in mounted:
+        raise MiniSlurmError(
+            "this is a chroot whose / is no mount point, so machines cannot have mounts of their own: outside of it, "
+            "type  mount --rbind DIR DIR  for its folder DIR, then chroot again; or use a container with --privileged"
+        )
+    if not os.path.isdir("/sys/fs/cgroup"):
+        raise MiniSlurmError("/sys is not mounted here: type  mount -t sysfs sysfs /sys")
+
+
 def run(
     *argv: str, check: bool = True, stdin: str = "", env: dict[str, str] = CLEAN_ENV, pass_fds: Sequence[int] = ()
 ) -> str:
