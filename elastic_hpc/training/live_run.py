@@ -242,11 +242,11 @@ class LiveRun:
     def _enter(self) -> None:
         """Enter the world that the environment describes, with the state of the rank that is furthest."""
         self.world = reform.LiveWorld.now()
-        if self._link:
-            self._group.form(self.world)
+        own = self._has, self.step, self._saved, self._over
+        reports = self._group.form(self.world, own) if self._link else [own]
         if self._every:
             self._checkpoints = Checkpoints(self._folder)
-        self._agree_on_state()
+        self._agree_on_state(reports)
         self.model.enter(self._wrap(self._net) if self.world.size > 1 else self._net)
         self.stopped, self._asking = False, Asking()
         self._forming = False
@@ -255,12 +255,8 @@ class LiveRun:
         reform.forget(self.model.wrapped)
         self.model.enter(self._net)
 
-    def _agree_on_state(self) -> None:
-        own = self._has, self.step, self._saved, self._over
-        reports: list[Any] = [own]
-        if self._link and (control := control_group()):
-            reports *= self.world.size
-            dist.all_gather_object(reports, own, group=control[1])
+    def _agree_on_state(self, reports: Sequence[Any]) -> None:
+        """``reports``: what each rank has; without an agent, this one."""
         steps = [step if has == WHOLE else -1 for has, step, *_ in reports]
         if any(step >= 0 for step in steps):
             newest = max(steps)

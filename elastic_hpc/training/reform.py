@@ -36,6 +36,8 @@ _PATIENCE = 10.0
 """Seconds in which the members of a new world must connect with each other, once all are there."""
 _CONNECT = timedelta(seconds=_PATIENCE / 5)
 """For one attempt at a connection. gloo makes five if the member does not answer, and cannot be interrupted."""
+_PAUSE, _PAUSE_AT_MOST = 0.001, 0.05
+"""Seconds for each rank of the world, and seconds in all, between two looks at the store: all ranks ask one host."""
 _WAITING = "distributed", "autograd", "nn/parallel"
 """The parts of torch in which a thread waits for other members."""
 _GROUPS = 1 << 16
@@ -95,6 +97,11 @@ class SwitchStore(dist.Store):
         super().__init__()
         self._check = check
         self.inner: Any = None
+        self._pause = _PAUSE
+
+    def enter(self, inner: Any, size: int) -> None:
+        """Pass on to ``inner`` from now on, the store of a round with ``size`` ranks."""
+        self.inner, self._pause = inner, min(size * _PAUSE, _PAUSE_AT_MOST)
 
     def set(self, key: str, value: Any) -> None:
         self.inner.set(key, value)
@@ -132,14 +139,14 @@ class SwitchStore(dist.Store):
         """Waits for ever, or as long as members may take to come, whatever ``timeout`` is."""
         if self.inner.check(keys):
             return
-        end, pause = time.monotonic() + _PATIENCE, 0.001
+        end, pause = time.monotonic() + _PATIENCE, _PAUSE
         for key in keys:
             while not self.inner.check([key]):  # the store's own wait cannot be interrupted, and logs that it ended
                 self._check()
                 if timeout is not None and time.monotonic() > end:
                     raise dist.DistStoreError(f"no {key} within {_PATIENCE:g} s")
                 time.sleep(pause)
-                pause = min(2 * pause, 0.05)
+                pause = min(2 * pause, self._pause)
 
 
 class Group:
@@ -154,16 +161,19 @@ class Group:
         """TCP ports on which members accept connections: this one, and the others."""
         self._store_port = 0
 
-    def form(self, world: LiveWorld) -> None:
-        """Form ``world`` with all its ranks. Raises Interrupted, and errors for which ``is_of_the_group`` is True."""
+    def form(self, world: LiveWorld, says: Sequence[Any]) -> list[Any]:
+        """Form ``world`` with all its ranks. Returns what each rank ``says``. Raises Interrupted, and errors for which
+        ``is_of_the_group`` is True.
+        """
         store = dist.PrefixStore(f"live/{world.round}", self._open_store(world))
-        self._switch.inner = store
+        self._switch.enter(store, world.size)
         ranks = range(world.size)
-        self._switch.set(f"member/{world.rank}", json.dumps(self._card()))
+        self._switch.set(f"member/{world.rank}", json.dumps({**self._card(), "says": says}))
         cards = self._read("member", ranks)
-        new = [rank for rank in ranks if not cards[rank]]
+        said = [cards[rank]["says"] for rank in ranks]
+        new = [rank for rank in ranks if "number" not in cards[rank]]
         if world.rank in new:
-            taken = {card["number"] for card in cards.values() if card}
+            taken = {card["number"] for rank, card in cards.items() if rank not in new}
             numbers = (number for number in itertools.count() if number not in taken)
             self._make(dict(zip(new, numbers, strict=False))[world.rank], world.size)
             self._switch.set(f"newcomer/{world.rank}", json.dumps(self._card()))
@@ -176,6 +186,7 @@ class Group:
             raise Interrupted(f"cannot connect the world of round {world.round}: {error}") from error
         c10d._world.pg_group_ranks[dist.group.WORLD] = {rank: rank for rank in ranks}
         c10d._world.group_count = world.round * _GROUPS
+        return said
 
     def shut(self, how: int, *, store: bool = False) -> bool:
         """Shut the connections to the other members; and the connection to the ``store`` of the round, whose host may

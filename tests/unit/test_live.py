@@ -287,7 +287,7 @@ assert {"pg_group_ranks", "group_count"} <= set(dir(c10d._world))
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["PORT"])
 group = reform.Group(lambda: False, cuda=False)
 for number in 1, 2:
-    group.form(reform.LiveWorld(0, 1, 0, number, 0))
+    assert group.form(reform.LiveWorld(0, 1, 0, number, 0), ["whole", 5]) == [["whole", 5]]
     assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
 assert dist._supports_reconfigure()
 assert len(group._own) == 1, "gloo listens on one port"
