@@ -46,6 +46,7 @@ def idle(cluster: Cluster, node: str) -> bool:
     return "State=IDLE " in root(cluster, "scontrol", "show", "node", node)
 
 
+@ON_DEMAND
 @pytest.mark.usefixtures("one_job")
 def test_a_job_does_not_wait_for_a_joiner_that_its_user_may_not_run(
     submit: Submit, fresh: Cluster, folder: Path

@@ -56,7 +56,8 @@ def test_the_demo_shows_workers_that_keep_their_processes_and_lose_no_step(tmp_p
 ON_DEMAND = pytest.mark.skipif("ELASTIC_HPC_ALL_FAULTS" not in os.environ, reason="on demand: ELASTIC_HPC_ALL_FAULTS=1")
 
 
-@pytest.mark.parametrize("option", [pytest.param(["--restart"], marks=ON_DEMAND), []], ids=["restart", "old torch"])
+@ON_DEMAND
+@pytest.mark.parametrize("option", [["--restart"], []], ids=["restart", "old torch"])
 def test_the_demo_shows_a_restart_from_a_checkpoint_and_says_why(option: list[str], tmp_path: Path) -> None:
     output = shown(TORCH_214 if option and TORCH_214 else sys.executable, tmp_path, *option)
     why = "--restart" if option else "training in place needs torch 2.14, this is 2.13"
