@@ -38,8 +38,9 @@ def launcher_template(at: Cluster, name: str, module: str, *options: str) -> str
         "#!/bin/bash\n"
         '{% include "directives.j2" %}\n'
         '{% include "prepare.j2" %}\n'
+        f"{{% set at = torchrun_command.index('{TORCHRUN_MODULE}') %}}\n"
         f"srun {{{{ srun_options|quote_all }}}} \\\n"
-        f"  {{{{ (torchrun_command[:3] + {words} + torchrun_command[4:])|quote_all }}}}\n"
+        f"  {{{{ (torchrun_command[:at] + {words} + torchrun_command[at + 1:])|quote_all }}}}\n"
     )
     return f"--template={template}"
 
