@@ -9,9 +9,12 @@ _elastic_hpc_options() {
   "timeline") echo "-h --help --html --png" ;;
   "serve") echo "-h --help --port" ;;
   "metrics") echo "-h --help --output --port --every --address" ;;
+  "shell") echo "-h --help" ;;
   "stop") echo "-h --help --after-checkpoint" ;;
+  "clean") echo "-h --help --older-than --with-checkpoints --dry-run --yes" ;;
   "notice") echo "-h --help --node --well" ;;
   "plan") echo "-h --help --scaling --work --json" ;;
+  "config") echo "-h --help --file --all --json" ;;
   "doctor") echo "-h --help --run -N --nodes -p --partition --log-dir --json --write-site" ;;
   "rehearse") echo "-h --help --nodes --nproc-per-node --acts --steps --timeout --keep --json" ;;
   "drain") echo "-h --help" ;;
@@ -35,10 +38,12 @@ _elastic_hpc_value() {
   "metrics --port") echo 'other' ;;
   "metrics --every") echo 'other' ;;
   "metrics --address") echo 'other' ;;
+  "clean --older-than") echo 'other' ;;
   "notice --node") echo 'other' ;;
   "notice --well") echo 'other' ;;
   "plan --scaling") echo 'words linear' ;;
   "plan --work") echo 'other' ;;
+  "config --file") echo 'file' ;;
   "doctor -N" | "doctor --nodes") echo 'other' ;;
   "doctor -p" | "doctor --partition") echo 'other' ;;
   "doctor --log-dir") echo 'folder' ;;
@@ -52,8 +57,8 @@ _elastic_hpc_value() {
   esac
 }
 
-_elastic_hpc_commands='status logs why timeline serve metrics stop notice plan doctor rehearse drain resize release'
-_elastic_hpc_with_job='status logs why timeline serve metrics stop notice drain resize release'
+_elastic_hpc_commands='status logs why timeline serve metrics shell stop clean notice plan config doctor rehearse drain resize release'
+_elastic_hpc_with_job='status logs why timeline serve metrics shell stop clean notice drain resize release'
 
 # ids of jobs: of those submitted from here, and of those that elastic-hpc remembers
 _elastic_hpc_jobs() {

@@ -2,7 +2,7 @@
 
 _elastic_sbatch_options() {
   case "$1" in
-  "") echo "-N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --yield-to --yield-every --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --preload --preflight --health-dir --interface --role --tee --local-ranks-filter --numa-binding --from-batch --resume --log-dir --setup --env --python --container-image --container-mounts --container-runtime --snapshot --notify --notify-after --template -m --module --no-python --dry-run --parsable -W --wait --test-only -Q --quiet -v --verbose -h --help -V --version -A --account --acctg-freq -a --array --batch --bb --bbf -b --begin -D --chdir --cluster-constraint -M --clusters --comment --consolidate-segments -C --constraint --container --container-id --container-type --contiguous -S --core-spec --cores-per-socket --cpu-freq --cpus-per-gpu -c --cpus-per-task --deadline --delay-boot -d --dependency --distribution -e --error -x --exclude --exclusive --export --export-file --extra -B --extra-node-info --get-user-env --gid --gpu-bind --gpu-freq -G --gpus --gpus-per-node --gpus-per-socket --gres --gres-flags --hint -H --hold --ignore-pbs -i --input -J --job-name --kill-on-invalid-dep -L --licenses --mail-type --mail-user --mcs-label --mem --mem-bind --mem-per-cpu --mem-per-gpu --mem-update --mincpus --network --nice -k --no-kill -F --nodefile -w --nodelist --ntasks-per-core --ntasks-per-socket --oom-kill-step --open-mode -o --output -O --overcommit -s --oversubscribe -p --partition --power --prefer --priority --profile --propagate -q --qos --reboot --requeue --reservation --resources --resv-ports --segment --share --signal --sockets-per-node --spread-job --spread-segments --stepmgr --switches --thread-spec --threads-per-core -t --time --time-min --tmp --tres-bind --uid --usage --wait-all-nodes --wckey --grow-partition --grow-qos --grow-account --grow-constraint --grow-time" ;;
+  "") echo "-N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --yield-to --yield-every --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --slow-node --preload --preflight --health-dir --interface --role --tee --local-ranks-filter --numa-binding -f --file --from-batch --resume --log-dir --setup --env --python --container-image --container-mounts --container-runtime --snapshot --notify --notify-after --template -m --module --no-python --dry-run --parsable -W --wait --test-only -Q --quiet -v --verbose -h --help -V --version -A --account --acctg-freq -a --array --batch --bb --bbf -b --begin -D --chdir --cluster-constraint -M --clusters --comment --consolidate-segments -C --constraint --container --container-id --container-type --contiguous -S --core-spec --cores-per-socket --cpu-freq --cpus-per-gpu -c --cpus-per-task --deadline --delay-boot -d --dependency --distribution -e --error -x --exclude --exclusive --export --export-file --extra -B --extra-node-info --get-user-env --gid --gpu-bind --gpu-freq -G --gpus --gpus-per-node --gpus-per-socket --gres --gres-flags --hint -H --hold --ignore-pbs -i --input -J --job-name --kill-on-invalid-dep -L --licenses --mail-type --mail-user --mcs-label --mem --mem-bind --mem-per-cpu --mem-per-gpu --mem-update --mincpus --network --nice -k --no-kill -F --nodefile -w --nodelist --ntasks-per-core --ntasks-per-socket --oom-kill-step --open-mode -o --output -O --overcommit -s --oversubscribe -p --partition --power --prefer --priority --profile --propagate -q --qos --reboot --requeue --reservation --resources --resv-ports --segment --share --signal --sockets-per-node --spread-job --spread-segments --stepmgr --switches --thread-spec --threads-per-core -t --time --time-min --tmp --tres-bind --uid --usage --wait-all-nodes --wckey --grow-partition --grow-qos --grow-account --grow-constraint --grow-time" ;;
   esac
 }
 
@@ -27,6 +27,7 @@ _elastic_sbatch_value() {
   " --grace") echo 'other' ;;
   " --drain-signal") echo 'words off' ;;
   " --hang-timeout") echo 'words auto off' ;;
+  " --slow-node") echo 'words off' ;;
   " --preload") echo 'words auto off' ;;
   " --preflight") echo 'other' ;;
   " --health-dir") echo 'folder' ;;
@@ -35,6 +36,7 @@ _elastic_sbatch_value() {
   " --tee") echo 'words all' ;;
   " --local-ranks-filter") echo 'other' ;;
   " --numa-binding") echo 'words node socket exclusive core-complex' ;;
+  " -f" | " --file") echo 'file' ;;
   " --from-batch") echo 'file' ;;
   " --resume") echo 'other' ;;
   " --log-dir") echo 'folder' ;;

@@ -2,7 +2,7 @@
 
 _elastic_srun_options() {
   case "$1" in
-  "") echo "-h --help --local --standalone -w --nodelist --log-dir --run-dir -V --version -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --yield-to --yield-every --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --preload --preflight --health-dir --interface --role --tee --local-ranks-filter --numa-binding -m --module --no-python" ;;
+  "") echo "-h --help --local --standalone -w --nodelist --log-dir --run-dir -V --version -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --yield-to --yield-every --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --slow-node --preload --preflight --health-dir --interface --role --tee --local-ranks-filter --numa-binding -m --module --no-python" ;;
   esac
 }
 
@@ -31,6 +31,7 @@ _elastic_srun_value() {
   " --grace") echo 'other' ;;
   " --drain-signal") echo 'words off' ;;
   " --hang-timeout") echo 'words auto off' ;;
+  " --slow-node") echo 'words off' ;;
   " --preload") echo 'words auto off' ;;
   " --preflight") echo 'other' ;;
   " --health-dir") echo 'folder' ;;
