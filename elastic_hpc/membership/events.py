@@ -99,6 +99,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
             "warm": "number of workers that were standbys: their interpreter and imports were ready",
             "cold": "number of workers that were started as new processes",
             "why": "why they were started as new processes, or could not be kept: a list, one entry for each reason",
+            "not_kept": "why workers whose script calls live could not be kept: a list",
             "standby_mb": "unshared memory of the largest standby, in MiB",
         },
     ),

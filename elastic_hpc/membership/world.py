@@ -70,8 +70,10 @@ class StartReport:
             return {}
         self._recorded = True
         cold = {status.cold_why for status in reported if status.cold}
-        not_kept = {f"a worker could not be kept: {status.not_kept}" for status in reported if status.not_kept}
-        return {**counts, "why": sorted(cold | not_kept), "standby_mb": max(status.standby_mb for status in reported)}
+        not_kept = sorted({status.not_kept for status in reported if status.not_kept})
+        why = [*sorted(cold), *(f"a worker could not be kept: {reason}" for reason in not_kept)]
+        memory = max(status.standby_mb for status in reported)
+        return {**counts, "why": why, "not_kept": not_kept, "standby_mb": memory}
 
 
 @dataclass

@@ -22,7 +22,7 @@ from elastic_hpc.training import reform
 from elastic_hpc.training.checkpoint import Checkpoints, control_group
 from elastic_hpc.training.drain import enter_round
 from elastic_hpc.training.live_link import LiveLink
-from elastic_hpc.training.live_state import NEW, TORN, WHOLE, LiveModel, LiveStates, replica
+from elastic_hpc.training.live_state import NEW, TORN, WHOLE, LiveModel, LiveStates, replica, sharded
 from elastic_hpc.training.live_step import Asking, Attempt, Optimizers, StepStart
 from elastic_hpc.training.progress import note_in_place, own_progress_file, report_progress
 from elastic_hpc.training.step_time import StepTimer
@@ -79,11 +79,9 @@ class LiveRun:
         self._cuda = cuda = any(parameter.is_cuda for parameter in net.parameters())
         self._group = reform.Group(lambda: self._link is not None and self._link.pausing, cuda=cuda)
         why_not = self._connect(cuda=cuda)
-        note_in_place(why_not)
-        if why_not:
-            (log.warning if LIVE in os.environ else log.info)("a fault restarts this worker: %s", why_not)
-            if "RANK" in os.environ and not dist.is_initialized():
-                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        self._note(why_not)
+        if why_not and "RANK" in os.environ and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         try:
             self._wait_for_place()
             self._enter()
@@ -176,6 +174,12 @@ class LiveRun:
             return f"its agent cannot keep it: {error}"
         return ""
 
+    def _note(self, why_not: str) -> None:
+        """Tell the agent, and the user, whether this worker can continue in place."""
+        note_in_place(why_not)
+        if why_not:
+            (log.warning if LIVE in os.environ else log.info)("a fault restarts this worker: %s", why_not)
+
     def _free(self, *, now: bool, again: bool) -> None:
         """End the collectives of a world that is over, or of one that is not complete yet."""
         if not (now or self._forming):
@@ -248,8 +252,19 @@ class LiveRun:
             self._checkpoints = Checkpoints(self._folder)
         self._agree_on_state(reports)
         self.model.enter(self._wrap(self._net) if self.world.size > 1 else self._net)
+        if why_not := sharded(self.model.wrapped):
+            self._restart_because(why_not)
         self.stopped, self._asking = False, Asking()
         self._forming = False
+
+    def _restart_because(self, why_not: str) -> None:
+        """From now on a fault restarts this worker."""
+        if self._every:
+            raise UsageError(f"live(checkpoint_every=...): {why_not}; expected load=, and a script that saves itself")
+        if self._link:
+            self._note(why_not)
+            self._link.close()
+            self._link = None
 
     def _unwrap(self) -> None:
         reform.forget(self.model.wrapped)

@@ -120,6 +120,17 @@ def replica(net: torch.nn.Module, timer: StepTimer) -> DistributedDataParallel:
     return made
 
 
+def sharded(model: torch.nn.Module) -> str:
+    """Why one rank does not hold the whole ``model``; empty if each does."""
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":  # not imported for that
+            return "the model is sharded, so no rank has the whole state"
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            return f"the parameter {name} is sharded, so no rank has the whole state"
+    return ""
+
+
 class LiveModel(torch.nn.Module):
     """Stands for the model in every world. Calls go to the model as the present world has wrapped it."""
 

@@ -13,6 +13,7 @@ import operator
 import os
 import struct
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from elastic_hpc.environment import is_of_another_job
@@ -22,6 +23,7 @@ LOCAL_DIR = "ELASTIC_HPC_LOCAL_DIR"
 STEP_LOG = "ELASTIC_HPC_STEP_LOG"
 """A folder, set by a rehearsal: rank 0 appends every step that it reports to ``steps.jsonl`` there."""
 PROGRESS_FILE = "progress.{local_rank}"
+_NOT_IN_PLACE = "not_in_place.{local_rank}"
 WINDOW = 128
 """How many of the last steps each worker keeps the time of."""
 _RECORD = struct.Struct("<qqqddd")  # step, flags, first step, loss, when the first step was reported, when the last
@@ -111,9 +113,21 @@ def mark_drained() -> None:
 
 
 def note_in_place(why_not: str) -> None:
-    """For the step log: this worker has called ``live``, and can continue in place unless there is a ``why_not``."""
+    """Tell the agent and the step log: this worker has called ``live``, and can continue in place unless there is a
+    ``why_not``.
+    """
     global _not_in_place  # noqa: PLW0603 - of the process, as the step log is
     _not_in_place = why_not
+    if why_not and (folder := meeting_folder()):
+        with contextlib.suppress(OSError):
+            Path(folder, _NOT_IN_PLACE.format(local_rank=os.environ.get("LOCAL_RANK", "0"))).write_text(why_not)
+
+
+def why_not_in_place(folder: str, local_rank: int) -> str:
+    """What a worker has told by ``note_in_place``; empty if it can continue in place, or has not called ``live``."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(folder, _NOT_IN_PLACE.format(local_rank=local_rank)).read_text()
+    return ""
 
 
 def forget_round() -> None:

@@ -58,6 +58,8 @@ class Round:
     leader: str = ""
     workers_kept: int = 0
     """Workers that kept their process from the round before, in place."""
+    not_kept: tuple[str, ...] = ()
+    """Why workers that wanted to keep their process could not."""
     broken: float | None = None
     """When the cause of the round's end happened, as far as is known: the last contact with a node that was lost."""
     ended: float | None = None
@@ -76,10 +78,10 @@ class Round:
 
     @property
     def in_place(self) -> str:
-        """How many workers kept their process; empty if all were restarted."""
-        return f"in place: {self.workers_kept} of {self.world_size} workers kept their process" * bool(
-            self.workers_kept
-        )
+        """How many workers kept their process, and why the others did not; empty if no worker wanted to."""
+        kept = f"in place: {self.workers_kept} of {self.world_size} workers kept their process"
+        not_kept = f"not in place: {'; '.join(self.not_kept)}"
+        return ", ".join([kept] * bool(self.workers_kept) + [not_kept] * bool(self.not_kept))
 
     @property
     def last(self) -> int | None:

@@ -277,7 +277,8 @@ class StoryBuilder:
 
     def _on_started(self, event: Mapping[str, Any], _when: float) -> None:
         if self._current and event["round"] == self._current.number:
-            self._change_current(workers_kept=int(event.get("kept", 0)))
+            not_kept = tuple(map(str, event.get("not_kept", ())))
+            self._change_current(workers_kept=int(event.get("kept", 0)), not_kept=not_kept)
 
     def _on_restart(self, event: Mapping[str, Any], when: float) -> None:
         self._end(when, str(event["reason"]), int(event["restarts"]))

@@ -358,7 +358,7 @@ class ElasticAgent(LocalElasticAgent):
         while self._lives.are_pausing and not self._received:
             self._wait_for_news()
             self._control.must_stop(self._handler.round)
-        self._lives.keep(self._pcontext.subprocess_handlers)
+        self._lives.keep(self._pcontext.subprocess_handlers, os.environ[LOCAL_DIR])
         for pid in self._lives.waiting:
             os.close(self._pidfds.pop(pid))
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+from elastic_hpc.training.progress import why_not_in_place
 from elastic_hpc.workers import guard
 from elastic_hpc.workers.live_worker import ENDED, MALFORMED, KeptWorker, LiveWorker
 
@@ -180,12 +181,14 @@ class Lives:
 
     # between two rounds
 
-    def keep(self, handlers: MutableMapping[int, Any]) -> None:
+    def keep(self, handlers: MutableMapping[int, Any], folder: str) -> None:
         """Keep the workers that have paused. They are removed from ``handlers``, torch's by local rank, which hold the
-        processes that are to be killed.
+        processes that are to be killed. ``folder``: where workers meet their agent.
         """
         for local_rank, handler in list(handlers.items()):
             if (live := self._lives.get(handler.proc.pid)) is None:
+                told = why_not_in_place(folder, local_rank)
+                self._not_kept = self._not_kept or told[:_MOST]
                 continue
             why = live.obstacle()
             if live.paused and not why:

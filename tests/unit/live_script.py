@@ -27,10 +27,10 @@ class Done:
         self.steps = state["steps"]
 
 
-def freeze_soon():
-    """Have this process stop when it has begun to get something large."""
-    write(fault="SIGSTOP")
-    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+def hit_soon(name):
+    """Have this process get that signal when it has begun to send or get something large."""
+    write(fault=name)
+    threading.Timer(0.05, os.kill, (os.getpid(), getattr(signal, name))).start()
 
 
 def freeze_at(large):
@@ -42,17 +42,18 @@ def freeze_at(large):
 
 
 class Ballast(Done):
-    """Makes the state large, and freezes a worker of the round of that name which is to get it."""
+    """Makes the state large, and has one rank of a round get a signal while the state is sent."""
 
     def __init__(self):
         super().__init__()
         self.steps = torch.zeros(options.get("ballast", 0))
-        if os.environ.get("ELASTIC_HPC_ROUND") == str(options.get("freeze_in_share")):
-            reduce = torch.distributed.all_reduce
+        if "in_share" in options:
+            reduce, (*where, name) = torch.distributed.all_reduce, options["in_share"]
 
             def all_reduce(tensor, *args, **kwargs):
-                if tensor.numel() > options["ballast"]:
-                    freeze_soon()
+                here = [int(os.environ[name]) for name in ("ELASTIC_HPC_ROUND", "RANK")]
+                if tensor.numel() > options["ballast"] and here == where:
+                    hit_soon(name)
                 return reduce(tensor, *args, **kwargs)
 
             torch.distributed.all_reduce = all_reduce
@@ -64,6 +65,8 @@ class Ballast(Done):
 torch.manual_seed(0)
 done = Done()
 net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Dropout(options.get("dropout", 0.0)), nn.Linear(16, 1))
+if "compile" in options:
+    net.compile(backend=options["compile"])
 optimizers = [torch.optim.Adam(net[0].parameters(), lr=1e-2), torch.optim.Adam(net[3].parameters(), lr=1e-2)]
 scheduler = torch.optim.lr_scheduler.StepLR(optimizers[0], 10, gamma=0.9)
 run = live(net, *optimizers, scheduler=scheduler, done=done, ballast=Ballast(), **options.get("live", {}))

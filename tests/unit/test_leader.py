@@ -722,7 +722,7 @@ def test_the_record_tells_how_many_workers_kept_their_process() -> None:
     job.say(1, state="running", round=1, kept=1, warm=1, standby_mb=200.0)
     job.wait(1.0)
     (event,) = job.events("started")
-    assert event == {"round": 1, "kept": 3, "warm": 1, "cold": 0, "why": [], "standby_mb": 200.0}
+    assert event == {"round": 1, "kept": 3, "warm": 1, "cold": 0, "why": [], "not_kept": [], "standby_mb": 200.0}
 
 
 def test_a_store_that_cannot_be_opened_is_told_once_tried_for_a_while_and_then_ends_the_run_with_its_reason() -> None:

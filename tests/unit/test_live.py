@@ -20,6 +20,7 @@ from torch_214 import IN_PLACE, TORCH_214
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.training import live, read_progress
+from elastic_hpc.training.progress import why_not_in_place
 from elastic_hpc.workers.proc import is_stopped
 
 pytestmark = IN_PLACE
@@ -306,23 +307,27 @@ def test_torch_reconfigures_a_group_as_reform_takes_for_granted(nursery, tmp_pat
     assert code == 0, (tmp_path / "out").read_text()
 
 
-def test_below_torch_2_14_and_under_torchrun_the_same_script_trains(tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    ("python", "reason"),
+    [(sys.executable, "cannot reconfigure a process group: needs 2.14"), (TORCH_214, "its agent cannot keep it")],
+)
+def test_below_torch_2_14_and_under_torchrun_the_same_script_trains(tmp_path, undisturbed, python, reason):
     environ = {
         **os.environ,
         "OPTIONS": '{"until": 5}',
         "RECORD": str(tmp_path / "record"),
         "ELASTIC_HPC_LIVE": "/nowhere",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT)]
+    command = [python, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT)]
     ran = subprocess.run(
         command,
-        env={**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONOPTIMIZE": "1"},  # as python -O
         capture_output=True,
         text=True,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "cannot reconfigure a process group: needs 2.14" in ran.stderr
+    assert reason in ran.stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "record").read_text().splitlines() if "loss" in line]
     assert sorted(losses) == pytest.approx(sorted(undisturbed[:5] * 2), rel=1e-3)
 
@@ -349,14 +354,65 @@ def test_a_worker_that_is_kept_opens_no_more_files_in_each_round(train):
     assert counts[1] == counts[2] == counts[3]
 
 
-def test_the_sender_of_the_state_is_freed_when_the_one_that_gets_it_is_frozen(train, undisturbed):
-    agents = train(1, until=60, pause=0.01, ballast=1 << 24, freeze_in_share=2)
+@pytest.mark.parametrize(("rank", "signal"), [(2, "SIGSTOP"), (2, "SIGKILL"), (0, "SIGKILL")])
+def test_the_state_is_sent_again_when_the_one_that_sends_or_gets_it_is_lost(train, undisturbed, rank, signal):
+    agents = train(2, until=60, pause=0.01, ballast=1 << 24, in_share=[2, rank, signal])
     agents.at_step(5)
-    agents.again(2, now=False)
+    agents.again(3, now=False)
+    lost = agents.workers[rank]
     agents.until(lambda: any(line.get("fault") for line in agents.lines()))
-    kept = agents.pause(agents.workers[:1], seconds=10)
-    agents.start(1, kept)
+    agents.until(lambda: is_stopped(lost.process.pid) if signal == "SIGSTOP" else not lost.alive)
+    kept = agents.pause([worker for worker in agents.workers if worker is not lost], seconds=20)
+    assert len(kept) == 2, "they are freed"
+    agents.start(2, kept)
     finished(agents, undisturbed)
+
+
+def test_a_compiled_model_continues_in_place(train, undisturbed):
+    faults = [{"where": "backward", "step": 5, "rank": 1, "do": "SIGKILL"}]
+    agents = train(3, until=10, compile="aot_eager", faults=faults)
+    first = agents.workers
+    agents.until(lambda: not first[1].alive)
+    agents.again()
+    assert pids(agents.workers) == [first[0].process.pid, first[2].process.pid]
+    finished(agents, undisturbed, until=10)
+
+
+SHARDED = """
+import os, sys
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from elastic_hpc.errors import UsageError
+from elastic_hpc.training import live
+from live_faults import options, write
+
+wrap = {"fsdp2": fully_shard, "fsdp1": lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu"))}
+net = nn.Linear(8, 8)
+every = options.get("every")
+try:
+    run = live(net, torch.optim.SGD(net.parameters(), lr=0.1), wrap=wrap[options["how"]], checkpoint_every=every)
+except UsageError as error:
+    write(refused=str(error))
+    os._exit(0)
+write(linked=run._link is not None, step_=run.step)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("how", "every"), [("fsdp2", None), ("fsdp1", None), ("fsdp2", 5)])
+def test_a_sharded_model_is_restarted_and_the_agent_knows_why(train, tmp_path, how, every):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    agents = train(2, script=script, how=how, **({"every": every} if every else {}))
+    assert agents.ended() == [0, 0], agents.report()
+    if every:
+        assert all("is sharded" in line["refused"] for line in agents.lines())
+        return
+    assert [line["linked"] for line in agents.lines()] == [False, False]
+    agents.until(lambda: not any(worker.link for worker in agents.workers))
+    for rank in range(2):
+        assert "is sharded, so no rank has the whole state" in why_not_in_place(str(agents.folder / "1"), rank)
 
 
 def test_a_worker_that_joins_begins_with_the_loop_at_which_the_others_are(train, undisturbed):

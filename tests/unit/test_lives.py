@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ MAIN = "def main() -> None:\n"
 SETS_A_VARIABLE = SCRIPT.replace(MAIN, f"{MAIN}    os.environ['OMP_NUM_THREADS'] = '7'\n")
 SETS_A_VARIABLE += "print('threads', os.environ['OMP_NUM_THREADS'])\n"
 NEEDS_A_RANK = SCRIPT.replace(MAIN, f"{MAIN}    os.environ['RANK']\n")
+REASON = "torch 2.13.0 cannot reconfigure a process group: needs 2.14"
+HPC = [sys.executable, "-m", "elastic_hpc"]
 
 
 @pytest.fixture
@@ -139,6 +142,46 @@ def test_what_a_worker_says_of_itself(what: str, local: Callable[..., Local]) ->
         assert (after[0] == before[0], after[1] == before[1]) == (False, True)
         assert job.events("failure")[0]["message"] == "its state is torn"
     assert job.finish() == 0
+
+
+def test_the_same_exception_twice_at_the_same_step_ends_the_job_and_the_others_were_kept_for_the_first(
+    local: Callable[..., Local],
+) -> None:
+    script = SCRIPT.replace("        step += 1\n", "        step = min(step + 1, 5)\n")
+    raises = "if rank == '1' and step == 5:\n            raise ValueError('of the script itself')\n        elif "
+    job = local("--local", "2", "--nodes", "2", script=script.replace('if told("breaks")', raises + 'told("breaks")'))
+    before = pids(job, 1, 0)
+    assert job.process.wait(timeout=60) == 1
+    assert [event["kept"] for event in job.events("started")] == [0, 1]
+    assert pids(job, 2, 0) == before
+    verdict = job.verdict()
+    assert (verdict["outcome"], verdict["restarts"]) == ("failed", 1)
+    assert "of the script itself" in str(verdict["reason"])
+
+
+CANNOT = """
+import os, time
+from pathlib import Path
+from elastic_hpc.training.progress import note_in_place, report_progress
+note_in_place("torch 2.13.0 cannot reconfigure a process group: needs 2.14")
+run, rank, round = (os.environ[name] for name in ("ELASTIC_HPC_RUN_DIR", "RANK", "ELASTIC_HPC_ROUND"))
+report_progress(1)
+Path(run, f"stepped.{round}.{rank}").write_text(f"{os.getpid()} 2 0 1")
+while not Path(run, "enough").exists():
+    time.sleep(0.02)
+"""
+
+
+def test_the_record_says_why_workers_cannot_continue_in_place(local: Callable[..., Local]) -> None:
+    job = local("--local", "2", "--nodes", "2", script=CANNOT)
+    os.kill(pids(job, 1, 1)[0], signal.SIGKILL)
+    assert kept(job, 2) == (0, 2)
+    assert [event["not_kept"] for event in job.events("started")] == [[], [REASON]]
+    assert f"a worker could not be kept: {REASON}" in job.events("started")[1]["why"]
+    assert job.finish() == 0
+    for words in ["why"], ["timeline", "--html", "-"]:
+        shown = subprocess.run([*HPC, *words, str(job.run_dir)], capture_output=True, text=True, check=True).stdout
+        assert f"not in place: {REASON}" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("script", [SCRIPT, NEEDS_A_RANK])
