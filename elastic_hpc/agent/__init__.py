@@ -19,3 +19,7 @@ job, or end it.
 * ``beside``: a shell of the user, beside the agent.
 * ``unreached``: the verdict on a run in which srun could not reach a node.
 """
+
+from elastic_hpc import slurm
+
+slurm.load()

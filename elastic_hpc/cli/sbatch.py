@@ -8,13 +8,10 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from textwrap import fill
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.errors import UsageError
-from elastic_hpc.from_batch.job import job_of_batch_script
-from elastic_hpc.job.lookup import find
 from elastic_hpc.job.request import Request, layers_of
 from elastic_hpc.job.spec import JobSpec, build
 from elastic_hpc.job.submission import checked, prepared, short_times
@@ -154,6 +151,8 @@ def job_of(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
             raise UsageError(f"--file {path} with --from-batch {batch}: expected one of them")
         if module or no_python:
             raise UsageError(f"-m or --no-python with --from-batch {batch}: the batch script says that; leave it out")
+        from elastic_hpc.from_batch.job import job_of_batch_script
+
         return job_of_batch_script(batch, rest, options, sbatch, torchruns)
     file = job_file(path) if path is not None else None
     if file and file.script and not rest:
@@ -196,6 +195,7 @@ def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
 
 def _resume(given: Sequence[Given], rest: Sequence[str], switches: Collection[str]) -> int:
     """Submit the job that continues the one of --resume."""
+    from elastic_hpc.job.lookup import find
     from elastic_hpc.job.resume import Anew, Resumption
 
     _refuse_switch_apart(given, rest)
@@ -294,6 +294,8 @@ def _warn(text: str) -> None:
 
 
 def _help() -> str:
+    from textwrap import fill
+
     parts = [f"usage: {USAGE}\n\n{DESCRIPTION}"]
     for title, options in GROUPS.items():
         parts.append(f"{title}:")

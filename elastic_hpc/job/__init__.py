@@ -5,7 +5,8 @@ Start with ``spec.build``: ``request`` (a caller's options over those of ``confi
 (the batch script) -> ``submission`` (the last checks, the files that the job needs).
 
 * ``programs``, ``script_file``, ``snapshot``, ``outputs``: files of the job, as they are on this machine.
-* ``commands``, ``quoting``: the lines of the batch script. ``toml_file``: one configuration file. ``typed``: types.
+* ``commands``, ``quoting``: the lines of the batch script. ``compiled``: its templates.
+* ``toml_file``: one configuration file. ``typed``: types.
 * ``handle.Job``, with ``look``, ``lookup``, ``resizing`` and ``notices``: a job that was submitted.
 * ``resume``: a job that has ended continues; ``recorded``: how it was submitted, as its batch script says.
 * ``cleaning``: what jobs have left that ended long ago. ``launch``, ``functions``: functions as jobs.

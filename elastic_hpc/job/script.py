@@ -57,7 +57,10 @@ def _templates(folder: Path) -> Any:
     """
     import jinja2
 
+    from elastic_hpc.job.compiled import cache
+
     environment = jinja2.Environment(
+        bytecode_cache=cache(),
         loader=jinja2.FileSystemLoader([folder, template_folder()]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

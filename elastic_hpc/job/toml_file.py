@@ -20,12 +20,6 @@ from elastic_hpc.options.of_joiners import JOINERS, is_for_joiners
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, is_for_containers, named
 from elastic_hpc.options.table import ELASTIC, Layer
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
 _WHAT_RUNS = ("script", "args", "module", "no-python")
 """Keys of a job file only."""
 
@@ -71,6 +65,10 @@ def read_job(path: Path, source: str) -> JobFile:
 
 
 def _table(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):  # here: a submission without a file need not import it
+        import tomllib
+    else:
+        import tomli as tomllib
     try:
         table: dict[str, Any] = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors mark UTF-8
     except OSError as error:

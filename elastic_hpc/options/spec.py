@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options import durations
 from elastic_hpc.options.table import LAUNCH_OPTIONS
 from elastic_hpc.options.values import DrainSignal, Endpoint, HangTimeout, NodeRange, Preload, RdzvConf, SlowNode
+
+if TYPE_CHECKING:
+    import argparse
 
 
 @dataclass(frozen=True)

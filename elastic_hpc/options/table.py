@@ -5,10 +5,9 @@ A new option is a row here and a field of ``LaunchSpec``, if the agents need it,
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic_hpc.errors import UsageError, argument
 from elastic_hpc.options import durations
@@ -37,6 +36,9 @@ from elastic_hpc.options.values import (
     variable,
     yield_to,
 )
+
+if TYPE_CHECKING:
+    import argparse  # takes its time, which elastic-sbatch need not spend
 
 
 @dataclass(frozen=True)

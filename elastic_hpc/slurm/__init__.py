@@ -11,39 +11,43 @@ of jobs. ``nodes``: which nodes Slurm takes out of service.
 * ``settings``: what the site has set. ``env``: what Slurm tells an agent by its environment.
 """
 
-from elastic_hpc.slurm.directives import joiner_script
-from elastic_hpc.slurm.estimate import estimates
-from elastic_hpc.slurm.job import (
-    cancel,
-    comment,
-    epoch,
-    expand,
-    job_state,
-    mine,
-    queue,
-    recorded_end,
-    show_job,
-    usable_nodes,
-    warn,
-    warning_reason,
-    write_comment,
-)
-from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
-from elastic_hpc.slurm.nodes import Maintenance, maintenance, out_of_service
-from elastic_hpc.slurm.requeuing import change_nodes, complete, give_back, keeps_preemption, release, requeue
-from elastic_hpc.slurm.settings import Facts, Site, facts, lets_shrink, notices_within, site
-from elastic_hpc.slurm.states import LIVES, WAITS, Estimate, Queued, SlurmJob
-from elastic_hpc.slurm.steps import (
-    agent_steps,
-    enter,
-    nodes_of,
-    start_agent,
-    start_step,
-    step_environment,
-    unreached,
-    wait_until_alone,
-)
-from elastic_hpc.slurm.submit import resubmit, sbatch, submit_script
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elastic_hpc.slurm.directives import joiner_script
+    from elastic_hpc.slurm.estimate import estimates
+    from elastic_hpc.slurm.job import (
+        cancel,
+        comment,
+        epoch,
+        expand,
+        job_state,
+        mine,
+        queue,
+        recorded_end,
+        show_job,
+        usable_nodes,
+        warn,
+        warning_reason,
+        write_comment,
+    )
+    from elastic_hpc.slurm.joining import Joiner, change_time_limit, joiners, submit_joiner
+    from elastic_hpc.slurm.nodes import Maintenance, maintenance, out_of_service
+    from elastic_hpc.slurm.requeuing import change_nodes, complete, give_back, keeps_preemption, release, requeue
+    from elastic_hpc.slurm.settings import Facts, Site, facts, lets_shrink, notices_within, site
+    from elastic_hpc.slurm.states import LIVES, WAITS, Estimate, Queued, SlurmJob
+    from elastic_hpc.slurm.steps import (
+        agent_steps,
+        enter,
+        nodes_of,
+        start_agent,
+        start_step,
+        step_environment,
+        unreached,
+        wait_until_alone,
+    )
+    from elastic_hpc.slurm.submit import resubmit, sbatch, submit_script
 
 __all__ = [
     "LIVES", "WAITS", "Estimate", "Facts", "Joiner", "Maintenance", "Queued", "Site", "SlurmJob", "agent_steps",
@@ -53,3 +57,32 @@ __all__ = [
     "sbatch", "show_job", "site", "start_agent", "start_step", "step_environment", "submit_joiner", "submit_script",
     "unreached", "usable_nodes", "wait_until_alone", "warn", "warning_reason", "write_comment",
 ]  # fmt: skip
+
+_NAMES = {
+    "directives": "joiner_script",
+    "estimate": "estimates",
+    "job": "cancel comment epoch expand job_state mine "
+    "queue recorded_end show_job usable_nodes warn warning_reason write_comment",
+    "joining": "Joiner change_time_limit joiners submit_joiner",
+    "nodes": "Maintenance maintenance out_of_service",
+    "requeuing": "change_nodes complete give_back keeps_preemption release requeue",
+    "settings": "Facts Site facts lets_shrink notices_within site",
+    "states": "LIVES WAITS Estimate Queued SlurmJob",
+    "steps": "agent_steps enter nodes_of start_agent start_step step_environment unreached wait_until_alone",
+    "submit": "resubmit sbatch submit_script",
+}  # fmt: skip
+"""What each module has of ``__all__``. A module is imported when it is needed: a submission needs few of them."""
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+def load() -> None:
+    """Import all now: a process that lives for long may need a name when the file system does not answer any more."""
+    for name in _MODULE_OF:
+        __getattr__(name)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return value

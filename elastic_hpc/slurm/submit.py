@@ -12,7 +12,6 @@ from pathlib import Path
 from elastic_hpc.environment import for_a_new_job
 from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.slurm import client
-from elastic_hpc.slurm.job import show_job
 
 # sbatch has one exit code for all failures. Messages of failures that are not due to the user's input.
 _UNREACHABLE = re.compile(
@@ -94,6 +93,8 @@ def resubmit(job: str, script: Path, environ: Mapping[str, str], exports: Mappin
     new job; an ``--export`` among the directives must not hide them. Of an array only this task is submitted, with the
     same index. Raises SlurmError.
     """
+    from elastic_hpc.slurm.job import show_job
+
     folder = show_job(job).folder
     options = [f"--dependency=afterany:{job}", *([f"--chdir={folder}"] if folder else [])]
     _, _, task = job.partition("_")

@@ -654,3 +654,64 @@ def test_submitting_imports_neither_torch_nor_submitit_nor_other_heavy_packages(
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environ)
     assert done.stdout.decode().splitlines() == ["Submitted batch job 17", "set()"]
+
+
+def test_a_plain_submission_imports_nothing_that_only_others_need(project):
+    code = (
+        "import sys; from elastic_hpc.cli.sbatch import main; assert main(['--parsable', '-N1', 'train.py']) == 0\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('elastic_hpc.') or name in "
+        "{'argparse', 'tomllib', 'textwrap', 'difflib'}))"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environ, text=True)
+    imported = set(done.stdout.splitlines()[1].split())
+    folders = {name.split(".")[1] for name in imported if "." in name}
+    assert not folders & {"from_batch", "membership", "view", "network", "agent", "training", "workers"}
+    assert not imported & {"argparse", "tomllib", "textwrap", "difflib", "elastic_hpc.job.lookup"}
+    assert {name for name in imported if name.startswith("elastic_hpc.slurm.")} == {
+        "elastic_hpc.slurm.client", "elastic_hpc.slurm.submit",
+    }  # fmt: skip
+
+
+def test_templates_are_compiled_once_for_all_submissions(project, monkeypatch, tmp_path):
+    from jinja2 import Environment
+
+    from elastic_hpc.job.script import _templates
+
+    def submitted():
+        _templates.cache_clear()
+        assert main(["-N1", "train.py"]) == 0
+        return re.sub(r"submission\.\w+", "", project.seen("script"))
+
+    def compiles(*_, **__):
+        raise AssertionError("a template is compiled")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    script = submitted()
+    folder = tmp_path / "cache" / "elastic_hpc"
+    assert folder.stat().st_mode & 0o077 == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Environment, "_generate", compiles)
+        assert submitted() == script
+    for path in folder.iterdir():
+        path.write_bytes(b"damaged")
+    assert submitted() == script
+    folder.chmod(0o777)  # others could put code there
+    with monkeypatch.context() as patch:
+        patch.setattr(Environment, "_generate", compiles)
+        with pytest.raises(AssertionError, match="is compiled"):
+            submitted()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert submitted() == script
+
+
+def test_a_template_of_ones_own_that_was_edited_is_compiled_again(project, monkeypatch, tmp_path):
+    from elastic_hpc.job.script import _templates
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for text in ("one", "two"):
+        _templates.cache_clear()
+        (project.folder / "own.j2").write_text(f"#!/bin/bash\necho {text}\n")
+        assert main(["-N1", "--template", "./own.j2", "train.py"]) == 0
+        assert f"echo {text}" in project.seen("script")

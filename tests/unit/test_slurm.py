@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -290,3 +292,14 @@ def test_a_job_that_is_over_gives_up_its_lost_nodes_but_never_its_batch_host(fak
     slurm.release("7", ["n1"])
     slurm.release("7", ["n3"])
     assert fake.calls("update") == ["update JobId=7 NodeList=n1,n2"]
+
+
+def test_all_that_the_folder_offers_is_there_and_an_agent_has_it_before_it_needs_it() -> None:
+    code = (
+        "import sys, elastic_hpc.agent; from elastic_hpc import slurm; "
+        "print(set(slurm.__all__) - vars(slurm).keys(), len(slurm.__all__) == len(slurm._MODULE_OF))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set() True\n"
+    with pytest.raises(AttributeError, match="has no attribute 'nosuch'"):
+        _ = slurm.nosuch

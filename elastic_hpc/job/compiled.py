@@ -1,0 +1,38 @@
+"""Compiled templates, kept in the user's cache folder: to compile them anew takes longer than all else of a submission.
+
+The folder is ``$XDG_CACHE_HOME/elastic_hpc``, by default in ``~/.cache``. What is there is Python code, so the folder
+must belong to this user alone. Without it templates are compiled each time. Reads and writes files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import jinja2
+from jinja2.bccache import Bucket
+
+from elastic_hpc.errors import ElasticError
+from elastic_hpc.record.folders import make_private
+
+
+class _Cache(jinja2.FileSystemBytecodeCache):
+    def load_bytecode(self, bucket: Bucket) -> None:
+        with contextlib.suppress(OSError):
+            super().load_bytecode(bucket)
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        with contextlib.suppress(OSError):  # the disk is full, or the quota used up
+            super().dump_bytecode(bucket)
+
+
+def cache() -> jinja2.BytecodeCache | None:
+    """None where there is no folder for it."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = Path(given if os.path.isabs(given) else "~/.cache").expanduser() / "elastic_hpc"
+        make_private(folder, exist_ok=True)
+    except (OSError, ElasticError, RuntimeError):  # RuntimeError: there is no home
+        return None
+    return _Cache(str(folder), f"%s-{jinja2.__version__}")
