@@ -60,6 +60,13 @@ def test_a_job_is_watched_and_followed_through_a_lost_node_a_requeue_and_a_slurm
     screen = Terminal(fresh.command(["env", "TERM=xterm", TOOL, "status", job.id, "--watch"], cwd=folder), 24, 100)
     try:
         screen.wait("3 of 2:3")
+        inside = ["sh", "-c", "echo $SLURMD_NODENAME $ELASTIC_HPC_RUN_DIR $SLURM_STEP_NUM_TASKS; pwd; exit 5"]
+        done = fresh.exec([TOOL, "shell", job.id, "n2", "--", *inside], cwd=Path("/"), check=False)
+        assert done.stdout.split() == ["n2", str(job.run_dir), "1", str(folder)], done.stderr
+        assert done.returncode == 5
+        shell = Terminal(fresh.command(["env", "TERM=xterm", TOOL, "shell", job.id, "n3", "--", "tty"]), 24, 80)
+        shell.wait("/dev/pts/")
+        assert shell.process.wait(timeout=60) == 0
         wait_for("step 60", lambda: "step 60\n" in job.worker_output())
         fresh.mini("kill", "n3")
         job.wait_event("round", 2)
