@@ -95,18 +95,33 @@ def first_nodes(nodes: Sequence[str]) -> str:
 
 
 def card(view: JobView) -> RenderableType:
+    """One job on a screen."""
     head = Text.assemble(
         ("job ", "bold"), (view.id, "bold"), "  ", (view.state, STYLES.get(view.state, "bold")), "  ", view.script
     )
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim")
     rows.add_column()
+    for name, text in {**({"": view.note} if view.note else {}), **_facts(view)}.items():
+        rows.add_row(name, Text(text))
+    return Group(head, rows)
+
+
+def html_card(view: JobView) -> str:
+    """One job in a notebook."""
+    return html_table(
+        {"job": f"{view.id} {view.script}", "state": view.summary, **_facts(view), "advice": "; ".join(view.advice)}
+    )
+
+
+def _facts(view: JobView) -> dict[str, str]:
+    """What there is to say of a job besides its state, by a word for each line."""
+    facts: dict[str, str] = {}
 
     def row(name: str, *parts: str) -> None:
         if shown := ", ".join(filter(None, parts)):
-            rows.add_row(name, Text(shown))
+            facts[name] = shown
 
-    row("", view.note)
     row("in Slurm", view.slurm_id if view.slurm_id != view.id and view.slurm_id[:1].isdecimal() else "")
     if view.state in WAITS:
         row("starts", _starts(view) or "unknown: Slurm has no estimate yet")
@@ -148,22 +163,7 @@ def card(view: JobView) -> RenderableType:
     if view.hang_timeout is not None and not view.over:
         row("hung after", f"{span(view.hang_timeout)} without a sign of life: {view.hang_timeout_reason}")
     row("record", view.run_dir, f"{view.damaged} entries could not be understood" if view.damaged else "")
-    return Group(head, rows)
-
-
-def html_card(view: JobView) -> str:
-    """One job in a notebook."""
-    return html_table(
-        {
-            "job": f"{view.id} {view.script}",
-            "state": view.summary,
-            "nodes": " ".join(view.nodes),
-            "workers": str(view.world_size or ""),
-            "round": str(view.round or ""),
-            "step": "" if view.step is None else str(view.step),
-            "restarts": str(view.restarts or ""),
-        }
-    )
+    return facts
 
 
 def html_table(rows: Mapping[str, str]) -> str:

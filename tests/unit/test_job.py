@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -256,6 +258,16 @@ def test_a_notebook_shows_a_table_and_markup_in_it_is_text(job: Job) -> None:
     assert shown.startswith("<table><tr><th>job</th><td>17 ")
     assert "FAILED: &lt;script&gt;" in shown
     assert "<script" not in shown
+
+
+def test_a_notebook_shows_what_status_shows(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    record(job, FINISHED)
+    assert main(["status", str(job.run_dir)]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:]]
+    cells = re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", job._repr_html_())
+    assert [name for name, _ in lines] == [name for name, _ in cells[2:]]
+    assert [text.rstrip() for _, text in lines] == [html.unescape(text) for _, text in cells[2:]]
+    assert cells[1] == ("state", "COMPLETED: all workers finished")
 
 
 def test_why_and_events_are_what_the_commands_say(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
