@@ -149,7 +149,7 @@ class Story:
     slow: Mapping[str, float] = field(default_factory=dict)
     """The nodes of the last round that are slower than the others, and how many times, by name."""
     was_slow: tuple[str, ...] = ()
-    """The nodes that ever were, in sentences."""
+    """The nodes that were slow when they were measured last, in sentences."""
     missing: Mapping[str, str] = field(default_factory=dict)
     """Why nodes of the last run take no part: they were lost, never came, or may not. By name."""
     limits: Mapping[str, Any] = field(default_factory=dict)

@@ -181,6 +181,7 @@ class StoryBuilder:
 
     def _on_slow_over(self, event: Mapping[str, Any], _when: float) -> None:
         self._slow.pop(str(event["node"]), None)
+        self._was_slow.pop(str(event["node"]), None)
 
     def _leave(self, node: str | None, when: float, *, taken: bool = False) -> None:
         """``node`` has left, or all nodes that have joined. ``taken``: before its time."""

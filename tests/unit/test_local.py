@@ -204,6 +204,17 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
     assert "[rank1]: " not in job.output.read_text(), "by default only rank 0 is shown"
 
 
+def test_a_node_that_is_slower_than_the_others_is_left_at_a_step(local: Callable[..., Local]) -> None:
+    uneven = LISTEN.replace("0.02", "0.005").replace("(step)", "(step, own_seconds=0.2 if rank == 2 else 0.1)")
+    job = local("--local", "3", "--nodes", "2:3", "--slow-node", "1.5:leave", script=uneven)
+    assert job.stepped(2, 0)[1:] == job.stepped(2, 1)[1:] == [2, 0]
+    (slow,) = job.events("slow")
+    assert (slow["node"], slow["times"]) == ("local2", 2)
+    assert [event["node"] for event in job.events("leave")] == ["local2"]
+    assert (job.run_dir / "saved.1.0").exists()
+    assert (job.events("lost"), job.events("failure")) == ([], [])
+
+
 def test_the_next_round_works_in_a_working_directory_that_was_made_anew(
     tmp_path: Path, local: Callable[..., Local]
 ) -> None:

@@ -470,4 +470,5 @@ def test_a_slow_node_is_named_in_status_why_and_metrics() -> None:
     story = story_of([*events, {"time": at + 30, "event": "slow_over", "round": 1, "node": "n2"}])
     one = view(seen(), story, at + 40)
     assert "slow" not in shown(card(one))
+    assert "report to your administrator" not in shown(page(one, story, events))
     assert metrics(one, story) == {}
