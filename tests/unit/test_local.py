@@ -205,8 +205,10 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
 
 
 def test_a_node_that_is_slower_than_the_others_is_left_at_a_step(local: Callable[..., Local]) -> None:
-    uneven = LISTEN.replace("0.02", "0.005").replace("(step)", "(step, own_seconds=0.2 if rank == 2 else 0.1)")
+    uneven = LISTEN.replace("(step)", "(step, own_seconds=0.2 if rank == 2 else 0.1)").replace("0.02", "0.01")
+    uneven = uneven.replace("drain_requested()", "drain_requested(every=10)")
     job = local("--local", "3", "--nodes", "2:3", "--slow-node", "1.5:leave", script=uneven)
+    job.wait_for(lambda: job.events("slow"), 180)
     assert job.stepped(2, 0)[1:] == job.stepped(2, 1)[1:] == [2, 0]
     (slow,) = job.events("slow")
     assert (slow["node"], slow["times"]) == ("local2", 2)
