@@ -18,15 +18,16 @@ from elastic_hpc.options.sbatch import COMMAND_LINE
 from elastic_hpc.options.spec import LaunchSpec, as_text
 from elastic_hpc.options.table import ELASTIC
 
-HELP = "show which settings count for a submission from here, and where each value comes from"
+HELP = "show the settings that a submission from here would use, and the source of each value"
 EPILOG = """examples:
   elastic-hpc config
   elastic-hpc config --all | grep grace
   elastic-hpc config --file job.toml         as elastic-sbatch --file job.toml would see it
 
 Later sources override earlier ones: the site's file, yours, the project's, sbatch's variables such as SBATCH_PARTITION,
-a --file. The command line of elastic-sbatch and the #SBATCH lines of a script come on top: elastic-sbatch --dry-run
-shows these too, beside each line of the batch script."""
+a --file. This command does not know the command line of elastic-sbatch, which overrides all of these, nor the #SBATCH
+lines of a script, which override only the files of the site, the user and the project. elastic-sbatch --dry-run shows
+both, beside each line of the batch script."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from elastic_hpc.errors import UsageError, argument
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, scan
 from elastic_hpc.options.values import number
 
-HELP = "check this site's Slurm for elastic jobs, and say what to set"
+HELP = "check this site's Slurm for elastic jobs, and recommend settings"
 EPILOG = """\
 examples:
   elastic-hpc doctor

@@ -22,8 +22,8 @@ from elastic_hpc.rehearse.run import Rehearsal, RehearsalOptions
 HELP = "test on this machine whether your script resumes correctly after lost workers and nodes"
 
 EPILOG = """acts:
-  worker   kill a worker                          head     kill the node of rank 0; another node takes over
-  node     kill another node                      drain    the script saves and stops; start it again
+  worker   kill a worker                          head     kill the agent that leads; another agent takes over
+  node     kill an agent that does not lead       drain    the script saves and stops; start it again
   shrink   drain, then start on one node fewer    grow     drain, then start on more nodes
 
 examples:

@@ -30,10 +30,10 @@ _FROM_BATCH = ElasticOption("from-batch", "FILE", str,
 _RESUME = ElasticOption("resume", "JOB|DIR", str,
                         help="continue a job that failed, timed out or was cancelled, in its run directory: with its "
                              "checkpoints, record and counters; options and SCRIPT are those of its submission, unless "
-                             "given anew")  # fmt: skip
+                             "you give new ones")  # fmt: skip
 _FILE = ElasticOption("file", "FILE", str, letter="f",
-                      help="take the job from this TOML file: options as in a configuration file, script and args; "
-                           "options on the command line win, and so does SCRIPT")  # fmt: skip
+                      help="read the job from this TOML file: script, args, and options as in a configuration file; "
+                           "SCRIPT and options on the command line override the file")  # fmt: skip
 _ACTIONS = (
     *SCRIPT_SWITCHES,
     ElasticOption("dry-run", "", bool, "print the batch script, with a reason beside each line, and submit nothing"),
@@ -83,8 +83,9 @@ TIME is a number of seconds, or 90s, 5m, 1h30m, 2d, or Slurm's [D-]HH:MM:SS or M
 """
 NOTES = """
 Defaults come from the TOML files $ELASTIC_HPC_CONFIG, ~/.config/elastic_hpc/config.toml and ./elastic_hpc.toml, then
-from sbatch's variables, such as SBATCH_ACCOUNT. Later sources override earlier ones, and the command line overrides
-all; --setup lines add up. A --file may also have script and args, and overrides all but the command line:
+from #SBATCH lines of the script, then from sbatch's variables, such as SBATCH_ACCOUNT. Later sources override earlier
+ones, and the command line overrides all; the --setup lines of all sources apply. A --file may also have script and
+args, and overrides all but the command line:
 
   script = "train.py"
   args = ["--lr", "1e-3"]
@@ -93,7 +94,7 @@ all; --setup lines add up. A --file may also have script and args, and overrides
   [sbatch]
   partition = "gpu"
 
-elastic-hpc config shows what counts, and where each value comes from.
+elastic-hpc config shows the settings in effect, and the source of each value.
 
 Exit codes: 0 submitted; 1 Slurm did not answer; 2 the request was refused and nothing was submitted.
 """

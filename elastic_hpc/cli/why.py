@@ -19,7 +19,8 @@ EPILOG = """examples:
   elastic-hpc why elastic-logs/4711 | less -R
   elastic-hpc why 4711 --json | jq -r '.rounds[] | [.number, .cause, .charged] | @tsv'
 
-elastic-hpc why reads only the run directory: it also works weeks later, and where there is no Slurm."""
+elastic-hpc why reads the run directory, and asks Slurm what it knows of the job. It also works if Slurm no longer knows
+the job, and where there is no Slurm."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

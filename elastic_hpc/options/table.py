@@ -133,8 +133,8 @@ LAUNCH_OPTIONS = (
     ElasticOption("heartbeat-timeout", "TIME", durations.parse, elastic_only=True,
                   help="time without a heartbeat before a node is declared lost (default: 5)"),
     ElasticOption("grace", "TIME", durations.parse, elastic_only=True,
-                  help="time that the workers have to save and stop before the time limit, before a preemption, or "
-                       "when you ask for a drain (default: 90)"),
+                  help="time that the workers have to save and stop before the time limit, a preemption, a growth or "
+                       "another drain (default: 90)"),
     ElasticOption("drain-signal", "SIGNAL|off", DrainSignal.parse, elastic_only=True,
                   help="signal that asks workers to save and stop if they never call drain_requested(); an explicit "
                        "SIGNAL is sent even to workers without a handler for it; off: send no signal "
@@ -203,7 +203,8 @@ JOB_OPTIONS = (
                        "job (default: off)"),
     ElasticOption("notify", "COMMAND|URL", notify, elastic_only=True,
                   help="notify when the job ends, returns to the queue, or makes no progress: run COMMAND with the "
-                       "text on its stdin, or post JSON to a webhook, as Slack and others take it (default: nobody)"),
+                       "text on its stdin, or post JSON to a webhook, in the form that Slack accepts (default: no "
+                       "notification)"),
     ElasticOption("notify-after", "TIME", durations.parse, elastic_only=True,
                   help="time without a new step after which --notify says that the job makes no progress "
                        "(default: 1800)"),
