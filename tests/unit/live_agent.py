@@ -113,6 +113,7 @@ class Agents:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
+            "RES_OPTIONS": "timeout:1 attempts:1",  # as the agent sets it: torch asks for the name of each address
             "RANK": str(rank),
             "WORLD_SIZE": str(size),
             "LOCAL_RANK": str(rank),

@@ -378,6 +378,19 @@ def test_a_compiled_model_continues_in_place(train, undisturbed):
     finished(agents, undisturbed, until=10)
 
 
+@pytest.mark.skipif("ELASTIC_HPC_ALL_FAULTS" not in os.environ, reason="on demand: ELASTIC_HPC_ALL_FAULTS=1")
+def test_the_processes_of_a_loader_stay_and_hold_no_connection_of_the_world(train):
+    faults = [{"where": "backward", "step": 8, "rank": 1, "do": "SIGKILL"}]
+    agents = train(3, script=Path(__file__).with_name("live_loader.py"), until=30, faults=faults)
+    first = agents.workers
+    agents.until(lambda: not first[1].alive, 120)
+    agents.again()
+    assert pids(agents.workers) == [first[0].process.pid, first[2].process.pid]
+    assert agents.ended() == [0, 0], agents.report()
+    assert {line["sockets"] for line in agents.steps()} == {0.0}
+    assert not any("Z" in line["states"] for line in agents.lines() if "end" in line)
+
+
 SHARDED = """
 import os, sys
 import torch
