@@ -62,6 +62,7 @@ run = live(net, optimizer, folder=data / "checkpoints", checkpoint_every=10, sav
 record = (data / "steps.jsonl").open("a", buffering=1)
 for attempt in run.steps(until=60):
     with attempt as step:
+        (data / f"at.start.{run.world.round}.{run.world.rank}").touch()
         if step in MOMENTS:
             at(MOMENTS[step])
         loss = -run.model(torch.ones(1, 1)).sum()
