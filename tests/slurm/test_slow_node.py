@@ -90,21 +90,3 @@ def test_a_node_with_half_of_its_cpu_is_left_at_a_step_and_struck(
     (leave,) = job.job.events("leave")
     assert (leave["node"], leave["exclude"]) == ("n3", True)
     assert (job.job.verdict()["restarts"], job.job.events("lost")) == (0, [])
-
-
-@ON_DEMAND
-def test_by_default_it_is_only_named_until_it_is_fast_again(
-    training: Callable[..., Steady], half_of_its_cpu: Callable[[int], None], fresh: Cluster
-) -> None:
-    job = training("--nodes", "3")
-    job.wait_world(3)
-    wait_for("the nodes to be compared", lambda: last_step(job) > 250, 600)
-    (worker,) = fresh.running("cpu_steps.py", "n3")
-    half_of_its_cpu(worker)
-    wait_named(job, last_step(job))
-    assert "times as long as the others" in ask(job, "status").stdout
-    (CPU / "cgroup.procs").write_text(str(worker))
-    assert job.job.wait_event("slow_over", deadline=300)["node"] == "n3"
-    assert "times as long as the others" not in ask(job, "status").stdout
-    job.finish()
-    assert len(job.job.events("round")) == 1
