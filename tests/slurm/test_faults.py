@@ -102,7 +102,8 @@ def struck(
     assert rounds == sorted(rounds), "an older world wrote after a newer one"
     reasons = [event["reason"] for event in events if event["event"] == "restart"]
     if moment == "forming" and fault.cause in {PROVOKED, None}:
-        assert [PROVOKED in reason for reason in reasons] == [True]
+        # in place the node of the killed worker may come back while the others train
+        assert [PROVOKED in reason for reason in reasons if "more node(s) joined" not in reason] == [True]
     elif fault.cause is None:
         assert reasons == []
     else:
@@ -145,6 +146,6 @@ def test_the_other_workers_keep_their_processes_and_every_step_after(
     assert {step: len(done) for step, done in rounds.items()} == dict.fromkeys(range(1, 61), 1)
     counted = [path.read_text() for path in folder.glob("counted.*")]
     assert {*counted} == {"60"}
-    last = max(event["round"] for event in scene.job.events("round"))
-    over = max(round for done in rounds.values() for round in done) < last  # the loss was noticed after all steps
+    last = max(round for done in rounds.values() for round in done)
+    over = last <= max(1, len(fault.off))  # the loss, the second of two, was noticed when all steps were done
     assert over or not list(folder.glob("read.*")), "a worker has read a checkpoint"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, Job, wait_for
+from conftest import ON_DEMAND, Cluster, Job, wait_for
 
 SCRIPT = """
 import os, time
@@ -45,3 +46,25 @@ def test_a_job_completes_though_an_agent_is_frozen_when_its_verdict_stands(job: 
     assert job.wait_state("COMPLETED", "FAILED", "CANCELLED", deadline=110) == "COMPLETED", job.output()
     assert "elastic_hpc: finished" in job.output()
     wait_for("the end of the frozen agent", lambda: not fresh.agents(third))
+
+
+@ON_DEMAND
+def test_the_verdict_of_an_agent_that_found_no_leader_ends_no_job_that_the_others_continue(
+    job: Job, fresh: Cluster
+) -> None:
+    """The other agents stand still for longer than that agent waits, as on nodes without CPU time."""
+    wait_for("three workers", lambda: up(job, 3))
+    first, second, third = job.wait_event("round")["nodes"]
+    frozen = [pid for node in (first, second) for pid in [*fresh.agents(node), *fresh.processes("guard.py", node)]]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    verdict = fresh.seen_from_login(job.run_dir / "verdict.json")
+    wait_for("the verdict", verdict.exists)
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
+    assert job.wait_event("withdrawn")["node"] == third
+    wait_for("a world of the others", lambda: up(job, 2))
+    time.sleep(60)  # nothing tells that the batch script has not ended the job, but that the job is there
+    fresh.exec(["touch", str(job.run_dir / "enough")])
+    assert job.wait_state("COMPLETED", "FAILED", "CANCELLED", deadline=110) == "COMPLETED", job.output()
+    assert {event["run"] for event in job.events("start")} == {0}, "no requeue"
