@@ -167,8 +167,17 @@ def let_go(rundir: RunDir, env: AgentEnv, lost: Collection[str]) -> str | None:
     return problem
 
 
-def cancel(env: AgentEnv) -> str | None:
-    """Cancel the job: the user's batch script, which ran ``elastic-srun``, is lost with its node, and cannot end it."""
+def cancel(rundir: RunDir, env: AgentEnv, *, unless_led: bool) -> str | None:
+    """Cancel the job: the user's batch script, which ran ``elastic-srun``, is lost with its node, and cannot end it.
+    ``unless_led``: as for ``conclude_alone``; this function waits then, as that command does. Returns the problem, if
+    Slurm could not be asked.
+    """
+    beat, end = rundir.heartbeat(), time.monotonic() + (_time_for_slurm().total_seconds() if unless_led else 0.0)
+    while time.monotonic() < end:
+        if _is_led(rundir, beat):
+            print("elastic_hpc: a leader continues the job, which is not cancelled", file=sys.stderr)
+            return None
+        time.sleep(1.0)
     print("elastic_hpc: the batch script is lost with its node; the job is cancelled", file=sys.stderr)
     try:
         slurm.cancel(env.job)
@@ -189,7 +198,7 @@ def conclude_alone(
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller
     if not deputy_of:
         slurm.wait_until_alone(job, step, deadline=_time_for_slurm())
-    if unless_led and rundir.heartbeat() != beat:
+    if unless_led and _is_led(rundir, beat):
         print(f"elastic_hpc: no {outcome}: a leader continues the job", file=sys.stderr)
         return 0
     _cancel_joiners(rundir, job)
@@ -205,6 +214,13 @@ def conclude_alone(
         print(f"elastic_hpc: {outcome}, but {error}: the job is cancelled", file=sys.stderr)
         slurm.cancel(job)
     return 0
+
+
+def _is_led(rundir: RunDir, before: int) -> bool:
+    """Whether a leader has shown its heartbeat since ``before``, an earlier ``RunDir.heartbeat``. A file system that
+    does not answer, then or now, is no leader.
+    """
+    return bool(before) and rundir.heartbeat() not in {0, before}
 
 
 def _time_for_slurm() -> timedelta:

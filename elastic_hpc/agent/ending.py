@@ -63,7 +63,7 @@ class Ending:
             self._turns.take()
         problem = self._act(verdict, lost, alone=alone, others=others)
         if alone and not problem and (others or self.env.local or self.contained or not self.policy.can_requeue):
-            self._turns.done()
+            self._turns.done(lambda: self._stands(verdict))
         return problem
 
     def _act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
@@ -84,7 +84,7 @@ class Ending:
         if self.policy.can_requeue:
             return conclude.act(self.rundir, self.env, verdict, lost, environ=self.environ, alone=alone, others=others)
         if alone and self.environ.get("ENVIRONMENT") == "BATCH":
-            return conclude.cancel(self.env)
+            return conclude.cancel(self.rundir, self.env, unless_led=verdict.get("actor") == LEADERLESS)
         return None
 
     def give_up(
@@ -135,6 +135,13 @@ class Ending:
                     self._turns.failed()
                     return None
                 return JobEnded("lost", verdict["reason"])
+
+    def _stands(self, verdict: Mapping[str, Any]) -> bool:
+        """Whether no leader has withdrawn ``verdict``, as far as this agent can see."""
+        try:
+            return verdict.get("actor") != LEADERLESS or self.rundir.verdict(self.env.run) is not None
+        except (ElasticError, OSError):
+            return True
 
     def _stay_out(self, why: str) -> None:
         """The leader cannot be reached from this node: the job continues without the node, and avoids it after a
@@ -187,5 +194,5 @@ class Ending:
         verdict |= {"actor": LEADERLESS, "node": self.env.name}
         recorder.event("verdict", verdict)
         recorder.verdict(verdict)
-        recorder.close()
+        recorder.flush()  # and no more: this agent may lead later
         return verdict

@@ -4,8 +4,10 @@ If it fails, the next agent takes a turn. Hundreds of agents that acted at once 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Callable
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.growth import Backoff
@@ -52,12 +54,17 @@ class Turns:
         """This agent has failed, and tries again later, until another agent takes the next turn."""
         self._backoff.failed(time.monotonic())
 
-    def done(self) -> None:
-        """The other agents may leave: this agent has acted, and a deputy replaces it if this node is lost now."""
+    def done(self, stands: Callable[[], bool] = lambda: True) -> None:
+        """The other agents may leave: this agent has acted, and a deputy replaces it if this node is lost now.
+        ``stands()``: whether no leader has withdrawn the verdict meanwhile.
+        """
         try:
             self._rundir.claim(self._done, self._node)
         except ElasticError:
             return  # the end of the job ends them too
+        if not stands():
+            with contextlib.suppress(OSError):
+                (self._rundir.path / self._done).unlink(missing_ok=True)
 
     def are_done(self) -> bool:
         return self._done in self._names()

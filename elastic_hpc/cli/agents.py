@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import select
 import signal
@@ -14,6 +15,7 @@ from elastic_hpc.agent.threads import start
 from elastic_hpc.cli import entry
 from elastic_hpc.environment import AGENT_MARK
 from elastic_hpc.errors import ElasticError, SlurmError
+from elastic_hpc.record.folders import is_there
 from elastic_hpc.record.rundir import RunDir
 
 _TICK = 2.0
@@ -31,7 +33,7 @@ class _VerdictClock:
     """
 
     def __init__(self, rundir: RunDir) -> None:
-        self._look = (rundir.path / "verdict.json").exists
+        self._look = functools.partial(is_there, rundir.path / "verdict.json")
         self._answer = start(self._look)
         self._noticed_at: float | None = None
 

@@ -76,7 +76,7 @@ class Slow(NamedTuple):
     @property
     def times(self) -> float:
         """How many times as long its steps take."""
-        return round(self.seconds / self.others, 2) if self.others else math.inf
+        return round(self.seconds / max(self.others, 1e-6), 2)
 
     @property
     def reason(self) -> str:

@@ -9,12 +9,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.membership.events import sentence
 from elastic_hpc.membership.hangs import NO_RHYTHM, Rhythm
+from elastic_hpc.membership.leaderless import LEADERLESS
 from elastic_hpc.membership.roster import Host
 from elastic_hpc.membership.strikes import NEVER_JOINED, Strike, dump, live, load
 from elastic_hpc.membership.wishes import Bounds
@@ -29,7 +30,7 @@ _STALL = 5.0
 
 
 class Recorder:
-    """The record of one job, written by the leader on ``host``. No method but ``close`` blocks.
+    """The record of one job, written by the leader on ``host``. No method but ``flush`` and ``close`` blocks.
 
     The first write that fails is logged. A write that failed is repeated with every heartbeat until it succeeds: the
     file system may be full, or read-only, for a while.
@@ -51,6 +52,8 @@ class Recorder:
         """Functions that return the new content of a file, by the name of the file."""
         self._published: Published | None = None
         self._last_beat = 0.0
+        self._has_concluded = False
+        """A majority has agreed to the verdict."""
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._complained = False
         self._writing_since: float | None = None
@@ -75,8 +78,8 @@ class Recorder:
         wrong (``RunDir.withdraw``).
         """
         if time.monotonic() - self._last_beat > 1.0:
-            self._last_beat = time.monotonic()
-            self._put(self._beat)
+            self._last_beat = at = time.monotonic()
+            self._put(lambda: self._beat(at))
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
         """Append an event; the agent's log shows most of them too."""
@@ -119,11 +122,16 @@ class Recorder:
         """Replace ``verdict.json``; the future is done when the file is on disk, or has the OSError of the first
         attempt.
         """
+        self._has_concluded = verdict.get("actor") != LEADERLESS
         body = {**verdict, "run": self._run, "time": time.time()}
         return self._put(lambda: self._replace("verdict.json", lambda: body))
 
-    def close(self, timeout: float = 5.0) -> None:
+    def flush(self, timeout: float = 5.0) -> None:
         """Wait, at most ``timeout`` seconds, until the thread has written what is queued."""
+        wait([self._put(self._catch_up)], timeout)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """The same, for the last time."""
         self._put(self._catch_up)
         self._queue.put(None)
         self._thread.join(timeout)
@@ -150,12 +158,14 @@ class Recorder:
         """An agent has come from ``node``, which may be late, or work again; or the node need not go any more."""
         self._strikes = [strike for strike in self._strikes if (strike.node, strike.reason) != (node, reason)]
 
-    def _beat(self) -> None:
+    def _beat(self, at: float) -> None:
+        """``at``: when this leader had its majority. After a stall of the file system that proves nothing any more."""
         with contextlib.suppress(ElasticError):
             self.warning = self.warning or self._rundir.warning(self._run)
-        with contextlib.suppress(ElasticError, OSError):
-            if withdrawn := self._rundir.withdraw(self._run):
-                self.event("withdrawn", {name: str(withdrawn[name]) for name in ("node", "reason")})
+        if not self._has_concluded and time.monotonic() - at < _STALL:
+            with contextlib.suppress(ElasticError, OSError):
+                if withdrawn := self._rundir.withdraw(self._run):
+                    self.event("withdrawn", {name: str(withdrawn.get(name, "")) for name in ("node", "reason")})
         try:
             self._rundir.beat()
         finally:

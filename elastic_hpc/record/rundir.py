@@ -161,7 +161,7 @@ class RunDir:
     def verdict(self, run: int) -> dict[str, Any] | None:
         """The verdict of ``run``; None while there is none. Raises ElasticError."""
         verdict = self.read("verdict.json")
-        return verdict if verdict and verdict["run"] == run else None
+        return verdict if verdict and verdict.get("run") == run else None
 
     def write_warning(self, run: int, reason: str) -> None:
         """Slurm has warned ``run`` that the job is about to end, because of ``reason``. Raises OSError."""
@@ -218,13 +218,17 @@ class RunDir:
                 path.unlink(missing_ok=True)
 
     def withdraw(self, run: int) -> dict[str, Any] | None:
-        """A leader continues ``run``: remove the verdict of an agent that had found none. Returns that verdict, or None
-        if there is no such verdict. Raises ElasticError and OSError.
+        """A leader continues ``run``: remove the verdict of an agent that had found none, and what agents have written
+        because of it. Returns that verdict, or None if there is no such verdict. Raises ElasticError and OSError.
         """
         verdict = self.verdict(run)
-        if not verdict or verdict.get("actor") != LEADERLESS:
+        if verdict and verdict.get("actor") != LEADERLESS:
             return None
-        self.forget_verdict()
+        if verdict:
+            (self.path / "verdict.json").unlink(missing_ok=True)
+        (self.path / f"acts.{run}").unlink(missing_ok=True)  # the agent that acts may write it after the withdrawal
+        for path in self.path.glob(f"turn.{run}.*") if verdict else ():
+            path.unlink(missing_ok=True)
         return verdict
 
     def begin_again(self, *, forget_bounds: bool) -> None:

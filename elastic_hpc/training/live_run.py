@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import operator
 import os
 import socket
 import time
@@ -95,6 +96,7 @@ class LiveRun:
         step to the agent, unless the script has. All ranks leave the loop together; for a worker that joined after the
         others had left it, there is none.
         """
+        until = operator.index(until)  # other ranks are told, in JSON
         if self._link:
             self._link.open()
         try:
@@ -292,7 +294,7 @@ class LiveRun:
 
     def _load_checkpoint(self) -> int:
         if self._load:
-            return self._load() or 0
+            return operator.index(self._load() or 0)
         return self._checkpoints.load(self._states.load_from) or 0 if self._checkpoints else 0
 
     def _done(self) -> None:

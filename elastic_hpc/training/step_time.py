@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from elastic_hpc.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 _MOST = 16
 """Steps of which a GPU may be behind."""
@@ -21,16 +25,34 @@ _own: StepTimer | None = None
 def time_steps(model: Any) -> None:
     """Measure how long this rank takes in each step, from one ``report_progress`` until backward has the first gradient
     of ``model``, a DistributedDataParallel, so that a slow node is found. Collectives that DistributedDataParallel does
-    before that do not count. To be called once, before the first step. ``live`` measures without it.
+    before that do not count. To be called once, before the first step. ``live`` measures without it. In a world of one
+    rank, where the model may be none, there is nothing to measure.
     """
     global _own  # noqa: PLW0603 - of the process, as the file is to which steps are reported
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     parallel = sys.modules.get("torch.nn.parallel")
     if not (parallel and isinstance(model, parallel.DistributedDataParallel)):
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return
         raise UsageError(f"time_steps: expected a DistributedDataParallel, not a {type(model).__name__}")
     _own = timer = StepTimer(model.module)
     if any(True for _ in model.module.buffers()):  # ranks may wait for rank 0, which sends them
-        model.register_forward_pre_hook(lambda *_: timer.pause())
-        model.module.register_forward_pre_hook(lambda *_: timer.resume())
+        model.register_forward_pre_hook(_Hook(timer.pause))
+        model.module.register_forward_pre_hook(_Hook(timer.resume))
+
+
+class _Hook:
+    """A hook of a module that may be saved: a copy of it does nothing."""
+
+    def __init__(self, call: Callable[[], None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *_: Any) -> None:
+        if self._call:
+            self._call()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 def next_step() -> list[float]:
@@ -57,7 +79,8 @@ def waiting_for_others() -> Iterator[None]:
 
 class StepTimer:
     """Measures the steps of ``module``. The moments are those of the GPU, if that computes: its events are read when it
-    has come to them, so nothing waits for it.
+    has come to them, so nothing waits for it. What cannot be measured, as in a CUDA graph, ends the measurement, and
+    never the script.
     """
 
     def __init__(self, module: Any) -> None:
@@ -66,27 +89,35 @@ class StepTimer:
         """When the present step began, and when it was paused and resumed; empty while nothing is measured."""
         self._done: deque[list[Any]] = deque(maxlen=_MOST)
         if self._parameter is not None:
-            self._parameter.register_post_accumulate_grad_hook(lambda _: self._end())
+            try:
+                self._parameter.register_post_accumulate_grad_hook(lambda _: self._end())
+            except (RuntimeError, ValueError) as error:  # of a lazy module, say
+                self._give_up(error)
 
     def begin(self) -> None:
         """A step begins; what has become of the step before does not matter."""
-        self._moments = [] if self._parameter is None else [self._now()]
+        self._moments = []
+        if self._parameter is not None:
+            self._note()
 
     def pause(self) -> None:
         """From now on this rank may wait for others."""
         if len(self._moments) % 2:
-            self._moments.append(self._now())
+            self._note()
 
     def resume(self) -> None:
         if self._moments and len(self._moments) % 2 == 0:
-            self._moments.append(self._now())
+            self._note()
 
     def known(self) -> list[float]:
         """The times of the steps that have become known, in seconds."""
         found = []
-        while self._done and (isinstance(self._done[0][-1], float) or self._done[0][-1].query()):
-            moments = self._done.popleft()
-            found.append(sum(map(_between, moments[::2], moments[1::2])))
+        try:
+            while self._done and all(isinstance(moment, float) or moment.query() for moment in self._done[0]):
+                moments = self._done.popleft()
+                found.append(sum(map(_between, moments[::2], moments[1::2])))
+        except RuntimeError as error:
+            self._give_up(error)
         return found
 
     def _end(self) -> None:
@@ -96,12 +127,24 @@ class StepTimer:
             self._done.append(self._moments)
             self._moments = []
 
-    def _now(self) -> Any:
+    def _note(self) -> None:
+        """Note the present moment."""
         if not self._parameter.is_cuda:  # type: ignore[union-attr]
-            return time.perf_counter()
-        event = sys.modules["torch"].cuda.Event(enable_timing=True)
-        event.record()
-        return event
+            self._moments.append(time.perf_counter())
+            return
+        cuda = sys.modules["torch"].cuda
+        event = cuda.Event(enable_timing=True)
+        try:
+            event.record(cuda.current_stream(self._parameter.device))  # type: ignore[union-attr]
+        except RuntimeError as error:
+            self._give_up(error)
+        else:
+            self._moments.append(event)
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning("the steps of this rank are not measured any more: %s", error)
+        self._parameter, self._moments = None, []
+        self._done.clear()
 
 
 def _between(one: Any, other: Any) -> float:

@@ -13,6 +13,7 @@ from elastic_hpc.agent import conclude
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.membership.leaderless import LEADERLESS
 from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.slurm.env import AgentEnv
 
 SCONTROL = """\
 #!/bin/sh
@@ -43,6 +44,21 @@ def slurm(folder: Path, version: str, preempted: str) -> None:
     (folder / "scontrol").chmod(0o755)
 
 
+@pytest.mark.parametrize("led", [False, True])
+def test_agents_that_have_found_no_leader_cancel_no_allocation_whose_job_has_one_by_then(
+    rundir: RunDir, monkeypatch: pytest.MonkeyPatch, *, led: bool
+) -> None:
+    cancelled: list[str] = []
+    monkeypatch.setattr(conclude.slurm, "cancel", cancelled.append)
+    monkeypatch.setattr(conclude, "_time_for_slurm", lambda: timedelta(seconds=0.2))
+    monkeypatch.setattr(conclude.time, "sleep", lambda _: rundir.beat() if led else None)
+    rundir.beat()
+    os.utime(rundir.path / "heartbeat", (1, 1))
+    env = AgentEnv("7", 2, "n2", 3, 0, 1, None, None, local=False)
+    assert conclude.cancel(rundir, env, unless_led=True) is None
+    assert cancelled == ([] if led else ["7"])
+
+
 @pytest.mark.parametrize("deputy_of", [None, "n1"])
 @pytest.mark.parametrize("led", [False, True])
 def test_agents_that_have_found_no_leader_requeue_no_job_that_has_one_by_then(
@@ -52,6 +68,8 @@ def test_agents_that_have_found_no_leader_requeue_no_job_that_has_one_by_then(
     monkeypatch.setattr(conclude, "_ALONE_TIMEOUT", timedelta(0))
     monkeypatch.setattr(conclude, "_DEPUTY_TIMEOUT", timedelta(0))
     slurm(tmp_path, "24.05.0", "None")
+    rundir.beat()
+    os.utime(rundir.path / "heartbeat", (1, 1))
     if led:  # it shows its heartbeat while the step waits for the other agents to leave
         shown = SCONTROL.format(version="24.05.0", folder=tmp_path)
         (tmp_path / "scontrol").write_text(shown.replace("show)", f"show) touch {rundir.path}/heartbeat;"))

@@ -13,7 +13,7 @@ from torch import nn
 from worlds import run
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.training import time_steps
+from elastic_hpc.training import step_time, time_steps
 from elastic_hpc.training.progress import LOCAL_DIR, WINDOW, forget_round, read_progress, read_times, report_progress
 from elastic_hpc.training.step_time import StepTimer
 
@@ -150,6 +150,48 @@ def test_a_model_that_is_measured_can_be_saved_and_one_without_parameters_is_not
     assert timer.known() == []
 
 
-def test_only_distributed_data_parallel_can_be_measured() -> None:
+class _Parallel(nn.Module):
+    """Stands where DistributedDataParallel stands, which needs a process group."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.module(values)
+
+
+def test_a_model_with_buffers_that_is_measured_can_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.parallel.DistributedDataParallel", _Parallel)
+    monkeypatch.setattr(step_time, "_own", None)
+    model = _Parallel(nn.BatchNorm1d(2))
+    time_steps(model)
+    for saved in (model.module, model):
+        pickle.loads(pickle.dumps(saved))(torch.ones(3, 2)).sum().backward()
+
+
+def test_what_cannot_be_measured_ends_the_measurement_and_not_the_script(caplog: pytest.LogCaptureFixture) -> None:
+    class Captured:
+        def query(self) -> bool:
+            raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+
+    timer = StepTimer(nn.Linear(2, 2))
+    timer._done.append([Captured(), Captured()])
+    assert timer.known() == []
+    assert "capturing stream" in caplog.text
+    timer.begin()
+    timer.pause()
+    timer.resume()
+    assert timer.known() == []
+    StepTimer(nn.LazyLinear(2)).begin()
+
+
+def test_in_a_world_of_one_rank_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    time_steps(nn.Linear(2, 2))
+
+
+def test_only_distributed_data_parallel_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="expected a DistributedDataParallel, not a Linear"):
         time_steps(nn.Linear(2, 2))

@@ -16,6 +16,7 @@ from elastic_hpc.agent import turns
 from elastic_hpc.agent.leading import Leading
 from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
 from elastic_hpc.membership.election import Base
+from elastic_hpc.membership.leaderless import LEADERLESS
 from elastic_hpc.membership.roster import Host, Roster
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
@@ -225,3 +226,28 @@ def test_the_next_node_takes_over_when_all_nodes_of_some_racks_have_lost_power()
         assert not job.acted
 
     job.run(story)
+
+
+def test_a_leader_that_continues_removes_what_agents_have_written_for_the_verdict_without_it(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path / "run").create()
+    rundir.write("verdict.json", {"run": 0, "outcome": "requeue", "actor": LEADERLESS})
+    agent = turns.Turns(rundir, 0, "n3")
+    assert agent.take()
+    for name in ("acts.0", "acts.1", "turn.1.1"):
+        rundir.claim(name, "n3")
+    assert (rundir.withdraw(0) or {})["outcome"] == "requeue"
+    assert {path.name for path in rundir.path.glob("*.[01]*")} == {"acts.1", "turn.1.1"}
+    agent.done(lambda: rundir.verdict(0) is not None)
+    assert not agent.are_done(), "the verdict was withdrawn while the agent acted"
+    rundir.claim("acts.0", "n3")  # the same, a moment later
+    assert rundir.withdraw(0) is None
+    assert not agent.are_done()
+
+
+def test_a_leader_removes_nothing_of_a_verdict_that_a_majority_has_agreed_to(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path / "run").create()
+    rundir.write("verdict.json", {"run": 0, "outcome": "requeue", "actor": "agents"})
+    rundir.claim("acts.0", "n3")
+    assert rundir.withdraw(0) is None
+    assert rundir.verdict(0)
+    assert (rundir.path / "acts.0").exists()
