@@ -12,6 +12,7 @@ from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.errors import UsageError, argument
 from elastic_hpc.job import cleaning
 from elastic_hpc.job.lookup import select
+from elastic_hpc.job.quoting import comment
 from elastic_hpc.options import durations
 from elastic_hpc.view.times import clock
 
@@ -57,30 +58,24 @@ def run(args: argparse.Namespace) -> int:
     """The exit code: 1 if a folder could not be removed."""
     if not (args.dry_run or args.yes or sys.stdin.isatty()):
         raise UsageError("there is no terminal to ask on; expected --yes to remove without a question, or --dry-run")
-    found = _inventory(args)
+    older_than = args.older_than or (timedelta(0) if args.job else durations.parse(_DEFAULT))
+    before = time.time() - older_than.total_seconds()
+    how = {"named": bool(args.job), "with_files": args.with_checkpoints}
+    found = cleaning.inventory(select(args.job), before, **how)
     _show(found)
     if args.dry_run or not found.leftovers or not (args.yes or _agreed()):
         return 0
-    # the question may have waited for hours, in which a job was resumed
-    now = {leftover.path for leftover in _inventory(args).leftovers}
     code = removed = 0
     for leftover in found.leftovers:
-        try:
-            if leftover.path not in now:
-                raise FileNotFoundError(None, "it has changed", str(leftover.path))
-            cleaning.remove(leftover)
+        try:  # looks again: a job may be resumed while others are removed
+            cleaning.remove(leftover, before, **how)
             removed += 1
         except OSError as error:
-            entry.tell("elastic-hpc", f"{error.filename or leftover.path}: {error.strerror}: not removed")
+            where = comment(str(error.filename or leftover.path))
+            entry.tell("elastic-hpc", f"{where}: {error.strerror}: not removed")
             code = 1
     print(f"removed: {removed} of {len(found.leftovers)}")
     return code
-
-
-def _inventory(args: argparse.Namespace) -> cleaning.Inventory:
-    older_than = args.older_than or (timedelta(0) if args.job else durations.parse(_DEFAULT))
-    before = time.time() - older_than.total_seconds()
-    return cleaning.inventory(select(args.job), before, named=bool(args.job), with_files=args.with_checkpoints)
 
 
 def _show(found: cleaning.Inventory) -> None:
@@ -88,8 +83,8 @@ def _show(found: cleaning.Inventory) -> None:
     for leftover in sorted(found.leftovers, key=lambda leftover: leftover.ended):
         total += (size := leftover.size())
         files = f"  (with {_names(leftover.files)})" if leftover.files else ""
-        what = leftover.state or "code"
-        print(f"{_bytes(size):>9}  {what:<10}  {clock(leftover.ended)[:10]}  {leftover.path}{files}")
+        where = comment(str(leftover.path))
+        print(f"{_bytes(size):>9}  {leftover.state:<10}  {clock(leftover.ended)[:10]}  {where}{files}")
     count = len(found.leftovers)
     print(f"to be removed: {count} folder{'s' * (count > 1)}, {_bytes(total)}" if count else "nothing to remove")
     for reason, names in found.kept.items():
@@ -97,7 +92,7 @@ def _show(found: cleaning.Inventory) -> None:
 
 
 def _names(names: list[str] | tuple[str, ...]) -> str:
-    return " ".join(names[:_NAMES]) + (" ..." if len(names) > _NAMES else "")
+    return " ".join(map(comment, names[:_NAMES])) + (" ..." if len(names) > _NAMES else "")
 
 
 def _bytes(count: float) -> str:

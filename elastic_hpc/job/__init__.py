@@ -9,5 +9,5 @@ Start with ``spec.build``: ``request`` (a caller's options over those of ``confi
 * ``toml_file``: one configuration file. ``typed``: types.
 * ``handle.Job``, with ``look``, ``lookup``, ``resizing`` and ``notices``: a job that was submitted.
 * ``resume``: a job that has ended continues; ``recorded``: how it was submitted, as its batch script says.
-* ``cleaning``: what jobs have left that ended long ago. ``launch``, ``functions``: functions as jobs.
+* ``cleaning``, ``remains``: what jobs have left that ended long ago. ``launch``, ``functions``: functions as jobs.
 """

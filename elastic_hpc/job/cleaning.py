@@ -1,7 +1,8 @@
 """Run directories of jobs that ended long ago, and copies of code that no job took: which may be removed. Removes them.
 
-In doubt a folder is kept: another user's, a link, a job that Slurm or the record calls active, a job whose end nobody
-knows, and a folder in which the script has written files of its own, such as checkpoints.
+In doubt a folder is kept: another user's, a link, a job that Slurm or the record calls active or that was written to a
+moment ago, a job that is being resumed, a job whose end nobody knows, and a folder in which the script has written
+files of its own, such as checkpoints (``remains``).
 """
 
 from __future__ import annotations
@@ -9,34 +10,38 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from elastic_hpc import slurm
-from elastic_hpc.errors import SlurmError
+from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.job.look import Jobs, recorded
+from elastic_hpc.job.remains import Remains, remains
 from elastic_hpc.record.registry import forget
-from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.record.rundir import RESUMING, RunDir
 from elastic_hpc.view.state import Observed
 
-_RECORD = {"spec.json", "secret", "verdict.json"}
-"""A folder with one of these files is a run directory."""
-_OURS = re.compile(
-    r"(secret|heartbeat|left|over|once-more|running|resuming|logs|notices|code|script\.sbatch|code\.diff)"
-    r"|(spec|endpoint|state|verdict|warning|starts|code|unfit\..*)\.json|events(\..*)?\.jsonl"
-    r"|(first|acted|turn|acts|began)\..*|.*\.lock|code.*\.~\d+~|\..*"
-)
-"""What we write into a run directory. All else is the script's."""
 _ENDS = ("verdict.json", "heartbeat", "endpoint.json", "spec.json", "script.sbatch")
 """Files whose latest modification is the end of the job, or later."""
+_REMOVED = ".removed."
+"""Begins the name of a folder that is being removed."""
+_FRESH, _SILENT = 600.0, 86400.0
+"""Seconds after the last file was written: within these a job may be alive whatever else is known; after these a job of
+unknown end may be removed if the user names it.
+"""
 
 ACTIVE = "active"
-UNKNOWN = "of unknown end: neither the record nor Slurm says how they ended; name them to remove them"
+RECENT = f"whose files were written in the last {_FRESH / 60:.0f} minutes: the job may still be alive"
+CLAIMED = f"being resumed or removed by another command; if that has died, remove the file {RESUMING} there"
+UNKNOWN = "of unknown end: neither the record nor Slurm says how they ended; a day later they can be removed by name"
 FILES = "with files of the script, such as checkpoints; --with-checkpoints removes them too"
 FOREIGN = "of another user, or a link, or without a job's record"
+UNREADABLE = "that cannot be read as a whole"
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,14 @@ class Leftover:
 
     path: Path
     state: str
-    """Slurm's word for the end of the job; empty for a copy of code."""
+    """Slurm's word for the end of the job; ``code`` for a copy of code, ``removed`` for the rest of a removed job."""
     ended: float
     """Seconds since the epoch."""
     files: tuple[str, ...] = ()
     """Names of what the script has written there."""
+
+    is_job: bool = True
+    """False for a copy of code, and for what is left of a removal."""
 
     def size(self) -> int:
         """Bytes on the disk."""
@@ -67,10 +75,12 @@ class Inventory:
         self.kept.setdefault(reason, []).append(path.name)
 
 
-def inventory(run_dirs: Sequence[RunDir], before: float, *, named: bool, with_files: bool) -> Inventory:
+def inventory(
+    run_dirs: Sequence[RunDir], before: float, *, named: bool, with_files: bool, claimed: bool = False
+) -> Inventory:
     """``run_dirs`` of jobs that ended before ``before``. ``named``: the user has named these jobs, and a job of unknown
     end may be removed if Slurm does not know it. Otherwise also copies of code beside them that no job took.
-    ``with_files``: also folders with files of the script.
+    ``with_files``: also folders with files of the script. ``claimed``: the file RESUMING there is the caller's.
     """
     found, ended, unsure = Inventory(), dict[Path, str](), list[RunDir]()
     old = {rundir.path: when for rundir in run_dirs if (when := _ended(rundir.path)) and when < before}
@@ -81,6 +91,8 @@ def inventory(run_dirs: Sequence[RunDir], before: float, *, named: bool, with_fi
             found.keep(FOREIGN, path)
         elif reason := active(_ids(observed)) if observed.launcher_runs is None else ACTIVE * observed.launcher_runs:
             found.keep(reason, path)
+        elif not claimed and os.path.lexists(path / RESUMING):
+            found.keep(CLAIMED, path)
         elif observed.final:
             ended[path] = observed.final
         else:
@@ -92,34 +104,91 @@ def inventory(run_dirs: Sequence[RunDir], before: float, *, named: bool, with_fi
         else:
             found.keep(UNKNOWN if look.view.over else ACTIVE, path)
     for path, state in ended.items():
-        files = tuple(sorted(entry.name for entry in os.scandir(path) if not _OURS.fullmatch(entry.name)))
-        if files and not with_files:
-            found.keep(FILES, path)
+        try:
+            there = remains(path)
+        except OSError:
+            found.keep(UNREADABLE, path)
+            continue
+        if reason := _reason_to_keep(there, state, with_files=with_files):
+            found.keep(reason, path)
         else:
-            found.leftovers.append(Leftover(path, state, old[path], files))
-    if not named:
-        for copy in _copies({rundir.path.parent for rundir in run_dirs}, before):
+            found.leftovers.append(Leftover(path, state, old[path], there.files))
+    if not (named or claimed):
+        folders = {rundir.path.parent for rundir in run_dirs}
+        for copy in _copies(folders, before):
             # which job waits for it, only Slurm knows: any may
             if reason := active(None):
                 found.keep(reason, copy.path)
             else:
                 found.leftovers.append(copy)
+        for path in _named(folders, _REMOVED):  # a removal that was cut off
+            with contextlib.suppress(OSError):
+                there = remains(path)
+                if reason := _reason_to_keep(there, "removed", with_files=with_files):
+                    found.keep(reason, path)
+                else:
+                    when = os.lstat(path).st_mtime
+                    found.leftovers.append(Leftover(path, "removed", when, there.files, is_job=False))
     return found
 
 
-def remove(leftover: Leftover) -> None:
-    """Remove a folder, and the links by which the job was found under another id too. Raises OSError."""
-    if not _is_folder_of_ours(leftover.path):
-        raise FileNotFoundError(None, "it has changed", str(leftover.path))
-    for entry in list(os.scandir(leftover.path)):  # the record last: what is left of a failure is found again
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-    shutil.rmtree(leftover.path)
-    for entry in list(os.scandir(leftover.path.parent)):
+def _reason_to_keep(there: Remains, state: str, *, with_files: bool) -> str:
+    silent = time.time() - there.written
+    if silent < _FRESH:
+        return RECENT
+    if state == "UNKNOWN" and silent < _SILENT:
+        return UNKNOWN
+    return FILES if there.files and not with_files else ""
+
+
+def remove(leftover: Leftover, before: float, *, named: bool, with_files: bool) -> None:
+    """Remove a folder, and the links by which the job was found under another id too, unless ``inventory`` with the
+    same arguments finds by now that it must stay. Meanwhile the job cannot be resumed. Raises OSError.
+    """
+    path = leftover.path
+    if not _is_folder_of_ours(path):
+        raise FileNotFoundError(None, "it has changed", str(path))
+    if not leftover.is_job:
+        if not path.name.startswith(_REMOVED) and (reason := _asked_once()(None)):
+            raise FileExistsError(None, reason, str(path))
+        _remove_renamed(path)
+        return
+    moved = path.with_name(f"{_REMOVED}{path.name}.{secrets.token_hex(8)}")  # found again if its removal is cut off
+    with _claim(path):
+        looked_at = os.lstat(path)
+        now = inventory([RunDir(path)], before, named=named, with_files=with_files, claimed=True)
+        if leftover not in now.leftovers:
+            raise FileExistsError(None, ": ".join(["it has changed", *now.kept]), str(path))
+        path.rename(moved)
+    if not os.path.samestat(looked_at, os.lstat(moved)):
+        raise FileExistsError(None, "this folder was put in the place of another", str(moved))
+    forget(path)
+    for entry in list(os.scandir(path.parent)):
         with contextlib.suppress(OSError):
-            if entry.is_symlink() and os.readlink(entry.path) == leftover.path.name:
+            if entry.is_symlink() and os.readlink(entry.path) == path.name:
                 os.unlink(entry.path)
-    forget(leftover.path)
+    _remove_renamed(moved)
+
+
+@contextlib.contextmanager
+def _claim(path: Path) -> Iterator[None]:
+    """Keep the job from being resumed, until the body fails. Raises OSError."""
+    try:
+        if not RunDir(path).claim(RESUMING, f"elastic-hpc clean: process {os.getpid()} on {os.uname().nodename}\n"):
+            raise FileExistsError(None, "it is being resumed", str(path))
+    except ElasticError as error:
+        raise PermissionError(None, str(error), str(path)) from None
+    try:
+        yield
+    except BaseException:
+        (path / RESUMING).unlink(missing_ok=True)
+        raise
+
+
+def _remove_renamed(path: Path) -> None:
+    if not _is_folder_of_ours(path):
+        raise FileNotFoundError(None, "it has changed", str(path))
+    shutil.rmtree(path)
 
 
 def _asked_once() -> Callable[[Collection[str] | None], str]:
@@ -144,7 +213,11 @@ def _asked_once() -> Callable[[Collection[str] | None], str]:
 
 def _ids(observed: Observed) -> set[str]:
     """The ids of Slurm jobs that may use the folder, without the number of an array's task or of a step."""
-    return {re.split(r"[._]", id)[0] for id in (observed.id, observed.slurm_id)}
+    ids = {observed.id, observed.slurm_id}
+    for path in Path(observed.run_dir).glob("acted.*"):
+        with contextlib.suppress(OSError, UnicodeError):
+            ids.add(path.read_text())
+    return {re.split(r"[._]", id)[0] for id in ids}
 
 
 def _ended(path: Path) -> float:
@@ -158,7 +231,14 @@ def _ended(path: Path) -> float:
 
 
 def _is_ours(path: Path) -> bool:
-    return _is_folder_of_ours(path) and any((path / name).is_file() for name in _RECORD)
+    """Whether ``path`` is a run directory of this user: other programs too have a file spec.json."""
+    rundir = RunDir(path)
+    with contextlib.suppress(ElasticError, OSError):
+        return _is_folder_of_ours(path) and bool(
+            {"job", "script"} <= (rundir.read("spec.json") or {}).keys()
+            or {"outcome", "run", "actor"} <= (rundir.read("verdict.json") or {}).keys()
+        )
+    return False
 
 
 def _is_folder_of_ours(path: Path) -> bool:
@@ -170,10 +250,15 @@ def _is_folder_of_ours(path: Path) -> bool:
 
 def _copies(folders: Collection[Path], before: float) -> Iterator[Leftover]:
     """Copies of code, put aside for jobs that never took them: see ``JobSpec.staged``."""
+    before = min(before, time.time() - _FRESH)
+    for path in _named(folders, ".submission."):
+        if (when := os.lstat(path).st_mtime) < before:
+            yield Leftover(path, "code", when, is_job=False)
+
+
+def _named(folders: Collection[Path], begin: str) -> Iterator[Path]:
     for folder in sorted(folders):
-        for path in sorted(folder.glob(".submission.*")):
-            if _is_folder_of_ours(path) and (when := os.lstat(path).st_mtime) < before:
-                yield Leftover(path, "", when)
+        yield from filter(_is_folder_of_ours, sorted(folder.glob(f"{begin}*")))
 
 
 def _sizes(folder: Path | str) -> Iterator[int]:

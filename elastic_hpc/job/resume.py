@@ -27,10 +27,8 @@ from elastic_hpc.options.table import ELASTIC
 from elastic_hpc.options.torchrun import translate, unneeded
 from elastic_hpc.options.values import NodeRange
 from elastic_hpc.record.registry import remember
-from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.record.rundir import RESUMING, RunDir
 
-_CLAIM = "resuming"
-"""A file in the run directory while the job is being resumed, so that nobody else resumes it too."""
 _FRESH = 60.0
 """Seconds for which a sign of a leader shows that a job runs which Slurm here does not know."""
 
@@ -137,7 +135,7 @@ class Resumption:
         self._rundir.mark_acted(self._last_run, new)
         self._rundir.call_also(new)
         remember(self._rundir.path.with_name(new))
-        (self._rundir.path / _CLAIM).unlink(missing_ok=True)  # sbatch --wait returns when the job has ended
+        (self._rundir.path / RESUMING).unlink(missing_ok=True)  # sbatch --wait returns when the job has ended
         return new
 
     def _check_owner(self) -> None:
@@ -225,10 +223,11 @@ class Resumption:
 
     @contextlib.contextmanager
     def _claim(self) -> Iterator[None]:
-        path = self._rundir.path / _CLAIM
-        if not self._rundir.claim(_CLAIM, f"process {os.getpid()} on {os.uname().nodename}\n"):
+        path = self._rundir.path / RESUMING
+        if not self._rundir.claim(RESUMING, f"process {os.getpid()} on {os.uname().nodename}\n"):
             raise UsageError(
-                f"job {self.id} is being resumed by another command ({path}); if that has died, remove this file"
+                f"job {self.id} is being resumed or removed by another command ({path}); if that has died, remove "
+                "this file"
             )
         try:
             yield

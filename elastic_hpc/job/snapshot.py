@@ -19,6 +19,15 @@ from elastic_hpc.errors import UsageError
 _MAX_DIFF = 10_000_000  # bytes
 _SECONDS = 5.0  # for the record, which must not hold up a submission
 _LIST_SECONDS = 60.0  # for the list of files, without which there is no snapshot
+LIST = "code.files.json"
+"""The files of the copy as they were copied: what the job adds to the copy, or changes there, is its own."""
+
+Listed = tuple[str, int, int]
+"""A file's path in the copy, its size, and when it was modified, in whole seconds: some file systems keep no more."""
+
+
+def listed(name: str, found: os.stat_result) -> Listed:
+    return name, found.st_size, int(found.st_mtime)
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,8 @@ def put_aside(code: WorkTree, staged: Path, *, snapshot: bool) -> None:
         staged.mkdir(mode=0o700)
         _write_record(code, staged, snapshot=snapshot)
         if snapshot:
-            _copy(code, staged / "code")
+            copied = _copy(code, staged / "code")
+            (staged / LIST).write_text(json.dumps(copied))
     except OSError as error:
         discard(staged)
         if snapshot:
@@ -89,16 +99,19 @@ def discard(staged: Path) -> None:
     shutil.rmtree(staged, ignore_errors=True)
 
 
-def _copy(code: WorkTree, to: Path) -> None:
+def _copy(code: WorkTree, to: Path) -> list[Listed]:
     """Copy the files as they are in the work tree, without tracked files that were deleted there, and without
-    submodules that have not been fetched.
+    submodules that have not been fetched. Returns what is in the copy.
     """
+    copied = []
     (to / code.folder).mkdir(parents=True)
     for name in code.files():
         source, copy = os.path.join(code.top, name), os.path.join(to, name)
         if os.path.islink(source) or os.path.isfile(source):
             os.makedirs(os.path.dirname(copy), exist_ok=True)
             shutil.copy2(source, copy, follow_symlinks=False)
+            copied.append(listed(name, os.lstat(copy)))
+    return copied
 
 
 def _write_record(code: WorkTree, to: Path, *, snapshot: bool) -> None:

@@ -20,6 +20,9 @@ from elastic_hpc.record.events import EventReader
 _HELD = "running"
 """The file that ``hold`` locks."""
 
+RESUMING = "resuming"
+"""A file in the run directory while a command resumes or removes the job, so that no other command does."""
+
 _OF_AN_END = ("left", "over", "once-more")
 """Files that describe the end of a run, and would mislead a run that begins after it: see ``agent.once_more``."""
 

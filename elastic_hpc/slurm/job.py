@@ -81,11 +81,14 @@ def mine() -> list[str]:
     """The ids of this user's active jobs, tasks of arrays as JOB_TASK; of all clusters, if they can be asked. Raises
     SlurmError.
     """
-    command = ("squeue", "--me", "--noheader", "--array", "--format=%i")
+    command = ("squeue", "--me", "--all", "--noheader", "--array", "--format=%i")  # --all: in hidden partitions too
     try:
         answer = client.run(*command, "--clusters=all")
-    except SlurmError:  # without slurmdbd Slurm knows of no other cluster
-        answer = client.run(*command)
+    except SlurmError:
+        config = client.scontrol("show", "config")
+        if re.search(r"^AccountingStorageType\s*=\s*accounting_storage/slurmdbd", config, re.MULTILINE):
+            raise
+        answer = client.run(*command)  # without slurmdbd Slurm knows of no other cluster
     return re.findall(r"^\d+(?:_\d+)?$", answer, re.MULTILINE)
 
 

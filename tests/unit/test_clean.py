@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import records
 
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.job import cleaning
+from elastic_hpc.job import cleaning, snapshot
 from elastic_hpc.job.lookup import select
 from elastic_hpc.record.registry import remember, remembered
 from elastic_hpc.record.rundir import RunDir
@@ -30,8 +31,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def slurm_says(home: Path, *active: str, fails: bool = False) -> None:
-    """What squeue answers at a site without other clusters: the jobs ``active``."""
+def slurm_says(home: Path, *active: str, fails: bool = False, accounting: str = "(null)") -> None:
+    """What squeue answers at a site whose other clusters it cannot ask: the jobs ``active``."""
     mine = "\n".join(active)
     ours = "; ".join(f"case $* in *{id}*) echo '{id}|RUNNING|N/A|N/A|None';; esac" for id in active) or ":"
     fails_at = "*" if fails else "*--clusters=all*"
@@ -40,8 +41,11 @@ def slurm_says(home: Path, *active: str, fails: bool = False) -> None:
         f"*) {ours};; esac\n"
     )
     (home / "squeue").chmod(0o755)
-    for name in ("sacct", "scontrol"):
-        (home / name).write_text("#!/bin/sh\nexit 1\n")
+    for name, text in (
+        ("sacct", "exit 1"),
+        ("scontrol", f"[ '{accounting}' ] && echo 'AccountingStorageType = {accounting}'"),
+    ):
+        (home / name).write_text(f"#!/bin/sh\n{text}\n")
         (home / name).chmod(0o755)
 
 
@@ -67,7 +71,7 @@ def removable(**how: bool) -> dict[str, str]:
 
 
 def test_jobs_that_ended_long_ago_go_and_are_forgotten(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old, broken, new = job(home, "11"), job(home, "12", "broken"), job(home, "13", when=time.time() - 60)
+    old, broken, new = job(home, "11"), job(home, "12", "broken"), job(home, "13", when=time.time() - 1200)
     assert main(["clean", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[2] for line in out.splitlines()[:2]] == ["COMPLETED", "FAILED"]
@@ -81,7 +85,7 @@ def test_jobs_that_ended_long_ago_go_and_are_forgotten(home: Path, capsys: pytes
     assert remembered() == [new]
     assert main(["clean", "--yes"]) == 0
     assert capsys.readouterr().out == "nothing to remove\n"
-    assert main(["clean", "--yes", "--older-than", "30s"]) == 0
+    assert main(["clean", "--yes", "--older-than", "15m"]) == 0
     assert not new.exists()
 
 
@@ -129,6 +133,7 @@ def test_a_job_of_unknown_end_goes_only_if_it_is_named(home: Path, capsys: pytes
 def test_checkpoints_stay_unless_they_are_meant_too(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = job(home, "11")
     (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "1").touch()
     (folder / "best.pt").write_bytes(bytes(3_000_000))
     aged(folder)
     assert main(["clean", "--yes"]) == 0
@@ -145,13 +150,132 @@ def test_all_that_we_write_into_a_run_directory_is_ours(home: Path) -> None:
     for name in (
         *("secret", "heartbeat", "events.n1.jsonl", "first.11.0.0", "left", "script.sbatch", "code.json", "code.diff"),
         *("code.json.~1~", "unfit.n2.json", "turn.0.1", "acts.0", "over", "once-more", "running", ".state.json.n1.5"),
-        *("warning.json", "starts.json", "node.0.lock", "began.0.1", "resuming"),
+        *("warning.json", "starts.json", "node.0.lock", "host.lock", "began.0.n1", "code.files.json"),
+        "code.files.json.~2~",
     ):
         (folder / name).touch()
-    for name in ("code", "code.~1~", "notices"):
-        (folder / name).mkdir(exist_ok=True)
+    (folder / "notices").mkdir()
+    (folder / "notices" / "segment_health_check.n1").touch()
+    for name in ("conclude.log", "0.join-7.log", "0.again-n2.log", "0.1/n1.stacks", "0.1/n1.rank0,2-3.log"):
+        (folder / "logs" / name).touch()
     aged(folder)
     assert removable() == {"11": "COMPLETED"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "code/checkpoints/last.pt",
+            "logs/tb/events.1",
+            "logs/0.1/best.pt",
+            ".ckpt/1",
+            "first.pt",
+            "acts.npz",
+            "code/a",
+        ),
+        *("best.lock", ".hydra/config.yaml", "results/1/x", "code.~1~/a", "notices/a", "logs/last"),
+    ],
+)
+def test_a_file_that_we_do_not_write_keeps_the_folder(home: Path, name: str) -> None:
+    folder = job(home, "11")
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"weights")
+    aged(folder)
+    assert removable() == {}
+    assert removable(with_files=True) == {"11": "COMPLETED"}
+
+
+def test_a_large_file_with_the_name_of_a_mark_keeps_the_folder(home: Path) -> None:
+    folder = job(home, "11")
+    (folder / "first.1").write_bytes(bytes(5000))
+    aged(folder)
+    assert removable() == {}
+
+
+def test_of_a_copy_of_the_code_only_what_was_copied_is_ours(home: Path) -> None:
+    work, folder = home / "work", job(home, "11")
+    (work / "sub").mkdir(parents=True)
+    (work / "train.py").write_text("pass")
+    (work / "sub" / "last.csv").write_text("1")
+    (work / "link").symlink_to("train.py")
+    subprocess.run(["git", "init", "-q", work], check=True)
+    subprocess.run(["git", "-C", work, "add", "."], check=True)
+    snapshot.put_aside(snapshot.WorkTree(str(work), "."), home / "staged", snapshot=True)
+    subprocess.run(f"cp -a {home}/staged/code* {folder}", shell=True, check=True)
+    (folder / "code" / "__pycache__").mkdir()
+    (folder / "code" / "__pycache__" / "train.cpython-311.pyc").touch()
+
+    def kept() -> str:
+        return " ".join(cleaning.remains(folder).files)
+
+    assert kept() == ""
+    (folder / "code" / "sub" / "last.csv").write_text("1\n2\n")
+    assert kept() == "code/sub/last.csv"
+    (folder / "code" / "ckpt.pt").touch()
+    assert kept() == "code/ckpt.pt code/sub/last.csv"
+    (folder / "code.files.json").write_text("[[]]")
+    assert "code/train.py" in kept()
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_job_with_a_sign_of_life_stays_also_if_it_is_named(home: Path, *, ended: bool) -> None:
+    folder = job(home, "11", ended=ended)
+    (folder / "heartbeat").touch()
+    assert main(["clean", "--yes", "--with-checkpoints", "11"]) == 0
+    assert folder.exists()
+    aged(folder, time.time() - 3600)
+    (folder / "logs" / "0.1" / "n1.rank0.log").touch()
+    assert main(["clean", "--yes", "11"]) == 0
+    assert folder.exists()
+
+
+def test_a_job_of_unknown_end_stays_for_a_day_also_if_it_is_named(home: Path) -> None:
+    folder = job(home, "11", ended=False, when=time.time() - 3600)
+    assert main(["clean", "--yes", "11"]) == 0
+    assert folder.exists()
+
+
+def test_without_an_answer_about_other_clusters_all_jobs_stay_at_a_site_that_has_some(home: Path) -> None:
+    job(home, "11")
+    slurm_says(home, accounting="accounting_storage/slurmdbd")
+    assert removable() == {}
+    slurm_says(home, accounting="")  # scontrol fails too
+    assert removable() == {}
+
+
+def test_a_job_that_is_being_resumed_stays(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = job(home, "11")
+    (folder / "resuming").touch()
+    aged(folder)
+    assert main(["clean", "--yes", "11"]) == 0
+    assert "kept: 1 being resumed" in capsys.readouterr().out
+    assert folder.exists()
+
+
+def test_a_removal_that_was_cut_off_is_taken_up_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = job(home, "11")
+    job(home, "12", when=time.time())
+
+    def fails(path: Path) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cleaning.shutil, "rmtree", fails)
+        assert main(["clean", "--yes"]) == 1
+    assert not folder.exists(), "a half-removed job is not resumed"
+    (rest,) = folder.parent.glob(".removed.*")
+    assert main(["clean", "--yes"]) == 0
+    assert not rest.exists()
+
+
+def test_names_cannot_write_to_the_terminal(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = job(home, "11")
+    (folder / "a\x1b[2Jb\nc.pt").touch()
+    aged(folder)
+    assert main(["clean", "--dry-run", "--with-checkpoints"]) == 0
+    assert "(with a\\x1b[2Jb\\nc.pt)" in capsys.readouterr().out
 
 
 def test_links_are_not_followed(home: Path) -> None:
@@ -165,7 +289,7 @@ def test_links_are_not_followed(home: Path) -> None:
     link.symlink_to(job(elsewhere, "16"))
     remember(link)
     aged(folder)
-    assert main(["clean", "--yes"]) == 0
+    assert main(["clean", "--yes", "--with-checkpoints"]) == 0
     assert not folder.exists()
     assert not (folder.parent / "15").is_symlink()
     assert link.is_symlink()
@@ -193,7 +317,7 @@ def test_copies_of_code_go_when_no_job_can_be_waiting_for_them(home: Path) -> No
     slurm_says(home, "20")
     assert removable() == {}
     slurm_says(home)
-    assert removable() == {".submission.a": ""}
+    assert removable() == {".submission.a": "code"}
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], str]) -> None:
@@ -212,6 +336,23 @@ def test_it_asks_and_believes_only_yes(home: Path, monkeypatch: pytest.MonkeyPat
     assert not folder.exists()
 
 
+def test_a_job_that_begins_to_be_resumed_while_another_is_removed_stays(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = job(home, "11"), job(home, "12")
+    removes = cleaning.shutil.rmtree
+
+    def then_resumed(path: Path) -> None:
+        removes(path)
+        assert RunDir(second).claim("resuming", "")
+
+    monkeypatch.setattr(cleaning.shutil, "rmtree", then_resumed)
+    assert main(["clean", "--yes"]) == 1
+    assert not first.exists()
+    assert second.exists()
+    assert "it is being resumed: not removed" in capsys.readouterr().err
+
+
 def test_a_job_that_is_resumed_while_it_asks_stays(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +366,7 @@ def test_a_job_that_is_resumed_while_it_asks_stays(
     assert main(["clean"]) == 1
     assert folder.exists()
     assert "it has changed: not removed" in capsys.readouterr().err
+    assert not (folder / "resuming").exists()
 
 
 def test_without_a_terminal_it_removes_nothing_unasked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,6 +193,6 @@ def test_only_the_owner_resumes_a_job(place: Path, monkeypatch: pytest.MonkeyPat
 def test_two_commands_do_not_resume_one_job(place: Path) -> None:
     rundir = ended(place, "--nodes=2")
     (rundir.path / "resuming").touch()
-    with pytest.raises(UsageError, match="is being resumed by another command"):
+    with pytest.raises(UsageError, match="is being resumed or removed by another command"):
         Job(rundir.path).resume()
     assert json.loads((rundir.path / "verdict.json").read_text()) == FAILED
