@@ -56,7 +56,7 @@ def lines(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             elif peer and peer[key] is None:
                 note = f"torch: not within {peer['bound_s']:g} s"
             elif peer and key == "reform_s":
-                note = "torch is told of the loss, which it does not notice by itself"
+                note = "the benchmark reports the loss to torch, which does not notice it"
             theirs = peer.get(key) if peer else None
             rows.append(figure(f"{name}, {size} agents", result[key], PEER, theirs, note=note))
     return rows
