@@ -30,6 +30,10 @@ lines of a script, which override only the files of the site, the user and the p
 both, beside each line of the batch script."""
 
 
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+"""In the name of a variable: its value is a secret, and this output is sent to others."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", choices=["show"], metavar="show", help="may be left out")
     parser.add_argument("--file", metavar="FILE", help="a job file, as for elastic-sbatch --file")
@@ -79,7 +83,7 @@ def _ours(configuration: Configuration, *, with_defaults: bool) -> Iterator[tupl
     for line in configuration.setup:
         yield "--setup", line.value, line.source
     for name, setting in configuration.env.items():
-        yield "--env", f"{name}={setting.value}", setting.source
+        yield "--env", f"{name}={'...' if _SECRET.search(name) else setting.value}", setting.source
 
 
 def _of(default: re.Match[str] | None, value: object) -> str:

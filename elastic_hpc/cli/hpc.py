@@ -144,12 +144,16 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
 
     def work() -> int:
-        argv = given
+        argv, command = given, list[str]()
+        if given[:1] == ["shell"] and "--" in given:  # NODE may be left out before it, options may follow it
+            argv, command = given[: given.index("--")], given[given.index("--") + 1 :]
         if given[:1] == ["plan"]:  # whose options are those of elastic-sbatch
             from elastic_hpc.cli import plan
 
             argv = ["plan", *plan.arranged(given[1:])]
         args = parser(given[0] if given else "").parse_args(argv)
+        if command:
+            args.command_line += command
         return int(args.run(args))
 
     with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -70,12 +70,16 @@ class _Output:
     def __init__(self, run_dir: str) -> None:
         self._logs, self._begun = Logs(RunDir(run_dir).path / "logs", Wanted()), False
         self._last: deque[str] = deque(maxlen=_LINES)
+        self._lock = threading.Lock()
 
-    def lines(self) -> Sequence[str]:
-        added = self._logs.added() if self._begun else self._logs.written(follow=True)
-        self._begun = True
-        self._last.extend(f"rank {line.rank}{' err' if line.stream == 'err' else ''}| {line.text}" for line in added)
-        return self._last
+    def lines(self, *, over: bool) -> Sequence[str]:
+        """``over``: the job will write no more."""
+        with self._lock:
+            added = list(self._logs.added() if self._begun else self._logs.last(_LINES))
+            self._begun = True
+            added += self._logs.rest() if over else []
+            self._last.extend(f"rank {line.rank}{' err' * (line.stream == 'err')}| {line.text}" for line in added)
+            return list(self._last)
 
 
 class _Pages:
@@ -83,35 +87,30 @@ class _Pages:
 
     def __init__(self, run_dirs: Sequence[RunDir]) -> None:
         self.token = secrets.token_urlsafe(24)
-        self._run_dirs, self._jobs, self._lock = run_dirs, Jobs([]), threading.Lock()
-        self._looks: dict[str, Look] = {}
+        self._run_dirs, self._jobs = run_dirs, Jobs([], also_unreadable=True)
+        self._looking = threading.Lock()
+        self._looks: dict[str, Look] | None = None
         self._looked = float("-inf")
         self._outputs: dict[str, _Output] = {}
         self._said: dict[str, str] = {}
         """What the last action on a job has done, by the job's key."""
 
     def jobs(self, nonce: str) -> str:
-        with self._lock:
-            looks = self._look()
-            return jobs_page([(key, look.view) for key, look in looks.items()], self._jobs.problem, nonce)
+        looks = self._look()
+        return jobs_page([(key, look.view) for key, look in looks.items()], self._jobs.problem, nonce)
 
     def job(self, key: str, nonce: str) -> str | None:
         """The page of one job, None if there is no such job."""
-        with self._lock:
-            if (look := self._look().get(key)) is None:
-                return None
-            run_dir = look.view.run_dir
-            lines = self._outputs.setdefault(key, _Output(run_dir)).lines()
-            said = self._said.get(key, "")
-            return job_page(
-                look.view, look.story, time.time(), key=key, why=why(look), log=lines, said=said, nonce=nonce
-            )
+        if (look := self._look().get(key)) is None:
+            return None
+        lines = self._outputs.setdefault(key, _Output(look.view.run_dir)).lines(over=look.view.over)
+        said = self._said.get(key, "")
+        return job_page(look.view, look.story, time.time(), key=key, why=why(look), log=lines, said=said, nonce=nonce)
 
     def act(self, key: str, action: str) -> bool:
         """Do ``action`` with a job, and remember what happened. Returns False if there is no such job."""
-        with self._lock:
-            if (look := self._look().get(key)) is None:
-                return False
+        if (look := (self._looks or self._look()).get(key)) is None:
+            return False
         job = Job(look.view.run_dir)
         try:
             if action == "drain":
@@ -119,22 +118,30 @@ class _Pages:
                 done = "drain requested: the workers save first"
             else:
                 done = _STOPPED[job.stop(after_checkpoint=action == "save-and-stop")]
-        except ElasticError as error:
+        except (ElasticError, OSError) as error:
             done = str(error)
-        with self._lock:
-            self._said[key] = f"{time.strftime('%H:%M:%S')}  {done}"
-            self._looked = float("-inf")
+        self._said[key] = f"{time.strftime('%H:%M:%S')}  {done}"
+        self._looked = float("-inf")
         return True
 
     def _look(self) -> dict[str, Look]:
-        """The jobs by their keys."""
+        """The jobs by their keys. While another thread looks at them, for example because Slurm does not answer, what
+        was seen before.
+        """
+        if self._looking.acquire(blocking=self._looks is None):
+            try:
+                self._update()
+            finally:
+                self._looking.release()
+        return self._looks or {}
+
+    def _update(self) -> None:
         if time.monotonic() - self._looked >= _LOOK_INTERVAL:
             given = self._run_dirs
             self._jobs.observe([rundir for rundir in select(given) if given or may_be_recent(rundir)])
             looks = [look for look in self._jobs.look(_SLURM_INTERVAL) if given or look.is_recent()]
             self._looks = {_key(look.view.run_dir): look for look in looks}
             self._looked = time.monotonic()
-        return self._looks
 
 
 def _key(run_dir: str) -> str:
@@ -152,7 +159,7 @@ class _PageServer(ThreadingHTTPServer):
     def handle_error(self, *_: object) -> None:
         """A browser that has gone away is no error."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
+        if not isinstance(error, ConnectionError | TimeoutError):
             entry.tell("elastic-hpc", f"a page could not be made: {error!r}")
 
 
@@ -161,8 +168,30 @@ class _PageHandler(BaseHTTPRequestHandler):
     timeout = _PATIENCE
 
     def do_GET(self) -> None:
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        self._answer(self._post)
+
+    def _answer(self, answer: Callable[[], None]) -> None:
+        """The page says what could not be read."""
+        try:
+            answer()
+        except (ConnectionError, TimeoutError):
+            raise
+        except (ElasticError, OSError) as error:
+            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=str(error))
+        except Exception as error:
+            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=repr(error))
+            raise
+
+    def _get(self) -> None:
         nonce = secrets.token_urlsafe(12)
         match self._path():
+            case []:  # the address lost its last / as it was copied
+                self.send_response(HTTPStatus.SEE_OTHER)
+                self.send_header("Location", f"/{self.server.site.token}/")
+                self.end_headers()
             case [""]:
                 self._send(self.server.site.jobs(nonce), nonce)
             case ["job", key] if page := self.server.site.job(key, nonce):
@@ -170,7 +199,7 @@ class _PageHandler(BaseHTTPRequestHandler):
             case _:
                 self._unknown()
 
-    def do_POST(self) -> None:
+    def _post(self) -> None:
         match self._path():
             case ["job", key, action] if action in _ACTIONS and self.server.site.act(key, action):
                 self.send_response(HTTPStatus.SEE_OTHER)

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import jinja2
 from jinja2.bccache import Bucket
 
+from elastic_hpc import __version__
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.record.folders import make_private
 
 
 class _Cache(jinja2.FileSystemBytecodeCache):
     def load_bytecode(self, bucket: Bucket) -> None:
-        with contextlib.suppress(OSError):
+        try:
             super().load_bytecode(bucket)
+        except Exception:  # noqa: BLE001 - whatever pickle and marshal say of a file that was cut off
+            bucket.reset()
 
     def dump_bytecode(self, bucket: Bucket) -> None:
         with contextlib.suppress(OSError):  # the disk is full, or the quota used up
@@ -31,8 +35,11 @@ def cache() -> jinja2.BytecodeCache | None:
     """None where there is no folder for it."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        folder = Path(given if os.path.isabs(given) else "~/.cache").expanduser() / "elastic_hpc"
+        caches = Path(given if os.path.isabs(given) else "~/.cache").expanduser()
+        caches.mkdir(mode=0o700, exist_ok=True)
+        folder = caches / "elastic_hpc"
         make_private(folder, exist_ok=True)
     except (OSError, ElasticError, RuntimeError):  # RuntimeError: there is no home
         return None
-    return _Cache(str(folder), f"%s-{jinja2.__version__}")
+    # the code of a template also depends on what was called as it was compiled
+    return _Cache(str(folder), f"%s-{jinja2.__version__}-{__version__}-{sys.implementation.cache_tag}")

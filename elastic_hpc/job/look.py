@@ -108,7 +108,11 @@ def _read(rundir: RunDir, name: str) -> dict[str, Any]:
 class Jobs:
     """Jobs that are observed repeatedly. Each look reads only the events that were added since the last one."""
 
-    def __init__(self, run_dirs: Sequence[RunDir]) -> None:
+    def __init__(self, run_dirs: Sequence[RunDir], *, also_unreadable: bool = False) -> None:
+        """``also_unreadable``: a job whose record cannot be read is shown with the problem as its note; otherwise
+        ``look`` raises ElasticError.
+        """
+        self._also_unreadable = also_unreadable
         self._records: list[tuple[RunDir, JobRecord]] = []
         self.observe(run_dirs)
         self._last_query = float("-inf")
@@ -138,11 +142,18 @@ class Jobs:
             self._query(observed, float("inf"))
         looks = []
         for seen, (_, record) in zip(observed, self._records, strict=True):
-            story = record.story()
+            note = ""
+            try:
+                story = record.story()
+            except (ElasticError, OSError) as error:
+                if not self._also_unreadable:
+                    raise
+                story, note = StoryBuilder().story(0), str(error)
             job = self._with_slurm(seen, story)
             if ends and (job.final or (_needs_slurm(job) and job.queued is None and not self.problem)):
                 job = replace(job, recorded_end=self._recorded_end(job))
-            looks.append(Look(view(job, story, time.time()), story, record.events))
+            seen_now = view(job, story, time.time())
+            looks.append(Look(replace(seen_now, note=note) if note else seen_now, story, record.events))
         return looks
 
     def _query(self, observed: Sequence[Observed], interval: float) -> None:

@@ -48,7 +48,7 @@ def select(run_dirs: Sequence[RunDir]) -> list[RunDir]:
     """
     if run_dirs:
         return [RunDir(path) for rundir in run_dirs for path in expand(rundir.path)]
-    here = [itself(path.absolute()) for path in _LOG_DIR.glob("*") if (path / "spec.json").exists()]
+    here = [itself(path.absolute()) for path in _LOG_DIR.glob("*") if os.path.exists(path / "spec.json")]
     return [RunDir(path) for path in dict.fromkeys([*with_tasks(), *sorted(here, key=lambda p: (len(p.name), p.name))])]
 
 
@@ -59,7 +59,7 @@ def _candidates(job: str) -> Iterator[Path]:
             yield path
         return
     name = job.partition(";")[0]  # sbatch --parsable says ID;CLUSTER
-    if any(Path(name, file).exists() for file in _FILES):
+    if any(os.path.exists(Path(name, file)) for file in _FILES):
         yield Path(name)
     folders = [_LOG_DIR]
     if log_dir := load(os.environ, Path.cwd()).options.get("log-dir"):

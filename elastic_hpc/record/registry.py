@@ -63,12 +63,12 @@ def with_tasks() -> list[Path]:
 
 def itself(run_dir: Path) -> Path:
     """``run_dir``, or the run directory beside it that it is a link to: see ``RunDir.call_also``."""
-    return run_dir.with_name(os.path.basename(os.readlink(run_dir))) if run_dir.is_symlink() else run_dir
+    return run_dir.with_name(os.path.basename(os.readlink(run_dir))) if os.path.islink(run_dir) else run_dir
 
 
 def tasks(run_dir: Path) -> list[Path]:
     """The run directories of an array's tasks that have started; ``run_dir`` would be that of the array."""
-    if run_dir.is_dir():
+    if os.path.isdir(run_dir):
         return []
     candidates = run_dir.parent.glob(f"{escape(run_dir.name)}_*")
     found = (path for path in candidates if path.name.removeprefix(f"{run_dir.name}_").isdecimal())

@@ -31,7 +31,7 @@ _ROUND = re.compile(r"(\d+)\.(\d+)")
 _FILE = re.compile(r"(.+)\.rank([\d,-]+)\.log")
 _LINE = re.compile(rb"(\S+) rank(\d+) (out|err) ([FP]) (.*)", re.DOTALL)
 _FULL = re.compile(rb"\S+ rank\d+ (?:out|err) F ")
-_CHUNK = 1 << 20
+_CHUNK = _END = 1 << 20
 _PARTIAL = 64 * 1024
 """Bytes; a longer line is shown in parts, as a progress bar may never end its line."""
 
@@ -149,10 +149,14 @@ def summary(folder: Path) -> str:
 class _Tail:
     """Reads the wanted lines that were added to a file since the last call."""
 
-    def __init__(self, file: _File, wanted: Wanted) -> None:
+    def __init__(self, file: _File, wanted: Wanted, most: int | None = None) -> None:
+        """``most``: begin so many bytes before the end."""
         self._file, self._wanted = file, wanted
         self._offset = 0
-        self._unread = b""
+        if most is not None:
+            with contextlib.suppress(OSError):
+                self._offset = max(0, file.path.stat().st_size - most)
+        self._unread = b" " if self._offset else b""  # no label begins so: the rest of the first line is left out
         """The beginning of a labelled line whose end is not in the file yet."""
         self._begun: dict[tuple[int, Stream], tuple[float, bytes]] = {}
         """The beginnings of lines that the workers have not ended."""
@@ -241,6 +245,24 @@ class Logs:
             rounds.setdefault((file.run, file.round), []).append(tail)
         for tails in rounds.values():
             yield from heapq.merge(*(tail.all(rest=not follow) for tail in tails), key=lambda line: line.time)
+
+    def last(self, count: int) -> list[LogLine]:
+        """Instead of ``written``: up to ``count`` of the last lines, from the ends of the files. A last line that has
+        no end yet, in the last two rounds, is left to ``added``. Rounds that are not needed are never read.
+        """
+        rounds: dict[str, list[_File]] = {}
+        for file in _files(self._folder, self._wanted):
+            rounds.setdefault(file.path.parent.name, []).append(file)
+        lines: list[LogLine] = []
+        for newer, (name, files) in enumerate(reversed(rounds.items())):
+            if len(lines) >= count and newer >= 2:
+                self._over.add(name)
+                continue
+            tails = [_Tail(file, self._wanted, _END) for file in files]
+            self._tails.update({file.path: tail for file, tail in zip(files, tails, strict=True)})
+            merged = heapq.merge(*(tail.all(rest=newer >= 2) for tail in tails), key=lambda line: line.time)
+            lines = [*merged, *lines]
+        return lines[-count:]
 
     def added(self) -> Iterator[LogLine]:
         """The lines that were added since the last call. A round is read until two others have followed it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -300,6 +302,21 @@ def test_links_are_not_followed(home: Path) -> None:
 def test_another_users_folder_stays(home: Path) -> None:
     os.chown(job(home, "11"), 65534, 65534)
     assert removable() == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_folder_that_cannot_be_read_is_passed_over(home: Path) -> None:
+    code = "import os; from elastic_hpc.job.lookup import select; os.seteuid(65534); print(len(select([])))"
+    environ = {**os.environ, "XDG_STATE_HOME": str(home / "none"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # tmp_path is closed to others
+        Path(place).chmod(0o755)
+        for name in ("11", "12"):
+            folder = Path(place, "elastic-logs", name)
+            folder.mkdir(parents=True)
+            (folder / "spec.json").write_text("{}")
+        folder.chmod(0o700)
+        done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=place, capture_output=True, check=False)
+    assert done.stdout == b"1\n", done.stderr
 
 
 def test_a_folder_without_a_record_stays(home: Path) -> None:

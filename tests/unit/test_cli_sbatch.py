@@ -473,7 +473,8 @@ def test_a_file_may_name_a_module_or_leave_the_script_to_the_command_line(projec
 
 def test_config_shows_what_counts_and_where_it_comes_from(project, monkeypatch, capsys):
     job_file(project, f"notify = 'https://hooks.example/secret'\ngrace = '2m'\nsetup = 'module load a'\n{JOB_FILE}")
-    (project.folder / "elastic_hpc.toml").write_text("spares = 1\nenv = {A = 'b c'}\n[sbatch]\nqos = 'low'\n")
+    env = "env = {A = 'b c', WANDB_API_KEY = 'x'}"
+    (project.folder / "elastic_hpc.toml").write_text(f"spares = 1\n{env}\n[sbatch]\nqos = 'low'\n")
     monkeypatch.setenv("SBATCH_PARTITION", "cpu")
     monkeypatch.delenv("ELASTIC_HPC_CONFIG", raising=False)
     assert hpc(["config"]) == 0
@@ -482,7 +483,7 @@ def test_config_shows_what_counts_and_where_it_comes_from(project, monkeypatch, 
     assert [line.split()[0] for line in head.splitlines()] == ["site", "user", "project"]
     assert head.endswith("./elastic_hpc.toml")
     assert [line.split("  ")[0] for line in settings.splitlines()] == [
-        "--spares=1", "--env='A=b c'", "--qos=low", "--partition=cpu",
+        "--spares=1", "--env='A=b c'", "--env=WANDB_API_KEY=...", "--qos=low", "--partition=cpu",
     ]  # fmt: skip
     assert settings.endswith("environment: SBATCH_PARTITION\n")
     assert hpc(["config", "show", "--file", "job.toml", "--json"]) == 0
@@ -490,7 +491,7 @@ def test_config_shows_what_counts_and_where_it_comes_from(project, monkeypatch, 
     assert shown == {
         "--nodes": ("2:4", "job.toml"), "--spares": ("1", "./elastic_hpc.toml"), "--max-restarts": ("7", "job.toml"),
         "--grace": ("120", "job.toml"), "--notify": ("https://hooks.example/...", "job.toml"),
-        "--setup": ("module load a", "job.toml"), "--env": ("A=b c", "./elastic_hpc.toml"),
+        "--setup": ("module load a", "job.toml"), "--env": ("WANDB_API_KEY=...", "./elastic_hpc.toml"),
         "--partition": ("gpu", "job.toml"),
     }  # fmt: skip
     assert hpc(["config", "--all"]) == 0
@@ -675,6 +676,7 @@ def test_a_plain_submission_imports_nothing_that_only_others_need(project):
 
 def test_templates_are_compiled_once_for_all_submissions(project, monkeypatch, tmp_path):
     from jinja2 import Environment
+    from jinja2.bccache import bc_magic
 
     from elastic_hpc.job.script import _templates
 
@@ -693,8 +695,12 @@ def test_templates_are_compiled_once_for_all_submissions(project, monkeypatch, t
     with monkeypatch.context() as patch:
         patch.setattr(Environment, "_generate", compiles)
         assert submitted() == script
+    assert folder.parent.stat().st_mode & 0o077 == 0
     for path in folder.iterdir():
         path.write_bytes(b"damaged")
+    assert submitted() == script
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[: len(bc_magic)])  # cut off, as after a crash of the node
     assert submitted() == script
     folder.chmod(0o777)  # others could put code there
     with monkeypatch.context() as patch:

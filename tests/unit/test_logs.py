@@ -133,6 +133,28 @@ def test_rounds_long_over_are_not_looked_at_again(tmp_path: Path) -> None:
     assert [line.text for line in logs.added()] == ["late", "new"]
 
 
+def test_of_logs_of_gigabytes_only_the_end_is_read(tmp_path: Path) -> None:
+    for name in ("0.1", "0.2", "0.3", "0.4"):
+        of_round = Round(tmp_path, name, "n1", 0)
+        of_round.write(0, f"first of {name}\n" if name in {"0.1", "0.4"} else f"{name}\n" * 50)
+    with of_round.path.open("ab") as file:
+        file.truncate((3 << 30) - 500_000)  # 3 GB that take no space
+        file.seek(0, 2)
+        file.write(b"\n")
+    of_round.write(0, "x" * 400 + "\n", when=2.0)
+    of_round.write(0, "the end\nbegun", when=3.0)
+    logs = Logs(tmp_path, Wanted())
+    lines = logs.last(20)
+    assert [line.text[:8] for line in lines[-3:]] == ["0.3", "x" * 8, "the end"]
+    assert len(lines) == 20
+    of_round.write(0, " again\n", when=4.0)
+    Round(tmp_path, "0.3", "n1", 0).write(0, "late\n")
+    assert [line.text for line in logs.added()] == ["late", "begun again"]
+    few = Logs(tmp_path, Wanted()).last(103)
+    assert [line.text for line in few[:2]] == ["0.2", "0.2"]
+    assert list(Logs(tmp_path / "none", Wanted()).last(5)) == []
+
+
 def test_the_command_labels_each_line_and_heads_each_round(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["logs", str(FAULTS)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from pathlib import Path
 import pytest
 import records
 from test_timeline import CHROMIUM, SCREENS, Page
+
+from elastic_hpc.cli import serve
+from elastic_hpc.record.rundir import RunDir
 
 
 @contextlib.contextmanager
@@ -99,6 +103,38 @@ def test_what_an_action_has_done_is_shown(tmp_path: Path) -> None:
         assert status == 200
         assert "the job had already ended" in page
         assert "there is nothing to drain" in get(f"{job}/drain", "POST")[1]
+
+
+def test_an_address_that_lost_its_last_slash_leads_to_the_page(tmp_path: Path) -> None:
+    with served(records.copy("faults", tmp_path)) as address:
+        assert link(get(address.rstrip("/"))[1])
+
+
+def test_a_job_whose_record_cannot_be_read_shows_the_problem_in_its_line(tmp_path: Path) -> None:
+    folder = records.copy("faults", tmp_path)
+    (folder / "events.jsonl").unlink()
+    (folder / "events.jsonl").mkdir()
+    with served(folder, records.copy("broken", tmp_path)) as address:
+        status, page = get(address)
+        assert status == 200
+        assert "events.jsonl: Is a directory" in page
+        for path in re.findall(r'href="(job/\w+)"', page):
+            assert get(address + path)[0] == 200
+
+
+def test_jobs_can_be_stopped_while_slurm_does_not_answer(tmp_path: Path) -> None:
+    """A page is open whose look at the jobs waits for Slurm."""
+    pages = serve._Pages([RunDir(records.copy("faults", tmp_path))])
+    assert "COMPLETED" in pages.jobs("x")
+    (key,) = pages._looks or {}
+    done: list[object] = []
+    with pages._looking:
+        for call in (lambda: pages.act(key, "drain"), lambda: pages.jobs("x"), lambda: pages.job(key, "x")):
+            thread = threading.Thread(target=lambda call=call: done.append(call()), daemon=True)
+            thread.start()
+            thread.join(30)
+        assert len(done) == 3
+    assert "there is nothing to drain" in str(done[2])
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")

@@ -72,6 +72,12 @@ def test_a_command_runs_in_a_step_on_the_node_of_whichever_job_has_brought_it(
     assert done.returncode == 3, done.stderr
 
 
+def test_without_a_node_the_command_runs_on_the_leaders(run_dir: Path) -> None:
+    words = called("shell", "17", "--", "nvidia-smi", "-q", "--", "x").stdout.splitlines()
+    assert "--nodelist=n2" in words
+    assert words[-6:] == ["inside", str(run_dir), "nvidia-smi", "-q", "--", "x"]
+
+
 def test_what_cannot_be_entered_is_refused_with_what_to_type(run_dir: Path, tmp_path: Path) -> None:
     done = called("shell", "17", "n9", "--", "ls")
     assert (done.returncode, done.stderr) == (2, "elastic-hpc: n9: expected a node of job 17: n1 n2 n5\n")
