@@ -87,6 +87,8 @@ def test_a_job_keeps_its_copy_of_the_code_unless_a_new_one_is_asked_for(
     job.wait_event("round")
     fresh.exec(["scancel", job.id])
     job.wait_state("CANCELLED")
+    saved = job.run_dir / "code" / "checkpoints" / "step-9"
+    fresh.exec(["mkdir", "-p", str(saved)])  # by a path that is relative to the script's working directory
     fresh.exec(["sh", "-c", "echo 'print(\"the new code\", flush=True)' >> train.py"], cwd=folder)
     options = ["--snapshot"] if copied else []
     new = Job(
@@ -94,4 +96,5 @@ def test_a_job_keeps_its_copy_of_the_code_unless_a_new_one_is_asked_for(
     )
     assert new.wait_state("COMPLETED", "FAILED") == "COMPLETED"
     assert ("the new code" in job.worker_output()) == copied
+    assert fresh.seen_from_login(saved).is_dir()
     assert not list(logs.glob(".submission.*"))
