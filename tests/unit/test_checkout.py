@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,8 @@ PYTHON = f"""#!/bin/sh
 # a Python whose environments have a pip that only talks
 case "$1 $2" in
   "-m venv") mkdir -p "$3/bin" "$3/lib"; cp "$0" "$3/bin/python" ;;
-  "-u -") PYTHONPATH={{pip}} exec {sys.executable} "$@" ;;
-  *) exec {sys.executable} "$@" ;;
+  "-u -") PYTHONPATH={{pip}} exec {shlex.quote(sys.executable)} "$@" ;;
+  *) exec {shlex.quote(sys.executable)} "$@" ;;
 esac
 """
 PIP = """
@@ -121,10 +122,17 @@ def test_settings_of_pip_that_sudo_has_dropped_are_named(checkout: Path, tmp_pat
     assert "dropped" not in setup(checkout, **settings, SUDO_UID="1").stderr
 
 
+def make_clean(checkout: Path, **user: int) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if name not in {"MAKELEVEL", "MAKEFLAGS", "MFLAGS"}}
+    return subprocess.run(  # as from a shell, also when make runs the tests
+        ["make", "clean"], cwd=checkout, env=environ, capture_output=True, text=True, check=False, **user
+    )
+
+
 def test_make_clean_removes_all_that_was_made(checkout: Path) -> None:
     for name in (".venv/lib", ".venv-2.14", ".mypy_cache", "tests/__pycache__", "x.egg-info"):
         (checkout / name).mkdir(parents=True)
-    done = subprocess.run(["make", "clean"], cwd=checkout, capture_output=True, text=True, check=False)
+    done = make_clean(checkout)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not {".venv", ".venv-2.14", ".mypy_cache", "x.egg-info"} & set(os.listdir(checkout))
     assert os.listdir(checkout / "tests") == []
@@ -140,9 +148,7 @@ def test_make_clean_says_in_one_line_what_only_root_can_remove(checkout: Path, t
         path.mkdir(parents=True)
         (path / "file").touch()
     os.chown(checkout, OTHER, OTHER)
-    done = subprocess.run(
-        ["make", "clean"], cwd=checkout, capture_output=True, text=True, check=False, user=OTHER, group=OTHER
-    )
+    done = make_clean(checkout, user=OTHER, group=OTHER)
     assert done.returncode != 0
     assert done.stderr.splitlines()[0] == "make: not removed: .venv (of root); type: sudo make clean"
     assert len(done.stderr.splitlines()) == 2
@@ -161,10 +167,10 @@ def test_mini_slurm_says_in_one_line_why_it_cannot_run_in_a_plain_chroot(
 ) -> None:
     script = f"""
     set -e
-    cd {tmp_path}
+    cd {shlex.quote(str(tmp_path))}
     for name in bin lib lib64 sbin; do [ ! -L /$name ] || ln -s usr/$name $name; done
     for name in {mounts}; do mkdir $name; mount --rbind /$name $name; done
-    mkdir -p checkout; mount --bind {ROOT} checkout
+    mkdir -p checkout; mount --bind {shlex.quote(str(ROOT))} checkout
     exec chroot . /usr/bin/python3 checkout/bin/mini-slurm --state /state up
     """
     command = ["unshare", "--mount", "sh", "-c", script]
