@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from elastic_hpc.errors import ElasticError, UsageError, argument
-from elastic_hpc.job.look import Look
-from elastic_hpc.job.lookup import expand, find
+from elastic_hpc.job.look import Jobs, Look, may_be_recent
+from elastic_hpc.job.lookup import expand, find, select
 from elastic_hpc.record.rundir import RunDir
 
 
@@ -30,6 +31,14 @@ def single(command: str, rundir: RunDir) -> RunDir:
             f"{len(tasks)} have started: {shown}"
         )
     return rundir
+
+
+def looks_of(jobs: Jobs, given: Sequence[RunDir], query_interval: float = 0.0) -> list[Look]:
+    """One more look by ``jobs``, at the ``given`` jobs; if there are none, at all that are recent by now.
+    ``query_interval``: as for ``Jobs.look``.
+    """
+    jobs.observe([rundir for rundir in select(given) if given or may_be_recent(rundir)])
+    return [look for look in jobs.look(query_interval) if given or look.is_recent()]
 
 
 def nothing_to_show(look: Look) -> ElasticError:

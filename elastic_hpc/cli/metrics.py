@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, start_http_server, write_to_textfile
 from prometheus_client.exposition import generate_latest
 
-from elastic_hpc.cli.jobs import add_job
+from elastic_hpc.cli.jobs import add_job, looks_of
 from elastic_hpc.errors import ElasticError, UsageError, argument
-from elastic_hpc.job.look import Jobs, may_be_recent
-from elastic_hpc.job.lookup import select
+from elastic_hpc.job.look import Jobs
 from elastic_hpc.options.durations import seconds
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.job import JobView
@@ -72,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _look(jobs: Jobs, run_dirs: Sequence[RunDir], scrape: threading.Lock) -> tuple[list[tuple[JobView, Story]], bool]:
     """``scrape``: held, as several scrapes may come at once and ``jobs`` remembers what it has read."""
     with scrape:
-        jobs.observe([rundir for rundir in select(run_dirs) if run_dirs or may_be_recent(rundir)])
-        return [look[:2] for look in jobs.look() if run_dirs or look.is_recent()], not jobs.problem
+        return [look[:2] for look in looks_of(jobs, run_dirs)], not jobs.problem
 
 
 def _write(registry: CollectorRegistry, path: str) -> None:

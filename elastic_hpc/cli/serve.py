@@ -17,11 +17,10 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from elastic_hpc.cli import entry
-from elastic_hpc.cli.jobs import add_job
+from elastic_hpc.cli.jobs import add_job, looks_of
 from elastic_hpc.errors import ElasticError
 from elastic_hpc.job.handle import Job, why
-from elastic_hpc.job.look import Jobs, Look, may_be_recent
-from elastic_hpc.job.lookup import select
+from elastic_hpc.job.look import Jobs, Look
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import Logs, Wanted
 from elastic_hpc.view.live import ACTIONS, job_page, jobs_page
@@ -137,9 +136,7 @@ class _Pages:
 
     def _update(self) -> None:
         if time.monotonic() - self._looked >= _LOOK_INTERVAL:
-            given = self._run_dirs
-            self._jobs.observe([rundir for rundir in select(given) if given or may_be_recent(rundir)])
-            looks = [look for look in self._jobs.look(_SLURM_INTERVAL) if given or look.is_recent()]
+            looks = looks_of(self._jobs, self._run_dirs, _SLURM_INTERVAL)
             self._looks = {_key(look.view.run_dir): look for look in looks}
             self._looked = time.monotonic()
 

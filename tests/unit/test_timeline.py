@@ -30,18 +30,16 @@ def page(name: str, folder: Path) -> Path:
     return file
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")
-@pytest.mark.parametrize("name", records.NAMES)
-def test_the_page_is_shown_by_a_browser_without_a_complaint(name: str, tmp_path: Path) -> None:
-    file = page(name, tmp_path)
+def screenshot(address: str, name: str, folder: Path, *options: str, height: int) -> Path:
+    """A picture of the page at ``address``, of which the browser does not complain. ``folder``: for its profile."""
     SCREENS.mkdir(parents=True, exist_ok=True)
-    screen = SCREENS / f"timeline-{name}.png"
+    screen = SCREENS / f"{name}.png"
     screen.unlink(missing_ok=True)
     done = subprocess.run(
         [
             *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-            *("--hide-scrollbars", "--window-size=1180,1250", "--enable-logging=stderr", "--no-first-run"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={screen}", file.as_uri()),
+            *("--hide-scrollbars", f"--window-size=1180,{height}", "--enable-logging=stderr", "--no-first-run"),
+            *(f"--user-data-dir={folder / 'profile'}", *options, f"--screenshot={screen}", address),
         ],
         capture_output=True,
         text=True,
@@ -50,6 +48,13 @@ def test_the_page_is_shown_by_a_browser_without_a_complaint(name: str, tmp_path:
     )
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr
+    return screen
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")
+@pytest.mark.parametrize("name", records.NAMES)
+def test_the_page_is_shown_by_a_browser_without_a_complaint(name: str, tmp_path: Path) -> None:
+    screen = screenshot(page(name, tmp_path).as_uri(), f"timeline-{name}", tmp_path, height=1250)
     assert screen.stat().st_size > 40_000, "an empty page is much smaller"
 
 
