@@ -38,7 +38,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # "pytest &" ignores S
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 if (process := os.environ.get("PYTEST_XDIST_WORKER", "gw0")) != "gw0":
     STATE = STATE.with_name(f"{STATE.name}-{process}")
-ON_DEMAND = pytest.mark.skipif("ELASTIC_HPC_ALL_FAULTS" not in os.environ, reason="on demand: ELASTIC_HPC_ALL_FAULTS=1")
 ALL_ON_SITE = bool(os.environ.get("MINI_SLURM_SITE"))  # make test-site
 os.environ["MINI_SLURM_STATE"] = str(STATE)  # for whatever calls bin/mini-slurm
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import ON_DEMAND, Cluster, wait_for
+from conftest import Cluster, wait_for
+from on_demand import ON_DEMAND
 from test_grow import Steady, Submit, steady  # noqa: F401 - fixtures
 from test_resize import ask
 

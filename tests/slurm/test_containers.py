@@ -10,7 +10,8 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ON_DEMAND, Cluster, Job, wait_for
+from conftest import Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 
 Submit = Callable[..., Job]
 TOOL = str(Path(sys.executable).with_name("elastic-hpc"))

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ON_DEMAND, ROOT, Cluster
+from conftest import ROOT, Cluster
+from on_demand import ON_DEMAND
 
 BLOCK = re.compile(r"^```(\w+) slurm( allocation)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = [path for path in sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")]) if BLOCK.search(path.read_text())]

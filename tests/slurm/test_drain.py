@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ON_DEMAND, Cluster, Job, wait_for
+from conftest import Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 
 Submit = Callable[..., Job]
 TOOL = str(Path(sys.executable).with_name("elastic-hpc"))

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ON_DEMAND, ROOT, Cluster, Job, wait_for
+from conftest import ROOT, Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 
 from elastic_hpc.record.worker_logs import Logs, Wanted
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ON_DEMAND, Cluster, Job, wait_for
+from conftest import Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 
 HEAD = """
 import json, os, sys, time

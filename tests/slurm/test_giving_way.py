@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ON_DEMAND, Cluster, Job
+from conftest import Cluster, Job
+from on_demand import ON_DEMAND
 from test_grow import Steady
 from test_site_bed import configured
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ON_DEMAND, Cluster, Job, wait_for
+from conftest import Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 
 Submit = Callable[..., Job]
 SOON = ["--grow", "--grow-every", "1", "--exclusive"]  # two joiners could share a node else

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ON_DEMAND
+from on_demand import ON_DEMAND
 
 MINI = Path(__file__).parents[2] / "bin" / "mini-slurm"
 NODES = ["n1", "n2", "n3", "n4"]

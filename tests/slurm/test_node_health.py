@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ON_DEMAND, Cluster, wait_for
+from conftest import Cluster, wait_for
+from on_demand import ON_DEMAND
 from test_grow import SOON, Steady, Submit, steady  # noqa: F401 - fixtures
 from test_resize import HPC, ask, assert_nothing_was_lost, given_back, nodes_of
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import ON_DEMAND, Cluster, Job, wait_for
+from conftest import Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 
 PLAN = [str(Path(sys.executable).with_name("elastic-hpc")), "plan", "--json"]
 

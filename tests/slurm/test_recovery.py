@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import COUNTS, ON_DEMAND, ROOT, Cluster, Job, wait_for
+from conftest import COUNTS, ROOT, Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 
 Submit = Callable[..., Job]
 EVERY = 10

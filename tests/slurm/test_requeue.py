@@ -15,7 +15,8 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-from conftest import ON_DEMAND, Cluster, wait_for
+from conftest import Cluster, wait_for
+from on_demand import ON_DEMAND
 
 
 def fast(cluster: Cluster, *, watched: bool = False) -> float:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ON_DEMAND, Cluster, wait_for
+from conftest import Cluster, wait_for
+from on_demand import ON_DEMAND
 from test_grow import SOON, Steady, Submit, busy, steady  # noqa: F401 - fixtures
 from torch_214 import IN_PLACE, TORCH_214
 

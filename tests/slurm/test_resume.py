@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import COUNTS, ON_DEMAND, Cluster, Job
+from conftest import COUNTS, Cluster, Job
+from on_demand import ON_DEMAND
 
 SBATCH, HPC = (str(Path(sys.executable).with_name(name)) for name in ("elastic-sbatch", "elastic-hpc"))
 

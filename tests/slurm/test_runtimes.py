@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import COUNTS, ON_DEMAND, ROOT, Cluster, Job, wait_for
+from conftest import COUNTS, ROOT, Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 
 Submit = Callable[..., Job]
 PACKAGES = ("python3", "bash", "coreutils", "dash", "libstdc++6")

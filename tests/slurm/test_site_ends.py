@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ON_DEMAND, Cluster, Job, wait_for
+from conftest import Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 from test_drain import IGNORES_UNTIL_TOLD, TOOL
 from test_site_bed import ended
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import COUNTS, ON_DEMAND, Cluster, Job, wait_for
+from conftest import COUNTS, Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 from test_doctor_site import doctor
 from test_site_bed import configured, ended, root
 

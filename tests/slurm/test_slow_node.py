@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ON_DEMAND, Cluster, wait_for
+from conftest import Cluster, wait_for
+from on_demand import ON_DEMAND
 from test_grow import Steady, Submit
 from test_resize import ask
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import _cluster
 import soak
-from conftest import ON_DEMAND, STATE, Cluster
+from conftest import STATE, Cluster
+from on_demand import ON_DEMAND
 
 
 @ON_DEMAND

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from on_demand import ON_DEMAND
 from torch_214 import IN_PLACE, TORCH_214
 
 ROOT = Path(__file__).parents[2]
@@ -51,9 +52,6 @@ def test_the_demo_shows_workers_that_keep_their_processes_and_lose_no_step(tmp_p
     assert re.search(r"local2 has lost its agent: \d+\.\d\d s until the next step", output)
     assert "steps repeated: 0; processes kept: " + ", ".join(map(" ".join, after.items())) in output
     assert re.search(r"next: new round .*in place: 3 of 3", output), "elastic-hpc why"
-
-
-ON_DEMAND = pytest.mark.skipif("ELASTIC_HPC_ALL_FAULTS" not in os.environ, reason="on demand: ELASTIC_HPC_ALL_FAULTS=1")
 
 
 @ON_DEMAND

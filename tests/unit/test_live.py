@@ -15,6 +15,7 @@ import pytest
 import torch
 from live_agent import ROOT, SCRIPT, Agents
 from live_nursery import Nursery
+from on_demand import ON_DEMAND
 from torch.distributed import TCPStore
 from torch_214 import IN_PLACE, TORCH_214
 
@@ -378,7 +379,7 @@ def test_a_compiled_model_continues_in_place(train, undisturbed):
     finished(agents, undisturbed, until=10)
 
 
-@pytest.mark.skipif("ELASTIC_HPC_ALL_FAULTS" not in os.environ, reason="on demand: ELASTIC_HPC_ALL_FAULTS=1")
+@ON_DEMAND
 def test_the_processes_of_a_loader_stay_and_hold_no_connection_of_the_world(train):
     faults = [{"where": "backward", "step": 8, "rank": 1, "do": "SIGKILL"}]
     agents = train(3, script=Path(__file__).with_name("live_loader.py"), until=30, faults=faults)
