@@ -25,7 +25,8 @@ while True:
         file.read(2**20)
     time.sleep(0.05)
 """
-OF_A_CHILD = "import subprocess, sys; print(flush=True); subprocess.run([sys.executable, '-c', {script!r}])"
+# The child prints: while its parent starts it, vfork makes the parent wait as a device does.
+OF_A_CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}])"
 
 
 @pytest.fixture
