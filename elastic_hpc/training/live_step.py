@@ -4,6 +4,7 @@ question before it whether to stop.
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import random
 import sys
@@ -95,6 +96,7 @@ class StepStart:
         self._buffers = Buffers(net, saved=True)  # another can be computed
         self._noted: list[torch.Tensor] = []
         self._scalers = [of for of in states if isinstance(of, torch.amp.GradScaler)]
+        self._numpy = _NumpyRandom()
         self._step = -1
 
     def begin(self, step: int) -> None:
@@ -108,8 +110,7 @@ class StepStart:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         self._python = random.getstate()
-        numpy = sys.modules.get("numpy.random")
-        self._numpy = numpy.get_state() if numpy else None
+        self._numpy.note()
 
     def put_back(self) -> None:
         """The step was interrupted before its optimizers stepped."""
@@ -123,8 +124,7 @@ class StepStart:
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda)
         random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy.random"].set_state(self._numpy)
+        self._numpy.put_back()
 
     def _note_buffers(self) -> None:
         if self._buffers:
@@ -132,6 +132,33 @@ class StepStart:
                 torch._foreach_copy_(self._noted, self._buffers.now)
             except RuntimeError:  # as a rule: the first time
                 self._noted = [buffer.clone() for buffer in self._buffers.now]
+
+
+class _NumpyRandom:
+    """The state of numpy's global random numbers. numpy needs 60 us for a copy, so the last copy is kept for as long as
+    the memory of the generator does not change.
+    """
+
+    _SIZE = 625 * 4
+    """Bytes of MT19937: 624 words, and the position of the next one."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        self._memory = b""
+
+    def note(self) -> None:
+        if (numpy := sys.modules.get("numpy.random")) is None:
+            return
+        generator: Any = getattr(numpy, "get_bit_generator", lambda: None)()  # of numpy 1.24
+        known = isinstance(generator, numpy.MT19937)
+        memory = ctypes.string_at(generator.ctypes.state_address, self._SIZE) if known else b""
+        if memory and memory == self._memory and not self._state["has_gauss"]:  # and no normal is kept
+            return
+        self._state, self._memory = numpy.get_state(legacy=False), memory
+
+    def put_back(self) -> None:
+        if self._state is not None:
+            sys.modules["numpy.random"].set_state(self._state)
 
 
 class Asking:

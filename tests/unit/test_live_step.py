@@ -70,3 +70,31 @@ def test_what_an_interrupted_step_has_changed_is_put_back():
     assert attempt(1) == drawn
     start.put_back()
     attempt(1)  # gradients may be unscaled again
+
+
+DRAWS = {
+    "nothing": lambda: None,
+    "one word": lambda: np.random.bytes(4),  # noqa: NPY002
+    "a normal, of which the next is kept": np.random.standard_normal,
+    "many": lambda: np.random.permutation(700).tolist(),  # noqa: NPY002
+    "a seed": lambda: np.random.seed(1),  # noqa: NPY002
+}
+
+
+@pytest.mark.parametrize("generator", [np.random.MT19937, np.random.PCG64])
+def test_numbers_of_numpy_are_drawn_again_whatever_was_drawn_before(generator):
+    """Also notices when numpy keeps the state of its generator elsewhere than the code expects."""
+    former, chosen = np.random.get_bit_generator(), random.Random(4)
+    draws = [name for name in DRAWS if name != "a seed" or generator is np.random.MT19937]
+    np.random.set_bit_generator(generator(7))
+    try:
+        start = StepStart(nn.Linear(1, 1), [])
+        for step in range(300):
+            start.begin(step)
+            names = chosen.choices(draws, k=chosen.randrange(3))
+            drawn = [DRAWS[name]() for name in names]
+            if chosen.random() < 0.5:
+                start.put_back()
+                assert [DRAWS[name]() for name in names] == drawn, (step, names)
+    finally:
+        np.random.set_bit_generator(former)
