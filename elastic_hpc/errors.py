@@ -29,14 +29,14 @@ class ArgumentError(ElasticError):
     exit_code = 2
 
 
-def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """``parse`` as the ``type`` of an argument: the user sees its own error messages."""
+def argument(parse: Callable[[str], T], flag: str = "") -> Callable[[str], T]:
+    """``parse`` as the ``type`` of an argument: the user sees its own error messages, with ``flag`` before them."""
 
     def parsed(text: str) -> T:
         try:
             return parse(text)
         except UsageError as error:
-            raise ArgumentError(str(error)) from None
+            raise ArgumentError(f"{flag} {error}".lstrip()) from None
 
     return parsed
 

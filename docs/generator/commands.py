@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from elastic_hpc.cli import hpc, sbatch, srun
+from elastic_hpc.cli.manual import Manual
 from elastic_hpc.options.of_joiners import COMMON
 from elastic_hpc.options.sbatch import REFUSED, SBATCH
 
@@ -61,7 +62,7 @@ class Block:
 
 
 def commands() -> tuple[Command, ...]:
-    return (_sbatch(), _of_parser(srun.parser()), _of_parser(hpc.parser()))
+    return (_sbatch(), _of_manual(srun.MANUAL), _of_parser(hpc.parser()))
 
 
 def blocks(text: str) -> list[Block]:
@@ -94,21 +95,25 @@ def _block(lines: list[str], *, is_literal: bool) -> Block:
 
 
 def _sbatch() -> Command:
+    command = _of_manual(sbatch.MANUAL)
+    own = {flag for option in command.options for flag in option.flags}
+    return replace(command, passed_through=tuple(_passed(own)))
+
+
+def _of_manual(manual: Manual) -> Command:
     """Its options are in tables of their own: argparse would not stop at the script."""
     groups = tuple(
         (title, tuple(OptionHelp(o.flags, o.metavar, o.help, o.is_switch) for o in options))
-        for title, options in sbatch.GROUPS.items()
+        for title, options in manual.groups.items()
     )
-    own = {flag for _, options in groups for option in options for flag in option.flags}
     return Command(
-        "elastic-sbatch",
-        sbatch.USAGE,
-        "submit a PyTorch training script to Slurm as an elastic job",
-        sbatch.DESCRIPTION,
-        sbatch.NOTES,
+        manual.usage.split()[0],
+        manual.usage,
+        _summary(manual.description),
+        manual.description,
+        manual.notes,
         (("SCRIPT", "the training script, or with -m the module"), ("ARGS", "the script's own arguments")),
         groups,
-        passed_through=tuple(_passed(own)),
     )
 
 

@@ -6,11 +6,16 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, single
+from elastic_hpc.errors import UsageError
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
 from elastic_hpc.options.sbatch import WarningSignal
@@ -43,17 +48,47 @@ elastic-hpc refuses to release the job's first node or the leader's node, or to 
 """
 _INTERNAL = ("conclude", "conclude-alone", "warned", "inside")
 """Commands for batch scripts and agents, which no help lists."""
+_CLOSE = 0.7
+"""How similar a word must be to what was probably meant: status is meant by stat, shell is not by help."""
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Its errors are one line, as those of elastic-sbatch and elastic-srun, and so it takes no abbreviations."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings
+        )
+        self.add_argument("-h", "--help", action="help", help="show this help and exit")
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub("^the following arguments are required: ([^,]+).*", r"expected \1", message)
+        usage = " ".join(self.format_usage().split())
+        raise UsageError(f"{message.removeprefix('argument ')}; {usage}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what it does not know; the parser of all commands would not know the options of this one."""
+        namespace, others = super().parse_known_args(args, namespace)
+        if others and not others[0].startswith("-"):
+            self.error(f"{others[0]!r}: unexpected argument")
+        if others:
+            flag = others[0].partition("=")[0]
+            close = get_close_matches(flag, self._option_string_actions, n=1, cutoff=_CLOSE)
+            hint = f"did you mean {close[0]}?" if close else f"{self.prog} --help lists all options"
+            raise UsageError(f"{flag}: unknown option; {hint}")
+        return namespace, others
 
 
 def parser(only: str = "") -> argparse.ArgumentParser:
     """``only``: the command that is called, if it is one; what the others need is not imported."""
-    parser = argparse.ArgumentParser(
+    parser = _OneLineParser(
         prog="elastic-hpc",
         description="Monitor and control elastic jobs. JOB is a job ID, or a run directory, for "
         "example elastic-logs/4711. For details: elastic-hpc COMMAND --help.",
+        epilog="Exit codes: 0 success; 1 failure; 2 the request was refused; 130 Ctrl-C. Some commands have others.",
     )
     parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {__version__}", help="show the version and exit"
+        "-V", "--version", action="version", version=f"%(prog)s {__version__}", help="show the version and exit"
     )
     only = _ALIASES.get(only, only)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -65,7 +100,6 @@ def parser(only: str = "") -> argparse.ArgumentParser:
             help=module.HELP,
             description=module.HELP[0].upper() + module.HELP[1:] + ".",
             epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(added)
         added.set_defaults(run=module.run)
@@ -76,7 +110,6 @@ def parser(only: str = "") -> argparse.ArgumentParser:
             help=text,
             description=text[0].upper() + text[1:] + ".",
             epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_job(added)
         added.set_defaults(run=_run)
@@ -103,6 +136,19 @@ def parser(only: str = "") -> argparse.ArgumentParser:
     release = command("release", "return nodes of a running job to Slurm, at a step boundary", _RELEASE)
     release.add_argument("nodes", metavar="NODE", nargs="+", help="Slurm's name of a node of the job")
     return parser
+
+
+def _check_command(argv: Sequence[str]) -> None:
+    """Raise UsageError unless ``argv`` begins with a command, or asks for help or the version."""
+    commands = (*MODULES, *_HERE, *_ALIASES)
+    first = argv[0] if argv else ""
+    if first in (*commands, *_INTERNAL, "-h", "--help", "-V", "--version"):
+        return
+    if not first:
+        raise UsageError("expected a command, for example elastic-hpc status; elastic-hpc --help lists all commands")
+    close = get_close_matches(first, commands, n=1, cutoff=_CLOSE)
+    hint = f"did you mean {close[0]}?" if close else "elastic-hpc --help lists all commands"
+    raise UsageError(f"{first}: unknown {'option' if first.startswith('-') else 'command'}; {hint}")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -151,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
             from elastic_hpc.cli import plan
 
             argv = ["plan", *plan.arranged(given[1:])]
-        args = parser(given[0] if given else "").parse_args(argv)
+        _check_command(given)
+        args = parser(given[0]).parse_args(argv)
         if command:
             args.command_line += command
         return int(args.run(args))

@@ -18,6 +18,7 @@ from elastic_hpc.errors import ElasticError, UsageError, argument
 from elastic_hpc.job.look import JobRecord, Jobs
 from elastic_hpc.membership.nodes import NumberRanges, name_matcher
 from elastic_hpc.options import moments
+from elastic_hpc.options.values import count
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import LogLine, Logs, Stream, Wanted, summary
 from elastic_hpc.view.story import Round
@@ -69,18 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=argument(_pattern),
         help="show only lines in which REGEX, as in Python's re, is found; (?i) at its start ignores case",
     )
-    parser.add_argument("-n", "--lines", metavar="N", type=int, help="show only the last N lines")
+    parser.add_argument(
+        "-n", "--lines", metavar="N", type=argument(count, "--lines"), help="show only the last N lines"
+    )
     parser.add_argument("-t", "--timestamps", action="store_true", help="show the time of each line")
 
 
 def run(args: argparse.Namespace) -> int:
     rundir = single("logs", args.job)
-    if args.lines is not None and args.lines < 0:
-        raise UsageError(f"--lines {args.lines}: expected a number of lines, for example --lines 100")
     wanted, printer = _wanted(args, rundir), _Printer(rundir, timestamps=args.timestamps)
     logs = Logs(rundir.path / "logs", wanted)
     lines: Iterable[LogLine] = logs.written(follow=args.follow)
-    printer.print(lines if args.lines is None else deque(lines, maxlen=min(args.lines, sys.maxsize)))
+    printer.print(lines if args.lines is None else deque(lines, maxlen=args.lines))
     if args.follow:
         _follow(rundir, logs, printer)
     if not printer.printed and args.lines != 0:

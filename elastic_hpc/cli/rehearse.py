@@ -16,6 +16,7 @@ from elastic_hpc.errors import ElasticError, UsageError, argument
 from elastic_hpc.job.launch import LaunchConfig
 from elastic_hpc.job.script_file import check_script
 from elastic_hpc.options.durations import seconds
+from elastic_hpc.options.values import positive
 from elastic_hpc.rehearse.plan import LEAST, ORDER, Judgement, exit_code, plan
 from elastic_hpc.rehearse.run import Rehearsal, RehearsalOptions
 
@@ -33,16 +34,18 @@ examples:
 
 The script runs in the current folder and writes its checkpoints where it always does: in the run directory that
 ELASTIC_HPC_RUN_DIR names, or where its arguments say. In the arguments, {folder} stands for the rehearsal's own folder.
-exit code: 0 if the script always resumed correctly, 1 if not, 3 if the rehearsal could not judge"""
+Exit codes: 0 the script always resumed correctly; 1 it did not; 2 command refused; 3 no judgement possible."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=3, metavar="N", help="number of agents (default: 3)")
+    parser.add_argument(
+        "--nodes", type=argument(positive, "--nodes"), default=3, metavar="N", help="number of agents (default: 3)"
+    )
     parser.add_argument("--nproc-per-node", default="1", metavar="K", help="workers of each agent (default: 1)")
     parser.add_argument("--acts", metavar="LIST", help=f"acts to perform, in this order (default: {','.join(ORDER)})")
     parser.add_argument(
         "--steps",
-        type=int,
+        type=argument(positive, "--steps"),
         default=50,
         metavar="N",
         help="steps before each act and after the last; must exceed the steps between two checkpoints (default: 50)",
@@ -66,9 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code. Raises UsageError, and ElasticError if the script fails by itself."""
-    if args.nodes < 1 or args.steps < 1:
-        given = f"--nodes {args.nodes} --steps {args.steps}"
-        raise UsageError(f"{given}: expected numbers above 0, for example --nodes 3 --steps 50")
     acts = _acts(args.acts, args.nodes)
     planned = plan(acts, args.nodes)
     check_script(args.script)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
+from elastic_hpc.cli.manual import Manual
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.request import Request, layers_of
 from elastic_hpc.job.spec import JobSpec, build
@@ -19,7 +20,15 @@ from elastic_hpc.job.toml_file import JobFile, read_job
 from elastic_hpc.options.of_joiners import JOINERS
 from elastic_hpc.options.sbatch import COMMAND_LINE, COMMAND_LINE_ONLY, Given, Option, check, last, scan
 from elastic_hpc.options.sbatch_environment import for_sbatch_itself
-from elastic_hpc.options.table import ELASTIC, JOB_OPTIONS, LAUNCH_OPTIONS, SCRIPT_SWITCHES, ElasticOption
+from elastic_hpc.options.table import (
+    ABOUT_SWITCHES,
+    ELASTIC,
+    JOB_OPTIONS,
+    LAUNCH_OPTIONS,
+    SCRIPT_SWITCHES,
+    ElasticOption,
+    refuse_switch_apart,
+)
 from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
 from elastic_hpc.options.torchrun import translate, unneeded
 from elastic_hpc.record.registry import remember
@@ -42,24 +51,23 @@ _ACTIONS = (
     ElasticOption("test-only", "", bool, "let Slurm check the job and estimate its start time; submit nothing"),
     ElasticOption("quiet", "", bool, "print nothing on success", letter="Q"),
     ElasticOption("verbose", "", bool, "pass --verbose to sbatch", letter="v"),
-    ElasticOption("help", "", bool, "show this help and exit", letter="h"),
-    ElasticOption("version", "", bool, "show the version and exit", letter="V"),
+    *ABOUT_SWITCHES,
 )
-GROUPS = {
+_GROUPS = {
     "launch options": LAUNCH_OPTIONS,
     "job options": (_FILE, _FROM_BATCH, _RESUME, *JOB_OPTIONS),
     "what to do": _ACTIONS,
 }
-_OWN = (*(option.scanned() for group in GROUPS.values() for option in group), Option("usage", value=""))
+_OWN = (*(option.scanned() for group in _GROUPS.values() for option in group), Option("usage", value=""))
 _OWN_NAMES = {option.name for option in _OWN}
 SUBMITS = frozenset(option.name for option in _ACTIONS if option not in SCRIPT_SWITCHES)
 """Options that say what to do with the job."""
 _TORCHRUNS = tuple(replace(o, letter=o.letter.strip("t")) for o in TORCHRUN if o.name not in _OWN_NAMES)  # -t is --time
 
-USAGE = "elastic-sbatch [options] SCRIPT [args...]"
-DESCRIPTION = """\
+_USAGE = "elastic-sbatch [options] SCRIPT [ARGS...]"
+_DESCRIPTION = """\
 Submit a PyTorch training script to Slurm as an elastic job. The job starts when MIN nodes are free, uses up to MAX,
-continues when nodes are lost, and requeues itself when Slurm takes all of its nodes.
+continues when nodes are lost, and requeues itself at the time limit, on a preemption, and below MIN nodes.
 
   elastic-sbatch --nodes 4:8 train.py --lr 1e-3
   elastic-sbatch -N 2:4 -p gpu -t 8:00:00 --gpus-per-node=8 train.py
@@ -81,7 +89,7 @@ job itself requests MIN nodes and reaches MAX through the one-node jobs.
 TIME is a number of seconds, or 90s, 5m, 1h30m, 2d, or Slurm's [D-]HH:MM:SS or MM:SS. sbatch's own options, such as
 --time, accept only Slurm's notation, where a plain number means minutes.
 """
-NOTES = """
+_NOTES = """
 Defaults come from the TOML files $ELASTIC_HPC_CONFIG, ~/.config/elastic_hpc/config.toml and ./elastic_hpc.toml, then
 from #SBATCH lines of the script, then from sbatch's variables, such as SBATCH_ACCOUNT. Later sources override earlier
 ones, and the command line overrides all; the --setup lines of all sources apply. A --file may also have script and
@@ -98,6 +106,7 @@ elastic-hpc config shows the settings in effect, and the source of each value.
 
 Exit codes: 0 submitted; 1 Slurm did not answer; 2 the request was refused and nothing was submitted.
 """
+MANUAL = Manual(_USAGE, _DESCRIPTION, _GROUPS, _NOTES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +118,7 @@ def _run(argv: list[str]) -> int:
     given, rest = read(argv)
     switches = {g.name for g in given if not g.option.value}
     if switches & {"help", "usage"}:
-        print(_help())
+        print(MANUAL.text())
         return 0
     if "version" in switches:
         print(f"elastic-sbatch {__version__}")
@@ -141,7 +150,7 @@ def job_of(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     """The job of a command line that was ``read``. Raises UsageError."""
     if (resumed := last(given, _RESUME.name)) is not None:
         raise UsageError(f"--resume {resumed}: only elastic-sbatch itself resumes a job; leave it out")
-    _refuse_switch_apart(given, rest)
+    refuse_switch_apart(given, rest)
     module, no_python = (any(g.name == name for g in given) for name in ("module", "no-python"))
     ours, torchruns = translate(given)
     options = [(g.name, "on" if g.value is None else g.value) for g in ours if g.name in ELASTIC]
@@ -161,7 +170,7 @@ def job_of(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     if not rest or rest[0] in {"", "-"}:
         for option in given:
             check(option)  # --wrap needs no script
-        raise UsageError(f"expected a training script: {USAGE}")
+        raise UsageError(f"expected a training script: {_USAGE}")
     layers = [] if module or no_python else layers_of(rest[0], last(sbatch, "chdir"))
     return build(
         Request(
@@ -187,19 +196,12 @@ def job_file(path: str) -> JobFile:
         raise UsageError(f"--file {path}: {error}") from None
 
 
-def _refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
-    """``--grow on train.py``, as elastic-srun takes it, would run a script named "on"."""
-    if given and given[-1].name in ELASTIC and given[-1].value is None and rest[:1] in (["on"], ["off"]):
-        shown = f"{given[-1].flag} {rest[0]}"
-        raise UsageError(f"{shown}: expected the value after '=', for example {shown.replace(' ', '=')}")
-
-
 def _resume(given: Sequence[Given], rest: Sequence[str], switches: Collection[str]) -> int:
     """Submit the job that continues the one of --resume."""
     from elastic_hpc.job.lookup import find
     from elastic_hpc.job.resume import Anew, Resumption
 
-    _refuse_switch_apart(given, rest)
+    refuse_switch_apart(given, rest)
     if (batch := last(given, _FROM_BATCH.name)) is not None:
         raise UsageError(f"--from-batch {batch} with --resume: the job keeps the batch script it has; leave it out")
     if (path := last(given, _FILE.name)) is not None:
@@ -228,13 +230,8 @@ def _resume(given: Sequence[Given], rest: Sequence[str], switches: Collection[st
         return 0
 
     def on_submitted(answer: str) -> None:
-        number, _, cluster = answer.partition(";")
-        resumption.submitted(number)
-        if "parsable" in switches:
-            print(answer, flush=True)
-        elif "quiet" not in switches:
-            print(f"Submitted batch job {number}" + (f" on cluster {cluster}" if cluster else ""), flush=True)
-            print(f"run directory: {resumption.run_dir}", file=sys.stderr)
+        resumption.submitted(answer.partition(";")[0])
+        _report(answer, switches, str(resumption.run_dir))
         for note in notes:
             _warn(note)
 
@@ -257,31 +254,35 @@ def _for_sbatch_itself(given: Sequence[Given]) -> list[str]:
 
 def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
     passed = _for_sbatch_itself(given)
-    parsable = any(g.name == "parsable" for g in given)
-    quiet = any(g.name == "quiet" for g in given)
+    switches = {g.name for g in given}
 
     def on_submitted(answer: str) -> None:
-        number, _, cluster = answer.partition(";")
-        if job.template != "torchrun":
-            remember(os.path.join(job.log_dir, number))
-        if parsable:
-            print(answer, flush=True)
-        elif not quiet:
-            print(f"Submitted batch job {number}" + (f" on cluster {cluster}" if cluster else ""), flush=True)
-            if job.template != "torchrun":
-                tasks = "_TASK" if job.has("array") else ""
-                print(f"run directory: {os.path.join(job.log_dir, number)}{tasks}", file=sys.stderr)
+        run_dir = os.path.join(job.log_dir, answer.partition(";")[0]) if job.template != "torchrun" else ""
+        if run_dir:
+            remember(run_dir)
+        _report(answer, switches, run_dir and run_dir + "_TASK" * job.has("array"))
         _tell(job)
 
     code = slurm.sbatch(script, passed, os.environ, on_submitted, lambda text: print(text, end="", file=sys.stderr))
     if "--test-only" in passed:
         _tell(job)
-        if not quiet and job.launch.nodes.min < job.launch.nodes.max:
+        if "quiet" not in switches and job.launch.nodes.min < job.launch.nodes.max:
             _warn(f"elastic-hpc plan with the same options says when each size of {job.launch.nodes} would start")
-    if not (parsable or quiet or job.template == "torchrun"):
+    if not (switches & {"parsable", "quiet"} or job.template == "torchrun"):
         for warning in short_times(job):
             _warn(warning)
     return code
+
+
+def _report(answer: str, switches: Collection[str], run_dir: str) -> None:
+    """Print what sbatch has answered, the run directory, if there will be one, and the next command to type."""
+    number, _, cluster = answer.partition(";")
+    if "parsable" in switches:
+        print(answer, flush=True)
+    elif "quiet" not in switches:
+        print(f"Submitted batch job {number}" + (f" on cluster {cluster}" if cluster else ""), flush=True)
+        if run_dir:
+            print(f"run directory: {run_dir}; to see the job: elastic-hpc status {number}", file=sys.stderr)
 
 
 def _tell(job: JobSpec) -> None:
@@ -292,20 +293,6 @@ def _tell(job: JobSpec) -> None:
 
 def _warn(text: str) -> None:
     print(f"elastic-sbatch: {text}", file=sys.stderr)
-
-
-def _help() -> str:
-    from textwrap import fill
-
-    parts = [f"usage: {USAGE}\n\n{DESCRIPTION}"]
-    for title, options in GROUPS.items():
-        parts.append(f"{title}:")
-        for option in options:
-            value = f"[={option.metavar}]" if option.is_switch else f" {option.metavar}".rstrip()
-            parts.append(f"  {', '.join(option.flags)}{value}")
-            parts.append(fill(option.help, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
-        parts.append("")
-    return "\n".join(parts).rstrip() + "\n" + NOTES.rstrip()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, looks_of
-from elastic_hpc.errors import ElasticError
+from elastic_hpc.errors import ElasticError, argument
 from elastic_hpc.job.handle import Job, why
 from elastic_hpc.job.look import Jobs, Look
+from elastic_hpc.options.values import count
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import Logs, Wanted
 from elastic_hpc.view.live import ACTIONS, job_page, jobs_page
@@ -46,7 +47,13 @@ _PATIENCE = 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "*")
-    parser.add_argument("--port", type=int, metavar="PORT", default=0, help="port to listen on (default: any free one)")
+    parser.add_argument(
+        "--port",
+        type=argument(count, "--port"),
+        metavar="PORT",
+        default=0,
+        help="port to listen on (default: any free one)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

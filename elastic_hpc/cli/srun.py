@@ -16,14 +16,22 @@ from elastic_hpc import __version__, slurm
 from elastic_hpc.agent.conclude import await_verdict
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.agents import Agents
+from elastic_hpc.cli.manual import Manual
 from elastic_hpc.environment import LOCAL_NODE, LOCAL_NODES, for_a_new_job
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.commands import agent_command, srun_options
 from elastic_hpc.job.programs import check_module, find_program, find_script
 from elastic_hpc.options.of_joiners import JOINERS, is_for_joiners
-from elastic_hpc.options.sbatch import SBATCH, Option, check, scan
+from elastic_hpc.options.sbatch import SBATCH, check, scan
 from elastic_hpc.options.spec import LaunchSpec
-from elastic_hpc.options.table import LAUNCH_OPTIONS, SCRIPT_SWITCHES, ElasticOption, add_launch_options
+from elastic_hpc.options.table import (
+    ABOUT_SWITCHES,
+    ELASTIC,
+    LAUNCH_OPTIONS,
+    SCRIPT_SWITCHES,
+    ElasticOption,
+    refuse_switch_apart,
+)
 from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
 from elastic_hpc.options.torchrun import translate, unneeded
 from elastic_hpc.options.values import NodeRange, number
@@ -33,61 +41,51 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import run_number
 
 _USAGE = "elastic-srun [options] SCRIPT [ARGS...]"
-_EPILOG = """examples:
-  salloc --nodes 4 elastic-srun train.py --lr 1e-3     in an allocation; continues while 1 of its nodes is left
-  elastic-srun --nodes 2:4 train.py                    at least 2, at most 4 of the allocation's nodes
-  elastic-srun --standalone --nproc-per-node 2 train.py     this machine, no Slurm, as torchrun --standalone
-  elastic-srun --local 4 train.py                      rehearse with 4 agents on this machine
+_DESCRIPTION = """\
+Run SCRIPT on the nodes of the current Slurm allocation. The run survives the loss of nodes.
 
-TIME is a number of seconds, or 90s, 5m, 1h30m, 2d, or Slurm's [D-]HH:MM:SS or MM:SS.
-The command accepts torchrun's options too, with dashes or underscores: --nnodes means --nodes, --master-addr and
---master-port mean --rdzv-endpoint. A torchrun option whose effect an elastic job has anyway is ignored; elastic-srun
+  salloc --nodes 4 --no-kill elastic-srun train.py --lr 1e-3    # in an allocation, on all its nodes; MIN is 1
+  elastic-srun --nodes 2:4 train.py                             # on 2 to 4 of the allocation's nodes
+  elastic-srun --standalone --nproc-per-node 2 train.py         # this machine, no Slurm, as torchrun --standalone
+  elastic-srun --local 4 train.py                               # rehearse with 4 agents on this machine, no Slurm
+
+Everything after SCRIPT belongs to the script. Without --no-kill Slurm ends the allocation when a node is lost.
+elastic-srun accepts torchrun's options too, with dashes or underscores: --nnodes means --nodes, --master_addr and
+--master_port mean --rdzv-endpoint. A torchrun option whose effect an elastic job has anyway is ignored; elastic-srun
 refuses any other torchrun option and names the replacement.
 
-exit code: 0 if the workers finished, 1 if the job failed, 2 if the command was refused, 130 after Ctrl-C
-Ctrl-C once lets the workers save and stop (--grace), twice stops them at once, a third time kills the agents."""
+TIME is a number of seconds, or 90s, 5m, 1h30m, 2d, or Slurm's [D-]HH:MM:SS or MM:SS.
+"""
+_NOTES = """
+Ctrl-C once lets the workers save and stop (--grace), twice stops them at once, a third time kills the agents.
 
-
+Exit codes: 0 the workers finished; 1 the job failed; 2 the command was refused and nothing ran; 130 Ctrl-C.
+"""
 _WHERE = (
     ElasticOption("local", "N", str, help="run N agents as processes on this machine, without Slurm"),
     ElasticOption("standalone", "", bool, help="run one agent on this machine, without Slurm"),
     ElasticOption("nodelist", "NODES", str, letter="w",
                   help="nodes of the allocation to run on, in Slurm's notation, for example n[3-4] "
                        "(default: the first nodes)"),
-    ElasticOption("log-dir", "DIR", str,
-                  help="parent folder of the run directories, on a file system that all nodes share "
-                       "(default: ./elastic-logs)"),
+    ELASTIC["log-dir"],
     ElasticOption("run-dir", "DIR", str,
                   help="run directory; no other run may have used it (default: a new folder in --log-dir)"),
-    ElasticOption("again", "", bool, argparse.SUPPRESS),  # for a rehearsal: see _given_run_dir
-    ElasticOption("version", "", bool, letter="V", help="show the version and exit"),
 )  # fmt: skip
 _DOES_NOT_GROW = "elastic-srun runs in the current allocation; to submit a job that grows: elastic-sbatch --grow"
 _ONE_OF = ("local", "standalone", "nodelist")
-_OPTIONS = {option.name: option for option in (*_WHERE, *LAUNCH_OPTIONS, *SCRIPT_SWITCHES)}
-_OWN = (*(option.scanned(switch="[ ]") for option in _OPTIONS.values()), Option("help", "h", ""))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser that the help and the manual are made of. ``_read`` reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="elastic-srun",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=_USAGE,
-        description="Run SCRIPT on the nodes of the current Slurm allocation. The run survives the loss of nodes.",
-    )
-    group = parser.add_argument_group("where it runs")
-    for option in _WHERE:
-        flags = reversed(option.flags)
-        if option.metavar:
-            group.add_argument(*flags, metavar=option.metavar, help=option.help)
-        else:
-            group.add_argument(*flags, action="store_true", help=option.help)
-    add_launch_options(parser)
-    parser.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
-    parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
-    return parser
+_AGAIN = ElasticOption("again", "", bool, "")  # for a rehearsal: see _given_run_dir
+_OPTIONS = {option.name: option for option in (*_WHERE, _AGAIN, *LAUNCH_OPTIONS, *SCRIPT_SWITCHES, *ABOUT_SWITCHES)}
+_OWN = tuple(option.scanned() for option in _OPTIONS.values())
+MANUAL = Manual(
+    _USAGE,
+    _DESCRIPTION,
+    {
+        "where it runs": _WHERE,
+        "launch options": [option for option in LAUNCH_OPTIONS if not option.submitted_only],
+        "what to do": (*SCRIPT_SWITCHES, *ABOUT_SWITCHES),
+    },
+    _NOTES,
+)
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace | str:
@@ -95,11 +93,12 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     given, rest = scan(argv, _OWN, (*SBATCH.values(), *JOINERS.values(), *TORCHRUN))
     names = [option.name for option in given]
     if "help" in names:
-        return parser().format_help()
+        return MANUAL.text() + "\n"
     if "version" in names:
         return f"elastic-srun {__version__}\n"
     if not rest or not rest[0]:
         raise UsageError(f"expected a training script: {_USAGE}")
+    refuse_switch_apart(given, rest)
     if len(where := list(dict.fromkeys(f"--{name}" for name in names if name in _ONE_OF))) > 1:
         raise UsageError(f"{' with '.join(where)}: only one of them can say where to run; leave out the others")
     if "module" in names and "no-python" in names:
@@ -135,11 +134,11 @@ def _nodes_here(args: argparse.Namespace) -> int:
     if "SLURM_HET_SIZE" in os.environ:
         raise UsageError(
             f"a heterogeneous allocation of {os.environ['SLURM_HET_SIZE']} components: expected nodes of one kind, "
-            f"for example: salloc --nodes 4 elastic-srun {args.script}"
+            f"for example: salloc --nodes 4 --no-kill elastic-srun {args.script}"
         )
     if "SLURM_JOB_ID" not in os.environ:
         raise UsageError(
-            "not inside a Slurm allocation; get one, for example: salloc --nodes 4 elastic-srun "
+            "not inside a Slurm allocation; get one, for example: salloc --nodes 4 --no-kill elastic-srun "
             f"{args.script}, or run on this machine alone: elastic-srun --standalone {args.script}"
         )
     if "SLURM_GPUS_PER_TASK" in os.environ or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", ""):

@@ -34,8 +34,8 @@ _TABLE = """
 
 @dataclass(frozen=True)
 class Option:
-    """One option. ``value`` is ``"="`` if the option takes a value, ``"[=]"`` if it may take one after ``=``, ``"[ ]"``
-    if it may take on or off as the next word too, and empty if it takes none.
+    """One option. ``value`` is ``"="`` if the option takes a value, ``"[=]"`` if it may take one after ``=``,
+    and empty if it takes none.
     """
 
     name: str
@@ -181,8 +181,6 @@ def _with_value(option: Option, shown: str, value: str | None, rest: list[str]) 
     if option.value == "=" and value is None:
         if not rest:
             raise UsageError(f"{shown}: expected a value, for example {option.flag}=VALUE")
-        value = rest.pop(0)
-    elif option.value == "[ ]" and value is None and rest[:1] in (["on"], ["off"]):
         value = rest.pop(0)
     elif not option.value and value is not None:
         raise UsageError(f"{shown}={value}: expected no value, for example {option.flag}")

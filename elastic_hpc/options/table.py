@@ -54,6 +54,8 @@ class ElasticOption:
     letter: str = ""
     elastic_only: bool = False
     """Whether the option has no effect on a plain torchrun, the template of that name."""
+    submitted_only: bool = False
+    """Whether the option has no effect in an allocation of the user: ``elastic-srun``."""
     repeated: bool = False
     """Whether the option may be given several times, and each value counts. A TOML file has a list."""
 
@@ -73,12 +75,12 @@ class ElasticOption:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is on or off. elastic-sbatch takes it without a value too, a TOML file as true or false."""
+        """Whether it is on or off. A command line has it without a value too, a TOML file as true or false."""
         return self.type is on_off
 
-    def scanned(self, switch: str = "[=]") -> Option:
-        """The option for ``scan``. ``switch``: ``Option.value`` of an option that is on or off."""
-        return Option(self.name, self.letter, switch if self.is_switch else "=" if self.metavar else "")
+    def scanned(self) -> Option:
+        """The option for ``scan``."""
+        return Option(self.name, self.letter, "[=]" if self.is_switch else "=" if self.metavar else "")
 
     def parse(self, text: str) -> Any:
         """The value of ``text``. Every refusal names the option, whichever parser refused."""
@@ -98,18 +100,18 @@ LAUNCH_OPTIONS = (
     ElasticOption("world-multiple-of", "K", positive, elastic_only=True,
                   help="the number of workers must be a multiple of K; surplus nodes wait as spares "
                        "(default: any number)"),
-    ElasticOption("grow", "on|off", on_off, elastic_only=True,
+    ElasticOption("grow", "on|off", on_off, elastic_only=True, submitted_only=True,
                   help="add nodes while the job runs, up to MAX plus the spares, and replace lost nodes; each new node "
                        "comes through a one-node Slurm job (default: off)"),
     ElasticOption("grow-every", "TIME", durations.parse, elastic_only=True,
                   help="minimum time between two growths; each growth restarts the workers (default: 60)"),
     ElasticOption("free-growth", "on|off", on_off, elastic_only=True,
                   help="do not count restarts caused by growth against --max-restarts (default: off)"),
-    ElasticOption("yield-to", "pending|qos:NAME|partition:NAME|user", yield_to, elastic_only=True,
+    ElasticOption("yield-to", "pending|qos:NAME|partition:NAME|user", yield_to, elastic_only=True, submitted_only=True,
                   help="release nodes above MIN while another job is pending for them: any job, a job of this QOS or "
                        "partition, or another job of the same user; with --grow the job grows again afterwards "
                        "(default: never)"),
-    ElasticOption("yield-every", "TIME", durations.parse, elastic_only=True,
+    ElasticOption("yield-every", "TIME", durations.parse, elastic_only=True, submitted_only=True,
                   help="minimum time between two releases of nodes for other jobs (default: 600)"),
     ElasticOption("wait-for-nodes", "TIME", durations.parse, elastic_only=True,
                   help="time that a job below MIN waits for a replacement that is on its way before the job is "
@@ -120,11 +122,12 @@ LAUNCH_OPTIONS = (
     ElasticOption("max-restarts", "N", count,
                   help="maximum number of worker restarts in the whole job, for any cause: failure or "
                        "membership change (default: 10)"),
-    ElasticOption("max-requeues", "N", count, elastic_only=True,
+    ElasticOption("max-requeues", "N", count, elastic_only=True, submitted_only=True,
                   help="maximum number of requeues after failures in the whole job; requeues after a preemption or "
                        "at the time limit are not counted (default: 5)"),
     ElasticOption("rdzv-endpoint", "HOST[:PORT]", Endpoint.parse,
-                  help="node that hosts the c10d rendezvous, and the port (default: the job's first node, 29400)"),
+                  help="node whose agent leads at first, and the first of the job's ports "
+                       "(default: the job's first node, 29400)"),
     ElasticOption("rdzv-id", "ID", str,
                   help="run ID, which workers see as TORCHELASTIC_RUN_ID "
                        "(default: the job ID; without Slurm a new ID)"),
@@ -221,6 +224,12 @@ SCRIPT_SWITCHES = (
 )  # fmt: skip
 """What SCRIPT is."""
 
+ABOUT_SWITCHES = (
+    ElasticOption("help", "", bool, "show this help and exit", letter="h"),
+    ElasticOption("version", "", bool, "show the version and exit", letter="V"),
+)
+"""What a command says of itself."""
+
 ELASTIC = {option.name: option for option in (*LAUNCH_OPTIONS, *JOB_OPTIONS)}
 """The options that have a value, by name: the keys of a configuration file, and keyword arguments in Python."""
 
@@ -237,6 +246,13 @@ class Layer:
     sbatch: Sequence[Given] = ()
     unset: Collection[str] = ()
     """Options of sbatch that the layers below are not to set."""
+
+
+def refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:
+    """Raise UsageError for ``--grow on train.py``, which would run a script named "on"."""
+    if given and given[-1].name in ELASTIC and given[-1].value is None and rest[:1] in (["on"], ["off"]):
+        shown = f"{given[-1].flag} {rest[0]}"
+        raise UsageError(f"{shown}: expected the value after '=', for example {shown.replace(' ', '=')}")
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:

@@ -55,7 +55,7 @@ def test_a_job_is_submitted_and_answered_like_sbatch(project, capsys):
     assert main(["-N", "2:4", "-p", "gpu", "train.py", "--nodes", "x"]) == 0
     out, err = capsys.readouterr()
     assert out == "Submitted batch job 17\n"
-    assert err == f"run directory: {project.folder}/elastic-logs/17\n"
+    assert err == f"run directory: {project.folder}/elastic-logs/17; to see the job: elastic-hpc status 17\n"
     assert project.seen("argv") == "--parsable\n"
     assert "#SBATCH --partition=gpu" in project.seen("script")
     assert project.agents().endswith(" -- train.py --nodes x &")

@@ -17,11 +17,13 @@ import records
 from test_once_more import slurm as stand_in_for_slurm
 
 from elastic_hpc import __version__
+from elastic_hpc.cli import sbatch, srun
 from elastic_hpc.cli.hpc import main
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import label
 
 FAULTS = str(records.FOLDER / "faults")
+COMMANDS = {"elastic-hpc": main, "elastic-sbatch": sbatch.main, "elastic-srun": srun.main}
 HPC = [sys.executable, "-m", "elastic_hpc"]
 SBATCH = [sys.executable, "-m", "elastic_hpc.cli.sbatch"]
 SRUN = [sys.executable, "-m", "elastic_hpc.cli.srun"]
@@ -155,9 +157,41 @@ def test_what_a_terminal_has_no_character_for_is_a_question_mark(
     assert b"expected the id of a job" in bad.stderr
 
 
-def test_each_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"elastic-hpc {__version__}\n"
+@pytest.mark.parametrize("switch", ["-V", "--version"])
+def test_each_command_says_its_version(capsys: pytest.CaptureFixture[str], switch: str) -> None:
+    for name, command in COMMANDS.items():
+        assert command([switch]) == 0
+        assert capsys.readouterr().out == f"{name} {__version__}\n"
+
+
+def test_each_command_has_help_that_begins_with_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in COMMANDS.items():
+        assert command(["-h"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: {name} ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "expected a command, for example elastic-hpc status; elastic-hpc --help lists all commands"),
+        (["stat"], "stat: unknown command; did you mean status?"),
+        (["help"], "help: unknown command; elastic-hpc --help lists all commands"),
+        (["--verbose"], "--verbose: unknown option; elastic-hpc --help lists all commands"),
+        (["status", "--wach"], "--wach: unknown option; did you mean --watch?"),
+        (["status", "--every=3"], "--every: unknown option; elastic-hpc status --help lists all options"),
+        (["why", FAULTS, "twice"], "'twice': unexpected argument; usage: elastic-hpc why [-h] [--json] JOB"),
+        (["resize", FAULTS], "expected NODES; usage: elastic-hpc resize [-h] JOB NODES"),
+        (["shell"], "expected JOB; usage: elastic-hpc shell [-h] JOB [NODE] [COMMAND ...]"),
+        (["logs", FAULTS, "-n", "x"], "--lines 'x': expected a whole number, 0 or more, for example 10"),
+        (["serve", "--port", "x"], "--port 'x': expected a whole number, 0 or more, for example 10"),
+        (["rehearse", "--steps", "0", "train.py"], "--steps '0': expected a whole number, 1 or more, for example 8"),
+    ],
+)
+def test_bad_input_is_one_line_as_with_the_other_commands(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert main(argv) == 2
+    assert capsys.readouterr() == ("", f"elastic-hpc: {message}\n")
 
 
 def test_commands_that_are_called_by_batch_scripts_alone_are_not_listed(capsys: pytest.CaptureFixture[str]) -> None:

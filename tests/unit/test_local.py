@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,6 @@ from typing import Any
 
 import pytest
 
-import elastic_hpc
 from elastic_hpc.cli.srun import _read, _request
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import Logs, Wanted
@@ -416,10 +416,11 @@ def test_agents_start_on_max_nodes_and_the_spares_as_far_as_they_are_there(
     [
         (["--nodes", "8-4"], "--nodes '8-4': expected N or MIN:MAX"),
         (
-            ["--local", "2", "--grow", "on"],
+            ["--local", "2", "--grow=on"],
             "elastic-srun: --grow on: elastic-srun runs in the current allocation; to submit a job that grows",
         ),
         (["--local", "2", "--grow"], "elastic-srun: --grow on: elastic-srun runs in the current allocation"),
+        (["--local", "2", "--free-growth", "on"], "--free-growth on: expected the value after '=', for example"),
         (["--local", "2", "--standalone"], "elastic-srun: --local with --standalone: only one of them"),
         (["--local", "2", "--node_rank=1"], "elastic-srun: --node-rank 1: one command starts the agents of all nodes"),
         (["--local", "2", "-p", "gpu"], "--partition: is for the allocation that elastic-srun runs in, for example: "),
@@ -463,9 +464,11 @@ def test_a_script_may_be_named_like_an_option(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
-def test_the_version_is_told() -> None:
-    done = subprocess.run([str(SRUN), "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"elastic-srun {elastic_hpc.__version__}\n"
+def test_the_help_has_no_option_that_can_do_nothing_in_an_allocation() -> None:
+    done = subprocess.run([str(SRUN), "--help"], capture_output=True, text=True, check=True)
+    listed = set(re.findall(r"^  (?:-\w, )?--([a-z-]+)", done.stdout, re.MULTILINE))
+    assert {"nodes", "free-growth", "local", "no-python"} <= listed
+    assert not listed & {"grow", "yield-to", "yield-every", "max-requeues", "again"}
 
 
 SHOW = """#!/bin/bash
