@@ -7,6 +7,7 @@ command line, which all users of a node can read: the address of a web hook is a
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -73,7 +74,7 @@ def send(message: Mapping[str, str], environ: Mapping[str, str]) -> str:
     sending = start(_post if re.match("https?://", target) else _run, target, message, environ)
     try:
         problem = sending.result(_SECONDS + 1)
-    except TimeoutError:
+    except concurrent.futures.TimeoutError:
         problem = f"no answer in {_SECONDS:g} s"
     except Exception as error:  # noqa: BLE001 - whatever it is, the job goes on
         problem = type(error).__name__
