@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import Cluster, Job, wait_for
+from cut_links import Links
 from memory import memory_cgroup, memory_cgroup_of
 
 NODES = ("n1", "n2", "n3", "n4")
@@ -103,6 +104,8 @@ def reason(event: dict[str, Any]) -> str:
             return str(event["reason"])
         case "lost":
             return f"{event['node']} lost: {event['reason']}"
+        case "apart":
+            return str(event["reason"])
         case _:
             return ""
 
@@ -121,6 +124,8 @@ class Fault:
     """Before the job is submitted, with the folder that it is submitted from."""
     environ: tuple[str, ...] = ()
     """NAME=VALUE for the job."""
+    options: tuple[str, ...] = ()
+    """Of the submission."""
 
 
 # of workers and agents
@@ -207,6 +212,13 @@ def cut_the_heads_half(scene: Scene) -> None:
     wait_for("all workers to be stopped", lambda: not any(map(scene.has_workers, NODES)))
     for node in ("n1", "n2"):
         scene.cluster.mini("heal", node)
+
+
+def cut_a_pair(scene: Scene) -> None:
+    links = Links(scene.cluster)
+    scene.end.callback(links.heal)
+    links.cut("n2", "n3")
+    links.cut("n3", "n2")
 
 
 TAKE_PORTS = f"""
@@ -374,4 +386,5 @@ OF_MORE = (
     Fault("shared_directory_read_only", write_protect, PROVOKED),
     Fault("clock_jump", shift_clocks, None, prepare=a_clock, environ=("PYTHONPATH=site",), ends=()),
     Fault("name_server_silent", kill_name_server, PROVOKED),
+    Fault("pair_cut", cut_a_pair, "n2 and n3 do not reach each other", ends=None, options=("--hang-timeout", "20")),
 )

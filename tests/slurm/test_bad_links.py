@@ -6,32 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from conftest import Cluster, wait_for
+from cut_links import Links
 from on_demand import ON_DEMAND
 from test_grow import Steady, Submit, steady  # noqa: F401 - fixtures
 from test_resize import ask
-
-NOBODY = "02:00:00:00:00:99"
-"""The address of no machine: the bridge between the nodes drops what is sent there."""
-
-
-class Links:
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._cut: list[tuple[str, str]] = []
-
-    def cut(self, here: str, there: str) -> None:
-        """Drop all that ``here`` sends to ``there``."""
-        self._neighbour(here, "replace", there, "lladdr", NOBODY, "nud", "permanent")
-        self._cut.append((here, there))
-
-    def heal(self) -> None:
-        while self._cut:
-            here, there = self._cut.pop()
-            self._neighbour(here, "del", there)
-
-    def _neighbour(self, node: str, what: str, other: str, *more: str) -> None:
-        command = ["ip", "neigh", what, f"10.213.0.{other[1:]}", "dev", "eth0", *more]
-        self._cluster.mini("exec", "--root", "--node", node, "--", *command)
 
 
 @pytest.fixture

@@ -282,19 +282,22 @@ def test_a_node_that_fails_its_preflight_stays_out_and_is_remembered(
     assert [strike["node"] for strike in state["strikes"]] == ["n2"]
 
 
+@pytest.mark.parametrize("timeout", [["--hang-timeout", "8"], pytest.param([], id="auto", marks=ON_DEMAND)])
 def test_workers_that_hang_are_found_their_stacks_are_kept_and_training_goes_on(
-    submit: Submit, fresh: Cluster, folder: Path
+    submit: Submit, fresh: Cluster, folder: Path, timeout: list[str]
 ) -> None:
+    """With ``auto`` that takes five minutes."""
     script = folder / "hangs.py"
     script.write_text(
         "import os, time\nimport torch.distributed as dist\n"
         "from elastic_hpc.training import report_progress\n"
-        "dist.init_process_group('gloo')\nreport_progress(1)\n"
+        "dist.init_process_group('gloo')\n"
+        "for step in range(3):\n    report_progress(step)\n    time.sleep(0.1)\n"
         "def stuck_here():\n    time.sleep(1000)\n"
         "if os.environ['ELASTIC_HPC_ROUND'] == '1': stuck_here()\n"
     )
-    job = submit("--nodes", "2", "--hang-timeout", "8", script=script)
-    assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    job = submit("--nodes", "2", *timeout, script=script)
+    assert job.wait_state("COMPLETED", "FAILED", deadline=150 if timeout else 480) == "COMPLETED", job.output()
     assert job.events("failure")[0]["kind"] == "hang"
     stacks = sorted(job.run_dir.glob("logs/0.1/*.stacks"))
     assert len(stacks) == 2

@@ -22,13 +22,19 @@ Submit = Callable[..., Job]
 EVERY = 10
 
 MOMENTS = ("start", "forming", "training", "checkpoint", "end")
-ALL = [(f, m) for f in (*OF_WORKERS, *OF_MORE) for m in MOMENTS if m != "forming" or f not in OF_WORKERS]
+ALL = [
+    (fault, moment)
+    for fault in (*OF_WORKERS, *OF_MORE)
+    for moment in MOMENTS
+    if (moment != "forming" or fault not in OF_WORKERS)
+    and (moment != "end" or fault.name != "pair_cut")  # no worker notices that
+]
 ELSEWHERE = {"worker_SIGKILL", "agent_SIGKILL", "power_loss", "head_power_loss", "head_agent_SIGKILL"}
 """Injected each time by test_recovery.py, agents are killed by test_joiner_jobs.py."""
 RELATIVES = {
     *("partition_of_one", "partition_of_the_head", "partition_of_half", "shared_directory_read_only"),
     *("store_port_taken", "name_server_silent", "worker_exception", "clock_jump", "agent_SIGSTOP"),
-    "head_then_next_head",
+    *("head_then_next_head", "pair_cut"),
 }
 """Left to the whole matrix: each differs little from one that is injected each time, or takes a minute."""
 SOME = [
@@ -84,7 +90,7 @@ def struck(
         environ = [word for variable in fault.environ for word in ("--env", variable)]
         # nobody is lost in these, also not the node that stands still while a round is formed
         patience = ["--heartbeat-timeout", "20"] if moment == "forming" and fault.cause in {PROVOKED, None} else []
-        job = submit("--nodes", "2:4", *environ, *patience, *options, script=script)
+        job = submit("--nodes", "2:4", *environ, *patience, *fault.options, *options, script=script)
         job.folder = fresh.seen_from_login(folder)
         scene = Scene(fresh, job, folder, moment, end, prepared)
         try:
