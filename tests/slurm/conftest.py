@@ -263,9 +263,12 @@ def started(state: Path, *options: str) -> Iterator[Cluster]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with the marker ``site`` runs on both clusters, the usual one and that of a site."""
-    if metafunc.definition.get_closest_marker("site") and not ALL_ON_SITE:
-        metafunc.parametrize("cluster", ["usual", "site"], indirect=True, scope="module")
+    """A test with the marker ``site`` runs on both clusters, the usual one and that of a site. The marker's arguments
+    are marks for the latter.
+    """
+    if (marker := metafunc.definition.get_closest_marker("site")) and not ALL_ON_SITE:
+        clusters = ["usual", pytest.param("site", marks=marker.args)]
+        metafunc.parametrize("cluster", clusters, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")

@@ -129,6 +129,7 @@ def test_at_the_warning_all_ranks_save_the_same_step_and_the_job_goes_on_after_a
     assert "the workers saved and stopped" in first["reason"]
 
 
+@ON_DEMAND
 def test_a_script_with_a_handler_saves_at_the_warning_and_a_job_that_it_submitted_to_its_node_outlives_it(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
@@ -179,7 +180,7 @@ def assert_completed_or_told(job: Job, partition: str) -> None:
     assert ("the training finished, but Slurm recorded PREEMPTED" in told) == (state == "PREEMPTED")
 
 
-@pytest.mark.site
+@pytest.mark.site(ON_DEMAND)
 @pytest.mark.parametrize("partition", [pytest.param("low", marks=ON_DEMAND), "lowcancel"])
 def test_a_preempted_job_saves_and_returns(
     submit: Submit, fresh: Cluster, folder: Path, listens: Path, partition: str

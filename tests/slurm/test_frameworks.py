@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, Cluster, Job, wait_for
 from on_demand import ON_DEMAND
 
@@ -74,26 +75,36 @@ def test_lightning_goes_on_after_a_loss_and_after_a_drain_and_the_job_is_requeue
     assert "auto-requeueing" not in complaints
 
 
-def test_accelerate_trainer_and_fsdp_go_on_at_another_size(submit: Submit, fresh: Cluster) -> None:
+def goes_on(job: Job, steps: int) -> None:
+    finished(job, steps)
+    (first_size, first), (second_size, second) = starts(job)
+    assert (first_size, first, second_size) == (2, 0, 1)
+    assert second >= 60
+    assert second % 20 == 0
+    assert (job.verdict()["restarts"], job.verdict()["requeues"]) == (1, 0)
+
+
+@pytest.fixture
+def example(submit: Submit) -> Callable[[str, str, int], Job]:
     def start(name: str, nodes: str, steps: int) -> Job:
         script = ROOT / "examples" / f"{name}_digits.py"
         return submit("--nodes", "1:2", f"--nodelist={nodes}", script=script, args=["--steps", str(steps)])
 
-    def goes_on(job: Job, steps: int) -> None:
-        finished(job, steps)
-        (first_size, first), (second_size, second) = starts(job)
-        assert (first_size, first, second_size) == (2, 0, 1)
-        assert second >= 60
-        assert second % 20 == 0
-        assert (job.verdict()["restarts"], job.verdict()["requeues"]) == (1, 0)
+    return start
 
-    accelerate, trainer = start("accelerate", "n[1-2]", 2000), start("trainer", "n[3-4]", 2000)
+
+def test_accelerate_and_trainer_go_on_at_another_size(example: Callable[[str, str, int], Job], fresh: Cluster) -> None:
+    accelerate, trainer = example("accelerate", "n[1-2]", 2000), example("trainer", "n[3-4]", 2000)
     for job, node in ((accelerate, "n2"), (trainer, "n4")):
         wait_for_step(job, 1, 80)
         fresh.mini("kill", node)
     goes_on(accelerate, 2000)
     goes_on(trainer, 2000)
-    fsdp = start("fsdp", "n1,n3", 240)
+
+
+@ON_DEMAND
+def test_fsdp_goes_on_at_another_size(example: Callable[[str, str, int], Job], fresh: Cluster) -> None:
+    fsdp = example("fsdp", "n1,n3", 240)
     wait_for_step(fsdp, 1, 80)
     fresh.mini("kill", "n3")
     goes_on(fsdp, 240)

@@ -222,7 +222,8 @@ class TestFaults:
             eventually("the old connection speaks again", lambda: ask() == "answer")
         assert status(cluster)["nodes"]["n2"]["init_pid"] == init
 
-    @pytest.mark.parametrize("fault", ["kill", pytest.param("cut", marks=ON_DEMAND)])
+    @ON_DEMAND
+    @pytest.mark.parametrize("fault", ["kill", "cut"])
     def test_a_node_that_slurm_gave_up_under_a_job_heals(self, cluster: Any, fault: str) -> None:
         script = "cd; sbatch -w n[3-4] --no-kill -o /dev/null --wrap 'srun --no-kill --wait=0 sleep 300'"
         cluster.exec(["bash", "-c", script])

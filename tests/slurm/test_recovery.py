@@ -43,6 +43,7 @@ def counts(submit: Submit, folder: Path) -> Submit:
     return do
 
 
+@ON_DEMAND
 def test_a_node_that_cannot_reach_the_leader_stays_out_and_is_avoided_next_time(counts: Submit, fresh: Cluster) -> None:
     blocked = ["ipproto", "tcp", "dport", "29432", "prohibit"]
     fresh.mini("exec", "--root", "--node", "n3", "--", "ip", "rule", "add", *blocked)
@@ -109,6 +110,7 @@ def test_a_job_starts_with_min_nodes_when_the_others_are_busy(submit: Submit, fr
 SETUP = "touch set_up; until [ -e go ]; do sleep 0.1; done"
 
 
+@ON_DEMAND
 def test_a_job_starts_with_the_others_when_slurm_takes_a_node_from_it_before_the_agents_start(
     counts: Submit, fresh: Cluster, folder: Path
 ) -> None:

@@ -172,6 +172,7 @@ def in_script(folder: Path, image: Path, runtime: str) -> list[str]:
     return ["--python", "./in-container"]
 
 
+@ON_DEMAND
 def test_a_job_in_slurms_own_container_loses_a_node_and_completes(
     submit: Submit, fresh: Cluster, folder: Path, image: Path
 ) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from on_demand import ON_DEMAND
 from torch_214 import IN_PLACE, TORCH_214
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +143,7 @@ def test_in_place_a_killed_worker_costs_the_others_neither_their_processes_nor_a
     assert accuracy(output) >= 0.95
 
 
+@ON_DEMAND
 def test_the_script_for_training_in_place_restarts_elsewhere_and_trains_like_the_other(tmp_path: Path) -> None:
     changing, steady = tmp_path / "changing", tmp_path / "steady"
     torchrun = [*TORCHRUN, "--standalone", "--log-dir", str(tmp_path / "torchrun"), "--nproc-per-node", "2"]

@@ -310,7 +310,10 @@ def test_torch_reconfigures_a_group_as_reform_takes_for_granted(nursery, tmp_pat
 
 @pytest.mark.parametrize(
     ("python", "reason"),
-    [(sys.executable, "cannot reconfigure a process group: needs 2.14"), (TORCH_214, "its agent cannot keep it")],
+    [
+        (sys.executable, "cannot reconfigure a process group: needs 2.14"),
+        pytest.param(TORCH_214, "its agent cannot keep it", marks=ON_DEMAND),
+    ],
 )
 def test_below_torch_2_14_and_under_torchrun_the_same_script_trains(tmp_path, undisturbed, python, reason):
     environ = {
