@@ -126,7 +126,7 @@ def test_options_of_ours_and_of_sbatch_are_completed(complete: Callable[..., set
     [
         (["elastic-sbatch", "--container-runtime", ""], {"pyxis", "apptainer", "oci"}),
         (["elastic-sbatch", "--grow", "=", ""], {"on", "off"}),
-        (["elastic-srun", "--grow", ""], {"on", "off"}),
+        (["elastic-srun", "--free-growth", "=", ""], {"on", "off"}),
         (["elastic-srun", "--loc"], {"--local", "--local-ranks-filter"}),
         (["elastic-sbatch", "--nodes", "=", "2", ":", "4", "--grow", "tr"], {"train.py"}),
         (["elastic-sbatch", "-N", "4", "train.py", "--data", "da"], {"data.txt"}),
