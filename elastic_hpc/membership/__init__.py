@@ -3,9 +3,10 @@
 Everything here is pure: no clock, file, thread, process, connection or environment. What has arrived is passed in with
 the time, and what is to be sent or done is returned; ``network`` and ``agent`` do it. Start reading with ``leader``.
 
-* ``leader``: the state machine, with its parts ``mandate`` (does a majority agree), ``peers`` (agents connected),
-  ``admission`` (who may take part), ``rounds`` (how a round begins and ends), ``world`` (the round that runs),
-  ``inputs`` (requests, stores, nodes on their way) and ``orders`` (what was sent).
+* ``leader``: the state machine, its inputs and outputs. ``decisions``: what it decides and does about its parts
+  ``mandate`` (does a majority agree), ``peers`` (agents connected), ``admission`` (who may take part, and who goes),
+  ``rounds`` (how a round begins and ends), ``world`` (the round that runs), ``inputs`` (requests, stores, nodes on
+  their way) and ``orders`` (what was sent).
 * ``policy``: what the user allows, and what the leader sees. ``rules``: the decision made of both, such as to form a
   round or to stop it, with its reason.
 * ``election``: majorities over the rounds, which keep two worlds from training at once. ``promises``: what a node has

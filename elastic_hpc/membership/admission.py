@@ -1,62 +1,128 @@
-"""Which agents may take part in a job, and which its leader refuses. Pure."""
+"""Which agents take part in a job: which its leader admits, which it refuses, and how they go again. Pure."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from elastic_hpc.membership.inputs import Arrivals
 from elastic_hpc.membership.messages import Status
 from elastic_hpc.membership.nodes import votes
-from elastic_hpc.membership.peers import Peers
+from elastic_hpc.membership.orders import Orders, Refusal
+from elastic_hpc.membership.peers import Peer, Peers
 from elastic_hpc.membership.roster import Host
+from elastic_hpc.membership.rounds import Rounds
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why an agent may not take part."""
-
-    reason: str
-    final: bool = True
-    """The agent has to leave; else it may connect again later."""
-    is_new: bool = True
-    """The same process has not been refused before."""
-    let_go: bool = False
-    """The agent has taken part, and is not needed any more: that is no failure."""
-
-
+@dataclass
 class Admission:
-    """The conditions that all agents of a job have to meet."""
+    """The conditions that all agents of a job have to meet, and what becomes of those that do not, or not any more."""
 
-    def __init__(self, nproc: int, leader: Host | None) -> None:
-        """``nproc``: the number of workers on each node. ``leader``: the host whose software all nodes must have; None
-        if any will do.
+    peers: Peers
+    orders: Orders
+    rounds: Rounds
+    arrivals: Arrivals
+    event: Callable[..., None]
+    nproc: int
+    """The number of workers on each node."""
+    leader: Host | None
+    """The host whose software all nodes must have; None if any will do."""
+    leaving: dict[int, float] = field(default_factory=dict)
+    """The connections of the job's own nodes that were let go and whose agents have not left, and since when. Slurm
+    gets all of them back at once: without accounting it takes no second change.
+    """
+    dropped: list[int] = field(default_factory=list)
+    """Connections that are to be closed."""
+    _refused_boots: set[str] = field(default_factory=set)
+    """The processes that were refused as the second agent of a node."""
+
+    def is_over(self, conn: int) -> bool:
+        """Whether the agent of ``conn`` takes no part any more."""
+        return self.orders.is_refused(conn) or conn in self.dropped
+
+    def refuse(self, conn: int, status: Status, boot: str) -> Refusal | None:
+        """Refuse the agent that has connected, the process ``boot``, if it may not take part, and say why."""
+        refusal = self._refusal(status, boot)
+        if refusal:
+            self.orders.refuse(conn, refusal)
+            if refusal.is_new:
+                self.event("unfit" if status.unfit else "refused", node=status.name, reason=refusal.reason)
+            if refusal.final:
+                self.peers.on_arrival(status.node)
+        return refusal
+
+    def join(self, peer: Peer, now: float) -> None:
+        """``peer`` takes part from now on."""
+        peer.joined, peer.arrived_at = True, now
+        node = peer.status.node
+        self.peers.on_arrival(node)
+        self.event("join", node=peer.status.name, addr=peer.addr, joiner=not votes(node))
+        self.arrivals.outdate()
+
+    def lose(self, conn: int, reason: str, silent: float) -> bool:
+        """As ``Leader.on_lost``. Returns whether there is something to decide."""
+        self.orders.forget(conn)
+        has_left = self.leaving.pop(conn, None) is not None
+        peer = self.peers.remove(conn)
+        if peer:
+            self.dropped.append(conn)
+        if not peer or self.rounds.are_over or not peer.joined:
+            return has_left
+        why = self.peers.why_leaving(peer.status)
+        self._take_out(peer.status, why or reason, silent, event="left" if why else "lost")
+        return True
+
+    def give_up(self, peer: Peer, status: Status, now: float) -> bool:
+        """The processes of a node cannot be killed: if it took part it stays out, and there is something to decide. Its
+        agent, which may be the leader's own, leaves when the job ends.
         """
-        self._nproc, self.leader = nproc, leader
-        self._refused_boots: set[str] = set()
-        """The processes that were refused as the second agent of a node."""
+        self.peers.on_status(peer, status, now)
+        took_part, peer.joined = peer.joined, False
+        if took_part:
+            self.peers.barred[status.name] = "its processes cannot be killed"
+            self._take_out(status, status.unfit, 0.0, event="lost")
+        return took_part
 
-    def refusal(self, status: Status, boot: str, peers: Peers) -> Refusal | None:
-        """Why the agent that has connected, the process ``boot``, may not take part; None if it may."""
-        first = peers.by_node.get(status.node)
+    def let_go(self, node: int, reason: str, now: float) -> tuple[Host, str]:
+        """The agent of ``node`` has to leave for ``reason``, or for what is known of it. Returns its host, and why."""
+        conn = self.peers.conns[node]
+        peer = self.peers.remove(conn, let_go=True)
+        assert peer
+        reason = self.peers.why_leaving(peer.status) or reason
+        self.orders.refuse(conn, Refusal(reason, let_go=True))
+        if votes(node):
+            self.leaving[conn] = now
+        return peer.status.host, reason
+
+    def _take_out(self, status: Status, reason: str, silent: float, *, event: str) -> None:
+        self.event(event, node=status.name, reason=reason, round=self.rounds.round, silent=round(silent, 3))
+        self.arrivals.outdate()
+        self.rounds.on_lost(status.node, f"{status.name} lost: {reason}")
+
+    def _refusal(self, status: Status, boot: str) -> Refusal | None:
+        first = self.peers.by_node.get(status.node)
         if first and first.boot != boot:  # the first keeps its place while it is connected
             is_new = boot not in self._refused_boots
             self._refused_boots.add(boot)
             reason = f"{status.name} has an agent in this job already, which is in contact"
             return Refusal(reason, final=False, is_new=is_new)
-        reason = self._unmet(status, peers)
+        reason = self._unmet(status)
         return Refusal(reason) if reason else None
 
-    def _unmet(self, status: Status, peers: Peers) -> str:
+    def _unmet(self, status: Status) -> str:
         if status.unfit:
             return f"{status.name} is not fit: {status.unfit}"
-        if status.nproc != self._nproc:
+        if status.nproc != self.nproc:
             return (
-                f"{status.name} would start {status.nproc} workers, the leader's node {self._nproc}: "
+                f"{status.name} would start {status.nproc} workers, the leader's node {self.nproc}: "
                 "all nodes must start the same number (--nproc-per-node)"
             )
         joiner = not votes(status.node)
-        if joiner and status.name in peers.barred:
-            return f"{status.name} stays out: {peers.barred[status.name]}"
-        if joiner and any(other.name == status.name and node != status.node for node, other in peers.joined.items()):
+        if joiner and status.name in self.peers.barred:
+            return f"{status.name} stays out: {self.peers.barred[status.name]}"
+        if joiner and any(
+            other.name == status.name and node != status.node for node, other in self.peers.joined.items()
+        ):
             return f"{status.name} runs an agent of this job already"
         if self.leader and status.host.software != self.leader.software:
             return (

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from elastic_hpc.membership.admission import Refusal
 from elastic_hpc.membership.messages import Order, Plan, Redirect
 from elastic_hpc.membership.peers import Peers
 from elastic_hpc.membership.policy import Outcome
 from elastic_hpc.membership.roster import Roster, RosterChange
 
 ToAgent = Order | Roster | RosterChange | Redirect
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an agent may not take part."""
+
+    reason: str
+    final: bool = True
+    """The agent has to leave; else it may connect again later."""
+    is_new: bool = True
+    """The same process has not been refused before."""
+    let_go: bool = False
+    """The agent has taken part, and is not needed any more: that is no failure."""
 
 
 class Orders:

@@ -66,11 +66,13 @@ class Rounds:
         self._paces: SlowWatch | None = None
         self._next_pace = 0.0
         self.verdict: Verdict | None = None
+        self.abdicated = ""
+        """Why the leader stopped without a verdict: the last loss of a node, else the lack of a majority."""
         self.first = mandate.granted
         """No round has been formed in this allocation yet."""
         self.predecessor_lost = "" if self.first else reason
         """Why the leader before was lost, until its round has been ended."""
-        self.last_loss = ""
+        self._last_loss = ""
         """The last loss of a node in this round, or since the last round."""
 
     # what the leader has received
@@ -82,10 +84,16 @@ class Rounds:
             if failure:
                 self._event("failure", round=self.round, **failure)
 
-    def on_roster(self, roster: Roster) -> None:
-        """The leader has yet to take over, and adopts ``roster``."""
+    def on_roster(self, roster: Roster) -> bool:
+        """An agent holds ``roster``. True if the leader adopts it: it has yet to take over, and its own is older."""
+        if self._mandate.granted or self.stage != "gather" or not self._mandate.on_roster(roster):
+            return False
+        self._promises.accept(roster)
+        self._peers.barred |= dict.fromkeys(roster.barred, BARRED)
+        self._peers.add_known(roster.hosts)
         self.restarts, self.requeues = max(self.restarts, roster.restarts), roster.requeues
         self.round = max(self.round, roster.round + 1)
+        return True
 
     def on_seen(self, round: int, now: float) -> None:
         """An agent that has connected has received an order of ``round``, perhaps of another leader, which may have
@@ -96,7 +104,7 @@ class Rounds:
 
     def on_lost(self, node: int, reason: str) -> None:
         """The agent of ``node`` is lost, or its workers cannot be killed."""
-        self.last_loss = reason
+        self._last_loss = reason
         self.world.on_lost(node, reason)
 
     def is_idle(self, status: Status) -> bool:
@@ -109,6 +117,11 @@ class Rounds:
 
     def view(self, now: float) -> RoundView:
         return self.world.view(self.predecessor_lost, now)
+
+    @property
+    def are_over(self) -> bool:
+        """Whether there will be no further round under this leader."""
+        return bool(self.verdict or self.abdicated)
 
     @property
     def progress(self) -> Reached:
@@ -126,7 +139,7 @@ class Rounds:
         size = len(nodes)
         plans = {node: Plan(rank, size, self.restarts, port, addr) for rank, node in enumerate(nodes)}
         self._record_absent()
-        self.stage, self.first, self.last_loss = "run", False, ""
+        self.stage, self.first, self._last_loss = "run", False, ""
         self.hangs.begin()
         if self._paces:
             self._paces.begin(nodes)
@@ -186,25 +199,31 @@ class Rounds:
         self.verdict = Verdict(outcome, decision.cause, decision.reason, failure, *counters)
         self._event("verdict", **asdict(self.verdict))
 
+    def abdicate(self, reason: str) -> None:
+        """Stop leading, without a verdict: others may lead by now."""
+        self.abdicated = self._last_loss or reason
+        if self._mandate.ever_granted:
+            self._event("abdicate", round=self.round, reason=reason)
+
     def record_progress(self, now: float, *, over: bool = False) -> None:
         """Record how the workers have started and how far they are, where that is due. ``over``: the round ends."""
         workers = len(self.world.formed) * self._nproc
         for name, fields in self.world.due_records(workers, now, over=over):
             self._event(name, round=self.round, **fields)
 
-    def look_for_hang(self, now: float, wall: float, *, held: bool) -> bool:
+    def look_for_hang(self, now: float, wall: float, *, held: bool) -> None:
         """See whether the workers of the round hang: a failure of the node that has been silent for longest. To be
         called with each tick, while nobody wants the round to end. ``held``: as in ``HangWatch.look``.
         """
         world, peers = self.world, self._peers.by_node
         if self.stage != "run" or world.failure or world.lost or world.change or now < self._next_look:
-            return False
+            return
         self._next_look = now + _LOOK_EVERY
         known = {node: peers[node].status for node in world.formed if node in peers}
         running = {node: status for node, status in known.items() if status.state == "running"}
         here = [status for status in known.values() if status.round == self.round]
         if len(here) < len(world.formed) or len(running) + len(world.succeeded) < len(here):
-            return False
+            return
         signs = {node: status.signs for node, status in running.items()}
         step = max((status.step for status in running.values()), default=-1)
         hang = self.hangs.look(signs, step, whole=not world.succeeded, live=world.live, held=held)
@@ -213,11 +232,10 @@ class Rounds:
             self._announced = limit
             self._event("hang_timeout", seconds=limit, reason=why)
         if not hang:
-            return False
+            return
         rank = world.formed.index(hang.node) * self._nproc
         failure = Failure("hang", known[hang.node].name, rank, 0, 0, hang.message, wall)
         self._event("failure", round=self.round, **world.on_hang(failure, hang.node, self.failures, now))
-        return True
 
     def look_for_slow(self, factor: float, now: float) -> Comparison:
         """See which nodes are slow. To be called with each tick. ``factor``: as ``Policy.slow_factor``."""

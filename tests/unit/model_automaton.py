@@ -25,8 +25,9 @@ _IGNORED = {
     *("_promises", "_keep"),
     *("_events", "by_node", "_hosts", "_node", "_link", "policy", "_host", "_latest", "out", "_own_leader"),
     *("_links", "hangs", "last_led", "_last_contact", "_waiting", "_waiting_recorded", "_reason", "addr"),
+    *("admission", "arrivals", "links", "mandate", "orders", "requests", "rounds", "sizing", "stores"),
 }
-"""Fields that decide nothing here, or follow from others."""
+"""Fields that decide nothing here, follow from others, or are parts that the leader has too."""
 
 _WORDS = {"_predecessor_lost", "_last_loss", "abdicated"}
 """Texts of which only counts whether they are empty."""

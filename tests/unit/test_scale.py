@@ -13,8 +13,7 @@ import pytest
 import simulated_network
 from simulated import POLICY, Job, SimNode
 
-from elastic_hpc.membership import leader as leader_module
-from elastic_hpc.membership import messages
+from elastic_hpc.membership import decisions, messages
 from elastic_hpc.membership.leader import Leader
 from elastic_hpc.membership.messages import Order, Status
 from elastic_hpc.membership.roster import Host, Hosts, Roster, RosterChange
@@ -35,13 +34,13 @@ class Crowd:
     def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.size, self.now, self.seq = size, 0.0, 0
         self.counts = Counts()
-        decide = leader_module.decide
+        decide = decisions.decide
 
         def counted(*args: Any) -> Any:
             self.counts.decisions += 1
             return decide(*args)
 
-        monkeypatch.setattr(leader_module, "decide", counted)
+        monkeypatch.setattr(decisions, "decide", counted)
         policy = replace(POLICY, max_nodes=size, max_restarts=100)
         self.leader = Leader(policy, node=0, nproc=1, now=0.0, granted=size)
         self.held: dict[int, Roster] = {}
