@@ -29,7 +29,8 @@ def notify(rundir: RunDir, node: str, reason: str | None) -> None:
     """
     nodes = {event["node"] for event in rundir.events() if event["event"] == "join"}
     if node not in nodes:
-        raise UsageError(f"{node!r}: job {rundir.path.name} never had that node; its nodes: {', '.join(sorted(nodes))}")
+        known = f"its nodes: {', '.join(sorted(nodes))}" if nodes else "none has joined yet"
+        raise UsageError(f"{node!r}: job {rundir.path.name} never had that node; {known}")
     try:
         if reason is not None:
             health.mark(rundir.notices, node, reason)

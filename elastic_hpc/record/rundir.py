@@ -105,8 +105,8 @@ class RunDir:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The JSON object in ``name``, or None if there is no such file yet. Raises ElasticError if it is damaged."""
-        folders.look_again(self.path)
         try:
+            folders.look_again(self.path)
             body = json.loads((self.path / name).read_text())
         except FileNotFoundError:
             return None

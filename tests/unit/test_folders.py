@@ -147,3 +147,14 @@ def test_a_claim_that_could_not_be_written_is_no_claim(tmp_path: Path, monkeypat
     assert len(rundir.make_secret()) == 64
     assert rundir.claim("first", "n1")
     assert not rundir.claim("first", "n2")
+
+
+def test_a_job_that_has_not_started_has_no_files_yet_and_no_folder(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path / "elastic-logs" / "7")
+    assert (rundir.read("spec.json"), rundir.verdict(0), rundir.events(), rundir.heartbeat()) == (None, None, [], 0)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "7").write_text("a file where the folder should be")
+    with pytest.raises(ElasticError, match=r"spec\.json: .*Not a directory"):
+        RunDir(tmp_path / "7").read("spec.json")
