@@ -2,7 +2,7 @@
 
 _elastic_hpc_options() {
   case "$1" in
-  "") echo "-h --help --version" ;;
+  "") echo "-h --help -V --version" ;;
   "status") echo "-h --help --all --watch --json" ;;
   "logs") echo "-h --help -f --follow --rank --node --round --stdout --stderr --since --grep -n --lines -t --timestamps" ;;
   "why") echo "-h --help --json" ;;

@@ -2,7 +2,7 @@
 
 _elastic_srun_options() {
   case "$1" in
-  "") echo "-h --help --local --standalone -w --nodelist --log-dir --run-dir -V --version -N --nodes --spares --world-multiple-of --grow --grow-every --free-growth --yield-to --yield-every --wait-for-nodes --nproc-per-node --max-restarts --max-requeues --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --slow-node --preload --preflight --health-dir --interface --role --tee --local-ranks-filter --numa-binding -m --module --no-python" ;;
+  "") echo "--local --standalone -w --nodelist --log-dir --run-dir -N --nodes --spares --world-multiple-of --grow-every --free-growth --wait-for-nodes --nproc-per-node --max-restarts --rdzv-endpoint --rdzv-id --rdzv-conf --heartbeat-timeout --grace --drain-signal --hang-timeout --slow-node --preload --preflight --health-dir --interface --role --tee --local-ranks-filter --numa-binding -m --module --no-python -h --help -V --version" ;;
   esac
 }
 
@@ -15,15 +15,11 @@ _elastic_srun_value() {
   " -N" | " --nodes") echo 'other' ;;
   " --spares") echo 'other' ;;
   " --world-multiple-of") echo 'other' ;;
-  " --grow") echo 'words on off' ;;
   " --grow-every") echo 'other' ;;
-  " --free-growth") echo 'words on off' ;;
-  " --yield-to") echo 'words pending user' ;;
-  " --yield-every") echo 'other' ;;
+  " --free-growth=") echo 'words on off' ;;
   " --wait-for-nodes") echo 'other' ;;
   " --nproc-per-node") echo 'words gpu cpu auto' ;;
   " --max-restarts") echo 'other' ;;
-  " --max-requeues") echo 'other' ;;
   " --rdzv-endpoint") echo 'other' ;;
   " --rdzv-id") echo 'other' ;;
   " --rdzv-conf") echo 'other' ;;
