@@ -126,7 +126,7 @@ LAUNCH_OPTIONS = (
                   help="maximum number of requeues after failures in the whole job; requeues after a preemption or "
                        "at the time limit are not counted (default: 5)"),
     ElasticOption("rdzv-endpoint", "HOST[:PORT]", Endpoint.parse,
-                  help="node whose agent leads at first, and the first of the job's ports "
+                  help="node that hosts the rendezvous at first, and the first of the job's ports "
                        "(default: the job's first node, 29400)"),
     ElasticOption("rdzv-id", "ID", str,
                   help="run ID, which workers see as TORCHELASTIC_RUN_ID "
