@@ -32,12 +32,13 @@ run = live(net, optimizer)
 
 
 def train() -> None:
-    """A step."""
+    """A step. The ranks meet in the backward pass, at its end."""
     ends = time.perf_counter() + args.step
     optimizer.zero_grad()
-    run.model(inputs).square().mean().backward()
+    loss = run.model(inputs).square().mean()
+    time.sleep(max(0.0, ends - time.perf_counter()))  # as a worker that waits for its GPU: its caches are cold then
+    loss.backward()
     optimizer.step()
-    time.sleep(max(0.0, ends - time.perf_counter()))  # without load, as a worker that waits for its GPU
 
 
 CLOCKS = time.perf_counter, time.thread_time  # the latter does not see what else the machine does

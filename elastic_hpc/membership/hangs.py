@@ -28,6 +28,9 @@ BUSY = 6
 
 LEARNED = "--hang-timeout auto"
 
+_SHORTEST = 1.0
+"""A silence of seconds that is seen for certain: agents look about as often."""
+
 _NOTABLE = 1.1
 """A learned number is replaced by a number that is larger by this factor, so that few orders bring news."""
 
@@ -143,6 +146,8 @@ class HangWatch:
     def begin(self) -> None:
         """A round begins: how its workers before were silent does not count any more."""
         self._gap = 0.0
+        self._step, self._moves = -1, 0
+        """The last step, and how often there was a further step when the leader looked."""
         self._excused = 0.0
         """The part of the silence that nobody could have broken."""
 
@@ -180,11 +185,15 @@ class HangWatch:
 
     def _learn(self, signs: Collection[Signs], step: int) -> None:
         learned: dict[str, Any] = {}
+        self._moves += 0 <= self._step < step
+        self._step = step
         if step >= 0 and not self.rhythm.reports:  # what was learned from the output is of no use any more
             learned |= {"reports": True, "longest": 0.0}
             self._gap = 0.0
         elif self._gap > _NOTABLE * self.rhythm.longest and self._present_gap(signs) < self._gap:
             learned["longest"] = self._gap
+        elif not self.rhythm.longest and self._moves > 1:  # at each look there was another step
+            learned["longest"] = _SHORTEST
         for name in ("start", "span"):
             longest = max(getattr(each, name) for each in signs)
             if longest > _NOTABLE * getattr(self.rhythm, name) + 1.0:

@@ -114,6 +114,15 @@ def test_a_hang_is_noticed_after_five_minutes_when_steps_are_short() -> None:
     )
 
 
+def test_a_hang_is_noticed_after_five_minutes_when_there_was_another_step_at_each_look() -> None:
+    job = Training()
+    for _ in range(10):
+        for node in job.nodes:
+            node.live(busy=True, blocked=False)
+        job.report()
+    assert job.pass_time(HOUR) == LEAST + 1
+
+
 def test_the_timeout_is_ten_times_the_longest_silence() -> None:
     job = Training()
     job.train(5)
