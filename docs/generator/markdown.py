@@ -136,8 +136,7 @@ they also work after Slurm has forgotten the job.
 _MORE = """
 Others come from single features: `code.json` and `code.diff` ([environments](../environments.md#the-code)),
 `unfit.NODE.json` of a node that could not take part, `acted.RUN` when a requeue is done,
-`turn.RUN.NUMBER` and `acts.RUN` of the agents that end or requeue a job without leader, `withdrawn.json`, their verdict
-if a leader has withdrawn it.
+`turn.RUN.NUMBER` and `acts.RUN` of the agents that end or requeue a job without leader.
 
 The fields of `verdict.json` are in [how it works](../how-it-works.md#the-verdict).
 

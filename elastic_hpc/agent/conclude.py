@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from elastic_hpc import slurm
-from elastic_hpc.agent import last_words, no_verdict, notify, once_more, warned
+from elastic_hpc.agent import last_words, notify, once_more, unreached, warned
 from elastic_hpc.environment import CONTINUE, FIRST_JOB, FIRST_RUN, JOIN, SPENT
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.membership import strikes, wishes
@@ -53,10 +53,10 @@ def conclude(
         return status
     verdict = await_verdict(rundir, run_number(environ), _pass_on(rundir, environ, warning))
     known = last_words.take(job_name(environ), run_number(environ))
-    verdict, lost = verdict or known or no_verdict.reinstate(rundir, environ), list[str]()
+    verdict, lost = verdict or known, list[str]()
     _cancel_joiners(rundir, job_name(environ))
     if verdict is None and status:
-        verdict, lost = no_verdict.judge(rundir, environ, max_requeues + spent(environ)[1])
+        verdict, lost = unreached.judge(rundir, environ, max_requeues + spent(environ)[1])
     if verdict is None:
         reason = f"the agents left no verdict; srun ended with exit code {status}"
         print(f"elastic_hpc: {reason}", file=sys.stderr)

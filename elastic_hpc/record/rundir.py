@@ -29,9 +29,6 @@ _OF_AN_END = ("left", "over", "once-more")
 _LEFT = "left"
 """A file that the batch script looks for: see ``mark_left``."""
 
-_WITHDRAWN = "withdrawn.json"
-"""The last verdict that a leader has withdrawn: see ``withdraw``."""
-
 
 class RunDir:
     """Paths and files of one job.
@@ -219,28 +216,23 @@ class RunDir:
 
     def forget_verdict(self) -> None:
         """Another run begins here: remove the verdict of the last one, and the files of the agents that acted on it."""
-        for pattern in ("verdict.json", _WITHDRAWN, "turn.*", "acts.*", _LEFT):
+        for pattern in ("verdict.json", "turn.*", "acts.*", _LEFT):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
 
     def withdraw(self, run: int) -> dict[str, Any] | None:
-        """A leader continues ``run``: set aside the verdict of an agent that had found none, and remove what agents
-        have written because of it. Returns that verdict, or None if there is none. Raises ElasticError and OSError.
+        """A leader continues ``run``: remove the verdict of an agent that had found none, and what agents have written
+        because of it. Returns that verdict, or None if there is no such verdict. Raises ElasticError and OSError.
         """
         verdict = self.verdict(run)
         if verdict and verdict.get("actor") != LEADERLESS:
             return None
         if verdict:
-            os.replace(self.path / "verdict.json", self.path / _WITHDRAWN)
+            (self.path / "verdict.json").unlink(missing_ok=True)
         (self.path / f"acts.{run}").unlink(missing_ok=True)  # the agent that acts may write it after the withdrawal
         for path in self.path.glob(f"turn.{run}.*") if verdict else ():
             path.unlink(missing_ok=True)
         return verdict
-
-    def withdrawn(self, run: int) -> dict[str, Any] | None:
-        """The verdict on ``run`` that ``withdraw`` has set aside last; None if there is none. Raises ElasticError."""
-        verdict = self.read(_WITHDRAWN)
-        return verdict if verdict and verdict.get("run") == run else None
 
     def begin_again(self, *, forget_bounds: bool) -> None:
         """The job is about to be resumed after its end. Its last verdict stays until the next one. ``forget_bounds``:

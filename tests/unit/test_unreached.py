@@ -1,4 +1,4 @@
-"""The end of a batch script whose agents have left no verdict, with stand-ins for Slurm's commands."""
+"""The end of a batch script whose srun could not reach a node, with stand-ins for Slurm's commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from test_slurm import JOB, RUNNING
 
 from elastic_hpc.agent import conclude
-from elastic_hpc.membership.leaderless import LEADERLESS
 from elastic_hpc.record.rundir import RunDir
 
 ENVIRON = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-4]", "SLURMD_NODENAME": "n1"}
@@ -115,21 +114,3 @@ def test_nothing_is_tried_in_a_job_that_is_cancelled(slurm: Slurm, rundir: RunDi
     slurm.job(state="COMPLETING")
     assert conclude.conclude(rundir, ENVIRON, 137) == 137
     assert not (slurm.folder / "started").exists()
-
-
-def test_a_verdict_that_was_withdrawn_holds_when_the_leader_that_withdrew_it_is_lost_too(
-    slurm: Slurm, rundir: RunDir, capsys: pytest.CaptureFixture[str]
-) -> None:
-    counters = {"round": 3, "restarts": 1, "requeues": 2}
-    verdict = {"outcome": "requeue", "cause": "node lost", "reason": "no leader was found", "failure": None, **counters}
-    rundir.write("verdict.json", {**verdict, "actor": LEADERLESS, "node": "n3", "run": 0, "time": 100.0})
-    rundir.withdraw(0)
-    rundir.write("state.json", {**counters, "round": 4, "requeues": 1, "strikes": []})
-    assert conclude.conclude(rundir, ENVIRON, 1) == 0
-    assert "elastic_hpc: requeue: no leader was found\n" in capsys.readouterr().err
-    assert "requeue incomplete 7" in slurm.asked
-    assert rundir.read("state.json") == {"round": 4, "restarts": 1, "requeues": 2, "strikes": []}
-    assert [event["event"] for event in rundir.events()] == ["verdict"]
-    assert (rundir.verdict(0) or {})["reason"] == "no leader was found"
-    rundir.forget_verdict()
-    assert rundir.withdrawn(0) is None, "the next run begins"
