@@ -88,7 +88,7 @@ Defaults for `elastic-sbatch`, for jobs from Python and from submitit. Each of t
 _REFUSED = """\
 A number may be a TOML number or a string, a list with one item may be that item; in a key `_` stands for `-`.
 elastic-sbatch refuses an unknown key, also under `[sbatch]`, and names the closest known key.
-`--dry-run` prints beside each line of the batch script the file from which the line came.
+`--dry-run` prints beside each option in the batch script the file from which it came.
 """
 _OTHER_KEYS = """\
 * `[sbatch]`, a table: any long option of sbatch, without the dashes, or an option that only a newer sbatch

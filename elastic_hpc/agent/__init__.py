@@ -17,7 +17,7 @@ job, or end it.
 * ``threads``: calls that may block.
 * ``once_more``: one more run of a job that is over, which ends at once.
 * ``beside``: a shell of the user, beside the agent.
-* ``no_verdict``: the verdict on a run whose agents have left none: srun could not reach a node, or the leader is lost.
+* ``unreached``: the verdict on a run in which srun could not reach a node.
 """
 
 from elastic_hpc import slurm

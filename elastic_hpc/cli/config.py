@@ -27,7 +27,7 @@ EPILOG = """examples:
 Later sources override earlier ones: the site's file, yours, the project's, sbatch's variables such as SBATCH_PARTITION,
 a --file. This command does not know the command line of elastic-sbatch, which overrides all of these, nor the #SBATCH
 lines of a script, which override only the files of the site, the user and the project. elastic-sbatch --dry-run shows
-both, beside each line of the batch script."""
+both, beside each option of the batch script."""
 
 
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, single
-from elastic_hpc.errors import UsageError
+from elastic_hpc.errors import ArgumentError, UsageError
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
 from elastic_hpc.options.sbatch import WarningSignal
@@ -56,6 +56,8 @@ class _OneLineParser(argparse.ArgumentParser):
     """Its errors are one line, as those of elastic-sbatch and elastic-srun, and so it takes no abbreviations."""
 
     def __init__(self, **settings: Any) -> None:
+        if sys.version_info >= (3, 14):
+            settings["color"] = False  # an error of one line has the usage
         super().__init__(
             allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings
         )
@@ -66,9 +68,19 @@ class _OneLineParser(argparse.ArgumentParser):
         usage = " ".join(self.format_usage().split())
         raise UsageError(f"{message.removeprefix('argument ')}; {usage}")
 
+    def _is_abbreviated(self, flag: str) -> bool:
+        options = self._option_string_actions
+        of_this = self._subparsers is None and flag.startswith("--") and flag not in options
+        return of_this and any(option.startswith(flag) for option in options)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuses what it does not know; the parser of all commands would not know the options of this one."""
-        namespace, others = super().parse_known_args(args, namespace)
+        try:
+            namespace, others = super().parse_known_args(args, namespace)
+        except (UsageError, ArgumentError):  # the value of an abbreviated option may have been taken for JOB
+            others = [word for word in args or () if self._is_abbreviated(word.partition("=")[0])]
+            if not others:
+                raise
         if others and not others[0].startswith("-"):
             self.error(f"{others[0]!r}: unexpected argument")
         if others:

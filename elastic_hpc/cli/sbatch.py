@@ -45,7 +45,7 @@ _FILE = ElasticOption("file", "FILE", str, letter="f",
                            "SCRIPT and options on the command line override the file")  # fmt: skip
 _ACTIONS = (
     *SCRIPT_SWITCHES,
-    ElasticOption("dry-run", "", bool, "print the batch script, with a reason beside each line, and submit nothing"),
+    ElasticOption("dry-run", "", bool, "print the batch script, with the source of each option, and submit nothing"),
     ElasticOption("parsable", "", bool, "print only the job ID"),
     ElasticOption("wait", "", bool, "wait for the job and return its exit code", letter="W"),
     ElasticOption("test-only", "", bool, "let Slurm check the job and estimate its start time; submit nothing"),

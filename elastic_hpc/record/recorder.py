@@ -151,6 +151,8 @@ class Recorder:
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
             state = {}  # damaged, and will not be read later either
+        if not state and not self._rundir.path.is_dir():
+            raise FileNotFoundError(self._rundir.path)  # the file system is away: what the file has is not lost
         self._strikes_loaded = True
         self._strikes = list(live((*load(state.get("strikes", ())), *self._strikes), time.time()))
 

@@ -136,7 +136,8 @@ class StepStart:
 
 class _NumpyRandom:
     """The state of numpy's global random numbers. numpy needs 60 us for a copy, so the last copy is kept for as long as
-    the memory of the generator does not change.
+    the memory of the generator does not change. The second number of a normal pair is elsewhere: a script that puts an
+    earlier state back, which differs in that alone, at the end of a step, is not noticed.
     """
 
     _SIZE = 625 * 4

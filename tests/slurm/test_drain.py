@@ -293,7 +293,7 @@ def test_workers_that_hang_are_found_their_stacks_are_kept_and_training_goes_on(
         "import os, time\nimport torch.distributed as dist\n"
         "from elastic_hpc.training import report_progress\n"
         "dist.init_process_group('gloo')\n"
-        "for step in range(20):\n    report_progress(step)\n    time.sleep(0.2)\n"
+        "for step in range(40):\n    report_progress(step)\n    time.sleep(0.2)\n"
         "def stuck_here():\n    time.sleep(1000)\n"
         "if os.environ['ELASTIC_HPC_ROUND'] == '1': stuck_here()\n"
     )

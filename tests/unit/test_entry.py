@@ -178,6 +178,7 @@ def test_each_command_has_help_that_begins_with_its_usage(capsys: pytest.Capture
         (["help"], "help: unknown command; elastic-hpc --help lists all commands"),
         (["--verbose"], "--verbose: unknown option; elastic-hpc --help lists all commands"),
         (["status", "--wach"], "--wach: unknown option; did you mean --watch?"),
+        (["metrics", "--ever", "30"], "--ever: unknown option; did you mean --every?"),
         (["status", "--every=3"], "--every: unknown option; elastic-hpc status --help lists all options"),
         (["why", FAULTS, "twice"], "'twice': unexpected argument; usage: elastic-hpc why [-h] [--json] JOB"),
         (["resize", FAULTS], "expected NODES; usage: elastic-hpc resize [-h] JOB NODES"),

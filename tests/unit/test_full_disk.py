@@ -174,6 +174,20 @@ def test_a_node_that_never_joined_is_avoided_until_its_agent_comes(tmp_path: Pat
     assert struck == [("n1", NEVER_JOINED), ("n2", "its connection was closed")]
 
 
+def test_a_leader_whose_file_system_is_away_for_a_moment_forgets_no_node(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path / "run").create()
+    before = Strike("n3", time.time(), "its power was lost")
+    rundir.write("state.json", {"round": 1, "strikes": dump([before])})
+    rundir.path.rename(tmp_path / "away")
+    recorder = Recorder(rundir, 0, Host(0, "n0", ("10.0.0.1",), 1))
+    recorder.state(round=2)
+    recorder.flush()
+    (tmp_path / "away").rename(rundir.path)
+    recorder.close()
+    state = rundir.read("state.json") or {}
+    assert (state["round"], state["strikes"]) == (2, dump([before]))
+
+
 @pytest.mark.parametrize(("notices", "seconds"), [(True, 60), (False, 5), (None, 60)])
 def test_nodes_are_not_held_for_a_slurm_that_takes_minutes_to_notice_a_loss(
     monkeypatch: pytest.MonkeyPatch, *, notices: bool | None, seconds: int
