@@ -162,10 +162,14 @@ def test_a_script_that_ignores_everything_is_stopped_in_time_and_requeued(
 
 
 def test_the_time_limit_brings_the_job_back_without_a_charge(submit: Submit, fresh: Cluster, listens: Path) -> None:
-    job = submit("--nodes", "2", "--time", "1", "--signal", "USR2@50", script=listens, args=["+20"])
+    def limit(minutes: int) -> None:
+        fresh.mini("exec", "--root", "--", "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
+
+    job = submit("--nodes", "2", "--time", "10", "--signal", "USR2@110", script=listens, args=["+20"])
+    wait_training(job, 2)
+    limit(2)  # and so the warning is due ten seconds after the start
     job.wait_event("verdict")
-    # The agents of a busy machine may need the ten seconds before the next warning for their start.
-    fresh.mini("exec", "--root", "--", "scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
+    limit(10)
     assert job.wait_state("COMPLETED", "FAILED", "TIMEOUT", deadline=200) == "COMPLETED", job.output()
     outcomes = [(event["outcome"], event["cause"], event["requeues"]) for event in job.events("verdict")]
     assert outcomes[0] == ("requeue", "time limit", 0)
