@@ -58,7 +58,6 @@ ALL_IN_PLACE = [
     and (fault.name, moment) not in NOT_IN_PLACE
 ]
 SOME_IN_PLACE = {
-    ("worker_SIGSTOP", "training"),
     ("agent_SIGKILL", "checkpoint"),
     ("power_loss", "forming"),
     ("head_power_loss", "training"),

@@ -93,6 +93,7 @@ def example(submit: Submit) -> Callable[[str, str, int], Job]:
     return start
 
 
+@ON_DEMAND
 def test_accelerate_and_trainer_go_on_at_another_size(example: Callable[[str, str, int], Job], fresh: Cluster) -> None:
     accelerate, trainer = example("accelerate", "n[1-2]", 2000), example("trainer", "n[3-4]", 2000)
     for job, node in ((accelerate, "n2"), (trainer, "n4")):

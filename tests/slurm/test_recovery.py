@@ -125,6 +125,7 @@ def test_a_job_starts_with_the_others_when_slurm_takes_a_node_from_it_before_the
     assert job.worlds() == [3]
 
 
+@ON_DEMAND
 def test_a_job_comes_back_without_a_node_that_srun_cannot_reach(counts: Submit, fresh: Cluster, folder: Path) -> None:
     """Slurm takes that node for alive, and srun ends the agents on the others."""
     job = counts("--nodes", "2:4", "--setup", SETUP)

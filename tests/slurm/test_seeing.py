@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from conftest import ROOT, Cluster, Job, wait_for
+from on_demand import ON_DEMAND
 
 from elastic_hpc.record.worker_logs import Wanted
 
@@ -50,6 +51,7 @@ class Terminal:
                 self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", part.decode(errors="replace"))
 
 
+@ON_DEMAND
 def test_a_job_is_watched_and_followed_through_a_lost_node_a_requeue_and_a_slurm_that_does_not_answer(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cluster, started, wait_for
+from on_demand import ON_DEMAND
 
 CONFINED = """\
 echo cores $(sed -n 's/Cpus_allowed_list:[[:space:]]*//p' /proc/self/status)
@@ -170,7 +171,7 @@ def test_nodes_and_the_jobs_of_others_are_private(fresh: Cluster) -> None:
     assert root(fresh, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "squeue", "-h") == ""
 
 
-@pytest.mark.parametrize("by", ["partition", "qos"])
+@pytest.mark.parametrize("by", ["partition", pytest.param("qos", marks=ON_DEMAND)])
 def test_preemption_warns_waits_and_requeues_or_cancels(fresh: Cluster, folder: Path, by: str) -> None:
     """Without preempt_send_user_signal for partitions, with it for QOS."""
     script = folder / "waits.sh"

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from conftest import COUNTS, ROOT, Cluster, wait_for
+from on_demand import ON_DEMAND
 
 from elastic_hpc.record.rundir import RunDir
 
@@ -56,6 +57,7 @@ def test_a_failure_is_told_and_gives_exit_code_1(fresh: Cluster, folder: Path) -
     assert "exit code 7; all 0 restarts (--max-restarts) are used up" in done.stderr
 
 
+@ON_DEMAND
 def test_in_a_batch_script_that_is_lost_with_the_head_training_ends_and_nothing_keeps_the_allocation(
     fresh: Cluster, folder: Path
 ) -> None:
