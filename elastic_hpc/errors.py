@@ -29,14 +29,26 @@ class ArgumentError(ElasticError):
     exit_code = 2
 
 
-def argument(parse: Callable[[str], T], flag: str = "") -> Callable[[str], T]:
-    """``parse`` as the ``type`` of an argument: the user sees its own error messages, with ``flag`` before them."""
+def of_option(flag: str, parse: Callable[[str], T]) -> Callable[[str], T]:
+    """``parse`` for the value of the option ``flag``, which its error messages name."""
 
     def parsed(text: str) -> T:
         try:
             return parse(text)
         except UsageError as error:
-            raise ArgumentError(f"{flag} {error}".lstrip()) from None
+            raise UsageError(f"{flag} {error}") from None
+
+    return parsed
+
+
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """``parse`` as the ``type`` of an argument: the user sees its own error messages."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise ArgumentError(str(error)) from None
 
     return parsed
 

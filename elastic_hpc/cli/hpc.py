@@ -8,8 +8,8 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from elastic_hpc import __version__, slurm
@@ -78,15 +78,15 @@ class _OneLineParser(argparse.ArgumentParser):
         try:
             namespace, others = super().parse_known_args(args, namespace)
         except (UsageError, ArgumentError):  # the value of an abbreviated option may have been taken for JOB
-            others = [word for word in args or () if self._is_abbreviated(word.partition("=")[0])]
+            given = takewhile(lambda word: word != "--", args or ())
+            others = [word for word in given if self._is_abbreviated(word.partition("=")[0])]
             if not others:
                 raise
         if others and not others[0].startswith("-"):
             self.error(f"{others[0]!r}: unexpected argument")
         if others:
             flag = others[0].partition("=")[0]
-            close = get_close_matches(flag, self._option_string_actions, n=1, cutoff=_CLOSE)
-            hint = f"did you mean {close[0]}?" if close else f"{self.prog} --help lists all options"
+            hint = _hint(flag, self._option_string_actions, f"{self.prog} --help lists all options")
             raise UsageError(f"{flag}: unknown option; {hint}")
         return namespace, others
 
@@ -158,9 +158,16 @@ def _check_command(argv: Sequence[str]) -> None:
         return
     if not first:
         raise UsageError("expected a command, for example elastic-hpc status; elastic-hpc --help lists all commands")
-    close = get_close_matches(first, commands, n=1, cutoff=_CLOSE)
-    hint = f"did you mean {close[0]}?" if close else "elastic-hpc --help lists all commands"
+    hint = _hint(first, commands, "elastic-hpc --help lists all commands")
     raise UsageError(f"{first}: unknown {'option' if first.startswith('-') else 'command'}; {hint}")
+
+
+def _hint(word: str, known: Iterable[str], otherwise: str) -> str:
+    """Which of the ``known`` words was probably meant by ``word``; ``otherwise`` if there is none."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, n=1, cutoff=_CLOSE)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, nothing_to_show, single
-from elastic_hpc.errors import ElasticError, UsageError, argument
+from elastic_hpc.errors import ElasticError, UsageError, argument, of_option
 from elastic_hpc.job.look import JobRecord, Jobs
 from elastic_hpc.membership.nodes import NumberRanges, name_matcher
 from elastic_hpc.options import moments
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show only lines in which REGEX, as in Python's re, is found; (?i) at its start ignores case",
     )
     parser.add_argument(
-        "-n", "--lines", metavar="N", type=argument(count, "--lines"), help="show only the last N lines"
+        "-n", "--lines", metavar="N", type=argument(of_option("--lines", count)), help="show only the last N lines"
     )
     parser.add_argument("-t", "--timestamps", action="store_true", help="show the time of each line")
 

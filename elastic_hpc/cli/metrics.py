@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, start_http_server, write_to_tex
 from prometheus_client.exposition import generate_latest
 
 from elastic_hpc.cli.jobs import add_job, looks_of
-from elastic_hpc.errors import ElasticError, UsageError, argument
+from elastic_hpc.errors import ElasticError, UsageError, argument, of_option
 from elastic_hpc.job.look import Jobs
 from elastic_hpc.options.durations import seconds
 from elastic_hpc.options.values import count
@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "*")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--output", metavar="FILE", help="write the metrics to FILE, replaced atomically")
-    how.add_argument("--port", type=argument(count, "--port"), metavar="PORT", help="serve the metrics over HTTP")
+    how.add_argument(
+        "--port", type=argument(of_option("--port", count)), metavar="PORT", help="serve the metrics over HTTP"
+    )
     parser.add_argument(
         "--every",
         type=argument(seconds("--every")),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from elastic_hpc.errors import ElasticError, UsageError, argument
+from elastic_hpc.errors import ElasticError, UsageError, argument, of_option
 from elastic_hpc.job.launch import LaunchConfig
 from elastic_hpc.job.script_file import check_script
 from elastic_hpc.options.durations import seconds
@@ -39,13 +39,17 @@ Exit codes: 0 the script always resumed correctly; 1 it did not; 2 command refus
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--nodes", type=argument(positive, "--nodes"), default=3, metavar="N", help="number of agents (default: 3)"
+        "--nodes",
+        type=argument(of_option("--nodes", positive)),
+        default=3,
+        metavar="N",
+        help="number of agents (default: 3)",
     )
     parser.add_argument("--nproc-per-node", default="1", metavar="K", help="workers of each agent (default: 1)")
     parser.add_argument("--acts", metavar="LIST", help=f"acts to perform, in this order (default: {','.join(ORDER)})")
     parser.add_argument(
         "--steps",
-        type=argument(positive, "--steps"),
+        type=argument(of_option("--steps", positive)),
         default=50,
         metavar="N",
         help="steps before each act and after the last; must exceed the steps between two checkpoints (default: 50)",

@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, looks_of
-from elastic_hpc.errors import ElasticError, argument
+from elastic_hpc.errors import ElasticError, argument, of_option
 from elastic_hpc.job.handle import Job, why
 from elastic_hpc.job.look import Jobs, Look
 from elastic_hpc.options.values import count
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "*")
     parser.add_argument(
         "--port",
-        type=argument(count, "--port"),
+        type=argument(of_option("--port", count)),
         metavar="PORT",
         default=0,
         help="port to listen on (default: any free one)",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from datetime import timedelta
 
-from elastic_hpc.errors import UsageError
+from elastic_hpc.errors import UsageError, of_option
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _NUMBER = r"\d+\.?\d*|\.\d+"
@@ -37,14 +37,7 @@ def _seconds(text: str) -> float:
 
 def seconds(flag: str) -> Callable[[str], float]:
     """A parser of the option ``flag`` that returns seconds."""
-
-    def read(text: str) -> float:
-        try:
-            return parse(text).total_seconds()
-        except UsageError as error:
-            raise UsageError(f"{flag} {error}") from None
-
-    return read
+    return of_option(flag, lambda text: parse(text).total_seconds())
 
 
 def as_text(value: timedelta) -> str:
