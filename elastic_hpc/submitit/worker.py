@@ -98,7 +98,9 @@ class Meeting:
 
 
 class _WhenImported:
-    """On ``sys.meta_path``: changes one module as soon as it has been imported."""
+    """On ``sys.meta_path``: changes one module as soon as it has been imported. Stays there, because an import of
+    another thread may be going through the list.
+    """
 
     def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
         self._name, self._change = name, change
@@ -106,23 +108,22 @@ class _WhenImported:
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
         if name != self._name:
             return None
-        sys.meta_path.remove(self)
         spec: ModuleSpec | None = PathFinder.find_spec(name, path, target)
         if spec and spec.loader:
-            execute, change = spec.loader.exec_module, self._change
+            execute = spec.loader.exec_module
 
             def execute_and_change(module: ModuleType) -> None:
                 execute(module)
-                change(module)
+                self.given()
 
             spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
         return spec
 
     def given(self) -> None:
-        """Called when a standby puts in place modules that it had imported ahead (``elastic_hpc.workers.aside``)."""
-        if self._name in sys.modules:
-            sys.meta_path.remove(self)
-            self._change(sys.modules[self._name])
+        """Also called when a standby puts in place modules that it had imported ahead (``workers.aside``)."""
+        if module := sys.modules.get(self._name):
+            self._name = ""
+            self._change(module)
 
 
 class DrainHandler(job_environment.SignalHandler):

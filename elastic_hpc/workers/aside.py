@@ -10,7 +10,7 @@ import builtins
 import os
 import sys
 import time
-from _frozen_importlib import ModuleSpec
+from _frozen_importlib import ModuleSpec, _lock_unlock_module, _module_locks  # type: ignore[attr-defined]
 from _frozen_importlib_external import FileFinder, PathFinder
 
 TYPE_CHECKING = False
@@ -102,6 +102,13 @@ def at_import(names: set[str]) -> None:
         sys.modules.setdefault("__mp_main__", sys.modules["__main__"])
 
 
+def remove_finder(finder: object) -> None:
+    """Take ``finder`` out of ``sys.meta_path``. The list is replaced, because an import of another thread may be going
+    through the list: if this function shortened the list, that import would miss a finder.
+    """
+    sys.meta_path = [other for other in sys.meta_path if other is not finder]
+
+
 _OF_IMPORTS = frozenset(
     {
         *("importlib._bootstrap", "importlib._bootstrap_external"),
@@ -179,8 +186,7 @@ class Stage:
         finally:
             os.environ.encodekey = key_of
             builtins.__import__ = import_
-            if finder in sys.meta_path:
-                sys.meta_path.remove(finder)
+            remove_finder(finder)
             for name in putenvs:
                 putenv(name, os.environ.get(name))
             self.sets = changes(given, dict(os.environ))
@@ -197,10 +203,11 @@ class Aside:
         self._stages = stages
         stage_of = {name: stage for stage in stages for name in stage.modules}
         self._held = {}
-        """Module and stage by name, in the order in which the imports ended."""
+        """Module, stage and spec by name, in the order in which the imports ended."""
         for name in [name for name in sys.modules if name in stage_of]:
-            if "." in name or getattr(sys.modules[name], "__spec__", None):
-                self._held[name] = sys.modules.pop(name), stage_of[name]
+            spec = getattr(sys.modules[name], "__spec__", None)
+            if "." in name or spec:
+                self._held[name] = sys.modules.pop(name), stage_of[name], spec
         sys.modules.pop("__mp_main__", None)
         order = {name: number for number, name in enumerate(self._held)}
         self._brings = {name: {name.rpartition(".")[0]} for name in self._held}
@@ -211,15 +218,19 @@ class Aside:
                     self._brings[importer].add(imported)
         self._later: dict[str, tuple[ModuleType, str]] = {}
         """Modules that were imported after their package, with the package and their name in it."""
-        for name, (module, _) in self._held.items():
+        for name, (module, _, spec) in self._held.items():
             package, _, child = name.rpartition(".")
-            if order[name] < order.get(package, 0) or (package in order and not getattr(module, "__spec__", None)):
+            if order[name] < order.get(package, 0) or (package in order and not spec):
                 self._brings[package].add(name)
             elif package:
                 holder = self._held[package][0] if package in self._held else sys.modules.get(package)
                 if isinstance(holder, type(sys)) and vars(holder).get(child) is module:
                     self._later[name] = holder, child
                     delattr(holder, child)
+        self._given: dict[str, tuple[ModuleType, Stage, ModuleSpec | None]] = {}
+        """Modules in ``sys.modules`` that another thread may be importing, because it did not find them there. Until
+        then, their ``__spec__`` is None, so that the other thread asks here and not the file.
+        """
         self._moments: list[tuple[str, Changes]] = []
         self._over = False
         self._lock = _thread.RLock()
@@ -265,10 +276,9 @@ class Aside:
         del self._tell, self._differs  # they refer to the script, whose objects must be freed as in a fresh process
 
     def find_spec(self, name: str, *_: object) -> "ModuleSpec | None":
-        if (held := self._held.get(name)) is None:
+        if (held := self._held.get(name) or self._given.get(name)) is None:
             return None
-        module = held[0]
-        found = getattr(module, "__spec__", None)
+        module, _stage, found = held
         loader = _Loader(self, name, module, found)
         spec = ModuleSpec(name, loader, origin=getattr(found, "origin", None))  # type: ignore[arg-type]
         spec.submodule_search_locations = getattr(found, "submodule_search_locations", None)
@@ -286,6 +296,15 @@ class Aside:
         with self._lock:
             if name in self._held:  # no other thread has imported it
                 self._give(name)
+            given = list(self._given.items())
+        for other, (module, _, spec) in given:
+            _lock_unlock_module(other)  # wait until the other thread has imported the module
+            _set_spec(module, spec)
+            self._given.pop(other, None)
+        if not self._held and not self._given:
+            for finder in self._finders:
+                vars(finder).pop("find_spec", None)
+            remove_finder(self)
 
     def _give(self, name: str) -> None:
         needed = self._needed(name)
@@ -295,12 +314,17 @@ class Aside:
             if why := self._difference(needed, by_script):
                 self._differs(f"{why} before {name} was imported", self._moments)
         for other in [other for other in self._held if other in needed]:
-            module = self._held[other][0]
+            module, _, spec = self._held[other]
             if other in self._later:
                 holder, child = self._later.pop(other)
                 setattr(holder, child, module)
+            _set_spec(module, None)
+            self._given[other] = self._held[other]
             sys.modules.setdefault(other, module)
-            del self._held[other]  # last: another thread may look for it
+            del self._held[other]
+            if other not in _module_locks:
+                _set_spec(module, spec)
+                del self._given[other]
         at_import(needed)
         for finder in self._in_front():
             if hasattr(finder, "given"):
@@ -308,11 +332,6 @@ class Aside:
         for stage in self._stages:
             if stage.name in needed:
                 self._finish(stage)
-        if not self._held:
-            for finder in self._finders:
-                vars(finder).pop("find_spec", None)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
 
     def _in_front(self) -> "list[Any]":
         """Finders that the import system asks before this one. They are not asked for modules that come with another
@@ -360,10 +379,10 @@ class Aside:
                         how = "left alone" if value == "=" else "removed" if value is None else "set"
                         return f"{name.rstrip('=')} was {how}"
         for name in needed:
-            module, _ = self._held[name]
+            module, _, found = self._held[name]
             if sys.modules.get(name, module) is not module:
                 return f"sys.modules[{name!r}] was set"
-            if sys.path != self._path and "." not in name and (found := getattr(module, "__spec__", None)):
+            if sys.path != self._path and "." not in name and found:
                 now = PathFinder.find_spec(name)
                 if found.has_location and (not now or now.origin != found.origin):
                     return f"sys.path was changed, which leads to another {name},"
@@ -371,6 +390,12 @@ class Aside:
         if not untouched or not all(hasattr(finder, "given") for finder in self._in_front()):
             return "a hook was set on imports"
         return "sys.setdlopenflags was called" if sys.getdlopenflags() != self._flags else ""
+
+
+def _set_spec(module: "ModuleType", spec: "ModuleSpec | None") -> None:
+    """Set ``__spec__`` of a module that has this attribute, even if the module lets nobody set its attributes."""
+    if isinstance(module, type(sys)) and "__spec__" in vars(module):
+        vars(module)["__spec__"] = spec
 
 
 class _Loader:
@@ -383,8 +408,7 @@ class _Loader:
         return self._module
 
     def exec_module(self, module: "ModuleType") -> None:
-        if self._spec is not None:
-            module.__spec__ = self._spec  # the import system has just set another spec
+        _set_spec(module, self._spec)  # the import system has just set another spec
         self._aside.give(self._name)
 
     def __getattr__(self, name: str) -> object:

@@ -110,8 +110,7 @@ def preload(
                 unfit[name] = "has initialized CUDA, which belongs to the script"
                 return stages, f"{'' if optional else '--preload '}{name} {unfit[name]}", unfit
     finally:
-        if gentle in sys.meta_path:
-            sys.meta_path.remove(gentle)
+        aside.remove_finder(gentle)
     return stages, "", unfit
 
 

@@ -430,11 +430,13 @@ def test_a_hook_that_the_script_sets_on_imports_sees_all_of_them(hook: str, laun
 
 
 def test_a_function_of_submitits_finds_what_is_changed_in_torch_for_it(launch: Launch) -> None:
-    script("import tail", "mine.py")
+    script("import other, tail", "mine.py")
     script("", "tail.py")
-    name = script("import os, sys\nfrom elastic_hpc.submitit.worker import _WhenImported\n"
+    script("", "other.py")
+    name = script("import importlib.util, os, sys\nfrom elastic_hpc.submitit.worker import _WhenImported\n"
                   "sys.meta_path.insert(0, _WhenImported('tail', lambda module: print('changed', module.__name__)))\n"
-                  "os.environ['SUBMITIT_FOLDER'] = 'x'\nimport mine\nprint(mine.tail.__name__)")  # fmt: skip
+                  "os.environ['SUBMITIT_FOLDER'] = 'x'\nimportlib.util.find_spec('tail')\nimport tail, mine\n"
+                  "print(mine.tail.__name__)")  # fmt: skip
     warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
     assert (warm.how.warm, warm.out, warm.err) == (1, "changed tail\ntail\n", "")
     assert (cold.out, cold.err) == (warm.out, "")
@@ -444,7 +446,8 @@ def test_threads_of_the_script_may_import_at_the_same_time(launch: Launch) -> No
     Path("family").mkdir()
     script("from family import " + ", ".join(f"m{number}" for number in range(200)), "family/__init__.py")
     for number in range(200):
-        script(f"import family\nfrom family import m{number // 2}\nVALUE = {number}", f"family/m{number}.py")
+        text = f"import family\nfrom family import m{number // 2}\nVALUE = {number}\nprint('loaded', VALUE)"
+        script(text, f"family/m{number}.py")
     script("import family, xml.sax, decimal, wsgiref.handlers, email.mime.text, concurrent.futures.process", "mine.py")
     name = script("""
 import sys, threading, importlib
@@ -466,6 +469,63 @@ print(sum(vars(family)[f"m{number}"].VALUE for number in range(200)))
         warm = launch(name, modules=("mine",))
         assert (warm.how.warm, warm.code, warm.err) == (1, 0, "")
         assert warm.out.endswith("\n19900\n")
+        assert warm.out.count("loaded") == 200
+
+
+AT_THE_SAME_TIME = """
+import _imp, _signal, _socket, sys, threading
+class Finder:
+    # Holds up the import that another thread makes of ``held_up``, until this thread has been given its modules.
+    asked, given_modules = threading.Event(), threading.Event()
+    def find_spec(self, name, *_):
+        if name == "held_up":
+            _imp.release_lock()  # which another thread may take between two finders
+            self.asked.set()
+            self.given_modules.wait(30)
+            _imp.acquire_lock()
+    def given(self):
+        self.given_modules.set()
+def load():
+    import held_up
+    print(held_up is sys.modules["held_up"], held_up.__spec__.loader is held_up.__loader__, held_up.VALUE)
+finder, thread = Finder(), threading.Thread(target=load)
+"""
+
+
+def test_a_thread_in_the_middle_of_an_import_does_not_import_the_module_again(launch: Launch) -> None:
+    """Although the module was not there when the thread looked for it, and is given now to another thread."""
+    script("print('held_up is loaded')\nVALUE = 1", "held_up.py")
+    script("import held_up", "mine.py")
+    name = script(f"""{AT_THE_SAME_TIME}
+sys.meta_path.insert(0, finder)
+thread.start()
+assert finder.asked.wait(30)
+import mine
+thread.join()
+print(mine.held_up is sys.modules["held_up"], mine.held_up.__spec__.loader is mine.held_up.__loader__)
+""")
+    warm = launch(name, modules=("mine",))
+    assert (warm.how.warm, warm.code, warm.out, warm.err) == (
+        *(1, 0),
+        *("held_up is loaded\nTrue True 1\nTrue True\n", ""),
+    )
+
+
+def test_a_thread_in_the_middle_of_an_import_misses_no_finder(launch: Launch) -> None:
+    """Although the finder of the modules that were imported ahead leaves ``sys.meta_path`` meanwhile."""
+    script("VALUE = 2", "held_up.py")
+    name = script(f"""{AT_THE_SAME_TIME}
+finders = len(sys.meta_path)
+sys.meta_path.insert(-1, finder)
+thread.start()
+assert finder.asked.wait(30)
+import mine
+print(len(sys.meta_path) - finders)
+finder.given()
+thread.join()
+""")
+    warm = launch(name, modules=("mine",))
+    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, "0\nTrue True 2\n", "")
 
 
 def test_a_path_that_leads_to_the_same_modules_is_no_other(launch: Launch) -> None:
