@@ -313,6 +313,9 @@ class Aside:
             self._moments.append((name, by_script))
             if why := self._difference(needed, by_script):
                 self._differs(f"{why} before {name} was imported", self._moments)
+        for stage in self._stages:
+            if stage.name in needed:
+                self._finish(stage)
         for other in [other for other in self._held if other in needed]:
             module, _, spec = self._held[other]
             if other in self._later:
@@ -329,9 +332,6 @@ class Aside:
         for finder in self._in_front():
             if hasattr(finder, "given"):
                 finder.given()
-        for stage in self._stages:
-            if stage.name in needed:
-                self._finish(stage)
 
     def _in_front(self) -> "list[Any]":
         """Finders that the import system asks before this one. They are not asked for modules that come with another

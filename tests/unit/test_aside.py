@@ -528,6 +528,26 @@ thread.join()
     assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, "0\nTrue True 2\n", "")
 
 
+def test_a_thread_that_finds_a_module_finds_its_effects_too(launch: Launch) -> None:
+    script("import os\nos.environ['SET_BY_IMPORT'] = '1'", "mine.py")
+    name = script("""
+import os, sys, threading
+def load():
+    import mine
+    print(os.environ.get("SET_BY_IMPORT"))
+class Finder:
+    def find_spec(self, *_): pass
+    def given(self):
+        thread = threading.Thread(target=load)
+        thread.start()
+        thread.join(30)
+sys.meta_path.insert(0, Finder())
+import mine
+""")
+    warm = launch(name, modules=("mine",))
+    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, "1\n", "")
+
+
 def test_a_path_that_leads_to_the_same_modules_is_no_other(launch: Launch) -> None:
     """Those that are built into the interpreter, ``math`` among them, are on no path."""
     name = script("import sys\nsys.path.insert(0, 'src')\nsys.path.append('..')\nimport numpy\nprint(numpy.ones(1))")
