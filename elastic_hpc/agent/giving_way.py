@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from elastic_hpc import slurm
 from elastic_hpc.agent import lookout
 from elastic_hpc.agent.threads import on_thread
 from elastic_hpc.membership.leader import Leader
@@ -23,6 +25,8 @@ class GivingWay:
         """``job``: what squeue calls the job."""
         self._rule, self._job, self._event = rule, job, event
         self._state = Yielding()
+        self._lets_shrink: bool | None = None
+        """Whether the site lets a job give up nodes of its own; None until Slurm was asked."""
 
     @property
     def outlook(self) -> lookout.Outlook:
@@ -37,7 +41,12 @@ class GivingWay:
             leader.on_cap(self._state.cap, self._state.reason, loop.time())
 
     def _next(self, holding: Holding, now: float) -> tuple[Yielding, list[Event]]:
-        """Asks for the nodes only if some job waits that is none of ours."""
+        """Asks for more than the jobs only if some job waits that is none of ours."""
         jobs = others.all_jobs()
-        nodes = others.all_nodes() if any(job.waits and not job.is_joiner for job in jobs) else ()
-        return next_yielding(self._state, self._rule, holding, jobs, nodes, now)
+        if not any(job.waits and not job.is_joiner for job in jobs):
+            return next_yielding(self._state, self._rule, holding, jobs, (), now)
+        if self._lets_shrink is None:
+            self._lets_shrink = slurm.lets_shrink()
+        if not self._lets_shrink:
+            holding = replace(holding, least=max(holding.least, holding.own))
+        return next_yielding(self._state, self._rule, holding, jobs, others.all_nodes(), now)

@@ -35,6 +35,9 @@ _LOOK_INTERVAL = 0.5
 _SLURM_INTERVALS = 2.0, 30.0
 """Seconds between two queries of Slurm, at first and after a while."""
 
+_SILENT = slurm.WAITS | {"COMPLETING", "SUSPENDED", "STOPPED"}
+"""States of a job that is not over and has no leader that answers."""
+
 Stopped = Literal["cancelled", "told", "over"]
 """What ``Job.stop`` has done. ``cancelled``: Slurm cancelled the job, which was pending or had no leader. ``told``: the
 leader got the request to stop. ``over``: nothing, because the job had already ended."""
@@ -230,13 +233,25 @@ class Job:
         sizes = resizing.sizes_of(str(nodes), self._record, look)
         if look.view.state in slurm.WAITS:
             return resizing.resize_waiting(str(nodes), sizes, self._record, look, self.slurm_id)
-        return resizing.resize(sizes, self._record, look)
+        return self._asked(lambda: resizing.resize(sizes, self._record, look))
 
     def release(self, *nodes: str) -> str:
         """Return these nodes to Slurm at a step boundary. This run of the job avoids them. Raises as ``resize``."""
         from elastic_hpc.job import resizing
 
-        return resizing.release(nodes, self._record, self._not_over("released"))
+        look = self._not_over("released")
+        return self._asked(lambda: resizing.release(nodes, self._record, look))
+
+    def _asked(self, ask: Callable[[], str]) -> str:
+        """The answer of the leader. Raises ElasticError; in a state without a leader, with that state."""
+        try:
+            return ask()
+        except ElasticError as error:
+            state = self._look().view.state
+            if state not in _SILENT:
+                raise
+            why = f"job {self.id} is {state}, and no agent of it answers: try again when it runs, or waits in the queue"
+            raise ElasticError(why) from error
 
     def _not_over(self, what: str) -> Look:
         look = self._look()

@@ -46,7 +46,12 @@ def release(nodes: tuple[str, ...], rundir: RunDir, look: Look) -> str:
     if not brought.issuperset(nodes) and not slurm_lets_shrink(rundir):
         may_go = ", ".join(sorted(brought)) or "there is none"
         raise ElasticError(f"{_FORBIDDEN}: expected nodes that further jobs have brought: {may_go}")
-    answers = [ask_to_leave(rundir, node, "the user gives it back", give_back=True) for node in nodes]
+    answers = []
+    for asked, node in enumerate(nodes):
+        try:
+            answers.append(ask_to_leave(rundir, node, "the user gives it back", give_back=True))
+        except ElasticError as error:
+            raise ElasticError(f"{error}; released: {', '.join(nodes[:asked])}" if asked else str(error)) from error
     return "; ".join(dict.fromkeys(filter(None, answers)))
 
 

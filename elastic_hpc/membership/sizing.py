@@ -89,6 +89,8 @@ class Sizing:
     def leave(self, parting: Parting, live: Collection[int], host: Host | None, *, settled: bool) -> Answer:
         """``host``: that of the node, if it was ever connected. ``settled``: as in ``QuorumView``."""
         name = parting.name
+        if parting.give_back and not parting.exclude and host and self._has_left(host):
+            return Answer(f"{name} has left already")
         if parting in self.wishes.partings:
             return Answer()
         why = ""
@@ -141,6 +143,7 @@ class Sizing:
             least=max(policy.min_nodes, len(self.staying.intersection(held))),
             most=policy.wanted,
             sizes=policy.sizes,
+            own=sum(map(votes, held)),
         )
 
     # nodes that go
@@ -167,12 +170,21 @@ class Sizing:
         """Nodes for Slurm to have back."""
         return tuple(host for _, host in sorted(self._released.items()))
 
+    def _has_left(self, host: Host) -> bool:
+        return host.node not in self._peers.by_node and host not in self._peers.missing
+
     def _prospect(self, live: frozenset[int], formed: frozenset[int]) -> str:
         held, policy = live | formed, self.policy
-        if going := surplus(held, self.staying, policy):
-            names = fold(self._peers.by_node[node].status.name for node in going if node in self._peers.by_node)
+        going = surplus(held, self.staying, policy)
+        texts = []
+        if going:
             how = "" if self._gives_back else f", and stay in the job without workers: {_NO_SLURM}"
-            return f"{len(going)} node(s) go at the next step boundary: {names}{how}"
+            texts = [f"{len(going)} node(s) go at the next step boundary: {self._names(going)}{how}"]
+        if (idle := len(held) - len(going) - policy.wanted) > 0:
+            names = self._names(sorted(self.staying & held))
+            texts += [f"{names} stay, as they run the batch script and lead the job: {idle} without workers"]
+        if texts:
+            return "; ".join(texts)
         if not policy.fit(held):
             return f"the world of {len(formed)} node(s) continues below the new MIN until the next round"
         if policy.wanted > len(held) and not policy.grow:
@@ -180,6 +192,9 @@ class Sizing:
                 f"the job has {len(held)} node(s) and does not grow, as --grow is off: more come with its next requeue"
             )
         return ""
+
+    def _names(self, nodes: Collection[int]) -> str:
+        return fold(self._peers.by_node[node].status.name for node in nodes if node in self._peers.by_node)
 
     def _hold(self, wishes: Wishes) -> None:
         self._promises.wish(wishes)

@@ -110,12 +110,12 @@ class Holding:
     most: int
     sizes: tuple[int, ...]
     """The numbers of nodes that it may keep, ascending; empty for all from ``least`` to ``most``."""
+    own: int = 0
+    """How many of ``names`` are of the job's own allocation; joiners are given up before them."""
 
     def at_most(self, nodes: int) -> int | None:
         """The largest number of nodes, up to ``nodes``, that the job may keep; None if there is none."""
-        if self.sizes:
-            return max((size for size in self.sizes if size <= nodes), default=None)
-        return nodes if nodes >= self.least else None
+        return max((size for size in self.sizes or (nodes,) if self.least <= size <= nodes), default=None)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, Job
+from conftest import Cluster, Job, wait_for
 from on_demand import ON_DEMAND
 from test_grow import Steady
 from test_site_bed import configured
@@ -25,7 +26,9 @@ Other = Callable[..., str]
 
 
 @pytest.fixture
-def gives_way(submit: Callable[..., Job], folder: Path) -> Callable[..., Steady]:
+def gives_way(submit: Callable[..., Job], fresh: Cluster, folder: Path) -> Iterator[Callable[..., Steady]]:
+    """On a site users see the nodes then, else they could not give way."""
+
     def do(*options: str) -> Steady:
         (folder / "site").mkdir()
         (folder / "site" / "sitecustomize.py").write_text(OFTEN)
@@ -34,7 +37,8 @@ def gives_way(submit: Callable[..., Job], folder: Path) -> Callable[..., Steady]
         often = ["--yield-every", "5", "--setup", f"export PYTHONPATH={folder / 'site'}"]
         return Steady(submit("--nodes", "2:4", *grows, *often, *options, script=script), folder)
 
-    return do
+    with configured(fresh, PrivateData="jobs") if fresh.is_site else contextlib.nullcontext():
+        yield do
 
 
 @pytest.fixture
@@ -71,27 +75,29 @@ def test_a_job_that_waits_runs_on_nodes_that_an_elastic_job_gives_back_and_later
 @ON_DEMAND
 @pytest.mark.parametrize("cluster", ["site"], indirect=True)
 @pytest.mark.parametrize(
-    ("to", "others", "option"),
+    ("to", "option", "outcome"),
     [
-        ("qos:high", "normal", "--qos=high"),
-        ("partition:high", "", "--partition=high"),
-        ("user", "", "--qos=normal"),
+        ("qos:high", "--qos=high", "runs on n[3-4] instead"),
+        ("partition:high", "--partition=high", "it runs on n[3-4]"),
+        ("user", "--qos=normal", "it runs on n[3-4]"),
     ],
 )
 def test_on_a_site_nodes_are_given_up_for_a_qos_a_partition_or_jobs_of_the_same_user(
-    gives_way: Callable[..., Steady], other: Other, fresh: Cluster, to: str, others: str, option: str
+    gives_way: Callable[..., Steady], other: Other, fresh: Cluster, to: str, option: str, outcome: str
 ) -> None:
-    with configured(fresh, PrivateData="jobs"):
-        job = gives_way("--yield-to", to)
-        job.wait_world(4, 240)
-        if others:
-            other(2, 1, f"--qos={others}")
-        waiting = other(2, 15, option)
-        gift = job.job.wait_event("yield", deadline=180)
-        assert (gift["job"], gift["given"]) == (waiting, 2)
-        job.job.wait_state("RUNNING")
-        assert job.job.wait_event("yielded", deadline=240)["started"] is True
-        job.wait_world(4, 300)
-        job.finish()
+    """In the first case an older job takes the nodes, and for that job alone nothing would have been given up."""
+    job = gives_way("--yield-to", to)
+    job.wait_world(4, 240)
+    if outcome.endswith("instead"):
+        other(2, 15, "--qos=normal")
+    waiting = other(2, 15, option)
+    gift = job.job.wait_event("yield", deadline=180)
+    assert (gift["job"], gift["given"]) == (waiting, 2)
+    assert job.job.wait_event("yielded", deadline=180)["reason"].endswith(outcome)
+    wait_for("that job to run", lambda: fresh.job_field(waiting, "JobState") != "PENDING", 180)
+    assert job.world() == 2
+    job.wait_world(4, 300)
+    job.finish()
     assert job.repeated_steps() == 0
     assert job.job.verdict()["restarts"] == 0
+    assert len(job.job.events("yield")) == 1

@@ -24,6 +24,11 @@ class Steady:
     def __init__(self, job: Job, data: Path) -> None:
         self.job, self.data, self.cluster = job, data, job.cluster
 
+    def step(self) -> int:
+        """The last one."""
+        steps = self.job.lines(self.data / "steps.jsonl")
+        return int(steps[-1]["step"]) if steps else 0
+
     def world(self) -> int:
         """Of the last step."""
         steps = self.job.lines(self.data / "steps.jsonl")

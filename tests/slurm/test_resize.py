@@ -101,7 +101,8 @@ def test_named_nodes_go_and_a_requeue_keeps_the_bounds(
     wait_for("the requeue", lambda: fresh.job_field(job.job.id, "Restarts") == "1")
     job.job.wait_event("round", 3, deadline=240)
     assert len(job.job.events("round")[-1]["nodes"]) == 3
-    ask(job, "release", "n2")
+    refused = ask(job, "release", "n2", "n9", check=False)
+    assert "n9 is no node of this job; it has n[1-3]; released: n2" in refused.stderr
     job.wait_world(2)
     wait_for("n2 to be given back", lambda: "n2" in given_back(job), 30)
     assert nodes_of(job) == "n[1,3]"

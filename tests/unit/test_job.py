@@ -373,6 +373,11 @@ def test_a_job_that_cannot_be_resized_says_why_and_what_to_do(
     assert refused("resize", "1:2") == (
         "job 17 waits in the queue and has not started yet: end it, elastic-hpc stop 17, and submit it with --nodes 1:2"
     )
+    says(tmp_path, knows("17|SUSPENDED"))
+    assert refused("resize", "1:2") == (
+        "job 17 is SUSPENDED, and no agent of it answers: try again when it runs, or waits in the queue"
+    )
+    says(tmp_path, knows("17|PENDING"))
     RunDir(job.run_dir).write("spec.json", {"--world-multiple-of": "2"})
     assert main(["resize", str(job.run_dir), "3:2"]) == 2
     assert "'3:2': expected N or MIN:MAX with 1 <= MIN <= MAX, for example 4:8" in capsys.readouterr().err

@@ -160,10 +160,30 @@ def test_a_named_node_is_given_back_and_avoided_and_the_leaders_node_is_refused(
         assert release(job, "n2") == Answer()
         assert "fewer than MIN 2" in release(job, "n3").refusal
         assert await job.until(lambda: world(job) == {0, 3}, 60), job.events[-8:]
+        assert release(job, "n1") == Answer("n1 has left already")
         assert rounds(job)[-1]["restarts"] == 0
         found = server(job)
         assert found
         assert {"n1", "n2"} <= found.leader.needs.names  # type: ignore[union-attr]
+
+    job.run(story)
+
+
+def test_a_size_below_the_nodes_that_stay_is_taken_and_the_answer_names_them() -> None:
+    job = Job(5, 4, CALM, loss=0.0, scripts_listen=True)
+    job.queue.restarts = True
+
+    async def story() -> None:
+        assert await job.until(lambda: world(job) == {0, 1, 2, 3}, 60)
+        job.nodes[0].kill()
+        assert await job.until(lambda: len(rounds(job)) > 1 and len(world(job)) == 4, 120), job.events[-8:]
+        answer = resize(job, 1, 1).text
+        assert answer == (
+            "2 node(s) go at the next step boundary: n[2-3]; n[0-1] stay, as they run the batch script and lead the "
+            "job: 1 without workers"
+        )
+        assert await job.until(lambda: own_left(job) == {0, 1} and len(world(job)) == 1, 120), job.events[-8:]
+        assert resize(job, 1, 1).text.startswith("n[0-1] stay")
 
     job.run(story)
 

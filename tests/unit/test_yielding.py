@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from simulated import POLICY, Job
 
+from elastic_hpc import slurm
 from elastic_hpc.agent import giving_way
 from elastic_hpc.agent.giving_way import GivingWay
 from elastic_hpc.errors import SlurmError
@@ -286,7 +287,7 @@ class Crowd:
         return held + [NodeEntry(f"free{number}", is_free=True, kind=MAIN) for number in range(self.job.queue.free)]
 
 
-def crowded(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Job, Crowd]:
+def crowded(seed: int, monkeypatch: pytest.MonkeyPatch, *, lets_shrink: bool = True) -> tuple[Job, Crowd]:
     async def at_once(call: Callable[..., Any], *args: Any) -> Any:
         return call(*args)
 
@@ -295,6 +296,7 @@ def crowded(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Job, Crowd]:
     monkeypatch.setattr(giving_way, "on_thread", at_once)
     monkeypatch.setattr(others, "all_jobs", crowd.all_jobs)
     monkeypatch.setattr(others, "all_nodes", crowd.all_nodes)
+    monkeypatch.setattr(slurm, "lets_shrink", lambda: lets_shrink)
     return job, crowd
 
 
@@ -334,6 +336,21 @@ def test_a_leader_that_takes_over_gives_way_too(seed: int, monkeypatch: pytest.M
         assert await job.until(lambda: worlds(job)[-1] == 4 and job.training(), 600), job.events[-8:]
 
     job.run(story)
+
+
+def test_where_no_job_may_shrink_joiners_are_given_up_and_no_other_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, crowd = crowded(0, monkeypatch, lets_shrink=False)
+
+    async def story() -> None:
+        assert await job.until(lambda: worlds(job) == [4] and job.training(), 60)
+        crowd.submit(2, 300)
+        assert not await job.until(lambda: worlds(job) != [4], 200)
+        assert "yield" not in [name for _, _, name, _ in job.events]
+
+    job.run(story)
+    watch = Watch(holding=replace(HOLDING, own=3, least=3))
+    assert watch.look(replace(OTHER, least=2)) is None
+    assert watch.look(OTHER) == 3, "n4 is a joiner's"
 
 
 # what Slurm says
