@@ -6,14 +6,12 @@ import argparse
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby
 
 from elastic_hpc.cli import hpc, sbatch, srun
-from elastic_hpc.cli.manual import Manual
+from elastic_hpc.cli.manual import lines
 from elastic_hpc.options.of_joiners import COMMON
 from elastic_hpc.options.sbatch import REFUSED, SBATCH
-
-_WIDTH = 116  # a line of a help text that had room for the next word ends there on purpose
 
 
 @dataclass(frozen=True)
@@ -62,59 +60,22 @@ class Block:
 
 
 def commands() -> tuple[Command, ...]:
-    return (_sbatch(), _of_manual(srun.MANUAL), _of_parser(hpc.parser()))
+    return (_sbatch(), _of_parser(srun.MANUAL), _of_parser(hpc.parser()))
 
 
 def blocks(text: str) -> list[Block]:
     """The parts of a help text."""
     found: list[Block] = []
     for part in text.strip("\n").split("\n\n"):
-        run: list[str] = []
-        literal = False
-        for line in part.splitlines():
-            if run and line.startswith("  ") != literal:
-                found.append(_block(run, is_literal=literal))
-                run = []
-            literal = line.startswith("  ")
-            run.append(line)
-        if run:
-            found.append(_block(run, is_literal=literal))
+        for is_literal, run in groupby(lines(part), key=lambda line: line.startswith("  ")):
+            found.append(Block(tuple(line[2 * is_literal :] for line in run), is_literal))
     return found
 
 
-def _block(lines: list[str], *, is_literal: bool) -> Block:
-    if is_literal:
-        return Block(tuple(line[2:] for line in lines), is_literal=True)
-    joined = [lines[0]]
-    for before, line in pairwise(lines):
-        if len(before) + 1 + len(line.split()[0]) < _WIDTH:
-            joined.append(line)
-        else:
-            joined[-1] += f" {line}"
-    return Block(tuple(joined))
-
-
 def _sbatch() -> Command:
-    command = _of_manual(sbatch.MANUAL)
+    command = _of_parser(sbatch.manual())
     own = {flag for option in command.options for flag in option.flags}
     return replace(command, passed_through=tuple(_passed(own)))
-
-
-def _of_manual(manual: Manual) -> Command:
-    """Its options are in tables of their own: argparse would not stop at the script."""
-    groups = tuple(
-        (title, tuple(OptionHelp(o.flags, o.metavar, o.help, o.is_switch) for o in options))
-        for title, options in manual.groups.items()
-    )
-    return Command(
-        manual.usage.split()[0],
-        manual.usage,
-        _summary(manual.description),
-        manual.description,
-        manual.notes,
-        (("SCRIPT", "the training script, or with -m the module"), ("ARGS", "the script's own arguments")),
-        groups,
-    )
 
 
 def _passed(own: set[str]) -> Iterable[OptionHelp]:
@@ -140,9 +101,11 @@ def _of_parser(parser: argparse.ArgumentParser, summary: str = "") -> Command:
             elif action.help == argparse.SUPPRESS:
                 continue
             elif action.option_strings:
-                value = "" if action.nargs == 0 else _value(action, formatter)
+                is_switch = action.nargs == "?"
+                value = str(action.metavar) if is_switch else "" if action.nargs == 0 else _value(action, formatter)
                 flags = tuple(sorted(action.option_strings, key=len))
-                options.append(OptionHelp(flags, value, formatter._expand_help(action) if action.help else ""))  # noqa: SLF001
+                shown = formatter._expand_help(action) if action.help else ""  # noqa: SLF001
+                options.append(OptionHelp(flags, value, shown, is_switch))
             else:
                 shown = formatter._expand_help(action) if action.help else ""  # noqa: SLF001
                 arguments.append((_several(_value(action, formatter)), shown))

@@ -9,12 +9,12 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 from typing import Any, NoReturn
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, single
+from elastic_hpc.cli.manual import PLAIN, Layout
 from elastic_hpc.errors import ArgumentError, UsageError
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
@@ -56,11 +56,7 @@ class _OneLineParser(argparse.ArgumentParser):
     """Its errors are one line, as those of elastic-sbatch and elastic-srun, and so it takes no abbreviations."""
 
     def __init__(self, **settings: Any) -> None:
-        if sys.version_info >= (3, 14):
-            settings["color"] = False  # an error of one line has the usage
-        super().__init__(
-            allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings
-        )
+        super().__init__(allow_abbrev=False, add_help=False, formatter_class=Layout, **PLAIN, **settings)
         self.add_argument("-h", "--help", action="help", help="show this help and exit")
 
     def error(self, message: str) -> NoReturn:
@@ -68,18 +64,12 @@ class _OneLineParser(argparse.ArgumentParser):
         usage = " ".join(self.format_usage().split())
         raise UsageError(f"{message.removeprefix('argument ')}; {usage}")
 
-    def _is_abbreviated(self, flag: str) -> bool:
-        options = self._option_string_actions
-        of_this = self._subparsers is None and flag.startswith("--") and flag not in options
-        return of_this and any(option.startswith(flag) for option in options)
-
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuses what it does not know; the parser of all commands would not know the options of this one."""
         try:
             namespace, others = super().parse_known_args(args, namespace)
-        except (UsageError, ArgumentError):  # the value of an abbreviated option may have been taken for JOB
-            given = takewhile(lambda word: word != "--", args or ())
-            others = [word for word in given if self._is_abbreviated(word.partition("=")[0])]
+        except (UsageError, ArgumentError):
+            others = [] if self._subparsers else self._unknown(args)
             if not others:
                 raise
         if others and not others[0].startswith("-"):
@@ -89,6 +79,14 @@ class _OneLineParser(argparse.ArgumentParser):
             hint = _hint(flag, self._option_string_actions, f"{self.prog} --help lists all options")
             raise UsageError(f"{flag}: unknown option; {hint}")
         return namespace, others
+
+    def _unknown(self, args: Any) -> list[str]:
+        """The unknown options among ``args`` that were refused: the value of such an option may be taken for JOB."""
+        for action in self._actions:
+            action.required, action.type = False, None
+        for group in self._mutually_exclusive_groups:
+            group.required = False
+        return [word for word in super().parse_known_args(args)[1] if word.startswith("-")]
 
 
 def parser(only: str = "") -> argparse.ArgumentParser:
@@ -103,7 +101,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
         "-V", "--version", action="version", version=f"%(prog)s {__version__}", help="show the version and exit"
     )
     only = _ALIASES.get(only, only)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(prog="elastic-hpc", dest="command", required=True, metavar="COMMAND")
     for name in () if only in _HERE + _INTERNAL else (only,) if only in MODULES else MODULES:
         module = importlib.import_module(f"elastic_hpc.cli.{name}")
         added = commands.add_parser(

@@ -1,31 +1,88 @@
-"""The help of elastic-sbatch and elastic-srun: made of the tables of their options, as their manuals are."""
+"""The help of all commands, in one layout."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import wrap
+from typing import Any
 
 from elastic_hpc.options.table import ElasticOption
 
+PLAIN: dict[str, Any] = {"color": False} if sys.version_info >= (3, 14) else {}
+"""Settings of a parser: no colors, as an error of one line has the usage."""
 
-@dataclass(frozen=True)
-class Manual:
-    """What a command says of itself. ``groups``: its options, by the titles above them."""
+_WIDEST = 120
+_WIDTH = 116
+"""A line of a help text that had room for the next word ends there on purpose."""
 
-    usage: str
-    description: str
-    groups: Mapping[str, Sequence[ElasticOption]]
-    notes: str
 
-    def text(self) -> str:
-        from textwrap import fill  # which submitting does not need
+class Layout(argparse.HelpFormatter):
+    """argparse's, with texts that fit the terminal, a short usage, and values shown once."""
 
-        parts = [f"usage: {self.usage}\n\n{self.description}"]
-        for title, options in self.groups.items():
-            parts.append(f"{title}:")
-            for option in options:
-                value = f"[={option.metavar}]" if option.is_switch else f" {option.metavar}".rstrip()
-                parts.append(f"  {', '.join(option.flags)}{value}")
-                parts.append(fill(option.help, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
-            parts.append("")
-        return "\n".join(parts).rstrip() + "\n" + self.notes.rstrip()
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, width=min(shutil.get_terminal_size().columns, _WIDEST) - 2, **settings)
+
+    def _fill_text(self, text: str, width: int, *_: Any) -> str:
+        parts = [lines(part) for part in text.strip("\n").split("\n\n")]
+        return "\n\n".join("\n".join(shown for line in part for shown in _wrapped(line, width)) for part in parts)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return _wrapped(" ".join(text.split()), width)
+
+    def _format_usage(self, usage: Any, actions: Iterable[argparse.Action], *others: Any) -> str:
+        arguments = [self._format_args(action, action.dest) for action in actions if not action.option_strings]
+        return super()._format_usage(usage or " ".join(["%(prog)s", "[options]", *arguments]), [], *others)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else self._format_args(action, action.dest.upper())
+        shown = ", ".join(sorted(action.option_strings, key=len))
+        return f"{shown}[={action.metavar}]" if action.nargs == "?" else f"{shown} {value}".rstrip()
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    return [line] if line.startswith("  ") else wrap(line, width, break_on_hyphens=False, break_long_words=False)
+
+
+def lines(part: str) -> list[str]:
+    """The lines of a paragraph: those that end where they do on purpose, or are indented."""
+    found: list[str] = []
+    before = ""
+    for line in part.splitlines():
+        is_text = found and not before.startswith("  ") and not line.startswith("  ")
+        if is_text and len(before) + 1 + len(line.split()[0]) >= _WIDTH:
+            found[-1] += f" {line}"
+        else:
+            found.append(line)
+        before = line
+    return found
+
+
+def manual(
+    usage: str, description: str, groups: Mapping[str, Sequence[ElasticOption]], notes: str
+) -> argparse.ArgumentParser:
+    """What a command whose options are in tables says of itself. It does not parse: argparse would not stop at the
+    script. ``groups``: the options, by the titles above them.
+    """
+    shown = argparse.ArgumentParser(
+        usage.partition(" ")[0],
+        usage,
+        description,
+        notes,
+        formatter_class=Layout,
+        add_help=False,
+        **PLAIN,
+    )
+    shown.add_argument("script", metavar="SCRIPT", help="the training script, or with -m the module")
+    shown.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
+    for title, options in groups.items():
+        group = shown.add_argument_group(title)
+        for option in options:
+            value = {"metavar": option.metavar, "nargs": "?" if option.is_switch else None}
+            how: dict[str, Any] = value if option.metavar else {"action": "store_true"}
+            group.add_argument(*option.flags, help=option.help, **how)
+    return shown

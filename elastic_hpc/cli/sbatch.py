@@ -8,10 +8,10 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
-from elastic_hpc.cli.manual import Manual
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.request import Request, layers_of
 from elastic_hpc.job.spec import JobSpec, build
@@ -32,6 +32,9 @@ from elastic_hpc.options.table import (
 from elastic_hpc.options.torchrun import OPTIONS as TORCHRUN
 from elastic_hpc.options.torchrun import translate, unneeded
 from elastic_hpc.record.registry import remember
+
+if TYPE_CHECKING:
+    import argparse
 
 _FROM_BATCH = ElasticOption("from-batch", "FILE", str,
                             help="make the job from the #SBATCH lines, set-up lines and torchrun line of this batch "
@@ -58,8 +61,9 @@ _GROUPS = {
     "job options": (_FILE, _FROM_BATCH, _RESUME, *JOB_OPTIONS),
     "what to do": _ACTIONS,
 }
-_OWN = (*(option.scanned() for group in _GROUPS.values() for option in group), Option("usage", value=""))
-_OWN_NAMES = {option.name for option in _OWN}
+OWN = (*(option.scanned() for group in _GROUPS.values() for option in group), Option("usage", value=""))
+"""Options that are not passed to sbatch."""
+_OWN_NAMES = {option.name for option in OWN}
 SUBMITS = frozenset(option.name for option in _ACTIONS if option not in SCRIPT_SWITCHES)
 """Options that say what to do with the job."""
 _TORCHRUNS = tuple(replace(o, letter=o.letter.strip("t")) for o in TORCHRUN if o.name not in _OWN_NAMES)  # -t is --time
@@ -106,7 +110,13 @@ elastic-hpc config shows the settings in effect, and the source of each value.
 
 Exit codes: 0 submitted; 1 Slurm did not answer; 2 the request was refused and nothing was submitted.
 """
-MANUAL = Manual(_USAGE, _DESCRIPTION, _GROUPS, _NOTES)
+
+
+def manual() -> argparse.ArgumentParser:
+    """Knows the help."""
+    from elastic_hpc.cli.manual import manual  # which submitting does not need
+
+    return manual(_USAGE, _DESCRIPTION, _GROUPS, _NOTES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +128,7 @@ def _run(argv: list[str]) -> int:
     given, rest = read(argv)
     switches = {g.name for g in given if not g.option.value}
     if switches & {"help", "usage"}:
-        print(MANUAL.text())
+        print(manual().format_help(), end="")
         return 0
     if "version" in switches:
         print(f"elastic-sbatch {__version__}")
@@ -143,7 +153,7 @@ def _run(argv: list[str]) -> int:
 
 def read(argv: Sequence[str], others: Sequence[Option] = ()) -> tuple[list[Given], list[str]]:
     """The options in ``argv``, and the script with its arguments. ``others``: options of another command."""
-    return scan(argv, (*_OWN, *JOINERS.values(), *others, *_TORCHRUNS))
+    return scan(argv, (*OWN, *JOINERS.values(), *others, *_TORCHRUNS))
 
 
 def job_of(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:

@@ -14,9 +14,9 @@ from typing import Any
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.agent.conclude import await_verdict
-from elastic_hpc.cli import entry
+from elastic_hpc.cli import entry, sbatch
 from elastic_hpc.cli.agents import Agents
-from elastic_hpc.cli.manual import Manual
+from elastic_hpc.cli.manual import manual
 from elastic_hpc.environment import LOCAL_NODE, LOCAL_NODES, for_a_new_job
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.commands import agent_command, srun_options
@@ -27,7 +27,7 @@ from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.table import (
     ABOUT_SWITCHES,
     ELASTIC,
-    LAUNCH_OPTIONS,
+    IN_ALLOCATION,
     SCRIPT_SWITCHES,
     ElasticOption,
     refuse_switch_apart,
@@ -71,17 +71,22 @@ _WHERE = (
     ElasticOption("run-dir", "DIR", str,
                   help="run directory; no other run may have used it (default: a new folder in --log-dir)"),
 )  # fmt: skip
-_DOES_NOT_GROW = "elastic-srun runs in the current allocation; to submit a job that grows: elastic-sbatch --grow"
+_SUBMITTED = {
+    *("array", "batch", "error", "export", "export-file", "ignore-pbs", "input", "open-mode", "output", "propagate"),
+    *("requeue", "no-requeue", "wrap"),
+    *(option.name for option in sbatch.OWN),
+}
+"""Options of a submission, which salloc does not have."""
 _ONE_OF = ("local", "standalone", "nodelist")
 _AGAIN = ElasticOption("again", "", bool, "")  # for a rehearsal: see _given_run_dir
-_OPTIONS = {option.name: option for option in (*_WHERE, _AGAIN, *LAUNCH_OPTIONS, *SCRIPT_SWITCHES, *ABOUT_SWITCHES)}
+_OPTIONS = {option.name: option for option in (*_WHERE, _AGAIN, *IN_ALLOCATION, *SCRIPT_SWITCHES, *ABOUT_SWITCHES)}
 _OWN = tuple(option.scanned() for option in _OPTIONS.values())
-MANUAL = Manual(
+MANUAL = manual(
     _USAGE,
     _DESCRIPTION,
     {
         "where it runs": _WHERE,
-        "launch options": [option for option in LAUNCH_OPTIONS if not option.submitted_only],
+        "launch options": IN_ALLOCATION,
         "what to do": (*SCRIPT_SWITCHES, *ABOUT_SWITCHES),
     },
     _NOTES,
@@ -90,10 +95,10 @@ MANUAL = Manual(
 
 def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     """The command line, parsed; or the text to show for --help or --version."""
-    given, rest = scan(argv, _OWN, (*SBATCH.values(), *JOINERS.values(), *TORCHRUN))
+    given, rest = scan(argv, _OWN, (*SBATCH.values(), *JOINERS.values(), *TORCHRUN, *sbatch.OWN))
     names = [option.name for option in given]
     if "help" in names:
-        return MANUAL.text() + "\n"
+        return MANUAL.format_help()
     if "version" in names:
         return f"elastic-srun {__version__}\n"
     if not rest or not rest[0]:
@@ -107,9 +112,14 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     for option in others:
         unneeded(option)
     for option in ours:
-        if is_for_joiners(option.name):
-            raise UsageError(f"{option}: {_DOES_NOT_GROW}")
-        if option.name not in _OPTIONS and check(option):
+        if option.name in _OPTIONS:
+            continue
+        if option.name in _SUBMITTED or is_for_joiners(option.name):
+            raise UsageError(
+                f"{option}: is for jobs that elastic-sbatch submits; elastic-srun runs in the current allocation; "
+                "leave it out"
+            )
+        if check(option):
             raise UsageError(
                 f"{option.flag}: is for the allocation that elastic-srun runs in, for example: salloc "
                 f"{option.flag}{'=' + option.value if option.value else ''} elastic-srun {rest[0]}"
@@ -195,13 +205,6 @@ def _outcome(rundir: RunDir, run: Agents, *, local: bool) -> int:
 def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:
     """What to run, and on how many of ``here`` nodes."""
     launch = LaunchSpec.from_namespace(args)
-    if launch.grow:
-        raise UsageError(f"--grow on: {_DOES_NOT_GROW}")
-    if launch.yield_to:
-        raise UsageError(
-            f"--yield-to {launch.yield_to}: elastic-srun runs in the current allocation, and releases no node of "
-            "it; to submit a job that releases nodes: elastic-sbatch --yield-to"
-        )
     if args.nodes is None:
         launch = replace(launch, nodes=NodeRange(1, here))
     if launch.nodes.min > here:

@@ -21,9 +21,8 @@ Nodes: TypeAlias = int | str | tuple[int, ...] | list[int] | range
 """``(4, 8)`` is MIN and MAX; more than two are exact numbers."""
 
 LaunchOptions = TypedDict("LaunchOptions", {  # noqa: UP013 - a table in rows
-    "nodes": Nodes, "spares": Number, "world_multiple_of": Number, "grow": Switch, "grow_every": Time,
-    "free_growth": Switch, "yield_to": Text, "yield_every": Time, "wait_for_nodes": Time, "nproc_per_node": Text,
-    "max_restarts": Number, "max_requeues": Number, "rdzv_endpoint": Text, "rdzv_id": Text,
+    "nodes": Nodes, "spares": Number, "world_multiple_of": Number, "grow_every": Time, "free_growth": Switch,
+    "wait_for_nodes": Time, "nproc_per_node": Text, "max_restarts": Number, "rdzv_endpoint": Text, "rdzv_id": Text,
     "rdzv_conf": str | Mapping[str, float | timedelta] | None, "heartbeat_timeout": Time, "grace": Time,
     "drain_signal": Text | bool, "hang_timeout": Time, "slow_node": Text | float, "preload": Words | bool,
     "preflight": Text, "health_dir": Text, "interface": Text, "role": Text, "tee": Words, "local_ranks_filter": Words,
@@ -78,6 +77,10 @@ JoinerOptions = TypedDict("JoinerOptions", {  # noqa: UP013 - a table in rows
 class JobOptions(LaunchOptions, TorchrunOptions, SbatchOptions, JoinerOptions, total=False):
     """All options that JobSpec.of takes by name."""
 
+    grow: Switch
+    yield_to: Text
+    yield_every: Time
+    max_requeues: Number
     log_dir: Text
     template: Text
     python: Text | Sequence[str]

@@ -180,6 +180,9 @@ LAUNCH_OPTIONS = (
 )  # fmt: skip
 """How the agents run the workers."""
 
+IN_ALLOCATION = tuple(option for option in LAUNCH_OPTIONS if not option.submitted_only)
+"""Launch options that have an effect in an allocation of the user, or without Slurm."""
+
 JOB_OPTIONS = (
     ElasticOption("log-dir", "DIR", str,
                   help="parent folder of the run directories, on a file system that all nodes share "

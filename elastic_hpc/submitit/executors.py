@@ -13,7 +13,6 @@ import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,14 +163,15 @@ class ElasticLocalExecutor(ElasticExecutor):
         return jobs
 
     def _start(self, spec: JobSpec) -> core.Job[Any]:
+        from elastic_hpc.options.table import IN_ALLOCATION
         from elastic_hpc.record.rundir import RunDir
         from elastic_hpc.start import module_command
         from elastic_hpc.submitit.jobs import ElasticLocalJob
 
         rundir = RunDir.new(self._runs, "local")
-        launch = replace(spec.launch, grow=False)
+        launch, known = spec.launch, {option.flag for option in IN_ALLOCATION}
         count = launch.most_nodes
-        options = [f"{flag}={value}" for flag, value in launch.options()]
+        options = [f"{flag}={value}" for flag, value in launch.options() if flag in known]
         options = [f"--local={count}", f"--run-dir={rundir.path}", *options, "--module"]
         srun = module_command(sys.executable, "elastic_hpc.cli.srun", *options)
         command = [*srun, launch.script, *launch.script_args]

@@ -612,18 +612,22 @@ def test_a_large_script_is_refused_without_a_traceback(project, capsys):
     assert capsys.readouterr().err == "elastic-sbatch: Slurm refused the job: no\n"
 
 
-def test_the_help_teaches_and_needs_no_other_option(project, capsys):
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_help_teaches_and_needs_no_other_option(project, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["-p", "gpu", "--help"]) == 0
-    out = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    out = " ".join(word for line in lines for word in line.split())
     for text in (
         "elastic-sbatch --nodes 4:8 train.py",
         "passes all other options of sbatch through",
         "-N, --nodes N|MIN:MAX",
-        "--grow[=on|off]\n",
+        "--grow[=on|off] add nodes",
         "--dry-run",
     ):
         assert text in out
-    assert max(map(len, out.splitlines())) <= 120
+    assert max(len(line) for line in lines if line.startswith((" " * 24, "A"))) <= min(columns, 120)
+    assert max(map(len, lines)) <= 120
 
 
 def test_help_after_the_script_belongs_to_the_script(project):

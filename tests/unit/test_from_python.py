@@ -15,7 +15,7 @@ from elastic_hpc import JobSpec, LaunchConfig, UsageError, elastic_launch, rende
 from elastic_hpc.job import typed as types
 from elastic_hpc.options.of_joiners import JOINERS
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, REFUSED, SBATCH
-from elastic_hpc.options.table import ELASTIC, LAUNCH_OPTIONS
+from elastic_hpc.options.table import ELASTIC, IN_ALLOCATION
 from elastic_hpc.options.torchrun import OPTIONS
 from elastic_hpc.options.values import HangTimeout
 
@@ -203,6 +203,7 @@ def test_a_launch_takes_the_same_values():
     for options, message in (
         ({"max_restart": 1}, "did you mean max_restarts"),
         ({"partition": "gpu"}, "partition: is no option of elastic_launch"),
+        ({"max_requeues": 3}, "max_requeues: is no option of elastic_launch"),
         ({"local": True}, "local=True: expected a number of agents"),
         ({"grace": "soon"}, "--grace 'soon': expected a time"),
     ):
@@ -214,7 +215,7 @@ def test_the_types_of_the_options_have_the_names_of_the_tables():
     def names(kind: type) -> set[str]:
         return {name.replace("_", "-") for name in kind.__annotations__}
 
-    assert names(types.LaunchOptions) == {option.flag.removeprefix("--") for option in LAUNCH_OPTIONS}
+    assert names(types.LaunchOptions) == {option.name for option in IN_ALLOCATION}
     assert names(types.JobOptions) >= set(ELASTIC) - {"setup", "env"}
     assert names(types.TorchrunOptions) == {o.name for o in OPTIONS} - set(ELASTIC) - {"module", "no-python"}
     assert names(types.JoinerOptions) <= JOINERS.keys()

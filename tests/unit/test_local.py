@@ -415,11 +415,10 @@ def test_agents_start_on_max_nodes_and_the_spares_as_far_as_they_are_there(
     ("options", "message"),
     [
         (["--nodes", "8-4"], "--nodes '8-4': expected N or MIN:MAX"),
-        (
-            ["--local", "2", "--grow=on"],
-            "elastic-srun: --grow on: elastic-srun runs in the current allocation; to submit a job that grows",
+        *(
+            (["--local", "2", option], f"elastic-srun: {option}: is for jobs that elastic-sbatch submits; elastic-srun")
+            for option in ("--grow", "--grow-partition=gpu", "--max-requeues=3", "--setup=true", "--requeue", "--wait")
         ),
-        (["--local", "2", "--grow"], "elastic-srun: --grow on: elastic-srun runs in the current allocation"),
         (["--local", "2", "--free-growth", "on"], "--free-growth on: expected the value after '=', for example"),
         (["--local", "2", "--standalone"], "elastic-srun: --local with --standalone: only one of them"),
         (["--local", "2", "--node_rank=1"], "elastic-srun: --node-rank 1: one command starts the agents of all nodes"),

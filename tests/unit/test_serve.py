@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -144,3 +145,36 @@ def test_a_browser_shows_the_page_without_a_complaint(which: str, tmp_path: Path
         shown = address if which == "jobs" else address + link(get(address)[1])
         screen = screenshot(shown, f"serve-{which}", tmp_path, "--virtual-time-budget=6000", height=1800)
     assert screen.stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")
+def test_a_page_says_that_the_server_has_ended_and_asks_ever_more_rarely(tmp_path: Path) -> None:
+    """The browser's clock runs ten minutes, faster than the true one."""
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        asked: list[bytes] = []
+
+        def answer() -> None:
+            """The page once; then nothing, as where a server has ended."""
+            site = serve._Pages([RunDir(records.copy("faults", tmp_path))])
+            with contextlib.suppress(OSError):
+                while True:
+                    with port.accept()[0] as browser:
+                        asked.append(browser.recv(65536))
+                        if len(asked) == 1:
+                            browser.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + site.jobs("x").encode())
+
+        threading.Thread(target=answer, daemon=True).start()
+        done = subprocess.run(
+            [
+                *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+                *("--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=600000"),
+                *("--dump-dom", f"http://127.0.0.1:{port.getsockname()[1]}/"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+    assert 3 <= len(asked) < 50
+    assert "COMPLETED" in done.stdout
+    assert '<p id="lost">elastic-hpc serve has ended or does not answer' in done.stdout
