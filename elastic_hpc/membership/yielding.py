@@ -226,6 +226,9 @@ def _watched(
     if waits is None:
         fields = {"job": gift.job, "started": None, "reason": "it is no longer in the queue"}
         return replace(state, gift=None), ("yielded", fields)
+    if state.cap is not None and state.cap < holding.least:  # it was resized
+        fields = {"job": waits.id, "started": False, "reason": f"this job needs {holding.least} nodes by now"}
+        return replace(state, cap=None, gift=None), ("yielded", fields)
     if state.cap is not None and len(holding.names) > state.cap:  # the workers save, or the nodes are being released
         return replace(state, gift=replace(gift, since=now)), None
     gone = gift.held - frozenset(holding.names)

@@ -95,7 +95,7 @@ def test_on_a_site_nodes_are_given_up_for_a_qos_a_partition_or_jobs_of_the_same_
     assert (gift["job"], gift["given"]) == (waiting, 2)
     assert job.job.wait_event("yielded", deadline=180)["reason"].endswith(outcome)
     wait_for("that job to run", lambda: fresh.job_field(waiting, "JobState") != "PENDING", 180)
-    assert job.world() == 2
+    job.wait_world(2)
     job.wait_world(4, 300)
     job.finish()
     assert job.repeated_steps() == 0

@@ -193,6 +193,16 @@ def test_a_job_that_does_not_start_on_the_nodes_left_for_it_is_left_alone() -> N
     assert watch.look(replace(OTHER, id="10", array="10"), later=1e5) == 2
 
 
+def test_a_gift_ends_when_the_job_is_resized_and_needs_the_nodes_itself() -> None:
+    watch = Watch()
+    second = replace(OTHER, least=2)
+    assert watch.look(second) == 2
+    watch.holding = replace(HOLDING, least=3)
+    assert watch.look(second) is None
+    assert watch.outcomes == [(False, "this job needs 3 nodes by now")]
+    assert watch.look(OTHER, second, later=601) == 3
+
+
 def test_a_job_that_was_cancelled_is_not_waited_for() -> None:
     watch = Watch()
     assert watch.look(OTHER) == 3
