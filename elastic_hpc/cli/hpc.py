@@ -37,8 +37,8 @@ examples:
   elastic-hpc resize 4711 4        4 nodes, neither more nor fewer
 
 At a step boundary, the job returns nodes beyond MAX to Slurm; the workers on the other nodes continue. With --grow,
-the job requests more nodes at once, without --grow at its next requeue. A resize does not count against --max-restarts.
-The new bounds persist over requeues.
+the job requests more nodes at once, without --grow at its next requeue. Nodes that leave do not count against
+--max-restarts; nodes that come do, unless --free-growth is given. The new bounds persist over requeues.
 """
 _RELEASE = """\
 example:

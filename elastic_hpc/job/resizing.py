@@ -47,7 +47,7 @@ def release(nodes: tuple[str, ...], rundir: RunDir, look: Look) -> str:
         may_go = ", ".join(sorted(brought)) or "there is none"
         raise ElasticError(f"{_FORBIDDEN}: expected nodes that further jobs have brought: {may_go}")
     answers = []
-    for asked, node in enumerate(nodes):
+    for asked, node in enumerate(nodes := tuple(dict.fromkeys(nodes))):
         try:
             answers.append(ask_to_leave(rundir, node, "the user gives it back", give_back=True))
         except ElasticError as error:

@@ -187,7 +187,7 @@ class Sizing:
             return "; ".join(texts)
         if not policy.fit(held):
             return f"the world of {len(formed)} node(s) continues below the new MIN until the next round"
-        if policy.wanted > len(held) and not policy.grow:
+        if policy.max_nodes > len(held) and not policy.grow:
             return (
                 f"the job has {len(held)} node(s) and does not grow, as --grow is off: more come with its next requeue"
             )

@@ -275,6 +275,17 @@ def test_a_resize_to_what_the_job_has_changes_nothing(spares: int) -> None:
     job.run(story)
 
 
+def test_a_spare_that_a_larger_max_lets_train_is_not_missing() -> None:
+    job = Job(5, 4, replace(CALM, max_nodes=3, spares=1), loss=0.0, scripts_listen=True)
+
+    async def story() -> None:
+        assert await job.until(lambda: len(world(job)) == 3, 60)
+        assert resize(job, 1, 4) == Answer()
+        assert await job.until(lambda: len(world(job)) == 4, 120), job.events[-8:]
+
+    job.run(story)
+
+
 async def inject_wishes(job: Job, seconds: float) -> None:
     """The faults of ``inject``, and between them somebody who resizes, releases, caps and takes it back."""
     dice, end = job.random, job.now + seconds
