@@ -21,7 +21,13 @@ LEAST = 300.0
 """Least timeout, in seconds, of workers that report steps."""
 
 LEAST_UNSURE = 1800.0
-"""The same before the first step of a round and after the end of some workers, and for a script that only writes."""
+"""The same in the first steps of a round and after the end of some workers, and for a script that only writes."""
+
+FAMILIAR = 10
+"""After so many further steps, of those that the leader sees at its looks, a round shows how long its steps take. The
+first may come in quick succession: ranks report the same step one after the other, or a script reports the step of its
+checkpoint, then one that was only an evaluation. And in a new world, of fewer nodes say, steps take longer than before.
+"""
 
 BUSY = 6
 """Workers that compute, read or write may be silent for this many times as long: they may evaluate, or save."""
@@ -108,8 +114,8 @@ class Timeout(NamedTuple):
 
 
 def timeout(rhythm: Rhythm, *, live: bool = False, sure: bool = True) -> Timeout:
-    """The silence after which the workers hang. ``live``: they report each step by themselves. ``sure``: the round has
-    done a step and all of its workers still run.
+    """The silence after which the workers hang. ``live``: they report each step by themselves. ``sure``: the round is
+    beyond its first steps, and all of its workers still run.
     """
     learned = TIMES * rhythm.longest
     if not (rhythm.reports or live):
@@ -121,7 +127,7 @@ def timeout(rhythm: Rhythm, *, live: bool = False, sure: bool = True) -> Timeout
         least, kind = LEAST, "between two steps"
     else:
         learned = max(learned, TIMES * rhythm.start)
-        least, kind = LEAST_UNSURE, "before the first step, and after the end of a worker"
+        least, kind = LEAST_UNSURE, "in the first steps, and after the end of a worker"
     again = 2 * rhythm.alarm
     if again > max(learned, least):
         return Timeout(again, f"twice the {rhythm.alarm:.0f} s after which the job was restarted here before")
@@ -148,8 +154,8 @@ class HangWatch:
         self._gap = 0.0
         self._step, self._moves = -1, 0
         """The last step, and how often there was a further step when the leader looked."""
-        self._excused = 0.0
-        """The part of the silence that nobody could have broken."""
+        self._excused = self._gap_excused = 0.0
+        """The part of the silence, and of the gap, that nobody could have broken."""
 
     def adopt(self, rhythm: Rhythm) -> None:
         """An agent was told ``rhythm`` by a leader."""
@@ -169,11 +175,11 @@ class HangWatch:
         """
         if not signs:
             return None
-        self._learn(signs.values(), step)
+        self._learn(signs.values(), step, held=held)
         waited = min(each.waited for each in signs.values())
         if held or waited < self._excused:
             self._excused = waited
-        limit, _ = timeout(self.rhythm, live=live, sure=whole and step >= 0)
+        limit, _ = timeout(self.rhythm, live=live, sure=whole and self._moves >= FAMILIAR)
         if waited - self._excused <= limit:
             return None
         silent = min(each.silent for each in signs.values())
@@ -183,7 +189,7 @@ class HangWatch:
         self._change(alarm=max(limit, waited), place=self._place(signs.values(), step))
         return Hang(max(signs, key=lambda node: (signs[node].silent, -node)), message)
 
-    def _learn(self, signs: Collection[Signs], step: int) -> None:
+    def _learn(self, signs: Collection[Signs], step: int, *, held: bool) -> None:
         learned: dict[str, Any] = {}
         self._moves += 0 <= self._step < step
         self._step = step
@@ -202,7 +208,10 @@ class HangWatch:
             learned |= {"alarm": 0.0, "place": -1.0}
         if learned:
             self._change(**learned)
-        self._gap = self._present_gap(signs)
+        present = self._present_gap(signs)
+        if held or present < self._gap_excused:
+            self._gap_excused = present
+        self._gap = present - self._gap_excused
 
     def _present_gap(self, signs: Collection[Signs]) -> float:
         """Since the last report, or without reports since the last output; 0 before the first of them in this round."""

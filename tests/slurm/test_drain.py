@@ -291,13 +291,13 @@ def test_a_node_that_fails_its_preflight_stays_out_and_is_remembered(
 def test_workers_that_hang_are_found_their_stacks_are_kept_and_training_goes_on(
     submit: Submit, fresh: Cluster, folder: Path, timeout: list[str]
 ) -> None:
-    """With ``auto`` that takes five minutes, once the leader has seen steps, of which it hears once a second."""
+    """With ``auto`` that takes five minutes, once the leader has seen ten steps, of which it hears once a second."""
     script = folder / "hangs.py"
     script.write_text(
         "import os, time\nimport torch.distributed as dist\n"
         "from elastic_hpc.training import report_progress\n"
         "dist.init_process_group('gloo')\n"
-        "for step in range(40):\n    report_progress(step)\n    time.sleep(0.2)\n"
+        f"for step in range({40 if timeout else 120}):\n    report_progress(step)\n    time.sleep(0.2)\n"
         "def stuck_here():\n    time.sleep(1000)\n"
         "if os.environ['ELASTIC_HPC_ROUND'] == '1': stuck_here()\n"
     )

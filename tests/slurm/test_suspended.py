@@ -21,8 +21,9 @@ while not os.path.exists(f"{run}/enough"):
     report_progress(step)
     time.sleep(0.1)
     if dist.get_rank() == 0:
-        with open(f"{run}/steps", "w") as file:
+        with open(f"{run}/steps.new", "w") as file:
             file.write(f"{step}\\n")
+        os.replace(f"{run}/steps.new", f"{run}/steps")  # a suspension must not find the file empty
 """
 
 

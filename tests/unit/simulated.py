@@ -183,7 +183,8 @@ class SimNode:
     def status(self) -> Status:
         if not self.workers.alive:
             return self._status
-        return replace(self._status, signs=self.job.signs(self), pace=self.job.pace(self))
+        signs = self.job.signs(self)
+        return replace(self._status, step=self._status.step + signs.reports, signs=signs, pace=self.job.pace(self))
 
     def set_order(self, order: Order | None, link: Any) -> None:
         self.order = order

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from elastic_hpc.membership.hangs import (
     BUSY,
+    FAMILIAR,
     LEAST,
     LEAST_UNSURE,
     NO_RHYTHM,
@@ -116,7 +119,7 @@ def test_a_hang_is_noticed_after_five_minutes_when_steps_are_short() -> None:
 
 def test_a_hang_is_noticed_after_five_minutes_when_there_was_another_step_at_each_look() -> None:
     job = Training()
-    for _ in range(10):
+    for _ in range(FAMILIAR + 1):
         for node in job.nodes:
             node.live(busy=True, blocked=False)
         job.report()
@@ -184,6 +187,89 @@ def test_the_second_step_may_take_as_long_as_the_first() -> None:
     job.train(3, HOUR)
 
 
+def test_ranks_that_report_the_first_step_seconds_apart_have_not_shown_how_long_a_step_takes() -> None:
+    job = Training()
+    for node in job.nodes:
+        node.sign(report=True)
+        job.step = 1
+        assert job.pass_time(5) == math.inf
+    assert job.pass_time(600) == math.inf
+    job.train(20, 600, busy=False)
+
+
+def test_the_first_steps_of_a_round_may_take_longer_than_those_before() -> None:
+    job = Training()
+    job.train(100)
+    job.restart(100)
+    job.report()  # of the step of the checkpoint, before the first step, which compiles
+    job.train(3, 1000, busy=False)
+
+
+def test_a_world_of_fewer_nodes_may_take_longer_for_a_step() -> None:
+    job = Training()
+    job.train(100, 20, busy=False)
+    job.restart(100)
+    job.train(100, 400, busy=False)
+
+
+def test_two_quick_reports_before_a_long_epoch_are_no_rhythm() -> None:
+    job = Training()
+    job.train(3, 2)
+    job.train(5, 2 * HOUR)
+
+
+def test_a_script_that_reports_each_hundredth_step_is_given_the_time_of_a_thousand() -> None:
+    job = Training()
+    job.train(20, 100)
+    assert job.pass_time(HOUR) == pytest.approx(1000, abs=10)
+
+
+def test_a_file_system_that_did_not_answer_for_long_teaches_nothing() -> None:
+    job = Training()
+    job.train(50)
+    assert job.pass_time(6 * HOUR, held=True) == math.inf
+    job.train(50)
+    assert job.pass_time(HOUR) == LEAST + 1
+
+
+PAUSES = st.sampled_from([1, 2, 5, 30, 350, 2000])
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 15), PAUSES, st.sampled_from([0, 1, 8]), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(max_examples=30, deadline=None)
+def test_no_alarm_before_the_promised_silence_and_one_soon_after_it(
+    rounds: list[tuple[int, int, int, bool, bool]],
+) -> None:
+    """Rounds of ``steps`` of ``seconds``, which the nodes report ``apart``; between them a restart, or a requeue."""
+    job, longest, start = Training(), 0.0, 0.0
+    for steps, seconds, apart, busy, requeue in rounds:
+        for step in range(steps):
+            promised = max(LEAST if step > FAMILIAR else LEAST_UNSURE, TIMES * longest)
+            promised = max(promised, TIMES * start) if step <= FAMILIAR else promised
+            pause = min(int(seconds), int(promised) * (BUSY if busy else 1) - apart - 2)
+            assert job.pass_time(pause, busy=busy) == math.inf, (step, pause, promised)
+            if not step:
+                start = max(start, pause)
+            job.step += 1
+            job.nodes[0].sign(report=True)
+            assert job.pass_time(apart) == math.inf
+            job.nodes[1].sign(report=True)
+            assert not job._look()
+            longest = max(longest, pause / 1.1 - 1 if step else 0.0)
+        if job.watch.rhythm.reports:
+            limit = timeout(job.watch.rhythm, sure=steps > FAMILIAR).seconds
+            assert job.pass_time(3 * limit) <= limit + 2
+        job.restart(job.step)
+        if requeue:
+            job.watch = HangWatch(Rhythm.of(list(job.watch.rhythm)))
+
+
 def test_an_evaluation_that_computes_may_take_half_an_hour_unseen() -> None:
     job = Training()
     job.train(500)
@@ -244,8 +330,8 @@ def test_the_third_alarm_at_the_same_place_comes_after_four_times_as_long() -> N
     waited = []
     for _ in range(3):
         waited.append(job.pass_time(3 * HOUR))
-        job.restart(90)
-        job.train(9)
+        job.restart(80)
+        job.train(19)
     assert waited == pytest.approx([300, 600, 1200], rel=0.02)
 
 

@@ -53,7 +53,7 @@ def test_a_hang_is_noticed_and_a_new_round_goes_on(seed: int) -> None:
 
     async def story() -> None:
         assert await job.until(job.training, 60)
-        assert not await steps.alarm(60)
+        assert not await steps.alarm(80)
         learned = timeout(job.nodes[1].promises.rhythm).seconds
         assert 45 <= learned <= 65, "ten times the longest silence, as far as a look each second tells"
         steps.hangs_since, first = job.now, job.trained
@@ -63,7 +63,7 @@ def test_a_hang_is_noticed_and_a_new_round_goes_on(seed: int) -> None:
         assert await job.until(lambda: job.training() and job.trained > first, 60)
         assert not await steps.alarm(100)
         (message,) = steps.failures
-        assert message.startswith("no step after step 1, and no output, for ")
+        assert message.startswith("no step after step ")
         assert [fields["reason"] for _, _, name, fields in job.events if name == "hang_timeout"]
         assert not job.over()
 
@@ -77,11 +77,11 @@ def test_another_leader_knows_how_long_the_workers_may_be_silent(seed: int) -> N
 
     async def story() -> None:
         assert await job.until(job.training, 60)
-        assert not await steps.alarm(60)
+        assert not await steps.alarm(140)
         first, steps.every = job.trained, 3  # the next leader itself sees short steps only
         job.nodes[0].kill()
         assert await job.until(lambda: job.training() and job.trained > first, 60)
-        assert not await steps.alarm(30)
+        assert not await steps.alarm(40)
         steps.hangs_since = job.now
         assert not await steps.alarm(90)
         assert await steps.alarm(50)
