@@ -157,6 +157,11 @@ class HangWatch:
         self._excused = self._gap_excused = 0.0
         """The part of the silence, and of the gap, that nobody could have broken."""
 
+    @property
+    def is_familiar(self) -> bool:
+        """Whether the round is beyond its first steps."""
+        return self._moves >= FAMILIAR
+
     def adopt(self, rhythm: Rhythm) -> None:
         """An agent was told ``rhythm`` by a leader."""
         self.rhythm = self.rhythm.newer(rhythm)
@@ -179,7 +184,7 @@ class HangWatch:
         waited = min(each.waited for each in signs.values())
         if held or waited < self._excused:
             self._excused = waited
-        limit, _ = timeout(self.rhythm, live=live, sure=whole and self._moves >= FAMILIAR)
+        limit, _ = timeout(self.rhythm, live=live, sure=whole and self.is_familiar)
         if waited - self._excused <= limit:
             return None
         silent = min(each.silent for each in signs.values())

@@ -27,6 +27,9 @@ ANSWER_TIMEOUT = 15.0
 _EXACT = 12
 """Number of pairs up to which the fewest nodes are found for certain."""
 
+_AT_MOST = 3
+"""How often a node is left: then it stays out for this run, as each time costs a hang and two restarts."""
+
 _NAMED = 4
 """Most pairs that a sentence names."""
 
@@ -131,6 +134,8 @@ class Links:
         """What was found, and whether the job continues without nodes for that."""
         self._patience: dict[str, Backoff] = {}
         """By name of the nodes that are left: when they are tried again."""
+        self._left = Counter[str]()
+        """How often, by name."""
 
     @property
     def among(self) -> str:
@@ -181,6 +186,7 @@ class Links:
             name, host = names[node], self._peers.by_node[node].status.host
             parting = Parting(node, name, sentence_of(own, names), exclude=True, apart=others)
             self._patience.setdefault(name, Backoff()).failed(now)
+            self._left[name] += 1
             self._sizing.leave(parting, live, host, settled=False)
             self._parts = bool(self._sizing.policy.fit(live - {node})) and self._parts
             live.discard(node)
@@ -197,6 +203,8 @@ class Links:
             others = tuple(node for node in parting.apart if node in joined and node not in left)
             if not others:
                 self._sizing.stay(parting.name)
+                continue
+            if self._left[parting.name] >= _AT_MOST:
                 continue
             patience = self._patience.get(parting.name)
             if patience is None:  # a leader before has left the node

@@ -227,8 +227,10 @@ class Rounds:
         signs = {node: status.signs for node, status in running.items()}
         step = max((status.step for status in running.values()), default=-1)
         hang = self.hangs.look(signs, step, whole=not world.succeeded, live=world.live, held=held)
-        limit, why = timeout(self.hangs.rhythm, live=world.live)
-        if limit != float("inf") and not 1 / _NEWS < limit / self._announced < _NEWS:
+        familiar = self.hangs.is_familiar or not self.hangs.rhythm.reports
+        limit, why = timeout(self.hangs.rhythm, live=world.live, sure=familiar)
+        is_news = limit != float("inf") and not 1 / _NEWS < limit / self._announced < _NEWS
+        if is_news and (familiar or self._announced == float("inf")):
             self._announced = limit
             self._event("hang_timeout", seconds=limit, reason=why)
         if not hang:

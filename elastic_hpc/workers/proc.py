@@ -11,6 +11,9 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+_FUSE = "request_wait_answer"
+"""The function of the kernel in which a thread waits for the program that has the file system."""
+
 
 def exit_code(pidfd: int) -> int | None:
     """Exit code of a child, minus the signal if a signal killed it; None while it lives. torch reaps the child, and the
@@ -82,12 +85,28 @@ def cpu_ticks(pid: int) -> int:
 
 
 def waits_for_device(pid: int) -> bool:
-    """Whether a thread of the process waits in the kernel and cannot be interrupted."""
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return False
-    return any(_stat(int(thread))[0] == b"D" for thread in threads)
+    """Whether a thread of the process waits in the kernel and cannot be interrupted, or for a file system in user space
+    (FUSE), where it can.
+    """
+    return any(_stat(thread)[0] == b"D" or _waits_in(thread) == _FUSE for thread in _threads(pid))
+
+
+def wants_cpu(pid: int) -> bool:
+    """Whether a thread of the process runs, or would if others left it a CPU."""
+    return any(_stat(thread)[0] == b"R" for thread in _threads(pid))
+
+
+def _threads(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+    return []
+
+
+def _waits_in(thread: int) -> str:
+    """The function of the kernel; ``0`` or nothing if it does not say."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{thread}/wchan").read_text()
+    return ""
 
 
 def all_pids() -> list[int]:

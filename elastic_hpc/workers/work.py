@@ -48,7 +48,8 @@ class Work:
             done = [(self._before[pid], known.get(pid, (0, 0))) for pid in tree]
             ticks = sum(now[0] - then[0] for now, then in done)
             transferred = sum(now[1] - then[1] for now, then in done)
-            if ticks > _CORES * _TICKS * seconds or transferred > _BYTES:
+            much = ticks > _CORES * _TICKS * seconds or transferred > _BYTES
+            if much or any(map(proc.wants_cpu, tree)):  # of a CPU that many share, a worker may get little
                 return "busy"
         return "idle"
 

@@ -30,6 +30,8 @@ class Behaviour:
     """How long a question about names or attributes takes."""
     stopped: bool = False
     """Who needs the server waits, in state D, until it is false again."""
+    like_fuse: bool = False
+    """When a client is mounted: signals interrupt who waits, which is in state S, as with any other FUSE."""
     over_quota: bool = False
     """Nothing is made and no file grows: EDQUOT. A write says so only when the data goes to the server."""
     epoch: int = 0

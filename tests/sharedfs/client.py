@@ -18,7 +18,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sharedfs import fuse
+from sharedfs import Behaviour, fuse
 from sharedfs.cache import Cache
 from sharedfs.fuse import Op, Request
 from sharedfs.link import Link
@@ -90,12 +90,14 @@ def main(server: str, control: str, target: str) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     device = fuse.mount(target)
-    child = interrupt(target, device)
+    like_nfs = not Behaviour.read(Path(control)).like_fuse
+    child = interrupt(target, device) if like_nfs else 0
     client = Client(server, Path(control), device)
 
     def ready() -> None:
-        client.interrupted.wait()
-        os.waitpid(child, 0)
+        if like_nfs:
+            client.interrupted.wait()
+            os.waitpid(child, 0)
         print("ready", flush=True)
 
     threading.Thread(target=ready, daemon=True).start()

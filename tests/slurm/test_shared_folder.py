@@ -63,7 +63,7 @@ class Shared:
         self.server.behave(stopped=True)
         began = time.monotonic()
         yield
-        wait_for("the time to pass", lambda: time.monotonic() > began + seconds)
+        wait_for("the time to pass", lambda: time.monotonic() > began + seconds, seconds + 30)
         self.server.behave(stopped=False)
 
     def kill(self, *nodes: str) -> None:
@@ -143,6 +143,21 @@ def server_stops(shared: Shared) -> Job:
     job.wait_event("round", 2)
     job.wait_steps(20, round=2)
     assert [event["node"] for event in job.events("lost")] == ["n4"]
+    return job
+
+
+def server_stops_for_longer_than_a_hang(shared: Shared) -> Job:
+    """The silence that the job has learned is five minutes."""
+    job = shared.submit("--nodes", "2:4")
+    job.wait_steps(20)
+    began = job.steps()[0]["time"]
+    wait_for("more steps than the first ones", lambda: job.steps()[-1]["time"] > began + 30)
+    with shared.stopped(340):
+        pass
+    after = len(job.steps())
+    job.wait_steps(after + 50)
+    assert job.events("hang_timeout")[-1]["seconds"] < 340
+    assert job.events("failure") == job.events("lost") == []
     return job
 
 
@@ -239,6 +254,7 @@ ROWS = (
     Row(start, [4]),
     Row(head_lost, [4, 3, 2]),
     Row(server_stops, [4, 3]),
+    Row(server_stops_for_longer_than_a_hang, [4]),
     Row(server_stops_at_take_over, [4, 3], each_time=True),
     Row(requeue, [4, 4]),
     Row(requeue_of_all, [4, 4]),

@@ -1,4 +1,4 @@
-"""Workers that are silent because nothing lets them run, or write: no alarm, and the training goes on."""
+"""Workers that are silent because nothing lets them run, or because they work: no alarm, and the training goes on."""
 
 from __future__ import annotations
 
@@ -25,6 +25,43 @@ while not os.path.exists(f"{run}/enough"):
             file.write(f"{step}\\n")
         os.replace(f"{run}/steps.new", f"{run}/steps")  # a suspension must not find the file empty
 """
+
+SILENT = """
+import os, sys, time
+import torch.distributed as dist
+from elastic_hpc.training import report_progress
+dist.init_process_group("gloo")
+def train(first, last):
+    for step in range(first, last):
+        dist.barrier()
+        report_progress(step)
+        time.sleep(0.1)
+train(0, 300)
+until = time.monotonic() + {silence}
+with open(os.environ["ELASTIC_HPC_RUN_DIR"] + "/checkpoint", "wb", buffering=0) as file:
+    while dist.get_rank() == 0 and time.monotonic() < until:
+        {what}
+train(300, 350)
+"""
+SILENCE = 340
+"""Seconds: more than the five minutes after which workers hang that do nothing."""
+EVALUATES = "sum(range(100_000))"
+SAVES = "file.seek(0); file.write(bytes(2**21)); time.sleep(1)"
+
+
+@ON_DEMAND
+def test_a_long_evaluation_and_a_slow_checkpoint_of_one_rank_raise_no_alarm(
+    submit: Callable[..., Job], folder: Path
+) -> None:
+    jobs = []
+    for name, what in (("evaluates", EVALUATES), ("saves", SAVES)):
+        script = folder / f"{name}.py"
+        script.write_text(SILENT.format(silence=SILENCE, what=what))
+        jobs.append(submit("--nodes", "2", script=script))
+    for job in jobs:
+        assert job.wait_state("COMPLETED", "FAILED", deadline=SILENCE + 240) == "COMPLETED", job.output()
+        assert job.events("hang_timeout")[-1]["seconds"] < SILENCE
+        assert (job.events("failure"), len(job.events("round"))) == ([], 1)
 
 
 @ON_DEMAND

@@ -64,7 +64,8 @@ def test_a_hang_is_noticed_and_a_new_round_goes_on(seed: int) -> None:
         assert not await steps.alarm(100)
         (message,) = steps.failures
         assert message.startswith("no step after step ")
-        assert [fields["reason"] for _, _, name, fields in job.events if name == "hang_timeout"]
+        said = [fields["seconds"] for _, _, name, fields in job.events if name == "hang_timeout"]
+        assert said[:2] == [6 * LEAST, pytest.approx(learned, rel=0.2)], "of the first steps, then of all others"
         assert not job.over()
 
     job.run(story)

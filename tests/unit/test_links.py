@@ -88,8 +88,8 @@ def said(job: Job, name: str) -> list[dict[str, Any]]:
     return [fields for _, _, event, fields in job.events if event == name]
 
 
-def hang(job: Job, node: int) -> None:
-    job.nodes[node].end_workers(failed=True, kind="hang", message="nothing heard for 15 s (--hang-timeout)", step=5)
+def hang(job: Job, node: int, step: int = 5) -> None:
+    job.nodes[node].end_workers(failed=True, kind="hang", message="nothing heard for 15 s (--hang-timeout)", step=step)
 
 
 def last_world(job: Job) -> list[str]:
@@ -233,6 +233,27 @@ def test_a_new_leader_knows_why_a_node_was_left_and_takes_it_back() -> None:
         assert last_world(job) == ["n1", "n2", "n4"]
         job.heal()
         assert await job.until(lambda: last_world(job) == ["n1", "n2", "n3", "n4"], 200)
+
+    job.run(story)
+
+
+def test_a_link_that_fails_again_and_again_does_not_use_up_the_restarts() -> None:
+    job = Job(1, 4, replace(WIDE, max_restarts=10), loss=0.0)
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        for time in range(8):
+            job.cuts = {frozenset((1, 2))}
+            if job.training():
+                hang(job, 1, step=time)
+            await job.until(job.over, 60)
+            assert last_world(job) == ["n0", "n1", "n3"]
+            job.heal()
+            await job.until(lambda: job.training() or job.over(), 700)
+        assert not job.over()
+        assert len(said(job, "stay")) == 2, "after the third time it stays out"
+        job.nodes[1].power_off()
+        assert await job.until(lambda: last_world(job) == ["n0", "n2", "n3"], 60), "the other of the pair is lost"
 
     job.run(story)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sharedfs import Server
 
 from elastic_hpc.workers import proc
 from elastic_hpc.workers.work import Doing, Work
@@ -62,6 +63,30 @@ def test_what_a_worker_does_is_seen(started: subprocess.Popen[bytes], expected: 
     assert seen == expected
 
 
+HUNGRY = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+if child := os.fork():
+    os.nice(19)
+    print(flush=True)
+while True: pass
+"""
+
+
+@pytest.mark.parametrize("started", [HUNGRY], indirect=True)
+def test_a_worker_that_computes_is_busy_though_others_leave_it_little_of_the_cpu(
+    started: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proc, "trees_of", lambda pids: [{pid} for pid in pids])  # its child is any other process
+    work = Work([started.pid])
+    work.look(5.0)
+    before, began = proc.cpu_ticks(started.pid), time.monotonic()
+    time.sleep(2)
+    share = (proc.cpu_ticks(started.pid) - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - began)
+    assert share < 0.1
+    assert work.look(time.monotonic() - began) == "busy"
+
+
 @pytest.mark.parametrize("started", [SLEEPS], indirect=True)
 def test_a_worker_that_waits_for_a_device_is_blocked(
     started: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
@@ -89,6 +114,34 @@ def test_the_state_of_a_thread_is_read_from_the_kernel(tmp_path: Path) -> None:
         finally:
             os.killpg(process.pid, 9)
     assert not proc.waits_for_device(process.pid), "it is gone"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: sudo make test")
+def test_a_worker_that_waits_for_a_file_system_in_user_space_is_blocked_though_a_signal_would_wake_it(
+    tmp_path: Path,
+) -> None:
+    server = Server(tmp_path / "server", tmp_path / "mount", tmp_path / "control.json")
+    for folder in (server.folder, server.path):
+        folder.mkdir()
+    server.behave(like_fuse=True)
+    server.mount()
+    (server.path / "file").write_text("text")
+    server.behave(stopped=True)
+    code = "import sys; print(flush=True); print(open(sys.argv[1]).read())"
+    with subprocess.Popen([sys.executable, "-c", code, server.path / "file"], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            deadline = time.monotonic() + 10
+            while Work([process.pid]).look(5.0) != "blocked" and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert proc._stat(process.pid)[0] == b"S", "as with FUSE, not as with NFS"
+            assert Work([process.pid]).look(5.0) == "blocked"
+            server.behave(stopped=False)
+            assert process.wait(20) == 0
+        finally:
+            server.close()
+            process.kill()
 
 
 def test_a_process_that_is_gone_does_nothing() -> None:
