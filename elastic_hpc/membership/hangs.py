@@ -34,6 +34,11 @@ BUSY = 6
 
 LEARNED = "--hang-timeout auto"
 
+_WINDOW = 15.0
+"""Seconds for which nodes are compared: the job waits as long as the node that waits least, in each such time anew. So
+nodes that work one after the other count as one that works.
+"""
+
 _SHORTEST = 1.0
 """A silence of seconds that is seen for certain: agents look about as often."""
 
@@ -154,6 +159,11 @@ class HangWatch:
         self._gap = 0.0
         self._step, self._moves = -1, 0
         """The last step, and how often there was a further step when the leader looked."""
+        self._waited = 0.0
+        """The silence of the job before the present window, as ``Signs.waited``."""
+        self._last: Mapping[int, Signs] = {}
+        self._window: Mapping[int, Signs] = {}
+        """The signs of the nodes at the last look, and at the begin of the window."""
         self._excused = self._gap_excused = 0.0
         """The part of the silence, and of the gap, that nobody could have broken."""
 
@@ -181,7 +191,7 @@ class HangWatch:
         if not signs:
             return None
         self._learn(signs.values(), step, held=held)
-        waited = min(each.waited for each in signs.values())
+        waited = self._wait(signs)
         if held or waited < self._excused:
             self._excused = waited
         limit, _ = timeout(self.rhythm, live=live, sure=whole and self.is_familiar)
@@ -193,6 +203,19 @@ class HangWatch:
         message = f"{what} for {silent:.0f} s; {longest} ({LEARNED}: {limit:.0f} s)"
         self._change(alarm=max(limit, waited), place=self._place(signs.values(), step))
         return Hang(max(signs, key=lambda node: (signs[node].silent, -node)), message)
+
+    def _wait(self, signs: Mapping[int, Signs]) -> float:
+        """How long the job has waited since the last sign of life."""
+        heard = any(each.silent < self._last[node].silent for node, each in signs.items() if node in self._last)
+        if heard or not self._window.keys() & signs.keys():
+            last = min(signs.values(), key=lambda each: each.silent)
+            self._waited, self._window = last.waited, dict(signs)
+        self._last = dict(signs)
+        begun = [(each, self._window[node]) for node, each in signs.items() if node in self._window]
+        waited = self._waited + max(0.0, min(now.waited - then.waited for now, then in begun))
+        if min(now.silent - then.silent for now, then in begun) >= _WINDOW:
+            self._waited, self._window = waited, dict(signs)
+        return waited
 
     def _learn(self, signs: Collection[Signs], step: int, *, held: bool) -> None:
         learned: dict[str, Any] = {}

@@ -37,11 +37,10 @@ class Work:
         """
         trees = proc.trees_of(self._pids)
         everything = {pid for tree in trees for pid in tree}
-        if any(proc.waits_for_device(pid) for pid in everything):
-            self._before = {}
-            return "blocked"
         known = self._before
         self._before = {pid: (proc.cpu_ticks(pid), _transferred(pid)) for pid in everything}
+        if any(proc.waits_for_device(pid) for pid in everything):
+            return "blocked"
         if not known:
             return "idle"
         for tree in trees:

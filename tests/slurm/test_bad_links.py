@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from conftest import Cluster, wait_for
@@ -31,6 +33,10 @@ def training(steady: Callable[..., Steady]) -> Callable[..., Steady]:  # noqa: F
 
 def last_world(job: Steady) -> list[str]:
     return list(job.job.events("round")[-1]["nodes"])
+
+
+def steps(job: Steady) -> list[dict[str, Any]]:
+    return job.job.lines(job.data / "steps.jsonl")
 
 
 def wait_apart(job: Steady) -> list[list[str]]:
@@ -100,3 +106,32 @@ def test_the_leader_leaves_a_node_that_it_does_not_reach(training: Callable[...,
     job.wait_world(3)
     assert last_world(job) == ["n1", "n2", "n4"]
     job.finish()
+
+
+@ON_DEMAND
+def test_two_pairs_at_once_one_of_them_with_the_leader_cost_a_node_each(
+    training: Callable[..., Steady], links: Links
+) -> None:
+    job = training("1:4")
+    for one, other in (("n1", "n4"), ("n2", "n3")):
+        links.cut(one, other)
+        links.cut(other, one)
+    job.wait_world(2, 180)
+    assert last_world(job) == ["n1", "n2"]
+    job.finish()
+
+
+@ON_DEMAND
+def test_a_link_that_is_away_for_a_few_seconds_again_and_again_costs_nothing(
+    training: Callable[..., Steady], links: Links
+) -> None:
+    job = training()
+    for away in (1, 3, 1, 3, 1, 3):
+        links.cut("n2", "n3")
+        time.sleep(away)  # less than --hang-timeout: TCP sends again what was dropped
+        links.heal()
+        time.sleep(away)
+    before = len(steps(job))
+    wait_for("further steps", lambda: len(steps(job)) > before + 50)
+    job.finish()
+    assert (job.job.events("failure"), len(job.job.events("round"))) == ([], 1)

@@ -60,7 +60,7 @@ def test_a_long_evaluation_and_a_slow_checkpoint_of_one_rank_raise_no_alarm(
         jobs.append(submit("--nodes", "2", script=script))
     for job in jobs:
         assert job.wait_state("COMPLETED", "FAILED", deadline=SILENCE + 240) == "COMPLETED", job.output()
-        assert job.events("hang_timeout")[-1]["seconds"] < SILENCE
+        assert 300 in [event["seconds"] for event in job.events("hang_timeout")]
         assert (job.events("failure"), len(job.events("round"))) == ([], 1)
 
 

@@ -287,6 +287,33 @@ def test_an_evaluation_on_one_node_while_the_others_wait_is_no_hang() -> None:
         assert not job._look()
 
 
+def test_nodes_that_save_one_after_the_other_raise_no_alarm() -> None:
+    job = Training(nodes=[Node() for _ in range(16)])
+    job.train(50)
+    for saving in job.nodes:
+        for _ in range(60):
+            for node in job.nodes:
+                node.live(busy=node is saving, blocked=False)
+            assert not job._look()
+    for node in job.nodes:
+        node.sign(report=True)
+
+
+@pytest.mark.parametrize("every", [1, 3, 12])
+def test_a_hang_is_noticed_however_seldom_and_irregularly_the_nodes_are_heard(every: int) -> None:
+    job = Training(nodes=[Node() for _ in range(16)])
+    job.train(50)
+    heard = {number: node.signs for number, node in enumerate(job.nodes)}
+    for passed in count():
+        for number, node in enumerate(job.nodes):
+            node.live(busy=False, blocked=False)
+            if (passed + number) % every == 0:
+                heard[number] = node.signs
+        if job.watch.look(heard, job.step):
+            break
+    assert LEAST <= passed <= 1.05 * LEAST + 5 * every
+
+
 def test_a_slow_checkpoint_raises_no_alarm() -> None:
     job = Training()
     job.train(500)

@@ -97,6 +97,20 @@ def test_a_worker_that_waits_for_a_device_is_blocked(
     assert work.look(5.0) == "blocked"
 
 
+@pytest.mark.parametrize("started", [READS], indirect=True)
+def test_a_worker_that_reads_between_two_waits_for_its_disk_is_busy_then(
+    started: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, waits = Work([started.pid]), iter([True, False, True, False])
+    monkeypatch.setattr(proc, "waits_for_device", lambda _pid: next(waits))
+    monkeypatch.setattr(proc, "wants_cpu", lambda _pid: False)
+    done = []
+    for _ in range(4):
+        done.append(work.look(1.0))
+        time.sleep(1)
+    assert done == ["blocked", "busy"] * 2
+
+
 def test_the_state_of_a_thread_is_read_from_the_kernel(tmp_path: Path) -> None:
     """The child of a ``vfork`` lets its parent wait as a device does."""
     script = (
