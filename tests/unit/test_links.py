@@ -135,6 +135,63 @@ def test_the_job_continues_without_one_of_a_pair_until_the_pair_has_healed(how: 
     job.run(story)
 
 
+def apart(job: Job) -> list[tuple[int, int]]:
+    """The pairs of the world that trains of which one does not reach the other."""
+    members = sorted(node.index for node in job.nodes if node.workers.alive)
+    both = lambda a, b: job.connected(job.at[a], job.at[b]) and job.connected(job.at[b], job.at[a])  # noqa: E731
+    return [pair for pair in itertools.combinations(members, 2) if not both(*pair)]
+
+
+async def hangs_15_s_after_a_cut(job: Job) -> None:
+    """As in life: a cut that heals sooner is only a delay, and steps are done whenever no pair is apart."""
+    since, step = dict[tuple[int, int], float](), 10
+    while True:
+        now_apart = apart(job)
+        since = {pair: since.get(pair, job.now) for pair in now_apart}
+        step += not now_apart
+        if any(job.now - begun >= 15 for begun in since.values()) and not job.over():
+            hang(job, job.random.choice(now_apart)[0], step)
+            since = {}
+        await asyncio.sleep(1)
+
+
+@given(st.integers(0, 2**32), st.integers(4, 6), st.sampled_from([0, 1, 5]))
+@settings(max_examples=4, deadline=None)
+def test_whatever_links_fail_for_however_long_the_job_goes_on_and_is_whole_when_all_are_well(
+    seed: int, size: int, flaps: int
+) -> None:
+    """One or two pairs at a time, in one direction or in both, with the leader or without, also while nodes are tried;
+    then such a cut stays for a while.
+    """
+    job = Job(seed, size, replace(WIDE, max_nodes=size), loss=0.0)
+
+    def cut() -> None:
+        for _ in range(job.random.choice([1, 2])):
+            pair = tuple(job.random.sample(range(size), 2))
+            if job.random.random() < 0.5:
+                job.cuts.add(frozenset(pair))
+            else:
+                job.one_way.add((pair[0], pair[1]))
+
+    async def story() -> None:
+        assert await job.until(job.training, 60)
+        job.nodes[0].spawn(hangs_15_s_after_a_cut(job))
+        for _ in range(flaps):
+            cut()
+            await asyncio.sleep(job.random.choice([3, 17, 60]))
+            job.heal()
+            await asyncio.sleep(job.random.choice([1, 5, 30]))
+        cut()
+        await asyncio.sleep(150)
+        assert await job.until(lambda: not apart(job) and sum(node.workers.alive for node in job.nodes) >= 2, 100)
+        job.heal()
+        whole = lambda: len(last_world(job)) == size and job.training()  # noqa: E731
+        assert await job.until(whole, 2500) or flaps, job.events[-8:]
+        assert not job.over()
+
+    job.run(story)
+
+
 def test_two_pairs_cost_two_nodes_and_a_star_costs_one() -> None:
     for cuts, left in (
         (((1, 2), (3, 4)), ["n0", "n1", "n3", "n5"]),
