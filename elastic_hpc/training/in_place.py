@@ -54,8 +54,16 @@ def live(
         raise UsageError(f"live(checkpoint_every={checkpoint_every}): expected a number of steps, at least 1, or None")
     if checkpoint_every is not None and load is not None:
         raise UsageError("live(checkpoint_every=..., load=...): expected one of them: load is for other checkpoints")
+    import torch
+
     from elastic_hpc.training.live_run import LiveRun
 
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UsageError(
+                f"live: {type(optimizer).__name__}: expected a torch.optim.Optimizer. If it steps others, give these, "
+                "and itself by name: live(net, inner, outer=outer)"
+            )
     names = ["optimizer", *(f"optimizer_{number}" for number in range(1, len(optimizers)))]
     named = {"model": net, **dict(zip(names, optimizers, strict=False))}
     if taken := named.keys() & states.keys():

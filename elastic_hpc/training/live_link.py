@@ -56,7 +56,7 @@ class LiveLink:
 
     def open(self) -> None:
         """Offer this worker to the agent. Does nothing if the connection stands."""
-        if self._socket is not None:
+        if self.is_open:
             return
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -71,6 +71,10 @@ class LiveLink:
         self._now, self._go, self._socket = False, None, connection
         self._say({"is": "live"})
         threading.Thread(target=self._listen, args=(connection,), name="elastic_hpc live", daemon=True).start()
+
+    @property
+    def is_open(self) -> bool:
+        return self._socket is not None
 
     def close(self) -> None:
         """Tell the agent that this worker can no longer be kept."""

@@ -10,8 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from elastic_hpc.environment import LIVE, is_of_another_job
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.training import reform
-from elastic_hpc.training.checkpoint import Checkpoints, control_group
+from elastic_hpc.training.checkpoint import control_group
 from elastic_hpc.training.drain import enter_round
+from elastic_hpc.training.live_checkpoints import LiveCheckpoints
 from elastic_hpc.training.live_link import LiveLink
-from elastic_hpc.training.live_state import NEW, TORN, WHOLE, LiveModel, LiveStates, replica, sharded
+from elastic_hpc.training.live_state import NEW, STEPPED, TORN, WHOLE, LiveModel, LiveStates, replica, sharded
 from elastic_hpc.training.live_step import Asking, Attempt, Optimizers, StepStart
 from elastic_hpc.training.progress import note_in_place, own_progress_file, report_progress
 from elastic_hpc.training.step_time import StepTimer
@@ -45,6 +45,9 @@ class TornError(ElasticError):
 class LiveRun:
     """A training that continues in place. See ``live``. ``optimizers``: those that are not among the ``states``."""
 
+    _present: ClassVar[LiveRun | None] = None
+    """The last one of this process."""
+
     def __init__(
         self,
         net: torch.nn.Module,
@@ -55,18 +58,16 @@ class LiveRun:
         wrap: Callable[[Any], Any] | None,
         optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
-        self._net, self._every = net, checkpoint_every
-        self._folder = Path(folder).absolute() if folder else None  # the script may go to another directory
-        self._load, self._wrap = load, wrap or self._distribute
+        self._net, self._wrap = net, wrap or self._distribute
         self._states = LiveStates(states)
+        self._checkpoints = LiveCheckpoints(self._states, checkpoint_every, folder, load)
         registered = [of for of in states.values() if isinstance(of, torch.optim.Optimizer)]
         self._optimizers = Optimizers([*registered, *optimizers])
         self._start = StepStart(net, states.values())
         self._timer = StepTimer(net)
-        self._has, self._saved, self._over = NEW, 0, 0
+        self._has, self._over = NEW, 0
         self._began = self._longest = 0.0
-        self._forming, self._saving, self._failed = True, False, False
-        self._checkpoints: Checkpoints | None = None
+        self._forming, self._failed = True, False
         self._link: LiveLink | None = None
         self.step = 0
         """How many steps are done."""
@@ -79,6 +80,12 @@ class LiveRun:
         self._stuck = 0
         self._cuda = cuda = any(parameter.is_cuda for parameter in net.parameters())
         self._group = reform.Group(lambda: self._link is not None and self._link.pausing, cuda=cuda)
+        if LiveRun._present and LiveRun._present.is_linked:
+            raise UsageError(
+                "live: expected one run at a time in a process. For several networks: "
+                "live(nn.ModuleDict({'a': a, 'b': b}), optimizer_a, optimizer_b, wrap=...)"
+            )
+        LiveRun._present = self
         why_not = self._connect(cuda=cuda)
         self._note(why_not)
         if why_not and "RANK" in os.environ and not dist.is_initialized():
@@ -156,6 +163,7 @@ class LiveRun:
         done, torn = self._optimizers.interrupted()
         if done:
             self._done()
+            self._has = STEPPED
         else:
             self._start.put_back()
             self._has = TORN if torn else self._has
@@ -175,6 +183,11 @@ class LiveRun:
         except OSError as error:
             return f"its agent cannot keep it: {error}"
         return ""
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether this worker can continue in place now."""
+        return self._link is not None and self._link.is_open
 
     def _note(self, why_not: str) -> None:
         """Tell the agent, and the user, whether this worker can continue in place."""
@@ -200,7 +213,7 @@ class LiveRun:
 
     def _patience(self) -> float:
         """Within how many seconds a pause is noticed."""
-        return max(5.0, 3 * self._longest, _FORMING * self._forming, _SAVING * self._saving)
+        return max(5.0, 3 * self._longest, _FORMING * self._forming, _SAVING * self._checkpoints.saving)
 
     def is_interruption(self, error: BaseException) -> bool:
         """Whether ``error`` comes from a change of the world, not from the script."""
@@ -248,10 +261,9 @@ class LiveRun:
     def _enter(self) -> None:
         """Enter the world that the environment describes, with the state of the rank that is furthest."""
         self.world = reform.LiveWorld.now()
-        own = self._has, self.step, self._saved, self._over
+        own = self._has, self.step, self._over, *self._checkpoints.last
         reports = self._group.form(self.world, own) if self._link else [own]
-        if self._every:
-            self._checkpoints = Checkpoints(self._folder)
+        self._checkpoints.open(must=not any(has in {WHOLE, STEPPED} for has, *_ in reports))
         self._agree_on_state(reports)
         self.model.enter(self._wrap(self._net) if self.world.size > 1 else self._net)
         if why_not := sharded(self.model.wrapped):
@@ -261,7 +273,7 @@ class LiveRun:
 
     def _restart_because(self, why_not: str) -> None:
         """From now on a fault restarts this worker."""
-        if self._every:
+        if self._checkpoints.every:
             raise UsageError(f"live(checkpoint_every=...): {why_not}; expected load=, and a script that saves itself")
         if self._link:
             self._note(why_not)
@@ -274,28 +286,24 @@ class LiveRun:
 
     def _agree_on_state(self, reports: Sequence[Any]) -> None:
         """``reports``: what each rank has; without an agent, this one."""
-        steps = [step if has == WHOLE else -1 for has, step, *_ in reports]
-        if any(step >= 0 for step in steps):
-            newest = max(steps)
-            if min(steps) < newest:
-                lacking = steps[self.world.rank] < newest
-                self.step = self._states.share(steps.index(newest), newest, lacking=lacking)
-            self._saved, self._over = (max(report[which] for report in reports) for which in (2, 3))
+        steps = [(step, has == WHOLE) if has in {WHOLE, STEPPED} else (-1, False) for has, step, *_ in reports]
+        newest, whole = max(steps)
+        if newest >= 0:
+            source, rank = steps.index((newest, whole)), self.world.rank
+            if not whole or min(steps) < (newest, whole):
+                lacking = steps[rank] < (newest, whole) or not (whole or rank == source)
+                self.step = self._states.share(source, newest, lacking=lacking)
+            self._over, *self._checkpoints.last = (max(report[which] for report in reports) for which in (2, 3, 4))
         elif any(has == TORN for has, *_ in reports):
             raise TornError("all ranks were interrupted while their optimizers stepped: no rank has a whole state")
         else:
-            self.step = self._saved = self._load_checkpoint()
-            if self._link and self.world.size > 1 and (self._load or not self.step):
+            self.step = self._checkpoints.load()
+            if self._link and self.world.size > 1 and (self._checkpoints.are_of_script or not self.step):
                 self._states.share(0, self.step, lacking=self.world.rank > 0)  # as DistributedDataParallel does it
         self._has = WHOLE
 
     def _distribute(self, net: torch.nn.Module) -> torch.nn.Module:
         return replica(net, self._timer) if self._link else DistributedDataParallel(net)
-
-    def _load_checkpoint(self) -> int:
-        if self._load:
-            return operator.index(self._load() or 0)
-        return self._checkpoints.load(self._states.load_from) or 0 if self._checkpoints else 0
 
     def _done(self) -> None:
         self.step += 1
@@ -308,26 +316,13 @@ class LiveRun:
         """What all ranks do between two steps."""
         if self._link and self._link.pausing:
             raise reform.Interrupted("a new world is to be formed")
-        if self._every and self.step // self._every > self._saved // self._every:
-            self._save()
+        self._checkpoints.save_if_due(self.step)
         if self.step < until:
             self.stopped = self._asking.ask(leads=self.world.rank == 0)
 
-    def _save(self) -> None:
-        assert self._checkpoints is not None
-        self._saving = True
-        try:
-            with self._checkpoints.save(self.step) as path:
-                if self.world.rank == 0:
-                    self._states.save_into(path, self.step)
-        finally:
-            self._saving = False
-        self._saved = self.step
-
     def _finish(self) -> None:
         """Save, and leave the loop when all ranks do."""
-        if self._every and self._saved != self.step:
-            self._save()
+        self._checkpoints.save_last(self.step)
         if control := control_group():
             dist.barrier(group=control[1])
         atexit.register(self._close)

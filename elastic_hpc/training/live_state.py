@@ -21,7 +21,10 @@ _PIECE = 1 << 28
 _LEAST = 1024
 """Elements that are sent, at least, so that each rank of a world sends and receives."""
 
-WHOLE, NEW, TORN = "whole", "new", "torn"
+WHOLE, STEPPED, NEW, TORN = "whole", "stepped", "new", "torn"
+"""What a rank has: all that a completed step leaves; the same, but what its script does after the optimizers' step was
+interrupted, such as ``scheduler.step()``; nothing; some of its optimizers have stepped, and others have not.
+"""
 
 
 class LiveStates:
@@ -105,13 +108,15 @@ class Buffers:
 
 
 def replica(net: torch.nn.Module, timer: StepTimer) -> DistributedDataParallel:
-    """``net`` for ranks that have the same state. As usual all have the buffers of rank 0 in each forward pass.
-    ``timer``: of the steps.
+    """``net`` for ranks that have the same state. All have the buffers of rank 0 in each forward pass of the training
+    that ends in an exchange of gradients. ``timer``: of the steps.
     """
     made = DistributedDataParallel(net, init_sync=False, forward_sync_buffers=False)
     if buffers := Buffers(net, saved=False):
 
         def take(*_: Any) -> None:
+            if not (made.training and torch.is_grad_enabled() and made.require_backward_grad_sync):
+                return  # ranks may evaluate alone, or different numbers of batches
             timer.pause()
             buffers.take()
             timer.resume()

@@ -72,7 +72,8 @@ class Optimizers:
         """Whether the step that was interrupted is done nevertheless, and whether it is half done."""
         counts = tuple(self._ended.values())
         more = [whole for whole in self._whole if all(map(operator.ge, whole, counts))]
-        done = any(counts) and self._begun == self._ended and more == [counts]
+        all_known = all(any(each) for each in zip(*self._whole, strict=True))  # else one may be about to step first
+        done = any(counts) and self._begun == self._ended and more == [counts] and all_known
         return done, not done and any(self._begun.values())
 
     def zero_grad(self) -> None:

@@ -6,8 +6,9 @@ that store passes all calls on to the store of the present round.
 
 gloo (2.14's too) forgets to fail a message that is half sent or half received when its connection ends: the collective
 then hangs until the time-out of the group, and nothing frees it. All-reduces of more numbers than ranks never hung in
-73 trials, those of one number did in one of 50, broadcasts of 40 MB in 6 of 12. So live() does without broadcasts, and
-has ``hangs`` for the collectives of others: DistributedDataParallel broadcasts in the second step of a world.
+73 trials, those of one number did in one of 50, broadcasts of 40 MB in 6 of 12. So live() broadcasts only a few bytes,
+when it saves, and has ``hangs`` for the collectives of others: DistributedDataParallel broadcasts in the second step of
+a world.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class SwitchStore(dist.Store):
         super().__init__()
         self._check = check
         self.inner: Any = None
+        self.forming = False
+        """Whether a world is being formed: members that take long to come cost its other members a new attempt."""
         self._pause = _PAUSE
 
     def enter(self, inner: Any, size: int) -> None:
@@ -136,15 +139,16 @@ class SwitchStore(dist.Store):
         return True
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Waits for ever, or as long as members may take to come, whatever ``timeout`` is."""
+        """Waits for ever without a ``timeout``. While a world is formed, any ``timeout`` is that for its members."""
         if self.inner.check(keys):
             return
-        end, pause = time.monotonic() + _PATIENCE, _PAUSE
+        seconds = _PATIENCE if self.forming else timeout.total_seconds() if timeout else 0.0
+        end, pause = time.monotonic() + seconds, _PAUSE
         for key in keys:
             while not self.inner.check([key]):  # the store's own wait cannot be interrupted, and logs that it ended
                 self._check()
                 if timeout is not None and time.monotonic() > end:
-                    raise dist.DistStoreError(f"no {key} within {_PATIENCE:g} s")
+                    raise dist.DistStoreError(f"no {key} within {seconds:g} s")
                 time.sleep(pause)
                 pause = min(2 * pause, self._pause)
 
@@ -165,6 +169,7 @@ class Group:
         """Form ``world`` with all its ranks. Returns what each rank ``says``. Raises Interrupted, and errors for which
         ``is_of_the_group`` is True.
         """
+        self._switch.forming = True
         store = dist.PrefixStore(f"live/{world.round}", self._open_store(world))
         self._switch.enter(store, world.size)
         ranks = range(world.size)
@@ -186,6 +191,7 @@ class Group:
             raise Interrupted(f"cannot connect the world of round {world.round}: {error}") from error
         c10d._world.pg_group_ranks[dist.group.WORLD] = {rank: rank for rank in ranks}
         c10d._world.group_count = world.round * _GROUPS
+        self._switch.forming = False
         return said
 
     def shut(self, how: int, *, store: bool = False) -> bool:

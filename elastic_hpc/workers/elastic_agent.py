@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -146,6 +146,7 @@ class ElasticAgent(LocalElasticAgent):
         self._remaining_restarts = worker_group.spec.max_restarts - self._handler.plan.restart_count
         self._oom, self._kernel = OomWatch(), KernelLog()
         self._drain_passed_on = self._pauses = False
+        self._drain_came_at = 0.0
         self._departure = 0
         self._signals.begin()
         self._standbys.begin(self._lives.waiting)
@@ -233,10 +234,9 @@ class ElasticAgent(LocalElasticAgent):
         """Pass on a drain, report how far the workers are, and notice when they stand still."""
         living = {w.id: self._pidfds[w.id] for w in worker_group.workers if self._exit_code(w) is None}
         self._announce_departure()
-        if self._is_draining and not self._drain_passed_on:
+        if self._is_draining and not self._drain_passed_on and not self._is_between_loops(living.keys()):
             self._drain_passed_on = True
-            order = self._control.order
-            self._pauses = order is not None and order.new_world and living.keys() <= self._lives.connected
+            self._pauses = self._is_for_new_world and living.keys() <= self._lives.connected
             if self._pauses:
                 self._lives.pause(now=False)
             else:
@@ -254,6 +254,15 @@ class ElasticAgent(LocalElasticAgent):
                 raise leaving
         elif trouble := self._watch.trouble():
             self._report_trouble(trouble)
+
+    def _is_between_loops(self, living: Collection[int]) -> bool:
+        """Whether live workers are to pause, and have left a loop of ``live``: they can pause in their next loop. If
+        none begins in half of the grace, they are to save and stop.
+        """
+        if not (self._is_for_new_world and self._lives.were_live) or self._lives.connected.issuperset(living):
+            return False
+        self._drain_came_at = self._drain_came_at or time.monotonic()
+        return time.monotonic() - self._drain_came_at < self._policy.grace / 2
 
     def _announce_departure(self) -> None:
         """Tell the workers whether this node is about to fail, or to be taken away."""
@@ -309,6 +318,12 @@ class ElasticAgent(LocalElasticAgent):
         """Whether the workers of this round shall save and stop."""
         order = self._control.order
         return order is not None and order.drain and order.round == self._handler.round
+
+    @property
+    def _is_for_new_world(self) -> bool:
+        """Whether the workers of this round shall continue in another world."""
+        order = self._control.order
+        return order is not None and order.new_world
 
     def _stop_for_next_round(self) -> RunResult:
         self._handler.restart_wanted = True

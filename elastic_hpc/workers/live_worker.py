@@ -135,9 +135,18 @@ class KeptWorker:
         """See ``LiveWorker.go``. What the worker has written before comes first."""
         for source, output in zip(self._written, outputs, strict=False):
             os.write(output, os.pread(source, os.fstat(source).st_size, 0))
+        self._close_written()
+        self.live.go(environ, outputs)
+
+    def close(self) -> None:
+        """This worker is not kept."""
+        self._close_written()
+        self.live.close()
+
+    def _close_written(self) -> None:
+        for source in self._written:
             os.close(source)
         self._written = ()
-        self.live.go(environ, outputs)
 
     def obstacle(self) -> str:
         """Why the worker cannot continue; empty if it can."""

@@ -239,6 +239,6 @@ class Lives:
         guard.kill_sessions([worker.process.pid for worker in kept.values()])
         deadline = time.monotonic() + _KILL_TIMEOUT
         for worker in kept.values():
-            worker.live.close()
+            worker.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(max(0.0, deadline - time.monotonic()))

@@ -1,4 +1,4 @@
-"""A training in place whose samples come from a process of a DataLoader, which is spawned and stays."""
+"""A training in place whose samples come from a process of a DataLoader, which stays."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ def main():
     net = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-9)
     run = live(net, optimizer)
-    loader = DataLoader(Numbers(), num_workers=1, multiprocessing_context="spawn", persistent_workers=True)
+    loader = DataLoader(Numbers(), num_workers=1, multiprocessing_context=options["how"], persistent_workers=True)
     samples = iter(loader)
     for attempt in run.steps(until=options["until"]):
         with attempt as step:

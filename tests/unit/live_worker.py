@@ -2,8 +2,8 @@
 
 Run as a script. It writes ``stepped.ROUND.RANK`` into the run directory at each step (pid, world size, restarts, step)
 and ``paused.ROUND.PID`` when it has paused, and ends when that has ``enough``. A file ``WHAT.PID`` there makes the
-worker do something: ``breaks`` and ``cannot``, send that message; ``leaves``, close the connection and go on; ``deaf``,
-answer no pause.
+worker do something: ``breaks`` and ``cannot``, send that message; ``leaves``, close the connection and go on, as
+between two loops; ``returns``, connect again; ``deaf``, answer no pause.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ class Agent:
     """The connection with the agent."""
 
     def __init__(self) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.connect(os.environ["ELASTIC_HPC_LIVE"])
-        self.send({"is": "live"})
+        self.connect()
         if "RANK" not in os.environ:
             print("ready", flush=True)
             self.send({"is": "ready"})
             self.receive(None)
+
+    def connect(self) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.connect(os.environ["ELASTIC_HPC_LIVE"])
+        self.send({"is": "live"})
 
     def send(self, message: dict[str, Any]) -> None:
         self.socket.send(json.dumps(message).encode())
@@ -94,6 +97,9 @@ def main() -> None:
         elif told("leaves"):
             agent.socket.close()
             here = False
+        elif told("returns"):
+            agent.connect()
+            here = True
         elif told("deaf"):
             time.sleep(600)
         elif not here:

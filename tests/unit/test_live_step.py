@@ -20,6 +20,7 @@ from elastic_hpc.training.live_step import Optimizers, StepStart
         ([], [0, 0], "not done"),
         ([[1, 1]], [1, 0], "half done"),
         ([[1, 0], [0, 1]], [1, 0], "done"),  # they step in turn
+        ([[1, 0]], [1, 0], "half done"),  # the other one may be about to step for the first time
         ([[5, 0], [5, 1]], [5, 0], "half done"),
         ([[5, 0], [5, 1]], [5, 1], "done"),
         ([[0, 0], [1, 1]], [0, 0], "not done"),  # a GradScaler skips steps

@@ -184,19 +184,31 @@ def test_the_record_says_why_workers_cannot_continue_in_place(local: Callable[..
         assert f"not in place: {REASON}" in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("script", [SCRIPT, NEEDS_A_RANK])
-def test_a_node_that_joins_costs_no_process(script: str, local: Callable[..., Local]) -> None:
-    job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "2", script=script)
-    before = pids(job, 1, 0, 1, 2)
+@contextlib.contextmanager
+def agent_that_joins(job: Local, said: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Kills the agent of the third node. Yields a function that starts it again; its stderr goes to ``said``."""
     agent = Path(f"/proc/{job.agent(2)}")
     command = (agent / "cmdline").read_bytes().split(b"\0")[:-1]
     environ = dict(entry.split(b"=", 1) for entry in (agent / "environ").read_bytes().split(b"\0") if entry)
     os.kill(int(agent.name), signal.SIGKILL)
-    assert pids(job, 2, 0, 1) == before[:2]
-    said = job.run_dir / "said"
     with contextlib.ExitStack() as stack, said.open("wb") as file:
-        joins = subprocess.Popen(command, env=environ, cwd=job.run_dir.parents[1], stderr=file)
-        stack.callback(joins.kill)
+
+        def join() -> subprocess.Popen[bytes]:
+            joins = subprocess.Popen(command, env=environ, cwd=job.run_dir.parents[1], stderr=file)
+            stack.callback(joins.kill)
+            return joins
+
+        yield join
+
+
+@pytest.mark.parametrize("script", [SCRIPT, NEEDS_A_RANK])
+def test_a_node_that_joins_costs_no_process(script: str, local: Callable[..., Local]) -> None:
+    job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "2", script=script)
+    before = pids(job, 1, 0, 1, 2)
+    said = job.run_dir / "said"
+    with agent_that_joins(job, said) as join:
+        assert pids(job, 2, 0, 1) == before[:2]
+        joins = join()
         assert pids(job, 3, 0, 1) == before[:2]
         assert kept(job, 3) == (2, 1)
         assert job.stepped(3, 2)[1] == 3
@@ -209,6 +221,23 @@ def test_a_node_that_joins_costs_no_process(script: str, local: Callable[..., Lo
     was_ready = written(job.run_dir, 3, 2).startswith("ready\n")
     failed = "not started ahead: local rank 0 has ended with exit code 1: KeyError: 'RANK'" in said.read_text()
     assert (was_ready, failed) == (script == SCRIPT, script == NEEDS_A_RANK)
+
+
+def test_a_node_that_joins_between_two_loops_costs_no_process(local: Callable[..., Local]) -> None:
+    """A worker is connected in a loop alone. The others wait until its next loop begins."""
+    job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "2")
+    before = pids(job, 1, 0, 1, 2)
+    with agent_that_joins(job, job.run_dir / "said") as join:
+        assert pids(job, 2, 0, 1) == before[:2]
+        (job.run_dir / f"leaves.{before[0]}").touch()
+        job.wait_for(lambda: not (job.run_dir / f"leaves.{before[0]}").exists())
+        joins = join()
+        job.wait_for((job.run_dir / f"paused.2.{before[1]}").exists)
+        (job.run_dir / f"returns.{before[0]}").touch()
+        assert pids(job, 3, 0, 1) == before[:2]
+        assert kept(job, 3) == (2, 1)
+        assert job.finish() == 0
+        assert joins.wait(30) == 0
 
 
 @pytest.fixture

@@ -1,0 +1,164 @@
+"""Scripts of ``live`` that differ from the usual one: real processes on torch 2.14, as in test_live.py."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+from live_agent import Agents
+from live_nursery import Nursery
+from torch_214 import IN_PLACE, TORCH_214
+
+pytestmark = IN_PLACE
+
+BEGIN = """
+import os, time, torch
+import torch.distributed as dist
+from torch import nn
+from live_faults import fault, options, write
+from elastic_hpc.errors import UsageError
+from elastic_hpc.training import live
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+def train(step):
+    mine = torch.randn(12, 4, generator=torch.Generator().manual_seed(step))[run.world.rank :: run.world.size]
+    optimizer.zero_grad()
+    loss = run.model(mine).square().mean()
+    fault("backward", step, run.world.rank)
+    loss.backward()
+    optimizer.step()
+"""
+
+
+def script(before: str = "", first: str = "", last: str = "", after: str = "") -> str:
+    """A script that does this ``before`` the loop, ``first`` in each step, ``last`` in it, and ``after`` each step."""
+    return f"""{BEGIN}
+scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+run = live(net, optimizer, scheduler=scheduler, **options.get("live", {{}}))
+{before}
+for attempt in run.steps(until=options["until"]):
+    with attempt as step:
+{indent(first, 8)}
+        train(step)
+{indent(last, 8)}
+        scheduler.step()
+{indent(after, 4)}
+write(end=run.step, epoch=scheduler.last_epoch, weights=[each.sum().item() for each in net.parameters()])
+os._exit(0)
+"""
+
+
+def indent(text: str, blanks: int) -> str:
+    return textwrap.indent(textwrap.dedent(text), " " * blanks)
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    made = Nursery(TORCH_214)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def train(nursery, tmp_path):
+    """Starts ``size`` workers of a script: ``train(TEXT, size, **options)``."""
+    made = []
+
+    def start(text, size, **options):
+        file = tmp_path / f"script{len(made)}.py"
+        file.write_text(text)
+        made.append(Agents(tmp_path / str(len(made)), nursery, script=file, **options))
+        made[-1].start(size)
+        return made[-1]
+
+    yield start
+    for agents in made:
+        agents.close()
+
+
+def ends(agents):
+    """All workers of the last round end without an error. Returns what they have written at their end."""
+    assert agents.ended() == [0] * len(agents.workers), agents.report()
+    return [line for line in agents.lines() if "end" in line]
+
+
+def test_ranks_interrupted_after_the_optimizer_have_the_same_schedule(train):
+    """Rank 0 has completed the step, as its exchange of a number for a log was over; that of rank 1 was interrupted."""
+    log = """
+        if step == 10 and run.world.round == 1:
+            if run.world.rank == 2:
+                dist.send(torch.ones(1), 0)
+                fault("log", 10, 2)
+            dist.recv(torch.ones(1), 2)
+    """
+    fault = {"where": "log", "step": 10, "rank": 2, "do": "SIGKILL"}
+    agents = train(script(last=log), 3, until=14, faults=[fault])
+    agents.until(lambda: not agents.workers[2].alive)
+    agents.again()
+    first, second = ends(agents)
+    assert (first["end"], first["epoch"]) == (second["end"], second["epoch"]) == (14, 14)
+    assert first["weights"] == second["weights"]
+
+
+def test_ranks_may_evaluate_different_numbers_of_batches(train):
+    evaluates = """
+        if step == 5:
+            run.model.eval()
+            with torch.no_grad():
+                for _ in range(3 if run.world.rank == 0 else 2):
+                    run.model(torch.randn(8, 4))
+            run.model.train()
+    """
+    assert len(ends(train(script(after=evaluates), 2, until=10))) == 2
+
+
+def test_a_group_of_the_script_waits_for_a_rank_that_is_slow(train):
+    """Longer than a world waits for its members, as torch does."""
+    group = """
+        if step == 2:
+            if run.world.rank == 1:
+                from elastic_hpc.training import reform
+                time.sleep(reform._PATIENCE + 1)
+            dist.all_reduce(torch.ones(100), group=dist.new_group(list(range(run.world.size))))
+    """
+    agents = train(script(first=group), 2, until=4)
+    assert len(ends(agents)) == 2
+    assert agents.round == 1
+
+
+def test_a_second_run_in_a_process_is_refused(train):
+    second = """
+try:
+    live(nn.Linear(4, 1))
+except UsageError as error:
+    write(refused=str(error))
+"""
+    agents = train(script(before=second), 2, until=2)
+    assert len(ends(agents)) == 2
+    first, second = [line["refused"] for line in agents.lines() if "refused" in line]
+    assert first == second
+    assert first.startswith("live: expected one run at a time in a process. For several networks: live(nn.ModuleDict(")
+
+
+def test_a_folder_that_cannot_be_written_costs_checkpoints_and_no_worker(train, tmp_path):
+    """Neither while the training saves, nor when a world begins. The last save must succeed."""
+    folder = tmp_path / "checkpoints"
+    away = """
+        folder = options["live"]["folder"]
+        if step == 3 and run.world.rank == 0:
+            os.rename(folder, f"{folder}.away")
+            open(folder, "w").close()
+        if step == 12 and run.world.rank == 0:
+            os.unlink(folder)
+            os.rename(f"{folder}.away", folder)
+    """
+    fault = {"where": "backward", "step": 7, "rank": 2, "do": "SIGKILL"}
+    saves = {"folder": str(folder), "checkpoint_every": 2}
+    agents = train(script(first=away), 3, until=14, live=saves, faults=[fault])
+    agents.until(lambda: not agents.workers[2].alive)
+    agents.again()
+    assert [end["end"] for end in ends(agents)] == [14, 14]
+    assert (folder / "step-00000014").is_dir(), list(folder.iterdir())
+    assert "the training continues" in (agents.folder / "out").read_text()
