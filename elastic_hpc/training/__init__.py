@@ -9,8 +9,8 @@ with these.
 
 ``in_place``: a training loop whose workers keep their processes when the world changes. ``live_run`` is the loop,
 ``live_link`` the connection with the agent, ``reform`` the process group that gets other members, ``live_step`` one
-step of the loop, ``live_state`` what a rank has learned, ``live_checkpoints`` what it saves. ``lightning`` is a strategy
-for Lightning's Trainer; only this module imports Lightning.
+step of the loop, ``live_state`` what a rank has learned, ``live_checkpoints`` what is saved. ``lightning`` is a
+strategy for Lightning's Trainer; only this module imports Lightning.
 """
 
 from elastic_hpc.training.audit import Diverged, verify
