@@ -51,17 +51,23 @@ class LiveStates:
         return self.load(folder / "state.pt")
 
     def share(self, source: int, step: int, *, lacking: bool) -> int:
-        """Have rank ``source`` send its state to all ranks; those that are ``lacking`` it load it. Returns the step."""
+        """Have rank ``source`` send its state to all ranks; those that are ``lacking`` it load it. Returns the step.
+        They hold the state once more in host memory meanwhile, as does ``source``.
+        """
         sends, buffer = dist.get_rank() == source, io.BytesIO()
         if sends:
             self.dump(buffer, step)
         told = torch.full((_LEAST,), buffer.tell(), device="cpu")  # the script may have set another default device
         dist.all_reduce(told)
         size = int(told[0])
-        content = torch.zeros(-(-size // _LEAST) * _LEAST, dtype=torch.uint8, device="cpu")
-        if sends:
-            content[:size] = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-        for piece in content.split(_PIECE):
+        whole = -(-size // _LEAST) * _LEAST
+        content = torch.zeros(whole if lacking else min(whole, _PIECE), dtype=torch.uint8, device="cpu")
+        for begin in range(0, whole, _PIECE):
+            length = min(_PIECE, whole - begin)
+            piece = content[begin : begin + length] if lacking else content[:length].zero_()
+            if sends:
+                part = torch.frombuffer(buffer.getbuffer()[begin : begin + length], dtype=torch.uint8)
+                piece[: len(part)] = part
             dist.all_reduce(piece)
         return self.load(io.BytesIO(content[:size].numpy())) if lacking else step
 

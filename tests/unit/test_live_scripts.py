@@ -32,12 +32,16 @@ def train(step):
 """
 
 
-def script(before: str = "", first: str = "", last: str = "", after: str = "") -> str:
-    """A script that does this ``before`` the loop, ``first`` in each step, ``last`` in it, and ``after`` each step."""
+def script(begin: str = "", before: str = "", first: str = "", last: str = "", after: str = "") -> str:
+    """A script that does this before it joins the world, ``before`` the loop, ``first`` and ``last`` in each step, and
+    ``after`` it.
+    """
     return f"""{BEGIN}
 scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-run = live(net, optimizer, scheduler=scheduler, **options.get("live", {{}}))
-{before}
+states = {{}}
+{textwrap.dedent(begin)}
+run = live(net, optimizer, scheduler=scheduler, **states, **options.get("live", {{}}))
+{textwrap.dedent(before)}
 for attempt in run.steps(until=options["until"]):
     with attempt as step:
 {indent(first, 8)}
@@ -128,13 +132,46 @@ def test_a_group_of_the_script_waits_for_a_rank_that_is_slow(train):
     assert agents.round == 1
 
 
+def test_a_rank_that_lacks_nothing_does_not_hold_the_state_that_another_gets(train):
+    """It takes part piece by piece. A node has several ranks, and the state may be a large part of its memory."""
+    large = """
+        from elastic_hpc.training import live_state
+        live_state._PIECE = 1 << 23
+        class Large:
+            def state_dict(self): return {"large": torch.ones(200 << 20, dtype=torch.uint8)}
+            def load_state_dict(self, state): assert state["large"].sum() == 200 << 20
+        states = {"large": Large()}
+    """
+    used = """
+        def used(what):
+            with open("/proc/self/status") as status:
+                return next(int(line.split()[1]) >> 10 for line in status if line.startswith(what))
+        if step == 12:
+            write(rank=run.world.rank, peak=used("VmHWM"))
+        if run.world.round == 1 and step == 9:
+            with open("/proc/self/clear_refs", "w") as peak:
+                peak.write("5")
+            write(rank=run.world.rank, before=used("VmRSS"))
+    """
+    fault = {"where": "backward", "step": 10, "rank": 2, "do": "SIGKILL"}
+    agents = train(script(begin=large, first=used), 3, until=14, faults=[fault])
+    agents.until(lambda: not agents.workers[2].alive)
+    agents.again(3)
+    assert len(ends(agents)) == 3
+    before, peak = (
+        {line["rank"]: line[what] for line in agents.lines() if what in line} for what in ("before", "peak")
+    )
+    assert peak[0] - before[0] >= 200, "rank 0 sends the state"
+    assert peak[1] - before[1] < 100
+
+
 def test_a_second_run_in_a_process_is_refused(train):
     second = """
-try:
-    live(nn.Linear(4, 1))
-except UsageError as error:
-    write(refused=str(error))
-"""
+        try:
+            live(nn.Linear(4, 1))
+        except UsageError as error:
+            write(refused=str(error))
+    """
     agents = train(script(before=second), 2, until=2)
     assert len(ends(agents)) == 2
     first, second = [line["refused"] for line in agents.lines() if "refused" in line]
