@@ -79,7 +79,7 @@ def _kill_on_bad_exit(facts: Facts) -> Finding:
 def _giving_back(facts: Facts) -> Finding:
     value, accounting = setting(facts, "AccountingStorageType")
     if has(facts, "SchedulerParameters", "disable_job_shrink"):
-        means = "a job that runs cannot give nodes back: elastic-hpc resize and release let joiners go, and no others"
+        means = "a job that runs cannot give nodes back: resize, release and --yield-to let joiners go, and no others"
         advice = slurm_conf("SchedulerParameters without disable_job_shrink")
         return Finding(Level.WARN, "giving back", "SchedulerParameters has disable_job_shrink", means, advice)
     if not value.endswith("slurmdbd"):

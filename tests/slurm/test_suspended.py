@@ -8,6 +8,7 @@ from pathlib import Path
 
 from conftest import Cluster, Job, wait_for
 from on_demand import ON_DEMAND
+from test_doctor_site import HPC
 
 SCRIPT = """
 import os, time
@@ -79,6 +80,8 @@ def test_a_job_that_is_suspended_for_longer_than_the_hang_timeout_goes_on_withou
     wait_for("some steps", lambda: step() > 20, 240)
     fresh.mini("exec", "--root", "--", "scontrol", "suspend", job.id)
     before = wait_for("the workers to stand still", lambda: _still(step))
+    refused = fresh.exec([HPC, "resize", job.id, "1:2"], cwd=folder, check=False)
+    assert f"job {job.id} is SUSPENDED, and no agent of it answers: try again when it runs" in refused.stderr
     time.sleep(20)  # the suspension itself: nothing tells of its length but its length
     assert step() == before
     fresh.mini("exec", "--root", "--", "scontrol", "resume", job.id)
