@@ -12,13 +12,15 @@ from test_doctor_site import HPC
 
 SCRIPT = """
 import os, time
+import torch
 import torch.distributed as dist
 from elastic_hpc.training import report_progress
 dist.init_process_group("gloo")
-run, step = os.environ["ELASTIC_HPC_RUN_DIR"], 0
-while not os.path.exists(f"{run}/enough"):
+run, step, enough = os.environ["ELASTIC_HPC_RUN_DIR"], 0, torch.zeros(1)
+while not enough:
     step += 1
-    dist.barrier()
+    enough[0] = os.path.exists(f"{run}/enough")
+    dist.all_reduce(enough)
     report_progress(step)
     time.sleep(0.1)
     if dist.get_rank() == 0:
