@@ -23,7 +23,7 @@ _SAMPLES = 1024
 """Samples of a round, at most twice as many, that are kept: a screen has no room for more."""
 _LAST_SAMPLES = 32
 """The last samples, of which all are kept: they tell the speed."""
-
+_STAYS = "; it stays: "
 
 GIVEN = "given by --hang-timeout"
 """Why that timeout of a hang holds."""
@@ -163,7 +163,7 @@ class StoryBuilder:
             self._on_absent(event, when)
 
     def _on_stays(self, event: Mapping[str, Any], _when: float) -> None:
-        self._missing[str(event["node"])] = f"{event['reason']}; it stays: {event['why']}"
+        self._missing[str(event["node"])] = f"{event['reason']}{_STAYS}{event['why']}"
 
     def _on_stay(self, event: Mapping[str, Any], _when: float) -> None:
         self._missing.pop(str(event["node"]), None)
@@ -273,6 +273,8 @@ class StoryBuilder:
             self._end(when, "its end is not on record", formed.restarts)
         self._broken, self._waiting = None, ""
         self._slow = {node: times for node, times in self._slow.items() if node in formed.nodes}
+        for node in self._missing.keys() - set(formed.nodes):
+            self._missing[node] = self._missing[node].partition(_STAYS)[0]
         self._samples = []
         self._rounds.append(formed)
 

@@ -208,6 +208,10 @@ def test_nodes_that_are_about_to_fail_are_shown_with_the_reason_until_they_may_s
     bad = {"n2": "drained in Slurm: ECC", "n3": "Xid 79; it stays: 1 node(s) are left"}
     assert view(seen(), story_of([begin, drained, needed, wanted]), 6.0).missing == bad
     assert view(seen(), story_of([begin, drained, needed, wanted, undone]), 6.0).missing == {"n3": bad["n3"]}
+    world: dict[str, Any] = {"time": 5.0, "event": "round", "round": 2, "world_size": 3, "restarts": 0, "leader": "n1"}
+    kept, left = ({**world, "nodes": nodes} for nodes in (["n1", "n3", "n4"], ["n1", "n4", "n5"]))
+    assert view(seen(), story_of([begin, drained, needed, kept]), 6.0).missing == bad
+    assert view(seen(), story_of([begin, drained, needed, left]), 6.0).missing == {**bad, "n3": "Xid 79"}
 
 
 def test_a_job_whose_nodes_slurm_prepares_or_clears_is_told_so() -> None:
