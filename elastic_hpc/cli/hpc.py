@@ -61,6 +61,9 @@ class _OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub("^the following arguments are required: ([^,]+).*", r"expected \1", message)
+        if option := re.fullmatch(r"argument (?:-\w/)?(--[\w-]+): expected (one|\d+) arguments?", message):
+            shown = self._get_formatter()._format_action_invocation(self._option_string_actions[option[1]])  # noqa: SLF001
+            raise UsageError(f"{option[1]}: expected {shown.rpartition(', ')[2]}")
         usage = " ".join(self.format_usage().split())
         raise UsageError(f"{message.removeprefix('argument ')}; {usage}")
 

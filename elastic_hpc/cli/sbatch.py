@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
-from elastic_hpc.errors import UsageError
+from elastic_hpc.errors import UsageError, of_option
 from elastic_hpc.job.request import Request, layers_of
 from elastic_hpc.job.spec import JobSpec, build
 from elastic_hpc.job.submission import checked, prepared, short_times
@@ -230,7 +230,7 @@ def _resume(given: Sequence[Given], rest: Sequence[str], switches: Collection[st
         module,
         no_python,
     )
-    resumption = Resumption(find(last(given, _RESUME.name) or ""), anew)
+    resumption = Resumption(of_option("--resume", find)(last(given, _RESUME.name) or ""), anew)
     notes = () if "quiet" in switches else (*resumption.notes(), *(resumption.job.notes if resumption.job else ()))
     if "dry-run" in switches:
         for note in notes:

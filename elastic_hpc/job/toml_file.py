@@ -72,7 +72,7 @@ def _table(path: Path) -> dict[str, Any]:
     try:
         table: dict[str, Any] = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors mark UTF-8
     except OSError as error:
-        raise UsageError(error.strerror or str(error)) from None
+        raise UsageError(f"{error.strerror or error}; expected a TOML file that can be read") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise UsageError(str(error)) from None
     return table

@@ -226,6 +226,9 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
 def sentence(name: str, fields: Mapping[str, Any]) -> str:
     """One line for a person; the full record is in the run directory."""
     match name:
+        case "start":
+            nodes = f"MIN {fields['min_nodes']}, MAX {fields['max_nodes']}, {fields['granted']} node(s) granted"
+            return f"job {fields['job']}, run {fields['run']}: {nodes}, {fields['nproc_per_node']} worker(s) on each"
         case "join":
             return f"{fields['node']} joined"
         case "left" | "release":

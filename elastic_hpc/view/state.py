@@ -150,7 +150,7 @@ def _leadership(job: Observed, story: Story) -> str:
     """A note on a running job that has no leader, no world, or does not get further nodes; else empty."""
     if job.silent is None or job.silent > _SILENT:
         if not story.runs or story.runs[-1].ended is not None:  # a leader of the run before tells nothing of this one
-            return "nobody leads yet: no agent has started on its first node"
+            return "it is starting: no agent has started on its first node yet"
         return f"nobody leads {'yet' if job.silent is None else f'since {span(job.silent)}'}"
     if story.current:
         return f"no further nodes: {story.not_growing}" if story.not_growing else ""
@@ -189,19 +189,22 @@ def _never_led(job: Observed, queued: Queued) -> State:
     """Slurm ended the job before an agent led it."""
     ended, word = job.ended, queued.state
     if ended is None:
-        note = f"it ended before an agent led it (Slurm: {queued.reason})"
+        note = f"it ended before an agent led it{_slurm_says(queued.reason)}"
         return State(word, note, (f"see what Slurm says: scontrol show job {job.slurm_id}",))
     if not ended.batch_host:
         how = "was cancelled" if word == "CANCELLED" else "ended"
-        return State(word, f"it {how} while it waited in the queue (Slurm: {ended.reason})")
-    cause = f"(Slurm: {ended.reason}, exit code {ended.exit_code})"
+        return State(word, f"it {how} while it waited in the queue{_slurm_says(ended.reason)}")
+    cause = _slurm_says(ended.reason, f"exit code {ended.exit_code}")
     if job.missing_folder:
-        note = f"its batch script never ran: the folder of its output is not there: {job.missing_folder} {cause}"
+        note = f"its batch script never ran: the folder of its output is not there: {job.missing_folder}{cause}"
         return State(word, note, (f"make it, then submit again: mkdir -p {shlex.quote(job.missing_folder)}",))
     if ended.reason == "JobLaunchFailure":
-        note = f"its batch script never ran: {ended.batch_host} could not start it {cause}"
+        note = f"its batch script never ran: {ended.batch_host} could not start it{cause}"
         advice = f"submit the job again with --exclude {ended.batch_host}, and report that node to your administrator"
         return State(word, note, (advice,))
-    return State(
-        word, f"it ended before an agent led it {cause}", (f"see what its batch script wrote: {ended.output}",)
-    )
+    return State(word, f"it ended before an agent led it{cause}", (f"see what its batch script wrote: {ended.output}",))
+
+
+def _slurm_says(reason: str, *more: str) -> str:
+    said = [*([] if reason == "None" else [f"Slurm: {reason}"]), *more]
+    return f" ({', '.join(said)})" if said else ""

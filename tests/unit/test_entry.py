@@ -182,6 +182,8 @@ def test_each_command_has_help_that_begins_with_its_usage(capsys: pytest.Capture
         (["logs", "--folow"], "--folow: unknown option; did you mean --follow?"),
         (["logs", "-x"], "-x: unknown option; elastic-hpc logs --help lists all options"),
         (["resize", "--wrong", "no-job"], "--wrong: unknown option; elastic-hpc resize --help lists all options"),
+        (["notice", "--node", "n3"], "--node: expected --node NODE REASON"),
+        (["logs", FAULTS, "-n"], "--lines: expected --lines N"),
         (["notice", "--nod", "n3"], "--nod: unknown option; did you mean --node?"),
         (["rehearse", "--stpes", "9"], "--stpes: unknown option; did you mean --steps?"),
         (

@@ -148,7 +148,7 @@ def test_a_job_that_was_cancelled_while_it_waited_after_a_requeue() -> None:
 def test_a_running_job_that_nobody_leads_is_told_so() -> None:
     now = time.time()
     assert view(seen(silent=65.0), running(), now).note == "nobody leads since 1 min 5 s"
-    assert view(seen(silent=None), Story(), now).note == "nobody leads yet: no agent has started on its first node"
+    assert view(seen(silent=None), Story(), now).note == "it is starting: no agent has started on its first node yet"
 
 
 def test_a_running_job_says_what_keeps_further_nodes_from_coming() -> None:
@@ -403,7 +403,7 @@ def batch(**changes: str) -> slurm.SlurmJob:
         ),
         ("CANCELLED", batch(reason="Priority", batch_host=""), "", "it was cancelled while it waited in the queue", ""),
         ("DEADLINE", batch(reason="DeadLine", batch_host=""), "", "it ended while it waited in the queue", ""),
-        ("FAILED", None, "", "it ended before an agent led it (Slurm: None)", "scontrol show job 4711"),
+        ("FAILED", None, "", "it ended before an agent led it", "scontrol show job 4711"),
     ],
 )
 def test_a_job_whose_batch_script_never_ran_says_why_and_what_to_do(
