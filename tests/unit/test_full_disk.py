@@ -127,7 +127,7 @@ def test_all_that_is_written_once_is_written_again_until_it_stands(disk: Disk, h
     rundir = RunDir(disk.path / "run").create()
     old, new = Host(0, "n0", ("10.0.0.1",), 1), Host(1, "n1", ("10.0.0.2",), 2)
     first = Recorder(rundir, 0, old)
-    first.event("start", {})
+    first.event("started", {})
     first.beat()
     first.publish([old, new])
     first.close()
@@ -154,7 +154,7 @@ def test_all_that_is_written_once_is_written_again_until_it_stands(disk: Disk, h
 
     wait_for(stands, seconds=5)
     assert read_published(rundir) == Published(0, new)
-    assert [event["event"] for event in rundir.events()] == ["start", "lost"]
+    assert [event["event"] for event in rundir.events()] == ["started", "lost"]
     assert (rundir.read("state.json") or {})["strikes"][0]["node"] == "n0"
     assert rundir.read("spec.json") == {"--nodes": "1:2"}
     assert not [name for name in os.listdir(rundir.path) if name.startswith(".")], "no half-written files"

@@ -105,7 +105,7 @@ def test_events_are_whole_and_in_order_when_the_quota_was_full(two: Two) -> None
 
 def test_a_leader_whose_quota_is_full_is_seen_at_work(two: Two) -> None:
     leader, theirs = Recorder(RunDir(two.a), 0, Host(0, "n0", ("127.0.0.1",), 1)), RunDir(two.b)
-    leader.event("start", {})
+    leader.event("started", {})
     leader.beat()
     wait_for(theirs.events)
     wait_for(theirs.heartbeat)
