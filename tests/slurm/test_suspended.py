@@ -73,7 +73,7 @@ def test_a_job_that_is_suspended_for_longer_than_the_hang_timeout_goes_on_withou
 ) -> None:
     script = folder / "steps.py"
     script.write_text(SCRIPT)
-    job = submit("--nodes", "2", "--hang-timeout", "8", script=script)
+    job = submit("--nodes", "2", "--hang-timeout", "15", script=script)
 
     def step() -> int:
         path = fresh.seen_from_login(job.run_dir / "steps")
@@ -84,7 +84,7 @@ def test_a_job_that_is_suspended_for_longer_than_the_hang_timeout_goes_on_withou
     before = wait_for("the workers to stand still", lambda: _still(step))
     refused = fresh.exec([HPC, "resize", job.id, "1:2"], cwd=folder, check=False)
     assert f"job {job.id} is SUSPENDED, and no agent of it answers: try again when it runs" in refused.stderr
-    time.sleep(20)  # the suspension itself: nothing tells of its length but its length
+    time.sleep(30)  # the suspension itself: nothing tells of its length but its length
     assert step() == before
     fresh.mini("exec", "--root", "--", "scontrol", "resume", job.id)
     wait_for("further steps", lambda: step() > before + 20)

@@ -66,8 +66,8 @@ def test_what_a_worker_does_is_seen(started: subprocess.Popen[bytes], expected: 
 HUNGRY = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-if child := os.fork():
-    os.nice(19)
+if os.fork() and os.fork():
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     print(flush=True)
 while True: pass
 """
