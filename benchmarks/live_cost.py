@@ -22,12 +22,14 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--step", type=float, default=0.02, metavar="SECONDS", help="of a step (default: %(default)s)")
 parser.add_argument("--steps", type=int, default=50, metavar="N", help="in turn (default: %(default)s)")
 parser.add_argument("--rounds", type=int, default=15, metavar="N", help="default: %(default)s")
+parser.add_argument("--compute", action="store_true", help="compute for as long as a step takes, instead of sleeping")
 parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
 args = parser.parse_args()
 
 net = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 1))
 optimizer = torch.optim.SGD(net.parameters(), lr=1e-6)
-inputs = torch.ones(4, 64)
+inputs, matrix = torch.ones(4, 64), torch.ones(256, 256)
+torch.set_num_threads(1)
 run = live(net, optimizer)
 
 
@@ -36,7 +38,11 @@ def train() -> None:
     ends = time.perf_counter() + args.step
     optimizer.zero_grad()
     loss = run.model(inputs).square().mean()
-    time.sleep(max(0.0, ends - time.perf_counter()))  # as a worker that waits for its GPU: its caches are cold then
+    if args.compute:
+        while time.perf_counter() < ends:
+            torch.mm(matrix, matrix)
+    else:
+        time.sleep(max(0.0, ends - time.perf_counter()))  # as a worker that waits for its GPU: its caches are cold then
     loss.backward()
     optimizer.step()
 

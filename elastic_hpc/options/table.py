@@ -146,8 +146,8 @@ LAUNCH_OPTIONS = (
                   help="time after which the workers are declared hung: no worker of a node has reported progress or, "
                        "if the script never reports progress, written output; the job saves the workers' stacks "
                        "beside their logs and restarts the workers. auto: 10 times the longest silence of all workers "
-                       "so far, at least 5 minutes, longer before the first step and while they compute or write, no "
-                       "limit for a script that gives no sign of life (default: auto)"),
+                       "so far, at least 5 minutes, longer in the first steps of a round and while they compute or "
+                       "write, no limit for a script that gives no sign of life (default: auto)"),
     ElasticOption("slow-node", "FACTOR[:leave]|off", SlowNode.parse, elastic_only=True,
                   help="report a node whose workers take FACTOR times as long as those of the other nodes in a step "
                        "before its collectives; FACTOR:leave: the job leaves that node at a step boundary, as soon as "
