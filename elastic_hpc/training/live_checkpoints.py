@@ -49,7 +49,7 @@ class LiveCheckpoints:
         except CheckpointError as error:
             if must:
                 raise
-            log.warning("%s; the training continues without checkpoints", error)
+            _warn(error)
 
     def load(self) -> int:
         """Returns how many steps are done: those of the newest checkpoint, or of the script's own."""
@@ -63,11 +63,11 @@ class LiveCheckpoints:
         """Save after ``step`` steps if ``every`` steps were done since the last attempt."""
         if not self.every or step // self.every <= self.last[1] // self.every:
             return
-        self.last[1] = step
         try:
             self._save(step)
         except CheckpointError as error:
-            log.warning("%s; the training continues", error)
+            self.last[1] = step
+            _warn(error)
 
     def save_last(self, step: int) -> None:
         """Save before the loop ends. Raises CheckpointError."""
@@ -84,3 +84,8 @@ class LiveCheckpoints:
         finally:
             self.saving = False
         self.last = [step, step]
+
+
+def _warn(error: CheckpointError) -> None:
+    if world()[0] == 0:
+        log.warning("%s; the training continues, and tries again when the next checkpoint is due", error)

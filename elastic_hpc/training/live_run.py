@@ -75,6 +75,9 @@ class LiveRun:
         """Whether ``steps`` has ended early, because of a drain."""
         self.model = LiveModel(net)
         """The model, to be called in a step; it stays the same object in all worlds."""
+        self._modules = list(self.model.modules())
+        self._modes: list[bool] = []
+        """Whether each of them was in training mode when the step began."""
         self.world = reform.LiveWorld.now()
         """The ranks that train together. It is another one after a fault, so ask anew in each step."""
         self._stuck = 0
@@ -145,6 +148,7 @@ class LiveRun:
     def begin(self) -> int:
         """An attempt begins; for ``Attempt``. Returns how many steps are done."""
         self._start.begin(self.step)
+        self._modes = [module.training for module in self._modules]
         self._optimizers.begin()
         self._began = time.monotonic()
         self._timer.begin()
@@ -160,6 +164,8 @@ class LiveRun:
         if not self.is_interruption(error):
             self._failed = True
             return False
+        for module, mode in zip(self._modules, self._modes, strict=True):
+            module.training = mode  # an evaluation in the step may have been interrupted
         done, torn = self._optimizers.interrupted()
         if done:
             self._done()
@@ -290,7 +296,7 @@ class LiveRun:
         newest, whole = max(steps)
         if newest >= 0:
             source, rank = steps.index((newest, whole)), self.world.rank
-            if not whole or min(steps) < (newest, whole):
+            if self.world.size > 1 and (not whole or min(steps) < (newest, whole)):
                 lacking = steps[rank] < (newest, whole) or not (whole or rank == source)
                 self.step = self._states.share(source, newest, lacking=lacking)
             self._over, *self._checkpoints.last = (max(report[which] for report in reports) for which in (2, 3, 4))

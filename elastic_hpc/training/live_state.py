@@ -151,6 +151,8 @@ class LiveModel(torch.nn.Module):
         self._wrapped = [module]  # in a list, so that the parameters are not found twice
 
     def enter(self, wrapped: torch.nn.Module) -> None:
+        if wrapped is not self.module:
+            wrapped.training = self.training  # the script may set the mode once for all worlds
         self._wrapped[0] = wrapped
 
     @property

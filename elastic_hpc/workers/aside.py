@@ -104,7 +104,8 @@ def at_import(names: set[str]) -> None:
 
 def remove_finder(finder: object) -> None:
     """Take ``finder`` out of ``sys.meta_path``. The list is replaced, because an import of another thread may be going
-    through the list: if this function shortened the list, that import would miss a finder.
+    through the list: if this function shortened the list, that import would miss a finder. A finder that a thread adds
+    at the same moment may be lost.
     """
     sys.meta_path = [other for other in sys.meta_path if other is not finder]
 
@@ -264,7 +265,7 @@ class Aside:
 
         def find_spec(name: str, *rest: object) -> "ModuleSpec | None":
             spec: ModuleSpec | None = original(name, *rest)
-            return self.find_spec(name) or spec if spec and name in self._held else spec
+            return (self.find_spec(name) or spec) if spec else None
 
         finder.find_spec = find_spec
 
@@ -321,7 +322,8 @@ class Aside:
             if other in self._later:
                 holder, child = self._later.pop(other)
                 setattr(holder, child, module)
-            _set_spec(module, None)
+            if other != name:  # that of ``name`` tells other threads to wait
+                _set_spec(module, None)
             self._given[other] = self._held[other]
             sys.modules.setdefault(other, module)
             del self._held[other]
@@ -394,8 +396,9 @@ class Aside:
 
 def _set_spec(module: "ModuleType", spec: "ModuleSpec | None") -> None:
     """Set ``__spec__`` of a module that has this attribute, even if the module lets nobody set its attributes."""
-    if isinstance(module, type(sys)) and "__spec__" in vars(module):
-        vars(module)["__spec__"] = spec
+    names = getattr(module, "__dict__", None)
+    if type(names) is dict and "__spec__" in names:
+        names["__spec__"] = spec
 
 
 class _Loader:
@@ -408,8 +411,8 @@ class _Loader:
         return self._module
 
     def exec_module(self, module: "ModuleType") -> None:
-        _set_spec(module, self._spec)  # the import system has just set another spec
-        self._aside.give(self._name)
+        self._aside.give(self._name)  # other threads wait, because of the spec that the import system has just set
+        _set_spec(module, self._spec)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._spec and self._spec.loader, name)

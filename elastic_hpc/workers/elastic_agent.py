@@ -36,7 +36,7 @@ from elastic_hpc.membership.messages import Failure
 from elastic_hpc.membership.policy import TERM_GRACE, Policy
 from elastic_hpc.training.departures import LEAVING_FILE, UNKNOWN
 from elastic_hpc.training.drain import DRAIN_FILE
-from elastic_hpc.training.progress import LOCAL_DIR
+from elastic_hpc.training.progress import LOCAL_DIR, why_not_in_place
 from elastic_hpc.workers import proc, stacks
 from elastic_hpc.workers.drain import DrainSignals
 from elastic_hpc.workers.failures import first_failure
@@ -237,10 +237,10 @@ class ElasticAgent(LocalElasticAgent):
         if self._is_draining and not self._drain_passed_on and not self._is_between_loops(living.keys()):
             self._drain_passed_on = True
             self._pauses = self._is_for_new_world and living.keys() <= self._lives.connected
-            if self._pauses:
-                self._lives.pause(now=False)
-            else:
+            if not self._pauses:
                 Path(os.environ[LOCAL_DIR], DRAIN_FILE).touch()
+        if self._pauses:
+            self._lives.pause(now=False)  # again, as a worker may have begun its next loop meanwhile
         self._report_progress()
         listens = self._watch.progress.listens or self._pauses
         if self._drain_passed_on and not listens:
@@ -259,7 +259,10 @@ class ElasticAgent(LocalElasticAgent):
         """Whether live workers are to pause, and have left a loop of ``live``: they can pause in their next loop. If
         none begins in half of the grace, they are to save and stop.
         """
-        if not (self._is_for_new_world and self._lives.were_live) or self._lives.connected.issuperset(living):
+        if self._received or not (self._is_for_new_world and self._lives.were_live):
+            return False
+        ranks = range(self._worker_group.spec.local_world_size)
+        if self._lives.connected.issuperset(living) or any(why_not_in_place(os.environ[LOCAL_DIR], r) for r in ranks):
             return False
         self._drain_came_at = self._drain_came_at or time.monotonic()
         return time.monotonic() - self._drain_came_at < self._policy.grace / 2

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -221,8 +222,12 @@ def test_salloc_gives_a_shell_on_the_first_node(fresh: Cluster) -> None:
 
 
 def test_down_leaves_no_process_file_or_control_group() -> None:
-    def groups() -> set[str]:
-        return {str(path) for path in Path("/sys/fs/cgroup").glob("*/mini-slurm-*")}
+    directory = tempfile.mkdtemp(prefix="mini-")
+    state = Path(directory) / "state"
+    own = f"mini-slurm-{zlib.crc32(os.fsencode(state)):08x}"  # other tests have clusters of their own
+
+    def groups() -> list[Path]:
+        return list(Path("/sys/fs/cgroup").glob(f"*/{own}"))
 
     def processes() -> list[str]:
         found = []
@@ -231,16 +236,13 @@ def test_down_leaves_no_process_file_or_control_group() -> None:
                 found += [entry.parent.name] if os.fsencode(directory) in entry.read_bytes() else []
         return found
 
-    before, directory = groups(), tempfile.mkdtemp(prefix="mini-")
     try:
-        with started(Path(directory) / "state", "--site", "--nodes", "1") as made:
+        with started(state, "--site", "--nodes", "1") as made:
             made.exec(["sbatch", "-t1", "-o", "/dev/null", "--wrap", "srun sleep 60"])
-            wait_for(
-                "its groups", lambda: list(Path("/sys/fs/cgroup/freezer").glob("mini-slurm-*/n1/slurm*/uid*/job*"))
-            )
-            assert groups() > before
+            wait_for("its groups", lambda: list(Path("/sys/fs/cgroup/freezer").glob(f"{own}/n1/slurm*/uid*/job*")))
+            assert groups()
             assert processes()
-        assert groups() <= before  # another cluster may have ended
+        assert not groups()
         assert not os.listdir(directory)
         wait_for("the end of its processes", lambda: not processes())
     finally:

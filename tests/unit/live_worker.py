@@ -3,7 +3,8 @@
 Run as a script. It writes ``stepped.ROUND.RANK`` into the run directory at each step (pid, world size, restarts, step)
 and ``paused.ROUND.PID`` when it has paused, and ends when that has ``enough``. A file ``WHAT.PID`` there makes the
 worker do something: ``breaks`` and ``cannot``, send that message; ``leaves``, close the connection and go on, as
-between two loops; ``returns``, connect again; ``deaf``, answer no pause.
+between two loops; ``returns``, connect again; ``shards``, close it for good; ``deaf``, answer no pause. A worker that
+is not connected and is to save and stop writes ``drained.PID``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from elastic_hpc.training.drain import enter_round
-from elastic_hpc.training.progress import report_progress
+from elastic_hpc.training.drain import enter_round, is_told_to_drain
+from elastic_hpc.training.progress import note_in_place, report_progress
 
 
 class Agent:
@@ -97,12 +98,18 @@ def main() -> None:
         elif told("leaves"):
             agent.socket.close()
             here = False
+        elif told("shards"):
+            note_in_place("the model is sharded")
+            agent.socket.close()
+            here = False
         elif told("returns"):
             agent.connect()
             here = True
         elif told("deaf"):
             time.sleep(600)
         elif not here:
+            if is_told_to_drain():
+                (run / f"drained.{os.getpid()}").touch()
             time.sleep(0.02)
         elif message := agent.receive(0.02):
             agent.pause(step, message)

@@ -528,6 +528,28 @@ thread.join()
     assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, "0\nTrue True 2\n", "")
 
 
+def test_a_thread_waits_for_the_import_that_another_makes(launch: Launch) -> None:
+    script("print('loaded')\nimport tail", "mine.py")
+    script("", "tail.py")
+    name = script("""
+import os, sys, threading
+def load():
+    import mine
+    print("tail" in sys.modules)
+thread, write = threading.Thread(target=load), os.write
+def hook(descriptor, data):
+    if data == b"loaded\\n":
+        thread.start()
+        thread.join(1)
+    return write(descriptor, data)
+os.write = hook
+import mine
+thread.join()
+""")
+    warm = launch(name, modules=("mine",))
+    assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, "loaded\nTrue\n", "")
+
+
 def test_a_thread_that_finds_a_module_finds_its_effects_too(launch: Launch) -> None:
     script("import os\nos.environ['SET_BY_IMPORT'] = '1'", "mine.py")
     name = script("""

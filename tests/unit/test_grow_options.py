@@ -146,7 +146,7 @@ def test_options_for_joiners_are_parameters_of_submitits_executors(project: Proj
 
 def test_elastic_srun_which_does_not_grow_says_so(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert srun(["--local", "2", "--grow-partition", "cheap", "train.py"]) == 2
-    assert "--grow-partition=cheap: elastic-srun runs in the current allocation" in capsys.readouterr().err
+    assert "--grow-partition=cheap: is for jobs that elastic-sbatch submits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

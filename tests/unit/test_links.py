@@ -157,7 +157,7 @@ async def hangs_15_s_after_a_cut(job: Job) -> None:
 
 @given(st.integers(0, 2**32), st.integers(4, 6), st.sampled_from([0, 1, 5]))
 @settings(max_examples=4, deadline=None)
-def test_whatever_links_fail_for_however_long_the_job_goes_on_and_is_whole_when_all_are_well(
+def test_whatever_links_fail_for_however_long_the_job_goes_on_and_is_whole_afterwards(
     seed: int, size: int, flaps: int
 ) -> None:
     """One or two pairs at a time, in one direction or in both, with the leader or without, also while nodes are tried;
@@ -186,7 +186,7 @@ def test_whatever_links_fail_for_however_long_the_job_goes_on_and_is_whole_when_
         assert await job.until(lambda: not apart(job) and sum(node.workers.alive for node in job.nodes) >= 2, 100)
         job.heal()
         whole = lambda: len(last_world(job)) == size and job.training()  # noqa: E731
-        assert await job.until(whole, 2500) or flaps, job.events[-8:]
+        assert await job.until(whole, 2500) or flaps > 1, job.events[-8:]  # a node that was left thrice stays out
         assert not job.over()
 
     job.run(story)

@@ -49,7 +49,8 @@ for attempt in run.steps(until=options["until"]):
 {indent(last, 8)}
         scheduler.step()
 {indent(after, 4)}
-write(end=run.step, epoch=scheduler.last_epoch, weights=[each.sum().item() for each in net.parameters()])
+weights = [each.sum().item() for each in net.parameters()]
+write(end=run.step, epoch=scheduler.last_epoch, weights=weights, training=net.training)
 os._exit(0)
 """
 
@@ -116,6 +117,43 @@ def test_ranks_may_evaluate_different_numbers_of_batches(train):
             run.model.train()
     """
     assert len(ends(train(script(after=evaluates), 2, until=10))) == 2
+
+
+def test_the_mode_of_the_model_holds_in_all_worlds_and_an_interrupted_evaluation_leaves_it(train):
+    """The script sets it once; a worker that joins then sets it in a later world than the others."""
+    evaluates = """
+        if step == 10 and run.world.round == 1:
+            net.train()
+            fault("evaluation", 10, run.world.rank)
+            dist.all_reduce(torch.ones(100))
+            net.eval()
+    """
+    fault = {"where": "evaluation", "step": 10, "rank": 2, "do": "SIGKILL"}
+    agents = train(script(before="run.model.eval()", last=evaluates), 3, until=14, faults=[fault])
+    agents.until(lambda: not agents.workers[2].alive)
+    agents.again(3)
+    first, *others = ends(agents)
+    assert [end["weights"] for end in others] == [first["weights"]] * 2
+    assert [end["training"] for end in (first, *others)] == [False] * 3
+
+
+def test_a_save_that_a_fault_interrupts_is_done_in_the_next_world(train, tmp_path):
+    folder = tmp_path / "checkpoints"
+    slow = """
+        class Slow:
+            def state_dict(self):
+                fault("save", run.step if "run" in globals() else 0, 0)
+                return {}
+            def load_state_dict(self, _): pass
+        states = {"slow": Slow()}
+    """
+    fault = {"where": "save", "step": 5, "rank": 0, "do": "SIGKILL"}
+    saves = {"folder": str(folder), "checkpoint_every": 5}
+    agents = train(script(begin=slow), 3, until=8, live=saves, faults=[fault])
+    agents.until(lambda: not agents.workers[0].alive)
+    agents.again()
+    assert len(ends(agents)) == 2
+    assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-00000005", "step-00000008"]
 
 
 def test_a_group_of_the_script_waits_for_a_rank_that_is_slow(train):

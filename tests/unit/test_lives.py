@@ -240,6 +240,17 @@ def test_a_node_that_joins_between_two_loops_costs_no_process(local: Callable[..
         assert joins.wait(30) == 0
 
 
+def test_a_worker_that_can_never_pause_is_to_save_at_once(local: Callable[..., Local]) -> None:
+    job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "2", "--grace", "600")
+    before = pids(job, 1, 0, 1, 2)
+    with agent_that_joins(job, job.run_dir / "said") as join:
+        assert pids(job, 2, 0, 1) == before[:2]
+        (job.run_dir / f"shards.{before[0]}").touch()
+        job.wait_for(lambda: not (job.run_dir / f"shards.{before[0]}").exists())
+        join()
+        job.wait_for((job.run_dir / f"drained.{before[0]}").exists)  # not after half of the grace
+
+
 @pytest.fixture
 def paused(local: Callable[..., Local]) -> tuple[Local, list[int]]:
     """A job whose worker of rank 0 has paused, while its agent waits for the other node, and the pids."""
