@@ -195,6 +195,7 @@ def agent_that_joins(job: Local, said: Path) -> Iterator[Callable[[], subprocess
 
         def join() -> subprocess.Popen[bytes]:
             joins = subprocess.Popen(command, env=environ, cwd=job.run_dir.parents[1], stderr=file)
+            stack.callback(joins.wait)
             stack.callback(joins.kill)
             return joins
 
