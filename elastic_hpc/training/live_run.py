@@ -297,7 +297,7 @@ class LiveRun:
         if newest >= 0:
             source, rank = steps.index((newest, whole)), self.world.rank
             if self.world.size > 1 and (not whole or min(steps) < (newest, whole)):
-                lacking = steps[rank] < (newest, whole) or not (whole or rank == source)
+                lacking = rank != source and (not whole or steps[rank] < (newest, whole))
                 self.step = self._states.share(source, newest, lacking=lacking)
             self._over, *self._checkpoints.last = (max(report[which] for report in reports) for which in (2, 3, 4))
         elif any(has == TORN for has, *_ in reports):

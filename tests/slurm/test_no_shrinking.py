@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,7 +11,7 @@ from test_doctor_site import doctor
 from test_giving_way import Other, gives_way, other  # noqa: F401 - fixtures
 from test_grow import SOON, Steady, busy, steady  # noqa: F401 - fixtures
 from test_resize import ask, assert_nothing_was_lost, given_back, nodes_of
-from test_site_bed import configured
+from test_site_bed import forbids_shrinking
 
 pytestmark = [ON_DEMAND, pytest.mark.usefixtures("no_shrinking"), pytest.mark.site]
 FORBIDDEN = "this site does not let a job give nodes back (SchedulerParameters=disable_job_shrink)"
@@ -20,9 +19,7 @@ FORBIDDEN = "this site does not let a job give nodes back (SchedulerParameters=d
 
 @pytest.fixture
 def no_shrinking(fresh: Cluster) -> Iterator[None]:
-    before = re.search(r"^SchedulerParameters=(.*)", (fresh.state / "etc/slurm/slurm.conf").read_text(), re.MULTILINE)
-    assert before
-    with configured(fresh, SchedulerParameters=f"{before[1]},disable_job_shrink", PrivateData="jobs"):
+    with forbids_shrinking(fresh, PrivateData="jobs"):
         yield
 
 

@@ -55,6 +55,13 @@ def ended(cluster: Cluster, job: str) -> list[str]:
     return wait_for(f"the end of job {job} in the accounting", look)
 
 
+def forbids_shrinking(cluster: Cluster, **settings: str) -> contextlib.AbstractContextManager[None]:
+    """``configured``, with ``disable_job_shrink`` too."""
+    before = re.search(r"^SchedulerParameters=(.*)", (cluster.state / "etc/slurm/slurm.conf").read_text(), re.MULTILINE)
+    assert before
+    return configured(cluster, SchedulerParameters=f"{before[1]},disable_job_shrink", **settings)
+
+
 @contextlib.contextmanager
 def configured(cluster: Cluster, **settings: str) -> Iterator[None]:
     """slurm.conf with other settings, for a time."""

@@ -12,7 +12,7 @@ import pytest
 from conftest import COUNTS, Cluster, Job, wait_for
 from on_demand import ON_DEMAND
 from test_doctor_site import doctor
-from test_site_bed import configured, ended, root
+from test_site_bed import ended, forbids_shrinking, root
 
 Submit = Callable[..., Job]
 TOOL = str(Path(sys.executable).with_name("elastic-hpc"))
@@ -33,9 +33,7 @@ def one_job(fresh: Cluster) -> Iterator[None]:
 
 @pytest.fixture
 def no_shrink(cluster: Cluster) -> Iterator[None]:
-    before = re.search(r"^SchedulerParameters=(.*)", (cluster.state / "etc/slurm/slurm.conf").read_text(), re.MULTILINE)
-    assert before
-    with configured(cluster, SchedulerParameters=f"{before[1]},disable_job_shrink", PreemptType="preempt/qos"):
+    with forbids_shrinking(cluster, PreemptType="preempt/qos"):
         yield
 
 

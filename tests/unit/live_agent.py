@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import marshal
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,20 @@ from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("live_script.py")
+
+
+@contextlib.contextmanager
+def trainings(nursery: Nursery, folder: Path) -> Iterator[Callable[..., Agents]]:
+    """A function that starts a training: ``(SIZE, **options of Agents)``. All end with the block."""
+    with contextlib.ExitStack() as made:
+
+        def start(size: int, **options: Any) -> Agents:
+            agents = Agents(Path(tempfile.mkdtemp(dir=folder)), nursery, **options)
+            made.callback(agents.close)
+            agents.start(size)
+            return agents
+
+        yield start
 
 
 class Worker:

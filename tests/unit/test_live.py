@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from live_agent import ROOT, SCRIPT, Agents
+from live_agent import ROOT, SCRIPT, trainings
 from live_nursery import Nursery
 from on_demand import ON_DEMAND
 from torch.distributed import TCPStore
@@ -37,16 +37,8 @@ def nursery():
 @pytest.fixture
 def train(nursery, tmp_path):
     """Starts a training: ``train(SIZE, **options of live_script)``."""
-    made = []
-
-    def start(size, **options):
-        made.append(Agents(tmp_path / str(len(made)), nursery, **options))
-        made[-1].start(size)
-        return made[-1]
-
-    yield start
-    for agents in made:
-        agents.close()
+    with trainings(nursery, tmp_path) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 import pytest
-from live_agent import Agents
+from live_agent import trainings
 from live_nursery import Nursery
 from torch_214 import IN_PLACE, TORCH_214
 
@@ -69,18 +69,9 @@ def nursery():
 @pytest.fixture
 def train(nursery, tmp_path):
     """Starts ``size`` workers of a script: ``train(TEXT, size, **options)``."""
-    made = []
-
-    def start(text, size, **options):
-        file = tmp_path / f"script{len(made)}.py"
-        file.write_text(text)
-        made.append(Agents(tmp_path / str(len(made)), nursery, script=file, **options))
-        made[-1].start(size)
-        return made[-1]
-
-    yield start
-    for agents in made:
-        agents.close()
+    file = tmp_path / "script.py"
+    with trainings(nursery, tmp_path) as start:
+        yield lambda text, size, **options: file.write_text(text) and start(size, script=file, **options)
 
 
 def ends(agents):
