@@ -27,6 +27,12 @@ them.
 """
 
 
+_SAME = 0.5
+"""The same signal again within so many seconds is the same request: ``timeout`` and other programs that start
+elastic-srun pass a signal on, also one that the terminal or ``timeout`` has sent to elastic-srun itself.
+"""
+
+
 class _VerdictClock:
     """The time since this process noticed the verdict of this run, which a leader may withdraw. A file system that
     stalls blocks no caller.
@@ -61,6 +67,7 @@ class Agents:
     def __init__(self, rundir: RunDir, commands: list[tuple[list[str], dict[str, str]]]) -> None:
         self._rundir = rundir
         self._signals: list[int] = []
+        self._last = (0, 0.0)
         self._handled = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -122,6 +129,9 @@ class Agents:
             self._stop(self._handled)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        before, self._last = self._last, (signum, time.monotonic())
+        if before[0] == signum and self._last[1] - before[1] < _SAME:
+            return
         self._signals.append(signum)
         os.eventfd_write(self._wake, 1)
         if len(self._signals) > 2:

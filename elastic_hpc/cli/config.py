@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_hpc.cli.sbatch import job_file
+from elastic_hpc.errors import UsageError, argument
 from elastic_hpc.job.config import Configuration, files
 from elastic_hpc.job.request import Request, configured
 from elastic_hpc.options.sbatch import COMMAND_LINE
@@ -35,10 +36,16 @@ _SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", choices=["show"], metavar="show", help="may be left out")
+    parser.add_argument("what", nargs="?", type=argument(_show), metavar="show", help="may be left out")
     parser.add_argument("--file", metavar="FILE", help="a job file, as for elastic-sbatch --file")
     parser.add_argument("--all", action="store_true", help="include options that have their default")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with a list of settings")
+
+
+def _show(word: str) -> str:
+    if word != "show":
+        raise UsageError(f"{word}: expected no argument, or show: elastic-hpc config show")
+    return word
 
 
 def run(args: argparse.Namespace) -> int:

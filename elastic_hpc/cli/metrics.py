@@ -15,7 +15,7 @@ from elastic_hpc.cli.jobs import add_job, looks_of
 from elastic_hpc.errors import ElasticError, UsageError, argument, of_option
 from elastic_hpc.job.look import Jobs
 from elastic_hpc.options.durations import seconds
-from elastic_hpc.options.values import count
+from elastic_hpc.options.values import port
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.job import JobView
 from elastic_hpc.view.metrics import JobMetrics
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--output", metavar="FILE", help="write the metrics to FILE, replaced atomically")
     how.add_argument(
-        "--port", type=argument(of_option("--port", count)), metavar="PORT", help="serve the metrics over HTTP"
+        "--port", type=argument(of_option("--port", port)), metavar="PORT", help="serve the metrics over HTTP"
     )
     parser.add_argument(
         "--every",
@@ -84,11 +84,14 @@ def _write(registry: CollectorRegistry, path: str) -> None:
         raise ElasticError(f"{path}: {error.strerror}") from error
 
 
-def _serve(registry: CollectorRegistry, address: str, port: int) -> int:
+def _serve(registry: CollectorRegistry, address: str, at: int) -> int:
     try:
-        server, thread = start_http_server(port, address, registry)
-    except (OSError, OverflowError) as error:
-        raise ElasticError(f"--port {port}: {error}; choose another, for example --port 9650") from error
+        server, thread = start_http_server(at, address, registry)
+    except OSError as error:
+        raise ElasticError(
+            f"--address {address} --port {at}: {error.strerror}; expected an address of this machine and a free port, "
+            "for example --port 9650"
+        ) from error
     print(f"http://{address}:{server.server_port}/metrics, until Ctrl-C", file=sys.stderr, flush=True)
     _until_ctrl_c().wait()
     server.shutdown()

@@ -21,7 +21,7 @@ from elastic_hpc.cli.jobs import add_job, looks_of
 from elastic_hpc.errors import ElasticError, argument, of_option
 from elastic_hpc.job.handle import Job, why
 from elastic_hpc.job.look import Jobs, Look
-from elastic_hpc.options.values import count
+from elastic_hpc.options.values import port
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import Logs, Wanted
 from elastic_hpc.view.live import ACTIONS, job_page, jobs_page
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "*")
     parser.add_argument(
         "--port",
-        type=argument(of_option("--port", count)),
+        type=argument(of_option("--port", port)),
         metavar="PORT",
         default=0,
         help="port to listen on (default: any free one)",
@@ -60,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
     site = _Pages(args.job)
     try:
         server = _PageServer(("127.0.0.1", args.port), site)
-    except (OSError, OverflowError) as error:
-        raise ElasticError(f"--port {args.port}: {error}; choose another, or leave --port out") from error
-    port = server.server_port
-    tunnel = f"from your own machine, first: ssh -N -L {port}:127.0.0.1:{port} {socket.gethostname()}"
-    print(f"http://127.0.0.1:{port}/{site.token}/\n{tunnel}\nCtrl-C ends this", file=sys.stderr, flush=True)
+    except OSError as error:
+        raise ElasticError(f"--port {args.port}: {error.strerror}; choose another, or leave --port out") from error
+    listens = f"127.0.0.1:{server.server_port}"
+    tunnel = f"from your own machine, first: ssh -N -L {server.server_port}:{listens} {socket.gethostname()}"
+    print(f"http://{listens}/{site.token}/\n{tunnel}\nCtrl-C ends this", file=sys.stderr, flush=True)
     with server, contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
     return 0

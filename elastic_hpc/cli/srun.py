@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import secrets
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -198,8 +199,10 @@ def _outcome(rundir: RunDir, run: Agents, *, local: bool) -> int:
     if verdict is None:
         entry.tell("elastic-srun", "the agents left no verdict; see their messages above")
         return 1
-    entry.tell("elastic-srun", f"{verdict['outcome']}: {verdict['reason']} ({rundir.path})")
-    return 0 if verdict["outcome"] == "finished" else 1
+    finished = verdict["outcome"] == "finished"
+    said = "" if finished else f"{verdict['outcome']}: {verdict['reason']}; "  # the leader has logged the end
+    entry.tell("elastic-srun", f"{said}elastic-hpc why {shlex.quote(str(rundir.path))} explains the run")
+    return 0 if finished else 1
 
 
 def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:

@@ -117,6 +117,12 @@ def count(text: str) -> int:
     raise UsageError(f"{text!r}: expected a whole number, 0 or more, for example 10")
 
 
+def port(text: str) -> int:
+    if (found := number(text)) is not None and found < 65536:
+        return found
+    raise UsageError(f"{text!r}: expected a port, 0 to 65535, where 0 stands for any free port; for example 9650")
+
+
 def positive(text: str) -> int:
     if found := number(text):
         return found

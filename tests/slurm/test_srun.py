@@ -27,8 +27,9 @@ def test_a_job_in_an_allocation_is_shown_live_and_ends_with_its_verdict(fresh: C
     done = fresh.exec([*salloc("--nodes=3"), SRUN, TRAIN, "--epochs", "2"], cwd=folder, timeout=120)
     assert "accuracy" in done.stdout
     assert "[rank0]: " in done.stdout
-    assert "elastic-srun: finished: all workers finished" in done.stderr
+    assert done.stderr.count("finished: all workers finished") == 1, "the leader says it, once"
     (run_dir,) = (folder / "elastic-logs").iterdir()
+    assert done.stderr.endswith(f"elastic-srun: elastic-hpc why {run_dir} explains the run\n")
     events = RunDir(run_dir).events()
     assert [event["world_size"] for event in events if event["event"] == "round"] == [3]
     assert (run_dir / "logs" / "0.1" / "n1.rank0.log").exists()

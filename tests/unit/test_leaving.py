@@ -162,56 +162,65 @@ def test_a_main_thread_that_does_not_do_what_the_leader_orders_is_noticed(
         cluster.close()
 
 
+@pytest.fixture
+def handlers_return() -> Iterator[None]:
+    """The signal handlers of this process are the same after the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 FROZEN_AGENT = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
 DEAF_AGENT = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
 )
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "handlers_return")
 @pytest.mark.parametrize("code", [FROZEN_AGENT, DEAF_AGENT])
 def test_elastic_srun_ends_what_has_not_left_long_after_the_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str
 ) -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        rundir = RunDir(tmp_path)
-        run = agents.Agents(rundir, [([sys.executable, "-c", code], dict(os.environ)), (["true"], {})])
-        rundir.write("verdict.json", {"outcome": "finished"})
-        run.wait()
-        assert [process.returncode for process in run._processes] == [-signal.SIGKILL, 0]
-        assert "after the verdict not all agents have left: they are ended" in capsys.readouterr().err
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    rundir = RunDir(tmp_path)
+    run = agents.Agents(rundir, [([sys.executable, "-c", code], dict(os.environ)), (["true"], {})])
+    rundir.write("verdict.json", {"outcome": "finished"})
+    run.wait()
+    assert [process.returncode for process in run._processes] == [-signal.SIGKILL, 0]
+    assert "after the verdict not all agents have left: they are ended" in capsys.readouterr().err
 
 
 @needs_freezer
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "handlers_return")
 def test_elastic_srun_does_not_wait_for_what_cannot_be_killed(
     tmp_path: Path, unkillable: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        rundir = RunDir(tmp_path)
-        run = agents.Agents(rundir, [])
-        run._processes = [unkillable]
-        rundir.write("verdict.json", {"outcome": "finished"})
-        run.wait()
-        assert "agents that cannot be killed are left behind" in capsys.readouterr().err
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    rundir = RunDir(tmp_path)
+    run = agents.Agents(rundir, [])
+    run._processes = [unkillable]
+    rundir.write("verdict.json", {"outcome": "finished"})
+    run.wait()
+    assert "agents that cannot be killed are left behind" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("handlers_return")
 def test_without_a_verdict_elastic_srun_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agents, "_LEAVE", 0.2)
     monkeypatch.setattr(agents, "_TICK", 0.1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        run = agents.Agents(RunDir(tmp_path), [(["sleep", "1.5"], dict(os.environ))])
-        run.wait()
-        assert [process.returncode for process in run._processes] == [0]
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    run = agents.Agents(RunDir(tmp_path), [(["sleep", "1.5"], dict(os.environ))])
+    run.wait()
+    assert [process.returncode for process in run._processes] == [0]
+
+
+@pytest.mark.usefixtures("handlers_return")
+def test_a_signal_that_a_wrapper_passes_on_again_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``timeout 8h elastic-srun ...`` sends SIGTERM to elastic-srun, and then to its process group."""
+    asked: list[int] = []
+    monkeypatch.setattr(agents.Agents, "_stop", lambda _self, count: asked.append(count))
+    run = agents.Agents(RunDir(tmp_path), [])
+    for moment, number in [(10, 15), (10.1, 15), (10.4, 2), (10.5, 2), (11, 2)]:
+        monkeypatch.setattr(time, "monotonic", lambda moment=moment: moment)
+        signal.raise_signal(number)
+    run.handle_signals()
+    assert asked == [1, 2, 3], "SIGTERM, Ctrl-C, and Ctrl-C again"
+    assert run.interrupted
