@@ -115,7 +115,7 @@ def running(device: str, preload: str) -> Iterator[Job]:
             yield job
         finally:
             job.process.terminate()
-            job.process.terminate()  # the second signal kills its agents
+            job.process.send_signal(signal.SIGINT)  # kills the agents; SIGTERM again might not count
             job.process.wait()
 
 

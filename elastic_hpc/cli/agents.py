@@ -67,7 +67,7 @@ class Agents:
     def __init__(self, rundir: RunDir, commands: list[tuple[list[str], dict[str, str]]]) -> None:
         self._rundir = rundir
         self._signals: list[int] = []
-        self._last = (0, 0.0)
+        self._signalled = 0.0
         self._handled = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -129,10 +129,11 @@ class Agents:
             self._stop(self._handled)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        before, self._last = self._last, (signum, time.monotonic())
-        if before[0] == signum and self._last[1] - before[1] < _SAME:
+        now = time.monotonic()
+        if self._signals and self._signals[-1] == signum and now - self._signalled < _SAME:
             return
         self._signals.append(signum)
+        self._signalled = now
         os.eventfd_write(self._wake, 1)
         if len(self._signals) > 2:
             self._end()

@@ -218,7 +218,7 @@ def test_a_signal_that_a_wrapper_passes_on_again_counts_once(tmp_path: Path, mon
     asked: list[int] = []
     monkeypatch.setattr(agents.Agents, "_stop", lambda _self, count: asked.append(count))
     run = agents.Agents(RunDir(tmp_path), [])
-    for moment, number in [(10, 15), (10.1, 15), (10.4, 2), (10.5, 2), (11, 2)]:
+    for moment, number in [(10, 15), (10.1, 15), (10.4, 2), (10.5, 2), (10.8, 2), (11, 2)]:
         monkeypatch.setattr(time, "monotonic", lambda moment=moment: moment)
         signal.raise_signal(number)
     run.handle_signals()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from elastic_hpc.cli import agents
 from elastic_hpc.cli.srun import _read, _request
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import Logs, Wanted
@@ -118,7 +119,7 @@ class Local:
     def close(self) -> None:
         for asked in range(1, 4):  # to save, to stop, to be killed
             if self.process.poll() is None:
-                self.process.terminate()
+                self.process.send_signal((signal.SIGTERM, signal.SIGINT)[asked % 2])  # the same again may count once
                 while self.process.poll() is None and self._stopping() < asked < 3:
                     time.sleep(0.05)
         self.process.wait(timeout=60)
@@ -321,6 +322,7 @@ def test_ctrl_c_twice_stops_also_a_script_that_does_not_listen(local: Callable[.
     pid = job.stepped(1, 1)[0]
     job.process.send_signal(signal.SIGINT)
     job.wait_for(lambda: "the workers may save first; once more to stop them at once" in job.output.read_text())
+    time.sleep(agents._SAME)
     job.process.send_signal(signal.SIGINT)
     assert job.process.wait(timeout=30) == 130
     assert job.verdict()["reason"] == "stopped by the user"
