@@ -3,23 +3,23 @@
 _elastic_hpc_options() {
   case "$1" in
   "") echo "-h --help -V --version" ;;
-  "status") echo "-h --help --all --watch --json" ;;
-  "logs") echo "-h --help -f --follow --rank --node --round --stdout --stderr --since --grep -n --lines -t --timestamps" ;;
-  "why") echo "-h --help --json" ;;
-  "timeline") echo "-h --help --html --png" ;;
-  "serve") echo "-h --help --port" ;;
-  "metrics") echo "-h --help --output --port --every --address" ;;
-  "shell") echo "-h --help" ;;
-  "stop") echo "-h --help --after-checkpoint" ;;
-  "clean") echo "-h --help --older-than --with-checkpoints --dry-run --yes" ;;
-  "notice") echo "-h --help --node --well" ;;
-  "plan") echo "-h --help --scaling --work --json" ;;
-  "config") echo "-h --help --file --all --json" ;;
-  "doctor") echo "-h --help --run -N --nodes -p --partition --log-dir --json --write-site" ;;
-  "rehearse") echo "-h --help --nodes --nproc-per-node --acts --steps --timeout --keep --json" ;;
-  "drain") echo "-h --help" ;;
-  "resize") echo "-h --help" ;;
-  "release") echo "-h --help" ;;
+  "status") echo "-h --help -V --version --all --watch --json" ;;
+  "logs") echo "-h --help -V --version -f --follow --rank --node --round --stdout --stderr --since --grep -n --lines -t --timestamps" ;;
+  "why") echo "-h --help -V --version --json" ;;
+  "timeline") echo "-h --help -V --version --html --png" ;;
+  "serve") echo "-h --help -V --version --port" ;;
+  "metrics") echo "-h --help -V --version --output --port --every --address" ;;
+  "shell") echo "-h --help -V --version" ;;
+  "stop") echo "-h --help -V --version --after-checkpoint" ;;
+  "clean") echo "-h --help -V --version --older-than --with-checkpoints --dry-run --yes" ;;
+  "notice") echo "-h --help -V --version --node --well" ;;
+  "plan") echo "-h --help -V --version --scaling --work --json" ;;
+  "config") echo "-h --help -V --version --file --all --json" ;;
+  "doctor") echo "-h --help -V --version --run -N --nodes -p --partition --log-dir --json --write-site" ;;
+  "rehearse") echo "-h --help -V --version --nodes --nproc-per-node --acts --steps --timeout --keep --json" ;;
+  "drain") echo "-h --help -V --version" ;;
+  "resize") echo "-h --help -V --version" ;;
+  "release") echo "-h --help -V --version" ;;
   esac
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -51,6 +51,13 @@ def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
             raise ArgumentError(str(error)) from None
 
     return parsed
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.7, prefix: str = "") -> str:
+    """A question for the ``known`` word that ``word`` resembles, with ``prefix``; empty if there is none."""
+    from difflib import get_close_matches  # noqa: PLC0415 - only an error needs it
+
+    return "".join(f"did you mean {prefix}{close}?" for close in get_close_matches(word, known, n=1, cutoff=cutoff))
 
 
 class SlurmError(ElasticError):

@@ -55,7 +55,7 @@ def _command(command: Command, level: str) -> Iterable[str]:
     if any(help for _, help in command.arguments):
         yield ""
     for title, options in command.groups:
-        shown = [option for option in options if option.flags[-1] != "--help"]
+        shown = [option for option in options if option.flags[-1] not in {"--help", "--version"}]
         if shown:
             yield f"{title[0].upper()}{title[1:]}:\n"
             yield from (f"* `{option.usage}`: {escape(option.help)}" for option in shown)

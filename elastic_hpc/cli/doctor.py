@@ -39,9 +39,9 @@ _COLORS = {Level.BAD: "bold red", Level.WARN: "yellow", Level.UNKNOWN: "magenta"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", action="store_true", dest="runs", help="check the nodes too, with a one-minute job")
     parser.add_argument(
-        "--nodes", "-N", type=argument(_nodes), metavar="N", help="number of nodes of that job (default: 2)"
+        "-N", "--nodes", type=argument(_nodes), metavar="N", help="number of nodes of that job (default: 2)"
     )
-    parser.add_argument("--partition", "-p", metavar="NAME", help="partition to check")
+    parser.add_argument("-p", "--partition", metavar="NAME", help="partition to check")
     parser.add_argument("--log-dir", metavar="DIR", help="parent folder of run directories (default: ./elastic-logs)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(

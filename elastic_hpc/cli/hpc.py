@@ -8,14 +8,14 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, single
 from elastic_hpc.cli.manual import PLAIN, Layout
-from elastic_hpc.errors import ArgumentError, UsageError
+from elastic_hpc.errors import ArgumentError, UsageError, did_you_mean
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
 from elastic_hpc.options.sbatch import WarningSignal
@@ -48,8 +48,6 @@ elastic-hpc refuses to release the job's first node or the leader's node, or to 
 """
 _INTERNAL = ("conclude", "conclude-alone", "warned", "inside")
 """Commands for batch scripts and agents, which no help lists."""
-_CLOSE = 0.7
-"""How similar a word must be to what was probably meant: status is meant by stat, shell is not by help."""
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -58,12 +56,22 @@ class _OneLineParser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, add_help=False, formatter_class=Layout, **PLAIN, **settings)
         self.add_argument("-h", "--help", action="help", help="show this help and exit")
+        version = f"elastic-hpc {__version__}"
+        self.add_argument("-V", "--version", action="version", version=version, help="show the version and exit")
 
     def error(self, message: str) -> NoReturn:
         message = re.sub("^the following arguments are required: ([^,]+).*", r"expected \1", message)
-        if option := re.fullmatch(r"argument (?:-\w/)?(--[\w-]+): expected (one|\d+) arguments?", message):
-            shown = self._get_formatter()._format_action_invocation(self._option_string_actions[option[1]])  # noqa: SLF001
-            raise UsageError(f"{option[1]}: expected {shown.rpartition(', ')[2]}")
+        message = re.sub(r"^one of the arguments (\S+) (\S+) is required", r"expected \1 or \2", message)
+        if option := re.fullmatch(r"argument (?:-\w/)?(--[\w-]+): (.*)", message):
+            flag, said = option.groups()
+            if lacks := re.fullmatch(r"expected (one|\d+) arguments?", said):
+                shown = self._get_formatter()._format_action_invocation(self._option_string_actions[flag])  # noqa: SLF001
+                values = "a value" if lacks[1] == "one" else f"{lacks[1]} values"
+                raise UsageError(f"{flag}: expected {values}: {shown.rpartition(', ')[2]}")
+            if other := re.fullmatch(r"not allowed with argument (?:-\w/)?(--[\w-]+)", said):
+                raise UsageError(f"{other[1]} with {flag}: expected one of them")
+            if value := re.fullmatch(r"ignored explicit argument '(.*)'", said):
+                raise UsageError(f"{flag}={value[1]}: expected no value, for example {flag}")
         usage = " ".join(self.format_usage().split())
         raise UsageError(f"{message.removeprefix('argument ')}; {usage}")
 
@@ -79,7 +87,7 @@ class _OneLineParser(argparse.ArgumentParser):
             self.error(f"{others[0]!r}: unexpected argument")
         if others:
             flag = others[0].partition("=")[0]
-            hint = _hint(flag, self._option_string_actions, f"{self.prog} --help lists all options")
+            hint = did_you_mean(flag, self._option_string_actions, 0.75) or f"{self.prog} --help lists all options"
             raise UsageError(f"{flag}: unknown option; {hint}")
         return namespace, others
 
@@ -99,9 +107,6 @@ def parser(only: str = "") -> argparse.ArgumentParser:
         description="Monitor and control elastic jobs. JOB is a job ID, or a run directory, for "
         "example elastic-logs/4711. For details: elastic-hpc COMMAND --help.",
         epilog="Exit codes: 0 success; 1 failure; 2 the request was refused; 130 Ctrl-C. Some commands have others.",
-    )
-    parser.add_argument(
-        "-V", "--version", action="version", version=f"%(prog)s {__version__}", help="show the version and exit"
     )
     only = _ALIASES.get(only, only)
     commands = parser.add_subparsers(prog="elastic-hpc", dest="command", required=True, metavar="COMMAND")
@@ -159,16 +164,8 @@ def _check_command(argv: Sequence[str]) -> None:
         return
     if not first:
         raise UsageError("expected a command, for example elastic-hpc status; elastic-hpc --help lists all commands")
-    hint = _hint(first, commands, "elastic-hpc --help lists all commands")
+    hint = did_you_mean(first, commands) or "elastic-hpc --help lists all commands"
     raise UsageError(f"{first}: unknown {'option' if first.startswith('-') else 'command'}; {hint}")
-
-
-def _hint(word: str, known: Iterable[str], otherwise: str) -> str:
-    """Which of the ``known`` words was probably meant by ``word``; ``otherwise`` if there is none."""
-    from difflib import get_close_matches
-
-    close = get_close_matches(word, known, n=1, cutoff=_CLOSE)
-    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def _run(args: argparse.Namespace) -> int:

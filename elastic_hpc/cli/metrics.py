@@ -31,6 +31,9 @@ EPILOG = """examples:
 Goodput of all jobs:  sum(elastic_hpc_node_seconds_total{kind="kept"}) / sum(elastic_hpc_node_seconds_total)"""
 
 
+_LOCAL = "127.0.0.1"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "*")
     how = parser.add_mutually_exclusive_group()
@@ -47,19 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
         metavar="ADDRESS",
-        default="127.0.0.1",
-        help="with --port: address to listen on (default: %(default)s)",
+        help=f"with --port: address to listen on (default: {_LOCAL})",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.every is not None and not (args.every < threading.TIMEOUT_MAX and args.output):
-        raise UsageError(f"--every {args.every:g}: expected fewer seconds, and --output FILE, for example --every 30")
+    if args.every is not None and args.output is None:
+        raise UsageError(f"--every {args.every:g}: is for --output FILE; add that, or leave it out")
+    if args.every is not None and args.every > threading.TIMEOUT_MAX:
+        raise UsageError(f"--every {args.every:g}: expected at most {threading.TIMEOUT_MAX:.0f} seconds")
+    if args.address is not None and args.port is None:
+        raise UsageError(f"--address {args.address}: is for --port PORT; add that, or leave it out")
     registry = CollectorRegistry()
     jobs, scrape = Jobs([]), threading.Lock()
     registry.register(JobMetrics(lambda: _look(jobs, list(args.job), scrape)))
     if args.port is not None:
-        return _serve(registry, args.address, args.port)
+        return _serve(registry, args.address or _LOCAL, args.port)
     if args.output is None:
         sys.stdout.buffer.write(generate_latest(registry))
         return 0

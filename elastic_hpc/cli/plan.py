@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def arranged(argv: Sequence[str]) -> list[str]:
     """``argv`` for the parser of ``add_arguments``: the options of elastic-sbatch after ``--``."""
-    given, rest = sbatch.read(argv, _OWN)
-    names = {option.name for option in _OWN} | {"help"}
+    given, rest = sbatch.read(argv, _OWN, "elastic-hpc plan")
+    names = {option.name for option in _OWN} | {"help", "version"}
     ours = [str(g) for g in given if g.name in names]
     return [*ours, "--", *(str(g) for g in given if g.name not in names), *rest]
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     for option in given:
         if option.name in sbatch.SUBMITS:
             raise UsageError(f"{option.flag}: elastic-hpc plan submits nothing; leave it out")
-    job = sbatch.job_of(given, rest)
+    job = sbatch.job_of(given, rest, "elastic-hpc plan [options] SCRIPT [ARGS...]")
     sizes = _sizes(job)
     scaling, steps = _scaling(args.scaling)
     work = steps if args.work is None else args.work * scaling.speed(sizes[0])

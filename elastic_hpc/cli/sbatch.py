@@ -151,12 +151,14 @@ def _run(argv: list[str]) -> int:
         return _submit(job, script, given)
 
 
-def read(argv: Sequence[str], others: Sequence[Option] = ()) -> tuple[list[Given], list[str]]:
-    """The options in ``argv``, and the script with its arguments. ``others``: options of another command."""
-    return scan(argv, (*OWN, *JOINERS.values(), *others, *_TORCHRUNS))
+def read(
+    argv: Sequence[str], others: Sequence[Option] = (), command: str = "elastic-sbatch"
+) -> tuple[list[Given], list[str]]:
+    """The options in ``argv``, and the script with its arguments. ``others``: options of another ``command``."""
+    return scan(argv, (*OWN, *JOINERS.values(), *others, *_TORCHRUNS), command=command)
 
 
-def job_of(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
+def job_of(given: Sequence[Given], rest: Sequence[str], usage: str = _USAGE) -> JobSpec:
     """The job of a command line that was ``read``. Raises UsageError."""
     if (resumed := last(given, _RESUME.name)) is not None:
         raise UsageError(f"--resume {resumed}: only elastic-sbatch itself resumes a job; leave it out")
@@ -180,7 +182,7 @@ def job_of(given: Sequence[Given], rest: Sequence[str]) -> JobSpec:
     if not rest or rest[0] in {"", "-"}:
         for option in given:
             check(option)  # --wrap needs no script
-        raise UsageError(f"expected a training script: {_USAGE}")
+        raise UsageError(f"expected SCRIPT; usage: {usage}")
     layers = [] if module or no_python else layers_of(rest[0], last(sbatch, "chdir"))
     return build(
         Request(

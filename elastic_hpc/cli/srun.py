@@ -8,7 +8,7 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,11 @@ _SUBMITTED = {
     *(option.name for option in sbatch.OWN),
 }
 """Options of a submission, which salloc does not have."""
+_TASKS = {"ntasks", "ntasks-per-node", "tasks-per-node", "ntasks-per-gpu", "ntasks-per-tres"}
 _ONE_OF = ("local", "standalone", "nodelist")
 _AGAIN = ElasticOption("again", "", bool, "")  # for a rehearsal: see _given_run_dir
 _OPTIONS = {option.name: option for option in (*_WHERE, _AGAIN, *IN_ALLOCATION, *SCRIPT_SWITCHES, *ABOUT_SWITCHES)}
-_OWN = tuple(option.scanned() for option in _OPTIONS.values())
+_OWN = tuple(option.scanned() for option in _OPTIONS.values() if option is not _AGAIN)
 MANUAL = manual(
     _USAGE,
     _DESCRIPTION,
@@ -96,14 +97,15 @@ MANUAL = manual(
 
 def _read(argv: Sequence[str]) -> argparse.Namespace | str:
     """The command line, parsed; or the text to show for --help or --version."""
-    given, rest = scan(argv, _OWN, (*SBATCH.values(), *JOINERS.values(), *TORCHRUN, *sbatch.OWN))
+    foreign = (*SBATCH.values(), *JOINERS.values(), *TORCHRUN, *sbatch.OWN, _AGAIN.scanned())
+    given, rest = scan(argv, _OWN, foreign, "elastic-srun")
     names = [option.name for option in given]
     if "help" in names:
         return MANUAL.format_help()
     if "version" in names:
         return f"elastic-srun {__version__}\n"
     if not rest or not rest[0]:
-        raise UsageError(f"expected a training script: {_USAGE}")
+        raise UsageError(f"expected SCRIPT; usage: {_USAGE}")
     refuse_switch_apart(given, rest)
     if len(where := list(dict.fromkeys(f"--{name}" for name in names if name in _ONE_OF))) > 1:
         raise UsageError(f"{' with '.join(where)}: only one of them can say where to run; leave out the others")
@@ -120,10 +122,15 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
                 f"{option}: is for jobs that elastic-sbatch submits; elastic-srun runs in the current allocation; "
                 "leave it out"
             )
+        if option.name in _TASKS and not (option.value == "1" and option.name.endswith("tasks-per-node")):
+            raise UsageError(
+                f"{option}: elastic-srun starts one agent on each node; leave it out, and use --nodes MIN:MAX for the "
+                "nodes, --nproc-per-node N for the workers of a node"
+            )
         if check(option):
             raise UsageError(
                 f"{option.flag}: is for the allocation that elastic-srun runs in, for example: salloc "
-                f"{option.flag}{'=' + option.value if option.value else ''} elastic-srun {rest[0]}"
+                f"{option.flag}{'=' + option.value if option.value else ''} {_typed(names, rest[0])}"
             )
     values: dict[str, Any] = {option.dest: None for option in _OPTIONS.values()}
     for option in ours:
@@ -131,7 +138,13 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
             value = "on" if option.value is None else option.value
             values[own.dest] = own.parse(value) if own.metavar else True
     values["standalone"] = "standalone" in names
-    return argparse.Namespace(**values, script=rest[0], script_args=rest[1:])
+    return argparse.Namespace(**values, how=names, script=rest[0], script_args=rest[1:])
+
+
+def _typed(switches: Collection[str], script: str, where: str = "") -> str:
+    """The command line for an example."""
+    how = [option.flags[0] for option in SCRIPT_SWITCHES if option.name in switches]
+    return " ".join(filter(None, ["elastic-srun", where, *how, script]))
 
 
 def _nodes_here(args: argparse.Namespace) -> int:
@@ -142,20 +155,21 @@ def _nodes_here(args: argparse.Namespace) -> int:
         if not (agents := number(args.local)):
             raise UsageError(f"--local {args.local!r}: expected a number of agents above 0, for example --local 4")
         return agents
+    here, alone = (_typed(args.how, args.script, where) for where in ("", "--standalone"))
     if "SLURM_HET_SIZE" in os.environ:
         raise UsageError(
             f"a heterogeneous allocation of {os.environ['SLURM_HET_SIZE']} components: expected nodes of one kind, "
-            f"for example: salloc --nodes 4 --no-kill elastic-srun {args.script}"
+            f"for example: salloc --nodes 4 --no-kill {here}"
         )
     if "SLURM_JOB_ID" not in os.environ:
         raise UsageError(
-            "not inside a Slurm allocation; get one, for example: salloc --nodes 4 --no-kill elastic-srun "
-            f"{args.script}, or run on this machine alone: elastic-srun --standalone {args.script}"
+            f"not inside a Slurm allocation; get one, for example: salloc --nodes 4 --no-kill {here}, or run on this "
+            f"machine alone: {alone}"
         )
     if "SLURM_GPUS_PER_TASK" in os.environ or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", ""):
         raise UsageError(
             "an allocation with --gpus-per-task: an agent, the one task of its node, would get one task's GPUs; "
-            f"expected --gpus-per-node, for example: salloc --gpus-per-node 4 elastic-srun {args.script}"
+            f"expected --gpus-per-node, for example: salloc --gpus-per-node 4 {here}"
         )
     nodes = slurm.expand(slurm.show_job(os.environ["SLURM_JOB_ID"]).nodes)
     if args.nodelist is None:

@@ -132,7 +132,7 @@ def effective(request: Request, configuration: Configuration) -> dict[str, Setti
     if "nodes" not in options:
         if request.source == PYTHON:
             raise UsageError("nodes: missing, for example nodes='2:4'")
-        raise UsageError("--nodes: missing before the script, for example: elastic-sbatch --nodes 2:4 train.py")
+        raise UsageError("--nodes: missing before the script, for example --nodes 2:4")
     if "template" in options and options["template"].value == "torchrun":
         _refuse_for_torchrun(configuration, request.source)
         options = {name: setting for name, setting in options.items() if name not in NOT_FOR_TORCHRUN}

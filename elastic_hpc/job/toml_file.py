@@ -15,7 +15,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elastic_hpc.errors import UsageError
+from elastic_hpc.errors import UsageError, did_you_mean
 from elastic_hpc.options.of_joiners import JOINERS, is_for_joiners
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, is_for_containers, named
 from elastic_hpc.options.table import ELASTIC, Layer
@@ -218,8 +218,6 @@ def _shown(value: object) -> str:
 
 
 def _closest(name: str, known: Collection[str]) -> str:
-    from difflib import get_close_matches
-
-    if close := get_close_matches(name.lower(), known, n=1):
-        return f", did you mean {close[0]}?"
+    if meant := did_you_mean(name.lower(), known):
+        return f", {meant}"
     return f", expected one of {', '.join(known)}" if len(known) < 50 else ""

@@ -11,10 +11,10 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any
 
-from elastic_hpc.errors import UsageError
+from elastic_hpc.errors import UsageError, did_you_mean
 from elastic_hpc.options import durations
 from elastic_hpc.options.of_joiners import JOINERS, without_prefix
-from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option, named
+from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, REFUSED, SBATCH, Given, Option, named
 from elastic_hpc.options.table import ELASTIC
 from elastic_hpc.options.torchrun import OPTIONS
 from elastic_hpc.options.values import HangTimeout
@@ -112,13 +112,10 @@ def _option(key: str, *, may_be_new: bool) -> Option:
         return option
     if may_be_new:
         return named(name)
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, [*ELASTIC, *SBATCH, *_TORCHRUN, *JOINERS], n=1)
-    meant = f"did you mean {close[0].replace('-', '_')}? " if close else ""
-    raise UsageError(
-        f"{key}: unknown option; {meant}an option that only a newer sbatch has goes into sbatch={{{name!r}: ...}}"
-    )
+    known = [option.replace("-", "_") for option in (*ELASTIC, *SBATCH, *_TORCHRUN, *JOINERS) if option not in REFUSED]
+    newer = f"an option that only a newer sbatch has goes into sbatch={{{name!r}: ...}}"
+    meant = did_you_mean(name.replace("-", "_"), known)
+    raise UsageError(f"{key}: unknown option; {meant}{' ' * bool(meant)}{newer}")
 
 
 def text(name: str, value: object, *, whole: bool = False) -> str:

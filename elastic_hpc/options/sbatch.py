@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 import signal
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
-from elastic_hpc.errors import UsageError
+from elastic_hpc.errors import UsageError, did_you_mean
 
 # In the manual's notation: --name= takes a value, --name[=] may take one, --name takes none. Slurm 22.05 to 26.05,
 # and the older names that sbatch still accepts. `-K` is an option of srun, listed to be refused by name.
@@ -41,6 +41,7 @@ class Option:
     name: str
     letter: str = ""
     value: str = "="
+    metavar: str = field(default="VALUE", compare=False)
 
     @property
     def flag(self) -> str:
@@ -80,6 +81,7 @@ def _rows(table: str) -> Iterable[Option]:
 SBATCH = {option.name: option for option in _rows(_TABLE)}
 _SBATCHS = tuple(SBATCH.values())
 
+_ABOUT = frozenset({"help", "usage", "version"})
 _TASKS = (
     "with a task count Slurm grants only MIN nodes, and elastic-sbatch starts one agent per node by itself; "
     "use --nodes MIN:MAX, and --nproc-per-node N for the workers of a node"
@@ -147,10 +149,11 @@ def is_for_containers(name: str) -> bool:
 
 
 def scan(
-    argv: Sequence[str], own: Sequence[Option], others: Sequence[Option] = _SBATCHS
+    argv: Sequence[str], own: Sequence[Option], others: Sequence[Option] = _SBATCHS, command: str = "sbatch"
 ) -> tuple[list[Given], list[str]]:
-    """Split ``argv`` into its options and, untouched, the script with its arguments. An option of ``own`` hides one of
-    ``others`` with the same name. If ``others`` are sbatch's, an unknown option may be for a newer sbatch.
+    """Split ``argv``, which errors call options of ``command``, into its options and, untouched, the script with its
+    arguments. An option of ``own`` hides one of ``others`` with the same name. If ``others`` are sbatch's, an unknown
+    option may be for a newer sbatch; else errors suggest only options of ``own``. Nothing after --help is read.
     """
     by_name = {option.name: option for option in (*others, *own)}
     by_letter = {o.letter: o for o in (*others, *own) if o.letter}
@@ -163,24 +166,31 @@ def scan(
         if word.startswith("--"):
             name, equals, text = word[2:].partition("=")
             name = name.replace("_", "-")  # torchrun's names are written with either
-            option = by_name.get(name) or _unknown(name, equals, by_name, may_pass=others is _SBATCHS)
+            may_pass = others is _SBATCHS
+            known = by_name if may_pass else [option.name for option in own]
+            option = by_name.get(name) or _unknown(name, equals, known, command, may_pass=may_pass)
             given.append(_with_value(option, option.flag, text if equals else None, rest))
+            if option.name in _ABOUT:
+                return given, []
             continue
         letters = word[1:]
         while letters:
             letter, letters = letters[0], letters[1:]
             if letter not in by_letter:
-                raise UsageError(f"-{letter} in {word!r}: unknown option; --help lists all options")
+                within = f" in {word!r}" if len(word) > 2 else ""
+                raise UsageError(f"-{letter}{within}: unknown option; {command} --help lists all options")
             option = by_letter[letter]
             text, letters = (letters, "") if option.value else ("", letters)
             given.append(_with_value(option, f"-{letter}", text or None, rest))
+            if option.name in _ABOUT:
+                return given, []
     return given, rest
 
 
 def _with_value(option: Option, shown: str, value: str | None, rest: list[str]) -> Given:
     if option.value == "=" and value is None:
         if not rest:
-            raise UsageError(f"{shown}: expected a value, for example {option.flag}=VALUE")
+            raise UsageError(f"{shown}: expected a value: {option.flag} {option.metavar}")
         value = rest.pop(0)
     elif not option.value and value is not None:
         raise UsageError(f"{shown}={value}: expected no value, for example {option.flag}")
@@ -196,24 +206,26 @@ def named(name: str) -> Option:
     return Option(name, value="[=]")
 
 
-def _unknown(name: str, equals: str, known: Iterable[str], *, may_pass: bool) -> Option:
-    """The option that an unknown ``name`` means: for sbatch the beginning of a name, or an option of a newer sbatch."""
+def _unknown(name: str, equals: str, known: Collection[str], command: str, *, may_pass: bool) -> Option:
+    """The option that an unknown ``name`` means: the beginning of a name that only sbatch has, or an option of a newer
+    sbatch.
+    """
     begins = [candidate for candidate in known if candidate.startswith(name)]
-    if may_pass and len(begins) == 1 and begins[0] in SBATCH:
+    if may_pass and len(begins) == 1 and begins[0] in SBATCH and begins[0] not in COMMAND_LINE_ONLY:
         return SBATCH[begins[0]]
-    from difflib import get_close_matches
-
     for_sbatch = may_pass and equals  # sbatch itself judges a name that is close to its own options
-    like = [candidate for candidate in known if not for_sbatch or candidate not in SBATCH]
     if for_sbatch and SBATCH.keys() >= set(begins):
         begins = []
-    close = begins or get_close_matches(name, like, n=1, cutoff=0.85 if for_sbatch else 0.6)
-    if may_pass and ((equals and not close) or is_for_containers(name)) and re.fullmatch(r"[a-z][\w-]*", name):
+    like = [candidate for candidate in known if candidate not in (SBATCH if for_sbatch else REFUSED)]
+    hint = did_you_mean(name, like, 0.85 if for_sbatch else 0.7, "--")
+    if meant := [candidate for candidate in begins if candidate not in REFUSED][:3]:
+        hint = f"did you mean --{' or --'.join(meant)}?"
+    if may_pass and ((equals and not hint) or is_for_containers(name)) and re.fullmatch(r"[a-z][\w-]*", name):
         return named(name)
-    hints = [f"did you mean --{' or --'.join(close[:3])}?"] if close else []
+    hints = [hint] if hint else []
     if may_pass:
         hints.append(f"an option that only sbatch knows needs its value after '=': --{name}=VALUE")
-    raise UsageError(f"--{name}: unknown option; {' '.join(hints) or '--help lists all options'}")
+    raise UsageError(f"--{name}: unknown option; {' '.join(hints) or f'{command} --help lists all options'}")
 
 
 def last(given: Sequence[Given], name: str) -> str | None:

@@ -80,7 +80,7 @@ class ElasticOption:
 
     def scanned(self) -> Option:
         """The option for ``scan``."""
-        return Option(self.name, self.letter, "[=]" if self.is_switch else "=" if self.metavar else "")
+        return Option(self.name, self.letter, "[=]" if self.is_switch else "=" if self.metavar else "", self.metavar)
 
     def parse(self, text: str) -> Any:
         """The value of ``text``. Every refusal names the option, whichever parser refused."""

@@ -162,6 +162,9 @@ def test_each_command_says_its_version(capsys: pytest.CaptureFixture[str], switc
     for name, command in COMMANDS.items():
         assert command([switch]) == 0
         assert capsys.readouterr().out == f"{name} {__version__}\n"
+    for name in ("plan", "status", "drain"):
+        assert main([name, switch]) == 0
+        assert capsys.readouterr().out == f"elastic-hpc {__version__}\n"
 
 
 def test_each_command_has_help_that_begins_with_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,8 +185,18 @@ def test_each_command_has_help_that_begins_with_its_usage(capsys: pytest.Capture
         (["logs", "--folow"], "--folow: unknown option; did you mean --follow?"),
         (["logs", "-x"], "-x: unknown option; elastic-hpc logs --help lists all options"),
         (["resize", "--wrong", "no-job"], "--wrong: unknown option; elastic-hpc resize --help lists all options"),
-        (["notice", "--node", "n3"], "--node: expected --node NODE REASON"),
-        (["logs", FAULTS, "-n"], "--lines: expected --lines N"),
+        (["notice", "--node", "n3"], "--node: expected 2 values: --node NODE REASON"),
+        (["logs", FAULTS, "-n"], "--lines: expected a value: --lines N"),
+        (["doctor", "-N"], "--nodes: expected a value: --nodes N"),
+        (["notice"], "expected --node or --well; usage: elastic-hpc notice [options] [JOB]"),
+        (["logs", FAULTS, "--stdout", "--stderr"], "--stdout with --stderr: expected one of them"),
+        (["status", "--json=3"], "--json=3: expected no value, for example --json"),
+        (["status", "--js"], "--js: unknown option; did you mean --json?"),
+        (["plan"], "expected SCRIPT; usage: elastic-hpc plan [options] SCRIPT [ARGS...]"),
+        (["plan", __file__], "--nodes: missing before the script, for example --nodes 2:4"),
+        (["plan", "-Z"], "-Z: unknown option; elastic-hpc plan --help lists all options"),
+        (["metrics", "--every", "3"], "--every 3: is for --output FILE; add that, or leave it out"),
+        (["metrics", "--address", "::1"], "--address ::1: is for --port PORT; add that, or leave it out"),
         (["notice", "--nod", "n3"], "--nod: unknown option; did you mean --node?"),
         (["rehearse", "--stpes", "9"], "--stpes: unknown option; did you mean --steps?"),
         (
@@ -195,7 +208,10 @@ def test_each_command_has_help_that_begins_with_its_usage(capsys: pytest.Capture
         (["resize", FAULTS], "expected NODES; usage: elastic-hpc resize [options] JOB NODES"),
         (["shell"], "expected JOB; usage: elastic-hpc shell [options] JOB [NODE] [COMMAND ...]"),
         (["logs", FAULTS, "-n", "x"], "--lines 'x': expected a whole number, 0 or more, for example 10"),
-        (["serve", "--port", "x"], "--port 'x': expected a whole number, 0 or more, for example 10"),
+        (
+            ["serve", "--port", "x"],
+            "--port 'x': expected a port, 0 to 65535, where 0 stands for any free port; for example 9650",
+        ),
         (["rehearse", "--steps", "0", "train.py"], "--steps '0': expected a whole number, 1 or more, for example 8"),
     ],
 )
@@ -204,6 +220,19 @@ def test_bad_input_is_one_line_as_with_the_other_commands(
 ) -> None:
     assert main(argv) == 2
     assert capsys.readouterr() == ("", f"elastic-hpc: {message}\n")
+
+
+@pytest.mark.parametrize("words", [["elastic-hpc", "logs"], ["elastic-sbatch"], ["elastic-srun"]])
+def test_help_is_shown_whatever_is_typed_after_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert COMMANDS[words[0]]([*words[1:], "--help", "--bogus"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: {' '.join(words)} ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_accepts_the_beginning_of_an_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--hel", "--vers"):
+        assert COMMANDS[name]([option]) == 2
+        assert capsys.readouterr().err.startswith(f"{name}: {option}: unknown option; ")
 
 
 def test_commands_that_are_called_by_batch_scripts_alone_are_not_listed(capsys: pytest.CaptureFixture[str]) -> None:

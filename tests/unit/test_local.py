@@ -426,6 +426,10 @@ def test_agents_start_on_max_nodes_and_the_spares_as_far_as_they_are_there(
         (["--local", "2", "--node_rank=1"], "elastic-srun: --node-rank 1: one command starts the agents of all nodes"),
         (["--local", "2", "-p", "gpu"], "--partition: is for the allocation that elastic-srun runs in, for example: "),
         (["--local", "2", "--max-restart=1"], "--max-restart: unknown option; did you mean --max-restarts?"),
+        (["--bogus"], "elastic-srun: --bogus: unknown option; elastic-srun --help lists all options"),
+        (["--node"], "elastic-srun: --node: unknown option; did you mean --nodelist or --nodes?"),
+        (["--local", "2", "--ntasks=4"], "elastic-srun: --ntasks=4: elastic-srun starts one agent on each node; leave"),
+        (["-m"], "or run on this machine alone: elastic-srun --standalone -m "),
         (["--local", "2", "--no-python", "-m"], "--no-python with --module: a module needs Python"),
         (["--local", "2", "--no-python"], "train.py: expected a program that can be run"),
         (
@@ -450,8 +454,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, options: list[str
 
 def test_a_missing_script_and_a_missing_value_are_told_by_their_names(tmp_path: Path) -> None:
     for options, message in (
-        (["--local", "2"], "expected a training script: elastic-srun [options] SCRIPT [ARGS...]"),
-        (["--grace"], "--grace: expected a value, for example --grace=VALUE"),
+        (["--local", "2"], "expected SCRIPT; usage: elastic-srun [options] SCRIPT [ARGS...]"),
+        (["--grace"], "--grace: expected a value: --grace TIME"),
     ):
         done = subprocess.run([str(SRUN), *options], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (2, f"elastic-srun: {message}\n")

@@ -65,5 +65,5 @@ def test_what_cannot_be_written_or_served_is_told(capsys: pytest.CaptureFixture[
     assert main(["metrics", "--output", "/nonexistent/folder/file"]) == 1
     assert "/nonexistent/folder/file: No such file or directory" in capsys.readouterr().err
     assert main(["metrics", "--every", "5"]) == 2
-    assert main(["metrics", "--port", "99999"]) == 1
-    assert "--port 99999" in capsys.readouterr().err
+    assert main(["metrics", "--port", "99999"]) == 2
+    assert "--port '99999': expected a port" in capsys.readouterr().err

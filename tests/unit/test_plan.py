@@ -297,7 +297,7 @@ def test_the_test_of_a_job_of_several_sizes_points_to_the_plan(here: Path, capsy
         (["--parsable", "-N", "2:4", "train.py"], "--parsable: elastic-hpc plan submits nothing"),
         (["--scaling", "nope", "-N", "2:4", "train.py"], "--scaling 'nope': expected linear, a file, or a job"),
         (["--work", "soon", "-N", "2:4", "train.py"], "--work 'soon': expected a time above 0"),
-        (["-N", "2:4"], "expected a training script"),
+        (["-N", "2:4"], "expected SCRIPT"),
         (["train.py"], "--nodes: missing"),
     ],
 )
