@@ -33,6 +33,7 @@ from elastic_hpc.network.server import LeaderServer
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.record.endpoint import Published
 from elastic_hpc.record.recorder import Recorder
+from elastic_hpc.record.registry import remember_once
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
 
@@ -133,7 +134,7 @@ class Leading:
         return {"granted": self.env.nodes, "granted_names": names, **self._start}
 
     def _record_allocation(self, recorder: Recorder, names: list[str]) -> None:
-        """Fill in the ``names`` of the granted nodes, and record since when the job has them."""
+        """Fill in the ``names`` of the granted nodes, record since when the job has them, and list it among the user's."""
         with contextlib.suppress(SlurmError):
             names[:] = slurm.expand(self.environ.get("SLURM_STEP_NODELIST", ""))
         try:
@@ -142,6 +143,7 @@ class Leading:
             return
         moments = {"submitted": job.submit_time, "started": job.start_time, "ends": job.end_time}
         recorder.event("allocation", {"run": self.env.run, **{k: slurm.epoch(text) for k, text in moments.items()}})
+        remember_once(self.rundir.path)  # the user may have submitted the script with sbatch
 
     def prepare(self) -> None:
         """Make the job's secret, record its options, and read the counters with which the first leader begins."""

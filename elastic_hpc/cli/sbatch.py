@@ -260,7 +260,8 @@ def _resume(given: Sequence[Given], rest: Sequence[str], switches: Collection[st
 
 
 def _for_sbatch_itself(given: Sequence[Given]) -> list[str]:
-    passed = [g.flag for g in given if g.name in {"test-only", "wait", "verbose", "quiet"}]
+    """The options for sbatch that do not describe the job. With --quiet, sbatch would not say the job ID."""
+    passed = [g.flag for g in given if g.name in {"test-only", "wait", "verbose"}]
     return passed + [flag for flag in for_sbatch_itself(os.environ) if flag not in passed]
 
 

@@ -55,24 +55,24 @@ def srun_options(nodes: str, cpus_per_task: str | None = None) -> list[str]:
     return options
 
 
+def agent_options(launch: LaunchSpec, head: str) -> list[tuple[str, str]]:
+    """The options of each agent, with their values. ``head`` hosts the rendezvous unless the user named a host."""
+    ours = joined("", head, f":{launch.rdzv_endpoint.port}") if launch.rdzv_endpoint.head is None else None
+    return [(flag, ours if ours and flag == "--rdzv-endpoint" else value) for flag, value in launch.options()]
+
+
 def agent_command(
     launch: LaunchSpec,
     *,
-    head: str,
+    options: Sequence[str],
     run_dir: str,
     python: Sequence[str],
     can_requeue: bool = True,
     contained: bool = False,
 ) -> list[str]:
-    """The command of each agent. ``head`` hosts the rendezvous unless the user named a host. ``contained``: the agent
-    runs in a container, without Slurm's commands.
-    """
+    """The command of each agent. ``contained``: the agent runs in a container, without Slurm's commands."""
     words = module_command(python, "elastic_hpc.agent", unbuffered=True)
-    for flag, value in launch.options():
-        if flag == "--rdzv-endpoint" and launch.rdzv_endpoint.head is None:
-            words += [flag, joined("", head, f":{launch.rdzv_endpoint.port}")]
-        else:
-            words += [flag, value]
+    words += options
     if not can_requeue:
         words.append("--no-requeue")
     if contained:

@@ -9,7 +9,7 @@ from typing import Any
 from elastic_hpc import __version__
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job import recorded
-from elastic_hpc.job.commands import agent_command, srun_options, torchrun_command
+from elastic_hpc.job.commands import agent_command, agent_options, srun_options, torchrun_command
 from elastic_hpc.job.quoting import Shell, comment, directive, quote, quote_all
 from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.start import module_command
@@ -27,13 +27,17 @@ def built_in_templates() -> list[str]:
 
 
 def _words(job: JobSpec) -> dict[str, Any]:
-    """The commands that a template can use, as lists of words."""
+    """The commands that a template can use, as lists of words, and the options of the agents with their values."""
     head, run_dir = Shell('"$head_node"'), Shell('"$run_dir"')
     srun = srun_options(
         Shell('"$SLURM_JOB_NUM_NODES"'), Shell('"$SLURM_CPUS_PER_TASK"') if job.has("cpus-per-task") else None
     )
     box, python = job.container, job.agent_python or ("python3" if job.container else job.python,)
-    agent = agent_command(job.launch, head=head, run_dir=run_dir, python=python, contained=box is not None)
+    options = agent_options(job.launch, head)
+    agents = [
+        agent_command(job.launch, options=words, run_dir=run_dir, python=python, contained=box is not None)
+        for words in ([word for option in options for word in option], [Shell('"${agent_options[@]}"')])
+    ]
     torchrun = torchrun_command(
         job.launch,
         head=head,
@@ -45,9 +49,34 @@ def _words(job: JobSpec) -> dict[str, Any]:
     if box:
         folders = "$PWD:$PWD" + (",$run_dir:$run_dir" if job.template != "torchrun" else "")
         srun += box.srun_options(folders, job.env)
-        agent = box.around(agent, folders, job.env, gpus=job.asks_for_gpus)
+        agents = [box.around(agent, folders, job.env, gpus=job.asks_for_gpus) for agent in agents]
         torchrun = box.around(torchrun, folders, job.env, gpus=job.asks_for_gpus)
-    return {"python": job.python, "srun_options": srun, "agent_command": agent, "torchrun_command": torchrun}
+    return {
+        "python": job.python,
+        "srun_options": srun,
+        "agent_command": agents[0],
+        "agent_with_array": agents[1],
+        "agent_options": [_row(job, *option) for option in options],
+        "torchrun_command": torchrun,
+    }
+
+
+_ALSO = {
+    "--nodes": "; keep #SBATCH --nodes in step",
+    "--spares": "; keep #SBATCH --nodes in step",
+    "--grace": "; #SBATCH --signal comes at least 30 s earlier",
+}
+"""Other lines of a batch script that depend on an option, for those who edit the script."""
+
+
+def _row(job: JobSpec, flag: str, value: str) -> tuple[str, str]:
+    """An option of the agents for bash, and the reason for its value."""
+    word = quote(value)
+    if flag == "--max-requeues":
+        word = '"$max_requeues"'
+    elif word == value and "," in value:
+        word = f"'{value}'"  # so that nobody takes the comma for one between the elements of the array
+    return f"{flag} {word}", job.source(flag) + _ALSO.get(flag, "")
 
 
 @functools.cache

@@ -44,6 +44,7 @@ class JobSpec:
 
     launch: LaunchSpec
     log_dir: str  # absolute
+    folder: str = ""  # from which the batch script must be submitted; empty with --chdir
     sbatch: tuple[Given, ...] = ()  # passed through
     joiners: tuple[Given, ...] = ()  # options of sbatch for the jobs by which it grows
     signal: WarningSignal = WarningSignal()
@@ -132,8 +133,12 @@ class JobSpec:
         """Whether the sbatch option ``name`` is passed through."""
         return any(given.name == name for given in self.sbatch)
 
-    def settings(self) -> list[tuple[str, str, str]]:
-        """Every setting of ours as (name, value, source)."""
+    def source(self, flag: str) -> str:
+        """Where the value of the option ``flag`` came from."""
+        return self.sources.get(flag.removeprefix("--"), "default")
+
+    def settings(self, *, of_agents: bool = True) -> list[tuple[str, str, str]]:
+        """Every setting of ours as (name, value, source). ``of_agents``: also the options of the agents."""
         box = self.container
         job = {
             "log-dir": self.log_dir,
@@ -146,11 +151,13 @@ class JobSpec:
             "notify": self.notify,
             "notify-after": durations.as_text(self.notify_after) if self.notify else None,
         }
-        rows = [*self.launch.options(), *((f"--{name}", text) for name, text in job.items() if text)]
+        rows = [(f"--{name}", text) for name, text in job.items() if text]
+        if of_agents:
+            rows = [*self.launch.options(), *rows]
         if self.template == "torchrun":
             unknown = [f"--{name}" for name in NOT_FOR_TORCHRUN] + ["--log-dir"] * ("log-dir" not in self.sources)
             rows = [row for row in rows if row[0] not in unknown]
-        shown = [(flag, text, self.sources.get(flag.removeprefix("--"), "default")) for flag, text in rows]
+        shown = [(flag, text, self.source(flag)) for flag, text in rows]
         shown += [("--setup", line.value, line.source) for line in self.setup]
         shown += [("--env", f"{name}={value.value}", value.source) for name, value in self.env.items()]
         return shown
@@ -193,6 +200,7 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
     return JobSpec(
         launch=launch,
         log_dir=log_dir,
+        folder="" if last(configuration.sbatch, "chdir") else str(place.submitted_from),
         sbatch=tuple(sbatch),
         joiners=_of_joiners(request, configuration, launch),
         signal=_warning(last(configuration.sbatch, "signal"), launch.grace),

@@ -27,6 +27,13 @@ def remember(run_dir: str | os.PathLike[str]) -> None:
     _append(os.fsencode(os.path.abspath(run_dir)))
 
 
+def remember_once(run_dir: Path) -> None:
+    """As ``remember``, unless the job, or its array, has been added before."""
+    array = run_dir.with_name(run_dir.name.partition("_")[0])
+    if not {run_dir, array} & set(remembered()):
+        remember(run_dir)
+
+
 def forget(run_dir: Path) -> None:
     """A run directory was removed."""
     _append(_REMOVED + os.fsencode(run_dir))

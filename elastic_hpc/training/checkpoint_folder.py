@@ -71,6 +71,13 @@ class Files:
                 f"{self._folder} belongs to {fences.names([alive])}, which is alive ({alive}): wait until that job has "
                 "ended, or give this job a folder of its own; to load without saving use CheckpointReader"
             )
+        if written and (steps := complete(self._folder)):
+            log.warning(
+                "%s has checkpoints of %s, the newest of step %d: this job continues from them",
+                self._folder,
+                fences.names(written.values()),
+                _parse(steps[0])[0],
+            )
         self._set_fence()
         try:
             others = self._others()

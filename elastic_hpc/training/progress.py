@@ -84,9 +84,10 @@ def report_progress(step: int, loss: float | None = None, *, own_seconds: float 
     """
     for seconds in step_time.next_step() if own_seconds is None else (float(own_seconds),):
         own_progress_file().took(seconds)
-    own_progress_file().step(operator.index(step), math.nan if loss is None else float(loss))
+    value = None if loss is None else float(loss.detach() if hasattr(loss, "detach") else loss)  # torch warns without
+    own_progress_file().step(operator.index(step), math.nan if value is None else value)
     if (log := _step_log()) is not None:
-        line = {"time": time.time(), "step": operator.index(step), "loss": None if loss is None else float(loss)}
+        line = {"time": time.time(), "step": operator.index(step), "loss": value}
         with contextlib.suppress(OSError):
             how = {"listens": own_progress_file().listens, "not_in_place": _not_in_place}
             os.write(log, (json.dumps({**line, **how, **_world_of_launcher()}) + "\n").encode())

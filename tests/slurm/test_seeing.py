@@ -156,3 +156,21 @@ def test_a_job_that_cannot_start_says_why_and_one_that_waits_is_stopped_once(
 def _of_rank_0(job: Job) -> str:
     """What rank 0 wrote, round after round."""
     return job.written(Wanted(ranks=(0,), streams=("out",)))
+
+
+def test_a_dry_runs_script_is_edited_and_submitted_by_hand_and_the_job_is_found_from_any_folder(
+    fresh: Cluster, folder: Path
+) -> None:
+    (folder / "train.py").write_text("print('it runs', flush=True)\n")
+    dry = [str(Path(TOOL).with_name("elastic-sbatch")), "--dry-run", "--nodes", "2", "--time", "10", "train.py"]
+    script = fresh.exec(dry, cwd=folder).stdout
+    assert f"submit it in {folder}: sbatch THIS-FILE" in script
+    edited = script.replace("  --max-restarts 10 ", "  --max-restarts 3 ")
+    assert edited != script
+    (folder / "edited.sh").write_text(edited)
+    job = fresh.exec(["sbatch", "--parsable", "edited.sh"], cwd=folder).stdout.strip()
+    wait_for("the end", lambda: fresh.job_field(job, "JobState") == "COMPLETED")
+    elsewhere = Path("/")
+    assert "0 of 3" in fresh.exec([TOOL, "status", job], cwd=elsewhere).stdout
+    assert "it runs" in fresh.exec([TOOL, "logs", job], cwd=elsewhere).stdout
+    assert "all workers finished" in fresh.exec([TOOL, "why", job], cwd=elsewhere).stdout

@@ -8,11 +8,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from conftest import COUNTS, ROOT, Cluster, wait_for
 from on_demand import ON_DEMAND
 
+from elastic_hpc.cli import agents
 from elastic_hpc.record.rundir import RunDir
 
 SRUN = str(Path(sys.executable).with_name("elastic-srun"))
@@ -87,6 +89,7 @@ def test_ctrl_c_stops_all_workers_in_good_order(fresh: Cluster, folder: Path) ->
         (tool,) = fresh.running("elastic-srun", "login")
         os.kill(tool, signal.SIGINT)  # the workers may save and stop; these do not listen
         wait_for("the request", lambda: "save-and-stop" in str(RunDir(steps[0].parent).events()))
+        time.sleep(agents._SAME)  # sooner, it would count as the same request
         os.kill(tool, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:

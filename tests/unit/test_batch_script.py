@@ -378,7 +378,7 @@ def test_the_command_line_wins_over_the_batch_script_and_the_notes_say_how_to_ma
     advice = "job.sh line 2: the job needs all its 4 nodes; to let it run on fewer, for example: --nodes 2:4"
     assert f"elastic-sbatch: {advice}\n" in err
     assert f"# {advice}\n" in out
-    assert re.search(r"^# --nodes +4:4 +job\.sh line 2$", out, re.MULTILINE)
+    assert re.search(r"^  --nodes 4:4 +# job\.sh line 2; keep #SBATCH --nodes in step$", out, re.MULTILINE)
     assert main(["--dry-run", "--from-batch", "job.sh", "--nodes", "2:4", "-p", "cpu", "--spares=1"]) == 0
     out, err = capsys.readouterr()
     assert "to let it run on fewer" not in err

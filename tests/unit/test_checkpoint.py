@@ -250,13 +250,18 @@ def jobs(tmp_path) -> Iterator[Callable[..., Job]]:
 
 
 @pytest.mark.parametrize("how", ["end", "die"])
-def test_a_job_goes_on_where_another_job_has_ended_whatever_its_rounds(tmp_path, monkeypatch, jobs, how):
+def test_a_job_continues_where_another_job_has_ended_whatever_its_rounds_and_says_so(
+    tmp_path, monkeypatch, jobs, how, caplog
+):
     folder = tmp_path / "checkpoints"
     first = jobs("first")
     before = first.checkpoints(folder, monkeypatch, round=9)
     save(before, 1)
+    save(first.checkpoints(folder, monkeypatch, round=10), 1)
+    assert not caplog.messages
     getattr(first, how)()
     after = jobs("second").checkpoints(folder, monkeypatch)
+    assert "has checkpoints of job first, the newest of step 1: this job continues from them" in caplog.text
     assert after.load(read) == "1"
     with pytest.raises(FencedOut, match="job second has opened the folder"):
         save(before, 2)

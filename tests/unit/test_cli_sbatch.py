@@ -10,6 +10,7 @@ import pytest
 
 from elastic_hpc.cli.hpc import main as hpc
 from elastic_hpc.cli.sbatch import main
+from elastic_hpc.record.registry import remembered
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,8 +48,11 @@ class Project:
         return path.read_text().partition("# elastic-sbatch --resume")[0] if path.exists() else None
 
     def agents(self):
-        """The command that starts the agents, on one line."""
-        return re.search(r"^srun .*$", self.seen("script").replace(" \\\n ", ""), re.MULTILINE)[0]
+        """The command that starts the agents, on one line, with their options."""
+        script = self.seen("script").replace(" \\\n ", "")
+        array = re.search(r"^agent_options=\(\n(.*?)^\)$", script, re.MULTILINE | re.DOTALL)[1]
+        options = " ".join(row.partition(" # ")[0].strip() for row in array.splitlines())
+        return re.search(r"^srun .*$", script, re.MULTILINE)[0].replace('"${agent_options[@]}"', options)
 
 
 def test_a_job_is_submitted_and_answered_like_sbatch(project, capsys):
@@ -90,8 +94,17 @@ def test_wait_returns_the_jobs_exit_code(project, capsys):
 def test_options_for_sbatch_itself_go_to_its_command_line(project, capsys):
     project.sbatch("cat > /dev/null; echo 'sbatch: Job 3 to start soon' >&2")
     assert main(["--test-only", "-vv", "-Q", "-N1", "train.py"]) == 0
-    assert project.seen("argv") == "--parsable --test-only --verbose --verbose --quiet\n"
+    assert project.seen("argv") == "--parsable --test-only --verbose --verbose\n"
     assert capsys.readouterr() == ("", "sbatch: Job 3 to start soon\n")
+
+
+def test_a_job_that_was_submitted_quietly_is_known(project, monkeypatch, capsys):
+    """With --quiet sbatch prints nothing, not even with --parsable."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(project.folder / "state"))
+    project.sbatch('cat > /dev/null; case "$*" in *--quiet*) ;; *) echo 17 ;; esac')
+    assert main(["-Q", "-N1", "train.py"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert remembered() == [Path("elastic-logs", "17").absolute()]
 
 
 def test_variables_of_slurm_and_of_another_job_do_not_reach_the_submission(project, monkeypatch):
@@ -163,7 +176,7 @@ def test_the_sbatch_lines_of_a_python_script_are_settings_below_environment_and_
     assert main(["train.py"]) == 0
     lines = [" ".join(line.split()) for line in project.seen("script").splitlines()]
     for line in (
-        "# --nodes 2:4 train.py line 3", "#SBATCH --partition=gpu # train.py line 3",
+        "--nodes 2:4 # train.py line 3; keep #SBATCH --nodes in step", "#SBATCH --partition=gpu # train.py line 3",
         '#SBATCH --account="a b" # train.py line 6', "#SBATCH --time=2:00:00 # environment: SBATCH_TIMELIMIT",
         "#SBATCH --qos=of_the_file # ./elastic_hpc.toml",
     ):  # fmt: skip
@@ -380,7 +393,7 @@ def test_the_command_line_takes_back_what_a_file_switched_on(project):
     (project.folder / "elastic_hpc.toml").write_text("grow = true\nspares = 2\n")
     assert main(["-N", "2:4", "--grow=off", "--spares=0", "-G", "8", "train.py"]) == 0
     script = project.seen("script")
-    assert re.search(r"^# --grow +off +command line$", script, re.MULTILINE)
+    assert re.search(r"^  --grow off +# command line$", script, re.MULTILINE)
     assert "#SBATCH --nodes=2-4 " in script
 
 

@@ -15,7 +15,7 @@ from sharedfs import Two
 
 from elastic_hpc.agent.assembly import LEAVE
 from elastic_hpc.errors import UsageError
-from elastic_hpc.job.commands import agent_command, srun_options
+from elastic_hpc.job.commands import agent_command, agent_options, srun_options
 from elastic_hpc.job.config import Setting
 from elastic_hpc.job.quoting import Shell, directive, quote, quote_all
 from elastic_hpc.job.script import built_in_templates, render, template_folder
@@ -196,8 +196,8 @@ def test_a_job_that_is_over_ends_at_once_with_its_exit_code(node):
 @pytest.mark.parametrize(
     ("spares", "line"),
     [
-        (0, "--nodes=2-4 # MIN-MAX: starts when MIN are free, is granted up to MAX"),
-        (2, "--nodes=2-6 # MIN-(MAX+spares): starts when MIN are free, is granted up to MAX and spares"),
+        (0, "--nodes=2-4 # MIN-MAX: starts when MIN are free, gets up to MAX"),
+        (2, "--nodes=2-6 # MIN-(MAX+spares): starts when MIN are free, gets up to MAX and the spares"),
     ],
 )
 @pytest.mark.parametrize("template", built_in_templates())
@@ -318,8 +318,8 @@ def test_the_directives_keep_the_job_elastic_and_never_count_tasks(node, templat
 
 def test_each_setting_is_listed_with_its_source(node):
     text = render(job(node, sources={"nodes": "/etc/elastic.toml"}))
-    assert re.search(r"^# --nodes +2:4 +/etc/elastic\.toml$", text, re.MULTILINE)
-    assert re.search(r"^# --max-restarts +10 +default$", text, re.MULTILINE)
+    assert re.search(r"^  --nodes 2:4 +# /etc/elastic\.toml; keep #SBATCH --nodes in step$", text, re.MULTILINE)
+    assert re.search(r"^  --max-restarts 10 +# default$", text, re.MULTILINE)
 
 
 def test_the_torchrun_template_writes_the_quickstarts_command(node):
@@ -391,10 +391,11 @@ def test_a_directive_with_a_line_break_is_refused(value):
 
 
 def test_the_same_srun_line_serves_an_allocation_with_plain_values():
+    launch = LaunchSpec("t.py")
     words = [
         "srun",
         *srun_options("4", "2"),
-        *agent_command(LaunchSpec("t.py"), head="n1", run_dir="/r d", python="/p"),
+        *agent_command(launch, options=sum(agent_options(launch, head="n1"), ()), run_dir="/r d", python="/p"),
     ]
     assert "--nodes=4" in words
     assert words[words.index("--run-dir") + 1] == "/r d"
@@ -449,7 +450,7 @@ def test_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_conclud
         process.kill()
         fast.unlink()
         (node / "srun_does").write_text("")
-    assert b"srun still waits for an agent that is lost or frozen: srun is ended\n" in err
+    assert b"the job has ended, but srun waits for a lost or frozen agent: ending srun\n" in err
     pauses = slept.read_text().count("2\n")
     assert pauses - after <= 3 if left else pauses - before >= 21, "40 s for agents to leave"
     assert (node / "ended").read_text() == "TERM\n", "srun may end its steps before it is killed"
@@ -483,7 +484,7 @@ def test_srun_is_left_alone_when_a_leader_has_withdrawn_the_verdict_of_an_agent_
         process.kill()
         fast.unlink()
         (node / "srun_does").write_text("")
-    assert b"srun is ended\n" in err
+    assert b": ending srun\n" in err
 
 
 @pytest.fixture
@@ -508,7 +509,7 @@ def test_the_script_sees_what_another_node_has_written_to_nfs_though_it_looked_b
             time.sleep(0.02)
         (theirs / "left").touch()
         (theirs / "verdict.json").write_text("that of this run")
-        assert b"srun is ended\n" in process.communicate(timeout=20)[1]
+        assert b": ending srun\n" in process.communicate(timeout=20)[1]
     finally:
         process.kill()
         fast.unlink()

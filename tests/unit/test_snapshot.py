@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -249,7 +250,7 @@ def test_a_joiner_runs_in_the_copy_of_the_job_that_it_joins(project: Path) -> No
 def test_the_printed_script_run_by_hand_says_that_it_has_no_copy(project: Path) -> None:
     done = start(project, render(of(snapshot=True)))
     assert done.returncode == 1
-    assert "the snapshot of this job is not there; submit it with elastic-sbatch --snapshot again" in done.stderr
+    assert "the snapshot of this job is missing; submit the job again with elastic-sbatch --snapshot" in done.stderr
 
 
 def test_a_refused_job_leaves_nothing_behind_and_one_that_may_be_queued_keeps_its_code(project: Path) -> None:
@@ -274,7 +275,7 @@ def test_a_dry_run_leaves_no_trace_and_differs_only_in_the_name_of_what_is_put_a
     assert not (project.parent / "logs").exists()
     assert git("status", "--porcelain", "--ignored", cwd=project) == "D deleted.py\n M train.py\n?? untracked.py"
     script, staged = put_aside(project, of(snapshot=True))
-    from_python = script.replace(" Python\n", " command line\n").replace(staged.name, ".submission.TOKEN")
+    from_python = re.sub(r" Python(?=[;\n])", " command line", script).replace(staged.name, ".submission.TOKEN")
     (text, *_), (shown, *_) = (both.partition("# elastic-sbatch --resume") for both in (from_python, printed))
     assert text == shown
 

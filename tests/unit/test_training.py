@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint import run_world
@@ -80,7 +82,8 @@ def test_the_agent_reads_where_the_script_began_and_its_losses(agent):
     before = time.time()
     report_progress(41, loss=2.5)
     began = read_progress(agent / "progress.3")
-    report_progress(42, loss=float("nan"))
+    with warnings.catch_warnings(action="error"):
+        report_progress(42, loss=torch.tensor(float("nan"), requires_grad=True))  # as the loss that backward() has used
     seen = read_progress(agent / "progress.3")
     assert (seen.first, seen.first_at, seen.step, seen.loss) == (41, began.first_at, 42, None)
     assert began.loss == 2.5
