@@ -134,7 +134,7 @@ class Leading:
         return {"granted": self.env.nodes, "granted_names": names, **self._start}
 
     def _record_allocation(self, recorder: Recorder, names: list[str]) -> None:
-        """Fill in the ``names`` of the granted nodes, record since when the job has them, and list it among the user's."""
+        """Fill in the ``names`` of the granted nodes, record since when the job has them, and list the job."""
         with contextlib.suppress(SlurmError):
             names[:] = slurm.expand(self.environ.get("SLURM_STEP_NODELIST", ""))
         try:
