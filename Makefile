@@ -27,7 +27,7 @@ demo:
 test:
 	@bin/setup-venv
 	@[ -n "$$ELASTIC_HPC_TORCH_214" ] || bin/setup-venv live 2.14.1 || echo 'make: the in-place tests are skipped'
-	XDG_STATE_HOME="$(CURDIR)/.pytest_cache/state" $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); \
+	@XDG_STATE_HOME="$(CURDIR)/.pytest_cache/state" $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); \
 	code=$$?; $(GIVE_BACK); exit $$code
 
 test-site:

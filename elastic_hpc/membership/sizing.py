@@ -179,7 +179,8 @@ class Sizing:
         texts = []
         if going:
             how = "" if self._gives_back else f", and stay in the job without workers: {_NO_SLURM}"
-            texts = [f"{len(going)} node(s) go at the next step boundary: {self._names(going)}{how}"]
+            when = "at the next step boundary; if no steps are reported, within a minute"
+            texts = [f"{len(going)} node(s) leave {when}: {self._names(going)}{how}"]
         if (idle := len(held) - len(going) - policy.wanted) > 0:
             names = self._names(sorted(self.staying & held))
             texts += [f"{names} stay, as they run the batch script and lead the job: {idle} without workers"]

@@ -38,7 +38,7 @@ def test_joiners_go_and_for_all_other_nodes_the_commands_say_that_the_site_forbi
         refused = ask(job, command, *words, check=False)
         assert refused.returncode == 1
         assert FORBIDDEN in refused.stderr
-    assert "go at the next step boundary: n3" in ask(job, "resize", "1:2").stdout
+    assert "within a minute: n3" in ask(job, "resize", "1:2").stdout
     job.wait_world(2)
     wait_for("no joiner", lambda: not job.joiners(), 60)
     assert nodes_of(job) == "n[1-2]"

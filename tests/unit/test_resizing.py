@@ -27,6 +27,7 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.account import account
 from elastic_hpc.view.story_builder import story_of
 
+WHEN = "at the next step boundary; if no steps are reported, within a minute"
 CALM = replace(POLICY, min_nodes=2, max_nodes=4, grow=False, max_restarts=20)
 
 
@@ -79,7 +80,7 @@ def test_a_smaller_job_drains_its_highest_nodes_and_gives_them_back_free_of_char
     async def story() -> None:
         assert await job.until(lambda: world(job) == {0, 1, 2, 3}, 60)
         answer = resize(job, 1, 2)
-        assert answer == Answer("2 node(s) go at the next step boundary: n[2-3]")
+        assert answer == Answer(f"2 node(s) leave {WHEN}: n[2-3]")
         assert await job.until(lambda: sorted(job.queue.given_back) == ["n2", "n3"], 60), job.events[-8:]
         assert (world(job), own_left(job)) == ({0, 1}, {0, 1})
         assert [node.left for node in job.nodes] == ["", "", "finished", "finished"], "that they go is no failure"
@@ -179,7 +180,7 @@ def test_a_size_below_the_nodes_that_stay_is_taken_and_the_answer_names_them() -
         assert await job.until(lambda: len(rounds(job)) > 1 and len(world(job)) == 4, 120), job.events[-8:]
         answer = resize(job, 1, 1).text
         assert answer == (
-            "2 node(s) go at the next step boundary: n[2-3]; n[0-1] stay, as they run the batch script and lead the "
+            f"2 node(s) leave {WHEN}: n[2-3]; n[0-1] stay, as they run the batch script and lead the "
             "job: 1 without workers"
         )
         assert await job.until(lambda: own_left(job) == {0, 1} and len(world(job)) == 1, 120), job.events[-8:]
