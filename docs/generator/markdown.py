@@ -144,8 +144,7 @@ The fields of `verdict.json` are in [how it works](../how-it-works.md#the-verdic
 
 `events.NODE.jsonl` has one JSON object a line, with `time`, in seconds since the epoch on NODE, which led, and `event`.
 Each node that has led has a file of its own, because NFS would mix up the lines of two nodes; `Job.events()` merges the
-files by time. A reader must accept fields and events that it does not know. [Growing](../growing.md) says more
-about the events of growth.
+files by time. A reader must accept fields and events that it does not know.
 """
 
 

@@ -1,7 +1,8 @@
 """Where settings come from: site, user and project files in TOML, the #SBATCH lines of the script, sbatch's variables
 in the environment, then the command line. Reads files.
 
-Later wins. Set-up lines add up in this order, environment variables by name; each value remembers its source::
+A later source overrides an earlier one, but set-up lines accumulate in this order, and environment variables by name.
+Each value remembers its source::
 
     max-restarts = 5                       # any long option of elastic-sbatch
     grow = true                            # or "on"; false or "off"
