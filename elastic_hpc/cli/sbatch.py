@@ -143,8 +143,10 @@ def _run(argv: list[str]) -> int:
     if "quiet" in switches:
         job = replace(job, notes=())
     if "dry-run" in switches:
-        _tell(job)
-        sys.stdout.buffer.write(os.fsencode(checked(job)))
+        text = checked(job)
+        if not (sys.stdout.isatty() and sys.stderr.isatty()):  # the script has the notes too
+            _tell(job)
+        sys.stdout.buffer.write(os.fsencode(text))
         sys.stdout.buffer.flush()
         return 0
     with prepared(job, will_run="test-only" not in switches) as script:

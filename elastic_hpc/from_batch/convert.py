@@ -7,12 +7,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from elastic_hpc.errors import UsageError
-from elastic_hpc.from_batch.reader import Reader, first_line
+from elastic_hpc.from_batch.reader import Reader
 from elastic_hpc.from_batch.shape import Shape
 from elastic_hpc.from_batch.shell_text import statements
 from elastic_hpc.from_batch.variables import Variables, names
 from elastic_hpc.from_batch.wrappers import Launch
-from elastic_hpc.job.quoting import Shell
+from elastic_hpc.job.quoting import Shell, first_line
 from elastic_hpc.job.request import Request
 from elastic_hpc.job.script_file import interpreter
 from elastic_hpc.options import sbatch_lines
@@ -28,9 +28,12 @@ _BRINGS_PYTHON = re.compile(
 )
 
 
-def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[str, str]) -> tuple[Request, str]:
+def from_batch(
+    content: bytes, name: str, args: Sequence[str], environ: Mapping[str, str], instead: Mapping[str, str] | None = None
+) -> tuple[Request, str]:
     """The job of the batch script ``content``, which is called ``name`` and given ``args``; ``environ`` is that of its
-    submission. Raises UsageError, with the line, if no elastic job can be made of it.
+    submission, ``instead`` the options of the command line, which replace those of the batch script. Raises UsageError,
+    with the line, if no elastic job can be made of it.
 
     Returns the request, whose notes say what was dropped or changed, and the set-up line that brings an interpreter,
     with its place; empty if there is none.
@@ -51,6 +54,14 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
         setup.append((capture, f"{place}: the arguments, as written on that line"))
     setup = _with_cpus_of_a_task(setup, shape.cpus_of_a_task)
     notes = [*shape.notes, *found.notes, *(f"{place}: {note}" for note in launch.notes)]
+    taken = [(given.name, given.value, given.source) for given in shape.sbatch] + shape.options
+    replaced = {option: value for option, value in (instead or {}).items() if option not in {"setup", "env"}}
+    notes += [
+        f"{source}: {_written(option, value)} replaced by {_written(option, replaced[option])} of the command line"
+        for option, value, source in taken
+        if option in replaced
+    ]
+    kept = [_written(option, value) for option, value, _ in taken if option not in replaced]
     brings_python = [f"{source}: {first_line(line)!r}" for line, source in found.setup if _BRINGS_PYTHON.search(line)]
     request = Request(
         script,
@@ -65,7 +76,7 @@ def from_batch(content: bytes, name: str, args: Sequence[str], environ: Mapping[
             *(Layer(source, [(option, value)]) for option, value, source in shape.options),
             *(Layer(source, [("setup", line)]) for line, source in setup),
         ),
-        notes=(f"{name}: taken: {_summary(shape, launch, len(setup))}", *_in_order(notes)),
+        notes=(f"{name}: taken: {_summary(kept, launch, len(setup))}", *_in_order(notes)),
         folder=found.folder,
     )
     return request, brings_python[-1] if brings_python else ""
@@ -106,9 +117,12 @@ def _with_cpus_of_a_task(setup: list[tuple[str, str]], cpus: str) -> list[tuple[
     ]
 
 
-def _summary(shape: Shape, launch: Launch, set_up_lines: int) -> str:
+def _written(option: str, value: str | None) -> str:
+    return f"--{option}={value}" if value else f"--{option}"
+
+
+def _summary(options: Sequence[str], launch: Launch, set_up_lines: int) -> str:
     """What the job takes from the batch script."""
-    options = [*map(str, shape.sbatch), *(f"--{option}={value}" for option, value, _ in shape.options)]
     lines = f", set-up lines: {set_up_lines}" if set_up_lines else ""
     return f"{' '.join(options)}{lines}, to run: {' '.join([launch.script, *launch.script_args])}"
 

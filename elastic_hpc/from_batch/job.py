@@ -27,7 +27,8 @@ def job_of_batch_script(
         content = Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"--from-batch {path}: {error.strerror}; expected a batch script that can be read") from None
-    request, environment = from_batch(content, path, args, os.environ)
+    instead = {**dict(options), **{given.name: given.value or "" for given in sbatch}}
+    request, environment = from_batch(content, path, args, os.environ, instead)
     job = build(replace(request, options=options, sbatch=sbatch, torchrun=torchrun))
     return replace(job, notes=(*job.notes, *_notes(job, environment)), repeatable=False)
 
@@ -38,8 +39,8 @@ def _notes(job: JobSpec, environment: str) -> list[str]:
     if job.launch.grow and any("SLURM_JOB" in line.value for line in job.setup):
         notes.append("--grow: each joiner is a Slurm job with its own $SLURM_JOB_ID")
     if environment and job.agent_python is None and job.container is None:
-        kept = f"agents and workers run with {job.python}; to use the Python of this line, if elastic_hpc is in it"
-        notes.append(f"{environment}: {kept}: --python python")
+        other = "to use the Python that this line activates, install elastic_hpc there and add --python python"
+        notes.append(f"{environment}: agents and workers run with {job.python}; {other}")
     nodes, source = job.launch.nodes, job.sources["nodes"]
     if nodes.min == nodes.max > 1 and source != COMMAND_LINE:
         fixed = f"{source}: the job needs all its {nodes.max} nodes; to let it run on fewer, for example"

@@ -13,6 +13,7 @@ from elastic_hpc.from_batch.launch_line import launch_of, not_understood
 from elastic_hpc.from_batch.shell_text import Statement
 from elastic_hpc.from_batch.variables import ASSIGNS, Variables, assigned, names
 from elastic_hpc.from_batch.wrappers import OF_RENDEZVOUS, Launch
+from elastic_hpc.job.quoting import first_line
 from elastic_hpc.options.sbatch import Given
 
 _LAUNCHES = re.compile(r"\btorchrun\b|\btorch\.distributed\.(run|launch)\b|\baccelerate launch\b|\bsrun\b.*\bpython")
@@ -74,8 +75,8 @@ class Reader:
         if hidden and (not ranked or ranked[0][0] > 0 or len(hidden) + len(best) > 1):
             raise UsageError(
                 f"line {hidden[0].line}: the launch is in a loop, a condition or a function, "
-                f"{first_line(hidden[0].text)!r}; write the one that is to run by itself, "
-                "or: elastic-sbatch --nodes MIN:MAX SCRIPT"
+                f"{first_line(hidden[0].text)!r}; move the launch that you want "
+                "outside, or: elastic-sbatch --nodes MIN:MAX SCRIPT"
             )
         if len(best) > 1:
             lines = ", ".join(str(found[index].line) for index, _ in best)
@@ -188,11 +189,6 @@ class Reader:
 def _size(text: str) -> str:
     """The first variable of ``text`` that counts nodes or tasks."""
     return next(filter(_OF_TASKS.fullmatch, names(text)), "")
-
-
-def first_line(text: str) -> str:
-    line = text.partition("\n")[0]
-    return line if len(line) <= 60 else f"{line[:57]}..."
 
 
 def _rendezvous(found: Sequence[Statement], used: Sequence[str]) -> set[Statement]:

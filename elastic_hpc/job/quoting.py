@@ -46,6 +46,12 @@ def quote_all(words: Sequence[str], indent: int = 2) -> str:
     return f" \\\n{' ' * indent}".join([*lines, line])
 
 
+def first_line(text: str) -> str:
+    """The first line of ``text``, shortened for a message."""
+    line = text.partition("\n")[0]
+    return line if len(line) <= 60 else f"{line[:57]}..."
+
+
 def directive(option: str, value: object = None, reason: str = "", mark: str = "#SBATCH") -> str:
     """A line that begins with ``mark``. sbatch has its own quoting there: double quotes, backslashes, and ``#``
     begins a comment.

@@ -99,8 +99,13 @@ class Resumption:
     def notes(self) -> Iterator[str]:
         """What the user should know: what continues, and which options count."""
         yield (
-            f"job {self.id} continues with its checkpoints and its record: this is run {self._last_run + 2}, and "
-            f"restart {self._spent[0] + 1} would be the next; --max-restarts and --max-requeues count from here"
+            f"job {self.id} continues in its run directory, with its record and its counters: this is run "
+            f"{self._last_run + 2}, and restart {self._spent[0] + 1} would be the next; --max-restarts and "
+            "--max-requeues count from here"
+        )
+        yield (
+            "the script finds its checkpoints if it saves them in the run directory or in a fixed folder, not in a "
+            "folder named after $SLURM_JOB_ID, which is new"
         )
         given = [f"--{name}" for name, _ in self._anew.options] + [g.flag for g in self._anew.sbatch]
         given += ["the script and its arguments"] if self._anew.script else []

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from elastic_hpc.errors import UsageError
 from elastic_hpc.job import outputs, programs
 from elastic_hpc.job.commands import Container
 from elastic_hpc.job.config import Configuration, Setting
-from elastic_hpc.job.quoting import Shell
+from elastic_hpc.job.quoting import Shell, first_line
 from elastic_hpc.job.request import Place, Request, configured, effective, layers_of, located
 from elastic_hpc.job.snapshot import WorkTree
 from elastic_hpc.options import durations, from_python
@@ -221,9 +221,24 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
             *request.notes,
             *configuration.notes,
             *filter(None, [place.note, lasts]),
+            *(() if template == "torchrun" else _with_job_id(configuration.setup)),
             *outputs.notes(sbatch, place.work_dir),
         ),
     )
+
+
+_JOB_ID = re.compile(r"\$\{?(SLURM_(?:ARRAY_)?JOB_?ID)\b")
+
+
+def _with_job_id(setup: Iterable[Setting]) -> Iterator[str]:
+    """A note on each set-up line that may name a folder after the Slurm job. Lines that print or ask Slurm do not."""
+    for line in setup:
+        used = _JOB_ID.search(line.value)
+        if used and not re.match(r"\s*(echo|printf|scontrol|squeue|sacct|sstat)\b", line.value):
+            yield (
+                f"{line.source}: {first_line(line.value)!r} contains ${used[1]}, which is new after --resume; for "
+                "checkpoints use $ELASTIC_HPC_RUN_DIR or a fixed folder"
+            )
 
 
 def _of_joiners(request: Request, configuration: Configuration, launch: LaunchSpec) -> tuple[Given, ...]:

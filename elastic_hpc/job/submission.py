@@ -72,6 +72,7 @@ def checked(job: JobSpec) -> str:
             "and workdir.j2 as the built-in template elastic.sbatch.j2 does, or leave out --snapshot"
         )
     _check_yielding(job)
+    _check_gpus(job)
     if not job.launch.grow:
         return text
     if job.container:
@@ -79,12 +80,6 @@ def checked(job: JobSpec) -> str:
             "--grow with --container-image: it is the leader, in the container, that would submit further nodes, and "
             "Slurm's commands are not there; leave out --grow, or write --grow=off"
         )
-    for given in job.sbatch:
-        if given.name == "gpus":
-            raise UsageError(
-                f"--gpus={given.value} with --grow: counts the GPUs of the whole job, a joiner is one node; "
-                "use --gpus-per-node=N"
-            )
     if "ELASTIC_HPC_JOIN" not in text:
         raise UsageError(
             f"--template {job.template} with --grow: it has no ELASTIC_HPC_JOIN, by which one more node finds the job; "
@@ -110,6 +105,17 @@ def _check_yielding(job: JobSpec) -> None:
             f"--yield-to {launch.yield_to} with --nodes {launch.nodes.slurm}: only nodes above MIN are given back, and "
             f"there are none; expected a range, for example --nodes 1:{max(2, launch.nodes.max)}"
         )
+
+
+def _check_gpus(job: JobSpec) -> None:
+    nodes = job.launch.nodes
+    varies = nodes.min != nodes.max or job.launch.spares or job.launch.grow
+    for given in job.sbatch:
+        if given.name == "gpus" and varies:
+            source = "" if given.source in {COMMAND_LINE, PYTHON} else f" ({given.source})"
+            raise UsageError(
+                f"{given}{source}: is for the whole job, and its number of nodes varies; use --gpus-per-node=N"
+            )
 
 
 def _check_times(job: JobSpec, script: str) -> None:

@@ -33,7 +33,7 @@ def test_a_cancelled_job_continues_from_its_last_checkpoint(
 
     done = fresh.exec([SBATCH, "--resume", str(job.run_dir), "--comment=second"], cwd=fresh.home)
     new = Job(fresh, done.stdout.split()[-1], folder)
-    assert f"job {job.id} continues with its checkpoints and its record: this is run 2" in done.stderr
+    assert f"job {job.id} continues in its run directory, with its record and its counters" in done.stderr
     assert f"--comment as given now; all other options are those of job {job.id}'s submission" in done.stderr
     assert fresh.job_field(new.id, "Comment") == "second"
     job.wait_steps(25, round=2)

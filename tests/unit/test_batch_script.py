@@ -322,9 +322,9 @@ run_dir=runs/$SLURM_JOB_ID
 warned=1
 code=mine
 warn() { echo hello; }
-cd sub && export PLACE=there
+cd sub && export PLACE=there DIR=${ELASTIC_HPC_RUN_DIR:-elastic-logs/$SLURM_JOB_ID}
 srun torchrun --nnodes=2 --rdzv_id=$SLURM_JOB_ID train.py --lr=${LR} "it's $EXTRA" $EXTRA "${LIST[@]}" \
-  --out "$run_dir/$(basename "$PWD")" '$LR' *.py ~ "$@" $1 $((1 + 2)) ${UNSET:-default} "$code" $PLACE
+  --out "$run_dir/$(basename "$PWD")" '$LR' *.py ~ "$@" $1 $((1 + 2)) ${UNSET:-default} "$code" $PLACE $(basename $DIR)
 """
 
 
@@ -361,6 +361,45 @@ def test_the_training_script_gets_what_the_batch_script_would_have_given_it(
     assert f"--run-dir\0{tmp_path}/elastic-logs/7\0" in (tmp_path / "argv").read_text()
 
 
+def test_a_folder_named_after_the_job_id_is_noted_as_a_resumed_job_has_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+    (tmp_path / "train.py").write_text("pass")
+    lines = ["OUT=$PWD/runs/$SLURM_JOB_ID", "echo $SLURM_JOB_ID", "scontrol show job $SLURM_JOBID"]
+    launch = "srun torchrun train.py --out $OUT --name ${SLURM_ARRAY_JOB_ID}"
+    (tmp_path / "job.sh").write_text(batch(launch, *lines))
+    new = "which is new after --resume; for checkpoints use $ELASTIC_HPC_RUN_DIR or a fixed folder"
+
+    def noted(*argv: str) -> list[str]:
+        assert main(["--dry-run", *argv]) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if new in line]
+
+    arguments = "the arguments, as written on that line: 'elastic_arguments=(--out $OUT --name ${SLURM_ARRAY_JOB_ID})'"
+    assert noted("--from-batch", "job.sh") == [
+        f"elastic-sbatch: job.sh line 3: '{lines[0]}' contains $SLURM_JOB_ID, {new}",
+        f"elastic-sbatch: job.sh line 6: {arguments} contains $SLURM_ARRAY_JOB_ID, {new}",
+    ]
+    assert noted("-N2", "--setup", "cd $SLURM_JOB_ID", "train.py") == [
+        f"elastic-sbatch: command line: 'cd $SLURM_JOB_ID' contains $SLURM_JOB_ID, {new}"
+    ]
+    assert noted("-N2", "--setup", "module load cuda", "train.py") == []
+
+
+@pytest.mark.parametrize(("nodes", "code"), [("4", 0), ("2:4", 2)])
+def test_gpus_of_the_whole_job_are_refused_for_a_number_of_nodes_that_varies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nodes: str, code: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+    (tmp_path / "train.py").write_text("pass")
+    (tmp_path / "job.sh").write_text(batch("srun torchrun train.py", head="#SBATCH --nodes=3 --gpus=8"))
+    assert main(["--dry-run", "--from-batch", "job.sh", "--nodes", nodes]) == code
+    refused = "--gpus=8 (job.sh line 2): is for the whole job, and its number of nodes varies; use --gpus-per-node=N\n"
+    assert capsys.readouterr().err.endswith(refused) == bool(code)
+
+
 def test_arguments_for_a_script_that_takes_none_are_refused() -> None:
     with pytest.raises(UsageError, match=r"^'other\.py' after --from-batch job\.sh: that batch script uses no arg"):
         read(PYTORCH, "other.py")
@@ -382,6 +421,9 @@ def test_the_command_line_wins_over_the_batch_script_and_the_notes_say_how_to_ma
     assert main(["--dry-run", "--from-batch", "job.sh", "--nodes", "2:4", "-p", "cpu", "--spares=1"]) == 0
     out, err = capsys.readouterr()
     assert "to let it run on fewer" not in err
+    assert "job.sh: taken: --time=1:00:00, to run: train.py\n" in err
+    for replaced in "--nodes=4 replaced by --nodes=2:4", "--partition=gpu replaced by --partition=cpu":
+        assert f"job.sh line 2: {replaced} of the command line\n" in err
     for line in "--nodes=2-5 ", "--partition=cpu ", "--time=1:00:00 ":
         assert f"#SBATCH {line}" in out
     (tmp_path / "job.sh").write_text(batch("srun torchrun train.py", "source venv/bin/activate"))
@@ -389,7 +431,7 @@ def test_the_command_line_wins_over_the_batch_script_and_the_notes_say_how_to_ma
     assert main(["--dry-run", "--from-batch", "job.sh"]) == 0
     err = capsys.readouterr().err
     assert f"elastic-sbatch: {brings}{sys.executable}; " in err
-    assert "if elastic_hpc is in it: --python python\n" in err
+    assert "to use the Python that this line activates, install elastic_hpc there and add --python python\n" in err
     assert main(["--dry-run", "--from-batch", "job.sh", "--python", "python"]) == 0
     assert brings not in capsys.readouterr().err
     for argv, message in {

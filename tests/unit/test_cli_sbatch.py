@@ -391,10 +391,10 @@ def test_a_script_may_be_named_like_a_switchs_value(project):
 
 def test_the_command_line_takes_back_what_a_file_switched_on(project):
     (project.folder / "elastic_hpc.toml").write_text("grow = true\nspares = 2\n")
-    assert main(["-N", "2:4", "--grow=off", "--spares=0", "-G", "8", "train.py"]) == 0
+    assert main(["-N", "4", "--grow=off", "--spares=0", "-G", "8", "train.py"]) == 0
     script = project.seen("script")
     assert re.search(r"^  --grow off +# command line$", script, re.MULTILINE)
-    assert "#SBATCH --nodes=2-4 " in script
+    assert "#SBATCH --nodes=4 " in script
 
 
 def test_plain_torchrun_is_asked_for_without_what_the_files_say_of_growth(project):
@@ -548,8 +548,9 @@ def test_config_shows_what_counts_and_where_it_comes_from(project, monkeypatch, 
         (["-N", "2", "--grow=", "train.py"], "--grow '': expected on or off"),
         (["-N", "2", "--grow", "on", "train.py"], "--grow on: expected the value after '=', for example --grow=on"),
         (["-N", "2", "--free-growth", "off", "t.py"], "--free-growth off: expected the value after '='"),
-        (["-N", "2", "--grow", "-G8", "train.py"], "--gpus=8 with --grow: counts the GPUs of the whole job, a joiner"),
-        (["-N", "2", "--grow", "--dry-run", "--gpus=8", "train.py"], "--gpus=8 with --grow: counts the GPUs of the"),
+        (["-N", "2", "--grow", "-G8", "train.py"], "--gpus=8: is for the whole job, and its number of nodes varies"),
+        (["-N", "2:4", "--dry-run", "--gpus=8", "train.py"], "--gpus=8: is for the whole job, and its number of nodes"),
+        (["-N", "2", "--spares=1", "--gpus=8", "train.py"], "--gpus=8: is for the whole job, and its number of nodes"),
         (["-N", "2", "--grow", "--template=torchrun", "train.py"], "--grow: plain torchrun has no use for it"),
         (["-N", "2", "--spares=1", "--template=torchrun", "train.py"], "--spares: plain torchrun has no use for it"),
         (["-N", "2", "--time=2", "train.py"], "--time=2: the workers are asked to save 120 s before the end (--grace)"),

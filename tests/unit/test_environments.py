@@ -262,6 +262,32 @@ def test_a_set_up_line_that_fails_is_told_and_the_job_goes_on(project: Path) -> 
     assert done.stdout == "A is 1 2"
 
 
+@pytest.mark.parametrize(
+    ("lines", "code", "said"),
+    [
+        (["set -euo pipefail", "modul load a"], 127, "exit code 127: the batch script ended in --setup modul load a"),
+        (["set -u", "X=$NONE"], 1, "exit code 1: the batch script ended in --setup X=$NONE"),
+        (["true; sh -c 'exit 3' || exit 4"], 4, "exit code 4: the batch script ended in --setup true; sh -c 'exit 3'"),
+        (
+            ["(exit 3)", "trap 'echo elastic_hpc: mine >&2' EXIT", "set -e", "false"],
+            1,
+            "exit code 3 of --setup (exit 3)",
+        ),
+        (["set -e"], 5, ""),
+    ],
+)
+def test_a_set_up_line_that_ends_the_script_is_named(project: Path, lines: list[str], code: int, said: str) -> None:
+    script = render(of(setup=lines)).replace("\nsrun ", "\nexit 5 #")
+    (project / "elastic.sh").write_text(script)
+    done = subprocess.run(
+        ["bash", "elastic.sh"], env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"},
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert f"elastic_hpc: {said}" in done.stderr if said else "elastic_hpc:" not in done.stderr
+    assert "elastic_hpc: mine\n" in done.stderr or "trap" not in "".join(lines)
+
+
 # an agent without Slurm's commands
 
 
