@@ -28,6 +28,8 @@ from elastic_hpc.view.state import Observed
 
 _ENDS = ("verdict.json", "heartbeat", "endpoint.json", "spec.json", "script.sbatch")
 """Files whose latest modification is the end of the job, or later."""
+_MADE = b"\n# made by elastic-sbatch "
+"""Is in each batch script of the built-in templates."""
 _REMOVED = ".removed."
 """Begins the name of a folder that is being removed."""
 _FRESH, _SILENT = 600.0, 86400.0
@@ -36,11 +38,13 @@ unknown end may be removed if the user names it.
 """
 
 ACTIVE = "active"
-RECENT = f"whose files were written in the last {_FRESH / 60:.0f} minutes: the job may still be alive"
+RECENT = f"whose files were written in the last {_FRESH / 60:.0f} minutes; try again later"
 CLAIMED = f"being resumed or removed by another command; if that has died, remove the file {RESUMING} there"
 UNKNOWN = "of unknown end: neither the record nor Slurm says how they ended; a day later they can be removed by name"
 FILES = "with files of the script, such as checkpoints; --with-checkpoints removes them too"
-FOREIGN = "of another user, or a link, or without a job's record"
+FOREIGN = "of another user"
+LINK = "links"
+NO_RECORD = "without a job's record or batch script"
 UNREADABLE = "that cannot be read as a whole"
 
 
@@ -86,10 +90,11 @@ def inventory(
     old = {rundir.path: when for rundir in run_dirs if (when := _ended(rundir.path)) and when < before}
     active = _asked_once()
     for path in old:
-        observed = recorded(RunDir(path)) if _is_ours(path) else None
-        if observed is None:
-            found.keep(FOREIGN, path)
-        elif reason := active(_ids(observed)) if observed.launcher_runs is None else ACTIVE * observed.launcher_runs:
+        if reason := _not_ours(path):
+            found.keep(reason, path)
+            continue
+        observed = recorded(RunDir(path))
+        if reason := active(_ids(observed)) if observed.launcher_runs is None else ACTIVE * observed.launcher_runs:
             found.keep(reason, path)
         elif not claimed and os.path.lexists(path / RESUMING):
             found.keep(CLAIMED, path)
@@ -230,15 +235,21 @@ def _ended(path: Path) -> float:
     return latest
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether ``path`` is a run directory of this user: other programs too have a file spec.json."""
+def _not_ours(path: Path) -> str:
+    """Why ``path`` is no run directory of this user; empty if it is one. Other programs too have a file spec.json. A
+    job that ended before an agent led it has only its batch script.
+    """
     rundir = RunDir(path)
     with contextlib.suppress(ElasticError, OSError):
-        return _is_folder_of_ours(path) and bool(
+        if not _is_folder_of_ours(path):
+            return LINK if path.is_symlink() else FOREIGN
+        if (
             {"job", "script"} <= (rundir.read("spec.json") or {}).keys()
             or {"outcome", "run", "actor"} <= (rundir.read("verdict.json") or {}).keys()
-        )
-    return False
+            or _MADE in (path / "script.sbatch").read_bytes()
+        ):
+            return ""
+    return NO_RECORD
 
 
 def _is_folder_of_ours(path: Path) -> bool:

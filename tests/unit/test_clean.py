@@ -33,10 +33,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def slurm_says(home: Path, *active: str, fails: bool = False, accounting: str = "(null)") -> None:
-    """What squeue answers at a site whose other clusters it cannot ask: the jobs ``active``."""
+def slurm_says(
+    home: Path, *active: str, fails: bool = False, accounting: str = "(null)", ended: dict[str, str] | None = None
+) -> None:
+    """What squeue answers at a site whose other clusters it cannot ask: the jobs ``active``, and how others ended."""
     mine = "\n".join(active)
     ours = "; ".join(f"case $* in *{id}*) echo '{id}|RUNNING|N/A|N/A|None';; esac" for id in active) or ":"
+    ours += "".join(
+        f"; case $* in *{id}*%T\\|*) echo '{id}|{state}|N/A|N/A|NonZeroExitCode';; *{id}*) echo {state};; esac"
+        for id, state in (ended or {}).items()
+    )
     fails_at = "*" if fails else "*--clusters=all*"
     (home / "squeue").write_text(
         f"#!/bin/sh\ncase $* in {fails_at}) echo squeue: error: no connection >&2; exit 1;; *--me*) echo '{mine}';; "
@@ -317,6 +323,28 @@ def test_a_folder_that_cannot_be_read_is_passed_over(home: Path) -> None:
         folder.chmod(0o700)
         done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=place, capture_output=True, check=False)
     assert done.stdout == b"1\n", done.stderr
+
+
+@pytest.mark.parametrize(("state", "gone"), [("FAILED", True), ("CANCELLED", True), ("", False), ("RUNNING", False)])
+def test_a_job_that_failed_before_its_start_goes(home: Path, state: str, *, gone: bool) -> None:
+    folder = home / "elastic-logs" / "17"
+    folder.mkdir(parents=True)
+    (folder / "script.sbatch").write_text("#!/bin/bash\n# made by elastic-sbatch 0.1\n")
+    remember(aged(folder))
+    slurm_says(home, *(["17"] if state == "RUNNING" else []), ended={"17": state} if gone else {})
+    assert main(["clean", "--yes"]) == 0
+    assert folder.exists() != gone
+
+
+def test_the_batch_script_of_another_program_keeps_the_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = home / "elastic-logs" / "17"
+    folder.mkdir(parents=True)
+    (folder / "script.sbatch").write_text("#!/bin/bash\n")
+    remember(aged(folder))
+    slurm_says(home, ended={"17": "FAILED"})
+    assert main(["clean", "--yes", "17"]) == 0
+    assert "kept: 1 without a job's record or batch script: 17\n" in capsys.readouterr().out
+    assert folder.exists()
 
 
 def test_a_folder_without_a_record_stays(home: Path) -> None:
