@@ -12,7 +12,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 from elastic_hpc.agent.threads import start
 from elastic_hpc.environment import NOTIFY
 from elastic_hpc.errors import ElasticError
+from elastic_hpc.options.values import is_web_address
 from elastic_hpc.record.rundir import RunDir
 
 _SECONDS = 10.0
@@ -71,7 +71,7 @@ def send(message: Mapping[str, str], environ: Mapping[str, str]) -> str:
     target = environ.get(NOTIFY)
     if not target:
         return ""
-    sending = start(_post if re.match("https?://", target) else _run, target, message, environ)
+    sending = start(_post if is_web_address(target) else _run, target, message, environ)
     try:
         problem = sending.result(_SECONDS + 1)
     except concurrent.futures.TimeoutError:
@@ -97,7 +97,10 @@ def _post(url: str, message: Mapping[str, str], _environ: Mapping[str, str]) -> 
 
 
 def _run(command: str, message: Mapping[str, str], environ: Mapping[str, str]) -> str:
-    """The text goes to the command's stdin, all of ``message`` to variables."""
+    """The text goes to the command's stdin, all of ``message`` to variables. A problem names the program alone: an
+    argument may be a secret.
+    """
+    program = command.split(maxsplit=1)[0]
     variables = {f"ELASTIC_HPC_NOTICE_{name.upper()}": text for name, text in message.items() if name != "content"}
     try:
         process = subprocess.Popen(
@@ -108,14 +111,14 @@ def _run(command: str, message: Mapping[str, str], environ: Mapping[str, str]) -
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
-        return f"{command}: {error}"
+        return f"{program}: {getattr(error, 'strerror', None) or error}"
     try:
         process.communicate(f"{message['text']}\n".encode(), timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return f"{command}: no end in {_SECONDS:g} s"
+        return f"{program}: no end in {_SECONDS:g} s"
     except OSError as error:
-        return f"{command}: {error.strerror}"
-    return f"{command}: exit code {process.returncode}" if process.returncode else ""
+        return f"{program}: {error.strerror}"
+    return f"{program}: exit code {process.returncode}" if process.returncode else ""

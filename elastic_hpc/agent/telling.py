@@ -17,6 +17,9 @@ from elastic_hpc.record.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
+_LOOK_EVERY = 5.0
+"""Seconds between two looks at the progress. A new world is written at once, and a new step once a minute."""
+
 _OURS = "elastic_hpc: "
 """Begins a comment of ours. A comment of the user is left as it is."""
 
@@ -27,15 +30,20 @@ class Comment:
     def __init__(self, job: str) -> None:
         self._job = job
         self._last = ""
+        self._world: tuple[object, ...] = ()
+        self._written = 0.0
         self._is_off = False
 
     @property
     def outlook(self) -> lookout.Outlook:
-        return lookout.Outlook("the job's comment", lookout.ASK_EVERY, self._look)
+        return lookout.Outlook("the job's comment", _LOOK_EVERY, self._look)
 
     async def _look(self, leader: Leader) -> None:
-        text = f"{_OURS}{leader.progress}"
-        if not self._is_off and text != self._last:
+        progress, now = leader.progress, asyncio.get_running_loop().time()
+        text, world = f"{_OURS}{progress}", (*progress[:-1], progress.step is None)
+        is_due = world != self._world or now - self._written >= lookout.ASK_EVERY
+        if progress.nodes and is_due and not self._is_off and text != self._last:
+            self._world, self._written = world, now
             await on_thread(self._write, text)
 
     def _write(self, text: str) -> None:

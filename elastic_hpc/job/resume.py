@@ -235,6 +235,7 @@ class Resumption:
                 "this file"
             )
         try:
+            self._check_state()  # another command may have resumed the job since
             yield
         finally:
             path.unlink(missing_ok=True)

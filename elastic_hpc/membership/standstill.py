@@ -48,4 +48,5 @@ class Standstill:
             return ""
         self._told = True
         last = f"no step after step {self._highest}" if self._highest >= 0 else "no step"
-        return f"{last} for {self.after / 60:g} minutes; now: {progress}"
+        after = f"{self.after:g} s" if self.after < 120 else f"{self.after / 60:.3g} minutes"
+        return f"{last} for {after}; now: {progress}"

@@ -197,11 +197,17 @@ def notify(text: str) -> str:
         words = shlex.split(text)
     except ValueError:  # a quote that is not closed
         words = []
-    if not words or not text.isprintable() or (text.startswith(("http://", "https://")) and len(words) > 1):
+    if not words or not text.isprintable() or (re.match(r"[\w+.-]+:/", text) and not is_web_address(text)):
         raise UsageError(
-            f"--notify {text!r}: expected a command or a web address, for example --notify 'mail -s job me@example.org'"
+            f"--notify {text!r}: expected a command, for example 'mail -s job me@example.org', or a web address that "
+            "begins with http:// or https:// and has a host"
         )
     return text
+
+
+def is_web_address(text: str) -> bool:
+    """Whether the value of ``--notify`` is a web address, and no command."""
+    return bool(re.fullmatch(r"https?://[^\s/?#]\S*", text, re.IGNORECASE))
 
 
 def interpreter(text: str) -> tuple[str, ...]:

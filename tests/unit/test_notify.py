@@ -14,6 +14,8 @@ from elastic_hpc import JobSpec, UsageError, render
 from elastic_hpc.agent import notify
 from elastic_hpc.environment import NOTIFY
 from elastic_hpc.membership.standstill import Reached, Standstill
+from elastic_hpc.options.values import is_web_address
+from elastic_hpc.options.values import notify as notify_option
 from elastic_hpc.record.rundir import RunDir
 
 FAILED = {"outcome": "failed", "reason": "used up", "failure": {"traceback": "Traceback\nValueError: no\n"}}
@@ -60,7 +62,8 @@ def test_a_web_hook_gets_json_as_slack_and_others_take_it(rundir: RunDir) -> Non
     ("target", "problem"),
     [
         ("false", "false: exit code 1"),
-        ("/nowhere/tell me", "/nowhere/tell me: "),
+        ("/nowhere/tell secret", "/nowhere/tell: No such file or directory"),
+        ("sh -c 'exit 3' secret", "sh: exit code 3"),
         ("http://127.0.0.1:9/T0/secret", "the web address cannot be reached from this node"),
         ("sh -c 'sleep 60; :'", "in 0.5 s"),
     ],
@@ -86,8 +89,19 @@ def test_the_web_address_is_on_no_command_line(tmp_path: Path, monkeypatch: pyte
     assert "export ELASTIC_HPC_NOTIFY=https://hooks.example.org/T0/secret" in script
     assert "export ELASTIC_HPC_NOTIFY_AFTER=60" in script
     assert "secret" not in script.partition("\nsrun ")[2].partition("# elastic-sbatch --resume")[0]
-    with pytest.raises(UsageError, match="expected a command or a web address"):
-        JobSpec.of("train.py", nodes=2, notify="mail 'me")
+
+
+@pytest.mark.parametrize(
+    "given", ["mail 'me", "", "https:/hooks/T0", "httpp://x/y", "FTP://x/y", "http://", "https:///T0", "http://x y"]
+)
+def test_what_is_neither_a_command_nor_a_web_address_is_refused(given: str) -> None:
+    with pytest.raises(UsageError, match="expected a command, for example .* or a web address that begins with"):
+        notify_option(given)
+
+
+def test_a_web_address_in_capitals_is_no_command() -> None:
+    assert notify_option("HTTPS://hooks.example.org/T0") == "HTTPS://hooks.example.org/T0"
+    assert is_web_address("HTTPS://hooks.example.org/T0")
 
 
 def at(step: int | None, nodes: int = 2) -> Reached:
@@ -100,7 +114,7 @@ def test_a_standstill_is_noticed_once_and_again_after_progress() -> None:
     assert not watch.look(at(5), 59)
     assert (
         watch.look(at(5), 60)
-        == "no step after step 5 for 1 minutes; now: step 5, 2 nodes, 4 workers, round 1, 0 restarts"
+        == "no step after step 5 for 60 s; now: step 5, 2 nodes, 4 workers, round 1, 0 restarts"
     )
     assert not watch.look(at(5), 100)
     assert not watch.look(at(6), 110)
@@ -111,7 +125,7 @@ def test_steps_that_are_done_again_and_a_world_that_does_not_form_are_no_progres
     watch = Standstill(60)
     watch.look(at(50), 0)
     assert not watch.look(at(40), 30)
-    assert watch.look(at(None, nodes=0), 61).startswith("no step after step 50 for 1 minutes; now: no world")
+    assert watch.look(at(None, nodes=0), 61).startswith("no step after step 50 for 60 s; now: no world")
     assert not Standstill(60).look(at(None, nodes=0), 61)
 
 

@@ -14,6 +14,7 @@ from elastic_hpc.environment import FIRST_RUN, SPENT
 from elastic_hpc.job import recorded
 from elastic_hpc.job.look import may_be_recent
 from elastic_hpc.job.lookup import find, select
+from elastic_hpc.job.resume import Anew, Resumption
 from elastic_hpc.job.spec import JobSpec
 from elastic_hpc.record.events import append_event
 from elastic_hpc.record.registry import remember
@@ -188,6 +189,16 @@ def test_only_the_owner_resumes_a_job(place: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "geteuid", lambda: rundir.path.stat().st_uid + 1)
     with pytest.raises(UsageError, match="who alone can resume it"):
         Job(rundir.path).resume()
+
+
+def test_a_command_that_another_one_has_overtaken_does_not_resume_the_job_again(place: Path) -> None:
+    rundir = ended(place, "--nodes=2")
+    slow, fast = (Resumption(rundir.path, Anew("test", [], [], [])) for _ in range(2))
+    with fast.submission():
+        fast.submitted("99")
+    (place / "queue").write_text("99|PENDING|N/A|N/A|None\n")
+    with pytest.raises(UsageError, match="job 17 is PENDING"), slow.submission():
+        raise AssertionError("the job would be submitted twice")
 
 
 def test_two_commands_do_not_resume_one_job(place: Path) -> None:
