@@ -60,7 +60,7 @@ def explain(exitcode: int, stderr: str, *, oom: bool = False, kernel: Sequence[s
             message += f": {thrown}"
     kind = kind_of(exitcode, message, oom=oom)
     if kind == "out of memory":
-        message += " (out of memory; ask for more, for example --mem)"
+        message += " (out of memory; request more, for example --mem)"
     return _cause(kind, message[:2000], traceback, [message], kernel)
 
 

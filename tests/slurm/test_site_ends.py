@@ -74,6 +74,6 @@ def test_a_worker_that_ran_out_of_memory_is_told_and_blames_no_node(
     step = ["sacct", "-n", "-P", f"--jobs={job.id}.0", "--format=state,exitcode"]
     assert fresh.exec(step).stdout.strip() == "OUT_OF_MEMORY|0:125", "as docs/limits.md says"
     told = why(job)
-    assert "killed by SIGKILL (out of memory; ask for more, for example --mem)" in told
+    assert "killed by SIGKILL (out of memory; request more, for example --mem)" in told
     assert "Slurm recorded" not in told
     assert "administrator" not in told

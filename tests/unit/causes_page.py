@@ -7,7 +7,7 @@ from pathlib import Path
 from elastic_hpc.membership.known import KNOWN
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/causes.md"
-HEAD = "| cause | whose fault | what is done | what it is, and what helps |\n|---|---|---|---|\n"
+HEAD = "| cause | whose fault | what the job does | what it is, and what helps |\n|---|---|---|---|\n"
 
 
 def table() -> str:

@@ -52,7 +52,7 @@ LINES = {
         "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 7.28 TiB",
         "RuntimeError: [enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory",
         "OSError: [Errno 12] Cannot allocate memory",
-        "killed by SIGKILL (out of memory; ask for more, for example --mem)",
+        "killed by SIGKILL (out of memory; request more, for example --mem)",
     ),
     "/dev/shm is too small": (
         "RuntimeError: DataLoader worker (pid 31) is killed by signal: Bus error. It is possible that dataloader's",
