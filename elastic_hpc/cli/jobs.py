@@ -35,10 +35,11 @@ def single(command: str, rundir: RunDir) -> RunDir:
 
 def looks_of(jobs: Jobs, given: Sequence[RunDir], query_interval: float = 0.0) -> list[Look]:
     """One more look by ``jobs``, at the ``given`` jobs; if there are none, at all that are recent by now.
-    ``query_interval``: as for ``Jobs.look``.
+    ``query_interval``: as for ``Jobs.look``. Active jobs come first.
     """
     jobs.observe([rundir for rundir in select(given) if given or may_be_recent(rundir)])
-    return [look for look in jobs.look(query_interval) if given or look.is_recent()]
+    looks = [look for look in jobs.look(query_interval) if given or look.is_recent()]
+    return sorted(looks, key=lambda look: look.place)
 
 
 def nothing_to_show(look: Look) -> ElasticError:

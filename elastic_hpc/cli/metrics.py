@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.address is not None and args.port is None:
         raise UsageError(f"--address {args.address}: is for --port PORT; add that, or leave it out")
     registry = CollectorRegistry()
-    jobs, scrape = Jobs([]), threading.Lock()
+    jobs, scrape = Jobs([], also_unreadable=not args.job), threading.Lock()
     registry.register(JobMetrics(lambda: _look(jobs, list(args.job), scrape)))
     if args.port is not None:
         return _serve(registry, args.address or _LOCAL, args.port)
@@ -78,9 +78,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _look(jobs: Jobs, run_dirs: Sequence[RunDir], scrape: threading.Lock) -> tuple[list[tuple[JobView, Story]], bool]:
-    """``scrape``: held, as several scrapes may come at once and ``jobs`` remembers what it has read."""
+    """``scrape``: held, as several scrapes may come at once and ``jobs`` remembers what it has read. A job whose record
+    cannot be read is left out: its counters would fall to 0.
+    """
     with scrape:
-        return [look[:2] for look in looks_of(jobs, run_dirs)], not jobs.problem
+        looks = looks_of(jobs, run_dirs)
+        return [look[:2] for look in looks if look.view.run_dir not in jobs.unreadable], not jobs.problem
 
 
 def _write(registry: CollectorRegistry, path: str) -> None:

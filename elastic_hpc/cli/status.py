@@ -42,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 if Slurm could not be asked."""
+    """Returns the exit code: 1 if Slurm could not be asked, or the record of a job could not be read."""
     if args.watch and args.json:
         raise UsageError("--watch and --json: expected one of them; call --json repeatedly instead")
     selected = [rundir for rundir in select(args.job) if args.job or args.all or may_be_recent(rundir)]
-    jobs = Jobs(selected)
+    jobs = Jobs(selected, also_unreadable=not args.job)
     if args.watch:
         return _watch(jobs, args)
     looks = _wanted(jobs.look(ends=len(selected) == 1), args)
@@ -55,7 +55,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         console = _console()
         console.print(_screen(looks, jobs.problem, console))
-    return 1 if jobs.problem else 0
+    return _code(jobs, looks)
+
+
+def _code(jobs: Jobs, looks: Sequence[Look]) -> int:
+    return int(bool(jobs.problem) or any(look.view.run_dir in jobs.unreadable for look in looks))
 
 
 def _console() -> Console:
@@ -73,11 +77,13 @@ def _screen(looks: Sequence[Look], problem: str, console: Console) -> Renderable
         return Group(*parts, status.card(looks[0].view))
     if not looks:
         return Group(*parts, "No active jobs (--all shows finished ones)")
-    return Group(*parts, status.table([look.view for look in looks], console.width))
+    ordered = sorted(looks, key=lambda look: look.place)
+    return Group(*parts, status.table([look.view for look in ordered], console.width))
 
 
 def _watch(jobs: Jobs, args: argparse.Namespace) -> int:
     console = _console()
+    looks: list[Look] = []
     with contextlib.suppress(KeyboardInterrupt):
         looks = _wanted(jobs.look(), args)
         with Live(
@@ -88,6 +94,6 @@ def _watch(jobs: Jobs, args: argparse.Namespace) -> int:
                 time.sleep(_LOOK_INTERVAL)
                 looks = _wanted(jobs.look(_SLURM_INTERVAL), args)
                 live.update(_screen(looks, jobs.problem, console), refresh=True)
-        if console.is_terminal:
-            console.print(_screen(looks, jobs.problem, console))
-    return 1 if jobs.problem else 0
+    if console.is_terminal and looks:
+        console.print(_screen(looks, jobs.problem, console))
+    return _code(jobs, looks)

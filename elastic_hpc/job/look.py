@@ -34,10 +34,21 @@ class Look(NamedTuple):
     events: Sequence[Mapping[str, Any]]
 
     def is_recent(self) -> bool:
-        """Whether the job is not over, or ended within a day."""
-        if self.view.state == "UNKNOWN" and self.view.over and not self.story.runs and not self.view.script:
-            return False  # it never started, and Slurm has forgotten it
-        return not self.view.over or time.time() - (self.story.last_time or _mtime(self.view.run_dir)) < _RECENT
+        """Whether the job is not over, or ended within a day, or ended before it started and Slurm still knows it."""
+        never_started = not self.story.runs and not self.view.script
+        if not self.view.over or (never_started and self.view.state != "UNKNOWN"):
+            return True
+        return time.time() - self._ended < _RECENT
+
+    @property
+    def place(self) -> tuple[int, float]:
+        """Where the job stands in a list: jobs with nodes first, then those that wait, then the last that ended."""
+        return (2, -self._ended) if self.view.over else (0 if self.view.has_nodes else 1, 0.0)
+
+    @property
+    def _ended(self) -> float:
+        """When the job ended, as far as is known."""
+        return self.story.last_time or _mtime(self.view.run_dir)
 
 
 def may_be_recent(rundir: RunDir) -> bool:
@@ -125,6 +136,8 @@ class Jobs:
         """Slurm's words for the ends of jobs, by id; empty for those that it does not know."""
         self.problem = ""
         """Why Slurm cannot be asked; empty if it answered, or need not be asked."""
+        self.unreadable: set[str] = set()
+        """The run directories whose records could not be read in the last look."""
 
     def observe(self, run_dirs: Sequence[RunDir]) -> None:
         """From now on observe these jobs; what was read of them before is kept."""
@@ -141,6 +154,7 @@ class Jobs:
             observed = [recorded(rundir) for rundir, _ in self._records]
             self._query(observed, float("inf"))
         looks = []
+        self.unreadable.clear()
         for seen, (_, record) in zip(observed, self._records, strict=True):
             note = ""
             try:
@@ -149,6 +163,7 @@ class Jobs:
                 if not self._also_unreadable:
                     raise
                 story, note = StoryBuilder().story(0), str(error)
+                self.unreadable.add(seen.run_dir)
             job = self._with_slurm(seen, story)
             if ends and (job.final or (_needs_slurm(job) and job.queued is None and not self.problem)):
                 job = replace(job, recorded_end=self._recorded_end(job))

@@ -160,7 +160,7 @@ def test_status_does_not_open_the_records_of_jobs_that_ended_long_ago(
     capsys.readouterr()
     of_today = job(home, "20", "finished", time.time() - 1000)
     assert main(["status"]) == 1
-    assert f"{of_today}/events.n1.jsonl: Is a directory" in capsys.readouterr().err
+    assert f"{of_today}/events.n1.jsonl: Is a directory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("outcome", ["requeue", "finished"])
@@ -171,7 +171,7 @@ def test_a_job_that_waits_for_days_after_a_requeue_or_is_led_again_is_not_left_o
     if outcome == "finished":  # a leader of another run beats, whose verdict is not there yet
         (folder / "heartbeat").touch()
     assert main(["status"]) == 1
-    assert "Is a directory" in capsys.readouterr().err
+    assert "Is a directory" in capsys.readouterr().out
 
 
 def test_status_into_a_pipe_cuts_no_path_and_leaves_out_no_column(

@@ -51,8 +51,8 @@ def get(address: str, method: str = "GET") -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def link(page: str) -> str:
-    found = re.search(r'href="(job/\w+)"', page)
+def link(page: str, job: str = "") -> str:
+    found = re.search(rf'href="(job/\w+)">{job}', page)
     assert found
     return found[1]
 
@@ -63,7 +63,7 @@ def test_all_jobs_have_a_line_and_each_a_page_with_timeline_output_and_why(tmp_p
         assert len(re.findall('href="job/', page)) == 2
         assert "COMPLETED" in page
         assert "FAILED" in page
-        job = get(address + link(page))[1]
+        job = get(address + link(page, "faults"))[1]
         assert "<svg" in job
         assert "charged: restart 1" in job
         assert "rank 0|" in job
@@ -142,7 +142,7 @@ def test_jobs_can_be_stopped_while_slurm_does_not_answer(tmp_path: Path) -> None
 @pytest.mark.parametrize("which", ["jobs", "job"])
 def test_a_browser_shows_the_page_without_a_complaint(which: str, tmp_path: Path) -> None:
     with served(records.copy("faults", tmp_path), records.copy("broken", tmp_path)) as address:
-        shown = address if which == "jobs" else address + link(get(address)[1])
+        shown = address if which == "jobs" else address + link(get(address)[1], "faults")
         screen = screenshot(shown, f"serve-{which}", tmp_path, "--virtual-time-budget=6000", height=1800)
     assert screen.stat().st_size > 10_000
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -305,7 +309,7 @@ def test_without_a_job_all_are_shown_that_are_not_over_or_ended_lately(
     assert "No active jobs" in capsys.readouterr().out
     assert main(["status", "--all"]) == 0
     text = capsys.readouterr().out
-    assert text.index("faults") < text.index("broken")
+    assert text.index("broken") < text.index("faults"), "the job that ended last comes first"
     recent = [
         {**event, "time": event["time"] - records.story("faults").last_time + time.time()}
         for event in records.events("faults")
@@ -313,6 +317,56 @@ def test_without_a_job_all_are_shown_that_are_not_over_or_ended_lately(
     records.write(home / "elastic-logs" / "faults", recent)
     assert main(["status"]) == 0
     assert "faults" in capsys.readouterr().out
+
+
+def test_active_jobs_stand_above_ended_ones_and_of_these_the_last_comes_first(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for id, ended_ago in (("1", 500.0), ("2", 100.0), ("3", 300.0)):
+        remember(folder := records.copy("grown", home / id).rename(home / id / id))
+        later = time.time() - ended_ago - records.story("grown").last_time
+        records.write(folder, [{**event, "time": event["time"] + later} for event in records.events("grown")])
+    for id in ("8", "9"):
+        remember(home / "elastic-logs" / id)
+    queued = {"8": Queued("PENDING", None, "Resources"), "9": Queued("RUNNING", None, "None")}
+    monkeypatch.setattr(slurm, "queue", lambda *_: queued)
+    assert main(["status"]) == 0
+    assert re.findall(r"(?m)^(\d) ", capsys.readouterr().out)[:5] == ["9", "8", "2", "3", "1"]
+    assert main(["status", "--json"]) == 0
+    assert [job["id"] for job in json.loads(capsys.readouterr().out)["jobs"]] == ["1", "2", "3", "8", "9"]
+
+
+def test_a_job_that_was_cancelled_in_the_queue_is_shown_while_slurm_knows_it(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember(home / "elastic-logs" / "7")
+    monkeypatch.setattr(slurm, "show_job", lambda _: None)
+    monkeypatch.setattr(slurm, "queue", lambda *_: {"7": Queued("CANCELLED", None, "None")})
+    assert main(["status"]) == 0
+    assert "job 7  CANCELLED" in capsys.readouterr().out
+    monkeypatch.setattr(slurm, "queue", lambda *_: {})
+    assert main(["status"]) == 0
+    assert "No active jobs" in capsys.readouterr().out
+
+
+def test_a_job_whose_record_cannot_be_read_does_not_hide_the_others(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("faults", "broken"):
+        remember(folder := records.copy(name, home / "elastic-logs"))
+        records.write(folder, [{**event, "time": time.time()} for event in records.events(name)])
+    (folder / "events.jsonl").unlink()
+    (folder / "events.jsonl").mkdir()
+    assert main(["status"]) == 1
+    text = capsys.readouterr().out
+    assert "COMPLETED" in text
+    assert "events.jsonl: Is a directory" in text
+    assert main(["metrics"]) == 0
+    text = capsys.readouterr().out
+    assert 'job="faults"' in text
+    assert 'job="broken"' not in text, "its counters are not 0"
+    assert main(["status", str(folder)]) == 1
+    assert "events.jsonl: Is a directory" in capsys.readouterr().err
 
 
 def test_known_jobs_are_the_last_ones_each_once_and_an_array_by_its_tasks(home: Path) -> None:
@@ -331,6 +385,24 @@ def test_a_home_that_cannot_be_written_is_no_failure(home: Path, monkeypatch: py
     (home / "state").write_text("a file")
     remember(home / "1")
     assert with_tasks() == []
+
+
+def test_after_ctrl_c_the_last_state_stays_on_the_screen(home: Path) -> None:
+    folder = records.copy("grown", home)
+    (folder / "verdict.json").unlink()
+    ours, its = pty.openpty()
+    command = [sys.executable, "-m", "elastic_hpc", "status", "--watch", str(folder)]
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(its)
+        text = b""
+        while b"record" not in text:
+            text += os.read(ours, 65536)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the process has ended
+            while True:
+                text += os.read(ours, 65536)
+        os.close(ours)
+    assert b"UNKNOWN" in text.rpartition(b"\x1b[?1049l")[2]
 
 
 def test_watch_ends_with_the_job_and_when_it_is_no_terminal_shows_its_end(capsys: pytest.CaptureFixture[str]) -> None:
