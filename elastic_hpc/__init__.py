@@ -1,8 +1,8 @@
 """Elastic PyTorch jobs on Slurm: start with MIN nodes, use up to MAX, survive the loss of nodes.
 
-Public are the names in ``__all__`` of this package, the Python way in, and of ``elastic_hpc.training``, for training
-scripts, and ``LiveStrategy`` of ``elastic_hpc.training.lightning``. All other modules are private: they change without
-notice.
+The public names are those in ``__all__`` of this package, for submitting jobs from Python, those in ``__all__`` of
+``elastic_hpc.training``, for training scripts, and ``LiveStrategy`` of ``elastic_hpc.training.lightning``. All other
+modules are private: they change without notice.
 """
 
 from importlib import import_module
@@ -44,7 +44,7 @@ _HOMES = {
 if not TYPE_CHECKING:  # type checkers see the imports above
 
     def __getattr__(name):  # noqa: ANN001, ANN202
-        """Import a name when it is used first: every agent and every command imports this package."""
+        """Import a name when it is first used: every agent and every command imports this package."""
         if name == "training":
             return import_module(f"{__name__}.training")
         if name not in _HOMES:

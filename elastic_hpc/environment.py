@@ -1,6 +1,5 @@
-"""The environment variables that our processes pass on to each other, and those of Slurm that workers do not see.
-
-Pure: each function is given the environment as a mapping.
+"""The environment variables that our processes pass on to each other, and Slurm's variables that workers do not see.
+Pure: each function gets the environment as a mapping.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ AGAIN = "ELASTIC_HPC_AGAIN"
 """The index in the job of the node whose agent is restarted."""
 
 NODES = "ELASTIC_HPC_NODES"
-"""The names of the job's nodes, in Slurm's order, for agents in an OCI container: up to Slurm 22.05 the variables there
-are those of the batch script, the same on all nodes, and do not say which node this is.
+"""The names of the job's nodes, in Slurm's order, for agents in an OCI container: up to Slurm 22.05 they have the batch
+script's variables there, the same on all nodes, which do not say which node this is.
 """
 
 CONTINUE, FIRST_RUN, FIRST_JOB = "ELASTIC_HPC_CONTINUE", "ELASTIC_HPC_FIRST_RUN", "ELASTIC_HPC_FIRST_JOB"
-"""Where a job may not be requeued, another job continues in its place, and is given the run directory of the first job,
-how often that has started, and its id.
+"""If Slurm does not allow a requeue, another job continues in place of the first job, and gets the first job's run
+directory, number of starts, and id.
 """
 
 SPENT = "ELASTIC_HPC_SPENT"
@@ -36,18 +35,18 @@ processes with the mark that are part of that Slurm job, or of no job.
 """
 
 RUN_DIR, GIVEN = "ELASTIC_HPC_RUN_DIR", "ELASTIC_HPC_GIVEN"
-"""GIVEN: the variables that workers have from their agent, not from the user, ``NAME=VALUE;...``. An empty value stands
+"""GIVEN: the variables that workers get from their agent, not from the user, ``NAME=VALUE;...``. An empty value stands
 for every value.
 """
 
 NOTIFY, NOTIFY_AFTER = "ELASTIC_HPC_NOTIFY", "ELASTIC_HPC_NOTIFY_AFTER"
-"""What is to be told of the job (``agent.notify``), and after how many seconds without progress."""
+"""Where to send notifications about the job (``agent.notify``), and after how many seconds without progress."""
 
 OF_A_JOB = (LOCAL_NODE, LOCAL_NODES, JOIN, AGAIN, NODES, CONTINUE, FIRST_RUN, FIRST_JOB, SPENT, NOTIFY, NOTIFY_AFTER)
 """Variables for the agents of one job. A job that is started from within that job must not have them."""
 
 LIVE = "ELASTIC_HPC_LIVE"
-"""The socket of the agent to which workers connect that can be kept for the next round (``workers.lives``)."""
+"""The agent's socket, to which workers connect that can be kept for the next round (``workers.lives``)."""
 
 FENCE = "ELASTIC_HPC_FENCE"
 """The job, run and round of a worker, ``JOB.RUN.ROUND``, by which its checkpoints are fenced (``training.fences``)."""
@@ -78,8 +77,8 @@ INSTEAD = {
     "SLURM_STEP_NODELIST": "MASTER_ADDR",
     "SLURM_NODE_ALIASES": "MASTER_ADDR",
 }
-"""Slurm's variables that describe the agents and the granted nodes, and what workers have in their place. A worker that
-saw Slurm's variables would believe that it is a task of Slurm, and count spares, joiners and dead nodes in its world.
+"""Slurm's variables that describe the agents and the granted nodes, and what workers use instead. A worker that saw
+Slurm's variables would believe that it is a Slurm task, and count spares, joiners and dead nodes in its world.
 """
 
 FAMILIES = {
@@ -91,12 +90,12 @@ FAMILIES = {
         "RANK, WORLD_SIZE and LOCAL_RANK",
     ),
 }
-"""As INSTEAD, by the beginnings of names: variables that srun or mpirun sets for MPI libraries, and bindings."""
+"""Like INSTEAD, by prefixes of names: variables that srun or mpirun sets for MPI libraries, and bindings."""
 
 
 def instead_of(name: str) -> str | None:
-    """What workers have in place of the variable ``name``; None if it is not hidden from them."""
-    if name.startswith("PMIX_MCA_"):  # these are settings of the user
+    """What workers use instead of the variable ``name``; None if it is not hidden from them."""
+    if name.startswith("PMIX_MCA_"):  # these are the user's settings
         return None
     name = re.sub(r"_(HET|PACK)_GROUP_\d+$", "", name)  # Slurm repeats some variables for each component
     by_family = (instead for family, instead in FAMILIES.items() if name.startswith(family))
@@ -118,9 +117,9 @@ def prepare_worker_env(
     live: str = "",
     interface: str | None = None,
 ) -> None:
-    """Change ``environ`` into what the workers shall inherit. To be called before there are threads: C libraries may
-    read the environment at any time, for example to look up a name. ``live``: the path of the socket ``LIVE``, empty if
-    the agent keeps no workers.
+    """Change ``environ`` into the environment that the workers must inherit. Call this before there are threads: C
+    libraries may read the environment at any time, for example to look up a name. ``live``: the path of the socket
+    ``LIVE``, empty if the agent keeps no workers.
     """
     for name in [name for name in environ if name in OF_A_JOB or is_hidden(name)]:
         del environ[name]
@@ -128,7 +127,7 @@ def prepare_worker_env(
         "OMP_NUM_THREADS": str(max(1, cpus // nproc)),
         "RES_OPTIONS": "timeout:1 attempts:1",  # a name server that is gone costs seconds, not minutes
         **({"NCCL_SOCKET_IFNAME": interface} if interface else {}),
-        **dict.fromkeys(_OF_A_ROUND, ""),  # a new name would move all; a new value does not
+        **dict.fromkeys(_OF_A_ROUND, ""),  # a new name would move the whole environment; a new value does not
         "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # ranks follow from the plan; no store traffic
     }
     given = {name: value for name, value in ours.items() if name not in environ}
@@ -137,8 +136,8 @@ def prepare_worker_env(
 
 
 def forget_enclosing(environ: MutableMapping[str, str]) -> None:
-    """Remove from ``environ`` what it has from the agent of another job: a worker of that job may have started this
-    process, or submitted its job. The mark stays: what a worker starts dies with its agent.
+    """Remove from ``environ`` the variables set by the agent of another job: a worker of that job may have started this
+    process, or submitted its job. The mark stays: processes that a worker starts die with its agent.
     """
     given = (entry.partition("=")[::2] for entry in environ.get(GIVEN, "").split(";"))
     leftover = {name for name, value in given if value in {"", environ.get(name)}}
@@ -147,7 +146,9 @@ def forget_enclosing(environ: MutableMapping[str, str]) -> None:
 
 
 def for_a_new_job(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` for a job that is started or submitted here: without what makes this process part of its own job."""
+    """``environ`` for a job that is started or submitted here: without the variables that make this process part of its
+    own job.
+    """
     made = {name: value for name, value in environ.items() if name not in OF_A_JOB}
     forget_enclosing(made)
     return made

@@ -1,4 +1,4 @@
-"""The errors that a user may meet. Each is one line that says what to type instead."""
+"""The errors that a user may see. Each is one line that says what to type instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ NO_FOLDER = "the current directory does not exist any more; cd to one that does"
 
 
 class ElasticError(Exception):
-    """Anything this package raises on purpose. ``exit_code`` is what a command ends with."""
+    """Any error that this package raises on purpose. ``exit_code``: the exit code of a command that fails with this
+    error.
+    """
 
     exit_code = 1
 
@@ -61,11 +63,11 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.7, prefix: s
 
 
 class SlurmError(ElasticError):
-    """Slurm refused, or could not be asked. It does not mean that there are no jobs or nodes."""
+    """Slurm refused or did not answer. This does not mean that there are no jobs or nodes."""
 
 
 class JobEnded(ElasticError):
-    """The job is over for this agent: ``outcome`` is the verdict's, or ``lost`` if the leader cannot be reached."""
+    """The job has ended for this agent: ``outcome`` is the verdict's, or ``lost`` if the leader cannot be reached."""
 
     def __init__(self, outcome: str, reason: str) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""How a process of ours is started: as a module of an interpreter, which need not be this one."""
+"""How we start our own processes: as a module of an interpreter, which need not be this process's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 # Python 3.10 has no -P, and the version of another interpreter is unknown: this code has the effect of -P. Python 3.13
-# imports modules before it runs the code, from the working directory too; the variable, unknown to 3.10, prevents that.
+# imports modules before it runs the code, even from the working directory; the variable, unknown to 3.10, prevents
+# that.
 _SAFE = "PYTHONSAFEPATH"
 _CODE = (
     f'import os, sys; os.environ.pop("{_SAFE}", None); sys.path = [*filter(None, sys.path)]; '

@@ -1,4 +1,4 @@
-"""The command line of an agent, and what follows from it: the policy, the number of the workers and their command."""
+"""The command line of an agent, and what follows from it: the policy, the number of workers and their command."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def visible_gpus() -> int:
 
 
 def worker_args(spec: LaunchSpec) -> list[str]:
-    """The arguments of a worker's interpreter: the script, or ``-m`` and the module, and what follows."""
-    script = f"./{spec.script}" if spec.script.startswith("-") else spec.script  # no option of python's
+    """The arguments of a worker's interpreter: the script, or ``-m`` and the module, and the script's arguments."""
+    script = f"./{spec.script}" if spec.script.startswith("-") else spec.script  # so that it is no option of Python
     return [*(["-m", spec.script] if spec.module else [script]), *spec.script_args]
 
 

@@ -35,7 +35,7 @@ from elastic_hpc.slurm.env import AgentEnv
 from elastic_hpc.workers import folder, guard
 
 LEAVE = LEAVE_TIMEOUT + 20
-"""Seconds that an agent takes at most to leave when the job has ended: the leader waits that long for all others."""
+"""Most seconds that an agent takes to leave when the job has ended: the leader waits that long for all others."""
 
 _SECRET_TIMEOUT = 2.0
 """Seconds that a connection waits for the secret. The agent reads the secret from the run directory once."""
@@ -61,8 +61,8 @@ class Assembly:
     ) -> None:
         """Make this process an agent: ``os.environ`` becomes what the workers inherit, so no thread may run yet.
 
-        ``environ``: what this process was started with. ``interface``: what NCCL uses. ``keeps``: workers may connect
-        to the agent, which then keeps their processes for the next round.
+        ``environ``: the environment that this process was started with. ``interface``: what NCCL uses. ``keeps``:
+        workers may connect to the agent, which then keeps their processes for the next round.
         """
         run_while_processes_start()
         folder.remember()
@@ -181,9 +181,9 @@ class Assembly:
 
 
 def _interfaces(published: Sequence[str]) -> list[str]:
-    """The addresses on which an agent listens that publishes ``published``, and loopback, because an agent that leads
-    dials itself, also while its interface is down. If no published address is this machine's own (a device between the
-    nodes translates addresses), the agent listens on all interfaces.
+    """The addresses on which an agent that publishes ``published`` listens: these and loopback, because an agent that
+    leads dials itself, even while its interface is down. If no published address is this machine's own (a device
+    between the nodes translates addresses), the agent listens on all interfaces.
     """
     own = addresses.own(published)
     return list(dict.fromkeys([*own, addresses.LOOPBACK])) if own else [""]

@@ -20,12 +20,12 @@ _OF_THE_STEP = (
     "ZE_AFFINITY_MASK",
     "GPU_DEVICE",
 )
-"""Beginnings of variables that describe this job step or its terminal, not that of the agent."""
+"""Prefixes of variables that describe a job step: those of this step replace the agent's."""
 _OF_THE_TERMINAL = ("TERM", "LINES", "COLUMNS", "LANG", "LC_")
 
 
 def enter(run_dir: str, command: Sequence[str]) -> NoReturn:
-    """Replace this process by ``command``, a shell of the user if empty."""
+    """Replace this process by ``command``; if empty, by the user's shell."""
     agent, workers = find(run_dir)
     environ = dict(os.environ)
     if agent is None:
@@ -58,8 +58,8 @@ def find(run_dir: str) -> tuple[int | None, dict[int, int]]:
         if "elastic_hpc.agent" in words and os.path.basename(words[0]) != "srun" and any(map(is_the_jobs, words)):
             agents.add(pid)
         elif environ.get("RANK", "").isdecimal() and is_the_jobs(environ.get(RUN_DIR, "")):
-            workers[int(environ["RANK"])] = min(pid, workers.get(int(environ["RANK"]), pid))  # not what it has started
-    # what starts the agent in a container has the words too, and the environment outside of the container
+            workers[int(environ["RANK"])] = min(pid, workers.get(int(environ["RANK"]), pid))  # not its children
+    # the process that starts the agent in a container has the words too, but the environment outside the container
     return next((pid for pid in sorted(agents) if proc.parent(pid) not in agents), None), workers
 
 

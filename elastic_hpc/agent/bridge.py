@@ -69,7 +69,7 @@ class Outside(Protocol):
 
 
 class Control:
-    """Keeps this agent connected to the leader. To the membership it is the ``Node``, on the control thread."""
+    """Keeps this agent connected to the leader. For the membership, on the control thread, it is the ``Node``."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Control:
         self._started.wait()
 
     def next_seat(self, ahead: Ahead | None = None) -> Seat:
-        """Wait for a place in the next round; all of this node's workers must be dead, or stand still. Raises JobEnded.
+        """Wait for a place in the next round; all of this node's workers must be dead or paused. Raises JobEnded.
 
         ``ahead`` starts workers meanwhile, if a world of live workers runs without this node.
         """
@@ -149,7 +149,7 @@ class Control:
                     self._changed.wait(_LOOK_EVERY if preparing else None)
 
     def must_stop(self, round: int) -> str | None:
-        """Why the workers of ``round`` may not continue, or None if they may. Raises JobEnded."""
+        """Why the workers of ``round`` must stop, or None if they may continue. Raises JobEnded."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake_fd)
         with self._changed:
@@ -164,19 +164,19 @@ class Control:
         return self._order
 
     def report(self, state: State, round: int, failure: Failure | None = None, *, drained: bool = False) -> None:
-        """Tell the leader what the workers of ``round`` do."""
+        """Report to the leader what the workers of ``round`` do."""
         with self._changed:
             changes: dict[str, Any] = {"state": state, "round": round, "failure": failure, "drained": drained}
-            if state == "running":  # nothing is known of these workers yet
+            if state == "running":  # nothing is known about these workers yet
                 changes |= _BEFORE_A_ROUND
             self._report(**changes)
 
     def report_progress(
         self, progress: Progress, *, live: bool = False, signs: Signs = NO_SIGNS, pace: Pace = NO_PACE
     ) -> None:
-        """Tell the leader how far the workers are, whether they are ``live`` (``workers.lives``), what ``signs`` of
-        life they have given, and their ``pace``, with the next heartbeat; at once when they begin to listen, or to be
-        live.
+        """Report to the leader how far the workers are, whether they are ``live`` (``workers.lives``), what ``signs``
+        of life they have given, and their ``pace``, with the next heartbeat; at once when they begin to listen, or to
+        be live.
         """
         with self._changed:
             if (progress.listens, live) != (self._status.listens, self._status.live):
@@ -185,21 +185,21 @@ class Control:
             self._status = replace(self._status, **steps, signs=signs, pace=pace)
 
     def report_start(self, *, kept: int, not_kept: str, warm: int, cold: int, why: str, standby_mb: float) -> None:
-        """Tell the leader how the workers were started, with the next heartbeat: ``kept`` of them in the round before,
-        another one not because of ``not_kept``, the others as ``workers.standbys.Started`` says.
+        """Report to the leader, with the next heartbeat, how the workers were started: ``kept`` of them in the previous
+        round (``not_kept``: why another could not be kept), the others as in ``workers.standbys.Started``.
         """
         with self._changed:
             changes: dict[str, Any] = {"kept": kept, "not_kept": not_kept, "warm": warm, "cold": cold}
             self._status = replace(self._status, **changes, cold_why=why, standby_mb=standby_mb)
 
     def report_unfit(self, why: str) -> None:
-        """Tell the leader that this node cannot take part any more."""
+        """Report to the leader that this node can no longer take part."""
         with self._changed:
             self._report(unfit=why)
 
     def on_signal(self) -> None:
-        """This agent got SIGTERM. All agents of the allocation get a SIGTERM of Slurm, and the leader's agent acts for
-        all of them. A joiner's job ends alone, so a joiner reports that it leaves.
+        """This agent got SIGTERM. All agents of the allocation get a SIGTERM from Slurm, and the leader's agent acts
+        for all of them. A joiner's job ends alone, so a joiner reports that it leaves.
         """
         if votes(self._status.node):
             self._call(self._membership.terminated)

@@ -30,7 +30,7 @@ _ALONE_TIMEOUT = timedelta(seconds=60)
 """Time for the agents' step to end when the batch host is lost. A requeue before the end takes longer."""
 
 _LEAVE_TIME = timedelta(seconds=5)
-"""Time for the other agents to leave, where Slurm is not waited for."""
+"""Time for the other agents to leave, where the end of the job does not wait for Slurm."""
 
 _DEPUTY_TIMEOUT = timedelta(minutes=10)
 
@@ -47,7 +47,8 @@ def conclude(
 
     ``status`` is srun's exit code; it counts only where the agents left no verdict, and for a joiner, which has no
     verdict of its own. ``warning``: the name of the signal by which Slurm warns of the time limit. Agents that continue
-    without this srun are told of that warning. ``max_requeues``: the job's budget, for a run that srun could not start.
+    without this srun get that warning from here. ``max_requeues``: the job's budget, for a run that srun could not
+    start.
     """
     if JOIN in environ:
         return status
@@ -76,15 +77,15 @@ def conclude(
 
 
 def _notify(rundir: RunDir, environ: Mapping[str, str], verdict: Mapping[str, Any]) -> None:
-    """Tell the user how the run has ended, if that is wanted (--notify)."""
+    """Notify the user how the run has ended, if requested (--notify)."""
     if problem := notify.send(notify.of_verdict(rundir, verdict), environ):
         print(f"elastic_hpc: {problem}", file=sys.stderr)
 
 
 def await_verdict(rundir: RunDir, run: int, handle_signals: Callable[[], None]) -> dict[str, Any] | None:
-    """The verdict of ``run``, whose srun has ended; None without a verdict. An agent that was restarted is a job
-    step of its own, and continues without that srun: as long as an agent leads, a verdict may follow. Meanwhile
-    ``handle_signals`` is called twice a second.
+    """The verdict of ``run``, whose srun has ended; None without a verdict. A restarted agent is a job step of its own,
+    and continues without that srun: as long as an agent leads, a verdict may follow. Meanwhile ``handle_signals`` is
+    called twice a second.
     """
     beat, last_beat_at = 0, 0.0
     while True:
@@ -102,8 +103,8 @@ def await_verdict(rundir: RunDir, run: int, handle_signals: Callable[[], None]) 
 
 
 def _pass_on(rundir: RunDir, environ: Mapping[str, str], warning: str) -> Callable[[], None]:
-    """Handle the signal named ``warning`` from now on. Returns a function to be called repeatedly: it passes a
-    signal that was received on, until a leader has taken the warning.
+    """Handle the signal named ``warning`` from now on. Returns a function to call repeatedly: it passes a received
+    signal on, until a leader has accepted the warning.
     """
     received: list[int] = []
     signal.signal(signal.Signals[f"SIG{warning}"], lambda number, _: received.append(number))
@@ -125,12 +126,12 @@ def act(
     alone: bool,
     others: Sequence[str],
 ) -> str | None:
-    """Requeue the job from this node's agent. Returns the problem, if Slurm could not be asked.
+    """Requeue the job from this node's agent. Returns the problem, if Slurm refused or did not answer.
 
     ``alone``: the batch host is lost, and with it the batch script and srun. Then the agent also ends the job: it
     starts a job step that waits until the agents have left, and a deputy on one of the nodes ``others``, which acts if
-    that step is lost. If Slurm cannot start the deputy on the first of them, the second is tried. ``environ`` is what
-    the agent was started with.
+    that step is lost. If Slurm cannot start the deputy on the first of these nodes, the agent tries the second.
+    ``environ``: the environment that the agent was started with.
     """
     if env.local:
         return None
@@ -153,9 +154,9 @@ def act(
 
 
 def let_go(rundir: RunDir, env: AgentEnv, lost: Collection[str]) -> str | None:
-    """The job is over, and all agents but those of ``lost`` nodes have left: take these nodes from the job, so that it
-    does not complete for as long as Slurm waits for them (``SlurmdTimeout``), and have the batch script end srun, which
-    waits for them as well. Returns the problem, if Slurm could not be asked.
+    """The job has ended, and all agents except the agents of ``lost`` nodes have left: release the lost nodes, so that
+    the job does not stay COMPLETING while Slurm waits for them (``SlurmdTimeout``), and have the batch script end srun,
+    which waits for them as well. Returns the problem, if Slurm refused or did not answer.
     """
     problem = None
     try:
@@ -169,8 +170,8 @@ def let_go(rundir: RunDir, env: AgentEnv, lost: Collection[str]) -> str | None:
 
 def cancel(rundir: RunDir, env: AgentEnv, *, unless_led: bool) -> str | None:
     """Cancel the job: the user's batch script, which ran ``elastic-srun``, is lost with its node, and cannot end it.
-    ``unless_led``: as for ``conclude_alone``; this function waits then, as that command does. Returns the problem, if
-    Slurm could not be asked.
+    ``unless_led``: as for ``conclude_alone``; then this function waits, as that command does. Returns the problem, if
+    Slurm refused or did not answer.
     """
     beat, end = rundir.heartbeat(), time.monotonic() + (_time_for_slurm().total_seconds() if unless_led else 0.0)
     while time.monotonic() < end:
@@ -190,7 +191,7 @@ def conclude_alone(
     rundir: RunDir, environ: Mapping[str, str], outcome: str, *, deputy_of: str | None, unless_led: bool = False
 ) -> int:
     """Run as one of the job steps that ``act`` starts. SIGTERM ends a deputy that waits: then the job is requeued.
-    ``unless_led``: no majority has agreed to the verdict; so the job continues if a leader is at work by now.
+    ``unless_led``: no majority has agreed to the verdict; so the job continues if there is a leader by now.
     """
     job, step, beat = job_name(environ), environ["SLURM_STEP_ID"], rundir.heartbeat()
     if deputy_of:
@@ -218,14 +219,14 @@ def conclude_alone(
 
 def _is_led(rundir: RunDir, before: int) -> bool:
     """Whether a leader has shown its heartbeat since ``before``, an earlier ``RunDir.heartbeat``. A file system that
-    does not answer, then or now, is no leader.
+    does not answer, then or now, counts as no leader.
     """
     return bool(before) and rundir.heartbeat() not in {0, before}
 
 
 def _time_for_slurm() -> timedelta:
-    """How long to wait until Slurm notices that the batch host is lost. Where that takes minutes, the other nodes of
-    the job are not held for it: they are free as soon as the job is requeued, which then starts later.
+    """How long to wait until Slurm notices that the batch host is lost. Where that takes minutes, the job does not hold
+    its other nodes until then: they are free as soon as the job is requeued, and the job starts later.
     """
     with contextlib.suppress(SlurmError):
         if not slurm.notices_within(_ALONE_TIMEOUT.total_seconds()):
@@ -234,8 +235,8 @@ def _time_for_slurm() -> timedelta:
 
 
 def _cancel_joiners(rundir: RunDir, job: str) -> None:
-    """Cancel the joiners that have not started. The others leave, or leave as soon as they start: CANCELLED would be
-    the word for them too.
+    """Cancel the joiners that have not started. The others leave on their own, at the latest when their agents start;
+    scancel would mark them as CANCELLED too.
     """
     with contextlib.suppress(ElasticError):
         if (rundir.read("spec.json") or {}).get("--grow") == "on":
@@ -273,7 +274,7 @@ def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] =
 
 
 def _instead(rundir: RunDir, environ: Mapping[str, str], job: str, error: SlurmError) -> int:
-    """The job was not requeued. If Slurm does not let this job be requeued, submit a new job in its place."""
+    """The job was not requeued. If Slurm does not allow a requeue of this job, submit a new job in its place."""
     try:
         shown = slurm.show_job(job)
         if shown.may_requeue:
@@ -307,7 +308,7 @@ def _cancelled(rundir: RunDir, environ: Mapping[str, str]) -> None:
 
 
 def _asks(rundir: RunDir) -> NodeRange:
-    """The nodes that Slurm is to be asked for, by the bounds that hold by now. Raises ElasticError, or ValueError."""
+    """The nodes to request from Slurm, by the bounds that hold now. Raises ElasticError, or ValueError."""
     spec = LaunchSpec.of_nodes(rundir.read("spec.json") or {})
     if bounds := wishes.saved(rundir.read("state.json")):
         spec = spec.resized(bounds.min_nodes, bounds.max_nodes)
@@ -315,15 +316,17 @@ def _asks(rundir: RunDir) -> NodeRange:
 
 
 def _nodes_to_ask_for(rundir: RunDir) -> str:
-    """In Slurm's notation, as the job may have given nodes back, or has other bounds by now; empty if unknown."""
+    """The nodes to request, in Slurm's notation: the job may have returned nodes, or have other bounds now; empty if
+    unknown.
+    """
     with contextlib.suppress(ElasticError, ValueError):
         return _asks(rundir).slurm
     return ""
 
 
 def _nodes_to_avoid(rundir: RunDir, job: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The nodes to exclude, and the nodes not to exclude any more. Both are empty if the record is damaged, or Slurm
-    shows no nodes at all. What could not be seen is printed.
+    """The nodes to exclude, and the nodes that the job must no longer exclude. Both are empty if the record is damaged,
+    or Slurm shows no nodes at all. Prints what could not be seen.
     """
     try:
         recorded = strikes.load([*(rundir.read("state.json") or {}).get("strikes", ()), *rundir.unfit()])

@@ -37,18 +37,18 @@ def published(rundir: RunDir, run: int) -> Published | None:
 
 @dataclass
 class Ending:
-    """``act`` and ``give_up`` may block: they ask Slurm, and use the run directory."""
+    """``act`` and ``give_up`` may block: they run Slurm's commands, and use the run directory."""
 
     env: AgentEnv
     policy: Policy
     rundir: RunDir
     environ: Mapping[str, str]
-    """What this agent was started with."""
+    """The environment that this agent was started with."""
     contained: bool
     """The agent runs in a container without Slurm's commands: the batch script, outside, does what it can."""
     open_recorder: Callable[[], Recorder]
     _last_beat: tuple[int, float] = field(default=(0, 0.0))
-    """The last sign of a leader at work (``RunDir.heartbeat``), and when this agent noticed that sign."""
+    """The last heartbeat of a leader (``RunDir.heartbeat``), and when this agent noticed that sign."""
     _stays_out: bool = False
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Ending:
 
     def act(self, verdict: Mapping[str, Any], lost: list[str], *, alone: bool, others: Sequence[str]) -> str | None:
         """Requeue or end the job. Returns the problem, if any. The parameters are those of ``conclude.act``. A job in
-        an allocation of the user (``elastic-srun``) is not requeued, and keeps its nodes. If ``alone``, this agent
+        the user's own allocation (``elastic-srun``) is not requeued, and keeps its nodes. If ``alone``, this agent
         takes a turn, so that no agent without a leader acts at the same time.
         """
         if alone:
@@ -175,7 +175,7 @@ class Ending:
             return None
 
     def _write_verdict(self, roster: Roster | None, reason: str) -> dict[str, Any]:
-        """Write the verdict of a run that nobody leads: requeue, or fail if that is not possible."""
+        """Write the verdict of a run without a leader: requeue, or fail if that is not possible."""
         try:
             state = self.rundir.read("state.json") or {}
         except (ElasticError, OSError):
@@ -194,5 +194,5 @@ class Ending:
         verdict |= {"actor": LEADERLESS, "node": self.env.name}
         recorder.event("verdict", verdict)
         recorder.verdict(verdict)
-        recorder.flush()  # and no more: this agent may lead later
+        recorder.flush()  # but do not close it: this agent may lead later
         return verdict

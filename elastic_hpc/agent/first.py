@@ -1,4 +1,4 @@
-"""Which agent leads at the beginning. Exactly one does, even if several nodes find ``--rdzv-endpoint`` to be theirs."""
+"""Which agent leads at the beginning. Exactly one does, even if ``--rdzv-endpoint`` matches several nodes."""
 
 from __future__ import annotations
 

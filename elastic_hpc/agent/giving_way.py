@@ -1,4 +1,4 @@
-"""Gives nodes of the job to other jobs that wait: looks at Slurm's queue, and caps the job at what is decided.
+"""Gives nodes of the job to other jobs that wait: looks at Slurm's queue, and caps the job accordingly.
 
 ``membership.yielding`` decides.
 """
@@ -19,14 +19,14 @@ from elastic_hpc.slurm import others
 
 
 class GivingWay:
-    """Serves one leader; ``event`` records what is given up for whom, and what becomes of it."""
+    """Serves one leader; ``event`` records which nodes are given up for which job, and what happens to them."""
 
     def __init__(self, rule: Rule, job: str, event: Callable[[str, dict[str, Any]], None]) -> None:
         """``job``: what squeue calls the job."""
         self._rule, self._job, self._event = rule, job, event
         self._state = Yielding()
         self._lets_shrink: bool | None = None
-        """Whether the site lets a job give up nodes of its own; None until Slurm was asked."""
+        """Whether the site allows a job to give up its own nodes; None until known."""
 
     @property
     def outlook(self) -> lookout.Outlook:
@@ -41,7 +41,7 @@ class GivingWay:
             leader.on_cap(self._state.cap, self._state.reason, loop.time())
 
     def _next(self, holding: Holding, now: float) -> tuple[Yielding, list[Event]]:
-        """Asks for more than the jobs only if some job waits that is none of ours."""
+        """Queries more than the jobs only if a job other than a joiner waits."""
         jobs = others.all_jobs()
         if not any(job.waits and not job.is_joiner for job in jobs):
             return next_yielding(self._state, self._rule, holding, jobs, (), now)

@@ -1,4 +1,4 @@
-"""What Slurm, the site and the user say about the job's nodes: the leader is told which nodes to leave, and which may
+"""What Slurm, the site and the user say about the job's nodes: the leader learns which nodes to leave, and which may
 stay after all.
 """
 
@@ -23,18 +23,18 @@ LOOK_EVERY = 5.0
 """Seconds from one look at files to the next."""
 
 _PLANNED = 10
-"""Maintenance is planned long before: so many queries of the nodes come to one of the reservations."""
+"""Maintenance is planned long in advance: one query of the reservations follows this many queries of the nodes."""
 
 _MAINTENANCE = "maintenance in Slurm"
 
 
 class Watcher(NamedTuple):
-    """Who says which nodes are not to be used."""
+    """A source that says which nodes not to use."""
 
     what: str
     every: float
     read: Callable[[set[str]], Awaitable[Mapping[str, str]]]
-    """Given the names of the nodes that matter: why, by the name of the node."""
+    """Takes the names of the nodes that matter. Returns, by node name, why not to use a node."""
 
 
 Plans = Callable[[], Awaitable[Sequence[slurm.Maintenance]]]
@@ -46,9 +46,9 @@ class Health:
     def __init__(self, sources: Sequence[Watcher], plans: Plans | None) -> None:
         self._planned: Sequence[slurm.Maintenance] = ()
         self._bad: dict[str, Mapping[str, str]] = {}
-        """What each source has said last."""
+        """The last answer of each source."""
         self._told: set[str] = set()
-        """Nodes that this leader was told to leave."""
+        """Nodes that this leader was asked to leave."""
         self._silent = {source.what for source in sources}
         """Sources that have yet to answer."""
         self.outlooks = [Outlook(source.what, source.every, partial(self._ask, source)) for source in sources]
@@ -65,8 +65,8 @@ class Health:
         self._tell(_MAINTENANCE, leader)
 
     def _tell(self, what: str, leader: Leader) -> None:
-        """``what`` was seen: have the leader leave what is bad, and keep what is not any more. What a leader before has
-        left may stay only when all sources have answered.
+        """``what`` was read: have the leader leave bad nodes, and keep nodes that are no longer bad. Nodes that an
+        earlier leader left may stay only when all sources have answered.
         """
         self._silent.discard(what)
         now = asyncio.get_running_loop().time()
@@ -81,8 +81,8 @@ class Health:
 
 
 def health_of(notices: Path, folder: str | None, *, asks: bool, reserved: bool) -> Health:
-    """``notices``: the folder of ``elastic-hpc notice``. ``folder``: the site's (``--health-dir``). ``asks``: Slurm can
-    be asked. ``reserved``: the job runs in a reservation, which may be that of the maintenance.
+    """``notices``: the folder of ``elastic-hpc notice``. ``folder``: the site's (``--health-dir``). ``asks``: Slurm's
+    commands are available. ``reserved``: the job runs in a reservation, which may be the maintenance's.
     """
     sources = [Watcher("notices of nodes", LOOK_EVERY, lambda _: on_thread(_noticed, notices))]
     if folder:
@@ -97,5 +97,5 @@ def health_of(notices: Path, folder: str | None, *, asks: bool, reserved: bool) 
 def _noticed(folder: Path) -> dict[str, str]:
     try:
         return health.marked(folder, time.time() - EXPIRY.total_seconds())
-    except FileNotFoundError:  # nobody has sent one
+    except FileNotFoundError:  # nobody has sent a notice
         return {}

@@ -1,4 +1,4 @@
-"""Joiners from both sides: how an agent enters a job that runs, and how Slurm brings an agent for a leader."""
+"""Joiners from both sides: how an agent enters a running job, and how Slurm brings an agent for a leader."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _MOST_STARTING = 16
 
 
 def enter(env: AgentEnv, rundir: RunDir) -> AgentEnv:
-    """The ``env`` of a joiner, changed to that of the job that it joins. Raises JobEnded if that job is over, or in the
-    queue.
+    """The ``env`` of a joiner, changed to that of the job that it joins. Raises JobEnded if that job has ended, or
+    waits in the queue.
     """
     spec, endpoint = rundir.read("spec.json"), rundir.read("endpoint.json")
     if not spec or not endpoint:
@@ -39,7 +39,7 @@ def enter(env: AgentEnv, rundir: RunDir) -> AgentEnv:
     verdict = rundir.read("verdict.json")
     if verdict and verdict["run"] >= endpoint["run"]:
         raise JobEnded("lost", f"the job is over: {verdict['reason']}")
-    with contextlib.suppress(SlurmError):  # without an answer of Slurm, the agent looks for the leader
+    with contextlib.suppress(SlurmError):  # without an answer from Slurm, the agent looks for the leader
         if (state := slurm.job_state(spec["job"], endpoint["run"])) != "RUNNING":
             raise JobEnded("lost", f"job {spec['job']} is {state}")
     return replace(env, job=spec["job"], run=endpoint["run"])
@@ -66,7 +66,7 @@ class SlurmSource:
         environ: Mapping[str, str],
         dial: Callable[[Host], Awaitable[Link]],
     ) -> None:
-        """``environ``: what this agent was started with, as the batch script has prepared it. ``dial``: see
+        """``environ``: the environment that this agent was started with, as prepared by the batch script. ``dial``: see
         ``network.node.Transport``.
         """
         self._env = env
@@ -83,7 +83,7 @@ class SlurmSource:
         return False in found and True not in found
 
     async def _has_agent(self, host: Host) -> bool | None:
-        """Whether ``host``, at its only address, has its agent; None if another node answers, or none."""
+        """Whether ``host``, at its only address, has its agent; None if another node answers, or no node does."""
         answers = await _answers(host.addresses[0], host.port)
         if not answers:
             return answers

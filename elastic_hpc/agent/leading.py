@@ -40,7 +40,7 @@ from elastic_hpc.slurm.env import AgentEnv
 log = logging.getLogger(__name__)
 
 CONTROL_PORT_OFFSET = 32
-"""Control port above the endpoint's: the 32 below are for the stores of the rounds."""
+"""Offset of the control port from the endpoint's: the 32 ports below it are for the stores of the rounds."""
 
 _GUESS_AFTER = 15.0
 """Seconds without a leader of this run in the run directory, after which an agent dials the job's first node."""
@@ -48,8 +48,8 @@ _GUESS_AFTER = 15.0
 
 @dataclass
 class Leading:
-    """The part of the agent that the control thread uses (``bridge.Outside``): makes the leader when this node is to
-    lead, looks up the leader in the run directory, and lets ``Ending`` give up when there is no leader to be found.
+    """The part of the agent that the control thread uses (``bridge.Outside``): makes the leader when this node must
+    lead, looks up the leader in the run directory, and lets ``Ending`` give up when no leader can be found.
     """
 
     spec: LaunchSpec
@@ -59,13 +59,13 @@ class Leading:
     policy: Policy
     rundir: RunDir
     environ: Mapping[str, str]
-    """What this agent was started with."""
+    """The environment that this agent was started with."""
     open_store: Callable[[int], Awaitable[int]]
     """As in ``LeaderServer``."""
     dial: Callable[[Host], Awaitable[Link]]
     """As in ``SlurmSource``."""
     supplies: bool = False
-    """Slurm's commands start agents anew, and bring nodes."""
+    """Slurm's commands are available to restart agents, and to bring nodes."""
     contained: bool = False
     """As in ``Ending``."""
     job: str = ""
@@ -73,7 +73,7 @@ class Leading:
     recorder: Recorder | None = None
     """Set as soon as this node has led."""
     _start: dict[str, Any] = field(default_factory=dict)
-    """Counters and strikes of the run before, with which the first leader begins."""
+    """Counters and strikes of the previous run, with which the first leader begins."""
 
     def __post_init__(self) -> None:
         self._began = time.monotonic()
@@ -83,7 +83,7 @@ class Leading:
         """A leader on this node. ``prepare`` precedes the first leader, whose node holds no roster yet."""
         self.recorder = self._recorder_or_new()
         start: dict[str, Any] = {"reason": reason} if promises.roster else self._first(self.recorder)
-        addresses.allow_connections(4 * self.env.nodes)  # all may dial at once, and again before the first has ended
+        addresses.allow_connections(4 * self.env.nodes)  # all may dial at once, and again soon
         leader = Leader(
             self.policy,
             node=self.env.node,
@@ -134,7 +134,7 @@ class Leading:
         return {"granted": self.env.nodes, "granted_names": names, **self._start}
 
     def _record_allocation(self, recorder: Recorder, names: list[str]) -> None:
-        """Fill in the ``names`` of the granted nodes, record since when the job has them, and list the job."""
+        """Fill in the ``names`` of the granted nodes, record since when the job has had them, and list the job."""
         with contextlib.suppress(SlurmError):
             names[:] = slurm.expand(self.environ.get("SLURM_STEP_NODELIST", ""))
         try:
@@ -169,7 +169,7 @@ class Leading:
 
     def find_leader(self) -> Published | None:
         """The leader in the run directory. If the directory names none for ``_GUESS_AFTER`` seconds, perhaps because it
-        has been full since the run before: the address at which the first leader listens if its port was free.
+        has been full since the previous run: the address at which the first leader listens if its port was free.
         """
         found = published(self.rundir, self.env.run)
         if found or time.monotonic() - self._began < _GUESS_AFTER or not (head := self.spec.rdzv_endpoint.head):

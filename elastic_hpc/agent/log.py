@@ -18,12 +18,12 @@ from elastic_hpc.slurm.env import AgentEnv
 from elastic_hpc.workers.output import Destination, LogFile, Terminal
 
 _LOG_TIMEOUT = 5.0
-"""Seconds that an agent that leaves has to write the last lines of its log."""
+"""Seconds that a leaving agent has to write the last lines of its log."""
 
 
 class AgentLog:
-    """Takes what the loggers of this process log. No thread that logs waits for a stalled stderr or file system:
-    records go through a queue to a thread that formats them, and from there to a thread for each destination.
+    """Receives the log records of this process. No thread that logs waits for a stalled stderr or file system: records
+    go through a queue to a thread that formats them, and from there to a thread for each destination.
     """
 
     def __init__(self, rundir: RunDir, env: AgentEnv) -> None:
@@ -43,7 +43,7 @@ class AgentLog:
         logging.raiseExceptions = False  # a record that cannot be formatted would be reported where it is logged
 
     def close(self) -> None:
-        """Write what was logged, as far as that succeeds in ``_LOG_TIMEOUT``."""
+        """Write what was logged, as far as that succeeds within ``_LOG_TIMEOUT``."""
         end = time.monotonic() + _LOG_TIMEOUT
         within(_LOG_TIMEOUT, self._listener.stop)
         for destination in self._destinations:
@@ -51,8 +51,8 @@ class AgentLog:
 
 
 class Stderr(io.TextIOBase):
-    """The stderr of agents and of what the batch script calls. What cannot be written is lost without an error: the
-    file of the job's output may be on a full disk, and no requeue must fail for that.
+    """The stderr of agents and of the commands that the batch script calls. Text that cannot be written is dropped
+    without an error: the job's output file may be on a full disk, and no requeue must fail because of that.
     """
 
     def write(self, text: str) -> int:
@@ -65,7 +65,7 @@ class Stderr(io.TextIOBase):
 
 
 class _ToListener(logging.handlers.QueueHandler):
-    """Lets the listener format tracebacks, because that reads source files."""
+    """Leaves the formatting of tracebacks to the listener, because that reads source files."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         record = copy.copy(record)

@@ -1,5 +1,5 @@
 """Looks regularly at what Slurm and the site say about the job. Only the leader's agent looks, for all nodes of the
-job: Slurm is asked rarely, however many nodes there are.
+job: Slurm gets few queries, however many nodes there are.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ ASK_EVERY = 60.0
 """Seconds from one query of Slurm to the next."""
 
 _UNTIL_IT_LEADS = 1.0
-"""Seconds from one look at whether the leader has a majority to the next."""
+"""Seconds between two checks whether the leader has a majority."""
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is looked at, for the record, and how many seconds are from one look to the next."""
+    """A look at ``what``, as the record calls it, every ``every`` seconds."""
 
     what: str
     every: float
     look: Callable[[Leader], Awaitable[None]]
-    """Looks once, and gives the leader its inputs. Raises ElasticError or OSError if it sees nothing, which is not
-    good news either."""
+    """Looks once, and gives the leader its inputs. Raises ElasticError or OSError if it cannot see anything: that does
+    not mean that all is well.
+    """
 
 
 class Lookout:
-    """Serves one leader until ``run`` is cancelled. A look that takes long delays no other one."""
+    """Serves one leader until ``run`` is cancelled. A slow look delays no other look."""
 
     def __init__(self, looks: Sequence[Outlook], event: Callable[[str, dict[str, Any]], None]) -> None:
         self._looks = looks

@@ -48,7 +48,7 @@ log = logging.getLogger("elastic_hpc")
 _STRIKE_TIMEOUT = 1.0
 
 _LAST = 5.0
-"""Seconds that an agent has to leave, in addition to those in which it waits for others."""
+"""Seconds that an agent has to leave, in addition to the seconds in which it waits for others."""
 
 EXIT_CODES = {"finished": 0, "failed": 1, "requeue": 0, "lost": 1}
 """Exit code of an agent by outcome; a hint only, the verdict is in the run directory."""
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         supplies=supplies,
         contained=contained,
         unfit=unfit,
-        on_stuck=lambda: _exit(1, f"this agent has not done for {STOP_TIMEOUT:g} s what the leader has ordered"),
+        on_stuck=lambda: _exit(1, f"this agent has not carried out an order of the leader within {STOP_TIMEOUT:g} s"),
     )
     return _run(parts, _agent(parts, standbys, numa), standbys)
 

@@ -1,8 +1,8 @@
-"""Tells the user, by a command or a web address of theirs (``--notify``), that the job has ended, returns to the queue,
-or makes no progress. Runs processes, and sends to the network.
+"""Notifies the user, by a command or a web address (``--notify``), that the job has ended, returns to the queue, or
+makes no progress. Runs processes, and sends to the network.
 
-A failure to tell harms nothing, and is written to the job's output. The option comes by the environment, not by a
-command line, which all users of a node can read: the address of a web hook is a secret.
+A failed notification harms nothing, and is written to the job's output. The option comes from the environment, not from
+a command line, which all users of a node can read: the address of a web hook is a secret.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SECONDS = 10.0
 """Time for one notification: Slurm kills a job some time after its requeue (KillWait, 30 s)."""
 
 _LONGEST = 2500
-"""Characters of a traceback that are sent, its end: the services refuse long messages."""
+"""Number of characters at the end of a traceback that are sent: the services refuse long messages."""
 
 _WORDS = {"finished": "has finished", "failed": "has failed", "requeue": "returns to the queue"}
 
@@ -65,8 +65,8 @@ def _message(rundir: RunDir, event: str, words: str, reason: str, trace: str) ->
 
 
 def send(message: Mapping[str, str], environ: Mapping[str, str]) -> str:
-    """Send ``message`` as ``environ`` says, if it says so. Returns the problem, empty for none; takes 10 seconds at
-    most.
+    """Send ``message`` as set in ``environ``, if it is set there. Returns the problem, empty for none; takes 10 seconds
+    at most.
     """
     target = environ.get(NOTIFY)
     if not target:
@@ -76,7 +76,7 @@ def send(message: Mapping[str, str], environ: Mapping[str, str]) -> str:
         problem = sending.result(_SECONDS + 1)
     except concurrent.futures.TimeoutError:
         problem = f"no answer in {_SECONDS:g} s"
-    except Exception as error:  # noqa: BLE001 - whatever it is, the job goes on
+    except Exception as error:  # noqa: BLE001 - whatever the error is, the job continues
         problem = type(error).__name__
     return f"the user could not be notified (--notify): {problem}" if problem else ""
 
@@ -97,8 +97,8 @@ def _post(url: str, message: Mapping[str, str], _environ: Mapping[str, str]) -> 
 
 
 def _run(command: str, message: Mapping[str, str], environ: Mapping[str, str]) -> str:
-    """The text goes to the command's stdin, all of ``message`` to variables. A problem names the program alone: an
-    argument may be a secret.
+    """The text goes to the command's stdin, all of ``message`` to environment variables. A problem names the program
+    alone: an argument may be a secret.
     """
     program = command.split(maxsplit=1)[0]
     variables = {f"ELASTIC_HPC_NOTICE_{name.upper()}": text for name, text in message.items() if name != "content"}

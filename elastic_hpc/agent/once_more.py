@@ -1,6 +1,7 @@
-"""One more run of a job that is over: its batch script finds the file ``over``, with an exit code, and ends at once.
+"""One more run of an ended job: its batch script finds the file ``over``, with an exit code, and ends at once.
 
-Slurm starts such a run by itself after some preemptions. Agents ask for one if the batch script is lost with its node.
+Slurm starts such a run automatically after some preemptions. Agents request such a run if the batch script is lost with
+its node.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import job_name, restart_count
 
 REQUEUE_DELAY = timedelta(seconds=8)
-"""Start time asked for after a requeue. It must lie beyond the job's completion, else Slurm puts it two minutes off."""
+"""The job's requested start after a requeue. It must be after the job's completion, else Slurm delays it by two
+minutes.
+"""
 
 _OVER = "over"
 """A file in the run directory, with an exit code. Where it exists, a batch script that starts again ends at once."""
@@ -33,14 +36,16 @@ def expect(rundir: RunDir, job: str) -> None:
 
 
 def settle(rundir: RunDir, environ: Mapping[str, str], outcome: str) -> None:
-    """The job ends with ``outcome``, also if Slurm requeues it at its end."""
+    """The job ends with ``outcome``, even if Slurm requeues it at its end."""
     with contextlib.suppress(OSError):
         if _comes_back(rundir, job_name(environ)):
             _mark(rundir, outcome)
 
 
 def complete(rundir: RunDir, environ: Mapping[str, str], outcome: str) -> None:
-    """Run the job, whose processes ignore SIGTERM, once more. Raises OSError if its script could not know that."""
+    """Run the job, whose processes ignore SIGTERM, once more. Raises OSError if the batch script could not learn that
+    the job has ended.
+    """
     _mark(rundir, outcome)
     try:
         problem = slurm.complete(job_name(environ), start_after=REQUEUE_DELAY, run=restart_count(environ))

@@ -26,7 +26,7 @@ COMMAND_LIMIT = 60.0
 _NAMES_LIMIT = 2.0
 _SKEW = 5.0
 _DYING = 5.0
-"""Seconds that processes of the job before get to leave the GPUs."""
+"""Seconds that processes of the previous job get to leave the GPUs."""
 _MIB = 1 << 20
 _SPARSE, _FULL = 1024 * _MIB, 16 * _MIB
 
@@ -163,7 +163,7 @@ def _gpus(granted: int, cuda_visible: str | None) -> Iterator[Problem]:
     try:
         listed = _nvidia_smi("--query-gpu=index,uuid,mig.mode.current")
         if any(mode == "Enabled" for _, _, mode in listed):
-            return  # parts of GPUs were granted, which the list does not have
+            return  # parts of GPUs were granted, which the list does not show
         wanted = None if cuda_visible is None else [name.strip() for name in cuda_visible.split(",")]
         ours = {
             uuid: index

@@ -30,7 +30,7 @@ _HEAD = struct.Struct("<QII")
 _FIRST_SLOT = 64
 """Offset of the first slot. The boot id of the machine precedes it."""
 _SLOT, _SLOT_PER_NODE = 64 * 1024, 512
-"""Bytes of a slot, and bytes more for each node: a roster contains all addresses of its hosts."""
+"""Bytes of a slot, and additional bytes for each node: a roster contains all addresses of its hosts."""
 
 
 def memory_folder() -> str:
@@ -100,7 +100,7 @@ class PromiseFile:
 
 def begin(place: PromisesKey, nodes: int, *, again: bool) -> tuple[Promises, PromiseFile | None]:
     """The promises of ``place``, and the file that keeps them. ``nodes``: the maximum number of nodes of the job.
-    ``again``: this node had an agent before in this run; if its file is lost, the node has no vote any more. Raises
+    ``again``: this node had an agent before in this run; if its file is lost, the node no longer has a vote. Raises
     ElasticError while another agent of this node runs on this machine.
     """
     clean_up(place, ended=False)
@@ -127,8 +127,8 @@ def _create(place: PromisesKey, nodes: int) -> PromiseFile:
 
 def clean_up(place: PromisesKey, *, ended: bool) -> None:
     """Remove files of this user whose agents are dead. If the run of ``place`` has ``ended``, these are the files of
-    that run, else those of all other runs. If another of these runs continues, and starts an agent here, that node has
-    lost its vote.
+    that run, else the files of all other runs. If another of these runs continues, and starts an agent here, that node
+    has lost its vote.
     """
     for path in _files(_PREFIX):
         if os.path.basename(path).startswith(place.of_run) == ended:

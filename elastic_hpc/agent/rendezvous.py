@@ -28,7 +28,7 @@ class ElasticRendezvousHandler(RendezvousHandler):
         self.seat: Seat | None = None
         """This node's place in the current round."""
         self.restart_wanted = False
-        """Set when the workers of the current round may not continue; torch's agent asks ``num_nodes_waiting``."""
+        """Set when the workers of the current round must stop; torch's agent reads it through ``num_nodes_waiting``."""
 
     @property
     def round(self) -> int:
@@ -85,7 +85,7 @@ class ElasticRendezvousHandler(RendezvousHandler):
         return False
 
     def set_closed(self) -> None:
-        """Only the leader ends a job: a local failure must not close it for everybody."""
+        """Only the leader ends a job: a local failure must not end it for all nodes."""
 
     def num_nodes_waiting(self) -> int:
         """1 when the workers must be restarted: torch's public hook for membership changes."""

@@ -1,7 +1,7 @@
 """The c10d stores at which workers meet: a new TCPStore for every round, on the leader's host.
 
 Opening a store may block for as long as a name server takes to answer, so each attempt runs on a thread of its own,
-which can be abandoned. In a store that is used for several rounds, new ranks would read addresses of dead peers.
+which can be abandoned. With one store for several rounds, new ranks would read addresses of dead peers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Opened:
     """A store that listens on ``host``, on the first free port from ``port`` upwards."""
 
     def __init__(self, host: str, port: int) -> None:
-        host = host if own([host]) else ""  # this machine may have lost that address
+        host = host if own([host]) else ""  # this machine may no longer have that address
         listener = listen_from(port, host)
         self.port = int(listener.getsockname()[1])
         self._stores = [
@@ -46,7 +46,7 @@ class _Opened:
 
 
 class StoreHost:
-    """Opens the stores of the rounds, and keeps those of the last two rounds. Used by one event loop alone."""
+    """Opens the stores of the rounds, and keeps the stores of the last two rounds. Used by one event loop alone."""
 
     def __init__(self, port: int, published: Sequence[str]) -> None:
         """``published``: the addresses of this node. torch's store has one socket, so with several addresses the
@@ -56,7 +56,7 @@ class StoreHost:
         self._host = published[0] if len(published) == 1 else ""
         self._stores: dict[int, _Opened] = {}
         self._attempts: dict[int, list[asyncio.Future[_Opened]]] = {}
-        """By round; only those of the last round for which ``open`` was called."""
+        """By round; only attempts of the last round for which ``open`` was called."""
 
     async def open(self, round: int) -> int:
         """The port of the store of ``round``. If a caller stops waiting and calls again, a second attempt begins, on
@@ -79,7 +79,7 @@ class StoreHost:
 
 
 def _abandon(attempts: list[asyncio.Future[_Opened]]) -> None:
-    """Close the stores that ``attempts`` still open, when they are open."""
+    """Close the stores of ``attempts`` as soon as they are open."""
     for attempt in attempts:
         attempt.add_done_callback(_close_late)
 

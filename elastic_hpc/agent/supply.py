@@ -33,20 +33,20 @@ _WASTED_AT_MOST = 2
 _FAILED = (ElasticError, OSError)
 
 _POLL, _POLL_AT_MOST = 0.5, 60.0
-"""Seconds between two queries of the queue and of the lost nodes; doubled each time that nothing has changed."""
+"""Seconds between two queries of the queue and of the lost nodes; doubled each time nothing has changed."""
 
 
 class Source(Protocol):
-    """Slurm (``joiners.SlurmSource``), or a simulated one. All methods but ``lacks_agent`` raise ElasticError."""
+    """Slurm (``joiners.SlurmSource``), or a simulated one. All methods except ``lacks_agent`` raise ElasticError."""
 
     async def lacks_agent(self, host: Host) -> bool:
         """Whether ``host`` answers and has no agent. False if ``host`` has no power, or cannot be reached."""
 
     async def restart(self, host: Host) -> bool:
-        """Start an agent on ``host``. False if the job does not have that node any more."""
+        """Start an agent on ``host``. False if the job no longer has that node."""
 
     async def starting(self) -> Mapping[str, str]:
-        """The job steps of ``restart`` that have not ended, of this leader and of those before it, by the name of their
+        """The job steps of ``restart`` that have not ended, of this leader and of earlier leaders, by the name of their
         node.
         """
 
@@ -57,13 +57,13 @@ class Source(Protocol):
         """Seconds until the job's time limit."""
 
     async def shorten(self, ids: Collection[str], seconds: float) -> None:
-        """Give the joiners ``ids``, which wait, a time limit of ``seconds``."""
+        """Give the waiting joiners ``ids`` a time limit of ``seconds``."""
 
     async def submit(self, exclude: Collection[str]) -> str:
         """Submit one joiner, for any node but ``exclude``. Returns the id of its job."""
 
     async def give_back(self, names: Collection[str]) -> None:
-        """Take these nodes, whose agents have left, from the job. Nodes that the job does not have are no error."""
+        """Remove these nodes, whose agents have left, from the job. Nodes that the job does not have are no error."""
 
     async def cancel(self, ids: Collection[str]) -> None:
         """End these jobs or job steps."""
@@ -78,7 +78,7 @@ class _Restart:
         self.starting_since: float | None = None
         """When this leader first knew of the job step in which the agent starts."""
         self.impossible = False
-        """Whether the job does not have the node any more."""
+        """Whether the job no longer has the node."""
 
 
 class Supply:
@@ -93,13 +93,13 @@ class Supply:
         self._needs: Needs | None = None
         self._restarts: dict[int, _Restart] = {}
         self._jobs: dict[str, JoinerJob] = {}
-        """The joiners that the queue had last, by id."""
+        """The joiners in the last answer of the queue, by id."""
         self._came: dict[int, float] = {}
-        """When each joiner has been connected first, by number."""
+        """When each joiner was first connected, by number."""
         self._wasted = Counter[str]()
         """How many joiners have ended before they were connected, by node."""
         self._started_at: dict[str, float] = {}
-        """When a joiner that runs and is not connected was found in the queue first, by id."""
+        """When a running joiner that is not connected was first found in the queue, by id."""
         self._queue_is_current = False
         """Whether ``_jobs`` includes all joiners that were submitted."""
         self._growth = Growth(0, (), 0, 0)
@@ -158,7 +158,7 @@ class Supply:
     def _may_submit_at(self) -> float:
         return max(self._backoff.at, self._patience.at)
 
-    # nodes that are given back
+    # nodes that are returned to Slurm
 
     async def _give_back(self, surplus: Collection[Host], given_back: Callable[[Collection[int]], None]) -> None:
         if not surplus:
@@ -227,7 +227,7 @@ class Supply:
     # joiners
 
     async def _provide(self, needs: Needs, restarting: int) -> Growth:
-        """Submit and cancel joiners. Returns how many are starting and pending then."""
+        """Submit and cancel joiners. Returns how many are then starting and pending."""
         came = frozenset(self._came)  # as of ``needs``, which counts a joiner that comes meanwhile as lacking
         try:
             jobs = await self._source.joiners()
@@ -245,13 +245,13 @@ class Supply:
         except _FAILED as error:
             self._record_problem(str(error))
             return self._growth
-        for id, reason in plan.held[:1]:  # the others wait for the same, as a rule
+        for id, reason in plan.held[:1]:  # the others usually wait for the same reason
             self._record_problem(f"joiner {id} does not start when nodes are free: {reason}")
         submitted = await self._submit(plan.submit, needs)
         return Growth(0, (), plan.starting, plan.pending + submitted)
 
     async def _submit(self, count: int, needs: Needs) -> int:
-        """Submit ``count`` joiners, while the leader still needs as many. Returns how many Slurm has accepted."""
+        """Submit ``count`` joiners, while the leader still needs that many. Returns how many Slurm has accepted."""
         now = asyncio.get_running_loop().time
         useless = {node for node, times in self._wasted.items() if times >= _WASTED_AT_MOST and node}
         accepted: list[str] = []
@@ -270,7 +270,7 @@ class Supply:
 
     def _count_wasted(self, jobs: Sequence[JoinerJob], needs: Needs) -> None:
         """Note joiners that have ended before they were connected: their nodes may be of no use, and the next joiner is
-        submitted later. Nothing is noted where another agent came from the same node, which jobs may share.
+        submitted later. A joiner does not count if another agent came from the same node, which jobs may share.
         """
         current = {job.id: job for job in jobs}
         for id, job in self._jobs.items():
@@ -281,7 +281,7 @@ class Supply:
         self._jobs = current
 
     async def _cancel_overdue(self, jobs: Sequence[JoinerJob]) -> None:
-        """Cancel joiners that have started long ago and are not connected: they hold a node for nothing."""
+        """Cancel joiners that have started long ago and are not connected: they hold a node without any use."""
         now = asyncio.get_running_loop().time()
         started = [job.id for job in jobs if job.state == "RUNNING" and joiner(job.id) not in self._came]
         self._started_at = {id: self._started_at.get(id, now) for id in started}

@@ -1,4 +1,4 @@
-"""What the leader's agent tells others about the job's progress: a comment in Slurm, a notification at a standstill."""
+"""What the leader's agent reports about the job's progress: a comment in Slurm, a notification at a standstill."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LOOK_EVERY = 5.0
 """Seconds between two looks at the progress. A new world is written at once, and a new step once a minute."""
 
 _OURS = "elastic_hpc: "
-"""Begins a comment of ours. A comment of the user is left as it is."""
+"""Prefix of our comments. A comment of the user stays unchanged."""
 
 
 class Comment:
-    """Keeps the comment of ``job`` up to date, which ``squeue -o %k`` shows, until the site refuses it."""
+    """Keeps the comment of ``job``, which ``squeue -o %k`` shows, up to date until the site refuses it."""
 
     def __init__(self, job: str) -> None:
         self._job = job

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def start(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Call ``work`` on a daemon thread: a thread that never ends does not keep the process."""
+    """Call ``work`` on a daemon thread: a thread that never ends does not keep the process alive."""
     result: Future[T] = Future()
 
     def run() -> None:
@@ -35,16 +35,16 @@ def start(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[
 
 
 async def on_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """As ``asyncio.to_thread``, but on a thread of its own."""
+    """Like ``asyncio.to_thread``, but on a thread of its own."""
     return await asyncio.wrap_future(start(work, *args, **kwargs))
 
 
 def run_while_processes_start() -> None:
-    """Let all threads run on while ``subprocess`` starts a process. With vfork and posix_spawn they would stand still
-    until the child runs its program, which takes as long as the file server that has the program does not answer
+    """Let all threads continue while ``subprocess`` starts a process. With vfork and posix_spawn, they would be blocked
+    until the child runs its program, which takes until the file server with the program answers
     (python/cpython#104372). Without effect before Python 3.10.5.
     """
-    subprocess._USE_VFORK = False  # type: ignore[attr-defined]  # noqa: SLF001 - documented, as is the next one
+    subprocess._USE_VFORK = False  # type: ignore[attr-defined]  # noqa: SLF001 - documented, as is _USE_POSIX_SPAWN
     subprocess._USE_POSIX_SPAWN = False  # type: ignore[misc]  # noqa: SLF001
 
 

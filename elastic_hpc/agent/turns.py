@@ -1,5 +1,5 @@
 """Which agent ends or requeues a job that has lost its leader: the first agent that takes a turn in the run directory.
-If it fails, the next agent takes a turn. Hundreds of agents that acted at once would overload slurmctld.
+If it fails, the next agent takes a turn. If hundreds of agents acted at once, they would overload slurmctld.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Turns:
         self._backoff = Backoff()
 
     def take(self) -> bool:
-        """Whether this agent shall act now. If the run directory cannot be written, every agent that asks shall act."""
+        """Whether this agent must act now. If the run directory cannot be written, every agent that asks must act."""
         now = time.monotonic()
         last = max((int(name.removeprefix(self._turn)) for name in self._names() if self._is_turn(name)), default=0)
         if last > self._last:
@@ -61,7 +61,7 @@ class Turns:
         try:
             self._rundir.claim(self._done, self._node)
         except ElasticError:
-            return  # the end of the job ends them too
+            return  # the end of the job ends the other agents too
         if not stands():
             with contextlib.suppress(OSError):
                 (self._rundir.path / self._done).unlink(missing_ok=True)

@@ -1,5 +1,5 @@
 """The verdict on a run in which srun could not reach a node. srun then ends the agents that it has started on the other
-nodes, so that none of them can give a verdict.
+nodes, so that no agent can give a verdict.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from elastic_hpc.slurm.env import job_name, run_number
 
 def judge(rundir: RunDir, environ: Mapping[str, str], max_requeues: int) -> tuple[dict[str, Any] | None, list[str]]:
     """The verdict ``requeue``, which is recorded, and the nodes that srun cannot reach, which the next run avoids. None
-    if srun reaches all nodes, if Slurm cannot be asked, or if the job has been requeued ``max_requeues`` times.
-
-    To be called by the batch script when srun has failed without a verdict of the agents.
+    if srun reaches all nodes, if Slurm does not answer, or if the job has been requeued ``max_requeues`` times. The
+    batch script calls this when srun has failed without a verdict of the agents.
     """
     try:
         state = rundir.read("state.json") or {}

@@ -1,7 +1,7 @@
-"""Slurm's warning before the time limit or a preemption: from the batch script to whichever agent leads, or will lead.
-
-Agents may still be starting, or about to elect another leader. So the warning is left in the run directory, where every
-leader of this run looks, and the leader is asked over the network, which is faster and needs no file system.
+"""Slurm's warning before the time limit or a preemption: from the batch script to the agent that leads, or will lead.
+Agents may still be starting, or about to elect another leader. So the batch script writes the warning to the run
+directory, where every leader of this run looks, and sends a request to the leader over the network, which is faster and
+needs no file system.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _PAUSE = 1.0
 
 
 def pass_on(rundir: RunDir, environ: Mapping[str, str]) -> None:
-    """Called by the batch script when its warning came. Returns when a leader has taken the warning, when this run has
-    its verdict, or when the batch script is gone.
+    """Called by the batch script when its warning came. Returns when a leader has accepted the warning, when this run
+    has its verdict, or when the batch script is gone.
     """
     script, reason = os.getppid(), slurm.warning_reason(job_name(environ))
     while not ask(rundir, environ, reason) and not _is_over(rundir, environ) and os.getppid() == script:
@@ -32,7 +32,7 @@ def pass_on(rundir: RunDir, environ: Mapping[str, str]) -> None:
 
 
 def ask(rundir: RunDir, environ: Mapping[str, str], reason: str) -> bool:
-    """Leave the warning, and ask the leader once. Returns whether it has taken the warning."""
+    """Write the warning, and send it to the leader once. Returns whether the leader has accepted the warning."""
     if JOIN in environ:  # the warning of a joiner is for its node alone
         with contextlib.suppress(ElasticError):
             ask_to_leave(rundir, joiner(environ["SLURM_JOB_ID"]), reason)

@@ -1,4 +1,4 @@
-"""Which agents take part in a job: which its leader admits, which it refuses, and how they go again. Pure."""
+"""Which agents take part in a job: which ones its leader admits or refuses, and how agents leave. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from elastic_hpc.membership.rounds import Rounds
 
 @dataclass
 class Admission:
-    """The conditions that all agents of a job have to meet, and what becomes of those that do not, or not any more."""
+    """The conditions that all agents of a job must meet, and what happens to agents that do not, or no longer."""
 
     peers: Peers
     orders: Orders
@@ -26,22 +26,22 @@ class Admission:
     nproc: int
     """The number of workers on each node."""
     leader: Host | None
-    """The host whose software all nodes must have; None if any will do."""
+    """The host whose software all nodes must have; None if any software is accepted."""
     leaving: dict[int, float] = field(default_factory=dict)
-    """The connections of the job's own nodes that were let go and whose agents have not left, and since when. Slurm
-    gets all of them back at once: without accounting it takes no second change.
+    """The connections of the job's own nodes that the leader released and whose agents have not left, and since when.
+    The job returns all of these nodes at once: without accounting, Slurm accepts no second change.
     """
     dropped: list[int] = field(default_factory=list)
-    """Connections that are to be closed."""
+    """Connections to close."""
     _refused_boots: set[str] = field(default_factory=set)
     """The processes that were refused as the second agent of a node."""
 
     def is_over(self, conn: int) -> bool:
-        """Whether the agent of ``conn`` takes no part any more."""
+        """Whether the agent of ``conn`` no longer takes part."""
         return self.orders.is_refused(conn) or conn in self.dropped
 
     def refuse(self, conn: int, status: Status, boot: str) -> Refusal | None:
-        """Refuse the agent that has connected, the process ``boot``, if it may not take part, and say why."""
+        """Refuse the agent that has connected (process ``boot``) if it may not take part. Returns the refusal."""
         refusal = self._refusal(status, boot)
         if refusal:
             self.orders.refuse(conn, refusal)
@@ -73,8 +73,8 @@ class Admission:
         return True
 
     def give_up(self, peer: Peer, status: Status, now: float) -> bool:
-        """The processes of a node cannot be killed: if it took part it stays out, and there is something to decide. Its
-        agent, which may be the leader's own, leaves when the job ends.
+        """The processes of a node cannot be killed: a node that took part stays out. Returns whether there is something
+        to decide. The node's agent, which may be the leader's own, leaves when the job ends.
         """
         self.peers.on_status(peer, status, now)
         took_part, peer.joined = peer.joined, False
@@ -84,7 +84,9 @@ class Admission:
         return took_part
 
     def let_go(self, node: int, reason: str, now: float) -> tuple[Host, str]:
-        """The agent of ``node`` has to leave for ``reason``, or for what is known of it. Returns its host, and why."""
+        """Have the agent of ``node`` leave: for the reason already known, else for ``reason``. Returns its host and the
+        reason.
+        """
         conn = self.peers.conns[node]
         peer = self.peers.remove(conn, let_go=True)
         assert peer
@@ -104,7 +106,7 @@ class Admission:
         if first and first.boot != boot:  # the first keeps its place while it is connected
             is_new = boot not in self._refused_boots
             self._refused_boots.add(boot)
-            reason = f"{status.name} has an agent in this job already, which is in contact"
+            reason = f"{status.name} has an agent in this job already, which is connected"
             return Refusal(reason, final=False, is_new=is_new)
         reason = self._unmet(status)
         return Refusal(reason) if reason else None

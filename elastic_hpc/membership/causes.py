@@ -36,13 +36,14 @@ class Cause:
     message: str
     traceback: str | None
     known: str = ""
-    """Its name in the table of causes (``known.KNOWN``); empty if it is not there."""
+    """Name of the cause in the table (``known.KNOWN``); empty if the table does not have the cause."""
     collateral: bool = False
 
 
 def explain(exitcode: int, stderr: str, *, oom: bool = False, kernel: Sequence[str] = ()) -> Cause:
     """``exitcode``: minus the signal if a signal killed the worker. ``stderr``: the end of its output. ``oom``: memory
-    ran out in the meantime (``workers.memory.OomWatch``). ``kernel``: what the kernel of its node has logged since.
+    ran out in the meantime (``workers.memory.OomWatch``). ``kernel``: what the kernel of the worker's node logged in
+    the meantime.
     """
     traceback = traceback_of(stderr)
     if exitcode == 1 and traceback:
@@ -74,7 +75,7 @@ def _cause(kind: Kind, message: str, traceback: str | None, chain: Sequence[str]
 
 
 def advice(message: str, traceback: str = "") -> str:
-    """What to do if the script needs a variable that workers do not have; else empty. The name of the variable is in
+    """What to do if the script needs a variable that workers do not have; empty if not. The name of the variable is in
     ``message``, in an exception that was chained before, or in the line of source that raised.
     """
     raised = traceback.rpartition("\n  File ")[2].partition("\n")[2]

@@ -1,4 +1,4 @@
-"""What a leader decides, and what it does then: it acts upon the decisions of ``rules`` until it has to wait. Pure."""
+"""What a leader decides and does: it acts upon the decisions of ``rules`` until it has to wait. Pure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Decisions:
         """The reasons of the present wait, and of the wait that was recorded last."""
 
     def advance(self, now: float) -> None:
-        """Decide and act until there is nothing to do but wait, or nothing at all."""
+        """Decide and act until the leader has to wait, or the last round has ended."""
         self.decide_at = float("inf")
         while not self.rounds.are_over:
             joined = self.peers.joined
@@ -63,7 +63,7 @@ class Decisions:
                 self._look_for_slow(now)
 
     def record_waiting(self, now: float) -> None:
-        """Record what a round that is being gathered waits for, if that is news."""
+        """Record what a round that is being gathered waits for, if that has changed."""
         rounds = self.rounds
         if rounds.stage == "gather" and now - rounds.gathering_since > 1 and not rounds.verdict:
             absent = self.peers.absent_names if rounds.first else ""
@@ -73,7 +73,7 @@ class Decisions:
                 self.event("waiting", round=rounds.round, reason=waiting)
 
     def order(self) -> tuple[Order, dict[int, Plan]]:
-        """What all agents are to do by now, and the plans of those that take part in the round that runs."""
+        """What all agents must do now, and the plans of the agents that take part in the running round."""
         rounds, world, mandate = self.rounds, self.rounds.world, self.mandate
         runs, failure, verdict = rounds.stage == "run", rounds.failures.last_failure, rounds.verdict
         drains = self.requests.request in {"drain", "save-and-stop"}

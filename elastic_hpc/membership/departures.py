@@ -1,4 +1,4 @@
-"""Which nodes a job is to leave before they fail or are taken from it, why, and by when. Pure."""
+"""Which nodes a job must leave before they fail or Slurm takes them away, why, and by when. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from elastic_hpc.membership.nodes import name_matcher
 
 AHEAD = 300.0
-"""Seconds before a maintenance in which the job leaves its nodes."""
+"""Seconds before a maintenance at which the job begins to leave the nodes."""
 
 
 @dataclass(frozen=True)
 class Departure:
-    """Why the job is to leave a node."""
+    """Why the job must leave a node."""
 
     reason: str
     by: float | None = None
-    """When the node will be taken away, in seconds since the epoch; None if nobody has said."""
+    """When the node will be taken away, in seconds since the epoch; None if unknown."""
 
 
 def departures(
@@ -26,11 +26,11 @@ def departures(
     bad: Iterable[Mapping[str, str]],
     now: float,
 ) -> dict[str, Departure]:
-    """Those of the nodes ``names`` that are to be left.
+    """Which of the nodes ``names`` the job must leave.
 
     ``planned``: the maintenance of nodes, each with its name, the nodes in Slurm's notation, and when it begins and
-    ends, in seconds since the epoch as ``now``. ``bad``: why nodes are not to be used, by name. The first reason of a
-    node counts.
+    ends, in seconds since the epoch as ``now``. ``bad``: by node name, why the job must not use a node. The first
+    reason found for a node counts.
     """
     found: dict[str, Departure] = {}
     for reasons in bad:

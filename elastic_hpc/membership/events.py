@@ -80,7 +80,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         "the leader has refused a connection: the peer did not prove that it is an agent of this run",
         {"addr": "address of the peer", "reason": _WHY},
     ),
-    "waiting": ("the next round cannot be formed yet", {"round": _ROUND, "reason": "what is waited for"}),
+    "waiting": ("the next round cannot be formed yet", {"round": _ROUND, "reason": "what the leader waits for"}),
     "round": (
         "a world was formed",
         {
@@ -131,7 +131,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "hang_timeout": (
-        "the time after which silent workers count as hung was learned anew (--hang-timeout auto)",
+        "the job has learned a new timeout for silent workers (--hang-timeout auto)",
         {
             "seconds": "without any sign of life of the workers, in which they neither compute, nor read or write",
             "reason": _WHY,
@@ -220,7 +220,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         {"node": "the node of that agent", "reason": "the reason of that verdict"},
     ),
 }
-"""By name: what it means, and what its fields mean."""
+"""By name: the meaning of the event, and of its fields."""
 
 
 def sentence(name: str, fields: Mapping[str, Any]) -> str:

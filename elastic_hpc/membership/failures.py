@@ -16,24 +16,24 @@ from elastic_hpc.membership.strikes import Strike
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL})
 
 IN_A_ROW = 3
-"""Number of failures in a row after which their node is blamed: of any kind, if there is no progress in between; else
-if the last one looks like the machine's.
+"""Number of failures in a row after which their node is blamed: failures of any kind, if there is no progress in
+between; else if the last failure looks like the machine's fault.
 """
 
 ALIVE_IS_PROGRESS = 60.0
-"""Seconds after which a round has made progress, if its workers report no steps."""
+"""Seconds after which a round counts as progress, if its workers report no steps."""
 
 
 @dataclass(frozen=True)
 class Blame:
-    """What is known of a failure from the failures before it."""
+    """What earlier failures show about a failure."""
 
     repeated: bool = False
     """The job has failed in the same way before, without progress in between."""
     node: bool = False
-    """On this node alone the job fails repeatedly, or the failure is known to be that node's fault."""
+    """The job fails repeatedly on this node alone, or the failure is known to be that node's fault."""
     known: Known | None = None
-    """What the failure is known to be, if that decides: its node is to be left, or the job to be stopped."""
+    """The known cause of the failure, if that decides: the job must leave the node, or stop."""
 
 
 NOBODY = Blame()
@@ -41,13 +41,13 @@ NOBODY = Blame()
 
 class FailureHistory:
     """Whether the job makes progress from one failure to the next, and if not, whether its script or a node is to
-    blame: what fails on different nodes is the script, what fails on one node alone is that node. A machine that fails
-    every hour is to blame too, though its workers make progress in between. For what the table of causes knows
-    (``known``), the answer there decides.
+    blame: a failure on different nodes is the script's fault, a failure on one node alone is that node's. A machine
+    that fails every hour is to blame too, though its workers make progress in between. For a cause in the table of
+    causes (``known``), the answer there decides.
     """
 
     def __init__(self, strikes: Iterable[Strike] = ()) -> None:
-        """``strikes``: those of the runs before, as a node that was left out for a failure may have been innocent."""
+        """``strikes``: from earlier runs, as a node that was excluded for a failure may have been innocent."""
         before = [strike for strike in strikes if strike.signature]
         self.step = -1
         """Last training step that a worker reported; -1 for none."""
@@ -55,7 +55,7 @@ class FailureHistory:
         self._failed = [(strike.signature, strike.node) for strike in before]
         """Signature and node of the failures since the last progress; the signature of a crash is empty."""
         self._nodes: list[str] = []
-        """Nodes of the last failures, whatever progress there was in between."""
+        """Nodes of the last failures, with or without progress in between."""
         self._failed_at_step = max((strike.step for strike in before), default=-1)
 
     def judge(self, failure: Failure, alive: float, *, alone: bool) -> Blame:
@@ -92,7 +92,7 @@ class FailureHistory:
         return Blame(repeated, comparable and not shared and on_node, known if stops else None)
 
     def is_same(self, failure: Failure, other: Failure) -> bool:
-        """Whether another node has failed by itself in the same way."""
+        """Whether ``failure`` is no echo, and of the same kind as ``other`` on another node."""
         return (
             not failure.collateral
             and failure.node != other.node
@@ -101,11 +101,13 @@ class FailureHistory:
         )
 
     def strike(self, failure: Failure) -> dict[str, Any]:
-        """What a ``Strike`` for ``failure`` has to hold, besides the node and the reason."""
+        """The fields of a ``Strike`` for ``failure``, besides the node and the reason."""
         return {"signature": self._signature(failure), "step": self._failed_at_step}
 
     def on_explained(self) -> None:
-        """The last failure was a link's, which is left: the script is not to blame if it fails in the same way."""
+        """A broken link explains the last failure, and the job continues without that link: the script is not to blame
+        if it fails in the same way.
+        """
         self._failed.clear()
 
     def on_end(self, failure: Failure | None) -> None:

@@ -9,19 +9,19 @@ from elastic_hpc.membership.messages import Order, Plan, Status
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing is to be done."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """The workers may not continue."""
+    """Stop the workers."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Acknowledge:
-    """Tell the leader that none of this node's workers is alive, in answer to ``round``; 0 for a newcomer."""
+    """Report to the leader that none of this node's workers is alive, in answer to ``round``; 0 for a newcomer."""
 
     round: int
 
@@ -36,7 +36,7 @@ class Start:
 
 @dataclass(frozen=True)
 class End:
-    """The job is over."""
+    """Leave: the job has ended."""
 
     outcome: str
     reason: str
@@ -56,7 +56,7 @@ def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Ack
         return Wait() if (status.state, status.round) == ("idle", order.round) else Acknowledge(order.round)
     if status.state == "failed" and order is not None and order.round == status.round:
         return Wait()  # the leader has received the report when it gathers the next round
-    if status.state != "idle":  # the workers have been stopped since: this node is a newcomer now
+    if status.state != "idle":  # the workers have stopped since: this node is a newcomer now
         return Acknowledge(0)
     if order is not None and order.plan and status.round == order.round:
         return Start(order.round, order.plan)

@@ -12,24 +12,24 @@ from elastic_hpc.membership.nodes import joiner
 from elastic_hpc.membership.roster import Host
 
 TOO_LATE = 300.0
-"""With fewer seconds to the end of the job, no further node is worth its start."""
+"""With fewer seconds until the end of the job, no further node is worth starting."""
 
 RETRY, RETRY_AT_MOST = 10.0, 600.0
 """Seconds until a failed attempt is repeated: ``RETRY`` at first, doubled each time, at most ``RETRY_AT_MOST``."""
 
 WORTH = 600.0
-"""A joiner that took part for so many seconds was worth the changes of the world that it cost."""
+"""A joiner that took part for this many seconds was worth the changes of the world that it caused."""
 
 PREEMPTED = "preempted"
-"""Why a joiner has to go that Slurm takes before its time (``slurm.warning_reason``)."""
+"""Why a joiner must leave that Slurm preempts (``slurm.warning_reason``)."""
 
 _HELD = re.compile(
     r"(Assoc|QOS|Account|Association)\w+|JobHeld\w+|Invalid\w+|\w+NotAllowed|Partition(Down|Inactive|\w+Limit)"
     r"|MaxMemPerLimit|BadConstraints|DependencyNeverSatisfied|JobLaunchFailure|LaunchFailed\w*",
     re.IGNORECASE,
 )
-"""Slurm's reasons for which a joiner waits, and which free nodes do not remove: limits of the user, account or QOS, for
-which the job that asks counts too, a hold, or a refusal.
+"""Slurm's reasons why a joiner waits that free nodes do not remove: limits of the user, account or QOS, against which
+the requesting job counts too, a hold, or a refusal.
 """
 
 
@@ -38,23 +38,23 @@ class Needs:
     """What a leader could use."""
 
     nodes: int
-    """How many nodes more than are connected."""
+    """How many nodes it needs beyond the connected nodes."""
     joiners: frozenset[int]
     """Numbers of the joiners that are connected (``nodes.FIRST_JOINER``)."""
     names: frozenset[str]
-    """Slurm's names of the nodes connected, but for those of ``taken``, and of the nodes that get no workers."""
+    """Slurm's names of the connected nodes, except those in ``taken``, and of the nodes that get no workers."""
     missing: tuple[Host, ...]
     """The job's own nodes whose agents are lost."""
     over: bool
-    """The job ends, or goes back to the queue."""
+    """The job ends, or returns to the queue."""
     surplus: tuple[Host, ...] = ()
-    """The job's own nodes that have left, for Slurm to have back."""
+    """The job's own nodes that have left, to be returned to Slurm."""
     taken: frozenset[int] = frozenset()
-    """Numbers of the joiners that were connected and go, or are gone, before their time: preempted, cancelled, lost."""
+    """Numbers of the joiners that were connected, and leave or have left early: preempted, cancelled, lost."""
 
 
 class JoinerJob(Protocol):
-    """A job that brings a node; as a rule a ``slurm.Joiner``."""
+    """A job that brings a node; usually a ``slurm.Joiner``."""
 
     @property
     def id(self) -> str: ...
@@ -70,7 +70,7 @@ class JoinerJob(Protocol):
 
 @dataclass
 class Backoff:
-    """When an attempt that has failed several times is repeated."""
+    """When to repeat an attempt that has failed."""
 
     first: float = RETRY
     """Seconds until the first repetition."""
@@ -87,8 +87,8 @@ class Backoff:
 
 
 class Patience(Backoff):
-    """When a joiner is asked for after joiners were taken: at once, and later and later if they are taken soon after
-    they have come, as each of them costs two changes of the world.
+    """When to request a joiner after joiners were taken: at once, but later and later if joiners are taken soon after
+    they have come, as each joiner costs two changes of the world.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Patience(Backoff):
 
     def taken(self, now: float, stayed: float) -> bool:
         """A joiner was taken after ``stayed`` seconds, or several at once; then the longest time counts. Returns
-        whether the next joiner is late therefore.
+        whether the next request is therefore delayed.
         """
         if stayed >= WORTH:
             self.succeeded()
@@ -108,31 +108,31 @@ class Patience(Backoff):
 
 @dataclass(frozen=True)
 class Growth:
-    """How many joiners to submit, which to cancel or shorten, and how many are on their way then."""
+    """How many joiners to submit, which to cancel or shorten, and how many are then on their way."""
 
     submit: int
     cancel: tuple[str, ...]
-    """Ids of jobs that wait in the queue and are not needed any more."""
+    """Ids of jobs that wait in the queue and are no longer needed."""
     starting: int
     """Jobs that have started and whose agents are not connected yet."""
     pending: int
-    """Jobs that wait in the queue for nodes and are not to be cancelled."""
+    """Jobs that wait in the queue for nodes and stay there."""
     shorten: tuple[str, ...] = ()
-    """Ids of jobs that wait and whose time limit is beyond the end of this job: shorter jobs start earlier."""
+    """Ids of waiting jobs whose time limit is beyond the end of this job: shorter jobs start earlier."""
     held: tuple[tuple[str, str], ...] = ()
-    """Ids of jobs that stay in the queue and that free nodes alone do not start, with Slurm's reason. They are not on
-    their way, and no other job is submitted in their place.
+    """Ids of jobs that stay in the queue and that need more than free nodes to start, with Slurm's reason. They are not
+    on their way, and no other job is submitted in their place.
     """
 
 
 def plan_growth(
     needs: Needs, jobs: Collection[JoinerJob], *, came: Collection[int], restarting: int, remaining: float
 ) -> Growth:
-    """What is to be done for ``needs``.
+    """What to do to meet ``needs``.
 
     ``jobs``: all joiners that Slurm knows of. ``came``: numbers of the joiners that have been connected; if such a
     joiner is not connected now, it is leaving, or lost. ``restarting``: number of agents that are being restarted.
-    ``remaining``: seconds that are left to the job.
+    ``remaining``: seconds until the job ends.
     """
     waiting = [job for job in jobs if job.state == "PENDING"]
     starting = [job for job in jobs if _is_starting(job) and joiner(job.id) not in came]
@@ -152,7 +152,7 @@ def plan_growth(
 
 
 def _is_longer(limit: timedelta | None, remaining: float) -> bool:
-    """Longer by a tenth at least: else the limit would be changed repeatedly."""
+    """Whether ``limit`` is longer by a tenth at least: a smaller difference would change the limit repeatedly."""
     return remaining < float("inf") and (limit is None or limit.total_seconds() > 1.1 * remaining)
 
 

@@ -1,10 +1,10 @@
 """Whether the workers of a job hang, learned from the job itself (``--hang-timeout auto``). Pure.
 
 Each agent counts how long its workers have given no sign of life (``Signs``): no step reported, no output. The leader
-compares the job's silence, that of the node that was heard last, with the longest silence that the job has survived
-(``Rhythm``). What is learned goes to the agents with the orders, comes back with their status, and is saved for the
-run after a requeue, so it outlives the leader. There is no clock here: the agents count only time in which their
-processes could run.
+compares the job's silence, which is that of the node with the latest sign of life, with the longest silence that the
+job has survived (``Rhythm``). What is learned goes to the agents with the orders, comes back with their status, and is
+saved for the run after a requeue, so it outlives the leader. There is no clock here: the agents count only time in
+which their processes could run.
 """
 
 from __future__ import annotations
@@ -18,49 +18,51 @@ TIMES = 10
 """The timeout is this many times the longest silence so far."""
 
 LEAST = 300.0
-"""Least timeout, in seconds, of workers that report steps."""
+"""Smallest timeout, in seconds, for workers that report steps."""
 
 LEAST_UNSURE = 1800.0
-"""The same in the first steps of a round and after the end of some workers, and for a script that only writes."""
+"""The same in the first steps of a round, after the end of some workers, and for a script that writes output but
+reports no steps.
+"""
 
 FAMILIAR = 10
-"""After so many further steps, of those that the leader sees at its looks, a round shows how long its steps take. The
-first may come in quick succession: ranks report the same step one after the other, or a script reports the step of its
-checkpoint, then one that was only an evaluation. And in a new world, of fewer nodes say, steps take longer than before.
+"""A round shows how long its steps take once the leader has seen this many further steps. The first steps may come in
+quick succession: ranks report the same step one after the other, or a script reports the step of its checkpoint, then a
+step that was only an evaluation. And in a new world, for example of fewer nodes, steps take longer than before.
 """
 
 BUSY = 6
-"""Workers that compute, read or write may be silent for this many times as long: they may evaluate, or save."""
+"""Workers that compute, read or write may be silent for this many times as long: they may be evaluating or saving."""
 
 LEARNED = "--hang-timeout auto"
 
 _WINDOW = 15.0
-"""Seconds for which nodes are compared: the job waits as long as the node that waits least, in each such time anew. So
-nodes that work one after the other count as one that works.
+"""Length, in seconds, of the window in which nodes are compared: in each window, the job waits as long as the node that
+waits least. So nodes that work one after the other count as one node that works.
 """
 
 _SHORTEST = 1.0
-"""A silence of seconds that is seen for certain: agents look about as often."""
+"""The shortest silence, in seconds, that agents certainly see: they look about this often."""
 
 _NOTABLE = 1.1
-"""A learned number is replaced by a number that is larger by this factor, so that few orders bring news."""
+"""A learned number is replaced only by a number that is larger by this factor, so that few orders carry news."""
 
 
 class Signs(NamedTuple):
-    """The workers of one node in the round that runs. Times in seconds, in which they could run."""
+    """Signs of life of one node's workers in the running round. Times in seconds in which the workers could run."""
 
     silent: float = 0.0
-    """Since their last sign of life, or since they have started."""
+    """Since their last sign of life, or since they started."""
     idle: float = 0.0
-    """How much of ``silent`` they have neither computed, nor read or written."""
+    """The part of ``silent`` in which they neither computed, read nor wrote."""
     unreported: float = 0.0
-    """Since the last report of a step; if there was none, since they have started."""
+    """Since the last report of a step; if there was none, since they started."""
     reports: int = 0
     """How often a new report was seen."""
     span: float = -1.0
     """From the first sign of life to the last; -1 before the first."""
     start: float = 0.0
-    """From their start to the first report; 0 before it."""
+    """From their start to the first report; 0 before the first report."""
 
     @classmethod
     def of(cls, values: Any) -> Signs:
@@ -70,17 +72,18 @@ class Signs(NamedTuple):
 
     @property
     def waited(self) -> float:
-        """``silent``, where time in which the workers were busy counts less."""
+        """``silent``, but time in which the workers were busy counts less."""
         return self.idle + max(0.0, self.silent - self.idle) / BUSY
 
 
 class Rhythm(NamedTuple):
-    """What a job has shown of its signs of life. Times in seconds."""
+    """What is known of a job's signs of life. Times in seconds."""
 
     number: int = 0
-    """Counts the changes: of two leaders' knowledge that with the higher number holds."""
+    """Counts the changes: when two leaders differ, the higher number is valid."""
     longest: float = 0.0
-    """The longest silence that has ended by itself: between two reports, or two outputs if steps are not reported."""
+    """The longest silence that ended without a restart: between two reports, or two outputs if steps are not reported.
+    """
     start: float = 0.0
     """The longest time from the start of a round to its first report."""
     span: float = 0.0
@@ -88,13 +91,13 @@ class Rhythm(NamedTuple):
     reports: bool = False
     """The script has reported steps."""
     alarm: float = 0.0
-    """The timeout of the last alarm, until the workers are beyond its place."""
+    """The timeout of the last alarm, until the workers have passed its place."""
     place: float = -1.0
-    """Where that was: the step, or without steps the time for which the round had given signs."""
+    """Where the last alarm was: the step, or without steps, the time for which the round had given signs."""
 
     @classmethod
     def of(cls, values: Any) -> Rhythm:
-        """From a message, or from ``state.json``; that of a new job if it is damaged."""
+        """Decode from a message or ``state.json``; damaged values give the rhythm of a new job."""
         with suppress(TypeError, ValueError):
             number, longest, start, span, reports, alarm, place = values
             times = [float(time) for time in (longest, start, span, alarm, place)]
@@ -112,15 +115,15 @@ NO_SIGNS, NO_RHYTHM = Signs(), Rhythm()
 
 
 class Timeout(NamedTuple):
-    """``seconds`` is infinite as long as nothing is known by which a hang could be told."""
+    """``seconds`` is infinite while too little is known to detect a hang."""
 
     seconds: float
     why: str
 
 
 def timeout(rhythm: Rhythm, *, live: bool = False, sure: bool = True) -> Timeout:
-    """The silence after which the workers hang. ``live``: they report each step by themselves. ``sure``: the round is
-    beyond its first steps, and all of its workers still run.
+    """The silence after which the workers count as hung. ``live``: their steps are reported without the script's help.
+    ``sure``: the round is beyond its first steps, and all of its workers still run.
     """
     learned = TIMES * rhythm.longest
     if not (rhythm.reports or live):
@@ -155,7 +158,7 @@ class HangWatch:
         self.begin()
 
     def begin(self) -> None:
-        """A round begins: how its workers before were silent does not count any more."""
+        """A round begins: the silence of earlier workers no longer counts."""
         self._gap = 0.0
         self._step, self._moves = -1, 0
         """The last step, and how often there was a further step when the leader looked."""
@@ -163,9 +166,9 @@ class HangWatch:
         """The silence of the job before the present window, as ``Signs.waited``."""
         self._last: Mapping[int, Signs] = {}
         self._window: Mapping[int, Signs] = {}
-        """The signs of the nodes at the last look, and at the begin of the window."""
+        """The signs of the nodes at the last look, and at the beginning of the window."""
         self._excused = self._gap_excused = 0.0
-        """The part of the silence, and of the gap, that nobody could have broken."""
+        """The part of the silence, and of the gap, in which no worker could have given a sign."""
 
     @property
     def is_familiar(self) -> bool:
@@ -173,7 +176,7 @@ class HangWatch:
         return self._moves >= FAMILIAR
 
     def adopt(self, rhythm: Rhythm) -> None:
-        """An agent was told ``rhythm`` by a leader."""
+        """An agent has received ``rhythm`` from a leader."""
         self.rhythm = self.rhythm.newer(rhythm)
 
     def look(
@@ -221,7 +224,7 @@ class HangWatch:
         learned: dict[str, Any] = {}
         self._moves += 0 <= self._step < step
         self._step = step
-        if step >= 0 and not self.rhythm.reports:  # what was learned from the output is of no use any more
+        if step >= 0 and not self.rhythm.reports:  # what was learned from the output is no longer of use
             learned |= {"reports": True, "longest": 0.0}
             self._gap = 0.0
         elif self._gap > _NOTABLE * self.rhythm.longest and self._present_gap(signs) < self._gap:
@@ -242,7 +245,7 @@ class HangWatch:
         self._gap = present - self._gap_excused
 
     def _present_gap(self, signs: Collection[Signs]) -> float:
-        """Since the last report, or without reports since the last output; 0 before the first of them in this round."""
+        """Since the last report, or without reports since the last output; 0 before the first in this round."""
         if self.rhythm.reports:
             return min((each.unreported for each in signs if each.reports), default=0.0)
         return min(each.silent for each in signs) if any(each.span >= 0 for each in signs) else 0.0

@@ -1,4 +1,4 @@
-"""What reaches a leader from others than its agents: requests, the stores of rounds, and nodes on their way. Pure."""
+"""What reaches a leader, except from its agents: requests, the stores of rounds, and nodes on their way. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Requests:
 
     def add(self, request: Request, reason: str, now: float) -> bool:
         """The time of the first request counts, and the reason of the first request or of a ``stop``. Returns whether
-        ``request`` is stronger than those before.
+        ``request`` is stronger than the requests before.
         """
         order = (None, "drain", "save-and-stop", "stop")
         if order.index(request) <= order.index(self.request):
@@ -34,7 +34,7 @@ class Requests:
 
 
 class Stores:
-    """The stores of this round and the next: each is opened ahead of its need."""
+    """The stores of this round and the next: each is opened before it is needed."""
 
     def __init__(self, now: float) -> None:
         self.ports: dict[int, int] = {}
@@ -61,7 +61,7 @@ class Stores:
 
 
 class Arrivals:
-    """Nodes on their way, as ``agent.supply`` has reported last."""
+    """Nodes on their way, as ``agent.supply`` last reported."""
 
     def __init__(self, *, supplied: bool) -> None:
         """``supplied``: ``agent.supply`` brings nodes, and reports them."""
@@ -71,11 +71,11 @@ class Arrivals:
         self._last_growth = -float("inf")
 
     def outdate(self) -> None:
-        """The nodes connected have changed: until the next report one node counts as starting."""
+        """The connected nodes have changed: until the next report one node counts as starting."""
         self._up_to_date = not self._supplied
 
     def update(self, starting: int, pending: int, *, up_to_date: bool) -> None:
-        """``up_to_date``: the report knows all nodes connected."""
+        """``up_to_date``: the report covers all connected nodes."""
         self._starting, self._pending = starting, pending
         self._up_to_date = self._up_to_date or up_to_date
 

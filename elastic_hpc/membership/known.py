@@ -1,4 +1,4 @@
-"""The causes that are known: how a failure of a worker reads, whose fault that is, and what is done. Pure.
+"""The known causes: what a worker's failure looks like, whose fault it is, and what the leader does. Pure.
 
 ``docs/causes.md`` shows this table. A pattern has to match from the start of what ended the worker: type and text of an
 exception, ``exit code 3: `` with the last line on stderr, ``killed by SIGBUS``; or ``kernel: `` and a line of the
@@ -16,9 +16,9 @@ Party = Literal["script", "node", "network", "site"]
 """Whose fault a failure is. ``network``: the connection to another rank broke, often the echo of that rank's death."""
 
 Answer = Literal["leave", "restart", "stop", "stop if others fail too"]
-"""``leave``: the node gets no workers any more, as long as others are left. ``stop``: the job fails at once if it has
-made no progress. ``restart``: a new round; what fails again without progress on the same node alone is that node's
-fault, and on other nodes ends the job.
+"""``leave``: the node gets no more workers, as long as other nodes are left. ``stop``: the job fails at once if it has
+made no progress. ``restart``: a new round; a failure that repeats without progress on the same node alone is that
+node's fault; on other nodes, it ends the job.
 """
 
 
@@ -33,7 +33,7 @@ class Known:
     what: str
     """What has happened, and what helps."""
     explains: re.Pattern[str] | None = None
-    """Of a line of the kernel's log: which failures may come from it."""
+    """For a line of the kernel's log: which failures may come from it."""
 
 
 def _row(name: str, party: Party, answer: Answer, pattern: str, what: str, explains: str = "") -> Known:
@@ -41,7 +41,7 @@ def _row(name: str, party: Party, answer: Answer, pattern: str, what: str, expla
 
 
 _TORCH = r"(?:killed by SIGABRT: (?:c10|std)::[\w:]+: |(?:torch[\w.]*\.\w+|RuntimeError): )"
-"""Exceptions of torch, also those that threads of C++ throw."""
+"""Exceptions of torch, including those that C++ threads throw."""
 _CUDA = _TORCH + r"(?:[^\n]*exception: )?(?i:cuda|hip|xpu)(?: driver| runtime)? error(?: \(\d+\))? ?: "
 _NCCL = _TORCH + r".*NCCL (?:error|Error|ERROR).*"
 _ANY = r"(?:[\w.]+\.)?"
@@ -53,7 +53,7 @@ _OF_FILES = r"^\w*OSError: |^\w+Error: .*Errno|PytorchStream|SIGBUS"
 
 # fmt: off
 KNOWN = (
-    # what the kernel says of the node; the first row that matches decides
+    # what the kernel reports about the node; the first row that matches decides
     _row("GPU lost", "node", "leave", _XID + r"79\b", "the GPU has fallen off the bus: power, PCIe or the GPU itself; the node needs a reboot or repair", _OF_GPU),
     _row("GPU memory is damaged", "node", "leave", _XID + r"(?:48|64|92|95|140)\b", "the GPU's memory has an error that could not be corrected (ECC); reset its driver, or replace the GPU", _OF_GPU),
     _row("GPU driver hangs", "node", "leave", _XID + r"(?:62|119|120|143)\b", "the GPU's own processor does not answer; the GPU needs a reset", _OF_GPU),
@@ -72,7 +72,7 @@ KNOWN = (
     # elastic_hpc.training.audit
     _row("computes wrongly", "node", "leave", r"elastic_hpc\.training\.audit\.Diverged: this rank", "most ranks agree, and this one does not: the memory, the GPU or the processor of its node has a fault"),
     _row("ranks differ", "script", "restart", r"elastic_hpc\.training\.audit\.Diverged: ", "no majority of the ranks agrees: the script does not keep the ranks alike, or one of two nodes computes wrongly"),
-    # the GPU and its driver, as CUDA says
+    # the GPU and its driver, as CUDA reports
     _row("uncorrectable error of the GPU's memory", "node", "leave", _CUDA + "uncorrectable ECC error", "the GPU's memory is damaged (ECC); reset or replace the GPU"),
     _row("driver and its library differ", "node", "leave", r"[\w.]*NVMLError\w*: [^\n]*version mismatch", "the driver of the node was updated without a reboot"),
     _row("GPU is lost", "node", "leave", r"[\w.]*NVMLError\w*: [^\n]*(?:GPU is lost|fallen off the bus)", "the node's driver no longer reaches a GPU; the node needs a reboot or repair"),
@@ -140,8 +140,8 @@ def known_of(chain: Sequence[str], kernel: Iterable[str] = ()) -> Known | None:
     """The known cause of a failure, if any.
 
     ``chain``: what ended the worker, in order of time; several texts for exceptions that were chained. An exception
-    after the first may come from a collective in the cleanup: it is no echo. ``kernel``: what the kernel of that node
-    has logged in the meantime; it explains only failures that may come from that.
+    after the first may come from a collective in the cleanup: so it does not count as an echo. ``kernel``: what the
+    kernel of that node logged in the meantime; a line explains only failures that may come from it.
     """
     found = next((row for at, text in enumerate(chain) if (row := _match(text, first=not at))), None)
     if found and found.party == "script" and found.answer != "restart":
@@ -160,7 +160,7 @@ def party_of(name: str) -> Party | None:
 
 
 def _match(text: str, *, first: bool = True) -> Known | None:
-    """The row for a text: that of an exception, of what a data loader's worker raised, or of one in a group."""
+    """The row for a text: for an exception, for what a data loader's worker raised, or for an exception in a group."""
     texts = [text]
     if "\nOriginal Traceback (most recent call last):" in text:
         texts.insert(0, re.split(r"\n(?=\S)", text)[-1])

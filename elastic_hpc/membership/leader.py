@@ -32,7 +32,9 @@ from elastic_hpc.membership.wishes import Bounds, Parting, Wishes
 from elastic_hpc.membership.yielding import Holding
 
 STOP_TIMEOUT = 60.0
-"""Seconds in which an agent must report that its workers are gone; then it is given up, as they cannot be killed."""
+"""Seconds in which an agent must report that its workers are gone; then the leader gives the agent up, as its workers
+cannot be killed.
+"""
 
 
 class Leader:
@@ -63,12 +65,11 @@ class Leader:
         gives_back: bool = True,
         rhythm: Rhythm = NO_RHYTHM,
     ) -> None:
-        """``promises``: those of this node. If it holds a roster, take over, because of ``reason``, as soon as a
-        majority agrees. Else lead from the start, with the counters of the run before. ``granted`` and
-        ``granted_names``: as in ``Peers``. ``supplied``: ``agent.supply`` brings the nodes of ``needs``. ``host``: that
-        of this node; all nodes must have its software. ``strikes``: those of the runs before. ``bounds``: those that
-        a run before had, instead of those of ``policy``. ``gives_back``: as in ``Sizing``. ``rhythm``: what was learned
-        in the runs before.
+        """``promises``: this node's. If they hold a roster, take over, because of ``reason``, as soon as a majority
+        agrees. Else lead from the start, with the counters of the previous run. ``granted`` and ``granted_names``: as
+        in ``Peers``. ``supplied``: ``agent.supply`` brings the nodes of ``needs``. ``host``: this node's; all nodes
+        must have its software. ``strikes``: from earlier runs. ``bounds``: from an earlier run, instead of those in
+        ``policy``. ``gives_back``: as in ``Sizing``. ``rhythm``: what was learned in earlier runs.
         """
         self._promises = promises or Promises()
         inherited = self._promises.roster
@@ -144,7 +145,7 @@ class Leader:
         self.has_news |= self._admission.lose(conn, reason, silent)
 
     def on_request(self, request: Request, reason: str, now: float) -> None:
-        """Somebody who holds the secret requests a drain or the end of the job. ``reason``: ``time limit``,
+        """A peer that holds the secret requests a drain or the end of the job. ``reason``: ``time limit``,
         ``preempted`` or ``user``, or the words of a worker that requests the end. The same request may come again.
         """
         if self._requests.add(request, reason, now):
@@ -161,9 +162,9 @@ class Leader:
         give_back: bool = False,
         by: float | None = None,
     ) -> Answer:
-        """``node``, its number or Slurm's name of it, has to go at a step boundary, because of ``reason``. ``exclude``:
+        """``node``, given by number or Slurm's name, must leave at a step boundary, because of ``reason``. ``exclude``:
         the node is not fit, and a requeue avoids it too; the leader's node stays, but without workers. ``give_back``:
-        Slurm gets the node back, if it is the job's own. Without both, the job of the node, a joiner, is about to end.
+        Slurm gets the node back, if it is the job's own. Without both, the node is a joiner whose job is about to end.
         ``by``: when the node will be taken away, in seconds since the epoch. The same request may come again.
         """
         found = self.peers.find(node)
@@ -177,30 +178,30 @@ class Leader:
         return answer
 
     def on_stay(self, name: str, now: float) -> Answer:
-        """The node that Slurm calls ``name`` need not go any more, and is not avoided any more."""
+        """The node that Slurm calls ``name`` no longer has to leave, and the job no longer avoids it."""
         answer = self._sizing.stay(name)
         self._advance(now)
         return answer
 
     def on_resize(self, bounds: Bounds, now: float) -> Answer:
-        """From now on, over take-overs too, a world may have ``bounds``."""
+        """``bounds`` hold for the world from now on, also after a take-over."""
         view = self._view(now)
         answer = self._sizing.resize(bounds, view.live, view.formed)
         self._advance(now)
         return answer
 
     def on_cap(self, nodes: int | None, reason: str, now: float) -> None:
-        """For a while the job is to hold at most ``nodes`` nodes, but never fewer than MIN; None: no more."""
+        """For a while the job may hold at most ``nodes`` nodes, but never fewer than MIN; None ends this limit."""
         self._sizing.cap(nodes, reason)
         self._advance(now)
 
     def on_given_back(self, nodes: Collection[int], now: float) -> None:
-        """Slurm has ``nodes`` of ``needs.surplus`` back."""
+        """Slurm has taken back ``nodes`` of ``needs.surplus``."""
         self._sizing.on_given_back(nodes)
         self._advance(now)
 
     def on_coming(self, needs: Needs, starting: int, pending: int, now: float) -> None:
-        """In answer to ``needs``: how many agents are starting, and how many nodes Slurm was asked for."""
+        """In answer to ``needs``: how many agents are starting, and how many nodes were requested from Slurm."""
         self._arrivals.update(starting, pending, up_to_date=needs == self.needs)
         self._advance(now)
 
@@ -210,13 +211,13 @@ class Leader:
         self._advance(now)
 
     def on_store_failed(self, round: int, reason: str, now: float) -> None:
-        """The store of ``round`` could not be opened, because of ``reason``; it is tried again."""
+        """The store of ``round`` could not be opened, because of ``reason``; the server tries again."""
         if self._stores.failed(reason):
             self._event("store_failed", round=round, reason=reason)
         self._advance(now)
 
     def on_tick(self, now: float, wall: float = 0.0) -> None:
-        """Declare silent agents lost, and decide. To be called a few times per heartbeat. ``wall``: the time in seconds
+        """Declare silent agents lost, and decide. Call this a few times per heartbeat. ``wall``: the time in seconds
         since the epoch.
         """
         self._check_freeze(now)
@@ -240,7 +241,7 @@ class Leader:
         self._rounds.stage = "end"
 
     def decide(self, now: float) -> None:
-        """Act upon what has arrived. To be called when all statuses that have arrived are stored."""
+        """Act upon what has arrived. Call this when all statuses that have arrived are stored."""
         if self.has_news:
             self._advance(now)
 
@@ -248,12 +249,12 @@ class Leader:
 
     @property
     def policy(self) -> Policy:
-        """What the user allows by now."""
+        """What the user allows now."""
         return self._sizing.policy
 
     @property
     def wishes(self) -> Wishes:
-        """What is wanted of the job's nodes."""
+        """The size that the job should have, and the nodes that must leave."""
         return self._sizing.wishes
 
     @property
@@ -308,13 +309,13 @@ class Leader:
         return events
 
     def take_dropped(self) -> list[int]:
-        """Connections that are to be closed."""
+        """Connections to close."""
         dropped, self._admission.dropped = self._admission.dropped, []
         return dropped
 
     @property
     def needs(self) -> Needs | None:
-        """What the job could use besides the nodes connected. Unless the job ends, None before the first round and
+        """What the job could use besides the connected nodes. Unless the job ends, None before the first round and
         without a majority.
         """
         over = bool(self.verdict or self._requests.request)
@@ -341,7 +342,7 @@ class Leader:
 
     @property
     def wanted_store(self) -> int | None:
-        """The round whose store should be opened next. One store is always opened ahead of its need."""
+        """The round whose store should be opened next. One store is always opened before it is needed."""
         wanted = self.round + (self._rounds.stage == "run")
         return wanted if wanted not in self._stores.ports and self.leads and not self.verdict else None
 

@@ -10,15 +10,15 @@ LEADERLESS = "agents without a leader"
 """The ``actor`` of a verdict that no majority has agreed to. It holds until a leader continues the run."""
 
 JOINER_PATIENCE = 30.0
-"""Seconds that a joiner looks for a leader at least."""
+"""Least number of seconds for which a joiner looks for a leader."""
 
 
 @dataclass(frozen=True)
 class KeepLooking:
-    """Look for the leader for some more time."""
+    """Continue to look for the leader."""
 
     unreachable: bool = False
-    """Whether a leader is at work that this node has never reached."""
+    """Whether there is a leader that this node has never reached."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def without_leader(
     somebody_acts: Callable[[], bool],
 ) -> KeepLooking | GiveUp | Conclude:
     """``waited``: seconds without a leader, because of ``why``. ``joins``: this agent is a joiner, which never ends the
-    job, and never keeps its node for a job that is over or cannot be reached. ``ever_led``: it has obeyed a leader
-    before. ``patient``: it may still wait. ``read_verdict`` returns the verdict of this run or None,
-    ``somebody_leads`` whether a leader, reached or not, is at work, and ``somebody_acts`` whether another agent ends or
-    requeues the job. They may take long, and are called only where the answer decides.
+    job, and never keeps its node for a job that has ended or cannot be reached. ``ever_led``: this agent has obeyed a
+    leader before. ``patient``: this agent may still wait. ``read_verdict`` returns the verdict of this run or None,
+    ``somebody_leads`` whether there is a leader, reached or not, and ``somebody_acts`` whether another agent ends or
+    requeues the job. These functions may take long, and are called only where the answer decides.
     """
     if joins:
         if verdict := read_verdict():
@@ -68,6 +68,6 @@ def without_leader(
     if patient:
         return KeepLooking()
     verdict = read_verdict()
-    if verdict and verdict.get("actor") == "batch script":  # which acts when the last agent has left
+    if verdict and verdict.get("actor") == "batch script":  # the batch script acts when the last agent has left
         return GiveUp(verdict["outcome"], verdict["reason"])
     return Conclude(verdict)

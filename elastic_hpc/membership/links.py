@@ -1,9 +1,9 @@
 """Which nodes of a round do not reach each other, and which of them the job continues without. Pure.
 
 Agents and leader may be connected while the workers of two nodes are not. So after a failure that may be the network's
-the leader has all members of the round try to reach each other. The job continues without the fewest nodes that leave
-no such pair. They stay connected and vote, and are tried again later and later: a node that reaches the others again is
-taken in again.
+fault, the leader has all members of the round try to reach each other. The job continues without the fewest nodes, so
+that no such pair is left. The nodes left out stay connected and vote, and are tried again at growing intervals: a node
+that reaches the others is readmitted.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ ANSWER_TIMEOUT = 15.0
 """Seconds for which the leader waits for the answers of the nodes. A node that does not answer proves nothing."""
 
 _EXACT = 12
-"""Number of pairs up to which the fewest nodes are found for certain."""
+"""For at most this many pairs, the nodes found are certainly the fewest."""
 
 _AT_MOST = 3
-"""How often a node is left: then it stays out for this run, as each time costs a hang and two restarts."""
+"""A node that was left out this many times stays out for this run, as each time costs a hang and two restarts."""
 
 _NAMED = 4
-"""Most pairs that a sentence names."""
+"""A sentence names at most this many pairs."""
 
 Pair = tuple[int, int]
 """Two nodes that do not reach each other, the lower number first."""
 
 
 def partners(node: int, nodes: Collection[int]) -> list[int]:
-    """The others of ``nodes``, in the order in which ``node`` tries to reach them. As in a tournament, each node has
-    one partner at a time: no node is tried by many at once.
+    """The other ``nodes``, in the order in which ``node`` tries to reach them. As in a tournament, each node has one
+    partner at a time: no node is dialled by many at once.
     """
     field: list[int | None] = [*sorted(nodes)]
     if len(field) % 2:
@@ -57,8 +57,9 @@ def partners(node: int, nodes: Collection[int]) -> list[int]:
 
 
 def fewest(pairs: Collection[Pair], leader: int) -> tuple[int, ...]:
-    """The fewest nodes with one of each of ``pairs``; of many pairs perhaps a few nodes more. If there is a choice,
-    joiners go before nodes that vote, the highest number first, then the batch host, and the ``leader`` last.
+    """The fewest nodes that include one node of each of ``pairs``; for many pairs, perhaps a few nodes more. If there
+    is a choice, joiners are chosen before nodes that vote, the highest number first, then the batch host, and the
+    ``leader`` last.
     """
 
     def worth(node: int) -> tuple[bool, bool, bool, int]:
@@ -101,7 +102,7 @@ class Probe:
     """The name of the node that is tried again; empty after a failure, when all members of the round are tried."""
 
     def pairs(self, joined: Mapping[int, Status]) -> tuple[Pair, ...]:
-        """The pairs of which one has not reached the other, both of them connected."""
+        """The pairs of connected nodes in which one has not reached the other."""
         found = set[Pair]()
         for node in self.among:
             status = joined.get(node)
@@ -112,7 +113,7 @@ class Probe:
         return tuple(sorted(found))
 
     def lacks(self, joined: Mapping[int, Status]) -> bool:
-        """Whether a node that is connected has not answered."""
+        """Whether a connected node has not answered."""
         return any(node in joined and joined[node].probed != self.number for node in self.among)
 
 
@@ -126,23 +127,23 @@ class Links:
         """``node``: the leader's."""
         self._peers, self._sizing, self._event, self._node = peers, sizing, event, node
         self.probe = NO_PROBE
-        """What the nodes are doing."""
+        """The running probe."""
         self._numbers = 0
         self._round = 0
         """The round whose members were tried last."""
         self._apart, self._parts = "", False
-        """What was found, and whether the job continues without nodes for that."""
+        """What the last probe found, and whether the job therefore continues without some nodes."""
         self._patience: dict[str, Backoff] = {}
-        """By name of the nodes that are left: when they are tried again."""
+        """By name of the nodes that were left out: when to try them again."""
         self._left = Counter[str]()
-        """How often, by name."""
+        """How often each node was left out, by name."""
 
     @property
     def among(self) -> str:
         return spans(self.probe.among)
 
     def begin(self, round: int, members: Collection[int], now: float) -> None:
-        """``round`` has failed: its ``members`` are to try to reach each other."""
+        """``round`` has failed: its ``members`` must try to reach each other."""
         self._round, self._apart, self._parts = round, "", False
         self._try(tuple(sorted(members)), now)
 
@@ -156,8 +157,9 @@ class Links:
     def look(
         self, round: int, joined: Mapping[int, Status], live: Callable[[], Collection[int]], now: float, *, calm: bool
     ) -> bool:
-        """Act upon the answers, if all are there or it is too late for more. ``live()``: nodes that need not go.
-        ``calm``: the round trains, so that nodes may be tried again. Whether the job continues without some of them.
+        """Act upon the answers, if all are there or it is too late for more. ``live()``: nodes that do not have to
+        leave. ``calm``: the round trains, so that nodes may be tried again. Returns whether the job continues without
+        some nodes.
         """
         probe = self.probe
         if probe.number and (not probe.lacks(joined) or now - probe.since >= ANSWER_TIMEOUT):
@@ -207,7 +209,7 @@ class Links:
             if self._left[parting.name] >= _AT_MOST:
                 continue
             patience = self._patience.get(parting.name)
-            if patience is None:  # a leader before has left the node
+            if patience is None:  # an earlier leader left the node out
                 patience = self._patience[parting.name] = Backoff()
                 patience.failed(now)
             if now >= patience.at:
@@ -215,7 +217,7 @@ class Links:
                 return
 
     def _readmit(self, probe: Probe, joined: Mapping[int, Status], now: float) -> None:
-        """The node of ``probe`` stays if it and its partners have all answered that they reach each other."""
+        """Readmit the node of ``probe`` if it and all its partners have answered that they reach each other."""
         if probe.pairs(joined) or any(node in joined and joined[node].probed != probe.number for node in probe.among):
             self._patience[probe.again].failed(now)
         else:

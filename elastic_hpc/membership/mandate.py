@@ -20,15 +20,15 @@ class Mandate:
         self.roster = roster
         """What the agents hold since the last round was formed."""
         self.change: RosterChange | None = None
-        """The difference between ``roster`` and the roster before; None if this leader has formed no round."""
+        """The difference between ``roster`` and the previous roster; None if this leader has formed no round."""
         self.granted = self.ever_granted = not inherited
         self._granted_at = self._last_granted = now
         self._bases = roster.bases
         self._acknowledged: dict[int, int] = {}
         """By node: round of the newest roster that the node is known to hold."""
         self._has_new_acknowledgements = False
-        """``_bases`` may hold bases that do not count any more. ``bases`` removes them when it is read next: a thousand
-        nodes acknowledge a roster one after the other.
+        """``_bases`` may hold bases that no longer count. ``bases`` removes them when it is read next: a thousand nodes
+        acknowledge a roster one after the other.
         """
 
     @property
@@ -62,8 +62,8 @@ class Mandate:
         return True
 
     def on_form(self, roster: Roster) -> None:
-        """A round is formed. ``roster`` has the base of that round alone; the roster that the agents are to hold also
-        has the older bases that still count.
+        """A round is formed. ``roster`` has the base of that round alone; the roster for the agents also has the older
+        bases that still count.
         """
         self._bases = extended(self.bases, *roster.bases)
         before, self.roster = self.roster, replace(roster, bases=self._bases)

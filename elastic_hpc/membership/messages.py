@@ -1,8 +1,8 @@
 """What agents and leader send to each other. Pure.
 
-Both sides always send their *whole* state, on every change and as the heartbeat. A message that is lost, late,
-doubled or overtaken is therefore healed by the next one: ``seq`` drops what is old, ``round`` ties every statement
-to one formation of the world.
+Both sides always send their *whole* state, on every change and as the heartbeat. So a lost, late, duplicated or
+overtaken message does no harm once the next message arrives: ``seq`` shows which messages are old, ``round`` ties every
+statement to one formation of the world.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ MAX_LINE = 1024 * 1024
 State = Literal["idle", "running", "succeeded", "failed"]
 Stage = Literal["gather", "run", "end"]
 Request = Literal["drain", "save-and-stop", "stop"]
-"""What the leader may be requested to do: ``drain``, save and return through the queue; ``save-and-stop``, save and end
-the job; ``stop``, end it at once.
+"""What a leader can be requested to do: ``drain``, save and requeue the job; ``save-and-stop``, save and end the job;
+``stop``, end the job at once.
 """
 REQUESTS: tuple[Request, ...] = get_args(Request)
 LEAVE = "leave"
-"""Requests that the leader lets a node go, at a step boundary if its workers listen."""
+"""Requests that the leader releases a node, at a step boundary if its workers listen."""
 STAY = "stay"
 """Takes back a ``LEAVE``."""
 RESIZE = "resize"
-"""Requests that the world has other bounds."""
+"""Requests other bounds for the world."""
 WHO = "who"
 """Asks an agent which leader it follows. The answer, a ``Redirect``, binds neither side."""
 _T = TypeVar("_T", "Status", "Failure", "Host", "Roster", "RosterChange", "Leave", "Stay", "Bounds", "Redirect", Base)
@@ -52,7 +52,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError)
-"""The errors that decoding a malformed message leads to: a field is missing, unknown, or of another type."""
+"""The errors that decoding a malformed message raises: a field is missing, unknown, or of another type."""
 
 
 class ProtocolError(Exception):
@@ -77,11 +77,11 @@ class Failure:
     collateral: bool = False
     """Whether this looks like the echo of another rank's death, such as a connection closed by the peer."""
     known: str = ""
-    """Its name in the table of causes (``known.KNOWN``); empty if it is not there."""
+    """Name of the cause in the table (``known.KNOWN``); empty if the table does not have the cause."""
 
     @property
     def party(self) -> Party | None:
-        """Whose fault it is, as far as the table of causes tells."""
+        """Whose fault the failure is; None if the table of causes does not say."""
         return party_of(self.known)
 
     def __str__(self) -> str:
@@ -123,15 +123,15 @@ class Status:
     drained: bool = False
     """The state is ``succeeded`` because the workers stopped for a drain."""
     listens: bool = False
-    """The workers check for a drain, or a signal has told them of a drain."""
+    """The workers check for a drain, or a signal has announced a drain to them."""
     leaving: str = ""
-    """Why this node has to go and takes no part in the next round; empty if it may stay."""
+    """Why this node must leave and takes no part in the next round; empty if it may stay."""
     live: bool = False
     """The workers of the round can continue in the next round without a new process (``training.live``); ``idle``:
-    workers have paused for that, and hold what has been trained.
+    workers have paused for that, and hold the trained state.
     """
     preparing: bool = False
-    """Workers of this node are to be started, or are starting. The world continues without the node until they are
+    """Workers of this node have yet to be started, or are starting. The world continues without the node until they are
     ready, if that is possible.
     """
     warm: int = 0
@@ -141,23 +141,24 @@ class Status:
     standby_mb: float = 0.0
     """Memory of a standby, in MiB, that it shares with no other process."""
     oldest: int = 0
-    """The oldest round of the bases in that roster."""
+    """The oldest round of the bases in the roster that this agent holds."""
     kept: int = 0
-    """Number of workers of the round that kept their process from the round before: they are neither warm nor cold."""
+    """Number of workers of the round that kept their process from the previous round: they are neither warm nor cold.
+    """
     not_kept: str = ""
     """Why a worker that could have been kept was not; empty if all were."""
     wishes: Wishes = NO_WISHES
-    """The newest that this node was told."""
+    """The newest wishes that this node has received."""
     signs: Signs = NO_SIGNS
     """Of the workers of the round."""
     pace: Pace = NO_PACE
     """Of the workers of the round."""
     rhythm: Rhythm = NO_RHYTHM
-    """The newest that this node was told."""
+    """The newest rhythm that this node has received."""
     probed: int = 0
-    """``Order.probe``, as long as that stands, if this node has tried to reach the others."""
+    """``Order.probe``, while the leader orders that probe, if this node has tried to reach the others."""
     unreached: str = ""
-    """Those that it has not reached (``nodes.spans``)."""
+    """The nodes that it has not reached (``nodes.spans``)."""
 
     @property
     def node(self) -> int:
@@ -198,18 +199,18 @@ class Order:
     oldest: int = 0
     """The oldest round whose members must agree to the leader (``election``)."""
     drain: bool = False
-    """The workers are to save and stop."""
+    """The workers must save and stop."""
     new_world: bool = False
     """The drain is for a new world with nodes of this one: workers that can be kept pause, and need not save."""
     stacks: bool = False
     """Record where the workers stand before they are stopped."""
     live: bool = False
-    """Workers of the round that runs are live (``Status.live``): a node without a place starts its workers ahead."""
+    """Workers of the running round are live (``Status.live``): a node without a place starts its workers ahead."""
     wishes: Wishes = NO_WISHES
     rhythm: Rhythm = NO_RHYTHM
     """What the leader has learned of the job's signs of life."""
     probe: int = 0
-    """The nodes of ``among`` are to try to reach each other; 0 if no node is (``links``)."""
+    """The nodes of ``among`` must try to reach each other; 0 if no node is (``links``)."""
     among: str = ""
 
     @functools.cached_property
@@ -220,18 +221,18 @@ class Order:
 
 @dataclass(frozen=True)
 class Leave:
-    """To the leader: ``node``, its number or Slurm's name of it, has to go, because of ``reason``."""
+    """To the leader: ``node``, given by number or Slurm's name, must leave, because of ``reason``."""
 
     node: int | str
     reason: str
     exclude: bool = False
-    """As in ``wishes.Parting``; so is ``give_back``. Without both the node's own job ends: it goes anyway."""
+    """As in ``wishes.Parting``; so is ``give_back``. Without both, the node's own job ends: it leaves anyway."""
     give_back: bool = False
 
 
 @dataclass(frozen=True)
 class Stay:
-    """To the leader: the node that Slurm calls ``node`` need not go any more."""
+    """To the leader: the node that Slurm calls ``node`` no longer has to leave."""
 
     node: str
 
@@ -239,8 +240,8 @@ class Stay:
 @dataclass(frozen=True)
 class Redirect:
     """What an agent answers to ``WHO``. ``to``: the leader that it follows; the agent itself, if it leads or is a
-    candidate; None while it looks for a leader. ``leads``: that leader has a majority. A leader sends it too, to an
-    agent that it does not take at present: ``refusal`` says why.
+    candidate; None while it looks for a leader. ``leads``: that leader has a majority. A leader also sends a
+    ``Redirect`` to an agent that it does not admit at present: ``refusal`` says why.
     """
 
     to: Host | None
@@ -249,11 +250,11 @@ class Redirect:
     """Whether the agent itself would lead if no other agent did."""
     refusal: str = ""
     answer: str = ""
-    """What becomes of a request that the leader has taken, if there is more to say."""
+    """What happens to a request that the leader has accepted, if there is more to say."""
 
 
 ToLeader = Request | Leave | Stay | Bounds
-"""What somebody outside the agents may want of the leader."""
+"""The requests to a leader from outside the agents."""
 
 Message = Status | Order | Roster | RosterChange | Redirect | dict[str, Any]
 
@@ -361,13 +362,13 @@ def _change(body: dict[str, Any]) -> RosterChange:
 
 
 def _with_line(news: _News, line: bytes) -> _News:
-    """``news``, which came as ``line``: it is stored, and may be sent on."""
+    """``news``, with the ``line`` as which it came: the line is stored, and may be forwarded."""
     vars(news)["line"] = line
     return news
 
 
 def _of_roster(body: dict[str, Any]) -> dict[str, Any]:
-    """The hosts stay packed, and so unchecked: the leader is trusted, whose orders are not checked either."""
+    """The hosts stay packed, and so unchecked: the leader is trusted, and its orders are not checked either."""
     bases = (_checked(Base(round, leader, numbers(members))) for round, leader, members in body["bases"])
     barred = tuple(map(str, body["barred"]))
     members = numbers(body["members"])

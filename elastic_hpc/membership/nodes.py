@@ -1,7 +1,7 @@
-"""How nodes are numbered, and how many nodes are written: ranges of numbers, and names in Slurm's notation. Pure.
+"""How nodes are numbered, and how sets of nodes are written: ranges of numbers, and names in Slurm's notation. Pure.
 
-ClusterShell folds names too, in several dimensions; a thousand names like ``ip-10-0-37-91`` take it a second. That is
-too long here, as the leader folds names between its heartbeats.
+ClusterShell folds names too, in several dimensions, but needs a second for a thousand names like ``ip-10-0-37-91``.
+That is too long here, as the leader folds names between its heartbeats.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from itertools import pairwise
 from math import prod
 
 FIRST_JOINER = 1 << 20
-"""A joiner's number is this number plus the id of the job that brings it, as Slurm never uses an id again. Lower
-numbers are the indices of the job's own nodes in Slurm's order.
+"""A joiner's number is this number plus the id of the job that brings it, as Slurm never reuses an id. Lower numbers
+are the indices of the job's own nodes in Slurm's order.
 """
 
 BATCH_HOST = 0
@@ -32,12 +32,12 @@ def joiner(job_id: str) -> int:
 
 
 def votes(node: int) -> bool:
-    """Whether ``node`` is of the job's own allocation, and so takes part in elections."""
+    """Whether ``node`` belongs to the job's own allocation, and so takes part in elections."""
     return node < FIRST_JOINER
 
 
 def spans(numbers: Iterable[int], width: int = 0) -> str:
-    """``0-3,7`` for 0, 1, 2, 3, 7, in the order given; of ``width`` digits at least."""
+    """``0-3,7`` for 0, 1, 2, 3, 7, in the order given, with at least ``width`` digits."""
     all = list(numbers)
     begins = [at for at, (before, number) in enumerate(pairwise(all), 1) if number != before + 1]
     found = [(all[begin], all[end - 1]) for begin, end in pairwise([0, *begins, len(all)])] if all else ()
@@ -60,7 +60,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class NumberRanges:
-    """Numbers as a user types them, ``0-3,8``. They are never listed, as a range may be of any length."""
+    """Numbers as a user types them, ``0-3,8``. They are never expanded, as a range may be of any length."""
 
     ranges: tuple[tuple[range, int], ...]
     """Each with the least number of digits, as in ``001-003``."""
@@ -102,8 +102,8 @@ def _parts(text: str) -> list[str]:
 
 @lru_cache
 def name_matcher(text: str) -> Callable[[str], bool]:
-    """A function that tells whether a node's name is among those of ``text``: names in Slurm's notation, in which ``*``
-    stands for any text and ``?`` for any character. Raises ValueError.
+    """A function that returns whether a node's name is among the names of ``text``: names in Slurm's notation, in which
+    ``*`` stands for any text and ``?`` for any character. Raises ValueError.
     """
     matchers = [_part_matcher(part) for part in _parts(text)]
     return lambda name: any(matches(name) for matches in matchers)

@@ -24,18 +24,20 @@ class Refusal:
     is_new: bool = True
     """The same process has not been refused before."""
     let_go: bool = False
-    """The agent has taken part, and is not needed any more: that is no failure."""
+    """The agent has taken part, and is no longer needed: that is no failure."""
 
 
 class Orders:
-    """To the agents, by connection."""
+    """Orders to the agents, by connection."""
 
     def __init__(self) -> None:
         self._refused: dict[int, Refusal] = {}
-        """By connection: the agents that may not take part; those that may connect again, until that is sent."""
+        """By connection: the agents that may not take part; an agent that may connect again, only until the refusal is
+        sent.
+        """
         self._seq = 0
         self._sent: dict[int, tuple[Any, ...]] = {}
-        """By connection: the content of the last order, which leaves ``seq``, ``reason`` and ``roster`` out."""
+        """By connection: the content of the last order, without ``seq``, ``reason`` and ``roster``."""
         self._content: tuple[Any, ...] = ()
         """What the last orders had in common."""
         self._rosters_sent: dict[int, int] = {}
@@ -49,7 +51,7 @@ class Orders:
         return self._seq + 1
 
     def is_refused(self, conn: int) -> bool:
-        """Whether the agent of ``conn`` has been refused for good."""
+        """Whether the agent of ``conn`` has been refused permanently."""
         return conn in self._refused and self._refused[conn].final
 
     def refuse(self, conn: int, refusal: Refusal) -> None:
@@ -76,7 +78,7 @@ class Orders:
 
         An agent is sent ``order``, with its node's plan from ``plans``, if that differs from the last order that it was
         sent; with ``beat`` every agent is. An agent that does not hold ``roster`` is sent the roster before the order,
-        if this leader leads: only the ``change``, if the agent holds the roster before. The roster is sent again with
+        if this leader leads: only the ``change``, if the agent holds the previous roster. The roster is sent again with
         the second beat after, unless the agent has acknowledged it by then.
         """
         taken: dict[int, list[ToAgent]] = {}

@@ -13,11 +13,11 @@ from elastic_hpc.membership.roster import Host, distinct
 from elastic_hpc.membership.wishes import NO_WISHES, Parting
 
 _MOST_NAMES = 200
-"""Most characters that the names of absent nodes take in the record."""
+"""In the record, the names of absent nodes take at most this many characters."""
 
 
 def deciding_fields(status: Status) -> tuple[object, ...]:
-    """The fields of ``status`` that decisions depend on. The other fields are for the record: a change of those alone
+    """The fields of ``status`` that decisions depend on. The other fields are for the record: a change of these alone
     leads to no new decision.
     """
     workers = (status.state, status.round, status.failure, status.drained, status.listens, status.step >= 0)
@@ -37,7 +37,7 @@ class Peer:
     arrived_at: float
     """When the agent connected; once it has joined, when it joined."""
     boot: str
-    """A random text that stands for the process of the agent (``network.identity``)."""
+    """A random text that identifies the process of the agent (``network.identity``)."""
     joined: bool = False
     """The agent has reported that it has no workers, or belongs to the world that is taken over. The leader waits for
     no agent that has not joined.
@@ -56,25 +56,27 @@ class Peers(dict[int, Peer]):
         granted: int,
         granted_names: Sequence[str],
     ) -> None:
-        """``known``: hosts that were connected to the leader before. ``granted``: the number of the job's own nodes,
-        and ``granted_names`` Slurm's names of them, in Slurm's order; the names may be filled in later.
+        """``known``: hosts that were connected to an earlier leader. ``granted``: the number of the job's own nodes.
+        ``granted_names``: Slurm's names of these nodes, in Slurm's order; the caller may add the names later.
         """
         super().__init__()
         self.by_node: dict[int, Peer] = {}
         self.conns: dict[int, int] = {}
         """The connection of each node."""
         self.wishes = NO_WISHES
-        """What is wanted of the job's nodes."""
+        """The size that the job should have, and the nodes that must leave."""
         self.let_go: set[int] = set()
-        """The job's own nodes that this leader has let go."""
+        """The job's own nodes that this leader has released."""
         self._taken: set[int] = set()
-        """See ``Needs.taken``: those that are not connected any more."""
+        """See ``Needs.taken``: the joiners that are no longer connected."""
         self.barred: dict[str, str] = {}
-        """By name: nodes that get no workers any more, and why."""
+        """By name: nodes that get no more workers, and why."""
         self.highest_round = 0
         """The highest round of all orders that an agent has received from any leader."""
         self._arrived: set[int] = set()
-        """The job's own nodes that have joined once, or were refused. At the start the leader waits for the others."""
+        """The job's own nodes that have joined once, or were refused. At the start the leader waits for the other
+        nodes.
+        """
         self._timeout = heartbeat_timeout
         self._hosts: dict[int, Host] = {}
         self.add_known(known)
@@ -88,7 +90,7 @@ class Peers(dict[int, Peer]):
         """Since when enough nodes are live; None while too few are."""
 
     def add_known(self, hosts: Iterable[Host]) -> None:
-        """``hosts`` were connected to a leader before."""
+        """``hosts`` were connected to an earlier leader."""
         self._hosts = {host.node: host for host in hosts} | self._hosts
 
     def add(self, conn: int, peer: Peer) -> None:
@@ -112,7 +114,7 @@ class Peers(dict[int, Peer]):
         self.highest_round = max(self.highest_round, status.seen)
 
     def find(self, node: int | str) -> Host | None:
-        """The host with this number or name that is, or was, connected; that of two with one name that is connected."""
+        """The host with this number or name that is or was connected; a connected host if two hosts share the name."""
         hosts = [peer.status.host for peer in self.values()] + list(self._hosts.values())
         return next((host for host in hosts if node in {host.node, host.name}), None)
 
@@ -122,7 +124,7 @@ class Peers(dict[int, Peer]):
             self._arrived.add(node)
 
     def why_leaving(self, status: Status) -> str:
-        """Why the node has to go; empty if it may stay. The job's own nodes stay although barred, as they vote."""
+        """Why the node must leave; empty if it may stay. The job's own nodes stay even if barred, as they vote."""
         if (why := status.leaving or status.unfit) or not (self.wishes.partings or self.barred):
             return why
         barred = self.barred.get(status.name, "") if not votes(status.node) else ""
@@ -141,7 +143,7 @@ class Peers(dict[int, Peer]):
         return frozenset(parting.name for parting in self.wishes.partings if parting.asked)
 
     def _is_taken(self, status: Status, *, lost: bool = False) -> bool:
-        """See ``Needs.taken``. An agent that says itself that it leaves has got a signal."""
+        """See ``Needs.taken``. An agent that reports on its own that it leaves has received a signal."""
         if votes(status.node):
             return False
         parting = self._parting(status)
@@ -149,7 +151,7 @@ class Peers(dict[int, Peer]):
 
     @property
     def unfit(self) -> frozenset[str]:
-        """Those of ``avoided`` that Slurm, the site or the user say are not fit."""
+        """The nodes of ``avoided`` that Slurm, the site or the user has declared unfit."""
         return frozenset(
             parting.name
             for parting in self.wishes.partings
@@ -168,8 +170,8 @@ class Peers(dict[int, Peer]):
         return text if len(text) <= _MOST_NAMES else f"{text[:_MOST_NAMES].rpartition(',')[0]}, ..."
 
     def needs(self, wanted: int, *, over: bool, surplus: tuple[Host, ...] = ()) -> Needs:
-        """What the job lacks to hold ``wanted`` nodes; 0 if it is to get no more nodes. ``over``: the job ends.
-        ``surplus``: nodes for Slurm to have back.
+        """What the job lacks to hold ``wanted`` nodes; 0 if it must get no more nodes. ``over``: the job ends.
+        ``surplus``: nodes to return to Slurm.
         """
         staying = sum(
             not self.why_leaving(peer.status) and peer.status.name not in self.barred for peer in self.values()
@@ -195,8 +197,8 @@ class Peers(dict[int, Peer]):
 
     @property
     def agreeing(self) -> set[int]:
-        """Nodes that agree to this leader, also those whose processes cannot be killed: their agents obey this leader,
-        and start no workers.
+        """Nodes that agree to this leader, including those whose processes cannot be killed: their agents obey this
+        leader, and start no workers.
         """
         peers, fresh = self.by_node.items(), self.fresh_order
         obeying = ((node, peer.status) for node, peer in peers if peer.joined or peer.status.unfit)
@@ -218,8 +220,8 @@ class Peers(dict[int, Peer]):
         *,
         staying: frozenset[int],
     ) -> NodesView:
-        """``joined``: the statuses of the nodes that have joined. ``idle``: those without workers, which are ready for
-        the next round. ``formed``: the round that runs. ``staying``: nodes that Slurm cannot have back.
+        """``joined``: the statuses of the nodes that have joined. ``idle``: nodes without workers, which are ready for
+        the next round. ``formed``: the nodes of the running round. ``staying``: nodes that cannot be returned to Slurm.
         """
         leaving = {node for node, status in joined.items() if self.why_leaving(status)}
         asked = {node: parting for node in leaving if (parting := self._asked(joined[node]))}
@@ -227,7 +229,7 @@ class Peers(dict[int, Peer]):
             {node for node, status in joined.items() if status.name in self.barred} - leaving if self.barred else set()
         )
         live = joined.keys() - leaving - barred
-        if policy.fit(live | asked.keys()):  # if too few would be left, as many as are needed stay, bad nodes last
+        if policy.fit(live | asked.keys()):  # if too few would be left, as many as needed stay, bad nodes last
             for node in sorted(asked, key=lambda node: (asked[node].exclude, node)):
                 if policy.fit(live):
                     break
@@ -260,19 +262,19 @@ class Peers(dict[int, Peer]):
         )
 
     def _asked(self, status: Status) -> Parting | None:
-        """Why somebody wants the node to go, if nothing else makes it go."""
+        """The request that the node leaves, if nothing else makes it leave."""
         parting = None if status.leaving or status.unfit else self._parting(status)
         return parting if parting and parting.asked else None
 
     @property
     def missing(self) -> list[Host]:
-        """The job's own nodes that were connected, and are not any more, but for those that were let go."""
+        """The job's own nodes that were connected and no longer are, except those that were released."""
         gone = self.by_node.keys() | self.let_go | set(self.wishes.given_back)
         return [host for node, host in sorted(self._hosts.items()) if node not in gone and votes(node)]
 
     @property
     def lost_names(self) -> list[str]:
-        """Slurm's names of the ``missing`` nodes, of those given up, and of those never connected."""
+        """Slurm's names of the ``missing`` nodes, of nodes given up, and of nodes never connected."""
         return [
             *(host.name for host in self.missing),
             *(peer.status.name for peer in self.values() if peer.status.unfit),
@@ -281,20 +283,20 @@ class Peers(dict[int, Peer]):
 
     @property
     def all_names(self) -> list[str]:
-        """Slurm's names of all nodes connected."""
+        """Slurm's names of all connected nodes."""
         return sorted({peer.status.name for peer in self.values()})
 
     def names(self, *, without: int) -> list[str]:
-        """Slurm's names of the job's own nodes that are connected, but not that of the node ``without``."""
+        """Slurm's names of the job's own nodes that are connected, except the node ``without``."""
         return [peer.status.name for node, peer in sorted(self.by_node.items()) if node != without and votes(node)]
 
     @property
     def next_silence(self) -> float:
-        """When the first agent will have been silent for too long, if nothing arrives."""
+        """When the first agent will have been silent for too long, if no message arrives."""
         return min((peer.last_contact for peer in self.values()), default=float("inf")) + self._timeout
 
     def check_freeze(self, now: float, next_order: int) -> bool:
-        """Whether this leader was frozen until now. To be called a few times per heartbeat timeout, and before any
+        """Whether this leader was frozen until now. Call this a few times per heartbeat timeout, and before any
         decision. The agents were not silent while the leader was frozen, but they may obey another leader by now: an
         agent agrees again when it has received ``next_order``, the number of the order that this leader sends next.
         """

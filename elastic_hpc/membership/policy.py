@@ -1,4 +1,4 @@
-"""What ``rules.decide`` is given, and what it answers: policy, view and decision; and the verdict on a run. Pure."""
+"""The arguments and the result of ``rules.decide``: policy, view and decision; and the verdict on a run. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.wishes import Bounds
 
 TERM_GRACE = 20.0
-"""Seconds that workers get at most to save after SIGTERM: Slurm kills all after KillWait, by default 30 s."""
+"""Most seconds that workers get to save after SIGTERM: Slurm kills all processes after KillWait, by default 30 s."""
 
 FINISHED = "all workers finished"
-"""The reason of a round, and of a job, that came to its end."""
+"""The reason of a round, and of a job, whose workers all finished."""
 
 
 class Action(Enum):
@@ -25,12 +25,12 @@ class Action(Enum):
     GATHER = "gather"
     """Stop the round: all workers stop, a new world is formed. Charged to ``--max-restarts``."""
     PROBE = "probe"
-    """Have the members of the round that has failed try to reach each other."""
+    """Have the members of the failed round try to reach each other."""
     DRAIN = "drain"
     """Have the workers save and stop, for a new world that can wait until then."""
     FORM = "form"
     RELEASE = "release"
-    """Let nodes go that the job cannot use, or that have to go."""
+    """Release nodes that the job cannot use, or that must leave."""
     ABDICATE = "abdicate"
     """Stop leading, without a verdict: others may lead by now."""
     FINISH = "finish"
@@ -43,7 +43,7 @@ class Policy(Bounds):
     """What the user allows. Times in seconds."""
 
     spares: int
-    """Nodes beside a full world that wait for a place in the next world."""
+    """Nodes beyond a full world that wait for a place in the next world."""
     grow: bool
     """Whether further jobs bring more nodes."""
     free_growth: bool
@@ -51,7 +51,7 @@ class Policy(Bounds):
     grow_every: float
     """Least time between two growths."""
     wait_for_nodes: float
-    """How long fewer than ``min_nodes`` nodes are kept while more are on their way."""
+    """How long the job keeps fewer than ``min_nodes`` nodes while more are on their way."""
     max_restarts: int
     max_requeues: int
     heartbeat_timeout: float
@@ -61,14 +61,16 @@ class Policy(Bounds):
     """How long workers may take to save and stop after a drain."""
     can_requeue: bool
     learns_hangs: bool = False
-    """The leader learns from the job when its workers hang (``hangs``); else their agents know it, or nobody."""
+    """The leader learns from the job when its workers hang (``hangs``); else their agents detect hangs, or nobody does.
+    """
     slow_factor: float = 0.0
-    """How many times as long as those of the others the steps of a slow node take (``slow``); 0: nobody looks."""
+    """A node is slow if its steps take this many times as long as the steps of the others (``slow``); 0: nobody looks.
+    """
     leaves_slow: bool = False
-    """The job leaves a node that is slow."""
+    """The job leaves slow nodes."""
 
     def fit(self, nodes: Collection[int]) -> int:
-        """The size of the largest world of ``nodes``; 0 if they are too few for any, or none is the job's own."""
+        """The size of the largest world of ``nodes``; 0 if they are too few for a world, or none is the job's own."""
         count = len(nodes)
         if not any(map(votes, nodes)):
             return 0
@@ -82,8 +84,8 @@ class Policy(Bounds):
         return self.max_nodes + self.spares
 
     def within(self, bounds: Bounds | None, cap: int | None) -> Policy:
-        """This policy with other ``bounds``, if there are any. Under a ``cap`` the job holds at most so many nodes, or
-        MIN, and no spares.
+        """This policy with other ``bounds``, if there are any. Under a ``cap`` the job holds at most that many nodes,
+        or MIN, and no spares.
         """
         bounds = bounds or Bounds(self.min_nodes, self.max_nodes, self.sizes)
         if cap is None:
@@ -99,7 +101,7 @@ class Decision:
     cause: str = ""
     """For the verdict, one word or two: ``budget``, ``user``, ``time limit``, ``node lost``, ..."""
     nodes: tuple[int, ...] = ()
-    """FORM: the nodes of the new world, in rank order. RELEASE: who may go."""
+    """FORM: the nodes of the new world, in rank order. RELEASE: the nodes that may leave."""
     charged: bool = True
     """Whether a restart or requeue counts against its budget."""
     again: float = float("inf")
@@ -107,7 +109,7 @@ class Decision:
     grows: bool = False
     """DRAIN, and the GATHER that follows: for a larger world."""
     in_place: bool = False
-    """DRAIN: nodes of this world are in the next. Workers there that are kept bring what has been trained."""
+    """DRAIN: nodes of this world are in the next world. Workers that are kept there bring the trained state."""
     bars: bool = False
     """GATHER and REQUEUE: the node with the failure stays out from now on."""
 
@@ -130,7 +132,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class RoundView:
-    """The round that runs (``world.World``). While a round is gathered, the sets are empty."""
+    """The running round (``world.World``). While a round is gathered, the sets are empty."""
 
     formed: frozenset[int]
     """Nodes of the round that are connected or have finished their part."""
@@ -138,32 +140,32 @@ class RoundView:
     """Nodes of the round that were lost before they finished."""
     succeeded: frozenset[int]
     failure: str | None
-    """What ended the round that runs, or the round of a lost leader: its first failure, or a loss."""
+    """What ended the running round, or the round of a lost leader: its first failure, or a loss."""
     cause: str
-    """The kind of ``failure``: ``node lost``, or that of the worker's failure."""
+    """The kind of ``failure``: ``node lost``, or the kind of the worker's failure."""
     of_network: bool
-    """The failure may be the network's: workers hang, or have lost a peer, and no node is lost."""
+    """The failure may be the network's fault: workers hang, or have lost a peer, and no node is lost."""
     settling: bool
-    """What was reported looks like the echo of another failure, which may still be reported."""
+    """The reported failure looks like the echo of another failure, which may still be reported."""
     repeated: bool
     """The job has failed in the same way before, without progress in between."""
     suspect: int | None
-    """The node on which alone the job fails repeatedly, or whose fault the failure is known to be; None if there is no
+    """The only node on which the job fails repeatedly, or the node that is known to be at fault; None if there is no
     such node.
     """
     known: str
-    """What the failure is known to be, if a restart on the same nodes is no use: the fault of ``suspect``, else of the
-    script. Empty if that is not known.
+    """The known cause of the failure, if a restart on the same nodes cannot help: the fault of ``suspect``, else of the
+    script. Empty if no such cause is known.
     """
     since_formed: float
     """0 while no round runs."""
     going: bool
     """The workers have reported a step or, unless they are live, that they listen for a drain."""
     change: Decision | None
-    """Why the workers are to save and stop for a new world; None if they are not."""
+    """Why the workers must save and stop for a new world; None if they need not."""
     since_change: float
     drained: bool
-    """Some of the workers that succeeded did so because they were told to save and stop."""
+    """Some of the workers that succeeded did so because they were asked to save and stop."""
 
 
 @dataclass(frozen=True)
@@ -173,34 +175,34 @@ class NodesView:
     ready: frozenset[int]
     """Live nodes without workers that wait for a place."""
     live: frozenset[int]
-    """Connected, and not about to go."""
+    """Connected, and not about to leave."""
     leaving: frozenset[int]
-    """Connected, but they have to go."""
+    """Connected, but they must leave."""
     asked: frozenset[int]
-    """Those of ``leaving`` that somebody wants to go: that is not charged."""
+    """The nodes of ``leaving`` that must leave on request: that is not charged."""
     returning: frozenset[int]
-    """Those of ``leaving`` that are the job's own, and that Slurm is to have back."""
+    """The job's own nodes of ``leaving`` that must be returned to Slurm."""
     staying: frozenset[int]
-    """The leader's node and the batch host: Slurm cannot have them back."""
+    """The leader's node and the batch host: they cannot be returned to Slurm."""
     barred: frozenset[int]
-    """Connected and the job's own, but workers failed there repeatedly: they vote, and get no workers."""
+    """Connected and the job's own, but workers failed there repeatedly: they vote, but get no workers."""
     idle: frozenset[int]
     """Connected, with no worker alive."""
     preparing: frozenset[int]
-    """Ready nodes outside the round whose workers are being started ahead of their place."""
+    """Ready nodes outside the round whose workers are started before the nodes have a place."""
     paused: frozenset[int]
-    """Ready nodes outside the round with workers that have paused, and hold what has been trained."""
+    """Ready nodes outside the round with workers that have paused, and hold the trained state."""
     since_newcomer: float
     """Since the last of the ready nodes outside the round came; 0 if there is no such node."""
     listens: bool
-    """Workers of the round listen for a drain, or a signal has told them of a drain."""
+    """Workers of the round listen for a drain, or a signal has announced a drain to them."""
     absent: int
     """Granted nodes that have never been connected. The leader waits for them at the start only."""
     since_start: float
     since_min: float
-    """Since enough nodes are live; 0 while too few are."""
+    """Since enough nodes have been live; 0 while too few are."""
     below_min: float
-    """Since too few nodes are live; 0 while enough are."""
+    """Since too few nodes have been live; 0 while enough are."""
 
 
 @dataclass(frozen=True)
@@ -217,27 +219,27 @@ class QuorumView:
     confirming: bool
     """The leader was frozen, and not all of its agents have answered since."""
     settled: bool
-    """Only the members of the round that runs must agree, and all of them know: no other node is needed for a majority.
+    """Only the members of the running round must agree, and they all know that: no other node is needed for a majority.
     """
 
 
 @dataclass(frozen=True)
 class LinksView:
-    """Whether the members of the round that has failed reach each other (``links.Links``)."""
+    """Whether the members of the failed round reach each other (``links.Links``)."""
 
     probed: bool
     """They have tried, or are trying."""
     probing: float
-    """Seconds that are left for their answers; 0 if they are all there, or not asked for."""
+    """Seconds that are left for their answers; 0 if all have answered, or no probe is running."""
     apart: str
     """Which of them do not reach each other, in a sentence; empty if all do, as far as is known."""
     parts: bool
-    """The job continues without some of them, so that all others reach each other."""
+    """The job continues without some members, so that all others reach each other."""
 
 
 @dataclass(frozen=True)
 class RequestView:
-    """What was requested of the leader (``inputs.Requests``)."""
+    """The request to the leader (``inputs.Requests``)."""
 
     request: Request | None
     requested_for: str
@@ -251,9 +253,9 @@ class StoreView:
 
     store_ready: bool
     store_error: str
-    """Why the last try to start the store failed; empty if it did not."""
+    """Why the last attempt to start the store failed; empty if none failed."""
     without_store: float
-    """Since the store is needed; 0 when it is ready."""
+    """Since the store has been needed; 0 when it is ready."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ class SupplyView:
     starting: int
     """Nodes whose agents are known to be starting."""
     coming: int
-    """Nodes that may come: ``starting``, and nodes that Slurm has been asked for."""
+    """Nodes that may come: ``starting``, and nodes requested from Slurm."""
     since_growth: float
 
 
@@ -278,7 +280,7 @@ class View(RoundView, NodesView, QuorumView, LinksView, RequestView, StoreView, 
     restarts: int
     requeues: int
     shrinks: bool
-    """The user or a cap has set other bounds than those of the submission: the job's own nodes beyond go back to Slurm.
+    """The user or a cap has set other bounds than the submission: the job returns its own nodes beyond them to Slurm.
     """
 
     @property

@@ -1,8 +1,8 @@
 """What a node has promised to the leaders that its agent obeyed. Pure.
 
-As Raft's persisted vote, a promise outlives the agent that made the promise: an agent stores a promise before it sends
-any message that depends on the promise, and an agent that is restarted on the node begins with the stored promises.
-``agent.promise_file`` stores the promises in a file of the node.
+Like Raft's persisted vote, a promise outlives the agent that made the promise: an agent stores a promise before it
+sends any message that depends on the promise, and an agent that is restarted on the node begins with the stored
+promises. ``agent.promise_file`` stores the promises in a file of the node.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from elastic_hpc.membership.roster import Roster, RosterChange, json_line
 from elastic_hpc.membership.wishes import NO_WISHES, Wishes
 
 ROOM = 256
-"""Nodes of a job for whose roster each node has room at least, also if the job began with fewer."""
+"""Each node has room for the roster of a job with at least this many nodes, even if the job began with fewer."""
 
 
 class Promises:
-    """The promises of one node, which its agent and the leader on it share. ``election`` says what they are for."""
+    """The promises of one node, which its agent and the leader on it share. ``election`` explains their purpose."""
 
     def __init__(
         self, keep: Callable[[bytes], None] = lambda _: None, kept: bytes = b"", *, votes: bool = True
     ) -> None:
-        """``keep`` stores what the next agent of this node is given as ``kept``. Without ``votes`` this node trains
-        like any other, but no leader counts its agreement. Raises ProtocolError if ``kept`` is damaged.
+        """``keep`` stores the bytes that the next agent of this node gets as ``kept``. Without ``votes`` this node
+        trains like any other, but no leader counts its agreement. Raises ProtocolError if ``kept`` is damaged.
         """
         self._keep = keep
         self.votes = votes
@@ -36,11 +36,11 @@ class Promises:
         self.roster: Roster | None = None
         """The newest roster that this node has received, or has sent as the leader."""
         self.wishes = NO_WISHES
-        """What is wanted of the job's nodes, as this node was told last."""
+        """The latest wishes that this node has received."""
         self.rhythm = NO_RHYTHM
-        """What this node was told last of the job's signs of life. An agent that is started anew forgets that."""
+        """What this node last received about the job's signs of life. A restarted agent does not have that."""
         self._lines: list[bytes] = []
-        """That roster as it is stored, with all its bases: a roster, and the changes that were received since."""
+        """The roster as it is stored, with all its bases: a roster, and the changes that were received since."""
         self._oldest = 0
         """No base of an earlier round than this can decide."""
         if kept:
@@ -63,8 +63,9 @@ class Promises:
             self._write()
 
     def accept(self, news: Roster | RosterChange) -> bool:
-        """Hold the roster ``news``, or the present roster with the change ``news``, from now on. Whether that was done:
-        not if this node holds a roster of that round or of a later round, or a roster that ``news`` does not change.
+        """Hold the roster ``news``, or the present roster with the change ``news``, from now on. Returns whether it
+        did: not if this node holds a roster of that round or of a later round, or a roster that ``news`` does not
+        change.
         """
         accepted = self._hold(news)
         if accepted:
@@ -95,15 +96,15 @@ class Promises:
             self._write()
 
     def wish(self, wishes: Wishes) -> None:
-        """Hold ``wishes``, of the leader that this node obeys, from now on, unless they are older than those it holds:
-        that leader does not know the newer ones yet.
+        """Hold ``wishes``, of the leader that this node obeys, from now on, unless this node holds newer wishes: that
+        leader does not know them yet.
         """
         if wishes != self.wishes and wishes.number >= self.wishes.number:
             self.wishes = wishes
             self._write()
 
     def learn(self, rhythm: Rhythm) -> None:
-        """Hold ``rhythm``, unless it is older than what this node holds."""
+        """Hold ``rhythm``, unless this node holds a newer one."""
         self.rhythm = self.rhythm.newer(rhythm)
 
     def _write(self) -> None:

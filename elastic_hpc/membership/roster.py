@@ -26,10 +26,10 @@ class Host:
 
 
 def distinct(hosts: Sequence[Host], among: Collection[Host] | None = None) -> tuple[Host, ...]:
-    """``hosts`` without the addresses that several hosts have, as those of a bridge of containers, or of a link to each
-    machine's own service processor: there a caller would reach any of them, or itself. A host without any other address
-    keeps all it has, as agents on one machine do. ``among``: the hosts that are compared, ``hosts`` among them; by
-    default ``hosts`` alone.
+    """``hosts`` without the addresses that several hosts have, such as the address of a container bridge, or of the
+    link to a machine's own service processor: there a caller would reach any of these hosts, or itself. A host without
+    any other address keeps all its addresses, like the agents on one machine. ``among``: the hosts to compare with,
+    including ``hosts``; by default ``hosts`` alone.
     """
     count = Counter(address for host in (hosts if among is None else among) for address in set(host.addresses))
     own = [tuple(address for address in host.addresses if count[address] == 1) for host in hosts]
@@ -37,7 +37,7 @@ def distinct(hosts: Sequence[Host], among: Collection[Host] | None = None) -> tu
 
 
 class Hosts(Sequence[Host]):
-    """The hosts of a roster, without their software. Every agent may hold a thousand hosts and as a rule needs none of
+    """The hosts of a roster, without their software. Every agent may hold a thousand hosts and usually needs none of
     them, so they stay packed until a host is looked up.
     """
 
@@ -103,7 +103,7 @@ class Roster:
     mark: str = ""
     """Unique: another leader may form a roster of the same round."""
     barred: tuple[str, ...] = ()
-    """Names of the nodes that get no workers any more."""
+    """Names of the nodes that get no more workers."""
 
     @property
     def successors(self) -> tuple[int, ...]:
@@ -126,14 +126,14 @@ class Roster:
 
 
 def _common(roster: Roster | RosterChange) -> dict[str, Any]:
-    """The fields that a roster and a change have in common, but for the hosts."""
+    """The fields that a roster and a change have in common, except the hosts."""
     names = ("round", "bases", "restarts", "requeues", "members", "mark", "barred")
     return {name: getattr(roster, name) for name in names}
 
 
 @dataclass(frozen=True)
 class RosterChange:
-    """A roster as its difference to the roster before: as a rule a few hosts of a thousand have changed."""
+    """A roster as its difference to the previous roster: usually a few hosts of a thousand have changed."""
 
     round: int
     bases: tuple[Base, ...]
@@ -143,7 +143,7 @@ class RosterChange:
     mark: str
     barred: tuple[str, ...]
     previous: str
-    """The mark of the roster before."""
+    """The mark of the previous roster."""
     hosts: Sequence[Host]
     """The hosts that are new, or listen elsewhere."""
     gone: tuple[int, ...]

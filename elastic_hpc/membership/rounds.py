@@ -1,6 +1,6 @@
 """The rounds under a leader: which round is gathered or runs, and how a round begins and ends. Pure.
 
-``Rounds`` carries out the decisions of ``rules`` that begin or end a round. ``world`` has the round that runs.
+``Rounds`` carries out the decisions of ``rules`` that begin or end a round. ``world`` has the running round.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Rounds:
         self.first = mandate.granted
         """No round has been formed in this allocation yet."""
         self.predecessor_lost = "" if self.first else reason
-        """Why the leader before was lost, until its round has been ended."""
+        """Why the earlier leader was lost, until its round has ended."""
         self._last_loss = ""
-        """The last loss of a node in this round, or since the last round."""
+        """The last loss of a node in this round, or since the previous round."""
 
     # what the leader has received
 
@@ -85,7 +85,9 @@ class Rounds:
                 self._event("failure", round=self.round, **failure)
 
     def on_roster(self, roster: Roster) -> bool:
-        """An agent holds ``roster``. True if the leader adopts it: it has yet to take over, and its own is older."""
+        """An agent holds ``roster``. True if the leader adopts it, as it has yet to take over, and its own roster is
+        older.
+        """
         if self._mandate.granted or self.stage != "gather" or not self._mandate.on_roster(roster):
             return False
         self._promises.accept(roster)
@@ -96,8 +98,8 @@ class Rounds:
         return True
 
     def on_seen(self, round: int, now: float) -> None:
-        """An agent that has connected has received an order of ``round``, perhaps of another leader, which may have
-        formed that round from the nodes that were with it.
+        """An agent that has connected has received an order of ``round``, perhaps from another leader, which may have
+        formed that round from the nodes connected to it.
         """
         if self.stage == "gather" and round >= self.round:
             self.round, self.gathering_since = round + 1, now
@@ -145,7 +147,7 @@ class Rounds:
             self._paces.begin(nodes)
         self.world = World(nodes, plans, now)
         base = Base(self.round, self._node, tuple(node for node in nodes if peers[node].status.votes))
-        # with the nodes that were lost, for the next leader: it starts new agents there, or excludes them at a requeue
+        # including lost nodes: the next leader starts new agents there, or excludes them at a requeue
         known = [*(peer.status.host for peer in peers.values() if peer.joined), *self._peers.missing]
         hosts = distinct(sorted(known, key=lambda host: host.node))
         mark = f"{self.round}.{self._node}.{now:.6f}"  # a leader never forms two rounds within a microsecond
@@ -167,7 +169,7 @@ class Rounds:
         self._event("drain", round=self.round, reason=decision.reason)
 
     def gather(self, decision: Decision, now: float) -> None:
-        """Stop the round that runs, or end the round of the leader before, and gather the next round."""
+        """Stop the running round, or end the round of the earlier leader, and gather the next round."""
         self._close(now)
         if self.predecessor_lost:  # this round has a new number already
             self.predecessor_lost = ""
@@ -206,14 +208,14 @@ class Rounds:
             self._event("abdicate", round=self.round, reason=reason)
 
     def record_progress(self, now: float, *, over: bool = False) -> None:
-        """Record how the workers have started and how far they are, where that is due. ``over``: the round ends."""
+        """Record how the workers have started and how far they are, if that is due. ``over``: the round ends."""
         workers = len(self.world.formed) * self._nproc
         for name, fields in self.world.due_records(workers, now, over=over):
             self._event(name, round=self.round, **fields)
 
     def look_for_hang(self, now: float, wall: float, *, held: bool) -> None:
-        """See whether the workers of the round hang: a failure of the node that has been silent for longest. To be
-        called with each tick, while nobody wants the round to end. ``held``: as in ``HangWatch.look``.
+        """See whether the workers of the round hang: a failure of the node that has been silent for longest. Call this
+        with each tick, while the round is not requested to end. ``held``: as in ``HangWatch.look``.
         """
         world, peers = self.world, self._peers.by_node
         if self.stage != "run" or world.failure or world.lost or world.change or now < self._next_look:
@@ -240,7 +242,7 @@ class Rounds:
         self._event("failure", round=self.round, **world.on_hang(failure, hang.node, self.failures, now))
 
     def look_for_slow(self, factor: float, now: float) -> Comparison:
-        """See which nodes are slow. To be called with each tick. ``factor``: as ``Policy.slow_factor``."""
+        """See which nodes are slow. Call this with each tick. ``factor``: as ``Policy.slow_factor``."""
         world, peers = self.world, self._peers.by_node
         calm = not (world.failure or world.lost or world.change or world.succeeded)
         if self.stage != "run" or not calm or now < self._next_pace:

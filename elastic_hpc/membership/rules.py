@@ -9,7 +9,7 @@ from elastic_hpc.membership.nodes import votes
 from elastic_hpc.membership.policy import FINISHED, TERM_GRACE, Action, Decision, Policy, View
 
 TAKE_OVER_WAIT = 0.3
-"""How long a new leader that has a majority waits for the other members of the last round, in heartbeat timeouts. The
+"""How many heartbeat timeouts a new leader that has a majority waits for the other members of the last round. The
 members notice the loss of the old leader within one heartbeat, a fifth of the timeout, of each other.
 """
 
@@ -25,7 +25,7 @@ NEWCOMER_QUIET_STARTING = 20.0
 """As NEWCOMER_QUIET, while the agents of further nodes are known to be starting."""
 
 SCRIPTS = "a restart cannot fix that"
-"""In the reason of a job that failed by a fault of its script."""
+"""Part of the reason of a job that failed through a fault of its script."""
 
 STORE_TIMEOUT = 120.0
 """Seconds for which a round waits for its store, whose start is tried repeatedly. A name server that does not
@@ -33,8 +33,9 @@ answer delays a start by up to a minute.
 """
 
 STRAGGLER_SHARE = 0.3
-"""How long a start with too few nodes continues after the last agent has come, in parts of ``join_timeout``. All agents
-start at the same moment: a node that is silent for so long has no agent that starts, and other nodes may be free.
+"""How long a start with too few nodes continues after the last agent has come, as a share of ``join_timeout``. All
+agents start at the same moment: the agent of a node that is silent for this long will not start, and other nodes may be
+free.
 """
 
 LISTEN_TIMEOUT = 3.0
@@ -67,8 +68,8 @@ def _is_done(view: View) -> bool:
 
 
 def _released(view: View, policy: Policy) -> Decision | None:
-    """Release nodes that have to go, and nodes beyond those that the job may have. The job's own nodes are released
-    only while a round runs whose members need no agreement of others, and only if Slurm is to have them back.
+    """Release nodes that must leave, and nodes beyond those that the job may have. The job's own nodes are released
+    only while a round runs whose members need no agreement of others, and only if they must be returned to Slurm.
     """
     own = (view.returning | view.live) - view.staying if view.settled else frozenset[int]()
     outside = view.idle - view.formed
@@ -86,8 +87,8 @@ def _released(view: View, policy: Policy) -> Decision | None:
 
 
 def surplus(held: frozenset[int], staying: Collection[int], policy: Policy) -> tuple[int, ...]:
-    """The nodes of ``held`` beyond those that the job may hold, in the order in which they go: joiners, the newest
-    first, then own nodes from the highest number. ``staying`` cannot go.
+    """The nodes of ``held`` beyond those that the job may hold, in the order in which they leave: joiners, the newest
+    first, then own nodes from the highest number. ``staying`` cannot leave.
     """
     excess = max(0, len(held) - policy.wanted)
     return tuple(sorted(held.difference(staying), reverse=True)[:excess])
@@ -152,7 +153,7 @@ def _while_running(view: View, policy: Policy) -> Decision:
 
 
 def _after_probe(why: str, view: View, policy: Policy) -> Decision | None:
-    """What follows from whether the members of the round reach each other; None if nothing does."""
+    """The decision that follows from whether the members of the round reach each other; None if nothing follows."""
     if not view.probed:
         return Decision(Action.PROBE, f"do the nodes reach each other? {why}")
     if view.probing:
@@ -166,7 +167,7 @@ def _after_probe(why: str, view: View, policy: Policy) -> Decision | None:
 
 
 def _without_suspect(why: str, view: View, policy: Policy) -> Decision | None:
-    """Continue without the node that fails repeatedly, here or after a requeue; None if that is no use."""
+    """Continue without the node that fails repeatedly, here or after a requeue; None if that cannot help."""
     same, between = ("the same failure", ", without progress in between") if view.repeated else ("failures", "")
     what = f"the fault of that node: {view.known}" if view.known else f"{same} on the same node repeatedly{between}"
     why = f"{why}; {what}"
@@ -187,7 +188,7 @@ def _restart(decision: Decision, view: View, policy: Policy) -> Decision:
 
 
 def _change(view: View, policy: Policy) -> Decision:
-    """A change of a world that trains and could continue: a node has to go, or there may be a larger world."""
+    """A change of a world that trains and could continue: a node must leave, or a larger world is possible."""
     in_place = bool(view.formed.intersection(_world_of(view.live - view.preparing, view, policy)))
     leaving = view.leaving & view.formed
     charged = bool(leaving - view.asked)
@@ -218,14 +219,14 @@ def _change(view: View, policy: Policy) -> Decision:
 
 
 def _has_to_swap(view: View, policy: Policy) -> bool:
-    """Whether the job holds nodes beyond those that it may, and only those beside the world cannot be given back."""
+    """Whether the job holds more nodes than it may, but the nodes outside the world cannot be returned."""
     beside, excess = view.live - view.formed, len(view.live | view.formed) - policy.wanted
     ready = beside and beside <= view.staying & view.ready - view.preparing
     return bool(view.shrinks and excess > 0 and ready and view.formed - view.staying)
 
 
 def _is_going(view: View) -> bool:
-    """Whether the round has done a step, or had the time to."""
+    """Whether the round has done a step, or had enough time for one."""
     return view.going or view.since_formed >= FIRST_STEP_TIMEOUT
 
 
@@ -258,15 +259,15 @@ def _while_gathering(view: View, policy: Policy) -> Decision:
 
 
 def _world_of(nodes: frozenset[int], view: View, policy: Policy) -> tuple[int, ...]:
-    """The largest world of ``nodes``, in rank order; empty if they are too few for any. Of a job that gives nodes back,
-    those that cannot go come before others.
+    """The largest world of ``nodes``, in rank order; empty if they are too few for a world. In a job that returns
+    nodes, the nodes that cannot leave come first.
     """
     first = sorted(nodes, key=lambda node: (view.shrinks and node not in view.staying, node))
     return tuple(sorted(first[: policy.fit(nodes)]))
 
 
 def _without_store(view: View, policy: Policy) -> Decision:
-    """Wait, then requeue: on other nodes the store may start."""
+    """Wait, then requeue: the store may start on other nodes."""
     if view.without_store < STORE_TIMEOUT:
         so_far = f", failed so far: {view.store_error}" if view.store_error else ""
         left = STORE_TIMEOUT - view.without_store

@@ -1,4 +1,4 @@
-"""How many nodes a job may have by now, and which of its nodes go: the requests for that, and the answers. Pure."""
+"""How many nodes a job may have now, and which of its nodes leave: the requests for that, and the answers. Pure."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NO_SLURM = "Slurm's commands are not here, so no node is given back"
 
 @dataclass(frozen=True)
 class Answer:
-    """To a request."""
+    """The answer to a request."""
 
     text: str = ""
-    """What becomes of it, if there is more to say."""
+    """What happens to the request, if there is more to say."""
     refusal: str = ""
-    """Why nothing becomes of it; empty if it was taken."""
+    """Why the request is refused; empty if it was accepted."""
 
 
 class Sizing:
@@ -41,20 +41,20 @@ class Sizing:
         node: int,
         gives_back: bool,
     ) -> None:
-        """``policy``: as submitted. ``bounds``: instead, since a run before. ``node``: the leader's. ``gives_back``:
-        Slurm can be told to take nodes back.
+        """``policy``: as submitted. ``bounds``: from an earlier run, instead of those in ``policy``. ``node``: the
+        leader's. ``gives_back``: nodes can be returned to Slurm.
         """
         self._submitted, self._promises, self._peers, self._event = policy, promises, peers, event
         self.staying = frozenset({node, BATCH_HOST})
-        """Nodes that Slurm cannot have back."""
+        """Nodes that cannot be returned to Slurm."""
         self._leader, self._gives_back = node, gives_back
         self._cap: int | None = None
         self._room = max(ROOM, policy.max_nodes)
         self._released: dict[int, Host] = {}
-        """The job's own nodes that were let go, and that Slurm has not got back yet."""
+        """The job's own nodes that were released, and not yet returned to Slurm."""
         self._why: dict[int, str] = {}
         self.policy = policy
-        """What holds now."""
+        """The policy that holds now."""
         if bounds and not self.wishes.number:
             self._hold(self.wishes.changed(bounds=bounds))
         self._renew()
@@ -65,7 +65,7 @@ class Sizing:
 
     @property
     def shrinks(self) -> bool:
-        """Whether other bounds hold than those of the submission, and Slurm is to have nodes beyond them back."""
+        """Whether other bounds hold than those of the submission, and nodes beyond them must be returned to Slurm."""
         return self._gives_back and (self.wishes.bounds is not None or self._cap is not None)
 
     def adopt(self, wishes: Wishes) -> bool:
@@ -78,7 +78,7 @@ class Sizing:
     # requests
 
     def resize(self, bounds: Bounds, live: Collection[int], formed: Collection[int]) -> Answer:
-        """``live``: nodes connected that need not go. ``formed``: those of the round that runs."""
+        """``live``: connected nodes that do not have to leave. ``formed``: nodes of the running round."""
         if bounds.max_nodes > self._room:
             return Answer(refusal=f"{bounds}: a job that began with less has room for {self._room} nodes at most")
         if bounds != self.wishes.bounds:
@@ -87,7 +87,7 @@ class Sizing:
         return Answer(self._prospect(frozenset(live), frozenset(formed)))
 
     def leave(self, parting: Parting, live: Collection[int], host: Host | None, *, settled: bool) -> Answer:
-        """``host``: that of the node, if it was ever connected. ``settled``: as in ``QuorumView``."""
+        """``host``: the node's, if it was ever connected. ``settled``: as in ``QuorumView``."""
         name = parting.name
         if parting.give_back and not parting.exclude and host and self._has_left(host):
             return Answer(f"{name} has left already")
@@ -132,7 +132,7 @@ class Sizing:
             self._event("cap", nodes=nodes, reason=reason)
 
     def holding(self, job: str) -> Holding:
-        """What the job, Slurm's ``job``, holds, and could hold without a cap."""
+        """What the job, with Slurm's id ``job``, holds, and could hold without a cap."""
         policy, peers = self._submitted.within(self.wishes.bounds, None), self._peers
         held = [node for node, status in peers.joined.items() if not peers.why_leaving(status)]
         held.sort(key=lambda node: (node not in self.staying, node), reverse=True)
@@ -146,16 +146,16 @@ class Sizing:
             own=sum(map(votes, held)),
         )
 
-    # nodes that go
+    # nodes that leave
 
     def on_release(self, node: int, host: Host, reason: str) -> None:
-        """``node`` is let go."""
+        """``node`` is released."""
         if votes(node):
             self._released[node], self._why[node] = host, reason
             self._peers.let_go.add(node)
 
     def on_given_back(self, nodes: Collection[int]) -> None:
-        """Slurm has ``nodes`` back."""
+        """Slurm has taken back ``nodes``."""
         given = {node: host for node, host in sorted(self._released.items()) if node in nodes}
         if not given:
             return
@@ -167,7 +167,7 @@ class Sizing:
 
     @property
     def surplus(self) -> tuple[Host, ...]:
-        """Nodes for Slurm to have back."""
+        """Nodes to return to Slurm."""
         return tuple(host for _, host in sorted(self._released.items()))
 
     def _has_left(self, host: Host) -> bool:

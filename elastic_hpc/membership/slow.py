@@ -1,8 +1,8 @@
 """Which nodes are slower than the others (``--slow-node``). Pure.
 
-In a step all ranks wait for the slowest, so their steps take the same time. What tells a slow node is the time that its
-workers take in a step before their first collective. Each agent tells the leader how long that is of late (``Pace``),
-and the leader compares the nodes (``SlowWatch``). There is no clock here: what counts is steps.
+In a step all ranks wait for the slowest, so their steps take the same time. What shows a slow node is the time that its
+workers take in a step before their first collective. Each agent reports to the leader how long that took recently
+(``Pace``), and the leader compares the nodes (``SlowWatch``). There is no clock here: only steps are counted.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ WELL_FOR = 64
 """Steps for which a node that was named must be fast again."""
 
 EXCESS = 0.005
-"""Least difference in seconds: the noise of short steps is no sign of anything."""
+"""Least difference in seconds: the noise of short steps means nothing."""
 
 CLEARLY = 2.0
-"""Of two nodes it is less sure which is to blame, so the slower is left only with this factor."""
+"""With two nodes, it is less certain which node is to blame, so the job leaves the slower node only at this factor."""
 
 _STRAY = 16
-"""Of so many steps the longest does not count: it may have saved, or met an evaluation."""
+"""The longest of this many steps does not count: it may include a save or an evaluation."""
 
 _LONG = 10
-"""A step counts for this many times the median at most."""
+"""A step counts as at most this many times the median."""
 
 
 class Pace(NamedTuple):
-    """How fast the workers of one node are in the round that runs."""
+    """How fast the workers of one node are in the running round."""
 
     steps: int = 0
     """How many steps of each of its workers were measured."""
     seconds: float = 0.0
-    """What the slowest of them takes in a step before its first collective, of late."""
+    """The time that the slowest worker recently took in a step before its first collective."""
 
     @classmethod
     def of(cls, values: Any) -> Pace:
@@ -54,8 +54,8 @@ NO_PACE = Pace()
 
 
 def usual(times: Collection[float]) -> float:
-    """The mean of ``times``, without the longest of them. It is no median: a process that has used up its share of a
-    CPU stands still in every fifth step, say, and does all others at full speed.
+    """The mean of ``times``, without the longest. A median would not do: a process that has used up its share of a CPU
+    may pause in every fifth step, and do all other steps at full speed.
     """
     order = sorted(times)
     kept = order[: len(order) - len(order) // _STRAY]
@@ -75,7 +75,7 @@ class Slow(NamedTuple):
 
     @property
     def times(self) -> float:
-        """How many times as long its steps take."""
+        """How many times longer its steps take than on the others."""
         return round(self.seconds / max(self.others, 1e-6), 2)
 
     @property
@@ -90,9 +90,9 @@ class Comparison(NamedTuple):
     begun: Sequence[Slow] = ()
     """The nodes that are slow from now on."""
     ended: Sequence[int] = ()
-    """Those that are not slow any more."""
+    """The nodes that are no longer slow."""
     to_leave: Sequence[Slow] = ()
-    """All nodes that are slow, and without which the job is better off."""
+    """All slow nodes without which the job is better off."""
 
 
 NO_DIFFERENCE = Comparison()
@@ -106,15 +106,15 @@ class SlowWatch:
         self.named: set[int] = set()
         """The nodes that are slow, at most a minority; of two nodes one."""
         self._since: dict[int, int] = {}
-        """The nodes that look as if that should change, by the number of steps since when they do."""
+        """The nodes that look as if that should change, with the number of steps since when."""
 
     def begin(self, nodes: Collection[int]) -> None:
-        """A round of ``nodes`` begins. Their steps are measured anew."""
+        """A round of ``nodes`` begins. The measurement of their steps starts over."""
         self.named.intersection_update(nodes)
         self._since = {}
 
     def look(self, paces: Mapping[int, Pace]) -> Comparison:
-        """``paces``: of all nodes of the round."""
+        """``paces``: for all nodes of the round."""
         if len(paces) < 2 or min(pace.steps for pace in paces.values()) < AFTER:
             return NO_DIFFERENCE
         order = sorted(pace.seconds for pace in paces.values())

@@ -28,7 +28,7 @@ class Reached(NamedTuple):
 
 @dataclass
 class Standstill:
-    """Notices when no step was done for ``after`` seconds that was not done before. Times are on one clock."""
+    """Notices when no new step was done for ``after`` seconds. Times are on one clock."""
 
     after: float
     _highest: int = -1
@@ -36,8 +36,8 @@ class Standstill:
     _told: bool = field(default=False)
 
     def look(self, progress: Reached, now: float) -> str:
-        """To be called regularly. Returns the reason when a standstill is noticed, else an empty text: once for each
-        standstill. A job that trains and reports no steps is taken to make progress, as nobody knows.
+        """Call this regularly. Returns the reason when a standstill is noticed, else an empty text: once for each
+        standstill. A job that trains and reports no steps counts as making progress, as its progress is unknown.
         """
         step = progress.step
         trains_unseen = bool(progress.nodes) and step is None and self._highest < 0

@@ -25,13 +25,13 @@ class Strike:
     """Seconds since the epoch."""
     reason: str
     signature: str = ""
-    """Of the workers' failure that is held against the node (``causes.signature``); empty for a node that was lost."""
+    """Signature of the workers' failure for which the node is blamed (``causes.signature``); empty for a lost node."""
     step: int = -1
     """The last step before that failure; -1 for none."""
 
 
 def load(saved: Iterable[Mapping[str, Any]]) -> tuple[Strike, ...]:
-    """The strikes from ``state.json``; a malformed entry is left out."""
+    """The strikes from ``state.json``; malformed entries are skipped."""
     found = []
     for entry in saved:
         try:
@@ -74,5 +74,5 @@ def excluded(strikes: Collection[Strike], now: float, usable: Collection[str], n
 
 
 def readmitted(strikes: Iterable[Strike], excluded: Collection[str]) -> tuple[str, ...]:
-    """Nodes with a strike that are not to be excluded any more: the job's list of exclusions may still have them."""
+    """Nodes with a strike that the job must no longer exclude: its list of excluded nodes may still have them."""
     return tuple(sorted({strike.node for strike in strikes} - set(excluded)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 READ = 64 * 1024
-"""Bytes at the end of a process's stderr in which its traceback is looked for."""
+"""Number of bytes at the end of a process's stderr that are searched for its traceback."""
 _KEEP_HEAD, _KEEP_TAIL = 3 * 1024, 5 * 1024
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -28,7 +28,9 @@ _NOISE = re.compile(
     r"^(\[rank\d+\]:)?\[[WIEF]\d+ |^[WIEF]\d{4} |^Exception ignored|^\S+:\d+: \w*Warning: |^Exception raised from "
     r"|^frame #\d+: |^terminate called after |^Process \S+:$|^Exception in thread "
 )
-"""Lines that libraries write while a process ends. Such a line ends the text of an exception, and is no last line."""
+"""Lines that libraries write while a process ends. Such a line ends the text of an exception, and never counts as the
+last line.
+"""
 
 
 def last_line(text: str) -> str:
@@ -69,7 +71,7 @@ def abort_of(text: str) -> str | None:
 
 
 def chain_of(text: str) -> list[str]:
-    """Type and text of each chained exception in a traceback, in order of time. A mere message is returned as it is."""
+    """Type and text of each chained exception in a traceback, in order of time. Returns any other text unchanged."""
     if text.startswith("Fatal Python error: "):
         return [text.split("\n", 1)[0]]
     if not re.match(r"(  \+ Exception Group )?Traceback \(|  File ", text):
@@ -103,7 +105,7 @@ def without_ranks(text: str) -> str:
 
 
 def _starts(line: str) -> bool:
-    """Whether a traceback starts in ``line``, perhaps behind a progress bar; inner ones of a group do not count."""
+    """Whether a traceback starts in ``line``, perhaps after a progress bar, but not an inner traceback of a group."""
     found = _HEADER.search(line)
     return found is not None and line[: found.start()][-1:] not in {" ", "|"}
 
@@ -127,7 +129,7 @@ def _cut(lines: list[str], first: int, last: int) -> str:
     found = _HEADER.search(lines[last])
     assert found
     end = last + 1
-    if found[0].startswith("[rank"):  # the prefix says what belongs to it; torch leaves empty lines without
+    if found[0].startswith("[rank"):  # the prefix marks its lines, except empty lines
         while _RANK.match("".join(lines[end : end + 1]) or "".join(lines[end + 1 : end + 2])):
             end += 1
     else:

@@ -1,7 +1,7 @@
-"""What is wanted of a job's nodes while it runs: how many there may be, and which have to go. Pure.
+"""Wishes for the nodes of a running job: how many there may be, and which must leave. Pure.
 
-The leader tells its agents with every order, an agent keeps what it was told (``promises``) and reports it with every
-status, and a leader that takes over adopts the newest. So a wish outlives the leader that was asked, without a round.
+The leader sends its wishes with every order, an agent stores them (``promises``) and reports them with every status,
+and a leader that takes over adopts the newest. So a wish outlives the leader that got the request, without a new round.
 """
 
 from __future__ import annotations
@@ -57,40 +57,41 @@ def saved(state: Mapping[str, Any] | None) -> Bounds | None:
 
 @dataclass(frozen=True)
 class Parting:
-    """A node has to go, at a step boundary if its workers listen."""
+    """A node must leave, at a step boundary if its workers listen."""
 
     node: int
     name: str
     reason: str
     exclude: bool = False
-    """The node is not fit: it goes as soon as the job can do without it, and a requeue avoids it too."""
+    """The node is unfit: it leaves as soon as the job can continue without it, and a requeue avoids it too."""
     give_back: bool = False
-    """The node is given back to Slurm."""
+    """The node is returned to Slurm."""
     by: float | None = None
-    """When it will be taken away, in seconds since the epoch; None if nobody has said."""
+    """When the node will be taken away, in seconds since the epoch; None if unknown."""
     apart: tuple[int, ...] = ()
-    """The nodes that this node does not reach, if it goes for that (``links``): it stays when it reaches them again."""
+    """The nodes that this node does not reach, if it leaves for that (``links``): it stays once it reaches them again.
+    """
     slow: bool = False
     """The node is slower than the others (``slow``)."""
 
     @property
     def asked(self) -> bool:
-        """Whether somebody wants the node to go, at no charge, and it may stay as long as the job needs it; this run of
-        the job avoids it from then on. Else its job ends, and it goes anyway.
+        """Whether the node leaves on request: without a charge, and only when the job can continue without it; this run
+        of the job avoids the node from then on. Else the node's own job ends, and it leaves anyway.
         """
         return self.exclude or self.give_back
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """``number`` counts the changes: of two leaders' wishes the higher number wins."""
+    """``number`` counts the changes: when the wishes of two leaders differ, the higher number wins."""
 
     number: int = 0
     bounds: Bounds | None = None
-    """Instead of those that the job was submitted with."""
+    """Replace the bounds that the job was submitted with."""
     partings: tuple[Parting, ...] = ()
     given_back: tuple[int, ...] = ()
-    """The job's own nodes that Slurm has back."""
+    """The job's own nodes that were returned to Slurm."""
 
     def changed(self, **changes: Any) -> Wishes:
         return replace(self, number=self.number + 1, **changes)

@@ -1,4 +1,4 @@
-"""The round that runs, as its leader sees it: its nodes, what went wrong first, and how far its workers are. Pure."""
+"""The running round, as its leader sees it: its nodes, what went wrong first, and how far its workers are. Pure."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class StartReport:
             self._by_node[status.node] = status
 
     def due(self, workers: int, *, over: bool) -> dict[str, Any]:
-        """What to record now, if anything. ``workers``: their number in the round. ``over``: the round ends."""
+        """What to record now, if anything. ``workers``: number of workers in the round. ``over``: the round ends."""
         reported = self._by_node.values()
         counts = {name: sum(getattr(status, name) for status in reported) for name in ("kept", "warm", "cold")}
         if self._recorded or not reported or (sum(counts.values()) < workers and not over):
@@ -78,7 +78,7 @@ class StartReport:
 
 @dataclass
 class World:
-    """The round that runs; empty while a round is gathered. Nodes are numbers, times are on the leader's clock."""
+    """The running round; empty while a round is gathered. Nodes are numbers, times are on the leader's clock."""
 
     formed: tuple[int, ...] = ()
     """The nodes, in rank order."""
@@ -89,23 +89,23 @@ class World:
     succeeded: set[int] = field(default_factory=set)
     drained: bool = False
     failure: Failure | None = None
-    """The first failure that is no echo of another failure; an echo, until the cause is reported."""
+    """The first failure that is no echo of another failure; until the cause is reported, an echo."""
     failed_at: float = 0.0
     going: bool = False
     """The workers have reported a step or, unless they are live, that they listen for a drain."""
     live: bool = False
     """Workers of the round are live (``Status.live``)."""
     blame: Blame = NOBODY
-    """Whether this failure is known from before."""
+    """What earlier failures show about this failure."""
     suspect: int | None = None
-    """The node that is to blame; None if that is not a node."""
+    """The node that is to blame; None if no node is."""
     shared: bool = False
     """Another node has failed in the same way."""
     change: Decision | None = None
-    """Why the workers are to save and stop for a new world."""
+    """Why the workers must save and stop for a new world."""
     changed_at: float = 0.0
     _failures: dict[int, Failure] = field(default_factory=dict)
-    """The last that each node has reported."""
+    """The last failure that each node has reported."""
     _steps: StepReport = field(default_factory=StepReport)
     _starts: StartReport = field(default_factory=StartReport)
 
@@ -128,14 +128,14 @@ class World:
             return None
         self._steps.update(status, rank0=status.node == self.formed[0])
         self._starts.update(status)
-        # live workers listen before their new world has formed, and standing still then would take as long as that
+        # live workers listen before their new world has formed: a change then would have to wait until it has
         self.going = self.going or status.step >= 0 or (status.listens and not status.live)
         self.live = self.live or status.live
         history.step = max(history.step, status.step)
         if is_news and status.state == "succeeded":
             self.succeeded.add(status.node)
             self.drained = self.drained or status.drained
-        is_known = self._failures.get(status.node) == status.failure  # the status has other news, as of a probe
+        is_known = self._failures.get(status.node) == status.failure  # the status has other news, such as a probe's
         if is_news and status.state == "failed" and status.failure and not is_known:
             self._failures[status.node] = status.failure
             return {"first": self._on_failure(status.failure, status.node, history, now), **asdict(status.failure)}
@@ -175,14 +175,14 @@ class World:
 
     @property
     def settled_at(self) -> float:
-        """Until when more is to be learned of the failure."""
+        """Until when further reports may explain the failure."""
         if self.failure and self.failure.collateral:
             return self.failed_at + SETTLE
         return self.failed_at + OTHERS if self.settles else 0.0
 
     @property
     def settles(self) -> bool:
-        """Whether it matters if other nodes fail in the same way."""
+        """Whether the decision depends on other nodes failing in the same way."""
         if self.blame.known and self.suspect is None:
             return self.blame.known.answer == "stop if others fail too" and not self.shared
         return self.suspect is not None and not self._leaves
@@ -199,7 +199,7 @@ class World:
         return known is not None and (known.answer == "stop" or self.shared)
 
     def view(self, predecessor_lost: str, now: float) -> RoundView:
-        """``predecessor_lost``: why the leader before was lost, if its round has yet to be ended."""
+        """``predecessor_lost``: why the previous leader was lost, if its round has yet to be ended."""
         lost = next(iter(self.lost.values()), "") or predecessor_lost
         ended, cause = lost or None, "node lost"
         if self.failure and not (self.failure.collateral and lost):

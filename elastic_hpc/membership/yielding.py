@@ -1,7 +1,7 @@
 """When a job gives way to others: for whom it gives up nodes, how many, and when it may grow again. Pure.
 
-Slurm has no handshake: another job may take nodes that were given up. So what becomes of each gift is watched, and
-after gifts in vain the next one comes later.
+Slurm has no handshake: another job may take nodes that were given up. So the job watches what happens to each gift, and
+after gifts that helped no job, the next gift comes later.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 from elastic_hpc.membership.nodes import name_matcher
 
 PATIENCE = 300.0
-"""Seconds for which nodes are left to the job that they were given up for. Slurm looks at its whole queue within
-minutes, and nodes may have an epilog.
+"""Seconds for which released nodes are left to the job for which they were given up. Slurm looks at its whole queue
+within minutes, and nodes may have an epilog.
 """
 
 _MOST_DOUBLINGS = 4
-"""After gifts in vain the least time to the next gift is doubled, so many times at most."""
+"""Each gift that helped no job doubles the least time to the next gift, but at most this many times."""
 
 _LACKING = re.compile("Resources|Priority|Nodes required for job are DOWN, DRAINED or reserved .*")
-"""Slurm's reasons for which a job waits that further nodes can let start. The last is that of any job in a partition
-whose nodes jobs of another partition wait for, too.
+"""Slurm's reasons for waiting of jobs that more nodes could start. Slurm also gives the last reason to any job in a
+partition if jobs of another partition wait for the same nodes.
 """
 
 
@@ -33,7 +33,7 @@ class Rule:
     """To whom the job gives way."""
 
     to: str
-    """``pending``, ``qos``, ``partition`` or ``user``; ``name`` is that of the QOS or partition."""
+    """``pending``, ``qos``, ``partition`` or ``user``; ``name`` names the QOS or partition."""
     name: str
     every: float
     """Least seconds from one gift to the next."""
@@ -47,7 +47,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class QueueEntry:
-    """A job that Slurm knows, or the tasks of an array that wait."""
+    """A job that Slurm knows, or the waiting tasks of an array."""
 
     id: str
     """As squeue shows it: ``4711``, ``4711_3``, ``4711_[4-9]``."""
@@ -59,7 +59,7 @@ class QueueEntry:
     partitions: frozenset[str]
     priority: int
     least: int
-    """Of its nodes, and ``cpus`` of its CPUs on all nodes: what it asks for at least."""
+    """The least number of nodes that it requests; ``cpus``: the least number of CPUs on all nodes."""
     cpus: int
     nodes: str
     """In Slurm's notation. Empty if the job has not started."""
@@ -74,7 +74,7 @@ class QueueEntry:
 
 @dataclass(frozen=True)
 class NodeKind:
-    """What nodes have in common."""
+    """What the nodes of one kind have in common."""
 
     partitions: frozenset[str]
     offers: frozenset[tuple[str, int]]
@@ -103,7 +103,7 @@ class Holding:
     job: str
     """Its ``QueueEntry.id``."""
     names: tuple[str, ...]
-    """Slurm's names of its nodes connected, in the order in which they are given up."""
+    """Slurm's names of its connected nodes, in the order in which they are given up."""
     missing: int
     """Its own nodes that are not connected, and may come back."""
     least: int
@@ -111,7 +111,7 @@ class Holding:
     sizes: tuple[int, ...]
     """The numbers of nodes that it may keep, ascending; empty for all from ``least`` to ``most``."""
     own: int = 0
-    """How many of ``names`` are of the job's own allocation; joiners are given up before them."""
+    """How many of ``names`` belong to the job's own allocation; joiners are given up before them."""
 
     def at_most(self, nodes: int) -> int | None:
         """The largest number of nodes, up to ``nodes``, that the job may keep; None if there is none."""
@@ -120,16 +120,16 @@ class Holding:
 
 @dataclass(frozen=True)
 class Gift:
-    """Nodes that are given up."""
+    """Nodes that the job gives up for another job."""
 
     job: str
-    """For whom: ``QueueEntry.array``."""
+    """``QueueEntry.array`` of the other job."""
     held: frozenset[str]
     """The nodes that this job had before."""
     running: frozenset[str]
     """The jobs that had nodes before."""
     since: float
-    """When the nodes were left, as far as is known."""
+    """When this job left the nodes, as far as is known."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,11 @@ class Yielding:
     reason: str = "nobody waits for its nodes"
     """Why there is a cap, or none."""
     gift: Gift | None = None
-    """The last gift, until it is known what has become of it."""
+    """The last gift, until its outcome is known."""
     next_at: float = -float("inf")
     """When the next gift may be made."""
     in_vain: int = 0
-    """How many of the last gifts have let nobody start."""
+    """How many of the last gifts let no job start."""
     useless: frozenset[str] = frozenset()
     """Jobs that did not start on the nodes that were given up for them."""
 
@@ -161,8 +161,8 @@ def next_yielding(
     nodes: Sequence[NodeEntry],
     now: float,
 ) -> tuple[Yielding, list[Event]]:
-    """What is decided now, and what is to be recorded. ``jobs``: all that Slurm knows, also those that have just ended.
-    ``nodes``: those of the cluster.
+    """The new state, and the events to record. ``jobs``: all jobs that Slurm knows, including jobs that have just
+    ended. ``nodes``: all nodes of the cluster.
     """
     kinds = {node.name: node.kind for node in nodes}
     free = defaultdict(set)
@@ -197,7 +197,7 @@ def _give(
     now: float,
     events: list[Event],
 ) -> tuple[Yielding, list[Event]]:
-    """Continue with ``cap`` nodes for the sake of ``job``."""
+    """Continue with ``cap`` nodes so that ``job`` can start."""
     given = len(holding.names) - cap
     reason = f"{_named(job)} waits for nodes"
     gift = Gift(job.array, frozenset(holding.names), frozenset(other.id for other in jobs if other.nodes), now)
@@ -214,7 +214,7 @@ def _watched(
     lacks: dict[QueueEntry, int],
     now: float,
 ) -> tuple[Yielding, Event | None]:
-    """What has become of the last gift. ``lacks``: how many nodes each job that waits for nodes still lacks."""
+    """What happened to the last gift. ``lacks``: how many nodes each job that waits for nodes still lacks."""
     gift = state.gift
     if gift is None:
         return state, None
@@ -254,8 +254,8 @@ def _waiting(
     kinds: dict[str, NodeKind],
     free: dict[NodeKind, set[str]],
 ) -> Iterator[tuple[QueueEntry, int]]:
-    """The jobs to which this job may give way, in Slurm's order, and how many nodes each lacks. Nobody gives way to a
-    joiner: two jobs that grow would take the same nodes from each other repeatedly.
+    """The jobs to which this job may give way, in Slurm's order, and how many nodes each lacks. No job gives way to a
+    joiner: two growing jobs would take the same nodes from each other repeatedly.
     """
     own = next((job for job in jobs if job.id == holding.job), None)
     held = {kinds[name] for name in holding.names if name in kinds}
@@ -280,7 +280,7 @@ def _waiting(
 
 
 def _cap(job: QueueEntry, lack: int, holding: Holding, kinds: dict[str, NodeKind]) -> int | None:
-    """With how many nodes this job continues if ``job`` is to get the ``lack`` nodes; None if too few would be left."""
+    """How many nodes this job keeps if ``job`` gets the ``lack`` nodes that it lacks; None if too few would be left."""
     suiting = {kind for kind in {kinds.get(name) for name in holding.names} if kind and kind.suits(job)}
     for given, name in enumerate(holding.names, 1):
         lack -= kinds.get(name) in suiting and _may_be(name, job)

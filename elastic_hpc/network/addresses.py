@@ -27,7 +27,7 @@ _SIOCGIFCONF, _SIOCGIFFLAGS = 0x8912, 0x8913  # linux/sockios.h
 _UP_AND_RUNNING = 0x1 | 0x40  # IFF_UP, IFF_RUNNING
 _SYSTEM = "/sys/class/net"
 _ENTRY = 40 if struct.calcsize("P") == 8 else 32
-"""Bytes of an entry of SIOCGIFCONF: 16 of the name, then a socket address."""
+"""Bytes of an entry of SIOCGIFCONF: 16 for the name, then a socket address."""
 
 
 def interface_addresses() -> dict[str, str]:
@@ -40,7 +40,8 @@ def interface_addresses() -> dict[str, str]:
 
 def of_workers(named: str) -> str:
     """The address of the interface that is ``named`` for the workers, as NCCL reads it: a prefix, or several, or an
-    exact name after an equals sign. Empty if none is found, and where only what is left out is named, after ``^``.
+    exact name after an equals sign. Empty if no interface matches, or if ``named`` only excludes interfaces, with
+    ``^``.
     """
     first = named.partition(",")[0]
     for name, address in interface_addresses().items() if first else ():
@@ -73,10 +74,10 @@ def to_publish(node: str, interface: str | None, submit_host: str | None) -> tup
     """Addresses under which other nodes may reach this node, the best first.
 
     The address of ``interface`` if that is given (``--interface``). Else the addresses to which ``node``, Slurm's name
-    of this node, resolves, then the address that the route to ``submit_host`` uses, then those of all other interfaces
-    that lead out of this node. A bridge of containers or virtual machines has the same address on every node and leads
-    to none of them; neither does loopback, a link-local address, or an interface that is down. If there are only such
-    addresses, all but loopback are returned. Raises ElasticError if there is none.
+    of this node, resolves, then the address that the route to ``submit_host`` uses, then the addresses of all other
+    interfaces that lead out of this node. A bridge of containers or virtual machines has the same address on every node
+    and leads to none of them; neither does loopback, a link-local address, or an interface that is down. If there are
+    only such addresses, all but loopback are returned. Raises ElasticError if there is none.
     """
     if interface is not None:
         first = interface_addresses()
@@ -113,8 +114,9 @@ def _is_sound(interface: str, address: str) -> bool:
 
 
 def _leads_out(interface: str) -> bool:
-    """Whether ``interface`` is a device, or is linked to another interface: it lies upon that, as a bond and a VLAN do,
-    or is the inner end of a container's. A tunnel, a tap or a dummy is not; true if the system does not say.
+    """Whether ``interface`` is a device, or is linked to another interface: it lies on top of that, like a bond or a
+    VLAN, or is the inner end of a container's link. A tunnel, a tap or a dummy is neither. True if the system does not
+    say.
     """
     try:
         index, linked = (Path(_SYSTEM, interface, name).read_text() for name in ("ifindex", "iflink"))
@@ -130,16 +132,16 @@ def _is_upon_a_device(interface: str) -> bool:
 
 
 def nearest(hosts: Sequence[str], to: str) -> str:
-    """The one of the addresses ``hosts`` that is most probably on the network of the address ``to``: it has the longest
-    prefix in common with it.
+    """The address in ``hosts`` that is most probably on the network of the address ``to``: it has the longest prefix in
+    common with ``to``.
     """
     number = int(ipaddress.ip_address(to))
     return min(hosts, key=lambda host: (number ^ int(ipaddress.ip_address(host))).bit_length())
 
 
 def is_me(host: str, node: str) -> bool:
-    """Whether ``host`` (a name or an address) is this node, which Slurm calls ``node``. An address may be that of
-    several nodes.
+    """Whether ``host`` (a name or an address) is this node, which Slurm calls ``node``. Several nodes may have the same
+    address.
     """
     names = {node, node.partition(".")[0], socket.gethostname()}
     own = {address for _, address in _own()}
@@ -191,7 +193,7 @@ def listen_on(hosts: Sequence[str], port: int, tries: int = 512) -> list[socket.
         except OSError as error:
             problem = error
             if error.errno == errno.EADDRNOTAVAIL:
-                raise ElasticError(f"{' or '.join(hosts)} is no address of this node any more: {error}") from error
+                raise ElasticError(f"{' or '.join(hosts)} is no longer an address of this node: {error}") from error
     raise ElasticError(f"no free port from {port} upwards ({problem}); choose another: --rdzv-endpoint :PORT")
 
 

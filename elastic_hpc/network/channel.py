@@ -48,7 +48,7 @@ _OWN_LACK = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, 
 """Errors that say nothing about the network."""
 
 _ACCEPTED_AT_ONCE = 64
-"""Connections that are accepted before those that have been accepted are served."""
+"""Number of connections to accept before the accepted ones are served."""
 
 
 class Link(Protocol):
@@ -71,8 +71,8 @@ class Channel:
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, identity: Identity, sent: Seal, received: Seal
     ) -> None:
-        """``sent`` and ``received``: the MACs of either direction. Raises OSError if the peer has reset the connection
-        already.
+        """``sent`` and ``received``: the MACs of the two directions. Raises OSError if the peer has reset the
+        connection already.
         """
         self._reader, self._writer = reader, writer
         self._sent, self._received = sent, received
@@ -83,11 +83,12 @@ class Channel:
         self.peer: str = peer[0]
         self.local: str = local[0]
         self.on_forgery: Callable[[str, str], None] = lambda _addr, _reason: None
-        """Called with the peer's address and the reason for a line that the peer has not sent, or not next."""
+        """Called with the peer's address and the reason for a line that the peer did not send, or that is out of order.
+        """
 
     @classmethod
     async def of(cls, connection: socket.socket, identity: Identity, sent: Seal, received: Seal) -> Channel:
-        """Over ``connection``, on which the handshake is done. Raises OSError as ``__init__``."""
+        """A channel over ``connection``, whose handshake is done. Raises OSError like ``__init__``."""
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         reader, writer = await asyncio.open_connection(sock=connection, limit=messages.MAX_LINE + MAC_SIZE)
         return cls(reader, writer, identity, sent, received)
@@ -119,9 +120,8 @@ class Channel:
 
 
 class Network:
-    """The control connections of the agent ``me``: those that it accepts on ``listeners``, and those that it dials.
-
-    ``secret`` gives the job's secret, and may raise ElasticError as long as there is none.
+    """The control connections of the agent ``me``: it accepts connections on ``listeners``, and dials others.
+    ``secret`` returns the job's secret, and may raise ElasticError while there is none.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Network:
         dial_timeout: float,
         workers_address: str = "",
     ) -> None:
-        """``workers_address``: that of the interface that the user has named for the workers, if any."""
+        """``workers_address``: of the interface that the user has named for the workers, if any."""
         self._listeners = listeners
         self._workers_address = workers_address
         self._closed = False
@@ -142,9 +142,9 @@ class Network:
         self._tasks: set[asyncio.Task[None]] = set()
         """Each serves one connection."""
         self._strangers: dict[asyncio.Task[None], str] = {}
-        """Those of connections in their handshake, the oldest first, with the addresses of the peers."""
+        """The tasks of connections in their handshake, the oldest first, with the addresses of the peers."""
         self._per_address = Counter[str]()
-        """The number of those by address."""
+        """The number of connections in their handshake, by address."""
         self.on_stranger: Callable[[str, str], None] = lambda _addr, _reason: None
         """Called with the address of a peer that was refused, and the reason."""
         self.on_over: Callable[[RunIsOver], None] = lambda _over: None
@@ -197,7 +197,7 @@ class Network:
             oldest = next(iter(self._strangers))
         else:
             return
-        self._remove_stranger(oldest)  # at once: its own end comes later
+        self._remove_stranger(oldest)  # at once: the task itself ends later
         oldest.cancel()
 
     def _remove_stranger(self, task: asyncio.Task[None]) -> None:
@@ -251,7 +251,7 @@ class Network:
         return channel
 
     async def reaches(self, host: Host, local: str) -> bool:
-        """See ``node.Transport``. No handshake is waited for: that an agent is slow says nothing about its network."""
+        """See ``node.Transport``. Waits for no handshake: a slow agent says nothing about its network."""
         address = addresses.nearest(host.addresses, self._workers_address or local)
         try:
             await knock(address, host.port, _REACH_TIMEOUT)

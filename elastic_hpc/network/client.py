@@ -1,7 +1,7 @@
 """Requests to the leader of a running job from outside its agents: by the batch script, Ctrl-C, or a user.
 
 The run directory may name a leader that is lost: it may have been full, or read-only, when another agent took over. So
-the other agents that it names are asked as well, and a redirect is followed.
+the client also asks the other agents that the run directory names, and follows redirects.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from elastic_hpc.record.endpoint import read_published
 from elastic_hpc.record.rundir import RunDir
 
 PATIENCE = 30.0
-"""Seconds for a take-over to end, as long as any agent of the job answers."""
+"""Seconds to wait for the end of a take-over, as long as any agent of the job answers."""
 
 _DIAL_TIMEOUT = 3.0
 _PAUSE = 0.5
@@ -37,8 +37,8 @@ _FAILED = (OSError, ProtocolError, RunIsOver, asyncio.TimeoutError)
 
 def ask_leader(rundir: RunDir, request: Request, reason: str = "user", run: int | None = None) -> None:
     """Send ``request`` to the leader of the job in ``rundir``, with its ``reason``: ``time limit``, ``preempted`` or
-    ``user``. Returns when the leader has taken the request. With ``run``, only a leader of that run may take it. Raises
-    ElasticError if the leader cannot be reached.
+    ``user``. Returns when the leader has accepted the request. With ``run``, only a leader of that run may accept it.
+    Raises ElasticError if the leader cannot be reached.
     """
     _send(rundir, {"request": request, "reason": reason}, run)
 
@@ -46,20 +46,22 @@ def ask_leader(rundir: RunDir, request: Request, reason: str = "user", run: int 
 def ask_to_leave(
     rundir: RunDir, node: int | str, reason: str, *, exclude: bool = False, give_back: bool = False
 ) -> str:
-    """Ask the leader of the job in ``rundir`` to let ``node`` go, as ``messages.Leave`` says. Returns what becomes of
-    it, if there is more to say. Raises ElasticError as ``ask_leader``, and if the leader refuses.
+    """Ask the leader of the job in ``rundir`` to release ``node``, as in ``messages.Leave``. Returns what happens to
+    the request, if there is more to say. Raises ElasticError like ``ask_leader``, and if the leader refuses.
     """
     how = {"exclude": exclude, "give_back": give_back}
     return _send(rundir, {"request": LEAVE, "node": node, "reason": reason, **how})
 
 
 def ask_to_stay(rundir: RunDir, node: str) -> str:
-    """Take ``ask_to_leave`` back. Raises ElasticError as ``ask_leader``."""
+    """Withdraw ``ask_to_leave``. Raises ElasticError like ``ask_leader``."""
     return _send(rundir, {"request": STAY, "node": node})
 
 
 def ask_to_resize(rundir: RunDir, sizes: tuple[int, ...]) -> str:
-    """Ask the leader of the job in ``rundir`` for worlds of ``sizes``, ascending. As ``ask_to_leave``."""
+    """Ask the leader of the job in ``rundir`` for worlds of ``sizes``, ascending. Returns and raises like
+    ``ask_to_leave``.
+    """
     return _send(rundir, {"request": RESIZE, **Bounds(sizes[0], sizes[-1], sizes).body})
 
 
@@ -84,7 +86,7 @@ def _send(rundir: RunDir, message: dict[str, Any], run: int | None = None) -> st
 
 
 class _Search:
-    """Looks for the agent that takes ``message``."""
+    """Looks for the agent that accepts ``message``."""
 
     def __init__(self, me: Identity, secret: bytes, message: dict[str, Any], run: int | None) -> None:
         self._me = me
@@ -92,9 +94,9 @@ class _Search:
         self._secret = secret
         self._message = message
         self._problems: dict[Host, str] = {}
-        """What went wrong last, with each agent."""
+        """The last problem with each agent."""
         self.answer = self.refusal = ""
-        """Of the leader."""
+        """The leader's answer or refusal."""
 
     async def send(self, leader: Host, others: Iterable[Host]) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -104,7 +106,7 @@ class _Search:
             await asyncio.sleep(_PAUSE)
 
     async def _ask_all(self, leader: Host, others: Iterable[Host]) -> bool:
-        """Whether ``leader`` has taken the message, or else one of the ``others``, or the leader that they name."""
+        """Whether ``leader`` has accepted the message, or else one of the ``others``, or the leader that they name."""
         self._problems = {}
         tries = {asyncio.ensure_future(self._try(leader))}
         done, _ = await asyncio.wait(tries, timeout=_DIAL_TIMEOUT)
@@ -119,7 +121,7 @@ class _Search:
         return False
 
     async def _try(self, host: Host) -> bool:
-        """Whether ``host``, or the leader that it names, has taken the message."""
+        """Whether ``host``, or the leader that it names, has accepted the message."""
         if host in self._problems:
             return False
         self._problems[host] = "asked"
@@ -140,7 +142,7 @@ class _Search:
         return isinstance(reply, Redirect) and reply.to is not None and await self._try(reply.to)
 
     async def _connect(self, host: Host) -> channel.Channel:
-        """The run directory may be full since the run before: then the agent says which run is at work."""
+        """The run directory may have been full since the previous run: then the agent says which run is active."""
         try:
             return await channel.connect(host, self._me, self._secret, timeout=_DIAL_TIMEOUT)
         except RunIsOver as over:

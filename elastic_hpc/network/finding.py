@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 _FAILED = (OSError, asyncio.TimeoutError, messages.ProtocolError, ElasticError)
 _SAMPLE = 3
-"""How many of the nodes after it in Slurm's order a candidate asks at a time which leader they follow."""
+"""A candidate asks this many nodes after it in Slurm's order, at a time, which leader they follow."""
 
 _MORE = 8
-"""How many times more nodes are asked at a time, if those before did not lead to the leader."""
+"""Factor by which the number of nodes asked at a time grows while their answers do not lead to the leader."""
 
 _RETRY, _RETRY_AT_MOST, _RETRY_GROWTH = 0.1, 1.0, 1.5
 """Seconds between two attempts to find a leader, at first and at most, and the factor by which they grow. A jitter
@@ -39,7 +39,7 @@ changes them by up to half.
 """
 
 _RETRY_PER_NODE = 0.001
-"""Seconds of the longest wait for each node: after a loss all agents dial the same node."""
+"""Seconds per node of the job in the longest wait: after a loss all agents dial the same node."""
 
 _WARN_AFTER, _WARN_GROWTH = 5.0, 3.0
 """Seconds without a leader until the log has a warning, and the factor by which they grow for the next warning."""
@@ -73,8 +73,8 @@ class Finder:
         """The last leader that was lost, on another node."""
         self._lost_at = 0.0
         self._tried: Host | None = None
-        """The leader that the run directory names, if this agent has just reached it without being led: other agents
-        are asked next.
+        """The leader that the run directory names, if this agent has just reached it without being led: it asks other
+        agents next.
         """
         self._lost_silently = False
         self._in_vain = 0
@@ -84,7 +84,7 @@ class Finder:
 
     @property
     def may_lead(self) -> bool:
-        """Whether this node leads when no node before it does: the newest round's members that vote may."""
+        """Whether this node leads when no node before it does: the voting members of the newest round may lead."""
         roster = self._promises.roster
         return self._promises.votes and bool(roster and self._me.node in roster.successors)
 
@@ -104,14 +104,14 @@ class Finder:
                 return found
             if (waited := now() - began) > warn_after:
                 warn_after *= _WARN_GROWTH
-                log.warning("no leader was found for %.0f s: %s; looking on", waited, self.reason)
+                log.warning("no leader was found for %.0f s: %s; still looking", waited, self.reason)
             await asyncio.sleep(random.uniform(0.5, 1.5) * wait)  # noqa: S311 - jitter
             roster = self._promises.roster
             bound = max(2 * _RETRY, _RETRY_PER_NODE * len(roster.hosts)) if roster else _RETRY_AT_MOST
             wait = min(_RETRY_GROWTH * wait, bound, _RETRY_AT_MOST)
 
     async def _first_of(self, search: Awaitable[Found | None]) -> Found | None:
-        """What ``search`` finds. All other connections that it has opened are closed."""
+        """What ``search`` finds. Closes all other connections that ``search`` has opened."""
         try:
             return await search
         finally:
@@ -150,7 +150,9 @@ class Finder:
         return await self._connect(self._me)
 
     async def _look_up(self) -> Found | None:
-        """The leader that the run directory names, or a later one: the run directory may be full since a take-over."""
+        """The leader that the run directory names, or a later leader: the run directory may have been full since a
+        take-over.
+        """
         published = await self._node.published()
         if not published:
             return None
@@ -166,12 +168,13 @@ class Finder:
         return None
 
     async def redirected(self, to: Host) -> Found | None:
-        """A connection to ``to``, of which an agent that does not lead says that it follows it."""
+        """A connection to ``to``, which an agent that does not lead has named as its leader."""
         return await self._connect(to) if to != self._me else None
 
     async def instead_of_candidacy(self, link: Link) -> Found | None:
-        """While this node is a candidate, look for a node that leads, or precedes it. If one is found, the candidacy
-        ends, and with it ``link``, this node's connection to itself. So they do before RunIsOver is raised.
+        """While this node is a candidate, look for a node that leads, or precedes it. If such a node is found, the
+        candidacy ends, and with it ``link``, this node's connection to itself. Both also end before RunIsOver is
+        raised.
         """
         while self._own_leader.is_candidate():
             await asyncio.sleep(self._timeout / 5)
@@ -208,8 +211,9 @@ class Finder:
         return None
 
     async def _ask_in_turn(self, hosts: Hosts, nodes: Sequence[int]) -> AsyncIterator[tuple[int, Redirect | None]]:
-        """The answers of ``nodes`` in their order. One node is asked first, or as many as were in vain the last time,
-        then ever more at a time: nodes without power answer nothing, and all nodes of a rack may have lost theirs.
+        """The answers of ``nodes``, in their order. The search asks one node first, or one more than did not answer the
+        last time, then ever more at a time: nodes without power do not answer, and all nodes of a rack may have lost
+        power.
         """
         at, together = 0, self._in_vain + 1
         while at < len(nodes):
@@ -225,7 +229,9 @@ class Finder:
             at, together = at + together, _MORE * together
 
     async def _ask(self, host: Host) -> Redirect | None:
-        """Whom ``host`` follows; None if it does not answer. The connection stays open if it follows itself."""
+        """The leader that ``host`` follows; None if ``host`` does not answer. The connection stays open if ``host``
+        names itself.
+        """
         link: Link | None = None
         try:
             link = await self._transport.dial(host)

@@ -24,7 +24,7 @@ class Loss(NamedTuple):
 
 
 class Follower:
-    """Follows one leader after another, and promises them what ``promises`` keeps."""
+    """Follows one leader after another; ``promises`` keeps what this node has promised to them."""
 
     def __init__(self, node: Node, promises: Promises, heartbeat_timeout: float, prober: Prober | None = None) -> None:
         self._node = node
@@ -34,11 +34,11 @@ class Follower:
         self.leader: Host | None = None
         """The leader that this agent follows now."""
         self.redirected: Host | None = None
-        """The leader that the agent followed last has named, as it does not lead itself."""
+        """The leader named by the agent that this agent followed last, and that does not lead."""
         self.order: Order | None = None
-        """The latest order of that leader; after the end of the job, of the last leader."""
+        """The latest order of ``leader``; after the end of the job, of the last leader."""
         self.refusal = ""
-        """Why the last leader did not take this agent; empty if it did."""
+        """Why the last leader did not admit this agent; empty if it did."""
         self.last_led: float | None = None
         """When the last order of a leader with a majority came."""
         self._link: Link | None = None

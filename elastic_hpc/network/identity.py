@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection, as the handshake proves it. Pure."""
+"""Who is at the other end of a connection, as proved by the handshake. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OUTSIDE = -1
 
 
 class RunIsOver(Exception):
-    """A later run of this job is at work: whoever belongs to an earlier run has to leave."""
+    """A later run of this job is active: all processes of earlier runs must leave."""
 
     def __init__(self, over: int, at_work: int) -> None:
         super().__init__(f"run {over} is over: run {at_work} is at work")
@@ -35,11 +35,11 @@ class Identity:
     name: str
     """Slurm's name of the node."""
     boot: str
-    """A random text of this process: an agent that is restarted on the node has another."""
+    """A random text for this process: a restarted agent has another text."""
 
     @classmethod
     def of(cls, body: object) -> Identity:
-        """Of ``vars(identity)`` as it was received. Raises ProtocolError."""
+        """From ``vars(identity)``, as received. Raises ProtocolError."""
         expected = {field.name: int if field.type == "int" else str for field in fields(cls)}
         if not isinstance(body, dict) or {name: type(value) for name, value in body.items()} != expected:
             raise ProtocolError(f"not an identity: {str(body)[:200]}")

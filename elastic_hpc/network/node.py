@@ -42,7 +42,7 @@ class Node(Protocol):
         """What the workers do. The follower fills in the fields that belong to its connection."""
 
     def set_order(self, order: Order | None, link: Link | None) -> None:
-        """The leader's latest order, which came over ``link``. None without a leader: the workers may not continue."""
+        """The leader's latest order, which came over ``link``. None without a leader: the workers must stop."""
 
     def ended(self, over: JobEnded) -> None: ...
     async def published(self) -> Published | None:
@@ -54,8 +54,8 @@ class Node(Protocol):
         self, roster: Roster | None, waited: float, why: str, *, patient: bool, others: Sequence[str]
     ) -> JobEnded | None:
         """This agent had no leader for ``waited`` seconds, because of ``why``; without a ``roster`` it never had one.
-        Unless ``patient``, requeue or end the job. ``others``: the names of nodes that are left besides this one, as
-        far as this agent knows. Raises RunIsOver as ``published``.
+        Unless ``patient``, requeue or end the job. ``others``: the names of the other nodes that are left, as far as
+        this agent knows. Raises RunIsOver like ``published``.
         """
 
     def lead(self, promises: Promises, reason: str) -> LeaderServer:

@@ -14,28 +14,28 @@ from elastic_hpc.network.node import Transport
 from elastic_hpc.network.tasks import end
 
 _AT_ONCE = 8
-"""Connections that are being opened at a time."""
+"""Number of connections to open at a time."""
 
 _TRIES = 2
-"""How often a node is tried in vain before it counts as not reached."""
+"""Number of failed attempts after which a node counts as not reached."""
 
 _AT_MOST = 12.0
 """Seconds after which this node answers with what it knows: less than the leader waits."""
 
 
 class Prober:
-    """Carries out the leader's probes on the node ``me``. The control port of an agent, which listens at all addresses
-    of its node that others use, is what is dialled.
+    """Carries out the leader's probes on the node ``me``. It dials the control ports of agents, which listen at all
+    addresses of their node that others use.
     """
 
     def __init__(self, me: Host, transport: Transport, promises: Promises) -> None:
-        """``promises`` hold the roster, with the addresses of the others."""
+        """``promises`` hold the roster, with the addresses of the other nodes."""
         self._me, self._transport, self._promises = me, transport, promises
         self.probed = 0
         self.unreached = ""
         """The answer, for ``Status``."""
         self._wanted = 0
-        """The number of the probe that is asked for, 0 for none."""
+        """The number of the requested probe, 0 for none."""
         self._task: asyncio.Task[None] | None = None
 
     def obey(self, order: Order, local: str, answer: Callable[[], None]) -> None:
@@ -53,7 +53,7 @@ class Prober:
             self._task = asyncio.ensure_future(self._probe(order.probe, among, local, answer))
 
     def forget(self) -> None:
-        """The leader is lost, or does not want an answer any more."""
+        """The leader is lost, or no longer wants an answer."""
         if self._task:
             self._task.cancel()
         self._task, self._wanted, self.probed, self.unreached = None, 0, 0, ""

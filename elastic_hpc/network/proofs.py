@@ -1,14 +1,14 @@
-"""The MACs of a connection: who speaks is proved once, and then each line proves that it is the next one.
+"""The MACs of a connection: each end proves once who it is, and then each line proves that it is the next one.
 
 The handshake is three lines. The acceptor sends a nonce; the dialer a nonce and its identity; the acceptor its
-identity. The last two lines have a MAC under the job's secret over all that was said until then, and over the role of
-the speaker. So nobody without the secret can pass for an agent of this job, and what was said on one connection is of
-no use on another. From the three lines and the secret both ends make two keys, one for each direction. Every later line
-has a MAC under its direction's key over its number and its text. So a relay that forwards the handshake can close the
-connection and delay lines, but it cannot speak, nor repeat, reorder, alter or leave out lines.
+identity. The last two lines have a MAC under the job's secret over all bytes sent until then, and over the role of the
+sender. So no process without the secret can pose as an agent of this job, and the lines of one connection are of no use
+on another. From the three lines and the secret both ends make two keys, one for each direction. Every later line has a
+MAC under its direction's key over its number and its text. So a relay that forwards the handshake can close the
+connection and delay lines, but it cannot add, repeat, reorder, alter or leave out lines.
 
-Not protected: nothing is encrypted; whoever holds the job's secret may take part as any node; and a relay can keep the
-last lines of a connection from arriving, as a cut cable does.
+Not protected: nothing is encrypted; any process that holds the job's secret can take part as any node; and a relay can
+keep the last lines of a connection from arriving, as a cut cable does.
 
 The MACs are HMAC-SHA256, as BLAKE2 is missing where FIPS 140 is enforced.
 """
@@ -60,19 +60,19 @@ class Seal:
 
 @lru_cache(maxsize=4)
 def _digest(line: bytes) -> bytes:
-    """An order or a roster is sent to a thousand agents: only its first MAC takes a pass over the line."""
+    """An order or a roster is sent to a thousand agents: only the first MAC needs a pass over the line."""
     return hashlib.sha256(line).digest()
 
 
 class Handshake:
-    """What has been said on a connection until both ends have proved themselves."""
+    """The lines of a connection until both ends have proved who they are."""
 
     def __init__(self, secret: bytes, challenge: bytes) -> None:
         """``challenge``: the first line."""
         self._transcript = hmac.new(secret, challenge, "sha256")
 
     def sign(self, role: Role, line: bytes) -> bytes:
-        """``line``, which ``role`` says next, with its MAC."""
+        """``line``, which ``role`` sends next, with its MAC."""
         self._transcript.update(line)
         return self._mac(role).hexdigest()[:MAC_SIZE].encode() + line
 
@@ -84,7 +84,7 @@ class Handshake:
         return line
 
     def seal(self, role: Role) -> Seal:
-        """For the lines that ``role`` sends after the handshake."""
+        """The seal for the lines that ``role`` sends after the handshake."""
         return Seal(self._mac(f"key of the {role}").digest())
 
     def _mac(self, purpose: str) -> hmac.HMAC:

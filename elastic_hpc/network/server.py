@@ -1,6 +1,6 @@
 """The leader on the network: its agents' messages go in, its orders go out. Never blocks.
 
-The recorder's thread writes the files, stores are opened in threads that can be abandoned, and Slurm is asked in
+The recorder's thread writes the files, stores are opened in threads that can be abandoned, and Slurm's commands run in
 threads. So a file system or a name server that stalls cannot keep the leader from answering.
 """
 
@@ -35,15 +35,15 @@ LEAVE_TIMEOUT = 10.0
 """Seconds that the agents have to leave after the verdict before the leader leaves."""
 
 STORE_TIMEOUT = 10.0
-"""Seconds that the store of a round may take to open before the leader is told, and another attempt begins."""
+"""Seconds that the store of a round may take to open before the leader is notified, and another attempt begins."""
 
 _REST, _REST_AT_MOST = 4.0, 0.02
-"""The leader does not decide again before so many times the duration of its last decision have passed, and so many
-seconds at most: the time of a decision grows with the number of agents, and messages that arrive meanwhile share one.
+"""After a decision, the leader rests for this many times the duration of the decision, but at most for this many
+seconds: the time of a decision grows with the number of agents, and messages that arrive meanwhile share one decision.
 """
 
 _EVENTS_OF_STRANGERS = 20
-"""Most refused connections that are recorded."""
+"""At most this many refused connections are recorded."""
 
 
 class Record(Protocol):
@@ -66,7 +66,7 @@ class Record(Protocol):
 
 class Act(Protocol):
     """Requeues or ends the job, as the verdict says. ``lost``: the names of lost nodes; ``alone``: the batch host is
-    among them; ``others``: the names of the nodes that are left besides this one.
+    among them; ``others``: the names of the other nodes that are left.
     """
 
     async def __call__(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None: ...
@@ -79,22 +79,22 @@ class Supplier(Protocol):
     async def run(
         self, report: Callable[[Needs, int, int], None], given_back: Callable[[Collection[int]], None]
     ) -> None:
-        """Until it is cancelled. ``report(needs, starting, pending)`` says how many agents are starting, and for how
-        many nodes Slurm was asked, in answer to ``needs``. ``given_back(nodes)`` says which of ``needs.surplus`` Slurm
-        has back.
+        """Run until cancelled. ``report(needs, starting, pending)`` reports how many agents are starting, and how many
+        nodes were requested from Slurm, in answer to ``needs``. ``given_back(nodes)`` reports which nodes of
+        ``needs.surplus`` were returned to Slurm.
         """
 
 
 class Watches(Protocol):
-    """Sees what Slurm and the site say about the job (``agent.lookout.Lookout``)."""
+    """Watches what Slurm and the site say about the job (``agent.lookout.Lookout``)."""
 
     async def run(self, leader: Leader, on_input: Callable[[], None]) -> None:
-        """Until it is cancelled. ``on_input`` is called after the leader was given inputs."""
+        """Run until cancelled. Calls ``on_input`` after it has given inputs to the leader."""
 
 
 class LeaderServer:
-    """Serves ``leader``. ``open_store(round)`` starts a store and gives its port; it is called again if it fails or is
-    cancelled for being late. ``supply`` brings nodes, ``lookout`` sees what Slurm and the site say.
+    """Serves ``leader``. ``open_store(round)`` starts a store and returns its port; the server calls it again if it
+    fails, or was cancelled as late. ``supply`` brings nodes, ``lookout`` watches what Slurm and the site say.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class LeaderServer:
         self._after_input()
 
     def on_request(self, request: ToLeader, reason: str = "") -> Answer:
-        """Somebody who holds the secret wants something of the job, ``reason`` says why."""
+        """A peer that holds the secret requests something of the job, because of ``reason``."""
         now = asyncio.get_running_loop().time()
         answer = Answer()
         match request:
@@ -262,7 +262,7 @@ class LeaderServer:
             log.warning("the verdict could not be written: %s", error or "the file system does not answer")
         lost = self.leader.peers.lost_names
         if self._batch_host_is_lost:
-            # before anybody leaves: if this node dies now, the others act
+            # before any agent leaves: if this node dies now, the others act
             await self._act_on(verdict, lost, alone=True, others=self.leader.peers.names(without=self.leader.node))
         self.leader.on_saved()
         self._after_input()
@@ -271,7 +271,7 @@ class LeaderServer:
     async def _act_on(self, verdict: Verdict, lost: list[str], *, alone: bool, others: list[str]) -> None:
         try:
             await self._act(verdict, lost, alone=alone, others=others)
-        except Exception:  # even then the agents must leave: others may act after that
+        except Exception:  # even then the agents must leave: then others may act
             log.exception("the verdict could not be acted upon")
 
     def _after_input(self, *, beat: bool = False) -> None:

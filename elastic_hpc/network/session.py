@@ -28,13 +28,13 @@ from elastic_hpc.network.probing import Prober
 from elastic_hpc.network.tasks import end, within
 
 _MOST_REDIRECTS = 3
-"""How many agents in turn may name another leader, before this agent looks for the leader anew."""
+"""How many agents in turn may name another leader, before this agent starts its search for the leader over."""
 
 _NEXT = 60.0
-"""Seconds that the agents that are left give one of them to end or requeue the job."""
+"""Seconds that the remaining agents give one of them to end or requeue the job."""
 
 _REFUSED = 3
-"""Heartbeat timeouts after which an agent leaves that the leader refuses because of another agent of its node."""
+"""An agent that the leader refuses, because of another agent of its node, leaves after this many heartbeat timeouts."""
 
 
 class Membership:
@@ -67,7 +67,7 @@ class Membership:
         self._left = asyncio.Event()
         self._tasks: list[asyncio.Future[None]] = []
         self._alone_since = 0.0
-        """When this agent was connected to a leader last, or began to look for one."""
+        """When this agent was last connected to a leader, or began to look for a leader."""
         self._refused_since: float | None = None
 
     async def run(self) -> None:
@@ -122,7 +122,7 @@ class Membership:
             self._on_over(over)
 
     async def _follow(self) -> None:
-        """Follow one leader after the other, until the job is over. Raises RunIsOver."""
+        """Follow one leader after the other, until the job ends. Raises RunIsOver."""
         found: Found | None = None
         redirects = 0
         try:
@@ -151,10 +151,10 @@ class Membership:
                 found[0].close()
 
     async def _wait_for_place(self, reason: str) -> None:
-        """The leader has another agent of this node, which may be lost without a word, or frozen: then its place is
-        free after the heartbeat timeout. An agent that is turned away for longer leaves.
+        """The leader has another agent of this node, which may be lost or frozen: then its place is free after the
+        heartbeat timeout. An agent that is refused for longer leaves.
         """
-        self._alone_since = now()  # though not without a leader
+        self._alone_since = now()  # a leader that refuses this agent is a leader too
         self._refused_since = self._refused_since or self._alone_since
         if self._alone_since - self._refused_since > _REFUSED * self._timeout:
             self._node.ended(JobEnded("lost", reason))
@@ -177,7 +177,7 @@ class Membership:
                 if server := self._own_leader.server:  # asks for a majority, gives up, and asks again
                     others = server.leader.peers.names(without=self._me.node) or others
                 order = self._follower.order
-                if order and not order.leads and self._follower.leader != self._me:  # another one asks, and acts first
+                if order and not order.leads and self._follower.leader != self._me:  # another asks and acts first
                     is_first = False
                 roster, reason = self._promises.roster, self._finder.reason
                 after_a_loss = 2 * self._timeout + 2.0 * min(self._me.node, 20)

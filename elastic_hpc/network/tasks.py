@@ -1,7 +1,7 @@
 """Tasks that end when they are cancelled.
 
 ``asyncio.wait_for`` of Python before 3.12 ignores a cancellation that comes together with the result: a leader, or a
-search for the leader, that is told to stop at that moment would continue.
+search for the leader, that is cancelled at that moment would continue.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ async def within(seconds: float | None, work: Awaitable[T]) -> T:
 
 
 async def end(tasks: Collection[asyncio.Future[Any]]) -> None:
-    """Cancel ``tasks``, and wait until they have ended. Whoever wants their results, or what they raised, asks them."""
+    """Cancel ``tasks``, and wait until they have ended. The tasks still have their results and exceptions."""
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # asyncio logs what nobody has looked at
+            task.exception()  # asyncio logs exceptions that nobody has retrieved

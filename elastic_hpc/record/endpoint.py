@@ -1,5 +1,5 @@
-"""``endpoint.json``: the address of a job's leader, and those of other agents, which know the next leader if it is
-lost.
+"""``endpoint.json``: the address of a job's leader, and the addresses of other agents, which know the next leader if
+this leader is lost.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Published:
 
 
 def read_published(rundir: RunDir) -> Published | None:
-    """The content of the file, of whichever run; None if there is no file. Raises ElasticError."""
+    """The content of the file, whichever run it is from; None if there is no file. Raises ElasticError."""
     body = rundir.read(ENDPOINT)
     if body is None:
         return None

@@ -1,8 +1,8 @@
 """The files with the events of a job, ``events.NODE.jsonl`` in its run directory: one for each node that has led.
 
-Two leaders may write at the same time: a leader that is cut off does not know yet that another node has taken over.
-Lines that two machines append to one file overwrite each other on NFS, so each node has a file of its own. A reader
-merges the files.
+Two leaders may write at the same time: a leader that is cut off may not know that another node has taken over. Lines
+that two machines append to one file overwrite each other on NFS, so each node has a file of its own. A reader merges
+the files.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from elastic_hpc.record.folders import look_again
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The files of events in ``folder``, none if there is no such folder. An early version wrote one, ``events.jsonl``.
-    Raises OSError.
+    """The files of events in ``folder``, none if there is no such folder. An early version wrote a single file,
+    ``events.jsonl``. Raises OSError.
     """
     try:
         look_again(folder)
@@ -52,26 +52,26 @@ class EventReader:
     """Reads the events of a job as they are written."""
 
     def __init__(self, folder: Path, *, for_screens: bool = False) -> None:
-        """``folder``: the run directory. ``for_screens``: where much progress is read at once, leave out most of it;
-        and keep no progress in ``events``, so that they stay few however long a job runs.
+        """``folder``: the run directory. ``for_screens``: leave out most progress events where many are read at once,
+        and keep none in ``events``, so that ``events`` stays short however long a job runs.
         """
         self._folder, self._for_screens = folder, for_screens
         self._files: dict[Path, _EventFile] = {}
         self.is_new_story = False
-        """Whether the last call of ``read`` has returned events that belong before those of an earlier call: another
-        leader wrote them later, or another file took the place of one that was read.
+        """Whether the last call of ``read`` has returned events that belong before the events of an earlier call:
+        another leader wrote them later, or another file took the place of one that was read.
         """
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """All events that were read. Those of one leader are in the order in which it wrote them, those of several
-        leaders in order of time, by the clocks of their nodes.
+        """All events that were read. The events of one leader are in the order in which it wrote them, the events of
+        several leaders in order of time, by the clocks of their nodes.
         """
         return _merged(file.events for file in self._files.values())
 
     @property
     def damaged(self) -> int:
-        """The number of lines that are no event."""
+        """The number of lines that are not events."""
         return sum(file.damaged for file in self._files.values())
 
     def read(self) -> list[dict[str, Any]]:
@@ -100,14 +100,14 @@ def _merged(events: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 _CHUNK = 1 << 20
 _MOST = 256
-"""Lines with progress of a chunk, about 6,000 lines, that are kept for screens, besides the last of each round."""
+"""Number of progress lines of a chunk (about 6,000 lines) that are kept for screens, besides the last of each round."""
 _LAST = 8
-"""The last lines with progress, of which all are kept: they tell the speed."""
+"""The number of last progress lines that are all kept: they show the speed."""
 _PROGRESS = b'"event": "progress"'
 
 
 def _thinned(lines: list[bytes]) -> list[bytes]:
-    """``lines`` without most of those with progress, if they are many."""
+    """``lines`` without most of the progress lines, if there are many."""
     progress = [number for number, line in enumerate(lines) if _PROGRESS in line[:60]]
     if len(progress) <= _MOST:
         return lines
@@ -131,7 +131,7 @@ class _EventFile:
         rest = b""
         try:
             with open(self._path, "rb") as file:
-                self.was_replaced = os.fstat(file.fileno()).st_size < self._offset  # another file has taken its place
+                self.was_replaced = os.fstat(file.fileno()).st_size < self._offset  # another file has replaced it
                 if self.was_replaced:
                     self._offset, self.events, self.damaged = 0, [], 0
                 file.seek(self._offset)

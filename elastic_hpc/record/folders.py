@@ -1,4 +1,4 @@
-"""Makes and checks the folders of run directories, and makes NFS look again for what is in them.
+"""Makes and checks the folders of run directories, and makes NFS read their content again.
 
 No other user may change these folders, as a job takes its code and its secret from there. The rules are those of sshd
 for the folder of a user's keys (StrictModes). Folders further up belong to the site, and are not checked.
@@ -40,9 +40,9 @@ def make_private(path: Path, *, exist_ok: bool) -> None:
 
 
 def make_log_dir(folder: str | os.PathLike[str]) -> None:
-    """Make the folder of run directories, or accept an existing folder of this user, of root, or of a group. Whoever
-    may write to the folder can replace run directories in it, so a folder that everybody may write to is refused unless
-    it is sticky, as /tmp is. Raises UsageError.
+    """Make the folder of run directories, or accept an existing folder of this user, of root, or of a group. Any user
+    who may write to the folder can replace run directories in it, so a world-writable folder is refused unless it is
+    sticky, like /tmp. Raises UsageError.
     """
     path = Path(folder).absolute()
     try:
@@ -60,8 +60,8 @@ def make_log_dir(folder: str | os.PathLike[str]) -> None:
 
 
 def look_again(folder: Path) -> None:
-    """Make NFS ask the server for the names in ``folder``: a client believes for up to a minute that a name is missing
-    which another node has made since. Raises OSError if there is no such folder.
+    """Make NFS ask the server for the names in ``folder``: for up to a minute, a client believes that a name is missing
+    which another node has made meanwhile. Raises OSError if there is no such folder.
     """
     try:
         os.scandir(folder).close()
@@ -89,14 +89,14 @@ def replace(path: Path, text: str) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether ``path`` exists, also if another node has just made it: see ``look_again``."""
+    """Whether ``path`` exists, even if another node has just made it: see ``look_again``."""
     with contextlib.suppress(OSError):
         look_again(path.parent)
     return path.exists()
 
 
 def _make(path: Path) -> None:
-    """Make ``path`` and missing folders above it, without write permission for everybody."""
+    """Make ``path`` and missing folders above it, without write permission for all users."""
     if not path.is_dir():
         _make(path.parent)
         path.mkdir(0o775, exist_ok=True)
@@ -107,7 +107,7 @@ def _others_write(path: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this user or root owns ``path``. A file server may map owners to other users. Then the owner of a file
+    """Whether this user or root owns ``path``. A file server may map owners to other users: then the owner of a file
     that this user makes there is compared.
     """
     owner = path.stat().st_uid

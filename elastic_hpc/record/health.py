@@ -1,8 +1,8 @@
-"""Folders with a file for each node that is not to be used: ``segment_health_check.NODE``. Reads and writes files.
+"""Folders with a file for each node that the job must not use: ``segment_health_check.NODE``. Reads and writes files.
 
-The form is that of the segment health check of NVIDIA's resiliency extension, which has a file for each allocation: a
-file that is not empty marks the node, and says why. The site's own daemon writes such files (``--health-dir``), and
-``elastic-hpc notice`` does, in the run directory.
+The format is that of the segment health check of NVIDIA's resiliency extension, which has a file for each allocation: a
+file that is not empty marks the node, and says why. The site's own daemon writes such files (``--health-dir``), and so
+does ``elastic-hpc notice``, in the run directory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from elastic_hpc.record.folders import look_again, replace
 _FILE = "segment_health_check."
 _NO_REASON = "its health file says no more"
 _MOST = 200
-"""Characters of a reason that are read."""
+"""At most this many characters of a reason are read."""
 
 
 def marked(folder: Path, since: float = 0.0) -> dict[str, str]:
@@ -36,7 +36,7 @@ def marked(folder: Path, since: float = 0.0) -> dict[str, str]:
 
 
 def _first_line(path: str) -> str:
-    """What a person can read of it: the site may keep the content to itself."""
+    """The readable part of the line: the site may make the content unreadable."""
     with contextlib.suppress(PermissionError), open(path, errors="replace") as file:
         line = file.readline(_MOST).strip()
         line = "".join(char if char.isprintable() else " " for char in line)

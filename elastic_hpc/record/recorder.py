@@ -26,11 +26,11 @@ from elastic_hpc.record.rundir import RunDir
 log = logging.getLogger(__name__)
 
 _STALL = 5.0
-"""Seconds after which a write that has not come back shows that the file system does not answer."""
+"""Seconds after which a write that has not returned shows that the file system does not answer."""
 
 
 class Recorder:
-    """The record of one job, written by the leader on ``host``. No method but ``flush`` and ``close`` blocks.
+    """The record of one job, written by the leader on ``host``. No method except ``flush`` and ``close`` blocks.
 
     The first write that fails is logged. A write that failed is repeated with every heartbeat until it succeeds: the
     file system may be full, or read-only, for a while.
@@ -57,7 +57,7 @@ class Recorder:
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._complained = False
         self._writing_since: float | None = None
-        """When the thread began with the write that it is at."""
+        """When the thread began its present write."""
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
         self._put(self._load_strikes)
@@ -74,7 +74,7 @@ class Recorder:
         self._put(lambda: self._replace("spec.json", lambda: options))
 
     def beat(self) -> None:
-        """Show that a leader is at work (``RunDir.beat``), look for a warning, and withdraw a verdict that this proves
+        """Show that there is a leader (``RunDir.beat``), look for a warning, and withdraw a verdict that this proves
         wrong (``RunDir.withdraw``).
         """
         if time.monotonic() - self._last_beat > 1.0:
@@ -103,12 +103,12 @@ class Recorder:
 
     @property
     def stalls(self) -> bool:
-        """Whether a write has not come back for ``_STALL`` seconds: the file system does not answer."""
+        """Whether a write has not returned for ``_STALL`` seconds: the file system does not answer."""
         began = self._writing_since
         return began is not None and time.monotonic() - began > _STALL
 
     def state(self, *, bounds: Bounds | None = None, rhythm: Rhythm = NO_RHYTHM, **state: int) -> None:
-        """Replace ``state.json``. ``bounds``: those that hold instead of those of the submission."""
+        """Replace ``state.json``. ``bounds``: the bounds that replace those of the submission."""
 
         def body() -> dict[str, Any]:
             self._load_strikes()
@@ -131,7 +131,7 @@ class Recorder:
         wait([self._put(self._catch_up)], timeout)
 
     def close(self, timeout: float = 5.0) -> None:
-        """The same, for the last time."""
+        """Write what is queued, as ``flush``, and end the thread."""
         self._put(self._catch_up)
         self._queue.put(None)
         self._thread.join(timeout)
@@ -152,16 +152,18 @@ class Recorder:
                 raise error.__cause__ from None
             state = {}  # damaged, and will not be read later either
         if not state and not self._rundir.path.is_dir():
-            raise FileNotFoundError(self._rundir.path)  # the file system is away: what the file has is not lost
+            raise FileNotFoundError(self._rundir.path)  # the file system is missing, the file's content is not lost
         self._strikes_loaded = True
         self._strikes = list(live((*load(state.get("strikes", ())), *self._strikes), time.time()))
 
     def _forgive(self, node: str, reason: str) -> None:
-        """An agent has come from ``node``, which may be late, or work again; or the node need not go any more."""
+        """An agent has connected from ``node``, late or because the node works again; or the node no longer has to
+        leave.
+        """
         self._strikes = [strike for strike in self._strikes if (strike.node, strike.reason) != (node, reason)]
 
     def _beat(self, at: float) -> None:
-        """``at``: when this leader had its majority. After a stall of the file system that proves nothing any more."""
+        """``at``: when this leader had its majority. After a stall of the file system, that proves nothing."""
         with contextlib.suppress(ElasticError):
             self.warning = self.warning or self._rundir.warning(self._run)
         if not self._has_concluded and time.monotonic() - at < _STALL:

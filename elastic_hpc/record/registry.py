@@ -1,6 +1,7 @@
-"""Where this user's jobs have their run directories, so that they are found from any folder. Reads and writes a file.
+"""Where this user's jobs have their run directories, so that commands find them from any folder. Reads and writes a
+file.
 
-The file is ``$XDG_STATE_HOME/elastic_hpc/jobs``, by default in ``~/.local/state``, and has one run directory a line,
+The file is ``$XDG_STATE_HOME/elastic_hpc/jobs``, by default in ``~/.local/state``, and has one run directory per line,
 the newest last; a line with ``-`` before it says that the folder was removed. If the file cannot be written, nothing
 fails: a job is found by its path too.
 """
@@ -13,7 +14,7 @@ from glob import escape
 from pathlib import Path
 
 _READ = 256 * 1024
-"""Bytes that are read, at the end of the file."""
+"""Number of bytes that are read at the end of the file."""
 _REMOVED = b"-"
 
 
@@ -23,7 +24,7 @@ def _file() -> Path:
 
 
 def remember(run_dir: str | os.PathLike[str]) -> None:
-    """Add the run directory of a submitted job, which need not exist yet; of an array, the path before ``_TASK``."""
+    """Add the run directory of a submitted job, which need not exist yet; for an array, the path before ``_TASK``."""
     _append(os.fsencode(os.path.abspath(run_dir)))
 
 
@@ -50,14 +51,14 @@ def _append(line: bytes) -> None:
 
 def remembered() -> list[Path]:
     """The run directories of the jobs that were submitted last, the newest at the end. A folder may not exist yet, or
-    no longer; that of an array never exists.
+    may no longer exist; the folder of an array never exists.
     """
     lines: list[bytes] = []
     with contextlib.suppress(OSError, RuntimeError), open(_file(), "rb") as jobs:
         size = os.fstat(jobs.fileno()).st_size
         jobs.seek(max(0, size - _READ))
         lines = jobs.read().split(b"\n")[1 if size > _READ else 0 : -1]
-    last = {line.removeprefix(_REMOVED): line for line in lines}  # where a path is in the file twice, its last line
+    last = {line.removeprefix(_REMOVED): line for line in lines}  # if a path is in the file twice, its last line counts
     newest = reversed(dict.fromkeys(line.removeprefix(_REMOVED) for line in reversed(lines)))
     return [Path(os.fsdecode(path)) for path in newest if not last[path].startswith(_REMOVED)]
 
@@ -69,12 +70,12 @@ def with_tasks() -> list[Path]:
 
 
 def itself(run_dir: Path) -> Path:
-    """``run_dir``, or the run directory beside it that it is a link to: see ``RunDir.call_also``."""
+    """``run_dir``, or the run directory beside it, if ``run_dir`` is a link to that: see ``RunDir.call_also``."""
     return run_dir.with_name(os.path.basename(os.readlink(run_dir))) if os.path.islink(run_dir) else run_dir
 
 
 def tasks(run_dir: Path) -> list[Path]:
-    """The run directories of an array's tasks that have started; ``run_dir`` would be that of the array."""
+    """The run directories of an array's tasks that have started; ``run_dir``: the array's, which does not exist."""
     if os.path.isdir(run_dir):
         return []
     candidates = run_dir.parent.glob(f"{escape(run_dir.name)}_*")

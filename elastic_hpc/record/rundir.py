@@ -72,7 +72,7 @@ class RunDir:
         raise UsageError(f"--log-dir {str(folder)!r}: no free name left; remove old run directories")
 
     def make_secret(self) -> bytes:
-        """The job's secret. The first call makes it; it is the same for all agents, and after a requeue."""
+        """The job's secret, which the first call makes. It is the same for all agents, and after a requeue."""
         self.claim("secret", os.urandom(32).hex())
         return self.read_secret()
 
@@ -95,8 +95,8 @@ class RunDir:
         return secret
 
     def identity(self) -> str:
-        """A name that no other run directory has, the same in all runs of the job: a hash of the secret, from which
-        nobody can compute the secret. Raises ElasticError.
+        """A name that no other run directory has, the same in all runs of the job: a hash of the secret, which does not
+        reveal the secret. Raises ElasticError.
         """
         return hashlib.sha256(b"identity of a run directory" + self.read_secret()).hexdigest()[:16]
 
@@ -127,12 +127,12 @@ class RunDir:
         folders.replace(self.path / name, json.dumps(body, indent=1))
 
     def write_bounds(self, sizes: Sequence[int]) -> None:
-        """The next run's worlds may have ``sizes``, ascending, and no other. Raises ElasticError and OSError."""
+        """The worlds of the next run may have only these ``sizes``, ascending. Raises ElasticError and OSError."""
         bounds = Bounds(sizes[0], sizes[-1], tuple(sizes)).body
         self.write("state.json", {**(self.read("state.json") or {}), "bounds": bounds})
 
     def bounds(self) -> Bounds | None:
-        """Those of ``write_bounds``; None if those of the submission hold. Raises ElasticError."""
+        """The bounds of ``write_bounds``; None if the bounds of the submission hold. Raises ElasticError."""
         return saved(self.read("state.json"))
 
     def beat(self) -> None:
@@ -146,13 +146,13 @@ class RunDir:
         latest = 0
         with contextlib.suppress(OSError):
             folders.look_again(self.path)
-        for name in ("heartbeat", "endpoint.json", "events.jsonl"):  # the last: of a leader of an earlier version
+        for name in ("heartbeat", "endpoint.json", "events.jsonl"):  # the last one from a leader of an earlier version
             with contextlib.suppress(OSError), open(self.path / name, "rb") as file:  # opened, so NFS asks the server
                 latest = max(latest, os.fstat(file.fileno()).st_mtime_ns)
         return latest
 
     def write_unfit(self, node: str, when: float, reason: str) -> None:
-        """Called on ``node``, or by the batch script: why this node could not take part, which no leader can know.
+        """Called on ``node``, or by the batch script: why this node could not take part: no leader can know that.
         Raises OSError.
         """
         self.write(f"unfit.{node}.json", {"node": node, "time": when, "reason": reason})
@@ -167,7 +167,7 @@ class RunDir:
         return verdict if verdict and verdict.get("run") == run else None
 
     def write_warning(self, run: int, reason: str) -> None:
-        """Slurm has warned ``run`` that the job is about to end, because of ``reason``. Raises OSError."""
+        """Record that Slurm has warned ``run`` that the job is about to end, because of ``reason``. Raises OSError."""
         self.write("warning.json", {"run": run, "reason": reason})
 
     def warning(self, run: int) -> str:
@@ -179,7 +179,7 @@ class RunDir:
         """An open file whose lock shows that the launcher of a job on one machine runs; processes inherit the lock. If
         this process has inherited a lock already, the file has no lock of its own.
         """
-        file = open(self.path / _HELD, "w")  # noqa: SIM115 - the caller's to close
+        file = open(self.path / _HELD, "w")  # noqa: SIM115 - the caller closes the file
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
@@ -196,8 +196,8 @@ class RunDir:
         return False
 
     def claim(self, name: str, text: str) -> bool:
-        """Write ``text`` to the file ``name``, unless another process has done so. Returns whether this call was the
-        first. Raises ElasticError.
+        """Write ``text`` to the file ``name``, unless another process has already written it. Returns whether this call
+        was the first. Raises ElasticError.
         """
         path = self.path / name
         try:
@@ -215,28 +215,29 @@ class RunDir:
         return True
 
     def forget_verdict(self) -> None:
-        """Another run begins here: remove the verdict of the last one, and the files of the agents that acted on it."""
+        """Another run begins here: remove the verdict of the last run, and the files of the agents that acted on it."""
         for pattern in ("verdict.json", "turn.*", "acts.*", _LEFT):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
 
     def withdraw(self, run: int) -> dict[str, Any] | None:
-        """A leader continues ``run``: remove the verdict of an agent that had found none, and what agents have written
-        because of it. Returns that verdict, or None if there is no such verdict. Raises ElasticError and OSError.
+        """A leader continues ``run``: remove the verdict of an agent that had found no leader, and the files that
+        agents have written because of that verdict. Returns the verdict, or None if there is no such verdict. Raises
+        ElasticError and OSError.
         """
         verdict = self.verdict(run)
         if verdict and verdict.get("actor") != LEADERLESS:
             return None
         if verdict:
             (self.path / "verdict.json").unlink(missing_ok=True)
-        (self.path / f"acts.{run}").unlink(missing_ok=True)  # the agent that acts may write it after the withdrawal
+        (self.path / f"acts.{run}").unlink(missing_ok=True)  # the acting agent may write this file after the withdrawal
         for path in self.path.glob(f"turn.{run}.*") if verdict else ():
             path.unlink(missing_ok=True)
         return verdict
 
     def begin_again(self, *, forget_bounds: bool) -> None:
-        """The job is about to be resumed after its end. Its last verdict stays until the next one. ``forget_bounds``:
-        those of ``write_bounds`` do not hold any more. Raises ElasticError and OSError.
+        """The job is about to be resumed after its end. Its last verdict stays until the next verdict.
+        ``forget_bounds``: the bounds of ``write_bounds`` no longer hold. Raises ElasticError and OSError.
         """
         for name in _OF_AN_END:
             (self.path / name).unlink(missing_ok=True)
@@ -245,12 +246,14 @@ class RunDir:
             self.write("state.json", state)
 
     def call_also(self, job: str) -> None:
-        """Let the run directory be found under the id of ``job`` too, which goes on in it: by a link beside it."""
+        """Make a link beside the run directory, so that it is also found under the id of ``job``, which continues in
+        it.
+        """
         with contextlib.suppress(OSError):
             (self.path.parent / job).symlink_to(self.path.name)
 
     def mark_left(self) -> None:
-        """All agents have left after the verdict, but those of lost nodes: srun need not wait. Raises OSError."""
+        """All agents except those of lost nodes have left after the verdict: srun need not wait. Raises OSError."""
         (self.path / _LEFT).touch()
 
     def mark_acted(self, run: int, job: str) -> None:
@@ -260,13 +263,13 @@ class RunDir:
         (self.path / f"acted.{run}").write_text(job)
 
     def acted(self, run: int) -> str | None:
-        """The id of the job that continues after ``run``; None if there is none yet."""
+        """The id of the job that continues after ``run``; None if there is no such job yet."""
         with contextlib.suppress(OSError):
             return (self.path / f"acted.{run}").read_text()
         return None
 
     def goes_on_as(self, run: int) -> str | None:
-        """The id of the job that continued last, after ``run`` or a run before it."""
+        """The id of the last job that continued this job, after ``run`` or an earlier run."""
         return next((job for number in range(run, -1, -1) if (job := self.acted(number))), None)
 
     def last_round(self) -> dict[str, Any]:

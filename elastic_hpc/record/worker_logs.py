@@ -1,8 +1,8 @@
-"""The format of the workers' log files, and a reader that orders their lines over ranks and rounds, also while the
+"""The format of the workers' log files, and a reader that orders their lines across ranks and rounds, even while the
 files grow. Reads files.
 
-The agent of each node writes the output of its workers to one file a round, ``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``.
-Each line has a label, as in the log files of container runtimes::
+The agent of each node writes the output of its workers to one file per round,
+``logs/RUN.ROUND/NODE.rankFIRST-LAST.log``. Each line has a label, as in the log files of container runtimes::
 
     2026-11-28T21:44:05.123Z rank3 out F step 17, loss 0.42
 
@@ -33,7 +33,7 @@ _LINE = re.compile(rb"(\S+) rank(\d+) (out|err) ([FP]) (.*)", re.DOTALL)
 _FULL = re.compile(rb"\S+ rank\d+ (?:out|err) F ")
 _CHUNK = _END = 1 << 20
 _PARTIAL = 64 * 1024
-"""Bytes; a longer line is shown in parts, as a progress bar may never end its line."""
+"""In bytes. A longer line is shown in parts, as a progress bar may never end its line."""
 
 
 def file_name(node: str, ranks: Sequence[int]) -> str:
@@ -47,7 +47,7 @@ def label(rank: int, stream: Stream, when: float, *, full: bool = True) -> bytes
 
 
 def _moment(when: float) -> str:
-    """``when`` as a label has it. The order of these texts is that of time."""
+    """``when`` as in a label. These texts sort in order of time."""
     moment = datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="milliseconds").partition("+")[0]
     return f"{moment}Z"
 
@@ -68,19 +68,19 @@ class LogLine(NamedTuple):
     rank: int
     stream: Stream
     written: str
-    """As it was written, with its end."""
+    """The line as it was written, with its end."""
 
     @property
     def text(self) -> str:
-        """As a terminal would show it: without its end; of a progress bar the last state."""
+        """The line as a terminal would show it: without its end; for a progress bar, its last state."""
         return self.written.rstrip("\r\n").rpartition("\r")[2]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which lines; None for all. By default the lines of rank 0, and what any rank wrote to stderr. ``nodes`` are
-    in Slurm's notation, and may be patterns: see ``membership.nodes.name_matcher``. ``since``: in seconds since the
-    epoch. ``pattern`` has to be found in the text of a line, as it is shown.
+    """Which lines to read; None for all. By default the lines of rank 0, and what any rank wrote to stderr. ``nodes``
+    are in Slurm's notation, and may be patterns: see ``membership.nodes.name_matcher``. ``since``: in seconds since the
+    epoch. ``pattern`` must match somewhere in the text of a line, as shown.
     """
 
     ranks: Container[int] | None = None
@@ -133,7 +133,7 @@ def _files(folder: Path, wanted: Wanted, without: Container[str] = ()) -> list[_
 
 
 def files(folder: Path, rank: int) -> list[Path]:
-    """The files in ``folder``, the ``logs`` of a run directory, with the output of ``rank``, one a round."""
+    """The files in ``folder``, the ``logs`` of a run directory, with the output of ``rank``, one for each round."""
     return [file.path for file in _files(folder, Wanted(ranks=(rank,)))]
 
 
@@ -150,16 +150,16 @@ class _Tail:
     """Reads the wanted lines that were added to a file since the last call."""
 
     def __init__(self, file: _File, wanted: Wanted, most: int | None = None) -> None:
-        """``most``: begin so many bytes before the end."""
+        """``most``: begin at most this many bytes before the end."""
         self._file, self._wanted = file, wanted
         self._offset = 0
         if most is not None:
             with contextlib.suppress(OSError):
                 self._offset = max(0, file.path.stat().st_size - most)
-        self._unread = b" " if self._offset else b""  # no label begins so: the rest of the first line is left out
+        self._unread = b" " if self._offset else b""  # no label begins like this: skips the first line
         """The beginning of a labelled line whose end is not in the file yet."""
         self._begun: dict[tuple[int, Stream], tuple[float, bytes]] = {}
-        """The beginnings of lines that the workers have not ended."""
+        """The beginnings of lines without an end so far."""
         self._chooses = wanted.since is not None or wanted.pattern is not None
         self._since = b"" if wanted.since is None else _moment(wanted.since).encode()
 
@@ -179,13 +179,13 @@ class _Tail:
             *lines, self._unread = (self._unread + chunk).split(b"\n")
             for line in lines:
                 if line < self._since and not self._begun and _FULL.match(line):
-                    continue  # too old: known without reading it, which takes ten times as long
+                    continue  # too old: known without parsing the line, which takes ten times as long
                 parsed = self._parse(line)
                 added.extend(filter(self._is_wanted, parsed) if self._chooses else parsed)
         return added
 
     def all(self, *, rest: bool) -> Iterator[LogLine]:
-        """All lines, with ``rest`` also last lines without an end."""
+        """All lines; with ``rest``, including last lines without an end."""
         while lines := self.read():
             yield from lines
         if rest:
@@ -198,7 +198,7 @@ class _Tail:
         return list(filter(self._is_wanted, lines))
 
     def _is_wanted(self, line: LogLine) -> bool:
-        """Whether the text and the time of a line are; rank and stream are looked at before."""
+        """Whether text and time of a line are wanted; rank and stream were checked before."""
         since, pattern = self._wanted.since, self._wanted.pattern
         return (since is None or line.time >= since) and (pattern is None or pattern.search(line.text) is not None)
 
@@ -223,7 +223,9 @@ class _Tail:
 
 
 class Logs:
-    """The wanted lines in ``folder``, the ``logs`` of a run directory: those written so far, and those added later."""
+    """The wanted lines in ``folder``, the ``logs`` of a run directory: the lines written so far, and the lines added
+    later.
+    """
 
     def __init__(self, folder: Path, wanted: Wanted) -> None:
         self._folder, self._wanted = folder, wanted
@@ -265,7 +267,7 @@ class Logs:
         return lines[-count:]
 
     def added(self) -> Iterator[LogLine]:
-        """The lines that were added since the last call. A round is read until two others have followed it."""
+        """The lines that were added since the last call. A round is read until two other rounds have followed it."""
         found = self._update()
         over = list(dict.fromkeys(file.path.parent.name for file, _ in found))[:-2]
         for file, tail in found:

@@ -1,6 +1,6 @@
-"""Starts the workers of a node that has no place in the round that runs, up to the call of ``live`` in their script.
-The world is changed for the node when they are ready, so that nobody waits for their start. Such a node is a spare, a
-joiner, or has lost a live worker.
+"""Starts the workers of a node that has no place in the running round, up to the call of ``live`` in their script. The
+world changes for the node only when they are ready, so that no other worker waits for their start. Such a node is a
+spare, a joiner, or has lost a live worker.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from elastic_hpc.workers.standbys import Standbys
 log = logging.getLogger(__name__)
 
 _PATIENCE = 120.0
-"""Seconds in which workers that are started ahead must be ready. After that the world is changed without them, and they
-start as others do.
+"""Seconds in which workers that are started ahead must be ready. After that, the world changes without them, and they
+start like other workers.
 """
 
 _KILL_TIMEOUT = 2.0
@@ -56,7 +56,7 @@ class Ahead:
     """The workers of one node, ahead of their first round."""
 
     def __init__(self, lives: Lives, standbys: Standbys, command: Sequence[str], count: int) -> None:
-        """``command``: what starts a worker; ``count`` of them."""
+        """``command`` starts a worker, ``count``: number of workers."""
         self._lives, self._standbys, self._command, self._count = lives, standbys, tuple(command), count
         self._starting: list[_Worker] = []
         self._began = 0.0
@@ -65,18 +65,16 @@ class Ahead:
 
     @property
     def lacking(self) -> bool:
-        """Whether this node had live workers, and has to start some of them anew."""
+        """Whether this node had live workers, and must restart some of them."""
         return self._lives.were_live and not self._in_vain and len(self._lives.waiting) < self._count
 
     @property
     def waiting(self) -> bool:
-        """Whether workers of this node have paused and hold what has been trained."""
+        """Whether workers of this node have paused and hold the trained state."""
         return bool(self._lives.waiting)
 
     def look(self, *, wanted: bool) -> bool:
-        """Start the workers that are missing if that is ``wanted``. Returns whether any have yet to be started, or are
-        starting.
-        """
+        """Start the missing workers if ``wanted``. Returns whether any have yet to be started, or are starting."""
         if self._in_vain:
             return False
         if not self._starting:

@@ -1,7 +1,7 @@
 """The modules that a standby has imported ahead, kept out of ``sys.modules`` until the script imports them.
 
 At that import, ``Aside`` checks that the modules are as they would be if they were imported now. If they are not, the
-process begins again as a fresh process. Imports only what every interpreter has loaded.
+process restarts as a fresh process. Imports only what every interpreter has loaded.
 """
 
 import _imp
@@ -27,7 +27,7 @@ OF_A_ROUND = frozenset(
         *("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RUN_ID"),
         *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_TIMER_FILE"),
         *("ELASTIC_HPC_ROUND", "ELASTIC_HPC_LOCAL_DIR", "ELASTIC_HPC_RANK0_ADDR", "ELASTIC_HPC_FENCE"),
-        "SUBMITIT_FOLDER",  # which submitit sets before it loads a function
+        "SUBMITIT_FOLDER",  # submitit sets this before it loads a function
     )
 )
 """Variables of a worker that hold for one round. A standby does not have them when it imports modules ahead; modules
@@ -59,7 +59,9 @@ def set_environ(wanted: dict[str, str]) -> None:
 
 
 def still_to_make(by_script: Changes, environ: dict[str, str]) -> Changes:
-    """The changes of ``by_script`` that ``environ``, and what C libraries see, do not have yet: imports made them."""
+    """The changes of ``by_script`` that ``environ``, and what C libraries see, do not have yet: imports have made the
+    others.
+    """
     native = getenv_all()
     return {
         name: value
@@ -77,9 +79,9 @@ def putenv(name: str, value: "str | None") -> None:
 
 
 def getenv_all() -> dict[str, str]:
-    """The variables as C libraries see them, also those that ``os.environ`` does not have (``os.putenv``)."""
+    """The variables as C libraries see them, including those that ``os.environ`` does not have (``os.putenv``)."""
     try:
-        posix = _imp.create_builtin(ModuleSpec("posix", None))  # another instance, which reads them again
+        posix = _imp.create_builtin(ModuleSpec("posix", None))  # another instance, which reads the variables again
         _imp.exec_builtin(posix)
         return {os.fsdecode(name): os.fsdecode(value) for name, value in posix.environ.items()}
     except Exception:  # noqa: BLE001 - this interpreter has no such module
@@ -92,7 +94,7 @@ def is_of_python(name: str) -> bool:
 
 
 def at_import(names: set[str]) -> None:
-    """Set what Python's own modules, of ``names``, note when they are imported: the time, the working directory."""
+    """Set what Python's own modules in ``names`` note when they are imported: the time, the working directory."""
     if "logging" in names:
         logging = sys.modules["logging"]
         logging._startTime = time.time_ns() if type(logging._startTime) is int else time.time()  # type: ignore[attr-defined]  # noqa: SLF001
@@ -119,7 +121,7 @@ _OF_IMPORTS = frozenset(
 
 
 class _Finding:
-    """The import system asks this finder first for every module. It has no module, and notes the name."""
+    """The import system asks this finder first for every module. The finder provides no module, and notes the name."""
 
     loading = ""
 
@@ -140,7 +142,7 @@ class Stage:
         """
         self.sets: Changes = {}
         self.reads: set[str] = set()
-        """The variables of a round that the import has asked for, before a round has given them a value."""
+        """The variables of a round that the import has read, before a round has given them a value."""
         self.output = (b"", b"")
 
     def run(self, environ: dict[str, str]) -> dict[str, str]:
@@ -212,7 +214,7 @@ class Aside:
         sys.modules.pop("__mp_main__", None)
         order = {name: number for number, name in enumerate(self._held)}
         self._brings = {name: {name.rpartition(".")[0]} for name in self._held}
-        """The modules that come into ``sys.modules`` with each module: its package, and the modules that it imports."""
+        """The modules that enter ``sys.modules`` with each module: its package, and the modules that it imports."""
         for stage in stages:
             for importer, imported in stage.imports:
                 if importer in self._brings:
@@ -230,7 +232,7 @@ class Aside:
                     delattr(holder, child)
         self._given: dict[str, tuple[ModuleType, Stage, ModuleSpec | None]] = {}
         """Modules in ``sys.modules`` that another thread may be importing, because it did not find them there. Until
-        then, their ``__spec__`` is None, so that the other thread asks here and not the file.
+        then, their ``__spec__`` is None, so that the other thread asks this finder, and does not load the file.
         """
         self._moments: list[tuple[str, Changes]] = []
         self._over = False
@@ -244,8 +246,8 @@ class Aside:
     ) -> None:
         """The script starts, with the variables ``environ``.
 
-        ``tell``: called with what became of the modules, why, and the moments at which the script has imported modules.
-        ``differs``: called when a fresh process would have other modules; it may not return.
+        ``tell``: called with what happened to the modules, why, and the moments at which the script has imported
+        modules. ``differs``: called when a fresh process would have other modules; this call may never return.
         """
         self._environ, self._tell, self._differs = environ, tell, differs
         self._pid, self._path, self._flags = os.getpid(), list(sys.path), sys.getdlopenflags()
@@ -260,7 +262,7 @@ class Aside:
             self._guard(finder)
 
     def _guard(self, finder: "Any") -> None:
-        """Keep the finder of a path, which may be asked past ``sys.meta_path``, from loading a module held here."""
+        """Keep a path's finder, which callers may use without ``sys.meta_path``, from loading a module held here."""
         original = finder.find_spec
 
         def find_spec(name: str, *rest: object) -> "ModuleSpec | None":
@@ -322,7 +324,7 @@ class Aside:
             if other in self._later:
                 holder, child = self._later.pop(other)
                 setattr(holder, child, module)
-            if other != name:  # that of ``name`` tells other threads to wait
+            if other != name:  # the spec of ``name`` makes other threads wait
                 _set_spec(module, None)
             self._given[other] = self._held[other]
             sys.modules.setdefault(other, module)
@@ -336,8 +338,8 @@ class Aside:
                 finder.given()
 
     def _in_front(self) -> "list[Any]":
-        """Finders that the import system asks before this one. They are not asked for modules that come with another
-        module; a method ``given`` of such a finder is called then.
+        """Finders that the import system asks before this one. The import system does not ask them for modules that
+        come with another module; then a method ``given`` of such a finder is called.
         """
         return sys.meta_path[: sys.meta_path.index(self)] if self in sys.meta_path else []
 
@@ -364,7 +366,7 @@ class Aside:
         return needed
 
     def _by_script(self) -> Changes:
-        """The changes that the script has made to its variables by now."""
+        """The changes that the script has made to its variables so far."""
         by_script = changes(self._environ, dict(os.environ))
         for name, value in changes(self._native, getenv_all()).items():
             if os.environ.get(name) != value:
@@ -395,7 +397,7 @@ class Aside:
 
 
 def _set_spec(module: "ModuleType", spec: "ModuleSpec | None") -> None:
-    """Set ``__spec__`` of a module that has this attribute, even if the module lets nobody set its attributes."""
+    """Set ``__spec__`` of a module that has this attribute, even if the module refuses changes of its attributes."""
     names = getattr(module, "__dict__", None)
     if type(names) is dict and "__spec__" in names:
         names["__spec__"] = spec

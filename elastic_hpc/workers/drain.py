@@ -1,4 +1,4 @@
-"""The signal that tells workers to save and stop if they do not call ``drain_requested``: ``--drain-signal``."""
+"""The signal that makes workers save and stop if they do not call ``drain_requested``: ``--drain-signal``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class DrainSignals:
     """The signals to the workers of one node, round after round. ``workers``: pidfds of the living workers, by pid."""
 
     def __init__(self, wanted: DrainSignal | None, *, slurm: bool) -> None:
-        """``wanted``: None for SIGTERM to each worker that handles it. SIGTERM would kill a worker without a handler,
-        which trains on for as long as there is time. ``slurm``: this is a node of a Slurm job.
+        """``wanted``: None for SIGTERM to each worker that handles it. SIGTERM would kill a worker without a handler;
+        such a worker continues to train for as long as there is time. ``slurm``: this is a node of a Slurm job.
         """
         self._wanted = wanted
         self._number = wanted.number if wanted else signal.SIGTERM
@@ -32,12 +32,12 @@ class DrainSignals:
 
     @property
     def sent(self) -> bool:
-        """Whether a worker of the round has got the signal."""
+        """Whether a worker of the round has received the signal."""
         return bool(self._signalled)
 
     def tell(self, workers: Mapping[int, int], got: int = 0) -> None:
-        """Send the signal to the workers that have not got it. ``got``: the signal that this agent has got, 0 for none.
-        If Slurm has sent that signal, the workers have got it too.
+        """Send the signal to the workers that have not received it. ``got``: the signal that this agent has received, 0
+        for none. If Slurm has sent that signal, the workers have received it too.
         """
         for pid in workers.keys() - self._signalled:
             if self._takes(pid):

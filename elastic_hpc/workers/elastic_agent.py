@@ -1,4 +1,4 @@
-"""torch's ``LocalElasticAgent``, but it waits for events. Only this module depends on the internals of that class.
+"""torch's ``LocalElasticAgent``, but waiting for events. Only this module depends on the internals of that class.
 
 The methods overridden here are those that torch's documentation names as extension points; their signatures change
 between releases, hence ``*args, **kwargs``. ``tests/unit/test_torch_contract.py`` fails when torch changes.
@@ -63,7 +63,7 @@ _LEAVE_TIMEOUT = 8.0
 """The same when the job has ended: less than the leader waits for the agents to leave (``LEAVE_TIMEOUT``)."""
 
 _VERDICT_TIME = 2.0
-"""Seconds after the workers' time to save within which an agent that got SIGTERM hears the leader's verdict."""
+"""Seconds, after the workers' time to save, within which an agent that got SIGTERM gets the leader's verdict."""
 
 _STACKS_TIMEOUT = 8.0
 """Seconds that recording the stacks of hung workers may take."""
@@ -105,32 +105,33 @@ class ElasticAgent(LocalElasticAgent):
         self._pidfds: dict[int, int] = {}
         """The pidfd of every worker of the round, by pid."""
         self._ended: set[int] = set()
-        """The pidfds of the workers whose end has woken this agent."""
+        """The pidfds of the workers whose exit has woken this agent."""
         self._started_at = 0.0
         self._oom = OomWatch()
         self._kernel: KernelLog | None = None
         self._drain_passed_on = False
-        """The workers of the round that listen have been told to save and stop."""
+        """The listening workers of the round have been asked to save and stop."""
         self._pauses = False
-        """They have been told to pause instead, for a new world."""
+        """They have been asked to pause instead, for a new world."""
         self._departure = 0
-        """What they have been told of when this node will be taken away: see ``training.departures``; 0 for never."""
+        """The time, as sent to them, at which this node will be taken away: see ``training.departures``; 0 for never.
+        """
         self._received: tuple[SignalException, float] | None = None
         """The signal that this agent got while workers ran, and when."""
         self._given_up = False
         """Whether processes of this node could not be killed."""
         self._closing: threading.Thread | None = None
-        """Reaps the workers of the round before."""
+        """Reaps the workers of the previous round."""
 
     # signals to this agent
 
     def handle_signals(self) -> None:
-        """To be called in the main thread, whenever workers were started: torch sets handlers of its own then."""
+        """Call this in the main thread whenever workers were started: torch then sets handlers of its own."""
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(name, self._on_signal)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        """Slurm ends the job, or somebody ends this agent."""
+        """Slurm ends the job, or someone ends this agent."""
         number = signal.Signals(signum)
         leaving = SignalException(f"got {number.name}", number)
         if not self._pidfds:
@@ -162,7 +163,7 @@ class ElasticAgent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup, *_args: Any, **_kwargs: Any) -> RunResult:
         """Sleep until a worker exits or the leader has news. Only the leader judges a failure: this agent reports it,
-        and tells torch to restart, which waits for the next round.
+        and makes torch restart, which waits for the next round.
         """
         self._wait_for_news()
         if self._control.must_stop(self._handler.round):
@@ -193,9 +194,9 @@ class ElasticAgent(LocalElasticAgent):
         return self._stop_for_next_round()
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Kill the workers at once, as those of a broken round are stuck in a collective. Live workers pause instead,
-        for the next round. Only after a signal to this agent, which Slurm sends to the workers too, they have time to
-        end.
+        """Kill the workers at once, as the workers of a broken round are stuck in a collective. Live workers pause
+        instead, for the next round. Only after a signal to this agent, which Slurm sends to the workers too, do they
+        get time to end.
         """
         leaving, began = sys.exc_info()[1], time.monotonic()
         if leaving:
@@ -204,7 +205,7 @@ class ElasticAgent(LocalElasticAgent):
             self._keep_workers()
         if isinstance(leaving, SignalException):
             grace = int(min(TERM_GRACE, self._policy.grace))
-            asking = threading.Thread(  # torch waits for killed workers without end
+            asking = threading.Thread(  # torch waits for killed workers without a limit
                 target=super()._shutdown, args=args, kwargs={**kwargs, "timeout": grace}, daemon=True
             )
             asking.start()
@@ -217,7 +218,7 @@ class ElasticAgent(LocalElasticAgent):
             self._kernel.close()
         context, self._pcontext = self._pcontext, None
         super()._shutdown(*args, **kwargs)
-        if context:  # reaps; the next round does not wait for that
+        if context:  # reaps the workers; the next round does not wait for that
             self._closing = threading.Thread(target=context.close, name="close", daemon=True)
             self._closing.start()
         if leaving and self._closing:
@@ -231,7 +232,7 @@ class ElasticAgent(LocalElasticAgent):
     # while workers run
 
     def _look_after(self, worker_group: WorkerGroup) -> None:
-        """Pass on a drain, report how far the workers are, and notice when they stand still."""
+        """Pass on a drain, report how far the workers are, and notice when they hang."""
         living = {w.id: self._pidfds[w.id] for w in worker_group.workers if self._exit_code(w) is None}
         self._announce_departure()
         if self._is_draining and not self._drain_passed_on and not self._is_between_loops(living.keys()):
@@ -240,7 +241,7 @@ class ElasticAgent(LocalElasticAgent):
             if not self._pauses:
                 Path(os.environ[LOCAL_DIR], DRAIN_FILE).touch()
         if self._pauses:
-            self._lives.pause(now=False)  # again, as a worker may have begun its next loop meanwhile
+            self._lives.pause(now=False)  # repeated, as a worker may have begun its next loop meanwhile
         self._report_progress()
         listens = self._watch.progress.listens or self._pauses
         if self._drain_passed_on and not listens:
@@ -256,8 +257,8 @@ class ElasticAgent(LocalElasticAgent):
             self._report_trouble(trouble)
 
     def _is_between_loops(self, living: Collection[int]) -> bool:
-        """Whether live workers are to pause, and have left a loop of ``live``: they can pause in their next loop. If
-        none begins in half of the grace, they are to save and stop.
+        """Whether live workers must pause, and have left a loop of ``live``: they can pause in their next loop. If no
+        loop begins within half of the grace, they must save and stop.
         """
         if self._received or not (self._is_for_new_world and self._lives.were_live):
             return False
@@ -268,7 +269,7 @@ class ElasticAgent(LocalElasticAgent):
         return time.monotonic() - self._drain_came_at < self._policy.grace / 2
 
     def _announce_departure(self) -> None:
-        """Tell the workers whether this node is about to fail, or to be taken away."""
+        """Announce to the workers whether this node is about to fail, or to be taken away."""
         order = self._control.order
         parting = order and next((each for each in order.wishes.partings if each.name == self._node), None)
         departure = int(parting.by or UNKNOWN) if parting else 0
@@ -290,7 +291,7 @@ class ElasticAgent(LocalElasticAgent):
         self._control.report_start(kept=lives.kept, not_kept=lives.not_kept, **starts)
 
     def _report_trouble(self, trouble: Trouble) -> None:
-        """The workers stand still: have the leader end the round."""
+        """The workers hang or are stopped: have the leader end the round."""
         workers = self._worker_group.workers
         worker = next((worker for worker in workers if worker.id == trouble.pid), workers[0])
         if trouble.kind == "hang":
@@ -318,13 +319,13 @@ class ElasticAgent(LocalElasticAgent):
 
     @property
     def _is_draining(self) -> bool:
-        """Whether the workers of this round shall save and stop."""
+        """Whether the workers of this round must save and stop."""
         order = self._control.order
         return order is not None and order.drain and order.round == self._handler.round
 
     @property
     def _is_for_new_world(self) -> bool:
-        """Whether the workers of this round shall continue in another world."""
+        """Whether the workers of this round must continue in another world."""
         order = self._control.order
         return order is not None and order.new_world
 
@@ -340,7 +341,7 @@ class ElasticAgent(LocalElasticAgent):
         poll = select.poll()
         poll.register(self._control.wake_fd, select.POLLIN)
         pidfds = set(self._pidfds.values())
-        for pidfd in pidfds - self._ended:  # also of one that has ended since it was last looked at
+        for pidfd in pidfds - self._ended:  # including a worker that has ended since the last look
             poll.register(pidfd, select.POLLIN)
         for connection in self._lives.fds():
             poll.register(connection, select.POLLIN)
@@ -356,7 +357,7 @@ class ElasticAgent(LocalElasticAgent):
         return exit_code(self._pidfds[worker.id])
 
     def _broken(self) -> Failure | None:
-        """What a live worker that stands still or cannot continue has met: usually the echo of another rank's death."""
+        """The failure of a live worker that is blocked or cannot continue: usually the echo of another rank's death."""
         if (found := self._lives.broken()) is None:
             return None
         worker = next(worker for worker in self._worker_group.workers if worker.id == found[0])
@@ -368,7 +369,7 @@ class ElasticAgent(LocalElasticAgent):
     # the end of a round
 
     def _keep_workers(self) -> None:
-        """Have the live workers pause, and keep those that do. Raises JobEnded if the job ends meanwhile."""
+        """Have the live workers pause, and keep the workers that do. Raises JobEnded if the job ends meanwhile."""
         if self._pcontext is None or self._given_up:
             return
         self._lives.look()
@@ -382,8 +383,8 @@ class ElasticAgent(LocalElasticAgent):
 
     def _kill_workers(self, *, leaving: bool = False, spent: float = 0.0) -> None:
         """Kill the workers that are not kept, and all processes that they have started, within a time limit, of which
-        ``spent`` seconds are over. When some are left then, this node is given up: the agent never has workers again,
-        and waits for the end of the job unless it is ``leaving`` anyway.
+        ``spent`` seconds have passed. If processes are left after that, the agent gives this node up: it never has
+        workers again, and waits for the end of the job unless it is ``leaving`` anyway.
         """
         if not self._pidfds or self._given_up:
             return

@@ -1,4 +1,4 @@
-"""Why a worker failed: from its exit code, its stderr, and the error file that torch has it write."""
+"""Why a worker failed: from its exit code, its stderr, and the error file that torch makes it write."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from elastic_hpc.membership.tracebacks import READ
 def first_failure(
     failed: Mapping[Worker, int], node: str, context: PContext, *, oom: bool, kernel: Sequence[str] = ()
 ) -> Failure:
-    """The first failure that is no echo of another: that with the oldest error file, else that of the lowest rank.
+    """The first failure that is no echo of another: the failure with the oldest error file, else that of the lowest
+    rank.
 
     ``failed``: exit codes of workers of ``node``. ``oom``: the kernel has killed a process there for lack of memory.
-    ``kernel``: what it has logged there in the meantime.
+    ``kernel``: what the kernel has logged there in the meantime.
     """
     failures = [_failure(worker, code, node, context, oom=oom, kernel=kernel) for worker, code in failed.items()]
     return min(failures, key=lambda failure: (failure.collateral, failure.time))

@@ -1,6 +1,6 @@
 """The working directory of this process, which all processes that it starts inherit: workers, standbys, Slurm's
-commands. A file server that was replaced, or a user who makes the directory anew, leaves a process in a directory in
-which nothing can be opened (ESTALE), or that has no path (ENOENT), until the process enters it by its path again.
+commands. When a file server is replaced, or a user recreates the directory, the process is left in a directory in which
+nothing can be opened (ESTALE), or that has no path (ENOENT), until the process enters the directory by its path again.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _remembered = ""
 
 
 def remember() -> None:
-    """The path of the working directory, for ``renew``; to be called when this process begins."""
+    """Store the path of the working directory for ``renew``. Call this when the process begins."""
     global _remembered  # noqa: PLW0603 - the working directory belongs to the process, too
     with contextlib.suppress(OSError):
         _remembered = os.getcwd()
 
 
 def renew() -> None:
-    """If the working directory is of no use any more, enter that of the same path. If the file server does not answer
-    in ``_TIMEOUT``, this is done when it answers.
+    """If the working directory is no longer usable, enter the directory with the same path. If the file server does not
+    answer within ``_TIMEOUT``, this happens when it answers.
     """
     if _remembered:
         thread = threading.Thread(target=_renew, name="folder", daemon=True)

@@ -1,11 +1,11 @@
 """Kills what an agent leaves behind, and removes its FOLDER. Run by path, without torch, stdin from the agent:
 ``python -I -S guard.py TOKEN [SILENCE [FOLDER [PATIENCE]]]``. So this module imports nothing of the package, which is
-not on the path then. An agent that ends a round kills its workers with ``kill_sessions``, and what they have started
+then not on the path. An agent that ends a round kills its workers with ``kill_sessions``, and their child processes
 with ``kill_all``, by the same mark.
 
 When the agent is gone, however it died, its end of the pipe closes. The guard then kills every process that inherited
-the agent's token in its environment: workers, in sessions of their own, and what they started. It spares other Slurm
-jobs that the workers submitted, which have inherited the token too and may share the node.
+the agent's token in its environment: workers, in sessions of their own, and their child processes. It spares other
+Slurm jobs that the workers submitted, which have inherited the token too and may share the node.
 
 An agent that is frozen closes nothing. With ``SILENCE``, in seconds, the agent calls ``beat`` with every heartbeat, and
 counts as frozen after that long without a beat: the guard kills the same processes, repeatedly, until the next
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def beat(pipe: int) -> None:
-    """Tell the guard at the other end of ``pipe`` that this process is alive. Never waits, never raises."""
+    """Show the guard at the other end of ``pipe`` that this process is alive. Never waits, never raises."""
     with contextlib.suppress(OSError):  # full: the guard is behind; broken: it was killed
         os.set_blocking(pipe, False)
         os.write(pipe, b".")
@@ -47,7 +47,7 @@ def marked(token: bytes) -> list[int]:
 
 
 def _job_of(environ: bytes) -> bytes | None:
-    """The Slurm job of a process: its own id, also where it is a task of an array."""
+    """The Slurm job of a process: its own id, even for a task of an array."""
     _, name, rest = environ.partition(b"\0SLURM_JOB_ID=")
     return rest.partition(b"\0")[0] if name else None
 

@@ -1,4 +1,4 @@
-"""Has torch's agent take kept workers and standbys where it would start new processes.
+"""Makes torch's agent use kept workers and standbys where it would start new processes.
 
 ``get_subprocess_handler`` is private to torch. In a release that has moved it, all workers start as torch starts them.
 """
@@ -19,7 +19,7 @@ from elastic_hpc.workers.standbys import Standbys
 
 
 class StandbyHandler(SubprocessHandler):
-    """Takes the worker that was kept, or a standby, or starts a process as torch's class does if there is neither."""
+    """Takes the kept worker or a standby; without either, starts a process like torch's class."""
 
     def __init__(self, lives: Lives, standbys: Standbys, **kwargs: Any) -> None:
         self._lives, self._standbys, self._local_rank = lives, standbys, int(kwargs["local_rank_id"])
@@ -28,7 +28,7 @@ class StandbyHandler(SubprocessHandler):
     @classmethod
     @contextlib.contextmanager
     def used(cls, lives: Lives, standbys: Standbys) -> Iterator[None]:
-        """Within the block, torch's agent starts workers by this class."""
+        """Within the block, torch's agent starts workers with this class."""
         before = multiprocessing.get_subprocess_handler
         multiprocessing.get_subprocess_handler = functools.partial(cls, lives, standbys)
         try:

@@ -1,4 +1,4 @@
-"""What the kernel of this node logs while workers run, as far as this user may read that."""
+"""What the kernel of this node logs while workers run, as far as this user may read the log."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 _DEVICE = Path("/dev/kmsg")
 _MOST = 2000
-"""Entries that are read at most: those after them are read by nobody."""
+"""At most this many entries are read; later entries are never read."""
 _LONGEST = 8192
-"""Bytes; the kernel hands out no longer entry."""
+"""Bytes; the kernel returns no longer entry."""
 
 
 class KernelLog:
-    """The entries since this was made. Where the kernel's log is closed to users (``kernel.dmesg_restrict``) or hidden
-    by a container there are none.
+    """The entries since this object was made; none where the kernel's log is closed to users
+    (``kernel.dmesg_restrict``) or hidden by a container.
     """
 
     def __init__(self, device: Path = _DEVICE) -> None:

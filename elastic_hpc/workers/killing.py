@@ -1,4 +1,4 @@
-"""Kills the workers of a round, and says what could not be killed."""
+"""Kills the workers of a round, and reports what could not be killed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from elastic_hpc.workers import guard, proc
 
 def kill_workers(pidfds: Mapping[int, int], mark: bytes, spared: Collection[int], limit: float) -> list[int]:
     """Send SIGKILL to the workers of ``pidfds`` and to all processes that they have started, and wait until all are
-    dead, at most ``limit`` seconds: a process that waits for a GPU or a file system dies only when that answers.
+    dead, at most ``limit`` seconds: a process that waits for a GPU or a file system dies only when the device or server
+    answers.
 
     ``pidfds``: by pid; each worker leads a session. ``mark``: the entry that the workers have in their environment.
-    ``spared``: sessions of other processes with that entry. Returns the pids of those that are left.
+    ``spared``: sessions of other processes with that entry. Returns the pids of the processes that are left.
     """
     deadline = time.monotonic() + limit
     guard.kill_sessions(pidfds)
@@ -28,6 +29,6 @@ def kill_workers(pidfds: Mapping[int, int], mark: bytes, spared: Collection[int]
 
 
 def could_not_kill(left: Sequence[int], limit: float) -> str:
-    """What to report of the processes ``left`` after ``limit`` seconds."""
+    """What to report about the processes ``left`` after ``limit`` seconds."""
     shown, more = ", ".join(map(proc.shown, left[:5])), f" and {len(left) - 5} more" if len(left) > 5 else ""
     return f"could not be killed within {limit:.3g} s: {shown}{more}"

@@ -1,4 +1,4 @@
-"""One live worker of a node, as its agent sees it: what it was asked, what it has answered, why it cannot be kept."""
+"""One live worker of a node, as its agent sees it: requests to the worker, its answers, why it cannot be kept."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from elastic_hpc.workers.proc import exit_code, is_stopped
 from elastic_hpc.workers.standbys import send_go
 
 _ANSWER = 3.0
-"""Seconds in which a worker must answer that it pauses. It does so on a thread of its own, even within a step."""
+"""Seconds within which a worker must answer that it pauses. A thread of its own answers, even within a step."""
 
 _LONGEST = 30.0
 """Seconds within which a worker must have paused, however long its steps are: the leader waits for the node."""
 
 _ECHO = 0.5
-"""Seconds in which the cause of a broken collective may be learned otherwise: a worker that died, a node that was lost,
+"""Seconds in which the cause of a broken collective may come from elsewhere: a worker that died, a node that was lost,
 or ranks that have paused for a new world.
 """
 
 ENDED = "it has ended"
-"""Why a worker that is dead cannot be kept."""
+"""Why a dead worker cannot be kept."""
 
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
-"""What a message raises that is none of this connection."""
+"""The exceptions that a message raises which does not belong to this protocol."""
 
 
 class LiveWorker:
@@ -47,7 +47,7 @@ class LiveWorker:
         """When the worker must have paused, or answered, once it was asked to; on the monotonic clock."""
         self.paused = False
         self.broken = ""
-        """Why the worker stands still although it was not asked to; empty if it does not."""
+        """Why the worker is blocked although it was not asked to pause; empty if it is not."""
         self.broken_at = 0.0
         self.hopeless = ""
         """Why the worker cannot continue in place."""
@@ -56,7 +56,7 @@ class LiveWorker:
         return self._connection.fileno()
 
     def pause(self, *, now: bool) -> None:
-        """Ask the worker to pause; not ``now``: at the end of its step. Raises OSError."""
+        """Ask the worker to pause, ``now`` or at the end of its step. Raises OSError."""
         if self.paused or self._asked == "now" or (self._asked and not now):
             return
         self._asked, self._asked_at = "now" if now else "then", time.monotonic()
@@ -67,7 +67,7 @@ class LiveWorker:
         """Let the worker continue in the world that ``environ`` describes. Raises OSError."""
         of_round = {
             name: value for name, value in environ.items() if name in OF_A_ROUND
-        }  # its script may have set others
+        }  # its script may have set other variables
         send_go(self._connection, json.dumps({"do": "go"}).encode(), of_round, outputs)
         self.on_go()
 
@@ -86,7 +86,7 @@ class LiveWorker:
         match message.get("is"):
             case "pausing" if self._asked:
                 self.due = self._asked_at + min(float(message["seconds"]), _LONGEST)
-            case "paused" if self._asked:  # else it answers what was asked in the round before
+            case "paused" if self._asked:  # else this answers a request of the previous round
                 self.paused = True
             case "ready":
                 self.paused = True
@@ -97,16 +97,16 @@ class LiveWorker:
 
     @property
     def tells_at(self) -> float:
-        """When the agent has to act upon a broken collective, on the monotonic clock."""
+        """When the agent must act on a broken collective, on the monotonic clock."""
         return self.broken_at + _ECHO if self.broken and not self._asked else float("inf")
 
     @property
     def is_pausing(self) -> bool:
-        """Whether the worker was asked to pause and may still do so."""
+        """Whether the worker was asked to pause and may still pause."""
         return bool(self._asked) and not self.obstacle() and not self.paused
 
     def obstacle(self) -> str:
-        """Why the worker cannot be kept; empty if it has paused, or may still do so."""
+        """Why the worker cannot be kept; empty if it has paused, or may still pause."""
         if exit_code(self.pidfd) is not None:
             return ENDED
         if self.hopeless:
@@ -127,12 +127,12 @@ class KeptWorker:
     """A worker that has paused and waits for the next round."""
 
     def __init__(self, process: subprocess.Popen[bytes], live: LiveWorker, written: Sequence[int] = ()) -> None:
-        """``written``: descriptors of what the worker has written to stdout and stderr before its first round."""
+        """``written``: descriptors of the output that the worker wrote to stdout and stderr before its first round."""
         self.process, self.live, self._written = process, live, written
         live.is_new = bool(written)
 
     def go(self, environ: Mapping[str, str], outputs: Sequence[int]) -> None:
-        """See ``LiveWorker.go``. What the worker has written before comes first."""
+        """See ``LiveWorker.go``. The output that the worker has already written comes first."""
         for source, output in zip(self._written, outputs, strict=False):
             os.write(output, os.pread(source, os.fstat(source).st_size, 0))
         self._close_written()
@@ -154,6 +154,6 @@ class KeptWorker:
             goes_on = self.live.read()
         except (OSError, *MALFORMED) as error:
             return str(error)
-        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # not reaped: it has its pid
+        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # not reaped: keeps its pid
             return "it ended while it waited"
         return self.live.hopeless or ("" if goes_on else "it has closed the connection")

@@ -23,10 +23,10 @@ from elastic_hpc.workers.live_worker import ENDED, MALFORMED, KeptWorker, LiveWo
 log = logging.getLogger(__name__)
 
 _KILL_TIMEOUT = 2.0
-"""Seconds to wait for the death of workers that were kept in vain."""
+"""Seconds to wait for the death of kept workers that are not needed."""
 
 _MOST = 300
-"""Characters for the record of why a worker was not kept."""
+"""Most characters, in the record, of the reason why a worker was not kept."""
 
 _PEER = struct.Struct("3i")  # pid, uid, gid
 
@@ -35,24 +35,24 @@ class Lives:
     """The live workers of one node, round after round. Only ``discard`` waits."""
 
     def __init__(self, path: str) -> None:
-        """``path``: where workers connect; the folder is closed to other users. Without it, or if it cannot be made, no
-        worker is kept.
+        """``path``: of the socket to which workers connect; the folder is closed to other users. Without this path, or
+        if the socket cannot be made, no worker is kept.
         """
         self._listener: socket.socket | None = None
         self._workers: dict[int, int] = {}
-        """The pidfds of those that may connect, by pid."""
+        """The pidfds of the processes that may connect, by pid."""
         self._lives: dict[int, LiveWorker] = {}
         """The connected workers of the round, by pid."""
         self._kept: dict[int, KeptWorker] = {}
-        """By local rank, between two rounds."""
+        """The kept workers by local rank, between two rounds."""
         self._taken: list[LiveWorker] = []
-        """Those that continue, while a round begins."""
+        """The workers that continue, while a round begins."""
         self.kept = self.ahead = 0
-        """Number of workers of the round that kept their process from the round before, or were started ahead."""
+        """Number of workers of the round that kept their process from the previous round, or were started ahead."""
         self.not_kept = ""
-        """Why a worker of the round before could not be kept although it lived; empty if all were."""
+        """Why a living worker of the previous round could not be kept; empty if all were kept."""
         self._not_kept = ""
-        """The same, of the round that ends."""
+        """The same for the round that ends."""
         self.were_live = False
         """Whether a worker of the round, or of the last one, has connected."""
         if path:
@@ -70,7 +70,7 @@ class Lives:
             self._listener = listener
 
     def fds(self) -> Iterator[int]:
-        """What becomes readable when there is something to ``look`` at."""
+        """The descriptors that become readable when there is something to ``look`` at."""
         if self._listener:
             yield self._listener.fileno()
         yield from (live.fileno() for live in self._lives.values())
@@ -90,11 +90,11 @@ class Lives:
         self.not_kept, self._not_kept = self._not_kept, ""
 
     def look(self) -> None:
-        """Take in new connections, and what workers have sent."""
+        """Accept new connections, and read what workers have sent."""
         while self._listener:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # as a rule: none is waiting
+            except OSError:  # usually because no connection is waiting
                 break
             pid, *_ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
             if pid in self._workers:
@@ -120,14 +120,14 @@ class Lives:
         return [local_rank for local_rank in range(count) if local_rank not in self._kept]
 
     def expect(self, pid: int, pidfd: int | None) -> None:
-        """The worker ``pid`` was started ahead of its first round, and may connect; with None it is to be killed."""
+        """The worker ``pid`` was started ahead of its first round, and may connect; with None it will be killed."""
         self._leave(pid)
         self._workers.pop(pid, None)
         if pidfd is not None:
             self._workers[pid] = pidfd
 
     def keep_ready(self, local_rank: int, process: subprocess.Popen[bytes], written: Sequence[int]) -> bool:
-        """Keep ``process`` for its first round if it is ready for it. Returns whether it is."""
+        """Keep ``process`` for its first round if it is ready. Returns whether it is ready."""
         live = self._lives.get(process.pid)
         if live is None or not live.paused:
             return False
@@ -151,7 +151,7 @@ class Lives:
         return frozenset(pid for pid, live in self._lives.items() if live.paused)
 
     def broken(self) -> tuple[int, str] | None:
-        """A worker that stands still or gives up, for which nobody has asked, and why: pid and text."""
+        """A worker that is blocked or gives up without a request, and why: pid and text."""
         now = time.monotonic()
         for pid, live in self._lives.items():
             if live.hopeless:
@@ -161,7 +161,7 @@ class Lives:
         return None
 
     def pause(self, *, now: bool) -> None:
-        """Ask all workers to pause: ``now`` as their round is over, else at the end of their step."""
+        """Ask all workers to pause: ``now``, as their round is over, or at the end of their step."""
         for pid, live in list(self._lives.items()):
             try:
                 live.pause(now=now)
@@ -170,7 +170,7 @@ class Lives:
 
     @property
     def are_pausing(self) -> bool:
-        """Whether a worker was asked to pause and may still do so."""
+        """Whether a worker was asked to pause and may still pause."""
         return any(live.is_pausing for live in self._lives.values())
 
     @property
@@ -182,8 +182,8 @@ class Lives:
     # between two rounds
 
     def keep(self, handlers: MutableMapping[int, Any], folder: str) -> None:
-        """Keep the workers that have paused. They are removed from ``handlers``, torch's by local rank, which hold the
-        processes that are to be killed. ``folder``: where workers meet their agent.
+        """Keep the workers that have paused. Removes them from ``handlers``, torch's handlers by local rank, whose
+        processes will be killed. ``folder``: where workers meet their agent.
         """
         for local_rank, handler in list(handlers.items()):
             if (live := self._lives.get(handler.proc.pid)) is None:
@@ -193,7 +193,7 @@ class Lives:
             why = live.obstacle()
             if live.paused and not why:
                 self._kept[local_rank] = KeptWorker(handlers.pop(local_rank).proc, self._lives.pop(live.pid))
-            else:  # its connection stays until it is dead: without the agent it would end with a message
+            else:  # its connection stays until it is dead: without an agent it would end with a message
                 why = why or "there was no time for it to pause"
                 log.info("the worker of local rank %d is not kept for the next round: %s", local_rank, why)
                 self._not_kept = self._not_kept or ("" if why == ENDED else why[:_MOST])

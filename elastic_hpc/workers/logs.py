@@ -23,8 +23,8 @@ class NodeLogs(LogsSpecs):
     """
 
     def __init__(self, root: Path, run: int, node: str, tee: str | None = None, local_ranks: str | None = None) -> None:
-        """``tee``: the ranks whose output the agent shows too (--tee). ``local_ranks``: of these, the agent shows only
-        these local ranks of each node (--local-ranks-filter).
+        """``tee``: the ranks whose output the agent also shows (--tee). ``local_ranks``: of these ranks, the agent
+        shows only these local ranks of each node (--local-ranks-filter).
         """
         super().__init__(log_dir=str(root))
         self._root, self._run, self._node = root, run, node
@@ -80,7 +80,7 @@ class NodeLogs(LogsSpecs):
 
 
 def shown_ranks(tee: str | None, local_ranks: str | None) -> Container[int]:
-    """The ranks that --tee ``tee`` names. What torchrun's --tee takes, such as ``3`` and ``0:3``, means all."""
+    """The ranks that --tee ``tee`` names. Values of torchrun's --tee, such as ``3`` and ``0:3``, mean all ranks."""
     every = range(sys.maxsize)
     if tee is None:
         return every if local_ranks else {0}

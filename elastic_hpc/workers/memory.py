@@ -10,7 +10,7 @@ _LIMIT_AND_USE = {
     "memory.events": ("memory.max", "memory.current"),
     "memory.oom_control": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
-"""The files with limit and use of a cgroup, by the file with the killer's counter: version 2, version 1."""
+"""The files with a cgroup's limit and usage, by the file with the killer's counter: version 2, version 1."""
 
 
 class OomWatch:
@@ -27,13 +27,13 @@ class OomWatch:
 
 
 def available() -> float:
-    """MiB that processes of this cgroup may still take; without a limit, MiB that the machine has."""
+    """MiB that processes of this cgroup may still use; without a limit, MiB free on the machine."""
     free = (_number(Path("/proc/meminfo"), "MemAvailable:") or 0) * 1024
     with contextlib.suppress(OSError, ValueError):
         for folder, counters in _cgroups():
             limit, used = _LIMIT_AND_USE[counters]
             for group in (folder, *folder.parents):
-                with contextlib.suppress(OSError, ValueError):  # no such group; or no limit, which reads "max"
+                with contextlib.suppress(OSError, ValueError):  # no such group; or no limit, written as "max"
                     left = int((group / limit).read_text()) - int((group / used).read_text())
                     free = min(free, left + (_number(group / "memory.stat", "inactive_file") or 0))
     return free / 1024**2
@@ -70,7 +70,7 @@ def _cgroups() -> list[tuple[Path, str]]:
             continue
         top = Path(mountpoint)
         folder = top / os.path.relpath(path, root) if os.path.commonpath((path, root)) == root else top
-        while folder != top and not (folder / name).exists():  # a cgroup without the controller is its parent's
+        while folder != top and not (folder / name).exists():  # a cgroup without the controller belongs to its parent
             folder = folder.parent
         found.append((folder, name))
     return found

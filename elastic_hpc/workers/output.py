@@ -26,7 +26,7 @@ _KEPT = 2 * READ
 """Bytes at the end of each stream that stay in memory: a traceback is searched there."""
 
 _PART_AFTER, _PART = 1.0, 64 * 1024
-"""A line without an end after that many seconds, or with more bytes, is passed on in parts."""
+"""A line without an end after this many seconds, or with more bytes, is passed on in parts."""
 
 _LIMIT = 64 << 20
 """Maximum number of bytes that wait for a destination."""
@@ -111,7 +111,7 @@ class Destination:
 
 
 class LogFile(Destination):
-    """A log file of this node in the run directory, made when there is something to write: that of a round."""
+    """This node's log file of a round, in the run directory; made when there is something to write."""
 
     _interval = _FILE_INTERVAL
 
@@ -119,7 +119,7 @@ class LogFile(Destination):
         super().__init__("log file")
         self._path: Path | None = None
         self._end = 0
-        """The size of that file without what a failed write left there."""
+        """The size of the file without the rest of a failed write."""
         self._failed = self._complained = False
 
     def _note(self, lost: int, following: bytes) -> bytes:
@@ -144,8 +144,8 @@ class LogFile(Destination):
                 return
 
     def _append(self, path: Path, data: bytes) -> None:
-        """The file is closed each time: only then does NFS send the data, so that readers on other nodes see them, and
-        tell whether the server has taken them.
+        """Closes the file each time: only then does NFS send the data, so that readers on other nodes see them, and
+        report whether the server has accepted them.
         """
         if path != self._path:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -263,7 +263,7 @@ class Output:
         return {local: source.path for (local, kind), source in self._sources.items() if kind == stream}
 
     def finish(self) -> None:
-        """The workers have ended, and ``paths`` are not used any more. The thread passes on the rest, then ends."""
+        """The workers have ended, and ``paths`` are no longer used. The thread passes on the rest, then ends."""
         self._ending.set()
 
     def join(self, timeout: float) -> None:

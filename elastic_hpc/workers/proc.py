@@ -1,7 +1,7 @@
-"""What the kernel knows of a process: its state, its parent, its variables, how it ended. Reads ``/proc``.
+"""What the kernel knows about a process: its state, its parent, its variables, how it ended. Reads ``/proc``.
 
 A process that is gone has no parent and no variables, is not stopped, and handles no signal. ``guard``, ``standby`` and
-``aside`` run outside of the package and import nothing of it, so they read the few files that they need themselves.
+``aside`` run outside the package and import nothing from it, so they read the few files that they need themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 _FUSE = "request_wait_answer"
-"""The function of the kernel in which a thread waits for the program that has the file system."""
+"""The function of the kernel in which a thread waits for the program behind the file system."""
 
 
 def exit_code(pidfd: int) -> int | None:
@@ -42,7 +42,7 @@ def shown(pid: int) -> str:
 
 
 def is_busy(pid: int) -> bool:
-    """Whether the process is running, as a killed process does while it frees its memory."""
+    """Whether the process is running, like a killed process while it frees its memory."""
     return _stat(pid)[0] == b"R"
 
 
@@ -51,13 +51,13 @@ def parent(pid: int) -> int:
 
 
 def sessions_of(pids: Collection[int]) -> set[int]:
-    """The sessions of the processes ``pids``, and of all that they have started."""
+    """The sessions of the processes ``pids``, and of all their descendants."""
     parents, sessions = _everybody()
     return {sessions[pid] for pid in _tree(pids, parents) if pid in sessions}
 
 
 def trees_of(pids: Collection[int]) -> list[set[int]]:
-    """Of each of the processes ``pids``: itself, and all that it has started."""
+    """For each of the processes ``pids``: itself, and all its descendants."""
     parents, _ = _everybody()
     return [_tree([pid], parents) for pid in pids]
 
@@ -79,20 +79,20 @@ def _tree(pids: Collection[int], parents: dict[int, int]) -> set[int]:
 
 
 def cpu_ticks(pid: int) -> int:
-    """Time of the CPU that all threads of the process have taken, in clock ticks."""
+    """CPU time of all threads of the process, in clock ticks."""
     stat = _stat(pid)
     return int(stat[11]) + int(stat[12]) if len(stat) > 12 else 0
 
 
 def waits_for_device(pid: int) -> bool:
-    """Whether a thread of the process waits in the kernel and cannot be interrupted, or for a file system in user space
-    (FUSE), where it can.
+    """Whether a thread of the process waits uninterruptibly in the kernel, or, interruptibly, for a file system in user
+    space (FUSE).
     """
     return any(_stat(thread)[0] == b"D" or _waits_in(thread) == _FUSE for thread in _threads(pid))
 
 
 def wants_cpu(pid: int) -> bool:
-    """Whether a thread of the process runs, or would if others left it a CPU."""
+    """Whether a thread of the process runs, or is ready to run but has no CPU."""
     return any(_stat(thread)[0] == b"R" for thread in _threads(pid))
 
 
@@ -103,14 +103,14 @@ def _threads(pid: int) -> list[int]:
 
 
 def _waits_in(thread: int) -> str:
-    """The function of the kernel; ``0`` or nothing if it does not say."""
+    """The function of the kernel; ``0`` or empty if unknown."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{thread}/wchan").read_text()
     return ""
 
 
 def all_pids() -> list[int]:
-    """All processes that this user may know of."""
+    """All processes that this user can see."""
     return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdecimal()]
 
 
@@ -135,8 +135,8 @@ def _words(pid: int, file: str) -> list[str]:
 
 
 def handles(pid: int, number: int) -> bool:
-    """Whether the process has a handler of signal ``number``, or blocks it in its first thread, to wait for it in
-    another.
+    """Whether the process has a handler of signal ``number``, or blocks it in its first thread, to wait for the signal
+    in another thread.
     """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -21,8 +21,8 @@ def is_installed(spec: "ModuleSpec | None") -> bool:
 
 class Seen:
     """A finder of ``sys.meta_path`` that has no module. It notes the names of the modules that the script imports, and
-    those that a function of a package imports when the script calls the function (``DistributedDataParallel`` imports
-    ``torch._dynamo``), not those that installed modules import while they are loaded themselves.
+    names that a function of a package imports when the script calls the function (``DistributedDataParallel`` imports
+    ``torch._dynamo``), but not the names that installed modules import while they are loaded.
     """
 
     def __init__(self, note: "Callable[[str], None]") -> None:

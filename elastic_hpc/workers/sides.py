@@ -1,4 +1,4 @@
-"""What the agent's workers part needs of the rest of the agent: the connection with the leader, and the rendezvous."""
+"""What the agent's workers part needs from the rest of the agent: the connection to the leader, and the rendezvous."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elastic_hpc.training.progress import Progress
 
 
 class LeaderConnection(Protocol):
-    """The agent's connection with the leader (``agent.bridge.Control``). ``must_stop`` raises JobEnded."""
+    """The agent's connection to the leader (``agent.bridge.Control``). ``must_stop`` raises JobEnded."""
 
     wake_fd: int
     """Readable when a new order has come."""
@@ -30,7 +30,7 @@ class Rendezvous(Protocol):
     """The rendezvous handler of the agent (``agent.rendezvous``)."""
 
     restart_wanted: bool
-    """To be set when the workers of the current round may not continue."""
+    """Set this when the workers of the current round must stop."""
 
     @property
     def round(self) -> int: ...

@@ -2,12 +2,12 @@
 ``--preload``, and waits, so that the round does not wait for these imports.
 
 The agent runs this file by its path (``workers.standbys``). The file imports only modules that every interpreter has
-loaded anyway, and two that lie next to it: ``aside`` hides the preloaded modules until the script imports them, and
+loaded anyway, and two modules beside it: ``aside`` hides the preloaded modules until the script imports them, and
 ``seen`` notes what else the script imports.
 
-The script must find no difference from a process that was started for the round. Where there would be a difference,
-because the script or the agent has changed a variable for example, the standby replaces itself by a fresh process
-(exec), under the same pid.
+The script must find no difference from a process that was started for the round. Where there would be a difference, for
+example because the script or the agent has changed a variable, the standby replaces itself by a fresh process (exec),
+under the same pid.
 """
 
 fresh = dict(globals())  # as the interpreter gives it to a script
@@ -50,7 +50,7 @@ class Gently:
         self.wanted = False
 
     def find_spec(self, *_: object) -> None:
-        """The import system asks this finder first for every module. It pauses, and never has the module."""
+        """The import system asks this finder first for every module. The finder pauses, and provides no module."""
         if self.wanted:
             return
         self._agent.settimeout(max(0.0001, 2 * (time.process_time() - self._spent)))
@@ -64,7 +64,7 @@ class Gently:
 
 
 def private_megabytes() -> float:
-    """Memory that this process shares with no other, in MiB."""
+    """Memory that this process shares with no other process, in MiB."""
     try:
         with open("/proc/self/smaps_rollup", "rb") as file:
             return sum(int(line.split()[1]) for line in file if line.startswith(b"Private_")) / 1024
@@ -76,11 +76,12 @@ def private_megabytes() -> float:
 def preload(
     plan: list[tuple[str, aside.Changes, bool]], agent: _socket.socket, *, gently: bool
 ) -> tuple[list[aside.Stage], str, dict[str, str]]:
-    """Import the modules of ``plan``. Returns what was imported; why it cannot be used, empty if it can; and the
-    optional modules that later standbys should not import, each with the reason.
+    """Import the modules of ``plan``. Returns what was imported; why the imports cannot be used, empty if they can; and
+    the optional modules that later standbys should not import, each with the reason.
 
     ``plan``: for each module its name, the changes that the script makes to its variables before it imports the module,
-    and whether the module is optional: left out if this worker is wanted meanwhile, and where its import fails.
+    and whether the module is optional: an optional module is left out if the agent wants this worker meanwhile, and if
+    its import fails.
     """
     unfit: dict[str, str] = {}
     gentle = Gently(agent)
@@ -146,7 +147,7 @@ def is_plain(path: str) -> bool:
 
 
 def obstacle(argv: list[str], started_with: dict[str, str], environ: dict[str, str], outputs: tuple[int, int]) -> str:
-    """Why a fresh process would differ from this one; empty if it would not."""
+    """Why a fresh process would differ from this process; empty if it would not."""
     for name in started_with.keys() | environ.keys():
         if started_with.get(name) != environ.get(name) and name not in aside.OF_A_ROUND:
             return f"{name} has changed"
@@ -158,7 +159,7 @@ def obstacle(argv: list[str], started_with: dict[str, str], environ: dict[str, s
 
 
 class Process:
-    """This process at the moment when its script starts, so that it can begin again as a fresh process."""
+    """This process at the moment when its script starts, so that it can restart as a fresh process."""
 
     def __init__(self, command: list[str], environ: dict[str, str]) -> None:
         self._command, self._environ = command, environ
@@ -180,7 +181,7 @@ class Process:
         return found
 
     def witness(self) -> str:
-        """What would reveal that the script begins again; empty if nothing would."""
+        """What would reveal that the script restarts; empty if nothing would."""
         if os.getpid() != self._pid:
             return "this is a child of the worker"
         if _thread._count() > self._threads:  # noqa: SLF001
@@ -220,7 +221,7 @@ class Process:
 
 
 def become_fresh(command: list[str], environ: dict[str, str]) -> None:
-    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # what Python ignores would stay ignored
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # signals that Python ignores would stay ignored
         _signal.signal(number, _signal.SIG_DFL)
     os.execve(sys.executable, command, environ)  # noqa: S606 - the worker itself
 
@@ -249,8 +250,8 @@ def show(command: list[str], environ: dict[str, str]) -> None:
 
 
 def prepare() -> tuple[str | tuple[bytes, str], dict[str, object], aside.Aside]:
-    """All that comes before the script runs. Returns its source and path, or the name of a module; its namespace; and
-    the modules held for it.
+    """Everything before the script runs. Returns the script's source and path, or the name of a module; its namespace;
+    and the modules held for it.
     """
     agent = _socket.socket(fileno=int(os.environ.pop(SOCKET)))
     started_with = dict(os.environ)

@@ -20,7 +20,7 @@ from elastic_hpc.workers.aside import OF_A_ROUND, Changes
 log = logging.getLogger(__name__)
 
 SHARE = 0.1
-"""The share that standbys may take of the memory that is free while the workers train."""
+"""The share of the memory free during training that standbys may take."""
 
 _ROOM = 2048
 """Bytes for the variables that torch sets for a worker: rank, world size, addresses, files."""
@@ -29,10 +29,12 @@ _KILL_TIMEOUT = 2.0
 """Seconds to wait for the death of a standby, which may hang in a file system while it imports modules."""
 
 _DEATHS = 3
-"""How often standbys may die while they wait, unless one becomes a worker in between; then the node has no more."""
+"""Standbys may die this many times while they wait, unless a standby becomes a worker in between; after that, the node
+has no more standbys.
+"""
 
 _VAIN = 2
-"""For how many rounds in a row standbys may begin again as fresh processes, because of what their script does."""
+"""For this many rounds in a row, standbys may restart as fresh processes because of what their script does."""
 
 Moment = tuple[str, Changes]
 """A module that a script imports, and the changes that the script has made to its variables before."""
@@ -40,12 +42,12 @@ Moment = tuple[str, Changes]
 
 @dataclass(frozen=True)
 class Started:
-    """How many workers of a round were standbys before, as far as is known."""
+    """How many workers of a round were standbys, as far as is known."""
 
     warm: int = 0
     cold: int = 0
     why: str = ""
-    """Why the cold workers were no standbys."""
+    """Why the cold workers were not standbys."""
     standby_mb: float = 0.0
     """Memory of a standby that no other process shares, in MiB; 0 while that is not known."""
 
@@ -63,7 +65,7 @@ def send_go(connection: socket.socket, message: bytes, environ: Mapping[str, str
 
 
 class _Standby:
-    """One standby, and this end of the connection with it."""
+    """One standby, and this end of the connection to it."""
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class _Standby:
         self.local_rank = local_rank
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         out, err = os.memfd_create("stdout"), os.memfd_create("stderr")
-        self._record = open(os.memfd_create("record"), "rb")  # noqa: SIM115 - what the standby writes when it is a worker
+        self._record = open(os.memfd_create("record"), "rb")  # noqa: SIM115 - what the standby writes as a worker
         start = [*python, program.__file__]
         room = sum(len(os.fsencode(word)) + 1 for word in argv) - len(os.fsencode(program.__file__)) - 2
         if room > 0:  # for the command line that is shown later
@@ -110,14 +112,14 @@ class _Standby:
                 os.close(descriptor)
         self.ready = False
         self.importing = ""
-        """The optional module whose import has begun last."""
+        """The optional module whose import began last."""
         self.started_as = ""
         """``warm`` or ``cold``, once that is known; empty before."""
 
     def receive(self) -> tuple[float, str, dict[str, str]] | None:
-        """What the standby has sent when it became ready, once: the memory that no other process shares, in MiB; why it
-        cannot become a worker, empty if it can; and modules that the next standbys should not import, each with the
-        reason.
+        """What the standby has sent when it became ready, once: the memory that no other process shares, in MiB; why
+        the standby cannot become a worker, empty if it can; and modules that the next standbys should not import, each
+        with the reason.
         """
         with contextlib.suppress(OSError):
             while message := self._socket.recv(1 << 16, socket.MSG_DONTWAIT):
@@ -171,9 +173,9 @@ class Standbys:
         self._python, self._learns = tuple(python), learns
         self._waiting: list[_Standby] = []
         self._working: list[_Standby] = []
-        """Those that became workers of this round."""
+        """The standbys that became workers of this round."""
         self._kept: list[_Standby] = []
-        """Those that became workers of an earlier round, and still are."""
+        """The standbys that became workers of an earlier round, and still are workers."""
         self._deaths = self._vain = 0
         self._moments: dict[int, list[Moment]] = {}
         """What the scripts of this node's workers have imported, by local rank."""
@@ -182,12 +184,12 @@ class Standbys:
         self._over = not modules
         self._why = without if self._over else "no standby was ready"
         self._in_vain = ""
-        """Why a standby of this round began again as a fresh process, if its script was the reason."""
+        """Why a standby of this round restarted as a fresh process, if its script was the reason."""
         self.started = Started()
 
     @property
     def waiting(self) -> set[int]:
-        """The pids of the standbys that wait, each of which leads a session."""
+        """The pids of the waiting standbys, each of which leads a session."""
         return {standby.process.pid for standby in self._waiting}
 
     def prepare(self) -> None:
@@ -221,7 +223,7 @@ class Standbys:
                 self._why = f"standbys need {needed:.0f} MiB, which is more than {SHARE:.0%} of {free:.0f} MiB free"
 
     def begin(self, kept: Collection[int] = ()) -> None:
-        """The workers of a round are about to be started. ``kept``: the pids of those that continue."""
+        """The workers of a round are about to be started. ``kept``: the pids of the workers that continue."""
         self._read()
         before, self._working, self._kept = (*self._working, *self._kept), [], []
         for standby in before:
@@ -241,7 +243,7 @@ class Standbys:
     def take(
         self, command: Sequence[str], environ: Mapping[str, str], outputs: Sequence[int]
     ) -> subprocess.Popen[bytes] | None:
-        """A standby, which is the worker ``command`` from now on, or None. ``outputs``: its stdout and stderr."""
+        """A standby, which becomes the worker ``command``, or None. ``outputs``: its stdout and stderr."""
         while self._waiting and tuple(command) == (*self._python, *self._argv):
             local_rank = int(environ.get("LOCAL_RANK", 0))
             chosen = min(self._waiting, key=lambda standby: standby.local_rank != local_rank)
@@ -256,7 +258,7 @@ class Standbys:
         return None
 
     def close(self) -> None:
-        """End the standbys that wait."""
+        """End the waiting standbys."""
         for standby in self._waiting:
             standby.kill()
         for standby in (*self._working, *self._kept):
@@ -285,14 +287,14 @@ class Standbys:
                     self._differed(standby, why, moments[-1][0])
                 if moments:
                     self._moments[standby.local_rank] = list(dict(moments).items())
-                if why.startswith("--preload "):  # the next standbys would fare no better
+                if why.startswith("--preload "):  # the next standbys would have the same problem
                     self._give_up(why)
 
     def _is_ready(self, standby: _Standby, megabytes: float, why: str, unfit: dict[str, str]) -> None:
         self.started = replace(self.started, standby_mb=megabytes)
         for name, reason in unfit.items():
             self._leave_out(name, reason)
-        if why and unfit and standby in self._waiting:  # the next one may do
+        if why and unfit and standby in self._waiting:  # the next standby may be usable
             self._waiting.remove(standby)
             standby.kill()
 

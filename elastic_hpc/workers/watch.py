@@ -1,6 +1,5 @@
-"""Whether the workers of one node make progress: what they report and write, and whether a signal has stopped them.
-
-Only time counts in which the agent itself could run: Slurm suspends agents and workers alike (``scontrol suspend``).
+"""Whether the workers of one node make progress: their reports and output, and whether a signal has stopped them. Only
+time in which the agent itself could run counts: Slurm suspends agents and workers alike (``scontrol suspend``).
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from elastic_hpc.workers.proc import is_stopped
 from elastic_hpc.workers.work import Doing, Work
 
 _PAUSE = 5.0
-"""Most seconds that count between two looks: in a longer pause the agent was stopped, and its workers too."""
+"""Most seconds that count between two looks: during a longer pause the agent was stopped, and its workers too."""
 
 _QUIET = 30.0
-"""Seconds without a sign of life after which it counts what the workers do meanwhile."""
+"""Seconds without a sign of life after which the watch looks at what the workers do."""
 
 _WORK_EVERY = 5.0
-"""Seconds between two looks at what they do."""
+"""Seconds between two looks at what the workers do."""
 
 _PACE_EVERY = 0.5
 """Seconds between two looks at the times of their steps."""
 
 _BLOCKED_AT_MOST = 3600.0
 """Seconds for which workers may wait for a device before that time counts too: a file server that does not answer may
-come back, a GPU as a rule does not.
+recover, a GPU usually does not.
 """
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why the workers stand still. ``pid``: the worker that is stopped, or the first worker."""
+    """Why the workers make no progress. ``pid``: the stopped worker, or the first worker."""
 
     kind: str
     message: str
@@ -67,7 +66,7 @@ class Watch:
 
     def stop(self) -> None:
         self.progress = Progress(-1, drained=False)
-        """Of all workers together: the highest step, whether any worker listens or was drained, and a loss."""
+        """Progress of all workers together: the highest step, whether any worker listens or was drained, and a loss."""
         self._signs = NO_SIGNS
         self.pace = NO_PACE
         self._paced_at = self._now
@@ -76,7 +75,7 @@ class Watch:
         self._output_size = -1
         self._stopped: dict[int, float] = {}
         self._reports: list[tuple[int, float]] = []
-        """Last step of each worker that has reported any, and when that was reported."""
+        """Last step of each worker that has reported steps, and when it was reported."""
         self._looked_at = time.monotonic()
         self._began = self._first_sign = self._last_sign = self._last_report = self._last_progress = self._now
         self._work, self._worked_at = Work(()), self._now
@@ -141,12 +140,12 @@ class Watch:
 
     @property
     def signs(self) -> Signs:
-        """Of all workers together, for the leader."""
+        """The signs of all workers together, for the leader."""
         silent, idle, unreported, reports, span, start = self._signs
         return Signs(round(silent, 1), round(idle, 1), round(unreported, 1), reports, round(span, 1), round(start, 1))
 
     def trouble(self) -> Trouble | None:
-        """Why the workers stand still, if they do."""
+        """Why the workers make no progress, if they make none."""
         now = self._now
         for pid, stopped_at in self._stopped.items():
             if now - stopped_at > self._stop_timeout:

@@ -1,5 +1,5 @@
-"""What the processes of workers do that give no sign of life: they compute, read or write, they wait for a device, or
-they are idle, as in a collective without a peer. Reads ``/proc``.
+"""What workers that give no sign of life do: they compute, read or write, they wait for a device, or they are idle, for
+example in a collective without a peer. Reads ``/proc``.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from elastic_hpc.workers import proc
 Doing = Literal["busy", "blocked", "idle"]
 
 _CORES = 0.2
-"""So much of a core shows that a worker computes. Threads that wait, and monitors of the site, take less."""
+"""This share of a core shows that a worker computes. Threads that wait, and monitors of the site, take less."""
 
 _BYTES = 2**20
-"""So many bytes, in files and pipes, between two looks show that a worker reads or writes."""
+"""This many bytes, in files and pipes, between two looks show that a worker reads or writes."""
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Work:
-    """What the workers ``pids`` of one node do, with all processes that they have started."""
+    """What the workers ``pids`` of one node do, together with all their descendants."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self._pids = pids
         self._before: dict[int, tuple[int, int]] = {}
-        """Of each process: clock ticks of the CPU, and bytes read and written."""
+        """For each process: CPU time in clock ticks, and bytes read and written."""
 
     def look(self, seconds: float) -> Doing:
-        """What they have done in the ``seconds`` since the last look. ``blocked``: a thread waits in the kernel for a
-        device, such as a disk, a file server or a GPU. The first look knows of no work yet.
+        """What the workers have done in the ``seconds`` since the last look. ``blocked``: a thread waits in the kernel
+        for a device, such as a disk, a file server or a GPU. The first look finds no work yet.
         """
         trees = proc.trees_of(self._pids)
         everything = {pid for tree in trees for pid in tree}
@@ -48,7 +48,7 @@ class Work:
             ticks = sum(now[0] - then[0] for now, then in done)
             transferred = sum(now[1] - then[1] for now, then in done)
             much = ticks > _CORES * _TICKS * seconds or transferred > _BYTES
-            if much or any(map(proc.wants_cpu, tree)):  # of a CPU that many share, a worker may get little
+            if much or any(map(proc.wants_cpu, tree)):  # a worker may get little of a CPU that many share
                 return "busy"
         return "idle"
 

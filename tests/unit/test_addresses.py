@@ -156,7 +156,7 @@ def test_an_agent_listens_on_one_port_of_each_address_and_nowhere_else() -> None
     finally:
         for one in made:
             one.close()
-    with pytest.raises(ElasticError, match=r"203\.0\.113\.9 is no address of this node"):
+    with pytest.raises(ElasticError, match=r"203\.0\.113\.9 is no longer an address of this node"):
         addresses.listen_on(["203.0.113.9"], 43100)
 
 

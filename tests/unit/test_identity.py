@@ -52,7 +52,7 @@ def test_of_two_agents_of_a_node_the_first_keeps_its_place_and_the_second_leaves
         assert restarts(job) == []
         assert [node.left for node in job.nodes] == ["", "", "", "", "lost", "lost", "lost"]
         refused = {fields["reason"] for _, _, name, fields in job.events if name == "refused"}
-        assert refused == {f"n{index} has an agent in this job already, which is in contact"}
+        assert refused == {f"n{index} has an agent in this job already, which is connected"}
 
     job.run(story)
 
