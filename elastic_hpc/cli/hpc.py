@@ -29,7 +29,9 @@ MODULES: tuple[str, ...] = (
 )
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and
 run(args), which returns the exit code."""
-_ALIASES = {"cancel": "stop"}
+_ALIASES = {"cancel": "stop", "list": "status"}
+_OTHERS = {"attach": "to follow a job's output: elastic-hpc logs JOB -f; for a shell on its node: elastic-hpc shell JOB"}
+"""What to type instead of commands that other tools have."""
 _HERE = ("drain", "resize", "release")
 _RESIZE = """\
 examples:
@@ -164,7 +166,7 @@ def _check_command(argv: Sequence[str]) -> None:
         return
     if not first:
         raise UsageError("expected a command, for example elastic-hpc status; elastic-hpc --help lists all commands")
-    hint = did_you_mean(first, commands) or "elastic-hpc --help lists all commands"
+    hint = _OTHERS.get(first) or did_you_mean(first, commands) or "elastic-hpc --help lists all commands"
     raise UsageError(f"{first}: unknown {'option' if first.startswith('-') else 'command'}; {hint}")
 
 

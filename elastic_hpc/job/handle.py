@@ -250,7 +250,7 @@ class Job:
             state = self._look().view.state
             if state not in _SILENT:
                 raise
-            why = f"job {self.id} is {state}, and no agent of it answers: try again when it runs, or waits in the queue"
+            why = f"job {self.id} is {state}, and has no agent that could answer: try again when the job runs"
             raise ElasticError(why) from error
 
     def _not_over(self, what: str) -> Look:

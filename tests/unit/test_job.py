@@ -375,7 +375,7 @@ def test_a_job_that_cannot_be_resized_says_why_and_what_to_do(
     )
     says(tmp_path, knows("17|SUSPENDED"))
     assert refused("resize", "1:2") == (
-        "job 17 is SUSPENDED, and no agent of it answers: try again when it runs, or waits in the queue"
+        "job 17 is SUSPENDED, and has no agent that could answer: try again when the job runs"
     )
     says(tmp_path, knows("17|PENDING"))
     RunDir(job.run_dir).write("spec.json", {"--world-multiple-of": "2"})

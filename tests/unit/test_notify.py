@@ -95,7 +95,7 @@ def test_the_web_address_is_on_no_command_line(tmp_path: Path, monkeypatch: pyte
     "given", ["mail 'me", "", "https:/hooks/T0", "httpp://x/y", "FTP://x/y", "http://", "https:///T0", "http://x y"]
 )
 def test_what_is_neither_a_command_nor_a_web_address_is_refused(given: str) -> None:
-    with pytest.raises(UsageError, match="expected a command, for example .* or a web address that begins with"):
+    with pytest.raises(UsageError, match=r"expected a command, for example .* or a web address that begins with"):
         notify_option(given)
 
 
