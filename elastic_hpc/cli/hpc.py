@@ -30,7 +30,7 @@ MODULES: tuple[str, ...] = (
 """Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and
 run(args), which returns the exit code."""
 _ALIASES = {"cancel": "stop", "list": "status"}
-_OTHERS = {"attach": "to follow a job's output: elastic-hpc logs JOB -f; for a shell on its node: elastic-hpc shell JOB"}
+_OTHERS = {"attach": "to follow a job's output: elastic-hpc logs JOB -f; for a shell there: elastic-hpc shell JOB"}
 """What to type instead of commands that other tools have."""
 _HERE = ("drain", "resize", "release")
 _RESIZE = """\

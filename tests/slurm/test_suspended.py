@@ -83,7 +83,7 @@ def test_a_job_that_is_suspended_for_longer_than_the_hang_timeout_goes_on_withou
     fresh.mini("exec", "--root", "--", "scontrol", "suspend", job.id)
     before = wait_for("the workers to stand still", lambda: _still(step))
     refused = fresh.exec([HPC, "resize", job.id, "1:2"], cwd=folder, check=False)
-    assert f"job {job.id} is SUSPENDED, and has no agent that could answer: try again when the job runs" in refused.stderr
+    assert f"job {job.id} is SUSPENDED, and has no agent that could answer: try again" in refused.stderr
     time.sleep(30)  # the suspension itself: nothing tells of its length but its length
     assert step() == before
     fresh.mini("exec", "--root", "--", "scontrol", "resume", job.id)

@@ -113,8 +113,7 @@ def test_a_standstill_is_noticed_once_and_again_after_progress() -> None:
     assert not watch.look(at(5), 0)
     assert not watch.look(at(5), 59)
     assert (
-        watch.look(at(5), 60)
-        == "no step after step 5 for 60 s; now: step 5, 2 nodes, 4 workers, round 1, 0 restarts"
+        watch.look(at(5), 60) == "no step after step 5 for 60 s; now: step 5, 2 nodes, 4 workers, round 1, 0 restarts"
     )
     assert not watch.look(at(5), 100)
     assert not watch.look(at(6), 110)
