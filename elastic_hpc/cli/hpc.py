@@ -201,6 +201,8 @@ def _run(args: argparse.Namespace) -> int:
     tasks = [Job(path) for path in expand(rundir.path)]
     for job in [task for task in tasks if not task.final_state()] or tasks:
         job.drain(reason)
+        by_sbatch = (job.run_dir / "script.sbatch").exists()  # a job of elastic-srun has no queue to return to
+        print(f"job {job.id}: the workers save, then the job {'returns to the queue' if by_sbatch else 'ends'}")
     return 0
 
 

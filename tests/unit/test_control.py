@@ -258,6 +258,19 @@ def test_the_batch_script_can_ask_for_a_drain_with_nothing_but_the_run_directory
     assert reasons == {"time limit: the workers saved and stopped; this job cannot be requeued"}
 
 
+@pytest.mark.parametrize(("script", "then"), [("script.sbatch", "returns to the queue"), ("other", "ends")])
+def test_drain_says_what_happens_next(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, script: str, then: str
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    cluster.seats()
+    wait_for(lambda: cluster.rundir.read("endpoint.json"))
+    (cluster.rundir.path / script).touch()
+    assert hpc.main(["drain", str(cluster.rundir.path)]) == 0
+    assert capsys.readouterr().out == f"job {cluster.rundir.path.name}: the workers save, then the job {then}\n"
+    assert drained(cluster) == ["user"]
+
+
 def test_sigterm_of_the_leaders_agent_is_taken_for_the_end_of_the_allocation(cluster: Cluster) -> None:
     cluster.seats()
     cluster.controls[1].on_signal()
