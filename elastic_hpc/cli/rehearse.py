@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
 from elastic_hpc.errors import ElasticError, UsageError, argument, of_option
@@ -124,10 +125,13 @@ def _report(rehearsal: Rehearsal, folder: Path, *, keep: bool, as_json: bool) ->
         print(json.dumps({**report, "exit_code": code}, indent=1))
     else:
         print()
-        for judgement in judgements:
-            _show(judgement)
+        for _, alike in groupby(judgements, key=lambda each: (each.verdict, each.said, each.traceback)):
+            first, *others = alike
+            _show(first)
+            if others:
+                print(f"{', '.join(judgement.act for judgement in others)}: the same")
         if kept:
-            print(f"\nThe output of the script is in {folder}/output, the rest beside it.")
+            print(f"\nThe output of the script is in {folder}/output, beside the steps and the run directory.")
     if not kept:
         shutil.rmtree(folder, ignore_errors=True)
     return code

@@ -256,7 +256,8 @@ def _main(argv: list[str] | None) -> int:
     if local and launch.rdzv_id is None:
         again = (rundir.read("spec.json") or {}).get("--rdzv-id")
         launch = replace(launch, rdzv_id=again or secrets.token_hex(8))
-    remember(rundir.path)
+    if not args.again:  # a rehearsal is no job of the user
+        remember(rundir.path)
     with rundir.hold() if local else contextlib.nullcontext():
         run = Agents(rundir, _commands(launch, count, rundir, args.nodelist, local=local))
         run.wait()

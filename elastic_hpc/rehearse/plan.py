@@ -211,19 +211,21 @@ def _resume(
     stride = _stride([*history, *resumed])
     repeated = (last.step - first.step) // stride + 1
     if first.step <= origin < last.step:
-        often = "no checkpoint was loaded; or none had been saved yet, then give --steps more than lie between two"
-        return [("bad", f"started over with step {first.step} after step {last.step}: {often}")]
+        why = (
+            "no checkpoint was loaded; if none had been saved yet, raise --steps above the interval between checkpoints"
+        )
+        return [("bad", f"started over with step {first.step} after step {last.step}: {why}")]
     observed: list[tuple[Verdict, str]] = []
     if in_place and first.step == last.step + 2 * stride:
-        between = f"step {last.step + stride} was done by another rank, and taken over"
+        between = f"step {last.step + stride} was done by another rank, whose state was kept"
         observed.append(("ok", f"continued with step {first.step} after step {last.step}: {between}"))
     elif first.step > last.step + stride:
         observed.append(
-            ("bad", f"continued with step {first.step} after step {last.step}: those between were never done")
+            ("bad", f"continued with step {first.step} after step {last.step}: the steps between were never done")
         )
     elif act.saves and last.round == act.round and repeated > 0:
         what = f"was asked to save after step {last.step}, but continued with step {first.step}"
-        observed.append(("bad", f"{what}: save once more when drain_requested() says so"))
+        observed.append(("bad", f"{what}: save when drain_requested() returns True"))
     else:
         counted = f"{count(repeated, 'step')} repeated" if repeated > 0 else "none repeated"
         observed.append(("ok", f"continued with step {first.step} after step {last.step}: {counted}, none skipped"))
@@ -246,7 +248,7 @@ def _loss(history: list[ReportedStep], resumed: list[ReportedStep]) -> tuple[Ver
     if not all(map(math.isfinite, after)):
         if all(map(math.isfinite, losses)):
             return "bad", f"the loss was {median(losses[-WINDOW:]):.4g} and is {after[-1]} after the resume"
-        return "cannot tell", "the loss is not finite, before the fault already"
+        return "cannot tell", "the loss was not finite even before the fault"
     finite = [loss for loss in losses if math.isfinite(loss)]
     start, was, now = median(finite[:WINDOW]), median(finite[-WINDOW:]), median(after)
     usual = median([abs(b - a) for a, b in pairwise(finite[-5 * WINDOW :])] or [0.0])
@@ -254,8 +256,17 @@ def _loss(history: list[ReportedStep], resumed: list[ReportedStep]) -> tuple[Ver
     if now - was > max(JUMP * usual, (start - was) / 2):
         return "bad", f"{change} (at the start {start:.4g}): the weights or the optimizer were not loaded"
     if start - was < usual:
-        return "ok", f"{change}; it has fallen too little since the start, {start:.4g}, to say much"
+        return "ok", f"{change}; it has fallen too little since the start ({start:.4g}) to judge the weights"
     return "ok", f"{change} (at the start {start:.4g})"
+
+
+def continued_from_before(steps: Sequence[ReportedStep]) -> bool:
+    """Whether the second of ``steps`` shows that the first one came after steps of an earlier run. A script that
+    reports each tenth step begins with step 0, 9 or 10.
+    """
+    if len(steps) != 2 or steps[0].round != steps[1].round:
+        return False
+    return steps[0].step > max(1, steps[1].step - steps[0].step)
 
 
 def _stride(steps: list[ReportedStep]) -> int:

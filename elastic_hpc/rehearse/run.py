@@ -19,12 +19,25 @@ from elastic_hpc.job.launch import LaunchConfig
 from elastic_hpc.network.client import ask_leader
 from elastic_hpc.record.events import EventReader
 from elastic_hpc.record.rundir import RunDir
-from elastic_hpc.rehearse.plan import Crash, DoneAct, Judgement, PlannedAct, ReportedStep, RoundStart, count, judge
+from elastic_hpc.rehearse.plan import (
+    TWO_LINES,
+    Crash,
+    DoneAct,
+    Judgement,
+    PlannedAct,
+    ReportedStep,
+    RoundStart,
+    continued_from_before,
+    count,
+    judge,
+)
 from elastic_hpc.training.progress import STEP_LOG
 
 _TICK = 0.05
 _SHOW_INTERVAL = 5.0
 """Seconds between two steps that are shown."""
+_HINT_AFTER = 10.0
+"""Seconds without a step in the first round after which the user is shown what the script must call."""
 _KILL_TIMEOUT = 30.0
 """Seconds until agents that were killed, and their workers, count as stuck."""
 
@@ -69,6 +82,8 @@ class Rehearsal:
         self._round_at = self._began
         self._listens = False
         """Whether rank 0 calls ``drain_requested``, which all ranks do."""
+        self._hint_at: float | None = None
+        """When to say that no step was reported; infinite when that has been said."""
         self._steps_offset = 0
         """Number of bytes of ``steps.jsonl`` that were read."""
 
@@ -130,6 +145,9 @@ class Rehearsal:
             if ended:
                 self._conclude()
                 return False
+            if not self.steps and self._hint_at is not None and time.monotonic() > self._hint_at:
+                self._hint_at = float("inf")
+                self._print(f"no step reported yet; if the script does not report its steps, {TWO_LINES}")
             if time.monotonic() - self._last_report > self._options.timeout:
                 self.end = f"no step for {self._options.timeout:g} s (--timeout)"
                 return False
@@ -141,7 +159,7 @@ class Rehearsal:
     def _conclude(self) -> None:
         verdict = self._rundir.read("verdict.json") or {"outcome": "failed", "reason": "the agents left no verdict"}
         self.finished = verdict["outcome"] == "finished"
-        done = f"the training was over after step {self.steps[-1].step}" if self.steps else "the script ended"
+        done = f"the training finished after step {self.steps[-1].step}" if self.steps else "the script ended"
         self.end = done if self.finished else str(verdict["reason"])
 
     def _carry_out(self, planned: PlannedAct) -> None:
@@ -201,6 +219,8 @@ class Rehearsal:
             case "round":
                 self._last_report = time.monotonic()
                 self._nodes[event["round"]], self._round_at = event["nodes"], self._last_report
+                if self._hint_at is None:
+                    self._hint_at = self._round_at + _HINT_AFTER
                 self._print(f"round {event['round']} begins on {count(len(event['nodes']), 'node')}")
             case "started":
                 start = self.starts[event["round"]] = RoundStart(event["kept"], event["warm"] + event["cold"])
@@ -225,6 +245,11 @@ class Rehearsal:
             loss = "" if step.loss is None else f", loss {step.loss:.4g}"
             self._print(
                 f"round {step.round}: {count(step.world_size, 'worker')}, {'first ' * is_first}step {step.step}{loss}"
+            )
+        if continued_from_before(self.steps):
+            self._print(
+                f"the script began with step {self.steps[0].step}, so it continued from checkpoints of an earlier run; "
+                "let it save in the rehearsal's {folder}, see --help, or remove these checkpoints"
             )
 
     def _print(self, text: str) -> None:

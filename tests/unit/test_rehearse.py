@@ -17,6 +17,7 @@ import pytest
 from torch_214 import IN_PLACE, TORCH_214
 
 from elastic_hpc.errors import UsageError
+from elastic_hpc.record.registry import remembered
 from elastic_hpc.rehearse.plan import (
     Crash,
     DoneAct,
@@ -24,6 +25,7 @@ from elastic_hpc.rehearse.plan import (
     PlannedAct,
     ReportedStep,
     RoundStart,
+    continued_from_before,
     exit_code,
     judge,
     plan,
@@ -65,7 +67,7 @@ def test_a_script_that_begins_anew_is_bad() -> None:
 def test_a_skipped_step_is_bad_unless_the_script_reports_only_some() -> None:
     verdict, said = only(judge([*steps(1, 1, 50), *steps(2, 52, 95)], [KILLED]))
     assert verdict == "bad"
-    assert "continued with step 52 after step 50: those between were never done" in said
+    assert "continued with step 52 after step 50: the steps between were never done" in said
     every_tenth = [
         ReportedStep(round, step, 1 / step, 2) for round in (1, 2) for step in range(600 * round, 600 * round + 600, 10)
     ]
@@ -110,6 +112,18 @@ def test_without_steps_nothing_can_be_told_and_it_is_said_what_to_add() -> None:
     assert "from elastic_hpc.training import report_progress" in findings[0].said[0]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "continued"), [(0, 1, False), (1, 2, False), (9, 19, False), (10, 20, False), (181, 182, True)]
+)
+def test_a_script_that_begins_with_a_later_step_has_continued_an_earlier_run(
+    first: int, second: int, *, continued: bool
+) -> None:
+    reported = [ReportedStep(1, step, None, 1) for step in (first, second)]
+    assert continued_from_before(reported) == continued
+    assert not continued_from_before(reported[:1])
+    assert not continued_from_before([reported[0], replace(reported[1], round=2)])
+
+
 def test_a_crash_after_the_resume_is_bad_but_not_the_one_that_was_made() -> None:
     recovered = [*steps(1, 1, 50), *steps(3, 41, 95)]
     made = Crash(1, 10.1, "killed by SIGKILL")
@@ -147,7 +161,7 @@ def test_a_step_that_another_rank_has_done_is_not_lost_in_place() -> None:
     live = [replace(step, not_in_place="") for step in [*steps(1, 1, 50), *steps(2, 52, 95)]]
     verdict, said = only(judge(live, [KILLED], starts={2: RoundStart(2, 1)}))
     assert verdict == "ok"
-    assert "continued with step 52 after step 50: step 51 was done by another rank, and taken over" in said
+    assert "continued with step 52 after step 50: step 51 was done by another rank, whose state was kept" in said
     assert only(judge(live, [KILLED], starts={2: RoundStart(0, 3)}))[0] == "bad"
 
 
@@ -332,9 +346,13 @@ def test_a_script_that_loads_at_one_size_only_fails_with_its_traceback(tmp_path:
 
 
 def test_a_script_that_reports_no_steps_is_told_what_to_add(tmp_path: Path) -> None:
-    code, out, _ = rehearse(tmp_path, "print('trained')", "--nodes", "1", "--acts", "worker", "--keep", "kept")
+    script = "import time; time.sleep(15); print('trained')"
+    code, out, _ = rehearse(tmp_path, script, "--nodes", "1", "--acts", "worker,drain,grow", "--keep", "kept")
     assert code == 3, out
-    assert "from elastic_hpc.training import report_progress" in out
+    assert "no step reported yet; if the script does not report its steps, add: from elastic_hpc.training imp" in out
+    assert "\nworker  cannot tell  not done: the script has reported no step; add: from elastic_hpc" in out
+    assert "\ndrain, grow: the same\n" in out
+    assert tmp_path / "kept" / "run" not in remembered(), "status lists no rehearsals"
 
 
 def test_ctrl_c_leaves_no_process_and_says_where_the_output_is(tmp_path: Path) -> None:
