@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
@@ -15,6 +16,8 @@ from elastic_hpc.view.times import span
 
 WIDTH = 1100
 _LEFT, _RIGHT = 64, 20
+_STRIP = 6
+"""Height of the strip below the axis of the nodes that shows the time in the queue."""
 _COLOURS: dict[Kind, str] = {
     "kept": "#2f855a",
     "repeated": "#dd6b20",
@@ -24,7 +27,7 @@ _COLOURS: dict[Kind, str] = {
     "stopping": "#b794f4",
     "forming": "#6b46c1",
     "idle": "#e2e8f0",
-    "queue": "#faf089",
+    "queue": "#ecc94b",
 }
 STYLE = (
     "text{font-family:'DejaVu Sans',Verdana,Helvetica,Arial,sans-serif;font-size:12px;fill:#2d3748}"
@@ -76,10 +79,10 @@ def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") 
     return f'<text x="{x}" y="{y}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _rect(x: float, y: float, width: float, height: float, kind: str, title: str, opacity: float = 1.0) -> str:
+def _rect(x: float, y: float, width: float, height: float, kind: str, title: str) -> str:
     return (
-        f'<rect x="{x}" y="{y}" width="{max(0.5, round(width, 1))}" height="{round(height, 1)}" class="{kind}" '
-        f'opacity="{opacity}"><title>{escape(title)}</title></rect>'
+        f'<rect x="{x}" y="{y}" width="{max(0.5, round(width, 1))}" height="{round(height, 1)}" class="{kind}">'
+        f"<title>{escape(title)}</title></rect>"
     )
 
 
@@ -94,7 +97,7 @@ def _time_axis(time: _Scale, y: float, top: float) -> Iterator[str]:
         x = time(time.low + number * step)
         yield f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{y}" opacity="0.5"/>'
         if x < WIDTH - 40:
-            yield _text(x, y + 15, span(number * step) if number else "0", "small", "middle")
+            yield _text(x, y + 18, span(number * step) if number else "0", "small", "middle")
 
 
 def _value_axis(scale: _Scale, ticks: Sequence[float], format_spec: str) -> Iterator[str]:
@@ -104,13 +107,12 @@ def _value_axis(scale: _Scale, ticks: Sequence[float], format_spec: str) -> Iter
         yield _text(_LEFT - 6, y + 4, format(tick, format_spec), "small", "end")
 
 
-def _even(low: float, high: float, most: int) -> list[float]:
-    """At most ``most`` round numbers from low to high."""
-    size = 1.0
-    while (high - low) / size > most:
-        size *= 2 if str(size)[0] in "15" else 2.5
-    first = -(-low // size) * size
-    return [first + number * size for number in range(int((high - first) / size) + 1)]
+def _even(low: float, high: float, most: int, least: float = 0.0) -> list[float]:
+    """About ``most`` round numbers from low to high, at least ``least`` apart."""
+    apart = max(least, (high - low) / most) or 1.0
+    power = 10 ** math.floor(math.log10(apart))
+    size = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= apart * 0.999)
+    return [number * size for number in range(math.ceil(low / size), math.floor(high / size + 0.001) + 1)]
 
 
 def _world(story: Story, shown: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
@@ -124,13 +126,14 @@ def _world(story: Story, shown: Sequence[Phase], time: _Scale, top: int) -> tupl
         _text(_LEFT + 150, top + 16, "dashed: nodes that the job held", "small"),
     ]
     parts.extend(_time_axis(time, base, top + head))
-    parts.extend(_value_axis(nodes, _even(0, most, 5), ".0f"))
+    parts.extend(_value_axis(nodes, _even(0, most, 5, least=1), ".0f"))
     for phase in shown:
-        count = len(phase.round.nodes) if phase.round else (most if phase.kind == "queue" else phase.run.granted)
-        x, y = time(phase.start), nodes(count)
+        count = len(phase.round.nodes) if phase.round else phase.run.granted
+        x = time(phase.start)
+        y, tall = (base, _STRIP) if phase.kind == "queue" else (nodes(count), base - nodes(count))
         where = f"round {phase.round.number}: " if phase.round else ""
         title = f"{where}{MEANINGS[phase.kind]}, {span(phase.seconds)}"
-        parts.append(_rect(x, y, time(phase.end) - x, base - y, phase.kind, title, 1.0 if phase.round else 0.45))
+        parts.append(_rect(x, y, time(phase.end) - x, tall, phase.kind, title))
     corners = [(time(when), nodes(count)) for when, count in held]
     parts.append(
         _path(
@@ -197,7 +200,7 @@ def _progress(story: Story, _shown: Sequence[Phase], time: _Scale, top: int) -> 
     value = _Scale(0, max(steps), base, top + head)
     parts = [_text(_LEFT, top + 16, "steps", "title"), _text(_LEFT + 50, top + 16, "orange: repeated later", "small")]
     parts.extend(_time_axis(time, base, top + head))
-    parts.extend(_value_axis(value, _even(0, max(steps), 4), ".0f"))
+    parts.extend(_value_axis(value, _even(0, max(steps), 4, least=1), ".0f"))
     for round in story.rounds:
         if round.first is None:
             continue
@@ -251,5 +254,11 @@ def _spent(story: Story, now: float | None, top: int) -> tuple[list[str], int]:
         x, y = _LEFT + 520 * column, top + 76 + 18 * row
         parts.append(_rect(x, y - 10, 11, 11, kind, title))
         parts.append(_text(x + 17, y, f"{spent / counted.total:.1%}  {meaning}", "small"))
+        column, row = (0, row + 1) if column else (1, row)
+    if counted.queued:
+        x, y = _LEFT + 520 * column, top + 76 + 18 * row
+        parts.append(_rect(x, y - 8, 11, _STRIP, "queue", MEANINGS["queue"]))
+        text = f"{span(counted.queued)} in the queue, without nodes: the strip below the axis"
+        parts.append(_text(x + 17, y, text, "small"))
         column, row = (0, row + 1) if column else (1, row)
     return parts, 76 + 18 * (row + bool(column))

@@ -12,7 +12,7 @@ from elastic_hpc.view.brought import Brought
 from elastic_hpc.view.job import JobView
 from elastic_hpc.view.picture import STYLE, WIDTH, draw
 from elastic_hpc.view.story import Story
-from elastic_hpc.view.times import clock, span
+from elastic_hpc.view.times import clock, count, span
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("elastic_hpc.view", ""),
@@ -35,7 +35,7 @@ def shown(view: JobView, story: Story, now: float) -> dict[str, Any]:
         "style": STYLE,
         "picture": draw(story, _now(view, now)),
         "numbers": _numbers(view),
-        "when": _when(story),
+        "when": _when(view, story),
         "span": span,
     }
 
@@ -82,9 +82,13 @@ def _numbers(view: JobView) -> list[tuple[str, str]]:
     return numbers
 
 
-def _when(story: Story) -> str:
+def _when(view: JobView, story: Story) -> str:
     if not story.runs:
         return "no run is on record"
     first = story.runs[0]
-    begin, end = first.started or first.began, story.last_time
-    return f"{clock(begin)} to {clock(end)}, {len(story.rounds)} rounds"
+    begin = clock(first.started or first.began)
+    if view.over:
+        when = f"{begin} to {clock(story.last_time)}"
+    else:
+        when = f"running since {begin}" if view.has_nodes else f"first started {begin}"
+    return f"{when}, {count(len(story.rounds), 'round')}"

@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,10 +15,13 @@ import pytest
 import records
 
 from elastic_hpc.cli.hpc import main
+from elastic_hpc.job.look import Jobs
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.view.account import account
-from elastic_hpc.view.picture import draw
+from elastic_hpc.view.picture import _even, draw
 from elastic_hpc.view.story import Story
 from elastic_hpc.view.story_builder import story_of
+from elastic_hpc.view.timeline import html
 
 SCREENS = Path(__file__).parents[2] / "build" / "screens"
 """Screenshots are kept here, to be looked at."""
@@ -110,6 +115,40 @@ def test_faults_drains_and_the_end_are_marked() -> None:
         assert label in picture
     assert 'class="queue"' in picture
     assert 'class="again"' in picture
+
+
+def test_the_queue_is_a_strip_below_the_nodes_and_each_colour_is_in_the_legend() -> None:
+    picture = draw(records.story("faults"))
+    colours = re.findall(r'<rect [^>]*height="(\d+)[^>]*class="(\w+)"', picture)
+    assert {height for height, kind in colours if kind == "queue"} == {"6"}
+    assert "13 s in the queue" in picture
+    assert "opacity" not in "".join(re.findall("<rect [^>]*>", picture)), "a colour is the same in the legend"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "least", "ticks"),
+    [
+        (0.0, 4, 1, "0 1 2 3 4"),
+        (0.0, 1, 1, "0 1"),
+        (0.0, 400, 1, "0 100 200 300 400"),
+        (0.0, 0.31, 0, "0 0.1 0.2 0.3"),
+        (0.0, 2e-5, 0, "0 5e-06 1e-05 1.5e-05 2e-05"),
+        (-0.6, 0.3, 0, "-0.5 0"),
+        (-2.0, -2.0, 0, "-2"),
+    ],
+)
+def test_an_axis_has_round_numbers_of_any_size(low: float, high: float, least: float, ticks: str) -> None:
+    assert " ".join(format(tick, ".3g") for tick in _even(low, high, 4, least)) == ticks
+
+
+def test_a_running_job_has_no_end_on_its_page(tmp_path: Path) -> None:
+    folder = records.copy("grown", tmp_path)
+    (folder / "verdict.json").unlink()
+    records.write(folder, [event for event in records.events("grown") if event["event"] != "verdict"])
+    (look,) = Jobs([RunDir(folder)]).look()
+    running = replace(look.view, state="RUNNING", over=False)
+    assert "running since 2026-" in (text := html(running, look.story, time.time()))
+    assert " to 2026-" not in text
 
 
 def test_what_a_script_wrote_cannot_break_the_page(tmp_path: Path) -> None:
