@@ -45,4 +45,6 @@ def looks_of(jobs: Jobs, given: Sequence[RunDir], query_interval: float = 0.0) -
 def nothing_to_show(look: Look) -> ElasticError:
     """That the job has done nothing yet; why, and what to do."""
     view = look.view
-    return ElasticError("\n  ".join((f"job {view.id} has nothing to show; it is {view.summary}", *view.advice)))
+    return ElasticError(
+        "\n  ".join((f"job {view.id} has nothing to show; it is {view.summary}", *view.advice, *view.output))
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,10 @@ from elastic_hpc.view.story_builder import StoryBuilder
 
 _RECENT = 24 * 3600.0
 """Seconds after its end for which a job is listed when the user names no job."""
+
+
+_TAIL, _LINES = 4096, 10
+"""Bytes that are read at the end of a batch script's output, and lines that are shown of them, at most."""
 
 
 class Look(NamedTuple):
@@ -203,7 +208,8 @@ class Jobs:
             return job
         ended = self._show_ended(job.slurm_id)
         folders = [os.path.dirname(path) for path in (ended.output, ended.error)] if ended else []
-        return replace(job, ended=ended, missing_folder=next(filter(_is_missing, folders), ""))
+        output = next(filter(None, map(_last_lines, (ended.error, ended.output))), ()) if ended else ()
+        return replace(job, ended=ended, missing_folder=next(filter(_is_missing, folders), ""), output=output)
 
     def _recorded_end(self, job: Observed) -> str:
         """Only of a job with a batch script of ours: an allocation in which ``elastic-srun`` ran ends for itself."""
@@ -232,6 +238,18 @@ def _is_slurms(job: Observed) -> bool:
 
 def _is_missing(folder: str) -> bool:
     return "%" not in folder and os.path.isabs(folder) and not os.path.isdir(folder)
+
+
+def _last_lines(path: str) -> tuple[str, ...]:
+    """The last lines of the file at ``path``, without control characters; none if it cannot be read."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(os.stat(path).st_mode):
+            with open(path, "rb") as file:
+                file.seek(max(0, os.stat(path).st_size - _TAIL))
+                lines = file.read().decode(errors="replace").split("\n")
+            shown = (re.sub(r"[\x00-\x1f\x7f]", " ", line).rstrip() for line in lines)
+            return tuple(filter(None, shown))[-_LINES:]
+    return ()
 
 
 def _mtime(path: str) -> float:

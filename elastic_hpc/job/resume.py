@@ -19,7 +19,7 @@ from elastic_hpc.job.look import Jobs
 from elastic_hpc.job.look import recorded as observed
 from elastic_hpc.job.lookup import expand
 from elastic_hpc.job.request import Request
-from elastic_hpc.job.spec import JobSpec, build
+from elastic_hpc.job.spec import NEW_ID, JobSpec, build
 from elastic_hpc.job.submission import checked, prepared
 from elastic_hpc.options import from_python as python_options
 from elastic_hpc.options.sbatch import Given, check
@@ -112,6 +112,8 @@ class Resumption:
         what = f"{', '.join(dict.fromkeys(given))} as given now; all other options" if given else "the options"
         yield f"{what} are those of job {self.id}'s submission, configuration files and SBATCH_ variables included"
         if self.job is None:
+            noted = [line.lstrip("# ") for line in os.fsdecode(self.script).split("\n") if line.startswith("#")]
+            yield from (line for line in noted if NEW_ID in line)
             yield f"{self._rundir.path / 'script.sbatch'} is submitted as it is"
         elif self.job.keeps_code:
             yield "it runs its copy of the code; for a new copy: --snapshot"

@@ -227,6 +227,7 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
     )
 
 
+NEW_ID = "which is new after --resume"
 _JOB_ID = re.compile(r"\$\{?(SLURM_(?:ARRAY_)?JOB_?ID)\b")
 
 
@@ -236,8 +237,8 @@ def _with_job_id(setup: Iterable[Setting]) -> Iterator[str]:
         used = _JOB_ID.search(line.value)
         if used and not re.match(r"\s*(echo|printf|scontrol|squeue|sacct|sstat)\b", line.value):
             yield (
-                f"{line.source}: {first_line(line.value)!r} contains ${used[1]}, which is new after --resume; for "
-                "checkpoints use $ELASTIC_HPC_RUN_DIR or a fixed folder"
+                f"{line.source}: {first_line(line.value)!r} contains ${used[1]}, {NEW_ID}; for checkpoints use "
+                "$ELASTIC_HPC_RUN_DIR or a fixed folder"
             )
 
 

@@ -41,6 +41,8 @@ class JobView:
     """Why the last run ended, in a sentence; empty during the first run."""
     advice: tuple[str, ...]
     """What the user may do about the state."""
+    output: tuple[str, ...]
+    """The last lines of the output of a batch script that ended before an agent led the job."""
     failure: Mapping[str, Any] | None
     """The first failure of a job that failed: ``kind``, ``node``, ``rank``, ``exit_code``, ``message``, ``traceback``
     and so on."""
@@ -140,6 +142,7 @@ def view(job: Observed, story: Story, now: float) -> JobView:
         note=note,
         reason=last_reason(job, story) or (note if over else ""),
         advice=advice,
+        output=job.output,
         failure=job.verdict["failure"] if job.final and job.verdict and job.final != "COMPLETED" else None,
         nodes=world.nodes if world else (),
         missing=story.missing,

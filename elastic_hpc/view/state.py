@@ -51,6 +51,8 @@ class Observed:
     """Seconds since the last sign of a leader, None for never."""
     ended: SlurmJob | None = None
     """What Slurm says about a job that ended before an agent led it; None if it was not asked."""
+    output: tuple[str, ...] = ()
+    """The last lines that the batch script of such a job wrote."""
     recorded_end: str = ""
     """Slurm's word for the end of a job of ``elastic-sbatch``, or for its state if it is over by its record only; empty
     if Slurm does not know the job any more, or was not asked.

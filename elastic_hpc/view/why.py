@@ -62,6 +62,9 @@ def _head(view: JobView, story: Story) -> Text:
         ("job ", "bold"), (view.id, "bold"), f"  {view.script}  ", (view.state, STYLES.get(view.state, "bold"))
     )
     head.append(f"\n{view.note}" if view.note else "")
+    if view.output:
+        head.append("\nthe last lines of its output")
+        head.append("".join(f"\n  {line}" for line in view.output), "dim")
     if not story.runs and not story.rounds:
         return head.append("\nno world was formed" + ("" if view.over else " yet"))
     most = (story.limits.get("max_restarts", "?"), story.limits.get("max_requeues", "?"))

@@ -311,6 +311,26 @@ def test_ctrl_c_ends_the_waiting_and_not_the_job(job: Job, tmp_path: Path) -> No
     assert "scancel" not in Path("asked").read_text()
 
 
+def test_a_job_that_failed_before_an_agent_led_it_shows_the_end_of_its_output(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunDir(tmp_path / "elastic-logs" / "18").create()
+    lines = [f"line {number}" for number in range(20)]
+    (tmp_path / "18.out").write_text("\n".join([*lines, "job.sh: module: \x1b[1mnot found", "exit code 127", ""]))
+    shown = (
+        "JobId=18 JobName=x\n   UserId=me(1)\n   JobState=FAILED Reason=NonZeroExitCode\n   Restarts=0 ExitCode=127:0\n"
+        f"   BatchHost=n1\n   Command=x\n   StdErr={tmp_path}/18.out\n   StdOut={tmp_path}/none.out\n"
+    )
+    (tmp_path / "shown").write_text(shown)
+    says(tmp_path, f"case $0 in *scontrol) cat {tmp_path}/shown;; *) {knows('18|FAILED')};; esac")
+    assert main(["why", "elastic-logs/18"]) == 0
+    said = capsys.readouterr().out
+    end = [*lines[-8:], "job.sh: module:  [1mnot found", "exit code 127"]
+    assert "the last lines of its output\n  " + "\n  ".join(end) + "\n" in said
+    assert main(["logs", "elastic-logs/18"]) == 1
+    assert capsys.readouterr().err.endswith("\n  exit code 127\n")
+
+
 def test_a_job_that_is_over_is_not_stopped_again(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(job, FINISHED)
     assert job.stop() == "over"
