@@ -8,6 +8,6 @@ Start with ``spec.build``: ``request`` (a caller's options over those of ``confi
 * ``commands``, ``quoting``: the lines of the batch script. ``compiled``: its templates.
 * ``toml_file``: one configuration file. ``typed``: types.
 * ``handle.Job``, with ``look``, ``lookup``, ``resizing`` and ``notices``: a job that was submitted.
-* ``resume``: a job that has ended continues; ``recorded``: how it was submitted, as its batch script says.
-* ``cleaning``, ``remains``: what jobs have left that ended long ago. ``launch``, ``functions``: functions as jobs.
+* ``resume``: a job that has ended continues; ``recorded``: how it was submitted, as recorded in its batch script.
+* ``cleaning``, ``remains``: what jobs that ended long ago have left. ``launch``, ``functions``: functions as jobs.
 """

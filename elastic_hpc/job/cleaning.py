@@ -1,8 +1,8 @@
-"""Run directories of jobs that ended long ago, and copies of code that no job took: which may be removed. Removes them.
+"""Finds and removes run directories of jobs that ended long ago, and copies of code that no job used.
 
-In doubt a folder is kept: another user's, a link, a job that Slurm or the record calls active or that was written to a
-moment ago, a job that is being resumed, a job whose end nobody knows, and a folder in which the script has written
-files of its own, such as checkpoints (``remains``).
+In doubt a folder is kept: a folder of another user, a link, the folder of a job that Slurm or the record calls active,
+that wrote a file a moment ago, that is being resumed, or whose end is unknown, and a folder in which the script has
+written files of its own, such as checkpoints (``remains``).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _MADE = b"\n# made by elastic-sbatch "
 _REMOVED = ".removed."
 """Begins the name of a folder that is being removed."""
 _FRESH, _SILENT = 600.0, 86400.0
-"""Seconds after the last file was written: within these a job may be alive whatever else is known; after these a job of
-unknown end may be removed if the user names it.
+"""Seconds since the last file was written. Below ``_FRESH`` a job may be alive, whatever else is known; above
+``_SILENT`` a job of unknown end may be removed if the user names it.
 """
 
 ACTIVE = "active"
@@ -58,7 +58,7 @@ class Leftover:
     ended: float
     """Seconds since the epoch."""
     files: tuple[str, ...] = ()
-    """Names of what the script has written there."""
+    """Names of the files and folders that the script has written there."""
 
     is_job: bool = True
     """False for a copy of code, and for what is left of a removal."""
@@ -82,9 +82,10 @@ class Inventory:
 def inventory(
     run_dirs: Sequence[RunDir], before: float, *, named: bool, with_files: bool, claimed: bool = False
 ) -> Inventory:
-    """``run_dirs`` of jobs that ended before ``before``. ``named``: the user has named these jobs, and a job of unknown
-    end may be removed if Slurm does not know it. Otherwise also copies of code beside them that no job took.
-    ``with_files``: also folders with files of the script. ``claimed``: the file RESUMING there is the caller's.
+    """Which of ``run_dirs`` may be removed: those whose jobs ended before ``before``. ``named``: the user has named
+    these jobs, and a job of unknown end may be removed if Slurm does not know it; if not ``named``, copies of code
+    beside them that no job used may be removed too. ``with_files``: so may folders with files of the script.
+    ``claimed``: the caller has made the file RESUMING there.
     """
     found, ended, unsure = Inventory(), dict[Path, str](), list[RunDir]()
     old = {rundir.path: when for rundir in run_dirs if (when := _ended(rundir.path)) and when < before}
@@ -121,12 +122,12 @@ def inventory(
     if not (named or claimed):
         folders = {rundir.path.parent for rundir in run_dirs}
         for copy in _copies(folders, before):
-            # which job waits for it, only Slurm knows: any may
+            # only Slurm knows which job waits for the copy: any active job may
             if reason := active(None):
                 found.keep(reason, copy.path)
             else:
                 found.leftovers.append(copy)
-        for path in _named(folders, _REMOVED):  # a removal that was cut off
+        for path in _named(folders, _REMOVED):  # a removal that was interrupted
             with contextlib.suppress(OSError):
                 there = remains(path)
                 if reason := _reason_to_keep(there, "removed", with_files=with_files):
@@ -147,8 +148,8 @@ def _reason_to_keep(there: Remains, state: str, *, with_files: bool) -> str:
 
 
 def remove(leftover: Leftover, before: float, *, named: bool, with_files: bool) -> None:
-    """Remove a folder, and the links by which the job was found under another id too, unless ``inventory`` with the
-    same arguments finds by now that it must stay. Meanwhile the job cannot be resumed. Raises OSError.
+    """Remove a folder, and the links to it, which have other ids of the job as names. Meanwhile the job cannot be
+    resumed. Raises OSError, also if ``inventory`` with the same arguments now finds that the folder must stay.
     """
     path = leftover.path
     if not _is_folder_of_ours(path):
@@ -158,7 +159,7 @@ def remove(leftover: Leftover, before: float, *, named: bool, with_files: bool) 
             raise FileExistsError(None, reason, str(path))
         _remove_renamed(path)
         return
-    moved = path.with_name(f"{_REMOVED}{path.name}.{secrets.token_hex(8)}")  # found again if its removal is cut off
+    moved = path.with_name(f"{_REMOVED}{path.name}.{secrets.token_hex(8)}")  # the next removal finds it
     with _claim(path):
         looked_at = os.lstat(path)
         now = inventory([RunDir(path)], before, named=named, with_files=with_files, claimed=True)
@@ -177,7 +178,7 @@ def remove(leftover: Leftover, before: float, *, named: bool, with_files: bool) 
 
 @contextlib.contextmanager
 def _claim(path: Path) -> Iterator[None]:
-    """Keep the job from being resumed, until the body fails. Raises OSError."""
+    """Keep the job from being resumed. If the body fails, allow it again. Raises OSError."""
     try:
         if not RunDir(path).claim(RESUMING, f"elastic-hpc clean: process {os.getpid()} on {os.uname().nodename}\n"):
             raise FileExistsError(None, "it is being resumed", str(path))
@@ -197,8 +198,8 @@ def _remove_renamed(path: Path) -> None:
 
 
 def _asked_once() -> Callable[[Collection[str] | None], str]:
-    """A function that says why jobs with these ids, or any jobs for None, count as active; empty if they do not. Slurm
-    is asked at the first call.
+    """A function that returns why a job with one of these ids, or any job for None, counts as active; empty if none
+    does. Its first call asks Slurm.
     """
     live: list[set[str] | str] = []
 
@@ -226,7 +227,7 @@ def _ids(observed: Observed) -> set[str]:
 
 
 def _ended(path: Path) -> float:
-    """When the job ended, if it has: at the last sign of it; 0 if there is no such folder."""
+    """When the job ended, if it has: the time of its last sign of life; 0 if there is no such folder."""
     latest = 0.0
     for name in (*_ENDS, "."):
         with contextlib.suppress(OSError):
@@ -236,8 +237,8 @@ def _ended(path: Path) -> float:
 
 
 def _not_ours(path: Path) -> str:
-    """Why ``path`` is no run directory of this user; empty if it is one. Other programs too have a file spec.json. A
-    job that ended before an agent led it has only its batch script.
+    """Why ``path`` is no run directory of this user; empty if it is. Other programs also write a file spec.json. A job
+    that ended before an agent led it has only its batch script.
     """
     rundir = RunDir(path)
     with contextlib.suppress(ElasticError, OSError):
@@ -260,7 +261,7 @@ def _is_folder_of_ours(path: Path) -> bool:
 
 
 def _copies(folders: Collection[Path], before: float) -> Iterator[Leftover]:
-    """Copies of code, put aside for jobs that never took them: see ``JobSpec.staged``."""
+    """Copies of code, put aside for jobs that never used them: see ``JobSpec.staged``."""
     before = min(before, time.time() - _FRESH)
     for path in _named(folders, ".submission."):
         if (when := os.lstat(path).st_mtime) < before:
@@ -273,7 +274,7 @@ def _named(folders: Collection[Path], begin: str) -> Iterator[Path]:
 
 
 def _sizes(folder: Path | str) -> Iterator[int]:
-    """Of all in ``folder`` that can be seen, without following links."""
+    """The sizes of everything in ``folder`` that can be read, without following links."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             yield entry.stat(follow_symlinks=False).st_blocks * 512

@@ -20,7 +20,7 @@ class Container:
     mounts: str | None = None  # SRC:DST[:FLAGS],... besides the working directory and the run directory
 
     def srun_options(self, folders: str, env: Collection[str]) -> list[str]:
-        """``folders``: "SRC:DST,..." for bash. ``env``: variables that count more than those of the image."""
+        """``folders``: "SRC:DST,..." for bash. ``env``: variables that override the image's variables."""
         if self.runtime == "oci":
             return [f"--container={self.image}"]
         if self.runtime != "pyxis":
@@ -33,7 +33,7 @@ class Container:
         """``command``, run in the container. For apptainer, ``env`` is exported under other names (prepare.j2)."""
         if self.runtime == "pyxis":
             return list(command)
-        if self.runtime == "oci":  # the bundle's config.json decides the working directory, and variables before srun's
+        if self.runtime == "oci":  # the bundle's config.json sets the working directory, and variables before srun's
             given = [joined(f"{name}=", Shell(f'"${name}"')) for name in env]
             return ["env", joined("--chdir=", Shell('"$PWD"')), *given, *command]
         words = ["apptainer", "exec", "--bind", self._mounts(folders), "--pwd", Shell('"$PWD"')]
@@ -46,7 +46,7 @@ class Container:
 def srun_options(nodes: str, cpus_per_task: str | None = None) -> list[str]:
     """Options of srun for one agent per node that outlives other nodes, in elastic-srun and in the batch script.
 
-    ``cpus_per_task``: the value that the job asked for, which srun does not take over from sbatch since Slurm 22.05.
+    ``cpus_per_task``: the value that the job requested; since Slurm 22.05, srun does not inherit it from sbatch.
     """
     options = [joined("--nodes=", nodes), joined("--ntasks=", nodes), "--ntasks-per-node=1"]
     options += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none"]
@@ -89,7 +89,7 @@ def torchrun_command(
     log_dir: str | None = None,
     others: Sequence[str] = (),
 ) -> list[str]:
-    """The quickstart's own command for the same job. ``others``: options that only torchrun has."""
+    """The command of torchrun's quickstart for the same job. ``others``: options that only torchrun has."""
     endpoint = launch.rdzv_endpoint
     words = module_command(python, "torch.distributed.run", f"--nnodes={launch.nodes}", unbuffered=True)
     words += [f"--nproc-per-node={launch.nproc_per_node}"] if launch.nproc_per_node else []

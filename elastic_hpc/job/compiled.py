@@ -1,7 +1,7 @@
-"""Compiled templates, kept in the user's cache folder: to compile them anew takes longer than all else of a submission.
+"""Compiled templates, kept in the user's cache folder: compiling them takes longer than the rest of a submission.
 
-The folder is ``$XDG_CACHE_HOME/elastic_hpc``, by default in ``~/.cache``. What is there is Python code, so the folder
-must belong to this user alone. Without it templates are compiled each time. Reads and writes files.
+The folder is ``$XDG_CACHE_HOME/elastic_hpc``, by default in ``~/.cache``. It contains Python code, so it must belong to
+this user alone. Without the folder, templates are compiled each time. Reads and writes files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Cache(jinja2.FileSystemBytecodeCache):
     def load_bytecode(self, bucket: Bucket) -> None:
         try:
             super().load_bytecode(bucket)
-        except Exception:  # noqa: BLE001 - whatever pickle and marshal say of a file that was cut off
+        except Exception:  # noqa: BLE001 - whatever pickle and marshal raise for an incomplete file
             bucket.reset()
 
     def dump_bytecode(self, bucket: Bucket) -> None:
@@ -32,7 +32,7 @@ class _Cache(jinja2.FileSystemBytecodeCache):
 
 
 def cache() -> jinja2.BytecodeCache | None:
-    """None where there is no folder for it."""
+    """The cache; None if its folder cannot be made, or is not private."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:
         caches = Path(given if os.path.isabs(given) else "~/.cache").expanduser()
@@ -41,5 +41,5 @@ def cache() -> jinja2.BytecodeCache | None:
         make_private(folder, exist_ok=True)
     except (OSError, ElasticError, RuntimeError):  # RuntimeError: there is no home
         return None
-    # the code of a template also depends on what was called as it was compiled
+    # the code of a template also depends on our functions, some of which jinja2 calls when it compiles
     return _Cache(str(folder), f"%s-{jinja2.__version__}-{__version__}-{sys.implementation.cache_tag}")

@@ -1,5 +1,5 @@
-"""Where settings come from: site, user and project files in TOML, the #SBATCH lines of the script, sbatch's variables
-in the environment, then the command line. Reads files.
+"""Where settings come from, in this order: site, user and project files in TOML, the #SBATCH lines of the script,
+sbatch's variables in the environment, the command line. Reads files.
 
 A later source overrides an earlier one, but set-up lines accumulate in this order, and environment variables by name.
 Each value remembers its source::
@@ -11,20 +11,20 @@ Each value remembers its source::
     [sbatch]
     partition = "gpu"                      # any long option of sbatch
     exclusive = true                       # true: without a value; false: not at all
-    "--new-option" = "x"                   # one that only a newer sbatch knows, with its dashes
-    [grow]                                 # in the place of grow = true above
+    "--new-option" = "x"                   # an option that only a newer sbatch knows, with its dashes
+    [grow]                                 # in place of grow = true above
     on = true                              # the same as grow = true
     every = 300                            # as grow-every
     partition = "preempt"                  # any long option of sbatch, for the jobs by which a job grows
 
-The file of one job, for ``elastic-sbatch --file job.toml``, is written in the same way. It wins over all but the
+The file of one job, for ``elastic-sbatch --file job.toml``, is written in the same way. It overrides all but the
 command line, and may also say what runs::
 
     script = "train.py"                    # from the working directory, as on the command line
     args = ["--lr", "1e-3"]
     module = false                         # true: script is a module, as for -m; also no-python
 
-``elastic-hpc config`` shows what counts, and where each value comes from.
+``elastic-hpc config`` shows the values in effect, and where each comes from.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Configuration:
-    """The settings of several layers, merged. ``options``: ours by name, parsed. ``sbatch``: in the order given."""
+    """The merged settings of several layers. ``options``: our options, parsed. ``sbatch``: in the order given."""
 
     options: Mapping[str, Setting] = field(default_factory=dict)
     setup: tuple[Setting, ...] = ()
@@ -90,7 +90,7 @@ def _value(name: str, text: str) -> Any:
     path = os.path.expanduser(text)
     if name in {"log-dir", "template"}:
         return path
-    if name == "python":  # a file that exists is one word, with blanks or without
+    if name == "python":  # the path of an existing file is one word, even with blanks
         program, *options = (path,) if os.path.isfile(path) else ELASTIC[name].parse(text)
         return os.path.expanduser(program), *options
     if name == "container-image":
@@ -99,8 +99,8 @@ def _value(name: str, text: str) -> Any:
 
 
 def load(environ: Mapping[str, str], directory: Path, script: Sequence[Layer] = ()) -> Configuration:
-    """The settings below those of the caller: the files of the site, the user and the project, as far as they exist,
-    then ``script``, such as its #SBATCH lines, then sbatch's variables, which win over the script, as for sbatch.
+    """The settings that the caller's options override: from the files of the site, the user and the project, if they
+    exist; then ``script``, such as its #SBATCH lines; then sbatch's variables, which override the script as for sbatch.
     """
     configuration = Configuration()
     for name, (path, source) in files(environ, directory).items():
@@ -116,8 +116,8 @@ def load(environ: Mapping[str, str], directory: Path, script: Sequence[Layer] = 
 
 
 def files(environ: Mapping[str, str], directory: Path) -> dict[str, tuple[Path, str]]:
-    """The configuration files in the order in which they count, and how messages call them. The site's is there only
-    if the environment names it; the others may not exist.
+    """The configuration files in the order in which they are read, and how messages call them. The site's file is
+    included only if the environment names it; the others may not exist.
     """
     site = environ.get("ELASTIC_HPC_CONFIG")
     home = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "elastic_hpc" / "config.toml"

@@ -1,5 +1,5 @@
-"""A Python function in the place of a training script. submitit pickles the function and runs it on every rank. What
-the ranks return, or raise, is kept by round, so that the leftovers of a lost world never count as the result.
+"""A Python function in place of a training script. submitit pickles the function and runs it on every rank. What the
+ranks return or raise is kept by round, so that what a lost world has left never counts as the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CLUSTERS = ("elastic", "elastic-local")
 
 
 def write(function: Callable[..., Any], args: Sequence[Any], folder: Path, run_dir: Path) -> None:
-    """Pickle the call for the workers of the job in ``run_dir``, whose argument is ``folder``."""
+    """Pickle the call into ``folder``, the argument of the workers of the job in ``run_dir``."""
     utils.DelayedSubmission(function, *args).dump(utils.JobPaths(folder, run_dir.name).submitted_pickle)
 
 
@@ -30,7 +30,7 @@ def environ() -> dict[str, str]:
 
 
 def runs_folder(folder: Path | str) -> Path:
-    """The folder of an executor's run directories, and of the output of the batch scripts."""
+    """The folder for an executor's run directories and the output of its batch scripts."""
     return Path(utils.JobPaths.get_first_id_independent_folder(folder), "elastic")
 
 

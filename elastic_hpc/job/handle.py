@@ -1,5 +1,5 @@
-"""A job from Python: submit it, look at its state, wait for it, read its logs, stop it. The handle reads the run
-directory, and asks Slurm only for what is not there, so that it works when Slurm has forgotten the job.
+"""A job from Python: submit it, get its state, wait for it, read its logs, stop it. The handle reads the run directory,
+and asks Slurm only for what is not there, so it works even when Slurm has forgotten the job.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _SLURM_INTERVALS = 2.0, 30.0
 """Seconds between two queries of Slurm, at first and after a while."""
 
 _SILENT = slurm.WAITS | {"COMPLETING", "SUSPENDED", "STOPPED"}
-"""States of a job that is not over and has no leader that answers."""
+"""States of an active job without a leader that answers."""
 
 Stopped = Literal["cancelled", "told", "over"]
 """What ``Job.stop`` has done. ``cancelled``: Slurm cancelled the job, which was pending or had no leader. ``told``: the
-leader got the request to stop. ``over``: nothing, because the job had already ended."""
+leader received the request to stop. ``over``: nothing, because the job had already ended."""
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job at one moment."""
+    """The state of a job at one moment."""
 
     state: str
     """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ...; UNKNOWN if neither the run directory nor Slurm
@@ -81,7 +81,7 @@ class JobStatus:
 
 
 class JobFailed(ElasticError):
-    """The job has ended, and has not completed. ``status`` says how."""
+    """The job has ended without completing. ``status`` says how it ended."""
 
     def __init__(self, job: Job, status: JobStatus) -> None:
         traceback = str((status.failure or {}).get("traceback") or "").rstrip()
@@ -93,15 +93,15 @@ class JobFailed(ElasticError):
 
 
 class Job:
-    """A submitted job, or a task of an array. Slurm is not asked before a method is called. Two handles are equal if
-    they have the same run directory.
+    """A submitted job, or a task of an array. Only the methods ask Slurm. Two handles are equal if they have the same
+    run directory.
 
-    ``run_dir`` has the record of the job, for its owner only: docs/how-it-works.md describes the files.
+    ``run_dir`` contains the record of the job, which only its owner can read: docs/how-it-works.md describes the files.
     """
 
     def __init__(self, job: int | str | os.PathLike[str], *, is_array: bool = False) -> None:
-        """An existing job, by its id, as for the commands, or by the path of its run directory, which has a ``/``:
-        ``Job(4711)``, ``Job("elastic-logs/4711")``. Raises UsageError if no job has that id, or more than one.
+        """An existing job, by its id, as in the commands, or by the path of its run directory, which has a ``/``:
+        ``Job(4711)``, ``Job("elastic-logs/4711")``. Raises UsageError if no job or several jobs have that id.
         """
         given: Any = str(int(job)) if isinstance(job, Integral) else job
         if not isinstance(given, (str, os.PathLike)):
@@ -141,18 +141,18 @@ class Job:
         return Job(self.run_dir.with_name(f"{self.id}_{index}"))
 
     def status(self) -> JobStatus:
-        """The state of the job now. Raises SlurmError if only Slurm knows the state, and does not answer."""
+        """The current state of the job. Raises SlurmError if only Slurm knows the state, and Slurm does not answer."""
         view = self._look().view
         if self._jobs.problem:
             raise SlurmError(self._jobs.problem)
         return JobStatus.of(view)
 
     def wait(self, timeout: float | timedelta | None = None, *, check: bool = False) -> JobStatus:
-        """Wait until the job has finished, failed or been cancelled. The wait continues over
-        requeues, and while Slurm does not answer. Ctrl-C ends the wait, not the job.
+        """Wait until the job has completed, failed or been cancelled. The wait continues over requeues, and while Slurm
+        does not answer. Ctrl-C ends the wait, not the job.
 
-        ``timeout``: seconds, or a timedelta. After ``timeout``, raises TimeoutError; the job continues. ``check``:
-        raise JobFailed unless the job has completed.
+        ``timeout``: seconds or a timedelta, after which TimeoutError is raised; the job continues. ``check``: raise
+        JobFailed unless the job has completed.
         """
         timeout = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         begin = time.monotonic()
@@ -167,7 +167,7 @@ class Job:
         raise TimeoutError(f"job {self.id} has not ended in {timeout:g} s; the job continues")
 
     def _watch(self) -> Iterator[JobView]:
-        """The job at one moment after another. Slurm is asked less and less often."""
+        """Yields the job at one moment after another. Asks Slurm less and less often."""
         begin = time.monotonic()
         while True:
             least, most = _SLURM_INTERVALS
@@ -180,8 +180,8 @@ class Job:
         return self._jobs.look(query_interval, ends=ends)[0]
 
     def logs(self, rank: int = 0, stream: Stream = "out", *, follow: bool = False) -> Iterator[str]:
-        """The lines that the worker of this rank has written, round after round. ``follow``: continue as more is
-        written, until the job has ended.
+        """The lines that the worker of this rank has written, round after round. ``follow``: also yield new lines as
+        they are written, until the job has ended.
         """
         if stream not in get_args(Stream):
             raise UsageError(f"stream {stream!r}: expected 'out' or 'err'")
@@ -197,13 +197,13 @@ class Job:
         return self._record.events()
 
     def why(self) -> str:
-        """Why the job went as it did, and what to do: the text that ``elastic-hpc why`` prints."""
+        """What happened to the job, why, and what to do: the text that ``elastic-hpc why`` prints."""
         return why(self._look(ends=True))
 
     def drain(self, reason: str = "user") -> None:
-        """Let the job save, stop and requeue itself. ``reason``: ``user``, or, to rehearse such an event, ``time
-        limit`` or ``preempted``. Raises ElasticError if the job's leader cannot be reached, because the job is pending
-        or has ended.
+        """Request that the job saves, stops and requeues itself. ``reason``: ``user`` or, to rehearse such an event,
+        ``time limit`` or ``preempted``. Raises ElasticError if the job's leader cannot be reached, for example because
+        the job is pending or has ended.
         """
         final = self.final_state()
         try:
@@ -236,14 +236,16 @@ class Job:
         return self._asked(lambda: resizing.resize(sizes, self._record, look))
 
     def release(self, *nodes: str) -> str:
-        """Return these nodes to Slurm at a step boundary. This run of the job avoids them. Raises as ``resize``."""
+        """Return these nodes to Slurm at a step boundary. This run of the job avoids them. Returns what happens next.
+        Raises the same errors as ``resize``.
+        """
         from elastic_hpc.job import resizing
 
         look = self._not_over("released")
         return self._asked(lambda: resizing.release(nodes, self._record, look))
 
     def _asked(self, ask: Callable[[], str]) -> str:
-        """The answer of the leader. Raises ElasticError; in a state without a leader, with that state."""
+        """The answer of the leader. Raises ElasticError, which names the state if the job has no leader in it."""
         try:
             return ask()
         except ElasticError as error:
@@ -261,7 +263,10 @@ class Job:
 
     def notice(self, node: str, reason: str | None) -> None:
         """Announce that ``node`` is about to fail, and why: the job continues without the node from the next step, if
-        MIN nodes are left, and avoids the node for a day. ``reason`` None withdraws the notice. Raises ElasticError.
+        MIN nodes are left, and avoids the node for a day. ``reason`` None withdraws the notice.
+
+        Raises UsageError for a node that the job never had, or without a notice to withdraw, and ElasticError if the
+        job has ended or its run directory cannot be written.
         """
         if final := self.final_state():
             raise ElasticError(f"job {self.id} is over, {final}: it has no nodes")
@@ -269,22 +274,23 @@ class Job:
 
     def resume(self, *script: object, **options: Unpack[JobOptions]) -> str:
         """Continue a job that failed, timed out or was cancelled, in its run directory, with its checkpoints, record
-        and counters. ``script``: the script and its arguments, if others than before; ``options`` as for
-        ``JobSpec.of``, over those of the job's submission. Returns the id of the Slurm job that continues.
+        and counters. ``script``: a new script and its arguments, if they change; ``options``: as for ``JobSpec.of``,
+        they override the options of the job's submission. Returns the id of the new Slurm job, in which it continues.
 
-        Raises UsageError for a job that has not ended, has finished, or is another user's, or whose options do not
-        fit, and SlurmError if Slurm cannot be asked.
+        Raises UsageError if the job has not ended, has completed and gets no new ``script``, or belongs to another
+        user, or if the options do not fit, and SlurmError if Slurm does not answer.
         """
         from elastic_hpc.job import resume
 
         return resume.from_python(self.run_dir, script, options)
 
     def stop(self, *, after_checkpoint: bool = False) -> Stopped:
-        """End the running or pending job without a requeue. ``after_checkpoint``: the workers have ``--grace`` to save
-        first.
+        """End a running or pending job without a requeue. ``after_checkpoint``: first give the workers the time
+        ``--grace`` to save.
 
-        Returns ``cancelled``, ``told`` or ``over``, see ``Stopped``. Raises ElasticError if the job's leader cannot be
-        reached and Slurm cannot cancel the job, or with ``after_checkpoint`` would not let it save.
+        Returns ``cancelled``, ``told`` or ``over``, see ``Stopped``. If the job's leader cannot be reached, Slurm
+        cancels the job; raises ElasticError if Slurm cannot, or if the workers could then not save
+        (``after_checkpoint``).
         """
         if self._has_tasks():
             slurm.cancel(self.id)
@@ -306,14 +312,16 @@ class Job:
         return "cancelled"
 
     def cancel(self) -> None:
-        """``scancel``: end the job at once, in whatever state. On one machine without Slurm its leader ends the job."""
+        """End the job at once, in any state, with ``scancel``. On one machine without Slurm, the job's leader ends it.
+        Raises SlurmError, or ElasticError if that leader cannot be reached.
+        """
         if self._record.is_held() is None:
             slurm.cancel(self.slurm_id)
         else:
             self._request("stop")
 
     def _request(self, request: Literal["drain", "save-and-stop", "stop"], reason: str = "user") -> None:
-        from elastic_hpc.network.client import ask_leader  # asyncio takes its time to be imported
+        from elastic_hpc.network.client import ask_leader  # imports asyncio, which is slow
 
         if not is_there(self.run_dir):
             raise ElasticError(f"{self.run_dir}: is not there yet, the job has not started")
@@ -321,7 +329,7 @@ class Job:
 
     @property
     def slurm_id(self) -> str:
-        """The id of the job, or of the job that continues in its place where a job may not be requeued."""
+        """The id of the job or, where a job may not be requeued, of the job that continues in its place."""
         return recorded(self._record).slurm_id
 
     def final_state(self) -> str | None:
@@ -329,15 +337,15 @@ class Job:
         return recorded(self._record).final
 
     def last_round(self) -> Mapping[str, Any]:
-        """The event of the last world that was formed, ``round``, ``nodes``, ``world_size``; empty before the first."""
+        """The event of the last world: ``round``, ``nodes``, ``world_size``; empty before the first world."""
         return self._record.last_round()
 
 
 def submit(spec: JobSpec, on_message: Callable[[str], None] = lambda _: None) -> Job:
-    """Submit ``spec``. ``on_message`` gets what sbatch prints besides the job's id, and notes on variables of the
-    environment that the job does not get.
+    """Submit ``spec``. ``on_message`` is called with what sbatch prints besides the job's id, and with notes on
+    environment variables that the job does not get.
 
-    Raises UsageError if the job is refused, by us or by Slurm, and SlurmError if Slurm cannot be asked.
+    Raises UsageError if this package or Slurm refuses the job, and SlurmError if Slurm does not answer.
     """
     for note in spec.notes:
         on_message(f"{note}\n")

@@ -1,5 +1,5 @@
-"""``elastic_launch`` runs a function or a script, from Python, on the nodes of the allocation or on this machine.
-Has the interface of ``torch.distributed.launcher.api``, and runs ``elastic-srun``.
+"""``elastic_launch`` runs a function or a script, from Python, on the nodes of the allocation or on this machine. It
+has the interface of ``torch.distributed.launcher.api``, and runs ``elastic-srun``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class LaunchFailed(ElasticError):
-    """The workers have not finished. The text has the traceback of the first failure, if there was a failure."""
+    """The workers have not finished. The message includes the traceback of the first failure, if any worker failed."""
 
     def __init__(self, text: str, run_dir: Path, verdict: Mapping[str, Any] | None) -> None:
         super().__init__(text)
@@ -48,9 +48,9 @@ class LaunchConfig:
         log_dir: str | os.PathLike[str] = "elastic-logs",
         **options: Unpack[LaunchOptions],
     ) -> None:
-        """``local``: the number of agents to run as processes of this machine, without Slurm; None for the nodes of the
-        allocation. ``log_dir``: where the run directory is made. Values are as in JobSpec.of. Raises UsageError for
-        options or values that do not exist.
+        """``local``: the number of agents to run as processes on this machine, without Slurm; None for the nodes of the
+        allocation. ``log_dir``: the folder in which each launch makes its run directory. ``options`` have values as in
+        ``JobSpec.of``. Raises UsageError for options that do not exist and values that do not fit.
 
         ``LaunchConfig(nodes=(2, 4), nproc_per_node=8, max_restarts=3)``
         """
@@ -80,7 +80,7 @@ class LaunchConfig:
 
 
 class elastic_launch:  # noqa: N801 - torch's name
-    """``elastic_launch(config, train)(1e-3)``: as torch's class of this name.
+    """``elastic_launch(config, train)(1e-3)``: the counterpart of torch's class of this name.
 
     ``entrypoint``: a function, which is pickled with its arguments (cloudpickle) and called on every rank, or the path
     of a script, whose arguments are strings.
@@ -93,9 +93,11 @@ class elastic_launch:  # noqa: N801 - torch's name
         self._entrypoint = entrypoint
 
     def __call__(self, *args: Any) -> dict[int, Any]:
-        """Run to the end. Returns what each rank of the last world has returned, by rank; empty for a script.
+        """Run the workers to their end. Returns what each rank of the last world has returned, by rank; empty for a
+        script.
 
-        Raises LaunchFailed if the workers have not finished. Ctrl-C once lets them save and stop, twice stops them.
+        Raises LaunchFailed if the workers have not finished. The first Ctrl-C lets the workers save and stop; the
+        second stops them.
         """
         make_log_dir(self._config.log_dir)
         run_dir = self._config.log_dir / f"launch.{secrets.token_hex(4)}"
@@ -114,7 +116,8 @@ class elastic_launch:  # noqa: N801 - torch's name
 
 
 def _run(command: list[str], environ: Mapping[str, str]) -> None:
-    # In another session, so that Ctrl-C reaches this process alone; but within a worker in its session, to die with it.
+    # In another session, so that Ctrl-C reaches only this process; but in a worker in the worker's session, to die with
+    # the worker.
     alone = AGENT_MARK not in os.environ
     process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=alone)
     while True:

@@ -1,4 +1,4 @@
-"""Observes jobs: reads their records, and asks Slurm for what the records cannot say, with one query for all jobs.
+"""Observes jobs: reads their records, and asks Slurm for what is not in the records, with one query for all jobs.
 ``view.job`` decides what the observation means.
 """
 
@@ -24,7 +24,7 @@ from elastic_hpc.view.story import Story
 from elastic_hpc.view.story_builder import StoryBuilder
 
 _RECENT = 24 * 3600.0
-"""Seconds after its end for which a job is listed when the user names no job."""
+"""Seconds after its end during which a job is listed when the user names no job."""
 
 
 _TAIL, _LINES = 4096, 10
@@ -32,14 +32,14 @@ _TAIL, _LINES = 4096, 10
 
 
 class Look(NamedTuple):
-    """One job at one moment. ``events``: those of its record, without progress."""
+    """One job at one moment. ``events``: the events of its record, without progress."""
 
     view: JobView
     story: Story
     events: Sequence[Mapping[str, Any]]
 
     def is_recent(self) -> bool:
-        """Whether the job is not over, or ended within a day, or ended before it started and Slurm still knows it."""
+        """Whether the job is active, ended within the last day, or ended unstarted and Slurm still knows it."""
         never_started = not self.story.runs and not self.view.script
         if not self.view.over or (never_started and self.view.state != "UNKNOWN"):
             return True
@@ -47,7 +47,7 @@ class Look(NamedTuple):
 
     @property
     def place(self) -> tuple[int, float]:
-        """Where the job stands in a list: jobs with nodes first, then those that wait, then the last that ended."""
+        """The place of the job in a list: first jobs with nodes, then waiting jobs, then ended jobs, the last first."""
         return (2, -self._ended) if self.view.over else (0 if self.view.has_nodes else 1, 0.0)
 
     @property
@@ -57,7 +57,7 @@ class Look(NamedTuple):
 
 
 def may_be_recent(rundir: RunDir) -> bool:
-    """Whether ``Look.is_recent`` may hold; cheap for a job that ended long ago by its record."""
+    """Whether ``Look.is_recent`` may be true; cheap for a job that ended long ago according to its record."""
     files = (str(rundir.path / name) for name in ("verdict.json", "heartbeat", "endpoint.json"))
     if time.time() - max(map(_mtime, files)) < _RECENT:
         return True
@@ -66,7 +66,7 @@ def may_be_recent(rundir: RunDir) -> bool:
 
 
 class JobRecord:
-    """The record of a job, whose story is told on as events are added."""
+    """The record of a job, whose story continues as events are added."""
 
     def __init__(self, folder: Path) -> None:
         """``folder``: the run directory."""
@@ -77,7 +77,7 @@ class JobRecord:
         self._reader, self._builder = EventReader(self._folder, for_screens=True), StoryBuilder()
 
     def story(self) -> Story:
-        """The story by now. Reads only what was added since the last call. Raises ElasticError."""
+        """The story up to now. Reads only what was added since the last call. Raises ElasticError."""
         added = self._reader.read()
         if self._reader.is_new_story:
             self._begin()
@@ -87,7 +87,7 @@ class JobRecord:
 
     @property
     def events(self) -> Sequence[Mapping[str, Any]]:
-        """The events of that story, without progress."""
+        """The events of the story, without progress."""
         return self._reader.events
 
 
@@ -100,7 +100,7 @@ def recorded(rundir: RunDir) -> Observed:
     leader_run = endpoint["run"] if isinstance(endpoint.get("run"), int) else 0
     last_run = max(leader_run, verdict.get("run", 0))
     led = str(spec.get("job", rundir.path.name))
-    with contextlib.suppress(OSError):  # another user's
+    with contextlib.suppress(OSError):  # the job of another user
         held = rundir.is_held()
     return Observed(
         id=rundir.path.name,
@@ -122,11 +122,11 @@ def _read(rundir: RunDir, name: str) -> dict[str, Any]:
 
 
 class Jobs:
-    """Jobs that are observed repeatedly. Each look reads only the events that were added since the last one."""
+    """Jobs to observe repeatedly. Each look reads only the events that were added since the last look."""
 
     def __init__(self, run_dirs: Sequence[RunDir], *, also_unreadable: bool = False) -> None:
-        """``also_unreadable``: a job whose record cannot be read is shown with the problem as its note; otherwise
-        ``look`` raises ElasticError.
+        """``also_unreadable``: a look includes a job whose record cannot be read, with the problem as its note;
+        otherwise ``look`` raises ElasticError.
         """
         self._also_unreadable = also_unreadable
         self._records: list[tuple[RunDir, JobRecord]] = []
@@ -136,26 +136,26 @@ class Jobs:
         self._queue: dict[str, slurm.Queued] = {}
         """The answer of the last query, by id."""
         self._ended: dict[str, slurm.SlurmJob | None] = {}
-        """What Slurm says about jobs that ended before an agent led them; None if it does not know the job."""
+        """What Slurm says about jobs that ended before an agent led them; None if Slurm does not know the job."""
         self._recorded: dict[str, str] = {}
-        """Slurm's words for the ends of jobs, by id; empty for those that it does not know."""
+        """Slurm's words for the ends of jobs, by id; empty for a job that Slurm does not know."""
         self.problem = ""
-        """Why Slurm cannot be asked; empty if it answered, or need not be asked."""
+        """Why Slurm did not answer; empty if it answered, or if there was nothing to ask."""
         self.unreadable: set[str] = set()
         """The run directories whose records could not be read in the last look."""
 
     def observe(self, run_dirs: Sequence[RunDir]) -> None:
-        """From now on observe these jobs; what was read of them before is kept."""
+        """From now on observe these jobs; keeps what was already read of them."""
         known = {rundir.path: record for rundir, record in self._records}
         self._records = [(rundir, known.get(rundir.path) or JobRecord(rundir.path)) for rundir in run_dirs]
 
     def look(self, query_interval: float = 0.0, *, ends: bool = False) -> list[Look]:
-        """The jobs as they are now. Slurm is asked if the last query is ``query_interval`` seconds ago. ``ends``: also
-        ask Slurm, once for each job that is over, what it has recorded as its end.
+        """The jobs as they are now. Asks Slurm if the last query was at least ``query_interval`` seconds ago. ``ends``:
+        also asks Slurm, once for each job that has ended, which end it has recorded.
         """
         observed = [recorded(rundir) for rundir, _ in self._records]
         self._query(observed, query_interval)
-        if any(map(self._slurm_says_ended, observed)):  # by now the record may have the end, or name a successor
+        if any(map(self._slurm_says_ended, observed)):  # by now the record may contain the end, or a successor
             observed = [recorded(rundir) for rundir, _ in self._records]
             self._query(observed, float("inf"))
         looks = []
@@ -177,7 +177,7 @@ class Jobs:
         return looks
 
     def _query(self, observed: Sequence[Observed], interval: float) -> None:
-        """Ask for all jobs whose records have no end; at once, if the last query left such a job out."""
+        """Ask Slurm about all jobs whose records have no end; at once, if the last query left out such a job."""
         ids = {job.slurm_id for job in observed if _needs_slurm(job)}
         if not ids:
             self.problem = ""
@@ -212,7 +212,7 @@ class Jobs:
         return replace(job, ended=ended, missing_folder=next(filter(_is_missing, folders), ""), output=output)
 
     def _recorded_end(self, job: Observed) -> str:
-        """Only of a job with a batch script of ours: an allocation in which ``elastic-srun`` ran ends for itself."""
+        """Only for a job with a batch script of ours: an allocation in which ``elastic-srun`` ran has its own end."""
         if not (_is_slurms(job) and os.path.exists(os.path.join(job.run_dir, "script.sbatch"))):
             return ""
         if self._recorded.get(job.slurm_id, "") in {"", *slurm.LIVES}:
@@ -228,7 +228,7 @@ class Jobs:
 
 
 def _needs_slurm(job: Observed) -> bool:
-    """Whether only Slurm knows if the job runs. One id that is none of Slurm's makes squeue refuse the whole query."""
+    """Whether only Slurm knows if the job runs. squeue refuses a whole query if one id is not a Slurm id."""
     return not job.final and _is_slurms(job)
 
 

@@ -1,4 +1,4 @@
-"""Finds the run directory of a job that a user names, at a shell or in Python, and of all jobs. Reads files."""
+"""Finds the run directory of a job that a user names, in a shell or in Python, and of all jobs. Reads files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from elastic_hpc.record.registry import itself, remembered, tasks, with_tasks
 from elastic_hpc.record.rundir import RunDir
 
 _FILES = ("spec.json", "secret", "verdict.json", "script.sbatch")
-"""A folder in the working directory that has a job's name is its run directory if it has one of these files."""
+"""A folder in the working directory with the id of a job as its name is a run directory if it has such a file."""
 _LOG_DIR = Path("elastic-logs")
 
 
 def find(job: str) -> Path:
-    """The run directory of ``job``, absolute; it may not be there yet. ``job`` is an id, or a path if it has a ``/``.
+    """The absolute path of the run directory of ``job``, which may not exist yet. ``job``: an id, or a path if it has a
+    ``/``.
 
-    Raises UsageError if there is no such job, or more than one: of another folder or another cluster.
+    Raises UsageError if there is no such job, or several: of other folders or other clusters.
     """
     try:
         found = {os.path.realpath(path): itself(path.absolute()) for path in _candidates(job)}
@@ -38,13 +39,13 @@ def find(job: str) -> Path:
 
 
 def expand(run_dir: Path) -> list[Path]:
-    """``run_dir``; for an array the run directories of its tasks that have started."""
+    """``run_dir``; for an array, the run directories of its tasks that have started."""
     return tasks(run_dir) or [run_dir]
 
 
 def select(run_dirs: Sequence[RunDir]) -> list[RunDir]:
-    """``run_dirs``, each array as its tasks that have started; if empty, those of all jobs of this user that are known:
-    submitted lately, or in ./elastic-logs.
+    """``run_dirs``, with each array replaced by its tasks that have started. If empty, the run directories of all known
+    jobs of this user: submitted lately, or in ./elastic-logs.
     """
     if run_dirs:
         return [RunDir(path) for rundir in run_dirs for path in expand(rundir.path)]
@@ -58,7 +59,7 @@ def _candidates(job: str) -> Iterator[Path]:
         if job and (_may_be_a_jobs(path) or path in _remembered(path.name)):
             yield path
         return
-    name = job.partition(";")[0]  # sbatch --parsable says ID;CLUSTER
+    name = job.partition(";")[0]  # sbatch --parsable prints ID;CLUSTER
     if any(os.path.exists(Path(name, file)) for file in _FILES):
         yield Path(name)
     folders = [_LOG_DIR]
@@ -74,7 +75,7 @@ def _may_be_a_jobs(folder: Path) -> bool:
     """Whether ``folder`` is empty, or has a file of a run directory."""
     try:
         names = {entry.name for entry in folder.iterdir()}
-    except PermissionError:  # another user's
+    except PermissionError:  # a folder of another user
         return folder.is_dir()
     except OSError:
         return False
@@ -82,7 +83,7 @@ def _may_be_a_jobs(folder: Path) -> bool:
 
 
 def _remembered(name: str) -> Iterator[Path]:
-    """Submitted jobs called ``name`` that have started, or may start: not those whose log directory is gone."""
+    """Run directories of submitted jobs called ``name`` that have started or may start: their log directories exist."""
     array = re.fullmatch(r"(\d+)_\d+", name)
     for path in remembered():
         if path.name == name or (array and path.name == array[1]):

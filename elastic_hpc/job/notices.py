@@ -1,7 +1,7 @@
 """Notices that a node is about to fail: to one job, or to all jobs with an agent on this machine, also of other users.
 
-A notice is a mark in the job's run directory, in which only its owner may write; where root may not either, on many a
-file server. So root starts a process of the owner for each notice, and writes to no path that another user has chosen.
+A notice is a mark in the job's run directory, in which only its owner may write; on many file servers not even root.
+So root starts a process of the owner for each notice, and writes to no path that another user has chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.start import module_command
 
 _PATIENCE = 30
-"""Seconds for one notice: a file system may stand still."""
+"""Time limit for one notice, in seconds: a file system may hang."""
 
 
 def notify(rundir: RunDir, node: str, reason: str | None) -> None:
@@ -41,13 +41,13 @@ def notify(rundir: RunDir, node: str, reason: str | None) -> None:
 
 
 def jobs_on(node: str) -> dict[Path, int]:
-    """The run directories of the jobs with an agent on ``node``, if that is this machine, with the ids of their owners:
-    as far as this user may see the processes, so root those of all users. Root's own jobs are left out, as a program
-    that runs as root may have been started by anybody, with any arguments.
+    """The run directories of the jobs with an agent on ``node``, if that is this machine, with the ids of their owners,
+    as far as this user may see the processes; root sees the processes of all users. Root's own jobs are left out,
+    because anybody may have started a program that runs as root, with any arguments.
     """
     found: dict[Path, int] = {}
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended, is no agent, or another user's
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended, is no agent, or is another user's
             words = (process / "cmdline").read_bytes().split(b"\0")
             run_dir = words[words.index(b"--run-dir", words.index(b"elastic_hpc.agent")) + 1]
             environ = (process / "environ").read_bytes().split(b"\0")

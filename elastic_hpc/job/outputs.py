@@ -1,5 +1,5 @@
-"""The files of ``--output`` and ``--error``. Slurm does not make their folders: without its folder a job fails without
-a message, and its batch script never runs. Touches files.
+"""The files of ``--output`` and ``--error``. Slurm does not make their folders: if a folder is missing, the job fails
+without a message, and its batch script never runs. Writes files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from elastic_hpc.options.sbatch import Given, last
 
 
 def make_folders(sbatch: Sequence[Given], work_dir: str) -> None:
-    """Make the folders that are known before the job has an id, where this machine can."""
+    """Make the folders that are known before the job has an id, if this machine can."""
     for _, folder, _ in _folders(sbatch, work_dir):
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
@@ -34,7 +34,7 @@ def notes(sbatch: Sequence[Given], work_dir: str) -> list[str]:
 
 
 def _folders(sbatch: Sequence[Given], work_dir: str) -> list[tuple[Given, str, str]]:
-    """Each option, its folder as far as that is known, and the whole folder if a part is unknown; else empty."""
+    """Each option, the known beginning of its folder, and the whole folder if a part of it is unknown, else empty."""
     known = {"%x": last(sbatch, "job-name") or "%x", "%%": "%", "%u": _user()}
     found = []
     for name in "output", "error":
@@ -44,7 +44,7 @@ def _folders(sbatch: Sequence[Given], work_dir: str) -> list[tuple[Given, str, s
             continue
         folder = rest = ""
         pieces = [path.replace("\\", "")] if "\\" in path else re.split(r"(%\d*[A-Za-z%])", path)
-        for piece in pieces:  # where there is a backslash, no % has a meaning
+        for piece in pieces:  # in a path with a backslash, no % has a meaning
             if len(pieces) > 1 and piece[:1] == "%" and piece not in known:
                 rest, folder = path, folder[: folder.rfind("/") + 1]
                 break

@@ -1,4 +1,4 @@
-"""What a job runs: finds its script, program or interpreter from the folder in which the job runs. Looks at files."""
+"""What a job runs: finds its script, program or interpreter from the folder in which the job runs. Reads files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.script_file import check_script
 
-# Environments that last as long as a command (uv run --with, --isolated), and those of a cache (uvx, scripts with
-# dependencies of their own, pipx run).
+# Environments that exist as long as a command runs (uv run --with, --isolated), and environments in a cache (uvx,
+# scripts with dependencies of their own, pipx run).
 _TEMPORARY = re.compile(r"/builds-v\d+/\.tmp")
 _CACHED = re.compile(r"/(archive|environments)-v\d+/|/pipx/(\.cache/)?[0-9a-f]{15}(/|$)")
 _NODES_OWN = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - nothing is written there
-_DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # what sbatch's own -m, --distribution, takes
+_DISTRIBUTIONS = ("block", "cyclic", "arbitrary")  # values of sbatch's own -m, --distribution
 
 
 def check_module(name: str) -> None:
@@ -27,8 +27,8 @@ def check_module(name: str) -> None:
 
 
 def find_script(script: str, work_dir: str, submitted_from: Path) -> tuple[str, str]:
-    """``script`` as the job finds it in ``work_dir``, and a note for the user, or an empty text. With --chdir the
-    script may be, as for sbatch, in the folder of the submission.
+    """``script`` as the job finds it in ``work_dir``, and a note for the user, or an empty text. With --chdir, as for
+    sbatch, the script may be in the folder of the submission.
     """
     folders = list(dict.fromkeys((work_dir, str(submitted_from))))
     places = [os.path.join(folder, script) for folder in folders]
@@ -44,7 +44,7 @@ def find_script(script: str, work_dir: str, submitted_from: Path) -> tuple[str, 
 
 
 def find_program(program: str, work_dir: str, submitted_from: Path) -> str:
-    """``program`` of --no-python: a path is searched as for a script, a name on the PATH of the nodes."""
+    """``program`` of --no-python: a path is found like a script, a name on the PATH of the nodes."""
     if os.sep not in program:
         if os.path.isfile(os.path.join(work_dir, program)) and shutil.which(program) is None:
             raise UsageError(f"--no-python {program}: is not on PATH; expected ./{program}, or leave out --no-python")

@@ -13,7 +13,7 @@ _UNPRINTABLE = r"[\x00-\x1f\x7f\udc80-\udcff]"  # the last: a byte that is not U
 
 
 class Shell(str):
-    """Text that is shell syntax already, such as ``"$run_dir"`` with its quotes: never quoted again."""
+    """Text that is already shell syntax, such as ``"$run_dir"`` with its quotes: never quoted again."""
 
     __slots__ = ()
 

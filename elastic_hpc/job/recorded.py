@@ -1,6 +1,6 @@
 """The last line of a batch script: the options of its submission, configuration files included, for ``--resume``. Pure.
 
-The script may be edited by hand. Then the line does not describe the script any more, and is not used.
+If the user has edited the script, the line does not describe the script any more, and is not used.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from elastic_hpc.options.table import ELASTIC, SCRIPT_SWITCHES, Layer
 _MARK = "\n# elastic-sbatch --resume reads this line, unless a line above has been changed: "
 
 _OF_THE_START = frozenset({"array", "begin", "deadline", "dependency", "hold", "kill-on-invalid-dep"})
-"""Options that say when the job may start, which it has done, and the array, of which one task is resumed."""
+"""Options that a resumed job does not have: when the job may start, and the array, of which one task is resumed."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A submission, as it was recorded."""
+    """A submission as recorded."""
 
     layer: Layer
     script: str
@@ -35,7 +35,7 @@ class Recorded:
 
 
 def with_record(script: str, job: JobSpec) -> str:
-    """``script``, the batch script of ``job``, with the line. Not for a job that cannot be resumed."""
+    """``script``, the batch script of ``job``, with the line; without the line if the job cannot be resumed."""
     words = _words(job) if job.template != "torchrun" else None
     if words is None:
         return script
@@ -66,14 +66,14 @@ def _is_kept(given: Given) -> bool:
 
 
 def _digest(text: str) -> str:
-    """The same for each submission of a job: without the name of what is put aside for one (``JobSpec.staged``)."""
+    """A digest that is the same for each submission of a job: it leaves out the name of ``JobSpec.staged``."""
     text = re.sub(r"/\.submission\.\w+", "", text)
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
 def _words(job: JobSpec) -> list[str] | None:
-    """The command line of ``elastic-sbatch`` that makes ``job`` where there are no configuration files, without
-    --log-dir, as the run directory stays; None if there is no such command line.
+    """The command line of ``elastic-sbatch`` that makes ``job`` without configuration files; None if there is no such
+    command line. It leaves out --log-dir, because the run directory stays.
     """
     passed = (*job.sbatch, *job.joiners)
     if not job.repeatable or any(g.value is None and g.name not in SBATCH for g in passed):

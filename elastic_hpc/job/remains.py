@@ -1,4 +1,4 @@
-"""What is in the run directory of a job that has ended: which files are not ours, but the script's. Reads files."""
+"""Which files in the run directory of a job that has ended were written by the script, not by us. Reads files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MARKS = re.compile(
     r"|(node\.\d+|host)\.lock"
 )
 _MOST = 4096
-"""Bytes of a mark, at most: a checkpoint that happens to have such a name is larger."""
+"""The most bytes of a mark: a checkpoint that happens to have the name of a mark is larger."""
 _RECORD = r"(spec|endpoint|state|verdict|warning|starts|unfit\.[\w.-]+)\.json"
 _FILES = re.compile(
     rf"script\.sbatch|events(\.[\w.-]+)?\.jsonl|code\.(diff|json|files\.json)(\.~\d+~)?|{_RECORD}|\.{_RECORD}\.[\w.-]+"
@@ -33,9 +33,9 @@ _CACHE = re.compile(r"code/(.*/)?__pycache__/[^/]+\.pyc")
 
 @dataclass(frozen=True)
 class Remains:
-    """``files``: what the script has written in the run directory, or what is not known as ours: paths in it, those in
-    one folder, other than ``logs`` and ``code``, as that folder. ``written``: when a file was written last, in seconds
-    since the epoch.
+    """``files``: what the script has written in the run directory, and what else is not known as ours: relative paths;
+    a folder other than ``logs`` and ``code`` stands for all its files. ``written``: when a file was last written, in
+    seconds since the epoch.
     """
 
     files: tuple[str, ...]
@@ -71,7 +71,7 @@ def _list(path: Path) -> Iterator[Listed]:
 
 
 def _walk(folder: str, begin: str) -> Iterator[tuple[str, os.stat_result]]:
-    """All that is no folder, by its path in the run directory."""
+    """Everything except folders, by its path in the run directory."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = begin + entry.name

@@ -1,5 +1,5 @@
-"""What a caller asks for, put over the configuration; where its script is; which options count. Reads the configuration
-files and looks at the script.
+"""A caller's request on top of the configuration; where its script is; which options are in effect. Reads the
+configuration files and the script.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CONTAINER = (
 
 @dataclass(frozen=True)
 class Request:
-    """A job as a caller asks for it: the command line, a call in Python, the doctor."""
+    """A job as a caller requests it: the command line, a call in Python, the doctor."""
 
     script: str
     script_args: Sequence[str]
@@ -37,7 +37,7 @@ class Request:
     """Our options by name, and their values."""
     sbatch: Sequence[Given]
     source: str
-    """The caller, as the batch script names it beside each value."""
+    """The caller, as named beside each value in the batch script."""
     module: bool = False
     no_python: bool = False
     torchrun: Sequence[Given] = ()
@@ -47,15 +47,15 @@ class Request:
     notes: Sequence[str] = ()
     """Notes for the user, a line each."""
     folder: str | None = ""
-    """The folder that the set-up lines change to, from the working directory; None if it is not known."""
+    """The folder to which the set-up lines change, relative to the working directory; None if it is not known."""
     unset: Collection[str] = ()
-    """Options of sbatch that the job is not to have, even if a file sets them."""
+    """Options of sbatch that the job must not have, even if a file sets them."""
     job_file: Layer | None = None
     """The options of the file that describes the job."""
     resumed: Layer | None = None
-    """The options of the submission that this one resumes. Those of files and of the environment do not count then."""
+    """The options of the submission that this request resumes. They replace those of files and the environment."""
     directory: Path | None = None
-    """Where the job is submitted from; None for the working directory."""
+    """The folder from which the job is submitted; None for the working directory."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Place:
     work_dir: str
     submitted_from: Path
     note: str
-    """A note for the user on the script, or empty."""
+    """A note for the user about the script, or empty."""
 
 
 def layers_of(script: str, chdir: str | None) -> list[Layer]:
@@ -86,7 +86,7 @@ def layers_of(script: str, chdir: str | None) -> list[Layer]:
 
 
 def configured(request: Request) -> Configuration:
-    """All settings: those of ``request`` over those of the configuration files, the script and the environment."""
+    """All settings: ``request`` overrides the configuration files, the script and the environment."""
     if request.module and request.no_python:
         raise UsageError("--no-python with --module: a module needs Python; leave out one of the two options")
     if request.script == ":":
@@ -116,7 +116,7 @@ def located(request: Request, configuration: Configuration) -> Place:
     if request.module:
         programs.check_module(script)
     elif request.folder is None or isinstance(script, Shell):
-        pass  # only running the set-up lines would tell
+        pass  # unknown without running the set-up lines
     elif request.no_python:
         script = programs.find_program(script, runs_in, looked_in)
     else:
@@ -125,8 +125,8 @@ def located(request: Request, configuration: Configuration) -> Place:
 
 
 def effective(request: Request, configuration: Configuration) -> dict[str, Setting]:
-    """Our options; for a plain torchrun, without options of a file that only elastic jobs use. Raises UsageError for an
-    option that this job cannot have.
+    """Our options; for a plain torchrun, without options from files that only elastic jobs use. Raises UsageError for
+    an option that this job cannot have.
     """
     options = dict(configuration.options)
     if "nodes" not in options:

@@ -1,4 +1,4 @@
-"""A running job gets other bounds, or gives nodes back; one that waits to continue asks Slurm for other nodes."""
+"""Changes the bounds of a running job, or gives its nodes back; a job that waits to continue requests other nodes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sizes_of(nodes: str, rundir: RunDir, look: Look) -> tuple[int, ...]:
 
 
 def resize(sizes: tuple[int, ...], rundir: RunDir, look: Look) -> str:
-    """Have the leader form worlds of these ``sizes`` only. Returns what becomes of it. Raises ElasticError."""
+    """Have the leader form only worlds of these ``sizes``. Returns what happens next. Raises ElasticError."""
     view = look.view
     own = len(view.nodes) - view.joiners
     if sizes[-1] < own and not slurm_lets_shrink(rundir):
@@ -39,7 +39,7 @@ def resize(sizes: tuple[int, ...], rundir: RunDir, look: Look) -> str:
 
 
 def release(nodes: tuple[str, ...], rundir: RunDir, look: Look) -> str:
-    """Have the leader let ``nodes`` go. Returns what becomes of it. Raises ElasticError."""
+    """Have the leader release ``nodes``. Returns what happens next. Raises ElasticError."""
     if not nodes:
         raise UsageError(f"expected the names of nodes of job {look.view.id}: {', '.join(look.view.nodes)}")
     brought = {joiner.node for joiner in look.story.joiners if joiner.left is None}
@@ -56,7 +56,7 @@ def release(nodes: tuple[str, ...], rundir: RunDir, look: Look) -> str:
 
 
 def resize_waiting(nodes: str, sizes: tuple[int, ...], rundir: RunDir, look: Look, slurm_id: str) -> str:
-    """The job waits to continue: it asks Slurm for ``nodes`` from now on. Raises ElasticError."""
+    """Change the request for nodes of a job that waits to continue. Returns what happens next. Raises ElasticError."""
     options = rundir.read("spec.json")
     if options is None:
         id = look.view.id
@@ -73,7 +73,7 @@ def resize_waiting(nodes: str, sizes: tuple[int, ...], rundir: RunDir, look: Loo
 
 
 def slurm_lets_shrink(rundir: RunDir) -> bool:
-    """Whether the site lets a job give nodes back, as far as Slurm can be asked. True without Slurm."""
+    """Whether the site lets a job give nodes back, as far as Slurm answers. True without Slurm."""
     try:
         return rundir.is_held() is not None or slurm.lets_shrink()
     except SlurmError:

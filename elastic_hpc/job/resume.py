@@ -1,5 +1,5 @@
-"""A job that has ended continues: another Slurm job goes on in its run directory, with its checkpoints, its record and
-its counters. Looks at the job, writes to its run directory, asks Slurm whether it has ended.
+"""A job that has ended continues: another Slurm job uses its run directory, with its checkpoints, its record and its
+counters. Looks at the job, writes to its run directory, asks Slurm whether it has ended.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from elastic_hpc.record.registry import remember
 from elastic_hpc.record.rundir import RESUMING, RunDir
 
 _FRESH = 60.0
-"""Seconds for which a sign of a leader shows that a job runs which Slurm here does not know."""
+"""Seconds after a leader's last sign of life during which its job counts as running, even if Slurm does not know it."""
 
 
 @dataclass(frozen=True)
 class Anew:
-    """What is given anew, and replaces what the earlier submission said: options of ours by name, those of sbatch, and
-    the script with its arguments.
+    """What the user gives at the resumption, which replaces what the earlier submission had: our options by name,
+    sbatch's options, and the script with its arguments.
     """
 
     source: str
@@ -49,7 +49,7 @@ class Anew:
 
 
 class Resumption:
-    """One job that is to continue."""
+    """A job to continue."""
 
     def __init__(self, run_dir: Path, anew: Anew) -> None:
         """Raises UsageError for a job that cannot be resumed, or not with ``anew``, and SlurmError if Slurm cannot say
@@ -61,13 +61,13 @@ class Resumption:
         self._check_state()
         spec = self._rundir.read("spec.json") or {}
         self.folder = str(spec.get("folder") or os.getcwd())
-        """Where it was submitted from."""
+        """The folder from which the job was submitted."""
         if not os.path.isdir(self.folder):
             raise UsageError(f"job {self.id} was submitted from {self.folder}, which is not there any more")
         self.script = (run_dir / "script.sbatch").read_bytes()
         """The batch script."""
         self.job = self._job()
-        """The job as it is submitted; None if the earlier script is, unchanged."""
+        """The job to submit; None to submit the earlier batch script unchanged."""
         if self.job:
             self.script = os.fsencode(checked(self.job))
         state = self._rundir.read("state.json") or {}
@@ -77,7 +77,7 @@ class Resumption:
 
     @property
     def exports(self) -> dict[str, str]:
-        """The variables by which the batch script and the agents know what they continue."""
+        """The variables that name, for the batch script and the agents, the job that they continue."""
         return {
             CONTINUE: str(self._rundir.path),
             FIRST_RUN: str(self._last_run + 1),
@@ -87,7 +87,7 @@ class Resumption:
 
     @property
     def options(self) -> list[str]:
-        """Options for sbatch's command line, which win over those in the script."""
+        """Options for sbatch's command line, which override the options in the script."""
         _, _, task = self.id.partition("_")
         nodes = {name for name, _ in self._anew.options} & {"nodes"}
         options = [f"--array={task}"] if task else []
@@ -97,7 +97,7 @@ class Resumption:
         return options + ([] if self.job else [str(given) for given in self._anew.sbatch])
 
     def notes(self) -> Iterator[str]:
-        """What the user should know: what continues, and which options count."""
+        """What the user should know: what continues, and which options are in effect."""
         yield (
             f"job {self.id} continues in its run directory, with its record and its counters: this is run "
             f"{self._last_run + 2}, and restart {self._spent[0] + 1} would be the next; --max-restarts and "

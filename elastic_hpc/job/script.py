@@ -81,8 +81,8 @@ def _row(job: JobSpec, flag: str, value: str) -> tuple[str, str]:
 
 @functools.cache
 def _templates(folder: Path) -> Any:
-    """The environment of the templates in ``folder``, over the built-in ones: a program that submits many jobs compiles
-    each once, and again when its file has changed.
+    """The environment of the templates in ``folder``, which override the built-in ones. A program that submits many
+    jobs compiles a template once, and again when its file has changed.
     """
     import jinja2
 
@@ -103,7 +103,7 @@ def _templates(folder: Path) -> Any:
 
 
 def render(job: JobSpec) -> str:
-    """The batch script of ``job``. UsageError if a template is missing or broken, or a value does not fit."""
+    """The batch script of ``job``. Raises UsageError if a template is missing or broken, or a value does not fit."""
     import jinja2
 
     path = Path(job.template)

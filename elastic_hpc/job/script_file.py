@@ -1,6 +1,4 @@
-"""Whether the file that is given as the training script can be Python, by its content, not by its name. Reads that
-file.
-"""
+"""Whether the file given as the training script can be Python, by its content, not by its name. Reads the file."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ FROM_BATCH = "elastic-sbatch --from-batch {script} makes an elastic job of a bat
 
 
 def check_script(script: str, folder: str = ".") -> None:
-    """UsageError if ``script``, as seen from ``folder``, is no file that a Python interpreter can run."""
+    """Raise UsageError if ``script``, as seen from ``folder``, is no file that a Python interpreter can run."""
     path = os.path.join(folder, script)
     expected = "expected a Python file that can be read"
     try:
@@ -39,7 +37,7 @@ def check_script(script: str, folder: str = ".") -> None:
 
 
 def not_python(head: bytes, script: str) -> str:
-    """What a file that begins with ``head`` is, and what to do with it; empty if it may be Python."""
+    """What kind of file begins with ``head``, and what to do with it; empty if it may be Python."""
     if not head.strip():
         return "the file is empty; expected a Python file"
     if head.startswith(b"PK\3\4") or script.endswith(".pyc"):  # an archive with __main__.py, compiled code
@@ -65,7 +63,7 @@ def not_python(head: bytes, script: str) -> str:
 
 
 def interpreter(text: str) -> str:
-    """Name of the program that the first line names; empty if it names none."""
+    """Name of the program in the first line, ``#!...``; empty if there is none."""
     if not text.startswith("#!"):
         return ""
     words = text.partition("\n")[0][2:].split()
@@ -75,7 +73,7 @@ def interpreter(text: str) -> str:
 
 
 def _is_polyglot(text: str) -> bool:
-    """Python that a shell starts with the right interpreter: the shell's command is a string for Python."""
+    """Whether a shell starts ``text`` with the right Python: the shell's command is a string for Python."""
     return _first_command(text).startswith(("'", '"'))
 
 

@@ -1,4 +1,4 @@
-"""The code of a job: what git says of it, which every submission keeps for the run directory, and with --snapshot a
+"""The code of a job: what git says about it, which every submission keeps for the run directory, and with --snapshot a
 copy of the files that git tracks. Runs git, reads and writes files.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 from elastic_hpc.errors import UsageError
 
 _MAX_DIFF = 10_000_000  # bytes
-_SECONDS = 5.0  # for the record, which must not hold up a submission
-_LIST_SECONDS = 60.0  # for the list of files, without which there is no snapshot
+_SECONDS = 5.0  # for the record, which must not delay a submission
+_LIST_SECONDS = 60.0  # for the list of files, which a snapshot needs
 LIST = "code.files.json"
-"""The files of the copy as they were copied: what the job adds to the copy, or changes there, is its own."""
+"""The file that lists the copied files: what the job adds to the copy, or changes in it, belongs to the job."""
 
 Listed = tuple[str, int, int]
-"""A file's path in the copy, its size, and when it was modified, in whole seconds: some file systems keep no more."""
+"""A file's path in the copy, its size, and when it was modified, in whole seconds, as some file systems store."""
 
 
 def listed(name: str, found: os.stat_result) -> Listed:
@@ -32,14 +32,14 @@ def listed(name: str, found: os.stat_result) -> Listed:
 
 @dataclass(frozen=True)
 class WorkTree:
-    """A work tree of git, and where in it the job's working directory is."""
+    """A git work tree, and where in it the job's working directory is."""
 
     top: str  # absolute, without symbolic links
     folder: str  # relative to it; "." for the top itself
 
     @classmethod
     def around(cls, directory: str) -> WorkTree | None:
-        """The work tree that ``directory`` is in, if it is in one and git can be asked."""
+        """The work tree that contains ``directory``; None without a work tree, or if git does not answer."""
         output = _git(directory, "rev-parse", "--show-toplevel", seconds=_SECONDS)
         top = os.path.realpath(os.fsdecode(output).removesuffix("\n")) if output else ""
         return cls(top, os.path.relpath(os.path.realpath(directory), top)) if top else None
@@ -76,7 +76,7 @@ class WorkTree:
 
 
 def put_aside(code: WorkTree, staged: Path, *, snapshot: bool) -> None:
-    """Make ``staged`` with ``code.json`` and ``code.diff``, and with ``snapshot`` the files, in ``code/``. Raises
+    """Make ``staged`` with ``code.json`` and ``code.diff`` and, with ``snapshot``, the files, in ``code/``. Raises
     UsageError if the copy cannot be made. Without ``snapshot``, a record that cannot be made is left out.
     """
     try:
@@ -100,8 +100,8 @@ def discard(staged: Path) -> None:
 
 
 def _copy(code: WorkTree, to: Path) -> list[Listed]:
-    """Copy the files as they are in the work tree, without tracked files that were deleted there, and without
-    submodules that have not been fetched. Returns what is in the copy.
+    """Copy the files as they are in the work tree, except for deleted files and for submodules that were not fetched.
+    Returns what is in the copy.
     """
     copied = []
     (to / code.folder).mkdir(parents=True)
@@ -132,7 +132,7 @@ def _write_record(code: WorkTree, to: Path, *, snapshot: bool) -> None:
 
 
 def _diff(top: str, seconds: float) -> tuple[bytes, bool]:
-    """The difference of tracked files to the revision, up to the limits of size and time; whether it is complete."""
+    """The diff between the revision and tracked files, up to the limits of size and time; whether it is complete."""
     arguments = ("diff", "--binary", "--submodule=diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD", "--")
     try:
         process = subprocess.Popen(
@@ -158,7 +158,7 @@ def _line(directory: str, *arguments: str, seconds: float) -> str | None:
 
 
 def _git(directory: str, *arguments: str, seconds: float) -> bytes | None:
-    """What git says; None if it fails, is not there, or is too slow."""
+    """What git prints; None if git fails, is missing, or is too slow."""
     try:
         done = subprocess.run(
             ["git", "-C", directory, *arguments],
@@ -175,5 +175,5 @@ def _git(directory: str, *arguments: str, seconds: float) -> bytes | None:
 
 
 def _environ() -> dict[str, str]:
-    """The environment in which git takes no locks, which others who use the work tree may hold or wait for."""
+    """An environment in which git takes no locks: other users of the work tree may hold them or wait for them."""
     return {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}

@@ -1,4 +1,4 @@
-"""A batch job, complete, and the steps that make it of a request. Looks at the script and its folder."""
+"""A complete batch job, and the steps that make it from a request. Looks at the script and its folder."""
 
 from __future__ import annotations
 
@@ -33,37 +33,37 @@ if TYPE_CHECKING:
     from elastic_hpc.job.typed import JobOptions
 
 NAME_OF_SCRIPT = "the script's name"
-"""The source of a job name that the user has not given."""
+"""The source of the job name if the user has not given a name."""
 AFTER_GRACE = timedelta(seconds=30)
-"""Time to requeue, between the end of --grace and that of the allocation."""
+"""Time to requeue, between the end of --grace and the end of the allocation."""
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A batch job, complete, as ``JobSpec.of`` makes it. ``render`` returns its batch script, ``submit`` submits it."""
+    """A complete batch job, as ``JobSpec.of`` makes it. ``render`` returns its batch script, ``submit`` submits it."""
 
     launch: LaunchSpec
     log_dir: str  # absolute
     folder: str = ""  # from which the batch script must be submitted; empty with --chdir
     sbatch: tuple[Given, ...] = ()  # passed through
-    joiners: tuple[Given, ...] = ()  # options of sbatch for the jobs by which it grows
+    joiners: tuple[Given, ...] = ()  # options of sbatch for the joiners
     signal: WarningSignal = WarningSignal()
     setup: tuple[Setting, ...] = ()
     env: Mapping[str, Setting] = field(default_factory=dict)
     template: str = "elastic"  # built in, or the path of a file
-    python: str = sys.executable  # absolute; a virtual environment's own link, not what it points to
-    agent_python: tuple[str, ...] | None = None  # of agents and workers, words; None: the same, in a container python3
+    python: str = sys.executable  # absolute; the link in a virtual environment, not its target
+    agent_python: tuple[str, ...] | None = None  # for agents and workers; None: ``python``, in a container python3
     container: Container | None = None
-    code: WorkTree | None = None  # what git says of it is recorded
-    snapshot: bool = False  # a copy of it runs
+    code: WorkTree | None = None  # the work tree, whose state is recorded
+    snapshot: bool = False  # whether a copy of the code runs
     notify: str | None = None  # a command or a web address
-    notify_after: timedelta = timedelta(minutes=30)  # without progress
-    keeps_code: bool = False  # the copy that the run directory has from an earlier submission
-    repeatable: bool = True  # its script records how it was submitted, for --resume
-    token: str = "TOKEN"  # noqa: S105 - names what is put aside for this job, when it is submitted
-    torchrun: tuple[str, ...] = ()  # options of torchrun's that only the template of that name needs
+    notify_after: timedelta = timedelta(minutes=30)  # time without progress
+    keeps_code: bool = False  # whether to run the copy that the run directory has from an earlier submission
+    repeatable: bool = True  # whether the batch script records how it was submitted, for --resume
+    token: str = "TOKEN"  # noqa: S105 - in the name of the folder that a submission puts aside for this job
+    torchrun: tuple[str, ...] = ()  # options of torchrun that only the template torchrun needs
     sources: Mapping[str, str] = field(default_factory=dict)  # long option -> where its value came from
-    notes: tuple[str, ...] = ()  # what was asked for and is not taken, a line each
+    notes: tuple[str, ...] = ()  # requested settings that have no effect, a line each
 
     @classmethod
     def of(
@@ -81,11 +81,12 @@ class JobSpec:
 
             JobSpec.of("train.py", "--lr", 1e-3, nodes=(4, 8), grow=True, partition="gpu", time=timedelta(hours=8))
 
-        ``options`` are long options of elastic-sbatch and of sbatch, with ``_`` for ``-``; ``sbatch`` has options that
-        only a newer sbatch knows. None means that an option is not given; True sets a switch, False unsets it. A time
-        is a timedelta, a number of seconds for options of elastic-sbatch, or a string in sbatch's notation. A list
-        stands for values that sbatch separates by commas. Raises UsageError, which is a ValueError, where the command
-        would refuse.
+        ``options``: long options of elastic-sbatch and of sbatch, with ``_`` for ``-``; ``sbatch``: options that only a
+        newer sbatch knows. None means that an option is not given; True sets a switch, False unsets it. A time is a
+        timedelta, a number of seconds for options of elastic-sbatch, or a string in sbatch's notation. A list stands
+        for values that sbatch separates by commas. ``module``, ``no_python``: as the switches of elastic-sbatch.
+        ``setup``: lines that the batch script runs first. ``env``: variables of the workers by name; None leaves a
+        variable out. Raises UsageError, which is a ValueError, where the command would refuse.
         """
         for name, value in (("module", module), ("no_python", no_python)):
             if not isinstance(value, bool):
@@ -112,17 +113,17 @@ class JobSpec:
 
     @property
     def staged(self) -> str:
-        """Where the code is put aside until the job starts."""
+        """The folder in which the code waits until the job starts."""
         return f"{self.log_dir}/.submission.{self.token}"
 
     @property
     def grows_elsewhere(self) -> bool:
-        """Whether all nodes above MIN are to come from another partition, account or QOS."""
+        """Whether all nodes above MIN come from another partition, account or QOS."""
         return are_elsewhere(self.joiners)
 
     @property
     def slurm_nodes(self) -> str:
-        """The nodes that Slurm is asked for at the start, in sbatch's own notation."""
+        """The number of nodes that the job requests at the start, in sbatch's notation."""
         return self.launch.asks_slurm(grows_elsewhere=self.grows_elsewhere).slurm
 
     @property
@@ -138,7 +139,7 @@ class JobSpec:
         return self.sources.get(flag.removeprefix("--"), "default")
 
     def settings(self, *, of_agents: bool = True) -> list[tuple[str, str, str]]:
-        """Every setting of ours as (name, value, source). ``of_agents``: also the options of the agents."""
+        """Each of our settings as (name, value, source). ``of_agents``: also the options of the agents."""
         box = self.container
         job = {
             "log-dir": self.log_dir,
@@ -164,8 +165,8 @@ class JobSpec:
 
 
 def build(request: Request) -> JobSpec:
-    """The job of ``request``, over what the environment, the script itself and the configuration files say. Raises
-    UsageError for what cannot be a job.
+    """The job of ``request``, which overrides the environment, the script itself and the configuration files. Raises
+    UsageError if they do not make a job.
     """
     configuration = configured(request)
     place = located(request, configuration)
@@ -243,7 +244,7 @@ def _with_job_id(setup: Iterable[Setting]) -> Iterator[str]:
 
 
 def _of_joiners(request: Request, configuration: Configuration, launch: LaunchSpec) -> tuple[Given, ...]:
-    """The options for joiners. Without --grow those of a configuration file do not count, and others are refused."""
+    """The options for joiners. Without --grow, ignores options of configuration files, and refuses others."""
     if launch.grow:
         return of_joiners(configuration.sbatch)
     typed = next((g for g in configuration.sbatch if is_for_joiners(g.name) and g.source == request.source), None)
@@ -300,7 +301,7 @@ def _job_name(configuration: Configuration, launch: LaunchSpec) -> list[Given]:
 
 
 def _warning(given: str | None, grace: timedelta) -> WarningSignal:
-    """The signal before the end of the job: as --signal says, else so early that the workers have --grace."""
+    """The signal before the end of the job: by --signal, else early enough to give the workers --grace."""
     lead, longest = grace + AFTER_GRACE, timedelta(seconds=LONGEST_LEAD)
     if lead > longest and "@" not in (given or ""):
         raise UsageError(

@@ -31,7 +31,7 @@ def prepared(job: JobSpec, *, will_run: bool = True, folder: str = "") -> Iterat
     """Put in place what ``job`` needs, and yield its batch script, for the body to submit. Raises UsageError.
 
     If the body raises UsageError, the copy of the code is removed. ``will_run``: False if Slurm only checks the job.
-    ``folder``: where it is submitted from; empty for the working directory.
+    ``folder``: the folder from which the job is submitted; empty for the working directory.
     """
     job = replace(job, token=secrets.token_hex(8))
     script, staged = checked(job), Path(job.staged)
@@ -49,7 +49,7 @@ def prepared(job: JobSpec, *, will_run: bool = True, folder: str = "") -> Iterat
         snapshot.put_aside(job.code, staged, snapshot=job.snapshot)
     try:
         yield os.fsencode(script)
-    except UsageError as error:  # Slurm refused the job; after other errors it may be there
+    except UsageError as error:  # Slurm refused the job; after other errors Slurm may have it
         snapshot.discard(staged)
         raise UsageError(f"{error}{from_elsewhere(job, str(error))}") from None
 
@@ -119,8 +119,8 @@ def _check_gpus(job: JobSpec) -> None:
 
 
 def _check_times(job: JobSpec, script: str) -> None:
-    """Refuse a job that is warned as soon as it starts: it would save, return to the queue, and be warned again. Its
-    joiners have the same warning.
+    """Refuse a job that Slurm would warn as soon as it starts: it would save, return to the queue, and be warned again.
+    Joiners get the same warning.
     """
     for flag, options in (("--time", job.sbatch), ("--grow-time", job.joiners)):
         text = last(options, "time")
@@ -135,7 +135,7 @@ def _check_times(job: JobSpec, script: str) -> None:
 
 
 def short_times(job: JobSpec) -> Iterator[str]:
-    """A warning for each end at which the site grants less time than the workers are promised. Asks Slurm."""
+    """A warning for each kind of end for which the site grants the workers less time than promised. Asks Slurm."""
     grace, lead, partition = job.launch.grace, job.signal.lead, last(job.sbatch, "partition")
     if lead < grace:
         yield f"--signal comes {as_text(lead)} s before the time limit, less than the {as_text(grace)} s of --grace"

@@ -1,8 +1,8 @@
-"""A file in TOML, of configuration or for one job: options by their long names, with values as on the command line.
-Reads the file.
+"""A TOML file, for configuration or for one job: options by their long names, with values as on the command line. Reads
+the file.
 
-Habits of TOML users are accepted: ``_`` for ``-`` in a key, a table of variables, a string in the place of a list with
-one string. A file that could mean two things is refused.
+Habits of TOML users are accepted: ``_`` for ``-`` in a key, a table of variables, a string in place of a list with one
+string. A file that could mean two things is refused.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, SBATCH, Given, Option,
 from elastic_hpc.options.table import ELASTIC, Layer
 
 _WHAT_RUNS = ("script", "args", "module", "no-python")
-"""Keys of a job file only."""
+"""Keys that only a job file may have."""
 
 
 class JobFile(NamedTuple):
-    """A job: its options, and what it runs. ``script`` is empty if the command line is to name the script."""
+    """A job: its options, and what it runs. ``script`` is empty if the command line must name the script."""
 
     layer: Layer
     script: str
@@ -35,8 +35,8 @@ class JobFile(NamedTuple):
 
 
 def read(path: Path, source: str) -> Layer:
-    """What the file at ``path`` sets. Messages call it ``source``. An option of sbatch that is false is unset. Raises
-    UsageError.
+    """What the file at ``path`` sets. Messages call the file ``source``. The value false unsets an option of sbatch.
+    Raises UsageError.
     """
     return _layer(_table(path), path, source)
 
@@ -65,7 +65,7 @@ def read_job(path: Path, source: str) -> JobFile:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):  # here: a submission without a file need not import it
+    if sys.version_info >= (3, 11):  # here, because a submission without a file does not need it
         import tomllib
     else:
         import tomli as tomllib

@@ -1,6 +1,6 @@
-"""The options of a job from Python, for type checkers and editors: nothing imports this when a program runs.
+"""The options of a job from Python, for type checkers and editors: no program imports this module when it runs.
 
-``tests/unit/test_from_python.py`` compares them with the tables that the options are checked against.
+``tests/unit/test_from_python.py`` compares these types with the tables by which the options are checked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Text: TypeAlias = str | int | PathLike[str] | None
 Words: TypeAlias = Text | Sequence[str | int] | set[str]
 Number: TypeAlias = int | str | None
 Time: TypeAlias = timedelta | float | str | None
-"""For options of ours; a number is in seconds."""
+"""A length of time for our options; a number is in seconds."""
 Switch: TypeAlias = bool | str | None
 Flag: TypeAlias = bool | None
 Nodes: TypeAlias = int | str | tuple[int, ...] | list[int] | range
@@ -37,7 +37,7 @@ TorchrunOptions = TypedDict("TorchrunOptions", {  # noqa: UP013 - a table in row
     "logs_specs": Text, "local_addr": Text, "signals_to_handle": Text, "shutdown_timeout": Text,
     "virtual_local_rank": Flag, "run_path": Flag, "use_env": Flag,
 }, total=False)  # fmt: skip
-"""Options of torchrun for which ours have other names; see docs/torchrun.md."""
+"""Options of torchrun that have other names here; see docs/torchrun.md."""
 
 SbatchOptions = TypedDict("SbatchOptions", {  # noqa: UP013 - a table in rows
     "account": Text, "acctg_freq": Words, "array": Words | range, "batch": Text, "bb": Text, "bbf": Text,
@@ -71,7 +71,7 @@ JoinerOptions = TypedDict("JoinerOptions", {  # noqa: UP013 - a table in rows
     "grow_mem": Text, "grow_exclusive": Switch | int, "grow_nice": Switch | int, "grow_reservation": Words,
     "grow_time_min": Text | timedelta,
 }, total=False)  # fmt: skip
-"""Options of sbatch for joiners, those that make a difference; ``sbatch={"grow-NAME": ...}`` takes any other."""
+"""The useful options of sbatch for joiners; ``sbatch={"grow-NAME": ...}`` accepts any other."""
 
 
 class JobOptions(LaunchOptions, TorchrunOptions, SbatchOptions, JoinerOptions, total=False):

@@ -1,4 +1,4 @@
-"""What submitit asks in a worker that runs a function: its rank and world, and the paths of its rank."""
+"""What submitit needs to know in a worker that runs a function: its rank and world, and the paths of its rank."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from elastic_hpc.job.functions import CLUSTERS, results_folder
 from elastic_hpc.record.events import EventReader
 
 _RECORD_WITHIN = 30.0
-"""Seconds after which a shared file system should show what the leader has written."""
+"""Seconds within which a shared file system should show what the leader has written."""
 
 
 class ElasticPaths(utils.JobPaths):
-    """submitit's paths of a rank. The result is that of ``round``, the logs are those of the job in ``run_dir``."""
+    """submitit's paths of a rank: the result of ``round``, and the logs of the job in ``run_dir``."""
 
     def __init__(self, folder: Path | str, job_id: str, task_id: int, run_dir: Path, round: int) -> None:
         super().__init__(folder, job_id, task_id)
@@ -31,8 +31,8 @@ class ElasticPaths(utils.JobPaths):
 
     @property
     def stdout(self) -> Path:
-        """The last file with the output of the rank's node, all of its ranks; before the rank has written, the output
-        of the batch script and the agents.
+        """The last file with the output of all ranks on the rank's node; before the rank has written, the file with the
+        output of the batch script and the agents.
         """
         from elastic_hpc.record.worker_logs import files
 
@@ -66,7 +66,7 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
 
     @property
     def job_id(self) -> str:
-        """The id under which the job was submitted, also on a joiner, and if another job continues in its place."""
+        """The id of the job as submitted, also on a joiner, and if another Slurm job continues in its place."""
         return self.run_dir.name
 
     @property
@@ -88,7 +88,7 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
 
     @property
     def hostnames(self) -> list[str]:
-        """The nodes of this world, in rank order. Raises ElasticError if the record does not name them."""
+        """The nodes of this world, in rank order. Raises ElasticError if the record does not contain them."""
         if self._is_local:
             return ["localhost"] * self.num_nodes
         reader, end = EventReader(self.run_dir), time.monotonic() + _RECORD_WITHIN
@@ -115,10 +115,10 @@ class ElasticJobEnvironment(job_environment.JobEnvironment):
         """Does nothing: the agents requeue."""
 
     def _handle_signals(self, paths: utils.JobPaths, submission: utils.DelayedSubmission) -> None:
-        """Called by submitit in the worker when it has loaded the function, before it calls the function.
+        """Called by submitit in the worker after it has loaded the function, and before it calls the function.
 
-        When the agent wants its workers to save and stop, a function that can checkpoint is asked to checkpoint. A
-        function that calls ``drain_requested`` asks for itself, and any other function is stopped.
+        When the agent wants its workers to save and stop, submitit calls the checkpoint method of a function that has
+        one. A function that calls ``drain_requested`` saves itself, and any other function is stopped.
         """
         from elastic_hpc.submitit import worker
 

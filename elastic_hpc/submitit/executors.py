@@ -1,7 +1,7 @@
 """The executors ``elastic`` and ``elastic-local`` of submitit: functions as elastic jobs.
 
-An entry point in the group ``submitit``. submitit imports this module in every program that uses submitit, so
-imports for a job are made when there is a job.
+An entry point in the group ``submitit``. submitit imports this module in every program that uses submitit, so the
+module imports what a job needs only when there is a job.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 
 class ElasticExecutor(core.Executor):
-    """Submits functions to Slurm as elastic jobs: ``nodes="4:8"``, ``gpus_per_node=8``, ``timeout_min=60``, and every
-    other option of elastic-sbatch and of sbatch by its name.
+    """Submits functions to Slurm as elastic jobs. Parameters: for example ``nodes="4:8"``, ``gpus_per_node=8`` and
+    ``timeout_min=60``, and every other option of elastic-sbatch and of sbatch by its name.
 
-    Raises UsageError for parameters that cannot be, else what submitit's own executors raise.
+    Raises UsageError for parameters that an elastic job cannot have; otherwise the same errors as submitit's executors.
     """
 
     def __init__(
         self, folder: Path | str, max_num_timeout: int = 3, max_pickle_size_gb: float = 1.0, python: str | None = None
     ) -> None:
-        """``max_num_timeout``: how often a function that can checkpoint continues after its time limit. ``python``: as
-        the option of elastic-sbatch.
+        """``max_num_timeout``: how often a function that can checkpoint continues after its time limit. ``python``: the
+        Python interpreter of the agents and the workers, as for elastic-sbatch.
         """
         super().__init__(folder)
         self.max_num_timeout = max_num_timeout
@@ -46,8 +46,8 @@ class ElasticExecutor(core.Executor):
 
     @classmethod
     def name(cls) -> str:
-        """Called by submitit on each executor in its list of loaded executors, to make a table of them. A package can
-        put only one executor into the list by an entry point, so this call appends the other.
+        """``elastic``. submitit calls this for each executor in its list of loaded executors. By an entry point a
+        package can add only one executor to the list, so this call adds ``elastic-local``.
         """
         loaded = plugins._get_plugins()[0]
         if ElasticExecutor in loaded and ElasticLocalExecutor not in loaded:
@@ -56,12 +56,12 @@ class ElasticExecutor(core.Executor):
 
     @classmethod
     def affinity(cls) -> int:
-        """Never chosen unless asked for."""
+        """0 if sbatch exists, else -1: submitit chooses this executor only if the user names it."""
         return -1 if shutil.which("sbatch") is None else 0
 
     @classmethod
     def _valid_parameters(cls) -> set[str]:
-        """Empty, as AutoExecutor looks up names without a prefix in all executors, whatever its cluster."""
+        """Empty, because AutoExecutor looks up names without a prefix in all executors, for any cluster."""
         return set()
 
     def _internal_update_parameters(self, **kwargs: Any) -> None:
@@ -76,7 +76,7 @@ class ElasticExecutor(core.Executor):
         return runs_folder(self.folder)
 
     def _spec(self, parameters: Mapping[str, Any], count: int = 1) -> JobSpec:
-        """The job for ``count`` functions. Raises UsageError if the parameters are not those of a job."""
+        """The job for ``count`` functions. Raises UsageError for parameters that a job cannot have."""
         from elastic_hpc.job.spec import JobSpec
         from elastic_hpc.submitit.parameters import options_of
 
@@ -139,8 +139,8 @@ class ElasticExecutor(core.Executor):
 
 
 class ElasticLocalExecutor(ElasticExecutor):
-    """Runs functions on this machine, without Slurm, with an agent for each node that the job may use. Options that
-    describe the job to Slurm are ignored.
+    """Runs functions on this machine, without Slurm, with one agent for each node that the job may use. Ignores options
+    that describe the job to Slurm.
     """
 
     @classmethod
@@ -216,7 +216,7 @@ def _init_ours(cls: type[core.Executor], folder: Path | str, **kwargs: Any) -> c
     return cls(folder, **given)
 
 
-# AutoExecutor takes nodes for an int, and drops slurm_* parameters when the cluster has another name. Other clusters
-# are left as they are. A test in tests/unit/test_submitit.py fails when submitit changes.
+# AutoExecutor requires nodes to be an int, and drops slurm_* parameters when the cluster has another name. Other
+# clusters stay as they are. A test in tests/unit/test_submitit.py fails when submitit changes.
 auto.AutoExecutor._internal_update_parameters = _update_parameters_of_ours  # type: ignore[assignment,method-assign]
 auto.flexible_init = _init_ours

@@ -1,4 +1,4 @@
-"""Jobs of the executors ``elastic`` and ``elastic-local``: submitit's interface of a job on top of ``handle.Job``."""
+"""Jobs of the executors ``elastic`` and ``elastic-local``: submitit's job interface on top of ``handle.Job``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from elastic_hpc.submitit.environment import ElasticPaths
 
 
 class States(core.InfoWatcher):
-    """What Slurm says about all unfinished jobs, with one query for all of them. Works without Slurm's accounting."""
+    """What Slurm says about all unfinished jobs, with one query for all. Works without Slurm's accounting."""
 
     def update(self) -> None:
         jobs = sorted(self._registered - self._finished)
         try:
             queue = slurm.queue(*jobs)
-        except ElasticError as error:  # unknown is not ended
+        except ElasticError as error:  # unknown does not mean ended
             logger.get_logger().warning("%s; the jobs' states may be out of date", error)
         else:
             self._info_dict |= {job: {"State": queue[job].state if job in queue else "GONE"} for job in jobs}
@@ -40,12 +40,12 @@ class States(core.InfoWatcher):
 
 
 class ElasticJob(core.Job[core.R]):
-    """A function that runs, or ran, on every rank of an elastic world. The number of ranks is final at the end."""
+    """A function that runs, or ran, on every rank of an elastic world. The number of ranks may change until the end."""
 
     watcher = States(delay_s=60)
 
     def __init__(self, folder: Path | str, job_id: str, tasks: Sequence[int] | None = None) -> None:
-        """``tasks``: one rank only; None for all ranks."""
+        """``tasks``: the number of one rank; None for all ranks."""
         self._folder, self._rank = folder, tasks[0] if tasks else None
         run_dir = functions.runs_folder(folder) / job_id
         self._job = Job(run_dir)
@@ -59,13 +59,13 @@ class ElasticJob(core.Job[core.R]):
 
     @property
     def paths(self) -> ElasticPaths:
-        """The path of the result is that of the last round so far."""
+        """The paths of this rank, with the result of the last round so far."""
         self._elastic_paths.round = self._job.last_round().get("round", 0)
         return self._elastic_paths
 
     @property
     def num_tasks(self) -> int:
-        """Ranks of the last world so far."""
+        """Number of ranks of the last world so far."""
         return self._job.last_round().get("world_size", 1) if self._rank is None else 1
 
     def task(self, task_id: int) -> ElasticJob[core.R]:
@@ -107,7 +107,7 @@ class ElasticJob(core.Job[core.R]):
         return self._result_of(self._rank or 0)
 
     def exception(self) -> utils.UncompletedJobError | utils.FailedJobError | None:
-        """Why the job has not finished: with the traceback of the rank that failed first, where one did."""
+        """Why the job has not finished, with the traceback of the rank that failed first, if a rank failed."""
         self.wait()
         status = self.status
         if status.state == "COMPLETED":
@@ -138,7 +138,7 @@ class ElasticJob(core.Job[core.R]):
 
     def _result_of(self, rank: int) -> Any:
         path = functions.results_folder(self._job.run_dir, self._job.last_round()["round"]) / f"{rank}.pkl"
-        end = time.monotonic() + self._results_timeout_s  # a shared file system may take its time
+        end = time.monotonic() + self._results_timeout_s  # a shared file system may be slow
         while not is_there(path):
             if time.monotonic() > end:
                 raise utils.UncompletedJobError(
@@ -149,8 +149,8 @@ class ElasticJob(core.Job[core.R]):
         return functions.result(path)
 
     def _get_logs_string(self, name: str) -> str | None:
-        """All rounds of this rank, or of all ranks one after the other; before the first round, the output of the batch
-        script.
+        """The output of this rank in all rounds, or of all ranks one after the other; before the first round, the
+        output of the batch script.
         """
         if self._job.last_round():
             ranks = range(self.num_tasks) if self._rank is None else [self._rank]
@@ -168,7 +168,7 @@ class ElasticJob(core.Job[core.R]):
                 raise
 
     def cancel_at_deletion(self, value: bool = True) -> ElasticJob[core.R]:
-        """As submitit's. The end of the program deletes the job too, before the interpreter shuts down."""
+        """Like submitit's method. The end of the program deletes the job too, before the interpreter shuts down."""
         if value:
             atexit.register(_delete, weakref.ref(self))
         self._cancel_at_deletion = value
@@ -181,7 +181,7 @@ class ElasticJob(core.Job[core.R]):
                 self.cancel(check=False)
 
     def _interrupt(self, timeout: bool = False) -> None:
-        """For tests: what Slurm does before the time limit, or at a preemption. Raises ElasticError if nothing runs."""
+        """For tests: act as Slurm before the time limit, or at a preemption. Raises ElasticError if nothing runs."""
         status = self._job.status()
         if timeout and not status.done and status.state not in slurm.WAITS:
             slurm.warn(self._job.slurm_id)

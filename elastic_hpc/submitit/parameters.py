@@ -1,4 +1,4 @@
-"""Parameters of submitit as options of an elastic job. submitit and the table of sbatch's options say which exist."""
+"""submitit's parameters as options of an elastic job. submitit and the table of sbatch's options define which exist."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _KNOWN = _OPTIONS | SlurmExecutor._valid_parameters() | AutoExecutor._valid_para
 
 
 class _AsSlurm(SlurmExecutor):
-    """Takes the parameters of submitit's own Slurm executor, without Slurm, and starts nothing."""
+    """Accepts the parameters of submitit's own Slurm executor, without Slurm, and starts nothing."""
 
     def __init__(self) -> None:
         self.parameters: dict[str, Any] = {}
@@ -66,9 +66,9 @@ def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def of_auto(auto: AutoExecutor, given: Mapping[str, Any], update: Update) -> dict[str, Any]:
-    """Parameters of AutoExecutor for an elastic executor: ``elastic_`` wins over ``slurm_``, which wins over no prefix.
-    ``update`` is submitit's own function, which checks the parameters that submitit knows and translates them for
-    Slurm. ``nodes``, which it takes for a number, and options of sbatch that it does not know are kept from it.
+    """Parameters of AutoExecutor for an elastic executor: ``elastic_`` overrides ``slurm_``, which overrides no prefix.
+    ``update``: submitit's own function, which checks the parameters that submitit knows and translates them for Slurm.
+    It does not get ``nodes``, which it requires to be a number, and options of sbatch that it does not know.
     """
     ours, others = split({key: value for key, value in given.items() if value is not None})
     beyond = {}
@@ -98,7 +98,7 @@ def renamed(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Renamed parameters as options by name. UsageError for a parameter that an elastic job cannot have."""
+    """Renamed parameters as options by name. Raises UsageError for a parameter that an elastic job cannot have."""
     options = dict(parameters)
     for name, reason in _REFUSED.items():
         if options.pop(name, None):

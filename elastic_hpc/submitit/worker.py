@@ -1,8 +1,8 @@
-"""Adapts a worker that runs a function to what functions written for submitit's Slurm cluster take for granted.
+"""Adapts a worker that runs a function to the assumptions of functions written for submitit's Slurm cluster.
 
 Such functions form their own process group, from ``submitit.JobEnvironment`` and a port that they choose: by the helper
 ``TorchDistributedEnvironment``, by similar lines, or through a file. Under Slurm, rank 0 hosts the store for that.
-Under agents, torch's workers only connect, to the agents' store, and a file would be left from the last round.
+Under agents, torch's workers only connect to the agents' store, and a file would be left over from the last round.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _LEAVE = 5.0
 
 
 def adapt() -> None:
-    """Change submitit's helper, and torch's ways to form a process group, in this process. To be called once, before
-    the function runs and may change the environment, in which the agent has set what is needed.
+    """Change submitit's helper, and torch's ways to form a process group, in this process. Call this once, before the
+    function runs: it may change the variables that the agent has set.
     """
     meeting = Meeting()
     meeting.adapt_helper(helpers.TorchDistributedEnvironment)
@@ -49,7 +49,7 @@ def adapt() -> None:
 
 
 class Meeting:
-    """Where the workers of this round meet, by the variables that their agent has set."""
+    """The place where the workers of this round meet, from the variables that their agent has set."""
 
     def __init__(self) -> None:
         self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -58,7 +58,7 @@ class Meeting:
         self._local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
 
     def adapt_helper(self, helper: type) -> None:
-        """The helper gets this round's store, and may export variables again, which changes nothing."""
+        """Give the helper this round's store, and let it export variables again, which changes nothing."""
         init, export = helper.__init__, helper.export  # type: ignore[misc, attr-defined]
 
         def init_for_round(env: Any) -> None:
@@ -76,8 +76,8 @@ class Meeting:
 
     def adapt_torch(self, rendezvous: ModuleType) -> None:
         """At the agents' port, torch uses the store of the agents. At another port rank 0 hosts the store, as without
-        torchrun, and a world of all ranks finds it where rank 0 is, whatever host the function has derived. Each round
-        has a file of its own.
+        torchrun, and a world of all ranks connects to the host of rank 0, whatever host the function has derived. Each
+        round has a file of its own.
         """
         create, file_store = rendezvous._create_c10d_store, rendezvous.FileStore
 
@@ -98,8 +98,8 @@ class Meeting:
 
 
 class _WhenImported:
-    """On ``sys.meta_path``: changes one module as soon as it has been imported. Stays there, because an import of
-    another thread may be going through the list.
+    """On ``sys.meta_path``: changes one module as soon as it has been imported. Stays there, because an import in
+    another thread may be reading the list.
     """
 
     def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
@@ -120,7 +120,9 @@ class _WhenImported:
         return spec
 
     def given(self) -> None:
-        """Also called when a standby puts in place modules that it had imported ahead (``workers.aside``)."""
+        """Change the module. A standby also calls this when it installs modules that it imported ahead
+        (``workers.aside``).
+        """
         if module := sys.modules.get(self._name):
             self._name = ""
             self._change(module)
@@ -170,7 +172,7 @@ class DrainHandler(job_environment.SignalHandler):
         return self._saved.with_name(f"left.{rank}")
 
     def has_timed_out(self) -> bool:
-        """Whether the agents stop the workers for the time limit, not for a preemption, the user, or a new world."""
+        """Whether the agents stop the workers because of the time limit, not a preemption, the user, or a new world."""
         reasons = [event["reason"] for event in self._rundir.events() if event["event"] in {"request", "drain"}]
         return reasons[-1:] == ["time limit"]
 
@@ -180,7 +182,7 @@ class DrainHandler(job_environment.SignalHandler):
             signal.raise_signal(signum)
             return
         for name in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(name, self.bypass)  # once is enough
+            signal.signal(name, self.bypass)  # one checkpoint is enough
         try:
             super().checkpoint_and_try_requeue(signum, frame)
         except utils.UncompletedJobError as error:

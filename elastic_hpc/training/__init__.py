@@ -1,15 +1,15 @@
 """For training scripts: drain, progress, shares of a batch, checkpoints. A script may use any of these, or none.
 
 Without an agent, under plain torchrun or python, the same script runs: no drain is requested, and no agent reads the
-progress. Importing this package imports no torch. It touches files, the process group and the agent's socket
-only. The agent of a node reads what ``progress`` writes, and writes what ``drain`` and ``departures`` look for; start
-with these.
-``checkpoint`` saves and loads in a ``checkpoint_folder``; ``fences`` say who owns the folder. ``shares``: of a batch.
-``audit`` compares the ranks. ``step_time`` measures what tells a slow node.
+progress. Importing this package does not import torch. The package touches only files, the process group and the
+agent's socket. The agent of a node reads what ``progress`` writes, and writes what ``drain`` and ``departures`` read;
+start with these.
+``checkpoint`` saves and loads in a ``checkpoint_folder``; ``fences`` say who owns the folder. ``shares`` divides a
+batch among the ranks. ``audit`` compares the ranks. ``step_time`` measures the times that show a slow node.
 
 ``in_place``: a training loop whose workers keep their processes when the world changes. ``live_run`` is the loop,
-``live_link`` the connection with the agent, ``reform`` the process group that gets other members, ``live_step`` one
-step of the loop, ``live_state`` what a rank has learned, ``live_checkpoints`` what is saved. ``lightning`` is a
+``live_link`` the connection to the agent, ``reform`` the process group whose members change, ``live_step`` one step of
+the loop, ``live_state`` what a rank has learned, ``live_checkpoints`` what the loop saves. ``lightning`` is a
 strategy for Lightning's Trainer; only this module imports Lightning.
 """
 

@@ -1,7 +1,7 @@
-"""Whether all ranks still have the same parameters, and whether all compute the same: a node may compute wrongly
+"""Checks that all ranks still have the same parameters, and that all compute the same: a node may compute wrong results
 without an error.
 
-What is compared are bits: in data-parallel training all ranks do the same steps with the same averaged gradients.
+The checks compare bits: in data-parallel training all ranks do the same steps with the same averaged gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger("elastic_hpc")
 
 
 class Diverged(RuntimeError):
-    """This rank has not what most ranks have or, where no majority agrees, the ranks differ."""
+    """This rank differs from most ranks or, where no majority agrees, the ranks differ from each other."""
 
 
 def verify(
@@ -31,21 +31,22 @@ def verify(
     batch: Any = None,
     tolerance: float = 0.0,
 ) -> None:
-    """Compare the ranks in each ``every``-th step, and have the job leave a node that computes wrongly.
+    """Compare the ranks in each ``every``-th step, so that the job leaves a node that computes wrong results.
 
-    All ranks call this at the same place with the same ``step``, as a rule at the begin of a step. ``model``: a module
-    whose parameters all ranks have alike (DistributedDataParallel, but not FSDP), or the parameters. A checksum of the
-    bits of each rank's parameters is exchanged: one number for each rank.
+    All ranks must call this at the same place with the same ``step``, usually at the beginning of a step. ``model``: a
+    module whose parameters are the same on all ranks (DistributedDataParallel, but not FSDP), or these parameters. The
+    ranks exchange a checksum of the bits of their parameters, one number for each rank.
 
-    ``loss``: called with the module and a batch (tensors, or mappings, lists and tuples of them); returns the loss.
-    Then all ranks also compute the gradients of one micro batch: the ``batch`` of one rank, in turn that of each, is
-    sent to the others. Gradients, buffers and random numbers of the training are not touched; random numbers are seeded
-    alike for this. ``tolerance``: 0 compares bits, for deterministic kernels; else the loss and the norm of all
-    gradients may differ by this part of their median.
+    ``loss``: a function that gets the module and a batch (tensors, or mappings, lists and tuples of tensors) and
+    returns the loss. If given, all ranks also compute the gradients of the same micro batch: the ranks take turns in
+    sending their ``batch`` to the others. This changes no gradients, buffers or random numbers of the training; all
+    ranks use the same random seed for it. ``tolerance``: 0 compares bits, for deterministic kernels; otherwise the loss
+    and the norm of all gradients may differ from the median of the ranks by this fraction of the median.
 
-    Raises Diverged on the ranks that differ from the majority: their node is left and recorded, and the others continue
-    as after the loss of any worker. Where no more than half of the ranks agree, as with two, it raises on all ranks,
-    and the workers restart from the last checkpoint. Without other ranks nothing is compared.
+    Raises Diverged on the ranks that differ from the majority: the job leaves their node and records that, and the
+    other ranks continue as after the loss of any worker. If no more than half of the ranks agree, as when two ranks
+    differ, all ranks raise Diverged, and the workers restart from the last checkpoint. Raises UsageError for sharded
+    parameters. Does nothing in a world of one rank.
     """
     if every < 1:
         raise UsageError(f"verify(every={every}): expected a number of steps, at least 1")
@@ -102,10 +103,10 @@ def _judge(control: tuple[Any, Any], step: int, what: str, odd: list[int], agree
 
 
 def _exchange(control: tuple[Any, Any], own: float, dtype: Any) -> list[Any]:
-    """The numbers of all ranks."""
+    """The ``own`` numbers of all ranks, by rank."""
     dist, group = control
     size = dist.get_world_size(group)
-    # One number for each rank, and one more: an all-reduce of fewer may hang when a rank is lost (reform.py).
+    # One number more than ranks: an all-reduce of fewer numbers may hang when a rank is lost (reform.py).
     numbers = sys.modules["torch"].zeros(size + 1, dtype=dtype, device="cpu")
     numbers[dist.get_rank(group)] = own
     dist.all_reduce(numbers, group=group)
@@ -114,7 +115,7 @@ def _exchange(control: tuple[Any, Any], own: float, dtype: Any) -> list[Any]:
 
 
 def _bits(tensors: Iterable[Any]) -> int:
-    """A checksum of the bits of ``tensors``: any single bit that is flipped changes it."""
+    """A checksum of the bits of ``tensors``: any single flipped bit changes it."""
     torch = sys.modules["torch"]
     sums: dict[Any, list[Any]] = {}
     for tensor in tensors:
@@ -136,7 +137,7 @@ def _sum(torch: Any, tensor: Any) -> Any:
 def _audit(
     control: tuple[Any, Any], module: Any, number: int, loss: Callable[[Any, Any], Any], batch: Any
 ) -> list[Any]:
-    """The loss of one rank's batch, and its gradients."""
+    """The loss of the batch of the rank whose turn it is, then the gradients. ``number`` is the number of the turn."""
     torch, (dist, group) = sys.modules["torch"], control
     sender = number % dist.get_world_size(group)
     device = next(module.parameters()).device

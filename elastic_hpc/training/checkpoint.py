@@ -25,8 +25,9 @@ class CheckpointError(ElasticError):
 
 
 class CheckpointReader:
-    """The complete checkpoints in ``folder``, which all ranks must share, for a job that saves none there: an
-    evaluation, or a training that begins with the weights of another. Touches nothing: a training may continue there.
+    """The complete checkpoints in ``folder``, which all ranks must share, for a job that only loads them: an
+    evaluation, or a training that starts from the weights of another training. Changes nothing in the folder, in which
+    a training may save meanwhile.
 
     All ranks make the same calls in the same order, as for a collective.
     """
@@ -35,17 +36,20 @@ class CheckpointReader:
         self.folder = Path(folder).absolute()
 
     def newest_first(self) -> list[Path]:
-        """The complete checkpoints, the same on all ranks."""
+        """The paths of the complete checkpoints, newest first, the same on all ranks. Raises CheckpointError if rank 0
+        cannot list the folder, or another rank does not see it.
+        """
         names = _lead(lambda: complete(self.folder), f"cannot list {self.folder}")
         self._look(".")
         return [self.folder / name for name in names]
 
     def load(self, loader: Callable[[Path], T]) -> T | None:
-        """What ``loader`` returns for the newest checkpoint that it can load on all ranks; None without a checkpoint.
+        """Load the newest checkpoint that ``loader`` can load on all ranks. Returns what ``loader`` returns, or None if
+        there is no checkpoint.
 
-        If ``loader`` raises on any rank, all ranks try the checkpoint before. If checkpoints were pruned in the
-        meantime, newer ones are tried. Raises CheckpointError if no checkpoint loads: the loader is probably
-        at fault, and a training that starts anew would overwrite the checkpoints.
+        If ``loader`` raises on any rank, all ranks try the previous checkpoint. If checkpoints were pruned meanwhile,
+        all ranks try the newer ones. Raises CheckpointError if no checkpoint loads: then ``loader`` is probably
+        wrong, and a training from the beginning would overwrite the checkpoints.
         """
         failure, tried, found = "", set[Path](), self.newest_first()
         while untried := [path for path in found if path not in tried]:
@@ -68,25 +72,27 @@ class CheckpointReader:
         return None
 
     def _look(self, name: str) -> None:
-        """Raise CheckpointError unless all ranks see ``name``. Makes NFS look again."""
+        """Raise CheckpointError unless all ranks see ``name``. Makes NFS ask its server."""
         with _agree(f"{self.folder}: expected a folder that the nodes of all ranks share"):
             look_again(self.folder / name)
 
 
 class Checkpoints(CheckpointReader):
-    """The checkpoints in ``folder``, which all ranks must share; by default ``checkpoints`` in the job's run directory,
-    without an agent in the working directory. ``keep``: how many steps are kept after a save, besides later steps,
-    which a loader must have refused. To load without saving, use ``CheckpointReader``.
+    """The checkpoints in ``folder``, which all ranks must share; the default is ``checkpoints`` in the job's run
+    directory or, without an agent, in the working directory. ``keep``: the number of steps whose checkpoints remain
+    after a save, not counting later steps, which the loader must have refused. To load without saving, use
+    ``CheckpointReader``.
 
     All ranks make the same calls in the same order, as for a collective. Create the object after
-    ``init_process_group`` and before you read a checkpoint: the folder belongs to this round of this job from then on,
+    ``init_process_group`` and before you read a checkpoint: from then on the folder belongs to this round of this job,
     and what earlier rounds left unfinished is removed.
 
-    Two owners never save at the same time: to open the folder removes the fence of the owner before, and a worker
-    commits a checkpoint only with its own fence, even if it was frozen for long. Raises FencedOut, as ``save`` does, on
-    a worker of an earlier round or run of the job, and for a folder of another job that is alive. A job is alive as
-    long as its leader sends heartbeats to its run directory. If that directory cannot be written or read, or without
-    agents, as under plain torchrun, the last to open the folder owns it, and the next save of the other one fails.
+    Two owners never save at the same time: opening the folder removes the fence of the previous owner, and a worker
+    commits a checkpoint only while its own fence exists, even after it was frozen for long. Raises FencedOut, as
+    ``save`` does, on a worker of an earlier round or run of the job, and for a folder of another job that is alive. A
+    job is alive as long as its leader sends heartbeats to its run directory. If that directory cannot be written or
+    read, or without agents, as under plain torchrun, the last job to open the folder owns it, and the next save of the
+    previous owner fails. Raises CheckpointError if the folder cannot be used, and UsageError if ``keep`` is below 1.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, keep: int = 3) -> None:
@@ -99,12 +105,13 @@ class Checkpoints(CheckpointReader):
 
     @contextlib.contextmanager
     def save(self, step: int) -> Iterator[Path]:
-        """Give all ranks the path of one new folder to write into; commit when all ranks have left the block.
+        """Give all ranks the path of one new folder to write into; commit when all ranks have left the block. ``step``:
+        the number of steps done.
 
         One rank may write, or all, as with ``torch.distributed.checkpoint``. Rank 0 syncs the files that it finds in
         the folder; other ranks must sync their own files, as ``torch.distributed.checkpoint`` does. If any rank leaves
-        with an exception, or the commit fails, nothing is committed and all ranks raise CheckpointError; training may
-        continue without this checkpoint. Saving a step again replaces its checkpoint.
+        the block with an exception, or the commit fails, nothing is committed and all ranks raise CheckpointError; the
+        training may continue without this checkpoint. Saving a step again replaces its checkpoint.
         """
         if step < 0:
             raise UsageError(f"save({step}): expected the number of steps done, at least 0")
@@ -133,7 +140,7 @@ def world() -> tuple[int, int]:
 
 
 def control_group() -> tuple[Any, Any] | None:
-    """``torch.distributed`` and a gloo group of all ranks, apart from the training's; None if there is one rank.
+    """``torch.distributed`` and a gloo group of all ranks besides the training's group; None if there is one rank.
 
     All ranks make the group together, at their first call. It ends with the default group: otherwise its threads would
     be alive while Python shuts down (pytorch issue 190489).
@@ -150,8 +157,8 @@ def control_group() -> tuple[Any, Any] | None:
 
 
 def use_default_group() -> None:
-    """From now on the default group is the control group too: its members change, which no other group can follow. It
-    must have gloo for tensors on CPUs.
+    """From now on use the default group as the control group too: its members change, which no other group can follow.
+    The default group must have gloo for tensors on CPUs.
     """
     dist = _distributed()
     _share_their_group.add(dist.group.WORLD)

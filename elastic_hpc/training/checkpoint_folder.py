@@ -8,17 +8,17 @@ In it, for a job JOB in its run 0 and round 7:
 ``.fence.JOB.0.7``              the fence: no other owner has taken the folder over; contains the job's run directory
 ``.trash-...``                  being deleted; no owner uses this name
 
-An owner always takes the folder over from earlier rounds of its own job, which the numbers tell. It takes the folder
-over from another job when that job has ended (``fences.living``). That check is a courtesy, and may be wrong about a
-frozen node. The fence alone ensures that no two owners save.
+An owner always takes the folder over from earlier rounds of its own job, which it knows by their numbers. It takes the
+folder over from another job when that job has ended (``fences.living``). That check is a courtesy, and may be wrong
+about a frozen node. The fence alone ensures that no two owners save.
 
-A worker may sleep at any place for any time and then continue, hence the order. To open: set up the own fence, remove
-the fences of the others, list, see that the own fence stands, rename what was listed of the others' ``.tmp`` and
-``.pruned`` away, and only then list the checkpoints. To write: make the ``.tmp``, fill it, and only then look for the
-own fence and rename. A late writer's ``.tmp`` either was there to be renamed away, and then its commit came before the
-listing or fails; or was made later, when its fence was gone already. Complete checkpoints are never replaced, and
-pruning is a rename into a folder that can be renamed away, so the same holds for pruning. The only condition is a file
-system on which all nodes see renames in one order.
+A worker may be frozen at any place, for any time, and then continue; hence the order. To open: create the own fence,
+remove the fences of the others, list the folder, check that the own fence still exists, rename the listed ``.tmp`` and
+``.pruned`` of the others away, and only then list the checkpoints. To write: create the ``.tmp``, fill it, and only
+then check the own fence and rename. Either the ``.tmp`` of a late writer was there to be renamed away, and then its
+commit came before the listing or fails; or the late writer made its ``.tmp`` later, when its fence was gone already.
+Complete checkpoints are never replaced, and pruning is a rename into a folder that can be renamed away, so the same
+holds for pruning. The only condition is a file system on which all nodes see renames in one order.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Files:
     """What rank 0 does to the folder. Raises FencedOut, and OSError."""
 
     def __init__(self, folder: Path, owner: Owner, keep: int, run_dir: str = "") -> None:
-        """``run_dir``: that of the owner's job; empty without an agent."""
+        """``run_dir``: the run directory of the owner's job; empty without an agent."""
         self._folder, self._owner, self._keep, self._run_dir = folder, owner, keep, run_dir
         self._fence = folder / f".fence.{owner}"
 
@@ -125,8 +125,8 @@ class Files:
             shutil.rmtree(trash, ignore_errors=True)
 
     def _sweep(self, whose: Callable[[str], bool]) -> None:
-        """Discard what owners have begun and not finished. What a later owner has begun is kept: a later owner removes
-        the fence of this owner before it begins anything.
+        """Discard what the owners that ``whose`` selects have begun and not finished, but nothing of a later owner:
+        that owner removes the fence of this owner before it begins anything.
         """
         names = os.listdir(self._folder)
         self._check()
@@ -141,7 +141,7 @@ class Files:
         for name in complete(self._folder):
             other, _ = _parse(name)
             if other > step:
-                continue  # refused by the loader, or training would have gone on from it
+                continue  # the loader refused it: otherwise the training would have continued from it
             if other in kept or len(kept) == self._keep:
                 old.append(name)
             kept.add(other)
@@ -162,7 +162,7 @@ class Files:
     def _set_fence(self) -> None:
         descriptor = os.open(self._fence, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
-            with contextlib.suppress(OSError):  # the disk is full: other jobs will take this job for ended
+            with contextlib.suppress(OSError):  # the disk is full: other jobs will believe that this job has ended
                 os.write(descriptor, os.fsencode(self._run_dir))
         finally:
             os.close(descriptor)

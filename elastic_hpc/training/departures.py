@@ -1,7 +1,7 @@
-"""Tells a training script which ranks are on nodes that are about to fail, or to be taken away; all ranks get the same
+"""For training scripts: which ranks are on nodes that are about to fail or to be taken away. All ranks get the same
 answer.
 
-The agent of such a node makes the file ``leaving`` in the folder where it meets its workers.
+The agent of such a node writes the file ``leaving`` into the folder that it shares with its workers.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from elastic_hpc.training.checkpoint import control_group
 from elastic_hpc.training.progress import meeting_folder
 
 LEAVING_FILE = "leaving"
-"""Has when the node will be taken away, in whole seconds since the epoch; ``UNKNOWN`` if nobody has said, 0 if it stays
-after all.
+"""Contains the time when the node will be taken away, in whole seconds since the epoch; ``UNKNOWN`` if no time was
+announced, 0 if the node stays after all.
 """
 UNKNOWN = 1
 
 
 @dataclass(frozen=True)
 class Leaving:
-    """Who is about to leave."""
+    """The ranks on nodes that are about to leave the job."""
 
     ranks: tuple[int, ...]
     by: float | None
-    """When the first of their nodes will be taken away, in seconds since the epoch; None if nobody has said."""
+    """When the first of these nodes will be taken away, in seconds since the epoch; None if no time was announced."""
 
 
 def leaving(every: int = 1) -> Leaving | None:
     """Which ranks are on nodes that the site is about to take away, or that are about to fail; None if there are none.
 
     The job continues without such a node at the next step at which ``drain_requested`` is True, or ``live`` pauses, so
-    a script need not ask. It may want to save at once, as a node that the job cannot do without (MIN) stays.
+    a script need not call this. A script may want to save at once: a node stays if the job would otherwise have fewer
+    than MIN nodes.
 
     All ranks get the same answer, and must call this at the same place. Only every ``every``-th call asks the other
     ranks, which costs a round trip among all ranks; the calls between repeat the last answer.
@@ -52,7 +53,7 @@ def own_question() -> Question:
 
 
 class Question:
-    """That of one worker in one round."""
+    """The calls of ``leaving`` by one worker in one round."""
 
     def __init__(self) -> None:
         self._calls = 0
@@ -73,9 +74,9 @@ def _ask() -> Leaving | None:
     if control := control_group():
         dist, group = control
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        # One number for each rank, and one more: an all-reduce of fewer may hang when a rank is lost (reform.py).
+        # One number more than ranks: an all-reduce of fewer numbers may hang when a rank is lost (reform.py).
         torch = sys.modules["torch"]
-        numbers = torch.zeros(size + 1, dtype=torch.int64, device="cpu")  # the script may have set another device
+        numbers = torch.zeros(size + 1, dtype=torch.int64, device="cpu")  # the script may have another default device
         numbers[rank] = own
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
         moments = numbers[:size].tolist()

@@ -1,6 +1,6 @@
-"""Tells a training script whether to save and stop now; all ranks get the same answer.
+"""For training scripts: whether to save and stop now. All ranks get the same answer.
 
-The agent of a node makes the file ``drain`` in the folder where it meets its workers.
+The agent of a node creates the file ``drain`` in the folder that it shares with its workers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ DRAIN_FILE = "drain"
 
 
 def drain_requested(every: int = 1) -> bool:
-    """Whether to save and stop now, as the time limit is near, the job is preempted, a new world is to be formed, or
-    the user wants it. Once True, always True.
+    """Whether to save and stop now: the time limit is near, the job is preempted, the world must change, or the user
+    has requested it. Once True, always True.
 
-    All ranks get the same answer, and must call it at the same place, for example once a step. Only every ``every``-th
-    call asks the other ranks, which costs a round trip among all ranks; the calls between repeat the last answer.
-    Before ``init_process_group`` each rank has an answer of its own.
+    All ranks get the same answer, and must call this at the same place, for example once a step. Only every
+    ``every``-th call asks the other ranks, which costs a round trip among all ranks; the calls between repeat the last
+    answer. Before ``init_process_group`` each rank gets an answer of its own.
     """
     if every < 1:
         raise UsageError(f"drain_requested(every={every}): expected a number of calls, at least 1")
@@ -34,7 +34,7 @@ def drain_requested(every: int = 1) -> bool:
 
 
 def is_told_to_drain() -> bool:
-    """Whether the agent wants the workers of this node to save and stop; no other rank is asked."""
+    """Whether the agent wants the workers of this node to save and stop. Does not ask the other ranks."""
     return own_drain().is_told
 
 
@@ -44,7 +44,7 @@ def own_drain() -> Drain:
 
 
 def enter_round() -> None:
-    """A worker that is kept enters another round. A SIGTERM that it has received still counts."""
+    """Begin another round in the same process. A SIGTERM that the process has received still counts."""
     terminated = own_drain().terminated
     forget_round()
     own_drain.cache_clear()
@@ -53,7 +53,7 @@ def enter_round() -> None:
 
 
 class Drain:
-    """One worker's part in a drain; ``folder`` is where it meets its agent, None if there is no agent."""
+    """One worker's part in a drain. ``folder``: the folder that it shares with its agent; None without an agent."""
 
     def __init__(self, folder: str | None, progress: ProgressFile) -> None:
         self.progress = progress
@@ -62,7 +62,7 @@ class Drain:
         self._with_agents = True
         """Whether any rank has an agent; True until the ranks have exchanged this."""
         self.terminated = False
-        """Whether SIGTERM has come."""
+        """Whether the worker has received SIGTERM."""
         self._agreed = False
         """Whether all ranks have answered True together; before ``init_process_group`` a rank answers alone."""
 
@@ -77,8 +77,8 @@ class Drain:
         return self.ask()[0]
 
     def ask(self, number: int = 0) -> tuple[bool, int]:
-        """Whether to save and stop now, asked of all ranks; and the largest ``number`` that a rank has given. Without
-        any agent no rank is asked.
+        """Ask all ranks whether to save and stop now. Returns the answer, and the largest ``number`` of all ranks.
+        Without any agent, does not ask the other ranks.
         """
         if not self._calls:
             self._begin()
@@ -87,7 +87,7 @@ class Drain:
         if control:
             dist, group = control
             own = [int(answer), int(self._file is not None), number]
-            # for each rank to send and receive, see reform.py; the script may have set another default device
+            # long enough that each rank sends and receives, see reform.py; the script may have another default device
             flags = sys.modules["torch"].tensor(own * dist.get_world_size(group), device="cpu")
             with waiting_for_others():
                 dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
@@ -109,8 +109,8 @@ class Drain:
         return self._file is not None and os.path.exists(self._file)
 
     def _handle_sigterm(self) -> None:
-        """Treat SIGTERM as a drain: Slurm sends it to workers too, at a preemption and at scancel. Leaves a handler of
-        the script in place, and forked processes as they would be.
+        """Treat SIGTERM as a drain: Slurm sends it to workers too, at a preemption and at scancel. Keeps a handler that
+        the script has set, and does not affect forked processes.
         """
         if self._file is None or threading.current_thread() is not threading.main_thread():
             return
@@ -118,7 +118,7 @@ class Drain:
             return
 
         def on_sigterm(_signum: int, _frame: object) -> None:
-            own_drain().terminated = True  # that of the present round
+            own_drain().terminated = True  # for the current round
 
         def in_child() -> None:
             if signal.getsignal(signal.SIGTERM) is on_sigterm:

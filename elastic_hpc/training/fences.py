@@ -57,8 +57,8 @@ def own(environ: Mapping[str, str]) -> tuple[Owner, str]:
 
 
 def living(owners: Mapping[Owner, str]) -> str | None:
-    """Finds out whether a job of ``owners`` is alive, from its run directory. Returns the run directory of the first
-    that is; None if all jobs have ended.
+    """Watch the run directories of the jobs of ``owners``. Returns the run directory of the first job that is alive;
+    None if all jobs have ended.
 
     The leader of a job that is alive sends a heartbeat every second (``RunDir.beat``). A job without a heartbeat for
     three heartbeat timeouts, by the clock of this process, counts as ended. So does a job with a verdict, and a job
@@ -96,7 +96,7 @@ def names(paths: Collection[str]) -> str:
 
 
 def _is_of(rundir: RunDir, owner: Owner) -> bool:
-    """Whether ``rundir`` still belongs to the owner's job; another job may have made its own at the same path."""
+    """Whether ``rundir`` still belongs to the owner's job; another job may have replaced it at the same path."""
     try:
         return rundir.identity() == owner.job
     except ElasticError:
@@ -112,7 +112,7 @@ def _has_ended(rundir: RunDir) -> bool:
 
 
 def _patience(rundir: RunDir) -> float:
-    """Seconds without a heartbeat after which a job has ended. The next leader of the job would take over earlier."""
+    """Seconds without a heartbeat after which a job counts as ended. A next leader would take over sooner."""
     with contextlib.suppress(ElasticError, OSError, ValueError):
         return 3 * float((rundir.read("spec.json") or {}).get("--heartbeat-timeout", 5))
     return 15.0

@@ -1,4 +1,4 @@
-"""A training loop whose workers continue in place: they keep their processes when others are lost or join."""
+"""A training loop whose workers continue in place: they keep their processes when other workers are lost or join."""
 
 from __future__ import annotations
 
@@ -33,22 +33,24 @@ def live(
                 optimizer.step()
                 scheduler.step()
 
-    When a worker or a node is lost, or nodes join, the other workers keep their processes and what they have learned:
-    they do the step in which that happened once more in the new world, if it was not done. That needs an agent,
-    torch 2.14, and gloo, or nccl2 for CUDA. Without these the same script runs, and its workers are restarted from the
-    last checkpoint, as those of any other script.
+    When a worker or a node is lost, or nodes join, the other workers keep their processes and what they have learned.
+    In the new world they repeat the step that was interrupted, unless it was complete. That needs an agent, torch 2.14,
+    and gloo, or nccl2 for CUDA. Without these the same script runs, and after a fault its workers restart from the last
+    checkpoint, as with any other script.
 
-    ``net``: the module to train, on its device. Any number of ``optimizers``; each step of the loop steps all of them,
-    after the gradients are complete. What comes after that may exchange numbers among the ranks for a log only.
-    ``states``: what else a worker needs to continue, by name; anything with ``state_dict`` and ``load_state_dict``. All
-    this is sent to workers that join, and saved.
+    ``net``: the module to train, on its device. ``optimizers``: any number of them; each step of the loop steps all
+    optimizers after the gradients are complete, and after that may exchange numbers among the ranks only for a log.
+    ``states``: what else a worker needs to continue, by name: objects with ``state_dict`` and ``load_state_dict``.
+    Workers that join receive all of these, and checkpoints contain them.
 
-    ``checkpoint_every``: the number of steps between checkpoints, which ``Checkpoints(folder)`` keeps; they are also
-    saved at a drain and at the end, and the newest is loaded if no worker of the world has trained yet. None for none.
-    ``load``: for a script with checkpoints of its own: called instead, on all ranks; returns the number of steps done.
-    ``wrap``: makes of ``net`` the module for a world of several ranks, by default ``DistributedDataParallel``.
+    ``checkpoint_every``: the number of steps between checkpoints, which ``Checkpoints(folder)`` keeps; None for no
+    checkpoints. ``live`` also saves at a drain and at the end, and loads the newest checkpoint if no worker of the
+    world has trained yet. ``load``: for a script with checkpoints of its own; called on all ranks instead of that, and
+    returns the number of steps done. ``wrap``: gets ``net`` and returns the module for a world of several ranks; the
+    default is ``DistributedDataParallel``.
 
-    The ranks must not be connected before: this function does that. Raises UsageError for what it cannot use.
+    This function connects the ranks: do not call ``init_process_group`` before. Raises UsageError for arguments that it
+    cannot use.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
         raise UsageError(f"live(checkpoint_every={checkpoint_every}): expected a number of steps, at least 1, or None")

@@ -1,4 +1,4 @@
-"""Lightning's Trainer in place: the strategy by which its workers keep their processes when others are lost or join."""
+"""Lightning's Trainer in place: a strategy whose workers keep their processes when other workers are lost or join."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _strategies, _environments = import_module(f"{_NAME}.strategies"), import_module
 
 
 class LiveEnvironment(_environments.TorchElasticEnvironment):  # type: ignore[name-defined]
-    """Tells Lightning the rank that a worker has now."""
+    """Gives Lightning the rank that a worker has now."""
 
     def world_size(self) -> int:
         return LiveWorld.now().size
 
     def global_rank(self) -> int:
         if LIVE in os.environ and "RANK" not in os.environ:
-            return 1  # of a node without a place: not the one rank that writes files
+            return 1  # its node has no place in a world yet; only rank 0 writes files
         return LiveWorld.now().rank
 
     def local_rank(self) -> int:
         return LiveWorld.now().local_rank
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Lightning need not know the size of the world."""
+        """Checks nothing: Lightning need not know the size of the world."""
 
 
 class LiveStrategy(_strategies.DDPStrategy):  # type: ignore[name-defined]
@@ -49,33 +49,33 @@ class LiveStrategy(_strategies.DDPStrategy):  # type: ignore[name-defined]
         trainer = Trainer(strategy=strategy, use_distributed_sampler=False, devices=1, max_steps=750)
         trainer.fit(module, loader, ckpt_path=newest)
 
-    A step that a change of the world interrupts is repeated in the new world. A worker that joins gets what
-    Lightning would have saved from another worker's memory; ``ckpt_path`` counts only if no worker has trained yet.
+    A step that a change of the world interrupts is repeated in the new world. A worker that joins receives, from
+    another worker's memory, what Lightning would have saved; ``ckpt_path`` counts only if no worker has trained yet.
     An interruption elsewhere, for example in a validation, ends the worker, which is then restarted.
 
-    ``options`` are those of DDPStrategy. Raises UsageError from ``fit`` for what it cannot do.
+    ``options``: the options of DDPStrategy. ``fit`` raises UsageError for what this strategy cannot do.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(cluster_environment=LiveEnvironment(), **options)
         self._run: LiveRun | None = None
         self._alone = True
-        """Whether this rank does nothing with the others, because they have already done it, or have yet to begin."""
+        """Whether this rank exchanges nothing with the others: they are ahead of it, or have not begun yet."""
         self._got: dict[str, Any] | None = None
         self._failed = self._skips = self._stepping = False
         self._loss = torch.tensor(torch.nan)
 
     @property
     def stopped(self) -> bool:
-        """Whether the job has to end: save, and set ``trainer.should_stop``. All ranks get the same answer after the
-        same step.
+        """Whether the job must stop; then save, and set ``trainer.should_stop``. All ranks get the same answer after
+        the same step.
         """
         return self._run is not None and self._run.stopped
 
     def batches(self, length: int, batch_size: int, *, seed: int = 0) -> torch.utils.data.Sampler[list[int]]:
-        """A ``batch_sampler`` for a dataset of ``length`` samples, shuffled anew in each epoch. ``batch_size``: of all
-        ranks together. An epoch has the same batches in each world, and a worker that joins begins at the right one.
-        The samples that do not fill a batch are left out.
+        """A ``batch_sampler`` for a dataset of ``length`` samples, which it shuffles in each epoch. ``batch_size``: the
+        samples of all ranks together. An epoch has the same batches in each world, and a worker that joins begins with
+        the right batch. The last samples of an epoch, if they do not fill a batch, are left out.
         """
         return LiveBatches(self, length, batch_size, seed)
 
@@ -88,7 +88,7 @@ class LiveStrategy(_strategies.DDPStrategy):  # type: ignore[name-defined]
 
     @property
     def world_size(self) -> int:
-        """1 until the first step: Lightning has nothing to do with the other ranks before."""
+        """1 while this rank exchanges nothing with the others, so that Lightning does not either."""
         return 1 if self._alone else LiveWorld.now().size
 
     @property
@@ -96,11 +96,11 @@ class LiveStrategy(_strategies.DDPStrategy):  # type: ignore[name-defined]
         return True
 
     def setup_distributed(self) -> None:
-        """``setup`` connects the ranks, when all has been done that a worker can do alone."""
+        """Does not connect the ranks: ``setup`` does, after all that a worker can do alone."""
         self.set_world_ranks()
 
     def configure_ddp(self) -> None:
-        """``live`` wraps the module, for each world anew."""
+        """Does nothing: ``LiveRun`` wraps the module in each world."""
 
     def setup(self, trainer: Any) -> None:
         super().setup(trainer)
@@ -154,14 +154,14 @@ class LiveStrategy(_strategies.DDPStrategy):  # type: ignore[name-defined]
         return bool(self._with_others(lambda: decide(decision, all), decision))
 
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        """An interruption of this one is raised: with a metric that differs among the ranks they would part."""
+        """Raises an interruption, unlike ``broadcast``: ranks with different metrics would take different decisions."""
         return tensor if self._alone else super().reduce(tensor, *args, **kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self._got or super().load_checkpoint(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning saves, as it was before the present batch; for ``live``."""
+        """For ``LiveRun``: what Lightning saves, as it was before the current batch."""
         checkpoint = self._connector.dump_checkpoint(weights_only=False)
         loops = checkpoint["loops"]["fit_loop"]
         batches = loops["epoch_loop.batch_progress"]
@@ -172,14 +172,16 @@ class LiveStrategy(_strategies.DDPStrategy):  # type: ignore[name-defined]
         return dict(checkpoint)
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        """For ``live``: a newcomer gets all; a rank that is a step behind is in the loop, and does the rest itself."""
+        """For ``LiveRun``: a newcomer restores everything; a rank that is one step behind restores model, optimizer and
+        precision, and does the rest in its own loop.
+        """
         if self._run is None:
             self._got = checkpoint
             self._connector.restore("the memory of another worker")
             return
         own = [optimizer.state_dict()["param_groups"] for optimizer in self.optimizers]
         pairs = zip(checkpoint["optimizer_states"], own, strict=True)
-        states = [{**state, "param_groups": groups} for state, groups in pairs]  # the schedulers have yet to step
+        states = [{**state, "param_groups": groups} for state, groups in pairs]  # its schedulers have not stepped yet
         self.load_model_state_dict(checkpoint)
         self.load_optimizer_state_dict({"optimizer_states": states})
         if precision := checkpoint.get(type(self.precision_plugin).__qualname__):
@@ -201,7 +203,7 @@ class LiveStrategy(_strategies.DDPStrategy):  # type: ignore[name-defined]
 
     @property
     def _connector(self) -> Any:
-        """What saves and restores; the one private name of Lightning here."""
+        """The part of Lightning that saves and restores; the only private name of Lightning here."""
         return self.lightning_module.trainer._checkpoint_connector  # noqa: SLF001
 
     def _wrap(self, module: Any) -> Any:
@@ -210,8 +212,8 @@ class LiveStrategy(_strategies.DDPStrategy):  # type: ignore[name-defined]
         return self.model
 
     def _with_others(self, what: Callable[[], Any], own: Any) -> Any:
-        """Do ``what`` with the other ranks. If a change of the world interrupts it between two steps, or there is
-        nothing to do with them, the answer is this rank's ``own``. A rank that stops alone then starts anew.
+        """Do ``what`` with the other ranks. Returns this rank's ``own`` answer if a change of the world interrupts
+        ``what`` between two steps, or there is nothing to exchange. A rank that stops alone after that is restarted.
         """
         if self._alone:
             return own
@@ -229,7 +231,7 @@ class LiveStrategy(_strategies.DDPStrategy):  # type: ignore[name-defined]
         self.set_world_ranks()
 
     def _skip(self, closure: Callable[[], Any]) -> None:
-        """Another rank has done this step, and has gone on to the next: so do what is between, without it."""
+        """Do what comes between two steps, without the step: this rank has received its result from another rank."""
         self._enter_world(alone=True)
         self._skips = True
         closure()  # Lightning wants a result

@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 
 
 class LiveCheckpoints:
-    """Those of ``live(checkpoint_every=every, folder=folder, load=load)``. All ranks make the same calls. The training
-    needs none of them while a worker has its state: what fails is logged, and tried again when the next save is due.
+    """The checkpoints of ``live(checkpoint_every=every, folder=folder, load=load)``. All ranks make the same calls. The
+    training needs no checkpoint while a worker has its state: a failure is logged, and the next save tries again.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class LiveCheckpoints:
     ) -> None:
         self.every = every
         self._states, self._load = states, load
-        self._folder = Path(folder).absolute() if folder else None  # the script may go to another directory
+        self._folder = Path(folder).absolute() if folder else None  # the script may change the working directory
         self._checkpoints: Checkpoints | None = None
         self.saving = False
         self.last = [0, 0]
-        """The step of the last checkpoint, and that of the last attempt to save one."""
+        """The step of the last checkpoint, and the step of the last attempt to save."""
 
     @property
     def are_of_script(self) -> bool:
@@ -40,7 +40,7 @@ class LiveCheckpoints:
         return self._load is not None
 
     def open(self, *, must: bool) -> None:
-        """Own the folder in a world that begins. Raises CheckpointError if it ``must`` be possible, and is not."""
+        """Take over the folder at the start of a world. Raises CheckpointError if it ``must`` succeed and fails."""
         self._checkpoints = None
         if not self.every:
             return
@@ -52,7 +52,7 @@ class LiveCheckpoints:
             _warn(error)
 
     def load(self) -> int:
-        """Returns how many steps are done: those of the newest checkpoint, or of the script's own."""
+        """Load the newest checkpoint, or the script's own. Returns the number of steps done."""
         if self._load:
             return operator.index(self._load() or 0)
         step = self._checkpoints.load(self._states.load_from) or 0 if self._checkpoints else 0

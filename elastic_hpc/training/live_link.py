@@ -1,7 +1,7 @@
-"""The connection of a worker whose script calls ``live`` with the agent of its node: a Unix socket of messages.
+"""The connection between a worker whose script calls ``live`` and the agent of its node: messages on a Unix socket.
 
-A thread reads it, because the main thread may hang in a collective whose peers are gone. The agent says ``pause`` when
-the world is over, and ``go`` with the outputs and the environment of the next round.
+A thread reads them, because the main thread may hang in a collective whose peers are gone. The agent sends ``pause``
+when the world has ended, and ``go`` with the outputs and the environment of the next round.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 _AGAIN = 0.3
-"""Seconds after which the main thread is freed once more, until it stands still: it may have opened new connections."""
+"""Seconds between two attempts to free the main thread, until it pauses: it may have opened new connections."""
 
 
 class Go(NamedTuple):
-    """What a worker that is kept gets for its next round."""
+    """What a worker that keeps its process receives for its next round."""
 
     outputs: tuple[int, int]
     """Descriptors for stdout and stderr."""
     environ: dict[str, str]
 
     def take_over(self) -> None:
-        """Write into the outputs of the round, and have the variables of the round."""
+        """Use the outputs and the variables of the round from now on."""
         sys.stdout.flush()
         sys.stderr.flush()
         for number, output in enumerate(self.outputs, 1):
@@ -38,24 +38,24 @@ class Go(NamedTuple):
 
 
 class LiveLink:
-    """``free(now=..., again=...)`` frees the main thread, which may hang as its world is over. It is told whether the
-    agent wants the worker to pause now, not at the end of its step, and whether that was tried before. ``seconds`` says
-    within which time the main thread will notice a pause. The thread of the link calls both. Raises OSError if no agent
-    listens at ``path``.
+    """``free(now=..., again=...)`` frees the main thread, which may hang because its world has ended. ``now``: the
+    agent wants the worker to pause now, not after its step; ``again``: this is not the first attempt. ``seconds``
+    returns the seconds within which the main thread will notice a pause. The thread of the link calls both. Raises
+    OSError if no agent listens at ``path``.
     """
 
     def __init__(self, path: str, free: Callable[..., None], seconds: Callable[[], float]) -> None:
         self._path, self._free, self._seconds = path, free, seconds
         self._changed = threading.Condition()
         self._pauses = self._paused = 0
-        """How often the agent has said ``pause``, and how often the main thread has stood still for it."""
+        """How often the agent has sent ``pause``, and for how many of these the main thread has paused."""
         self._now = False
         self._go: Go | None = None
         self._socket: socket.socket | None = None
         self.open()
 
     def open(self) -> None:
-        """Offer this worker to the agent. Does nothing if the connection stands."""
+        """Offer this worker to the agent. Does nothing if already connected."""
         if self.is_open:
             return
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -77,7 +77,7 @@ class LiveLink:
         return self._socket is not None
 
     def close(self) -> None:
-        """Tell the agent that this worker can no longer be kept."""
+        """Disconnect: the agent can no longer keep this worker."""
         with self._changed:
             connection, self._socket = self._socket, None
         if connection is not None:
@@ -86,15 +86,15 @@ class LiveLink:
 
     @property
     def pausing(self) -> bool:
-        """Whether the agent waits for the main thread to stand still."""
+        """Whether the agent waits for the main thread to pause."""
         return self._pauses > self._paused
 
     def broken(self, why: str) -> None:
-        """Tell the agent that a collective has failed."""
+        """Report to the agent that a collective has failed."""
         self._say({"is": "broken", "why": why})
 
     def cannot(self, why: str) -> None:
-        """Tell the agent that this worker ends with an error now."""
+        """Report to the agent that this worker ends with an error now."""
         self._say({"is": "cannot", "why": why})
 
     def wait_for_place(self) -> Go:
@@ -103,7 +103,7 @@ class LiveLink:
         return self.stand_still(0)
 
     def stand_still(self, step: int) -> Go:
-        """Wait for the next round. ``step``: how many steps are done. The connections of the group must be shut."""
+        """Pause until the next round. ``step``: the number of steps done. Shut the connections of the group before."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self.pausing or self._go)
@@ -120,7 +120,7 @@ class LiveLink:
             return
         try:
             connection.send(json.dumps(message).encode())
-        except OSError:  # the thread finds that the agent is gone
+        except OSError:  # the thread will notice that the agent is gone
             return
 
     def _listen(self, connection: socket.socket) -> None:
@@ -155,7 +155,7 @@ class LiveLink:
         elif message["do"] == "go":
             data = ancillary[0][2]
             out, err, memory = (int.from_bytes(data[i : i + 4], sys.byteorder) for i in (0, 4, 8))
-            environ = marshal.loads(os.pread(memory, os.fstat(memory).st_size, 0))  # noqa: S302 - of our own agent
+            environ = marshal.loads(os.pread(memory, os.fstat(memory).st_size, 0))  # noqa: S302 - sent by our own agent
             os.close(memory)
             with self._changed:
                 self._go = Go((out, err), environ)

@@ -31,11 +31,11 @@ from elastic_hpc.training.step_time import StepTimer
 log = logging.getLogger(__name__)
 
 _FORMING = 12.0
-"""Seconds in which a worker that forms a world notices a pause."""
+"""Seconds within which a worker that forms a world notices a pause."""
 _SAVING = 30.0
-"""Seconds in which a worker that saves notices a pause: a sync to a busy disk cannot be interrupted."""
+"""Seconds within which a worker that saves notices a pause: a sync to a busy disk cannot be interrupted."""
 _HANGS = 4
-"""How often, in a row, the main thread must be found to hang in a collective that has no connections any more."""
+"""How many checks in a row must find that the main thread hangs in a collective without any open connection."""
 
 
 class TornError(ElasticError):
@@ -43,10 +43,10 @@ class TornError(ElasticError):
 
 
 class LiveRun:
-    """A training that continues in place. See ``live``. ``optimizers``: those that are not among the ``states``."""
+    """A training that continues in place. See ``live``. ``optimizers``: others than those in ``states``."""
 
     _present: ClassVar[LiveRun | None] = None
-    """The last one of this process."""
+    """The last run of this process."""
 
     def __init__(
         self,
@@ -74,12 +74,12 @@ class LiveRun:
         self.stopped = False
         """Whether ``steps`` has ended early, because of a drain."""
         self.model = LiveModel(net)
-        """The model, to be called in a step; it stays the same object in all worlds."""
+        """The model to call in a step; the same object in all worlds."""
         self._modules = list(self.model.modules())
         self._modes: list[bool] = []
-        """Whether each of them was in training mode when the step began."""
+        """Whether each of ``_modules`` was in training mode when the step began."""
         self.world = reform.LiveWorld.now()
-        """The ranks that train together. It is another one after a fault, so ask anew in each step."""
+        """The ranks that train together. A fault or a growth changes this, so read it in each step."""
         self._stuck = 0
         self._cuda = cuda = any(parameter.is_cuda for parameter in net.parameters())
         self._group = reform.Group(lambda: self._link is not None and self._link.pausing, cuda=cuda)
@@ -102,11 +102,11 @@ class LiveRun:
             self._join(error)
 
     def steps(self, until: int) -> Iterator[Attempt]:
-        """The attempts at the steps that are left until ``until`` steps are done, or the job is drained. Reports each
-        step to the agent, unless the script has. All ranks leave the loop together; for a worker that joined after the
-        others had left it, there is none.
+        """Yields attempts at the next steps, until ``until`` steps are done or the job is drained. Reports each step to
+        the agent, unless the script has reported it. All ranks leave the loop together; a worker that joins after that
+        gets no attempt.
         """
-        until = operator.index(until)  # other ranks are told, in JSON
+        until = operator.index(until)  # the other ranks receive it as JSON
         if self._link:
             self._link.open()
         try:
@@ -122,7 +122,7 @@ class LiveRun:
                 yield attempt
                 if not attempt.entered:
                     raise UsageError("for attempt in run.steps(...): expected `with attempt as step:` in the loop")
-        except GeneratorExit:  # a break, or an error of the script: what it has left in the group may never end
+        except GeneratorExit:  # a break, or an error of the script: its collectives in the group may never end
             if not self._failed:
                 atexit.register(self._close)
             raise
@@ -131,8 +131,8 @@ class LiveRun:
                 self._link.close()
 
     def attempts(self) -> Iterator[Attempt]:
-        """The attempts at one step, for a loop of somebody else, which continues after a drain as it likes. The step
-        may also end without an attempt that was completed, as the state of another rank has it.
+        """Yields attempts at one step, for a loop of other code, which may continue after a drain. The step may also
+        end without a completed attempt, when this rank receives the result from another rank.
         """
         goal = self.step + 1
         while self.step < goal:
@@ -140,13 +140,13 @@ class LiveRun:
                 yield Attempt(self.begin, self.end)
 
     def finish(self) -> None:
-        """Leave a loop of somebody else, when all ranks do. Raises what ends the world before."""
+        """Leave a loop of other code when all ranks do. If the world ends before, raises the reason."""
         self._finish()
         if self._link:
             self._link.close()
 
     def begin(self) -> int:
-        """An attempt begins; for ``Attempt``. Returns how many steps are done."""
+        """Begin an attempt; for ``Attempt``. Returns the number of steps done."""
         self._start.begin(self.step)
         self._modes = [module.training for module in self._modules]
         self._optimizers.begin()
@@ -155,7 +155,7 @@ class LiveRun:
         return self.step
 
     def end(self, error: BaseException | None) -> bool:
-        """An attempt ends; for ``Attempt``. Returns whether ``error`` is taken care of."""
+        """End an attempt; for ``Attempt``. Returns whether ``error`` was handled."""
         if error is None:
             self._longest = max(self._longest, time.monotonic() - self._began)
             self._optimizers.end()
@@ -177,7 +177,7 @@ class LiveRun:
         return True
 
     def _connect(self, *, cuda: bool) -> str:
-        """Connect with the agent. Returns why this worker cannot continue in place, empty if it can."""
+        """Connect to the agent. Returns why this worker cannot continue in place; empty if it can."""
         if LIVE not in os.environ or is_of_another_job(os.environ):
             return "no agent that keeps workers has started it"
         if dist.is_initialized():
@@ -196,13 +196,13 @@ class LiveRun:
         return self._link is not None and self._link.is_open
 
     def _note(self, why_not: str) -> None:
-        """Tell the agent, and the user, whether this worker can continue in place."""
+        """Report to the agent and the user whether this worker can continue in place."""
         note_in_place(why_not)
         if why_not:
             (log.warning if LIVE in os.environ else log.info)("a fault restarts this worker: %s", why_not)
 
     def _free(self, *, now: bool, again: bool) -> None:
-        """End the collectives of a world that is over, or of one that is not complete yet."""
+        """End the collectives of a world that has ended, or that is not complete yet."""
         if not (now or self._forming):
             return
         shut = self._group.shut(socket.SHUT_RDWR if again else socket.SHUT_RD, store=again)
@@ -212,13 +212,13 @@ class LiveRun:
             self._link.cannot("gloo does not end a collective whose connections are closed")
 
     def _wait_for_place(self) -> None:
-        """This worker may have been started before its node had a place in a world."""
+        """Wait for the first round, if this worker was started before its node had a place in a world."""
         if self._link and "RANK" not in os.environ:
             self._link.wait_for_place().take_over()
             enter_round()
 
     def _patience(self) -> float:
-        """Within how many seconds a pause is noticed."""
+        """Seconds within which the main thread notices a pause."""
         return max(5.0, 3 * self._longest, _FORMING * self._forming, _SAVING * self._checkpoints.saving)
 
     def is_interruption(self, error: BaseException) -> bool:
@@ -230,7 +230,7 @@ class LiveRun:
         return self._link.pausing and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
 
     def _go_on(self, what: Callable[[], None]) -> bool:
-        """Do ``what`` with all ranks. Returns False if the world has changed meanwhile; then it is to be repeated."""
+        """Do ``what`` with all ranks. Returns False if the world has changed meanwhile: the caller must repeat it."""
         try:
             what()
         except Exception as error:
@@ -241,7 +241,7 @@ class LiveRun:
         return True
 
     def _join(self, error: Exception | BaseException) -> None:
-        """Leave a world that is over, because of ``error``, and enter the next one that can be formed."""
+        """Leave a world that has ended, because of ``error``, and enter the next world that can be formed."""
         assert self._link is not None
         while True:
             why = f"{type(error).__name__}: {error}"
@@ -265,7 +265,7 @@ class LiveRun:
                 return
 
     def _enter(self) -> None:
-        """Enter the world that the environment describes, with the state of the rank that is furthest."""
+        """Enter the world that the environment describes, with the state of the rank that has done the most steps."""
         self.world = reform.LiveWorld.now()
         own = self._has, self.step, self._over, *self._checkpoints.last
         reports = self._group.form(self.world, own) if self._link else [own]
@@ -291,7 +291,7 @@ class LiveRun:
         self.model.enter(self._net)
 
     def _agree_on_state(self, reports: Sequence[Any]) -> None:
-        """``reports``: what each rank has; without an agent, this one."""
+        """``reports``: what each rank has; without an agent, what this rank has."""
         steps = [(step, has == WHOLE) if has in {WHOLE, STEPPED} else (-1, False) for has, step, *_ in reports]
         newest, whole = max(steps)
         if newest >= 0:
@@ -305,7 +305,7 @@ class LiveRun:
         else:
             self.step = self._checkpoints.load()
             if self._link and self.world.size > 1 and (self._checkpoints.are_of_script or not self.step):
-                self._states.share(0, self.step, lacking=self.world.rank > 0)  # as DistributedDataParallel does it
+                self._states.share(0, self.step, lacking=self.world.rank > 0)  # as DistributedDataParallel does
         self._has = WHOLE
 
     def _distribute(self, net: torch.nn.Module) -> torch.nn.Module:

@@ -1,5 +1,5 @@
-"""What a rank has learned so far: the registered objects, and the model. How ranks exchange them without broadcasts:
-gloo's often hang when a member is lost, see reform.py.
+"""What a rank has learned so far: the registered objects and the model. The ranks exchange these without broadcasts:
+gloo's broadcasts often hang when a member is lost, see reform.py.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from elastic_hpc.training.step_time import StepTimer
 
 _PIECE = 1 << 28
-"""Bytes that are sent to the other ranks at once."""
+"""Bytes that are sent to the other ranks at a time."""
 _LEAST = 1024
-"""Elements that are sent, at least, so that each rank of a world sends and receives."""
+"""The fewest elements to send, so that each rank of a world sends and receives."""
 
 WHOLE, STEPPED, NEW, TORN = "whole", "stepped", "new", "torn"
-"""What a rank has: all that a completed step leaves; the same, but what its script does after the optimizers' step was
-interrupted, such as ``scheduler.step()``; nothing; some of its optimizers have stepped, and others have not.
+"""The state of a rank. WHOLE: after a completed step. STEPPED: all optimizers have stepped, but what the script does
+after them, such as ``scheduler.step()``, was interrupted. NEW: no step done. TORN: only some optimizers have stepped.
 """
 
 
@@ -37,7 +37,7 @@ class LiveStates:
         torch.save({"step": step, **{name: of.state_dict() for name, of in self._objects.items()}}, file)
 
     def load(self, file: Any) -> int:
-        """Returns the step."""
+        """Load all objects. Returns the step."""
         saved = torch.load(file, map_location="cpu", weights_only=False)
         for name, of in self._objects.items():
             of.load_state_dict(saved[name])
@@ -51,8 +51,8 @@ class LiveStates:
         return self.load(folder / "state.pt")
 
     def share(self, source: int, step: int, *, lacking: bool) -> int:
-        """Have rank ``source`` send its state to all ranks; those that are ``lacking`` it load it. Returns the step.
-        They hold the state once more in host memory meanwhile, as does ``source``.
+        """Send the state of rank ``source`` to all ranks; the ``lacking`` ranks load it. Returns the step. Meanwhile
+        ``source`` and the ``lacking`` ranks hold a second copy of the state in host memory.
         """
         sends, buffer = dist.get_rank() == source, io.BytesIO()
         if sends:
@@ -73,7 +73,7 @@ class LiveStates:
 
 
 class Buffers:
-    """The buffers of ``net`` as they are now: a module may have replaced one. ``saved``: only those that are saved."""
+    """The buffers of ``net`` as they are now: a module may replace one. ``saved``: only buffers in ``state_dict()``."""
 
     def __init__(self, net: torch.nn.Module, *, saved: bool) -> None:
         keys = net.state_dict().keys() if saved else None
@@ -89,11 +89,11 @@ class Buffers:
 
     @property
     def now(self) -> list[torch.Tensor]:
-        """With ``data`` a change is not held against a backward pass that is to come."""
+        """The tensors, by ``data``: autograd does not see changes to them, and refuses no later backward pass."""
         return [buffer.data for buffers, name in self._places if (buffer := buffers[name]) is not None]
 
     def take(self) -> None:
-        """Have the buffers of rank 0, by the sum of what it has and zeros."""
+        """Copy the buffers of rank 0 to all ranks, as a sum to which the other ranks contribute zeros."""
         for device in dict.fromkeys(buffer.device for buffer in self.now):
             alike: dict[torch.dtype, list[torch.Tensor]] = {}
             for buffer in self.now:
@@ -114,8 +114,8 @@ class Buffers:
 
 
 def replica(net: torch.nn.Module, timer: StepTimer) -> DistributedDataParallel:
-    """``net`` for ranks that have the same state. All have the buffers of rank 0 in each forward pass of the training
-    that ends in an exchange of gradients. ``timer``: of the steps.
+    """``net`` wrapped for ranks that have the same state. Each forward pass of the training that leads to an exchange
+    of gradients begins by copying the buffers of rank 0 to all ranks. ``timer``: does not count that time.
     """
     made = DistributedDataParallel(net, init_sync=False, forward_sync_buffers=False)
     if buffers := Buffers(net, saved=False):
@@ -134,7 +134,7 @@ def replica(net: torch.nn.Module, timer: StepTimer) -> DistributedDataParallel:
 def sharded(model: torch.nn.Module) -> str:
     """Why one rank does not hold the whole ``model``; empty if each does."""
     for module in model.modules():
-        if type(module).__name__ == "FullyShardedDataParallel":  # not imported for that
+        if type(module).__name__ == "FullyShardedDataParallel":  # by name, to save the import
             return "the model is sharded, so no rank has the whole state"
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):
@@ -143,12 +143,12 @@ def sharded(model: torch.nn.Module) -> str:
 
 
 class LiveModel(torch.nn.Module):
-    """Stands for the model in every world. Calls go to the model as the present world has wrapped it."""
+    """Stands for the model in every world. Passes calls on to the model as wrapped for the current world."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
         self.module = module
-        self._wrapped = [module]  # in a list, so that the parameters are not found twice
+        self._wrapped = [module]  # in a list, so that torch does not find the parameters twice
 
     def enter(self, wrapped: torch.nn.Module) -> None:
         if wrapped is not self.module:
@@ -169,7 +169,7 @@ class LiveModel(torch.nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """As that of DistributedDataParallel: gradients are not averaged."""
+        """As ``DistributedDataParallel.no_sync``: the gradients of the ranks are not averaged."""
         if hasattr(self._wrapped[0], "no_sync"):
             with self._wrapped[0].no_sync():
                 yield

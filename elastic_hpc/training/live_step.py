@@ -1,5 +1,5 @@
-"""One step of the loop of ``live``: an attempt at it, whether it is done, how what it has changed is put back, and the
-question before it whether to stop.
+"""One step of the loop of ``live``: an attempt at the step, whether the step is done, how its changes are undone, and
+the question to all ranks, before the step, whether to stop.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from elastic_hpc.training.live_state import Buffers
 _ASK_EVERY = 0.5
 """Seconds between two questions to all ranks whether to stop."""
 _MOST_STEPS = 50
-"""Steps between two such questions, at most: steps may become slower."""
+"""The most steps between two such questions: steps may become slower."""
 
 
 class Attempt:
-    """One attempt at a step, for a ``with`` block. The block is given the number of steps done before. Without a fault,
-    the step is done when the block ends. A fault of the world ends the block without an exception; then the next
-    attempt is at the same step, unless all optimizers had stepped.
+    """One attempt at a step: a ``with`` block, which gets the number of steps done before. Without a fault, the step is
+    done when the block ends. A change of the world ends the block without an exception; then the next attempt is at
+    the same step, unless all optimizers had stepped.
     """
 
     def __init__(self, begin: Callable[[], int], end: Callable[[BaseException | None], bool]) -> None:
@@ -43,14 +43,14 @@ class Attempt:
 
 
 class Optimizers:
-    """Counts how often each optimizer steps, to tell whether a step that was interrupted is done."""
+    """Counts how often each optimizer steps, to find out whether an interrupted step is done."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
         self._begun = dict.fromkeys(map(id, optimizers), 0)
         self._ended = dict(self._begun)
         self._whole = {(1,) * len(optimizers)}
-        """How often each has stepped, in the steps that were done; before there is one, as is usual."""
+        """How often each optimizer stepped in the steps that are done; once each, before a step is done."""
         self._guessed = True
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(self._on_begin)
@@ -69,15 +69,15 @@ class Optimizers:
         self._whole.add(tuple(self._ended.values()))
 
     def interrupted(self) -> tuple[bool, bool]:
-        """Whether the step that was interrupted is done nevertheless, and whether it is half done."""
+        """Whether the interrupted step is done nevertheless, and whether it is half done."""
         counts = tuple(self._ended.values())
         more = [whole for whole in self._whole if all(map(operator.ge, whole, counts))]
-        all_known = all(any(each) for each in zip(*self._whole, strict=True))  # else one may be about to step first
+        all_known = all(any(each) for each in zip(*self._whole, strict=True))  # else another may be about to step
         done = any(counts) and self._begun == self._ended and more == [counts] and all_known
         return done, not done and any(self._begun.values())
 
     def zero_grad(self) -> None:
-        """Drop what an interrupted backward pass has left."""
+        """Drop the gradients that an interrupted backward pass has left."""
         for optimizer in self._optimizers:
             optimizer.zero_grad()
 
@@ -89,19 +89,19 @@ class Optimizers:
 
 
 class StepStart:
-    """What a step changes before its optimizers do, as it was when the step began: the buffers of the model, such as
-    those of batch norm, random numbers, and the scale of a GradScaler, which may skip the optimizer.
+    """What a step changes before its optimizers step, as it was when the step began: the buffers of the model, such as
+    batch norm's, the random number generators, and the scale of a GradScaler, which may skip the optimizer.
     """
 
     def __init__(self, net: torch.nn.Module, states: Iterable[Any]) -> None:
-        self._buffers = Buffers(net, saved=True)  # another can be computed
+        self._buffers = Buffers(net, saved=True)  # the script can compute the other buffers
         self._noted: list[torch.Tensor] = []
         self._scalers = [of for of in states if isinstance(of, torch.amp.GradScaler)]
         self._numpy = _NumpyRandom()
         self._step = -1
 
     def begin(self, step: int) -> None:
-        """``step`` begins. If it did so before, it begins as it did then."""
+        """Begin ``step``. If it began before, restore what it began with."""
         if step == self._step:
             self.put_back()
             return
@@ -114,7 +114,7 @@ class StepStart:
         self._numpy.note()
 
     def put_back(self) -> None:
-        """The step was interrupted before its optimizers stepped."""
+        """Undo the changes of a step that was interrupted before its optimizers stepped."""
         if self._buffers:
             torch._foreach_copy_(self._buffers.now, self._noted)
         for scaler, scale in zip(self._scalers, self._scales, strict=True):
@@ -131,18 +131,18 @@ class StepStart:
         if self._buffers:
             try:
                 torch._foreach_copy_(self._noted, self._buffers.now)
-            except RuntimeError:  # as a rule: the first time
+            except RuntimeError:  # usually in the first step
                 self._noted = [buffer.clone() for buffer in self._buffers.now]
 
 
 class _NumpyRandom:
-    """The state of numpy's global random numbers. numpy needs 60 us for a copy, so the last copy is kept for as long as
-    the memory of the generator does not change. The second number of a normal pair is elsewhere: a script that puts an
-    earlier state back, which differs in that alone, at the end of a step, is not noticed.
+    """The state of numpy's global random numbers. numpy needs 60 us for a copy, so the last copy is kept as long as the
+    memory of the generator does not change. That memory does not contain the second number of a normal pair: a script
+    is not noticed that, at the end of a step, restores an earlier state which differs only in that number.
     """
 
     _SIZE = 625 * 4
-    """Bytes of MT19937: 624 words, and the position of the next one."""
+    """Bytes of MT19937: 624 words, and the position of the next word."""
 
     def __init__(self) -> None:
         self._state: Any = None
@@ -151,10 +151,10 @@ class _NumpyRandom:
     def note(self) -> None:
         if (numpy := sys.modules.get("numpy.random")) is None:
             return
-        generator: Any = getattr(numpy, "get_bit_generator", lambda: None)()  # of numpy 1.24
+        generator: Any = getattr(numpy, "get_bit_generator", lambda: None)()  # since numpy 1.24
         known = isinstance(generator, numpy.MT19937)
         memory = ctypes.string_at(generator.ctypes.state_address, self._SIZE) if known else b""
-        if memory and memory == self._memory and not self._state["has_gauss"]:  # and no normal is kept
+        if memory and memory == self._memory and not self._state["has_gauss"]:  # no second number of a normal pair
             return
         self._state, self._memory = numpy.get_state(legacy=False), memory
 
@@ -164,15 +164,15 @@ class _NumpyRandom:
 
 
 class Asking:
-    """Asks all ranks of a world whether to stop, about twice a second. All do so at the same step: the pace is that of
-    rank 0.
+    """Asks all ranks of a world whether to stop, about twice a second. All ranks ask at the same step: rank 0 sets the
+    pace.
     """
 
     def __init__(self) -> None:
         self._in, self._every, self._asked = 1, 1, time.monotonic()
 
     def ask(self, *, leads: bool) -> bool:
-        """Whether to stop, to be called in each step. ``leads``: this is rank 0."""
+        """Whether to stop. Call this in each step. ``leads``: this is rank 0."""
         self._in -= 1
         if self._in:
             return False

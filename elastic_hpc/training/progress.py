@@ -1,6 +1,6 @@
-"""How far a training is, reported by its script. Each worker writes a record of fixed size into its file
-``progress.<LOCAL_RANK>``, in the folder ``ELASTIC_HPC_LOCAL_DIR`` where it meets its agent, and the agent reads the
-file.
+"""The progress of a training, as its script reports it. Each worker writes a record of fixed size into its file
+``progress.<LOCAL_RANK>`` in ``ELASTIC_HPC_LOCAL_DIR``, the folder that it shares with its agent, and the agent reads
+the file.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ STEP_LOG = "ELASTIC_HPC_STEP_LOG"
 PROGRESS_FILE = "progress.{local_rank}"
 _NOT_IN_PLACE = "not_in_place.{local_rank}"
 WINDOW = 128
-"""How many of the last steps each worker keeps the time of."""
+"""The number of last steps whose times a worker keeps."""
 _RECORD = struct.Struct("<qqqddd")  # step, flags, first step, loss, when the first step was reported, when the last
-_COUNT, _TIME = struct.Struct("<q"), struct.Struct("<f")  # after it: how many steps were measured, and the last WINDOW
+_COUNT, _TIME = struct.Struct("<q"), struct.Struct("<f")  # then: number of measured steps, the last WINDOW times
 _TIMES = struct.Struct(f"<q{WINDOW}f")
 _DRAINED, _LISTENS = 1, 2
 _not_in_place: str | None = None
@@ -39,12 +39,13 @@ class Progress(NamedTuple):
     step: int
     """Number of steps done; -1 if the worker has reported none."""
     drained: bool
-    """Whether ``drain_requested`` has returned True: a worker that ends then was drained, and has not finished."""
+    """Whether ``drain_requested`` has returned True: a worker that ends after that was drained, not finished."""
     listens: bool = False
     """Whether the worker calls ``drain_requested``."""
     first: int = -1
-    """The first step that was reported, as a rule the step after that of the checkpoint; -1 for none."""
+    """The first step that was reported, usually the step after the checkpoint; -1 for none."""
     loss: float | None = None
+    """The loss that was reported with ``step``; None if there was none, or if it was not finite."""
     first_at: float = 0.0
     """When ``first`` was reported, in seconds since the epoch."""
     step_at: float = 0.0
@@ -63,8 +64,8 @@ def read_progress(path: str | os.PathLike[str]) -> Progress | None:
 
 
 def read_times(path: str | os.PathLike[str]) -> tuple[int, tuple[float, ...]]:
-    """How many steps the worker that writes ``path`` has measured, and what the last of them took before its first
-    collective, at most ``WINDOW`` of them, in no order.
+    """How many steps the worker that writes ``path`` has measured, and the seconds that the last steps took before
+    their first collective: at most ``WINDOW`` numbers, in no particular order.
     """
     try:
         with open(path, "rb") as file:
@@ -76,11 +77,11 @@ def read_times(path: str | os.PathLike[str]) -> tuple[int, tuple[float, ...]]:
 
 
 def report_progress(step: int, loss: float | None = None, *, own_seconds: float | None = None) -> None:
-    """Tell the agent that ``step`` steps are done, and the ``loss``, if its value is on the host already. Takes
-    microseconds. A report that cannot be written raises nothing.
+    """Report to the agent that ``step`` steps are done, and the ``loss``, if its value is already on the host. Takes
+    microseconds. Raises nothing if the report cannot be written.
 
-    ``own_seconds``: what this rank took in the step before its first collective, so that a slow node is found.
-    ``time_steps`` and ``live`` measure that themselves.
+    ``own_seconds``: the seconds that this rank took in the step before its first collective, by which the job finds a
+    slow node. ``time_steps`` and ``live`` measure these seconds themselves.
     """
     for seconds in step_time.next_step() if own_seconds is None else (float(own_seconds),):
         own_progress_file().took(seconds)
@@ -94,7 +95,7 @@ def report_progress(step: int, loss: float | None = None, *, own_seconds: float 
 
 
 def meeting_folder() -> str | None:
-    """Where this process meets its agent; None if it has none."""
+    """The folder that this process shares with its agent; None without an agent."""
     return None if is_of_another_job(os.environ) else os.environ.get(LOCAL_DIR)
 
 
@@ -104,20 +105,20 @@ def own_progress_file() -> ProgressFile:
 
 
 def listen() -> None:
-    """Tell the agent that this worker obeys ``drain.is_told_to_drain``, for a launcher that does so for its script."""
+    """Report to the agent that this worker checks ``drain.is_told_to_drain``: a launcher does, for its script."""
     own_progress_file().listen()
 
 
 def mark_drained() -> None:
-    """Tell the agent that this worker, when it ends now, was drained rather than finished."""
+    """Report to the agent that this worker, if it ends now, was drained and has not finished."""
     own_progress_file().mark_drained()
 
 
 def note_in_place(why_not: str) -> None:
-    """Tell the agent and the step log: this worker has called ``live``, and can continue in place unless there is a
-    ``why_not``.
+    """Record, for the agent and the step log, that this worker has called ``live``, and ``why_not`` it can continue in
+    place; empty if it can.
     """
-    global _not_in_place  # noqa: PLW0603 - of the process, as the step log is
+    global _not_in_place  # noqa: PLW0603 - one for each process, like the step log
     _not_in_place = why_not
     if why_not and (folder := meeting_folder()):
         with contextlib.suppress(OSError):
@@ -125,14 +126,14 @@ def note_in_place(why_not: str) -> None:
 
 
 def why_not_in_place(folder: str, local_rank: int) -> str:
-    """What a worker has told by ``note_in_place``; empty if it can continue in place, or has not called ``live``."""
+    """What a worker has recorded by ``note_in_place``; empty if it can continue in place or has not called ``live``."""
     with contextlib.suppress(OSError, ValueError):
         return Path(folder, _NOT_IN_PLACE.format(local_rank=local_rank)).read_text()
     return ""
 
 
 def forget_round() -> None:
-    """A worker that is kept enters another round: the folder, the rank and the step log are others."""
+    """Begin another round in the same process: the folder, the rank and the step log change."""
     own_progress_file().close()
     own_progress_file.cache_clear()
     if (log := _step_log()) is not None:
@@ -141,7 +142,7 @@ def forget_round() -> None:
 
 
 class ProgressFile:
-    """The file by which a worker tells its agent how far it is; without ``folder`` there is no agent, and no file."""
+    """The file in which a worker reports its progress to its agent. Without ``folder``, no agent and no file."""
 
     def __init__(self, folder: str | None, local_rank: str) -> None:
         self._path = os.path.join(folder, PROGRESS_FILE.format(local_rank=local_rank)) if folder else None
@@ -161,7 +162,7 @@ class ProgressFile:
         self._write()
 
     def took(self, seconds: float) -> None:
-        """A step was measured. Is written with the next report."""
+        """Note that a step took ``seconds``. The next report writes it."""
         if 0 <= seconds < math.inf:
             at = _RECORD.size + _COUNT.size + self._measured % WINDOW * _TIME.size
             _TIME.pack_into(self._record, at, min(seconds, 1e9))
@@ -182,7 +183,7 @@ class ProgressFile:
         self._write()
 
     def close(self) -> None:
-        """The round is over: nothing more is reported."""
+        """Report nothing more: the round has ended."""
         self._path = None
         if self._descriptor is not None:
             os.close(self._descriptor)

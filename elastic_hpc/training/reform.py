@@ -1,14 +1,14 @@
-"""A process group that gets other members while the process lives. The only module with torch's private names for that.
+"""A process group whose members change while the process lives. Only this module uses torch's private names for that.
 
-torch 2.14 can reconfigure a group if it was made with ``enable_reconfigure``. The members tell each other their handles
+torch 2.14 can reconfigure a group if it was made with ``enable_reconfigure``. The members exchange their handles
 through the store of the round, which the job's leader hosts. The group itself keeps one store for its whole life, so
-that store passes all calls on to the store of the present round.
+that store passes all calls on to the store of the current round.
 
-gloo (2.14's too) forgets to fail a message that is half sent or half received when its connection ends: the collective
-then hangs until the time-out of the group, and nothing frees it. All-reduces of more numbers than ranks never hung in
-73 trials, those of one number did in one of 50, broadcasts of 40 MB in 6 of 12. So live() broadcasts only a few bytes,
-when it saves, and has ``hangs`` for the collectives of others: DistributedDataParallel broadcasts in the second step of
-a world.
+gloo (also in torch 2.14) does not fail a message that is half sent or half received when its connection ends: the
+collective then hangs until the timeout of the group, and nothing frees it. All-reduces of more numbers than ranks hung
+in 0 of 73 trials, all-reduces of one number in 1 of 50, broadcasts of 40 MB in 6 of 12. So ``live`` broadcasts only a
+few bytes, when it saves. ``hangs`` is for the collectives of other code: DistributedDataParallel broadcasts in the
+second step of a world.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from elastic_hpc.training.checkpoint import use_default_group
 
 _SLICE = 0.2
 _PATIENCE = 10.0
-"""Seconds in which the members of a new world must connect with each other, once all are there."""
+"""Seconds within which the members of a new world must connect to each other, once all are there."""
 _CONNECT = timedelta(seconds=_PATIENCE / 5)
-"""For one attempt at a connection. gloo makes five if the member does not answer, and cannot be interrupted."""
+"""Limit for one attempt at a connection. gloo makes five attempts if the member does not answer, uninterruptibly."""
 _PAUSE, _PAUSE_AT_MOST = 0.001, 0.05
-"""Seconds for each rank of the world, and seconds in all, between two looks at the store: all ranks ask one host."""
+"""Seconds between two queries of the store, for each rank of the world, and at most: all ranks query one host."""
 _WAITING = "distributed", "autograd", "nn/parallel"
 """The parts of torch in which a thread waits for other members."""
 _GROUPS = 1 << 16
-"""Groups that a script can make in a world. torch counts them for their names, which must be the same on all ranks."""
+"""The most groups that a script can make in a world. torch counts the groups to name them alike on all ranks."""
 _NUMBERS = 4096
-"""Numbers for members, at least; torch makes lists of that length."""
+"""The least number of member numbers; torch makes lists of this length."""
 
 
 class LiveWorld(NamedTuple):
@@ -66,7 +66,7 @@ class LiveWorld(NamedTuple):
 
 
 class Interrupted(Exception):
-    """The world is over before, or without, an error of the group."""
+    """The world has ended before the group raised an error, or without an error."""
 
 
 def obstacle(*, cuda: bool) -> str:
@@ -79,7 +79,7 @@ def obstacle(*, cuda: bool) -> str:
 
 
 def is_of_the_group(error: BaseException | None) -> bool:
-    """Whether ``error``, or what led to it, says that a member of the group is gone."""
+    """Whether ``error``, or a cause of it, says that a member of the group is gone."""
     for _ in range(20):
         if error is None:
             return False
@@ -87,23 +87,23 @@ def is_of_the_group(error: BaseException | None) -> bool:
             return True
         if type(error) is RuntimeError and "gloo/" in str(error):
             return True
-        error = error.__cause__  # no __context__: that of an error in the next world is the end of this one
+        error = error.__cause__  # not __context__: an error in the next world has the end of this world there
     return False
 
 
 class SwitchStore(dist.Store):
-    """Passes on to ``inner``, the store of the present round. While it waits it calls ``check``, which may raise."""
+    """Passes calls on to ``inner``, the store of the current round. While waiting, calls ``check``, which may raise."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         super().__init__()
         self._check = check
         self.inner: Any = None
         self.forming = False
-        """Whether a world is being formed: members that take long to come cost its other members a new attempt."""
+        """Whether a world is being formed: late members cost the other members of the world a new attempt."""
         self._pause = _PAUSE
 
     def enter(self, inner: Any, size: int) -> None:
-        """Pass on to ``inner`` from now on, the store of a round with ``size`` ranks."""
+        """From now on pass calls on to ``inner``, the store of a round with ``size`` ranks."""
         self.inner, self._pause = inner, min(size * _PAUSE, _PAUSE_AT_MOST)
 
     def set(self, key: str, value: Any) -> None:
@@ -139,7 +139,7 @@ class SwitchStore(dist.Store):
         return True
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Waits for ever without a ``timeout``. While a world is formed, any ``timeout`` is that for its members."""
+        """Waits forever without a ``timeout``. While a world is being formed, ``_PATIENCE`` replaces a ``timeout``."""
         if self.inner.check(keys):
             return
         seconds = _PATIENCE if self.forming else timeout.total_seconds() if timeout else 0.0
@@ -154,7 +154,7 @@ class SwitchStore(dist.Store):
 
 
 class Group:
-    """The default process group of this process. ``is_over``: whether the world that is being formed is over."""
+    """The default process group of this process. ``is_over`` returns whether the current world has ended."""
 
     def __init__(self, is_over: Callable[[], bool], *, cuda: bool) -> None:
         self._backend = "cpu:gloo,cuda:nccl2" if cuda else "gloo"
@@ -162,7 +162,7 @@ class Group:
         self._switch = SwitchStore(self._check)
         self._own: set[int] = set()
         self._others: set[int] = set()
-        """TCP ports on which members accept connections: this one, and the others."""
+        """TCP ports on which members accept connections: ``_own`` of this member, ``_others`` of the other members."""
         self._store_port = 0
 
     def form(self, world: LiveWorld, says: Sequence[Any]) -> list[Any]:
@@ -195,11 +195,11 @@ class Group:
         return said
 
     def shut(self, how: int, *, store: bool = False) -> bool:
-        """Shut the connections to the other members; and the connection to the ``store`` of the round, whose host may
-        be frozen. Returns whether there was any. May be called by any thread, at any time.
+        """Shut the connections to the other members and, with ``store``, to the store of the round, whose host may be
+        frozen. Returns whether there was a connection. Any thread may call this at any time.
 
-        ``how``: ``SHUT_WR`` to have the others notice, once this process does no collective: it still takes what they
-        send, as gloo forgets messages that it cannot send any more. ``SHUT_RD`` ends the collectives of this process.
+        ``how``: ``SHUT_WR`` makes the others notice, once this process is in no collective: it still receives what they
+        send, because gloo drops messages that it can no longer send. ``SHUT_RD`` ends the collectives of this process.
         """
         found = False
         others = self._others | ({self._store_port} if store else set())
@@ -218,8 +218,8 @@ class Group:
             raise Interrupted("the world is over")
 
     def _open_store(self, world: LiveWorld) -> Any:
-        """Connect with the store of the round, in a thread that may be left behind: a host that is frozen keeps the
-        caller for ever.
+        """Connect to the store of the round, in a thread that may be left behind: a frozen host would block the caller
+        forever.
         """
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         opened: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -242,7 +242,7 @@ class Group:
                 return store
 
     def _card(self) -> dict[str, Any]:
-        """What the others must know of this member; nothing if it has yet to get a number."""
+        """What the other members must know of this member; nothing while it has no number."""
         if not self._own:
             return {}
         handle = dist._get_reconfigure_handle()
@@ -266,8 +266,8 @@ class Group:
 
 
 def hangs() -> bool:
-    """Whether the main thread waits in torch's collectives or backward pass, and no other thread works for it. To be
-    called by another thread.
+    """Whether the main thread waits in torch's collectives or backward pass, and no other thread works for it. Call
+    this in another thread.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None or not any(f"/torch/{part}/" in frame.f_code.co_filename for part in _WAITING):
@@ -280,7 +280,7 @@ def hangs() -> bool:
 
 
 def forget(model: Any) -> None:
-    """End what each DistributedDataParallel in it does in the backward passes, so that another can take its place."""
+    """Remove the hooks of each DistributedDataParallel in ``model`` from backward passes: another will replace it."""
     for module in model.modules() if isinstance(model, torch.nn.Module) else ():
         if hasattr(module, "_remove_autograd_hooks"):
             module._remove_autograd_hooks()
@@ -297,7 +297,7 @@ def _listening() -> set[int]:
 
 
 def _tcp_sockets() -> Iterator[socket.socket]:
-    """The TCP sockets of this process, each open until the next is asked for."""
+    """Yields the TCP sockets of this process. Each is open until the caller takes the next."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):

@@ -23,9 +23,9 @@ class Share:
     gradients is the gradient of the mean over the global batch."""
 
     def micro_batches(self, model: Any) -> Iterator[slice]:
-        """The slices, one after the other, for forward and backward; the ranks' gradients are averaged in the last.
+        """Yields the slices for forward and backward passes; the gradients of the ranks are averaged in the last pass.
 
-        ``model``: a DistributedDataParallel, or any other model, whose gradients are not averaged.
+        ``model``: a DistributedDataParallel; or any other model, whose gradients are then not averaged.
         """
         for part in self.slices[:-1]:
             with getattr(model, "no_sync", contextlib.nullcontext)():
@@ -38,8 +38,9 @@ def accumulation(
 ) -> Share:
     """This rank's share of a batch of ``global_batch`` samples, at most ``micro_batch`` of them at a time.
 
-    The shares of all ranks make up the batch, whatever the world size, and differ by one sample at most. ``world_size``
-    and ``rank`` are those of the process group, unless only some ranks are replicas of each other.
+    The shares of all ranks make up the batch, whatever the world size, and differ by at most one sample. ``world_size``
+    and ``rank``: by default those of the process group; give both if only some ranks are replicas of each other. Raises
+    UsageError for impossible numbers.
     """
     if world_size is None or rank is None:
         rank, world_size = world()

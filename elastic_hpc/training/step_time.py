@@ -1,4 +1,4 @@
-"""How long this rank takes in a step before its first collective: by that its node is told from a node that waits."""
+"""How long this rank takes in a step before its first collective: this shows a slow node, not nodes that wait."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from elastic_hpc.errors import UsageError
 log = logging.getLogger(__name__)
 
 _MOST = 16
-"""Steps of which a GPU may be behind."""
+"""The number of steps by which a GPU may be behind."""
 
 _own: StepTimer | None = None
-"""Of a script that calls ``time_steps``."""
+"""The timer of a script that calls ``time_steps``."""
 
 
 def time_steps(model: Any) -> None:
-    """Measure how long this rank takes in each step, from one ``report_progress`` until backward has the first gradient
-    of ``model``, a DistributedDataParallel, so that a slow node is found. Collectives that DistributedDataParallel does
-    before that do not count. To be called once, before the first step. ``live`` measures without it. In a world of one
-    rank, where the model may be none, there is nothing to measure.
+    """Measure how long this rank takes in each step, by which the job finds a slow node: from one ``report_progress``
+    until the backward pass has computed the first gradient of ``model``, a DistributedDataParallel. Its collectives
+    before that do not count. Call this once, before the first step. ``live`` measures without it. In a world of one
+    rank there is nothing to measure, and ``model`` may be any model; otherwise raises UsageError for another model.
     """
-    global _own  # noqa: PLW0603 - of the process, as the file is to which steps are reported
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    global _own  # noqa: PLW0603 - one for each process, like the file of its reports
+    model = getattr(model, "_orig_mod", model)  # unwraps torch.compile
     parallel = sys.modules.get("torch.nn.parallel")
     if not (parallel and isinstance(model, parallel.DistributedDataParallel)):
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return
         raise UsageError(f"time_steps: expected a DistributedDataParallel, not a {type(model).__name__}")
     _own = timer = StepTimer(model.module)
-    if any(True for _ in model.module.buffers()):  # ranks may wait for rank 0, which sends them
+    if any(True for _ in model.module.buffers()):  # ranks may wait for rank 0, which sends its buffers
         model.register_forward_pre_hook(_Hook(timer.pause))
         model.module.register_forward_pre_hook(_Hook(timer.resume))
 
 
 class _Hook:
-    """A hook of a module that may be saved: a copy of it does nothing."""
+    """A hook of a module that the script may save: a loaded copy of the hook does nothing."""
 
     def __init__(self, call: Callable[[], None] | None = None) -> None:
         self._call = call
@@ -56,7 +56,7 @@ class _Hook:
 
 
 def next_step() -> list[float]:
-    """A step was reported. The times of steps that are known by now, of a script that calls ``time_steps``."""
+    """Begin the next step. Returns the seconds of earlier steps, as far as known; none without ``time_steps``."""
     if _own is None:
         return []
     known = _own.known()
@@ -66,7 +66,7 @@ def next_step() -> list[float]:
 
 @contextmanager
 def waiting_for_others() -> Iterator[None]:
-    """What this rank does meanwhile does not count in a step of a script that calls ``time_steps``."""
+    """``time_steps`` does not count the time that this rank spends in the block."""
     if _own is None:
         yield
         return
@@ -78,30 +78,30 @@ def waiting_for_others() -> Iterator[None]:
 
 
 class StepTimer:
-    """Measures the steps of ``module``. The moments are those of the GPU, if that computes: its events are read when it
-    has come to them, so nothing waits for it. What cannot be measured, as in a CUDA graph, ends the measurement, and
+    """Measures the steps of ``module``. If a GPU computes, its events mark the moments: they are read after the GPU has
+    reached them, so nothing waits for it. A step that cannot be measured, as in a CUDA graph, ends the measurement, but
     never the script.
     """
 
     def __init__(self, module: Any) -> None:
         self._parameter = next((each for each in reversed([*module.parameters()]) if each.requires_grad), None)
         self._moments: list[Any] = []
-        """When the present step began, and when it was paused and resumed; empty while nothing is measured."""
+        """When the current step began, was paused and was resumed; empty while nothing is measured."""
         self._done: deque[list[Any]] = deque(maxlen=_MOST)
         if self._parameter is not None:
             try:
                 self._parameter.register_post_accumulate_grad_hook(lambda _: self._end())
-            except (RuntimeError, ValueError) as error:  # of a lazy module, say
+            except (RuntimeError, ValueError) as error:  # for example, of a lazy module
                 self._give_up(error)
 
     def begin(self) -> None:
-        """A step begins; what has become of the step before does not matter."""
+        """Begin a step, whether or not the previous step has ended."""
         self._moments = []
         if self._parameter is not None:
             self._note()
 
     def pause(self) -> None:
-        """From now on this rank may wait for others."""
+        """Stop counting: from now on this rank may wait for others."""
         if len(self._moments) % 2:
             self._note()
 
@@ -110,7 +110,7 @@ class StepTimer:
             self._note()
 
     def known(self) -> list[float]:
-        """The times of the steps that have become known, in seconds."""
+        """The seconds of the steps whose times have become known since the last call."""
         found = []
         try:
             while self._done and all(isinstance(moment, float) or moment.query() for moment in self._done[0]):
@@ -128,7 +128,7 @@ class StepTimer:
             self._moments = []
 
     def _note(self) -> None:
-        """Note the present moment."""
+        """Note the current moment."""
         if not self._parameter.is_cuda:  # type: ignore[union-attr]
             self._moments.append(time.perf_counter())
             return
