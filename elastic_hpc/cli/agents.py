@@ -22,20 +22,20 @@ _TICK = 2.0
 """Seconds between two checks for the verdict."""
 
 _LEAVE, _LAST = 40.0, 5.0
-"""Seconds after the verdict in which the agents leave (``assembly.LEAVE``), and seconds that each signal takes to end
-them.
+"""Seconds after the verdict within which the agents leave (``assembly.LEAVE``), and seconds after each signal within
+which it ends them.
 """
 
 
 _SAME = 0.5
-"""The same signal again within so many seconds is the same request: ``timeout`` and other programs that start
-elastic-srun pass a signal on, also one that the terminal or ``timeout`` has sent to elastic-srun itself.
+"""Seconds within which a repeated signal is the same request: ``timeout`` and other programs that start elastic-srun
+pass a signal on even if the terminal or ``timeout`` has also sent it to elastic-srun directly.
 """
 
 
 class _VerdictClock:
     """The time since this process noticed the verdict of this run, which a leader may withdraw. A file system that
-    stalls blocks no caller.
+    hangs does not block the caller.
     """
 
     def __init__(self, rundir: RunDir) -> None:
@@ -44,7 +44,7 @@ class _VerdictClock:
         self._noticed_at: float | None = None
 
     def age(self) -> float:
-        """Seconds since then; negative while there is no verdict."""
+        """Seconds since this process noticed the verdict; negative while there is no verdict."""
         if self._answer.done():
             if not self._answer.exception():
                 self._noticed_at = (self._noticed_at or time.monotonic()) if self._answer.result() else None
@@ -53,8 +53,9 @@ class _VerdictClock:
 
 
 def _end_with_parent() -> None:
-    """To be called in a process that was just forked: it gets SIGTERM when its parent dies, for whatever reason. This
-    ends a run that a worker has started: agents and srun have their own sessions, and are not killed with the worker's.
+    """Call this in a process that was just forked: it gets SIGTERM when its parent dies, for any reason. This ends a
+    run that a worker has started: agents and srun have their own sessions, so the end of the worker's session does not
+    kill them.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -72,7 +73,7 @@ class Agents:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(name, self._on_signal)
-        # sessions of their own: Ctrl-C reaches this process alone, which asks the leader to stop in good order
+        # sessions of their own: Ctrl-C reaches only this process, which requests an orderly stop from the leader
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             for command, environ in commands:
@@ -94,8 +95,8 @@ class Agents:
         return signal.SIGINT in self._signals
 
     def wait(self) -> None:
-        """Wait until all agents have left. Agents that have not left some time after the verdict, for example frozen
-        ones, are ended by a signal. Agents that do not end then, for example on a dead node, are left behind.
+        """Wait until all agents have left. Signals end agents that have not left some time after the verdict, for
+        example because they are frozen. Agents that do not end then, for example on a dead node, are left behind.
         """
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
@@ -139,7 +140,7 @@ class Agents:
             self._end()
 
     def _stop(self, count: int) -> None:
-        """Do what the first or second signal asks for."""
+        """Do what the first or second signal requests."""
         if count > 2:
             return
         hint = "the workers may save first; once more to stop them at once" if count == 1 else "once more to kill"

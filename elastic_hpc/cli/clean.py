@@ -1,4 +1,4 @@
-"""``elastic-hpc clean``: removes what jobs have left that ended long ago."""
+"""``elastic-hpc clean``: removes what jobs that ended long ago have left."""
 
 from __future__ import annotations
 

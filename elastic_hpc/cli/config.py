@@ -1,4 +1,4 @@
-"""``elastic-hpc config``: which settings count, and where each comes from."""
+"""``elastic-hpc config``: which settings are in effect, and where each comes from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ both, beside each option of the batch script."""
 
 
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-"""In the name of a variable: its value is a secret, and this output is sent to others."""
+"""Words in the name of a variable whose value is a secret: users send this output to others."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _word(flag: str, value: str | None) -> str:
-    """The setting as it would be typed."""
+    """The setting as a user would type it."""
     return flag if value is None else f"{flag}={shlex.quote(value)}"
 
 
@@ -94,7 +94,7 @@ def _ours(configuration: Configuration, *, with_defaults: bool) -> Iterator[tupl
 
 
 def _of(default: re.Match[str] | None, value: object) -> str:
-    """What the help says of a default that is no plain value."""
+    """What the help says about a default that is not a plain value."""
     return f": {default[1]}" if default and value is None else ""
 
 
@@ -106,6 +106,6 @@ def _others(configuration: Configuration) -> Iterator[tuple[str, str | None, str
 def _text(name: str, value: Any) -> str:
     if name == "python":
         return shlex.join(value)
-    if name == "notify":  # the path of a webhook is a secret, and this output is sent to others
+    if name == "notify":  # the path of a webhook is a secret, and users send this output to others
         return re.sub(r"^(https?://[^/]+/).+", r"\1...", value)
     return as_text(value)

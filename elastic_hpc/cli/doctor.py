@@ -1,4 +1,4 @@
-"""``elastic-hpc doctor``: what the settings of this site mean for elastic jobs, and what its nodes say."""
+"""``elastic-hpc doctor``: what the settings of this site mean for elastic jobs, and what its nodes report."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _options(args: argparse.Namespace) -> list[Given]:
 
 
 class _Progress:
-    """One line on stderr, renewed on a terminal; elsewhere a line whenever the job waits for something else."""
+    """One line on stderr, updated on a terminal; elsewhere a line whenever the job waits for something else."""
 
     def __init__(self) -> None:
         self._on_terminal = sys.stderr.isatty()

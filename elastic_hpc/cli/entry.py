@@ -20,7 +20,7 @@ def run(name: str, work: Callable[[], int]) -> int:
     """The exit code of the command ``name``: what ``work`` returns, 1 or 2 with the message of an ElasticError, 130
     after Ctrl-C, 1 without a message when nobody reads the output any more.
 
-    What a terminal has no character for is written as ``?``.
+    Characters that the terminal does not have are printed as ``?``.
     """
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the shell: >&-
@@ -29,11 +29,11 @@ def run(name: str, work: Callable[[], int]) -> int:
             written.reconfigure(errors="replace")
     try:
         code = _code(name, work)
-        sys.stdout.flush()  # here, as a failure at the interpreter's end would show a traceback
+        sys.stdout.flush()  # here, because a failure at the interpreter's end would show a traceback
     except BrokenPipeError:
         _forget(sys.stdout, sys.stderr)
         return 1
-    except PermissionError as error:  # of another user's job
+    except PermissionError as error:  # on the job of another user
         tell(name, f"{error.filename}: {error.strerror}")
         return 1
     except OSError as error:
@@ -57,9 +57,9 @@ def tell(name: str, text: str) -> None:
 
 
 def end_without_reader() -> None:
-    """End a command that waits for news, as a write would, if nobody reads stdout any more."""
+    """If nobody reads stdout any more, end a command that waits for news, as a write would."""
     poll = select.poll()
-    with contextlib.suppress(io.UnsupportedOperation):  # stdout is no file: another program has called
+    with contextlib.suppress(io.UnsupportedOperation):  # stdout is no file: another program has called this
         poll.register(sys.stdout, 0)
         if poll.poll(0):
             raise BrokenPipeError
@@ -76,7 +76,7 @@ def _code(name: str, work: Callable[[], int]) -> int:
 
 
 def _forget(*streams: IO[str]) -> None:
-    """Discard what is left in the buffers and cannot be written: else Python would exit with 120."""
+    """Discard what is left in the buffers and cannot be written: otherwise Python would exit with 120."""
     for stream in streams:
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""``elastic-hpc``: everything that is done with a job after it was submitted."""
+"""``elastic-hpc``: everything that a user does with a job after its submission."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _INTERNAL = ("conclude", "conclude-alone", "warned", "inside")
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """Its errors are one line, as those of elastic-sbatch and elastic-srun, and so it takes no abbreviations."""
+    """Its errors are one line, as in elastic-sbatch and elastic-srun. As these, it accepts no abbreviations."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, add_help=False, formatter_class=Layout, **PLAIN, **settings)
@@ -78,7 +78,7 @@ class _OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ')}; {usage}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuses what it does not know; the parser of all commands would not know the options of this one."""
+        """Refuses unknown arguments here: the parser of all commands would not know the options of this command."""
         try:
             namespace, others = super().parse_known_args(args, namespace)
         except (UsageError, ArgumentError):
@@ -94,7 +94,7 @@ class _OneLineParser(argparse.ArgumentParser):
         return namespace, others
 
     def _unknown(self, args: Any) -> list[str]:
-        """The unknown options among ``args`` that were refused: the value of such an option may be taken for JOB."""
+        """The unknown options among the refused ``args``: the parser may read the value of such an option as JOB."""
         for action in self._actions:
             action.required, action.type = False, None
         for group in self._mutually_exclusive_groups:
@@ -103,7 +103,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def parser(only: str = "") -> argparse.ArgumentParser:
-    """``only``: the command that is called, if it is one; what the others need is not imported."""
+    """``only``: the command to call, if it exists; the modules of the other commands are then not imported."""
     parser = _OneLineParser(
         prog="elastic-hpc",
         description="Monitor and control elastic jobs. JOB is a job ID, or a run directory, for "
@@ -159,7 +159,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
 
 
 def _check_command(argv: Sequence[str]) -> None:
-    """Raise UsageError unless ``argv`` begins with a command, or asks for help or the version."""
+    """Raise UsageError unless ``argv`` begins with a command, or requests help or the version."""
     commands = (*MODULES, *_HERE, *_ALIASES)
     first = argv[0] if argv else ""
     if first in (*commands, *_INTERNAL, "-h", "--help", "-V", "--version"):
@@ -212,9 +212,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         argv, command = given, list[str]()
-        if given[:1] == ["shell"] and "--" in given:  # NODE may be left out before it, options may follow it
+        if given[:1] == ["shell"] and "--" in given:  # NODE may be missing before it, options may follow it
             argv, command = given[: given.index("--")], given[given.index("--") + 1 :]
-        if given[:1] == ["plan"]:  # whose options are those of elastic-sbatch
+        if given[:1] == ["plan"]:  # its options are those of elastic-sbatch
             from elastic_hpc.cli import plan
 
             argv = ["plan", *plan.arranged(given[1:])]
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(args.run(args))
 
     with contextlib.ExitStack() as stack:
-        if given[:1] in [[name] for name in _INTERNAL]:  # such a command acts though its messages cannot be written
+        if given[:1] in [[name] for name in _INTERNAL]:  # such a command acts even if its messages cannot be written
             from elastic_hpc.agent.log import Stderr
 
             stack.enter_context(contextlib.redirect_stderr(Stderr()))

@@ -12,7 +12,7 @@ from elastic_hpc.record.rundir import RunDir
 
 
 def add_job(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    """``args.job`` becomes the run directory of the job, which may not be there yet; with ``nargs`` a list of them."""
+    """``args.job`` becomes the run directory of the job, which may not exist yet; with ``nargs``, a list of these."""
     parser.add_argument(
         "job",
         metavar="JOB",
@@ -34,7 +34,7 @@ def single(command: str, rundir: RunDir) -> RunDir:
 
 
 def looks_of(jobs: Jobs, given: Sequence[RunDir], query_interval: float = 0.0) -> list[Look]:
-    """One more look by ``jobs``, at the ``given`` jobs; if there are none, at all that are recent by now.
+    """One more look by ``jobs``, at the ``given`` jobs or, if none are given, at all jobs that are recent by now.
     ``query_interval``: as for ``Jobs.look``. Active jobs come first.
     """
     jobs.observe([rundir for rundir in select(given) if given or may_be_recent(rundir)])
@@ -43,7 +43,7 @@ def looks_of(jobs: Jobs, given: Sequence[RunDir], query_interval: float = 0.0) -
 
 
 def nothing_to_show(look: Look) -> ElasticError:
-    """That the job has done nothing yet; why, and what to do."""
+    """The error that the job has done nothing yet: why, and what to do."""
     view = look.view
     return ElasticError(
         "\n  ".join((f"job {view.id} has nothing to show; it is {view.summary}", *view.advice, *view.output))

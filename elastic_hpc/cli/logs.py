@@ -39,7 +39,7 @@ wrote them. With -f, lines appear about a second later."""
 
 _LOOK_INTERVAL, _STATE_INTERVAL = 0.3, 5.0
 _PER_FILE = 0.001
-"""Seconds between two rounds of reading, for each file, as all files are opened each time."""
+"""Seconds per file between two rounds of reading, because each round opens all files."""
 
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
@@ -125,7 +125,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _explain_nothing_shown(args: argparse.Namespace, rundir: RunDir) -> None:
-    """Raises UsageError if the options leave nothing to show, ElasticError if no line matches or there are no logs."""
+    """Raise UsageError if the options leave nothing to show, ElasticError if no line matches or there are no logs."""
     options = {"--rank": args.rank, "--node": ",".join(args.node or ()), "--round": args.round}
     given = [f"{name} {value}" for name, value in options.items() if value]
     given += [f"--{name}" for name in ("stdout", "stderr") if getattr(args, name)]
@@ -180,7 +180,7 @@ class _Printer:
         self._record = JobRecord(rundir.path)
         self._console = Console(highlight=False, soft_wrap=True)
         self._plain = not self._console.is_terminal
-        """Without rich, which takes ten times as long for a line."""
+        """Whether to print without rich, which takes ten times as long for a line."""
         self._timestamps = timestamps
         self._round = -1
         self.printed = False

@@ -12,15 +12,15 @@ from typing import Any
 from elastic_hpc.options.table import ElasticOption
 
 PLAIN: dict[str, Any] = {"color": False} if sys.version_info >= (3, 14) else {}
-"""Settings of a parser: no colors, as an error of one line has the usage."""
+"""Settings of a parser: no colors, because an error of one line contains the usage."""
 
 _WIDEST = 120
 _WIDTH = 116
-"""A line of a help text that had room for the next word ends there on purpose."""
+"""If a line of a help text has room for the next word within this width, it ends there on purpose."""
 
 
 class Layout(argparse.HelpFormatter):
-    """argparse's, with texts that fit the terminal, a short usage, and values shown once."""
+    """argparse's layout, with texts that fit the terminal, a short usage, and values shown once."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, width=min(shutil.get_terminal_size().columns, _WIDEST) - 2, **settings)
@@ -49,7 +49,7 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 def lines(part: str) -> list[str]:
-    """The lines of a paragraph: those that end where they do on purpose, or are indented."""
+    """The lines of a paragraph, joined except where they end on purpose or are indented."""
     found: list[str] = []
     before = ""
     for line in part.splitlines():
@@ -65,7 +65,7 @@ def lines(part: str) -> list[str]:
 def manual(
     usage: str, description: str, groups: Mapping[str, Sequence[ElasticOption]], notes: str
 ) -> argparse.ArgumentParser:
-    """What a command whose options are in tables says of itself. It does not parse: argparse would not stop at the
+    """The help of a command whose options are in tables. The result does not parse: argparse would not stop at the
     script. ``groups``: the options, by the titles above them.
     """
     shown = argparse.ArgumentParser(

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code: 1 if one of several jobs could not be told."""
+    """The exit code: 1 if one of several jobs could not be notified."""
     node, reason = args.node or (args.well, None)
     if reason is not None and not reason.strip():
         raise UsageError(

@@ -1,4 +1,4 @@
-"""``elastic-hpc plan``: when a job would start, how large, and which MIN:MAX to ask for."""
+"""``elastic-hpc plan``: when a job would start, how large, and which MIN:MAX to request."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _joiners(job: JobSpec, script: bytes, numbers: Sequence[int]) -> Sequence[Estimate]:
-    """When Slurm would start these ``numbers`` of joiners, if they have options of their own."""
+    """When Slurm would start these ``numbers`` of joiners, if joiners have options of their own."""
     if not (job.joiners and numbers):
         return ()
     options = [str(given) for given in job.joiners]
@@ -106,8 +106,8 @@ def _joiners(job: JobSpec, script: bytes, numbers: Sequence[int]) -> Sequence[Es
 
 
 def _sizes(job: JobSpec) -> Sequence[int]:
-    """The numbers of nodes that a world of the job may have. Where only the nodes know how many workers they start,
-    --world-multiple-of leaves none out.
+    """The numbers of nodes that a world of the job may have. If only the nodes know how many workers they start, this
+    ignores --world-multiple-of.
     """
     nproc = job.launch.nproc_per_node or ""
     launch = job.launch if nproc.isdecimal() else replace(job.launch, world_multiple_of=None)

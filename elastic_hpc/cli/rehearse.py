@@ -1,4 +1,4 @@
-"""``elastic-hpc rehearse``: faults for the user's own script, on this machine, and whether it resumed correctly."""
+"""``elastic-hpc rehearse``: exposes the user's own script to faults on this machine, and checks how it resumes."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code. Raises UsageError, and ElasticError if the script fails by itself."""
+    """The exit code. Raises UsageError, and ElasticError if the script fails without a fault."""
     acts = _acts(args.acts, args.nodes)
     planned = plan(acts, args.nodes)
     check_script(args.script)
-    LaunchConfig(nproc_per_node=args.nproc_per_node)  # refuses a wrong value before the folder is made
+    LaunchConfig(nproc_per_node=args.nproc_per_node)  # refuses a wrong value before this makes the folder
     folder = _folder(args.keep)
     options = RehearsalOptions(
         args.script, args.script_args, args.nodes, args.nproc_per_node, args.steps, args.timeout, folder

@@ -65,7 +65,7 @@ OWN = (*(option.scanned() for group in _GROUPS.values() for option in group), Op
 """Options that are not passed to sbatch."""
 _OWN_NAMES = {option.name for option in OWN}
 SUBMITS = frozenset(option.name for option in _ACTIONS if option not in SCRIPT_SWITCHES)
-"""Options that say what to do with the job."""
+"""Options about what to do with the job."""
 _TORCHRUNS = tuple(replace(o, letter=o.letter.strip("t")) for o in TORCHRUN if o.name not in _OWN_NAMES)  # -t is --time
 
 _USAGE = "elastic-sbatch [options] SCRIPT [ARGS...]"
@@ -113,8 +113,8 @@ Exit codes: 0 submitted; 1 Slurm did not answer; 2 the request was refused and n
 
 
 def manual() -> argparse.ArgumentParser:
-    """Knows the help."""
-    from elastic_hpc.cli.manual import manual  # which submitting does not need
+    """A parser that has the help."""
+    from elastic_hpc.cli.manual import manual  # a submission does not need this
 
     return manual(_USAGE, _DESCRIPTION, _GROUPS, _NOTES)
 
@@ -161,7 +161,7 @@ def read(
 
 
 def job_of(given: Sequence[Given], rest: Sequence[str], usage: str = _USAGE) -> JobSpec:
-    """The job of a command line that was ``read``. Raises UsageError."""
+    """The job of a command line, as returned by ``read``. Raises UsageError."""
     if (resumed := last(given, _RESUME.name)) is not None:
         raise UsageError(f"--resume {resumed}: only elastic-sbatch itself resumes a job; leave it out")
     refuse_switch_apart(given, rest)
@@ -211,7 +211,7 @@ def job_file(path: str) -> JobFile:
 
 
 def _resume(given: Sequence[Given], rest: Sequence[str], switches: Collection[str]) -> int:
-    """Submit the job that continues the one of --resume."""
+    """Submit the job that continues the job of --resume."""
     from elastic_hpc.job.lookup import find
     from elastic_hpc.job.resume import Anew, Resumption
 
@@ -290,7 +290,7 @@ def _submit(job: JobSpec, script: bytes, given: Sequence[Given]) -> int:
 
 
 def _report(answer: str, switches: Collection[str], run_dir: str) -> None:
-    """Print what sbatch has answered, the run directory, if there will be one, and the next command to type."""
+    """Print sbatch's answer, the run directory, if there will be one, and the next command to type."""
     number, _, cluster = answer.partition(";")
     if "parsable" in switches:
         print(answer, flush=True)
@@ -301,7 +301,7 @@ def _report(answer: str, switches: Collection[str], run_dir: str) -> None:
 
 
 def _tell(job: JobSpec) -> None:
-    """Print the notes on a job. Not called for a job that is refused, whose user sees only the error."""
+    """Print the notes on a job. Not called for a refused job: its user sees only the error."""
     for note in job.notes:
         _warn(note)
 

@@ -39,10 +39,10 @@ _LOOK_INTERVAL, _SLURM_INTERVAL = 1.0, 10.0
 """Seconds between two looks at the jobs, and between two queries of Slurm, however many pages are open."""
 _ACTIONS = {action.name for action in ACTIONS}
 _LINES = 300
-"""Of the workers' output on a page."""
+"""The number of lines of the workers' output on a page."""
 _STOPPED = {"over": "the job had already ended", "cancelled": "the job is cancelled", "told": "stop requested"}
 _PATIENCE = 10.0
-"""Seconds for a browser to send its request."""
+"""Seconds that a browser has to send its request."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ class _Output:
 
 
 class _Pages:
-    """What the pages show. Threads of several requests call at once."""
+    """What the pages show. The threads of several requests call this at the same time."""
 
     def __init__(self, run_dirs: Sequence[RunDir]) -> None:
         self.token = secrets.token_urlsafe(24)
@@ -131,8 +131,8 @@ class _Pages:
         return True
 
     def _look(self) -> dict[str, Look]:
-        """The jobs by their keys. While another thread looks at them, for example because Slurm does not answer, what
-        was seen before.
+        """The jobs by their keys. While another thread looks at them, for example because Slurm does not answer, the
+        result of the previous look.
         """
         if self._looking.acquire(blocking=self._looks is None):
             try:
@@ -149,7 +149,7 @@ class _Pages:
 
 
 def _key(run_dir: str) -> str:
-    """Names a job in an address: two clusters may have jobs of the same id."""
+    """The name of a job in a URL: two clusters may have jobs with the same id."""
     return hashlib.sha256(run_dir.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -161,7 +161,7 @@ class _PageServer(ThreadingHTTPServer):
         super().__init__(address, _PageHandler)
 
     def handle_error(self, *_: object) -> None:
-        """A browser that has gone away is no error."""
+        """Does nothing: a browser that has disconnected is no error."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError | TimeoutError):
             entry.tell("elastic-hpc", f"a page could not be made: {error!r}")
@@ -178,7 +178,7 @@ class _PageHandler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def _answer(self, answer: Callable[[], None]) -> None:
-        """The page says what could not be read."""
+        """``answer``; if something cannot be read, the page reports it."""
         try:
             answer()
         except (ConnectionError, TimeoutError):
@@ -192,7 +192,7 @@ class _PageHandler(BaseHTTPRequestHandler):
     def _get(self) -> None:
         nonce = secrets.token_urlsafe(12)
         match self._path():
-            case []:  # the address lost its last / as it was copied
+            case []:  # the URL lost its last / when the user copied it
                 self.send_response(HTTPStatus.SEE_OTHER)
                 self.send_header("Location", f"/{self.server.site.token}/")
                 self.end_headers()
@@ -234,8 +234,8 @@ class _PageHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _unknown(self) -> None:
-        """The same answer for a wrong token and for a job that is not there."""
+        """The same answer for a wrong token and for an unknown job."""
         self.send_error(HTTPStatus.NOT_FOUND)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a request has the token in its path."""
+        """Logs nothing: the path of a request contains the token."""

@@ -1,4 +1,4 @@
-"""``elastic-srun``: the agents of an elastic job in the present allocation, or on this machine alone."""
+"""``elastic-srun``: the agents of an elastic job in the current allocation, or on this machine alone."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _typed(switches: Collection[str], script: str, where: str = "") -> str:
 
 
 def _nodes_here(args: argparse.Namespace) -> int:
-    """The number of agents that can be started."""
+    """The number of agents that this can start."""
     if args.standalone:
         return 1
     if args.local is not None:
@@ -191,7 +191,7 @@ def _commands(
     if local:
         return [(agent, {**os.environ, LOCAL_NODE: str(node), LOCAL_NODES: str(count)}) for node in range(count)]
     # Overlap: this may run in a step that has all the node's resources. No --cpus-per-task: then an agent has all that
-    # the job has on its node, however many tasks the allocation was made for.
+    # the job has on its node, for whatever number of tasks the allocation was made.
     step = ["srun", f"--jobid={os.environ['SLURM_JOB_ID']}", "--overlap", "--mem=0", "--input=none", "--unbuffered"]
     where = [] if nodelist is None else [f"--nodelist={nodelist}"]
     return [([*step, *where, *srun_options(str(count)), *agent], slurm.step_environment(os.environ))]
@@ -246,7 +246,7 @@ def _main(argv: list[str] | None) -> int:
     if isinstance(args, str):
         print(args, end="")
         return 0
-    for name in os.environ.keys() - for_a_new_job(os.environ).keys():  # it may be started by a worker
+    for name in os.environ.keys() - for_a_new_job(os.environ).keys():  # a worker may have started this process
         del os.environ[name]
     launch, count = _request(args, _nodes_here(args))
     local = args.standalone or args.local is not None

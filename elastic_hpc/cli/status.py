@@ -31,7 +31,7 @@ State UNKNOWN: Slurm does not answer or does not know the job, and the job's rec
 
 _LOOK_INTERVAL, _SLURM_INTERVAL = 1.0, 10.0  # seconds between two looks, and two queries of Slurm, of --watch
 _NO_SCREEN = 10_000
-"""Columns of a file or a pipe."""
+"""Columns to print into a file or a pipe."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 if Slurm could not be asked, or the record of a job could not be read."""
+    """Returns the exit code: 1 if Slurm did not answer, or the record of a job could not be read."""
     if args.watch and args.json:
         raise UsageError("--watch and --json: expected one of them; call --json repeatedly instead")
     selected = [rundir for rundir in select(args.job) if args.job or args.all or may_be_recent(rundir)]
@@ -63,7 +63,7 @@ def _code(jobs: Jobs, looks: Sequence[Look]) -> int:
 
 
 def _console() -> Console:
-    """Nothing is wrapped or left out where it is no screen."""
+    """A console that wraps and leaves out nothing if the output is not a screen."""
     return Console(highlight=False, width=None if Console().is_terminal else _NO_SCREEN)
 
 

@@ -1,4 +1,4 @@
-"""``elastic-hpc stop``, also called ``cancel``: jobs end for good."""
+"""``elastic-hpc stop``, also called ``cancel``: ends jobs without a requeue."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ exist."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # read in run: a JOB that does not exist must not keep the others running
+    # parsed in run: a JOB that does not exist must not keep the other jobs running
     parser.add_argument(
         "jobs", metavar="JOB", nargs="+", help="job ID, or run directory, for example elastic-logs/4711"
     )
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code: the highest of the jobs'."""
+    """The exit code: the highest exit code of all jobs."""
     code = 0
     for given in dict.fromkeys(args.jobs):
         try:
@@ -39,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
         except ElasticError as error:
             entry.tell("elastic-hpc", str(error))
             code = max(code, error.exit_code)
-        except PermissionError as error:  # another user's job
+        except PermissionError as error:  # the job of another user
             entry.tell("elastic-hpc", f"{error.filename}: {error.strerror}")
             code = max(code, 1)
     return code
 
 
 def _stop(job: Job, *, after_checkpoint: bool) -> str:
-    """What was done. A job that is over already is no failure: it is what the user wants."""
+    """What was done. A job that has already ended is no failure: the user wants it to end."""
     done = job.stop(after_checkpoint=after_checkpoint)
     if done == "over":
         status = job.status()

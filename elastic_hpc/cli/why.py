@@ -1,4 +1,4 @@
-"""``elastic-hpc why``: why a job went as it did."""
+"""``elastic-hpc why``: what happened to a job, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slurm's settings for the checks on them: a check asks by name, and what Slurm has not said is unknown. Pure."""
+"""Slurm's settings for the checks: a check gets a setting by name, and what Slurm does not show is unknown. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from elastic_hpc.slurm.settings import Facts
 
 
 class Unknown(Exception):
-    """Slurm has not said what a check needs."""
+    """Slurm does not show what a check needs."""
 
 
 def config(facts: Facts, name: str) -> str:
@@ -17,7 +17,7 @@ def config(facts: Facts, name: str) -> str:
 
 
 def setting(facts: Facts, name: str) -> tuple[str, str]:
-    """A setting's value, and the setting as a finding shows it."""
+    """The value of a setting, and the setting as a finding shows it."""
     value = config(facts, name)
     return value, f"{name} = {value}"
 
@@ -32,7 +32,7 @@ def has(facts: Facts, name: str, option: str) -> bool:
 
 
 def number(text: str, name: str) -> int:
-    """The number that ``text``, such as ``30 sec``, begins with."""
+    """The number at the beginning of ``text``, for example of ``30 sec``."""
     match = re.match(r"\d+", text)
     if match is None:
         raise Unknown(f"{name} = {text}: expected a number")

@@ -1,4 +1,4 @@
-"""What holds up the starts and the ends of jobs at a site: programs of the site, and lost nodes. Pure."""
+"""What delays the starts and the ends of jobs at a site: programs of the site, and lost nodes. Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from elastic_hpc.doctor.findings import Finding, Level
 from elastic_hpc.slurm.settings import Facts, is_none, version
 
 _QUICK = 60
-"""Seconds of SlurmdTimeout up to which a lost node is noticed soon."""
+"""The most seconds of SlurmdTimeout with which Slurm soon notices a lost node."""
 _KILL_WAIT = 25
-"""Least seconds of KillWait for the 20 s that agents give the workers after SIGTERM."""
+"""The least seconds of KillWait for the 20 s that agents give the workers after SIGTERM."""
 _CRED_EXPIRE = 120
 """Slurm's default for the seconds that a requeued job waits after its completion."""
 _ENDLESS = 65534
-"""What Slurm shows as PrologEpilogTimeout where none is set."""
+"""What Slurm shows as PrologEpilogTimeout if none is set."""
 _LIMIT = slurm_conf("PrologEpilogTimeout=300, which ends a program that hangs")
 
 
@@ -54,7 +54,7 @@ def epilog(facts: Facts) -> Finding | None:
 
 
 def requeue_delay(facts: Facts) -> Finding | None:
-    """Only where there is something to set: a site of before 25.11 cannot change it for requeues alone."""
+    """A finding only if there is something to set: before 25.11 a site cannot change the delay of requeues alone."""
     delay = _requeue_delay(facts)
     if not (advice := _quicker_requeue(facts, delay)):
         return None
@@ -103,7 +103,7 @@ def _shown(facts: Facts, names: Sequence[str]) -> list[str]:
 
 
 def _ends_after(facts: Facts, program: str) -> tuple[str, int]:
-    """The limit of the time that a prolog or an epilog may take, as a finding shows it, and in seconds; 0 for none."""
+    """The time limit of a prolog or an epilog, as a finding shows it, and in seconds; 0 for none."""
     name = f"{program}Timeout"
     name = name if name in facts.config else "PrologEpilogTimeout"
     value = config(facts, name)
@@ -121,6 +121,6 @@ def _requeue_delay(facts: Facts) -> int:
 
 
 def _quicker_requeue(facts: Facts, delay: int) -> str:
-    """How to shorten that delay, where Slurm can."""
+    """How to shorten that delay, if Slurm can."""
     can = version(config(facts, "SLURM_VERSION")) >= (25, 11)
     return slurm_conf("SchedulerParameters=requeue_delay=5") if can and delay > _QUICK else ""

@@ -1,5 +1,5 @@
-"""Examines a site for elastic jobs: its configuration files, Slurm's settings, the folder of the run directories, and
-its nodes by a job.
+"""Examines a site for elastic jobs: its configuration files, Slurm's settings, the folder of the run directories and,
+with a job, the nodes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from elastic_hpc.options.spec import LaunchSpec
 def examine(
     partition: str | None, folder: str | None, nodes: int, sbatch: Sequence[Given], tell: Callable[[str], None]
 ) -> tuple[list[Finding], bool]:
-    """All findings, the worst first, and whether Slurm answered. ``partition``, and ``folder`` of the run directories:
-    None for the values of the configuration files. ``nodes``: the number of nodes that a job with the options
-    ``sbatch`` examines, 0 for no job. ``tell`` gets what the job waits for.
+    """All findings, worst first, and whether Slurm answered. ``partition``, and ``folder`` of the run directories: None
+    for the values of the configuration files. ``nodes``: the number of nodes that a job with the options ``sbatch``
+    examines, 0 for no job. ``tell`` is called with what the job waits for.
 
     Raises UsageError if Slurm does not know the partition.
     """
@@ -39,7 +39,7 @@ def examine(
     configured = settings.options["log-dir"].value if "log-dir" in settings.options else "elastic-logs"
     folder = os.path.abspath(folder or configured)
     observed = _of_nodes(nodes, folder, sbatch, tell) if nodes and facts.answered else [log_dir.check(folder)]
-    subjects = {finding.about for finding in observed}  # what was observed wins over what the settings say
+    subjects = {finding.about for finding in observed}  # observations override findings on the settings
     return worst_first([*observed, *(finding for finding in findings if finding.about not in subjects)]), facts.answered
 
 

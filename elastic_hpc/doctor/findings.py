@@ -1,4 +1,4 @@
-"""A finding of the doctor, and what is written of findings: JSON, and a configuration file. Pure."""
+"""A finding of the doctor, and the output made from findings: JSON, and a configuration file. Pure."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _LASTING = frozenset(
 """Options of sbatch that belong to the site rather than to one job."""
 
 NAMED = 6
-"""Most nodes or pairs of nodes that a finding names; the others are counted."""
+"""The most nodes or pairs of nodes that a finding names; it counts the others."""
 
 
 class Level(Enum):
-    """How much a finding matters; the worst comes first."""
+    """How much a finding matters, worst first."""
 
     BAD = "bad"
     """Elastic jobs do not work here."""
     WARN = "warn"
     """Elastic jobs work, and lose more than necessary."""
     UNKNOWN = "unknown"
-    """Nobody could say; never a good sign by itself."""
+    """There was no answer; never a good sign."""
     NOTE = "note"
     OK = "ok"
 
@@ -34,7 +34,7 @@ class Level(Enum):
 @dataclass(frozen=True)
 class Finding:
     """``found``: the value, as Slurm writes it. ``means``: what follows for elastic jobs. ``set``: what to type or set,
-    and who does so.
+    and who must do it.
     """
 
     level: Level
@@ -64,8 +64,8 @@ def some(names: Sequence[str], separator: str = ", ") -> str:
 
 
 def site_file(findings: Iterable[Finding], sbatch: Sequence[Given], log_dir: str | None = None) -> str:
-    """A configuration file (see job.config) with what follows from ``findings``, with the options of sbatch that belong
-    to the site, and with ``log_dir``, if that was given.
+    """A configuration file (see job.config) with the lines that follow from ``findings``, the options of sbatch that
+    belong to the site, and ``log_dir``, if given.
     """
     lines = [
         _line(key, value, f"{finding.about}: {finding.found}")

@@ -1,4 +1,4 @@
-"""What a job, and a user, may use at a site, as far as elastic jobs meet these limits. Pure."""
+"""What a job, and a user, may use at a site: the limits that elastic jobs may reach. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNLIMITED = frozenset({"", "0", "UNLIMITED"})
 
 
 def memory(facts: Facts) -> Finding | None:
-    """Only where Slurm gives a job less than the memory of its nodes, and keeps the job to that."""
+    """A finding only if Slurm gives a job less than the memory of its nodes, and enforces the limit."""
     if "MEMORY" not in config(facts, "SelectTypeParameters") or "cgroup" not in config(facts, "TaskPlugin"):
         return None
     if facts.config.get("ConstrainRAMSpace", "").lower() == "no":  # only some versions show cgroup.conf
@@ -32,7 +32,7 @@ def memory(facts: Facts) -> Finding | None:
 
 
 def running_jobs(facts: Facts, qos: str | None) -> Finding | None:
-    """Only where the user's associations, or the QOS of the user's jobs, limit the number of jobs."""
+    """A finding only if the user's associations, or the QOS of the user's jobs, limit the number of jobs."""
     if not has(facts, "AccountingStorageEnforce", "limits"):
         return None
     limited = {
@@ -54,14 +54,14 @@ def running_jobs(facts: Facts, qos: str | None) -> Finding | None:
 
 
 def associations(facts: Facts) -> list[Mapping[str, str]]:
-    """Those of this cluster."""
+    """The user's associations with this cluster."""
     if reason := facts.unknown.get("associations"):
         raise Unknown(reason)
     return [row for row in facts.associations if row["Cluster"] == config(facts, "ClusterName")]
 
 
 def of_jobs(facts: Facts, qos: str | None, *others: str) -> list[Mapping[str, str]]:
-    """The QOS ``qos`` of the user's jobs, or those that they have unasked, and ``others``."""
+    """The QOS ``qos`` of the user's jobs, or the QOS that they have by default, and ``others``."""
     if reason := facts.unknown.get("qos"):
         raise Unknown(reason)
     names = {qos} if qos else {row["DefaultQOS"] or "normal" for row in associations(facts)}

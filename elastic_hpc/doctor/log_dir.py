@@ -1,4 +1,4 @@
-"""Whether all nodes see the folder of the run directories, as far as this machine can tell. Reads /proc."""
+"""Whether all nodes see the folder of the run directories, as far as this machine knows. Reads /proc."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OF_ONE_MACHINE = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 
 
 def file_system(mountinfo: str, path: str) -> tuple[str, str]:
-    """Type and mount point of the file system of the absolute ``path``, by /proc/self/mountinfo."""
+    """Type and mount point of the file system of the absolute ``path``, according to /proc/self/mountinfo."""
     best = ("", "")
     for line in mountinfo.splitlines():
         mount, _, source = line.partition(" - ")
@@ -35,7 +35,7 @@ def check(path: str) -> Finding:
 
 
 def log_dir_finding(mountinfo: str, path: str) -> Finding:
-    """The finding on the absolute ``path``, by /proc/self/mountinfo."""
+    """The finding on the absolute ``path``, according to /proc/self/mountinfo."""
     kind, point = file_system(mountinfo, path)
     found = f"{path} is on {point or 'an unknown mount'} ({kind or 'unknown'})"
     choose = "you: --log-dir DIR, on a file system that all nodes share"

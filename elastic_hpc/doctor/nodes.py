@@ -10,11 +10,11 @@ from elastic_hpc.doctor.reach import name_findings, port_findings
 from elastic_hpc.doctor.reports import END_TIMEOUT, NodeReport, PeerReport, ProbeRun, pairs
 
 _SKEW = 5.0
-"""Seconds between two clocks from which times in logs mislead."""
+"""The difference between two clocks, in seconds, above which times in logs mislead."""
 _SLOW = 2.0
-"""Seconds after which a file is seen late by other nodes."""
+"""Seconds after which it is late when other nodes see a new file."""
 _SLOW_END = 30.0
-"""Seconds from the end of a job to its requeue that its agents can bridge."""
+"""The most seconds from the end of a job to its requeue that its agents can bridge."""
 
 
 def run_findings(run: ProbeRun, log_dir: str) -> list[Finding]:

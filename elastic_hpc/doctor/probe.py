@@ -1,7 +1,7 @@
 """One node of ``elastic-hpc doctor --run``: examines the node, talks to the others, writes a report.
 
-Each node listens, publishes its addresses (``hello.NODE.json`` in the job's folder), dials all other nodes, and writes
-``report.NODE.json``.
+Each node listens, publishes its addresses (``hello.NODE.json`` in the job's folder), connects to all other nodes, and
+writes ``report.NODE.json``.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from elastic_hpc.record.folders import look_again
 from elastic_hpc.record.rundir import RunDir
 
 # Seconds:
-_TOTAL = 42.0  # for everything, of the minute that the job has
+_TOTAL = 42.0  # for everything; the job has a minute
 _HELLO_TIMEOUT = 20.0  # until all nodes must have published their addresses
 _DIAL_TIMEOUT = 3.0
-_FILE_TIMEOUT = 10.0  # until a file that another node makes must be there
+_FILE_TIMEOUT = 10.0  # until a file that another node makes must exist
 _REPORT_TIMEOUT = 8.0  # until the others have written their reports too
 
 _CLOCK_EXCHANGES = 8  # the fastest counts
@@ -43,7 +43,7 @@ _ADDRESSES = 3  # tried of each node
 
 
 class _Server:
-    """Answers the other nodes: with the time, and by making a file with a lock, for which they then look."""
+    """Answers the other nodes: sends the time, and makes a file with a lock, for which they then look."""
 
     def __init__(self, rundir: RunDir, node: str) -> None:
         self._rundir, self._node, self._secret = rundir, node, rundir.read_secret().decode()
@@ -83,7 +83,7 @@ class _Server:
 
 
 def _talk(rundir: RunDir, node: str, name: str, hello: Mapping[str, Any]) -> PeerReport:
-    """Dial the node ``name`` at all addresses and ports, and measure over the first connection."""
+    """Connect to the node ``name`` at all addresses and ports, and measure over the first connection."""
     dials: list[Dial] = []
     measured: PeerReport | None = None
     for address in hello["addresses"][:_ADDRESSES]:
@@ -99,7 +99,7 @@ def _talk(rundir: RunDir, node: str, name: str, hello: Mapping[str, Any]) -> Pee
 
 
 def _measure(rundir: RunDir, node: str, connection: socket.socket) -> PeerReport:
-    """The difference of the clocks, measured as NTP does, and the time until a file made there is seen here."""
+    """The difference of the clocks, measured as in NTP, and the time until this node sees a file made on the other."""
     secret = rundir.read_secret().decode()
     connection.settimeout(_DIAL_TIMEOUT)
     with connection.makefile("rwb") as stream:
@@ -123,7 +123,7 @@ def _measure(rundir: RunDir, node: str, connection: socket.socket) -> PeerReport
 
 
 def _look_for(path: Path) -> tuple[float | None, bool | None]:
-    """Seconds until ``path`` is there, and whether the lock of another node on it is effective here."""
+    """Seconds until ``path`` exists here, and whether the lock of another node on it is effective here."""
     begin = time.monotonic()
     while time.monotonic() < begin + _FILE_TIMEOUT:
         try:

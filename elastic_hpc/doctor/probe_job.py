@@ -25,7 +25,7 @@ _WAITING = frozenset({"PENDING", "CONFIGURING"})
 _NEVER = frozenset(
     ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS", "AccountNotAllowed")
 )
-"""Slurm's reasons for which a job waits for ever."""
+"""Slurm's reasons for which a job waits forever."""
 _LAST_LINES = 3
 
 
@@ -33,8 +33,8 @@ def run(nodes: int, log_dir: str, sbatch: Sequence[Given], tell: Callable[[str],
     """Submit the job, and wait until all of its nodes have reported or it has ended. Then, in any case, also after
     Ctrl-C, end the job and remove its folder.
 
-    ``tell`` gets what the job waits for. Raises UsageError if Slurm refuses the job, SlurmError if Slurm cannot be
-    asked.
+    ``tell`` is called with what the job waits for. Raises UsageError if Slurm refuses the job, SlurmError if Slurm does
+    not answer.
     """
     made = not os.path.isdir(log_dir)
     rundir = RunDir.new(log_dir, "doctor")
@@ -51,7 +51,7 @@ def run(nodes: int, log_dir: str, sbatch: Sequence[Given], tell: Callable[[str],
             _end(job)
         shutil.rmtree(rundir.path, ignore_errors=True)
         if made:
-            with contextlib.suppress(OSError):  # somebody else uses it by now
+            with contextlib.suppress(OSError):  # another process uses it by now
                 os.rmdir(log_dir)
 
 
@@ -103,7 +103,7 @@ def _wait(job: str, requested: int, rundir: RunDir, tell: Callable[[str], None])
 
 
 def _reports(rundir: RunDir) -> tuple[list[NodeReport], dict[str, str]]:
-    """The reports so far, and by node what is wrong with a report."""
+    """The reports so far, and, by node, what is wrong with a report."""
     reports, problems = [], {}
     for path in sorted(rundir.path.glob("report.*.json")):
         node = path.name.removeprefix("report.").removesuffix(".json")
@@ -122,15 +122,15 @@ def _log_lines(rundir: RunDir, nodes: Sequence[str]) -> dict[str, str]:
         ]
     except OSError:
         return {"": "its log is not there"}
-    # A line that the node itself wrote comes last, and wins over srun's line about the node.
+    # A line that the node itself wrote comes last, and overrides srun's line about the node.
     ordered = sorted(lines, key=lambda line: not line.startswith("srun: "))
     found = {node: line for line in ordered for node in nodes if f" {node}:" in line}
     return {**found, "": " / ".join(lines[-_LAST_LINES:])}
 
 
 def _end(job: str) -> float | None:
-    """Cancel ``job``, and wait until it has ended, so that it writes no more. Returns the seconds that took, with the
-    epilog, at most ``END_TIMEOUT``; None if Slurm could not be asked.
+    """Cancel ``job``, and wait until it has ended and writes no more. Returns the seconds that this took, with the
+    epilog, at most ``END_TIMEOUT``; None if Slurm did not answer.
     """
     begin = time.monotonic()
     with contextlib.suppress(SlurmError):

@@ -77,7 +77,7 @@ def name_findings(reports: Sequence[NodeReport]) -> list[Finding]:
 
 
 def _open_interface(reports: Sequence[NodeReport]) -> str:
-    """The interface by which each node is reached from all others; empty if the first choice works, or none does."""
+    """The interface by which all nodes reach each other; empty if the first choice works, or if none works."""
     node_of = {report.node: report for report in reports}
     worked: dict[str, set[tuple[str, str]]] = defaultdict(set)
     first_failed = False

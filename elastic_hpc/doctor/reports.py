@@ -10,7 +10,7 @@ from typing import Any
 FIRST_PORT, LAST_PORT = 29400, 29499
 SCHEMA = 1
 END_TIMEOUT = 45.0
-"""Seconds from the cancellation of the job in which its end is waited for."""
+"""Seconds to wait for the end of the job after its cancellation."""
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,20 @@ class Dial:
     address: str
     port: int
     any_port: bool
-    """Whether the port is outside of the agents' range: workers talk over ports that the system chooses."""
+    """Whether the port is outside the agents' range: workers talk over ports that the system chooses."""
     error: str = ""
 
 
 @dataclass(frozen=True)
 class PeerReport:
-    """What one node measured of another node. Times in seconds; None for what could not be measured."""
+    """What one node measured about another node. Times in seconds; None for what could not be measured."""
 
     resolves: tuple[str, ...] = ()
     dials: tuple[Dial, ...] = ()
     ahead: float | None = None
     """The other node's clock minus this node's."""
     seen_after: float | None = None
-    """Time from when the other node had made a file until this node saw the file."""
+    """Time from when the other node made a file until this node saw the file."""
     lock_held: bool | None = None
     """Whether the other node's flock on that file was effective on this node."""
     error: str = ""
@@ -41,7 +41,7 @@ class PeerReport:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node found."""
+    """What one node found out."""
 
     node: str
     hostname: str
@@ -64,7 +64,7 @@ class NodeReport:
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> NodeReport:
-        """Raises ValueError for what another version wrote."""
+        """The report in ``body``. Raises ValueError if another version wrote it."""
         if body.get("schema") != SCHEMA:
             raise ValueError(f"report of another version of elastic_hpc: schema {body.get('schema')}")
         values = {name: value for name, value in body.items() if name != "schema"}
@@ -80,7 +80,7 @@ def _peer(body: Mapping[str, Any]) -> PeerReport:
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """The doctor's job: its nodes, their reports, its end."""
+    """The doctor's job: its nodes, their reports, and how it ended."""
 
     nodes: tuple[str, ...]
     """The nodes that Slurm gave to the job."""
@@ -88,15 +88,15 @@ class ProbeRun:
     may_requeue: bool
     """Whether Slurm lets the job, with ``--requeue``, back into the queue."""
     ended: str
-    """Slurm's word for its state in the end."""
+    """Slurm's word for the last state of the job."""
     causes: Mapping[str, str] = field(default_factory=dict)
-    """Why there is no report, by node; under "" for the job as a whole."""
+    """Why there is no report, by node; under "" for the whole job."""
     completed_after: float | None = None
-    """Seconds until its nodes were free, at most ``END_TIMEOUT``; None for unknown."""
+    """Seconds until the nodes of the job were free, at most ``END_TIMEOUT``; None for unknown."""
 
 
 def pairs(reports: Sequence[NodeReport]) -> list[tuple[NodeReport, str, PeerReport]]:
-    """Every ordered pair of nodes that have reported, with what the first reports of the second."""
+    """Every ordered pair of nodes that have reported, with the first node's report on the second."""
     names = {report.node: report for report in reports}
     both = [pair for a, b in combinations(sorted(names), 2) for pair in ((a, b), (b, a))]
     return [(names[a], b, names[a].peers.get(b, PeerReport(error="was not there in time"))) for a, b in both]

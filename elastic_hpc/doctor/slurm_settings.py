@@ -13,11 +13,11 @@ from elastic_hpc.options.durations import as_text
 from elastic_hpc.slurm.settings import Facts, is_none
 
 _TO_REQUEUE = 5
-"""Seconds of the grace time that agents need for the requeue itself."""
+"""Seconds of the grace time that agents need for the requeue."""
 
 
 def slurm_findings(facts: Facts, grace: timedelta, qos: str | None = None) -> list[Finding]:
-    """What Slurm's settings mean for jobs with ``--grace`` in ``qos``; or that Slurm cannot be asked."""
+    """What Slurm's settings mean for jobs with ``--grace`` in ``qos``, or that Slurm does not answer."""
     if not facts.answered:
         means = "it does not answer: nobody can submit jobs from here, and nothing is known of this site"
         advice = (
@@ -128,7 +128,7 @@ def _preemption(facts: Facts, grace: timedelta, qos: str | None) -> Finding:
 
 def _preempted_qos(facts: Facts, qos: str | None) -> tuple[str, tuple[str, int] | None]:
     """The QOS of jobs, as a finding names it; and the mode and the grace time in seconds of its preemption, None if no
-    other QOS preempts it. Of several QOS, one that is preempted.
+    other QOS preempts it. If jobs may have several QOS, one of those that are preempted.
     """
     own = limits.of_jobs(facts, qos)
     preempted = {name for row in facts.qos for name in row["Preempt"].split(",")}
@@ -189,7 +189,7 @@ def _pyxis(facts: Facts) -> Finding:
 
 
 def _expedited_requeue(facts: Facts) -> Finding | None:
-    """Only where the administrator has allowed it: users may be told to use it."""
+    """A finding only if the administrator has allowed it, so that users can use it."""
     if not has(facts, "SlurmctldParameters", "enable_expedited_requeue"):
         return None
     means = "elastic jobs come back by themselves; with it, Slurm would requeue and hold a job that has failed for good"

@@ -1,4 +1,4 @@
-"""Makes the parts of an elastic job of a batch script: #SBATCH lines, set-up lines, script and arguments. Pure."""
+"""Makes the parts of an elastic job from a batch script: #SBATCH lines, set-up lines, script and arguments. Pure."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _BRINGS_PYTHON = re.compile(
 def from_batch(
     content: bytes, name: str, args: Sequence[str], environ: Mapping[str, str], instead: Mapping[str, str] | None = None
 ) -> tuple[Request, str]:
-    """The job of the batch script ``content``, which is called ``name`` and given ``args``; ``environ`` is that of its
-    submission, ``instead`` the options of the command line, which replace those of the batch script. Raises UsageError,
-    with the line, if no elastic job can be made of it.
+    """The job of the batch script ``content`` with the name ``name`` and the arguments ``args``. ``environ``: the
+    environment of its submission; ``instead``: the options of the command line, which replace those of the batch
+    script. Raises UsageError, with the line, if the script does not make an elastic job.
 
-    Returns the request, whose notes say what was dropped or changed, and the set-up line that brings an interpreter,
-    with its place; empty if there is none.
+    Returns the request, whose notes list what was dropped or changed, and the set-up line that provides an interpreter,
+    with its place; empty if there is no such line.
     """
     text = _text(content, name)
     given = sbatch_lines.options(content, name)

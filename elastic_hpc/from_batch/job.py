@@ -1,4 +1,4 @@
-"""The job of a batch script, which is given to elastic-sbatch in the place of a training script. Reads that file."""
+"""The job of a batch script that elastic-sbatch gets in place of a training script. Reads that file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def job_of_batch_script(
 
 
 def _notes(job: JobSpec, environment: str) -> list[str]:
-    """Notes on what the user of the batch script may not expect. ``environment``: see ``from_batch``."""
+    """Notes about what the user of the batch script may not expect. ``environment``: see ``from_batch``."""
     notes = []
     if job.launch.grow and any("SLURM_JOB" in line.value for line in job.setup):
         notes.append("--grow: each joiner is a Slurm job with its own $SLURM_JOB_ID")

@@ -34,7 +34,7 @@ _LAUNCHERS = re.compile(r"torchrun|torchrun_jsc|accelerate|python[\d.]*")
 
 
 def launch_of(words: Sequence[str], variables: Variables) -> Launch | None:
-    """The launch that ``words`` are, or None. Raises UsageError for a launch of a kind that is not supported."""
+    """The launch in ``words``; None if they are no launch. Raises UsageError for an unsupported kind of launch."""
     launch, words = unwrapped(words, variables)
     if not words:
         return None
@@ -54,8 +54,8 @@ def launch_of(words: Sequence[str], variables: Variables) -> Launch | None:
 
 
 def not_understood(words: Sequence[str], variables: Variables) -> str:
-    """Why ``words``, in which ``launch_of`` finds no launch, may be one; empty if nothing suggests that. The text may
-    have ``{statement}`` in the place of the whole line.
+    """Why ``words`` may be a launch although ``launch_of`` finds none; empty if nothing suggests that. The text may
+    have ``{statement}`` in place of the whole line.
     """
     launch, words = unwrapped(words, variables)
     if (inner := _text_of_shell(words, variables)) is not None:
@@ -146,7 +146,7 @@ def _of_shell(launch: Launch, words: Sequence[str], inner: str, variables: Varia
 _OF_ENVIRONMENT = re.compile(
     r"(export|declare|unset|source|\.|module|ml|conda|mamba|micromamba|spack|cd|set|ulimit|umask|eval|echo|which)\s|\w+="
 )
-"""Commands that change the shell: the agents on all nodes get its environment and working directory."""
+"""Commands that change the shell, whose environment and working directory the agents on all nodes get."""
 _OF_A_TASK = re.compile("SLURM_(PROCID|NODEID|LOCALID|TASK_PID)")
 
 

@@ -1,4 +1,4 @@
-"""The statements of a batch script: which of them is the launch, what is set up before it, what is left out. Pure."""
+"""The statements of a batch script: which is the launch, which set-up comes before it, what is left out. Pure."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _size(text: str) -> str:
 
 
 def _rendezvous(found: Sequence[Statement], used: Sequence[str]) -> set[Statement]:
-    """The statements whose only purpose is that nodes find each other, or that print this. ``used``: the text of the
+    """The statements whose only purpose is to let nodes find each other, or to print how. ``used``: the text of the
     launch and of the lines that belong to it, whose variables are needed.
     """
     simple = [statement for statement in found if not statement.compound and len(statement.parts()) == 1]

@@ -74,8 +74,8 @@ class Shape:
         self._fixed = number(text) or 0
 
     def _cpus(self, tasks: int) -> None:
-        """Ask for a CPU for each of a node's tasks, as Slurm grants it without an option. --cpus-per-task would also be
-        an upper limit at a site that grants whole nodes.
+        """Request a CPU for each of a node's tasks, as Slurm grants without an option. --cpus-per-task would also be an
+        upper limit at a site that grants whole nodes.
         """
         named = {"cpus-per-task", "cpus-per-gpu", "exclusive", "mincpus"} & self._all.keys()
         if tasks > 1 and not named:

@@ -15,7 +15,7 @@ _STILL_COMMAND = {"then", "else", "elif", "do", "!", "time", *_OPENS} - {"for", 
 
 @dataclass(frozen=True)
 class Token:
-    """A word as it is written, with its quotes, or an operator; a line break is an operator."""
+    """A word as written, with its quotes, or an operator; a line break is an operator."""
 
     text: str
     is_word: bool
@@ -33,7 +33,7 @@ class Statement:
     tokens: tuple[Token, ...]
 
     def parts(self) -> list[tuple[str, list[str]]]:
-        """The commands of a list, with the operator in front of each; redirections are left out."""
+        """The commands of a list, with the operator in front of each, without redirections."""
         found: list[tuple[str, list[str]]] = [("", [])]
         redirected = False
         for token in self.tokens:

@@ -12,7 +12,7 @@ _DECLARES = {"export", "declare", "readonly", "local", "typeset"}
 
 
 def assigned(words: Sequence[str]) -> list[str]:
-    """The assignments of a command that does nothing else; of other commands none."""
+    """The assignments of a command that does nothing else; none for other commands."""
     if words[:1] and words[0] in _DECLARES:
         words = [word for word in words[1:] if not re.fullmatch(r"[-+][a-zA-Z]+", word)]
     return list(words) if all(map(ASSIGNS.fullmatch, words)) else []
@@ -25,14 +25,14 @@ def names(text: str) -> list[str]:
 
 
 class Variables:
-    """A shell's variables: those that the script assigns, and those of its environment."""
+    """A shell's variables, from assignments in the script and from its environment."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = {k: v for k, v in environ.items() if not k.startswith("SLURM_")}
         self._assigned: dict[str, str] = {}
 
     def assign(self, text: str) -> None:
-        """``text``: NAME=VALUE as it is written."""
+        """``text``: NAME=VALUE as written."""
         match = ASSIGNS.fullmatch(text)
         if match and "[" not in text.partition("=")[0]:
             name, how, value = match.groups()
@@ -41,7 +41,7 @@ class Variables:
             self._assigned[name] = before[:-1] + " " + value[1:] if both_lists else before + value
 
     def resolve(self, word: str, depth: int = 5) -> str | None:
-        """The text to which a shell expands ``word``; None if only running the script tells."""
+        """The text to which a shell expands ``word``; None if it is unknown without running the script."""
         found, at, quoted = "", 0, False
         while at < len(word):
             char = word[at]
@@ -90,7 +90,7 @@ class Variables:
         return found
 
     def known(self, words: Sequence[str]) -> list[str]:
-        """Each word as a shell expands it, if that is known, else as it is written."""
+        """Each word as a shell expands it, if that is known, else as written."""
         return [_bare(word) if (text := self.resolve(word)) is None else text for word in words]
 
 

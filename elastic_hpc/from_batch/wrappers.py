@@ -1,4 +1,4 @@
-"""What stands in front of the program of a launch: variables, srun, a container, a runner such as uv. Pure."""
+"""What precedes the program in a launch: variables, srun, a container, a runner such as uv. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SRUN = (
         "writable", "readonly", "mount-home", "remap-root", "entrypoint",
     )),
 )  # fmt: skip
-"""srun's options that sbatch does not have, with those of pyxis."""
+"""srun's options that sbatch does not have, and pyxis's options."""
 
 _APPTAINER = (
     *(Option(name, letter) for name, letter in (("bind", "B"), ("home", "H"), ("workdir", "W"), ("scratch", "S"))),
@@ -56,13 +56,13 @@ SET_BY_AGENTS = "the agents set it for each worker"
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch, and what stands in front of it."""
+    """A launch, and what precedes it."""
 
     kind: str = ""
     """``torchrun``, ``accelerate`` or ``python``."""
     script: str = ""
     script_args: tuple[str, ...] = ()
-    """Script and arguments as they are written for a shell."""
+    """Script and arguments as written for a shell."""
     module: bool = False
     no_python: bool = False
     options: tuple[tuple[str, str], ...] = ()
@@ -84,7 +84,7 @@ class Launch:
 
 
 def unwrapped(words: Sequence[str], variables: Variables) -> tuple[Launch, list[str]]:
-    """What stands in front of the program in ``words``, and the rest: the program and its arguments."""
+    """What precedes the program in ``words``, and the rest: the program and its arguments."""
     rest, launch = variables.expand(words), Launch()
     while rest:
         name = posixpath.basename(program_of(rest[0], variables))

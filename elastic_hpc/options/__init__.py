@@ -1,6 +1,6 @@
 """The options of a job, and how their values are written and read. Pure: it touches nothing.
 
-Start with ``table``, which has all options of elastic jobs, and ``spec.LaunchSpec``, what the agents make of them.
+Start with ``table``, which has all options of elastic jobs, and ``spec.LaunchSpec``, the options of the agents.
 
 * ``values``, ``durations``, ``moments``: the values, each with its parser.
 * ``sbatch``: sbatch's options, which of them are refused and why, the scanner of command lines. ``sbatch_lines`` and

@@ -14,7 +14,7 @@ _NUMBER = r"\d+\.?\d*|\.\d+"
 
 
 def parse(text: str) -> timedelta:
-    """The time that ``text`` says: ``90`` (seconds), ``90s``, ``5m``, ``1h30m``, ``2d``, or Slurm's ``MM:SS`` and
+    """The length of time in ``text``: ``90`` (seconds), ``90s``, ``5m``, ``1h30m``, ``2d``, or Slurm's ``MM:SS`` and
     ``[D-]HH:MM:SS``. Raises UsageError for any other text, and for a time that is not above 0.
     """
     try:
@@ -36,7 +36,7 @@ def _seconds(text: str) -> float:
 
 
 def seconds(flag: str) -> Callable[[str], float]:
-    """A parser of the option ``flag`` that returns seconds."""
+    """A parser for the value of the option ``flag``. The parser returns seconds."""
     return of_option(flag, lambda text: parse(text).total_seconds())
 
 
@@ -55,7 +55,7 @@ def slurm_time(value: timedelta) -> str:
 
 def time_limit(text: str) -> timedelta | None:
     """The limit that sbatch reads from ``--time=text``: DAYS-HOURS[:MINUTES[:SECONDS]], MINUTES[:SECONDS] or
-    HOURS:MINUTES:SECONDS. None for no limit, and for what sbatch will refuse.
+    HOURS:MINUTES:SECONDS. None for no limit, and for a text that sbatch will refuse.
     """
     match = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", text, re.ASCII)
     if match is None:

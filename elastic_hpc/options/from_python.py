@@ -20,7 +20,7 @@ from elastic_hpc.options.torchrun import OPTIONS
 from elastic_hpc.options.values import HangTimeout
 
 PYTHON = "Python"
-"""The source of a setting that a call in Python gave."""
+"""The source of a setting that comes from a call in Python."""
 
 _TIMES = frozenset(option.name for option in ELASTIC.values() if option.type in {durations.parse, HangTimeout.parse})
 _SLURMS_TIMES = frozenset({"time", "time-min", "delay-boot"})
@@ -37,7 +37,7 @@ _TORCHRUN = {option.name: option for option in OPTIONS if option.name not in ELA
 
 
 def word(value: Any, what: str) -> str:
-    """``value`` as one word of a command line: an argument of the script, or its path. Errors name it ``what``."""
+    """``value`` as one word of a command line: an argument of the script, or its path. Errors call it ``what``."""
     value = value.value if isinstance(value, Enum) else value
     if _is_number(value):
         return str(value)
@@ -72,7 +72,7 @@ def options(
 ) -> tuple[list[Given], AbstractSet[str]]:
     """The options that ``given`` and ``sbatch`` set, and the names of options that they unset, also those of a file.
 
-    ``given`` has options of ours, torchrun's and sbatch's by name, with ``_`` for ``-``; ``sbatch`` has options that
+    ``given`` has our options, torchrun's and sbatch's by name, with ``_`` for ``-``; ``sbatch`` has options that
     only a newer sbatch knows. None means not given; True sets a switch, False unsets it.
     """
     if not (sbatch is None or (isinstance(sbatch, Mapping) and all(isinstance(name, str) for name in sbatch))):

@@ -10,9 +10,9 @@ from elastic_hpc.options import durations
 
 
 def parse(text: str, now: float) -> float:
-    """The moment that ``text`` says, in seconds since the epoch, as ``now``: ``10m`` or ``2d`` ago; ``21:44``, when the
-    clock last showed that; ``2026-11-28``, ``2026-11-28T21:44:05``, in this machine's time zone unless the text names
-    another. Raises UsageError.
+    """The moment that ``text`` names, in seconds since the epoch, as is ``now``: ``10m`` or ``2d``, so long ago;
+    ``21:44``, the last time that the clock showed; ``2026-11-28`` or ``2026-11-28T21:44:05``, in this machine's time
+    zone unless the text names another. Raises UsageError.
     """
     try:
         if re.fullmatch(r"\d{1,2}:\d\d(:\d\d)?", text, re.ASCII):

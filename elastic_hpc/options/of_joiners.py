@@ -11,8 +11,8 @@ from elastic_hpc.options.durations import time_limit
 from elastic_hpc.options.sbatch import COMMAND_LINE_ONLY, REFUSED, SBATCH, Given, Option, is_for_containers, last, named
 from elastic_hpc.options.table import ELASTIC
 
-# Whether and when it starts, and for how long; what the job has only once; which nodes, and what is counted over all
-# nodes; by whom, where and with which environment it is submitted.
+# By line: whether and when the job starts; for how long; what the job has only once; which nodes, and what is counted
+# over all nodes; who submits the job, where, and with which environment.
 WHOLE_JOB = COMMAND_LINE_ONLY | {
     *("array", "begin", "deadline", "dependency", "hold", "kill-on-invalid-dep", "no-requeue", "priority", "requeue"),
     *("time", "time-min"),
@@ -33,14 +33,14 @@ _PREFIX = "grow-"
 _ELSEWHERE = frozenset({"partition", "account", "qos"})
 
 COMMON = tuple(f"{_PREFIX}{name}" for name in ("partition", "qos", "account", "constraint", "time"))
-"""Those that the help names, and the shells complete."""
+"""The options that the help names and the shells complete."""
 
 JOINERS = {
     f"{_PREFIX}{name}": Option(f"{_PREFIX}{name}", value=option.value)
     for name, option in SBATCH.items()
     if name not in COMMAND_LINE_ONLY
 }
-"""The options by name, also those that are refused."""
+"""The options for joiners by name, also the refused options."""
 
 
 def is_for_joiners(name: str) -> bool:
@@ -49,12 +49,12 @@ def is_for_joiners(name: str) -> bool:
 
 
 def without_prefix(name: str) -> str:
-    """The name that sbatch has for the option ``name``, if that is one for joiners; else ``name``."""
+    """The name in sbatch for the option ``name``, if that is an option for joiners; else ``name``."""
     return name.removeprefix(_PREFIX) if is_for_joiners(name) else name
 
 
 def check_for_joiners(given: Given) -> None:
-    """Raise UsageError for an option for joiners that they cannot have."""
+    """Raise UsageError for an option for joiners that joiners cannot have."""
     name = without_prefix(given.name)
     if name != given.name and (name in _REFUSED or is_for_containers(name)):
         reason = "a joiner is one more node of the job, which decides this for all its nodes; leave it out"
@@ -62,15 +62,15 @@ def check_for_joiners(given: Given) -> None:
 
 
 def of_joiners(given: Iterable[Given]) -> tuple[Given, ...]:
-    """The options for joiners among ``given``, as sbatch's own."""
+    """The options for joiners among ``given``, as options of sbatch."""
     return tuple(replace(g, option=named(without_prefix(g.name))) for g in given if is_for_joiners(g.name))
 
 
 def are_elsewhere(joiners: Sequence[Given]) -> bool:
-    """Whether ``joiners``, options of theirs, have them run under another account or QOS, or in another partition."""
+    """Whether these options make joiners run under another account or QOS, or in another partition, than the job."""
     return any(given.name in _ELSEWHERE for given in joiners)
 
 
 def time_of_joiners(joiners: Sequence[Given]) -> timedelta | None:
-    """The time limit among ``joiners``, options of theirs; None for none."""
+    """The time limit of joiners with these options; None if the options do not set it."""
     return time_limit(last(joiners, "time") or "")

@@ -12,7 +12,7 @@ from datetime import timedelta
 from elastic_hpc.errors import UsageError, did_you_mean
 
 # In the manual's notation: --name= takes a value, --name[=] may take one, --name takes none. Slurm 22.05 to 26.05,
-# and the older names that sbatch still accepts. `-K` is an option of srun, listed to be refused by name.
+# and the older names that sbatch still accepts. `-K` is an option of srun; it is here so that it is refused by name.
 _TABLE = """
 -A,--account= --acctg-freq= -a,--array= --batch= --bb= --bbf= -b,--begin= -D,--chdir= --cluster-constraint=
 -M,--clusters= --comment= --consolidate-segments -C,--constraint= --container= --container-id= --container-type=
@@ -107,11 +107,11 @@ REFUSED = {
 """Options that would break an elastic job, and why."""
 
 COMMAND_LINE_ONLY = frozenset({"help", "usage", "version", "parsable", "wait", "quiet", "verbose", "test-only"})
-"""Options that tell sbatch what to do and do not describe the job: they cannot be #SBATCH lines."""
+"""Options about what sbatch does, not about the job: they cannot be #SBATCH lines."""
 
 
 def check(given: Given, fixed: int | None = None) -> bool:
-    """Whether ``given`` is to be passed to sbatch; False if the batch script has the option anyway. Raises UsageError
+    """Whether to pass ``given`` to sbatch; False if the batch script has the option anyway. Raises UsageError
     for an option that breaks an elastic job. ``fixed``: the number of nodes, if the job is of fixed size.
     """
     name, value = given.name, given.value
@@ -144,16 +144,16 @@ INSTEAD_OF_CONTAINER = "use --container-image IMAGE; for an OCI bundle with --co
 
 
 def is_for_containers(name: str) -> bool:
-    """Whether ``name`` is an option for containers, of sbatch or pyxis, or the beginning of one."""
+    """Whether ``name`` is an option for containers, of sbatch or pyxis, or the beginning of such a name."""
     return "container" in name or (name not in SBATCH and "container".startswith(name))
 
 
 def scan(
     argv: Sequence[str], own: Sequence[Option], others: Sequence[Option] = _SBATCHS, command: str = "sbatch"
 ) -> tuple[list[Given], list[str]]:
-    """Split ``argv``, which errors call options of ``command``, into its options and, untouched, the script with its
-    arguments. An option of ``own`` hides one of ``others`` with the same name. If ``others`` are sbatch's, an unknown
-    option may be for a newer sbatch; else errors suggest only options of ``own``. Nothing after --help is read.
+    """Split ``argv`` into its options and, unchanged, the script with its arguments. Errors name ``command``. An option
+    of ``own`` hides the option of ``others`` with the same name. If ``others`` are sbatch's, an unknown option may be
+    for a newer sbatch; else errors suggest only options of ``own``. Reads nothing after --help.
     """
     by_name = {option.name: option for option in (*others, *own)}
     by_letter = {o.letter: o for o in (*others, *own) if o.letter}
@@ -165,7 +165,7 @@ def scan(
             break
         if word.startswith("--"):
             name, equals, text = word[2:].partition("=")
-            name = name.replace("_", "-")  # torchrun's names are written with either
+            name = name.replace("_", "-")  # torchrun accepts both in a name
             may_pass = others is _SBATCHS
             known = by_name if may_pass else [option.name for option in own]
             option = by_name.get(name) or _unknown(name, equals, known, command, may_pass=may_pass)
@@ -198,7 +198,7 @@ def _with_value(option: Option, shown: str, value: str | None, rest: list[str]) 
 
 
 def named(name: str) -> Option:
-    """The long option ``name`` of sbatch. A name that is not in the table is for sbatch to judge."""
+    """The long option ``name`` of sbatch. sbatch itself judges a name that is not in the table."""
     if option := SBATCH.get(name):
         return option
     if not re.fullmatch(r"[a-z][\w-]+", name):
@@ -234,7 +234,7 @@ def last(given: Sequence[Given], name: str) -> str | None:
 
 
 LONGEST_LEAD = 65535
-"""The longest lead of a --signal that Slurm takes, in seconds."""
+"""The longest lead of a --signal that Slurm accepts, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -244,14 +244,14 @@ class WarningSignal:
     """
 
     name: str = "URG"
-    """Without a handler it ends no process: Slurm may send the signal just before the batch script has its trap."""
+    """URG ends no process that has no handler: Slurm may send the signal just before the batch script sets its trap."""
     lead: timedelta = timedelta(seconds=120)
     before_reservations: bool = False
     """sbatch's ``R:``: the job may overlap a reservation, and gets the signal before the reservation begins."""
 
     @classmethod
     def parse(cls, text: str, lead: timedelta | None = None) -> WarningSignal:
-        """Read ``text`` in any form that sbatch takes. ``lead``: the default for a text without a time."""
+        """Read ``text`` in any form that sbatch accepts. ``lead``: the default for a text without a time."""
         match = re.fullmatch(r"(?:([BR]{1,2}):)?(?:SIG)?([A-Z]+\d?|\d{1,2})(?:@(\d{1,5}))?", text.upper(), re.ASCII)
         name = match[2] if match else ""
         if name.isdecimal() and int(name) in set(signal.Signals):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options.sbatch import INSTEAD_OF_CONTAINER, SBATCH, Given, Option, check, is_for_containers
 
-# The variables that sbatch reads, of Slurm 22.05 to 26.05; their names without SBATCH_, and the option where that has
-# another name. sbatch ignores SBATCH_NODES, SBATCH_MAIL_USER and the like.
+# The variables that sbatch of Slurm 22.05 to 26.05 reads, without SBATCH_; after = the option, if its name differs.
+# sbatch ignores SBATCH_NODES, SBATCH_MAIL_USER and the like.
 _TABLE = """
 ACCOUNT ACCTG_FREQ ARRAY_INX=array BATCH CLUSTERS CLUSTER_CONSTRAINT CONSOLIDATE_SEGMENTS CONSTRAINT CONTAINER
 CONTAINER_ID CORE_SPEC CPUS_PER_GPU CPU_FREQ_REQ=cpu-freq DELAY_BOOT DISTRIBUTION ERROR EXCLUSIVE EXPORT GET_USER_ENV
@@ -55,7 +55,7 @@ def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]
 
 
 def for_sbatch_itself(environ: Mapping[str, str]) -> list[str]:
-    """The flags that ``environ`` sets and that do not describe the job, such as ``--wait``."""
+    """The flags that ``environ`` sets and that are not about the job, such as ``--wait``."""
     return [option.flag for name, option in _SPEAKING.items() if name in environ and _is_on(environ[name], option)]
 
 

@@ -13,7 +13,7 @@ from elastic_hpc.options.table import ELASTIC
 
 DIRECTIVE = "#SBATCH"
 FOR_JOINERS = "#GROW"
-"""Begins the lines with options for joiners, which sbatch takes for comments."""
+"""Begins the lines with options for joiners, which are comments to sbatch."""
 # sbatch's own quoting: a backslash counts within both kinds of quotes, and # begins a comment within a word too.
 _QUOTED = r"""\\(.)|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""
 _WORD = re.compile(rf"""\s*((?:{_QUOTED}|[^\s#"'\\])+)(?=[\s#]|$)""", re.ASCII)
@@ -32,7 +32,7 @@ def lines(script: bytes, mark: str = DIRECTIVE) -> Iterator[tuple[str, bool]]:
 
 
 def words(line: str, mark: str = DIRECTIVE) -> list[re.Match[str]]:
-    """The words of a directive, quoted as they are: group 1 of each match, which begins with the space before."""
+    """The words of a directive, with their quotes: group 1 of each match, which includes the space before."""
     found, at = [], len(mark)
     while not _REST.match(line, at):
         word = _WORD.match(line, at)
@@ -77,7 +77,9 @@ def grows_elsewhere(script: bytes) -> bool:
 
 
 def directives_of_python(script: bytes, name: str) -> list[Given]:
-    """``options`` of a Python script. Raises UsageError for options that sbatch does not know, or only as arguments."""
+    """``options`` of a Python script. Raises UsageError for an option that sbatch does not know, or knows only on its
+    command line.
+    """
     given = options(script, name)
     for option in given:
         if option.name.replace("_", "-") in ELASTIC and option.name not in SBATCH:

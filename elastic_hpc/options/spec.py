@@ -64,8 +64,8 @@ class LaunchSpec:
 
     @classmethod
     def of_nodes(cls, options: Mapping[str, str]) -> LaunchSpec:
-        """What ``options``, as in ``spec.json``, say about the number of nodes. Raises UsageError, and ValueError if
-        they are damaged.
+        """A spec with the numbers of nodes in ``options``, which are as in ``spec.json``. Raises UsageError, and
+        ValueError if the options are damaged.
         """
         return cls(
             script="",
@@ -76,17 +76,17 @@ class LaunchSpec:
         )
 
     def resized(self, least: int, most: int) -> LaunchSpec:
-        """With other bounds, numbers of nodes that a world may have."""
+        """This spec with other bounds: a world may have ``least`` to ``most`` nodes."""
         return replace(self, nodes=NodeRange(least, most), world_multiple_of=None)
 
     @property
     def most_nodes(self) -> int:
-        """The most nodes that the job may have, the spares among them."""
+        """The most nodes that the job may have, spares included."""
         return self.nodes.max + self.spares
 
     def asks_slurm(self, *, grows_elsewhere: bool) -> NodeRange:
-        """The nodes that Slurm is asked for at the start, the spares among them. ``grows_elsewhere``: all nodes above
-        MIN are to come from another partition, account or QOS.
+        """The number of nodes that the job requests at the start, spares included. ``grows_elsewhere``: all nodes above
+        MIN come from another partition, account or QOS.
         """
         least = self.sizes(int(self._nproc))[0] if self._nproc else self.nodes.min
         return NodeRange(least, least if grows_elsewhere else self.most_nodes)
@@ -129,7 +129,7 @@ class LaunchSpec:
 
 
 def as_text(value: object) -> str:
-    """``value`` as a command line has it; times are in seconds."""
+    """``value`` as on a command line; times are in seconds."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return durations.as_text(value) if isinstance(value, timedelta) else str(value)

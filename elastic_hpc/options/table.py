@@ -38,7 +38,7 @@ from elastic_hpc.options.values import (
 )
 
 if TYPE_CHECKING:
-    import argparse  # takes its time, which elastic-sbatch need not spend
+    import argparse  # slow to import, and elastic-sbatch does not need it
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ElasticOption:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The forms in which the option is typed, the long one last."""
+        """The forms in which the option is typed, the long form last."""
         return (f"-{self.letter}", self.flag) if self.letter else (self.flag,)
 
     @property
@@ -75,7 +75,7 @@ class ElasticOption:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is on or off. A command line has it without a value too, a TOML file as true or false."""
+        """Whether the option is a switch, on or off. A command line may omit the value; TOML has true or false."""
         return self.type is on_off
 
     def scanned(self) -> Option:
@@ -83,7 +83,7 @@ class ElasticOption:
         return Option(self.name, self.letter, "[=]" if self.is_switch else "=" if self.metavar else "", self.metavar)
 
     def parse(self, text: str) -> Any:
-        """The value of ``text``. Every refusal names the option, whichever parser refused."""
+        """The value of ``text``. Every error names the option, whichever parser raises it."""
         try:
             return self.type(text)
         except UsageError as error:
@@ -231,7 +231,7 @@ ABOUT_SWITCHES = (
     ElasticOption("help", "", bool, "show this help and exit", letter="h"),
     ElasticOption("version", "", bool, "show the version and exit", letter="V"),
 )
-"""What a command says of itself."""
+"""Switches by which a command describes itself."""
 
 ELASTIC = {option.name: option for option in (*LAUNCH_OPTIONS, *JOB_OPTIONS)}
 """The options that have a value, by name: the keys of a configuration file, and keyword arguments in Python."""
@@ -242,13 +242,13 @@ NOT_FOR_TORCHRUN = ("signal", *(option.name for option in ELASTIC.values() if op
 
 @dataclass(frozen=True)
 class Layer:
-    """The options from one source: ours by name, and sbatch's."""
+    """The options from one source: our options by name, and sbatch's options."""
 
     source: str
     options: Sequence[tuple[str, str]]
     sbatch: Sequence[Given] = ()
     unset: Collection[str] = ()
-    """Options of sbatch that the layers below are not to set."""
+    """Options of sbatch that this layer unsets, whatever the layers below set."""
 
 
 def refuse_switch_apart(given: Sequence[Given], rest: Sequence[str]) -> None:

@@ -89,7 +89,7 @@ _LOCAL_HOSTS = {"127.0.0.1", "localhost", "::1", "[::1]"}
 
 
 def translate(given: Sequence[Given]) -> tuple[list[Given], list[Given]]:
-    """``given`` with our options in the place of torchrun's, and the options of torchrun that have no counterpart: see
+    """``given`` with our options in place of torchrun's, and the options of torchrun that have no counterpart: see
     ``unneeded``. Other options stay.
     """
     ours: list[Given] = []
@@ -113,8 +113,8 @@ def translate(given: Sequence[Given]) -> tuple[list[Given], list[Given]]:
 
 
 def unneeded(given: Given) -> str:
-    """Why ``given``, an option without a counterpart, has no effect. Raises UsageError, which says what to use, if its
-    value asks for something that elastic jobs do not do.
+    """Why ``given``, an option without a counterpart, has no effect. If its value requests something that elastic jobs
+    do not do, raises UsageError, which says what to use.
     """
     row = _JUDGED[given.name]
     if row.done and re.fullmatch(row.done, given.value or ""):
@@ -125,7 +125,7 @@ def unneeded(given: Given) -> str:
 
 @dataclass(frozen=True)
 class TorchrunCommand:
-    """A command line of torchrun, with options of elastic jobs in the place of torchrun's."""
+    """A command line of torchrun, with options of elastic jobs in place of torchrun's."""
 
     options: tuple[tuple[str, str], ...]
     """Our options with their values as written: ``("nodes", "2:4")``."""

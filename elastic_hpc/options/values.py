@@ -101,7 +101,7 @@ class Endpoint:
 
 
 def number(text: str) -> int | None:
-    """``text`` as a whole number of at most nine ASCII digits; None if it is none."""
+    """``text`` as a whole number of at most nine ASCII digits; None if ``text`` is anything else."""
     return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
 
 
@@ -151,11 +151,11 @@ def tee(text: str) -> str:
 
 
 TORCHRUNS_STREAMS = re.compile(r"[0-3]|\d+:[0-3](,\d+:[0-3])*", re.ASCII)
-"""What torchrun's --tee and --redirects take: streams (3 for both), of all local ranks or of single ones."""
+"""The values of torchrun's --tee and --redirects: streams (3 for both) of all local ranks or of single ranks."""
 
 
 def choice(*words: str) -> Callable[[str], str]:
-    """A parser that takes one of ``words``."""
+    """A parser that accepts one of ``words``."""
 
     def parse(text: str) -> str:
         if text in words:
@@ -243,11 +243,11 @@ def container_mounts(text: str) -> str:
 
 @dataclass(frozen=True)
 class Preload:
-    """``--preload auto|MODULE,...``: the modules that a standby imports before it is needed; none for ``off``."""
+    """``--preload auto|MODULE,...|off``: the modules that a standby imports before the job needs it."""
 
     modules: tuple[str, ...] = ("torch",)
     learns: bool = True
-    """``auto``: further modules are those that the script has imported in an earlier round."""
+    """``auto``: a standby also imports the modules that the script imported in an earlier round."""
 
     @classmethod
     def parse(cls, text: str) -> Preload:
@@ -269,11 +269,11 @@ class Preload:
 
 @dataclass(frozen=True)
 class HangTimeout:
-    """``--hang-timeout auto|TIME|off``: after how much silence the workers hang. None for ``off`` and ``auto``."""
+    """``--hang-timeout auto|TIME|off``: the silence after which workers hang. None for ``off`` and ``auto``."""
 
     limit: timedelta | None = None
     learns: bool = True
-    """``auto``: the leader learns that from the job."""
+    """``auto``: the leader learns the time from the job."""
 
     @classmethod
     def parse(cls, text: str) -> HangTimeout:
@@ -294,13 +294,13 @@ class HangTimeout:
 
 @dataclass(frozen=True)
 class SlowNode:
-    """``--slow-node FACTOR[:leave]|off``: how many times as long as those of the others the steps of a slow node take;
-    0 for ``off``.
+    """``--slow-node FACTOR[:leave]|off``: a node is slow if its steps take FACTOR times as long as the steps of the
+    other nodes; 0 for ``off``.
     """
 
     factor: float = 1.5
     leaves: bool = False
-    """The job leaves the node; else it is only named."""
+    """Whether the job leaves a slow node, or only reports it."""
 
     @classmethod
     def parse(cls, text: str) -> SlowNode:

@@ -14,19 +14,19 @@ from elastic_hpc.errors import UsageError
 Verdict = Literal["ok", "bad", "cannot tell"]
 
 ORDER = ("worker", "head", "drain", "node", "shrink", "grow")
-"""All acts, in an order in which few acts need the training to be started once more."""
+"""All acts, in an order in which the training must be restarted for few of them."""
 
 FAULTS = {"worker", "node", "head"}
-"""Acts after which the same training continues; after the others it is started again."""
+"""Acts after which the same training continues; after the other acts it is started again."""
 
 LEAST = {"worker": 1, "node": 2, "head": 3, "drain": 1, "shrink": 2, "grow": 1}
-"""How many nodes an act needs: when the head is lost, more than half of the nodes must be left."""
+"""How many nodes an act needs: when the leader's node is lost, more than half of the nodes must be left."""
 
 WINDOW = 10
-"""Number of steps over which the median of the loss is taken."""
+"""Number of steps for a median of the loss."""
 
 JUMP = 10
-"""How many times the usual change from one step to the next the loss may rise at a resume."""
+"""The loss may rise at a resume by this multiple of its usual change from step to step."""
 
 TWO_LINES = "add: from elastic_hpc.training import report_progress, and once a step: report_progress(step, loss)"
 
@@ -35,7 +35,7 @@ TWO_LINES = "add: from elastic_hpc.training import report_progress, and once a s
 class PlannedAct:
     act: str
     nodes: int
-    """How many nodes are left after the act, or are started."""
+    """How many nodes the act leaves or starts."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RoundStart:
     """How the workers of a round were started."""
 
     kept: int
-    """Number of workers that kept their process from the round before."""
+    """Number of workers that kept their process from the previous round."""
     new: int
 
 
@@ -68,7 +68,7 @@ class DoneAct:
     """The round that the act ended."""
     time: float
     what: str
-    """In words, for example ``rank 2 was killed``."""
+    """The act in words, for example ``rank 2 was killed``."""
     saves: bool = False
     """Whether the script was asked to save first, and calls ``drain_requested``."""
 
@@ -95,8 +95,8 @@ class Judgement:
 
 
 def plan(acts: Iterable[str], nodes: int) -> tuple[PlannedAct, ...]:
-    """The acts one after the other, from a world of ``nodes``. A drain comes before an act that needs more nodes than
-    are left. Raises UsageError for an act that needs more than ``nodes``.
+    """The acts in their order, from a world of ``nodes``. A drain comes before an act that needs more nodes than are
+    left. Raises UsageError for an act that needs more than ``nodes`` nodes.
     """
     planned: list[PlannedAct] = []
     current = nodes
@@ -129,8 +129,8 @@ def judge(
 ) -> list[Judgement]:
     """Whether the script resumed correctly after each of ``acts``, all of which came after a step.
 
-    ``steps``: in the order in which they were reported. ``end``: why no more steps follow. ``finished``: the training
-    is over. ``left``: the acts that were not carried out, because of ``end``. ``starts``: by round.
+    ``steps``: in the order of the reports. ``end``: why no more steps follow. ``finished``: the training has finished.
+    ``left``: the acts that were not carried out, because of ``end``. ``starts``: by round.
     """
     judgements = []
     for at, act in enumerate(acts):
@@ -155,7 +155,7 @@ def count(number: int, thing: str) -> str:
 
 
 def _belongs(crash: Crash, act: DoneAct, following: DoneAct | None) -> bool:
-    """Whether ``crash`` followed from ``act``. The failure of a worker that the act itself kills does not count."""
+    """Whether ``act`` caused ``crash``. The failure of a worker that the act itself kills does not count."""
     while_saving = act.saves and crash.round == act.round and crash.time >= act.time
     return (while_saving or crash.round > act.round) and not (following and crash.time >= following.time)
 
@@ -204,8 +204,8 @@ def _in_place(last: ReportedStep, first: ReportedStep, start: RoundStart) -> str
 def _resume(
     act: DoneAct, history: list[ReportedStep], resumed: list[ReportedStep], *, in_place: bool
 ) -> list[tuple[Verdict, str]]:
-    """What the steps of a round, ``resumed``, show after the steps of all rounds before, ``history``. ``in_place``:
-    workers were kept. One of them may have done the step in which rank 0 was interrupted.
+    """What the steps of a round, ``resumed``, show after the steps of all previous rounds, ``history``. ``in_place``:
+    workers were kept, one of which may have done the step in which rank 0 was interrupted.
     """
     origin, last, first = history[0].step, history[-1], resumed[0]
     stride = _stride([*history, *resumed])
@@ -237,8 +237,8 @@ def _resume(
 
 
 def _loss(history: list[ReportedStep], resumed: list[ReportedStep]) -> tuple[Verdict, str]:
-    """Whether the loss continues where it was: the median over the first steps after the resume, compared with the
-    median over the last steps before, and over the first steps of the training.
+    """Whether the loss continues where it was: compares the median over the first steps after the resume with the
+    medians over the last steps before it and over the first steps of the training.
     """
     by_step = {step.step: step.loss for step in history if step.loss is not None and step.step < resumed[0].step}
     losses = [by_step[step] for step in sorted(by_step)]

@@ -35,38 +35,38 @@ from elastic_hpc.training.progress import STEP_LOG
 
 _TICK = 0.05
 _SHOW_INTERVAL = 5.0
-"""Seconds between two steps that are shown."""
+"""Seconds between two shown steps."""
 _HINT_AFTER = 10.0
-"""Seconds without a step in the first round after which the user is shown what the script must call."""
+"""Seconds without a step in the first round after which the rehearsal prints what the script must call."""
 _KILL_TIMEOUT = 30.0
-"""Seconds until agents that were killed, and their workers, count as stuck."""
+"""Seconds until killed agents and their workers count as stuck."""
 
 
 @dataclass(frozen=True)
 class RehearsalOptions:
-    """What is rehearsed. ``{folder}`` in an argument of the script becomes ``folder``."""
+    """What to rehearse. ``{folder}`` in an argument of the script becomes ``folder``."""
 
     script: str
     script_args: Sequence[str]
     nodes: int
     nproc_per_node: str
     steps: int
-    """How many steps are done before each act, and after the last one."""
+    """How many steps to wait for before each act, and after the last act."""
     timeout: float
     """Seconds without a step after which no further step is expected."""
     folder: Path
-    """For the run directory, the reported steps and the output of the agents; exists."""
+    """The folder for the run directory, the reported steps and the output of the agents; it must exist."""
 
 
 class Rehearsal:
-    """One training under the acts, and what was observed: steps, acts, crashes, and how it ended."""
+    """One training during the acts, and what was observed: steps, acts, crashes, and how it ended."""
 
     def __init__(self, options: RehearsalOptions, planned: Sequence[PlannedAct], show: Callable[[str], None]) -> None:
         self.steps: list[ReportedStep] = []
         self.acts: list[DoneAct] = []
         self.crashes: list[Crash] = []
         self.starts: dict[int, RoundStart] = {}
-        """By round."""
+        """The starts by round."""
         self.end = ""
         """Why the rehearsal went no further; empty if all acts were carried out and enough steps followed."""
         self.finished = False
@@ -78,14 +78,14 @@ class Rehearsal:
         self._rundir = RunDir(options.folder / "run").create()
         self._events = EventReader(self._rundir.path)
         self._nodes: dict[int, list[str]] = {}
-        """Of each round, in rank order."""
+        """The nodes of each round, in rank order."""
         self._round_at = self._began
         self._listens = False
-        """Whether rank 0 calls ``drain_requested``, which all ranks do."""
+        """Whether rank 0 calls ``drain_requested``, as then all ranks do."""
         self._hint_at: float | None = None
-        """When to say that no step was reported; infinite when that has been said."""
+        """When to print that no step was reported; infinite after it was printed."""
         self._steps_offset = 0
-        """Number of bytes of ``steps.jsonl`` that were read."""
+        """Number of bytes already read from ``steps.jsonl``."""
 
     def judgements(self) -> list[Judgement]:
         """Whether the script resumed correctly after each act."""
@@ -93,7 +93,7 @@ class Rehearsal:
         return judge(self.steps, self.acts, self.crashes, self.starts, end=self.end, finished=self.finished, left=left)
 
     def run(self) -> None:
-        """Carry out the acts, as far as the training gets. Leaves no process, whatever is raised."""
+        """Carry out the acts, as far as the training gets. Leaves no process behind, whatever is raised."""
         try:
             self._start(self._options.nodes)
             nodes = self._options.nodes
@@ -127,13 +127,14 @@ class Rehearsal:
         self._print(f"the training is started on {count(nodes, 'node')}")
 
     def _wait_for_steps(self, nodes: int) -> bool:
-        """Wait until the round after the last act has done enough steps, and all ``nodes`` take part again: in place
-        the others continue without a node whose worker is restarted. If False, ``end`` says why it has not.
+        """Wait until the round after the last act has done enough steps, and all ``nodes`` take part again: in place,
+        the others continue without a node whose worker is restarted. If this does not happen, returns False, and
+        ``end`` has the reason.
         """
         last = self.acts[-1].round if self.acts else 0
         self._last_report = time.monotonic()
         while True:
-            ended = self._has_ended()  # before the files are read, so that nothing of the end is missed
+            ended = self._has_ended()  # before it reads the files, so that it misses no report before the end
             self._read_reports()
             if self.steps and (round_ := self.steps[-1].round) > last:
                 first = next(step for step in self.steps if step.round == round_)
@@ -181,7 +182,7 @@ class Rehearsal:
                 self._start_again(planned, round_, now)
 
     def _start_again(self, planned: PlannedAct, round_: int, now: float) -> None:
-        """Have the workers save and stop, if they listen, else stop them; then start the training once more."""
+        """Drain the workers if they call ``drain_requested``, else stop them; then restart the training."""
         listens = self._listens
         how = "asked to save and stop" if listens else "stopped, as it does not call drain_requested(),"
         what = f"the script was {how} and then started again on {count(planned.nodes, 'node')}"
@@ -257,7 +258,7 @@ class Rehearsal:
         self._show(f"{self._last_shown - self._began:6.1f} s  {text}")
 
     def _agents(self) -> dict[int, int]:
-        """Pid of each node's agent."""
+        """The pid of each node's agent."""
         assert self._process
         found = {}
         for pid in _children(self._process.pid):
@@ -266,12 +267,12 @@ class Rehearsal:
         return found
 
     def _workers(self) -> dict[int, dict[str, str]]:
-        """The environment of each worker."""
+        """The environment of each worker, by pid."""
         pids = [pid for agent in self._agents().values() for pid in _children(agent)]
         return {pid: environ for pid in pids if "LOCAL_RANK" in (environ := _environ(pid))}
 
     def _last_worker(self) -> tuple[int, int]:
-        """The highest rank, and its pid. What ``/proc`` shows of a worker that was kept is its rank in an old round."""
+        """The highest rank, and its pid. For a worker that was kept, ``/proc`` shows its rank in an old round."""
         nodes = self._nodes[max(self._nodes)]
         node = int(nodes[-1].removeprefix("local"))
         local = {

@@ -1,14 +1,14 @@
 """The only folder that runs Slurm's commands; other folders use the functions that this module names. Unknown is not
-empty: what Slurm does not answer raises SlurmError.
+empty: a query that Slurm does not answer raises SlurmError.
 
 Start with ``job``: what Slurm says about jobs and nodes. ``client`` runs the commands. ``states`` (pure) has the states
 of jobs. ``nodes``: which nodes Slurm takes out of service.
 
-* ``submit``, ``requeuing``, ``steps``: a job is submitted, goes back to the queue, gets another job step.
+* ``submit``, ``requeuing``, ``steps``: submit a job, send it back to the queue, start another job step.
 * ``estimate``: when Slurm would start a job.
-* ``joining``, ``directives`` (pure): joiners, and which lines of the batch script hold for them.
+* ``joining``, ``directives`` (pure): joiners, and which lines of the batch script apply to them.
 * ``others``: the whole queue and all nodes, for a job that gives way.
-* ``settings``: what the site has set. ``env``: what Slurm tells an agent by its environment.
+* ``settings``: the site's settings. ``env``: what an agent reads from Slurm's variables.
 """
 
 from importlib import import_module
@@ -71,12 +71,12 @@ _NAMES = {
     "steps": "agent_steps enter nodes_of start_agent start_step step_environment unreached wait_until_alone",
     "submit": "resubmit sbatch submit_script",
 }  # fmt: skip
-"""What each module has of ``__all__``. A module is imported when it is needed: a submission needs few of them."""
+"""The names in ``__all__`` by module. A module is imported when first needed: a submission needs few modules."""
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def load() -> None:
-    """Import all now: a process that lives for long may need a name when the file system does not answer any more."""
+    """Import all modules now: a long-lived process may need a name when the file system no longer answers."""
     for name in _MODULE_OF:
         __getattr__(name)
 

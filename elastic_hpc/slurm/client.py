@@ -12,13 +12,13 @@ from typing import IO
 
 from elastic_hpc.errors import SlurmError
 
-SECONDS = 60  # for an answer of slurmctld; its own clients give up after 10 to 30
-# Each variable with one of these prefixes changes what a command of Slurm does or what a program finds, or is left over
-# from the job that we are called from. The script already has what the variables of sbatch say (sbatch_environment).
-# Our own variables mark what an agent has started, which a new job must outlive, or belong to the calling job.
+SECONDS = 60  # for an answer of slurmctld; Slurm's own clients give up after 10 to 30
+# A variable with one of these prefixes changes what a command of Slurm does or what a program finds, or is left over
+# from the job that calls us. The script already has the options from sbatch's variables (sbatch_environment). Our own
+# variables mark the processes of an agent, which a new job must outlive, or belong to the calling job.
 _SLURM = ("SLURM", "_SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SPANK_", "PMI")
 _OURS = "ELASTIC_HPC_"
-# Variables to find and enter the cluster, and to find our configuration.
+# Variables by which commands find and enter the cluster, and find our configuration.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "ELASTIC_HPC_CONFIG"})
 
 # A user's defaults for tables and questions, which would change the answers. A job keeps them (clean_environment).
@@ -26,7 +26,7 @@ _FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SACCT_", "SSTAT_", "S
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` for a process outside of the job that this process may be part of, such as a job that it submits."""
+    """``environ`` for a process outside the job of this process, if it has one, such as a job that it submits."""
     return {k: v for k, v in environ.items() if k in _KEPT or not k.startswith((*_SLURM, _OURS))}
 
 
@@ -38,8 +38,8 @@ def condensed(messages: str) -> str:
 
 
 def records(shown: str) -> list[dict[str, str]]:
-    """The output of ``scontrol show`` with ``--oneliner`` as records, for names and values without spaces. Of two
-    values of one name the first counts: text that people write, as the reason of a node, comes last.
+    """The output of ``scontrol show`` with ``--oneliner`` as records, for names and values without spaces. If a name
+    has two values, the first counts: text that people write, such as the reason of a node, comes last.
     """
     return [dict(reversed(re.findall(r"(?<!\S)(\w+)=(\S*)", line))) for line in shown.splitlines()]
 
@@ -61,9 +61,10 @@ def ask(
     stdin: int = subprocess.DEVNULL,
     stderr: int | IO[bytes] = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
-    """Start a command of Slurm, by default in this process's environment without what would change the answer.
+    """Start a command of Slurm, by default in this process's environment without variables that would change the
+    answer.
 
-    The requeue of a job sends SIGTERM to all processes of the job, also to the command that asks for the requeue, so
+    The requeue of a job sends SIGTERM to all processes of the job, also to the command that requests the requeue, so
     the command inherits a mask that blocks SIGTERM.
     """
     if environ is None:
@@ -85,7 +86,9 @@ def ask(
 
 
 def answer(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """The stdout of ``process``. Raises SlurmError if it fails; if it is late, ends it and raises TimeoutError."""
+    """The stdout of ``process``. Raises SlurmError if the process fails; if it is late, ends it and raises
+    TimeoutError.
+    """
     try:
         stdout, stderr = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -131,6 +134,6 @@ def _started(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command if it still runs. Slurm may still do what the command asked for."""
+    """Kill a command if it still runs. Slurm may still do what the command has requested."""
     process.kill()
     process.communicate()

@@ -26,7 +26,7 @@ _DROPPED = WHOLE_JOB | {option.name for option in _ABBREVIATED}
 
 @dataclass(frozen=True)
 class _Words:
-    """A word with an option, or with several short options; and the next word if that is the option's value."""
+    """A word with an option, or with several short options; and the next word, if it is the option's value."""
 
     given: tuple[Given, ...]
     text: str
@@ -70,7 +70,7 @@ def given(script: bytes, name: str) -> str | None:
 
 
 def _lines(script: bytes) -> Iterator[tuple[str, list[_Words]]]:
-    """The lines, with the options of those that are directives."""
+    """The lines; a directive comes with its options."""
     for line, directive in lines(script):
         try:
             yield line, _parsed(line) if directive else []

@@ -24,7 +24,7 @@ class AgentEnv:
     nodes: int
     """Number of nodes of the step."""
     run: int
-    """How often the job has started before, for whatever cause."""
+    """How often the job has started before, for any reason."""
     cpus: int
     """Cores this agent's workers may use."""
     gpus: int | None
@@ -32,18 +32,18 @@ class AgentEnv:
     submit_host: str | None
     local: bool
     run_id: str = ""
-    """TORCHELASTIC_RUN_ID of the workers, unless the user chooses it: the same in all runs of the job."""
+    """TORCHELASTIC_RUN_ID of the workers, unless the user chooses another: the same in all runs of the job."""
     late: bool = False
-    """This agent starts when the job runs already: on a joiner's node, or in the place of an agent that died."""
+    """Whether this agent starts while the job already runs: on a joiner's node, or in place of an agent that died."""
 
     @property
     def joins(self) -> bool:
-        """Whether a job of its own has brought this node."""
+        """Whether a joiner has brought this node."""
         return not votes(self.node)
 
 
 def job_name(environ: Mapping[str, str]) -> str:
-    """What ``scontrol`` calls the job that this process is part of. Raises KeyError outside of one."""
+    """What ``scontrol`` calls the job of this process. Raises KeyError outside a job."""
     if "SLURM_ARRAY_JOB_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ["SLURM_JOB_ID"]
@@ -60,7 +60,7 @@ def run_number(environ: Mapping[str, str]) -> int:
 
 
 def first_job(environ: Mapping[str, str]) -> str:
-    """``job_name`` of the job that the user has submitted, in whose place this one may continue."""
+    """``job_name`` of the job that the user has submitted; the current job may continue in its place."""
     return environ.get(FIRST_JOB) or job_name(environ)
 
 

@@ -25,9 +25,9 @@ _ANSWER = re.compile(r"\bJob \d+ to start at (\S+)(?: on cluster \S+)? using \d+
 def estimates(
     script: bytes, ranges: Sequence[tuple[int, int]], environ: Mapping[str, str], options: Sequence[str] = ()
 ) -> list[Estimate]:
-    """When Slurm would start the batch script ``script`` on MIN to MAX nodes, for each pair in ``ranges``, and under
-    ``options``, which count more than the script's. All are asked for at once. Raises UsageError if Slurm refuses them
-    all, SlurmError if it cannot be asked.
+    """When Slurm would start the batch script ``script`` on MIN to MAX nodes, for each pair in ``ranges``, with
+    ``options``, which override the script's. Requests all estimates at once. Raises UsageError if Slurm refuses them
+    all, SlurmError if Slurm does not answer.
     """
     if shutil.which("sbatch") is None:
         raise SlurmError("sbatch: not found; is this a login node of the cluster, and is Slurm's module loaded?")
@@ -57,7 +57,7 @@ def estimates(
 
 
 def estimate(least: int, most: int, answer: str) -> Estimate:
-    """What ``answer`` of ``sbatch --test-only`` says. No time in it, or N/A, means that Slurm gives no estimate."""
+    """The estimate in ``answer`` of ``sbatch --test-only``. Without a time, or with N/A, Slurm gives no estimate."""
     match = _ANSWER.search(answer)
     if match is None:
         return Estimate(least, most)

@@ -1,4 +1,4 @@
-"""What Slurm says about jobs and nodes, and how a job is warned and ended."""
+"""What Slurm says about jobs and nodes; warns and ends a job."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _ENDED = re.compile("already (completing|completed|finished)|Invalid job id spec
 
 
 def show_job(job: str) -> SlurmJob:
-    """Ask for ``job``, for an array task ``JOB_TASK``. Raises SlurmError if Slurm knows it no longer."""
+    """What Slurm says about ``job``, or ``JOB_TASK`` for an array task. Raises SlurmError if Slurm has forgotten it."""
     shown = client.scontrol("show", "job", job)
-    ids, _, fields = shown.partition("\n   UserId=")  # the job's name may hold anything
-    # The lines after the command may hold anything too: SubmitLine, which 26.05 shows, or a comment.
+    ids, _, fields = shown.partition("\n   UserId=")  # the job's name may contain anything
+    # The lines after the command may contain anything too: SubmitLine, which 26.05 shows, or a comment.
     fields, _, texts = fields.partition("\n   Command=")
 
     def field(name: str) -> str:
         return _value(re.search(rf"\s{name}=(\S*)", fields))
 
     def path(name: str) -> str:
-        """The rest of a line of its own."""
+        """The rest of the line that begins with ``name``."""
         return _value(re.search(rf"^   {name}=(.*?) *$", texts, re.MULTILINE))
 
     return SlurmJob(
@@ -63,7 +63,7 @@ def _value(found: re.Match[str] | None) -> str:
 
 
 def queue(*jobs: str) -> dict[str, Queued]:
-    """What squeue says of ``jobs``, ``JOB`` or ``JOB_TASK``, as far as Slurm still knows them. Raises SlurmError."""
+    """What squeue says about ``jobs``, ``JOB`` or ``JOB_TASK``, if Slurm still knows them. Raises SlurmError."""
     if not jobs:
         return {}
     try:
@@ -78,7 +78,7 @@ def queue(*jobs: str) -> dict[str, Queued]:
 
 
 def mine() -> list[str]:
-    """The ids of this user's active jobs, tasks of arrays as JOB_TASK; of all clusters, if they can be asked. Raises
+    """The ids of this user's active jobs, tasks of arrays as JOB_TASK; of all clusters, if they answer. Raises
     SlurmError.
     """
     command = ("squeue", "--me", "--all", "--noheader", "--array", "--format=%i")  # --all: in hidden partitions too
@@ -93,20 +93,21 @@ def mine() -> list[str]:
 
 
 def comment(job: str) -> str:
-    """The comment of ``job``; empty for none. Raises SlurmError."""
+    """The comment of ``job``; empty if it has none. Raises SlurmError."""
     shown = client.run("squeue", "--noheader", f"--jobs={job}", "--format=%k").strip()
     return "" if shown == "(null)" else shown
 
 
 def write_comment(job: str, text: str) -> None:
-    """Replace the comment of ``job``. Raises SlurmError, also where the site does not let users do that."""
+    """Replace the comment of ``job``. Raises SlurmError, also if the site does not let users do that."""
     client.scontrol("update", f"JobId={job}", f"Comment={text}")
 
 
 def recorded_end(job: str) -> str:
-    """Slurm's word for the end of ``job``, for an array task ``JOB_TASK``: from slurmctld, which forgets a job minutes
-    after its end (``MinJobAge``), or from the accounting, where the site has it. If slurmctld says that the job is not
-    over, its word for that, COMPLETING for example. Empty if neither knows the job, or answers within 5 seconds.
+    """Slurm's word for the end of ``job``, or ``JOB_TASK`` for an array task: from slurmctld, which forgets a job
+    minutes after its end (``MinJobAge``), or from the accounting, if the site has it. If the job is still active in
+    slurmctld, the word for its state, for example COMPLETING. Empty if neither knows the job or answers within 5
+    seconds.
     """
     squeue = ("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%T")
     sacct = ("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State")
@@ -118,7 +119,7 @@ def recorded_end(job: str) -> str:
 
 
 def job_state(job: str, run: int | None = None) -> str:
-    """Slurm's word for the state of ``job``, or what it becomes when it is completing; see ``SlurmJob.becomes``."""
+    """Slurm's word for the state of ``job`` or, if it is COMPLETING, for what follows; see ``SlurmJob.becomes``."""
     return show_job(job).becomes(run)
 
 
@@ -138,7 +139,7 @@ def warn(job: str) -> None:
 
 
 def warning_reason(job: str) -> Literal["preempted", "time limit"]:
-    """Why Slurm has warned ``job``: ``time limit`` also if Slurm cannot be asked."""
+    """Why Slurm has warned ``job``; ``time limit`` also if Slurm does not answer."""
     try:
         return "preempted" if show_job(job).preempt_time else "time limit"
     except SlurmError:
@@ -146,7 +147,7 @@ def warning_reason(job: str) -> Literal["preempted", "time limit"]:
 
 
 def cancel(*jobs: str) -> None:
-    """End ``jobs``, running or waiting. A job that has ended already is no error. Raises SlurmError."""
+    """End ``jobs``, running or waiting. A job that has already ended is no error. Raises SlurmError."""
     if not jobs:
         return
     try:
@@ -157,17 +158,18 @@ def cancel(*jobs: str) -> None:
 
 
 def expand(nodes: str) -> list[str]:
-    """The names that ``nodes`` stands for, in Slurm's notation."""
+    """The names of ``nodes``, which is in Slurm's notation."""
     return client.scontrol("show", "hostnames", nodes).split() if nodes else []
 
 
 def usable_nodes(job: str) -> tuple[frozenset[str], str]:
-    """Names of the nodes that Slurm could give to ``job``, now or when others have left them; and why the states of
-    nodes could not be seen, empty if they were seen.
+    """Names of the nodes that Slurm could give to ``job``, now or when other jobs have left them; and why Slurm did not
+    show the states of nodes, empty if it did.
 
-    The nodes are in one of its partitions and neither down nor drained. Other demands of the job are not considered.
-    Nodes that the job excludes are among them, because that may change. A site with PrivateData=nodes refuses the
-    states to users, of sinfo too: then these are all nodes of its partitions. Raises SlurmError if nothing can be seen.
+    The nodes are in one of the job's partitions and neither down nor drained. Other demands of the job are ignored.
+    Nodes that the job excludes are included, because that may change. A site with PrivateData=nodes does not show the
+    states to users, not even in sinfo: then the result has all nodes of the partitions. Raises SlurmError if Slurm
+    shows nothing.
     """
     partitions = set(show_job(job).partitions)
     try:
@@ -176,7 +178,7 @@ def usable_nodes(job: str) -> tuple[frozenset[str], str]:
         return _nodes_of(partitions), str(error)
     if not rows:
         return _nodes_of(partitions), "Slurm shows no node"
-    # Not from sinfo: 22.05 keeps listing a node as mixed* that was set DOWN under a job.
+    # Not from sinfo: if a node was set DOWN under a job, 22.05 keeps listing it as mixed*.
     gone = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "FUTURE", "UNKNOWN", "NOT_RESPONDING", "MAINT"}
     usable = frozenset(
         row["NodeName"]

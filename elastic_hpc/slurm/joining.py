@@ -40,12 +40,12 @@ class Joiner:
 
 
 def is_joiner(name: str) -> bool:
-    """Whether a job of this name is a joiner, of whichever parent."""
+    """Whether a job of this name is a joiner, of any parent."""
     return bool(_NAMES.fullmatch(name))
 
 
 def joiners(parent: str) -> tuple[Joiner, ...]:
-    """The joiners of ``parent`` that wait or hold a node, whichever leader submitted them. Raises SlurmError."""
+    """The joiners of ``parent`` that wait or hold a node, from any leader. Raises SlurmError."""
     answer = client.run(
         "squeue", "--noheader", "--me", f"--name={_NAME.format(parent=parent)}", "--format=%A|%T|%N|%x|%l|%r"
     )
@@ -64,18 +64,18 @@ def _joiner(line: str) -> Joiner:
 def submit_joiner(
     parent: str, script: bytes, *, environ: Mapping[str, str], run_dir: Path, log: Path, exclude: Collection[str]
 ) -> str | None:
-    """Submit a joiner of ``parent``, which runs, and return its id; None if ``parent`` ends within a minute.
+    """Submit a joiner of the running job ``parent`` and return its id; None if ``parent`` ends within a minute.
 
-    ``script`` is the parent's batch script. The joiner runs it with ELASTIC_HPC_JOIN=``run_dir`` in ``environ``, under
-    those of its directives that make sense for one node, and under the options in its #GROW lines, which count more.
-    The joiner gets none of the nodes ``exclude``, none that the script excludes, and must end when ``parent`` does.
-    ``log`` may contain %j. Raises UsageError if Slurm refuses the job, SlurmError if it could not be asked.
+    ``script`` is the parent's batch script. The joiner runs it with ELASTIC_HPC_JOIN=``run_dir`` in ``environ``, with
+    the directives that make sense for one node, and with the options in the #GROW lines, which override these. The
+    joiner gets no node in ``exclude`` and no node that the script excludes, and must end when ``parent`` does. ``log``
+    may contain %j. Raises UsageError if Slurm refuses the job, SlurmError if Slurm does not answer.
     """
     shown, given = show_job(parent), sbatch_lines.options(script, "script.sbatch", sbatch_lines.FOR_JOINERS)
     remaining = shown.remaining
     if remaining is not None and remaining < _MINUTE:
         return None
-    limit = shown.time_limit  # in Slurm's own word for no limit, which its partition allows
+    limit = shown.time_limit  # Slurm's own word for no limit, which the partition allows
     if limits := [time for time in (remaining, time_of_joiners(given)) if time is not None]:
         limit = str(-(-min(limits) // _MINUTE))  # rounded up: Slurm must not warn the joiner before its parent
     if directives.given(script, "gpus"):

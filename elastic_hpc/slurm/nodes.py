@@ -1,4 +1,4 @@
-"""What Slurm says about nodes: which of them it takes out of service, now or soon."""
+"""What Slurm says about nodes: which nodes it takes out of service, now or soon."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _OUT = {
     "FAIL": "set to fail",
     "FAILING": "set to fail",
 }
-"""The words in a node's state that end its service, and how a sentence says so."""
+"""The words in a node's state that end its service, and a phrase for each."""
 
 
 def out_of_service(names: Iterable[str]) -> dict[str, str]:
-    """Those of the nodes ``names`` that Slurm gives to no further job, by name: why, with the administrator's words. A
-    site with PrivateData=nodes does not tell its users. Raises SlurmError.
+    """The nodes of ``names`` that Slurm gives to no further job, with the reasons, in the administrator's words. A site
+    with PrivateData=nodes does not show them to users. Raises SlurmError.
     """
     found = {}
     for shown in re.split(r"\n\s*\n", client.scontrol("show", "node", fold(names))):
@@ -47,7 +47,7 @@ def out_of_service(names: Iterable[str]) -> dict[str, str]:
 
 
 def maintenance() -> list[Maintenance]:
-    """The maintenance that is planned, or has begun. Raises SlurmError."""
+    """Planned maintenance, and maintenance that has begun. Raises SlurmError."""
     found = []
     for row in client.records(client.scontrol("show", "reservation", "--oneliner")):
         start, end = epoch(row.get("StartTime", "")), epoch(row.get("EndTime", ""))

@@ -13,14 +13,14 @@ from elastic_hpc.slurm.states import WAITS
 
 _JOB = ("JobArrayID", "ArrayJobID", "State", "UserName", "QOS", "Partition", "PriorityLong", "tres-alloc", "NodeList",
         "ReqNodes", "Feature", "tres-per-node", "Reservation", "Reason", "Name")  # fmt: skip
-# tres-alloc: of a job that waits, what it asks for; its number of nodes is the least, that of %D may be the most.
+# tres-alloc: for a waiting job, what it requests. Its number of nodes there is the least, in %D it may be the most.
 _NODE = "%N;%P;%t;%f;%G;%c"
 _FREE = re.compile(r"(idle|plnd|planned)[~#%]?")
-"""States of a node that no job uses, also if it is without power, as a cloud's node is until it is needed."""
+"""States of a node that no job uses, also of a node without power, such as a cloud node until a job needs it."""
 
 
 def all_jobs() -> tuple[QueueEntry, ...]:
-    """All jobs that the user may see, those that have just ended too; the tasks of an array that wait are one entry.
+    """All jobs that the user may see, including jobs that have just ended; the waiting tasks of an array are one entry.
     Raises SlurmError.
     """
     form = ":;,".join(_JOB)  # each field at full length, and a semicolon after each but the last
@@ -57,7 +57,7 @@ def _job(fields: list[str]) -> QueueEntry:
     features, gres, reservation = wanted
     demands = {word: 1 for word in features.split("&") if word}
     if reservation:
-        demands[f"reservation {reservation}"] = 1  # no node offers that: this job's nodes are not in it
+        demands[f"reservation {reservation}"] = 1  # no node offers a reservation: this job's nodes are not in it
     for word in filter(None, gres.split(",")):
         kind, amount = _resource(re.sub(r"^gres[:/]", "", word))
         demands[kind] = amount
@@ -87,7 +87,7 @@ def _resource(word: str) -> tuple[str, int]:
 
 
 def _fields(line: str, count: int) -> list[str]:
-    """Those of ``line``, the last of which may hold anything."""
+    """The fields of ``line``, the last of which may contain anything."""
     fields = line.split(";", count - 1)
     if len(fields) != count:
         raise SlurmError(f"expected {count} fields, not {line!r}")

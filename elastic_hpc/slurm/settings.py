@@ -23,14 +23,14 @@ _QOS = ("Name", "MaxJobsPerUser", "Preempt", "PreemptMode", "GraceTime")
 
 @dataclass(frozen=True)
 class Site:
-    """What the site decides about the end of jobs in a partition."""
+    """The site's settings for the end of jobs in a partition."""
 
     kill_wait: timedelta
     """From SIGTERM to SIGKILL, at the time limit and at scancel."""
     grace_time: timedelta
-    """Time that a preempted job has until it is killed; zero for none."""
+    """Time from the preemption of a job until Slurm kills it; zero for none."""
     job_requeue: bool
-    """Whether jobs may be requeued unless they say otherwise; ``--requeue`` of sbatch wins over it."""
+    """Whether jobs may be requeued by default; ``--requeue`` of sbatch overrides this."""
     preempt_mode: str
     """OFF, CANCEL, REQUEUE, SUSPEND, ..."""
     warns_before_preemption: bool
@@ -39,18 +39,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Facts:
-    """What Slurm says of itself and of one partition, by Slurm's names and in its own words."""
+    """What Slurm says about itself and one partition, by Slurm's names and in its own words."""
 
     config: Mapping[str, str] = field(default_factory=dict)
     partition: Mapping[str, str] = field(default_factory=dict)
     srun_help: str = ""
-    """The output of ``srun --help``, with the options of the plugins that are loaded."""
+    """The output of ``srun --help``, with the options of the loaded plugins."""
     associations: Sequence[Mapping[str, str]] = ()
-    """The user's, by sacctmgr's names; what is not set is empty."""
+    """The user's associations, by sacctmgr's names; a value that is not set is empty."""
     qos: Sequence[Mapping[str, str]] = ()
     """All QOS, in the same way."""
     unknown: Mapping[str, str] = field(default_factory=dict)
-    """Which of the fields above could not be asked for, and why."""
+    """The fields above for which Slurm did not answer, and why."""
 
     @property
     def answered(self) -> bool:
@@ -59,7 +59,7 @@ class Facts:
 
 
 def site(partition: str | None) -> Site:
-    """Ask for the settings that hold in ``partition``, or the default one; of several, A,B, those of the first.
+    """The settings of ``partition``: None means the default partition; of several, A,B, the first counts.
 
     Raises SlurmError if there is no such partition or no quick answer.
     """
@@ -88,7 +88,7 @@ def notices_within(seconds: float) -> bool:
 
 
 def facts(partition: str | None) -> Facts:
-    """All that can be asked without a job; the partition as for ``site``."""
+    """Everything that Slurm answers without a job; ``partition``: as for ``site``."""
     found: dict[str, str] = {}
     unknown: dict[str, str] = {}
     commands = {"config": _CONFIG, "partition": _PARTITIONS, "srun_help": _SRUN}
@@ -133,13 +133,15 @@ _PROGRAMS = ("Prolog", "PrologSlurmctld", "Epilog", "EpilogSlurmctld")
 
 
 def version(text: str) -> tuple[int, int]:
-    """The first two numbers of Slurm's version in ``text``; zeros if there is none."""
+    """The first two numbers of Slurm's version in ``text``; zeros if there is no version."""
     found = re.search(r"(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _settings(config: str) -> dict[str, str]:
-    """Newer versions show a list as Prolog[0], Prolog[1], ..., and an empty one not at all: both as older ones here."""
+    """The settings in ``config`` as older versions show them: newer versions show a list as Prolog[0], Prolog[1], ...,
+    and no empty list.
+    """
     found = dict.fromkeys(_PROGRAMS, "(null)") if config else {}
     for name, index, value in re.findall(r"^(\w+)(?:\[(\d+)\])? *= ?(.*?) *$", config, re.MULTILINE):
         found[name] = f"{found[name]},{value}" if index and index != "0" else value
@@ -147,7 +149,7 @@ def _settings(config: str) -> dict[str, str]:
 
 
 def is_none(setting: str) -> bool:
-    """Whether ``setting`` names no plugin or program: ``preempt/none``; newer versions say ``(null)`` for both."""
+    """Whether ``setting`` names no plugin or program: ``preempt/none``; newer versions print ``(null)`` for both."""
     return setting in {"", "none", "(null)"} or setting.endswith("/none")
 
 

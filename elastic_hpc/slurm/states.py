@@ -1,4 +1,4 @@
-"""What Slurm says of jobs, and the states that jobs and nodes can be in. Pure."""
+"""What Slurm says about jobs, and the states of jobs and nodes. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIA
 """States of a job that waits in the queue."""
 
 LIVES = WAITS | {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
-"""States of a job that is not over."""
+"""States of an active job."""
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What slurmctld says about a job. Lists of nodes are in Slurm's notation, empty for none."""
+    """What slurmctld says about a job. Lists of nodes are in Slurm's notation; empty for no nodes."""
 
     id: str
     """SLURM_JOB_ID, a number also in arrays."""
@@ -25,13 +25,13 @@ class SlurmJob:
     """Slurm's word, for example RUNNING. During COMPLETING, Slurm does not say what comes next; see ``becomes``."""
     reason: str
     restarts: int
-    """Requeues, for whatever cause; counted as soon as Slurm accepts them."""
+    """Number of requeues, for any reason; Slurm counts a requeue as soon as it accepts it."""
     may_requeue: bool
     """False after ``--no-requeue``, where the site has JobRequeue=0, or if an administrator has forbidden it."""
     partitions: tuple[str, ...]
     """A single partition once the job has started."""
     nodes: str
-    """Allocated and not yet lost in Slurm's eyes."""
+    """The allocated nodes, except those whose loss Slurm has noticed."""
     batch_host: str
     required: str
     excluded: str
@@ -49,46 +49,46 @@ class SlurmJob:
     time_limit: str
     """In Slurm's notation, 1-12:00:00; UNLIMITED for no limit, in newer versions 365-00:00:00."""
     run_time: str
-    """How much of ``time_limit`` is used up."""
+    """The used part of ``time_limit``."""
     exit_code: str
     """In Slurm's notation, CODE:SIGNAL."""
     output: str
-    """The file of the batch script's stdout, ``error`` that of its stderr."""
+    """The file of the batch script's stdout; ``error``: the file of its stderr."""
     error: str
 
     @property
     def remaining(self) -> timedelta | None:
-        """What is left of its time, by the controller's count; None for no limit. Raises SlurmError if unknown."""
+        """Time until the time limit, as slurmctld counts it; None for no limit. Raises SlurmError if unknown."""
         limit, used = duration(self.time_limit), duration(self.run_time)
         return None if limit is None or used is None else limit - used
 
     def becomes(self, run: int | None) -> str:
-        """``state``; if that is COMPLETING, the state that follows, as far as a process of the job can tell in ``run``
-        (SLURM_RESTART_COUNT):
+        """``state``; if that is COMPLETING, the state that follows, as far as a process of the job in ``run``
+        (SLURM_RESTART_COUNT) can know it:
 
-        REQUEUED by any caller, TIMEOUT, PREEMPTED where the site does not requeue then, FAILED, or CANCELLED, which is
-        also what every other end looks like. Slurm may still say RUNNING for a second after SIGTERM.
+        REQUEUED by any caller, TIMEOUT, PREEMPTED if the site does not requeue preempted jobs, FAILED, or CANCELLED,
+        which also stands for every other end. Slurm may still say RUNNING for a second after SIGTERM.
         """
         if self.state != "COMPLETING":
             return self.state
         if run is not None and self.restarts > run:
             return "REQUEUED"
-        if self.preempt_time and self.preempt_time == self.end_time:  # else it was cancelled in its grace time
+        if self.preempt_time and self.preempt_time == self.end_time:  # else the job was cancelled in its grace time
             return "PREEMPTED"
         return {"TimeLimit": "TIMEOUT", "NonZeroExitCode": "FAILED"}.get(self.reason, "CANCELLED")
 
 
 @dataclass(frozen=True)
 class Queued:
-    """What squeue says of a job. Times are seconds since the epoch, None for unknown."""
+    """What squeue says about a job. Times are seconds since the epoch, None for unknown."""
 
     state: str
     ends: float | None
     """Its time limit."""
     reason: str
-    """Why it waits, in Slurm's words."""
+    """Why the job waits, in Slurm's words."""
     starts: float | None = None
-    """When it started; while it waits, when Slurm expects it to start."""
+    """When the job started; while it waits, when Slurm expects it to start."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,17 @@ class Estimate:
     starts: float | None = None
     """Seconds since the epoch, None if Slurm gives no time."""
     nodes: int = 0
-    """How many nodes it would get; 0 for unknown."""
+    """How many nodes the job would get; 0 for unknown."""
     refused: str = ""
-    """Why Slurm refuses such a job; empty if it would take it."""
+    """Why Slurm refuses such a job; empty if Slurm would accept it."""
 
 
 def words(state: str) -> set[str]:
-    """The words in the state of a node, ``MIXED+DRAIN`` for example."""
+    """The words in the state of a node, for example in ``MIXED+DRAIN``."""
     return {word.rstrip("*~#!%$@^-") for word in state.split("+")}
 
 
-_NO_LIMIT = frozenset({"UNLIMITED", "365-00:00:00"})  # the year is what 26.05 says for no limit
+_NO_LIMIT = frozenset({"UNLIMITED", "365-00:00:00"})  # 26.05 prints a year for no limit
 
 
 def duration(text: str) -> timedelta | None:

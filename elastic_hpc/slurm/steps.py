@@ -1,5 +1,5 @@
-"""Starts job steps beside the first one: to conclude a job that has lost its batch host, and with it srun, to replace
-an agent that died, to learn which nodes srun cannot reach, and for a shell of the user.
+"""Starts job steps beside the first step: to conclude a job that has lost its batch host, and with it srun, to replace
+an agent that died, to find the nodes that srun cannot reach, and for a shell of the user.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHELL = """log=$1; shift; ( : >>"$log" ) 2>/dev/null || log=/dev/null
 echo started; read -r go && echo going && exec "$@" >>"$log" 2>&1 </dev/null"""
 _STEP_NAME = "elastic-conclude"
 _AGENT_NAME = "elastic-agent"
-# If srun's node is lost, a node's part of a step ends when its daemon has given up reaching srun, after 12 to 17
+# If srun's node is lost, a node's part of a step ends when the node's daemon has given up reaching srun, after 12 to 17
 # seconds. Slurm keeps listing a step that ended on the other nodes before Slurm noticed the loss.
 _STEP_SECONDS = 20
 _GIVE_UP_SECONDS = 3
@@ -42,7 +42,7 @@ _OF_THE_JOB = (
 
 def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """``environ`` for an srun with --jobid, without the variables by which an enclosing step, or the options of the
-    allocation, would change the new step. ``salloc --gpus-per-task=1`` for example would leave an agent one GPU.
+    allocation, would change the new step. For example, ``salloc --gpus-per-task=1`` would leave an agent one GPU.
     """
     return {k: v for k, v in environ.items() if k.startswith(_OF_THE_JOB)} | client.clean_environment(environ)
 
@@ -69,12 +69,12 @@ def start_agent(
     log: Path,
     cpus_per_task: str | None = None,
 ) -> None:
-    """Run ``command``, an agent, on ``node`` of the job in the place of an agent that died, in a job step of its own.
+    """Run ``command``, an agent, on ``node`` of the job in place of an agent that died, in a job step of its own.
 
-    The agent has all that the job was granted on the node, GPUs too, though the first step still has them. ``environ``
-    has at least all variables with which an agent of this job was started; Slurm's variables about the step are
-    replaced by those of the new step, which has one node and one task. Otherwise as ``start_step``. If the node has
-    lost power, SlurmError says so after 12 seconds, or at once when Slurm has taken the node from the job.
+    The agent gets all that the job was granted on the node, GPUs too, although the first step still has them.
+    ``environ`` must have at least all variables with which an agent of this job was started; the variables of the new
+    step, which has one node and one task, replace Slurm's variables about the step. Otherwise as ``start_step``. If the
+    node has lost power, raises SlurmError after 12 seconds, or at once when Slurm has taken the node from the job.
     """
     options = ["--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none"]
     if cpus_per_task is not None:
@@ -84,12 +84,12 @@ def start_agent(
 
 def enter(job_id: str, node: str, command: Sequence[str], *, terminal: bool) -> NoReturn:
     """Replace this process by ``command`` on ``node`` of the job, in a job step of its own that has all that the job
-    was granted there, also what other steps use. ``terminal``: the command gets one. Raises SlurmError.
+    was granted there, also what other steps use. ``terminal``: the command gets a terminal. Raises SlurmError.
     """
     step = ["srun", f"--jobid={job_id}", "--job-name=elastic-shell", "--overlap", "--nodes=1", "--ntasks=1"]
     step += [f"--nodelist={node}", "--mem=0", "--mpi=none", "--cpu-bind=none", "--quiet", *["--pty"] * terminal]
     try:
-        os.execvpe(step[0], [*step, *command], step_environment(os.environ))  # noqa: S606 - as client.ask does
+        os.execvpe(step[0], [*step, *command], step_environment(os.environ))  # noqa: S606 - as in client.ask
     except OSError as error:
         raise SlurmError(f"srun: {error.strerror}") from None
 
@@ -104,8 +104,8 @@ def nodes_of(job: str) -> dict[str, str]:
 
 
 def agent_steps(job_id: str) -> dict[str, str]:
-    """The job steps of ``start_agent`` that have not ended, by the node they are on. Slurm keeps listing a step whose
-    node it has taken from the job: such steps are left out. Raises SlurmError.
+    """The job steps of ``start_agent`` that have not ended, by node. Leaves out steps whose node Slurm has taken from
+    the job, although Slurm keeps listing them. Raises SlurmError.
     """
     listed = [line.split(maxsplit=2) for line in _steps(job_id, "%i %N %j")]
     steps = {words[1]: words[0] for words in listed if words[2:] == [_AGENT_NAME]}
@@ -114,9 +114,10 @@ def agent_steps(job_id: str) -> dict[str, str]:
 
 
 def unreached(job: str, environ: Mapping[str, str]) -> list[str]:
-    """The nodes that the running ``job`` had at its srun and that srun cannot reach: Slurm has taken them from the job
-    since, or a job step that does nothing does not start there. That step takes 2 to 12 seconds if there are any.
-    ``environ`` is the batch script's. Raises SlurmError, also if ``job`` does not run, or srun reaches no node at all.
+    """The nodes that the running ``job`` had when it called srun, and that srun cannot reach: Slurm has taken them from
+    the job since, or a job step that does nothing does not start there. If there are such nodes, that step takes 2 to
+    12 seconds. ``environ``: the environment of the batch script. Raises SlurmError, also if ``job`` does not run, or
+    srun reaches no node.
     """
     shown = show_job(job)
     if shown.state != "RUNNING":
@@ -153,8 +154,8 @@ def _start(
     log: Path,
 ) -> None:
     """Return when ``command`` is started, or raise SlurmError when it never will be. A shell on the node reports that
-    it has started, and starts ``command`` when it reads ``go``, which is sent only if the report comes in time. The
-    shell acknowledges ``go``: only then may srun be ended.
+    it has started, and starts ``command`` when it reads ``go``, which the caller sends only if the report comes in
+    time. The shell acknowledges ``go``: only then may the caller end srun.
     """
     shell = ["sh", "-c", _SHELL, "sh"]
     step = ["srun", f"--jobid={job_id}", f"--job-name={name}", "--overlap", "--no-kill"]
@@ -187,7 +188,7 @@ def _start(
 
 
 def _reads(stdout: IO[bytes], line: bytes) -> bool:
-    """Wait for ``line``, maybe behind the output of a prolog; False if the end comes first. Raises TimeoutError."""
+    """Wait for ``line``, perhaps after the output of a prolog; False if stdout ends first. Raises TimeoutError."""
     end, received = time.monotonic() + client.SECONDS, b""
     while line not in received:
         if not select.select([stdout], [], [], max(0.0, end - time.monotonic()))[0]:
@@ -199,9 +200,9 @@ def _reads(stdout: IO[bytes], line: bytes) -> bool:
 
 
 def _leave_alone(srun: subprocess.Popen[bytes]) -> None:
-    """End ``srun``; its step continues. Slurm kills all that the caller has started when the caller's own step ends
-    (proctrack/cgroup). The process with which srun watches over itself may then cancel the new step, so that process
-    dies first.
+    """End ``srun``; its step continues. Slurm kills all processes that the caller has started when the caller's own
+    step ends (proctrack/cgroup). The process by which srun watches itself may then cancel the new step, so this kills
+    that process first.
     """
     with contextlib.suppress(OSError):
         for child in Path(f"/proc/{srun.pid}/task/{srun.pid}/children").read_text().split():
@@ -236,7 +237,7 @@ def wait_until_alone(job: str, step: str, *, deadline: timedelta, deputy_of: str
     """
     begin = time.monotonic()
     while True:
-        with contextlib.suppress(SlurmError):  # unknown is not alone
+        with contextlib.suppress(SlurmError):  # unknown does not mean alone
             nodes = expand((shown := show_job(job)).nodes)
             lost = shown.batch_host not in nodes
             others = _other_steps(job, step)
@@ -250,7 +251,7 @@ def wait_until_alone(job: str, step: str, *, deadline: timedelta, deputy_of: str
 
 
 def _other_steps(job: str, step: str) -> set[str]:
-    """Names of the job steps beside ``step``, those of the batch script and of Slurm itself left out."""
+    """Names of the job steps beside ``step``, without the steps of the batch script and of Slurm itself."""
     found = [line.partition(" ") for line in _steps(job, "%i %j")]
     numbers = [(id.rpartition(".")[2], name) for id, _, name in found]
     return {name for number, name in numbers if number.isdecimal() and number != step}

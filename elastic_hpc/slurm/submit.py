@@ -13,7 +13,7 @@ from elastic_hpc.environment import for_a_new_job
 from elastic_hpc.errors import SlurmError, UsageError
 from elastic_hpc.slurm import client
 
-# sbatch has one exit code for all failures. Messages of failures that are not due to the user's input.
+# Messages of failures that are not due to the user's input: sbatch has one exit code for all failures.
 _UNREACHABLE = re.compile(
     "unable to contact|timed out|no answer in|connection (failure|refused)|configuration source|zero bytes|munge|"
     "authentication",
@@ -30,11 +30,11 @@ def sbatch(
     exports: Mapping[str, str] | None = None,
     folder: str | None = None,
 ) -> int:
-    """Submit ``script`` from ``folder`` and return sbatch's exit code, with ``--wait`` the job's.
+    """Submit ``script`` from ``folder`` and return sbatch's exit code; with ``--wait``, the job's exit code.
 
-    The job has ``exports`` and, unless ``--export`` hides them, the variables of ``environ`` that are neither Slurm's
+    The job gets ``exports`` and, unless ``--export`` hides them, the variables of ``environ`` that are neither Slurm's
     nor ours. ``on_submitted`` is called at once with ``ID[;CLUSTER]``; ``on_message`` with the rest of sbatch's output.
-    Raises UsageError if Slurm refuses the job, SlurmError if it could not be asked.
+    Raises UsageError if Slurm refuses the job, SlurmError if Slurm does not answer.
     """
     with tempfile.TemporaryFile() as stderr:
         try:
@@ -80,7 +80,7 @@ def sbatch(
 
 
 def refusal(reason: str) -> SlurmError | UsageError:
-    """What it means that sbatch has failed with ``reason``: Slurm could not be asked, or refused the job."""
+    """The error for sbatch's failure with ``reason``: SlurmError if Slurm did not answer, UsageError if it refused."""
     if _UNREACHABLE.search(reason):
         return SlurmError(f"sbatch: {reason}")
     return UsageError(f"Slurm refused the job: {reason}")
@@ -90,8 +90,8 @@ def resubmit(job: str, script: Path, environ: Mapping[str, str], exports: Mappin
     """Submit the batch script of ``job`` again, to start when ``job`` has ended, and return the new job's id.
 
     For a job that may not be requeued. The options are the directives of ``script``. ``exports`` are variables for the
-    new job; an ``--export`` among the directives must not hide them. Of an array only this task is submitted, with the
-    same index. Raises SlurmError.
+    new job; an ``--export`` among the directives must not hide them. For a task of an array, submits only this task,
+    with the same index. Raises SlurmError.
     """
     from elastic_hpc.slurm.job import show_job
 

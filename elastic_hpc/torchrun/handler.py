@@ -1,6 +1,6 @@
 """This project's membership under a stock ``torchrun``: what torch's agent does not report is observed from outside.
 
-torch's agent asks the handler for the next round, and ten times a second whether to restart its workers. It says
+torch's agent asks the handler for the next round, and ten times a second whether to restart its workers. It reports
 neither which processes its workers are nor why it restarts them. So the handler finds the workers by the mark in their
 environment, and watches them.
 """
@@ -40,8 +40,8 @@ log = logging.getLogger("elastic_hpc")
 
 
 def _begin(rundir: RunDir) -> None:
-    """Count this start. If a job of this name has ended, begin anew: keep its record and the number of its last round,
-    and count the restarts from 0.
+    """Count this start. If a job of this name has ended, begin a new job: keep the record and the number of its last
+    round, and count the restarts from 0.
     """
     rundir.write("starts.json", {"starts": _starts(rundir) + 1})
     if rundir.read("verdict.json"):
@@ -52,7 +52,7 @@ def _begin(rundir: RunDir) -> None:
 
 
 def _began(env: AgentEnv, rundir: RunDir) -> bool:
-    """Whether an agent of this node began before in this job. Notes that this agent begins."""
+    """Whether an agent of this node began in this job before. Records that this agent begins."""
     path = _began_path(env, rundir)
     before = path.exists() and not rundir.read("verdict.json")  # else the job of this name has ended
     path.touch(0o600)
@@ -122,10 +122,10 @@ class _ExitBarrier:
 
 
 class TorchrunHandler(ElasticRendezvousHandler):
-    """Watches the workers of a stock agent for the leader, and kills them when the leader says so.
+    """Watches the workers of a stock agent for the leader, and kills them on the leader's order.
 
     It kills the workers after torch's agent has looked at them, and before that agent asks whether to restart. So
-    torch's agent takes the restart for a change of membership, which costs none of its ``--max-restarts``, and waits
+    torch's agent treats the restart as a change of membership, which costs none of its ``--max-restarts``, and waits
     for no worker.
     """
 
@@ -134,12 +134,12 @@ class TorchrunHandler(ElasticRendezvousHandler):
         self._lock = threading.Lock()
         self._watched_round = 0
         self._reported = False
-        """The leader has learned how the workers of this round ended, or has ended them itself."""
+        """Whether the leader knows how the workers of this round ended, or has ended them itself."""
 
     @property
     def run(self) -> int:
-        """How often a job of this name was started. There is no variable for it, so the agent that leads at first
-        counts. Read each time, because several agents may claim the lead and count.
+        """How often a job of this name was started. No variable says this, so the agent that leads at first counts the
+        starts. Read each time, because several agents may claim the lead and count.
         """
         return _starts(self._parts.rundir)
 
@@ -177,7 +177,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
         """Called when torch's agent gives up, or when its workers have finished."""
         self._report_failure(self.round, None)
         self._parts.close()
-        if self._parts.rundir.read("verdict.json"):  # the next job of this name begins anew
+        if self._parts.rundir.read("verdict.json"):  # the next job of this name begins from scratch
             _began_path(self._parts.env, self._parts.rundir).unlink(missing_ok=True)
         shutil.rmtree(self._parts.local_folder, ignore_errors=True)
         return True
@@ -204,7 +204,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
                 living.discard(pidfd)
                 code = proc.exit_code(pidfd)
                 if code and self._report_failure(round, code, workers[pidfd][1], oom=oom.happened()):
-                    _wait_until_reaped(pidfd)  # else torch might take a sibling killed here for the first failure
+                    _wait_until_reaped(pidfd)  # else torch might report a sibling killed here as the first failure
                     for sibling in living:  # no other process: the next round may have begun
                         with contextlib.suppress(ProcessLookupError):
                             signal.pidfd_send_signal(sibling, signal.SIGKILL)
@@ -218,8 +218,8 @@ class TorchrunHandler(ElasticRendezvousHandler):
         return self._reported or round != self.round
 
     def _report_failure(self, round: int, code: int | None, local: int = 0, *, oom: bool = False) -> bool:
-        """Report that a worker of ``round`` has failed, unless that was reported. ``code`` is None where torch's agent
-        has noticed the failure, and does not say what it was.
+        """Report that a worker of ``round`` has failed, unless that was reported. ``code`` is None if torch's agent has
+        noticed the failure, because it does not pass the exit code on.
         """
         with self._lock:
             if self._is_over(round) or not self.seat:
@@ -228,7 +228,7 @@ class TorchrunHandler(ElasticRendezvousHandler):
         cause = explain(code or 1, "", oom=oom)
         message = cause.message if code else "a worker failed; see the output of torchrun"
         rank = self.plan.group_rank * self._parts.nproc + local
-        # the exit code does not tell whether this failure is the echo of another rank's death
+        # the exit code does not show whether the death of another rank caused this failure
         collateral = cause.kind == "exit"
         node, now = self._parts.env.name, time.time()
         failure = Failure(cause.kind, node, rank, local, code or 1, message, now, "", collateral, cause.known)

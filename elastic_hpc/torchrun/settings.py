@@ -1,4 +1,4 @@
-"""The options of a job, from those of ``torchrun`` and its ``--rdzv-conf``, and this node's place in the job."""
+"""The options of a job, from torchrun's options and its ``--rdzv-conf``, and this node's place in the job."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read_settings(parameters: RendezvousParameters) -> Settings:
         rdzv_endpoint=Endpoint.parse(parameters.endpoint) if parameters.endpoint else Endpoint(),
         rdzv_id=parameters.run_id,
         rdzv_conf=RdzvConf.parse(timeouts),
-        grace=timedelta(seconds=1),  # workers are not asked to save: torch's agent would take them for finished
+        grace=timedelta(seconds=1),  # no drain: torch's agent would believe drained workers to have finished
         **values,
     )
     if "/" in parameters.run_id or parameters.run_id in {"", ".", "..", "none"}:  # torchrun's default is none
@@ -87,7 +87,7 @@ def _checked(key: str, parse: Callable[[str], Any], text: str) -> Any:
 
 
 def _own_nproc() -> int:
-    """How many workers torchrun will start here. It does not tell its handler, so its command line is read again."""
+    """How many workers torchrun will start here. torchrun does not pass this on, so this reads its command line."""
     if os.path.basename(sys.argv[0]) not in {"torchrun", "run.py"}:
         raise UsageError(
             "nproc_per_node is not known outside of torchrun: add it to rdzv_configs, for example {'nproc_per_node': 4}"
@@ -109,7 +109,7 @@ def _lock(path: Path) -> bool:
 
 
 def place(settings: Settings, rundir: RunDir) -> AgentEnv:
-    """This node's place in the job: its index in Slurm's job step, the one it was given, or the first that is free."""
+    """This node's place in the job: its index in Slurm's job step, the number given to it, or the first free number."""
     if "SLURM_STEP_NUM_NODES" in os.environ and settings.node is None:
         return read_agent_env(os.environ)
     node = settings.node

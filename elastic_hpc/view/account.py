@@ -1,8 +1,8 @@
 """Where the time of a job's nodes went. Pure.
 
-The time of the job's own nodes runs from Slurm's grant to the end of each run, also for a node that was lost, which
-stays allocated; for a node that is given back, until then. The time of a node that a job of its own brought runs from
-the start of its agent to the agent's end.
+The time of each of the job's own nodes counts from Slurm's grant to the end of the run, even if the node was lost,
+because it stays allocated; if the node is given back, until then. The time of a joiner's node counts from the start to
+the end of its agent.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Phase:
     end: float
     run: Run
     round: Round | None = None
-    """The world that trained; None where all nodes waited."""
+    """The world that trained; None while all nodes waited."""
 
     @property
     def seconds(self) -> float:
@@ -55,8 +55,7 @@ class Account:
     ran: float
     """Seconds of all runs."""
     lost: float
-    """Seconds since the first step in which no step was done that was kept; without the queue, and without the start of
-    a run."""
+    """Seconds after the first step that produced no step which was kept; without the queue and the starts of runs."""
     repeated_steps: int
 
     @property
@@ -72,7 +71,7 @@ class Account:
 
 
 def account(story: Story, now: float | None = None) -> Account:
-    """``now``: for a job that runs, in seconds since the epoch; None for the time of the last event."""
+    """``now``: the end of a running job's account, in seconds since the epoch; None for the time of the last event."""
     spent: Counter[Kind] = Counter()
     first = min((r.first_at for r in story.rounds if r.first is not None), default=float("inf"))
     lost = queued = ran = 0.0
@@ -142,7 +141,7 @@ def _own(phase: Phase) -> float:
 
 
 class _Joined:
-    """The time of the nodes that jobs of their own brought."""
+    """The time of the joiners' nodes."""
 
     def __init__(self, joiners: Iterable[JoinedNode]) -> None:
         changes: Counter[float] = Counter()

@@ -1,4 +1,4 @@
-"""What the nodes brought that jobs of their own brought, and what their coming and going cost. Pure."""
+"""What joiners' nodes have contributed, and what their arrivals and departures have cost. Pure."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from elastic_hpc.view.story import JoinedNode, Round, Story
 
 @dataclass(frozen=True)
 class Brought:
-    """Won and lost by growth. Times are in seconds."""
+    """The gains and costs of growth. Times are in seconds."""
 
     joiners: int = 0
     node_seconds: float = 0.0
     """From the start of each joiner's agent to the agent's end."""
     steps: float = 0.0
-    """Their part of the steps that were kept, by their part of the nodes of the world."""
+    """The joiners' share of the steps that were kept, in proportion to their share of the nodes of the world."""
     came: int = 0
-    """Changes of the world in which such nodes came, and none was taken."""
+    """Changes of the world in which joiners' nodes came, and none was taken away."""
     standstill: float = 0.0
-    """Time in these changes in which no step was done, on any node."""
+    """Time in these changes during which no node did a step."""
     taken: int = 0
-    """Joiners that were preempted, cancelled or lost, and did not leave at their own end or that of the job."""
+    """Joiners that were preempted, cancelled or lost, not those that left at their own end or the end of the job."""
     taken_standstill: float = 0.0
-    """The same time in changes of the world in which such joiners went."""
+    """As ``standstill``, in changes of the world in which such joiners left."""
     taken_repeated: int = 0
     """Steps that were repeated after these changes."""
 
 
 def brought(story: Story, now: float | None = None) -> Brought:
-    """``now``: for a job that runs, in seconds since the epoch; None for the time of the last event."""
+    """``now``: for a running job, in seconds since the epoch; None for the time of the last event."""
     until = max(now or 0.0, story.last_time)
     came, standstill, taken_standstill, repeated = 0, 0.0, 0.0, 0
     for before, after in pairwise(story.rounds):
@@ -56,7 +56,7 @@ def brought(story: Story, now: float | None = None) -> Brought:
 
 
 def _joined(story: Story, round: Round) -> list[JoinedNode]:
-    """The nodes of ``round`` that jobs of their own had brought."""
+    """The nodes of ``round`` that joiners had brought."""
     return [
         node
         for node in story.joiners
@@ -69,6 +69,6 @@ def _left_by(node: JoinedNode, when: float) -> bool:
 
 
 def _standstill(before: Round, after: Round) -> float:
-    """Seconds from the last step of ``before`` to the first one of ``after``; without steps, to its formation."""
+    """Seconds from the last step of ``before`` to the first step of ``after``; without steps, to its formation."""
     stopped = before.last_at if before.first is not None else before.ended or after.formed
     return max(0.0, (after.formed if after.first is None else after.first_at) - stopped)

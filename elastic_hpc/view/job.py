@@ -24,19 +24,19 @@ class JobView:
     """One job at one moment, as ``elastic-hpc status --json`` prints it. Times in seconds, null for unknown."""
 
     id: str
-    """What Slurm calls it, or the name of its run directory where there is no Slurm."""
+    """What Slurm calls the job; without Slurm, the name of its run directory."""
     slurm_id: str
-    """``id``, or the id of the Slurm job that goes on in its place, for example because it was resumed."""
+    """``id``, or the id of the Slurm job that continues in its place, for example because it was resumed."""
     run_dir: str
     script: str
     """Empty if the job has not started yet."""
     state: str
-    """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ...; UNKNOWN if Slurm cannot be asked, or does not
+    """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ...; UNKNOWN if Slurm does not answer, or does not
     know a job whose record has no end."""
     over: bool
-    """Whether the job will not run again; False while Slurm cannot be asked and the record has no end."""
+    """Whether the job will not run again; False while Slurm does not answer and the record has no end."""
     note: str
-    """An explanation of the state: why the job waits or has ended, why the state is unknown, that nobody leads."""
+    """An explanation of the state: why the job waits or has ended, why the state is unknown, that no agent leads."""
     reason: str
     """Why the last run ended, in a sentence; empty during the first run."""
     advice: tuple[str, ...]
@@ -49,17 +49,17 @@ class JobView:
     nodes: tuple[str, ...]
     """The nodes of the world that trains, or that trained last if the job does not run, in rank order."""
     missing: Mapping[str, str]
-    """Why nodes of the last run take no part, by name: they were lost, never came, or may not."""
+    """Why nodes of the last run take no part, by name: they were lost, never came, or are not allowed to."""
     slow: Mapping[str, float]
-    """Nodes of that world that are slower than the others, and how many times, by name."""
+    """By name, nodes of that world that are slower than the others, and by which factor."""
     min_nodes: int | None
     max_nodes: int | None
     joiners: int
-    """Nodes that jobs of their own have brought."""
+    """Number of nodes that joiners have brought."""
     world_size: int
     """Workers of that world; 0 without one."""
     workers_kept: int
-    """Those of them that kept their process from the round before, in place."""
+    """Workers of that world that kept their process from the previous round, in place."""
     leader: str
     """Name of the leader's node, empty for unknown."""
     round: int
@@ -69,7 +69,7 @@ class JobView:
     """Restarts charged so far, of ``max_restarts``."""
     max_restarts: int | None
     requeues: int
-    """Requeues charged so far, those after failures, of ``max_requeues``."""
+    """Requeues charged so far, which are those after failures, of ``max_requeues``."""
     max_requeues: int | None
     step: int | None
     """Last step that was reported."""
@@ -78,31 +78,31 @@ class JobView:
     speeds: Mapping[int, float]
     """Steps per second by the number of nodes, over all rounds of that size."""
     efficiency: Mapping[int, float]
-    """The speed per node, as a share of that on the fewest nodes, by the number of nodes."""
+    """The speed per node, as a share of the speed per node on the fewest nodes, by the number of nodes."""
     loss: float | None
     starts_in: float | None
-    """Of a job that waits: time until Slurm expects it to start; null if Slurm has no estimate."""
+    """For a waiting job, time until Slurm expects it to start; null if Slurm has no estimate."""
     queued: float
     """Time in the queue."""
     running: float
     """Time since the nodes were granted, over all runs."""
     time_left: float | None
-    """Until the time limit."""
+    """Time until the time limit."""
     lost: float
-    """Time since the first step in which no step was done that was kept; see ``account.Account``."""
+    """Time after the first step that produced no step which was kept; see ``account.Account``."""
     repeated_steps: int
     goodput: float | None
     """Share of the nodes' time that produced steps which were kept; null if steps are not reported."""
     silent: float | None
-    """Time since the last sign of a leader."""
+    """Time since a leader's last sign of life."""
     node_seconds: Mapping[Kind, float]
-    """The nodes' time, by what it was spent on; see ``account.MEANINGS``."""
+    """The nodes' time, by what they spent it on; see ``account.MEANINGS``."""
     hang_timeout: float | None
-    """Time without a sign of life after which the workers hang; null for never, or if the job has not shown it yet."""
+    """Time without a sign of life after which workers count as hung; null for never, or if not known yet."""
     hang_timeout_reason: str
-    """Whence that comes; empty without it."""
+    """Where ``hang_timeout`` comes from; empty without a timeout."""
     growth: Mapping[str, Any]
-    """What growth has won and lost, see ``brought.Brought``; empty if no job of its own has brought a node."""
+    """The gains and costs of growth, see ``brought.Brought``; empty if no joiner has brought a node."""
     last_restart: str
     """Why the last restart was charged; empty if no restart was charged."""
     damaged: int
@@ -110,7 +110,7 @@ class JobView:
 
     @property
     def summary(self) -> str:
-        """The state, and the note on it."""
+        """The state and its note."""
         return f"{self.state}: {self.note}" if self.note else self.state
 
     @property
@@ -182,5 +182,5 @@ def view(job: Observed, story: Story, now: float) -> JobView:
 
 
 def as_json(views: Sequence[JobView], now: float, problem: str) -> dict[str, Any]:
-    """What ``--json`` prints. ``slurm`` says why Slurm could not be asked, null if it could."""
+    """What ``--json`` prints. ``slurm`` says why Slurm did not answer; null if it did."""
     return {"schema": SCHEMA, "time": now, "slurm": problem or None, "jobs": [vars(view) for view in views]}

@@ -13,7 +13,7 @@ from elastic_hpc.view.times import span
 
 
 class Button(NamedTuple):
-    """What a user can do with a job. ``name``: in the address; ``summary``: on the button; ``question``: before it."""
+    """What a user can do with a job. ``name``: in the URL; ``summary``: on the button; ``question``: to confirm."""
 
     name: str
     summary: str
@@ -28,8 +28,8 @@ ACTIONS = (
 
 
 def jobs_page(jobs: Sequence[tuple[str, JobView]], problem: str, nonce: str) -> str:
-    """All jobs, each with its key, the last part of the address of its page. ``problem``: why Slurm cannot be asked.
-    ``nonce``: that of the only script that the browser may run.
+    """All jobs, each with its key, the last part of the URL of its page. ``problem``: why Slurm does not answer.
+    ``nonce``: the nonce of the only script that the browser may run.
     """
     template = TEMPLATES.get_template("jobs.html.j2")
     return template.render(jobs=jobs, problem=problem, nonce=nonce, style=STYLE, span=span)

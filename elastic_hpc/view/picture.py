@@ -162,7 +162,7 @@ def _allocation(story: Story, shown: Sequence[Phase]) -> list[tuple[float, int]]
 
 
 def _marks(story: Story, time: _Scale, top: int, base: int) -> Iterator[str]:
-    """What ended the rounds: a line each, with a label if there is room for it."""
+    """Marks for what ended the rounds: one line each, with a label if there is room."""
     free = [float("-inf")] * 3
     for round, following in zip_longest(story.rounds, story.rounds[1:]):
         if round.ended is None:

@@ -1,6 +1,6 @@
-"""Which MIN:MAX to ask for: when Slurm would start a job at several sizes, and when its training would be done. Pure.
+"""Which MIN:MAX to request: when Slurm would start a job at several sizes, and when its training would be done. Pure.
 
-Slurm is asked for K to MAX nodes, with several K: its answer says when K nodes are free, and how many are free then.
+Slurm estimates the start on K to MAX nodes, for several K: when K nodes will be free, and how many will be free then.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SCHEMA = 1
 """Version of ``as_json``, raised when a field changes its meaning or is removed."""
 
 _MOST = 6
-"""Sizes that Slurm is asked about."""
+"""The most sizes to ask Slurm about."""
 _AT_ONCE = 60.0
 """Seconds within which a start counts as at once."""
 _WORTH = 0.02
-"""Share of the time to finish for which a later start, or growth, is not worth it."""
+"""The share of the time to finish that a later start, or growth, must save to be worth it."""
 
 
 def chosen(sizes: Sequence[int]) -> list[int]:
@@ -40,7 +40,7 @@ def chosen(sizes: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Row:
-    """What asking for ``nodes`` means. Times in seconds from now, None for unknown."""
+    """What a request for ``nodes`` leads to. Times in seconds from now, None for unknown."""
 
     nodes: str
     """MIN:MAX."""
@@ -48,11 +48,11 @@ class Row:
     starts_with: int
     """Nodes of the first world; 0 for unknown."""
     done_in: float | None
-    """When the training is done, if the job stays at that size."""
+    """When the training is done if the job keeps that size."""
     done_in_grown: float | None
     """The same with ``--grow``, if each further node comes when Slurm would start a job of that many nodes."""
     refused: str
-    """Why Slurm refuses the job; empty if it would take it."""
+    """Why Slurm refuses the job; empty if Slurm would accept it."""
 
     @property
     def starts(self) -> str:
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Further:
-    """To ``nodes`` nodes in all, by jobs with options of their own. ``starts_in`` and ``refused``: as in ``Row``."""
+    """Growth to ``nodes`` in all by joiners with options of their own. ``starts_in``, ``refused``: as in ``Row``."""
 
     nodes: int
     starts_in: float | None
@@ -86,9 +86,9 @@ class Advice:
     ask_for: str
     """The options to use; empty if Slurm gives no estimate at all."""
     why: Sequence[str]
-    """Why, a sentence each."""
+    """The reasons, a sentence each."""
     growth: Sequence[Further] = ()
-    """Empty if the jobs by which the job grows have the options of the job itself."""
+    """Empty if joiners have the options of the job itself."""
 
 
 def plan(
@@ -100,8 +100,8 @@ def plan(
     joiners: Sequence[Estimate] = (),
 ) -> Advice:
     """``sizes``: the numbers of nodes that a world may have, ascending. ``work``: how long the training takes, in steps
-    of ``scaling``; None for unknown. ``now``: seconds since the epoch. ``joiners``: where they have options of their
-    own, when Slurm would start as many of them as bring the job from MIN to a larger size.
+    of ``scaling``; None for unknown. ``now``: seconds since the epoch. ``joiners``: if joiners have options of their
+    own, when Slurm would start the number of them that brings the job from MIN to a larger size.
     """
     growth = [
         Further(sizes[0] + found.least, None if found.starts is None else max(0.0, found.starts - now), found.refused)
@@ -128,7 +128,7 @@ def _world(found: Estimate, sizes: Sequence[int]) -> int:
 
 
 def _done(worlds: Sequence[tuple[float, int]], scaling: Scaling, work: float) -> float:
-    """When ``work`` is done by a job that has the worlds of ``worlds``, each from its time on, unless it is smaller."""
+    """When a job completes ``work`` that has each of ``worlds`` from its time on, unless that world is not faster."""
     at, nodes = worlds[0]
     for later, more in worlds[1:]:
         if scaling.speed(more) <= scaling.speed(nodes):
@@ -172,7 +172,7 @@ def _advice(rows: Sequence[Row], scaling: Scaling, work: float | None, *, furthe
 
 
 def _pays_off(first: Row, row: Row, scaling: Scaling) -> str:
-    """From which length on a training is done earlier if it waits for ``row``."""
+    """From which length a training is done earlier if it waits for ``row``."""
     slow, fast = scaling.speed(first.starts_with), scaling.speed(row.starts_with)
     if fast <= slow:
         return ""
@@ -182,7 +182,7 @@ def _pays_off(first: Row, row: Row, scaling: Scaling) -> str:
 
 
 def table(found: Advice, sizes: Sequence[int], asked: int, now: float) -> RenderableType:
-    """``asked``: about how many of ``sizes`` Slurm was asked."""
+    """``asked``: the number of ``sizes`` that Slurm was asked about."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
     shown = ["ask for", "starts", "on", "with"]
     if any(row.done_in is not None for row in found.rows):

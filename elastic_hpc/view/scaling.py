@@ -1,4 +1,4 @@
-"""How fast a job trains on so many nodes: measured, or inferred from what was measured. Pure."""
+"""How fast a job trains on a number of nodes: measured, or inferred from measurements. Pure."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def speeds(story: Story) -> dict[int, float]:
 
 
 def efficiency(found: Mapping[int, float]) -> dict[int, float]:
-    """The speed per node, as a share of that on the fewest nodes, by the number of nodes."""
+    """The speed per node, as a share of the speed per node on the fewest nodes, by the number of nodes."""
     least = min(found, default=1)
     return {nodes: speed / nodes / (found[least] / least) for nodes, speed in found.items()}
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """The speed on any number of nodes. Between two known sizes, and beyond them, it follows a power of the number of
-    nodes; beyond them it never grows faster than the number, nor shrinks. With one known size it grows with the number.
+    """The speed on any number of nodes. Between two known sizes, and beyond them, the speed follows a power of the
+    number of nodes; beyond them, the power is at least 0 and at most 1. With one known size, the power is 1.
     """
 
     known: Mapping[int, float]
-    """Steps per second by the number of nodes; of linear scaling, 1 for 1."""
+    """Steps per second by the number of nodes; for linear scaling, 1 for 1."""
 
     @classmethod
     def parse(cls, text: str) -> Scaling:

@@ -1,6 +1,6 @@
 """Which state a job is in, from its record and from what Slurm says. Pure.
 
-Slurm's answer on whether a job runs wins over the record: if no agent was left at the end, the record has no end.
+Slurm's answer on whether a job runs overrides the record: if no agent was left at the end, the record has no end.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from elastic_hpc.view.story import Story
 from elastic_hpc.view.times import clock, span
 
 _SILENT = 30.0
-"""Seconds without a sign of a leader after which a running job counts as having no leader."""
+"""Seconds without a leader's sign of life after which a running job counts as having no leader."""
 
 
 _LIVING = {
     "CONFIGURING": "Slurm prepares its nodes: they boot, or the site's prolog runs there",
     "COMPLETING": "Slurm waits for its nodes: their processes end, or the site's epilog runs there, or a node is lost",
 }
-"""What the states mean of a job that is not over and does not train."""
+"""The meaning of the states of an active job that does not train."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What was observed of one job, besides its events."""
+    """What was observed about one job, besides its events."""
 
     id: str
     slurm_id: str
@@ -36,33 +36,33 @@ class Observed:
     script: str
     """Empty if the job has not started yet."""
     verdict: Mapping[str, Any] | None = None
-    """How the last run ended, by the record."""
+    """How the last run ended, according to the record."""
     leader_run: int = 0
     """The last run that had a leader."""
     resumed: bool = False
-    """Whether another Slurm job, ``slurm_id``, is to continue after that run, and no agent has led that job yet."""
+    """Whether another Slurm job, ``slurm_id``, will continue after that run, and no agent has led that job yet."""
     launcher_runs: bool | None = None
     """Whether the job's launcher on this machine runs; None for a job of Slurm."""
     queued: Queued | None = None
     """What squeue says; None if Slurm does not know the job."""
     problem: str = ""
-    """Why Slurm could not be asked; empty if it answered, or need not be asked."""
+    """Why Slurm did not answer; empty if it answered, or if there was nothing to ask."""
     silent: float | None = None
-    """Seconds since the last sign of a leader, None for never."""
+    """Seconds since a leader's last sign of life; None if there was none."""
     ended: SlurmJob | None = None
     """What Slurm says about a job that ended before an agent led it; None if it was not asked."""
     output: tuple[str, ...] = ()
     """The last lines that the batch script of such a job wrote."""
     recorded_end: str = ""
-    """Slurm's word for the end of a job of ``elastic-sbatch``, or for its state if it is over by its record only; empty
-    if Slurm does not know the job any more, or was not asked.
+    """Slurm's word for the end of a job of ``elastic-sbatch`` or, if it has ended only according to its record, for its
+    state; empty if Slurm does not know the job any more, or was not asked.
     """
     missing_folder: str = ""
     """A folder into which the batch script should write, and which does not exist."""
 
     @property
     def final(self) -> str | None:
-        """Slurm's word for the end of the job, by the record; None if the record has no end."""
+        """Slurm's word for the end of the job, according to the record; None if the record has no end."""
         if self.verdict is None or self.verdict["outcome"] == "requeue" or self.leader_run > self.verdict["run"]:
             return None
         if self.resumed:
@@ -79,7 +79,7 @@ class State(NamedTuple):
 
 
 def state_of(job: Observed, story: Story) -> State:
-    """The state of ``job``, why, and what its user may do about that."""
+    """The state of ``job``, the reason, and what its user may do about it."""
     reason, queued = last_reason(job, story), job.queued
     if job.final:
         return State(job.final, "\n".join(filter(None, (reason, _disagreement(job)))))
@@ -111,13 +111,11 @@ _RECORDED = {
     "CANCELLED": "as the job was cancelled before its batch script had ended",
     "FAILED": "as the batch script ended with an exit code other than 0",
 }
-"""Why Slurm may have another word for the end of a job whose training finished."""
+"""Why Slurm may have another word for the end of a job whose training has finished."""
 
 
 def _disagreement(job: Observed) -> str:
-    """What Slurm has recorded if that is a failure where the training finished, or the reverse, or that the job is not
-    over for Slurm; else empty.
-    """
+    """Slurm's record, if it has a failure after the training finished, or the reverse, or an active job; else empty."""
     finished, recorded = job.final == "COMPLETED", job.recorded_end
     if recorded in LIVES:
         ends = "it starts once more, and ends at once" if recorded in WAITS else "its batch script has not ended"
@@ -137,21 +135,21 @@ def _disagreement(job: Observed) -> str:
 
 
 def _since(job: Observed, reason: str) -> str:
-    """Why a job waits that has run before; empty for another job."""
+    """Why a job that has run before waits; empty for any other job."""
     if job.resumed and not (job.verdict and job.verdict["outcome"] == "requeue"):
         return f"; it was resumed as Slurm job {job.slurm_id}" + (f", and had ended before: {reason}" if reason else "")
     return f"; it was requeued: {reason}" if reason else ""
 
 
 def last_reason(job: Observed, story: Story) -> str:
-    """Why the last run ended; empty while the first one runs."""
+    """Why the last run ended; empty while the first run lasts."""
     return str(job.verdict["reason"]) if job.verdict else story.runs[-1].reason if story.runs else ""
 
 
 def _leadership(job: Observed, story: Story) -> str:
-    """A note on a running job that has no leader, no world, or does not get further nodes; else empty."""
+    """A note on a running job that has no leader or no world, or does not get further nodes; else empty."""
     if job.silent is None or job.silent > _SILENT:
-        if not story.runs or story.runs[-1].ended is not None:  # a leader of the run before tells nothing of this one
+        if not story.runs or story.runs[-1].ended is not None:  # a leader of the previous run does not count
             return "it is starting: no agent has started on its first node yet"
         return f"nobody leads {'yet' if job.silent is None else f'since {span(job.silent)}'}"
     if story.current:
@@ -178,7 +176,7 @@ def _forgotten(job: Observed, story: Story, reason: str) -> State:
 
 
 def _to_start(job: Observed, reason: str) -> tuple[str, ...]:
-    """What to do about a job that waits for ``reason`` and will not start by itself."""
+    """What to do about a job that waits for ``reason``, and will not start unless somebody acts."""
     if reason == "DependencyNeverSatisfied":
         return (f"it will never start: elastic-hpc stop {job.id}, and submit it again with another --dependency",)
     if "held" in reason.lower():

@@ -1,4 +1,4 @@
-"""Jobs on a screen, several as a table, one as a card, and a job in a notebook. Pure."""
+"""Jobs on a screen: several as a table, one as a card; and a job in a notebook. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STYLES: Mapping[str, str] = {
 
 
 def table(views: Sequence[JobView], width: int = 120) -> RenderableType:
-    """All jobs, a line each, and their notes below. Columns that have no room in ``width`` are left out."""
+    """All jobs, a line each, and their notes below. Leaves out columns that have no room in ``width``."""
     columns: dict[str, list[str]] = {
         "job": [view.id for view in views],
         "state": [view.state for view in views],
@@ -115,7 +115,7 @@ def html_card(view: JobView) -> str:
 
 
 def _facts(view: JobView) -> dict[str, str]:
-    """What there is to say of a job besides its state, by a word for each line."""
+    """The facts about a job besides its state, each with the label of its line."""
     facts: dict[str, str] = {}
 
     def row(name: str, *parts: str) -> None:

@@ -18,12 +18,12 @@ class Fault:
     time: float
     node: str
     kind: str
-    """``node lost``, or that of the failure: ``exception``, ``out of memory``, ``signal``, ``exit``, ``hang``, ..."""
+    """``node lost``, or the kind of failure: ``exception``, ``out of memory``, ``signal``, ``exit``, ``hang``, ..."""
     message: str
     rank: int | None = None
     traceback: str = ""
     known: str = ""
-    """Its name in the table of causes."""
+    """The name of the fault in the table of causes."""
 
     def __str__(self) -> str:
         return (
@@ -54,27 +54,27 @@ class Round:
     """Restarts charged before the round was formed."""
     formed: float
     gap: float | None
-    """Seconds from ``broken`` of the round before, or from the start of the run, to ``formed``."""
+    """Seconds from ``broken`` of the previous round, or from the start of the run, to ``formed``."""
     leader: str = ""
     workers_kept: int = 0
-    """Workers that kept their process from the round before, in place."""
+    """Workers that kept their process from the previous round, in place."""
     not_kept: tuple[str, ...] = ()
     """Why workers that wanted to keep their process could not."""
     broken: float | None = None
-    """When the cause of the round's end happened, as far as is known: the last contact with a node that was lost."""
+    """When the cause of the round's end happened, as far as is known: for a lost node, the last contact with it."""
     ended: float | None = None
-    """When the workers were told to stop, or had finished."""
+    """When the agents got the order to stop the workers, or the workers had finished."""
     cause: str = ""
     """What ended the round; empty while it runs."""
     charged: bool = False
     """Whether its end was charged to ``--max-restarts``."""
     first: int | None = None
-    """The first step that its workers reported, None for none."""
+    """The first step that the workers of this round reported, None for none."""
     first_at: float = 0.0
-    """When they reported ``first``."""
+    """When the workers reported ``first``."""
     samples: tuple[Sample, ...] = ()
     faults: tuple[Fault, ...] = ()
-    """What went wrong, the cause first, then what was collateral."""
+    """What went wrong: first the cause, then its consequences."""
 
     @property
     def in_place(self) -> str:
@@ -85,7 +85,7 @@ class Round:
 
     @property
     def last(self) -> int | None:
-        """The last step that its workers are known to have done."""
+        """The last step that the workers of this round are known to have done."""
         return self.samples[-1].step if self.samples else None
 
     @property
@@ -106,56 +106,56 @@ class Run:
     granted: int
     """The job's own nodes."""
     began: float
-    """When its first leader began to lead."""
+    """When the first leader of the run began to lead."""
     submitted: float | None = None
     """When the job was put into the queue for this run."""
     started: float | None = None
     """When Slurm granted the nodes."""
     ends: float | None = None
-    """Its time limit."""
+    """The time limit of the run."""
     ended: float | None = None
     outcome: str = ""
     """``finished``, ``failed``, ``requeue``; empty while it runs, or if no agent was left to record the end."""
     cause: str = ""
     reason: str = ""
     charged: bool = False
-    """Whether its requeue was charged to ``--max-requeues``."""
+    """Whether the requeue was charged to ``--max-requeues``."""
     given_back: tuple[float, ...] = ()
-    """When Slurm had nodes of ``granted`` back, a moment for each."""
+    """When Slurm got nodes of ``granted`` back, a moment for each node."""
 
 
 @dataclass(frozen=True)
 class JoinedNode:
-    """A node that a job of its own brought, and when."""
+    """A node that a joiner brought, and when."""
 
     node: str
     joined: float
     left: float | None = None
     taken: bool = False
-    """Whether it was preempted, cancelled or lost."""
+    """Whether the joiner was preempted, cancelled or lost."""
 
 
 @dataclass(frozen=True)
 class Story:
-    """Everything that a record tells."""
+    """Everything that can be learned from the record of a job."""
 
     runs: tuple[Run, ...] = ()
     rounds: tuple[Round, ...] = ()
     joiners: tuple[JoinedNode, ...] = ()
     barred: tuple[str, ...] = ()
-    """Nodes that got no workers any more, because they failed there repeatedly."""
+    """Nodes that get no more workers, because workers failed there repeatedly."""
     apart: tuple[str, ...] = ()
     """Which nodes did not reach each other, in sentences."""
     slow: Mapping[str, float] = field(default_factory=dict)
-    """The nodes of the last round that are slower than the others, and how many times, by name."""
+    """By name, the nodes of the last round that are slower than the others, and by which factor."""
     was_slow: tuple[str, ...] = ()
-    """The nodes that were slow when they were measured last, in sentences."""
+    """The nodes that were slow when they were last measured, in sentences."""
     missing: Mapping[str, str] = field(default_factory=dict)
-    """Why nodes of the last run take no part: they were lost, never came, or may not. By name."""
+    """Why nodes of the last run take no part, by name: they were lost, never came, or are not allowed to."""
     limits: Mapping[str, Any] = field(default_factory=dict)
-    """What the user asked for, with the names of ``policy.Policy``; empty if that is not known."""
+    """The limits that the user has set, with the names of ``policy.Policy``; empty if they are not known."""
     hang_timeout: float | None = None
-    """After how many seconds without a sign of life the workers hang; None for never, or if that is not known yet."""
+    """Seconds without a sign of life after which workers count as hung; None for never, or if not known yet."""
     hang_timeout_reason: str = ""
     restarts: int = 0
     requeues: int = 0
@@ -163,9 +163,9 @@ class Story:
     """What the next round waits for; empty if it does not wait, or not for long."""
     waiting_since: float = 0.0
     not_growing: str = ""
-    """What keeps further nodes from coming; empty for nothing."""
+    """What keeps further nodes from coming; empty if nothing does."""
     last_time: float = 0.0
-    """Of the last event."""
+    """The time of the last event."""
     damaged: int = 0
     """Events that could not be understood."""
 
@@ -180,7 +180,7 @@ class Story:
         return any(round.first is not None for round in self.rounds)
 
     def kept(self, round: Round) -> int:
-        """How many steps of ``round`` no later round did again."""
+        """How many steps of ``round`` no later round repeated."""
         if round.first is None or round.last is None:
             return 0
         return max(0, min(round.last + 1, self._resumed_at.get(round.number, round.last + 1)) - round.first)

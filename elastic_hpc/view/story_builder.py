@@ -20,24 +20,24 @@ def story_of(events: Iterable[Mapping[str, Any]], damaged: int = 0) -> Story:
 
 
 _SAMPLES = 1024
-"""Samples of a round, at most twice as many, that are kept: a screen has no room for more."""
+"""The number of samples to keep of a round, at most twice as many: a screen has no room for more."""
 _LAST_SAMPLES = 32
-"""The last samples, of which all are kept: they tell the speed."""
+"""The number of last samples that are all kept: the speed comes from them."""
 _STAYS = "; it stays: "
 
 GIVEN = "given by --hang-timeout"
-"""Why that timeout of a hang holds."""
+"""The reason for a hang timeout that the user has given."""
 
 
 class StoryBuilder:
-    """Takes events, the oldest first: ``_on_NAME`` handles the event ``NAME``."""
+    """Builds a story from events, oldest first: ``_on_NAME`` handles the event ``NAME``."""
 
     def __init__(self) -> None:
         self._damaged = 0
         self._runs: list[Run] = []
         self._rounds: list[Round] = []
         self._samples: list[Sample] = []
-        """Of the round that runs."""
+        """The samples of the round that runs."""
         self._joined: dict[str, JoinedNode] = {}
         """The joined nodes that have not left, by name."""
         self._left: list[JoinedNode] = []
@@ -53,11 +53,11 @@ class StoryBuilder:
         self._waiting = self._not_growing = ""
         self._restarts = self._requeues = 0
         self._at_verdict: tuple[Round | None, float | None] = None, None
-        """The round that ran when the last verdict was written, and since when it was broken."""
+        """The round that ran when the last verdict was written, and when it broke."""
         self._last_time = 0.0
 
     def add(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """``events`` have happened, after those that were added before."""
+        """Add ``events``, which happened after all events that were added before."""
         for event in events:
             try:
                 self._on_event(event)
@@ -65,7 +65,7 @@ class StoryBuilder:
                 self._damaged += 1
 
     def story(self, damaged: int = 0) -> Story:
-        """What the events tell so far. ``damaged``: lines that could not be read."""
+        """The story of the events so far. ``damaged``: the number of lines that could not be read."""
         self._change_current(samples=tuple(self._samples))
         return Story(
             damaged=damaged + self._damaged,
@@ -106,7 +106,7 @@ class StoryBuilder:
 
     def _on_start(self, event: Mapping[str, Any], when: float) -> None:
         run = Run(number=int(event["run"]), job=str(event["job"]), granted=int(event["granted"]), began=when)
-        if self._current:  # the run before was cut off: no agent was left to record its end
+        if self._current:  # the previous run was cut off: no agent was left to record its end
             self._end(self._last_time, "its end is not on record", self._restarts)
         if self._runs and self._runs[-1].ended is None:
             self._runs[-1] = replace(self._runs[-1], ended=self._last_time)
@@ -184,7 +184,7 @@ class StoryBuilder:
         self._was_slow.pop(str(event["node"]), None)
 
     def _leave(self, node: str | None, when: float, *, taken: bool = False) -> None:
-        """``node`` has left, or all nodes that have joined. ``taken``: before its time."""
+        """``node`` has left; for None, all joined nodes have. ``taken``: before its time."""
         for name in [node] if node else list(self._joined):
             if joined := self._joined.pop(name, None):
                 self._left.append(replace(joined, left=when, taken=taken))
@@ -216,12 +216,12 @@ class StoryBuilder:
             self._change_current(faults=(fault, *others) if cause else (*others, fault))
 
     def _on_take_over(self, event: Mapping[str, Any], when: float) -> None:
-        self._slow = {}  # the new leader compares the nodes anew
+        self._slow = {}  # the new leader starts a new comparison
         reason = str(event["reason"])
         node, _, why = reason.partition(" lost: ")
         if why:
             self._missing[node] = why
-        if self._current and not self._current.faults:  # the leader was lost, for which no event was written
+        if self._current and not self._current.faults:  # the leader was lost, and nobody recorded the loss
             self._broken = self._broken or when
             self._add_fault(Fault(when, node if why else self._current.leader, "node lost", why or reason), cause=True)
 
@@ -242,8 +242,8 @@ class StoryBuilder:
             self._samples[:-_LAST_SAMPLES] = self._samples[:-_LAST_SAMPLES:2]
 
     def _extend_before(self, first: int) -> None:
-        """A round that begins with step ``first`` has loaded a checkpoint of the step before. If no sample has that
-        step, since the leader that knew of it was lost, add it to the last round that has reported steps.
+        """A round that begins with step ``first`` has loaded a checkpoint of the previous step. If no sample has that
+        step, because the leader that knew of it was lost, add it to the last round that has reported steps.
         """
         index = max((i for i, round in enumerate(self._rounds[:-1]) if round.samples), default=None)
         if index is None:
@@ -305,7 +305,7 @@ class StoryBuilder:
             self._runs[-1] = replace(self._runs[-1], ended=when, charged=charged, **end)
 
     def _on_withdrawn(self, _event: Mapping[str, Any], _when: float) -> None:
-        """The run has not ended, nor has the round that ran at the verdict, unless another one was formed since."""
+        """The run has not ended, nor has the round that ran at the verdict, unless another round was formed since."""
         if self._runs:
             self._requeues -= self._runs[-1].charged
             self._runs[-1] = replace(self._runs[-1], ended=None, charged=False, outcome="", cause="", reason="")

@@ -23,7 +23,7 @@ TEMPLATES = jinja2.Environment(
 
 
 def html(view: JobView, story: Story, now: float) -> str:
-    """The page. ``now``: seconds since the epoch; used only for a job that runs."""
+    """The page. ``now``: seconds since the epoch; used only for a running job."""
     return TEMPLATES.get_template("timeline.html.j2").render(shown(view, story, now))
 
 

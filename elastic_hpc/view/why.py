@@ -1,4 +1,4 @@
-"""Why a job went as it did: each round's end, what was charged, what was done, and what its user may do. Pure."""
+"""What happened to a job and why: each round's end, what was charged, what was done, and what its user may do. Pure."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def advice(view: JobView, story: Story) -> list[str]:
 
 
 def _again(id: str) -> str:
-    """How the job ``id`` continues. Only a job of ``elastic-sbatch`` has an id of Slurm's as its name."""
+    """How to continue the job ``id``. Only jobs of ``elastic-sbatch`` have a Slurm id as their name."""
     if re.fullmatch(r"\d+(_\d+)?", id):
         return f"elastic-sbatch --resume {id}"
     return "start it again; it finds its checkpoints where the script saves them outside the run directory"
@@ -222,7 +222,7 @@ def _about_causes(story: Story) -> Iterator[str]:
         yield f"report to your administrator: {what}"
     if kinds["hang"] and not story.apart:
         yield "find where the workers hung: their stacks are in the run directory, in logs/*/*.stacks"
-    # memory runs out where the job's share of it is too small, and the advice above says so
+    # memory runs out where the job's share is too small, which the advice above covers
     suspects = Counter(fault.node for fault in causes if fault.kind not in {"exception", "out of memory"})
     for node in () if _is_the_scripts(story) else story.barred:
         if {fault.kind for fault in causes if fault.node == node} == {"out of memory"}:
@@ -236,7 +236,7 @@ def _about_causes(story: Story) -> Iterator[str]:
 
 
 def _is_the_scripts(story: Story) -> bool:
-    """Whether the job ended because a restart was no use."""
+    """Whether the job ended because a restart would not have helped."""
     reason = story.runs[-1].reason if story.runs else ""
     return "the same failure as before" in reason or SCRIPTS in reason
 

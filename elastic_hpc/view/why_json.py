@@ -1,4 +1,4 @@
-"""Why a job went as it did, for programs: what ``why.page`` shows, as one object. Pure."""
+"""What happened to a job and why, for programs: what ``why.page`` shows, as one object. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from elastic_hpc.view.why import SHOWN, advice
 def as_json(
     view: JobView, story: Story, events: Sequence[Mapping[str, Any]], now: float, problem: str
 ) -> dict[str, Any]:
-    """What ``--json`` prints. ``slurm`` says why Slurm could not be asked, null if it could."""
+    """What ``--json`` prints. ``slurm`` says why Slurm did not answer; null if it did."""
     return {
         "schema": SCHEMA,
         "time": now,
