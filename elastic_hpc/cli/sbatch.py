@@ -262,7 +262,7 @@ def _resume(given: Sequence[Given], rest: Sequence[str], switches: Collection[st
 
 
 def _for_sbatch_itself(given: Sequence[Given]) -> list[str]:
-    """The options for sbatch that do not describe the job. With --quiet, sbatch would not say the job ID."""
+    """The options for sbatch that do not describe the job. With --quiet, sbatch would not print the job id."""
     passed = [g.flag for g in given if g.name in {"test-only", "wait", "verbose"}]
     return passed + [flag for flag in for_sbatch_itself(os.environ) if flag not in passed]
 

@@ -66,7 +66,7 @@ _ALSO = {
     "--spares": "; keep #SBATCH --nodes in step",
     "--grace": "; #SBATCH --signal comes at least 30 s earlier",
 }
-"""Other lines of a batch script that depend on an option, for those who edit the script."""
+"""Other lines of a batch script that depend on an option, for users who edit the script."""
 
 
 def _row(job: JobSpec, flag: str, value: str) -> tuple[str, str]:
@@ -75,7 +75,7 @@ def _row(job: JobSpec, flag: str, value: str) -> tuple[str, str]:
     if flag == "--max-requeues":
         word = '"$max_requeues"'
     elif word == value and "," in value:
-        word = f"'{value}'"  # so that nobody takes the comma for one between the elements of the array
+        word = f"'{value}'"  # so that nobody reads the comma as a separator of the array's elements
     return f"{flag} {word}", job.source(flag) + _ALSO.get(flag, "")
 
 

@@ -77,8 +77,8 @@ def read_times(path: str | os.PathLike[str]) -> tuple[int, tuple[float, ...]]:
 
 
 def report_progress(step: int, loss: float | None = None, *, own_seconds: float | None = None) -> None:
-    """Report to the agent that ``step`` steps are done, and the ``loss``, if its value is already on the host. Takes
-    microseconds. Raises nothing if the report cannot be written.
+    """Report to the agent that ``step`` steps are done, and the ``loss``, a number or a tensor with one element. Takes
+    microseconds, but waits for the value of a tensor on a GPU. Raises nothing if the report cannot be written.
 
     ``own_seconds``: the seconds that this rank took in the step before its first collective, by which the job finds a
     slow node. ``time_steps`` and ``live`` measure these seconds themselves.
