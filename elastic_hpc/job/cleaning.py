@@ -29,7 +29,7 @@ from elastic_hpc.view.state import Observed
 _ENDS = ("verdict.json", "heartbeat", "endpoint.json", "spec.json", "script.sbatch")
 """Files whose latest modification is the end of the job, or later."""
 _MADE = b"\n# made by elastic-sbatch "
-"""Is in each batch script of the built-in templates."""
+"""Bytes in each batch script from a built-in template."""
 _REMOVED = ".removed."
 """Begins the name of a folder that is being removed."""
 _FRESH, _SILENT = 600.0, 86400.0

@@ -206,7 +206,7 @@ def notify(text: str) -> str:
 
 
 def is_web_address(text: str) -> bool:
-    """Whether the value of ``--notify`` is a web address, and no command."""
+    """Whether the value of ``--notify`` is a web address, not a command."""
     return bool(re.fullmatch(r"https?://[^\s/?#]\S*", text, re.IGNORECASE))
 
 
