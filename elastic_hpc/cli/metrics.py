@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _look(jobs: Jobs, run_dirs: Sequence[RunDir], scrape: threading.Lock) -> tuple[list[tuple[JobView, Story]], bool]:
-    """``scrape``: a lock, because scrapes may run at the same time, and ``jobs`` keeps what it has read. Leaves out a job
-    whose record cannot be read: its counters would fall to 0.
+    """``scrape``: a lock, because scrapes may run at the same time, and ``jobs`` keeps what it has read. Leaves out
+    jobs whose records cannot be read: their counters would fall to 0.
     """
     with scrape:
         looks = looks_of(jobs, run_dirs)
