@@ -86,7 +86,7 @@ def workers_per_node(wanted: str | None, env: AgentEnv, visible_gpus: Callable[[
         return gpus or env.cpus
     if not gpus:
         raise ElasticError(
-            f"--nproc-per-node gpu: {env.name} has no GPU granted; ask for some, "
+            f"--nproc-per-node gpu: {env.name} has no GPU granted; request GPUs, "
             "for example --gpus-per-node=4, or use --nproc-per-node cpu"
         )
     return gpus

@@ -75,7 +75,7 @@ class Ending:
         if self.contained:
             if alone:
                 log.warning(
-                    "the batch script is lost with its node, and Slurm's commands are not here: nobody ends the job, "
+                    "the batch script is lost with its node, and Slurm's commands are not here: nothing ends the job, "
                     "which keeps its nodes until its time limit; type: scontrol requeue %s, or scancel %s",
                     self.env.job,
                     self.env.job,

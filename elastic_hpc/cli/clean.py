@@ -105,6 +105,6 @@ def _bytes(count: float) -> str:
 
 def _agreed() -> bool:
     try:
-        return input("Remove them for good? [y/N] ").strip().lower() in {"y", "yes"}
+        return input("Remove them permanently? [y/N] ").strip().lower() in {"y", "yes"}
     except EOFError:
         return False

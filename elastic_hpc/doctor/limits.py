@@ -46,7 +46,7 @@ def running_jobs(facts: Facts, qos: str | None) -> Finding | None:
         return None
     found, least = ", ".join(sorted(limits)), min(limits.values())
     if least <= 1:
-        means = "a joiner of --grow is a job of its own: none starts while the job that asked for it runs"
+        means = "a joiner of --grow is a job of its own: none starts while the job that submitted it runs"
         advice = "you: no --grow, but --spares or a larger MAX; administrator: sacctmgr, a higher limit"
         return Finding(Level.WARN, "limits", found, means, advice)
     means = f"each joiner of --grow is a job of its own, and counts: {least - 1} at most beside the job that grows"

@@ -86,7 +86,7 @@ def _wait(job: str, requested: int, rundir: RunDir, tell: Callable[[str], None])
         shown = slurm.show_job(job)
         if shown.state in _WAITING:
             if shown.reason in _NEVER:
-                problem = f"the job would wait for ever ({shown.reason}); use fewer, or another partition"
+                problem = f"the job would never start ({shown.reason}); use fewer, or another partition"
                 raise ElasticError(f"--nodes {requested}: {problem}")
             reason = "" if shown.reason == "None" else f": {shown.reason.replace('_', ' ')}"
             tell(f"job {job} waits in the queue{reason}, {time.monotonic() - begin:.0f} s")

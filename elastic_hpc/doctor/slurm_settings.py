@@ -19,7 +19,7 @@ _TO_REQUEUE = 5
 def slurm_findings(facts: Facts, grace: timedelta, qos: str | None = None) -> list[Finding]:
     """What Slurm's settings mean for jobs with ``--grace`` in ``qos``, or that Slurm does not answer."""
     if not facts.answered:
-        means = "it does not answer: nobody can submit jobs from here, and nothing is known of this site"
+        means = "Slurm does not answer: you cannot submit jobs from here, and the settings of this site are unknown"
         advice = (
             "you: try on a login node of the cluster, with Slurm's module loaded; if sinfo fails there, ask the "
             "administrator"
@@ -192,7 +192,7 @@ def _expedited_requeue(facts: Facts) -> Finding | None:
     """A finding only if the administrator has allowed it, so that users can use it."""
     if not has(facts, "SlurmctldParameters", "enable_expedited_requeue"):
         return None
-    means = "elastic jobs come back by themselves; with it, Slurm would requeue and hold a job that has failed for good"
+    means = "elastic jobs come back by themselves; with it, Slurm would requeue and hold a job that has failed"
     advice = "you: leave out --requeue=expedite, which elastic-sbatch refuses"
     found = "SlurmctldParameters has enable_expedited_requeue"
     return Finding(Level.NOTE, "expedited requeue", found, means, advice)

@@ -202,7 +202,7 @@ class Resumption:
             if anew.options or anew.script:
                 raise UsageError(
                     f"the batch script of job {self.id} does not say how it was submitted: it was edited by hand, made "
-                    "of a batch script, or is of an earlier version; so only options of sbatch can be given anew; edit "
+                    "of a batch script, or is of an earlier version; so only options of sbatch can be changed; edit "
                     f"{self._rundir.path / 'script.sbatch'}, then type: elastic-sbatch --resume {self.id}"
                 )
             for given in anew.sbatch:

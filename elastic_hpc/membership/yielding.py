@@ -138,7 +138,7 @@ class Yielding:
 
     cap: int | None = None
     """How many nodes the job may have, because others wait; None: as many as its MAX allows."""
-    reason: str = "nobody waits for its nodes"
+    reason: str = "no job waits for its nodes"
     """Why there is a cap, or none."""
     gift: Gift | None = None
     """The last gift, until its outcome is known."""

@@ -127,7 +127,7 @@ def check(given: Given, fixed: int | None = None) -> bool:
         raise UsageError(f"{given}: a requeue would wipe the log; leave it out, the mode is append")
     if name == "requeue" and value and "expedited".startswith(value.lower()):
         raise UsageError(
-            f"{given}: Slurm would requeue and hold a job that has failed for good, and would not let the job choose "
+            f"{given}: Slurm would requeue and hold a job that has failed, and would not let the job choose "
             "its nodes and its start; leave it out, an elastic job requeues itself"
         )
     if name == "export" and (value or "").split(",")[0] != "ALL":

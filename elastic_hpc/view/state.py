@@ -151,7 +151,7 @@ def _leadership(job: Observed, story: Story) -> str:
     if job.silent is None or job.silent > _SILENT:
         if not story.runs or story.runs[-1].ended is not None:  # a leader of the previous run does not count
             return "it is starting: no agent has started on its first node yet"
-        return f"nobody leads {'yet' if job.silent is None else f'since {span(job.silent)}'}"
+        return f"no leader {'yet' if job.silent is None else f'since {span(job.silent)}'}"
     if story.current:
         return f"no further nodes: {story.not_growing}" if story.not_growing else ""
     if not story.waiting:

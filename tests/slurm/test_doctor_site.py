@@ -107,7 +107,7 @@ def test_ctrl_c_while_the_job_waits_for_a_node_cancels_it_and_leaves_nothing(fre
 
 def test_more_nodes_than_the_partition_has_are_refused_at_once(fresh: Cluster, folder: Path) -> None:
     found = doctor(fresh, folder, "--run", "--nodes", "5", code=1)
-    queued = "--nodes 5: the job would wait for ever (PartitionNodeLimit)"  # Slurm 22.05 takes the job
+    queued = "--nodes 5: the job would never start (PartitionNodeLimit)"  # Slurm 22.05 takes the job
     refused = "Slurm refused the job: Batch job submission failed: Requested node configuration is not available"
     assert any(text in found["nodes"]["found"] for text in (queued, refused))
     assert_nothing_is_left(fresh, folder)

@@ -202,7 +202,7 @@ def test_memory_that_a_job_gets_unasked_is_told_where_the_kernel_keeps_jobs_to_i
 @pytest.mark.parametrize(
     ("associations", "level", "says"),
     [
-        ("mini|research|1|normal", Level.WARN, "none starts while the job that asked for it runs"),
+        ("mini|research|1|normal", Level.WARN, "none starts while the job that submitted it runs"),
         ("mini|research|4|\nmini|other||normal", Level.NOTE, "3 at most beside the job that grows"),
         ("mini|research||\nelsewhere|research|1|low", None, ""),
     ],

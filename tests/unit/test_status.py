@@ -151,7 +151,7 @@ def test_a_job_that_was_cancelled_while_it_waited_after_a_requeue() -> None:
 
 def test_a_running_job_that_nobody_leads_is_told_so() -> None:
     now = time.time()
-    assert view(seen(silent=65.0), running(), now).note == "nobody leads since 1 min 5 s"
+    assert view(seen(silent=65.0), running(), now).note == "no leader since 1 min 5 s"
     assert view(seen(silent=None), Story(), now).note == "it is starting: no agent has started on its first node yet"
 
 

@@ -19,12 +19,16 @@ INSTEAD = {
     r"\bheed(s|ed)?\b": "handle, watch",
     r"\bnothing heard\b": "no heartbeat",
     r"\bagain and again\b": "repeatedly",
-    r"\bstarted anew\b": "restarted",
     r"\bdone again\b": "repeated",
     r"\bto be had\b": "available",
     r"\bnot over\b": "active",
     r"\bdeeds?\b": "action",
     r"\bcould not be asked\b": "did not answer",
+    r"\banew\b": "again",
+    r"\bfor ever\b": "without limit",
+    r"\bwhence\b": "from where, the source",
+    r"\b(no|some|every)body\b": "the one who does it: a user, a job, a process",
+    r"\bfor good\b": "permanently",
 }
 """Patterns, and what to write instead."""
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
