@@ -51,7 +51,7 @@ class Account:
     node_seconds: dict[Kind, float]
     """By kind, without the queue."""
     queued: float
-    """Seconds in the queue, before all runs."""
+    """Seconds in the queue, before all runs; not those from an end to the submission that resumes the job."""
     ran: float
     """Seconds of all runs."""
     lost: float
@@ -100,8 +100,9 @@ def phases(story: Story, now: float | None = None) -> list[Phase]:
         rounds[round.run].append(round)
     for number, run in enumerate(story.runs):
         begin = min(run.started or run.began, run.began)
-        queued = run.submitted if before is None else before
+        queued = run.submitted if before is None or run.number in story.resumed else before
         if queued is not None:
+            queued = max(queued, before or 0.0)
             found.append(Phase("queue", min(queued, begin), begin, run))
         following = story.runs[number + 1].began if number + 1 < len(story.runs) else until
         before = run.ended if run.ended is not None else following

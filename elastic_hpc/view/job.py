@@ -65,6 +65,8 @@ class JobView:
     round: int
     runs: int
     """How often the job has started."""
+    resumed: int
+    """How often it continued after an end, as another Slurm job, by ``--resume``."""
     restarts: int
     """Restarts charged so far, of ``max_restarts``."""
     max_restarts: int | None
@@ -74,7 +76,9 @@ class JobView:
     step: int | None
     """Last step that was reported."""
     steps_per_second: float | None
-    """Speed of the last steps; null while the job does not train."""
+    """Speed of the last steps; null while the job does not train, or stands still."""
+    no_step_for: float | None
+    """Time since the last step of a job that trains, if a step is overdue; else null."""
     speeds: Mapping[int, float]
     """Steps per second by the number of nodes, over all rounds of that size."""
     efficiency: Mapping[int, float]
@@ -131,6 +135,7 @@ def view(job: Observed, story: Story, now: float) -> JobView:
     limit = (job.queued.ends if job.queued else None) or (story.runs[-1].ends if story.runs else None)
     limits = story.limits
     known = speeds(story)
+    no_step_for = story.no_step_for(now) if has_nodes else None
     starts = job.queued.starts if job.queued and state in WAITS else None
     return JobView(
         id=job.id,
@@ -155,12 +160,14 @@ def view(job: Observed, story: Story, now: float) -> JobView:
         leader=world.leader if world else "",
         round=last.number if last else 0,
         runs=len(story.runs),
+        resumed=len(story.resumed),
         restarts=story.restarts,
         max_restarts=limits.get("max_restarts"),
         requeues=story.requeues,
         max_requeues=limits.get("max_requeues"),
         step=next((round.last for round in reversed(story.rounds) if round.last is not None), None),
-        steps_per_second=story.steps_per_second if has_nodes and story.current else None,
+        steps_per_second=story.steps_per_second if has_nodes and story.current and no_step_for is None else None,
+        no_step_for=no_step_for,
         speeds=known,
         efficiency=efficiency(known),
         loss=next((round.loss for round in reversed(story.rounds) if round.loss is not None), None),

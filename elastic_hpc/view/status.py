@@ -11,7 +11,7 @@ from rich.text import Text
 
 from elastic_hpc.slurm.states import WAITS
 from elastic_hpc.view.job import JobView
-from elastic_hpc.view.times import span
+from elastic_hpc.view.times import count, span
 
 STYLES: Mapping[str, str] = {
     "RUNNING": "green",
@@ -84,7 +84,7 @@ def _speeds(view: JobView) -> str:
         return ""
     least = min(view.speeds)
     return ", ".join(
-        f"{nodes} node{'s' * (nodes > 1)} {speed:.2f} steps/s"
+        f"{count(nodes, 'node')} {speed:.2f} steps/s"
         + (f" (efficiency {view.efficiency[nodes]:.0%})" if nodes > least else "")
         for nodes, speed in view.speeds.items()
     )
@@ -137,8 +137,14 @@ def _facts(view: JobView) -> dict[str, str]:
         f"leader {view.leader}" * bool(view.leader),
     )
     row("restarts", _of(view.restarts, view.max_restarts), f"last: {view.last_restart}" if view.last_restart else "")
-    row("requeues", _of(view.requeues, view.max_requeues) + " after failures", f"{max(0, view.runs - 1)} in all")
+    row(
+        "requeues",
+        _of(view.requeues, view.max_requeues) + " after failures",
+        f"{max(0, view.runs - 1 - view.resumed)} in all",
+        f"resumed {count(view.resumed, 'time')}" if view.resumed else "",
+    )
     speed = "" if view.steps_per_second is None else f"{view.steps_per_second:.2f} steps/s"
+    speed = speed if view.no_step_for is None else f"no step for {span(view.no_step_for)}"
     row(
         "step",
         "not reported" if view.step is None else str(view.step),
@@ -153,7 +159,7 @@ def _facts(view: JobView) -> dict[str, str]:
         f"queued {span(view.queued)}" if view.queued else "",
         left,
     )
-    repeated = f"{view.repeated_steps} steps repeated" if view.repeated_steps else ""
+    repeated = f"{count(view.repeated_steps, 'step')} repeated" if view.repeated_steps else ""
     row(
         "lost",
         span(view.lost) if view.lost else "no time",
@@ -162,7 +168,7 @@ def _facts(view: JobView) -> dict[str, str]:
     )
     if view.hang_timeout is not None and not view.over:
         row("hung after", f"{span(view.hang_timeout)} without a sign of life: {view.hang_timeout_reason}")
-    row("record", view.run_dir, f"{view.damaged} entries could not be understood" if view.damaged else "")
+    row("record", view.run_dir, f"entries that could not be understood: {view.damaged}" if view.damaged else "")
     return facts
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 _SPEED_WINDOW = 30.0
 """Seconds over which the speed is measured."""
+_LATE = 20.0
+"""Seconds after which a step may be on the record at the latest: the leader adds the last one each ten seconds."""
+_LATE_STEPS = 5
+"""And so many times as long as a step."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,12 @@ class Story:
         """Whether the script reports its steps."""
         return any(round.first is not None for round in self.rounds)
 
+    @cached_property
+    def resumed(self) -> frozenset[int]:
+        """The numbers of the runs that began after an end of the job, as another Slurm job: by ``--resume``."""
+        pairs = pairwise(self.runs)
+        return frozenset(run.number for old, run in pairs if run.job != old.job and old.outcome != "requeue")
+
     def kept(self, round: Round) -> int:
         """How many steps of ``round`` no later round repeated."""
         if round.first is None or round.last is None:
@@ -212,3 +223,12 @@ class Story:
         last = samples[-1]
         first = next((s for s in reversed(samples) if last.time - s.time >= _SPEED_WINDOW), samples[0])
         return (last.step - first.step) / (last.time - first.time) if last.time > first.time else None
+
+    def no_step_for(self, now: float) -> float | None:
+        """Seconds since the last step of the round that runs, if a step is overdue; else None. ``now``: seconds since
+        the epoch.
+        """
+        if not self.current or not (speed := self.steps_per_second):
+            return None
+        since = now - self.current.last_at
+        return since if since > _LATE + _LATE_STEPS / speed else None

@@ -65,8 +65,10 @@ def _numbers(view: JobView) -> list[tuple[str, str]]:
         (span(view.queued), "in the queue"),
         (span(view.lost), "lost after the first step"),
         (str(view.restarts), f"restarts of {view.max_restarts}"),
-        (str(max(0, view.runs - 1)), "requeues"),
+        (str(max(0, view.runs - 1 - view.resumed)), "requeues"),
     ]
+    if view.resumed:
+        numbers.append((str(view.resumed), "times resumed"))
     if view.growth:
         won = Brought(**view.growth)
         numbers += [
@@ -75,7 +77,7 @@ def _numbers(view: JobView) -> list[tuple[str, str]]:
             (span(won.standstill), "standstill for growth"),
         ]
         if won.taken:
-            lost = f"taken: {span(won.taken_standstill)}, {won.taken_repeated} steps repeated"
+            lost = f"taken: {span(won.taken_standstill)}, {count(won.taken_repeated, 'step')} repeated"
             numbers.append((str(won.taken), f"joiners {lost}"))
     if view.step is not None:
         numbers += [(str(view.step), "steps done"), (str(view.repeated_steps), "steps repeated")]

@@ -85,6 +85,11 @@ def test_a_running_job_is_told_with_its_world_its_budgets_and_its_progress() -> 
         "goodput",
     ):
         assert part in text
+    later = view(seen(queued=Queued("RUNNING", now + 600, "None")), story, now + 300)
+    assert "no step for 5 min" in shown(card(later))
+    assert "steps/s" not in shown(table([later, later]))
+    resumed = replace(one, runs=4, resumed=2)
+    assert "1 in all, resumed 2 times" in shown(card(resumed))
 
 
 def test_a_job_that_has_run_at_several_sizes_shows_its_speed_at_each_and_how_well_it_scales() -> None:

@@ -156,6 +156,37 @@ def test_the_time_of_a_job_that_runs_goes_on() -> None:
     assert counted[1].node_seconds["kept"] > counted[0].node_seconds["kept"] + 100
 
 
+@pytest.mark.parametrize(
+    ("outcome", "job", "queued"), [("failed", "9", 15.0), ("requeue", "9", 615.0), ("", "7", 615.0)]
+)
+def test_the_time_from_an_end_to_the_submission_that_resumes_the_job_is_no_time_in_the_queue(
+    outcome: str, job: str, queued: float
+) -> None:
+    """Where a site requeues no jobs, the leader submits the job again, as another Slurm job: that is a requeue."""
+    begin = {"event": "start", "granted": 2}
+    allocation: dict[str, Any] = {"event": "allocation", "ends": None}
+    verdict = {"event": "verdict", "outcome": outcome, "cause": "", "reason": "", "restarts": 0, "requeues": 0}
+    story = story_of(
+        [
+            {"time": 1000.0, **begin, "run": 0, "job": "7"},
+            {"time": 1000.0, **allocation, "run": 0, "submitted": 995.0, "started": 1000.0},
+            {"time": 1100.0, **verdict},
+            {"time": 1710.0, **begin, "run": 1, "job": job},
+            {"time": 1710.0, **allocation, "run": 1, "submitted": 1700.0, "started": 1710.0},
+        ]
+    )
+    assert account(story).queued == queued
+    assert story.resumed == ({1} if outcome == "failed" else set())
+
+
+def test_a_job_whose_next_step_is_overdue_has_no_speed() -> None:
+    story = story_of([event for event in records.events("grown") if event["event"] != "verdict"])
+    assert story.current
+    assert story.no_step_for(story.current.last_at + 19) is None
+    assert story.no_step_for(story.current.last_at + 45) == pytest.approx(45)
+    assert records.story("grown").no_step_for(1e12) is None, "it has ended"
+
+
 def test_the_speed_is_that_of_the_round_that_trains() -> None:
     assert records.story("faults").steps_per_second == pytest.approx(17, abs=5)
     assert records.story("broken").steps_per_second is None
