@@ -18,10 +18,10 @@ from elastic_hpc.view.times import clock
 
 HELP = "remove the run directories of jobs that ended long ago, and code copies of jobs that never started; asks first"
 EPILOG = """examples:
-  elastic-hpc clean --dry-run            what would be removed: of jobs that ended more than 30 days ago
+  elastic-hpc clean --dry-run     what would be removed
   elastic-hpc clean --older-than 90d
-  elastic-hpc clean 4711 4712            these jobs, whenever they ended
-  elastic-hpc clean --yes                without asking, for example from cron
+  elastic-hpc clean 4711 4712     these jobs, whenever they ended
+  elastic-hpc clean --yes         without asking, for example from cron
 
 It keeps active jobs, jobs of other users, links, and run directories in which the script has saved checkpoints or other
 files of its own. A job that was removed has no status, logs or why any more, and cannot be resumed."""

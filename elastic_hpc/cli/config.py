@@ -23,7 +23,7 @@ HELP = "show the settings that a submission from here would use, and the source 
 EPILOG = """examples:
   elastic-hpc config
   elastic-hpc config --all | grep grace
-  elastic-hpc config --file job.toml         as elastic-sbatch --file job.toml would see it
+  elastic-hpc config --file job.toml     as for elastic-sbatch --file job.toml
 
 Later sources override earlier ones: the site's file, yours, the project's, sbatch's variables such as SBATCH_PARTITION,
 a --file. This command does not know the command line of elastic-sbatch, which overrides all of these, nor the #SBATCH

@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from elastic_hpc.cli import screen
 from elastic_hpc.doctor.examine import examine
 from elastic_hpc.doctor.findings import Finding, Level, as_json, site_file
 from elastic_hpc.errors import UsageError, argument
@@ -24,9 +24,8 @@ examples:
   elastic-hpc doctor --run --partition gpu -- --gpus-per-node=4 --account=mine
   elastic-hpc doctor --run --write-site site.toml
 
-Options of sbatch after -- apply to the job of --run.
-Exit codes: 0 no bad finding; 1 a bad finding; 2 bad input.
-"""
+Options of sbatch after -- apply to the job of --run."""
+EXCEPTIONS = "Code 1 also means a bad finding."
 _OURS = frozenset(
     {
         *("nodes", "time", "job-name", "output", "error", "array"),
@@ -121,7 +120,7 @@ def _show(findings: Sequence[Finding]) -> None:
         if finding.set:
             text.append(f"\n{finding.set}", style="bold")
         table.add_row(Text(finding.level.value, style=_COLORS[finding.level]), Text(finding.about), text)
-    Console().print(table)
+    screen.show(screen.console(), table)
 
 
 def _write(path: str, text: str) -> None:

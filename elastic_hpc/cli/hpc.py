@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from elastic_hpc import __version__, slurm
 from elastic_hpc.cli import entry
 from elastic_hpc.cli.jobs import add_job, single
-from elastic_hpc.cli.manual import PLAIN, Layout
+from elastic_hpc.cli.manual import EXIT_CODES, PLAIN, Layout
 from elastic_hpc.errors import ArgumentError, UsageError, did_you_mean
 from elastic_hpc.job.handle import Job
 from elastic_hpc.job.lookup import expand
@@ -27,12 +27,16 @@ MODULES: tuple[str, ...] = (
     *("status", "logs", "why", "timeline", "serve", "metrics"),
     *("shell", "stop", "clean", "notice", "plan", "config", "doctor", "rehearse"),
 )
-"""Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, add_arguments(parser) and
-run(args), which returns the exit code."""
+"""Commands with a module of their own: ``elastic_hpc.cli.NAME`` has HELP, EPILOG, perhaps EXCEPTIONS to the
+usual exit codes, add_arguments(parser) and run(args), which returns the exit code."""
 _ALIASES = {"cancel": "stop", "list": "status"}
 _OTHERS = {"attach": "to follow a job's output: elastic-hpc logs JOB -f; for a shell there: elastic-hpc shell JOB"}
 """What to type instead of commands that other tools have."""
 _HERE = ("drain", "resize", "release")
+_DRAIN = """\
+example:
+  elastic-hpc drain 4711
+"""
 _RESIZE = """\
 examples:
   elastic-hpc resize 4711 2:6      MIN 2, MAX 6
@@ -108,7 +112,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
         prog="elastic-hpc",
         description="Monitor and control elastic jobs. JOB is a job ID, or a run directory, for "
         "example elastic-logs/4711. For details: elastic-hpc COMMAND --help.",
-        epilog="Exit codes: 0 success; 1 failure; 2 the request was refused; 130 Ctrl-C. Some commands have others.",
+        epilog=f"{EXIT_CODES} Some commands have others; see their help.",
     )
     only = _ALIASES.get(only, only)
     commands = parser.add_subparsers(prog="elastic-hpc", dest="command", required=True, metavar="COMMAND")
@@ -119,7 +123,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
             aliases=[alias for alias, command in _ALIASES.items() if command == name],
             help=module.HELP,
             description=module.HELP[0].upper() + module.HELP[1:] + ".",
-            epilog=module.EPILOG,
+            epilog=f"{module.EPILOG.strip()}\n\n{EXIT_CODES} {getattr(module, 'EXCEPTIONS', '')}".strip(),
         )
         module.add_arguments(added)
         added.set_defaults(run=module.run)
@@ -129,7 +133,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            epilog=epilog,
+            epilog=f"{epilog}\n{EXIT_CODES}",
         )
         add_job(added)
         added.set_defaults(run=_run)
@@ -150,7 +154,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
         inside.add_argument("words", nargs=argparse.REMAINDER, help="the command; empty for a shell")
         command("warned", "report Slurm's warning to this run's leader; the batch script calls")
         return parser
-    command("drain", "let a running job save, stop and requeue itself, as before its time limit")
+    command("drain", "let a running job save, stop and requeue itself, as before its time limit", _DRAIN)
     resize = command("resize", "change MIN and MAX of a job", _RESIZE)
     resize.add_argument("nodes", metavar="NODES", help="N, MIN:MAX or exact numbers, as for --nodes: 2:6, or 4,6,8")
     release = command("release", "return nodes of a running job to Slurm, at a step boundary", _RELEASE)

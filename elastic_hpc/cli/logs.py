@@ -26,16 +26,17 @@ from elastic_hpc.view.times import clock
 
 HELP = "show the workers' output, sorted by time over all ranks and rounds"
 EPILOG = """examples:
-  elastic-hpc logs 4711                   output of rank 0, and stderr of all ranks
-  elastic-hpc logs 4711 -f                follow the output, over restarts and requeues, until the job ends
-  elastic-hpc logs 4711 --rank 0-3,8      all output of these ranks
+  elastic-hpc logs 4711                 output of rank 0, stderr of all ranks
+  elastic-hpc logs 4711 -f              follow the output until the job ends
+  elastic-hpc logs 4711 --rank 0-3,8    all output of these ranks
   elastic-hpc logs 4711 --round 2 --node 'n[3-4]' --stderr
   elastic-hpc logs 4711 -t -n 100 --rank all
-  elastic-hpc logs 4711 --since 10m       the output of the last ten minutes; or --since 21:44, 2026-11-28T21:44
+  elastic-hpc logs 4711 --since 10m     the output of the last ten minutes
   elastic-hpc logs 4711 -f --rank all --grep '(?i)warn|error'
 
 Lines of different ranks are sorted by the time at which an agent read them, up to a tenth of a second after the worker
-wrote them. With -f, lines appear about a second later."""
+wrote them. With -f, lines appear about a second later; restarts and requeues do not end it."""
+EXCEPTIONS = "Code 1 also means that no line matches the options."
 
 _LOOK_INTERVAL, _STATE_INTERVAL = 0.3, 5.0
 _PER_FILE = 0.001
@@ -125,7 +126,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _explain_nothing_shown(args: argparse.Namespace, rundir: RunDir) -> None:
-    """Raise UsageError if the options leave nothing to show, ElasticError if no line matches or there are no logs."""
+    """Raise ElasticError if no line matches the options or there are no logs."""
     options = {"--rank": args.rank, "--node": ",".join(args.node or ()), "--round": args.round}
     given = [f"{name} {value}" for name, value in options.items() if value]
     given += [f"--{name}" for name in ("stdout", "stderr") if getattr(args, name)]
@@ -135,7 +136,7 @@ def _explain_nothing_shown(args: argparse.Namespace, rundir: RunDir) -> None:
         grep = f"--grep {args.grep.pattern!r}" if args.grep else ""
         raise ElasticError(f"{' '.join(filter(None, [since, grep, *given]))}: no such line; the logs have {existing}")
     if given and existing:
-        raise UsageError(f"{' '.join(given)}: nothing was written there; the logs have {existing}")
+        raise ElasticError(f"{' '.join(given)}: nothing was written there; the logs have {existing}")
     if existing:
         entry.tell("elastic-hpc", f"rank 0 wrote nothing, and no rank wrote to stderr; the logs have {existing}")
         return
@@ -151,8 +152,8 @@ def _wanted(args: argparse.Namespace, rundir: RunDir) -> Wanted:
     if args.round == "last":
         rounds = [rundir.last_round().get("round", 0)]
     elif args.round is not None:
-        rounds = _numbers("--round", args.round)
-    ranks = None if args.rank in {None, "all"} else _numbers("--rank", args.rank)
+        rounds = _numbers("--round", args.round, "2-4, or last")
+    ranks = None if args.rank in {None, "all"} else _numbers("--rank", args.rank, "0-3,8, or all")
     for nodes in args.node or ():
         try:
             name_matcher(nodes)
@@ -166,11 +167,11 @@ def _wanted(args: argparse.Namespace, rundir: RunDir) -> Wanted:
     return Wanted(ranks, args.node, rounds, streams, args.since, args.grep)
 
 
-def _numbers(option: str, text: str) -> NumberRanges:
+def _numbers(option: str, text: str, example: str) -> NumberRanges:
     try:
         return NumberRanges.of(text)
     except ValueError as error:
-        raise UsageError(f"{option} {text!r}: expected numbers, for example {option} 0-3,8; {error}") from None
+        raise UsageError(f"{option} {text!r}: expected numbers, for example {option} {example}; {error}") from None
 
 
 class _Printer:

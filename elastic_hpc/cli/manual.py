@@ -14,6 +14,9 @@ from elastic_hpc.options.table import ElasticOption
 PLAIN: dict[str, Any] = {"color": False} if sys.version_info >= (3, 14) else {}
 """Settings of a parser: no colors, because an error of one line contains the usage."""
 
+EXIT_CODES = "Exit codes: 0 success; 1 failure; 2 the request was refused; 130 Ctrl-C."
+"""Of all commands. Some add their exceptions."""
+
 _WIDEST = 120
 _WIDTH = 116
 """If a line of a help text has room for the next word within this width, it ends there on purpose."""
@@ -35,6 +38,11 @@ class Layout(argparse.HelpFormatter):
     def _format_usage(self, usage: Any, actions: Iterable[argparse.Action], *others: Any) -> str:
         arguments = [self._format_args(action, action.dest) for action in actions if not action.option_strings]
         return super()._format_usage(usage or " ".join(["%(prog)s", "[options]", *arguments]), [], *others)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == argparse.REMAINDER:
+            return f"[{action.metavar}...]"
+        return super()._format_args(action, default_metavar)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:

@@ -23,11 +23,12 @@ from elastic_hpc.view.story import Story
 
 HELP = "export Prometheus metrics of your jobs: goodput, faults, restarts, lost time"
 EPILOG = """examples:
-  elastic-hpc metrics                                    print the metrics
-  elastic-hpc metrics --output DIR/elastic_hpc.prom      once, for node_exporter's textfile collector
+  elastic-hpc metrics                      print the metrics
+  elastic-hpc metrics --port 9650          serve them on this machine
   elastic-hpc metrics --output DIR/elastic_hpc.prom --every 30
-  elastic-hpc metrics --port 9650                        serve the metrics to this machine, until Ctrl-C
+      for the textfile collector of node_exporter
 
+--port and --every run until Ctrl-C.
 Goodput of all jobs:  sum(elastic_hpc_node_seconds_total{kind="kept"}) / sum(elastic_hpc_node_seconds_total)"""
 
 

@@ -17,9 +17,9 @@ EPILOG = """examples:
   elastic-hpc notice 4711 --node n2 "ECC errors rising"
   elastic-hpc notice 4711 --well n2                     the job may use n2 again
   elastic-hpc notice --node "$(hostname -s)" "ECC errors rising"
-                                                        on n2 itself, for all your jobs there; as root, for the jobs
-                                                        of all users: from a prolog, an epilog or a health check
+      on n2 itself, for all your jobs there
 
+As root, without JOB, it is for the jobs of all users, for example from a prolog, an epilog or a health check.
 The job continues without the node from the next step, if MIN nodes are left, and avoids the node for a day."""
 
 

@@ -29,17 +29,19 @@ from elastic_hpc.view.scaling import LINEAR, Scaling, speeds
 HELP = "estimate when a job would start and finish for different sizes, and recommend MIN:MAX"
 EPILOG = """examples:
   elastic-hpc plan -N 2:8 -p gpu -t 8:00:00 train.py
-  elastic-hpc plan --work 30h -N 2:64 train.py              the training takes 30 hours on 2 nodes
-  elastic-hpc plan --scaling 4711 -N 2:8 train.py           as fast, and as long, as job 4711
+  elastic-hpc plan --work 30h -N 2:64 train.py       30 hours on 2 nodes
+  elastic-hpc plan --scaling 4711 -N 2:8 train.py    as fast and long as 4711
   elastic-hpc plan --scaling speeds.txt --work 30h -N 2:8 train.py
 
 elastic-hpc plan accepts the options of elastic-sbatch, and submits nothing. FILE has lines of NODES STEPS_PER_SECOND.
-Exit codes: 0 success; 1 Slurm did not answer; 2 the request was refused."""
+TIME is a number of seconds, or 30h, 1h30m, 2d."""
 
+_USAGE = "elastic-hpc plan [options] SCRIPT [ARGS...]"
 _OWN = (Option("scaling"), Option("work"), Option("json", value=""))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = _USAGE
     parser.add_argument(
         "--scaling",
         metavar="linear|FILE|JOB",
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, described in docs/plan.md")
     parser.add_argument(
-        "sbatch", nargs="*", metavar="OPTION-OR-SCRIPT", help="options and script, as for elastic-sbatch"
+        "sbatch", nargs="*", metavar="SCRIPT", help="script and arguments, after options of elastic-sbatch"
     )
 
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     for option in given:
         if option.name in sbatch.SUBMITS:
             raise UsageError(f"{option.flag}: elastic-hpc plan submits nothing; leave it out")
-    job = sbatch.job_of(given, rest, "elastic-hpc plan [options] SCRIPT [ARGS...]")
+    job = sbatch.job_of(given, rest, _USAGE)
     sizes = _sizes(job)
     scaling, steps = _scaling(args.scaling)
     work = steps if args.work is None else args.work * scaling.speed(sizes[0])

@@ -24,18 +24,22 @@ from elastic_hpc.rehearse.run import Rehearsal, RehearsalOptions
 HELP = "test on this machine whether your script resumes correctly after lost workers and nodes"
 
 EPILOG = """acts:
-  worker   kill a worker                          head     kill the agent that leads; another agent takes over
-  node     kill an agent that does not lead       drain    the script saves and stops; start it again
-  shrink   drain, then start on one node fewer    grow     drain, then start on more nodes
+  worker   kill a worker
+  head     kill the agent that leads; another agent takes over
+  node     kill an agent that does not lead
+  drain    the script saves and stops; start it again
+  shrink   drain, then start on one node fewer
+  grow     drain, then start on more nodes
 
 examples:
   elastic-hpc rehearse train.py --lr 1e-3
-  elastic-hpc rehearse --acts worker,drain --steps 200 train.py --checkpoint-dir {folder}/checkpoints
+  elastic-hpc rehearse --acts worker,drain train.py --save {folder}/checkpoints
   elastic-hpc rehearse --nodes 2 --nproc-per-node 2 --json train.py
 
 The script runs in the current folder and writes its checkpoints where it always does: in the run directory that
 ELASTIC_HPC_RUN_DIR names, or where its arguments say. In the arguments, {folder} stands for the rehearsal's own folder.
-Exit codes: 0 the script always resumed correctly; 1 it did not; 2 command refused; 3 no judgement possible."""
+"""
+EXCEPTIONS = "Code 1 also means that the script did not resume correctly, code 3 that no judgement is possible."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=argument(seconds("--timeout")),
         default=120,
         metavar="TIME",
-        help="maximum time to wait for the next step; in seconds, or as 5m (default: 120)",
+        help="maximum time to wait for the next step; in seconds, or as 5m (default: 120 s)",
     )
     parser.add_argument(
         "--keep",

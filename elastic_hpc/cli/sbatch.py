@@ -73,12 +73,13 @@ _DESCRIPTION = """\
 Submit a PyTorch training script to Slurm as an elastic job. The job starts when MIN nodes are free, uses up to MAX,
 continues when nodes are lost, and requeues itself at the time limit, on a preemption, and below MIN nodes.
 
+examples:
   elastic-sbatch --nodes 4:8 train.py --lr 1e-3
   elastic-sbatch -N 2:4 -p gpu -t 8:00:00 --gpus-per-node=8 train.py
-  elastic-sbatch -N 2:4 --setup 'module load cuda' --env NCCL_DEBUG=INFO -m my_package.train --lr 1e-3
-  elastic-sbatch --dry-run -N 2:4 train.py        # read the batch script first
-  elastic-sbatch --file job.toml                  # options, script and its arguments from a file
-  elastic-sbatch --from-batch job.sh -N 2:4       # from a batch script with a torchrun line
+  elastic-sbatch -N 2:4 --setup 'module load cuda' -m my_package.train --lr 1e-3
+  elastic-sbatch --dry-run -N 2:4 train.py     read the batch script first
+  elastic-sbatch --file job.toml               options and script from a file
+  elastic-sbatch --from-batch job.sh -N 2:4    from one with a torchrun line
 
 Everything after SCRIPT belongs to the script. elastic-sbatch passes all other options of sbatch through, in any form:
 -p gpu, --partition gpu, --partition=gpu. It refuses options that would break an elastic job, and says why.
@@ -108,15 +109,14 @@ args, and overrides all but the command line:
 
 elastic-hpc config shows the settings in effect, and the source of each value.
 
-Exit codes: 0 submitted; 1 Slurm did not answer; 2 the request was refused and nothing was submitted.
 """
 
 
 def manual() -> argparse.ArgumentParser:
     """A parser that has the help."""
-    from elastic_hpc.cli.manual import manual  # a submission does not need this
+    from elastic_hpc.cli.manual import EXIT_CODES, manual  # a submission does not need this
 
-    return manual(_USAGE, _DESCRIPTION, _GROUPS, _NOTES)
+    return manual(_USAGE, _DESCRIPTION, _GROUPS, f"{_NOTES}{EXIT_CODES} With --wait, the exit code is that of the job.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from elastic_hpc.view.live import ACTIONS, job_page, jobs_page
 
 HELP = "show your jobs in a browser, as they run: timeline, output, why, drain and stop"
 EPILOG = """examples:
-  elastic-hpc serve                 all active jobs, and jobs that ended within the last day
+  elastic-hpc serve                 active jobs, and those of the last day
   elastic-hpc serve 4711 4712
 
 The command prints an address with a secret in it. The address works on this machine, until Ctrl-C. Whoever knows it

@@ -15,12 +15,13 @@ HELP = "open a shell on a node of a running job, beside the workers and in their
 EPILOG = """examples:
   elastic-hpc shell 4711                           on the leader's node
   elastic-hpc shell 4711 n3                        on n3
-  elastic-hpc shell 4711 n3 -- nvidia-smi          one command; its exit code is that of elastic-hpc
+  elastic-hpc shell 4711 n3 -- nvidia-smi          one command
   elastic-hpc shell 4711 n3 -- py-spy dump --pid 4242
 
 The shell is a job step of its own (srun --overlap), with the job's GPUs, CPUs and memory, in the folder and with the
 variables of the job's agent there. It ends with the job; the job does not notice the end of the shell. With
 --container-image the shell is outside of the container. To follow the output only: elastic-hpc logs JOB -f."""
+EXCEPTIONS = "With COMMAND, the exit code is that of COMMAND."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from elastic_hpc import __version__, slurm
 from elastic_hpc.agent.conclude import await_verdict
 from elastic_hpc.cli import entry, sbatch
 from elastic_hpc.cli.agents import Agents
-from elastic_hpc.cli.manual import manual
+from elastic_hpc.cli.manual import EXIT_CODES, manual
 from elastic_hpc.environment import LOCAL_NODE, LOCAL_NODES, for_a_new_job
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.commands import agent_command, agent_options, srun_options
@@ -45,10 +45,15 @@ _USAGE = "elastic-srun [options] SCRIPT [ARGS...]"
 _DESCRIPTION = """\
 Run SCRIPT on the nodes of the current Slurm allocation. The run survives the loss of nodes.
 
-  salloc --nodes 4 --no-kill elastic-srun train.py --lr 1e-3    # in an allocation, on all its nodes; MIN is 1
-  elastic-srun --nodes 2:4 train.py                             # on 2 to 4 of the allocation's nodes
-  elastic-srun --standalone --nproc-per-node 2 train.py         # this machine, no Slurm, as torchrun --standalone
-  elastic-srun --local 4 train.py                               # rehearse with 4 agents on this machine, no Slurm
+examples:
+  salloc --nodes 4 --no-kill elastic-srun train.py --lr 1e-3
+      in an allocation, on all its nodes; MIN is 1
+  elastic-srun --nodes 2:4 train.py
+      on 2 to 4 of the allocation's nodes
+  elastic-srun --standalone --nproc-per-node 2 train.py
+      on this machine, without Slurm, as torchrun --standalone
+  elastic-srun --local 4 train.py
+      rehearse with 4 agents on this machine, without Slurm
 
 Everything after SCRIPT belongs to the script. Without --no-kill Slurm ends the allocation when a node is lost.
 elastic-srun accepts torchrun's options too, with dashes or underscores: --nnodes means --nodes, --master_addr and
@@ -57,10 +62,10 @@ refuses any other torchrun option and names the replacement.
 
 TIME is a number of seconds, or 90s, 5m, 1h30m, 2d, or Slurm's [D-]HH:MM:SS or MM:SS.
 """
-_NOTES = """
+_NOTES = f"""
 Ctrl-C once lets the workers save and stop (--grace), twice stops them at once, a third time kills the agents.
 
-Exit codes: 0 the workers finished; 1 the job failed; 2 the command was refused and nothing ran; 130 Ctrl-C.
+{EXIT_CODES}
 """
 _WHERE = (
     ElasticOption("local", "N", str, help="run N agents as processes on this machine, without Slurm"),
@@ -80,6 +85,8 @@ _SUBMITTED = {
 """Options of a submission, which salloc does not have."""
 _TASKS = {"ntasks", "ntasks-per-node", "tasks-per-node", "ntasks-per-gpu", "ntasks-per-tres"}
 _ONE_OF = ("local", "standalone", "nodelist")
+_WITHOUT_EFFECT = {"local": {"wait-for-nodes"}, "standalone": {"wait-for-nodes", "grow-every", "free-growth"}}
+"""Options for nodes that return, where no node does. With --local, a node that a notice named may return."""
 _AGAIN = ElasticOption("again", "", bool, "")  # for a rehearsal: see _given_run_dir
 _OPTIONS = {option.name: option for option in (*_WHERE, _AGAIN, *IN_ALLOCATION, *SCRIPT_SWITCHES, *ABOUT_SWITCHES)}
 _OWN = tuple(option.scanned() for option in _OPTIONS.values() if option is not _AGAIN)
@@ -116,6 +123,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace | str:
         unneeded(option)
     for option in ours:
         if option.name in _OPTIONS:
+            if any(option.name in _WITHOUT_EFFECT[name] for name in names if name in _WITHOUT_EFFECT):
+                raise UsageError(f"{option} with {where[0]}: no node returns to such a run; leave it out")
             continue
         if option.name in _SUBMITTED or is_for_joiners(option.name):
             raise UsageError(

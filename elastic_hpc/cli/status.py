@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from elastic_hpc.cli import entry
+from elastic_hpc.cli import entry, screen
 from elastic_hpc.cli.jobs import add_job
 from elastic_hpc.errors import UsageError
 from elastic_hpc.job.look import Jobs, Look, may_be_recent
@@ -22,16 +22,15 @@ from elastic_hpc.view.job import as_json
 
 HELP = "show the state of your jobs: nodes, round, restarts, progress, lost time"
 EPILOG = """examples:
-  elastic-hpc status                    all active jobs, and jobs that ended within the last day
-  elastic-hpc status 4711               one job, in detail
-  elastic-hpc status 4711 --watch       update until the job ends, or Ctrl-C
-  elastic-hpc status --json | jq '.jobs[] | select(.state == "RUNNING") | .goodput'
+  elastic-hpc status                  active jobs, and those of the last day
+  elastic-hpc status 4711             one job, in detail
+  elastic-hpc status 4711 --watch     update until the job ends, or Ctrl-C
+  elastic-hpc status --json | jq '.jobs[] | {id, state, goodput}'
 
 State UNKNOWN: Slurm does not answer or does not know the job, and the job's record has no end."""
+EXCEPTIONS = "Code 1 also means that Slurm does not answer."
 
 _LOOK_INTERVAL, _SLURM_INTERVAL = 1.0, 10.0  # seconds between two looks, and two queries of Slurm, of --watch
-_NO_SCREEN = 10_000
-"""Columns to print into a file or a pipe."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,18 +52,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_json([look.view for look in looks], time.time(), jobs.problem), indent=1))
     else:
-        console = _console()
-        console.print(_screen(looks, jobs.problem, console))
+        console = screen.console()
+        screen.show(console, _screen(looks, jobs.problem, console))
     return _code(jobs, looks)
 
 
 def _code(jobs: Jobs, looks: Sequence[Look]) -> int:
     return int(bool(jobs.problem) or any(look.view.run_dir in jobs.unreadable for look in looks))
-
-
-def _console() -> Console:
-    """A console that wraps and leaves out nothing if the output is not a screen."""
-    return Console(highlight=False, width=None if Console().is_terminal else _NO_SCREEN)
 
 
 def _wanted(looks: Sequence[Look], args: argparse.Namespace) -> list[Look]:
@@ -82,18 +76,17 @@ def _screen(looks: Sequence[Look], problem: str, console: Console) -> Renderable
 
 
 def _watch(jobs: Jobs, args: argparse.Namespace) -> int:
-    console = _console()
-    looks: list[Look] = []
+    console = screen.console()
+    looks: list[Look] | None = None
     with contextlib.suppress(KeyboardInterrupt):
         looks = _wanted(jobs.look(), args)
-        with Live(
-            _screen(looks, jobs.problem, console), console=console, screen=console.is_terminal, auto_refresh=False
-        ) as live:
+        first = _screen(looks, jobs.problem, console)
+        with Live(first, console=console, screen=console.is_terminal, transient=True, auto_refresh=False) as live:
             while not all(look.view.over for look in looks):
                 entry.end_without_reader()
                 time.sleep(_LOOK_INTERVAL)
                 looks = _wanted(jobs.look(_SLURM_INTERVAL), args)
                 live.update(_screen(looks, jobs.problem, console), refresh=True)
-    if console.is_terminal and looks:
-        console.print(_screen(looks, jobs.problem, console))
-    return _code(jobs, looks)
+    if looks is not None:
+        screen.show(console, _screen(looks, jobs.problem, console))
+    return _code(jobs, looks or [])

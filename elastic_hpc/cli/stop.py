@@ -12,7 +12,7 @@ from elastic_hpc.job.lookup import find
 HELP = "end running or pending jobs; they are not requeued"
 EPILOG = """examples:
   elastic-hpc stop 4711
-  elastic-hpc cancel 4711 4712 elastic-logs/4713     the same command by the name that users of scancel expect
+  elastic-hpc cancel 4711 4712 elastic-logs/4713     cancel is the same command
   elastic-hpc stop 4711 --after-checkpoint           the workers save first
 
 An array ends with all its tasks; 4711_3 is one task. A job that has already ended is no failure. If a job cannot be

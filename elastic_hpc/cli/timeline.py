@@ -14,9 +14,11 @@ from elastic_hpc.view.timeline import html, png
 
 HELP = "draw a job over time: world size, faults, progress and goodput"
 EPILOG = """examples:
-  elastic-hpc timeline 4711 --html 4711.html       one self-contained page, to mail or to put on a web server
+  elastic-hpc timeline 4711 --html 4711.html       one self-contained page
   elastic-hpc timeline 4711 --html - | mail ...    the same page, to stdout
-  elastic-hpc timeline 4711 --png 4711.png         only the picture; needs: pip install 'elastic_hpc[png]'"""
+  elastic-hpc timeline 4711 --png 4711.png         only the picture
+
+--png needs: pip install 'elastic_hpc[png]'"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ HELP = "explain how a job went: cause and cost of each restart and requeue, and 
 EPILOG = """examples:
   elastic-hpc why 4711
   elastic-hpc why elastic-logs/4711 | less -R
-  elastic-hpc why 4711 --json | jq -r '.rounds[] | [.number, .cause, .charged] | @tsv'
+  elastic-hpc why 4711 --json | jq -r '.rounds[] | [.number, .cause] | @tsv'
 
 elastic-hpc why reads the run directory, and asks Slurm what it knows of the job. It also works if Slurm no longer knows
 the job, and where there is no Slurm."""

@@ -17,7 +17,7 @@ from elastic_hpc.environment import AGENT_MARK
 from elastic_hpc.errors import ElasticError, UsageError
 from elastic_hpc.job import functions
 from elastic_hpc.options import from_python, torchrun
-from elastic_hpc.options.table import IN_ALLOCATION
+from elastic_hpc.options.table import IN_ALLOCATION, WITHOUT_SLURM
 from elastic_hpc.record.folders import make_log_dir
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.start import module_command
@@ -54,7 +54,7 @@ class LaunchConfig:
 
         ``LaunchConfig(nodes=(2, 4), nproc_per_node=8, max_restarts=3)``
         """
-        known = {option.flag: option for option in IN_ALLOCATION}
+        known = {option.flag: option for option in (IN_ALLOCATION if local is None else WITHOUT_SLURM)}
         if local is not None and (isinstance(local, bool) or not hasattr(local, "__index__") or local < 1):
             raise UsageError(f"local={local!r}: expected a number of agents above 0, for example local=4")
         self.local, self.log_dir = local, Path(from_python.word(log_dir, "log_dir")).absolute()
@@ -64,9 +64,10 @@ class LaunchConfig:
             torchrun.unneeded(option)
         for option in ours:
             if option.flag not in known:
+                where = "in an existing allocation" if local is None else "without Slurm"
                 raise UsageError(
-                    f"{option.name.replace('-', '_')}: is no option of elastic_launch, which runs in an existing "
-                    f"allocation; expected one of {', '.join(option.dest for option in IN_ALLOCATION)}"
+                    f"{option.name.replace('-', '_')}: is no option of elastic_launch, which runs {where}; expected "
+                    f"one of {', '.join(option.dest for option in known.values())}"
                 )
             known[option.flag].parse(option.value or "")
             self.options.append(f"{option.flag}={option.value}")

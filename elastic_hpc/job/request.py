@@ -17,7 +17,7 @@ from elastic_hpc.job.script_file import not_python
 from elastic_hpc.options.from_python import PYTHON
 from elastic_hpc.options.sbatch import INSTEAD_OF_CONTAINER, Given, is_for_containers, last
 from elastic_hpc.options.sbatch_lines import directives_of_python
-from elastic_hpc.options.table import NOT_FOR_TORCHRUN, Layer
+from elastic_hpc.options.table import NEEDS, NOT_FOR_TORCHRUN, Layer
 from elastic_hpc.options.torchrun import unneeded
 
 _CONTAINER = (
@@ -133,6 +133,9 @@ def effective(request: Request, configuration: Configuration) -> dict[str, Setti
         if request.source == PYTHON:
             raise UsageError("nodes: missing, for example nodes='2:4'")
         raise UsageError("--nodes: missing before the script, for example --nodes 2:4")
+    for name, other in NEEDS.items():  # a file may set one for jobs that have the other
+        if name in options and options[name].source == request.source and other not in options:
+            raise UsageError(f"--{name}: has no effect without --{other}; add that, or leave it out")
     if "template" in options and options["template"].value == "torchrun":
         _refuse_for_torchrun(configuration, request.source)
         options = {name: setting for name, setting in options.items() if name not in NOT_FOR_TORCHRUN}

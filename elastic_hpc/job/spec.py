@@ -178,7 +178,7 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
         return options[name].value if name in options else default
 
     log_dir = os.path.abspath(value("log-dir", "elastic-logs"))
-    container = _container(options, request.source, place.work_dir, log_dir)
+    container = _container(options, place.work_dir, log_dir)
     code = WorkTree.around(place.work_dir)
     keeps_code = bool(request.resumed and value("snapshot") and options["snapshot"].source == request.resumed.source)
     launch = LaunchSpec(
@@ -253,12 +253,9 @@ def _of_joiners(request: Request, configuration: Configuration, launch: LaunchSp
     return ()
 
 
-def _container(options: Mapping[str, Setting], source: str, work_dir: str, log_dir: str) -> Container | None:
+def _container(options: Mapping[str, Setting], work_dir: str, log_dir: str) -> Container | None:
     image, mounts, runtime = (options.get(f"container-{name}") for name in ("image", "mounts", "runtime"))
     if not image:
-        for name, setting in ("mounts", mounts), ("runtime", runtime):
-            if setting and setting.source == source:
-                raise UsageError(f"--container-{name} {setting.value}: needs a container: --container-image IMAGE")
         return None
     for folder in (work_dir, log_dir):
         if set(folder) & set(',:"'):

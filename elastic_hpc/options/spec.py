@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_hpc.errors import UsageError
 from elastic_hpc.options import durations
-from elastic_hpc.options.table import LAUNCH_OPTIONS
+from elastic_hpc.options.table import LAUNCH_OPTIONS, NEEDS
 from elastic_hpc.options.values import DrainSignal, Endpoint, HangTimeout, NodeRange, Preload, RdzvConf, SlowNode
 
 if TYPE_CHECKING:
@@ -118,9 +118,10 @@ class LaunchSpec:
         return self.nproc_per_node if self.nproc_per_node and self.nproc_per_node.isdecimal() else ""
 
     def options(self) -> list[tuple[str, str]]:
-        """The launch options that are set, as ``(--option, value)`` pairs, for a command line."""
-        values = ((option.flag, getattr(self, option.dest)) for option in LAUNCH_OPTIONS)
-        return [(flag, as_text(value)) for flag, value in values if value is not None]
+        """The launch options that are set and have an effect, as ``(--option, value)`` pairs, for a command line."""
+        given = {option.name: getattr(self, option.dest) for option in LAUNCH_OPTIONS}
+        needed = {name: value for name, value in given.items() if given.get(NEEDS.get(name, name)) is not None}
+        return [(f"--{name}", as_text(value)) for name, value in needed.items() if value is not None]
 
     def command(self) -> list[str]:
         """The tail of an agent's command line: ``[--module | --no-python] -- SCRIPT ARGS``."""

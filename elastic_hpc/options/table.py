@@ -6,7 +6,7 @@ A new option is a row here and a field of ``LaunchSpec``, if the agents need it,
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from elastic_hpc.errors import UsageError, argument
@@ -104,7 +104,7 @@ LAUNCH_OPTIONS = (
                   help="add nodes while the job runs, up to MAX plus the spares, and replace lost nodes; each new node "
                        "comes through a one-node Slurm job (default: off)"),
     ElasticOption("grow-every", "TIME", durations.parse, elastic_only=True,
-                  help="minimum time between two growths; each growth restarts the workers (default: 60)"),
+                  help="minimum time between two growths; each growth restarts the workers (default: 60 s)"),
     ElasticOption("free-growth", "on|off", on_off, elastic_only=True,
                   help="do not count restarts caused by growth against --max-restarts (default: off)"),
     ElasticOption("yield-to", "pending|qos:NAME|partition:NAME|user", yield_to, elastic_only=True, submitted_only=True,
@@ -112,10 +112,10 @@ LAUNCH_OPTIONS = (
                        "partition, or another job of the same user; with --grow the job grows again afterwards "
                        "(default: never)"),
     ElasticOption("yield-every", "TIME", durations.parse, elastic_only=True, submitted_only=True,
-                  help="minimum time between two releases of nodes for other jobs (default: 600)"),
+                  help="minimum time between two releases of nodes for other jobs (default: 600 s)"),
     ElasticOption("wait-for-nodes", "TIME", durations.parse, elastic_only=True,
                   help="time that a job below MIN waits for a replacement that is on its way before the job is "
-                       "requeued; meanwhile the job keeps its nodes and stops its workers (default: 300)"),
+                       "requeued; meanwhile the job keeps its nodes and stops its workers (default: 300 s)"),
     ElasticOption("nproc-per-node", "gpu|cpu|auto|N", nproc,
                   help="workers on each node; gpu: one per allocated GPU, cpu: one per usable core, auto: gpu where "
                        "there are GPUs, else cpu (default: gpu where there are GPUs, else 1)"),
@@ -132,12 +132,12 @@ LAUNCH_OPTIONS = (
                   help="run ID, which workers see as TORCHELASTIC_RUN_ID "
                        "(default: the job ID; without Slurm a new ID)"),
     ElasticOption("rdzv-conf", "KEY=VALUE,...", RdzvConf.parse,
-                  help="torchrun's join_timeout and last_call_timeout, in seconds (default: 600 and 30)"),
+                  help="torchrun's join_timeout and last_call_timeout (default: 600 s and 30 s)"),
     ElasticOption("heartbeat-timeout", "TIME", durations.parse, elastic_only=True,
-                  help="time without a heartbeat before a node is declared lost (default: 5)"),
+                  help="time without a heartbeat before a node is declared lost (default: 5 s)"),
     ElasticOption("grace", "TIME", durations.parse, elastic_only=True,
                   help="time that the workers have to save and stop before the time limit, a preemption, a growth or "
-                       "another drain (default: 90)"),
+                       "another drain (default: 90 s)"),
     ElasticOption("drain-signal", "SIGNAL|off", DrainSignal.parse, elastic_only=True,
                   help="signal that asks workers to save and stop if they never call drain_requested(); an explicit "
                        "SIGNAL is sent even to workers without a handler for it; off: send no signal "
@@ -180,8 +180,21 @@ LAUNCH_OPTIONS = (
 )  # fmt: skip
 """How the agents run the workers."""
 
-IN_ALLOCATION = tuple(option for option in LAUNCH_OPTIONS if not option.submitted_only)
+_THERE = {
+    "grow-every": "minimum time between two restarts of the workers for nodes that return (default: 60 s)",
+    "free-growth": "do not count restarts for nodes that return against --max-restarts (default: off)",
+    "wait-for-nodes": "time that a run below MIN waits for a lost node that is on its way back before the run fails; "
+                      "meanwhile the workers are stopped; not without Slurm, where no lost node returns "
+                      "(default: 300 s)",
+    "grace": "time that the workers have to save and stop at Ctrl-C, SIGTERM or another drain (default: 90 s)",
+}  # fmt: skip
+"""The help of options that mean something else there: nothing is requeued, and only nodes of the allocation come."""
+IN_ALLOCATION = tuple(
+    replace(option, help=_THERE.get(option.name, option.help)) for option in LAUNCH_OPTIONS if not option.submitted_only
+)
 """Launch options that have an effect in an allocation of the user, or without Slurm."""
+WITHOUT_SLURM = tuple(option for option in IN_ALLOCATION if option.name != "wait-for-nodes")
+"""Launch options that have an effect without Slurm, where no agent is restarted on a lost node."""
 
 JOB_OPTIONS = (
     ElasticOption("log-dir", "DIR", str,
@@ -213,7 +226,7 @@ JOB_OPTIONS = (
                        "notification)"),
     ElasticOption("notify-after", "TIME", durations.parse, elastic_only=True,
                   help="time without a new step after which --notify says that the job makes no progress "
-                       "(default: 1800)"),
+                       "(default: 30m)"),
     ElasticOption("template", "NAME|FILE", str,
                   help="template of the batch script: elastic, torchrun (plain torchrun, not elastic), or your own "
                        "Jinja2 file (default: elastic)"),
@@ -235,6 +248,14 @@ ABOUT_SWITCHES = (
 
 ELASTIC = {option.name: option for option in (*LAUNCH_OPTIONS, *JOB_OPTIONS)}
 """The options that have a value, by name: the keys of a configuration file, and keyword arguments in Python."""
+
+NEEDS = {
+    "yield-every": "yield-to",
+    "notify-after": "notify",
+    "container-mounts": "container-image",
+    "container-runtime": "container-image",
+}
+"""Options that have no effect without another one."""
 
 NOT_FOR_TORCHRUN = ("signal", *(option.name for option in ELASTIC.values() if option.elastic_only))
 """Options that have no effect on a plain torchrun, the template of that name; also sbatch's --signal."""

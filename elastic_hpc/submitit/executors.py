@@ -163,13 +163,13 @@ class ElasticLocalExecutor(ElasticExecutor):
         return jobs
 
     def _start(self, spec: JobSpec) -> core.Job[Any]:
-        from elastic_hpc.options.table import IN_ALLOCATION
+        from elastic_hpc.options.table import WITHOUT_SLURM
         from elastic_hpc.record.rundir import RunDir
         from elastic_hpc.start import module_command
         from elastic_hpc.submitit.jobs import ElasticLocalJob
 
         rundir = RunDir.new(self._runs, "local")
-        launch, known = spec.launch, {option.flag for option in IN_ALLOCATION}
+        launch, known = spec.launch, {option.flag for option in WITHOUT_SLURM}
         count = launch.most_nodes
         options = [f"{flag}={value}" for flag, value in launch.options() if flag in known]
         options = [f"--local={count}", f"--run-dir={rundir.path}", *options, "--module"]

@@ -560,6 +560,8 @@ def test_config_shows_what_counts_and_where_it_comes_from(project, monkeypatch, 
         ),
         (["-N", "2:4", "--yield-to=all", "t.py"], "--yield-to 'all': expected pending, user, qos:NAME or partition:"),
         (["-N", "4", "--yield-to=user", "train.py"], "--yield-to user with --nodes 4: only nodes above MIN are given"),
+        (["-N2:4", "--yield-every=9", "train.py"], "--yield-every: has no effect without --yield-to; add that, or"),
+        (["-N", "2:4", "--notify-after=9", "train.py"], "--notify-after: has no effect without --notify; add that"),
         (["-N", "2,4", "--template=torchrun", "train.py"], "--nodes 2,4: plain torchrun expects N or MIN:MAX, for ex"),
     ],
 )
@@ -579,6 +581,15 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_submitted(project,
 )
 def test_a_job_that_is_warned_only_after_its_start_is_submitted(project, argv):
     assert main(["-N", "2", *argv, "train.py"]) == 0
+
+
+def test_a_file_may_set_an_option_for_jobs_that_have_the_option_it_belongs_to(project, capsys):
+    (project.folder / "elastic_hpc.toml").write_text("yield-every = 7\nnotify-after = 7\ncontainer-runtime = 'pyxis'")
+    assert main(["-N2:4", "--dry-run", "train.py"]) == 0
+    assert not re.search("yield-every|notify-after|NOTIFY_AFTER|pyxis", capsys.readouterr().out)
+    assert main(["-N2:4", "--yield-to=user", "--notify=mail", "train.py"]) == 0
+    assert " --yield-every 7 " in project.agents()
+    assert "NOTIFY_AFTER=7" in project.seen("script")
 
 
 def test_what_slurm_refuses_is_one_line_and_exit_code_2(project, capsys):

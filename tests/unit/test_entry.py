@@ -18,12 +18,13 @@ from test_once_more import slurm as stand_in_for_slurm
 
 from elastic_hpc import __version__
 from elastic_hpc.cli import sbatch, srun
-from elastic_hpc.cli.hpc import main
+from elastic_hpc.cli.hpc import _HERE, MODULES, main
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import label
 
 FAULTS = str(records.FOLDER / "faults")
 COMMANDS = {"elastic-hpc": main, "elastic-sbatch": sbatch.main, "elastic-srun": srun.main}
+NAMES = (*MODULES, *_HERE)
 HPC = [sys.executable, "-m", "elastic_hpc"]
 SBATCH = [sys.executable, "-m", "elastic_hpc.cli.sbatch"]
 SRUN = [sys.executable, "-m", "elastic_hpc.cli.srun"]
@@ -165,6 +166,26 @@ def test_each_command_says_its_version(capsys: pytest.CaptureFixture[str], switc
     for name in ("plan", "status", "drain"):
         assert main([name, switch]) == 0
         assert capsys.readouterr().out == f"elastic-hpc {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[name] for name in COMMANDS] + [["elastic-hpc", name] for name in NAMES])
+def test_help_fits_a_terminal_of_80_columns_and_ends_with_the_same_exit_codes(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert COMMANDS[argv[0]]([*argv[1:], "--help"]) == 0
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert "\n\nExit codes: 0 success; 1 failure; 2 the request was refused; 130 Ctrl-C." in text
+
+
+@pytest.mark.parametrize("words", [["status", FAULTS], ["status"], ["status", "--watch", FAULTS], ["doctor"]])
+def test_nothing_is_wrapped_or_filled_with_blanks_in_a_pipe(words: list[str], tmp_path: Path) -> None:
+    environ = {"PATH": str(tmp_path), "COLUMNS": "40"}
+    text = called([*HPC, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environ).stdout.decode()
+    assert re.search("^(job|no|bad)", text, re.IGNORECASE | re.MULTILINE)
+    assert re.findall(" +$", text, re.MULTILINE) == []
+    assert words != ["doctor"] or re.search("^.{60}", text, re.MULTILINE)
 
 
 def test_each_command_has_help_that_begins_with_its_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,8 +194,8 @@ def test_scripts_with_containers_are_clean(project: Path, options: dict[str, str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"container_mounts": "/a:/a"}, r"--container-mounts /a:/a: needs a container: --container-image IMAGE"),
-        ({"container_runtime": "pyxis"}, r"--container-runtime pyxis: needs a container"),
+        ({"container_mounts": "/a:/a"}, r"--container-mounts: has no effect without --container-image; add that"),
+        ({"container_runtime": "pyxis"}, r"--container-runtime: has no effect without --container-image"),
         ({**PYXIS, "container_mounts": "/a"}, r"--container-mounts '/a': expected SRC:DST\[:FLAGS\]"),
         ({**PYXIS, "container_mounts": "/a:/b,"}, r"--container-mounts '/a:/b,': expected"),
         ({**PYXIS, "container_runtime": "docker"}, "--container-runtime 'docker': expected pyxis, apptainer or oci"),

@@ -422,6 +422,12 @@ def test_agents_start_on_max_nodes_and_the_spares_as_far_as_they_are_there(
             for option in ("--grow", "--grow-partition=gpu", "--max-requeues=3", "--setup=true", "--requeue", "--wait")
         ),
         (["--local", "2", "--free-growth", "on"], "--free-growth on: expected the value after '=', for example"),
+        (
+            ["--local", "2", "--wait-for-nodes=9"],
+            "--wait-for-nodes=9 with --local: no node returns to such a run; leave",
+        ),
+        (["--standalone", "--free-growth"], "elastic-srun: --free-growth with --standalone: no node returns to such"),
+        (["--grow-every", "5", "--standalone"], "elastic-srun: --grow-every=5 with --standalone: no node returns to"),
         (["--local", "2", "--standalone"], "elastic-srun: --local with --standalone: only one of them"),
         (["--local", "2", "--node_rank=1"], "elastic-srun: --node-rank 1: one command starts the agents of all nodes"),
         (["--local", "2", "-p", "gpu"], "--partition: is for the allocation that elastic-srun runs in, for example: "),
@@ -474,6 +480,7 @@ def test_the_help_has_no_option_that_can_do_nothing_in_an_allocation() -> None:
     listed = set(re.findall(r"^  (?:-\w, )?--([a-z-]+)", done.stdout, re.MULTILINE))
     assert {"nodes", "free-growth", "local", "no-python"} <= listed
     assert not listed & {"grow", "yield-to", "yield-every", "max-requeues", "again"}
+    assert not re.search("requeue|growth", done.stdout.replace("--free-growth", ""))
 
 
 SHOW = """#!/bin/bash

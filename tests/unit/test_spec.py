@@ -1,6 +1,6 @@
 import argparse
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 
 import pytest
@@ -51,7 +51,7 @@ specs = st.builds(
     tee=st.sampled_from([None, "all", "0,8-15", "3", "0:3,1:3"]),
     local_ranks_filter=st.sampled_from([None, "0", "0,1"]),
     numa_binding=st.sampled_from([None, "node"]),
-)
+).map(lambda spec: spec if spec.yield_to else replace(spec, yield_every=LaunchSpec.yield_every))
 
 
 @given(specs)
