@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 if Slurm did not answer, or the record of a job could not be read."""
     if args.watch and args.json:
-        raise UsageError("--watch and --json: expected one of them; call --json repeatedly instead")
+        raise UsageError("--watch with --json: expected one of them; call --json repeatedly instead")
     selected = [rundir for rundir in select(args.job) if args.job or args.all or may_be_recent(rundir)]
     jobs = Jobs(selected, also_unreadable=not args.job)
     if args.watch:
