@@ -1,8 +1,8 @@
-# demo and test install what is missing, see bin/setup-venv.
+# demo and test install missing packages, see bin/setup-venv.
 PYTHON := .venv/bin/python
 SHELL_FILES := bin/setup-venv bin/trixie $(wildcard .ci/run)
 MADE := site build dist elastic-logs digits .pytest_cache .mypy_cache .ruff_cache .hypothesis
-# Under sudo, what is made in a checkout of the caller belongs to the caller.
+# Under sudo, files made in the caller's checkout belong to the caller.
 GIVE_BACK = if [ "$$(id -u)" = 0 ] && [ -n "$$SUDO_UID" ] && [ "$$(stat -c %u .)" = "$$SUDO_UID" ]; then \
 	find . -xdev -path ./.git -prune -o -user root -exec chown -h "$$SUDO_UID:$$SUDO_GID" {} +; fi
 

@@ -38,10 +38,10 @@ from elastic_hpc.options.values import NodeRange, RdzvConf
 from elastic_hpc.record.endpoint import Published
 
 STARTS_WITHIN = 10.0
-"""Seconds in which 1,024 agents start; fewer start in less time, at the same rate."""
+"""Seconds within which 1,024 agents start; fewer agents start at the same rate, in less time."""
 
 IDLE = 5.0
-"""Seconds for which the leader is watched with heartbeats only."""
+"""Seconds of measurement in which the leader exchanges nothing but heartbeats."""
 
 HEARTBEAT_TIMEOUT = 5.0
 """elastic-sbatch's default; the heartbeats come five times as often."""
@@ -151,12 +151,12 @@ class Agent:
     def kill(self) -> None:
         """End this agent and its connection, without a word to the others."""
         self._running.cancel()
-        asyncio.get_running_loop().remove_reader(self._listener)  # else the next socket of this number has its events
+        asyncio.get_running_loop().remove_reader(self._listener)  # or it gets the next socket's events
         self._listener.close()
         if self._link:
             self._link.close()
 
-    # what membership needs of its node
+    # what Membership needs of its node
 
     def status(self) -> Status:
         return self._status
@@ -219,7 +219,7 @@ class Child:
     pipe: Connection
 
     def ask(self, *what: Any, within: float = 30.0) -> Any:
-        """Its answer. BenchmarkError if there is none in so many seconds."""
+        """Send ``what`` and return the answer. Raises BenchmarkError if none comes within ``within`` seconds."""
         self.pipe.send(what)
         if not self.pipe.poll(within):
             raise BenchmarkError(f"{what[0]}: no answer within {within:g} s")
@@ -227,10 +227,10 @@ class Child:
 
 
 def serve(pipe: Connection, nodes: range, size: int, endpoint: Path, spread: float) -> None:
-    """In a process of its own: the agents of ``nodes``. They start within ``spread`` seconds of ``start``."""
+    """The agents of ``nodes``, in a process of their own. They start within ``spread`` seconds of ``start``."""
     allow_files()
     channel.MOST_STRANGERS_OF_ONE_ADDRESS = size  # here all agents have the same address
-    logging.getLogger("elastic_hpc").setLevel(logging.ERROR)  # each agent would say that it waits for the head
+    logging.getLogger("elastic_hpc").setLevel(logging.ERROR)  # each agent would log that it waits for the head
     meter = Meter()
     rounds: dict[int, dict[int, float]] = {}
 
@@ -287,7 +287,7 @@ def serve(pipe: Connection, nodes: range, size: int, endpoint: Path, spread: flo
 
 
 def allow_files() -> None:
-    """As many open files as this user may have."""
+    """Allow as many open files as this user may have."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -304,7 +304,7 @@ def start_child(nodes: range, size: int, endpoint: Path, spread: float) -> Child
 
 
 def rounds_of(size: int, bound: float) -> dict[str, Any]:
-    """All that is measured of ``size`` agents."""
+    """All measurements with ``size`` agents."""
     spread = STARTS_WITHIN * min(1.0, size / 1024)
     with tempfile.TemporaryDirectory() as folder:
         endpoint = Path(folder, "endpoint.json")
@@ -325,7 +325,7 @@ def rounds_of(size: int, bound: float) -> dict[str, Any]:
             last = begun(1, size - 2, spread + bound)
             first_arrival, last_arrival = others.ask("look")["arrivals"]
             formed = head.ask("look")
-            time.sleep(1.5)  # no more messages about the start of the round
+            time.sleep(1.5)  # until no more messages about the start of the round are sent
             result: dict[str, Any] = {
                 "what": "rounds",
                 "agents": size,

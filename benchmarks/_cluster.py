@@ -18,13 +18,13 @@ from _processes import processes
 from _report import ROOT, BenchmarkError
 
 MINI_SLURM = ROOT / "bin" / "mini-slurm"
-_POLL = 0.02  # seconds between two looks; no measured time comes from when we looked
+_POLL = 0.02  # seconds between two polls; no measured time depends on the moment of a poll
 
 T = TypeVar("T")
 
 
 def wait_for(what: str, look: Callable[[], T | None], seconds: float, *, every: float = _POLL) -> T:
-    """The first answer of ``look`` that is not None. BenchmarkError after ``seconds``."""
+    """The first answer of ``look`` that is not None. Raises BenchmarkError after ``seconds``."""
     end = time.monotonic() + seconds
     while (answer := look()) is None:
         if time.monotonic() > end:
@@ -34,7 +34,7 @@ def wait_for(what: str, look: Callable[[], T | None], seconds: float, *, every: 
 
 
 class Cluster:
-    """A mini-slurm that is up. ``run`` is the unprivileged user on its login machine, ``mini`` the tool itself."""
+    """A running mini-slurm. ``run`` acts as its unprivileged user on the login machine, ``mini`` calls the tool."""
 
     def __init__(self, state: Path) -> None:
         self._state = state
@@ -59,11 +59,11 @@ class Cluster:
         return {process.pid: process.argv for process in processes(self._state, node) if process.is_python}
 
     def in_jobs(self, node: str) -> dict[int, list[str]]:
-        """Command lines of what runs on ``node`` for a job, by pid."""
+        """Command lines of the processes of jobs on ``node``, by pid."""
         return {process.pid: process.argv for process in processes(self._state, node) if process.job}
 
     def pids(self, node: str, *words: str, but: Sequence[str] = ()) -> list[int]:
-        """Processes on ``node`` whose command line has all ``words`` and none of ``but``."""
+        """Processes on ``node`` whose command line has all ``words`` and none of the words in ``but``."""
         lines = self.processes(node).items()
         return [pid for pid, line in lines if set(line).issuperset(words) and set(line).isdisjoint(but)]
 
@@ -112,7 +112,7 @@ def _mini(state: Path, *args: str, check: bool = True) -> subprocess.CompletedPr
 
 
 def reset(state: Path) -> None:
-    """End all jobs, bring all nodes back. BenchmarkError if that takes more than two minutes."""
+    """End all jobs, bring all nodes back. Raises BenchmarkError if that takes more than two minutes."""
 
     def is_new() -> bool | None:
         status = json.loads(_mini(state, "status", "--json").stdout)
@@ -126,8 +126,8 @@ def reset(state: Path) -> None:
 
     wait_for("an empty queue and idle nodes", is_new, 120, every=0.5)
     if _slurm_version(state).startswith("22.05"):
-        # of a node that has left an exclusive job Slurm does not notice, until now, that jobs may share the node: those
-        # that could start with fewer nodes start without it
+        # until it is reconfigured, Slurm 22.05 does not notice that jobs may share a node that has left an exclusive
+        # job; jobs that could start with fewer nodes would start without that node
         _mini(state, "exec", "--root", "--", "scontrol", "reconfigure")
         wait_for("idle nodes", is_new, 120)
 
@@ -138,7 +138,7 @@ def _slurm_version(state: Path) -> str:
 
 
 def slurmctld(state: Path, what: Literal["stop", "start"]) -> None:
-    """Stop it as a service manager does, or start it; it is not ready when this returns."""
+    """Stop slurmctld as a service manager does, or start it. It is not ready yet when this returns."""
     pid, conf = state / "run" / "slurmctld-login.pid", state / "etc" / "slurm" / "slurm.conf"
     script = {
         "stop": 'pid=$(cat "$1") && kill "$pid" && while kill -0 "$pid"; do sleep 0.05; done',

@@ -1,4 +1,4 @@
-"""The faults of soak.py: which there are, and which of them chance chooses."""
+"""The faults of soak.py, and the random choice among them."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ KINDS = {
     "slurmctld": "slurmctld ends, and is started again after 1 to 12 s",
 }
 BREAKING = {"worker-kill", "worker-crash", "agent-kill", "node-power", "head-power"}
-"""End the round for certain; after the others the job may also train on."""
+"""Faults that always end the round; after the others, the round may continue."""
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTERM)
 MOMENTS = ("any", "step", "checkpoint")
-"""Of the first fault: a random one, right after a step, while a checkpoint is written."""
+"""Moments of a first fault: a random moment, right after a step, while a checkpoint is written."""
 SECOND_MOMENTS = ("at once", "forming", "starting")
-"""Of a second fault: with the first, while the next round forms, while its workers start."""
+"""Moments of a second fault: together with the first, while the next round forms, while its workers start."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What chance has chosen for a fault, before anything has run."""
+    """The random choices for a fault, made before anything runs."""
 
     kind: str
     moment: str
     pick: float
-    """Which of the possible nodes, 0 to 1."""
+    """Selects one of the possible nodes, 0 to 1."""
     seconds: float
-    """How long it lasts, for faults that end."""
+    """Duration of the fault, for faults that end."""
     delay: float
-    """Before it, for ``any`` moment."""
+    """Seconds to wait before the fault, for the moment ``any``."""
     crash: signal.Signals
 
 
@@ -52,20 +52,20 @@ class Fault:
     nodes: tuple[str, ...]
     moment: str
     seconds: float | None
-    """How long it lasted; None where nothing ends it."""
+    """Duration of the fault; None where nothing ends it."""
     time: float
     round: int
-    """The newest round that was formed by then."""
+    """The newest round when the fault was injected."""
     group: int
-    """The same number for faults that came together."""
+    """Faults that were injected together have the same number."""
     effects: list[str] = field(default_factory=list)
-    """Events that name one of its nodes, until the next fault."""
+    """Events before the next fault that name one of the nodes."""
     next_step: float | None = None
-    """Seconds to the first step of the next round; None if it ended no round."""
+    """Seconds to the first step of the next round; None if the fault ended no round."""
 
 
 def draws(seed: int, faults: int, kinds: Sequence[str]) -> list[list[Draw]]:
-    """What to inject, ``faults`` in all; two in one list come together. All kinds come before any comes again."""
+    """``faults`` faults to inject; two in one list come together. No kind is repeated before all kinds were drawn."""
     rng = random.Random(seed)  # noqa: S311 - it has to repeat
     bag: list[str] = []
 

@@ -23,21 +23,21 @@ T = TypeVar("T")
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in ``path``, one a line; without the last line while it is being written, [] without a file."""
+    """The objects in ``path``, one per line, without a last line that is still being written. [] without a file."""
     try:
         lines = path.read_text(errors="replace").split("\n")[:-1]
     except FileNotFoundError:
         return []
     objects = []
     for line in lines:
-        with contextlib.suppress(ValueError):  # two writers of one file, as torchrun's attempts may be
+        with contextlib.suppress(ValueError):  # two processes may write one file, as attempts of torchrun do
             objects.append(json.loads(line))
     return objects
 
 
 def wrong_steps(steps: Sequence[dict[str, Any]], checkpoint_every: int) -> list[str]:
-    """Where the training of examples/train_digits.py did not go as it must: every round continues right after a
-    checkpoint, never skips or repeats a step of its own, and writes nothing once a later round does.
+    """Steps at which examples/train_digits.py trained wrongly: every round must continue right after a
+    checkpoint, skip or repeat no step of its own, and write nothing once a later round writes.
     """
     wrong = [] if steps and steps[0]["step"] == 1 else ["the first step is missing"]
     for before, after in pairwise(steps):
@@ -60,23 +60,23 @@ class Run:
     """What happened to the job."""
     launcher: str
     outcome: str
-    """stuck: the job ran on, no step of the new world in ``waited``; ended: the job left the queue after ``waited``;
-    any other word: it went well.
+    """stuck: the job ran, but the new world did no step within ``waited``; ended: the job left the queue after
+    ``waited``; any other word: success.
     """
     waited: float
     total: float | None = None
     round: float | None = None
-    """Decision to the new round: workers stopped, world formed. Only of ours, as ``start``."""
+    """From the decision to the new round: workers stopped, world formed. Known only for ours, like ``start``."""
     start: float | None = None
-    """Round to the end of its first step: interpreter, imports, process group, checkpoint, one step."""
+    """From the round to the end of its first step: interpreter, imports, process group, checkpoint, one step."""
     busy_before: float = 0.0
-    """Share of the machine that others used just before the job was submitted, 0 to 1."""
+    """Share of the machine that other processes used just before the job was submitted, 0 to 1."""
     load_average: float = 0.0
-    """Of one minute, when the change began: our own workers are in it."""
+    """Load average of one minute at the start of the change; it includes our own workers."""
     job: str = ""
 
     def text(self, phases: Iterable[str], more: str = "") -> str:
-        """In one line."""
+        """The measurement in one line."""
         seconds = ((name, getattr(self, name)) for name in phases)
         parts = [f"{name} {hundredths(value)}" for name, value in seconds if value is not None]
         result = ", ".join(parts) or f"{self.outcome} after {self.waited:.0f} s"
@@ -85,15 +85,15 @@ class Run:
 
 
 def hundredths(seconds: float) -> str:
-    """Without the sign that is left of a few milliseconds."""
+    """``seconds`` with two decimals, never "-0.00"."""
     return f"{round(seconds, 2) + 0.0:.2f}"
 
 
 def summary(
     runs: Sequence[Run], rungs: Iterable[str], launchers: Sequence[str], outcomes: Sequence[str], values: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """A row for each rung and launcher: how many runs had each of ``outcomes``, and of those with the first of them
-    the median, least and most of all ``values``.
+    """A row for each rung and launcher: the number of runs with each of ``outcomes``, and the median, minimum and
+    maximum of all ``values`` over the runs with the first of ``outcomes``.
     """
     rows: list[dict[str, Any]] = []
     for rung, launcher in ((rung, launcher) for rung in rungs for launcher in launchers):
@@ -119,11 +119,11 @@ class Job:
         self.id = self.submit(*argv)
 
     def submit(self, *argv: str) -> str:
-        """The id of the job."""
+        """Submit the job and return its id."""
         return self.elastic_sbatch("--parsable", *argv).strip()
 
     def elastic_sbatch(self, *argv: str) -> str:
-        """Standard output of elastic-sbatch."""
+        """Run elastic-sbatch and return its standard output."""
         return self.at.run(str(Path(sys.executable).with_name("elastic-sbatch")), *argv, cwd=self.folder)
 
     @property

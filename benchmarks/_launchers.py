@@ -18,12 +18,12 @@ AGENT, TORCHRUN_MODULE, FT_MODULE = (
     "torch.distributed.run",
     "nvidia_resiliency_ext.fault_tolerance.launcher",
 )
-"""Modules that run on each node, and are a word of its command line there."""
+"""Modules that run on each node, and appear as a word of the command line there."""
 OWN_STORE_OPTION = "--env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 
 
 def torch_214() -> Path:
-    """The interpreter with torch 2.14, which training in place takes. BenchmarkError if there is none."""
+    """The interpreter with torch 2.14, which training in place needs. Raises BenchmarkError if there is none."""
     python = Path(os.environ.get("ELASTIC_HPC_TORCH_214") or ROOT / ".venv-2.14" / "bin" / "python")
     if not python.exists():
         raise BenchmarkError(f"{python} is missing: make it with  bin/setup-venv live 2.14.1, or leave out {LIVE}")
@@ -31,7 +31,7 @@ def torch_214() -> Path:
 
 
 def launcher_template(at: Cluster, name: str, module: str, *options: str) -> str:
-    """The option for elastic-sbatch that has ``module`` run with ``options`` and those of torchrun, in its place."""
+    """The option of elastic-sbatch that runs ``module`` in place of torchrun, with ``options`` and torchrun's own."""
     words = json.dumps([module, *options])
     template = at.home / f"{name}.sbatch.j2"
     template.write_text(
@@ -46,7 +46,7 @@ def launcher_template(at: Cluster, name: str, module: str, *options: str) -> str
 
 
 def pip_install(folder: Path, name: str, *arguments: str) -> None:
-    """Install packages into ``folder``. BenchmarkError, which calls them ``name``, where that fails."""
+    """Install packages into ``folder``. Raises BenchmarkError, which calls the packages ``name``, if that fails."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", f"--target={folder}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -55,8 +55,8 @@ def pip_install(folder: Path, name: str, *arguments: str) -> None:
 
 
 def install_ft_launcher(at: Cluster, *options: str) -> list[str]:
-    """Install NVIDIA's launcher in a folder of the cluster's user. Returns elastic-sbatch's options that run it, with
-    ``options`` of its own.
+    """Install NVIDIA's launcher in a folder of the cluster's user. Returns the options of elastic-sbatch that run it
+    with ``options``.
     """
     folder = at.home / FT
     packages = ["nvidia-resiliency-ext", "psutil", "defusedxml", "nvidia-ml-py", "pyyaml"]
@@ -70,7 +70,7 @@ def install_ft_launcher(at: Cluster, *options: str) -> list[str]:
 
 
 def installed(folder: Path, package: str) -> str:
-    """The version of what pip has installed into ``folder``, "" if pip has not."""
+    """The version that pip has installed into ``folder``, "" if there is none."""
     found = sorted(folder.glob(f"{package.replace('-', '_')}-*.dist-info"))
     return found[0].name.split("-")[1].removesuffix(".dist") if found else ""
 

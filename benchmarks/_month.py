@@ -1,4 +1,4 @@
-"""The model behind goodput.py: a month of a job, event by event, and what each launcher does about a failure."""
+"""The model behind goodput.py: a month of a job, event by event, and how each launcher recovers from a failure."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class Recovery:
     node: float = 8.2
     head: float = 9.3
     requeue: float = 22.4
-    """From the last step, through an empty queue."""
+    """From the last step before the requeue, with an empty queue."""
     grow: float = 4.0
-    """How long a job stands still to take a node in."""
+    """How long training stops while a node joins."""
     torchrun_worker: float = 10.0
-    """With a store for each attempt; with its defaults it does not come back each time."""
+    """With a store for each attempt; with its defaults torchrun does not always recover."""
     torchrun_node: float = 46.0
-    """An agent is killed. Used from the moment at which the workers of the others give up."""
+    """Measured with a killed agent. Counted from the moment at which the workers of the other nodes give up."""
     torchrun_requeue: float = 132.3
     """``scontrol requeue``, of which 121 s are Slurm's own delay."""
 
     @classmethod
     def of(cls, summary: Sequence[dict[str, Any]]) -> Recovery:
-        """From the summary of recovery.py; what was not measured there keeps its default."""
+        """From the summary of recovery.py; a time that was not measured there keeps its default."""
         ours, own_store = "elastic", "torchrun-own-store"
         names = {
             ("worker", ours): "worker",
@@ -53,22 +53,22 @@ class Inputs:
 
     nodes: int
     rate: float
-    """Failures of a node in a day."""
+    """Failures per node and day."""
     process: float = 63 / 419
-    """Share of failures that leave the node fit."""
+    """Share of failures after which the node can be used again."""
     save: float = 30.0
-    """Training stands still for a checkpoint."""
+    """How long a checkpoint stops the training."""
     load: float = 60.0
-    """Framework, checkpoint, first step of a large model, at each start of the workers, beside what was measured."""
+    """Added to the measured times at each start of the workers: framework, checkpoint, first step of a large model."""
     replacement: float = 1800.0
-    """Mean time until Slurm has another node in place of one that is lost; exponential."""
+    """Mean time until Slurm replaces a lost node; exponentially distributed."""
     horizon: float = 30 * DAY
     interval: float | None = None
-    """From one checkpoint to the next; None for the optimum."""
+    """From one checkpoint to the next; None for the optimal interval."""
 
     @property
     def every(self) -> float:
-        """Young's and Daly's interval, sqrt(2 save MTBF), without failures the whole month."""
+        """Young's and Daly's interval, sqrt(2 save MTBF); the whole month if there are no failures."""
         if self.interval is not None:
             return self.interval
         if not self.rate:
@@ -78,37 +78,37 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """What a launcher does about a failure. Seconds to the first step, without ``Inputs.load``."""
+    """How a launcher recovers from a failure. Times are seconds to the first step, without ``Inputs.load``."""
 
     name: str
     worker: float | None
-    """In the allocation, after a worker's death; None: through the queue."""
+    """Recovery in the allocation after a worker's death; None: by a requeue."""
     node: float
-    """In the allocation, after a node's loss: until it is noticed, and the new world."""
+    """Recovery in the allocation after the loss of a node, detection included."""
     head: float | None
-    """The same for the first node; None: through the queue."""
+    """The same for the first node; None: by a requeue."""
     hang: float = 0.0
-    """Until a loss is noticed that ends in the queue; the nodes are held meanwhile."""
+    """Until the launcher notices a loss that leads to a requeue; the job holds its nodes meanwhile."""
     requeue: float
     least: float = 1.0
-    """MIN as a share of the nodes; with fewer the job goes through the queue."""
+    """MIN as a share of the nodes; with fewer nodes the job is requeued."""
     spares: int = 0
     grow: float | None = None
-    """To take in nodes that Slurm has recovery; None: only a job that comes out of the queue gets any."""
+    """How long training stops while replacement nodes join; None: only a requeue brings replacement nodes."""
     grow_every: float = 60.0
 
 
 SLURMD_TIMEOUT = 300.0
-"""Slurm's default: after that it takes a silent node for lost, and ends its job."""
+"""Slurm's default: after that time Slurm sets a silent node DOWN and ends its job."""
 GROUP_TIMEOUT = 600.0
-"""torch's default for NCCL: after that the workers of a world that has lost a peer give up."""
+"""torch's default for NCCL: after that time the workers of a world that has lost a peer give up."""
 TUNED_TIMEOUT, TUNED_NODE = 60.0, 7.0
-"""The same, and a new world, with settings as short as they can be: 6.4 to 8.8 s were measured."""
+"""The same, and the time to a new world, with the shortest possible settings: 6.4 to 8.8 s were measured."""
 LEAST = 0.9
 
 
 def launchers(recovery: Recovery, nodes: int) -> list[Launcher]:
-    """All launchers that are compared, ours first."""
+    """All launchers of the comparison, ours first."""
     spares = max(1, nodes // 256)
     ours = Launcher(
         name="elastic",
@@ -147,7 +147,7 @@ def launchers(recovery: Recovery, nodes: int) -> list[Launcher]:
 
 @dataclass
 class Month:
-    """What became of a month. ``trained``: steps that lasted, in seconds of the full world."""
+    """The result of a month. ``trained``: seconds of the full world whose steps were kept."""
 
     trained: float = 0.0
     node_seconds: float = 0.0
@@ -156,20 +156,20 @@ class Month:
 
 
 class _Job:
-    """One job, from event to event. Failures have no memory, so the next one may be drawn anew at each event."""
+    """One job, from event to event. Failures have no memory, so the next failure may be redrawn at each event."""
 
     def __init__(self, inputs: Inputs, by: Launcher, seed: int) -> None:
         self._inputs, self._by = inputs, by
         self._random = random.Random(seed)  # noqa: S311 - a model
         self._arrivals: list[float] = []
-        """When Slurm will have nodes in place of those that were lost."""
+        """When Slurm will have replaced each lost node."""
         self._least = math.ceil(by.least * inputs.nodes)
         self._now = 0.0
         self._active, self._spares, self._idle = inputs.nodes, by.spares, 0
-        self._started = 0.0  # when the workers began the round
+        self._started = 0.0  # when the workers started the round
         self._unsaved = 0.0
         self._until_save = inputs.every
-        self._down = self._saving = 0.0  # seconds that are left of a standstill, of a checkpoint
+        self._down = self._saving = 0.0  # remaining seconds of a standstill, of a checkpoint
         self.month = Month()
 
     def run(self) -> Month:
@@ -226,7 +226,7 @@ class _Job:
         return self._by.grow is not None and self._idle > 0 and self._active < self._inputs.nodes
 
     def _refill(self) -> None:
-        """Take the nodes that Slurm has by now. That some of them become spares costs nothing."""
+        """Take the nodes that Slurm has replaced by now. Nodes that become spares cost no time."""
         while self._arrivals and self._arrivals[0] <= self._now:
             heapq.heappop(self._arrivals)
             self._idle += 1
@@ -236,7 +236,7 @@ class _Job:
             self._idle -= more
 
     def _start(self, seconds: float) -> None:
-        """Begin a new round, with all nodes that are there."""
+        """Begin a new round with all available nodes."""
         for name in ("_spares", "_idle") if self._by.grow is not None else ("_spares",):
             more = min(getattr(self, name), self._inputs.nodes - self._active)
             self._active += more
@@ -247,7 +247,7 @@ class _Job:
         hit = self._random.random() * held
         self._saving, self._until_save = 0.0, self._inputs.every
         process = self._random.random() < self._inputs.process
-        if hit >= self._active:  # a spare: nobody waits for it
+        if hit >= self._active:  # a spare: no worker waits for it
             if not process:
                 self._spares -= 1
                 self._lose()
@@ -272,7 +272,7 @@ class _Job:
         heapq.heappush(self._arrivals, self._now + self._random.expovariate(1 / self._inputs.replacement))
 
     def _requeue(self, hang: float) -> None:
-        """Go back through the queue, where the job holds nothing, until Slurm has enough nodes."""
+        """Requeue the job, which holds no nodes until Slurm has enough for it."""
         self.month.queued += 1
         self.month.node_seconds += hang * (self._active + self._spares)
         self._now += hang

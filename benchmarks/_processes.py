@@ -1,4 +1,4 @@
-"""What the kernel says of processes, and what a process costs."""
+"""Processes as the kernel shows them, and what a process costs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Process:
-    """What the kernel says of a process; a text in a path says nothing. ``pid`` as this machine sees it."""
+    """A process as the kernel shows it. ``pid`` as this machine sees it."""
 
     pid: int
     argv: list[str]
     is_python: bool
-    """Not srun or slurmstepd, which carry the same words."""
+    """False for srun and slurmstepd, whose command lines have the same words."""
     job: str | None
-    """The Slurm job for which it runs."""
+    """The Slurm job of the process."""
 
 
 def processes(state: Path, node: str) -> list[Process]:
-    """What runs on ``node`` of the mini-slurm in ``state``."""
+    """The processes on ``node`` of the mini-slurm in ``state``."""
     init = (state / "machines" / node).read_text().split()[0]
     found: list[Process] = []
     try:
         machine = os.readlink(f"/proc/{init}/ns/uts")
     except FileNotFoundError:
-        return found  # without power
+        return found  # the node has no power
     for entry in os.scandir("/proc"):
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             if entry.name.isdecimal() and os.readlink(f"{entry.path}/ns/uts") == machine:
                 argv = os.fsdecode(Path(entry.path, "cmdline").read_bytes()).split("\0")[:-1]
                 environ = os.fsdecode(Path(entry.path, "environ").read_bytes()).split("\0")
@@ -46,25 +46,25 @@ def processes(state: Path, node: str) -> list[Process]:
 
 
 def is_standby(line: Sequence[str]) -> bool:
-    """``line``: the command line of a process; a standby has its script's only once it is a worker."""
+    """Whether ``line`` is the command line of a standby; that of a worker names its script."""
     return len(line) > 2 and os.path.basename(line[2]) == "standby.py"
 
 
 def cpu_seconds(pid: int) -> float:
-    """What ``pid`` has used; 0 if it is gone."""
+    """CPU time that ``pid`` has used; 0 if the process is gone."""
     fields = _stat(pid)
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def start_time(pid: int) -> float:
-    """When the kernel started ``pid``, in seconds since the epoch, to a hundredth; infinity if it is gone."""
+    """When the kernel started ``pid``, in seconds since the epoch, to a hundredth; infinity if the process is gone."""
     if not (fields := _stat(pid)):
         return float("inf")
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of its stat file from the third on; [] if it is gone."""
+    """The fields of the process's stat file from the third on; [] if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -73,7 +73,7 @@ def _stat(pid: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Ran:
-    """A process that has ended. Times in seconds; ``cpu`` of all that it started and waited for too."""
+    """A process that has ended. Times in seconds; ``cpu`` includes all children that the process waited for."""
 
     began: float
     wall: float
@@ -96,8 +96,8 @@ def run_timed(argv: Sequence[str], cwd: Path | None = None) -> Ran:
 
 
 def import_times(output: str) -> dict[str, float]:
-    """Packages outside the standard library in what ``-X importtime`` printed, with the milliseconds that each took
-    itself, longest first.
+    """Packages outside the standard library in the output of ``-X importtime``, with the milliseconds of each package
+    alone, longest first.
     """
     took: dict[str, float] = {}
     for own, module in re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+([\w.]+)$", output, re.MULTILINE):

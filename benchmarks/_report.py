@@ -1,4 +1,4 @@
-"""What every benchmark does besides measuring: arguments, tables, a file of results, and where they were measured."""
+"""What all benchmarks share besides measuring: arguments, tables, a file of results, a description of the machine."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _DEFAULT_STATE = os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-benchma
 
 
 class BenchmarkError(Exception):
-    """A run that says nothing about the launchers: the message goes to the user as it is."""
+    """A run that says nothing about the launchers. The user sees the message as it is."""
 
 
 def run_main(main: Callable[[], int]) -> int:
-    """The exit code of ``main``; its errors are printed in one line."""
+    """The exit code of ``main``; an error is printed in one line."""
     try:
         return main()
     except (BenchmarkError, OSError) as error:
@@ -39,7 +39,7 @@ def run_main(main: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def kept(runs: Sequence[object]) -> Iterator[None]:
-    """Errors and Ctrl-C end the block, are printed, and leave what was measured in ``runs`` to be shown."""
+    """Print an error or Ctrl-C that ends the block; the measurements in ``runs`` can still be shown."""
     program = os.path.basename(sys.argv[0])
     try:
         yield
@@ -55,8 +55,8 @@ def kept(runs: Sequence[object]) -> Iterator[None]:
 def parser_with(
     doc: str | None, names: Mapping[str, str], *examples: str, state: bool = False, keep: bool = False
 ) -> argparse.ArgumentParser:
-    """A parser whose help explains ``names``, under headings that are names without a text, and shows ``examples``. It
-    has ``--json``; with ``state`` the directory of ``_cluster.cluster``, with ``keep`` a folder for what jobs wrote.
+    """A parser whose help explains ``names`` (a name without a text is a heading) and shows ``examples``. It has
+    ``--json``; with ``state`` also ``--state``, the directory of ``_cluster.cluster``, and with ``keep`` ``--keep``.
     """
     width = max(map(len, names), default=0) + 2
     lines = [f"  {name:<{width}}{text}" if text else name for name, text in names.items()]
@@ -102,7 +102,7 @@ def show(table: Table, width: int = 140) -> None:
 
 
 def table_of(title: str, names: Iterable[str], left: Iterable[str] = ("",)) -> Table:
-    """A table without rows. The columns are aligned to the right, but for those in ``left``."""
+    """A table without rows. Columns are aligned to the right, except those in ``left``."""
     table = Table(title=title, title_justify="left")
     for name in names:
         table.add_column(name, justify="left" if name in left else "right")
@@ -112,13 +112,13 @@ def table_of(title: str, names: Iterable[str], left: Iterable[str] = ("",)) -> T
 def figure(
     name: str, ours: float | None, peer: str, theirs: float | None, *, unit: str = "s", note: str = ""
 ) -> dict[str, Any]:
-    """A line of run.py's table. ``theirs``: None if there is none, ``note`` says why."""
+    """A line of run.py's table. ``theirs``: None if there is no value; ``note`` says why."""
     ratio = theirs / ours if ours and theirs is not None else None
     return {"name": name, "ours": ours, "peer": peer, "theirs": theirs, "ratio": ratio, "unit": unit, "note": note}
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
-    """Median, least and most of the values that are not None."""
+    """Median, minimum and maximum of the values that are not None."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return None
@@ -132,11 +132,11 @@ def spread_text(values: Mapping[str, float] | None, digits: int) -> str:
     return f"{median} ({least} to {most})"
 
 
-# where it was measured
+# the machine
 
 
 def machine() -> dict[str, Any]:
-    """Where this is measured: a figure without it means nothing."""
+    """The machine and the versions: a figure means nothing without them."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M %z"),
         "python": platform.python_version(),
@@ -149,7 +149,7 @@ def machine() -> dict[str, Any]:
 
 
 def busy(seconds: float = 1.0) -> float:
-    """How much of this machine works during the next ``seconds``, 0 to 1: others' share while nothing of ours runs."""
+    """Share of this machine that is busy during the next ``seconds``, 0 to 1; if we run nothing, others cause it."""
 
     def ticks() -> tuple[int, int]:
         fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
@@ -162,7 +162,7 @@ def busy(seconds: float = 1.0) -> float:
 
 
 def origin(where: Mapping[str, Any], busy_before: Sequence[float], versions: Mapping[str, str] | None = None) -> str:
-    """In one line: ``where`` is from ``machine``, ``busy_before`` from ``busy``, ``versions`` those of the peers."""
+    """One line: ``where`` is from ``machine``, ``busy_before`` from ``busy``, ``versions`` are those of the peers."""
     shown = {"torch": where["torch"], "Slurm": where.get("slurm"), "Python": where["python"], **(versions or {})}
     names = ", ".join(f"{name} {number}" for name, number in shown.items() if number)
     least, most = f"{min(busy_before):.0%}", f"{max(busy_before):.0%}"

@@ -21,18 +21,18 @@ from elastic_hpc.membership.yielding import (
 
 NODES = 128
 POLL, STANDSTILL, GROW_EVERY = 60.0, 10.0, 60.0
-"""Seconds: from one look at the queue to the next; that a change of its world costs a job, and until nodes that it
-gives up are free; from one growth to the next at least.
+"""In seconds: the interval between two looks at the queue; the standstill of a job at each change of its world, which
+is also the time until nodes that it gives up are free; the minimum interval between two growths.
 """
 RULE = Rule("pending", "", 600.0)
 """``--yield-to pending`` with the default of ``--yield-every``."""
 
 SERIAL, POWER_OF_2, LOW, MIDDLE, HIGH, FIRST = 0.244, 0.576, 0.8, 4.5, math.log2(NODES), 0.86
-"""Sizes: share of jobs of one node, and of powers of two. The logarithm of a size is uniform in each of two parts, and
-FIRST of them lie in the lower part.
+"""Sizes: the share of one-node jobs, and of jobs whose size is a power of two. The logarithm of a size is uniform in
+each of two parts; the lower part has the share FIRST.
 """
 SHORT, LONG, SLOPE, SHARE = (4.2, 0.94), (312.0, 0.03), -0.0054, 0.78
-"""Run times: their logarithm has one of two gamma distributions, the first with probability SLOPE * nodes + SHARE."""
+"""Run times: the logarithm follows one of two gamma distributions, the first with probability SLOPE * nodes + SHARE."""
 LONGEST = 12.0
 """Logarithm of the longest run time in seconds."""
 SOURCE = "Lublin and Feitelson, The workload on parallel supercomputers, J. Parallel Distrib. Comput. 63 (2003)"
@@ -45,27 +45,27 @@ class SiteJob:
     id: int
     submitted: float
     size: int
-    """Nodes of the rigid job."""
+    """Number of nodes of the rigid job."""
     runtime: float
-    """With ``size`` nodes."""
+    """Run time with ``size`` nodes."""
     limit: float
     least: int
     most: int
     scaling: float
-    """Speed is the number of nodes to this power."""
+    """The speed is the number of nodes to the power of this number."""
     nodes: list[str] = field(default_factory=list)
-    """Those held, the first to be given up last."""
+    """The nodes that the job holds; it gives up the first one last."""
     started: float = -1.0
     ended: float = -1.0
     done: float = 0.0
-    """Share of its work."""
+    """Share of the work that is done."""
     since: float = 0.0
-    """Up to when ``done`` counts; later than now while the job stands still."""
+    """The moment up to which ``done`` counts; in the future while the job stands still."""
     leaving: int = 0
-    """How many of the last nodes are being given up."""
+    """Number of nodes, the last ones, that the job is giving up."""
     grown: float = -math.inf
     version: int = 0
-    """Of the site, when the job looked last, at ``looked``."""
+    """The version of the site at the job's last look, at ``looked``."""
     looked: float = 0.0
     yielding: Yielding = field(default_factory=Yielding)
     gifts: int = 0
@@ -79,7 +79,7 @@ class SiteJob:
         return ((len(self.nodes) - self.leaving) / self.size) ** self.scaling / self.runtime
 
     def rigid(self) -> SiteJob:
-        """The same job, of a fixed size."""
+        """The same job with a fixed size."""
         limit = self.limit * (self.least / self.size) ** self.scaling
         return replace(self, least=self.size, most=self.size, limit=limit)
 
@@ -94,8 +94,8 @@ class SiteJob:
 
 
 def workload(seed: int, count: int, load: float, share: float, scaling: float = 1.0) -> list[SiteJob]:
-    """``count`` jobs that ask for ``load`` of the cluster. ``share`` of those that have two nodes and ten minutes at
-    least are elastic, from half of their nodes to twice as many. The jobs are the same whatever the share.
+    """``count`` jobs that request ``load`` of the cluster. Of the jobs with at least two nodes and ten minutes,
+    ``share`` are elastic, from half of their nodes to twice as many. The jobs are the same for any share.
     """
     dice = random.Random(seed)  # noqa: S311 - a model
     jobs = []
@@ -135,12 +135,12 @@ class Site:
         self.ended: list[SiteJob] = []
         self.free = [f"n{node}" for node in range(nodes, 0, -1)]
         self.used = 0.0
-        """Node-seconds that jobs held so far."""
+        """Node-seconds that jobs have held so far."""
         self._rule, self._size = rule, nodes
         kind = NodeKind(frozenset({"main"}), frozenset(), 1)
         self._entries = {name: [NodeEntry(name, is_free, kind) for is_free in (False, True)] for name in self.free}
         self._version = 0
-        """Rises with each change of the queue or of what jobs hold."""
+        """Rises with each change of the queue or of the nodes that jobs hold."""
         self._shown: tuple[list[QueueEntry], list[NodeEntry]] = [], []
         self._shown_version = -1
         self._order = itertools.count()
@@ -165,7 +165,7 @@ class Site:
         self._schedule()
 
     def _end(self, job: SiteJob) -> None:
-        if job.id in self.running and job.end <= self.now + 1e-6:  # else it has changed its size since
+        if job.id in self.running and job.end <= self.now + 1e-6:  # otherwise the job has changed its size since
             job.ended = self.now
             del self.running[job.id]
             self.ended.append(job)
@@ -184,7 +184,7 @@ class Site:
         self._schedule()
 
     def _look(self, job: SiteJob) -> None:
-        """The job looks at the queue, and gives way."""
+        """The job looks at the queue and gives way."""
         if job.id not in self.running or self._rule is None:
             return
         self._later(self.now + POLL, "look", job)
@@ -205,7 +205,7 @@ class Site:
         return Holding(str(job.id), tuple(reversed(job.nodes)), 0, job.least, job.most, ())
 
     def _seen(self) -> tuple[list[QueueEntry], list[NodeEntry]]:
-        """What Slurm shows of jobs and nodes. Of the jobs that have ended, it forgets the older ones."""
+        """The jobs and nodes that Slurm shows. It forgets the older ones of the jobs that have ended."""
         if self._shown_version != self._version:
             jobs = [_entry(job) for job in (*self.queue, *self.running.values(), *self.ended[-20:])]
             free = set(self.free)
@@ -216,7 +216,7 @@ class Site:
     # the scheduler
 
     def _schedule(self) -> None:
-        """First come, first served; others are started if they do not delay the first that waits."""
+        """First come, first served; later jobs start if they do not delay the first waiting job."""
         self._version += 1
         while self.queue and self.queue[0].least <= len(self.free):
             job = self.queue.pop(0)
@@ -242,7 +242,7 @@ class Site:
             self._change(job, more=more)
 
     def _reservation(self) -> tuple[float, int]:
-        """When the first job that waits can start at the latest, and how many nodes it leaves then."""
+        """The latest start of the first waiting job, and the number of nodes that it then leaves free."""
         if not self.queue:
             return math.inf, 0
         there = len(self.free)

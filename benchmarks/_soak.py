@@ -1,4 +1,4 @@
-"""The job of soak.py: faults are injected into it, and their effects are read from what it writes."""
+"""The job of soak.py: injects faults into it, and reads their effects from what it writes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from _report import ROOT, BenchmarkError
 
 CHECKPOINT_EVERY = 5
 MARGIN = 10
-"""Steps beyond all earlier ones after which the job trains again. The same crash twice without progress is no accident
-to be survived: it ends the job.
+"""The job has recovered when it is this many steps beyond all earlier ones. Without such progress, a second crash of
+the same kind would rightly end the job.
 """
 NODES = "2:4"
 STEPS_PER_EPOCH = 15
@@ -48,17 +48,17 @@ T = TypeVar("T")
 
 
 class Soak(Job):
-    """One job, and the faults that are injected into it."""
+    """One job, and the faults that soak.py injects into it."""
 
     def __init__(self, at: Cluster, folder: Path, deadline: float) -> None:
-        """``deadline``: seconds after a fault in which the job must train again."""
+        """``deadline``: seconds after a fault within which the job must train again."""
         self._deadline = deadline
         self.faults: list[Fault] = []
         self._undo: list[tuple[float, str, Callable[[], subprocess.Popen[str] | None]]] = []
         self._healing: dict[str, subprocess.Popen[str]] = {}
         self._killed: dict[str, int] = {}  # round in which an agent died, by its node
         self._script = str(folder / "train.py")
-        self._state_looked_up = 0.0  # when Slurm was last asked for the state of the job
+        self._state_looked_up = 0.0  # when we last asked Slurm for the state of the job
         options = [f"--nodes={NODES}", "--nproc-per-node=1", "--max-restarts=1000", "--max-requeues=1000"]
         super().__init__(at, folder, None, *options, self._script)
 
@@ -114,7 +114,7 @@ class Soak(Job):
         return problems
 
     def evidence(self) -> str:
-        """All that may show why the job does not train."""
+        """Everything that may show why the job does not train."""
         parts = [f"job {self.id} in {self.run_dir}", "faults:", *(json.dumps(asdict(fault)) for fault in self.faults)]
         parts += ["last events:", *(json.dumps(event) for event in self.events()[-40:])]
         parts += ["last steps:", *(json.dumps(step) for step in self.steps()[-4:])]
@@ -128,7 +128,7 @@ class Soak(Job):
         return "\n".join(parts)
 
     def undo_all(self) -> None:
-        """End all faults that last, whatever happened."""
+        """End all lasting faults, whatever happened."""
         for process in self._healing.values():
             process.communicate()
         for _, _, undo in sorted(self._undo, key=lambda entry: entry[1] != "login"):
@@ -147,7 +147,7 @@ class Soak(Job):
         return f"no {name}"
 
     def _wait(self, what: str, look: Callable[[], T | None], seconds: float = 0.0) -> T:
-        """``wait_for`` an answer that is not empty, while faults end when their time has come."""
+        """``wait_for`` an answer that is not empty, and end faults when they are due."""
 
         def tended() -> T | None:
             self._tend()
@@ -157,7 +157,7 @@ class Soak(Job):
 
     def _tend(self) -> None:
         now = time.monotonic()
-        # a node is healed with the help of slurmctld, so slurmctld is started first
+        # healing a node needs slurmctld, so slurmctld is started first
         stopped = "login" in self._healing or any(where == "login" for _, where, _ in self._undo)
         for due in [entry for entry in self._undo if entry[0] <= now and (entry[1] == "login" or not stopped)]:
             self._undo.remove(due)
@@ -195,12 +195,12 @@ class Soak(Job):
         return host
 
     def _free(self, kind: str) -> list[str] | None:
-        """Nodes for a fault of ``kind``: in the world, and not broken by another one; None while there is none. They
-        have an agent, and a worker if that is to fail. One agent is always left: nobody else could bring the job back.
+        """Nodes for a fault of ``kind``: in the world, and not broken by another fault; None while there are none. They
+        have an agent, and a worker if a worker is to fail. One agent always remains: only an agent can requeue the job.
         """
         happened = [event["event"] for event in self.events() if event["event"] in {"round", "verdict"}]
         if happened[-1:] == ["verdict"]:
-            return None  # the job is on its way through the queue; there is no world before its next round
+            return None  # the job is being requeued; there is no world before its next round
         broken = {node for node, round in self._killed.items() if round == self._round()}
         broken |= {node for _, node, _ in self._undo} | set(self._healing)
         nodes = [node for node in self._world() if node not in broken and self._pids(node, worker=False)]
@@ -227,7 +227,7 @@ class Soak(Job):
                 wait_for("a checkpoint", lambda: (self.run_dir / "checkpoint.tmp").exists() or None, 10, every=0.0005)
         elif draw.moment in {"forming", "starting"}:
             names = {"round"} if draw.moment == "starting" else {"lost", "restart", "take_over"}
-            with contextlib.suppress(BenchmarkError):  # after some faults no round ends
+            with contextlib.suppress(BenchmarkError):  # some faults end no round
                 later = lambda: any(event["event"] in names and event["time"] > first for event in self.events())  # noqa: E731
                 self._wait(f"an event: {' or '.join(names)}", later, 8)
 
@@ -278,7 +278,7 @@ class Soak(Job):
         return self._wait(what, functools.partial(self._pids, node, worker=worker), 30)[0]
 
     def _judge(self, fault: Fault, group: Collection[Fault]) -> None:
-        """Fill in what became of ``fault``."""
+        """Fill in the effects of ``fault``."""
         names = {node for other in group for node in other.nodes}
         effects = {"lost", "failure", "restart", "take_over", "verdict"}
         for event in self.events():

@@ -15,11 +15,11 @@ from typing import Any
 from _agents import allow_files
 
 LAST_CALL = 1
-"""torch's ``last_call_timeout``, in seconds: the least that it takes, where its default is 30."""
+"""torch's ``last_call_timeout`` in seconds: the minimum that torch accepts; its default is 30."""
 
 
 def torch_rounds(size: int, bound: float) -> dict[str, Any]:
-    """The same with torch's dynamic rendezvous on one TCPStore, a thread for each of its handlers."""
+    """The same with torch's dynamic rendezvous on one TCPStore, with one thread for each handler."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_torch_rounds, args=(theirs, size, bound), daemon=True)
@@ -37,7 +37,7 @@ def torch_rounds(size: int, bound: float) -> dict[str, Any]:
 
 
 def _torch_rounds(pipe: Connection, size: int, bound: float) -> None:
-    # the processes with our agents do without torch
+    # the processes with our agents do not import torch
     from torch.distributed import TCPStore  # noqa: PLC0415
     from torch.distributed.elastic.rendezvous import RendezvousParameters, dynamic_rendezvous  # noqa: PLC0415
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend  # noqa: PLC0415
@@ -61,7 +61,7 @@ def _torch_rounds(pipe: Connection, size: int, bound: float) -> None:
         handlers.append(dynamic_rendezvous.create_handler(store, C10dRendezvousBackend(store, "scale"), params))
 
     def all_join(handlers: list[Any]) -> float | None:
-        """Seconds until all have their rank, None if some do not get one."""
+        """Seconds until all agents have their rank; None if some agents get no rank."""
         problems: list[BaseException] = []
 
         def join(handler: Any) -> None:

@@ -20,13 +20,13 @@ Row = dict[str, Any]
 
 
 HOW = ("rigid", "keep", "give way")
-"""What the jobs that could be elastic do: they are rigid too; they start with what is free and grow, and keep that; or
-they give way.
+"""The behaviour of the jobs that could be elastic: they are rigid too; they start with the free nodes, grow, and keep
+all nodes; or they give way.
 """
 
 
 def simulate(seed: int, count: int, load: float, share: float, scaling: float, how: str) -> dict[str, float]:
-    """What became of the jobs between the first and the last tenth of the submissions."""
+    """Results for the jobs between the first and the last tenth of the submissions."""
     jobs = workload(seed, count, load, share, scaling)
     chosen = {job.id for job in jobs if job.is_elastic}
     if how == "rigid":
@@ -52,7 +52,7 @@ def simulate(seed: int, count: int, load: float, share: float, scaling: float, h
 
 
 def compare(loads: Sequence[float], shares: Sequence[float], seeds: int, count: int, scaling: float) -> Iterator[Row]:
-    """A row for each load, share, and way, means over ``seeds``."""
+    """A row for each load, share and way, with means over ``seeds``."""
     for load, share, how in itertools.product(loads, shares, HOW):
         runs = [simulate(seed, count, load, share, scaling, how) for seed in range(1, seeds + 1)]
         yield {"load": load, "share": share, "how": how} | {

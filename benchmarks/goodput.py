@@ -1,7 +1,7 @@
-"""A model: how much of a month a job of 16 to 2,048 nodes trains under node failures, by what launches it.
+"""A model: the share of a month in which a job of 16 to 2,048 nodes trains under node failures, for each launcher.
 
-Nothing runs. Failures come at published rates; how long each launcher stands still for one is what recovery.py has
-measured; the rest are assumptions, the same for all launchers. All inputs are listed below.
+Nothing runs. Failures come at published rates; recovery.py has measured how long training stops at a failure under each
+launcher; the rest are assumptions, the same for all launchers. All inputs are listed below.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ RATES = {
     ),
     "RSC-1": (6.50, "as RSC-2"),
 }
-"""Failures in a thousand node-days, and who says so."""
+"""Failures per thousand node-days, and the source."""
 
 
 def compare(sizes: Sequence[int], seeds: int, recovery: Recovery, common: dict[str, float]) -> list[dict[str, Any]]:
-    """A row for each rate, size and launcher, means over ``seeds`` months. ``common``: of Inputs."""
+    """A row for each rate, size and launcher, with means over ``seeds`` months. ``common``: fields of Inputs."""
     rows = []
     for source, (rate, _) in RATES.items():
         for nodes in sizes:
@@ -72,7 +72,7 @@ def compare(sizes: Sequence[int], seeds: int, recovery: Recovery, common: dict[s
 
 
 def report(sizes: Sequence[int], seeds: int, recovery: Recovery, **common: float) -> dict[str, Any]:
-    """All rows with what went into them. ``common``: of Inputs."""
+    """All rows with their inputs. ``common``: fields of Inputs."""
     rows = compare(sorted(sizes), seeds, recovery, common)
     days = Inputs(nodes=1, rate=0).horizon / DAY
     inputs = {"recovery": asdict(recovery), "common": common, "rates": RATES, "seeds": seeds}
@@ -80,7 +80,7 @@ def report(sizes: Sequence[int], seeds: int, recovery: Recovery, **common: float
 
 
 def lines(rows: Sequence[dict[str, Any]], days: float) -> list[dict[str, Any]]:
-    """For run.py's table: hours of a month that do not train, at the middle rate, the largest and the smallest job."""
+    """For run.py's table: hours of a month without training, at the middle rate, for the largest and smallest job."""
     sizes = sorted({row["nodes"] for row in rows})
     shown = []
     for nodes in dict.fromkeys((sizes[0], sizes[-1])):
@@ -106,7 +106,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def model() -> str:
-    """The model and where its inputs come from, for --help."""
+    """The model and the sources of its inputs, for --help."""
     inputs = Inputs(nodes=1, rate=0)
     in_days = "failures in a thousand node-days"
     rates = [f"  {name:<9}{rate:.2f} {in_days}: {source}" for name, (rate, source) in RATES.items()]

@@ -26,11 +26,11 @@ from _report import ROOT, BenchmarkError, machine, parser_with, run_main, write_
 
 WORKERS = 3
 STEPS = 20
-"""That every worker has done before one is killed, and after."""
+"""Steps that every worker does before one worker is killed, and afterwards."""
 DEADLINE, SHORT = 60.0, 30.0
 """Seconds to wait for a job, at most six times, and for each of four backends: eight minutes in all."""
 STANDBY_IDLE = 3.0
-"""Seconds without work after which a standby is taken for ready."""
+"""Seconds without work after which a standby counts as ready."""
 RECONFIGURE = """\
 import sys, torch, torch.distributed as dist
 backend, device = sys.argv[1:]
@@ -44,7 +44,7 @@ for round in (1, 2):
 
 
 def reconfigures(backend: str, device: str) -> str:
-    """``yes``, or why this torch cannot reconfigure ``backend``."""
+    """``yes``, or the reason why this torch cannot reconfigure ``backend``."""
     command = [sys.executable, "-c", RECONFIGURE, backend, device]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SHORT, check=False)
@@ -67,7 +67,7 @@ class Job:
             self.process = subprocess.Popen(command, stdout=output, stderr=output)
 
     def workers(self, round: int | None = None) -> dict[int, int]:
-        """How many steps each pid has done, in ``round`` or at all."""
+        """Number of steps of each pid, in ``round`` or in total."""
         done: dict[int, int] = {}
         for step in json_lines(self._steps):
             if round in {None, step["round"]}:
@@ -75,7 +75,7 @@ class Job:
         return done
 
     def first_step(self, after_round: int) -> dict[str, Any]:
-        """Of a later round."""
+        """The first step of a later round."""
         return min((s for s in json_lines(self._steps) if s["round"] > after_round), key=lambda step: step["time"])
 
     def round(self) -> int:
@@ -94,7 +94,7 @@ class Job:
             raise BenchmarkError(f"{error}\n{self._output.read_text()[-2000:]}") from None
 
     def standbys(self) -> list[int]:
-        """Their pids, once they have done nothing for a while."""
+        """The pids of the standbys, once they have been idle for a while."""
         idle_since, before = time.monotonic(), dict[int, float]()
 
         def idle() -> list[int] | None:
@@ -148,7 +148,7 @@ def private_mib(pid: int) -> int:
 
 
 def gpu_mib(device: str) -> int | None:
-    """Memory of the GPU that is in use, whoever uses it."""
+    """GPU memory that is in use, by any process."""
     if device == "cpu":
         return None
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -156,7 +156,7 @@ def gpu_mib(device: str) -> int | None:
 
 
 def measure(device: str, preload: str) -> dict[str, Any]:
-    """One job: what it takes, and what the kill of one of its workers costs."""
+    """One job: the memory that it takes, and what the kill of one of its workers costs."""
     idle = gpu_mib(device)
     with running(device, preload) as job:
         job.wait_until_it_trains()

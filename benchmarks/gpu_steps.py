@@ -1,4 +1,4 @@
-"""The training script of gpu.py: workers of one device over gloo, as NCCL takes no two ranks of one GPU."""
+"""The training script of gpu.py: workers of one device over gloo, as NCCL accepts no two ranks on one GPU."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ args = parser.parse_args()
 net = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4)))
 optimizer = torch.optim.AdamW(net.parameters())
 record = (args.folder / "steps.jsonl").open("a", buffering=1)
-# live chooses the backend by the device of the net, which therefore comes to the GPU only now
+# live chooses the backend by the device of the net, so the net moves to the GPU only now
 run = live(net, optimizer, checkpoint_every=20, wrap=lambda net: DistributedDataParallel(net.to(args.device)))
 for attempt in run.steps(until=10**9):
     with attempt as step:

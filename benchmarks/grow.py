@@ -1,8 +1,8 @@
 """Seconds until a running job trains with one node more, and how long it stands still for that, against torchrun.
 
-Every pass submits benchmarks/train_steps.py to a real Slurm (bin/mini-slurm), which has two nodes for it at first. Ours
-gets a third from the queue, loses an agent, gets a spare, and loses an agent again. The other launchers, which cannot
-ask Slurm for a node, are given the third by hand. In place it is benchmarks/live_steps.py.
+Every pass submits benchmarks/train_steps.py to a real Slurm (bin/mini-slurm), which has two nodes for it at first. Our
+job gets a third node from the queue, loses an agent, gets a spare, and loses another agent. The other launchers cannot
+request nodes from Slurm, so the third node is given to them by hand. Training in place runs benchmarks/live_steps.py.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ from rich.table import Table
 SCRIPT, LIVE_SCRIPT = (str(ROOT / "benchmarks" / name) for name in ("train_steps.py", "live_steps.py"))
 CHECKPOINT_EVERY = 100
 SMALL, LARGE = 2, 3
-"""Nodes of the two worlds, with one worker each."""
+"""Numbers of nodes of the two worlds, with one worker per node."""
 PATIENCE = 90.0
-"""Seconds for what is no measurement: a job to start, Slurm to start an agent."""
+"""Timeout in seconds for what is not measured: the start of a job, Slurm's start of an agent."""
 
 DEAF = "elastic-deaf"
 LAUNCHERS = {
@@ -72,10 +72,10 @@ LAUNCHERS = {
 }
 OF_US = (OURS, LIVE, DEAF)
 AGENTS = {**dict.fromkeys(OF_US, AGENT), FT: FT_MODULE}
-"""Word of the agents' command line, where it is not torchrun's."""
+"""A word of the agents' command line, where they are not torchrun's."""
 LAST_CALL = "--rdzv-conf=last_call_timeout=3"
-"""For the other launchers, which would wait 30 s before they start with two nodes of at most three. A world of three
-is full, and forms at once.
+"""For the other launchers, which would otherwise wait 30 s before they start with two of at most three nodes. A world
+of three is full and forms immediately.
 """
 RUNGS = {
     "grow": "a third node: from the start of its agent's process to a world of three",
@@ -88,29 +88,29 @@ PHASES = ("anew", "joins", "others", "stops", "round", "start", "standstill", "t
 
 @dataclass(frozen=True, kw_only=True)
 class Change(Run):
-    """One change of the world. ``outcome`` is ``done`` if all went well, ``overtaken`` if the agent that was started
-    anew came before the world of those that were left had done a step. ``total`` from the start of the new agent's
-    process, else from the kill, to the end of the new world's first step. ``joins``, ``others``, ``stops``, ``round``
-    and ``start`` add up to it, and only ours knows them.
+    """One change of the world. ``outcome`` is ``done`` if all went well, ``overtaken`` if the restarted agent joined
+    before the world of the remaining agents had done a step. ``total``: from the start of the new agent's process, or
+    else from the kill, to the end of the new world's first step. ``joins``, ``others``, ``stops``, ``round`` and
+    ``start`` add up to it, and are known only for our launchers.
     """
 
     standstill: float | None = None
-    """From the last step of the world before to the new one's first."""
+    """From the last step of the old world to the first step of the new world."""
     anew: float | None = None
-    """Kill to ``agent_restart``, when Slurm has started the new agent; a part of ``joins``."""
+    """From the kill to ``agent_restart``, when Slurm has started the new agent; a part of ``joins``."""
     joins: float | None = None
     """To the agent's ``join``."""
     others: float | None = None
-    """From there to the last step of the world before: others that may come are waited for, the workers are told."""
+    """From there to the last step of the old world: the leader waits for further agents, then notifies the workers."""
     stops: float | None = None
-    """From there, else from the kill, to ``restart``: the workers save and end, the leader knows."""
+    """From there, or else from the kill, to ``restart``: the workers save and end, and the leader learns of it."""
     world_size: int | None = None
     repeated: int | None = None
-    """Steps that the new world did again."""
+    """Steps that the new world repeated."""
 
 
 class Growing(Job):
-    """A job that trains on two nodes, and may have three."""
+    """A job that trains on two nodes and may have three."""
 
     def __init__(self, at: Cluster, launcher: str, options: Sequence[str]) -> None:
         """``options``: how to submit with ``launcher``."""
@@ -135,7 +135,7 @@ class Growing(Job):
         return self._sbatch(self.head, self.victim)
 
     def bring_third(self) -> float:
-        """When the process of its agent has started, in seconds since the epoch, to a hundredth."""
+        """When the agent's process started, in seconds since the epoch, to a hundredth."""
         if self._taken:
             self.free(self.third)
         else:
@@ -167,7 +167,7 @@ class Growing(Job):
         return moment
 
     def wait_until_steady(self, size: int) -> None:
-        """Until a world of ``size`` has gone on for a while, and is half way from one checkpoint to the next."""
+        """Wait until a world of ``size`` has trained for a while and is half way between two checkpoints."""
 
         def steady() -> bool | None:
             steps = self.steps()
@@ -178,7 +178,7 @@ class Growing(Job):
         self.wait_for_steps(steady, PATIENCE)
 
     def change(self, since: float, size: int | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The last step before a new world, of ``size`` or any, and its first step."""
+        """The last step before a new world, of ``size`` or of any size, and the first step of that world."""
         for before, after in pairwise(self.steps()):
             new = after["time"] > since and after["began"] != before["began"]
             if new and size in {None, after["world_size"]}:
@@ -192,7 +192,7 @@ class Growing(Job):
         return self.at.run("sbatch", "--parsable", *options, "job.sbatch", cwd=self.folder).strip()
 
     def _take(self, at: Cluster, *nodes: str) -> None:
-        """Run a job of somebody else on each of ``nodes``."""
+        """Run another user's job on each of ``nodes``."""
         for node in nodes:
             options = ["--exclusive", f"--nodelist={node}", "--output=/dev/null", "--wrap=exec sleep 900"]
             self._taken[node] = at.run("sbatch", "--parsable", *options, cwd=at.home).strip()
@@ -205,7 +205,7 @@ def _runs(at: Cluster, job: str) -> bool | None:
 
 
 def measure(at: Cluster, launcher: str, options: Sequence[str], deadline: float, keep: Path | None) -> Iterator[Change]:
-    """One job of ``launcher``, from its submission to its end; all that happens to it, one after the other."""
+    """One job of ``launcher`` from its submission to its end, with all changes one after another."""
     job = Growing(at, launcher, options)
 
     def change(rung: str, moment: float, size: int | None) -> Change:
@@ -254,7 +254,7 @@ def _split(run: Change, job: Growing, moment: float, before: dict[str, Any], aft
 
 
 def summarize(runs: Sequence[Change]) -> list[dict[str, Any]]:
-    """One row for each rung and launcher: counts, median, least and most of each phase, ratios to ours."""
+    """One row for each rung and launcher: counts, median, minimum and maximum of each phase, ratios to ours."""
     rows = summary(runs, RUNGS, list(LAUNCHERS), ("done", "overtaken", "stuck", "ended"), (*PHASES, "repeated"))
     of_ours = next((row for row in rows if row["launcher"] == OURS), None)
     for row in rows:
@@ -294,7 +294,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def line(run: Change) -> str:
-    """What is printed of ``run`` when it has ended."""
+    """The line to print when ``run`` has ended."""
     return run.text(PHASES, "" if run.repeated is None else f", {run.repeated} steps repeated")
 
 

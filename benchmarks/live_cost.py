@@ -1,9 +1,9 @@
-"""What the loop of ``live`` costs while nothing happens, in a training with short steps.
+"""The overhead of ``live`` per step while nothing happens, in a training with short steps.
 
 .venv-2.14/bin/elastic-srun --local 2 --nproc-per-node=1 benchmarks/live_cost.py
 
-The steps are the same, in turn as many in a plain loop, which is one attempt of ``live``, and each in an attempt of its
-own. So both have the same processes, process group and model, and a load of the machine meets both.
+The same steps run alternately in a plain loop, which is one attempt of ``live``, and each in an attempt of its own. So
+both have the same processes, process group and model, and other load of the machine affects both.
 """
 
 import argparse
@@ -34,7 +34,7 @@ run = live(net, optimizer)
 
 
 def train() -> None:
-    """A step. The ranks meet in the backward pass, at its end."""
+    """One step. The ranks synchronize at the end of the backward pass."""
     ends = time.perf_counter() + args.step
     optimizer.zero_grad()
     loss = run.model(inputs).square().mean()
@@ -42,12 +42,12 @@ def train() -> None:
         while time.perf_counter() < ends:
             torch.mm(matrix, matrix)
     else:
-        time.sleep(max(0.0, ends - time.perf_counter()))  # as a worker that waits for its GPU: its caches are cold then
+        time.sleep(max(0.0, ends - time.perf_counter()))  # as if waiting for a GPU: caches get cold
     loss.backward()
     optimizer.step()
 
 
-CLOCKS = time.perf_counter, time.thread_time  # the latter does not see what else the machine does
+CLOCKS = time.perf_counter, time.thread_time  # CPU time does not count other load of the machine
 costs: list[list[float]] = []
 began = ended = plain = [0.0, 0.0]
 
@@ -71,7 +71,7 @@ for attempt in run.steps(until=(args.rounds + 1) * (args.steps + 1)):
         plain = [began[i] - before[i] for i in range(2)]
 
 if run.world.rank == 0 and not run.stopped:
-    measured, processor = zip(*costs[1:], strict=True)  # in the first round much is done for the first time
+    measured, processor = zip(*costs[1:], strict=True)  # in the first round much runs for the first time
     cost, cpu = statistics.median(measured), statistics.median(processor)
     if args.json:
         found = {"step": args.step, "cost": cost, "min": min(measured), "max": max(measured), "cpu": cpu}

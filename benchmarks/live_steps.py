@@ -1,4 +1,4 @@
-"""train_steps.py in place: the same short steps, by workers that keep their processes when the world changes."""
+"""train_steps.py in place: the same short steps, with workers that keep their processes when the world changes."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from torch import nn
 
 from elastic_hpc.training import live
 
-STEP = 0.02  # seconds; without load, as a worker that waits for its GPU
+STEP = 0.02  # seconds without load, like a worker that waits for its GPU
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--folder", type=Path, required=True)

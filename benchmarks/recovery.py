@@ -1,7 +1,7 @@
 """Seconds from a fault to the first step of the new world: elastic_hpc against plain torchrun.
 
 Every run submits examples/train_digits.py to a real Slurm (bin/mini-slurm), waits until it trains on all nodes, breaks
-something, and reads from what the training wrote when it continued. In place it is examples/live_digits.py.
+something, and reads from the training's output when it continued. Training in place runs examples/live_digits.py.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ from rich.table import Table
 SCRIPT, LIVE_SCRIPT = (str(ROOT / "examples" / name) for name in ("train_digits.py", "live_digits.py"))
 CHECKPOINT_EVERY = 20
 START_DEADLINE = 240.0
-"""Seconds for a job to start training; with four imports of torch on two cores it takes some 20."""
+"""Seconds for a job to start training; with four imports of torch on two cores, that takes about 20."""
 
 STANDBY_IDLE, STANDBY_DEADLINE = 4.0, 60.0
-"""Seconds without work after which a standby is taken for ready, as it rests between its imports, and for how long
-that is waited for: a job has trained for hours when a fault comes.
+"""Seconds without work after which a standby counts as ready (it also pauses between its imports), and for how long
+recovery.py waits for that: in practice a job has trained for hours when a fault comes.
 """
 
 COLD, FULL = "elastic-cold", "elastic-preload"
 OF_US = {
     OURS: [],
     COLD: ["--preload=off"],
-    FULL: ["--preload=torch,torch._dynamo,sklearn.datasets"],  # all that the example comes to import
+    FULL: ["--preload=torch,torch._dynamo,sklearn.datasets"],  # all that the example imports in the end
     LIVE: [],  # and the interpreter that torch_214 finds
 }
 LAUNCHERS = {
@@ -77,7 +77,7 @@ LAUNCHERS = {
     FT: [],  # and what install_ft_launcher adds
 }
 AGENTS = {**dict.fromkeys(OF_US, AGENT), FT: FT_MODULE}
-"""Word of the agents' command line, where it is not torchrun's."""
+"""A word of the agents' command line, where they are not torchrun's."""
 
 RUNGS = {
     "worker": "SIGKILL to the worker of one node",
@@ -96,31 +96,31 @@ TITLES = {
     "drain": "warning before the time limit",
 }
 THROUGH_THE_QUEUE = {"requeue": (*OF_US, TORCHRUN), "drain": tuple(OF_US)}
-"""Rungs whose job comes back through the queue, and the launchers between which that makes a difference."""
+"""Rungs whose job is requeued, and the launchers that differ in that."""
 QUEUE_BOUND = 180.0
-"""Seconds that these rungs get in addition: Slurm's own delay of a requeue is 121 s."""
+"""Additional seconds for these rungs: Slurm itself delays a requeue by 121 s."""
 PHASES = ("detection", "round", "running", "start", "total")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault(Run):
-    """One fault. ``outcome`` is ``recovered`` if all went well, ``total`` from the fault, through the queue from the
-    last step before it, to the end of the new world's first step.
+    """One fault. ``outcome`` is ``recovered`` if all went well, ``total``: from the fault, or at a requeue from
+    the last step before it, to the end of the new world's first step.
     """
 
     detection: float | None = None
-    """Fault to the leader's decision to restart or requeue. Only of ours."""
+    """From the fault to the leader's decision to restart or requeue. Known only for our launchers."""
     running: float | None = None
-    """Last step to Slurm's RUNNING, to the second."""
+    """From the last step to Slurm's RUNNING, to the second."""
     rounds: int | None = None
-    """New rounds until one made a step; 1 when all went well."""
+    """Number of new rounds until one did a step; 1 if all went well."""
     world_size: int | None = None
     steps_lost: int | None = None
     """Steps that the new world repeated."""
     warm: int | None = None
-    """Workers of the new world that had been standbys."""
+    """Number of workers of the new world that had been standbys."""
     kept: int | None = None
-    """Worker processes from before the fault that live when the new world has done its first step."""
+    """Worker processes from before the fault that are alive when the new world has done its first step."""
 
 
 class DigitsJob(Job):
@@ -134,7 +134,7 @@ class DigitsJob(Job):
         least = len(at.nodes) - 1 if rung == "requeue" else 2
         options = [f"--nodes={least}:{len(at.nodes)}", "--nproc-per-node=1", *LAUNCHERS[launcher]]
         if rung == "drain":
-            options.append("--grace=10")  # the example does not listen: it trains on for as long
+            options.append("--grace=10")  # the example does not listen for a drain: it would train for that long
         where = f"--folder={data}" if launcher == LIVE else f"--checkpoint={data / 'checkpoint.pt'}"
         arguments = [where, f"--checkpoint-every={CHECKPOINT_EVERY}", "--epochs=100000"]
         super().__init__(at, folder, data / "steps.jsonl", *options, self.script, *arguments)
@@ -146,7 +146,9 @@ class DigitsJob(Job):
         return self.at.pids(node, self.script, but=[AGENTS.get(self.launcher, TORCHRUN_MODULE)])
 
     def wait_until_it_trains(self) -> None:
-        """Wait for steps of a world of all nodes, a few after a checkpoint: a restart must show in the step numbers."""
+        """Wait for steps of a world of all nodes, a few after a checkpoint, so that a restart shows in the step
+        numbers.
+        """
 
         def trains() -> bool | None:
             last = (self.steps() or [{"step": 0}])[-1]
@@ -163,8 +165,8 @@ class DigitsJob(Job):
             )
 
     def _wait_for_standbys(self) -> None:
-        """Until those of all nodes have done nothing for a while. Where that takes too long, the next round tells how
-        many there were.
+        """Wait until the standbys of all nodes have been idle for a while. If that takes too long, the next round
+        records how many standbys there were.
         """
         idle_since = time.monotonic()
         before: dict[int, float] = {}
@@ -182,7 +184,7 @@ class DigitsJob(Job):
             wait_for("the standbys", idle, STANDBY_DEADLINE, every=0.5)
 
     def warm(self, round: int) -> int | None:
-        """How many workers of ``round`` had been standbys; None if no event says so within seconds."""
+        """Number of workers of ``round`` that had been standbys; None if no event records it within seconds."""
 
         def started() -> int | None:
             events = [event for event in self.events() if event["event"] == "started" and event["round"] == round]
@@ -193,7 +195,7 @@ class DigitsJob(Job):
         return None
 
     def first_step_of_new_world(self) -> tuple[dict[str, Any], int] | None:
-        """The step, and how many steps it and what follows repeat."""
+        """The step, and how many steps are repeated from there on."""
         for before, after in pairwise(self.steps()):
             same = all(before[key] == after[key] for key in ("round", "restart", "world_size"))
             if not same or after["step"] != before["step"] + 1:
@@ -202,7 +204,7 @@ class DigitsJob(Job):
 
 
 def inject(at: Cluster, job: DigitsJob, rung: str) -> float:
-    """Break something. Returns when, in seconds since the epoch."""
+    """Inject the fault. Returns its time in seconds since the epoch."""
     head, other, node, *_ = at.nodes
     if rung in {"power", "head"}:
         return float(at.mini("kill", head if rung == "head" else node).split()[0])
@@ -218,7 +220,7 @@ def inject(at: Cluster, job: DigitsJob, rung: str) -> float:
     victims = workers if rung == "worker" else agents if job.launcher in OF_US else agents + workers
     moment = time.time()
     for pid in victims:
-        os.kill(pid, signal.SIGSTOP if rung == "requeue" else signal.SIGKILL)  # one that is killed is restarted
+        os.kill(pid, signal.SIGSTOP if rung == "requeue" else signal.SIGKILL)  # a killed agent would be restarted
     return moment
 
 
@@ -267,7 +269,7 @@ def _split(at: Cluster, run: Fault, job: DigitsJob, moment: float, step: dict[st
 
 
 def summarize(runs: Sequence[Fault]) -> list[dict[str, Any]]:
-    """One row for each rung and launcher: counts, median, least and most of each phase, ratio to ours."""
+    """One row for each rung and launcher: counts, median, minimum and maximum of each phase, ratio to ours."""
     rows = summary(runs, RUNGS, list(LAUNCHERS), ("recovered", "stuck", "ended"), (*PHASES, "steps_lost", "kept"))
     totals = {row["rung"]: row["total"]["median"] for row in rows if row["launcher"] == OURS and row["total"]}
     for row in rows:
@@ -279,7 +281,7 @@ def summarize(runs: Sequence[Fault]) -> list[dict[str, Any]]:
 
 
 def report(runs: Sequence[Fault], where: dict[str, Any]) -> dict[str, Any]:
-    """All runs, what they come to, and where they were measured (``where`` of ``where_it_runs``)."""
+    """All runs, their summary, and the machine (``where`` of ``where_it_runs``)."""
     rows = summarize(runs)
     return {"machine": where, "summary": rows, "runs": list(map(asdict, runs)), "table": lines(rows, where)}
 
@@ -338,7 +340,7 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
 
 
 def line(run: Fault) -> str:
-    """What is printed of ``run`` when it has ended."""
+    """The line to print when ``run`` has ended."""
     world = ""
     if run.world_size:
         world = f", world of {run.world_size}, {run.steps_lost} steps repeated, {run.kept} processes kept"

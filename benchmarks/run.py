@@ -51,11 +51,11 @@ RECOVERY = [
     *(("requeue", OURS, 60), ("worker", COLD, 60), ("agent", OWN_STORE, 90), ("power", OWN_STORE, 30)),
     *(("worker", FULL, 60), ("power", COLD, 60), ("head", OWN_STORE, 30)),
 ]
-"""Fault, launcher, and how long to wait for a step before it counts as stuck, in seconds; the most telling ones first.
-torchrun after a power loss waits for its process group, which is longer than this run.
+"""Fault, launcher, and how long to wait for a step before it counts as stuck, in seconds; the most informative
+ones first. After a power loss, torchrun waits for the timeout of its process group, which is longer than this run.
 """
 A_FAULT = 45.0
-"""Seconds that a run takes beside its bound where nothing goes wrong: it is not begun with less time left."""
+"""Seconds that a successful run takes in addition to its bound; a run is not started with less time left."""
 
 PARTS = {
     "start": "start.py: the start of one worker, against torchrun",
@@ -72,7 +72,7 @@ TITLES = ("what", "ours", "theirs", "theirs / ours", "peer", "")
 
 
 class Run:
-    """The parts that are asked for, and what they have found so far."""
+    """The requested parts, and their results so far."""
 
     def __init__(self, at: Cluster | None, minutes: int) -> None:
         self._at = at
@@ -175,7 +175,7 @@ class Run:
 
 
 def cells(line: dict[str, Any]) -> list[str]:
-    """Of one line of the table, under ``TITLES``."""
+    """The cells of one line of the table, under ``TITLES``."""
     ours, theirs = (
         "-" if line[side] is None else f"{figures(line[side])} {line['unit']}" for side in ("ours", "theirs")
     )
@@ -184,7 +184,7 @@ def cells(line: dict[str, Any]) -> list[str]:
 
 
 def figures(value: float) -> str:
-    """Two or three figures that count, and no exponent."""
+    """Two or three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2g}"
 
 
@@ -202,7 +202,7 @@ def markdown(lines: Sequence[dict[str, Any]], about: str) -> str:
 
 
 def write_page(page: Path, text: str) -> None:
-    """Put ``text`` between the marks on ``page``. BenchmarkError if it has none."""
+    """Put ``text`` between the marks on ``page``. Raises BenchmarkError if ``page`` has no marks."""
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -211,7 +211,7 @@ def write_page(page: Path, text: str) -> None:
 
 
 def versions(found: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Of all that took part."""
+    """The versions of all that took part."""
     numbers = {"torch": version("torch"), "elastic_hpc": version("elastic_hpc")}
     for report in found.values():
         where = report.get("machine", {})
@@ -221,7 +221,7 @@ def versions(found: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def about(report: dict[str, Any]) -> str:
-    """In a few sentences what was measured where."""
+    """A few sentences on what was measured on which machine."""
     where = report["machine"]
     peers = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     missing = f" Failed: {', '.join(report['failed'])}." if report["failed"] else ""

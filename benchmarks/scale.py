@@ -2,7 +2,7 @@
 
 Every agent is the real membership over real, authenticated TCP connections on loopback; only workers, stores and Slurm
 are left out. The leader and the node that takes over have a process each, all other agents share a third one, so that
-two cores carry everything: the CPU of a thousand nodes too. It needs neither Slurm nor root.
+two cores carry the load of a thousand nodes. It needs neither Slurm nor root.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from _torch_rounds import torch_rounds
 
 SIZES = (4, 16, 64, 256, 1024)
 PEER_SIZES = (4, 16, 64)
-"""Sizes at which torch's rendezvous is tried."""
+"""Numbers of agents with which torch's rendezvous is measured."""
 
 PEER = f"torch c10d {version('torch')}"
 

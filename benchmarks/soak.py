@@ -36,11 +36,11 @@ from rich.table import Table
 
 @dataclass
 class Report:
-    """What became of the job and the faults."""
+    """The results of the job and the faults."""
 
     seed: int
     planned: int
-    """Faults that should have been injected."""
+    """Number of faults that should have been injected."""
     job: str = ""
     faults: list[Fault] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -50,10 +50,10 @@ class Report:
     rounds: int = 0
     steps: int = 0
     steps_lost: int = 0
-    """Repeated, in total."""
+    """Number of repeated steps in total."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """By kind, for faults that came alone: how many, how many of them ended no round, seconds to the next step."""
+        """By kind, for faults that came alone: their number, how many ended no round, seconds to the next step."""
         sizes = Counter(fault.group for fault in self.faults)
         alone = [fault for fault in self.faults if sizes[fault.group] == 1]
         groups = {kind: [fault for fault in alone if fault.kind == kind] for kind in KINDS}
@@ -85,7 +85,7 @@ def soak(
     keep: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Report:
-    """Inject ``faults`` faults in one job. What went wrong is in the report's ``problems``."""
+    """Inject ``faults`` faults into one job. The report's ``problems`` lists what went wrong."""
     at.reset()
     folder = at.home / f"soak-{seed}"
     shutil.rmtree(folder, ignore_errors=True)

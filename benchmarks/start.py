@@ -51,7 +51,7 @@ LAUNCHERS = {
     "python": ["python"],
 }
 AGENTS = {OURS: "elastic_hpc.agent.main", "torchrun": TORCHRUN_MODULE}
-"""What their agents import first."""
+"""The modules that the agents of each launcher import first."""
 PHASES = {
     "first": "to the script's first line",
     "torch": "to the script with torch imported",
@@ -71,7 +71,7 @@ class Start:
 
 
 def start(launcher: str, folder: Path) -> Start:
-    """BenchmarkError if it did not run the script to its end."""
+    """Raises BenchmarkError if the launcher did not run the script to its end."""
     program, *options = LAUNCHERS[launcher]
     written = folder / "times.json"
     written.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ def start(launcher: str, folder: Path) -> Start:
 
 
 def measure(rounds: int, within: float = math.inf) -> dict[str, Any]:
-    """Start ``rounds`` times each way, interleaved; no further round is begun after ``within`` seconds."""
+    """Start ``rounds`` times each way, interleaved; no round starts later than ``within`` seconds."""
     others = busy()
     ends = time.monotonic() + within
     starts: dict[str, list[Start]] = {launcher: [] for launcher in LAUNCHERS}

@@ -1,8 +1,8 @@
 """What it costs to submit the same job: sbatch, elastic-sbatch, torchx and submitit, in interleaved rounds.
 
-sbatch is given the script that elastic-sbatch makes, so both submit the same thing; the others have a job of as many
-nodes run the same script. Jobs wait, and are cancelled after each round. Runs as the unprivileged user of mini-slurm,
-or with --here on any machine that has sbatch.
+sbatch submits the script that elastic-sbatch makes, so both submit the same job; the others run the same script in a
+job of as many nodes. Jobs wait, and are cancelled after each round. Runs as the unprivileged user of mini-slurm, or
+with --here on any machine that has sbatch.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ executor.update_parameters(nodes=4, tasks_per_node=1, timeout_min=10, slurm_addi
 print("job", executor.submit(CommandFunction([sys.executable, *sys.argv[2:]])).job_id)
 """
 ID = r"^(?:job |slurm://torchx/)?(\d+)$"
-"""A job's id, as each of them prints it."""
+"""A job's id, as each command prints it."""
 NEVER = ("torch", "submitit")
 """Modules that a submission must not import."""
 
 
 def run(argv: Sequence[str], *, submits: bool = False) -> Ran:
-    """Run a command to its end. BenchmarkError if it failed; one that ``submits`` has succeeded once it has printed
-    the id of a job: torchx asks for accounting after that, which not every Slurm has.
+    """Run a command to its end. Raises BenchmarkError if it failed; a command that ``submits`` has succeeded once it
+    has printed the id of a job: afterwards torchx asks for accounting, which not every Slurm has.
     """
     ran = run_timed(argv)
     if ran.exit_code and not (submits and re.search(ID, ran.output, re.MULTILINE)):
@@ -70,7 +70,7 @@ def run(argv: Sequence[str], *, submits: bool = False) -> Ran:
 
 
 def ways(script: Path, torchx: Path | None) -> dict[str, list[str]]:
-    """How to submit; ``torchx``: the folder in which it is installed."""
+    """The command of each way to submit; ``torchx``: the folder in which torchx is installed."""
     submitit = [sys.executable, "-c", SUBMITIT]
     commands = {
         "sbatch": ["sbatch", "--parsable", str(script)],
@@ -90,7 +90,7 @@ def _ours() -> list[str]:
 
 
 def measure(rounds: int, torchx: Path | None) -> dict[str, Any]:
-    """Submit ``rounds`` times each way, and take the jobs back."""
+    """Submit ``rounds`` times each way, and cancel the jobs."""
     others = busy()
     jobs: list[str] = []
     with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
@@ -141,14 +141,14 @@ def _expect_in_queue(jobs: Sequence[str]) -> None:
 
 
 def imported(argv: Sequence[str], jobs: list[str]) -> dict[str, float]:
-    """Packages outside the standard library that a submission imports, with the milliseconds that each took itself."""
+    """Packages outside the standard library that a submission imports, with the milliseconds of each package alone."""
     output = run(argv).output
     jobs += re.findall(ID, output, re.MULTILINE)
     return import_times(output)
 
 
 def summarize(costs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians of each way; ratios as medians over the rounds, so that a drift of the load cancels."""
+    """The median of each way; ratios are medians over the rounds, so that a drift of the load cancels out."""
     ways = {}
     for name, many in costs.items():
         way: dict[str, Any] = {kind: statistics.median(cost[kind] for cost in many) for kind in ("wall", "cpu")}
@@ -217,11 +217,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure_inside(at: Cluster, rounds: int) -> dict[str, Any]:
-    """``measure`` as the user of a mini-slurm, whose nodes another job has, so that torchx's, never held, wait."""
+    """``measure`` as the user of a mini-slurm. Another job occupies the nodes, so that torchx's jobs, which are not
+    held, wait.
+    """
     left_out = {}
     options = [f"--rounds={rounds}"]
     try:
-        pip_install(at.home / "torchx", "torchx", "torchx")  # with all that it needs in its versions
+        pip_install(at.home / "torchx", "torchx", "torchx")  # with its dependencies in the versions that it needs
         options.append(f"--torchx={at.home / 'torchx'}")
     except BenchmarkError as error:
         left_out["torchx"] = str(error)

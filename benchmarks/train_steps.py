@@ -1,4 +1,4 @@
-"""The training script of grow.py, for any launcher: short steps, so that a standstill and a repeated step show."""
+"""The training script of grow.py, for any launcher: in short steps, so that a standstill and a repeated step show."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from elastic_hpc.training import Checkpoints, drain_requested, report_progress
 
-STEP = 0.02  # seconds; without load, as a worker that waits for its GPU
+STEP = 0.02  # seconds without load, like a worker that waits for its GPU
 
 began = time.time()
 parser = argparse.ArgumentParser(description=__doc__)

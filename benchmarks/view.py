@@ -1,7 +1,7 @@
-"""What it costs to look: ``elastic-hpc status`` of a job of a month, of 2,000 old jobs, and ``elastic-hpc logs``.
+"""The cost of looking: ``elastic-hpc status`` of a job of a month, of 2,000 old jobs, and ``elastic-hpc logs``.
 
-The records are made here, with an event of progress each ten seconds, as the leader writes them; nothing is run but
-the commands' own code. Needs no Slurm.
+The records are made here, with a progress event every ten seconds, as the leader writes them; only the commands' own
+code runs. Needs no Slurm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from elastic_hpc.record.rundir import RunDir
 
 DAY = 86400
 MONTH_S, LOOK_S, LINES_PER_S = 2.0, 0.05, 100_000
-"""To be reached: the first look at a month, each further look, lines of ``logs`` a second."""
+"""Targets: seconds for the first look at a month, seconds for each further look, lines per second of ``logs``."""
 BEGAN = 1_790_000_000.0
 NODES = [f"n{number}" for number in range(8)]
 
@@ -65,7 +65,7 @@ def cpu() -> float:
 
 
 def look_at(rundir: RunDir) -> dict[str, float]:
-    """The first look and the further ones, each after one more event; in a process of its own."""
+    """The first look and further looks, each after one more event; in a process of its own."""
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, cpu()
     jobs = Jobs([rundir])
     ((view, *_),) = jobs.look()
@@ -84,7 +84,7 @@ def look_at(rundir: RunDir) -> dict[str, float]:
 
 
 def status_of_many(folder: Path, count: int) -> float:
-    """Seconds of CPU of ``elastic-hpc status`` where ``count`` jobs ended long ago."""
+    """CPU seconds of ``elastic-hpc status`` where ``count`` jobs ended long ago."""
     state = folder / "state" / "elastic_hpc"
     state.mkdir(parents=True)
     runs = [write_record(folder / "jobs" / str(number), 0.01, 0) for number in range(1, count + 1)]
@@ -95,7 +95,7 @@ def status_of_many(folder: Path, count: int) -> float:
 
 
 def logs_of(folder: Path, lines: int) -> float:
-    """Seconds of CPU of ``elastic-hpc logs`` of ``lines`` lines, not on a terminal."""
+    """CPU seconds of ``elastic-hpc logs`` for ``lines`` lines, not on a terminal."""
     rundir = write_record(folder / "logged", 0.01, 0)
     of_round = rundir.path / "logs" / "0.1"
     of_round.mkdir(parents=True)
@@ -109,7 +109,7 @@ def logs_of(folder: Path, lines: int) -> float:
 
 
 def seconds_of(*arguments: str, folder: Path) -> float:
-    """Seconds of CPU of ``elastic-hpc`` with ``arguments``."""
+    """CPU seconds of ``elastic-hpc`` with ``arguments``."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environ = {**os.environ, "XDG_STATE_HOME": str(folder / "state")}
     command = [sys.executable, "-m", "elastic_hpc", *arguments]

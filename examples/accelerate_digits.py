@@ -23,13 +23,13 @@ images = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16
 labels = torch.tensor(digits.target)
 net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-# 96 samples a step in a world of any size that divides it; the loader gives each rank its part
+# 96 samples per step in a world of any size that divides 96; the loader gives each rank its part
 loader = DataLoader(
     TensorDataset(images, labels), batch_size=96 // accelerator.num_processes, shuffle=True, drop_last=True
 )
 net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
 
-checkpoints = Checkpoints()  # in the run directory: whole ones only, and none of a round that is over
+checkpoints = Checkpoints()  # in the run directory; loads only complete ones, and an earlier round cannot save
 step = checkpoints.load(lambda path: accelerator.load_state(str(path)) or int((path / "step").read_text())) or 0
 accelerator.print(f"{accelerator.num_processes} workers, continuing after step {step}", flush=True)
 stop = False

@@ -1,5 +1,5 @@
 """FSDP: a small net on handwritten digits, sharded over the ranks, which continues at any size: each checkpoint is
-sharded too, and is distributed anew when it is loaded.
+sharded too, and is redistributed when it is loaded.
 
 elastic-sbatch --nodes 2:4 examples/fsdp_digits.py       torchrun --nproc-per-node 2 examples/fsdp_digits.py
 """
@@ -34,7 +34,7 @@ mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
 for layer in (net[0], net[2], net):
     fully_shard(layer, mesh=mesh)
 optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-checkpoints = Checkpoints()  # in the run directory: whole ones only, and none of a round that is over
+checkpoints = Checkpoints()  # in the run directory; loads only complete ones, and an earlier round cannot save
 
 
 def load(path: Path) -> int:
@@ -71,6 +71,6 @@ with torch.no_grad():
     accuracy = (net(images).argmax(1) == labels).float().mean()
 if dist.get_rank() == 0 and step == args.steps:
     print(f"step {step}: accuracy {accuracy:.4f}", flush=True)
-net = optimizer = loss = None  # their groups' threads may abort while Python shuts down (pytorch 190489)
+net = optimizer = loss = None  # threads of the process groups may abort while Python shuts down (pytorch 190489)
 gc.collect()
 dist.destroy_process_group()

@@ -33,7 +33,7 @@ class Digits(pl.LightningModule):
 
 
 class Elastic(Callback):
-    """Saves and stops when the job has to: before the time limit, a preemption, or a larger world."""
+    """Saves and stops when the job must: before the time limit, a preemption, or a larger world."""
 
     def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -56,7 +56,7 @@ digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16
 labels = torch.tensor(digits.target)
 
-# Lightning wants to know the world's size, which changes: these are the launcher's.
+# Lightning requires the world's size, which changes: the launcher provides these values.
 local, nodes = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
 keep = ModelCheckpoint(
     folder,
@@ -80,7 +80,7 @@ trainer = pl.Trainer(
     logger=False,
 )
 model = Digits()
-# Lightning's temporary file may be on another file system: a copy that was cut short is no zip file.
+# Lightning may copy its temporary file from another file system: an interrupted copy is no zip file.
 whole = filter(zipfile.is_zipfile, folder.glob("step=*.ckpt"))
 saved = sorted(whole, key=lambda path: int(path.stem.partition("=")[2]))
 data = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)

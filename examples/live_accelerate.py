@@ -29,9 +29,10 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
 optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
 args.folder.mkdir(parents=True, exist_ok=True)
-record = (args.folder / "steps.jsonl").open("a", buffering=1)  # rank 0 writes, which may become another process
+record = (args.folder / "steps.jsonl").open("a", buffering=1)  # rank 0 writes; another process may become rank 0
 
-# live joins the world, and Accelerator finds it. Prepare nothing: Accelerator counts the ranks once, and they change.
+# live joins the world, and Accelerator finds it. Do not call prepare: Accelerator counts the ranks only once, but they
+# change.
 run = live(net, optimizer, folder=args.folder / "checkpoints", checkpoint_every=20)
 accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16")
 for attempt in run.steps(until=args.steps):

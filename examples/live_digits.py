@@ -4,7 +4,8 @@ processes, and no step is lost.
 elastic-sbatch --nodes 2:4 examples/live_digits.py       elastic-srun --local 4 examples/live_digits.py
 torchrun --nproc-per-node 2 examples/live_digits.py      python examples/live_digits.py
 
-That takes torch 2.14 and an agent of elastic_hpc. Else the script restarts from a checkpoint, like train_digits.py.
+That requires torch 2.14 and an agent of elastic_hpc. Otherwise the script restarts from a checkpoint, like
+train_digits.py.
 """
 
 import argparse
@@ -45,25 +46,25 @@ layers += [nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Fla
 net = nn.Sequential(*layers).to(device)
 optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr)
 args.folder.mkdir(parents=True, exist_ok=True)
-record = (args.folder / "steps.jsonl").open("a", buffering=1)  # rank 0 writes, which may become another process
+record = (args.folder / "steps.jsonl").open("a", buffering=1)  # rank 0 writes; another process may become rank 0
 
 run = live(net, optimizer, folder=args.folder / "checkpoints", checkpoint_every=args.checkpoint_every)
 steps_per_epoch = math.ceil(len(train) / args.batch_size)
 for attempt in run.steps(until=args.epochs * steps_per_epoch):
-    with attempt as step:  # done again if it was interrupted before the optimizer's step, in a world of another size
+    with attempt as step:  # repeated, in a world of another size, if it was interrupted before the optimizer's step
         world = run.world
         epoch, number = divmod(step, steps_per_epoch)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))  # the same in every world
         batch = train[order[number * args.batch_size :][: args.batch_size]]
         mine = batch[world.rank :: world.size]
-        # DDP averages gradients over the ranks. Scaled like this the average is the gradient of the batch's mean loss.
+        # DDP averages gradients over the ranks. With this factor the average is the gradient of the batch's mean loss.
         loss = cross_entropy(run.model(images[mine]), labels[mine], reduction="sum") * world.size / len(batch)
         optimizer.zero_grad()
         loss.backward()
         mean = loss.detach() / world.size
         if world.size > 1:
             dist.all_reduce(mean)
-        optimizer.step()  # after all collectives: with it the step is done
+        optimizer.step()  # after all collectives: this completes the step
         report_progress(step + 1, mean.item())
         if world.rank == 0:
             fields = {"step": step + 1, "time": time.time(), "loss": mean.item(), "pid": os.getpid()}

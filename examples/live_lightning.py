@@ -1,4 +1,4 @@
-"""Lightning in place: when workers are lost or join, the Trainers of the others continue with the step they are at.
+"""Lightning in place: when workers are lost or join, the other workers' Trainers continue with their current step.
 
 elastic-sbatch --nodes 2:4 examples/live_lightning.py       python examples/live_lightning.py
 """
@@ -33,7 +33,7 @@ class Digits(pl.LightningModule):
 
 
 class SaveAndStop(Callback):
-    """Saves and stops when the job has to end: before the time limit, or a preemption."""
+    """Saves and stops when the job must end: before the time limit or a preemption."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, _module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step % 20 == 0 and trainer.is_global_zero:
@@ -54,7 +54,7 @@ images = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16
 labels = torch.tensor(digits.target)
 
 strategy = LiveStrategy()
-# 96 samples a step, of all ranks together; a worker that joins begins with the batch at which the others are
+# 96 samples per step over all ranks; a worker that joins begins with the current batch of the others
 data = DataLoader(TensorDataset(images, labels), batch_sampler=strategy.batches(len(labels), 96))
 keep = ModelCheckpoint(
     folder,
@@ -78,7 +78,7 @@ trainer = pl.Trainer(
     logger=False,
 )
 model = Digits()
-# Read only if no worker has trained yet. Lightning's files may be cut short: such a file is no zip file.
+# Read only if no worker has trained yet. Lightning's files may be incomplete: such a file is no zip file.
 whole = filter(zipfile.is_zipfile, folder.glob("step=*.ckpt"))
 saved = sorted(whole, key=lambda path: int(path.stem.partition("=")[2]))
 trainer.fit(model, data, ckpt_path=saved[-1] if saved else None)

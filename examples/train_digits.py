@@ -29,7 +29,7 @@ default = Path(os.environ.get("ELASTIC_HPC_RUN_DIR", "digits"), "checkpoint.pt")
 parser.add_argument("--checkpoint", type=Path, default=default, help="default: in the run directory, else in ./digits")
 args = parser.parse_args()
 
-# What the launcher says differs from one round to the next. Without a launcher there is one process.
+# The launcher's variables differ from one round to the next. Without a launcher there is one process.
 alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "ELASTIC_HPC_ROUND": 0, "TORCHELASTIC_RESTART_COUNT": 0}
 rank, world_size, local_rank, round_, restart = (int(os.environ.get(name, alone[name])) for name in alone)
 device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
@@ -48,11 +48,11 @@ layers += [nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Fla
 net = nn.Sequential(*layers).to(device)
 optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr)
 
-# Steps done and samples consumed: with the model and the optimizer that is all a world of any size needs to continue.
+# Steps done and samples consumed: with the model and the optimizer, a world of any size can continue from these.
 step, consumed, end = 0, 0, args.epochs * len(train)
 saved = [torch.load(args.checkpoint, map_location="cpu") if rank == 0 and args.checkpoint.exists() else None]
 if world_size > 1:
-    dist.broadcast_object_list(saved, device=device)  # one reader, so that all ranks continue from the same step
+    dist.broadcast_object_list(saved, device=device)  # only rank 0 reads, so that all ranks continue from the same step
 if saved[0]:
     net.load_state_dict(saved[0]["net"])
     optimizer.load_state_dict(saved[0]["optimizer"])
@@ -69,7 +69,7 @@ while consumed < end:
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))  # the same in every world
     batch = train[order[position : position + args.batch_size]]
     mine = batch[rank::world_size]
-    # DDP averages gradients over the ranks. Scaled like this the average is the gradient of the batch's mean loss.
+    # DDP averages gradients over the ranks. With this factor the average is the gradient of the batch's mean loss.
     loss = cross_entropy(model(images[mine]), labels[mine], reduction="sum") * world_size / len(batch)
     optimizer.zero_grad()
     loss.backward()
@@ -88,7 +88,7 @@ while consumed < end:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, args.checkpoint)  # a reader finds the old one or the new one, never a half
+            os.replace(temporary, args.checkpoint)  # a reader finds the old or the new checkpoint, never a part of one
 
 if rank == 0:
     accuracy = (net(images[held_out]).argmax(1) == labels[held_out]).float().mean()

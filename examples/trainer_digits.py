@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 
 class Elastic(TrainerCallback):
-    """Saves and stops when the job has to: before the time limit, a preemption, or a larger world."""
+    """Saves and stops when the job must: before the time limit, a preemption, or a larger world."""
 
     def on_train_begin(self, args: TrainingArguments, state: Any, _control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -68,7 +68,7 @@ trainer = Trainer(
     train_dataset=[{"images": image, "labels": label} for image, label in zip(images, labels, strict=True)],
     callbacks=[Elastic()],
 )
-# Trainer writes trainer_state.json last: a folder without it is one whose writer was killed.
+# Trainer writes trainer_state.json last: the writer of a folder without it was killed.
 saved = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.partition("-")[2]))
 trainer.train(resume_from_checkpoint=str(saved[-1].parent) if saved else None)
 if trainer.is_world_process_zero() and trainer.state.global_step == options.steps:

@@ -1,4 +1,4 @@
-"""Control groups of a site's machines: each machine sees a tree of its own, as a computer does.
+"""Control groups of a site's machines: each machine sees a tree of its own, as a real computer does.
 
 Slurm makes its groups below the root that slurmd sees. Several machines, and several clusters, share one kernel here,
 so the root of a machine is ``/mini-slurm-HASH/MACHINE`` of each controller, which a cgroup namespace shows as ``/``.
@@ -25,17 +25,17 @@ def usable() -> bool:
 
 
 def trees(state: Path, machine: str = "") -> list[Path]:
-    """The groups of the cluster, or of one of its machines, one of each controller, whether they exist or not."""
+    """The groups of the cluster or of one machine, one per controller, whether they exist or not."""
     return [ROOT / name / f"mini-slurm-{zlib.crc32(os.fsencode(state)):08x}" / machine for name in CONTROLLERS]
 
 
 def enter(state: Path, machine: str) -> None:
-    """Move the calling process, the machine's init, into new groups; in its mount namespace they become the roots."""
+    """Move the calling process, the machine's init, into new groups, which become the roots in its mount namespace."""
     remove(state, machine)
     for tree, name in zip(trees(state, machine), CONTROLLERS, strict=True):
         for group in (tree.parent, tree):
             group.mkdir(exist_ok=True)
-            if name == "cpuset":  # a new one is empty, and nothing can join that
+            if name == "cpuset":  # a new cpuset has no CPUs, and no process can join it then
                 for what in ("cpuset.cpus", "cpuset.mems"):
                     (group / what).write_text((group.parent / what).read_text())
         (tree / "cgroup.procs").write_text("0")
@@ -45,7 +45,7 @@ def enter(state: Path, machine: str) -> None:
 
 
 def joining(state: Path, machine: str) -> list[str]:
-    """The beginning of a command line that runs the rest, inside the machine, in the machine's groups."""
+    """The start of a command line; the rest of the line then runs in the groups of the machine."""
     if not all(tree.is_dir() for tree in trees(state, machine)):
         return []
     joins = [f"echo $$ >{ROOT / name}/cgroup.procs" for name in CONTROLLERS]
@@ -53,7 +53,7 @@ def joining(state: Path, machine: str) -> list[str]:
 
 
 def thaw(state: Path, machine: str) -> None:
-    """Let processes that Slurm has frozen die of a SIGKILL."""
+    """Thaw processes that Slurm has frozen, so that SIGKILL ends them."""
     tree = trees(state, machine)[CONTROLLERS.index("freezer")]
     for file in tree.rglob("freezer.state"):
         with contextlib.suppress(OSError):
@@ -61,7 +61,7 @@ def thaw(state: Path, machine: str) -> None:
 
 
 def remove(state: Path, machine: str = "") -> None:
-    """Remove the groups of the cluster, or of one of its machines, whose processes have been killed."""
+    """Remove the groups of the cluster or of one machine, after their processes were killed."""
     deadline = time.monotonic() + DEADLINE_S
     for tree in trees(state, machine):
         while tree.is_dir():

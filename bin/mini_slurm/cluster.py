@@ -1,4 +1,4 @@
-"""The state directory of a cluster: what it says, and commands inside the cluster's machines."""
+"""The state directory of a cluster, and commands inside the cluster's machines."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ USER = "minislurm"
 
 @dataclass(frozen=True)
 class Shape:
-    """What the user asked ``up`` for."""
+    """The cluster that the user requested from ``up``."""
 
     nodes: int
     cpus_per_node: int
     gpus_per_node: int
     shares: tuple[str, ...]
-    """Directories that all machines see, though a directory above is closed to others."""
+    """Directories that all machines see even if a parent directory is closed to others."""
     site: bool = False
     """Configured as sites do it: see the module site."""
     slurm: str = ""
-    """The prefix of the Slurm that is used; empty for the packages' one."""
+    """The prefix of the Slurm installation; empty for the system's packages."""
 
     @property
     def names(self) -> list[str]:
@@ -43,14 +43,14 @@ class Cluster:
 
     def __init__(self, state: Path) -> None:
         self.state = state
-        self.marker = state / "state.json"  # first file in, last one out: it says that the directory is ours
+        self.marker = state / "state.json"  # created first and removed last: marks the directory as ours
         self.conf = state / "etc/slurm/slurm.conf"
         self.home = state / "home"
-        self.slurm_link = state / "slurm"  # to the prefix of the Slurm that is used, if that is not the packages' one
+        self.slurm_link = state / "slurm"  # to the prefix of the Slurm installation, if it is not the system's
         self.lock_fd = -1  # commands that outlive a crash of `up` inherit it, so that `down` waits for their end
 
     def saved(self) -> tuple[Shape, int] | None:
-        """Shape and uid of the user; None when `up` never got to its end."""
+        """Shape and uid of the user; None if `up` never finished."""
         try:
             saved = json.loads(self.marker.read_text())
             return Shape(**{**saved["shape"], "shares": tuple(saved["shape"]["shares"])}), saved["uid"]
@@ -59,7 +59,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For commands inside the machines: Slurm's are those of the cluster's own Slurm."""
+        """Environment of commands inside the machines: Slurm's commands are those of the cluster's own Slurm."""
         if not self.slurm_link.is_symlink():
             return CLEAN_ENV
         prefix = self.slurm_link.readlink()
@@ -83,7 +83,7 @@ class Cluster:
         return shape
 
     def init_of(self, machine: str) -> int | None:
-        """Host pid of the machine's init, None when the machine has no power."""
+        """Host pid of the machine's init; None if the machine has no power."""
         try:
             record = (self.state / "machines" / machine).read_text()
             pid = int(record.split()[0])
@@ -96,7 +96,7 @@ class Cluster:
         if (init := self.init_of(machine)) is None:
             return
         with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(init)) as handle:
-            if self.init_of(machine) == init:  # else the pid was reused before the handle was ours
+            if self.init_of(machine) == init:  # otherwise the pid was reused before we had the handle
                 signal.pidfd_send_signal(handle.fileno(), signal.SIGKILL)
                 cgroups.thaw(self.state, "" if machine == "rack" else machine)
                 if not select.select([handle], [], [], 30.0)[0]:
@@ -124,14 +124,14 @@ class Cluster:
         return self.inside("login", "env", "SLURM_TIME_FORMAT=%s", f"SLURM_CONF={self.conf}", *argv, check=check)
 
     def log_tail(self) -> str:
-        """The last lines of each log, of those with errors if there are any."""
+        """The last lines of each log; only of logs with errors, if there are any."""
         texts = {path.name: path.read_text(errors="replace").splitlines() for path in self.state.glob("log/*.log")}
         errors = {name: [line for line in text if re.search("error|fatal", line)] for name, text in texts.items()}
         return "\n".join(f"  {name}: {line}" for name in sorted(texts) for line in (errors[name] or texts[name])[-6:])
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One up, heal or down at a time. The parent directory is the lock file: nothing to remove afterwards."""
+        """Allow one up, heal or down at a time. The parent directory is the lock file: nothing to remove later."""
         try:
             handle = os.open(self.state.parent, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:

@@ -15,8 +15,8 @@ DEADLINE_S = 90.0
 
 
 def start_munged(cluster: Cluster, machine: str) -> None:
-    """Each machine has a munged of its own. A munged takes a credential once, and only a slurmd that was built with
-    multiple-slurmd, as Debian's, works nevertheless where several share a munged.
+    """Each machine has a munged of its own. A munged accepts a credential only once. Several slurmd can share
+    a munged only if they were built with multiple-slurmd, as Debian's is.
     """
     if daemon_runs(cluster, machine, "munged"):
         return
@@ -49,7 +49,7 @@ def update_node(cluster: Cluster, node: str, *settings: str, check: bool = True)
 
 
 def node_states(cluster: Cluster) -> dict[str, tuple[str, int]]:
-    """State in Slurm's words and start of slurmd (epoch seconds, 0 before it registers), by node.
+    """State in Slurm's words and start time of slurmd (epoch seconds, 0 before it registers), by node.
 
     Not from sinfo: in 22.05 that keeps showing a node that ran a job as mixed* after Slurm has set it DOWN.
     """
@@ -62,7 +62,7 @@ def node_states(cluster: Cluster) -> dict[str, tuple[str, int]]:
 def wait_usable(cluster: Cluster, nodes: Sequence[str], registered_since_s: float = 0.0) -> None:
     """Wait until jobs can run on all `nodes`, whose slurmd's registered at or after `registered_since_s` (epoch).
 
-    A node that comes back may drain itself only then: it could not report that a task had ended.
+    A returning node may drain itself only then, because it could not report the end of a task.
     """
     deadline, shown = time.monotonic() + DEADLINE_S, ""
     while True:

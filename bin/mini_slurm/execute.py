@@ -44,7 +44,7 @@ def execute(cluster: Cluster, args: argparse.Namespace) -> int:
                 os.chdir(here)
             except OSError:
                 os.chdir(home)
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, commands expect the default
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these signals, commands expect the default
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
             os.execvpe(argv[0], argv, env)  # noqa: S606 - there is no shell to want
@@ -57,11 +57,11 @@ def execute(cluster: Cluster, args: argparse.Namespace) -> int:
 
 
 def follow(child: int) -> int:
-    """Pass on the signals that processes send to us, end as the child ends."""
+    """Forward the signals that processes send to us, and end as the child ends."""
     while True:
         info = signal.sigwaitinfo(signal.valid_signals())
         if info.si_signo != signal.SIGCHLD:
-            if info.si_code <= 0:  # from kill(2); what comes from the terminal the child gets as well
+            if info.si_code <= 0:  # from kill(2); a signal from the terminal reaches the child anyway
                 os.kill(child, info.si_signo)
             continue
         pid, code = os.waitpid(child, os.WNOHANG | os.WUNTRACED)

@@ -1,4 +1,4 @@
-"""The subcommands `kill`, `cut` and `heal`, which break nodes and mend them, and `status`."""
+"""The subcommands `kill`, `cut` and `heal`, which break and repair nodes, and `status`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def heal(cluster: Cluster, args: argparse.Namespace) -> int:
     shape = cluster.require_node(node, powered=False)
     with cluster.lock():
         if cluster.init_of(node) is None:
-            # Slurm gives up a node's jobs when the node's uptime says that it rebooted. Our nodes share the uptime of
-            # this machine, so Slurm must be told.
+            # Slurm gives up a node's jobs when the node's uptime shows a reboot. Our nodes share the uptime of this
+            # machine, so we set the node DOWN.
             update_node(cluster, node, "State=DOWN", "Reason=lost power")
             start_machine(cluster, shape, node)
         set_links(cluster, node, "up")

@@ -64,7 +64,7 @@ RunTimeRun="runc --root=/dev/shm/runc.%u run --bundle %b %j.%s.%t"
 
 
 def write_files(cluster: Cluster, shape: Shape, uid: int) -> None:
-    """Fill the state directory. ``uid`` is the user's, who exists only in the machines' /etc."""
+    """Fill the state directory. ``uid``: of the user, who exists only in the machines' /etc."""
     state, etc = cluster.state, cluster.state / "etc"
     for name in ("machines", "log", "run", "gpus", "home", "spool", "spool/slurmctld"):
         (state / name).mkdir()
@@ -77,7 +77,7 @@ def write_files(cluster: Cluster, shape: Shape, uid: int) -> None:
     os.chown(cluster.home, uid, uid)
     with open(os.open(state / "munge.key", os.O_WRONLY | os.O_CREAT, 0o400), "wb") as file:
         file.write(os.urandom(128))
-    for k in range(shape.gpus_per_node):  # slurmd insists on devices; these have no driver, and numbers for local use
+    for k in range(shape.gpus_per_node):  # slurmd requires devices; these have numbers for local use and no driver
         os.mknod(state / f"gpus/gpu{k}", 0o666 | stat.S_IFCHR, os.makedev(240, k))
     run("cp", "--archive", "/etc", str(etc), pass_fds=[cluster.lock_fd])
     shutil.rmtree(etc / "slurm", ignore_errors=True)
@@ -87,7 +87,7 @@ def write_files(cluster: Cluster, shape: Shape, uid: int) -> None:
         "resolv.conf": "",
         "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files\n",
         "passwd": f"{Path('/etc/passwd').read_text()}{USER}:*:{uid}:{uid}::{cluster.home}:/bin/bash\n",
-        # Not "x", which promises an entry in shadow: su, which Slurm asks for the login environment, would refuse.
+        # Not "x", which promises an entry in shadow: su, from which Slurm gets the login environment, would refuse.
         "group": f"{Path('/etc/group').read_text()}{USER}:x:{uid}:\n",
         "slurm/slurm.conf": slurm_conf(state, shape),
         "slurm/gres.conf": gres_conf(state, shape),
@@ -104,7 +104,7 @@ def hosts(shape: Shape) -> str:
     for machine in ("login", *shape.names):
         for interface in NETWORKS:
             name = machine if interface == "eth0" else f"{machine}-{interface}"
-            # Programs with IPv6 sockets ask for the name of the mapped address.
+            # Programs with IPv6 sockets look up the name of the mapped address.
             lines += [f"{form}{address(machine, interface)} {name} {name}.{DOMAIN}" for form in ("", "::ffff:")]
     return "\n".join(lines) + "\n"
 

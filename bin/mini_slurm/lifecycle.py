@@ -58,7 +58,7 @@ def requested_shares(paths: list[str] | None) -> tuple[str, ...]:
 
 
 def installed(prefix: str) -> str:
-    """``prefix``, empty for the packages' Slurm, as an absolute path. Raises MiniSlurmError if no Slurm is there."""
+    """``prefix`` as an absolute path; empty for the packages' Slurm. Raises MiniSlurmError if no Slurm is there."""
     if not prefix:
         return ""
     for name in ("sbin/slurmctld", "sbin/slurmd", "bin/srun"):
@@ -101,7 +101,7 @@ def down(cluster: Cluster, _: argparse.Namespace) -> int:
 
 
 def tear_down(cluster: Cluster) -> bool:
-    """Remove whatever `up` made, however far it got; False when there was nothing."""
+    """Remove everything that `up` made, even if it failed half way. Returns False if there was nothing."""
     if not cluster.state.exists():
         return False
     if not cluster.marker.exists() and any(cluster.state.iterdir()):

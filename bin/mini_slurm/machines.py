@@ -29,7 +29,7 @@ from mini_slurm.system import (
     mount,
 )
 
-NETWORKS = {"eth0": 213, "ib0": 214}  # interface, which is also the name of its bridge: second byte of 10.x.0.0/24
+NETWORKS = {"eth0": 213, "ib0": 214}  # interface (its bridge has the same name): second byte of 10.x.0.0/24
 
 
 def start_rack(cluster: Cluster) -> None:
@@ -53,13 +53,13 @@ def start_machine(cluster: Cluster, shape: Shape, machine: str) -> None:
         cluster.ip(
             machine,
             f"address add {address(machine, interface)}/24 dev {interface}",
-            f"link set {interface} address 02:00:00:00:{byte:02x}:{k:02x} up",  # the same after a heal
+            f"link set {interface} address 02:00:00:00:{byte:02x}:{k:02x} up",  # the same address after a heal
         )
     cluster.ip(machine, "link set lo up")
 
 
 def set_links(cluster: Cluster, machine: str, state: Literal["up", "down"]) -> None:
-    """Connect a machine to the bridges, or cut it off, at the rack's end of its links."""
+    """Connect a machine to the bridges, or disconnect it, at the rack's end of its links."""
     cluster.ip("rack", *(f"link set {machine}-{interface} {state}" for interface in NETWORKS))
 
 
@@ -68,7 +68,7 @@ def has_links(machine: str, ports: dict[str, bool]) -> bool:
 
 
 def boot(cluster: Cluster, machine: str, flags: int, setup: Callable[[], None]) -> None:
-    """Start an init in new namespaces, below the rack once there is one; return when it has run `setup`."""
+    """Start an init in new namespaces, inside those of the rack if it exists. Returns when the init has run `setup`."""
     rack = cluster.init_of("rack")
     readable, writable = os.pipe()
     if (child := os.fork()) == 0:
@@ -116,19 +116,19 @@ def be_init(record: Path) -> None:
 
 
 def furnish(cluster: Cluster, shape: Shape, machine: str) -> None:
-    """What the init of a machine does in its new namespaces before anybody else enters them."""
+    """Set up the new namespaces of a machine; its init runs this before any other process enters them."""
     socket.sethostname(machine)
     mount("none", "/", flags=MS_REC | MS_PRIVATE)
     mount("proc", "/proc", "proc", MS_SAFE)
     cgroup = os.open("/sys/fs/cgroup", os.O_PATH)
-    mount("sysfs", "/sys", "sysfs", MS_SAFE)  # a new one shows the interfaces of this machine
+    mount("sysfs", "/sys", "sysfs", MS_SAFE)  # a new mount shows the machine's own interfaces
     mount(f"/proc/self/fd/{cgroup}", "/sys/fs/cgroup", flags=MS_BIND | MS_REC)
     if shape.site and cgroups.usable():
         cgroups.enter(cluster.state, machine)
     mount("tmpfs", "/dev/shm", "tmpfs", MS_SAFE, "mode=1777")  # noqa: S108 - a mount point
     mount(cluster.state / "etc", "/etc", flags=MS_BIND)
     mount(cluster.state / "munge" / machine, cluster.state / "run/munge", flags=MS_BIND)
-    # Let everybody reach the shares: where a directory above one is closed, an open and empty one takes its place.
+    # Let all users reach the shares: an open, empty directory replaces a closed directory above a share.
     closed = {
         share: next((above for above in reversed(Path(share).parents) if not above.stat().st_mode & 0o001), None)
         for share in sorted({str(cluster.state), *shape.shares, *filter(None, [shape.slurm])})

@@ -1,4 +1,4 @@
-"""What `up` needs of the machine: Slurm's packages, and a uid that nobody has."""
+"""What `up` needs from the machine: Slurm's packages and an unused uid."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client"
 SITE_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
 SITE_LIBRARIES = {
     "liblua5.3.so.0": "liblua5.3-0"
-}  # opened by Slurm's plugin job_submit/lua, so no package depends on it
+}  # loaded by Slurm's plugin job_submit/lua, so no package depends on it
 SERVICES = {name: name for name in ("slurmctld", "slurmd", "munge", "slurmdbd")} | {"mariadb-server": "mariadb"}
-POLICY = Path("/usr/sbin/policy-rc.d")  # Debian's way to say that an installation must not start services
+POLICY = Path("/usr/sbin/policy-rc.d")  # Debian's way to keep an installation from starting services
 POLICY_TEXT = "#!/bin/sh\n# Written by mini-slurm during an installation.\nexit 101\n"
 
 
@@ -39,7 +39,7 @@ def install_packages(cluster: Cluster, *, site: bool) -> None:
         POLICY.chmod(0o755)
     try:
         keep = [cluster.lock_fd]
-        wait = ["-o", "DPkg::Lock::Timeout=300"]  # another installation may be under way
+        wait = ["-o", "DPkg::Lock::Timeout=300"]  # another installation may be running
         run("apt-get", "-q", *wait, "update", env=apt, pass_fds=keep)
         run("apt-get", "-q", *wait, "install", "-y", "--no-install-recommends", *missing, env=apt, pass_fds=keep)
         if shutil.which("systemctl") is not None:
@@ -55,6 +55,6 @@ def remove_policy() -> None:
 
 
 def free_uid(state: Path) -> int:
-    """A uid, and gid, that nobody has; another one for another state directory."""
+    """An unused uid, also unused as a gid; different state directories get different uids."""
     taken = {entry.pw_uid for entry in pwd.getpwall()} | {entry.gr_gid for entry in grp.getgrall()}
     return next(k for k in range(59000 + zlib.crc32(os.fsencode(state)) % 900, 60000) if k not in taken)

@@ -2,11 +2,12 @@
 
 Accounting with limits that are enforced (slurmdbd, and a MariaDB of the cluster's own), control groups that constrain
 jobs, a prolog, an epilog and a task prolog, a health check, private data, a job_submit script, preemption also by QOS;
-and Slurm's defaults where mini-slurm else sets something quicker. Tests change it in the state directory:
+and Slurm's defaults where mini-slurm otherwise sets shorter times. Tests change the site in the state directory:
 
-* ``site/prolog_delay``, ``site/epilog_delay``, ``site/task_prolog_delay``: seconds that the script of this name waits.
+* ``site/prolog_delay``, ``site/epilog_delay``, ``site/task_prolog_delay``: seconds that the script waits.
 * ``site/sick-n2``: the health check drains n2 while the file exists.
-* ``etc/slurm/slurm.conf``, after which slurmctld is restarted; ``etc/slurm/job_submit.lua``, read anew at a submission.
+* ``etc/slurm/slurm.conf``, after which slurmctld is restarted; ``etc/slurm/job_submit.lua``, which slurmctld reads at
+  each submission.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ function slurm_job_modify(job, before, partitions, uid)
 end
 """
 
-# What each script does after its delay. TaskProlog's standard output is read by Slurm: it sets a variable of the task.
+# What each script does after its delay. Slurm reads TaskProlog's standard output, which sets a variable of the task.
 SCRIPTS = {
     "prolog": 'echo "$(date +%s) $SLURMD_NODENAME $SLURM_JOB_ID" >>{state}/log/prolog.log',
     "epilog": 'echo "$(date +%s) $SLURMD_NODENAME $SLURM_JOB_ID" >>{state}/log/epilog.log',
@@ -117,13 +118,13 @@ MARIADB = (
     "--pid-file={state}/run/mariadbd-login.pid",
     "--log-error={state}/log/mariadb.log",
     "--skip-networking",
-    "--skip-grant-tables",  # the socket is in a directory of root's: whoever reaches it may do everything
+    "--skip-grant-tables",  # the socket is in a directory of root; who can reach it may do everything
     "--innodb-log-file-size=16M",
     "--innodb-lock-wait-timeout=900",
-    "--innodb-flush-log-at-trx-commit=0",  # nothing outlives the cluster
+    "--innodb-flush-log-at-trx-commit=0",  # the data need not survive a crash
 )
 
-# QOS preemption counts once slurm.conf says PreemptType=preempt/qos.
+# QOS preemption takes effect with PreemptType=preempt/qos in slurm.conf.
 QOS = (
     "low PreemptMode=requeue GraceTime=10",
     "lowcancel PreemptMode=cancel GraceTime=10",
@@ -133,7 +134,7 @@ QOS = (
 
 
 def slurm_conf(conf: str, state: Path, shape: Shape) -> str:
-    """mini-slurm's slurm.conf with a site's settings in the place of its own."""
+    """mini-slurm's slurm.conf, with a site's settings in place of its own."""
     settings = dict(SETTINGS)
     if not cgroups.usable():
         say(f"no control groups: {cgroups.ROOT} has not all of cgroup v1's {', '.join(cgroups.CONTROLLERS)}, writable")
@@ -155,7 +156,7 @@ def write_files(state: Path, shape: Shape) -> None:
         say(f"--cpus-per-node {shape.cpus_per_node}: this machine has {cpus}, so jobs are not confined to their cores")
     (slurm / "cgroup.conf").write_text(CGROUP_CONF.format(cores="yes" if shape.cpus_per_node <= cpus else "no"))
     (slurm / "job_submit.lua").write_text(JOB_SUBMIT)
-    (slurm / "slurmdbd.conf").touch(mode=0o600)  # slurmdbd insists
+    (slurm / "slurmdbd.conf").touch(mode=0o600)  # slurmdbd requires this mode
     (slurm / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(state=state))
     for name, does in SCRIPTS.items():
         delay = f'sleep "$(cat {state}/site/{name}_delay 2>/dev/null || echo 0)"'
@@ -169,13 +170,13 @@ def write_script(path: Path, text: str) -> None:
 
 
 def start_accounting(cluster: Cluster) -> None:
-    """Start MariaDB and slurmdbd on the login machine, and make the account of the cluster's user."""
+    """Start MariaDB and slurmdbd on the login machine, and create the account of the cluster's user."""
     data, server = f"{cluster.state}/mariadb", [option.format(state=cluster.state) for option in MARIADB]
-    # In memory, which makes the first start seconds faster; gone with the machine.
+    # The data is in memory, which makes the first start seconds faster, and ends with the machine.
     cluster.inside("login", "mount", "-t", "tmpfs", "-o", "mode=0700,nosuid,nodev", "mariadb", data)
     cluster.inside("login", "mariadb-install-db", *server[:3], "--skip-test-db")
     cluster.inside("login", "sh", "-c", 'setsid "$@" >/dev/null 2>&1 &', "sh", "mariadbd", *server)
-    # slurmdbd would make the database, but its connection is of no use then with MariaDB 11.8.9's client library.
+    # slurmdbd would create the database, but its connection would then not work with MariaDB 11.8.9's client library.
     make = "CREATE DATABASE IF NOT EXISTS slurm; SELECT 1"
     client = ("mariadb", "--no-defaults", f"--socket={data}/socket", f"--execute={make}")
     wait_for(cluster, "MariaDB", lambda: "1" in cluster.inside("login", *client, check=False))

@@ -19,7 +19,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class MiniSlurmError(Exception):
-    """One line: what was found, what was expected, what to type."""
+    """An error in one line: what was found, what was expected, what to type."""
 
 
 def say(text: str) -> None:
@@ -36,7 +36,7 @@ def mount(source: str | Path, target: str | Path, kind: str = "none", flags: int
 
 
 def check_root(mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
-    """Raises MiniSlurmError where the machines cannot have mounts of their own: in a chroot that is only a folder."""
+    """Raises MiniSlurmError where machines cannot have their own mounts: in a chroot whose root is no mount point."""
     try:
         mounted = {line.split()[4] for line in mountinfo.read_text().splitlines()}
     except OSError:
@@ -53,7 +53,7 @@ def check_root(mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
 def run(
     *argv: str, check: bool = True, stdin: str = "", env: dict[str, str] = CLEAN_ENV, pass_fds: Sequence[int] = ()
 ) -> str:
-    """Standard output of a command. Raises MiniSlurmError with what it wrote if it fails."""
+    """Standard output of a command. Raises MiniSlurmError with the command's output if it fails."""
     done = subprocess.run(argv, input=stdin, env=env, text=True, capture_output=True, check=False, pass_fds=pass_fds)
     if check and done.returncode != 0:
         tail = (done.stderr or done.stdout).strip()[-2000:]
@@ -62,6 +62,6 @@ def run(
 
 
 def identity_of(process: str | int) -> str:
-    """What identifies one process for good: pid, start in ticks since boot, boot."""
+    """Uniquely identifies a process: pid, start in ticks since boot, boot id."""
     start = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     return f"{process} {start} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"

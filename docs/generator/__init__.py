@@ -1,1 +1,1 @@
-"""Generates what is said of the commands and of the Python interface from the code, so that it cannot lie."""
+"""Generates the pages on the commands and on the Python interface from the code, so that they always match it."""

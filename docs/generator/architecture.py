@@ -1,6 +1,6 @@
 """The picture of docs/architecture.md: the folders of the package, drawn from the imports in the code.
 
-A folder stands on the floor above the highest folder that it imports. An arrow leads from a folder to one that it
+A folder stands on the floor above the highest folder that it imports. An arrow leads from a folder to a folder that it
 imports; imports that follow from other arrows are left out. Long arrows pass each floor through a gap in the row.
 """
 
@@ -17,7 +17,7 @@ from statistics import mean
 
 WIDTH, MARGIN = 900, 28
 BOX, GAP = 112, 26  # widths of a box, and of the gap that an arrow passes through
-HEIGHT, FLOOR = 40, 92  # of a box, and from one floor to the next
+HEIGHT, FLOOR = 40, 92  # height of a box, and distance from one floor to the next
 
 STYLE = (
     ".bg{fill:#fff}.box{fill:#e3e7fd;stroke:#3f51b5;stroke-width:1.5}.base{fill:#f3f4fb;stroke:#9fa8da}"
@@ -34,12 +34,12 @@ Graph = Mapping[str, set[str]]
 
 
 def folders(package: Path) -> Graph:
-    """The folders, and modules beside them, that each folder and such a module imports."""
+    """For each folder, and each module beside the folders: the folders and such modules that it imports."""
     graph: dict[str, set[str]] = {}
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).with_suffix("").parts[0]
         if name.startswith("__"):
-            continue  # it finds the public names when a program asks for them
+            continue  # __init__ imports public names only when a program uses them
         imported = graph.setdefault(name, set())
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
@@ -50,7 +50,7 @@ def folders(package: Path) -> Graph:
 
 
 def direct(graph: Graph) -> Graph:
-    """``graph`` without what follows from the rest of it: its transitive reduction."""
+    """The transitive reduction of ``graph``: without the imports that follow from others."""
 
     @cache
     def below(name: str) -> frozenset[str]:
@@ -99,7 +99,7 @@ def drawing(root: Path) -> str:
 
 
 def _columns(floor: Mapping[str, int], steps: list[tuple[str, str]], graph: Graph) -> dict[str, float]:
-    """The middle of each box and waypoint: near what it is connected with, and without overlaps."""
+    """The middle of each box and waypoint: near connected boxes, and without overlaps."""
     near: dict[str, list[str]] = {name: [] for name in floor}
     for upper, lower in steps:
         near[upper].append(lower)
@@ -121,7 +121,7 @@ def _columns(floor: Mapping[str, int], steps: list[tuple[str, str]], graph: Grap
 
 
 def _rising(values: list[float]) -> list[float]:
-    """The rising numbers that are nearest to ``values``: each run that falls becomes its mean."""
+    """The rising numbers that are nearest to ``values``: each falling run is replaced by its mean."""
     runs: list[list[float]] = []
     for value in values:
         runs.append([value])

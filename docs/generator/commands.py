@@ -16,13 +16,13 @@ from elastic_hpc.options.sbatch import REFUSED, SBATCH
 
 @dataclass(frozen=True)
 class OptionHelp:
-    """``flags``: as typed, ``-N``, ``--nodes``. ``value``: what stands for its value, empty if it takes none."""
+    """``flags``: as typed, ``-N``, ``--nodes``. ``value``: the placeholder of the value, empty without a value."""
 
     flags: tuple[str, ...]
     value: str
     help: str
     is_switch: bool = False
-    """Whether the value may be left out, and is else given after ``=``."""
+    """Whether the value is optional, and is given after ``=``."""
 
     @property
     def usage(self) -> str:
@@ -33,7 +33,7 @@ class OptionHelp:
 
 @dataclass(frozen=True)
 class Command:
-    """``description`` and ``end``: text in paragraphs, indented lines are to be shown as they are."""
+    """``description`` and ``end``: text in paragraphs; indented lines are shown as they are."""
 
     name: str
     usage: str
@@ -44,7 +44,7 @@ class Command:
     groups: tuple[tuple[str, tuple[OptionHelp, ...]], ...] = ()
     subcommands: tuple[Command, ...] = ()
     passed_through: tuple[OptionHelp, ...] = field(default=(), repr=False)
-    """Options of another command that are accepted too, and described in its manual."""
+    """Options of another command that this command also accepts; that command's manual describes them."""
 
     @property
     def options(self) -> tuple[OptionHelp, ...]:
@@ -53,7 +53,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a text: a paragraph, each line of which ends where it does, or lines to be shown as they are."""
+    """A part of a text: a paragraph, whose line breaks are kept, or literal lines."""
 
     lines: tuple[str, ...]
     is_literal: bool = False
@@ -132,11 +132,11 @@ def _value(action: argparse.Action, formatter: argparse.HelpFormatter) -> str:
 
 
 def _several(value: str) -> str:
-    """``value`` without what says how often it may be given: ``JOB ...`` for one or more."""
+    """``value`` without the mark for repetition: ``JOB ...`` means one or more."""
     return re.sub(r"^(\S+) \[\1 \.\.\.\]$", r"\1 ...", value).strip("[]")
 
 
 def _summary(description: str) -> str:
-    """The first sentence, as a man page's line has it."""
+    """The first sentence in the form of a man page's NAME line."""
     sentence = description.partition(". ")[0].rstrip(".")
     return sentence[0].lower() + sentence[1:]

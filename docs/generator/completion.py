@@ -1,4 +1,4 @@
-"""Completion for bash and zsh, from the same source: the engines are static text, what is generated is their tables."""
+"""Completion for bash and zsh, from the same source: the engines are static text, their tables are generated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS = {
 
 
 def bash_files() -> dict[str, str]:
-    """By the name of the file: each is whole, because bash-completion loads it by the name of its command."""
+    """Texts by file name. Each file is self-contained, because bash-completion loads it by the name of its command."""
     engine = (_HERE / "engine.bash").read_text()
     return {f"{command.name}.bash": _bash(command, engine) for command in commands()}
 
@@ -29,7 +29,7 @@ def zsh_files() -> dict[str, str]:
 
 
 def choices(option: OptionHelp) -> list[str]:
-    """The words that its value may be, where they are known."""
+    """The words that the option's value may be, if they are known."""
     words = option.value.strip("{}").replace(",", "|").split("|")
     known = [word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)]
     return known if len(words) > 1 else []
@@ -73,7 +73,7 @@ def _bash(command: Command, engine: str) -> str:
 
 
 def _kind(option: OptionHelp) -> str:
-    """What its value is: words, or the kind of a file, or something that only the user knows."""
+    """The type of the option's value: words, a kind of file, or something that only the user knows."""
     return f"words {' '.join(choices(option))}" if choices(option) else _KINDS.get(option.value, "other")
 
 

@@ -1,4 +1,4 @@
-# ids of jobs: of those submitted from here, and of those that elastic-hpc remembers
+# ids of the jobs that were submitted from here, and of the jobs that elastic-hpc remembers
 PREFIX_jobs() {
   local run
   for run in elastic-logs/*/; do

@@ -1,4 +1,6 @@
-"""mkdocs' hooks: files outside of docs/ that pages link to become pages too: one link serves code host and site."""
+"""mkdocs' hooks: files outside of docs/ that pages link to become pages too: a link works on the code host and the
+site.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ _LANGUAGES = {".py": "py", ".toml": "toml", ".yml": "yaml", ".j2": "jinja", ".sh
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files that are linked to, those that are linked to from them too."""
+    """Add all files that pages link to, directly or through other such files."""
     root = _root(config)
     docs = Path(config.docs_dir).relative_to(root).as_posix()
     waiting = [f"{docs}/{file.src_uri}" for file in files.documentation_pages()]
@@ -38,7 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead each link to where its file is in the site. One that leads nowhere is left for mkdocs to complain about."""
+    """Point each link to its file's place in the site. mkdocs reports the links that lead nowhere."""
     docs = Path(config.docs_dir).relative_to(_root(config)).as_posix()
     here = page.file.src_uri
     if here.startswith(f"{_FOLDER}/"):
@@ -63,7 +65,7 @@ def _root(config: MkDocsConfig) -> Path:
 
 
 def _targets(source: str, text: str) -> list[str]:
-    """What ``source`` links to, by its path in the checkout."""
+    """The targets of links in ``source``, by their paths in the checkout."""
     folder = posixpath.dirname(source)
     return [posixpath.normpath(posixpath.join(folder, target)) for target in _LINK.findall(text)]
 

@@ -72,7 +72,7 @@ def _block(block: Block) -> str:
 
 
 def escape(text: str) -> str:
-    """Plain text as Markdown has it."""
+    """Plain text, escaped for Markdown."""
     for character in "\\*<`[":
         text = text.replace(character, f"\\{character}")
     return text
@@ -111,7 +111,7 @@ def _kind(option: OptionHelp) -> str:
 
 
 def rst(text: str) -> str:
-    """A docstring as Markdown has it: what is indented after ``::`` is code."""
+    """A docstring converted to Markdown: the text that is indented after ``::`` becomes code."""
     out: list[str] = []
     code = False
     for line in dedent(text).strip("\n").splitlines():
@@ -164,5 +164,5 @@ def _events() -> Iterable[str]:
 
 
 def _names(fields: str) -> str:
-    """``a, b, ...`` is more than one field."""
+    """The names of fields as code: ``a, b, ...`` has several."""
     return ", ".join(name if name == "..." else f"`{name}`" for name in fields.split(", "))

@@ -48,7 +48,7 @@ def _member(found: griffe.Object | griffe.Alias, module: str) -> Iterable[str]:
         member for member in found.members.values() if not member.name.startswith("_") or member.name == "__call__"
     ]
     made_by = found.members.get("of")
-    if made_by and made_by.docstring:  # what else such a class has is not for those who make one
+    if made_by and made_by.docstring:  # the other members are not meant for users who make such an object
         public = [made_by]
     attributes = [member for member in public if isinstance(member, griffe.Attribute)]
     fields = [member for member in attributes if member.annotation is not None and "property" not in member.labels]
@@ -73,7 +73,7 @@ def _has_fields(found: griffe.Class) -> bool:
 
 
 def _signature(name: str, function: griffe.Function) -> str:
-    """The call, one parameter a line where it is long."""
+    """The call, with one parameter per line if it is long."""
     shown: list[str] = []
     star = False
     for parameter in function.parameters:

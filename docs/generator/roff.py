@@ -10,7 +10,7 @@ from generator.commands import Block, Command, blocks, commands
 
 
 def man_pages() -> dict[str, str]:
-    """By the name of the file."""
+    """Man pages by file name."""
     return {f"{command.name}.1": "\n".join(_page(command)) + "\n" for command in commands()}
 
 
@@ -79,13 +79,13 @@ def _arguments(command: Command) -> Iterable[str]:
 def _options(command: Command, title: str) -> Iterable[str]:
     for option in dict(command.groups)[title]:
         if option.flags[-1] == "--help" and " " in command.name:
-            continue  # every one has it
+            continue  # every subcommand has it
         flags = ", ".join(f"\\fB{_text(flag)}\\fR" for flag in option.flags)
         value = f"[=\\fI{_text(option.value)}\\fR]" if option.is_switch else f" \\fI{_text(option.value)}\\fR"
         yield from (".TP", flags + value if option.value else flags, _text(option.help) or "\\&")
 
 
 def _text(text: str) -> str:
-    """Plain text in roff: a hyphen that can be copied, and no line that is taken for a request."""
+    """Plain text in roff: hyphens can be copied, and no line is read as a roff request."""
     escaped = text.replace("\\", "\\e").replace("-", "\\-").replace("'", "\\(aq").replace("~", "\\(ti")
     return re.sub(r"^\.", r"\\&.", escaped)
