@@ -1,4 +1,4 @@
-"""Memory cgroups of this machine, version 1 or 2, for tests of what the kernel's out-of-memory killer does."""
+"""Memory cgroups of this machine, version 1 or 2, for tests of the kernel's out-of-memory killer."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ class MemoryCgroup:
 
     @property
     def procs(self) -> Path:
-        """Write a process id into it, and that process is in the cgroup, with the children that it will have."""
+        """A process whose id is written to this file joins the cgroup, with all its later children."""
         return self.folder / "cgroup.procs"
 
     def limit(self, size: int) -> None:
-        """In bytes."""
+        """Limit the memory to ``size`` bytes."""
         name = "memory.limit_in_bytes" if self.version == 1 else "memory.max"
         (self.folder / name).write_text(str(size))
 
     @property
     def used(self) -> int:
-        """In bytes."""
+        """The used memory in bytes."""
         name = "memory.usage_in_bytes" if self.version == 1 else "memory.current"
         return int((self.folder / name).read_text())
 
 
 def _top() -> MemoryCgroup:
-    """That of the machine."""
+    """The root memory cgroup of the machine."""
     first = Path("/sys/fs/cgroup/memory")
     return MemoryCgroup(first, 1) if (first / "cgroup.procs").exists() else MemoryCgroup(first.parent, 2)
 
 
 def memory_cgroup_of(pid: int) -> MemoryCgroup:
-    """That of a process."""
+    """The memory cgroup of a process."""
     top, lines = _top(), Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     _, _, path = next(line.split(":", 2) for line in lines if ":memory:" in line or line.startswith("0::"))
     return replace(top, folder=top.folder / path.strip("/"))
@@ -48,7 +48,7 @@ def memory_cgroup_of(pid: int) -> MemoryCgroup:
 
 @contextlib.contextmanager
 def memory_cgroup() -> Iterator[MemoryCgroup]:
-    """A new one, which must be empty at the end. The test is skipped where none can be made."""
+    """A new memory cgroup, which must be empty at the end. Skips the test if no cgroup can be made."""
     top = _top()
     made = replace(top, folder=top.folder / f"elastic_hpc_test_{os.getpid()}")
     try:

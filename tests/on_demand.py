@@ -1,4 +1,4 @@
-"""The mark of tests that are too slow for each run."""
+"""The mark of tests that are too slow for every run."""
 
 from __future__ import annotations
 

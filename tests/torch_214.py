@@ -1,4 +1,6 @@
-"""The interpreter for the workers of the in-place tests: torch 2.14 is the first that trains in place."""
+"""The interpreter for the workers of the in-place tests: torch 2.14 is the first version that supports training in
+place.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ _MADE = Path(__file__).parents[1] / ".venv-2.14"
 
 
 def _find() -> tuple[str, str]:
-    """Its path, or "" and why there is none."""
+    """The interpreter's path, or "" and the reason why there is none."""
     named = os.environ.get("ELASTIC_HPC_TORCH_214")
     if named == "off":
         return "", "ELASTIC_HPC_TORCH_214=off"
     if named:
         return named, ""
-    if (_MADE / ".setup-live").exists():  # bin/setup-venv came to its end
+    if (_MADE / ".setup-live").exists():  # bin/setup-venv has finished
         return str(_MADE / "bin" / "python"), ""
     major, minor = version("torch").split(".")[:2]
     if (int(major), int(minor)) >= (2, 14):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Make the records of this folder anew, as root: jobs on a real Slurm, with real faults. Takes five minutes.
+"""Remake the records of this folder, as root: runs jobs on a real Slurm, with real faults. Takes five minutes.
 
-The folders are the jobs' run directories, as they were left, without what is secret, large or of this machine alone.
+The folders are the jobs' run directories at their end, without secrets, large files and details of this machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 
 
 class Stage:
-    """The cluster, and a folder with the script for each job."""
+    """The cluster, and for each job a folder with the script."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -68,7 +68,7 @@ def faults(stage: Stage) -> Job:
 
 
 def head(stage: Stage) -> Job:
-    """The first node loses its power: another one leads."""
+    """The first node loses its power, and another node takes over the lead."""
     job = stage.submit("head", "--nodes", "2:4", steps=240)
     stage.wait_step(job, 60)
     stage.cluster.mini("kill", "n1")
@@ -76,7 +76,7 @@ def head(stage: Stage) -> Job:
 
 
 def grown(stage: Stage) -> Job:
-    """Starts on two nodes, as the others are busy; joiners come, one loses its power."""
+    """Starts on two nodes, as the others are busy; joiners come, and one of them loses its power."""
     busy = stage.cluster.exec(
         ["sbatch", "--parsable", "--nodes=2", "--exclusive", "--nodelist=n[3-4]", "--wrap=srun sleep 600"],
         cwd=stage.cluster.home,
@@ -87,19 +87,19 @@ def grown(stage: Stage) -> Job:
     stage.cluster.exec(["scancel", busy])
     wait_for("four nodes", lambda: any(len(event["nodes"]) == 4 for event in job.events("round")))
     count = len(job.events("round"))
-    time.sleep(5)  # so that there is something to see
+    time.sleep(5)  # so that the records have some content
     stage.cluster.mini("kill", job.events("round")[-1]["nodes"][-1])
     job.wait_event("round", count + 1)
     return job
 
 
 def broken(stage: Stage) -> Job:
-    """The script cannot run: the same failure twice."""
+    """The script cannot run and fails in the same way twice."""
     return stage.submit("broken", "--nodes", "2", script="broken.py")
 
 
 def cancelled(stage: Stage) -> Job:
-    """The user has scancelled it."""
+    """The user cancels the job with scancel."""
     job = stage.submit("cancelled", "--nodes", "2:4")
     stage.wait_step(job, 40)
     stage.cluster.exec(["scancel", job.id])

@@ -1,4 +1,4 @@
-"""Trains nothing, but as a training does: steps with a loss, checkpoints, a drain; fails when a test tells it to."""
+"""Imitates a training: steps with a loss, checkpoints, a drain. Fails when a test requests it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A shared file system of the tests' own that behaves like NFS: a server, which is a folder, and clients, which are
-mounts with caches of their own. A test switches faults while it runs, by a file outside of the mounts.
+"""A shared file system for tests that behaves like NFS: a server, which is a folder, and clients, which are
+mounts with caches of their own. A test switches faults on and off at run time, through a file outside the mounts.
 
-``client`` is a mount. It answers the ``operations`` that the kernel asks for by ``fuse``, out of a ``cache`` or over a
-``link`` to the server, which has the faults. What differs from NFS: locks (``flock``) hold within a node only.
+``client`` is a mount. It answers the ``operations`` that the kernel requests through ``fuse``, from a ``cache`` or over
+a ``link`` to the server, which has the faults. One difference from NFS: locks (``flock``) hold within a node only.
 """
 
 from __future__ import annotations
@@ -18,24 +18,28 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How the server behaves, and for how long a client believes what it knows: the defaults are those of nfs(5)."""
+    """The behaviour of the server, and how long clients use their caches. The defaults are those of nfs(5)."""
 
     attributes_s: float = 3.0
-    """For how long a client believes the size and the times of a file; a process that opens it makes the client ask."""
+    """How long a client caches the size and times of a file; opening the file makes the client ask the server."""
     names_s: float = 30.0
-    """For how long a client believes which names are in a folder; a process that lists it makes the client ask."""
+    """How long a client caches the names in a folder; listing the folder makes the client ask the server."""
     write_back_s: float = 30.0
-    """After how long what was written goes to the server; a process that closes or syncs the file sends it at once."""
+    """Delay before a client sends written data to the server; closing or syncing the file sends it immediately."""
     metadata_s: float = 0.0
-    """How long a question about names or attributes takes."""
+    """How long a request about names or attributes takes."""
     stopped: bool = False
-    """Who needs the server waits, in state D, until it is false again."""
+    """While true, processes that need the server wait in state D."""
     like_fuse: bool = False
-    """When a client is mounted: signals interrupt who waits, which is in state S, as with any other FUSE."""
+    """Takes effect at the mount of a client: waiting processes are in state S, and signals interrupt them, as with any
+    FUSE.
+    """
     over_quota: bool = False
-    """Nothing is made and no file grows: EDQUOT. A write says so only when the data goes to the server."""
+    """While true, nothing can be created and no file can grow: EDQUOT. A write fails only when its data goes to the
+    server.
+    """
     epoch: int = 0
-    """With another number the server forgets all open files and folders: ESTALE."""
+    """When this number changes, the server forgets all open files and folders: ESTALE."""
 
     @staticmethod
     def read(file: Path) -> Behaviour:
@@ -43,25 +47,25 @@ class Behaviour:
 
 
 class Server:
-    """``folder``: what the server has. ``path``: where each client sees that."""
+    """``folder``: the content of the server. ``path``: where each client mounts it."""
 
     def __init__(self, folder: Path, path: Path, control: Path) -> None:
         self.folder, self.path = folder, path
         self._control = control
         self._behaviour = Behaviour()
         self._clients: list[tuple[subprocess.Popen[str], list[str]]] = []
-        """With the command that unmounts."""
+        """Each client with the command that unmounts it."""
         self.behave()
 
     def behave(self, **changes: float) -> None:
-        """``behave(stopped=True)``; what is not named stays."""
+        """``behave(stopped=True)``. All other settings stay as they are."""
         self._behaviour = replace(self._behaviour, **changes)
         new = self._control.with_suffix(".new")
         new.write_text(json.dumps(asdict(self._behaviour)))
         new.replace(self._control)
 
     def mount(self, path: Path | None = None, inside: Sequence[str] = ()) -> subprocess.Popen[str]:
-        """Mount at ``path`` as one more client. ``inside``: the command that enters the namespaces of a node."""
+        """Mount one more client at ``path``. ``inside``: the command that enters the namespaces of a node."""
         target = str(path or self.path)
         client = subprocess.Popen(
             [*inside, sys.executable, "-m", "sharedfs.client", str(self.folder), str(self._control), target],
@@ -75,10 +79,10 @@ class Server:
         return client
 
     def close(self) -> None:
-        """Unmount. A client that no process uses any more ends; the others are killed, and lose what is not written."""
+        """Unmount. An unused client ends; a client in use is killed, and loses the data that it has not sent."""
         self.behave(stopped=False)
         for client, unmount in self._clients:
-            subprocess.run(unmount, stderr=subprocess.DEVNULL, check=False)  # its node may be without power
+            subprocess.run(unmount, stderr=subprocess.DEVNULL, check=False)  # the client's node may have no power
             client.kill()
             client.wait()
             if client.stdout:
@@ -86,7 +90,7 @@ class Server:
 
 
 class Two:
-    """The server, and what the nodes ``a`` and ``b`` see of it."""
+    """The server, and the mounts ``a`` and ``b`` of two nodes."""
 
     def __init__(self, folder: Path) -> None:
         for name in ("server", "a", "b"):

@@ -1,4 +1,4 @@
-"""What one client remembers of the server, for how long it believes that, and what it has not sent yet."""
+"""A client's cache of the server's files, and the written data that it has not sent yet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sharedfs.link import Link
 
 @dataclass
 class Node:
-    """A file, a folder or a link that the kernel knows, and what this client remembers of it."""
+    """A file, folder or link that the kernel knows, and this client's cache of it."""
 
     id: int
     fd: int
@@ -26,17 +26,17 @@ class Node:
     found: os.stat_result | None = None
     found_at: float = 0.0
     names: dict[str, Node | None] = field(default_factory=dict)
-    """Of a folder; None for a name that did not exist."""
+    """The names in a folder; None for a name that did not exist."""
     entries: list[tuple[str, int, int]] | None = None
     names_mtime: int = 0
     names_at: float = -math.inf
-    """When the server was asked whether the names have changed."""
+    """When this client last asked the server whether the names have changed."""
     dirty: list[tuple[int, bytes]] = field(default_factory=list)
     dirty_since: float = 0.0
     failed: int = 0
-    """The error of a write that nobody has been told of yet."""
+    """The error of a failed write that was not reported yet."""
     removed_here: bool = False
-    """This client removed the last name, so it keeps the file for those that have opened it."""
+    """This client removed the last name, so it keeps the file for processes that have it open."""
     stale: bool = False
 
     @property
@@ -49,7 +49,7 @@ class Node:
 
 
 class Cache:
-    """``lock`` guards all of it; no delay of the server is under the lock."""
+    """``lock`` guards the whole cache. No thread holds it while the server delays an answer."""
 
     def __init__(self, server: str, link: Link) -> None:
         self._link = link
@@ -65,7 +65,7 @@ class Cache:
         return found.st_dev, found.st_ino
 
     def node(self, id: int) -> Node:
-        """Raises OSError if the server has forgotten it."""
+        """The file with this number. Raises OSError if the server has forgotten it."""
         node = self.nodes[id]
         if self.is_stale(node):
             self.mark_stale(node)
@@ -76,12 +76,12 @@ class Cache:
 
     @staticmethod
     def mark_stale(node: Node) -> None:
-        """Raises OSError, also whenever the file is asked for again by its number."""
+        """Mark the file as stale. Raises OSError, as will each later access by the file's number."""
         node.stale = True
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def fetch(self, node: Node) -> os.stat_result:
-        """The attributes that the server has."""
+        """The attributes from the server."""
         found = os.fstat(node.fd)
         if not found.st_nlink and not node.removed_here:
             self.mark_stale(node)
@@ -89,7 +89,7 @@ class Cache:
         return found
 
     def attributes(self, node: Node) -> bytes:
-        """The attributes as far as this client knows."""
+        """The attributes, from the cache while it is valid."""
         if node.found is None or time.monotonic() > node.found_at + self._link.behaviour().attributes_s:
             self._link.ask()
             with self.lock:
@@ -110,7 +110,7 @@ class Cache:
                 folder.entries = None
 
     def changed(self, folder: Node) -> None:
-        """By this client, which then asks for all names anew."""
+        """This client has changed ``folder``, so it asks the server for all names again."""
         folder.names.clear()
         folder.entries, folder.found, folder.names_at = None, None, -math.inf
 
@@ -118,7 +118,7 @@ class Cache:
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent.fd)
         node = Node(self._last + 1, fd, epoch=self._link.behaviour().epoch)
         known = self._by_inode.get(self._inode(node))
-        if known is None or self.is_stale(known):  # whoever has opened a stale file keeps that one
+        if known is None or self.is_stale(known):  # processes that have a stale file open keep that file
             self._last = node.id
             self.nodes[node.id] = self._by_inode[self._inode(node)] = known = node
         else:
@@ -128,7 +128,7 @@ class Cache:
 
     def entry(self, node: Node) -> bytes:
         with self.lock:
-            if node.stale:  # forgotten a moment ago
+            if node.stale:  # forgotten in the meantime
                 self.mark_stale(node)
             node.lookups += 1
         return fuse.entry(node.id, self.attributes(node))
@@ -148,16 +148,16 @@ class Cache:
                     node.fd, node.stale = -1, True
 
     def gone(self, folder: Node, name: str) -> Node | None:
-        """The file whose name this client is about to take away."""
+        """The file whose name this client is about to remove."""
         with contextlib.suppress(FileNotFoundError):
             found = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
             return self._by_inode.get((found.st_dev, found.st_ino))
         return None
 
-    # what was written and is not on the server yet
+    # written data that is not on the server yet
 
     def send(self, node: Node) -> None:
-        """Write what is dirty. Raises OSError once for a write that failed."""
+        """Send all dirty data to the server. Raises OSError once for a failed write."""
         if node.dirty:
             self._link.reach()
         with self.lock:

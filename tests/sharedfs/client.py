@@ -1,8 +1,8 @@
-"""One node's mount of the shared file system: what the NFS client in its kernel would do, with caches of its own.
+"""One node's mount of the shared file system. It acts as the NFS client of that node's kernel, with caches of its own.
 
 ``python -m sharedfs.client SERVER CONTROL TARGET`` mounts the folder SERVER at TARGET and writes ``ready``. The file
-CONTROL says how the server behaves, see ``sharedfs.Behaviour``. The kernel caches no name and no attribute: what is
-stale is stale in here. What no process has closed or synced exists in this process alone, as in a node's memory.
+CONTROL says how the server behaves, see ``sharedfs.Behaviour``. The kernel caches no names and no attributes: only
+this cache can be stale. Data that no process has closed or synced exists in this process alone, as in a node's memory.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Client:
         self.interrupted = self._operations.interrupted
 
     def serve(self) -> None:
-        """Until the file system is unmounted."""
+        """Serve the kernel until the file system is unmounted."""
         poll = select.poll()
         poll.register(self._device, select.POLLIN)
-        threads = ThreadPoolExecutor(1000)  # for as many processes as may wait for the server
+        threads = ThreadPoolExecutor(1000)  # one thread for each process that may wait for the server
         while True:
             poll.poll(20)
             try:
@@ -55,7 +55,7 @@ class Client:
     def _answer(self, request: Request) -> None:
         self._link.serve(request.pid)
         try:
-            if request.op == Op.INTERRUPT:  # ENOSYS: the kernel asks no more, and waits in state D
+            if request.op == Op.INTERRUPT:  # ENOSYS: the kernel sends no more interrupts, and processes wait in state D
                 fuse.answer(self._device, request.unique, error=errno.ENOSYS)
                 self.interrupted.set()
             elif request.op in {Op.FORGET, Op.BATCH_FORGET}:
@@ -73,8 +73,8 @@ class Client:
 
 
 def interrupt(target: str, device: int) -> int:
-    """Start a process whose first call is interrupted by a signal. The kernel asks the client what that means for it,
-    and from the answer on all processes wait in state D, as they do for NFS.
+    """Start a process whose first call is interrupted by a signal. The kernel then sends an interrupt request to the
+    client; after the answer, all processes wait in state D, as they do for NFS.
     """
     if child := os.fork():
         return child
@@ -102,7 +102,7 @@ def main(server: str, control: str, target: str) -> None:
 
     threading.Thread(target=ready, daemon=True).start()
     client.serve()
-    os._exit(0)  # no process waits for the threads that are left
+    os._exit(0)  # no process depends on the remaining threads
 
 
 if __name__ == "__main__":

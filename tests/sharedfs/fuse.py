@@ -1,7 +1,7 @@
-"""The kernel's side of a file system in user space: how requests on /dev/fuse are read, and how answers are packed.
+"""The kernel's side of a file system in user space: reading requests from /dev/fuse, and packing answers.
 
-This is the protocol of ``linux/fuse.h``, version 7.31, without libfuse: the client above has to decide itself when a
-request is read, and what the kernel may cache.
+This is the protocol of ``linux/fuse.h``, version 7.31, without libfuse, because the client must decide when to read a
+request, and what the kernel may cache.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Op(IntEnum):
 
 
 class Request(NamedTuple):
-    """What a process asked for; ``node`` is the number of the file, ``uid``, ``gid`` and ``pid`` are the thread's."""
+    """A request of a process. ``node`` is the number of the file; ``uid``, ``gid`` and
+    ``pid`` are those of the thread.
+    """
 
     op: int
     unique: int
@@ -78,13 +80,13 @@ class Request(NamedTuple):
         return [os.fsdecode(name) for name in self.body[skip:].split(b"\0")[:-1]]
 
     def forgotten(self) -> list[tuple[int, ...]]:
-        """The numbers of the files that the kernel forgets, and of how many lookups."""
+        """The number of each file that the kernel forgets, with the number of lookups to subtract."""
         several = self.op == Op.BATCH_FORGET
         return list(struct.iter_unpack("<QQ", self.body[8:])) if several else [(self.node, *self.fields("Q"))]
 
 
 def mount(target: str) -> int:
-    """Mount a file system at ``target``, for all users; the answer is the descriptor of its requests."""
+    """Mount a file system at ``target``, for all users. Returns the descriptor of its requests."""
     device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
     flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV)
@@ -94,7 +96,7 @@ def mount(target: str) -> int:
 
 
 def read(device: int) -> Request | None:
-    """The next request; None when another thread was faster, or when a process has taken it back."""
+    """The next request; None if another thread was faster, or if a process has withdrawn the request."""
     try:
         message = os.read(device, MAX_WRITE + 4096)
     except OSError as error:
@@ -109,7 +111,7 @@ def answer(device: int, unique: int, body: bytes = b"", error: int = 0) -> None:
     try:
         os.write(device, _OUT.pack(_OUT.size + len(body), -error, unique) + body)
     except OSError as problem:
-        if problem.errno != errno.ENOENT:  # whoever asked is gone
+        if problem.errno != errno.ENOENT:  # the requesting process is gone
             raise
 
 
@@ -137,7 +139,7 @@ def attributes(found: os.stat_result, size: int) -> bytes:
 
 
 def entry(node: int, attributes: bytes) -> bytes:
-    """A name and its file. The kernel caches neither: that is the client's part."""
+    """A name and its file. The kernel caches neither, because the client does."""
     return struct.pack("<4Q2I", node, 0, 0, 0, 0, 0) + attributes
 
 

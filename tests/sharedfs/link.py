@@ -1,4 +1,4 @@
-"""The way from a client to the server, with the faults that the server has just now."""
+"""The connection from a client to the server, with the server's current faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DYING = 0x4
 
 
 class Link:
-    """``control``: the file that says how the server behaves. No lock may be held by who calls ``reach`` or ``ask``."""
+    """``control``: the file with the server's behaviour. A thread that calls ``reach`` or ``ask`` must hold no lock."""
 
     def __init__(self, control: Path) -> None:
         self._control = control
@@ -24,7 +24,7 @@ class Link:
         self._serving = threading.local()
 
     def serve(self, task: int) -> None:
-        """What this thread asks for from now on, it asks for ``task``."""
+        """From now on this thread sends requests on behalf of ``task``."""
         self._serving.task = task
 
     def behaviour(self) -> Behaviour:
@@ -34,25 +34,25 @@ class Link:
         return self._behaviour
 
     def reach(self) -> None:
-        """Wait while the server has stopped. Of whoever waits, SIGKILL ends it, as it does for NFS."""
+        """Wait while the server is stopped. SIGKILL ends a waiting process, as it does for NFS."""
         while self.behaviour().stopped:
             if is_dying(self._serving.task):
                 raise OSError(errno.EINTR, os.strerror(errno.EINTR))
             time.sleep(0.02)
 
     def ask(self) -> None:
-        """A question to the server about names or attributes."""
+        """Send a request about names or attributes to the server."""
         self.reach()
         time.sleep(self.behaviour().metadata_s)
 
     def check_quota(self, added: int = 1) -> None:
-        """Raises OSError if the server does not take ``added`` bytes or names more."""
+        """Raises OSError if the server refuses ``added`` more bytes or names."""
         if self.behaviour().over_quota and added > 0:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
 
 def is_dying(task: int) -> bool:
-    """Whether SIGKILL ends this task, or it ends already and closes its files."""
+    """Whether the task has a pending SIGKILL, or already ends and closes its files."""
     try:
         status, flags = (Path(f"/proc/{task}/{name}").read_text() for name in ("status", "stat"))
     except OSError:

@@ -1,4 +1,4 @@
-"""What the kernel asks a client for, operation by operation."""
+"""The requests of the kernel to a client, operation by operation."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sharedfs.fuse import Op, Request
 from sharedfs.link import Link
 
 MOST_DIRTY = 1000
-"""Writes to one file that wait for the server."""
+"""Writes to one file, all waiting for the server."""
 
 
 class Operations:
-    """A method for each ``fuse.Op``: answers the body, or raises OSError."""
+    """One method for each ``fuse.Op``: returns the body of the answer, or raises OSError."""
 
     def __init__(self, cache: Cache, link: Link) -> None:
         self._cache, self._link = cache, link
@@ -62,7 +62,7 @@ class Operations:
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-        with self._cache.lock:  # another client has put another file in its place
+        with self._cache.lock:  # another client has replaced the file
             child = self._cache.adopt(parent, name)
         return self._cache.entry(child)
 
@@ -101,7 +101,7 @@ class Operations:
         parent = self._cache.node(request.node)
         self._link.ask()
         with self._cache.lock:
-            parent.names.pop(name, None)  # also if it exists: then the next lookup asks the server
+            parent.names.pop(name, None)  # also if the name exists: then the next lookup asks the server
             self._link.check_quota()
             make(parent)
             group = -1 if os.fstat(parent.fd).st_mode & stat.S_ISGID else request.gid
@@ -186,12 +186,12 @@ class Operations:
     rename2 = rename
 
     def _opened(self, node: Node, flags: int) -> bytes:
-        """Close-to-open: the attributes are those that the server has now."""
+        """Close-to-open consistency: the attributes come from the server."""
         with self._cache.lock:
             self._cache.fetch(node)
             handle = next(self._numbers)
             self._handles[handle] = node, os.open(node.path, flags & os.O_ACCMODE)
-            appends = bool(flags & os.O_APPEND)  # its offset is this client's to choose
+            appends = bool(flags & os.O_APPEND)  # this client may choose the offset
             return struct.pack("<Q2I", handle, fuse.FOPEN_DIRECT_IO if appends else 0, 0)
 
     def open(self, request: Request) -> bytes:
@@ -215,7 +215,7 @@ class Operations:
         if node.failed or len(node.dirty) > MOST_DIRTY:
             self._cache.send(node)
         with self._cache.lock:
-            if flags & os.O_APPEND:  # where this client believes the end to be
+            if flags & os.O_APPEND:  # where this client's cache has the end of the file
                 offset = max((node.found or self._cache.fetch(node)).st_size, node.end)
             if not node.dirty:
                 node.dirty_since = time.monotonic()

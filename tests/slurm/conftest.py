@@ -1,7 +1,7 @@
-"""A real Slurm for the tests of this directory, one for each process that runs tests, and the jobs that run on it.
+"""A real Slurm for the tests of this directory, one for each test process, and the jobs that run on it.
 
-The cluster is ``bin/mini-slurm``'s. Set MINI_SLURM_STATE to use one that is already up; it is then left up. With
-MINI_SLURM_SITE=1 it is one of ``up --site``, for all tests.
+The cluster is ``bin/mini-slurm``'s. Set MINI_SLURM_STATE to use a running cluster, which then stays up. With
+MINI_SLURM_SITE=1 all tests use a cluster of ``up --site``.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from _processes import processes  # noqa: E402
 from elastic_hpc.record.rundir import RunDir  # noqa: E402
 from elastic_hpc.record.worker_logs import Logs, Wanted  # noqa: E402
 
-os.umask(0o022)  # what a test writes, the cluster's user reads
-signal.signal(signal.SIGINT, signal.default_int_handler)  # "pytest &" ignores SIGINT, and so would what a test starts
+os.umask(0o022)  # the cluster's user must be able to read the files of tests
+signal.signal(signal.SIGINT, signal.default_int_handler)  # else "pytest &" and its children ignore SIGINT
 STATE = Path(os.environ.get("MINI_SLURM_STATE", "/var/lib/mini-slurm-tests"))
 if (process := os.environ.get("PYTEST_XDIST_WORKER", "gw0")) != "gw0":
     STATE = STATE.with_name(f"{STATE.name}-{process}")
 ALL_ON_SITE = bool(os.environ.get("MINI_SLURM_SITE"))  # make test-site
-os.environ["MINI_SLURM_STATE"] = str(STATE)  # for whatever calls bin/mini-slurm
+os.environ["MINI_SLURM_STATE"] = str(STATE)  # for all callers of bin/mini-slurm
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Of this directory alone."""
+    """The tests of this directory alone."""
     item.add_marker("slurm")
     if os.geteuid() != 0:
         item.add_marker(pytest.mark.skip(reason="a real Slurm needs root: sudo make test"))
@@ -53,8 +53,8 @@ T = TypeVar("T")
 
 
 def wait_for(what: str, look: Callable[[], T | bool | None], deadline: float = 90) -> T:
-    """The first answer of ``look`` that is not empty. Fails when ``deadline`` seconds have passed. ``look`` gets a
-    quarter of the time at most, because the processes that the test waits for need the processors too.
+    """The first answer of ``look`` that is not empty. Fails when ``deadline`` seconds have passed. Calls
+    of ``look`` take at most a quarter of the time, because the processes that the test waits for need CPU time too.
     """
     end = (began := time.monotonic()) + deadline
     while not (found := look()):
@@ -66,7 +66,7 @@ def wait_for(what: str, look: Callable[[], T | bool | None], deadline: float = 9
 
 
 def what_runs(python: Sequence[str]) -> str:
-    """The module or file that the command line ``python`` names; after -c, the module that our own code there runs."""
+    """The module or file in the command line ``python``; with -c, the module that our inline code runs."""
     if not python:  # the process is about to end
         return ""
     first = next((number for number, word in enumerate(python) if number and word[:1] != "-"), 0)
@@ -93,7 +93,7 @@ class Cluster:
         return done
 
     def command(self, argv: Sequence[str], node: str | None = None, cwd: Path | None = None) -> list[str]:
-        """``argv`` as the unprivileged user on the login side, or on ``node``."""
+        """``argv`` as a command of the unprivileged user on the login machine or on ``node``."""
         at = ["env", f"--chdir={cwd}"] if cwd else []
         where = ["--node", node] if node else []
         return [str(MINI), "--state", str(self.state), "exec", *where, "--", *at, *argv]
@@ -120,18 +120,20 @@ class Cluster:
         return self.state / "home"
 
     def slurmctld(self, what: Literal["stop", "start"]) -> None:
-        """When it is started this returns as soon as it answers."""
+        """Stop or start slurmctld. A start returns as soon as slurmctld answers."""
         slurmctld(self.state, what)
         if what == "start":
             wait_for("slurmctld", lambda: self.exec(["scontrol", "ping"], check=False).returncode == 0)
 
     @property
     def is_site(self) -> bool:
-        """Whether it is configured as sites do it."""
+        """Whether the cluster is configured as sites do it."""
         return (self.state / "site").exists()
 
     def wait_noticed(self, *nodes: str) -> None:
-        """Until Slurm knows that ``nodes`` are lost. On a site an administrator says so: SlurmdTimeout is minutes."""
+        """Wait until Slurm knows that ``nodes`` are lost. On a site an administrator sets them DOWN: SlurmdTimeout is
+        minutes.
+        """
         if self.is_site:
             down = ["State=DOWN", "Reason=lost"]
             self.mini("exec", "--root", "--", "scontrol", "update", f"NodeName={','.join(nodes)}", *down)
@@ -143,7 +145,7 @@ class Cluster:
         wait_for(f"Slurm to notice the loss of {' and '.join(nodes)}", noticed, 120)
 
     def seen_from_login(self, path: Path) -> Path:
-        """``path`` with what is mounted there inside the machines."""
+        """``path`` as the machines see it, with their mounts."""
         init = (self.state / "machines" / "login").read_text().split()[0]
         return Path(f"/proc/{init}/root{path}")
 
@@ -161,8 +163,8 @@ class Cluster:
         return [process.pid for process in found if word in {*process.argv, *map(os.path.basename, process.argv)}]
 
     def running(self, script: str, node: str) -> list[int]:
-        """Pids of the Python processes on ``node`` that run a module or a file of this name, not of those that are to
-        start it.
+        """Pids of the Python processes on ``node`` that run a module or file of this name, without processes that will
+        only start it.
         """
         found = [process for process in processes(self.state, node) if process.is_python]
         return [process.pid for process in found if os.path.basename(what_runs(process.argv)) == script]
@@ -171,11 +173,11 @@ class Cluster:
         return self.running("elastic_hpc.agent", node)
 
     def in_jobs(self, node: str) -> list[list[str]]:
-        """Command lines of what runs on ``node`` for a job."""
+        """Command lines of the processes of jobs on ``node``."""
         return [process.argv for process in processes(self.state, node) if process.job]
 
     def reset(self) -> None:
-        """End all jobs, bring all nodes back."""
+        """End all jobs, heal all nodes."""
         reset(self.state)
 
 
@@ -186,7 +188,7 @@ class Job:
     cluster: Cluster
     id: str
     folder: Path
-    """Where it was submitted."""
+    """The folder from which the job was submitted."""
     log_dir: Path = Path("elastic-logs")
     data: Path | None = None
     """Where the script records its steps, if not in the run directory."""
@@ -215,7 +217,7 @@ class Job:
         return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("slurm-*.out")))
 
     def worker_output(self) -> str:
-        """What the workers wrote, round after round; kept also when srun is lost."""
+        """The output of the workers, round after round; it survives the loss of srun."""
         return self.written(Wanted(streams=("out",)))
 
     def written(self, wanted: Wanted) -> str:
@@ -240,11 +242,11 @@ class Job:
         )
 
     def worlds(self) -> list[int]:
-        """World sizes that made steps, in order of the rounds."""
+        """World sizes that did steps, in the order of the rounds."""
         return list({step["round"]: step["world_size"] for step in self.steps()}.values())
 
     def assert_steps_contiguous(self, checkpoint_every: int) -> None:
-        """Every round goes on right after a checkpoint and never skips or repeats a step of its own."""
+        """Every round continues right after a checkpoint and never skips or repeats a step of its own."""
         assert wrong_steps(self.steps(), checkpoint_every) == []
 
 
@@ -263,8 +265,8 @@ def started(state: Path, *options: str) -> Iterator[Cluster]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with the marker ``site`` runs on both clusters, the usual one and that of a site. The marker's arguments
-    are marks for the latter.
+    """A test with the marker ``site`` runs on both clusters, the usual one and the site's. The arguments of the marker
+    are marks for the run on the site's cluster.
     """
     if (marker := metafunc.definition.get_closest_marker("site")) and not ALL_ON_SITE:
         clusters = ["usual", pytest.param("site", marks=marker.args)]
@@ -295,7 +297,7 @@ def site(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 @pytest.fixture
 def fresh(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster with all nodes idle, before as after."""
+    """The cluster with all nodes idle, before and after the test."""
     yield cluster
     cluster.reset()
 
@@ -306,7 +308,7 @@ def folder(fresh: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
     path = fresh.home / re.sub(r"\W+", "_", request.node.name)[:60]
     fresh.exec(["mkdir", "-p", str(path)])
     yield path
-    for record in path.rglob("events.*.jsonl"):  # pytest shows what is printed here if the test has failed
+    for record in path.rglob("events.*.jsonl"):  # pytest shows this output if the test has failed
         print(record, record.read_text(), sep="\n")
     shutil.rmtree(path, ignore_errors=True)
 

@@ -1,5 +1,5 @@
-"""A training script that costs little to start: where it does not matter what is trained. It writes each step, and a
-checkpoint, to the run directory, and does not end while there is a file ``hold`` in its working directory.
+"""A training script that starts quickly, for tests in which the model does not matter. It writes each step and a
+checkpoint to the run directory, and runs as long as its working directory has a file ``hold``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ rank, world_size, round_, restart = (
 checkpoint = run_dir / "checkpoint"
 dist.init_process_group("gloo")
 at = torch.tensor(int(checkpoint.read_text()) if rank == 0 and checkpoint.exists() else 0)
-dist.broadcast(at, 0)  # one reader, so that all ranks go on from the same step
+dist.broadcast(at, 0)  # only rank 0 reads, so that all ranks continue from the same step
 step, goes_on = int(at), torch.ones(())
 record = (run_dir / "steps.jsonl").open("a", buffering=1) if rank == 0 else None
 while goes_on:

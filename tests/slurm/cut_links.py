@@ -1,11 +1,11 @@
-"""Links between two nodes, cut while both reach all others."""
+"""Cuts links between two nodes, while both still reach all other nodes."""
 
 from __future__ import annotations
 
 from conftest import Cluster
 
 NOBODY = "02:00:00:00:00:99"
-"""The address of no machine: the bridge between the nodes drops what is sent there."""
+"""An address of no machine: the bridge between the nodes drops packets to it."""
 
 
 class Links:
@@ -14,7 +14,7 @@ class Links:
         self._cut: list[tuple[str, str]] = []
 
     def cut(self, here: str, there: str) -> None:
-        """Drop all that ``here`` sends to ``there``."""
+        """Drop all packets from ``here`` to ``there``."""
         self._neighbour(here, "replace", there, "lladdr", NOBODY, "nud", "permanent")
         self._cut.append((here, there))
 

@@ -1,4 +1,4 @@
-"""Every fault that test_faults.py injects, and what the job's record must say about it."""
+"""The faults of test_faults.py, and what the job's record must contain for each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cut_links import Links
 from memory import memory_cgroup, memory_cgroup_of
 
 NODES = ("n1", "n2", "n3", "n4")
-DISK_SIZE = 1200 << 20  # sparse; less would be refused by the preflight
+DISK_SIZE = 1200 << 20  # a sparse file; the preflight would refuse less space
 PORTS = range(29400, 29500)
 LOST = "lost: no heartbeat for 5 s"
 PROVOKED = "killed by SIGKILL"
@@ -26,7 +26,7 @@ PROVOKED = "killed by SIGKILL"
 
 @dataclass
 class Scene:
-    """A job of ours on four nodes, all at one moment of the training, and what was prepared for the fault."""
+    """A job of ours on four nodes, held at one moment of the training, and the preparations for the fault."""
 
     cluster: Cluster
     job: Job
@@ -34,7 +34,7 @@ class Scene:
     """Folder of the training script."""
     moment: str
     end: contextlib.ExitStack
-    """Undoes at the end of the test what was done to the machines."""
+    """Undoes the changes to the machines at the end of the test."""
     prepared: Any = None
     asleep: list[int] = field(default_factory=list)
 
@@ -57,7 +57,7 @@ class Scene:
         self.cluster.mini("exec", "--root", "--node", node, "--", *command)
 
     def in_background(self, node: str, code: str) -> None:
-        """Run Python ``code`` as root, and wait until it is done; what it has opened stays open until the test ends."""
+        """Run Python ``code`` as root, and wait until it is done. Its open files stay open until the test ends."""
         ready = self.data / f"ready.{node}"
         code = (
             f"{code}\nimport os, time\nopen({str(ready)!r}, 'w')\nwhile os.path.exists({str(ready)!r}): time.sleep(0.1)"
@@ -67,16 +67,16 @@ class Scene:
         self.end.callback(ready.unlink)
 
     def wait_next_round(self) -> None:
-        """Until a worker of the next round runs."""
+        """Wait until a worker of the next round runs."""
         wait_for("the next round", lambda: list(self.data.glob("at.start.2.*")))
 
     def provoke(self) -> None:
-        """A new round. While one is formed there is no need to."""
+        """Provoke a new round, unless a round is being formed anyway."""
         if self.moment != "forming":
             os.kill(self.worker("n3"), signal.SIGKILL)
 
     def release(self) -> None:
-        """Let the training go on from the moment that it was held at."""
+        """Let the training continue from the moment at which it was held."""
         for path in self.data.glob("hold.*"):
             path.unlink()
         while self.asleep:
@@ -84,7 +84,7 @@ class Scene:
                 os.kill(self.asleep.pop(), signal.SIGCONT)
 
     def wait_noticed(self, cause: str) -> None:
-        """Until a round has been formed after ``cause``."""
+        """Wait until a round has been formed after ``cause``."""
 
         def look() -> bool:
             events = self.job.events()
@@ -98,7 +98,9 @@ class Scene:
 
 
 def reason(event: dict[str, Any]) -> str:
-    """Why there was a restart, or what was lost: a loss while a round is formed leads to no restart of its own."""
+    """The reason of a restart, or the lost node: a loss while a round is being formed leads
+    to no restart of its own.
+    """
     match event["event"]:
         case "restart":
             return str(event["reason"])
@@ -117,18 +119,18 @@ class Fault:
     cause: str | None
     """Part of the ``reason`` of an event; None if the fault must not be noticed at all."""
     off: tuple[str, ...] = ()
-    """Nodes that have no power afterwards."""
+    """Nodes that have no power after the fault."""
     ends: tuple[str, ...] | None = ("n3",)
-    """Nodes whose workers it ends; None if no node is left whose workers may go on."""
+    """Nodes whose workers the fault ends; None if no worker of any node can continue."""
     prepare: Callable[[Cluster, Path, contextlib.ExitStack], Any] | None = None
-    """Before the job is submitted, with the folder that it is submitted from."""
+    """Runs before the submission of the job, with the folder of the submission."""
     environ: tuple[str, ...] = ()
-    """NAME=VALUE for the job."""
+    """Variables of the job, as NAME=VALUE."""
     options: tuple[str, ...] = ()
-    """Of the submission."""
+    """Options of the submission."""
 
 
-# of workers and agents
+# faults of workers and agents
 
 
 def raise_in_worker(scene: Scene) -> None:
@@ -144,7 +146,7 @@ def stop_worker(scene: Scene) -> None:
 
 
 def n3_in_a_cgroup(cluster: Cluster, folder: Path, end: contextlib.ExitStack) -> None:
-    """The slurmd of n3, and with it all that it starts, as on a site that bounds the memory of jobs."""
+    """Limit the memory of n3's slurmd and all its children, as on a site that limits the memory of jobs."""
     if cluster.is_site:
         return
     slurmd = next(iter(cluster.processes("slurmd", "n3")))
@@ -179,7 +181,7 @@ def freeze_agent(node: str) -> Callable[[Scene], None]:
     return strike
 
 
-# of nodes and the network
+# faults of nodes and the network
 
 
 def power_off(node: str) -> Callable[[Scene], None]:
@@ -206,7 +208,7 @@ def cut(*nodes: str) -> Callable[[Scene], None]:
 
 
 def cut_the_heads_half(scene: Scene) -> None:
-    """No side may go on: n1 and n2 see nobody, n3 and n4 are half of the world without its leader."""
+    """No part may continue: n1 and n2 see no other node, n3 and n4 are half of the world without its leader."""
     for node in ("n1", "n2"):
         scene.cluster.mini("cut", node)
     wait_for("all workers to be stopped", lambda: not any(map(scene.has_workers, NODES)))
@@ -235,11 +237,11 @@ def ports_taken_then_head_lost(scene: Scene) -> None:
     scene.cluster.mini("kill", "n1")
 
 
-# of what the nodes share
+# faults of shared resources
 
 
 def slurmctld_away(scene: Scene) -> None:
-    """Until the training is over."""
+    """Wait until the training has ended."""
     scene.cluster.slurmctld("stop")
     scene.end.callback(scene.cluster.slurmctld, "start")
     scene.release()
@@ -248,7 +250,7 @@ def slurmctld_away(scene: Scene) -> None:
 
 
 def a_disk(cluster: Cluster, folder: Path, end: contextlib.ExitStack) -> Path:
-    """The run directory lies on a small file system of its own, which all machines have mounted."""
+    """Put the run directory on a small file system of its own, which all machines mount."""
     image, target = folder / "disk", folder / "elastic-logs"
     cluster.exec(["mkdir", str(target)])
     with image.open("wb") as file:
@@ -299,7 +301,7 @@ def fill_disk(scene: Scene) -> None:
 
 
 def write_protect(scene: Scene) -> None:
-    """Nothing can be made or opened for writing; files that are open already stay so."""
+    """No file can be created or opened for writing; open files stay open."""
     folder = str(scene.data / "elastic-logs")
     for node in NODES:
         scene.at_node(node, "mount", "--bind", folder, folder)
@@ -326,7 +328,7 @@ time.time, time.time_ns = _shifted(time.time, 1), _shifted(time.time_ns, 10**9)
 
 
 def a_clock(cluster: Cluster, folder: Path, end: contextlib.ExitStack) -> None:
-    """What Python takes for the time can be shifted on each node: the kernel's clock is this machine's."""
+    """Prepare Python's clock to be shifted on each node, because all nodes share the kernel's clock of this machine."""
     cluster.exec(["mkdir", str(folder / "site")])
     (folder / "site" / "sitecustomize.py").write_text(CLOCK)
     for node in NODES:
@@ -342,7 +344,7 @@ def shift_clocks(scene: Scene) -> None:
 
 
 def kill_name_server(scene: Scene) -> None:
-    """The nodes' names are in no /etc/hosts any more, and the name server takes questions and does not answer."""
+    """Remove the nodes' names from /etc/hosts; the name server accepts queries but does not answer."""
     state = scene.cluster.state
     hosts = state / "hosts"
     lines = (state / "etc" / "hosts").read_text().splitlines(keepends=True)

@@ -1,4 +1,6 @@
-"""The training script of test_faults.py: it says which moment it has reached, and stays there while that is held."""
+"""The training script of test_faults.py: it reports the moment that it has reached, and waits there while a test holds
+that moment.
+"""
 
 from __future__ import annotations
 

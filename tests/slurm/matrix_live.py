@@ -1,5 +1,6 @@
-"""matrix.py in place: it says which moment it has reached, and stays there while that is held. The net's weight counts
-the steps, every rank records its own, and a file ``read.PID`` tells who has read a checkpoint.
+"""matrix.py in place: it reports the moment that it has reached, and waits there while a test holds that moment. The
+net's weight counts the steps, every rank records its own steps, and a file ``read.PID`` shows that PID has read a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def at(moment: str) -> None:
 
 
 class Saved:
-    """A state that is asked for while a checkpoint is written."""
+    """A state that ``live`` requests while it writes a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
         if run and run.step == 30:
@@ -57,7 +58,7 @@ sys.addaudithook(note_read)
 net = nn.Linear(1, 1, bias=False)
 nn.init.zeros_(net.weight)
 optimizer = torch.optim.SGD(net.parameters(), lr=1)
-run = None  # live() asks for the states of the first world
+run = None  # live() requests the states of the first world
 run = live(net, optimizer, folder=data / "checkpoints", checkpoint_every=10, saved=Saved())
 record = (data / "steps.jsonl").open("a", buffering=1)
 for attempt in run.steps(until=60):

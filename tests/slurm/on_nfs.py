@@ -1,5 +1,6 @@
-"""The training script of test_shared_folder.py. Its steps go to the folder that is its first argument, its checkpoints
-to that which is its second, else to the run directory. It goes on while there is a file ``hold`` in the first.
+"""The training script of test_shared_folder.py. It writes its steps to the folder of its first argument, its
+checkpoints to the folder of its second argument, or else to the run directory. It runs as long as the first folder has
+a file ``hold``.
 """
 
 from __future__ import annotations

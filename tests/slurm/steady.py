@@ -1,4 +1,6 @@
-"""The training script of test_grow.py: it trains until it is told to finish, and loses no step if it may save first."""
+"""The training script of test_grow.py: it trains until the test requests its end, and loses no step if it can save
+first.
+"""
 
 from __future__ import annotations
 

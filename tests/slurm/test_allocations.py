@@ -1,4 +1,4 @@
-"""``elastic-srun`` where the allocation is not its own alone, or was not made for it."""
+"""``elastic-srun`` in an allocation that it shares with other commands, or that was not made for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 @pytest.fixture
 def script(folder: Path) -> str:
-    """Says which rank runs where, when all ranks have come."""
+    """Writes which rank runs on which node, when all ranks have started."""
     path = folder / "where.py"
     path.write_text(f"import os\nprint(os.uname().nodename, *(os.environ.get(name) for name in {NAMES}))\n")
     return str(path)
@@ -27,7 +27,7 @@ def ranks_output(text: str) -> list[str]:
     return sorted(line.partition("]: ")[2] for line in text.splitlines() if line.startswith("[rank"))
 
 
-def test_in_a_step_that_has_all_resources_a_job_still_runs_on_all_nodes_with_all_gpus(
+def test_inside_a_step_that_has_all_resources_a_job_still_runs_on_all_nodes_with_all_gpus(
     fresh: Cluster, folder: Path, script: str
 ) -> None:
     first = f"{shlex.join([*ALL_RANKS, script])}; touch over"
@@ -37,7 +37,7 @@ def test_in_a_step_that_has_all_resources_a_job_still_runs_on_all_nodes_with_all
     assert ranks_output(done.stdout) == [f"n{1 + rank // 2} {rank} 4 0,1 1" for rank in range(4)]
 
 
-def test_several_at_once_share_an_allocation_on_the_same_nodes_and_on_nodes_of_their_own(
+def test_several_jobs_at_once_share_an_allocation_on_the_same_or_on_different_nodes(
     fresh: Cluster, folder: Path, script: str
 ) -> None:
     run = shlex.join([*ALL_RANKS, "-N", "2", "-w"])
@@ -52,7 +52,7 @@ def test_several_at_once_share_an_allocation_on_the_same_nodes_and_on_nodes_of_t
     assert len(runs) == 3
 
 
-def test_an_allocation_made_for_many_tasks_gives_each_agent_its_whole_node(
+def test_in_an_allocation_made_for_many_tasks_each_agent_has_its_whole_node(
     fresh: Cluster, folder: Path, script: str
 ) -> None:
     tasks = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem-per-cpu=500"]
@@ -68,7 +68,7 @@ def test_an_allocation_made_for_many_tasks_gives_each_agent_its_whole_node(
         (["--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1"], "an allocation with --gpus-per-task: "),
     ],
 )
-def test_an_allocation_that_cannot_be_used_is_refused_at_once(
+def test_an_unusable_allocation_is_refused_immediately(
     fresh: Cluster, folder: Path, script: str, allocation: list[str], complaint: str
 ) -> None:
     done = fresh.exec(["salloc", "--quiet", *allocation, SRUN, script], cwd=folder, check=False)
@@ -77,7 +77,7 @@ def test_an_allocation_that_cannot_be_used_is_refused_at_once(
     assert not (folder / "elastic-logs").exists()
 
 
-def test_a_batch_script_of_ones_own_passes_the_warning_on_and_the_workers_save(fresh: Cluster, folder: Path) -> None:
+def test_a_users_own_batch_script_passes_the_warning_on_and_the_workers_save(fresh: Cluster, folder: Path) -> None:
     listens, batch = folder / "listens.py", folder / "batch.sh"
     listens.write_text(
         "import time\nfrom elastic_hpc.training import drain_requested\nopen('trains', 'w')\n"

@@ -1,4 +1,4 @@
-"""Two nodes that do not reach each other, while both reach all others: the job continues without one of them."""
+"""Two nodes that cannot reach each other but reach all others: the job continues without one of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def wait_apart(job: Steady) -> list[list[str]]:
 
 
 @ON_DEMAND
-def test_of_two_nodes_that_drop_each_others_packets_one_is_left_and_comes_back_when_they_reach_each_other(
+def test_the_job_leaves_one_of_two_nodes_that_drop_each_others_packets_until_they_reach_each_other(
     training: Callable[..., Steady], links: Links
 ) -> None:
     job = training()
@@ -64,7 +64,9 @@ def test_of_two_nodes_that_drop_each_others_packets_one_is_left_and_comes_back_w
 
 @ON_DEMAND
 @pytest.mark.parametrize(("here", "there"), [("n2", "n3"), ("n4", "n3")])
-def test_one_direction_is_enough(training: Callable[..., Steady], links: Links, here: str, there: str) -> None:
+def test_a_node_is_left_also_if_only_one_direction_of_the_link_is_cut(
+    training: Callable[..., Steady], links: Links, here: str, there: str
+) -> None:
     job = training()
     links.cut(here, there)
     assert wait_apart(job) == [sorted([here, there])]
@@ -74,7 +76,7 @@ def test_one_direction_is_enough(training: Callable[..., Steady], links: Links, 
 
 
 @ON_DEMAND
-def test_of_two_pairs_of_one_node_that_node_is_left(training: Callable[..., Steady], links: Links) -> None:
+def test_a_node_that_is_cut_off_from_two_others_is_left(training: Callable[..., Steady], links: Links) -> None:
     job = training()
     for one, other in (("n2", "n3"), ("n2", "n4")):
         links.cut(one, other)
@@ -86,10 +88,8 @@ def test_of_two_pairs_of_one_node_that_node_is_left(training: Callable[..., Stea
 
 
 @ON_DEMAND
-def test_below_min_the_job_goes_back_to_the_queue_without_one_of_the_pair(
-    training: Callable[..., Steady], links: Links
-) -> None:
-    job = training("3:3")  # with 4:4 on four nodes none could be excluded
+def test_below_min_the_job_is_requeued_without_one_of_the_pair(training: Callable[..., Steady], links: Links) -> None:
+    job = training("3:3")  # with 4:4 on four nodes no node could be excluded
     links.cut("n2", "n3")
     assert wait_apart(job) == [["n2", "n3"]]
     wait_for("the requeue", lambda: job.cluster.job_field(job.job.id, "Restarts") == "1", 180)
@@ -99,7 +99,7 @@ def test_below_min_the_job_goes_back_to_the_queue_without_one_of_the_pair(
 
 
 @ON_DEMAND
-def test_the_leader_leaves_a_node_that_it_does_not_reach(training: Callable[..., Steady], links: Links) -> None:
+def test_the_leader_excludes_a_node_that_it_cannot_reach(training: Callable[..., Steady], links: Links) -> None:
     job = training()
     links.cut("n1", "n3")
     links.cut("n3", "n1")
@@ -109,7 +109,7 @@ def test_the_leader_leaves_a_node_that_it_does_not_reach(training: Callable[...,
 
 
 @ON_DEMAND
-def test_two_pairs_at_once_one_of_them_with_the_leader_cost_a_node_each(
+def test_two_cut_links_at_once_one_of_them_with_the_leader_cost_one_node_each(
     training: Callable[..., Steady], links: Links
 ) -> None:
     job = training("1:4")
@@ -122,13 +122,13 @@ def test_two_pairs_at_once_one_of_them_with_the_leader_cost_a_node_each(
 
 
 @ON_DEMAND
-def test_a_link_that_is_away_for_a_few_seconds_again_and_again_costs_nothing(
+def test_a_link_that_fails_repeatedly_for_a_few_seconds_costs_no_node(
     training: Callable[..., Steady], links: Links
 ) -> None:
     job = training()
     for away in (1, 3, 1, 3, 1, 3):
         links.cut("n2", "n3")
-        time.sleep(away)  # less than --hang-timeout: TCP sends again what was dropped
+        time.sleep(away)  # less than --hang-timeout: TCP resends dropped packets
         links.heal()
         time.sleep(away)
     before = len(steps(job))

@@ -1,5 +1,5 @@
-"""The environment of a job on a real Slurm: the code it was submitted with, what set-up lines prepare, agents from whom
-Slurm's commands are hidden, as they are in a container.
+"""The environment of a job on a real Slurm: the code of its submission, set-up lines, and agents that do not see
+Slurm's commands, as in a container.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from on_demand import ON_DEMAND
 Submit = Callable[..., Job]
 TOOL = str(Path(sys.executable).with_name("elastic-hpc"))
 
-# Trains until it is told to save and stop; when it comes back it is done.
+# Trains until it gets a drain request; after the requeue it is done.
 TRAIN = """\
 import os, time
 from pathlib import Path
@@ -35,7 +35,7 @@ while "SLURM_RESTART_COUNT" not in os.environ and not drain_requested():
 dist.destroy_process_group()
 """
 
-# In a mount namespace of its own the command sees no client of Slurm: what covers them cannot be run.
+# In its own mount namespace the command sees no client of Slurm: empty files cover the clients.
 HIDE = """\
 for name in srun scontrol sbatch squeue scancel; do mount --bind /dev/null "$(command -v "$name")" || exit 9; done
 exec "$@"
@@ -47,13 +47,13 @@ HIDDEN = """\
 
 
 def drain(fresh: Cluster, job: Job, round: int = 1) -> None:
-    """As soon as ``round`` trains."""
+    """Return as soon as ``round`` trains."""
     wait_for(f"round {round} to train", (job.run_dir / f"trains.{round}").exists)
     fresh.exec([TOOL, "drain", str(job.run_dir)])
 
 
 @ON_DEMAND
-def test_a_snapshot_runs_as_it_was_submitted_after_a_requeue_too_whatever_is_edited_meanwhile(
+def test_a_snapshot_runs_as_submitted_also_after_a_requeue_whatever_is_edited_meanwhile(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     script = folder / "sub" / "train.py"
@@ -82,7 +82,7 @@ def test_a_snapshot_runs_as_it_was_submitted_after_a_requeue_too_whatever_is_edi
     assert '+print("as submitted, and not committed in' in (job.run_dir / "code.diff").read_text()
 
 
-def test_agents_without_slurms_commands_survive_a_lost_node_and_the_batch_script_requeues_their_job(
+def test_agents_without_slurms_commands_survive_a_lost_node_and_the_batch_script_requeues_the_job(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     (folder / "hide.sh").write_text(HIDE)
@@ -105,7 +105,7 @@ def test_agents_without_slurms_commands_survive_a_lost_node_and_the_batch_script
     assert "Traceback" not in log + job.output()
 
 
-def test_set_up_lines_reach_agents_and_workers_and_python_decides_the_interpreter(
+def test_setup_lines_reach_agents_and_workers_and_the_python_option_chooses_the_interpreter(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     fresh.exec([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")])

@@ -16,7 +16,7 @@ HPC = str(Path(sys.executable).with_name("elastic-hpc"))
 
 
 def doctor(cluster: Cluster, folder: Path, *options: str, code: int = 0) -> dict[str, dict[str, Any]]:
-    """The findings by what they are about."""
+    """The findings by topic."""
     done = cluster.exec([HPC, "doctor", "--json", *options], cwd=folder, timeout=150, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     body = json.loads(done.stdout)
@@ -28,7 +28,7 @@ def assert_nothing_is_left(cluster: Cluster, folder: Path) -> None:
     wait_for("an empty queue", lambda: not cluster.exec(["squeue", "--noheader"]).stdout.strip())
 
 
-def test_nodes_that_are_well_are_told_so_and_nothing_is_left(fresh: Cluster, folder: Path) -> None:
+def test_healthy_nodes_are_reported_as_healthy_and_nothing_is_left_behind(fresh: Cluster, folder: Path) -> None:
     found = doctor(fresh, folder, "--run", "--nodes", "4")
     well = ("requeue", "nodes", "ports", "names", "file system", "clocks", "software", "KillWait", "preemption")
     assert [found[about]["level"] for about in well] == ["ok"] * len(well), found
@@ -37,7 +37,7 @@ def test_nodes_that_are_well_are_told_so_and_nothing_is_left(fresh: Cluster, fol
     assert_nothing_is_left(fresh, folder)
 
 
-def test_a_port_that_is_closed_on_one_node_is_told_with_the_node(fresh: Cluster, folder: Path) -> None:
+def test_a_port_that_is_closed_on_one_node_is_reported_with_the_node(fresh: Cluster, folder: Path) -> None:
     closed = ["ipproto", "tcp", "dport", "29400-29499", "prohibit"]
     fresh.mini("exec", "--root", "--node", "n3", "--", "ip", "rule", "add", *closed)
     try:
@@ -51,7 +51,7 @@ def test_a_port_that_is_closed_on_one_node_is_told_with_the_node(fresh: Cluster,
     assert_nothing_is_left(fresh, folder)
 
 
-def test_a_closed_network_beside_an_open_one_gives_the_interface_for_the_site_file(
+def test_with_one_open_and_one_closed_network_the_site_file_gets_the_open_interface(
     fresh: Cluster, folder: Path
 ) -> None:
     for node in ("n1", "n2"):
@@ -76,7 +76,7 @@ def test_a_closed_network_beside_an_open_one_gives_the_interface_for_the_site_fi
     assert "--interface ib0" in job.stdout
 
 
-def test_a_folder_that_a_node_does_not_have_is_told_with_its_last_words(fresh: Cluster, folder: Path) -> None:
+def test_a_folder_that_a_node_lacks_is_reported_with_the_nodes_last_output(fresh: Cluster, folder: Path) -> None:
     fresh.mini("exec", "--root", "--node", "n2", "--", "mount", "-t", "tmpfs", "tmpfs", str(folder))
     try:
         found = doctor(fresh, folder, "--run", "--", "--nodelist=n1,n2", code=1)
@@ -87,7 +87,7 @@ def test_a_folder_that_a_node_does_not_have_is_told_with_its_last_words(fresh: C
     assert_nothing_is_left(fresh, folder)
 
 
-def test_ctrl_c_while_the_job_waits_for_a_node_cancels_it_and_leaves_nothing(fresh: Cluster, folder: Path) -> None:
+def test_ctrl_c_while_the_job_waits_for_a_node_cancels_the_job_and_leaves_nothing(fresh: Cluster, folder: Path) -> None:
     fresh.mini("exec", "--root", "--", "scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=test")
     try:
         command = fresh.command([HPC, "doctor", "--run", "--nodes", "4"], cwd=folder)
@@ -105,9 +105,9 @@ def test_ctrl_c_while_the_job_waits_for_a_node_cancels_it_and_leaves_nothing(fre
     assert_nothing_is_left(fresh, folder)
 
 
-def test_more_nodes_than_the_partition_has_are_refused_at_once(fresh: Cluster, folder: Path) -> None:
+def test_more_nodes_than_the_partition_has_are_refused_immediately(fresh: Cluster, folder: Path) -> None:
     found = doctor(fresh, folder, "--run", "--nodes", "5", code=1)
-    queued = "--nodes 5: the job would never start (PartitionNodeLimit)"  # Slurm 22.05 takes the job
+    queued = "--nodes 5: the job would never start (PartitionNodeLimit)"  # Slurm 22.05 accepts the job
     refused = "Slurm refused the job: Batch job submission failed: Requested node configuration is not available"
     assert any(text in found["nodes"]["found"] for text in (queued, refused))
     assert_nothing_is_left(fresh, folder)

@@ -1,4 +1,4 @@
-"""The code of the documents that needs Slurm, run by a user on the cluster."""
+"""Runs the documents' code that needs Slurm, as a user on the cluster."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BLOCK = re.compile(r"^```(\w+) slurm( allocation)?\n(.*?)^```$", re.MULTILINE | 
 DOCUMENTS = [path for path in sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")]) if BLOCK.search(path.read_text())]
 PATH = f"PATH={Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
 SLOW = {"allocations", "torchrun"}
-"""Their code takes a minute and more, and the tests of their topic run the same commands."""
+"""Documents whose code takes more than a minute; the tests of their topics run the same commands."""
 CASES = [pytest.param(path, marks=ON_DEMAND) if path.stem in SLOW else path for path in DOCUMENTS]
 SCRIPT = "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n"
 
 
 @pytest.mark.parametrize("document", CASES, ids=lambda path: path.stem)
-def test_code_runs(fresh: Cluster, folder: Path, document: Path) -> None:
-    """Python: all of a page is one script. Shell: every command must succeed; bash: a batch script."""
+def test_the_code_of_a_document_runs(fresh: Cluster, folder: Path, document: Path) -> None:
+    """Python: all blocks of a page form one script. Shell: every command must succeed. Bash: a batch script."""
     found = BLOCK.findall(document.read_text())
     python = "python" in {language for language, _, _ in found}
     shutil.copytree(ROOT / "examples", folder / "examples")

@@ -1,4 +1,4 @@
-"""Workers are told to save and stop: before the time limit, on a preemption, when the user asks; and what follows."""
+"""Workers save and stop before the time limit, on a preemption and at the user's request; and what follows."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def stopped_at(job: Job, round: int, ranks: int) -> int:
     return steps.pop()
 
 
-def test_at_the_warning_all_ranks_save_the_same_step_and_the_job_goes_on_after_a_requeue(
+def test_at_the_warning_all_ranks_save_the_same_step_and_the_job_continues_after_a_requeue(
     submit: Submit, fresh: Cluster, listens: Path
 ) -> None:
     job = submit("--nodes", "2:3", script=listens, args=["+20"])
@@ -130,7 +130,7 @@ def test_at_the_warning_all_ranks_save_the_same_step_and_the_job_goes_on_after_a
 
 
 @ON_DEMAND
-def test_a_script_with_a_handler_saves_at_the_warning_and_a_job_that_it_submitted_to_its_node_outlives_it(
+def test_a_script_with_a_handler_saves_at_the_warning_and_a_job_that_it_submitted_to_its_node_keeps_running(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     (folder / "handles.py").write_text(HANDLES)
@@ -150,7 +150,7 @@ def test_a_script_with_a_handler_saves_at_the_warning_and_a_job_that_it_submitte
     assert evaluation.wait_state("COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
 
 
-def test_a_script_that_ignores_everything_is_stopped_in_time_and_requeued(
+def test_a_script_that_ignores_all_signals_is_stopped_in_time_and_its_job_is_requeued(
     submit: Submit, fresh: Cluster, ignores: Path
 ) -> None:
     job = submit("--nodes", "2", "--grace", "4", script=ignores)
@@ -161,13 +161,13 @@ def test_a_script_that_ignores_everything_is_stopped_in_time_and_requeued(
     assert "did not stop within 4 s (--grace)" in first["reason"]
 
 
-def test_the_time_limit_brings_the_job_back_without_a_charge(submit: Submit, fresh: Cluster, listens: Path) -> None:
+def test_the_time_limit_requeues_the_job_without_charge(submit: Submit, fresh: Cluster, listens: Path) -> None:
     def limit(minutes: int) -> None:
         fresh.mini("exec", "--root", "--", "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
 
     job = submit("--nodes", "2", "--time", "10", "--signal", "USR2@110", script=listens, args=["+20"])
     wait_training(job, 2)
-    limit(2)  # and so the warning is due ten seconds after the start
+    limit(2)  # so the warning is due ten seconds after the start
     job.wait_event("verdict")
     limit(10)
     assert job.wait_state("COMPLETED", "FAILED", "TIMEOUT", deadline=200) == "COMPLETED", job.output()
@@ -177,7 +177,9 @@ def test_the_time_limit_brings_the_job_back_without_a_charge(submit: Submit, fre
 
 
 def assert_completed_or_told(job: Job, partition: str) -> None:
-    """Slurm 24.05 and newer record PREEMPTED where preemption cancels, whatever the job did after that: why says so."""
+    """Where preemption cancels, Slurm 24.05 and newer record PREEMPTED, whatever the job did afterwards; ``why``
+    reports it.
+    """
     state = job.wait_state("COMPLETED", "FAILED", "PREEMPTED", deadline=240)
     assert state == "COMPLETED" or (state, partition) == ("PREEMPTED", "lowcancel"), job.output()
     told = job.cluster.exec([TOOL, "why", job.id], cwd=job.folder).stdout
@@ -203,7 +205,7 @@ def test_a_preempted_job_saves_and_returns(
 
 
 @pytest.mark.parametrize("partition", ["low", pytest.param("lowcancel", marks=ON_DEMAND)])
-def test_a_job_that_finishes_in_the_grace_time_of_a_preemption_is_completed_and_trains_no_more(
+def test_a_job_that_finishes_in_the_grace_time_of_a_preemption_is_completed_and_is_not_restarted(
     submit: Submit, fresh: Cluster, folder: Path, partition: str
 ) -> None:
     (folder / "ignores.py").write_text(IGNORES_UNTIL_TOLD)
@@ -228,7 +230,7 @@ def test_a_job_that_finishes_in_the_grace_time_of_a_preemption_is_completed_and_
         fresh.mini(*grace, "GraceTime=10")
 
 
-def test_scancel_never_requeues(submit: Submit, fresh: Cluster, listens: Path) -> None:
+def test_a_cancelled_job_is_never_requeued(submit: Submit, fresh: Cluster, listens: Path) -> None:
     job = submit("--nodes", "2", script=listens, args=["+1"])
     wait_training(job, 2)
     fresh.exec(["scancel", job.id])
@@ -250,7 +252,7 @@ def test_the_user_stops_a_job_after_its_checkpoint(submit: Submit, fresh: Cluste
     assert "the workers saved and stopped" in verdict["reason"]
 
 
-def test_a_job_that_may_not_be_requeued_goes_on_as_another_one(submit: Submit, fresh: Cluster, listens: Path) -> None:
+def test_a_job_that_may_not_be_requeued_continues_as_a_new_job(submit: Submit, fresh: Cluster, listens: Path) -> None:
     job = submit("--nodes", "2", script=listens, args=["+20"])
     wait_training(job, 2)
     fresh.exec(["scontrol", "update", f"JobId={job.id}", "Requeue=0"])
@@ -262,7 +264,7 @@ def test_a_job_that_may_not_be_requeued_goes_on_as_another_one(submit: Submit, f
     assert [event["run"] for event in job.events("start")] == [0, 1]
 
 
-def test_a_stopped_requeued_job_leaves_the_queue(submit: Submit, fresh: Cluster, listens: Path) -> None:
+def test_a_requeued_job_that_the_user_stops_leaves_the_queue(submit: Submit, fresh: Cluster, listens: Path) -> None:
     job = submit("--nodes", "2", script=listens, args=["+1"])
     wait_training(job, 2)
     fresh.exec(["scancel", "--batch", "--signal=URG", job.id])
@@ -271,7 +273,7 @@ def test_a_stopped_requeued_job_leaves_the_queue(submit: Submit, fresh: Cluster,
     assert job.wait_state("CANCELLED") == "CANCELLED"
 
 
-def test_a_node_that_fails_its_preflight_stays_out_and_is_remembered(
+def test_a_node_that_fails_its_preflight_is_excluded_and_remembered(
     submit: Submit, fresh: Cluster, folder: Path, listens: Path
 ) -> None:
     check = folder / "check.sh"
@@ -288,10 +290,10 @@ def test_a_node_that_fails_its_preflight_stays_out_and_is_remembered(
 
 
 @pytest.mark.parametrize("timeout", [["--hang-timeout", "8"], pytest.param([], id="auto", marks=ON_DEMAND)])
-def test_workers_that_hang_are_found_their_stacks_are_kept_and_training_goes_on(
+def test_hanging_workers_are_found_their_stacks_are_kept_and_training_continues(
     submit: Submit, fresh: Cluster, folder: Path, timeout: list[str]
 ) -> None:
-    """With ``auto`` that takes five minutes, once the leader has seen ten steps, of which it hears once a second."""
+    """With ``auto`` that takes five minutes after the leader has seen ten steps; it gets reports once a second."""
     script = folder / "hangs.py"
     script.write_text(
         "import os, time\nimport torch.distributed as dist\n"

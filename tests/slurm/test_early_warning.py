@@ -1,4 +1,4 @@
-"""A job on a site whose prolog takes longer than the job has until Slurm warns of the time limit."""
+"""A job on a site whose prolog lasts beyond Slurm's warning before the time limit."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def cluster(site: Cluster) -> Cluster:
 
 @ON_DEMAND
 @pytest.mark.parametrize(("prolog_s", "grace_s"), [(40, 70), (50, 35)])
-def test_a_job_that_is_warned_while_its_prolog_runs_saves_and_returns(
+def test_a_job_that_is_warned_during_its_prolog_saves_and_is_requeued(
     submit: Callable[..., Job], fresh: Cluster, folder: Path, prolog_s: int, grace_s: int
 ) -> None:
-    """Slurm warns 30 s before the grace begins, or half a minute earlier: the second time that is not due yet when the
-    prolog has ended.
+    """Slurm warns 30 s before the grace begins, or half a minute earlier: in the second case the warning is not due yet
+    when the prolog has ended.
     """
     delay, script = fresh.state / "site/prolog_delay", Path(shutil.copy(Path(__file__).with_name("steady.py"), folder))
     delay.write_text(str(prolog_s))
@@ -36,7 +36,7 @@ def test_a_job_that_is_warned_while_its_prolog_runs_saves_and_returns(
     assert (verdict["outcome"], verdict["cause"]) == ("requeue", "time limit")
     wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1")
     root(fresh, "scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
-    done = max((step["step"] for step in job.steps()), default=0)  # none if the warning came before the first round
+    done = max((step["step"] for step in job.steps()), default=0)  # no steps if warned before the first round
     prolog = ran_at(fresh, "prolog", job.id)
     assert prolog is not None
     assert prolog <= job.events("start")[0]["time"]

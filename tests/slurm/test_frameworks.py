@@ -1,4 +1,4 @@
-"""Scripts of the frameworks on a real Slurm: they go on at another size, and leave the requeue to the job."""
+"""Scripts of the frameworks on a real Slurm: they continue at another size, and leave the requeue to the job."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ STEPS = 1000
 
 
 def output_of(job: Job, round: int) -> str:
-    """What rank 0 has printed in a round."""
+    """The output of rank 0 in a round."""
     return job.written(Wanted(ranks=(0,), rounds=(round,), streams=("out",)))
 
 
 def starts(job: Job) -> list[tuple[int, int]]:
-    """World size of each round, and the step after which it went on."""
+    """World size of each round, and the step after which the round continued."""
     found = []
     for line in Logs(job.run_dir / "logs", Wanted(ranks=(0,), streams=("out",))).written():
         begin = re.fullmatch(r"(\d+) workers, continuing after step (\d+)", line.text)
@@ -48,7 +48,7 @@ def finished(job: Job, steps: int) -> None:
 
 
 @ON_DEMAND
-def test_lightning_goes_on_after_a_loss_and_after_a_drain_and_the_job_is_requeued_once(
+def test_lightning_continues_after_a_loss_and_after_a_drain_and_the_job_is_requeued_once(
     submit: Submit, fresh: Cluster
 ) -> None:
     script = ROOT / "examples" / "lightning_digits.py"
@@ -59,7 +59,7 @@ def test_lightning_goes_on_after_a_loss_and_after_a_drain_and_the_job_is_requeue
     before = fresh.processes("srun", "n1")
     fresh.exec([TOOL, "drain", str(job.run_dir)])
     wait_for("a second start", lambda: job.events("start")[1:])
-    # it would wait for the lost node, and then cancel the step of the second run
+    # srun would wait for the lost node, and then cancel the step of the second run
     assert not set(before) & set(fresh.processes("srun", "n1"))
     finished(job, STEPS)
     (_, first), (second_size, second), (_, third) = starts(job)
@@ -71,7 +71,7 @@ def test_lightning_goes_on_after_a_loss_and_after_a_drain_and_the_job_is_requeue
     assert fresh.job_field(job.id, "Restarts") == "1"
     assert (job.verdict()["restarts"], job.verdict()["requeues"]) == (1, 0)
     complaints = job.written(Wanted(streams=("err",)))
-    assert "MEMBER: 1/3" in complaints  # what Lightning says is there
+    assert "MEMBER: 1/3" in complaints  # the output has Lightning's own messages
     assert "auto-requeueing" not in complaints
 
 
@@ -94,7 +94,9 @@ def example(submit: Submit) -> Callable[[str, str, int], Job]:
 
 
 @ON_DEMAND
-def test_accelerate_and_trainer_go_on_at_another_size(example: Callable[[str, str, int], Job], fresh: Cluster) -> None:
+def test_accelerate_and_trainer_continue_at_another_size(
+    example: Callable[[str, str, int], Job], fresh: Cluster
+) -> None:
     accelerate, trainer = example("accelerate", "n[1-2]", 2000), example("trainer", "n[3-4]", 2000)
     for job, node in ((accelerate, "n2"), (trainer, "n4")):
         wait_for_step(job, 1, 80)
@@ -104,7 +106,7 @@ def test_accelerate_and_trainer_go_on_at_another_size(example: Callable[[str, st
 
 
 @ON_DEMAND
-def test_fsdp_goes_on_at_another_size(example: Callable[[str, str, int], Job], fresh: Cluster) -> None:
+def test_fsdp_continues_at_another_size(example: Callable[[str, str, int], Job], fresh: Cluster) -> None:
     fsdp = example("fsdp", "n1,n3", 240)
     wait_for_step(fsdp, 1, 80)
     fresh.mini("kill", "n3")

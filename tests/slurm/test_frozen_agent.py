@@ -1,4 +1,4 @@
-"""A job whose verdict stands completes, whatever keeps an agent on its node."""
+"""A job completes once it has a verdict, even if an agent cannot leave its node."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def up(job: Job, world: int) -> bool:
     return bool(rounds) and len([*job.run_dir.glob(f"up.{rounds[-1]}.*")]) == world
 
 
-def test_a_job_completes_though_an_agent_is_frozen_when_its_verdict_stands(job: Job, fresh: Cluster) -> None:
-    """Its guard is frozen too, as everything on that node is."""
+def test_a_job_with_a_verdict_completes_although_an_agent_is_frozen(job: Job, fresh: Cluster) -> None:
+    """The agent's guard is frozen too, like everything on that node."""
     wait_for("three workers", lambda: up(job, 3))
     third = job.wait_event("round")["nodes"][2]
     frozen = [*fresh.agents(third), *fresh.processes("guard.py", third)]
@@ -50,10 +50,10 @@ def test_a_job_completes_though_an_agent_is_frozen_when_its_verdict_stands(job: 
 
 
 @ON_DEMAND
-def test_the_verdict_of_an_agent_that_found_no_leader_ends_no_job_that_the_others_continue(
+def test_the_verdict_of_an_agent_that_found_no_leader_does_not_end_a_job_that_the_others_continue(
     job: Job, fresh: Cluster
 ) -> None:
-    """The other agents stand still for longer than that agent waits, as on nodes without CPU time."""
+    """The other agents are frozen for longer than that agent waits, as on nodes without CPU time."""
     wait_for("three workers", lambda: up(job, 3))
     first, second, third = job.wait_event("round")["nodes"]
     frozen = [pid for node in (first, second) for pid in [*fresh.agents(node), *fresh.processes("guard.py", node)]]
@@ -65,7 +65,7 @@ def test_the_verdict_of_an_agent_that_found_no_leader_ends_no_job_that_the_other
         os.kill(pid, signal.SIGCONT)
     assert job.wait_event("withdrawn")["node"] == third
     wait_for("a world of the others", lambda: up(job, 2))
-    time.sleep(60)  # nothing tells that the batch script has not ended the job, but that the job is there
+    time.sleep(60)  # only the existence of the job shows that the batch script has not ended it
     fresh.exec(["touch", str(job.run_dir / "enough")])
     assert job.wait_state("COMPLETED", "FAILED", "CANCELLED", deadline=110) == "COMPLETED", job.output()
     assert {event["run"] for event in job.events("start")} == {0}, "no requeue"

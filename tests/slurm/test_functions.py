@@ -1,4 +1,4 @@
-"""Functions as elastic jobs, by submitit's interface, on a real Slurm."""
+"""Functions as elastic jobs, through submitit's interface, on a real Slurm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ executor = submitit.AutoExecutor("jobs", cluster="elastic")
 
 
 class Client:
-    """A user's script that talks to submitit, and the lines that it prints."""
+    """A user's script that calls submitit, and the lines that it prints."""
 
     def __init__(self, cluster: Cluster, folder: Path, code: str) -> None:
         self._cluster, self._folder = cluster, folder
@@ -108,7 +108,7 @@ except submitit.helpers.core.utils.FailedJobError:
     assert script.read_line() == {"raised": True}
 
 
-def test_a_function_goes_on_without_a_lost_node_and_the_results_are_those_of_the_last_world(
+def test_a_function_continues_without_a_lost_node_and_the_results_are_those_of_the_last_world(
     fresh: Cluster, client: Callable[[str], Client]
 ) -> None:
     script = client("""
@@ -142,7 +142,7 @@ say(results=job.results(), restarts=job.status.restarts, nodes=job.status.nodes)
 
 
 @ON_DEMAND
-def test_a_function_that_can_checkpoint_does_so_before_a_requeue_and_is_given_up_after_too_many_timeouts(
+def test_a_function_that_can_checkpoint_does_so_before_a_requeue_and_fails_after_too_many_timeouts(
     client: Callable[[str], Client],
 ) -> None:
     script = client("""

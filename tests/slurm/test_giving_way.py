@@ -1,4 +1,4 @@
-"""A running job gives nodes to a job that waits for them, and has as many again after it, on a real Slurm."""
+"""A running job gives nodes to a job that waits for them, and takes as many back afterwards, on a real Slurm."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ with contextlib.suppress(ImportError):
     from elastic_hpc.agent import lookout
     lookout.ASK_EVERY = 1.0
 """
-"""Slurm is asked once a second instead of once a minute."""
+"""Jobs query Slurm once a second instead of once a minute."""
 
 Other = Callable[..., str]
 
 
 @pytest.fixture
 def gives_way(submit: Callable[..., Job], fresh: Cluster, folder: Path) -> Iterator[Callable[..., Steady]]:
-    """On a site users see the nodes then, else they could not give way."""
+    """Let users of a site see the nodes, without which jobs could not give way."""
 
     def do(*options: str) -> Steady:
         (folder / "site").mkdir()
@@ -43,7 +43,7 @@ def gives_way(submit: Callable[..., Job], fresh: Cluster, folder: Path) -> Itera
 
 @pytest.fixture
 def other(fresh: Cluster, folder: Path) -> Other:
-    """Submits a rigid job; the answer is its id."""
+    """Submits a rigid job and returns its id."""
 
     def do(nodes: int, seconds: int, *options: str) -> str:
         words = ["--parsable", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", f"--wrap=sleep {seconds}"]
@@ -53,7 +53,7 @@ def other(fresh: Cluster, folder: Path) -> Other:
     return do
 
 
-def test_a_job_that_waits_runs_on_nodes_that_an_elastic_job_gives_back_and_later_takes_again(
+def test_a_waiting_job_runs_on_nodes_that_an_elastic_job_gives_back_and_later_takes_again(
     gives_way: Callable[..., Steady], other: Other, fresh: Cluster
 ) -> None:
     job = gives_way("--yield-to", "pending")
@@ -85,7 +85,7 @@ def test_a_job_that_waits_runs_on_nodes_that_an_elastic_job_gives_back_and_later
 def test_on_a_site_nodes_are_given_up_for_a_qos_a_partition_or_jobs_of_the_same_user(
     gives_way: Callable[..., Steady], other: Other, fresh: Cluster, to: str, option: str, outcome: str
 ) -> None:
-    """In the first case an older job takes the nodes, and for that job alone nothing would have been given up."""
+    """In the first case an older job takes the nodes; for that job alone, the job would not have given up nodes."""
     job = gives_way("--yield-to", to)
     job.wait_world(4, 240)
     if outcome.endswith("instead"):

@@ -1,4 +1,4 @@
-"""Running jobs take in nodes, replace lost ones, and give back what they cannot use, on a real Slurm."""
+"""Running jobs add nodes, replace lost nodes, and give back nodes that they cannot use, on a real Slurm."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from conftest import Cluster, Job, wait_for
 from on_demand import ON_DEMAND
 
 Submit = Callable[..., Job]
-SOON = ["--grow", "--grow-every", "1", "--exclusive"]  # two joiners could share a node else
+SOON = ["--grow", "--grow-every", "1", "--exclusive"]  # otherwise two joiners could share a node
 
 
 class Steady:
-    """A job of steady.py, and the queue that it grows from."""
+    """A job of steady.py, and its joiners in the queue."""
 
     def __init__(self, job: Job, data: Path) -> None:
         self.job, self.data, self.cluster = job, data, job.cluster
 
     def step(self) -> int:
-        """The last one."""
+        """The last step."""
         steps = self.job.lines(self.data / "steps.jsonl")
         return int(steps[-1]["step"]) if steps else 0
 
     def world(self) -> int:
-        """Of the last step."""
+        """World size of the last step."""
         steps = self.job.lines(self.data / "steps.jsonl")
         return int(steps[-1]["world_size"]) if steps else 0
 
@@ -38,7 +38,7 @@ class Steady:
         wait_for(f"a step of {size} workers", lambda: self.world() == size, deadline)
 
     def wait_all_again(self, size: int = 0) -> None:
-        """Until the newest round has ``size`` nodes, those of the first one, and has done a step."""
+        """Wait until the newest round has ``size`` nodes (default: as many as the first round) and has done a step."""
         size = size or len(self.job.events("round")[0]["nodes"])
 
         def look() -> bool:
@@ -51,19 +51,19 @@ class Steady:
         return list({step["round"]: step["world_size"] for step in self.job.lines(self.data / "steps.jsonl")}.values())
 
     def joiners(self) -> dict[str, str]:
-        """State by id."""
+        """States of the joiners by id."""
         listed = self.cluster.exec(["squeue", "--noheader", f"--name=join-{self.job.id}", "--format=%A %T"]).stdout
         return dict(line.split() for line in listed.splitlines())
 
     def join_by_hand(self) -> str:
-        """Id of a joiner that nobody has asked for."""
+        """Submit a joiner that the leader has not requested. Returns its id."""
         variables = f"--export=ALL,ELASTIC_HPC_JOIN={self.job.run_dir}"
         script = str(self.job.run_dir / "script.sbatch")
         options = ["--nodes=1", "--no-requeue", "--output=/dev/null", variables]
         return self.cluster.exec(["sbatch", "--parsable", *options, script], cwd=self.data).stdout.strip()
 
     def finish(self) -> None:
-        """The job is completed at once, has done each step once after the other, and holds no node any more."""
+        """Finish the job: it completes and leaves no joiner."""
         self.cluster.exec(["touch", str(self.data / "finish")])
         state = self.job.wait_state("COMPLETED", "FAILED", "CANCELLED")
         assert state == "COMPLETED", self.job.output()[-3000:]
@@ -71,7 +71,7 @@ class Steady:
         wait_for("no joiner", lambda: not self.joiners(), 30)
 
     def repeated_steps(self) -> int:
-        """Steps that were done twice; one that was left out fails."""
+        """Number of repeated steps. Fails if a step was skipped."""
         steps = [step["step"] for step in self.job.lines(self.data / "steps.jsonl")]
         assert all(after <= before + 1 for before, after in itertools.pairwise(steps)), "a step was left out"
         return len(steps) - len(set(steps))
@@ -88,7 +88,7 @@ def steady(submit: Submit, folder: Path) -> Callable[..., Steady]:
 
 @pytest.fixture
 def busy(fresh: Cluster, folder: Path) -> Callable[..., str]:
-    """``busy("n3", "n4")``: another job has these nodes; the answer is its id."""
+    """``busy("n3", "n4")`` starts another job on these nodes and returns its id."""
 
     def do(*nodes: str) -> str:
         options = [f"--nodes={len(nodes)}", "--exclusive", f"--nodelist={','.join(nodes)}", "--output=/dev/null"]
@@ -99,7 +99,7 @@ def busy(fresh: Cluster, folder: Path) -> Callable[..., str]:
     return do
 
 
-def test_a_job_grows_loses_a_node_replaces_it_and_finishes(
+def test_a_job_grows_then_loses_a_node_then_replaces_it_and_finishes(
     steady: Callable[..., Steady], busy: Callable[..., str], fresh: Cluster
 ) -> None:
     other = busy("n3", "n4")
@@ -123,7 +123,7 @@ def test_a_job_grows_loses_a_node_replaces_it_and_finishes(
 
 
 @ON_DEMAND
-def test_neither_a_take_over_nor_a_requeue_forgets_a_joiner_that_waits_or_runs(
+def test_after_a_takeover_or_a_requeue_the_job_still_knows_its_waiting_and_running_joiners(
     steady: Callable[..., Steady], busy: Callable[..., str], fresh: Cluster
 ) -> None:
     other = busy("n4")
@@ -138,7 +138,7 @@ def test_neither_a_take_over_nor_a_requeue_forgets_a_joiner_that_waits_or_runs(
     fresh.exec(["scancel", "--batch", "--signal=URG", job.job.id])
     wait_for("the requeue", lambda: fresh.job_field(job.job.id, "Restarts") == "1")
     assert waiting not in job.joiners()
-    wait_for("another joiner", job.joiners, 240)  # a job that was slow to complete starts two minutes later
+    wait_for("another joiner", job.joiners, 240)  # if the job completes slowly, it starts two minutes later
     fresh.exec(["scancel", other])
     job.wait_world(4)
     running = job.joiners()
@@ -148,10 +148,10 @@ def test_neither_a_take_over_nor_a_requeue_forgets_a_joiner_that_waits_or_runs(
     job.wait_all_again(4)
     assert job.joiners() == running
     job.finish()
-    assert job.repeated_steps() <= 200  # since the checkpoints before the take-overs
+    assert job.repeated_steps() <= 200  # steps since the checkpoints before the takeovers
 
 
-def test_a_joiner_that_is_warned_or_preempted_leaves_without_a_lost_step(
+def test_a_joiner_that_is_warned_or_preempted_leaves_and_no_step_is_lost(
     steady: Callable[..., Steady], busy: Callable[..., str], fresh: Cluster
 ) -> None:
     other = busy("n3", "n4")
@@ -180,7 +180,7 @@ def test_a_joiner_that_is_warned_or_preempted_leaves_without_a_lost_step(
 def test_the_job_runs_where_it_is_safe_and_grows_where_nodes_are_preempted(
     steady: Callable[..., Steady], fresh: Cluster, partition: str
 ) -> None:
-    """Four nodes are free. Of a node that another job takes, no step is repeated, and it is asked for again."""
+    """Four nodes are free. When another job takes a node, no step is repeated, and the job requests the node again."""
     job = steady("--nodes", "2:4", "--partition", "main", "--grow-partition", partition, *SOON)
     job.wait_world(4, 240)
     assert fresh.job_field(job.job.id, "NumNodes") == "2"
@@ -204,7 +204,7 @@ def test_the_job_runs_where_it_is_safe_and_grows_where_nodes_are_preempted(
 
 
 @ON_DEMAND
-def test_a_joiner_whose_own_time_ends_leaves_without_a_lost_step_and_is_replaced(
+def test_a_joiner_whose_own_time_limit_ends_leaves_without_a_lost_step_and_is_replaced(
     steady: Callable[..., Steady], fresh: Cluster
 ) -> None:
     job = steady("--nodes", "2:3", "--grow-partition", "low", "--grow-time", "2", "--grace", "30", *SOON)
@@ -219,7 +219,7 @@ def test_a_joiner_whose_own_time_ends_leaves_without_a_lost_step_and_is_replaced
     assert fresh.job_field(first, "JobState") == "COMPLETED"
 
 
-def test_a_site_that_refuses_joiners_is_asked_again_later_and_training_goes_on(
+def test_after_a_site_refuses_joiners_the_job_asks_again_later_and_training_continues(
     steady: Callable[..., Steady], busy: Callable[..., str], fresh: Cluster
 ) -> None:
     busy("n3", "n4")
@@ -237,14 +237,14 @@ def test_a_site_that_refuses_joiners_is_asked_again_later_and_training_goes_on(
     assert job.worlds() == [2]
 
 
-def test_a_spare_steps_in_and_the_job_ends_clean(steady: Callable[..., Steady], fresh: Cluster) -> None:
+def test_a_spare_steps_in_and_the_job_ends_cleanly(steady: Callable[..., Steady], fresh: Cluster) -> None:
     job = steady("--nodes", "1,2", "--world-multiple-of", "2", "--spares", "1", "--grow-every", "1")
     assert job.job.wait_event("round")["nodes"] == ["n1", "n2"]
     job.wait_world(2)
     (agent,) = fresh.agents("n2")
     os.kill(agent, signal.SIGKILL)
     formed = job.job.wait_event("round", 2)
-    (spare,) = {event["node"] for event in job.job.events("join")[:3]} - {"n1", "n2"}  # which one is Slurm's choice
+    (spare,) = {event["node"] for event in job.job.events("join")[:3]} - {"n1", "n2"}  # Slurm chooses the node
     assert formed["nodes"] == ["n1", spare]
     job.wait_all_again()
     wait_for("the next spare", lambda: [event["node"] for event in job.job.events("join")][3:] == ["n2"])
@@ -254,10 +254,10 @@ def test_a_spare_steps_in_and_the_job_ends_clean(steady: Callable[..., Steady], 
 
 
 @ON_DEMAND
-def test_an_agent_that_was_killed_comes_back_in_the_same_allocation_and_so_do_all_one_after_the_other(
+def test_a_killed_agent_is_restarted_in_the_same_allocation_and_so_is_every_agent_one_after_another(
     steady: Callable[..., Steady], fresh: Cluster
 ) -> None:
-    """In the end none of the agents that srun has started is left, and the batch script still waits for the verdict."""
+    """In the end no agent that srun has started is left, but the batch script still waits for the verdict."""
     job = steady("--nodes", "2:3", "--grow-every", "1")
     job.wait_world(3)
     first, second, third = job.job.wait_event("round")["nodes"]
@@ -272,7 +272,7 @@ def test_an_agent_that_was_killed_comes_back_in_the_same_allocation_and_so_do_al
 
 
 @ON_DEMAND
-def test_ten_joiners_that_come_at_once_join_in_one_round() -> None:
+def test_ten_joiners_that_come_together_join_in_one_round() -> None:
     cluster = Cluster(Path("/var/lib/mini-slurm-twelve"))
     cluster.mini("up", "--nodes", "12", "--cpus-per-node", "1", timeout=400)
     try:

@@ -1,4 +1,4 @@
-"""What ``elastic_hpc.slurm`` takes for granted of Slurm when a job grows, or has an agent started anew."""
+"""The assumptions of ``elastic_hpc.slurm`` about Slurm when a job grows or restarts an agent."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def environ(path: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
 
 
-def test_a_job_grows_by_a_joiner_that_has_its_directives_for_one_node(fresh: Cluster, folder: Path):
+def test_a_job_grows_by_a_joiner_that_has_the_jobs_directives_for_one_node(fresh: Cluster, folder: Path):
     job = start(fresh, folder, 1, "n1")
     job.order(
         """\
@@ -102,9 +102,7 @@ def test_a_job_grows_by_a_joiner_that_has_its_directives_for_one_node(fresh: Clu
     (folder / "end").touch()
 
 
-def test_an_agent_is_started_anew_on_its_node_with_its_gpus_and_never_after_it_was_given_up(
-    fresh: Cluster, folder: Path
-):
+def test_an_agent_is_restarted_on_its_node_with_its_gpus_but_never_after_it_was_given_up(fresh: Cluster, folder: Path):
     job = start(fresh, folder, 2, "n[1-2]")
     job.order("", "n2")
     job.order(
@@ -141,7 +139,7 @@ def test_an_agent_is_started_anew_on_its_node_with_its_gpus_and_never_after_it_w
     wait_for("the end of the other steps", lambda: set(fresh.exec(steps).stdout.split()) - {"extern"} == left)
     assert not (folder / "late").exists()
 
-    wait_for("the end of srun", (folder / "srun_ended").exists)  # the agent goes on
+    wait_for("the end of srun", (folder / "srun_ended").exists)  # the agent continues
     assert job.state() == "RUNNING"
     (folder / "end").touch()
     assert job.ends() == "COMPLETED"

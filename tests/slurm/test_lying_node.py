@@ -1,4 +1,6 @@
-"""A node that computes or remembers wrongly, on a real Slurm: the next audit names it, and the job leaves it."""
+"""A node that computes or stores wrong values, on a real Slurm: the next audit names the
+node, and the job excludes it.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ LIES = {
 
 @ON_DEMAND
 @pytest.mark.parametrize(("lie", "node"), [("computes", "n1"), ("computes", "n3"), ("remembers", "n1")])
-def test_a_node_that_is_wrong_is_named_at_the_next_audit_and_left_also_if_it_is_the_leaders(
+def test_a_node_with_wrong_values_is_named_at_the_next_audit_and_excluded_also_if_it_is_the_leaders_node(
     submit: Callable[..., Job], folder: Path, lie: str, node: str
 ) -> None:
     script = folder / "audited.py"

@@ -1,4 +1,4 @@
-"""bin/mini-slurm itself: what it promises to the other tests of this directory, and that it leaves nothing behind."""
+"""bin/mini-slurm itself: it does what the other tests of this directory rely on, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from on_demand import ON_DEMAND
 
 MINI = Path(__file__).parents[2] / "bin" / "mini-slurm"
 NODES = ["n1", "n2", "n3", "n4"]
-QUIET_S = 2.0  # how long a connection is watched before "no reset came" is believed; on this network one takes 1 ms
+QUIET_S = 2.0  # how long to watch a connection before concluding that no reset came; on this network a reset takes 1 ms
 
 LISTEN = "import socket; s = socket.create_server(('', 7000)); print('listening', flush=True); c, _ = s.accept(); "
 ECHO = LISTEN + "[c.sendall(c.recv(64)) for _ in iter(int, 1)]"
@@ -41,7 +41,7 @@ for line in sys.stdin:
 
 
 def copied(folder: Path) -> Path:
-    """The command, and the package that it consists of, in another folder."""
+    """A copy of the command and its package in another folder."""
     shutil.copytree(MINI.with_name("mini_slurm"), folder / "mini_slurm")
     return Path(shutil.copy(MINI, folder))
 
@@ -60,7 +60,9 @@ def status(cluster: Any) -> dict[str, Any]:
 
 @contextmanager
 def connected(server: str, client: str, *, answer_within_s: float) -> Iterator[Callable[[], str]]:
-    """A TCP connection from `client` to an echo server on `server`; yields a function that tells what became of it."""
+    """A TCP connection from `client` to an echo server on `server`; yields a function that returns the fate of the
+    connection.
+    """
 
     def start(node: str, *argv: str) -> subprocess.Popen[str]:
         command = [str(MINI), "exec", "--node", node, "--", "/usr/bin/python3", "-c", *argv]
@@ -102,7 +104,7 @@ class TestRunningCluster:
         done = cluster.exec(["bash", "-c", script])
         assert [line for line in done.stdout.splitlines() if line.startswith("seen")] == [f"seen-by-{n}" for n in NODES]
 
-    def test_a_job_that_takes_nothing_from_its_submitter_has_the_environment_of_a_login(self, cluster: Any) -> None:
+    def test_a_job_that_inherits_nothing_from_its_submitter_has_the_environment_of_a_login(self, cluster: Any) -> None:
         script = (
             "cd; sbatch --wait --export=NONE -o login.out --wrap 'echo $LOGNAME $HOME'; cat login.out; rm login.out"
         )
@@ -128,7 +130,7 @@ class TestRunningCluster:
         assert cluster.exec(["srun", "--gres=gpu:3", "true"], check=False).returncode != 0
 
     @pytest.mark.parametrize("name", ["n3", "n3.mini.cluster", "n3-ib0", "n3-ib0.mini.cluster"])
-    def test_names_resolve_both_ways_and_with_domain(self, cluster: Any, name: str) -> None:
+    def test_names_resolve_in_both_directions_and_with_a_domain(self, cluster: Any, name: str) -> None:
         code = (
             "import socket, sys; ip = socket.gethostbyname(sys.argv[1]); print(ip);"
             "print(*(socket.getnameinfo((form, 0), socket.NI_NAMEREQD)[0] for form in (ip, '::ffff:' + ip)))"
@@ -144,7 +146,7 @@ class TestRunningCluster:
         words = cluster.exec(["sh", "-c", script], node="n2").stdout.split()
         assert sorted(words) == ["eth0", "eth0", "ib0", "ib0", "lo", "lo"]
 
-    def test_the_lifetime_of_credentials_which_delays_a_requeue_is_slurms_default(self, cluster: Any) -> None:
+    def test_the_lifetime_of_credentials_that_delays_a_requeue_is_slurms_default(self, cluster: Any) -> None:
         assert "cred_expire" not in cluster.exec(["scontrol", "show", "config"]).stdout
 
     def test_exec_passes_exit_code_stdio_signals_and_variables(self, cluster: Any) -> None:
@@ -163,13 +165,13 @@ class TestRunningCluster:
             finally:
                 process.kill()
 
-    def test_a_command_dies_with_the_exec_that_started_it(self, cluster: Any) -> None:
+    def test_a_command_ends_with_the_exec_that_started_it(self, cluster: Any) -> None:
         with subprocess.Popen([MINI, "exec", "--node", "n1", "--", "sleep", "4321"]) as process:
             eventually("it runs", lambda: cluster.exec(["pgrep", "-f", "sleep 4321"], "n1", check=False).stdout)
             process.kill()
         eventually("it is gone", lambda: not cluster.exec(["pgrep", "-f", "sleep 4321"], "n1", check=False).stdout)
 
-    def test_an_unknown_node_is_named_with_those_there_are(self, cluster: Any) -> None:
+    def test_an_unknown_node_is_refused_with_the_names_of_existing_nodes(self, cluster: Any) -> None:
         done = cluster.mini("kill", "n9", check=False)
         assert done.returncode == 1
         assert done.stderr == "mini-slurm: error: no node 'n9': expected one of n1 n2 n3 n4\n"
@@ -185,7 +187,7 @@ class TestRunningCluster:
 
 @pytest.mark.usefixtures("fresh")
 class TestFaults:
-    def test_killed_node_sends_no_reset_and_heals(self, cluster: Any) -> None:
+    def test_a_killed_node_sends_no_reset_and_can_be_healed(self, cluster: Any) -> None:
         with connected("n3", "n2", answer_within_s=QUIET_S) as ask:
             before, printed = time.time(), cluster.mini("kill", "n3").stdout
             assert before <= float(printed.split()[0]) <= time.time()
@@ -196,8 +198,8 @@ class TestFaults:
         cluster.mini("heal", "n3")
         assert cluster.exec(["srun", "-w", "n3", "hostname"]).stdout == "n3\n"
 
-    def test_without_power_loss_a_dying_process_does_send_one(self, cluster: Any) -> None:
-        """What the previous test rests on: the same connection tells when only the peer's processes end."""
+    def test_without_power_loss_a_dying_process_does_send_a_reset(self, cluster: Any) -> None:
+        """The previous test relies on this: the same connection gets a reset when only the peer's processes end."""
         with connected("n3", "n2", answer_within_s=QUIET_S) as ask:
             cluster.mini("exec", "--root", "--node", "n3", "--", "pkill", "-KILL", "-f", "create_server")
             assert ask() in {"closed", "ConnectionResetError", "BrokenPipeError"}
@@ -211,7 +213,7 @@ class TestFaults:
         cluster.mini("kill", "n3")
         assert processes_in(namespace) == []
 
-    def test_cut_node_keeps_its_processes_and_connections(self, cluster: Any) -> None:
+    def test_a_cut_node_keeps_its_processes_and_connections(self, cluster: Any) -> None:
         init = status(cluster)["nodes"]["n2"]["init_pid"]
         with connected("n2", "n3", answer_within_s=QUIET_S) as ask:
             cluster.mini("cut", "n2")
@@ -224,7 +226,7 @@ class TestFaults:
 
     @ON_DEMAND
     @pytest.mark.parametrize("fault", ["kill", "cut"])
-    def test_a_node_that_slurm_gave_up_under_a_job_heals(self, cluster: Any, fault: str) -> None:
+    def test_a_node_that_slurm_set_down_under_a_job_can_be_healed(self, cluster: Any, fault: str) -> None:
         script = "cd; sbatch -w n[3-4] --no-kill -o /dev/null --wrap 'srun --no-kill --wait=0 sleep 300'"
         cluster.exec(["bash", "-c", script])
         running = ["squeue", "-h", "-o", "%T %N"]
@@ -249,7 +251,7 @@ def processes_in(namespace: str) -> list[str]:
 
 
 class Apart:
-    """A small cluster in a directory of its own, beside that of the session."""
+    """A small cluster in a directory of its own, next to the cluster of the session."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.state = directory, directory / "state"
@@ -281,7 +283,7 @@ class Apart:
 
 
 def machine() -> tuple[object, ...]:
-    """What of the machine itself a cluster could change."""
+    """The state of the machine itself that a cluster could change."""
     links = {name for _, name in socket.if_nameindex()}
     mounts = Path("/proc/self/mounts").read_text()
     return links, mounts, Path("/etc/passwd").read_text(), Path("/etc/hosts").read_text(), os.listdir("/etc")
@@ -297,7 +299,7 @@ def apart() -> Iterator[Apart]:
 
 
 class TestLifeCycle:
-    def test_up_twice_is_harmless_and_another_shape_is_refused(self, apart: Apart) -> None:
+    def test_a_second_up_is_harmless_and_another_shape_is_refused(self, apart: Apart) -> None:
         apart.mini("up", "--nodes", "1")
         inits = apart.mini("status", "--json").stdout
         assert "already up" in apart.mini("up", "--nodes", "1").stderr
@@ -313,7 +315,7 @@ class TestLifeCycle:
         assert sum("already up" in answer for answer in answers) == 1
         assert len([name for name in os.listdir(apart.state / "machines") if name.startswith("n")]) == 1
 
-    def test_down_twice_is_harmless_and_leaves_nothing(self, apart: Apart) -> None:
+    def test_a_second_down_is_harmless_and_leaves_nothing(self, apart: Apart) -> None:
         before = machine()
         apart.mini("up", "--nodes", "2")
         assert machine() == before
@@ -334,7 +336,7 @@ class TestLifeCycle:
         apart.mini("down")
         apart.assert_nothing_left(before)
 
-    def test_up_after_a_crashed_up_starts_afresh(self, apart: Apart) -> None:
+    def test_up_after_a_crashed_up_starts_from_scratch(self, apart: Apart) -> None:
         with apart.start("up", "--nodes", "4") as process:
             while not (apart.state / "machines/n1").exists() and process.poll() is None:
                 pass
@@ -342,7 +344,7 @@ class TestLifeCycle:
         apart.mini("up", "--nodes", "1")
         assert apart.mini("exec", "srun", "hostname").stdout == "n1\n"
 
-    def test_an_up_that_fails_shows_the_log_and_leaves_nothing(self, apart: Apart) -> None:
+    def test_a_failing_up_shows_the_log_and_leaves_nothing(self, apart: Apart) -> None:
         before = machine()
         (apart.directory / "broken").mkdir()
         program = copied(apart.directory / "broken")
@@ -359,7 +361,7 @@ class TestLifeCycle:
         shutil.rmtree(apart.state)
         eventually("its processes end", lambda: not apart.processes(), within_s=10)
 
-    def test_down_spares_a_process_that_got_a_recorded_pid(self, apart: Apart) -> None:
+    def test_down_spares_a_process_that_reuses_a_recorded_pid(self, apart: Apart) -> None:
         apart.mini("up", "--nodes", "1")
         with subprocess.Popen(["/usr/bin/unshare", "--pid", "--fork", "sleep", "600"]) as bystander:
             child = eventually(
@@ -373,7 +375,7 @@ class TestLifeCycle:
             assert bystander.poll() is None
             os.kill(int(child), signal.SIGKILL)
 
-    def test_a_directory_that_is_not_its_own_is_not_touched(self, apart: Apart) -> None:
+    def test_a_foreign_directory_is_not_touched(self, apart: Apart) -> None:
         apart.state.mkdir()
         (apart.state / "thesis.tex").write_text("ten years of work")
         assert apart.mini("down", check=False).returncode == 1
@@ -393,7 +395,7 @@ class TestLifeCycle:
         assert apart.mini("exec", "cat", str(apart.directory / "secret"), check=False).returncode != 0
         assert os.stat(apart.directory).st_mode & 0o077 == 0
 
-    def test_the_slurm_of_another_prefix_is_used_also_by_jobs_and_after_a_power_loss(self, apart: Apart) -> None:
+    def test_a_slurm_under_another_prefix_is_used_also_by_jobs_and_after_a_power_loss(self, apart: Apart) -> None:
         prefix = apart.directory / "opt"
         for name in ("bin/sbatch", "bin/scontrol", "bin/squeue", "bin/srun", "sbin/slurmctld", "sbin/slurmd"):
             (prefix / name).parent.mkdir(parents=True, exist_ok=True)
@@ -413,7 +415,7 @@ class TestLifeCycle:
         refused = apart.mini("--slurm", "/nope", "up", check=False)
         assert "sbin/slurmctld is not there" in refused.stderr
 
-    def test_a_shape_of_ones_own_is_what_slurm_offers(self, apart: Apart) -> None:
+    def test_slurm_offers_the_shape_that_the_user_chose(self, apart: Apart) -> None:
         apart.mini("up", "--nodes", "2", "--cpus-per-node", "3", "--gpus-per-node", "0")
         assert apart.mini("exec", "sinfo", "-h", "-p", "main", "-o", "%D %c %G").stdout == "2 3 (null)\n"
         assert apart.mini("exec", "srun", "-n6", "hostname").stdout.split().count("n2") == 3

@@ -23,7 +23,7 @@ def no_shrinking(fresh: Cluster) -> Iterator[None]:
         yield
 
 
-def test_joiners_go_and_for_all_other_nodes_the_commands_say_that_the_site_forbids_it(
+def test_joiners_can_be_released_and_for_other_nodes_the_commands_report_that_the_site_forbids_it(
     steady: Callable[..., Steady],  # noqa: F811
     busy: Callable[..., str],  # noqa: F811
     fresh: Cluster,
@@ -48,7 +48,7 @@ def test_joiners_go_and_for_all_other_nodes_the_commands_say_that_the_site_forbi
     job.wait_world(2)
     finding = doctor(fresh, job.data)["giving back"]
     assert (finding["level"], finding["found"]) == ("warn", "SchedulerParameters has disable_job_shrink")
-    ask(job, "resize", "1:2")  # else a joiner would take the place of the next node to leave
+    ask(job, "resize", "1:2")  # otherwise a joiner would replace the next node that leaves
     ask(job, "notice", "--node", "n2", "ECC errors rising")
     assert job.job.wait_event("not_given_back")["nodes"] == ["n2"]
     job.wait_world(1)
@@ -58,7 +58,7 @@ def test_joiners_go_and_for_all_other_nodes_the_commands_say_that_the_site_forbi
     assert given_back(job) == []
 
 
-def test_a_job_that_gives_way_gives_joiners_up_and_keeps_its_own_nodes(
+def test_a_job_that_gives_way_releases_joiners_and_keeps_its_own_nodes(
     gives_way: Callable[..., Steady],  # noqa: F811
     other: Other,  # noqa: F811
     busy: Callable[..., str],  # noqa: F811

@@ -1,4 +1,4 @@
-"""A node that is about to fail, or to be taken away, is left before that, at a step boundary; Slurm has it back."""
+"""The job leaves a node before it fails or is taken away, at a step boundary, and gives the node back to Slurm."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_in_the_interval_of_a_real_job_a_drained_node_is_left_within_70_seconds(
 
 
 @ON_DEMAND
-def test_below_min_a_drained_node_stays_until_a_joiner_comes_and_an_undone_drain_lets_it_stay(
+def test_below_min_a_drained_node_stays_until_a_joiner_comes_and_for_good_if_the_drain_is_undone(
     watched: Callable[..., Steady], fresh: Cluster
 ) -> None:
     job = watched("--nodes", "2:2", *SOON)
@@ -94,7 +94,7 @@ def test_below_min_a_drained_node_stays_until_a_joiner_comes_and_an_undone_drain
 
 
 @ON_DEMAND
-def test_nodes_are_left_before_their_maintenance(watched: Callable[..., Steady], fresh: Cluster) -> None:
+def test_the_job_leaves_nodes_before_their_maintenance(watched: Callable[..., Steady], fresh: Cluster) -> None:
     job = watched("--nodes", "2:3")
     job.wait_world(3)
     options = ["starttime=now+200", "duration=60", "nodes=n3", "flags=maint,ignore_jobs", "user=root"]
@@ -122,7 +122,7 @@ def test_a_notice_and_a_file_of_the_site_make_a_job_leave_nodes(
     told = fresh.mini("exec", "--root", "--node", "n4", "--", HPC, "notice", "--node", "n4", "ECC errors rising").stdout
     assert "leaves n4" in told
     job.wait_world(2)
-    wait_for("the first to be given back", lambda: given_back(job), 30)  # without accounting, once in a run
+    wait_for("the first to be given back", lambda: given_back(job), 30)  # without accounting, only once in each run
     assert {event["reason"] for event in job.job.events("leave")} == {"Xid 79", "ECC errors rising"}
     job.finish()
     assert_nothing_was_lost(job)
@@ -130,7 +130,7 @@ def test_a_notice_and_a_file_of_the_site_make_a_job_leave_nodes(
 
 @ON_DEMAND
 @pytest.mark.parametrize("cluster", ["site"], indirect=True)
-def test_a_health_check_of_the_site_gives_notice_where_users_see_no_nodes(
+def test_where_users_see_no_nodes_a_health_check_of_the_site_gives_notice(
     steady: Callable[..., Steady],  # noqa: F811
     fresh: Cluster,
 ) -> None:

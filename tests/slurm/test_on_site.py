@@ -1,4 +1,4 @@
-"""Elastic jobs on a cluster that is configured as sites do it: where its settings make a difference."""
+"""Elastic jobs on a cluster that is configured as sites do it, in cases where the configuration matters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cluster(site: Cluster) -> Cluster:
 
 @pytest.fixture
 def counts(submit: Submit, folder: Path) -> Submit:
-    """Submit counts.py, which goes on until there is no file ``hold``."""
+    """Submit counts.py, which runs until the file ``hold`` is removed."""
 
     def do(*options: str) -> Job:
         (folder / "hold").touch()
@@ -35,7 +35,7 @@ def counts(submit: Submit, folder: Path) -> Submit:
 
 @contextlib.contextmanager
 def delayed(cluster: Cluster, script: str, seconds: int) -> Iterator[None]:
-    """The site's ``script``, "epilog" for example, takes ``seconds``."""
+    """Let the site's ``script``, for example "epilog", take ``seconds``."""
     path = cluster.state / f"site/{script}_delay"
     path.write_text(str(seconds))
     try:
@@ -45,12 +45,14 @@ def delayed(cluster: Cluster, script: str, seconds: int) -> Iterator[None]:
 
 
 def idle_nodes(cluster: Cluster) -> set[str]:
-    """As root sees them: users see no nodes here."""
+    """The nodes as root sees them: users see no nodes here."""
     shown = cluster.mini("exec", "--root", "--", "sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N")
     return set(shown.stdout.split())
 
 
-def test_a_job_is_over_although_slurm_takes_its_lost_node_for_alive_for_minutes(counts: Submit, fresh: Cluster) -> None:
+def test_a_job_ends_although_slurm_believes_for_minutes_that_its_lost_node_is_alive(
+    counts: Submit, fresh: Cluster
+) -> None:
     job = counts("--nodes", "2:3")
     job.wait_steps(10)
     fresh.mini("kill", "n3")
@@ -61,7 +63,7 @@ def test_a_job_is_over_although_slurm_takes_its_lost_node_for_alive_for_minutes(
     job.assert_steps_contiguous(10)
     assert job.worlds() == [3, 2]
     assert job.verdict()["outcome"] == "finished"
-    # Slurm keeps a record of each size of a job that lost a node: only the last has the end.
+    # Slurm keeps one record for each size of a job that lost a node: only the last record has the end.
     assert ended(fresh, job.id) == ["RESIZING|0:0", "COMPLETED|0:0"]
 
 
@@ -85,7 +87,7 @@ def test_a_job_that_lost_its_first_node_frees_the_others_within_seconds_and_comp
 
 
 @ON_DEMAND
-def test_a_job_is_soon_back_without_the_dead_node_where_users_see_no_nodes_and_the_epilog_takes_12_seconds(
+def test_a_job_restarts_soon_without_the_dead_node_where_users_see_no_nodes_and_the_epilog_takes_12_seconds(
     counts: Submit, fresh: Cluster
 ) -> None:
     with delayed(fresh, "epilog", 12):
@@ -101,7 +103,7 @@ def test_a_job_is_soon_back_without_the_dead_node_where_users_see_no_nodes_and_t
 
 
 @ON_DEMAND
-def test_an_agent_that_was_started_anew_outlives_the_one_that_started_it_and_comes_back_again(
+def test_a_restarted_agent_outlives_the_agent_that_restarted_it_and_is_restarted_again(
     counts: Submit, fresh: Cluster
 ) -> None:
     job = counts("--nodes", "2:4")
@@ -109,7 +111,7 @@ def test_an_agent_that_was_started_anew_outlives_the_one_that_started_it_and_com
     leader, *_, last = job.wait_event("round")["nodes"]
     os.kill(fresh.agents(last)[0], signal.SIGKILL)
     assert job.wait_event("join", 5)["node"] == last
-    os.kill(fresh.agents(leader)[0], signal.SIGKILL)  # Slurm kills all that the leader has started
+    os.kill(fresh.agents(leader)[0], signal.SIGKILL)  # Slurm kills all processes that the leader has started
     job.wait_event("take_over")
     wait_for("the new agent to follow", lambda: last in [event["node"] for event in job.events("join")[5:]])
     job.wait_steps(50, round=3)
@@ -121,7 +123,7 @@ def test_an_agent_that_was_started_anew_outlives_the_one_that_started_it_and_com
 
 
 @ON_DEMAND
-def test_a_warning_that_comes_before_the_agents_is_heeded_when_they_have_come(
+def test_a_warning_that_comes_before_the_agents_takes_effect_when_they_have_started(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     script = folder / "listens.py"

@@ -1,4 +1,4 @@
-"""``elastic-hpc plan`` on a busy cluster, against what happens then."""
+"""``elastic-hpc plan`` on a busy cluster, compared with what then happens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAN = [str(Path(sys.executable).with_name("elastic-hpc")), "plan", "--json"]
 
 
 def busy(cluster: Cluster, nodes: int, minutes: int) -> str:
-    """A job of others, which ends at its time limit."""
+    """Another user's job, which ends at its time limit."""
     options = ["--exclusive", f"--nodes={nodes}", f"--time={minutes}", "--output=/dev/null", "--parsable"]
     job = cluster.exec(["sbatch", *options, "--wrap=exec sleep 9000"]).stdout.strip()
     wait_for(f"job {job} to run", lambda: cluster.job_field(job, "JobState") == "RUNNING")
@@ -35,7 +35,9 @@ def status(cluster: Cluster, job: Job) -> dict[str, Any]:
     return found
 
 
-def test_the_plan_says_what_starts_at_once_and_what_starts_when_running_jobs_end(fresh: Cluster, folder: Path) -> None:
+def test_the_plan_shows_which_sizes_start_immediately_and_which_start_when_running_jobs_end(
+    fresh: Cluster, folder: Path
+) -> None:
     busy(fresh, 2, 5)
     busy(fresh, 1, 20)
     found = plan(fresh, folder, "--nodes=1:5", "--exclusive", "--time=5", "--work=30m")
@@ -53,7 +55,7 @@ def test_the_plan_says_what_starts_at_once_and_what_starts_when_running_jobs_end
 
 
 @ON_DEMAND
-def test_a_job_starts_when_and_as_large_as_the_plan_has_said(
+def test_a_job_starts_at_the_time_and_size_that_the_plan_has_shown(
     fresh: Cluster, folder: Path, submit: Callable[..., Job]
 ) -> None:
     busy(fresh, 3, 1)
@@ -66,13 +68,13 @@ def test_a_job_starts_when_and_as_large_as_the_plan_has_said(
     job.wait_state("RUNNING")
     started = time.time()
     print(f"planned {planned:.0f}, by status {said:.0f} s later, started {started:.0f}")
-    # Slurm looks for jobs over their limit every half minute, and the job ends 30 s after SIGTERM at most
+    # Slurm looks for jobs beyond their limit every half minute, and the job ends 30 s after SIGTERM at most
     assert planned - 5 < started < planned + 75
     assert len(job.wait_event("round")["nodes"]) in {3, 4}  # a node of the other job may be free later than the others
 
 
 @ON_DEMAND
-def test_the_estimate_of_a_job_that_fits_beside_waiting_ones_is_too_late_and_that_of_status_is_not(
+def test_for_a_job_that_fits_beside_waiting_jobs_the_plans_estimate_is_too_late_but_not_the_one_of_status(
     fresh: Cluster, folder: Path, submit: Callable[..., Job]
 ) -> None:
     busy(fresh, 3, 20)

@@ -1,4 +1,4 @@
-"""Training survives real losses on a real Slurm, in the allocation or through the queue."""
+"""Training survives real losses on a real Slurm, within the allocation or by a requeue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AUDITED = ROOT / "tests" / "unit" / "audited"
 
 
 def finish(job: Job, deadline: float = 150, lost: Sequence[str] = ()) -> None:
-    """Wait until the job is completed; its training must have gone through all steps. It completes only when Slurm has
+    """Wait until the job is completed; its training must have done all steps. The job completes only when Slurm has
     noticed the loss of the nodes ``lost``.
     """
     (job.folder / "hold").unlink(missing_ok=True)
@@ -34,7 +34,7 @@ def finish(job: Job, deadline: float = 150, lost: Sequence[str] = ()) -> None:
 
 @pytest.fixture
 def counts(submit: Submit, folder: Path) -> Submit:
-    """Submit counts.py, which goes on until ``finish``."""
+    """Submit counts.py, which runs until ``finish``."""
 
     def do(*options: str) -> Job:
         (folder / "hold").touch()
@@ -44,7 +44,9 @@ def counts(submit: Submit, folder: Path) -> Submit:
 
 
 @ON_DEMAND
-def test_a_node_that_cannot_reach_the_leader_stays_out_and_is_avoided_next_time(counts: Submit, fresh: Cluster) -> None:
+def test_a_node_that_cannot_reach_the_leader_is_excluded_and_avoided_in_the_next_run(
+    counts: Submit, fresh: Cluster
+) -> None:
     blocked = ["ipproto", "tcp", "dport", "29432", "prohibit"]
     fresh.mini("exec", "--root", "--node", "n3", "--", "ip", "rule", "add", *blocked)
     try:
@@ -99,7 +101,7 @@ def test_the_world_has_all_granted_nodes_and_every_rank_sees_the_same_restart_co
     assert job.events("failure")[0]["message"] == "exit code 3"
 
 
-def test_a_job_starts_with_min_nodes_when_the_others_are_busy(submit: Submit, fresh: Cluster, folder: Path) -> None:
+def test_a_job_starts_with_min_nodes_if_the_others_are_busy(submit: Submit, fresh: Cluster, folder: Path) -> None:
     fresh.exec(["sbatch", "--nodes=2", "--exclusive", "--nodelist=n[3-4]", "--wrap=srun sleep 600"], cwd=folder)
     wait_for("the other job", lambda: "RUNNING" in fresh.exec(["squeue", "--format=%T"]).stdout)
     job = submit("--nodes", "2:4", script=COUNTS)
@@ -111,7 +113,7 @@ SETUP = "touch set_up; until [ -e go ]; do sleep 0.1; done"
 
 
 @ON_DEMAND
-def test_a_job_starts_with_the_others_when_slurm_takes_a_node_from_it_before_the_agents_start(
+def test_a_job_starts_with_the_remaining_nodes_when_slurm_takes_a_node_from_it_before_the_agents_start(
     counts: Submit, fresh: Cluster, folder: Path
 ) -> None:
     """For example during a long --setup."""
@@ -126,8 +128,8 @@ def test_a_job_starts_with_the_others_when_slurm_takes_a_node_from_it_before_the
 
 
 @ON_DEMAND
-def test_a_job_comes_back_without_a_node_that_srun_cannot_reach(counts: Submit, fresh: Cluster, folder: Path) -> None:
-    """Slurm takes that node for alive, and srun ends the agents on the others."""
+def test_a_job_is_requeued_without_a_node_that_srun_cannot_reach(counts: Submit, fresh: Cluster, folder: Path) -> None:
+    """Slurm believes that the node is alive, and srun ends the agents on the other nodes."""
     job = counts("--nodes", "2:4", "--setup", SETUP)
     wait_for("the setup", (folder / "set_up").exists)
     fresh.mini("kill", "n4")
@@ -140,7 +142,7 @@ def test_a_job_comes_back_without_a_node_that_srun_cannot_reach(counts: Submit, 
     assert (job.verdict()["run"], job.verdict()["requeues"]) == (1, 1)
 
 
-def test_training_goes_on_from_its_checkpoint_when_a_worker_crashes_and_then_a_node_loses_power(
+def test_training_continues_from_its_checkpoint_when_a_worker_crashes_and_then_a_node_loses_power(
     submit: Submit, fresh: Cluster
 ) -> None:
     job = submit("--nodes", "2:4", args=["--checkpoint-every", str(EVERY), "--epochs", "6"])
@@ -155,13 +157,13 @@ def test_training_goes_on_from_its_checkpoint_when_a_worker_crashes_and_then_a_n
     assert job.events("lost")[0]["node"] == "n4"
 
 
-def test_below_min_the_job_is_requeued_and_finishes_with_its_counters(counts: Submit, fresh: Cluster) -> None:
+def test_below_min_the_job_is_requeued_keeps_its_counters_and_finishes(counts: Submit, fresh: Cluster) -> None:
     job = counts("--nodes", "3:4")
     job.wait_steps(25)
     for node in ("n3", "n4"):
         fresh.mini("cut", node)
     assert job.wait_event("verdict")["outcome"] == "requeue"
-    for node in ("n3", "n4"):  # before Slurm starts the job again: with both, as it has not noticed the cut
+    for node in ("n3", "n4"):  # before Slurm restarts the job on both nodes, as it has not noticed the cut
         fresh.mini("heal", node)
     wait_for("the requeue", lambda: fresh.job_field(job.id, "Restarts") == "1")
     finish(job)
@@ -172,7 +174,7 @@ def test_below_min_the_job_is_requeued_and_finishes_with_its_counters(counts: Su
     assert [event["run"] for event in job.events("start")] == [0, 1]
 
 
-def test_the_budget_ends_the_job_with_a_reason(submit: Submit, folder: Path) -> None:
+def test_when_the_restarts_are_used_up_the_job_ends_with_a_reason(submit: Submit, folder: Path) -> None:
     script = folder / "broken.py"
     script.write_text("import os\nos.kill(os.getpid(), 9)\n")
     job = submit("--nodes", "2", "--max-restarts", "2", script=script)
@@ -196,7 +198,7 @@ def test_the_same_failure_without_progress_ends_the_job_with_its_traceback(submi
     assert "in load\n" in job.output()
 
 
-def test_a_node_on_which_alone_the_script_fails_is_excluded_and_the_job_completes_elsewhere(
+def test_a_node_that_is_the_only_one_on_which_the_script_fails_is_excluded_and_the_job_completes_elsewhere(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     script = folder / "train.py"
@@ -222,7 +224,7 @@ def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_complete
     counts: Submit, fresh: Cluster, folder: Path
 ) -> None:
     audit, audited = folder / "audit", Path(shutil.copytree(AUDITED, folder / "audited"))
-    for path in (audited, *audited.iterdir()):  # whatever the umask, the job's user reads them
+    for path in (audited, *audited.iterdir()):  # the job's user can read them, whatever the umask
         path.chmod(0o755)
     job = counts("--nodes", "2:4", "--setup", f"export PYTHONPATH={audited} AUDIT_LOG={audit}")
     after = fresh.exec(
@@ -232,7 +234,7 @@ def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_complete
     fresh.mini("kill", "n1")
     finish(job, deadline=240, lost=["n1"])
     assert job.worlds() == [4, 3]
-    assert fresh.job_field(job.id, "Restarts") == "1"  # for the record of Slurm alone
+    assert fresh.job_field(job.id, "Restarts") == "1"  # only for Slurm's record
     (taken,) = job.events("take_over")
     assert taken["reason"] == "n1 lost: no heartbeat for 5 s"
     assert [event["leader"] for event in job.events("round")] == ["n1", "n2"]
@@ -242,7 +244,9 @@ def test_the_next_node_takes_over_when_the_head_loses_power_and_the_job_complete
 
 
 @ON_DEMAND
-def test_nothing_keeps_the_allocation_when_who_ends_the_job_is_lost_too(counts: Submit, fresh: Cluster) -> None:
+def test_nothing_keeps_the_allocation_when_the_node_that_ends_the_job_is_lost_too(
+    counts: Submit, fresh: Cluster
+) -> None:
     job = counts("--nodes", "2:4")
     job.wait_steps(15)
     fresh.mini("kill", "n1")
@@ -252,13 +256,13 @@ def test_nothing_keeps_the_allocation_when_who_ends_the_job_is_lost_too(counts: 
     fresh.mini("kill", "n2")
     fresh.wait_noticed("n1", "n2")
     job.wait_state("PENDING")
-    # the deputy's step lingers, because its srun is lost too, so that the early start is refused: not waited for
+    # the deputy's step lingers, because its srun is lost too, so Slurm refuses the early start: do not wait for it
     fresh.mini("exec", "--root", "--", "scontrol", "update", f"JobId={job.id}", "StartTime=now")
     finish(job)
 
 
 @pytest.mark.parametrize(("nodes", "lost"), [(2, ["n1"]), pytest.param(4, ["n1", "n2"], marks=ON_DEMAND)])
-def test_the_survivors_bring_the_job_back_when_half_of_it_loses_power_and_one_of_them_acts(
+def test_when_half_of_the_nodes_lose_power_one_survivor_requeues_the_job(
     counts: Submit, fresh: Cluster, nodes: int, lost: list[str]
 ) -> None:
     job = counts("--nodes", f"1:{nodes}")
@@ -288,7 +292,7 @@ def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(counts: Submit, f
     assert fresh.job_field(job.id, "Restarts") == "0"
 
 
-def test_two_jobs_on_the_same_nodes_do_not_meet_at_a_port(counts: Submit) -> None:
+def test_two_jobs_on_the_same_nodes_never_share_a_port(counts: Submit) -> None:
     jobs = [counts("--nodes", "4", "--cpus-per-task", "1") for _ in range(2)]
     rounds = [job.wait_event("round") for job in jobs]
     assert [len(event["nodes"]) for event in rounds] == [4, 4]
@@ -302,7 +306,7 @@ def test_two_jobs_on_the_same_nodes_do_not_meet_at_a_port(counts: Submit) -> Non
 @pytest.mark.parametrize(
     "options", [["--interface", "ib0"], pytest.param(["--rdzv-endpoint", "n2.mini.cluster:29500"], marks=ON_DEMAND)]
 )
-def test_names_with_a_domain_and_a_second_network_are_served(submit: Submit, options: list[str]) -> None:
+def test_node_names_with_a_domain_and_a_second_network_are_supported(submit: Submit, options: list[str]) -> None:
     job = submit("--nodes", "2:4", *options, script=COUNTS)
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     endpoint = json.loads((job.run_dir / "endpoint.json").read_text())
@@ -312,7 +316,7 @@ def test_names_with_a_domain_and_a_second_network_are_served(submit: Submit, opt
         assert (endpoint["host"], endpoint["port"]) == ("n2", 29532)  # 32 ports for the stores, then the agents'
 
 
-def test_each_task_of_an_array_has_its_own_run_and_returns_alone(counts: Submit, fresh: Cluster) -> None:
+def test_each_task_of_an_array_has_its_own_run_and_is_requeued_alone(counts: Submit, fresh: Cluster) -> None:
     array = counts("--nodes", "2", "--array", "0-1", "--grace", "1")
     tasks = [Job(fresh, f"{array.id}_{index}", array.folder) for index in (0, 1)]
     for task in tasks:

@@ -1,4 +1,4 @@
-"""What ``elastic_hpc.slurm`` takes for granted of Slurm when a job ends or comes back, asked from within the job."""
+"""The assumptions of ``elastic_hpc.slurm`` about Slurm when a job ends or is requeued, checked from within the job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from on_demand import ON_DEMAND
 
 
 def fast(cluster: Cluster, *, watched: bool = False) -> float:
-    """Seconds from the question to the next run, on an idle cluster. Slurm's own delay is 121. On a site, whose epilog
+    """Seconds from the request to the next run, on an idle cluster. Slurm's own delay is 121 s. On a site, whose epilog
     may take any time, the job waits longer, unless the requeue ``watched`` another node of the job.
     """
     return 60.0 if cluster.is_site and not watched else 30.0
@@ -136,7 +136,7 @@ def start(fresh: Cluster, folder: Path) -> Start:
 
 
 def in_own_step(code: str) -> str:
-    """An order to do ``code`` in a step of its own, as soon as no other step is left."""
+    """An order to run ``code`` in a step of its own, as soon as no other step is left."""
     waits = """\
         slurm.wait_until_alone(job, os.environ["SLURM_STEP_ID"], deadline=timedelta(seconds=90))
         tell("alone", time.time())
@@ -148,7 +148,9 @@ def in_own_step(code: str) -> str:
     )
 
 
-def test_a_job_is_back_within_30_seconds_when_a_node_lost_power_and_slurm_has_not_noticed(fresh: Cluster, start: Start):
+def test_a_job_restarts_within_30_seconds_when_a_node_lost_power_and_slurm_has_not_noticed(
+    fresh: Cluster, start: Start
+):
     job = start("--nodes=2-4", on=("n1", "n2", "n3", "n4"))
     fresh.mini("kill", "n4")
     requested_at = time.time()
@@ -177,7 +179,7 @@ def test_a_cancelled_job_is_never_requeued(fresh: Cluster, start: Start):
     assert job.ends() == "CANCELLED"
 
 
-def test_a_requeue_by_somebody_else_gets_the_early_start_too(fresh: Cluster, start: Start):
+def test_a_requeue_by_another_user_also_starts_early(fresh: Cluster, start: Start):
     job = start("--nodes=1", "--nodelist=n2", on=("n2",))
     requested_at = time.time()
     fresh.exec(["scontrol", "requeue", job.id])
@@ -193,9 +195,9 @@ def test_a_requeue_by_somebody_else_gets_the_early_start_too(fresh: Cluster, sta
     assert job.script_ran(1) - requested_at < fast(fresh)
 
 
-def test_a_job_that_may_not_be_requeued_says_so_and_is_submitted_again_instead(fresh: Cluster, start: Start):
+def test_a_job_that_may_not_be_requeued_reports_that_and_is_submitted_again_instead(fresh: Cluster, start: Start):
     job = start("--nodes=1", "--array=3", "--no-requeue", "--nodelist=n2", on=("n2",))
-    (job.folder / "verdict").write_text("0")  # the second job need not go on
+    (job.folder / "verdict").write_text("0")  # the second job need not continue
     job.order(
         """\
         try: slurm.requeue(job, start_after=soon)
@@ -213,7 +215,7 @@ def test_a_job_that_may_not_be_requeued_says_so_and_is_submitted_again_instead(f
     assert job.written("task", 0) == "3"
 
 
-def test_a_job_that_an_administrator_does_not_let_come_back_is_cancelled_rather_than_left(fresh: Cluster, start: Start):
+def test_a_job_that_an_administrator_holds_at_the_requeue_is_cancelled(fresh: Cluster, start: Start):
     job = start("--nodes=1", "--nodelist=n2", on=("n2",))
     fresh.mini("exec", "--root", "--", "scontrol", "update", f"JobId={job.id}", "Requeue=0")
     job.order(
@@ -228,7 +230,7 @@ def test_a_job_that_an_administrator_does_not_let_come_back_is_cancelled_rather_
 
 
 @ON_DEMAND
-def test_a_job_comes_back_after_its_time_limit(fresh: Cluster, start: Start):
+def test_a_job_is_requeued_after_its_time_limit(fresh: Cluster, start: Start):
     job = start("--nodes=1", "--time=1", "--nodelist=n2", on=("n2",))
     wait_for("SIGTERM", (job.folder / "sigterm.0.n2").exists, 130)
     requested_at = time.time()
@@ -247,7 +249,7 @@ def test_a_job_comes_back_after_its_time_limit(fresh: Cluster, start: Start):
 
 
 @pytest.mark.site
-def test_the_site_and_its_usable_nodes_are_asked(fresh: Cluster, start: Start):
+def test_the_site_settings_and_usable_nodes_are_read_from_slurm(fresh: Cluster, start: Start):
     job = start("--nodes=1", "--nodelist=n2", on=("n2",))
     fresh.mini("exec", "--root", "--", "scontrol", "update", "NodeName=n3", "State=DRAIN", "Reason=test")
     job.order(
@@ -273,9 +275,8 @@ def test_the_site_and_its_usable_nodes_are_asked(fresh: Cluster, start: Start):
 
 @dataclass
 class Headless:
-    """Three jobs whose batch hosts have lost power. The agents that were left asked for the end of two when Slurm had
-
-    noticed that, and for the requeue of one before.
+    """Three jobs whose batch hosts have lost power. Their remaining agents requested the end of two jobs after Slurm
+    had noticed the loss, and the requeue of one job before that.
     """
 
     finished: Puppets
@@ -333,6 +334,6 @@ def test_a_job_without_batch_host_ends_as_failed(cluster: Cluster, headless: Hea
     assert cluster.job_field(headless.after_failed, "JobState") != "COMPLETED"
 
 
-def test_a_job_without_batch_host_is_back_within_30_seconds_of_slurm_s_notice(cluster: Cluster, headless: Headless):
+def test_a_job_without_batch_host_restarts_within_30_seconds_after_slurm_notices(cluster: Cluster, headless: Headless):
     job = headless.lost
     assert job.script_ran(1) - headless.noticed < fast(cluster)

@@ -1,4 +1,4 @@
-"""A running job is told to be smaller: Slurm has nodes back, and another job runs there while it trains on."""
+"""The user makes a running job smaller: Slurm gets nodes back, and another job runs there while the job trains on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def assert_nothing_was_lost(job: Steady) -> None:
     assert {event["restarts"] for event in job.job.events("round")} == {0}
 
 
-def test_nodes_that_a_job_gives_back_run_another_job_while_it_trains_on_without_a_step_lost(
+def test_another_job_runs_on_nodes_that_a_job_gives_back_while_that_job_trains_on_without_a_lost_step(
     steady: Callable[..., Steady],  # noqa: F811
     busy: Callable[..., str],  # noqa: F811
     fresh: Cluster,
@@ -87,8 +87,8 @@ def test_a_job_gives_nodes_back_loses_its_leader_and_grows_again(
 
 
 @ON_DEMAND
-@pytest.mark.parametrize("cluster", ["site"], indirect=True)  # without accounting a job gives nodes back once
-def test_named_nodes_go_and_a_requeue_keeps_the_bounds(
+@pytest.mark.parametrize("cluster", ["site"], indirect=True)  # without accounting a job gives nodes back only once
+def test_named_nodes_are_given_back_and_a_requeue_keeps_the_bounds(
     steady: Callable[..., Steady],  # noqa: F811
     fresh: Cluster,
 ) -> None:
@@ -111,7 +111,7 @@ def test_named_nodes_go_and_a_requeue_keeps_the_bounds(
 
 @IN_PLACE
 @ON_DEMAND
-def test_workers_that_stay_alive_go_on_in_the_smaller_world_without_a_step_done_twice(
+def test_workers_that_stay_alive_continue_in_the_smaller_world_and_repeat_no_step(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     script = Path(shutil.copy(Path(__file__).with_name("matrix_live.py"), folder / "matrix.py"))
@@ -134,7 +134,7 @@ def test_workers_that_stay_alive_go_on_in_the_smaller_world_without_a_step_done_
 
 
 @ON_DEMAND
-def test_a_job_that_waits_to_go_on_asks_slurm_for_the_new_number(
+def test_a_job_that_waits_after_a_requeue_requests_the_new_number_of_nodes_from_slurm(
     steady: Callable[..., Steady],  # noqa: F811
     fresh: Cluster,
 ) -> None:
@@ -150,7 +150,9 @@ def test_a_job_that_waits_to_go_on_asks_slurm_for_the_new_number(
 
 
 @ON_DEMAND
-def test_a_job_that_has_never_started_is_to_be_submitted_anew(submit: Submit, fresh: Cluster, folder: Path) -> None:
+def test_the_size_of_a_job_that_has_never_started_changes_only_by_a_new_submission(
+    submit: Submit, fresh: Cluster, folder: Path
+) -> None:
     job = submit("--nodes", "2:4", "--hold")
     refused = fresh.exec([HPC, "resize", job.id, "1:2"], cwd=folder, check=False)
     assert refused.returncode == 1

@@ -1,4 +1,4 @@
-"""A job that has ended continues by ``elastic-sbatch --resume``."""
+"""``elastic-sbatch --resume`` continues a job that has ended."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_cancelled_job_continues_from_its_last_checkpoint(
 
 
 @ON_DEMAND
-def test_a_job_whose_restarts_are_used_up_gets_new_ones_and_counts_on(
+def test_a_job_whose_restarts_are_used_up_gets_new_restarts_and_keeps_its_counters(
     fresh: Cluster, folder: Path, submit: Callable[..., Job]
 ) -> None:
     (folder / "hold").touch()
@@ -76,7 +76,7 @@ def test_a_job_whose_restarts_are_used_up_gets_new_ones_and_counts_on(
 
 @ON_DEMAND
 @pytest.mark.parametrize("copied", [True, False])
-def test_a_job_keeps_its_copy_of_the_code_unless_a_new_one_is_asked_for(
+def test_a_job_keeps_its_copy_of_the_code_unless_the_user_requests_a_new_one(
     fresh: Cluster, folder: Path, submit: Callable[..., Job], *, copied: bool
 ) -> None:
     script = folder / "train.py"

@@ -1,5 +1,6 @@
-"""Elastic jobs in real containers: Slurm's own with an OCI bundle, charliecloud, podman. The image is made of this
-machine's packages: a Python without Slurm's commands, and without elastic_hpc, which is mounted with this checkout.
+"""Elastic jobs in real containers: Slurm's own with an OCI bundle, charliecloud, podman. The image is made of
+this machine's packages: a Python without Slurm's commands and without elastic_hpc, which comes from the mounted
+checkout.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ Submit = Callable[..., Job]
 PACKAGES = ("python3", "bash", "coreutils", "dash", "libstdc++6")
 LINKS = ("bin", "sbin", "lib", "lib64")
 MOUNT_POINTS = ("dev", "proc", "sys", "tmp", "home", "root", "run/secrets", "var/run/slurm", "etc")
-# Runtimes mount their own on these; charliecloud wants the first two, and podman all, as this image is read-only.
+# Runtimes mount their own files on these; charliecloud needs the first two, podman all, as this image is read-only.
 FILES = ("etc/passwd", "etc/group", "etc/hosts", "etc/hostname", "etc/resolv.conf", "run/.containerenv")
 
 IN_CHARLIECLOUD = """\
 #!/bin/sh
 exec ch-run --bind "$HOME" --bind {root} --cd "$PWD" {image} -- {python} "$@"
 """
-# The machines share folders that podman wants to be a node's own, and crun 1.8 refuses control groups of both versions.
+# The machines share folders that podman needs for each node alone, and crun 1.8 refuses mixed cgroup versions.
 IN_PODMAN = """\
 #!/bin/bash
 export XDG_RUNTIME_DIR=/dev/shm/run
@@ -44,11 +45,11 @@ RUNTIMES = {
     "charliecloud": ("charliecloud-runtime", "ch-run", IN_CHARLIECLOUD),
     "podman": ("podman", "podman", IN_PODMAN),
 }
-"""The Debian package, its command, and the script in the place of Python, by runtime."""
+"""The Debian package, its command, and the script that replaces Python, by runtime."""
 
 
 def installed(package: str, command: str) -> None:
-    """Install ``package`` where its ``command`` is missing. Skips the test where that cannot be."""
+    """Install ``package`` if its ``command`` is missing. Skips the test if that fails."""
     if shutil.which(command):
         return
     install = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=300", "install", "-y", "--no-install-recommends", package]
@@ -62,7 +63,7 @@ def installed(package: str, command: str) -> None:
 
 @pytest.fixture(scope="module")
 def image(cluster: Cluster) -> Iterator[Path]:
-    """The root of a file system with a Python, and with places for this checkout and for the home of the jobs' user."""
+    """The root of a file system with Python and with mount points for this checkout and the home of the jobs' user."""
     root = cluster.state / "bundle/rootfs"
     for folder in (*(f"usr/{link}" for link in LINKS), *MOUNT_POINTS, str(ROOT)[1:], str(cluster.home)[1:]):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def image(cluster: Cluster) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(name, target, follow_symlinks=False)
     python, library = os.path.realpath(sys.executable), os.path.dirname(os.__file__)
-    if not (root / python[1:]).exists():  # under bin/trixie the interpreter is another system's
+    if not (root / python[1:]).exists():  # under bin/trixie the interpreter belongs to another system
         shutil.copy2(python, root / python[1:])
         others = shutil.ignore_patterns("dist-packages", "test")
         shutil.copytree(library, root / library[1:], symlinks=True, ignore=others)
@@ -116,7 +117,7 @@ def bundle(image: Path, home: Path) -> Path:
 
 
 def loses_a_node(submit: Submit, fresh: Cluster, folder: Path, image: Path, *options: str) -> None:
-    """A job with ``options`` whose workers train in ``image``, and go on when a node is lost, to the end."""
+    """A job with ``options`` whose workers train in ``image``, and continue to the end when a node is lost."""
     (folder / "hold").touch()
     job = submit("--nodes", "2:3", "--env", "SAYS=job", *options, script=COUNTS)
     job.wait_steps(10)
@@ -128,7 +129,7 @@ def loses_a_node(submit: Submit, fresh: Cluster, folder: Path, image: Path, *opt
     job.wait_event("round", 2)
     (folder / "hold").unlink()
     job.wait_event("verdict")
-    fresh.wait_noticed("n3")  # agents without Slurm's commands cannot take it from the job
+    fresh.wait_noticed("n3")  # agents without Slurm's commands cannot remove the node from the job
     assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
     job.assert_steps_contiguous(10)
     assert job.worlds() == [3, 2]
@@ -157,7 +158,7 @@ def is_cancelled(submit: Submit, fresh: Cluster, folder: Path, *options: str) ->
 
 
 def oci(fresh: Cluster, image: Path) -> list[str]:
-    """The options of a job in ``image`` by Slurm's own --container."""
+    """The options of a job in ``image`` with Slurm's own --container."""
     installed("runc", "runc")
     made = bundle(image, fresh.home)
     return ["--container-image", str(made), "--container-runtime", "oci", "--python", sys.executable]

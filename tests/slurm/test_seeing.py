@@ -1,4 +1,4 @@
-"""A job is watched and its output followed while it loses a node and passes through the queue, on a real Slurm."""
+"""Commands watch a job and follow its output while it loses a node and is requeued, on a real Slurm."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOOL = str(Path(sys.executable).with_name("elastic-hpc"))
 
 
 class Terminal:
-    """A command on a terminal of its own, and all that it has shown there."""
+    """A command on a terminal of its own, and all its output there."""
 
     def __init__(self, command: list[str], rows: int, columns: int) -> None:
         self._master, slave = os.openpty()
@@ -41,7 +41,7 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def wait(self, text: str, deadline: float = 60) -> None:
-        """Until ``text`` is shown, after all that was waited for before."""
+        """Wait until the command shows ``text``, after the texts of earlier waits."""
         wait_for(f"{text!r} on the screen", lambda: text in self.shown, deadline)
         self.shown = self.shown.rpartition(text)[2]
 
@@ -122,7 +122,7 @@ def test_a_job_is_watched_and_followed_through_a_lost_node_a_requeue_and_a_slurm
     assert f'elastic_hpc_faults_total{{job="{job.id}",kind="node lost"}} 1.0' in metrics
 
 
-def test_a_job_that_cannot_start_says_why_and_one_that_waits_is_stopped_once(
+def test_a_job_that_cannot_start_shows_why_and_a_waiting_job_is_stopped_once(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     def call(command: str, job: Job) -> tuple[int, str]:
@@ -154,7 +154,7 @@ def test_a_job_that_cannot_start_says_why_and_one_that_waits_is_stopped_once(
 
 
 def _of_rank_0(job: Job) -> str:
-    """What rank 0 wrote, round after round."""
+    """The output of rank 0, round after round."""
     return job.written(Wanted(ranks=(0,), streams=("out",)))
 
 

@@ -20,11 +20,11 @@ from sharedfs import Server
 NODES = ("n1", "n2", "n3", "n4")
 SCRIPT = "on_nfs.py"
 OLD = {"attributes_s": 60.0, "names_s": 60.0}
-"""The longest for which a client believes what it knows: acregmax and acdirmax of nfs(5)."""
+"""The longest time for which a client caches: acregmax and acdirmax of nfs(5)."""
 
 
 class Shared:
-    """The file system; each machine of the cluster is a client of its own."""
+    """The file system. Each machine of the cluster is a separate client."""
 
     def __init__(self, cluster: Cluster, data: Path) -> None:
         """``data``: a folder on another file system, which always works."""
@@ -45,7 +45,7 @@ class Shared:
         self.server.mount(inside=["nsenter", f"--target={init}", "-m", "-u", "-n", "-p", "--wd=/", "--"])
 
     def submit(self, *options: str, checkpoints: Path | None = None) -> Job:
-        """Of ``SCRIPT``, which goes on until ``finish``."""
+        """Submit ``SCRIPT``, which runs until ``finish``."""
         self.cluster.exec(["touch", "hold"], cwd=self.data)
         elastic_sbatch = str(Path(sys.executable).with_name("elastic-sbatch"))
         script = [SCRIPT, str(self.data), *([str(checkpoints)] if checkpoints else [])]
@@ -53,13 +53,13 @@ class Shared:
         return Job(self.cluster, id, self.there, data=self.data)
 
     def look(self, name: str) -> None:
-        """On all nodes, which then believe for a while that the working directory has no such file."""
+        """Look for ``name`` on all nodes, which then cache for a while that the working directory has no such file."""
         for node in NODES:
             assert self.cluster.exec(["test", "-e", name], node, check=False, cwd=self.work).returncode == 1
 
     @contextlib.contextmanager
     def stopped(self, seconds: float) -> Iterator[None]:
-        """The server stands still for so long."""
+        """Stop the server for at least ``seconds``."""
         self.server.behave(stopped=True)
         began = time.monotonic()
         yield
@@ -72,8 +72,8 @@ class Shared:
             self.off.add(node)
 
     def requeued(self, job: Job, *lost: str) -> None:
-        """Wait until the job is in the queue again, and bring the nodes back that it has lost."""
-        if self.off == {*NODES} and self.cluster.is_site:  # nobody else tells Slurm
+        """Wait until the job is requeued, and heal the nodes that it has lost."""
+        if self.off == {*NODES} and self.cluster.is_site:  # no agent is left to notify Slurm
             self.cluster.wait_noticed(*self.off)
         wait_for("the requeue", lambda: self.cluster.job_field(job.id, "Restarts") == "1", 120)
         self.cluster.exec(["scontrol", "hold", job.id])  # until the nodes have their mounts
@@ -87,7 +87,7 @@ class Shared:
         self.cluster.exec(["rm", "hold"], cwd=self.data)
         if "n1" in self.off and self.cluster.is_site:  # the job completes without its batch host
             self.cluster.wait_noticed(*self.off)
-            job.wait_state("PENDING")  # Slurm starts it once more, two minutes later
+            job.wait_state("PENDING")  # Slurm restarts it once more, two minutes later
             self.cluster.mini("exec", "--root", "--", "scontrol", "update", f"JobId={job.id}", "StartTime=now")
         state = job.wait_state("COMPLETED", "FAILED", "CANCELLED")
         assert state == "COMPLETED", (self.cluster.job_field(job.id, "ExitCode"), job.output()[-3000:])
@@ -99,7 +99,7 @@ def shared(fresh: Cluster, folder: Path) -> Iterator[Shared]:
     made = Shared(fresh, folder)
     yield made
     made.server.behave(stopped=False, over_quota=False)
-    for record in made.there.rglob("events.*.jsonl"):  # pytest shows what is printed here if the test has failed
+    for record in made.there.rglob("events.*.jsonl"):  # pytest shows this output if the test has failed
         print(record, record.read_text(), sep="\n")
     for output in made.there.glob("slurm-*.out"):
         print(output, output.read_text(errors="replace"), sep="\n")
@@ -111,7 +111,7 @@ def shared(fresh: Cluster, folder: Path) -> Iterator[Shared]:
 
 
 def start(shared: Shared) -> Job:
-    """All nodes believe that there is no run directory, and no folder for run directories."""
+    """The caches of all nodes have no run directory, and no folder for run directories."""
     shared.server.behave(**OLD)
     before = shared.cluster.exec(["sbatch", "--parsable", "-o/dev/null", "--wrap=true"]).stdout.strip()
     wait_for("an empty queue", lambda: not shared.cluster.exec(["squeue", "--noheader"]).stdout)
@@ -122,7 +122,7 @@ def start(shared: Shared) -> Job:
 
 
 def head_lost(shared: Shared) -> Job:
-    """A node, then the head."""
+    """A node is lost, then the head."""
     job = shared.submit("--nodes", "2:4")
     job.wait_steps(20)
     shared.kill("n4")
@@ -135,7 +135,7 @@ def head_lost(shared: Shared) -> Job:
 
 
 def server_stops(shared: Shared) -> Job:
-    """For a minute, in which a node is lost."""
+    """The server stops for a minute, in which a node is lost."""
     job = shared.submit("--nodes", "2:4")
     job.wait_steps(20)
     with shared.stopped(60):
@@ -147,7 +147,7 @@ def server_stops(shared: Shared) -> Job:
 
 
 def server_stops_for_longer_than_a_hang(shared: Shared) -> Job:
-    """The silence that the job has learned is five minutes."""
+    """The job has learned a hang timeout of five minutes."""
     job = shared.submit("--nodes", "2:4")
     job.wait_steps(20)
     began = job.steps()[0]["time"]
@@ -162,7 +162,7 @@ def server_stops_for_longer_than_a_hang(shared: Shared) -> Job:
 
 
 def server_stops_at_take_over(shared: Shared) -> Job:
-    """Another node leads, and has formed the next round, before the server answers again."""
+    """Another node takes over and forms the next round before the server answers again."""
     job = shared.submit("--nodes", "2:4")
     job.wait_steps(20)
     with shared.stopped(30):
@@ -176,7 +176,7 @@ def server_stops_at_take_over(shared: Shared) -> Job:
 
 
 def requeue(shared: Shared) -> Job:
-    """Below MIN."""
+    """The job falls below MIN."""
     shared.server.behave(**OLD)
     job = shared.submit("--nodes", "3:4")
     job.wait_steps(25)
@@ -188,7 +188,7 @@ def requeue(shared: Shared) -> Job:
 
 
 def requeue_of_all(shared: Shared) -> Job:
-    """All nodes are lost, so that nobody says a word."""
+    """All nodes are lost, so no agent can request a requeue."""
     shared.server.behave(**OLD)
     job = shared.submit("--nodes", "2:4")
     job.wait_steps(25)
@@ -199,7 +199,7 @@ def requeue_of_all(shared: Shared) -> Job:
 
 
 def growth(shared: Shared) -> Job:
-    """The nodes that come believe that the job has no record."""
+    """The caches of the joining nodes have no record of the job."""
     shared.server.behave(**OLD)
     other = shared.cluster.exec(
         ["sbatch", "--parsable", "--nodes=2", "--exclusive", "--nodelist=n[3-4]", "-o/dev/null", "--wrap=sleep 600"]

@@ -1,4 +1,4 @@
-"""The cluster of ``mini-slurm up --site`` is what it claims to be."""
+"""The cluster of ``mini-slurm up --site`` behaves as documented."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ echo cores $(sed -n 's/Cpus_allowed_list:[[:space:]]*//p' /proc/self/status)
 head -c 1 {gpu} 2>&1
 head -c 1 /dev/zero | wc -c
 """
-# Goes on until it is killed: a job that ends on its own after its grace may be TIMEOUT, as Slurm moved its end there.
+# Runs until it is killed: a job that ends on its own after its grace may be TIMEOUT, as Slurm has moved its end there.
 WAITS = """\
 #!/bin/bash
 note() { echo "$1" >>"waits.sh.$SLURM_JOB_ID"; }
@@ -44,7 +44,7 @@ def root(cluster: Cluster, *argv: str) -> str:
 
 
 def ended(cluster: Cluster, job: str) -> list[str]:
-    """State and exit code of each of the job's records in the accounting, as soon as it has an end there."""
+    """State and exit code of each of the job's accounting records, as soon as the job's end is recorded."""
 
     def look() -> list[str] | None:
         show = ["sacct", "-X", "-n", "-P", "--duplicates", "--jobs", job, "--format=state,exitcode,end"]
@@ -56,7 +56,7 @@ def ended(cluster: Cluster, job: str) -> list[str]:
 
 
 def forbids_shrinking(cluster: Cluster, **settings: str) -> contextlib.AbstractContextManager[None]:
-    """``configured``, with ``disable_job_shrink`` too."""
+    """``configured`` with ``disable_job_shrink`` added."""
     before = re.search(r"^SchedulerParameters=(.*)", (cluster.state / "etc/slurm/slurm.conf").read_text(), re.MULTILINE)
     assert before
     return configured(cluster, SchedulerParameters=f"{before[1]},disable_job_shrink", **settings)
@@ -64,7 +64,7 @@ def forbids_shrinking(cluster: Cluster, **settings: str) -> contextlib.AbstractC
 
 @contextlib.contextmanager
 def configured(cluster: Cluster, **settings: str) -> Iterator[None]:
-    """slurm.conf with other settings, for a time."""
+    """slurm.conf with other settings, within the block."""
     conf = cluster.state / "etc/slurm/slurm.conf"
     before = after = conf.read_text()
     for name, value in settings.items():
@@ -110,13 +110,13 @@ def test_a_job_is_confined_to_its_cores_devices_and_memory(fresh: Cluster) -> No
 
 
 def ran_at(cluster: Cluster, name: str, job: str) -> int | None:
-    """When the prolog or the epilog of a job had waited, as this script noted, in seconds since the epoch."""
+    """When the prolog or epilog of a job had waited, as the script has recorded, in seconds since the epoch."""
     log = cluster.state / f"log/{name}.log"
     found = re.search(rf"^(\d+) n\d {job}$", log.read_text() if log.exists() else "", re.MULTILINE)
     return int(found[1]) if found else None
 
 
-def test_prolog_epilog_and_task_prolog_wait_as_a_test_says(fresh: Cluster) -> None:
+def test_prolog_epilog_and_task_prolog_wait_as_long_as_a_test_sets(fresh: Cluster) -> None:
     seconds = {"prolog": 2, "task_prolog": 1, "epilog": 3}
     for name, delay in seconds.items():
         (fresh.state / f"site/{name}_delay").write_text(str(delay))
@@ -142,7 +142,7 @@ def test_prolog_epilog_and_task_prolog_wait_as_a_test_says(fresh: Cluster) -> No
     assert times["epilog"] - times["prolog"] >= seconds["task_prolog"] + seconds["epilog"]
 
 
-def test_what_a_site_forbids_is_refused(fresh: Cluster) -> None:
+def test_requests_that_the_site_forbids_are_refused(fresh: Cluster) -> None:
     def refused(*options: str) -> str:
         done = fresh.exec(["srun", *options, "true"], check=False)
         assert done.returncode != 0
@@ -181,7 +181,7 @@ def test_nodes_and_the_jobs_of_others_are_private(fresh: Cluster) -> None:
 
 @pytest.mark.parametrize("by", ["partition", pytest.param("qos", marks=ON_DEMAND)])
 def test_preemption_warns_waits_and_requeues_or_cancels(fresh: Cluster, folder: Path, by: str) -> None:
-    """Without preempt_send_user_signal for partitions, with it for QOS."""
+    """For partitions without preempt_send_user_signal, for QOS with it."""
     script = folder / "waits.sh"
     script.write_text(WAITS)
     script.chmod(0o755)

@@ -1,4 +1,6 @@
-"""How a job ends in Slurm's records, on a cluster that is configured as sites do it, against what the job's own say."""
+"""How a job ends in Slurm's records, compared with the job's own record, on a cluster that is configured as sites do
+it.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,10 @@ def why(job: Job) -> str:
 
 
 @ON_DEMAND
-def test_of_a_training_that_finishes_after_the_time_limit_slurm_records_a_timeout_and_why_says_so(
+def test_slurm_records_a_timeout_for_a_training_that_finishes_after_the_time_limit_and_why_reports_it(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
-    """It has heeded no warning, and finishes between Slurm's SIGTERM and SIGKILL."""
+    """The training has ignored all warnings, and finishes between Slurm's SIGTERM and SIGKILL."""
     script = folder / "until_told.py"
     script.write_text(IGNORES_UNTIL_TOLD)
     job = submit("--nodes", "2", "--time", "1", "--signal", "USR2@5", "--grace", "120", script=script)
@@ -50,7 +52,7 @@ def test_of_a_training_that_finishes_after_the_time_limit_slurm_records_a_timeou
     assert "the training finished, but Slurm recorded TIMEOUT" in why(job)
 
 
-def test_a_joiner_that_has_left_is_completed(submit: Submit, fresh: Cluster, folder: Path) -> None:
+def test_a_joiner_that_has_left_is_recorded_as_completed(submit: Submit, fresh: Cluster, folder: Path) -> None:
     script = Path(shutil.copy(Path(__file__).with_name("steady.py"), folder))
     sleep = ["sbatch", "-t5", "-N3", "-wn[2-4]", "--exclusive", "-o/dev/null", "--parsable", "--wrap=sleep 300"]
     other = fresh.exec(sleep, cwd=folder).stdout.strip()
@@ -64,7 +66,7 @@ def test_a_joiner_that_has_left_is_completed(submit: Submit, fresh: Cluster, fol
     assert ended(fresh, joiner) == ["COMPLETED|0:0"]
 
 
-def test_a_worker_that_ran_out_of_memory_is_told_and_blames_no_node(
+def test_a_worker_that_ran_out_of_memory_is_reported_and_no_node_is_blamed(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     (folder / "eats.py").write_text(EATS)

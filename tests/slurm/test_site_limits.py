@@ -1,4 +1,6 @@
-"""What a site forbids or holds up: elastic jobs cope, ``status`` and ``why`` name the reason, and the doctor knows."""
+"""What a site forbids or delays: elastic jobs cope, ``status`` and ``why`` name the
+reason, and the doctor reports it.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,7 @@ def test_a_job_does_not_wait_for_a_joiner_that_its_user_may_not_run(
 
 @ON_DEMAND
 @pytest.mark.usefixtures("no_shrink")
-def test_where_no_job_may_shrink_the_nodes_that_work_are_free_at_its_end_all_the_same(
+def test_where_no_job_may_shrink_its_working_nodes_are_still_free_at_its_end(
     submit: Submit, fresh: Cluster, folder: Path
 ) -> None:
     (folder / "hold").touch()
@@ -99,7 +101,7 @@ def test_where_no_job_may_shrink_the_nodes_that_work_are_free_at_its_end_all_the
     assert doctor(fresh, folder)["preemption"]["found"].startswith("QOS low: PreemptMode = REQUEUE, GraceTime = 10 s")
 
 
-def test_the_doctor_tells_what_the_site_has_and_what_to_do(fresh: Cluster, folder: Path) -> None:
+def test_the_doctor_reports_what_the_site_has_configured_and_what_to_do(fresh: Cluster, folder: Path) -> None:
     found = doctor(fresh, folder, "--run", "--nodes", "2")
     levels = {about: finding["level"] for about, finding in found.items()}
     assert {about for about, level in levels.items() if level in {"bad", "unknown"}} == set(), found

@@ -1,4 +1,6 @@
-"""A node whose worker gets half of its CPU, on a real Slurm: it is named within 200 steps, and left if so wanted."""
+"""A node whose worker gets half of its CPU, on a real Slurm: the job names it within 200 steps, and leaves it if the
+user wants that.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def training(submit: Submit, folder: Path) -> Callable[..., Steady]:
 
 @pytest.fixture
 def half_of_its_cpu() -> Iterator[Callable[[int], None]]:
-    """Gives a process half of the CPU that it has used of late, as with cpu.max, or a limit of a container."""
+    """Gives a process half of the CPU that it has recently used, as cpu.max or a container's limit does."""
     group = CPU / f"elastic-hpc-test-{os.getpid()}"
     try:
         group.mkdir()
@@ -72,11 +74,11 @@ def wait_named(job: Steady, since: int) -> None:
 
 
 @ON_DEMAND
-def test_a_node_with_half_of_its_cpu_is_left_at_a_step_and_struck(
+def test_a_node_with_half_of_its_cpu_is_left_at_a_step_boundary_and_gets_a_strike(
     training: Callable[..., Steady], half_of_its_cpu: Callable[[int], None], fresh: Cluster
 ) -> None:
     job = training("--nodes", "2:4", "--slow-node", "1.5:leave")
-    job.wait_world(4, 240)  # its workers compute, beside what else this machine does
+    job.wait_world(4, 240)  # its workers compute, next to other load of this machine
     wait_for("the nodes to be compared for a while", lambda: last_step(job) > 400, 600)
     assert job.job.events("slow") == []
     (worker,) = fresh.running("cpu_steps.py", "n3")

@@ -37,7 +37,7 @@ def test_a_job_in_an_allocation_is_shown_live_and_ends_with_its_verdict(fresh: C
     assert (run_dir / "logs" / "0.1" / "n1.rank0.log").exists()
 
 
-def test_granted_gpus_decide_the_number_of_workers_and_a_subset_of_the_nodes_can_be_used(
+def test_granted_gpus_determine_the_number_of_workers_and_a_subset_of_the_nodes_can_be_used(
     fresh: Cluster, folder: Path
 ) -> None:
     script = folder / "gpus.py"
@@ -50,7 +50,7 @@ def test_granted_gpus_decide_the_number_of_workers_and_a_subset_of_the_nodes_can
     assert sorted(done.stdout.splitlines()) == [f"[rank{rank}]: {rank} 4 2 0,1" for rank in range(4)]
 
 
-def test_a_failure_is_told_and_gives_exit_code_1(fresh: Cluster, folder: Path) -> None:
+def test_a_failure_is_reported_and_gives_exit_code_1(fresh: Cluster, folder: Path) -> None:
     script = folder / "broken.py"
     script.write_text("raise SystemExit(7)\n")
     done = fresh.exec(
@@ -61,7 +61,7 @@ def test_a_failure_is_told_and_gives_exit_code_1(fresh: Cluster, folder: Path) -
 
 
 @ON_DEMAND
-def test_in_a_batch_script_that_is_lost_with_the_head_training_ends_and_nothing_keeps_the_allocation(
+def test_when_the_batch_script_is_lost_with_the_head_training_ends_and_nothing_keeps_the_allocation(
     fresh: Cluster, folder: Path
 ) -> None:
     command = shlex.join([SRUN, "--nodes", "2:4", COUNTS])
@@ -79,7 +79,7 @@ def test_in_a_batch_script_that_is_lost_with_the_head_training_ends_and_nothing_
     assert fresh.job_field(job, "Restarts") == "0"
 
 
-def test_ctrl_c_stops_all_workers_in_good_order(fresh: Cluster, folder: Path) -> None:
+def test_ctrl_c_stops_all_workers_in_an_orderly_way(fresh: Cluster, folder: Path) -> None:
     (folder / "hold").touch()
     command = fresh.command([*salloc("--nodes=2"), SRUN, COUNTS], cwd=folder)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -42,7 +42,7 @@ class User:
         return self.elastic_sbatch("--parsable", "--template=./probe.j2", "-t10", *argv, **options).stdout.strip()
 
     def recorded(self, job, name):
-        """The bytes of a file of the run directory of ``job``, once the job is done."""
+        """The bytes of a file in the run directory of ``job``, once the job is done."""
         path = f"{self.folder}/elastic-logs/{job}"
         wait = f"for i in $(seq 300); do [ -e {path}/done ] && break; sleep 0.1; done"
         return base64.b64decode(self.shell(f"{wait}; base64 {path}/{name}").stdout)
@@ -69,12 +69,12 @@ def test_directives_arrive_as_given_with_comments_behind_them_and_all_granted_no
     assert user.recorded(job, "imported")
 
 
-def test_fewer_nodes_than_max_are_taken_when_there_are_no_more(user):
+def test_the_job_starts_on_fewer_nodes_than_max_if_no_more_are_available(user):
     job = user.submitted("-N", "2:4", "--exclude=n4", "train.py")
     assert "NumNodes=3 " in user.recorded(job, "job").decode()
 
 
-def test_slurms_variables_of_the_caller_are_settings_of_sbatchs_or_change_nothing(user):
+def test_slurms_variables_of_the_caller_are_settings_of_sbatch_or_change_nothing(user):
     bad = ["SBATCH_NO_REQUEUE=1", "SLURM_NTASKS=3", "SLURM_CPU_BIND=nonsense", "SRUN_CPUS_PER_TASK=99", "MINE=1"]
     own = ["--setup", "export SRUN_CPUS_PER_TASK=99", "train.py"]
     job = user.submitted("-N1", *own, environ=[*bad, "SLURM_JOB_ID=1", "SBATCH_JOB_NAME=of the profile"])
@@ -91,7 +91,7 @@ def test_each_task_of_an_array_has_its_own_run_directory(user):
     assert [user.recorded(f"{job}_{task}", "args") for task in (3, 5)] == [b"x\0", b"x\0"]
 
 
-def test_cores_asked_for_reach_the_step(user):
+def test_requested_cores_reach_the_step(user):
     job = user.submitted("-N1", "-c2", "train.py")
     assert "SRUN_CPUS_PER_TASK=2" in user.recorded(job, "env").decode().splitlines()
 
@@ -110,16 +110,16 @@ def test_slurm_accepts_every_built_in_script(user, template):
         ("--time=soon", "Invalid --time specification"),
     ],
 )
-def test_what_slurm_refuses_is_one_line_and_exit_code_2(user, option, message):
+def test_a_refusal_by_slurm_is_one_line_and_exit_code_2(user, option, message):
     done = user.elastic_sbatch("-N1", option, "train.py", check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("elastic-sbatch: Slurm refused the job: ")
-    assert message in done.stderr  # a site's own words may stand before
+    assert message in done.stderr  # a site's own text may precede it
 
 
-def test_a_requeued_job_starts_soon_and_without_the_nodes_it_should_avoid(user):
+def test_a_requeued_job_starts_soon_and_avoids_the_excluded_nodes(user):
     job = user.shell(f"cd {user.folder} && sbatch --parsable --requeue --exclude=n4 --wrap 'sleep 60'").stdout.strip()
     user.shell(f"until squeue -h -j {job} -t R | grep -q .; do sleep 0.1; done")
     call = (

@@ -1,4 +1,4 @@
-"""Workers that are silent because nothing lets them run, or because they work: no alarm, and the training goes on."""
+"""Workers that are silent because they are suspended or busy raise no alarm, and the training continues."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ with open(os.environ["ELASTIC_HPC_RUN_DIR"] + "/checkpoint", "wb", buffering=0) 
 train(300, 350)
 """
 SILENCE = 340
-"""Seconds: more than the five minutes after which workers hang that do nothing."""
+"""Seconds: more than the five minutes after which idle workers count as hanging."""
 EVALUATES = "sum(range(100_000))"
 SAVES = "file.seek(0); file.write(bytes(2**21)); time.sleep(1)"
 
@@ -68,7 +68,7 @@ def test_a_long_evaluation_and_a_slow_checkpoint_of_one_rank_raise_no_alarm(
 
 
 @ON_DEMAND
-def test_a_job_that_is_suspended_for_longer_than_the_hang_timeout_goes_on_without_an_alarm(
+def test_a_job_that_is_suspended_for_longer_than_the_hang_timeout_continues_without_an_alarm(
     submit: Callable[..., Job], fresh: Cluster, folder: Path
 ) -> None:
     script = folder / "steps.py"
@@ -84,7 +84,7 @@ def test_a_job_that_is_suspended_for_longer_than_the_hang_timeout_goes_on_withou
     before = wait_for("the workers to stand still", lambda: _still(step))
     refused = fresh.exec([HPC, "resize", job.id, "1:2"], cwd=folder, check=False)
     assert f"job {job.id} is SUSPENDED, and has no agent that could answer: try again" in refused.stderr
-    time.sleep(30)  # the suspension itself: nothing tells of its length but its length
+    time.sleep(30)  # the suspension itself: only its length shows how long it lasted
     assert step() == before
     fresh.mini("exec", "--root", "--", "scontrol", "resume", job.id)
     wait_for("further steps", lambda: step() > before + 20)

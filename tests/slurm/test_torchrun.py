@@ -47,7 +47,7 @@ def finished(job: Job) -> bool:
     return (job.run_dir / "verdict.json").exists() and job.verdict()["outcome"] == "finished"
 
 
-def test_torchruns_go_on_without_a_node_that_loses_power_then_without_that_of_the_endpoint(
+def test_torchruns_continue_without_a_node_that_loses_power_and_then_without_the_node_of_the_endpoint(
     fresh: Cluster, folder: Path
 ) -> None:
     script = folder / "batch.sh"
@@ -67,11 +67,11 @@ def test_torchruns_go_on_without_a_node_that_loses_power_then_without_that_of_th
     assert job.verdict()["restarts"] == 2
 
 
-def test_the_batch_script_of_pytorchs_page_survives_the_loss_of_a_node_and_no_file_of_the_folder_comes_in_between(
+def test_the_batch_script_of_pytorchs_page_survives_the_loss_of_a_node_and_ignores_modules_in_the_folder(
     fresh: Cluster, folder: Path
 ) -> None:
-    """The folder has modules named like those of the library, which are not for the agents; the shell has defaults for
-    srun, which are not for their step.
+    """The folder has modules with the names of library modules, which the agents must not import. The shell has
+    defaults for srun, which must not apply to the agents' step.
     """
     for name in sys.stdlib_module_names - {"__main__"}:
         (folder / f"{name}.py").write_text("raise SystemExit('of the working directory')")
