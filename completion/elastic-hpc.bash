@@ -60,7 +60,7 @@ _elastic_hpc_value() {
 _elastic_hpc_commands='status logs why timeline serve metrics shell stop clean notice plan config doctor rehearse drain resize release'
 _elastic_hpc_with_job='status logs why timeline serve metrics shell stop clean notice drain resize release'
 
-# ids of jobs: of those submitted from here, and of those that elastic-hpc remembers
+# ids of the jobs that were submitted from here, and of the jobs that elastic-hpc remembers
 _elastic_hpc_jobs() {
   local run
   for run in elastic-logs/*/; do

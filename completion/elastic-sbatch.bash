@@ -149,7 +149,7 @@ _elastic_sbatch_value() {
 _elastic_sbatch_commands=''
 _elastic_sbatch_with_job=''
 
-# ids of jobs: of those submitted from here, and of those that elastic-hpc remembers
+# ids of the jobs that were submitted from here, and of the jobs that elastic-hpc remembers
 _elastic_sbatch_jobs() {
   local run
   for run in elastic-logs/*/; do

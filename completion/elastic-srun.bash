@@ -42,7 +42,7 @@ _elastic_srun_value() {
 _elastic_srun_commands=''
 _elastic_srun_with_job=''
 
-# ids of jobs: of those submitted from here, and of those that elastic-hpc remembers
+# ids of the jobs that were submitted from here, and of the jobs that elastic-hpc remembers
 _elastic_srun_jobs() {
   local run
   for run in elastic-logs/*/; do

@@ -1,4 +1,4 @@
-"""Writes the table of ``docs/causes.md``: run this program after a change to ``membership/known.py``."""
+"""Writes the table of ``docs/causes.md``. Run this program after a change to ``membership/known.py``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def table() -> str:
 
 
 def page(text: str) -> str:
-    """``text``, the page, with the table of today."""
+    """The page ``text`` with the current table."""
     before, _, rest = text.partition(HEAD)
     return before + table() + "\n" + rest.partition("\n\n")[2]
 

@@ -1,5 +1,5 @@
-"""Some agents of one job in this process: real control threads, real sockets on loopback, a real run directory; only
-workers, stores and Slurm are left out.
+"""Some agents of one job in this process: real control threads, real sockets on loopback, a real run directory, but no
+workers, stores or Slurm.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def wait_for(look: Callable[[], object], seconds: float = 15) -> None:
 
 
 def end_of(control: Control, round: int) -> JobEnded:
-    """How the job ends for this agent, whose workers of ``round`` are stopped when they are told to."""
+    """Take part in the end of the job: stop the workers of ``round`` on the leader's order. Returns the outcome."""
     with pytest.raises(JobEnded) as ended:  # noqa: PT012 - it ends at the one call or at the other
         wait_for(lambda: control.must_stop(round))
         control.next_seat()
@@ -64,7 +64,7 @@ def end_of(control: Control, round: int) -> JobEnded:
 
 
 class Node:
-    """One agent: its control, and a stand-in for what the control needs of the rest of the agent."""
+    """One agent: its control, and a stand-in for the rest of the agent."""
 
     def __init__(self, cluster: Cluster, index: int, *, first: bool) -> None:
         self.cluster = cluster
@@ -133,7 +133,7 @@ class Node:
         self.control.report_progress(Progress(1, drained=False))
 
     def in_loop(self, work: Callable[[], Any]) -> Any:
-        """The result of ``work``, which runs on the control thread."""
+        """Run ``work`` on the control thread and return its result."""
 
         async def run() -> Any:
             return work()
@@ -142,7 +142,7 @@ class Node:
         return asyncio.run_coroutine_threadsafe(run(), self.control._loop).result(timeout=10)
 
     def close(self) -> None:
-        """Its agent ends; from then on nothing answers at its address."""
+        """End the agent; from then on nothing answers at its address."""
         self.in_loop(self.network.close)
         self.control.close(timeout=10)
         self.listener.close()
@@ -173,24 +173,24 @@ class Cluster:
 
     @property
     def port(self) -> int:
-        """Where the leader listens."""
+        """The leader's address."""
         return next(node.host.port for node in self.nodes if node.leader)
 
     def seats(self, nodes: Sequence[Node] = ()) -> list[Seat]:
-        """The places of all agents in the next round; each waits on a thread of its own, as in life."""
+        """The places of all agents in the next round. Each agent waits on a thread of its own, as in production."""
         controls = [node.control for node in nodes or self.nodes]
         with ThreadPoolExecutor(len(controls)) as threads:
             return list(threads.map(Control.next_seat, controls))
 
     def wait_stop(self, round: int) -> None:
-        """Until all agents have received that the workers of ``round`` may not go on. An agent that has not would get
-        its old place from ``seats``: unlike in life, its workers have never started.
+        """Wait until all agents have received the order to end ``round``. An agent without this order would get its old
+        place from ``seats``, because here, unlike in production, its workers have never started.
         """
         for control in self.controls:
             wait_for(lambda control=control: control.must_stop(round))
 
     def connect(self) -> socket.socket:
-        """A connection to the leader over which nothing was sent yet."""
+        """A new connection to the leader, over which nothing was sent yet."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
     def events(self, name: str) -> list[dict[str, Any]]:

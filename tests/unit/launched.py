@@ -1,4 +1,4 @@
-"""Scripts run as torch's agent runs a worker: by a standby, or without one."""
+"""Runs scripts as torch's agent runs a worker: with or without a standby."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Ran(NamedTuple):
 
 
 class Launch:
-    """In the working directory."""
+    """Write the script into the working directory."""
 
     def __call__(
         self,
@@ -45,7 +45,7 @@ class Launch:
         return ran
 
     def rounds(self, *argv: str, modules: Sequence[str], count: int, learns: bool = False) -> list[Ran]:
-        """Run it ``count`` times in a row. Of all but the first, the standbys were prepared while it ran."""
+        """Run the script ``count`` times in a row. Each run prepares the standby of the next one."""
         pool = Standbys(argv, modules, 1, learns=learns)
         pool.prepare()
         all_ran = []

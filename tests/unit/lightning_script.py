@@ -1,6 +1,6 @@
-"""A Lightning script for test_lightning: lightning_script.py FOLDER. Each process writes what it has after each batch.
-After step 40 of round 1, rank 1 is killed, and rank 2 is interrupted when it has not done that step yet. The training
-ends when three have trained together again.
+"""A Lightning script for test_lightning: lightning_script.py FOLDER. Each process writes its state after each batch.
+After step 40 of round 1, rank 1 is killed, and rank 2 is interrupted before it has done that step. The training ends
+after three ranks have trained together again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Net(pl.LightningModule):
 
 
 class Steps(Callback):
-    """Writes what this process has after each batch."""
+    """Writes the state of this process after each batch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -61,7 +61,7 @@ class Steps(Callback):
         if (trainer.global_step, world.rank, world.round, world.size) == (FAULT, 1, 1, 3):
             os.kill(os.getpid(), signal.SIGKILL)
         if world.size == 2:
-            time.sleep(0.02)  # leaves the machine to the new worker
+            time.sleep(0.02)  # leaves CPU time to the new worker
         if world.size == 3 and world.round > 1 and trainer.global_step % 20 == 10:
             trainer.should_stop = True
 

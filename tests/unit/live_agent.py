@@ -1,4 +1,6 @@
-"""Agents for workers in place, in this process: real workers, a real socket, a store for each round, no leader."""
+"""Agents of workers in place, within the test process: real workers, a real socket, a
+store for each round, no leader.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ SCRIPT = Path(__file__).with_name("live_script.py")
 
 @contextlib.contextmanager
 def trainings(nursery: Nursery, folder: Path) -> Iterator[Callable[..., Agents]]:
-    """A function that starts a training: ``(SIZE, **options of Agents)``. All end with the block."""
+    """A function that starts a training: ``(SIZE, **options of Agents)``. All trainings end with the block."""
     with contextlib.ExitStack() as made:
 
         def start(size: int, **options: Any) -> Agents:
@@ -46,7 +48,7 @@ class Worker:
         self.said: list[dict[str, Any]] = []
 
     def last(self, what: str) -> dict[str, Any]:
-        """The last message of that kind; two threads of the worker send, so it need not be the last of all."""
+        """The last message of this kind. Two threads of the worker send, so it need not be the last message of all."""
         return next(message for message in reversed(self.said) if message["is"] == what)
 
     def has_said(self, what: str) -> bool:
@@ -58,7 +60,7 @@ class Worker:
 
 
 class Agents:
-    """``options`` are for the ``script``."""
+    """``options``: of the ``script``."""
 
     def __init__(self, folder: Path, nursery: Nursery, script: Path = SCRIPT, **options: Any) -> None:
         self.folder, self.nursery, self.script = folder, nursery, script
@@ -67,7 +69,7 @@ class Agents:
         self.options = options
         self.round = 0
         self.workers: list[Worker] = []
-        """Of the present round, by rank."""
+        """The workers of the current round, by rank."""
         self.all: list[Worker] = []
         self._short = tempfile.mkdtemp()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -76,14 +78,14 @@ class Agents:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self.store_apart = False
-        """Whether the store of the next round gets a process of its own, which a test can stop."""
+        """Whether the store of the next round runs in a process of its own, which a test can stop."""
         self.store: subprocess.Popen[bytes] | None = None
         self.outputs = (folder / "out").open("ab")
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def start(self, size: int, kept: list[Worker] | None = None) -> None:
-        """The next round: the ``kept`` workers, which are paused, have the first ranks; the others are new."""
+        """Start the next round: the ``kept`` workers, which are paused, get the first ranks; the others are new."""
         kept = kept or []
         self.round += 1
         port = self.host_store()
@@ -128,7 +130,7 @@ class Agents:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
-            "RES_OPTIONS": "timeout:1 attempts:1",  # as the agent sets it: torch asks for the name of each address
+            "RES_OPTIONS": "timeout:1 attempts:1",  # as the agent sets it: torch looks up all addresses
             "RANK": str(rank),
             "WORLD_SIZE": str(size),
             "LOCAL_RANK": str(rank),
@@ -154,7 +156,7 @@ class Agents:
         os.close(memory)
 
     def pause(self, workers: list[Worker] | None = None, *, now: bool = True, seconds: float = 20) -> list[Worker]:
-        """Pause the workers, and return those that have paused; the others are killed."""
+        """Pause the workers, and kill those that do not pause. Returns the paused workers."""
         asked = [worker for worker in (workers or self.workers) if worker.link]
         for worker in asked:
             worker.said = [message for message in worker.said if message["is"] != "paused"]
@@ -170,11 +172,11 @@ class Agents:
         return kept
 
     def again(self, size: int | None = None, *, now: bool = True) -> None:
-        """What happens after a fault: the workers that are alive pause, and enter a new round."""
+        """Recover from a fault: the living workers pause and enter a new round."""
         kept = self.pause([worker for worker in self.workers if worker.alive], now=now)
         self.start(len(kept) if size is None else size, kept)
 
-    # --- what has happened ------------------------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------------------
 
     def until(self, condition: Callable[[], Any], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
@@ -211,7 +213,7 @@ class Agents:
         return [line for line in self.lines() if "step" in line and pid in {None, line["pid"]}]
 
     def at_step(self, step: int, seconds: float = 60) -> None:
-        """Until all workers of the round have done ``step``."""
+        """Wait until all workers of the round have done ``step``."""
         pids = {worker.process.pid for worker in self.workers}
 
         def done() -> bool:

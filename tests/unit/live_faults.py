@@ -1,4 +1,4 @@
-"""For the scripts of the in-place tests: their options, what they record, and the faults that a test wants."""
+"""For the scripts of the in-place tests: options, records, and the faults that a test requests."""
 
 import json
 import os
@@ -14,7 +14,7 @@ def write(**line):
 
 
 def fault(where, step, rank):
-    """Do what the test wants at this place, once."""
+    """Inject the fault that the test requests at this place, once."""
     for number, wish in enumerate(options.get("faults", [])):
         if (wish["where"], wish["step"], wish["rank"]) == (where, step, rank):
             try:

@@ -1,4 +1,4 @@
-"""A training in place whose samples come from a process of a DataLoader, which stays."""
+"""A training in place whose samples come from a persistent process of a DataLoader."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from elastic_hpc.training import live
 
 
 class Numbers(Dataset):
-    """Each sample says how many TCP sockets the process that makes it has."""
+    """Each sample is the number of TCP sockets of the process that makes it."""
 
     def __len__(self):
         return 1000
@@ -22,7 +22,7 @@ class Numbers(Dataset):
         tables = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
         tcp, mine = {f"socket:[{line.split()[9]}]" for line in tables}, set()
         for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # that of the folder itself
+            with contextlib.suppress(OSError):  # the descriptor of the folder itself
                 mine.add(os.readlink(f"/proc/self/fd/{name}"))
         return torch.tensor([float(index), float(len(tcp & mine))])
 

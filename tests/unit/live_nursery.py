@@ -1,6 +1,7 @@
-"""Forks workers from a process that has imported torch, so that a test starts a worker in a tenth of a second.
+"""Forks workers from a process that has already imported torch, so that a test starts a worker in 0.1 s.
 
-Run as a program it is that process. It listens for its workers, as their agent would, and the test accepts them.
+Run as a program, it is that process. It owns the socket to which the workers connect, as their agent would; the test
+accepts the connections.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Nursery:
         self._forked: dict[int, Forked] = {}
 
     def listen(self, listener: socket.socket) -> None:
-        """Have the nursery be the one that listens: a worker looks whether that is its parent."""
+        """Let the nursery call ``listen``, because a worker checks that its parent is the listening process."""
         socket.send_fds(self._socket, [b'{"do": "listen"}'], [listener.fileno()])
         assert json.loads(self._socket.recv(1 << 10))["listens"]
 

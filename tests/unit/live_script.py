@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 
 class Done:
-    """The steps that have changed the weights: part of the state, so that it goes with them."""
+    """The number of steps that have changed the weights, as part of the state, which moves with the weights."""
 
     def __init__(self):
         self.steps = []
@@ -28,13 +28,13 @@ class Done:
 
 
 def hit_soon(name):
-    """Have this process get that signal when it has begun to send or get something large."""
+    """Send this signal to this process when it has begun to send or receive a large tensor."""
     write(fault=name)
     threading.Timer(0.05, os.kill, (os.getpid(), getattr(signal, name))).start()
 
 
 def freeze_at(large):
-    """Stop this process when the first of the numbers that ``large`` gets are there, long before the last."""
+    """Stop this process when the first numbers that ``large`` receives have arrived, long before the last."""
     write(fault="SIGSTOP")
     while not large[0]:
         time.sleep(0)
@@ -42,7 +42,7 @@ def freeze_at(large):
 
 
 class Ballast(Done):
-    """Makes the state large, and has one rank of a round get a signal while the state is sent."""
+    """Makes the state large, and sends a signal to one rank of a round while the state is sent."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ for attempt in attempts():
             optimizer.zero_grad()
         fault("backward", step, run.world.rank)
         if step == options.get("halfway"):
-            # gloo forgets a message that is on its way when a connection ends
+            # gloo drops a message in transit when a connection ends
             if run.world.rank == 0:
                 torch.distributed.send(torch.ones(1 << 26), 1)
             else:
@@ -114,7 +114,7 @@ for attempt in attempts():
         fault("logging", step, run.world.rank)
         mean = loss.detach() / run.world.size
         if run.world.size > 1 and options.get("log", True):
-            numbers = mean.repeat(100)  # gloo may never end an all-reduce of fewer numbers than ranks when one is lost
+            numbers = mean.repeat(100)  # with fewer numbers than ranks, gloo may hang when a rank is lost
             torch.distributed.all_reduce(numbers)
             mean = numbers[0]
         write(step=step, loss=mean.item(), world=run.world, lr=scheduler.get_last_lr()[0])

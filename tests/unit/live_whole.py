@@ -1,6 +1,5 @@
-"""A training in place that does in each step what real scripts do: gradients are accumulated, scaled and clipped, and
-batch norm, a group of its own, a schedule, a moving average and all kinds of random numbers take part. It writes what
-it has in the end.
+"""A training in place with the features of real scripts: gradient accumulation, scaling and clipping, batch norm, a
+process group of its own, a schedule, a moving average and all kinds of random numbers. It writes its final state.
 """
 
 import os
@@ -25,7 +24,7 @@ optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=options["until"])
 average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
 scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
-torch.set_default_device("meta")  # what live makes without a device is of no use
+torch.set_default_device("meta")  # live's own GradScaler without a device would not work
 run = live(net, optimizer, schedule=schedule, average=average, scaler=scaler)
 torch.set_default_device("cpu")
 group = of_round = None
@@ -60,4 +59,4 @@ for attempt in run.steps(until=options["until"]):
         write(step=step, loss=loss.item(), world=run.world)
 has = [torch.as_tensor(value).double().sum().item() for of in (net, average) for value in of.state_dict().values()]
 write(end=run.world.rank, has=[*has, scaler.get_scale(), *schedule.get_last_lr()])
-os._exit(0)  # without what Python does at its end, which takes seconds on a busy machine
+os._exit(0)  # skips Python's shutdown, which takes seconds on a busy machine

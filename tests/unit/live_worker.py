@@ -1,10 +1,10 @@
-"""A worker that speaks with its agent as ``training.live`` does, without torch: it counts steps, alone.
+"""A worker that talks to its agent as ``training.live`` does, but without torch: it counts steps on its own.
 
-Run as a script. It writes ``stepped.ROUND.RANK`` into the run directory at each step (pid, world size, restarts, step)
-and ``paused.ROUND.PID`` when it has paused, and ends when that has ``enough``. A file ``WHAT.PID`` there makes the
-worker do something: ``breaks`` and ``cannot``, send that message; ``leaves``, close the connection and go on, as
-between two loops; ``returns``, connect again; ``shards``, close it for good; ``deaf``, answer no pause. A worker that
-is not connected and is to save and stop writes ``drained.PID``.
+Run it as a script. At each step it writes ``stepped.ROUND.RANK`` into the run directory (pid, world size, restarts,
+step), when it has paused ``paused.ROUND.PID``, and it ends when the run directory has a file ``enough``. A file
+``WHAT.PID`` there triggers an action of the worker: ``breaks`` and ``cannot``, send that message; ``leaves``, close the
+connection and continue, as between two loops; ``returns``, connect again; ``shards``, close it for good; ``deaf``,
+answer no pause. A worker without a connection writes ``drained.PID`` at a drain request.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Agent:
         self.socket.send(json.dumps(message).encode())
 
     def receive(self, timeout: float | None) -> dict[str, Any]:
-        """What the agent sends within ``timeout`` seconds; empty for nothing. Ends this process when the agent has."""
+        """The agent's message within ``timeout`` seconds; empty if there is none. Ends this process if the agent has
+        ended.
+        """
         self.socket.settimeout(timeout)
         try:
             data, descriptors, _, _ = socket.recv_fds(self.socket, 4096, 3)
@@ -60,7 +62,7 @@ class Agent:
         return message
 
     def pause(self, step: int, asked: dict[str, Any]) -> None:
-        """Stand still until the agent lets this worker go on. ``asked``: its message; empty if it has sent none."""
+        """Pause until the agent resumes this worker. ``asked``: the agent's request; empty if there was none."""
         if not asked:
             self.send({"is": "broken", "why": "RuntimeError: Connection closed by peer"})
         while (asked := asked or self.receive(None))["do"] == "pause":

@@ -1,4 +1,4 @@
-"""The nodes of the model checker as automata: equal states are found equal and kept in little space, and the real code
+"""The nodes of the model checker as automata: equal states are recognized and stored compactly, and the real code
 runs once for each pair of a state and an input.
 """
 
@@ -27,17 +27,17 @@ _IGNORED = {
     *("_links", "hangs", "last_led", "_last_contact", "_waiting", "_waiting_recorded", "_reason", "addr"),
     *("admission", "arrivals", "links", "mandate", "orders", "requests", "rounds", "sizing", "stores"),
 }
-"""Fields that decide nothing here, follow from others, or are parts that the leader has too."""
+"""Fields that influence no decision here, follow from other fields, or duplicate parts of the leader."""
 
 _WORDS = {"_predecessor_lost", "_last_loss", "abdicated"}
-"""Texts of which only counts whether they are empty."""
+"""Texts for which it matters only whether they are empty."""
 
 _REASONS = {"lost", "refused", "leaving"}
-"""Why, by node or connection."""
+"""Dictionaries of reasons by node or connection, of which only the keys matter."""
 
 
 class Values:
-    """Values that never change, such as messages: equal ones have one number."""
+    """Immutable values, such as messages. Equal values have the same number."""
 
     def __init__(self) -> None:
         self.all: list[Any] = []
@@ -82,7 +82,7 @@ class _Pickler(pickle.Pickler):
 
 
 def packed(thing: Any) -> bytes:
-    """A copy of ``thing``."""
+    """A compressed copy of ``thing``."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=5).dump(thing)
     return zlib.compress(buffer.getvalue(), 1)
@@ -96,7 +96,7 @@ _names: dict[type, tuple[str, ...]] = {}
 
 
 def frozen(thing: Any, clock: float) -> Any:
-    """A value that is equal for equal states, and can be hashed."""
+    """A hashable value that is equal for equal states."""
     kind = type(thing)
     if thing is None or kind is int or kind is str or kind is bool or kind is bytes:
         return thing
@@ -133,7 +133,7 @@ def frozen(thing: Any, clock: float) -> Any:
 
 @dataclass(frozen=True)
 class Effect:
-    """What an input does to a node."""
+    """The effect of an input on a node."""
 
     node: int
     up: tuple[int, ...]
@@ -144,7 +144,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Look:
-    """What the checker needs to know of a node's state."""
+    """The facts about a node's state that the checker needs."""
 
     linked: bool
     leads: bool
@@ -156,9 +156,9 @@ class Look:
     runs: bool
     world: tuple[int, int] | None
     gone: bool
-    """Slurm has the node back."""
+    """Whether the node was given back to Slurm."""
     agents: int
-    """How many agents there were on this node."""
+    """Number of agents that have run on this node."""
 
 
 def _may_lead(site: Site) -> bool:
@@ -168,14 +168,14 @@ def _may_lead(site: Site) -> bool:
 
 
 class Nodes:
-    """All states of nodes and all messages that were met so far, by number, and what inputs do to them."""
+    """All states of nodes and all messages found so far, by number, and the effects of inputs on the states."""
 
     def __init__(self, least: int, most: int) -> None:
         self.policy = policy(least, most)
         self.packed: list[bytes] = []
         self.looks: list[Look] = []
         self._numbers: dict[int, int] = {}
-        """By hash: among millions of states it is less likely than a fault of the machine that two have the same."""
+        """Numbers by hash. Even among millions of states, a collision is less likely than a hardware fault."""
         self._effects: dict[tuple[Any, ...], Effect] = {}
 
     def add(self, site: Site) -> int:
@@ -202,7 +202,7 @@ class Nodes:
         return number
 
     def after(self, node: int, name: str, *arguments: Any) -> Effect:
-        """``name``: a method of ``Site``. Arguments named by a number that stands for a message come last."""
+        """``name``: a method of ``Site``. The last argument may be a number that stands for a message."""
         key = (node, name, *arguments)
         effect = self._effects.get(key)
         if effect is None:

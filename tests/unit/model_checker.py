@@ -1,13 +1,13 @@
-"""A model checker for the promise that never two worlds train: it takes the real leaders and agents of a few nodes
+"""A model checker for the invariant that never two worlds train: it runs the real leaders and agents of a few nodes
 through *all* schedules with a bounded number of faults.
 
-All states that can be reached without a fault come first, then those with one fault, and so on: a counterexample has as
-few faults as possible. The oracle knows no round, roster or vote. It looks at the workers alone: a world trains while
-each of its nodes has workers of that world that are alive.
+It first visits all states that can be reached without a fault, then those with one fault, and so on: a counterexample
+has as few faults as possible. The oracle knows no rounds, rosters or votes. It looks only at the workers: a world
+trains while each of its nodes has living workers of that world.
 
     python tests/unit/model_checker.py --nodes 4 --most 3 --faults 4 --minutes 60
 
-This takes a core, and some GiB of memory an hour.
+This uses one core, and a few GiB of memory per hour.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from model_words import story
 class Result:
     start: State | None = None
     schedule: list[Action] = field(default_factory=list)
-    """The counterexample, from ``start`` on; None if there is none."""
+    """The counterexample, from ``start`` on; empty if there is none."""
     states: int = 0
     transitions: int = 0
     depth: int = 0
-    """The most actions of a schedule."""
+    """The number of actions of the longest schedule."""
     whole: int = -1
-    """All schedules with so many faults were seen."""
+    """All schedules with up to this number of faults were visited."""
 
 
 class Search:
@@ -43,11 +43,13 @@ class Search:
     def __init__(
         self, model: Model, faults: int, *, seconds: float = float("inf"), script: Sequence[Action] = ()
     ) -> None:
-        """``script``: how the first fault, the second fault, and so on, begin; the rest of the schedule is free."""
+        """``script``: the first words of the first fault, of the second fault, and so on; the rest of the schedule is
+        free.
+        """
         self._model, self._faults, self._script = model, faults, script
         self._ends = time.process_time() + seconds
         self._numbers: dict[int, int] = {}
-        """Of the states, by hash."""
+        """Numbers of the states, by hash."""
         self._parents, self._by, self._depths = array("q"), array("l"), array("l")
         self._actions: dict[Action, int] = {}
         self._roots: list[State] = []
@@ -67,7 +69,9 @@ class Search:
         return result
 
     def _visit(self, layer: dict[int, tuple[State, int, int]], faults: int) -> dict[int, tuple[State, int, int]]:
-        """Visit ``layer`` and what can be reached from there without a fault. Returns what one fault leads to."""
+        """Visit ``layer`` and all states that can be reached from it without a fault. Returns the states after one more
+        fault.
+        """
         next_fault = self._script[faults] if faults < len(self._script) else ()
         later: dict[int, tuple[State, int, int]] = {}
         queue = deque[tuple[int, State]]()
@@ -90,7 +94,7 @@ class Search:
         return later
 
     def _is_bad(self, state: State, key: int, parent: int, by: int, queue: deque[tuple[int, State]]) -> bool:
-        """Take in a new state. True if two worlds train in it."""
+        """Add a new state. Returns whether two worlds train in it."""
         me = self._numbers[key] = len(self._parents)
         self._parents.append(parent if parent >= 0 else -1 - len(self._roots))
         self._by.append(by)
@@ -111,7 +115,7 @@ class Search:
 
 
 def starts(model: Model) -> list[State]:
-    """For each node that can lead it: all nodes are connected to it, and its round runs."""
+    """For each node that can lead: the state in which all nodes are connected to it, and its round runs."""
     alone = ("sees the end", "notices", "connects", *BY_ITSELF)
     first, _ = model.calmed(model.start(), alone)
     found = [first]

@@ -1,5 +1,5 @@
 """One node for the model checker: the real leader, the real agent's handling of orders and rosters, and workers that
-only have a name. Sockets, time and threads are left out; what they do is an input.
+are only a name. There are no sockets, time or threads; their actions are inputs.
 
 A node is deterministic: the same input in the same state has the same effect.
 """
@@ -26,19 +26,21 @@ from elastic_hpc.network.following import Follower
 HOSTS = tuple(Host(node, f"n{node}", (f"10.0.0.{node}",), node) for node in range(8))
 
 SLOTS = 8
-"""Most connections of one agent to one leader: ones that the leader has not yet found closed."""
+"""Maximum number of connections of one agent to one leader, including those that the
+leader has not yet found closed.
+"""
 
 TIMEOUT = 10.0
 
 FROZEN = 2 * TIMEOUT
-"""Seconds for which a frozen leader stands still."""
+"""Seconds for which a leader is frozen."""
 
 World = tuple[int, int]
-"""A formed world: a number that no other has, and how many nodes it has."""
+"""A formed world: its unique number, and its number of nodes."""
 
 
 def policy(least: int, most: int) -> Policy:
-    """Nothing but what the checker does ends a round, and nothing ends the job."""
+    """Only actions of the checker end a round, and nothing ends the job."""
     return replace(
         simulated.POLICY,
         min_nodes=least,
@@ -56,8 +58,8 @@ def policy(least: int, most: int) -> Policy:
 
 @contextlib.contextmanager
 def timeless() -> Iterator[None]:
-    """Without an event loop there is no clock. A leader that takes over waits for nobody: the checker makes it wait, or
-    not, by when it delivers.
+    """Without an event loop there is no clock. A leader that takes over does not wait: the checker decides by the order
+    of deliveries whether it waits.
     """
     with (
         patch("elastic_hpc.network.following.now", lambda: 0.0),
@@ -69,29 +71,31 @@ def timeless() -> Iterator[None]:
 
 @dataclass
 class Output:
-    """What a node does in answer to one input."""
+    """The reactions of a node to one input."""
 
     up: list[Any]
-    """Messages of its agent to the leader that it is connected to."""
+    """Messages of the node's agent to its leader."""
     down: list[tuple[int, list[Any]]]
-    """Messages of its leader, by connection."""
+    """Messages of the node's own leader, by connection."""
     closed: list[int]
-    """Connections that its leader closes."""
+    """Connections that the node's own leader closes."""
     ended: bool = False
-    """Its leader leads no more."""
+    """Whether the node's own leader has stopped leading."""
 
 
 class Site:
-    """A node. To ``Follower`` it is the ``Node``, and the connection too."""
+    """A node. For ``Follower`` it is both the ``Node`` and the connection."""
 
     def __init__(self, index: int, rules: Policy, *, steps: bool) -> None:
-        """``steps``: its workers report that they have done a step, without which no world is made smaller."""
+        """``steps``: whether the workers report that they have done a step, without which no leader shrinks a world."""
         self.index, self.policy, self.steps = index, rules, steps
         self.leader: Leader | None = None
         self.gone = False
-        """Slurm has the node back, or is about to have it."""
+        """Whether the node was given back to Slurm, or is about to be."""
         self.begun = 0
-        """Leaders that have begun on this node: their clock, so that the marks of their rosters differ."""
+        """Number of leaders that have started on this node. It serves as their clock, so that their rosters' marks
+        differ.
+        """
         self.slept = self.agents = 0
         self.out = Output([], [], [])
         self.kept = b""
@@ -109,7 +113,7 @@ class Site:
     round: int
     """The round whose workers are alive or have just ended."""
     world: World | None
-    """That of the workers that are alive."""
+    """The world of the living workers."""
 
     @property
     def clock(self) -> float:
@@ -118,7 +122,7 @@ class Site:
     def keep(self, promises: bytes) -> None:
         self.kept = promises
 
-    # what the follower needs
+    # needed by the follower
 
     def status(self) -> Status:
         return self.own
@@ -132,7 +136,7 @@ class Site:
     def close(self) -> None:
         raise AssertionError("no message closes a connection")
 
-    # what a node looks like
+    # the state of a node
 
     @property
     def linked(self) -> bool:
@@ -140,7 +144,7 @@ class Site:
 
     @property
     def must_act(self) -> bool:
-        """Whether its main thread has something to do."""
+        """Whether the agent's main thread has something to do."""
         return not isinstance(follower.step(self.order, self.own, self.round), follower.Wait)
 
     # inputs of the agent
@@ -150,7 +154,7 @@ class Site:
         self.follower.send_status()
 
     def leave(self) -> None:
-        """Its connection has ended, and the control thread has seen that."""
+        """The connection has ended, and the control thread has noticed that."""
         self.follower._link = self.follower.order = self.order = None
 
     def hear(self, message: Any) -> None:
@@ -185,7 +189,7 @@ class Site:
                     return
 
     def fail(self) -> None:
-        """Its workers fail."""
+        """The node's workers fail."""
         self.world = None
         failure = Failure("signal", HOSTS[self.index].name, 0, 0, -9, "killed", 0.0)
         self._report(state="failed", failure=failure)
@@ -195,12 +199,12 @@ class Site:
         self.follower.send_status()
 
     def restart(self) -> None:
-        """Its agent dies, with its workers and its leader, and is started anew."""
+        """The node's agent dies with its workers and its leader, and is restarted."""
         self.leader = None
         self._new_agent(Promises(self.keep, self.kept))
 
     def reboot(self) -> None:
-        """As ``restart``, but what the node has promised is lost."""
+        """As ``restart``, but the node's promises are lost."""
         self.leader = None
         self._new_agent(Promises(self.keep, votes=False))
 
@@ -215,7 +219,7 @@ class Site:
         self._after()
 
     def hears(self, conn: int, boot: int, message: Any) -> None:
-        """``boot``: which agent of its node has connected."""
+        """``boot``: identifies the agent among those that have run on its node."""
         assert self.leader
         if isinstance(message, Status):
             status, addr = replace(message, seq=1), HOSTS[message.node].addresses[0]
@@ -238,11 +242,11 @@ class Site:
         self._after(beat=True)
 
     def sleep(self) -> None:
-        """The node stands still for longer than the timeout; the next message is heard when it is awake."""
+        """The node freezes for longer than the timeout; the leader handles the next message after it wakes up."""
         self.slept += 1
 
     def resize(self, most: int) -> None:
-        """The user gives the job another MAX."""
+        """The user changes the MAX of the job."""
         assert self.leader
         self.leader.on_resize(Bounds(1, most, ()), self.clock)
         self._after()
@@ -266,7 +270,7 @@ class Site:
         if leader.needs and leader.needs.surplus:
             leader.on_given_back([host.node for host in leader.needs.surplus], self.clock)
         self.out.closed = leader.take_dropped()
-        # orders that are sent before the leader is frozen again all have one number, and so the same content
+        # orders that are sent before the leader freezes again all have the same number, and so the same content
         leader._orders._seq = max(leader.peers.fresh_order, 1) - 1
         self.out.down = list(leader.take_orders(beat=beat).items())
         if leader.abdicated:
@@ -276,7 +280,7 @@ class Site:
         self.leader, self.out.ended = None, True
 
     def settle(self) -> Output:
-        """What has been done since the last call. Numbers of messages start anew: a connection keeps their order."""
+        """The effects since the last call. Resets the numbers of messages, because a connection keeps their order."""
         if self.leader:
             self.leader.take_events()
             self.leader._orders._unacknowledged.clear()  # a heartbeat may repeat a roster at any time

@@ -1,7 +1,7 @@
-"""All that may happen to a few nodes and the connections between them: the states and actions of the model checker.
+"""The states and actions of the model checker: everything that may happen to a few nodes and their connections.
 
 The lines of a connection arrive in order or not at all; between connections there is no order. Each end of a connection
-may be lost before the other end knows. Equal lines in a row count as one, as each says the whole state.
+may be lost before the other end knows. Equal consecutive lines count as one, because each line has the whole state.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ FAULTS = {
     "gives back": "the user has a node go",
     "sleeps": "a leader stood still (only with --lines, where everything may be late without a fault)",
 }
-"""What is counted."""
+"""The actions that count as faults."""
 
 BY_ITSELF = ("leader hears", "acts", "decides", "agent hears", "beats", "repeats")
-"""What happens by itself, in the order in which it happens where one thing happens at a time."""
+"""The actions that happen without a fault, in their order where one thing happens at a time."""
 
 
 class Conn(NamedTuple):
@@ -42,28 +42,28 @@ class Conn(NamedTuple):
     leader: int
     slot: int
     boot: int
-    """Which agent of its node this is."""
+    """Identifies the agent among those that have run on its node."""
     agent_open: bool = True
     leader_open: bool = True
     up: tuple[int, ...] = ()
-    """What is under way to the leader, as numbers of messages."""
+    """The messages in transit to the leader, by number."""
     down: tuple[int, ...] = ()
 
     @property
     def number(self) -> int:
-        """What the leader calls this connection."""
+        """The leader's number for this connection."""
         return self.agent * SLOTS + self.slot
 
 
 Held = tuple[Any, ...]
-"""A frozen node, ``(node,)``, or a direction of a connection on which nothing arrives: ``(agent, leader, slot, "up")``.
+"""A frozen node, ``(node,)``, or a held direction of a connection, ``(agent, leader, slot, "up")``.
 """
 
 State = tuple[tuple[int, ...], tuple[Conn, ...], tuple[Held, ...]]
-"""The nodes, by number of their states, the connections between them, and what stands still."""
+"""The nodes (numbers of their states), the connections between them, and the frozen and held parts."""
 
 Action = tuple[Any, ...]
-"""Its name, and the node or the connection, as (agent, leader, slot)."""
+"""The name of the action, and the node or the connection, as (agent, leader, slot)."""
 
 
 class Model:
@@ -72,10 +72,10 @@ class Model:
     def __init__(
         self, size: int, *, least: int = 1, most: int, lines: bool = False, faults: Collection[str] = tuple(FAULTS)
     ) -> None:
-        """``lines``: every line arrives at any time, in any order between connections, and the main thread of an agent
-        acts at any time. Otherwise one thing happens at a time, a fault or a connection, and after it all that is under
-        way arrives, unless a node is frozen or a connection is held: that reaches much farther. ``faults``: those that
-        happen.
+        """``lines``: every line may arrive at any time, in any order between connections, and the main thread of an
+        agent may act at any time. Otherwise one thing happens at a time, a fault or a connection, and then all messages
+        in transit arrive, unless a node is frozen or a connection is held: this way the search gets much further.
+        ``faults``: the faults that may happen.
         """
         self.size, self.lines = size, lines
         self.nodes = Nodes(least, most)
@@ -84,7 +84,7 @@ class Model:
     # the state
 
     def start(self) -> State:
-        """The first leader, on node 0, and no connection."""
+        """The first leader on node 0, without connections."""
         steps = not self._faults.isdisjoint({"resizes", "gives back"})
         sites = [Site(index, self.nodes.policy, steps=steps) for index in range(self.size)]
         sites[0].lead(first=True)
@@ -93,7 +93,7 @@ class Model:
         return tuple(self.nodes.add(site) for site in sites), (), ()
 
     def trains(self, state: State) -> list[int]:
-        """The worlds all of whose nodes have workers alive."""
+        """The worlds in which every node has living workers."""
         looks = self.nodes.looks
         worlds = Counter(world for node in state[0] if (world := looks[node].world))
         return [number for (number, size), alive in worlds.items() if alive == size]
@@ -101,8 +101,8 @@ class Model:
     # what may happen next
 
     def successors(self, state: State, fault: Action = ()) -> Iterator[tuple[bool, Action, State]]:
-        """What may happen next: whether it is a fault, the action, and the state after it. Of the faults only those
-        that begin with ``fault``.
+        """The possible next steps: whether the action is a fault, the action, and the state after it. Only faults whose
+        words start with ``fault`` are included.
         """
         for action in self._actions(state):
             is_fault = action[0] in FAULTS
@@ -115,7 +115,7 @@ class Model:
                 yield is_fault, action, after if self.lines else self.calmed(after)[0]
 
     def calmed(self, state: State, order: Collection[str] = BY_ITSELF) -> tuple[State, list[Action]]:
-        """The state when nothing named in ``order`` leads to another state any more, and what was done for that."""
+        """The state in which no action named in ``order`` leads to a new state, and the actions that led there."""
         done: list[Action] = []
         seen = {state}
         ranks = {name: rank for rank, name in enumerate(order)}
@@ -187,7 +187,7 @@ class Model:
                 yield ("releases" if (*ends, way) in still else "holds", *ends, way)
 
     def do(self, state: State, action: Action) -> State | None:
-        """The state after ``action``; None if it changes nothing."""
+        """The state after ``action``; None if the action changes nothing."""
         nodes, conns, held = list(state[0]), {conn[:3]: conn for conn in state[1]}, state[2]
         name, index, *rest = action
         ends = (index, *rest)
@@ -199,7 +199,9 @@ class Model:
                 conns[ends] = conn._replace(down=conn.down[len(heard) :])
                 for message in heard:
                     self._apply(nodes, conns, index, "hear", message)
-                    if not self.nodes.looks[nodes[index]].linked:  # turned away by a leader that has not taken it
+                    if not self.nodes.looks[
+                        nodes[index]
+                    ].linked:  # redirected by a leader that has not accepted the agent
                         del conns[ends]
                         break
                 acted = True
@@ -312,8 +314,8 @@ class Model:
             conns[ends] = conn._replace(down=down)
 
     def _beat(self, nodes: list[int], conns: dict[Any, Conn], index: int) -> bool:
-        """A leader says everything again. Only what would change something for its agents is sent: the rest is heard
-        without effect, now and later.
+        """A leader repeats its messages. Only messages that would change something for its agents are sent: the others
+        have no effect, now or later.
         """
         before = nodes[index]
         effect = self.nodes.after(before, "beat")
@@ -338,7 +340,7 @@ class Model:
         return changed
 
     def _repeat(self, nodes: list[int], conns: dict[Any, Conn], index: int) -> bool:
-        """An agent says its status again, if that changes something for its leader."""
+        """An agent repeats its status, if that changes something for its leader."""
         for conn in list(conns.values()):
             if conn.agent == index and conn.agent_open and conn.leader_open and not conn.up:
                 (message,) = self.nodes.after(nodes[index], "heartbeat").up

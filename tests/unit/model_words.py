@@ -12,7 +12,9 @@ from elastic_hpc.membership.roster import Roster, RosterChange
 
 
 def story(model: Model, state: State, actions: Iterable[Action]) -> list[str]:
-    """A line for each of ``actions``, from ``state`` on, and an indented line for each thing that happens by itself."""
+    """A line for each of ``actions``, from ``state`` on, and an indented line for each action that follows without a
+    fault.
+    """
     told = []
     for action in actions:
         after = model.do(state, action)

@@ -41,7 +41,7 @@ def write(folder: Path, events: list[dict[str, Any]]) -> None:
 
 
 def alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """``folder``, as home and working directory of who knows no job; Slurm's commands are not there."""
+    """``folder`` as the home and working directory of a user who knows no job; there are no Slurm commands."""
     monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.chdir(folder)

@@ -1,8 +1,8 @@
-"""Whole jobs in simulated time: the real membership, server and leader of several nodes, on an event loop whose clock
-jumps, over a network with faults (``simulated_network``), and with a simulated Slurm (``simulated_slurm``).
+"""Whole jobs in simulated time: the real membership, server and leader of several nodes, on an event loop with a
+jumping clock, a network with faults (``simulated_network``), and a simulated Slurm (``simulated_slurm``).
 
-Only sockets, threads, files and processes are replaced. The invariants are asserted wherever workers start: no round is
-formed twice, and never do two worlds train at the same time, or an older one after a newer one.
+Only sockets, threads, files and processes are replaced. At each start of workers the simulation asserts the invariants:
+no round is formed twice, two worlds never train at the same time, and an older world never trains after a newer one.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ class Workers:
 
     round: int = 0
     alive: bool = False
-    """Whether they run; else they have ended by themselves."""
+    """Whether the workers run; otherwise they have ended without being stopped."""
 
 
 class SimNode:
-    """A node: its agent's main thread, and what Membership needs of it."""
+    """A node: the agent's main thread, and the interface that Membership needs."""
 
     def __init__(self, job: Job, index: int, port: int, *, first: bool = False) -> None:
         self.job, self.index, self.first = job, index, first
@@ -127,7 +127,7 @@ class SimNode:
         self.network = SimNetwork(job, self)
         self.attend: Callable[[Any], Awaitable[None]] | None = None
         self.dead = ""
-        """How it was lost: ``power``: in silence; ``killed``: its connections are closed."""
+        """How the node was lost: ``power``: silently; ``killed``: its connections are closed."""
         self.frozen = False
         self.left = ""
         self.workers = Workers()
@@ -139,7 +139,7 @@ class SimNode:
             (other.run, other.index) == self._place and other.host.port != port and not other.dead
             for other in job.nodes
         )
-        if self._is_second:  # it does not see the memory of the first, else it would not have started
+        if self._is_second:  # the second agent cannot read the first one's memory: otherwise it would not have started
             kept, lost = b"", True
         self.promises = Promises(self._keep, kept, votes=votes(index) and not lost)
         self.membership: Membership
@@ -178,7 +178,7 @@ class SimNode:
         )
         self.spawn(self.membership.run())
 
-    # what membership needs
+    # needed by Membership
 
     def status(self) -> Status:
         if not self.workers.alive:
@@ -307,11 +307,11 @@ class SimNode:
                 self.job.queue.cancel(id)
 
     def warn(self) -> None:
-        """The job that has brought this joiner is about to end."""
+        """The Slurm job of this joiner is about to end."""
         self._report(leaving="preempted")
 
     def warned(self, reason: str) -> None:
-        """The same, told to the leader by the batch script (``agent.warned``)."""
+        """The same, but the batch script notifies the leader (``agent.warned``)."""
         for node in self.job.left:
             if server := node.membership._own_leader.server:
                 server.on_request(messages.Leave(self.index, reason))
@@ -331,7 +331,7 @@ class SimNode:
         message: str = "exit code 1",
         step: int = -1,
     ) -> None:
-        """The workers crash, or they finish."""
+        """The workers crash or finish."""
         if self.workers.alive and not self._busy and not self.dead and not self.frozen:
             self.workers.alive = False
             failure = Failure(kind, self.host.name, self.index, 0, -9, message, self.job.now)
@@ -347,11 +347,11 @@ class SimNode:
         self._die("power")
 
     def kill(self) -> None:
-        """The agent dies, and the guard kills its workers."""
+        """The agent dies, and its guard kills its workers."""
         self._die("killed")
 
     def freeze(self, seconds: float) -> None:
-        """The agent stands still; its workers go on."""
+        """The agent freezes; its workers continue."""
         if self.dead or self.frozen or self.left:
             return
         self.frozen = True
@@ -376,63 +376,65 @@ class SimNode:
 
 @dataclass
 class Job:
-    """``loss``: share of messages that are dropped, and of those that are doubled, while faults are injected."""
+    """``loss``: the share of messages that are dropped, and the share that are doubled, while faults are injected."""
 
     seed: int
     size: int
     policy: Policy
     loss: float = 0.1
     files: bool = True
-    """Whether the shared folder answers."""
+    """Whether the file system of the shared folder answers."""
     events: list[tuple[float, int, str, dict[str, Any]]] = field(default_factory=list)
     verdict: dict[str, Any] | None = None
     requeued: bool = False
     acted: list[tuple[int, list[str]]] = field(default_factory=list)
-    """The nodes without a leader that have requeued the job, each with the nodes that it was in touch with."""
+    """The nodes without a leader that have requeued the job, each with the nodes to which it was connected."""
     full: bool = False
-    """Whether nothing can be written in the shared folder."""
+    """Whether the shared folder cannot be written."""
     published: Published | None = None
     bridges: tuple[str, ...] = ()
-    """Addresses that each node publishes besides its own."""
+    """Addresses that each node publishes in addition to its own."""
     bounds: Bounds | None = None
-    """As in ``state.json``; so is ``rhythm``."""
+    """``bounds`` and ``rhythm`` have the same content as in ``state.json``."""
     rhythm: Rhythm = NO_RHYTHM
     signs: Callable[[SimNode], Signs] = lambda _node: NO_SIGNS
-    """What the agent of a node whose workers run counts; so is ``pace``."""
+    """``signs`` and ``pace`` give the counts of a node's agent while its workers run."""
     pace: Callable[[SimNode], Pace] = lambda _node: NO_PACE
     stalls: bool = False
-    """Whether the file system of the record does not answer."""
+    """Whether the file system of the record stalls."""
     run_number: int = 0
-    """The run that is at work."""
+    """The current run."""
     warning: str = ""
     beats: int = 0
     scripts_listen: bool = False
     scripts_progress: bool = True
     outlooks: Callable[[SimRecord], list[Outlook]] = lambda _record: []
-    """What each leader looks at regularly."""
+    """The sources that each leader checks regularly."""
     bugs: list[Exception] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.ports = itertools.count(1000)
         self.memories: dict[tuple[int, int], bytes] = {}
-        """What the agents of each run and node have kept; empty after a reboot of the node."""
+        """The promises that the agents of each run and node have kept; empty after a reboot of the node."""
         self.boots = itertools.count()
         self.nodes: list[SimNode] = []
         self.at: dict[int, SimNode] = {}
-        """By port. The agent of a node listens on the port of its index, and further agents of that node elsewhere."""
+        """Nodes by port. The agent of a node listens on the port of its index, further agents of that node on other
+        ports.
+        """
         for index in range(self.size):
             self.add(index, first=index == 0)
         self.queue = Queue(self)
         self.cuts: set[frozenset[int]] = set()
         self.one_way: set[tuple[int, int]] = set()
-        """By port: who cannot send to whom."""
+        """Pairs of ports, of which the first cannot send to the second."""
         self.trained = 0
         self._formed: dict[int, int] = {}
 
     def add(self, index: int, port: int | None = None, *, first: bool = False) -> SimNode:
-        """Add a node, or a new agent, which finds what was kept, on a node whose agent has died. On another ``port`` it
-        is a second agent of the node.
+        """Add a node, or a new agent on a node whose agent has died; it finds that agent's promises. On another
+        ``port`` it is a second agent of the node.
         """
         port = index if port is None else port
         node = self.at[port] = SimNode(self, index, port, first=first)
@@ -440,7 +442,9 @@ class Job:
         return node
 
     def requeue(self) -> None:
-        """Slurm starts the job again: from now on new agents belong to the next run. Whoever is cut off stays."""
+        """Slurm restarts the job: from now on new agents belong to the next run. Agents
+        that are cut off keep running.
+        """
         self.run_number += 1
         self.verdict = None
 
@@ -472,7 +476,7 @@ class Job:
         self.cuts, self.one_way = set(), set()
 
     def check(self) -> None:
-        """No round is formed twice, and only one world trains: the newest."""
+        """No round is formed twice, and only one world trains, the newest."""
         for bug in self.bugs:
             raise bug
         training = []
@@ -490,7 +494,7 @@ class Job:
             self.trained = training[0]
 
     def training(self) -> bool:
-        """Whether all nodes that are left train in one world, or wait beside a full world."""
+        """Whether all remaining nodes train in one world, or wait beside a full world."""
         rounds = {node.workers.round for node in self.left if node.workers.alive}
         running = [node for node in self.left if node.workers.alive]
         return len(rounds) == 1 and len(running) == min(len(self.left), self.policy.max_nodes)
@@ -499,7 +503,7 @@ class Job:
         return self.verdict is not None
 
     async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Let time pass until ``condition`` holds, at most ``seconds``."""
+        """Let time pass until ``condition`` holds, but at most ``seconds``."""
         end = self.now + seconds
         while self.now < end:
             if condition():
@@ -521,7 +525,7 @@ class Job:
         try:
             loop.run_until_complete(play())
         finally:
-            while pending := asyncio.all_tasks(loop):  # again: Python 3.11 loses some cancellations in wait_for
+            while pending := asyncio.all_tasks(loop):  # loop: Python 3.11 loses some cancellations in wait_for
                 for task in pending:
                     task.cancel()
                 loop.run_until_complete(asyncio.wait(pending, timeout=1))

@@ -1,5 +1,5 @@
-"""The network and the clock of simulated jobs: messages are delayed, reordered, dropped and doubled, links can be cut,
-and time jumps to the next event.
+"""The network and the clock of simulated jobs: messages are delayed, reordered, dropped and doubled, links can be
+cut, and time jumps to the next event.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 OWN_ON_EVERY_NODE = ("127.0.0.1", "172.17.0.1")
-"""Addresses that lead to the agent itself: those of loopback, and of Docker's bridge."""
+"""Addresses that lead to the agent itself: loopback and Docker's bridge."""
 
 
 class _Jump(selectors.SelectSelector):
-    """Advances the time instead of waiting."""
+    """Advances the simulated time instead of waiting."""
 
     now = 0.0
 
@@ -86,7 +86,7 @@ class SimLink:
     def _later(self, line: bytes | None) -> None:
         delay = self.job.latency()
         if line is None:
-            delay += 1.5  # what was sent before arrives first
+            delay += 1.5  # earlier messages arrive first
         asyncio.get_running_loop().call_later(delay, self._arrive, line)
 
     def _arrive(self, line: bytes | None) -> None:

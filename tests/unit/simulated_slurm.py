@@ -1,4 +1,4 @@
-"""The Slurm of simulated jobs: free nodes, a queue of joiners, and agents that are started anew."""
+"""The Slurm of simulated jobs: free nodes, a queue of joiners, and restarted agents."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Queue:
         self.free = 0
         self.refuses = False
         self.holds = ""
-        """The reason for which no joiner starts, whatever is free."""
+        """The reason why no joiner starts, even if nodes are free."""
         self.restarts = False
-        """Whether agents can be started anew."""
+        """Whether agents can be restarted."""
         self.start_takes: Callable[[], float] = lambda: 0.0
-        """Seconds until an agent that is started anew listens; infinite if it hangs."""
+        """Seconds until a restarted agent listens; infinite if it hangs."""
         self.steps: dict[str, SimNode | None] = {}
-        """The job steps of agents that were started anew, by the name of their node; None while the agent starts."""
+        """The job steps of restarted agents by the name of the node; None while the agent starts."""
         self.jobs: dict[str, SimJoiner] = {}
         self.given_back: list[str] = []
-        """The job's own nodes that it has not any more."""
+        """The job's own nodes that it has given back."""
         self._ids = itertools.count(100)
 
     def set_free(self, nodes: int) -> None:
@@ -81,7 +81,7 @@ class Queue:
             node.kill()
 
     def restart(self, host: Host) -> None:
-        """Start an agent anew, in a step of its own."""
+        """Restart an agent in a step of its own."""
         if host.name in self.steps:
             self.job.bugs.append(AssertionError(f"a second agent on {host.name}"))
         if self.job.at[host.node].dead == "killed":
@@ -100,7 +100,7 @@ class Queue:
         self.steps.pop(name, None)
 
     def take_back(self, names: Collection[str]) -> None:
-        """The job's own nodes are given back. An agent that is still there, as it was cut off, is killed."""
+        """The job gives back its own nodes. An agent that still runs there because it was cut off is killed."""
         for name in names:
             node = self.job.at[int(name[1:])]
             node.kill()
@@ -119,7 +119,7 @@ class Queue:
 
 
 class SimSource:
-    """What a leader's supply asks of Slurm."""
+    """The interface through which a leader's supply queries Slurm."""
 
     def __init__(self, job: Job, node: SimNode) -> None:
         self.job, self.node = job, node

@@ -1,4 +1,4 @@
-"""Which addresses a node publishes and listens on, and which hosts it takes for itself."""
+"""Which addresses a node publishes and listens on, and which host names it recognizes as its own."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def with_bridges(machine: Machine) -> Machine:
 
 
 @pytest.mark.parametrize("names", [[], ["10.1.0.7"], ["172.17.0.1", "10.1.0.7", "169.254.3.1"], ["127.0.1.1"]])
-def test_what_every_node_has_is_not_published(machine: Machine, names: list[str]) -> None:
+def test_an_address_that_every_node_has_is_not_published(machine: Machine, names: list[str]) -> None:
     machine.names["n1"] = names
     with_bridges(machine).add("eth0", "10.1.0.7", kind="device").add("ib0", "10.2.0.7", kind="device")
     assert machine.published() == ("10.1.0.7", "10.2.0.7")
@@ -98,7 +98,7 @@ def test_without_a_better_address_any_is_published_but_loopback(machine: Machine
     assert machine.published() == ("10.1.0.7",)
 
 
-def test_a_bridge_of_containers_is_known_in_a_real_network(tmp_path: Path) -> None:
+def test_a_bridge_for_containers_is_recognized_on_a_real_network(tmp_path: Path) -> None:
     if (
         not shutil.which("ip")
         or subprocess.run(["unshare", "-rn", "true"], check=False, capture_output=True).returncode
@@ -130,20 +130,20 @@ def test_a_bridge_of_containers_is_known_in_a_real_network(tmp_path: Path) -> No
     ["localhost", "LOCALHOST.", "localhost.localdomain", "localhost6", "ip6-loopback", "a.localhost", "127.0.0.1",
      "127.0.1.1", "::1", "0.0.0.0", "::"],
 )  # fmt: skip
-def test_what_is_every_machine_itself(host: str) -> None:
+def test_names_and_addresses_of_the_machine_itself(host: str) -> None:
     endpoint = Endpoint.parse(f"[{host}]:29400" if ":" in host else f"{host}:29400")
     assert endpoint.is_loopback
     assert endpoint.head is None
 
 
 @pytest.mark.parametrize("host", [None, "", "n1", "local", "10.0.0.1", "localhost2", "fe80::1", "n1.localdomain"])
-def test_what_is_one_machine(host: str | None) -> None:
+def test_names_and_addresses_of_one_machine(host: str | None) -> None:
     endpoint = Endpoint(host)
     assert not endpoint.is_loopback
     assert endpoint.head == host
 
 
-def test_an_agent_listens_on_one_port_of_each_address_and_nowhere_else() -> None:
+def test_an_agent_listens_on_one_port_of_each_published_address_and_nowhere_else() -> None:
     with socket.create_server(("127.0.0.3", 43100)):
         made = addresses.listen_on(["127.0.0.2", "127.0.0.3"], 43100)
     try:
@@ -161,7 +161,7 @@ def test_an_agent_listens_on_one_port_of_each_address_and_nowhere_else() -> None
 
 
 def leaders(rundir: RunDir, endpoint: str, *, nodes: int = 3, **environ: str) -> list[int]:
-    """Which nodes of a job step lead at the beginning."""
+    """The nodes of a job step that lead at the start."""
     envs = [
         read_agent_env({**STEP, **environ, "SLURM_NODEID": str(n), "SLURMD_NODENAME": f"n{n}"}) for n in range(nodes)
     ]
@@ -175,17 +175,19 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "3", 
 @pytest.mark.parametrize(
     "endpoint", [":29400", "localhost:29400", "127.0.0.1", "[::1]:29400", "0.0.0.0:29400", "localhost.localdomain"]
 )
-def test_the_first_node_leads_where_the_endpoint_is_every_machine_itself(machine: Machine, endpoint: str) -> None:
+def test_the_first_node_leads_where_the_endpoint_means_the_machine_itself_on_every_node(
+    machine: Machine, endpoint: str
+) -> None:
     machine.names |= {"localhost": ["127.0.0.1"], "localhost.localdomain": ["127.0.0.1"]}
     for nodes in (1, 3):
         assert leaders(RunDir("/none"), endpoint, nodes=nodes) == [0]
 
 
 @pytest.mark.parametrize("endpoint", ["head.site", "10.1.0.9", socket.gethostname()])
-def test_one_node_leads_where_several_have_the_endpoints_name_or_address(
+def test_only_one_node_leads_where_several_have_the_endpoints_name_or_address(
     machine: Machine, tmp_path: Path, endpoint: str
 ) -> None:
-    """An address that moves between nodes, a name in the hosts file of a common image."""
+    """For example an address that moves between nodes, or a name in the hosts file of a common image."""
     rundir = RunDir(tmp_path / "run").create()
     machine.add("eth0", "10.1.0.9")
     machine.names |= {"head.site": ["127.0.1.1"], "10.1.0.9": ["10.1.0.9"]}
@@ -200,7 +202,7 @@ def test_the_node_that_the_endpoint_names_leads(tmp_path: Path) -> None:
     assert leaders(rundir, "elsewhere.invalid") == []
 
 
-def test_an_address_of_several_hosts_is_in_no_roster_unless_a_host_has_no_other() -> None:
+def test_an_address_that_several_hosts_share_is_in_no_roster_unless_a_host_has_no_other() -> None:
     bridge, rshim = "172.17.0.1", "192.168.100.1"
     hosts = [Host(n, f"n{n}", (bridge, f"10.0.0.{n}", rshim), 1, "torch 2") for n in range(3)]
     assert [host.addresses for host in distinct(hosts)] == [("10.0.0.0",), ("10.0.0.1",), ("10.0.0.2",)]
@@ -213,5 +215,5 @@ def test_an_address_of_several_hosts_is_in_no_roster_unless_a_host_has_no_other(
 
 
 @pytest.mark.parametrize(("endpoint", "first"), [("n2", [2]), (socket.gethostname(), [0])])
-def test_one_node_leads_though_the_run_directory_cannot_be_written(endpoint: str, first: list[int]) -> None:
+def test_one_node_leads_even_if_the_run_directory_cannot_be_written(endpoint: str, first: list[int]) -> None:
     assert leaders(RunDir("/proc/none"), endpoint) == first

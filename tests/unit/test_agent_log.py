@@ -28,7 +28,7 @@ log.close()
 """
 
 
-def test_an_agent_goes_on_when_its_output_file_is_on_a_full_disk() -> None:
+def test_an_agent_continues_when_its_output_file_is_on_a_full_disk() -> None:
     script = (
         "import runpy, sys\n"
         "from elastic_hpc.agent import main\n"
@@ -40,7 +40,7 @@ def test_an_agent_goes_on_when_its_output_file_is_on_a_full_disk() -> None:
 
 
 class Agent:
-    """Logs on ``a``; its log is read on ``b``."""
+    """An agent that logs on ``a``; the test reads its log on ``b``."""
 
     def __init__(self, two: Two, stderr: Path) -> None:
         self._log, self.stderr = two.b / "logs" / "0.agent-n1.log", stderr
@@ -50,7 +50,7 @@ class Agent:
             )
 
     def log(self, text: str) -> None:
-        """Log ``text``, and wait until stderr has it."""
+        """Log ``text``, and wait until it appears on stderr."""
         assert self.process.stdin
         print(text, file=self.process.stdin, flush=True)
         wait_for(lambda: text in self.stderr.read_text())
@@ -76,13 +76,13 @@ def agent(two: Two, tmp_path: Path) -> Iterator[Agent]:
     made.process.communicate()
 
 
-def test_what_an_agent_logs_is_seen_on_another_node_at_once(agent: Agent) -> None:
+def test_another_node_sees_immediately_what_an_agent_logs(agent: Agent) -> None:
     for count, text in enumerate(("one", "two"), 1):
         agent.log(text)
         wait_for(lambda count=count: agent.logged() == ["one", "two"][:count])
 
 
-def test_no_line_is_lost_when_the_quota_is_full_for_a_while(two: Two, agent: Agent) -> None:
+def test_no_line_is_lost_when_the_quota_is_temporarily_full(two: Two, agent: Agent) -> None:
     agent.log("one")
     wait_for(agent.logged)
     two.server.behave(over_quota=True)
@@ -93,7 +93,7 @@ def test_no_line_is_lost_when_the_quota_is_full_for_a_while(two: Two, agent: Age
     wait_for(lambda: agent.logged() == ["one", "two", "three"])
 
 
-def test_the_log_goes_on_when_the_server_has_forgotten_the_open_files(two: Two, agent: Agent) -> None:
+def test_logging_continues_when_the_server_has_forgotten_the_open_files(two: Two, agent: Agent) -> None:
     agent.log("one")
     wait_for(agent.logged)
     two.server.behave(epoch=1)
@@ -101,7 +101,9 @@ def test_the_log_goes_on_when_the_server_has_forgotten_the_open_files(two: Two, 
     wait_for(lambda: agent.logged() == ["one", "two"])
 
 
-def test_stderr_goes_on_while_the_server_stands_still_and_the_file_has_all_afterwards(two: Two, agent: Agent) -> None:
+def test_stderr_continues_while_the_server_is_stopped_and_afterwards_the_file_has_all_lines(
+    two: Two, agent: Agent
+) -> None:
     agent.log("one")
     wait_for(agent.logged)
     two.server.behave(stopped=True)

@@ -1,4 +1,4 @@
-"""The parts an agent is made of: its environment, its addresses, the run directory, what it does when it is alone."""
+"""The parts of an agent: its environment, its addresses, the run directory, its actions without a leader."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_agent_finds_its_place_in_slurms_environment() -> None:
     assert env.cpus <= 2
 
 
-def test_the_node_of_an_agent_in_an_oci_container_is_the_one_with_the_name_of_its_host() -> None:
+def test_the_node_of_an_agent_in_an_oci_container_is_found_by_the_name_of_its_host() -> None:
     host = os.uname().nodename.partition(".")[0]
     env = read_agent_env({**STEP, NODES: f"n1\nn2\n{host}"})
     assert (env.node, env.name) == (2, host)
@@ -61,7 +61,7 @@ def test_the_node_of_an_agent_in_an_oci_container_is_the_one_with_the_name_of_it
     assert (env.node, env.name) == (1, "n2")
 
 
-def test_an_array_task_is_named_as_scontrol_names_it() -> None:
+def test_an_array_task_has_the_same_name_as_in_scontrol() -> None:
     assert read_agent_env({**STEP, "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}).job == "5_3"
 
 
@@ -70,7 +70,7 @@ def test_several_agents_on_a_node_are_refused_with_the_option_to_use() -> None:
         read_agent_env({**STEP, "SLURM_STEP_NUM_TASKS": "6"})
 
 
-def test_outside_slurm_the_error_says_what_to_type() -> None:
+def test_outside_slurm_the_error_shows_what_to_type() -> None:
     with pytest.raises(ElasticError, match=r"SLURM_JOB_ID is not set.*elastic-srun --standalone"):
         read_agent_env({})
 
@@ -118,10 +118,10 @@ SHAPE = {
     "PMI_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.7.0", "PMIX_SERVER_URI41": "x", "OMPI_COMM_WORLD_SIZE": "3",
     "MV2_COMM_WORLD_RANK": "1", "MPI_LOCALRANKID": "0", "PALS_RANKID": "1",
 }  # fmt: skip
-"""What describes the granted nodes, the spares and dead ones among them, and the agents as tasks of MPI."""
+"""Variables that describe the granted nodes, including spares and dead nodes, and the agents as tasks of MPI."""
 
 
-def test_workers_see_no_size_but_that_of_their_world() -> None:
+def test_workers_see_only_the_size_of_their_world() -> None:
     facts = {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "9", "SLURM_GPUS_ON_NODE": "4", "SLURMD_NODENAME": "n2"}
     settings = {"OMPI_MCA_btl": "self,tcp", "PMIX_MCA_gds": "hash", "SLURM_CPUS_PER_TASK": "9", "PMIGHTY": "1"}
     environ = {**STEP, **SHAPE, **facts, **settings}
@@ -130,7 +130,7 @@ def test_workers_see_no_size_but_that_of_their_world() -> None:
     assert {**environ, **facts, **settings} == environ
 
 
-def test_what_a_worker_submits_or_starts_is_a_job_of_its_own() -> None:
+def test_a_job_that_a_worker_submits_or_starts_is_separate_from_the_workers_job() -> None:
     agent = AgentEnv("9", 1, "n2", 3, 1, 9, None, None, local=False)
     goes_on = {**STEP, "ELASTIC_HPC_CONTINUE": "/run", "ELASTIC_HPC_FIRST_RUN": "1", "ELASTIC_HPC_FIRST_JOB": "7"}
     outer = {**goes_on, "ELASTIC_HPC_LOCAL_NODE": "0", "ELASTIC_HPC_LOCAL_NODES": "2", "NCCL_SOCKET_IFNAME": "ib1"}
@@ -146,12 +146,12 @@ def test_what_a_worker_submits_or_starts_is_a_job_of_its_own() -> None:
     assert (inner["OMP_NUM_THREADS"], inner["NCCL_SOCKET_IFNAME"], inner["GLOO_SOCKET_IFNAME"]) == ("4", "ib1", "")
     assert (inner["ELASTIC_HPC_ROUND"], inner["ELASTIC_HPC_AGENT"]) == ("", "9.inner")
     assert inner["ELASTIC_HPC_CONFIG"] == "mine.toml"
-    said = for_a_new_job({**outer, "OMP_NUM_THREADS": "8"})  # by the script, or a line of the inner job's own
+    said = for_a_new_job({**outer, "OMP_NUM_THREADS": "8"})  # set by the script, or by a line of the inner job's script
     prepare_worker_env(said, agent.cpus, 1, "9.inner")
     assert said["OMP_NUM_THREADS"] == "8"
 
 
-def test_another_job_has_no_part_in_what_it_inherits_from_the_worker_that_submitted_it() -> None:
+def test_a_job_ignores_the_variables_that_it_inherits_from_the_worker_that_submitted_it() -> None:
     worker = {"SLURM_JOB_ID": "7", "ELASTIC_HPC_AGENT": "7.token"}
     assert [
         is_of_another_job(environ)
@@ -166,19 +166,19 @@ def test_another_job_has_no_part_in_what_it_inherits_from_the_worker_that_submit
     ] == [True, False, False, False, False, False]
 
 
-def test_the_run_keeps_its_name_when_another_job_goes_on_in_its_place() -> None:
+def test_the_run_keeps_its_name_when_another_job_continues_it() -> None:
     assert read_agent_env({**STEP}).run_id == "7"
     assert read_agent_env({**STEP, "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}).run_id == "5_3"
     again = read_agent_env({**STEP, "SLURM_JOB_ID": "9", "ELASTIC_HPC_FIRST_JOB": "5_3"})
     assert (again.job, again.run_id) == ("9", "5_3")
 
 
-def test_a_port_that_is_taken_is_passed_over() -> None:
+def test_a_port_in_use_is_skipped() -> None:
     with addresses.listen_from(43000) as first, addresses.listen_from(43000) as second:
         assert second.getsockname()[1] > first.getsockname()[1] >= 43000
 
 
-def test_an_unknown_interface_is_refused_with_the_ones_there_are() -> None:
+def test_an_unknown_interface_is_refused_with_the_existing_interfaces() -> None:
     with pytest.raises(ElasticError, match=r"--interface 'nope0'.*expected one of .*lo"):
         addresses.to_publish("n1", "nope0", None)
     assert addresses.to_publish("n1", "lo", None) == ("127.0.0.1",)
@@ -192,7 +192,7 @@ def test_a_node_knows_its_own_names() -> None:
     assert not addresses.is_me("no-such-host.invalid", "n1")
 
 
-def test_all_nodes_need_the_same_elastic_hpc_torch_and_python() -> None:
+def test_all_nodes_need_the_same_versions_of_elastic_hpc_torch_and_python() -> None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert _software() == f"elastic_hpc {elastic_hpc.__version__}, torch {torch.__version__}, Python {version}"
 
@@ -210,7 +210,7 @@ def test_the_run_directory_is_for_its_owner_only_and_keeps_its_secret(tmp_path: 
     assert rundir.events() == [{"time": 1.5, "event": "join", "node": "n1"}]
 
 
-def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
+def test_a_secret_that_other_users_can_read_is_refused(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     rundir.make_secret()
     (tmp_path / "secret").chmod(0o644)
@@ -218,7 +218,7 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
         rundir.read_secret()
 
 
-def test_damaged_records_are_told_and_damaged_events_left_out(tmp_path: Path) -> None:
+def test_damaged_records_are_reported_and_damaged_events_skipped(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     (tmp_path / "verdict.json").write_text('{"outcome": "fin')
     with pytest.raises(ElasticError, match=r"verdict\.json"):
@@ -229,7 +229,7 @@ def test_damaged_records_are_told_and_damaged_events_left_out(tmp_path: Path) ->
     assert [event["event"] for event in rundir.events()] == ["join", "lost"]
 
 
-def test_the_verdict_of_another_run_is_not_acted_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_of_another_run_has_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rundir = RunDir(tmp_path)
     first, second = {"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
     assert conclude(rundir, first, 9) == 9
@@ -261,14 +261,14 @@ async def no_store(round: int) -> int:
 
 
 def agent(rundir: RunDir, run: int = 1, **changes: Any) -> Leading:
-    """One that has lost all others, where nobody has Slurm."""
+    """An agent that has lost all others, on nodes without Slurm's commands."""
     env = AgentEnv("7", 1, "n2", 2, run, 2, None, None, local=True)
     environ, policy = {"SLURM_JOB_ID": "7"}, replace(POLICY, **changes)
     return Leading(None, env, HOST, 1, policy, rundir, environ, no_store, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("can_requeue", "contained"), [(True, False), (False, False), (True, True)])
-def test_at_the_end_lost_nodes_are_given_up_and_the_batch_script_is_told_to_end_srun(
+def test_at_the_end_lost_nodes_are_given_up_and_the_batch_script_is_asked_to_end_srun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, can_requeue: bool, contained: bool
 ) -> None:
     released: list[tuple[str, list[str]]] = []
@@ -287,7 +287,7 @@ def roster(restarts: int, requeues: int) -> Roster:
     return Roster(4, (HOST,), (Base(4, 0, (0, 1)),), restarts, requeues)
 
 
-def test_a_node_that_is_alone_returns_the_job_through_the_queue(tmp_path: Path) -> None:
+def test_a_node_that_is_alone_requeues_the_job(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     rundir.write("state.json", {"round": 3, "restarts": 1, "requeues": 0})
     ended = agent(rundir).give_up(roster(restarts=2, requeues=0), 9.0, WHY, patient=False)
@@ -304,7 +304,7 @@ def test_a_node_that_is_alone_returns_the_job_through_the_queue(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("held", [roster(0, 2), None])
-def test_a_head_that_is_lost_again_and_again_does_not_requeue_for_ever(tmp_path: Path, held: Roster | None) -> None:
+def test_a_head_that_is_lost_repeatedly_does_not_requeue_the_job_forever(tmp_path: Path, held: Roster | None) -> None:
     rundir = RunDir(tmp_path)
     if held is None:
         rundir.write("state.json", {"round": 4, "restarts": 0, "requeues": 2})
@@ -314,15 +314,15 @@ def test_a_head_that_is_lost_again_and_again_does_not_requeue_for_ever(tmp_path:
     assert (verdict["outcome"], verdict["cause"], verdict["requeues"]) == ("failed", "budget", 2)
 
 
-def test_a_node_that_is_alone_in_a_job_that_cannot_be_requeued_ends_it(tmp_path: Path) -> None:
+def test_a_node_that_is_alone_ends_a_job_that_cannot_be_requeued(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     assert agent(rundir, can_requeue=False).give_up(None, 9.0, WHY, patient=False)
     assert (rundir.read("verdict.json") or {})["outcome"] == "failed"
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_a_node_that_was_cut_off_leaves_the_living_job_alone(tmp_path: Path, *, published: bool) -> None:
-    """It has to see for two heartbeat timeouts that nobody touches the record."""
+def test_a_node_that_was_cut_off_does_not_end_the_running_job(tmp_path: Path, *, published: bool) -> None:
+    """The node must see for two heartbeat timeouts that no leader touches the record."""
     rundir = RunDir(tmp_path)
     if published:
         rundir.write("endpoint.json", ENDPOINT)
@@ -332,7 +332,7 @@ def test_a_node_that_was_cut_off_leaves_the_living_job_alone(tmp_path: Path, *, 
     assert rundir.read("verdict.json") is None
 
 
-def test_each_time_the_record_is_touched_a_node_that_was_cut_off_begins_to_wait_anew(tmp_path: Path) -> None:
+def test_each_change_of_the_record_restarts_the_wait_of_a_node_that_was_cut_off(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     rundir.beat()
     alone = agent(rundir, heartbeat_timeout=0.05)
@@ -344,7 +344,7 @@ def test_each_time_the_record_is_touched_a_node_that_was_cut_off_begins_to_wait_
     wait_for(lambda: alone.give_up(None, 9.0, WHY, patient=False))
 
 
-def test_a_node_that_cannot_reach_the_leader_stays_out_and_says_why(
+def test_a_node_that_cannot_reach_the_leader_stays_out_of_the_job_and_reports_why(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rundir = RunDir(tmp_path)
@@ -358,7 +358,7 @@ def test_a_node_that_cannot_reach_the_leader_stays_out_and_says_why(
     assert "--interface IFNAME" in caplog.text
 
 
-def test_the_verdict_that_there_is_already_is_kept(tmp_path: Path) -> None:
+def test_an_existing_verdict_is_kept(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     said = {"outcome": "finished", "reason": "all workers finished", "run": 1, "actor": "batch script"}
     rundir.write("verdict.json", said)
@@ -371,7 +371,7 @@ def test_the_verdict_that_there_is_already_is_kept(tmp_path: Path) -> None:
     assert (rundir.read("verdict.json") or {})["run"] == 2
 
 
-def test_the_leader_of_another_run_is_not_asked(tmp_path: Path) -> None:
+def test_the_leader_of_another_run_is_not_contacted(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     assert agent(rundir).find_leader() is None
     where = {"run": 0, "node": 1, "host": "n2", "addresses": ["10.0.0.2"], "port": 29432}
@@ -380,10 +380,10 @@ def test_the_leader_of_another_run_is_not_asked(tmp_path: Path) -> None:
     assert agent(rundir, run=0).find_leader() == Published(0, HOST)
 
 
-def test_an_agent_whose_run_has_published_nothing_for_long_dials_the_jobs_first_node(
+def test_an_agent_whose_run_has_long_published_nothing_dials_the_jobs_first_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run directory has been full since the run before."""
+    """The run directory has been full since the previous run."""
     rundir = RunDir(tmp_path)
     rundir.write("endpoint.json", {**ENDPOINT, "run": 0})
     looking = agent(rundir)
@@ -395,7 +395,7 @@ def test_an_agent_whose_run_has_published_nothing_for_long_dials_the_jobs_first_
     assert looking.find_leader() == Published(1, Host(0, "n1", ("10.0.0.1",), 29432))
 
 
-def test_a_leader_that_takes_over_goes_on_with_what_the_last_one_had_charged(tmp_path: Path) -> None:
+def test_a_leader_that_takes_over_keeps_the_charges_of_the_previous_leader(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_launch_options(parser)
     args = parser.parse_args([])

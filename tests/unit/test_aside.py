@@ -1,4 +1,6 @@
-"""What a standby has imported ahead comes when the script imports it, as if it had been imported at that moment."""
+"""A module that a standby has imported ahead appears when the script imports it, as if
+it were imported at that moment.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,12 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
 
 
 def assert_a_standby_is_as_a_fresh_process(launch: Launch, name: str) -> None:
-    """For the script ``name``, with ``mine`` imported ahead."""
+    """A standby for the script ``name`` that has imported ``mine`` ahead."""
     warm, cold = launch(name, modules=("mine",)), launch(name, warm=False)
     assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, cold.out, "")
 
 
-def test_it_is_not_there_before_the_script_imports_it_and_then_all_of_it(launch: Launch) -> None:
+def test_a_module_imported_ahead_is_invisible_until_the_script_imports_it_and_then_complete(launch: Launch) -> None:
     folder = Path("family")
     folder.mkdir()
     script("from family import first\nfrom xml import sax", "family/__init__.py")
@@ -73,8 +75,8 @@ print(other.family.later.__name__)
         "from xml import dom\nfrom . import tail\ndef used(): return dom.Node, tail.VALUE",
     ],
 )
-def test_a_part_that_the_script_imports_alone_has_all_that_it_imports_itself(imports: str, launch: Launch) -> None:
-    """Also what others had imported before it."""
+def test_a_submodule_that_the_script_imports_alone_has_all_its_own_imports(imports: str, launch: Launch) -> None:
+    """Also imports that other modules had made before."""
     Path("family").mkdir()
     script("", "family/__init__.py")
     script("VALUE = 1", "family/tail.py")
@@ -100,8 +102,10 @@ def test_a_part_that_the_script_imports_alone_has_all_that_it_imports_itself(imp
         "import settings",
     ],
 )
-def test_what_a_script_sets_before_the_import_holds_in_each_round(sets: str, launch: Launch) -> None:
-    """In the first, it begins again as a fresh process. The next standbys have imported it with these variables."""
+def test_variables_that_a_script_sets_before_the_import_hold_in_each_round(sets: str, launch: Launch) -> None:
+    """In the first round, the script restarts in a fresh process. The next standbys have imported the module with these
+    variables.
+    """
     name = script(f"""
 import os, subprocess
 print(os.environ.get("SET_BY_SCRIPT"), os.environ.get("FIRST"), "SET_BY" in subprocess.getoutput("env"))
@@ -120,7 +124,7 @@ print(mine.SEEN, os.getpid() == int(os.readlink("/proc/self")))
         assert (ran.code, ran.out, ran.err) == (0, cold.out, cold.err)
 
 
-def test_each_part_has_its_own_moment(launch: Launch) -> None:
+def test_each_submodule_appears_at_its_own_import(launch: Launch) -> None:
     script("import os\nSEEN = os.environ.get('SET_BY_SCRIPT')", "part.py")
     script("import part, os\nSEEN = os.environ.get('SET_BY_SCRIPT')", "mine.py")
     name = script("import sys, part, settings\nprint('mine' in sys.modules)\nimport mine\nprint(part.SEEN, mine.SEEN)")
@@ -129,13 +133,13 @@ def test_each_part_has_its_own_moment(launch: Launch) -> None:
     assert (first.how.cold, second.how.warm) == (1, 1)
 
 
-def test_variables_of_a_round_and_those_set_after_the_import_change_nothing(launch: Launch) -> None:
+def test_variables_of_a_round_and_variables_set_after_the_import_change_nothing(launch: Launch) -> None:
     name = script("import os\nos.environ['MASTER_PORT'] = '1'\nimport mine, settings\nprint(os.environ['RANK'])")
     ran = launch(name, modules=("mine",))
     assert (ran.how.warm, ran.out) == (1, "3\n")
 
 
-def test_variables_of_the_site_reach_the_imports_whatever_they_begin_with(
+def test_variables_of_the_site_reach_the_imports_whatever_their_prefix(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("LOCAL_SCRATCH", "GROUP_HOME", "WORLD_FOO", "ROLE_X", "TORCHELASTIC_SIGNALS_TO_HANDLE")
@@ -158,7 +162,7 @@ def test_variables_of_the_site_reach_the_imports_whatever_they_begin_with(
         ("import os\nif pid := os.fork():\n    os.waitpid(pid, 0)\n    os._exit(0)", "this is a child of the worker"),
     ],
 )  # fmt: skip
-def test_where_the_script_cannot_begin_again_it_is_told_and_the_next_round_is_right(
+def test_a_script_that_cannot_restart_is_reported_and_the_next_round_is_right(
     company: str, why: str, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ELASTIC_HPC_LOCAL_DIR", str(tmp_path))
@@ -176,8 +180,8 @@ def test_where_the_script_cannot_begin_again_it_is_told_and_the_next_round_is_ri
     assert seen == "None"
 
 
-def test_threads_that_a_library_keeps_are_no_obstacle(launch: Launch) -> None:
-    """As those of BLAS, which scipy and scikit-learn start, and scikit-learn sets variables."""
+def test_threads_of_a_library_do_not_prevent_a_restart_of_the_script(launch: Launch) -> None:
+    """For example threads of BLAS, which scipy and scikit-learn start; scikit-learn also sets variables."""
     name = script("import ctypes, os, time\nlibrary = ctypes.CDLL(None)\nthread = ctypes.c_ulong()\n"
                   "library.pthread_create(ctypes.byref(thread), None, library.pause, None)\n"
                   "assert len(os.listdir('/proc/self/task')) == 2\n"
@@ -187,7 +191,7 @@ def test_threads_that_a_library_keeps_are_no_obstacle(launch: Launch) -> None:
     assert warm.how.cold == 1
 
 
-def test_the_script_begins_again_in_the_state_in_which_it_began(launch: Launch) -> None:
+def test_the_script_restarts_in_the_state_in_which_it_started(launch: Launch) -> None:
     name = script("""
 import os, signal, sys
 print(os.getcwd(), os.umask(0o77), signal.getsignal(signal.SIGUSR1), signal.pthread_sigmask(signal.SIG_BLOCK, [10]))
@@ -204,7 +208,7 @@ print(mine.SEEN)
     assert (warm.how.cold, warm.code, warm.out, warm.err) == (1, 0, cold.out, "an error\n")
 
 
-def test_standbys_that_always_begin_again_are_given_up(launch: Launch) -> None:
+def test_standbys_whose_scripts_always_restart_are_given_up(launch: Launch) -> None:
     name = script(
         "import os\npid = os.environ['SET_BY_SCRIPT'] = str(os.getpid())\nimport mine\nprint(mine.SEEN[0] == pid)"
     )
@@ -235,7 +239,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("asks", ["torch._dynamo", "__import__('torch._dynamo')._dynamo"])
-def test_what_torch_imports_late_comes_ahead_as_the_script_was_seen_to_import_it(
+def test_modules_that_torch_imports_late_are_imported_ahead_as_the_script_was_seen_to_import_them(
     asks: str, launch: Launch, installed: Path
 ) -> None:
     (installed / "torch").mkdir()
@@ -254,7 +258,9 @@ def test_what_torch_imports_late_comes_ahead_as_the_script_was_seen_to_import_it
     assert [ran.how.warm for ran in (first, second, third)] == [1, 1, 1]
 
 
-def test_what_comes_late_and_otherwise_each_time_is_left_to_the_script(launch: Launch, installed: Path) -> None:
+def test_modules_that_are_imported_late_and_differently_each_time_are_left_to_the_script(
+    launch: Launch, installed: Path
+) -> None:
     (installed / "torch").mkdir()
     script(FAKE_TORCH, f"{installed}/torch/__init__.py")
     script("import os\nSEEN = os.environ['SET_BY_SCRIPT']", f"{installed}/torch/_dynamo.py")
@@ -273,8 +279,10 @@ sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initi
 AHEAD = "import os\nAHEAD = 'RANK' not in dict(os.environ)"
 
 
-def test_installed_modules_that_the_script_imports_come_ahead_in_later_rounds(launch: Launch, installed: Path) -> None:
-    """Those that its own modules and called functions import too; not its own modules, nor what is not there."""
+def test_installed_modules_that_the_script_imports_are_imported_ahead_in_later_rounds(
+    launch: Launch, installed: Path
+) -> None:
+    """Also modules that the script's own modules and functions import, but not its own modules or missing modules."""
     for name in ("first", "second", "third", "brought"):
         script(AHEAD, f"{installed}/{name}.py")
     (installed / "family").mkdir()
@@ -296,7 +304,7 @@ print(first.AHEAD, own.second.AHEAD, family.part.late(), family.brought.AHEAD, o
     assert [ran.out for ran in exactly] == ["False False False False False\n"] * 2
 
 
-def test_variables_that_imports_set_are_not_taken_for_the_scripts(launch: Launch, installed: Path) -> None:
+def test_variables_that_imports_set_do_not_count_as_the_scripts_own(launch: Launch, installed: Path) -> None:
     script("import os\nos.environ.setdefault('SET_BY_IMPORT', '1')", f"{installed}/first.py")
     script("import ctypes\nctypes.CDLL(None).setenv(b'SET_BY_IMPORT_IN_C', b'1', 1)", f"{installed}/second.py")
     script(AHEAD, f"{installed}/third.py")
@@ -318,7 +326,7 @@ def test_variables_that_imports_set_are_not_taken_for_the_scripts(launch: Launch
         (INITIALIZES_CUDA, "has initialized CUDA, which belongs to the script"),
     ],
 )
-def test_a_module_that_cannot_come_ahead_is_named_and_left_to_the_script(
+def test_a_module_that_cannot_be_imported_ahead_is_named_and_left_to_the_script(
     text: str, why: str, launch: Launch, installed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     script(AHEAD, f"{installed}/first.py")
@@ -342,7 +350,7 @@ def test_a_module_that_cannot_come_ahead_is_named_and_left_to_the_script(
         ("import sys, os\nsys.setdlopenflags(sys.getdlopenflags() | os.RTLD_GLOBAL)", "sys.setdlopenflags was called "),
     ],
 )
-def test_an_import_that_would_lead_elsewhere_does(text: str, why: str, launch: Launch) -> None:
+def test_an_import_that_would_find_another_module_finds_it(text: str, why: str, launch: Launch) -> None:
     Path("other").mkdir()
     script("import part\nFROM = 'other', part", "other/mine.py")
     script("import part\nFROM = 'here', part", "mine.py")
@@ -352,14 +360,14 @@ def test_an_import_that_would_lead_elsewhere_does(text: str, why: str, launch: L
     assert (warm.out, warm.err, warm.how.why) == (cold.out, cold.err, f"{why}before mine was imported")
 
 
-def test_what_is_imported_at_the_very_end_is_what_was_imported_ahead(launch: Launch) -> None:
+def test_at_exit_the_script_imports_the_same_modules_that_were_imported_ahead(launch: Launch) -> None:
     script("import atexit\nprint('imported')\natexit.register(lambda: __import__('mine'))", "mine.py")
     ran = launch(script("import settings, atexit\natexit.register(lambda: print('script'))"), modules=("mine",))
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.count("imported") == 1
 
 
-def test_a_worker_in_a_process_of_its_own_gets_what_the_script_set(launch: Launch) -> None:
+def test_a_worker_in_a_process_of_its_own_gets_the_variables_that_the_script_set(launch: Launch) -> None:
     name = script("""
 import settings, multiprocessing
 def work(queue):
@@ -378,13 +386,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("name", ["importlib", "functools", "datetime", "inspect", "unittest.mock", "pickle", "ctypes"])
-def test_a_module_of_pythons_brings_none_of_others(name: str, launch: Launch) -> None:
+def test_a_module_of_the_standard_library_brings_no_other_modules(name: str, launch: Launch) -> None:
     text = script(f"import {name}, sys\nprint([each for each in sys.modules if each.partition('.')[0] == 'numpy'])")
     warm = launch(text, modules=("numpy",))
     assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, "[]\n", "")
 
 
-def test_a_module_in_c_has_what_it_imports(launch: Launch) -> None:
+def test_a_module_in_c_has_its_imports(launch: Launch) -> None:
     name = script("import sys, _elementtree\nprint('copy' in sys.modules, _elementtree.XMLParser)")
     warm = launch(name, modules=("xml.etree.ElementTree",))
     assert (warm.how.warm, warm.code, warm.out) == (1, 0, "True <class 'xml.etree.ElementTree.XMLParser'>\n")
@@ -429,7 +437,7 @@ def test_a_hook_that_the_script_sets_on_imports_sees_all_of_them(hook: str, laun
     assert (warm.code, warm.out, warm.err) == (0, cold.out, "")
 
 
-def test_a_function_of_submitits_finds_what_is_changed_in_torch_for_it(launch: Launch) -> None:
+def test_a_function_run_by_submitit_finds_the_changes_made_to_torch_for_it(launch: Launch) -> None:
     script("import other, tail", "mine.py")
     script("", "tail.py")
     script("", "other.py")
@@ -493,7 +501,7 @@ finder, thread = Finder(), threading.Thread(target=load)
 
 
 def test_a_thread_in_the_middle_of_an_import_does_not_import_the_module_again(launch: Launch) -> None:
-    """Although the module was not there when the thread looked for it, and is given now to another thread."""
+    """Although the module was missing when the thread looked for it, and another thread gets it now."""
     script("print('held_up is loaded')\nVALUE = 1", "held_up.py")
     script("import held_up", "mine.py")
     name = script(f"""{AT_THE_SAME_TIME}
@@ -511,8 +519,8 @@ print(mine.held_up is sys.modules["held_up"], mine.held_up.__spec__.loader is mi
     )
 
 
-def test_a_thread_in_the_middle_of_an_import_misses_no_finder(launch: Launch) -> None:
-    """Although the finder of the modules that were imported ahead leaves ``sys.meta_path`` meanwhile."""
+def test_a_thread_in_the_middle_of_an_import_skips_no_finder(launch: Launch) -> None:
+    """Although the finder of the modules imported ahead leaves ``sys.meta_path`` meanwhile."""
     script("VALUE = 2", "held_up.py")
     name = script(f"""{AT_THE_SAME_TIME}
 finders = len(sys.meta_path)
@@ -528,7 +536,7 @@ thread.join()
     assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, "0\nTrue True 2\n", "")
 
 
-def test_a_thread_waits_for_the_import_that_another_makes(launch: Launch) -> None:
+def test_a_thread_waits_for_the_import_of_another_thread(launch: Launch) -> None:
     script("print('loaded')\nimport tail", "mine.py")
     script("", "tail.py")
     name = script("""
@@ -550,7 +558,7 @@ thread.join()
     assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, "loaded\nTrue\n", "")
 
 
-def test_a_thread_that_finds_a_module_finds_its_effects_too(launch: Launch) -> None:
+def test_a_thread_that_finds_a_module_also_finds_the_effects_of_its_import(launch: Launch) -> None:
     script("import os\nos.environ['SET_BY_IMPORT'] = '1'", "mine.py")
     name = script("""
 import os, sys, threading
@@ -570,8 +578,8 @@ import mine
     assert (warm.how.warm, warm.code, warm.out, warm.err) == (1, 0, "1\n", "")
 
 
-def test_a_path_that_leads_to_the_same_modules_is_no_other(launch: Launch) -> None:
-    """Those that are built into the interpreter, ``math`` among them, are on no path."""
+def test_a_different_path_to_the_same_modules_makes_no_difference(launch: Launch) -> None:
+    """Modules that are built into the interpreter, such as ``math``, are on no path."""
     name = script("import sys\nsys.path.insert(0, 'src')\nsys.path.append('..')\nimport numpy\nprint(numpy.ones(1))")
     ran = launch(name, modules=("numpy",))
     assert (ran.how.why, ran.how.warm, ran.out) == ("", 1, "[1.]\n")

@@ -1,5 +1,5 @@
-"""Peers that mean harm, or are broken, against the leader of a running round: whatever they do, its agents notice
-nothing. Real sockets.
+"""Malicious or broken peers against the leader of a running round: whatever they do, its agents notice nothing. Real
+sockets.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from elastic_hpc.network.proofs import Handshake, Seal, new_nonce
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One for all: whatever comes, it goes on."""
+    """One job for all tests: it continues whatever they do."""
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     assert {seat.round for seat in made.seats()} == {1}
     for control in made.controls:
@@ -38,7 +38,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def assert_undisturbed(cluster: Cluster, *, record: bool = True) -> None:
-    """The real agents are connected, their round goes on, and so do the heartbeats, both ways."""
+    """Assert that the real agents are connected, and that their round and
+    the heartbeats in both directions continue.
+    """
     leader = cluster.nodes[0].leader
     assert leader
 
@@ -53,7 +55,7 @@ def assert_undisturbed(cluster: Cluster, *, record: bool = True) -> None:
     wait_for(lambda: min(new - old for new, old in zip(ordered(), orders, strict=True)) > 0)
     wait_for(lambda: all(new - old > 0 for new, old in zip(cluster.nodes[0].in_loop(received), statuses, strict=True)))
     assert all(control.must_stop(1) is None for control in cluster.controls)
-    wait_for(lambda: leader.leads)  # on a busy machine it may just have counted as frozen, until its agents answered
+    wait_for(lambda: leader.leads)  # on a busy machine the leader may count as frozen until its agents have answered
     assert (leader.round, leader.restarts, leader.verdict) == (1, 0, None)
     assert cluster.nodes[0].in_loop(lambda: set(leader.peers.by_node)) == {0, 1, 2}
     if record:
@@ -69,7 +71,7 @@ class Peer:
     received: Seal
 
     def __init__(self, cluster: Cluster, identity: Identity | None = None) -> None:
-        """As node 7, if it is to prove anything."""
+        """Connect as node 7, if the connection must prove an identity."""
         self.identity = identity or Identity("job", 0, 7, "n7", "boot")
         self.socket = cluster.connect()
         self.lines = self.socket.makefile("rb")
@@ -91,11 +93,11 @@ class Peer:
         self.send(self.sent.sign(line) + line)
 
     def send(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # its connection was closed while it still sent
+        with contextlib.suppress(OSError):  # the leader closed the connection while we still sent
             self.socket.sendall(data)
 
     def introduce(self, challenge: bytes) -> bytes:
-        """What a peer with the secret answers to ``challenge``."""
+        """The answer of a peer with the secret to ``challenge``."""
         self.handshake = Handshake(self.cluster.secret, challenge)
         introduction = {"challenge": new_nonce(), "identity": vars(self.identity)}
         return self.handshake.sign("dialer", messages.encode(introduction))
@@ -108,7 +110,7 @@ class Peer:
         return self
 
     def is_thrown_out(self) -> bool:
-        """Whether the leader closes the connection, after whatever it still says."""
+        """Whether the leader closes the connection, possibly after further messages."""
         try:
             while self.lines.readline():
                 pass
@@ -141,9 +143,7 @@ def status(**fields: Any) -> bytes:
     ],
     ids=lambda noise: repr(noise[:24]),
 )
-def test_who_does_not_hold_the_secret_is_refused(
-    cluster: Cluster, noise: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_peer_without_the_secret_is_refused(cluster: Cluster, noise: bytes, caplog: pytest.LogCaptureFixture) -> None:
     def strangers() -> int:
         server = cluster.nodes[0].control._membership._own_leader.server
         return server._strangers  # type: ignore[union-attr]
@@ -159,7 +159,9 @@ def test_who_does_not_hold_the_secret_is_refused(
     assert not caplog.records
 
 
-def test_half_a_line_is_not_waited_for_long(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_leader_does_not_wait_long_for_the_rest_of_a_line(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(channel, "HANDSHAKE_TIMEOUT", 0.2)
     with Peer(cluster) as peer:
         peer.send(b'{"challenge": "y", ')
@@ -167,7 +169,7 @@ def test_half_a_line_is_not_waited_for_long(cluster: Cluster, monkeypatch: pytes
         assert_undisturbed(cluster)
 
 
-def test_a_proof_that_was_overheard_opens_no_other_connection(cluster: Cluster) -> None:
+def test_an_overheard_proof_opens_no_other_connection(cluster: Cluster) -> None:
     with Peer(cluster) as first, Peer(cluster) as second:
         overheard = first.introduce(first.lines.readline())
         first.send(overheard)
@@ -178,8 +180,8 @@ def test_a_proof_that_was_overheard_opens_no_other_connection(cluster: Cluster) 
         assert_undisturbed(cluster)
 
 
-def test_what_the_leader_proves_to_one_is_of_no_use_for_another(cluster: Cluster) -> None:
-    """Its answer is made for the other role."""
+def test_the_leaders_proof_to_one_peer_is_of_no_use_to_another(cluster: Cluster) -> None:
+    """The leader's answer is valid for the other role only."""
     with Peer(cluster) as peer, Peer(cluster) as oracle:
         oracle.send(oracle.introduce(oracle.lines.readline()))
         answer = oracle.lines.readline()
@@ -223,13 +225,13 @@ def test_what_the_leader_proves_to_one_is_of_no_use_for_another(cluster: Cluster
     ],
     ids=lambda nonsense: repr(nonsense[:90]),
 )
-def test_nonsense_from_who_holds_the_secret_costs_its_own_connection_only(
+def test_nonsense_from_a_peer_with_the_secret_costs_only_its_own_connection(
     cluster: Cluster, nonsense: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Peer(cluster).prove() as fresh, Peer(cluster).prove() as joined:
         fresh.say(nonsense)
         assert fresh.is_thrown_out()
-        joined.say(status(state="running", round=9))  # it has workers of another round: not a newcomer yet
+        joined.say(status(state="running", round=9))  # it has workers of another round, so it is no newcomer yet
         joined.receive()
         joined.say(nonsense)
         assert joined.is_thrown_out()
@@ -237,7 +239,7 @@ def test_nonsense_from_who_holds_the_secret_costs_its_own_connection_only(
     assert not caplog.records
 
 
-def test_who_says_nothing_after_it_has_proved_itself_is_given_up(cluster: Cluster) -> None:
+def test_a_peer_that_is_silent_after_its_proof_is_given_up(cluster: Cluster) -> None:
     with Peer(cluster).prove() as silent, Peer(cluster).prove() as half:
         half.send(b'{"seq": 1, "host"')
         assert silent.is_thrown_out()
@@ -245,7 +247,7 @@ def test_who_says_nothing_after_it_has_proved_itself_is_given_up(cluster: Cluste
         assert_undisturbed(cluster)
 
 
-def test_a_spare_that_falls_silent_is_given_up_without_a_restart(cluster: Cluster) -> None:
+def test_a_silent_spare_is_given_up_without_a_restart(cluster: Cluster) -> None:
     with Peer(cluster).prove() as spare:
         spare.say(status(state="running", round=9))
         assert "roster" in spare.receive()
@@ -254,8 +256,8 @@ def test_a_spare_that_falls_silent_is_given_up_without_a_restart(cluster: Cluste
         assert_undisturbed(cluster)
 
 
-def test_a_reader_that_is_too_slow_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It asks, and does not read the answers."""
+def test_a_peer_that_reads_too_slowly_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer sends requests, but does not read the answers."""
     monkeypatch.setattr(channel, "_SLOW_READER", 64 * 1024)
     question = messages.encode({"request": WHO, "and": "so on" * 100})
 
@@ -283,7 +285,7 @@ def many_files() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("many_files")
-def test_a_thousand_idle_connections_do_not_keep_the_next_agent_out(cluster: Cluster) -> None:
+def test_a_thousand_idle_connections_do_not_block_the_next_agent(cluster: Cluster) -> None:
     waiting = cluster.nodes[0].network._strangers
     with ExitStack() as idle:
         for _ in range(1000):
@@ -312,7 +314,7 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def no_more_files_than(number: int) -> Iterator[None]:
-    """This process can open so many more files and connections."""
+    """Let this process open only ``number`` more files and connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + number, hard))
     filling = []
@@ -339,5 +341,5 @@ def test_an_agent_that_can_open_no_more_files_keeps_those_that_are_connected(
         wait_for(lambda: "Too many open files" in caplog.text)
         assert_undisturbed(cluster, record=False)
         crowd.communicate()
-    with Peer(cluster).prove():  # as soon as there is room, who comes is let in again
+    with Peer(cluster).prove():  # as soon as descriptors are free, the leader accepts connections again
         assert_undisturbed(cluster)

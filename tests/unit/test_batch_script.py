@@ -1,4 +1,4 @@
-"""A batch script as computing centres' pages have it becomes an elastic job."""
+"""A batch script from a computing centre's page becomes an elastic job."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def noted(found: Request, text: str) -> bool:
     return any(text in note for note in found.notes)
 
 
-def test_the_example_of_pytorchs_own_page() -> None:
+def test_the_example_of_pytorchs_own_page_is_read() -> None:
     found = read(PYTORCH)
     assert (found.script, found.script_args, found.module) == ("/shared/examples/train.py", ("50", "10"), False)
     assert options(found) == {"nproc-per-node": "1", "nodes": "4"}
@@ -134,7 +134,9 @@ def test_the_example_of_pytorchs_own_page() -> None:
         ('srun bash -c "RANK=\\$SLURM_PROCID python train.py"', ["train.py"], {}),
     ],
 )  # fmt: skip
-def test_every_way_to_start_the_training_is_read(launch: str, command: list[str], expected: dict[str, str]) -> None:
+def test_every_way_to_start_the_training_is_recognized(
+    launch: str, command: list[str], expected: dict[str, str]
+) -> None:
     found = read(batch(launch), CONDA="/conda", SLURM_NNODES="7")
     assert [found.script, *found.script_args] == command
     assert options(found) == {"nodes": "4", **expected}
@@ -160,7 +162,7 @@ def test_an_array_that_is_declared_with_options_is_followed() -> None:
     assert (found.script, setup(found)) == ("train.py", lines)
 
 
-def test_what_slurm_would_count_from_the_sbatch_lines_is_known() -> None:
+def test_counts_that_slurm_derives_from_the_sbatch_lines_are_known() -> None:
     head = "#SBATCH --nodes=2 --tasks-per-node=4 --cpus-per-task=3"
     launch = "srun --ntasks-per-node=1 torchrun --nproc-per-node=$N train.py --threads $SLURM_CPUS_PER_TASK"
     found = read(batch(launch, "N=${SLURM_NTASKS_PER_NODE}", head=head))
@@ -168,7 +170,7 @@ def test_what_slurm_would_count_from_the_sbatch_lines_is_known() -> None:
     assert sbatch(found) == ["--cpus-per-task=12"]
 
 
-def test_cpus_of_a_task_stay_what_the_script_has_counted_with() -> None:
+def test_cpus_of_a_task_stay_as_the_script_has_assumed() -> None:
     head = "#SBATCH --nodes=2 --ntasks-per-node=4 --cpus-per-task=10"
     line = "export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK"
     found = read(batch("srun python train.py --threads $SLURM_CPUS_PER_TASK", line, head=head))
@@ -184,7 +186,7 @@ def test_variables_of_an_srun_line_keep_their_blanks() -> None:
     assert setup(found) == ["export A='b c'", 'export D="$E"']
 
 
-def test_what_ran_on_each_node_before_the_launch_and_runs_on_the_first_alone_is_told() -> None:
+def test_commands_that_ran_on_each_node_before_the_launch_and_now_run_only_on_the_first_are_reported() -> None:
     found = read(batch("srun bash -c 'module load a; cp -r /data /tmp; export A=1; torchrun train.py'"))
     assert setup(found) == ["module load a", "cp -r /data /tmp", "export A=1"]
     told = [note for note in found.notes if "ran on each node" in note]
@@ -193,7 +195,7 @@ def test_what_ran_on_each_node_before_the_launch_and_runs_on_the_first_alone_is_
     assert told == [f"job.sh line 3: 'cp -r /data /tmp' {now}; {for_all}"]
 
 
-def test_sizes_in_arguments_that_an_elastic_job_does_not_have_are_told() -> None:
+def test_sizes_in_arguments_that_do_not_fit_an_elastic_job_are_reported() -> None:
     found = read(batch("srun python train.py --world $((SLURM_NTASKS * 2)) --port $((MASTER_PORT + 1))",
                        "MASTER_PORT=29500"))  # fmt: skip
     assert noted(found, "$SLURM_NTASKS does not")
@@ -244,13 +246,13 @@ def test_tasks_become_workers_of_one_agent_on_each_node(head: str, launch: str, 
         ("--use-min-nodes", "it makes Slurm prefer MIN nodes"), ("--container=x", "use --container-image IMAGE"),
     ],
 )  # fmt: skip
-def test_what_an_elastic_job_cannot_have_is_dropped_with_the_reason(line: str, reason: str) -> None:
+def test_options_that_an_elastic_job_cannot_have_are_dropped_with_the_reason(line: str, reason: str) -> None:
     found = read(batch("srun torchrun train.py", head=f"#SBATCH --nodes=2\n#SBATCH {line}"))
     assert any(note.startswith("job.sh line 3: dropped ") and reason in note for note in found.notes)
     assert sbatch(found) == []
 
 
-def test_what_is_set_up_stays_whole_and_in_order_and_what_serves_the_old_rendezvous_goes() -> None:
+def test_setup_lines_stay_whole_and_in_order_and_lines_for_the_old_rendezvous_are_dropped() -> None:
     lines = [
         "set -euo pipefail", "module purge", "if [ -d venv ]; then\n  source venv/bin/activate\nfi",
         "cat > hosts <<E\nit's\nE", "export MASTER_PORT=$(expr 10000 + $(echo -n $SLURM_JOBID | tail -c 4))",
@@ -307,7 +309,7 @@ def test_what_is_set_up_stays_whole_and_in_order_and_what_serves_the_old_rendezv
         ("#!/bin/bash\r\nsrun torchrun train.py\r\n", "job.sh: has DOS line breaks"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_told_is_refused_with_its_line(text: str, message: str) -> None:
+def test_an_ambiguous_script_is_refused_with_the_line(text: str, message: str) -> None:
     with pytest.raises(UsageError) as refused:
         read(text)
     assert str(refused.value).startswith(message)
@@ -356,7 +358,7 @@ def test_the_training_script_gets_what_the_batch_script_would_have_given_it(
     assert trained_with("elastic.sh") == trained_with("job.sh", "1 2", "3")
     assert (
         f"--run-dir\0{tmp_path}/elastic-logs/7\0" not in (tmp_path / "argv").read_text()
-    )  # the last was job.sh itself
+    )  # the last argument was job.sh itself
     trained_with("elastic.sh")
     assert f"--run-dir\0{tmp_path}/elastic-logs/7\0" in (tmp_path / "argv").read_text()
 

@@ -1,4 +1,4 @@
-"""The model behind benchmarks/goodput.py against what is known in closed form, and the table of benchmarks/run.py."""
+"""The model of benchmarks/goodput.py compared with closed forms, and the table of benchmarks/run.py."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ INPUTS = Inputs(nodes=512, rate=0.005)
 
 
 def trained(inputs: Inputs, by: Launcher, seeds: int = 10) -> float:
-    """Share of the month, mean of ``seeds`` months."""
+    """Share of the month in which the job trains, mean of ``seeds`` months."""
     months = [simulate(inputs, by, seed) for seed in range(seeds)]
     return statistics.mean(month.trained / inputs.horizon for month in months)
 
 
 def used(inputs: Inputs, by: Launcher, seeds: int = 10) -> float:
-    """Share of the node-hours held that went into steps that lasted."""
+    """Share of the held node-hours that went into kept steps."""
     months = [simulate(inputs, by, seed) for seed in range(seeds)]
     return statistics.mean(month.trained * inputs.nodes / month.node_seconds for month in months)
 
 
 @pytest.mark.parametrize("by", launchers(Recovery(), 512), ids=lambda by: by.name)
-def test_without_failures_only_checkpoints_cost_anything(by):
+def test_without_failures_only_checkpoints_cost_time(by):
     inputs = replace(INPUTS, rate=0.0, interval=1000.0, save=50.0)
     month = simulate(inputs, by, seed=1)
     assert month.interruptions == month.queued == 0
@@ -56,8 +56,8 @@ def test_more_failures_leave_less_training(by):
 
 
 @pytest.mark.parametrize("save", [10.0, 120.0])
-def test_a_job_that_is_only_requeued_does_what_the_closed_form_of_daly_says(save):
-    inputs = replace(INPUTS, process=1.0, save=save, load=0.0)  # nothing but passes through the queue, all alike
+def test_a_job_that_is_only_requeued_follows_the_closed_form_of_daly(save):
+    inputs = replace(INPUTS, process=1.0, save=save, load=0.0)  # only requeues, all alike
     mtbf = DAY / (inputs.nodes * inputs.rate)
     a_segment = (mtbf + REQUEUE.requeue) * math.expm1((inputs.every + save) / mtbf)
     assert trained(inputs, REQUEUE, seeds=40) == pytest.approx(inputs.every / a_segment, rel=0.01)
@@ -77,13 +77,13 @@ def test_spares_cost_no_more_than_their_own_idle_hours():
         assert used(inputs, SPARED) > used(inputs, ELASTIC) * (1 - idle) - 0.002
 
 
-def test_a_job_that_goes_on_with_fewer_nodes_trains_while_another_waits_for_one():
+def test_a_job_that_continues_with_fewer_nodes_trains_while_a_rigid_job_waits_for_a_node():
     slow = replace(INPUTS, replacement=6 * 3600.0)
     assert trained(slow, REQUEUE) < trained(INPUTS, REQUEUE) - 0.1
     assert trained(slow, ELASTIC) > trained(INPUTS, ELASTIC) - 0.01
 
 
-def test_a_job_with_fewer_than_min_nodes_goes_through_the_queue():
+def test_a_job_with_fewer_than_min_nodes_is_requeued():
     inputs = replace(INPUTS, nodes=16, rate=0.5)
     assert simulate(inputs, ELASTIC, seed=1).queued > 0
     assert simulate(inputs, replace(ELASTIC, least=1 / 16), seed=1).queued == 0
@@ -133,7 +133,7 @@ def test_the_page_of_the_docs_has_the_marks():
     assert text.index(run.BEGIN) < text.index(run.END)
 
 
-def test_a_peer_that_did_not_get_there_has_no_ratio():
+def test_a_peer_without_a_result_has_no_ratio():
     line = figure("a power loss", 5.0, "torchrun", None, note="stuck: no step in 30 s")
     assert run.cells(line) == ["a power loss", "5 s", "-", "", "torchrun", "stuck: no step in 30 s"]
 
@@ -142,11 +142,11 @@ def test_a_peer_that_did_not_get_there_has_no_ratio():
     ("value", "text"),
     [(0.0123, "0.012"), (0.97, "0.97"), (9.96, "10.0"), (99.4, "99.4"), (99.7, "100"), (1234.0, "1234")],
 )
-def test_figures_have_no_more_digits_than_count(value, text):
+def test_figures_show_only_significant_digits(value, text):
     assert run.figures(value) == text
 
 
-def test_a_part_that_fails_is_named_and_the_others_go_on(monkeypatch):
+def test_a_part_that_fails_is_named_and_the_others_continue(monkeypatch):
     monkeypatch.setattr(goodput, "SIZES", (16,))
     everything = run.Run(None, minutes=1)
     everything.measure(["submit", "goodput"])
@@ -155,7 +155,7 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(monkeypatch):
 
 
 @IN_PLACE
-def test_torch_reconfigures_what_the_gpu_benchmark_asks_it_to_reconfigure():
+def test_torch_reconfigures_the_process_group_of_the_gpu_benchmark():
     code = "import gpu; print(gpu.reconfigures('gloo', 'cpu')); print(gpu.reconfigures('no_backend', 'cpu'))"
     done = subprocess.run([TORCH_214, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
     gloo, unknown = done.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Who is to blame for a failure that comes again: the script, or a node."""
+"""The blame for a repeated failure: the script or a node."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def trained(*, granted: int = 4, **changes: Any) -> Job:
 
 
 def fail_twice(job: Job, node: int, message: str = CUDA, nodes: tuple[int, ...] = (0, 1, 2, 3)) -> None:
-    """The workers of ``node`` fail twice, and of no other."""
+    """The workers of ``node``, and no others, fail twice."""
     job.fail(node, error(node, message))
     job.ready(*nodes)
     job.fail(node, error(node, message))
@@ -52,14 +52,14 @@ def test_a_spare_takes_the_place_of_the_node_that_fails_again() -> None:
     assert orders(job.leader.take_orders(beat=True))[1].plan is None, "it stays in touch, and votes"
 
 
-def test_a_smaller_world_goes_on_without_it() -> None:
+def test_a_smaller_world_continues_without_the_node_that_fails_again() -> None:
     job = trained(granted=3, min_nodes=2)
     fail_twice(job, 1, nodes=(0, 1, 2))
     job.ready(0, 1, 2)
     assert members(job) == (0, 2)
 
 
-def test_a_joiner_takes_its_place() -> None:
+def test_a_joiner_takes_the_place_of_the_node_that_fails_again() -> None:
     job = trained(granted=3, grow=True)
     fail_twice(job, 1, nodes=(0, 1, 2))
     assert job.verdict is None
@@ -70,7 +70,7 @@ def test_a_joiner_takes_its_place() -> None:
     assert members(job) == (0, 2, new)
 
 
-def test_where_no_joiner_comes_the_job_goes_back_to_the_queue() -> None:
+def test_if_no_joiner_comes_the_job_is_requeued() -> None:
     job = trained(granted=3, grow=True, can_requeue=True)
     fail_twice(job, 1, nodes=(0, 1, 2))
     job.ready(0, 1, 2)
@@ -79,7 +79,7 @@ def test_where_no_joiner_comes_the_job_goes_back_to_the_queue() -> None:
     assert "2 nodes are left, fewer than MIN 3; 1 more stay out" in job.verdict.reason
 
 
-def test_a_joiner_that_fails_again_is_let_go_and_may_not_come_back() -> None:
+def test_a_joiner_that_fails_again_is_released_and_may_not_come_back() -> None:
     new = joiner("17")
     job = trained(granted=2, min_nodes=2, grow=True, grow_every=0.0)
     job.lose(1, "gone")
@@ -95,7 +95,7 @@ def test_a_joiner_that_fails_again_is_let_go_and_may_not_come_back() -> None:
     assert [event["node"] for event in job.events("refused")] == [name]
 
 
-def test_it_waits_until_the_workers_there_are_gone() -> None:
+def test_the_leader_waits_until_the_workers_of_the_failed_node_are_gone() -> None:
     job = trained()
     fail_twice(job, 1)
     job.ready(0, 2, 3)
@@ -105,7 +105,7 @@ def test_it_waits_until_the_workers_there_are_gone() -> None:
 
 
 @pytest.mark.parametrize(("can_requeue", "outcome"), [(True, "requeue"), (False, "failed")])
-def test_without_another_node_the_job_goes_back_to_the_queue_and_avoids_it(can_requeue: Any, outcome: str) -> None:
+def test_without_another_node_the_job_is_requeued_and_avoids_the_failed_node(can_requeue: Any, outcome: str) -> None:
     job = trained(granted=3, can_requeue=can_requeue)
     fail_twice(job, 1, nodes=(0, 1, 2))
     assert job.verdict.outcome == outcome
@@ -115,7 +115,7 @@ def test_without_another_node_the_job_goes_back_to_the_queue_and_avoids_it(can_r
     assert [event["node"] for event in job.events("barred")] == ["n1"] * can_requeue
 
 
-def test_what_fails_on_all_nodes_is_the_scripts_though_the_same_node_is_the_first_to_say_so() -> None:
+def test_the_script_is_blamed_for_a_failure_on_all_nodes_even_if_the_same_node_reports_it_first() -> None:
     job = trained()
     job.fail(0, error(0, BUG))
     job.ready(0, 1, 2, 3)
@@ -127,7 +127,7 @@ def test_what_fails_on_all_nodes_is_the_scripts_though_the_same_node_is_the_firs
     assert job.leader.restarts == 1
 
 
-def test_what_fails_on_rank_0_wherever_that_is_is_the_scripts() -> None:
+def test_the_script_is_blamed_for_a_failure_on_rank_0_on_any_node() -> None:
     job = trained()
     fail_twice(job, 0, BUG)
     job.ready(0, 1, 2, 3)
@@ -138,7 +138,7 @@ def test_what_fails_on_rank_0_wherever_that_is_is_the_scripts() -> None:
     assert job.leader.restarts == 2
 
 
-def test_an_innocent_node_costs_one_requeue_then_the_script_is_blamed() -> None:
+def test_blaming_an_innocent_node_costs_one_requeue_then_the_script_is_blamed() -> None:
     job = trained(granted=3, can_requeue=True)
     fail_twice(job, 0, BUG, nodes=(0, 1, 2))
     assert job.verdict.outcome == "requeue"
@@ -150,20 +150,20 @@ def test_an_innocent_node_costs_one_requeue_then_the_script_is_blamed() -> None:
     assert after.verdict.outcome == "failed"
 
 
-def test_progress_acquits_the_nodes_of_the_run_before() -> None:
+def test_progress_acquits_the_nodes_of_the_previous_run() -> None:
     job = trained(strikes=[Strike("n0", 0.0, "", signature("exception", BUG), 5)])
     job.fail(1, error(1, BUG), step=6)
     assert job.verdict is None
 
 
 @pytest.mark.parametrize(("message", "outcome"), [(CUDA, "requeue"), (BUG, "failed")])
-def test_a_node_that_is_alone_is_blamed_only_for_what_scripts_rarely_do(message: str, outcome: str) -> None:
+def test_a_node_that_is_alone_is_blamed_only_for_failures_that_scripts_rarely_cause(message: str, outcome: str) -> None:
     job = trained(granted=1, min_nodes=1, max_nodes=1, can_requeue=True)
     fail_twice(job, 0, message, nodes=(0,))
     assert job.verdict.outcome == outcome
 
 
-def test_a_node_that_fails_in_many_ways_stays_out_too() -> None:
+def test_a_node_that_fails_in_different_ways_is_excluded_too() -> None:
     job = trained()
     for message in (CUDA, "RuntimeError: cuDNN error", "OSError: [Errno 5] Input/output error"):
         job.fail(1, error(1, message))
@@ -174,7 +174,7 @@ def test_a_node_that_fails_in_many_ways_stays_out_too() -> None:
 
 
 @pytest.mark.parametrize(("message", "world"), [(CUDA, (0, 2, 3)), (BUG, (0, 1, 2))])
-def test_progress_does_not_acquit_a_node_on_which_alone_the_machine_fails(message: str, world: tuple[int, ...]) -> None:
+def test_progress_does_not_acquit_the_only_node_whose_machine_fails(message: str, world: tuple[int, ...]) -> None:
     job = trained()
     for step in (10, 20, 30):
         assert members(job) == (0, 1, 2)
@@ -185,7 +185,7 @@ def test_progress_does_not_acquit_a_node_on_which_alone_the_machine_fails(messag
     assert "without progress" not in str(job.events("barred"))
 
 
-def test_machines_that_fail_in_turn_stay_in() -> None:
+def test_nodes_whose_machines_fail_in_turn_are_not_excluded() -> None:
     job = trained()
     for step, node in enumerate((1, 1, 0, 1, 1, 2)):
         job.fail(node, error(node), step=10 * step)
@@ -194,7 +194,7 @@ def test_machines_that_fail_in_turn_stay_in() -> None:
     assert members(job) == (0, 1, 2)
 
 
-def test_a_node_whose_workers_are_killed_again_and_again_stays_out_if_others_can_go_on() -> None:
+def test_a_node_whose_workers_are_killed_repeatedly_is_excluded_if_others_can_continue() -> None:
     for granted, world in ((4, (0, 2, 3)), (3, (0, 1, 2))):
         job = trained(granted=granted, can_requeue=True)
         for _ in range(3):
@@ -205,7 +205,7 @@ def test_a_node_whose_workers_are_killed_again_and_again_stays_out_if_others_can
         assert job.verdict is None
 
 
-def test_a_node_on_which_somebody_kills_workers_is_not_to_blame() -> None:
+def test_a_node_is_not_blamed_when_somebody_kills_its_workers() -> None:
     job = trained()
     for _ in range(5):
         job.fail(1, failure(1, "killed by SIGKILL", kind="signal", exitcode=-9))
@@ -214,7 +214,7 @@ def test_a_node_on_which_somebody_kills_workers_is_not_to_blame() -> None:
     assert members(job) == (0, 1, 2)
 
 
-def test_a_hang_is_nobodys() -> None:
+def test_nobody_is_blamed_for_a_hang() -> None:
     job = trained()
     for _ in range(2):
         job.fail(1, failure(1, "no step for 60 s", kind="hang"))
@@ -223,7 +223,7 @@ def test_a_hang_is_nobodys() -> None:
     assert job.verdict.outcome == "failed"
 
 
-def test_an_echo_does_not_hide_the_node() -> None:
+def test_an_echo_does_not_hide_the_node_that_failed() -> None:
     job = trained()
     job.fail(1, error(1))
     job.ready(0, 1, 2, 3)
@@ -235,14 +235,14 @@ def test_an_echo_does_not_hide_the_node() -> None:
     assert members(job) == (0, 2, 3)
 
 
-def test_the_budget_of_restarts_holds() -> None:
+def test_the_budget_of_restarts_is_respected() -> None:
     job = trained(max_restarts=1)
     fail_twice(job, 1)
     assert job.verdict.cause == "budget"
     assert job.events("barred") == []
 
 
-def test_the_next_leader_leaves_the_node_out_too() -> None:
+def test_the_next_leader_excludes_the_node_too() -> None:
     job = trained()
     fail_twice(job, 1)
     job.ready(0, 1, 2, 3)
@@ -254,19 +254,19 @@ def test_the_next_leader_leaves_the_node_out_too() -> None:
     assert members(after) == (0, 2, 3)
 
 
-def test_the_name_of_the_node_makes_no_other_failure() -> None:
+def test_failures_that_differ_only_in_the_name_of_the_node_are_the_same() -> None:
     assert signature("exit", "gpu-a: no space", "gpu-a") == signature("exit", "gpu-b: no space", "gpu-b")
     assert signature("exit", "data-1 is bad", "a") != signature("exit", "datb-1 is bad", "b")
 
 
-# what the table of causes knows
+# failures in the table of known causes
 
 ECC = "RuntimeError: CUDA error: uncorrectable ECC error encountered"
 MODULE = "ModuleNotFoundError: No module named 'einops'"
 SHAPES = "RuntimeError: mat1 and mat2 shapes cannot be multiplied (4x10 and 20x5)"
 
 
-def test_a_node_that_is_known_to_be_at_fault_is_left_at_once() -> None:
+def test_a_node_that_is_known_to_be_at_fault_is_excluded_immediately() -> None:
     job = trained()
     job.fail(1, error(1, ECC))
     assert job.verdict is None
@@ -277,7 +277,7 @@ def test_a_node_that_is_known_to_be_at_fault_is_left_at_once() -> None:
     assert members(job) == (0, 2, 3)
 
 
-def test_one_node_after_the_other_is_left_and_the_job_goes_on_while_others_are_there() -> None:
+def test_the_job_excludes_one_node_after_another_and_continues_while_others_are_there() -> None:
     job = trained(granted=5)
     for node, world in ((1, (0, 2, 3)), (2, (0, 3, 4))):
         job.fail(node, error(node, ECC))
@@ -287,7 +287,7 @@ def test_one_node_after_the_other_is_left_and_the_job_goes_on_while_others_are_t
 
 
 @pytest.mark.parametrize(("can_requeue", "outcome"), [(True, "requeue"), (False, "failed")])
-def test_where_no_other_node_is_there_a_node_at_fault_gets_one_more_chance(can_requeue: Any, outcome: str) -> None:
+def test_without_another_node_a_node_at_fault_gets_one_more_chance(can_requeue: Any, outcome: str) -> None:
     job = trained(granted=3, can_requeue=can_requeue)
     job.fail(1, error(1, ECC))
     assert job.verdict is None
@@ -297,7 +297,7 @@ def test_where_no_other_node_is_there_a_node_at_fault_gets_one_more_chance(can_r
 
 
 @pytest.mark.parametrize(("message", "others"), [(SHAPES, False), (MODULE, True)])
-def test_a_fault_of_the_script_ends_a_job_without_progress_at_once(message: str, *, others: bool) -> None:
+def test_a_fault_of_the_script_ends_a_job_without_progress_immediately(message: str, *, others: bool) -> None:
     job = trained()
     job.fail(1, error(1, message))
     if others:
@@ -308,7 +308,7 @@ def test_a_fault_of_the_script_ends_a_job_without_progress_at_once(message: str,
     assert job.leader.restarts == 0
 
 
-def test_a_module_that_one_node_alone_has_not_got_ends_no_job() -> None:
+def test_a_module_that_is_missing_on_one_node_alone_does_not_end_the_job() -> None:
     job = trained()
     for _ in range(2):
         job.fail(1, error(1, MODULE))
@@ -318,7 +318,7 @@ def test_a_module_that_one_node_alone_has_not_got_ends_no_job() -> None:
     assert members(job) == (0, 2, 3)
 
 
-def test_a_fault_of_the_script_after_progress_is_tried_once_more() -> None:
+def test_after_progress_a_fault_of_the_script_leads_to_one_more_attempt() -> None:
     job = trained()
     job.fail(1, error(1, SHAPES), step=7)
     assert job.verdict is None
@@ -327,7 +327,7 @@ def test_a_fault_of_the_script_after_progress_is_tried_once_more() -> None:
     assert job.verdict.outcome == "failed"
 
 
-def test_a_full_disk_that_all_share_costs_no_node_though_one_rank_alone_writes() -> None:
+def test_no_node_is_excluded_for_a_full_shared_disk_even_if_only_one_rank_writes() -> None:
     job = trained()
     fail_twice(job, 1, "OSError: [Errno 28] No space left on device: '/work/me/ckpt.pt'")
     assert job.verdict.outcome == "failed"

@@ -1,4 +1,4 @@
-"""Jobs whose nodes all publish an address that leads to the caller itself, as that of Docker's bridge does."""
+"""Jobs whose nodes all publish an address that leads to the caller itself, such as that of Docker's bridge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def job_with_bridges(seed: int, size: int) -> Job:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_after_the_loss_of_two_nodes_another_one_takes_over_though_the_caller_answers_in_their_place(seed: int) -> None:
+def test_after_the_loss_of_two_nodes_another_node_takes_over_although_the_caller_itself_answers_at_their_addresses(
+    seed: int,
+) -> None:
     job = job_with_bridges(seed, 6)
 
     async def story() -> None:
@@ -32,7 +34,7 @@ def test_after_the_loss_of_two_nodes_another_one_takes_over_though_the_caller_an
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_killed_agent_is_started_anew_though_the_leader_answers_in_its_place(seed: int) -> None:
+def test_a_killed_agent_is_restarted_although_the_leader_itself_answers_at_its_address(seed: int) -> None:
     job = job_with_bridges(seed, 3)
     job.queue.restarts = True
 

@@ -1,4 +1,4 @@
-"""What growth has won and lost: from the events of a job to the pages of why and timeline."""
+"""Gains and losses of growth: from the events of a job to the pages of why and timeline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def event(time: float, name: str, **fields: Any) -> dict[str, Any]:
 
 
 def world(round: int, formed: float, steps: range, *nodes: str, until: float) -> list[dict[str, Any]]:
-    """A round that does ``steps``, the first one 5 s after it was formed, the last one at ``until``."""
+    """A round that does ``steps``, the first one 5 s after the round was formed, the last one at ``until``."""
     first_at, at = 1_800_000_000.0 + formed + 5, 1_800_000_000.0 + until
     done = {"round": round, "first": steps[0], "first_at": first_at, "step": steps[-1], "step_at": at}
     formation = {"round": round, "nodes": nodes, "world_size": len(nodes), "restarts": round - 1, "leader": "n1"}
@@ -32,7 +32,7 @@ def joined(time: float, *nodes: str, joiner: bool = True) -> list[dict[str, Any]
 
 
 def job(leave: str, reason: str, repeated: int) -> list[dict[str, Any]]:
-    """Two nodes of its own; n3 and n4 come, n4 goes as ``leave`` and ``reason`` say, and comes again."""
+    """A job with two nodes of its own; n3 and n4 join, n4 leaves with ``leave`` and ``reason``, and joins again."""
     gone = event(201, leave, node="n4", reason=reason, round=2, silent=0.0)
     return [
         event(0, "start", run=0, job="1", granted=2, max_restarts=9),
@@ -61,11 +61,13 @@ def job(leave: str, reason: str, repeated: int) -> list[dict[str, Any]]:
         ("release", "MAX is 3 now", False),
     ],
 )
-def test_what_is_taken_by_others_is_told_from_what_ends_as_it_should(leave: str, reason: str, *, taken: bool) -> None:
+def test_nodes_taken_by_others_are_distinguished_from_nodes_that_leave_as_planned(
+    leave: str, reason: str, *, taken: bool
+) -> None:
     won = brought(story_of(job(leave, reason, 0)))
     assert won == Brought(
         joiners=3,
-        node_seconds=310 + 111 + 100,  # n3 to the end, n4 until it goes, n4 again to the end
+        node_seconds=310 + 111 + 100,  # n3 until the end, n4 until it leaves, n4 again until the end
         steps=200 / 2 + 150 / 3 + 100 / 2,
         came=2,
         standstill=10 + 7,
@@ -75,12 +77,12 @@ def test_what_is_taken_by_others_is_told_from_what_ends_as_it_should(leave: str,
     )
 
 
-def test_steps_that_were_done_again_after_a_preemption_are_a_cost_of_growth() -> None:
+def test_repeated_steps_after_a_preemption_are_a_cost_of_growth() -> None:
     won = brought(story_of(job("release", "preempted", 20)))
     assert (won.taken_repeated, won.steps) == (20, 180 / 2 + 170 / 3 + 100 / 2)
 
 
-def test_the_pages_tell_what_growth_has_won_and_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_show_what_growth_has_gained_and_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = records.copy("grown", tmp_path)
     records.write(folder, job("release", "preempted", 20))
     assert main(["why", str(folder)]) == 0
@@ -98,6 +100,6 @@ def test_the_pages_tell_what_growth_has_won_and_lost(tmp_path: Path, capsys: pyt
     assert "<b>1</b><span>joiners taken: 7.0 s, 20 steps repeated</span>" in page
 
 
-def test_a_job_that_did_not_grow_is_not_told_what_growth_did(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_a_job_that_did_not_grow_says_nothing_about_growth(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["why", str(records.FOLDER / "faults")]) == 0
     assert "growth" not in capsys.readouterr().out

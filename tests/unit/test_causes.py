@@ -1,4 +1,4 @@
-"""Why a worker died: told from what real processes leave behind."""
+"""Why a worker died, determined from the traces of real processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elastic_hpc.workers.failures import stderr_tail
 
 
 def die(script: str, tmp_path: Path, **environ: str) -> tuple[int, str]:
-    """Run ``script``; its exit code and what it wrote to stderr."""
+    """Run ``script``. Returns its exit code and its stderr."""
     path = tmp_path / "train.py"
     path.write_text(script)
     with (tmp_path / "err").open("wb") as err:
@@ -31,7 +31,7 @@ def death(script: str, tmp_path: Path, **environ: str) -> Cause:
     return explain(*die(script, tmp_path, **environ))
 
 
-def test_an_exception_is_told_with_its_traceback(tmp_path: Path) -> None:
+def test_an_exception_is_reported_with_its_traceback(tmp_path: Path) -> None:
     cause = death("def step(x):\n    return 1 / x\nprint('starting')\nstep(0)\n", tmp_path)
     assert (cause.kind, cause.message) == ("exception", "ZeroDivisionError: division by zero")
     assert cause.traceback
@@ -59,7 +59,7 @@ RANK = "(SLURM_PROCID is hidden from workers, which Slurm has not launched: use 
         ),
     ],
 )
-def test_a_script_that_wants_what_slurm_tells_its_tasks_is_told_what_to_use(
+def test_for_a_script_that_reads_slurms_task_variables_the_message_names_the_replacement(
     script: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_JOB_NODELIST"):
@@ -70,7 +70,7 @@ def test_a_script_that_wants_what_slurm_tells_its_tasks_is_told_what_to_use(
 
 
 @pytest.mark.parametrize("name", ["SLURM_JOB_ID", "DATA_DIR"])
-def test_of_a_variable_that_is_not_hidden_nothing_is_said(name: str, tmp_path: Path) -> None:
+def test_a_variable_that_is_not_hidden_is_not_mentioned(name: str, tmp_path: Path) -> None:
     rank = "rank = os.environ.get('SLURM_PROCID')\n"
     assert death(f"import os\n{rank}os.environ.pop('{name}', None)\nos.environ['{name}']\n", tmp_path).message == (
         f"KeyError: '{name}'"
@@ -80,7 +80,7 @@ def test_of_a_variable_that_is_not_hidden_nothing_is_said(name: str, tmp_path: P
 @pytest.mark.parametrize(
     ("between", "marker"), [("from error", "direct cause of"), ("", "During handling of the above exception")]
 )
-def test_chained_exceptions_are_told_with_what_they_come_from(tmp_path: Path, between: str, marker: str) -> None:
+def test_chained_exceptions_are_reported_with_their_causes(tmp_path: Path, between: str, marker: str) -> None:
     script = f"try:\n    open('/none')\nexcept OSError as error:\n    raise RuntimeError('no data') {between}\n"
     cause = death("import sys\nprint('before', file=sys.stderr)\n" + script, tmp_path)
     assert cause.message == "RuntimeError: no data"
@@ -97,7 +97,7 @@ def test_a_text_of_several_lines_and_a_note_are_part_of_the_message(tmp_path: Pa
 
 
 @pytest.mark.parametrize("imported", [False, True])
-def test_a_syntax_error_is_told(tmp_path: Path, *, imported: bool) -> None:
+def test_a_syntax_error_is_reported(tmp_path: Path, *, imported: bool) -> None:
     (tmp_path / "model.py").write_text("x = = 1\n")
     cause = death("import model\n" if imported else "x = = 1\n", tmp_path)
     assert (cause.kind, cause.message) == ("exception", "SyntaxError: invalid syntax")
@@ -106,7 +106,7 @@ def test_a_syntax_error_is_told(tmp_path: Path, *, imported: bool) -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with Python 3.11")
-def test_an_exception_group_is_told_with_its_members(tmp_path: Path) -> None:
+def test_an_exception_group_is_reported_with_its_members(tmp_path: Path) -> None:
     script = """
 try:
     raise KeyError('first')
@@ -124,7 +124,7 @@ except KeyError:
     assert cause.traceback.endswith("+------------------------------------")
 
 
-def test_what_did_not_end_the_process_is_not_taken_for_the_cause(tmp_path: Path) -> None:
+def test_an_error_that_did_not_end_the_process_is_not_the_cause(tmp_path: Path) -> None:
     script = """
 import logging, sys, threading, warnings
 class Leaky:
@@ -150,10 +150,10 @@ main()
         assert other not in cause.traceback
 
 
-def test_an_endless_recursion_is_told_in_a_bounded_size(tmp_path: Path) -> None:
+def test_an_endless_recursion_is_reported_in_a_bounded_size(tmp_path: Path) -> None:
     script = "def a(n):\n    return b(n)  # far too often\ndef b(n):\n    return a(n)\na(0)\n"
     exitcode, stderr = die(script, tmp_path)
-    assert len(stderr) == 64 * 1024  # there was more
+    assert len(stderr) == 64 * 1024  # the text was longer
     cause = explain(exitcode, stderr)
     assert cause.message.startswith("RecursionError: maximum recursion depth exceeded")
     assert cause.traceback
@@ -161,7 +161,7 @@ def test_an_endless_recursion_is_told_in_a_bounded_size(tmp_path: Path) -> None:
     assert cause.traceback.startswith("Traceback")
 
 
-def test_a_huge_text_leaves_the_type_and_the_place_visible(tmp_path: Path) -> None:
+def test_a_huge_message_leaves_the_type_and_the_place_visible(tmp_path: Path) -> None:
     cause = death("def load():\n    raise ValueError('x' * 20000)\nload()\n", tmp_path)
     assert cause.message == "ValueError: " + "x" * 1988
     assert cause.traceback
@@ -169,7 +169,7 @@ def test_a_huge_text_leaves_the_type_and_the_place_visible(tmp_path: Path) -> No
     assert len(cause.traceback) < 8300
 
 
-def test_an_exit_without_an_exception_is_told_with_the_last_line(tmp_path: Path) -> None:
+def test_an_exit_without_an_exception_is_reported_with_the_last_line(tmp_path: Path) -> None:
     assert death("import sys; sys.exit('no such data set')", tmp_path) == Cause(
         "exit", "exit code 1: no such data set", None
     )
@@ -178,7 +178,7 @@ def test_an_exit_without_an_exception_is_told_with_the_last_line(tmp_path: Path)
     assert death("import os; os._exit(4)", tmp_path) == Cause("exit", "exit code 4", None)
 
 
-def test_a_signal_is_told_by_its_name_and_with_the_stack_where_there_is_one(tmp_path: Path) -> None:
+def test_a_signal_is_reported_by_name_and_with_the_stack_if_there_is_one(tmp_path: Path) -> None:
     killed = Cause("signal", "killed by SIGKILL", None, known="killed")
     assert death("import os; os.kill(os.getpid(), 9)", tmp_path) == killed
     crash = "import ctypes\ndef crash():\n    ctypes.string_at(0)\ncrash()\n"
@@ -189,7 +189,7 @@ def test_a_signal_is_told_by_its_name_and_with_the_stack_where_there_is_one(tmp_
     assert "line 3 in crash" in cause.traceback
 
 
-def test_an_abort_is_told_with_what_was_thrown() -> None:
+def test_an_abort_is_reported_with_the_thrown_exception() -> None:
     thrown = (
         "what():  [PG ID 0 Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=8) ran for 600020 ms"
     )
@@ -204,7 +204,7 @@ def test_an_abort_is_told_with_what_was_thrown() -> None:
     assert explain(-signal.SIGABRT, bad).kind == "out of memory"
 
 
-def test_the_data_loaders_own_exception_is_in_the_message(tmp_path: Path) -> None:
+def test_the_exception_of_the_data_loaders_worker_is_in_the_message(tmp_path: Path) -> None:
     script = """
 from torch.utils.data import DataLoader
 class Broken(list):
@@ -249,7 +249,7 @@ def test_real_memory_errors_are_out_of_memory(tmp_path: Path) -> None:
     assert cause.kind == "out of memory", cause
 
 
-def test_one_handled_lack_of_memory_is_not_what_ended_the_process(tmp_path: Path) -> None:
+def test_a_handled_memory_error_is_not_what_ended_the_process(tmp_path: Path) -> None:
     script = "try:\n    bytearray(1 << 60)\nexcept MemoryError:\n    pass\nraise ValueError('x')  # MemoryError"
     assert death(script, tmp_path).kind == "exception"
 
@@ -324,7 +324,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[Cause]]:
-    """Causes of the three ranks' deaths, by what they did and who was the first to die."""
+    """Causes of death of the three ranks, by their operation and the first rank to die."""
     folder = tmp_path_factory.mktemp("worlds")
     found = {}
     for how, victim, *codes in run(WORLDS, folder, CASES, 120):
@@ -335,7 +335,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], li
 
 
 @pytest.mark.parametrize(("how", "victim"), CASES)
-def test_what_the_survivors_of_a_lost_rank_say_is_recognised_as_an_echo(
+def test_errors_of_the_survivors_of_a_lost_rank_are_recognised_as_echoes(
     worlds: dict[tuple[str, int], list[Cause]], how: str, victim: int
 ) -> None:
     causes = worlds[how, victim]
@@ -420,7 +420,7 @@ def test_ordinary_failures_are_no_echoes(message: str) -> None:
     assert not is_collateral(message)
 
 
-def test_the_first_of_chained_exceptions_says_whether_it_is_an_echo(tmp_path: Path) -> None:
+def test_the_first_of_chained_exceptions_decides_whether_the_failure_is_an_echo(tmp_path: Path) -> None:
     script = """
 try:
     raise {first}
@@ -432,7 +432,7 @@ finally:
     assert death(script.format(first=echo, second=fault), tmp_path).collateral
 
 
-# the same failure again
+# the same failure, repeated
 
 
 @pytest.mark.parametrize(
@@ -452,14 +452,14 @@ def test_the_same_failure_has_the_same_signature(once: str, again: str) -> None:
     assert signature("exception", once) == signature("exception", again)
 
 
-def test_other_failures_have_other_signatures() -> None:
+def test_different_failures_have_different_signatures() -> None:
     assert signature("exception", "KeyError: 'weight'") != signature("exception", "KeyError: 'bias'")
     assert signature("signal", "killed by SIGSEGV") != signature("signal", "killed by SIGBUS")
     assert signature("exit", "exit code 3") != signature("exception", "exit code 3")
     assert signature("exception", "") == "exception:"
 
 
-def test_rubbish_is_survived(tmp_path: Path) -> None:
+def test_garbage_input_is_tolerated(tmp_path: Path) -> None:
     assert stderr_tail(tmp_path / "none") == ""
     assert last_line("\n \n") == ""
     assert traceback_of("") is None

@@ -1,4 +1,6 @@
-"""What a connection proves: relays, strangers, and agents that are not those that were dialled. Real sockets."""
+"""Authentication of connections: relays, strangers, and agents that answer in place
+of the dialled one. Real sockets.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ OTHER = Identity("job", 1, 2, "n2", "other")
 
 
 class End:
-    """A network of one agent, and the channels that it has accepted."""
+    """The network of one agent, and the channels that it has accepted."""
 
     def __init__(self, identity: Identity, listener: socket.socket | None = None) -> None:
         async def secret() -> bytes:
@@ -80,7 +82,7 @@ def play(story: Callable[[End, End], Awaitable[None]], one: Identity = AGENT, ot
     asyncio.run(run())
 
 
-def test_each_end_knows_who_the_other_one_is() -> None:
+def test_each_end_knows_the_identity_of_the_other() -> None:
     async def story(one: End, other: End) -> None:
         link = await one.dial(other.host)
         assert link.identity == OTHER
@@ -89,8 +91,8 @@ def test_each_end_knows_who_the_other_one_is() -> None:
     play(story)
 
 
-def test_another_node_that_answers_is_passed_over() -> None:
-    """As an address that every node has, or an address that another node has taken."""
+def test_an_answer_of_another_node_is_skipped() -> None:
+    """For example at an address that every node has, or that another node has taken over."""
 
     async def story(one: End, other: End) -> None:
         wanted = Host(7, "n7", ("127.0.0.1",), other.host.port)
@@ -103,7 +105,7 @@ def test_another_node_that_answers_is_passed_over() -> None:
     play(story)
 
 
-def test_the_next_address_is_tried_where_another_node_answers() -> None:
+def test_the_next_address_is_tried_if_another_node_answers() -> None:
     async def story(one: End, other: End) -> None:
         with socket.create_server(("127.0.0.3", other.host.port)) as listener:
             third = End(replace(AGENT, node=3, name="n3"), listener)
@@ -116,7 +118,7 @@ def test_the_next_address_is_tried_where_another_node_answers() -> None:
 
 
 @pytest.mark.parametrize("older_dials", [True, False])
-def test_of_two_runs_the_older_is_told_that_it_is_over(older_dials: bool) -> None:  # noqa: FBT001 - pytest's
+def test_the_older_of_two_runs_learns_that_it_has_ended(older_dials: bool) -> None:  # noqa: FBT001 - pytest's
     async def story(old: End, new: End) -> None:
         if older_dials:
             with pytest.raises(RunIsOver, match="run 1 is over: run 3 is at work"):
@@ -132,7 +134,7 @@ def test_of_two_runs_the_older_is_told_that_it_is_over(older_dials: bool) -> Non
     play(story, AGENT, replace(OTHER, run=3))
 
 
-def test_agents_of_another_job_do_not_meet() -> None:
+def test_agents_of_different_jobs_do_not_connect() -> None:
     async def story(one: End, other: End) -> None:
         with pytest.raises(ProtocolError, match="n2 belongs to job other, not to job"):
             await one.dial(other.host)
@@ -142,7 +144,7 @@ def test_agents_of_another_job_do_not_meet() -> None:
 
 
 class Relay:
-    """Forwards the lines of the handshake between a dialer and ``target``; then says what it likes to both."""
+    """Forwards the lines of the handshake between a dialer and ``target``; then sends forged lines to both."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -169,7 +171,7 @@ class Relay:
 
 
 def forgeries(line: bytes, heard: list[bytes]) -> dict[str, list[bytes]]:
-    """What a relay may send that has ``heard`` two lines, and wants ``line`` to be believed."""
+    """The lines that a relay may send when it has ``heard`` two lines and wants ``line`` to be accepted."""
     first, second = heard
     return {
         "without a MAC": [line],
@@ -186,7 +188,7 @@ def forgeries(line: bytes, heard: list[bytes]) -> dict[str, list[bytes]]:
 
 @pytest.mark.parametrize("forgery", list(forgeries(b"", [b"", b""])))
 @pytest.mark.parametrize("to_acceptor", [True, False])
-def test_a_relay_can_neither_speak_nor_repeat_reorder_or_leave_out(forgery: str, *, to_acceptor: bool) -> None:
+def test_a_relay_can_neither_insert_nor_repeat_reorder_or_drop_lines(forgery: str, *, to_acceptor: bool) -> None:
     stop = messages.encode({"request": "stop", "reason": "user"})
 
     async def story(one: End, other: End) -> None:
@@ -216,8 +218,8 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     made.close()
 
 
-def test_neither_the_leader_nor_an_agent_does_what_a_relay_says(cluster: Cluster) -> None:
-    """Somebody listens on the port of an agent on a shared node, and forwards the handshake to the leader."""
+def test_neither_the_leader_nor_an_agent_obeys_a_relay(cluster: Cluster) -> None:
+    """An attacker listens on the port of an agent on a shared node, and forwards the handshake to the leader."""
     cluster.seats()
     for control in cluster.controls:
         control.report("running", 1)
@@ -284,8 +286,8 @@ def peak_mib(pid: int) -> float:
 
 
 @pytest.mark.parametrize("sent", [b"x" * 500, b"x" * (1024 * 1024), b"{}\n" + b"x" * (1024 * 1024)], ids=len)
-def test_four_hundred_strangers_take_no_memory(sent: bytes) -> None:
-    """From several addresses, so that all of them are in their handshake at once."""
+def test_four_hundred_strangers_use_no_memory(sent: bytes) -> None:
+    """The strangers use several addresses, so that all handshakes are open at once."""
     with subprocess.Popen([sys.executable, "-c", SERVER], stdin=-1, stdout=-1) as agent, ExitStack() as crowd:
         assert agent.stdout
         port = int(agent.stdout.readline())
@@ -302,14 +304,14 @@ def test_four_hundred_strangers_take_no_memory(sent: bytes) -> None:
         for stranger in strangers:
             with contextlib.suppress(OSError):
                 stranger.send(sent)
-        with socket.create_connection(("127.0.0.1", port)) as last:  # it is served after those before it
+        with socket.create_connection(("127.0.0.1", port)) as last:  # the server handles it after the earlier ones
             assert last.recv(1)
         grown = peak_mib(agent.pid) - before
         agent.communicate()
     assert grown < 10, f"{grown:.1f} MiB"
 
 
-def test_one_address_has_a_share_of_the_connections_in_their_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_address_gets_only_a_share_of_the_open_handshakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "MOST_STRANGERS_OF_ONE_ADDRESS", 10)
 
     async def story(one: End, other: End) -> None:
@@ -328,13 +330,13 @@ def test_one_address_has_a_share_of_the_connections_in_their_handshake(monkeypat
             assert b"challenge" in await received(elsewhere)
             crowd = [opened.enter_context(connect("127.0.0.5")) for _ in range(25)]
             for stranger in crowd[:15]:
-                while await received(stranger):  # until it is closed
+                while await received(stranger):  # until the connection is closed
                     pass
             for stranger in crowd[15:]:
                 assert b"challenge" in await received(stranger)
             assert len(other.network._strangers) == 11
             assert (await one.dial(other.host)).identity == OTHER
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(received(elsewhere), 0.1)  # it is still open
+                await asyncio.wait_for(received(elsewhere), 0.1)  # the connection is still open
 
     play(story)

@@ -1,4 +1,4 @@
-"""What a user of a checkout meets first: bin/setup-venv, make clean, mini-slurm in a chroot."""
+"""The first commands of a checkout's user: bin/setup-venv, make clean, mini-slurm in a chroot."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if os.path.exists("no-torch"):
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With the files that bin/setup-venv reads, and a Python without a network."""
+    """A checkout with the files that bin/setup-venv reads, and a Python without network access."""
     folder = tmp_path / "checkout"
     for name in ("bin/setup-venv", "pyproject.toml", "constraints.txt", "Makefile"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +61,12 @@ def program(path: Path, text: str) -> Path:
 
 
 def setup(checkout: Path, *before: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [*before, "bin/setup-venv", "docs"]  # without what apt-get would bring
+    command = [*before, "bin/setup-venv", "docs"]  # without the packages of apt-get
     environ = {**os.environ, **environ}
     return subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_it_says_what_is_downloaded_and_nothing_when_there_is_nothing_to_do(checkout: Path) -> None:
+def test_setup_shows_what_it_downloads_and_nothing_when_there_is_nothing_to_do(checkout: Path) -> None:
     done = setup(checkout)
     assert done.returncode == 0, done.stderr
     said = [line.removeprefix("setup-venv: ") for line in done.stderr.splitlines()]
@@ -78,16 +78,16 @@ def test_it_says_what_is_downloaded_and_nothing_when_there_is_nothing_to_do(chec
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_torch_that_is_not_there_is_a_failure(checkout: Path) -> None:
+def test_a_version_of_torch_that_does_not_exist_is_a_failure(checkout: Path) -> None:
     (checkout / "no-torch").touch()
     done = setup(checkout)
     assert done.returncode == 1
-    assert "\nERROR: no such version\nsetup-venv: no torch to be had here" in done.stderr
+    assert "\nERROR: no such version\nsetup-venv: no torch is available here" in done.stderr
     assert not list((checkout / ".venv").glob(".setup-*"))
 
 
 @pytest.mark.parametrize(("free", "code"), [(1_500_000, 1), (4_000_000, 0)])
-def test_it_looks_at_the_free_disk_space_before_it_downloads(
+def test_setup_checks_the_free_disk_space_before_it_downloads(
     checkout: Path, tmp_path: Path, free: int, code: int
 ) -> None:
     program(tmp_path / "bin" / "df", f"#!/bin/sh\necho Filesystem\necho /dev/x 1 1 {free} 1% /\n")
@@ -104,7 +104,7 @@ def test_it_looks_at_the_free_disk_space_before_it_downloads(
 def test_under_sudo_the_environment_belongs_to_the_owner_of_the_checkout(checkout: Path) -> None:
     under_sudo = {"SUDO_UID": str(OTHER), "SUDO_GID": str(OTHER)}
     assert setup(checkout, **under_sudo).returncode == 0
-    assert (checkout / ".venv").stat().st_uid == 0  # root's checkout
+    assert (checkout / ".venv").stat().st_uid == 0  # a checkout of root
     os.chown(checkout, OTHER, OTHER)
     assert setup(checkout, **under_sudo).returncode == 0
     assert {path.lstat().st_uid for path in [checkout / ".venv", *(checkout / ".venv").rglob("*")]} == {OTHER}
@@ -112,7 +112,7 @@ def test_under_sudo_the_environment_belongs_to_the_owner_of_the_checkout(checkou
 
 
 @AS_ROOT
-def test_settings_of_pip_that_sudo_has_dropped_are_named(checkout: Path, tmp_path: Path) -> None:
+def test_pip_settings_that_sudo_has_dropped_are_named(checkout: Path, tmp_path: Path) -> None:
     sudo = program(tmp_path / "bin" / "sudo", '#!/bin/sh\nenv -u PIP_INDEX_URL SUDO_UID=1 "$@"; exit $?\n')
     settings = {"PIP_INDEX_URL": "https://mirror", "PIP_CERT": "/x"}
     done = setup(checkout, str(sudo), **settings)
@@ -124,12 +124,12 @@ def test_settings_of_pip_that_sudo_has_dropped_are_named(checkout: Path, tmp_pat
 
 def make_clean(checkout: Path, **user: int) -> subprocess.CompletedProcess[str]:
     environ = {name: value for name, value in os.environ.items() if name not in {"MAKELEVEL", "MAKEFLAGS", "MFLAGS"}}
-    return subprocess.run(  # as from a shell, also when make runs the tests
+    return subprocess.run(  # as from a shell, even if make runs the tests
         ["make", "clean"], cwd=checkout, env=environ, capture_output=True, text=True, check=False, **user
     )
 
 
-def test_make_clean_removes_all_that_was_made(checkout: Path) -> None:
+def test_make_clean_removes_all_generated_files(checkout: Path) -> None:
     for name in (".venv/lib", ".venv-2.14", ".mypy_cache", "tests/__pycache__", "x.egg-info"):
         (checkout / name).mkdir(parents=True)
     done = make_clean(checkout)
@@ -139,7 +139,7 @@ def test_make_clean_removes_all_that_was_made(checkout: Path) -> None:
 
 
 @AS_ROOT
-def test_make_clean_says_in_one_line_what_only_root_can_remove(checkout: Path, tmp_path: Path) -> None:
+def test_make_clean_reports_in_one_line_what_only_root_can_remove(checkout: Path, tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == 0 and folder != Path("/") and not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o011)
@@ -162,7 +162,7 @@ def test_make_clean_says_in_one_line_what_only_root_can_remove(checkout: Path, t
         ("usr proc", "this is a chroot whose / is no mount point, so machines cannot have mounts of their own"),
     ],
 )
-def test_mini_slurm_says_in_one_line_why_it_cannot_run_in_a_plain_chroot(
+def test_mini_slurm_reports_in_one_line_why_it_cannot_run_in_a_plain_chroot(
     tmp_path: Path, mounts: str, said: str
 ) -> None:
     script = f"""

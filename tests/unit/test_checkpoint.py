@@ -45,7 +45,7 @@ def worker(rank: int, size: int, port: int, environ: dict[str, str], body: Calla
 
 @contextmanager
 def started(size: int, body: Callable[..., Any], *given: Any, **environ: Any) -> Iterator[list[tuple[Any, Connection]]]:
-    """A world of ``size`` processes that run ``body(*given)``: each process, and where what it returns arrives."""
+    """A world of ``size`` processes that run ``body(*given)``: each process, with the connection for its result."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     text = {name: str(value) for name, value in environ.items()}
@@ -71,7 +71,7 @@ def answer(connection: Connection) -> Any:
 
 
 def run_world(size: int, body: Callable[..., Any], *given: Any, **environ: Any) -> list[Any]:
-    """What ``body(*given)`` returns on every rank."""
+    """The results of ``body(*given)`` on all ranks."""
     with started(size, body, *given, **environ) as world:
         answers = [answer(connection) for _, connection in world]
         for process, _ in world:
@@ -81,7 +81,7 @@ def run_world(size: int, body: Callable[..., Any], *given: Any, **environ: Any) 
 
 
 def raised(action: Callable[[], Any]) -> str:
-    """Type, text and cause of what ``action`` raises."""
+    """Type, text and cause of the exception that ``action`` raises."""
     try:
         action()
     except Exception as error:  # noqa: BLE001 - whatever it is
@@ -90,7 +90,7 @@ def raised(action: Callable[[], Any]) -> str:
 
 
 def names(folder: Path) -> list[str]:
-    """What is in ``folder``, without fences."""
+    """The names in ``folder``, without fences."""
     return sorted(name for name in os.listdir(folder) if not name.startswith(".fence."))
 
 
@@ -112,7 +112,7 @@ def no_agent(monkeypatch):
 # --- one process ----------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_appears_when_it_is_complete_and_old_ones_go(tmp_path):
+def test_a_checkpoint_appears_when_it_is_complete_and_old_ones_are_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path / "deep" / "checkpoints", keep=2)
     assert checkpoints.load(read) is None
     for step in (1, 2, 3):
@@ -137,7 +137,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
         assert len(names(tmp_path)) == 1
 
 
-def test_a_save_that_fails_leaves_the_one_before_and_no_rubbish(tmp_path):
+def test_a_failed_save_leaves_the_previous_checkpoint_and_no_partial_files(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1)
 
@@ -153,28 +153,28 @@ def test_a_save_that_fails_leaves_the_one_before_and_no_rubbish(tmp_path):
     assert checkpoints.load(read) == "2"
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_not_counted(tmp_path, caplog):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_not_counted(tmp_path, caplog):
     checkpoints = Checkpoints(tmp_path, keep=1)
     save(checkpoints, 1)
     (tmp_path / "step-00000002").mkdir()
     assert checkpoints.load(read) == "1"
     assert str(tmp_path / "step-00000002") in caplog.text
     assert "FileNotFoundError" in caplog.text
-    save(checkpoints, 1, "again")  # what was just saved is never the one that is pruned for a later one
+    save(checkpoints, 1, "again")  # the checkpoint just saved is never pruned in favour of a later step
     assert checkpoints.load(read) == "again"
     save(checkpoints, 2)
     assert checkpoints.load(read) == "2"
     assert len(names(tmp_path)) == 1
 
 
-def test_training_does_not_start_anew_because_no_checkpoint_loads(tmp_path):
+def test_training_does_not_restart_from_zero_because_no_checkpoint_loads(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, "not JSON")
     with pytest.raises(CheckpointError, match=r"step-00000001.*JSONDecodeError.*fix the loader"):
         checkpoints.load(lambda path: json.loads(read(path)))
 
 
-def test_what_makes_no_sense_is_refused(tmp_path, monkeypatch):
+def test_senseless_arguments_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="keep=0"):
         Checkpoints(tmp_path, keep=0)
     with pytest.raises(UsageError, match=r"save\(-1\)"), Checkpoints(tmp_path).save(-1):
@@ -184,7 +184,7 @@ def test_what_makes_no_sense_is_refused(tmp_path, monkeypatch):
         Checkpoints(tmp_path)
 
 
-def test_a_later_round_shuts_out_an_earlier_one_and_says_so(tmp_path, monkeypatch):
+def test_a_later_round_shuts_out_an_earlier_one_with_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("ELASTIC_HPC_FENCE", "job.0.9")
     old = Checkpoints(tmp_path)
     save(old, 1)
@@ -204,7 +204,7 @@ def test_a_later_round_shuts_out_an_earlier_one_and_says_so(tmp_path, monkeypatc
 
 
 class Job:
-    """A job with a run directory, in which a leader is at work until ``end`` or ``die``."""
+    """A job with a run directory in which a leader is active until ``end`` or ``die``."""
 
     def __init__(self, path: Path, run: int = 0) -> None:
         self.rundir, self.run = RunDir(path).create(), run
@@ -228,7 +228,7 @@ class Job:
         self.die()
 
     def checkpoints(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, round: int = 1) -> Checkpoints:
-        """In a worker of that job."""
+        """The checkpoints as a worker of this job opens them."""
         with monkeypatch.context() as patch:
             patch.setenv("ELASTIC_HPC_FENCE", f"{self.rundir.identity()}.{self.run}.{round}")
             patch.setenv("ELASTIC_HPC_RUN_DIR", str(self.rundir.path))
@@ -237,7 +237,7 @@ class Job:
 
 @pytest.fixture
 def jobs(tmp_path) -> Iterator[Callable[..., Job]]:
-    """Makes jobs by their names."""
+    """Creates jobs by name."""
     made = []
 
     def make(name: str, run: int = 0) -> Job:
@@ -250,7 +250,7 @@ def jobs(tmp_path) -> Iterator[Callable[..., Job]]:
 
 
 @pytest.mark.parametrize("how", ["end", "die"])
-def test_a_job_continues_where_another_job_has_ended_whatever_its_rounds_and_says_so(
+def test_a_job_continues_where_another_job_has_ended_with_a_message_whatever_their_rounds(
     tmp_path, monkeypatch, jobs, how, caplog
 ):
     folder = tmp_path / "checkpoints"
@@ -268,7 +268,7 @@ def test_a_job_continues_where_another_job_has_ended_whatever_its_rounds_and_say
     save(after, 2)
 
 
-def test_a_job_is_refused_where_another_job_is_alive_and_harms_nobody(tmp_path, monkeypatch, jobs):
+def test_a_job_is_refused_where_another_job_is_alive_and_does_no_harm(tmp_path, monkeypatch, jobs):
     folder = tmp_path / "checkpoints"
     first, second = jobs("first"), jobs("second")
     owner = first.checkpoints(folder, monkeypatch)
@@ -287,7 +287,7 @@ def test_a_job_is_refused_where_another_job_is_alive_and_harms_nobody(tmp_path, 
         save(owner, 3)
 
 
-def test_a_job_whose_run_directory_was_removed_is_not_taken_for_the_one_that_is_there_now(tmp_path, monkeypatch, jobs):
+def test_a_job_whose_run_directory_was_removed_is_not_confused_with_the_new_one_there(tmp_path, monkeypatch, jobs):
     folder, first = tmp_path / "checkpoints", jobs("local.0")
     save(first.checkpoints(folder, monkeypatch, round=9), 1)
     first.die()
@@ -295,7 +295,7 @@ def test_a_job_whose_run_directory_was_removed_is_not_taken_for_the_one_that_is_
     assert jobs("local.0").checkpoints(folder, monkeypatch).load(read) == "1"
 
 
-def test_a_job_in_a_later_run_is_alive_though_its_run_before_has_ended(tmp_path, monkeypatch, jobs):
+def test_a_job_in_a_later_run_is_alive_although_its_previous_run_has_ended(tmp_path, monkeypatch, jobs):
     folder, first = tmp_path / "checkpoints", jobs("first")
     save(first.checkpoints(folder, monkeypatch), 1)
     first.end()
@@ -304,7 +304,7 @@ def test_a_job_in_a_later_run_is_alive_though_its_run_before_has_ended(tmp_path,
         jobs("second").checkpoints(folder, monkeypatch)
 
 
-def test_without_an_agent_the_last_to_open_the_folder_has_it(tmp_path, monkeypatch):
+def test_without_an_agent_the_last_process_to_open_the_folder_owns_it(tmp_path, monkeypatch):
     monkeypatch.setenv("ELASTIC_HPC_FENCE", "job.0.7")
     within = Checkpoints(tmp_path)
     save(within, 1)
@@ -314,7 +314,7 @@ def test_without_an_agent_the_last_to_open_the_folder_has_it(tmp_path, monkeypat
     with pytest.raises(FencedOut, match="a process without an agent"):
         save(within, 2)
     save(Checkpoints(tmp_path), 2)
-    save(outside, 3)  # of the same process
+    save(outside, 3)  # also of the same process
     assert run_world(1, one_writes, tmp_path)[0][0] == "3"
     with pytest.raises(FencedOut):
         save(outside, 5)
@@ -323,7 +323,7 @@ def test_without_an_agent_the_last_to_open_the_folder_has_it(tmp_path, monkeypat
 # --- readers --------------------------------------------------------------------------------------------------------
 
 
-def test_a_reader_touches_nothing_and_the_training_goes_on(tmp_path, monkeypatch, jobs):
+def test_a_reader_changes_nothing_and_the_training_continues(tmp_path, monkeypatch, jobs):
     folder = tmp_path / "checkpoints"
     training = jobs("training").checkpoints(folder, monkeypatch)
     save(training, 1)
@@ -340,7 +340,7 @@ def test_a_reader_touches_nothing_and_the_training_goes_on(tmp_path, monkeypatch
     assert not (tmp_path / "missing").exists()
 
 
-def test_a_reader_whose_checkpoints_are_pruned_while_it_reads_takes_those_that_have_come(tmp_path):
+def test_a_reader_whose_checkpoints_are_pruned_while_it_reads_takes_the_new_ones(tmp_path):
     training = Checkpoints(tmp_path, keep=1)
     save(training, 1)
     tries = []
@@ -367,14 +367,14 @@ def one_writes(folder: Path) -> tuple[str | None, list[str]]:
     return found, [path.name for path in checkpoints.newest_first()]
 
 
-def test_all_ranks_go_on_from_what_one_has_saved(tmp_path):
+def test_all_ranks_continue_from_what_one_rank_has_saved(tmp_path):
     both = [(None, ["step-00000001"])] * 2
     assert run_world(2, one_writes, tmp_path) == both
     assert run_world(1, one_writes, tmp_path) == [("1", ["step-00000002", "step-00000001"])]
 
 
 def sharded(folder: Path, steps: int) -> tuple[int, list[list[float]]]:
-    """Train a little with parameters that are split over the ranks: step and parameters before, all of them."""
+    """Train a little with parameters that are sharded over the ranks. Returns the step and all parameters before."""
     import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.device_mesh import init_device_mesh
@@ -411,7 +411,7 @@ def test_a_sharded_checkpoint_is_loaded_by_a_world_of_another_size(tmp_path):
 
 
 def troubles(folder: Path) -> list[Any]:
-    """What each of several troubles on rank 1 alone is on this rank."""
+    """The error on this rank for each of several troubles on rank 1 alone."""
     rank = int(os.environ["RANK"])
     checkpoints = Checkpoints(folder)
     save(checkpoints, 1)
@@ -430,12 +430,12 @@ def troubles(folder: Path) -> list[Any]:
 
     seen = [raised(fail), checkpoints.load(load)]
     os.environ["ELASTIC_HPC_FENCE"] = "job.0.2"
-    seen.append(Checkpoints(folder).load(lambda path: path.name))  # also saves 3 to nowhere, below
+    seen.append(Checkpoints(folder).load(lambda path: path.name))  # also used to save 3 to a missing folder, below
     seen.append(raised(lambda: save(checkpoints, 3)).partition(":")[0])
     return [*seen, raised(lambda: Checkpoints(folder / "step-00000001" / "state")).partition(":")[0]]
 
 
-def test_what_goes_wrong_on_one_rank_goes_the_same_way_on_all(tmp_path):
+def test_an_error_on_one_rank_is_the_same_error_on_all_ranks(tmp_path):
     first, second = run_world(2, troubles, tmp_path, ELASTIC_HPC_FENCE="job.0.1")
     assert "no checkpoint of step 3" in first[0]
     assert "rank 1: ValueError: no luck <- NoneType" in first[0]
@@ -459,7 +459,7 @@ def half_saved(folder: Path, gate: Connection) -> str:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_worker_that_is_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path, victim):
+def test_a_worker_that_is_killed_while_it_saves_leaves_the_previous_checkpoint(tmp_path, victim):
     ours, theirs = processes.Pipe()
     with ours, theirs, started(2, half_saved, tmp_path, theirs, ELASTIC_HPC_FENCE="job.0.1", SLOW=victim) as world:
         assert [answer(ours), answer(ours)] == ["inside", "inside"]
@@ -473,7 +473,7 @@ def test_a_worker_that_is_killed_while_it_saves_leaves_the_checkpoint_before(tmp
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
-def test_a_worker_that_slept_while_a_later_round_went_on_cannot_save(tmp_path, monkeypatch):
+def test_a_worker_that_slept_while_a_later_round_trained_cannot_save(tmp_path, monkeypatch):
     ours, theirs = processes.Pipe()
     with ours, theirs, started(1, half_saved, tmp_path, theirs, ELASTIC_HPC_FENCE="job.0.1", SLOW=0) as [(_, answers)]:
         assert answer(ours) == "inside"
@@ -496,7 +496,7 @@ def group_ends() -> bool:
     group = weakref.ref(control[1])
     del control
     dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # what the worker destroys
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the group that the worker destroys
     return group() is None
 
 

@@ -1,4 +1,4 @@
-"""The protocol of the folder of checkpoints, under every order of its steps."""
+"""The protocol of the checkpoint folder under every order of its steps."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ DEADLINE_S = 60.0
 
 
 class Killed(BaseException):
-    """The process is dead: none of its calls is made any more."""
+    """The process is dead and makes no further calls."""
 
 
 class Round(threading.Thread):
-    """A worker whose every call to the file system is a step: opens the folder, lists it, saves ``steps``."""
+    """A worker that opens the folder, lists it and saves ``steps``; every call to the file system is a step."""
 
     def __init__(
         self, folder: Path, round: int | Owner, steps: Sequence[int], *, keep: int, coin: random.Random
     ) -> None:
-        """``round``: of one job, or of another job or run."""
+        """``round``: a round of the default job, or the owner from another job or run."""
         super().__init__(name=f"round {round}", daemon=True)
         self.owner = round if isinstance(round, Owner) else Owner("job", 0, round)
         self.round, self.committed = self.owner.round, []
         self.listed: list[str] | None = None
         self.problem: BaseException | None = None
         self.next = ""
-        """The call that this thread makes next."""
+        """The next call of this thread."""
         self._files, self._steps, self._coin = Files(folder, self.owner, keep), steps, coin
         self._folder = folder
         self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
@@ -48,7 +48,7 @@ class Round(threading.Thread):
         self._waits.acquire()
 
     def step(self, *, kill: bool = False) -> None:
-        """Make the next call, or never another one."""
+        """Make the next call, or with ``kill`` no further call."""
         self._killed = kill
         self.next = ""
         self._go.release()
@@ -57,7 +57,7 @@ class Round(threading.Thread):
             self.join()
 
     def pause(self, call: str = "") -> None:
-        """Called by this thread before every call."""
+        """Wait for the next turn; this thread calls it before every call to the file system."""
         self.next = call
         if not self._killed:
             self._waits.release()
@@ -66,7 +66,7 @@ class Round(threading.Thread):
             raise Killed
 
     def listdir(self, listdir: Callable[..., list[str]], folder: Any) -> list[str]:
-        """As readdir may do it: what comes or goes in the meantime is seen or not."""
+        """Like readdir: may or may not see names that appear or vanish in the meantime."""
         before = set(listdir(folder))
         self.pause()
         after = set(listdir(folder))
@@ -80,7 +80,7 @@ class Round(threading.Thread):
             for step in self._steps:
                 name = self._files.begin(step)
                 for file in "ab":
-                    os.makedirs(self._folder / name, exist_ok=True)  # as torch.distributed.checkpoint does
+                    os.makedirs(self._folder / name, exist_ok=True)  # like torch.distributed.checkpoint
                     descriptor = os.open(self._folder / name / file, os.O_WRONLY | os.O_CREAT)
                     os.write(descriptor, f"{self.round}: {step}".encode())
                     os.close(descriptor)
@@ -94,7 +94,7 @@ class Round(threading.Thread):
 
 @contextmanager
 def stepwise() -> Iterator[None]:
-    """The calls of ``Round`` wait for their turn; of others they are made at once. Nothing is synced."""
+    """Calls of ``Round`` threads wait for their turn; calls of other threads run immediately. Nothing is synced."""
 
     def wrap(name: str) -> Callable[..., Any]:
         real = getattr(os, name)
@@ -116,7 +116,7 @@ def stepwise() -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What is in each checkpoint, which must be complete."""
+    """The content of each checkpoint, which must be complete."""
     found = {}
     for path in folder.glob("step-*"):
         texts = {(path / file).read_text() for file in "ab"}
@@ -140,7 +140,7 @@ def folder_with(*steps: int) -> Iterator[Path]:
 
 
 def advance(folder: Path, actor: Round, last: Round) -> None:
-    """Let ``actor`` make its next call, and see that all holds that is promised; ``last`` is the highest round."""
+    """Let ``actor`` make its next call, and check all invariants; ``last`` is the highest round."""
     before, listed = contents(folder), last.listed
     actor.step()
     after = contents(folder)
@@ -153,7 +153,7 @@ def advance(folder: Path, actor: Round, last: Round) -> None:
 
 
 def finish(folder: Path, rounds: Sequence[Round]) -> None:
-    """Run ``rounds`` to their end, the last first; then all must be as the next round expects it."""
+    """Run ``rounds`` to their end, the last one first; then the folder must be as the next round expects it."""
     last = rounds[-1]
     for actor in reversed(rounds):
         while not actor.ended:
@@ -176,7 +176,7 @@ def finish(folder: Path, rounds: Sequence[Round]) -> None:
     killed=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_once_a_round_has_listed_the_folder_nothing_comes_or_goes_but_by_itself(turns, last, seed, killed):
+def test_once_a_round_has_listed_the_folder_only_this_round_changes_it(turns, last, seed, killed):
     coin = random.Random(seed)
     with stepwise(), folder_with(1, 2) as folder:
         rounds = [
@@ -204,8 +204,10 @@ def until_it_changes_something(folder: Path, actor: Round, last: Round, *, times
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["an old worker", "a new round"])
-def test_whoever_falls_asleep_twice_does_no_harm_on_waking_up(first):
-    """One sleeps from anywhere, the other works up to anywhere and sleeps, the first goes on to its end."""
+def test_rounds_that_fall_asleep_at_two_points_do_no_harm_when_they_wake_up(first):
+    """One round sleeps at any point, the other works up to any point and sleeps, then
+    the first continues to its end.
+    """
     with stepwise():
         for one in range(1, 100):
             for other in range(1, 100):
@@ -229,7 +231,7 @@ def test_whoever_falls_asleep_twice_does_no_harm_on_waking_up(first):
 
 
 @pytest.mark.parametrize("again", [Owner("job", 0, 2), Owner("job", 1, 1), Owner("another", 0, 1)], ids=str)
-def test_wherever_a_worker_dies_the_old_or_the_new_checkpoint_is_there_and_the_next_cleans_up(again):
+def test_wherever_a_worker_dies_the_old_or_the_new_checkpoint_exists_and_the_next_worker_cleans_up(again):
     newest = set()
     with stepwise():
         for calls in range(1, 1000):
@@ -264,7 +266,7 @@ OWNERS = (Owner("job", 0, 5), Owner("job", 1, 2), Owner("a", 0, 7), Owner("z", 0
     killed=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_only_the_last_to_list_the_folder_changes_it_whatever_jobs_they_belong_to(turns, seed, killed):
+def test_only_the_last_round_to_list_the_folder_changes_it_whatever_the_jobs(turns, seed, killed):
     coin = random.Random(seed)
     with stepwise(), folder_with(1, 2) as folder:
         actors = [Round(folder, owner, [2, 3], keep=1, coin=coin) for owner in OWNERS]
@@ -300,7 +302,7 @@ def test_only_the_last_to_list_the_folder_changes_it_whatever_jobs_they_belong_t
         assert sorted(os.listdir(folder)) == [".fence.m.0.1", *sorted(before)]
 
 
-def test_of_two_jobs_that_open_the_folder_at_once_one_has_it():
+def test_of_two_jobs_that_open_the_folder_at_once_one_owns_it():
     with stepwise():
         for calls in range(1, 100):
             for others in range(1, 100):
@@ -322,7 +324,7 @@ def test_of_two_jobs_that_open_the_folder_at_once_one_has_it():
                 return
 
 
-def test_a_later_run_is_not_held_up_by_the_number_of_its_round(tmp_path):
+def test_a_later_run_is_not_blocked_by_the_number_of_its_round(tmp_path):
     """Run 0 reached round 5 while its record could not be written, so run 1 counts from 2."""
     Files(tmp_path, Owner("job", 0, 5), 3).open()
     Files(tmp_path, Owner("job", 1, 2), 3).open()

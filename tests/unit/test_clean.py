@@ -1,4 +1,4 @@
-"""``elastic-hpc clean``: which run directories go, and which stay whatever happens."""
+"""``elastic-hpc clean``: which run directories it removes, and which it always keeps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONG_AGO = time.time() - 40 * 86400
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a Slurm answers that knows no job."""
+    """A home where Slurm answers but knows no job."""
     records.alone(tmp_path, monkeypatch)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -36,7 +36,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def slurm_says(
     home: Path, *active: str, fails: bool = False, accounting: str = "(null)", ended: dict[str, str] | None = None
 ) -> None:
-    """What squeue answers at a site whose other clusters it cannot ask: the jobs ``active``, and how others ended."""
+    """Let squeue answer with the jobs ``active`` and the ends of others; other clusters of the site do not answer."""
     mine = "\n".join(active)
     ours = "; ".join(f"case $* in *{id}*) echo '{id}|RUNNING|N/A|N/A|None';; esac" for id in active) or ":"
     ours += "".join(
@@ -73,12 +73,12 @@ def aged(folder: Path, when: float = LONG_AGO) -> Path:
 
 
 def removable(**how: bool) -> dict[str, str]:
-    """The names of what would be removed, with the states."""
+    """The names of the folders that would be removed, with the states."""
     found = cleaning.inventory(select([]), LONG_AGO + 60, **{"named": False, "with_files": False, **how})
     return {leftover.path.name: leftover.state for leftover in found.leftovers}
 
 
-def test_jobs_that_ended_long_ago_go_and_are_forgotten(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs_that_ended_long_ago_are_removed_and_forgotten(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, broken, new = job(home, "11"), job(home, "12", "broken"), job(home, "13", when=time.time() - 1200)
     assert main(["clean", "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -104,9 +104,9 @@ def test_a_job_that_is_submitted_to_a_removed_folder_is_known_again(home: Path) 
     assert remembered() == [old]
 
 
-def test_active_jobs_stay_by_the_record_and_by_slurm(home: Path) -> None:
+def test_jobs_that_are_active_by_their_record_or_by_slurm_stay(home: Path) -> None:
     job(home, "11", ended=False)
-    job(home, "12")  # over by its record, but in the queue again
+    job(home, "12")  # ended by its record, but in the queue again
     job(home, "13_4")
     job(home, "14")
     assert removable() == {"12": "COMPLETED", "13_4": "COMPLETED", "14": "COMPLETED"}
@@ -122,7 +122,7 @@ def test_a_resumed_job_stays_while_the_job_that_continues_is_active(home: Path) 
     assert removable() == {}
 
 
-def test_what_slurm_does_not_say_keeps_the_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_an_answer_from_slurm_the_folder_stays(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job(home, "11")
     slurm_says(home, fails=True)
     assert removable() == {}
@@ -130,7 +130,7 @@ def test_what_slurm_does_not_say_keeps_the_folder(home: Path, capsys: pytest.Cap
     assert "kept: 1 of Slurm, which did not answer (squeue --me" in capsys.readouterr().out
 
 
-def test_a_job_of_unknown_end_goes_only_if_it_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_of_unknown_end_is_removed_only_if_it_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = job(home, "11", ended=False)
     assert main(["clean", "--dry-run"]) == 0
     assert "kept: 1 of unknown end" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_a_job_of_unknown_end_goes_only_if_it_is_named(home: Path, capsys: pytes
     assert not folder.exists()
 
 
-def test_checkpoints_stay_unless_they_are_meant_too(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_stay_unless_the_user_includes_them(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = job(home, "11")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "1").touch()
@@ -153,7 +153,7 @@ def test_checkpoints_stay_unless_they_are_meant_too(home: Path, capsys: pytest.C
     assert not folder.exists()
 
 
-def test_all_that_we_write_into_a_run_directory_is_ours(home: Path) -> None:
+def test_all_files_that_we_write_into_a_run_directory_are_known_as_ours(home: Path) -> None:
     folder = job(home, "11")
     for name in (
         *("secret", "heartbeat", "events.n1.jsonl", "first.11.0.0", "left", "script.sbatch", "code.json", "code.diff"),
@@ -202,7 +202,7 @@ def test_a_large_file_with_the_name_of_a_mark_keeps_the_folder(home: Path) -> No
     assert removable() == {}
 
 
-def test_of_a_copy_of_the_code_only_what_was_copied_is_ours(home: Path) -> None:
+def test_in_a_copy_of_the_code_only_the_copied_files_are_ours(home: Path) -> None:
     work, folder = home / "work", job(home, "11")
     (work / "sub").mkdir(parents=True)
     (work / "train.py").write_text("pass")
@@ -228,7 +228,7 @@ def test_of_a_copy_of_the_code_only_what_was_copied_is_ours(home: Path) -> None:
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_a_job_with_a_sign_of_life_stays_also_if_it_is_named(home: Path, *, ended: bool) -> None:
+def test_a_job_with_a_sign_of_life_stays_even_if_it_is_named(home: Path, *, ended: bool) -> None:
     folder = job(home, "11", ended=ended)
     (folder / "heartbeat").touch()
     assert main(["clean", "--yes", "--with-checkpoints", "11"]) == 0
@@ -239,13 +239,13 @@ def test_a_job_with_a_sign_of_life_stays_also_if_it_is_named(home: Path, *, ende
     assert folder.exists()
 
 
-def test_a_job_of_unknown_end_stays_for_a_day_also_if_it_is_named(home: Path) -> None:
+def test_a_job_of_unknown_end_stays_for_a_day_even_if_it_is_named(home: Path) -> None:
     folder = job(home, "11", ended=False, when=time.time() - 3600)
     assert main(["clean", "--yes", "11"]) == 0
     assert folder.exists()
 
 
-def test_without_an_answer_about_other_clusters_all_jobs_stay_at_a_site_that_has_some(home: Path) -> None:
+def test_without_an_answer_about_other_clusters_all_jobs_stay_at_a_site_with_several_clusters(home: Path) -> None:
     job(home, "11")
     slurm_says(home, accounting="accounting_storage/slurmdbd")
     assert removable() == {}
@@ -262,7 +262,7 @@ def test_a_job_that_is_being_resumed_stays(home: Path, capsys: pytest.CaptureFix
     assert folder.exists()
 
 
-def test_a_removal_that_was_cut_off_is_taken_up_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_removal_is_resumed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = job(home, "11")
     job(home, "12", when=time.time())
 
@@ -278,7 +278,7 @@ def test_a_removal_that_was_cut_off_is_taken_up_again(home: Path, monkeypatch: p
     assert not rest.exists()
 
 
-def test_names_cannot_write_to_the_terminal(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_names_do_not_reach_the_terminal(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = job(home, "11")
     (folder / "a\x1b[2Jb\nc.pt").touch()
     aged(folder)
@@ -311,7 +311,7 @@ def test_another_users_folder_stays(home: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-def test_a_folder_that_cannot_be_read_is_passed_over(home: Path) -> None:
+def test_an_unreadable_folder_is_skipped(home: Path) -> None:
     code = "import os; from elastic_hpc.job.lookup import select; os.seteuid(65534); print(len(select([])))"
     environ = {**os.environ, "XDG_STATE_HOME": str(home / "none"), "PYTHONPATH": str(Path(__file__).parents[2])}
     with tempfile.TemporaryDirectory(dir="/tmp") as place:  # tmp_path is closed to others
@@ -326,7 +326,7 @@ def test_a_folder_that_cannot_be_read_is_passed_over(home: Path) -> None:
 
 
 @pytest.mark.parametrize(("state", "gone"), [("FAILED", True), ("CANCELLED", True), ("", False), ("RUNNING", False)])
-def test_a_job_that_failed_before_its_start_goes(home: Path, state: str, *, gone: bool) -> None:
+def test_a_job_that_failed_before_its_start_is_removed(home: Path, state: str, *, gone: bool) -> None:
     folder = home / "elastic-logs" / "17"
     folder.mkdir(parents=True)
     (folder / "script.sbatch").write_text("#!/bin/bash\n# made by elastic-sbatch 0.1\n")
@@ -354,7 +354,7 @@ def test_a_folder_without_a_record_stays(home: Path) -> None:
     assert removable() == {}
 
 
-def test_copies_of_code_go_when_no_job_can_be_waiting_for_them(home: Path) -> None:
+def test_copies_of_code_are_removed_when_no_job_can_be_waiting_for_them(home: Path) -> None:
     job(home, "11", when=time.time())
     for name in (".submission.a", ".submission.b"):
         (home / "elastic-logs" / name / "code").mkdir(parents=True)
@@ -370,7 +370,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], str]) -> None:
     monkeypatch.setattr("builtins.input", lambda _: answer())
 
 
-def test_it_asks_and_believes_only_yes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clean_asks_and_accepts_only_yes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = job(home, "11")
     for answer in ("", "n", "what?"):
         answers(monkeypatch, lambda answer=answer: answer)
@@ -381,7 +381,7 @@ def test_it_asks_and_believes_only_yes(home: Path, monkeypatch: pytest.MonkeyPat
     assert not folder.exists()
 
 
-def test_a_job_that_begins_to_be_resumed_while_another_is_removed_stays(
+def test_a_job_whose_resume_begins_while_another_job_is_removed_stays(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = job(home, "11"), job(home, "12")
@@ -398,7 +398,7 @@ def test_a_job_that_begins_to_be_resumed_while_another_is_removed_stays(
     assert "it is being resumed: not removed" in capsys.readouterr().err
 
 
-def test_a_job_that_is_resumed_while_it_asks_stays(
+def test_a_job_that_is_resumed_while_clean_asks_stays(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = job(home, "11")
@@ -414,7 +414,9 @@ def test_a_job_that_is_resumed_while_it_asks_stays(
     assert not (folder / "resuming").exists()
 
 
-def test_without_a_terminal_it_removes_nothing_unasked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_clean_removes_nothing_unless_told_to(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = job(home, "11")
     assert main(["clean"]) == 2
     assert "expected --yes to remove without a question, or --dry-run" in capsys.readouterr().err

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A directory with a script, without configuration files, and a stub of sbatch that keeps what it was given."""
+    """A directory with a script, without configuration files, and a stub of sbatch that records its input."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "ELASTIC_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
@@ -43,7 +43,7 @@ class Project:
         self.folder, self.recorded, self.sbatch = folder, recorded, sbatch
 
     def seen(self, what):
-        """Of the script not the last line, which says all once more."""
+        """The recorded text; of the script without the last line, which repeats the command line."""
         path = self.recorded / what
         return path.read_text().partition("# elastic-sbatch --resume")[0] if path.exists() else None
 
@@ -55,7 +55,7 @@ class Project:
         return re.search(r"^srun .*$", script, re.MULTILINE)[0].replace('"${agent_options[@]}"', options)
 
 
-def test_a_job_is_submitted_and_answered_like_sbatch(project, capsys):
+def test_a_job_is_submitted_and_the_output_is_like_sbatchs(project, capsys):
     assert main(["-N", "2:4", "-p", "gpu", "train.py", "--nodes", "x"]) == 0
     out, err = capsys.readouterr()
     assert out == "Submitted batch job 17\n"
@@ -122,7 +122,7 @@ def test_variables_of_slurm_and_of_another_job_do_not_reach_the_submission(proje
     assert not names & lost
 
 
-def test_what_the_environment_says_to_sbatch_is_taken_below_the_command_line_and_above_the_files(
+def test_sbatch_variables_of_the_environment_rank_below_the_command_line_and_above_the_files(
     project, monkeypatch, capsys
 ):
     (project.folder / "elastic_hpc.toml").write_text("[sbatch]\naccount = 'of the file'\nqos = 'of_the_file'\n")
@@ -154,7 +154,7 @@ def test_what_the_environment_says_to_sbatch_is_taken_below_the_command_line_and
         ("SIGNAL", "TERM@30", "--signal=TERM@30: Slurm or the shell needs SIGTERM itself"),
     ],
 )
-def test_what_the_environment_says_and_breaks_an_elastic_job_is_dropped_with_a_line(
+def test_environment_variables_that_break_an_elastic_job_are_dropped_with_a_message(
     project, monkeypatch, capsys, name, value, reason
 ):
     monkeypatch.setenv(f"SBATCH_{name}", value)
@@ -166,9 +166,7 @@ def test_what_the_environment_says_and_breaks_an_elastic_job_is_dropped_with_a_l
     assert capsys.readouterr().err == ""
 
 
-def test_the_sbatch_lines_of_a_python_script_are_settings_below_environment_and_command_line(
-    project, monkeypatch, capsys
-):
+def test_the_sbatch_lines_of_a_python_script_rank_below_environment_and_command_line(project, monkeypatch, capsys):
     (project.folder / "elastic_hpc.toml").write_text("[sbatch]\npartition = 'of_the_file'\nqos = 'of_the_file'\n")
     head = "#!/usr/bin/env python\n# x\n#SBATCH -p gpu --nodes=2-4 # why\n##SBATCH --qos=no\n\n#SBATCH --acco='a b'\n"
     (project.folder / "train.py").write_text(f"{head}#SBATCH -t 1:00:00\nimport os\n#SBATCH --qos=late\n")
@@ -203,7 +201,7 @@ def test_the_sbatch_lines_of_a_python_script_are_settings_below_environment_and_
         ("-D sub -o logs/out", "sub/logs"), ("-o a/%j/%x/out", "a"), ("-o here-%j.out", "."), ("-o 50%%/x", "50%"),
     ],
 )  # fmt: skip
-def test_the_folder_of_the_jobs_output_is_made_because_slurm_would_not(project, capsys, option, folder):
+def test_the_folder_of_the_jobs_output_is_created_because_slurm_would_not_do_it(project, capsys, option, folder):
     (project.folder / "sub").mkdir()
     (project.folder / "sub" / "train.py").write_text("pass")
     place = project.folder / folder.format(user=getpass.getuser())
@@ -215,7 +213,7 @@ def test_the_folder_of_the_jobs_output_is_made_because_slurm_would_not(project, 
     assert ("Slurm makes no folders; the job fails" in capsys.readouterr().err) == ("%j/" in option)
 
 
-def test_an_output_folder_that_cannot_be_made_is_told(project, capsys):
+def test_an_output_folder_that_cannot_be_created_is_reported(project, capsys):
     assert main(["-N1", "-o", "train.py/logs/%j.out", "train.py"]) == 0
     assert "--output=train.py/logs/%j.out: " in (said := capsys.readouterr().err)
     assert "train.py is a file" in said
@@ -232,14 +230,16 @@ def test_an_output_folder_that_cannot_be_made_is_told(project, capsys):
         ("/home/me/project/.venv", "", 0), ("/usr", "", 0), ("/opt/pipx/venvs/elastic_hpc", "", 0),
     ],
 )  # fmt: skip
-def test_an_environment_that_the_job_will_not_find_is_refused_or_told(project, monkeypatch, capsys, prefix, said, code):
+def test_an_environment_that_the_job_will_not_find_is_refused_or_reported(
+    project, monkeypatch, capsys, prefix, said, code
+):
     monkeypatch.setattr(sys, "prefix", prefix)
     assert main(["-N1", "train.py"]) == code
     assert f"elastic-sbatch: {said}" in (err := capsys.readouterr().err) or said in err
     assert bool(said) == ("expected the environment in which you train" in err)
 
 
-def test_a_temporary_environment_does_where_the_job_has_another_one(project, monkeypatch, capsys):
+def test_a_temporary_environment_is_accepted_if_the_job_has_another_one(project, monkeypatch, capsys):
     monkeypatch.setattr(sys, "prefix", "/home/me/.cache/uv/builds-v0/.tmpX1")
     assert main(["-N1", "--python", "/shared/venv/bin/python", "train.py"]) == 0
     assert sys.executable not in project.seen("script")
@@ -247,7 +247,7 @@ def test_a_temporary_environment_does_where_the_job_has_another_one(project, mon
     assert main(["-N1", "--python", "python3", "--container-image", "x.sif", "train.py"]) == 2
 
 
-def test_inside_a_job_what_slurm_has_set_for_that_job_is_no_wish(project, monkeypatch):
+def test_inside_a_job_variables_that_slurm_has_set_for_that_job_are_not_options(project, monkeypatch):
     outside = {"SLURM_CLUSTERS": "east", "SLURM_HINT": "nomultithread", "SBATCH_MEM_BIND": "local"}
     for name, value in {**outside, "SBATCH_QOS": "high"}.items():
         monkeypatch.setenv(name, value)
@@ -260,7 +260,7 @@ def test_inside_a_job_what_slurm_has_set_for_that_job_is_no_wish(project, monkey
     assert not named & {"clusters", "hint", "mem-bind"}
 
 
-def test_the_job_is_named_after_the_script_unless_told_otherwise(project, capsys):
+def test_the_job_is_named_after_the_script_unless_the_user_gives_a_name(project, capsys):
     main(["-N1", "train.py"])
     assert "#SBATCH --job-name=train " in project.seen("script")
     main(["-N1", "-m", "pkg.train"])
@@ -272,14 +272,14 @@ def test_the_job_is_named_after_the_script_unless_told_otherwise(project, capsys
     assert "#SBATCH --job-name=a_b " in project.seen("script")
 
 
-def test_the_script_is_looked_for_where_the_job_will_run(project):
+def test_the_script_is_searched_in_the_folder_where_the_job_will_run(project):
     (project.folder / "sub").mkdir()
     (project.folder / "sub" / "other.py").write_text("pass")
     assert main(["-N1", "-D", "sub", "other.py"]) == 0
     assert project.agents().endswith(" -- other.py &")
 
 
-def test_torchruns_options_are_taken_as_they_are_typed_there(project):
+def test_torchruns_options_are_accepted_in_torchruns_notation(project):
     argv = "--nnodes=2:4 --nproc_per_node=8 --rdzv_backend=c10d --max_restarts=3 --master_addr n1 --master_port=29501"
     assert main([*argv.split(), "--node_rank", "0", "--tee", "3", "--cpus_per_task=4", "train.py", "--a_b"]) == 0
     agents = project.agents()
@@ -289,7 +289,7 @@ def test_torchruns_options_are_taken_as_they_are_typed_there(project):
     assert "#SBATCH --cpus-per-task=4 " in project.seen("script")
 
 
-def test_plain_torchrun_is_told_what_it_knows_and_nothing_else_is_listed(project):
+def test_plain_torchrun_gets_only_the_options_that_it_knows_and_nothing_else_is_listed(project):
     argv = "--nnodes=2 --template=torchrun --tee=3 --virtual-local-rank --role=a --rdzv-conf=join_timeout=9 --log-dir=l"
     assert main([*argv.split(), "--node-rank=0", "train.py"]) == 0
     command = project.seen("script").replace(" \\\n ", "")
@@ -302,7 +302,7 @@ def test_plain_torchrun_is_told_what_it_knows_and_nothing_else_is_listed(project
     }
 
 
-def test_a_fixed_number_of_nodes_is_not_told_of_as_a_range(project):
+def test_a_fixed_number_of_nodes_is_not_shown_as_a_range(project):
     assert main(["-N4", "train.py"]) == 0
     assert "MIN-MAX" not in project.seen("script")
     assert main(["-N4-8", "train.py"]) == 0
@@ -332,14 +332,14 @@ def test_an_interpreter_may_have_options_and_a_blank_in_its_path(project):
     assert " x.sif env PYTHONSAFEPATH=1 python3.12 -O -u " in project.agents()
 
 
-def test_tasks_that_are_what_is_done_anyway_are_accepted(project, capsys):
+def test_task_counts_that_match_the_default_are_accepted(project, capsys):
     assert main(["-N4", "--ntasks-per-node=1", "-n", "4", "train.py"]) == 0
     assert "#SBATCH --ntasks" not in project.seen("script")
     assert main(["-N2:4", "-n", "4", "train.py"]) == 2
     assert "--ntasks=4: with a task count Slurm grants only MIN nodes" in capsys.readouterr().err
 
 
-def test_the_warning_has_room_for_the_grace_it_is_given(project, capsys):
+def test_the_warning_leaves_time_for_the_grace(project, capsys):
     assert main(["-N1", "--grace=5m", "--signal=usr1", "train.py"]) == 0
     assert "#SBATCH --signal=B:USR1@330 " in project.seen("script")
     assert main(["-N1", "--grace=100000", "--signal=R:USR1@90", "train.py"]) == 0
@@ -349,7 +349,7 @@ def test_the_warning_has_room_for_the_grace_it_is_given(project, capsys):
     assert "--grace 86400: the workers get the warning 86430 s before the end" in capsys.readouterr().err
 
 
-def test_torchruns_t_is_pointed_out_where_it_is_sbatchs(project, capsys):
+def test_the_message_points_out_that_t_is_torchruns_option_but_here_sbatchs(project, capsys):
     assert main(["-N1", "-t", "3", "train.py"]) == 0
     assert "-t 3 is sbatch's --time, in minutes; torchrun's -t is written --tee here" in capsys.readouterr().err
     assert main(["-N1", "-t0:3,1:3", "train.py"]) == 0
@@ -358,7 +358,7 @@ def test_torchruns_t_is_pointed_out_where_it_is_sbatchs(project, capsys):
     assert "--tee" not in capsys.readouterr().err
 
 
-def test_a_script_in_the_submission_folder_is_found_with_chdir_as_by_sbatch_and_that_is_said(project, capsys):
+def test_with_chdir_a_script_in_the_submission_folder_is_found_as_by_sbatch_with_a_note(project, capsys):
     (project.folder / "sub").mkdir()
     (project.folder / "python").write_text("")
     assert main(["-N1", "-D", "sub", "--python", "./python -X dev", "train.py"]) == 0
@@ -383,13 +383,13 @@ def test_grow_alone_means_on_and_leaves_the_script_alone(project, argv, grow):
     assert project.agents().endswith(" -- train.py x &")
 
 
-def test_a_script_may_be_named_like_a_switchs_value(project):
+def test_a_script_may_be_named_like_the_value_of_a_switch(project):
     (project.folder / "on").write_text("pass")
     assert main(["-N", "2:4", "--grow=on", "on"]) == 0
     assert project.agents().endswith(" -- on &")
 
 
-def test_the_command_line_takes_back_what_a_file_switched_on(project):
+def test_the_command_line_switches_off_what_a_file_switched_on(project):
     (project.folder / "elastic_hpc.toml").write_text("grow = true\nspares = 2\n")
     assert main(["-N", "4", "--grow=off", "--spares=0", "-G", "8", "train.py"]) == 0
     script = project.seen("script")
@@ -397,7 +397,7 @@ def test_the_command_line_takes_back_what_a_file_switched_on(project):
     assert "#SBATCH --nodes=4 " in script
 
 
-def test_plain_torchrun_is_asked_for_without_what_the_files_say_of_growth(project):
+def test_with_plain_torchrun_the_files_settings_of_growth_are_ignored(project):
     (project.folder / "elastic_hpc.toml").write_text("grow = true\nspares = 2\nworld-multiple-of = 7\n")
     assert main(["-N", "2:4", "--nproc-per-node=2", "--template=torchrun", "train.py"]) == 0
     assert "#SBATCH --nodes=2-4 " in project.seen("script")
@@ -405,7 +405,7 @@ def test_plain_torchrun_is_asked_for_without_what_the_files_say_of_growth(projec
 
 
 @pytest.mark.parametrize(("text", "code"), [("echo", 2), ("run_dir=$ELASTIC_HPC_JOIN", 0)])
-def test_a_template_of_ones_own_must_know_how_to_join_if_the_job_is_to_grow(project, capsys, text, code):
+def test_a_users_template_must_support_joiners_if_the_job_can_grow(project, capsys, text, code):
     (project.folder / "my.j2").write_text(f"#!/bin/sh\n{text}\n")
     assert main(["-N", "2:4", "--template", "my.j2", "train.py"]) == 0
     (project.recorded / "argv").unlink()
@@ -420,7 +420,7 @@ def test_a_job_of_fixed_size_may_grow_to_replace_its_losses(project):
     assert main(["-N", "4", "--grow", "train.py"]) == 0
 
 
-def test_a_multiple_of_workers_is_judged_where_their_number_is_known(project, capsys):
+def test_a_multiple_of_workers_is_checked_where_their_number_is_known(project, capsys):
     assert main(["-N", "4:6", "--world-multiple-of=16", "--nproc-per-node=gpu", "train.py"]) == 0
     assert main(["-N", "4:6", "--world-multiple-of=16", "train.py"]) == 0
     assert main(["-N", "4:6", "--world-multiple-of=16", "--nproc-per-node=4", "train.py"]) == 0
@@ -429,7 +429,7 @@ def test_a_multiple_of_workers_is_judged_where_their_number_is_known(project, ca
     assert "for example --nodes 8\n" in capsys.readouterr().err
 
 
-def test_defaults_come_from_the_projects_file(project):
+def test_defaults_come_from_the_projects_configuration_file(project):
     (project.folder / "elastic_hpc.toml").write_text("nodes = '2:4'\n[sbatch]\npartition = 'gpu'\n")
     assert main(["train.py"]) == 0
     assert "#SBATCH --partition=gpu                  # ./elastic_hpc.toml\n" in project.seen("script")
@@ -458,7 +458,7 @@ def job_file(project, text=JOB_FILE):
     (project.folder / "job.toml").write_text(text)
 
 
-def test_a_file_describes_the_whole_job_above_the_configuration_and_below_the_command_line(project, monkeypatch):
+def test_a_job_file_ranks_above_the_configuration_and_below_the_command_line(project, monkeypatch):
     job_file(project)
     (project.folder / "elastic_hpc.toml").write_text("max-restarts = 1\nspares = 1\n[sbatch]\nqos = 'low'\n")
     monkeypatch.setenv("SBATCH_PARTITION", "cpu")
@@ -484,7 +484,7 @@ def test_a_file_may_name_a_module_or_leave_the_script_to_the_command_line(projec
     assert project.agents().endswith(" -- train.py &")
 
 
-def test_config_shows_what_counts_and_where_it_comes_from(project, monkeypatch, capsys):
+def test_config_shows_the_effective_settings_and_their_sources(project, monkeypatch, capsys):
     job_file(project, f"notify = 'https://hooks.example/secret'\ngrace = '2m'\nsetup = 'module load a'\n{JOB_FILE}")
     env = "env = {A = 'b c', WANDB_API_KEY = 'x'}"
     (project.folder / "elastic_hpc.toml").write_text(f"spares = 1\n{env}\n[sbatch]\nqos = 'low'\n")
@@ -579,7 +579,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_submitted(project,
 @pytest.mark.parametrize(
     "argv", [["--time=2:01"], ["--time=1", "--grace=20"], ["--time=0"], ["--time=1", "--template=torchrun"]]
 )
-def test_a_job_that_is_warned_only_after_its_start_is_submitted(project, argv):
+def test_a_job_whose_warning_comes_only_after_its_start_is_submitted(project, argv):
     assert main(["-N", "2", *argv, "train.py"]) == 0
 
 
@@ -592,7 +592,7 @@ def test_a_file_may_set_an_option_for_jobs_that_have_the_option_it_belongs_to(pr
     assert "NOTIFY_AFTER=7" in project.seen("script")
 
 
-def test_what_slurm_refuses_is_one_line_and_exit_code_2(project, capsys):
+def test_a_refusal_by_slurm_is_one_line_and_exit_code_2(project, capsys):
     project.sbatch("echo 'sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: "
                    "Invalid partition name specified' >&2; exit 1")  # fmt: skip
     assert main(["-N1", "train.py"]) == 2
@@ -602,7 +602,7 @@ def test_what_slurm_refuses_is_one_line_and_exit_code_2(project, capsys):
     )
 
 
-def test_a_refusal_names_where_the_value_that_nobody_typed_comes_from(project, capsys, monkeypatch):
+def test_a_refusal_names_the_source_of_a_value_that_the_user_has_not_typed(project, capsys, monkeypatch):
     project.sbatch("echo 'sbatch: error: Invalid --time specification' >&2; exit 1")
     monkeypatch.setenv("SBATCH_TIMELIMIT", "banana")
     monkeypatch.setenv("SBATCH_PARTITION", "gpu")
@@ -625,20 +625,20 @@ def test_a_cluster_that_does_not_answer_is_not_a_refusal(project, capsys):
     assert capsys.readouterr().err.startswith("elastic-sbatch: sbatch: Batch job submission failed: Unable")
 
 
-def test_without_slurm_the_error_says_where_to_look(project, monkeypatch, capsys):
+def test_without_slurm_the_error_shows_where_to_look(project, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(project.folder))
     assert main(["-N1", "train.py"]) == 1
     assert "is this a login node" in capsys.readouterr().err
 
 
 def test_a_large_script_is_refused_without_a_traceback(project, capsys):
-    project.sbatch("echo 'sbatch: error: no' >&2; exit 1")  # reads nothing: the pipe breaks
+    project.sbatch("echo 'sbatch: error: no' >&2; exit 1")  # sbatch reads nothing, so the pipe breaks
     assert main(["-N1", "train.py", *["x" * 1000] * 300]) == 2
     assert capsys.readouterr().err == "elastic-sbatch: Slurm refused the job: no\n"
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_the_help_teaches_and_needs_no_other_option(project, capsys, monkeypatch, columns):
+def test_the_help_has_examples_and_needs_no_other_option(project, capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["-p", "gpu", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -669,7 +669,7 @@ def test_control_c_ends_quietly(project, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_reader_that_closes_early_is_no_error_to_show(project):
+def test_a_reader_that_closes_early_causes_no_error_message(project):
     command = f"'{sys.executable}' '{ROOT}/bin/elastic-sbatch' --dry-run -N1 train.py {'x' * 100_000} | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
     assert (done.stdout, done.stderr) == (b"#!/bin/bash\n", b"")
@@ -686,7 +686,7 @@ def test_submitting_imports_neither_torch_nor_submitit_nor_other_heavy_packages(
     assert done.stdout.decode().splitlines() == ["Submitted batch job 17", "set()"]
 
 
-def test_a_plain_submission_imports_nothing_that_only_others_need(project):
+def test_a_plain_submission_imports_nothing_that_only_other_submissions_need(project):
     code = (
         "import sys; from elastic_hpc.cli.sbatch import main; assert main(['--parsable', '-N1', 'train.py']) == 0\n"
         "print(*sorted(name for name in sys.modules if name.startswith('elastic_hpc.') or name in "
@@ -731,7 +731,7 @@ def test_templates_are_compiled_once_for_all_submissions(project, monkeypatch, t
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[: len(bc_magic)])  # cut off, as after a crash of the node
     assert submitted() == script
-    folder.chmod(0o777)  # others could put code there
+    folder.chmod(0o777)  # other users could put code there
     with monkeypatch.context() as patch:
         patch.setattr(Environment, "_generate", compiles)
         with pytest.raises(AssertionError, match="is compiled"):
@@ -741,7 +741,7 @@ def test_templates_are_compiled_once_for_all_submissions(project, monkeypatch, t
     assert submitted() == script
 
 
-def test_a_template_of_ones_own_that_was_edited_is_compiled_again(project, monkeypatch, tmp_path):
+def test_an_edited_template_of_the_user_is_recompiled(project, monkeypatch, tmp_path):
     from elastic_hpc.job.script import _templates
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -30,7 +30,7 @@ class Site:
         return load(self.environ, self.project)
 
 
-def test_later_files_win_and_every_value_remembers_its_source(site):
+def test_later_files_take_precedence_and_every_value_keeps_its_source(site):
     settings = site.load(
         site="max-restarts = 1\nmax-requeues = 1\nheartbeat-timeout = 2.5",
         user="max-restarts = 2\nnodes = '2:4'",
@@ -44,7 +44,7 @@ def test_later_files_win_and_every_value_remembers_its_source(site):
     }
 
 
-def test_the_command_line_wins_over_all_files(site):
+def test_the_command_line_takes_precedence_over_all_files(site):
     settings = site.load(site="nodes = 3\n[sbatch]\npartition = 'a'\nqos = 'b'").with_layer(
         Layer("command line", [("nodes", "1:2")], [Given(SBATCH["partition"], "c")])
     )
@@ -75,7 +75,7 @@ def test_a_template_path_is_relative_to_its_file_and_a_name_is_not(site):
 
 
 @pytest.mark.parametrize(("text", "on"), [("true", True), ("false", False), ("'on'", True), ("'off'", False)])
-def test_a_switch_is_true_or_false_in_a_file_or_a_word_as_on_the_command_line(site, text, on):
+def test_in_a_file_a_switch_is_true_or_false_or_a_word_as_on_the_command_line(site, text, on):
     settings = site.load(site="grow = true\nfree-growth = false", project=f"grow = {text}\nfree-growth = {text}")
     assert [(s.value, s.source) for s in settings.options.values()] == [(on, "./elastic_hpc.toml")] * 2
 
@@ -136,7 +136,7 @@ def test_a_mistake_in_a_file_is_one_line_with_the_files_name(site, text, message
     assert "\n" not in str(caught.value)
 
 
-def test_keys_are_written_with_either_dash_as_on_the_command_line(site):
+def test_keys_are_written_with_dashes_or_underscores_as_on_the_command_line(site):
     settings = site.load(project="max_restarts = 3\n[sbatch]\ngpus_per_node = 4\ncontainer-name = 'x'")
     assert settings.options["max-restarts"].value == 3
     assert [(g.name, g.value) for g in settings.sbatch] == [("gpus-per-node", "4"), ("container-name", "x")]
@@ -158,7 +158,7 @@ def test_one_string_is_a_list_of_one(site):
     assert settings.env["A"].value == "1"
 
 
-def test_a_file_from_an_editor_of_windows_is_read(site):
+def test_a_file_from_a_windows_editor_is_read(site):
     site.load()
     site.project.mkdir(exist_ok=True)
     site.files["project"].write_bytes(b'\xef\xbb\xbfmax-restarts = 3\r\nsetup = """\r\na\r\nb"""\r\n')
@@ -172,5 +172,5 @@ def test_a_site_file_that_is_named_must_be_readable(site, tmp_path):
         load(site.environ, tmp_path)
 
 
-def test_no_file_at_all_is_fine(tmp_path):
+def test_a_missing_configuration_is_accepted(tmp_path):
     assert load({"XDG_CONFIG_HOME": str(tmp_path)}, tmp_path) == Configuration()

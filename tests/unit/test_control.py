@@ -59,7 +59,7 @@ def test_a_round_forms_restarts_after_a_failure_and_finishes(cluster: Cluster) -
     assert verdict["actor"] == "batch script"
 
 
-def test_a_closed_connection_is_a_loss_at_once(cluster: Cluster) -> None:
+def test_a_closed_connection_is_a_loss_immediately(cluster: Cluster) -> None:
     cluster.seats()
     cluster.nodes[2].die()
     cluster.wait_stop(1)
@@ -68,7 +68,7 @@ def test_a_closed_connection_is_a_loss_at_once(cluster: Cluster) -> None:
     assert (lost["node"], lost["reason"]) == ("n2", "its connection was closed"), "not that it was silent for too long"
 
 
-def test_the_next_agent_leads_when_the_first_is_gone(cluster: Cluster) -> None:
+def test_the_next_agent_takes_over_when_the_first_is_gone(cluster: Cluster) -> None:
     cluster.seats()
     cluster.nodes[0].die()
     cluster.wait_stop(1)
@@ -103,7 +103,7 @@ def test_two_agents_left_of_three_survive_the_next_loss_too(tmp_path: Path) -> N
             cluster.wait_stop(before.round)
             if left == 2:
                 assert {seat.plan.group_world_size for seat in cluster.seats()} == {2}
-        # one of two, and not the one that led, cannot know whether the other goes on
+        # one of two nodes, if it did not lead, cannot know whether the other continues
         survivor = cluster.nodes[0]
         wait_for(lambda: survivor.gave_up)
         assert survivor.leader
@@ -112,7 +112,7 @@ def test_two_agents_left_of_three_survive_the_next_loss_too(tmp_path: Path) -> N
         cluster.close()
 
 
-def test_anybody_who_holds_the_secret_is_told_who_leads(cluster: Cluster) -> None:
+def test_a_client_with_the_secret_can_ask_who_leads(cluster: Cluster) -> None:
     cluster.seats()
 
     async def ask(host: Host) -> Redirect:
@@ -128,7 +128,7 @@ def test_anybody_who_holds_the_secret_is_told_who_leads(cluster: Cluster) -> Non
     assert all(control.must_stop(1) is None for control in cluster.controls)
 
 
-def test_a_leader_without_the_secret_is_not_believed() -> None:
+def test_a_leader_without_the_secret_is_rejected() -> None:
     async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         challenge = messages.encode({"challenge": proofs.new_nonce()})
         writer.write(challenge)
@@ -152,7 +152,7 @@ def test_a_leader_without_the_secret_is_not_believed() -> None:
 
 @pytest.fixture
 def warn(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluster, int], None]:
-    """What the batch script of a run does when its warning came."""
+    """The batch script of a run handles its warning."""
     monkeypatch.setattr(warned, "_PAUSE", 0.01)
     monkeypatch.setenv("PATH", "")  # without Slurm's commands the reason is the time limit
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -165,18 +165,18 @@ def warn(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluster, int], None]:
 
 
 def drained(cluster: Cluster) -> list[str]:
-    """The reasons for which workers of round 1 were told to save; each once."""
+    """The reasons for which workers of round 1 were asked to save; each once."""
     for control in cluster.controls:
         wait_for(lambda control=control: control.order and control.order.drain)
     wait_for(lambda: cluster.events("request"))
     return [event["reason"] for event in cluster.events("request")]
 
 
-def test_a_warning_waits_for_a_leader_that_has_yet_to_publish_its_address(
+def test_a_warning_waits_for_a_leader_that_has_not_published_its_address_yet(
     cluster: Cluster, warn: Callable[[Cluster, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.seats()
-    # the leader publishes it again, with the other agents, when the round has been formed
+    # the leader publishes its address again, with the other agents, when the round has been formed
     wait_for(lambda: len((cluster.rundir.read("endpoint.json") or {}).get("others", ())) == 2)
     endpoint = cluster.rundir.path / "endpoint.json"
     hidden = endpoint.rename(endpoint.with_name("hidden"))
@@ -187,7 +187,7 @@ def test_a_warning_waits_for_a_leader_that_has_yet_to_publish_its_address(
     assert not hidden.exists()
 
 
-def test_a_warning_that_came_before_the_leader_began_is_found_by_it(tmp_path: Path) -> None:
+def test_a_leader_finds_a_warning_that_came_before_its_start(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, granted=0, join_timeout=20.0)
     cluster.rundir.write_warning(0, "preempted")
     cluster.nodes.append(Node(cluster, 0, first=True))
@@ -196,7 +196,7 @@ def test_a_warning_that_came_before_the_leader_began_is_found_by_it(tmp_path: Pa
     cluster.close()
 
 
-def test_a_warning_that_the_leader_took_before_it_was_lost_is_known_to_the_next_leader(
+def test_a_warning_that_the_lost_leader_received_is_known_to_the_next_leader(
     cluster: Cluster, warn: Callable[[Cluster, int], None]
 ) -> None:
     cluster.seats()
@@ -213,7 +213,7 @@ def test_a_warning_that_the_leader_took_before_it_was_lost_is_known_to_the_next_
     assert [event["reason"] for event in cluster.events("request")] == ["time limit"] * 2, "once for each leader"
 
 
-def test_a_warning_of_the_run_before_is_not_one_of_this_run(
+def test_a_warning_of_the_previous_run_is_not_a_warning_of_this_run(
     cluster: Cluster, warn: Callable[[Cluster, int], None]
 ) -> None:
     cluster.rundir.write_warning(-1, "time limit")
@@ -225,7 +225,7 @@ def test_a_warning_of_the_run_before_is_not_one_of_this_run(
     assert cluster.events("request") == []
 
 
-def test_the_warning_of_a_run_does_not_take_the_address_of_the_run_before_for_that_of_its_own(
+def test_the_warning_of_a_run_does_not_use_the_address_of_the_previous_run(
     tmp_path: Path, warn: Callable[[Cluster, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = Cluster(tmp_path, granted=1)
@@ -237,13 +237,13 @@ def test_the_warning_of_a_run_does_not_take_the_address_of_the_run_before_for_th
         cluster.rundir.write("verdict.json", {"run": 1, "outcome": "requeue"})
 
     monkeypatch.setattr(warned, "time", SimpleNamespace(sleep=verdict))
-    warn(cluster, 1)  # of the run that follows: its agents are still starting
+    warn(cluster, 1)  # the warning of the following run, whose agents are still starting
     assert asked == ["time limit"], "asked again until there is a verdict, and left for the leader"
     assert cluster.events("request") == []
     cluster.close()
 
 
-def test_the_batch_script_can_ask_for_a_drain_with_nothing_but_the_run_directory(cluster: Cluster) -> None:
+def test_the_batch_script_can_request_a_drain_with_only_the_run_directory(cluster: Cluster) -> None:
     cluster.seats()
     for control in cluster.controls:
         control.report("running", 1)
@@ -271,7 +271,7 @@ def test_drain_says_what_happens_next(
     assert drained(cluster) == ["user"]
 
 
-def test_sigterm_of_the_leaders_agent_is_taken_for_the_end_of_the_allocation(cluster: Cluster) -> None:
+def test_sigterm_of_the_leaders_agent_counts_as_the_end_of_the_allocation(cluster: Cluster) -> None:
     cluster.seats()
     cluster.controls[1].on_signal()
     cluster.controls[0].on_signal()
@@ -281,7 +281,7 @@ def test_sigterm_of_the_leaders_agent_is_taken_for_the_end_of_the_allocation(clu
     assert [event["reason"] for event in cluster.events("request")] == ["terminated"]
 
 
-def test_an_unreachable_leader_is_told_with_its_address(tmp_path: Path) -> None:
+def test_an_unreachable_leader_is_reported_with_its_address(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     cluster = Cluster(tmp_path, granted=0, heartbeat_timeout=0.5, join_timeout=1.0)
@@ -297,11 +297,11 @@ def test_an_unreachable_leader_is_told_with_its_address(tmp_path: Path) -> None:
     cluster.close()
 
 
-def test_the_agent_outside_is_kept_quiet_as_long_as_the_control_thread_lives(cluster: Cluster) -> None:
+def test_the_outer_agent_gets_heartbeats_as_long_as_the_control_thread_lives(cluster: Cluster) -> None:
     wait_for(lambda: all(node.beats >= 2 for node in cluster.nodes))
 
 
-def test_news_make_the_descriptor_readable_that_the_main_thread_waits_on(cluster: Cluster) -> None:
+def test_news_makes_the_descriptor_readable_on_which_the_main_thread_waits(cluster: Cluster) -> None:
     import select
 
     cluster.seats()
@@ -314,7 +314,7 @@ def test_news_make_the_descriptor_readable_that_the_main_thread_waits_on(cluster
     wait_for(lambda: cluster.controls[1].must_stop(1))
 
 
-def test_what_could_not_be_written_is_written_later_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_writes_are_repeated_later_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rundir = RunDir(tmp_path / "late")
     recorder = Recorder(rundir, 0, Host(0, "n0", ("127.0.0.1",), 1))
     recorder.state(round=1)
@@ -329,7 +329,7 @@ def test_what_could_not_be_written_is_written_later_in_order(tmp_path: Path, cap
     assert (rundir.read("state.json") or {})["round"] == 1
 
 
-def test_events_are_one_json_object_a_line(cluster: Cluster) -> None:
+def test_events_are_one_json_object_per_line(cluster: Cluster) -> None:
     cluster.seats()
     wait_for(lambda: cluster.events("round"))
     (path,) = event_files(cluster.rundir.path)
@@ -337,7 +337,7 @@ def test_events_are_one_json_object_a_line(cluster: Cluster) -> None:
         assert {"time", "event"} <= json.loads(line).keys()
 
 
-def test_the_steps_of_a_round_are_not_told_of_the_next_one(cluster: Cluster) -> None:
+def test_the_steps_of_a_round_are_not_reported_for_the_next_one(cluster: Cluster) -> None:
     cluster.seats()
     for control in cluster.controls:
         control.report("running", 1)
@@ -356,7 +356,7 @@ def test_the_steps_of_a_round_are_not_told_of_the_next_one(cluster: Cluster) -> 
     assert (event["first"], event["step"], event["first_at"]) == (61, 61, 200.0)
 
 
-def test_a_peer_that_resets_the_connection_at_once_is_one_that_cannot_be_reached() -> None:
+def test_a_peer_that_resets_the_connection_immediately_counts_as_unreachable() -> None:
     class Reset:
         def get_extra_info(self, name: str) -> object:
             return ("127.0.0.1", 1) if name == "sockname" else None

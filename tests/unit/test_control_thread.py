@@ -1,4 +1,4 @@
-"""The control thread touches no file, so that a file system that stalls delays neither a heartbeat nor a take-over."""
+"""The control thread accesses no file, so that a stalled file system delays neither heartbeats nor a takeover."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ AUDITED = Path(__file__).with_name("audited")
 
 @pytest.fixture
 def audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the agents note that are started from now on."""
+    """The audit records of the agents that are started from now on."""
     monkeypatch.setenv("PYTHONPATH", str(AUDITED))
     monkeypatch.setenv("AUDIT_LOG", str(tmp_path / "audit"))
     return tmp_path / "audit"
 
 
-def test_the_audit_notes_what_touches_a_file(audit: Path) -> None:
+def test_the_audit_records_accesses_to_files(audit: Path) -> None:
     touches = [
         "open('/dev/null')",
         "os.stat('/')",
@@ -79,7 +79,7 @@ for line in {touches!r}:
     assert any(line.startswith("with the lock: os.stat") for line in noted)
 
 
-def test_no_agent_touches_a_file_on_its_control_thread(tmp_path: Path, audit: Path) -> None:
+def test_no_agent_accesses_a_file_on_its_control_thread(tmp_path: Path, audit: Path) -> None:
     """Start, rounds, a failure, a loss, growth, strangers, a take-over, a request, the verdict and the end."""
     job = Local(tmp_path, "--local=3", "--nodes=1:3", "--heartbeat-timeout=2", "--max-restarts=9", script=LISTEN)
     try:
@@ -138,10 +138,10 @@ def test_no_source_file_is_read_for_a_traceback_where_it_is_logged(monkeypatch: 
 HOST = Host(3, "n3", ("127.0.0.1",), 1)
 
 
-def test_commands_that_do_not_return_keep_no_other_from_running(
+def test_commands_that_do_not_return_do_not_block_other_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run directory, where the output of a new agent goes, stalls; Slurm's queue, and the secret, are read on."""
+    """The run directory, for the output of a new agent, stalls; the agent still reads Slurm's queue and the secret."""
     stalled, waiting = threading.Event(), threading.Semaphore(0)
 
     def restart(_source: SlurmSource, _host: Host) -> bool:
@@ -166,7 +166,7 @@ def test_commands_that_do_not_return_keep_no_other_from_running(
     assert threading.active_count() < before + 50, "nor do they become as many threads as there are nodes"
 
 
-def test_a_file_is_read_once_at_a_time_however_many_wait_for_it() -> None:
+def test_a_file_is_read_once_at_a_time_however_many_readers_wait() -> None:
     calls: list[int] = []
     stalled = threading.Event()
 
@@ -190,7 +190,7 @@ def test_a_file_is_read_once_at_a_time_however_many_wait_for_it() -> None:
     asyncio.run(run())
 
 
-def test_a_call_that_never_returns_keeps_no_process_from_ending() -> None:
+def test_a_call_that_never_returns_does_not_keep_the_process_from_ending() -> None:
     script = "import asyncio, time\nfrom elastic_hpc.agent.threads import on_thread\n"
     script += "async def main():\n    asyncio.ensure_future(on_thread(time.sleep, 600))\n    await asyncio.sleep(0.1)\n"
     began = time.monotonic()
@@ -198,6 +198,6 @@ def test_a_call_that_never_returns_keeps_no_process_from_ending() -> None:
     assert time.monotonic() - began < 60
 
 
-def test_what_a_call_raises_is_raised_where_it_is_awaited() -> None:
+def test_an_exception_of_a_call_is_raised_where_the_call_is_awaited() -> None:
     with pytest.raises(ZeroDivisionError):
         asyncio.run(on_thread(lambda: 1 // 0))

@@ -1,4 +1,4 @@
-"""The policy over all views there are: what it never does, and that no state waits for ever."""
+"""The policy over all views: what it never does, and that no state waits forever."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ ANY_VIEWS = st.builds(
 
 
 def gathering(view: View) -> View:
-    """All who are there are ready, and nothing else is the matter."""
+    """All connected nodes are ready, and nothing else needs a decision."""
     calm = replace(view, formed=frozenset(), lost=frozenset(), failure=None, request=None, ready=view.live)
     calm = replace(calm, barred=frozenset())
     return replace(calm, quorum=True, store_ready=True, leaving=frozenset(), idle=view.live)
@@ -121,12 +121,12 @@ EVERYTHING = settings(max_examples=200, deadline=None, suppress_health_check=[He
 
 
 def after_long(view: View, policy: Policy) -> View:
-    """The same state when nothing has happened for a day; only the times that the leader lets grow in it have grown."""
+    """The same state after a day without events; only the durations that the leader lets grow have grown."""
     enough = bool(policy.fit(view.live))
     day = 86400.0
     return replace(
         view,
-        settling=False,  # it lasts SETTLE seconds
+        settling=False,  # this lasts SETTLE seconds
         probing=0.0,
         since_start=view.since_start + day,
         since_min=view.since_min + day if enough else 0.0,
@@ -144,7 +144,7 @@ def after_long(view: View, policy: Policy) -> View:
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_without_a_majority_it_decides_nothing_but_to_wait_or_to_stop_leading(view: View, policy: Policy) -> None:
+def test_without_a_majority_the_leader_only_waits_or_stops_leading(view: View, policy: Policy) -> None:
     decision = decide(replace(view, quorum=False), policy)
     assert decision.action in {Action.WAIT, Action.ABDICATE}
     if view.formed and not view.confirming:
@@ -153,13 +153,13 @@ def test_without_a_majority_it_decides_nothing_but_to_wait_or_to_stop_leading(vi
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_with_a_majority_it_never_stops_leading_without_a_verdict(view: View, policy: Policy) -> None:
+def test_with_a_majority_the_leader_never_stops_leading_without_a_verdict(view: View, policy: Policy) -> None:
     assert decide(replace(view, quorum=True), policy).action is not Action.ABDICATE
 
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_a_world_has_a_size_that_is_allowed_and_nodes_that_are_ready(view: View, policy: Policy) -> None:
+def test_a_world_has_an_allowed_size_and_ready_nodes(view: View, policy: Policy) -> None:
     decision = decide(view, policy)
     assert bool(decision.nodes) == (decision.action in {Action.FORM, Action.RELEASE})
     if decision.action is Action.FORM:
@@ -177,7 +177,7 @@ def test_a_world_has_a_size_that_is_allowed_and_nodes_that_are_ready(view: View,
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_what_is_charged_is_within_its_budget(view: View, policy: Policy) -> None:
+def test_charges_stay_within_the_budget(view: View, policy: Policy) -> None:
     decision = decide(view, policy)
     if decision.action is Action.GATHER:
         assert decision.charged or decision.grows
@@ -199,7 +199,7 @@ def test_every_decision_has_a_reason_and_every_failure_a_cause(view: View, polic
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_finished_means_that_all_who_are_left_of_an_unbroken_round_have_finished(view: View, policy: Policy) -> None:
+def test_finished_means_that_all_remaining_nodes_of_an_unbroken_round_have_finished(view: View, policy: Policy) -> None:
     if decide(view, policy).action is Action.FINISH:
         assert view.formed
         assert view.formed <= view.succeeded
@@ -209,10 +209,10 @@ def test_finished_means_that_all_who_are_left_of_an_unbroken_round_have_finished
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_no_state_waits_for_ever(view: View, policy: Policy) -> None:
-    """After a day in which nothing happens nobody waits, but in these two states, whose ends lie elsewhere:
+def test_no_state_waits_forever(view: View, policy: Policy) -> None:
+    """After a day without events nobody waits, except in these two states, which end in other ways:
 
-    * a whole round trains and nobody has asked for anything: its end are its workers, ``--hang-timeout``, Slurm;
+    * a whole round trains and there is no request: its workers, ``--hang-timeout`` or Slurm end it;
     * workers of the last round are being stopped: ``Leader.on_tick`` gives a node up after ``STOP_TIMEOUT``.
     """
     view = after_long(view, policy)
@@ -245,8 +245,8 @@ def test_a_request_ends_the_job_or_its_reign(view: View, policy: Policy) -> None
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_whoever_waits_for_time_to_pass_does_so_within_the_users_timeouts(view: View, policy: Policy) -> None:
-    """A wait that a day ends is ended by the longest timeout as well."""
+def test_every_wait_for_time_is_within_the_users_timeouts(view: View, policy: Policy) -> None:
+    """A wait that ends within a day also ends within the longest timeout."""
     late = after_long(view, policy)
     if decide(late, policy).action is Action.WAIT:
         return
@@ -260,7 +260,7 @@ def test_whoever_waits_for_time_to_pass_does_so_within_the_users_timeouts(view: 
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_only_those_who_do_not_train_are_let_go_and_of_the_jobs_own_nodes_those_that_slurm_may_have_back(
+def test_only_idle_nodes_are_released_and_own_nodes_only_if_slurm_may_have_them_back(
     view: View, policy: Policy
 ) -> None:
     decision = decide(view, policy)
@@ -296,7 +296,7 @@ def test_a_job_that_may_have_fewer_nodes_shrinks_to_them_without_charge_and_keep
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_a_round_waits_for_workers_that_are_started_ahead_only_if_it_needs_them(view: View, policy: Policy) -> None:
+def test_a_round_waits_for_standbys_only_if_it_needs_them(view: View, policy: Policy) -> None:
     decision = decide(view, policy)
     if decision.action is Action.FORM and view.preparing.intersection(decision.nodes):
         prepared = view.ready - view.preparing
@@ -305,7 +305,7 @@ def test_a_round_waits_for_workers_that_are_started_ahead_only_if_it_needs_them(
 
 
 def _next_world(view: View, policy: Policy) -> frozenset[int]:
-    """The nodes of the world that is formed when all workers of the round have stopped."""
+    """The nodes of the world that is formed after all workers of the round have stopped."""
     here = view.live - view.preparing
     stopped = replace(view, formed=frozenset(), ready=here, live=here, idle=here, preparing=frozenset(), first=False)
     stopped = replace(stopped, leaving=frozenset(), barred=frozenset(), expected=0, store_ready=True)
@@ -316,7 +316,7 @@ def _next_world(view: View, policy: Policy) -> frozenset[int]:
 
 @given(VIEWS, policies())
 @EVERYTHING
-def test_workers_are_asked_to_save_before_the_world_is_changed_without_need(view: View, policy: Policy) -> None:
+def test_workers_are_asked_to_save_before_an_optional_change_of_the_world(view: View, policy: Policy) -> None:
     decision = decide(view, policy)
     if decision.action is Action.DRAIN:
         assert not view.lost

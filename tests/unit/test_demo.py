@@ -1,4 +1,4 @@
-"""``make demo`` without Slurm, on a shorter training: what it shows, and that it leaves nothing behind."""
+"""``make demo`` without Slurm, on a shorter training: its output, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ sys.exit(demo.main())
 
 
 def shown(python: str, tmp_path: Path, *options: str) -> str:
-    """What the demo prints, without Slurm."""
+    """The output of the demo without Slurm."""
     command = [python, "-B", "-c", SHORTER, str(ROOT / "bin" / "demo"), "--local", *options]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
@@ -37,7 +37,7 @@ def shown(python: str, tmp_path: Path, *options: str) -> str:
 
 
 def pids(output: str) -> list[dict[str, str]]:
-    """By node, of each world."""
+    """The pids by node, for each world."""
     lines = re.findall(r"processes of the workers: (.*)", output)
     return [dict(worker.split() for worker in line.split(", ")) for line in lines]
 
@@ -56,7 +56,7 @@ def test_the_demo_shows_workers_that_keep_their_processes_and_lose_no_step(tmp_p
 
 @ON_DEMAND
 @pytest.mark.parametrize("option", [["--restart"], []], ids=["restart", "old torch"])
-def test_the_demo_shows_a_restart_from_a_checkpoint_and_says_why(option: list[str], tmp_path: Path) -> None:
+def test_the_demo_shows_a_restart_from_a_checkpoint_and_the_reason(option: list[str], tmp_path: Path) -> None:
     output = shown(TORCH_214 if option and TORCH_214 else sys.executable, tmp_path, *option)
     why = "--restart" if option else "training in place needs torch 2.14, this is 2.13"
     assert f"when a node is lost, all workers restart from a checkpoint: {why}" in output

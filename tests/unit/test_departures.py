@@ -1,4 +1,4 @@
-"""Which nodes a job leaves before they fail or are taken away, and who says so: Slurm, the site's files, a notice."""
+"""Which nodes a job leaves before they fail or are taken away, according to Slurm, the site's files or a notice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     return Fake(tmp_path)
 
 
-def test_slurm_tells_which_nodes_are_drained_and_in_whose_words(fake: Fake):
+def test_slurm_shows_which_nodes_are_drained_and_with_which_reason(fake: Fake):
     shown = [
         NODE.format(name="n1", state="MIXED", more=""),
         NODE.format(
@@ -53,13 +53,13 @@ def test_slurm_tells_which_nodes_are_drained_and_in_whose_words(fake: Fake):
     assert fake.calls("show node") == ["show node n[1-5]"]
 
 
-def test_where_the_site_hides_its_nodes_that_is_an_error_and_no_good_news(fake: Fake):
+def test_hidden_nodes_are_an_error_and_do_not_count_as_healthy(fake: Fake):
     fake.program("scontrol", 'echo "slurm_load_node error: Access/permission denied" >&2; exit 1')
     with pytest.raises(SlurmError, match="denied"):
         slurm.out_of_service(["n1"])
 
 
-def test_of_the_reservations_only_those_for_maintenance_count(fake: Fake):
+def test_only_reservations_for_maintenance_count(fake: Fake):
     fake.tell("show reservation", RESERVATIONS)
     (planned,) = slurm.maintenance()
     assert (planned.name, planned.nodes, planned.end - planned.start) == ("day", "n[1,3]", 3600)
@@ -67,7 +67,7 @@ def test_of_the_reservations_only_those_for_maintenance_count(fake: Fake):
     assert slurm.maintenance() == []
 
 
-def test_nodes_are_left_some_minutes_before_their_maintenance_and_may_stay_after_it():
+def test_the_job_leaves_nodes_some_minutes_before_their_maintenance_and_may_keep_them_after_it():
     planned = [("day", "n[2-3]", 10_000.0, 20_000.0)]
 
     def left(now: float) -> dict[str, Departure]:
@@ -79,13 +79,13 @@ def test_nodes_are_left_some_minutes_before_their_maintenance_and_may_stay_after
     assert left(20_000) == {}
 
 
-def test_a_node_has_one_reason_and_the_first_time_by_which_it_must_be_left():
+def test_a_node_has_one_reason_and_the_earliest_time_by_which_the_job_must_leave_it():
     planned = [("later", "n1", 200.0, 900.0), ("day", "n1", 100.0, 900.0)]
     bad = [{"n1": "drained in Slurm: ECC"}, {"n1": "another", "n9": "no node of the job"}]
     assert departures(["n1"], planned, bad, 50.0) == {"n1": Departure("drained in Slurm: ECC", 100.0)}
 
 
-def test_a_file_that_is_not_empty_marks_its_node_whatever_is_in_it(tmp_path: Path):
+def test_a_file_that_is_not_empty_marks_its_node_whatever_its_content(tmp_path: Path):
     for name, content in (
         ("n1", b""),
         ("n2", b"ECC \xff\x1b[31m errors\nmore"),
@@ -104,7 +104,7 @@ def test_a_file_that_is_not_empty_marks_its_node_whatever_is_in_it(tmp_path: Pat
         marked(tmp_path / "missing")
 
 
-def test_a_notice_is_seen_whole_until_it_is_withdrawn_or_a_day_old(tmp_path: Path):
+def test_a_notice_is_read_whole_until_it_is_withdrawn_or_a_day_old(tmp_path: Path):
     folder = tmp_path / "notices"
     mark(folder, "n2", "ECC errors")
     mark(folder, "n2", "ECC errors rising")

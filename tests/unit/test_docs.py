@@ -1,4 +1,4 @@
-"""What the documents say exists: commands, options, variables, files."""
+"""The commands, options, variables and files in the documents exist."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def options_of(command: str) -> set[str]:
 
 
 def blocks(document: Path, *kinds: str) -> list[str]:
-    """Those marked ``slurm`` are run by tests/slurm/test_documents.py."""
+    """Blocks without the mark ``slurm``; tests/slurm/test_documents.py runs the marked ones."""
     return [text for found, text in BLOCK.findall(document.read_text()) if found in kinds]
 
 
@@ -116,6 +116,6 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
         exec(compile(block, str(document), "exec"), {"__name__": "__main__"})
 
 
-def test_the_reference_is_made_of_public_names() -> None:
+def test_the_reference_has_only_public_names() -> None:
     text = "".join(path.read_text() for path in (ROOT / "docs" / "generator").glob("*.py"))
     assert re.findall(r"from elastic_hpc\S* import .*\b_[a-z]\w*|\b(?:hpc|srun|sbatch)\._\w+", text) == []

@@ -1,4 +1,4 @@
-"""What the doctor says of sites as Slurm describes them, and of what nodes report."""
+"""The doctor's findings on sites as Slurm describes them, and on reports of nodes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GRACE = timedelta(seconds=90)
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on PATH with Slurm's commands, which say what the captured site says; a test may change the texts."""
+    """A folder on PATH with Slurm's commands, which print the output of the captured site; tests may change it."""
     (tmp_path / "config").write_text((SITES / "mini.config").read_text())
     (tmp_path / "partitions").write_text((SITES / "mini.partitions").read_text())
     (tmp_path / "help").write_text("      --container             Path to OCI container bundle\n")
@@ -67,7 +67,7 @@ def change(file: Path, **settings: str) -> None:
 
 
 def add(file: Path, **settings: str) -> None:
-    """What newer versions of Slurm say besides."""
+    """Additional output of newer versions of Slurm."""
     file.write_text(file.read_text() + "".join(f"\n{name} = {value}" for name, value in settings.items()))
 
 
@@ -80,7 +80,7 @@ def judged(partition: str | None, name: str) -> Finding:
     return about(slurm_findings(slurm.facts(partition), GRACE), name)
 
 
-def test_a_site_that_suits_elastic_jobs_is_told_so(commands: Path):
+def test_a_site_that_suits_elastic_jobs_gets_good_findings(commands: Path):
     findings = slurm_findings(slurm.facts(None), GRACE)
     assert {finding.about: finding.level for finding in findings} == {
         **dict.fromkeys(
@@ -96,7 +96,7 @@ def test_a_site_that_suits_elastic_jobs_is_told_so(commands: Path):
     }
 
 
-def test_a_site_that_forbids_requeue_is_told_what_to_set(commands: Path):
+def test_for_a_site_that_forbids_requeue_the_finding_names_the_setting(commands: Path):
     change(commands / "config", JobRequeue="0")
     found = judged(None, "requeue")
     assert (found.level, found.found) == (Level.WARN, "JobRequeue = 0")
@@ -115,7 +115,7 @@ def test_a_site_that_forbids_requeue_is_told_what_to_set(commands: Path):
         ("PrivateData", "jobs,nodes", "private data", Level.NOTE, "PrivateData without nodes"),
     ],
 )
-def test_each_setting_that_costs_something_says_what_to_set(
+def test_for_each_costly_setting_the_finding_names_the_better_value(
     commands: Path, name: str, value: str, finding: str, level: Level, says: str
 ):
     change(commands / "config", **{name: value})
@@ -135,7 +135,7 @@ def test_a_job_keeps_its_lost_nodes_where_slurm_lets_no_job_shrink(commands: Pat
     assert "no disable_job_shrink" in found.set
 
 
-def test_whether_a_running_job_may_give_nodes_back_is_told(commands: Path):
+def test_the_doctor_reports_whether_a_running_job_may_give_nodes_back(commands: Path):
     change(commands / "config", AccountingStorageType="accounting_storage/slurmdbd")
     assert judged(None, "giving back").level is Level.OK
     change(commands / "config", AccountingStorageType="accounting_storage/none")
@@ -145,7 +145,7 @@ def test_whether_a_running_job_may_give_nodes_back_is_told(commands: Path):
     assert (found.level, found.found) == (Level.WARN, "SchedulerParameters has disable_job_shrink")
 
 
-def test_a_prolog_and_an_epilog_are_told_with_their_limit_and_what_a_requeue_waits_for(commands: Path):
+def test_a_prolog_and_an_epilog_are_reported_with_their_limit_and_the_wait_of_a_requeue(commands: Path):
     change(commands / "config", Prolog="/site/prolog", Epilog="/site/epilog", CompleteWait="32 sec")
     found = judged(None, "prolog")
     assert (found.level, found.found) == (Level.NOTE, "Prolog = /site/prolog, PrologEpilogTimeout = none")
@@ -164,7 +164,7 @@ def test_a_prolog_and_an_epilog_are_told_with_their_limit_and_what_a_requeue_wai
     assert "EpilogTimeout = 60 s" in judged(None, "epilog").found
 
 
-def test_only_a_slurm_that_can_requeue_sooner_and_does_not_is_told_how(commands: Path):
+def test_only_for_a_slurm_that_could_requeue_sooner_does_the_finding_show_how(commands: Path):
     def told() -> list[Finding]:
         return [one for one in slurm_findings(slurm.facts(None), GRACE) if one.about == "requeue delay"]
 
@@ -177,13 +177,13 @@ def test_only_a_slurm_that_can_requeue_sooner_and_does_not_is_told_how(commands:
     assert not told()
 
 
-def test_users_who_may_be_told_of_an_expedited_requeue_are_told_to_leave_it_out(commands: Path):
+def test_users_for_whom_slurm_may_expedite_a_requeue_are_advised_against_it(commands: Path):
     change(commands / "config", SlurmctldParameters="enable_configless,enable_expedited_requeue")
     found = judged(None, "expedited requeue")
     assert (found.level, "--requeue=expedite" in found.set) == (Level.NOTE, True)
 
 
-def test_memory_that_a_job_gets_unasked_is_told_where_the_kernel_keeps_jobs_to_it(commands: Path):
+def test_default_memory_is_reported_where_the_kernel_enforces_it(commands: Path):
     change(commands / "config", SelectTypeParameters="CR_CORE_MEMORY", DefMemPerNode="2048")
     assert not [one for one in slurm_findings(slurm.facts(None), GRACE) if one.about == "memory"]
     change(commands / "config", TaskPlugin="task/cgroup,task/affinity")
@@ -207,7 +207,7 @@ def test_memory_that_a_job_gets_unasked_is_told_where_the_kernel_keeps_jobs_to_i
         ("mini|research||\nelsewhere|research|1|low", None, ""),
     ],
 )
-def test_limits_that_joiners_meet_are_told(commands: Path, associations: str, level: Level | None, says: str):
+def test_limits_that_affect_joiners_are_reported(commands: Path, associations: str, level: Level | None, says: str):
     (commands / "associations").write_text(associations)
     change(commands / "config", ClusterName="mini")
     assert not [one for one in slurm_findings(slurm.facts(None), GRACE) if one.about == "limits"]
@@ -219,14 +219,14 @@ def test_limits_that_joiners_meet_are_told(commands: Path, associations: str, le
     assert "MaxJobsPerUser = 1 in QOS low" in found[0].found
 
 
-def test_limits_that_cannot_be_asked_are_unknown(commands: Path):
+def test_limits_that_slurm_does_not_show_are_unknown(commands: Path):
     program(commands, "sacctmgr", 'echo "sacctmgr: error: Problem talking to the database" >&2; exit 1')
     change(commands / "config", AccountingStorageEnforce="associations,limits")
     found = judged(None, "limits")
     assert (found.level, "Problem talking to the database" in found.found) == (Level.UNKNOWN, True)
 
 
-def test_a_preemption_without_warning_is_told_with_what_the_workers_have(commands: Path):
+def test_a_preemption_without_warning_is_reported_with_the_time_that_workers_have(commands: Path):
     found = judged("lowcancel", "preemption")
     assert found.level is Level.WARN
     assert (
@@ -247,7 +247,7 @@ def test_a_preemption_that_is_announced_too_late_for_the_grace_gives_the_grace_t
     assert about(enough, "preemption").level is Level.OK
 
 
-def test_a_preemption_by_qos_is_judged_by_the_qos_of_the_users_jobs(commands: Path):
+def test_preemption_by_qos_is_judged_by_the_qos_of_the_users_jobs(commands: Path):
     change(commands / "config", PreemptType="preempt/qos", SlurmctldParameters="preempt_send_user_signal")
     found = judged("low", "preemption")
     assert (found.level, found.means) == (Level.OK, "jobs in QOS normal are not preempted")
@@ -261,14 +261,14 @@ def test_a_preemption_by_qos_is_judged_by_the_qos_of_the_users_jobs(commands: Pa
     assert (found.level, found.found) == (Level.UNKNOWN, "sacctmgr shows no QOS low")
 
 
-def test_a_partition_that_suspends_its_jobs_harms_none(commands: Path):
+def test_a_partition_that_suspends_jobs_harms_no_job(commands: Path):
     text = (commands / "partitions").read_text()
     (commands / "partitions").write_text(text.replace("PreemptMode=REQUEUE", "PreemptMode=GANG,SUSPEND"))
     found = judged("low", "preemption")
     assert (found.level, "continues where it was" in found.means) == (Level.OK, True)
 
 
-def test_a_preemption_that_leaves_no_grace_time_writes_none(commands: Path):
+def test_a_preemption_without_grace_time_adds_no_grace_to_the_site_file(commands: Path):
     change(commands / "config", SlurmctldParameters="preempt_send_user_signal")
     text = (commands / "partitions").read_text()
     (commands / "partitions").write_text(text.replace("GraceTime=10", "GraceTime=0"))
@@ -276,7 +276,7 @@ def test_a_preemption_that_leaves_no_grace_time_writes_none(commands: Path):
     assert (found.level, found.config) == (Level.WARN, {})
 
 
-def test_pyxis_and_accounting_are_seen(commands: Path):
+def test_pyxis_and_accounting_are_detected(commands: Path):
     (commands / "help").write_text("      --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH\n")
     change(commands / "config", AccountingStorageType="accounting_storage/slurmdbd")
     assert judged(None, "pyxis").level is Level.OK
@@ -292,7 +292,7 @@ def test_pyxis_and_accounting_are_seen(commands: Path):
         (None, "scontrol show config: No such file or directory"),
     ],
 )
-def test_a_slurm_that_cannot_be_asked_is_one_bad_finding(
+def test_a_slurm_that_does_not_answer_is_one_bad_finding(
     commands: Path,
     scontrol: str | None,
     says: str,
@@ -313,13 +313,13 @@ def test_a_slurm_that_cannot_be_asked_is_one_bad_finding(
     assert not Path("site.toml").exists()
 
 
-def test_what_slurm_was_not_asked_is_unknown_and_never_well(commands: Path):
+def test_facts_that_slurm_was_not_asked_for_are_unknown_and_never_good(commands: Path):
     program(commands, "scontrol", f'[ "$2" = partition ] && cat {commands}/partitions || exit 1')
     found = judged(None, "requeue")
     assert (found.level, found.found) == (Level.UNKNOWN, "scontrol show config: exit code 1")
 
 
-def test_a_setting_that_this_slurm_does_not_say_is_unknown(commands: Path):
+def test_a_setting_that_this_slurm_does_not_show_is_unknown(commands: Path):
     text = (commands / "config").read_text()
     (commands / "config").write_text(text.replace("KillWait ", "KillPatience "))
     found = judged(None, "KillWait")
@@ -344,7 +344,7 @@ MOUNTS = """\
         ("/scratchy/logs", "ext4", Level.UNKNOWN),
     ],
 )
-def test_the_file_system_of_the_run_directories_is_judged_by_what_it_is(path: str, kind: str, level: Level):
+def test_the_file_system_of_the_run_directories_is_judged_by_its_type(path: str, kind: str, level: Level):
     assert file_system(MOUNTS, path)[0] == kind
     assert log_dir_finding(MOUNTS, path).level is level
 
@@ -386,7 +386,7 @@ def ran(*reports: NodeReport, nodes: tuple[str, ...] = ("n1", "n2", "n3"), **cha
 ALL = (report("n1", "n2", "n3"), report("n2", "n1", "n3"), report("n3", "n1", "n2"))
 
 
-def test_nodes_that_agree_are_well():
+def test_nodes_that_agree_are_healthy():
     findings = ran(*ALL)
     assert {f.about: f.level for f in findings if f.level is not Level.OK} == {"GPUs": Level.NOTE}
     assert {"requeue", "nodes", "ports", "names", "file system", "clocks", "software"} < {f.about for f in findings}
@@ -398,7 +398,7 @@ def test_reports_survive_the_way_through_a_file():
         NodeReport.of({"schema": 7})
 
 
-def test_a_node_that_never_reported_is_named_with_its_last_words():
+def test_a_node_that_never_reported_is_named_with_its_last_output():
     findings = ran(*ALL[:2], causes={"n3": "probe of n3: /logs/doctor.0 is not there", "": "the end of the log"})
     found = about(findings, "nodes")
     assert found.level is Level.BAD
@@ -413,7 +413,7 @@ def test_a_job_without_any_report_points_at_the_shared_file_system():
     assert "--log-dir DIR that all nodes share (now /logs)" in found.set
 
 
-def test_a_closed_port_is_told_with_its_direction():
+def test_a_closed_port_is_reported_with_its_direction():
     cut = peer("n1", "timed out", "timed out", "timed out")
     found = about(ran(*ALL[:2], replace(ALL[2], peers={"n1": cut, "n2": peer("n2")})), "ports")
     assert found.level is Level.BAD
@@ -425,57 +425,57 @@ def test_a_firewall_that_opens_the_agents_ports_alone_is_found():
     assert about(ran(*ALL[:2], replace(ALL[2], peers=peers)), "ports of workers").level is Level.BAD
 
 
-def test_a_network_that_is_open_where_the_first_is_not_becomes_the_interface_to_set():
+def test_an_open_network_becomes_the_interface_to_set_if_the_first_is_closed():
     shut = [replace(one, peers={name: peer(name, "timed out") for name in one.peers}) for one in ALL]
     found = about(ran(*shut), "addresses")
     assert (found.level, found.config) == (Level.WARN, {"interface": "ib0"})
     assert "--interface ib0" in found.set
 
 
-def test_a_name_that_leads_elsewhere_is_told():
+def test_a_name_that_resolves_to_another_host_is_reported():
     wrong = replace(peer("n1"), resolves=("127.0.1.1",))
     found = about(ran(*ALL[:2], replace(ALL[2], peers={"n1": wrong, "n2": peer("n2")})), "names")
     assert (found.level, found.found) == (Level.WARN, "on n3 n1 is 127.0.1.1")
 
 
-def test_a_clock_that_is_ahead_is_named():
+def test_a_clock_that_is_ahead_is_reported():
     peers = {"n1": peer("n1", ahead=-30), "n2": peer("n2", ahead=-30)}
     found = about(ran(*ALL[:2], replace(ALL[2], peers=peers)), "clocks")
     assert (found.level, found.found) == (Level.WARN, "n3 is 30.0 s ahead of n1")
 
 
 @pytest.mark.parametrize("changes", [{"torch": "2.4.0"}, {"python": "3.10.1"}, {"torch": ""}])
-def test_a_node_with_other_software_is_told(changes: dict[str, str]):
+def test_a_node_with_different_software_is_reported(changes: dict[str, str]):
     found = about(ran(*ALL[:2], replace(ALL[2], **changes)), "software")  # type: ignore[arg-type]
     assert found.level is Level.BAD
     assert "n3" in found.found
 
 
-def test_a_file_system_where_two_nodes_are_first_is_bad():
+def test_a_file_system_on_which_two_nodes_create_the_same_file_first_is_bad():
     found = about(ran(*ALL[:2], replace(ALL[2], created=True)), "file system")
     assert (found.level, found.found.split(" made")[0]) == (Level.BAD, "n1, n3")
 
 
-def test_a_file_system_that_shows_files_late_is_slow():
+def test_a_file_system_that_shows_new_files_late_is_slow():
     late = {name: replace(peer(name), seen_after=6.0) for name in ("n1", "n2")}
     found = about(ran(*ALL[:2], replace(ALL[2], peers=late)), "file system")
     assert found.level is Level.WARN
     assert "6.00 s" in found.found
 
 
-def test_locks_that_are_not_felt_elsewhere_are_a_note():
+def test_locks_that_other_nodes_do_not_see_are_a_note():
     free = {name: replace(peer(name), lock_held=False) for name in ("n1", "n2")}
     assert about(ran(*ALL[:2], replace(ALL[2], peers=free)), "flock").level is Level.NOTE
 
 
-def test_granted_gpus_without_a_driver_are_bad():
+def test_granted_gpus_without_a_driver_are_a_bad_finding():
     with_gpus = [replace(one, gpus_granted="4", gpus_visible="0,1,2,3", gpu_devices=4) for one in ALL]
     assert about(ran(*with_gpus), "GPUs").found == "4 on each node"
     bare = about(ran(*with_gpus[:2], replace(with_gpus[2], gpu_devices=0)), "GPUs")
     assert (bare.level, "n3" in bare.found) == (Level.BAD, True)
 
 
-def test_a_submission_filter_that_takes_requeue_back_is_found():
+def test_a_submission_filter_that_removes_requeue_is_found():
     assert about(ran(*ALL, may_requeue=False), "requeue").level is Level.WARN
 
 
@@ -485,21 +485,21 @@ def test_a_long_completion_is_found(seconds: float, says: str):
     assert (found.level, says in found.found) == (Level.WARN, True)
 
 
-def test_one_node_alone_cannot_tell_of_ports_and_files():
+def test_one_node_alone_gives_no_findings_on_ports_and_files():
     findings = ran(report("n1"), nodes=("n1",))
     assert {f.about for f in findings if f.level is Level.UNKNOWN} == {"ports", "file system", "clocks"}
 
 
-def test_the_worst_comes_first():
+def test_the_worst_finding_comes_first():
     found = [Finding(level, level.value, "", "") for level in (Level.OK, Level.NOTE, Level.BAD, Level.UNKNOWN)]
     assert [finding.about for finding in worst_first(found)] == ["bad", "unknown", "note", "ok"]
 
 
-def test_the_site_file_is_read_without_complaint(tmp_path: Path):
+def test_the_site_file_is_read_without_errors(tmp_path: Path):
     finding = Finding(Level.WARN, "preemption", 'GraceTime = 10 s, "quoted"\nand # more', "", "", {"grace": 5})
     other = Finding(Level.WARN, "addresses", "n1", "", "", {"interface": "ib0"})
     options = [Given(SBATCH["partition"], 'my "low" \\ one'), Given(SBATCH["exclusive"], None)]
-    options += [Given(SBATCH["nodelist"], "n1")]  # of one job
+    options += [Given(SBATCH["nodelist"], "n1")]  # variables of one job
     (tmp_path / "site.toml").write_text(site_file([finding, other], options, "/scratch/me/logs"))
     settings = load({"ELASTIC_HPC_CONFIG": str(tmp_path / "site.toml"), "XDG_CONFIG_HOME": "/nowhere"}, tmp_path)
     assert settings.options["grace"].value == timedelta(seconds=5)
@@ -518,7 +518,7 @@ def test_the_site_file_is_read_without_complaint(tmp_path: Path):
 def test_the_command_writes_a_site_file_once(commands: Path, capsys: pytest.CaptureFixture[str]):
     change(commands / "config", SlurmctldParameters="preempt_send_user_signal")
     command = ["doctor", "--json", "--log-dir", "/dev/shm/logs", "--partition", "low", "--write-site", "site.toml"]
-    assert hpc.main(command) == 1  # a folder in memory is bad
+    assert hpc.main(command) == 1  # a folder in memory is a bad finding
     body = json.loads(capsys.readouterr().out)
     assert body["schema"] == 1
     assert body["findings"][0]["about"] == "log-dir"
@@ -546,14 +546,16 @@ def test_a_broken_configuration_file_is_a_finding(commands: Path, capsys: pytest
         (["--run", "--nodes", "0"], "expected a number of nodes"),
     ],
 )
-def test_bad_input_says_what_to_type(
+def test_the_error_for_bad_input_shows_what_to_type(
     commands: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ):
     assert hpc.main(["doctor", *arguments]) == 2
     assert says in capsys.readouterr().err
 
 
-def test_a_job_that_slurm_refuses_is_a_finding_and_leaves_nothing(commands: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_job_that_slurm_refuses_is_a_finding_and_leaves_nothing_behind(
+    commands: Path, capsys: pytest.CaptureFixture[str]
+):
     program(
         commands, "sbatch", 'cat >/dev/null; echo "sbatch: error: Batch job submission failed: No account" >&2; exit 1'
     )
@@ -565,7 +567,7 @@ def test_a_job_that_slurm_refuses_is_a_finding_and_leaves_nothing(commands: Path
 
 
 def test_two_nodes_find_each_other_and_agree(tmp_path: Path):
-    """Two probes on this machine: other names, the same network."""
+    """Two probes on this machine: different names, the same network."""
     rundir = RunDir(tmp_path / "doctor.0").create()
     rundir.make_secret()
     try:
@@ -586,12 +588,12 @@ def test_two_nodes_find_each_other_and_agree(tmp_path: Path):
     assert [levels[name] for name in ("nodes", "ports", "file system", "clocks", "software")] == [Level.OK] * 5
 
 
-def test_a_node_without_the_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_node_without_the_folder_reports_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert probe.main([str(tmp_path / "absent")]) == 1
     assert f"{tmp_path / 'absent'} is not there" in capsys.readouterr().err
 
 
-def test_the_findings_are_json_that_programs_can_rely_on():
+def test_the_findings_are_json_with_a_stable_schema():
     body = json.loads(as_json([Finding(Level.NOTE, "a", "b", "c", "d", {"grace": 5})]))
     assert body == {
         "schema": 1,

@@ -1,4 +1,4 @@
-"""Scripts that do not ask whether they are to save and stop, but have handlers of their own: a signal tells them."""
+"""Scripts that do not check for a drain but have signal handlers of their own get a signal."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ class Run:
             time.sleep(0.02)
 
     def agents(self) -> list[int]:
-        """Their pids."""
+        """The pids of the workers."""
         return [
             int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         ]
 
     def drain(self) -> dict[str, Any]:
-        """Ask for it; the verdict."""
+        """Request a drain. Returns the verdict."""
         subprocess.run([TOOL, "drain", self.dir], check=True, timeout=60)
         assert self.process.wait(60) == 1, self.output.read_text()
         verdict: dict[str, Any] = json.loads((self.dir / "verdict.json").read_text())
@@ -126,7 +126,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         ("ignorant", "SIGTERM", ("--drain-signal=15",), 0),
     ],
 )
-def test_a_script_that_saves_in_a_handler_is_told_of_a_drain_and_has_time_to_save(
+def test_a_script_that_saves_in_a_handler_is_notified_of_a_drain_and_has_time_to_save(
     start: Callable[..., Run], how: str, name: str, options: tuple[str, ...], saved: int
 ) -> None:
     run = start(how, name, *options)
@@ -140,7 +140,7 @@ def test_a_script_that_saves_in_a_handler_is_told_of_a_drain_and_has_time_to_sav
     ("how", "name", "options"),
     [("ignorant", "SIGTERM", ()), ("exits", "SIGUSR2", ()), ("exits", "SIGTERM", ("--drain-signal=off",))],
 )
-def test_a_script_that_would_only_be_killed_trains_until_the_time_is_up(
+def test_a_script_that_a_signal_would_only_kill_trains_until_the_grace_ends(
     start: Callable[..., Run], how: str, name: str, options: tuple[str, ...]
 ) -> None:
     run = start(how, name, "--grace=2", *options)
@@ -150,10 +150,10 @@ def test_a_script_that_would_only_be_killed_trains_until_the_time_is_up(
     assert (advice in run.output.read_text()) == (name == "SIGUSR2")
 
 
-def test_agents_that_get_sigterm_stay_for_the_verdict_though_the_script_ignores_the_signal(
+def test_agents_that_get_sigterm_stay_until_the_verdict_even_if_the_script_ignores_the_signal(
     start: Callable[..., Run],
 ) -> None:
-    """As from Slurm at a preemption without a warning: an agent that left first would be a lost node."""
+    """As at a preemption without a warning: an agent that left first would count as a lost node."""
     run = start("ignorant", "SIGTERM", "--grace=2")
     for pid in run.agents():
         os.kill(pid, signal.SIGTERM)
@@ -172,10 +172,10 @@ def test_ctrl_c_lets_a_script_save_in_its_handler(start: Callable[..., Run]) -> 
     assert run.saved == ["saved.0", "saved.1"]
 
 
-def test_before_a_growth_a_script_saves_in_its_handler_and_the_next_round_is_no_failure_s(
+def test_before_a_growth_a_script_saves_in_its_handler_and_the_new_round_does_not_count_as_a_failure(
     start: Callable[..., Run],
 ) -> None:
-    run = start("code", "SIGTERM", "--nodes=2:3")  # the last one counts
+    run = start("code", "SIGTERM", "--nodes=2:3")  # the last option counts
     command = os.fsdecode(Path(f"/proc/{run.agents()[0]}/cmdline").read_bytes()).split("\0")[:-1]
     environ = {**os.environ, "ELASTIC_HPC_LOCAL_NODE": "2", "ELASTIC_HPC_LOCAL_NODES": "3"}
     with subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True) as third:
@@ -191,17 +191,17 @@ def test_before_a_growth_a_script_saves_in_its_handler_and_the_next_round_is_no_
 
 
 @pytest.mark.parametrize("text", ["TERM", "SIGTERM", "sigterm", "term", "15"])
-def test_signals_are_named_as_sbatch_names_them(text: str) -> None:
+def test_signals_have_the_same_names_as_in_sbatch(text: str) -> None:
     assert DrainSignal.parse(text) == DrainSignal(signal.SIGTERM)
     assert str(DrainSignal.parse(text)) == "SIGTERM"
 
 
-def test_off_is_off() -> None:
+def test_with_off_no_signal_is_sent() -> None:
     assert str(DrainSignal.parse("off")) == "off"
 
 
 @pytest.mark.parametrize("text", ["KILL", "9", "STOP", "0", "TERMINATE", "", "USR1@90", "-15", "SIGSIGTERM", "99"])
-def test_what_is_no_signal_that_can_be_handled_is_refused(text: str) -> None:
+def test_a_value_that_is_no_signal_with_a_handler_is_refused(text: str) -> None:
     with pytest.raises(
         UsageError, match="expected a signal that a process can handle, for example --drain-signal USR1"
     ):
@@ -235,7 +235,7 @@ def process() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
 
 
 @pytest.mark.parametrize(("code", "ends"), [(WAITS, 7), (HANDLES, 7), (IGNORES, None), (DIES, None)])
-def test_a_process_is_looked_at_for_a_handler(
+def test_the_agent_checks_whether_a_process_has_a_handler(
     process: Callable[[str], subprocess.Popen[bytes]], code: str, ends: int | None
 ) -> None:
     one = process(code)
@@ -247,7 +247,7 @@ def test_a_process_is_looked_at_for_a_handler(
     os.close(workers[one.pid])
 
 
-def test_what_slurm_has_sent_to_the_workers_is_not_sent_again(
+def test_a_signal_that_slurm_has_sent_to_the_workers_is_not_repeated(
     process: Callable[[str], subprocess.Popen[bytes]],
 ) -> None:
     one = process(HANDLES)

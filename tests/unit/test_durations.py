@@ -29,7 +29,7 @@ from elastic_hpc.options.durations import as_text, parse, seconds, slurm_time, t
         ("1-12:30:05", 131405),
     ],
 )
-def test_a_time_is_seconds_or_has_units_or_is_written_as_slurm_does(text, expected):
+def test_a_duration_is_seconds_or_has_units_or_is_in_slurms_notation(text, expected):
     assert parse(text) == timedelta(seconds=expected)
 
 
@@ -37,13 +37,15 @@ def test_a_time_is_seconds_or_has_units_or_is_written_as_slurm_does(text, expect
     "text",
     ["", "0", "0s", "0:00", "-5", "5x", "m5", "30m1h", "1h30", "5 m", "1:2:3:4", "nan", "inf", "9e99", "1_0", "٣"],
 )
-def test_what_is_no_time_is_refused_with_examples(text):
+def test_an_invalid_duration_is_refused_with_examples(text):
     with pytest.raises(UsageError, match=r"expected a time above 0, for example 90 \(seconds\), 5m, 1h30m or 1:30:00"):
         parse(text)
 
 
-@given(st.timedeltas(timedelta(microseconds=1), timedelta(days=90000)))  # of 272 years a float lacks some
-def test_a_time_is_written_so_that_it_is_read_back_to_the_microsecond(value):
+@given(
+    st.timedeltas(timedelta(microseconds=1), timedelta(days=90000))
+)  # a float cannot hold the microseconds of 272 years
+def test_a_written_duration_is_read_back_to_the_microsecond(value):
     assert parse(as_text(value)) == value
 
 
@@ -52,7 +54,7 @@ def test_slurm_is_given_a_time_limit_that_is_never_shorter_and_less_than_a_secon
     assert timedelta(0) <= time_limit(slurm_time(value)) - value < timedelta(seconds=1)
 
 
-def test_eight_hours_are_written_as_slurm_does():
+def test_eight_hours_are_written_in_slurms_notation():
     assert slurm_time(timedelta(hours=8)) == "08:00:00"
     assert slurm_time(timedelta(days=2, seconds=1)) == "2-00:00:01"
 

@@ -1,6 +1,6 @@
-"""Who may lead: two groups of nodes that have no node in common never both have a majority, whatever was lost between
-them. The real leaders and the agents' real handling of orders and rosters, under a scheduler that delays, loses and
-reorders between connections as it likes; time and sockets are left out.
+"""Who may lead: two groups of nodes without a common node never both have a majority, whatever messages are lost
+between them. Runs the real leaders and the agents' real handling of orders and rosters under a scheduler that
+arbitrarily delays, loses and reorders messages between connections, without time and sockets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def test_of_two_parts_exactly_one_has_the_majority(base: Base, nodes: set[int]) 
 
 
 @given(CHAINS, BASES, st.sets(st.integers(0, 6)))
-def test_a_new_round_asks_for_its_own_members_and_for_those_before(
+def test_a_new_round_needs_a_majority_of_its_own_members_and_of_the_earlier_ones(
     bases: tuple[Base, ...], new: Base, nodes: set[int]
 ) -> None:
     assert has_quorum(extended(bases, new), nodes) == (has_quorum(bases, nodes) and new.agrees(nodes))
@@ -47,7 +47,7 @@ def test_a_new_round_asks_for_its_own_members_and_for_those_before(
 
 
 @given(CHAINS, st.dictionaries(st.integers(0, 6), st.integers(0, 9)))
-def test_a_base_is_dropped_only_when_those_who_know_no_newer_one_cannot_decide(
+def test_a_base_is_dropped_only_when_nodes_that_know_no_newer_base_cannot_decide(
     bases: tuple[Base, ...], held: dict[int, int]
 ) -> None:
     kept = relevant(bases, held)
@@ -59,14 +59,14 @@ def test_a_base_is_dropped_only_when_those_who_know_no_newer_one_cannot_decide(
     assert everybody == bases[-1:], "once all hold the newest, nothing older counts"
 
 
-def test_a_leader_that_is_no_member_of_its_round_breaks_the_tie_and_so_counts_among_those_who_know() -> None:
+def test_a_leader_outside_its_round_breaks_the_tie_and_so_counts_among_the_nodes_that_know_the_round() -> None:
     old, new = Base(1, 0, (2, 3)), Base(10, 2, (2, 3))
     assert old.agrees({0, 3})
     assert relevant((old, new), {}) == (old, new), "0 and 3 together could still decide"
     assert relevant((old, new), {3: 10}) == (new,)
 
 
-def test_those_before_are_asked_in_order_and_the_lost_leader_last() -> None:
+def test_earlier_members_are_asked_in_order_and_the_lost_leader_last() -> None:
     assert order_of_succession({5, 1, 3, 0}, lost=0, me=5) == [1, 3, 0]
     assert order_of_succession({5, 1, 3, 0}, lost=None, me=1) == [0]
     assert order_of_succession({5, 7}, lost=5, me=5) == []
@@ -74,19 +74,19 @@ def test_those_before_are_asked_in_order_and_the_lost_leader_last() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _clock() -> Iterator[None]:
-    """The agents of this module run without an event loop; their time stands still."""
+    """The agents of this module run without an event loop; their clock stands still."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("elastic_hpc.network.following.now", lambda: 0.0)
         yield
 
 
 class Agent(Follower):
-    """A node's agent whose connection and time the scheduler holds."""
+    """A node's agent; the scheduler controls its connection and time."""
 
     boots = itertools.count()
 
     def __init__(self, index: int, kept: bytes | None = b"") -> None:
-        """``kept``: what the agent before has promised; None if it is lost."""
+        """``kept``: the promises of the previous agent; None if they are lost."""
         self.kept = b""
         host = Host(index, f"n{index}", (f"10.0.0.{index}",), index)
         promises = Promises(self._keep, kept or b"", votes=kept is not None)
@@ -98,7 +98,7 @@ class Agent(Follower):
         self.leads: Leader | None = None
         self.workers = 0
         self.clock = 0.0
-        """Of its leader."""
+        """The clock of this agent's leader."""
 
     def _keep(self, promises: bytes) -> None:
         self.kept = promises
@@ -115,7 +115,7 @@ class Agent(Follower):
         return self.own
 
     def set_order(self, order: Order | None, _link: object) -> None:
-        """Workers are stopped before anything else happens, as in life."""
+        """As in production, workers are stopped before anything else happens."""
         while True:
             match follower.step(order, self.own, self.workers):
                 case follower.Stop():
@@ -154,7 +154,7 @@ class Agent(Follower):
 
 
 class Link:
-    """A connection; what is under way arrives in order, or not at all."""
+    """A connection. Messages in transit arrive in order or not at all."""
 
     def __init__(self, agent: Agent, to: Agent) -> None:
         assert to.leads
@@ -167,10 +167,10 @@ class Link:
 
 
 class Nodes:
-    """The nodes of a job, and what the scheduler does to them."""
+    """The nodes of a job, and the scheduler's actions on them."""
 
     pace: tuple[float, ...] = (0.0, 0.1, 0.4)
-    """Seconds that may pass until a leader acts again."""
+    """Seconds that may pass before a leader acts again."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Nodes:
         reboots: int = 0,
         freezes: int = 0,
     ) -> None:
-        """How often: agents are started anew, with or without what they have promised, and leaders are frozen."""
+        """Weights of agents that restart with their promises, or without, and of leaders that freeze."""
         self.dice = random.Random(seed)
         self.faults = (restarts, reboots, freezes)
         self.loss = loss
@@ -223,7 +223,7 @@ class Nodes:
                     self.connect(agent, to)
             case 1 if agent.link and not agent.leads:
                 self.log.append(f"n{agent.index} leaves n{agent.link.to.index}")
-                agent.leave()  # its leader notices later
+                agent.leave()  # the leader of the agent notices later
             case 2 if self.links:
                 left = [conn for conn, link in self.links.items() if link.agent.link is not link]
                 self.lose(self.dice.choice(left or list(self.links)))
@@ -249,14 +249,16 @@ class Nodes:
                 agent.send_status()
 
     def restart(self, agent: Agent, kept: bytes | None) -> None:
-        """The agent dies, with its workers, and is started anew."""
+        """The agent dies with its workers, and is restarted."""
         self.log.append(f"n{agent.index} is started anew{'' if kept is not None else ' and remembers nothing'}")
         self.stop(agent)
         agent.leave()
         self.agents[agent.index] = Agent(agent.index, kept)
         for conn in [conn for conn, link in self.links.items() if link.agent is agent]:
-            if self.dice.random() < 0.5 and conn in self.links:  # a leader that hears of one loss may let others go
-                self.lose(conn)  # else its leader notices later
+            if (
+                self.dice.random() < 0.5 and conn in self.links
+            ):  # a leader that learns of one loss may drop further connections
+                self.lose(conn)  # otherwise the leader notices later
 
     def take_over(self, agent: Agent) -> None:
         agent.leads = Leader(
@@ -342,7 +344,7 @@ class Nodes:
         return [frozenset(group) for size in nodes for group in itertools.combinations(nodes, size + 1)]
 
     def may_go_on(self, group: frozenset[int]) -> bool:
-        """Whether one of ``group``, who knows the newest roster in it, could lead the others."""
+        """Whether a node of ``group`` that knows the group's newest roster could lead the others."""
         rosters = {node: roster for node in group if (roster := self.agents[node].roster)}
         voters = {node for node in group if self.agents[node].votes}
         newest = max((roster.round for roster in rosters.values()), default=0)
@@ -380,10 +382,10 @@ FAULTS = st.sampled_from([0, 6])
 
 @given(st.integers(0, 2**32), st.integers(3, 6), st.integers(1, 4), st.sampled_from([0.0, 0.2]), FAULTS, FAULTS, FAULTS)
 @example(41, 4, 2, 0.2, 0, 0, 0)  # a leader that was no member of its round broke the tie, after its round was dropped
-@example(84, 3, 1, 0.0, 0, 0, 0)  # who held a roster unknown to this leader was taken for one that holds its own
-@example(871, 6, 4, 0.0, 0, 0, 0)  # who took this leader's roster after the gathering of a later round was counted
+@example(84, 3, 1, 0.0, 0, 0, 0)  # a node with a roster unknown to this leader counted as holding its roster
+@example(871, 6, 4, 0.0, 0, 0, 0)  # a node that accepted this leader's roster after a later gathering was counted
 @settings(max_examples=200, deadline=None)
-def test_two_groups_without_a_common_node_never_both_go_on(
+def test_two_groups_without_a_common_node_never_both_continue(
     seed: int, size: int, max_nodes: int, loss: float, restarts: int, reboots: int, freezes: int
 ) -> None:
     nodes = Nodes(seed, size, max_nodes, loss=loss, restarts=restarts, reboots=reboots, freezes=freezes)
@@ -395,7 +397,7 @@ def test_two_groups_without_a_common_node_never_both_go_on(
 
 
 class Story(Nodes):
-    """What happens is told step by step, and nothing is left to chance."""
+    """A fixed sequence of steps, without random choices."""
 
     pace = (0.0,)
 
@@ -403,12 +405,12 @@ class Story(Nodes):
         super().__init__(0, size, max_nodes)
 
     def after(self, agent: Agent, *, beat: bool = False) -> None:
-        """A leader decides when all have spoken."""
+        """Let a leader decide only after all have sent."""
         if beat:
             super().after(agent, beat=True)
 
     def talk(self, *nodes: int, seconds: float = 3.0) -> None:
-        """``nodes`` talk to each other; what the others have sent, or are sent, is under way."""
+        """``nodes`` exchange messages; messages from and to the others stay in transit."""
         end = {agent.index: agent.clock + seconds for agent in self.agents}
         while True:
             links = [(conn, link) for conn, link in self.links.items() if {link.agent.index, link.to.index} <= {*nodes}]
@@ -427,13 +429,13 @@ class Story(Nodes):
                     link.agent.send_status()
 
     def gather(self, leader: int, *nodes: int) -> None:
-        """``nodes`` leave the leader that they have, which does not notice, and follow ``leader``."""
+        """``nodes`` leave their leader, which does not notice, and follow ``leader``."""
         for node in nodes:
             self.agents[node].leave()
             self.connect(self.agents[node], self.agents[leader])
 
     def lead(self, node: int, *others: int) -> None:
-        """``node`` has lost its leader, and asks ``others`` for a majority."""
+        """``node`` loses its leader, and asks ``others`` for a majority."""
         self.agents[node].leave()
         self.take_over(self.agents[node])
         self.gather(node, *others)
@@ -456,8 +458,8 @@ class Story(Nodes):
 
 
 @pytest.mark.parametrize("remembers", [True, False])
-def test_a_leader_beside_its_world_that_begins_anew_breaks_no_tie_twice(*, remembers: bool) -> None:
-    """It has broken the tie between 0 and 1 already: {0, 2} trains, and 1 does not know of it."""
+def test_a_restarted_leader_outside_its_world_does_not_break_a_tie_twice(*, remembers: bool) -> None:
+    """The leader has already broken the tie between 0 and 1: {0, 2} trains, and 1 does not know it."""
     story = Story(4, 2)
     story.gather(0, 0, 1, 3)
     story.talk(0, 1, 3)
@@ -474,7 +476,7 @@ def test_a_leader_beside_its_world_that_begins_anew_breaks_no_tie_twice(*, remem
 
 
 @pytest.mark.parametrize("remembers", [True, False])
-def test_who_begins_anew_is_not_counted_either_when_its_leader_learns_of_rounds_that_it_belonged_to(
+def test_a_restarted_node_is_not_counted_either_when_its_leader_learns_of_the_nodes_earlier_rounds(
     *, remembers: bool
 ) -> None:
     story = Story(4, 3)
@@ -498,12 +500,12 @@ def test_who_begins_anew_is_not_counted_either_when_its_leader_learns_of_rounds_
 
 
 @pytest.mark.parametrize("remembers", [True, False])
-def test_a_leader_that_was_frozen_gives_nobody_who_begins_anew_its_vote_back(*, remembers: bool) -> None:
+def test_a_leader_that_was_frozen_does_not_give_a_restarted_node_its_vote_back(*, remembers: bool) -> None:
     story = Story(3, 3)
     story.gather(0, 0, 1, 2)
     story.talk(0, 1, 2)
     assert story.world == (0, 1, 2)
-    story.lead(1, 2)  # as 0 is frozen
+    story.lead(1, 2)  # because 0 is frozen
     story.die(2)
     story.talk(1)
     assert story.world == (1,)

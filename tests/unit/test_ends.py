@@ -1,4 +1,4 @@
-"""What Slurm has recorded as the end of a job, where that differs from the job's own record."""
+"""The end of a job in Slurm's records, where that differs from the job's own record."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def answers(folder: Path, squeue: str, sacct: str) -> None:
         (FORGOTTEN, "echo CANCELLED by 1000", "CANCELLED"),
         (FORGOTTEN, "printf 'RESIZING\\nCOMPLETED\\n'", "COMPLETED"),
         ("", "echo OUT_OF_MEMORY", "OUT_OF_MEMORY"),
-        (FORGOTTEN, "echo RUNNING", ""),  # slurmctld has lost the job, or the accounting its end
+        (FORGOTTEN, "echo RUNNING", ""),  # slurmctld has lost the job, or the accounting has lost the job's end
         (FORGOTTEN, NO_ACCOUNTING, ""),
         ("exec sleep 60", "exec sleep 60", ""),
     ],
 )
-def test_the_end_that_slurm_has_recorded_is_asked_of_slurmctld_then_of_the_accounting(
+def test_slurms_record_of_the_end_comes_from_slurmctld_or_else_from_the_accounting(
     commands: Path, monkeypatch: pytest.MonkeyPatch, squeue: str, sacct: str, end: str
 ) -> None:
     monkeypatch.setattr(job, "_END_SECONDS", 1 if "sleep" in squeue else 10)
@@ -61,7 +61,7 @@ def test_the_end_that_slurm_has_recorded_is_asked_of_slurmctld_then_of_the_accou
 @pytest.mark.parametrize(
     "recorded", ["TIMEOUT", "PREEMPTED", "NODE_FAIL", "CANCELLED", "FAILED", "OUT_OF_MEMORY", "NEW"]
 )
-def test_a_training_that_finished_is_told_from_an_end_that_slurm_calls_a_failure(recorded: str) -> None:
+def test_a_finished_training_is_reported_although_slurm_calls_the_end_a_failure(recorded: str) -> None:
     state, note, _ = state_of(replace(ended(), recorded_end=recorded), Story())
     reason, told = note.splitlines()
     assert (state, reason) == ("COMPLETED", "all workers finished")
@@ -70,7 +70,7 @@ def test_a_training_that_finished_is_told_from_an_end_that_slurm_calls_a_failure
 
 
 @pytest.mark.parametrize("cause", ["budget", "user"])
-def test_a_training_that_failed_is_told_from_an_end_that_slurm_calls_completed(cause: str) -> None:
+def test_a_failed_training_is_reported_although_slurm_calls_the_end_completed(cause: str) -> None:
     state, note, _ = state_of(replace(ended("failed", cause=cause), recorded_end="COMPLETED"), Story())
     assert state != "COMPLETED"
     assert "--dependency=afterok start all the same" in note
@@ -79,7 +79,7 @@ def test_a_training_that_failed_is_told_from_an_end_that_slurm_calls_completed(c
 @pytest.mark.parametrize(
     ("outcome", "recorded"), [("finished", "COMPLETED"), ("finished", ""), ("failed", "FAILED"), ("failed", "TIMEOUT")]
 )
-def test_nothing_is_told_where_both_mean_the_same_to_a_dependency_or_slurm_knows_nothing(
+def test_nothing_is_reported_if_both_mean_the_same_to_a_dependency_or_slurm_knows_nothing(
     outcome: str, recorded: str
 ) -> None:
     assert state_of(replace(ended(outcome), recorded_end=recorded), Story()).note == "all workers finished"
@@ -94,20 +94,24 @@ def test_nothing_is_told_where_both_mean_the_same_to_a_dependency_or_slurm_knows
         ("PENDING", "it starts once more, and ends at once"),
     ],
 )
-def test_a_job_that_is_over_by_its_record_and_not_yet_for_slurm_is_told_so(outcome: str, word: str, why: str) -> None:
+def test_a_job_that_has_ended_by_its_record_but_not_yet_for_slurm_is_reported_as_such(
+    outcome: str, word: str, why: str
+) -> None:
     state, note, _ = state_of(replace(ended(outcome), recorded_end=word), Story())
     assert state == ("COMPLETED" if outcome == "finished" else "FAILED")
     assert note.splitlines()[1].startswith(f"Slurm still says {word}: {why}")
 
 
-def test_the_accounting_says_how_a_job_ended_whose_record_has_no_end() -> None:
+def test_the_accounting_shows_how_a_job_ended_whose_record_has_no_end() -> None:
     state, note, advice = state_of(seen(queued=None, recorded_end="NODE_FAIL"), records.story("grown"))
     assert (state, advice) == ("NODE_FAIL", ())
     assert "so says Slurm's accounting" in note
 
 
 @pytest.mark.parametrize("command", ["why", "status"])
-def test_why_and_status_of_one_job_tell_it(commands: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_why_and_status_of_one_job_show_slurms_end(
+    commands: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
     answers(commands, "echo TIMEOUT", NO_ACCOUNTING)
     rundir = RunDir(commands / "7").create()
     rundir.write("verdict.json", {"run": 0, "outcome": "finished", "cause": "", "reason": "done", "failure": None})

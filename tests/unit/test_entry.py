@@ -1,4 +1,4 @@
-"""How the three commands begin and end, whatever their streams are."""
+"""How the three commands start and end with any kind of streams."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def a_pipe_that_nobody_reads() -> int:
 
 
 @pytest.mark.parametrize("command", WRITERS, ids=lambda words: " ".join(map(str, words[2:-1])))
-def test_a_reader_that_has_enough_is_no_error(command: list[str]) -> None:
+def test_a_reader_that_closes_early_is_no_error(command: list[str]) -> None:
     pipe = a_pipe_that_nobody_reads()
     done = called(command, stdout=pipe, stderr=subprocess.PIPE)
     assert b"Traceback" not in done.stderr
@@ -60,7 +60,9 @@ def test_a_reader_that_has_enough_is_no_error(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", [["logs", "-f"], ["status", "--watch"]])
-def test_what_follows_a_job_ends_with_its_reader_also_if_nothing_is_written(words: list[str], tmp_path: Path) -> None:
+def test_a_command_that_follows_a_job_ends_with_its_reader_even_if_it_writes_nothing(
+    words: list[str], tmp_path: Path
+) -> None:
     rundir = RunDir(records.copy("faults", tmp_path))
     (rundir.path / "verdict.json").unlink()
     with rundir.hold(), subprocess.Popen([*HPC, *words, str(rundir.path)], stdout=subprocess.PIPE) as follows:
@@ -71,7 +73,7 @@ def test_what_follows_a_job_ends_with_its_reader_also_if_nothing_is_written(word
         assert follows.wait(timeout=30) == 1
 
 
-def test_a_full_disk_is_told_in_a_line() -> None:
+def test_a_full_disk_is_reported_in_one_line() -> None:
     with open("/dev/full", "w") as full:
         for command in ([*HPC, "status", FAULTS], [*HPC, "--help"], [*HPC, "status", "--json", FAULTS]):
             done = called(command, stdout=full, stderr=subprocess.PIPE)
@@ -79,10 +81,10 @@ def test_a_full_disk_is_told_in_a_line() -> None:
 
 
 @pytest.mark.parametrize(("outcome", "code", "restarts"), [("finished", 0, 0), ("failed", 1, 0), ("requeue", 0, 1)])
-def test_what_becomes_of_a_job_does_not_depend_on_its_output_file(
+def test_the_fate_of_a_job_does_not_depend_on_its_output_file(
     tmp_path: Path, outcome: str, code: int, restarts: int
 ) -> None:
-    """That is full, or was replaced on the file server."""
+    """The output file is full, or was replaced on the file server."""
     stand_in_for_slurm(tmp_path, "22.05.8", "None")
     rundir = RunDir(tmp_path / "run").create()
     rundir.write("verdict.json", {"run": 0, "outcome": outcome, "cause": "", "reason": "", "failure": None})
@@ -95,12 +97,12 @@ def test_what_becomes_of_a_job_does_not_depend_on_its_output_file(
 
 @pytest.mark.parametrize("words", [["elastic-sbatch", "-N1", "x.py"], ["elastic-srun", "--local", "1", "x.py"],
                                    ["elastic-hpc", "doctor"]])  # fmt: skip
-def test_a_folder_that_has_been_removed_is_told_in_a_line(words: list[str], tmp_path: Path) -> None:
+def test_a_removed_folder_is_reported_in_one_line(words: list[str], tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
     script = f"cd {shlex.quote(str(tmp_path))} && mkdir gone && cd gone && rmdir ../gone && {shlex.join(command)}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     said = f"{words[0]}: the current directory does not exist any more; cd to one that does"
-    # A command at a path with a blank begins as a shell script, whose shell complains too.
+    # A command at a path with a blank starts as a shell script, whose shell complains too.
     lines = [line for line in done.stderr.splitlines() if not line.startswith("sh: ")]
     assert (done.returncode, lines) == (2, [said])
 
@@ -115,7 +117,7 @@ def open_folder() -> Iterator[Path]:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes on another user")
 @pytest.mark.parametrize("words", [["status"], ["why"], ["logs"], ["drain"], ["stop"], ["timeline", "--html", "-"]])
-def test_another_users_job_is_refused_in_a_line(words: list[str], open_folder: Path) -> None:
+def test_another_users_job_is_refused_in_one_line(words: list[str], open_folder: Path) -> None:
     folder = records.copy("faults", open_folder)
     folder.chmod(0o700)
     other = {"stderr": subprocess.PIPE, "env": {**os.environ, "HOME": str(open_folder)}, "user": 65534, "group": 65534}
@@ -130,14 +132,14 @@ def test_another_users_job_is_refused_in_a_line(words: list[str], open_folder: P
     assert re.fullmatch(rb"elastic-hpc: /\S+: Permission denied\n", done.stderr)
 
 
-def test_a_command_without_any_stream_does_its_work() -> None:
+def test_a_command_without_any_streams_works() -> None:
     closed = "exec >&- 2>&-; exec " + shlex.join([*HPC, "status", "--json", FAULTS])
     assert called(["/bin/sh", "-c", closed]).returncode == 0
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize("words", [["logs"], ["why"], ["status"], ["timeline", "--html", "-"]])
-def test_what_a_terminal_has_no_character_for_is_a_question_mark(
+def test_a_character_that_the_terminal_lacks_is_shown_as_a_question_mark(
     words: list[str], encoding: str, tmp_path: Path
 ) -> None:
     folder = records.copy("broken", tmp_path).rename(tmp_path / "日本")
@@ -159,7 +161,7 @@ def test_what_a_terminal_has_no_character_for_is_a_question_mark(
 
 
 @pytest.mark.parametrize("switch", ["-V", "--version"])
-def test_each_command_says_its_version(capsys: pytest.CaptureFixture[str], switch: str) -> None:
+def test_each_command_shows_its_version(capsys: pytest.CaptureFixture[str], switch: str) -> None:
     for name, command in COMMANDS.items():
         assert command([switch]) == 0
         assert capsys.readouterr().out == f"{name} {__version__}\n"
@@ -188,7 +190,7 @@ def test_nothing_is_wrapped_or_filled_with_blanks_in_a_pipe(words: list[str], tm
     assert words != ["doctor"] or re.search("^.{60}", text, re.MULTILINE)
 
 
-def test_each_command_has_help_that_begins_with_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_each_command_starts_with_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
     for name, command in COMMANDS.items():
         assert command(["-h"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: {name} ")
@@ -236,7 +238,7 @@ def test_each_command_has_help_that_begins_with_its_usage(capsys: pytest.Capture
         (["rehearse", "--steps", "0", "train.py"], "--steps '0': expected a whole number, 1 or more, for example 8"),
     ],
 )
-def test_bad_input_is_one_line_as_with_the_other_commands(
+def test_bad_input_is_one_line_in_all_commands(
     capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
     assert main(argv) == 2
@@ -244,19 +246,19 @@ def test_bad_input_is_one_line_as_with_the_other_commands(
 
 
 @pytest.mark.parametrize("words", [["elastic-hpc", "logs"], ["elastic-sbatch"], ["elastic-srun"]])
-def test_help_is_shown_whatever_is_typed_after_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_shown_whatever_follows_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert COMMANDS[words[0]]([*words[1:], "--help", "--bogus"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: {' '.join(words)} ")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_accepts_the_beginning_of_an_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_accepts_an_abbreviated_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--hel", "--vers"):
         assert COMMANDS[name]([option]) == 2
         assert capsys.readouterr().err.startswith(f"{name}: {option}: unknown option; ")
 
 
-def test_commands_that_are_called_by_batch_scripts_alone_are_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_for_batch_scripts_alone_are_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nosuch"]) == 2
     assert main(["--help"]) == 0
     captured = capsys.readouterr()
@@ -264,7 +266,7 @@ def test_commands_that_are_called_by_batch_scripts_alone_are_not_listed(capsys: 
     assert main(["conclude", "--help"]) == 0
 
 
-def test_a_page_goes_to_stdout_alone_when_it_is_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_goes_to_stdout_alone_when_the_user_requests_that(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["timeline", FAULTS, "--html", "-"]) == 0
     page = capsys.readouterr().out
     assert page.startswith("<!")

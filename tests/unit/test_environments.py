@@ -1,5 +1,5 @@
-"""What the agents and workers find around them: interpreter, set-up lines, containers. Neither pyxis nor apptainer is
-here: what the script asks of them is compared with what their manuals say.
+"""The environment of agents and workers: interpreter, set-up lines, containers. Neither pyxis nor apptainer is
+installed: the tests compare the script's options with the manuals.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def of(**options: object) -> JobSpec:
 
 
 def srun_argv(spec: JobSpec) -> list[str]:
-    """What srun is given on the batch host, in the project's folder."""
+    """The arguments of srun on the batch host, in the project's folder."""
     node = Path("node")
     node.mkdir(exist_ok=True)
     for name, text in {"srun": "printf '%s\\0' \"$@\" > node/argv", "scontrol": "echo n1; echo n2"}.items():
@@ -72,7 +72,7 @@ def srun_argv(spec: JobSpec) -> list[str]:
 
 
 def ours(argv: list[str]) -> list[str]:
-    """What comes after the options that every job has, up to the agent's own options."""
+    """The arguments between the options of every job and the agent's own options."""
     first = argv.index("--cpu-bind=none") + 1
     return argv[first : argv.index("elastic_hpc.agent") + 1]
 
@@ -93,7 +93,7 @@ def test_pyxis_gets_options_of_the_srun_line_and_the_batch_script_stays_outside(
         assert quote_all(module_command(sys.executable, "elastic_hpc", does)) in script.replace("\n    ", "\n  ")
 
 
-def test_apptainer_is_the_command_and_mounts_what_the_agent_needs(project: Path) -> None:
+def test_the_command_is_apptainer_which_mounts_the_folders_that_the_agent_needs(project: Path) -> None:
     spec = of(**APPTAINER, container_mounts="/data:/data:ro", env={"A": "x y"}, python="/opt/venv/bin/python")
     assert ours(srun_argv(spec)) == [
         "apptainer", "exec",
@@ -104,7 +104,7 @@ def test_apptainer_is_the_command_and_mounts_what_the_agent_needs(project: Path)
     assert "export A='x y'\nexport APPTAINERENV_A=\"$A\"  #" in render(spec)
 
 
-def test_an_oci_bundle_is_an_option_of_srun_and_env_sets_what_its_config_decides(project: Path) -> None:
+def test_an_oci_bundle_is_an_option_of_srun_and_env_sets_the_variables_of_its_config(project: Path) -> None:
     spec = of(**OCI, env={"A": "x y"}, python="/opt/venv/bin/python")
     assert ours(srun_argv(spec)) == [
         f"--container={project}/bundle",
@@ -120,12 +120,12 @@ def test_an_oci_bundle_is_an_option_of_srun_and_env_sets_what_its_config_decides
         ({"gpus": 8}, True),
     ],
 )  # fmt: skip
-def test_apptainer_sees_the_gpus_that_were_asked_for(options: dict[str, Any], *, nv: bool) -> None:
+def test_apptainer_sees_the_requested_gpus(options: dict[str, Any], *, nv: bool) -> None:
     assert ("--nv" in srun_argv(of(**APPTAINER, **options))) == nv
     assert "--nv" not in srun_argv(of(**PYXIS, **options))
 
 
-def test_the_agent_in_a_container_is_told_that_it_is_in_one() -> None:
+def test_the_agent_in_a_container_knows_that_it_is_in_one() -> None:
     for options, contained in (PYXIS, True), (APPTAINER, True), (OCI, True), ({}, False):
         argv = srun_argv(of(**options))
         words = argv[argv.index("elastic_hpc.agent") + 1 :]
@@ -143,7 +143,7 @@ def test_the_agent_in_a_container_is_told_that_it_is_in_one() -> None:
         ("docker://a", {"container_runtime": "apptainer"}, "apptainer"),
     ],
 )
-def test_the_image_decides_what_runs_it_unless_told_otherwise(
+def test_the_image_determines_the_container_runtime_unless_the_user_chooses_one(
     image: str, options: dict[str, str], runtime: str
 ) -> None:
     container = of(container_image=image, **options).container
@@ -151,7 +151,7 @@ def test_the_image_decides_what_runs_it_unless_told_otherwise(
     assert container.runtime == runtime
 
 
-def test_an_image_that_is_a_file_is_found_from_anywhere(project: Path) -> None:
+def test_an_image_file_is_found_from_any_folder(project: Path) -> None:
     (project / "train.sif").write_text("")
     container = of(**APPTAINER).container
     assert container
@@ -169,7 +169,7 @@ def test_plain_torchrun_runs_in_a_container_too_and_has_no_run_directory(project
     assert argv[argv.index("torch.distributed.run") - 4] == "python3.11"
 
 
-def test_a_template_of_ones_own_has_the_container_in_its_lists_of_words(project: Path) -> None:
+def test_a_users_template_has_the_container_in_its_lists_of_words(project: Path) -> None:
     (project / "my.j2").write_text("#!/bin/bash\n{{ srun_options|quote_all }}\n{{ agent_command|quote_all }}\n")
     text = render(of(**APPTAINER, template="./my.j2"))
     agent = "train.sif env PYTHONSAFEPATH=1 python3 "
@@ -206,7 +206,7 @@ def test_scripts_with_containers_are_clean(project: Path, options: dict[str, str
         ({"python": ""}, "--python '': expected a Python interpreter"),
     ],
 )
-def test_what_cannot_work_in_a_container_is_refused(options: dict[str, Any], message: str) -> None:
+def test_options_that_cannot_work_in_a_container_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         checked(of(**options))
 
@@ -229,7 +229,7 @@ def test_options_that_would_put_the_batch_script_into_a_container_are_refused(
     assert main(["--dry-run", "-N1", "train.py"]) == 2
 
 
-def test_a_file_of_the_site_may_say_how_containers_run_without_asking_for_one(
+def test_a_site_file_may_configure_containers_without_requesting_one(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "container-runtime = 'apptainer'\ncontainer-mounts = '/data:/data'\npython = '/usr/bin/python3'\n"
@@ -250,7 +250,7 @@ def test_agents_have_the_interpreter_of_the_submission_unless_another_is_named()
     assert ours(srun_argv(of(python="~/bin/python")))[2] == os.path.expanduser("~/bin/python")
 
 
-def test_a_set_up_line_that_fails_is_told_and_the_job_goes_on(project: Path) -> None:
+def test_a_failing_setup_line_is_reported_and_the_job_continues(project: Path) -> None:
     spec = of(setup=["true", "sh -c 'exit 3'\n[ it = \"it's\" ]", 'export A="1 2"'])
     script = render(spec).replace("\nsrun ", '\nprintf "A is %s" "$A"; exit #')
     done = subprocess.run(
@@ -303,7 +303,7 @@ def leading(rundir: RunDir) -> Leading:
     return Leading(spec, env, host, 1, policy, rundir, {}, no_store, no_dial, contained=True)
 
 
-def test_a_leader_without_slurms_commands_asks_for_no_nodes_and_leaves_requeues_to_the_batch_script(
+def test_a_leader_without_slurms_commands_requests_no_nodes_and_leaves_requeues_to_the_batch_script(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -319,7 +319,7 @@ def test_a_leader_without_slurms_commands_asks_for_no_nodes_and_leaves_requeues_
     agent.recorder.close()
 
 
-def test_when_the_batch_script_is_lost_too_the_user_is_told_once_what_to_type_and_the_agent_leaves(
+def test_when_the_batch_script_is_lost_too_the_agent_shows_once_what_to_type_and_leaves(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     agent = leading(RunDir(tmp_path))

@@ -1,4 +1,4 @@
-"""examples/train_digits.py and live_digits.py, the models for users' scripts, under the launchers they name."""
+"""examples/train_digits.py and live_digits.py, the models for users' scripts, under the launchers that they name."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ DEADLINE_S = 120.0
 
 
 def into(folder: Path, example: Path = EXAMPLE) -> list[str]:
-    """The example, and the option that has it record its steps in ``folder``."""
+    """The example, with the option to record its steps in ``folder``."""
     where = ["--checkpoint", str(folder / "checkpoint.pt")] if example == EXAMPLE else ["--folder", str(folder)]
     return [str(example), *where]
 
 
 def train(launcher: Sequence[str], folder: Path, *arguments: str, example: Path = EXAMPLE) -> str:
-    """Run the example to its end: what it printed."""
+    """Run the example to its end. Returns its output."""
     command = [*launcher, *into(folder, example), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRON, timeout=DEADLINE_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -60,12 +60,12 @@ def running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         try:
             yield process
         finally:
-            process.terminate()  # elastic-srun stops its agents, the second signal kills them
+            process.terminate()  # the first signal stops elastic-srun's agents, the second one kills them
             process.terminate()
 
 
 def worker(rank: int, folder: Path) -> int:
-    """Pid of the worker that was started with ``rank`` and trains into ``folder``."""
+    """Pid of the worker that was started with ``rank`` and records in ``folder``."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
@@ -79,7 +79,7 @@ def worker(rank: int, folder: Path) -> int:
 
 
 def train_with_a_kill(command: Sequence[str], folder: Path) -> str:
-    """Run ``command``, which trains into ``folder``, and kill its second worker after 25 steps: what it printed."""
+    """Run ``command``, which records in ``folder``, and kill its second worker after 25 steps. Returns the output."""
     with running(command) as process:
         deadline = time.monotonic() + DEADLINE_S
         while len(steps(folder)) < 25:
@@ -92,7 +92,7 @@ def train_with_a_kill(command: Sequence[str], folder: Path) -> str:
     return output
 
 
-def test_training_goes_on_from_the_last_checkpoint_when_a_worker_is_killed(tmp_path: Path) -> None:
+def test_training_continues_from_the_last_checkpoint_when_a_worker_is_killed(tmp_path: Path) -> None:
     options = ["--local", "2", "--log-dir", str(tmp_path / "logs")]
     output = train_with_a_kill([*SRUN, *options, *into(tmp_path), "--epochs", "8", "--checkpoint-every", "7"], tmp_path)
 
@@ -108,7 +108,7 @@ def test_training_goes_on_from_the_last_checkpoint_when_a_worker_is_killed(tmp_p
     assert accuracy(output) >= 0.95
 
 
-def test_a_run_that_changes_its_world_size_trains_like_one_that_does_not(tmp_path: Path) -> None:
+def test_a_run_that_changes_its_world_size_trains_like_a_run_that_does_not(tmp_path: Path) -> None:
     changing, steady = tmp_path / "changing", tmp_path / "steady"
     torchrun = [*TORCHRUN, "--standalone", "--log-dir", str(tmp_path / "torchrun"), "--nproc-per-node", "2"]
     train(torchrun, changing, "--epochs", "1")
@@ -134,17 +134,17 @@ def test_in_place_a_killed_worker_costs_the_others_neither_their_processes_nor_a
     done = steps(tmp_path)
     worlds = [list(world) for _, world in groupby(done, key=lambda step: step["round"])]
     assert all(b["step"] == a["step"] + 1 for world in worlds for a, b in pairwise(world))
-    # another rank may have done the step in which the worker was killed, and given its state to rank 0
+    # another rank may have completed the killed worker's step, and given its state to rank 0
     assert all(after[0]["step"] - before[-1]["step"] in {1, 2} for before, after in pairwise(worlds))
     assert (done[0]["step"], done[-1]["step"]) == (1, 120)
     assert len({step["pid"] for step in done}) == 1
-    # the new worker comes back when it is ready, which may be later than the end
+    # the new worker joins when it is ready, which may be after the end
     assert [world[0]["world_size"] for world in worlds] in ([3, 2], [3, 2, 3])
     assert accuracy(output) >= 0.95
 
 
 @ON_DEMAND
-def test_the_script_for_training_in_place_restarts_elsewhere_and_trains_like_the_other(tmp_path: Path) -> None:
+def test_without_support_for_training_in_place_the_script_restarts_and_trains_like_the_other(tmp_path: Path) -> None:
     changing, steady = tmp_path / "changing", tmp_path / "steady"
     torchrun = [*TORCHRUN, "--standalone", "--log-dir", str(tmp_path / "torchrun"), "--nproc-per-node", "2"]
     train(torchrun, changing, "--epochs", "1", example=LIVE)

@@ -19,7 +19,7 @@ DEAD, SILENT, SLOW, ME = HOSTS = [Host(node, f"n{node}", ("127.0.0.1",), 1) for 
 
 
 class Peer:
-    """A connection to an agent that says that it leads, after a moment."""
+    """A connection to an agent that answers after a moment that it leads."""
 
     open = False
 
@@ -34,8 +34,8 @@ class Peer:
         self.open = False
 
 
-def test_a_connection_that_is_made_as_the_search_ends_is_closed() -> None:
-    """``asyncio.wait_for`` of Python 3.11 does not pass on a cancellation that comes together with a result."""
+def test_a_connection_that_opens_as_the_search_ends_is_closed() -> None:
+    """``asyncio.wait_for`` of Python 3.11 loses a cancellation that comes together with a result."""
 
     async def story() -> None:
         peer = Peer()
@@ -69,7 +69,7 @@ def test_a_connection_that_is_made_as_the_search_ends_is_closed() -> None:
     asyncio.run(story())
 
 
-def test_a_task_that_is_cancelled_as_its_result_comes_does_not_continue() -> None:
+def test_a_task_that_is_cancelled_as_its_result_arrives_does_not_continue() -> None:
     async def story() -> None:
         result: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         after: list[str] = []

@@ -1,4 +1,4 @@
-"""Which folders a job accepts for its run directory: those that no stranger may change."""
+"""A job accepts only folders for its run directory that no other user may change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All folders that are there belong to another user, files that this user makes do not."""
+    """All existing folders belong to another user, new files belong to this user."""
     real = Path.stat
 
     def other(path: Path, **options: bool) -> os.stat_result:
@@ -43,7 +43,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_what_is_made_is_for_its_user_alone_and_no_folder_above_it_for_everybody(tmp_path: Path, umask: int) -> None:
+def test_new_folders_are_private_and_no_parent_folder_is_open_to_everybody(tmp_path: Path, umask: int) -> None:
     make_log_dir(tmp_path / "a" / "logs")
     rundir = RunDir(tmp_path / "a" / "logs" / "7").create().create()
     assert mode(rundir.path) == 0o700
@@ -52,7 +52,7 @@ def test_what_is_made_is_for_its_user_alone_and_no_folder_above_it_for_everybody
 
 
 @pytest.mark.parametrize("bits", [0o777, 0o770, 0o722, 0o702, 0o1777])
-def test_a_run_directory_that_others_may_write_to_is_refused_with_what_to_type(tmp_path: Path, bits: int) -> None:
+def test_a_run_directory_that_others_may_write_to_is_refused_with_a_hint(tmp_path: Path, bits: int) -> None:
     path = tmp_path / "run"
     path.mkdir()
     path.chmod(bits)
@@ -63,7 +63,7 @@ def test_a_run_directory_that_others_may_write_to_is_refused_with_what_to_type(t
     RunDir(path).create()
 
 
-def test_a_folder_of_ones_own_that_others_may_read_is_accepted(tmp_path: Path) -> None:
+def test_the_users_own_folder_that_others_may_read_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "run"
     path.mkdir(mode=0o755)
     (tmp_path / "link").symlink_to(path)
@@ -71,7 +71,7 @@ def test_a_folder_of_ones_own_that_others_may_read_is_accepted(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("bits", [0o777, 0o2777, 0o722, 0o702])
-def test_a_log_dir_that_everybody_may_write_to_is_refused_with_what_to_type(tmp_path: Path, bits: int) -> None:
+def test_a_log_dir_that_everybody_may_write_to_is_refused_with_a_hint(tmp_path: Path, bits: int) -> None:
     tmp_path.chmod(bits)
     with pytest.raises(UsageError, match=rf"--log-dir .*mode {bits:04o}; .* --log-dir {tmp_path}/\w+$") as refused:
         make_log_dir(tmp_path)
@@ -83,13 +83,13 @@ def test_a_log_dir_that_everybody_may_write_to_is_refused_with_what_to_type(tmp_
 
 
 @pytest.mark.parametrize("bits", [0o755, 0o775, 0o2770, 0o1777, 0o3777])
-def test_a_log_dir_of_ones_own_or_of_a_group_or_sticky_is_accepted(tmp_path: Path, bits: int) -> None:
+def test_a_log_dir_of_the_user_or_of_a_group_or_with_the_sticky_bit_is_accepted(tmp_path: Path, bits: int) -> None:
     tmp_path.chmod(bits)
     assert mode(RunDir.new(tmp_path, "local").path) & 0o777 == 0o700
 
 
 @pytest.mark.usefixtures("foreign")
-def test_folders_of_another_user_are_refused_but_a_log_dir_that_a_group_shares(tmp_path: Path) -> None:
+def test_folders_of_another_user_are_refused_except_a_log_dir_that_a_group_shares(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     says = f"owner {OTHER}, mode 0755; expected owner {folders._name(os.geteuid())}"
     with pytest.raises(ElasticError, match=f"run directory .*{says}.*--log-dir DIR"):
@@ -137,7 +137,7 @@ def test_a_link_and_a_secret_that_another_user_has_put_there_are_refused(tmp_pat
         rundir.read_secret()
 
 
-def test_a_claim_that_could_not_be_written_is_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_that_could_not_be_written_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rundir = RunDir(tmp_path / "run").create()
     real = os.fdopen
     monkeypatch.setattr(os, "fdopen", lambda _descriptor, _mode: real(os.open("/dev/full", os.O_WRONLY), "w"))
@@ -154,7 +154,7 @@ def test_a_job_that_has_not_started_has_no_files_yet_and_no_folder(tmp_path: Pat
     assert (rundir.read("spec.json"), rundir.verdict(0), rundir.events(), rundir.heartbeat()) == (None, None, [], 0)
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "7").write_text("a file where the folder should be")
     with pytest.raises(ElasticError, match=r"spec\.json: .*Not a directory"):
         RunDir(tmp_path / "7").read("spec.json")

@@ -1,4 +1,4 @@
-"""Options given in Python: what they become, and what is refused."""
+"""Options given in Python: their conversion, and refused values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def of(*args: object, **options: object) -> JobSpec:
 
 
 def directives(**options: object) -> list[str]:
-    """What the script says to sbatch besides what it says of every job."""
+    """The script's options for sbatch, without those of every job."""
     return re.findall(r"^#SBATCH --(.*\S) +# Python$", render(of(**options)), re.MULTILINE)
 
 
@@ -53,7 +53,7 @@ def test_nodes_are_a_number_a_pair_exact_numbers_or_a_range(nodes, expected):
 
 
 @pytest.mark.parametrize("nodes", [[4, 8], True, 4.5, (), [], range(0), b"4", {4: 8}, object(), (8, 4), (0, 2), "x"])
-def test_nodes_that_can_be_read_in_two_ways_or_in_none_are_refused(nodes):
+def test_ambiguous_or_invalid_nodes_are_refused(nodes):
     with pytest.raises(UsageError, match="nodes"):
         of(nodes=nodes)
 
@@ -92,12 +92,12 @@ def test_sbatchs_options_are_written_in_sbatchs_notation(options, expected):
     assert found.replace('"', "") == expected
 
 
-def test_a_moment_with_a_time_zone_is_told_in_local_time():
+def test_a_time_with_a_time_zone_is_converted_to_local_time():
     moment = datetime(2027, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
     assert directives(begin=moment) == [f"begin={moment.astimezone().replace(tzinfo=None).isoformat()}"]
 
 
-def test_false_takes_back_what_a_file_says_and_none_does_not():
+def test_false_overrides_the_value_of_a_file_and_none_does_not():
     Path("elastic_hpc.toml").write_text("[sbatch]\nexclusive = true\n")
     assert of(exclusive=None).has("exclusive")
     assert not of(exclusive=False).has("exclusive")
@@ -142,10 +142,10 @@ def test_false_takes_back_what_a_file_says_and_none_does_not():
         ({"no_python": True, "module": True}, "--no-python with --module"),
     ],
 )
-def test_what_no_command_line_could_have_is_refused_at_once(options, message):
+def test_values_that_no_command_line_could_have_are_refused_immediately(options, message):
     with pytest.raises(UsageError, match=message):
         of(**options)
-    with pytest.raises(ValueError, match=message):  # as Python's own functions would
+    with pytest.raises(ValueError, match=message):  # as Python's own functions do
         of(**options)
 
 
@@ -155,7 +155,7 @@ def test_a_text_is_one_setup_line_and_values_of_the_environment_become_text():
     assert {name: value.value for name, value in job.env.items()} == {"A": "1", "B": "x", "D": "0.5"}
 
 
-def test_the_script_and_its_arguments_become_text_at_once():
+def test_the_script_and_its_arguments_are_converted_to_text_immediately():
     job = JobSpec.of(Path("train.py"), "--epochs", 2, 1e-3, Path("data"), np.float32(0.5), nodes=1)
     assert (job.launch.script, job.launch.script_args) == ("train.py", ("--epochs", "2", "0.001", "data", "0.5"))
     for wrong in (None, True, b"x", ["a"], object()):
@@ -165,7 +165,7 @@ def test_the_script_and_its_arguments_become_text_at_once():
         JobSpec.of(b"train.py", nodes=1)  # type: ignore[arg-type]
 
 
-def test_options_of_ours_take_what_python_has_for_them():
+def test_our_options_accept_pythons_types():
     launch = of(
         grow=True, grace=timedelta(minutes=5), heartbeat_timeout=2.5, hang_timeout="10m", preload=["torch", "numpy"],
         rdzv_conf={"join_timeout": timedelta(minutes=1), "last_call_timeout": 5}, max_restarts=np.int64(3),
@@ -182,18 +182,18 @@ def test_options_of_ours_take_what_python_has_for_them():
     assert of(python=["my python", "-O"]).agent_python == ("my python", "-O")
 
 
-def test_torchruns_names_are_taken():
+def test_torchruns_names_are_accepted():
     job = of(nodes=None, nnodes="2:4", rdzv_backend="c10d", master_addr="n1", master_port=29501, monitor_interval=0.5)
     assert (str(job.launch.nodes), str(job.launch.rdzv_endpoint)) == ("2:4", "n1:29501")
 
 
-def test_sbatch_lines_of_the_script_count_as_for_the_command():
+def test_sbatch_lines_of_the_script_apply_as_for_the_command():
     Path("train.py").write_text("#!/usr/bin/env python3\n#SBATCH --partition=gpu\npass\n")
     assert of().has("partition")
     assert directives(partition="other") == ["partition=other"]
 
 
-def test_a_launch_takes_the_same_values():
+def test_a_launch_accepts_the_same_values():
     config = LaunchConfig(local=2, nodes=(1, 2), grace=timedelta(minutes=1), log_dir=Path("x"), rdzv_backend="c10d")  # type: ignore[call-arg]
     assert (config.options, config.log_dir) == (["--nodes=1:2", "--grace=60"], Path("x").absolute())
     assert "--local=2" in LaunchConfig(local=np.int64(2)).command(Path("x"), "train.py")
@@ -211,7 +211,7 @@ def test_a_launch_takes_the_same_values():
             LaunchConfig(**options)  # type: ignore[arg-type]
 
 
-def test_the_types_of_the_options_have_the_names_of_the_tables():
+def test_the_typed_options_have_the_same_names_as_the_tables():
     def names(kind: type) -> set[str]:
         return {name.replace("_", "-") for name in kind.__annotations__}
 

@@ -1,4 +1,4 @@
-"""A run directory that is full, or read-only, while another agent takes over: really, on file systems of their own."""
+"""A run directory that is full, or read-only, while another agent takes over: on real file systems of their own."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Disk:
         mount("-t", "tmpfs", "-o", "size=256k,mode=755", "none", str(path))
 
     def fill(self) -> None:
-        """Leave not a page."""
+        """Fill the file system completely."""
         with pytest.raises(OSError, match="No space left") as full, self._filler.open("wb", buffering=0) as file:  # noqa: PT012
             while True:
                 file.write(b"x" * 4096)
@@ -79,7 +79,7 @@ def cluster(disk: Disk) -> Iterator[Cluster]:
 
 
 def train(cluster: Cluster) -> int:
-    """All agents train in the next round, the number of which is returned."""
+    """Let all agents train in the next round. Returns its number."""
     (round,) = {seat.round for seat in cluster.seats()}
     for node in cluster.nodes:
         node.train(round)
@@ -87,7 +87,7 @@ def train(cluster: Cluster) -> int:
 
 
 @pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_leader_that_cannot_publish_its_address_is_found_by_all(cluster: Cluster, disk: Disk, how: str) -> None:
+def test_all_agents_find_a_leader_that_cannot_publish_its_address(cluster: Cluster, disk: Disk, how: str) -> None:
     train(cluster)
     wait_for(lambda: read_published(cluster.rundir) and read_published(cluster.rundir).others)  # type: ignore[union-attr]
     (disk.fill if how == "full" else disk.protect)()
@@ -98,7 +98,7 @@ def test_a_leader_that_cannot_publish_its_address_is_found_by_all(cluster: Clust
     assert published
     assert published.leader.node == 0, "that is the dead one"
 
-    with ThreadPoolExecutor(1) as threads:  # a new agent has nothing but the run directory
+    with ThreadPoolExecutor(1) as threads:  # a new agent has only the run directory
         cluster.nodes.append(Node(cluster, 3, first=False))
         seat = threads.submit(cluster.nodes[-1].control.next_seat)
         for control in cluster.controls[:-1]:
@@ -123,7 +123,7 @@ def test_a_leader_that_cannot_publish_its_address_is_found_by_all(cluster: Clust
 
 
 @pytest.mark.parametrize("how", ["full", "read-only"])
-def test_all_that_is_written_once_is_written_again_until_it_stands(disk: Disk, how: str) -> None:
+def test_every_failed_write_is_repeated_until_it_succeeds(disk: Disk, how: str) -> None:
     rundir = RunDir(disk.path / "run").create()
     old, new = Host(0, "n0", ("10.0.0.1",), 1), Host(1, "n1", ("10.0.0.2",), 2)
     first = Recorder(rundir, 0, old)
@@ -161,7 +161,7 @@ def test_all_that_is_written_once_is_written_again_until_it_stands(disk: Disk, h
     recorder.close()
 
 
-def test_a_node_that_never_joined_is_avoided_until_its_agent_comes(tmp_path: Path) -> None:
+def test_a_node_that_never_joined_is_avoided_until_its_agent_joins(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     recorder = Recorder(rundir, 0, Host(0, "n0", ("10.0.0.1",), 1))
     for node in ("n1", "n2"):
@@ -174,7 +174,7 @@ def test_a_node_that_never_joined_is_avoided_until_its_agent_comes(tmp_path: Pat
     assert struck == [("n1", NEVER_JOINED), ("n2", "its connection was closed")]
 
 
-def test_a_leader_whose_file_system_is_away_for_a_moment_forgets_no_node(tmp_path: Path) -> None:
+def test_a_leader_whose_file_system_is_briefly_unavailable_forgets_no_strike(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path / "run").create()
     before = Strike("n3", time.time(), "its power was lost")
     rundir.write("state.json", {"round": 1, "strikes": dump([before])})
@@ -189,7 +189,7 @@ def test_a_leader_whose_file_system_is_away_for_a_moment_forgets_no_node(tmp_pat
 
 
 @pytest.mark.parametrize(("notices", "seconds"), [(True, 60), (False, 5), (None, 60)])
-def test_nodes_are_not_held_for_a_slurm_that_takes_minutes_to_notice_a_loss(
+def test_a_job_does_not_hold_its_nodes_if_slurm_takes_minutes_to_notice_a_loss(
     monkeypatch: pytest.MonkeyPatch, *, notices: bool | None, seconds: int
 ) -> None:
     def notices_within(_seconds: float) -> bool:
@@ -202,7 +202,7 @@ def test_nodes_are_not_held_for_a_slurm_that_takes_minutes_to_notice_a_loss(
 
 
 @pytest.mark.parametrize("shows", ["nodes", "partitions", "nothing"])
-def test_a_requeue_says_what_it_cannot_see_and_avoids_what_its_own_record_knows(
+def test_a_requeue_reports_what_it_cannot_see_and_avoids_the_nodes_in_its_own_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shows: str
 ) -> None:
     rundir, nodes = RunDir(tmp_path), frozenset({"n1", "n2", "n3", "n4"})
@@ -219,7 +219,7 @@ def test_a_requeue_says_what_it_cannot_see_and_avoids_what_its_own_record_knows(
     assert ("denied" in capsys.readouterr().err) == (shows != "nodes")
 
 
-def test_a_secret_is_whole_or_not_there(disk: Disk) -> None:
+def test_a_secret_is_complete_or_missing(disk: Disk) -> None:
     rundir = RunDir(disk.path / "run").create()
     disk.fill()
     with pytest.raises(ElasticError, match="No space left"):
@@ -228,7 +228,7 @@ def test_a_secret_is_whole_or_not_there(disk: Disk) -> None:
     assert len(rundir.make_secret()) == 64
 
 
-def test_who_was_asked_is_told_where_nobody_leads(tmp_path: Path) -> None:
+def test_if_nobody_leads_the_error_names_the_nodes_that_were_asked(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path).create()
     rundir.make_secret()
     hosts = [Host(node, f"n{node}", ("127.0.0.1",), 1) for node in range(3)]
@@ -238,7 +238,7 @@ def test_who_was_asked_is_told_where_nobody_leads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1)])
-def test_the_batch_script_knows_how_the_job_has_ended_though_no_verdict_could_be_written(
+def test_the_batch_script_knows_the_end_of_the_job_even_if_no_verdict_could_be_written(
     disk: Disk, capsys: pytest.CaptureFixture[str], outcome: str, code: int
 ) -> None:
     rundir = RunDir(disk.path / "run").create()
@@ -251,10 +251,10 @@ def test_the_batch_script_knows_how_the_job_has_ended_though_no_verdict_could_be
     assert conclude.conclude(rundir, {"SLURM_JOB_ID": job}, 137) == 137, "it is told once"
 
 
-def test_a_job_without_a_batch_host_is_cancelled_if_its_script_could_not_know_that_it_is_over(
+def test_a_job_without_a_batch_host_is_cancelled_if_its_script_could_not_know_that_it_has_ended(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run once more, the script would train again."""
+    """If Slurm restarted the script, it would train again."""
     rundir = RunDir(disk.path / "run").create()
     disk.protect()
     tools = tmp_path / "bin"
@@ -273,7 +273,7 @@ def test_a_job_without_a_batch_host_is_cancelled_if_its_script_could_not_know_th
     assert (tmp_path / "asked").read_text().splitlines()[-1] == "scancel 7"
 
 
-def test_an_agent_is_started_though_its_log_cannot_be_written(disk: Disk, tmp_path: Path) -> None:
+def test_an_agent_starts_even_if_its_log_cannot_be_written(disk: Disk, tmp_path: Path) -> None:
     disk.protect()
     done = tmp_path / "done"
     command = ["sh", "-c", steps._SHELL, "sh", str(disk.path / "again-n3.log"), "touch", str(done)]
@@ -282,7 +282,7 @@ def test_an_agent_is_started_though_its_log_cannot_be_written(disk: Disk, tmp_pa
 
 
 def test_a_request_reaches_a_run_whose_leader_could_never_publish_its_address(cluster: Cluster) -> None:
-    """What the run directory says is that of the run before."""
+    """The run directory has the address of the previous run."""
     cluster.seats()
     for node in cluster.nodes:
         node.train(1)
@@ -296,7 +296,7 @@ def test_a_request_reaches_a_run_whose_leader_could_never_publish_its_address(cl
 
 
 @pytest.mark.parametrize("how", ["full", "read-only"])
-def test_the_batch_script_starts_again_in_a_run_directory_that_cannot_be_written(
+def test_the_batch_script_restarts_in_a_run_directory_that_cannot_be_written(
     disk: Disk, tmp_path: Path, how: str
 ) -> None:
     tools = tmp_path / "bin"
@@ -313,7 +313,7 @@ def test_the_batch_script_starts_again_in_a_run_directory_that_cannot_be_written
         subprocess.run(["bash", script], env=environ, check=True, timeout=20)
     before = (disk.path / "7" / "script.sbatch").read_bytes()
     assert before == script.read_bytes()
-    script.write_text(f"{script.read_text()}# {'x' * 4096}\n")  # edited since
+    script.write_text(f"{script.read_text()}# {'x' * 4096}\n")  # edited in the meantime
     (disk.fill if how == "full" else disk.protect)()
     subprocess.run(["bash", script], env=environ, check=True, timeout=20)
     assert (tmp_path / "ran").read_text().count("\n") == 3

@@ -1,4 +1,4 @@
-"""Options of sbatch for joiners, --grow-NAME, from wherever they are given to the joiner's own sbatch."""
+"""Options of sbatch for joiners, --grow-NAME, from all their sources to the joiner's own sbatch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def submitted(project: Project, *argv: str) -> str:
     return script
 
 
-def test_what_joiners_are_to_have_is_in_the_script_and_the_job_itself_does_not_have_it(project: Project) -> None:
+def test_the_options_of_joiners_are_in_the_script_and_do_not_apply_to_the_job_itself(project: Project) -> None:
     script = submitted(project, *CHEAP, "--grow-constraint", "a100 | h100")
     assert lines(script) == ["--partition=cheap", "--time=4:00:00", '--constraint="a100 | h100"']
     assert {"--partition=gpu", "--nodes=2"} <= set(lines(script, "SBATCH"))
@@ -46,14 +46,14 @@ def test_what_joiners_are_to_have_is_in_the_script_and_the_job_itself_does_not_h
     ("option", "nodes"),
     [("partition", "2"), ("qos", "2"), ("account", "2"), ("time=30", "2-8"), ("constraint", "2-8")],
 )
-def test_only_where_joiners_are_elsewhere_the_job_itself_has_no_more_than_min_nodes(
+def test_the_job_itself_gets_only_min_nodes_only_if_joiners_run_in_another_partition_or_account(
     project: Project, option: str, nodes: str
 ) -> None:
     script = submitted(project, "-N", "2:8", "--grow", f"--grow-{option if '=' in option else option + '=x'}")
     assert f"--nodes={nodes}" in lines(script, "SBATCH")
 
 
-def test_a_file_has_a_table_for_joiners_and_the_command_line_wins_over_it(project: Project) -> None:
+def test_a_file_has_a_table_for_joiners_and_the_command_line_takes_precedence(project: Project) -> None:
     text = "[grow]\non = true\nevery = '5m'\npartition = 'cheap'\nqos = 'low'\nexclusive = true\nnice = 100\n"
     (project.folder / "elastic_hpc.toml").write_text(text)
     script = submitted(project, "-N", "2:8", "--grow-qos=lower")
@@ -63,7 +63,7 @@ def test_a_file_has_a_table_for_joiners_and_the_command_line_wins_over_it(projec
     assert lines(submitted(project, "-N", "2:8")) == ["--partition=cheap"]
 
 
-def test_what_a_file_says_for_joiners_does_not_count_for_a_job_that_does_not_grow(project: Project) -> None:
+def test_a_files_options_for_joiners_do_not_apply_to_a_job_that_does_not_grow(project: Project) -> None:
     (project.folder / "elastic_hpc.toml").write_text("[grow]\npartition = 'cheap'\n")
     script = submitted(project, "-N", "2:8")
     assert lines(script) == []
@@ -110,7 +110,7 @@ def test_options_that_joiners_cannot_have_are_refused(
         ("[grow]\npartition = true", "grow-partition = true: expected a string or a number"),
     ],
 )
-def test_a_mistake_in_the_table_is_told(
+def test_a_mistake_in_the_table_is_reported(
     project: Project, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     (project.folder / "elastic_hpc.toml").write_text(text)
@@ -129,7 +129,7 @@ def test_a_template_without_the_lines_for_joiners_is_refused(
     )
 
 
-def test_options_for_joiners_are_given_in_python_as_those_of_sbatch_are(project: Project) -> None:
+def test_options_for_joiners_are_given_in_python_like_options_of_sbatch(project: Project) -> None:
     options: dict[str, Any] = {"grow_partition": ["a", "b"], "grow_time": timedelta(hours=2), "grow_nice": 5}
     job = JobSpec.of("train.py", nodes=(2, 8), grow=True, sbatch={"grow-newer": "x"}, **options)
     assert lines(render(job)) == ["--partition=a,b", "--time=02:00:00", "--nice=5", "--newer=x"]
@@ -144,7 +144,7 @@ def test_options_for_joiners_are_parameters_of_submitits_executors(project: Proj
     assert lines(project.seen("script")) == ["--partition=cheap"]
 
 
-def test_elastic_srun_which_does_not_grow_says_so(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_elastic_srun_reports_that_it_does_not_grow(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert srun(["--local", "2", "--grow-partition", "cheap", "train.py"]) == 2
     assert "--grow-partition=cheap: is for jobs that elastic-sbatch submits" in capsys.readouterr().err
 
@@ -153,7 +153,7 @@ def test_elastic_srun_which_does_not_grow_says_so(project: Project, capsys: pyte
     ("limit", "asked", "time"),
     [("01:00:00", "10", "10"), ("01:00:00", "2:00:00", "30"), ("UNLIMITED", "1-0", "1440"), ("01:00:00", None, "30")],
 )
-def test_a_joiner_has_what_its_lines_say_and_at_most_the_time_that_is_left_to_the_job(
+def test_a_joiner_has_the_options_of_its_lines_and_at_most_the_remaining_time_of_the_job(
     fake: Fake, tmp_path: Path, limit: str, asked: str | None, time: str
 ) -> None:
     fake.tell("scontrol", PARENT.format(**{**HOUR, "limit": limit, "qos": "normal"}))
@@ -163,12 +163,12 @@ def test_a_joiner_has_what_its_lines_say_and_at_most_the_time_that_is_left_to_th
     fake.submit(script + (f"#GROW --time={asked}\n" if asked else "") + "true\n#GROW --hold\n")
     options = fake.said("options")
     assert [option for option in options if option.startswith("--time=")] == [f"--time={time}"]
-    chosen = {name: value for name, _, value in (option.partition("=") for option in options)}  # the last one counts
+    chosen = {name: value for name, _, value in (option.partition("=") for option in options)}  # the last option counts
     assert (chosen["--partition"], chosen["--qos"], chosen["--constraint"]) == ("cheap", "normal", "a & b")
     assert "--hold" not in options
 
 
-def test_where_joiners_have_less_time_at_a_preemption_than_the_grace_the_user_is_told(
+def test_the_user_is_warned_if_joiners_have_less_time_at_a_preemption_than_the_grace(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project.recorded / "partition").write_text(PARTITIONS.replace("GraceTime=90", "GraceTime=20"))

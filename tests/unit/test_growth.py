@@ -1,4 +1,4 @@
-"""Jobs that grow: whole ones in simulated time, where Slurm gives and takes nodes, and what is decided for them."""
+"""Jobs that grow: whole jobs in simulated time, where Slurm gives and takes nodes, and single decisions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def events(job: Job, name: str) -> list[dict[str, Any]]:
 
 
 async def inject(job: Job, seconds: float) -> None:
-    """Random faults for ``seconds``: agents die too, and are started anew; Slurm gives nodes, takes them, refuses."""
+    """Random faults for ``seconds``: agents also die and are restarted; Slurm gives nodes, takes nodes, refuses
+    joiners.
+    """
     dice = job.random
     end = job.now + seconds
     while job.now < end and not job.over():
@@ -80,7 +82,7 @@ def test_a_job_that_grows_trains_again_after_any_faults_and_never_in_two_worlds(
         await inject(job, 90)
         assert await job.until(lambda: job.training() or job.over(), 300), job.events[-8:]
         for node in job.left:
-            if job.requeued:  # by one that has found no leader for too long: Slurm ends all of them
+            if job.requeued:  # by an agent that has found no leader for too long: Slurm ends all joiners
                 node.kill() if votes(node.index) else None
             elif not job.over():
                 node.membership.terminated()
@@ -109,7 +111,7 @@ def test_joiners_that_come_together_join_in_one_round(*, seed: int, listens: boo
 
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
-def test_a_lost_node_is_replaced_and_no_joiner_is_asked_for_twice(seed: int) -> None:
+def test_a_lost_node_is_replaced_and_no_joiner_is_requested_twice(seed: int) -> None:
     job = Job(seed, 3, replace(POLICY, max_nodes=3), loss=0.0)
 
     async def story() -> None:
@@ -125,7 +127,7 @@ def test_a_lost_node_is_replaced_and_no_joiner_is_asked_for_twice(seed: int) -> 
 
 @given(seed=SEEDS, how=st.sampled_from(["power_off", "kill"]), running=st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_a_take_over_forgets_no_joiner_whether_it_waits_or_runs(*, seed: int, how: str, running: bool) -> None:
+def test_after_a_takeover_no_waiting_or_running_joiner_is_forgotten(*, seed: int, how: str, running: bool) -> None:
     job = Job(seed, 3, replace(POLICY, max_nodes=5), loss=0.0)
 
     async def story() -> None:
@@ -135,7 +137,7 @@ def test_a_take_over_forgets_no_joiner_whether_it_waits_or_runs(*, seed: int, ho
         known = set(job.queue.jobs)
         getattr(job.nodes[0], how)()
         assert await job.until(lambda: len(rounds(job)[-1]["nodes"]) == 2 + running and job.training(), 60)
-        assert await job.until(lambda: len(job.queue.jobs) == 3, 60)  # one more, for the node that is lost
+        assert await job.until(lambda: len(job.queue.jobs) == 3, 60)  # one more joiner, for the lost node
         assert known < set(job.queue.jobs)
         assert all(rounds(job)[-1]["leader"] != node.host.name for node in job.joiners)
         job.queue.set_free(3)
@@ -146,7 +148,7 @@ def test_a_take_over_forgets_no_joiner_whether_it_waits_or_runs(*, seed: int, ho
 
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
-def test_below_min_the_job_waits_for_a_replacement_but_not_for_ever(seed: int) -> None:
+def test_below_min_the_job_waits_for_a_replacement_but_not_forever(seed: int) -> None:
     job = Job(seed, 2, replace(POLICY, max_nodes=2), loss=0.0)
 
     async def story() -> None:
@@ -169,7 +171,7 @@ def test_below_min_the_job_waits_for_a_replacement_but_not_for_ever(seed: int) -
 
 @given(seed=SEEDS, spare=st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_below_min_the_nodes_are_not_held_for_a_joiner_that_a_limit_keeps_in_the_queue(
+def test_below_min_the_job_does_not_hold_its_nodes_for_a_joiner_that_a_limit_keeps_in_the_queue(
     seed: int, *, spare: bool
 ) -> None:
     job = Job(seed, 2, replace(POLICY, max_nodes=2 + spare), loss=0.0)
@@ -210,7 +212,7 @@ def test_a_joiner_whose_limit_is_lifted_comes(seed: int) -> None:
 
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
-def test_where_slurm_refuses_joiners_a_job_below_min_gives_its_nodes_back_soon(seed: int) -> None:
+def test_if_slurm_refuses_joiners_a_job_below_min_soon_gives_its_nodes_back(seed: int) -> None:
     job = Job(seed, 2, replace(POLICY, max_nodes=2), loss=0.0)
     job.queue.refuses = True
 
@@ -228,7 +230,7 @@ def test_where_slurm_refuses_joiners_a_job_below_min_gives_its_nodes_back_soon(s
 @given(seed=SEEDS, finished=st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_no_joiner_outlives_the_job(*, seed: int, finished: bool) -> None:
-    """Also one that starts only now, or whose job was submitted in this moment."""
+    """Also a joiner that starts only now, or whose job was submitted at this moment."""
     job = Job(seed, 2, replace(POLICY, max_nodes=6), loss=0.0)
 
     async def story() -> None:
@@ -244,9 +246,9 @@ def test_no_joiner_outlives_the_job(*, seed: int, finished: bool) -> None:
                 break
             await job.until(job.over, 0.5)
         if not finished:
-            # nobody is left to write one: Slurm takes the job back
+            # no agent is left to write a verdict: Slurm requeues the job
             job.verdict = job.verdict or {"outcome": "requeue", "reason": "a node is lost"}
-        job.queue.set_free(4)  # what still waits starts now
+        job.queue.set_free(4)  # waiting joiners start now
         assert await job.until(lambda: no_node_is_held(job), JOINER_PATIENCE + 40), job.queue.jobs
 
     job.run(story)
@@ -254,7 +256,7 @@ def test_no_joiner_outlives_the_job(*, seed: int, finished: bool) -> None:
 
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
-def test_without_a_verdict_joiners_whose_leaders_are_gone_leave_by_themselves(seed: int) -> None:
+def test_without_a_verdict_joiners_leave_when_their_leaders_are_gone(seed: int) -> None:
     job = Job(seed, 2, replace(POLICY, max_nodes=4), loss=0.0)
 
     async def story() -> None:
@@ -271,7 +273,7 @@ def test_without_a_verdict_joiners_whose_leaders_are_gone_leave_by_themselves(se
 
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
-def test_a_joiner_that_has_to_go_leaves_when_the_workers_have_saved(seed: int) -> None:
+def test_a_joiner_that_must_leave_does_so_when_the_workers_have_saved(seed: int) -> None:
     job = Job(seed, 2, replace(POLICY, max_nodes=3), loss=0.0, scripts_listen=True)
 
     async def story() -> None:
@@ -292,7 +294,7 @@ def test_a_joiner_that_has_to_go_leaves_when_the_workers_have_saved(seed: int) -
 
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
-def test_an_agent_that_died_is_started_anew_and_its_node_comes_back(seed: int) -> None:
+def test_a_dead_agent_is_restarted_and_its_node_rejoins(seed: int) -> None:
     job = Job(seed, 3, replace(POLICY, max_nodes=3, grow=False), loss=0.0)
     job.queue.restarts = True
 
@@ -311,8 +313,8 @@ def test_an_agent_that_died_is_started_anew_and_its_node_comes_back(seed: int) -
 
 @given(seed=SEEDS, takes=st.floats(50, 290))
 @settings(max_examples=10, deadline=None)
-def test_an_agent_that_starts_slowly_gets_no_rival_whoever_leads_meanwhile(*, seed: int, takes: float) -> None:
-    """``Queue.restart`` tells when an agent is started beside another one."""
+def test_an_agent_that_starts_slowly_gets_no_second_agent_whoever_leads_meanwhile(*, seed: int, takes: float) -> None:
+    """``Queue.restart`` reports a second agent on one node as a bug."""
     job = Job(seed, 4, replace(POLICY, grow=False), loss=0.0)
     job.queue.restarts = True
     job.queue.start_takes = lambda: takes
@@ -350,8 +352,8 @@ def test_a_start_that_hangs_is_ended_before_the_next_one(seed: int) -> None:
 
 @given(SEEDS)
 @settings(max_examples=15, deadline=None)
-def test_a_node_that_was_rebooted_trains_again_and_does_not_vote(seed: int) -> None:
-    """It has lost what it promised."""
+def test_a_rebooted_node_trains_again_and_does_not_vote(seed: int) -> None:
+    """The node has lost its promises."""
     job = Job(seed, 4, replace(POLICY, max_nodes=4, grow=False), loss=0.0)
     job.queue.restarts = True
 
@@ -377,8 +379,8 @@ def test_a_node_that_was_rebooted_trains_again_and_does_not_vote(seed: int) -> N
     job.run(story)
 
 
-def test_nobody_waits_for_a_member_that_was_rebooted_and_cannot_lead() -> None:
-    """It is back before another round is formed without it, and then the leader is lost."""
+def test_nobody_waits_for_a_rebooted_member_that_cannot_lead() -> None:
+    """The node is back before another round forms without it, and then the leader is lost."""
     job = Job(1, 5, replace(POLICY, min_nodes=5, max_nodes=5, grow=False), loss=0.0)
     job.queue.restarts = True
 
@@ -395,7 +397,7 @@ def test_nobody_waits_for_a_member_that_was_rebooted_and_cannot_lead() -> None:
     job.run(story)
 
 
-def test_a_spare_waits_without_a_worker_steps_in_at_once_and_leaves_with_the_others() -> None:
+def test_a_spare_waits_without_a_worker_steps_in_immediately_and_leaves_with_the_others() -> None:
     job = Job(3, 4, replace(POLICY, max_nodes=3, spares=1, grow=False), loss=0.0)
 
     async def story() -> None:
@@ -417,7 +419,7 @@ def test_a_spare_waits_without_a_worker_steps_in_at_once_and_leaves_with_the_oth
 
 
 @pytest.mark.parametrize("sizes", [(2, 4), (4,)])
-def test_a_world_has_only_the_sizes_that_are_allowed_and_the_others_wait(sizes: tuple[int, ...]) -> None:
+def test_a_world_has_only_allowed_sizes_and_the_other_nodes_wait(sizes: tuple[int, ...]) -> None:
     job = Job(4, 5, replace(POLICY, min_nodes=sizes[0], sizes=sizes, grow=False), loss=0.0)
 
     async def story() -> None:
@@ -425,7 +427,7 @@ def test_a_world_has_only_the_sizes_that_are_allowed_and_the_others_wait(sizes: 
         assert len(rounds(job)[0]["nodes"]) == 4
         job.nodes[1].power_off()
         assert await job.until(lambda: len(rounds(job)) == 2, 30)
-        assert len(rounds(job)[1]["nodes"]) == 4  # the fifth stepped in
+        assert len(rounds(job)[1]["nodes"]) == 4  # the fifth node stepped in
         job.nodes[2].power_off()
         if 2 in sizes:
             assert await job.until(lambda: len(rounds(job)) == 3, 30)
@@ -438,15 +440,15 @@ def test_a_world_has_only_the_sizes_that_are_allowed_and_the_others_wait(sizes: 
 
 @given(SEEDS)
 @settings(max_examples=2, deadline=None)
-def test_joiners_that_are_preempted_soon_after_they_come_are_asked_for_later_and_later(seed: int) -> None:
-    """With a free node at all times. A joiner that stays for long makes the job eager again."""
+def test_after_each_early_preemption_the_job_requests_joiners_later(seed: int) -> None:
+    """A node is free at all times. After a joiner that stays for long, the job requests the next one soon again."""
     job = Job(seed, 2, replace(POLICY, max_nodes=3), loss=0.0, scripts_listen=True)
 
     def submitted() -> list[float]:
         return [when for when, _, name, _ in job.events if name == "joiners"]
 
     async def preempted_after(seconds: float) -> float:
-        """How long after the preemption the next joiner is asked for."""
+        """The time from the preemption to the next request for a joiner."""
         assert await job.until(lambda: len(rounds(job) and rounds(job)[-1]["nodes"]) == 3 and job.training(), 60)
         await job.until(lambda: False, seconds)
         before, left, (going,) = len(submitted()), job.now, [node for node in job.joiners if not node.left]
@@ -470,7 +472,7 @@ def test_joiners_that_are_preempted_soon_after_they_come_are_asked_for_later_and
 
 @given(SEEDS)
 @settings(max_examples=5, deadline=None)
-def test_joiners_that_are_preempted_together_count_once_and_those_at_their_own_end_do_not(seed: int) -> None:
+def test_joiners_that_are_preempted_together_count_once_and_joiners_that_end_as_planned_do_not_count(seed: int) -> None:
     job = Job(seed, 2, replace(POLICY, max_nodes=6), loss=0.0, scripts_listen=True)
 
     async def all_go(reason: str) -> float:
@@ -494,7 +496,7 @@ def test_joiners_that_are_preempted_together_count_once_and_those_at_their_own_e
     job.run(story)
 
 
-def test_a_flapping_joiner_does_not_restart_the_training_again_and_again() -> None:
+def test_a_flapping_joiner_does_not_restart_the_training_repeatedly() -> None:
     job = Job(5, 2, replace(FREE, max_nodes=3, grow_every=60.0), loss=0.0)
 
     async def story() -> None:
@@ -532,7 +534,9 @@ def needs(nodes: int, *in_touch: int, over: bool = False) -> Needs:
         (needs(3, over=True), {"j7": "PENDING", "j8": "RUNNING"}, 0, ("7",)),
     ],
 )
-def test_what_is_in_flight_is_what_is_wanted(wanted: Needs, known: dict[str, str], submit: int, cancel: Any) -> None:
+def test_the_requested_number_of_joiners_is_as_wanted(
+    wanted: Needs, known: dict[str, str], submit: int, cancel: Any
+) -> None:
     plan = growth.plan_growth(wanted, jobs(**known), came=wanted.joiners, restarting=0, remaining=3600.0)
     assert (plan.submit, plan.cancel) == (submit, cancel)
 
@@ -549,25 +553,25 @@ def test_what_is_in_flight_is_what_is_wanted(wanted: Needs, known: dict[str, str
         *((reason, True) for reason in ("PartitionDown", "PartitionInactive", "AccountNotAllowed", "BadConstraints")),
     ],
 )
-def test_a_joiner_is_on_its_way_unless_something_else_than_nodes_keeps_it(reason: str, *, held: bool) -> None:
+def test_a_joiner_counts_as_coming_unless_it_waits_for_something_other_than_nodes(reason: str, *, held: bool) -> None:
     known = [SimJoiner("7", reason=reason), SimJoiner("8", "RUNNING")]
     plan = growth.plan_growth(needs(2), known, came=(), restarting=0, remaining=3600.0)
     assert (plan.submit, plan.cancel, plan.starting, plan.pending) == (0, (), 1, int(not held))
     assert plan.held == ((("7", reason),) if held else ())
 
 
-def test_near_the_end_of_the_job_no_node_is_asked_for_any_more() -> None:
+def test_near_the_end_the_job_requests_no_more_nodes() -> None:
     plan = growth.plan_growth(needs(3), jobs(j7="PENDING"), came=(), restarting=0, remaining=growth.TOO_LATE - 1)
     assert (plan.submit, plan.cancel) == (0, ("7",))
 
 
-def test_a_job_that_waits_asks_for_no_more_time_than_is_left() -> None:
+def test_a_waiting_job_requests_no_more_than_the_remaining_time() -> None:
     known = [replace(job, time_limit=timedelta(hours=int(job.id) - 6)) for job in jobs(j7="PENDING", j8="PENDING")]
     assert growth.plan_growth(needs(2), known, came=(), restarting=0, remaining=3600.0).shorten == ("8",)
     assert growth.plan_growth(needs(2), known, came=(), restarting=0, remaining=float("inf")).shorten == ()
 
 
-def test_an_agent_that_is_started_anew_takes_the_place_of_a_joiner() -> None:
+def test_a_restarted_agent_takes_the_place_of_a_joiner() -> None:
     assert growth.plan_growth(needs(2), [], came=(), restarting=1, remaining=3600.0).submit == 1
 
 

@@ -1,4 +1,6 @@
-"""The guard of an agent, with real processes: it kills what is left behind, and what a frozen agent no longer leads."""
+"""The guard of an agent, with real processes: it kills the remaining processes of a dead agent, and those that a frozen
+agent no longer controls.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,10 @@ time.sleep(600)
 
 
 class Agent:
-    """A process that starts a guard as an agent does, and beats once it is told to."""
+    """A process that starts a guard as an agent does, and sends beats on request."""
 
     def __init__(self, *argv: str, job: str | None = None) -> None:
-        """``job``: the Slurm job that it is part of."""
+        """``job``: the Slurm job of the process."""
         self.token = secrets.token_hex(8)
         code = AGENT.format(root=str(Path(guard.__file__).parents[1]), argv=[self.token, *argv])
         self.process = subprocess.Popen(
@@ -59,7 +61,7 @@ class Agent:
         self.process.stdin.flush()
 
     def worker(self, job: str | None = None) -> subprocess.Popen[bytes]:
-        """A marked process in a session of its own, up and running, in the Slurm job ``job``."""
+        """A running, marked process in a session of its own, in the Slurm job ``job``."""
         worker = subprocess.Popen(
             [sys.executable, "-c", WORKER],
             env={**in_job(job), "ELASTIC_HPC_AGENT": self.token},
@@ -86,7 +88,7 @@ class Agent:
 
 
 def in_job(job: str | None) -> dict[str, str]:
-    """The environment of a process of the Slurm job ``job``; None for one outside of any."""
+    """The environment of a process of the Slurm job ``job``, or of a process outside of any job."""
     environ = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
     return environ | ({"SLURM_JOB_ID": job} if job else {})
 
@@ -103,7 +105,7 @@ def wait_until(happened: Callable[[], object], timeout: float = 20) -> None:
 
 
 def lives_on(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether ``process`` does not end for that long; it returns at once if it does."""
+    """Whether ``process`` lives for ``seconds``. Returns as soon as the process ends."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     return process.poll() is None
@@ -123,7 +125,7 @@ def start() -> Iterator[Callable[..., Agent]]:
 
 
 @pytest.mark.parametrize("argv", [(), ("0.8",)])
-def test_what_a_dead_agent_leaves_behind_is_killed(start: Callable[..., Agent], argv: tuple[str, ...]) -> None:
+def test_the_remaining_processes_of_a_dead_agent_are_killed(start: Callable[..., Agent], argv: tuple[str, ...]) -> None:
     agent = start(*argv)
     agent.beats()
     worker, innocent = agent.worker(), start().worker()
@@ -137,9 +139,9 @@ def test_what_a_dead_agent_leaves_behind_is_killed(start: Callable[..., Agent], 
         os.close(ended)
 
 
-def test_another_slurm_job_that_a_worker_has_submitted_to_the_node_lives_on(start: Callable[..., Agent]) -> None:
+def test_another_slurm_job_that_a_worker_has_submitted_to_the_node_is_not_killed(start: Callable[..., Agent]) -> None:
     agent = start(job="4711")
-    workers = [agent.worker("4711"), agent.worker()]  # a script may hide from a library that there is a Slurm
+    workers = [agent.worker("4711"), agent.worker()]  # a script may hide Slurm from a library
     submitted, of_an_array = agent.worker("47"), agent.worker("47110")
     agent.process.kill()
     assert [worker.wait(10) for worker in workers] == [-signal.SIGKILL] * 2
@@ -150,24 +152,24 @@ def test_another_slurm_job_that_a_worker_has_submitted_to_the_node_lives_on(star
 
 def test_without_slurm_the_token_alone_counts(start: Callable[..., Agent]) -> None:
     agent = start()
-    worker = agent.worker("4711")  # what a script calls itself for a library
+    worker = agent.worker("4711")  # a script may set this for a library
     agent.process.kill()
     assert worker.wait(10) == -signal.SIGKILL
 
 
-def test_the_workers_of_a_frozen_agent_are_killed_and_those_it_starts_when_it_is_back_live(
+def test_the_workers_of_a_frozen_agent_are_killed_and_the_workers_that_it_starts_later_live(
     start: Callable[..., Agent],
 ) -> None:
     agent = start("0.8")
     agent.beats()
     worker = agent.worker()
-    assert lives_on(worker, 2.0)  # an agent that beats is left alone
+    assert lives_on(worker, 2.0)  # an agent that beats is not touched
     frozen = time.monotonic()
     agent.stop(agent.process.pid)
     assert worker.wait(10) == -signal.SIGKILL
     took = time.monotonic() - frozen
     assert 0.5 < took < 3
-    assert agent.worker().wait(10) == -signal.SIGKILL  # started just before the agent froze, say
+    assert agent.worker().wait(10) == -signal.SIGKILL  # for example started just before the agent froze
     os.kill(agent.process.pid, signal.SIGCONT)
     wait_until(lambda: state(agent.process.pid) in "SR")
     wait_until(lambda: lives_on(agent.worker(), 1.5))
@@ -185,12 +187,12 @@ def test_without_a_limit_a_frozen_agent_keeps_its_workers(start: Callable[..., A
 def test_an_agent_that_has_not_beaten_yet_is_not_frozen(start: Callable[..., Agent]) -> None:
     agent = start("0.5")
     worker = agent.worker()
-    agent.stop(agent.process.pid)  # it imports torch
+    agent.stop(agent.process.pid)  # the agent imports torch
     assert lives_on(worker, 2.0)
 
 
-def test_a_guard_that_was_frozen_itself_kills_nobody(start: Callable[..., Agent]) -> None:
-    """The whole node was paused: agent and guard go on at the same time."""
+def test_a_guard_that_was_frozen_itself_kills_no_process(start: Callable[..., Agent]) -> None:
+    """The whole node was paused: agent and guard continue at the same time."""
     agent = start("1.0")
     agent.beats()
     worker = agent.worker()
@@ -198,13 +200,13 @@ def test_a_guard_that_was_frozen_itself_kills_nobody(start: Callable[..., Agent]
     for _ in range(2):
         agent.stop(agent.guard, agent.process.pid)
         assert lives_on(worker, 1.8)
-        os.kill(agent.guard, signal.SIGCONT)  # the guard first
+        os.kill(agent.guard, signal.SIGCONT)  # the guard continues first
         wait_until(lambda: state(agent.guard) == "S")
         os.kill(agent.process.pid, signal.SIGCONT)
         assert lives_on(worker, 1.2)
 
 
-def test_a_guard_that_alone_was_frozen_finds_the_beats_it_missed(start: Callable[..., Agent]) -> None:
+def test_if_only_the_guard_was_frozen_it_finds_the_missed_beats(start: Callable[..., Agent]) -> None:
     agent = start("1.0")
     agent.beats()
     worker = agent.worker()
@@ -219,7 +221,7 @@ def test_a_beat_never_waits_and_never_fails() -> None:
     for _ in range(100_000):  # more than a pipe holds
         guard.beat(ours)
     os.close(theirs)
-    guard.beat(ours)  # the guard was killed
+    guard.beat(ours)  # after the guard was killed
     os.close(ours)
     guard.beat(ours)
 
@@ -234,7 +236,7 @@ def test_the_guard_is_small(start: Callable[..., Agent]) -> None:
 
 
 def test_an_agent_that_stays_frozen_is_killed_and_the_guard_ends_with_it(start: Callable[..., Agent]) -> None:
-    """It would keep its job step, and with it the job, for ever."""
+    """Otherwise the agent would keep its job step, and with it the job, forever."""
     agent = start("0.4", "", "2.0")
     agent.beats()
     worker = agent.worker()
@@ -247,7 +249,7 @@ def test_an_agent_that_stays_frozen_is_killed_and_the_guard_ends_with_it(start: 
     wait_until(lambda: not Path(f"/proc/{agent.guard}").exists() or state(agent.guard) == "Z")
 
 
-def test_an_agent_that_wakes_up_in_time_lives_on(start: Callable[..., Agent]) -> None:
+def test_an_agent_that_wakes_up_in_time_is_not_killed(start: Callable[..., Agent]) -> None:
     agent = start("0.4", "", "3.0")
     agent.beats()
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""When the workers of a job hang, in simulated time: what a leader learns, and what raises no alarm."""
+"""The detection of hanging workers, in simulated time: what a leader learns, and what raises no alarm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOUR = 3600.0
 
 @dataclass
 class Node:
-    """What the agent of one node counts."""
+    """The counters of one node's agent."""
 
     silent: float = 0.0
     idle: float = 0.0
@@ -60,7 +60,7 @@ class Node:
 
 @dataclass
 class Training:
-    """A job of two nodes under one leader after another. A second is one look."""
+    """A job of two nodes under one leader after another. The leader looks once a second."""
 
     watch: HangWatch = field(default_factory=HangWatch)
     nodes: list[Node] = field(default_factory=lambda: [Node(), Node()])
@@ -70,7 +70,7 @@ class Training:
     hang: Hang | None = None
 
     def pass_time(self, seconds: float, *, busy: bool = False, blocked: bool = False, held: bool = False) -> float:
-        """Without any sign of life. Returns the seconds until an alarm, or infinity."""
+        """Let time pass without any sign of life. Returns the seconds until an alarm, or infinity."""
         for passed in range(int(seconds)):
             for node in self.nodes:
                 node.live(busy=busy, blocked=blocked)
@@ -134,13 +134,13 @@ def test_the_timeout_is_ten_times_the_longest_silence() -> None:
     assert job.pass_time(2 * HOUR) == pytest.approx(1200, rel=0.02)
 
 
-def test_a_job_that_has_shown_nothing_is_left_alone() -> None:
+def test_a_job_without_any_sign_of_life_yet_raises_no_alarm() -> None:
     job = Training()
     assert job.pass_time(10 * HOUR) == math.inf
     assert timeout(job.watch.rhythm).seconds == math.inf
 
 
-def test_a_script_that_says_hello_and_trains_in_silence_is_left_alone() -> None:
+def test_a_script_that_writes_once_and_trains_silently_raises_no_alarm() -> None:
     job = Training()
     for _ in range(100):
         job.write()
@@ -160,7 +160,7 @@ def test_a_script_that_writes_regularly_is_watched_after_half_an_hour() -> None:
     assert job.pass_time(2 * HOUR) == pytest.approx(2 * LEAST_UNSURE, abs=22), "doubled after the alarm"
 
 
-def test_a_node_that_has_written_a_warning_and_is_silent_then_is_no_hang_while_another_trains() -> None:
+def test_a_node_that_has_written_a_warning_and_is_then_silent_is_no_hang_while_another_trains() -> None:
     job = Training()
     job.nodes[1].sign(report=False)
     for _ in range(2000):
@@ -187,7 +187,7 @@ def test_the_second_step_may_take_as_long_as_the_first() -> None:
     job.train(3, HOUR)
 
 
-def test_ranks_that_report_the_first_step_seconds_apart_have_not_shown_how_long_a_step_takes() -> None:
+def test_ranks_that_report_the_first_step_seconds_apart_do_not_show_how_long_a_step_takes() -> None:
     job = Training()
     for node in job.nodes:
         node.sign(report=True)
@@ -201,11 +201,11 @@ def test_the_first_steps_of_a_round_may_take_longer_than_those_before() -> None:
     job = Training()
     job.train(100)
     job.restart(100)
-    job.report()  # of the step of the checkpoint, before the first step, which compiles
+    job.report()  # a report of the checkpoint's step, before the first step, which compiles
     job.train(3, 1000, busy=False)
 
 
-def test_a_world_of_fewer_nodes_may_take_longer_for_a_step() -> None:
+def test_a_world_of_fewer_nodes_may_need_more_time_for_a_step() -> None:
     job = Training()
     job.train(100, 20, busy=False)
     job.restart(100)
@@ -218,13 +218,13 @@ def test_two_quick_reports_before_a_long_epoch_are_no_rhythm() -> None:
     job.train(5, 2 * HOUR)
 
 
-def test_a_script_that_reports_each_hundredth_step_is_given_the_time_of_a_thousand() -> None:
+def test_a_script_that_reports_every_hundredth_step_gets_the_time_of_a_thousand_steps() -> None:
     job = Training()
     job.train(20, 100)
     assert job.pass_time(HOUR) == pytest.approx(1000, abs=10)
 
 
-def test_a_file_system_that_did_not_answer_for_long_teaches_nothing() -> None:
+def test_the_leader_learns_nothing_from_a_file_system_that_does_not_answer_for_long() -> None:
     job = Training()
     job.train(50)
     assert job.pass_time(6 * HOUR, held=True) == math.inf
@@ -243,10 +243,12 @@ PAUSES = st.sampled_from([1, 2, 5, 30, 350, 2000])
     )
 )
 @settings(max_examples=30, deadline=None)
-def test_no_alarm_before_the_promised_silence_and_one_soon_after_it(
+def test_no_alarm_comes_before_the_timeout_and_an_alarm_comes_soon_after_it(
     rounds: list[tuple[int, int, int, bool, bool]],
 ) -> None:
-    """Rounds of ``steps`` of ``seconds``, which the nodes report ``apart``; between them a restart, or a requeue."""
+    """Rounds of ``steps`` of ``seconds``, which the nodes report ``apart`` seconds apart, with a restart or requeue
+    between.
+    """
     job, longest, start = Training(), 0.0, 0.0
     for steps, seconds, apart, busy, requeue in rounds:
         for step in range(steps):
@@ -287,7 +289,7 @@ def test_an_evaluation_on_one_node_while_the_others_wait_is_no_hang() -> None:
         assert not job._look()
 
 
-def test_nodes_that_save_one_after_the_other_raise_no_alarm() -> None:
+def test_nodes_that_save_one_after_another_raise_no_alarm() -> None:
     job = Training(nodes=[Node() for _ in range(16)])
     job.train(50)
     for saving in job.nodes:
@@ -300,7 +302,7 @@ def test_nodes_that_save_one_after_the_other_raise_no_alarm() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3, 12])
-def test_a_hang_is_noticed_however_seldom_and_irregularly_the_nodes_are_heard(every: int) -> None:
+def test_a_hang_is_noticed_however_rare_and_irregular_the_reports_are(every: int) -> None:
     job = Training(nodes=[Node() for _ in range(16)])
     job.train(50)
     heard = {number: node.signs for number, node in enumerate(job.nodes)}
@@ -322,7 +324,7 @@ def test_a_slow_checkpoint_raises_no_alarm() -> None:
     job.train(10)
 
 
-def test_a_file_system_that_does_not_answer_raises_no_alarm_and_its_time_does_not_count_afterwards() -> None:
+def test_a_file_system_that_does_not_answer_raises_no_alarm_and_the_stalled_time_does_not_count() -> None:
     job = Training()
     job.train(500)
     assert job.pass_time(6 * HOUR, held=True) == math.inf
@@ -332,7 +334,7 @@ def test_a_file_system_that_does_not_answer_raises_no_alarm_and_its_time_does_no
     job.train(10)
 
 
-def test_after_the_end_of_some_workers_the_others_have_longer() -> None:
+def test_after_the_end_of_some_workers_the_others_have_more_time() -> None:
     job = Training()
     job.train(50)
     job.whole = False
@@ -362,7 +364,7 @@ def test_the_third_alarm_at_the_same_place_comes_after_four_times_as_long() -> N
     assert waited == pytest.approx([300, 600, 1200], rel=0.02)
 
 
-def test_after_a_hang_that_was_one_the_timeout_is_as_before() -> None:
+def test_after_a_real_hang_the_timeout_is_unchanged() -> None:
     job = Training()
     job.train(100)
     assert job.pass_time(HOUR) == LEAST + 1
@@ -371,7 +373,7 @@ def test_after_a_hang_that_was_one_the_timeout_is_as_before() -> None:
     assert job.pass_time(HOUR) == LEAST + 1
 
 
-def test_another_leader_and_another_run_know_what_was_learned() -> None:
+def test_another_leader_and_another_run_know_the_learned_timeout() -> None:
     job = Training()
     job.train(10)
     job.train(1, 200)
@@ -384,11 +386,11 @@ def test_another_leader_and_another_run_know_what_was_learned() -> None:
 
 
 @pytest.mark.parametrize("damaged", [None, 3, [], ["x"] * 7, [1, math.nan, 0, 0, 1, 0, 0], {"number": 1}])
-def test_what_is_damaged_is_as_if_nothing_had_been_learned(damaged: object) -> None:
+def test_damaged_state_counts_as_nothing_learned(damaged: object) -> None:
     assert Rhythm.of(damaged) == NO_RHYTHM
 
 
-def test_what_is_learned_makes_few_changes() -> None:
+def test_the_learned_state_changes_rarely() -> None:
     job = Training()
     for seconds in range(1, 60):
         job.train(20, seconds)

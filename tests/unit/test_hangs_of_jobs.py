@@ -1,4 +1,6 @@
-"""Jobs whose workers hang, in simulated time: the leader notices, a new round goes on, another leader knows as much."""
+"""Jobs whose workers hang, in simulated time: the leader notices the hang, a new round continues, another leader keeps
+what was learned.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ LEAST = 30.0
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the least timeouts: simulated time costs some, too."""
+    """A tenth of the minimum timeouts, because simulated time takes real time too."""
     monkeypatch.setattr(hangs, "LEAST", LEAST)
     monkeypatch.setattr(hangs, "LEAST_UNSURE", 6 * LEAST)
 
@@ -47,7 +49,7 @@ class Steps:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_hang_is_noticed_and_a_new_round_goes_on(seed: int) -> None:
+def test_a_hang_is_noticed_and_a_new_round_continues(seed: int) -> None:
     job = Job(seed, 3, POLICY_OF_HANGS, loss=0.0)
     job.signs = steps = Steps(job, every=6)
 
@@ -79,7 +81,7 @@ def test_another_leader_knows_how_long_the_workers_may_be_silent(seed: int) -> N
     async def story() -> None:
         assert await job.until(job.training, 60)
         assert not await steps.alarm(140)
-        first, steps.every = job.trained, 3  # the next leader itself sees short steps only
+        first, steps.every = job.trained, 3  # the next leader itself sees only short steps
         job.nodes[0].kill()
         assert await job.until(lambda: job.training() and job.trained > first, 60)
         assert not await steps.alarm(40)
@@ -108,7 +110,7 @@ def test_no_alarm_while_the_file_system_of_the_record_does_not_answer() -> None:
     job.run(story)
 
 
-def test_without_auto_the_leader_leaves_silent_workers_alone() -> None:
+def test_without_auto_the_leader_does_not_act_on_silent_workers() -> None:
     job = Job(1, 3, replace(POLICY_OF_HANGS, learns_hangs=False), loss=0.0)
     job.signs = steps = Steps(job, every=2)
 

@@ -1,4 +1,6 @@
-"""Whole jobs in simulated time whose nodes are drained: they leave the nodes before these fail, and lose nothing."""
+"""Whole jobs in simulated time whose nodes are drained: they leave the nodes before
+the nodes fail, and lose nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,10 @@ def world(job: Job) -> list[str]:
 
 
 class WatchedJob(Job):
-    """Its leaders ask Slurm every ten seconds for the nodes that are drained."""
+    """A job whose leaders ask Slurm every ten seconds for drained nodes."""
 
     drained: dict[str, str] | None = {}  # noqa: RUF012 - replaced, never changed
-    """Why, by name; None if Slurm does not answer."""
+    """Reasons of the drained nodes by name; None if Slurm does not answer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +56,9 @@ def made(seed: int, size: int, **policy: Any) -> WatchedJob:
 
 @given(SEEDS)
 @settings(max_examples=10, deadline=None)
-def test_a_drained_node_is_left_at_a_step_and_given_back_and_nothing_is_lost_or_charged(seed: int) -> None:
+def test_the_job_leaves_a_drained_node_at_a_step_boundary_gives_it_back_and_loses_or_is_charged_nothing(
+    seed: int,
+) -> None:
     job = made(seed, 4)
 
     async def story() -> None:
@@ -91,7 +95,7 @@ def test_below_min_the_node_stays_until_a_joiner_has_come_in_its_place(seed: int
 
 @given(SEEDS)
 @settings(max_examples=10, deadline=None)
-def test_of_two_bad_nodes_one_is_left_if_only_one_can_be_spared(seed: int) -> None:
+def test_the_job_leaves_one_of_two_bad_nodes_if_it_can_spare_only_one(seed: int) -> None:
     job = made(seed, 3)
 
     async def story() -> None:
@@ -123,7 +127,7 @@ def test_a_node_whose_drain_is_undone_stays(seed: int) -> None:
 
 @given(SEEDS)
 @settings(max_examples=10, deadline=None)
-def test_a_node_that_was_left_stays_out_under_the_next_leader_until_its_drain_is_undone(seed: int) -> None:
+def test_an_excluded_node_stays_out_under_the_next_leader_until_its_drain_is_undone(seed: int) -> None:
     job = made(seed, 5)
 
     async def story() -> None:
@@ -143,7 +147,7 @@ def test_a_node_that_was_left_stays_out_under_the_next_leader_until_its_drain_is
 
 @given(SEEDS)
 @settings(max_examples=5, deadline=None)
-def test_that_slurm_does_not_answer_is_recorded_once_and_no_good_news(seed: int) -> None:
+def test_a_slurm_that_does_not_answer_is_recorded_once_and_does_not_count_as_healthy(seed: int) -> None:
     job = made(seed, 3, min_nodes=3)
 
     async def story() -> None:

@@ -1,4 +1,4 @@
-"""Who takes part: agents of this run, one of each node, and nobody else. Whole jobs in simulated time."""
+"""Only agents of this run, one per node, take part in a job. Whole jobs in simulated time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def restarts(job: Job) -> list[str]:
 
 
 def charged(leader: SimNode) -> int:
-    """The restarts that ``leader`` has counted."""
+    """The number of restarts that ``leader`` has counted."""
     server = leader.membership._own_leader.server
     assert server
     return server.leader.restarts
 
 
 def requeue(job: Job, stays: int) -> SimNode:
-    """All agents but that of the node ``stays``, which is cut off, end with their run; the next run has a new agent
+    """All agents except that of the node ``stays``, which is cut off, end with their run; the next run has a new agent
     on each node. Returns the agent that stays.
     """
     old = job.nodes[stays]
@@ -40,8 +40,8 @@ def requeue(job: Job, stays: int) -> SimNode:
 
 @given(SEEDS, st.integers(1, 3))
 @settings(max_examples=15, deadline=None)
-def test_of_two_agents_of_a_node_the_first_keeps_its_place_and_the_second_leaves(seed: int, index: int) -> None:
-    """As when an agent was started again, as it took longer than a minute until it listened."""
+def test_the_first_of_two_agents_on_a_node_keeps_its_place_and_the_second_leaves(seed: int, index: int) -> None:
+    """For example if an agent took longer than a minute to listen, and was therefore started again."""
     job = Job(seed, 4, BUDGET, loss=0.0)
 
     async def story() -> None:
@@ -59,7 +59,7 @@ def test_of_two_agents_of_a_node_the_first_keeps_its_place_and_the_second_leaves
 
 @given(SEEDS, st.integers(1, 3), st.sampled_from(["kill", "power_off", "freeze"]))
 @settings(max_examples=15, deadline=None)
-def test_the_second_agent_of_a_node_takes_the_place_when_the_first_is_silent(seed: int, index: int, how: str) -> None:
+def test_the_second_agent_of_a_node_takes_the_place_of_a_silent_first_agent(seed: int, index: int, how: str) -> None:
     job = Job(seed, 4, BUDGET, loss=0.0)
 
     async def story() -> None:
@@ -80,7 +80,7 @@ def test_the_second_agent_of_a_node_takes_the_place_when_the_first_is_silent(see
 
 @given(seed=SEEDS, stays=st.integers(0, 3), files=st.booleans())
 @settings(max_examples=15, deadline=None)
-def test_an_agent_of_the_run_before_is_told_so_and_leaves(*, seed: int, stays: int, files: bool) -> None:
+def test_an_agent_of_the_previous_run_learns_that_and_leaves(*, seed: int, stays: int, files: bool) -> None:
     job = Job(seed, 4, BUDGET, loss=0.0)
 
     async def story() -> None:
@@ -104,7 +104,7 @@ def test_an_agent_of_the_run_before_is_told_so_and_leaves(*, seed: int, stays: i
 
 @given(SEEDS)
 @settings(max_examples=15, deadline=None)
-def test_an_agent_of_the_run_before_that_only_reads_files_leaves_too(seed: int) -> None:
+def test_an_agent_of_the_previous_run_that_only_reads_files_leaves_too(seed: int) -> None:
     job = Job(seed, 4, BUDGET, loss=0.0)
 
     async def story() -> None:
@@ -118,7 +118,7 @@ def test_an_agent_of_the_run_before_that_only_reads_files_leaves_too(seed: int) 
 
 @given(SEEDS)
 @settings(max_examples=15, deadline=None)
-def test_a_leader_of_the_run_before_leads_nobody_once_it_meets_the_present_run(seed: int) -> None:
+def test_a_leader_of_the_previous_run_leads_nobody_after_it_meets_the_current_run(seed: int) -> None:
     """The nodes that were cut off at the requeue are a majority, and one of them leads."""
     job = Job(seed, 4, BUDGET, loss=0.0)
 
@@ -145,7 +145,7 @@ def test_a_leader_of_the_run_before_leads_nobody_once_it_meets_the_present_run(s
 
 @given(SEEDS, st.sampled_from([(0, 1), (1, 2), (2, 3)]))
 @settings(max_examples=15, deadline=None)
-def test_an_address_that_every_node_has_leads_to_nobody_else(seed: int, lost: tuple[int, int]) -> None:
+def test_an_address_that_every_node_has_does_not_pass_for_another_node(seed: int, lost: tuple[int, int]) -> None:
     """Docker's bridge leads to the caller itself: the nodes that are lost must not seem to answer."""
     job = Job(seed, 5, BUDGET, loss=0.0, bridges=("172.17.0.1",))
 

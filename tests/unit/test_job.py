@@ -1,4 +1,4 @@
-"""A job from Python: what its run directory says, and what Slurm is asked for."""
+"""A job from Python: the content of its run directory, and its requests to Slurm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REQUEUED = {**FINISHED, "outcome": "requeue", "cause": "time limit", "reason": "
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    """One that has run, with the programs of a Slurm that knows no job: its answer is the text in ``slurm``."""
+    """A job that has run, with commands of a Slurm that knows no job; they run the shell code in the file ``slurm``."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("squeue", "scancel", "sbatch", "scontrol"):
@@ -63,7 +63,7 @@ def record(job: Job, verdict: dict[str, object]) -> RunDir:
     ("verdict", "state"),
     [(FINISHED, "COMPLETED"), (FAILED, "FAILED"), ({**FAILED, "cause": "user"}, "CANCELLED")],
 )
-def test_a_job_that_has_ended_is_known_when_slurm_has_forgotten_it(job: Job, verdict: dict, state: str) -> None:
+def test_an_ended_job_is_known_even_if_slurm_has_forgotten_it(job: Job, verdict: dict, state: str) -> None:
     record(job, verdict)
     status = job.wait(timeout=5)
     assert (status.state, status.done, status.reason) == (state, True, verdict["reason"])
@@ -72,12 +72,12 @@ def test_a_job_that_has_ended_is_known_when_slurm_has_forgotten_it(job: Job, ver
     assert not Path("asked").exists()
 
 
-def test_a_job_without_a_verdict_that_slurm_does_not_know_is_over(job: Job) -> None:
+def test_a_job_without_a_verdict_that_slurm_does_not_know_has_ended(job: Job) -> None:
     status = job.wait(timeout=5)
     assert (status.state, status.done) == ("UNKNOWN", True)
 
 
-def test_a_slurm_that_does_not_answer_does_not_end_a_job(job: Job, tmp_path: Path) -> None:
+def test_a_job_does_not_count_as_ended_if_slurm_does_not_answer(job: Job, tmp_path: Path) -> None:
     says(tmp_path, "echo squeue: error: Unable to contact slurm controller >&2; exit 1")
     with pytest.raises(SlurmError, match="Unable to contact"):
         job.status()
@@ -91,7 +91,7 @@ def test_a_job_that_has_not_started_is_cancelled_in_the_queue(job: Job, tmp_path
     assert Path("asked").read_text().splitlines()[-1] == f"{tmp_path}/bin/scancel 23"
 
 
-def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
+def test_waiting_continues_through_a_requeue(job: Job, tmp_path: Path) -> None:
     record(job, REQUEUED).mark_acted(0, "17")
     says(tmp_path, "echo '17|PENDING|N/A|N/A|None'")
     assert (job.status().state, job.status().done) == ("PENDING", False)
@@ -101,16 +101,16 @@ def test_a_requeue_is_waited_through(job: Job, tmp_path: Path) -> None:
     assert Path("asked").read_text().splitlines()[-1].endswith("scancel 17")
 
 
-def test_a_job_that_another_goes_on_for_is_that_job_from_then_on(job: Job, tmp_path: Path) -> None:
+def test_a_job_that_another_job_continues_is_that_job_from_then_on(job: Job, tmp_path: Path) -> None:
     record(job, REQUEUED)
     says(
         tmp_path, f"echo '17|COMPLETED|N/A|N/A|None'; echo '18|RUNNING|N/A|N/A|None'; printf 18 > {job.run_dir}/acted.0"
-    )  # while it is asked for
+    )  # while Slurm answers
     status = job.status()
     assert (status.state, status.done, job.slurm_id) == ("RUNNING", False, "18")
 
 
-def test_logs_are_those_of_one_rank_round_after_round(job: Job) -> None:
+def test_logs_have_the_output_of_one_rank_round_after_round(job: Job) -> None:
     for round in ("0.1", "0.10", "0.9", "1.11"):
         for rank in (1, 10):
             path = job.run_dir / "logs" / round / f"n1.rank{rank}.log"
@@ -155,14 +155,14 @@ def test_an_array_has_tasks_and_no_state_of_its_own(job: Job, tmp_path: Path) ->
         ({"nodes": 2, "grow": 7}, "--grow '7': expected on or off"),
     ],
 )
-def test_what_the_command_refuses_is_refused_from_python(job: Job, options: dict, complaint: str) -> None:
+def test_options_that_the_command_refuses_are_refused_from_python(job: Job, options: dict, complaint: str) -> None:
     Path("train.py").write_text("pass\n")
     with pytest.raises(UsageError) as refused:
         JobSpec.of("train.py", **options)
     assert complaint in str(refused.value)
 
 
-def test_waiting_asks_slurm_less_and_less_often(job: Job, tmp_path: Path) -> None:
+def test_waiting_polls_slurm_less_and_less_often(job: Job, tmp_path: Path) -> None:
     says(tmp_path, "echo '17|RUNNING|N/A|N/A|None'")
     begin = time.monotonic()
     with pytest.raises(TimeoutError):
@@ -192,7 +192,7 @@ def knows(*rows: str) -> str:
         (None, knows("17|CONFIGURING"), "CONFIGURING"),
         ("{", knows("17|RUNNING"), "RUNNING"),  # a damaged verdict
         (REQUEUED, knows("17|COMPLETED", "18|RUNNING") + "; printf 18 > elastic-logs/17/acted.0", "RUNNING"),
-        ("led again", knows("17|RUNNING"), "RUNNING"),  # somebody has requeued it when it was over
+        ("led again", knows("17|RUNNING"), "RUNNING"),  # somebody has requeued the job after its end
         ("array", knows("20_0|PENDING", "20_1|PENDING"), "PENDING"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_job_is_the_same_in_python_and_on_the_screens(
         assert getattr(status, name) == shown[name]
 
 
-def test_a_job_is_found_by_id_as_the_commands_find_it(job: Job, tmp_path: Path) -> None:
+def test_a_job_is_found_by_id_as_by_the_commands(job: Job, tmp_path: Path) -> None:
     assert Job(17) == Job("17") == Job("elastic-logs/17") == Job(job.run_dir)
     assert Job(np.int64(17)) == Job("17\n") == Job("elastic-logs/../elastic-logs/17") == job
     assert {Job(17), Job("elastic-logs/17")} == {job}
@@ -242,7 +242,7 @@ def test_a_job_is_found_by_id_as_the_commands_find_it(job: Job, tmp_path: Path) 
     assert f"  {job.run_dir}\n  {other}" in str(refused.value)
 
 
-def test_waiting_raises_for_a_job_that_has_not_completed_if_it_shall(job: Job) -> None:
+def test_waiting_raises_for_a_job_that_has_not_completed_if_requested(job: Job) -> None:
     record(job, {**FAILED, "failure": {"rank": 1, "traceback": "ValueError: bad sample"}})
     told = "job 17 has not completed, it is FAILED: used up\nValueError: bad sample"
     with pytest.raises(JobFailed, match=told) as why:
@@ -252,7 +252,7 @@ def test_waiting_raises_for_a_job_that_has_not_completed_if_it_shall(job: Job) -
     assert job.wait(timeout=5, check=True).state == "COMPLETED"
 
 
-def test_a_notebook_shows_a_table_and_markup_in_it_is_text(job: Job) -> None:
+def test_a_notebook_shows_a_table_in_which_markup_is_text(job: Job) -> None:
     record(job, {**FAILED, "reason": "<script>alert(1)</script>"})
     shown = job._repr_html_()
     assert shown.startswith("<table><tr><th>job</th><td>17 ")
@@ -260,7 +260,7 @@ def test_a_notebook_shows_a_table_and_markup_in_it_is_text(job: Job) -> None:
     assert "<script" not in shown
 
 
-def test_a_notebook_shows_what_status_shows(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_notebook_shows_the_same_as_status(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     record(job, FINISHED)
     assert main(["status", str(job.run_dir)]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:]]
@@ -270,7 +270,7 @@ def test_a_notebook_shows_what_status_shows(job: Job, capsys: pytest.CaptureFixt
     assert cells[1] == ("state", "COMPLETED: all workers finished")
 
 
-def test_why_and_events_are_what_the_commands_say(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+def test_why_and_events_are_the_same_as_those_of_the_commands(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     record(job, FINISHED)
     told, events = job.why(), job.events()
     assert capsys.readouterr() == ("", "")
@@ -279,12 +279,12 @@ def test_why_and_events_are_what_the_commands_say(job: Job, capsys: pytest.Captu
     assert [event["event"] for event in events] == ["start", "round", "verdict"]
 
 
-def test_logs_of_a_stream_that_there_is_not_are_refused(job: Job) -> None:
+def test_logs_of_an_unknown_stream_are_refused(job: Job) -> None:
     with pytest.raises(UsageError, match="stream 'stderr': expected 'out' or 'err'"):
         list(job.logs(stream="stderr"))  # type: ignore[arg-type]
 
 
-def test_logs_are_followed_until_the_job_ends(job: Job, tmp_path: Path) -> None:
+def test_logs_follow_the_job_until_its_end(job: Job, tmp_path: Path) -> None:
     says(tmp_path, knows("17|RUNNING"))
     path = job.run_dir / "logs" / "0.2" / "n1.rank0.log"
     path.parent.mkdir(parents=True)
@@ -331,7 +331,7 @@ def test_a_job_that_failed_before_an_agent_led_it_shows_the_end_of_its_output(
     assert capsys.readouterr().err.endswith("\n  exit code 127\n")
 
 
-def test_a_job_that_is_over_is_not_stopped_again(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_ended_job_is_not_stopped_again(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(job, FINISHED)
     assert job.stop() == "over"
     assert main(["stop", str(job.run_dir)]) == 0
@@ -342,7 +342,7 @@ def test_a_job_that_is_over_is_not_stopped_again(job: Job, tmp_path: Path, capsy
     assert main(["stop", "nosuchjob"]) == main(["drain", "nosuchjob"]) == 2
 
 
-def test_of_several_jobs_each_is_cancelled_though_another_cannot_be(
+def test_each_of_several_jobs_is_cancelled_even_if_another_cannot_be_cancelled(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(job, FINISHED)
@@ -366,7 +366,7 @@ def test_of_several_jobs_each_is_cancelled_though_another_cannot_be(
     assert main(["cancel", "18", "19"]) == 1
 
 
-def test_a_job_that_nobody_leads_is_cancelled_by_slurm_but_cannot_save(job: Job, tmp_path: Path) -> None:
+def test_a_job_without_a_leader_is_cancelled_by_slurm_but_cannot_save(job: Job, tmp_path: Path) -> None:
     says(tmp_path, knows("17|RUNNING"))
     with pytest.raises(ElasticError, match="no leader has been started yet"):
         job.stop(after_checkpoint=True)
@@ -376,13 +376,13 @@ def test_a_job_that_nobody_leads_is_cancelled_by_slurm_but_cannot_save(job: Job,
     assert Path("asked").read_text().splitlines()[-1].endswith("scancel 17")
 
 
-def test_a_job_that_waits_cannot_be_drained(job: Job, tmp_path: Path) -> None:
+def test_a_waiting_job_cannot_be_drained(job: Job, tmp_path: Path) -> None:
     says(tmp_path, knows("17|PENDING"))
     with pytest.raises(ElasticError, match=r"job 17 waits in the queue \(None\): nothing runs there yet"):
         job.drain()
 
 
-def test_a_job_that_cannot_be_resized_says_why_and_what_to_do(
+def test_for_a_job_that_cannot_be_resized_the_error_shows_why_and_what_to_do(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*command: str) -> str:
@@ -412,7 +412,7 @@ def test_a_job_that_cannot_be_resized_says_why_and_what_to_do(
     assert refused("release", "n3") == "job 17 is over, COMPLETED: it has no nodes that could be released"
 
 
-def test_a_job_that_waits_to_come_back_asks_slurm_for_the_new_number_and_begins_with_it(
+def test_a_requeued_job_that_waits_requests_the_new_number_of_nodes_and_starts_with_it(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rundir = RunDir(job.run_dir)
@@ -426,7 +426,7 @@ def test_a_job_that_waits_to_come_back_asks_slurm_for_the_new_number_and_begins_
     assert (job._look().view.min_nodes, job._look().view.max_nodes) == (2, 4)
 
 
-def test_an_array_is_stopped_as_a_whole_and_looked_at_by_its_tasks(
+def test_an_array_is_stopped_as_a_whole_and_shown_by_its_tasks(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     remember(tmp_path / "elastic-logs" / "20")
@@ -446,7 +446,7 @@ def test_an_array_is_stopped_as_a_whole_and_looked_at_by_its_tasks(
     assert Path("asked").read_text().splitlines() == [f"{tmp_path}/bin/scancel 20"]
 
 
-def test_a_name_that_is_no_id_of_slurms_hides_no_job(
+def test_a_folder_name_that_is_no_slurm_id_hides_no_job(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refuses = "case $* in *local*) echo squeue: error: Invalid job id: local.0 >&2; exit 1; esac"
@@ -456,7 +456,7 @@ def test_a_name_that_is_no_id_of_slurms_hides_no_job(
     assert [one["state"] for one in json.loads(capsys.readouterr().out)["jobs"]] == ["RUNNING", "UNKNOWN"]
 
 
-def test_a_folder_of_something_else_is_no_job(tmp_path: Path) -> None:
+def test_another_kind_of_folder_is_no_job(tmp_path: Path) -> None:
     (tmp_path / "elastic-logs" / "7").mkdir(parents=True)
     assert lookup.find(f"{tmp_path}/elastic-logs/7") == tmp_path / "elastic-logs" / "7"
     for other in tmp_path / "elastic-logs", Path("/etc"):

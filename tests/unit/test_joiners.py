@@ -1,4 +1,4 @@
-"""Joiners and agents that are started anew, seen from the outside: how they enter, are let go, and are waited for."""
+"""Joiners and restarted agents: how they enter, are released, and are waited for."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rundir(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 def grown(tmp_path: Path) -> Iterator[tuple[Cluster, Node]]:
-    """A job of one node of its own, which leads, and of a joiner."""
+    """A job of one own node, which leads, and a joiner."""
     cluster = Cluster(tmp_path, granted=1, grow_every=0.0)
     cluster.seats()
     cluster.nodes.append(Node(cluster, joiner("4712"), first=False))
@@ -55,7 +55,7 @@ def grown(tmp_path: Path) -> Iterator[tuple[Cluster, Node]]:
     cluster.close()
 
 
-def test_a_joiner_is_numbered_by_its_job_and_an_agent_that_is_started_anew_keeps_its_index() -> None:
+def test_a_joiner_is_numbered_by_its_job_and_a_restarted_agent_keeps_its_index() -> None:
     first, joins = read_agent_env(TASK), read_agent_env({**TASK, JOIN: "/run"})
     again = read_agent_env({**TASK, AGAIN: "3"})
     assert [(env.node, env.late, env.joins) for env in (first, joins, again)] == [
@@ -65,13 +65,13 @@ def test_a_joiner_is_numbered_by_its_job_and_an_agent_that_is_started_anew_keeps
     ]
 
 
-def test_workers_do_not_take_what_they_submit_for_joiners() -> None:
+def test_jobs_that_workers_submit_do_not_become_joiners() -> None:
     environ = {**TASK, JOIN: "/run", AGAIN: "3"}
     prepare_worker_env(environ, read_agent_env(TASK).cpus, 1, "token")
     assert not {JOIN, AGAIN} & environ.keys()
 
 
-def test_a_joiner_of_a_job_that_is_over_leaves_at_once(rundir: RunDir) -> None:
+def test_a_joiner_of_an_ended_job_leaves_immediately(rundir: RunDir) -> None:
     env = read_agent_env({**TASK, JOIN: str(rundir.path)})
     for run in (1, 2):
         rundir.write("verdict.json", {"run": run, "outcome": "requeue", "reason": "2 nodes are left"})
@@ -79,12 +79,12 @@ def test_a_joiner_of_a_job_that_is_over_leaves_at_once(rundir: RunDir) -> None:
             enter(env, rundir)
 
 
-def test_a_joiner_says_where_it_has_found_no_job(tmp_path: Path) -> None:
+def test_a_joiner_reports_where_it_has_found_no_job(tmp_path: Path) -> None:
     with pytest.raises(ElasticError, match="no job has been started there"):
         enter(read_agent_env({**TASK, JOIN: str(tmp_path)}), RunDir(tmp_path))
 
 
-def test_the_batch_script_of_a_joiner_acts_on_no_verdict(rundir: RunDir) -> None:
+def test_the_batch_script_of_a_joiner_does_not_act_on_a_verdict(rundir: RunDir) -> None:
     rundir.write("verdict.json", {"run": 0, "outcome": "requeue", "reason": "time limit"})
     assert conclude.conclude(rundir, {**TASK, JOIN: str(rundir.path)}, 0) == 0
 
@@ -104,7 +104,7 @@ def test_at_the_end_of_a_job_joiners_that_have_started_leave_and_only_the_others
     assert (tmp_path / "cancelled").read_text() == "11 13\n"
 
 
-def test_a_joiner_trains_and_is_let_go_when_it_is_asked_for(grown: tuple[Cluster, Node]) -> None:
+def test_a_joiner_trains_and_is_released_on_request(grown: tuple[Cluster, Node]) -> None:
     cluster, joins = grown
     own = cluster.nodes[0]
     own.train(1)
@@ -138,7 +138,7 @@ async def no_dial(_host: Host) -> Link:
     raise asyncio.TimeoutError
 
 
-def test_what_slurm_is_asked_to_start_finds_a_working_directory_again_that_was_made_anew(
+def test_commands_that_slurm_starts_find_a_recreated_working_directory(
     rundir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, env, started = tmp_path / "work", read_agent_env(TASK), list[str]()
@@ -169,7 +169,7 @@ def test_what_slurm_is_asked_to_start_finds_a_working_directory_again_that_was_m
     assert started == [str(work)] * 3
 
 
-def test_a_node_lacks_an_agent_when_it_answers_and_nobody_listens_there(rundir: RunDir) -> None:
+def test_a_node_lacks_an_agent_if_the_node_answers_and_no_process_listens_there(rundir: RunDir) -> None:
     source = SlurmSource(read_agent_env(TASK), rundir, TASK, no_dial)
     with socket.create_server(("127.0.0.1", 0)) as server:
         host = Host(1, "n2", ("127.0.0.1",), server.getsockname()[1])
@@ -177,7 +177,7 @@ def test_a_node_lacks_an_agent_when_it_answers_and_nobody_listens_there(rundir: 
     assert asyncio.run(source.lacks_agent(host))
 
 
-def test_who_listens_at_the_port_of_an_agent_is_that_agent_or_somebody_else(tmp_path: Path) -> None:
+def test_the_leader_knows_whether_the_process_at_an_agents_port_is_that_agent(tmp_path: Path) -> None:
     cluster, other = Cluster(tmp_path / "this", granted=2), Cluster(tmp_path / "other", granted=1)
     leader = cluster.nodes[0]
     source = SlurmSource(read_agent_env(TASK), cluster.rundir, TASK, leader.network.dial)
@@ -194,7 +194,7 @@ def test_who_listens_at_the_port_of_an_agent_is_that_agent_or_somebody_else(tmp_
     other.close()
 
 
-def test_at_an_address_that_this_node_has_too_it_does_not_ask_itself(
+def test_a_leader_does_not_query_an_address_that_its_own_node_has_too(
     rundir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = SlurmSource(read_agent_env(TASK), rundir, TASK, no_dial)
@@ -206,17 +206,20 @@ def test_at_an_address_that_this_node_has_too_it_does_not_ask_itself(
 
     monkeypatch.setattr("elastic_hpc.agent.joiners._answers", answers)
     monkeypatch.setattr(addresses, "own", lambda hosts: [host for host in hosts if host in ("10.0.0.1", "172.17.0.1")])
-    for second in ("172.17.0.1", "10.0.0.1"):  # at the second address, the agent of the leader's node, or nobody
+    for second in (
+        "172.17.0.1",
+        "10.0.0.1",
+    ):  # behind the second address is the agent of the leader's own node, or no process
         assert not asyncio.run(source.lacks_agent(Host(1, "n2", ("10.0.0.2", second), 1)))
     assert set(asked) == {"10.0.0.2"}
 
 
-def test_the_verdict_is_waited_for_as_long_as_somebody_leads(rundir: RunDir) -> None:
+def test_conclude_waits_for_the_verdict_as_long_as_a_leader_is_active(rundir: RunDir) -> None:
     turns = threading.Semaphore(0)
     verdict = {"run": 1, "outcome": "finished", "reason": "all workers finished"}
 
     def lead() -> None:
-        for _ in range(5):  # for longer than silence would be borne
+        for _ in range(5):  # for longer than conclude would wait in silence
             turns.acquire()
             rundir.write("endpoint.json", {"run": 1, "node": 2, "host": "n3", "addresses": [], "port": 1})
         rundir.write("verdict.json", verdict)
@@ -227,6 +230,6 @@ def test_the_verdict_is_waited_for_as_long_as_somebody_leads(rundir: RunDir) -> 
     leading.join()
 
 
-def test_no_verdict_is_waited_for_when_nobody_leads_any_more_or_another_run_does(rundir: RunDir) -> None:
+def test_conclude_does_not_wait_for_a_verdict_without_a_leader_or_under_another_run(rundir: RunDir) -> None:
     assert conclude.await_verdict(rundir, 1, lambda: None) is None
     assert conclude.await_verdict(rundir, 2, pytest.fail) is None

@@ -1,4 +1,4 @@
-"""Joiners: what is left of their parent's batch script, what Slurm says of them and of their parent."""
+"""Joiners: their version of the parent's batch script, and Slurm's answers about them and their parent."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ cat "$answer"
 
 
 class Fake:
-    """Commands of Slurm that answer what they are told to, or refuse."""
+    """Commands of Slurm with prepared answers or refusals."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,7 +93,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         ("#SBATCH -OHc2", "#SBATCH -Oc2"),
         ("#SBATCH -HOm block", "#SBATCH -Om block"),
         ("#SBATCH --unheard=of --nodes=2", "#SBATCH --unheard=of"),
-        ("#SBATCH --unheard of --nodes=2", ...),  # cannot be parsed: which words are options?
+        ("#SBATCH --unheard of --nodes=2", ...),  # cannot be parsed: it is unclear which words are options
         ('#SBATCH --comment="no end --nodes=2', ...),
         ("#SBATCH --nodes", ...),
         ("#SBATCH --nodes=2 stray", ...),
@@ -105,7 +105,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         ("", ...),
     ],
 )
-def test_of_a_directive_stays_what_is_for_a_node(line: str, left: object):
+def test_a_joiners_script_keeps_the_directives_for_one_node(line: str, left: object):
     left = line if left is ... else left
     for before, after in [("#!/bin/bash\n", "\n# c\n\ntrue\n"), ("#!/bin/bash\n\n  # c\n", "")]:
         script = (before + line + after).encode(errors="surrogateescape")
@@ -113,7 +113,7 @@ def test_of_a_directive_stays_what_is_for_a_node(line: str, left: object):
         assert slurm.joiner_script(script) == expected.encode(errors="surrogateescape")
 
 
-def test_what_follows_the_first_command_is_no_directive():
+def test_lines_after_the_first_command_are_not_directives():
     for command in ("true", " : x", "#SBATCH --nodes=2\ncat <<END"):
         script = f"#!/bin/sh\n{command}\n#SBATCH --array=1-2\r\n\xe9\x85".encode("latin-1")
         assert slurm.joiner_script(script).endswith(b"\n#SBATCH --array=1-2\r\n\xe9\x85")
@@ -129,7 +129,7 @@ def test_every_option_is_kept_or_dropped_in_all_its_forms():
         assert left == {True} or option.name not in kept
 
 
-def test_a_joiner_is_submitted_for_one_node_with_its_parent_s_place_and_time(fake: Fake):
+def test_a_joiner_is_submitted_for_one_node_with_the_partition_and_time_of_its_parent(fake: Fake):
     fake.tell("scontrol", PARENT.format(account="acc", qos="fast", used="1-00:30:01", limit="1-01:00:00"))
     script = "#!/bin/sh\n#SBATCH -x n[1-2] --time=2\n#SBATCH --export=ALL,A=b --gres=gpu:1\nsrun x\n"
     agent = {"SLURM_JOB_ID": "1", "ELASTIC_HPC_AGENT": "mark", AGAIN: "2", "HELLO": "a, b=c"}
@@ -146,7 +146,7 @@ def test_a_joiner_is_submitted_for_one_node_with_its_parent_s_place_and_time(fak
 
 
 @pytest.mark.parametrize("no_limit", ["UNLIMITED", "365-00:00:00"])
-def test_what_the_parent_does_not_have_is_not_asked_for(fake: Fake, no_limit: str):
+def test_a_joiner_does_not_request_what_the_parent_does_not_have(fake: Fake, no_limit: str):
     fake.tell("scontrol", PARENT.format(**{**HOUR, "limit": no_limit}))
     fake.submit()
     options = fake.said("options")
@@ -154,7 +154,7 @@ def test_what_the_parent_does_not_have_is_not_asked_for(fake: Fake, no_limit: st
     assert not [option for option in options if option.startswith(("--account", "--qos", "--exclude"))]
 
 
-def test_a_file_of_nodes_to_exclude_has_been_read_for_the_parent(fake: Fake):
+def test_a_file_of_excluded_nodes_was_read_for_the_parent(fake: Fake):
     fake.submit("#SBATCH --exclude=./bad\n", ("n1",))
     assert "--exclude=n9,n1" in fake.said("options")
 
@@ -176,14 +176,14 @@ def test_gpus_of_the_whole_job_are_refused_for_a_joiner(fake: Fake):
         fake.submit("#SBATCH -G 8\n")
 
 
-def test_the_refusal_of_a_joiner_is_in_slurm_s_own_words(fake: Fake):
+def test_the_refusal_of_a_joiner_has_slurms_own_text(fake: Fake):
     fake.tell("scontrol", PARENT.format(**HOUR))
     (fake.folder / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1\n")
     with pytest.raises(UsageError, match="QOSMaxSubmitJobPerUserLimit"):
         fake.submit()
 
 
-def test_joiners_are_read_whatever_the_reason_says(fake: Fake, monkeypatch: pytest.MonkeyPatch):
+def test_joiners_are_read_whatever_text_their_reason_has(fake: Fake, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SQUEUE_STATES", "FAILED")
     fake.tell(
         "squeue",
@@ -201,7 +201,7 @@ def test_joiners_are_read_whatever_the_reason_says(fake: Fake, monkeypatch: pyte
     assert slurm.joiners("4711_3") == ()
 
 
-def test_joiners_that_cannot_be_asked_for_are_not_none(fake: Fake):
+def test_if_slurm_does_not_answer_the_joiners_are_unknown_and_not_none(fake: Fake):
     fake.tell("squeue", "slurm_load_jobs: no\n")
     with pytest.raises(SlurmError, match="six fields"):
         slurm.joiners("1")
@@ -210,7 +210,7 @@ def test_joiners_that_cannot_be_asked_for_are_not_none(fake: Fake):
         slurm.joiners("1")
 
 
-def test_the_job_that_steps_are_started_in_is_known_by_its_number(fake: Fake):
+def test_the_job_for_new_steps_is_known_by_its_number(fake: Fake):
     assert slurm.show_job("4711_3").id == "4714"
 
 
@@ -220,7 +220,7 @@ def test_a_time_limit_is_set_in_whole_minutes_and_never_to_none(fake: Fake):
     assert fake.said("calls") == ["update JobId=5 TimeLimit=2", "update JobId=5 TimeLimit=1"]
 
 
-def test_to_cancel_what_has_ended_is_no_error(fake: Fake):
+def test_cancelling_an_ended_job_is_no_error(fake: Fake):
     slurm.cancel()
     fake.refuse(
         "scancel: error: Kill job error on job id 5: Job/step already completing or completed\n"
@@ -234,7 +234,7 @@ def test_to_cancel_what_has_ended_is_no_error(fake: Fake):
 
 
 def agent(folder: Path, srun: str) -> None:
-    """Start an agent with an ``srun`` that does this."""
+    """Start an agent with an ``srun`` that runs this code."""
     (folder / "srun").write_text(f"#!/bin/sh\n{srun}\n")
     (folder / "srun").chmod(0o755)
     environ = {**os.environ, "SLURM_NTASKS": "4", "SLURM_RESTART_COUNT": "2", "ELASTIC_HPC_AGENT": "mark", AGAIN: "1"}
@@ -243,18 +243,18 @@ def agent(folder: Path, srun: str) -> None:
 
 
 def _is_dead(pid: int) -> bool:
-    """Whether it has ended, be it that nobody has reaped it."""
+    """Whether the process has ended, even if nobody has reaped it."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return ") Z " in Path(f"/proc/{pid}/stat").read_text()
     return True
 
 
-def test_an_agent_is_started_after_whatever_a_prolog_says_and_knows_its_job(fake: Fake):
+def test_an_agent_starts_whatever_a_prolog_prints_and_knows_its_job(fake: Fake):
     pids = fake.folder / "pids"
     agent(
         fake.folder,
         f'echo "$*" > {fake.folder}/calls; until [ $1 = sh ]; do shift; done; echo hello; exec 3<&0\n'
-        f"sleep 600 & echo $$ $! > {pids}\n"  # srun, and the process with which it watches over itself
+        f"sleep 600 & echo $$ $! > {pids}\n"  # srun and its own watchdog process
         '( setsid "$@" <&3 & ); wait',
     )
     srun, watch = map(int, pids.read_text().split())
@@ -269,7 +269,7 @@ def test_an_agent_is_started_after_whatever_a_prolog_says_and_knows_its_job(fake
     assert environ.keys().isdisjoint({"SLURM_NTASKS", "ELASTIC_HPC_AGENT"})
 
 
-def test_an_agent_that_does_not_start_is_an_error_in_srun_s_words(fake: Fake):
+def test_an_agent_that_does_not_start_is_an_error_with_sruns_text(fake: Fake):
     (fake.folder / "log").write_text("srun: error: of another one\n")
     with pytest.raises(SlurmError, match=r"--nodelist=n2: Unable to create step$"):
         agent(fake.folder, "echo srun: hm >&2; echo srun: error: Unable to create step >&2; exit 1")
@@ -278,7 +278,7 @@ def test_an_agent_that_does_not_start_is_an_error_in_srun_s_words(fake: Fake):
     assert not (fake.folder / "a b").exists()
 
 
-def test_the_steps_of_agents_that_were_started_anew_are_known_by_their_nodes(fake: Fake):
+def test_the_steps_of_restarted_agents_are_known_by_their_nodes(fake: Fake):
     fake.tell(
         "squeue", "7.0 n[1-4] python\n7.3 n2 elastic-agent\n7.4 n3 elastic-conclude\n7.5 n4 elastic-agent\n7.6  x\n"
     )

@@ -1,4 +1,4 @@
-"""What the kernel has logged while workers ran."""
+"""The kernel's log during the run of workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from elastic_hpc.membership.causes import explain
 from elastic_hpc.workers.kernel_log import KernelLog
 
 
-def test_only_what_was_logged_since_explains_the_end_of_a_worker(tmp_path: Path) -> None:
+def test_only_new_log_lines_explain_the_end_of_a_worker(tmp_path: Path) -> None:
     device = tmp_path / "kmsg"
     device.write_text("3,1,10,-;NVRM: Xid (PCI:0000:4b:00): 48, pid=1, DBE (double bit error)\n")
     log = KernelLog(device)
@@ -29,11 +29,11 @@ def test_only_what_was_logged_since_explains_the_end_of_a_worker(tmp_path: Path)
     )
 
 
-def test_a_log_that_may_not_be_read_says_nothing(tmp_path: Path) -> None:
+def test_an_unreadable_log_explains_nothing(tmp_path: Path) -> None:
     assert KernelLog(tmp_path / "none").news() == []
 
 
-def test_the_log_of_this_machine_can_be_read_or_not_but_breaks_nothing() -> None:
+def test_the_log_of_this_machine_breaks_nothing_whether_it_can_be_read_or_not() -> None:
     before = len(os.listdir("/proc/self/fd"))
     log = KernelLog()
     assert log.news() == [] or all(log.news())

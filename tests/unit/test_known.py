@@ -1,4 +1,4 @@
-"""The table of known causes: a line as it is reported for each row, whose fault that is, and what is not in it."""
+"""The table of known causes: a reported line for each row, whose fault it is, and lines that match no row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elastic_hpc.membership.known import BY_NAME, KNOWN, known_of, party_of
 _NCCL = "torch.distributed.DistBackendError: NCCL error in: /pytorch/torch/csrc/NCCLUtils.cpp:94, {}, NCCL version 2.27"
 
 LINES = {
-    # the kernel's log, with what the worker says then
+    # the kernel's log, with the worker's own message
     "GPU lost": ("NVRM: Xid (PCI:0000:4b:00): 79, pid='<unknown>', GPU has fallen off the bus.",),
     "GPU memory is damaged": (
         "NVRM: Xid (PCI:0000:4b:00): 48, pid=31, name=python, DBE (double bit error)",
@@ -226,7 +226,7 @@ LINES = {
     "crash": ("killed by SIGSEGV", "killed by SIGABRT"),
     "killed": ("killed by SIGKILL", "killed by SIGTERM"),
 }
-"""By row: what ended the worker; for rows about the kernel's log, what the kernel has logged."""
+"""By row: the end of the worker; for rows about the kernel's log, the line of that log."""
 
 WITH_KERNEL = {name for name, row in BY_NAME.items() if row.explains}
 
@@ -237,7 +237,7 @@ def test_every_row_has_a_name_of_its_own_and_a_line() -> None:
 
 
 @pytest.mark.parametrize(("name", "line"), [(name, line) for name, lines in LINES.items() for line in lines])
-def test_a_reported_failure_is_known(name: str, line: str) -> None:
+def test_a_reported_failure_is_in_the_table(name: str, line: str) -> None:
     if name in WITH_KERNEL:
         ended = "OSError: [Errno 5] Input/output error" if "disk" in name or "file" in name else "killed by SIGABRT"
         found = known_of([ended], [line])
@@ -267,12 +267,12 @@ def test_a_reported_failure_is_known(name: str, line: str) -> None:
         "",
     ],
 )
-def test_what_a_script_says_itself_costs_no_node(text: str) -> None:
+def test_a_scripts_own_message_costs_no_node(text: str) -> None:
     found = known_of([text])
     assert found is None or found.party != "node" or found.answer != "leave"
 
 
-def test_what_a_worker_printed_before_is_not_its_end() -> None:
+def test_earlier_output_of_a_worker_is_not_its_end() -> None:
     printed = "RuntimeError: CUDA error: uncorrectable ECC error encountered\nkilled by SIGBUS\n"
     raised = (
         'Traceback (most recent call last):\n  File "t.py", line 1, in <module>\n    main()\nValueError: bad data\n'
@@ -282,7 +282,7 @@ def test_what_a_worker_printed_before_is_not_its_end() -> None:
     assert explain(-11, printed).known == "crash"
 
 
-def test_the_kernels_log_explains_only_what_may_come_from_it() -> None:
+def test_the_kernels_log_explains_only_failures_that_it_may_cause() -> None:
     gone = "NVRM: Xid (PCI:0000:4b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
     disk = "blk_update_request: I/O error, dev sda, sector 12"
     assert known_of(["ValueError: bad data"], [gone, disk]) is None
@@ -293,7 +293,7 @@ def test_the_kernels_log_explains_only_what_may_come_from_it() -> None:
     assert known_of(["RuntimeError: CUDA error: unknown error"], ["usb 1-1: new device", disk]).name == "CUDA error"  # type: ignore[union-attr]
 
 
-def test_the_cause_is_found_in_what_a_data_loaders_worker_or_a_group_of_exceptions_raised() -> None:
+def test_the_cause_is_found_in_exceptions_of_a_data_loaders_worker_or_of_a_group() -> None:
     text = (
         "OSError: Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         "  File \"x.py\", line 3, in f\nOSError: [Errno 116] Stale file handle: '/data/x'"
@@ -302,6 +302,6 @@ def test_the_cause_is_found_in_what_a_data_loaders_worker_or_a_group_of_exceptio
     assert known_of(["ExceptionGroup: two\nKeyError: 1\nMemoryError"]).name == "memory of the job"  # type: ignore[union-attr]
 
 
-def test_the_page_has_the_table_of_today() -> None:
+def test_the_page_has_the_current_table() -> None:
     text = causes_page.PAGE.read_text()
     assert causes_page.page(text) == text, "run: python tests/unit/causes_page.py"

@@ -19,7 +19,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_function_runs_on_every_rank_and_what_each_returns_comes_back() -> None:
+def test_a_function_runs_on_every_rank_and_each_result_is_returned() -> None:
     def rank(factor: int) -> tuple[int, str]:
         return factor * int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
 
@@ -38,7 +38,7 @@ def test_a_failure_is_raised_with_the_traceback_of_the_rank_that_failed_first() 
     assert failed.value.run_dir.is_dir()
 
 
-def test_a_script_takes_its_arguments_and_what_elastic_srun_refuses_is_no_result(folder: Path) -> None:
+def test_a_script_takes_its_arguments_and_a_refusal_of_elastic_srun_is_no_result(folder: Path) -> None:
     (folder / "train.py").write_text("import sys; open('seen', 'w').write(sys.argv[1])")
     assert elastic_launch(LaunchConfig(local=1), "train.py")(1e-3) == {}
     assert (folder / "seen").read_text() == "0.001"
@@ -53,7 +53,7 @@ def test_options_that_do_not_exist_are_refused_before_anything_runs() -> None:
         LaunchConfig(nodes="8-4")
 
 
-def test_everything_that_is_exported_exists_and_is_imported_only_when_it_is_used() -> None:
+def test_every_exported_name_exists_and_is_imported_only_when_it_is_used() -> None:
     assert all(getattr(elastic_hpc, name) for name in elastic_hpc.__all__)
     code = "import sys, elastic_hpc; elastic_hpc.JobSpec; print({'torch', 'submitit', 'jinja2'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""Which module of the package may import which: the table in CONTRIBUTING, compared with the code."""
+"""Which module of the package may import which other: the table in CONTRIBUTING, compared with the code."""
 
 from __future__ import annotations
 
@@ -22,36 +22,38 @@ def _names(cell: str) -> set[str]:
 
 
 LEAVES = {name for name, folder, _, _ in _ROWS if not folder}
-"""Modules beside the folders, which import nothing; all folders may import them."""
+"""Modules beside the folders, which import nothing and which all folders may import."""
 
 MAY_IMPORT = {name: _names(cell) for name, folder, _, cell in _ROWS if folder and cell.strip() != "all"}
-"""By folder. A name with a dot is one module of a folder."""
+"""Allowed imports by folder. A name with a dot is one module of a folder."""
 
 TOUCHES = {name: cell.strip() for name, _, cell, _ in _ROWS}
-"""By folder, or module beside the folders. ``nothing``, or ``... else nothing``: pure, but for the modules named."""
+"""Effects by folder, or module beside the folders. ``nothing``, or ``... else nothing``: pure, except the named
+modules.
+"""
 
 HARMLESS = {
     *("__future__", "argparse", "bisect", "collections", "contextlib", "dataclasses", "datetime", "difflib", "enum"),
     *("functools", "html", "ipaddress", "itertools", "json", "math", "numbers", "posixpath", "re", "shlex", "signal"),
     *("typing", "jinja2", "markupsafe", "prometheus_client", "rich"),
 }
-"""What pure modules import: no file, clock, thread, process, connection, random number or environment. ``signal`` has
-names of numbers, and ``posixpath`` works on text.
+"""Modules that pure modules may import: they use no files, clocks, threads, processes, connections, random numbers or
+environment. ``signal`` has only names of numbers, and ``posixpath`` works on text.
 """
 
 EFFECTS = {"network": {"asyncio", "http", "socket", "ssl", "urllib"}, "processes": {"multiprocessing", "subprocess"}}
-"""What other modules import only if their folder touches that."""
+"""Modules that a folder may import only if it has the effect."""
 
 EXCEPTIONS = {
-    "workers.standbys": {"socket"},  # a pair of sockets, of which a child inherits one
+    "workers.standbys": {"socket"},  # a pair of sockets; a child inherits one of them
     "workers.lives": {"socket"},  # a socket in the local folder, to which workers connect
-    "workers.live_worker": {"socket"},  # one of these connections
+    "workers.live_worker": {"socket"},  # its connection to that socket
     "start": {"sys"},  # compares an interpreter with this one
     "view.times": {"time"},  # this machine's time zone, but no clock
     "view.timeline": {"importlib"},  # its template, and a library that may be missing
 }
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "__import__", "now", "utcnow", "today"}
-"""``now`` and the like are those of ``datetime``."""
+"""Calls that pure modules must not make; ``now`` and the following names are those of ``datetime``."""
 
 
 def _module(path: Path) -> str:
@@ -70,7 +72,7 @@ def nodes(module: str) -> list[ast.AST]:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """All that ``module`` imports, inside functions too; of this package the modules, not the names in them."""
+    """All imports of ``module``, inside functions too; for this package the modules, not the names in them."""
     found = set()
     for node in nodes(module):
         if isinstance(node, ast.Import):
@@ -84,7 +86,7 @@ def imports(module: str) -> frozenset[str]:
 
 
 def place(module: str) -> str:
-    """``folder.module`` of a module of the package."""
+    """The name ``folder.module`` of a module of the package."""
     return module.removeprefix("elastic_hpc").removeprefix(".")
 
 
@@ -98,7 +100,7 @@ OURS = sorted(modules())
 PURE = list(filter(is_pure, OURS))
 
 
-def test_the_table_has_all_folders_and_says_which_are_pure() -> None:
+def test_the_table_has_all_folders_and_shows_which_are_pure() -> None:
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert MAY_IMPORT.keys() | {"cli"} == folders
     assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == LEAVES
@@ -123,8 +125,8 @@ def test_a_module_imports_only_what_its_folder_may(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", [name for name in OURS if "." in name])
-def test_no_import_of_ours_goes_round_the_table(module: str) -> None:
-    """A public name of the package leads to any folder, and so does a name that is put together."""
+def test_no_import_of_ours_bypasses_the_table(module: str) -> None:
+    """Public names of the package lead to any folder, and so do computed names."""
     taken, called = set(), set()
     for node in nodes(module):
         if isinstance(node, ast.ImportFrom) and node.module == "elastic_hpc":
@@ -151,9 +153,9 @@ def test_a_module_touches_only_what_its_folder_may(module: str) -> None:
     assert found <= EXCEPTIONS.get(place(module), set())
 
 
-def test_no_two_modules_import_each_other_and_no_more_do_in_a_ring() -> None:
+def test_no_modules_import_each_other_directly_or_in_a_ring() -> None:
     graph = {name: {other for other in imports(name) if other in modules()} for name in modules()}
-    graph["elastic_hpc"] = set()  # it finds its public names when they are asked for
+    graph["elastic_hpc"] = set()  # ``__init__`` loads its public names on demand
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -41,7 +41,7 @@ def promises_of(roster: Roster | None) -> Promises:
 
 
 class Job:
-    """A leader whose agents, one per connection of the same number, say what the test says."""
+    """A leader whose agents, one per connection of the same number, send what the test requests."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Job:
         self.leader.decide(self.now)
 
     def wait(self, seconds: float) -> None:
-        """Time passes, in which everybody's connection is alive."""
+        """Let time pass while all connections are alive."""
         self.now += seconds
         for peer in self.leader.peers.values():
             peer.last_contact = self.now
@@ -92,7 +92,7 @@ class Job:
         self.leader.on_tick(self.now)
 
     def ready(self, *nodes: int) -> dict[int, list[Order | Roster]]:
-        """``nodes`` have no workers alive; the answer is what is sent for that."""
+        """``nodes`` report that they have no living workers. Returns the messages that the leader sends."""
         sent: dict[int, list[Order | Roster]] = {}
         for node in nodes:
             sent |= self.say(node, round=self.leader.round)
@@ -102,7 +102,7 @@ class Job:
         self.say(node, state="failed", round=self.leader.round, failure=what or failure(node), **fields)
 
     def reach(self, *nodes: int) -> None:
-        """``nodes`` answer the leader that they reach each other."""
+        """``nodes`` report to the leader that they reach each other."""
         probe = orders(self.leader.take_orders(beat=True))[nodes[0]].probe
         assert probe
         for node in nodes:
@@ -132,7 +132,7 @@ def orders(sent: dict[int, list[Order | Roster]]) -> dict[int, Order]:
     return {conn: messages[-1] for conn, messages in sent.items() if isinstance(messages[-1], Order)}
 
 
-def test_a_round_forms_without_any_wait_when_all_granted_nodes_are_there() -> None:
+def test_a_round_forms_without_any_wait_when_all_granted_nodes_have_joined() -> None:
     job = Job()
     assert orders(job.say(0))[0].stage == "gather"
     assert job.say(0, round=1) == {}
@@ -161,7 +161,7 @@ def test_a_granted_node_whose_agent_never_starts_is_given_up_long_before_the_joi
 
 
 @pytest.mark.parametrize("changes", [{"can_requeue": False}, {"can_requeue": True, "max_requeues": 0}])
-def test_a_job_that_gets_no_other_nodes_waits_for_all_of_the_join_timeout(changes: Any) -> None:
+def test_a_job_that_cannot_get_other_nodes_waits_for_the_whole_join_timeout(changes: Any) -> None:
     job = Job(3, names=NAMES, min_nodes=3, max_nodes=3, join_timeout=600.0, **changes)
     job.ready(0)
     while not job.leader.verdict and job.now < 700:
@@ -170,7 +170,7 @@ def test_a_job_that_gets_no_other_nodes_waits_for_all_of_the_join_timeout(change
     assert 599 < job.now < 605
 
 
-def test_a_world_that_forms_without_a_granted_node_notes_that_node() -> None:
+def test_a_world_that_forms_without_a_granted_node_records_that_node() -> None:
     job = Job(3, names=NAMES, min_nodes=2, max_nodes=3)
     job.ready(0)
     job.ready(1)
@@ -178,7 +178,7 @@ def test_a_world_that_forms_without_a_granted_node_notes_that_node() -> None:
     assert [event["node"] for event in job.events("absent")] == ["n2"]
 
 
-def test_the_roster_goes_before_the_run_order_and_only_to_those_who_do_not_have_it() -> None:
+def test_the_roster_is_sent_before_the_run_order_and_only_to_agents_that_do_not_have_it() -> None:
     job = Job(3)
     sent = job.ready(0, 1, 2)
     for conn in (0, 1, 2):
@@ -211,20 +211,22 @@ def formed_again_without_2() -> Job:
     return job
 
 
-def test_the_oldest_round_that_is_asked_is_the_new_one_once_enough_members_hold_its_roster() -> None:
+def test_once_enough_members_hold_the_new_roster_the_new_round_is_the_oldest_one_that_must_agree() -> None:
     job = formed_again_without_2()
     assert {order.oldest for order in orders(job.leader.take_orders(beat=True)).values()} == {1}
-    assert orders(job.say(1, state="running", round=2, seen=2, roster=2))[1].oldest == 2  # 0 formed it, 1 holds it
+    assert (
+        orders(job.say(1, state="running", round=2, seen=2, roster=2))[1].oldest == 2
+    )  # node 0 formed the round, node 1 holds its roster
 
 
-def test_only_who_holds_this_leaders_own_newest_roster_is_taken_to_know_it() -> None:
+def test_only_nodes_with_this_leaders_newest_roster_count_as_knowing_it() -> None:
     job = formed_again_without_2()
     for fields in ({"seen": 3, "roster": 2}, {"seen": 3, "roster": 3}, {"seen": 2, "roster": 1}):
         job.say(1, state="running", round=2, **fields)
         assert orders(job.leader.take_orders(beat=True))[0].oldest == 1, fields
 
 
-def test_a_statement_about_an_old_round_changes_nothing() -> None:
+def test_a_report_on_an_old_round_changes_nothing() -> None:
     job = formed()
     job.fail(1)
     assert job.leader.round == 2
@@ -240,7 +242,7 @@ def test_the_first_failure_of_a_round_is_the_cause() -> None:
     assert job.verdict.cause == "budget"
 
 
-def test_an_echo_waits_a_moment_for_the_failure_that_it_is_the_echo_of() -> None:
+def test_the_leader_briefly_waits_after_an_echo_for_the_original_failure() -> None:
     job = formed()
     job.fail(0, failure(0, "connection closed by peer", collateral=True))
     assert job.leader.round == 1
@@ -250,7 +252,7 @@ def test_an_echo_waits_a_moment_for_the_failure_that_it_is_the_echo_of() -> None
     assert [event["reason"] for event in job.events("restart")] == ["rank 1 on n1: out of memory"]
 
 
-def test_an_echo_alone_is_believed_after_a_moment() -> None:
+def test_an_echo_alone_is_accepted_as_the_cause_after_a_moment() -> None:
     job = formed()
     job.fail(0, failure(0, "connection closed by peer", collateral=True))
     job.wait(SETTLE / 2)
@@ -260,7 +262,7 @@ def test_an_echo_alone_is_believed_after_a_moment() -> None:
     assert [event["reason"] for event in job.events("restart")] == ["rank 0 on n0: connection closed by peer"]
 
 
-def test_a_lost_node_is_the_cause_of_the_echo_that_was_faster() -> None:
+def test_a_lost_node_is_the_cause_of_an_echo_that_came_first() -> None:
     job = formed(3)
     job.fail(0, failure(0, "connection closed by peer", collateral=True))
     job.lose(2, "its connection was closed")
@@ -286,7 +288,7 @@ def test_the_same_failure_without_a_step_in_between_ends_the_job() -> None:
         ({"kind": "stopped", "message": "SIGSTOP"}, {"kind": "stopped", "message": "SIGSTOP"}),
     ],
 )
-def test_another_failure_or_one_from_outside_is_not_held_against_the_job(first: Any, then: Any) -> None:
+def test_a_different_or_external_failure_does_not_end_the_job(first: Any, then: Any) -> None:
     job = formed()
     job.fail(0, failure(**first))
     job.ready(0, 1)
@@ -295,7 +297,7 @@ def test_another_failure_or_one_from_outside_is_not_held_against_the_job(first: 
     assert job.leader.restarts == 2
 
 
-def test_an_echo_in_between_is_not_taken_for_another_failure() -> None:
+def test_an_echo_in_between_does_not_count_as_a_different_failure() -> None:
     job = formed()
     job.fail(0, failure(message="ValueError: a"))
     job.ready(0, 1)
@@ -308,7 +310,7 @@ def test_an_echo_in_between_is_not_taken_for_another_failure() -> None:
     assert job.verdict.outcome == "failed"
 
 
-def test_a_step_that_was_done_in_between_is_progress() -> None:
+def test_a_step_between_two_failures_is_progress() -> None:
     job = formed()
     for step in (5, 6, 7):
         job.fail(0, step=step)
@@ -341,7 +343,7 @@ def test_a_leader_that_was_frozen_does_not_blame_its_agents() -> None:
     assert sorted(job.leader.take_dropped()) == [0, 1]
 
 
-def test_a_leader_that_was_frozen_leads_again_when_its_agents_have_answered_and_their_workers_go_on() -> None:
+def test_a_leader_that_was_frozen_leads_again_when_its_agents_have_answered_and_their_workers_continue() -> None:
     job = formed(3)
     for node in (0, 1, 2):
         job.say(node, state="running", round=1, roster=1, seen=1)
@@ -374,7 +376,7 @@ def test_a_leader_that_was_frozen_and_gets_no_answer_leaves_no_verdict() -> None
     assert job.leader.abdicated
 
 
-def test_a_node_that_has_lost_what_it_promised_trains_but_neither_agrees_nor_acknowledges() -> None:
+def test_a_node_that_has_lost_its_promises_trains_but_neither_votes_nor_acknowledges() -> None:
     job = formed(3)
     for node in (0, 1, 2):
         job.say(node, state="running", round=1, roster=1, seen=1)
@@ -392,7 +394,7 @@ def test_a_node_that_has_lost_what_it_promised_trains_but_neither_agrees_nor_ack
     assert {base.round for base in job.leader._mandate.bases} == {1, 2}
 
 
-def test_workers_that_cannot_be_stopped_do_not_hold_up_the_others_for_ever() -> None:
+def test_workers_that_cannot_be_stopped_do_not_block_the_others_forever() -> None:
     job = formed(3, last_call_timeout=0.0, min_nodes=1)
     for node in (0, 1, 2):
         job.say(node, state="running", round=1, seen=1, roster=1)
@@ -404,10 +406,10 @@ def test_workers_that_cannot_be_stopped_do_not_hold_up_the_others_for_ever() -> 
     assert job.leader.take_dropped() == [1]
     assert orders(job.leader.take_orders(beat=True))[0].plan
     assert orders(job.say(1, conn=7, state="running", round=1))[7].stage == "run"
-    assert job.leader.round == 2  # it is no newcomer before its workers are gone
+    assert job.leader.round == 2  # the node is no newcomer before its workers have ended
 
 
-def test_a_node_with_another_number_of_workers_is_refused_with_the_reason() -> None:
+def test_a_node_with_a_different_number_of_workers_is_refused_with_the_reason() -> None:
     job = Job()
     order = orders(job.say(1, nproc=1))[1]
     assert (order.stage, order.outcome) == ("end", "failed")
@@ -416,7 +418,7 @@ def test_a_node_with_another_number_of_workers_is_refused_with_the_reason() -> N
 
 
 @pytest.mark.parametrize("other", ["torch 2.12.0, Python 3.11", "torch 2.13.0, Python 3.12", ""])
-def test_a_node_with_another_torch_or_python_is_refused_with_both_nodes_and_both_versions(other: str) -> None:
+def test_a_node_with_a_different_torch_or_python_is_refused_with_both_nodes_and_both_versions(other: str) -> None:
     job = Job(3)
     ours = "torch 2.13.0, Python 3.11"
     hosts = [replace(host(node), software=software) for node, software in enumerate([ours, other, ours])]
@@ -445,7 +447,7 @@ def test_a_second_agent_of_a_node_replaces_the_first() -> None:
 @pytest.mark.parametrize(
     ("request_", "outcome", "cause"), [("drain", "requeue", "time limit"), ("save-and-stop", "failed", "user")]
 )
-def test_workers_that_are_asked_to_save_get_the_time_to(
+def test_workers_that_are_asked_to_save_get_time_to_save(
     request_: Request, outcome: str, cause: str, *, drained: bool
 ) -> None:
     job = formed()
@@ -464,7 +466,7 @@ def test_workers_that_are_asked_to_save_get_the_time_to(
         assert job.verdict.outcome == "finished", "they were through before they saw the request"
 
 
-def test_workers_need_not_save_for_a_new_world_but_for_the_end_of_the_run() -> None:
+def test_workers_in_place_must_save_only_for_the_end_of_the_run_and_not_for_a_new_world() -> None:
     job = formed(max_nodes=3, free_growth=True, grow_every=0.0)
     for node in (0, 1):
         job.say(node, state="running", round=1, step=5, live=True, listens=True)
@@ -531,7 +533,7 @@ def test_a_failure_while_workers_save_does_not_start_them_again(*, lose: bool) -
     assert job.verdict.restarts == 0
 
 
-def test_stop_ends_the_job_at_once_also_after_a_drain_has_begun() -> None:
+def test_stop_ends_the_job_immediately_even_after_a_drain_has_begun() -> None:
     job = formed()
     job.leader.on_request("drain", "user", job.now)
     job.leader.on_request("save-and-stop", "user", job.now)
@@ -550,21 +552,21 @@ def test_a_second_request_gives_no_new_grace() -> None:
     assert (job.verdict.outcome, job.verdict.cause) == ("failed", "user")
 
 
-def test_a_drain_before_the_first_round_returns_at_once() -> None:
+def test_a_drain_before_the_first_round_returns_immediately() -> None:
     job = Job()
     job.say(0)
     job.leader.on_request("drain", "preempted", job.now)
     assert (job.verdict.outcome, job.verdict.reason) == ("requeue", "preempted: no worker ran")
 
 
-def test_a_drain_of_a_job_that_cannot_be_requeued_is_its_end() -> None:
+def test_a_drain_of_a_job_that_cannot_be_requeued_ends_it() -> None:
     job = formed(can_requeue=False)
     job.leader.on_request("drain", "time limit", job.now)
     job.wait(POLICY.grace + 1)
     assert (job.verdict.outcome, job.verdict.cause) == ("failed", "time limit")
 
 
-def test_nobody_is_taken_in_while_workers_save() -> None:
+def test_no_node_joins_while_workers_save() -> None:
     job = formed()
     job.leader.on_request("drain", "time limit", job.now)
     job.say(2)
@@ -574,7 +576,7 @@ def test_nobody_is_taken_in_while_workers_save() -> None:
 # causes of the end
 
 
-def test_too_few_nodes_return_through_the_queue_and_are_charged() -> None:
+def test_too_few_nodes_lead_to_a_requeue_which_is_charged() -> None:
     job = formed()
     job.lose(1, "its connection was closed")
     job.wait(POLICY.heartbeat_timeout + 0.1)
@@ -590,7 +592,7 @@ def test_a_failure_beyond_the_budget_names_the_budget_and_keeps_the_failure() ->
     assert "all 0 restarts (--max-restarts) are used up" in job.verdict.reason
 
 
-def test_finished_means_all_workers_of_one_round() -> None:
+def test_finished_means_that_all_workers_of_one_round_have_finished() -> None:
     job = formed()
     job.say(0, state="succeeded", round=1)
     assert job.verdict is None
@@ -602,7 +604,7 @@ def test_finished_means_all_workers_of_one_round() -> None:
 
 
 def inherited(restarts: int = 3) -> Roster:
-    """What the nodes of round 1 hold after its leader, node 9, was lost."""
+    """The roster of the nodes of round 1 after their leader, node 9, was lost."""
     job = Job(1, min_nodes=1)
     job.ready(0)
     roster = job.leader.roster
@@ -610,7 +612,7 @@ def inherited(restarts: int = 3) -> Roster:
     return replace(roster, bases=(base,), hosts=tuple(map(host, (0, 1, 2, 9))), restarts=restarts)
 
 
-def test_who_takes_over_decides_nothing_before_a_majority_is_with_it() -> None:
+def test_a_node_that_takes_over_decides_nothing_without_a_majority() -> None:
     job = Job(inherited=inherited())
     for node in (0, 1):
         order = orders(job.say(node, seen=1, roster=1))[node]
@@ -624,7 +626,7 @@ def test_who_takes_over_decides_nothing_before_a_majority_is_with_it() -> None:
     assert job.leader.roster.bases[-1].members == (0, 1, 2)
 
 
-def test_who_takes_over_learns_of_a_later_round_before_it_decides() -> None:
+def test_a_node_that_takes_over_learns_of_a_later_round_before_it_decides() -> None:
     job = Job(inherited=inherited())
     for node in (0, 1):
         job.say(node, seen=1, roster=1)
@@ -639,7 +641,7 @@ def test_who_takes_over_learns_of_a_later_round_before_it_decides() -> None:
 
 
 @pytest.mark.parametrize("adopts", [False, True])
-def test_who_takes_over_knows_the_nodes_that_were_lost_before(*, adopts: bool) -> None:
+def test_a_node_that_takes_over_knows_the_nodes_that_were_lost_before(*, adopts: bool) -> None:
     first = formed(4)
     first.lose(3, "gone")
     first.ready(0, 1, 2)
@@ -656,7 +658,7 @@ def test_who_takes_over_knows_the_nodes_that_were_lost_before(*, adopts: bool) -
     assert job.leader.peers.lost_names == ["n2", "n3"], "a requeue excludes them"
 
 
-def test_who_takes_over_in_vain_gives_up_without_a_word() -> None:
+def test_a_node_that_takes_over_in_vain_gives_up_silently() -> None:
     job = Job(inherited=inherited())
     job.say(0, seen=1, roster=1)
     job.wait(POLICY.heartbeat_timeout + 0.1)
@@ -664,7 +666,7 @@ def test_who_takes_over_in_vain_gives_up_without_a_word() -> None:
     assert (job.verdict, job.events("abdicate")) == (None, [])
 
 
-def test_a_leader_without_a_majority_stops_to_lead_and_leaves_no_verdict() -> None:
+def test_a_leader_without_a_majority_stops_leading_and_leaves_no_verdict() -> None:
     job = formed(4)
     for node in (1, 2):
         job.lose(node, "gone")
@@ -678,7 +680,7 @@ def test_a_leader_without_a_majority_stops_to_lead_and_leaves_no_verdict() -> No
     assert len(job.events("abdicate")) == 1
 
 
-def test_a_leader_whose_workers_run_without_a_majority_stops_them_at_once() -> None:
+def test_a_leader_whose_workers_run_without_a_majority_stops_them_immediately() -> None:
     job = formed(4, max_nodes=3)
     job.lose(1, "gone")
     job.ready(0, 2, 3)
@@ -691,7 +693,7 @@ def test_a_leader_whose_workers_run_without_a_majority_stops_them_at_once() -> N
     assert job.leader.abdicated
 
 
-def test_the_record_tells_how_far_the_workers_are_at_first_at_times_and_at_the_end() -> None:
+def test_the_record_shows_the_progress_of_the_workers_at_first_then_at_intervals_and_at_the_end() -> None:
     job = formed()
 
     def say(step: int) -> list[dict[str, Any]]:
@@ -714,7 +716,7 @@ def test_the_record_tells_how_far_the_workers_are_at_first_at_times_and_at_the_e
     assert job.events("progress") == []
 
 
-def test_the_record_tells_how_many_workers_kept_their_process() -> None:
+def test_the_record_shows_how_many_workers_kept_their_process() -> None:
     job = formed()
     job.say(0, state="running", round=1, kept=2)
     job.wait(1.0)
@@ -725,7 +727,9 @@ def test_the_record_tells_how_many_workers_kept_their_process() -> None:
     assert event == {"round": 1, "kept": 3, "warm": 1, "cold": 0, "why": [], "not_kept": [], "standby_mb": 200.0}
 
 
-def test_a_store_that_cannot_be_opened_is_told_once_tried_for_a_while_and_then_ends_the_run_with_its_reason() -> None:
+def test_a_store_that_cannot_be_opened_is_reported_once_retried_for_a_while_and_then_ends_the_run_with_its_reason() -> (
+    None
+):
     job = Job()
     job.store = lambda: None  # type: ignore[method-assign]
     job.leader._stores.ports.clear()
@@ -744,7 +748,7 @@ def test_a_store_that_cannot_be_opened_is_told_once_tried_for_a_while_and_then_e
     assert job.verdict.reason == "the store of the next round could not be opened within 120 s: no free port"
 
 
-def test_a_store_that_opens_late_is_in_time_and_the_next_one_has_as_much_time() -> None:
+def test_a_store_that_opens_late_is_accepted_and_the_next_one_has_the_same_time() -> None:
     job = Job()
     job.leader._stores.ports.clear()
     open_store, job.store = job.store, lambda: None  # type: ignore[method-assign]
@@ -764,8 +768,8 @@ STUCK = "could not be killed within 50 s: python3 (pid 17, state D)"
 
 
 @pytest.mark.parametrize("node", [0, 2])
-def test_a_node_whose_workers_cannot_be_killed_is_lost_and_the_others_go_on_at_once(node: int) -> None:
-    """Node 0 leads, and goes on to lead."""
+def test_a_node_whose_workers_cannot_be_killed_is_lost_and_the_others_continue_immediately(node: int) -> None:
+    """Node 0 leads, and continues to lead."""
     job = formed(3)
     others = [other for other in range(3) if other != node]
     job.fail(others[0])
@@ -791,7 +795,7 @@ def test_a_node_whose_workers_cannot_be_killed_is_lost_and_the_others_go_on_at_o
     assert sent[node].stage == "end", "its agent leaves with the others"
 
 
-def test_a_leader_alone_whose_workers_cannot_be_killed_returns_the_job_through_the_queue() -> None:
+def test_a_leader_that_is_alone_and_cannot_kill_its_workers_requeues_the_job() -> None:
     job = formed(2, min_nodes=2)
     job.fail(1)
     job.say(0, state="running", round=1, unfit=STUCK)

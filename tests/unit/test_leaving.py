@@ -1,4 +1,4 @@
-"""Nothing keeps a job that is over: no frozen agent, no process that cannot be killed, no thread that waits."""
+"""Nothing keeps an ended job: no frozen agent, no process that cannot be killed, no waiting thread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ needs_freezer = pytest.mark.skipif(
 
 @pytest.fixture
 def unkillable() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that no signal ends, as one that waits for a device: its cgroup is frozen."""
+    """A process that no signal ends because its cgroup is frozen; it acts like a process that waits for a device."""
     group = FREEZER / f"elastic-hpc-test-{os.getpid()}"
     group.mkdir()
     process = subprocess.Popen(
@@ -100,7 +100,7 @@ def test_a_node_whose_worker_cannot_be_killed_is_given_up_and_leaves_with_the_jo
     assert told == f"could not be killed within 0.5 s: sleep (pid {unkillable.pid}, state D)"
     assert agent.strikes == [], "the leader makes the strike"
     began = time.monotonic()
-    agent.agent._kill_workers(leaving=True)  # torch shuts down again
+    agent.agent._kill_workers(leaving=True)  # torch calls shutdown again
     assert time.monotonic() - began < 0.4, "it has waited once"
     agent.close()
     worker.wait()
@@ -108,7 +108,7 @@ def test_a_node_whose_worker_cannot_be_killed_is_given_up_and_leaves_with_the_jo
 
 @needs_freezer
 @pytest.mark.usefixtures("quick")
-def test_an_agent_that_leaves_waits_shortly_for_what_cannot_be_killed_and_has_the_requeue_avoid_its_node(
+def test_an_agent_that_leaves_waits_briefly_for_unkillable_processes_and_makes_the_requeue_avoid_its_node(
     unkillable: subprocess.Popen[bytes],
 ) -> None:
     agent = Agent(unkillable.pid)
@@ -127,7 +127,7 @@ def test_a_node_that_was_given_up_leaves_at_a_signal(unkillable: subprocess.Pope
     agent.close()
 
 
-def test_workers_that_die_are_not_waited_for() -> None:
+def test_the_agent_does_not_wait_for_dying_workers() -> None:
     worker = subprocess.Popen(["sleep", "600"], start_new_session=True)
     agent = Agent(worker.pid)
     began = time.monotonic()
@@ -137,7 +137,7 @@ def test_workers_that_die_are_not_waited_for() -> None:
     agent.close()
 
 
-def test_a_main_thread_that_does_not_do_what_the_leader_orders_is_noticed(
+def test_a_main_thread_that_does_not_follow_the_leaders_orders_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bridge, "STOP_TIMEOUT", 1.5)
@@ -151,7 +151,9 @@ def test_a_main_thread_that_does_not_do_what_the_leader_orders_is_noticed(
             monkeypatch.setattr(node.control, "_on_stuck", lambda node=node: stuck.append(node.host.node))
         cluster.nodes[2].die()
         cluster.wait_stop(1)
-        seat = cluster.nodes[0].control.next_seat  # that of node 1 hangs: it never says that its workers have stopped
+        seat = cluster.nodes[
+            0
+        ].control.next_seat  # node 1's main thread hangs: it never reports that its workers have stopped
         with ThreadPoolExecutor(1) as threads:
             seated = threads.submit(seat)
             wait_for(lambda: stuck)
@@ -164,7 +166,7 @@ def test_a_main_thread_that_does_not_do_what_the_leader_orders_is_noticed(
 
 @pytest.fixture
 def handlers_return() -> Iterator[None]:
-    """The signal handlers of this process are the same after the test."""
+    """Restore the signal handlers of this process after the test."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
@@ -179,7 +181,7 @@ DEAF_AGENT = (
 
 @pytest.mark.usefixtures("quick", "handlers_return")
 @pytest.mark.parametrize("code", [FROZEN_AGENT, DEAF_AGENT])
-def test_elastic_srun_ends_what_has_not_left_long_after_the_verdict(
+def test_elastic_srun_ends_agents_that_have_not_left_long_after_the_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str
 ) -> None:
     rundir = RunDir(tmp_path)
@@ -192,7 +194,7 @@ def test_elastic_srun_ends_what_has_not_left_long_after_the_verdict(
 
 @needs_freezer
 @pytest.mark.usefixtures("quick", "handlers_return")
-def test_elastic_srun_does_not_wait_for_what_cannot_be_killed(
+def test_elastic_srun_does_not_wait_for_unkillable_processes(
     tmp_path: Path, unkillable: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rundir = RunDir(tmp_path)
@@ -213,7 +215,7 @@ def test_without_a_verdict_elastic_srun_waits(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("handlers_return")
-def test_a_signal_that_a_wrapper_passes_on_again_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_that_a_wrapper_forwards_again_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``timeout 8h elastic-srun ...`` sends SIGTERM to elastic-srun, and then to its process group."""
     asked: list[int] = []
     monkeypatch.setattr(agents.Agents, "_stop", lambda _self, count: asked.append(count))

@@ -1,4 +1,6 @@
-"""``training.lightning``: a Trainer goes on in place, and where that cannot be, it says so or goes on from a file."""
+"""``training.lightning``: a Trainer continues in place; if that is impossible, it reports why, or continues from a
+file.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,16 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("lightning_script.py")
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of Lightning
+pytestmark = pytest.mark.filterwarnings("ignore")  # files of Lightning
 
 
 def steps(folder: Path) -> list[list[dict[str, Any]]]:
-    """What each process has written."""
+    """The records of each process."""
     return [[json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("steps.*.jsonl")]
 
 
 @IN_PLACE
-def test_a_trainer_goes_on_in_place_and_a_new_worker_gets_all_that_lightning_saves(tmp_path: Path) -> None:
+def test_a_trainer_continues_in_place_and_a_new_worker_gets_all_state_that_lightning_saves(tmp_path: Path) -> None:
     options = ["--local", "3", "--preload", "off", "--log-dir", str(tmp_path / "logs")]
     command = [TORCH_214, str(ROOT / "bin" / "elastic-srun"), *options, str(SCRIPT), str(tmp_path)]
     environ = {**ENVIRON, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # as Lightning sets it
@@ -40,7 +42,7 @@ def test_a_trainer_goes_on_in_place_and_a_new_worker_gets_all_that_lightning_sav
     processes = sorted(steps(tmp_path), key=lambda process: (process[0]["step"], process[-1]["step"]))
     killed, one, other, new = [(process[0]["step"], process[-1]["step"]) for process in processes]
     assert killed == (1, 40)
-    assert one == other == (1, new[1])  # they have kept their processes
+    assert one == other == (1, new[1])  # these workers have kept their processes
     assert 40 < new[0] <= new[1]
     for process in processes:
         assert [step["step"] for step in process] == list(range(process[0]["step"], process[-1]["step"] + 1))
@@ -51,7 +53,7 @@ def test_a_trainer_goes_on_in_place_and_a_new_worker_gets_all_that_lightning_sav
     assert [number for number, has in by_step.items() if has != [has[0]] * (3 - (40 < number < new[0]))] == []
 
 
-def test_a_trainer_goes_on_from_a_file_of_lightning_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+def test_a_trainer_continues_from_a_file_of_lightning_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     from lightning_script import fit
 
     torch = pytest.importorskip("torch")
@@ -66,7 +68,7 @@ def test_a_trainer_goes_on_from_a_file_of_lightning_in_the_middle_of_an_epoch(tm
     assert torch.equal(wanted.net.weight, got.net.weight)
 
 
-def test_the_example_trains_where_no_agent_is(tmp_path: Path) -> None:
+def test_the_example_trains_without_an_agent(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "live_lightning.py"), "--folder", str(tmp_path), "--steps", "90"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRON, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,7 +84,9 @@ def test_the_example_trains_where_no_agent_is(tmp_path: Path) -> None:
         ({"use_distributed_sampler": True}, "batch_sampler=strategy.batches"),
     ],
 )
-def test_what_a_trainer_cannot_do_in_place_is_refused(options: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_unsupported_options_of_a_trainer_in_place_are_refused(
+    options: dict[str, Any], why: str, tmp_path: Path
+) -> None:
     from lightning_script import fit
 
     with pytest.raises(UsageError, match=why):

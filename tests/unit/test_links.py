@@ -1,4 +1,4 @@
-"""Two nodes that do not reach each other while their agents reach the leader: found, named, and one of them left."""
+"""Two nodes that cannot reach each other while their agents reach the leader: the job finds, names and excludes one."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PAIRS = st.frozensets(
 )
 
 
-# whom to try, and whom to leave
+# which nodes to probe, and which to exclude
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 7, 64, 65])
-def test_each_node_tries_all_others_and_has_one_partner_at_a_time(size: int) -> None:
+def test_each_node_probes_all_others_and_has_one_partner_at_a_time(size: int) -> None:
     nodes = [3 * node for node in range(size)]
     orders = {node: partners(node, nodes) for node in nodes}
     assert all(sorted([node, *order]) == nodes for node, order in orders.items())
@@ -41,24 +41,24 @@ def test_each_node_tries_all_others_and_has_one_partner_at_a_time(size: int) -> 
 
 @given(PAIRS)
 @settings(max_examples=100, deadline=None)
-def test_the_fewest_nodes_are_left_that_leave_no_pair(pairs: frozenset[tuple[int, int]]) -> None:
+def test_the_fewest_nodes_are_excluded_that_break_all_pairs(pairs: frozenset[tuple[int, int]]) -> None:
     def covers(nodes: Any) -> bool:
         return all(set(pair) & set(nodes) for pair in pairs)
 
     found = fewest(pairs, 0)
     assert covers(found)
     assert not any(covers(nodes) for nodes in itertools.combinations(range(7), len(found) - 1))
-    if 0 in found:  # the leader goes only if no other choice is as small
+    if 0 in found:  # the leader is chosen only if no other choice is as small
         assert not any(covers(nodes) for nodes in itertools.combinations(range(1, 7), len(found)))
 
 
 @given(st.integers(20, 200), st.integers(0, 19))
-def test_of_many_pairs_the_node_of_all_of_them_is_left(size: int, bad: int) -> None:
+def test_of_many_pairs_the_common_node_is_excluded(size: int, bad: int) -> None:
     pairs = {(min(bad, node), max(bad, node)) for node in range(size) if node != bad}
     assert fewest(pairs, 0) == (bad,)
 
 
-def test_a_joiner_goes_before_a_node_that_votes_and_the_batch_host_and_the_leader_last() -> None:
+def test_a_joiner_is_excluded_before_a_voting_node_and_the_batch_host_and_the_leader_come_last() -> None:
     assert fewest([(1, FIRST_JOINER + 7)], 0) == (FIRST_JOINER + 7,)
     assert fewest([(1, 2)], 1) == (2,)
     assert fewest([(1, 2)], 2) == (1,)
@@ -73,7 +73,7 @@ def test_a_sentence_names_a_few_pairs() -> None:
     assert sentence_of(many, names).endswith("n1 and n5 do not reach each other (and 3 more pairs)")
 
 
-def test_a_status_without_a_probe_says_nothing_of_one() -> None:
+def test_a_status_without_a_probe_has_no_probe_fields() -> None:
     status = Status(1, Host(1, "n1", ("10.0.0.1",), 1), 1)
     assert b"probed" not in encode(status)
     assert b"unreached" not in encode(status)
@@ -97,7 +97,7 @@ def last_world(job: Job) -> list[str]:
 
 
 async def hangs_as_long_as_apart(job: Job, *pairs: tuple[int, int]) -> None:
-    """As in life: the workers of a world with two nodes that do not reach each other hang."""
+    """As in production, the workers of a world hang if two of its nodes do not reach each other."""
     while True:
         members = {node.index for node in job.nodes if node.workers.alive}
         cut = [pair for pair in pairs if set(pair) <= members and (frozenset(pair) in job.cuts or job.one_way)]
@@ -136,14 +136,14 @@ def test_the_job_continues_without_one_of_a_pair_until_the_pair_has_healed(how: 
 
 
 def apart(job: Job) -> list[tuple[int, int]]:
-    """The pairs of the world that trains of which one does not reach the other."""
+    """The pairs in the training world whose nodes do not reach each other."""
     members = sorted(node.index for node in job.nodes if node.workers.alive)
     both = lambda a, b: job.connected(job.at[a], job.at[b]) and job.connected(job.at[b], job.at[a])  # noqa: E731
     return [pair for pair in itertools.combinations(members, 2) if not both(*pair)]
 
 
 async def hangs_15_s_after_a_cut(job: Job) -> None:
-    """As in life: a cut that heals sooner is only a delay, and steps are done whenever no pair is apart."""
+    """As in production, a cut that heals sooner is only a delay, and the workers do steps whenever no pair is apart."""
     since, step = dict[tuple[int, int], float](), 10
     while True:
         now_apart = apart(job)
@@ -157,11 +157,11 @@ async def hangs_15_s_after_a_cut(job: Job) -> None:
 
 @given(st.integers(0, 2**32), st.integers(4, 6), st.sampled_from([0, 1, 5]))
 @settings(max_examples=4, deadline=None)
-def test_whatever_links_fail_for_however_long_the_job_goes_on_and_is_whole_afterwards(
+def test_whatever_links_fail_for_however_long_the_job_continues_and_is_whole_afterwards(
     seed: int, size: int, flaps: int
 ) -> None:
-    """One or two pairs at a time, in one direction or in both, with the leader or without, also while nodes are tried;
-    then such a cut stays for a while.
+    """One or two pairs at a time, in one direction or in both, with or without the leader, also while nodes are on
+    trial; then the cut stays for a while.
     """
     job = Job(seed, size, replace(WIDE, max_nodes=size), loss=0.0)
 
@@ -186,7 +186,9 @@ def test_whatever_links_fail_for_however_long_the_job_goes_on_and_is_whole_after
         assert await job.until(lambda: not apart(job) and sum(node.workers.alive for node in job.nodes) >= 2, 100)
         job.heal()
         whole = lambda: len(last_world(job)) == size and job.training()  # noqa: E731
-        assert await job.until(whole, 2500) or flaps > 1, job.events[-8:]  # a node that was left thrice stays out
+        assert await job.until(whole, 2500) or flaps > 1, job.events[
+            -8:
+        ]  # a node that was excluded three times stays out
         assert not job.over()
 
     job.run(story)
@@ -209,7 +211,7 @@ def test_two_pairs_cost_two_nodes_and_a_star_costs_one() -> None:
         job.run(story)
 
 
-def test_where_all_nodes_reach_each_other_a_hang_is_the_scripts_and_ends_the_job_as_before() -> None:
+def test_if_all_nodes_reach_each_other_the_script_is_blamed_for_a_hang_and_the_job_ends_as_before() -> None:
     job = Job(2, 4, replace(WIDE, can_requeue=False), loss=0.0)
 
     async def story() -> None:
@@ -226,7 +228,7 @@ def test_where_all_nodes_reach_each_other_a_hang_is_the_scripts_and_ends_the_job
 
 
 @pytest.mark.parametrize(("least", "outcome"), [(4, "requeue"), (3, "")])
-def test_below_min_a_node_stays_and_the_job_goes_back_to_the_queue_without_it(least: int, outcome: str) -> None:
+def test_below_min_a_node_stays_and_the_job_is_requeued_without_it(least: int, outcome: str) -> None:
     job = Job(3, 4, replace(WIDE, min_nodes=least), loss=0.0)
 
     async def story() -> None:
@@ -245,7 +247,7 @@ def test_below_min_a_node_stays_and_the_job_goes_back_to_the_queue_without_it(le
     job.run(story)
 
 
-def test_a_majority_is_never_left() -> None:
+def test_a_majority_of_the_nodes_is_never_excluded() -> None:
     job = Job(4, 5, replace(WIDE, min_nodes=1), loss=0.0)
 
     async def story() -> None:
@@ -260,7 +262,7 @@ def test_a_majority_is_never_left() -> None:
     job.run(story)
 
 
-def test_an_agent_that_does_not_answer_proves_nothing_and_is_not_waited_for_long() -> None:
+def test_an_agent_that_does_not_answer_proves_nothing_and_the_leader_does_not_wait_long_for_it() -> None:
     job = Job(5, 4, WIDE, loss=0.0)
 
     async def story() -> None:
@@ -276,7 +278,7 @@ def test_an_agent_that_does_not_answer_proves_nothing_and_is_not_waited_for_long
     job.run(story)
 
 
-def test_a_new_leader_knows_why_a_node_was_left_and_takes_it_back() -> None:
+def test_a_new_leader_knows_why_a_node_was_excluded_and_takes_it_back() -> None:
     job = Job(6, 5, WIDE, loss=0.0)
 
     async def story() -> None:
@@ -294,7 +296,7 @@ def test_a_new_leader_knows_why_a_node_was_left_and_takes_it_back() -> None:
     job.run(story)
 
 
-def test_a_link_that_fails_again_and_again_does_not_use_up_the_restarts() -> None:
+def test_a_link_that_fails_repeatedly_does_not_use_up_the_restarts() -> None:
     job = Job(1, 4, replace(WIDE, max_restarts=10), loss=0.0)
 
     async def story() -> None:
@@ -315,7 +317,7 @@ def test_a_link_that_fails_again_and_again_does_not_use_up_the_restarts() -> Non
     job.run(story)
 
 
-def test_a_node_comes_back_when_the_one_that_it_does_not_reach_is_lost() -> None:
+def test_an_excluded_node_returns_when_the_node_that_it_cannot_reach_is_lost() -> None:
     job = Job(7, 4, WIDE, loss=0.0)
 
     async def story() -> None:
@@ -332,7 +334,7 @@ def test_a_node_comes_back_when_the_one_that_it_does_not_reach_is_lost() -> None
 # on sockets
 
 
-def test_a_node_is_reached_at_the_address_that_lies_nearest() -> None:
+def test_a_node_is_reached_at_the_nearest_address() -> None:
     hosts = ["192.168.7.20", "10.1.2.20", "172.16.0.20"]
     assert addresses.nearest(hosts, "10.1.2.30") == "10.1.2.20"
     assert addresses.nearest(hosts, "192.168.7.1") == "192.168.7.20"
@@ -342,11 +344,11 @@ def test_a_node_is_reached_at_the_address_that_lies_nearest() -> None:
 @pytest.mark.parametrize(
     ("named", "found"), [("lo", True), ("l", True), ("=lo", True), ("=l", False), ("^docker", False), ("", False)]
 )
-def test_the_interface_of_the_workers_is_named_as_nccl_reads_it(named: str, *, found: bool) -> None:
+def test_the_interface_of_the_workers_is_written_as_nccl_reads_it(named: str, *, found: bool) -> None:
     assert addresses.of_workers(named) == ("127.0.0.1" if found else "")
 
 
-def test_an_open_port_is_reached_whoever_is_slow_behind_it_and_a_closed_one_is_not() -> None:
+def test_an_open_port_is_reached_even_if_its_process_is_slow_and_a_closed_port_is_not() -> None:
     listener = addresses.listen_from(43000)
     port = listener.getsockname()[1]
 

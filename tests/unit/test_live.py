@@ -1,4 +1,4 @@
-"""Workers that go on in place: real processes on torch 2.14, and a test in the place of their agents and the leader."""
+"""Workers that continue in place: real processes on torch 2.14; the test replaces their agents and the leader."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def undisturbed(nursery, tmp_path_factory):
 
 
 def finished(agents, undisturbed=None, until=60):
-    """The workers of the last round end, and each step has changed the weights of each once."""
+    """Assert that the workers of the last round end, and that each step has changed the weights of each worker once."""
     assert agents.ended() == [0] * len(agents.workers), agents.report()
     ends = {line["pid"]: line for line in agents.lines() if "end" in line}
     for worker in agents.workers:
@@ -82,7 +82,7 @@ def test_when_a_worker_is_killed_the_others_keep_their_processes_and_no_step_is_
     )
 
 
-def test_a_worker_in_a_frozen_world_pauses_at_once(train, undisturbed):
+def test_a_worker_in_a_frozen_world_pauses_immediately(train, undisturbed):
     agents = train(3, until=60, faults=[{"where": "forward", "step": 20, "rank": 1, "do": "SIGSTOP"}])
     agents.until(lambda: any(line.get("fault") for line in agents.lines()))
     kept = agents.pause([agents.workers[0], agents.workers[2]], seconds=4)
@@ -91,7 +91,7 @@ def test_a_worker_in_a_frozen_world_pauses_at_once(train, undisturbed):
     finished(agents, undisturbed)
 
 
-def test_workers_go_on_when_the_host_of_their_store_is_frozen(train, tmp_path, nursery, undisturbed):
+def test_workers_continue_when_the_host_of_their_store_is_frozen(train, tmp_path, nursery, undisturbed):
     agents = train(1, until=60, pause=0.01)
     agents.store_apart = True
     agents.at_step(5)
@@ -149,7 +149,7 @@ def test_in_a_storm_of_faults_no_step_is_skipped_or_done_twice(train, undisturbe
     agents = train(3, until=steps, faults=faults, live={"checkpoint_every": 10})
     for _ in faults:
         agents.until(lambda: not all(worker.alive for worker in agents.workers))
-        if dice.random() < 0.3:  # another one while the world is formed
+        if dice.random() < 0.3:  # another fault while the world is formed
             kept = agents.pause([worker for worker in agents.workers if worker.alive])
             agents.start(4, kept)
             agents.workers[3].process.kill()
@@ -157,7 +157,7 @@ def test_in_a_storm_of_faults_no_step_is_skipped_or_done_twice(train, undisturbe
     finished(agents, undisturbed, until=steps)
 
 
-def test_a_step_that_is_done_again_draws_the_same_random_numbers(train):
+def test_a_repeated_step_draws_the_same_random_numbers(train):
     agents = train(2, until=30, faults=[{"where": "backward", "step": 20, "rank": 1, "do": "SIGKILL"}])
     agents.until(lambda: not agents.workers[1].alive)
     agents.again()
@@ -172,7 +172,7 @@ def test_a_step_that_is_done_again_draws_the_same_random_numbers(train):
     assert len({value for _, value in drawn}) == 30
 
 
-def test_a_rank_whose_optimizers_have_not_all_stepped_takes_the_state_of_another(train, undisturbed):
+def test_a_rank_whose_optimizers_have_not_all_stepped_takes_the_state_of_another_rank(train, undisturbed):
     agents = train(3, until=60, torn="one", faults=[{"where": "torn", "step": 20, "rank": 2, "do": "SIGKILL"}])
     agents.until(lambda: not agents.workers[2].alive)
     kept = agents.pause(agents.workers[:2])
@@ -181,7 +181,7 @@ def test_a_rank_whose_optimizers_have_not_all_stepped_takes_the_state_of_another
     finished(agents, undisturbed)
 
 
-def test_a_world_without_a_whole_state_ends_and_says_so(train):
+def test_a_world_without_a_complete_state_ends_with_a_message(train):
     agents = train(2, until=60, torn="all", faults=[{"where": "torn", "step": 20, "rank": 1, "do": "SIGKILL"}])
     agents.until(lambda: not agents.workers[1].alive)
     agents.again()
@@ -189,14 +189,14 @@ def test_a_world_without_a_whole_state_ends_and_says_so(train):
     assert "no rank has a whole state" in agents.workers[0].last("cannot")["why"]
 
 
-def test_the_last_step_is_done_by_all_when_it_is_interrupted(train, undisturbed):
+def test_all_ranks_complete_the_last_step_if_it_is_interrupted(train, undisturbed):
     agents = train(3, until=60, faults=[{"where": "logging", "step": 59, "rank": 1, "do": "SIGKILL"}])
     agents.until(lambda: not agents.workers[1].alive)
     agents.again()
     finished(agents, undisturbed)
 
 
-def test_an_error_of_the_script_ends_its_own_worker_alone(train, undisturbed):
+def test_an_error_in_a_script_ends_only_its_own_worker(train, undisturbed):
     agents = train(2, until=60, faults=[{"where": "backward", "step": 20, "rank": 1, "do": "raise"}])
     agents.until(lambda: not agents.workers[1].alive)
     assert agents.workers[1].process.returncode == 1
@@ -206,7 +206,7 @@ def test_an_error_of_the_script_ends_its_own_worker_alone(train, undisturbed):
     finished(agents, undisturbed)
 
 
-def test_a_drain_saves_and_ends_the_loop_and_a_new_world_goes_on_from_there(train, undisturbed):
+def test_a_drain_saves_and_ends_the_loop_and_a_new_world_continues_from_there(train, undisturbed):
     agents = train(2, until=60, pause=0.01, live={"checkpoint_every": 1000})
     agents.at_step(10)
     (agents.folder / "1" / "drain").touch()
@@ -221,7 +221,7 @@ def test_a_drain_saves_and_ends_the_loop_and_a_new_world_goes_on_from_there(trai
     assert [line["began"] for line in agents.lines() if "began" in line][-1] == ends[0]["end"]
 
 
-def test_a_loop_that_all_ranks_leave_by_break_ends_as_any_other(train):
+def test_a_loop_that_all_ranks_leave_by_break_ends_like_any_other(train):
     agents = train(3, until=60, **{"break": 20})
     assert agents.ended() == [0, 0, 0], agents.report()
     assert [line["end"] for line in agents.lines() if "end" in line] == [21] * 3
@@ -258,12 +258,12 @@ def test_a_worker_that_its_agent_has_not_started_itself_is_not_kept(nursery, tmp
         ({"epoch": 3}, r"epoch is a int: expected state_dict\(\)"),
     ],
 )
-def test_what_cannot_be_used_is_refused(named, error):
+def test_unusable_arguments_are_refused(named, error):
     with pytest.raises(UsageError, match=error):
         live(torch.nn.Linear(1, 1), **named)
 
 
-def test_an_optimizer_whose_steps_torch_does_not_tell_is_refused():
+def test_an_optimizer_whose_steps_torch_does_not_report_is_refused():
     class Outer:
         state_dict = load_state_dict = step = lambda *_: {}
 
@@ -301,7 +301,7 @@ dist.destroy_process_group()
 """
 
 
-def test_torch_reconfigures_a_group_as_reform_takes_for_granted(nursery, tmp_path):
+def test_torch_reconfigures_a_group_as_the_module_reform_assumes(nursery, tmp_path):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     (tmp_path / "contract.py").write_text(CONTRACT)
     with (tmp_path / "out").open("wb") as out:
@@ -327,7 +327,7 @@ def test_below_torch_2_14_and_under_torchrun_the_same_script_trains(tmp_path, un
     command = [python, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT)]
     ran = subprocess.run(
         command,
-        env={**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONOPTIMIZE": "1"},  # as python -O
+        env={**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONOPTIMIZE": "1"},  # like python -O
         capture_output=True,
         text=True,
         check=False,
@@ -338,8 +338,8 @@ def test_below_torch_2_14_and_under_torchrun_the_same_script_trains(tmp_path, un
     assert sorted(losses) == pytest.approx(sorted(undisturbed[:5] * 2), rel=1e-3)
 
 
-def test_a_worker_that_gloo_does_not_free_says_so_at_once(train):
-    for _ in range(5):  # on a busy machine the message may be through before its receiver stops
+def test_a_worker_that_gloo_does_not_release_reports_that_immediately(train):
+    for _ in range(5):  # on a busy machine the message may arrive before its receiver stops
         agents = train(2, until=60, halfway=20)
         agents.until(lambda: is_stopped(agents.workers[1].process.pid))  # noqa: B023 - called at once
         worker = agents.workers[0]
@@ -350,7 +350,7 @@ def test_a_worker_that_gloo_does_not_free_says_so_at_once(train):
     assert "gloo does not end a collective" in worker.last("cannot")["why"]
 
 
-def test_a_worker_that_is_kept_opens_no_more_files_in_each_round(train):
+def test_a_kept_worker_does_not_open_more_files_in_each_round(train):
     agents = train(1, until=10**6, pause=0.01)
     counts = []
     for round in range(4):
@@ -361,7 +361,7 @@ def test_a_worker_that_is_kept_opens_no_more_files_in_each_round(train):
 
 
 @pytest.mark.parametrize(("rank", "signal"), [(2, "SIGSTOP"), (2, "SIGKILL"), (0, "SIGKILL")])
-def test_the_state_is_sent_again_when_the_one_that_sends_or_gets_it_is_lost(train, undisturbed, rank, signal):
+def test_the_state_is_sent_again_when_its_sender_or_receiver_is_lost(train, undisturbed, rank, signal):
     agents = train(2, until=60, pause=0.01, ballast=1 << 24, in_share=[2, rank, signal])
     agents.at_step(5)
     agents.again(3, now=False)
@@ -386,7 +386,7 @@ def test_a_compiled_model_continues_in_place(train, undisturbed):
 
 @ON_DEMAND
 @pytest.mark.parametrize("how", ["spawn", "fork"])
-def test_the_processes_of_a_loader_stay_and_a_spawned_one_holds_no_connection_of_the_world(train, how):
+def test_the_processes_of_a_loader_are_kept_and_a_spawned_process_holds_no_connection_of_the_world(train, how):
     faults = [{"where": "backward", "step": 8, "rank": 1, "do": "SIGKILL"}]
     agents = train(3, script=Path(__file__).with_name("live_loader.py"), until=30, faults=faults, how=how)
     first = agents.workers
@@ -435,7 +435,7 @@ def test_a_sharded_model_is_restarted_and_the_agent_knows_why(train, tmp_path, h
         assert "is sharded, so no rank has the whole state" in why_not_in_place(str(agents.folder / "1"), rank)
 
 
-def test_a_worker_that_joins_begins_with_the_loop_at_which_the_others_are(train, undisturbed):
+def test_a_joining_worker_starts_with_the_current_loop_of_the_others(train, undisturbed):
     faults = [{"where": "backward", "step": step, "rank": 1, "do": "SIGKILL"} for step in (30, 40)]
     agents = train(3, until=60, loops=[20, 40, 60], faults=faults)
     for _ in faults:
@@ -444,8 +444,8 @@ def test_a_worker_that_joins_begins_with_the_loop_at_which_the_others_are(train,
     finished(agents, undisturbed)
 
 
-def test_a_step_that_is_done_again_has_changed_nothing_before(train):
-    """Buffers, random numbers, the scale of the loss, gradients: all is in the end as without a fault."""
+def test_an_interrupted_step_changes_nothing_before_it_is_repeated(train):
+    """Buffers, random numbers, the scale of the loss, gradients: the final state is the same as without a fault."""
     whole = Path(__file__).with_name("live_whole.py")
     places = [("backward 0", 3, 1), ("unscaled", 5, 2), ("skipped", 6, 1), ("backward 1", 8, 2)]
     faults = [{"where": where, "step": step, "rank": rank, "do": "SIGKILL"} for where, step, rank in places]

@@ -33,8 +33,8 @@ def train(step):
 
 
 def script(begin: str = "", before: str = "", first: str = "", last: str = "", after: str = "") -> str:
-    """A script that does this before it joins the world, ``before`` the loop, ``first`` and ``last`` in each step, and
-    ``after`` it.
+    """A script that runs ``begin`` before it joins the world, ``before`` before the loop, ``first`` and ``last`` in
+    each step, and ``after`` after each step.
     """
     return f"""{BEGIN}
 scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -75,13 +75,15 @@ def train(nursery, tmp_path):
 
 
 def ends(agents):
-    """All workers of the last round end without an error. Returns what they have written at their end."""
+    """Assert that all workers of the last round end without an error. Returns their final records."""
     assert agents.ended() == [0] * len(agents.workers), agents.report()
     return [line for line in agents.lines() if "end" in line]
 
 
 def test_ranks_interrupted_after_the_optimizer_have_the_same_schedule(train):
-    """Rank 0 has completed the step, as its exchange of a number for a log was over; that of rank 1 was interrupted."""
+    """Rank 0 has completed the step, including its exchange of a number for a
+    log; rank 1's exchange was interrupted.
+    """
     log = """
         if step == 10 and run.world.round == 1:
             if run.world.rank == 2:
@@ -111,7 +113,7 @@ def test_ranks_may_evaluate_different_numbers_of_batches(train):
 
 
 def test_the_mode_of_the_model_holds_in_all_worlds_and_an_interrupted_evaluation_leaves_it(train):
-    """The script sets it once; a worker that joins then sets it in a later world than the others."""
+    """The script sets the mode once; a worker that joins then sets it in a later world than the others."""
     evaluates = """
         if step == 10 and run.world.round == 1:
             net.train()
@@ -148,7 +150,7 @@ def test_a_save_that_a_fault_interrupts_is_done_in_the_next_world(train, tmp_pat
 
 
 def test_a_group_of_the_script_waits_for_a_rank_that_is_slow(train):
-    """Longer than a world waits for its members, as torch does."""
+    """The rank is slow for longer than a world waits for its members, as in torch."""
     group = """
         if step == 2:
             if run.world.rank == 1:
@@ -161,8 +163,10 @@ def test_a_group_of_the_script_waits_for_a_rank_that_is_slow(train):
     assert agents.round == 1
 
 
-def test_a_rank_that_lacks_nothing_does_not_hold_the_state_that_another_gets(train):
-    """It takes part piece by piece. A node has several ranks, and the state may be a large part of its memory."""
+def test_a_rank_with_complete_state_does_not_hold_the_state_that_another_rank_receives(train):
+    """The rank takes part piece by piece. A node has several ranks, and the state may need
+    a large part of its memory.
+    """
     large = """
         from elastic_hpc.training import live_state
         live_state._PIECE = 1 << 23
@@ -208,7 +212,7 @@ def test_a_second_run_in_a_process_is_refused(train):
     assert first.startswith("live: expected one run at a time in a process. For several networks: live(nn.ModuleDict(")
 
 
-def test_a_folder_that_cannot_be_written_costs_checkpoints_and_no_worker(train, tmp_path):
+def test_a_folder_that_cannot_be_written_costs_checkpoints_but_no_worker(train, tmp_path):
     """Neither while the training saves, nor when a world begins. The last save must succeed."""
     folder = tmp_path / "checkpoints"
     away = """

@@ -1,4 +1,4 @@
-"""One step of a loop in place that was interrupted: whether it is done, and that it leaves nothing if it is not."""
+"""An interrupted step of a loop in place: whether it counts as done, and that it leaves no changes if it does not."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from elastic_hpc.training.live_step import Optimizers, StepStart
         ([], [1, 0], "half done"),
         ([], [0, 0], "not done"),
         ([[1, 1]], [1, 0], "half done"),
-        ([[1, 0], [0, 1]], [1, 0], "done"),  # they step in turn
-        ([[1, 0]], [1, 0], "half done"),  # the other one may be about to step for the first time
+        ([[1, 0], [0, 1]], [1, 0], "done"),  # the optimizers step in turn
+        ([[1, 0]], [1, 0], "half done"),  # the other optimizer may be about to step for the first time
         ([[5, 0], [5, 1]], [5, 0], "half done"),
         ([[5, 0], [5, 1]], [5, 1], "done"),
         ([[0, 0], [1, 1]], [0, 0], "not done"),  # a GradScaler skips steps
         ([[2, 1]], [1, 1], "half done"),
     ],
 )
-def test_a_step_is_done_when_the_optimizers_stepped_as_in_one_that_was(done, stepped, expected):
+def test_a_step_is_done_if_the_optimizers_stepped_as_in_a_completed_step(done, stepped, expected):
     optimizers = [torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1) for _ in range(2)]
     counts = Optimizers(optimizers)
     for times in [*done, stepped]:
@@ -40,7 +40,7 @@ def test_a_step_is_done_when_the_optimizers_stepped_as_in_one_that_was(done, ste
     assert counts.interrupted() == (expected == "done", expected == "half done")
 
 
-def test_what_an_interrupted_step_has_changed_is_put_back():
+def test_the_changes_of_an_interrupted_step_are_undone():
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     net[0].register_buffer("computed", torch.zeros(1), persistent=False)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -83,8 +83,8 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("generator", [np.random.MT19937, np.random.PCG64])
-def test_numbers_of_numpy_are_drawn_again_whatever_was_drawn_before(generator):
-    """Also notices when numpy keeps the state of its generator elsewhere than the code expects."""
+def test_numpy_repeats_its_random_numbers_whatever_was_drawn_before(generator):
+    """Also detects if numpy keeps the state of its generator elsewhere than the code expects."""
     former, chosen = np.random.get_bit_generator(), random.Random(4)
     draws = [name for name in DRAWS if name != "a seed" or generator is np.random.MT19937]
     np.random.set_bit_generator(generator(7))

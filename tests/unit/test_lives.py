@@ -1,4 +1,4 @@
-"""Live workers keep their processes when a round ends, whatever happens to the others. They are without torch here."""
+"""Live workers keep their processes when a round ends, whatever happens to the others. Here they run without torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pids(job: Local, round: int, *ranks: int) -> list[int]:
 
 
 def kept(job: Local, round: int) -> tuple[int, int]:
-    """How many workers of ``round`` kept their process, and how many did not."""
+    """The number of workers of ``round`` that kept their process, and the number of those that did not."""
     job.wait_for(lambda: any(event["round"] == round for event in job.events("started")))
     (event,) = [event for event in job.events("started") if event["round"] == round]
     return event["kept"], event["warm"] + event["cold"]
@@ -45,7 +45,7 @@ def kept(job: Local, round: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("nodes", ["3", "2:3"])
 def test_the_others_keep_their_processes_when_a_worker_is_killed(nodes: str, local: Callable[..., Local]) -> None:
-    """If they are enough, they go on without its node until its new worker is ready."""
+    """If enough nodes remain, they continue without the killed worker's node until its new worker is ready."""
     job = local("--local", "3", "--nodes", nodes)
     before = pids(job, 1, 0, 1, 2)
     os.kill(before[1], signal.SIGKILL)
@@ -76,11 +76,11 @@ def test_the_others_keep_their_processes_when_the_agent_that_leads_is_killed(loc
     assert pids(job, round, 0, 1) == before[1:]
     assert kept(job, round) == (2, 0)
     assert job.finish() == 0
-    assert "threads 7" in written(job.run_dir, round, 0)  # what a script has set stays
+    assert "threads 7" in written(job.run_dir, round, 0)  # settings of a script are kept
     assert not any(Path(f"/proc/{pid}").exists() for pid in before)
 
 
-def test_of_two_workers_on_a_node_that_which_lives_is_kept(local: Callable[..., Local]) -> None:
+def test_the_living_one_of_two_workers_on_a_node_is_kept(local: Callable[..., Local]) -> None:
     job = local("--local", "2", "--nodes", "2", "--nproc-per-node", "2")
     before = pids(job, 1, 0, 1, 2, 3)
     os.kill(before[3], signal.SIGKILL)
@@ -90,7 +90,7 @@ def test_of_two_workers_on_a_node_that_which_lives_is_kept(local: Callable[..., 
     assert job.finish() == 0
 
 
-def test_a_worker_that_a_signal_has_stopped_is_killed_and_the_others_are_kept(local: Callable[..., Local]) -> None:
+def test_a_worker_stopped_by_a_signal_is_killed_and_the_others_are_kept(local: Callable[..., Local]) -> None:
     job = local("--local", "2", "--nodes", "2", "--heartbeat-timeout", "1")
     before = pids(job, 1, 0, 1)
     os.kill(before[1], signal.SIGSTOP)
@@ -126,7 +126,7 @@ def test_a_spare_takes_a_lost_nodes_place_and_the_others_keep_their_processes(lo
 
 
 @pytest.mark.parametrize("what", ["breaks", "cannot", "leaves"])
-def test_what_a_worker_says_of_itself(what: str, local: Callable[..., Local]) -> None:
+def test_the_facts_that_a_worker_reports_about_itself(what: str, local: Callable[..., Local]) -> None:
     job = local("--local", "2", "--nodes", "2")
     before = pids(job, 1, 0, 1)
     (job.run_dir / f"{what}.{before[0]}").touch()
@@ -144,7 +144,7 @@ def test_what_a_worker_says_of_itself(what: str, local: Callable[..., Local]) ->
     assert job.finish() == 0
 
 
-def test_the_same_exception_twice_at_the_same_step_ends_the_job_and_the_others_were_kept_for_the_first(
+def test_the_same_exception_twice_at_the_same_step_ends_the_job_and_after_the_first_the_others_were_kept(
     local: Callable[..., Local],
 ) -> None:
     script = SCRIPT.replace("        step += 1\n", "        step = min(step + 1, 5)\n")
@@ -172,7 +172,7 @@ while not Path(run, "enough").exists():
 """
 
 
-def test_the_record_says_why_workers_cannot_continue_in_place(local: Callable[..., Local]) -> None:
+def test_the_record_shows_why_workers_cannot_continue_in_place(local: Callable[..., Local]) -> None:
     job = local("--local", "2", "--nodes", "2", script=CANNOT)
     os.kill(pids(job, 1, 1)[0], signal.SIGKILL)
     assert kept(job, 2) == (0, 2)
@@ -186,7 +186,7 @@ def test_the_record_says_why_workers_cannot_continue_in_place(local: Callable[..
 
 @contextlib.contextmanager
 def agent_that_joins(job: Local, said: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
-    """Kills the agent of the third node. Yields a function that starts it again; its stderr goes to ``said``."""
+    """Kill the agent of the third node. Yields a function that restarts the agent; its stderr goes to ``said``."""
     agent = Path(f"/proc/{job.agent(2)}")
     command = (agent / "cmdline").read_bytes().split(b"\0")[:-1]
     environ = dict(entry.split(b"=", 1) for entry in (agent / "environ").read_bytes().split(b"\0") if entry)
@@ -203,7 +203,7 @@ def agent_that_joins(job: Local, said: Path) -> Iterator[Callable[[], subprocess
 
 
 @pytest.mark.parametrize("script", [SCRIPT, NEEDS_A_RANK])
-def test_a_node_that_joins_costs_no_process(script: str, local: Callable[..., Local]) -> None:
+def test_a_joining_node_costs_no_process(script: str, local: Callable[..., Local]) -> None:
     job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "2", script=script)
     before = pids(job, 1, 0, 1, 2)
     said = job.run_dir / "said"
@@ -224,8 +224,8 @@ def test_a_node_that_joins_costs_no_process(script: str, local: Callable[..., Lo
     assert (was_ready, failed) == (script == SCRIPT, script == NEEDS_A_RANK)
 
 
-def test_a_node_that_joins_between_two_loops_costs_no_process(local: Callable[..., Local]) -> None:
-    """A worker is connected in a loop alone. The others wait until its next loop begins."""
+def test_a_node_joining_between_two_loops_costs_no_process(local: Callable[..., Local]) -> None:
+    """A worker is connected only during a loop. The others wait until its next loop begins."""
     job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "2")
     before = pids(job, 1, 0, 1, 2)
     with agent_that_joins(job, job.run_dir / "said") as join:
@@ -241,7 +241,7 @@ def test_a_node_that_joins_between_two_loops_costs_no_process(local: Callable[..
         assert joins.wait(30) == 0
 
 
-def test_a_worker_that_can_never_pause_is_to_save_at_once(local: Callable[..., Local]) -> None:
+def test_a_worker_that_can_never_pause_is_asked_to_save_immediately(local: Callable[..., Local]) -> None:
     job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "2", "--grace", "600")
     before = pids(job, 1, 0, 1, 2)
     with agent_that_joins(job, job.run_dir / "said") as join:
@@ -254,7 +254,7 @@ def test_a_worker_that_can_never_pause_is_to_save_at_once(local: Callable[..., L
 
 @pytest.fixture
 def paused(local: Callable[..., Local]) -> tuple[Local, list[int]]:
-    """A job whose worker of rank 0 has paused, while its agent waits for the other node, and the pids."""
+    """A job whose worker of rank 0 has paused while its agent waits for the other node, and the pids."""
     job = local("--local", "2", "--nodes", "2")
     before = pids(job, 1, 0, 1)
     (job.run_dir / f"deaf.{before[1]}").touch()

@@ -94,11 +94,11 @@ if os.environ["ELASTIC_HPC_ROUND"] == "1":
         time.sleep(0.01)
     sys.exit(3)
 """
-"""Rank 0 replaces its environment, as programs do that set the title of their process. To be put before a script."""
+"""Prefix for a script. Rank 0 replaces its environment, like programs that set the title of their process."""
 
 
 def written(run_dir: Path, round: int, rank: int) -> str:
-    """What a worker has written to stdout."""
+    """The output of a worker to stdout."""
     wanted = Wanted(ranks=(rank,), rounds=(round,), streams=("out",))
     return "".join(line.written for line in Logs(run_dir / "logs", wanted).written())
 
@@ -117,7 +117,7 @@ class Local:
             )
 
     def close(self) -> None:
-        for asked in range(1, 4):  # to save, to stop, to be killed
+        for asked in range(1, 4):  # signals: save, stop, kill
             if self.process.poll() is None:
                 self.process.send_signal((signal.SIGTERM, signal.SIGINT)[asked % 2])  # the same again may count once
                 while self.process.poll() is None and self._stopping() < asked < 3:
@@ -140,7 +140,7 @@ class Local:
         words: list[str] = []
 
         def look() -> bool:
-            words[:] = path.read_text().split() if path.exists() else []  # the worker writes the file anew at each step
+            words[:] = path.read_text().split() if path.exists() else []  # the worker rewrites the file at each step
             return bool(words)
 
         self.wait_for(look)
@@ -157,12 +157,12 @@ class Local:
         children = [int(pid) for a in agents for pid in Path(f"/proc/{a}/task/{a}/children").read_text().split()]
         commands = {}
         for pid in children:
-            with contextlib.suppress(OSError):  # it has just ended
+            with contextlib.suppress(OSError):  # the process has just ended
                 commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
         return {pid for pid, command in commands.items() if b"/standby.py\0" in command}
 
     def marked(self) -> list[int]:
-        """Workers and standbys, and what they have started."""
+        """Workers and standbys, and all processes that they have started."""
         return marked(f"ELASTIC_HPC_RUN_DIR={self.run_dir}\0".encode())
 
     def finish(self) -> int:
@@ -191,7 +191,7 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
     os.kill(pid, signal.SIGKILL)
     pid, world, restarts = job.stepped(2, 2)
     assert (world, restarts) == (3, 1)
-    job.wait_for(lambda: written(job.run_dir, 2, 2))  # the last second would be lost with the agent
+    job.wait_for(lambda: written(job.run_dir, 2, 2))  # the output of the last second would be lost with the agent
     os.kill(job.agent(2), signal.SIGKILL)
     assert job.stepped(3, 0)[1:] == job.stepped(3, 1)[1:] == [2, 2]
     job.wait_for(lambda: not Path(f"/proc/{pid}").exists())  # the lost agent's guard has killed its worker
@@ -205,7 +205,7 @@ def test_training_survives_a_killed_worker_then_a_killed_agent(local: Callable[.
     assert "[rank1]: " not in job.output.read_text(), "by default only rank 0 is shown"
 
 
-def test_a_node_that_is_slower_than_the_others_is_left_at_a_step(local: Callable[..., Local]) -> None:
+def test_a_node_that_is_slower_than_the_others_is_left_at_a_step_boundary(local: Callable[..., Local]) -> None:
     uneven = LISTEN.replace("(step)", "(step, own_seconds=0.2 if rank == 2 else 0.1)").replace("0.02", "0.01")
     uneven = uneven.replace("drain_requested()", "drain_requested(every=10)")
     job = local("--local", "3", "--nodes", "2:3", "--slow-node", "1.5:leave", script=uneven)
@@ -218,9 +218,7 @@ def test_a_node_that_is_slower_than_the_others_is_left_at_a_step(local: Callable
     assert (job.events("lost"), job.events("failure")) == ([], [])
 
 
-def test_the_next_round_works_in_a_working_directory_that_was_made_anew(
-    tmp_path: Path, local: Callable[..., Local]
-) -> None:
+def test_the_next_round_works_in_a_recreated_working_directory(tmp_path: Path, local: Callable[..., Local]) -> None:
     job = local("--local", "1", "--nodes", "1", "--preload", "off", script=ANEW)
     job.wait_for((job.run_dir / "began").exists)
     work = job.output.parent
@@ -233,7 +231,7 @@ def test_the_next_round_works_in_a_working_directory_that_was_made_anew(
 
 
 def listened(pids: Iterable[int]) -> set[str]:
-    """The addresses at which the processes ``pids`` listen, as the kernel writes them."""
+    """The addresses on which the processes ``pids`` listen, as the kernel writes them."""
     inodes = set()
     for pid in pids:
         for name in Path(f"/proc/{pid}/fd").iterdir():
@@ -243,14 +241,14 @@ def listened(pids: Iterable[int]) -> set[str]:
     return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
 
 
-def test_agents_and_workers_of_this_machine_listen_on_loopback_alone(local: Callable[..., Local]) -> None:
+def test_local_agents_and_workers_listen_only_on_loopback(local: Callable[..., Local]) -> None:
     job = local("--local", "2")
     job.stepped(1, 1)
     assert listened([job.agent(0), job.agent(1), *job.marked()]) == {"0100007F"}
     assert job.finish() == 0
 
 
-def test_the_next_workers_are_the_standbys_that_waited(local: Callable[..., Local]) -> None:
+def test_the_next_workers_are_the_waiting_standbys(local: Callable[..., Local]) -> None:
     job = local("--local", "2", "--preload", "torch,elastic_hpc.training", script=LISTEN)
     pid = job.stepped(1, 1)[0]
     assert pid not in job.standbys()
@@ -267,8 +265,10 @@ def test_the_next_workers_are_the_standbys_that_waited(local: Callable[..., Loca
     assert not any(Path(f"/proc/{pid}").exists() for pid in waiting_for_the_end)
 
 
-def test_what_a_script_sets_before_it_imports_torch_holds_in_each_round(local: Callable[..., Local]) -> None:
-    """In the first its standbys begin again; the next ones have imported torch with these variables."""
+def test_variables_that_a_script_sets_before_it_imports_torch_hold_in_each_round(local: Callable[..., Local]) -> None:
+    """In the first round the scripts in the standbys restart; the next standbys have imported torch with these
+    variables.
+    """
     sets = "import os, time\nprint('begins', flush=True)\ntime.sleep(0.3)  # the agent has read that\n"
     sets += "os.environ.update(TORCH_LOGS='+dynamo', TORCH_COMPILE_DISABLE='1')\n"
     looks = "import logging, torch._dynamo.config\n"
@@ -288,7 +288,7 @@ def test_what_a_script_sets_before_it_imports_torch_holds_in_each_round(local: C
     assert job.process.wait(timeout=60) == 130
 
 
-def test_what_a_worker_starts_in_a_session_of_its_own_ends_with_the_round_and_the_standbys_do_not(
+def test_processes_of_a_worker_in_a_session_of_their_own_end_with_the_round_but_the_standbys_do_not(
     local: Callable[..., Local],
 ) -> None:
     job = local("--local", "2", "--preload", "torch", script=LEAVES + TRAIN)
@@ -317,7 +317,7 @@ def test_without_standbys_every_worker_starts_cold(local: Callable[..., Local]) 
     assert (event["warm"], event["cold"], event["why"]) == (0, 2, ["--preload off"])
 
 
-def test_ctrl_c_twice_stops_also_a_script_that_does_not_listen(local: Callable[..., Local]) -> None:
+def test_a_second_ctrl_c_stops_even_a_script_that_does_not_listen(local: Callable[..., Local]) -> None:
     job = local("--standalone", "--nproc-per-node", "2")
     pid = job.stepped(1, 1)[0]
     job.process.send_signal(signal.SIGINT)
@@ -329,7 +329,7 @@ def test_ctrl_c_twice_stops_also_a_script_that_does_not_listen(local: Callable[.
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_a_second_signal_while_the_first_is_acted_upon_is_acted_upon_next(local: Callable[..., Local]) -> None:
+def test_a_second_signal_during_the_handling_of_the_first_is_handled_next(local: Callable[..., Local]) -> None:
     job = local("--standalone", "--nproc-per-node", "2")
     pid = job.stepped(1, 1)[0]
     job.process.send_signal(signal.SIGINT)
@@ -339,7 +339,7 @@ def test_a_second_signal_while_the_first_is_acted_upon_is_acted_upon_next(local:
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_ctrl_c_lets_a_script_that_listens_save_and_it_hears_of_it_in_no_later_round(
+def test_ctrl_c_lets_a_script_that_listens_save_and_has_no_effect_in_later_rounds(
     local: Callable[..., Local],
 ) -> None:
     job = local("--local", "2", "--nodes", "2", script=LISTEN)
@@ -365,7 +365,7 @@ def test_a_worker_that_is_stopped_is_noticed_and_restarted(local: Callable[..., 
     assert (failure["kind"], failure["node"]) == ("stopped", "local1")
 
 
-def test_the_job_goes_on_without_the_agent_that_led(local: Callable[..., Local]) -> None:
+def test_the_job_continues_without_the_agent_that_led(local: Callable[..., Local]) -> None:
     job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "2")
     job.stepped(1, 2)
     os.kill(job.agent(0), signal.SIGKILL)
@@ -385,7 +385,7 @@ def test_fewer_than_min_ends_a_job_that_cannot_be_requeued(local: Callable[..., 
     assert job.verdict()["reason"] == "1 nodes are left, fewer than MIN 2; this job cannot be requeued"
 
 
-def test_the_last_words_of_the_last_worker_are_shown(tmp_path: Path) -> None:
+def test_the_last_output_of_the_last_worker_is_shown(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text("print('loading', flush=True)\nraise ValueError('no such data set')\n")
     command = [str(SRUN), "--standalone", "--max-restarts", "0", str(script)]
@@ -406,9 +406,7 @@ def test_the_last_words_of_the_last_worker_are_shown(tmp_path: Path) -> None:
         (["--spares", "1"], 4, 4),
     ],
 )
-def test_agents_start_on_max_nodes_and_the_spares_as_far_as_they_are_there(
-    options: list[str], here: int, agents: int
-) -> None:
+def test_agents_start_on_max_nodes_and_on_the_available_spares(options: list[str], here: int, agents: int) -> None:
     _, count = _request(_read([*options, __file__]), here)
     assert count == agents
 
@@ -458,7 +456,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, options: list[str
     assert not (tmp_path / "elastic-logs").exists()
 
 
-def test_a_missing_script_and_a_missing_value_are_told_by_their_names(tmp_path: Path) -> None:
+def test_a_missing_script_and_a_missing_value_are_reported_by_name(tmp_path: Path) -> None:
     for options, message in (
         (["--local", "2"], "expected SCRIPT; usage: elastic-srun [options] SCRIPT [ARGS...]"),
         (["--grace"], "--grace: expected a value: --grace TIME"),
@@ -467,7 +465,7 @@ def test_a_missing_script_and_a_missing_value_are_told_by_their_names(tmp_path: 
         assert (done.returncode, done.stderr) == (2, f"elastic-srun: {message}\n")
 
 
-def test_a_script_may_be_named_like_an_option(tmp_path: Path) -> None:
+def test_a_script_may_have_the_name_of_an_option(tmp_path: Path) -> None:
     (tmp_path / "-x.py").write_text("import sys\nprint(sys.argv)\n")
     command = [str(SRUN), "--local", "1", "--preload", "off", "--", "-x.py", "-h"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
@@ -475,7 +473,7 @@ def test_a_script_may_be_named_like_an_option(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
-def test_the_help_has_no_option_that_can_do_nothing_in_an_allocation() -> None:
+def test_the_help_has_no_option_without_effect_in_an_allocation() -> None:
     done = subprocess.run([str(SRUN), "--help"], capture_output=True, text=True, check=True)
     listed = set(re.findall(r"^  (?:-\w, )?--([a-z-]+)", done.stdout, re.MULTILINE))
     assert {"nodes", "free-growth", "local", "no-python"} <= listed
@@ -517,7 +515,7 @@ def test_any_program_can_be_a_worker_under_torchruns_own_options(tmp_path: Path)
         assert "--no-python" in json.dumps(started)
 
 
-def test_an_interpreters_own_options_reach_agents_and_warm_and_cold_workers(tmp_path: Path) -> None:
+def test_options_of_the_interpreter_reach_agents_and_warm_and_cold_workers(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import os, sys\n"
@@ -534,10 +532,10 @@ def test_an_interpreters_own_options_reach_agents_and_warm_and_cold_workers(tmp_
             assert written(run_dir, round, 0) == f"dev True ['-X', 'dev', '-W', 'ignore', '-u', '{script}']\n"
 
 
-def test_the_verdict_of_an_agent_that_found_no_leader_ends_no_job_that_the_others_continue(
+def test_the_verdict_of_an_agent_that_found_no_leader_does_not_end_a_job_that_the_others_continue(
     local: Callable[..., Local],
 ) -> None:
-    """The other agents stand still for longer than that agent waits, as on a machine without CPU time."""
+    """The other agents freeze for longer than that agent waits, as on a machine without CPU time."""
     job = local("--local", "3", "--nodes", "2:3", "--heartbeat-timeout", "1")
     job.stepped(1, 2)
     agents = [job.agent(0), job.agent(1)]

@@ -1,4 +1,4 @@
-"""``elastic-hpc logs``: what the workers wrote, in order, labelled, and followed."""
+"""``elastic-hpc logs``: the output of the workers, ordered, labelled, and followed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read(folder: Path, wanted: Wanted | None = None) -> list[LogLine]:
 
 
 class Round:
-    """The output of one round on one node, written a piece at a time."""
+    """The output of one round on one node, written piece by piece."""
 
     def __init__(self, logs: Path, name: str, node: str, *ranks: int) -> None:
         self.path = logs / name / file_name(node, ranks or (0, 1))
@@ -39,33 +39,33 @@ class Round:
                 file.write(label(rank, stream, when, full=full) + line.removesuffix(b"\n") + b"\n")
 
 
-def test_by_default_rank_0_and_what_any_rank_wrote_to_stderr() -> None:
+def test_by_default_rank_0_and_the_stderr_of_all_ranks_are_shown() -> None:
     lines = read(FAULTS / "logs")
     assert {(line.rank, line.stream) for line in lines if line.stream == "out"} == {(0, "out")}
     assert {line.rank for line in lines if line.stream == "err"} == {0, 1, 2, 3}
     assert any("shard-0002 is damaged" in line.text and line.rank == 2 for line in lines)
 
 
-def test_the_rounds_follow_each_other_also_over_a_requeue() -> None:
+def test_rounds_are_shown_in_order_even_across_a_requeue() -> None:
     lines = read(FAULTS / "logs")
     assert list(dict.fromkeys(line.round for line in lines)) == [1, 2, 3, 4]
     times = [line.time for line in lines]
     assert times == sorted(times)
 
 
-def test_all_that_was_written_is_shown_when_all_is_asked_for() -> None:
+def test_all_output_is_shown_if_the_user_requests_all() -> None:
     lines = read(FAULTS / "logs", Wanted(streams=("out", "err")))
     assert len(lines) == sum(len(path.read_text().splitlines()) for path in FAULTS.glob("logs/*/*.rank*.log")) > 0
 
 
-def test_ranks_nodes_rounds_and_streams_are_chosen() -> None:
+def test_ranks_nodes_rounds_and_streams_can_be_selected() -> None:
     assert {line.rank for line in read(FAULTS / "logs", Wanted(ranks=(1, 2)))} == {1, 2}
     assert {line.node for line in read(FAULTS / "logs", Wanted(nodes=("n[3-4]",)))} == {"n3", "n4"}
     assert {line.round for line in read(FAULTS / "logs", Wanted(rounds=(3,)))} == {3}
     assert {line.stream for line in read(FAULTS / "logs", Wanted(streams=("err",)))} == {"err"}
 
 
-def test_lines_of_several_ranks_are_in_order_of_time(tmp_path: Path) -> None:
+def test_lines_of_several_ranks_are_ordered_by_time(tmp_path: Path) -> None:
     first, second = Round(tmp_path, "0.1", "n1", 0), Round(tmp_path, "0.1", "n2", 1)
     expected = []
     for number in range(50):
@@ -81,7 +81,7 @@ def test_round_10_comes_after_round_9(tmp_path: Path) -> None:
     assert [line.text for line in read(tmp_path)] == ["0.9", "0.10", "1.11"]
 
 
-def test_a_progress_bar_is_shown_as_it_was_last_and_odd_bytes_do_no_harm(tmp_path: Path) -> None:
+def test_a_progress_bar_is_shown_in_its_last_state_and_invalid_bytes_do_no_harm(tmp_path: Path) -> None:
     one = Round(tmp_path, "0.1", "n1")
     one.write(0, "  1%\r 50%\r100%\r\nno end", 1.0)
     one.write(0, b"\xff\xfe" + b"x" * 60_000, 2.0, "err")
@@ -92,7 +92,7 @@ def test_a_progress_bar_is_shown_as_it_was_last_and_odd_bytes_do_no_harm(tmp_pat
     assert texts == ["100%", "\N{REPLACEMENT CHARACTER}" * 2 + "x" * 60_000 + "y" * 60_000, "no end"]
 
 
-def test_a_line_that_was_written_in_parts_is_one_line_also_of_several_ranks_at_once(tmp_path: Path) -> None:
+def test_a_line_written_in_parts_is_one_line_even_if_several_ranks_write_at_once(tmp_path: Path) -> None:
     one = Round(tmp_path, "0.1", "n1")
     one.write(0, b"load" + "…".encode()[:1])
     one.write(1, "load")
@@ -105,7 +105,7 @@ def test_a_line_that_was_written_in_parts_is_one_line_also_of_several_ranks_at_o
     ]  # fmt: skip
 
 
-def test_what_comes_is_followed_and_no_line_is_lost_or_shown_twice(tmp_path: Path) -> None:
+def test_new_output_is_followed_and_no_line_is_lost_or_shown_twice(tmp_path: Path) -> None:
     one = Round(tmp_path, "0.1", "n1")
     one.write(0, "a\nb", 1.0)
     logs = Logs(tmp_path, Wanted())
@@ -120,7 +120,7 @@ def test_what_comes_is_followed_and_no_line_is_lost_or_shown_twice(tmp_path: Pat
     assert [line.text for line in logs.rest()] == ["e"]
 
 
-def test_rounds_long_over_are_not_looked_at_again(tmp_path: Path) -> None:
+def test_rounds_that_ended_long_ago_are_not_read_again(tmp_path: Path) -> None:
     rounds = [Round(tmp_path, f"0.{number}", "n1") for number in (1, 2, 9, 10)]
     for number, one in enumerate(rounds):
         one.write(0, f"{number}\n" if number else "no end")
@@ -133,12 +133,12 @@ def test_rounds_long_over_are_not_looked_at_again(tmp_path: Path) -> None:
     assert [line.text for line in logs.added()] == ["late", "new"]
 
 
-def test_of_logs_of_gigabytes_only_the_end_is_read(tmp_path: Path) -> None:
+def test_only_the_end_of_huge_logs_is_read(tmp_path: Path) -> None:
     for name in ("0.1", "0.2", "0.3", "0.4"):
         of_round = Round(tmp_path, name, "n1", 0)
         of_round.write(0, f"first of {name}\n" if name in {"0.1", "0.4"} else f"{name}\n" * 50)
     with of_round.path.open("ab") as file:
-        file.truncate((3 << 30) - 500_000)  # 3 GB that take no space
+        file.truncate((3 << 30) - 500_000)  # 3 GB in a sparse file
         file.seek(0, 2)
         file.write(b"\n")
     of_round.write(0, "x" * 400 + "\n", when=2.0)
@@ -155,7 +155,7 @@ def test_of_logs_of_gigabytes_only_the_end_is_read(tmp_path: Path) -> None:
     assert list(Logs(tmp_path / "none", Wanted()).last(5)) == []
 
 
-def test_the_command_labels_each_line_and_heads_each_round(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_labels_each_line_and_prints_a_heading_for_each_round(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["logs", str(FAULTS)]) == 0
     lines = capsys.readouterr().out.splitlines()
     heads = [line for line in lines if line.startswith("--- ")]
@@ -172,14 +172,14 @@ def test_the_command_labels_each_line_and_heads_each_round(capsys: pytest.Captur
     assert lines[-1][:2] == "20"
 
 
-def test_following_a_job_that_is_over_shows_all_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_following_an_ended_job_shows_all_output_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["logs", str(FAULTS), "-f", "--rank", "0"]) == 0
     captured = capsys.readouterr()
     assert captured.out.rstrip().endswith("step 400")
     assert "COMPLETED: all workers finished" in captured.err
 
 
-def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+def test_a_reader_that_closes_early_is_no_error(tmp_path: Path) -> None:
     one = Round(tmp_path / "job" / "logs", "0.1", "n1")
     one.write(0, "line\n" * 100_000)
     command = [sys.executable, "-m", "elastic_hpc", "logs", str(tmp_path / "job")]
@@ -189,7 +189,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         assert process.stdout.readline() == "--- round 1\n"
         process.stdout.close()
         assert process.stderr.read() == ""
-    assert process.returncode == 1  # as rich has it
+    assert process.returncode == 1  # as rich writes it
 
 
 @pytest.mark.parametrize(
@@ -217,16 +217,14 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         (["--rank", "99", "-f"], "--rank 99: nothing was written there; the logs have rounds 1-4"),
     ],
 )
-def test_bad_input_is_told_with_what_to_type(
-    argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_reported_with_a_hint(argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, *value = argv
     code = 1 if "nothing was written" in complaint else 2
     assert main(["logs", str(FAULTS), f"{name}={value[0]}", *value[1:]]) == code
     assert complaint in capsys.readouterr().err
 
 
-def test_a_stream_to_which_nothing_was_written_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_stream_is_reported_as_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = Round(tmp_path / "job" / "logs", "0.1", "n1", 1)
     one.write(1, "line\n")
     assert main(["logs", str(tmp_path / "job"), "--stderr"]) == 1
@@ -246,7 +244,7 @@ def test_a_stream_to_which_nothing_was_written_is_told_so(tmp_path: Path, capsys
         ("2026-11-28T13:00+01:00", 0),
     ],
 )  # fmt: skip
-def test_since_takes_how_long_ago_a_time_of_day_or_a_date(
+def test_since_accepts_a_duration_a_time_of_day_or_a_date(
     text: str, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TZ", "UTC")
@@ -255,7 +253,7 @@ def test_since_takes_how_long_ago_a_time_of_day_or_a_date(
     assert moments.parse(text, now) - now == expected
 
 
-def test_lines_since_a_moment_are_shown_whole_whatever_their_parts(tmp_path: Path) -> None:
+def test_lines_since_a_moment_are_shown_complete_even_if_written_in_parts(tmp_path: Path) -> None:
     one = Round(tmp_path, "0.1", "n1", 0, 1)
     one.write(0, "old\n", 99.9)
     one.write(1, "old beginning, ", 99.9)
@@ -267,7 +265,7 @@ def test_lines_since_a_moment_are_shown_whole_whatever_their_parts(tmp_path: Pat
     assert [line.text for line in read(tmp_path, wanted)] == ["old beginning, new end", "new", "no end"]
 
 
-def test_lines_that_match_are_shown_as_they_come(tmp_path: Path) -> None:
+def test_matching_lines_are_shown_as_they_come(tmp_path: Path) -> None:
     one = Round(tmp_path, "0.1", "n1")
     one.write(0, "loss 1\nstep 1\r", 1.0)
     logs = Logs(tmp_path, Wanted(pattern=re.compile("^loss")))
@@ -277,7 +275,7 @@ def test_lines_that_match_are_shown_as_they_come(tmp_path: Path) -> None:
     assert [line.text for line in logs.rest()] == ["loss 3"]
 
 
-def test_the_command_chooses_by_time_and_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_selects_by_time_and_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["logs", str(FAULTS), "--rank=all", "--grep", "(?i)DAMAGED$"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("---")]
     assert len(lines) == 1
@@ -290,7 +288,7 @@ def test_the_command_chooses_by_time_and_text(capsys: pytest.CaptureFixture[str]
     assert re.search(r"--since 20\S+ \S+ --grep 'x' --rank 1: no such line; the logs have", capsys.readouterr().err)
 
 
-def test_a_job_that_has_written_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_for_a_job_without_output_the_command_reports_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = records.copy("cancelled", tmp_path)
     shutil.rmtree(folder / "logs")
     assert main(["logs", str(folder)]) == 0

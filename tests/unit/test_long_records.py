@@ -1,4 +1,6 @@
-"""Records of jobs that ran for weeks: a look reads what was added, keeps little, and tells the same story."""
+"""Records of jobs that ran for weeks: each look reads only new events, keeps little in memory, and gives the same
+story.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from elastic_hpc.view.story import JoinedNode, Round, Story
 from elastic_hpc.view.story_builder import story_of
 
 ROUNDS, REPORTS = 3, 9000
-"""A report each ten seconds, in rounds of about a day."""
+"""One report every ten seconds, in rounds of about a day."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def days(began: float = 1e9) -> Iterator[dict[str, Any]]:
-    """Rounds that each repeat 40 steps of the one before, after a failure."""
+    """Rounds that each repeat 40 steps of the previous round, after a failure."""
     when, step = began, 0
     yield {"time": when, "event": "start", "run": 0, "job": "1", "granted": 4, "min_nodes": 2, "max_nodes": 4}
     for round in range(1, ROUNDS + 1):
@@ -65,7 +67,7 @@ def write(folder: Path, events: list[dict[str, Any]], node: str = "n1", mode: st
 
 
 def outline(story: Story) -> Story:
-    """The story without the samples between the first and the last, and without what came of their losses."""
+    """The story with only the first and last sample of each round, and without losses."""
 
     def short(round: Round) -> Round:
         return replace(round, samples=tuple(replace(s, loss=None) for s in (*round.samples[:1], *round.samples[-1:])))
@@ -73,7 +75,7 @@ def outline(story: Story) -> Story:
     return replace(story, rounds=tuple(map(short, story.rounds)))
 
 
-def test_a_long_record_tells_the_same_story_as_all_of_its_events_and_keeps_few(home: Path) -> None:
+def test_a_long_record_gives_the_same_story_as_all_of_its_events_and_keeps_only_a_few_samples(home: Path) -> None:
     written = list(days())
     write(home / "job", written)
     record, whole = JobRecord(home / "job"), records.story_in(home / "job")
@@ -108,7 +110,7 @@ def test_most_lines_of_a_long_record_are_not_parsed_and_a_further_look_reads_onl
     assert parsed == []
 
 
-def test_a_record_that_is_read_as_it_grows_tells_what_it_tells_when_it_is_read_at_once(home: Path) -> None:
+def test_a_record_that_is_read_as_it_grows_gives_the_same_story_as_when_it_is_read_at_once(home: Path) -> None:
     written = records.events("faults")
     record = JobRecord(home / "job")
     for number in range(0, len(written), 3):
@@ -116,7 +118,7 @@ def test_a_record_that_is_read_as_it_grows_tells_what_it_tells_when_it_is_read_a
         assert record.story() == story_of(written[: number + 3])
 
 
-def test_what_an_earlier_leader_writes_late_takes_its_place_in_the_story(home: Path) -> None:
+def test_late_events_of_an_earlier_leader_take_their_place_in_the_story(home: Path) -> None:
     written = records.events("head")
     round, takes_over = ([event["event"] for event in written].index(name) for name in ("round", "take_over"))
     late = written[round:takes_over]
@@ -128,7 +130,7 @@ def test_what_an_earlier_leader_writes_late_takes_its_place_in_the_story(home: P
     assert record.story() == story_of(written)
 
 
-def test_a_record_in_the_place_of_another_is_told_from_its_beginning(home: Path) -> None:
+def test_a_record_that_replaces_another_is_read_from_its_beginning(home: Path) -> None:
     write(home / "job", records.events("faults"))
     record = JobRecord(home / "job")
     record.story()
@@ -138,7 +140,7 @@ def test_a_record_in_the_place_of_another_is_told_from_its_beginning(home: Path)
 
 
 def job(home: Path, name: str, outcome: str, ended: float) -> Path:
-    """A job whose record cannot be read, so that whoever looks at the events has an error."""
+    """A job with an unreadable record, so that reading its events raises an error."""
     folder = home / "jobs" / name
     (folder / "events.n1.jsonl").mkdir(parents=True)
     verdict = {"run": 0, "outcome": outcome, "cause": "", "reason": "all workers finished", "failure": None}
@@ -164,11 +166,11 @@ def test_status_does_not_open_the_records_of_jobs_that_ended_long_ago(
 
 
 @pytest.mark.parametrize("outcome", ["requeue", "finished"])
-def test_a_job_that_waits_for_days_after_a_requeue_or_is_led_again_is_not_left_out(
+def test_a_job_that_waits_for_days_after_a_requeue_or_has_a_leader_again_is_not_left_out(
     home: Path, capsys: pytest.CaptureFixture[str], outcome: str
 ) -> None:
     folder = job(home, "7", outcome, time.time() - 300_000)
-    if outcome == "finished":  # a leader of another run beats, whose verdict is not there yet
+    if outcome == "finished":  # a leader of another run is active and has no verdict yet
         (folder / "heartbeat").touch()
     assert main(["status"]) == 1
     assert "Is a directory" in capsys.readouterr().out
@@ -197,10 +199,10 @@ def test_logs_into_a_pipe_are_written_without_rich(
     monkeypatch.setattr(Console, "print", lambda *what, **_: printed.append(what))
     assert main(["logs", str(folder), "--rank", "9"]) == 0
     assert capsys.readouterr().out == "".join(f"rank 9| {line}\n" for line in lines)
-    assert len(printed) == 1  # the headline of the round
+    assert len(printed) == 1  # the heading of the round
 
 
-def test_the_time_of_joined_nodes_is_counted_from_their_start_to_their_end_also_where_they_are_many() -> None:
+def test_the_time_of_joined_nodes_is_counted_from_their_start_to_their_end_even_if_they_are_many() -> None:
     story = records.story("faults")
     begin, end = story.runs[0].began, story.last_time
     shuffled = random.Random(7)
@@ -213,7 +215,7 @@ def test_the_time_of_joined_nodes_is_counted_from_their_start_to_their_end_also_
         if phase.kind != "queue"
     )
     added = account(replace(story, joiners=tuple(joiners))).total - account(story).total
-    # nodes that others only train on count as idle; none of the joiners trains here, so each second of theirs is added
+    # nodes that no world uses count as idle; no joiner trains here, so each of their seconds is added
     assert added == pytest.approx(of_joiners)
 
 
@@ -233,5 +235,5 @@ def test_a_look_at_a_month_with_a_thousand_joined_nodes_is_quick(home: Path) -> 
     record.story()
     begin = time.process_time()
     spent = account(record.story())
-    assert time.process_time() - begin < 0.5  # 1 s where each phase looks at each node
+    assert time.process_time() - begin < 0.5  # it took 1 s when each phase visited each node
     assert spent.total > 0

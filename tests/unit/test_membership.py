@@ -16,7 +16,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 async def inject(job: Job, seconds: float) -> None:
-    """Random faults for ``seconds``; nodes are cut off and frozen, but not lost for good."""
+    """Random faults for ``seconds``; nodes are cut off and frozen, but never lost for good."""
     dice = job.random
     end = job.now + seconds
     while job.now < end and not job.over():
@@ -41,7 +41,7 @@ async def inject(job: Job, seconds: float) -> None:
 
 
 @given(SEEDS, st.integers(2, 6))
-@example(11, 5)  # an empty roster was taken for knowledge of a round
+@example(11, 5)  # an empty roster counted as knowledge of a round
 @example(271, 5)  # members of newer rounds were dropped from an older roster
 @example(1003, 5)  # a leader forgot the roster that it had formed itself
 @settings(max_examples=60, deadline=None)
@@ -65,7 +65,7 @@ def test_the_next_node_takes_over_when_the_head_is_lost(seed: int, nodes: int, h
         lost_at, before = job.now, job.trained
         job.nodes[0].power_off() if how == "power" else job.nodes[0].kill()
         assert await job.until(lambda: job.training() and job.trained > before, 30), job.events[-5:]
-        # heartbeat timeout + 1 s, besides the second that this network and these workers take
+        # heartbeat timeout + 1 s, plus one second for this network and these workers
         assert job.now - lost_at < 5.0 + 1.0 + 3.0
         assert [index for _, index, name, _ in job.events if name == "take_over"] == [1]
         formed = [fields for _, _, name, fields in job.events if name == "round"][-1]
@@ -76,7 +76,7 @@ def test_the_next_node_takes_over_when_the_head_is_lost(seed: int, nodes: int, h
 
 @given(SEEDS)
 @settings(max_examples=30, deadline=None)
-def test_one_head_after_the_other_is_survived(seed: int) -> None:
+def test_the_job_survives_the_loss_of_one_head_after_another(seed: int) -> None:
     job = Job(seed, 6, replace(POLICY, max_nodes=6), loss=0.0)
 
     async def story() -> None:
@@ -91,7 +91,7 @@ def test_one_head_after_the_other_is_survived(seed: int) -> None:
 
 @given(SEEDS, st.integers(3, 6), st.data())
 @settings(max_examples=40, deadline=None)
-def test_the_majority_goes_on_and_the_others_come_back_as_newcomers(seed: int, nodes: int, data: st.DataObject) -> None:
+def test_the_majority_continues_and_the_others_rejoin_as_newcomers(seed: int, nodes: int, data: st.DataObject) -> None:
     job = Job(seed, nodes, replace(POLICY, max_nodes=6), loss=0.0)
     away = data.draw(st.lists(st.integers(0, nodes - 1), min_size=1, max_size=(nodes - 1) // 2, unique=True))
     files = data.draw(st.booleans())
@@ -118,7 +118,7 @@ def test_the_majority_goes_on_and_the_others_come_back_as_newcomers(seed: int, n
 
 @given(seed=SEEDS, files=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_of_two_halves_the_one_with_the_leader_goes_on(*, seed: int, files: bool) -> None:
+def test_of_two_halves_the_one_with_the_leader_continues(*, seed: int, files: bool) -> None:
     job = Job(seed, 4, POLICY, loss=0.0)
 
     async def story() -> None:
@@ -137,8 +137,8 @@ def test_of_two_halves_the_one_with_the_leader_goes_on(*, seed: int, files: bool
 
 @given(SEEDS, st.floats(6, 20))
 @settings(max_examples=40, deadline=None)
-@example(0, 13.0)  # the first leader is the next one too
-def test_after_all_were_apart_whoever_leads_says_who_was_lost_and_how(seed: int, apart: float) -> None:
+@example(0, 13.0)  # the first leader also becomes the next one
+def test_after_a_full_partition_the_new_leader_reports_which_nodes_were_lost_and_how(seed: int, apart: float) -> None:
     job = Job(seed, 4, POLICY, loss=0.0)
 
     async def story() -> None:
@@ -158,7 +158,7 @@ def test_after_all_were_apart_whoever_leads_says_who_was_lost_and_how(seed: int,
 
 @given(SEEDS, st.integers(2, 6), st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_an_allocation_of_too_few_nodes_is_never_kept(seed: int, nodes: int, lost: int) -> None:
+def test_an_allocation_with_too_few_nodes_is_never_kept(seed: int, nodes: int, lost: int) -> None:
     job = Job(seed, nodes, replace(POLICY, max_nodes=6), loss=0.0)
 
     async def story() -> None:
@@ -176,7 +176,7 @@ def test_an_allocation_of_too_few_nodes_is_never_kept(seed: int, nodes: int, los
 
 @given(SEEDS, st.integers(0, 6))
 @settings(max_examples=25, deadline=None)
-def test_the_budget_is_never_exceeded_and_ends_the_job(seed: int, max_restarts: int) -> None:
+def test_the_budget_of_restarts_is_never_exceeded_and_ends_the_job(seed: int, max_restarts: int) -> None:
     job = Job(seed, 3, replace(POLICY, max_restarts=max_restarts))
 
     async def story() -> None:
@@ -197,7 +197,7 @@ def test_the_budget_is_never_exceeded_and_ends_the_job(seed: int, max_restarts: 
 
 @given(SEEDS)
 @settings(max_examples=25, deadline=None)
-def test_a_job_is_finished_only_when_all_of_one_round_have_finished(seed: int) -> None:
+def test_a_job_is_finished_only_when_all_nodes_of_one_round_have_finished(seed: int) -> None:
     job = Job(seed, 3, POLICY)
 
     async def story() -> None:
@@ -205,7 +205,7 @@ def test_a_job_is_finished_only_when_all_of_one_round_have_finished(seed: int) -
         job.nodes[0].end_workers(failed=False)
         job.nodes[1].end_workers(failed=False)
         assert not await job.until(job.over, 20)
-        job.nodes[2].end_workers(failed=True)  # the others must run again
+        job.nodes[2].end_workers(failed=True)  # the other nodes must run again
         while not job.over():
             assert await job.until(lambda: job.training() or job.over(), 100)
             for node in job.nodes:
@@ -219,9 +219,9 @@ def test_a_job_is_finished_only_when_all_of_one_round_have_finished(seed: int) -
 @given(SEEDS)
 @settings(max_examples=15, deadline=None)
 @example(seed=340216)
-def test_nodes_that_were_left_over_and_cut_off_as_the_round_was_formed_are_no_second_world(seed: int) -> None:
-    """MAX is 3: round 1 is of 0, 3 and 4, round 2 of 0, 1 and 2, and in that moment 3 and 4, who do not know of it yet
-    and are the majority of round 1, are on their own.
+def test_unused_nodes_that_were_cut_off_while_a_round_formed_are_no_second_world(seed: int) -> None:
+    """MAX is 3: round 1 has nodes 0, 3 and 4, round 2 has 0, 1 and 2. Just then 3 and 4, which do not know of round 2
+    yet and are the majority of round 1, are cut off.
     """
     job = Job(seed, 5, replace(POLICY, max_nodes=3), loss=0.0)
     late = [(node, node.start) for node in job.nodes[1:3]]
@@ -244,14 +244,14 @@ def test_nodes_that_were_left_over_and_cut_off_as_the_round_was_formed_are_no_se
         for _ in range(10_000):
             job.check()
             await asyncio.sleep(0.001)
-        job.heal()  # round 2 does not train before that if it had not been acknowledged as they were cut off
+        job.heal()  # round 2 trains only now if it was not acknowledged before the cut
         job.files = True
         assert await job.until(lambda: job.trained > 1 and job.training(), 100), job.events[-8:]
 
     job.run(story)
 
 
-def test_a_spare_that_was_cut_off_from_the_only_node_that_may_lead_comes_back() -> None:
+def test_a_spare_that_was_cut_off_from_the_only_node_that_may_lead_rejoins() -> None:
     job = Job(1, 2, replace(POLICY, min_nodes=1, max_nodes=1, spares=1), loss=0.0)
 
     async def story() -> None:
@@ -268,7 +268,7 @@ def test_a_spare_that_was_cut_off_from_the_only_node_that_may_lead_comes_back() 
     job.run(story)
 
 
-def test_a_late_node_is_taken_in_by_a_new_round() -> None:
+def test_a_late_node_joins_in_a_new_round() -> None:
     job = Job(2, 4, POLICY, loss=0.0)
     late = job.nodes[3]
     start, late.start = late.start, lambda: None  # type: ignore[method-assign]
@@ -285,7 +285,7 @@ def test_a_late_node_is_taken_in_by_a_new_round() -> None:
 
 
 @pytest.mark.parametrize("how", ["power_off", "kill"])
-def test_a_node_that_is_lost_after_its_part_is_done_does_not_restart_the_others(how: str) -> None:
+def test_a_node_that_is_lost_after_finishing_does_not_restart_the_others(how: str) -> None:
     job = Job(1, 3, POLICY, loss=0.0)
 
     async def story() -> None:
@@ -305,12 +305,12 @@ def test_a_node_that_is_lost_after_its_part_is_done_does_not_restart_the_others(
 
 @given(SEEDS, st.integers(0, 2))
 @settings(max_examples=10, deadline=None)
-def test_a_node_on_which_alone_the_workers_fail_stays_out_also_when_another_node_leads(seed: int, bad: int) -> None:
+def test_the_only_node_on_which_workers_fail_stays_excluded_under_another_leader(seed: int, bad: int) -> None:
     policy = replace(POLICY, min_nodes=2, max_nodes=3, spares=1, grow=False, max_restarts=10)
     job = Job(seed, 4, policy, loss=0.0, scripts_progress=False)
 
     def world() -> set[int]:
-        """The nodes of the one world that trains."""
+        """The nodes of the only world that trains."""
         running = [node for node in job.left if node.workers.alive]
         whole = running and len(running) == running[0].started[-1][1].group_world_size
         return {node.index for node in running} if whole else set()

@@ -1,4 +1,4 @@
-"""Lack of memory: told from what the kernel really does."""
+"""Detecting lack of memory, with real kills by the kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from elastic_hpc.workers.memory import OomWatch
 @pytest.mark.parametrize(
     ("act", "kind"), [("x = b'x' * (1 << 30)", "out of memory"), ("os.kill(os.getpid(), 9)", "signal")]
 )
-def test_a_worker_killed_by_the_kernel_for_its_memory_is_told_from_one_killed_by_hand(act: str, kind: str) -> None:
+def test_a_worker_killed_by_the_kernel_for_its_memory_is_distinguished_from_one_killed_by_hand(
+    act: str, kind: str
+) -> None:
     agent = """
 import subprocess, sys
 open(sys.argv[1], 'w').write('0')
@@ -35,5 +37,5 @@ print(worker.returncode, cause.kind, cause.message, sep='|')
     assert ("--mem" in message) == (kind == "out of memory")
 
 
-def test_nothing_happened_to_this_process() -> None:
+def test_the_kernel_has_killed_nothing_for_this_process() -> None:
     assert not OomWatch().happened()

@@ -1,4 +1,4 @@
-"""``elastic-hpc metrics``: what Prometheus reads, by a file or a port."""
+"""``elastic-hpc metrics``: output for Prometheus, in a file or on a port."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elastic_hpc.cli.hpc import main
 
 
 def samples(text: str) -> dict[tuple[str, str, str], float]:
-    """Value by name, job and the other label."""
+    """Value by name, job and other label."""
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -46,7 +46,7 @@ def test_the_file_has_goodput_faults_and_counters_of_each_job(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [file], "it is replaced at once, and nothing else is left"
 
 
-def test_they_are_served_until_ctrl_c_and_are_new_at_each_scrape(tmp_path: Path) -> None:
+def test_metrics_are_served_until_ctrl_c_and_updated_at_each_scrape(tmp_path: Path) -> None:
     folder = records.copy("faults", tmp_path)
     command = [sys.executable, "-m", "elastic_hpc", "metrics", str(folder), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -61,7 +61,7 @@ def test_they_are_served_until_ctrl_c_and_are_new_at_each_scrape(tmp_path: Path)
         assert process.wait(timeout=30) == 0
 
 
-def test_what_cannot_be_written_or_served_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_file_and_an_unusable_port_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["metrics", "--output", "/nonexistent/folder/file"]) == 1
     assert "/nonexistent/folder/file: No such file or directory" in capsys.readouterr().err
     assert main(["metrics", "--every", "5"]) == 2

@@ -1,5 +1,5 @@
-"""Never do two worlds train, in all schedules of a few nodes with few faults. And the model checker sees what it looks
-for: with a broken rule it finds a schedule in which two worlds train.
+"""Two worlds never train, in all schedules of a few nodes with few faults. And the model checker can find violations:
+with a broken rule it finds a schedule in which two worlds train.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def search(model: Model, faults: int, script: tuple[Action, ...] = ()) -> Result
         ({"size": 3, "most": 3, "faults": ("takes over", "resizes", "gives back")}, 2),
     ],
 )
-def test_never_two_worlds_train(model: dict[str, Any], faults: int) -> None:
+def test_two_worlds_never_train(model: dict[str, Any], faults: int) -> None:
     result = search(Model(**model), faults)
     assert result.start is None
     assert result.whole == faults, "the search was not finished"
@@ -106,7 +106,7 @@ BROKEN: dict[str, tuple[list[tuple[Any, str, Any]], int, tuple[Action, ...]]] = 
 
 @pytest.mark.parametrize("rule", BROKEN)
 def test_a_broken_rule_is_found(rule: str) -> None:
-    """The faults of the schedule are given, the rest of it is found."""
+    """The faults of the schedule are given; the search finds the rest."""
     patches, size, script = BROKEN[rule]
     with contextlib.ExitStack() as broken:
         for place, name, instead in patches:

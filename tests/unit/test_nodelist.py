@@ -1,4 +1,4 @@
-"""Many nodes in few words."""
+"""Compact lists of many nodes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from elastic_hpc.membership.nodes import MAX_NODES, NumberRanges, fold, name_mat
 
 
 @given(st.lists(st.integers(0, 300)))
-def test_numbers_come_back_from_their_spans_in_the_same_order(given_: list[int]) -> None:
+def test_spans_expand_to_the_same_numbers_in_the_same_order(given_: list[int]) -> None:
     assert numbers(spans(given_)) == tuple(given_)
 
 
-def test_a_thousand_numbers_are_a_few_words() -> None:
+def test_a_thousand_numbers_fold_into_a_few_words() -> None:
     assert spans(node for node in range(1024) if node != 512) == "0-511,513-1023"
 
 
 @pytest.mark.parametrize("text", ["x", "1-", "-1", f"0-{MAX_NODES}", f"0-{MAX_NODES - 1},7", "1,,2"])
-def test_what_spans_does_not_write_is_refused(text: str) -> None:
+def test_text_that_spans_does_not_write_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         numbers(text)
 
@@ -38,12 +38,12 @@ def test_what_spans_does_not_write_is_refused(text: str) -> None:
         (["r1n1", "r1n2", "r2n1"], "r1n[1-2],r2n1"),
     ],
 )
-def test_names_are_folded_as_slurm_does(names: list[str], text: str) -> None:
+def test_names_are_folded_as_slurm_folds_them(names: list[str], text: str) -> None:
     assert fold(names) == text
 
 
 @given(st.sets(st.integers(0, 2000)), st.integers(0, 2000))
-def test_a_name_is_in_what_was_folded_if_it_was_among_it(there: set[int], number: int) -> None:
+def test_a_folded_list_contains_exactly_the_names_that_were_folded(there: set[int], number: int) -> None:
     text = fold(f"n{one}" for one in there)
     assert bool(text and name_matcher(text)(f"n{number}")) == (number in there)
 
@@ -61,13 +61,13 @@ def test_a_name_is_in_what_was_folded_if_it_was_among_it(there: set[int], number
         ("n[1-999999999999]", ("n5", "n123456"), ("n0",)),
     ],
 )
-def test_a_node_list_says_which_nodes_are_in_it(text: str, has: tuple[str, ...], lacks: tuple[str, ...]) -> None:
+def test_a_node_list_can_be_checked_for_a_node(text: str, has: tuple[str, ...], lacks: tuple[str, ...]) -> None:
     assert all(map(name_matcher(text), has))
     assert not any(map(name_matcher(text), lacks))
 
 
 @pytest.mark.parametrize("text", ["", "n[1-", "n1]", "n[3-1]", "n[ab]", "n[]", "n[1-2", ",n1", "n1,,n2", "n[[1]]"])
-def test_a_list_that_slurm_would_not_take_is_refused(text: str) -> None:
+def test_a_list_that_slurm_would_not_accept_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         name_matcher(text)
 

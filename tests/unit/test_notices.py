@@ -1,4 +1,4 @@
-"""``elastic-hpc notice``: by the owner of a job, by a program on the node, and by root for the jobs of others."""
+"""``elastic-hpc notice``: from the owner of a job, from a program on the node, and from root for other users' jobs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AGENT = [
 ]
 """A process that looks like an agent."""
 HERE = f"here-{os.getpid()}"
-"""The name of this machine as a node: a Slurm for tests may run on the same machine, and have an n2."""
+"""The name of this machine as a node; a test Slurm on the same machine may also have an n2."""
 NOBODY = pwd.getpwnam("nobody").pw_uid
 by_root = pytest.mark.skipif(os.geteuid() != 0, reason="root tells the jobs of others: sudo make test")
 
@@ -64,7 +64,7 @@ def agent(run_dir: Path, node: str, user: int) -> Iterator[None]:
         process.kill()
 
 
-def test_the_owner_tells_a_job_of_a_node_and_takes_it_back(job: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_owner_gives_a_job_notice_of_a_node_and_withdraws_it(job: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["notice", str(job), "--node", "n2", "ECC errors rising"]) == 0
     assert marked(job / "notices") == {"n2": "ECC errors rising"}
     assert main(["notice", str(job), "--well", "n2"]) == 0
@@ -80,7 +80,7 @@ def test_the_owner_tells_a_job_of_a_node_and_takes_it_back(job: Path, capsys: py
         (["--well", "n2"], "job 4711 has no notice to withdraw"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_the_reason(
+def test_invalid_notices_are_refused_with_the_reason(
     job: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
 ):
     assert main(["notice", str(job), *words]) == 2
@@ -88,7 +88,7 @@ def test_what_cannot_be_meant_is_refused_with_the_reason(
     assert not (job / "notices").exists() or not marked(job / "notices")
 
 
-def test_a_job_that_is_over_has_no_nodes_to_leave(job: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_ended_job_has_no_nodes_to_leave(job: Path, capsys: pytest.CaptureFixture[str]):
     (job / "verdict.json").write_text(
         '{"run": 0, "outcome": "finished", "cause": "", "reason": "all workers finished", "failure": null}'
     )
@@ -97,21 +97,21 @@ def test_a_job_that_is_over_has_no_nodes_to_leave(job: Path, capsys: pytest.Capt
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root's own jobs have to be named")
-def test_on_the_node_all_jobs_of_the_user_are_told(job: Path):
+def test_on_the_node_the_notice_goes_to_all_jobs_of_the_user(job: Path):
     with agent(job, HERE, os.geteuid()):
         assert main(["notice", "--node", HERE, "ECC errors rising"]) == 0
     assert marked(job / "notices") == {HERE: "ECC errors rising"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="for root that is no failure")
-def test_elsewhere_the_job_has_to_be_named(capsys: pytest.CaptureFixture[str]):
+def test_elsewhere_the_user_must_name_the_job(capsys: pytest.CaptureFixture[str]):
     assert main(["notice", "--node", HERE, "ECC errors rising"]) == 1
     assert "name the job: elastic-hpc notice JOB" in capsys.readouterr().err
 
 
 @by_root
-def test_root_tells_the_jobs_of_others_on_the_node_as_their_owners(capfd: pytest.CaptureFixture[str]):
-    """The folder is not pytest's, which others may not enter."""
+def test_root_gives_notice_to_other_users_jobs_on_the_node_as_their_owners(capfd: pytest.CaptureFixture[str]):
+    """The test uses a folder of its own, because other users may not enter pytest's."""
     with tempfile.TemporaryDirectory() as folder, owned(Path(folder)) as (job, other):
         with agent(job, HERE, NOBODY), agent(other, "n1", NOBODY):
             assert main(["notice", "--node", HERE, "ECC errors rising"]) == 0
@@ -133,8 +133,8 @@ def owned(folder: Path) -> Iterator[list[Path]]:
 
 
 @by_root
-def test_root_takes_no_process_for_an_agent_that_runs_as_root(job: Path):
-    """Whoever may start a program with setuid chooses its arguments."""
+def test_root_accepts_no_process_that_runs_as_root_as_an_agent(job: Path):
+    """A user who can start a setuid program chooses its arguments."""
     with agent(job, HERE, 0):
         assert jobs_on(HERE) == {}
         assert main(["notice", "--node", HERE, "ECC errors rising"]) == 0

@@ -1,4 +1,4 @@
-"""``--notify``: what is told of a job, to whom, and that a failure to tell harms nothing."""
+"""``--notify``: the content and recipients of notifications; a failed notification harms nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_command_gets_the_cause_and_the_first_traceback(rundir: RunDir) -> Non
     assert to.read_text() == "job 17 (train.py) has failed: used up\n```\nTraceback\nValueError: no\n```\nfailed\n"
 
 
-def test_a_web_hook_gets_json_as_slack_and_others_take_it(rundir: RunDir) -> None:
+def test_a_webhook_gets_json_in_the_format_of_slack_and_others(rundir: RunDir) -> None:
     got: list[bytes] = []
 
     class Hook(BaseHTTPRequestHandler):
@@ -68,7 +68,7 @@ def test_a_web_hook_gets_json_as_slack_and_others_take_it(rundir: RunDir) -> Non
         ("sh -c 'sleep 60; :'", "in 0.5 s"),
     ],
 )
-def test_a_failure_to_tell_is_told_without_the_secret_and_is_no_more(
+def test_a_failed_notification_is_only_reported_and_without_the_secret(
     rundir: RunDir, monkeypatch: pytest.MonkeyPatch, target: str, problem: str
 ) -> None:
     if "sleep" in target:
@@ -78,7 +78,7 @@ def test_a_failure_to_tell_is_told_without_the_secret_and_is_no_more(
     assert "secret" not in told
 
 
-def test_nobody_is_told_unless_that_is_wanted(rundir: RunDir) -> None:
+def test_no_notification_is_sent_unless_the_user_requests_it(rundir: RunDir) -> None:
     assert notify.send(notify.of_verdict(rundir, FAILED), {}) == ""
 
 
@@ -120,7 +120,7 @@ def test_a_standstill_is_noticed_once_and_again_after_progress() -> None:
     assert watch.look(at(6), 170)
 
 
-def test_steps_that_are_done_again_and_a_world_that_does_not_form_are_no_progress() -> None:
+def test_repeated_steps_and_a_world_that_does_not_form_are_no_progress() -> None:
     watch = Standstill(60)
     watch.look(at(50), 0)
     assert not watch.look(at(40), 30)
@@ -128,6 +128,6 @@ def test_steps_that_are_done_again_and_a_world_that_does_not_form_are_no_progres
     assert not Standstill(60).look(at(None, nodes=0), 61)
 
 
-def test_a_script_that_reports_no_steps_is_left_alone() -> None:
+def test_for_a_script_that_reports_no_steps_no_standstill_is_reported() -> None:
     watch = Standstill(60)
     assert not any(watch.look(at(None), now) for now in range(0, 1000, 20))

@@ -1,4 +1,4 @@
-"""Run directories on a shared file system that behaves like NFS: each process here is on a node of its own."""
+"""Run directories on a shared file system that behaves like NFS: each process here acts on a node of its own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def two(tmp_path: Path) -> Iterator[Two]:
 
 @pytest.fixture
 def node(two: Two) -> Iterator[Node]:
-    """Writes on ``a``."""
+    """A node that writes on ``a``."""
     made = Node(two.a, 0)
     yield made
     made.close()
@@ -45,18 +45,18 @@ def node(two: Two) -> Iterator[Node]:
 
 
 def seen(path: Path) -> list[str]:
-    """The output of the workers, as it is seen on that node."""
+    """The output of the workers, as read on that node."""
     return [line.text for line in Logs(path / "logs", Wanted()).written()]
 
 
-def test_output_is_seen_on_another_node_while_the_round_goes_on(two: Two, node: Node) -> None:
+def test_output_is_visible_on_another_node_while_the_round_runs(two: Two, node: Node) -> None:
     two.server.behave(write_back_s=600)
     for text in ("one", "two"):
         node.write(0, f"{text}\n".encode())
         wait_for(lambda text=text: text in seen(two.b))
 
 
-def test_no_output_is_lost_or_doubled_when_the_quota_is_full_for_a_while(
+def test_no_output_is_lost_or_doubled_when_the_quota_is_temporarily_full(
     two: Two, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "_RETRY_INTERVAL", 0.05)
@@ -73,7 +73,7 @@ def test_no_output_is_lost_or_doubled_when_the_quota_is_full_for_a_while(
     assert seen(two.b) == ["before", "meanwhile", "after"]
 
 
-def test_output_goes_on_where_the_agents_own_output_is_on_the_same_full_disk(
+def test_output_continues_if_the_agents_own_output_is_on_the_same_full_disk(
     two: Two, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "_RETRY_INTERVAL", 0.05)
@@ -87,7 +87,7 @@ def test_output_goes_on_where_the_agents_own_output_is_on_the_same_full_disk(
         wait_for(lambda: seen(two.b) == ["meanwhile", "after"])
 
 
-def test_events_are_whole_and_in_order_when_the_quota_was_full(two: Two) -> None:
+def test_events_are_complete_and_in_order_after_the_quota_was_full(two: Two) -> None:
     ours, theirs = RunDir(two.a), RunDir(two.b)
     append_event(ours.path, "n1", 1.0, "first", {})
     two.server.behave(over_quota=True)
@@ -103,7 +103,7 @@ def test_events_are_whole_and_in_order_when_the_quota_was_full(two: Two) -> None
     assert theirs.read("state.json") == {"round": 1}
 
 
-def test_a_leader_whose_quota_is_full_is_seen_at_work(two: Two) -> None:
+def test_a_leader_with_a_full_quota_is_visible_as_active(two: Two) -> None:
     leader, theirs = Recorder(RunDir(two.a), 0, Host(0, "n0", ("127.0.0.1",), 1)), RunDir(two.b)
     leader.event("started", {})
     leader.beat()
@@ -122,7 +122,7 @@ def test_a_leader_whose_quota_is_full_is_seen_at_work(two: Two) -> None:
     leader.close()
 
 
-def test_what_another_node_has_just_made_is_there_though_it_was_missing_a_moment_ago(two: Two) -> None:
+def test_a_file_that_another_node_has_just_created_is_found_even_if_it_was_missing_a_moment_ago(two: Two) -> None:
     two.server.behave(names_s=600)
     path = two.b / "run" / "results" / "0.pkl"
     theirs, reader, logs = RunDir(two.b / "run"), EventReader(two.b / "run"), Logs(two.b / "run" / "logs", Wanted())
@@ -143,7 +143,7 @@ def test_what_another_node_has_just_made_is_there_though_it_was_missing_a_moment
     assert theirs.heartbeat() > 0
 
 
-def test_the_threads_of_an_agent_run_on_while_a_process_is_started_from_a_server_that_stands_still(two: Two) -> None:
+def test_the_threads_of_an_agent_keep_running_while_a_process_starts_from_a_stopped_server(two: Two) -> None:
     two.server.behave(attributes_s=600, names_s=600)
     shutil.copy(shutil.which("true") or "", two.a / "program")
     script = (
@@ -175,7 +175,7 @@ def test_the_threads_of_an_agent_run_on_while_a_process_is_started_from_a_server
     assert agent.returncode == 0
 
 
-def test_an_agent_enters_its_working_directory_again_that_the_server_has_forgotten_and_waits_for_no_server(
+def test_an_agent_reenters_a_working_directory_that_the_server_has_forgotten_and_never_waits_for_a_server(
     two: Two,
 ) -> None:
     work = two.a / "work"
@@ -209,7 +209,7 @@ def test_an_agent_enters_its_working_directory_again_that_the_server_has_forgott
 
 
 def test_two_leaders_that_write_at_the_same_time_lose_no_event(two: Two) -> None:
-    """The first is cut off, and does not know yet that the second has taken over."""
+    """The first leader is cut off, and does not know yet that the second has taken over."""
     two.server.behave(metadata_s=0.02)
     folders = (two.a, two.b)
     leaders = [Recorder(RunDir(path), 0, Host(n, f"n{n}", ("127.0.0.1",), 1)) for n, path in enumerate(folders)]
@@ -223,7 +223,7 @@ def test_two_leaders_that_write_at_the_same_time_lose_no_event(two: Two) -> None
         assert [(event["step"], event["node"]) for event in events] == [(n, f"n{k}") for n in range(20) for k in (0, 1)]
 
 
-def test_the_last_round_is_that_of_the_leader_who_took_over_though_the_one_before_writes_later(tmp_path: Path) -> None:
+def test_the_last_round_is_that_of_the_new_leader_even_if_the_previous_leader_writes_later(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     for when, round in ((1.0, 1), (3.0, 3), (2.0, 2)):
         append_event(rundir.path, "n1", when, "round", {"round": round})

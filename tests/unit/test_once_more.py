@@ -28,12 +28,12 @@ esac
 @pytest.fixture
 def rundir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(conclude.signal, "signal", lambda *_: None)  # the handlers of this process
+    monkeypatch.setattr(conclude.signal, "signal", lambda *_: None)  # keeps the signal handlers of this process
     return RunDir(tmp_path / "run").create()
 
 
 def ends(rundir: RunDir, run: int, outcome: str) -> int:
-    """The exit code of the batch script of ``run``."""
+    """End ``run`` with ``outcome``. Returns the exit code of the batch script."""
     rundir.write("verdict.json", {"run": run, "outcome": outcome, "cause": "", "reason": "", "failure": None})
     return conclude.conclude(rundir, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(run)}, 0)
 
@@ -45,7 +45,7 @@ def slurm(folder: Path, version: str, preempted: str) -> None:
 
 
 @pytest.mark.parametrize("led", [False, True])
-def test_agents_that_have_found_no_leader_cancel_no_allocation_whose_job_has_one_by_then(
+def test_agents_that_have_found_no_leader_do_not_cancel_an_allocation_whose_job_has_one_by_then(
     rundir: RunDir, monkeypatch: pytest.MonkeyPatch, *, led: bool
 ) -> None:
     cancelled: list[str] = []
@@ -61,7 +61,7 @@ def test_agents_that_have_found_no_leader_cancel_no_allocation_whose_job_has_one
 
 @pytest.mark.parametrize("deputy_of", [None, "n1"])
 @pytest.mark.parametrize("led", [False, True])
-def test_agents_that_have_found_no_leader_requeue_no_job_that_has_one_by_then(
+def test_agents_that_have_found_no_leader_do_not_requeue_a_job_that_has_one_by_then(
     rundir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     *, led: bool, deputy_of: str | None,
 ) -> None:  # fmt: skip
@@ -70,7 +70,7 @@ def test_agents_that_have_found_no_leader_requeue_no_job_that_has_one_by_then(
     slurm(tmp_path, "24.05.0", "None")
     rundir.beat()
     os.utime(rundir.path / "heartbeat", (1, 1))
-    if led:  # it shows its heartbeat while the step waits for the other agents to leave
+    if led:  # the leader updates its heartbeat while the step waits until the other agents leave
         shown = SCONTROL.format(version="24.05.0", folder=tmp_path)
         (tmp_path / "scontrol").write_text(shown.replace("show)", f"show) touch {rundir.path}/heartbeat;"))
     rundir.write("verdict.json", {"run": 0, "outcome": "requeue", "reason": "no leader", "actor": LEADERLESS})
@@ -82,20 +82,20 @@ def test_agents_that_have_found_no_leader_requeue_no_job_that_has_one_by_then(
 
 @pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1)])
 @pytest.mark.parametrize("version", ["24.05.0", "24.11.5", "26.05.3"])
-def test_the_run_to_which_a_newer_slurm_sends_an_ended_job_ends_at_once(
+def test_if_a_newer_slurm_restarts_an_ended_job_the_new_run_ends_immediately(
     rundir: RunDir, tmp_path: Path, version: str, outcome: str, code: int
 ) -> None:
     slurm(tmp_path, version, "2026-11-29T02:00:00")
     assert ends(rundir, 0, "requeue") == 0
     assert not (rundir.path / "over").exists(), "the job is to go on"
     assert ends(rundir, 1, outcome) == code
-    assert (rundir.path / "over").read_text() == str(code)  # the batch script ends there: test_script.py
+    assert (rundir.path / "over").read_text() == str(code)  # the batch script ends at this file: see test_script.py
 
 
 @pytest.mark.parametrize(
     ("version", "preempted"), [("22.05.8", "2026-11-29T02:00:00"), ("23.11.10", "t0"), ("24.11.5", "None")]
 )
-def test_a_job_that_no_such_run_awaits_leaves_no_mark(
+def test_a_job_that_slurm_will_not_restart_leaves_no_mark(
     rundir: RunDir, tmp_path: Path, version: str, preempted: str
 ) -> None:
     slurm(tmp_path, version, preempted)
@@ -106,7 +106,7 @@ def test_a_job_that_no_such_run_awaits_leaves_no_mark(
 
 @pytest.mark.parametrize(("version", "comes_back"), [("22.05.8", False), ("23.11.10", False), ("24.11.5", True)])
 @pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1)])
-def test_a_job_that_ends_by_itself_in_the_grace_time_does_not_train_again_when_slurm_requeues_it(
+def test_a_job_that_ends_in_the_grace_time_does_not_train_again_when_slurm_requeues_it(
     rundir: RunDir, tmp_path: Path, version: str, outcome: str, code: int, *, comes_back: bool
 ) -> None:
     slurm(tmp_path, version, "2026-11-29T02:00:00")
@@ -116,7 +116,7 @@ def test_a_job_that_ends_by_itself_in_the_grace_time_does_not_train_again_when_s
         assert (rundir.path / "over").read_text() == str(code)
 
 
-def test_why_says_what_slurm_calls_the_end_of_a_job_whose_preemption_cancels(
+def test_why_shows_slurms_state_of_a_job_whose_preemption_cancels_it(
     rundir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """PreemptMode=CANCEL: Slurm 24.05 and newer keep calling such a job PREEMPTED, and no requeue changes that."""

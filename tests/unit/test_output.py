@@ -1,4 +1,4 @@
-"""What workers write reaches the log file and the job's output, and nothing on the way stops a worker."""
+"""The output of workers reaches the log file and the job's output, and nothing on the way blocks a worker."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Node:
         self.output = Output(dict(enumerate(ranks)), {0}, self.path, log_file, terminals)
 
     def write(self, local: int, text: bytes, stream: Stream = "out") -> None:
-        """As the worker does."""
+        """Write as a worker does."""
         with open(self.output.paths(stream)[local], "ab") as file:
             file.write(text)
 
     def read(self, *ranks: int) -> list[str]:
-        """What the log file has of ``ranks``."""
+        """The lines of ``ranks`` in the log file."""
         return [line.written for line in Logs(self.logs, Wanted(ranks=ranks, streams=("out", "err"))).written()]
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
     made.close()
 
 
-def test_all_that_the_workers_of_a_node_write_in_a_round_is_in_one_private_file(node: Node) -> None:
+def test_all_output_of_a_nodes_workers_in_a_round_is_in_one_private_file(node: Node) -> None:
     node.write(0, b"one\ntwo\n")
     node.write(1, b"three\n", "err")
     wait_for(lambda: node.read(0) and node.read(1))
@@ -70,12 +70,12 @@ def test_all_that_the_workers_of_a_node_write_in_a_round_is_in_one_private_file(
     assert node.path.stat().st_mode & 0o077 == node.path.parent.stat().st_mode & 0o077 == 0
 
 
-def test_nothing_is_made_before_there_is_something_to_write(node: Node) -> None:
+def test_no_file_is_created_before_there_is_output(node: Node) -> None:
     node.close()
     assert not node.logs.exists()
 
 
-def test_a_line_that_does_not_end_is_passed_on_and_its_rest_later(node: Node) -> None:
+def test_an_unfinished_line_is_forwarded_and_its_rest_follows_later(node: Node) -> None:
     node.write(0, b"  1%\r  2%\r")
     wait_for(lambda: node.read(0) == ["  1%\r  2%\r"])
     node.write(0, b"100%\nlast")
@@ -86,7 +86,7 @@ def test_a_line_that_does_not_end_is_passed_on_and_its_rest_later(node: Node) ->
     )
 
 
-def test_the_end_of_the_output_is_kept_for_the_traceback_and_the_memory_of_the_rest_is_given_back(node: Node) -> None:
+def test_the_end_of_the_output_is_kept_for_the_traceback_and_the_memory_of_the_rest_is_freed(node: Node) -> None:
     for number in range(200):
         node.write(1, b"%03d %s\n" % (number, b"x" * 50_000), "err")
     wait_for(lambda: node.output.size == 200 * 50_005)
@@ -98,12 +98,12 @@ def test_the_end_of_the_output_is_kept_for_the_traceback_and_the_memory_of_the_r
     assert [line[:3] for line in node.read(1)] == [f"{number:03d}" for number in range(200)] + ["Val"]
 
 
-def test_a_stalled_file_system_stops_no_worker_and_what_is_left_out_is_said(
+def test_a_stalled_file_system_blocks_no_worker_and_dropped_output_is_reported(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "_LIMIT", 100_000)
     node.path.parent.mkdir(parents=True)
-    os.mkfifo(node.path)  # whose opening stalls until somebody reads
+    os.mkfifo(node.path)  # opening it stalls until somebody reads
     for number in range(30):
         node.write(0, b"%02d %s\n" % (number, b"x" * 10_000))
         wait_for(lambda number=number: node.output.size == (number + 1) * 10_004)
@@ -124,14 +124,14 @@ def test_a_stalled_file_system_stops_no_worker_and_what_is_left_out_is_said(
     assert re.findall(rb"out F (\d\d) x", text)[-3:] == [b"27", b"28", b"29"]
 
 
-def test_an_output_of_the_job_that_nobody_takes_stops_neither_the_workers_nor_their_log(node: Node) -> None:
+def test_if_nobody_reads_the_jobs_output_neither_the_workers_nor_their_log_stop(node: Node) -> None:
     for number in range(100):
         node.write(0, b"%02d %s\n" % (number, b"x" * 10_000))
     wait_for(lambda: len(node.read(0)) == 100)
     os.close(node.terminal)
 
 
-def test_each_byte_arrives_whatever_the_workers_write_and_when(node: Node) -> None:
+def test_every_byte_arrives_whatever_the_workers_write_and_when(node: Node) -> None:
     chance = random.Random(18)
     written: dict[tuple[int, Stream], bytes] = {(0, "out"): b"", (0, "err"): b"", (1, "out"): b"", (1, "err"): b""}
     for _ in range(300):
@@ -150,7 +150,7 @@ def test_each_byte_arrives_whatever_the_workers_write_and_when(node: Node) -> No
         assert "".join(line.written for line in lines) == text.decode(errors="replace")
 
 
-def test_the_end_of_a_round_does_not_wait_for_a_process_that_goes_on_writing(
+def test_the_end_of_a_round_does_not_wait_for_a_process_that_keeps_writing(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "_REST", 0.3)
@@ -160,7 +160,7 @@ def test_the_end_of_a_round_does_not_wait_for_a_process_that_goes_on_writing(
         with open(node.output.paths("out")[1], "ab") as file:
             while not over.is_set():
                 file.write(b"again\n" * 1000)
-                over.wait(0.001)  # not more than the log file takes
+                over.wait(0.001)  # no more than the log file accepts
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -174,7 +174,9 @@ def test_the_end_of_a_round_does_not_wait_for_a_process_that_goes_on_writing(
     assert set(node.read(1)) == {"again\n"}
 
 
-def test_a_folder_that_cannot_be_made_is_told_once_and_tried_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_created_is_reported_once_and_retried(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(output, "_RETRY_INTERVAL", 0.05)
     monkeypatch.setattr(sys, "stderr", said := io.StringIO())
     node.logs.touch()
@@ -220,7 +222,7 @@ if "elastic_hpc.agent" in sys.orig_argv:
     os.stat = noted
     sys.addaudithook(lambda event, args: note("open", args[0]) if event == "open" else None)
 """
-"""Notes which thread of an agent looks at, or opens, files of the first round."""
+"""Records which threads of an agent check or open files of the first round."""
 
 TRAIN = """
 import os, sys, time
@@ -233,7 +235,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1"
 """
 
 
-def test_a_round_makes_one_file_and_looks_at_none_and_only_rank_0_is_shown(tmp_path: Path) -> None:
+def test_a_round_creates_one_file_and_checks_no_other_and_only_rank_0_is_shown(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "sitecustomize.py").write_text(WATCHED)
     run_dir = tmp_path / "elastic-logs" / "local.0"

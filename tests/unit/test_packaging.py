@@ -41,7 +41,7 @@ def wheel(built):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The interpreter of an environment with the wheel alone, made and filled by uv."""
+    """The interpreter of an environment that uv has made, with only the wheel."""
     folder = tmp_path_factory.mktemp("uv") / "environment"
     uv(folder.parent, "venv", "--python", sys.executable, folder)
     uv(folder.parent, "pip", "install", "--no-deps", "--python", folder / "bin" / "python", wheel)
@@ -54,7 +54,9 @@ def uv(cwd, *words):
 
 
 def entry_points(text):
-    """As strict readers have them: TensorBoard's, Poetry's, PDM's, pip's on Python 3.10, and uv's take no key twice."""
+    """The entry points as strict readers see them: those of TensorBoard, Poetry, PDM, pip on Python 3.10 and uv accept
+    no duplicate key.
+    """
     parser = configparser.ConfigParser(delimiters=("=",), strict=True)
     parser.optionxform = str
     parser.read_string(text)
@@ -75,7 +77,7 @@ def test_the_wheel_has_the_templates_the_license_and_the_commands(built):
     assert "elastic_hpc/py.typed" in names
 
 
-def test_every_entry_point_has_a_key_of_its_own_and_leads_somewhere(wheel):
+def test_every_entry_point_has_a_unique_key_and_an_existing_target(wheel):
     with WheelFile.open(wheel) as source:
         text = source.read_dist_info("entry_points.txt")
     found = entry_points(text)
@@ -85,7 +87,7 @@ def test_every_entry_point_has_a_key_of_its_own_and_leads_somewhere(wheel):
             assert callable(EntryPoint(name.strip(), value, group).load())
 
 
-def test_the_sdist_has_what_a_checkout_has(built):
+def test_the_sdist_has_the_files_of_a_checkout(built):
     with tarfile.open(built / f"elastic_hpc-{__version__}.tar.gz") as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {f"slurm_templates/{name}" for name in TEMPLATES} <= names
@@ -109,7 +111,7 @@ def test_an_editable_install_finds_the_checkouts_templates(tmp_path):
     (tmp_path / "train.py").write_text("pass")
     code = (
         f"import site, sys; before = [*sys.path]; site.addsitedir({str(tmp_path)!r})\n"
-        "sys.path[:0] = [path for path in sys.path if path not in before]\n"  # before another checkout's
+        "sys.path[:0] = [path for path in sys.path if path not in before]\n"  # before the path of another checkout
         "from elastic_hpc.cli.sbatch import main; main(['--dry-run', '-N1', 'train.py'])\n"
         "import elastic_hpc; print(elastic_hpc.__file__)"
     )
@@ -118,7 +120,7 @@ def test_an_editable_install_finds_the_checkouts_templates(tmp_path):
     assert out.splitlines()[-1] == str(ROOT / "elastic_hpc" / "__init__.py")
 
 
-def test_a_plain_checkout_runs_the_command_from_anywhere_and_hands_itself_to_the_job(tmp_path):
+def test_a_plain_checkout_runs_the_command_from_any_folder_and_the_job_uses_the_same_checkout(tmp_path):
     (tmp_path / "train.py").write_text("pass")
     command = [sys.executable, str(ROOT / "bin" / "elastic-sbatch"), "-N1", "--parsable", "train.py"]
     assert run(*command[:2], "--dry-run", *command[2:], cwd=tmp_path).startswith("#!/bin/bash\n")
@@ -129,7 +131,7 @@ def test_a_plain_checkout_runs_the_command_from_anywhere_and_hands_itself_to_the
     assert path == f"{ROOT}:/else\n"
 
 
-def test_no_command_of_a_checkout_is_forgotten():
+def test_every_command_exists_in_a_checkout():
     for command in ("sbatch", "srun", "hpc"):
         path = ROOT / "bin" / f"elastic-{command}"
         assert os.access(path, os.X_OK)
@@ -161,7 +163,7 @@ def test_pip_of_another_python_installs_the_wheel(version, wheel, tmp_path):
 
 
 def other_python(version):
-    """One with pip that is found by its name, or by pyenv."""
+    """Another Python with pip, found by its name or by pyenv."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     for found in (shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python{version}"))):
         usable = [found, "-m", "pip", "--version"]
@@ -198,7 +200,7 @@ def test_a_users_program_is_checked_against_the_types_of_the_installed_package(i
     assert done.returncode == 0, done.stdout
 
 
-def test_the_public_names_are_listed_have_a_home_and_are_the_only_ones_that_documents_and_examples_use():
+def test_the_public_names_are_listed_and_documented_and_no_others_are_used_in_documents_and_examples():
     assert {*elastic_hpc.__all__, "training"} <= set(dir(elastic_hpc))
     assert [name for name in dir(elastic_hpc) if name[0] != "_"] == sorted([*elastic_hpc.__all__, "training"])
     for module in (elastic_hpc, training):

@@ -1,4 +1,4 @@
-"""``elastic-hpc plan``: which sizes start when, and which MIN:MAX to ask for."""
+"""``elastic-hpc plan``: when which sizes would start, and which MIN:MAX to request."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ NOW = 1e9
 
 
 def starts(*hours_and_nodes: tuple[int, float | None, int]) -> list[Estimate]:
-    """Slurm's answers for MIN of each, up to 8 nodes."""
+    """Slurm's answers for each MIN, up to 8 nodes."""
     return [Estimate(n, 8, None if hours is None else NOW + hours * HOUR, got) for n, hours, got in hours_and_nodes]
 
 
 def planned(*answers: tuple[int, float | None, int], scaling: Scaling = LINEAR, hours: float | None = None) -> Advice:
-    """``hours``: what the training takes on the first size."""
+    """``hours``: the duration of the training on the first size."""
     work = None if hours is None else hours * HOUR * scaling.speed(answers[0][0])
     return plan(starts(*answers), range(answers[0][0], 9), scaling, work, NOW)
 
@@ -38,7 +38,7 @@ def planned(*answers: tuple[int, float | None, int], scaling: Scaling = LINEAR, 
 @pytest.mark.parametrize(
     ("answer", "nodes", "starts"),
     [
-        (  # 22.05.8, as seen
+        (  # as 22.05.8 writes it
             "sbatch: Job 15 to start at 2026-11-29T19:49:49 using 6 processors on nodes n[1-2,4] in partition main\n",
             3,
             "2026-11-29T19:49:49",
@@ -55,7 +55,9 @@ def planned(*answers: tuple[int, float | None, int], scaling: Scaling = LINEAR, 
         ("sbatch: verify: OK\n", 0, ""),
     ],
 )
-def test_slurms_answer_is_read_in_the_forms_of_its_versions(answer: str, nodes: int | None, starts: str | None) -> None:
+def test_slurms_answer_is_read_in_the_formats_of_all_versions(
+    answer: str, nodes: int | None, starts: str | None
+) -> None:
     found = estimate(2, 4, answer)
     if nodes is not None:
         assert found.nodes == nodes
@@ -63,13 +65,13 @@ def test_slurms_answer_is_read_in_the_forms_of_its_versions(answer: str, nodes: 
         assert found.starts == (datetime.fromisoformat(starts).timestamp() if starts else None)
 
 
-def test_names_in_slurms_notation_are_counted() -> None:
+def test_nodes_in_slurms_notation_are_counted() -> None:
     assert count_names("login,n[001-004,007],r[1-2]n[1-3]") == 12
     with pytest.raises(ValueError, match="no partner"):
         count_names("n[1-2")
 
 
-def test_slurm_is_asked_about_few_sizes_of_many() -> None:
+def test_of_many_sizes_slurm_is_asked_about_only_a_few() -> None:
     assert chosen(range(4, 9)) == [4, 5, 6, 7, 8]
     assert chosen([4, 6, 8]) == [4, 6, 8]
     asked = chosen(range(1, 65))
@@ -77,17 +79,17 @@ def test_slurm_is_asked_about_few_sizes_of_many() -> None:
     assert all(1.5 < b / a < 3 for a, b in pairwise(asked))
 
 
-def test_without_a_length_the_plan_says_from_which_length_on_waiting_pays_off() -> None:
+def test_without_a_length_the_plan_shows_from_which_length_on_waiting_pays_off() -> None:
     found = planned((2, 0, 2), (4, 3, 4))
     assert found.ask_for == "--nodes 2:8 --grow"
     assert found.rows[0].starts == "at once"
     assert found.rows[1].starts == "in 3 h"
-    # the training of 6 h on 2 nodes: done after 6 h, or after 3 h of waiting in 3 h more
+    # a training of 6 h on 2 nodes is done after 6 h, or after 3 h of waiting and 3 h of training
     assert "without --grow 4:8 is done earlier if the training takes more than 6 h on 2" in found.why
     assert found.rows[0].done_in is None
 
 
-def test_when_all_sizes_start_at_the_same_time_the_smallest_is_asked_for() -> None:
+def test_when_all_sizes_start_at_the_same_time_the_plan_uses_the_smallest_as_min() -> None:
     found = planned((2, 0, 8), (4, 0, 8), (8, 0, 8))
     assert (found.ask_for, found.why) == ("--nodes 2:8", ["it starts at once, on 8 nodes"])
     assert planned((2, 0, 8), (4, 0, 8), hours=8).ask_for == "--nodes 2:8"
@@ -98,19 +100,19 @@ def test_a_long_training_waits_for_more_nodes_and_a_short_one_does_not() -> None
     assert (short.ask_for, short.rows[0].done_in, short.rows[1].done_in) == ("--nodes 2:8", 2 * HOUR, 3.5 * HOUR)
     long = planned((2, 0, 2), (8, 3, 8), hours=40)
     assert long.rows[1].done_in == 13 * HOUR
-    # with growth 3 of the 40 hours are done before the others come: 37 / 4 hours are left
+    # with growth 3 of the 40 hours are done before the other nodes come: 37 / 4 hours remain
     assert long.rows[0].done_in_grown == (3 + 37 / 4) * HOUR
     assert long.ask_for == "--nodes 2:8 --grow"
     assert long.why == ["it is done in 12 h 15 min; without --grow 8:8 is the first to be done, in 13 h"]
 
 
-def test_growth_is_not_advised_for_what_it_hardly_saves() -> None:
+def test_growth_is_not_advised_if_it_hardly_saves_time() -> None:
     found = planned((2, 0, 2), (8, 0.05, 8), hours=400)
     assert found.ask_for == "--nodes 8:8"
     assert found.why == ["it is done in 4 d 4 h, 2:8 in 16 d 16 h"]
 
 
-def test_nodes_that_make_the_training_no_faster_are_not_waited_for() -> None:
+def test_the_plan_does_not_wait_for_nodes_that_do_not_speed_up_the_training() -> None:
     flat = Scaling({2: 1.0, 4: 1.0, 8: 0.9})
     found = planned((2, 0, 2), (4, 1, 4), (8, 2, 8), scaling=flat, hours=10)
     assert found.ask_for == "--nodes 2:8"
@@ -118,7 +120,7 @@ def test_nodes_that_make_the_training_no_faster_are_not_waited_for() -> None:
     assert planned((2, 0, 2), (8, 2, 8), scaling=flat).why[1:] == []
 
 
-def test_a_size_without_an_estimate_or_refused_is_said_so_and_not_advised() -> None:
+def test_a_size_that_is_refused_or_has_no_estimate_is_marked_and_not_advised() -> None:
     refused = Estimate(8, 8, refused="Requested node configuration is not available")
     found = plan([*starts((2, 0, 2), (4, None, 0)), refused], range(2, 9), LINEAR, HOUR, NOW)
     assert [row.starts for row in found.rows] == [
@@ -138,7 +140,7 @@ def test_a_world_has_only_sizes_that_the_job_may_have() -> None:
     assert found.rows[0].done_in == 2 * HOUR
 
 
-def test_speeds_between_known_sizes_follow_a_power_and_beyond_them_never_more_than_the_number_of_nodes() -> None:
+def test_speeds_between_known_sizes_follow_a_power_law_and_beyond_them_grow_at_most_linearly() -> None:
     known = Scaling({2: 10.0, 8: 20.0})
     assert known.speed(4) == pytest.approx(200**0.5)
     assert known.speed(32) == pytest.approx(40)
@@ -148,7 +150,7 @@ def test_speeds_between_known_sizes_follow_a_power_and_beyond_them_never_more_th
     assert Scaling({3: 6.0}).speed(5) == 10
 
 
-def test_a_former_jobs_record_has_its_speed_by_the_number_of_nodes() -> None:
+def test_the_record_of_an_earlier_job_gives_its_speed_by_the_number_of_nodes() -> None:
     story = records.story("grown")
     found = speeds(story)
     assert list(found) == sorted({len(round.nodes) for round in story.rounds if round.first is not None})
@@ -158,7 +160,7 @@ def test_a_former_jobs_record_has_its_speed_by_the_number_of_nodes() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "# nothing", "4", "4 fast", "0 1", "4 -1", "4 1 2", "4 inf"])
-def test_a_file_with_anything_else_than_sizes_and_speeds_is_refused(text: str) -> None:
+def test_a_file_with_anything_but_sizes_and_speeds_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="expected lines of NODES STEPS_PER_SECOND, for example"):
         Scaling.parse(text)
     assert Scaling.parse("# nodes, steps/s\n2, 1\n\n4 1.9  # measured\n").known == {2: 1.0, 4: 1.9}
@@ -166,7 +168,7 @@ def test_a_file_with_anything_else_than_sizes_and_speeds_is_refused(text: str) -
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a script, whose sbatch writes down how it was called and what it read."""
+    """A folder with a script, and an sbatch that records its arguments and its input."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -187,7 +189,7 @@ LATER = "echo 'sbatch: Job 8 to start at 2099-01-01T00:00:00 using 8 processors 
 BUSY = f'case "$2" in --nodes=2-*) {FREE};; *) {LATER};; esac'
 
 
-def test_plan_takes_the_options_of_elastic_sbatch_and_submits_nothing(
+def test_plan_accepts_the_options_of_elastic_sbatch_and_submits_nothing(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sbatch(here, BUSY)
@@ -213,7 +215,7 @@ def test_plan_prints_json(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["rows"][0]["done_in"] == pytest.approx(3600, abs=5)
 
 
-def test_where_growth_comes_from_another_partition_that_one_is_asked_for_what_is_above_min(
+def test_if_growth_comes_from_another_partition_slurm_is_asked_there_about_the_nodes_above_min(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sbatch(here, f'case "$*" in *--nodes=2-2*low*) {LATER};; *) {FREE};; esac')
@@ -232,7 +234,7 @@ def test_where_growth_comes_from_another_partition_that_one_is_asked_for_what_is
     assert [grown["nodes"] for grown in json.loads(capsys.readouterr().out)["growth"]] == [3, 4]
 
 
-def test_a_job_that_grows_with_other_options_in_its_own_partition_is_asked_about_in_both_ways(
+def test_for_a_job_that_grows_with_other_options_in_its_own_partition_slurm_is_asked_with_both_sets(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sbatch(here, f'case "$*" in *constraint=old*) echo Invalid feature >&2; exit 1;; esac\n{BUSY}')
@@ -246,7 +248,7 @@ def test_a_job_that_grows_with_other_options_in_its_own_partition_is_asked_about
     assert "grows to  3 nodes in " in shown
 
 
-def test_what_sbatch_refuses_at_all_sizes_is_an_error_that_names_where_the_option_came_from(
+def test_if_sbatch_refuses_all_sizes_the_error_names_the_source_of_the_option(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sbatch(here, "echo allocation failure: Invalid partition name specified >&2; exit 1")
@@ -266,13 +268,13 @@ def test_a_size_that_slurm_refuses_is_a_row_of_the_table(here: Path, capsys: pyt
     assert "4:4 is refused: Requested node configuration is not available" in shown
 
 
-def test_a_controller_that_cannot_be_asked_is_no_refusal(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_controller_that_does_not_answer_is_no_refusal(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sbatch(here, "echo 'allocation failure: Unable to contact slurm controller (connect failure)' >&2; exit 1")
     assert main(["plan", "-N", "2:4", "train.py"]) == 1
     assert "sbatch: Unable to contact slurm controller" in capsys.readouterr().err
 
 
-def test_a_former_job_gives_the_scaling_and_the_steps(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_earlier_job_gives_the_scaling_and_the_steps(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sbatch(here, BUSY)
     job = records.copy("grown", here)
     assert main(["plan", "--json", "--scaling", f"{job}/", "-N", "2:4", "train.py"]) == 0
@@ -301,7 +303,7 @@ def test_the_test_of_a_job_of_several_sizes_points_to_the_plan(here: Path, capsy
         (["train.py"], "--nodes: missing"),
     ],
 )
-def test_what_plan_cannot_take_is_refused(
+def test_options_that_plan_cannot_use_are_refused(
     here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], told: str
 ) -> None:
     sbatch(here, FREE)

@@ -20,7 +20,7 @@ from elastic_hpc.agent.preflight import Problem, check
 
 @pytest.fixture
 def only(tmp_path: Path) -> Callable[..., list[Problem]]:
-    """Problems that are not this machine's."""
+    """Problems that this machine does not have anyway."""
     usual = check(tmp_path)
 
     def found(**asked: Any) -> list[Problem]:
@@ -30,7 +30,9 @@ def only(tmp_path: Path) -> Callable[..., list[Problem]]:
 
 
 def isolated(setup: str, code: str, *, net: bool = False) -> Any:
-    """What ``code`` leaves in ``answer``, run by root in a mount namespace of its own after the shell's ``setup``."""
+    """Run ``code`` as root in its own mount namespace, after the shell code
+    ``setup``. Returns the value of ``answer``.
+    """
     if os.geteuid() != 0 or not shutil.which("unshare"):
         pytest.skip("needs root and unshare")
     code = f"import json\nfrom pathlib import Path\nfrom elastic_hpc.agent import preflight\n{code}\n"
@@ -46,12 +48,12 @@ def isolated(setup: str, code: str, *, net: bool = False) -> Any:
 PROBLEMS = "answer = [[p.what, p.fatal] for p in preflight.check(Path({!r}))]"
 
 
-def test_a_node_in_order_has_no_problem(tmp_path: Path) -> None:
+def test_a_healthy_node_has_no_problem(tmp_path: Path) -> None:
     assert not [problem for problem in check(tmp_path, command="test -d /") if problem.fatal]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_directory_that_is_not_there_or_cannot_be_written_is_fatal(tmp_path: Path) -> None:
+def test_a_missing_or_unwritable_run_directory_is_fatal(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, why in ((tmp_path / "none", "No such file"), (tmp_path / "file", "Not a directory")):
         (problem,) = [problem for problem in check(path) if problem.fatal]
@@ -74,7 +76,7 @@ def test_a_file_system_mounted_read_only_is_fatal(tmp_path: Path) -> None:
         ("size=2g,nr_inodes=2", "no inode is free", True),
     ],
 )
-def test_a_full_disk_is_told_before_it_costs_the_job(
+def test_a_full_disk_is_reported_before_it_ends_the_job(
     tmp_path: Path, options: str, expected: str, *, fatal: bool
 ) -> None:
     fill = f"touch {tmp_path}/a; " if "nr_inodes" in options else ""
@@ -91,8 +93,8 @@ answer = [[p.what, p.fatal] for p in found]
     assert "set TMPDIR" in answer[0][0]
 
 
-def test_a_file_server_that_hangs_is_a_problem_and_no_hang(tmp_path: Path) -> None:
-    """A frozen file system: whoever writes waits, and cannot be killed, as with a dead NFS server."""
+def test_a_hanging_file_server_is_a_problem_but_the_check_does_not_hang(tmp_path: Path) -> None:
+    """A frozen file system: a writing process waits and cannot be killed, as with a dead NFS server."""
     disk = tmp_path / "disk"
     mount = f"truncate -s 32M {disk}.img; mkfs.ext4 -q {disk}.img; mkdir {disk}; mount -o loop {disk}.img {disk}"
     code = f"""
@@ -111,7 +113,7 @@ finally:
     assert took < 5
 
 
-def test_a_temporary_directory_that_cannot_be_used_is_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_temporary_directory_is_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", None)
@@ -175,7 +177,7 @@ def test_a_failed_check_of_the_site_is_fatal(only: Callable[..., list[Problem]],
     assert said in problem.what
 
 
-def test_a_check_of_the_site_that_hangs_is_ended_with_what_it_started(
+def test_a_hanging_check_of_the_site_is_ended_with_all_its_processes(
     only: Callable[..., list[Problem]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(preflight, "COMMAND_LIMIT", 0.5)
@@ -188,12 +190,12 @@ def test_a_check_of_the_site_that_hangs_is_ended_with_what_it_started(
 
 
 def alive(group: int) -> list[str]:
-    """Processes of a process group, but for those that only wait to be reaped."""
+    """Processes of a process group, except zombies."""
     listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
     return [line for line in listed.splitlines() if line.split()[0] == str(group) and line.split()[1][0] != "Z"]
 
 
-def test_a_check_of_the_site_may_leave_something_running(only: Callable[..., list[Problem]]) -> None:
+def test_a_check_of_the_site_may_leave_processes_running(only: Callable[..., list[Problem]]) -> None:
     started = time.monotonic()
     assert only(command="sh -c 'sleep 5 & exit 0'") == []
     assert time.monotonic() - started < 4
@@ -204,7 +206,7 @@ def test_a_check_of_the_site_may_leave_something_running(only: Callable[..., lis
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Put an nvidia-smi on PATH that answers so when asked for GPUs and for the processes on them."""
+    """Put an nvidia-smi on PATH with these answers about GPUs and the processes on them."""
 
     def install(gpus: str, apps: str) -> None:
         folder = tmp_path / "bin"
@@ -227,7 +229,7 @@ FOUR = "for i in 0 1 2 3; do echo $i, GPU-$i$i$i$i-abcd, Disabled; done"
         (4, "0,1,2,3", None),
         (2, "2,3", None),
         (2, "GPU-1111-abcd,GPU-2222", None),
-        (2, None, None),  # the node's others are seen too
+        (2, None, None),  # the node's other GPUs are visible too
         (0, None, None),
         (8, None, "4 of the 8 granted GPUs can be seen (nvidia-smi lists 4, "),
         (4, "0,1,2", "3 of the 4 granted GPUs"),
@@ -235,7 +237,7 @@ FOUR = "for i in 0 1 2 3; do echo $i, GPU-$i$i$i$i-abcd, Disabled; done"
         (1, "7", "none of the 1 granted GPUs"),
     ],
 )
-def test_as_many_gpus_as_were_granted_must_be_seen(
+def test_all_granted_gpus_must_be_visible(
     only: Callable[..., list[Problem]],
     nvidia_smi: Callable[[str, str], None],
     granted: int,
@@ -258,10 +260,15 @@ def test_as_many_gpus_as_were_granted_must_be_seen(
             "echo GPU-2222-abcd, 4711, python train.py, old",
             "GPU 2 is used by process 4711 (python train.py, old)",
         ),
-        (2, "0,1", "echo GPU-2222-abcd, 4711, python", None),  # another job's
-        (2, None, "echo GPU-2222-abcd, 4711, python", None),  # whose it is is not known
+        (2, "0,1", "echo GPU-2222-abcd, 4711, python", None),  # of another job
+        (2, None, "echo GPU-2222-abcd, 4711, python", None),  # the owner is not known
         (4, None, "echo GPU-2222-abcd, 4711, nvidia-cuda-mps-server", None),
-        (4, None, "[ -e gone ] || { touch gone; echo GPU-0000-abcd, 9, python; }", None),  # it was about to end
+        (
+            4,
+            None,
+            "[ -e gone ] || { touch gone; echo GPU-0000-abcd, 9, python; }",
+            None,
+        ),  # the process was about to end
     ],
 )
 def test_processes_that_were_left_on_the_granted_gpus_are_fatal(
@@ -317,7 +324,7 @@ def test_a_driver_that_hangs_is_fatal(
     assert "hangs" in problem.what
 
 
-def test_gpus_of_another_make_are_not_checked(
+def test_gpus_of_other_vendors_are_not_checked(
     only: Callable[..., list[Problem]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -1,4 +1,4 @@
-"""What a node has promised outlives its agent: the file, and what is made of it."""
+"""The promises of a node outlive its agent: their file, and how agents use it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def opened() -> Iterator[list[PromiseFile]]:
 
 
 def start(place: PromisesKey, opened: list[PromiseFile], *, again: bool) -> Promises:
-    """An agent starts; the one before is dead."""
+    """Start an agent; the previous agent is dead."""
     while opened:
         opened.pop().close()
     promises, file = begin(place, 4, again=again)
@@ -55,7 +55,7 @@ def start(place: PromisesKey, opened: list[PromiseFile], *, again: bool) -> Prom
     return promises
 
 
-def test_the_next_agent_of_the_node_finds_what_was_promised_last(place: PromisesKey, opened: list[PromiseFile]) -> None:
+def test_the_next_agent_of_the_node_finds_the_last_promises(place: PromisesKey, opened: list[PromiseFile]) -> None:
     promises = start(place, opened, again=False)
     assert (promises.votes, promises.seen, promises.roster) == (True, 0, None)
     for round in range(1, 6):
@@ -70,7 +70,7 @@ def test_the_next_agent_of_the_node_finds_what_was_promised_last(place: Promises
     assert start(place, opened, again=True).roster == Roster(5, roster(5).hosts, (), 1, 0, (0, 1), "5.0.1")
 
 
-def test_changes_are_stored_as_they_came_until_they_are_longer_than_the_roster() -> None:
+def test_changes_are_stored_one_by_one_until_they_are_longer_than_the_roster() -> None:
     kept: list[bytes] = []
     promises, held = Promises(kept.append), roster(1, 9)
     assert promises.accept(decode_from_leader(held.line))
@@ -91,7 +91,7 @@ def test_changes_are_stored_as_they_came_until_they_are_longer_than_the_roster()
         Promises(kept=kept[1].splitlines(keepends=True)[0] + change.line)
 
 
-def test_who_finds_no_file_has_no_vote_and_the_first_agent_of_a_run_finds_none(
+def test_an_agent_without_a_file_has_no_vote_except_the_first_agent_of_a_run(
     place: PromisesKey, opened: list[PromiseFile]
 ) -> None:
     assert not start(place, opened, again=True).votes
@@ -104,7 +104,7 @@ def test_who_finds_no_file_has_no_vote_and_the_first_agent_of_a_run_finds_none(
     assert files(place) == [], "what an earlier run has left is removed"
 
 
-def test_a_write_that_is_cut_off_leaves_the_one_before(place: PromisesKey, opened: list[PromiseFile]) -> None:
+def test_an_interrupted_write_leaves_the_previous_promises(place: PromisesKey, opened: list[PromiseFile]) -> None:
     start(place, opened, again=False).promise(5)
     start(place, opened, again=True).promise(6)
     (name,) = files(place)
@@ -117,9 +117,7 @@ def test_a_write_that_is_cut_off_leaves_the_one_before(place: PromisesKey, opene
 
 
 @pytest.mark.parametrize("what", ["damaged", "empty", "of an older boot"])
-def test_a_file_that_cannot_be_relied_on_counts_as_none(
-    place: PromisesKey, opened: list[PromiseFile], what: str
-) -> None:
+def test_an_unreliable_file_counts_as_missing(place: PromisesKey, opened: list[PromiseFile], what: str) -> None:
     start(place, opened, again=False).promise(5)
     (name,) = files(place)
     path = place.run_dir.parent / "shm" / name
@@ -129,7 +127,7 @@ def test_a_file_that_cannot_be_relied_on_counts_as_none(
     assert files(place) == []
 
 
-def test_two_agents_of_one_node_never_share_it_and_only_files_of_dead_agents_are_removed(
+def test_two_agents_of_one_node_never_share_a_file_and_only_files_of_dead_agents_are_removed(
     place: PromisesKey, opened: list[PromiseFile]
 ) -> None:
     start(place, opened, again=False)
@@ -147,7 +145,7 @@ def test_two_agents_of_one_node_never_share_it_and_only_files_of_dead_agents_are
     assert files(place) == []
 
 
-def test_a_file_of_somebody_else_is_not_read(
+def test_a_file_of_another_user_is_not_read(
     place: PromisesKey, opened: list[PromiseFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(place, opened, again=False).promise(5)
@@ -159,7 +157,7 @@ def test_a_file_of_somebody_else_is_not_read(
     assert files(place) == [name]
 
 
-def test_a_roster_of_a_thousand_hosts_fits_and_what_does_not_fit_is_no_promise(place: PromisesKey) -> None:
+def test_a_roster_of_a_thousand_hosts_fits_and_a_promise_that_does_not_fit_is_an_error(place: PromisesKey) -> None:
     promises, file = begin(place, 1024, again=False)
     assert file
     promises.accept(roster(1, 1024))

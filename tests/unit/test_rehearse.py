@@ -1,4 +1,4 @@
-"""``elastic-hpc rehearse``: what it says of good scripts and of bad ones, and that it leaves nothing behind."""
+"""``elastic-hpc rehearse``: its findings on good and bad scripts, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def steps(
 
 
 def only(findings: list[Judgement]) -> tuple[str, str]:
-    """The verdict, and all that is said."""
+    """The verdict and all output."""
     (finding,) = findings
     return finding.verdict, "\n".join(finding.said)
 
 
-def test_a_script_that_goes_on_from_its_checkpoint_is_ok() -> None:
+def test_a_script_that_continues_from_its_checkpoint_is_ok() -> None:
     verdict, said = only(judge([*steps(1, 1, 50), *steps(2, 41, 95, world=2)], [KILLED]))
     assert verdict == "ok"
     assert "continued with step 41 after step 50: 10 steps repeated, none skipped" in said
     assert "a checkpoint of 3 workers was loaded by 2" in said
 
 
-def test_a_script_that_begins_anew_is_bad() -> None:
+def test_a_script_that_starts_from_scratch_is_bad() -> None:
     verdict, said = only(judge([*steps(1, 1, 50), *steps(2, 1, 55)], [KILLED]))
     assert verdict == "bad"
     assert "started over with step 1 after step 50: no checkpoint was loaded" in said
@@ -81,13 +81,13 @@ def test_after_a_drain_no_step_is_repeated() -> None:
     assert "was asked to save after step 50, but continued with step 41" in said
 
 
-def test_a_loss_that_is_back_where_the_training_began_is_bad() -> None:
+def test_a_loss_that_is_back_at_its_initial_value_is_bad() -> None:
     verdict, said = only(judge([*steps(1, 1, 50), *steps(2, 41, 95, loss_of=lambda step: 10 / (step - 40))], [KILLED]))
     assert verdict == "bad"
     assert "the weights or the optimizer were not loaded" in said
 
 
-def test_a_noisy_loss_that_goes_on_is_ok() -> None:
+def test_a_noisy_loss_that_continues_is_ok() -> None:
     noisy = [
         ReportedStep(1 + (step > 60), step, 5 * math.exp(-step / 50) + (step * 7919 % 13) / 13, 3)
         for step in range(1, 121)
@@ -95,18 +95,18 @@ def test_a_noisy_loss_that_goes_on_is_ok() -> None:
     assert only(judge(noisy, [KILLED]))[0] == "ok"
 
 
-def test_a_loss_that_is_not_a_number_any_more_is_bad() -> None:
+def test_a_loss_that_has_become_nan_is_bad() -> None:
     assert only(judge([*steps(1, 1, 50), *steps(2, 41, 95, loss_of=lambda _: math.nan)], [KILLED]))[0] == "bad"
 
 
-def test_without_a_loss_it_cannot_be_told_whether_the_weights_were_loaded() -> None:
+def test_without_a_loss_rehearse_cannot_judge_whether_the_weights_were_loaded() -> None:
     silent = [*steps(1, 1, 50, loss_of=lambda _: None), *steps(2, 41, 95, loss_of=lambda _: None)]
     verdict, said = only(judge(silent, [KILLED]))
     assert verdict == "cannot tell"
     assert "report_progress(step, loss)" in said
 
 
-def test_without_steps_nothing_can_be_told_and_it_is_said_what_to_add() -> None:
+def test_without_steps_rehearse_can_judge_nothing_and_shows_what_to_add() -> None:
     findings = judge([], [], end="no step for 120 s (--timeout)", left=["worker", "node"])
     assert [finding.verdict for finding in findings] == ["cannot tell", "cannot tell"]
     assert "from elastic_hpc.training import report_progress" in findings[0].said[0]
@@ -124,7 +124,7 @@ def test_a_script_that_begins_with_a_later_step_has_continued_an_earlier_run(
     assert not continued_from_before([reported[0], replace(reported[1], round=2)])
 
 
-def test_a_crash_after_the_resume_is_bad_but_not_the_one_that_was_made() -> None:
+def test_a_crash_after_the_resume_is_bad_but_the_injected_crash_is_not() -> None:
     recovered = [*steps(1, 1, 50), *steps(3, 41, 95)]
     made = Crash(1, 10.1, "killed by SIGKILL")
     assert only(judge(recovered, [KILLED], [made]))[0] == "ok"
@@ -134,7 +134,7 @@ def test_a_crash_after_the_resume_is_bad_but_not_the_one_that_was_made() -> None
     assert "the script failed in round 2, after the resume: KeyError: 'step'" in findings[0].said
 
 
-def test_no_step_after_a_fault_is_bad_unless_the_training_was_over() -> None:
+def test_no_step_after_a_fault_is_bad_unless_the_training_had_ended() -> None:
     assert only(judge(steps(1, 1, 50), [KILLED], end="no step for 120 s"))[0] == "bad"
     assert only(judge(steps(1, 1, 50), [KILLED], end="it was over", finished=True))[0] == "cannot tell"
 
@@ -148,7 +148,7 @@ def test_each_act_is_judged_by_the_rounds_that_follow_it() -> None:
     assert exit_code(judge(steps(1, 1, 50), [KILLED], finished=True)) == 3
 
 
-def test_it_is_said_whether_the_workers_kept_their_processes() -> None:
+def test_rehearse_reports_whether_the_workers_kept_their_processes() -> None:
     live = [replace(step, not_in_place="") for step in [*steps(1, 1, 50), *steps(2, 51, 95, world=2)]]
     (finding,) = judge(live, [KILLED], starts={1: RoundStart(0, 3), 2: RoundStart(2, 0)})
     assert finding.verdict == "ok"
@@ -174,7 +174,7 @@ def test_a_step_that_another_rank_has_done_is_not_lost_in_place() -> None:
         ("", 3, "restarted: no worker could be kept; the agents say why in the output"),
     ],
 )
-def test_it_is_said_why_the_workers_were_restarted(not_in_place: str | None, world: int, said: str) -> None:
+def test_rehearse_reports_why_the_workers_were_restarted(not_in_place: str | None, world: int, said: str) -> None:
     reported = [*steps(1, 1, 50, world=world), *steps(2, 41, 95, world=world)]
     if not_in_place is not None:
         reported = [replace(step, not_in_place=not_in_place) for step in reported]
@@ -182,13 +182,13 @@ def test_it_is_said_why_the_workers_were_restarted(not_in_place: str | None, wor
     assert (finding.verdict, finding.workers_kept, finding.said[-1]) == ("ok", 0, said)
 
 
-def test_a_training_that_is_started_again_is_not_asked_for_its_processes() -> None:
+def test_a_restarted_training_is_not_judged_by_its_processes() -> None:
     (finding,) = judge([*steps(1, 1, 50), *steps(2, 51, 95)], [DRAINED], starts={2: RoundStart(0, 3)})
     assert finding.workers_kept is None
     assert not any("restarted" in said for said in finding.said)
 
 
-def test_a_drain_brings_the_nodes_back_that_an_act_needs() -> None:
+def test_a_drain_restores_the_nodes_that_an_act_needs() -> None:
     assert plan(["node", "head"], 3) == (PlannedAct("node", 2), PlannedAct("drain", 3), PlannedAct("head", 2))
     assert plan(["shrink", "grow", "grow"], 3) == (
         PlannedAct("shrink", 2),
@@ -305,7 +305,7 @@ for attempt in run.steps(until=10**6):
 
 
 @IN_PLACE
-def test_a_script_that_calls_live_is_seen_to_go_on_in_place(tmp_path: Path) -> None:
+def test_a_script_that_calls_live_is_reported_to_continue_in_place(tmp_path: Path) -> None:
     code, out, err = rehearse(tmp_path, LIVE, "--acts", "worker,head,worker", "--json", python=TORCH_214)
     assert code == 0, out + err
     found = json.loads(out)["findings"]
@@ -320,7 +320,7 @@ def test_a_script_that_calls_live_is_seen_to_go_on_in_place(tmp_path: Path) -> N
     assert found[2]["said"][0] == "rank 1 was killed"
 
 
-def test_a_script_that_calls_live_under_an_old_torch_is_told_why_it_is_restarted(tmp_path: Path) -> None:
+def test_for_a_script_that_calls_live_under_an_old_torch_rehearse_shows_why_it_is_restarted(tmp_path: Path) -> None:
     code, out, err = rehearse(tmp_path, LIVE, "--acts", "worker", "--json", "--nodes", "2")
     assert code == 0, out + err
     (found,) = json.loads(out)["findings"]
@@ -345,7 +345,7 @@ def test_a_script_that_loads_at_one_size_only_fails_with_its_traceback(tmp_path:
     assert "cannot tell  not done:" in out
 
 
-def test_a_script_that_reports_no_steps_is_told_what_to_add(tmp_path: Path) -> None:
+def test_for_a_script_that_reports_no_steps_rehearse_shows_what_to_add(tmp_path: Path) -> None:
     script = "import time; time.sleep(15); print('trained')"
     code, out, _ = rehearse(tmp_path, script, "--nodes", "1", "--acts", "worker,drain,grow", "--keep", "kept")
     assert code == 3, out
@@ -355,7 +355,7 @@ def test_a_script_that_reports_no_steps_is_told_what_to_add(tmp_path: Path) -> N
     assert tmp_path / "kept" / "run" not in remembered(), "status lists no rehearsals"
 
 
-def test_ctrl_c_leaves_no_process_and_says_where_the_output_is(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_process_and_shows_where_the_output_is(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(PLAIN.format(load=LOADS))
     command = [sys.executable, *REHEARSE, "--nodes", "2", "--steps", "1000000", "--keep", "kept", "train.py"]
     with subprocess.Popen(
@@ -367,7 +367,7 @@ def test_ctrl_c_leaves_no_process_and_says_where_the_output_is(tmp_path: Path) -
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert f"{tmp_path}/kept/output" in process.stderr.read()
-    deadline = time.monotonic() + 20  # the guards end after all they guard
+    deadline = time.monotonic() + 20  # the guards end after all guarded processes
     while left := _of(tmp_path / "kept"):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
@@ -375,7 +375,7 @@ def test_ctrl_c_leaves_no_process_and_says_where_the_output_is(tmp_path: Path) -
 
 
 def _of(folder: Path) -> list[str]:
-    """Processes that run for a rehearsal in ``folder``."""
+    """The running processes of a rehearsal in ``folder``."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -387,7 +387,7 @@ def _of(folder: Path) -> list[str]:
     return found
 
 
-def test_bad_options_are_told_before_anything_starts(tmp_path: Path) -> None:
+def test_bad_options_are_reported_before_anything_starts(tmp_path: Path) -> None:
     code, _, err = rehearse(tmp_path, "", "--acts", "worker,power")
     assert code == 2
     assert "'power' is unknown; expected some of worker,head,drain,node,shrink,grow" in err

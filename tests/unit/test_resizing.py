@@ -1,4 +1,4 @@
-"""A job that runs gets other bounds, lets nodes go, and gives its own nodes back: whole jobs in simulated time."""
+"""A running job gets new bounds, releases nodes, and gives its own nodes back: whole jobs in simulated time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bounds(least: int, most: int) -> Bounds:
 
 
 def server(job: Job) -> LeaderServer | None:
-    """Of the leader with a majority."""
+    """The server of the leader with a majority."""
     for node in job.left:
         found = node.membership._own_leader.server
         if found and found.leader.leads and not node.frozen:
@@ -62,7 +62,7 @@ def release(job: Job, name: str, **how: bool) -> Answer:
 
 
 def world(job: Job) -> set[int]:
-    """The nodes of the one world that trains."""
+    """The nodes of the only world that trains."""
     running = [node for node in job.left if node.workers.alive]
     whole = running and len(running) == running[0].started[-1][1].group_world_size
     return {node.index for node in running} if whole else set()
@@ -74,7 +74,7 @@ def own_left(job: Job) -> set[int]:
 
 @given(SEEDS, st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_a_smaller_job_drains_its_highest_nodes_and_gives_them_back_free_of_charge(seed: int, grow: bool) -> None:  # noqa: FBT001
+def test_a_job_that_shrinks_drains_its_highest_nodes_and_gives_them_back_without_charge(seed: int, grow: bool) -> None:  # noqa: FBT001
     job = Job(seed, 4, replace(CALM, grow=grow), loss=0.0, scripts_listen=True)
 
     async def story() -> None:
@@ -94,7 +94,7 @@ def test_a_smaller_job_drains_its_highest_nodes_and_gives_them_back_free_of_char
     job.run(story)
 
 
-def test_joiners_go_before_the_jobs_own_nodes_and_it_grows_again_with_other_bounds() -> None:
+def test_joiners_are_released_before_the_jobs_own_nodes_and_the_job_grows_again_with_new_bounds() -> None:
     job = Job(3, 3, replace(CALM, max_nodes=5, grow=True, free_growth=True), loss=0.0, scripts_listen=True)
 
     async def story() -> None:
@@ -112,15 +112,15 @@ def test_joiners_go_before_the_jobs_own_nodes_and_it_grows_again_with_other_boun
 
 
 @given(SEEDS)
-@example(33924)  # an older order, on its way to the leader's own agent, took the bounds back
+@example(33924)  # an older order, in transit to the leader's own agent, reset the bounds
 @settings(max_examples=20, deadline=None)
-def test_the_bounds_outlive_the_leader_that_was_asked_also_without_a_round_in_between(seed: int) -> None:
+def test_the_bounds_outlive_the_leader_that_received_them_even_without_a_round_in_between(seed: int) -> None:
     job = Job(seed, 4, CALM, loss=0.0, scripts_listen=True)
 
     async def story() -> None:
         assert await job.until(lambda: world(job) == {0, 1, 2, 3}, 60)
         resize(job, 2, 3)
-        await job.until(lambda: False, job.random.uniform(1.1, 8))  # the orders have arrived by then
+        await job.until(lambda: False, job.random.uniform(1.1, 8))  # so that the orders have arrived
         job.nodes[0].power_off()
         assert await job.until(lambda: world(job) == {1, 2, 3} or len(world(job) - {0}) == 2, 60), job.events[-8:]
         assert not await job.until(lambda: len(world(job)) > 3, 30)
@@ -133,7 +133,7 @@ def test_the_bounds_outlive_the_leader_that_was_asked_also_without_a_round_in_be
 
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
-def test_a_take_over_in_the_middle_of_giving_back_ends_with_the_same_nodes_given_back(seed: int) -> None:
+def test_after_a_takeover_in_the_middle_of_giving_back_the_same_nodes_are_given_back(seed: int) -> None:
     job = Job(seed, 6, replace(CALM, max_nodes=6), loss=0.0, scripts_listen=True)
     job.queue.restarts = True
 
@@ -170,7 +170,7 @@ def test_a_named_node_is_given_back_and_avoided_and_the_leaders_node_is_refused(
     job.run(story)
 
 
-def test_a_size_below_the_nodes_that_stay_is_taken_and_the_answer_names_them() -> None:
+def test_a_size_below_the_number_of_nodes_that_must_stay_is_accepted_and_the_answer_names_them() -> None:
     job = Job(5, 4, CALM, loss=0.0, scripts_listen=True)
     job.queue.restarts = True
 
@@ -203,7 +203,7 @@ def test_a_node_that_is_lost_can_be_given_back_too() -> None:
     job.run(story)
 
 
-def test_a_node_that_slurm_does_not_take_back_is_asked_for_again() -> None:
+def test_the_job_offers_a_node_again_that_slurm_did_not_take_back() -> None:
     job = Job(5, 4, CALM, loss=0.0, scripts_listen=True)
 
     async def story() -> None:
@@ -219,7 +219,7 @@ def test_a_node_that_slurm_does_not_take_back_is_asked_for_again() -> None:
     job.run(story)
 
 
-def test_a_node_that_has_to_go_stays_while_it_is_needed_for_min() -> None:
+def test_a_node_that_must_leave_stays_while_it_is_needed_for_min() -> None:
     job = Job(5, 3, CALM, loss=0.0, scripts_listen=True)
 
     async def story() -> None:
@@ -235,12 +235,12 @@ def test_a_node_that_has_to_go_stays_while_it_is_needed_for_min() -> None:
     job.run(story)
 
 
-def test_a_node_that_may_stay_after_all_comes_back_into_the_world() -> None:
+def test_a_node_that_may_stay_after_all_rejoins_the_world() -> None:
     job = Job(5, 4, replace(CALM, free_growth=True), loss=0.0, scripts_listen=True)
 
     async def story() -> None:
         assert await job.until(lambda: world(job) == {0, 1, 2, 3}, 60)
-        release(job, "n0", exclude=True)  # the leader's, which goes on leading
+        release(job, "n0", exclude=True)  # the leader's node, which continues to lead
         assert await job.until(lambda: world(job) == {1, 2, 3}, 60), job.events[-8:]
         ask(job, lambda s: s.leader.on_stay("n0", job.now))
         assert await job.until(lambda: world(job) == {0, 1, 2, 3}, 90), job.events[-8:]
@@ -249,7 +249,7 @@ def test_a_node_that_may_stay_after_all_comes_back_into_the_world() -> None:
     job.run(story)
 
 
-def test_a_cap_lasts_as_long_as_it_is_there_and_never_goes_below_min() -> None:
+def test_a_cap_applies_as_long_as_it_exists_and_never_goes_below_min() -> None:
     job = Job(5, 4, replace(CALM, grow=True, free_growth=True), loss=0.0, scripts_listen=True)
 
     async def story() -> None:
@@ -265,7 +265,7 @@ def test_a_cap_lasts_as_long_as_it_is_there_and_never_goes_below_min() -> None:
 
 
 @pytest.mark.parametrize("spares", [0, 1])
-def test_a_resize_to_what_the_job_has_changes_nothing(spares: int) -> None:
+def test_a_resize_to_the_current_size_changes_nothing(spares: int) -> None:
     job = Job(5, 4, replace(CALM, max_nodes=4 - spares, spares=spares), loss=0.0, scripts_listen=True)
 
     async def story() -> None:
@@ -288,7 +288,7 @@ def test_a_spare_that_a_larger_max_lets_train_is_not_missing() -> None:
 
 
 async def inject_wishes(job: Job, seconds: float) -> None:
-    """The faults of ``inject``, and between them somebody who resizes, releases, caps and takes it back."""
+    """The faults of ``inject``, and between them random resizes, releases, caps and their withdrawals."""
     dice, end = job.random, job.now + seconds
     while job.now < end and not job.over():
         found = server(job)
@@ -329,7 +329,7 @@ def test_a_job_that_is_resized_among_faults_trains_again_and_never_in_two_worlds
         await inject_wishes(job, 90)
         job.heal()
         job.loss, job.files, job.queue.refuses = 0.0, True, False
-        # the only node of its world may be lost: then the batch script ends the job
+        # the world's only node may be lost: then the batch script ends the job
         ended = lambda: job.over() or job.requeued or not own_left(job)  # noqa: E731
         assert await job.until(lambda: settled() or ended(), 300), job.events[-8:]
 
@@ -339,7 +339,7 @@ def test_a_job_that_is_resized_among_faults_trains_again_and_never_in_two_worlds
 WISHES = Wishes(3, Bounds(2, 6, (2, 4, 6)), (Parting(1, "n1", "drained", exclude=True, give_back=True),), (3, 4, 5))
 
 
-def test_wishes_arrive_as_they_were_sent_and_malformed_ones_are_refused() -> None:
+def test_wishes_arrive_as_they_were_sent_and_malformed_wishes_are_refused() -> None:
     order = replace(Order(1, "run", 2, "why"), wishes=WISHES)
     assert messages.decode_from_leader(messages.encode(order)) == order
     status = Status(1, Host(0, "n0", ("10.0.0.1",), 1), 1, wishes=WISHES)
@@ -355,20 +355,20 @@ def test_wishes_arrive_as_they_were_sent_and_malformed_ones_are_refused() -> Non
             messages.decode_from_leader(line)
 
 
-def test_an_agent_that_is_started_anew_knows_what_its_node_was_told() -> None:
+def test_a_restarted_agent_knows_the_wishes_that_its_node_received() -> None:
     kept: list[bytes] = []
     Promises(kept.append).wish(WISHES)
     assert Promises(lambda _: None, kept[-1]).wishes == WISHES
 
 
-def test_an_older_wish_does_not_take_a_newer_one_back() -> None:
+def test_an_older_wish_does_not_override_a_newer_one() -> None:
     promises = Promises()
     promises.wish(WISHES)
     promises.wish(replace(WISHES, number=2, bounds=None))
     assert promises.wishes == WISHES
 
 
-def test_the_next_run_begins_with_the_bounds_and_slurm_is_asked_for_them(tmp_path: Path) -> None:
+def test_the_next_run_starts_with_the_bounds_and_requests_them_from_slurm(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     rundir.write("spec.json", {"--nodes": "4:8", "--spares": "1"})
     assert conclude._nodes_to_ask_for(rundir) == "4-9"
@@ -399,7 +399,7 @@ def test_a_cap_leaves_the_largest_world_below_it(given: Bounds, cap: int, held: 
     assert given.capped(cap) == held
 
 
-def test_a_node_that_was_given_back_costs_the_job_no_more_time() -> None:
+def test_a_node_that_was_given_back_no_longer_counts_as_node_time_of_the_job() -> None:
     told = [
         {"time": 0.0, "event": "start", "run": 0, "job": "1", "granted": 4},
         {"time": 0.0, "event": "round", "round": 1, "nodes": ["n0", "n1"], "world_size": 2, "restarts": 0, "leader": 0},

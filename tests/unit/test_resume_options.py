@@ -1,4 +1,6 @@
-"""``--resume``: what a batch script records of its submission, and what counts when its job continues."""
+"""``--resume``: the options that a batch script records at its submission, and those
+that apply when the job continues.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ ODD = [
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Slurm that takes each job as 99 and knows no other, and a script."""
+    """A script, and a Slurm that submits each job as 99 and knows no other."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "squeue").write_text(
@@ -88,7 +90,7 @@ def test_a_batch_script_records_the_options_of_its_submission(place: Path) -> No
     assert known.script_args == ["--lr", "a b\n$c", "ü\udcff"]
 
 
-def test_what_was_changed_by_hand_is_not_known_any_more(place: Path) -> None:
+def test_an_option_that_was_changed_by_hand_is_no_longer_known(place: Path) -> None:
     script = os.fsencode(render(JobSpec.of("train.py", nodes=2)))
     assert recorded.read(script, "job 17")
     assert recorded.read(script.replace(b"--no-kill", b"--no-kill --export=ALL", 1), "job 17") is None
@@ -96,11 +98,13 @@ def test_what_was_changed_by_hand_is_not_known_any_more(place: Path) -> None:
 
 
 def taken(place: Path) -> str:
-    """The script that Slurm has taken, its commands unwrapped: where they wrap depends on this checkout's path."""
+    """The submitted script with unwrapped commands, because their wrapping depends on this checkout's path."""
     return (place / "taken").read_text().replace("\\\n  ", "")
 
 
-def test_a_resumed_job_has_its_options_unless_they_are_given_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_job_keeps_its_options_unless_the_user_gives_new_ones(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rundir = ended(place, "--nodes=2:4", "--max-restarts=7", "--time=60", "--partition=gpu", "--env=A=1")
     (rundir.path / "left").touch()
     (rundir.path / "over").write_text("1")
@@ -144,7 +148,7 @@ def test_new_bounds_replace_those_of_a_resize(place: Path) -> None:
     assert "bounds" not in (rundir.read("state.json") or {})
 
 
-def test_a_script_that_was_edited_is_submitted_as_it_is(place: Path) -> None:
+def test_an_edited_script_is_submitted_as_it_is(place: Path) -> None:
     rundir = ended(place, "--nodes=2:4")
     script = rundir.path / "script.sbatch"
     script.write_text(script.read_text().replace("exec ", "echo mine; exec "))
@@ -167,7 +171,7 @@ def test_a_script_that_was_edited_is_submitted_as_it_is(place: Path) -> None:
         (FAILED, "", ["--from-batch=job.sh"], "--from-batch job.sh with --resume"),
     ],
 )
-def test_what_cannot_be_resumed_is_refused_with_what_to_type(
+def test_a_job_that_cannot_be_resumed_is_refused_with_a_hint(
     place: Path, capsys: pytest.CaptureFixture[str], verdict: dict, queue: str, words: list[str], refusal: str
 ) -> None:
     rundir = ended(place, "--nodes=2:4", verdict=verdict)

@@ -1,4 +1,4 @@
-"""The same training command, once more: it goes on from the checkpoints of the first, whatever has started it."""
+"""A repeated training command continues from the checkpoints of the first run, with any launcher."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ BACKEND = ("--rdzv-backend=elastic-hpc", "--rdzv-id=exp1", "--rdzv-conf=node=0",
     ],
     ids=["elastic-srun --standalone", "torchrun with our backend", "torchrun", "python"],
 )
-def test_the_same_command_again_goes_on_after_a_restart(folder, restarts, command):
+def test_the_repeated_command_continues_after_a_restart(folder, restarts, command):
     with listen_from(29800) as free:
         command = [word.format(port=free.getsockname()[1]) for word in command]
     for times in (1, 2):
@@ -90,7 +90,7 @@ def test_the_same_command_again_goes_on_after_a_restart(folder, restarts, comman
             state.unlink()
 
 
-def test_of_two_commands_at_once_the_second_is_told_of_the_first_which_goes_on(folder):
+def test_of_two_commands_at_once_the_second_reports_the_first_which_continues(folder):
     command = ("elastic-srun", "--standalone", "--nproc-per-node=1", "--rdzv-id=exp1", "train.py", "wait")
     with (folder / "output").open("w") as output:
         first = subprocess.Popen(

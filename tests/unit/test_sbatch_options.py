@@ -36,13 +36,13 @@ def test_a_flag_takes_no_value(option, arguments):
         scan([f"{option.flag}=1", "train.py"], ())
 
 
-def test_an_optional_value_is_never_the_next_word():
+def test_an_optional_value_is_never_taken_from_the_next_word():
     given_options, rest = scan(["--exclusive", "train.py"], ())
     assert [(g.name, g.value) for g in given_options] == [("exclusive", None)]
     assert rest == ["train.py"]
 
 
-def test_letters_may_be_clustered_and_the_last_may_take_the_rest_or_the_next_word():
+def test_letters_may_be_combined_and_the_last_one_may_take_the_rest_or_the_next_word_as_its_value():
     for argv in (["-HOpgpu", "x"], ["-HOp", "gpu", "x"]):
         given_options, rest = scan(argv, ())
         assert [(g.name, g.value) for g in given_options] == [
@@ -59,7 +59,7 @@ def test_two_dashes_end_the_options():
     assert scan(["--hold", "--", "--odd.py", "--hold"], ())[1] == ["--odd.py", "--hold"]
 
 
-def test_our_own_options_win_over_sbatchs():
+def test_our_own_options_take_precedence_over_sbatchs():
     module = Option("module", "m", "")
     assert scan(["-m", "pkg.train"], [module]) == ([Given(module, None)], ["pkg.train"])
 
@@ -91,13 +91,13 @@ def test_a_mistyped_option_is_answered_with_what_to_type(argv, message):
     [(["--part=a"], "partition", "a"), (["--part", "a"], "partition", "a"), (["--sig=USR1@9"], "signal", "USR1@9"),
      (["--no-req"], "no-requeue", None), (["--exclus=user"], "exclusive", "user")],
 )  # fmt: skip
-def test_the_beginning_of_a_name_is_what_sbatch_takes_it_for(argv, name, value):
+def test_an_abbreviated_name_means_the_same_as_in_sbatch(argv, name, value):
     given_options, rest = scan([*argv, "train.py"], ())
     assert (given_options[0].name, given_options[0].value, rest) == (name, value, ["train.py"])
 
 
 @pytest.mark.parametrize("word", ["--max-restart=3", "--max_restart=3", "--max-restarst=3", "--max-r=3", "--max-r"])
-def test_what_looks_like_an_option_of_ours_does_not_reach_slurm(word):
+def test_a_word_that_looks_like_an_option_of_ours_does_not_reach_slurm(word):
     with pytest.raises(UsageError, match="did you mean --max-restarts"):
         scan([word, "train.py"], [Option("max-restarts")])
 
@@ -128,12 +128,12 @@ def test_what_looks_like_an_option_of_ours_does_not_reach_slurm(word):
         (["--signal=USR1@65536"], r"at most 65535 s"),
     ],
 )
-def test_an_option_that_breaks_elasticity_is_refused_with_the_one_to_use(argv, message):
+def test_an_option_that_breaks_elasticity_is_refused_with_its_replacement(argv, message):
     with pytest.raises(UsageError, match=message):
         check(scan(argv, ())[0][0])
 
 
-def test_task_counts_that_say_what_is_done_anyway_are_accepted_and_kept_from_slurm():
+def test_task_counts_that_match_the_default_are_accepted_and_not_passed_to_slurm():
     for option in ("--ntasks-per-node=1", "--tasks-per-node=1"):
         assert not check(scan([option], ())[0][0])
     four = scan(["-n4"], ())[0][0]
@@ -143,20 +143,20 @@ def test_task_counts_that_say_what_is_done_anyway_are_accepted_and_kept_from_slu
             check(four, nodes)
 
 
-def test_tasks_per_core_and_socket_are_left_to_slurm_which_grants_max_nodes_with_them():
+def test_tasks_per_core_and_socket_are_passed_to_slurm_which_grants_max_nodes_with_them():
     assert all(check(given) for given in scan(["--ntasks-per-core=1", "--ntasks-per-socket=2"], ())[0])
 
 
 @pytest.mark.parametrize("argv", [["--no-kill"], ["-k"], ["--requeue"], ["--open-mode=append"]])
-def test_what_the_script_says_already_is_accepted_once(argv):
+def test_options_that_the_script_already_has_are_accepted_and_not_repeated(argv):
     assert not check(scan(argv, ())[0][0])
 
 
-def test_requeue_modes_of_newer_slurm_and_export_lists_with_all_pass():
+def test_requeue_modes_of_newer_slurm_and_export_lists_with_all_are_accepted():
     assert all(check(g) for g in scan(["--requeue=other", "--export=ALL,A=1", "--signal=B:USR1@30"], ())[0])
 
 
-def test_no_option_of_ours_or_sbatchs_is_refused_by_an_accident_of_its_name():
+def test_no_option_of_ours_or_sbatchs_is_refused_because_its_name_resembles_another():
     refused = set()
     for option in SBATCH.values():
         try:

@@ -1,4 +1,4 @@
-"""What a round costs at any size, counted: decisions, messages, bytes. Nothing here is timed."""
+"""The cost of a round at any size, in decisions, messages and bytes. These tests measure no time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from elastic_hpc.membership.roster import Host, Hosts, Roster, RosterChange
 
 @dataclass
 class Counts:
-    """What the leader does."""
+    """Counts of the leader's work."""
 
     decisions: int = 0
     messages: int = 0
@@ -29,7 +29,7 @@ class Counts:
 
 
 class Crowd:
-    """A leader, and ``size`` agents that answer each order at once."""
+    """A leader, and ``size`` agents that answer each order immediately."""
 
     def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.size, self.now, self.seq = size, 0.0, 0
@@ -59,7 +59,7 @@ class Crowd:
         self.leader.on_status(node, host.addresses[0], self.world[node], self.now)
 
     def settle(self) -> None:
-        """All that is said is heard before the next decision, as on a busy leader."""
+        """Deliver all messages before the next decision, as on a busy leader."""
         while True:
             self.leader.decide(self.now)
             if self.leader.wanted_store is not None:
@@ -99,9 +99,9 @@ class Crowd:
                 self.settle()
 
     def lose(self, node: int) -> Counts:
-        """What the round costs that follows."""
+        """Lose ``node``. Returns the cost of the next round."""
         self.counts = Counts()
-        self.pass_time(20)  # the leader is no new one
+        self.pass_time(20)  # until the leader is no longer new
         self.counts = Counts()
         self.leader.on_lost(node, "gone")
         self.settle()
@@ -115,7 +115,7 @@ def crowd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cr
     return Crowd(request.param, monkeypatch)
 
 
-def test_a_round_of_many_is_decided_in_a_few_steps_and_costs_each_agent_the_same(crowd: Crowd) -> None:
+def test_a_large_round_is_decided_in_a_few_steps_with_the_same_cost_per_agent(crowd: Crowd) -> None:
     first = crowd.counts
     assert first.decisions < 16
     again = crowd.lose(crowd.size // 2)
@@ -125,7 +125,7 @@ def test_a_round_of_many_is_decided_in_a_few_steps_and_costs_each_agent_the_same
     assert first.bytes <= (1500 + 40 * crowd.size) * crowd.size, "the roster names all hosts, once"
 
 
-def test_heartbeats_and_steps_without_news_are_not_decided_upon(crowd: Crowd) -> None:
+def test_heartbeats_and_steps_without_news_cause_no_decision(crowd: Crowd) -> None:
     crowd.say(0, step=1)
     crowd.settle()
     crowd.counts = Counts()
@@ -145,14 +145,14 @@ def test_a_roster_is_encoded_once_for_all(crowd: Crowd) -> None:
     assert messages.encode(roster) is messages.encode(roster)
 
 
-def test_who_holds_another_roster_of_the_same_round_gets_the_whole_one(crowd: Crowd) -> None:
+def test_an_agent_with_a_different_roster_of_the_same_round_gets_the_whole_roster(crowd: Crowd) -> None:
     crowd.held[1] = replace(crowd.held[1], mark="of another leader")
     crowd.say(1)
     crowd.settle()
-    crowd.lose(2)  # asserts that all hold the new one
+    crowd.lose(2)  # asserts that all agents hold the new roster
 
 
-def test_a_thousand_agents_speak_to_the_server_at_once_and_it_decides_a_few_times() -> None:
+def test_a_thousand_agents_send_to_the_server_at_once_and_it_decides_a_few_times() -> None:
     job = Job(1, 40, replace(POLICY, max_nodes=40, min_nodes=2), loss=0.0)
     decided = []
 
@@ -172,7 +172,7 @@ def test_a_thousand_agents_speak_to_the_server_at_once_and_it_decides_a_few_time
     assert len(decided) < 20
 
 
-def test_an_agent_joins_the_next_leader_over_the_connection_on_which_it_asked_and_unpacks_the_hosts_that_it_dials_alone(
+def test_an_agent_joins_the_next_leader_over_the_connection_of_its_request_and_unpacks_only_the_hosts_that_it_dials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = Job(1, 40, replace(POLICY, max_nodes=40, min_nodes=2), loss=0.0)
@@ -185,7 +185,7 @@ def test_an_agent_joins_the_next_leader_over_the_connection_on_which_it_asked_an
 
     async def story() -> None:
         assert await job.until(job.training, 60)
-        await asyncio.sleep(10)  # nobody unpacks hosts for the round any more
+        await asyncio.sleep(10)  # no agent unpacks hosts for the round any more
         monkeypatch.setattr(simulated_network.SimNetwork, "dial", counted_dial)
         monkeypatch.setattr(Hosts, "at", lambda hosts, node: (unpacked.append(node), unpack(hosts, node))[1])
         before = job.trained
@@ -205,7 +205,7 @@ def start_late(job: Job, node: SimNode, seconds: float) -> None:
     node.start = lambda: asyncio.get_running_loop().call_later(seconds, start) and None  # type: ignore[method-assign]
 
 
-def test_a_head_that_comes_a_minute_late_is_waited_for_with_few_looks_and_a_word_in_the_log(
+def test_agents_wait_for_a_head_that_comes_a_minute_late_with_few_polls_and_one_line_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     job = Job(3, 4, replace(POLICY, join_timeout=300.0), loss=0.0)
@@ -233,7 +233,7 @@ def test_a_head_that_comes_a_minute_late_is_waited_for_with_few_looks_and_a_word
     assert "no leader has published its address" in told[0]
 
 
-def test_the_record_says_who_is_missing_at_the_start() -> None:
+def test_the_record_shows_which_nodes_are_missing_at_the_start() -> None:
     names = [f"n{node:02}" for node in range(8)]
     leader = Leader(POLICY, node=0, nproc=1, now=0.0, granted=8, granted_names=names)
     for node in range(3):
@@ -256,7 +256,7 @@ def arrived(message: Any) -> Any:
     return messages.decode_from_leader(messages.encode(message))
 
 
-def test_a_change_makes_the_same_roster_of_the_one_before() -> None:
+def test_a_change_turns_the_previous_roster_into_the_same_new_roster() -> None:
     base = messages.Base(3, 0, (0, 1, 2))
     before = Roster(3, hosts(0, 1, 2), (base,), 1, 0, (0, 1, 2), "3.0.1")
     after = Roster(
@@ -271,7 +271,7 @@ def test_a_change_makes_the_same_roster_of_the_one_before() -> None:
     assert before.change_from(Roster(0, (), (), 0, 0)) is None, "nobody holds that"
 
 
-def test_hosts_are_what_they_were_and_stay_packed_until_one_is_asked_for() -> None:
+def test_hosts_are_unchanged_and_stay_packed_until_one_is_needed() -> None:
     packed = Hosts(Hosts.of(hosts(3, 1)).packed())
     assert packed == hosts(1, 3)
     assert len(packed) == 2
@@ -281,7 +281,7 @@ def test_hosts_are_what_they_were_and_stay_packed_until_one_is_asked_for() -> No
 
 
 @pytest.mark.parametrize("make", [lambda: Order(7, "gather", 3, "why"), lambda: Status(5, hosts(1)[0], 2, step=4)])
-def test_what_has_its_default_is_not_said(make: Callable[[], Any]) -> None:
+def test_default_values_are_not_sent(make: Callable[[], Any]) -> None:
     said = make()
     decode = messages.decode_from_agent if isinstance(said, Status) else messages.decode_from_leader
     line = messages.encode(said)

@@ -24,7 +24,7 @@ from elastic_hpc.options.sbatch import SBATCH, Given, WarningSignal
 from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.options.values import Endpoint, NodeRange
 
-# What argv can hold: any bytes but NUL. The interesting ones more often than chance would have it.
+# Possible content of argv: any bytes but NUL, with special characters more often than by chance.
 arguments = st.one_of(
     st.binary(max_size=12),
     st.text(max_size=12).map(lambda text: text.encode(errors="ignore")),
@@ -64,7 +64,9 @@ def job(node, *script_args, **changes):
 
 
 def start(node, spec, before="", **environ):
-    """The script of ``spec`` as sbatch would start it. ``before``: what the process does until it runs the script."""
+    """Start the script of ``spec`` as sbatch would. ``before``: code that runs before
+    the script in the same process.
+    """
     script = node / "script"
     script.write_bytes(os.fsencode(render(spec)))
     environ = {
@@ -122,7 +124,7 @@ def test_srun_starts_one_agent_on_each_granted_node_and_the_first_host_is_the_en
 
 
 @pytest.mark.parametrize("template", built_in_templates())
-def test_a_node_that_slurm_has_taken_from_the_job_before_srun_starts_is_not_waited_for(node, template):
+def test_srun_does_not_wait_for_a_node_that_slurm_has_taken_from_the_job_before(node, template):
     (node / "nodes").write_text("3 n[1-2,4]\n")
     (node / "srun_does").write_text('[ "$SLURM_JOB_NODELIST" = "n[1-2,4]" ] || echo no >&2')
     assert {"--nodes=3", "--ntasks=3"} <= {*srun_argv(node, job(node, template=template))}
@@ -132,26 +134,26 @@ def test_a_node_that_slurm_has_taken_from_the_job_before_srun_starts_is_not_wait
     (node / "nodes").write_text("4 n[1-4]\n")
 
 
-def test_squeue_is_asked_for_one_task_of_an_array(node):
+def test_squeue_is_asked_about_one_task_of_an_array(node):
     """The last task has the job id of the whole array."""
     (node / "queried").unlink(missing_ok=True)
     srun_argv(node, job(node), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
     assert [line.split()[1] for line in (node / "queried").read_text().splitlines()] == ["--jobs=7_2"] * 2
 
 
-def test_nothing_is_left_to_wait_for_a_verdict_when_srun_has_ended_whatever_signals_are_lost(node):
+def test_no_process_waits_for_a_verdict_after_srun_has_ended_whatever_signals_are_lost(node):
     """Bash loses a trap that becomes due while it reads a $( ), as if the signal were ignored."""
     process = start(node, job(node), before="trap '' TERM")
     assert (*process.communicate(timeout=20), process.returncode) == (b"", b"", 0)
 
 
-def test_cores_asked_for_are_restated_on_the_srun_line(node):
+def test_requested_cores_are_repeated_on_the_srun_line(node):
     (node / "srun_does").write_text('[ "$SRUN_CPUS_PER_TASK" = 3 ] || echo no >&2')
     assert "--cpus-per-task=3" in srun_argv(node, job(node, sbatch=(Given(SBATCH["cpus-per-task"], "3"),)))
     (node / "srun_does").write_text("")
 
 
-def test_the_users_own_endpoint_is_taken_as_it_is(node):
+def test_the_users_own_endpoint_is_used_as_it_is(node):
     launch = LaunchSpec("train.py", nodes=NodeRange(2, 2), rdzv_endpoint=Endpoint("n2", 1234))
     argv = srun_argv(node, job(node, launch=launch))
     assert argv[argv.index("--rdzv-endpoint") + 1] == "n2:1234"
@@ -162,13 +164,13 @@ def test_each_task_of_an_array_has_its_own_run_directory(node):
     assert argv[argv.index("--run-dir") + 1] == f"{node}/logs/5_2"
 
 
-def test_a_job_that_goes_on_for_another_has_the_run_directory_of_that_one(node):
+def test_a_job_that_continues_another_has_the_run_directory_of_that_job(node):
     argv = srun_argv(node, job(node), ELASTIC_HPC_CONTINUE=f"{node}/logs/it's 5")
     assert argv[argv.index("--run-dir") + 1] == f"{node}/logs/it's 5"
     assert Path(node, "logs", "it's 5", "script.sbatch").is_file()
 
 
-def test_a_joiner_runs_in_the_run_directory_of_the_job_it_joins_and_leaves_the_jobs_files_alone(node):
+def test_a_joiner_runs_in_the_run_directory_of_the_job_it_joins_and_does_not_change_the_jobs_files(node):
     run_dir = node / "logs" / "it's } 6"
     run_dir.mkdir(parents=True)
     (run_dir / "over").write_text("3")
@@ -184,7 +186,7 @@ def test_a_joiner_runs_in_the_run_directory_of_the_job_it_joins_and_leaves_the_j
     assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 0 --signal URG --max-requeues 5\n"
 
 
-def test_a_job_that_is_over_ends_at_once_with_its_exit_code(node):
+def test_an_ended_job_that_is_restarted_ends_immediately_with_its_exit_code(node):
     run_dir = node / "logs" / "8"
     run_dir.mkdir(parents=True)
     (run_dir / "over").write_text("3")
@@ -214,7 +216,7 @@ def test_setup_lines_run_as_written_before_srun(node):
 
 
 @pytest.mark.parametrize("name", ["URG", "USR2"])
-def test_the_warning_reaches_the_agents_and_sruns_own_exit_code_survives_it(node, name):
+def test_the_warning_reaches_the_agents_and_the_script_still_returns_sruns_exit_code(node, name):
     (node / "asked").unlink(missing_ok=True)
     (node / "srun_does").write_text(f"touch {node}/ready; sleep 1; exit 3")
     (node / "ready").unlink(missing_ok=True)
@@ -233,7 +235,7 @@ def test_the_warning_reaches_the_agents_and_sruns_own_exit_code_survives_it(node
 
 @pytest.mark.parametrize(("left", "warned"), [(50, True), (62, True), (100, False), (3600, False), (None, False)])
 def test_a_warning_that_slurm_sent_before_the_script_began_is_not_lost(node, left, warned):
-    """Also if Slurm sent it early, as it may by up to a minute."""
+    """Also if Slurm sent the warning early; it may be up to a minute early."""
     (node / "asked").unlink(missing_ok=True)
     (node / "ends").write_text(f"{time.time() + left:.0f}\n" if left else "Unknown\n")
     (node / "srun_does").write_text("sleep 4" if left == 62 else "sleep 0.5")
@@ -245,7 +247,7 @@ def test_a_warning_that_slurm_sent_before_the_script_began_is_not_lost(node, lef
 
 
 def test_a_warning_that_comes_before_bash_has_read_the_script_neither_ends_it_nor_is_lost(node):
-    """Slurm sends it as soon as the script's process exists, when it was due during the prolog."""
+    """If the warning was due during the prolog, Slurm sends it as soon as the script's process exists."""
     (node / "asked").unlink(missing_ok=True)
     (node / "ends").write_text(f"{time.time() + 50:.0f}\n")
     name = WarningSignal().name
@@ -306,7 +308,7 @@ def test_every_built_in_script_is_clean(node, template):
 
 
 @pytest.mark.parametrize("template", built_in_templates())
-def test_the_directives_keep_the_job_elastic_and_never_count_tasks(node, template):
+def test_the_directives_keep_the_job_elastic_and_never_set_a_number_of_tasks(node, template):
     text = render(full_job(node, template))
     directives = [line.split(" # ")[0].strip() for line in text.splitlines() if line.startswith("#SBATCH")]
     for line in ("--nodes=2-4", "--no-kill", "--requeue", "--open-mode=append", "--array=1-3%2", "--hold"):
@@ -352,13 +354,13 @@ def test_a_broken_template_is_one_line(node, text, message):
         render(job(node, template=str(path)))
 
 
-def test_a_missing_template_names_those_there_are(node):
+def test_the_error_for_a_missing_template_names_the_existing_ones(node):
     with pytest.raises(UsageError, match="--template 'nope': expected elastic, torchrun, or a file"):
         render(job(node, template="nope"))
 
 
 def sbatch_reads(line):
-    """How sbatch itself reads a directive, by its source: words, quotes, backslashes, comments."""
+    """Reads a directive as sbatch does, according to sbatch's source: words, quotes, backslashes, comments."""
     words, word, quoted, escaped = [], None, "", False
     for char in line.removeprefix("#SBATCH"):
         if escaped:
@@ -403,12 +405,12 @@ def test_the_same_srun_line_serves_an_allocation_with_plain_values():
     assert not any(isinstance(word, Shell) for word in words)
 
 
-def test_shell_syntax_is_never_quoted_again():
+def test_shell_syntax_is_never_quoted_twice():
     assert quote(Shell('"$x"')) == '"$x"'
     assert quote('"$x"') == "'\"$x\"'"
 
 
-def test_the_end_of_a_job_finds_a_working_directory_again_that_was_made_anew(node, tmp_path):
+def test_the_end_of_a_job_finds_a_recreated_working_directory(node, tmp_path):
     work, where = tmp_path / "it's work", tmp_path / "where"
     work.mkdir()
     python = stub(tmp_path, "python", f'[ "$4" != conclude ] || readlink /proc/self/cwd > {where}')
@@ -420,8 +422,8 @@ def test_the_end_of_a_job_finds_a_working_directory_again_that_was_made_anew(nod
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_concludes(node, left):
-    """For a frozen agent, say. Pauses are a hundred times as short as in life, or shorter."""
+def test_an_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_concludes(node, left):
+    """For example srun waits for a frozen agent. Pauses are at least a hundred times shorter than in production."""
     run_dir = node / "logs" / "9"
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "verdict.json").write_text("that of the run before")
@@ -440,7 +442,7 @@ def test_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_conclud
             time.sleep(0.02)
         assert process.poll() is None, "the verdict of the run before does not count"
         if left:
-            (run_dir / "left").touch()  # all agents but those of lost nodes
+            (run_dir / "left").touch()  # all agents except those of lost nodes have left
         (run_dir / "new").write_text("that of this run")
         before = slept.read_text().count("2\n")
         (run_dir / "new").replace(run_dir / "verdict.json")
@@ -457,7 +459,7 @@ def test_srun_that_still_waits_after_the_verdict_is_ended_and_the_script_conclud
     assert (node / "asked").read_text() == f"elastic_hpc conclude {run_dir} 137 --signal URG --max-requeues 5\n"
 
 
-def test_srun_is_left_alone_when_a_leader_has_withdrawn_the_verdict_of_an_agent_that_had_found_none(node):
+def test_srun_is_not_ended_when_a_leader_has_withdrawn_the_verdict_of_an_agent_without_a_leader(node):
     run_dir = node / "logs" / "11"
     run_dir.mkdir(parents=True, exist_ok=True)
     slept, ended, verdict = node / "slept", node / "ended", run_dir / "verdict.json"
@@ -477,7 +479,7 @@ def test_srun_is_left_alone_when_a_leader_has_withdrawn_the_verdict_of_an_agent_
         verdict.write_text("of an agent without a leader")
         pauses(4)
         verdict.unlink()
-        pauses(30)  # 40 s after the verdict, in life, srun would be ended
+        pauses(30)  # 40 s after the verdict, in production, the script would end srun
         verdict.write_text("of the leader")
         _, err = process.communicate(timeout=20)
     finally:
@@ -497,7 +499,7 @@ def two(tmp_path):
     made.server.close()
 
 
-def test_the_script_sees_what_another_node_has_written_to_nfs_though_it_looked_before(node, two):
+def test_the_script_sees_new_files_of_another_node_on_nfs_even_if_it_has_looked_before(node, two):
     ours, theirs = two.b / "7", two.a / "7"
     theirs.mkdir()
     (node / "slept").unlink(missing_ok=True)
@@ -520,6 +522,6 @@ def test_the_script_sees_what_another_node_has_written_to_nfs_though_it_looked_b
     assert (*process.communicate(timeout=20), process.returncode) == (b"", b"", 3)
 
 
-def test_agents_have_the_time_to_leave_that_they_take_at_most():
+def test_agents_have_enough_time_to_leave():
     assert "for _ in {1..20}; do if : " in (template_folder() / "elastic.sbatch.j2").read_text()
     assert LEAVE < 40

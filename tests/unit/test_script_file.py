@@ -1,4 +1,4 @@
-"""What is given as the training script is told by what is in it."""
+"""The type of a training script is recognized by its content."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def refusal(content: bytes | str, folder: Path) -> str:
         ("#!/bin/csh", "csh"), ("\ufeff#!/bin/bash", "bash"), ("#!/bin/bash\r", "bash"),
     ],
 )  # fmt: skip
-def test_a_batch_script_is_recognized_and_the_refusal_says_what_to_type(tmp_path: Path, first: str, shell: str) -> None:
+def test_a_batch_script_is_recognized_and_the_refusal_shows_what_to_type(
+    tmp_path: Path, first: str, shell: str
+) -> None:
     said = f"a script for {shell}, not a Python file; {FROM_BATCH}"
     assert refusal(f"{first}\n{BATCH}", tmp_path) == said
     assert refusal(f"{first}\n#SBATCH --nodes=4\n", tmp_path) == said
@@ -54,7 +56,9 @@ def test_a_batch_script_is_recognized_and_the_refusal_says_what_to_type(tmp_path
         ('{\n "cells": [],\n "nbformat": 4}', "a notebook; make a Python file of it: jupyter nbconvert --to script"),
     ],
 )
-def test_what_is_no_python_is_said_to_be_what_it_is(tmp_path: Path, content: bytes | str, message: str) -> None:
+def test_for_a_file_that_is_no_python_the_message_names_its_type(
+    tmp_path: Path, content: bytes | str, message: str
+) -> None:
     assert refusal(content, tmp_path).startswith(message)
 
 
@@ -68,12 +72,12 @@ def test_what_is_no_python_is_said_to_be_what_it_is(tmp_path: Path, content: byt
         '{"lr": 1}', "source = 1\nsyntax error of a newer Python",
     ],
 )  # fmt: skip
-def test_python_is_python_whatever_its_first_line_says(tmp_path: Path, content: str) -> None:
+def test_python_is_recognized_whatever_its_first_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "train.sh").write_text(content)
     check_script("train.sh", str(tmp_path))
 
 
-def test_an_archive_is_fine_and_what_other_nodes_cannot_read_is_not(tmp_path: Path) -> None:
+def test_an_archive_is_accepted_and_a_file_that_other_nodes_cannot_read_is_not(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "train.pyz", "w") as archive:
         archive.writestr("__main__.py", "pass")
     check_script("train.pyz", str(tmp_path))

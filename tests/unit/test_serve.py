@@ -1,4 +1,4 @@
-"""``elastic-hpc serve``: jobs in a browser, for whoever has the address."""
+"""``elastic-hpc serve``: jobs in a browser, for users who have the address."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def link(page: str, job: str = "") -> str:
     return found[1]
 
 
-def test_all_jobs_have_a_line_and_each_a_page_with_timeline_output_and_why(tmp_path: Path) -> None:
+def test_each_job_has_a_line_and_a_page_with_timeline_output_and_why(tmp_path: Path) -> None:
     with served(records.copy("faults", tmp_path), records.copy("broken", tmp_path)) as address:
         page = get(address)[1]
         assert len(re.findall('href="job/', page)) == 2
@@ -71,7 +71,7 @@ def test_all_jobs_have_a_line_and_each_a_page_with_timeline_output_and_why(tmp_p
         assert not [loaded for loaded in Page(job).loads if loaded not in {"data:,", "../"}]
 
 
-def test_the_page_shows_what_was_added_to_the_record(tmp_path: Path) -> None:
+def test_the_page_shows_new_events_of_the_record(tmp_path: Path) -> None:
     folder = records.copy("faults", tmp_path)
     events = records.events("faults")
     records.write(folder, events[:8])
@@ -80,11 +80,11 @@ def test_the_page_shows_what_was_added_to_the_record(tmp_path: Path) -> None:
         before = get(job)[1]
         records.write(folder, events)
         assert "charged: restart 2" not in before
-        while "charged: restart 2" not in get(job)[1]:  # the suite's time limit ends it
+        while "charged: restart 2" not in get(job)[1]:  # the time limit of the tests ends it
             pass
 
 
-def test_without_the_secret_nothing_is_shown_and_nothing_done(tmp_path: Path) -> None:
+def test_without_the_secret_nothing_is_shown_or_done(tmp_path: Path) -> None:
     with served(records.copy("faults", tmp_path)) as address:
         root = address.rsplit("/", 2)[0]
         job = link(get(address)[1])
@@ -97,7 +97,7 @@ def test_without_the_secret_nothing_is_shown_and_nothing_done(tmp_path: Path) ->
             assert get(address + path, "POST")[0] == 404, path
 
 
-def test_what_an_action_has_done_is_shown(tmp_path: Path) -> None:
+def test_the_effect_of_an_action_is_shown(tmp_path: Path) -> None:
     with served(records.copy("faults", tmp_path)) as address:
         job = address + link(get(address)[1])
         status, page = get(f"{job}/stop", "POST")
@@ -106,7 +106,7 @@ def test_what_an_action_has_done_is_shown(tmp_path: Path) -> None:
         assert "there is nothing to drain" in get(f"{job}/drain", "POST")[1]
 
 
-def test_an_address_that_lost_its_last_slash_leads_to_the_page(tmp_path: Path) -> None:
+def test_an_address_without_its_last_slash_leads_to_the_page(tmp_path: Path) -> None:
     with served(records.copy("faults", tmp_path)) as address:
         assert link(get(address.rstrip("/"))[1])
 
@@ -124,7 +124,7 @@ def test_a_job_whose_record_cannot_be_read_shows_the_problem_in_its_line(tmp_pat
 
 
 def test_jobs_can_be_stopped_while_slurm_does_not_answer(tmp_path: Path) -> None:
-    """A page is open whose look at the jobs waits for Slurm."""
+    """A page is open whose query of the jobs waits for Slurm."""
     pages = serve._Pages([RunDir(records.copy("faults", tmp_path))])
     assert "COMPLETED" in pages.jobs("x")
     (key,) = pages._looks or {}
@@ -140,7 +140,7 @@ def test_jobs_can_be_stopped_while_slurm_does_not_answer(tmp_path: Path) -> None
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")
 @pytest.mark.parametrize("which", ["jobs", "job"])
-def test_a_browser_shows_the_page_without_a_complaint(which: str, tmp_path: Path) -> None:
+def test_a_browser_shows_the_page_without_errors(which: str, tmp_path: Path) -> None:
     with served(records.copy("faults", tmp_path), records.copy("broken", tmp_path)) as address:
         shown = address if which == "jobs" else address + link(get(address)[1], "faults")
         screen = screenshot(shown, f"serve-{which}", tmp_path, "--virtual-time-budget=6000", height=1800)
@@ -148,13 +148,13 @@ def test_a_browser_shows_the_page_without_a_complaint(which: str, tmp_path: Path
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")
-def test_a_page_says_that_the_server_has_ended_and_asks_ever_more_rarely(tmp_path: Path) -> None:
-    """The browser's clock runs ten minutes, faster than the true one."""
+def test_a_page_shows_that_the_server_has_ended_and_polls_less_and_less_often(tmp_path: Path) -> None:
+    """The browser's clock runs for ten minutes, faster than real time."""
     with socket.create_server(("127.0.0.1", 0)) as port:
         asked: list[bytes] = []
 
         def answer() -> None:
-            """The page once; then nothing, as where a server has ended."""
+            """Serves the page once and then nothing, like a server that has ended."""
             site = serve._Pages([RunDir(records.copy("faults", tmp_path))])
             with contextlib.suppress(OSError):
                 while True:

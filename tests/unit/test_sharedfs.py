@@ -1,4 +1,4 @@
-"""The shared file system of the tests has what NFS has: two mounts of one server, and each of its faults."""
+"""The shared file system of the tests behaves like NFS: two mounts of one server, and each fault."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: 
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[Two]:
     made = Two(tmp_path)
-    made.server.behave(attributes_s=600, names_s=600, write_back_s=600)  # what is old stays old
+    made.server.behave(attributes_s=600, names_s=600, write_back_s=600)  # stale data stays stale
     yield made
     made.server.close()
 
 
 def run(code: str, path: Path) -> subprocess.Popen[str]:
-    """Another process, as one that waits for the server would keep this one."""
+    """Run in another process, because waiting for the server would block this one."""
     return subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
 
 
@@ -49,7 +49,9 @@ def is_lost(path: Path) -> bool:
     return False
 
 
-def test_the_new_file_of_another_node_is_not_seen_until_somebody_lists_the_folder_or_the_time_is_up(two: Two) -> None:
+def test_a_new_file_of_another_node_is_not_visible_until_somebody_lists_the_folder_or_the_cache_expires(
+    two: Two,
+) -> None:
     assert is_lost(two.b / "new")
     (two.a / "new").write_text("text")
     assert is_lost(two.b / "new")
@@ -65,7 +67,7 @@ def test_the_new_file_of_another_node_is_not_seen_until_somebody_lists_the_folde
     until((two.b / "third").exists)
 
 
-def test_who_makes_what_another_node_has_made_sees_it_from_then_on(two: Two) -> None:
+def test_a_client_that_tries_to_create_an_existing_file_sees_it_from_then_on(two: Two) -> None:
     assert is_lost(two.b / "folder" / "file")
     (two.a / "folder").mkdir()
     assert not (two.b / "folder").exists()
@@ -73,7 +75,7 @@ def test_who_makes_what_another_node_has_made_sees_it_from_then_on(two: Two) -> 
     assert (two.b / "folder").is_dir()
 
 
-def test_the_size_is_old_until_the_file_is_opened_or_the_time_is_up(two: Two) -> None:
+def test_the_size_is_stale_until_the_file_is_opened_or_the_cache_expires(two: Two) -> None:
     (two.a / "file").write_text("one")
     assert (two.b / "file").stat().st_size == 3
     (two.a / "file").write_text("one two")
@@ -86,7 +88,7 @@ def test_the_size_is_old_until_the_file_is_opened_or_the_time_is_up(two: Two) ->
         until(lambda: file.read() == " three")
 
 
-def test_what_is_written_is_seen_elsewhere_when_it_is_closed_synced_or_old(two: Two) -> None:
+def test_written_data_is_visible_elsewhere_after_close_or_sync_or_the_write_back_time(two: Two) -> None:
     with (two.a / "file").open("wb", buffering=0) as file:
         file.write(b"one")
         assert (two.a / "file").read_bytes() == b"one"
@@ -105,7 +107,7 @@ def test_what_is_written_is_seen_elsewhere_when_it_is_closed_synced_or_old(two: 
         until(lambda: (two.b / "file").read_bytes() == b"onetwothreefour")
 
 
-def test_a_file_that_another_node_removed_is_stale_and_a_replaced_one_is_found_by_its_name(two: Two) -> None:
+def test_a_file_that_another_node_removed_is_stale_and_a_replaced_file_is_found_by_its_name(two: Two) -> None:
     (two.a / "file").write_text("old")
     with (two.b / "file").open("rb", buffering=0) as theirs, (two.a / "file").open("rb", buffering=0) as ours:
         (two.a / "new").write_text("new")
@@ -130,7 +132,7 @@ def test_a_server_that_forgets_all_files_makes_the_open_ones_stale(two: Two) -> 
             file.read()
 
 
-def test_who_asks_waits_in_state_d_for_a_server_that_has_stopped(two: Two) -> None:
+def test_processes_wait_in_state_d_for_a_stopped_server(two: Two) -> None:
     (two.a / "file").write_text("text")
     two.server.behave(stopped=True)
     codes = [
@@ -153,7 +155,7 @@ def test_who_asks_waits_in_state_d_for_a_server_that_has_stopped(two: Two) -> No
     assert (two.b / "file.new").read_text() == "new"
 
 
-def test_what_a_node_has_in_memory_needs_no_server_and_a_killed_process_does_not_wait_to_close(two: Two) -> None:
+def test_cached_data_needs_no_server_and_a_killed_process_does_not_wait_to_close_its_files(two: Two) -> None:
     code = (
         "import sys, time; f = open(sys.argv[1], 'w'); f.write('text'); print('open', flush=True); sys.stdin.read(1); "
         "f.flush(); print('written', flush=True); time.sleep(600)"
@@ -175,7 +177,7 @@ def test_what_a_node_has_in_memory_needs_no_server_and_a_killed_process_does_not
     until(lambda: (two.there / "file").read_text() == "text")
 
 
-def test_questions_about_names_and_attributes_can_be_slow(two: Two) -> None:
+def test_requests_about_names_and_attributes_can_be_slow(two: Two) -> None:
     (two.a / "file").write_text("text")
     two.server.behave(metadata_s=0.05)
     began = time.monotonic()
@@ -191,13 +193,13 @@ def test_lines_that_two_nodes_append_overwrite_each_other(two: Two) -> None:
         ours.write(b"of a\n")
         theirs.write(b"of b\n")
     assert (two.there / "log").read_bytes() == b"of a\n"  # closed last
-    for path in (two.a, two.b):  # one after the other, each opens the file after the last one closed it
+    for path in (two.a, two.b):  # one after another: each opens the file after the previous one has closed it
         with (path / "log").open("ab") as file:
             file.write(b"more\n")
     assert (two.there / "log").read_bytes() == b"of a\nmore\nmore\n"
 
 
-def test_a_full_quota_is_told_when_the_file_is_closed_or_synced(two: Two) -> None:
+def test_a_full_quota_is_reported_when_the_file_is_closed_or_synced(two: Two) -> None:
     two.server.behave(over_quota=False)
     file = os.open(two.a / "file", os.O_WRONLY | os.O_CREAT)
     second = os.open(two.a / "second", os.O_WRONLY | os.O_CREAT)
@@ -217,7 +219,7 @@ def test_a_full_quota_is_told_when_the_file_is_closed_or_synced(two: Two) -> Non
     assert (two.b / "file").read_text() == "text"
 
 
-def test_what_a_node_has_not_sent_is_lost_with_it(two: Two) -> None:
+def test_data_that_a_node_has_not_sent_is_lost_with_the_node(two: Two) -> None:
     file = os.open(two.a / "file", os.O_WRONLY | os.O_CREAT)
     os.write(file, b"safe")
     os.fsync(file)

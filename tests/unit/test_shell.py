@@ -24,7 +24,9 @@ SHOWN_JOB = """JobId=17 JobName=train
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of job 17, which runs on n1 and n2, and on n5, which job 21 has brought; srun shows how it was called."""
+    """The run directory of job 17, which runs on n1 and n2, and on n5 through joiner
+    job 21; srun prints its arguments.
+    """
     records.alone(tmp_path, monkeypatch)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -61,9 +63,7 @@ def called(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("node", "job"), [("n1", "17"), ("n5", "21")])
-def test_a_command_runs_in_a_step_on_the_node_of_whichever_job_has_brought_it(
-    run_dir: Path, node: str, job: str
-) -> None:
+def test_a_command_runs_in_a_step_of_the_job_that_the_node_belongs_to(run_dir: Path, node: str, job: str) -> None:
     done = called("shell", "17", node, "--", "nvidia-smi", "-L")
     words = done.stdout.splitlines()
     assert {f"--jobid={job}", f"--nodelist={node}", "--overlap"} <= set(words)
@@ -72,13 +72,13 @@ def test_a_command_runs_in_a_step_on_the_node_of_whichever_job_has_brought_it(
     assert done.returncode == 3, done.stderr
 
 
-def test_without_a_node_the_command_runs_on_the_leaders(run_dir: Path) -> None:
+def test_without_a_node_the_command_runs_on_the_leaders_node(run_dir: Path) -> None:
     words = called("shell", "17", "--", "nvidia-smi", "-q", "--", "x").stdout.splitlines()
     assert "--nodelist=n2" in words
     assert words[-6:] == ["inside", str(run_dir), "nvidia-smi", "-q", "--", "x"]
 
 
-def test_what_cannot_be_entered_is_refused_with_what_to_type(run_dir: Path, tmp_path: Path) -> None:
+def test_jobs_and_nodes_without_access_are_refused_with_a_hint(run_dir: Path, tmp_path: Path) -> None:
     done = called("shell", "17", "n9", "--", "ls")
     assert (done.returncode, done.stderr) == (2, "elastic-hpc: n9: expected a node of job 17: n1 n2 n5\n")
     done = called("shell", "17")
@@ -125,7 +125,7 @@ def test_the_command_has_the_environment_and_the_folder_of_the_agent_and_its_own
     assert not environ.keys() & {"OF_THE_CALLER", "ELASTIC_HPC_NOTIFY", "ELASTIC_HPC_JOIN"}
 
 
-def test_a_shell_names_the_workers_and_is_that_of_the_user(
+def test_a_shell_shows_the_workers_and_is_the_users_own_shell(
     run_dir: Path, agent: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(tmp_path / "my-shell", "echo $OF_THE_SETUP")

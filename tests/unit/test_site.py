@@ -1,4 +1,4 @@
-"""The site, the man pages and the shell completion: made from the code, up to date, and working."""
+"""The site, the man pages and the shell completion are generated from the code, up to date, and work."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what the site is made of, to be damaged."""
+    """A copy of the site's sources that a test may damage."""
     for name in SOURCES:
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
@@ -52,7 +52,9 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def complete(tmp_path: Path) -> Callable[..., set[str]]:
-    """What bash offers for the last of some words, in a folder with a script and two jobs; a third is remembered."""
+    """The words that bash offers for the last word, in a folder with a script and two
+    jobs; a third job is remembered.
+    """
     (tmp_path / "elastic-logs" / "4711").mkdir(parents=True)
     (tmp_path / "elastic-logs" / "4712.0").mkdir()
     (tmp_path / "train.py").touch()
@@ -72,7 +74,7 @@ def complete(tmp_path: Path) -> Callable[..., set[str]]:
     return offered
 
 
-def test_what_is_generated_is_what_the_code_says() -> None:
+def test_the_generated_files_match_the_code() -> None:
     stale = runpy.run_path(str(ROOT / "bin" / "docs"))["stale"]()
     assert not stale, f"not up to date: {', '.join(map(str, stale))}; type: bin/docs build"
 
@@ -92,7 +94,7 @@ def test_links_out_of_the_pages_lead_to_pages_of_the_site(site: Path) -> None:
     assert 'href="../../mini-slurm.html"' in (site / "project/benchmarks/index.html").read_text()
 
 
-def test_a_broken_link_and_a_page_that_nobody_finds_fail_the_build(checkout: Path) -> None:
+def test_a_broken_link_and_an_unlinked_page_fail_the_build(checkout: Path) -> None:
     broken = ["nowhere.md", "growing.md#nowhere", "../examples/nowhere.py", "img/nowhere.svg"]
     with open(checkout / "docs" / "limits.md", "a") as page:
         page.writelines(f"\n[a link]({link})\n" for link in broken)
@@ -117,7 +119,7 @@ def test_a_man_page_is_rendered_without_a_warning(name: str) -> None:
 def test_options_of_ours_and_of_sbatch_are_completed(complete: Callable[..., set[str]]) -> None:
     offered = complete("elastic-sbatch", "--no")
     assert {"--nodes", "--nodelist"} <= offered
-    assert "--no-requeue" not in offered  # it would be refused
+    assert "--no-requeue" not in offered  # the command would refuse it
 
 
 @needs_bash

@@ -1,4 +1,6 @@
-"""Which nodes are named slow, with simulated times of steps: noise of many kinds names none, half of a CPU is found."""
+"""Which nodes are named slow, with simulated times of steps: many kinds of noise name no node, a node with half of its
+CPU is found.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,13 @@ EVERY = 20
 
 @dataclass
 class Training:
-    """Nodes that train together. ``taken(node, step)``: the time of a step before its collectives, in seconds."""
+    """Nodes that train together. ``taken(node, step)``: seconds of a step before its collectives."""
 
     nodes: int
     taken: Callable[[int, int], float]
     watch: SlowWatch = field(default_factory=lambda: SlowWatch(1.5))
     begun: list[tuple[int, Slow]] = field(default_factory=list)
-    """The nodes that were named, each after how many steps."""
+    """The named nodes, each with the step at which it was named."""
     ended: list[tuple[int, int]] = field(default_factory=list)
     to_leave: set[int] = field(default_factory=set)
     step: int = 0
@@ -58,7 +60,7 @@ class Training:
 
 
 def noisy(seed: int, typical: float = 0.03, sigma: float = 0.35) -> Callable[[int, int], float]:
-    """Times with a heavy tail: of a hundred steps one is up to a hundred times as long."""
+    """Times with a heavy tail: one of a hundred steps takes up to a hundred times as long."""
     rng = random.Random(seed)
 
     def taken(_node: int, _step: int) -> float:
@@ -95,8 +97,8 @@ def test_no_alarm_on_hundreds_of_nodes() -> None:
 
 
 def half_of_its_cpu(node: int, since: int, work: float = 0.03) -> Callable[[int, int], float]:
-    """``node`` may use 50 ms of CPU in each 100 ms, as by cpu.cfs_quota_us; then it stands still. A collective costs
-    1 ms without CPU.
+    """``node`` may use 50 ms of CPU in each 100 ms, as with cpu.cfs_quota_us; otherwise it is stopped. A collective
+    takes 1 ms without CPU.
     """
     left, jitter, clock = {"cpu": 0.05}, noisy(7, work, 0.1), {"now": 0.0}
 
@@ -132,7 +134,7 @@ def test_a_node_with_half_of_its_cpu_is_found_within_200_steps(nodes: int, work:
     assert job.to_leave == {1} or nodes == 2
 
 
-def test_it_is_also_found_soon_after_its_start() -> None:
+def test_a_slow_node_is_also_found_soon_after_its_start() -> None:
     job = Training(4, half_of_its_cpu(2, since=0))
     job.train(250)
     assert job.named == [2]
@@ -160,7 +162,7 @@ def test_no_alarm_for_the_first_steps_after_a_start_or_growth(steps: int) -> Non
     assert job.begun == []
 
 
-def test_it_is_named_once_and_it_is_said_once_that_it_is_over() -> None:
+def test_a_slow_node_is_named_once_and_its_end_is_reported_once() -> None:
     slow = {"factor": 2.0}
     jitter = noisy(3)
     job = Training(4, lambda node, step: jitter(node, step) * (slow["factor"] if node == 2 else 1))
@@ -174,14 +176,14 @@ def test_it_is_named_once_and_it_is_said_once_that_it_is_over() -> None:
     assert [node for _, node in job.ended] == [2]
 
 
-def test_a_node_at_the_border_is_not_named_again_and_again() -> None:
+def test_a_node_at_the_threshold_is_not_named_repeatedly() -> None:
     jitter = noisy(4)
     job = Training(4, lambda node, step: jitter(node, step) * (1.5 if node == 2 else 1))
     job.train(10_000)
     assert len(job.begun) <= 1
 
 
-def test_a_slow_minute_of_a_node_is_over_when_it_has_passed() -> None:
+def test_a_node_that_was_slow_for_a_minute_is_no_longer_named_afterwards() -> None:
     jitter = noisy(5)
     job = Training(4, lambda node, step: jitter(node, step) * (3 if node == 1 and 1000 <= step < 1400 else 1))
     job.train(3000)
@@ -192,7 +194,7 @@ def test_a_slow_minute_of_a_node_is_over_when_it_has_passed() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "slow"), [(3, 1), (4, 1), (5, 2), (9, 4)])
-def test_a_minority_is_named_and_no_more(nodes: int, slow: int) -> None:
+def test_only_a_minority_of_nodes_can_be_named(nodes: int, slow: int) -> None:
     job = Training(nodes, lambda node, _step: 0.1 * (2 if node < slow else 1))
     job.train(400)
     assert job.named == list(range(slow))
@@ -201,7 +203,7 @@ def test_a_minority_is_named_and_no_more(nodes: int, slow: int) -> None:
     assert job.named == []
 
 
-def test_of_two_nodes_the_slower_is_named_and_left_only_if_it_is_clear() -> None:
+def test_the_slower_of_two_nodes_is_named_and_left_only_if_the_difference_is_clear() -> None:
     for factor, sure in ((1.7, False), (2.1, True)):
         job = Training(2, lambda node, _step, factor=factor: 0.1 * (factor if node else 1))  # type: ignore[misc]
         job.train(400)
@@ -211,7 +213,7 @@ def test_of_two_nodes_the_slower_is_named_and_left_only_if_it_is_clear() -> None
     assert slow.reason == "slow node: 210 ms in a step before its collectives, 2.1 times the 100 ms of the others"
 
 
-def test_nodes_are_compared_when_all_of_them_are_measured() -> None:
+def test_nodes_are_compared_only_when_all_of_them_are_measured() -> None:
     watch = SlowWatch(1.5)
     slow = Pace(AFTER, 0.2)
     assert watch.look({0: NO_PACE, 1: slow, 2: slow}) == NO_DIFFERENCE

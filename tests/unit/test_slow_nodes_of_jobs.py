@@ -1,4 +1,6 @@
-"""Whole jobs in simulated time with a node that is slower than the others: it is named, and left if that is wanted."""
+"""Whole jobs in simulated time with a node that is slower than the others: the job names it, and leaves it if the user
+wants that.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ from elastic_hpc.view.story_builder import story_of
 
 @dataclass
 class Steps:
-    """Ten steps a second, in which all wait for the slowest."""
+    """Ten steps a second; all nodes wait for the slowest."""
 
     job: Job
     slow: dict[int, float] = field(default_factory=dict)
-    """How many times as long, by node."""
+    """Factors of the step time, by node."""
     began: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def __call__(self, node: SimNode) -> Pace:
@@ -40,7 +42,7 @@ def world(job: Job) -> list[str]:
 
 
 def nobody_says(_record: SimRecord) -> list[Outlook]:
-    """Slurm and the site know of no bad node, and say so every ten seconds."""
+    """Slurm and the site know of no bad node, and report that every ten seconds."""
 
     async def ask(_names: set[str]) -> dict[str, str]:
         return {}
@@ -82,7 +84,7 @@ def test_a_slow_node_is_named_once_and_stays(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_with_leave_it_is_left_at_a_step_given_back_and_avoided_and_nothing_is_charged(seed: int) -> None:
+def test_with_leave_the_slow_node_is_left_at_a_step_boundary_given_back_and_avoided_without_charge(seed: int) -> None:
     job, steps = made(seed, 4, leaves_slow=True)
 
     async def story() -> None:
@@ -90,7 +92,7 @@ def test_with_leave_it_is_left_at_a_step_given_back_and_avoided_and_nothing_is_c
         steps.slow = {2: 2.0}
         assert await job.until(lambda: world(job) == ["n0", "n1", "n3"], 60), job.events[-5:]
         assert await job.until(lambda: job.queue.given_back == ["n2"], 30), job.events[-5:]
-        await time_passes(job, 60)  # in which Slurm and the site say several times that all nodes are well
+        await time_passes(job, 60)  # while Slurm and the site repeatedly report all nodes as healthy
         assert (len(events(job, "round")), events(job, "round")[-1]["restarts"]) == (2, 0)
         (leave,) = events(job, "leave")
         assert (leave["node"], leave["exclude"]) == ("n2", True), "which is a strike"
@@ -100,7 +102,7 @@ def test_with_leave_it_is_left_at_a_step_given_back_and_avoided_and_nothing_is_c
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_spare_takes_its_place(seed: int) -> None:
+def test_a_spare_takes_the_place_of_the_slow_node(seed: int) -> None:
     job, steps = made(seed, 4, min_nodes=3, max_nodes=3, spares=1, leaves_slow=True)
 
     async def story() -> None:
@@ -114,7 +116,7 @@ def test_a_spare_takes_its_place(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_below_min_it_stays_until_a_joiner_has_come_in_its_place(seed: int) -> None:
+def test_below_min_the_slow_node_stays_until_a_joiner_has_come_in_its_place(seed: int) -> None:
     job, steps = made(seed, 3, min_nodes=3, grow=True, leaves_slow=True)
 
     async def story() -> None:
@@ -130,7 +132,7 @@ def test_below_min_it_stays_until_a_joiner_has_come_in_its_place(seed: int) -> N
     job.run(story)
 
 
-def test_a_node_that_is_fast_again_before_it_could_be_spared_stays() -> None:
+def test_a_node_that_is_fast_again_before_the_job_could_spare_it_stays() -> None:
     job, steps = made(1, 3, min_nodes=3, leaves_slow=True)
 
     async def story() -> None:
@@ -146,7 +148,7 @@ def test_a_node_that_is_fast_again_before_it_could_be_spared_stays() -> None:
 
 
 @pytest.mark.parametrize(("factor", "left"), [(1.7, False), (2.2, True)])
-def test_of_two_nodes_the_slower_is_left_only_if_it_is_clear(factor: float, *, left: bool) -> None:
+def test_the_slower_of_two_nodes_is_left_only_if_the_difference_is_clear(factor: float, *, left: bool) -> None:
     job, steps = made(2, 2, min_nodes=1, leaves_slow=True)
 
     async def story() -> None:
@@ -173,7 +175,7 @@ def test_the_leader_of_a_job_may_be_slow_itself() -> None:
     job.run(story)
 
 
-def test_another_leader_names_it_too_and_the_story_tells_it_once() -> None:
+def test_another_leader_names_the_slow_node_too_and_the_story_shows_it_once() -> None:
     job, steps = made(4, 4, max_restarts=10)
 
     async def story() -> None:
@@ -192,7 +194,7 @@ def test_another_leader_names_it_too_and_the_story_tells_it_once() -> None:
     job.run(story)
 
 
-def test_off_nobody_looks() -> None:
+def test_with_off_no_leader_looks_for_slow_nodes() -> None:
     job, steps = made(5, 3, slow_factor=0.0, leaves_slow=True)
 
     async def story() -> None:
@@ -204,7 +206,7 @@ def test_off_nobody_looks() -> None:
     job.run(story)
 
 
-def test_a_status_tells_the_pace_of_workers_that_are_measured_and_of_no_others() -> None:
+def test_a_status_has_the_pace_only_of_measured_workers() -> None:
     status = Status(1, Host(1, "n1", ("10.0.0.1",), 1), 1)
     assert b"pace" not in encode(status)
     told = replace(status, pace=Pace(300, 0.025))

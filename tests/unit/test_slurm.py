@@ -1,4 +1,4 @@
-"""What cannot be shown on a real Slurm of one version: other answers, late ones, none."""
+"""Cases that a real Slurm of one version cannot show: different answers, late answers, no answer."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ esac
 
 
 class Fake:
-    """A ``scontrol`` that writes down how it was called and answers from files."""
+    """A ``scontrol`` that records its arguments and answers from files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,22 +91,22 @@ def job(**changes: object) -> slurm.SlurmJob:
         (job(reason="NonZeroExitCode"), "FAILED"),
         (job(restarts=1), "REQUEUED"),
         (job(preempt_time="t1", end_time="t1"), "PREEMPTED"),
-        (job(preempt_time="t0", end_time="t1"), "CANCELLED"),  # by its user, after preemption had been announced
+        (job(preempt_time="t0", end_time="t1"), "CANCELLED"),  # cancelled by its user after the warning of a preemption
         (job(state="NODE_FAIL"), "NODE_FAIL"),
     ],
 )
-def test_a_completing_job_is_taken_for_what_it_becomes(shown: slurm.SlurmJob, becomes: str):
+def test_a_completing_job_counts_as_what_it_becomes(shown: slurm.SlurmJob, becomes: str):
     assert shown.becomes(run=0) == becomes
 
 
-def test_what_slurm_says_of_a_job_is_read_past_the_name_that_its_user_chose(fake: Fake):
+def test_slurms_description_of_a_job_is_read_correctly_whatever_the_jobs_name(fake: Fake):
     shown = slurm.show_job("7")
     assert (shown.state, shown.partitions, shown.folder) == ("RUNNING", ("a", "b"), "/home/my dir")
     assert (shown.required, shown.nodes, shown.preempt_time) == ("", "n[1-2]", "")
     assert (shown.output, shown.error) == ("/home/my dir/a b.out", "/dev/null")
 
 
-def test_a_change_that_slurm_holds_back_is_not_waited_for(fake: Fake):
+def test_a_requeue_does_not_wait_for_a_change_that_slurm_delays(fake: Fake):
     fake.program("scontrol", HELD.format(folder=fake.folder))
     begin = time.monotonic()
     assert slurm.requeue("7", start_after=SOON, run=0) is None
@@ -126,21 +126,21 @@ esac
 
 
 def starts(fake: Fake) -> list[int]:
-    """The seconds after which the job was to start, in order."""
+    """The requested delays of the job's start in seconds, in order."""
     told = [call for call in (fake.folder / "calls").read_text().splitlines() if "StartTime=now+" in call]
     return [int(call.rpartition("+")[2]) for call in told]
 
 
 @pytest.mark.parametrize(("after", "held_up"), [(3, False), (12, True)])
-def test_the_start_outlasts_an_epilog_by_what_the_first_other_node_takes_to_complete(
+def test_the_start_is_delayed_beyond_an_epilog_by_the_time_that_the_first_other_node_takes_to_complete(
     fake: Fake, after: int, *, held_up: bool
 ):
-    """And by the 10 s after which slurmd may notice that the caller has ended."""
+    """And by the 10 s within which slurmd notices that the caller has ended."""
     fake.tell("show job", JOB.format(**RUNNING).replace("n[1-2]", "n1,n2,n3"))
     fake.program("scontrol", COMPLETES.format(folder=fake.folder, after=after))
     begin = time.monotonic()
     assert slurm.requeue("7", start_after=SOON, run=0) is None
-    if held_up:  # more than 2 s by the answers of this Slurm
+    if held_up:  # after more than 2 s of this Slurm's answers
         assert starts(fake)[-1] >= 8 + 10 + int(time.monotonic() - begin) - 1 > 19
     else:
         assert starts(fake) == [8]
@@ -155,7 +155,7 @@ def test_a_job_of_one_node_leaves_time_for_an_epilog(fake: Fake, epilog: str, ex
     assert starts(fake) == expected
 
 
-def test_who_finds_the_job_requeued_already_does_not_watch(fake: Fake):
+def test_if_the_job_is_already_requeued_the_caller_does_not_watch_it(fake: Fake):
     fake.tell("show job", JOB.format(**{**RUNNING, "restarts": 1, "state": "COMPLETING"}).replace("n[1-2]", "n1,n2"))
     begin = time.monotonic()
     assert slurm.requeue("7", start_after=SOON, run=0) is None
@@ -171,20 +171,20 @@ def test_a_refused_exclusion_does_not_cost_the_early_start(fake: Fake):
     assert "update JobId=7 StartTime=now+8" in fake.calls("update")
 
 
-def test_exclusions_are_added_to_those_of_the_user_and_expired_ones_are_taken_off(fake: Fake):
+def test_exclusions_are_added_to_those_of_the_user_and_expired_exclusions_are_removed(fake: Fake):
     fake.tell("show job", JOB.format(**{**RUNNING, "restarts": 1, "state": "COMPLETING", "excluded": "n8,n9"}))
     assert slurm.requeue("7", start_after=SOON, exclude=["n1"], readmit=["n9"], run=0) is None
     assert fake.calls("update JobId=7 Exc") == ["update JobId=7 ExcNodeList=n1,n8"]
 
 
-def test_a_job_that_was_cancelled_while_it_was_asked_for_is_not_requeued(fake: Fake):
-    with pytest.raises(SlurmError, match="ended before it could be requeued"):  # Slurm itself says nothing
+def test_a_job_that_is_cancelled_during_the_request_is_not_requeued(fake: Fake):
+    with pytest.raises(SlurmError, match="ended before it could be requeued"):  # Slurm itself reports nothing
         slurm.requeue("7", start_after=SOON, run=0)
     assert fake.calls("requeue") == ["requeue incomplete 7"]
     assert fake.calls("update") == []
 
 
-def test_a_job_that_cannot_be_asked_for_is_not_cancelled(fake: Fake):
+def test_if_slurm_does_not_answer_about_a_job_it_is_not_cancelled(fake: Fake):
     fake.program("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
     fake.program("scancel", "")
     with pytest.raises(SlurmError, match="Unable to contact"):
@@ -192,7 +192,7 @@ def test_a_job_that_cannot_be_asked_for_is_not_cancelled(fake: Fake):
     assert fake.calls("7") == []
 
 
-def test_the_site_is_read_for_the_job_s_partition(fake: Fake):
+def test_the_site_settings_are_read_for_the_jobs_partition(fake: Fake):
     fake.tell("show config", CONFIG)
     fake.tell("show partition", PARTITIONS)
     low = slurm.site("low,main")
@@ -226,7 +226,7 @@ def test_a_prolog_is_read_alone_or_in_a_list(fake: Fake, shown: str, prolog: str
     assert (config["PrologSlurmctld"], config["EpilogSlurmctld"]) == ("(null)", "(null)")
 
 
-def test_a_slow_slurm_does_not_hold_up_a_submission(fake: Fake):
+def test_a_slow_slurm_does_not_delay_a_submission(fake: Fake):
     fake.program("scontrol", "exec sleep 30")
     begin = time.monotonic()
     with pytest.raises(SlurmError, match="no answer in 2 s"):
@@ -234,14 +234,14 @@ def test_a_slow_slurm_does_not_hold_up_a_submission(fake: Fake):
     assert time.monotonic() - begin < 10
 
 
-def test_settings_that_are_not_there_are_an_error_and_not_a_guess(fake: Fake):
+def test_missing_settings_are_an_error_and_not_a_guess(fake: Fake):
     fake.tell("show config", "KillWait = 30 sec\n")
     fake.tell("show partition", PARTITIONS)
     with pytest.raises(SlurmError, match="expected"):
         slurm.site(None)
 
 
-def test_nodes_that_are_down_drained_silent_or_elsewhere_are_not_usable(fake: Fake):
+def test_nodes_that_are_down_drained_silent_or_in_another_partition_are_not_usable(fake: Fake):
     states = {
         "n1": "IDLE", "n2": "ALLOCATED+NOT_RESPONDING", "n3": "DOWN*", "n4": "IDLE+DRAIN",
         "n5": "IDLE+CLOUD+POWERED_DOWN", "n6": "MIXED+COMPLETING",
@@ -253,7 +253,7 @@ def test_nodes_that_are_down_drained_silent_or_elsewhere_are_not_usable(fake: Fa
 
 
 @pytest.mark.parametrize("refuses", [True, False])
-def test_where_the_site_hides_its_nodes_those_of_the_partition_count_as_usable_and_the_reason_is_told(
+def test_if_the_site_hides_its_nodes_those_of_the_partition_count_as_usable_and_the_reason_is_reported(
     fake: Fake, *, refuses: bool
 ):
     refusal = 'echo "slurm_load_node error: Access/permission denied" >&2; exit 1' if refuses else ":"
@@ -272,7 +272,7 @@ def test_without_slurm_the_error_names_the_command(tmp_path: Path, monkeypatch: 
         slurm.job_state("7")
 
 
-def test_a_step_has_what_its_job_was_told_and_nothing_of_the_step_or_the_shell_it_is_started_from():
+def test_a_step_has_the_settings_of_its_job_and_nothing_of_the_step_or_shell_that_starts_it():
     job = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "1", "SLURM_CONF": "/x", "ELASTIC_HPC_FIRST_RUN": "2"}
     own = {"PATH": "/bin", "ELASTIC_HPC_CONFIG": "site.toml", "OMP_NUM_THREADS": "4"}
     left = ("SLURM_GPUS_PER_TASK", "SLURM_PROCID", "SRUN_CPUS_PER_TASK", "SALLOC_QOS", "SBATCH_QOS", "SLURMD_NODENAME")
@@ -281,12 +281,12 @@ def test_a_step_has_what_its_job_was_told_and_nothing_of_the_step_or_the_shell_i
 
 
 @pytest.mark.parametrize(("shown", "says"), [("10 sec", True), ("300 sec", False), ("0 sec", False)])
-def test_whether_slurm_soon_notices_a_lost_node_is_the_sites_own_figure(fake: Fake, shown: str, *, says: bool):
+def test_the_sites_settings_decide_whether_slurm_soon_notices_a_lost_node(fake: Fake, shown: str, *, says: bool):
     fake.tell("show config", f"SlurmdTimeout           = {shown}\n")
     assert slurm.notices_within(60) is says
 
 
-def test_a_job_that_is_over_gives_up_its_lost_nodes_but_never_its_batch_host(fake: Fake):
+def test_an_ended_job_gives_up_its_lost_nodes_but_never_its_batch_host(fake: Fake):
     fake.tell("show job", JOB.replace("n[1-2]", "n1,n2,n3").format(**RUNNING))
     slurm.release("7", [])
     slurm.release("7", ["n1"])
@@ -294,7 +294,7 @@ def test_a_job_that_is_over_gives_up_its_lost_nodes_but_never_its_batch_host(fak
     assert fake.calls("update") == ["update JobId=7 NodeList=n1,n2"]
 
 
-def test_all_that_the_folder_offers_is_there_and_an_agent_has_it_before_it_needs_it() -> None:
+def test_all_exported_names_exist_and_an_agent_has_imported_them_in_advance() -> None:
     code = (
         "import sys, elastic_hpc.agent; from elastic_hpc import slurm; "
         "print(set(slurm.__all__) - vars(slurm).keys(), len(slurm.__all__) == len(slurm._MODULE_OF))"

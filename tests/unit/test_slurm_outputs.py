@@ -1,5 +1,5 @@
-"""What versions of Slurm say about the same things. ``outputs/`` has the answers of real ones, job-VERSION: of a job
-without a time limit, whose comment and whose script hold what looks like fields.
+"""Answers of different versions of Slurm. ``outputs/job-VERSION`` is a real version's answer about a job without a time
+limit, whose comment and script contain text that looks like fields.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ OUTPUTS = Path(__file__).parent / "outputs"
 
 
 @pytest.mark.parametrize("version", sorted(path.name.partition("-")[2] for path in OUTPUTS.glob("job-*")))
-def test_a_job_is_read_past_what_its_user_wrote(version: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_job_is_read_correctly_whatever_text_its_user_wrote(version: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(client, "scontrol", lambda *_: (OUTPUTS / f"job-{version}").read_text())
     job = slurm.show_job("1")
     assert (job.id, job.state, job.restarts, job.may_requeue) == ("1", "RUNNING", 0, True)

@@ -1,4 +1,6 @@
-"""The code of a job: what elastic-sbatch puts aside, and how the batch script takes it. Real git, no Slurm."""
+"""The code of a job: the copy that elastic-sbatch stages, and how the batch script takes it. Real git, no
+Slurm.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,7 @@ def staged_in(project: Path) -> list[Path]:
 
 
 def put_aside(project: Path, spec: JobSpec) -> tuple[str, Path]:
-    """The batch script of a job that is in the queue, and what waits for it."""
+    """The batch script of a queued job, and its staged copy."""
     with prepared(spec) as script:
         pass
     (staged,) = staged_in(project)
@@ -79,7 +81,7 @@ def put_aside(project: Path, spec: JobSpec) -> tuple[str, Path]:
 
 
 def start(project: Path, script: str, job: str = "7", **environ: str) -> subprocess.CompletedProcess[str]:
-    """The batch script, on a node whose srun tells where it stands."""
+    """Run the batch script on a node whose srun prints its working directory."""
     node = project.parent / "node"
     node.mkdir(exist_ok=True)
     for name, text in {"srun": "pwd -P; cat train.py", "scontrol": "echo n1"}.items():
@@ -128,7 +130,7 @@ def test_a_clean_work_tree_is_recorded_as_clean(project: Path) -> None:
     assert (facts["dirty"], facts["branch"], (staged / "code.diff").read_text()) == (False, None, "")
 
 
-def test_a_large_change_is_cut_off_and_that_is_told(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_change_is_truncated_and_that_is_reported(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "_MAX_DIFF", 1000)
     (project / "train.py").write_text("x = 1\n" * 100_000)
     _, staged = put_aside(project, of())
@@ -137,7 +139,7 @@ def test_a_large_change_is_cut_off_and_that_is_told(project: Path, monkeypatch: 
     assert (staged / "code.diff").stat().st_size == 1000
 
 
-def test_a_git_that_is_slow_does_not_hold_up_the_submission(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_git_does_not_delay_the_submission(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = of()
     (project.parent / "bin").mkdir()
     slow = project.parent / "bin" / "git"
@@ -163,7 +165,9 @@ def test_without_git_or_a_work_tree_nothing_is_recorded_and_the_job_is_submitted
     assert staged_in(project) == []
 
 
-def test_a_snapshot_has_what_git_tracks_as_it_is_now_submodules_included(project: Path, tmp_path: Path) -> None:
+def test_a_snapshot_has_the_tracked_files_in_their_current_state_including_submodules(
+    project: Path, tmp_path: Path
+) -> None:
     library = tmp_path / "library"
     library.mkdir()
     git("init", "--quiet", cwd=library)
@@ -201,7 +205,7 @@ def test_a_job_that_was_killed_while_it_took_the_code_takes_the_rest_next_time(p
     (run_dir / "code" / "train.py").write_text("cha")
     assert start(project, script).stdout == f"{run_dir}/code\nchanged\n"
     assert not staged.exists()
-    staged.mkdir()  # killed right before it had cleaned up
+    staged.mkdir()  # killed right before it cleaned up
     shutil.copy2(run_dir / "code.json", staged / "code.json")
     assert start(project, script).stdout == f"{run_dir}/code\nchanged\n"
     assert not staged.exists()
@@ -215,13 +219,13 @@ def test_the_working_directory_has_the_same_place_in_the_copy_and_set_up_lines_r
 
 
 @pytest.mark.parametrize("chdir", [None, "sub"])
-def test_a_script_that_is_given_by_an_absolute_path_is_the_one_in_the_copy(project: Path, chdir: str | None) -> None:
+def test_a_script_given_by_an_absolute_path_is_the_one_in_the_copy(project: Path, chdir: str | None) -> None:
     spec = of(str(project / "train.py"), chdir=chdir, snapshot=True)
     assert spec.launch.script == ("../train.py" if chdir else "train.py")
     assert of(str(project / "train.py")).launch.script == str(project / "train.py")
 
 
-def test_each_task_of_an_array_gets_the_code_and_the_last_one_clears_up(project: Path) -> None:
+def test_each_task_of_an_array_gets_the_code_and_the_last_one_cleans_up(project: Path) -> None:
     script, staged = put_aside(project, of(array="1-2", snapshot=True))
     for task in ("1", "1", "2"):
         assert staged.exists()
@@ -230,7 +234,7 @@ def test_each_task_of_an_array_gets_the_code_and_the_last_one_clears_up(project:
     assert not staged.exists()
 
 
-def test_a_task_that_goes_on_as_a_job_of_its_own_leaves_the_others_theirs(project: Path) -> None:
+def test_a_task_that_continues_as_a_job_of_its_own_leaves_the_copy_for_the_other_tasks(project: Path) -> None:
     script, staged = put_aside(project, of(array="1-2", snapshot=True))
     tasks = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
     start(project, script, **tasks, SLURM_ARRAY_TASK_COUNT="2")
@@ -247,7 +251,7 @@ def test_a_joiner_runs_in_the_copy_of_the_job_that_it_joins(project: Path) -> No
     assert start(project, script, "8", ELASTIC_HPC_JOIN=str(run_dir)).stdout == f"{run_dir}/code\nchanged\n"
 
 
-def test_the_printed_script_run_by_hand_says_that_it_has_no_copy(project: Path) -> None:
+def test_the_printed_script_run_by_hand_reports_that_it_has_no_copy(project: Path) -> None:
     done = start(project, render(of(snapshot=True)))
     assert done.returncode == 1
     assert "the snapshot of this job is missing; submit the job again with elastic-sbatch --snapshot" in done.stderr
@@ -266,7 +270,7 @@ def test_a_refused_job_leaves_nothing_behind_and_one_that_may_be_queued_keeps_it
     assert len(staged_in(project)) == 2
 
 
-def test_a_dry_run_leaves_no_trace_and_differs_only_in_the_name_of_what_is_put_aside(
+def test_a_dry_run_leaves_no_trace_and_differs_only_in_the_name_of_the_staged_copy(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["-N1", "--log-dir", "../logs", "--snapshot", "train.py"]
@@ -290,7 +294,7 @@ def test_a_dry_run_leaves_no_trace_and_differs_only_in_the_name_of_what_is_put_a
         ("train.py", {"snapshot": "yes"}, "--snapshot 'yes': expected on or off"),
     ],
 )
-def test_what_cannot_be_a_snapshot_is_refused(
+def test_a_folder_that_cannot_be_a_snapshot_is_refused(
     project: Path, script: str, options: dict[str, Any], message: str
 ) -> None:
     (project.parent / "outside.py").write_text("pass")
@@ -305,7 +309,7 @@ def test_a_snapshot_needs_a_work_tree(project: Path) -> None:
     assert of(snapshot=False).code is None
 
 
-def test_a_template_that_does_not_take_the_copy_is_refused_and_others_record_nothing(project: Path) -> None:
+def test_a_template_that_does_not_use_the_copy_is_refused_and_other_jobs_record_nothing(project: Path) -> None:
     (project / "my.j2").write_text("#!/bin/sh\n")
     with (
         pytest.raises(UsageError, match=r"--template \./my\.j2 with --snapshot: .* include snapshot\.j2"),
@@ -318,7 +322,7 @@ def test_a_template_that_does_not_take_the_copy_is_refused_and_others_record_not
     assert staged_in(project) == []
 
 
-def test_a_file_may_switch_snapshots_on_and_the_command_line_takes_it_back(
+def test_a_file_may_switch_snapshots_on_and_the_command_line_switches_them_off(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project / "elastic_hpc.toml").write_text("snapshot = true\n")

@@ -55,7 +55,7 @@ specs = st.builds(
 
 
 @given(specs)
-def test_the_agent_reads_from_its_command_line_what_the_user_asked_for(spec):
+def test_the_agent_reads_the_users_options_from_its_command_line(spec):
     parser = argparse.ArgumentParser()
     add_launch_options(parser)
     parser.add_argument("script")
@@ -103,12 +103,12 @@ def test_nodes_may_be_written_as_for_sbatch(text, meaning):
         (":5", None, 5),
     ],
 )
-def test_torchruns_endpoints_on_the_same_host_are_the_first_host_here(text, head, port):
+def test_torchruns_endpoints_on_the_same_host_mean_the_first_host_here(text, head, port):
     endpoint = Endpoint.parse(text)
     assert (endpoint.head, endpoint.port) == (head, port)
 
 
-def test_the_settings_of_torchs_own_rendezvous_are_taken_and_of_no_use():
+def test_the_settings_of_torchs_own_rendezvous_are_accepted_without_effect():
     given = RdzvConf.parse("timeout=900,read_timeout=60,is_host=1,join_timeout=10m")
     assert given == RdzvConf(join_timeout=timedelta(minutes=10))
     with pytest.raises(UsageError, match=r"^--rdzv-conf join_timeout='soon': expected a time"):
@@ -118,7 +118,7 @@ def test_the_settings_of_torchs_own_rendezvous_are_taken_and_of_no_use():
 @pytest.mark.parametrize(
     ("nodes", "spares", "slurm"), [("4", 0, "4"), ("4", 2, "4-6"), ("4:8", 2, "4-10"), ("4,6,8", 1, "4-9")]
 )
-def test_slurm_is_asked_for_the_spares_too_but_does_not_wait_for_them(nodes, spares, slurm):
+def test_the_job_requests_spares_too_but_does_not_wait_for_them(nodes, spares, slurm):
     spec = LaunchSpec("t.py", nodes=NodeRange.parse(nodes), spares=spares)
     assert spec.asks_slurm(grows_elsewhere=False).slurm == slurm
 
@@ -134,9 +134,7 @@ def test_slurm_is_asked_for_the_spares_too_but_does_not_wait_for_them(nodes, spa
         ("4,6,9", 6, 2, (6, 9)),
     ],
 )
-def test_a_world_has_a_number_of_nodes_that_the_user_allows_and_that_gives_the_right_multiple_of_workers(
-    nodes, multiple, nproc, sizes
-):
+def test_a_world_has_an_allowed_number_of_nodes_that_gives_the_right_multiple_of_workers(nodes, multiple, nproc, sizes):
     spec = LaunchSpec("t.py", nodes=NodeRange.parse(nodes), world_multiple_of=multiple, spares=9)
     assert spec.sizes(nproc) == sizes
 
@@ -148,7 +146,7 @@ def test_a_world_has_a_number_of_nodes_that_the_user_allows_and_that_gives_the_r
         ("4,8", 12, 2, "2 workers on each; expected a multiple of 6, for example --nodes 6"),
     ],
 )
-def test_a_multiple_that_no_number_of_nodes_gives_is_refused_with_one_that_does(nodes, multiple, nproc, message):
+def test_an_impossible_multiple_is_refused_with_a_possible_one(nodes, multiple, nproc, message):
     spec = LaunchSpec("t.py", nodes=NodeRange.parse(nodes), world_multiple_of=multiple)
     with pytest.raises(UsageError, match=f"^--world-multiple-of {multiple}: .* --nodes {nodes} fits, with {message}$"):
         spec.sizes(nproc)
@@ -192,7 +190,7 @@ def test_every_refusal_names_the_option(option, text):
         assert option.parse(text) == RdzvConf()
         return
     if option.flag == "--rdzv-endpoint" and text in {"-1", "0.0.0", "1,2", "٣", "1_0", "9" * 5000}:
-        return  # a host name to judge for the resolver
+        return  # a host name that only the resolver can judge
     if option.flag in {"--nodes", "--tee", "--local-ranks-filter"} and text == "1,2":
         return  # an exact set
     with pytest.raises(UsageError, match=f"^{option.flag} .*expected"):
@@ -203,14 +201,14 @@ def test_every_refusal_names_the_option(option, text):
     ("text", "limit", "learns"),
     [("auto", None, True), ("off", None, False), ("0", None, False), ("10m", 600, False), ("15", 15, False)],
 )
-def test_a_hang_timeout_is_learned_given_or_off(text: str, limit: float | None, *, learns: bool) -> None:
+def test_a_hang_timeout_is_learned_or_given_or_off(text: str, limit: float | None, *, learns: bool) -> None:
     read = HangTimeout.parse(text)
     assert (read.limit and read.limit.total_seconds(), read.learns) == (limit, learns)
     assert HangTimeout.parse(str(read)) == read
 
 
 @pytest.mark.parametrize("text", ["never", "-5", "", "auto,off"])
-def test_a_hang_timeout_that_is_none_is_refused_with_an_example(text: str) -> None:
+def test_an_invalid_hang_timeout_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match=r"expected auto, off, or a time above 0, for example --hang-timeout 10m"):
         HangTimeout.parse(text)
 
@@ -219,13 +217,13 @@ def test_a_hang_timeout_that_is_none_is_refused_with_an_example(text: str) -> No
     ("text", "factor", "leaves"),
     [("1.5", 1.5, False), ("2:leave", 2, True), ("off", 0, False), ("1.25:leave", 1.25, True)],
 )
-def test_a_slow_node_is_named_left_or_not_looked_for(text: str, factor: float, *, leaves: bool) -> None:
+def test_a_slow_node_is_named_or_left_or_not_looked_for(text: str, factor: float, *, leaves: bool) -> None:
     read = SlowNode.parse(text)
     assert (read.factor, read.leaves) == (factor, leaves)
     assert str(read) == text
 
 
 @pytest.mark.parametrize("text", ["1", "0", "-2", "", "leave", "1.5:go", "1.5:", "off:leave", "inf", "1e3"])
-def test_a_slow_node_that_makes_no_sense_is_refused_with_an_example(text: str) -> None:
+def test_an_invalid_value_for_slow_nodes_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match=r"expected FACTOR or FACTOR:leave .* for example --slow-node 1.5:leave"):
         SlowNode.parse(text)

@@ -1,4 +1,4 @@
-"""The stacks of processes that are stuck, read from real ones."""
+"""The stacks of stuck processes, read from real processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_py_spy = pytest.mark.skipif(stacks._py_spy() is None, reason="py-spy is no
 
 @pytest.fixture
 def stuck() -> Iterator[list[int]]:
-    """Two processes that wait for ever."""
+    """Two processes that wait forever."""
     processes = [subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE) for _ in range(2)]
     for process in processes:
         assert process.stdout
@@ -64,7 +64,7 @@ def test_a_process_that_was_stopped_shows_its_stack_and_stays_stopped(stuck: lis
     assert "State:\tT" in Path(f"/proc/{stuck[0]}/status").read_text()
 
 
-def test_without_py_spy_the_kernels_view_and_how_to_get_more_are_written(
+def test_without_py_spy_the_kernels_view_and_a_hint_are_written(
     stuck: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -72,15 +72,15 @@ def test_without_py_spy_the_kernels_view_and_how_to_get_more_are_written(
     path = tmp_path / "n1.stacks"
     assert stacks.dump({"rank0": stuck[0]}, path)
     text = path.read_text()
-    assert "wait_for_a_lost_peer" in text.splitlines()[1]  # of the command line
+    assert "wait_for_a_lost_peer" in text.splitlines()[1]  # matches the command line
     assert text.count(", system call ") == 2
     assert "futex" in text
     assert "pip install py-spy" in text
 
 
 @needs_py_spy
-def test_where_tracing_is_refused_the_kernels_view_says_so(stuck: list[int]) -> None:
-    """Another user's processes are refused as yama refuses one's own."""
+def test_if_tracing_is_refused_the_kernels_view_reports_that(stuck: list[int]) -> None:
+    """Tracing of other users' processes is refused, as yama refuses that of a user's own."""
     needed = (*Path(__file__).resolve().parents, *Path(sys.base_prefix).resolve().parents)
     private = [path for path in needed if not path.stat().st_mode & 0o001]
     if private and os.geteuid() == 0:
@@ -119,7 +119,7 @@ def test_a_py_spy_that_hangs_costs_no_more_than_the_timeout(
     assert f"Thread {stuck[0]}" in path.read_text()
 
 
-def test_nothing_is_raised_for_what_is_gone_or_cannot_be_written(tmp_path: Path) -> None:
+def test_a_missing_process_or_an_unwritable_file_raises_nothing(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     path = tmp_path / "n1.stacks"

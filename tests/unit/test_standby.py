@@ -1,4 +1,4 @@
-"""A standby that is handed a round must not be told from a worker that was started then: all is compared with one."""
+"""A standby that gets a round must be indistinguishable from a newly started worker; each test compares the two."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
 
 
 @pytest.mark.parametrize("how", ["a relative path", "an absolute one", "a link", "a module", "a package"])
-def test_what_a_process_can_see_of_itself_is_the_same(how: str, launch: Launch, tmp_path: Path) -> None:
+def test_a_standby_and_a_new_process_see_the_same_of_themselves(how: str, launch: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "sub folder"
     folder.mkdir()
     script(f'"""Doc."""\n{LOOK}', "sub folder/tr\u00e4in.py")
@@ -102,19 +102,19 @@ def test_what_a_process_can_see_of_itself_is_the_same(how: str, launch: Launch, 
         "print(input())",
     ],
 )
-def test_however_it_ends_code_and_output_are_the_same(text: str, launch: Launch) -> None:
+def test_exit_code_and_output_are_the_same_for_every_kind_of_end(text: str, launch: Launch) -> None:
     name = script(text)
     warm, cold = launch(name, "x"), launch(name, "x", warm=False)
     assert warm.how.cold == 0
     assert (warm.code, warm.out) == (cold.code, cold.out)
-    if "faulthandler" in text:  # it shows the frame below the script too
+    if "faulthandler" in text:  # the traceback also shows the frame below the script
         assert warm.err.splitlines()[:5] == cold.err.splitlines()[:5]
     else:
         assert warm.err == cold.err
 
 
 @pytest.mark.parametrize("how", ["script", "module"])
-def test_processes_of_a_script_can_import_it(launch: Launch, how: str) -> None:
+def test_child_processes_of_a_script_can_import_it(launch: Launch, how: str) -> None:
     name = script(
         """
 import cProfile, multiprocessing, os, pickle, sys
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     assert warm.out.count("__mp_main__") == 2
 
 
-def test_data_loaders_fork_and_spawn(launch: Launch) -> None:
+def test_data_loaders_can_fork_and_spawn(launch: Launch) -> None:
     name = script(
         """
 import torch
@@ -158,12 +158,12 @@ if __name__ == "__main__":
 """
     )
     ran = launch(name, modules=("torch",))
-    assert ran.code == 0, ran.err  # on a busy machine Python's resource tracker may complain there
+    assert ran.code == 0, ran.err  # on a busy machine Python's resource tracker may print a warning here
     assert ran.out == "fork [(True, [1, 2]), (True, [3])]\nspawn [(True, [1, 2]), (True, [3])]\n"
     assert ran.how.warm == 1
 
 
-def test_random_numbers_differ_and_those_with_a_seed_do_not(launch: Launch) -> None:
+def test_random_numbers_differ_unless_they_have_a_seed(launch: Launch) -> None:
     name = script(
         "import random, numpy, torch\nprint(random.random(), numpy.random.rand(), hash('x'), torch.initial_seed())\n"
         "torch.manual_seed(1)\nprint(torch.rand(2).tolist(), torch.get_num_threads(), torch.__config__.parallel_info())"
@@ -175,15 +175,15 @@ def test_random_numbers_differ_and_those_with_a_seed_do_not(launch: Launch) -> N
     assert len(set(fixed)) == 1
 
 
-def test_the_whole_stack_can_be_shown_and_waits_for_nothing(launch: Launch) -> None:
-    """Each frame's file is read: none may be one of the script's own descriptors."""
+def test_the_whole_stack_can_be_shown_without_waiting(launch: Launch) -> None:
+    """Each frame's file is read; no such file may be a descriptor of the script."""
     name = script("import os, traceback\npipes = [os.pipe() for _ in range(50)]\ntraceback.print_stack()")
     ran = launch(name)
     assert (ran.code, ran.how.warm) == (0, 1)
     assert ran.err.endswith("in <module>\n    traceback.print_stack()\n")
 
 
-def test_what_an_import_says_and_sets_comes_with_it(launch: Launch) -> None:
+def test_output_and_settings_of_an_import_come_with_it(launch: Launch) -> None:
     script(
         "import os, warnings\nwarnings.warn('old')\nprint('said')\nos.environ['SET'] = os.environ['FIRST'] + "
         "os.environ.get('RANK', '')\nos.environ['FIRST'] = 'by import'",
@@ -208,9 +208,7 @@ def test_what_an_import_says_and_sets_comes_with_it(launch: Launch) -> None:
         ("the script is no plain file", {"missing": True}),
     ],
 )  # fmt: skip
-def test_where_it_would_differ_the_standby_becomes_a_fresh_process(
-    why: str, how: dict[str, object], launch: Launch
-) -> None:
+def test_a_standby_that_would_differ_becomes_a_fresh_process(why: str, how: dict[str, object], launch: Launch) -> None:
     script("print('imported')\nraise SystemExit(5)", "mine.py")
     script("import types, sys\nsys.modules['torch'] = types.SimpleNamespace(cuda=types.SimpleNamespace(\n"
            "    is_initialized=lambda: True))", "gpu.py")  # fmt: skip
@@ -226,7 +224,7 @@ def test_where_it_would_differ_the_standby_becomes_a_fresh_process(
     assert (warm.code, warm.out, warm.err) == (cold.code, cold.out, cold.err)
 
 
-def test_one_that_is_killed_while_it_waits_is_not_used(tmp_path: Path) -> None:
+def test_a_standby_that_is_killed_while_it_waits_is_not_used(tmp_path: Path) -> None:
     pool = Standbys(["train.py"], ["json"], 2)
     pool.prepare()
     first, second = (each.process for each in pool._waiting)
@@ -240,16 +238,16 @@ def test_one_that_is_killed_while_it_waits_is_not_used(tmp_path: Path) -> None:
     assert (pool.started.cold, pool.started.why) == (1, "no standby was ready")
 
 
-def test_the_agents_own_path_is_left_alone() -> None:
+def test_the_agents_own_path_is_not_changed() -> None:
     code = "import sys; sys.path.insert(0, 'mine'); import elastic_hpc.workers.standbys; assert sys.path[0] == 'mine'"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_next_ones_come_one_by_one_while_the_workers_train(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_standbys_start_one_by_one_while_the_workers_train(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Standbys(["train.py"], ["json"], 3)
     for count in (1, 2, 3):
         pool.look(going=True)
-        pool.look(going=True)  # not before the last one is ready
+        pool.look(going=True)  # no further standby before the last one is ready
         assert len(pool._waiting) == count
         wait_until_ready(pool)
     pool.look(going=True)
@@ -258,7 +256,7 @@ def test_the_next_ones_come_one_by_one_while_the_workers_train(monkeypatch: pyte
     pool.close()
 
 
-def test_they_take_but_a_part_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standbys_take_only_a_part_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Standbys(["train.py"], ["json"], 2)
     pool.look(going=True)
     wait_until_ready(pool)
@@ -272,7 +270,7 @@ def test_they_take_but_a_part_of_the_free_memory(monkeypatch: pytest.MonkeyPatch
     pool.close()
 
 
-def test_after_three_deaths_there_are_none_any_more() -> None:
+def test_after_three_deaths_no_further_standbys_are_started() -> None:
     pool = Standbys(["train.py"], ["json"], 1)
     for _ in range(3):
         pool.look(going=True)
@@ -285,7 +283,7 @@ def test_after_three_deaths_there_are_none_any_more() -> None:
     assert pool.started.why == "standbys died while they waited, 3 times"
 
 
-def test_one_begins_in_the_working_directory_that_its_agent_has_by_then(
+def test_a_standby_starts_in_the_current_working_directory_of_its_agent(
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = [str(tmp_path / script("import os\nprint(os.getcwd())"))]
@@ -299,7 +297,7 @@ def test_one_begins_in_the_working_directory_that_its_agent_has_by_then(
     assert (ran.out, ran.err, ran.how.warm) == (f"{tmp_path / 'other'}\n", "", 1)
 
 
-def test_one_that_starts_after_the_working_directory_was_made_anew_finds_it(
+def test_a_standby_finds_a_recreated_working_directory(
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder, "_remembered", "")
@@ -318,14 +316,14 @@ def test_one_that_starts_after_the_working_directory_was_made_anew_finds_it(
     assert (ran.out, ran.err, ran.how.warm) == (f"{work}\n", "", 1)
 
 
-def test_one_whose_agent_is_gone_ends() -> None:
+def test_a_standby_whose_agent_is_gone_ends() -> None:
     pool = Standbys(["train.py"], ["json"], 1)
     pool.prepare()
     pool._waiting[0].close()
     pool._waiting[0].process.wait(30)
 
 
-def test_signals_reach_the_worker_and_all_it_has_started(launch: Launch, tmp_path: Path) -> None:
+def test_signals_reach_the_worker_and_all_its_children(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "output").mkdir()
     os.mkfifo(tmp_path / "output" / "fifo")
     name = script(
@@ -335,7 +333,7 @@ def test_signals_reach_the_worker_and_all_it_has_started(launch: Launch, tmp_pat
     assert launch(name, kill=signal.SIGTERM).code == -signal.SIGTERM
 
 
-def test_a_worker_that_is_kept_for_the_next_round_goes_on_to_write_into_its_own_record(launch: Launch) -> None:
+def test_a_worker_that_is_kept_for_the_next_round_keeps_writing_into_its_own_record(launch: Launch) -> None:
     Path("a").touch()
     name = script("import os, time\nwhile os.path.exists('a'):\n    time.sleep(0.01)\nimport json\n")
     pool = Standbys([name], ("json",), 1)
@@ -345,7 +343,7 @@ def test_a_worker_that_is_kept_for_the_next_round_goes_on_to_write_into_its_own_
         worker = pool.take([sys.executable, "-u", name], os.environ, [null.fileno(), null.fileno()])
     assert worker
     pool.begin(kept={worker.pid})
-    others = [os.memfd_create("other") for _ in range(20)]  # one would have the number of a record that was closed
+    others = [os.memfd_create("other") for _ in range(20)]  # one of them would get the number of a closed record
     Path("a").unlink()
     assert worker.wait(60) == 0
     assert [os.fstat(other).st_size for other in others] == [0] * 20

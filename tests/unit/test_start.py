@@ -1,4 +1,4 @@
-"""A user's modules in the working directory, named like those of the library or of ours, are not for our processes."""
+"""Our processes do not import modules of the working directory that have names of the library's modules or of ours."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ dist.destroy_process_group()
 
 @pytest.fixture
 def crowded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory in which every import of a module of the library, of torch or of ours would fail."""
+    """A working directory in which every import of a library module, of torch or of our modules would fail."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
     folder = tmp_path / "project"
     for name in ("torch", "rich", "jinja2", "tomli", "submitit", "cloudpickle", "elastic_hpc", "sitecustomize"):
@@ -62,8 +62,10 @@ def test_a_job_and_every_command_run_in_a_folder_of_modules_named_like_the_libra
 
 
 @pytest.mark.parametrize("name", ["python", "python3"])
-def test_so_does_a_module_of_ours_by_any_interpreter(crowded: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """By this one, and by another, of which nothing is known but its name."""
+def test_a_module_of_ours_runs_there_with_any_interpreter(
+    crowded: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """With this interpreter, and with another one of which only the name is known."""
     folder = crowded.parent / "on the path"
     folder.mkdir()
     (folder / "shows.py").write_text(

@@ -1,4 +1,4 @@
-"""``elastic-hpc status`` and what it is made of: never healthier than what is known."""
+"""``elastic-hpc status`` and its parts: never shows a job healthier than the known facts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def shown(what: Any, width: int = 150) -> str:
     return console.export_text()
 
 
-def test_a_running_job_is_told_with_its_world_its_budgets_and_its_progress() -> None:
+def test_a_running_job_is_shown_with_its_world_its_budgets_and_its_progress() -> None:
     story = running()
     now = story.last_time + 1
     one = view(seen(queued=Queued("RUNNING", now + 600, "None")), story, now)
@@ -92,7 +92,7 @@ def test_a_running_job_is_told_with_its_world_its_budgets_and_its_progress() -> 
     assert "1 in all, resumed 2 times" in shown(card(resumed))
 
 
-def test_a_job_that_has_run_at_several_sizes_shows_its_speed_at_each_and_how_well_it_scales() -> None:
+def test_a_job_that_has_run_at_several_sizes_shows_its_speed_at_each_and_its_scaling() -> None:
     at = 1000.0
     events: list[dict[str, Any]] = [{"time": at, "event": "start", "run": 0, "job": "1", "granted": 4}]
     for number, (nodes, steps) in enumerate([(2, 100), (4, 150), (2, 100)], 1):
@@ -112,7 +112,7 @@ def test_a_job_that_has_run_at_several_sizes_shows_its_speed_at_each_and_how_wel
     assert "efficiency" not in shown(card(view(seen(), running("broken"), at)))
 
 
-def test_a_job_that_waits_says_when_slurm_expects_it_to_start_or_that_slurm_does_not() -> None:
+def test_a_waiting_job_shows_slurms_expected_start_or_that_there_is_none() -> None:
     waits = view(seen(queued=Queued("PENDING", None, "Resources", 2500.0)), Story(), 1000.0)
     assert waits.starts_in == 1500
     assert "starts    in 25 min, as Slurm estimates" in shown(card(waits))
@@ -124,7 +124,7 @@ def test_a_job_that_waits_says_when_slurm_expects_it_to_start_or_that_slurm_does
     assert view(seen(queued=Queued("RUNNING", None, "None", 900.0)), running(), 1000.0).starts_in is None
 
 
-def test_when_slurm_cannot_be_asked_nothing_is_said_to_be_healthy() -> None:
+def test_if_slurm_does_not_answer_no_job_is_shown_as_healthy() -> None:
     one = view(seen(queued=None, problem="Slurm cannot be asked: timed out"), running(), time.time())
     assert one.state == "UNKNOWN"
     assert "Slurm cannot be asked: timed out" in one.note
@@ -133,7 +133,7 @@ def test_when_slurm_cannot_be_asked_nothing_is_said_to_be_healthy() -> None:
     assert one.steps_per_second is None
 
 
-def test_a_job_that_slurm_forgot_without_an_end_on_record_was_cut_off() -> None:
+def test_a_job_that_slurm_has_forgotten_and_whose_record_has_no_end_was_cut_off() -> None:
     one = view(seen(queued=None), running(), time.time())
     assert (one.state, one.note) == (
         "UNKNOWN",
@@ -154,18 +154,18 @@ def test_a_job_that_was_cancelled_while_it_waited_after_a_requeue() -> None:
     )
 
 
-def test_a_running_job_that_nobody_leads_is_told_so() -> None:
+def test_a_running_job_without_a_leader_is_shown_as_such() -> None:
     now = time.time()
     assert view(seen(silent=65.0), running(), now).note == "no leader since 1 min 5 s"
     assert view(seen(silent=None), Story(), now).note == "it is starting: no agent has started on its first node yet"
 
 
-def test_a_running_job_says_what_keeps_further_nodes_from_coming() -> None:
+def test_a_running_job_shows_why_no_further_nodes_come() -> None:
     told = view(seen(), replace(running(), not_growing="joiner 5: AssocMaxJobsLimit"), time.time())
     assert (told.state, told.note) == ("RUNNING", "no further nodes: joiner 5: AssocMaxJobsLimit")
 
 
-def test_a_running_job_without_a_world_names_what_it_waits_for_and_shows_no_node_of_the_run_before() -> None:
+def test_a_running_job_without_a_world_names_what_it_waits_for_and_shows_no_node_of_the_previous_run() -> None:
     events = list(records.events("faults"))
     again = next(i for i, event in enumerate(events) if event["event"] == "start" and event["run"] == 1)
     start = events[again]
@@ -179,7 +179,7 @@ def test_a_running_job_without_a_world_names_what_it_waits_for_and_shows_no_node
     assert "not joined yet: n3" in shown(page(one, story, until_now)).partition("run 2")[2]
 
 
-def test_a_job_without_one_of_its_nodes_names_that_node_and_says_why_until_the_node_is_back() -> None:
+def test_a_job_names_a_missing_node_and_the_reason_until_the_node_is_back() -> None:
     start = {"run": 0, "job": "7", "granted": 3}
     formed = {"world_size": 2, "restarts": 0, "leader": "n1"}
     events: list[dict[str, Any]] = [
@@ -223,12 +223,12 @@ def test_nodes_that_are_about_to_fail_are_shown_with_the_reason_until_they_may_s
     assert view(seen(), story_of([begin, drained, needed, left]), 6.0).missing == {**bad, "n3": "Xid 79"}
 
 
-def test_a_job_whose_nodes_slurm_prepares_or_clears_is_told_so() -> None:
+def test_a_job_whose_nodes_slurm_prepares_or_cleans_is_shown_as_such() -> None:
     assert "prolog" in view(seen(queued=Queued("CONFIGURING", None, "Prolog")), Story(), 0.0).note
     assert "epilog" in view(seen(queued=Queued("COMPLETING", None, "None")), running(), 0.0).note
 
 
-def test_a_job_that_has_not_started_says_what_it_waits_for() -> None:
+def test_a_job_that_has_not_started_shows_what_it_waits_for() -> None:
     one = view(seen(queued=Queued("PENDING", None, "Resources"), script="", silent=None), Story(), time.time())
     assert (one.state, one.note, one.round, one.step) == ("PENDING", "Resources", 0, None)
     assert "Resources" in shown(card(one))
@@ -255,7 +255,7 @@ def test_the_json_has_a_version_and_every_documented_field(capsys: pytest.Captur
         assert f"`{field}`" in documented
 
 
-def test_the_json_of_a_job_that_is_not_over_says_that_slurm_is_not_there(
+def test_the_json_of_an_active_job_shows_that_slurm_does_not_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = records.copy("grown", tmp_path)
@@ -267,7 +267,9 @@ def test_the_json_of_a_job_that_is_not_over_says_that_slurm_is_not_there(
     assert body["jobs"][0]["state"] == "UNKNOWN"
 
 
-def test_that_slurm_could_not_be_asked_is_forgotten_when_all_jobs_have_ended_by_their_records(tmp_path: Path) -> None:
+def test_the_problem_that_slurm_does_not_answer_is_dropped_when_all_jobs_have_ended_by_their_records(
+    tmp_path: Path,
+) -> None:
     folder = records.copy("grown", tmp_path)
     verdict = (folder / "verdict.json").read_bytes()
     (folder / "verdict.json").unlink()
@@ -281,7 +283,7 @@ def test_that_slurm_could_not_be_asked_is_forgotten_when_all_jobs_have_ended_by_
 
 @pytest.mark.parametrize("name", ["verdict.json", "state.json", "spec.json", "endpoint.json", "events.jsonl"])
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\x00", b"[]\n", b'{"run": "x", "job": [], "script": 7}\n', None])
-def test_a_damaged_file_costs_what_it_says_and_no_more(name: str, damage: bytes | None, tmp_path: Path) -> None:
+def test_a_damaged_file_costs_only_its_own_content(name: str, damage: bytes | None, tmp_path: Path) -> None:
     folder = records.copy("faults", tmp_path)
     if damage is None:
         (folder / name).unlink()
@@ -304,7 +306,7 @@ def test_jobs_are_found_by_id_from_any_folder(home: Path, capsys: pytest.Capture
     assert main(["why", str(home / "elastic-logs" / "9")]) == 2
 
 
-def test_without_a_job_all_are_shown_that_are_not_over_or_ended_lately(
+def test_without_a_job_argument_all_active_and_recently_ended_jobs_are_shown(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("faults", "broken"):
@@ -374,7 +376,7 @@ def test_a_job_whose_record_cannot_be_read_does_not_hide_the_others(
     assert "events.jsonl: Is a directory" in capsys.readouterr().err
 
 
-def test_known_jobs_are_the_last_ones_each_once_and_an_array_by_its_tasks(home: Path) -> None:
+def test_known_jobs_are_the_latest_ones_each_once_and_arrays_by_task(home: Path) -> None:
     assert with_tasks() == []
     for name in ("1", "2", "1"):
         remember(home / name)
@@ -410,7 +412,7 @@ def test_after_ctrl_c_the_last_state_stays_on_the_screen(home: Path) -> None:
     assert b"UNKNOWN" in text.rpartition(b"\x1b[?1049l")[2]
 
 
-def test_watch_ends_with_the_job_and_when_it_is_no_terminal_shows_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_watch_ends_with_the_job_and_without_a_terminal_shows_only_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--watch", str(records.FOLDER / "faults")]) == 0
     assert "COMPLETED" in capsys.readouterr().out
     assert main(["status", "--watch", "--json"]) == 2
@@ -420,7 +422,7 @@ def test_watch_ends_with_the_job_and_when_it_is_no_terminal_shows_its_end(capsys
     ("seconds", "text"),
     [(0.04, "0.0 s"), (4.25, "4.2 s"), (59.6, "60 s"), (185, "3 min 5 s"), (7800, "2 h 10 min"), (277200, "3 d 5 h")],
 )
-def test_durations_are_for_people(seconds: float, text: str) -> None:
+def test_durations_are_readable_for_humans(seconds: float, text: str) -> None:
     assert span(seconds) == text
 
 
@@ -440,7 +442,7 @@ def test_status_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize("state", ["PENDING", "CONFIGURING", "REQUEUED", "RUNNING", "COMPLETING", "STAGE_OUT"])
-def test_a_job_is_over_only_in_a_state_that_slurm_does_not_leave(state: str) -> None:
+def test_a_job_counts_as_ended_only_in_a_final_state_of_slurm(state: str) -> None:
     one = view(seen(queued=Queued(state, None, "None")), records.story("faults"), time.time())
     assert not one.over
     assert view(ended(), records.story("faults"), time.time()).over
@@ -483,7 +485,7 @@ def batch(**changes: str) -> slurm.SlurmJob:
         ("FAILED", None, "", "it ended before an agent led it", "scontrol show job 4711"),
     ],
 )
-def test_a_job_whose_batch_script_never_ran_says_why_and_what_to_do(
+def test_a_job_whose_batch_script_never_ran_shows_why_and_what_to_do(
     state: str, said: slurm.SlurmJob | None, lacks: str, note: str, advice: str
 ) -> None:
     known = Queued(state, None, "None")
@@ -504,14 +506,14 @@ def test_a_job_whose_batch_script_never_ran_says_why_and_what_to_do(
         ("Resources", ""),
     ],
 )
-def test_a_job_that_will_not_start_by_itself_says_what_to_do(reason: str, advice: str) -> None:
+def test_a_job_that_cannot_start_on_its_own_shows_what_to_do(reason: str, advice: str) -> None:
     one = view(seen(queued=Queued("PENDING", None, reason), script="", silent=None), Story(), time.time())
     assert (one.over, one.note) == (False, reason)
     assert advice in " ".join(one.advice)
     assert bool(advice) == bool(one.advice)
 
 
-def test_an_id_of_two_folders_is_refused_with_a_list(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_id_with_two_folders_is_refused_with_a_list(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("a", "b"):
         remember(RunDir(home / folder / "local.0").create().path)
     (home / "link").symlink_to("a")

@@ -1,4 +1,4 @@
-"""What a rank takes in a step before its collectives, with DistributedDataParallel on two processes with gloo."""
+"""The time of a rank in a step before its collectives, with DistributedDataParallel on two gloo processes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     forget_round()
 
 
-def test_the_agent_reads_what_the_last_steps_took(agent: Path) -> None:
+def test_the_agent_reads_the_times_of_the_last_steps(agent: Path) -> None:
     report_progress(0)
     assert read_times(agent) == (0, ())
     for step in range(1, 4):
@@ -100,7 +100,7 @@ def test_the_agent_reads_what_the_last_steps_took(agent: Path) -> None:
     assert progress.step == 203
 
 
-def test_a_time_that_makes_no_sense_does_not_stop_training(agent: Path) -> None:
+def test_an_invalid_time_does_not_stop_training(agent: Path) -> None:
     for seconds in (float("nan"), float("inf"), -1.0, 1e300):
         report_progress(1, own_seconds=seconds)
     count, (only,) = read_times(agent)
@@ -108,7 +108,7 @@ def test_a_time_that_makes_no_sense_does_not_stop_training(agent: Path) -> None:
     assert read_times(agent.parent / "none") == (0, ())
 
 
-def test_the_rank_that_is_slow_is_told_from_the_rank_that_waits_for_it(tmp_path: Path) -> None:
+def test_the_slow_rank_is_distinguished_from_the_rank_that_waits_for_it(tmp_path: Path) -> None:
     cases = [("script", 0), ("script", 1), ("live", 1)]
     run(WORLD, tmp_path, cases, 180)
     for how, slow in cases:
@@ -132,7 +132,7 @@ def test_a_step_is_measured_to_its_first_gradient_and_only_once() -> None:
         net(torch.ones(2)).sum().backward()
     assert len(timer.known()) == 1
     assert timer.known() == []
-    timer.begin()  # was interrupted, and is repeated
+    timer.begin()  # the step was interrupted, and is repeated
     timer.pause()
     timer.begin()
     timer.resume()
@@ -151,7 +151,7 @@ def test_a_model_that_is_measured_can_be_saved_and_one_without_parameters_is_not
 
 
 class _Parallel(nn.Module):
-    """Stands where DistributedDataParallel stands, which needs a process group."""
+    """Replaces DistributedDataParallel, which needs a process group."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_a_model_with_buffers_that_is_measured_can_be_saved(monkeypatch: pytest.
         pickle.loads(pickle.dumps(saved))(torch.ones(3, 2)).sum().backward()
 
 
-def test_what_cannot_be_measured_ends_the_measurement_and_not_the_script(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_problem_with_a_measurement_ends_the_measurement_and_not_the_script(caplog: pytest.LogCaptureFixture) -> None:
     class Captured:
         def query(self) -> bool:
             raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")

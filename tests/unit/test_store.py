@@ -1,4 +1,4 @@
-"""The stores of the rounds, where opening a store takes for ever: a name server is gone, or a file system stalls."""
+"""The stores of the rounds, when opening a store never ends: a name server is gone, or a file system stalls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from elastic_hpc.network.server import LeaderServer
 
 
 class Stalling:
-    """In the place of TCPStore: its first ``stalls`` calls wait for ``released``."""
+    """Replaces TCPStore: its first ``stalls`` calls wait for ``released``."""
 
     def __init__(self, stalls: int) -> None:
         self.left, self.released, self.ports = stalls, threading.Event(), list[int]()
@@ -63,7 +63,7 @@ def is_open(port: int) -> bool:
     return True
 
 
-def test_the_stores_of_two_rounds_are_kept_and_the_older_ones_closed(host: StoreHost) -> None:
+def test_the_stores_of_two_rounds_are_kept_and_older_stores_are_closed(host: StoreHost) -> None:
     async def run() -> None:
         ports = [await host.open(round) for round in (1, 2, 3)]
         await asyncio.to_thread(wait_for, lambda: not is_open(ports[0]))
@@ -73,7 +73,7 @@ def test_the_stores_of_two_rounds_are_kept_and_the_older_ones_closed(host: Store
     asyncio.run(run())
 
 
-def test_a_store_that_is_late_is_opened_beside_and_closed_when_it_comes(host: StoreHost, stall: Any) -> None:
+def test_another_store_is_opened_beside_a_late_store_which_is_closed_when_it_comes(host: StoreHost, stall: Any) -> None:
     stalling = stall(1)
 
     async def run() -> None:
@@ -90,7 +90,7 @@ def test_a_store_that_is_late_is_opened_beside_and_closed_when_it_comes(host: St
     asyncio.run(run())
 
 
-def test_attempts_have_a_bound_and_the_first_that_succeeds_counts(host: StoreHost, stall: Any) -> None:
+def test_the_number_of_attempts_is_bounded_and_the_first_successful_one_counts(host: StoreHost, stall: Any) -> None:
     stalling = stall(99)
 
     async def run() -> None:
@@ -122,7 +122,7 @@ def test_a_store_of_a_round_that_nobody_wants_any_more_is_closed_when_it_comes(h
 
 
 class Record:
-    """Keeps the events; nothing else is written."""
+    """A recorder that keeps the events and writes nothing."""
 
     warning = ""
 
@@ -136,7 +136,7 @@ class Record:
         return lambda *_, **__: None
 
 
-def test_the_leader_is_told_of_a_store_that_does_not_open_and_gets_the_next_one(
+def test_the_leader_is_notified_of_a_store_that_does_not_open_and_gets_the_next_one(
     host: StoreHost, stall: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "STORE_TIMEOUT", 0.1)

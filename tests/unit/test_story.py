@@ -1,4 +1,4 @@
-"""What is told of a job, from the records of real jobs that went through real faults, whole and damaged."""
+"""The story of a job, from whole and damaged records of real jobs with real faults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_every_event_of_the_records_is_documented_with_its_fields() -> None:
         for event in records.events(name):
             fields = set(event) - {"time", "event"}
             known = {field for names in EVENTS[event["event"]][1] for field in names.split(", ")}
-            if event["event"] == "start":  # the limits stand for themselves
+            if event["event"] == "start":  # the limits need no documentation
                 fields = {field for field in fields if field in {"version", "run", "job", "granted", "nproc_per_node"}}
             assert fields <= known | {"time", "actor", "run"}, event
 
@@ -69,7 +69,7 @@ def test_a_verdict_that_a_leader_has_withdrawn_has_ended_nothing() -> None:
     assert story_of([*before, verdict]).runs != said.runs
 
 
-def test_a_node_without_power_was_lost_when_it_was_heard_of_last() -> None:
+def test_a_node_without_power_counts_as_lost_from_its_last_heartbeat() -> None:
     lost = records.story("faults").rounds[1]
     assert lost.broken is not None
     assert lost.ended is not None
@@ -77,7 +77,7 @@ def test_a_node_without_power_was_lost_when_it_was_heard_of_last() -> None:
     assert records.story("faults").rounds[2].gap == pytest.approx(5.0, abs=0.5)
 
 
-def test_the_loss_of_the_leader_is_told_though_nobody_was_there_to_say_so() -> None:
+def test_the_loss_of_the_leader_is_shown_although_no_leader_could_record_it() -> None:
     story = records.story("head")
     first, second = story.rounds
     assert (first.leader, second.leader) == ("n1", "n2")
@@ -89,7 +89,7 @@ def test_the_loss_of_the_leader_is_told_though_nobody_was_there_to_say_so() -> N
     assert sum(map(story.kept, story.rounds)) == 240
 
 
-def test_joiners_are_counted_while_they_are_there() -> None:
+def test_joiners_are_counted_while_they_are_present() -> None:
     story = records.story("grown")
     assert [len(one.nodes) for one in story.rounds] == [2, 3, 4, 3]
     assert {one.node for one in story.joiners} == {"n3", "n4"}
@@ -97,7 +97,7 @@ def test_joiners_are_counted_while_they_are_there() -> None:
     assert story.runs[0].granted == 2
 
 
-def test_what_keeps_further_nodes_from_coming_is_told_until_one_comes() -> None:
+def test_the_reason_why_no_further_nodes_come_is_shown_until_one_comes() -> None:
     events = records.events("grown")
     begins = next(at for at, event in enumerate(events) if event["event"] == "round") + 1
     problem = {"time": events[begins - 1]["time"], "event": "growth_problem", "reason": "joiner 5: AssocMaxJobsLimit"}
@@ -113,7 +113,7 @@ def test_a_script_that_cannot_run_has_two_rounds_without_a_step() -> None:
     assert account(story).goodput is None
 
 
-def test_scancel_is_told_as_what_it_was() -> None:
+def test_scancel_is_shown_as_such() -> None:
     assert (records.story("cancelled").runs[-1].cause, records.story("cancelled").runs[-1].reason) == (
         "user",
         "scancel",
@@ -121,7 +121,7 @@ def test_scancel_is_told_as_what_it_was() -> None:
 
 
 @pytest.mark.parametrize("name", records.NAMES)
-def test_all_of_the_nodes_time_is_accounted_for(name: str) -> None:
+def test_all_node_time_is_accounted_for(name: str) -> None:
     story = records.story(name)
     told = phases(story)
     assert all(before.end <= after.start + 1e-6 for before, after in pairwise(told))
@@ -147,7 +147,7 @@ def test_goodput_is_the_share_of_kept_steps() -> None:
     assert counted.queued > 1
 
 
-def test_the_time_of_a_job_that_runs_goes_on() -> None:
+def test_the_time_of_a_running_job_continues() -> None:
     running = [event for event in records.events("grown") if event["event"] != "verdict"]
     story = story_of(running)
     assert story.current
@@ -193,7 +193,7 @@ def test_the_speed_is_that_of_the_round_that_trains() -> None:
 
 
 @pytest.mark.parametrize("name", records.NAMES)
-def test_a_record_that_lost_any_of_its_lines_is_still_told(name: str) -> None:
+def test_a_record_without_any_one_of_its_lines_still_gives_a_story(name: str) -> None:
     whole, dice = records.events(name), random.Random(name)
     for _ in range(200):
         left = [event for event in whole if dice.random() < 0.7]
@@ -203,7 +203,7 @@ def test_a_record_that_lost_any_of_its_lines_is_still_told(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", records.NAMES)
-def test_a_record_of_another_version_is_told_as_far_as_it_is_understood(name: str) -> None:
+def test_a_record_of_another_version_gives_a_story_as_far_as_it_is_understood(name: str) -> None:
     whole, dice = records.events(name), random.Random(name)
     for _ in range(200):
         changed = []
@@ -234,7 +234,7 @@ def test_damaged_lines_are_counted(tmp_path: Path) -> None:
 
 
 def test_the_events_of_several_leaders_are_merged_by_time_as_they_are_written(tmp_path: Path) -> None:
-    """The first is cut off, and writes what it did meanwhile when the others have gone on."""
+    """The first leader is cut off, and writes its events later, when the others have continued."""
     reader = EventReader(tmp_path)
 
     def write(node: str, *times: float) -> list[float]:
@@ -268,7 +268,7 @@ def test_a_record_is_read_as_it_grows(tmp_path: Path) -> None:
     assert [event["event"] for event in reader.events] == ["join"]
 
 
-def test_the_story_tells_after_how_much_silence_the_workers_hang_and_why() -> None:
+def test_the_story_shows_the_hang_timeout_and_its_reason() -> None:
     start = {"time": 1.0, "event": "start", "run": 0, "job": "1", "granted": 2, "version": "1"}
     learned = {"time": 9.0, "event": "hang_timeout", "seconds": 420.0, "reason": "10 times the longest silence so far"}
     story = story_of([{**start, "hang_timeout": None}, learned])
@@ -278,7 +278,7 @@ def test_the_story_tells_after_how_much_silence_the_workers_hang_and_why() -> No
     assert story_of([start]).hang_timeout is None
 
 
-def test_the_story_tells_which_nodes_are_slow_until_they_are_not_or_have_left() -> None:
+def test_the_story_shows_slow_nodes_until_they_are_fast_again_or_have_left() -> None:
     def round_of(*nodes: str) -> dict[str, Any]:
         world = {"round": 1, "nodes": nodes, "world_size": 3, "restarts": 0, "leader": "n1"}
         return {"time": 2.0, "event": "round", **world}

@@ -1,4 +1,4 @@
-"""Nodes that failed are avoided, as long as enough others are left."""
+"""The job avoids nodes that failed, as long as enough others remain."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ times = st.floats(NOW - 2 * EXPIRY.total_seconds(), NOW + HOUR)
 strikes = st.lists(st.builds(Strike, nodes, times, st.text()))
 
 
-def test_the_node_with_most_strikes_is_excluded_first_then_the_latest_one():
+def test_the_node_with_the_most_strikes_is_excluded_first_then_the_most_recent_one():
     found = [Strike("n1", NOW - 9, "lost"), Strike("n2", NOW - 5, "lost"), Strike("n1", NOW - 3, "lost")]
     found += [Strike("n3", NOW - 1, "lost")]
     assert excluded(found, NOW, ["n1", "n2", "n3", "n4"], 2) == ("n1", "n3")
 
 
-def test_a_node_that_is_down_now_is_excluded_besides():
+def test_a_node_that_is_down_now_is_excluded_in_addition():
     assert excluded([Strike("n1", NOW, "lost"), Strike("n2", NOW, "lost")], NOW, ["n2", "n3"], 1) == ("n1", "n2")
 
 
@@ -32,7 +32,7 @@ def test_a_strike_expires_and_its_node_is_readmitted():
     assert readmitted([old], ()) == ("n1",)
 
 
-def test_what_is_no_strike_is_left_out():
+def test_an_invalid_strike_is_skipped():
     good = {"node": "n1", "time": 1.0, "reason": "lost"}
     assert load([good, {"node": "n2"}, {**good, "time": "soon"}]) == (Strike("n1", 1.0, "lost"),)
 

@@ -33,7 +33,7 @@ from elastic_hpc.submitit.jobs import ElasticLocalJob
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which a job's script is found as ``script``, as an sbatch that accepts everything has read it."""
+    """A folder with an sbatch that accepts everything and stores the submitted script as ``script``."""
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\ncat > {tmp_path}/script; echo 17\n")
@@ -49,7 +49,7 @@ def directives(folder: Path) -> set[str]:
     return {line.partition(" # ")[0].removeprefix("#SBATCH ").strip() for line in lines if line.startswith("#SBATCH")}
 
 
-def test_both_executors_are_found_and_neither_is_chosen_unless_asked_for(sbatch: Path) -> None:
+def test_both_executors_are_found_and_neither_is_chosen_unless_requested(sbatch: Path) -> None:
     assert plugins.get_executors()["elastic"] is ElasticExecutor
     assert plugins.get_executors()["elastic-local"] is ElasticLocalExecutor
     assert submitit.AutoExecutor.which() in {"slurm", "local"}
@@ -133,8 +133,8 @@ print(text.replace(known, "").replace(", elastic.", "."))
 
 
 def test_submitit_is_unchanged_for_those_who_do_not_use_this_package(sbatch: Path) -> None:
-    """Its choice of a cluster, its parameters, errors, warnings and environments; only the lists of all executors and
-    environments name ours too.
+    """Its choice of a cluster, its parameters, errors, warnings and environments are unchanged; only the lists of all
+    executors and environments also name ours.
     """
     (sbatch / "bin" / "srun").symlink_to("sbatch")
     (sbatch / "behaviour.py").write_text(BEHAVIOUR)
@@ -149,8 +149,8 @@ def test_submitit_is_unchanged_for_those_who_do_not_use_this_package(sbatch: Pat
     assert ran[0].stderr == ran[1].stderr
 
 
-def test_looking_for_executors_imports_little_and_cannot_fail_for_what_jobs_need(tmp_path: Path) -> None:
-    """Everybody's submitit does so. A package that cannot be imported stands for what is broken."""
+def test_looking_for_executors_imports_little_and_needs_nothing_that_only_jobs_need(tmp_path: Path) -> None:
+    """Submitit always looks for executors. A package that cannot be imported simulates a broken installation."""
     (tmp_path / "broken").mkdir()
     for name in ("torch", "jinja2", "asyncio", "rich"):
         (tmp_path / "broken" / f"{name}.py").write_text("raise RuntimeError('broken')")
@@ -174,7 +174,7 @@ LIGHT = {
 }
 
 
-def test_another_plugin_that_is_broken_is_reported_as_ever_and_a_good_one_is_found(tmp_path: Path) -> None:
+def test_a_broken_plugin_of_another_package_is_reported_as_usual_and_a_good_one_is_found(tmp_path: Path) -> None:
     for name, executor in ("good", "GoodExecutor"), ("bad", "NoneAtAll"):
         (tmp_path / f"submitit_{name}.py").write_text("import submitit\nclass GoodExecutor(submitit.Executor): pass\n")
         info = tmp_path / f"submitit_{name}-1.dist-info"
@@ -265,7 +265,7 @@ def test_every_parameter_of_submitits_executor_for_slurm_means_the_same_or_is_re
         assert meaning in said, name
 
 
-def test_what_a_script_for_slurm_gives_the_constructor_counts_for_the_elastic_clusters_too(sbatch: Path) -> None:
+def test_constructor_arguments_for_slurm_apply_to_the_elastic_clusters_too(sbatch: Path) -> None:
     for cluster in ("elastic", "elastic-local"):
         executor = submitit.AutoExecutor(
             "jobs", cluster=cluster, slurm_max_num_timeout=30, elastic_max_pickle_size_gb=2
@@ -301,7 +301,7 @@ def test_parameters_become_options_of_the_job(sbatch: Path) -> None:
     assert directives(sbatch) >= {
         "--nodes=4-8",
         "--gpus-per-node=8",
-        "--cpus-per-task=256",  # to Slurm an agent is a task, and a worker to submitit
+        "--cpus-per-task=256",  # a task is an agent for Slurm, and a worker for submitit
         "--time=60",
         "--mem=102912M",
         "--job-name=mine",
@@ -320,7 +320,7 @@ def test_parameters_become_options_of_the_job(sbatch: Path) -> None:
     assert (sbatch / "jobs" / "17_submission.sh").read_text() == script
 
 
-def test_functions_submitted_together_are_an_array_of_which_each_has_its_pickle(sbatch: Path) -> None:
+def test_functions_submitted_together_are_an_array_and_each_task_has_its_pickle(sbatch: Path) -> None:
     executor = submitit.AutoExecutor("jobs", cluster="elastic")
     executor.update_parameters(nodes=2, slurm_array_parallelism=2)
     jobs = executor.map_array(print, [1, 2, 3])
@@ -340,14 +340,14 @@ def test_functions_submitted_together_are_an_array_of_which_each_has_its_pickle(
         ({"nodes": 2, "elastic_max_restarts": -1}, "--max-restarts '-1': expected a whole number"),
     ],
 )
-def test_what_an_elastic_job_cannot_have_is_refused_when_it_is_set(
+def test_parameters_that_an_elastic_job_cannot_have_are_refused_when_they_are_set(
     sbatch: Path, parameters: dict[str, Any], complaint: str
 ) -> None:
     executor = submitit.AutoExecutor("jobs", cluster="elastic")
     with pytest.raises(UsageError) as refused:
         executor.update_parameters(**parameters)
     assert complaint in str(refused.value)
-    executor.submit(print)  # the parameters before are still there
+    executor.submit(print)  # the earlier parameters are unchanged
 
 
 def test_a_refused_job_leaves_no_pickle_behind(sbatch: Path) -> None:
@@ -371,15 +371,15 @@ def test_an_executor_for_another_cluster_keeps_its_own_rules(tmp_path: Path) -> 
     assert executor._executor.parameters == {"timeout_min": 3}
 
 
-# what is taken for granted of submitit
+# assumptions about submitit
 
 
 def test_submitit_has_no_elastic_sizes_of_its_own() -> None:
-    """Once it has, the parameters of its AutoExecutor need not be replaced any more."""
+    """When submitit supports them, we no longer need to replace the parameters of its AutoExecutor."""
     assert submitit.AutoExecutor._typed_parameters()["nodes"] is int
 
 
-def test_submitits_worker_reads_its_folder_and_writes_where_the_environment_says() -> None:
+def test_submitits_worker_reads_its_folder_and_writes_to_the_path_in_the_environment() -> None:
     code = "import inspect, submitit.core.submission as s; print(inspect.getsource(s.process_job))"
     source = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for used in (
@@ -407,7 +407,7 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[submitit.
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: sudo make test")
-def test_the_ranks_leave_at_once_when_rank_0_has_saved_though_each_is_on_a_node_of_its_own(tmp_path: Path) -> None:
+def test_the_ranks_leave_immediately_when_rank_0_has_saved_even_if_each_is_on_a_different_node(tmp_path: Path) -> None:
     two = Two(tmp_path)
     two.server.behave(names_s=600)
     script = """
@@ -455,7 +455,9 @@ def test_functions_run_on_this_machine_and_their_jobs_can_be_pickled(local: subm
 def test_functions_written_for_slurm_form_their_process_group_by_their_own_means_in_every_round(
     local: submitit.AutoExecutor, tmp_path: Path
 ) -> None:
-    """By submitit's helper, by lines like it, by an address and a port, through a file: as rank 0 would host it."""
+    """With submitit's helper, with similar code, with an address and a port, and through a file, as if rank 0 hosted
+    it.
+    """
 
     def train(port: int) -> list[int]:
         import torch
@@ -504,7 +506,7 @@ def wait_for_round(job: Any) -> None:
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` consecutive ones."""
+    """The first of ``count`` consecutive free ports."""
     while True:
         with contextlib.ExitStack() as held, contextlib.suppress(OSError):
             first = held.enter_context(socket.socket())
@@ -515,8 +517,10 @@ def free_ports(count: int) -> int:
             return port
 
 
-def test_what_is_changed_of_submitits_helper_and_of_torch_in_a_worker_is_still_there() -> None:
-    """And still needed: the helper refuses what torchrun has set, and torch's workers never host their store."""
+def test_the_patched_parts_of_submitits_helper_and_of_torch_still_exist() -> None:
+    """And the patches are still needed: the helper refuses torchrun's variables, and torch's workers never host their
+    store.
+    """
     rendezvous = importlib.import_module("torch.distributed.rendezvous")  # not the function
 
     helper = submitit.helpers.TorchDistributedEnvironment
@@ -574,7 +578,7 @@ def test_jobs_on_this_machine_ask_no_slurm_and_work_in_asyncio(
     assert not asked.exists()
 
 
-def test_a_function_that_ends_its_process_has_left_no_result(
+def test_a_function_that_ends_its_process_has_no_result(
     local: submitit.AutoExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local.update_parameters(nodes=1)
@@ -584,7 +588,7 @@ def test_a_function_that_ends_its_process_has_left_no_result(
         job.results()
 
 
-def test_a_job_that_is_to_be_cancelled_with_its_object_is_so_at_the_end_of_the_program_too(tmp_path: Path) -> None:
+def test_a_job_set_to_be_cancelled_with_its_object_is_also_cancelled_at_the_end_of_the_program(tmp_path: Path) -> None:
     script = tmp_path / "client.py"
     script.write_text("""
 import submitit, time

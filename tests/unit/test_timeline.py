@@ -1,4 +1,4 @@
-"""``elastic-hpc timeline``: the page, looked at in a real browser, and the picture alone."""
+"""``elastic-hpc timeline``: the page in a real browser, and the picture alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from elastic_hpc.view.story_builder import story_of
 from elastic_hpc.view.timeline import html
 
 SCREENS = Path(__file__).parents[2] / "build" / "screens"
-"""Screenshots are kept here, to be looked at."""
+"""The folder for screenshots, for manual inspection."""
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -36,7 +36,9 @@ def page(name: str, folder: Path) -> Path:
 
 
 def screenshot(address: str, name: str, folder: Path, *options: str, height: int) -> Path:
-    """A picture of the page at ``address``, of which the browser does not complain. ``folder``: for its profile."""
+    """A screenshot of the page at ``address``; fails if the browser reports an error. ``folder``: for the browser's
+    profile.
+    """
     SCREENS.mkdir(parents=True, exist_ok=True)
     screen = SCREENS / f"{name}.png"
     screen.unlink(missing_ok=True)
@@ -58,7 +60,7 @@ def screenshot(address: str, name: str, folder: Path, *options: str, height: int
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")
 @pytest.mark.parametrize("name", records.NAMES)
-def test_the_page_is_shown_by_a_browser_without_a_complaint(name: str, tmp_path: Path) -> None:
+def test_a_browser_shows_the_page_without_errors(name: str, tmp_path: Path) -> None:
     screen = screenshot(page(name, tmp_path).as_uri(), f"timeline-{name}", tmp_path, height=1250)
     assert screen.stat().st_size > 40_000, "an empty page is much smaller"
 
@@ -151,7 +153,7 @@ def test_a_running_job_has_no_end_on_its_page(tmp_path: Path) -> None:
     assert " to 2026-" not in text
 
 
-def test_what_a_script_wrote_cannot_break_the_page(tmp_path: Path) -> None:
+def test_output_of_a_script_cannot_break_the_page(tmp_path: Path) -> None:
     folder = records.copy("faults", tmp_path)
     odd = '<script>alert("x")</script> & \x1b[31m'
     events = records.events("faults")
@@ -194,11 +196,11 @@ def test_a_job_of_a_month_has_a_picture_of_bounded_size() -> None:
     assert picture.count('class="small faulttext"') + picture.count('class="small changetext"') < 100
 
 
-def test_an_empty_record_has_a_picture_that_says_so() -> None:
+def test_the_picture_of_an_empty_record_shows_that_it_is_empty() -> None:
     assert "no run is on record" in draw(Story())
 
 
-def test_the_picture_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_picture_can_be_written_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("resvg_py")
     file = tmp_path / "job.png"
     assert main(["timeline", str(records.FOLDER / "grown"), "--png", str(file)]) == 0
@@ -206,7 +208,7 @@ def test_the_picture_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.strip() == str(file)
 
 
-def test_without_the_package_for_images_it_says_what_to_install(
+def test_without_the_package_for_images_the_error_shows_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "resvg_py", None)

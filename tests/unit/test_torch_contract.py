@@ -1,4 +1,4 @@
-"""What elastic_hpc takes for granted about torch. A failure means: torch has changed, look at workers.elastic_agent."""
+"""Assumptions of elastic_hpc about torch. A failure means that torch has changed: see workers.elastic_agent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def source(of: object) -> str:
     return inspect.getsource(of)  # type: ignore[arg-type]
 
 
-def test_the_methods_that_are_extended_exist_and_are_called_by_the_agent() -> None:
+def test_the_extended_methods_exist_and_the_agent_calls_them() -> None:
     run = source(api.SimpleElasticAgent._invoke_run)
     assert "self._monitor_workers(" in run
     assert "rdzv_handler.num_nodes_waiting()" in run
@@ -48,7 +48,7 @@ def test_identical_nodes_get_their_ranks_without_a_store() -> None:
     assert "store." in slow_path
 
 
-def test_the_process_context_is_where_the_agent_looks_for_it() -> None:
+def test_the_process_context_is_where_our_agent_looks_for_it() -> None:
     assert "self._pcontext = start_processes(" in source(LocalElasticAgent._start_workers)
     assert "if self._pcontext:" in source(LocalElasticAgent._shutdown)
     made = source(SubprocessContext.__init__) + source(SubprocessContext.__mro__[1].__init__)
@@ -62,7 +62,7 @@ def test_every_worker_leads_a_session_of_its_own() -> None:
     assert 'kwargs["start_new_session"] = True' in source(SubprocessHandler._popen)
 
 
-def test_workers_are_made_where_a_standby_is_handed_over() -> None:
+def test_workers_are_created_where_a_standby_is_handed_over() -> None:
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
     made = source(SubprocessContext._start)
@@ -73,14 +73,14 @@ def test_workers_are_made_where_a_standby_is_handed_over() -> None:
     assert 'self._stdout = open(stdout, "w") if stdout else None' in start
 
 
-def test_variables_that_torch_tells_a_worker_are_known_to_standbys() -> None:
+def test_standbys_know_the_variables_that_torch_sets_for_a_worker() -> None:
     texts = [
         source(getattr(LocalElasticAgent, name))
         for name in dir(LocalElasticAgent)
         if name.endswith(("_env", "_workers"))
     ]
     told = set(re.findall(r'^ +"([A-Z_]+)": |worker_env\["([A-Z_]+)"\] = ', "\n".join(texts), re.MULTILINE))
-    inherited = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}  # what this agent itself has, as long as it sets no other
+    inherited = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}  # inherited from this agent, unless it sets another value
     assert {one or other for one, other in told} - inherited == {
         name
         for name in OF_A_ROUND

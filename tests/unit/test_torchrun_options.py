@@ -1,4 +1,4 @@
-"""What torchrun's options are here."""
+"""The meaning of torchrun's options here."""
 
 import pytest
 from torch.distributed.run import get_args_parser
@@ -22,7 +22,7 @@ def test_every_option_of_the_installed_torchrun_has_a_meaning_or_a_refusal_with_
             assert {o for o in action.option_strings if len(o) == 2} == ({f"-{option.letter}"} - {"-"})
 
 
-def test_a_line_of_torchrun_is_read_with_dashes_and_underscores():
+def test_a_torchrun_command_line_is_read_with_dashes_and_underscores():
     line = read("--nnodes=2:4 --nproc_per_node 8 --max_restarts=3 --rdzv-endpoint n1:29400 -m pkg.train --lr 1")
     assert line.options == (
         ("nodes", "2:4"), ("nproc-per-node", "8"), ("max-restarts", "3"), ("rdzv-endpoint", "n1:29400"))  # fmt: skip
@@ -30,7 +30,7 @@ def test_a_line_of_torchrun_is_read_with_dashes_and_underscores():
     assert line.dropped == ()
 
 
-def test_what_a_batch_script_leaves_to_the_shell_for_each_node_is_dropped_with_a_reason():
+def test_options_that_a_batch_script_computes_per_node_are_dropped_with_a_reason():
     line = read("--rdzv_endpoint $HEAD:29400 --node_rank=$SLURM_NODEID --master_addr `hostname` --rdzv_id=$RANDOM a.py")
     assert line.options == ()
     assert [shown for shown, _ in line.dropped] == [
@@ -52,11 +52,11 @@ def test_what_a_batch_script_leaves_to_the_shell_for_each_node_is_dropped_with_a
         ("--master_addr n1 --rdzv_endpoint n2:1", "n2:1"),
     ],
 )
-def test_the_masters_address_is_the_endpoint_unless_there_is_one(options, endpoint):
+def test_the_masters_address_is_the_endpoint_unless_an_endpoint_is_given(options, endpoint):
     assert dict(read(f"{options} train.py").options).get("rdzv-endpoint") == endpoint
 
 
-def test_standalone_is_one_node_unless_more_are_asked_for():
+def test_standalone_means_one_node_unless_more_are_requested():
     assert read("--standalone train.py").options == (("nodes", "1"),)
     assert dict(read("--nnodes 2 --standalone train.py").options) == {"nodes": "2"}
 
@@ -69,7 +69,7 @@ def test_standalone_is_one_node_unless_more_are_asked_for():
         *("--event_log_handler=null", "--signals-to-handle=SIGTERM,SIGINT", "--run-path", "--use_env"),
     ],
 )  # fmt: skip
-def test_an_option_that_says_what_is_done_anyway_is_accepted(option):
+def test_an_option_that_requests_the_default_is_accepted(option):
     (given,), _ = scan([*option.split(), "train.py"], OPTIONS, ())
     assert translate([given]) == ([], [given])
     assert unneeded(given)
@@ -91,14 +91,14 @@ def test_an_option_that_says_what_is_done_anyway_is_accepted(option):
         ("--virtual-local-rank", "--no-python bash -c"),
     ],
 )
-def test_an_option_that_asks_for_something_else_is_refused_with_what_does_it_here(option, message):
+def test_an_option_that_requests_something_else_is_refused_with_its_replacement(option, message):
     (given,), _ = scan([option, "train.py"], OPTIONS, ())
     with pytest.raises(UsageError, match=message):
         unneeded(given)
     assert read(f"{option} train.py").dropped[0][1]
 
 
-def test_what_torchrun_does_not_know_is_refused_with_the_closest():
+def test_an_option_that_torchrun_does_not_know_is_refused_with_the_closest_one():
     with pytest.raises(UsageError, match=r"^--nproc-per-nod: unknown option; did you mean --nproc-per-node\?$"):
         read("--nproc_per_nod=8 train.py")
     with pytest.raises(UsageError, match="expected a script"):

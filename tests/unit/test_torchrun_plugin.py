@@ -1,4 +1,4 @@
-"""A stock ``torchrun`` with this project's rendezvous: real ones, several on this machine."""
+"""A stock ``torchrun`` with this project's rendezvous: several real torchruns on this machine."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ dist.destroy_process_group()
 
 
 class Job:
-    """Some torchruns of one job; the first is the endpoint's host."""
+    """Several torchruns of one job; the first is the endpoint's host."""
 
     def __init__(self, folder: Path, *, nodes: int, options: tuple[str, ...]) -> None:
         (folder / "train.py").write_text(TRAIN)
@@ -85,14 +85,14 @@ class Job:
         return "\n".join(path.read_text() for path in self.outputs)
 
     def stepped(self, round: int, rank: int) -> tuple[int, int, int]:
-        """Of ``rank``: its pid, the pid of its torchrun, and the world size, once it has stepped in ``round``."""
+        """The pid of ``rank``, the pid of its torchrun, and the world size, once the rank has stepped in ``round``."""
         path = self.run_dir / f"stepped.{round}.{rank}"
         self.wait_for(lambda: path.exists() and len(path.read_text().split()) == 3)
         pid, agent, world_size = map(int, path.read_text().split())
         return pid, agent, world_size
 
     def finish(self) -> list[int]:
-        """The exit codes."""
+        """Wait for the end. Returns the exit codes."""
         (self.run_dir / "enough").touch()
         return self.codes()
 
@@ -107,7 +107,7 @@ class Job:
 
     @property
     def processes(self) -> list[int]:
-        """What runs for the job: workers and what they started, besides the agents."""
+        """The processes of the job except the agents: workers and their children."""
         return marked(f"ELASTIC_HPC_RUN_DIR={self.run_dir}\0".encode())
 
 
@@ -127,7 +127,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         job.wait_for(lambda job=job: not job.processes)
 
 
-def test_a_crashed_worker_then_a_killed_agent_cost_a_round_each(start: Callable[..., Job]) -> None:
+def test_a_crashed_worker_and_then_a_killed_agent_cost_one_round_each(start: Callable[..., Job]) -> None:
     job = start("--nnodes=2:3", "--max-restarts=3", nodes=3)
     pid, _, world_size = job.stepped(1, 2)
     assert world_size == 3
@@ -141,13 +141,13 @@ def test_a_crashed_worker_then_a_killed_agent_cost_a_round_each(start: Callable[
     assert (first["kind"], first["message"], first["rank"]) == ("signal", "killed by SIGKILL", 2)
     os.kill(agent, signal.SIGKILL)
     assert job.stepped(3, 0)[2] == job.stepped(3, 1)[2] == 2
-    job.wait_for(lambda: not Path(f"/proc/{pid}").exists())  # its guard has killed the lost agent's worker
+    job.wait_for(lambda: not Path(f"/proc/{pid}").exists())  # the guard has killed the lost agent's worker
     assert sorted(job.finish()) == [-signal.SIGKILL, 0, 0]
     assert (job.verdict()["outcome"], job.verdict()["restarts"]) == ("finished", 2)
     job.wait_for(lambda: not job.processes)
 
 
-def test_another_takes_over_from_the_endpoints_host_and_a_frozen_agent_costs_torchrun_no_restart(
+def test_another_torchrun_takes_over_from_the_endpoints_host_and_a_frozen_agent_costs_torchrun_no_restart(
     start: Callable[..., Job],
 ) -> None:
     job = start("--nnodes=1:3", "--max-restarts=0", nodes=3)
@@ -156,7 +156,7 @@ def test_another_takes_over_from_the_endpoints_host_and_a_frozen_agent_costs_tor
     assert formed["leader"] == formed["nodes"][0]
     frozen, agent, _ = job.stepped(1, 0)
     assert agent == job.agents[0].pid
-    os.kill(agent, signal.SIGSTOP)  # nothing is closed: the others' workers hang in their collective
+    os.kill(agent, signal.SIGSTOP)  # no connection closes: the other workers hang in their collective
     os.kill(frozen, signal.SIGSTOP)
     job.wait_for(lambda: len(job.events("round")) == 2)
     formed = job.events("round")[1]
@@ -166,7 +166,7 @@ def test_another_takes_over_from_the_endpoints_host_and_a_frozen_agent_costs_tor
     assert job.finish() == [-signal.SIGKILL, 0, 0]
     assert job.verdict()["outcome"] == "finished"
     (restart,) = job.events("restart")
-    assert formed["time"] - restart["time"] < 10  # nobody waited for workers that ignore SIGTERM
+    assert formed["time"] - restart["time"] < 10  # no torchrun waited for workers that ignore SIGTERM
     job.wait_for(lambda: not job.processes)
 
 
@@ -179,7 +179,7 @@ def test_a_job_below_its_least_number_of_nodes_ends(start: Callable[..., Job]) -
     assert job.verdict()["cause"] == "node lost"
 
 
-def test_keys_that_do_not_exist_and_values_that_mean_nothing_are_refused() -> None:
+def test_unknown_keys_and_invalid_values_are_refused() -> None:
     def refused(name: str = "7", **config: str) -> str:
         with pytest.raises(UsageError) as error:
             read_settings(RendezvousParameters("elastic-hpc", "n1:29400", name, 1, 2, None, **config))
@@ -206,7 +206,7 @@ def test_keys_that_do_not_exist_and_values_that_mean_nothing_are_refused() -> No
         ("elsewhere.invalid", [{"is_host": "true"}, {"is_host": "true"}, {"is_host": "false"}]),
     ],
 )
-def test_one_torchrun_leads_whatever_each_of_them_is_told(
+def test_exactly_one_torchrun_leads_whatever_the_options_of_each(
     tmp_path: Path, endpoint: str, confs: list[dict[str, str]]
 ) -> None:
     rundir, firsts = RunDir(tmp_path / "run").create(), []
@@ -217,7 +217,7 @@ def test_one_torchrun_leads_whatever_each_of_them_is_told(
     assert firsts == [True, False, False]
 
 
-def test_one_torchrun_of_a_job_step_leads_and_one_again_when_the_step_starts_it_anew(
+def test_one_torchrun_of_a_job_step_leads_and_again_one_after_the_step_restarts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rundir, held = RunDir(tmp_path / "run").create(), []
@@ -240,7 +240,7 @@ def test_one_torchrun_of_a_job_step_leads_and_one_again_when_the_step_starts_it_
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: sudo make test")
-def test_a_torchrun_that_is_started_anew_follows_a_leader_that_nfs_has_not_shown_it_yet(
+def test_a_restarted_torchrun_follows_a_leader_that_nfs_has_not_shown_it_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = Two(tmp_path)
@@ -266,7 +266,7 @@ def test_a_torchrun_that_is_started_anew_follows_a_leader_that_nfs_has_not_shown
         two.server.close()
 
 
-def test_a_torchrun_alone_listens_on_loopback_and_others_where_they_can_be_reached(
+def test_a_single_torchrun_listens_on_loopback_and_several_listen_on_reachable_addresses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(addresses, "to_publish", lambda *_: ("10.1.0.7",))

@@ -1,4 +1,4 @@
-"""What a training script hears from its agent and tells it, and a constant global batch: with real worlds over gloo."""
+"""Messages between a training script and its agent, and a constant global batch, with real worlds over gloo."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def forget():
 
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch):
-    """As if nothing had been asked yet, and without an agent."""
+    """Reset the module's state, without an agent."""
     for name in ("ELASTIC_HPC_LOCAL_DIR", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     forget()
@@ -66,7 +66,7 @@ def agent(tmp_path, monkeypatch):
 
 
 def told(agent, rank=3):
-    """The step, and what is told of drains."""
+    """The step, and the state of drains."""
     return read_progress(agent / f"progress.{rank}")[:3]
 
 
@@ -78,7 +78,7 @@ def test_the_agent_reads_the_step_that_was_reported_last(agent):
     assert os.listdir(agent) == ["progress.3"]
 
 
-def test_the_agent_reads_where_the_script_began_and_its_losses(agent):
+def test_the_agent_reads_the_first_step_of_the_script_and_its_losses(agent):
     before = time.time()
     report_progress(41, loss=2.5)
     began = read_progress(agent / "progress.3")
@@ -102,7 +102,7 @@ def test_the_agent_learns_whether_the_script_has_seen_the_drain(agent):
     assert drain_requested()
 
 
-def test_a_damaged_record_says_nothing(tmp_path):
+def test_a_damaged_record_is_ignored(tmp_path):
     (tmp_path / "progress.0").write_bytes(b"short")
     assert read_progress(tmp_path / "progress.0") is None
     assert read_progress(tmp_path) is None
@@ -125,7 +125,7 @@ def test_a_step_that_is_no_number_is_a_fault_of_the_script_also_without_an_agent
         report_progress(1.5)  # type: ignore[arg-type]
 
 
-def test_without_an_agent_nothing_is_told_and_nothing_asked_for(tmp_path, monkeypatch):
+def test_without_an_agent_the_script_reports_nothing_and_gets_no_request(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "drain").touch()
     report_progress(1)
@@ -144,7 +144,7 @@ def test_agents_and_scripts_that_need_no_torch_import_none(tmp_path):
 # --- drain ----------------------------------------------------------------------------------------------------------
 
 
-def test_only_every_nth_call_looks(agent):
+def test_only_every_nth_call_checks_for_a_drain(agent):
     (agent / "drain").touch()
     assert [drain_requested(every=3) for _ in range(5)] == [False, False, True, True, True]
     with pytest.raises(UsageError, match="every=0"):
@@ -170,7 +170,7 @@ def test_a_process_that_a_listening_script_forks_still_dies_of_sigterm(tmp_path)
 
 
 def drained(folders: list[Path], every: int) -> tuple[list[bool], Progress | None]:
-    """Answers to ten calls on this rank, whose file comes before the fifth if it is rank 1; its record at the end."""
+    """Results of ten calls on this rank (on rank 1 the drain file appears before the fifth), and its final record."""
     rank = int(os.environ["RANK"])
     os.environ["ELASTIC_HPC_LOCAL_DIR"] = str(folders[rank])
     answers = []
@@ -183,7 +183,7 @@ def drained(folders: list[Path], every: int) -> tuple[list[bool], Progress | Non
 
 
 @pytest.mark.parametrize(("every", "first"), [(1, 5), (4, 8)])
-def test_all_ranks_learn_at_the_same_call_of_a_drain_that_one_agent_tells(tmp_path, every, first):
+def test_all_ranks_learn_of_a_drain_at_the_same_call_even_if_only_one_agent_announces_it(tmp_path, every, first):
     folders = [tmp_path / str(rank) for rank in range(3)]
     for folder in folders:
         folder.mkdir()
@@ -192,7 +192,7 @@ def test_all_ranks_learn_at_the_same_call_of_a_drain_that_one_agent_tells(tmp_pa
 
 
 def heard_before(folder: Path) -> list[bool]:
-    """Rank 0 hears of the drain before there is a process group."""
+    """Rank 0 learns of the drain before there is a process group."""
     import torch.distributed as dist
 
     if dist.get_rank() == 0:
@@ -204,13 +204,13 @@ def heard_before(folder: Path) -> list[bool]:
     return [before, drain_requested(every=3), drain_requested(every=3), drain_requested(every=3)]
 
 
-def test_a_rank_that_heard_of_it_before_the_process_group_still_tells_the_others(tmp_path):
+def test_a_rank_that_learned_of_a_drain_before_the_process_group_still_informs_the_others(tmp_path):
     (tmp_path / "drain").touch()
     assert run_world(2, heard_before, tmp_path) == [[True, False, True, True], [False, False, True, True]]
 
 
 def talks_without_agents() -> int:
-    """How often this rank asks the others in ten calls."""
+    """The number of exchanges with the other ranks in ten calls."""
     import torch.distributed as dist
 
     talks = []
@@ -220,7 +220,7 @@ def talks_without_agents() -> int:
     return len(talks)
 
 
-def test_under_plain_torchrun_the_ranks_agree_once_that_nobody_will_ask():
+def test_under_plain_torchrun_the_ranks_agree_once_that_no_drain_can_come():
     assert run_world(2, talks_without_agents) == [1, 1]
 
 
@@ -228,8 +228,8 @@ def test_under_plain_torchrun_the_ranks_agree_once_that_nobody_will_ask():
 
 
 def who_leaves(folders: list[Path], every: int) -> list[Leaving | None]:
-    """Answers to six calls on this rank. The nodes of ranks 1 and 2 are to be left before the third call, and that of
-    rank 1 may stay before the fifth.
+    """Results of six calls on this rank. Before the third call, the job must leave the nodes of ranks 1 and 2; before
+    the fifth call, the node of rank 1 may stay again.
     """
     rank = int(os.environ["RANK"])
     os.environ["ELASTIC_HPC_LOCAL_DIR"] = str(folders[rank])
@@ -247,14 +247,14 @@ def who_leaves(folders: list[Path], every: int) -> list[Leaving | None]:
     (1, [None, None, Leaving((1, 2), 2e9), Leaving((1, 2), 2e9), Leaving((2,), None), Leaving((2,), None)]),
     (3, [None, None, Leaving((1, 2), 2e9), Leaving((1, 2), 2e9), Leaving((1, 2), 2e9), Leaving((2,), None)]),
 ])  # fmt: skip
-def test_all_ranks_learn_at_the_same_call_which_of_them_are_on_nodes_that_are_to_be_left(tmp_path, every, answers):
+def test_all_ranks_learn_at_the_same_call_which_of_them_are_on_nodes_that_the_job_will_leave(tmp_path, every, answers):
     folders = [tmp_path / str(rank) for rank in range(3)]
     for folder in folders:
         folder.mkdir()
     assert run_world(3, who_leaves, folders, every) == [answers] * 3
 
 
-def test_without_an_agent_nobody_leaves(tmp_path, monkeypatch):
+def test_without_an_agent_no_rank_leaves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "leaving").write_text("1")
     assert leaving() is None
@@ -305,7 +305,7 @@ def test_a_script_that_uses_all_of_it_runs_under_plain_torchrun_and_plain_python
 
 
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 20))
-def test_the_shares_make_up_the_batch_in_equally_many_micro_batches(global_batch, micro_batch, world_size):
+def test_the_shares_add_up_to_the_batch_in_the_same_number_of_micro_batches(global_batch, micro_batch, world_size):
     shares = [accumulation(global_batch, micro_batch, world_size=world_size, rank=rank) for rank in range(world_size)]
     samples = range(global_batch)
     assert [sample for share in shares for part in share.slices for sample in samples[part]] == list(samples)
@@ -313,7 +313,7 @@ def test_the_shares_make_up_the_batch_in_equally_many_micro_batches(global_batch
     assert len({len(of_rank) for of_rank in sizes}) == 1
     assert max(map(sum, sizes)) - min(map(sum, sizes)) <= 1
     assert max(map(max, sizes)) <= micro_batch
-    assert len(sizes[0]) == -(-max(map(sum, sizes)) // micro_batch)  # no more of them than are needed
+    assert len(sizes[0]) == -(-max(map(sum, sizes)) // micro_batch)  # no more of them than needed
     if global_batch >= world_size:
         assert all(of_rank[-1] for of_rank in sizes)
         assert micro_batch == 1 or all(map(all, sizes))
@@ -321,7 +321,7 @@ def test_the_shares_make_up_the_batch_in_equally_many_micro_batches(global_batch
 
 
 @pytest.mark.parametrize("given", [(0, 1, 1, 0), (1, 0, 1, 0), (4, 2, 2, 2), (4, 2, 2, -1)])
-def test_batches_and_ranks_that_cannot_be_are_refused(given):
+def test_impossible_batches_and_ranks_are_refused(given):
     global_batch, micro_batch, world_size, rank = given
     with pytest.raises(UsageError, match=rf"accumulation\({global_batch}, {micro_batch}, {world_size=}, {rank=}\)"):
         accumulation(global_batch, micro_batch, world_size=world_size, rank=rank)

@@ -1,4 +1,6 @@
-"""Many nodes are lost at once: a majority that is left goes on, else one agent acts for all, and the next one later."""
+"""Many nodes are lost at once: a remaining majority continues, otherwise one agent acts for all, and later the next
+one.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ async def no_store(round: int) -> int:
 
 
 class Survivors:
-    """Agents that have lost their leader, on ``n1``, ``n2`` and so on, and a Slurm that notes which steps it starts."""
+    """Agents on ``n1``, ``n2`` and so on that have lost their leader, and a Slurm that records the steps that it
+    starts.
+    """
 
     def __init__(self, path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -38,7 +42,7 @@ class Survivors:
         self.steps: list[str] = []
         self.commands: list[list[str]] = []
         self.refuses: set[str] = set()
-        """Nodes on which no step starts."""
+        """Nodes on which Slurm cannot start a step."""
         self.agents = {f"n{index}": self._agent(index, count) for index in range(1, count + 1)}
         monkeypatch.setattr(slurm, "start_step", self._start_step)
         monkeypatch.setattr(turns.time, "monotonic", lambda: self.now)
@@ -55,12 +59,12 @@ class Survivors:
             raise SlurmError(f"srun: {node} does not answer")
 
     def look(self, name: str, **how: Any) -> JobEnded | None:
-        """``name`` looks what to do, once."""
+        """Let the agent on ``name`` check once what to do."""
         roster = Roster(4, (self.agents[name].host,), (Base(4, 0, (0, 1)),), 0, 0)
         return self.agents[name].give_up(roster, 99.0, "n0 lost", **{"patient": False, **how})
 
     def left(self, others: tuple[str, ...] = ()) -> list[str]:
-        """All look once; those that leave."""
+        """Let all agents check once. Returns those that leave."""
         return [name for name in self.agents if self.look(name, others=others)]
 
 
@@ -69,7 +73,7 @@ def survivors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int]
     return lambda count: Survivors(tmp_path, count, monkeypatch)
 
 
-def test_one_of_four_hundred_acts_and_the_others_leave(survivors: Callable[[int], Survivors]) -> None:
+def test_one_of_four_hundred_agents_acts_and_the_others_leave(survivors: Callable[[int], Survivors]) -> None:
     job = survivors(400)
     assert len(job.left(others=("n2", "n3", "n4"))) == 400
     assert job.steps == ["n1", "n2"], "a step, and its deputy"
@@ -77,14 +81,16 @@ def test_one_of_four_hundred_acts_and_the_others_leave(survivors: Callable[[int]
     assert [event["event"] for event in job.rundir.events()] == ["verdict"]
 
 
-def test_who_is_patient_leaves_too_when_somebody_has_acted(survivors: Callable[[int], Survivors]) -> None:
+def test_a_patient_agent_leaves_too_when_another_has_acted(survivors: Callable[[int], Survivors]) -> None:
     job = survivors(2)
     assert job.look("n2", patient=True) is None
     assert job.look("n1", others=("n2",))
     assert job.look("n2", patient=True)
 
 
-def test_without_a_deputy_the_others_stay_and_the_next_acts_later(survivors: Callable[[int], Survivors]) -> None:
+def test_without_a_deputy_the_other_agents_stay_and_the_next_one_acts_later(
+    survivors: Callable[[int], Survivors],
+) -> None:
     job = survivors(400)
     assert job.left() == ["n1"]
     del job.agents["n1"]
@@ -98,7 +104,7 @@ def test_without_a_deputy_the_others_stay_and_the_next_acts_later(survivors: Cal
     assert job.steps == ["n1", "n2", "n3", "n4"]
 
 
-def test_an_agent_that_acts_in_vain_tries_again_later_and_then_another_does(
+def test_an_agent_that_acts_in_vain_retries_later_and_then_another_agent_acts(
     survivors: Callable[[int], Survivors],
 ) -> None:
     job = survivors(400)
@@ -117,14 +123,14 @@ def test_an_agent_that_acts_in_vain_tries_again_later_and_then_another_does(
     assert len(job.left()) == 400
 
 
-def test_a_node_that_cannot_have_the_deputy_is_passed_over(survivors: Callable[[int], Survivors]) -> None:
+def test_a_node_on_which_no_deputy_can_start_is_skipped(survivors: Callable[[int], Survivors]) -> None:
     job = survivors(1)
     job.refuses = {"n2"}
     assert job.left(others=("n2", "n3", "n4")) == ["n1"]
     assert job.steps == ["n1", "n2", "n3"]
 
 
-def test_an_agent_acts_though_the_run_directory_cannot_be_written(
+def test_an_agent_acts_even_if_the_run_directory_cannot_be_written(
     survivors: Callable[[int], Survivors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> bool:
@@ -136,15 +142,15 @@ def test_an_agent_acts_though_the_run_directory_cannot_be_written(
     assert job.steps == ["n1"]
 
 
-def test_nobody_acts_when_there_is_a_leader_again(survivors: Callable[[int], Survivors]) -> None:
-    """By the time that a stalled file system has answered."""
+def test_no_agent_acts_when_there_is_a_leader_again(survivors: Callable[[int], Survivors]) -> None:
+    """There is a leader by the time that a stalled file system answers."""
     job = survivors(1)
     assert job.look("n1", is_led=lambda: True) is None
     assert job.rundir.read("verdict.json") is None
     assert job.steps == []
 
 
-def test_the_agents_do_not_act_again_where_their_leader_has(survivors: Callable[[int], Survivors]) -> None:
+def test_the_agents_do_not_act_again_if_their_leader_has_acted(survivors: Callable[[int], Survivors]) -> None:
     job = survivors(3)
     verdict = {"run": 0, "outcome": "requeue", "reason": "n0 lost", "actor": "agents"}
     job.rundir.write("verdict.json", verdict)
@@ -155,7 +161,7 @@ def test_the_agents_do_not_act_again_where_their_leader_has(survivors: Callable[
     assert not any("--unless-led" in command for command in job.commands), "a majority has agreed"
 
 
-def test_a_run_that_continues_begins_with_the_first_turn(survivors: Callable[[int], Survivors]) -> None:
+def test_a_continued_run_starts_with_the_first_turn(survivors: Callable[[int], Survivors]) -> None:
     job = survivors(2)
     job.left(others=("n2",))
     job.rundir.forget_verdict()
@@ -164,10 +170,10 @@ def test_a_run_that_continues_begins_with_the_first_turn(survivors: Callable[[in
 
 @pytest.mark.parametrize("files", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_agent_that_asks_for_a_majority_in_vain_acts_for_those_that_are_in_touch_with_it(
+def test_an_agent_that_requests_a_majority_in_vain_acts_for_the_agents_connected_to_it(
     seed: int, *, files: bool
 ) -> None:
-    """Also where the run directory does not answer, and tells nobody."""
+    """Also if the run directory does not answer, so that no agent can learn of it there."""
     job = Job(seed, 9, replace(simulated.POLICY, max_nodes=9))
 
     async def story() -> None:
@@ -187,8 +193,8 @@ def test_the_agent_that_asks_for_a_majority_in_vain_acts_for_those_that_are_in_t
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_verdict_without_a_majority_ends_no_job_that_a_majority_continues(seed: int) -> None:
-    """A node that is cut off sees no heartbeat of the leader, whose file system answers late."""
+def test_a_verdict_without_a_majority_does_not_end_a_job_that_a_majority_continues(seed: int) -> None:
+    """A node that is cut off sees no heartbeat of the leader, because the leader's file system answers late."""
     job = Job(seed, 4, simulated.POLICY)
 
     async def story() -> None:
@@ -213,7 +219,7 @@ def test_a_verdict_without_a_majority_ends_no_job_that_a_majority_continues(seed
 
 
 def test_the_next_node_takes_over_when_all_nodes_of_some_racks_have_lost_power() -> None:
-    """Asked one after the other, so many nodes that do not answer would take longer than the others wait."""
+    """Asking so many silent nodes one by one would take longer than the other nodes wait."""
     job = Job(1, 100, replace(simulated.POLICY, min_nodes=1, max_nodes=100))
 
     async def story() -> None:
@@ -228,7 +234,9 @@ def test_the_next_node_takes_over_when_all_nodes_of_some_racks_have_lost_power()
     job.run(story)
 
 
-def test_a_leader_that_continues_removes_what_agents_have_written_for_the_verdict_without_it(tmp_path: Path) -> None:
+def test_a_leader_that_continues_removes_the_files_that_agents_have_written_for_a_verdict_without_it(
+    tmp_path: Path,
+) -> None:
     rundir = RunDir(tmp_path / "run").create()
     rundir.write("verdict.json", {"run": 0, "outcome": "requeue", "actor": LEADERLESS})
     agent = turns.Turns(rundir, 0, "n3")
@@ -244,7 +252,7 @@ def test_a_leader_that_continues_removes_what_agents_have_written_for_the_verdic
     assert not agent.are_done()
 
 
-def test_a_leader_removes_nothing_of_a_verdict_that_a_majority_has_agreed_to(tmp_path: Path) -> None:
+def test_a_leader_removes_no_file_of_a_verdict_that_a_majority_has_agreed_to(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path / "run").create()
     rundir.write("verdict.json", {"run": 0, "outcome": "requeue", "actor": "agents"})
     rundir.claim("acts.0", "n3")

@@ -19,7 +19,7 @@ srun: error: Application launch failed: Communication connection failure
 
 
 class Slurm:
-    """A job that runs on n1 to n4, and srun that ends with ``says``."""
+    """A job that runs on n1 to n4, and an srun that ends with the output ``says``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class Slurm:
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setitem(ENVIRON, "PATH", os.environ["PATH"])
-    monkeypatch.setattr(conclude.signal, "signal", lambda *_: None)  # the handlers of this process
+    monkeypatch.setattr(conclude.signal, "signal", lambda *_: None)  # keeps the signal handlers of this process
     return Slurm(tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_the_job_is_requeued_without_the_node_that_srun_could_not_reach(
     assert (rundir.verdict(0) or {})["outcome"] == "requeue"
 
 
-def test_the_job_is_requeued_also_if_slurm_has_noticed_the_loss_by_then(slurm: Slurm, rundir: RunDir) -> None:
+def test_the_job_is_requeued_even_if_slurm_has_noticed_the_loss_by_then(slurm: Slurm, rundir: RunDir) -> None:
     slurm.job(nodes="n[1-3]")
     assert conclude.conclude(rundir, ENVIRON, 233) == 0
     assert "--nodes=3 --ntasks=3" in (slurm.folder / "started").read_text()
@@ -86,14 +86,14 @@ def test_the_job_is_requeued_also_if_slurm_has_noticed_the_loss_by_then(slurm: S
 
 
 @pytest.mark.parametrize("max_requeues", [0, 5])
-def test_no_more_often_than_max_requeues_says(slurm: Slurm, rundir: RunDir, max_requeues: int) -> None:
+def test_the_job_is_requeued_at_most_max_requeues_times(slurm: Slurm, rundir: RunDir, max_requeues: int) -> None:
     slurm.srun(FAILED, 233)
     rundir.write("state.json", {"requeues": max_requeues})
     assert conclude.conclude(rundir, ENVIRON, 233, max_requeues=max_requeues) == 233
     assert not (slurm.folder / "started").exists()
 
 
-def test_agents_that_end_by_themselves_end_the_job_as_ever(
+def test_agents_that_end_normally_end_the_job_as_usual(
     slurm: Slurm, rundir: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert conclude.conclude(rundir, ENVIRON, 1) == 1, "srun reaches all nodes"
@@ -103,13 +103,13 @@ def test_agents_that_end_by_themselves_end_the_job_as_ever(
     assert rundir.verdict(0) is None
 
 
-def test_a_launch_that_fails_on_all_nodes_is_not_held_against_the_nodes(slurm: Slurm, rundir: RunDir) -> None:
+def test_no_node_is_blamed_for_a_launch_that_fails_on_all_nodes(slurm: Slurm, rundir: RunDir) -> None:
     slurm.srun("".join(FAILED.replace("n4", f"n{node}") for node in range(1, 5)), 1)
     assert conclude.conclude(rundir, ENVIRON, 1) == 1
     assert not [*rundir.unfit()]
 
 
-def test_nothing_is_tried_in_a_job_that_is_cancelled(slurm: Slurm, rundir: RunDir) -> None:
+def test_a_cancelled_job_is_not_requeued(slurm: Slurm, rundir: RunDir) -> None:
     slurm.srun(FAILED, 233)
     slurm.job(state="COMPLETING")
     assert conclude.conclude(rundir, ENVIRON, 137) == 137

@@ -1,4 +1,4 @@
-"""Ranks that no longer have, or compute, the same: on three or two processes with gloo."""
+"""Ranks that no longer store or compute the same values, on two or three gloo processes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CASES = [("parameter", 3), ("audit", 3), ("audit-tolerance", 3), ("parameter", 2
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[tuple[Cause | None, str]]]:
-    """Why each rank ended, None for a rank that has done all steps, and its stderr; by what happened and ranks."""
+    """Why each rank ended (None if it has done all steps), and its stderr; by fault and number of ranks."""
     folder = tmp_path_factory.mktemp("worlds")
     found = {}
     for (how, ranks), words in zip(CASES, run(WORLD, folder, CASES, 300), strict=True):
@@ -103,7 +103,7 @@ def test_the_rank_of_three_that_differs_is_named_in_the_next_audit(worlds: Any, 
     assert f"ranks [1] differ in {what} at step 10 from the 2 others" in said
 
 
-def test_of_two_ranks_nobody_is_named(worlds: Any) -> None:
+def test_of_two_ranks_none_is_named(worlds: Any) -> None:
     assert [cause and cause.known for cause, _ in worlds["parameter", 2]] == ["ranks differ"] * 2
 
 
@@ -111,7 +111,7 @@ def test_ranks_that_agree_train_on(worlds: Any) -> None:
     assert [cause for cause, _ in worlds["audit-nothing", 2]] == [None, None]
 
 
-def test_one_rank_alone_has_nothing_to_compare_with() -> None:
+def test_a_single_rank_has_nothing_to_compare_with() -> None:
     verify([], 0)
     with pytest.raises(UsageError, match="at least 1"):
         verify([], 0, every=0)

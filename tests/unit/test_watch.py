@@ -1,4 +1,4 @@
-"""Whether workers get on, as their agent sees it: real files, and real processes that are stopped."""
+"""The agent's view of its workers' progress, with real files and real stopped processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HANG = timedelta(seconds=100)
 
 
 class Clock:
-    """Time that passes only when the test says so."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -36,7 +36,7 @@ class Clock:
         return self.now
 
     def run(self, seconds: float, seen: Watch) -> None:
-        """``seconds`` pass, in which the agent looks every second."""
+        """Let ``seconds`` pass while the agent looks every second."""
         for _ in range(int(seconds)):
             self.now += 1
             seen.look()
@@ -73,13 +73,13 @@ def worker(folder: Path, rank: int) -> Drain:
     return Drain(str(folder), ProgressFile(str(folder), str(rank)))
 
 
-def test_before_anything_is_told_there_is_no_step(folder: Path) -> None:
+def test_before_any_report_there_is_no_step(folder: Path) -> None:
     seen = watching()
     seen.look()
     assert seen.progress[:3] == (-1, False, False)
 
 
-def test_the_step_is_that_of_the_worker_that_is_ahead(folder: Path) -> None:
+def test_the_step_is_that_of_the_most_advanced_worker(folder: Path) -> None:
     seen = watching()
     worker(folder, 0).progress.step(4)
     worker(folder, 1).progress.step(7)
@@ -87,7 +87,7 @@ def test_the_step_is_that_of_the_worker_that_is_ahead(folder: Path) -> None:
     assert seen.progress.step == 7
 
 
-def test_a_step_keeps_the_alarm_quiet_and_its_absence_sets_it_off(folder: Path, clock: Clock) -> None:
+def test_a_step_keeps_the_alarm_off_and_a_missing_step_raises_it(folder: Path, clock: Clock) -> None:
     seen, told = watching(), worker(folder, 0)
     for step in range(5):
         clock.run(90, seen)
@@ -123,7 +123,7 @@ def test_silent_workers_that_report_no_steps_hang(folder: Path, clock: Clock) ->
     assert trouble.message == "no output for 100 s (--hang-timeout)"
 
 
-def test_without_a_hang_timeout_nobody_hangs(folder: Path, clock: Clock) -> None:
+def test_without_a_hang_timeout_no_worker_counts_as_hanging(folder: Path, clock: Clock) -> None:
     seen = watching(hang=None)
     clock.run(1000, seen)
     assert seen.trouble() is None
@@ -132,7 +132,7 @@ def test_without_a_hang_timeout_nobody_hangs(folder: Path, clock: Clock) -> None
 def test_time_in_which_the_agent_was_stopped_with_its_workers_does_not_count(folder: Path, clock: Clock) -> None:
     seen = watching()
     seen.look()
-    clock.now += 3600  # scontrol suspend
+    clock.now += 3600  # as with scontrol suspend
     seen.look()
     assert seen.trouble() is None
     assert seen.signs.silent <= 10
@@ -140,7 +140,7 @@ def test_time_in_which_the_agent_was_stopped_with_its_workers_does_not_count(fol
     assert seen.trouble()
 
 
-def test_the_leader_is_told_since_when_there_is_no_sign_of_life(folder: Path, clock: Clock) -> None:
+def test_the_leader_learns_since_when_there_is_no_sign_of_life(folder: Path, clock: Clock) -> None:
     output = [0]
     seen, told = watching(written=lambda: output[0]), worker(folder, 0)
     clock.run(10, seen)
@@ -159,7 +159,7 @@ def test_the_leader_is_told_since_when_there_is_no_sign_of_life(folder: Path, cl
 
 
 @pytest.mark.parametrize(("doing", "silent", "idle"), [("idle", 100, 100), ("busy", 100, 30), ("blocked", 30, 30)])
-def test_it_counts_what_silent_workers_do(
+def test_the_agent_counts_what_silent_workers_do(
     folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, doing: str, silent: float, idle: float
 ) -> None:
     monkeypatch.setattr(watch.Work, "look", lambda _work, _seconds: doing)
@@ -178,7 +178,7 @@ def test_workers_that_wait_for_a_device_for_more_than_an_hour_hang(
     assert seen.signs.silent == pytest.approx(130, abs=1)
 
 
-def test_a_new_round_starts_with_nothing_seen(folder: Path, clock: Clock) -> None:
+def test_a_new_round_starts_without_any_sign_of_life(folder: Path, clock: Clock) -> None:
     seen, told = watching(), worker(folder, 0)
     told.progress.step(9)
     told.requested(1)
@@ -195,14 +195,14 @@ def test_a_new_round_starts_with_nothing_seen(folder: Path, clock: Clock) -> Non
     )
 
 
-def test_between_rounds_nobody_is_in_trouble(folder: Path, clock: Clock) -> None:
+def test_between_rounds_no_worker_is_in_trouble(folder: Path, clock: Clock) -> None:
     seen = watching()
     seen.stop()
     clock.run(500, seen)
     assert seen.trouble() is None
 
 
-def test_the_drain_file_is_what_a_worker_hears_and_what_it_answers_is_seen(folder: Path) -> None:
+def test_a_worker_reads_the_drain_file_and_the_agent_sees_its_answer(folder: Path) -> None:
     seen, told = watching(), worker(folder, 1)
     assert not told.requested(1)
     seen.look()
@@ -213,7 +213,7 @@ def test_the_drain_file_is_what_a_worker_hears_and_what_it_answers_is_seen(folde
     assert (seen.progress.listens, seen.progress.drained) == (True, True)
 
 
-def test_a_stopped_process_is_in_trouble_after_a_while_and_not_when_it_goes_on(
+def test_a_stopped_process_is_in_trouble_after_a_while_unless_it_continues(
     folder: Path, clock: Clock, process: subprocess.Popen[bytes]
 ) -> None:
     seen = Watch(None, 5.0)
@@ -253,7 +253,9 @@ def test_a_process_that_is_gone_is_not_stopped(folder: Path, clock: Clock, proce
     assert seen.trouble() is None
 
 
-def test_the_pace_of_a_node_is_that_of_its_slowest_worker_when_all_are_measured(folder: Path, clock: Clock) -> None:
+def test_the_pace_of_a_node_is_that_of_its_slowest_worker_when_all_workers_are_measured(
+    folder: Path, clock: Clock
+) -> None:
     seen, workers = watching(), [worker(folder, rank).progress for rank in range(2)]
 
     def step(*times: float | None) -> Pace:

@@ -1,4 +1,4 @@
-"""``elastic-hpc why``: the page, from records of real jobs, and its advice."""
+"""``elastic-hpc why``: the page from records of real jobs, and its advice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def advised(name: str, **changes: Any) -> str:
     return "\n".join(advice(view(ended("failed"), story, story.last_time), story))
 
 
-def test_each_rounds_end_is_told_with_cause_traceback_charge_and_what_was_done(
+def test_the_end_of_each_round_is_shown_with_cause_traceback_charge_and_action(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = page("faults", capsys)
@@ -58,7 +58,7 @@ def test_each_rounds_end_is_told_with_cause_traceback_charge_and_what_was_done(
 
 
 @pytest.mark.parametrize("name", records.NAMES)
-def test_the_json_has_what_the_page_has_and_every_field_is_documented(
+def test_the_json_has_the_content_of_the_page_and_every_field_is_documented(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = page(name, capsys)
@@ -79,20 +79,20 @@ def test_the_json_has_what_the_page_has_and_every_field_is_documented(
     assert not missing
 
 
-def test_the_loss_of_the_leader_is_told_with_who_took_over(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loss_of_the_leader_is_shown_with_the_node_that_took_over(capsys: pytest.CaptureFixture[str]) -> None:
     text = page("head", capsys)
     assert "by: n1 lost: no heartbeat for 5 s" in text
     assert "this node leads now: n1 lost" in text
     assert "next: new round without n1" in text
 
 
-def test_growth_is_told_with_the_jobs_that_were_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_growth_is_shown_with_the_submitted_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     text = page("grown", capsys)
     assert "requested 2 more node(s) from Slurm: job(s)" in text
     assert "next: new round with n" in text
 
 
-def test_a_restart_in_place_is_told_with_how_many_workers_kept_their_process(
+def test_a_restart_in_place_is_shown_with_the_number_of_workers_that_kept_their_process(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     events = records.events("faults")
@@ -120,14 +120,14 @@ def test_a_restart_in_place_is_told_with_how_many_workers_kept_their_process(
     assert f"{after.world_size}, 2 in place</td>" in page
 
 
-def test_a_script_that_cannot_run_is_to_be_mended(capsys: pytest.CaptureFixture[str]) -> None:
+def test_for_a_script_that_cannot_run_the_advice_is_to_repair_it(capsys: pytest.CaptureFixture[str]) -> None:
     text = page("broken", capsys)
     assert "FileNotFoundError: [Errno 2] No such file or directory: 'data/train.bin'" in text
     assert "fix the script: it failed twice in the same way without a step in between" in text
     assert "elastic-hpc logs broken --round last --rank 0" in text
 
 
-def test_what_was_collateral_is_told_as_that() -> None:
+def test_collateral_failures_are_shown_as_such() -> None:
     from rich.console import Console
     from test_status import ended
 
@@ -162,7 +162,7 @@ def test_the_advice_fits_the_cause(kind: str, expected: str) -> None:
     assert kind != "out of memory" or "administrator" not in told, "no node is to blame for a job's use of memory"
 
 
-def test_a_node_that_failed_again_and_again_is_named_unless_it_was_the_script() -> None:
+def test_a_node_that_failed_repeatedly_is_named_unless_the_script_was_at_fault() -> None:
     event = {"time": 1.0, "event": "barred", "node": "n7", "reason": "CUDA error; the same failure on the same node"}
     barred = story_of([event]).barred
     assert sentence("barred", event) == "n7 stays out: CUDA error; the same failure on the same node"
@@ -183,7 +183,7 @@ def test_nodes_that_do_not_reach_each_other_are_named_once() -> None:
     )
 
 
-def test_a_node_left_out_for_memory_alone_is_no_broken_node() -> None:
+def test_a_node_excluded_only_for_memory_is_not_called_broken() -> None:
     story = records.story("faults")
     fault, other = story.rounds[0].faults[0], story.rounds[1]
 
@@ -198,21 +198,21 @@ def test_a_node_left_out_for_memory_alone_is_no_broken_node() -> None:
     assert "report n7 to your administrator" in told("out of memory", "signal")
 
 
-def test_a_job_whose_budget_is_spent_is_told_which() -> None:
+def test_for_a_job_without_remaining_budget_the_page_names_the_budget() -> None:
     run = replace(
         records.story("faults").runs[-1], outcome="failed", cause="budget", reason="all 2 restarts are used up"
     )
     assert "--max-restarts" in advised("faults", runs=(run,))
 
 
-def test_steps_that_are_often_done_again_ask_for_more_checkpoints() -> None:
+def test_for_frequently_repeated_steps_the_advice_is_more_checkpoints() -> None:
     story = records.story("faults")
     again = replace(story.rounds[1], first=1)
     assert "save more often" in advised("faults", rounds=(story.rounds[0], again, *story.rounds[2:]))
     assert "save more often" not in advised("faults")
 
 
-def test_a_record_without_a_round_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_without_a_round_also_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "job").mkdir()
     assert main(["why", str(tmp_path / "job")]) == 0
     assert "no world was formed" in capsys.readouterr().out

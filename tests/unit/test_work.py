@@ -1,4 +1,4 @@
-"""What silent workers do, as the kernel sees it: real processes."""
+"""The activity of silent workers, as the kernel sees it, with real processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ while True:
         file.read(2**20)
     time.sleep(0.05)
 """
-# The child prints: while its parent starts it, vfork makes the parent wait as a device does.
+# The child prints, because during its start vfork makes the parent wait as a device would.
 OF_A_CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}])"
 
 
@@ -52,7 +52,7 @@ def started(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]
     ],
     indirect=["started"],
 )
-def test_what_a_worker_does_is_seen(started: subprocess.Popen[bytes], expected: Doing) -> None:
+def test_the_activity_of_a_worker_is_recognized(started: subprocess.Popen[bytes], expected: Doing) -> None:
     work = Work([os.getppid(), started.pid]) if expected == "busy" else Work([started.pid])
     assert work.look(5.0) == "idle", "nothing is known of work before the first look"
     deadline, seen = time.monotonic() + (20 if expected == "busy" else 1), "idle"
@@ -74,10 +74,10 @@ while True: pass
 
 
 @pytest.mark.parametrize("started", [HUNGRY], indirect=True)
-def test_a_worker_that_computes_is_busy_though_others_leave_it_little_of_the_cpu(
+def test_a_computing_worker_is_busy_even_if_others_leave_it_little_cpu_time(
     started: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proc, "trees_of", lambda pids: [{pid} for pid in pids])  # its child is any other process
+    monkeypatch.setattr(proc, "trees_of", lambda pids: [{pid} for pid in pids])  # its child may be any other process
     work = Work([started.pid])
     work.look(5.0)
     before, began = proc.cpu_ticks(started.pid), time.monotonic()
@@ -98,7 +98,7 @@ def test_a_worker_that_waits_for_a_device_is_blocked(
 
 
 @pytest.mark.parametrize("started", [READS], indirect=True)
-def test_a_worker_that_reads_between_two_waits_for_its_disk_is_busy_then(
+def test_a_worker_that_reads_between_two_waits_for_its_disk_is_busy_in_between(
     started: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, waits = Work([started.pid]), iter([True, False, True, False])
@@ -112,7 +112,7 @@ def test_a_worker_that_reads_between_two_waits_for_its_disk_is_busy_then(
 
 
 def test_the_state_of_a_thread_is_read_from_the_kernel(tmp_path: Path) -> None:
-    """The child of a ``vfork`` lets its parent wait as a device does."""
+    """The child of a ``vfork`` makes its parent wait as a device would."""
     script = (
         "import ctypes, os, time; libc = ctypes.CDLL(None)\n"
         "print(os.getpid(), flush=True)\n"
@@ -131,7 +131,7 @@ def test_the_state_of_a_thread_is_read_from_the_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: sudo make test")
-def test_a_worker_that_waits_for_a_file_system_in_user_space_is_blocked_though_a_signal_would_wake_it(
+def test_a_worker_that_waits_for_a_file_system_in_user_space_is_blocked_even_if_a_signal_would_wake_it(
     tmp_path: Path,
 ) -> None:
     server = Server(tmp_path / "server", tmp_path / "mount", tmp_path / "control.json")

@@ -17,7 +17,7 @@ from elastic_hpc.workers.lives import Lives
 
 @pytest.fixture
 def agent() -> Iterator[Any]:
-    """The part of an ``ElasticAgent`` that waits, with one worker, which ends when it is told to."""
+    """The waiting part of an ``ElasticAgent``, with one worker that ends on request."""
     waits: Any = ElasticAgent.__new__(ElasticAgent)
     waits.worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     waits._pidfds, waits._ended = {waits.worker.pid: os.pidfd_open(waits.worker.pid)}, set()
@@ -40,7 +40,7 @@ def waited(agent: Any) -> float:
 
 
 def test_a_worker_that_ends_after_its_agent_has_looked_and_before_it_waits_wakes_the_agent(agent: Any) -> None:
-    end(agent)  # the connection of a live worker ends before its process does, and has the agent look too early
+    end(agent)  # the connection of a live worker ends before its process, so the agent looks too early
     assert waited(agent) < 0.5
 
 

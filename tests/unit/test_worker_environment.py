@@ -1,4 +1,4 @@
-"""What workers find in their environment, and what they start from it: with real agents on this machine."""
+"""The environment of workers and of the runs that they start, with real agents on this machine."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ BARE = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in
 
 
 def run(folder: Path, *options: str) -> dict[str, dict[str, str]]:
-    """Run SHOWS to its end in ``folder``/run; the environments of all workers, by round and rank."""
+    """Run SHOWS to its end in ``folder``/run. Returns the environments of all workers, by round and rank."""
     (folder / "shows.py").write_text(SHOWS)
     command = [str(SRUN), "--preload=off", *options, f"--run-dir={folder}/run", str(folder / "shows.py")]
     subprocess.run(command, cwd=folder, check=True, timeout=120, capture_output=True, env=BARE)
@@ -64,12 +64,12 @@ def run(folder: Path, *options: str) -> dict[str, dict[str, str]]:
 
 
 def documented() -> set[str]:
-    """The variables that the page names where it says what a worker is told."""
+    """The variables that the page lists for workers."""
     section = DOCUMENT.read_text().partition("## Variables of the workers")[2].partition("\n## ")[0]
     return set(re.findall(r"`([A-Z][A-Z0-9_]+\*?)`", section))
 
 
-def test_a_run_without_slurm_has_a_name_of_its_own_for_all_agents_and_rounds_and_for_those_that_go_on_in_its_place(
+def test_a_run_without_slurm_has_a_unique_name_for_all_agents_and_rounds_and_for_runs_that_continue_it(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "again").touch()
@@ -86,9 +86,12 @@ def test_a_run_without_slurm_has_a_name_of_its_own_for_all_agents_and_rounds_and
     assert run(tmp_path / "named", "--standalone", "--rdzv-id=mine")["1.0"]["TORCHELASTIC_RUN_ID"] == "mine"
 
 
-def test_every_variable_that_a_worker_has_or_lacks_because_of_us_is_documented(tmp_path: Path) -> None:
+def test_every_variable_that_we_set_or_remove_for_a_worker_is_documented(tmp_path: Path) -> None:
     (told,) = run(tmp_path, "--standalone", "--interface=lo").values()
-    others = {"LC_CTYPE", "PWD"}  # of Python, and of the shell that starts a command of pip's at a path with a blank
+    others = {
+        "LC_CTYPE",
+        "PWD",
+    }  # variables of Python, and of the shell that starts a pip command at a path with a blank
     changed = {name for name in told if told[name] != BARE.get(name)} - others
     assert not changed - documented()
     families = tuple(name.rstrip("*") for name in documented() if name.endswith("*"))
@@ -97,7 +100,7 @@ def test_every_variable_that_a_worker_has_or_lacks_because_of_us_is_documented(t
 
 
 @pytest.mark.parametrize("way", ["command", "Python"])
-def test_a_run_that_a_worker_starts_is_one_of_its_own_and_ends_with_that_worker(tmp_path: Path, way: str) -> None:
+def test_a_run_that_a_worker_starts_is_separate_and_ends_with_that_worker(tmp_path: Path, way: str) -> None:
     for name, text in {"nests.py": NESTS, "inner.py": INNER}.items():
         (tmp_path / name).write_text(text)
     command = [str(SRUN), "--standalone", f"--run-dir={tmp_path}/run", str(tmp_path / "nests.py")]

@@ -1,4 +1,4 @@
-"""To whom a job gives way, how far it shrinks, and that it neither oscillates nor gives up nodes for nothing."""
+"""Which jobs a job gives way to, how far it shrinks, and that it neither oscillates nor gives up nodes in vain."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ OWN = replace(OTHER, id="1", array="1", waits=False, user="ann", nodes="n[1-4]",
 
 
 class Watch:
-    """A job of n1 to n4 that gives way, with MIN 2, looks at the queue from time to time."""
+    """A job on n1 to n4 with MIN 2 that gives way; it looks at the queue from time to time."""
 
     def __init__(self, rule: Rule = ANYBODY, holding: Holding = HOLDING, nodes: int = 4, **kinds: NodeKind) -> None:
         self.rule, self.holding, self.state = rule, holding, Yielding()
@@ -67,7 +67,7 @@ class Watch:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
     def look(self, *jobs: QueueEntry, free: str = "", later: float = 60.0) -> int | None:
-        """The cap after a look at ``jobs`` and the nodes ``free``."""
+        """Let the job look at ``jobs`` and the nodes ``free``. Returns the cap."""
         self.now += later
         nodes = [NodeEntry(name, name in free.split(), kind) for name, kind in self.kinds.items()]
         self.state, events = next_yielding(self.state, self.rule, self.holding, [OWN, *jobs], nodes, self.now)
@@ -75,7 +75,7 @@ class Watch:
         return self.state.cap
 
     def give(self) -> None:
-        """The nodes beyond the cap are gone."""
+        """Give up the nodes beyond the cap."""
         assert self.state.cap
         self.holding = replace(self.holding, names=self.holding.names[-self.state.cap :])
 
@@ -84,7 +84,7 @@ class Watch:
         return [(fields["started"], fields["reason"]) for name, fields in self.events if name == "yielded"]
 
 
-def test_as_many_nodes_are_given_up_as_let_the_first_start() -> None:
+def test_the_job_gives_up_as_many_nodes_as_the_first_waiting_job_needs() -> None:
     watch = Watch(nodes=6)
     assert watch.look(replace(OTHER, least=3), free="n5 n6") == 3
     assert watch.events == [
@@ -92,7 +92,7 @@ def test_as_many_nodes_are_given_up_as_let_the_first_start() -> None:
     ]
 
 
-def test_a_job_that_needs_more_than_there_is_above_min_is_passed_over_for_the_next() -> None:
+def test_a_waiting_job_that_needs_more_nodes_than_there_are_above_min_is_skipped() -> None:
     watch = Watch()
     large, small = replace(OTHER, id="8", array="8", least=3, priority=200), replace(OTHER, least=2)
     assert watch.look(large) is None
@@ -115,7 +115,7 @@ def test_a_job_that_needs_more_than_there_is_above_min_is_passed_over_for_the_ne
     ],
     ids=["dependency", "limit", "joiner", "partition", "gres", "feature", "named-node", "cpus", "runs"],
 )
-def test_nothing_is_given_up_for_a_job_that_it_would_not_start(job: QueueEntry) -> None:
+def test_no_node_is_given_up_if_the_waiting_job_would_still_not_start(job: QueueEntry) -> None:
     watch = Watch()
     assert watch.look(job) in {None, 4}
     assert watch.events == []
@@ -129,23 +129,23 @@ def test_nothing_is_given_up_for_a_job_that_it_would_not_start(job: QueueEntry) 
         (Rule("user", "", 600.0), replace(OTHER, user="ann")),
     ],
 )
-def test_a_job_gives_way_only_to_whom_its_user_said(rule: Rule, job: QueueEntry) -> None:
+def test_a_job_gives_way_only_to_the_jobs_that_its_user_selected(rule: Rule, job: QueueEntry) -> None:
     watch = Watch(rule)
     assert watch.look(OTHER) is None
     assert watch.look(job) == 3
 
 
-def test_nodes_that_do_not_suit_are_given_up_with_those_behind_them() -> None:
+def test_unsuitable_nodes_are_given_up_together_with_the_nodes_behind_them() -> None:
     watch = Watch(n4=NodeKind(frozenset({"scavenger"}), frozenset(), 64))
     assert watch.look(OTHER) == 2, "n4, a joiner of another partition, goes first"
 
 
-def test_only_a_size_that_a_world_may_have_is_kept() -> None:
+def test_the_job_keeps_only_an_allowed_size_of_the_world() -> None:
     watch = Watch(holding=replace(HOLDING, sizes=(2, 4)))
     assert watch.look(OTHER) == 2
 
 
-def test_it_grows_again_when_nobody_waits_and_the_next_gift_comes_after_yield_every() -> None:
+def test_the_job_grows_again_when_nobody_waits_and_the_next_gift_comes_after_yield_every() -> None:
     watch = Watch()
     assert watch.look(OTHER) == 3
     watch.give()
@@ -170,7 +170,7 @@ def test_one_task_of_an_array_starts_and_the_next_waits() -> None:
     assert watch.outcomes == [(True, "it runs on n4")]
 
 
-def test_a_third_job_that_takes_the_nodes_is_named_and_the_next_gift_comes_later() -> None:
+def test_if_a_third_job_takes_the_nodes_it_is_named_and_the_next_gift_comes_later() -> None:
     watch = Watch()
     assert watch.look(OTHER) == 3
     watch.give()
@@ -181,7 +181,7 @@ def test_a_third_job_that_takes_the_nodes_is_named_and_the_next_gift_comes_later
     assert watch.look(OTHER, third, later=600) == 2
 
 
-def test_a_job_that_does_not_start_on_the_nodes_left_for_it_is_left_alone() -> None:
+def test_a_job_that_does_not_start_on_the_given_nodes_gets_no_further_gifts() -> None:
     watch = Watch()
     assert watch.look(OTHER) == 3
     assert watch.look(OTHER, later=PATIENCE + 60) == 3, "the nodes are still in use: the workers save"
@@ -203,14 +203,14 @@ def test_a_gift_ends_when_the_job_is_resized_and_needs_the_nodes_itself() -> Non
     assert watch.look(OTHER, second, later=601) == 3
 
 
-def test_a_job_that_was_cancelled_is_not_waited_for() -> None:
+def test_the_job_does_not_wait_for_a_cancelled_job() -> None:
     watch = Watch()
     assert watch.look(OTHER) == 3
     assert watch.look() is None
     assert watch.outcomes == [(None, "it is no longer in the queue")]
 
 
-def test_nodes_of_its_own_that_come_back_are_not_taken_for_growth() -> None:
+def test_the_return_of_own_nodes_does_not_count_as_growth() -> None:
     watch = Watch(holding=replace(HOLDING, names=("n3", "n2", "n1"), missing=1))
     assert watch.look(replace(OTHER, least=2)) == 4
 
@@ -227,7 +227,7 @@ def rigid(id: int, submitted: float, size: int, minutes: float) -> _site.SiteJob
 
 
 def sizes(site: _site.Site, until: float, every: float = 30.0) -> list[tuple[int, ...]]:
-    """How many nodes each running job has, again and again."""
+    """The number of nodes of each running job, repeatedly."""
     seen = []
     for at in range(0, int(until), int(every)):
         site.run(at)
@@ -239,7 +239,7 @@ def changes(seen: list[tuple[int, ...]]) -> int:
     return sum(before != after for before, after in itertools.pairwise(seen))
 
 
-def test_two_jobs_that_give_way_to_each_other_settle() -> None:
+def test_two_jobs_that_give_way_to_each_other_reach_a_stable_state() -> None:
     site = _site.Site([elastic(1, 0, 8, 2, 8), elastic(2, 1000, 8, 2, 8)], nodes=8)
     seen = sizes(site, 6 * 3600)
     assert seen[-1] == (6, 2)
@@ -255,7 +255,7 @@ def test_jobs_that_give_way_change_rarely_while_others_come_and_go() -> None:
         assert job.gifts <= 1 + (240 * 63 + 600) / _site.RULE.every, "at most once in --yield-every"
 
 
-def test_a_rigid_job_starts_soon_and_the_elastic_job_has_its_nodes_again_after_it() -> None:
+def test_a_rigid_job_starts_soon_and_afterwards_the_elastic_job_gets_its_nodes_back() -> None:
     site = _site.Site([elastic(1, 0, 4, 2, 4), rigid(2, 1000, 2, 10)], nodes=4)
     seen = sizes(site, 3600)
     (other,) = site.ended
@@ -268,7 +268,7 @@ def test_a_rigid_job_starts_soon_and_the_elastic_job_has_its_nodes_again_after_i
 
 
 class Crowd:
-    """Rigid jobs in the Slurm of a simulated job, which it gives way to."""
+    """Rigid jobs in the Slurm of a simulated job, to which that job gives way."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.jobs = job, list[QueueEntry]()
@@ -280,7 +280,7 @@ class Crowd:
         asyncio.get_running_loop().call_soon(self._start, len(self.jobs) - 1, seconds)
 
     def _start(self, number: int, seconds: float) -> None:
-        """As soon as it has its nodes."""
+        """Start the job as soon as it has its nodes."""
         loop, queue, waiting = asyncio.get_running_loop(), self.job.queue, self.jobs[number]
         if queue.free < waiting.least:
             loop.call_later(1.0, self._start, number, seconds)
@@ -315,7 +315,7 @@ def worlds(job: Job) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_whole_job_gives_nodes_to_another_and_takes_as_many_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_job_gives_nodes_to_another_and_takes_as_many_back(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     job, crowd = crowded(seed, monkeypatch)
 
     async def story() -> None:
@@ -348,7 +348,7 @@ def test_a_leader_that_takes_over_gives_way_too(seed: int, monkeypatch: pytest.M
     job.run(story)
 
 
-def test_where_no_job_may_shrink_joiners_are_given_up_and_no_other_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_job_may_shrink_only_joiners_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     job, crowd = crowded(0, monkeypatch, lets_shrink=False)
 
     async def story() -> None:
@@ -363,7 +363,7 @@ def test_where_no_job_may_shrink_joiners_are_given_up_and_no_other_node(monkeypa
     assert watch.look(OTHER) == 3, "n4 is a joiner's"
 
 
-# what Slurm says
+# Slurm's answers
 
 JOBS = [
     "6|6|COMPLETED|ann|(null)|high|4294901754|cpu=2,node=1,billing=2|n2|n2|(null)|N/A|(null)|None|a;b",
@@ -373,7 +373,7 @@ JOBS = [
 
 
 def squeue(*command: str) -> str:
-    """Answers as squeue does: after each field comes what the format has after its colon."""
+    """Answers like squeue: after each field comes the suffix that the format has after the colon."""
     formats = next(word for word in command if word.startswith("--Format=")).removeprefix("--Format=").split(",")
     ends = [form.partition(":")[2] for form in formats]
     return "".join("".join(value + end for value, end in zip(job.split("|"), ends, strict=True)) + "\n" for job in JOBS)
@@ -386,7 +386,7 @@ n2;main*;mix;(null);(null);2
 """
 
 
-def test_the_queue_is_read_with_what_each_job_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_is_read_with_the_requests_of_each_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "run", squeue)
     ended, waiting, array = others.all_jobs()
     assert (ended.waits, ended.nodes, ended.required, ended.partitions) == (False, "n2", "n2", {"high"})
@@ -396,7 +396,7 @@ def test_the_queue_is_read_with_what_each_job_asks_for(monkeypatch: pytest.Monke
     assert array.demands == {("reservation weekly", 1)}
 
 
-def test_nodes_are_read_with_all_their_partitions_and_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_are_read_with_all_their_partitions_and_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "run", lambda *_: NODES)
     first, second = others.all_nodes()
     assert (first.is_free, first.kind.partitions, first.kind.cpus) == (True, {"main", "high"}, 64)
@@ -404,7 +404,7 @@ def test_nodes_are_read_with_all_their_partitions_and_what_they_have(monkeypatch
     assert (second.is_free, second.kind.offers) == (False, frozenset())
 
 
-def test_a_site_that_shows_no_nodes_is_not_taken_for_one_without_free_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_that_hides_its_nodes_does_not_count_as_having_no_free_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "run", lambda *_: "")
     with pytest.raises(SlurmError, match="shows no node"):
         others.all_nodes()

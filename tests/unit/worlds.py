@@ -1,4 +1,4 @@
-"""Worlds of gloo processes on this machine, started by one program that has imported torch once."""
+"""Worlds of gloo processes on this machine; one program imports torch once and starts them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 def run(program: str, folder: Path, cases: Sequence[tuple[str, int]], timeout: float) -> list[list[str]]:
-    """Run ``program``, whose arguments are ``folder`` and, for each of ``cases``, both parts of it and a free port.
-    Returns the words of each line that it prints.
+    """Run ``program`` with the arguments ``folder`` and, for each of ``cases``, its two parts and a free port. Returns
+    the words of each line that the program prints.
     """
     held = [socket.create_server(("127.0.0.1", 0)) for _ in cases]
     words = [f"{how}:{number}:{port.getsockname()[1]}" for (how, number), port in zip(cases, held, strict=True)]

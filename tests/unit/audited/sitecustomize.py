@@ -1,6 +1,5 @@
-"""Python imports this file first where its folder is on PYTHONPATH. In an agent, it writes to the file AUDIT_LOG what
-the control thread does with files, and what any thread does with files while it holds the lock that the control thread
-takes.
+"""Python imports this file first where its folder is on PYTHONPATH. In an agent, this file records in AUDIT_LOG each
+file access of the control thread, and of any thread that holds the lock that the control thread takes.
 """
 
 import os
@@ -14,17 +13,22 @@ from typing import Any
 
 HARMLESS = (
     *("sys._getframe", "sys.set_asyncgen_hook", "object.", "code.__new__", "gc.", "builtins.id", "_thread."),
-    *("socket.__new__", "socket.bind", "socket.connect", "socket.sendmsg"),  # all addresses are numeric
-    *("fcntl.ioctl", "array."),  # for the addresses of the interfaces, on a socket
+    *(
+        "socket.__new__",
+        "socket.bind",
+        "socket.connect",
+        "socket.sendmsg",
+    ),  # no files: all addresses are numeric
+    *("fcntl.ioctl", "array."),  # reads the addresses of the interfaces from a socket
 )
-"""Beginnings of the audit events that touch no file."""
+"""Prefixes of audit events that access no file."""
 
 ON_PATHS = ("stat", "lstat", "access", "readlink", "statvfs", "getxattr")
 ON_DESCRIPTORS = ("read", "write", "pread", "pwrite", "preadv", "pwritev", "fsync", "fdatasync", "ftruncate")
-"""Functions of ``os`` without an audit event. The latter are harmless on sockets, pipes and event descriptors."""
+"""Functions of ``os`` without an audit event. The second group is harmless on sockets, pipes and event descriptors."""
 
 CLOCK = ("localtime", "strftime", "ctime", "mktime", "tzset")
-"""Functions of ``time`` that may read the time zone's file."""
+"""Functions of ``time`` that may read the time zone file."""
 
 _write, _fstat, _readlink = os.write, os.fstat, os.readlink
 _busy = threading.local()
@@ -73,7 +77,7 @@ class Audit:
 
 
 def _keeps_promises(descriptor: int) -> bool:
-    """Whether ``descriptor`` is that of the one file that the control thread may write: it lies in memory."""
+    """Whether ``descriptor`` belongs to the only file that the control thread may write, because it is in memory."""
     return _readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/shm/elastic-hpc-promises-")
 
 
@@ -87,7 +91,9 @@ def _frames() -> Iterator[FrameType]:
 
 
 class Watched:
-    """A function of C. It stays one where it is an attribute of a class, as ``time.localtime`` is in ``logging``."""
+    """Behaves like a C function: as a class attribute, as ``time.localtime`` in ``logging``, it does not become a
+    method.
+    """
 
     def __init__(self, audit: Audit, name: str, real: Callable[..., Any], *, on_descriptor: bool = False) -> None:
         self._audit, self._name, self._real, self._on_descriptor = audit, name, real, on_descriptor
@@ -99,7 +105,7 @@ class Watched:
 
 
 class Output:
-    """stdout or stderr, which may stall as a file system does."""
+    """stdout or stderr, which may stall like a file system."""
 
     def __init__(self, real: Any, audit: Audit) -> None:
         self._real, self._audit = real, audit
