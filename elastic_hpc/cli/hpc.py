@@ -205,8 +205,9 @@ def _run(args: argparse.Namespace) -> int:
     tasks = [Job(path) for path in expand(rundir.path)]
     for job in [task for task in tasks if not task.final_state()] or tasks:
         job.drain(reason)
-        by_sbatch = (job.run_dir / "script.sbatch").exists()  # a job of elastic-srun has no queue to return to
-        print(f"job {job.id}: the workers save, then the job {'returns to the queue' if by_sbatch else 'ends'}")
+        # a job of elastic-srun has no queue to return to
+        then = "returns to the queue" if (job.run_dir / "script.sbatch").exists() else "ends"
+        print(f"job {job.id}: the workers are asked to save, then the job {then}")
     return 0
 
 

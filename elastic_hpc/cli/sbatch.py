@@ -40,9 +40,9 @@ _FROM_BATCH = ElasticOption("from-batch", "FILE", str,
                             help="make the job from the #SBATCH lines, set-up lines and torchrun line of this batch "
                                  "script, instead of from SCRIPT")  # fmt: skip
 _RESUME = ElasticOption("resume", "JOB|DIR", str,
-                        help="continue a job that failed, timed out or was cancelled, in its run directory: with its "
-                             "checkpoints, record and counters; options and SCRIPT are those of its submission, unless "
-                             "you give new ones")  # fmt: skip
+                        help="continue a job that failed, timed out or was cancelled, in its run directory: with the "
+                             "record, counters and checkpoints there; options and SCRIPT are those of its submission, "
+                             "unless you give new ones")  # fmt: skip
 _FILE = ElasticOption("file", "FILE", str, letter="f",
                       help="read the job from this TOML file: script, args, and options as in a configuration file; "
                            "SCRIPT and options on the command line override the file")  # fmt: skip

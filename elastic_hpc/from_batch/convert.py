@@ -123,8 +123,9 @@ def _written(option: str, value: str | None) -> str:
 
 def _summary(options: Sequence[str], launch: Launch, set_up_lines: int) -> str:
     """What the job takes from the batch script."""
-    lines = f", set-up lines: {set_up_lines}" if set_up_lines else ""
-    return f"{' '.join(options)}{lines}, to run: {' '.join([launch.script, *launch.script_args])}"
+    lines = f"set-up lines: {set_up_lines}" if set_up_lines else ""
+    run = f"to run: {' '.join([launch.script, *launch.script_args])}"
+    return ", ".join(filter(None, [" ".join(options), lines, run]))
 
 
 def _in_order(notes: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A job that has ended continues: another Slurm job uses its run directory, with its checkpoints, its record and its
+"""A job that has ended continues: another Slurm job uses its run directory, with the checkpoints, the record and the
 counters. Looks at the job, writes to its run directory, asks Slurm whether it has ended.
 """
 

@@ -230,13 +230,14 @@ def _assembled(request: Request, configuration: Configuration, place: Place, opt
 
 NEW_ID = "which is new after --resume"
 _JOB_ID = re.compile(r"\$\{?(SLURM_(?:ARRAY_)?JOB_?ID)\b")
+_NAMES_NO_FOLDER = re.compile(r"\s*(echo|printf|scontrol|squeue|sacct|sstat)\b|.*ELASTIC_HPC_RUN_DIR", re.DOTALL)
 
 
 def _with_job_id(setup: Iterable[Setting]) -> Iterator[str]:
     """A note on each set-up line that may name a folder after the Slurm job. Lines that print or ask Slurm do not."""
     for line in setup:
         used = _JOB_ID.search(line.value)
-        if used and not re.match(r"\s*(echo|printf|scontrol|squeue|sacct|sstat)\b", line.value):
+        if used and not re.match(_NAMES_NO_FOLDER, line.value):
             yield (
                 f"{line.source}: {first_line(line.value)!r} contains ${used[1]}, {NEW_ID}; for checkpoints use "
                 "$ELASTIC_HPC_RUN_DIR or a fixed folder"

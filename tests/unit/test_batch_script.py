@@ -369,7 +369,12 @@ def test_a_folder_named_after_the_job_id_is_noted_as_a_resumed_job_has_a_new_one
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
     (tmp_path / "train.py").write_text("pass")
-    lines = ["OUT=$PWD/runs/$SLURM_JOB_ID", "echo $SLURM_JOB_ID", "scontrol show job $SLURM_JOBID"]
+    lines = [
+        "OUT=$PWD/runs/$SLURM_JOB_ID",
+        "echo $SLURM_JOB_ID",
+        "A=${ELASTIC_HPC_RUN_DIR:-$SLURM_JOB_ID}",
+        "scontrol show job $SLURM_JOBID",
+    ]
     launch = "srun torchrun train.py --out $OUT --name ${SLURM_ARRAY_JOB_ID}"
     (tmp_path / "job.sh").write_text(batch(launch, *lines))
     new = "which is new after --resume; for checkpoints use $ELASTIC_HPC_RUN_DIR or a fixed folder"
@@ -381,7 +386,7 @@ def test_a_folder_named_after_the_job_id_is_noted_as_a_resumed_job_has_a_new_one
     arguments = "the arguments, as written on that line: 'elastic_arguments=(--out $OUT --name ${SLURM_ARRAY_JOB_ID})'"
     assert noted("--from-batch", "job.sh") == [
         f"elastic-sbatch: job.sh line 3: '{lines[0]}' contains $SLURM_JOB_ID, {new}",
-        f"elastic-sbatch: job.sh line 6: {arguments} contains $SLURM_ARRAY_JOB_ID, {new}",
+        f"elastic-sbatch: job.sh line 7: {arguments} contains $SLURM_ARRAY_JOB_ID, {new}",
     ]
     assert noted("-N2", "--setup", "cd $SLURM_JOB_ID", "train.py") == [
         f"elastic-sbatch: command line: 'cd $SLURM_JOB_ID' contains $SLURM_JOB_ID, {new}"

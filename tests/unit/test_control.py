@@ -267,7 +267,10 @@ def test_drain_says_what_happens_next(
     wait_for(lambda: cluster.rundir.read("endpoint.json"))
     (cluster.rundir.path / script).touch()
     assert hpc.main(["drain", str(cluster.rundir.path)]) == 0
-    assert capsys.readouterr().out == f"job {cluster.rundir.path.name}: the workers save, then the job {then}\n"
+    assert (
+        capsys.readouterr().out
+        == f"job {cluster.rundir.path.name}: the workers are asked to save, then the job {then}\n"
+    )
     assert drained(cluster) == ["user"]
 
 
