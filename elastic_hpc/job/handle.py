@@ -275,7 +275,8 @@ class Job:
     def resume(self, *script: object, **options: Unpack[JobOptions]) -> str:
         """Continue a job that failed, timed out or was cancelled, in its run directory, with the record, counters
         and checkpoints there. ``script``: a new script and its arguments, if they change; ``options``: as for
-        ``JobSpec.of``, they override the options of the job's submission. Returns the id of the new Slurm job, in which it continues.
+        ``JobSpec.of``, they override the options of the job's submission. Returns the id of the new Slurm job, in which
+        it continues.
 
         Raises UsageError if the job has not ended, has completed and gets no new ``script``, or belongs to another
         user, or if the options do not fit, and SlurmError if Slurm does not answer.

@@ -425,6 +425,11 @@ def test_the_command_line_wins_over_the_batch_script_and_the_notes_say_how_to_ma
     assert f"elastic-sbatch: {advice}\n" in err
     assert f"# {advice}\n" in out
     assert re.search(r"^  --nodes 4:4 +# job\.sh line 2; keep #SBATCH --nodes in step$", out, re.MULTILINE)
+    with monkeypatch.context() as terminal:
+        for stream in sys.stdout, sys.stderr:
+            terminal.setattr(stream, "isatty", lambda: True)
+        assert main(["--dry-run", "--from-batch", "job.sh"]) == 0
+    assert capsys.readouterr() == (out, ""), "a terminal shows the list once"
     assert main(["--dry-run", "--from-batch", "job.sh", "--nodes", "2:4", "-p", "cpu", "--spares=1"]) == 0
     out, err = capsys.readouterr()
     assert "to let it run on fewer" not in err
