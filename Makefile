@@ -13,7 +13,7 @@ help:
 	@echo 'make test    run all tests; those that need a real Slurm only as root'
 	@echo 'make test-site  the tests that need a real Slurm, on one that is configured as sites do it'
 	@echo 'make test-trixie  the same tests on the Slurm of Debian 13, see bin/trixie'
-	@echo 'make check   ruff, mypy, shellcheck, and the words of help texts and documents'
+	@echo 'make check   ruff, mypy, shellcheck, and the words of documents, messages and comments'
 	@echo 'make docs    the reference, the man pages and the completion from the code, and the site into site/'
 	@echo 'make clean   remove .venv, .venv-2.14 and what the commands above left'
 

@@ -106,7 +106,7 @@ def boot(cluster: Cluster, machine: str, flags: int, setup: Callable[[], None]) 
 
 
 def be_init(record: Path) -> None:
-    """Reap orphans until killed, or until somebody removed the state directory by hand."""
+    """Reap orphans until killed, or until the state directory was removed by hand."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while record.exists():
         signal.sigtimedwait({signal.SIGCHLD}, 2.0)

@@ -278,7 +278,7 @@ class Control:
     def _run(self) -> None:
         try:
             asyncio.run(self._main())
-        except Exception as error:  # a bug here must not leave the main thread waiting for ever
+        except Exception as error:  # a bug here must not leave the main thread waiting forever
             log.exception("the control thread failed")
             self.ended(JobEnded("lost", f"the control thread failed: {error}"))
         finally:

@@ -97,5 +97,5 @@ def health_of(notices: Path, folder: str | None, *, asks: bool, reserved: bool) 
 def _noticed(folder: Path) -> dict[str, str]:
     try:
         return health.marked(folder, time.time() - EXPIRY.total_seconds())
-    except FileNotFoundError:  # nobody has sent a notice
+    except FileNotFoundError:  # there is no notice
         return {}

@@ -18,7 +18,7 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 def run(name: str, work: Callable[[], int]) -> int:
     """The exit code of the command ``name``: what ``work`` returns, 1 or 2 with the message of an ElasticError, 130
-    after Ctrl-C, 1 without a message when nobody reads the output any more.
+    after Ctrl-C, 1 without a message when the reader of the output has gone.
 
     Characters that the terminal does not have are printed as ``?``.
     """
@@ -57,7 +57,7 @@ def tell(name: str, text: str) -> None:
 
 
 def end_without_reader() -> None:
-    """If nobody reads stdout any more, end a command that waits for news, as a write would."""
+    """If the reader of stdout has gone, end a command that waits for news, as a write would."""
     poll = select.poll()
     with contextlib.suppress(io.UnsupportedOperation):  # stdout is no file: another program has called this
         poll.register(sys.stdout, 0)

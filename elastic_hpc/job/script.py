@@ -75,7 +75,7 @@ def _row(job: JobSpec, flag: str, value: str) -> tuple[str, str]:
     if flag == "--max-requeues":
         word = '"$max_requeues"'
     elif word == value and "," in value:
-        word = f"'{value}'"  # so that nobody reads the comma as a separator of the array's elements
+        word = f"'{value}'"  # a comma does not separate array elements
     return f"{flag} {word}", job.source(flag) + _ALSO.get(flag, "")
 
 

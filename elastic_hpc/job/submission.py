@@ -55,7 +55,7 @@ def prepared(job: JobSpec, *, will_run: bool = True, folder: str = "") -> Iterat
 
 
 def from_elsewhere(job: JobSpec, refusal: str) -> str:
-    """The options that ``refusal`` names and that nobody typed for this job, with their sources."""
+    """The options that ``refusal`` names and that the user has not typed for this job, with their sources."""
     words = {word.strip("-") for word in re.findall(r"[a-z-]+", refusal.lower())}
     typed = (COMMAND_LINE, PYTHON, NAME_OF_SCRIPT)
     found = [f"{g}, {g.source}" for g in job.sbatch if g.name in words and g.source not in typed]

@@ -61,10 +61,10 @@ class Policy(Bounds):
     """How long workers may take to save and stop after a drain."""
     can_requeue: bool
     learns_hangs: bool = False
-    """The leader learns from the job when its workers hang (``hangs``); else their agents detect hangs, or nobody does.
+    """The leader learns from the job when its workers hang (``hangs``); else their agents detect them, or no one does.
     """
     slow_factor: float = 0.0
-    """A node is slow if its steps take this many times as long as the steps of the others (``slow``); 0: nobody looks.
+    """A node is slow if its steps take this many times as long as the steps of the others (``slow``); 0: no check.
     """
     leaves_slow: bool = False
     """The job leaves slow nodes."""

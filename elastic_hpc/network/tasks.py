@@ -32,4 +32,4 @@ async def end(tasks: Collection[asyncio.Future[Any]]) -> None:
     await asyncio.wait(tasks)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # asyncio logs exceptions that nobody has retrieved
+            task.exception()  # asyncio logs exceptions that were not retrieved

@@ -29,7 +29,7 @@ _SPEAKING = {"SBATCH_WAIT": SBATCH["wait"], "SBATCH_DEBUG": SBATCH["verbose"]}
 
 def from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]]:
     """The options that ``environ`` sets, and a note for each option that an elastic job cannot have. Such an option is
-    dropped and not refused, because nobody typed it for this job.
+    dropped and not refused, because the user has not typed it for this job.
     """
     inside = "SLURM_JOB_ID" in environ
     options = {**({} if inside else _OUTSIDE), **_OPTIONS}

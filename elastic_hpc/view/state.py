@@ -176,7 +176,7 @@ def _forgotten(job: Observed, story: Story, reason: str) -> State:
 
 
 def _to_start(job: Observed, reason: str) -> tuple[str, ...]:
-    """What to do about a job that waits for ``reason``, and will not start unless somebody acts."""
+    """What to do about a job that waits for ``reason``, and will not start without an action of the user."""
     if reason == "DependencyNeverSatisfied":
         return (f"it will never start: elastic-hpc stop {job.id}, and submit it again with another --dependency",)
     if "held" in reason.lower():

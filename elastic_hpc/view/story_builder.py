@@ -221,7 +221,7 @@ class StoryBuilder:
         node, _, why = reason.partition(" lost: ")
         if why:
             self._missing[node] = why
-        if self._current and not self._current.faults:  # the leader was lost, and nobody recorded the loss
+        if self._current and not self._current.faults:  # the leader was lost, and no event records the loss
             self._broken = self._broken or when
             self._add_fault(Fault(when, node if why else self._current.leader, "node lost", why or reason), cause=True)
 

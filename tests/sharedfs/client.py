@@ -67,7 +67,7 @@ class Client:
             fuse.answer(self._device, request.unique, error=errno.ENOSYS)
         except OSError as error:
             fuse.answer(self._device, request.unique, error=error.errno or errno.EIO)
-        except Exception:  # noqa: BLE001 - who waits for the answer would wait for ever
+        except Exception:  # noqa: BLE001 - or the process would wait forever
             fuse.answer(self._device, request.unique, error=errno.EIO)
             traceback.print_exc()
 

@@ -77,7 +77,7 @@ def test_in_the_interval_of_a_real_job_a_drained_node_is_left_within_70_seconds(
 
 
 @ON_DEMAND
-def test_below_min_a_drained_node_stays_until_a_joiner_comes_and_for_good_if_the_drain_is_undone(
+def test_below_min_a_drained_node_stays_until_a_joiner_comes_and_permanently_if_the_drain_is_undone(
     watched: Callable[..., Steady], fresh: Cluster
 ) -> None:
     job = watched("--nodes", "2:2", *SOON)

@@ -3,7 +3,7 @@
 Run it as a script. At each step it writes ``stepped.ROUND.RANK`` into the run directory (pid, world size, restarts,
 step), when it has paused ``paused.ROUND.PID``, and it ends when the run directory has a file ``enough``. A file
 ``WHAT.PID`` there triggers an action of the worker: ``breaks`` and ``cannot``, send that message; ``leaves``, close the
-connection and continue, as between two loops; ``returns``, connect again; ``shards``, close it for good; ``deaf``,
+connection and continue, as between two loops; ``returns``, connect again; ``shards``, close it permanently; ``deaf``,
 answer no pause. A worker without a connection writes ``drained.PID`` at a drain request.
 """
 

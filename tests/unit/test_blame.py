@@ -205,7 +205,7 @@ def test_a_node_whose_workers_are_killed_repeatedly_is_excluded_if_others_can_co
         assert job.verdict is None
 
 
-def test_a_node_is_not_blamed_when_somebody_kills_its_workers() -> None:
+def test_a_node_is_not_blamed_when_a_user_kills_its_workers() -> None:
     job = trained()
     for _ in range(5):
         job.fail(1, failure(1, "killed by SIGKILL", kind="signal", exitcode=-9))
@@ -214,7 +214,7 @@ def test_a_node_is_not_blamed_when_somebody_kills_its_workers() -> None:
     assert members(job) == (0, 1, 2)
 
 
-def test_nobody_is_blamed_for_a_hang() -> None:
+def test_neither_the_script_nor_a_node_is_blamed_for_a_hang() -> None:
     job = trained()
     for _ in range(2):
         job.fail(1, failure(1, "no step for 60 s", kind="hang"))

@@ -210,7 +210,7 @@ def test_finished_means_that_all_remaining_nodes_of_an_unbroken_round_have_finis
 @given(VIEWS, policies())
 @EVERYTHING
 def test_no_state_waits_forever(view: View, policy: Policy) -> None:
-    """After a day without events nobody waits, except in these two states, which end in other ways:
+    """After a day without events no node waits, except in these two states, which end in other ways:
 
     * a whole round trains and there is no request: its workers, ``--hang-timeout`` or Slurm end it;
     * workers of the last round are being stopped: ``Leader.on_tick`` gives a node up after ``STOP_TIMEOUT``.

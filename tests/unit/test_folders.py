@@ -43,7 +43,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_new_folders_are_private_and_no_parent_folder_is_open_to_everybody(tmp_path: Path, umask: int) -> None:
+def test_new_folders_are_private_and_no_parent_folder_is_open_to_all_users(tmp_path: Path, umask: int) -> None:
     make_log_dir(tmp_path / "a" / "logs")
     rundir = RunDir(tmp_path / "a" / "logs" / "7").create().create()
     assert mode(rundir.path) == 0o700
@@ -71,7 +71,7 @@ def test_the_users_own_folder_that_others_may_read_is_accepted(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("bits", [0o777, 0o2777, 0o722, 0o702])
-def test_a_log_dir_that_everybody_may_write_to_is_refused_with_a_hint(tmp_path: Path, bits: int) -> None:
+def test_a_log_dir_that_all_users_may_write_to_is_refused_with_a_hint(tmp_path: Path, bits: int) -> None:
     tmp_path.chmod(bits)
     with pytest.raises(UsageError, match=rf"--log-dir .*mode {bits:04o}; .* --log-dir {tmp_path}/\w+$") as refused:
         make_log_dir(tmp_path)

@@ -228,7 +228,7 @@ def test_a_secret_is_complete_or_missing(disk: Disk) -> None:
     assert len(rundir.make_secret()) == 64
 
 
-def test_if_nobody_leads_the_error_names_the_nodes_that_were_asked(tmp_path: Path) -> None:
+def test_without_a_leader_the_error_names_the_nodes_that_were_asked(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path).create()
     rundir.make_secret()
     hosts = [Host(node, f"n{node}", ("127.0.0.1",), 1) for node in range(3)]

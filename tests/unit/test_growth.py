@@ -379,7 +379,7 @@ def test_a_rebooted_node_trains_again_and_does_not_vote(seed: int) -> None:
     job.run(story)
 
 
-def test_nobody_waits_for_a_rebooted_member_that_cannot_lead() -> None:
+def test_the_job_does_not_wait_for_a_rebooted_member_that_cannot_lead() -> None:
     """The node is back before another round forms without it, and then the leader is lost."""
     job = Job(1, 5, replace(POLICY, min_nodes=5, max_nodes=5, grow=False), loss=0.0)
     job.queue.restarts = True

@@ -118,7 +118,7 @@ def test_an_agent_of_the_previous_run_that_only_reads_files_leaves_too(seed: int
 
 @given(SEEDS)
 @settings(max_examples=15, deadline=None)
-def test_a_leader_of_the_previous_run_leads_nobody_after_it_meets_the_current_run(seed: int) -> None:
+def test_a_leader_of_the_previous_run_stops_leading_when_it_meets_the_current_run(seed: int) -> None:
     """The nodes that were cut off at the requeue are a majority, and one of them leads."""
     job = Job(seed, 4, BUDGET, loss=0.0)
 

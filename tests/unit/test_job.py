@@ -192,7 +192,7 @@ def knows(*rows: str) -> str:
         (None, knows("17|CONFIGURING"), "CONFIGURING"),
         ("{", knows("17|RUNNING"), "RUNNING"),  # a damaged verdict
         (REQUEUED, knows("17|COMPLETED", "18|RUNNING") + "; printf 18 > elastic-logs/17/acted.0", "RUNNING"),
-        ("led again", knows("17|RUNNING"), "RUNNING"),  # somebody has requeued the job after its end
+        ("led again", knows("17|RUNNING"), "RUNNING"),  # a user has requeued the job after its end
         ("array", knows("20_0|PENDING", "20_1|PENDING"), "PENDING"),
     ],
 )

@@ -243,7 +243,7 @@ def agent(folder: Path, srun: str) -> None:
 
 
 def _is_dead(pid: int) -> bool:
-    """Whether the process has ended, even if nobody has reaped it."""
+    """Whether the process has ended, even if it was not reaped yet."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return ") Z " in Path(f"/proc/{pid}/stat").read_text()
     return True

@@ -16,7 +16,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 async def inject(job: Job, seconds: float) -> None:
-    """Random faults for ``seconds``; nodes are cut off and frozen, but never lost for good."""
+    """Random faults for ``seconds``; nodes are cut off and frozen, but never lost permanently."""
     dice = job.random
     end = job.now + seconds
     while job.now < end and not job.over():

@@ -103,7 +103,7 @@ def test_a_stalled_file_system_blocks_no_worker_and_dropped_output_is_reported(
 ) -> None:
     monkeypatch.setattr(output, "_LIMIT", 100_000)
     node.path.parent.mkdir(parents=True)
-    os.mkfifo(node.path)  # opening it stalls until somebody reads
+    os.mkfifo(node.path)  # opening it stalls until a process reads
     for number in range(30):
         node.write(0, b"%02d %s\n" % (number, b"x" * 10_000))
         wait_for(lambda number=number: node.output.size == (number + 1) * 10_004)
@@ -124,7 +124,7 @@ def test_a_stalled_file_system_blocks_no_worker_and_dropped_output_is_reported(
     assert re.findall(rb"out F (\d\d) x", text)[-3:] == [b"27", b"28", b"29"]
 
 
-def test_if_nobody_reads_the_jobs_output_neither_the_workers_nor_their_log_stop(node: Node) -> None:
+def test_if_no_process_reads_the_jobs_output_neither_the_workers_nor_their_log_stop(node: Node) -> None:
     for number in range(100):
         node.write(0, b"%02d %s\n" % (number, b"x" * 10_000))
     wait_for(lambda: len(node.read(0)) == 100)

@@ -49,7 +49,7 @@ def is_lost(path: Path) -> bool:
     return False
 
 
-def test_a_new_file_of_another_node_is_not_visible_until_somebody_lists_the_folder_or_the_cache_expires(
+def test_a_new_file_of_another_node_is_not_visible_until_a_process_lists_the_folder_or_the_cache_expires(
     two: Two,
 ) -> None:
     assert is_lost(two.b / "new")

@@ -107,7 +107,7 @@ def test_the_number_of_attempts_is_bounded_and_the_first_successful_one_counts(h
     asyncio.run(run())
 
 
-def test_a_store_of_a_round_that_nobody_wants_any_more_is_closed_when_it_comes(host: StoreHost, stall: Any) -> None:
+def test_a_late_store_of_a_round_that_has_ended_is_closed_when_it_opens(host: StoreHost, stall: Any) -> None:
     stalling = stall(1)
 
     async def run() -> None:

@@ -145,7 +145,7 @@ def test_the_job_keeps_only_an_allowed_size_of_the_world() -> None:
     assert watch.look(OTHER) == 2
 
 
-def test_the_job_grows_again_when_nobody_waits_and_the_next_gift_comes_after_yield_every() -> None:
+def test_the_job_grows_again_when_no_job_waits_and_the_next_gift_comes_after_yield_every() -> None:
     watch = Watch()
     assert watch.look(OTHER) == 3
     watch.give()
