@@ -1,4 +1,5 @@
-"""The cost of looking: ``elastic-hpc status`` of a job of a month, of 2,000 old jobs, and ``elastic-hpc logs``.
+"""The cost of looking: ``status``, ``why`` and a page of ``serve`` of a job of a month, ``status`` of 2,000 old jobs, and
+``elastic-hpc logs``.
 
 The records are made here, with a progress event every ten seconds, as the leader writes them; only the commands' own
 code runs. Needs no Slurm.
@@ -15,16 +16,20 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from _report import BenchmarkError, busy, machine, origin, parser_with, positive, run_main, show, table_of, write_json
 
+from elastic_hpc.job.handle import why
 from elastic_hpc.job.look import Jobs
 from elastic_hpc.record.rundir import RunDir
+from elastic_hpc.view.live import job_page
 
 DAY = 86400
 MONTH_S, LOOK_S, LINES_PER_S = 2.0, 0.05, 100_000
 """Targets: seconds for the first look at a month, seconds for each further look, lines per second of ``logs``."""
+_FURTHER = ("further_s", "why_s", "page_s")
 BEGAN = 1_790_000_000.0
 NODES = [f"n{number}" for number in range(8)]
 
@@ -70,17 +75,28 @@ def look_at(rundir: RunDir) -> dict[str, float]:
     jobs = Jobs([rundir])
     ((view, *_),) = jobs.look()
     first = cpu() - begin
-    further = []
+    further, why_s, page_s = [], [], []
     for number in range(20):
         when = BEGAN + 40 * DAY + 10 * number
         event = {"step": (view.step or 0) + number, "step_at": when, "first": 1, "first_at": when, "loss": 1.0}
         with open(rundir.path / "events.n0.jsonl", "a") as file:
             file.write(json.dumps({"time": when, "event": "progress", "round": view.round, **event}) + "\n")
         begin = cpu()
-        jobs.look()
+        (look,) = jobs.look()
         further.append(cpu() - begin)
+        begin = cpu()
+        text = why(look)
+        why_s.append(cpu() - begin)
+        job_page(look.view, look.story, when, key="1", why=text, log=[], said="", nonce="1")
+        page_s.append(further[-1] + cpu() - begin)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"first_s": first, "further_s": max(further), "added_mib": (after - before) / 1024}
+    return {
+        "first_s": first,
+        "further_s": max(further),
+        "why_s": median(why_s),
+        "page_s": median(page_s),
+        "added_mib": (after - before) / 1024,
+    }
 
 
 def status_of_many(folder: Path, count: int) -> float:
@@ -163,15 +179,20 @@ def main() -> int:
     others = busy()
     report = {"machine": machine()} | measure(args.jobs, args.lines)
     write_json(args.json, report)
-    columns = ("record", "first look, s of CPU", "a further look, ms", "memory, MiB")
+    columns = ("record", "first look, s of CPU", "a further look, ms", "why, ms", "a page of serve, ms", "memory, MiB")
     made = table_of("Looking at a job", columns, ("record",))
     for title, look in report["looks"].items():
-        made.add_row(title, f"{look['first_s']:.2f}", f"{1000 * look['further_s']:.1f}", f"{look['added_mib']:.0f}")
+        further = (f"{1000 * look[name]:.1f}" for name in _FURTHER)
+        made.add_row(title, f"{look['first_s']:.2f}", *further, f"{look['added_mib']:.0f}")
     show(made)
     print(f"status of {report['jobs']} old jobs: {report['status_of_many_s']:.2f} s, of none {report['start_s']:.2f} s")
     print(f"logs: {report['lines_per_s']:,.0f} lines/s")
     print(origin(report["machine"], [others]))
-    slow = [title for title, look in report["looks"].items() if look["first_s"] > MONTH_S or look["further_s"] > LOOK_S]
+    slow = [
+        title
+        for title, look in report["looks"].items()
+        if look["first_s"] > MONTH_S or max(look[name] for name in _FURTHER) > LOOK_S
+    ]
     if report["lines_per_s"] < LINES_PER_S:
         slow.append("logs")
     print("too slow: " + ", ".join(slow) if slow else "all within what is to be reached")

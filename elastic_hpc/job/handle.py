@@ -358,11 +358,6 @@ def submit(spec: JobSpec, on_message: Callable[[str], None] = lambda _: None) ->
 
 def why(look: Look) -> str:
     """The text that ``elastic-hpc why`` prints."""
-    from rich.console import Console
-
     from elastic_hpc.view.why import page
 
-    console = Console(force_terminal=False, force_jupyter=False, highlight=False, soft_wrap=True)
-    with console.capture() as captured:
-        console.print(page(*look))
-    return captured.get()
+    return page(*look).plain.expandtabs() + "\n"

@@ -11,7 +11,7 @@ from markupsafe import escape
 
 from elastic_hpc.membership.policy import FINISHED
 from elastic_hpc.view.account import MEANINGS, Kind, Phase, account, phases
-from elastic_hpc.view.story import Round, Story
+from elastic_hpc.view.story import Round, Sample, Story
 from elastic_hpc.view.times import span
 
 WIDTH = 1100
@@ -191,8 +191,16 @@ def _label(round: Round) -> str:
     return round.cause if len(round.cause) < 30 else round.cause[:28] + "..."
 
 
+def _visible(samples: Sequence[Sample], time: _Scale) -> Sequence[Sample]:
+    """As many of ``samples``, with the first and the last, as the picture has room for."""
+    if not samples:
+        return samples
+    room = 2 + 2 * (time(samples[-1].time) - time(samples[0].time))
+    return [*samples[: -1 : math.ceil(len(samples) / room)], samples[-1]]
+
+
 def _progress(story: Story, _shown: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
-    steps = [sample.step for round in story.rounds for sample in round.samples]
+    steps = [round.last for round in story.rounds if round.last is not None]
     if not steps:
         return [], 0
     height, head = 140, 28
@@ -204,7 +212,7 @@ def _progress(story: Story, _shown: Sequence[Phase], time: _Scale, top: int) -> 
     for round in story.rounds:
         if round.first is None:
             continue
-        points = [(time(sample.time), sample.step) for sample in round.samples]
+        points = [(time(sample.time), sample.step) for sample in _visible(round.samples, time)]
         turn = round.first + story.kept(round) - 1
         between = next((pair for pair in pairwise(points) if pair[0][1] < turn < pair[1][1]), None)
         if between:
@@ -222,8 +230,8 @@ def _progress(story: Story, _shown: Sequence[Phase], time: _Scale, top: int) -> 
 
 
 def _losses(story: Story, _shown: Sequence[Phase], time: _Scale, top: int) -> tuple[list[str], int]:
-    curves = [[(s.time, s.loss) for s in round.samples if s.loss is not None] for round in story.rounds]
-    losses = [loss for curve in curves for _, loss in curve]
+    curves = [_visible([s for s in round.samples if s.loss is not None], time) for round in story.rounds]
+    losses = [sample.loss or 0.0 for curve in curves for sample in curve]
     if not losses:
         return [], 0
     height, head = 90, 28
@@ -232,7 +240,7 @@ def _losses(story: Story, _shown: Sequence[Phase], time: _Scale, top: int) -> tu
     parts = [_text(_LEFT, top + 16, "loss", "title")]
     parts.extend(_time_axis(time, base, top + head))
     parts.extend(_value_axis(value, _even(value.low, value.high, 3), ".3g"))
-    parts.extend(_path([(time(when), value(loss)) for when, loss in curve], "loss") for curve in curves if curve)
+    parts.extend(_path([(time(s.time), value(s.loss or 0.0)) for s in curve], "loss") for curve in curves if curve)
     return parts, head + height + 34
 
 

@@ -245,7 +245,7 @@ class StoryBuilder:
         """A round that begins with step ``first`` has loaded a checkpoint of the previous step. If no sample has that
         step, because the leader that knew of it was lost, add it to the last round that has reported steps.
         """
-        index = max((i for i, round in enumerate(self._rounds[:-1]) if round.samples), default=None)
+        index = next((i for i in range(len(self._rounds) - 2, -1, -1) if self._rounds[i].samples), None)
         if index is None:
             return
         before = self._rounds[index]

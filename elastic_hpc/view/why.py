@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from rich.console import Group, RenderableType
 from rich.text import Text
 
 from elastic_hpc.membership.events import sentence
@@ -19,7 +19,7 @@ from elastic_hpc.view.brought import Brought
 from elastic_hpc.view.job import JobView
 from elastic_hpc.view.status import STYLES, first_nodes
 from elastic_hpc.view.story import Round, Run, Story
-from elastic_hpc.view.times import clock, span
+from elastic_hpc.view.times import clock, count, span
 
 SHOWN = frozenset(
     {
@@ -32,21 +32,22 @@ SHOWN = frozenset(
 """Events that say what was done, or why it was not done."""
 
 
-def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> RenderableType:
+def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> Text:
     """The whole story of one job."""
-    parts: list[RenderableType] = [_head(view, story)]
+    parts = [_head(view, story)]
     runs = {run.number: run for run in story.runs}
+    acts = sorted((event for event in events if event["event"] in SHOWN), key=_time)
     last_run = -1
     led = {round.run for round in story.rounds}
     for number, round in enumerate(story.rounds):
         if round.run != last_run:
             last_run = round.run
-            parts.append(_run_head(runs.get(last_run), last_run, story.runs))
+            parts.append(_run_head(runs.get(last_run), last_run, story))
         following = story.rounds[number + 1] if number + 1 < len(story.rounds) else None
-        until = following.formed if following else float("inf")
-        shown = [event for event in events if event["event"] in SHOWN and round.formed <= event["time"] < until]
-        parts.append(_round(round, following, story, shown))
-    parts.extend(_without_world(run, events, story.runs) for run in story.runs if run.number not in led)
+        end = bisect_left(acts, following.formed, key=_time) if following else len(acts)
+        shown = acts[bisect_left(acts, round.formed, key=_time) : end]
+        parts.append(_round(round, following, runs.get(round.run), story, shown))
+    parts.extend(_without_world(run, events, story) for run in story.runs if run.number not in led)
     if view.node_seconds:
         parts.append(_spent(view))
     if view.growth:
@@ -54,7 +55,11 @@ def page(view: JobView, story: Story, events: Sequence[Mapping[str, Any]]) -> Re
     if advised := advice(view, story):
         parts.append(Text("\nwhat you can do", "bold"))
         parts.extend(Text(f"  * {text}") for text in advised)
-    return Group(*parts)
+    return Text("\n").join(parts)
+
+
+def _time(event: Mapping[str, Any]) -> float:
+    return float(event["time"])
 
 
 def _head(view: JobView, story: Story) -> Text:
@@ -76,59 +81,64 @@ def _head(view: JobView, story: Story) -> Text:
     return head
 
 
-def _run_head(run: Run | None, number: int, runs: Sequence[Run]) -> Text:
+def _run_head(run: Run | None, number: int, story: Story) -> Text:
     if run is None:
         return Text(f"\nrun {number + 1}, of whose start there is no record", "bold")
-    text = f"\nrun {number + 1}, {clock(run.began)}: {run.granted} nodes"
-    text += f", as Slurm job {run.job}" if run.job != runs[0].job else ""
+    text = f"\nrun {number + 1}, {clock(run.began)}: {count(run.granted, 'node')}"
+    if run.job != story.runs[0].job:
+        text += f", {'resumed ' * (run.number in story.resumed)}as Slurm job {run.job}"
     if run.submitted is not None and run.started is not None:
         text += f", after {span(max(0.0, run.started - run.submitted))} in the queue"
     return Text(text, "bold")
 
 
-def _without_world(run: Run, events: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> Text:
+def _without_world(run: Run, events: Sequence[Mapping[str, Any]], story: Story) -> Text:
     """A run in which no world was formed: what it waited for."""
-    text = _run_head(run, run.number, runs)
+    text = _run_head(run, run.number, story)
     for event in events:
         if event["event"] in SHOWN | {"waiting", "join"} and run.began <= event["time"] <= (run.ended or float("inf")):
             text.append(f"\n  {clock(event['time'])[11:]}  {sentence(event['event'], event)}", "not bold dim")
     return text.append(f"\n  no world was formed: {run.reason}" if run.reason else "", "not bold")
 
 
-def _round(round: Round, following: Round | None, story: Story, events: Sequence[Mapping[str, Any]]) -> RenderableType:
+def _round(
+    round: Round, following: Round | None, run: Run | None, story: Story, events: Sequence[Mapping[str, Any]]
+) -> Text:
+    nodes = f"{count(len(round.nodes), 'node')} ({first_nodes(round.nodes)})"
     lines = Text.assemble(
         (f"round {round.number}", "bold cyan"),
-        f", {clock(round.formed)}: {len(round.nodes)} nodes ({first_nodes(round.nodes)}), {round.world_size} workers",
+        f", {clock(round.formed)}: {nodes}, {count(round.world_size, 'worker')}",
     )
-    details = Text()
+    details: list[tuple[str, str]] = []
     if round.first is not None:
-        details.append(f"steps {round.first} to {round.last}\n")
-    for event in events:
-        details.append(f"{clock(event['time'])[11:]}  {sentence(event['event'], event)}\n", "dim")
+        details.append((f"steps {round.first} to {round.last}\n", ""))
+    details.extend((f"{clock(event['time'])[11:]}  {sentence(event['event'], event)}\n", "dim") for event in events)
     if round.ended is None:
-        details.append("still running", "green")
+        details.append(("still running", "green"))
     else:
-        details.append(f"ended after {span(round.ended - round.formed)} by: ")
-        details.append(f"{round.cause}\n", "red" if round.faults else "")
+        details.append((f"ended after {span(round.ended - round.formed)} by: ", ""))
+        details.append((f"{round.cause}\n", "red" if round.faults else ""))
         cause = round.faults[0] if round.faults else None
         if cause and cause.traceback:
-            details.append(cause.traceback.rstrip() + "\n", "dim")
+            details.append((cause.traceback.rstrip() + "\n", "dim"))
         if cause and (known := BY_NAME.get(cause.known)):
-            details.append(f"{known.name}, the fault of the {known.party}: {known.what}\n")
+            details.append((f"{known.name}, the fault of the {known.party}: {known.what}\n", ""))
         if collateral := "; ".join(str(fault).splitlines()[0][:150] for fault in round.faults[1:]):
-            details.append(f"collateral: {collateral}\n")
-        details.append("\n".join(_consequences(round, following, story)))
-    for line in details.split():
-        lines.append("\n  ").append_text(line)
+            details.append((f"collateral: {collateral}\n", ""))
+        details.append(("\n".join(_consequences(round, following, run, story)), ""))
+    lines.append("\n  ")
+    for text, style in details:
+        lines.append(text.replace("\n", "\n  "), style)
+    lines.rstrip()
     return lines
 
 
-def _consequences(round: Round, following: Round | None, story: Story) -> Iterator[str]:
-    run = next((run for run in story.runs if run.number == round.run), None)
+def _consequences(round: Round, following: Round | None, run: Run | None, story: Story) -> Iterator[str]:
     if following and following.run == round.run:
         yield f"charged: restart {round.restarts + 1} (--max-restarts)" if round.charged else "charged: nothing"
-        gone = [node for node in round.nodes if node not in following.nodes]
-        new = [node for node in following.nodes if node not in round.nodes]
+        before, after = set(round.nodes), set(following.nodes)
+        gone = [node for node in round.nodes if node not in after]
+        new = [node for node in following.nodes if node not in before]
         changes = [f"without {' '.join(gone)}" if gone else "", f"with {' '.join(new)}" if new else ""]
         what = " and ".join(filter(None, changes)) or "on the same nodes"
         formed = "" if following.gap is None else f"{following.gap:.2f} s later"
@@ -149,7 +159,7 @@ _OUTCOMES = {
 }
 
 
-def _spent(view: JobView) -> RenderableType:
+def _spent(view: JobView) -> Text:
     total = sum(view.node_seconds.values())
     lines = Text("\nwhere the nodes' time went", "bold")
     for kind, meaning in MEANINGS.items():
@@ -158,14 +168,16 @@ def _spent(view: JobView) -> RenderableType:
     return lines
 
 
-def _growth(won: Brought, step: int | None) -> RenderableType:
+def _growth(won: Brought, step: int | None) -> Text:
     lines = Text("\nwhat growth gained and cost", "bold")
-    lines.append(f"\n  {won.joiners} joiners, {span(won.node_seconds)} of node time in total", "not bold")
+    lines.append(f"\n  {count(won.joiners, 'joiner')}, {span(won.node_seconds)} of node time in total", "not bold")
     if step is not None:
         lines.append(f"\n  their share of the kept steps: {won.steps:.0f} of {step + 1}", "not bold")
-    lines.append(f"\n  their arrival: {span(won.standstill)} without a step, in {won.came} changes", "not bold")
+    lines.append(
+        f"\n  their arrival: {span(won.standstill)} without a step, in {count(won.came, 'change')}", "not bold"
+    )
     if won.taken:
-        cost = f"{span(won.taken_standstill)} without a step, {won.taken_repeated} steps repeated"
+        cost = f"{span(won.taken_standstill)} without a step, {count(won.taken_repeated, 'step')} repeated"
         lines.append(f"\n  preempted, cancelled or lost: {won.taken}; cost: {cost}", "not bold")
     return lines
 
@@ -230,9 +242,9 @@ def _about_causes(story: Story) -> Iterator[str]:
         else:
             what = f"report {node} to your administrator: workers failed repeatedly, and only there"
         yield f"{what}; exclude the node: --exclude {node}"
-    for node, count in suspects.items():
-        if count > 1 and node not in story.barred:
-            yield f"report {node} to your administrator: the first to fail {count} times; exclude it: --exclude {node}"
+    for node, times in suspects.items():
+        if times > 1 and node not in story.barred:
+            yield f"report {node} to your administrator: the first to fail {times} times; exclude it: --exclude {node}"
 
 
 def _is_the_scripts(story: Story) -> bool:

@@ -18,12 +18,15 @@ import records
 from rich.console import Console
 
 from elastic_hpc.cli.hpc import main
-from elastic_hpc.job.look import JobRecord
+from elastic_hpc.job.handle import why
+from elastic_hpc.job.look import JobRecord, Jobs, Look
 from elastic_hpc.record.registry import remember
+from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import label
 from elastic_hpc.view.account import account, phases
 from elastic_hpc.view.story import JoinedNode, Round, Story
 from elastic_hpc.view.story_builder import story_of
+from elastic_hpc.view.timeline import html
 
 ROUNDS, REPORTS = 3, 9000
 """One report every ten seconds, in rounds of about a day."""
@@ -217,6 +220,27 @@ def test_the_time_of_joined_nodes_is_counted_from_their_start_to_their_end_even_
     added = account(replace(story, joiners=tuple(joiners))).total - account(story).total
     # nodes that no world uses count as idle; no joiner trains here, so each of their seconds is added
     assert added == pytest.approx(of_joiners)
+
+
+def test_the_page_and_the_reasons_of_a_job_of_two_thousand_rounds_are_made_quickly(home: Path) -> None:
+    when, written = 1e9, [next(days())]
+    for number in range(1, 2001):
+        formed = {"round": number, "nodes": ["n1", "n2"], "world_size": 2, "restarts": number - 1, "leader": "n1"}
+        progress = {"round": number, "first": 1, "first_at": when + 5, "loss": 0.5}
+        written += [
+            {"time": when, "event": "round", **formed},
+            {"time": when, "event": "hang_timeout", "seconds": 60.0, "reason": "learned"},
+            *({"time": when + 10 * n, "event": "progress", **progress, "step": n, "step_at": when} for n in (1, 2)),
+            {"time": when + 100, "event": "restart", "reason": f"cause {number}", "restarts": number},
+        ]
+        when += 100
+    write(home / "job", written)
+    ((view, story, events),) = Jobs([RunDir(home / "job")]).look()
+    begin = time.process_time()
+    text = why(Look(view, story, events))
+    html(view, story, when)
+    assert time.process_time() - begin < 2.5  # 3.6 s where each round looks at all events
+    assert text.count("cause ") == 2000
 
 
 def test_a_look_at_a_month_with_a_thousand_joined_nodes_is_quick(home: Path) -> None:
