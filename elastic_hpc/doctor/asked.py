@@ -45,5 +45,5 @@ def slurm_conf(line: str) -> str:
 
 def _value(settings: Mapping[str, str], name: str, reason: str | None, command: str) -> str:
     if reason is not None or name not in settings:
-        raise Unknown(reason or f"{command} does not say {name}")
+        raise Unknown(reason or f"{command} does not show {name}")
     return settings[name]

@@ -27,11 +27,11 @@ def prolog(facts: Facts) -> Finding | None:
     shown, limit = _ends_after(facts, "Prolog")
     hangs = "Slurm drains the node, and may requeue the job" if limit else "nothing ends it"
     means = (
-        "agents start when it has ended, also after a requeue and on a replacement (--grow); a job with MIN nodes "
-        "starts without a node where it takes half a minute longer; below MIN a job waits 300 s for a replacement; if "
-        f"it hangs, {hangs}"
+        "agents start when the prolog has ended, also after a requeue and on a replacement (--grow). A job with MIN "
+        "nodes starts without a node whose prolog takes half a minute longer. Below MIN, a job waits 300 s for a "
+        f"replacement. If the prolog hangs, {hangs}"
     )
-    advice = "you: --wait-for-nodes, if it takes minutes" + ("" if limit else f"; {_LIMIT}")
+    advice = "you: --wait-for-nodes, if the prolog takes minutes" + ("" if limit else f"; {_LIMIT}")
     return Finding(Level.NOTE, "prolog", ", ".join([*_shown(facts, names), shown]), means, advice)
 
 
@@ -41,15 +41,15 @@ def epilog(facts: Facts) -> Finding | None:
     if not names and not wait:
         return None
     found, advice, (shown, limit) = _shown(facts, names), list[str](), _ends_after(facts, "Epilog")
-    means = "the nodes of a job are free, also for its own requeue, when it has ended on them"
+    means = "the nodes of a job are free, also for its own requeue, when the epilog has ended on them"
     if names:
         found.append(shown)
-        advice = ["you: --run measures it", *([] if limit else [_LIMIT])]
+        advice = ["you: --run measures how long the epilog takes", *([] if limit else [_LIMIT])]
     if wait:
         found.append(f"CompleteWait = {wait} s")
-        means = f"while a job completes, Slurm may start no other, requeued jobs and joiners too, for up to {wait} s"
+        means = f"while a job completes, Slurm may start no other job, requeued job or joiner for up to {wait} s"
     if (delay := _requeue_delay(facts)) > _QUICK:
-        means += f"; a requeued job that completes in more than half a minute starts {delay} s after that"
+        means += f"; a requeued job that takes more than half a minute to complete starts {delay} s after that"
     return Finding(Level.NOTE, "epilog", ", ".join(found), means, "; ".join(advice))
 
 
@@ -59,8 +59,8 @@ def requeue_delay(facts: Facts) -> Finding | None:
     if not (advice := _quicker_requeue(facts, delay)):
         return None
     means = (
-        f"a requeued job starts after about 10 s, but {delay} s after its completion if that takes longer than its "
-        "agents can wait: after the loss of its first node, or a long epilog"
+        "a requeued job starts after about 10 s. If its agents cannot wait until it has completed, because its first "
+        f"node is lost or its epilog is long, it starts {delay} s after its completion"
     )
     return Finding(Level.NOTE, "requeue delay", "SchedulerParameters without requeue_delay", means, advice)
 
@@ -72,28 +72,30 @@ def slurmd_timeout(facts: Facts) -> Finding:
     if keeps:
         found += ", SchedulerParameters has disable_job_shrink"
     if seconds == 0:
-        means = "Slurm never gives up a silent node: a job that has lost one cannot end until an administrator acts"
+        means = (
+            "Slurm never declares a silent node down: a job that has lost a node ends only when an administrator acts"
+        )
         return Finding(Level.WARN, "SlurmdTimeout", found, means, slurm_conf("SlurmdTimeout=300"))
     if seconds <= _QUICK:
         return Finding(Level.OK, "SlurmdTimeout", found, "Slurm soon notices that a node is lost")
     means = (
         "training continues without a lost node after --heartbeat-timeout, and at the end the other nodes are free "
-        f"within seconds; but a job that has lost {'a' if keeps else 'its first'} node stays COMPLETING, or waits in "
+        f"within seconds. But a job that has lost {'a' if keeps else 'its first'} node stays COMPLETING, or waits in "
         f"the queue, for {seconds} s and more: only Slurm or an operator can end that"
     )
-    advice = slurm_conf(f"SlurmdTimeout={_QUICK}, where that does not give up nodes that are only busy")
+    advice = slurm_conf(f"SlurmdTimeout={_QUICK}, unless nodes that are only busy answer later")
     if keeps:
-        advice += "; or no disable_job_shrink, so that a job can give up lost nodes but the first"
+        advice += "; or SchedulerParameters without disable_job_shrink: then a job can release lost nodes but its first"
     return Finding(Level.NOTE, "SlurmdTimeout", found, means, advice)
 
 
 def kill_wait(facts: Facts) -> Finding:
     value, found = setting(facts, "KillWait")
     if number(value, "KillWait") >= _KILL_WAIT:
-        return Finding(Level.OK, "KillWait", found, "after SIGTERM workers have the 20 s that agents give them")
+        return Finding(Level.OK, "KillWait", found, "after SIGTERM workers have the full 20 s to save")
     means = (
-        "after SIGTERM (scancel, a preemption without warning) Slurm kills before the 20 s are over that agents give "
-        "the workers to save"
+        "after SIGTERM (scancel, or a preemption without warning) agents give the workers 20 s to save, but Slurm "
+        "kills them sooner"
     )
     return Finding(Level.WARN, "KillWait", found, means, f"{slurm_conf('KillWait=30')}; you: save often")
 

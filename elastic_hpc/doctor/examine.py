@@ -49,17 +49,19 @@ def _configuration() -> tuple[Configuration, list[Finding]]:
         settings = load(os.environ, Path.cwd())
     except ElasticError as error:
         means = "elastic-sbatch refuses every job"
-        return Configuration(), [Finding(Level.BAD, about, str(error), means, "you: fix the file that is named")]
+        return Configuration(), [Finding(Level.BAD, about, str(error), means, "you: fix this file")]
     sources = [setting.source for setting in settings.options.values()] + [given.source for given in settings.sbatch]
-    found = ", ".join(dict.fromkeys(sources)) or "none, or nothing in them"
-    return settings, [Finding(Level.OK, about, found, "they can be read")]
+    if not sources:
+        return settings, [Finding(Level.OK, about, "no settings found", "elastic-sbatch uses its defaults")]
+    found = ", ".join(dict.fromkeys(sources))
+    return settings, [Finding(Level.OK, about, found, "elastic-sbatch can read them")]
 
 
 def _of_nodes(nodes: int, folder: str, sbatch: Sequence[Given], tell: Callable[[str], None]) -> list[Finding]:
     try:
         return run_findings(probe_job.run(nodes, folder, sbatch, tell), folder)
     except SlurmError as error:
-        return [Finding(Level.UNKNOWN, "nodes", str(error), "the nodes did not answer", "you: try again")]
+        return [Finding(Level.UNKNOWN, "nodes", str(error), "no node was checked", "you: try again")]
     except ElasticError as error:
-        means = "the nodes did not answer; elastic-sbatch may be refused too"
+        means = "no node was checked; Slurm may refuse the jobs of elastic-sbatch too"
         return [Finding(Level.BAD, "nodes", str(error), means)]

@@ -74,7 +74,7 @@ def site_file(findings: Iterable[Finding], sbatch: Sequence[Given], log_dir: str
     ]
     lines += [_line("log-dir", log_dir, "as given to the doctor")] if log_dir else []
     text = ["# Written by elastic-hpc doctor. To use it: export ELASTIC_HPC_CONFIG=THIS-FILE"]
-    text += lines or ["# Nothing found here needs other values than the defaults."]
+    text += lines or ["# No finding needs a value other than the default."]
     if kept := [given for given in sbatch if given.name in _LASTING]:
         text += ["", "[sbatch]"]
         text += [_line(g.name, True if g.value is None else g.value, "as given to the doctor") for g in kept]

@@ -26,7 +26,7 @@ def memory(facts: Facts) -> Finding | None:
     if (first := next(given, None)) is None:
         return None
     found, amount = first
-    means = f"without --mem a job has {amount}, and the kernel kills workers that need more, in each round again"
+    means = f"without --mem a job has {amount}, and the kernel kills workers that need more, in every round"
     advice = "you: --mem=0 for all memory of the nodes, or --mem=NG, or --mem-per-gpu=NG"
     return Finding(Level.NOTE, "memory", found, means, advice)
 
@@ -46,10 +46,10 @@ def running_jobs(facts: Facts, qos: str | None) -> Finding | None:
         return None
     found, least = ", ".join(sorted(limits)), min(limits.values())
     if least <= 1:
-        means = "a joiner of --grow is a job of its own: none starts while the job that submitted it runs"
-        advice = "you: no --grow, but --spares or a larger MAX; administrator: sacctmgr, a higher limit"
+        means = "each joiner of --grow is a separate job: no joiner starts while the job that needs it runs"
+        advice = "you: --spares or a larger MAX instead of --grow; administrator: a higher limit, with sacctmgr"
         return Finding(Level.WARN, "limits", found, means, advice)
-    means = f"each joiner of --grow is a job of its own, and counts: {least - 1} at most beside the job that grows"
+    means = f"each joiner of --grow is a separate job, and counts: at most {least - 1} run beside the job that grows"
     return Finding(Level.NOTE, "limits", found, means, "you: count your other jobs too before you rely on --grow")
 
 

@@ -40,12 +40,10 @@ def log_dir_finding(mountinfo: str, path: str) -> Finding:
     found = f"{path} is on {point or 'an unknown mount'} ({kind or 'unknown'})"
     choose = "you: --log-dir DIR, on a file system that all nodes share"
     if kind in _OF_ONE_MACHINE:
-        return Finding(Level.BAD, "log-dir", found, "that is in this machine's memory, no node sees it", choose)
+        return Finding(Level.BAD, "log-dir", found, "this folder is in this machine's memory: no node sees it", choose)
     if kind in _SHARED or kind.startswith("fuse."):
-        return Finding(
-            Level.OK, "log-dir", found, "a file system of the network; --run checks whether all nodes see it"
-        )
+        return Finding(Level.OK, "log-dir", found, "a network file system; --run checks whether all nodes see it")
     if any(PurePath(path).is_relative_to(folder) for folder in ("/tmp", "/var/tmp")):  # noqa: S108
-        return Finding(Level.WARN, "log-dir", found, "each machine has a folder of that name of its own", choose)
-    means = "it may be this machine's own"
-    return Finding(Level.UNKNOWN, "log-dir", found, means, "you: elastic-hpc doctor --run; it asks the nodes")
+        return Finding(Level.WARN, "log-dir", found, "each machine has its own folder of this name", choose)
+    means = "other machines may not see this file system"
+    return Finding(Level.UNKNOWN, "log-dir", found, means, "you: elastic-hpc doctor --run checks this on the nodes")

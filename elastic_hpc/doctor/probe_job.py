@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from elastic_hpc import slurm
-from elastic_hpc.doctor.reports import END_TIMEOUT, NodeReport, ProbeRun
+from elastic_hpc.doctor.reports import END_TIMEOUT, LATE, NodeReport, ProbeRun
 from elastic_hpc.errors import ElasticError, SlurmError
 from elastic_hpc.job.request import Request
 from elastic_hpc.job.script import render, template_folder
@@ -86,7 +86,7 @@ def _wait(job: str, requested: int, rundir: RunDir, tell: Callable[[str], None])
         shown = slurm.show_job(job)
         if shown.state in _WAITING:
             if shown.reason in _NEVER:
-                problem = f"the job would never start ({shown.reason}); use fewer, or another partition"
+                problem = f"the job would never start ({shown.reason}); use fewer nodes, or another partition"
                 raise ElasticError(f"--nodes {requested}: {problem}")
             reason = "" if shown.reason == "None" else f": {shown.reason.replace('_', ' ')}"
             tell(f"job {job} waits in the queue{reason}, {time.monotonic() - begin:.0f} s")
@@ -97,7 +97,7 @@ def _wait(job: str, requested: int, rundir: RunDir, tell: Callable[[str], None])
         reports, causes = _reports(rundir)
         late = started is not None and time.monotonic() > started + _RUN_TIMEOUT
         if shown.state not in slurm.LIVES or late or (nodes and len(reports) >= len(nodes)):
-            state = "late" if late else shown.state
+            state = LATE if late else shown.state
             return ProbeRun(nodes, tuple(reports), shown.may_requeue, state, {**_log_lines(rundir, nodes), **causes})
         time.sleep(1)
 
@@ -121,7 +121,7 @@ def _log_lines(rundir: RunDir, nodes: Sequence[str]) -> dict[str, str]:
             line.strip() for line in Path(rundir.path, "log").read_text(errors="replace").splitlines() if line.strip()
         ]
     except OSError:
-        return {"": "its log is not there"}
+        return {"": "it has no log"}
     # A line that the node itself wrote comes last, and overrides srun's line about the node.
     ordered = sorted(lines, key=lambda line: not line.startswith("srun: "))
     found = {node: line for line in ordered for node in nodes if f" {node}:" in line}

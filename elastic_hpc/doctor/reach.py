@@ -11,7 +11,7 @@ from elastic_hpc.doctor.reports import FIRST_PORT, Dial, NodeReport, pairs
 
 def port_findings(reports: Sequence[NodeReport]) -> list[Finding]:
     if len(reports) < 2:
-        return [Finding(Level.UNKNOWN, "ports", "there was one node alone", "not judged", "you: --run --nodes 2")]
+        return [Finding(Level.UNKNOWN, "ports", "only one node reported", "not judged", "you: --run --nodes 2")]
     cut, others, detours = defaultdict(list), defaultdict(list), defaultdict(list)
     for report, name, peer in pairs(reports):
         agents, workers = ([dial for dial in peer.dials if dial.any_port is any_port] for any_port in (False, True))
@@ -31,15 +31,13 @@ def port_findings(reports: Sequence[NodeReport]) -> list[Finding]:
         )
         findings.append(Finding(Level.BAD, "ports", _unreached(cut), means, advice))
     if others:
-        means = "agents meet, but workers (gloo, NCCL) talk over ports that the system chooses"
+        means = "agents can connect, but workers (gloo, NCCL) use ports that the system chooses"
         advice = "administrator: let nodes reach each other's TCP ports above 1023"
         findings.append(Finding(Level.BAD, "ports of workers", _unreached(others), means, advice))
     if detours:
         findings.append(_detours(detours, _open_interface(reports)))
     nodes = some([report.node for report in reports])
-    return findings or [
-        Finding(Level.OK, "ports", f"each of {nodes} reaches each other", "agents and workers can meet")
-    ]
+    return findings or [Finding(Level.OK, "ports", f"{nodes} reach each other", "agents and workers can connect")]
 
 
 def _errors(dials: Sequence[Dial]) -> str:
@@ -52,7 +50,7 @@ def _unreached(cut: Mapping[str, Sequence[str]]) -> str:
 
 def _detours(detours: Mapping[str, Sequence[str]], interface: str) -> Finding:
     found = "; ".join(f"{node}: {some(names)}" for node, names in sorted(detours.items())[:NAMED])
-    means = "agents try the address that does not answer first; workers may know no other"
+    means = "agents lose time with the address that does not answer; workers may have no other"
     advice = f"you: --interface {interface}" if interface else "you: --interface IFNAME, of a network that is open"
     return Finding(Level.WARN, "addresses", found, means, advice, {"interface": interface} if interface else {})
 
@@ -62,18 +60,18 @@ def name_findings(reports: Sequence[NodeReport]) -> list[Finding]:
     wrong = []
     for report, name, peer in pairs(reports):
         if not any(address in own[name] and not address.startswith("127.") for address in peer.resolves):
-            wrong.append(f"on {report.node} {name} is {', '.join(peer.resolves) or 'unknown'}")
+            wrong.append(f"{report.node} resolves {name} to {', '.join(peer.resolves) or 'nothing'}")
     renamed = [f"{r.node} calls itself {r.hostname}" for r in reports if _short(r.hostname) != _short(r.node)]
     if wrong:
         means = "agents use the addresses that each node reports, but plain torchrun and MASTER_ADDR need names"
         advice = "administrator: /etc/hosts or DNS of the nodes; you: --interface IFNAME"
         return [Finding(Level.WARN, "names", some(wrong, "; "), means, advice)]
     if renamed:
-        means = "agents go by Slurm's names; a script that looks for its own host name in Slurm's list does not find it"
+        means = "agents use Slurm's names; a script does not find its own host name in Slurm's list of nodes"
         return [Finding(Level.NOTE, "names", some(renamed, "; "), means)]
     if len(reports) < 2:
         return []
-    return [Finding(Level.OK, "names", "each node's name leads to it on all others", "names and addresses agree")]
+    return [Finding(Level.OK, "names", "all nodes resolve each node's name", "names and addresses agree")]
 
 
 def _open_interface(reports: Sequence[NodeReport]) -> str:

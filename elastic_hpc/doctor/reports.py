@@ -9,6 +9,7 @@ from typing import Any
 
 FIRST_PORT, LAST_PORT = 29400, 29499
 SCHEMA = 1
+LATE = "late"
 END_TIMEOUT = 45.0
 """Seconds to wait for the end of the job after its cancellation."""
 
@@ -88,7 +89,7 @@ class ProbeRun:
     may_requeue: bool
     """Whether Slurm lets the job, with ``--requeue``, back into the queue."""
     ended: str
-    """Slurm's word for the last state of the job."""
+    """Slurm's word for the last state of the job; ``LATE`` if it did not end in time."""
     causes: Mapping[str, str] = field(default_factory=dict)
     """Why there is no report, by node; under "" for the whole job."""
     completed_after: float | None = None
@@ -99,4 +100,4 @@ def pairs(reports: Sequence[NodeReport]) -> list[tuple[NodeReport, str, PeerRepo
     """Every ordered pair of nodes that have reported, with the first node's report on the second."""
     names = {report.node: report for report in reports}
     both = [pair for a, b in combinations(sorted(names), 2) for pair in ((a, b), (b, a))]
-    return [(names[a], b, names[a].peers.get(b, PeerReport(error="was not there in time"))) for a, b in both]
+    return [(names[a], b, names[a].peers.get(b, PeerReport(error="did not report in time"))) for a, b in both]

@@ -19,7 +19,7 @@ _TO_REQUEUE = 5
 def slurm_findings(facts: Facts, grace: timedelta, qos: str | None = None) -> list[Finding]:
     """What Slurm's settings mean for jobs with ``--grace`` in ``qos``, or that Slurm does not answer."""
     if not facts.answered:
-        means = "Slurm does not answer: you cannot submit jobs from here, and the settings of this site are unknown"
+        means = "Slurm does not answer: no job can be submitted from this machine"
         advice = (
             "you: try on a login node of the cluster, with Slurm's module loaded; if sinfo fails there, ask the "
             "administrator"
@@ -56,10 +56,10 @@ def _judged(about: str, check: Callable[[Facts], Finding | None], facts: Facts) 
 def _requeue(facts: Facts) -> Finding:
     value, found = setting(facts, "JobRequeue")
     if value == "1":
-        return Finding(Level.OK, "requeue", found, "jobs may come back through the queue")
+        return Finding(Level.OK, "requeue", found, "Slurm can requeue jobs")
     means = (
-        "jobs request it with --requeue, which Slurm may ignore; then a new job with another ID continues in the place "
-        "of the old one"
+        "elastic jobs request a requeue with --requeue, which Slurm may ignore; then a new job with another ID "
+        "continues in place of the old job"
     )
     advice = f"{slurm_conf('JobRequeue=1')}; --run checks whether --requeue is enough"
     return Finding(Level.WARN, "requeue", found, means, advice)
@@ -70,23 +70,25 @@ def _kill_on_bad_exit(facts: Facts) -> Finding:
     if value == "0":
         return Finding(Level.OK, "KillOnBadExit", found, "a step continues when one of its tasks fails")
     means = (
-        "elastic-sbatch and elastic-srun overrule it; a step that you start yourself, for torchrun, ends with its "
-        "first task that fails"
+        "elastic-sbatch and elastic-srun override this; a step that you start yourself, for torchrun, ends when its "
+        "first task fails"
     )
-    return Finding(Level.NOTE, "KillOnBadExit", found, means, "you, in scripts of your own: srun --kill-on-bad-exit=0")
+    return Finding(Level.NOTE, "KillOnBadExit", found, means, "you, in your own scripts: srun --kill-on-bad-exit=0")
 
 
 def _giving_back(facts: Facts) -> Finding:
     value, accounting = setting(facts, "AccountingStorageType")
     if has(facts, "SchedulerParameters", "disable_job_shrink"):
-        means = "a job that runs cannot give nodes back: resize, release and --yield-to let joiners go, and no others"
+        means = "a running job cannot return nodes to Slurm: resize, release and --yield-to release only joiners"
         advice = slurm_conf("SchedulerParameters without disable_job_shrink")
         return Finding(Level.WARN, "giving back", "SchedulerParameters has disable_job_shrink", means, advice)
     if not value.endswith("slurmdbd"):
-        means = "a job can give nodes back once in a run; Slurm then refuses to change it, and a requeue takes minutes"
+        means = (
+            "a job can return nodes once in a run; then Slurm refuses changes of the job, and a requeue takes minutes"
+        )
         advice = slurm_conf("AccountingStorageType=accounting_storage/slurmdbd")
         return Finding(Level.NOTE, "giving back", accounting, means, advice)
-    return Finding(Level.OK, "giving back", accounting, "a job that runs can give nodes back to Slurm")
+    return Finding(Level.OK, "giving back", accounting, "a running job can return nodes to Slurm")
 
 
 def _preemption(facts: Facts, grace: timedelta, qos: str | None) -> Finding:
@@ -105,22 +107,21 @@ def _preemption(facts: Facts, grace: timedelta, qos: str | None) -> Finding:
     signal = "with" if warned else "without"
     found = f"{where}: PreemptMode = {mode}, GraceTime = {seconds} s, {signal} preempt_send_user_signal"
     if {"SUSPEND", "GANG"} & set(mode.split(",")):
-        means = "a suspended job stands still with all its agents, and continues where it was when Slurm resumes it"
+        means = "a suspended job pauses with all its agents, and continues where it was when Slurm resumes it"
         return Finding(Level.OK, "preemption", found, means)
-    then = "Slurm puts the job back into the queue" if mode == "REQUEUE" else "Slurm cancels, the agents requeue"
+    then = "Slurm requeues the job" if mode == "REQUEUE" else "Slurm cancels the job, and the agents requeue it"
     if warned and seconds >= grace.total_seconds():
-        return Finding(
-            Level.OK, "preemption", found, f"the workers get a signal and have --grace {as_text(grace)}; {then}"
-        )
+        means = f"the workers get a signal, and have {as_text(grace)} (--grace) to save; {then}"
+        return Finding(Level.OK, "preemption", found, means)
     grace_time = f"GraceTime={as_text(grace)} in {where}"
     if warned:
-        means = f"the workers get a signal, but have {seconds} s and not --grace {as_text(grace)}; {then}"
+        means = f"the workers get a signal, but have only {seconds} s to save, not {as_text(grace)} (--grace); {then}"
         advice = f"you: --grace {_grace(seconds)}; {slurm_conf(grace_time)}"
         return Finding(Level.WARN, "preemption", found, means, advice, {"grace": _grace(seconds)} if seconds else {})
-    hurry = f", with --grace {_grace(seconds)} for the agents to requeue in time" if mode != "REQUEUE" else ""
+    hurry = f", with --grace {_grace(seconds)}, so that the agents can requeue in time" if mode != "REQUEUE" else ""
     means = (
-        "no warning comes before SIGTERM, which reaches the workers too: those that listen have at most "
-        f"{min(20, seconds or 20)} s to save, others die at once; {then}"
+        "Slurm sends SIGTERM without a warning, also to the workers: workers that handle it have at most "
+        f"{min(20, seconds or 20)} s to save, others end at once; {then}"
     )
     advice = f"you: save often{hurry}; {slurm_conf(f'SlurmctldParameters=preempt_send_user_signal, and {grace_time}')}"
     return Finding(Level.WARN, "preemption", found, means, advice)
@@ -148,9 +149,8 @@ def _arrays(facts: Facts) -> Finding:
     value, found = setting(facts, "MaxArraySize")
     if (size := number(value, "MaxArraySize")) > 1:
         return Finding(Level.OK, "job arrays", found, f"--array takes indices up to {size - 1}")
-    return Finding(
-        Level.NOTE, "job arrays", found, "there are none here", "you: submit the jobs one by one, without --array"
-    )
+    means, advice = "Slurm has no job arrays here", "you: submit the jobs one by one, without --array"
+    return Finding(Level.NOTE, "job arrays", found, means, advice)
 
 
 def _accounting(facts: Facts) -> Finding:
@@ -158,7 +158,7 @@ def _accounting(facts: Facts) -> Finding:
     if value.endswith("slurmdbd"):
         return Finding(Level.OK, "accounting", found, "Slurm remembers jobs that have ended")
     age = config(facts, "MinJobAge")
-    means = f"Slurm forgets a job {age} after its end; what is known then is in its run directory"
+    means = f"Slurm forgets a job {age} after its end; then only its run directory has the job's end"
     advice = "you: keep the run directories (--log-dir)"
     return Finding(Level.NOTE, "accounting", f"{found}, MinJobAge = {age}", means, advice)
 
@@ -168,14 +168,13 @@ def _private_data(facts: Facts) -> Finding:
     hidden = set(value.replace(" ", "").split(","))
     if "nodes" in hidden:
         means = (
-            "Slurm shows users no states of nodes: a job avoids the nodes that failed under it, and does not know "
-            "which others are down, or drained, unless a notice or --health-dir says so; --yield-to gives up nothing"
+            "Slurm does not show users the states of nodes. A job avoids the nodes that failed under it, but does not "
+            "know which others are down or drained, unless a notice or --health-dir says so. --yield-to has no effect"
         )
-        advice = slurm_conf("PrivateData without nodes, if jobs are to see them")
+        advice = slurm_conf("PrivateData without nodes, so that jobs can see them")
         return Finding(Level.NOTE, "private data", found, means, advice)
-    return Finding(
-        Level.OK, "private data", found, "your jobs see the states of nodes, which they need after a requeue"
-    )
+    means = "your jobs see the states of nodes, which they need after a requeue"
+    return Finding(Level.OK, "private data", found, means)
 
 
 def _pyxis(facts: Facts) -> Finding:
@@ -183,7 +182,7 @@ def _pyxis(facts: Facts) -> Finding:
         raise Unknown(facts.unknown["srun_help"])
     if "--container-image" in facts.srun_help:
         return Finding(Level.OK, "pyxis", "srun has --container-image", "--container-image works with any image")
-    means = "--container-image works only where apptainer is, or for an OCI bundle where the site has an oci.conf"
+    means = "--container-image works only with apptainer, or with an OCI bundle if the site has an oci.conf"
     advice = "you: --container-runtime apptainer with an image IMAGE.sif"
     return Finding(Level.NOTE, "pyxis", "srun has no --container-image: the plugin is not loaded here", means, advice)
 
@@ -192,7 +191,7 @@ def _expedited_requeue(facts: Facts) -> Finding | None:
     """A finding only if the administrator has allowed it, so that users can use it."""
     if not has(facts, "SlurmctldParameters", "enable_expedited_requeue"):
         return None
-    means = "elastic jobs come back by themselves; with it, Slurm would requeue and hold a job that has failed"
+    means = "elastic jobs requeue themselves; with --requeue=expedite, Slurm would requeue and hold a job that failed"
     advice = "you: leave out --requeue=expedite, which elastic-sbatch refuses"
     found = "SlurmctldParameters has enable_expedited_requeue"
     return Finding(Level.NOTE, "expedited requeue", found, means, advice)
