@@ -67,9 +67,12 @@ class SlurmError(ElasticError):
 
 
 class JobEnded(ElasticError):
-    """The job has ended for this agent: ``outcome`` is the verdict's, or ``lost`` if the leader cannot be reached."""
+    """The job has ended for this agent: ``outcome`` is the verdict's, or ``lost`` if the leader cannot be reached.
+    ``logged``: the leader has logged the reason, which is the verdict's.
+    """
 
-    def __init__(self, outcome: str, reason: str) -> None:
+    def __init__(self, outcome: str, reason: str, *, logged: bool = False) -> None:
         super().__init__(reason)
         self.outcome = outcome
         self.reason = reason
+        self.logged = logged

@@ -218,7 +218,7 @@ class Control:
             raise self._over
         step = follower.step(self._order, self._status, workers)
         if isinstance(step, follower.End):
-            raise JobEnded(step.outcome, step.reason)
+            raise JobEnded(step.outcome, step.reason, logged=not step.alone)
         return step
 
     def _report(self, **changes: Any) -> None:
@@ -265,7 +265,7 @@ class Control:
                 self._outside.give_up, roster, waited, why, patient=patient, others=others, is_led=self._is_led
             )
         except (ElasticError, OSError) as error:
-            log.warning("%s; tried again", error)
+            log.warning("%s; trying again", error)
             return None
 
     def _is_led(self) -> bool:

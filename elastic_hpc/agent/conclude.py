@@ -269,7 +269,10 @@ def _requeue(rundir: RunDir, environ: Mapping[str, str], lost: Collection[str] =
         return _instead(rundir, environ, job, error)
     _mark_acted(rundir, environ, job)
     if problem:
-        print(f"elastic_hpc: requeued, but not all was accepted, it may take two minutes: {problem}", file=sys.stderr)
+        print(
+            f"elastic_hpc: requeued, but the start may take two minutes, as Slurm refused a change: {problem}",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -123,15 +123,16 @@ class Ending:
             case GiveUp(outcome, reason, unreachable):
                 if unreachable:
                     self._stay_out(why)
-                return JobEnded(outcome, reason)
+                return JobEnded(outcome, reason, logged=outcome != "lost")
             case Conclude(verdict):
                 if not self._turns.take() or is_led():
                     return None
                 verdict = verdict or self._write_verdict(
-                    roster, f"no leader was found for {waited:.0f} s ({why}), and too few nodes to have another"
+                    roster,
+                    f"no leader was found for {waited:.0f} s ({why}), and too few nodes are left to elect one",
                 )
                 if problem := self.act(verdict, [], alone=True, others=others):
-                    log.warning("%s; tried again later", problem)
+                    log.warning("%s; trying again later", problem)
                     self._turns.failed()
                     return None
                 return JobEnded("lost", verdict["reason"])

@@ -38,7 +38,7 @@ def enter(env: AgentEnv, rundir: RunDir) -> AgentEnv:
         raise ElasticError(f"{rundir.path}: no job has been started there that could be joined")
     verdict = rundir.read("verdict.json")
     if verdict and verdict["run"] >= endpoint["run"]:
-        raise JobEnded("lost", f"the job is over: {verdict['reason']}")
+        raise JobEnded("lost", f"the job has ended: {verdict['reason']}")
     with contextlib.suppress(SlurmError):  # without an answer from Slurm, the agent looks for the leader
         if (state := slurm.job_state(spec["job"], endpoint["run"])) != "RUNNING":
             raise JobEnded("lost", f"job {spec['job']} is {state}")

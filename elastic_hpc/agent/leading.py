@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from elastic_hpc import __version__, slurm
@@ -36,6 +37,7 @@ from elastic_hpc.record.recorder import Recorder
 from elastic_hpc.record.registry import remember_once
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
+from elastic_hpc.workers.output import is_shown
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +120,8 @@ class Leading:
         return outlooks
 
     def _recorder_or_new(self) -> Recorder:
-        return self.recorder or Recorder(self.rundir, self.env.run, self.host, self.job)
+        shown = partial(is_shown, self.spec.tee, self.spec.local_ranks_filter)
+        return self.recorder or Recorder(self.rundir, self.env.run, self.host, self.job, shown)
 
     def _first(self, recorder: Recorder) -> dict[str, Any]:
         """The nodes and counters with which the first leader begins. Records the start of the run."""

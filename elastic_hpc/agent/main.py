@@ -33,7 +33,6 @@ from elastic_hpc.environment import forget_enclosing
 from elastic_hpc.errors import JobEnded
 from elastic_hpc.membership.leader import STOP_TIMEOUT
 from elastic_hpc.membership.nodes import BATCH_HOST
-from elastic_hpc.membership.policy import FINISHED
 from elastic_hpc.network import addresses
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import read_agent_env, spent
@@ -174,7 +173,7 @@ def _run(parts: Assembly, agent: ElasticAgent, standbys: Standbys) -> int:
     except JobEnded as ended:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller too
         joins, leads = parts.env.joins, parts.leading.recorder is not None
-        if ended.outcome == "lost" or not (leads or ended.reason == FINISHED):  # the leader logs such an end, once
+        if ended.outcome == "lost" or not (leads or ended.logged):
             log.info("%s: %s", "leaving" if joins else ended.outcome, ended.reason)
         code, leave = 0 if joins else EXIT_CODES[ended.outcome], LEAVE
         if parts.env.node == BATCH_HOST and not parts.env.local and ended.outcome != "lost":

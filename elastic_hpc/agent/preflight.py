@@ -111,7 +111,7 @@ def _run_dir(path: Path) -> Iterator[Problem]:
     if abs(skew) > _SKEW:
         yield Problem(
             f"the clock of this node is {abs(skew):.0f} s {'ahead of' if skew < 0 else 'behind'} the file server's, "
-            f"expected less than {_SKEW:.0f}; times in logs mislead, see chronyc tracking",
+            f"expected less than {_SKEW:.0f}; times in logs are misleading, see chronyc tracking",
             fatal=False,
         )
     yield from _space("run directory", path, "remove old runs, or choose another: --log-dir DIR")
@@ -189,7 +189,7 @@ def _gpus(granted: int, cuda_visible: str | None) -> Iterator[Problem]:
         yield Problem(f"nvidia-smi: {output}; expected {granted} GPUs, have this node drained", fatal=True)
     else:
         if busy:
-            yield Problem(f"{'; '.join(busy)}: expected idle GPUs; end what was left behind on this node", fatal=True)
+            yield Problem(f"{'; '.join(busy)}: expected idle GPUs; end those processes", fatal=True)
 
 
 def _foreign(ours: dict[str, str]) -> list[str]:

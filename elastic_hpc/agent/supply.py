@@ -277,7 +277,7 @@ class Supply:
             if id not in current and joiner(id) not in self._came and job.node not in needs.names:
                 self._backoff.failed(asyncio.get_running_loop().time())
                 self._wasted[job.node] += 1
-                self._record_problem(f"joiner {id} ended{f' on {job.node}' if job.node else ''} and did not come")
+                self._record_problem(f"joiner {id} ended{f' on {job.node}' if job.node else ''} before it joined")
         self._jobs = current
 
     async def _cancel_overdue(self, jobs: Sequence[JoinerJob]) -> None:

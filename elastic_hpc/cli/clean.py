@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--older-than",
         metavar="TIME",
         type=argument(_older_than),
-        help=f"only jobs that ended that long ago: 12h, 90d (default: {_DEFAULT}; for a JOB that is named any time)",
+        help=f"only jobs that ended that long ago: 12h, 90d (default: {_DEFAULT}; a JOB that you name: no limit)",
     )
     parser.add_argument(
         "--with-checkpoints",

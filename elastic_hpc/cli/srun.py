@@ -225,10 +225,8 @@ def _outcome(rundir: RunDir, run: Agents, *, local: bool) -> int:
     if verdict is None:
         entry.tell("elastic-srun", "the agents left no verdict; see their messages above")
         return 1
-    finished = verdict["outcome"] == "finished"
-    said = "" if finished else f"{verdict['outcome']}: {verdict['reason']}; "  # the leader has logged the end
-    entry.tell("elastic-srun", f"{said}elastic-hpc why {shlex.quote(str(rundir.path))} explains the run")
-    return 0 if finished else 1
+    entry.tell("elastic-srun", f"elastic-hpc why {shlex.quote(str(rundir.path))} explains the run")
+    return 0 if verdict["outcome"] == "finished" else 1  # the leader has logged the verdict
 
 
 def _request(args: argparse.Namespace, here: int) -> tuple[LaunchSpec, int]:

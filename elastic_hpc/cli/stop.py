@@ -50,7 +50,7 @@ def _stop(job: Job, *, after_checkpoint: bool) -> str:
     done = job.stop(after_checkpoint=after_checkpoint)
     if done == "over":
         status = job.status()
-        return f"job {job.id} has already ended, {status.state}" + (f": {status.reason}" if status.reason else "")
+        return f"job {job.id} has ended, {status.state}" + (f": {status.reason}" if status.reason else "")
     if done == "cancelled":
         return f"job {job.id} is cancelled"
     return f"job {job.id}: stop requested" + ("; the workers save first" if after_checkpoint else "")

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not (args.html or args.png):
-        raise UsageError(f"where to? for example: elastic-hpc timeline {args.job.path.name} --html timeline.html")
+        raise UsageError(f"expected --html FILE or --png FILE, for example --html {args.job.path.name}.html")
     if args.html == args.png:
         raise UsageError(f"--html {args.html} --png {args.png}: expected two different files")
     (look,) = Jobs([single("timeline", args.job)]).look()

@@ -40,12 +40,12 @@ _FRESH, _SILENT = 600.0, 86400.0
 ACTIVE = "active"
 RECENT = f"whose files were written in the last {_FRESH / 60:.0f} minutes; try again later"
 CLAIMED = f"being resumed or removed by another command; if that has died, remove the file {RESUMING} there"
-UNKNOWN = "of unknown end: neither the record nor Slurm says how they ended; a day later they can be removed by name"
+UNKNOWN = "whose end is unknown, to the record and to Slurm: a day later you can remove them by name"
 FILES = "with files of the script, such as checkpoints; --with-checkpoints removes them too"
 FOREIGN = "of another user"
 LINK = "links"
 NO_RECORD = "without a job's record or batch script"
-UNREADABLE = "that cannot be read as a whole"
+UNREADABLE = "that cannot be read completely"
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _asked_once() -> Callable[[Collection[str] | None], str]:
             try:
                 live.append({id.partition("_")[0] for id in slurm.mine()})
             except SlurmError as error:
-                live.append(f"of Slurm, which did not answer ({error})")
+                live.append(f"because Slurm did not answer ({error})")
         (answer,) = live
         if isinstance(answer, str):
             return answer

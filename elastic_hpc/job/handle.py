@@ -105,7 +105,7 @@ class Job:
         """
         given: Any = str(int(job)) if isinstance(job, Integral) else job
         if not isinstance(given, (str, os.PathLike)):
-            raise UsageError(f"job {job!r}: expected its id, or its run directory, for example Job(4711)")
+            raise UsageError(f"job {job!r}: expected its job ID, or its run directory, for example Job(4711)")
         is_id = isinstance(given, str) and "/" not in given
         self.run_dir = find(str(given).strip()) if is_id else itself(Path(os.path.abspath(given)))
         self.id = self.run_dir.name
@@ -258,7 +258,7 @@ class Job:
     def _not_over(self, what: str) -> Look:
         look = self._look()
         if look.view.over:
-            raise ElasticError(f"job {self.id} is over, {look.view.state}: it has no nodes that could be {what}")
+            raise ElasticError(f"job {self.id} has ended, {look.view.state}: it has no nodes that could be {what}")
         return look
 
     def notice(self, node: str, reason: str | None) -> None:
@@ -269,7 +269,7 @@ class Job:
         job has ended or its run directory cannot be written.
         """
         if final := self.final_state():
-            raise ElasticError(f"job {self.id} is over, {final}: it has no nodes")
+            raise ElasticError(f"job {self.id} has ended, {final}: it has no nodes")
         notify(self._record, node, reason)
 
     def resume(self, *script: object, **options: Unpack[JobOptions]) -> str:
@@ -325,7 +325,7 @@ class Job:
         from elastic_hpc.network.client import ask_leader  # imports asyncio, which is slow
 
         if not is_there(self.run_dir):
-            raise ElasticError(f"{self.run_dir}: is not there yet, the job has not started")
+            raise ElasticError(f"{self.run_dir}: does not exist yet, the job has not started")
         ask_leader(self._record, request, reason)
 
     @property

@@ -29,12 +29,12 @@ def find(job: str) -> Path:
         found = {}
     if not found:
         raise UsageError(
-            f"{job!r}: expected the id of a job that was submitted from here, or its run directory, for example "
+            f"{job!r}: expected the ID of a job that was submitted from here, or its run directory, for example "
             "elastic-logs/4711; elastic-hpc status lists your jobs"
         )
     if len(found) > 1:
         listed = "".join(f"\n  {path}" + ("" if path.is_dir() else " (not started)") for path in found.values())
-        raise UsageError(f"{job} is the id of {len(found)} jobs; give the run directory of the one you mean:{listed}")
+        raise UsageError(f"{job} is the ID of {len(found)} jobs; give the run directory of the one you mean:{listed}")
     return next(iter(found.values()))
 
 

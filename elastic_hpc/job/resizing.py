@@ -45,11 +45,11 @@ def release(nodes: tuple[str, ...], rundir: RunDir, look: Look) -> str:
     brought = {joiner.node for joiner in look.story.joiners if joiner.left is None}
     if not brought.issuperset(nodes) and not slurm_lets_shrink(rundir):
         may_go = ", ".join(sorted(brought)) or "there is none"
-        raise ElasticError(f"{_FORBIDDEN}: expected nodes that further jobs have brought: {may_go}")
+        raise ElasticError(f"{_FORBIDDEN}: expected nodes that came by --grow: {may_go}")
     answers = []
     for asked, node in enumerate(nodes := tuple(dict.fromkeys(nodes))):
         try:
-            answers.append(ask_to_leave(rundir, node, "the user gives it back", give_back=True))
+            answers.append(ask_to_leave(rundir, node, "the user releases it", give_back=True))
         except ElasticError as error:
             raise ElasticError(f"{error}; released: {', '.join(nodes[:asked])}" if asked else str(error)) from error
     return "; ".join(dict.fromkeys(filter(None, answers)))
@@ -61,15 +61,15 @@ def resize_waiting(nodes: str, sizes: tuple[int, ...], rundir: RunDir, look: Loo
     if options is None:
         id = look.view.id
         raise ElasticError(
-            f"job {id} waits in the queue and has not started yet: end it, elastic-hpc stop {id}, and submit it with "
-            f"--nodes {nodes}"
+            f"job {id} waits in the queue and has not started yet: stop it with elastic-hpc stop {id}, then submit it "
+            f"with --nodes {nodes}"
         )
     spec = LaunchSpec.of_nodes(options).resized(sizes[0], sizes[-1])
     slurm.change_nodes(slurm_id, spec.asks_slurm(grows_elsewhere=grows_elsewhere(rundir.script())).slurm)
     rundir.write_bounds(sizes)
     bounds = {"min_nodes": sizes[0], "max_nodes": sizes[-1], "sizes": nodes, "reason": "user"}
     append_event(rundir.path, socket.gethostname(), time.time(), "resize", bounds)
-    return "it waits in the queue, and asks Slurm for as many"
+    return "it waits in the queue, and now requests as many"
 
 
 def slurm_lets_shrink(rundir: RunDir) -> bool:

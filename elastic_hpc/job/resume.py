@@ -63,7 +63,7 @@ class Resumption:
         self.folder = str(spec.get("folder") or os.getcwd())
         """The folder from which the job was submitted."""
         if not os.path.isdir(self.folder):
-            raise UsageError(f"job {self.id} was submitted from {self.folder}, which is not there any more")
+            raise UsageError(f"job {self.id} was submitted from {self.folder}, which no longer exists")
         self.script = (run_dir / "script.sbatch").read_bytes()
         """The batch script."""
         self.job = self._job()
@@ -100,7 +100,7 @@ class Resumption:
         """What the user should know: what continues, and which options are in effect."""
         yield (
             f"job {self.id} continues in its run directory, with its record and its counters: this is run "
-            f"{self._last_run + 2}, and restart {self._spent[0] + 1} would be the next; --max-restarts and "
+            f"{self._last_run + 2}, and its next restart is restart {self._spent[0] + 1}; --max-restarts and "
             "--max-requeues count from here"
         )
         yield (
@@ -158,7 +158,7 @@ class Resumption:
             ) from None
         if owner != os.geteuid():
             raise UsageError(
-                f"job {self.id} is a job of {_name(owner)}, who alone can resume it; to train on from its "
+                f"job {self.id} belongs to {_name(owner)}, who alone can resume it; to continue from its "
                 "checkpoints, submit a job of your own that loads them"
             )
         if not (path / "script.sbatch").exists():
@@ -180,16 +180,16 @@ class Resumption:
         queued = slurm.queue(seen.slurm_id).get(seen.slurm_id)
         state = queued.state if queued and queued.state in slurm.LIVES else view.state
         if state == "COMPLETING":
-            raise UsageError(f"job {self.id} is COMPLETING in Slurm; type the same once more when it has ended")
+            raise UsageError(f"job {self.id} is COMPLETING in Slurm; run the same command again when it has ended")
         if unknown or not view.over or state in slurm.LIVES:
-            why = "its leader was there a moment ago" if unknown else "it has not ended, and continues by itself"
+            why = "its leader was active a moment ago" if unknown else "it has not ended, and continues by itself"
             raise UsageError(
-                f"job {self.id} is {state}: {why}; to end it first: elastic-hpc stop {self.id}; to give it other "
-                f"bounds as it runs: elastic-hpc resize {self.id} MIN:MAX"
+                f"job {self.id} is {state}: {why}; to stop it first: elastic-hpc stop {self.id}; to change "
+                f"its bounds while it runs: elastic-hpc resize {self.id} MIN:MAX"
             )
         if view.state == "COMPLETED" and not self._anew.script:
             raise UsageError(
-                f"job {self.id} has finished; to have it train on, give the script with other arguments: "
+                f"job {self.id} has finished; to continue the training, give the script other arguments: "
                 f"elastic-sbatch --resume {self.id} {view.script or 'train.py'} ARGS"
             )
 

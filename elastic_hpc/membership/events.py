@@ -12,7 +12,7 @@ from typing import Any
 _ROUND = "number of the round"
 _NODE = "Slurm's name of the node"
 _WHY = "why, in a sentence"
-_JOBS = "ids of one-node jobs"
+_JOBS = "IDs of one-node jobs"
 
 EVENTS: dict[str, tuple[str, dict[str, str]]] = {
     "start": (
@@ -133,7 +133,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
     "hang_timeout": (
         "the job has learned a new timeout for silent workers (--hang-timeout auto)",
         {
-            "seconds": "without any sign of life of the workers, in which they neither compute, nor read or write",
+            "seconds": "without a step or output, in which the workers neither compute, nor read or write",
             "reason": _WHY,
         },
     ),
@@ -228,7 +228,9 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
     match name:
         case "start":
             nodes = f"MIN {fields['min_nodes']}, MAX {fields['max_nodes']}, {fields['granted']} node(s) granted"
-            return f"job {fields['job']}, run {fields['run']}: {nodes}, {fields['nproc_per_node']} worker(s) on each"
+            return (
+                f"job {fields['job']}, run {fields['run'] + 1}: {nodes}, {fields['nproc_per_node']} worker(s) on each"
+            )
         case "join":
             return f"{fields['node']} joined"
         case "left" | "release":
@@ -236,8 +238,8 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
         case "resize":
             return f"the world may have {fields['min_nodes']} to {fields['max_nodes']} nodes from now on"
         case "cap":
-            how = "as many nodes as it may" if fields["nodes"] is None else f"{fields['nodes']} node(s) at most"
-            return f"the job holds {how}: {fields['reason']}"
+            most = "MAX nodes again" if fields["nodes"] is None else f"at most {fields['nodes']} node(s)"
+            return f"the job may hold {most}: {fields['reason']}"
         case "leave":
             return f"{fields['node']} must leave: {fields['reason']}"
         case "stay":
@@ -247,11 +249,11 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
         case "not_given_back":
             return f"Slurm did not take back {', '.join(fields['nodes'])}: {fields['reason']}"
         case "given_back":
-            return f"returned to Slurm: {', '.join(fields['nodes'])}: {fields['reason']}"
+            return f"returned {', '.join(fields['nodes'])} to Slurm: {fields['reason']}"
         case "joiners":
             return f"requested {len(fields['jobs'])} more node(s) from Slurm: job(s) {', '.join(fields['jobs'])}"
         case "joiners_cancelled":
-            return f"cancelled, no longer needed: job(s) {', '.join(fields['jobs'])}"
+            return f"cancelled job(s) {', '.join(fields['jobs'])}, which are no longer needed"
         case "agent_restart":
             return f"restarting the agent on {fields['node']}"
         case "growth_problem":
@@ -271,7 +273,7 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
         case "request":
             return f"{fields['request']} requested: {fields['reason']}"
         case "hang_timeout":
-            return f"workers without a sign of life for {fields['seconds']:.0f} s hang: {fields['reason']}"
+            return f"hang timeout: {fields['seconds']:.0f} s without a step or output ({fields['reason']})"
         case "waiting":
             return f"waiting: {fields['reason']}"
         case "yield":

@@ -36,10 +36,11 @@ class Start:
 
 @dataclass(frozen=True)
 class End:
-    """Leave: the job has ended."""
+    """Leave: the job has ended; with ``alone``, only for this agent."""
 
     outcome: str
     reason: str
+    alone: bool
 
 
 def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Acknowledge | Start | End:
@@ -47,7 +48,7 @@ def step(order: Order | None, status: Status, workers: int) -> Wait | Stop | Ack
     on this node or have just ended, 0 for none.
     """
     if order is not None and order.stage == "end":
-        return End(order.outcome or "failed", order.reason)
+        return End(order.outcome or "failed", order.reason, order.alone)
     if workers:
         if order is None:
             return Stop("the leader is lost")

@@ -130,19 +130,19 @@ def timeout(rhythm: Rhythm, *, live: bool = False, sure: bool = True) -> Timeout
         seconds = max(LEAST_UNSURE, learned)
         if not rhythm.longest or rhythm.span < seconds:
             return Timeout(math.inf, "off until the script has reported two steps, or has written for 30 minutes")
-        least, kind = LEAST_UNSURE, "of a script that reports no steps"
+        least, kind = LEAST_UNSURE, "for a script that reports no steps"
     elif sure and rhythm.longest:
         least, kind = LEAST, "between two steps"
     else:
         learned = max(learned, TIMES * rhythm.start)
-        least, kind = LEAST_UNSURE, "in the first steps, and after the end of a worker"
+        least, kind = LEAST_UNSURE, "during the first steps, and after a worker has ended"
     again = 2 * rhythm.alarm
     if again > max(learned, least):
-        return Timeout(again, f"twice the {rhythm.alarm:.0f} s after which the job was restarted here before")
+        return Timeout(again, f"twice the {rhythm.alarm:.0f} s after which the job restarted here before")
     if learned > least:
         longest = max(rhythm.longest, 0.0 if sure else rhythm.start)
-        return Timeout(learned, f"{TIMES} times the longest silence so far, {longest:.0f} s")
-    return Timeout(least, f"the least {kind}; the longest silence so far was {rhythm.longest:.0f} s")
+        return Timeout(learned, f"{TIMES} times the longest silence so far: {longest:.0f} s")
+    return Timeout(least, f"minimum {kind}; longest silence so far: {rhythm.longest:.0f} s")
 
 
 class Hang(NamedTuple):

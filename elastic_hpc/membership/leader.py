@@ -96,7 +96,7 @@ class Leader:
         links = Links(self.peers, self._sizing, self._event, node)
         parts = (self._mandate, self.peers, self._admission, self._sizing, links, self._rounds)
         inputs = (self._requests, self._stores, self._arrivals)
-        self._decisions = Decisions(*parts, *inputs, self._event, reason or "waiting for nodes")
+        self._decisions = Decisions(*parts, *inputs, self._event, reason or "the agents have not joined yet")
 
     # inputs
 
@@ -169,7 +169,7 @@ class Leader:
         """
         found = self.peers.find(node)
         if found is None and isinstance(node, str):
-            return Answer(refusal=f"{node} is no node of this job; it has {fold(self.peers.all_names)}")
+            return Answer(refusal=f"{node} is not a node of this job; its nodes: {fold(self.peers.all_names)}")
         number, name = (found.node, found.name) if found else (int(node), "")  # a joiner that is not connected yet
         parting = Parting(number, name, reason, exclude, give_back, by)
         view = self._view(now)
@@ -229,7 +229,7 @@ class Leader:
                     self.on_lost(conn, f"its workers did not stop within {STOP_TIMEOUT:g} s")
         for conn, since in list(self._admission.leaving.items()):
             if now - since > STOP_TIMEOUT:  # its agent is frozen
-                self.on_lost(conn, "it did not leave")
+                self.on_lost(conn, "its agent did not leave")
                 self._admission.dropped.append(conn)
         self._decisions.look_at_workers(now, wall, held=self.stalls)
         self._advance(now)

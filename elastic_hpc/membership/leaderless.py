@@ -57,14 +57,14 @@ def without_leader(
     """
     if joins:
         if verdict := read_verdict():
-            return GiveUp("lost", f"the job is over: {verdict['reason']}")
+            return GiveUp("lost", f"the job has ended: {verdict['reason']}")
         if waited < max(JOINER_PATIENCE, 4 * heartbeat_timeout):
             return KeepLooking()
         return GiveUp("lost", f"no leader was found for {waited:.0f} s: {why}", unreachable=somebody_leads())
     if somebody_leads():
         return KeepLooking(unreachable=not ever_led and waited > 2 * heartbeat_timeout)
     if somebody_acts():
-        return GiveUp("lost", "another agent that is left acts for all")
+        return GiveUp("lost", "another agent ends or requeues the job")
     if patient:
         return KeepLooking()
     verdict = read_verdict()

@@ -212,6 +212,8 @@ class Order:
     probe: int = 0
     """The nodes of ``among`` must try to reach each other; 0 if no node is (``links``)."""
     among: str = ""
+    alone: bool = False
+    """``end`` is for this agent alone: the leader has refused the agent, or let it go."""
 
     @functools.cached_property
     def line(self) -> bytes:

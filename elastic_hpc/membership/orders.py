@@ -90,7 +90,7 @@ class Orders:
                 del self._refused[conn]
             elif self._is_news(conn, (refusal,)):
                 outcome: Outcome = "finished" if refusal.let_go else "failed"
-                end = replace(order, stage="end", reason=refusal.reason, outcome=outcome)
+                end = replace(order, stage="end", reason=refusal.reason, outcome=outcome, alone=True)
                 taken[conn] = [replace(end, drain=False, new_world=False)]
         told = (order.drain, order.new_world, order.live, order.wishes.number, order.probe)
         content = (order.stage, order.round, order.oldest, *told, order.leads, bool(plans))

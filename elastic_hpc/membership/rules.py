@@ -77,7 +77,7 @@ def _released(view: View, policy: Policy) -> Decision | None:
         return Decision(Action.RELEASE, "its job ends", nodes=tuple(leaving))
     joiners = tuple(sorted(node for node in view.ready - view.formed if not votes(node)))
     if view.running and not _may_grow(view, policy) and joiners:
-        return Decision(Action.RELEASE, "no restart is left to take it in", nodes=joiners)
+        return Decision(Action.RELEASE, "no restart is left for another node to join (--max-restarts)", nodes=joiners)
     going = surplus((view.live | view.formed) - view.leaving, view.staying | view.formed, policy)
     free = tuple(node for node in going if node in view.ready)
     free = tuple(node for node in free if not votes(node) or (view.shrinks and node in own))
@@ -114,7 +114,7 @@ def _drained(view: View, policy: Policy) -> Decision:
     if view.formed and view.formed <= view.succeeded:
         how = "the workers saved and stopped"
     elif view.failure or view.lost:
-        how = f"while they were saving: {view.failure}"
+        how = f"while the workers were saving: {view.failure}"
     elif view.running:
         how = f"the workers did not stop within {_grace(view, policy):g} s (--grace)"
     else:
@@ -155,9 +155,9 @@ def _while_running(view: View, policy: Policy) -> Decision:
 def _after_probe(why: str, view: View, policy: Policy) -> Decision | None:
     """The decision that follows from whether the members of the round reach each other; None if nothing follows."""
     if not view.probed:
-        return Decision(Action.PROBE, f"do the nodes reach each other? {why}")
+        return Decision(Action.PROBE, f"checking the connections between the nodes: {why}")
     if view.probing:
-        return Decision(Action.WAIT, f"the nodes try to reach each other: {why}", again=view.probing)
+        return Decision(Action.WAIT, f"checking the connections between the nodes: {why}", again=view.probing)
     why = f"{why}; {view.apart}"
     if view.parts:
         return _restart(Decision(Action.GATHER, why), view, policy)
@@ -199,16 +199,18 @@ def _change(view: View, policy: Policy) -> Decision:
         return Decision(Action.DRAIN, why, charged=False, in_place=in_place)
     newcomers = view.ready - view.formed
     if _has_to_swap(view, policy) and _is_going(view):
-        why = f"{len(newcomers)} node(s) that cannot be given back take the place of others"
+        why = f"{len(newcomers)} node(s) that cannot be returned to Slurm replace others"
         return Decision(Action.DRAIN, why, charged=False, in_place=in_place)
     if not newcomers or policy.fit(view.live - view.preparing) <= len(view.formed):
         return Decision(Action.WAIT, "training")
     if not _may_grow(view, policy):
-        return Decision(Action.WAIT, "a node is ready to join, but no restart is left to take it in")
+        return Decision(Action.WAIT, "a node is ready to join, but no restart is left for it (--max-restarts)")
     if not _is_going(view):
-        return Decision(Action.WAIT, "a node is ready to join, when a step has been done")
+        return Decision(Action.WAIT, "a node is ready to join after the first step of this round")
     if view.since_growth < policy.grow_every:
-        return Decision(Action.WAIT, f"a node is ready to join, {policy.grow_every:g} s after the last (--grow-every)")
+        return Decision(
+            Action.WAIT, f"a node is ready to join, {policy.grow_every:g} s after the last growth (--grow-every)"
+        )
     quiet = NEWCOMER_QUIET_STARTING if view.starting else NEWCOMER_QUIET
     if view.since_newcomer < quiet:
         why = "a node is ready to join; others may follow"
@@ -241,12 +243,12 @@ def _while_gathering(view: View, policy: Policy) -> Decision:
     size = policy.fit(view.live)
     patience = TAKE_OVER_WAIT * policy.heartbeat_timeout
     if view.expected and view.since_quorum < patience:
-        why = f"{view.expected} node(s) of the last round have not come yet"
+        why = f"{view.expected} node(s) of the last round have not connected yet"
         return Decision(Action.WAIT, why, again=patience - view.since_quorum)
     if not size:
         return _while_too_few(view, policy)
     if view.first and view.absent and view.since_min < policy.last_call_timeout:
-        why = f"waiting for {view.absent} more granted node(s)"
+        why = f"{view.absent} more granted node(s) may join"
         return Decision(Action.WAIT, why, again=policy.last_call_timeout - view.since_min)
     if view.ready != view.live or (view.leaving | view.barred) - view.idle:
         return Decision(Action.WAIT, "workers of the last round are being stopped")
@@ -272,7 +274,7 @@ def _without_store(view: View, policy: Policy) -> Decision:
         so_far = f", failed so far: {view.store_error}" if view.store_error else ""
         left = STORE_TIMEOUT - view.without_store
         return Decision(Action.WAIT, f"the store of the next round is being opened{so_far}", again=left)
-    why = view.store_error or "nothing was heard of it"
+    why = view.store_error or "it did not answer"
     why = f"the store of the next round could not be opened within {STORE_TIMEOUT:g} s: {why}"
     return requeue_or_fail(why, view.requeues, policy, "store")
 
@@ -288,8 +290,8 @@ def _while_too_few(view: View, policy: Policy) -> Decision:
         if view.coming:
             patience = max(patience, policy.wait_for_nodes)
     if waited < patience:
-        more = f", {view.coming} on the way" if view.coming else ""
-        return Decision(Action.WAIT, f"{len(view.live)} of at least {least} nodes are here{more}")
+        more = f", {view.coming} more on the way" if view.coming else ""
+        return Decision(Action.WAIT, f"{len(view.live)} of at least {least} nodes have joined{more}")
     out = f"; {len(view.barred)} more stay out, as their workers failed repeatedly" if view.barred else ""
     return requeue_or_fail(f"{len(view.live)} nodes are left, fewer than MIN {least}{out}", view.requeues, policy)
 

@@ -157,7 +157,7 @@ class _Search:
         if self._problems[leader] == _NO_LEADER:
             text = f"the agent on {leader.name} port {leader.port} no longer leads"
         if others:
-            text += f"; nor did another agent lead: {', '.join(others)} were asked"
+            text += f"; no other agent leads either (asked: {', '.join(others)})"
         return text
 
 

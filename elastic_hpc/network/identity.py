@@ -14,7 +14,7 @@ class RunIsOver(Exception):
     """A later run of this job is active: all processes of earlier runs must leave."""
 
     def __init__(self, over: int, at_work: int) -> None:
-        super().__init__(f"run {over} is over: run {at_work} is at work")
+        super().__init__(f"run {over + 1} has ended: run {at_work + 1} is active")
         self.at_work = at_work
 
 
@@ -54,7 +54,7 @@ class Identity:
         if peer.run > self.run:
             raise RunIsOver(self.run, peer.run)
         if peer.run < self.run:
-            raise ProtocolError(f"{peer.name} belongs to run {peer.run}, which is over")
+            raise ProtocolError(f"{peer.name} belongs to run {peer.run + 1}, which has ended")
 
     def check_answer(self, peer: Identity, node: int) -> None:
         """Raises AnotherNode unless ``peer``, which has answered, is the agent of ``node``. An address that every

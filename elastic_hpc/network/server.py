@@ -313,7 +313,7 @@ class LeaderServer:
         try:
             port = await within(STORE_TIMEOUT, self._open_store(wanted))
         except Exception as error:  # noqa: BLE001 - whatever keeps a store from opening is recorded, and tried again
-            late = f"it was not open after {STORE_TIMEOUT:g} s" if isinstance(error, asyncio.TimeoutError) else ""
+            late = f"it did not open within {STORE_TIMEOUT:g} s" if isinstance(error, asyncio.TimeoutError) else ""
             problem = (late or str(error) or type(error).__name__).splitlines()[0]  # torch's own traceback may follow
             self.leader.on_store_failed(wanted, problem, asyncio.get_running_loop().time())
             self._after_input()

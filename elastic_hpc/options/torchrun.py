@@ -80,7 +80,7 @@ OPTIONS = (
 _HOST = "the rendezvous is on the job's own first node"
 OF_EACH_JOB = {
     **dict.fromkeys(("rdzv-endpoint", "master-addr", "master-port"), _HOST),
-    "rdzv-id": "the id of the run is the job's id",
+    "rdzv-id": "the ID of the run is the job's ID",
     "node-rank": "the agents number the nodes",
 }
 """Options whose value differs between jobs or nodes, and why a batch script need not compute the value."""

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -36,14 +36,25 @@ class Recorder:
     file system may be full, or read-only, for a while.
     """
 
-    def __init__(self, rundir: RunDir, run: int, host: Host, job: str = "") -> None:
-        """``job``: the job in the identity of its agents (``network.identity``)."""
+    def __init__(
+        self,
+        rundir: RunDir,
+        run: int,
+        host: Host,
+        job: str = "",
+        is_shown: Callable[[int, int], bool] = lambda _rank, _local_rank: False,
+    ) -> None:
+        """``job``: the job in the identity of its agents (``network.identity``). ``is_shown``: whether the job's output
+        has that of a worker, with its tracebacks.
+        """
         self.warning = ""
         """Why Slurm has warned this run, as the run directory said at the last heartbeat; empty if it has not."""
         self._rundir = rundir
         self._run = run
         self._host = host
         self._job = job
+        self._is_shown = is_shown
+        self._logged_traceback = ""
         # only the thread uses the next four
         self._strikes: list[Strike] = []
         self._strikes_loaded = False
@@ -92,14 +103,20 @@ class Recorder:
             known = {field: fields[field] for field in ("node", "reason", "signature", "step") if field in fields}
             self._put(lambda: self._strikes.append(Strike(time=when, **known)))
         if name not in {"progress", "allocation", "started"}:
-            first = name == "failure" and fields["first"]  # --tee may not show the output of its rank
-            log.info("%s", "\n".join([sentence(name, fields), *([fields["traceback"]] if first else [])]).rstrip())
+            log.info("%s", "\n".join([sentence(name, fields), *self._new_traceback(name, fields)]).rstrip())
 
         def write() -> None:
             self._unwritten_events.append((when, name, fields))
             self._catch_up()
 
         self._put(write)
+
+    def _new_traceback(self, name: str, fields: Mapping[str, Any]) -> list[str]:
+        """The traceback of a first failure, unless the job's output has it: each traceback is logged once."""
+        if name != "failure" or not fields["first"] or self._is_shown(fields["rank"], fields["local_rank"]):
+            return []
+        before, self._logged_traceback = self._logged_traceback, fields["traceback"]
+        return [] if before == self._logged_traceback else [self._logged_traceback]
 
     @property
     def stalls(self) -> bool:

@@ -119,5 +119,5 @@ def submit_script(
     submitted: list[str] = []
     sbatch(script, options, environ, submitted.append, on_message, exports, folder)
     if not submitted:
-        raise SlurmError("sbatch: no job id")
+        raise SlurmError("sbatch: no job ID")
     return submitted[0].partition(";")[0]

@@ -250,12 +250,13 @@ class TorchrunHandler(ElasticRendezvousHandler):
                 select.select([self._control.wake_fd], [], [], 1.0)
             log.info("this node's workers have finished; the node leaves the job, which continues: %s", stop)
         except JobEnded as over:
-            if over.outcome != "finished":
+            if not over.logged and over.outcome != "finished":
                 log.info("%s: %s", over.outcome, over.reason)
 
 
 def _end(over: JobEnded) -> NoReturn:
-    log.info("%s: %s", over.outcome, over.reason)
+    if not over.logged:
+        log.info("%s: %s", over.outcome, over.reason)
     if over.outcome == "finished":
         raise SystemExit(0) from None
     raise RendezvousClosedError(over.reason) from None

@@ -183,8 +183,8 @@ class Files:
         for other in others:
             if self._owner.precedes(other):
                 raise FencedOut(
-                    f"{self._folder}: opened by round {other.round} of run {other.run} of this job; this is round "
-                    f"{self._owner.round} of run {self._owner.run} and may not save any more"
+                    f"{self._folder}: opened by round {other.round} of run {other.run + 1} of this job; this is round "
+                    f"{self._owner.round} of run {self._owner.run + 1} and may not save any more"
                 )
         return others
 

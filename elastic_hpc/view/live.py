@@ -21,7 +21,7 @@ class Button(NamedTuple):
 
 
 ACTIONS = (
-    Button("drain", "drain", "The workers save and stop, and the job returns to the queue under its own id."),
+    Button("drain", "drain", "The workers save and stop, and the job returns to the queue under its own ID."),
     Button("save-and-stop", "save and stop", "The workers save, and the job ends. It is not requeued."),
     Button("stop", "stop at once", "The job ends at once. The steps since the last checkpoint are lost."),
 )

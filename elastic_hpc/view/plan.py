@@ -164,7 +164,7 @@ def _advice(rows: Sequence[Row], scaling: Scaling, work: float | None, *, furthe
     row = next(row for row in rows if (row.done_in or 0.0) <= (best.done_in or 0.0) * (1 + _WORTH))
     fixed, grown = row.done_in or 0.0, first.done_in_grown or 0.0
     if grown < fixed * (1 - _WORTH):
-        otherwise = "without further nodes" if further else f"without --grow {row.nodes} is the first to be done,"
+        otherwise = "without further nodes" if further else f"without --grow {row.nodes} is done first,"
         return f"--nodes {first.nodes} --grow", [f"it is done in {span(grown)}; {otherwise} in {span(fixed)}"]
     others = [other for other in (first, last) if other is not row and (other.done_in or 0.0) > fixed * (1 + _WORTH)]
     than = "".join(f", {other.nodes} in {span(other.done_in or 0.0)}" for other in others)

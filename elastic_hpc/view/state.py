@@ -88,7 +88,7 @@ def state_of(job: Observed, story: Story) -> State:
     if job.launcher_runs is False:
         return State("FAILED", reason or "its launcher ended without a verdict")
     if job.problem:
-        leader = "no sign of a leader on record" if job.silent is None else f"a leader was there {span(job.silent)} ago"
+        leader = "the record shows no leader" if job.silent is None else f"a leader was active {span(job.silent)} ago"
         return State("UNKNOWN", f"{job.problem}; {leader}")
     if queued is None:
         return _forgotten(job, story, reason)
@@ -99,7 +99,7 @@ def state_of(job: Observed, story: Story) -> State:
         return State(queued.state, _LIVING.get(queued.state, "") or _leadership(job, story))
     if not story.runs or job.resumed:
         return _never_led(job, queued)
-    note = f"Slurm ended it; before, it was requeued: {reason}" if reason else "Slurm ended it, its record has no end"
+    note = f"Slurm ended it after a requeue: {reason}" if reason else "Slurm ended it; its record has no end"
     return State(queued.state, note)
 
 
@@ -118,7 +118,7 @@ def _disagreement(job: Observed) -> str:
     """Slurm's record, if it has a failure after the training finished, or the reverse, or an active job; else empty."""
     finished, recorded = job.final == "COMPLETED", job.recorded_end
     if recorded in LIVES:
-        ends = "it starts once more, and ends at once" if recorded in WAITS else "its batch script has not ended"
+        ends = "it starts again, and ends at once" if recorded in WAITS else "its batch script has not ended"
         return f"Slurm still says {recorded}: {_LIVING.get(recorded, ends)}"
     if not recorded or finished == (recorded == "COMPLETED"):
         return ""
@@ -151,7 +151,7 @@ def _leadership(job: Observed, story: Story) -> str:
     if job.silent is None or job.silent > _SILENT:
         if not story.runs or story.runs[-1].ended is not None:  # a leader of the previous run does not count
             return "it is starting: no agent has started on its first node yet"
-        return f"no leader {'yet' if job.silent is None else f'since {span(job.silent)}'}"
+        return "it has no leader yet" if job.silent is None else f"it has had no leader for {span(job.silent)}"
     if story.current:
         return f"no further nodes: {story.not_growing}" if story.not_growing else ""
     if not story.waiting:
@@ -162,16 +162,16 @@ def _leadership(job: Observed, story: Story) -> str:
 def _forgotten(job: Observed, story: Story, reason: str) -> State:
     """Slurm's controller does not know the job, whose record has no end."""
     if job.recorded_end and job.recorded_end not in LIVES:
-        before = f"; before, it was requeued: {reason}" if reason else ""
-        return State(job.recorded_end, f"so says Slurm's accounting; its record has no end{before}")
+        before = f"; it was requeued before: {reason}" if reason else ""
+        return State(job.recorded_end, f"according to Slurm's accounting; its record has no end{before}")
     if job.resumed:
         note = f"it was to continue as Slurm job {job.slurm_id}, which Slurm no longer knows"
     elif not story.runs:
-        note = "Slurm does not know it, and no agent has led it: it was cancelled, it failed, or another cluster has it"
+        note = "Slurm does not know the job, and no agent led it: it was cancelled, it failed, or is on another cluster"
     elif story.runs[-1].outcome == "requeue":
-        note = f"it was requeued ({reason}), and Slurm no longer knows it: it was cancelled there"
+        note = f"it was requeued ({reason}), and Slurm no longer knows it: it was cancelled in the queue"
     else:
-        note = "Slurm no longer knows it, and its record has no end: it was cut off"
+        note = "Slurm no longer knows the job, and its record has no end"
     return State("UNKNOWN", note, (f"see what Slurm's accounting says, if the site has it: sacct -j {job.slurm_id}",))
 
 
@@ -196,7 +196,7 @@ def _never_led(job: Observed, queued: Queued) -> State:
         return State(word, f"it {how} while it waited in the queue{_slurm_says(ended.reason)}")
     cause = _slurm_says(ended.reason, f"exit code {ended.exit_code}")
     if job.missing_folder:
-        note = f"its batch script never ran: the folder of its output is not there: {job.missing_folder}{cause}"
+        note = f"its batch script never ran: the folder of its output does not exist: {job.missing_folder}{cause}"
         return State(word, note, (f"make it, then submit again: mkdir -p {shlex.quote(job.missing_folder)}",))
     if ended.reason == "JobLaunchFailure":
         note = f"its batch script never ran: {ended.batch_host} could not start it{cause}"

@@ -167,7 +167,7 @@ def _facts(view: JobView) -> dict[str, str]:
         f"goodput {_percent(view.goodput)}" * (view.goodput is not None),
     )
     if view.hang_timeout is not None and not view.over:
-        row("hung after", f"{span(view.hang_timeout)} without a sign of life: {view.hang_timeout_reason}")
+        row("hung after", f"{span(view.hang_timeout)} without a step or output ({view.hang_timeout_reason})")
     row("record", view.run_dir, f"entries that could not be understood: {view.damaged}" if view.damaged else "")
     return facts
 

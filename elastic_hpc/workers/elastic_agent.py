@@ -310,7 +310,7 @@ class ElasticAgent(LocalElasticAgent):
         pids = {f"rank{worker.global_rank}": worker.id for worker in self._worker_group.workers}
         path = self._logs.folder / f"{self._node}.stacks"
         written = stacks.dump(pids, path, timeout=_STACKS_TIMEOUT)
-        log.info("the workers stand still; their stacks %s", f"are in {path}" if written else "could not be written")
+        log.info("the workers hang; their stacks %s", f"are in {path}" if written else "could not be written")
 
     @property
     def _handler(self) -> Rendezvous:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Container
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
-from elastic_hpc.membership.nodes import NumberRanges
 from elastic_hpc.record.worker_logs import Stream, file_name
 from elastic_hpc.training.progress import LOCAL_DIR
-from elastic_hpc.workers.output import LogFile, Output, Terminal
+from elastic_hpc.workers.output import LogFile, Output, Terminal, is_shown
 
 
 class NodeLogs(LogsSpecs):
@@ -28,8 +25,7 @@ class NodeLogs(LogsSpecs):
         """
         super().__init__(log_dir=str(root))
         self._root, self._run, self._node = root, run, node
-        self._shown = shown_ranks(tee, local_ranks)
-        self._local_ranks = local_ranks and NumberRanges.of(local_ranks)
+        self._tee, self._local_ranks = tee, local_ranks
         self._log_file = LogFile()
         self._terminals: dict[Stream, Terminal] = {"out": Terminal(1), "err": Terminal(2)}
         self._output: Output | None = None
@@ -52,11 +48,7 @@ class NodeLogs(LogsSpecs):
         """Called by torch's agent before it starts the workers that have ``envs``."""
         self.finish()
         ranks = {local: int(env["RANK"]) for local, env in envs.items()}
-        shown = {
-            rank
-            for local, rank in ranks.items()
-            if rank in self._shown and (not self._local_ranks or local in self._local_ranks)
-        }
+        shown = {rank for local, rank in ranks.items() if is_shown(self._tee, self._local_ranks, rank, local)}
         path = self.folder / file_name(self._node, list(ranks.values()))
         self._output = Output(ranks, shown, path, self._log_file, self._terminals)
         errors = {local: os.path.join(os.environ[LOCAL_DIR], f"rank{rank}.error.json") for local, rank in ranks.items()}
@@ -77,13 +69,3 @@ class NodeLogs(LogsSpecs):
             self._output.join(timeout)
         for destination in (self._log_file, *self._terminals.values()):
             destination.close(deadline - time.monotonic())
-
-
-def shown_ranks(tee: str | None, local_ranks: str | None) -> Container[int]:
-    """The ranks that --tee ``tee`` names. Values of torchrun's --tee, such as ``3`` and ``0:3``, mean all ranks."""
-    every = range(sys.maxsize)
-    if tee is None:
-        return every if local_ranks else {0}
-    if tee in {"all", "1", "2", "3"} or ":" in tee:
-        return every
-    return NumberRanges.of(tee)

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Container, Mapping
 from pathlib import Path
 
+from elastic_hpc.membership.nodes import NumberRanges
 from elastic_hpc.membership.tracebacks import READ
 from elastic_hpc.record.worker_logs import Stream, label
 
@@ -39,6 +40,17 @@ _REST = 5.0
 
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 _libc = ctypes.CDLL(None)
+
+
+def is_shown(tee: str | None, local_ranks: str | None, rank: int, local: int) -> bool:
+    """Whether agents show the output of ``rank``, the local rank ``local`` of its node, with these values of --tee and
+    --local-ranks-filter. Values of torchrun's --tee, such as ``3`` and ``0:3``, mean all ranks.
+    """
+    if local_ranks and local not in NumberRanges.of(local_ranks):
+        return False
+    if tee is None:
+        return bool(local_ranks) or rank == 0
+    return tee in {"all", "1", "2", "3"} or ":" in tee or rank in NumberRanges.of(tee)
 
 
 class Destination:

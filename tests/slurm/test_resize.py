@@ -102,7 +102,7 @@ def test_named_nodes_are_given_back_and_a_requeue_keeps_the_bounds(
     job.job.wait_event("round", 3, deadline=240)
     assert len(job.job.events("round")[-1]["nodes"]) == 3
     refused = ask(job, "release", "n2", "n9", check=False)
-    assert "n9 is no node of this job; it has n[1-3]; released: n2" in refused.stderr
+    assert "n9 is not a node of this job; its nodes: n[1-3]; released: n2" in refused.stderr
     job.wait_world(2)
     wait_for("n2 to be given back", lambda: "n2" in given_back(job), 30)
     assert nodes_of(job) == "n[1,3]"
@@ -156,5 +156,5 @@ def test_the_size_of_a_job_that_has_never_started_changes_only_by_a_new_submissi
     job = submit("--nodes", "2:4", "--hold")
     refused = fresh.exec([HPC, "resize", job.id, "1:2"], cwd=folder, check=False)
     assert refused.returncode == 1
-    assert f"has not started yet: end it, elastic-hpc stop {job.id}, and submit it with --nodes 1:2" in refused.stderr
+    assert f"has not started yet: stop it with elastic-hpc stop {job.id}, then submit it with --nodes 1:2" in refused.stderr
     fresh.exec([HPC, "stop", job.id], cwd=folder)

@@ -47,7 +47,7 @@ def test_a_cancelled_job_continues_from_its_last_checkpoint(
     assert 20 < first["step"] <= done_before + 1
     assert new.run_dir.resolve() == job.run_dir.resolve()
     assert [start["job"] for start in job.events("start")] == [job.id, new.id]
-    assert f"job {job.id} has finished; to have it train on" in refusal(fresh, folder, f"--resume={new.id}")
+    assert f"job {job.id} has finished; to continue the training" in refusal(fresh, folder, f"--resume={new.id}")
 
 
 @ON_DEMAND

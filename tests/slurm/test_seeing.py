@@ -92,7 +92,7 @@ def test_a_job_is_watched_and_followed_through_a_lost_node_a_requeue_and_a_slurm
         assert done.returncode == 1
         assert body["jobs"][0]["state"] == "UNKNOWN"
         assert "Slurm cannot be asked" in body["slurm"]
-        assert "a leader was there" in body["jobs"][0]["note"]
+        assert "a leader was active" in body["jobs"][0]["note"]
 
         assert job.wait_state("COMPLETED", "FAILED") == "COMPLETED", job.output()
         screen.wait("COMPLETED")
@@ -136,12 +136,12 @@ def test_a_job_that_cannot_start_shows_why_and_a_waiting_job_is_stopped_once(
     fresh.exec(["chmod", "a-w", "closed"], cwd=folder)  # elsewhere Slurm 24.11 makes the folder itself
     fresh.exec(["scontrol", "release", lost.id])
     lost.wait_state("FAILED")
-    why = f"its batch script never ran: the folder of its output is not there: {folder}/closed/logs"
+    why = f"its batch script never ran: the folder of its output does not exist: {folder}/closed/logs"
     for command, code in (("why", 0), ("logs", 1), ("timeline", 2)):
         assert (answer := call(command, lost))[0] == code
         assert why in answer[1] or command == "timeline"
     assert f"mkdir -p {folder}/closed/logs" in call("why", lost)[1]
-    assert call("stop", lost)[1].startswith(f"job {lost.id} has already ended, FAILED: its batch script never ran")
+    assert call("stop", lost)[1].startswith(f"job {lost.id} has ended, FAILED: its batch script never ran")
 
     assert f"scontrol release {held.id}" in call("why", held)[1]
     assert call("drain", held) == (
@@ -149,7 +149,7 @@ def test_a_job_that_cannot_start_shows_why_and_a_waiting_job_is_stopped_once(
         f"elastic-hpc: job {held.id} waits in the queue (JobHeldUser): nothing runs there yet\n",
     )
     assert call("stop", held) == (0, f"job {held.id} is cancelled\n")
-    assert call("stop", held)[1].startswith(f"job {held.id} has already ended, CANCELLED")
+    assert call("stop", held)[1].startswith(f"job {held.id} has ended, CANCELLED")
     assert call("drain", held)[0] == 1
 
 

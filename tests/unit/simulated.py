@@ -270,7 +270,7 @@ class SimNode:
         if self._busy or self.left or self.dead or self.frozen:
             return
         match follower.step(self.order, self._status, self.workers.round):
-            case follower.End(outcome, _):
+            case follower.End(outcome):
                 self.leave(outcome)
             case follower.Stop():
                 self._busy = True

@@ -264,7 +264,7 @@ def agent(rundir: RunDir, run: int = 1, **changes: Any) -> Leading:
     """An agent that has lost all others, on nodes without Slurm's commands."""
     env = AgentEnv("7", 1, "n2", 2, run, 2, None, None, local=True)
     environ, policy = {"SLURM_JOB_ID": "7"}, replace(POLICY, **changes)
-    return Leading(None, env, HOST, 1, policy, rundir, environ, no_store, None)  # type: ignore[arg-type]
+    return Leading(LaunchSpec("train.py"), env, HOST, 1, policy, rundir, environ, no_store, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("can_requeue", "contained"), [(True, False), (False, False), (True, True)])
@@ -364,7 +364,7 @@ def test_an_existing_verdict_is_kept(tmp_path: Path) -> None:
     rundir.write("verdict.json", said)
     ended = agent(rundir).give_up(roster(0, 0), 9.0, WHY, patient=False)
     assert ended
-    assert (ended.outcome, ended.reason) == ("finished", "all workers finished")
+    assert (ended.outcome, ended.reason, ended.logged) == ("finished", "all workers finished", True)
     ended = agent(rundir, run=2).give_up(roster(0, 0), 9.0, WHY, patient=False)
     assert ended
     assert ended.outcome == "lost", "that was the verdict of the run before"

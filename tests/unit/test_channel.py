@@ -121,13 +121,13 @@ def test_the_next_address_is_tried_if_another_node_answers() -> None:
 def test_the_older_of_two_runs_learns_that_it_has_ended(older_dials: bool) -> None:  # noqa: FBT001 - pytest's
     async def story(old: End, new: End) -> None:
         if older_dials:
-            with pytest.raises(RunIsOver, match="run 1 is over: run 3 is at work"):
+            with pytest.raises(RunIsOver, match="run 2 has ended: run 4 is active"):
                 await old.dial(new.host)
-            assert await new.strangers.get() == "n1 belongs to run 1, which is over"
+            assert await new.strangers.get() == "n1 belongs to run 2, which has ended"
         else:
-            with pytest.raises(ProtocolError, match="n1 belongs to run 1, which is over"):
+            with pytest.raises(ProtocolError, match="n1 belongs to run 2, which has ended"):
                 await new.dial(old.host)
-            assert await old.runs_over.get() == "run 1 is over: run 3 is at work"
+            assert await old.runs_over.get() == "run 2 has ended: run 4 is active"
         assert old.accepted.empty()
         assert new.accepted.empty()
 

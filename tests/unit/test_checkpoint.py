@@ -190,7 +190,7 @@ def test_a_later_round_shuts_out_an_earlier_one_with_an_error(tmp_path, monkeypa
     save(old, 1)
     monkeypatch.setenv("ELASTIC_HPC_FENCE", "job.0.10")
     new = Checkpoints(tmp_path)
-    said = "opened by round 10 of run 0 of this job; this is round 9"
+    said = "opened by round 10 of run 1 of this job; this is round 9"
     with pytest.raises(FencedOut, match=said), old.save(2):
         pytest.fail("the block was entered")
     assert names(tmp_path) == ["step-00000001"]

@@ -328,6 +328,6 @@ def test_a_later_run_is_not_blocked_by_the_number_of_its_round(tmp_path):
     """Run 0 reached round 5 while its record could not be written, so run 1 counts from 2."""
     Files(tmp_path, Owner("job", 0, 5), 3).open()
     Files(tmp_path, Owner("job", 1, 2), 3).open()
-    with pytest.raises(FencedOut, match="opened by round 2 of run 1 of this job; this is round 6 of run 0"):
+    with pytest.raises(FencedOut, match="opened by round 2 of run 2 of this job; this is round 6 of run 1"):
         Files(tmp_path, Owner("job", 0, 6), 3).open()
     assert os.listdir(tmp_path) == [".fence.job.1.2"]

@@ -332,6 +332,24 @@ def test_failed_writes_are_repeated_later_in_order(tmp_path: Path, caplog: pytes
     assert (rundir.read("state.json") or {})["round"] == 1
 
 
+def test_a_traceback_is_logged_once_and_not_where_the_output_of_its_rank_is_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "elastic_hpc")
+    host = Host(0, "n0", ("127.0.0.1",), 1)
+    recorder = Recorder(RunDir(tmp_path), 0, host, is_shown=lambda rank, _local: rank == 0)
+    for rank, trace in [(0, "Traceback of 0"), (1, "Traceback of 1"), (1, "Traceback of 1"), (1, "Traceback, new")]:
+        failure = Failure("exception", "n0", rank, rank, 1, "ValueError: no", 0.0, trace)
+        recorder.event("failure", {"first": True, **vars(failure)})
+    recorder.close()
+    assert caplog.messages == [
+        "rank 0 on n0 failed: ValueError: no",
+        "rank 1 on n0 failed: ValueError: no\nTraceback of 1",
+        "rank 1 on n0 failed: ValueError: no",
+        "rank 1 on n0 failed: ValueError: no\nTraceback, new",
+    ]
+
+
 def test_events_are_one_json_object_per_line(cluster: Cluster) -> None:
     cluster.seats()
     wait_for(lambda: cluster.events("round"))

@@ -91,7 +91,7 @@ def test_nothing_is_reported_if_both_mean_the_same_to_a_dependency_or_slurm_know
     [
         ("COMPLETING", "Slurm waits for its nodes"),
         ("RUNNING", "its batch script has not ended"),
-        ("PENDING", "it starts once more, and ends at once"),
+        ("PENDING", "it starts again, and ends at once"),
     ],
 )
 def test_a_job_that_has_ended_by_its_record_but_not_yet_for_slurm_is_reported_as_such(
@@ -105,7 +105,7 @@ def test_a_job_that_has_ended_by_its_record_but_not_yet_for_slurm_is_reported_as
 def test_the_accounting_shows_how_a_job_ended_whose_record_has_no_end() -> None:
     state, note, advice = state_of(seen(queued=None, recorded_end="NODE_FAIL"), records.story("grown"))
     assert (state, advice) == ("NODE_FAIL", ())
-    assert "so says Slurm's accounting" in note
+    assert "according to Slurm's accounting" in note
 
 
 @pytest.mark.parametrize("command", ["why", "status"])

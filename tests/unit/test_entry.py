@@ -157,7 +157,7 @@ def test_a_character_that_the_terminal_lacks_is_shown_as_a_question_mark(
         assert b"?" in done.stdout
     bad = called([*HPC, "why", f"{folder}✓"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
     assert bad.returncode == 2
-    assert b"expected the id of a job" in bad.stderr
+    assert b"expected the ID of a job" in bad.stderr
 
 
 @pytest.mark.parametrize("switch", ["-V", "--version"])

@@ -228,16 +228,16 @@ def test_a_job_is_found_by_id_as_by_the_commands(job: Job, tmp_path: Path) -> No
     assert Job(np.int64(17)) == Job("17\n") == Job("elastic-logs/../elastic-logs/17") == job
     assert {Job(17), Job("elastic-logs/17")} == {job}
     for other_kind in (None, 17.0, b"17", ["17"]):
-        with pytest.raises(UsageError, match="expected its id, or its run directory"):
+        with pytest.raises(UsageError, match="expected its job ID, or its run directory"):
             Job(other_kind)  # type: ignore[arg-type]
     assert Job("elastic-logs/23").run_dir == tmp_path / "elastic-logs" / "23"
     assert job != "17"
-    with pytest.raises(UsageError, match="'23': expected the id of a job that was submitted from here"):
+    with pytest.raises(UsageError, match="'23': expected the ID of a job that was submitted from here"):
         Job(23)
     other = tmp_path / "other" / "17"
     other.mkdir(parents=True)
     remember(other)
-    with pytest.raises(UsageError, match="17 is the id of 2 jobs") as refused:
+    with pytest.raises(UsageError, match="17 is the ID of 2 jobs") as refused:
         Job(17)
     assert f"  {job.run_dir}\n  {other}" in str(refused.value)
 
@@ -335,7 +335,7 @@ def test_an_ended_job_is_not_stopped_again(job: Job, tmp_path: Path, capsys: pyt
     record(job, FINISHED)
     assert job.stop() == "over"
     assert main(["stop", str(job.run_dir)]) == 0
-    assert capsys.readouterr().out == "job 17 has already ended, COMPLETED: all workers finished\n"
+    assert capsys.readouterr().out == "job 17 has ended, COMPLETED: all workers finished\n"
     assert main(["drain", str(job.run_dir)]) == 1
     assert capsys.readouterr().err == "elastic-hpc: job 17 has ended, COMPLETED: there is nothing to drain\n"
     assert not Path("asked").exists()
@@ -354,13 +354,13 @@ def test_each_of_several_jobs_is_cancelled_even_if_another_cannot_be_cancelled(
     assert main(["cancel", "18", "nosuchjob", "17", "19", "20", "19"]) == 2
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
-        "job 17 has already ended, COMPLETED: all workers finished",
+        "job 17 has ended, COMPLETED: all workers finished",
         "job 19 is cancelled",
         "job 20 is cancelled",
     ]
     refusal, unknown = captured.err.splitlines()
     assert refusal == "elastic-hpc: scancel 18: Access/permission denied"
-    assert unknown.startswith("elastic-hpc: 'nosuchjob': expected the id of a job")
+    assert unknown.startswith("elastic-hpc: 'nosuchjob': expected the ID of a job")
     asked = [line.split("/")[-1] for line in Path("asked").read_text().splitlines() if "scancel" in line]
     assert asked == ["scancel 18", "scancel 19", "scancel 20"]
     assert main(["cancel", "18", "19"]) == 1
@@ -391,7 +391,7 @@ def test_for_a_job_that_cannot_be_resized_the_error_shows_why_and_what_to_do(
 
     says(tmp_path, knows("17|PENDING"))
     assert refused("resize", "1:2") == (
-        "job 17 waits in the queue and has not started yet: end it, elastic-hpc stop 17, and submit it with --nodes 1:2"
+        "job 17 waits in the queue and has not started yet: stop it with elastic-hpc stop 17, then submit it with --nodes 1:2"
     )
     says(tmp_path, knows("17|SUSPENDED"))
     assert refused("resize", "1:2") == (
@@ -408,8 +408,8 @@ def test_for_a_job_that_cannot_be_resized_the_error_shows_why_and_what_to_do(
     forbidden = "this site does not let a job give nodes back (SchedulerParameters=disable_job_shrink)"
     assert refused("release", "n3") == f"{forbidden}: expected nodes that further jobs have brought: there is none"
     record(job, FINISHED)
-    assert refused("resize", "2") == "job 17 is over, COMPLETED: it has no nodes that could be resized"
-    assert refused("release", "n3") == "job 17 is over, COMPLETED: it has no nodes that could be released"
+    assert refused("resize", "2") == "job 17 has ended, COMPLETED: it has no nodes that could be resized"
+    assert refused("release", "n3") == "job 17 has ended, COMPLETED: it has no nodes that could be released"
 
 
 def test_a_requeued_job_that_waits_requests_the_new_number_of_nodes_and_starts_with_it(
@@ -420,7 +420,7 @@ def test_a_requeued_job_that_waits_requests_the_new_number_of_nodes_and_starts_w
     rundir.write("state.json", {"round": 2})
     says(tmp_path, knows("17|PENDING"))
     assert main(["resize", str(job.run_dir), "2,4"]) == 0
-    assert capsys.readouterr().out == "job 17 may have 2,4 nodes; it waits in the queue, and asks Slurm for as many\n"
+    assert capsys.readouterr().out == "job 17 may have 2,4 nodes; it waits in the queue, and now requests as many\n"
     assert Path("asked").read_text().splitlines()[-1].endswith("scontrol update JobId=17 NumNodes=2-5")
     assert rundir.read("state.json") == {"round": 2, "bounds": {"min_nodes": 2, "max_nodes": 4, "sizes": "2,4"}}
     assert (job._look().view.min_nodes, job._look().view.max_nodes) == (2, 4)
@@ -460,5 +460,5 @@ def test_another_kind_of_folder_is_no_job(tmp_path: Path) -> None:
     (tmp_path / "elastic-logs" / "7").mkdir(parents=True)
     assert lookup.find(f"{tmp_path}/elastic-logs/7") == tmp_path / "elastic-logs" / "7"
     for other in tmp_path / "elastic-logs", Path("/etc"):
-        with pytest.raises(UsageError, match="expected the id of a job that was submitted from here, or its run dir"):
+        with pytest.raises(UsageError, match="expected the ID of a job that was submitted from here, or its run dir"):
             lookup.find(f"{other}")

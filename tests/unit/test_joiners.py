@@ -75,7 +75,7 @@ def test_a_joiner_of_an_ended_job_leaves_immediately(rundir: RunDir) -> None:
     env = read_agent_env({**TASK, JOIN: str(rundir.path)})
     for run in (1, 2):
         rundir.write("verdict.json", {"run": run, "outcome": "requeue", "reason": "2 nodes are left"})
-        with pytest.raises(JobEnded, match="the job is over: 2 nodes are left"):
+        with pytest.raises(JobEnded, match="the job has ended: 2 nodes are left"):
             enter(env, rundir)
 
 
@@ -117,7 +117,9 @@ def test_a_joiner_trains_and_is_released_on_request(grown: tuple[Cluster, Node])
     ask_to_leave(cluster.rundir, joins.host.node, "time limit")
     wait_for(lambda: own.control.must_stop(2))
     own.control.report("idle", 2)
-    assert "time limit" in end_of(joins.control, 2).reason
+    end = end_of(joins.control, 2)
+    assert "time limit" in end.reason
+    assert not end.logged, "the agent says itself why it leaves"
     assert own.control.next_seat().plan.group_world_size == 1
     wait_for(lambda: cluster.events("release"))
     assert cluster.events("lost") == []

@@ -318,7 +318,7 @@ def test_without_standbys_every_worker_starts_cold(local: Callable[..., Local]) 
 
 
 def test_a_second_ctrl_c_stops_even_a_script_that_does_not_listen(local: Callable[..., Local]) -> None:
-    job = local("--standalone", "--nproc-per-node", "2")
+    job = local("--local", "2", "--nodes", "2")
     pid = job.stepped(1, 1)[0]
     job.process.send_signal(signal.SIGINT)
     job.wait_for(lambda: "the workers may save first; once more to stop them at once" in job.output.read_text())
@@ -326,6 +326,7 @@ def test_a_second_ctrl_c_stops_even_a_script_that_does_not_listen(local: Callabl
     job.process.send_signal(signal.SIGINT)
     assert job.process.wait(timeout=30) == 130
     assert job.verdict()["reason"] == "stopped by the user"
+    assert job.output.read_text().count("stopped by the user") == 1, "the leader says it, once"
     assert not Path(f"/proc/{pid}").exists()
 
 
@@ -392,8 +393,9 @@ def test_the_last_output_of_the_last_worker_is_shown(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "[rank0]: loading" in done.stdout
-    assert "ValueError: no such data set" in done.stderr.split("elastic-srun: failed")[0]
-    assert "Traceback" in done.stderr
+    assert "[rank0]: ValueError: no such data set" in done.stderr
+    assert done.stderr.count("Traceback") == 1, "the worker's own"
+    assert done.stderr.count("failed: rank 0 on local0: ValueError: no such data set") == 1, "the leader's verdict"
 
 
 @pytest.mark.parametrize(

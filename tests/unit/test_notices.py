@@ -93,7 +93,7 @@ def test_an_ended_job_has_no_nodes_to_leave(job: Path, capsys: pytest.CaptureFix
         '{"run": 0, "outcome": "finished", "cause": "", "reason": "all workers finished", "failure": null}'
     )
     assert main(["notice", str(job), "--node", "n2", "ECC"]) == 1
-    assert "job 4711 is over, COMPLETED" in capsys.readouterr().err
+    assert "job 4711 has ended, COMPLETED" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root's own jobs have to be named")

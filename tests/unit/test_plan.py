@@ -103,7 +103,7 @@ def test_a_long_training_waits_for_more_nodes_and_a_short_one_does_not() -> None
     # with growth 3 of the 40 hours are done before the other nodes come: 37 / 4 hours remain
     assert long.rows[0].done_in_grown == (3 + 37 / 4) * HOUR
     assert long.ask_for == "--nodes 2:8 --grow"
-    assert long.why == ["it is done in 12 h 15 min; without --grow 8:8 is the first to be done, in 13 h"]
+    assert long.why == ["it is done in 12 h 15 min; without --grow 8:8 is done first, in 13 h"]
 
 
 def test_growth_is_not_advised_if_it_hardly_saves_time() -> None:

@@ -58,7 +58,7 @@ def resize(job: Job, least: int, most: int) -> Answer:
 
 def release(job: Job, name: str, **how: bool) -> Answer:
     how = {"give_back": True, **how}
-    return ask(job, lambda s: s.leader.on_leave(name, "the user gives it back", job.now, **how))  # type: ignore[no-any-return]
+    return ask(job, lambda s: s.leader.on_leave(name, "the user releases it", job.now, **how))  # type: ignore[no-any-return]
 
 
 def world(job: Job) -> set[int]:
@@ -154,7 +154,7 @@ def test_a_named_node_is_given_back_and_avoided_and_the_leaders_node_is_refused(
     async def story() -> None:
         assert await job.until(lambda: world(job) == {0, 1, 2, 3}, 60)
         assert "n0 leads the job" in release(job, "n0").refusal
-        assert "n9 is no node of this job" in release(job, "n9").refusal
+        assert "n9 is not a node of this job" in release(job, "n9").refusal
         assert release(job, "n1") == Answer()
         assert await job.until(lambda: job.queue.given_back == ["n1"], 60), job.events[-8:]
         assert world(job) == {0, 2, 3}
@@ -403,7 +403,7 @@ def test_a_node_that_was_given_back_no_longer_counts_as_node_time_of_the_job() -
     told = [
         {"time": 0.0, "event": "start", "run": 0, "job": "1", "granted": 4},
         {"time": 0.0, "event": "round", "round": 1, "nodes": ["n0", "n1"], "world_size": 2, "restarts": 0, "leader": 0},
-        {"time": 10.0, "event": "given_back", "nodes": ["n2", "n3"], "reason": "the user gives it back"},
+        {"time": 10.0, "event": "given_back", "nodes": ["n2", "n3"], "reason": "the user releases it"},
     ]
     spent = account(story_of(told), 100.0)
     assert (spent.total, spent.node_seconds["idle"]) == (220.0, 20.0)

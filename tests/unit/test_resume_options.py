@@ -162,9 +162,9 @@ def test_an_edited_script_is_submitted_as_it_is(place: Path) -> None:
 @pytest.mark.parametrize(
     ("verdict", "queue", "words", "refusal"),
     [
-        ({**FAILED, "outcome": "finished"}, "", [], "has finished; to have it train on, give the script with other"),
-        (None, "17|RUNNING|N/A|N/A|None", [], "to end it first: elastic-hpc stop 17"),
-        (FAILED, "17|COMPLETING|N/A|N/A|None", [], "is COMPLETING in Slurm; type the same once more"),
+        ({**FAILED, "outcome": "finished"}, "", [], "has finished; to continue the training, give the script other"),
+        (None, "17|RUNNING|N/A|N/A|None", [], "to stop it first: elastic-hpc stop 17"),
+        (FAILED, "17|COMPLETING|N/A|N/A|None", [], "is COMPLETING in Slurm; run the same command again"),
         (FAILED, "", ["--log-dir=x"], "--log-dir with --resume"),
         (FAILED, "", ["--array=1"], "--array with --resume"),
         (FAILED, "", ["--ntasks=4"], "--ntasks=4: with a task count"),

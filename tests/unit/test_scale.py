@@ -242,7 +242,7 @@ def test_the_record_shows_which_nodes_are_missing_at_the_start() -> None:
     for second in range(1, 4):
         leader.on_tick(float(second))
     reasons = [fields["reason"] for name, fields in leader.take_events() if name == "waiting"]
-    assert reasons == ["waiting for 5 more granted node(s); not joined yet: n[03-07]"]
+    assert reasons == ["5 more granted node(s) may join; not joined yet: n[03-07]"]
 
 
 # rosters

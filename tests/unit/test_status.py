@@ -128,7 +128,7 @@ def test_if_slurm_does_not_answer_no_job_is_shown_as_healthy() -> None:
     one = view(seen(queued=None, problem="Slurm cannot be asked: timed out"), running(), time.time())
     assert one.state == "UNKNOWN"
     assert "Slurm cannot be asked: timed out" in one.note
-    assert "a leader was there 0.5 s ago" in one.note
+    assert "a leader was active 0.5 s ago" in one.note
     assert one.time_left is None
     assert one.steps_per_second is None
 
@@ -137,7 +137,7 @@ def test_a_job_that_slurm_has_forgotten_and_whose_record_has_no_end_was_cut_off(
     one = view(seen(queued=None), running(), time.time())
     assert (one.state, one.note) == (
         "UNKNOWN",
-        "Slurm no longer knows it, and its record has no end: it was cut off",
+        "Slurm no longer knows the job, and its record has no end",
     )
 
 
@@ -146,7 +146,7 @@ def test_a_job_that_was_cancelled_while_it_waited_after_a_requeue() -> None:
     first = story_of(events[: next(i for i, event in enumerate(events) if event["event"] == "verdict") + 1])
     one = view(seen(queued=None), first, time.time())
     assert one.state == "UNKNOWN"
-    assert "it was cancelled there" in one.note
+    assert "it was cancelled in the queue" in one.note
     waits = view(seen(queued=Queued("PENDING", None, "BeginTime")), first, time.time())
     assert (waits.state, waits.note) == (
         "PENDING",
@@ -156,7 +156,7 @@ def test_a_job_that_was_cancelled_while_it_waited_after_a_requeue() -> None:
 
 def test_a_running_job_without_a_leader_is_shown_as_such() -> None:
     now = time.time()
-    assert view(seen(silent=65.0), running(), now).note == "no leader since 1 min 5 s"
+    assert view(seen(silent=65.0), running(), now).note == "it has had no leader for 1 min 5 s"
     assert view(seen(silent=None), Story(), now).note == "it is starting: no agent has started on its first node yet"
 
 
@@ -212,7 +212,7 @@ def test_nodes_that_are_about_to_fail_are_shown_with_the_reason_until_they_may_s
     begin = {"time": 1.0, "event": "start", "run": 0, "job": "7", "granted": 3, "min_nodes": 2, "max_nodes": 3}
     drained = {"time": 2.0, "event": "leave", "node": "n2", "reason": "drained in Slurm: ECC", "exclude": True}
     needed = {"time": 3.0, "event": "stays", "node": "n3", "reason": "Xid 79", "why": "1 node(s) are left"}
-    wanted = {"time": 4.0, "event": "leave", "node": "n1", "reason": "the user gives it back", "exclude": False}
+    wanted = {"time": 4.0, "event": "leave", "node": "n1", "reason": "the user releases it", "exclude": False}
     undone = {"time": 5.0, "event": "stay", "node": "n2", "reason": "drained in Slurm: ECC"}
     bad = {"n2": "drained in Slurm: ECC", "n3": "Xid 79; it stays: 1 node(s) are left"}
     assert view(seen(), story_of([begin, drained, needed, wanted]), 6.0).missing == bad
@@ -302,7 +302,7 @@ def test_jobs_are_found_by_id_from_any_folder(home: Path, capsys: pytest.Capture
     assert main(["status", "faults", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["jobs"][0]["run_dir"] == str(folder)
     assert main(["status", "nosuchjob"]) == 2
-    assert "'nosuchjob': expected the id of a job" in capsys.readouterr().err
+    assert "'nosuchjob': expected the ID of a job" in capsys.readouterr().err
     assert main(["why", str(home / "elastic-logs" / "9")]) == 2
 
 
@@ -463,7 +463,7 @@ def batch(**changes: str) -> slurm.SlurmJob:
             "FAILED",
             batch(),
             "/home/logs",
-            "its batch script never ran: the folder of its output is not there: /home/logs (Slurm: JobLaunchFailure, ",
+            "its batch script never ran: the folder of its output does not exist: /home/logs (Slurm: ",
             "make it, then submit again: mkdir -p /home/logs",
         ),
         (
@@ -522,7 +522,7 @@ def test_an_id_with_two_folders_is_refused_with_a_list(home: Path, capsys: pytes
     for command in ("status", "stop", "drain", "logs", "why", "metrics", "timeline"):
         assert main([command, "local.0"]) == 2
         told = capsys.readouterr().err
-        assert "elastic-hpc: local.0 is the id of 2 jobs; give the run directory of the one you mean:\n" in told
+        assert "elastic-hpc: local.0 is the ID of 2 jobs; give the run directory of the one you mean:\n" in told
         assert told.count("/local.0") == 2
     assert main(["status", "a/local.0"]) in {0, 1}
     assert main(["status", "x" * 300]) == 2

@@ -20,6 +20,7 @@ from elastic_hpc.errors import ElasticError, JobEnded, SlurmError
 from elastic_hpc.membership.election import Base
 from elastic_hpc.membership.leaderless import LEADERLESS
 from elastic_hpc.membership.roster import Host, Roster
+from elastic_hpc.options.spec import LaunchSpec
 from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.slurm.env import AgentEnv
 
@@ -50,7 +51,7 @@ class Survivors:
     def _agent(self, index: int, count: int) -> Leading:
         env = AgentEnv("7", index, f"n{index}", count, 0, 1, None, None, local=False)
         host = Host(index, f"n{index}", (f"10.0.0.{index}",), 29432)
-        return Leading(None, env, host, 1, POLICY, self.rundir, ENVIRON, no_store, None)  # type: ignore[arg-type]
+        return Leading(LaunchSpec("train.py"), env, host, 1, POLICY, self.rundir, ENVIRON, no_store, None)  # type: ignore[arg-type]
 
     def _start_step(self, _job: str, node: str, command: Sequence[str], *_: Any) -> None:
         self.steps.append(node)
