@@ -61,7 +61,7 @@ def resize_waiting(nodes: str, sizes: tuple[int, ...], rundir: RunDir, look: Loo
     if options is None:
         id = look.view.id
         raise ElasticError(
-            f"job {id} waits in the queue and has not started yet: stop it with elastic-hpc stop {id}, then submit it "
+            f"job {id} waits in the queue and has not started yet: type elastic-hpc stop {id}, then submit it "
             f"with --nodes {nodes}"
         )
     spec = LaunchSpec.of_nodes(options).resized(sizes[0], sizes[-1])

@@ -156,5 +156,5 @@ def test_the_size_of_a_job_that_has_never_started_changes_only_by_a_new_submissi
     job = submit("--nodes", "2:4", "--hold")
     refused = fresh.exec([HPC, "resize", job.id, "1:2"], cwd=folder, check=False)
     assert refused.returncode == 1
-    assert f"has not started yet: stop it with elastic-hpc stop {job.id}, then submit it with --nodes 1:2" in refused.stderr
+    assert f"has not started yet: type elastic-hpc stop {job.id}, then submit it with --nodes 1:2" in refused.stderr
     fresh.exec([HPC, "stop", job.id], cwd=folder)

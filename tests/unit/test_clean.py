@@ -127,13 +127,13 @@ def test_without_an_answer_from_slurm_the_folder_stays(home: Path, capsys: pytes
     slurm_says(home, fails=True)
     assert removable() == {}
     assert main(["clean", "--dry-run"]) == 0
-    assert "kept: 1 of Slurm, which did not answer (squeue --me" in capsys.readouterr().out
+    assert "kept: 1 because Slurm did not answer (squeue --me" in capsys.readouterr().out
 
 
 def test_a_job_of_unknown_end_is_removed_only_if_it_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = job(home, "11", ended=False)
     assert main(["clean", "--dry-run"]) == 0
-    assert "kept: 1 of unknown end" in capsys.readouterr().out
+    assert "kept: 1 whose end is unknown" in capsys.readouterr().out
     assert main(["clean", "--yes", "11"]) == 0
     assert not folder.exists()
 

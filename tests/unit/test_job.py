@@ -391,7 +391,7 @@ def test_for_a_job_that_cannot_be_resized_the_error_shows_why_and_what_to_do(
 
     says(tmp_path, knows("17|PENDING"))
     assert refused("resize", "1:2") == (
-        "job 17 waits in the queue and has not started yet: stop it with elastic-hpc stop 17, then submit it with --nodes 1:2"
+        "job 17 waits in the queue and has not started yet: type elastic-hpc stop 17, then submit it with --nodes 1:2"
     )
     says(tmp_path, knows("17|SUSPENDED"))
     assert refused("resize", "1:2") == (
@@ -406,7 +406,7 @@ def test_for_a_job_that_cannot_be_resized_the_error_shows_why_and_what_to_do(
     config = "echo SchedulerParameters = bf_interval=1,disable_job_shrink"
     says(tmp_path, f"case $0 in *scontrol) {config};; *) {knows('17|RUNNING')};; esac")
     forbidden = "this site does not let a job give nodes back (SchedulerParameters=disable_job_shrink)"
-    assert refused("release", "n3") == f"{forbidden}: expected nodes that further jobs have brought: there is none"
+    assert refused("release", "n3") == f"{forbidden}: expected nodes that came by --grow: there is none"
     record(job, FINISHED)
     assert refused("resize", "2") == "job 17 has ended, COMPLETED: it has no nodes that could be resized"
     assert refused("release", "n3") == "job 17 has ended, COMPLETED: it has no nodes that could be released"
