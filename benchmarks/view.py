@@ -1,5 +1,5 @@
-"""The cost of looking: ``status``, ``why`` and a page of ``serve`` of a job of a month, ``status`` of 2,000 old jobs, and
-``elastic-hpc logs``.
+"""The cost of looking: ``status``, ``why`` and a page of ``serve`` of a job of a month, ``status`` of 2,000 old jobs,
+and ``elastic-hpc logs``.
 
 The records are made here, with a progress event every ten seconds, as the leader writes them; only the commands' own
 code runs. Needs no Slurm.
