@@ -72,11 +72,16 @@ class Account:
 
 def account(story: Story, now: float | None = None) -> Account:
     """``now``: the end of a running job's account, in seconds since the epoch; None for the time of the last event."""
+    return account_of(story, phases(story, now))
+
+
+def account_of(story: Story, shown: Iterable[Phase]) -> Account:
+    """The same, from the ``phases`` of ``story``."""
     spent: Counter[Kind] = Counter()
     first = min((r.first_at for r in story.rounds if r.first is not None), default=float("inf"))
     lost = queued = ran = 0.0
     joined = _Joined(story.joiners)
-    for phase in phases(story, now):
+    for phase in shown:
         if phase.kind == "queue":
             queued += phase.seconds
             continue

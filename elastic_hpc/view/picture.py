@@ -10,7 +10,7 @@ from itertools import pairwise, zip_longest
 from markupsafe import escape
 
 from elastic_hpc.membership.policy import FINISHED
-from elastic_hpc.view.account import MEANINGS, Kind, Phase, account, phases
+from elastic_hpc.view.account import MEANINGS, Kind, Phase, account_of, phases
 from elastic_hpc.view.story import Round, Sample, Story
 from elastic_hpc.view.times import span
 
@@ -70,7 +70,7 @@ def draw(story: Story, now: float | None = None) -> str:
         drawn, height = panel(story, shown, time, top)
         parts.extend(drawn)
         top += height
-    drawn, height = _spent(story, now, top)
+    drawn, height = _spent(story, shown, top)
     parts.extend(drawn)
     return f'<svg viewBox="0 0 {WIDTH} {top + height}" role="img" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
 
@@ -195,7 +195,7 @@ def _visible(samples: Sequence[Sample], time: _Scale) -> Sequence[Sample]:
     """As many of ``samples``, with the first and the last, as the picture has room for."""
     if not samples:
         return samples
-    room = 2 + 2 * (time(samples[-1].time) - time(samples[0].time))
+    room = 2 + time(samples[-1].time) - time(samples[0].time)
     return [*samples[: -1 : math.ceil(len(samples) / room)], samples[-1]]
 
 
@@ -244,8 +244,8 @@ def _losses(story: Story, _shown: Sequence[Phase], time: _Scale, top: int) -> tu
     return parts, head + height + 34
 
 
-def _spent(story: Story, now: float | None, top: int) -> tuple[list[str], int]:
-    counted = account(story, now)
+def _spent(story: Story, shown: Sequence[Phase], top: int) -> tuple[list[str], int]:
+    counted = account_of(story, shown)
     if not counted.total:
         return [], 0
     goodput = "" if counted.goodput is None else f": goodput {counted.goodput:.0%}"
