@@ -148,6 +148,58 @@ def test_a_browser_shows_the_page_without_errors(which: str, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")
+def test_an_update_leaves_the_focus_and_what_is_open_where_they_are(tmp_path: Path) -> None:
+    """The button of an action has the focus, which the title of the page shows, while rounds are added."""
+    folder = records.copy("faults", tmp_path)
+    (folder / "verdict.json").unlink()
+    watch = (
+        "<script>const button = document.querySelector('details button'); button.closest('details').open = true;"
+        "button.focus(); setInterval(() => { document.title = document.activeElement === button ? 'kept' : 'lost'; }, 9)"
+        "</script></body>"
+    )
+    pages = []
+    for count in (8, len(records.events("faults"))):
+        records.write(folder, records.events("faults")[:count])
+        site = serve._Pages([RunDir(folder)])
+        site.jobs("x")
+        (key,) = site._looks or {}
+        pages.append((site.job(key, "x") or "").replace("</body>", watch if not pages else "</body>"))
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        asked: list[bytes] = []
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    with port.accept()[0] as browser:
+                        asked.append(browser.recv(65536))
+                        browser.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + pages[len(asked) > 1].encode())
+
+        threading.Thread(target=answer, daemon=True).start()
+        page = dom_after(10, f"http://127.0.0.1:{port.getsockname()[1]}/", tmp_path)
+    assert len(asked) > 1
+    assert "<title>kept" in page
+    assert '<details id="drain" open="">' in page
+    assert "charged: restart 2" in page
+    assert page.count('<tr id="round-') == 4
+
+
+def dom_after(seconds: int, address: str, folder: Path) -> str:
+    """The page at ``address`` after so many seconds of the browser's clock. ``folder``: for the browser's profile."""
+    done = subprocess.run(
+        [
+            *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--no-first-run", f"--user-data-dir={folder / 'profile'}", f"--virtual-time-budget={1000 * seconds}"),
+            *("--dump-dom", address),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; as root, make test installs it")
 def test_a_page_shows_that_the_server_has_ended_and_polls_less_and_less_often(tmp_path: Path) -> None:
     """The browser's clock runs for ten minutes, faster than real time."""
     with socket.create_server(("127.0.0.1", 0)) as port:
@@ -164,17 +216,7 @@ def test_a_page_shows_that_the_server_has_ended_and_polls_less_and_less_often(tm
                             browser.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + site.jobs("x").encode())
 
         threading.Thread(target=answer, daemon=True).start()
-        done = subprocess.run(
-            [
-                *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-                *("--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=600000"),
-                *("--dump-dom", f"http://127.0.0.1:{port.getsockname()[1]}/"),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
+        page = dom_after(600, f"http://127.0.0.1:{port.getsockname()[1]}/", tmp_path)
     assert 3 <= len(asked) < 50
-    assert "COMPLETED" in done.stdout
-    assert '<p id="lost">elastic-hpc serve has ended or does not answer' in done.stdout
+    assert "COMPLETED" in page
+    assert '<p id="lost">elastic-hpc serve has ended or does not answer' in page
