@@ -23,6 +23,7 @@ from elastic_hpc.record.rundir import RunDir
 from elastic_hpc.record.worker_logs import LogLine, Logs, Stream, Wanted, summary
 from elastic_hpc.view.story import Round
 from elastic_hpc.view.times import clock
+from elastic_hpc.view.times import count as count_of
 
 HELP = "show the workers' output, sorted by time over all ranks and rounds"
 EPILOG = """examples:
@@ -214,5 +215,5 @@ class _Printer:
 def _headline(round: Round, before: Round | None) -> str:
     why = "" if before is None else f", after: {before.cause}"
     run = f", run {round.run + 1}" if round.run else ""
-    size = f"{len(round.nodes)} nodes, {round.world_size} workers"
+    size = f"{count_of(len(round.nodes), 'node')}, {count_of(round.world_size, 'worker')}"
     return f"round {round.number}{run}, {clock(round.formed)}, {size}{why}"

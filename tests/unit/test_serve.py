@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +70,15 @@ def test_each_job_has_a_line_and_a_page_with_timeline_output_and_why(tmp_path: P
         assert "rank 0|" in job
         assert "<button>" not in job, "there is nothing to stop in a job that is over"
         assert not [loaded for loaded in Page(job).loads if loaded not in {"data:,", "../"}]
+
+
+def test_an_ended_job_without_output_says_that_the_workers_wrote_nothing(tmp_path: Path) -> None:
+    folder = records.copy("faults", tmp_path)
+    shutil.rmtree(folder / "logs")
+    with served(folder) as address:
+        page = get(address + link(get(address)[1]))[1]
+    assert "the workers wrote nothing" in page
+    assert "nothing so far" not in page
 
 
 def test_the_page_shows_new_events_of_the_record(tmp_path: Path) -> None:
@@ -154,7 +164,7 @@ def test_an_update_leaves_the_focus_and_what_is_open_where_they_are(tmp_path: Pa
     (folder / "verdict.json").unlink()
     watch = (
         "<script>const button = document.querySelector('details button'); button.closest('details').open = true;"
-        "button.focus(); setInterval(() => { document.title = document.activeElement === button ? 'kept' : 'lost'; }, 9)"
+        "button.focus(); setInterval(() => { document.title = document.activeElement === button ? 'kept' : ''; }, 9)"
         "</script></body>"
     )
     pages = []
