@@ -215,4 +215,4 @@ def test_without_the_package_for_images_the_error_shows_what_to_install(
     assert main(["timeline", str(records.FOLDER / "grown"), "--png", str(tmp_path / "job.png")]) == 1
     assert "pip install 'elastic_hpc[png]'" in capsys.readouterr().err
     assert main(["timeline", str(records.FOLDER / "grown")]) == 2
-    assert "--html timeline.html" in capsys.readouterr().err
+    assert "for example --html grown.html" in capsys.readouterr().err
