@@ -122,7 +122,7 @@ class Supply:
         stays = [now - self._came[number] for number in taken & self._came.keys()]
         if stays and self._patience.taken(now, max(stays)) and self._grow and needs.nodes:
             self._record_problem(
-                f"nodes are taken again within {WORTH / 60:.0f} minutes: the next joiner is submitted in "
+                f"Slurm takes new nodes away within {WORTH / 60:.0f} minutes: the next joiner is submitted in "
                 f"{self._patience.at - now:.0f} s"
             )
 

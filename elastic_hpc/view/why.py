@@ -83,7 +83,7 @@ def _head(view: JobView, story: Story) -> Text:
 
 def _run_head(run: Run | None, number: int, story: Story) -> Text:
     if run is None:
-        return Text(f"\nrun {number + 1}, of whose start there is no record", "bold")
+        return Text(f"\nrun {number + 1}, whose start is not on record", "bold")
     text = f"\nrun {number + 1}, {clock(run.began)}: {count(run.granted, 'node')}"
     if run.job != story.runs[0].job:
         text += f", {'resumed ' * (run.number in story.resumed)}as Slurm job {run.job}"

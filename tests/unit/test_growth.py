@@ -463,7 +463,7 @@ def test_after_each_early_preemption_the_job_requests_joiners_later(seed: int) -
         for wait, least in zip(waits[1:], (10, 20, 40, 80, 160, 320, 600, 600), strict=True):
             assert least <= wait <= least + 10
         problems = [problem["reason"] for problem in events(job, "growth_problem")]
-        assert problems[0] == "nodes are taken again within 10 minutes: the next joiner is submitted in 10 s"
+        assert problems[0] == "Slurm takes new nodes away within 10 minutes: the next joiner is submitted in 10 s"
         assert await preempted_after(growth.WORTH) < 10
         assert events(job, "lost") == events(job, "failure") == []
 
