@@ -529,7 +529,7 @@ def test_a_failure_while_workers_save_does_not_start_them_again(*, lose: bool) -
     else:
         job.fail(2)
     assert job.verdict.outcome == "requeue"
-    assert "while they were saving" in job.verdict.reason
+    assert "while the workers were saving" in job.verdict.reason
     assert job.verdict.restarts == 0
 
 
