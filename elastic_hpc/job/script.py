@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,8 @@ def _words(job: JobSpec) -> dict[str, Any]:
     )
     box, python = job.container, job.agent_python or ("python3" if job.container else job.python,)
     options = agent_options(job.launch, head)
-    agents = [
-        agent_command(job.launch, options=words, run_dir=run_dir, python=python, contained=box is not None)
-        for words in ([word for option in options for word in option], [Shell('"${agent_options[@]}"')])
-    ]
+    words = [word for option in options for word in option]
+    agent = agent_command(job.launch, options=words, run_dir=run_dir, python=python, contained=box is not None)
     torchrun = torchrun_command(
         job.launch,
         head=head,
@@ -49,21 +48,21 @@ def _words(job: JobSpec) -> dict[str, Any]:
     if box:
         folders = "$PWD:$PWD" + (",$run_dir:$run_dir" if job.template != "torchrun" else "")
         srun += box.srun_options(folders, job.env)
-        agents = [box.around(agent, folders, job.env, gpus=job.asks_for_gpus) for agent in agents]
+        agent = box.around(agent, folders, job.env, gpus=job.asks_for_gpus)
         torchrun = box.around(torchrun, folders, job.env, gpus=job.asks_for_gpus)
     return {
         "python": job.python,
         "srun_options": srun,
-        "agent_command": agents[0],
-        "agent_with_array": agents[1],
+        "agent_command": agent,
+        "with_array": functools.partial(_with_array, words),
         "agent_options": [_row(job, *option) for option in options],
         "torchrun_command": torchrun,
     }
 
 
 _ALSO = {
-    "--nodes": "; keep #SBATCH --nodes in step",
-    "--spares": "; keep #SBATCH --nodes in step",
+    "--nodes": "; #SBATCH --nodes must match",
+    "--spares": "; #SBATCH --nodes must match",
     "--grace": "; #SBATCH --signal comes at least 30 s earlier",
 }
 """Other lines of a batch script that depend on an option, for users who edit the script."""
@@ -77,6 +76,14 @@ def _row(job: JobSpec, flag: str, value: str) -> tuple[str, str]:
     elif word == value and "," in value:
         word = f"'{value}'"  # a comma does not separate array elements
     return f"{flag} {word}", job.source(flag) + _ALSO.get(flag, "")
+
+
+def _with_array(options: Sequence[str], command: Sequence[str]) -> Sequence[str]:
+    """``command`` with the bash array agent_options in place of ``options``, if it has them."""
+    for at in range(len(command)):
+        if command[at : at + len(options)] == options:
+            return [*command[:at], Shell('"${agent_options[@]}"'), *command[at + len(options) :]]
+    return command
 
 
 @functools.cache

@@ -81,7 +81,7 @@ def test_the_example_of_pytorchs_own_page_is_read() -> None:
         "job.sh line 6: changed --gpus-per-task=1 to --gpus-per-node=1: a node's agent needs what all its tasks need",
         f"job.sh lines 9, 10, 11, 12, 14: dropped {rendezvous}",
         "job.sh line 17: dropped srun and its options: elastic-sbatch writes its own srun line",
-        "job.sh line 17: dropped --rdzv-id=$RANDOM: the id of the run is the job's id",
+        "job.sh line 17: dropped --rdzv-id=$RANDOM: the ID of the run is the job's ID",
         "job.sh line 17: dropped --rdzv-endpoint=$head_node_ip:29500: the rendezvous is on the job's own first node",
         "job.sh line 17: dropped --rdzv-backend=c10d: the agents meet at a rendezvous on one of the job's nodes",
     )
@@ -424,7 +424,7 @@ def test_the_command_line_wins_over_the_batch_script_and_the_notes_say_how_to_ma
     advice = "job.sh line 2: the job needs all its 4 nodes; to let it run on fewer, for example: --nodes 2:4"
     assert f"elastic-sbatch: {advice}\n" in err
     assert f"# {advice}\n" in out
-    assert re.search(r"^  --nodes 4:4 +# job\.sh line 2; keep #SBATCH --nodes in step$", out, re.MULTILINE)
+    assert re.search(r"^  --nodes 4:4 +# job\.sh line 2; #SBATCH --nodes must match$", out, re.MULTILINE)
     with monkeypatch.context() as terminal:
         for stream in sys.stdout, sys.stderr:
             terminal.setattr(stream, "isatty", lambda: True)

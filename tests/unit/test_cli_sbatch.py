@@ -174,7 +174,7 @@ def test_the_sbatch_lines_of_a_python_script_rank_below_environment_and_command_
     assert main(["train.py"]) == 0
     lines = [" ".join(line.split()) for line in project.seen("script").splitlines()]
     for line in (
-        "--nodes 2:4 # train.py line 3; keep #SBATCH --nodes in step", "#SBATCH --partition=gpu # train.py line 3",
+        "--nodes 2:4 # train.py line 3; #SBATCH --nodes must match", "#SBATCH --partition=gpu # train.py line 3",
         '#SBATCH --account="a b" # train.py line 6', "#SBATCH --time=2:00:00 # environment: SBATCH_TIMELIMIT",
         "#SBATCH --qos=of_the_file # ./elastic_hpc.toml",
     ):  # fmt: skip

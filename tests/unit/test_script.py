@@ -320,7 +320,7 @@ def test_the_directives_keep_the_job_elastic_and_never_set_a_number_of_tasks(nod
 
 def test_each_setting_is_listed_with_its_source(node):
     text = render(job(node, sources={"nodes": "/etc/elastic.toml"}))
-    assert re.search(r"^  --nodes 2:4 +# /etc/elastic\.toml; keep #SBATCH --nodes in step$", text, re.MULTILINE)
+    assert re.search(r"^  --nodes 2:4 +# /etc/elastic\.toml; #SBATCH --nodes must match$", text, re.MULTILINE)
     assert re.search(r"^  --max-restarts 10 +# default$", text, re.MULTILINE)
 
 
@@ -525,3 +525,13 @@ def test_the_script_sees_new_files_of_another_node_on_nfs_even_if_it_has_looked_
 def test_agents_have_enough_time_to_leave():
     assert "for _ in {1..20}; do if : " in (template_folder() / "elastic.sbatch.j2").read_text()
     assert LEAVE < 40
+
+
+def test_a_users_template_may_put_a_command_around_the_agents_of_ours(node):
+    path = node / "around.j2"
+    path.write_text('{% set agent_command = ["env", "A=1"] + agent_command %}{% include "elastic.sbatch.j2" %}')
+    words = srun_argv(node, job(node, template=str(path)))
+    assert words[words.index("env") + 1] == "A=1"
+    assert words[words.index("--max-restarts") + 1] == "10"
+    text = render(job(node, template=str(path)))
+    assert text.index("env A=1 ") < text.index('"${agent_options[@]}"')
