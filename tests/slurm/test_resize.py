@@ -56,7 +56,7 @@ def test_another_job_runs_on_nodes_that_a_job_gives_back_while_that_job_trains_o
     assert "does not grow" in ask(job, "resize", "1:4").stdout
     job.finish()
     assert_nothing_was_lost(job)
-    assert "over, COMPLETED" in ask(job, "resize", "3", check=False).stderr
+    assert "has ended, COMPLETED" in ask(job, "resize", "3", check=False).stderr
 
 
 @ON_DEMAND

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,8 +60,8 @@ def test_a_job_whose_restarts_are_used_up_gets_new_restarts_and_keeps_its_counte
     told = folder / "told"
     job = submit("--nodes=1", "--max-restarts=0", f"--notify=tee -a {told}", script=COUNTS)
     job.wait_steps(15)
-    for pid in fresh.running("counts.py", "n1"):
-        fresh.exec(["kill", "-9", str(pid)], node="n1", check=False)
+    (worker,) = fresh.running("counts.py", "n1")
+    os.kill(worker, signal.SIGKILL)
     job.wait_state("FAILED")
     assert told.read_text().startswith(f"job {job.id} (counts.py) has failed: ")
     assert f"elastic-sbatch --resume {job.id}" in fresh.exec([HPC, "why", job.id], cwd=folder).stdout

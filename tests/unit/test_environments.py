@@ -274,6 +274,7 @@ def test_a_failing_setup_line_is_reported_and_the_job_continues(project: Path) -
             "exit code 3 of --setup (exit 3)",
         ),
         (["set -e"], 5, ""),
+        (["true", "kill -TERM $$; sleep 9"], -15, ""),
     ],
 )
 def test_a_set_up_line_that_ends_the_script_is_named(project: Path, lines: list[str], code: int, said: str) -> None:
@@ -286,6 +287,17 @@ def test_a_set_up_line_that_ends_the_script_is_named(project: Path, lines: list[
     assert done.returncode == code
     assert f"elastic_hpc: {said}" in done.stderr if said else "elastic_hpc:" not in done.stderr
     assert "elastic_hpc: mine\n" in done.stderr or "trap" not in "".join(lines)
+
+
+def test_a_users_template_keeps_its_own_exit_trap_over_the_set_up_lines(project: Path) -> None:
+    script = render(of(setup=["true"])).replace("\n# --setup", "\ntrap 'echo \"it is\" mine' EXIT\n# --setup", 1)
+    script = script.replace("\nsrun ", '\nprintf %s "$ELASTIC_HPC_RUN_DIR"; exit 5 #')
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"},
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (5, f"{project}/elastic-logs/7it is mine\n")
+    assert "elastic_hpc: " not in done.stderr
 
 
 # an agent without Slurm's commands
