@@ -137,7 +137,8 @@ class Leading:
         return {"granted": self.env.nodes, "granted_names": names, **self._start}
 
     def _record_allocation(self, recorder: Recorder, names: list[str]) -> None:
-        """Fill in the ``names`` of the granted nodes, record since when the job has had them, and list the job."""
+        """List the job, fill in the ``names`` of the granted nodes, and record since when the job has had them."""
+        remember_once(self.rundir.path)  # the user may have submitted the script with sbatch
         with contextlib.suppress(SlurmError):
             names[:] = slurm.expand(self.environ.get("SLURM_STEP_NODELIST", ""))
         try:
@@ -146,7 +147,6 @@ class Leading:
             return
         moments = {"submitted": job.submit_time, "started": job.start_time, "ends": job.end_time}
         recorder.event("allocation", {"run": self.env.run, **{k: slurm.epoch(text) for k, text in moments.items()}})
-        remember_once(self.rundir.path)  # the user may have submitted the script with sbatch
 
     def prepare(self) -> None:
         """Make the job's secret, record its options, and read the counters with which the first leader begins."""

@@ -172,8 +172,8 @@ def _run(parts: Assembly, agent: ElasticAgent, standbys: Standbys) -> int:
         raise AssertionError("torch's agent returned; only the leader ends a job")
     except JobEnded as ended:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to its own caller too
-        joins, leads = parts.env.joins, parts.leading.recorder is not None
-        if ended.outcome == "lost" or not (leads or ended.logged):
+        joins = parts.env.joins
+        if not ended.logged:
             log.info("%s: %s", "leaving" if joins else ended.outcome, ended.reason)
         code, leave = 0 if joins else EXIT_CODES[ended.outcome], LEAVE
         if parts.env.node == BATCH_HOST and not parts.env.local and ended.outcome != "lost":

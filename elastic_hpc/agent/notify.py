@@ -100,11 +100,15 @@ def _run(command: str, message: Mapping[str, str], environ: Mapping[str, str]) -
     """The text goes to the command's stdin, all of ``message`` to environment variables. A problem names the program
     alone: an argument may be a secret.
     """
-    program = command.split(maxsplit=1)[0]
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        return str(error)
+    program = os.path.basename(words[0])
     variables = {f"ELASTIC_HPC_NOTICE_{name.upper()}": text for name, text in message.items() if name != "content"}
     try:
         process = subprocess.Popen(
-            shlex.split(command),
+            words,
             stdin=subprocess.PIPE,
             stdout=2,
             env={**environ, **variables},

@@ -247,7 +247,7 @@ def _last_lines(path: str) -> tuple[str, ...]:
             with open(path, "rb") as file:
                 file.seek(max(0, os.stat(path).st_size - _TAIL))
                 lines = file.read().decode(errors="replace").split("\n")
-            shown = (re.sub(r"[\x00-\x1f\x7f]", " ", line).rstrip() for line in lines)
+            shown = (re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", line).rstrip() for line in lines)
             return tuple(filter(None, shown))[-_LINES:]
     return ()
 

@@ -70,9 +70,6 @@ class Resumption:
         """The job to submit; None to submit the earlier batch script unchanged."""
         if self.job:
             self.script = os.fsencode(checked(self.job))
-        state = self._rundir.read("state.json") or {}
-        self._spent = int(state.get("restarts", 0)), int(state.get("requeues", 0))
-        self._bounds = self._rundir.bounds()
         self._spares = self.job.launch.spares if self.job else int(spec.get("--spares", 0))
 
     @property
@@ -176,6 +173,9 @@ class Resumption:
         view, seen = look.view, observed(self._rundir)
         of_verdict = seen.verdict["run"] if seen.verdict else 0
         self._last_run = max(seen.leader_run, of_verdict, *(run.number for run in look.story.runs))
+        counters = self._rundir.read("state.json") or {}
+        self._spent = int(counters.get("restarts", 0)), int(counters.get("requeues", 0))
+        self._bounds = self._rundir.bounds()
         unknown = view.state == "UNKNOWN" and view.silent is not None and view.silent < _FRESH
         queued = slurm.queue(seen.slurm_id).get(seen.slurm_id)
         state = queued.state if queued and queued.state in slurm.LIVES else view.state
@@ -261,7 +261,7 @@ def from_python(run_dir: Path, script: Sequence[object], options: Mapping[str, o
         number = slurm.submit_script(
             text, resumption.options, os.environ, exports=resumption.exports, folder=resumption.folder
         )
-    return resumption.submitted(number)
+        return resumption.submitted(number)
 
 
 def _name(uid: int) -> str:

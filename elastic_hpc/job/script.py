@@ -79,11 +79,11 @@ def _row(job: JobSpec, flag: str, value: str) -> tuple[str, str]:
 
 
 def _with_array(options: Sequence[str], command: Sequence[str]) -> Sequence[str]:
-    """``command`` with the bash array agent_options in place of ``options``, if it has them."""
+    """``command`` with the bash array agent_options in place of ``options``. Raises UsageError if it lacks them."""
     for at in range(len(command)):
         if command[at : at + len(options)] == options:
             return [*command[:at], Shell('"${agent_options[@]}"'), *command[at + len(options) :]]
-    return command
+    raise UsageError("with_array: expected agent_command, with all its options and words before or after it")
 
 
 @functools.cache

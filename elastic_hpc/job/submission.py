@@ -111,7 +111,7 @@ def _check_gpus(job: JobSpec) -> None:
     nodes = job.launch.nodes
     varies = nodes.min != nodes.max or job.launch.spares or job.launch.grow
     for given in job.sbatch:
-        if given.name == "gpus" and varies:
+        if given.name == "gpus" and varies and not given.source.startswith("job "):  # one that --resume continues
             source = "" if given.source in {COMMAND_LINE, PYTHON} else f" ({given.source})"
             raise UsageError(
                 f"{given}{source}: is for the whole job, and its number of nodes varies; use --gpus-per-node=N"

@@ -197,7 +197,8 @@ def notify(text: str) -> str:
         words = shlex.split(text)
     except ValueError:  # a quote that is not closed
         words = []
-    if not words or not text.isprintable() or (re.match(r"[\w+.-]+:/", text) and not is_web_address(text)):
+    is_command = bool(words) and not re.match(r"[\w+.-]+:/|\w+=", words[0])
+    if not text.isprintable() or not (is_command or is_web_address(text)):
         raise UsageError(
             f"--notify {text!r}: expected a command, for example 'mail -s job me@example.org', or a web address that "
             "begins with http:// or https:// and has a host"

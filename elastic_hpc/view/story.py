@@ -13,7 +13,7 @@ _SPEED_WINDOW = 30.0
 _LATE = 20.0
 """Seconds after which a step may be on the record at the latest: the leader adds the last one each ten seconds."""
 _LATE_STEPS = 5
-"""And so many times as long as a step."""
+"""A further allowance: as long as this number of steps, or as the longest pause between this number of reports."""
 
 
 @dataclass(frozen=True)
@@ -231,4 +231,6 @@ class Story:
         if not self.current or not (speed := self.steps_per_second):
             return None
         since = now - self.current.last_at
-        return since if since > _LATE + _LATE_STEPS / speed else None
+        times = [sample.time for sample in self.current.samples[-_LATE_STEPS:]]
+        pause = max((after - before for before, after in pairwise(times)), default=0.0)
+        return since if since > _LATE + max(_LATE_STEPS / speed, pause) else None

@@ -62,7 +62,7 @@ def test_a_webhook_gets_json_in_the_format_of_slack_and_others(rundir: RunDir) -
     ("target", "problem"),
     [
         ("false", "false: exit code 1"),
-        ("/nowhere/tell secret", "/nowhere/tell: No such file or directory"),
+        ("/nowhere/tell secret", "tell: No such file or directory"),
         ("sh -c 'exit 3' secret", "sh: exit code 3"),
         ("http://127.0.0.1:9/T0/secret", "the web address cannot be reached from this node"),
         ("sh -c 'sleep 60; :'", "in 0.5 s"),
@@ -92,7 +92,19 @@ def test_the_web_address_is_on_no_command_line(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "given", ["mail 'me", "", "https:/hooks/T0", "httpp://x/y", "FTP://x/y", "http://", "https:///T0", "http://x y"]
+    "given",
+    [
+        "mail 'me",
+        "",
+        "https:/hooks/T0",
+        "httpp://x/y",
+        "FTP://x/y",
+        "http://",
+        "https:///T0",
+        "http://x y",
+        "TOKEN=a curl x",
+        "'https://x/T0' y",
+    ],
 )
 def test_what_is_neither_a_command_nor_a_web_address_is_refused(given: str) -> None:
     with pytest.raises(UsageError, match=r"expected a command, for example .* or a web address that begins with"):
