@@ -23,8 +23,9 @@ EPILOG = """examples:
   elastic-hpc clean 4711 4712     these jobs, whenever they ended
   elastic-hpc clean --yes         without asking, for example from cron
 
-It keeps active jobs, jobs of other users, links, and run directories in which the script has saved checkpoints or other
-files of its own. A job that was removed has no status, logs or why any more, and cannot be resumed."""
+elastic-hpc clean keeps the run directories of active jobs and of other users, links, and run directories in which the
+script has saved checkpoints or other files of its own. Without its run directory, a job has no status, logs or why, and
+cannot be resumed."""
 
 _DEFAULT = "30d"
 _NAMES = 8

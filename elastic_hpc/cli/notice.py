@@ -19,8 +19,8 @@ EPILOG = """examples:
   elastic-hpc notice --node "$(hostname -s)" "ECC errors rising"
       on n2 itself, for all your jobs there
 
-As root, without JOB, it is for the jobs of all users, for example from a prolog, an epilog or a health check.
-The job continues without the node from the next step, if MIN nodes are left, and avoids the node for a day."""
+A notice from root, without JOB, goes to the jobs of all users on the node, for example from a prolog, an epilog or a
+health check. A job leaves the node at the next step boundary, if MIN nodes remain, and avoids the node for a day."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

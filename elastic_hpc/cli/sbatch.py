@@ -71,7 +71,7 @@ _TORCHRUNS = tuple(replace(o, letter=o.letter.strip("t")) for o in TORCHRUN if o
 _USAGE = "elastic-sbatch [options] SCRIPT [ARGS...]"
 _DESCRIPTION = """\
 Submit a PyTorch training script to Slurm as an elastic job. The job starts when MIN nodes are free, uses up to MAX,
-continues when nodes are lost, and requeues itself at the time limit, on a preemption, and below MIN nodes.
+continues when nodes are lost, and requeues itself at the time limit, after a preemption, and below MIN nodes.
 
 examples:
   elastic-sbatch --nodes 4:8 train.py --lr 1e-3
@@ -79,13 +79,13 @@ examples:
   elastic-sbatch -N 2:4 --setup 'module load cuda' -m my_package.train --lr 1e-3
   elastic-sbatch --dry-run -N 2:4 train.py     read the batch script first
   elastic-sbatch --file job.toml               options and script from a file
-  elastic-sbatch --from-batch job.sh -N 2:4    from one with a torchrun line
+  elastic-sbatch --from-batch job.sh -N 2:4    convert a torchrun batch script
 
 Everything after SCRIPT belongs to the script. elastic-sbatch passes all other options of sbatch through, in any form:
 -p gpu, --partition gpu, --partition=gpu. It refuses options that would break an elastic job, and says why.
-It accepts torchrun's options too, with dashes or underscores: --nnodes means --nodes, --master_addr and --master_port
-mean --rdzv-endpoint. A torchrun option whose effect an elastic job has anyway is ignored; elastic-sbatch refuses any
-other torchrun option and names the replacement.
+It accepts the options of torchrun that are useful here, with dashes or underscores: --nnodes means --nodes,
+--master_addr and --master_port mean --rdzv-endpoint. It ignores those whose effect every elastic job has, refuses the
+rest, and names the replacement.
 
 --grow-NAME sets sbatch's --NAME for the one-node jobs that --grow submits: --grow-partition, --grow-qos,
 --grow-account, --grow-constraint, --grow-time and others. If one of them names another partition, QOS or account, the

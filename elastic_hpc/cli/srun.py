@@ -56,9 +56,9 @@ examples:
       rehearse with 4 agents on this machine, without Slurm
 
 Everything after SCRIPT belongs to the script. Without --no-kill Slurm ends the allocation when a node is lost.
-elastic-srun accepts torchrun's options too, with dashes or underscores: --nnodes means --nodes, --master_addr and
---master_port mean --rdzv-endpoint. A torchrun option whose effect an elastic job has anyway is ignored; elastic-srun
-refuses any other torchrun option and names the replacement.
+elastic-srun accepts the options of torchrun that are useful here, with dashes or underscores: --nnodes means --nodes,
+--master_addr and --master_port mean --rdzv-endpoint. It ignores those whose effect every elastic job has, refuses the
+rest, and names the replacement.
 
 TIME is a number of seconds, or 90s, 5m, 1h30m, 2d, or Slurm's [D-]HH:MM:SS or MM:SS.
 """

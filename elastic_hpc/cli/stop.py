@@ -15,7 +15,7 @@ EPILOG = """examples:
   elastic-hpc cancel 4711 4712 elastic-logs/4713     cancel is the same command
   elastic-hpc stop 4711 --after-checkpoint           the workers save first
 
-An array ends with all its tasks; 4711_3 is one task. A job that has already ended is no failure. If a job cannot be
+An array ends with all its tasks; 4711_3 is one task. It is no error if a job has already ended. If a job cannot be
 stopped, elastic-hpc says why and continues with the others; the exit code is then 1, or 2 for a JOB that does not
 exist."""
 

@@ -58,8 +58,8 @@ def _requeue(facts: Facts) -> Finding:
     if value == "1":
         return Finding(Level.OK, "requeue", found, "Slurm can requeue jobs")
     means = (
-        "elastic jobs request a requeue with --requeue, which Slurm may ignore; then a new job with another ID "
-        "continues in place of the old job"
+        "elastic jobs have --requeue, which overrides this unless a submission filter removes it; then a new job with "
+        "another ID continues in place of the old job"
     )
     advice = f"{slurm_conf('JobRequeue=1')}; --run checks whether --requeue is enough"
     return Finding(Level.WARN, "requeue", found, means, advice)

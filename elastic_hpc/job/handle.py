@@ -263,7 +263,7 @@ class Job:
 
     def notice(self, node: str, reason: str | None) -> None:
         """Announce that ``node`` is about to fail, and why: the job continues without the node from the next step, if
-        MIN nodes are left, and avoids the node for a day. ``reason`` None withdraws the notice.
+        MIN nodes remain, and avoids the node for a day. ``reason`` None withdraws the notice.
 
         Raises UsageError for a node that the job never had, or without a notice to withdraw, and ElasticError if the
         job has ended or its run directory cannot be written.

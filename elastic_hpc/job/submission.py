@@ -127,10 +127,12 @@ def _check_times(job: JobSpec, script: str) -> None:
         limit = time_limit(text) if text else None
         if limit and limit <= job.signal.lead and f"--signal={job.signal}" in script:
             lead = f"{job.signal.lead.total_seconds():.0f} s"
-            ours = "--grace" if job.signal.lead == job.launch.grace + AFTER_GRACE else "--signal"
+            grace = as_text(job.launch.grace)
+            by_grace = job.signal.lead == job.launch.grace + AFTER_GRACE
+            ours, why = ("--grace", f"--grace {grace} s plus 30 s") if by_grace else ("--signal", "--signal")
             raise UsageError(
-                f"{flag}={text}: the workers are asked to save {lead} before the end ({ours}), that is as soon as they "
-                f"have started; expected more than {lead}, or a shorter {ours}"
+                f"{flag}={text}: Slurm warns the job {lead} before its end ({why}), that is as soon as it starts; "
+                f"expected more than {lead}, or a shorter {ours}"
             )
 
 
@@ -145,7 +147,7 @@ def short_times(job: JobSpec) -> Iterator[str]:
     except ElasticError:
         return
     if not site.job_requeue:
-        yield "this site does not requeue jobs (JobRequeue=0): a new job continues instead"
+        yield "JobRequeue=0: if this site does not allow --requeue, a new job continues instead of a requeued job"
     for who, there in {"job": site, "joiner": of_joiners}.items():
         preempted = there.preempt_mode not in {"OFF", ""} and not there.warns_before_preemption
         if preempted and there.grace_time < grace and (who == "job" or there != site):

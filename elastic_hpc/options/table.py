@@ -94,7 +94,7 @@ class ElasticOption:
 LAUNCH_OPTIONS = (
     ElasticOption("nodes", "N|MIN:MAX|N,N,...", NodeRange.parse, letter="N",
                   help="number of nodes; MIN:MAX: the job starts when MIN nodes are free, uses up to MAX, and "
-                       "continues while MIN nodes are left; 4,6,8: the job runs on exactly 4, 6 or 8 nodes"),
+                       "continues while MIN nodes remain; 4,6,8: the job runs on exactly 4, 6 or 8 nodes"),
     ElasticOption("spares", "K", count, elastic_only=True,
                   help="K spare nodes, which wait without workers and replace lost nodes at once (default: 0)"),
     ElasticOption("world-multiple-of", "K", positive, elastic_only=True,
@@ -120,8 +120,8 @@ LAUNCH_OPTIONS = (
                   help="workers on each node; gpu: one per allocated GPU, cpu: one per usable core, auto: gpu where "
                        "there are GPUs, else cpu (default: gpu where there are GPUs, else 1)"),
     ElasticOption("max-restarts", "N", count,
-                  help="maximum number of worker restarts in the whole job, for any cause: failure or "
-                       "membership change (default: 10)"),
+                  help="maximum number of worker restarts in the whole job, for failures, lost nodes and growth; "
+                       "stops before the time limit, and nodes that you release, are not counted (default: 10)"),
     ElasticOption("max-requeues", "N", count, elastic_only=True, submitted_only=True,
                   help="maximum number of requeues after failures in the whole job; requeues after a preemption or "
                        "at the time limit are not counted (default: 5)"),
@@ -143,16 +143,17 @@ LAUNCH_OPTIONS = (
                        "SIGNAL is sent even to workers without a handler for it; off: send no signal "
                        "(default: TERM, only to workers with a handler for it)"),
     ElasticOption("hang-timeout", "auto|TIME|off", HangTimeout.parse, elastic_only=True,
-                  help="time after which the workers are declared hung: no worker of a node has reported progress or, "
-                       "if the script never reports progress, written output; the job saves the workers' stacks "
-                       "beside their logs and restarts the workers. auto: 10 times the longest silence of all workers "
-                       "so far, at least 5 minutes, longer in the first steps of a round and while they compute or "
-                       "write, no limit for a script that gives no sign of life (default: auto)"),
+                  help="silence after which the workers are declared hung; the job saves their stacks beside their "
+                       "logs, and restarts them. TIME: for so long no worker of a node has reported progress or, if "
+                       "the script never reports progress, written output. auto: no worker of any node has reported or "
+                       "written for 10 times the longest silence so far, at least 5 minutes, longer in the first "
+                       "steps of a round and while workers compute or write, no limit for a script that gives no sign "
+                       "of life. off: no limit (default: auto)"),
     ElasticOption("slow-node", "FACTOR[:leave]|off", SlowNode.parse, elastic_only=True,
-                  help="report a node whose workers take FACTOR times as long as those of the other nodes in a step "
-                       "before its collectives; FACTOR:leave: the job leaves that node at a step boundary, as soon as "
-                       "it can do without, and avoids it; for scripts that use live or time_steps, or measure this "
-                       "themselves (default: 1.5)"),
+                  help="report a node whose workers take FACTOR times as long as those of the other nodes from the "
+                       "start of a step to its first collective; FACTOR:leave: the job also leaves that node at a step "
+                       "boundary, as soon as it can continue without the node, and avoids the node; only for scripts "
+                       "that use live or time_steps, or report own_seconds (default: 1.5)"),
     ElasticOption("preload", "auto|MODULE,...|off", Preload.parse, elastic_only=True,
                   help="modules that standby processes import while the workers train, so that a new round starts "
                        "at once; auto: torch and the installed packages that the script imports; off: no standby "
@@ -183,9 +184,9 @@ LAUNCH_OPTIONS = (
 _THERE = {
     "grow-every": "minimum time between two restarts of the workers for nodes that return (default: 60 s)",
     "free-growth": "do not count restarts for nodes that return against --max-restarts (default: off)",
-    "wait-for-nodes": "time that a run below MIN waits for a lost node that is on its way back before the run fails; "
-                      "meanwhile the workers are stopped; not without Slurm, where no lost node returns "
-                      "(default: 300 s)",
+    "wait-for-nodes": "time that a run below MIN waits for a node whose agent is being restarted before the run fails; "
+                      "meanwhile the workers are stopped; only in an allocation: --local and --standalone restart no "
+                      "agent (default: 300 s)",
     "grace": "time that the workers have to save and stop at Ctrl-C, SIGTERM or another drain (default: 90 s)",
 }  # fmt: skip
 """The help of options that mean something else there: nothing is requeued, and only nodes of the allocation come."""
@@ -202,7 +203,7 @@ JOB_OPTIONS = (
                        "(default: ./elastic-logs)"),
     ElasticOption("setup", "LINE", setup_line, repeated=True,
                   help="shell line that the first node runs before the agents start: 'module load cuda', "
-                       "'source env.sh'; may be repeated"),
+                       "'source env.sh'; the variables that it exports reach all agents and workers; may be repeated"),
     ElasticOption("env", "NAME=VALUE", variable, repeated=True,
                   help="environment variable for the workers; may be repeated"),
     ElasticOption("python", "PATH", interpreter,

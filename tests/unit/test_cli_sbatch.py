@@ -553,10 +553,13 @@ def test_config_shows_the_effective_settings_and_their_sources(project, monkeypa
         (["-N", "2", "--spares=1", "--gpus=8", "train.py"], "--gpus=8: is for the whole job, and its number of nodes"),
         (["-N", "2", "--grow", "--template=torchrun", "train.py"], "--grow: plain torchrun has no use for it"),
         (["-N", "2", "--spares=1", "--template=torchrun", "train.py"], "--spares: plain torchrun has no use for it"),
-        (["-N", "2", "--time=2", "train.py"], "--time=2: the workers are asked to save 120 s before the end (--grace)"),
+        (
+            ["-N", "2", "--time=2", "train.py"],
+            "--time=2: Slurm warns the job 120 s before its end (--grace 90 s plus 30 s)",
+        ),
         (
             ["-N", "2", "-t", "1:30", "--signal=USR2@90", "train.py"],
-            "--time=1:30: the workers are asked to save 90 s b",
+            "--time=1:30: Slurm warns the job 90 s before its end (--signal)",
         ),
         (["-N", "2:4", "--yield-to=all", "t.py"], "--yield-to 'all': expected pending, user, qos:NAME or partition:"),
         (["-N", "4", "--yield-to=user", "train.py"], "--yield-to user with --nodes 4: only nodes above MIN are given"),

@@ -85,7 +85,10 @@ def test_a_files_options_for_joiners_do_not_apply_to_a_job_that_does_not_grow(pr
         (["--grow", "--grow-ntasks-per-node=2"], "--grow-ntasks-per-node=2: a joiner is one more node of the job"),
         (["--grow", "--grow-container=x"], "--grow-container=x: a joiner is one more node of the job"),
         (["--grow", "--grow-part=x"], "--grow-part: unknown option; did you mean --grow-partition?"),
-        (["--grow", "--grow-time=2"], "--grow-time=2: the workers are asked to save 120 s before the end (--grace)"),
+        (
+            ["--grow", "--grow-time=2"],
+            "--grow-time=2: Slurm warns the job 120 s before its end (--grace 90 s plus 30 s)",
+        ),
         (["--template=torchrun", "--grow-qos=x"], "--grow-qos=x: is for the jobs that --grow submits"),
     ],
 )
