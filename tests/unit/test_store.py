@@ -158,7 +158,7 @@ def test_the_leader_is_notified_of_a_store_that_does_not_open_and_gets_the_next_
         assert leader.wanted_store is None, "the store is open"
         assert len(stalling.ports) == 2
         assert [fields for name, fields in record.events if name == "store_failed"] == [
-            {"round": 1, "reason": "it was not open after 0.1 s"}
+            {"round": 1, "reason": "it did not open within 0.1 s"}
         ]
 
     asyncio.run(run())
