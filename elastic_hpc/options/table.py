@@ -182,8 +182,8 @@ LAUNCH_OPTIONS = (
 """How the agents run the workers."""
 
 _THERE = {
-    "max-restarts": "maximum number of worker restarts in the whole run, for failures, lost nodes and nodes that return "
-                    "(default: 10)",
+    "max-restarts": "maximum number of worker restarts in the whole run, for failures, lost nodes and nodes that "
+                    "return (default: 10)",
     "grow-every": "minimum time between two restarts of the workers for nodes that return (default: 60 s)",
     "free-growth": "do not count restarts for nodes that return against --max-restarts (default: off)",
     "wait-for-nodes": "time that a run below MIN waits for a node whose agent is being restarted before the run fails; "
