@@ -20,7 +20,7 @@ from elastic_hpc.cli.agents import Agents
 from elastic_hpc.cli.manual import EXIT_CODES, manual
 from elastic_hpc.environment import LOCAL_NODE, LOCAL_NODES, for_a_new_job
 from elastic_hpc.errors import UsageError
-from elastic_hpc.job.commands import agent_command, agent_options, srun_options
+from elastic_hpc.job.commands import agent_command, srun_options
 from elastic_hpc.job.programs import check_module, find_program, find_script
 from elastic_hpc.options.of_joiners import JOINERS, is_for_joiners
 from elastic_hpc.options.sbatch import SBATCH, check, scan
@@ -193,10 +193,7 @@ def _commands(
     launch: LaunchSpec, count: int, rundir: RunDir, nodelist: str | None, *, local: bool
 ) -> list[tuple[list[str], dict[str, str]]]:
     """The processes to start, each with its environment."""
-    options = [word for option in agent_options(launch, head="") for word in option]
-    agent = agent_command(
-        launch, options=options, run_dir=str(rundir.path), python=(sys.executable,), can_requeue=False
-    )
+    agent = agent_command(launch, head="", run_dir=str(rundir.path), python=(sys.executable,), can_requeue=False)
     if local:
         return [(agent, {**os.environ, LOCAL_NODE: str(node), LOCAL_NODES: str(count)}) for node in range(count)]
     # Overlap: this may run in a step that has all the node's resources. No --cpus-per-task: then an agent has all that

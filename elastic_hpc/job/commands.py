@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from elastic_hpc.job.quoting import Shell, joined, quote
 from elastic_hpc.options.spec import LaunchSpec
@@ -64,7 +65,7 @@ def agent_options(launch: LaunchSpec, head: str) -> list[tuple[str, str]]:
 def agent_command(
     launch: LaunchSpec,
     *,
-    options: Sequence[str],
+    head: str,
     run_dir: str,
     python: Sequence[str],
     can_requeue: bool = True,
@@ -72,7 +73,7 @@ def agent_command(
 ) -> list[str]:
     """The command of each agent. ``contained``: the agent runs in a container, without Slurm's commands."""
     words = module_command(python, "elastic_hpc.agent", unbuffered=True)
-    words += options
+    words += chain.from_iterable(agent_options(launch, head))
     if not can_requeue:
         words.append("--no-requeue")
     if contained:

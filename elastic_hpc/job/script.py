@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,7 @@ def _words(job: JobSpec) -> dict[str, Any]:
     )
     box, python = job.container, job.agent_python or ("python3" if job.container else job.python,)
     options = agent_options(job.launch, head)
-    words = [word for option in options for word in option]
-    agent = agent_command(job.launch, options=words, run_dir=run_dir, python=python, contained=box is not None)
+    agent = agent_command(job.launch, head=head, run_dir=run_dir, python=python, contained=box is not None)
     torchrun = torchrun_command(
         job.launch,
         head=head,
@@ -54,7 +54,7 @@ def _words(job: JobSpec) -> dict[str, Any]:
         "python": job.python,
         "srun_options": srun,
         "agent_command": agent,
-        "with_array": functools.partial(_with_array, words),
+        "with_array": functools.partial(_with_array, [*chain.from_iterable(options)]),
         "agent_options": [_row(job, *option) for option in options],
         "torchrun_command": torchrun,
     }

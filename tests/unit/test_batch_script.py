@@ -363,12 +363,18 @@ def test_the_training_script_gets_what_the_batch_script_would_have_given_it(
     assert f"--run-dir\0{tmp_path}/elastic-logs/7\0" in (tmp_path / "argv").read_text()
 
 
-def test_a_folder_named_after_the_job_id_is_noted_as_a_resumed_job_has_a_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a script and without a configuration file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
     (tmp_path / "train.py").write_text("pass")
+    return tmp_path
+
+
+def test_a_folder_named_after_the_job_id_is_noted_as_a_resumed_job_has_a_new_one(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [
         "OUT=$PWD/runs/$SLURM_JOB_ID",
         "echo $SLURM_JOB_ID",
@@ -376,7 +382,7 @@ def test_a_folder_named_after_the_job_id_is_noted_as_a_resumed_job_has_a_new_one
         "scontrol show job $SLURM_JOBID",
     ]
     launch = "srun torchrun train.py --out $OUT --name ${SLURM_ARRAY_JOB_ID}"
-    (tmp_path / "job.sh").write_text(batch(launch, *lines))
+    (project / "job.sh").write_text(batch(launch, *lines))
     new = "which is new after --resume; for checkpoints use $ELASTIC_HPC_RUN_DIR or a fixed folder"
 
     def noted(*argv: str) -> list[str]:
@@ -396,12 +402,9 @@ def test_a_folder_named_after_the_job_id_is_noted_as_a_resumed_job_has_a_new_one
 
 @pytest.mark.parametrize(("nodes", "code"), [("4", 0), ("2:4", 2)])
 def test_gpus_of_the_whole_job_are_refused_for_a_number_of_nodes_that_varies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nodes: str, code: int
+    project: Path, capsys: pytest.CaptureFixture[str], nodes: str, code: int
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
-    (tmp_path / "train.py").write_text("pass")
-    (tmp_path / "job.sh").write_text(batch("srun torchrun train.py", head="#SBATCH --nodes=3 --gpus=8"))
+    (project / "job.sh").write_text(batch("srun torchrun train.py", head="#SBATCH --nodes=3 --gpus=8"))
     assert main(["--dry-run", "--from-batch", "job.sh", "--nodes", nodes]) == code
     refused = "--gpus=8 (job.sh line 2): is for the whole job, and its number of nodes varies; use --gpus-per-node=N\n"
     assert capsys.readouterr().err.endswith(refused) == bool(code)
@@ -413,12 +416,9 @@ def test_arguments_for_a_script_that_takes_none_are_refused() -> None:
 
 
 def test_the_command_line_wins_over_the_batch_script_and_the_notes_say_how_to_make_it_elastic(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
-    (tmp_path / "train.py").write_text("pass")
-    (tmp_path / "job.sh").write_text(batch("srun torchrun train.py", head="#SBATCH --nodes=4 -p gpu --time=1:00:00"))
+    (project / "job.sh").write_text(batch("srun torchrun train.py", head="#SBATCH --nodes=4 -p gpu --time=1:00:00"))
     assert main(["--dry-run", "--from-batch", "job.sh"]) == 0
     out, err = capsys.readouterr()
     advice = "job.sh line 2: the job needs all its 4 nodes; to let it run on fewer, for example: --nodes 2:4"
@@ -438,7 +438,7 @@ def test_the_command_line_wins_over_the_batch_script_and_the_notes_say_how_to_ma
         assert f"job.sh line 2: {replaced} of the command line\n" in err
     for line in "--nodes=2-5 ", "--partition=cpu ", "--time=1:00:00 ":
         assert f"#SBATCH {line}" in out
-    (tmp_path / "job.sh").write_text(batch("srun torchrun train.py", "source venv/bin/activate"))
+    (project / "job.sh").write_text(batch("srun torchrun train.py", "source venv/bin/activate"))
     brings = "job.sh line 3: 'source venv/bin/activate': agents and workers run with "
     assert main(["--dry-run", "--from-batch", "job.sh"]) == 0
     err = capsys.readouterr().err

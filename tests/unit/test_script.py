@@ -15,7 +15,7 @@ from sharedfs import Two
 
 from elastic_hpc.agent.assembly import LEAVE
 from elastic_hpc.errors import UsageError
-from elastic_hpc.job.commands import agent_command, agent_options, srun_options
+from elastic_hpc.job.commands import agent_command, srun_options
 from elastic_hpc.job.config import Setting
 from elastic_hpc.job.quoting import Shell, directive, quote, quote_all
 from elastic_hpc.job.script import built_in_templates, render, template_folder
@@ -393,11 +393,10 @@ def test_a_directive_with_a_line_break_is_refused(value):
 
 
 def test_the_same_srun_line_serves_an_allocation_with_plain_values():
-    launch = LaunchSpec("t.py")
     words = [
         "srun",
         *srun_options("4", "2"),
-        *agent_command(launch, options=sum(agent_options(launch, head="n1"), ()), run_dir="/r d", python="/p"),
+        *agent_command(LaunchSpec("t.py"), head="n1", run_dir="/r d", python="/p"),
     ]
     assert "--nodes=4" in words
     assert words[words.index("--run-dir") + 1] == "/r d"
